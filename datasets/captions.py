@@ -1,0 +1,205 @@
+"""Words for pictures: templates, captions, tag shuffle and drop-out; pure, random only by the given generator."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dreamfleet.datasets.errors import DataError, StorageError
+
+if TYPE_CHECKING:
+    from dreamfleet.datasets.index import DataConfig
+
+# Textual Inversion's 27 object forms and 19 style forms (arXiv 2208.01618, `ldm/data/personalized*.py`).
+OBJECT_TEMPLATES = (
+    "a photo of a [name]",
+    "a rendering of a [name]",
+    "a cropped photo of the [name]",
+    "the photo of a [name]",
+    "a photo of a clean [name]",
+    "a photo of a dirty [name]",
+    "a dark photo of the [name]",
+    "a photo of my [name]",
+    "a photo of the cool [name]",
+    "a close-up photo of a [name]",
+    "a bright photo of the [name]",
+    "a cropped photo of a [name]",
+    "a photo of the [name]",
+    "a good photo of the [name]",
+    "a photo of one [name]",
+    "a close-up photo of the [name]",
+    "a rendition of the [name]",
+    "a photo of the clean [name]",
+    "a rendition of a [name]",
+    "a photo of a nice [name]",
+    "a good photo of a [name]",
+    "a photo of the nice [name]",
+    "a photo of the small [name]",
+    "a photo of the weird [name]",
+    "a photo of the large [name]",
+    "a photo of a cool [name]",
+    "a photo of a small [name]",
+)
+STYLE_TEMPLATES = (
+    "a painting in the style of [name]",
+    "a rendering in the style of [name]",
+    "a cropped painting in the style of [name]",
+    "the painting in the style of [name]",
+    "a clean painting in the style of [name]",
+    "a dirty painting in the style of [name]",
+    "a dark painting in the style of [name]",
+    "a picture in the style of [name]",
+    "a cool painting in the style of [name]",
+    "a close-up painting in the style of [name]",
+    "a bright painting in the style of [name]",
+    "a cropped painting in the style of [name]",
+    "a good painting in the style of [name]",
+    "a close-up painting in the style of [name]",
+    "a rendition in the style of [name]",
+    "a nice painting in the style of [name]",
+    "a small painting in the style of [name]",
+    "a weird painting in the style of [name]",
+    "a large painting in the style of [name]",
+)
+# The names of the webui's template files, and diffusers' `learnable_property`.
+TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
+    "object": OBJECT_TEMPLATES,
+    "subject": OBJECT_TEMPLATES,
+    "style": STYLE_TEMPLATES,
+    "object_filewords": tuple(f"{template}, [filewords]" for template in OBJECT_TEMPLATES),
+    "subject_filewords": tuple(f"{template}, [filewords]" for template in OBJECT_TEMPLATES),
+    "style_filewords": tuple(
+        template.replace(" in the style of ", " of [filewords], in the style of ") for template in STYLE_TEMPLATES
+    ),
+    "hypernetwork": tuple(template.replace("[name]", "[filewords]") for template in OBJECT_TEMPLATES),
+    "filewords": ("[filewords]",),
+    "none": ("picture",),
+}
+
+_LEADING_NUMBER = re.compile(r"^[-\d]+\s*")  # the webui's rule
+
+
+def make_caption(
+    caption: str | None,
+    *,
+    template: str | None = None,
+    prompt: str | None = None,
+    name: str = "",
+    file_name: str | None = None,
+    rng: np.random.Generator,
+    config: DataConfig,
+) -> str:
+    """The words one picture is trained with, once.
+
+    `caption` is the picture's own (or None), `prompt` its set's (`instance_prompt`), `template` a line with
+    `[name]` and `[filewords]`. In this order: a template is filled; a prompt that holds `[filewords]` is
+    filled; the caption, tags shuffled and dropped as `config` says; the prompt; the words of the file name.
+    `[filewords]` is the caption, else the words of `file_name`. With `config.caption_dropout` it is "" that
+    often. Always draws the same random numbers first, so that one choice does not disturb another.
+    """
+    dropped = rng.random() < config.caption_dropout
+    words = choose_caption(caption, rng) if caption and config.use_captions else None
+    if words is not None and config.tag_dropout > 0:
+        words = drop_tags(words, rng, config.tag_dropout, config.keep_tokens)
+    if words is not None and config.shuffle_tags:
+        words = shuffle_tags(words, rng, config.keep_tokens)
+    if dropped:
+        return ""
+    file_words = words if words is not None else caption_from_filename(file_name or "")
+    if template is not None:
+        return fill_template(template, name, file_words)
+    if prompt is not None and (words is None or "[filewords]" in prompt):
+        return fill_template(prompt, name, file_words)
+    if words is not None:
+        return words
+    if file_words:
+        return file_words
+    raise DataError(
+        f"no words for picture {file_name or '?'}: it has no caption file and the set has no prompt. "
+        "Set data.instance_prompt, or put a .txt file with the caption beside each picture"
+    )
+
+
+def choose_caption(caption: str, rng: np.random.Generator) -> str:
+    """One of a caption's lines: several lines are several captions of the same picture."""
+    lines = [line.strip() for line in caption.splitlines() if line.strip()]
+    if len(lines) < 2:
+        return lines[0] if lines else ""
+    return lines[int(rng.integers(len(lines)))]
+
+
+def choose_template(templates: Sequence[str], rng: np.random.Generator) -> str:
+    """One of the templates, each as likely."""
+    return templates[int(rng.integers(len(templates)))]
+
+
+def fill_template(template: str, name: str, filewords: str) -> str:
+    """Put words for `[filewords]`, then `[name]` (the webui's order) and `{}` (the paper's placeholder)."""
+    filled = template.replace("[filewords]", filewords).replace("[name]", name)
+    return filled.replace("{}", name)
+
+
+def load_template_file(path: str) -> tuple[str, ...]:
+    """Read a template file: one template a line, blank lines skipped. DataError when it holds none."""
+    from dreamfleet.datasets.storage import read_uri  # here, so that this file stays pure for the rest
+
+    try:
+        text = decode_text(read_uri(path), uri=path)
+    except StorageError as error:
+        raise DataError(f"template file: {error}") from error
+    templates = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not templates:
+        raise DataError(f"template file {path} is empty: write one template a line, such as 'a photo of [name]'")
+    return templates
+
+
+def split_tags(caption: str) -> list[str]:
+    """The comma-separated tags of a caption, stripped, empty ones left out."""
+    return [tag.strip() for tag in caption.split(",") if tag.strip()]
+
+
+def shuffle_tags(caption: str, rng: np.random.Generator, keep_tokens: int = 0) -> str:
+    """Shuffle comma-separated tags, the first `keep_tokens` staying in front."""
+    tags = split_tags(caption)
+    kept, rest = tags[:keep_tokens], tags[keep_tokens:]
+    return ", ".join(kept + [rest[i] for i in rng.permutation(len(rest))])
+
+
+def drop_tags(caption: str, rng: np.random.Generator, rate: float, keep_tokens: int = 0) -> str:
+    """Leave out each comma-separated tag with probability `rate`, never the first `keep_tokens`."""
+    tags = split_tags(caption)
+    kept, rest = tags[:keep_tokens], tags[keep_tokens:]
+    draws = rng.random(len(rest))
+    return ", ".join(kept + [tag for tag, draw in zip(rest, draws, strict=True) if draw >= rate])
+
+
+def caption_from_filename(file_name: str, *, words: str | None = None, joined_by: str = " ") -> str:
+    """The webui's rule: the stem without leading digits and dashes; `words`, a pattern, picks parts of it.
+
+    `01-a red apple.png` gives `a red apple`.
+    """
+    stem = file_name.replace("\\", "/").rsplit("/", 1)[-1]
+    if "." in stem.lstrip("."):
+        stem = stem.rsplit(".", 1)[0]
+    text = _LEADING_NUMBER.sub("", stem)
+    if words:
+        text = joined_by.join(re.findall(words, text))
+    return text
+
+
+def decode_text(data: bytes, *, uri: str) -> str:
+    """UTF-8, with or without byte order mark, to text; DataError naming file, byte and way out."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        guess = ""
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            guess = " (it looks like UTF-16)"
+        raise DataError(
+            f"{uri} is not UTF-8 text{guess}: byte {data[error.start]:#04x} at position {error.start}, line {line}. "
+            "Save it again as UTF-8"
+        ) from error

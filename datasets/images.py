@@ -1,0 +1,209 @@
+"""Decode, turn, crop, resize and flip pictures: pure functions of bytes and numbers (Pillow and numpy only)."""
+
+from __future__ import annotations
+
+import io
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from dreamfleet.datasets.errors import DataError
+
+# Pillow refuses more than this by itself (twice its warning limit), so it is the most we can allow.
+MAX_PIXELS = 178_956_970
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".apng")
+# Pictures to a person, not to Pillow: named in reports instead of being passed over in silence.
+UNREADABLE_SUFFIXES = (".heic", ".heif", ".jxl", ".psd", ".svg", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raw")
+
+# No EPS, PDF or FITS: those start other programs or read what is no picture.
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION_TAG = 0x0112
+
+
+class Header(NamedTuple):
+    """What a picture says of itself before it is decoded; sizes in pixels after the EXIF turn."""
+
+    width: int
+    height: int
+    format: str
+
+
+def open_picture(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a picture to RGB, turned as its EXIF orientation says; transparency is laid over white.
+
+    Animated files give their first frame. 16-bit grey is scaled to 8 bits. Raises DataError, naming `uri`,
+    for what is no picture, is cut short, or has more than `max_pixels` (checked before decoding).
+    """
+    rgb, _ = _decode(data, uri=uri, max_pixels=max_pixels)
+    return rgb
+
+
+def alpha_of(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Image.Image | None:
+    """The opacity of a picture as an 8-bit grey picture (255 = opaque), turned; None when it has none."""
+    _, alpha = _decode(data, uri=uri, max_pixels=max_pixels)
+    return alpha
+
+
+def read_header(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Header:
+    """Size after the EXIF turn, without decoding the pixels; DataError as open_picture gives it."""
+    with _naming(uri, data), _open(data, uri=uri, max_pixels=max_pixels) as image:
+        width, height = image.size
+        # A TIFF's size is already turned; a PNG would decode everything to look for late EXIF data.
+        if image.format == "TIFF" or (image.format == "PNG" and b"eXIf" not in data and b"tiff:Orient" not in data):
+            orientation = 1
+        else:
+            orientation = _orientation(image)
+        if orientation >= 5:
+            width, height = height, width
+        return Header(width, height, str(image.format))
+
+
+def check_picture(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> None:
+    """Read every pixel of a picture to find out whether it is whole; DataError when not."""
+    with _naming(uri, data), _open(data, uri=uri, max_pixels=max_pixels) as image:
+        if image.format == "JPEG":  # an eighth of the work, and every byte is still read
+            image.draft("RGB" if image.mode != "L" else "L", (image.width // 8, image.height // 8))
+        image.load()
+        _to_rgb_and_alpha(image.crop((0, 0, 1, 1)) if image.mode not in ("I", "F") else image, uri)
+
+
+def fit_picture(
+    image: Image.Image,
+    resolution: int | tuple[int, int],
+    *,
+    center: bool = True,
+    crop_key: tuple[float, float] | None = None,
+    flip: bool = False,
+) -> np.ndarray:
+    """Resize so that the picture just covers the target, crop, flip: uint8 [H,W,3].
+
+    `resolution` is a side or (width, height) in pixels. `crop_key`, two numbers in [0,1), places the crop
+    (x, y) when `center` is false. The antialiasing Lanczos filter is used both ways.
+    """
+    width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
+    if image.mode != "RGB":
+        raise AssertionError(f"fit_picture takes RGB pictures, not {image.mode}")
+    scale = max(width / image.width, height / image.height)
+    covered = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    if covered != image.size:
+        image = image.resize(covered, Image.Resampling.LANCZOS)
+    spare_x, spare_y = covered[0] - width, covered[1] - height
+    if center or crop_key is None:
+        left, top = spare_x // 2, spare_y // 2
+    else:
+        left, top = int(crop_key[0] * (spare_x + 1)), int(crop_key[1] * (spare_y + 1))
+    if spare_x or spare_y:
+        image = image.crop((left, top, left + width, top + height))
+    pixels = np.asarray(image, dtype=np.uint8)
+    if flip:
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def to_tensor_range(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [H,W,3] to float32 [3,H,W] in [-1,1], the range the VAE takes."""
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def _decode(data: bytes, *, uri: str, max_pixels: int) -> tuple[Image.Image, Image.Image | None]:
+    with _naming(uri, data), _open(data, uri=uri, max_pixels=max_pixels) as image:
+        image.load()
+        orientation = _orientation(image)
+        rgb, alpha = _to_rgb_and_alpha(image, uri)
+        if orientation in _TURNS:
+            rgb = rgb.transpose(_TURNS[orientation])
+            alpha = alpha.transpose(_TURNS[orientation]) if alpha is not None else None
+        return rgb, alpha
+
+
+class _naming:
+    """Turn whatever Pillow raises on a broken file into a DataError that names the file."""
+
+    def __init__(self, uri: str, data: bytes) -> None:
+        self.uri = uri
+        self.data = data
+
+    def __enter__(self) -> None:
+        if not self.data:
+            raise DataError(f"{self.uri}: the file is empty (0 bytes)")
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        # Pillow's readers raise nearly anything on broken data (struct.error, IndexError, SyntaxError ...).
+        if not isinstance(error, Exception) or isinstance(error, DataError):
+            return False
+        raise DataError(f"{self.uri}: {_reason(error, self.data)}") from error
+
+
+def _reason(error: Exception, data: bytes) -> str:
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return f"too large a picture ({error}); at most {MAX_PIXELS:,} pixels are read. Make it smaller"
+    if isinstance(error, Image.UnidentifiedImageError):
+        if data.startswith(b"version https://git-lfs.github.com/spec"):
+            return "a Git LFS pointer, not the picture itself. Run `git lfs pull`"
+        return "not a picture that can be read (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF)"
+    text = str(error) or type(error).__name__
+    if "truncated" in text.lower() or isinstance(error, EOFError):
+        return f"cut short ({text}). Copy or download it again"
+    return f"broken picture ({text})"
+
+
+def _open(data: bytes, *, uri: str, max_pixels: int) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    width, height = image.size
+    if width * height > max_pixels:
+        image.close()
+        raise DataError(
+            f"{uri}: {width} x {height} = {width * height:,} pixels, more than data.max_pixels = {max_pixels:,}. "
+            "Make the picture smaller, or raise the limit if you trust it"
+        )
+    if not width or not height:
+        raise DataError(f"{uri}: a picture without pixels ({width} x {height})")
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8; 1 where there is none or the EXIF data are broken."""
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # broken EXIF data raise anything; the picture itself is good
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _to_rgb_and_alpha(image: Image.Image, uri: str) -> tuple[Image.Image, Image.Image | None]:
+    mode = image.mode
+    if mode.startswith("I;16") or mode == "I":
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise DataError(f"{uri}: 32-bit whole numbers outside 0..65535. Save it with 8 or 16 bits a channel")
+        transparent = image.info.get("transparency")
+        alpha = None
+        if isinstance(transparent, int):
+            alpha = Image.fromarray(np.where(grey == transparent, 0, 255).astype(np.uint8))
+        eight_bit = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
+        return _over_white(eight_bit.convert("RGB"), alpha)
+    if mode == "F":
+        raise DataError(f"{uri}: floating-point pixels have no agreed range. Save it with 8 or 16 bits a channel")
+    if mode in ("PA", "LA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+        straight = image.convert("RGBA")
+        return _over_white(straight.convert("RGB"), straight.getchannel("A"))
+    if mode == "LAB":
+        raise DataError(f"{uri}: colour space LAB. Save it as RGB")
+    return image.convert("RGB") if mode != "RGB" else image.copy(), None
+
+
+def _over_white(rgb: Image.Image, alpha: Image.Image | None) -> tuple[Image.Image, Image.Image | None]:
+    if alpha is None:
+        return rgb, None
+    return Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha), alpha
