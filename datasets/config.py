@@ -1,0 +1,151 @@
+"""The recipe's `data:` section: where the pictures and words are and how they are shown."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AliasChoices, BeforeValidator, Field, model_validator
+
+from dreamfleet.datasets.images import MAX_PIXELS
+from dreamfleet.datasets.section import Section
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _also(name: str, *others: str) -> AliasChoices:
+    return AliasChoices(name, *others)
+
+
+class Concept(Section):
+    """One subject: its pictures, its prompt, and the pictures and prompt of its class."""
+
+    instance_data_dir: str = Field(min_length=1)
+    instance_prompt: str | None = None
+    class_data_dir: str | None = Field(None, min_length=1)
+    class_prompt: str | None = None
+    repeats: int = Field(1, ge=1, validation_alias=_also("repeats", "num_repeats"))
+
+    @model_validator(mode="after")
+    def _class_has_prompt(self) -> Self:
+        if self.class_data_dir and not self.class_prompt:
+            raise ValueError(
+                f"class_data_dir {self.class_data_dir!r} without class_prompt: say what its pictures show, "
+                "such as class_prompt: 'a photo of a dog'"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """Exactly one of `instance_data_dir`, `train_data_dir`, `concepts_list` names the pictures.
+
+    `train_data_dir` is kohya's layout (`10_sks dog/` = repeats and prompt; then `class_data_dir`, also
+    spelled `reg_data_dir`, holds `1_dog/`) or a plain folder with a metadata table or caption files.
+    A picture's own caption is used before `instance_prompt`, unless `use_captions` is false.
+    """
+
+    instance_data_dir: str | None = Field(
+        None, min_length=1, validation_alias=_also("instance_data_dir", "image_dir")
+    )
+    instance_prompt: str | None = Field(
+        None, validation_alias=_also("instance_prompt", "class_tokens", "trigger_word")
+    )
+    class_data_dir: str | None = Field(
+        None, min_length=1, validation_alias=_also("class_data_dir", "reg_data_dir")
+    )
+    class_prompt: str | None = None
+    train_data_dir: str | None = Field(None, min_length=1)
+    concepts_list: list[Concept] | str | None = None
+
+    caption_extension: Annotated[list[str], BeforeValidator(_as_list)] = [".txt", ".caption"]
+    use_captions: bool = True
+    shuffle_tags: bool = Field(False, validation_alias=_also("shuffle_tags", "shuffle_caption"))
+    keep_tokens: int = Field(0, ge=0)
+    tag_dropout: float = Field(
+        0.0, ge=0, le=1, validation_alias=_also("tag_dropout", "caption_tag_dropout_rate", "tag_drop_out")
+    )
+    caption_dropout: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        validation_alias=_also("caption_dropout", "caption_dropout_rate", "proportion_empty_prompts"),
+    )
+
+    resolution: int = Field(512, ge=8, le=8192)
+    center_crop: bool = True
+    random_flip: bool = Field(False, validation_alias=_also("random_flip", "flip_aug"))
+    repeats: int = Field(1, ge=1, validation_alias=_also("repeats", "num_repeats"))
+    max_pixels: int = Field(MAX_PIXELS, ge=1, le=MAX_PIXELS)
+
+    source: Literal["auto", "resident", "stream"] = "auto"
+    resident_limit_mb: int = Field(4096, ge=1)
+    cache_latents: bool = True
+    latent_sampling: Literal["random", "once", "deterministic"] = Field(
+        "random", validation_alias=_also("latent_sampling", "latent_sampling_method")
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        places = ("instance_data_dir", "train_data_dir", "concepts_list")
+        given = [name for name in places if getattr(self, name) is not None]
+        if len(given) != 1:
+            what = "no pictures are named" if not given else f"{' and '.join(given)} are both set"
+            raise ValueError(
+                f"{what}: set exactly one of instance_data_dir (one subject), train_data_dir (kohya folders or "
+                "captioned pictures), concepts_list (several subjects)"
+            )
+        if self.concepts_list is not None:
+            if not self.concepts_list:
+                raise ValueError("concepts_list is empty: list at least one concept with instance_data_dir")
+            extra = [
+                name for name in ("instance_prompt", "class_data_dir", "class_prompt") if getattr(self, name) is not None
+            ]
+            if extra:
+                raise ValueError(f"{', '.join(extra)} beside concepts_list: write it inside each concept instead")
+        if self.instance_data_dir and self.class_data_dir and not self.class_prompt:
+            raise ValueError(
+                f"class_data_dir {self.class_data_dir!r} without class_prompt: say what its pictures show, "
+                "such as class_prompt: 'a photo of a dog'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _extensions_are_suffixes(self) -> Self:
+        if not self.caption_extension:
+            raise ValueError("caption_extension is empty: write '.txt', or use_captions: false to ignore captions")
+        for extension in self.caption_extension:
+            if not extension.startswith(".") or "/" in extension:
+                raise ValueError(f"caption_extension {extension!r} is not a file ending: write '.txt' or '.caption'")
+        return self
+
+    def with_absolute_paths(self, folder: str) -> DataConfig:
+        """The same section with its folders made absolute, relative ones starting at `folder` (a recipe's)."""
+        concepts = self.concepts_list
+        if isinstance(concepts, str):
+            concepts = _absolute(concepts, folder)
+        elif concepts is not None:
+            concepts = [concept_with_absolute_paths(concept, folder) for concept in concepts]
+        places = {
+            name: _absolute(getattr(self, name), folder)
+            for name in ("instance_data_dir", "class_data_dir", "train_data_dir")
+            if getattr(self, name) is not None
+        }
+        return self.model_copy(update={**places, "concepts_list": concepts})
+
+
+def concept_with_absolute_paths(concept: Concept, folder: str) -> Concept:
+    """The same concept with its folders made absolute."""
+    places = {"instance_data_dir": _absolute(concept.instance_data_dir, folder)}
+    if concept.class_data_dir is not None:
+        places["class_data_dir"] = _absolute(concept.class_data_dir, folder)
+    return concept.model_copy(update=places)
+
+
+def _absolute(path: str, folder: str) -> str:
+    if "://" in path:
+        return path
+    if "://" in folder and not os.path.isabs(os.path.expanduser(path)):
+        return f"{folder.rstrip('/')}/{path}"
+    return os.path.normpath(os.path.join(folder, os.path.expanduser(path)))
