@@ -1,0 +1,115 @@
+"""The batch plan: which pictures make up step k, decided from (ids, seed, global batch) alone.
+
+The run is one endless stream of draws: epoch after epoch, each a permutation of every picture (with its repeats)
+keyed by (seed, epoch). Step k owns positions ``[k*G, (k+1)*G)``; a rank takes its slice of them. Nothing here depends on
+the number of workers, so 1 and N workers with the same global batch see the same pictures, and a position in the data is
+one number, the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from dreamfleet.datasets.errors import DataError
+from dreamfleet.datasets.keyed import numpy_rng
+
+
+class Draw(NamedTuple):
+    """One use of one picture: its row in the index and how often (epochs) it was due before."""
+
+    index: int
+    epoch: int
+
+
+class BatchPlan:
+    """Says which draws make up each step, for instance pictures and, with prior preservation, their class partners.
+
+    ``concepts[i]`` is the concept of instance row i and ``repeats[i]`` how often an epoch shows it. ``class_concepts[j]`` is
+    the concept of class row j; leave it empty for runs without prior preservation.
+    """
+
+    def __init__(
+        self,
+        concepts: Sequence[int],
+        *,
+        seed: int,
+        global_batch: int,
+        repeats: Sequence[int] | None = None,
+        class_concepts: Sequence[int] = (),
+    ):
+        if not len(concepts):
+            raise DataError("there are no training pictures to plan batches from; check data.instance_data_dir")
+        if global_batch < 1:
+            raise ValueError(f"global batch must be at least 1, got {global_batch}")
+        self.seed, self.global_batch = seed, global_batch
+        counts = np.ones(len(concepts), np.int64) if repeats is None else np.asarray(repeats, np.int64)
+        self._rows = np.repeat(np.arange(len(concepts)), counts)
+        # k-th repeat of a picture within one epoch: its own noise, so the draw's epoch counts uses, not passes.
+        self._uses = np.concatenate([np.arange(count) for count in counts])
+        self._repeats = counts
+        self._concepts = np.asarray(concepts, np.int64)
+        self._classes = {
+            int(c): np.flatnonzero(np.asarray(class_concepts) == c) for c in np.unique(self._concepts)
+        }
+        self.has_classes = len(class_concepts) > 0
+        missing = [c for c, rows in self._classes.items() if not len(rows)]
+        if self.has_classes and missing:
+            raise DataError(f"concept {missing[0]} has no class pictures; prior preservation needs some for every concept")
+        self._order = lru_cache(maxsize=4)(self._epoch_order)
+        self._class_order = lru_cache(maxsize=16)(self._epoch_class_order)
+
+    @property
+    def epoch_length(self) -> int:
+        """How many draws one epoch has: the pictures times their repeats."""
+        return len(self._rows)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps per pass over the pictures."""
+        return self.epoch_length / self.global_batch
+
+    def draws(self, step: int, *, rank: int = 0, world: int = 1, micro: int = 0, num_micros: int = 1) -> list[Draw]:
+        """List the instance draws of ``step`` that fall to one rank in one micro-step (all of them by default)."""
+        return [self._draw(position) for position in self._positions(step, rank, world, micro, num_micros)]
+
+    def class_draws(
+        self, step: int, *, rank: int = 0, world: int = 1, micro: int = 0, num_micros: int = 1
+    ) -> list[Draw]:
+        """List the class partners of the same positions as :meth:`draws`: same length, same concept, row by row."""
+        if not self.has_classes:
+            return []
+        return [self._class_draw(position) for position in self._positions(step, rank, world, micro, num_micros)]
+
+    def _positions(self, step: int, rank: int, world: int, micro: int, num_micros: int) -> range:
+        size, rest = divmod(self.global_batch, world * num_micros)
+        if rest:
+            raise ValueError(
+                f"a global batch of {self.global_batch} does not split over {world} workers x {num_micros} micro-steps"
+            )
+        start = step * self.global_batch + (micro * world + rank) * size
+        return range(start, start + size)
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        return numpy_rng("order", self.seed, epoch).permutation(self.epoch_length)
+
+    def _epoch_class_order(self, concept: int, epoch: int) -> np.ndarray:
+        return numpy_rng("class order", self.seed, concept, epoch).permutation(self._classes[concept])
+
+    def _draw(self, position: int) -> Draw:
+        epoch, offset = divmod(position, self.epoch_length)
+        slot = self._order(epoch)[offset]
+        row = int(self._rows[slot])
+        return Draw(row, int(epoch * self._repeats[row] + self._uses[slot]))
+
+    def _class_draw(self, position: int) -> Draw:
+        # The partner is the concept's n-th class picture, n = how many draws of this concept came before.
+        epoch, offset = divmod(position, self.epoch_length)
+        order = self._concepts[self._rows[self._order(epoch)]]
+        concept = int(order[offset])
+        before = epoch * int((order == concept).sum()) + int((order[:offset] == concept).sum())
+        class_epoch, class_offset = divmod(before, len(self._classes[concept]))
+        return Draw(int(self._class_order(concept, class_epoch)[class_offset]), class_epoch)

@@ -1,0 +1,210 @@
+"""What a fine-tuning method is: what learns, its loss, and what comes out; and the registry that finds them."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.section import Section
+from dreamfleet.trainers.sd.model import ALL_PARTS, StableDiffusion
+from dreamfleet.trainers.sd.noise import noise_loss
+
+Batch = dict[str, Any]
+
+
+class Loss(NamedTuple):
+    """What ``forward`` returns: the scalar to minimise, the loss of each sample ``[N]``, and named extras to log."""
+
+    total: Tensor
+    per_sample: Tensor
+    extras: dict[str, Tensor]
+
+
+class ParamGroup(NamedTuple):
+    """Learning parameters under one name; a learning rate of None means the recipe's ``optimizer.learning_rate``."""
+
+    name: str
+    params: dict[str, nn.Parameter]
+    learning_rate: float | str | None = None
+
+
+class Sample(NamedTuple):
+    """One picture of the index, as a method sees it when it chooses the prompt."""
+
+    id: str
+    caption: str | None
+    concept: int
+    role: str
+    uri: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The prompts of one concept of the run."""
+
+    instance_prompt: str | None = None
+    class_prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method is told besides its own section: the concepts, and the loss options of ``train:``."""
+
+    subjects: tuple[Subject, ...] = (Subject(),)
+    snr_gamma: float | None = None
+
+
+class MethodConfig(Section):
+    """Base of the methods' own recipe sections."""
+
+    name: str
+
+
+class Method(nn.Module):
+    """One way to fine-tune Stable Diffusion.
+
+    ``forward(batch)`` must compute the loss inside itself: an engine that shards parameters gathers them in forward hooks.
+    The base models hang outside the module tree (in a plain list), so ``parameters()`` is what learns and nothing else,
+    and a wrapper (DDP, DeepSpeed) never touches frozen parts.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    needs: ClassVar[Collection[str]] = ALL_PARTS
+    #: names of the files an export writes when the recipe does not say
+    formats: ClassVar[tuple[str, ...]] = ()
+    all_formats: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: Any, model: StableDiffusion, setting: Setting):
+        super().__init__()
+        self.config, self.setting, self._model = config, setting, [model]
+
+    @property
+    def model(self) -> StableDiffusion:
+        """The Stable Diffusion being fine-tuned."""
+        return self._model[0]
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether the text side learns, so that prompts must be encoded anew in every step."""
+        return False
+
+    @property
+    def num_class_images(self) -> int:
+        """How many class pictures each concept needs for prior preservation; 0 for methods without it."""
+        return 0
+
+    @property
+    def prior_loss_weight(self) -> float:
+        """Weight of the class pictures' loss beside the instance pictures' loss."""
+        return 1.0
+
+    def groups(self) -> list[ParamGroup]:
+        """Return the learning parameters by group, each with its learning rate."""
+        raise NotImplementedError
+
+    def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
+        """Choose the prompt a sample is trained with; ``rng`` is keyed by (seed, epoch, sample id)."""
+        raise NotImplementedError
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Turn prompts into ids ``[B, 77]``."""
+        return self.model.tokenize(prompts)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Encode prompts ``[B, 77, D]`` as this method's artefact makes them read."""
+        device = next(self.model.text_encoder.parameters()).device
+        return self.model.encode_text(self.tokenize(prompts).to(device))
+
+    def forward(self, batch: Batch) -> Loss:
+        """Compute the loss of a batch; the default is the noise loss weighted per sample (see ``batch_loss``)."""
+        return self.batch_loss(batch)
+
+    def batch_loss(self, batch: Batch) -> Loss:
+        """Weigh the noise loss: ``sum(weights * loss) / num_instances``.
+
+        With class pictures in the batch that is mean(instance) + prior_loss_weight * mean(class), the DreamBooth paper's
+        equation 2, right for any batch size. min-SNR weights, when on, apply to both halves.
+        """
+        context = batch["context"] if "context" in batch else self.model.encode_text(batch["input_ids"])
+        per_sample = noise_loss(
+            self.model.unet,
+            self.model.scheduler,
+            latents=batch["latents"],
+            noise=batch["noise"],
+            timesteps=batch["timesteps"],
+            context=context,
+            snr_gamma=self.setting.snr_gamma,
+            mask=batch.get("mask"),
+        )
+        count = batch["num_instances"]
+        total = (per_sample * batch["weights"]).sum() / count
+        extras = {}
+        if len(per_sample) > count:
+            extras = {
+                "instance_loss": per_sample[:count].detach().mean(),
+                "prior_loss": per_sample[count:].detach().mean(),
+            }
+        return Loss(total, per_sample.detach(), extras)
+
+    def after_step(self, step: int) -> None:
+        """Run after each optimizer step; most methods need nothing here."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return exactly what learns, by name."""
+        return {name: param.detach() for group in self.groups() for name, param in group.params.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what :meth:`state` gave. Raises RecipeError when names or shapes differ."""
+        mine = self.state()
+        if wrong := sorted(mine.keys() ^ state.keys()):
+            raise RecipeError(f"{self.name}: the saved state has other parameters than this recipe ({', '.join(wrong[:4])})")
+        with torch.no_grad():
+            for name, tensor in mine.items():
+                if tensor.shape != state[name].shape:
+                    raise RecipeError(
+                        f"{self.name}: {name} was saved with shape {list(state[name].shape)}, "
+                        f"but this recipe makes {list(tensor.shape)}"
+                    )
+                tensor.copy_(state[name])
+
+    def export(
+        self, folder: Path, name: str, *, formats: Sequence[str] | None, step: int, metadata: dict[str, str], precision: str
+    ) -> list[Path]:
+        """Write the artefacts other programs read; returns the paths written."""
+        raise NotImplementedError
+
+    def chosen_formats(self, formats: Sequence[str] | None) -> tuple[str, ...]:
+        """Return the formats to write. Raises RecipeError for one this method does not have."""
+        for chosen in formats or ():
+            if chosen not in self.all_formats:
+                raise RecipeError(f"{self.name} has no export format {chosen!r}; it has: {', '.join(self.all_formats)}")
+        return tuple(formats) if formats else self.formats
+
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+def register(cls: type[Method]) -> type[Method]:
+    """Enter a method in the registry under its ``name``."""
+    if _REGISTRY.get(cls.name, cls).__qualname__ != cls.__qualname__:
+        raise ValueError(f"two methods are called {cls.name!r}")
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def discover() -> dict[str, type[Method]]:
+    """Import every file beside this one and return the methods by name."""
+    package = __name__.rpartition(".")[0]
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        importlib.import_module(f"{package}.{module.name}")
+    return dict(sorted(_REGISTRY.items()))

@@ -1,0 +1,125 @@
+"""Placeholder words that stand for n learned vectors, spliced into the text encoder's input."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from dreamfleet.datasets.errors import ModelError
+
+if TYPE_CHECKING:
+    from dreamfleet.trainers.sd.model import StableDiffusion
+
+
+class SplicedEmbedding(nn.Module):
+    """A token table with rows appended: ids from ``vocab_size`` on read the learned vectors.
+
+    The vectors are Parameters of their own, so training them leaves every row of the table bit-equal, and an optimizer
+    holds states for kilobytes instead of the whole table.
+    """
+
+    def __init__(self, table: nn.Embedding):
+        super().__init__()
+        self.table = table
+        self.words: dict[str, nn.Parameter] = {}
+
+    @property
+    def weight(self) -> Tensor:
+        """The untouched token table ``[vocab_size, D]``."""
+        return self.table.weight
+
+    def splice(self, word: str, vectors: nn.Parameter) -> None:
+        """Append ``vectors`` ``[n, D]`` as the meaning of ``word``; replaces an earlier meaning of the same width."""
+        self.words[word] = vectors
+
+    def ids(self, word: str) -> range:
+        """Return the ids of the word's vectors."""
+        start = self.table.num_embeddings
+        for known, vectors in self.words.items():
+            if known == word:
+                return range(start, start + len(vectors))
+            start += len(vectors)
+        raise KeyError(word)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Look up ``input_ids`` ``[B, T]`` -> ``[B, T, D]``."""
+        vocab = self.table.num_embeddings
+        if not self.words:
+            return self.table(input_ids)
+        is_learned = input_ids >= vocab
+        base_BTD = self.table(input_ids.masked_fill(is_learned, 0))
+        rows = torch.cat(list(self.words.values()))
+        learned_BTD = rows[(input_ids - vocab).clamp(min=0)].to(base_BTD.dtype)
+        return torch.where(is_learned[..., None], learned_BTD, base_BTD)
+
+
+def text_embeddings(text_encoder: nn.Module) -> nn.Module:
+    """Return the module that holds ``token_embedding``; transformers 5 dropped the ``text_model`` level of CLIPTextModel."""
+    return getattr(text_encoder, "text_model", text_encoder).embeddings
+
+
+def install_embedding(model: StableDiffusion, word: str, vectors: Tensor) -> nn.Parameter:
+    """Teach ``model`` that ``word`` in a prompt means ``vectors`` ``[n, D]``; returns them as the Parameter in use."""
+    holder = text_embeddings(model.text_encoder)
+    spliced = holder.token_embedding
+    if not isinstance(spliced, SplicedEmbedding):
+        spliced = SplicedEmbedding(spliced)
+        holder.token_embedding = spliced
+    width = spliced.table.embedding_dim
+    if vectors.ndim != 2 or vectors.shape[1] != width:
+        raise ModelError(
+            f"the embedding {word!r} has shape {list(vectors.shape)}, but {model.folder} reads [n, {width}]; "
+            f"it was made for another family of models"
+        )
+    if not word.strip():
+        raise ModelError("an embedding needs a word that stands for it in prompts")
+    parameter = vectors if isinstance(vectors, nn.Parameter) else nn.Parameter(vectors.detach().clone())
+    spliced.splice(word, parameter)
+    return parameter
+
+
+def remove_embeddings(model: StableDiffusion) -> None:
+    """Give the text encoder its own token table back."""
+    holder = text_embeddings(model.text_encoder)
+    if isinstance(holder.token_embedding, SplicedEmbedding):
+        holder.token_embedding = holder.token_embedding.table
+
+
+def tokenize(model: StableDiffusion, prompts: Sequence[str]) -> Tensor:
+    """Turn prompts into ids ``[B, 77]``: start, tokens and learned ids, end, padding. Too long a prompt is cut at 75."""
+    spliced = text_embeddings(model.text_encoder).token_embedding
+    words = spliced.words if isinstance(spliced, SplicedEmbedding) else {}
+    tokenizer = model.tokenizer
+    length = tokenizer.model_max_length
+    if not words:
+        return tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        ).input_ids
+    rows = []
+    for prompt in prompts:
+        ids: list[int] = []
+        for piece, word in _split_words(prompt, words):
+            ids += spliced.ids(word) if word else tokenizer(piece, add_special_tokens=False).input_ids
+        ids = [tokenizer.bos_token_id, *ids[: length - 2], tokenizer.eos_token_id]
+        rows.append(ids + [tokenizer.pad_token_id] * (length - len(ids)))
+    return torch.tensor(rows)
+
+
+def _split_words(prompt: str, words: Sequence[str] | dict[str, nn.Parameter]) -> list[tuple[str, str | None]]:
+    # Longest first, so that "cat-neg" is not read as "cat" and "-neg"; whole words only; CLIP ignores case.
+    by_lower = {word.lower(): word for word in words}
+    pattern = "|".join(re.escape(word) for word in sorted(by_lower, key=len, reverse=True))
+    pieces: list[tuple[str, str | None]] = []
+    end = 0
+    for match in re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", prompt, re.IGNORECASE):
+        if before := prompt[end : match.start()].strip():
+            pieces.append((before, None))
+        pieces.append(("", by_lower[match.group().lower()]))
+        end = match.end()
+    if rest := prompt[end:].strip():
+        pieces.append((rest, None))
+    return pieces

@@ -1,0 +1,96 @@
+"""The diffusion loss: keyed noise and timesteps, eps / v targets, min-SNR weights, loss per sample.
+
+Shape suffixes: B batch, C latent channels, H W latent height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dreamfleet.datasets.keyed import key
+
+SampleKey = tuple[int | str, ...]
+
+
+def keyed_generator(*parts: int | str) -> torch.Generator:
+    """Make a CPU generator that is a function of the parts alone. CPU, so that a GPU run draws the same numbers."""
+    return torch.Generator().manual_seed(key(*parts))
+
+
+def draw_noise(
+    keys: Sequence[SampleKey], shape: tuple[int, ...], *, num_timesteps: int, noise_offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Draw each sample's noise ``[B, *shape]`` and timestep ``[B]`` from its own key.
+
+    ``noise_offset`` adds a constant per channel (Guttenberg 2023, "Diffusion with offset noise"; 0.1 is usual).
+    """
+    noise_BCHW, timesteps = torch.empty(len(keys), *shape), torch.empty(len(keys), dtype=torch.long)
+    for row, parts in enumerate(keys):
+        generator = keyed_generator("noise", *parts)
+        torch.randn(shape, generator=generator, out=noise_BCHW[row])
+        timesteps[row] = torch.randint(num_timesteps, (), generator=generator)
+        if noise_offset:
+            noise_BCHW[row] += noise_offset * torch.randn(shape[0], *[1] * (len(shape) - 1), generator=generator)
+    return noise_BCHW, timesteps
+
+
+def noise_loss(
+    unet: torch.nn.Module,
+    scheduler: Any,
+    *,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    context: Tensor,
+    snr_gamma: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Compute the loss per sample ``[B]`` of predicting the noise (or velocity) in noised latents.
+
+    ``latents, noise``: ``[B, C, H, W]``, scaled; ``context``: ``[B, T, D]``; ``mask``: ``[B, 1, H, W]`` weights, mean 1.
+    Source: Ho et al. 2020, eq. 14; v target: Salimans & Ho 2022; ``snr_gamma``: Hang et al. 2023 (min-SNR), eq. 4.
+    """
+    noisy_BCHW = scheduler.add_noise(latents, noise, timesteps)
+    predicted_BCHW = unet(noisy_BCHW, timesteps, context, return_dict=False)[0]
+    target_BCHW = make_target(scheduler, latents, noise, timesteps)
+    error_BCHW = F.mse_loss(predicted_BCHW.float(), target_BCHW.float(), reduction="none")
+    if mask is not None:
+        error_BCHW = error_BCHW * mask
+    per_sample = error_BCHW.flatten(1).mean(1)
+    if snr_gamma is not None:
+        per_sample = per_sample * snr_weights(scheduler, timesteps, snr_gamma)
+    return per_sample
+
+
+def make_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Return what the model learns to predict: the noise (``epsilon``), the velocity, or the latents (``sample``)."""
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timesteps)
+    if kind == "sample":
+        return latents
+    raise ValueError(f"unknown prediction_type {kind!r}; known: epsilon, v_prediction, sample")
+
+
+def signal_to_noise(scheduler: Any, timesteps: Tensor) -> Tensor:
+    """Return the SNR ``abar / (1 - abar)`` at each timestep, ``[B]``."""
+    abar = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
+    return abar / (1 - abar)
+
+
+def snr_weights(scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
+    """Return the min-SNR weight of each sample, ``[B]``: min(SNR, gamma) / SNR for eps, / (SNR + 1) for v."""
+    snr = signal_to_noise(scheduler, timesteps)
+    clipped = snr.clamp(max=gamma)
+    kind = scheduler.config.prediction_type
+    if kind == "v_prediction":
+        return clipped / (snr + 1)
+    # A zero-terminal-SNR schedule has SNR 0 at the last step, where eps carries no signal to weigh.
+    return clipped if kind == "sample" else torch.where(snr > 0, clipped / snr.clamp(min=1e-12), 0.0)
