@@ -72,7 +72,8 @@ TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
     "object_filewords": tuple(f"{template}, [filewords]" for template in OBJECT_TEMPLATES),
     "subject_filewords": tuple(f"{template}, [filewords]" for template in OBJECT_TEMPLATES),
     "style_filewords": tuple(
-        template.replace(" in the style of ", " of [filewords], in the style of ") for template in STYLE_TEMPLATES
+        template.replace(" in the style of ", " of [filewords], in the style of ")
+        for template in STYLE_TEMPLATES
     ),
     "hypernetwork": tuple(template.replace("[name]", "[filewords]") for template in OBJECT_TEMPLATES),
     "filewords": ("[filewords]",),
@@ -152,7 +153,9 @@ def load_template_file(path: str) -> tuple[str, ...]:
         raise DataError(f"template file: {error}") from error
     templates = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not templates:
-        raise DataError(f"template file {path} is empty: write one template a line, such as 'a photo of [name]'")
+        raise DataError(
+            f"template file {path} is empty: write one template a line, such as 'a photo of [name]'"
+        )
     return templates
 
 

@@ -100,10 +100,14 @@ class DataConfig(Section):
             if not self.concepts_list:
                 raise ValueError("concepts_list is empty: list at least one concept with instance_data_dir")
             extra = [
-                name for name in ("instance_prompt", "class_data_dir", "class_prompt") if getattr(self, name) is not None
+                name
+                for name in ("instance_prompt", "class_data_dir", "class_prompt")
+                if getattr(self, name) is not None
             ]
             if extra:
-                raise ValueError(f"{', '.join(extra)} beside concepts_list: write it inside each concept instead")
+                raise ValueError(
+                    f"{', '.join(extra)} beside concepts_list: write it inside each concept instead"
+                )
         if self.instance_data_dir and self.class_data_dir and not self.class_prompt:
             raise ValueError(
                 f"class_data_dir {self.class_data_dir!r} without class_prompt: say what its pictures show, "
@@ -114,10 +118,14 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _extensions_are_suffixes(self) -> Self:
         if not self.caption_extension:
-            raise ValueError("caption_extension is empty: write '.txt', or use_captions: false to ignore captions")
+            raise ValueError(
+                "caption_extension is empty: write '.txt', or use_captions: false to ignore captions"
+            )
         for extension in self.caption_extension:
             if not extension.startswith(".") or "/" in extension:
-                raise ValueError(f"caption_extension {extension!r} is not a file ending: write '.txt' or '.caption'")
+                raise ValueError(
+                    f"caption_extension {extension!r} is not a file ending: write '.txt' or '.caption'"
+                )
         return self
 
     def with_absolute_paths(self, folder: str) -> DataConfig:

@@ -6,19 +6,48 @@ import io
 from typing import NamedTuple
 
 import numpy as np
+from PIL import AvifImagePlugin as _avif  # noqa: F401  (Pillow knows a format once its reader is imported)
 from PIL import Image
+from PIL import Jpeg2KImagePlugin as _jpeg2000  # noqa: F401
+from PIL import TiffImagePlugin as _tiff  # noqa: F401
+from PIL import WebPImagePlugin as _webp  # noqa: F401
 
 from dreamfleet.datasets.errors import DataError
 
 # Pillow refuses more than this by itself (twice its warning limit), so it is the most we can allow.
 MAX_PIXELS = 178_956_970
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".apng")
+PICTURE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".apng",
+)
 # Pictures to a person, not to Pillow: named in reports instead of being passed over in silence.
-UNREADABLE_SUFFIXES = (".heic", ".heif", ".jxl", ".psd", ".svg", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raw")
+UNREADABLE_SUFFIXES = (
+    ".heic",
+    ".heif",
+    ".jxl",
+    ".psd",
+    ".svg",
+    ".cr2",
+    ".cr3",
+    ".nef",
+    ".arw",
+    ".dng",
+    ".raw",
+)
 
 # No EPS, PDF or FITS: those start other programs or read what is no picture.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -60,7 +89,9 @@ def read_header(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Heade
     with _naming(uri, data), _open(data, uri=uri, max_pixels=max_pixels) as image:
         width, height = image.size
         # A TIFF's size is already turned; a PNG would decode everything to look for late EXIF data.
-        if image.format == "TIFF" or (image.format == "PNG" and b"eXIf" not in data and b"tiff:Orient" not in data):
+        if image.format == "TIFF" or (
+            image.format == "PNG" and b"eXIf" not in data and b"tiff:Orient" not in data
+        ):
             orientation = 1
         else:
             orientation = _orientation(image)
@@ -113,7 +144,9 @@ def fit_picture(
 
 def to_tensor_range(pixels: np.ndarray) -> np.ndarray:
     """uint8 [H,W,3] to float32 [3,H,W] in [-1,1], the range the VAE takes."""
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / np.float32(127.5) - np.float32(1)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / np.float32(127.5) - np.float32(
+        1
+    )
 
 
 def _decode(data: bytes, *, uri: str, max_pixels: int) -> tuple[Image.Image, Image.Image | None]:
@@ -186,7 +219,9 @@ def _to_rgb_and_alpha(image: Image.Image, uri: str) -> tuple[Image.Image, Image.
     if mode.startswith("I;16") or mode == "I":
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
-            raise DataError(f"{uri}: 32-bit whole numbers outside 0..65535. Save it with 8 or 16 bits a channel")
+            raise DataError(
+                f"{uri}: 32-bit whole numbers outside 0..65535. Save it with 8 or 16 bits a channel"
+            )
         transparent = image.info.get("transparency")
         alpha = None
         if isinstance(transparent, int):
@@ -194,7 +229,9 @@ def _to_rgb_and_alpha(image: Image.Image, uri: str) -> tuple[Image.Image, Image.
         eight_bit = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
         return _over_white(eight_bit.convert("RGB"), alpha)
     if mode == "F":
-        raise DataError(f"{uri}: floating-point pixels have no agreed range. Save it with 8 or 16 bits a channel")
+        raise DataError(
+            f"{uri}: floating-point pixels have no agreed range. Save it with 8 or 16 bits a channel"
+        )
     if mode in ("PA", "LA", "La", "RGBA", "RGBa") or "transparency" in image.info:
         straight = image.convert("RGBA")
         return _over_white(straight.convert("RGB"), straight.getchannel("A"))

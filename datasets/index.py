@@ -81,7 +81,10 @@ class Index:
 
     def rows(self) -> list[Row]:
         """All pictures, in order."""
-        return [Row(*values) for values in zip(*(column.to_pylist() for column in self.table.columns), strict=True)]
+        return [
+            Row(*values)
+            for values in zip(*(column.to_pylist() for column in self.table.columns), strict=True)
+        ]
 
     def column(self, name: str) -> list[Any]:
         """One column as a list."""
@@ -133,7 +136,9 @@ def build_index(
         names = [name for name in names if not exclude(name)]
     pictures = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES)]
     bad += [
-        BadFile(storage.path(name), f"{os.path.splitext(name)[1]} files cannot be read. Convert it to PNG or JPEG")
+        BadFile(
+            storage.path(name), f"{os.path.splitext(name)[1]} files cannot be read. Convert it to PNG or JPEG"
+        )
         for name in names
         if name.lower().endswith(UNREADABLE_SUFFIXES)
     ]
@@ -158,7 +163,9 @@ def build_index(
         found = list(pool.map(look, pictures))
     rows = [item for item in found if isinstance(item, Row)]
     bad += [item for item in found if isinstance(item, BadFile)]
-    bad += [BadFile(storage.path(name), f"named in {where}, but not there") for name, where in captions.absent()]
+    bad += [
+        BadFile(storage.path(name), f"named in {where}, but not there") for name, where in captions.absent()
+    ]
     bad.sort()
     if not rows:
         raise DataError(_nothing_usable(storage, names, pictures, bad))
@@ -190,7 +197,9 @@ def _list(storage: Storage, recursive: bool, bad: list[BadFile]) -> list[str]:
     """Names of the visible files; subfolders that cannot be listed go to `bad`."""
     try:
         if not storage.exists():
-            raise DataError(f"folder {storage.url} does not exist. Check the path (relative ones start at the recipe)")
+            raise DataError(
+                f"folder {storage.url} does not exist. Check the path (relative ones start at the recipe)"
+            )
         if storage.is_local and not os.path.isdir(storage.url):
             raise DataError(f"{storage.url} is a file: name the folder of pictures it is in")
         names = storage.list(
@@ -199,7 +208,9 @@ def _list(storage: Storage, recursive: bool, bad: list[BadFile]) -> list[str]:
     except StorageError as error:
         raise DataError(f"pictures: {error}") from error
     return [
-        name for name in names if not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+        name
+        for name in names
+        if not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
     ]
 
 

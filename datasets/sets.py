@@ -102,7 +102,9 @@ def _read_concepts_file(path: str) -> list[Concept]:
             f"concepts_list {path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg}). Mend the file"
         ) from error
     if not isinstance(entries, list) or not entries:
-        raise DataError(f"concepts_list {path}: write a list of objects with instance_data_dir and instance_prompt")
+        raise DataError(
+            f"concepts_list {path}: write a list of objects with instance_data_dir and instance_prompt"
+        )
     folder = path.rpartition("/")[0] or "/"
     concepts = []
     for number, entry in enumerate(entries):
@@ -110,7 +112,8 @@ def _read_concepts_file(path: str) -> list[Concept]:
             concepts.append(concept_with_absolute_paths(Concept.model_validate(entry), folder))
         except ValidationError as error:
             told = "; ".join(
-                f"{'.'.join(str(part) for part in item['loc']) or 'entry'}: {item['msg']}" for item in error.errors()
+                f"{'.'.join(str(part) for part in item['loc']) or 'entry'}: {item['msg']}"
+                for item in error.errors()
             )
             raise DataError(f"concepts_list {path}, concept {number}: {told}") from error
     return concepts
@@ -129,7 +132,9 @@ def _subsets(folder: str) -> list[tuple[str, int, str]]:
         log.warning("%s: subfolders without a number in front are left out: %s", folder, ", ".join(others))
     for name, match in matched:
         if int(match[1]) < 1:
-            raise DataError(f"{storage.path(name)}: 0 repeats. Begin the folder's name with 1 or more, or move it away")
+            raise DataError(
+                f"{storage.path(name)}: 0 repeats. Begin the folder's name with 1 or more, or move it away"
+            )
     return [(storage.path(name), int(match[1]), match[2].strip()) for name, match in matched]
 
 
@@ -155,7 +160,9 @@ def _kohya_concepts(data: DataConfig, subsets: list[tuple[str, int, str]]) -> li
                 repeats=repeats,
             )
         )
-    unused = [folder for folder, _, _ in regs if folder not in {concept.class_data_dir for concept in concepts}]
+    unused = [
+        folder for folder, _, _ in regs if folder not in {concept.class_data_dir for concept in concepts}
+    ]
     if unused:
         raise DataError(
             f"class folders that belong to no instance folder: {', '.join(unused)}. Name them by the last words of "

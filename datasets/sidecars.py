@@ -24,7 +24,9 @@ class CaptionFinder:
         self._names = frozenset(names)
         self._extensions = extensions
         self._table: dict[str, tuple[str, str]] = {}  # picture name -> (caption, metadata file)
-        for name in sorted(names, key=lambda name: (name.count("/"), name)):  # deeper ones are nearer: they win
+        for name in sorted(
+            names, key=lambda name: (name.count("/"), name)
+        ):  # deeper ones are nearer: they win
             place, _, file = name.rpartition("/")
             if file in ("metadata.jsonl", "metadata.csv"):
                 for picture, caption in self._read_table(name):
@@ -56,7 +58,9 @@ class CaptionFinder:
         for line, entry in read(text, where):
             picture = entry.get("file_name")
             if not isinstance(picture, str) or not picture:
-                raise DataError(f'{where}, line {line}: no "file_name". Write {{"file_name": "a.png", "text": "..."}}')
+                raise DataError(
+                    f'{where}, line {line}: no "file_name". Write {{"file_name": "a.png", "text": "..."}}'
+                )
             caption = next((entry[key] for key in CAPTION_COLUMNS if entry.get(key) is not None), "")
             if not isinstance(caption, str):
                 raise DataError(f"{where}, line {line}: the caption of {picture} is not text: {caption!r}")
@@ -75,7 +79,9 @@ def _jsonl_entries(text: str, where: str) -> Iterable[tuple[int, Mapping[str, An
                 "Each line is one object; mend or remove the line"
             ) from error
         if not isinstance(entry, dict):
-            raise DataError(f'{where}, line {number}: write an object such as {{"file_name": "a.png", "text": "..."}}')
+            raise DataError(
+                f'{where}, line {number}: write an object such as {{"file_name": "a.png", "text": "..."}}'
+            )
         yield number, entry
 
 

@@ -110,7 +110,9 @@ class Storage:
             with _explained("read", path):
                 if not os.path.isdir(path):
                     return os.path.getsize(path)
-                return sum(os.path.getsize(os.path.join(path, name)) for name in self.child(rel).list("", True))
+                return sum(
+                    os.path.getsize(os.path.join(path, name)) for name in self.child(rel).list("", True)
+                )
 
         def total(fs: Any, key: str) -> int:
             info = fs.info(key)
@@ -556,9 +558,7 @@ def _copy_file(source: str, target: str) -> None:
         shutil.copyfileobj(file, copy, 1 << 20)
 
 
-def _walk(
-    root: str, recursive: bool, on_error: Callable[[str, StorageError], None] | None
-) -> Iterator[str]:
+def _walk(root: str, recursive: bool, on_error: Callable[[str, StorageError], None] | None) -> Iterator[str]:
     """Names of regular files, and of links that lead nowhere (reading tells what is wrong with those)."""
     pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while pending:
