@@ -1,0 +1,217 @@
+"""Writes `.pt` and `.ckpt` files that every webui accepts, and reads any of them without running code.
+
+AUTOMATIC1111's webui lists the names inside such a file (a zip) and the globals of its pickle, and refuses the whole
+file on one unknown entry. What `torch.save` writes today has names it does not know, so the zip is written here, with
+`data.pkl`, `data/N` and `version` alone: the names that even webui 1.9.4 accepts.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+import struct
+import zipfile
+from collections import OrderedDict
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreamfleet.datasets.errors import FormatError, StorageError
+from dreamfleet.datasets.storage import Storage
+
+# The storages webui's checker lets through; bool, int8 and int16 tensors are not among them.
+STORABLE_DTYPES = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+)
+
+_ALIGNMENT = 64  # bytes: torch reads tensors in place when their data starts at such an offset
+_PROTOCOL = 2  # what torch.save uses, and the newest that both checkers and weights_only read
+_LARGEST_INT = 2**2000  # beyond it pickle 2 uses an opcode that weights_only does not read
+
+
+def save_pickle(obj: Any, path: str | os.PathLike[str]) -> Path:
+    """Write `obj` to `path` as a `.pt`/`.ckpt` that webui 1.9.4 and 1.10.1 accept and `weights_only=True` reads.
+
+    `obj` may hold None, bool, int, float, str, lists, tuples, dicts and dense tensors of `STORABLE_DTYPES`.
+    Parameters become plain tensors, ordered dicts plain dicts, device tensors CPU tensors, and a view keeps its own
+    elements only. The file appears whole or not at all. Raises FormatError for anything else, naming where it is,
+    and StorageError when the disk refuses.
+    """
+    plain = _to_plain(obj, "")
+    path = Path(path)
+    storages: dict[int, tuple[str, torch.UntypedStorage]] = {}
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, item: Any) -> Any:
+            if not isinstance(item, torch.storage.TypedStorage):
+                return None
+            untyped = item._untyped_storage
+            name, _ = storages.setdefault(untyped.data_ptr() or id(untyped), (str(len(storages)), untyped))
+            return ("storage", getattr(torch, item._pickle_storage_type()), name, "cpu", item._size())
+
+    data = io.BytesIO()
+    Pickler(data, protocol=_PROTOCOL).dump(plain)
+    folder = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem) or "archive"
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        _write_entry(archive, f"{folder}/data.pkl", data.getbuffer())
+        for name, untyped in storages.values():
+            content = torch.empty(0, dtype=torch.uint8).set_(untyped).numpy()  # type: ignore[call-overload]
+            _write_entry(archive, f"{folder}/data/{name}", memoryview(content))
+        _write_entry(archive, f"{folder}/version", memoryview(b"3\n"))
+    return path
+
+
+def load_pickle(source: str | os.PathLike[str] | bytes) -> Any:
+    """Read a `.pt`, `.bin` or `.ckpt` (zip or the older stream) on the CPU, running none of its code.
+
+    Tensors and plain containers come back as they were; bookkeeping objects that older trainers left in their files
+    (Lightning callbacks, numpy numbers) come back empty. Raises FormatError, naming the file, when it is empty, cut
+    short, not such a file, or asks for a global that is not on the list.
+    """
+    where = "these bytes" if isinstance(source, bytes) else str(source)
+    size = len(source) if isinstance(source, bytes) else _size_of(Path(source))
+    if size == 0:
+        raise FormatError(f"{where}: the file is empty. Copy or export it again.")
+    stream: Any = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(stream, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise StorageError(f"{where}: cannot be read ({error.strerror or error}).") from error
+    except Exception as error:  # a hostile or broken stream fails in any way torch's reader can
+        raise FormatError(_explain(where, error)) from error
+
+
+def replacing(path: str | os.PathLike[str]) -> AbstractContextManager[Path]:
+    """Give a temporary path that takes the place of `path` at the end: readers never meet half a file.
+
+    Makes the folder when it is missing. Raises StorageError when the disk is full or refuses.
+    """
+    path = Path(path)
+    return Storage(path.parent).staging(path.name)
+
+
+class _Ignored:
+    """Stands in for an object whose content nobody needs: takes any arguments and any state, keeps none."""
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Parameters(_Ignored):
+    """Stands in for torch's ParameterDict, which the first Textual Inversion files hold: keeps the tensors."""
+
+    parameters: dict[str, torch.Tensor]
+
+    def __setstate__(self, state: Any) -> None:
+        held = state.get("_parameters") or {} if isinstance(state, dict) else {}
+        self.parameters = {key: value for key, value in held.items() if isinstance(value, torch.Tensor)}
+
+
+def parameters_of(value: Any) -> Any:
+    """Give the dict of tensors inside a ParameterDict that `load_pickle` read; anything else as it is."""
+    return value.parameters if isinstance(value, _Parameters) else value
+
+
+_HARMLESS: list[Any] = [
+    (_Parameters, "torch.nn.modules.container.ParameterDict"),
+    *(
+        (_Ignored, name)
+        for name in (
+            "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+            "pytorch_lightning.utilities.types._PATH",
+            "numpy.core.multiarray.scalar",
+            "numpy._core.multiarray.scalar",
+            "numpy.dtype",
+        )
+    ),
+    _Ignored,
+    _Parameters,
+]
+
+
+def _to_plain(value: Any, where: str) -> Any:
+    """Rebuild `value` of the types both checkers know; `where` is the path of keys to it."""
+    kind = type(value)
+    if value is None or kind in (bool, float, str):
+        return value
+    if kind is int:
+        if abs(value) >= _LARGEST_INT:
+            raise FormatError(f"{where or 'the object'} is an integer too large for a .pt file.")
+        return value
+    if kind in (list, tuple):
+        return kind(_to_plain(item, f"{where}[{index}]") for index, item in enumerate(value))
+    if kind in (dict, OrderedDict):
+        for key in value:
+            if type(key) not in (str, int):
+                raise FormatError(f"{where}[{key!r}]: a key of a .pt file must be text or an integer.")
+        return {key: _to_plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if kind in (torch.Tensor, torch.nn.Parameter):
+        return _to_plain_tensor(value, where)
+    raise FormatError(
+        f"{where or 'the object'} is a {kind.__module__}.{kind.__qualname__}, which webui refuses to read from a .pt "
+        "file. Use plain Python numbers, text, lists, dicts and tensors."
+    )
+
+
+def _to_plain_tensor(value: torch.Tensor, where: str) -> torch.Tensor:
+    if value.layout is not torch.strided or value.is_meta or value.is_quantized:
+        raise FormatError(f"{where or 'the tensor'} is not an ordinary dense tensor with values.")
+    if value.dtype not in STORABLE_DTYPES:
+        raise FormatError(
+            f"{where or 'the tensor'} has dtype {value.dtype}, which webui refuses to read. "
+            f"Convert it to one of {', '.join(str(dtype).removeprefix('torch.') for dtype in STORABLE_DTYPES)}."
+        )
+    plain = value.detach().resolve_neg().cpu().contiguous()
+    if plain.untyped_storage().nbytes() != plain.numel() * plain.element_size():
+        plain = plain.clone()
+    return plain
+
+
+def _write_entry(archive: zipfile.ZipFile, name: str, content: memoryview) -> None:
+    """Add an uncompressed entry whose data starts at a multiple of the alignment, as in torch's own files."""
+    entry = zipfile.ZipInfo(name)  # dated 1980: the same content gives the same bytes
+    zip64 = content.nbytes >= 2**31 - 1
+    assert archive.fp is not None
+    start = archive.fp.tell() + 30 + len(name.encode()) + (20 if zip64 else 0)
+    padding = -start % _ALIGNMENT
+    if 0 < padding < 4:
+        padding += _ALIGNMENT
+    if padding:
+        entry.extra = struct.pack("<2sH", b"FB", padding - 4) + b"Z" * (padding - 4)
+    with archive.open(entry, "w", force_zip64=zip64) as file:
+        file.write(content)
+
+
+def _explain(where: str, error: Exception) -> str:
+    text = str(error)
+    unsafe = re.search(r"GLOBAL ([\w.]+) was not an allowed|unsupported GLOBAL ([\w.]+)", text)
+    if unsafe:
+        name = next(group for group in unsafe.groups() if group)
+        return (
+            f"{where}: refused, because reading it would call {name}, which can run code. "
+            "Ask its author for a .safetensors file, or for a .pt with tensors only."
+        )
+    if isinstance(error, EOFError) or "central directory" in text or "zip archive" in text:
+        return f"{where}: the file is cut short or damaged. Copy or export it again."
+    return f"{where}: not a PyTorch file that can be read safely ({type(error).__name__})."
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror or error}).") from error
