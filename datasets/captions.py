@@ -1,4 +1,4 @@
-"""Words for pictures: templates, captions, tag shuffle and drop-out; pure, random only by the given generator."""
+"""Words for pictures: templates, captions, tag shuffle and drop-out; pure, seeded by the given generator."""
 
 from __future__ import annotations
 
@@ -203,6 +203,6 @@ def decode_text(data: bytes, *, uri: str) -> str:
         if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
             guess = " (it looks like UTF-16)"
         raise DataError(
-            f"{uri} is not UTF-8 text{guess}: byte {data[error.start]:#04x} at position {error.start}, line {line}. "
-            "Save it again as UTF-8"
+            f"{uri} is not UTF-8 text{guess}: byte {data[error.start]:#04x} at position {error.start}, "
+            f"line {line}. Save it again as UTF-8"
         ) from error

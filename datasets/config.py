@@ -24,9 +24,9 @@ class Concept(Section):
 
     instance_data_dir: str = Field(min_length=1)
     instance_prompt: str | None = None
-    class_data_dir: str | None = Field(None, min_length=1)
+    class_data_dir: str | None = Field(default=None, min_length=1)
     class_prompt: str | None = None
-    repeats: int = Field(1, ge=1, validation_alias=_also("repeats", "num_repeats"))
+    repeats: int = Field(default=1, ge=1, validation_alias=_also("repeats", "num_repeats"))
 
     @model_validator(mode="after")
     def _class_has_prompt(self) -> Self:
@@ -47,43 +47,46 @@ class DataConfig(Section):
     """
 
     instance_data_dir: str | None = Field(
-        None, min_length=1, validation_alias=_also("instance_data_dir", "image_dir")
+        default=None, min_length=1, validation_alias=_also("instance_data_dir", "image_dir")
     )
     instance_prompt: str | None = Field(
-        None, validation_alias=_also("instance_prompt", "class_tokens", "trigger_word")
+        default=None, validation_alias=_also("instance_prompt", "class_tokens", "trigger_word")
     )
     class_data_dir: str | None = Field(
-        None, min_length=1, validation_alias=_also("class_data_dir", "reg_data_dir")
+        default=None, min_length=1, validation_alias=_also("class_data_dir", "reg_data_dir")
     )
     class_prompt: str | None = None
-    train_data_dir: str | None = Field(None, min_length=1)
+    train_data_dir: str | None = Field(default=None, min_length=1)
     concepts_list: list[Concept] | str | None = None
 
-    caption_extension: Annotated[list[str], BeforeValidator(_as_list)] = [".txt", ".caption"]
+    caption_extension: Annotated[list[str], BeforeValidator(_as_list)] = Field(default=[".txt", ".caption"])
     use_captions: bool = True
-    shuffle_tags: bool = Field(False, validation_alias=_also("shuffle_tags", "shuffle_caption"))
-    keep_tokens: int = Field(0, ge=0)
+    shuffle_tags: bool = Field(default=False, validation_alias=_also("shuffle_tags", "shuffle_caption"))
+    keep_tokens: int = Field(default=0, ge=0)
     tag_dropout: float = Field(
-        0.0, ge=0, le=1, validation_alias=_also("tag_dropout", "caption_tag_dropout_rate", "tag_drop_out")
+        default=0.0,
+        ge=0,
+        le=1,
+        validation_alias=_also("tag_dropout", "caption_tag_dropout_rate", "tag_drop_out"),
     )
     caption_dropout: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         le=1,
         validation_alias=_also("caption_dropout", "caption_dropout_rate", "proportion_empty_prompts"),
     )
 
-    resolution: int = Field(512, ge=8, le=8192)
+    resolution: int = Field(default=512, ge=8, le=8192)
     center_crop: bool = True
-    random_flip: bool = Field(False, validation_alias=_also("random_flip", "flip_aug"))
-    repeats: int = Field(1, ge=1, validation_alias=_also("repeats", "num_repeats"))
-    max_pixels: int = Field(MAX_PIXELS, ge=1, le=MAX_PIXELS)
+    random_flip: bool = Field(default=False, validation_alias=_also("random_flip", "flip_aug"))
+    repeats: int = Field(default=1, ge=1, validation_alias=_also("repeats", "num_repeats"))
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1, le=MAX_PIXELS)
 
     source: Literal["auto", "resident", "stream"] = "auto"
-    resident_limit_mb: int = Field(4096, ge=1)
+    resident_limit_mb: int = Field(default=4096, ge=1)
     cache_latents: bool = True
     latent_sampling: Literal["random", "once", "deterministic"] = Field(
-        "random", validation_alias=_also("latent_sampling", "latent_sampling_method")
+        default="random", validation_alias=_also("latent_sampling", "latent_sampling_method")
     )
 
     @model_validator(mode="after")
@@ -99,15 +102,10 @@ class DataConfig(Section):
         if self.concepts_list is not None:
             if not self.concepts_list:
                 raise ValueError("concepts_list is empty: list at least one concept with instance_data_dir")
-            extra = [
-                name
-                for name in ("instance_prompt", "class_data_dir", "class_prompt")
-                if getattr(self, name) is not None
-            ]
+            for_one = ("instance_prompt", "class_data_dir", "class_prompt")
+            extra = [name for name in for_one if getattr(self, name) is not None]
             if extra:
-                raise ValueError(
-                    f"{', '.join(extra)} beside concepts_list: write it inside each concept instead"
-                )
+                raise ValueError(f"{', '.join(extra)} beside concepts_list: write it inside each concept")
         if self.instance_data_dir and self.class_data_dir and not self.class_prompt:
             raise ValueError(
                 f"class_data_dir {self.class_data_dir!r} without class_prompt: say what its pictures show, "
@@ -118,14 +116,10 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _extensions_are_suffixes(self) -> Self:
         if not self.caption_extension:
-            raise ValueError(
-                "caption_extension is empty: write '.txt', or use_captions: false to ignore captions"
-            )
+            raise ValueError("caption_extension is empty: write '.txt', or use_captions: false")
         for extension in self.caption_extension:
             if not extension.startswith(".") or "/" in extension:
-                raise ValueError(
-                    f"caption_extension {extension!r} is not a file ending: write '.txt' or '.caption'"
-                )
+                raise ValueError(f"caption_extension {extension!r} is not a file ending: write '.txt'")
         return self
 
     def with_absolute_paths(self, folder: str) -> DataConfig:

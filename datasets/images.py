@@ -1,4 +1,4 @@
-"""Decode, turn, crop, resize and flip pictures: pure functions of bytes and numbers (Pillow and numpy only)."""
+"""Decode, turn, crop, resize and flip pictures: pure (Pillow and numpy only)."""
 
 from __future__ import annotations
 
@@ -171,10 +171,10 @@ class _naming:
         if not self.data:
             raise DataError(f"{self.uri}: the file is empty (0 bytes)")
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # Pillow's readers raise nearly anything on broken data (struct.error, IndexError, SyntaxError ...).
         if not isinstance(error, Exception) or isinstance(error, DataError):
-            return False
+            return
         raise DataError(f"{self.uri}: {_reason(error, self.data)}") from error
 
 
@@ -197,8 +197,8 @@ def _open(data: bytes, *, uri: str, max_pixels: int) -> Image.Image:
     if width * height > max_pixels:
         image.close()
         raise DataError(
-            f"{uri}: {width} x {height} = {width * height:,} pixels, more than data.max_pixels = {max_pixels:,}. "
-            "Make the picture smaller, or raise the limit if you trust it"
+            f"{uri}: {width} x {height} = {width * height:,} pixels, more than data.max_pixels = "
+            f"{max_pixels:,}. Make the picture smaller, or raise the limit if you trust it"
         )
     if not width or not height:
         raise DataError(f"{uri}: a picture without pixels ({width} x {height})")
@@ -209,7 +209,7 @@ def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1 to 8; 1 where there is none or the EXIF data are broken."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # broken EXIF data raise anything; the picture itself is good
+    except Exception:  # noqa: BLE001  broken EXIF data raise anything; the picture itself is good
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -229,9 +229,7 @@ def _to_rgb_and_alpha(image: Image.Image, uri: str) -> tuple[Image.Image, Image.
         eight_bit = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
         return _over_white(eight_bit.convert("RGB"), alpha)
     if mode == "F":
-        raise DataError(
-            f"{uri}: floating-point pixels have no agreed range. Save it with 8 or 16 bits a channel"
-        )
+        raise DataError(f"{uri}: floating-point pixels have no agreed range. Save it with 8 or 16 bits")
     if mode in ("PA", "LA", "La", "RGBA", "RGBa") or "transparency" in image.info:
         straight = image.convert("RGBA")
         return _over_white(straight.convert("RGB"), straight.getchannel("A"))

@@ -66,7 +66,7 @@ class Row(NamedTuple):
 
 
 class Index:
-    """The pictures of one or more folders, sorted by id: the same whatever the folder's place or listing order."""
+    """The pictures of one or more folders, sorted by id, whatever their place or listing order."""
 
     def __init__(self, table: pa.Table, *, bad: Sequence[BadFile] = ()) -> None:
         self.table = table
@@ -92,7 +92,7 @@ class Index:
 
     @property
     def content_hash(self) -> str:
-        """sha256 (hex) over what training sees: ids, contents, captions, concepts, roles, repeats; not places."""
+        """sha256 (hex) over ids, contents, captions, concepts, roles and repeats; not over places."""
         digest = hashlib.sha256()
         for row in self.rows():
             seen = [row.id, row.sha256, row.caption, row.concept, row.role, row.repeats]
@@ -224,7 +224,7 @@ def _nothing_usable(
         )
     held = f"{len(names)} other files" if names else "nothing at all"
     return (
-        f"no picture in {storage.url}: it holds {held}. Put pictures ({', '.join(PICTURE_SUFFIXES[:5])} ...) there, "
+        f"no picture in {storage.url}: it holds {held}. Put pictures (.png, .jpg, .webp ...) there, "
         "or name another folder"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -53,6 +54,7 @@ def load_sets(data: DataConfig, *, verify: bool | None = None) -> Sets:
             max_pixels=data.max_pixels,
             repeats=concept.repeats * data.repeats,
             verify=verify,
+            exclude=_inside(concept.instance_data_dir, [other.class_data_dir for other in concepts]),
         )
         for number, concept in enumerate(concepts)
     ]
@@ -91,6 +93,14 @@ def load_concepts(data: DataConfig) -> list[Concept]:
     ]
 
 
+def _inside(folder: str, class_folders: list[str | None]) -> Callable[[str], bool]:
+    """Says of a file name in `folder` whether it belongs to a class folder kept inside it."""
+    root = Storage(folder).url + "/"
+    places = [Storage(place).url + "/" for place in class_folders if place is not None]
+    prefixes = tuple(place.removeprefix(root) for place in places if place.startswith(root) and place != root)
+    return lambda name: name.startswith(prefixes)
+
+
 def _read_concepts_file(path: str) -> list[Concept]:
     """ShivamShrirao's concepts_list.json; its relative folders start at the file's own."""
     try:
@@ -99,7 +109,8 @@ def _read_concepts_file(path: str) -> list[Concept]:
         raise DataError(f"concepts_list: {error}") from error
     except json.JSONDecodeError as error:
         raise DataError(
-            f"concepts_list {path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg}). Mend the file"
+            f"concepts_list {path}, line {error.lineno}, column {error.colno}: not JSON "
+            f"({error.msg}). Mend the file"
         ) from error
     if not isinstance(entries, list) or not entries:
         raise DataError(
@@ -143,8 +154,8 @@ def _kohya_concepts(data: DataConfig, subsets: list[tuple[str, int, str]]) -> li
     if data.class_data_dir and not regs:
         if data.class_prompt is None:
             raise DataError(
-                f"class_data_dir {data.class_data_dir} has no subfolder such as '1_dog' and data.class_prompt is not "
-                "set. Do one of both, so that the class prompt is known"
+                f"class_data_dir {data.class_data_dir} has no subfolder such as '1_dog', and "
+                "data.class_prompt is not set: the class prompt is not known. Do one of both"
             )
         regs = [(data.class_data_dir, 1, data.class_prompt)]
     concepts = []
@@ -164,15 +175,16 @@ def _kohya_concepts(data: DataConfig, subsets: list[tuple[str, int, str]]) -> li
         folder for folder, _, _ in regs if folder not in {concept.class_data_dir for concept in concepts}
     ]
     if unused:
+        names = ", ".join(name for _, _, name in subsets)
         raise DataError(
-            f"class folders that belong to no instance folder: {', '.join(unused)}. Name them by the last words of "
-            f"an instance folder ('1_dog' for '10_sks dog'); there are: {', '.join(name for _, _, name in subsets)}"
+            f"class folders that belong to no instance folder: {', '.join(unused)}. Name them by the last "
+            f"words of an instance folder ('1_dog' for '10_sks dog'); there are: {names}"
         )
     return concepts
 
 
 def _class_of(name: str, regs: list[tuple[str, int, str]], *, alone: bool) -> tuple[str | None, str | None]:
-    """The class folder whose name ends the instance's ("dog" for "sks dog"), the longest such; or the only one."""
+    """The class folder whose name ends the instance's ("dog" for "sks dog"), the longest; or the only one."""
     fitting = [reg for reg in regs if f" {name}".endswith(f" {reg[2]}") and reg[2]]
     if not fitting and len(regs) == 1:
         fitting = regs

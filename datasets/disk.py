@@ -1,0 +1,160 @@
+"""Local files: written whole or not at all, listed without loops, system errors explained."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from dreamfleet.datasets.errors import StorageError
+
+log = logging.getLogger(__name__)
+
+_TEMPORARY = re.compile(r"^\..+\.tmp-[0-9a-f]{12}$")  # our unfinished writes, never listed
+
+
+@contextmanager
+def explained(verb: str, path: str) -> Iterator[None]:
+    """Turn an operating system error into a StorageError with a way out."""
+    try:
+        yield
+    except OSError as error:
+        raise as_storage_error(verb, path, error) from error
+
+
+_WAYS_OUT = {
+    errno.ENOSPC: "the disk is full. Free some space, or choose a folder on another disk "
+    "(what was there before is untouched)",
+    errno.EDQUOT: "your disk quota is used up. Free some space, or choose a folder on another disk",
+    errno.ENOENT: "it does not exist. Check the path",
+    errno.EACCES: "permission denied. Give this user access (chmod, chown), or choose another folder",
+    errno.EPERM: "the system does not permit it. Check the owner and attributes, or choose another folder",
+    errno.EROFS: "the file system is read-only. Choose a folder that can be written",
+    errno.ENOTDIR: "a part of the path is a file, not a folder. Choose another path",
+    errno.EISDIR: "it is a folder, not a file. Choose another path",
+    errno.ENAMETOOLONG: "the name is too long for this file system. Choose a shorter one",
+    errno.ELOOP: "its links point at each other. Mend the links",
+    errno.EMFILE: "too many open files. Raise the limit (ulimit -n)",
+    errno.ESTALE: "the network file system lost it. Mount it again",
+    errno.EIO: "the disk reported a failure. Check the disk, or choose another one",
+}
+
+
+def as_storage_error(verb: str, path: str, error: OSError) -> StorageError:
+    way_out = _WAYS_OUT.get(error.errno or 0, f"{type(error).__name__}: {error.strerror or error}")
+    return StorageError(f"cannot {verb} {path}: {way_out}")
+
+
+@contextmanager
+def full_disk_told(path: str) -> Iterator[None]:
+    """Make a full disk an OSError where a library (torch.save, safetensors) hides it in an error of its own."""
+    try:
+        yield
+    except Exception as error:
+        full = _as_full_disk(error, path)
+        if full is None:
+            raise
+        raise full from error
+
+
+def _as_full_disk(error: Exception, path: str) -> OSError | None:
+    text = str(error)
+    told = "No space left" in text or "os error 28" in text
+    torch_failed = "PytorchStreamWriter" in text or "file write failed" in text
+    if told or (torch_failed and shutil.disk_usage(os.path.dirname(path)).free < 1 << 24):
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+    return None
+
+
+@contextmanager
+def appearing(path: str) -> Iterator[str]:
+    """Give a temporary name beside `path` that becomes `path` when the block ends well, and vanishes else."""
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{os.path.basename(path)[:200]}.tmp-{secrets.token_hex(6)}")
+    try:
+        yield temporary
+        for name in _files_of(temporary):
+            _sync(name)
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.isdir(temporary):
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            _unlink_quietly(temporary)
+        raise
+    _sync_folder(folder)
+
+
+def _files_of(path: str) -> list[str]:
+    if not os.path.isdir(path):
+        return [path]
+    return [os.path.join(path, name) for name in walk(path, True, None)]
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: str) -> None:
+    try:
+        _sync(folder)
+    except OSError as error:  # some network file systems cannot sync a folder; the file itself is safe
+        log.debug("could not sync %s: %s", folder, error)
+
+
+def _unlink_quietly(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError as error:
+        log.debug("could not remove %s: %s", path, error)
+
+
+def copy_file(source: str, target: str) -> None:
+    """Copy one file; the copy appears whole or not at all."""
+    with explained("read", source):
+        file = open(source, "rb")  # noqa: SIM115  closed below; opened here so that its errors name the source
+    with file, explained("write", target), appearing(target) as temporary, open(temporary, "wb") as copy:
+        shutil.copyfileobj(file, copy, 1 << 20)
+
+
+def walk(root: str, recursive: bool, on_error: Callable[[str, StorageError], None] | None) -> Iterator[str]:
+    """Names of regular files, and of links that lead nowhere (reading tells what is wrong with those)."""
+    pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    while pending:
+        rel, above = pending.pop()
+        folder = os.path.join(root, rel) if rel else root
+        try:
+            status = os.stat(folder)
+            if not stat.S_ISDIR(status.st_mode) and not rel:
+                return
+            with os.scandir(folder) as scan:
+                entries = list(scan)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            explained = as_storage_error("list", folder, error)
+            if on_error is None or not rel:
+                raise explained from error
+            on_error(folder, explained)
+            continue
+        here = (status.st_dev, status.st_ino)
+        if here in above:  # a link to a folder we are inside of
+            continue
+        for entry in entries:
+            name = f"{rel}/{entry.name}" if rel else entry.name
+            if entry.is_dir():
+                if recursive:
+                    pending.append((name, above | {here}))
+            elif _TEMPORARY.match(entry.name) is None and (entry.is_file() or entry.is_symlink()):
+                yield name
