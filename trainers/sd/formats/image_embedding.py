@@ -1,0 +1,297 @@
+"""Pictures that carry a Textual Inversion embedding, in a PNG text chunk and in pixels beside the picture.
+
+The form is AUTOMATIC1111 webui's: the text chunk survives only in PNG; the pixel blocks survive any lossless
+format. Both hold the JSON of the webui `.pt` dict, tensors written as `{"TORCHTENSOR": nested list}`.
+
+Shapes: H, W height and width of the whole picture in pixels; K columns of one block of hidden nibbles.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import os
+import warnings
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+
+from dreamfleet.datasets.disk import as_storage_error
+from dreamfleet.datasets.errors import FormatError
+from dreamfleet.trainers.sd.formats.pickles import replacing
+
+TEXT_KEY = "sd-ti-embedding"
+SUFFIXES = (".png", ".webp", ".avif", ".jxl")
+
+MAX_PIXELS = 64_000_000  # of a picture that is read; 75 vectors beside a 4K picture need a tenth
+MAX_JSON_BYTES = 32_000_000  # inflated; 75 vectors of 1024 numbers need 2 MB
+MAX_JSON_DEPTH = 16  # the webui dict has 5
+
+_TENSOR_KEY = "TORCHTENSOR"
+_SMALLEST_SIDE = 512  # pixels: smaller previews are enlarged so that the caption can be read
+_SAVE_OPTIONS: dict[str, dict[str, Any]] = {
+    ".png": {"format": "PNG"},
+    ".webp": {"format": "WEBP", "lossless": True, "quality": 100, "exact": True},
+    ".avif": {"format": "AVIF", "quality": 100, "subsampling": "4:4:4"},
+    ".jxl": {"format": "JXL", "lossless": True},
+}
+
+Pixels = NDArray[np.uint8]
+
+
+def write_image_embedding(
+    data: dict[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    picture: Image.Image | None = None,
+    caption: Sequence[str] = (),
+) -> Path:
+    """Write a picture that carries `data`, the dict of a webui `.pt`, in both carriers.
+
+    `picture` is what people see (a plain card when None); `caption` is a title and up to three footers drawn on it.
+    Raises FormatError for a format that loses bits, StorageError when the disk refuses.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in _SAVE_OPTIONS:
+        raise FormatError(
+            f"{path}: an image embedding cannot be a {suffix or 'file without suffix'}; write a .png."
+        )
+    payload = _to_json(data)
+    shown = _captioned(picture or _plain_card(), caption)
+    vectors = next((value for value in _tensors_of(data)), torch.ones(1, 1))
+    canvas = Image.fromarray(_hide(np.asarray(shown), payload, decoration=vectors[0].float().numpy()))
+    options = dict(_SAVE_OPTIONS[suffix])
+    if suffix == ".png":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_text(TEXT_KEY, base64.b64encode(payload).decode("ascii"))
+    written = io.BytesIO()
+    try:
+        canvas.save(written, **options)
+    except (KeyError, OSError) as error:
+        raise FormatError(
+            f"{path}: this Pillow cannot write {suffix} pictures; write a .png instead."
+        ) from error
+    if _carried_by_pixels(_open(written.getvalue(), str(path))) != payload:
+        raise FormatError(
+            f"{path}: {suffix} as written here loses bits, and the embedding with them; write a .png or .webp instead."
+        )
+    with replacing(path) as temporary:
+        temporary.write_bytes(written.getvalue())
+    return path
+
+
+def read_image_embedding(source: str | os.PathLike[str] | bytes) -> dict[str, Any]:
+    """Read the dict that a picture carries: text chunk first, then pixels. Tensors come back as float32.
+
+    Raises FormatError when the picture carries none, is damaged, or is larger than an embedding can be.
+    """
+    where = "this picture" if isinstance(source, bytes) else str(source)
+    if isinstance(source, bytes):
+        content = source
+    else:
+        try:
+            content = Path(source).read_bytes()
+        except OSError as error:
+            raise as_storage_error("read", where, error) from error
+    image = _open(content, where)
+    text = getattr(image, "text", {}).get(TEXT_KEY)
+    if text is not None:
+        try:
+            payload: bytes | None = base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise FormatError(f"{where}: its text chunk {TEXT_KEY!r} is damaged.") from error
+    else:
+        payload = _carried_by_pixels(image)
+    if payload is None:
+        raise FormatError(
+            f"{where}: this picture carries no embedding. If it once did, it was saved again with loss "
+            "(as JPEG, or by a site that recompresses); use the original file."
+        )
+    return _from_json(payload, where)
+
+
+def lcg_noise(count: int) -> NDArray[np.uint8]:
+    """Return the first `count` values (0 to 254) of the generator that hides the nibbles.
+
+    x <- (1664525 x + 1013904223) mod 2^32 from 0, each x mod 255 (webui, modules/textual_inversion/image_embedding).
+    """
+    multiplier, increment, mask = 1664525, 1013904223, 2**32 - 1
+    states = np.array([increment], dtype=np.uint64)
+    while (
+        len(states) < count
+    ):  # n values further on is again x -> multiplier x + increment, so each round doubles
+        states = np.concatenate([states, (states * multiplier + increment) & mask])
+        multiplier, increment = multiplier * multiplier & mask, (multiplier * increment + increment) & mask
+    return (states[:count] % 255).astype(np.uint8)
+
+
+def _to_json(data: dict[str, Any]) -> bytes:
+    def plain(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return {_TENSOR_KEY: _short_floats(value.detach().float().cpu().numpy())}
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return value
+
+    return json.dumps(plain(data), allow_nan=False).encode("utf-8")
+
+
+def _short_floats(array: NDArray[np.float32]) -> Any:
+    """Write float32 numbers with the few digits they need: half the bytes, the same bits when read."""
+    flat = [float(str(value)) for value in array.ravel()]
+    exact = np.array(flat, dtype=np.float64).astype(np.float32)
+    kept = np.array(flat) if np.array_equal(exact, array.ravel()) else array.ravel().astype(np.float64)
+    return kept.reshape(array.shape).tolist()
+
+
+def _from_json(payload: bytes, where: str) -> dict[str, Any]:
+    if len(payload) > MAX_JSON_BYTES:
+        raise FormatError(f"{where}: holds {len(payload)} bytes of text, more than an embedding can need.")
+    levels = np.zeros(256, dtype=np.int32)
+    levels[[ord("["), ord("{")]] = 1
+    levels[[ord("]"), ord("}")]] = -1
+    if np.cumsum(levels[np.frombuffer(payload, dtype=np.uint8)]).max(initial=0) > MAX_JSON_DEPTH:
+        raise FormatError(f"{where}: what it holds is nested too deeply for an embedding.")
+
+    def restore(value: dict[str, Any]) -> Any:
+        if set(value) != {_TENSOR_KEY}:
+            return value
+        return torch.from_numpy(np.asarray(value[_TENSOR_KEY], dtype=np.float64).astype(np.float32))
+
+    try:
+        data = json.loads(payload.decode("utf-8"), object_hook=restore)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise FormatError(f"{where}: what it holds is not the JSON of an embedding ({error}).") from error
+    if not isinstance(data, dict):
+        raise FormatError(f"{where}: what it holds is not an embedding.")
+    return data
+
+
+def _hide(picture_HW3: Pixels, payload: bytes, *, decoration: NDArray[np.float32]) -> Pixels:
+    """Put the payload's low nibbles in columns left of the picture, its high nibbles right of it."""
+    height = picture_HW3.shape[0]
+    packed = np.frombuffer(zlib.compress(payload, 9), dtype=np.uint8)
+    size = len(packed) + height - len(packed) % height
+    size += 3 * height - size % (3 * height)
+    low_HK3, high_HK3 = (
+        np.resize(part, size).reshape(height, -1, 3) for part in (packed & 0x0F, packed >> 4)
+    )
+    noise_HK3 = lcg_noise(size).reshape(low_HK3.shape) & 0x0F
+    greys = _greys(decoration)
+    discs = [_discs(low_HK3.shape[1], height, shades) for shades in (greys, greys[::-1])]
+    black_H13 = np.zeros((height, 1, 3), dtype=np.uint8)
+    left, right = low_HK3 ^ noise_HK3 ^ discs[0], high_HK3 ^ noise_HK3 ^ discs[1]
+    return np.concatenate([left, black_H13, picture_HW3, black_H13, right], axis=1)
+
+
+def _carried_by_pixels(image: Image.Image) -> bytes | None:
+    """Give the payload hidden in the picture's pixels; None when there is none or it did not survive."""
+    pixels_HW3 = np.asarray(image.convert("RGB"))
+    bright_HW = (pixels_HW3 > 0).all(axis=2)
+    rows, columns = bright_HW.any(axis=1).nonzero()[0], bright_HW.any(axis=0).nonzero()[0]
+    if not len(rows):
+        return None
+    nibbles_HW3 = pixels_HW3[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] & 0x0F
+    walls = (nibbles_HW3 == 0).all(axis=(0, 2)).nonzero()[0]
+    if len(walls) < 2:
+        return None
+    low_HK3, high_HK3 = nibbles_HW3[:, : walls[0]], nibbles_HW3[:, walls[-1] + 1 :]
+    if low_HK3.shape != high_HK3.shape or not low_HK3.size:
+        return None
+    noise = lcg_noise(low_HK3.size) & 0x0F
+    packed = ((high_HK3.ravel() ^ noise) << 4) | (low_HK3.ravel() ^ noise)
+    inflater = zlib.decompressobj()
+    try:
+        payload = inflater.decompress(packed.tobytes(), MAX_JSON_BYTES + 1)
+    except zlib.error:
+        return None
+    return payload if inflater.eof or len(payload) > MAX_JSON_BYTES else None
+
+
+def _open(content: bytes, where: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below is stricter
+            image = Image.open(io.BytesIO(content))
+        if image.width * image.height > MAX_PIXELS:
+            raise FormatError(
+                f"{where}: {image.width}x{image.height} pixels are more than an embedding can need."
+            )
+        image.load()
+    except FormatError:
+        raise
+    except UnidentifiedImageError as error:
+        raise FormatError(f"{where}: not a picture that can be read.") from error
+    except Exception as error:  # a broken picture fails in any way Pillow's decoders can
+        raise FormatError(f"{where}: the picture is damaged ({error}).") from error
+    return image
+
+
+def _tensors_of(data: Any) -> list[torch.Tensor]:
+    if isinstance(data, torch.Tensor):
+        return [data] if data.ndim == 2 and data.numel() else []
+    return (
+        [tensor for item in data.values() for tensor in _tensors_of(item)] if isinstance(data, dict) else []
+    )
+
+
+def _greys(vector: NDArray[np.float32]) -> Pixels:
+    """Turn the first vector into the shades of the discs drawn over the nibbles."""
+    size = np.abs(vector[:1024])
+    return (size / max(float(size.max(initial=0)), 1e-12) * 255).astype(np.uint8)
+
+
+def _discs(columns: int, height: int, greys: Pixels) -> Pixels:
+    """Draw discs of 6 pixels on a lattice of 8, odd rows shifted by 4; only bits 4 to 7 are kept."""
+    sheet = Image.new("L", (columns, height))
+    draw = ImageDraw.Draw(sheet)
+    count = 0
+    for row, top in enumerate(range(-6, height, 8)):
+        for left in range(-6 + 4 * (row % 2), columns, 8):
+            draw.ellipse((left, top, left + 6, top + 6), fill=int(greys[count % len(greys)]))
+            count += 1
+    return np.repeat((np.asarray(sheet) & 0xF0)[:, :, None], 3, axis=2)
+
+
+def _plain_card() -> Image.Image:
+    rows = np.linspace(1, 0, _SMALLEST_SIDE)[:, None, None]
+    shade = np.array([70, 96, 140]) * rows + np.array([40, 44, 62]) * (1 - rows)
+    return Image.fromarray(np.broadcast_to(shade, (_SMALLEST_SIDE, _SMALLEST_SIDE, 3)).astype(np.uint8))
+
+
+def _captioned(picture: Image.Image, caption: Sequence[str]) -> Image.Image:
+    """Give an RGB copy, enlarged when small, with a title at the top and up to three footers at the bottom."""
+    picture = picture.convert("RGB")
+    scale = -(-_SMALLEST_SIDE // min(picture.size))
+    if scale > 1:
+        picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
+    if not caption:
+        return picture
+    width, height = picture.size
+    y = np.arange(height) / height
+    shade = np.clip(np.maximum(1 - np.cos(1.65 * (1 - y)), 1 - np.cos(1.5 * y)), 0, 1)
+    alpha = Image.fromarray(np.repeat((shade * 255).astype(np.uint8)[:, None], width, axis=1))
+    picture = Image.composite(Image.new("RGB", picture.size), picture, alpha)
+    draw = ImageDraw.Draw(picture, "RGBA")
+    pad, white = 10, (255, 255, 255, 230)
+    title, footers = caption[0], list(caption[1:4])
+    draw.text((pad, pad), title, fill=white, font=_font([title], int(width * 0.75) - 4 * pad, largest=72))
+    font = _font(footers, width // 3 - pad * 2, largest=28)
+    for text, x, anchor in zip(footers, (pad, width // 2, width - pad), ("ls", "ms", "rs"), strict=False):
+        draw.text((x, height - pad), text, fill=white, font=font, anchor=anchor)
+    return picture
+
+
+def _font(texts: Sequence[str], width: int, *, largest: int) -> Any:
+    """Give the largest font in which every text is at most `width` pixels wide."""
+    widest = max((ImageFont.load_default(100).getlength(text) for text in texts), default=0)
+    return ImageFont.load_default(max(8, min(largest, int(100 * width / max(widest, 1)))))
