@@ -1,0 +1,96 @@
+# Everything a person types. `make demo` and `make test` need nothing but Python 3.11+ and make.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+FOLDERS := cluster datasets trainers tune
+PYTEST_ARGS ?=
+RUN ?= runs/demo
+
+.PHONY: help install install-test demo test check lint types layers format golden docs wheel pocket bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+# ---------------------------------------------------------------- installation
+
+$(BIN)/python:
+	@[[ -n "$(PYTHON)" ]] || { echo "dreamfleet needs Python 3.11 or newer: none found. On Debian or Ubuntu:" \
+		"sudo apt-get install python3 python3-venv; or name one: make PYTHON=/path/to/python3.12 ..." >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=/path/to/python3.12 ..." >&2; exit 2; }
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { \
+		echo "$(PYTHON) cannot make virtual environments: sudo apt-get install python3-venv" >&2; exit 2; }
+	"$(PYTHON)" -m venv $(VENV)
+
+# torch comes first: DeepSpeed is a source package whose set-up imports it, so the rest is built without isolation.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing dreamfleet into $(VENV) (several minutes the first time)"
+	$(PIP) --upgrade pip setuptools wheel
+	$(PIP) torch numpy
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable '.[test]'
+	@touch $@
+
+install: $(VENV)/.installed ## .venv with dreamfleet and what it needs
+
+install-test: $(VENV)/.installed-test ## the same with the test tools
+
+# ---------------------------------------------------------------- running
+
+# A new folder each time (runs/demo, runs/demo-2, ...): a run never overwrites another.
+demo: $(VENV)/.installed ## learn the ten pictures that ship, on a local Ray; pictures and a report at the end
+	@folder="$(CURDIR)/$(RUN)"; n=1; while [[ -e "$$folder" ]]; do n=$$((n + 1)); folder="$(CURDIR)/$(RUN)-$$n"; done; \
+	$(BIN)/dreamfleet train recipes/demo.yaml "output_dir=$$folder"; \
+	printf '\n  pictures   %s\n  artefacts  %s\n  report     %s\n' \
+		"$$folder/samples" "$$folder/exports" "$$folder/report.html"
+
+test: $(VENV)/.installed-test ## every test of this machine, servers included (PYTEST_ARGS="-k plan -x")
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: lint types layers ## lint, types and import rules
+
+lint: $(VENV)/.installed-test ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-test ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# mypy does not follow the editable mapping: it is shown a tree of links in which the folders lie under their name.
+types: $(VENV)/.installed-test ## mypy over all folders
+	@mkdir -p build/types/dreamfleet
+	@for f in $(FOLDERS); do ln -sfn ../../../$$f build/types/dreamfleet/$$f; done
+	$(BIN)/mypy build/types/dreamfleet
+
+layers: $(VENV)/.installed-test ## who may import whom
+	$(BIN)/python -m pytest -q --durations=0 tests/test_layers.py
+
+golden: $(VENV)/.installed-test ## rewrite the recorded loss curves; read the diff before you commit it
+	$(BIN)/python tests/golden.py --write
+
+docs: $(VENV)/.installed ## rewrite docs/recipes.md from the recipe's own models
+	$(BIN)/python docs/write_recipes.py
+
+wheel: $(VENV)/.installed-test ## dist/dreamfleet-*.whl, the pocket model inside
+	rm -rf build/lib build/bdist.*
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+
+pocket: $(VENV)/.installed ## train the small model that ships (hours on two cores, minutes on a GPU; resumes)
+	$(BIN)/python examples/pocket/build.py
+
+bench: $(VENV)/.installed ## every measurement in benchmarks/, one after the other
+	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean: ## what building leaves behind (keeps .venv and runs)
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,78 @@
+"""Who may import whom: the layers of docs/architecture.md, held by reading the imports of every file."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("datasets", "trainers", "tune", "cluster")
+LAYERS = ("datasets", "trainers/sd", "trainers/methods", "trainers", "tune", "cluster")  # low to high
+HEAVY = {  # library -> the folders and files that may import it
+    "ray": (
+        "cluster/", "tune/", "datasets/stream.py", "datasets/cache.py",
+        "trainers/worker.py", "trainers/launch.py", "trainers/ray_session.py",
+    ),
+    "deepspeed": ("trainers/engine.py",),
+    "diffusers": ("trainers/sd/", "trainers/methods/"),
+    "transformers": ("trainers/sd/", "trainers/methods/"),
+}  # fmt: skip
+LONG_FILES: dict[str, str] = {}  # over 300 lines: file -> why
+LONG_FUNCTIONS: dict[str, str] = {}  # over 60 lines: file::function -> why
+
+FILES = sorted(p.relative_to(ROOT).as_posix() for f in FOLDERS for p in (ROOT / f).rglob("*.py"))
+
+
+def layer(path: str) -> int:
+    """Return the height of the layer that `path` ("trainers/sd/model.py") lies in."""
+    return max(
+        (n for n, name in enumerate(LAYERS) if path.startswith(name + "/")), key=lambda n: len(LAYERS[n])
+    )
+
+
+def imports(path: str) -> set[str]:
+    """Return every dotted name that `path` imports, at its top or inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}:{node.lineno}: import by absolute name"
+            names.add(str(node.module))
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_imports_point_down(path: str) -> None:
+    own = {n.removeprefix("dreamfleet.").replace(".", "/") + "/" for n in imports(path) if n.count(".") > 1}
+    above = sorted(n for n in own if n.split("/")[0] in FOLDERS and layer(n) > layer(path))
+    assert not above, f"{path} ({LAYERS[layer(path)]}) imports from a higher layer: {above}"
+    bare = sorted(n for n in imports(path) if n.split(".")[0] in FOLDERS)
+    assert not bare, f"{path}: the folders are imported as dreamfleet.<folder>, not {bare}"
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_heavy_libraries_stay_in_their_files(path: str) -> None:
+    roots = {name.split(".")[0] for name in imports(path)}
+    stray = sorted(lib for lib, places in HEAVY.items() if lib in roots and not path.startswith(places))
+    assert not stray, f"{path} imports {stray}; allowed only in {[HEAVY[lib] for lib in stray]}"
+
+
+def test_no_init_files() -> None:
+    """With one, a Ray task started in the root would get our `datasets` for Hugging Face's."""
+    assert not [path for path in FILES if path.endswith("__init__.py")]
+
+
+def test_long_files_and_functions_have_a_reason() -> None:
+    files, functions = set(), set()
+    for path in FILES:
+        text = (ROOT / path).read_text()
+        if text.count("\n") > 300:
+            files.add(path)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
+                if node.end_lineno - node.lineno >= 60:
+                    functions.add(f"{path}::{node.name}")
+    assert files == set(LONG_FILES), "split the file, or say in LONG_FILES why not (and drop stale reasons)"
+    assert functions == set(LONG_FUNCTIONS), "split the function, or say in LONG_FUNCTIONS why not"
