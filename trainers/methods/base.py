@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.section import Section
 from dreamfleet.trainers.sd.model import ALL_PARTS, StableDiffusion
@@ -48,18 +49,10 @@ class Sample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The prompts of one concept of the run."""
-
-    instance_prompt: str | None = None
-    class_prompt: str | None = None
-
-
-@dataclass(frozen=True)
 class Setting:
     """What a method is told besides its own section: the concepts, and the loss options of ``train:``."""
 
-    subjects: tuple[Subject, ...] = (Subject(),)
+    concepts: tuple[Concept, ...] = ()
     snr_gamma: float | None = None
 
 

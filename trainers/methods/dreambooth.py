@@ -47,8 +47,8 @@ class DreamBooth(Method):
 
     def __init__(self, config: DreamBoothConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)
-        for subject in setting.subjects:
-            if config.with_prior_preservation and not subject.class_prompt:
+        for concept in setting.concepts:
+            if config.with_prior_preservation and not concept.class_prompt:
                 raise RecipeError(
                     "method.with_prior_preservation needs data.class_prompt (what the subject is: 'a photo of a cat') "
                     "for every concept"
@@ -86,12 +86,10 @@ class DreamBooth(Method):
         ]
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
-        """Use the concept's prompt; ``[filewords]`` in it, or no prompt at all, brings in the picture's caption."""
-        subject = self.setting.subjects[sample.concept]
-        template = subject.class_prompt if sample.role == "class" else subject.instance_prompt
-        if template is None and sample.caption is None:
-            raise RecipeError(f"{sample.uri} has no caption and there is no data.instance_prompt to use instead")
-        return captions.make_caption(sample.caption, template=template, name="", rng=rng, config=data)
+        """Use the picture's caption where it has one, else the concept's prompt; ``[filewords]`` in that is the caption."""
+        concept = self.setting.concepts[sample.concept]
+        prompt = concept.class_prompt if sample.role == "class" else concept.instance_prompt
+        return captions.make_caption(sample.caption, prompt=prompt, rng=rng, config=data)
 
     def export(
         self, folder: Path, name: str, *, formats: Sequence[str] | None, step: int, metadata: dict[str, str], precision: str

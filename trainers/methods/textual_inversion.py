@@ -36,7 +36,10 @@ class TextualInversionConfig(MethodConfig):
         1, ge=1, le=75, validation_alias=AliasChoices("num_vectors", "num_vectors_per_token", "vectors_per_token")
     )
     learnable_property: Literal["object", "style"] = "object"
-    template_file: str | None = Field(None, description="one prompt a line, with [name] and [filewords]")
+    template_file: str | None = Field(
+        None,
+        description="one prompt a line, with [name] and [filewords]; or a set's name: object, style, style_filewords ...",
+    )
 
 
 @register
@@ -53,13 +56,8 @@ class TextualInversion(Method):
         table = text_embeddings(model.text_encoder).token_embedding.weight
         self.vectors = nn.Parameter(initial_vectors(model, config.initializer_token, config.num_vectors).to(table))
         install_embedding(model, config.placeholder_token, self.vectors)
-        self._templates = (
-            captions.load_template_file(config.template_file)
-            if config.template_file
-            else captions.OBJECT_TEMPLATES
-            if config.learnable_property == "object"
-            else captions.STYLE_TEMPLATES
-        )
+        chosen = config.template_file or config.learnable_property
+        self._templates = captions.TEMPLATE_SETS.get(chosen) or captions.load_template_file(chosen)
 
     @property
     def trains_text(self) -> bool:
@@ -72,24 +70,32 @@ class TextualInversion(Method):
         """Fill a template line drawn for this use of the picture with the placeholder and the picture's caption."""
         template = self._templates[int(rng.integers(len(self._templates)))]
         return captions.make_caption(
-            sample.caption, template=template, name=self.config.placeholder_token, rng=rng, config=data
+            sample.caption,
+            template=template,
+            name=self.config.placeholder_token,
+            file_name=sample.uri.rpartition("/")[2],
+            rng=rng,
+            config=data,
         )
 
     def export(
         self, folder: Path, name: str, *, formats: Sequence[str] | None, step: int, metadata: dict[str, str], precision: str
     ) -> list[Path]:
         """Write ``NAME.pt`` (webui), ``NAME.safetensors`` (diffusers) and ``NAME.png`` (image embedding)."""
-        embedding = Embedding(
-            name=name,
-            vectors=self.vectors.detach().float().cpu().clone(),
-            step=step,
-            sd_checkpoint=self.model.content_hash,
-            sd_checkpoint_name=Path(self.model.folder).stem,
-            metadata=metadata,
-        )
-        paths = [folder / f"{name}.{suffix}" for suffix in self.chosen_formats(formats)]
-        for path in paths:
-            write_embedding(embedding, path)
+        paths = []
+        for suffix in self.chosen_formats(formats):
+            # webui goes by the file's name, diffusers by the name inside: the word the vectors were trained under.
+            inner = self.config.placeholder_token if suffix in ("safetensors", "bin") else name
+            embedding = Embedding(
+                name=inner,
+                vectors=self.vectors.detach().float().cpu().clone(),
+                step=step,
+                sd_checkpoint=self.model.content_hash,
+                sd_checkpoint_name=Path(self.model.folder).stem,
+                metadata=metadata,
+            )
+            paths.append(folder / f"{name}.{suffix}")
+            write_embedding(embedding, paths[-1])
         return paths
 
 

@@ -1,0 +1,211 @@
+"""Builds the pieces of one run from its recipe: model, method, pictures, plan, feed and engine."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from dreamfleet.datasets.errors import DataError, RecipeError
+from dreamfleet.datasets.index import Index, build_index
+from dreamfleet.datasets.plan import BatchPlan
+from dreamfleet.datasets.sets import Sets, load_sets
+from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.engine import DTYPES, TorchEngine
+from dreamfleet.trainers.feed import Feed, Preparer
+from dreamfleet.trainers.loop import Schedule
+from dreamfleet.trainers.methods.base import Method, Setting, discover
+from dreamfleet.trainers.optim import make_rates
+from dreamfleet.trainers.pictures import load_pictures
+from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.schedule import last_step
+from dreamfleet.trainers.sd.model import StableDiffusion, load_model
+from dreamfleet.trainers.sd.prior import class_image_key, generate_class_images
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker stands among its equals, and what it computes on."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which speaks and writes."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Wait until every worker is here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@dataclass
+class Parts:
+    """The pieces a loop runs on."""
+
+    sets: Sets
+    model: StableDiffusion
+    method: Method
+    engine: TorchEngine
+    feed: Feed
+    prepare: Preparer
+    rates: dict[str, Callable[[int], float]]
+    schedule: Schedule
+    global_batch: int
+
+
+def make_method(recipe: Recipe, sets: Sets | None, device: torch.device) -> Method:
+    """Load the model and build the method on it, on the device."""
+    cls = discover()[recipe.method.name]
+    model = load_model(recipe.model, cls.needs)
+    setting = Setting(concepts=tuple(sets.concepts) if sets else (), snr_gamma=recipe.train.snr_gamma)
+    method = cls(recipe.method, model, setting)
+    model.to(device, DTYPES[recipe.train.mixed_precision] if device.type == "cuda" else None)
+    if recipe.train.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+        if method.trains_text:
+            model.text_encoder.gradient_checkpointing_enable()
+    # Diffusers checkpoints only in training mode; a frozen U-Net that gradients pass through needs it as well.
+    if recipe.train.gradient_checkpointing:
+        model.unet.train()
+    return method.to(device)
+
+
+def assemble(recipe: Recipe, place: Place) -> Parts:
+    """Build every piece of a run. Raises the UserErrors of whatever is wrong with recipe, pictures or model."""
+    torch.manual_seed(recipe.train.seed)
+    sets = load_sets(recipe.data)
+    if place.leads:
+        for bad in sets.instances.bad:
+            log.warning("left out %s: %s", bad.uri, bad.reason)
+    method = make_method(recipe, sets, place.device)
+    model = method.model
+    _check_resolution(recipe, model)
+    classes = gather_class_images(recipe, sets, method, place)
+    train = recipe.train
+    global_batch = place.world * train.train_batch_size * train.gradient_accumulation_steps
+    plan = BatchPlan(
+        sets.instances.column("concept"),
+        seed=train.seed,
+        global_batch=global_batch,
+        repeats=sets.instances.column("repeats"),
+        class_concepts=classes.column("concept") if classes is not None else (),
+    )
+    schedule = make_schedule(recipe, plan)
+    where = {"seed": train.seed, "rank": place.rank, "world": place.world}
+    feed = Feed(
+        plan,
+        instances=sets.instances,
+        pictures=load_pictures(sets.instances, model, recipe.data, **where),
+        classes=classes,
+        class_pictures=load_pictures(classes, model, recipe.data, **where) if classes is not None else None,
+        method=method,
+        data=recipe.data,
+        noise_offset=train.noise_offset,
+        rank=place.rank,
+        world=place.world,
+        num_micros=train.gradient_accumulation_steps,
+    )
+    engine = TorchEngine(
+        method,
+        config=recipe.engine,
+        optimizer=recipe.optimizer,
+        mixed_precision=train.mixed_precision,
+        device=place.device,
+        world=place.world,
+        num_micros=train.gradient_accumulation_steps,
+    )
+    rates = make_rates(engine.groups, recipe.optimizer, total_steps=schedule.total, global_batch=global_batch)
+    return Parts(sets, model, method, engine, feed, Preparer(method), rates, schedule, global_batch)
+
+
+def make_schedule(recipe: Recipe, plan: BatchPlan) -> Schedule:
+    """Work out the number of optimizer steps. Raises RecipeError when nothing says how long to train."""
+    train = recipe.train
+    if train.max_train_steps is not None:
+        total = train.max_train_steps
+    elif train.num_train_epochs is not None:
+        total = max(1, math.ceil(train.num_train_epochs * plan.steps_per_epoch))
+    else:
+        raise RecipeError("train: set max_train_steps (optimizer steps) or num_train_epochs")
+    # A webui schedule string that ends early ends the training, as it does there.
+    end = last_step(recipe.optimizer.learning_rate)
+    return Schedule(
+        total=min(total, end or total),
+        save_every=train.checkpointing_steps,
+        sample_every=recipe.validation.steps,
+        log_every=train.log_steps,
+    )
+
+
+def gather_class_images(recipe: Recipe, sets: Sets, method: Method, place: Place) -> Index | None:
+    """Return the class pictures of every concept, generating the missing ones in parallel by all workers.
+
+    Generated ones lie in ``class_data_dir``, or beside the run folder under a key of everything that shaped them, where the
+    next run with the same key finds them.
+    """
+    wanted = method.num_class_images
+    if not wanted:
+        return None
+    indexes = []
+    for class_set in sets.class_sets:
+        config = recipe.method
+        options = {
+            "seed": recipe.train.seed,
+            "steps": config.prior_generation_steps,
+            "guidance_scale": config.prior_generation_guidance,
+            "resolution": recipe.data.resolution,
+        }
+        if class_set.folder is None:
+            name = class_image_key(method.model.content_hash, class_set.prompt, **options)
+            parent = recipe.output_dir.rstrip("/").rpartition("/")[0]
+            storage = Storage(f"{parent}/class-images/{name}")
+        else:
+            storage = Storage(class_set.folder)
+        here = len(list_pictures(storage))
+        if here < wanted:
+            if place.leads:
+                log.info("generating %d class pictures of %r", wanted - here, class_set.prompt)
+            place.wait()  # everyone has counted before anyone writes
+            generate_class_images(
+                method.model,
+                class_set.prompt,
+                storage=storage,
+                num=wanted,
+                rank=place.rank,
+                world=place.world,
+                batch_size=config.sample_batch_size,
+                **options,
+            )
+        place.wait()
+        indexes.append(
+            build_index(storage, concept=class_set.concept, role="class", max_pixels=recipe.data.max_pixels)
+        )
+    if len(indexes) < len(sets.concepts):
+        raise DataError("prior preservation needs a class_prompt for every concept")
+    return Index.concat(indexes)
+
+
+def list_pictures(storage: Storage) -> list[str]:
+    """List the picture files of a folder that may not exist yet."""
+    return [name for name in storage.list() if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))]
+
+
+def _check_resolution(recipe: Recipe, model: StableDiffusion) -> None:
+    # The U-Net halves the latents at every level but the last.
+    step = model.vae_factor * 2 ** (len(model.unet.config.block_out_channels) - 1)
+    size = recipe.data.resolution
+    if size % step:
+        raise RecipeError(
+            f"data.resolution {size} does not suit {model.folder}: it must be a multiple of {step}; "
+            f"the model was made for {model.resolution}"
+        )

@@ -1,0 +1,142 @@
+"""Checkpoints: everything a resume needs, a manifest written last, hashes checked on read, old ones dropped."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dreamfleet.datasets.errors import CheckpointError, StorageError
+from dreamfleet.datasets.storage import Storage
+
+log = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Checkpoint:
+    """What was saved after optimizer step ``step``."""
+
+    step: int
+    learned: dict[str, Tensor]
+    engine: dict[str, Any]
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """The ``checkpoints/`` folder of a run, on disk or in a bucket.
+
+    A checkpoint counts only with its manifest, which is written after every file it names, and only while each file has the
+    size and sha256 the manifest says; a torn or changed one is passed over with a warning and the one before is used.
+    """
+
+    def __init__(self, run: Storage, *, limit: int | None = None):
+        self.storage, self.limit = run.child("checkpoints"), limit
+
+    def steps(self) -> list[int]:
+        """List the steps that have a finished checkpoint, oldest first."""
+        found = []
+        for name in self.storage.list_dirs():
+            step = name.removeprefix("step-")
+            if step.isdigit() and self.storage.exists(f"{name}/{MANIFEST}"):
+                found.append(int(step))
+        return sorted(found)
+
+    def save(self, step: int, *, learned: dict[str, Tensor], engine: dict[str, Any], meta: dict[str, Any]) -> str:
+        """Write the checkpoint of ``step`` and drop those beyond the limit; returns its folder's name.
+
+        The older ones go only after the new one is whole. Raises StorageError (disk full and the like), leaving the earlier
+        ones intact.
+        """
+        name = folder_name(step)
+        writers: dict[str, Callable[[Path], object]] = {
+            "learned.safetensors": lambda path: safetensors.torch.save_file(_plain(learned), path),
+            "engine.pt": lambda path: torch.save(engine, path),
+            "meta.json": lambda path: path.write_text(json.dumps({**meta, "step": step}, indent=1)),
+        }
+        try:
+            if self.storage.exists(name):  # a torn one from before a crash: its manifest must not outlive its files
+                self.storage.remove(name)
+            entries = {file: self._write(f"{name}/{file}", writer) for file, writer in writers.items()}
+            self.storage.write_text(f"{name}/{MANIFEST}", json.dumps({"step": step, "files": entries}, indent=1))
+        except StorageError as error:
+            self._remove_quietly(name)
+            earlier = self.steps()
+            kept = f"; the checkpoint of step {earlier[-1]} is intact, continue with --resume" if earlier else ""
+            raise StorageError(f"checkpoint of step {step} could not be saved: {error}{kept}") from error
+        for old in self.steps()[: -self.limit] if self.limit else []:
+            self._remove_quietly(folder_name(old))
+        return name
+
+    def load_latest(self) -> Checkpoint | None:
+        """Read the newest whole checkpoint, or None when there is none; passes over damaged ones with a warning."""
+        for step in reversed(self.steps()):
+            try:
+                return self.load(step)
+            except CheckpointError as error:
+                log.warning("%s; trying the one before", error)
+        return None
+
+    def load(self, step: int) -> Checkpoint:
+        """Read the checkpoint of ``step``. Raises CheckpointError when it is not whole."""
+        name = folder_name(step)
+        try:
+            manifest = json.loads(self.storage.read_text(f"{name}/{MANIFEST}"))
+            wanted = {file: (entry["size"], entry["sha256"]) for file, entry in manifest["files"].items()}
+        except (StorageError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"checkpoint {name}: its manifest cannot be read ({error})") from error
+        data = {}
+        for file, (size, digest) in wanted.items():
+            try:
+                data[file] = self.storage.read_bytes(f"{name}/{file}")
+            except StorageError as error:
+                raise CheckpointError(f"checkpoint {name}: {file} cannot be read ({error})") from error
+            if len(data[file]) != size or hashlib.sha256(data[file]).hexdigest() != digest:
+                raise CheckpointError(f"checkpoint {name}: {file} is damaged (its size or sha256 is not the manifest's)")
+        try:
+            return Checkpoint(
+                step=step,
+                learned=safetensors.torch.load(data["learned.safetensors"]),
+                engine=torch.load(io.BytesIO(data["engine.pt"]), map_location="cpu", weights_only=True),
+                meta=json.loads(data["meta.json"]),
+            )
+        except Exception as error:  # hashes were right, so whatever is wrong was wrong when it was written
+            raise CheckpointError(f"checkpoint {name} cannot be read: {error}") from error
+
+    def _write(self, rel: str, writer: Callable[[Path], object]) -> dict[str, Any]:
+        with self.storage.staging(rel) as path:
+            try:
+                writer(path)
+            except (RuntimeError, SafetensorError) as error:  # torch and safetensors hide the OSError of a full disk
+                free = shutil.disk_usage(path.parent).free
+                raise StorageError(f"cannot write {self.storage.path(rel)}: {error} ({free / 2**20:.0f} MiB free)") from error
+            with path.open("rb") as handle:
+                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+            return {"size": path.stat().st_size, "sha256": digest}
+
+    def _remove_quietly(self, name: str) -> None:
+        try:
+            self.storage.remove(name)
+        except StorageError as error:
+            log.warning("could not remove the checkpoint %s: %s", name, error)
+
+
+def folder_name(step: int) -> str:
+    """Return the folder of a step's checkpoint."""
+    return f"step-{step:06d}"
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors refuses views and shared memory; a clone only where it is needed
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,154 @@
+"""Turns the batch plan's draws into batches: latents, prompts, keyed noise and timesteps, made ahead in a thread."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreamfleet.datasets.config import DataConfig
+from dreamfleet.datasets.index import Index
+from dreamfleet.datasets.keyed import numpy_rng
+from dreamfleet.datasets.plan import BatchPlan, Draw
+from dreamfleet.trainers.methods.base import Batch, Method, Sample
+from dreamfleet.trainers.pictures import Pictures
+from dreamfleet.trainers.sd.noise import draw_noise, keyed_generator
+
+
+class Feed:
+    """The batches of one rank.
+
+    Everything random about a draw (noise, timestep, latent sample, prompt, crop, flip) is keyed by (seed, epoch, picture
+    id), so it is the same on any number of workers and after any resume.
+    """
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        *,
+        instances: Index,
+        pictures: Pictures,
+        method: Method,
+        data: DataConfig,
+        noise_offset: float = 0.0,
+        classes: Index | None = None,
+        class_pictures: Pictures | None = None,
+        rank: int = 0,
+        world: int = 1,
+        num_micros: int = 1,
+    ):
+        self.plan, self.method, self.data, self.noise_offset = plan, method, data, noise_offset
+        self.rank, self.world, self.num_micros = rank, world, num_micros
+        self._halves = [(to_samples(instances), pictures, plan.draws)]
+        if classes is not None and class_pictures is not None:
+            self._halves.append((to_samples(classes), class_pictures, plan.class_draws))
+        self._num_timesteps = method.model.scheduler.config.num_train_timesteps
+
+    def batch(self, step: int, micro: int = 0) -> Batch:
+        """Make the batch of one micro-step, on the CPU: instance rows first, then their class partners.
+
+        ``latents, noise [N, C, h, w]`` or ``pixels [N, 3, H, W]`` in place of latents, ``timesteps [N]``,
+        ``weights [N]``, ``prompts``, ``num_instances``.
+        """
+        parts, keys, prompts, num_instances = [], [], [], 0
+        for samples, pictures, draws_of in self._halves:
+            draws = draws_of(step, rank=self.rank, world=self.world, micro=micro, num_micros=self.num_micros)
+            num_instances = num_instances or len(draws)
+            keys += [self._key(samples[draw.index], draw) for draw in draws]
+            prompts += [self._prompt(samples[draw.index], draw) for draw in draws]
+            parts.append(pictures.take(draws))
+        batch: Batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        if "mean" in batch:
+            batch["latents"] = self._sample_latents(batch.pop("mean"), batch.pop("std"), keys)
+        else:
+            batch["latent_noise"] = self._latent_noise(keys, pictures.latent_shape)
+        batch["noise"], batch["timesteps"] = draw_noise(
+            keys, pictures.latent_shape, num_timesteps=self._num_timesteps, noise_offset=self.noise_offset
+        )
+        weights = torch.ones(len(keys))
+        weights[num_instances:] = self.method.prior_loss_weight
+        return {**batch, "weights": weights, "prompts": prompts, "num_instances": num_instances}
+
+    def stream(self, start_step: int, *, ahead: int = 4) -> Iterator[Batch]:
+        """Yield batches from ``start_step`` on, micro-step by micro-step, ``ahead`` of them made in a thread."""
+        pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
+        pending: deque[Future[Batch]] = deque()
+        position = start_step * self.num_micros
+        try:
+            while True:
+                while len(pending) < ahead:
+                    step, micro = divmod(position, self.num_micros)
+                    pending.append(pool.submit(self.batch, step, micro))
+                    position += 1
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _key(self, sample: Sample, draw: Draw) -> tuple[int | str, ...]:
+        return (sample.role, self.plan.seed, draw.epoch, sample.id)
+
+    def _prompt(self, sample: Sample, draw: Draw) -> str:
+        return self.method.prompt(sample, numpy_rng("prompt", *self._key(sample, draw)), self.data)
+
+    def _latent_noise(self, keys: Sequence[tuple[int | str, ...]], shape: tuple[int, ...]) -> Tensor:
+        how = self.data.latent_sampling
+        if how == "deterministic":
+            return torch.zeros(len(keys), *shape)
+        chosen = [(k[0], k[1], 0, k[3]) for k in keys] if how == "once" else keys
+        return torch.stack([torch.randn(shape, generator=keyed_generator("latent", *parts)) for parts in chosen])
+
+    def _sample_latents(self, mean: Tensor, std: Tensor, keys: Sequence[tuple[int | str, ...]]) -> Tensor:
+        scale = self.method.model.vae.config.scaling_factor
+        return (mean + std * self._latent_noise(keys, tuple(mean.shape[1:]))) * scale
+
+
+class Preparer:
+    """Does on the device what a batch still needs: encode pixels that were not cached, and prompts.
+
+    Encoded prompts are remembered while the text encoder is frozen; the least recently used go beyond ``limit``.
+    """
+
+    def __init__(self, method: Method, *, limit: int = 4096):
+        self.method, self.limit = method, limit
+        self._contexts: OrderedDict[str, Tensor] = OrderedDict()
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Batch:
+        """Return the batch with ``latents`` and with ``input_ids`` (text learns) or ``context`` (text is frozen)."""
+        batch = dict(batch)
+        device = batch["noise"].device
+        if "pixels" in batch:
+            mean, std = self.method.model.encode_pictures(batch.pop("pixels"))
+            latents = mean + std * batch.pop("latent_noise")
+            batch["latents"] = latents * self.method.model.vae.config.scaling_factor
+        prompts = batch.pop("prompts")
+        if self.method.trains_text:
+            batch["input_ids"] = self.method.tokenize(prompts).to(device, non_blocking=True)
+        else:
+            batch["context"] = self._encode(prompts)
+        return batch
+
+    def _encode(self, prompts: Sequence[str]) -> Tensor:
+        if missing := list(dict.fromkeys(p for p in prompts if p not in self._contexts)):
+            for prompt, context in zip(missing, self.method.encode(missing), strict=True):
+                self._contexts[prompt] = context
+        for prompt in prompts:
+            self._contexts.move_to_end(prompt)
+        contexts = torch.stack([self._contexts[prompt] for prompt in prompts])
+        while len(self._contexts) > self.limit:
+            self._contexts.popitem(last=False)
+        return contexts
+
+
+def to_samples(index: Index) -> list[Sample]:
+    """List the rows of an index as methods see them."""
+    return [Sample(row.id, row.caption, row.concept, row.role, row.uri) for row in index.rows()]
+
+
+def pin(batch: dict[str, Any]) -> dict[str, Any]:
+    """Put a batch's tensors in page-locked memory, from where a GPU copies without waiting."""
+    return {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -1,0 +1,114 @@
+"""The ``optimizer:`` section, and building what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import AfterValidator, AliasChoices, Field, model_validator
+
+from dreamfleet.datasets.errors import RecipeError, ResourceError
+from dreamfleet.datasets.section import Section
+from dreamfleet.trainers.methods.base import ParamGroup
+from dreamfleet.trainers.schedule import make_rate, multiplier_at, parse_webui_schedule
+
+
+def _check_rate(value: float | str) -> float | str:
+    if isinstance(value, str):
+        parse_webui_schedule(value)
+    elif value < 0:
+        raise ValueError("a learning rate cannot be negative")
+    return value
+
+
+Rate = Annotated[float | str, AfterValidator(_check_rate)]
+
+
+class OptimizerConfig(Section):
+    """The ``optimizer:`` section."""
+
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    learning_rate: Rate = Field(5e-6, validation_alias=AliasChoices("learning_rate", "unet_lr", "lr"))
+    lr_scheduler: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "piecewise_constant",
+    ] = "constant"
+    lr_warmup_steps: int = Field(0, ge=0, description="optimizer steps, whatever the number of workers")
+    lr_num_cycles: float = Field(
+        0.5, gt=0, validation_alias=AliasChoices("lr_num_cycles", "lr_scheduler_num_cycles")
+    )
+    lr_power: float = Field(1.0, gt=0, validation_alias=AliasChoices("lr_power", "lr_scheduler_power"))
+    lr_rules: str = Field("1.0", description="piecewise_constant: '1:10,0.1:20,0.005'")
+    scale_lr: bool = Field(False, description="multiply by workers x batch x accumulation, as diffusers does")
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_weight_decay: float = Field(1e-2, ge=0)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> OptimizerConfig:
+        if self.lr_scheduler == "piecewise_constant":
+            try:
+                multiplier_at(0, name=self.lr_scheduler, warmup=0, total=1, rules=self.lr_rules)
+            except ValueError:
+                raise ValueError(f"lr_rules: {self.lr_rules!r} is not like '1:10,0.1:20,0.005'") from None
+        if isinstance(self.learning_rate, str) and self.lr_scheduler != "constant":
+            raise ValueError("a schedule string as learning_rate needs lr_scheduler: constant; give one or the other")
+        return self
+
+
+def make_optimizer(groups: list[ParamGroup], config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+    """Build the optimizer with one parameter group per method group (empty ones left out).
+
+    Raises ResourceError for the 8-bit optimizer without a GPU or bitsandbytes.
+    """
+    options: dict[str, Any] = {
+        "lr": 0.0,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
+    params = [{"params": list(group.params.values()), "name": group.name} for group in groups if group.params]
+    if config.name == "adamw8bit":
+        if device.type != "cuda":
+            raise ResourceError("optimizer.name: adamw8bit needs a GPU; use adamw on this machine")
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError:
+            raise ResourceError("optimizer.name: adamw8bit needs bitsandbytes: pip install 'dreamfleet[gpu]'") from None
+        return AdamW8bit(params, **options)
+    return torch.optim.AdamW(params, **options, fused=device.type == "cuda")
+
+
+def make_rates(
+    groups: list[ParamGroup], config: OptimizerConfig, *, total_steps: int, global_batch: int
+) -> dict[str, Callable[[int], float]]:
+    """Make the learning rate of each group as a function of the optimizer step."""
+
+    def multiplier(step: int) -> float:
+        return multiplier_at(
+            step,
+            name=config.lr_scheduler,
+            warmup=config.lr_warmup_steps,
+            total=total_steps,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
+            rules=config.lr_rules,
+        )
+
+    rates = {}
+    for group in groups:
+        rate = config.learning_rate if group.learning_rate is None else group.learning_rate
+        if config.scale_lr:
+            if isinstance(rate, str):
+                raise RecipeError("optimizer.scale_lr does not go with a schedule string; write the rates you mean")
+            rate = rate * global_batch
+        rates[group.name] = make_rate(rate, multiplier)
+    return rates

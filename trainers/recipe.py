@@ -1,0 +1,202 @@
+"""The recipe: one YAML file a run, its sections composed, every mistake told at once."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import AliasChoices, BaseModel, Field, SerializeAsAny, ValidationError
+
+from dreamfleet.datasets.captions import TEMPLATE_SETS
+from dreamfleet.datasets.config import DataConfig
+from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.section import Section
+from dreamfleet.trainers.engine import EngineConfig
+from dreamfleet.trainers.loop import TrainConfig
+from dreamfleet.trainers.methods.base import MethodConfig, discover
+from dreamfleet.trainers.optim import OptimizerConfig
+from dreamfleet.trainers.scaling import ScalingConfig
+from dreamfleet.trainers.sd.model import POCKET, ModelConfig
+from dreamfleet.trainers.validation import ValidationConfig
+
+
+class Recipe(Section):
+    """One run: what learns (method), from what (model, data), how (train, optimizer, engine), where (scaling, output_dir)."""
+
+    method: SerializeAsAny[MethodConfig]
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
+    validation: ValidationConfig = ValidationConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    search: dict[str, Any] | None = Field(None, description="read by `dreamfleet tune`")
+    output_dir: str = Field(min_length=1, description="folder or s3:// address; its last part names the artefacts")
+    report_to: list[Literal["tensorboard"]] = ["tensorboard"]
+
+    @property
+    def run_name(self) -> str:
+        """The run's name: the last part of ``output_dir``."""
+        return self.output_dir.rstrip("/").rpartition("/")[2]
+
+    def to_yaml(self) -> str:
+        """Write the recipe as YAML that :func:`load_recipe` reads back to the same recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe: defaults < file < ``key.path=value``. Relative paths start at the recipe's folder.
+
+    Raises RecipeError that lists every mistake with file, key, value and the nearest known key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"no such recipe: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error})") from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections (method:, data:, output_dir: ...)")
+    for override in overrides:
+        _override(tree, override)
+    return build_recipe(tree, source=str(path), folder=str(path.parent.resolve()))
+
+
+def build_recipe(tree: Mapping[str, Any], *, source: str = "recipe", folder: str | None = None) -> Recipe:
+    """Validate a plain mapping. ``folder`` makes relative paths absolute; None leaves them."""
+    tree = dict(tree)
+    method = tree.get("method")
+    methods = discover()
+    mistakes: list[str] = []
+    config = None
+    if not isinstance(method, Mapping) or method.get("name") not in methods:
+        given = method.get("name") if isinstance(method, Mapping) else method
+        mistakes.append(f"method.name: {given!r} is no method{_hint(str(given), methods)}; known: {', '.join(methods)}")
+        tree.pop("method", None)
+    else:
+        try:
+            config = methods[method["name"]].Config.model_validate(dict(method))
+            tree["method"] = config
+        except ValidationError as error:
+            mistakes += _tell(error, methods[method["name"]].Config, prefix="method")
+            tree.pop("method")
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        had_method = config is not None
+        mistakes += [m for m in _tell(error, Recipe) if had_method or not m.startswith("method:")]
+    if mistakes:
+        raise RecipeError(f"{source} has {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}:\n  " + "\n  ".join(mistakes))
+    return recipe if folder is None else _with_absolute_paths(recipe, folder)
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        raise RecipeError(f"override {text!r}: write key.path=value, such as optimizer.learning_rate=1e-5")
+    *parents, last = path.strip().split(".")
+    node = tree
+    for part in parents:
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise RecipeError(f"override {text!r}: {part} is a value, not a section")
+    try:
+        node[last] = yaml.safe_load(value) if value else ""
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {text!r}: the value is not YAML ({error}); put it in quotes") from error
+
+
+def _tell(error: ValidationError, root: type[BaseModel], prefix: str = "") -> list[str]:
+    told = []
+    for item in error.errors(include_url=False):
+        where = ".".join([*([prefix] if prefix else []), *[str(part) for part in item["loc"]]])
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(root, item["loc"][:-1])
+            name = str(item["loc"][-1])
+            told.append(f"{where}: unknown key{_hint(name, known)}")
+        elif item["type"] == "missing":
+            told.append(f"{where}: missing")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            value = item["input"]
+            shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | None) else ""
+            told.append(f"{where}: {message}{shown}" if where else message)
+    return told
+
+
+def _known_keys(root: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    model: type[BaseModel] | None = root
+    for part in path:
+        field = model.model_fields.get(str(part)) if model else None
+        if field is not None:
+            model = _section_in(field.annotation)
+        elif not isinstance(part, int):  # an int is a place in a list of the same section
+            return []
+    names: list[str] = []
+    for name, field in (model.model_fields if model else {}).items():
+        alias = field.validation_alias
+        names += [name, *(str(choice) for choice in alias.choices)] if isinstance(alias, AliasChoices) else [name]
+    return list(dict.fromkeys(names))
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        for inner in typing.get_args(annotation):
+            if found := _section_in(inner):
+                return found
+    return None
+
+
+def _hint(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _with_absolute_paths(recipe: Recipe, folder: str) -> Recipe:
+    def absolute(path: str | None) -> str | None:
+        if path is None or "://" in path:
+            return path
+        return os.path.normpath(os.path.join(folder, os.path.expanduser(path)))
+
+    def model_path(name: str | None) -> str | None:
+        # A hub name looks like a relative path: only what is there counts as one.
+        if name in (None, POCKET):
+            return name
+        local = absolute(name)
+        explicit = name.startswith((".", "~", "/")) or name.endswith((".safetensors", ".ckpt"))
+        return local if explicit or (local and os.path.exists(local)) else name
+
+    model, validation = recipe.model, recipe.validation
+    updates: dict[str, Any] = {
+        "data": recipe.data.with_absolute_paths(folder),
+        "model": model.model_copy(
+            update={
+                "pretrained_model_name_or_path": model_path(model.pretrained_model_name_or_path),
+                "pretrained_vae_model_name_or_path": model_path(model.pretrained_vae_model_name_or_path),
+            }
+        ),
+        "validation": validation.model_copy(
+            update={name: absolute(getattr(validation, name)) for name in ("holdout", "clip", "dino")}
+        ),
+        "output_dir": absolute(recipe.output_dir),
+    }
+    if template := getattr(recipe.method, "template_file", None):
+        known = template in TEMPLATE_SETS
+        updates["method"] = recipe.method.model_copy(update={"template_file": template if known else absolute(template)})
+    return recipe.model_copy(update=updates)

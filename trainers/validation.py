@@ -1,0 +1,118 @@
+"""The ``validation:`` section: held-out loss at fixed noise and timesteps, and preview pictures at fixed seeds."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from pydantic import AliasChoices, Field
+
+from dreamfleet.datasets.config import DataConfig
+from dreamfleet.datasets.index import build_index
+from dreamfleet.datasets.keyed import numpy_rng
+from dreamfleet.datasets.section import Section
+from dreamfleet.trainers.engine import TorchEngine
+from dreamfleet.trainers.feed import to_samples
+from dreamfleet.trainers.methods.base import Method
+from dreamfleet.trainers.pictures import encode_index
+from dreamfleet.trainers.sd.noise import draw_noise, noise_loss
+from dreamfleet.trainers.sd.sample import generate
+
+
+class ValidationConfig(Section):
+    """The ``validation:`` section."""
+
+    prompts: list[str] = Field([], validation_alias=AliasChoices("prompts", "validation_prompts"))
+    negative_prompt: str = ""
+    steps: int = Field(
+        100, ge=1, validation_alias=AliasChoices("steps", "validation_steps", "sample_every_n_steps"),
+        description="every so many optimizer steps",
+    )
+    sample_at_first: bool = Field(True, description="also before the first step: the untuned model")
+    num_images: int = Field(4, ge=1, validation_alias=AliasChoices("num_images", "num_validation_images"))
+    num_inference_steps: int = Field(25, ge=1)
+    guidance_scale: float = Field(7.5, ge=1)
+    scheduler: Literal["ddim", "euler_a", "dpm++"] = "ddim"
+    seed: int = Field(0, ge=0, validation_alias=AliasChoices("seed", "validation_seed"))
+    holdout: str | None = Field(None, description="folder of pictures kept out of training")
+    holdout_timesteps: int = Field(8, ge=1, description="timesteps per held-out picture, evenly spread")
+    metrics: list[Literal["loss", "clip_i", "clip_t", "dino"]] = Field(["loss"])
+    clip: str | None = Field(None, description="CLIP folder for clip_i and clip_t; None: the pocket model's")
+    dino: str | None = Field(None, description="folder of a DINO ViT for the dino metric")
+
+
+class HeldOutLoss:
+    """The loss on pictures the run never trains on, with the same noise and timesteps every time it is measured.
+
+    Comparable between steps, runs and learning rates, unlike the training loss, whose noise differs at every step.
+    The idea is EveryDream2trainer's validation.
+    """
+
+    def __init__(self, folder: str, *, method: Method, data: DataConfig, count: int, rank: int, world: int):
+        index = build_index(folder, caption_extension=data.caption_extension, max_pixels=data.max_pixels)
+        model, self.method = method.model, method
+        mean, _ = encode_index(index, model, data, rank=rank, world=world)
+        samples = to_samples(index)
+        total = model.scheduler.config.num_train_timesteps
+        self.timesteps = torch.tensor([int((j + 0.5) * total / count) for j in range(count)])
+        self.latents = mean * model.vae.config.scaling_factor
+        keys = [("holdout", 0, j, sample.id) for sample in samples for j in range(count)]
+        noise, _ = draw_noise(keys, tuple(mean.shape[1:]), num_timesteps=total)
+        self.noise = noise.unflatten(0, (len(samples), count))
+        fixed = data.model_copy(update={"caption_dropout": 0.0, "tag_dropout": 0.0, "shuffle_tags": False})
+        self.prompts = [method.prompt(s, numpy_rng("holdout", s.id), fixed) for s in samples]
+
+    @torch.no_grad()
+    def measure(self, engine: TorchEngine) -> float:
+        """Return the mean loss over pictures and timesteps, without SNR weights."""
+        device, losses = engine.device, []
+        model = self.method.model
+        with engine.autocast():
+            for latents, noise, prompt in zip(self.latents, self.noise, self.prompts, strict=True):
+                count = len(self.timesteps)
+                context = self.method.encode([prompt]).expand(count, -1, -1)
+                losses.append(
+                    noise_loss(
+                        model.unet,
+                        model.scheduler,
+                        latents=latents.expand(count, -1, -1, -1).to(device),
+                        noise=noise.to(device),
+                        timesteps=self.timesteps.to(device),
+                        context=context,
+                    )
+                )
+        return float(torch.stack(losses).double().mean())
+
+
+def draw_previews(
+    method: Method, engine: TorchEngine, config: ValidationConfig, resolution: int
+) -> tuple[list[Image.Image], list[dict[str, Any]]]:
+    """Draw ``num_images`` pictures of every prompt at fixed seeds -> pictures, and for each its prompt, seed and cell."""
+    cells = [
+        {"prompt": prompt, "seed": config.seed + column, "row": row, "column": column}
+        for row, prompt in enumerate(config.prompts)
+        for column in range(config.num_images)
+    ]
+    modes = {name: part.training for name, part in method.model.modules().items()}
+    for part in method.model.modules().values():
+        part.eval()
+    try:
+        with engine.autocast(), engine.averaged():
+            pictures = generate(
+                method.model,
+                [cell["prompt"] for cell in cells],
+                seeds=[cell["seed"] for cell in cells],
+                negative_prompt=config.negative_prompt,
+                steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale,
+                scheduler=config.scheduler,
+                width=resolution,
+                height=resolution,
+                encode=method.encode,
+            )
+    finally:
+        for name, part in method.model.modules().items():
+            part.train(modes[name])
+    return pictures, cells
+
