@@ -96,8 +96,8 @@ class DataConfig(Section):
         if len(given) != 1:
             what = "no pictures are named" if not given else f"{' and '.join(given)} are both set"
             raise ValueError(
-                f"{what}: set exactly one of instance_data_dir (one subject), train_data_dir (kohya folders or "
-                "captioned pictures), concepts_list (several subjects)"
+                f"{what}: set exactly one of instance_data_dir (one subject), train_data_dir (kohya folders "
+                "or captioned pictures), concepts_list (several subjects)"
             )
         if self.concepts_list is not None:
             if not self.concepts_list:
@@ -123,7 +123,7 @@ class DataConfig(Section):
         return self
 
     def with_absolute_paths(self, folder: str) -> DataConfig:
-        """The same section with its folders made absolute, relative ones starting at `folder` (a recipe's)."""
+        """The same section with its folders made absolute, relative ones starting at `folder`."""
         concepts = self.concepts_list
         if isinstance(concepts, str):
             concepts = _absolute(concepts, folder)

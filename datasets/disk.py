@@ -53,7 +53,7 @@ def as_storage_error(verb: str, path: str, error: OSError) -> StorageError:
 
 @contextmanager
 def full_disk_told(path: str) -> Iterator[None]:
-    """Make a full disk an OSError where a library (torch.save, safetensors) hides it in an error of its own."""
+    """Make a full disk an OSError where a library (torch, safetensors) hides it in its own error."""
     try:
         yield
     except Exception as error:
@@ -153,8 +153,18 @@ def walk(root: str, recursive: bool, on_error: Callable[[str, StorageError], Non
             continue
         for entry in entries:
             name = f"{rel}/{entry.name}" if rel else entry.name
-            if entry.is_dir():
+            kind = _kind(entry)
+            if kind == "folder":
                 if recursive:
                     pending.append((name, above | {here}))
-            elif _TEMPORARY.match(entry.name) is None and (entry.is_file() or entry.is_symlink()):
+            elif kind == "file" and _TEMPORARY.match(entry.name) is None:
                 yield name
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    try:
+        if entry.is_dir():
+            return "folder"
+        return "file" if entry.is_file() or entry.is_symlink() else "other"  # a pipe would never end
+    except OSError:  # a link to itself, a folder that may be listed and not entered: reading will tell
+        return "file"

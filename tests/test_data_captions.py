@@ -1,0 +1,133 @@
+"""Templates, captions, tag shuffle and drop-out."""
+
+import numpy as np
+import pytest
+
+from dreamfleet.datasets.captions import (
+    OBJECT_TEMPLATES,
+    STYLE_TEMPLATES,
+    TEMPLATE_SETS,
+    caption_from_filename,
+    choose_caption,
+    drop_tags,
+    fill_template,
+    load_template_file,
+    make_caption,
+    shuffle_tags,
+)
+from dreamfleet.datasets.config import DataConfig
+from dreamfleet.datasets.errors import DataError
+
+PLAIN = DataConfig(instance_data_dir="x")
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def test_templates_all_name_the_word():
+    assert len(OBJECT_TEMPLATES) == 27
+    assert len(STYLE_TEMPLATES) == 19
+    assert all("[name]" in template for template in OBJECT_TEMPLATES + STYLE_TEMPLATES)
+    assert all("[filewords]" in template for template in TEMPLATE_SETS["style_filewords"])
+
+
+@pytest.mark.parametrize(
+    ("file_name", "words"),
+    [
+        ("01-a red apple.png", "a red apple"),
+        ("a/b/0003 cat, black.jpg", "cat, black"),
+        ("cat.v2.png", "cat.v2"),
+        ("12345.png", ""),
+        ("-7-x.png", "x"),
+    ],
+)
+def test_caption_from_filename_as_the_webui_does(file_name, words):
+    assert caption_from_filename(file_name) == words
+
+
+def test_caption_from_filename_with_a_pattern():
+    assert caption_from_filename("01-red_apple_big.png", words="[a-z]+", joined_by=", ") == "red, apple, big"
+
+
+def test_fill_template_puts_words_then_name():
+    assert fill_template("[name] with [filewords]", "sks", "a [name] hat") == "sks with a sks hat"
+    assert fill_template("a photo of {}", "sks", "") == "a photo of sks"
+
+
+def test_shuffle_keeps_the_first_and_loses_none():
+    tags = "a, b,c ,, d, e, f, g"
+    got = shuffle_tags(tags, rng(), keep_tokens=2)
+    assert got.startswith("a, b, ")
+    assert sorted(got.split(", ")) == list("abcdefg")
+    assert got != "a, b, c, d, e, f, g"
+    assert got == shuffle_tags(tags, rng(), keep_tokens=2)
+
+
+def test_drop_rates():
+    tags = ", ".join(str(i) for i in range(2000))
+    assert abs(len(drop_tags(tags, rng(), 0.3).split(", ")) - 1400) < 80
+    assert drop_tags("a, b, c", rng(), 1.0, keep_tokens=1) == "a"
+    assert drop_tags("a, b, c", rng(), 0.0) == "a, b, c"
+
+
+def test_several_lines_are_several_captions():
+    seen = {choose_caption("one\n\n two \nthree", rng(seed)) for seed in range(30)}
+    assert seen == {"one", "two", "three"}
+
+
+@pytest.mark.parametrize(
+    ("caption", "given", "expected"),
+    [
+        ("a cat", {"template": "photo of [name], [filewords]"}, "photo of sks, a cat"),
+        ("a cat", {"template": "photo of [name]"}, "photo of sks"),
+        ("a cat", {"prompt": "a photo of sks dog"}, "a cat"),
+        ("a cat", {"prompt": "sks, [filewords]"}, "sks, a cat"),
+        (None, {"prompt": "a photo of sks dog"}, "a photo of sks dog"),
+        (None, {"file_name": "01-a blue cat.png"}, "a blue cat"),
+        (None, {"template": "[filewords]", "file_name": "01-a blue cat.png"}, "a blue cat"),
+        ("", {"prompt": "p"}, "p"),
+    ],
+)
+def test_where_the_words_come_from(caption, given, expected):
+    assert make_caption(caption, name="sks", rng=rng(), config=PLAIN, **given) == expected
+
+
+def test_captions_can_be_ignored():
+    config = DataConfig(instance_data_dir="x", use_captions=False)
+    assert make_caption("a cat", prompt="p", rng=rng(), config=config) == "p"
+
+
+def test_no_words_at_all_is_an_error_with_a_way_out():
+    with pytest.raises(DataError, match=r"no words for picture 12\.png.*instance_prompt"):
+        make_caption(None, file_name="12.png", rng=rng(), config=PLAIN)
+
+
+def test_caption_dropout_rate():
+    config = DataConfig(instance_data_dir="x", proportion_empty_prompts=0.25)
+    made = [make_caption("a cat", rng=rng(seed), config=config) for seed in range(1000)]
+    assert set(made) == {"", "a cat"}
+    assert abs(made.count("") - 250) < 50
+
+
+def test_tags_are_shuffled_and_dropped_as_the_section_says():
+    config = DataConfig(
+        instance_data_dir="x", shuffle_caption=True, keep_tokens=1, caption_tag_dropout_rate=0.5
+    )
+    made = {make_caption("a, b, c, d", rng=rng(seed), config=config) for seed in range(50)}
+    assert len(made) > 10
+    assert all(text.split(", ")[0] == "a" for text in made)
+
+
+def test_template_file(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_bytes(b"\xef\xbb\xbfa photo of [name]\r\n\r\n  [filewords]  \n")
+    assert load_template_file(str(path)) == ("a photo of [name]", "[filewords]")
+    path.write_text("\n \n")
+    with pytest.raises(DataError, match="is empty"):
+        load_template_file(str(path))
+    path.write_bytes(b"caf\xe9 [name]")
+    with pytest.raises(DataError, match="byte 0xe9 at position 3, line 1"):
+        load_template_file(str(path))
+    with pytest.raises(DataError, match="does not exist"):
+        load_template_file(str(tmp_path / "none.txt"))
