@@ -68,8 +68,8 @@ def write_embedding(
         raise FormatError(f"{path}: an embedding is written as one of {', '.join(SUFFIXES)}.")
     if path.stem not in (embedding.name, _DIFFUSERS_STEM):
         raise FormatError(
-            f"{path}: the file must be called {embedding.name}{suffix}, or the embedding {path.stem!r}: webui takes the "
-            "name from the file, diffusers from inside it."
+            f"{path}: the file must be called {embedding.name}{suffix}, or the embedding {path.stem!r}: webui takes "
+            "the name from the file, diffusers from inside it."
         )
     vectors = embedding.vectors.detach().float().cpu().contiguous()
     if suffix == ".pt":
@@ -86,8 +86,8 @@ def write_embedding(
 def read_embedding(path: str | os.PathLike[str], name: str | None = None) -> Embedding:
     """Read an embedding in any form webui or diffusers reads; `name` overrules the one found.
 
-    Without it, a webui `.pt` is called as its file, as in webui; a diffusers file by its one key; an image embedding by the
-    name inside. Raises FormatError for another kind of file, SDXL pairs included.
+    Without it, a webui `.pt` is called as its file, as in webui; a diffusers file by its one key; an image
+    embedding by the name inside. Raises FormatError for another kind of file, SDXL pairs included.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -161,7 +161,8 @@ def _recognise(data: Any, path: Path, *, named: bool) -> Embedding:
         if named:
             return Embedding(path.stem, _vectors(data, path))
         raise FormatError(
-            f"{path}: holds one tensor without a name: an aesthetic embedding, or a Textual Inversion that needs a name."
+            f"{path}: holds one tensor without a name: an aesthetic embedding, or a Textual Inversion that needs "
+            "a name."
         )
     if not isinstance(data, dict):
         raise FormatError(f"{path}: holds no embedding.")
