@@ -83,12 +83,13 @@ class Bucket:
     def _explain(self, verb: str, path: str, error: Exception) -> StorageError:
         endpoint = _endpoint() if self.scheme == "s3" else None
         where = f" at {endpoint}" if endpoint else ""
+        absent = isinstance(error, (FileNotFoundError, PermissionError)) and self._surely_missing()
+        if absent:  # some servers deny a write to a bucket that is not there
+            return StorageError(
+                f"cannot {verb} {path}: bucket {self.name!r} does not exist{where}. "
+                "Create it, or correct its name"
+            )
         if isinstance(error, FileNotFoundError):
-            if self._surely_missing():
-                return StorageError(
-                    f"cannot {verb} {path}: bucket {self.name!r} does not exist{where}. "
-                    "Create it, or correct its name"
-                )
             return StorageError(f"cannot {verb} {path}: it does not exist{where}. Check the name")
         if _is_one_of(error, _KEYLESS_KINDS):
             return StorageError(

