@@ -1,0 +1,97 @@
+"""Holds a run folder while this process trains into it, and turns signals into its stop mark."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dreamfleet.datasets.errors import RecipeError, UserError
+from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.progress import LOG_FILE, STOP_FILE, Display
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Stop:
+    """What the person asked for: to save and end, or to end at once."""
+
+    asked: threading.Event = field(default_factory=threading.Event)
+    abort: threading.Event = field(default_factory=threading.Event)
+
+
+@contextmanager
+def stop_on_signal(run: Storage, display: Display) -> Iterator[Stop]:
+    """Turn SIGINT and SIGTERM into the stop mark that workers look for; not outside the main thread."""
+    stop = Stop()
+    with contextlib.suppress(UserError):
+        run.remove(STOP_FILE)
+
+    def ask(signum: int, frame: Any) -> None:
+        if stop.asked.is_set():
+            stop.abort.set()
+            raise KeyboardInterrupt
+        stop.asked.set()
+        # Not in the handler itself: it may have interrupted a write to this very stream.
+        threading.Thread(target=mark, daemon=True).start()
+
+    def mark() -> None:
+        display.say("stopping: a checkpoint is being saved (once more to stop at once, without one)")
+        run.write_text(STOP_FILE, "")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if stop.asked.is_set():
+            with contextlib.suppress(UserError):
+                run.remove(STOP_FILE)
+
+
+@contextmanager
+def claimed(run: Storage) -> Iterator[None]:
+    """Hold a run folder for this process, and leave none behind that never became a run.
+
+    Raises RecipeError when another process trains into it now. Only disks can tell: the folder itself is locked, and
+    the lock ends with the process.
+    """
+    if not run.is_local:
+        yield
+        return
+    import fcntl
+
+    folder = Path(run.path())
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError(
+                f"output_dir {folder}: another process is training into it right now; wait for it, or give another"
+            ) from None
+        except OSError as error:  # some network disks lock nothing
+            logger.debug("%s cannot be locked: %s", folder, error)
+        yield
+    finally:
+        os.close(descriptor)
+        if not (folder / "recipe.yaml").exists():
+            for name in (LOG_FILE, STOP_FILE):
+                (folder / name).unlink(missing_ok=True)
+            if new:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()

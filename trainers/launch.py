@@ -1,0 +1,282 @@
+"""Starts a run, here or on Ray, watches it, and brings back how it ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
+from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.hold import Stop, claimed, stop_on_signal
+from dreamfleet.trainers.progress import Display, RunTail, watch_for_stop
+from dreamfleet.trainers.ray_session import RaySession, check_machines, ray_session, worker_environment
+from dreamfleet.trainers.scaling import (
+    WorkerShare,
+    describe,
+    refuse_impossible,
+    worker_resources,
+    workers_that_fit,
+)
+
+if TYPE_CHECKING:
+    from dreamfleet.trainers.recipe import Recipe
+    from dreamfleet.trainers.run import Summary
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run ended, and where its folder is."""
+
+    summary: Summary
+    run_folder: str
+
+
+def fit(
+    recipe: Recipe | str | os.PathLike[str],
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    address: str | None = None,
+    on_progress: Progress | None = None,
+) -> FitResult:
+    """Train what a recipe (or a recipe file) says, and return the summary.
+
+    ``scaling.num_workers: 0`` trains inside this process. Otherwise Ray does: the cluster at ``address``, else at
+    RAY_ADDRESS, else a private one on this machine, else whatever Ray this process already uses. Workers that die are
+    replaced up to ``scaling.max_failures`` times and go on from the newest valid checkpoint.
+
+    ``on_progress`` gets each logged line of metrics; without it they are shown on stderr. In the main thread, the first
+    SIGINT or SIGTERM ends the run after the step in hand with a checkpoint (``summary.exit_reason`` "interrupted"); the
+    second raises KeyboardInterrupt at once.
+
+    Raises UserError for what the user can mend (before Ray is started wherever that can be told), RunFailed when the
+    run itself failed.
+    """
+    started = time.time()
+    from dreamfleet.trainers.recipe import load_recipe
+    from dreamfleet.trainers.run import open_run_folder
+
+    if isinstance(recipe, str | os.PathLike):
+        recipe = load_recipe(recipe, list(overrides))
+    elif overrides:
+        raise RecipeError(
+            "overrides change a recipe file; this recipe is an object already: change the object"
+        )
+    run = open_run_folder(recipe, resume=resume)
+    display = _Silent(on_progress) if on_progress else Display(total=recipe.train.max_train_steps)
+    with claimed(run), stop_on_signal(run, display) as stop:
+        try:
+            if recipe.scaling.num_workers == 0:
+                summary = _fit_here(recipe, resume, stop, display, started)
+            else:
+                summary = _fit_on_ray(recipe, address, stop, display, started)
+        finally:
+            display.close()
+    return FitResult(summary, run.path())
+
+
+def _fit_here(recipe: Recipe, resume: bool, stop: Stop, display: Display, started: float) -> Summary:
+    import torch
+
+    from dreamfleet.trainers.run import run_worker
+
+    here = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    uses_gpu = worker_resources(recipe.scaling, [here]).uses_gpu
+    with watch_for_stop(Storage(recipe.output_dir)) as marked:
+        return run_worker(
+            recipe,
+            device="cuda" if uses_gpu else "cpu",
+            resume=resume,
+            should_stop=lambda: stop.asked.is_set() or marked(),
+            on_progress=display.show,
+            started=started,
+        )
+
+
+def _fit_on_ray(recipe: Recipe, address: str | None, stop: Stop, display: Display, started: float) -> Summary:
+    from dreamfleet.trainers.run import Summary
+
+    run = Storage(recipe.output_dir)
+    with ray_session(address, preload=("ray.train.torch",)) as session:
+        share = preflight(recipe, session, display.say)
+        # Nothing is reported to Ray Train, so its storage holds a few bookkeeping files that only its controller reads,
+        # and the controller lives on this machine: a temporary folder serves buckets and any number of machines.
+        with tempfile.TemporaryDirectory(prefix="dreamfleet-ray-", ignore_cleanup_errors=True) as bookkeeping:
+            trainer = _make_trainer(recipe, session, share, bookkeeping, started)
+            with RunTail(run, display):
+                outcome = _wait_for(trainer, stop)
+    if outcome.error is not None:
+        raise _explain(outcome.error, session, recipe) from outcome.error
+    return Summary(**outcome.value)
+
+
+def preflight(
+    recipe: Recipe, session: RaySession, say: Callable[[str], None] = logger.warning
+) -> WorkerShare:
+    """Decide what each worker gets, refusing at once what the cluster can never give.
+
+    Raises ResourceError or StorageError. Tells through ``say`` when the run has to wait for busy machines.
+    """
+    nodes = [node.resources for node in session.nodes()]
+    limit = session.growth_limit()
+    share = worker_resources(recipe.scaling, nodes)
+    refuse_impossible(recipe.scaling, share.resources, nodes, limit=limit)
+    check_machines(session, Storage(recipe.output_dir), local_paths(recipe))
+    if not session.owned:
+        missing = not workers_that_fit(
+            {name: amount * recipe.scaling.num_workers for name, amount in share.resources.items()},
+            [session.free()],
+        )
+        if missing:
+            say(
+                f"waiting up to {recipe.scaling.wait_minutes} minutes for {recipe.scaling.num_workers} x "
+                f"{describe(share.resources)}; free now: {describe(session.free())}"
+            )
+    return share
+
+
+def local_paths(recipe: Recipe) -> list[str]:
+    """List the files and folders on disk that the workers of a run read."""
+    found: list[str] = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict):
+            for inner in value.values():
+                walk(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                walk(inner)
+        elif isinstance(value, str) and value.startswith("/") and os.path.exists(value):
+            found.append(value)
+
+    sections = recipe.model_dump(mode="json")
+    for name in ("method", "model", "data", "validation"):
+        walk(sections[name])
+    return list(dict.fromkeys(found))
+
+
+def _make_trainer(
+    recipe: Recipe, session: RaySession, share: WorkerShare, bookkeeping: str, started: float
+) -> Any:
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from dreamfleet.trainers.worker import RaiseAtOnce, train_worker
+
+    class LocalTrainer(TorchTrainer):
+        """A TorchTrainer for a Ray that ends with this process: nobody has to clean up behind it."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            # The cleaner is a process of its own (seconds of start-up) and complains each second without a dashboard.
+            return [
+                callback
+                for callback in super()._create_default_callbacks()
+                if type(callback).__name__ != "PlacementGroupCleanerCallback"
+            ]
+
+    scaling = recipe.scaling
+    return (LocalTrainer if session.owned else TorchTrainer)(
+        train_worker,
+        train_loop_config={
+            "recipe": recipe.model_dump(mode="json"),
+            "threads": share.threads,
+            "started": started,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=scaling.num_workers,
+            use_gpu=share.uses_gpu,
+            resources_per_worker=share.resources,
+            placement_strategy=scaling.placement_strategy,
+        ),
+        run_config=RunConfig(
+            # Ray resumes a run of the same name by itself; our checkpoints decide that, so no name comes twice.
+            name=f"{recipe.run_name}-{uuid.uuid4().hex[:12]}",
+            storage_path=bookkeeping,
+            failure_config=FailureConfig(
+                max_failures=scaling.max_failures,
+                # One such failure is a minute's wait for machines; Ray's own limit is none.
+                controller_failure_limit=scaling.wait_minutes,
+            ),
+            callbacks=[RaiseAtOnce()],
+            worker_runtime_env={"env_vars": worker_environment(share.threads)},
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+
+
+@dataclass
+class _Outcome:
+    value: Any = None
+    error: Exception | None = None
+
+
+def _wait_for(trainer: Any, stop: Stop) -> _Outcome:
+    """Run ``trainer.fit()`` in a thread, so that signals stay ours (Ray's handler aborts without a checkpoint)."""
+    outcome = _Outcome()
+
+    def run() -> None:
+        try:
+            outcome.value = trainer.fit().return_value
+        except Exception as error:  # noqa: BLE001 - handed to the thread that waits, whatever it is
+            outcome.error = error
+
+    thread = threading.Thread(target=run, daemon=True, name="ray-train-fit")
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+        if stop.abort.is_set():
+            raise KeyboardInterrupt
+    return outcome
+
+
+def _explain(error: Exception, session: RaySession, recipe: Recipe) -> Exception:
+    """Turn Ray Train's error into ours: the worker's own where there is one, else what kept failing."""
+    from ray.train import ControllerError, WorkerGroupError
+
+    cause: BaseException | None = error
+    if isinstance(error, ControllerError):
+        cause = error.controller_failure
+    while cause is not None:
+        if isinstance(cause, UserError | RunFailed):
+            return cause
+        cause = cause.__cause__
+    logs = session.log_folder
+    where = f" Logs of the workers: {logs}." if logs else ""
+    if isinstance(error, WorkerGroupError):
+        rank, first = min(error.worker_failures.items(), default=(0, error))
+        lines = str(first).strip().splitlines() or [type(first).__name__]
+        return RunFailed(
+            f"worker {rank} failed {recipe.scaling.max_failures + 1} times (scaling.max_failures), the last time with "
+            f"{type(first).__name__}: {lines[0]}{where} What is saved can be continued with --resume."
+        )
+    if isinstance(error, ControllerError) and "Startup" in type(error.controller_failure).__name__:
+        return ResourceError(
+            f"no room for {recipe.scaling.num_workers} workers within {recipe.scaling.wait_minutes} minutes "
+            f"(scaling.wait_minutes): {str(error.controller_failure).strip().splitlines()[0]}{where}"
+        )
+    return RunFailed(f"Ray Train failed: {type(error).__name__}: {str(error).strip()[:500]}{where}")
+
+
+class _Silent(Display):
+    """Hands the lines to a function instead of showing them."""
+
+    def __init__(self, on_progress: Progress):
+        super().__init__()
+        self.on_progress = on_progress
+
+    def show(self, line: dict[str, Any]) -> None:
+        self.on_progress(line)
+
+    def say(self, text: str) -> None:
+        logger.info("%s", text)

@@ -1,0 +1,297 @@
+"""The Ray cluster a run uses: a private local one or an address, kept quiet, and checked before work starts."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import secrets
+import shutil
+import socket
+import sys
+import threading
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from dreamfleet.datasets.errors import ResourceError, StorageError
+from dreamfleet.datasets.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+# Ray's own switches, set where the user has not: no usage reports, no re-creation of a `uv run` environment in
+# every worker, and answers from the workers every half second instead of every two (it shortens every start and end).
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+# On a cluster of our own nothing reads Train's metrics and no cloud takes machines away; each would cost a process.
+QUIET_LOCAL = {"RAY_TRAIN_METRICS_ENABLED": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+
+# What a worker needs of the driver's environment. Values are never logged.
+PASSED_ON = ("TORCH_EXTENSIONS_DIR", "HF_HOME", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
+PASSED_ON_PREFIXES = ("AWS_", "DREAMFLEET_")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine of a cluster."""
+
+    node_id: str
+    address: str
+    resources: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class RaySession:
+    """A connection to Ray."""
+
+    owned: bool  # started by us, for this run alone
+    address: str
+
+    def nodes(self) -> list[Node]:
+        """List the living machines."""
+        import ray
+
+        return [
+            Node(entry["NodeID"], entry["NodeManagerAddress"], entry["Resources"])
+            for entry in ray.nodes()
+            if entry["Alive"]
+        ]
+
+    def growth_limit(self) -> dict[str, float] | None:
+        """Return the most an autoscaling cluster may grow to, by resource; None for a fixed set of machines."""
+        # The one place where Ray keeps it; Ray Train itself reads it there.
+        from ray._private.state import state
+
+        return state.get_max_resources_from_cluster_config()
+
+    def free(self) -> dict[str, float]:
+        """Return what nobody uses at this moment, summed over the machines."""
+        import ray
+
+        return ray.available_resources()
+
+    @property
+    def log_folder(self) -> str | None:
+        """Where a private cluster keeps the logs of its processes."""
+        if not self.owned:
+            return None
+        import ray
+
+        return os.path.join(ray._private.worker.global_worker.node.get_session_dir_path(), "logs")
+
+
+@contextmanager
+def ray_session(address: str | None = None, *, preload: Sequence[str] = ()) -> Iterator[RaySession]:
+    """Connect to ``address``, else to RAY_ADDRESS, else start a private Ray on this machine; leave it at the end.
+
+    A Ray that this process already uses is used as it is and left running. ``preload`` names modules that are
+    imported while Ray starts, which takes as long. Raises ResourceError when there is no cluster at the address.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield RaySession(owned=False, address=ray.get_runtime_context().gcs_address)
+        return
+    target = address or os.environ.get("RAY_ADDRESS") or "local"
+    # Imports run in the thread, not ray.init: Linux ends Ray's processes together with the *thread* that started them.
+    importing = threading.Thread(target=_import_all, args=(preload,), daemon=True)
+    importing.start()
+    with _authentication(private=target == "local"):
+        try:
+            if target == "local":
+                for name, value in QUIET_LOCAL.items():
+                    os.environ.setdefault(name, value)
+                context = ray.init(
+                    address="local",
+                    object_store_memory=_object_store_bytes(),
+                    **_QUIET_INIT,
+                    include_dashboard=False,
+                )
+            else:
+                context = _join(target)
+            importing.join()
+            yield RaySession(owned=target == "local", address=context.address_info.get("address") or target)
+        finally:
+            ray.shutdown()
+
+
+def check_machines(session: RaySession, output: Storage, paths: Sequence[str]) -> None:
+    """Raise unless every machine can run our code and sees the same folders; nothing to check on a single one.
+
+    A marker file in a local ``output`` tells a shared folder from one of the same name. ``paths`` are local files and
+    folders the run reads. Raises StorageError or ResourceError naming the machines.
+    """
+    nodes = session.nodes()
+    if session.owned or len(nodes) < 2:
+        return
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    import dreamfleet.trainers.ray_session as this
+
+    marker = None
+    if output.is_local:
+        made = not output.exists()
+        marker = f".seen-{uuid.uuid4().hex}"
+        output.write_text(marker, "")
+        paths = [output.path(marker), *paths]
+    try:
+        look = ray.remote(num_cpus=0, max_retries=0)(look_around)
+        asked = [
+            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(
+                list(paths)
+            )
+            for node in nodes
+        ]
+        seen = []
+        for node, answer in zip(nodes, asked, strict=True):
+            try:
+                seen.append((node, ray.get(answer, timeout=120)))
+            except ray.exceptions.RayError as error:
+                cause = str(error).strip().splitlines()[-1]
+                raise ResourceError(
+                    f"machine {node.address} cannot run dreamfleet ({cause}). Every machine needs the same Python and "
+                    f"the dreamfleet wheel (pip install, or in the image); this one runs {this.__name__} "
+                    f"on Python {sys.version.split()[0]}."
+                ) from error
+    finally:
+        if marker is not None:
+            output.remove(marker)
+            if made:
+                shutil.rmtree(output.path(), ignore_errors=True)
+    _refuse_unshared(seen, output, marker)
+
+
+def look_around(paths: list[str]) -> dict[str, Any]:
+    """Say, on the machine this runs on, which of ``paths`` are missing there."""
+    return {"missing": [path for path in paths if not os.path.exists(path)]}
+
+
+def worker_environment(threads: int) -> dict[str, str]:
+    """Return the environment variables of a training worker.
+
+    Ray gives a worker with one reserved CPU a single thread (OMP_NUM_THREADS=1), which slows torch, so the threads
+    are said outright.
+    """
+    passed = {
+        name: value
+        for name, value in os.environ.items()
+        if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)
+    }
+    return passed | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+
+
+_QUIET_INIT: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+
+
+def _join(target: str) -> Any:
+    """Connect to a cluster that is already there."""
+    import ray
+
+    way_out = "Give the address of its head node (--address HOST:6379), or leave it out for a local Ray."
+    if "://" in target:
+        raise ResourceError(
+            f"{target} is not an address a training run can join. {way_out} "
+            "For http:// addresses use `dreamfleet submit`."
+        )
+    if target != "auto":
+        host, _, port = target.rpartition(":")
+        try:
+            # Ray itself would try for a minute and print a page.
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except (OSError, ValueError) as error:
+            raise ResourceError(f"no Ray cluster answers at {target} ({error}). {way_out}") from error
+    try:
+        return ray.init(address=target, **_QUIET_INIT)
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ResourceError(
+            f"cannot join the Ray cluster at {target}: {first} {way_out} A cluster with token authentication needs "
+            "RAY_AUTH_TOKEN, or its token in ~/.ray/auth_token."
+        ) from error
+
+
+@contextmanager
+def _authentication(*, private: bool) -> Iterator[None]:
+    """Set RAY_AUTH_MODE outright where the user has not, for Ray's default differs between 2.59, 2.60 and 2.61.
+
+    A private Ray listens on the machine's network address, and whoever reaches an open one can run code there: it gets
+    a token of its own, made for this run and kept in the environment, so that no file in the home folder changes how a
+    later `ray start` behaves. A cluster we join decides for itself; a client that has a token is let in by both kinds.
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        yield
+        return
+    ours = {"RAY_AUTH_MODE": "token"}
+    if private:
+        ours["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    elif not _has_token():
+        ours["RAY_AUTH_MODE"] = "disabled"
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    _reread_authentication()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        _reread_authentication()
+
+
+def _has_token() -> bool:
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return True
+    return os.path.exists(os.path.expanduser("~/.ray/auth_token"))
+
+
+def _reread_authentication() -> None:
+    # Ray reads the mode when it is imported and the token when first used, and keeps both.
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _object_store_bytes() -> int | None:
+    """Return a size for the object store that fits in /dev/shm; None where Ray's own choice does."""
+    try:
+        room = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return None
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    wanted = int(0.3 * memory)
+    smallest = 80 * 2**20  # Ray refuses less than 75 MiB
+    return None if wanted < room else max(smallest, int(0.8 * room))
+
+
+def _refuse_unshared(
+    seen: Sequence[tuple[Node, dict[str, Any]]], output: Storage, marker: str | None
+) -> None:
+    for path in {path: None for _, answer in seen for path in answer["missing"]}:
+        blind = [node.address for node, answer in seen if path in answer["missing"]]
+        machines = ", ".join(blind[:5]) + (" and more" if len(blind) > 5 else "")
+        if marker is not None and path == output.path(marker):
+            raise StorageError(
+                f"output_dir {output.path()} is not shared: {machines} cannot see it. With several machines, "
+                "set output_dir to a folder that all of them mount, or to s3://bucket/prefix."
+            )
+        raise StorageError(
+            f"{path} is missing on {machines}. With several machines, keep it where all of them see it: "
+            "a mounted folder, or s3://bucket/prefix."
+        )
+
+
+def _import_all(names: Sequence[str]) -> None:
+    for name in names:
+        importlib.import_module(name)

@@ -1,0 +1,88 @@
+"""One training process on a Ray cluster: calls run_worker with its rank and device, and listens for the stop mark."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray.train import UserCallback
+
+from dreamfleet.datasets.errors import RunFailed, UserError
+from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.progress import LOG_FILE, watch_for_stop
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Train as one of the workers that Ray Train started; return rank 0's summary as plain data.
+
+    ``config`` holds ``recipe`` (plain data), ``threads`` and ``started``. Ray starts the whole group again after a
+    worker died, and tells nobody that it did: a worker therefore always goes on from the newest valid checkpoint in
+    the run folder. For a new run the driver has made sure that there is none.
+    """
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from dreamfleet.trainers.recipe import build_recipe
+    from dreamfleet.trainers.run import run_worker
+
+    torch.set_num_threads(config["threads"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    recipe = build_recipe(config["recipe"])
+    run = Storage(recipe.output_dir)
+    with log_to_run(run, speak=rank == 0), watch_for_stop(run, watch=rank == 0) as should_stop:
+        summary = run_worker(
+            recipe,
+            rank=rank,
+            world=world,
+            device=ray.train.torch.get_device(),
+            resume=True,
+            should_stop=should_stop,
+            started=config["started"],
+        )
+    return dataclasses.asdict(summary)
+
+
+class RaiseAtOnce(UserCallback):
+    """Ends the run at the first error that a restart would only repeat; lives in Ray Train's controller.
+
+    Ray Train starts the workers again after any exception. An exception of a callback is not retried: raising the
+    worker's own here brings it to the driver as the cause of a ControllerError, and ends the ranks that wait for the
+    failed one.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raise the error of the lowest rank that met one."""
+        for _, error in sorted(worker_exceptions.items()):
+            if isinstance(error, UserError | RunFailed):
+                raise error
+
+
+@contextmanager
+def log_to_run(run: Storage, *, speak: bool) -> Iterator[None]:
+    """Write what dreamfleet's loggers say to ``run.log`` of the run folder, from where the driver shows it."""
+    project = logging.getLogger("dreamfleet")
+    project.setLevel(logging.INFO if speak else logging.ERROR)
+    handler = _RunLog(run)
+    project.addHandler(handler)
+    try:
+        yield
+    finally:
+        project.removeHandler(handler)
+
+
+class _RunLog(logging.Handler):
+    def __init__(self, run: Storage):
+        super().__init__()
+        self.run = run
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.run.append_text(LOG_FILE, self.format(record).replace("\n", "\n  ") + "\n")
+        except Exception:  # noqa: BLE001 - what logging asks of every handler
+            self.handleError(record)
