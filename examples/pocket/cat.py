@@ -1,0 +1,49 @@
+"""Writes the demo's subject to `examples/cat/`: six pictures of a cat to train with and four to judge by.
+
+All ten come from the held-out family of cat faces, one expression each, on ten different backgrounds.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from backgrounds import draw_background
+from pictures import open_emoji
+from PIL import Image, ImageFilter
+from subjects import CAT_FACES, ROOT, find_family
+
+SIDE = 256
+TRAIN = ("plain:blue", "scene:grass", "plain:pink", "scene:beach", "plain:green", "scene:snow")
+HOLDOUT = ("plain:purple", "scene:forest", "plain:red", "scene:mountains")
+# The plain face and the calmer expressions to train with; a laughing, a pouting, a sly and a happy one to judge by.
+ORDER = (0, 3, 4, 6, 8, 9, 1, 7, 5, 2)
+
+
+def compose_large(emoji: Image.Image, key: str, rng: np.random.Generator) -> Image.Image:
+    """The face in the middle of a background, a little shifted, with a soft shadow."""
+    canvas = draw_background(key, rng, SIDE)
+    side = round(SIDE * rng.uniform(0.66, 0.82))
+    emoji = emoji.rotate(rng.uniform(-6, 6), Image.Resampling.BICUBIC).resize(
+        (side, side), Image.Resampling.LANCZOS
+    )
+    x, y = (round((SIDE - side) * rng.uniform(0.3, 0.7)) for _ in range(2))
+    shade = emoji.getchannel("A").filter(ImageFilter.GaussianBlur(8)).point(lambda value: value * 0.35)
+    canvas.paste((0, 0, 0), (x, y + 10), shade)
+    canvas.paste(emoji, (x, y), emoji)
+    return canvas
+
+
+def write_cat() -> None:
+    """Write both folders."""
+    paths = find_family(CAT_FACES)
+    rng = np.random.default_rng(8)
+    folders = [("train", key) for key in TRAIN] + [("holdout", key) for key in HOLDOUT]
+    counts = {"train": 0, "holdout": 0}
+    for choice, (folder, key) in zip(ORDER, folders, strict=True):
+        counts[folder] += 1
+        target = ROOT / "examples" / "cat" / folder / f"{counts[folder]:02d}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        compose_large(open_emoji(paths[choice]), key, rng).save(target, optimize=True)
+
+
+if __name__ == "__main__":
+    write_cat()

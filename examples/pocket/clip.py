@@ -1,0 +1,197 @@
+"""Trains the pocket model's CLIP: a text and a vision tower that tell subject and background apart.
+
+Half of the batches are grids of subjects and backgrounds, where every picture shares its subject with seven
+others and its background with fifteen: only a caption's full meaning picks the right one there.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from backgrounds import KEYS
+from pictures import TEMPLATES, Bank, open_bank, write_caption
+from subjects import CACHE
+from training import load_average, pick_device, train_stage
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+from vae import to_input
+
+STEPS = 1250
+RATE = 1e-3
+GRID = (16, 8)  # subjects x backgrounds
+BATCH = GRID[0] * GRID[1]
+WIDTH = 160
+PROJECTION = 128
+# Of the composed pictures, measured; the image processor says the same.
+MEAN, STD = (0.64, 0.57, 0.54), (0.3, 0.25, 0.28)
+
+
+def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """Two towers of a few layers; the ids that end and pad a text are the tokenizer's."""
+    shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 5}
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=4,
+        max_position_embeddings=77,
+        projection_dim=PROJECTION,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **shared,
+    )
+    vision = CLIPVisionConfig(
+        image_size=64, patch_size=8, num_hidden_layers=5, projection_dim=PROJECTION, **shared
+    )
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=PROJECTION))
+    # Fused attention has a slow backward pass on CPUs.
+    model.set_attn_implementation("eager")
+    return model
+
+
+def to_pixels(pictures: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Bytes to the vision tower's normalised input."""
+    batch = (to_input(pictures, device) + 1) / 2
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
+    return (batch - mean) / std
+
+
+class Drawer:
+    """Draws batches: pictures with captions that may leave out the subject or the background."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        self.banks = {"narrow": open_bank("narrow"), "wide": open_bank("wide")}
+        self.tokenizer = tokenizer
+        bank = self.banks["narrow"]
+        self.cells: dict[tuple[int, int], list[int]] = {}
+        for index, cell in enumerate(zip(bank.subjects.tolist(), bank.backgrounds.tolist(), strict=True)):
+            self.cells.setdefault(cell, []).append(index)
+        weights = np.array([weight for _, weight in TEMPLATES])
+        self.weights = weights / weights.sum()
+
+    def pick(self, rng: np.random.Generator) -> list[tuple[Bank, int, int, int]]:
+        """(bank, picture, subject, background) of a batch; wide subjects are numbered after the narrow ones."""
+        narrow, wide = self.banks["narrow"], self.banks["wide"]
+        if rng.random() < 0.5:
+            subjects = rng.choice(len(narrow.names), GRID[0], replace=False)
+            keys = rng.choice(len(KEYS), GRID[1], replace=False)
+            cells = [(int(s), int(k)) for s in subjects for k in keys if (int(s), int(k)) in self.cells]
+            return [(narrow, int(rng.choice(self.cells[cell])), *cell) for cell in cells]
+        n = BATCH * 7 // 10
+        items = []
+        for bank, base, indices in (
+            (narrow, 0, rng.integers(len(narrow.subjects), size=n)),
+            (wide, len(narrow.names), rng.integers(len(wide.subjects), size=BATCH - n)),
+        ):
+            items += [(bank, int(i), base + int(bank.subjects[i]), int(bank.backgrounds[i])) for i in indices]
+        return items
+
+    def word(self, bank: Bank, index: int, rng: np.random.Generator) -> tuple[str, bool, bool]:
+        """A caption, and whether it names the subject and the background."""
+        key = KEYS[bank.backgrounds[index]]
+        if rng.random() < 0.05:
+            return write_caption("picture", key, "a {s} {b}"), False, True
+        template = TEMPLATES[rng.choice(len(TEMPLATES), p=self.weights)][0]
+        return write_caption(bank.names[bank.subjects[index]], key, template), True, "{b}" in template
+
+    def draw(self, step: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """One batch with its matrix of which caption is true of which picture."""
+        rng = np.random.default_rng([12, step])
+        items = self.pick(rng)
+        texts = [self.word(bank, index, rng) for bank, index, _, _ in items]
+        pictures = np.stack([bank.pictures[index] for bank, index, _, _ in items])
+        dx, dy = rng.integers(-4, 5, 2)
+        pictures = np.pad(pictures, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="edge")
+        pictures = pictures[:, 4 + dy : 68 + dy, 4 + dx : 68 + dx]
+        tokens = self.tokenizer([text for text, _, _ in texts], padding=True, return_tensors="pt")[
+            "input_ids"
+        ]
+        # Causal towers learn only the places that texts reach: move a tenth of the batches along.
+        places = torch.arange(tokens.shape[1])
+        if rng.random() < 0.1:
+            places[1:] += int(rng.integers(0, 77 - tokens.shape[1]))
+        subjects = torch.tensor([s for _, _, s, _ in items])
+        keys = torch.tensor([k for _, _, _, k in items])
+        says_subject = torch.tensor([s for _, s, _ in texts])[:, None]
+        says_key = torch.tensor([k for _, _, k in texts])[:, None]
+        same_subject, same_key = subjects[:, None] == subjects[None], keys[:, None] == keys[None]
+        match = (same_subject | ~says_subject) & (same_key | ~says_key)
+        batch = {"input_ids": tokens, "position_ids": places[None], "match": match}
+        return {**{k: v.to(device) for k, v in batch.items()}, "pixel_values": to_pixels(pictures, device)}
+
+
+def contrast(logits: torch.Tensor, match: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy both ways where several answers may be right."""
+    wanted = match.float()
+    rows = -(wanted / wanted.sum(1, keepdim=True) * F.log_softmax(logits, 1)).sum(1).mean()
+    columns = -(wanted / wanted.sum(0, keepdim=True) * F.log_softmax(logits, 0)).sum(0).mean()
+    return (rows + columns) / 2
+
+
+def train_clip() -> CLIPModel:
+    """The stage `clip`: train both towers together and save them."""
+    folder = CACHE / "clip_model"
+    if (folder / "config.json").exists():
+        return CLIPModel.from_pretrained(folder, dtype=torch.float32)
+    device = pick_device()
+    tokenizer = CLIPTokenizer.from_pretrained(CACHE / "folder" / "tokenizer")
+    torch.manual_seed(2)
+    drawer = Drawer(tokenizer)
+
+    def compute(model: torch.nn.Module, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        batch = drawer.draw(step, device)
+        match = batch.pop("match")
+        with torch.autocast(device.type, torch.bfloat16):
+            out = model(**batch)
+        scale = model.logit_scale.clamp(max=4.6).exp()
+        texts, pictures = out.text_embeds.float(), out.image_embeds.float()
+        logits = scale * texts @ pictures.T
+        right = match.gather(1, logits.argmax(1, keepdim=True)).float().mean()
+        return contrast(logits, match), {"top1": right.item(), "scale": scale.item()}
+
+    model = train_stage("clip", build_clip(tokenizer).to(device), compute, STEPS, RATE)
+    model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def embed_texts(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Unit vectors of texts, padded to 77 as a pipeline pads them."""
+    device = next(model.parameters()).device
+    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"].to(
+        device
+    )
+    pooled = model.text_model(input_ids=tokens).pooler_output
+    return F.normalize(model.text_projection(pooled), dim=-1)
+
+
+@torch.no_grad()
+def embed_pictures(model: CLIPModel, pictures: np.ndarray) -> torch.Tensor:
+    """Unit vectors of pictures."""
+    device = next(model.parameters()).device
+    pooled = model.vision_model(pixel_values=to_pixels(pictures, device)).pooler_output
+    return F.normalize(model.visual_projection(pooled), dim=-1)
+
+
+def measure_retrieval(
+    model: CLIPModel, tokenizer: CLIPTokenizer, bank: Bank, rounds: int = 40
+) -> dict[str, float]:
+    """The share of pictures whose own caption ranks first, and among the first five, of 50 different ones."""
+    rng = np.random.default_rng(5)
+    hits = np.zeros(2)
+    for _ in range(rounds):
+        chosen: dict[str, int] = {}
+        for index in rng.permutation(len(bank.subjects)):
+            name, key = bank.names[bank.subjects[index]], KEYS[bank.backgrounds[index]]
+            chosen.setdefault(write_caption(name, key, "a {s} {b}"), int(index))
+            if len(chosen) == 50:
+                break
+        texts = embed_texts(model, tokenizer, list(chosen))
+        scores = embed_pictures(model, np.stack([bank.pictures[i] for i in chosen.values()])) @ texts.T
+        ranks = (scores > scores.diagonal()[:, None]).sum(1)
+        hits += [(ranks < 1).float().mean().item(), (ranks < 5).float().mean().item()]
+    return {"top1": float(hits[0]) / rounds, "top5": float(hits[1]) / rounds}
+
+
+def peek_clip() -> CLIPModel:
+    """The towers as trained so far."""
+    return load_average("clip", build_clip(CLIPTokenizer.from_pretrained(CACHE / "folder" / "tokenizer")))

@@ -1,0 +1,136 @@
+"""Assembles the model's folder as stock diffusers and transformers read it, all weights stored in float16."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from clip import MEAN, STD
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from subjects import CACHE, ROOT
+from torch import nn
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+FOLDER = ROOT / "trainers" / "sd" / "pocket"
+LIMIT_BYTES = 24_000_000
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule with the velocity as target."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+
+
+def split_clip(
+    clip: CLIPModel,
+) -> tuple[CLIPTextModel, CLIPVisionModelWithProjection, dict[str, torch.Tensor]]:
+    """The text encoder, the vision tower with its projection, and what joins them."""
+    text = CLIPTextModel(clip.config.text_config)
+    _copy(clip.text_model, getattr(text, "text_model", text))
+    vision = CLIPVisionModelWithProjection(clip.config.vision_config)
+    _copy(clip.vision_model, vision.vision_model)
+    _copy(clip.visual_projection, vision.visual_projection)
+    joint = {"text_projection.weight": clip.text_projection.weight, "logit_scale": clip.logit_scale}
+    return text.eval(), vision.eval(), {name: tensor.detach().clone() for name, tensor in joint.items()}
+
+
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    """Copy weights by name, all of them."""
+    target.load_state_dict(source.state_dict())
+
+
+def _store_half(folder: Path) -> None:
+    """Store a part's weights in float16, its config still saying float32.
+
+    transformers 5 makes a model in its config's dtype and converts what is stored: so a stock call gives float32
+    parts that fit each other, from files of half the size.
+    """
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        save_file(
+            {n: t.half() if t.is_floating_point() else t for n, t in tensors.items()}, path, {"format": "pt"}
+        )
+
+
+def export_folder(folder: Path = FOLDER) -> Path:
+    """The stage `export`: write every part, then the index that names them."""
+    from unet import load_unet
+
+    vae = AutoencoderKL.from_pretrained(CACHE / "folder" / "vae", torch_dtype=torch.float32)
+    clip = CLIPModel.from_pretrained(CACHE / "clip_model", dtype=torch.float32)
+    return write_folder(folder, clip, vae, load_unet())
+
+
+def write_folder(folder: Path, clip: CLIPModel, vae: AutoencoderKL, unet: UNet2DConditionModel) -> Path:
+    """Write the parts as stock classes save them, in float16, and check the size."""
+    text, vision, joint = split_clip(clip)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in {"text_encoder": text, "image_encoder": vision, "vae": vae, "unet": unet}.items():
+        shutil.rmtree(folder / name, ignore_errors=True)
+        part.float().save_pretrained(folder / name)
+        _store_half(folder / name)
+        config = folder / name / "config.json"
+        settings = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
+        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    save_file({n: t.contiguous().float() for n, t in joint.items()}, folder / "text_projection.safetensors")
+    CLIPTokenizer.from_pretrained(CACHE / "folder" / "tokenizer").save_pretrained(folder / "tokenizer")
+    for plain in ("vocab.json", "merges.txt"):
+        shutil.copy(CACHE / "folder" / "tokenizer" / plain, folder / "tokenizer" / plain)
+    build_scheduler().save_pretrained(folder / "scheduler")
+    _write_json(folder / "image_encoder" / "preprocessor_config.json", _describe_processor())
+    _write_json(folder / "model_index.json", _describe_pipeline())
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"export: {size / 1e6:.2f} MB in {folder}")
+    if size > LIMIT_BYTES:
+        raise SystemExit(f"the model is {size} bytes; at most {LIMIT_BYTES} may ship")
+    return folder
+
+
+def _describe_processor() -> dict:
+    """How a picture becomes the vision tower's input."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": 64},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": 64, "width": 64},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
+        "do_convert_rgb": True,
+    }
+
+
+def _describe_pipeline() -> dict:
+    """The index from which diffusers builds a StableDiffusionPipeline."""
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.30.0",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

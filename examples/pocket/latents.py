@@ -1,0 +1,42 @@
+"""Encodes the narrow bank once: what the U-Net trains on are scaled latents of a memory-mapped file."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from pictures import open_bank
+from subjects import CACHE
+from training import pick_device
+from vae import to_input
+
+BATCH = 64
+
+
+def write_latents() -> None:
+    """The stage `latents`: float16 latents in the bank's order; the small table beside it marks it complete."""
+    folder = CACHE / "latents"
+    if (folder / "table.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    device = pick_device()
+    vae = AutoencoderKL.from_pretrained(CACHE / "folder" / "vae", torch_dtype=torch.float32).to(device).eval()
+    pictures = open_bank("narrow").pictures
+    shape = (len(pictures), 4, 16, 16)
+    out = np.lib.format.open_memmap(folder / "latents.npy", "w+", np.float16, shape)
+    with torch.no_grad():
+        for at in range(0, len(pictures), BATCH):
+            with torch.autocast(device.type, torch.bfloat16):
+                mean = vae.encode(to_input(pictures[at : at + BATCH], device)).latent_dist.mean
+            out[at : at + BATCH] = (mean.float() * vae.config.scaling_factor).half().cpu().numpy()
+    out.flush()
+    spread = float(out[::50].astype(np.float32).std())
+    (folder / "table.json").write_text(json.dumps({"shape": shape, "std": spread}), encoding="utf-8")
+    print("latents:", shape, "std", round(spread, 3))
+
+
+def open_latents() -> np.ndarray:
+    """The latents that `write_latents` wrote."""
+    return np.load(CACHE / "latents" / "latents.npy", mmap_mode="r")

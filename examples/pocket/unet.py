@@ -1,0 +1,202 @@
+"""Trains the pocket model's U-Net with the project's own method, engine and noise code."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from backgrounds import KEYS
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from export import build_scheduler, split_clip
+from latents import open_latents
+from pictures import draw_caption, open_bank
+from subjects import CACHE
+from training import pick_device
+from transformers import CLIPModel, CLIPTokenizer
+
+from dreamfleet.datasets.keyed import numpy_rng
+from dreamfleet.datasets.plan import BatchPlan
+from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.checkpoint import Checkpoints
+from dreamfleet.trainers.engine import EngineConfig, TorchEngine
+from dreamfleet.trainers.loop import Hooks, Schedule, train
+from dreamfleet.trainers.methods.base import Batch, Method, MethodConfig, ParamGroup, Setting
+from dreamfleet.trainers.metrics import Metrics
+from dreamfleet.trainers.optim import OptimizerConfig
+from dreamfleet.trainers.sd.model import StableDiffusion
+from dreamfleet.trainers.sd.noise import draw_noise
+
+STEPS = int(os.environ.get("POCKET_STEPS", "9000"))
+BATCH = 32
+RATE = 8e-4
+WARM_UP = 200
+SEED = 13
+EMPTY_SHARE = 0.1
+FOLDER = CACHE / "unet"
+
+
+def build_unet(context_width: int) -> UNet2DConditionModel:
+    """Attention where pictures have 8 x 8 and 4 x 4 cells; 16 x 16 has convolutions only, for speed."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 96, 144),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=context_width,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+class Pretraining(Method):
+    """Teaches a whole U-Net from nothing: the plain noise loss over captioned latents."""
+
+    name = "pocket_pretraining"
+
+    def __init__(self, model: StableDiffusion, setting: Setting) -> None:
+        super().__init__(MethodConfig(name=self.name), model, setting)
+        self.learning = model.unet.requires_grad_(True).train()
+
+    def groups(self) -> list[ParamGroup]:
+        """One group: the U-Net."""
+        return [ParamGroup("unet", dict(self.learning.named_parameters()))]
+
+
+def assemble(unet: UNet2DConditionModel | None = None) -> StableDiffusion:
+    """The parts around the U-Net as the project's code wants them."""
+    tokenizer = CLIPTokenizer.from_pretrained(CACHE / "folder" / "tokenizer")
+    text, _, _ = split_clip(CLIPModel.from_pretrained(CACHE / "clip_model", dtype=torch.float32))
+    vae = AutoencoderKL.from_pretrained(CACHE / "folder" / "vae", torch_dtype=torch.float32)
+    if unet is None:
+        torch.manual_seed(4)
+        unet = build_unet(text.config.hidden_size)
+    model = StableDiffusion(tokenizer, text, unet, vae, build_scheduler(), str(CACHE), "")
+    model.freeze()
+    return model
+
+
+class Batches:
+    """Batch `step` of the run: a function of the step alone, so that a resumed run goes on with the same ones."""
+
+    def __init__(self, model: StableDiffusion, device: torch.device) -> None:
+        self.model, self.device = model, device
+        self.bank, self.latents = open_bank("narrow"), open_latents()
+        self.plan = BatchPlan([0] * len(self.latents), seed=SEED, global_batch=BATCH)
+
+    def draw(self, step: int) -> Batch:
+        """Latents, contexts, noise and timesteps of one batch."""
+        draws = self.plan.draws(step)
+        keys = [("pocket", SEED, draw.epoch, draw.index) for draw in draws]
+        noise, timesteps = draw_noise(keys, (4, 16, 16), num_timesteps=1000)
+        prompts = [
+            self._word(draw.index, numpy_rng("prompt", *key)) for draw, key in zip(draws, keys, strict=True)
+        ]
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
+            context = self.model.encode_text(self.model.tokenize(prompts).to(self.device)).float()
+        latents = np.stack([self.latents[draw.index] for draw in draws]).astype(np.float32)
+        return {
+            "latents": torch.from_numpy(latents),
+            "noise": noise,
+            "timesteps": timesteps,
+            "context": context,
+            "weights": torch.ones(BATCH),
+            "num_instances": BATCH,
+        }
+
+    def stream(self, start_step: int) -> Iterator[Batch]:
+        """Batches from a step on."""
+        return map(self.draw, itertools.count(start_step))
+
+    def _word(self, index: int, rng: np.random.Generator) -> str:
+        if rng.random() < EMPTY_SHARE:
+            return ""
+        return draw_caption(
+            self.bank.names[self.bank.subjects[index]], KEYS[self.bank.backgrounds[index]], rng
+        )
+
+
+def scale_rate(step: int) -> float:
+    """A warm-up, a long constant stretch, and a straight line down over the last sixth of the run."""
+    return min(1.0, (step + 1) / WARM_UP, max(0.02, (STEPS - step) / (STEPS / 6)))
+
+
+def train_unet() -> None:
+    """The stage `unet`: the project's loop from the last whole checkpoint on; SIGTERM saves and stops."""
+    device = pick_device()
+    model = assemble()
+    # Fused attention has a slow backward pass on CPUs.
+    model.unet.set_attn_processor(AttnProcessor())
+    model.to(device)
+    method = Pretraining(model, Setting(snr_gamma=5.0))
+    engine = TorchEngine(
+        method,
+        config=EngineConfig(use_ema=True, ema_decay=0.999),
+        optimizer=OptimizerConfig(learning_rate=RATE),
+        mixed_precision="bf16",
+        device=device,
+    )
+    run = Storage(str(FOLDER))
+    checkpoints, start = Checkpoints(run, limit=2), 0
+    if last := checkpoints.load_latest():
+        method.load_state(last.learned)
+        engine.load_state(last.engine)
+        start = last.step
+    metrics, stopping = Metrics(run, start_step=start), []
+    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
+
+    def log(line: dict[str, Any]) -> None:
+        metrics.log(line)
+        print("unet", {name: line[name] for name in ("step", "loss", "step_seconds")}, flush=True)
+
+    def save(step: int) -> None:
+        checkpoints.save(step, learned=method.state(), engine=engine.state(), meta={})
+
+    train(
+        method,
+        engine,
+        Batches(model, device).stream(start),
+        lambda batch: batch,
+        rates={"unet": lambda step: RATE * scale_rate(step)},
+        schedule=Schedule(total=STEPS, save_every=200, sample_every=STEPS, log_every=50),
+        seed=SEED,
+        start_step=start,
+        hooks=Hooks(log=log, save=save, should_stop=lambda: bool(stopping)),
+    )
+
+
+def load_unet() -> UNet2DConditionModel:
+    """The averaged U-Net of the last whole checkpoint."""
+    last = Checkpoints(Storage(str(FOLDER))).load_latest()
+    if last is None:
+        raise SystemExit("no checkpoint of the U-Net yet: run the stage `unet`")
+    context_width = json.loads((CACHE / "clip_model" / "config.json").read_text())["text_config"][
+        "hidden_size"
+    ]
+    unet = build_unet(context_width)
+    unet.load_state_dict(last.engine["ema"])
+    return unet.eval()
+
+
+def build_pipeline(unet: UNet2DConditionModel | None = None) -> StableDiffusionPipeline:
+    """A stock pipeline around the U-Net so far."""
+    model = assemble(unet or load_unet())
+    return StableDiffusionPipeline(
+        vae=model.vae,
+        text_encoder=model.text_encoder,
+        tokenizer=model.tokenizer,
+        unet=model.unet,
+        scheduler=model.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

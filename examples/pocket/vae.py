@@ -1,0 +1,115 @@
+"""Trains the pocket model's autoencoder: 64 px pictures to 16 x 16 x 4 latents and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from pictures import open_bank
+from subjects import CACHE
+from training import load_average, pick_device, train_stage
+
+STEPS = 4400
+BATCH = 12
+RATE = 1.5e-3
+KL_WEIGHT = 5e-6
+
+
+def build_vae() -> AutoencoderKL:
+    """Factor 4, about 1.3 million parameters; no attention: faces need edges, not far relations."""
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 96),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=16,
+        sample_size=64,
+        mid_block_add_attention=False,
+    )
+    # Latents start with little noise: a decoder that sees noise of their own size learns nothing for long.
+    torch.nn.init.constant_(vae.quant_conv.bias[4:].data, -6.0)
+    return vae
+
+
+def to_input(pictures: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Bytes (n, h, w, 3) to floats in -1..1 (n, 3, h, w)."""
+    batch = torch.from_numpy(np.ascontiguousarray(pictures)).to(device)
+    return batch.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+
+
+def compare_edges(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The mean difference of neighbouring pixels' differences: keeps outlines sharp."""
+    error = made - wanted
+    return (error[..., 1:] - error[..., :-1]).abs().mean() + (
+        error[..., 1:, :] - error[..., :-1, :]
+    ).abs().mean()
+
+
+def measure_psnr(vae: AutoencoderKL, pictures: np.ndarray, batch: int = 50) -> float:
+    """The mean PSNR in dB (peak 255) of pictures sent through the autoencoder."""
+    device = next(vae.parameters()).device
+    found = []
+    with torch.no_grad():
+        for at in range(0, len(pictures), batch):
+            wanted = to_input(pictures[at : at + batch], device)
+            made = vae.decode(vae.encode(wanted).latent_dist.mode()).sample.clamp(-1, 1)
+            error = (made - wanted).div(2).pow(2).flatten(1).mean(1)
+            found.append(-10 * error.clamp_min(1e-10).log10())
+    return float(torch.cat(found).mean())
+
+
+def train_vae() -> AutoencoderKL:
+    """The stage `vae`: train, measure the latents' spread, and save."""
+    folder = CACHE / "folder" / "vae"
+    if (folder / "config.json").exists():
+        return AutoencoderKL.from_pretrained(folder)
+    device = pick_device()
+    torch.manual_seed(1)
+    vae = build_vae().to(device)
+    narrow, wide = open_bank("narrow").pictures, open_bank("wide").pictures
+
+    def compute(model: torch.nn.Module, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        rng = np.random.default_rng([11, step])
+        n = BATCH * 3 // 4
+        picks = [narrow[np.sort(rng.integers(len(narrow), size=n))]]
+        picks.append(wide[np.sort(rng.integers(len(wide), size=BATCH - n))])
+        wanted = to_input(np.concatenate(picks), device)
+        with torch.autocast(device.type, torch.bfloat16):
+            latents = model.encode(wanted).latent_dist
+            made = model.decode(latents.sample()).sample
+        made = made.float()
+        error = made - wanted
+        kl = latents.kl().float().mean()
+        loss = error.abs().mean() + 2 * error.pow(2).mean() + 0.5 * compare_edges(made, wanted)
+        psnr = -10 * (error.detach().div(2).pow(2).mean().log10())
+        return loss + KL_WEIGHT * kl, {"psnr": psnr.item(), "kl": kl.item()}
+
+    vae = train_stage("vae", vae, compute, STEPS, RATE)
+    return save_vae(vae)
+
+
+def save_vae(vae: AutoencoderKL) -> AutoencoderKL:
+    """Set the scaling factor by measured latents and write the stage's result."""
+    narrow = open_bank("narrow").pictures
+    picks = np.sort(np.random.default_rng(3).choice(len(narrow), 2000, replace=False))
+    device = next(vae.parameters()).device
+    with torch.no_grad():
+        latents = [
+            vae.encode(to_input(narrow[part], device)).latent_dist.mode() for part in np.split(picks, 20)
+        ]
+    vae.register_to_config(scaling_factor=round(1 / float(torch.cat(latents).std()), 5))
+    vae.save_pretrained(CACHE / "folder" / "vae")
+    print(
+        "vae: PSNR on held-out subjects",
+        measure_psnr(vae, open_bank("held_out").pictures),
+        vae.config.scaling_factor,
+    )
+    return vae
+
+
+def peek_vae() -> AutoencoderKL:
+    """The autoencoder as trained so far."""
+    return load_average("vae", build_vae())
