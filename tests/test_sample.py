@@ -1,0 +1,188 @@
+"""Sampling: the same pictures in any batch, agreement with diffusers' pipeline, guidance, grids, class pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import tiny_model
+
+from dreamfleet.datasets.errors import UserError
+from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.sd.prior import class_image_key, generate_class_images
+from dreamfleet.trainers.sd.sample import generate, picture_grid
+
+SCHEDULERS = ["ddim", "euler_a", "dpm++"]
+PROMPTS = ["a cat", "two dogs", "a red apple", "the sea", "a cat"]
+SEEDS = [3, 5, 7, 2**62 + 1, 3]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model()
+
+
+def difference(one: Image.Image, two: Image.Image) -> int:
+    return int(np.abs(np.asarray(one).astype(int) - np.asarray(two).astype(int)).max())
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_picture_is_a_function_of_its_prompt_and_seed(scheduler: str, prediction_type: str) -> None:
+    model = tiny_model(prediction_type)
+    options: dict[str, Any] = {"steps": 4, "scheduler": scheduler}
+    together = generate(model, PROMPTS, seeds=SEEDS, batch_size=5, **options)
+    pairs = generate(model, PROMPTS, seeds=SEEDS, batch_size=2, **options)
+    alone = [
+        generate(model, [p], seeds=[s], **options)[0] for p, s in zip(PROMPTS[1:4], SEEDS[1:4], strict=True)
+    ]
+    assert all(difference(a, b) <= 1 for a, b in zip(together, pairs, strict=True))
+    assert all(difference(a, b) <= 1 for a, b in zip(together[1:4], alone, strict=True))
+    assert difference(together[0], together[4]) <= 1
+    assert difference(together[0], together[1]) > 5
+    assert all(picture.size == (32, 32) and picture.mode == "RGB" for picture in together)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_it_draws_what_diffusers_pipeline_draws(prediction_type: str) -> None:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    model = tiny_model(prediction_type)
+    pipeline = StableDiffusionPipeline(
+        **model.modules(),
+        tokenizer=model.tokenizer,
+        scheduler=DDIMScheduler.from_config(model.scheduler.config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    for guidance in (1.0, 6.0):
+        theirs = pipeline(
+            ["a cat", "the sea"],
+            negative_prompt=["ugly", "ugly"],
+            num_inference_steps=5,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in (1, 2)],
+        ).images
+        ours = generate(
+            model,
+            ["a cat", "the sea"],
+            seeds=[1, 2],
+            negative_prompt="ugly",
+            steps=5,
+            guidance_scale=guidance,
+        )
+        assert max(difference(a, b) for a, b in zip(ours, theirs, strict=True)) <= 1
+
+
+def test_guidance_of_one_runs_the_unet_once_a_picture(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    forward = type(model.unet).forward
+
+    def counted(self: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(sample))
+        return forward(self, sample, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.unet), "forward", counted)
+    generate(model, ["a", "b"], seeds=[1, 2], steps=2, guidance_scale=1)
+    generate(model, ["a", "b"], seeds=[1, 2], steps=2, guidance_scale=2)
+    assert sizes == [2, 2, 4, 4]
+
+
+def test_own_encoder_sizes_and_negative_prompts(model: Any) -> None:
+    asked: list[list[str]] = []
+
+    def encode(prompts: list[str]) -> torch.Tensor:
+        asked.append(prompts)
+        return model.encode_text(model.tokenize(["x"] * len(prompts)))
+
+    wide = generate(model, ["a", "b"], seeds=[1, 1], steps=2, width=64, height=48, encode=encode)
+    assert [picture.size for picture in wide] == [(64, 48)] * 2
+    assert difference(*wide) <= 1
+    assert asked == [["a", "b"], [""]]
+    each = generate(model, ["a", "a"], seeds=[1, 1], steps=2, negative_prompt=["", "zebra"])
+    assert difference(*each) > 0
+    assert not any(p.requires_grad for p in model.unet.parameters())
+
+
+def test_half_precision_draws_nearly_the_same(model: Any) -> None:
+    exact = generate(model, ["a cat"], seeds=[1], steps=3, guidance_scale=3)[0]
+    half = generate(tiny_model().to("cpu", torch.bfloat16), ["a cat"], seeds=[1], steps=3, guidance_scale=3)[
+        0
+    ]
+    assert np.abs(np.asarray(exact).astype(int) - np.asarray(half).astype(int)).mean() < 6
+
+
+def test_what_cannot_be_drawn_says_so(model: Any) -> None:
+    for options, message in [
+        ({"width": 40}, "multiple of 16, such as"),
+        ({"height": 0, "width": 8}, "multiple of 16, such as 16"),
+        ({"scheduler": "plms"}, "ddim, euler_a"),
+        ({"seeds": [1, 2]}, "as many seeds"),
+        ({"negative_prompt": ["a", "b"]}, "negative"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            generate(model, ["a"], **{"seeds": [1], "steps": 1, **options})
+
+
+def test_grid_places_every_picture() -> None:
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9), (99, 0, 0)]
+    pictures = [Image.new("RGB", (20, 10), colour) for colour in colours]
+    grid = picture_grid(pictures, 3)
+    assert grid.size == (3 * 22 - 2, 2 * 12 - 2)
+    assert [grid.getpixel((index % 3 * 22, index // 3 * 12)) for index in range(5)] == colours
+    assert grid.getpixel((2 * 22, 12)) == (255, 255, 255)
+    labelled = picture_grid(pictures, 2, captions=["a long caption of many words"] * 5)
+    assert labelled.height > 3 * 30
+    assert picture_grid(pictures[:1], 4).size == (20, 10)
+    with pytest.raises(UserError, match="at least one"):
+        picture_grid([], 2)
+
+
+def test_class_images_are_the_same_on_any_number_of_workers(model: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"num": 5, "seed": 1, "steps": 2, "batch_size": 2}
+    one, two = Storage(tmp_path / "one"), Storage(tmp_path / "two")
+    assert generate_class_images(model, "a cat", storage=one, **options) == 5
+    counts = [
+        generate_class_images(model, "a cat", storage=two, rank=r, world=2, **options) for r in range(2)
+    ]
+    assert counts == [3, 2]
+    names = [f"{i:06d}.png" for i in range(5)]
+    assert one.list() == two.list() == names
+    for name in names:
+        assert difference(Image.open(one.path(name)), Image.open(two.path(name))) <= 1
+    assert difference(Image.open(one.path(names[0])), Image.open(one.path(names[1]))) > 2
+
+
+def test_class_images_that_are_there_are_kept(model: Any, tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    options: dict[str, Any] = {"storage": storage, "steps": 1}
+    generate_class_images(model, "a cat", num=3, **options)
+    storage.remove("000001.png")
+    storage.write_bytes("000002.png", b"kept")
+    assert generate_class_images(model, "a cat", num=3, **options) == 1
+    assert generate_class_images(model, "a cat", num=3, **options) == 0
+    assert storage.read_bytes("000002.png") == b"kept"
+    storage.write_bytes("mine.JPG", b"counts")
+    assert generate_class_images(model, "a cat", num=5, **options) == 1
+
+
+def test_the_folder_key_follows_everything_that_shapes_the_pictures() -> None:
+    base: dict[str, Any] = {"seed": 0, "steps": 25, "guidance_scale": 5.0, "resolution": 64}
+    first = class_image_key("abc", "a Photo of a cat!", **base)
+    assert first.startswith("a-photo-of-a-cat-")
+    assert first == class_image_key("abc", "a Photo of a cat!", **{**base, "guidance_scale": 5})
+    others = [{**base, name: value} for name, value in (("seed", 1), ("steps", 5), ("resolution", 32))]
+    keys = {class_image_key("abc", "a Photo of a cat!", **other) for other in others}
+    keys |= {
+        class_image_key("abd", "a Photo of a cat!", **base),
+        class_image_key("abc", "a photo of a cat", **base),
+    }
+    assert len(keys | {first}) == 6
+    assert class_image_key("abc", "猫", **base).startswith("class-")

@@ -1,0 +1,182 @@
+"""Draws pictures: a short guided sampling loop in which each picture depends on its own prompt and seed alone."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from dreamfleet.datasets.errors import UserError
+
+if TYPE_CHECKING:
+    from dreamfleet.trainers.sd.model import StableDiffusion
+
+SchedulerName = Literal["ddim", "euler_a", "dpm++"]
+
+# B pictures, C latent channels, h x w latent cells, T tokens, D their width.
+
+
+@torch.no_grad()
+def generate(
+    model: StableDiffusion,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    negative_prompt: str | Sequence[str] = "",
+    steps: int = 25,
+    guidance_scale: float = 7.5,
+    scheduler: SchedulerName | str = "ddim",
+    width: int | None = None,
+    height: int | None = None,
+    batch_size: int = 4,
+    encode: Callable[[list[str]], Tensor] | None = None,
+    device: torch.device | str | None = None,
+) -> list[Image.Image]:
+    """Draw one RGB picture for each prompt and its seed.
+
+    Picture i is the same, within rounding, in any batch and on any number of workers: its noise comes from a CPU
+    generator of its own. `width` and `height` are pixels (the model's own size when None); `encode` replaces
+    `model.encode_text` (prompts -> context `[B, T, D]`); `device` is where the model is when None. A guidance
+    scale of 1 skips the negative prompt and half of the work. Raises UserError for sizes or names nobody can draw.
+    """
+    if len(seeds) != len(prompts):
+        raise UserError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}.")
+    negatives = (
+        [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+    )
+    if len(negatives) != len(prompts):
+        raise UserError(f"{len(prompts)} prompts need one negative prompt or as many, not {len(negatives)}.")
+    width, height = width or model.resolution, height or model.resolution
+    _require_size(model, width, height)
+    place = torch.device(device) if device is not None else next(model.unet.parameters()).device
+    encode = encode or (lambda texts: model.encode_text(model.tokenize(texts).to(place)))
+    pictures: list[Image.Image] = []
+    for start in range(0, len(prompts), max(1, batch_size)):
+        part = slice(start, start + max(1, batch_size))
+        context_BTD = encode(list(prompts[part]))
+        if guidance_scale != 1:
+            context_BTD = torch.cat([_encode_once(encode, negatives[part]), context_BTD])
+        latents_BChw = draw_latents(
+            model,
+            context_BTD,
+            generators=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+            size=(height // model.vae_factor, width // model.vae_factor),
+            steps=steps,
+            guidance_scale=guidance_scale,
+            scheduler=make_scheduler(model, scheduler),
+        )
+        pictures += to_pictures(model.decode(latents_BChw))
+    return pictures
+
+
+@torch.no_grad()
+def draw_latents(
+    model: StableDiffusion,
+    context_BTD: Tensor,
+    *,
+    generators: list[torch.Generator],
+    size: tuple[int, int],
+    steps: int,
+    guidance_scale: float,
+    scheduler: Any,
+) -> Tensor:
+    """Run the sampler from each generator's noise -> scaled latents `[B, C, h, w]` in float32.
+
+    With guidance, the first half of `context_BTD` is that of the negative prompts (classifier-free guidance,
+    arXiv 2207.12598: e = e_negative + scale (e_prompt - e_negative)).
+    """
+    unet: Any = model.unet
+    device = context_BTD.device
+    scheduler.set_timesteps(steps, device=device)
+    shape = (unet.config.in_channels, *size)
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+    latents_BChw = noise * scheduler.init_noise_sigma
+    guided = len(context_BTD) > len(generators)
+    options = {"generator": generators} if "Ancestral" in type(scheduler).__name__ else {}
+    for timestep in scheduler.timesteps:
+        entered = torch.cat([latents_BChw] * 2) if guided else latents_BChw
+        entered = scheduler.scale_model_input(entered, timestep).to(unet.dtype)
+        output = unet(entered, timestep, encoder_hidden_states=context_BTD.to(unet.dtype), return_dict=False)[
+            0
+        ]
+        output = output.float()
+        if guided:
+            away, towards = output.chunk(2)
+            output = away + guidance_scale * (towards - away)
+        latents_BChw = scheduler.step(output, timestep, latents_BChw, return_dict=False, **options)[0]
+    return latents_BChw
+
+
+def make_scheduler(model: StableDiffusion, name: SchedulerName | str) -> Any:
+    """Make the sampler `name` with the model's noise schedule and prediction type (eps or v)."""
+    config = model.scheduler.config
+    if name == "ddim":
+        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+        return DDIMScheduler.from_config(config)
+    if name == "euler_a":
+        from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
+
+        return EulerAncestralDiscreteScheduler.from_config(config)
+    if name == "dpm++":
+        from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+        return DPMSolverMultistepScheduler.from_config(
+            config, algorithm_type="dpmsolver++", use_karras_sigmas=True, timestep_spacing="linspace"
+        )
+    raise UserError(f"no sampler is called {name!r}; there are ddim, euler_a and dpm++.")
+
+
+def to_pictures(pixels_B3HW: Tensor) -> list[Image.Image]:
+    """Turn pixels in about [-1, 1] into RGB pictures."""
+    scaled = ((pixels_B3HW.float() / 2 + 0.5).clamp(0, 1) * 255).round()
+    return [Image.fromarray(array) for array in scaled.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()]
+
+
+def picture_grid(
+    pictures: Sequence[Image.Image], columns: int, *, captions: Sequence[str] | None = None, gap: int = 2
+) -> Image.Image:
+    """Lay pictures out in rows of `columns` on white, `gap` pixels apart, each above its caption where given."""
+    if not pictures:
+        raise UserError("a grid needs at least one picture.")
+    columns = max(1, min(columns, len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
+    texts = list(captions or [])
+    size = max(10, min(18, width // 16))
+    font = ImageFont.load_default(size)
+    wrapped = [textwrap.wrap(text, max(8, int(width / size * 1.9))) for text in texts]
+    band = max((len(lines) for lines in wrapped), default=0) * (size + 4) + (4 if texts else 0)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + band + gap) - gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, picture in enumerate(pictures):
+        left, top = index % columns * (width + gap), index // columns * (height + band + gap)
+        sheet.paste(
+            picture.convert("RGB"),
+            (left + (width - picture.width) // 2, top + (height - picture.height) // 2),
+        )
+        for line, text in enumerate(wrapped[index] if index < len(wrapped) else []):
+            draw.text((left + 2, top + height + 2 + line * (size + 4)), text, fill=(40, 40, 40), font=font)
+    return sheet
+
+
+def _encode_once(encode: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:
+    if len(set(texts)) == 1:
+        return encode(texts[:1]).expand(len(texts), -1, -1)
+    return encode(texts)
+
+
+def _require_size(model: StableDiffusion, width: int, height: int) -> None:
+    unet: Any = model.unet
+    step = model.vae_factor * 2 ** (len(unet.config.block_out_channels) - 1)
+    for name, value in (("width", width), ("height", height)):
+        if value < step or value % step:
+            near = max(step, round(value / step) * step)
+            raise UserError(
+                f"{name} {value} does not suit this model: use a multiple of {step}, such as {near}."
+            )
