@@ -24,7 +24,6 @@ from dreamfleet.trainers.pictures import load_pictures
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.schedule import last_step
 from dreamfleet.trainers.sd.model import StableDiffusion, load_model
-from dreamfleet.trainers.sd.prior import class_image_key, generate_class_images
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +155,8 @@ def gather_class_images(recipe: Recipe, sets: Sets, method: Method, place: Place
     wanted = method.num_class_images
     if not wanted:
         return None
+    from dreamfleet.trainers.sd.prior import class_image_key, generate_class_images
+
     indexes = []
     for class_set in sets.class_sets:
         config = recipe.method

@@ -17,7 +17,6 @@ from dreamfleet.trainers.feed import to_samples
 from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.pictures import encode_index
 from dreamfleet.trainers.sd.noise import draw_noise, noise_loss
-from dreamfleet.trainers.sd.sample import generate
 
 
 class ValidationConfig(Section):
@@ -89,6 +88,8 @@ def draw_previews(
     method: Method, engine: TorchEngine, config: ValidationConfig, resolution: int
 ) -> tuple[list[Image.Image], list[dict[str, Any]]]:
     """Draw ``num_images`` pictures of every prompt at fixed seeds -> pictures, and for each its prompt, seed and cell."""
+    from dreamfleet.trainers.sd.sample import generate
+
     cells = [
         {"prompt": prompt, "seed": config.seed + column, "row": row, "column": column}
         for row, prompt in enumerate(config.prompts)

@@ -109,7 +109,9 @@ class StableDiffusion:
         """Move the parts, casting those without learning parameters to ``dtype`` (half precision saves memory)."""
         for part in self.modules().values():
             learns = any(parameter.requires_grad for parameter in part.parameters())
-            part.to(device=device, dtype=None if learns else dtype)
+            part.to(device)
+            if dtype is not None and not learns:
+                part.to(dtype)
         return self
 
 
@@ -118,6 +120,7 @@ def load_model(config: ModelConfig, needs: Collection[str] = ALL_PARTS) -> Stabl
 
     Raises ModelError naming the folder and the missing or broken part.
     """
+    quiet_libraries()
     name = config.pretrained_model_name_or_path
     if name == POCKET:
         return _load_folder(pocket_folder(), name, config, needs)
@@ -129,6 +132,16 @@ def load_model(config: ModelConfig, needs: Collection[str] = ALL_PARTS) -> Stabl
     if path.exists():
         return _load_path(path, name, config, needs)
     return _load_path(_download(name, config), name, config, needs)
+
+
+def quiet_libraries() -> None:
+    """Keep diffusers' and transformers' bars and notices (one per loaded part) out of a run's own lines."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
 
 
 def save_pipeline(model: StableDiffusion, folder: Path, *, dtype: torch.dtype | None = None) -> None:

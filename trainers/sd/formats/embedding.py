@@ -21,7 +21,6 @@ SUFFIXES = (".pt", ".bin", ".safetensors", *image_embedding.SUFFIXES)
 
 _METADATA_KEY = "dreamfleet"  # an extra entry of the webui dict: webui and diffusers pass over it
 _PREFIX = "dreamfleet."  # of our fields in a safetensors header, apart from the metadata itself
-_DIFFUSERS_STEM = "learned_embeds"  # the file name diffusers looks for when given a folder
 _KEYS_WITHOUT_NAME = ("emb_params", "clip_l", "clip_g", "*", "")
 
 
@@ -54,8 +53,8 @@ def write_embedding(
 ) -> Path:
     """Write `.pt` (webui), `.safetensors` or `.bin` (diffusers), or an image embedding (`.png`, lossless `.webp`).
 
-    `picture` is what an image embedding shows. Raises FormatError for vectors nobody could use, and for a file stem
-    that differs from the name: webui takes the name from the file, diffusers from inside.
+    `picture` is what an image embedding shows. Raises FormatError for vectors nobody could use, and for a `.pt`
+    whose stem differs from the name: webui takes the name from the file, diffusers from inside.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -66,9 +65,11 @@ def write_embedding(
         )
     if suffix not in SUFFIXES:
         raise FormatError(f"{path}: an embedding is written as one of {', '.join(SUFFIXES)}.")
-    if path.stem not in (embedding.name, _DIFFUSERS_STEM):
+    # `.safetensors` and `.bin` hold one tensor, whose key webui ignores: there the inner name may be the word that the
+    # vectors were trained under, which is what diffusers loads them as.
+    if suffix == ".pt" and path.stem != embedding.name:
         raise FormatError(
-            f"{path}: the file must be called {embedding.name}{suffix}, or the embedding {path.stem!r}: webui takes "
+            f"{path}: the file must be called {embedding.name}.pt, or the embedding {path.stem!r}: webui takes "
             "the name from the file, diffusers from inside it."
         )
     vectors = embedding.vectors.detach().float().cpu().contiguous()

@@ -1,0 +1,114 @@
+"""Targets, SNR weights and schedules against diffusers; noise that belongs to its sample alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.optimization import get_scheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.training_utils import compute_snr
+from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.trainers.schedule import last_step, make_rate, multiplier_at, parse_webui_schedule
+from dreamfleet.trainers.sd.noise import draw_noise, make_target, noise_loss, signal_to_noise, snr_weights
+
+
+def scheduler(kind: str) -> DDPMScheduler:
+    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=kind)
+
+
+def test_a_samples_noise_does_not_depend_on_its_batch() -> None:
+    keys = [("instance", 0, 3, "a"), ("instance", 0, 3, "b"), ("instance", 0, 4, "a")]
+    noise, timesteps = draw_noise(keys, (4, 8, 8), num_timesteps=1000)
+    alone, timestep = draw_noise(keys[1:2], (4, 8, 8), num_timesteps=1000)
+    assert torch.equal(noise[1], alone[0]) and timesteps[1] == timestep[0]
+    assert not torch.equal(noise[0], noise[2])
+
+
+def test_noise_is_standard_normal_and_timesteps_cover_their_range() -> None:
+    noise, timesteps = draw_noise([("x", i) for i in range(400)], (4, 8, 8), num_timesteps=10)
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    assert set(timesteps.tolist()) == set(range(10))
+
+
+def test_noise_offset_shifts_whole_channels() -> None:
+    keys = [("x", i) for i in range(200)]
+    plain, t = draw_noise(keys, (4, 8, 8), num_timesteps=1000)
+    shifted, t_shifted = draw_noise(keys, (4, 8, 8), num_timesteps=1000, noise_offset=0.1)
+    difference = shifted - plain
+    assert torch.equal(t, t_shifted)
+    assert torch.allclose(difference, difference[..., :1, :1].expand_as(difference), atol=1e-6)
+    assert 0.08 < difference[..., 0, 0].std() < 0.12
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_perfect_prediction_of_the_target_takes_the_noise_out(kind: str) -> None:
+    # The target is right when diffusers' own sampler, given it as the model's output, finds the clean latents.
+    schedule = scheduler(kind)
+    latents, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    for t in (1, 500, 999):
+        timesteps = torch.full((2,), t)
+        noisy = schedule.add_noise(latents, noise, timesteps)
+        found = schedule.step(make_target(schedule, latents, noise, timesteps), t, noisy).pred_original_sample
+        if not schedule.config.clip_sample:
+            assert torch.allclose(found, latents, atol=1e-2)
+        else:
+            assert torch.allclose(found, latents.clamp(-1, 1), atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_snr_weights_are_those_of_diffusers_trainers(kind: str) -> None:
+    schedule, timesteps = scheduler(kind), torch.tensor([0, 10, 500, 999])
+    snr = compute_snr(schedule, timesteps)
+    assert torch.allclose(signal_to_noise(schedule, timesteps), snr)
+    base = torch.stack([snr, 5.0 * torch.ones_like(timesteps)], dim=1).min(dim=1)[0]
+    expected = base / (snr + 1) if kind == "v_prediction" else base / snr
+    assert torch.allclose(snr_weights(schedule, timesteps, 5.0), expected)
+
+
+def test_loss_is_per_sample_and_masked() -> None:
+    class Zero(torch.nn.Module):
+        def forward(self, x, t, context, return_dict=False):  # noqa: ANN001, ANN202, FBT002
+            return (torch.zeros_like(x),)
+
+    schedule = scheduler("epsilon")
+    noise = torch.ones(3, 4, 8, 8) * torch.tensor([1.0, 2.0, 3.0])[:, None, None, None]
+    common = {"latents": torch.zeros(3, 4, 8, 8), "noise": noise, "timesteps": torch.tensor([1, 2, 3])}
+    loss = noise_loss(Zero(), schedule, **common, context=torch.zeros(3, 1, 1))
+    assert torch.allclose(loss, torch.tensor([1.0, 4.0, 9.0]))
+    mask = torch.zeros(3, 1, 8, 8)
+    mask[..., :4] = 2.0
+    assert torch.allclose(noise_loss(Zero(), schedule, **common, context=torch.zeros(3, 1, 1), mask=mask), loss)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("constant", {}),
+        ("constant_with_warmup", {}),
+        ("linear", {}),
+        ("cosine", {"num_cycles": 0.5}),
+        ("cosine_with_restarts", {"num_cycles": 3}),
+        ("polynomial", {"power": 2.0}),
+    ],
+)
+def test_schedules_are_diffusers_curves(name: str, options: dict) -> None:
+    param = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([param], lr=1.0)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=7, num_training_steps=50, **options)
+    for step in range(50):
+        ours = multiplier_at(step, name=name, warmup=7, total=50, **options)
+        assert ours == pytest.approx(theirs.get_last_lr()[0], abs=1e-6), step
+        optimizer.step()
+        theirs.step()
+
+
+def test_piecewise_constant_and_webui_strings() -> None:
+    rates = [multiplier_at(s, name="piecewise_constant", warmup=0, total=9, rules="1:3,0.1:5,0.01") for s in range(7)]
+    assert rates == [1, 1, 1, 0.1, 0.1, 0.01, 0.01]
+    rate = make_rate("0.005:100, 1e-3:1000, 1e-5", lambda step: 99.0)
+    assert [rate(s) for s in (0, 99, 100, 999, 1000, 5000)] == [0.005, 0.005, 1e-3, 1e-3, 1e-5, 1e-5]
+    assert last_step("0.005:100, 1e-3:1000") == 1000 and last_step("0.005:100, 1e-3") is None
+    assert last_step("0.005:100, 1e-3:-1") is None and last_step(1e-4) is None
+    for wrong in ("abc", "0.1:x", "0.1:20,0.2:10", "0.1,0.2", "-1:5", "nan"):
+        with pytest.raises(RecipeError):
+            parse_webui_schedule(wrong)

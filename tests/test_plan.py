@@ -1,0 +1,85 @@
+"""The batch plan is a pure function of (ids, seed, global batch): no worker count, no order of asking."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from dreamfleet.datasets.errors import DataError
+from dreamfleet.datasets.keyed import key, numpy_rng
+from dreamfleet.datasets.plan import BatchPlan
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def test_key_is_pinned_and_tells_parts_apart() -> None:
+    # A changed hash would change every run: this value is part of the determinism users rely on.
+    assert key("noise", 1, "ab") == 7845550034051038017
+    assert key(1) != key("1")
+    assert key("a", "bc") != key("ab", "c")
+    assert 0 <= key("x") < 2**63
+
+
+@given(
+    pictures=st.integers(1, 9),
+    seed=st.integers(0, 5),
+    batch=st.integers(1, 4),
+    world=st.sampled_from([1, 2, 3]),
+    micros=st.sampled_from([1, 2]),
+    step=st.integers(0, 40),
+)
+def test_workers_share_out_what_one_worker_sees(
+    pictures: int, seed: int, batch: int, world: int, micros: int, step: int
+) -> None:
+    plan = BatchPlan([0] * pictures, seed=seed, global_batch=batch * world * micros)
+    whole = plan.draws(step)
+    parts = [
+        draw
+        for micro in range(micros)
+        for rank in range(world)
+        for draw in plan.draws(step, rank=rank, world=world, micro=micro, num_micros=micros)
+    ]
+    assert parts == whole
+
+
+def test_every_epoch_shows_every_picture_as_often_as_its_repeats_and_in_another_order() -> None:
+    plan = BatchPlan([0] * 5, seed=3, global_batch=1, repeats=[1, 1, 2, 1, 3])
+    epochs = [[plan.draws(step)[0] for step in range(e * 8, e * 8 + 8)] for e in range(3)]
+    for number, epoch in enumerate(epochs):
+        assert Counter(draw.index for draw in epoch) == {0: 1, 1: 1, 2: 2, 3: 1, 4: 3}
+        assert {draw.epoch for draw in epoch if draw.index == 4} == {3 * number, 3 * number + 1, 3 * number + 2}
+    assert len({tuple(draw.index for draw in epoch) for epoch in epochs}) == 3
+
+
+def test_no_draw_ever_repeats_its_noise_key() -> None:
+    plan = BatchPlan([0] * 3, seed=0, global_batch=2, repeats=[1, 2, 1])
+    draws = [draw for step in range(50) for draw in plan.draws(step)]
+    assert len(draws) == len(set(draws))
+
+
+@given(batch=st.integers(1, 6), step=st.integers(0, 30), seed=st.integers(0, 3))
+def test_class_partners_have_their_instances_concept(batch: int, step: int, seed: int) -> None:
+    concepts, classes = [0, 1, 0, 1, 1], [1, 0, 0, 1, 0, 0, 1]
+    plan = BatchPlan(concepts, seed=seed, global_batch=batch, class_concepts=classes)
+    draws, partners = plan.draws(step), plan.class_draws(step)
+    assert [concepts[d.index] for d in draws] == [classes[p.index] for p in partners]
+
+
+def test_class_pictures_are_each_used_once_before_any_is_used_twice() -> None:
+    plan = BatchPlan([0, 0, 0], seed=1, global_batch=2, class_concepts=[0] * 8)
+    used = [draw for step in range(8) for draw in plan.class_draws(step)]
+    assert Counter(draw.index for draw in used) == {k: 2 for k in range(8)}
+    assert [draw.epoch for draw in used] == [0] * 8 + [1] * 8
+
+
+def test_a_concept_without_class_pictures_and_an_empty_set_are_told() -> None:
+    with pytest.raises(DataError, match="concept 1 has no class pictures"):
+        BatchPlan([0, 1], seed=0, global_batch=1, class_concepts=[0, 0])
+    with pytest.raises(DataError, match="no training pictures"):
+        BatchPlan([], seed=0, global_batch=1)
+
+
+def test_keyed_rng_does_not_depend_on_what_was_drawn_before() -> None:
+    first = numpy_rng("crop", 1).random(3)
+    numpy_rng("crop", 2).random(100)
+    assert (numpy_rng("crop", 1).random(3) == first).all()

@@ -1,0 +1,176 @@
+"""A run killed at any step and resumed equals one never stopped, bit for bit; damaged checkpoints are passed over."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from dreamfleet.datasets.errors import CheckpointError, RecipeError, RunFailed, StorageError
+from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.checkpoint import Checkpoints
+from dreamfleet.trainers.recipe import build_recipe
+from dreamfleet.trainers.run import open_run_folder, run_worker
+
+TEXTUAL_INVERSION = {"name": "textual_inversion", "placeholder_token": "<x>", "num_vectors": 2}
+
+
+def recipe_tree(folder: Path, run: str, **changes: Any) -> dict[str, Any]:
+    options = {
+        "output_dir": str(folder / run),
+        "train__max_train_steps": 6,
+        "train__checkpointing_steps": 2,
+        "train__gradient_accumulation_steps": 2,
+        "train__checkpoints_total_limit": None,
+        "optimizer__lr_scheduler": "cosine",
+        "engine": {"use_ema": True, "ema_decay": 0.9},
+        "method": {"name": "dreambooth", "train_text_encoder": True},
+        "data__random_flip": True,
+        **changes,
+    }
+    return tiny.make_recipe(folder, **options)
+
+
+def final_state(tree: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    found = Checkpoints(Storage(tree["output_dir"])).load_latest()
+    assert found is not None and found.step == 6
+    return found.learned, found.engine
+
+
+def assert_same(left: Any, right: Any, where: str = "") -> None:
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), where
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for name in left:
+            assert_same(left[name], right[name], f"{where}/{name}")
+    elif isinstance(left, list):
+        assert len(left) == len(right), where
+        for number, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_same(a, b, f"{where}/{number}")
+    else:
+        assert left == right, where
+
+
+class Stop:
+    """Asks a run to stop after it was polled ``polls`` times (once a step)."""
+
+    def __init__(self, polls: int):
+        self.left = polls
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.mark.parametrize("method", [{"name": "dreambooth", "train_text_encoder": True}, TEXTUAL_INVERSION])
+def test_stopped_twice_and_resumed_equals_never_stopped(tmp_path: Path, method: dict[str, Any]) -> None:
+    straight = recipe_tree(tmp_path, "straight", method=method)
+    run_worker(build_recipe(straight))
+    broken = recipe_tree(tmp_path, "broken", method=method)
+    first = run_worker(build_recipe(broken), should_stop=Stop(1))
+    assert first.exit_reason == "interrupted" and 0 < first.steps < 6
+    second = run_worker(build_recipe(broken), resume=True, should_stop=Stop(1))
+    assert second.exit_reason == "interrupted" and first.steps < second.steps < 6
+    third = run_worker(build_recipe(broken), resume=True)
+    assert third.exit_reason == "completed" and third.start_step == second.steps
+    assert_same(final_state(straight), final_state(broken))
+
+
+def test_killed_with_sigkill_and_resumed_equals_never_stopped(tmp_path: Path) -> None:
+    straight, killed = recipe_tree(tmp_path, "straight"), recipe_tree(tmp_path, "killed")
+    run_worker(build_recipe(straight))
+    path = tiny.write_recipe(tmp_path / "killed.yaml", killed)
+    script = (
+        "import os, signal, sys\n"
+        "from dreamfleet.trainers.recipe import load_recipe\n"
+        "from dreamfleet.trainers.run import run_worker\n"
+        "polls = iter(range(99))\n"
+        "def kill():\n"
+        "    if next(polls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return False\n"
+        f"run_worker(load_recipe({str(path)!r}), should_stop=kill)\n"
+    )
+    # Threads as here: the order in which a matrix product is summed depends on their number.
+    threads = f"import torch; torch.set_num_threads({torch.get_num_threads()})\n"
+    ended = subprocess.run([sys.executable, "-c", threads + script], capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
+    assert Checkpoints(Storage(killed["output_dir"])).steps() == [2]
+    summary = run_worker(build_recipe(killed), resume=True)
+    assert summary.start_step == 2
+    assert_same(final_state(straight), final_state(killed))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "killed/metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_torn_or_tampered_checkpoint_is_passed_over_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(Storage(str(tmp_path)))
+    for step in (1, 2, 3, 4):
+        checkpoints.save(step, learned={"w": torch.full((3,), float(step))}, engine={}, meta={})
+    folder = tmp_path / "checkpoints"
+    (folder / "step-000004" / "manifest.json").unlink()
+    weights = folder / "step-000003" / "learned.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    (folder / "step-000002" / "engine.pt").unlink()
+    found = checkpoints.load_latest()
+    assert found is not None and found.step == 1
+    assert "learned.safetensors is damaged" in caplog.text and "engine.pt cannot be read" in caplog.text
+
+
+def test_old_checkpoints_go_only_beyond_the_limit(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(Storage(str(tmp_path)), limit=2)
+    for step in (1, 2, 3, 10):
+        checkpoints.save(step, learned={"w": torch.zeros(1)}, engine={}, meta={})
+    assert checkpoints.steps() == [3, 10]
+
+
+def test_a_full_disk_while_saving_is_told_and_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
+    disk = tmp_path / "small"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        checkpoints = Checkpoints(Storage(str(disk)))
+        checkpoints.save(1, learned={"w": torch.zeros(1000)}, engine={}, meta={})
+        with pytest.raises(StorageError, match=r"checkpoint of step 2 could not be saved(.|\n)*step 1 is intact"):
+            checkpoints.save(2, learned={"w": torch.zeros(1_000_000)}, engine={}, meta={})
+        with pytest.raises(StorageError, match="could not be saved"):
+            checkpoints.save(3, learned={}, engine={"m": torch.zeros(1_000_000)}, meta={})
+        assert checkpoints.steps() == [1]
+        assert checkpoints.load_latest().step == 1
+        assert not [p for p in disk.rglob("*") if p.is_file() and "step-000001" not in str(p)]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_used_output_dir_and_another_methods_run_are_refused(tmp_path: Path) -> None:
+    tree = recipe_tree(tmp_path, "run", train__max_train_steps=1)
+    recipe = build_recipe(tree)
+    run_worker(recipe)
+    with pytest.raises(RecipeError, match="--resume"):
+        open_run_folder(recipe, resume=False)
+    open_run_folder(recipe, resume=True)
+    other = build_recipe(recipe_tree(tmp_path, "run", method=TEXTUAL_INVERSION))
+    with pytest.raises(CheckpointError, match=r"run of dreambooth.*textual_inversion"):
+        open_run_folder(other, resume=True)
+    with pytest.raises(CheckpointError, match="is of dreambooth"):
+        run_worker(other, resume=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "diary.txt").write_text("hello")
+    with pytest.raises(RecipeError, match="holds no run"):
+        open_run_folder(build_recipe({**tree, "output_dir": str(tmp_path / "mine")}), resume=False)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_the_way_out(tmp_path: Path) -> None:
+    tree = recipe_tree(tmp_path, "run", optimizer__learning_rate=1e30, optimizer__max_grad_norm=0, optimizer__lr_scheduler="constant")
+    with pytest.raises(RunFailed, match="learning rate is too high"):
+        run_worker(build_recipe(tree))
