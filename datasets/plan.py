@@ -42,7 +42,9 @@ class BatchPlan:
         class_concepts: Sequence[int] = (),
     ):
         if not len(concepts):
-            raise DataError("there are no training pictures to plan batches from; check data.instance_data_dir")
+            raise DataError(
+                "there are no training pictures to plan batches from; check data.instance_data_dir"
+            )
         if global_batch < 1:
             raise ValueError(f"global batch must be at least 1, got {global_batch}")
         self.seed, self.global_batch = seed, global_batch
@@ -58,7 +60,9 @@ class BatchPlan:
         self.has_classes = len(class_concepts) > 0
         missing = [c for c, rows in self._classes.items() if not len(rows)]
         if self.has_classes and missing:
-            raise DataError(f"concept {missing[0]} has no class pictures; prior preservation needs some for every concept")
+            raise DataError(
+                f"concept {missing[0]} has no class pictures; prior preservation needs some for every concept"
+            )
         self._order = lru_cache(maxsize=4)(self._epoch_order)
         self._class_order = lru_cache(maxsize=16)(self._epoch_class_order)
 
@@ -72,7 +76,9 @@ class BatchPlan:
         """Optimizer steps per pass over the pictures."""
         return self.epoch_length / self.global_batch
 
-    def draws(self, step: int, *, rank: int = 0, world: int = 1, micro: int = 0, num_micros: int = 1) -> list[Draw]:
+    def draws(
+        self, step: int, *, rank: int = 0, world: int = 1, micro: int = 0, num_micros: int = 1
+    ) -> list[Draw]:
         """List the instance draws of ``step`` that fall to one rank in one micro-step (all of them by default)."""
         return [self._draw(position) for position in self._positions(step, rank, world, micro, num_micros)]
 
@@ -82,7 +88,9 @@ class BatchPlan:
         """List the class partners of the same positions as :meth:`draws`: same length, same concept, row by row."""
         if not self.has_classes:
             return []
-        return [self._class_draw(position) for position in self._positions(step, rank, world, micro, num_micros)]
+        return [
+            self._class_draw(position) for position in self._positions(step, rank, world, micro, num_micros)
+        ]
 
     def _positions(self, step: int, rank: int, world: int, micro: int, num_micros: int) -> range:
         size, rest = divmod(self.global_batch, world * num_micros)

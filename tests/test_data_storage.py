@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -212,10 +213,9 @@ def test_killed_while_writing_leaves_the_old_file(tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 64 KiB."""
-    place = tmp_path / "small"
-    place.mkdir()
+def small_disk():
+    """A real file system of 64 KiB, outside the folders that pytest clears away while another run goes on."""
+    place = Path(tempfile.mkdtemp(prefix="dreamfleet-small-"))
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True, check=False
     )
@@ -223,6 +223,7 @@ def small_disk(tmp_path):
         pytest.skip("mounting a small file system needs root")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
+    place.rmdir()
 
 
 def test_full_disk(small_disk):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.assemble import Parts, Place, assemble
 from dreamfleet.trainers.methods.base import discover
@@ -151,7 +152,9 @@ def test_an_unknown_export_format_is_told(workplace: Path, method_name: str, tmp
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
-def test_prior_loss_is_the_papers_for_every_batch_size(workplace: Path, batch: int, snr_gamma: float | None) -> None:
+def test_prior_loss_is_the_papers_for_every_batch_size(
+    workplace: Path, batch: int, snr_gamma: float | None
+) -> None:
     # diffusers broadcasts wrongly with snr_gamma and the prior together; ray's template paired batches wrongly.
     parts = make_parts(
         workplace,
@@ -183,7 +186,10 @@ def test_prior_loss_is_the_papers_for_every_batch_size(workplace: Path, batch: i
 def test_several_concepts_all_train_with_their_own_prompts(workplace: Path) -> None:
     # the webui's DreamBooth extension trained only the first of several concepts (issue 743 there)
     concepts = [
-        {"instance_data_dir": str(tiny.make_pictures(workplace / f"c{k}", 2, seed=k)), "instance_prompt": f"sks{k} cat"}
+        {
+            "instance_data_dir": str(tiny.make_pictures(workplace / f"c{k}", 2, seed=k)),
+            "instance_prompt": f"sks{k} cat",
+        }
         for k in range(2)
     ]
     tree = tiny.make_recipe(workplace, train__train_batch_size=4)

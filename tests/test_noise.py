@@ -7,13 +7,16 @@ import torch
 from diffusers.optimization import get_scheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.training_utils import compute_snr
+
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.schedule import last_step, make_rate, multiplier_at, parse_webui_schedule
 from dreamfleet.trainers.sd.noise import draw_noise, make_target, noise_loss, signal_to_noise, snr_weights
 
 
 def scheduler(kind: str) -> DDPMScheduler:
-    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=kind)
+    return DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=kind
+    )
 
 
 def test_a_samples_noise_does_not_depend_on_its_batch() -> None:
@@ -67,7 +70,7 @@ def test_snr_weights_are_those_of_diffusers_trainers(kind: str) -> None:
 
 def test_loss_is_per_sample_and_masked() -> None:
     class Zero(torch.nn.Module):
-        def forward(self, x, t, context, return_dict=False):  # noqa: ANN001, ANN202, FBT002
+        def forward(self, x, t, context, return_dict=False):
             return (torch.zeros_like(x),)
 
     schedule = scheduler("epsilon")
@@ -77,7 +80,9 @@ def test_loss_is_per_sample_and_masked() -> None:
     assert torch.allclose(loss, torch.tensor([1.0, 4.0, 9.0]))
     mask = torch.zeros(3, 1, 8, 8)
     mask[..., :4] = 2.0
-    assert torch.allclose(noise_loss(Zero(), schedule, **common, context=torch.zeros(3, 1, 1), mask=mask), loss)
+    assert torch.allclose(
+        noise_loss(Zero(), schedule, **common, context=torch.zeros(3, 1, 1), mask=mask), loss
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,7 +108,10 @@ def test_schedules_are_diffusers_curves(name: str, options: dict) -> None:
 
 
 def test_piecewise_constant_and_webui_strings() -> None:
-    rates = [multiplier_at(s, name="piecewise_constant", warmup=0, total=9, rules="1:3,0.1:5,0.01") for s in range(7)]
+    rates = [
+        multiplier_at(s, name="piecewise_constant", warmup=0, total=9, rules="1:3,0.1:5,0.01")
+        for s in range(7)
+    ]
     assert rates == [1, 1, 1, 0.1, 0.1, 0.01, 0.01]
     rate = make_rate("0.005:100, 1e-3:1000, 1e-5", lambda step: 99.0)
     assert [rate(s) for s in (0, 99, 100, 999, 1000, 5000)] == [0.005, 0.005, 1e-3, 1e-3, 1e-5, 1e-5]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.keyed import key, numpy_rng
 from dreamfleet.datasets.plan import BatchPlan
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def test_key_is_pinned_and_tells_parts_apart() -> None:
@@ -47,7 +48,11 @@ def test_every_epoch_shows_every_picture_as_often_as_its_repeats_and_in_another_
     epochs = [[plan.draws(step)[0] for step in range(e * 8, e * 8 + 8)] for e in range(3)]
     for number, epoch in enumerate(epochs):
         assert Counter(draw.index for draw in epoch) == {0: 1, 1: 1, 2: 2, 3: 1, 4: 3}
-        assert {draw.epoch for draw in epoch if draw.index == 4} == {3 * number, 3 * number + 1, 3 * number + 2}
+        assert {draw.epoch for draw in epoch if draw.index == 4} == {
+            3 * number,
+            3 * number + 1,
+            3 * number + 2,
+        }
     assert len({tuple(draw.index for draw in epoch) for epoch in epochs}) == 3
 
 
@@ -68,7 +73,7 @@ def test_class_partners_have_their_instances_concept(batch: int, step: int, seed
 def test_class_pictures_are_each_used_once_before_any_is_used_twice() -> None:
     plan = BatchPlan([0, 0, 0], seed=1, global_batch=2, class_concepts=[0] * 8)
     used = [draw for step in range(8) for draw in plan.class_draws(step)]
-    assert Counter(draw.index for draw in used) == {k: 2 for k in range(8)}
+    assert Counter(draw.index for draw in used) == dict.fromkeys(range(8), 2)
     assert [draw.epoch for draw in used] == [0] * 8 + [1] * 8
 
 

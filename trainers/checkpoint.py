@@ -53,7 +53,9 @@ class Checkpoints:
                 found.append(int(step))
         return sorted(found)
 
-    def save(self, step: int, *, learned: dict[str, Tensor], engine: dict[str, Any], meta: dict[str, Any]) -> str:
+    def save(
+        self, step: int, *, learned: dict[str, Tensor], engine: dict[str, Any], meta: dict[str, Any]
+    ) -> str:
         """Write the checkpoint of ``step`` and drop those beyond the limit; returns its folder's name.
 
         The older ones go only after the new one is whole. Raises StorageError (disk full and the like), leaving the earlier
@@ -66,14 +68,20 @@ class Checkpoints:
             "meta.json": lambda path: path.write_text(json.dumps({**meta, "step": step}, indent=1)),
         }
         try:
-            if self.storage.exists(name):  # a torn one from before a crash: its manifest must not outlive its files
+            if self.storage.exists(
+                name
+            ):  # a torn one from before a crash: its manifest must not outlive its files
                 self.storage.remove(name)
             entries = {file: self._write(f"{name}/{file}", writer) for file, writer in writers.items()}
-            self.storage.write_text(f"{name}/{MANIFEST}", json.dumps({"step": step, "files": entries}, indent=1))
+            self.storage.write_text(
+                f"{name}/{MANIFEST}", json.dumps({"step": step, "files": entries}, indent=1)
+            )
         except StorageError as error:
             self._remove_quietly(name)
             earlier = self.steps()
-            kept = f"; the checkpoint of step {earlier[-1]} is intact, continue with --resume" if earlier else ""
+            kept = (
+                f"; the checkpoint of step {earlier[-1]} is intact, continue with --resume" if earlier else ""
+            )
             raise StorageError(f"checkpoint of step {step} could not be saved: {error}{kept}") from error
         for old in self.steps()[: -self.limit] if self.limit else []:
             self._remove_quietly(folder_name(old))
@@ -103,7 +111,9 @@ class Checkpoints:
             except StorageError as error:
                 raise CheckpointError(f"checkpoint {name}: {file} cannot be read ({error})") from error
             if len(data[file]) != size or hashlib.sha256(data[file]).hexdigest() != digest:
-                raise CheckpointError(f"checkpoint {name}: {file} is damaged (its size or sha256 is not the manifest's)")
+                raise CheckpointError(
+                    f"checkpoint {name}: {file} is damaged (its size or sha256 is not the manifest's)"
+                )
         try:
             return Checkpoint(
                 step=step,
@@ -118,9 +128,14 @@ class Checkpoints:
         with self.storage.staging(rel) as path:
             try:
                 writer(path)
-            except (RuntimeError, SafetensorError) as error:  # torch and safetensors hide the OSError of a full disk
+            except (
+                RuntimeError,
+                SafetensorError,
+            ) as error:  # torch and safetensors hide the OSError of a full disk
                 free = shutil.disk_usage(path.parent).free
-                raise StorageError(f"cannot write {self.storage.path(rel)}: {error} ({free / 2**20:.0f} MiB free)") from error
+                raise StorageError(
+                    f"cannot write {self.storage.path(rel)}: {error} ({free / 2**20:.0f} MiB free)"
+                ) from error
             with path.open("rb") as handle:
                 digest = hashlib.file_digest(handle, "sha256").hexdigest()
             return {"size": path.stat().st_size, "sha256": digest}

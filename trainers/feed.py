@@ -99,7 +99,9 @@ class Feed:
         if how == "deterministic":
             return torch.zeros(len(keys), *shape)
         chosen = [(k[0], k[1], 0, k[3]) for k in keys] if how == "once" else keys
-        return torch.stack([torch.randn(shape, generator=keyed_generator("latent", *parts)) for parts in chosen])
+        return torch.stack(
+            [torch.randn(shape, generator=keyed_generator("latent", *parts)) for parts in chosen]
+        )
 
     def _sample_latents(self, mean: Tensor, std: Tensor, keys: Sequence[tuple[int | str, ...]]) -> Tensor:
         scale = self.method.model.vae.config.scaling_factor

@@ -34,7 +34,9 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     snr_gamma: float | None = Field(None, gt=0, validation_alias=AliasChoices("snr_gamma", "min_snr_gamma"))
     noise_offset: float = Field(0.0, ge=0, validation_alias=AliasChoices("noise_offset", "offset_noise"))
-    checkpointing_steps: int = Field(500, ge=1, validation_alias=AliasChoices("checkpointing_steps", "save_every_n_steps"))
+    checkpointing_steps: int = Field(
+        500, ge=1, validation_alias=AliasChoices("checkpointing_steps", "save_every_n_steps")
+    )
     checkpoints_total_limit: int | None = Field(3, ge=1)
     log_steps: int = Field(10, ge=1)
     save_precision: Literal["fp32", "fp16", "bf16"] = "fp32"

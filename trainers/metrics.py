@@ -37,7 +37,9 @@ class Metrics:
             else:  # event files need a real file to append to; they are uploaded with every flush
                 self._local = tempfile.TemporaryDirectory(prefix="dreamfleet-tensorboard-")
                 folder = self._local.name
-            self._board = SummaryWriter(folder, purge_step=start_step + 1 if start_step else None, flush_secs=10)
+            self._board = SummaryWriter(
+                folder, purge_step=start_step + 1 if start_step else None, flush_secs=10
+            )
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line; ``line["step"]`` counts finished optimizer steps. Nested dicts become ``key/inner`` tags."""
@@ -86,5 +88,7 @@ def read_metrics(run: Storage) -> list[dict[str, Any]]:
 def _flatten(line: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in line.items():
-        flat.update(_flatten(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value})
+        flat.update(
+            _flatten(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
+        )
     return flat

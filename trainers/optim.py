@@ -60,11 +60,15 @@ class OptimizerConfig(Section):
             except ValueError:
                 raise ValueError(f"lr_rules: {self.lr_rules!r} is not like '1:10,0.1:20,0.005'") from None
         if isinstance(self.learning_rate, str) and self.lr_scheduler != "constant":
-            raise ValueError("a schedule string as learning_rate needs lr_scheduler: constant; give one or the other")
+            raise ValueError(
+                "a schedule string as learning_rate needs lr_scheduler: constant; give one or the other"
+            )
         return self
 
 
-def make_optimizer(groups: list[ParamGroup], config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(
+    groups: list[ParamGroup], config: OptimizerConfig, device: torch.device
+) -> torch.optim.Optimizer:
     """Build the optimizer with one parameter group per method group (empty ones left out).
 
     Raises ResourceError for the 8-bit optimizer without a GPU or bitsandbytes.
@@ -82,7 +86,9 @@ def make_optimizer(groups: list[ParamGroup], config: OptimizerConfig, device: to
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError:
-            raise ResourceError("optimizer.name: adamw8bit needs bitsandbytes: pip install 'dreamfleet[gpu]'") from None
+            raise ResourceError(
+                "optimizer.name: adamw8bit needs bitsandbytes: pip install 'dreamfleet[gpu]'"
+            ) from None
         return AdamW8bit(params, **options)
     return torch.optim.AdamW(params, **options, fused=device.type == "cuda")
 
@@ -108,7 +114,9 @@ def make_rates(
         rate = config.learning_rate if group.learning_rate is None else group.learning_rate
         if config.scale_lr:
             if isinstance(rate, str):
-                raise RecipeError("optimizer.scale_lr does not go with a schedule string; write the rates you mean")
+                raise RecipeError(
+                    "optimizer.scale_lr does not go with a schedule string; write the rates you mean"
+                )
             rate = rate * global_batch
         rates[group.name] = make_rate(rate, multiplier)
     return rates

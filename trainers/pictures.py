@@ -48,7 +48,14 @@ class ResidentLatents:
 class ResidentPixels:
     """Encoded picture files kept in memory and decoded per use: for random crops, whose latents cannot be cached."""
 
-    def __init__(self, files: list[bytes], index: Index, data: DataConfig, seed: int, latent_shape: tuple[int, int, int]):
+    def __init__(
+        self,
+        files: list[bytes],
+        index: Index,
+        data: DataConfig,
+        seed: int,
+        latent_shape: tuple[int, int, int],
+    ):
         self.files, self.uris, self.data, self.seed = files, index.column("uri"), data, seed
         self._flips = Flips(index, seed, data.random_flip)
         self.latent_shape = latent_shape
@@ -57,7 +64,9 @@ class ResidentPixels:
         """Decode, crop and flip each draw's picture as its key says."""
         pixels = []
         for draw in draws:
-            picture = open_picture(self.files[draw.index], uri=self.uris[draw.index], max_pixels=self.data.max_pixels)
+            picture = open_picture(
+                self.files[draw.index], uri=self.uris[draw.index], max_pixels=self.data.max_pixels
+            )
             crop = crop_of(self.seed, draw, self._flips.ids[draw.index])
             fitted = fit_picture(
                 picture, self.data.resolution, center=False, crop_key=crop, flip=bool(self._flips.of(draw))
@@ -109,7 +118,9 @@ def load_pictures(
         files = [read_uri(uri) for uri in index.column("uri")]
         return ResidentPixels(files, index, data, seed, latent_shape)
     flips = Flips(index, seed, data.random_flip)
-    mean, std = encode_index(index, model, data, mirrored=(False, True) if data.random_flip else (False,), rank=rank, world=world)
+    mean, std = encode_index(
+        index, model, data, mirrored=(False, True) if data.random_flip else (False,), rank=rank, world=world
+    )
     return ResidentLatents(mean, std, flips=flips)
 
 
@@ -126,7 +137,11 @@ def encode_index(
     """Encode every picture -> mean and std ``[len(mirrored) * N, C, h, w]`` of its latents, float32 on the CPU."""
     device = next(model.vae.parameters()).device
     uris = index.column("uri")
-    jobs = [(row + len(uris) * half, uri, flip) for half, flip in enumerate(mirrored) for row, uri in enumerate(uris)]
+    jobs = [
+        (row + len(uris) * half, uri, flip)
+        for half, flip in enumerate(mirrored)
+        for row, uri in enumerate(uris)
+    ]
     side = data.resolution // model.vae_factor
     shape = (len(jobs), model.vae.config.latent_channels, side, side)
     mean, std = torch.zeros(shape), torch.zeros(shape)

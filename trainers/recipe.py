@@ -38,8 +38,10 @@ class Recipe(Section):
     validation: ValidationConfig = ValidationConfig()
     scaling: ScalingConfig = ScalingConfig()
     search: dict[str, Any] | None = Field(None, description="read by `dreamfleet tune`")
-    output_dir: str = Field(min_length=1, description="folder or s3:// address; its last part names the artefacts")
-    report_to: list[Literal["tensorboard"]] = ["tensorboard"]
+    output_dir: str = Field(
+        min_length=1, description="folder or s3:// address; its last part names the artefacts"
+    )
+    report_to: list[Literal["tensorboard"]] = Field(["tensorboard"])
 
     @property
     def run_name(self) -> str:
@@ -83,7 +85,9 @@ def build_recipe(tree: Mapping[str, Any], *, source: str = "recipe", folder: str
     config = None
     if not isinstance(method, Mapping) or method.get("name") not in methods:
         given = method.get("name") if isinstance(method, Mapping) else method
-        mistakes.append(f"method.name: {given!r} is no method{_hint(str(given), methods)}; known: {', '.join(methods)}")
+        mistakes.append(
+            f"method.name: {given!r} is no method{_hint(str(given), methods)}; known: {', '.join(methods)}"
+        )
         tree.pop("method", None)
     else:
         try:
@@ -98,7 +102,9 @@ def build_recipe(tree: Mapping[str, Any], *, source: str = "recipe", folder: str
         had_method = config is not None
         mistakes += [m for m in _tell(error, Recipe) if had_method or not m.startswith("method:")]
     if mistakes:
-        raise RecipeError(f"{source} has {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}:\n  " + "\n  ".join(mistakes))
+        raise RecipeError(
+            f"{source} has {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}:\n  " + "\n  ".join(mistakes)
+        )
     return recipe if folder is None else _with_absolute_paths(recipe, folder)
 
 
@@ -149,7 +155,9 @@ def _known_keys(root: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     names: list[str] = []
     for name, field in (model.model_fields if model else {}).items():
         alias = field.validation_alias
-        names += [name, *(str(choice) for choice in alias.choices)] if isinstance(alias, AliasChoices) else [name]
+        names += (
+            [name, *(str(choice) for choice in alias.choices)] if isinstance(alias, AliasChoices) else [name]
+        )
     return list(dict.fromkeys(names))
 
 
@@ -198,5 +206,7 @@ def _with_absolute_paths(recipe: Recipe, folder: str) -> Recipe:
     }
     if template := getattr(recipe.method, "template_file", None):
         known = template in TEMPLATE_SETS
-        updates["method"] = recipe.method.model_copy(update={"template_file": template if known else absolute(template)})
+        updates["method"] = recipe.method.model_copy(
+            update={"template_file": template if known else absolute(template)}
+        )
     return recipe.model_copy(update=updates)

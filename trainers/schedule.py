@@ -19,7 +19,14 @@ SCHEDULES = (
 
 
 def multiplier_at(
-    step: int, *, name: str, warmup: int, total: int, num_cycles: float = 0.5, power: float = 1.0, rules: str = ""
+    step: int,
+    *,
+    name: str,
+    warmup: int,
+    total: int,
+    num_cycles: float = 0.5,
+    power: float = 1.0,
+    rules: str = "",
 ) -> float:
     """Return what multiplies the learning rate at an optimizer step (counted from 0); diffusers' names and curves.
 
@@ -67,7 +74,9 @@ def parse_webui_schedule(text: str) -> list[tuple[float, int | None]]:
         pieces.append((value, None if end == -1 else end))
     ends = [end for _, end in pieces if end is not None]
     if ends != sorted(set(ends)) or any(end is None for _, end in pieces[:-1]):
-        raise RecipeError(f"learning rate {text!r}: the steps must grow, and only the last piece may be without one")
+        raise RecipeError(
+            f"learning rate {text!r}: the steps must grow, and only the last piece may be without one"
+        )
     return pieces
 
 

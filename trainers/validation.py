@@ -25,7 +25,9 @@ class ValidationConfig(Section):
     prompts: list[str] = Field([], validation_alias=AliasChoices("prompts", "validation_prompts"))
     negative_prompt: str = ""
     steps: int = Field(
-        100, ge=1, validation_alias=AliasChoices("steps", "validation_steps", "sample_every_n_steps"),
+        100,
+        ge=1,
+        validation_alias=AliasChoices("steps", "validation_steps", "sample_every_n_steps"),
         description="every so many optimizer steps",
     )
     sample_at_first: bool = Field(True, description="also before the first step: the untuned model")
@@ -116,4 +118,3 @@ def draw_previews(
         for name, part in method.model.modules().items():
             part.train(modes[name])
     return pictures, cells
-

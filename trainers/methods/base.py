@@ -160,7 +160,9 @@ class Method(nn.Module):
         """Put back what :meth:`state` gave. Raises RecipeError when names or shapes differ."""
         mine = self.state()
         if wrong := sorted(mine.keys() ^ state.keys()):
-            raise RecipeError(f"{self.name}: the saved state has other parameters than this recipe ({', '.join(wrong[:4])})")
+            raise RecipeError(
+                f"{self.name}: the saved state has other parameters than this recipe ({', '.join(wrong[:4])})"
+            )
         with torch.no_grad():
             for name, tensor in mine.items():
                 if tensor.shape != state[name].shape:
@@ -171,7 +173,14 @@ class Method(nn.Module):
                 tensor.copy_(state[name])
 
     def export(
-        self, folder: Path, name: str, *, formats: Sequence[str] | None, step: int, metadata: dict[str, str], precision: str
+        self,
+        folder: Path,
+        name: str,
+        *,
+        formats: Sequence[str] | None,
+        step: int,
+        metadata: dict[str, str],
+        precision: str,
     ) -> list[Path]:
         """Write the artefacts other programs read; returns the paths written."""
         raise NotImplementedError
@@ -180,7 +189,9 @@ class Method(nn.Module):
         """Return the formats to write. Raises RecipeError for one this method does not have."""
         for chosen in formats or ():
             if chosen not in self.all_formats:
-                raise RecipeError(f"{self.name} has no export format {chosen!r}; it has: {', '.join(self.all_formats)}")
+                raise RecipeError(
+                    f"{self.name} has no export format {chosen!r}; it has: {', '.join(self.all_formats)}"
+                )
         return tuple(formats) if formats else self.formats
 
 

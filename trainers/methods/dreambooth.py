@@ -26,7 +26,9 @@ class DreamBoothConfig(MethodConfig):
     name: Literal["dreambooth"] = "dreambooth"
     train_text_encoder: bool = False
     text_encoder_lr: float | str | None = Field(
-        None, validation_alias=AliasChoices("text_encoder_lr", "learning_rate_te"), description="None: the U-Net's"
+        None,
+        validation_alias=AliasChoices("text_encoder_lr", "learning_rate_te"),
+        description="None: the U-Net's",
     )
     with_prior_preservation: bool = False
     prior_loss_weight: float = Field(1.0, ge=0)
@@ -59,7 +61,9 @@ class DreamBooth(Method):
         if config.train_text_encoder:
             self.learning["text_encoder"] = model.text_encoder
             model.text_encoder.requires_grad_(True).train()
-            if model.clip_skip > 1:  # the skipped layers never run, and a parameter without gradient stalls DDP
+            if (
+                model.clip_skip > 1
+            ):  # the skipped layers never run, and a parameter without gradient stalls DDP
                 layers = getattr(model.text_encoder, "text_model", model.text_encoder).encoder.layers
                 for layer in layers[len(layers) + 1 - model.clip_skip :]:
                     layer.requires_grad_(False)
@@ -92,7 +96,14 @@ class DreamBooth(Method):
         return captions.make_caption(sample.caption, prompt=prompt, rng=rng, config=data)
 
     def export(
-        self, folder: Path, name: str, *, formats: Sequence[str] | None, step: int, metadata: dict[str, str], precision: str
+        self,
+        folder: Path,
+        name: str,
+        *,
+        formats: Sequence[str] | None,
+        step: int,
+        metadata: dict[str, str],
+        precision: str,
     ) -> list[Path]:
         """Write ``diffusers/`` and ``NAME.safetensors`` (single file, webui keys); ``NAME.ckpt`` on request."""
         import torch

@@ -33,7 +33,10 @@ class TextualInversionConfig(MethodConfig):
         "", validation_alias=AliasChoices("initializer_token", "init_word", "initialization_text")
     )
     num_vectors: int = Field(
-        1, ge=1, le=75, validation_alias=AliasChoices("num_vectors", "num_vectors_per_token", "vectors_per_token")
+        1,
+        ge=1,
+        le=75,
+        validation_alias=AliasChoices("num_vectors", "num_vectors_per_token", "vectors_per_token"),
     )
     learnable_property: Literal["object", "style"] = "object"
     template_file: str | None = Field(
@@ -54,7 +57,9 @@ class TextualInversion(Method):
     def __init__(self, config: TextualInversionConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)
         table = text_embeddings(model.text_encoder).token_embedding.weight
-        self.vectors = nn.Parameter(initial_vectors(model, config.initializer_token, config.num_vectors).to(table))
+        self.vectors = nn.Parameter(
+            initial_vectors(model, config.initializer_token, config.num_vectors).to(table)
+        )
         install_embedding(model, config.placeholder_token, self.vectors)
         chosen = config.template_file or config.learnable_property
         self._templates = captions.TEMPLATE_SETS.get(chosen) or captions.load_template_file(chosen)
@@ -79,7 +84,14 @@ class TextualInversion(Method):
         )
 
     def export(
-        self, folder: Path, name: str, *, formats: Sequence[str] | None, step: int, metadata: dict[str, str], precision: str
+        self,
+        folder: Path,
+        name: str,
+        *,
+        formats: Sequence[str] | None,
+        step: int,
+        metadata: dict[str, str],
+        precision: str,
     ) -> list[Path]:
         """Write ``NAME.pt`` (webui), ``NAME.safetensors`` (diffusers) and ``NAME.png`` (image embedding)."""
         paths = []

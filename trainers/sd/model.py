@@ -33,7 +33,9 @@ class ModelConfig(Section):
     pretrained_vae_model_name_or_path: str | None = Field(
         None, validation_alias=AliasChoices("pretrained_vae_model_name_or_path", "vae")
     )
-    clip_skip: int = Field(1, ge=1, le=12, description="1 = the text encoder's last layer, 2 = the one before")
+    clip_skip: int = Field(
+        1, ge=1, le=12, description="1 = the text encoder's last layer, 2 = the one before"
+    )
 
 
 def pocket_folder() -> Path:
@@ -98,7 +100,9 @@ class StableDiffusion:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents ``[B, C, h, w]`` -> pixels ``[B, 3, H, W]`` in about [-1, 1]."""
-        return self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0].float()
+        return self.vae.decode(
+            latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False
+        )[0].float()
 
     def freeze(self) -> None:
         """Put every part in eval mode with no gradients; a method then switches on what learns."""
@@ -235,7 +239,10 @@ def _require_parts(folder: Path, name: str, parts: Sequence[str]) -> None:
                 f"{name}: the part {part!r} is missing ({wanted} not found); a Stable Diffusion folder has "
                 f"unet/, vae/, text_encoder/, tokenizer/ and scheduler/"
             )
-        if files.get(part) is None and not [*wanted.parent.glob("*.safetensors"), *wanted.parent.glob("*.bin")]:
+        if files.get(part) is None and not [
+            *wanted.parent.glob("*.safetensors"),
+            *wanted.parent.glob("*.bin"),
+        ]:
             raise ModelError(f"{name}: the part {part!r} has a config.json but no weights in {wanted.parent}")
         try:
             json.loads(wanted.read_text())
@@ -244,7 +251,9 @@ def _require_parts(folder: Path, name: str, parts: Sequence[str]) -> None:
 
 
 def _download(name: str, config: ModelConfig) -> Path:
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith((".safetensors", ".ckpt"))
+    looks_like_path = (
+        name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith((".safetensors", ".ckpt"))
+    )
     if looks_like_path:
         raise ModelError(
             f"model.pretrained_model_name_or_path: {name} does not exist; give 'pocket', a folder, a .safetensors or "
@@ -266,7 +275,9 @@ def _fingerprint(path: Path) -> str:
     # Sampled, not whole: hashing the 4 GB of SD 1.5 would cost longer than loading it.
     digest = hashlib.sha256()
     names = ["unet", "vae", "text_encoder"]
-    files = [path] if path.is_file() else [f for n in names for f in sorted((path / n).glob("*")) if f.is_file()]
+    files = (
+        [path] if path.is_file() else [f for n in names for f in sorted((path / n).glob("*")) if f.is_file()]
+    )
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.parent.name if path.is_dir() else ''}/{file.name}:{size}".encode())

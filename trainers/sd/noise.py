@@ -35,7 +35,9 @@ def draw_noise(
         torch.randn(shape, generator=generator, out=noise_BCHW[row])
         timesteps[row] = torch.randint(num_timesteps, (), generator=generator)
         if noise_offset:
-            noise_BCHW[row] += noise_offset * torch.randn(shape[0], *[1] * (len(shape) - 1), generator=generator)
+            noise_BCHW[row] += noise_offset * torch.randn(
+                shape[0], *[1] * (len(shape) - 1), generator=generator
+            )
     return noise_BCHW, timesteps
 
 
