@@ -1,0 +1,169 @@
+"""The house stands: the wheel is whole, names do not clash, light modules stay light, the docs are current."""
+
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+FOLDERS = ("cluster", "datasets", "trainers", "tune")
+MEGABYTE = 1_000_000
+
+
+def run_python(code: str, *arguments: str | Path, cwd: Path) -> str:
+    """Run `code` in a Python of its own and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def modules_of(root: Path) -> list[str]:
+    """Dotted names of all modules of the four folders."""
+    files = (p for folder in FOLDERS for p in (root / folder).rglob("*.py"))
+    return sorted("dreamfleet." + ".".join(p.relative_to(root).with_suffix("").parts) for p in files)
+
+
+@pytest.fixture(scope="module")
+def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy of the sources so that earlier build folders cannot lend it files."""
+    import shutil
+
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, source)
+    for name in FOLDERS:
+        shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist"]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return next((source / "dist").glob("*.whl"))
+
+
+def test_wheel_carries_the_pocket_model(root: Path, wheel: Path) -> None:
+    pocket = root / "trainers" / "sd" / "pocket"
+    files = [p for p in pocket.rglob("*") if p.is_file()]
+    assert files, "trainers/sd/pocket is empty"
+    assert sum(p.stat().st_size for p in files) <= 24 * MEGABYTE
+    packed = zipfile.ZipFile(wheel).namelist()
+    assert {f"dreamfleet/{p.relative_to(root).as_posix()}" for p in files} <= set(packed)
+    assert not [name for name in packed if name.startswith(("dreamfleet/tests", "tests", "build"))]
+
+
+def test_every_module_imports_from_the_installed_wheel(root: Path, wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(target),
+    ]
+    subprocess.run([*pip, str(wheel)], check=True, capture_output=True, timeout=300)
+    code = """
+        import importlib, sys
+        target, names = sys.argv[1], sys.argv[2].split(",")
+        # The editable install of this environment must not help out.
+        sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
+        sys.path[:] = [target, *(p for p in sys.path if "__editable__" not in p)]
+        for name in names:
+            module = importlib.import_module(name)
+            assert module.__file__.startswith(target), (name, module.__file__)
+        from dreamfleet.cluster import cli
+        assert callable(cli.main)
+    """
+    run_python(code, target, ",".join(modules_of(root)), cwd=tmp_path)
+
+
+def test_hugging_face_datasets_is_importable_from_the_root(root: Path) -> None:
+    """Our folder `datasets/` lies in the current directory and must not shadow the library of that name."""
+    code = """
+        import datasets, dreamfleet.datasets.errors
+        assert hasattr(datasets, "load_dataset"), datasets
+    """
+    run_python(code, cwd=root)
+
+
+@pytest.mark.cluster
+def test_hugging_face_datasets_is_importable_in_a_ray_task(root: Path) -> None:
+    code = """
+        import ray
+
+        @ray.remote
+        def look():
+            import os, datasets, dreamfleet.datasets.errors as ours
+            return os.getcwd(), hasattr(datasets, "load_dataset"), ours.__name__
+
+        ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR")
+        folder, whole, name = ray.get(look.remote())
+        assert folder == os.getcwd() and whole and name == "dreamfleet.datasets.errors", (folder, whole, name)
+    """
+    run_python("import os\n" + textwrap.dedent(code), cwd=root)
+
+
+def test_the_loop_needs_neither_ray_nor_deepspeed(root: Path, tmp_path: Path) -> None:
+    """What a lone GPU machine measures: everything of trainers/ but the two files that speak to Ray."""
+    apart = (
+        "dreamfleet.cluster",
+        "dreamfleet.tune",
+        "dreamfleet.datasets.stream",
+        "dreamfleet.datasets.cache",
+    )
+    files = ("dreamfleet.trainers.worker", "dreamfleet.trainers.launch", "dreamfleet.trainers.ray_session")
+    names = [n for n in modules_of(root) if not n.startswith(apart) and n not in files]
+    code = """
+        import importlib, sys
+        class Refuse:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in ("ray", "deepspeed"):
+                    raise ImportError(f"{name} is not to be imported here")
+        sys.meta_path.insert(0, Refuse())
+        for name in sys.argv[1].split(","):
+            importlib.import_module(name)
+    """
+    run_python(code, ",".join(names), cwd=tmp_path)
+
+
+def test_a_recipe_is_read_without_torch(root: Path, tmp_path: Path) -> None:
+    """`dreamfleet --help` answers in under a second: nothing heavy may come with the command line."""
+    code = """
+        import sys
+        import dreamfleet.cluster.cli
+        heavy = {"torch", "ray", "diffusers", "transformers", "deepspeed", "numpy", "PIL", "pyarrow"} & set(sys.modules)
+        assert not heavy, heavy
+    """
+    run_python(code, cwd=tmp_path)
+
+
+def test_constraints_pin_every_dependency(root: Path) -> None:
+    import re
+    import tomllib
+
+    def plain(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~; ]", name)[0]).lower()
+
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(d for e in project["optional-dependencies"].values() for d in e)]
+    lines = (root / "constraints.txt").read_text().splitlines()
+    pins = {plain(line): line for line in lines if line and not line.startswith("#")}
+    assert {plain(name) for name in wanted} <= set(pins)
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in pins.values())
+
+
+def test_pyproject_lists_every_package(root: Path) -> None:
+    """A subpackage left out of the list is missing from the wheel only, where nobody looks."""
+    import tomllib
+
+    listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert {name.rpartition(".")[0] for name in modules_of(root)} <= set(listed)

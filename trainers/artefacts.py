@@ -1,0 +1,98 @@
+"""Says of an exported file what it is and how other programs use it, one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Use:
+    """How one program uses a file; code stands in backticks."""
+
+    program: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What an artefact is, and its uses."""
+
+    what: str
+    uses: tuple[Use, ...]
+
+
+def describe(name: str, *, run_name: str, recipe: Mapping[str, Any]) -> Hint:
+    """Describe the artefact `name` (a file or folder in `exports/`) of a run."""
+    method = recipe.get("method") if isinstance(recipe.get("method"), Mapping) else {}
+    kind = str(method.get("name", ""))  # type: ignore[union-attr]
+    stem, _, suffix = name.rpartition(".")
+    if name == "diffusers":
+        return Hint(
+            "The whole tuned model, as a diffusers folder.",
+            (
+                Use(
+                    "diffusers",
+                    '`StableDiffusionPipeline.from_pretrained("exports/diffusers", safety_checker=None)`',
+                ),
+                Use(
+                    "dreamfleet", "`dreamfleet sample --model exports/diffusers --prompt ... --out grid.png`"
+                ),
+            ),
+        )
+    if "lora" in name.lower():
+        load = f'`pipe.load_lora_weights("exports", weight_name="{name}")`'
+        return Hint(
+            "A LoRA: small weights added to the base model's.",
+            (
+                Use("diffusers", load),
+                Use("webui", f"copy to `models/Lora/`, write `<lora:{stem}:1>` in the prompt"),
+            ),
+        )
+    if kind in ("textual_inversion", "prompt_tuning"):
+        return _embedding(name, stem, suffix, kind, method)  # type: ignore[arg-type]
+    if kind == "hypernetwork":
+        return Hint(
+            "A hypernetwork: layers on the keys and values of cross-attention.",
+            (
+                Use("webui", f"copy to `models/hypernetworks/`, write `<hypernet:{stem}:1>` in the prompt"),
+                Use(
+                    "dreamfleet",
+                    f"`dreamfleet sample --model ... --hypernetwork exports/{name} --prompt ...`",
+                ),
+            ),
+        )
+    if kind == "aesthetic_gradients":
+        return Hint(
+            "The mean CLIP image vector of the pictures.",
+            (
+                Use(
+                    "webui",
+                    "copy to the aesthetic-gradients extension's `aesthetic_embeddings/`, choose it there",
+                ),
+                Use("dreamfleet", f"`dreamfleet sample --model ... --aesthetic exports/{name} --prompt ...`"),
+            ),
+        )
+    return Hint(
+        "The whole tuned model in one file, with the keys that Stable Diffusion's own code uses.",
+        (
+            Use("webui", f"copy to `models/Stable-diffusion/`, choose `{stem or run_name}` as checkpoint"),
+            Use("ComfyUI", "copy to `models/checkpoints/`, open it with Load Checkpoint"),
+            Use("dreamfleet", f"`dreamfleet sample --model exports/{name} --prompt ... --out grid.png`"),
+        ),
+    )
+
+
+def _embedding(name: str, stem: str, suffix: str, kind: str, method: Mapping[str, Any]) -> Hint:
+    word = str(method.get("placeholder_token") or stem)
+    negative = kind == "prompt_tuning" and stem.endswith("-neg")
+    where = "negative prompt" if negative else "prompt"
+    webui = Use("webui", f"copy to `embeddings/`, write `{stem}` in the {where}")
+    ours = Use("dreamfleet", f"`dreamfleet sample --model ... --embedding exports/{name} --prompt ...`")
+    if suffix == "safetensors":
+        load = f'`pipe.load_textual_inversion("exports/{name}", token="{word}")`'
+        return Hint("The learned vectors, for diffusers.", (Use("diffusers", load), ours))
+    if suffix in ("png", "webp", "avif", "jxl"):
+        return Hint("The learned vectors inside a picture; pass it on as a picture.", (webui, ours))
+    return Hint("The learned vectors, in webui's format.", (webui, ours))
