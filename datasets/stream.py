@@ -1,0 +1,278 @@
+"""Pictures for sets too large for memory: decoded by Ray Data on the cluster's CPUs, arriving in plan order."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from dreamfleet.datasets.errors import DataError, ResourceError, StorageError
+from dreamfleet.datasets.images import MAX_PIXELS, fit_picture, open_picture
+from dreamfleet.datasets.index import Index
+from dreamfleet.datasets.storage import read_uri
+
+log = logging.getLogger(__name__)
+
+WINDOW = 1024  # draws in one Ray Data execution: enough to hide its start, few enough to hold in memory
+ROWS_PER_BLOCK = 16
+POLL_SECONDS = 0.2
+STALL_SECONDS = 120.0
+CLOSE_SECONDS = 2.0
+
+
+class PictureDraw(NamedTuple):
+    """One use of one picture: its row in the index, where to crop (None: the middle), whether to mirror."""
+
+    row: int
+    crop: tuple[float, float] | None = None
+    flip: bool = False
+
+
+class PictureStream(Iterator[np.ndarray]):
+    """Yields uint8 [H,W,3], one for each draw, in their order. Close it, or use it in a `with` block.
+
+    `bad` tells which pictures could not be decoded and why; `replaced` counts the draws that got another one.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        draws: Iterable[PictureDraw],
+        *,
+        resolution: int | tuple[int, int],
+        max_pixels: int = MAX_PIXELS,
+        window: int = WINDOW,
+        num_cpus: float = 1.0,
+        stall_seconds: float = STALL_SECONDS,
+    ) -> None:
+        self.bad: dict[str, str] = {}
+        self.replaced = 0
+        self._uris: list[str] = index.column("uri")
+        self._draws = iter(draws)
+        self._resolution = resolution
+        self._max_pixels = max_pixels
+        self._window = window
+        self._num_cpus = num_cpus
+        self._stall_seconds = stall_seconds
+        self._instead: dict[int, int] = {}  # bad row -> the row used in its place
+        self._ready: queue.Queue[np.ndarray | BaseException | None] = queue.Queue(maxsize=window)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._produce, name="picture-stream", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        item = self._wait()
+        if isinstance(item, np.ndarray):
+            return item
+        self.close()
+        if isinstance(item, BaseException):
+            raise item
+        raise StopIteration
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop reading ahead. Pictures not yet taken are lost."""
+        if not self._stop.is_set():
+            self._stop.set()
+            # A thread that waits for Ray Data cannot be woken: it ends with the window, and hands over nothing.
+            self._thread.join(timeout=CLOSE_SECONDS)
+
+    def _wait(self) -> np.ndarray | BaseException | None:
+        waited = 0.0
+        while True:
+            try:
+                return self._ready.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                if self._stop.is_set():
+                    return None
+            waited += POLL_SECONDS
+            if waited >= self._stall_seconds:
+                waited = 0.0
+                free = _free_cpus()
+                if free < self._num_cpus:
+                    return ResourceError(
+                        f"no picture for {self._stall_seconds:.0f} s: decoding needs {self._num_cpus} CPU of the "
+                        f"cluster and {free} are free. Leave some (scaling.num_workers, "
+                        "scaling.resources_per_worker), or set data.source: resident"
+                    )
+                log.warning("no picture for %.0f s; still waiting", self._stall_seconds)
+
+    # ---- the thread that reads ahead -------------------------------------------------------------------
+
+    def _produce(self) -> None:
+        try:
+            while not self._stop.is_set() and (window := list(islice(self._draws, self._window))):
+                for pixels in self._decoded(window):
+                    if not self._hand_over(pixels):
+                        return
+            self._hand_over(None)
+        except BaseException as error:  # noqa: BLE001  raised again where the pictures are taken
+            self._hand_over(error)
+
+    def _hand_over(self, item: np.ndarray | BaseException | None) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._ready.put(item, timeout=POLL_SECONDS)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _decoded(self, window: list[PictureDraw]) -> Iterator[np.ndarray]:
+        rows = [self._instead.get(draw.row, draw.row) for draw in window]
+        self.replaced += sum(row != draw.row for row, draw in zip(rows, window, strict=True))
+        jobs = [
+            _job(number, self._uris[row], draw)
+            for number, (row, draw) in enumerate(zip(rows, window, strict=True))
+        ]
+        given = 0
+        for batch in self._batches(jobs):
+            for position, pixels, error, failure in zip(
+                *(batch[name] for name in ("position", "pixels", "error", "failure")), strict=True
+            ):
+                if failure:
+                    raise StorageError(str(failure))
+                assert position == given, (position, given)  # preserve_order holds
+                if error:
+                    self._note(rows[given], str(error))
+                    self.replaced += rows[given] == window[given].row
+                    pixels = self._replacement(rows[given], window[given])
+                given += 1
+                yield pixels
+        assert given == len(window), (given, len(window))
+
+    def _batches(self, jobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        import ray.data
+
+        logging.getLogger("ray.data._internal.execution").setLevel(logging.WARNING)  # else a line a window
+        blocks = max(1, -(-len(jobs) // ROWS_PER_BLOCK))
+        dataset = ray.data.from_items(jobs, override_num_blocks=blocks)
+        dataset.context.execution_options.preserve_order = True
+        dataset.context.print_on_execution_start = False
+        dataset.context.enable_progress_bars = False
+        decoded = dataset.map_batches(
+            functools.partial(decode_batch, resolution=self._resolution, max_pixels=self._max_pixels),
+            batch_size=None,
+            batch_format="numpy",
+            num_cpus=self._num_cpus,
+        )
+        yield from decoded.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
+
+    def _replacement(self, bad_row: int, draw: PictureDraw) -> np.ndarray:
+        """The next picture in index order that can be decoded, cropped and mirrored as the draw asks."""
+        for step in range(1, len(self._uris)):
+            row = (bad_row + step) % len(self._uris)
+            if self._uris[row] in self.bad:
+                continue
+            pixels, error = _decode_one(
+                self._uris[row], draw, resolution=self._resolution, max_pixels=self._max_pixels
+            )
+            if pixels is not None:
+                self._instead[bad_row] = self._instead[draw.row] = row
+                return pixels
+            self._note(row, error)
+        raise DataError(f"none of the {len(self._uris)} pictures can be decoded; the last: {error}")
+
+    def _note(self, row: int, error: str) -> None:
+        if self._uris[row] not in self.bad:
+            self.bad[self._uris[row]] = error
+            log.warning("picture left out, the next in order is used instead: %s", error)
+
+
+def stream_pictures(
+    index: Index,
+    draws: Iterable[PictureDraw],
+    *,
+    resolution: int | tuple[int, int],
+    max_pixels: int = MAX_PIXELS,
+    window: int = WINDOW,
+    num_cpus: float = 1.0,
+    stall_seconds: float = STALL_SECONDS,
+) -> PictureStream:
+    """Decode pictures of an index on the cluster, for `draws` (may be endless) in exactly their order.
+
+    Works in windows of `window` draws, one Ray Data execution each, the next one starting while pictures of
+    the last are still waiting to be taken; files are read where they are decoded, from disk or bucket, with
+    `num_cpus` of the cluster's CPUs a task. `crop` is in [0,1) as in fit_picture.
+
+    A picture that cannot be decoded is reported once (`.bad`) and the next one in index order that can be is
+    used instead, in this and all later draws of it. A file that cannot be read is a StorageError. ResourceError
+    when nothing came for `stall_seconds` and the cluster has no CPU free. Ray must be running.
+    """
+    return PictureStream(
+        index,
+        draws,
+        resolution=resolution,
+        max_pixels=max_pixels,
+        window=window,
+        num_cpus=num_cpus,
+        stall_seconds=stall_seconds,
+    )
+
+
+def decode_batch(
+    batch: dict[str, np.ndarray], *, resolution: int | tuple[int, int], max_pixels: int
+) -> dict[str, np.ndarray]:
+    """Read, decode, crop and mirror a batch of jobs.
+
+    "error" says why a picture could not be decoded, "failure" why a file could not be read; "" for the good ones.
+    """
+    width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
+    blank = np.zeros((height, width, 3), np.uint8)
+    pictures, errors, failures = [], [], []
+    for uri, center, x, y, flip in zip(
+        batch["uri"], batch["center"], batch["x"], batch["y"], batch["flip"], strict=True
+    ):
+        draw = PictureDraw(0, None if center else (float(x), float(y)), bool(flip))
+        pixels, error, failure = None, "", ""
+        try:
+            pixels, error = _decode_one(str(uri), draw, resolution=resolution, max_pixels=max_pixels)
+        except StorageError as trouble:  # as a value: an exception would come back wrapped in Ray's
+            failure = str(trouble)
+        pictures.append(blank if pixels is None else pixels)
+        errors.append(error)
+        failures.append(failure)
+    return {
+        "position": batch["position"],
+        "pixels": np.stack(pictures),
+        "error": np.array(errors, dtype=object),
+        "failure": np.array(failures, dtype=object),
+    }
+
+
+def _decode_one(
+    uri: str, draw: PictureDraw, *, resolution: int | tuple[int, int], max_pixels: int
+) -> tuple[np.ndarray | None, str]:
+    try:
+        picture = open_picture(read_uri(uri), uri=uri, max_pixels=max_pixels)
+    except StorageError:
+        raise  # a disk or bucket in trouble must not change what is learned
+    except DataError as error:
+        return None, str(error)
+    fitted = fit_picture(picture, resolution, center=draw.crop is None, crop_key=draw.crop, flip=draw.flip)
+    return fitted, ""
+
+
+def _job(position: int, uri: str, draw: PictureDraw) -> dict[str, Any]:
+    x, y = draw.crop or (0.0, 0.0)
+    return {"position": position, "uri": uri, "center": draw.crop is None, "x": x, "y": y, "flip": draw.flip}
+
+
+def _free_cpus() -> float:
+    import ray
+
+    return float(ray.available_resources().get("CPU", 0.0))
