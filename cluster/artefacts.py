@@ -1,0 +1,140 @@
+"""What `sample` and `convert` do: find the model behind a name, draw with it, write it in another format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dreamfleet.datasets.errors import ModelError, UserError
+from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model, save_pipeline
+
+EMBEDDINGS = (".pt", ".bin", ".png", ".webp", ".avif", ".jxl")  # files that are never a whole model
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+LARGEST_EMBEDDING = 16 * 2**20  # bytes; the smallest Stable Diffusion is larger
+
+
+def draw_grid(
+    model_name: str,
+    prompts: Sequence[str],
+    out: Path,
+    *,
+    embeddings: Sequence[str] = (),
+    negative_prompt: str = "",
+    num_images: int = 4,
+    seed: int = 0,
+    steps: int = 25,
+    guidance_scale: float = 7.5,
+    scheduler: str = "ddim",
+    width: int | None = None,
+    height: int | None = None,
+) -> list[dict[str, Any]]:
+    """Write a grid with a row a prompt and a column a seed; return the cells in reading order.
+
+    ``model_name``: pocket, a diffusers folder, a single file, a hub name, or a run folder (its exports are used).
+    """
+    import torch
+
+    from dreamfleet.trainers.sd.sample import generate, picture_grid
+
+    if out.suffix.lower() not in PICTURES:
+        raise UserError(f"--out {out}: name a picture ({', '.join(PICTURES)})")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    model = load_with_embeddings(model_name, embeddings)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(torch.device(device), None)
+    asked = [prompt for prompt in prompts for _ in range(num_images)]
+    seeds = [seed + column for _ in prompts for column in range(num_images)]
+    pictures = generate(
+        model,
+        asked,
+        seeds=seeds,
+        negative_prompt=negative_prompt,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        scheduler=scheduler,
+        width=width,
+        height=height,
+    )
+    picture_grid(pictures, num_images).save(out)
+    return [{"prompt": text, "seed": number} for text, number in zip(asked, seeds, strict=True)]
+
+
+def load_with_embeddings(name: str, embeddings: Sequence[str] = ()) -> StableDiffusion:
+    """Load the model behind a name, and teach it the words of embedding files."""
+    from dreamfleet.trainers.sd.embeddings import install_embedding
+    from dreamfleet.trainers.sd.formats.embedding import read_embedding
+
+    config, own = find_model(name)
+    model = load_model(config)
+    for path in [*own, *embeddings]:
+        storage = Storage(path)
+        with storage.local_copy("") as local:
+            found = read_embedding(local)
+        install_embedding(model, found.name, found.vectors)
+    return model
+
+
+def find_model(name: str) -> tuple[ModelConfig, list[str]]:
+    """Return what to load for a name, and the embeddings that belong to it: a run folder stands for its exports."""
+    path = Path(name).expanduser()
+    if "://" not in name and not path.is_dir():
+        return ModelConfig(pretrained_model_name_or_path=str(path) if path.exists() else name), []
+    run = Storage(name if "://" in name else str(path.resolve()))
+    if not run.exists("recipe.yaml"):
+        return ModelConfig(pretrained_model_name_or_path=run.path()), []
+    exported = run.list("exports")
+    if "diffusers" in run.list_dirs("exports"):
+        return ModelConfig(pretrained_model_name_or_path=run.path("exports", "diffusers")), []
+    import yaml
+
+    recipe = yaml.safe_load(run.read_text("recipe.yaml"))
+    for suffix in (".safetensors", ".pt", ".png"):
+        if words := [file for file in exported if file.endswith(suffix)]:
+            base = ModelConfig.model_validate(recipe["model"])
+            return base, [run.path("exports", file) for file in words]
+    raise ModelError(
+        f"{name} is a run without exports yet; write them with `dreamfleet export {name} --format ...`"
+    )
+
+
+def convert_artefact(source: Path, target: Path) -> Path:
+    """Write ``source`` in the format that the name of ``target`` says.
+
+    Raises UserError for a pair that nobody converts, and for a target that exists.
+    """
+    if not source.exists():
+        raise UserError(f"there is no {source}")
+    if target.exists():
+        raise UserError(f"{target} exists already; give another name")
+    if _is_embedding(source, target):
+        from dreamfleet.trainers.sd.formats.embedding import read_embedding, write_embedding
+
+        found = read_embedding(source)
+        if target.suffix.lower() == ".pt" and target.stem != found.name:
+            found = read_embedding(source, target.stem)  # webui calls an embedding by its file's name
+        return write_embedding(found, target)
+    model = load_model(ModelConfig(pretrained_model_name_or_path=str(source)))
+    if target.suffix.lower() in (".safetensors", ".ckpt"):
+        import torch
+
+        from dreamfleet.trainers.sd.formats.single_file import save_single_file
+
+        save_single_file(model, target, dtype=torch.float32, metadata={})
+    elif not target.suffix:
+        save_pipeline(model, target)
+    else:
+        raise UserError(
+            f"a model cannot become {target.name}: name a folder (diffusers), a .safetensors or a .ckpt file"
+        )
+    return target
+
+
+def _is_embedding(source: Path, target: Path) -> bool:
+    suffixes = {source.suffix.lower(), target.suffix.lower()}
+    if suffixes & set(EMBEDDINGS):
+        return True
+    small = source.is_file() and source.stat().st_size < LARGEST_EMBEDDING
+    return small and suffixes == {".safetensors"}

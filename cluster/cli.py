@@ -1,0 +1,172 @@
+"""The command line `dreamfleet`: its commands, their output and exit codes; heavy imports wait inside.
+
+stdout carries results, stderr the rest. Exit codes: 0 done, 1 the run failed, 2 the user can mend it, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from dreamfleet.cluster import cli_artefacts
+from dreamfleet.cluster.cli_base import (
+    INTERRUPTED,
+    MENDABLE,
+    Address,
+    AsJson,
+    Overrides,
+    RecipePath,
+    Verbose,
+    app,
+    plain,
+    print_json,
+    work,
+)
+
+
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in output_dir.")
+    ] = False,
+    address: Address = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train one run; say where pictures, artefacts and report are."""
+    with work():
+        from dreamfleet.trainers.launch import fit
+
+        result = fit(recipe, overrides=overrides or (), resume=resume, address=address)
+    _print_run(result.run_folder, result.summary, as_json)
+    if result.summary.exit_reason == "interrupted":
+        again = " ".join(["dreamfleet train", str(recipe), *(overrides or ()), "--resume"])
+        print(f"interrupted at step {result.summary.steps}, saved; go on with: {again}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED)
+
+
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    address: Address = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Try a recipe without training.
+
+    Files, weights, one synthetic step, one export, and whether the cluster has the resources.
+    """
+    with work():
+        from dreamfleet.cluster.resources import check_resources
+        from dreamfleet.trainers.recipe import load_recipe
+        from dreamfleet.trainers.run import check_run
+
+        loaded = load_recipe(recipe, overrides or [])
+        lines = [("recipe", True, str(recipe))]
+        lines += [(line.name, line.ok, line.detail) for line in check_run(loaded)]
+        lines.append(check_resources(loaded.scaling, address))
+    if as_json:
+        print_json([{"name": name, "ok": ok, "detail": detail} for name, ok, detail in lines])
+    else:
+        for name, ok, detail in lines:
+            print(f"{'ok' if ok else 'FAILED':<7} {name:<12} {detail}")
+    if failed := [name for name, ok, _ in lines if not ok]:
+        print(f"dreamfleet: this recipe would not run: {', '.join(failed)}", file=sys.stderr)
+        raise typer.Exit(MENDABLE)
+
+
+def config(
+    recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False, verbose: Verbose = False
+) -> None:
+    """Print the resolved recipe; nothing runs."""
+    with work():
+        from dreamfleet.trainers.recipe import load_recipe
+
+        loaded = load_recipe(recipe, overrides or [])
+    if as_json:
+        print_json(loaded.model_dump(mode="json"))
+    else:
+        print(loaded.to_yaml(), end="")
+
+
+def methods(as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """List the fine-tuning methods a recipe can name."""
+    with work():
+        from dreamfleet.trainers.methods.base import discover
+
+        told = {name: (method.__doc__ or "").strip().split("\n")[0] for name, method in discover().items()}
+    if as_json:
+        print_json([{"name": name, "description": text} for name, text in told.items()])
+        return
+    for name, text in told.items():
+        print(f"{name:<20} {text}")
+
+
+def doctor(address: Address = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """Say what this machine, or a cluster, can do."""
+    with work():
+        from dreamfleet.cluster.doctor import examine
+
+        found = examine(address)
+    if as_json:
+        print_json([line._asdict() for line in found])
+    else:
+        for line in found:
+            print(f"{line.state:<8} {line.name:<14} {line.detail}")
+    if any(line.state == "MISSING" for line in found):
+        raise typer.Exit(MENDABLE)
+
+
+for command in (
+    train,
+    cli_artefacts.sample,
+    cli_artefacts.score,
+    check,
+    config,
+    cli_artefacts.export,
+    cli_artefacts.convert,
+    methods,
+    doctor,
+):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line (the entry point of the `dreamfleet` program)."""
+    app()
+
+
+def _print_run(folder: str, summary: Any, as_json: bool) -> None:
+    from dreamfleet.datasets.storage import Storage
+
+    run = Storage(folder)
+    pictures = [
+        run.path("samples", name)
+        for name in run.list("samples")
+        if name.startswith("step-") and name.endswith(".png")
+    ]
+    artefacts = [run.path("exports", name) for name in summary.exports]
+    report = run.path("report.html")
+    if as_json:
+        print_json(
+            {
+                "run_folder": folder,
+                "exit_reason": summary.exit_reason,
+                "pictures": pictures,
+                "artefacts": artefacts,
+                "report": report,
+                "summary": plain(summary),
+            }
+        )
+        return
+    rows = [("run", folder), *[("pictures", path) for path in pictures[-1:]]]
+    rows += [*[("artefact", path) for path in artefacts], ("report", report)]
+    for name, path in rows:
+        print(f"{name:<10} {path}")
+
+
+if __name__ == "__main__":
+    main()

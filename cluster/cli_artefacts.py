@@ -1,0 +1,154 @@
+"""Commands on what runs leave behind: sample, score, export, convert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dreamfleet.cluster.cli_base import AsJson, Verbose, plain, print_json, work
+
+
+def export(
+    run_or_checkpoint: Annotated[
+        str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run, or one checkpoint in it.")
+    ],
+    format: Annotated[
+        list[str],
+        typer.Option("--format", help="What to write: diffusers, safetensors, ckpt, pt, bin, png, webp."),
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option(help="Folder for the artefacts; the run's exports/ when left out.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a run's artefacts in other formats.
+
+    From the newest checkpoint of a run, or from the one given.
+    """
+    with work():
+        from dreamfleet.trainers.run import export_run
+
+        written = [str(path) for name in format for path in export_run(run_or_checkpoint, name, out)]
+    _print_paths(written, as_json)
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="An embedding or a model (file or folder).")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The same in the format its name says.")],
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Convert an embedding or a model to another format.
+
+    Embeddings: .pt .bin .safetensors .png .webp. Models: diffusers folder, .safetensors, .ckpt.
+    """
+    with work():
+        from dreamfleet.cluster.artefacts import convert_artefact
+
+        written = convert_artefact(source, target)
+    _print_paths([str(written)], as_json)
+
+
+def score(
+    run_or_folder: Annotated[
+        str, typer.Argument(metavar="RUN_OR_FOLDER", help="Run, artefact or folder of pictures.")
+    ],
+    real: Annotated[
+        str | None, typer.Option(help="Folder of real pictures of the subject.", show_default=False)
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="What the pictures were asked to show; repeatable.", show_default=False),
+    ] = None,
+    clip: Annotated[str, typer.Option(help="CLIP model to judge by: pocket or a folder.")] = "pocket",
+    dino: Annotated[
+        str | None, typer.Option(help="Folder of a DINO model, to judge by it too.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure pictures: true to subject, true to prompts.
+
+    CLIP-I and DINO compare with real pictures, CLIP-T with the prompts.
+    """
+    with work():
+        from dreamfleet.trainers.score import score_run
+
+        scores = score_run(run_or_folder, real=real, prompts=prompt, clip=clip, dino=dino)
+    told = scores if isinstance(scores, dict) else plain(scores)
+    if as_json:
+        print_json(told)
+        return
+    for name, value in told.items():
+        if value is not None:
+            print(f"{name:<20} {value:.4f}" if isinstance(value, float) else f"{name:<20} {value}")
+
+
+def sample(
+    prompt: Annotated[
+        list[str], typer.Option(help="What to draw; repeatable, a row of the grid each.", show_default=False)
+    ],
+    model: Annotated[
+        str, typer.Option(help="pocket, a diffusers folder, a run folder, or a single file.")
+    ] = "pocket",
+    embedding: Annotated[
+        list[str] | None,
+        typer.Option(help="Textual Inversion file; its name is the word.", show_default=False),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("grid.png"),
+    negative_prompt: Annotated[str, typer.Option(help="What not to draw.")] = "",
+    num_images: Annotated[int, typer.Option(min=1, help="Pictures per prompt, a column each.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first column; the next ones count up.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
+    guidance_scale: Annotated[float, typer.Option(help="How much the prompt is insisted on.")] = 7.5,
+    scheduler: Annotated[str, typer.Option(help="ddim, euler_a or dpm++.")] = "ddim",
+    width: Annotated[
+        int | None, typer.Option(help="Pixels; the model's own size when left out.", show_default=False)
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(help="Pixels; the model's own size when left out.", show_default=False)
+    ] = None,
+    hypernetwork: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
+    aesthetic: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
+    lora: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Draw a grid of pictures with any model or run."""
+    for name, given in (("--hypernetwork", hypernetwork), ("--aesthetic", aesthetic), ("--lora", lora)):
+        if given:
+            raise typer.BadParameter(
+                f"{name} cannot be used yet: this version draws with models and embeddings"
+            )
+    with work():
+        from dreamfleet.cluster.artefacts import draw_grid
+
+        cells = draw_grid(
+            model,
+            prompt,
+            out,
+            embeddings=embedding or [],
+            negative_prompt=negative_prompt,
+            num_images=num_images,
+            seed=seed,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            scheduler=scheduler,
+            width=width,
+            height=height,
+        )
+    if as_json:
+        print_json({"out": str(out), "pictures": cells})
+    else:
+        print(out)
+
+
+def _print_paths(paths: list[str], as_json: bool) -> None:
+    if as_json:
+        print_json(paths)
+    else:
+        print("\n".join(paths))

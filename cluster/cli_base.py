@@ -1,0 +1,135 @@
+"""What all commands of `dreamfleet` share: errors told as one message and an exit code, common options, printing."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+FAILED, MENDABLE, INTERRUPTED = 1, 2, 130
+
+
+class Commands(TyperGroup):
+    """Turns errors into one message and an exit code; a traceback is shown only when asked for."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Run the command that was typed."""
+        from dreamfleet.datasets.errors import RunFailed, UserError
+
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            _tell(ctx, f"dreamfleet: {error}")
+            raise typer.Exit(MENDABLE) from error
+        except RunFailed as error:
+            _tell(ctx, f"dreamfleet: the run failed: {error}")
+            raise typer.Exit(FAILED) from error
+        except KeyboardInterrupt as error:
+            _tell(ctx, "dreamfleet: interrupted")
+            raise typer.Exit(INTERRUPTED) from error
+        except BrokenPipeError as error:  # `dreamfleet config R | head`
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is left in the buffer has no reader
+            raise typer.Exit(0) from error
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            if type(error).__module__.startswith(
+                ("typer", "click")
+            ):  # a wrong option: typer shows it, exit code 2
+                raise
+            _tell(ctx, f"dreamfleet: {type(error).__name__}: {error}\n(--verbose shows where)")
+            raise typer.Exit(FAILED) from error
+
+
+app = typer.Typer(
+    name="dreamfleet",
+    cls=Commands,
+    help="Personalise Stable Diffusion on a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: rich alone would take a third of a second
+)
+
+
+def _set_verbose(ctx: typer.Context, value: bool) -> bool:
+    if value:
+        ctx.meta["dreamfleet.verbose"] = True
+    return value
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        print(f"dreamfleet {version('dreamfleet')}")
+        raise typer.Exit
+
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY.PATH=VALUE", help="Changes to the recipe.", show_default=False),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="Head node of a Ray cluster, HOST:6379; else RAY_ADDRESS; else a private Ray here.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Show tracebacks.", callback=_set_verbose, is_eager=True)
+]
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    pass
+
+
+@contextmanager
+def work() -> Iterator[None]:
+    """Do a command's work with stdout kept for its results: libraries that print or log there go to stderr."""
+    import logging
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    project = logging.getLogger("dreamfleet")
+    project.addHandler(handler)
+    project.setLevel(logging.INFO)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        project.removeHandler(handler)
+
+
+def _tell(ctx: typer.Context, message: str) -> None:
+    if ctx.meta.get("dreamfleet.verbose") or os.environ.get("DREAMFLEET_VERBOSE"):
+        traceback.print_exc(file=sys.stderr)
+    print(message, file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+
+def plain(value: Any) -> dict[str, Any]:
+    import dataclasses
+
+    return dataclasses.asdict(value)

@@ -1,0 +1,163 @@
+"""Looks at this machine (and a cluster) the way a run would, and says in lines what is there, odd or missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal, NamedTuple
+
+from dreamfleet.cluster.connect import has_cluster, machines
+from dreamfleet.datasets.errors import UserError
+from dreamfleet.trainers.scaling import describe
+
+GIB = 2**30
+
+
+class Finding(NamedTuple):
+    """One line: ok, note (worth knowing) or MISSING (a run would fail)."""
+
+    name: str
+    state: Literal["ok", "note", "MISSING"]
+    detail: str
+
+
+def examine(address: str | None = None) -> list[Finding]:
+    """Examine this machine, and the cluster at ``address`` or RAY_ADDRESS when there is one. Never shows a secret."""
+    looks: list[Callable[[], list[Finding]]] = [
+        _python,
+        _torch,
+        _packages,
+        _optional_packages,
+        _machine,
+        _shared_memory,
+        _pocket,
+        _bucket_credentials,
+    ]
+    found = [line for look in looks for line in look()]
+    return [*found, *_cluster(address)]
+
+
+def _python() -> list[Finding]:
+    state: Literal["ok", "MISSING"] = "ok" if sys.version_info >= (3, 11) else "MISSING"
+    system = f"{platform.system()} {platform.machine()}"
+    return [Finding("python", state, f"{platform.python_version()} on {system} (3.11 or newer is needed)")]
+
+
+def _torch() -> list[Finding]:
+    if importlib.util.find_spec("torch") is None:
+        return [Finding("torch", "MISSING", "pip install torch")]
+    import torch
+
+    lines = [Finding("torch", "ok", torch.__version__)]
+    if not torch.cuda.is_available():
+        why = "torch was built for CPUs" if torch.version.cuda is None else "no GPU or driver is seen"
+        return [*lines, Finding("gpu", "note", f"none ({why}): runs use the CPU")]
+    for number in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(number)
+        detail = f"{facts.name}, {facts.total_memory / GIB:.0f} GiB, CUDA {torch.version.cuda}"
+        bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: use mixed_precision fp16"
+        lines.append(Finding(f"gpu {number}", "ok", f"{detail}, {bf16}"))
+    return lines
+
+
+def _packages() -> list[Finding]:
+    return [
+        _package(name, "MISSING", "pip install dreamfleet installs it")
+        for name in ("ray", "diffusers", "transformers")
+    ]
+
+
+def _optional_packages() -> list[Finding]:
+    return [
+        _package("deepspeed", "note", "absent: engine.zero_stage above 0 needs it"),
+        _package("bitsandbytes", "note", "absent: 8-bit optimizers need it, and a GPU"),
+    ]
+
+
+def _package(name: str, absent: Literal["note", "MISSING"], advice: str) -> Finding:
+    # Found, not imported: importing all of them takes half a minute on a busy machine.
+    try:
+        if importlib.util.find_spec(name) is not None:
+            return Finding(name, "ok", version(name))
+    except (ImportError, ValueError, PackageNotFoundError):
+        pass
+    return Finding(name, absent, advice)
+
+
+def _machine() -> list[Finding]:
+    cpus = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    disk = shutil.disk_usage(os.getcwd())
+    return [
+        Finding("cpu", "ok", f"{cpus} cores"),
+        Finding(
+            "memory",
+            "ok" if memory > 4 * GIB else "note",
+            f"{memory / GIB:.1f} GiB, {free / GIB:.1f} GiB unused",
+        ),
+        Finding(
+            "disk",
+            "ok" if disk.free > 5 * GIB else "note",
+            f"{disk.free / GIB:.1f} GiB free in {os.getcwd()}",
+        ),
+    ]
+
+
+def _shared_memory() -> list[Finding]:
+    try:
+        room = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return [Finding("/dev/shm", "note", "absent: Ray keeps its objects on disk, which is slow")]
+    if room < GIB:
+        advice = "small: large sets are slow; in Docker start with --shm-size=2g or more"
+        return [Finding("/dev/shm", "note", f"{room / GIB:.2f} GiB, {advice}")]
+    return [Finding("/dev/shm", "ok", f"{room / GIB:.1f} GiB")]
+
+
+def _pocket() -> list[Finding]:
+    from dreamfleet.trainers.sd.model import pocket_folder
+
+    folder = pocket_folder()
+    if not (folder / "model_index.json").exists():
+        return [
+            Finding("pocket model", "MISSING", f"not in {folder}: install the wheel again, or `make pocket`")
+        ]
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return [Finding("pocket model", "ok", f"{size / 2**20:.1f} MiB in {folder}")]
+
+
+def _bucket_credentials() -> list[Finding]:
+    keys = "AWS_ACCESS_KEY_ID" in os.environ and "AWS_SECRET_ACCESS_KEY" in os.environ
+    file = os.path.exists(
+        os.path.expanduser(os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"))
+    )
+    endpoint = " with an endpoint of its own" if os.environ.get("AWS_ENDPOINT_URL") else ""
+    if keys or file:
+        return [Finding("s3", "ok", f"credentials in {'the environment' if keys else 'a file'}{endpoint}")]
+    return [
+        Finding(
+            "s3",
+            "note",
+            "no credentials here: s3:// works only where the machine has a role of its own",
+        )
+    ]
+
+
+def _cluster(address: str | None) -> list[Finding]:
+    if not has_cluster(address):
+        return []
+    try:
+        nodes, limit = machines(address)
+    except UserError as error:
+        return [Finding("cluster", "MISSING", str(error))]
+    lines = [Finding("cluster", "ok", f"{len(nodes)} machine{'s' * (len(nodes) != 1)}")]
+    lines += [Finding("machine", "ok", f"{name}: {describe(resources)}") for name, resources in nodes.items()]
+    if limit:
+        lines.append(Finding("grows to", "ok", describe(limit)))
+    return lines

@@ -1,0 +1,22 @@
+"""Whether a cluster can give a run what its recipe asks for, in one line."""
+
+from __future__ import annotations
+
+from dreamfleet.cluster.connect import machines
+from dreamfleet.datasets.errors import ResourceError
+from dreamfleet.trainers.scaling import ScalingConfig, describe, refuse_impossible, worker_resources
+
+
+def check_resources(scaling: ScalingConfig, address: str | None) -> tuple[str, bool, str]:
+    """Return (name, fits, detail) of a recipe's workers on the cluster at ``address`` or on this machine."""
+    try:
+        nodes, limit = machines(address)
+        share = worker_resources(scaling, list(nodes.values()))
+        if scaling.num_workers:
+            refuse_impossible(scaling, share.resources, list(nodes.values()), limit=limit)
+    except ResourceError as error:
+        return "resources", False, str(error)
+    if not scaling.num_workers:
+        return "resources", True, f"in this process, on {'a GPU' if share.uses_gpu else 'CPU'}"
+    where = f"{len(nodes)} machines" if len(nodes) > 1 else next(iter(nodes), "no machine")
+    return "resources", True, f"{scaling.num_workers} x ({describe(share.resources)}) on {where}"
