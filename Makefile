@@ -50,6 +50,15 @@ install-test: $(VENV)/.installed-test ## the same with the test tools
 # A new folder each time (runs/demo, runs/demo-2, ...): a run never overwrites another.
 demo: $(VENV)/.installed ## learn the ten pictures that ship, on a local Ray; pictures and a report at the end
 	@folder="$(CURDIR)/$(RUN)"; n=1; while [[ -e "$$folder" ]]; do n=$$((n + 1)); folder="$(CURDIR)/$(RUN)-$$n"; done; \
+	$(BIN)/dreamfleet train recipes/demo.yaml "output_dir=$$folder"
+
+test: $(VENV)/.installed-test ## the same with the test tools
+
+# ---------------------------------------------------------------- running
+
+# A new folder each time (runs/demo, runs/demo-2, ...): a run never overwrites another.
+demo: $(VENV)/.installed ## learn the ten pictures that ship, on a local Ray; pictures and a report at the end
+	@folder="$(CURDIR)/$(RUN)"; n=1; while [[ -e "$$folder" ]]; do n=$$((n + 1)); folder="$(CURDIR)/$(RUN)-$$n"; done; \
 	$(BIN)/dreamfleet train recipes/demo.yaml "output_dir=$$folder"; \
 	printf '\n  pictures   %s\n  artefacts  %s\n  report     %s\n' \
 		"$$folder/samples" "$$folder/exports" "$$folder/report.html"
