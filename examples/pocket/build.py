@@ -1,6 +1,6 @@
 """Builds the pocket model from its two npm packages: `python examples/pocket/build.py [STAGE ...]`.
 
-Stages in order: pictures, tokenizer, vae, clip, latents, unet, export, card; without a name all of them. Each
+Stages in order: pictures, tokenizer, vae, clip, latents, decoder, unet, export, card; without a name all of them. Each
 skips what is complete and takes up what was stopped, so that `make pocket` can be interrupted at any time.
 """
 
@@ -18,6 +18,7 @@ STAGES = {
     "vae": ("vae", "train_vae"),
     "clip": ("clip", "train_clip"),
     "latents": ("latents", "write_latents"),
+    "decoder": ("vae", "tune_decoder"),
     "unet": ("unet", "train_unet"),
     "export": ("export", "export_folder"),
     "card": ("card", "write_card"),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from subjects import CACHE, ROOT
 from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from vae import load_vae
 
 FOLDER = ROOT / "trainers" / "sd" / "pocket"
 LIMIT_BYTES = 24_000_000
@@ -67,9 +68,8 @@ def export_folder(folder: Path = FOLDER) -> Path:
     """The stage `export`: write every part, then the index that names them."""
     from unet import load_unet
 
-    vae = AutoencoderKL.from_pretrained(CACHE / "folder" / "vae", torch_dtype=torch.float32)
     clip = CLIPModel.from_pretrained(CACHE / "clip_model", dtype=torch.float32)
-    return write_folder(folder, clip, vae, load_unet())
+    return write_folder(folder, clip, load_vae(), load_unet())
 
 
 def write_folder(folder: Path, clip: CLIPModel, vae: AutoencoderKL, unet: UNet2DConditionModel) -> Path:

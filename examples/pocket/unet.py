@@ -6,13 +6,14 @@ import itertools
 import json
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from backgrounds import KEYS
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from export import build_scheduler, split_clip
 from latents import open_latents
@@ -20,6 +21,7 @@ from pictures import draw_caption, open_bank
 from subjects import CACHE
 from training import pick_device
 from transformers import CLIPModel, CLIPTokenizer
+from vae import load_vae
 
 from dreamfleet.datasets.keyed import numpy_rng
 from dreamfleet.datasets.plan import BatchPlan
@@ -34,6 +36,7 @@ from dreamfleet.trainers.sd.model import StableDiffusion
 from dreamfleet.trainers.sd.noise import draw_noise
 
 STEPS = int(os.environ.get("POCKET_STEPS", "9000"))
+WORKERS = int(os.environ.get("POCKET_WORKERS", str(min(2, os.cpu_count() or 1))))
 BATCH = 32
 RATE = 8e-4
 WARM_UP = 200
@@ -76,11 +79,10 @@ def assemble(unet: UNet2DConditionModel | None = None) -> StableDiffusion:
     """The parts around the U-Net as the project's code wants them."""
     tokenizer = CLIPTokenizer.from_pretrained(CACHE / "folder" / "tokenizer")
     text, _, _ = split_clip(CLIPModel.from_pretrained(CACHE / "clip_model", dtype=torch.float32))
-    vae = AutoencoderKL.from_pretrained(CACHE / "folder" / "vae", torch_dtype=torch.float32)
     if unet is None:
         torch.manual_seed(4)
         unet = build_unet(text.config.hidden_size)
-    model = StableDiffusion(tokenizer, text, unet, vae, build_scheduler(), str(CACHE), "")
+    model = StableDiffusion(tokenizer, text, unet, load_vae(), build_scheduler(), str(CACHE), "")
     model.freeze()
     return model
 
@@ -88,14 +90,14 @@ def assemble(unet: UNet2DConditionModel | None = None) -> StableDiffusion:
 class Batches:
     """Batch `step` of the run: a function of the step alone, so that a resumed run goes on with the same ones."""
 
-    def __init__(self, model: StableDiffusion, device: torch.device) -> None:
-        self.model, self.device = model, device
+    def __init__(self, model: StableDiffusion, device: torch.device, rank: int = 0, world: int = 1) -> None:
+        self.model, self.device, self.rank, self.world = model, device, rank, world
         self.bank, self.latents = open_bank("narrow"), open_latents()
         self.plan = BatchPlan([0] * len(self.latents), seed=SEED, global_batch=BATCH)
 
     def draw(self, step: int) -> Batch:
         """Latents, contexts, noise and timesteps of one batch."""
-        draws = self.plan.draws(step)
+        draws = self.plan.draws(step, rank=self.rank, world=self.world)
         keys = [("pocket", SEED, draw.epoch, draw.index) for draw in draws]
         noise, timesteps = draw_noise(keys, (4, 16, 16), num_timesteps=1000)
         prompts = [
@@ -109,8 +111,8 @@ class Batches:
             "noise": noise,
             "timesteps": timesteps,
             "context": context,
-            "weights": torch.ones(BATCH),
-            "num_instances": BATCH,
+            "weights": torch.ones(len(draws)),
+            "num_instances": len(draws),
         }
 
     def stream(self, start_step: int) -> Iterator[Batch]:
@@ -131,40 +133,78 @@ def scale_rate(step: int) -> float:
 
 
 def train_unet() -> None:
-    """The stage `unet`: the project's loop from the last whole checkpoint on; SIGTERM saves and stops."""
+    """The stage `unet`: one process on a GPU, else one a core with a thread each.
+
+    Several one-thread processes keep going on a machine that has other work, where one process's threads would
+    all wait for the slowest.
+    """
+    if torch.cuda.is_available() or WORKERS == 1:
+        return run_worker(0, 1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_port()), "OMP_NUM_THREADS": "1"}
+    running = torch.multiprocessing.start_processes(
+        run_worker, args=(WORKERS,), nprocs=WORKERS, join=False, start_method="spawn"
+    )
+
+    def pass_on(number: int, frame: object) -> None:
+        for pid in running.pids():
+            os.kill(pid, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, pass_on)
+    while not running.join():
+        pass
+
+
+def find_port() -> int:
+    """A free port for the workers to meet at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_worker(rank: int, world: int) -> None:
+    """Run the project's loop from the last whole checkpoint on; SIGTERM saves and stops."""
+    stopping: list[bool] = []
+    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
+    if world > 1:
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     device = pick_device()
     model = assemble()
     # Fused attention has a slow backward pass on CPUs.
     model.unet.set_attn_processor(AttnProcessor())
     model.to(device)
     method = Pretraining(model, Setting(snr_gamma=5.0))
+    run = Storage(str(FOLDER))
+    checkpoints, start = Checkpoints(run, limit=2), 0
+    last = checkpoints.load_latest()
+    if last:
+        method.load_state(last.learned)
+        start = last.step
     engine = TorchEngine(
         method,
         config=EngineConfig(use_ema=True, ema_decay=0.999),
         optimizer=OptimizerConfig(learning_rate=RATE),
         mixed_precision="bf16",
         device=device,
+        world=world,
     )
-    run = Storage(str(FOLDER))
-    checkpoints, start = Checkpoints(run, limit=2), 0
-    if last := checkpoints.load_latest():
-        method.load_state(last.learned)
+    if last:
         engine.load_state(last.engine)
-        start = last.step
-    metrics, stopping = Metrics(run, start_step=start), []
-    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
+    metrics = Metrics(run, start_step=start) if rank == 0 else None
 
     def log(line: dict[str, Any]) -> None:
-        metrics.log(line)
-        print("unet", {name: line[name] for name in ("step", "loss", "step_seconds")}, flush=True)
+        if metrics:
+            metrics.log(line)
+            print("unet", {name: line[name] for name in ("step", "loss", "step_seconds")}, flush=True)
 
     def save(step: int) -> None:
-        checkpoints.save(step, learned=method.state(), engine=engine.state(), meta={})
+        if rank == 0:
+            checkpoints.save(step, learned=method.state(), engine=engine.state(), meta={})
 
     train(
         method,
         engine,
-        Batches(model, device).stream(start),
+        Batches(model, device, rank, world).stream(start),
         lambda batch: batch,
         rates={"unet": lambda step: RATE * scale_rate(step)},
         schedule=Schedule(total=STEPS, save_every=200, sample_every=STEPS, log_every=50),
@@ -172,6 +212,8 @@ def train_unet() -> None:
         start_step=start,
         hooks=Hooks(log=log, save=save, should_stop=lambda: bool(stopping)),
     )
+    if world > 1:
+        torch.distributed.destroy_process_group()
 
 
 def load_unet() -> UNet2DConditionModel:
