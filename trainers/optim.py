@@ -6,12 +6,20 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, AliasChoices, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model_validator
 
 from dreamfleet.datasets.errors import RecipeError, ResourceError
 from dreamfleet.datasets.section import Section
 from dreamfleet.trainers.methods.base import ParamGroup
 from dreamfleet.trainers.schedule import make_rate, multiplier_at, parse_webui_schedule
+
+
+def _read_number(value: Any) -> Any:
+    # YAML 1.1 reads 1e-5 as text (it wants 1.0e-5), and so would a union of float and str.
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _check_rate(value: float | str) -> float | str:
@@ -22,7 +30,7 @@ def _check_rate(value: float | str) -> float | str:
     return value
 
 
-Rate = Annotated[float | str, AfterValidator(_check_rate)]
+Rate = Annotated[float | str, BeforeValidator(_read_number), AfterValidator(_check_rate)]
 
 
 class OptimizerConfig(Section):
@@ -30,6 +38,11 @@ class OptimizerConfig(Section):
 
     name: Literal["adamw", "adamw8bit"] = "adamw"
     learning_rate: Rate = Field(5e-6, validation_alias=AliasChoices("learning_rate", "unet_lr", "lr"))
+    text_encoder_lr: Rate | None = Field(
+        None,
+        validation_alias=AliasChoices("text_encoder_lr", "learning_rate_te", "learning_rate_te1"),
+        description="the text encoder's own rate, where it learns; None: learning_rate",
+    )
     lr_scheduler: Literal[
         "constant",
         "constant_with_warmup",
@@ -111,12 +124,14 @@ def make_rates(
 
     rates = {}
     for group in groups:
-        rate = config.learning_rate if group.learning_rate is None else group.learning_rate
-        if config.scale_lr:
-            if isinstance(rate, str):
-                raise RecipeError(
-                    "optimizer.scale_lr does not go with a schedule string; write the rates you mean"
-                )
-            rate = rate * global_batch
-        rates[group.name] = make_rate(rate, multiplier)
+        own = config.text_encoder_lr if group.name == "text_encoder" else None
+        rate = config.learning_rate if own is None else own
+        if config.scale_lr and isinstance(rate, str):
+            raise RecipeError("optimizer.scale_lr does not go with a schedule string; write the rates you mean")
+        scale = group.scale * (global_batch if config.scale_lr else 1)
+        rates[group.name] = _scaled(make_rate(rate, multiplier), scale)
     return rates
+
+
+def _scaled(rate: Callable[[int], float], scale: float) -> Callable[[int], float]:
+    return lambda step: scale * rate(step)

@@ -31,11 +31,11 @@ class Loss(NamedTuple):
 
 
 class ParamGroup(NamedTuple):
-    """Learning parameters under one name; a learning rate of None means the recipe's ``optimizer.learning_rate``."""
+    """Learning parameters under one name; ``scale`` multiplies the recipe's learning rate."""
 
     name: str
     params: dict[str, nn.Parameter]
-    learning_rate: float | str | None = None
+    scale: float = 1.0
 
 
 class Sample(NamedTuple):
@@ -102,7 +102,7 @@ class Method(nn.Module):
         return 1.0
 
     def groups(self) -> list[ParamGroup]:
-        """Return the learning parameters by group, each with its learning rate."""
+        """Return the learning parameters by group, each with what scales its learning rate."""
         raise NotImplementedError
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:

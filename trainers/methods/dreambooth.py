@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import AliasChoices, Field
+from pydantic import Field
 from torch import nn
 
 from dreamfleet.datasets import captions
@@ -25,11 +25,6 @@ class DreamBoothConfig(MethodConfig):
 
     name: Literal["dreambooth"] = "dreambooth"
     train_text_encoder: bool = False
-    text_encoder_lr: float | str | None = Field(
-        None,
-        validation_alias=AliasChoices("text_encoder_lr", "learning_rate_te"),
-        description="None: the U-Net's",
-    )
     with_prior_preservation: bool = False
     prior_loss_weight: float = Field(1.0, ge=0)
     num_class_images: int = Field(100, ge=1, description="per concept; missing ones are generated")
@@ -81,11 +76,8 @@ class DreamBooth(Method):
         return self.config.prior_loss_weight
 
     def groups(self) -> list[ParamGroup]:
-        rates = {"unet": None, "text_encoder": self.config.text_encoder_lr}
         return [
-            ParamGroup(
-                part, {f"{part}.{n}": p for n, p in module.named_parameters() if p.requires_grad}, rates[part]
-            )
+            ParamGroup(part, {f"{part}.{n}": p for n, p in module.named_parameters() if p.requires_grad})
             for part, module in self.learning.items()
         ]
 

@@ -1,0 +1,67 @@
+"""Short seeded loss curves of every method, kept in tests/golden/; ``--write`` makes them anew, and the diff is read."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import tiny
+from dreamfleet.trainers.assemble import Place, assemble
+from dreamfleet.trainers.recipe import build_recipe
+
+FOLDER = Path(__file__).parent / "golden"
+STEPS = 12
+RUNS: dict[str, dict[str, Any]] = {
+    "dreambooth": {
+        "method": {"name": "dreambooth", "train_text_encoder": True},
+        "train__snr_gamma": 5.0,
+        "optimizer__text_encoder_lr": 1e-4,
+    },
+    "dreambooth_prior": {
+        "method": {"name": "dreambooth", "with_prior_preservation": True, "num_class_images": 4},
+        "train__noise_offset": 0.1,
+    },
+    "textual_inversion": {
+        "method": {
+            "name": "textual_inversion",
+            "placeholder_token": "<x>",
+            "initializer_token": "cat",
+            "num_vectors": 3,
+        },
+        "optimizer__learning_rate": 5e-2,
+    },
+}
+
+
+def compute_curve(name: str, folder: Path) -> list[float]:
+    """Train the run called ``name`` for a few steps on a tiny random model and return its losses."""
+    changes = {"data__random_flip": True, **RUNS[name]}
+    if changes["method"].get("with_prior_preservation"):
+        changes["data__class_data_dir"] = str(tiny.make_pictures(folder / "class", 4, seed=9))
+    parts = assemble(build_recipe(tiny.make_recipe(folder, **changes)), Place())
+    losses = []
+    for step in range(STEPS):
+        loss = parts.engine.backward(parts.prepare(parts.feed.batch(step)))
+        parts.engine.step({group: rate(step) for group, rate in parts.rates.items()}, step + 1)
+        losses.append(float(loss.total))
+    return losses
+
+
+def main() -> None:
+    """Write or compare the curves."""
+    for name in RUNS:
+        with tempfile.TemporaryDirectory() as folder:
+            curve = compute_curve(name, Path(folder))
+        path = FOLDER / f"{name}.json"
+        if "--write" in sys.argv:
+            FOLDER.mkdir(exist_ok=True)
+            path.write_text(json.dumps([round(loss, 6) for loss in curve], indent=1) + "\n")
+        kept = json.loads(path.read_text())
+        print(name, "largest difference", max(abs(a - b) for a, b in zip(curve, kept, strict=True)))
+
+
+if __name__ == "__main__":
+    main()

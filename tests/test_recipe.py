@@ -1,0 +1,170 @@
+"""Recipes: strict keys, every mistake at once with the nearest known key, aliases, overrides, paths from the recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.trainers.recipe import build_recipe, load_recipe
+
+MINIMAL: dict[str, Any] = {
+    "method": {"name": "dreambooth"},
+    "data": {"instance_data_dir": "pictures", "instance_prompt": "a sks cat"},
+    "output_dir": "runs/x",
+}
+
+
+def test_all_mistakes_come_at_once_with_the_nearest_key(tmp_path: Path) -> None:
+    tree = {
+        **MINIMAL,
+        "method": {"name": "dreambooth", "train_text_encodr": True},
+        "optimizer": {"learning_rte": 1, "lr_warmup_steps": "many"},
+        "train": {"max_train_steps": -1},
+        "trian": {},
+    }
+    path = tiny.write_recipe(tmp_path / "r.yaml", tree)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    told = str(caught.value)
+    assert str(path) in told and "5 mistakes" in told
+    assert "method.train_text_encodr: unknown key; did you mean 'train_text_encoder'?" in told
+    assert "optimizer.learning_rte: unknown key; did you mean 'learning_rate'?" in told
+    assert "optimizer.lr_warmup_steps:" in told and "'many'" in told
+    assert "train.max_train_steps:" in told and "(got -1)" in told
+    assert "trian: unknown key; did you mean 'train'?" in told
+
+
+def test_an_unknown_method_names_the_known_ones_and_still_tells_the_rest() -> None:
+    with pytest.raises(RecipeError) as caught:
+        build_recipe({**MINIMAL, "method": {"name": "dreamboth"}, "nonsense": 1})
+    told = str(caught.value)
+    assert "'dreamboth' is no method; did you mean 'dreambooth'?" in told and "nonsense: unknown key" in told
+
+
+def test_kohyas_names_are_understood() -> None:
+    recipe = build_recipe(
+        {
+            **MINIMAL,
+            "method": {
+                "name": "textual_inversion",
+                "token_string": "<x>",
+                "init_word": "cat",
+                "num_vectors_per_token": 3,
+            },
+            "train": {
+                "min_snr_gamma": 5,
+                "max_train_epochs": 2,
+                "offset_noise": 0.1,
+                "save_every_n_steps": 7,
+            },
+            "data": {"image_dir": "pictures", "shuffle_caption": True, "caption_dropout_rate": 0.1},
+            "validation": {"sample_every_n_steps": 9},
+        }
+    )
+    assert (recipe.method.placeholder_token, recipe.method.initializer_token, recipe.method.num_vectors) == (
+        "<x>",
+        "cat",
+        3,
+    )
+    assert (recipe.train.snr_gamma, recipe.train.num_train_epochs, recipe.train.checkpointing_steps) == (
+        5,
+        2,
+        7,
+    )
+    assert recipe.data.shuffle_tags and recipe.data.caption_dropout == 0.1 and recipe.validation.steps == 9
+
+
+def test_overrides_win_over_the_file_and_may_make_sections(tmp_path: Path) -> None:
+    path = tiny.write_recipe(tmp_path / "r.yaml", MINIMAL)
+    recipe = load_recipe(
+        path,
+        [
+            "optimizer.learning_rate=1e-5",
+            "train.max_train_steps=12",
+            'optimizer.lr_scheduler="cosine"',
+            "report_to=[]",
+        ],
+    )
+    assert recipe.optimizer.learning_rate == 1e-5 and recipe.train.max_train_steps == 12
+    assert recipe.optimizer.lr_scheduler == "cosine" and recipe.report_to == []
+    with pytest.raises(RecipeError, match="key.path=value"):
+        load_recipe(path, ["learning_rate"])
+    with pytest.raises(RecipeError, match="'output_dir' is a value|output_dir is a value"):
+        load_recipe(path, ["output_dir.x=1"])
+    with pytest.raises(RecipeError, match="optimizer.learning_rate"):
+        load_recipe(path, ["optimizer.learning_rate=fast"])
+
+
+def test_relative_paths_start_at_the_recipes_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipes" / "model").mkdir(parents=True)
+    tree = {
+        **MINIMAL,
+        "model": {"pretrained_model_name_or_path": "model"},
+        "validation": {"holdout": "../holdout"},
+        "output_dir": "../runs/my-cat",
+    }
+    path = tiny.write_recipe(tmp_path / "recipes" / "r.yaml", tree)
+    monkeypatch.chdir("/")
+    recipe = load_recipe(path)
+    assert recipe.data.instance_data_dir == str(tmp_path / "recipes" / "pictures")
+    assert recipe.model.pretrained_model_name_or_path == str(tmp_path / "recipes" / "model")
+    assert recipe.validation.holdout == str(tmp_path / "holdout")
+    assert recipe.output_dir == str(tmp_path / "runs" / "my-cat") and recipe.run_name == "my-cat"
+    hub = load_recipe(
+        path, ["model.pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5"]
+    )
+    assert hub.model.pretrained_model_name_or_path == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    bucket = load_recipe(path, ["output_dir=s3://bucket/runs/x"])
+    assert bucket.output_dir == "s3://bucket/runs/x"
+
+
+def test_the_resolved_recipe_reads_back_to_itself(tmp_path: Path) -> None:
+    recipe = load_recipe(tiny.write_recipe(tmp_path / "r.yaml", MINIMAL))
+    assert build_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_every_recipe_that_ships_is_valid(root: Path) -> None:
+    recipes = sorted((root / "recipes").glob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("method: [", "not YAML"),
+        ("just words", "mapping of sections"),
+        ("", "mapping of sections"),
+        ("method: !!python/object/apply:os.system ['true']", "not YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_told(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=told):
+        load_recipe(path)
+
+
+def test_a_recipe_that_is_not_there_or_not_text_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such recipe"):
+        load_recipe(tmp_path / "missing.yaml")
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_what_cannot_go_together_is_told() -> None:
+    for change, told in [
+        ({"optimizer": {"learning_rate": "0.1:10,0.2", "lr_scheduler": "cosine"}}, "lr_scheduler: constant"),
+        ({"optimizer": {"learning_rate": "0.1:10,0.2:5"}}, "the steps must grow"),
+        ({"optimizer": {"learning_rate": -1}}, "negative"),
+        ({"optimizer": {"lr_scheduler": "piecewise_constant", "lr_rules": "x"}}, "lr_rules"),
+        ({"data": {}}, "no pictures are named"),
+    ]:
+        with pytest.raises(RecipeError, match=told):
+            build_recipe({**MINIMAL, **change})
