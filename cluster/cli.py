@@ -62,7 +62,7 @@ def check(
     with work():
         from dreamfleet.cluster.resources import check_resources
         from dreamfleet.trainers.recipe import load_recipe
-        from dreamfleet.trainers.run import check_run
+        from dreamfleet.trainers.check import check_run
 
         loaded = load_recipe(recipe, overrides or [])
         lines = [("recipe", True, str(recipe))]

@@ -30,9 +30,9 @@ def export(
     From the newest checkpoint of a run, or from the one given.
     """
     with work():
-        from dreamfleet.trainers.run import export_run
+        from dreamfleet.trainers.export import export_run
 
-        written = [str(path) for name in format for path in export_run(run_or_checkpoint, name, out)]
+        written = export_run(run_or_checkpoint, format, out)
     _print_paths(written, as_json)
 
 

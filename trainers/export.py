@@ -17,7 +17,7 @@ from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.trainers.recorder import artefact_metadata
 
 
-def export_run(target: str, formats: Sequence[str] | str, out: str | None = None) -> list[str]:
+def export_run(target: str, formats: Sequence[str], out: str | None = None) -> list[str]:
     """Export a run's newest checkpoint, or the one ``target`` names (``RUN/checkpoints/step-000500``).
 
     ``out`` is a folder or bucket, the run's own ``exports/`` when None. Returns the addresses written. Raises RecipeError
@@ -31,12 +31,11 @@ def export_run(target: str, formats: Sequence[str] | str, out: str | None = None
         raise CheckpointError(f"{run.url} has no whole checkpoint to export")
     method = load_method(recipe, found)
     place = Storage(out) if out else run.child("exports")
-    chosen = [formats] if isinstance(formats, str) else list(formats)
     with tempfile.TemporaryDirectory(prefix="dreamfleet-export-") as folder:
         paths = method.export(
             Path(folder),
             recipe.run_name,
-            formats=chosen,
+            formats=formats,
             step=found.step,
             metadata=artefact_metadata(
                 recipe,
