@@ -90,7 +90,8 @@ def _start(weed: str) -> S3Server:
     master, volume, filer, s3 = _free_ports(4)
     guard = shutil.which("setpriv")  # Linux then ends the server when the test process is killed
     command = [
-        *([guard, "--pdeathsig", "KILL"] if guard else []), weed, "server", "-s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder / 'data'}",
+        *([guard, "--pdeathsig", "KILL"] if guard else []), weed, "server", "-s3",
+        "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder / 'data'}",
         f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}",
         "-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={folder / 's3.json'}", "-volume.max=100",
         "-master.volumeSizeLimitMB=64", "-master.telemetry=false",
@@ -106,8 +107,8 @@ def _start(weed: str) -> S3Server:
 
 
 def _remove_sockets(ports: tuple[int, ...]) -> None:
-    for port in ports:
-        for path in Path("/tmp").glob(f"seaweedfs-*-{port + 10_000}.sock"):
+    for port in (*ports, *(port + 10_000 for port in ports)):
+        for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
             path.unlink(missing_ok=True)
 
 
