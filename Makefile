@@ -34,36 +34,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing dreamfleet into $(VENV) (several minutes the first time)"
 	$(PIP) --upgrade pip setuptools wheel
 	$(PIP) torch numpy
-	DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable .
+	DS_BUILD_OPS=0 PYTHONWARNINGS="ignore:Editable installation" $(PIP) --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable '.[test]'
+	DS_BUILD_OPS=0 PYTHONWARNINGS="ignore:Editable installation" $(PIP) --no-build-isolation --editable '.[test]'
 	@touch $@
 
 install: $(VENV)/.installed ## .venv with dreamfleet and what it needs
 
-install-test: $(VENV)/.installed-test ## the same with the test tools
-
-# ---------------------------------------------------------------- running
-
-# A new folder each time (runs/demo, runs/demo-2, ...): a run never overwrites another.
-demo: $(VENV)/.installed ## learn the ten pictures that ship, on a local Ray; pictures and a report at the end
-	@folder="$(CURDIR)/$(RUN)"; n=1; while [[ -e "$$folder" ]]; do n=$$((n + 1)); folder="$(CURDIR)/$(RUN)-$$n"; done; \
-	$(BIN)/dreamfleet train recipes/demo.yaml "output_dir=$$folder"
-
-test: $(VENV)/.installed-test ## the same with the test tools
-
-# ---------------------------------------------------------------- running
-
-# A new folder each time (runs/demo, runs/demo-2, ...): a run never overwrites another.
-demo: $(VENV)/.installed ## learn the ten pictures that ship, on a local Ray; pictures and a report at the end
-	@folder="$(CURDIR)/$(RUN)"; n=1; while [[ -e "$$folder" ]]; do n=$$((n + 1)); folder="$(CURDIR)/$(RUN)-$$n"; done; \
-	$(BIN)/dreamfleet train recipes/demo.yaml "output_dir=$$folder"; \
-	printf '\n  pictures   %s\n  artefacts  %s\n  report     %s\n' \
-		"$$folder/samples" "$$folder/exports" "$$folder/report.html"
-
-test: $(VENV)/.installed-test ## every test of this machine, servers included (PYTEST_ARGS="-k plan -x")
+install-test: $(VENV)/.installed-test ## every test of this machine, servers included (PYTEST_ARGS="-k plan -x")
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: lint types layers ## lint, types and import rules
