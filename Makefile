@@ -43,7 +43,16 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 install: $(VENV)/.installed ## .venv with dreamfleet and what it needs
 
-install-test: $(VENV)/.installed-test ## every test of this machine, servers included (PYTEST_ARGS="-k plan -x")
+install-test: $(VENV)/.installed-test ## the same with the test tools
+
+# ---------------------------------------------------------------- running
+
+# A new folder each time (runs/demo, runs/demo-2, ...): a run never overwrites another.
+demo: $(VENV)/.installed ## learn the cat that ships, on a local Ray; pictures and a report at the end
+	@folder="$(CURDIR)/$(RUN)"; n=1; while [[ -e "$$folder" ]]; do n=$$((n + 1)); folder="$(CURDIR)/$(RUN)-$$n"; done; \
+	$(BIN)/dreamfleet train recipes/demo.yaml "output_dir=$$folder"
+
+test: $(VENV)/.installed-test ## every test of this machine, servers included (PYTEST_ARGS="-k plan -x")
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: lint types layers ## lint, types and import rules
