@@ -118,6 +118,29 @@ class Bucket:
             return False
 
 
+def parse_address(text: str) -> tuple[str, str]:
+    """Split an address into (scheme, whole address); scheme "" and an absolute path for local ones."""
+    scheme, separator, rest = text.partition("://")
+    if scheme == "file":
+        text, separator = rest, ""
+    if not separator:
+        if not text:
+            raise StorageError("empty path: name a folder or a bucket (s3://bucket/prefix)")
+        return "", os.path.abspath(os.path.expanduser(text))
+    scheme = {"s3a": "s3", "gcs": "gs"}.get(scheme, scheme)
+    if scheme not in SCHEMES:
+        raise StorageError(f"{scheme}:// is not supported: use a local path, s3:// or gs://")
+    bucket = rest.split("/", 1)[0]
+    if "@" in bucket or ":" in bucket:
+        raise StorageError(
+            f"keys inside a {scheme}:// address are not accepted (they would end up in logs): "
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or GOOGLE_APPLICATION_CREDENTIALS"
+        )
+    if not bucket:
+        raise StorageError(f"{text!r} names no bucket: write {scheme}://bucket/prefix")
+    return scheme, f"{scheme}://{rest.rstrip('/')}"
+
+
 def bucket_has(file_system: Any, key: str) -> bool:
     """Say whether a key, or any key below it, is there."""
     try:
@@ -125,6 +148,32 @@ def bucket_has(file_system: Any, key: str) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def bucket_files(file_system: Any, key: str, recursive: bool) -> list[str]:
+    """Names of the objects below a key, relative to it, sorted; FileNotFoundError when there are none."""
+    if recursive:
+        entries = list(file_system.find(key, detail=True).values())
+    else:
+        entries = file_system.ls(key, detail=True)
+    start = len(key) + 1
+    found = (entry["name"] for entry in entries if entry["type"] != "directory")
+    return sorted(name[start:] for name in found if name.startswith(f"{key}/") and not name.endswith("/"))
+
+
+def bucket_folders(file_system: Any, key: str) -> list[str]:
+    """Names of the folders directly below a key, sorted; FileNotFoundError when the key is not there."""
+    entries = file_system.ls(key, detail=True)
+    found = (entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory")
+    return sorted(name.rsplit("/", 1)[1] for name in found if name != key)
+
+
+def bucket_size(file_system: Any, key: str) -> int:
+    """Bytes of an object, or of all objects below a key."""
+    info = file_system.info(key)
+    if info["type"] != "directory":
+        return int(info["size"])
+    return sum(int(entry["size"]) for entry in file_system.find(key, detail=True).values())
 
 
 def _endpoint() -> str | None:

@@ -129,6 +129,21 @@ def copy_file(source: str, target: str) -> None:
         shutil.copyfileobj(file, copy, 1 << 20)
 
 
+def tree_size(path: str) -> int:
+    """Bytes of a file, or of all files under a folder."""
+    if not os.path.isdir(path):
+        return os.path.getsize(path)
+    return sum(os.path.getsize(os.path.join(path, name)) for name in walk(path, True, None))
+
+
+def remove_tree(path: str) -> None:
+    """Remove a file, a link or a whole folder; what is not there needs no removing."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.unlink(path)
+
+
 def walk(root: str, recursive: bool, on_error: Callable[[str, StorageError], None] | None) -> Iterator[str]:
     """Names of regular files, and of links that lead nowhere (reading tells what is wrong with those)."""
     pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]

@@ -5,15 +5,30 @@ from __future__ import annotations
 import builtins
 import errno
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dreamfleet.datasets.bucket import SCHEMES, Bucket, bucket_has
-from dreamfleet.datasets.disk import appearing, as_storage_error, copy_file, explained, full_disk_told, walk
+from dreamfleet.datasets.bucket import (
+    Bucket,
+    bucket_files,
+    bucket_folders,
+    bucket_has,
+    bucket_size,
+    parse_address,
+)
+from dreamfleet.datasets.disk import (
+    appearing,
+    as_storage_error,
+    copy_file,
+    explained,
+    full_disk_told,
+    remove_tree,
+    tree_size,
+    walk,
+)
 from dreamfleet.datasets.errors import StorageError
 
 T = TypeVar("T")
@@ -32,28 +47,7 @@ class Storage:
 
     def __init__(self, url: str | os.PathLike[str] | Storage) -> None:
         text = url.url if isinstance(url, Storage) else os.fspath(url)
-        scheme, separator, rest = text.partition("://")
-        if text.startswith("file://"):
-            text, separator = rest, ""
-        if not separator:
-            if not text:
-                raise StorageError("empty path: name a folder or a bucket (s3://bucket/prefix)")
-            self.url: str = os.path.abspath(os.path.expanduser(text))
-            self.scheme = ""
-        else:
-            scheme = {"s3a": "s3", "gcs": "gs"}.get(scheme, scheme)
-            if scheme not in SCHEMES:
-                raise StorageError(f"{scheme}:// is not supported: use a local path, s3:// or gs://")
-            bucket = rest.split("/", 1)[0]
-            if "@" in bucket or ":" in bucket:
-                raise StorageError(
-                    f"keys inside a {scheme}:// address are not accepted (they would end up in logs): "
-                    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or GOOGLE_APPLICATION_CREDENTIALS"
-                )
-            if not bucket:
-                raise StorageError(f"{text!r} names no bucket: write {scheme}://bucket/prefix")
-            self.url = f"{scheme}://{rest.rstrip('/')}"
-            self.scheme = scheme
+        self.scheme, self.url = parse_address(text)
         self._connection: Bucket | None = None
         self._appended: dict[str, str] = {}
 
@@ -90,19 +84,8 @@ class Storage:
         if self.is_local:
             path = self.path(rel)
             with explained("read", path):
-                if not os.path.isdir(path):
-                    return os.path.getsize(path)
-                return sum(
-                    os.path.getsize(os.path.join(path, name)) for name in self.child(rel).list("", True)
-                )
-
-        def total(fs: Any, key: str) -> int:
-            info = fs.info(key)
-            if info["type"] != "directory":
-                return int(info["size"])
-            return sum(int(entry["size"]) for entry in fs.find(key, detail=True).values())
-
-        return self._on_bucket("read", rel, total)
+                return tree_size(path)
+        return self._on_bucket("read", rel, bucket_size)
 
     def list(
         self,
@@ -121,19 +104,9 @@ class Storage:
 
         def names(fs: Any, key: str) -> builtins.list[str]:
             try:
-                if recursive:
-                    entries = list(fs.find(key, detail=True).values())
-                else:
-                    entries = fs.ls(key, detail=True)
+                return bucket_files(fs, key, recursive)
             except FileNotFoundError:
                 return self._nothing_if_bucket_is_there()
-            prefix = key + "/"
-            found = [
-                entry["name"][len(prefix) :]
-                for entry in entries
-                if entry["type"] != "directory" and entry["name"].startswith(prefix)
-            ]
-            return sorted(name for name in found if name and not name.endswith("/"))
 
         return self._on_bucket("list", rel, names)
 
@@ -149,11 +122,9 @@ class Storage:
 
         def names(fs: Any, key: str) -> builtins.list[str]:
             try:
-                entries = fs.ls(key, detail=True)
+                return bucket_folders(fs, key)
             except FileNotFoundError:
                 return self._nothing_if_bucket_is_there()
-            found = (entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory")
-            return sorted(name.rsplit("/", 1)[1] for name in found if name != key)
 
         return self._on_bucket("list", rel, names)
 
@@ -288,10 +259,7 @@ class Storage:
         if self.is_local:
             path = self.path(rel)
             with explained("remove", path):
-                if os.path.isdir(path) and not os.path.islink(path):
-                    shutil.rmtree(path)
-                elif os.path.lexists(path):
-                    os.unlink(path)
+                remove_tree(path)
             return
 
         def drop(fs: Any, key: str) -> None:
