@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -15,15 +16,15 @@ from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.keyed import numpy_rng
 from dreamfleet.datasets.plan import BatchPlan, Draw
 from dreamfleet.trainers.methods.base import Batch, Method, Sample
-from dreamfleet.trainers.pictures import Pictures
+from dreamfleet.trainers.pictures import Pictures, StreamedPixels
 from dreamfleet.trainers.sd.noise import draw_noise, keyed_generator
 
 
 class Feed:
     """The batches of one rank.
 
-    Everything random about a draw (noise, timestep, latent sample, prompt, crop, flip) is keyed by (seed, epoch, picture
-    id), so it is the same on any number of workers and after any resume.
+    Everything random about a draw (noise, timestep, latent sample, prompt, crop, flip) is keyed by (seed, epoch,
+    picture id), so it is the same on any number of workers and after any resume.
     """
 
     def __init__(
@@ -75,6 +76,9 @@ class Feed:
 
     def stream(self, start_step: int, *, ahead: int = 4) -> Iterator[Batch]:
         """Yield batches from ``start_step`` on, micro-step by micro-step, ``ahead`` of them made in a thread."""
+        for _, pictures, draws_of in self._halves:
+            if isinstance(pictures, StreamedPixels):
+                pictures.follow(self._draws_from(start_step, draws_of))
         pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
         pending: deque[Future[Batch]] = deque()
         position = start_step * self.num_micros
@@ -86,7 +90,17 @@ class Feed:
                     position += 1
                 yield pending.popleft().result()
         finally:
+            for _, pictures, _ in self._halves:
+                if isinstance(pictures, StreamedPixels):
+                    pictures.close()
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _draws_from(self, step: int, draws_of: Callable[..., list[Draw]]) -> Iterator[Draw]:
+        for position in itertools.count(step * self.num_micros):
+            now, micro = divmod(position, self.num_micros)
+            yield from draws_of(
+                now, rank=self.rank, world=self.world, micro=micro, num_micros=self.num_micros
+            )
 
     def _key(self, sample: Sample, draw: Draw) -> tuple[int | str, ...]:
         return (sample.role, self.plan.seed, draw.epoch, sample.id)

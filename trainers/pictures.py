@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from dreamfleet.datasets.keyed import numpy_rng
 from dreamfleet.datasets.plan import Draw
 from dreamfleet.datasets.storage import read_uri
 from dreamfleet.trainers.sd.model import StableDiffusion
+
+if TYPE_CHECKING:
+    from dreamfleet.datasets.stream import PictureDraw, PictureStream
 
 ENCODE_BATCH = 8
 
@@ -76,14 +80,59 @@ class ResidentPixels:
 
 
 class StreamedPixels:
-    """Pictures decoded elsewhere, arriving in exactly the order in which the plan asks for them."""
+    """Pictures decoded by Ray Data on the cluster's CPUs, for sets too large for one worker's memory.
 
-    def __init__(self, arrays: Iterator[np.ndarray], latent_shape: tuple[int, int, int]):
-        self._arrays, self.latent_shape = arrays, latent_shape
+    The stream is told all coming draws at once and delivers in that order, so it reads ahead; asked out of turn (a dry
+    run), a picture is decoded here.
+    """
+
+    def __init__(self, index: Index, data: DataConfig, seed: int, latent_shape: tuple[int, int, int]):
+        self.index, self.data, self.seed, self.latent_shape = index, data, seed, latent_shape
+        self._flips = Flips(index, seed, data.random_flip)
+        self._stream: PictureStream | None = None
+        self._order: Iterator[Draw] = iter(())
+
+    def follow(self, draws: Iterable[Draw]) -> None:
+        """Start reading ahead along these draws; :meth:`take` must then ask for exactly them."""
+        from dreamfleet.datasets.stream import stream_pictures
+
+        ahead, self._order = itertools.tee(draws)
+        self._stream = stream_pictures(
+            self.index,
+            map(self._transform, ahead),
+            resolution=self.data.resolution,
+            max_pixels=self.data.max_pixels,
+        )
 
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
-        """Take the next ``len(draws)`` pictures off the stream."""
-        return {"pixels": torch.stack([torch.from_numpy(to_tensor_range(next(self._arrays))) for _ in draws])}
+        """Return the pixels of the next draws of the stream."""
+        if self._stream is None:
+            uris = self.index.column("uri")
+            arrays = [
+                read_pixels(
+                    uris[draw.index],
+                    self.data,
+                    crop=self._transform(draw).crop,
+                    flip=bool(self._flips.of(draw)),
+                )
+                for draw in draws
+            ]
+        else:
+            expected = list(itertools.islice(self._order, len(draws)))
+            assert expected == list(draws), "the stream was told another order"
+            arrays = [to_tensor_range(next(self._stream)) for _ in draws]
+        return {"pixels": torch.stack([torch.from_numpy(array) for array in arrays])}
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        if self._stream is not None:
+            self._stream.close()
+
+    def _transform(self, draw: Draw) -> PictureDraw:
+        from dreamfleet.datasets.stream import PictureDraw
+
+        crop = None if self.data.center_crop else crop_of(self.seed, draw, self._flips.ids[draw.index])
+        return PictureDraw(draw.index, crop, bool(self._flips.of(draw)))
 
 
 class Flips:
@@ -105,15 +154,29 @@ def crop_of(seed: int, draw: Draw, sample_id: str) -> tuple[float, float]:
     return float(x), float(y)
 
 
+def streams(index: Index, data: DataConfig) -> bool:
+    """Say whether a set is streamed: when asked for, or when it would not fit ``data.resident_limit_mb``.
+
+    Counted as decoded pictures at ``data.resolution`` (latents of SD 1.x, mean and std, take a twelfth of that).
+    """
+    if data.source != "auto":
+        return data.source == "stream"
+    return len(index) * data.resolution**2 * 3 > data.resident_limit_mb * 2**20
+
+
 def load_pictures(
     index: Index, model: StableDiffusion, data: DataConfig, *, seed: int, rank: int = 0, world: int = 1
 ) -> Pictures:
-    """Read every picture of the index into memory; encode it to latents unless crops are random or caching is off.
+    """Make the source of an index's pictures: streamed when large, else read into memory and encoded to latents.
+
+    Latents are not cached where crops are random or ``data.cache_latents`` is off.
 
     The encoding is shared by the workers: each does every ``world``-th picture.
     """
     side = data.resolution // model.vae_factor
     latent_shape = (model.vae.config.latent_channels, side, side)
+    if streams(index, data):
+        return StreamedPixels(index, data, seed, latent_shape)
     if not (data.center_crop and data.cache_latents):
         files = [read_uri(uri) for uri in index.column("uri")]
         return ResidentPixels(files, index, data, seed, latent_shape)
@@ -160,7 +223,11 @@ def encode_index(
     return mean, std
 
 
-def read_pixels(uri: str, data: DataConfig, *, flip: bool = False) -> np.ndarray:
-    """Read one picture, cut to ``data.resolution`` around its centre: float32 ``[3, H, W]`` in [-1, 1]."""
+def read_pixels(
+    uri: str, data: DataConfig, *, crop: tuple[float, float] | None = None, flip: bool = False
+) -> np.ndarray:
+    """Read one picture, cut to ``data.resolution`` at ``crop`` (None: the middle): float32 ``[3, H, W]`` in [-1, 1]."""
     picture = open_picture(read_uri(uri), uri=uri, max_pixels=data.max_pixels)
-    return to_tensor_range(fit_picture(picture, data.resolution, center=True, flip=flip))
+    return to_tensor_range(
+        fit_picture(picture, data.resolution, center=crop is None, crop_key=crop, flip=flip)
+    )

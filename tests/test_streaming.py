@@ -1,0 +1,49 @@
+"""A streamed run is a resident run: the same losses, step by step, also after a resume."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from dreamfleet.trainers.recipe import build_recipe
+from dreamfleet.trainers.run import run_worker
+
+
+def losses(folder: Path, **changes: Any) -> list[float]:
+    tree = tiny.make_recipe(
+        folder,
+        train__gradient_accumulation_steps=2,
+        train__checkpointing_steps=2,
+        data__random_flip=True,
+        data__center_crop=False,
+        **changes,
+    )
+    run_worker(build_recipe(tree), resume=True)
+    lines = [json.loads(line) for line in (Path(tree["output_dir"]) / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A Ray of two CPUs on this machine."""
+    import ray
+
+    started_here = not ray.is_initialized()
+    if started_here:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    if started_here:
+        ray.shutdown()
+
+
+@pytest.mark.cluster
+def test_streaming_executes_the_same_plan_as_a_resident_set(tmp_path: Path, local_ray: None) -> None:
+    resident = losses(tmp_path, output_dir=str(tmp_path / "resident"))
+    first = losses(tmp_path, output_dir=str(tmp_path / "stream"), data__source="stream", train__max_train_steps=2)
+    assert first == pytest.approx(resident[:2], rel=1e-5)
+    both = losses(tmp_path, output_dir=str(tmp_path / "stream"), data__source="stream")
+    assert both == pytest.approx(resident, rel=1e-5)
