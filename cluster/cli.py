@@ -5,6 +5,7 @@ stdout carries results, stderr the rest. Exit codes: 0 done, 1 the run failed, 2
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -61,8 +62,8 @@ def check(
     """
     with work():
         from dreamfleet.cluster.resources import check_resources
-        from dreamfleet.trainers.recipe import load_recipe
         from dreamfleet.trainers.check import check_run
+        from dreamfleet.trainers.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or [])
         lines = [("recipe", True, str(recipe))]
@@ -136,7 +137,15 @@ for command in (
 
 def main() -> None:
     """Run the command line (the entry point of the `dreamfleet` program)."""
-    app()
+    try:
+        app()
+    except SystemExit as error:
+        if error.code == INTERRUPTED:
+            # Threads that still wait for workers would spoil an orderly end; Ray's own processes end with this one.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
+        raise
 
 
 def _print_run(folder: str, summary: Any, as_json: bool) -> None:

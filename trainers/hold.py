@@ -9,7 +9,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,48 +16,56 @@ from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.progress import LOG_FILE, STOP_FILE, Display
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 logger = logging.getLogger(__name__)
 
 
-@dataclass
 class Stop:
-    """What the person asked for: to save and end, or to end at once."""
+    """What the person asked for by SIGINT or SIGTERM: to save and end (once), or to end at once (twice)."""
 
-    asked: threading.Event = field(default_factory=threading.Event)
-    abort: threading.Event = field(default_factory=threading.Event)
+    def __init__(self, run: Storage, display: Display):
+        self.run, self.display = run, display
+        self.asked = threading.Event()
+
+    def listen(self) -> None:
+        """Take the signals over, also from Ray, which installs handlers of its own when it starts."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self._ask)
+
+    def _ask(self, signum: int, frame: Any) -> None:
+        if self.asked.is_set():
+            raise KeyboardInterrupt
+        self.asked.set()
+        # Not in the handler itself: it may have interrupted a write to this very stream.
+        threading.Thread(target=self._mark, daemon=True).start()
+
+    def _mark(self) -> None:
+        self.display.say("stopping: a checkpoint is being saved (once more to stop at once, without one)")
+        self.run.write_text(STOP_FILE, "")
 
 
 @contextmanager
 def stop_on_signal(run: Storage, display: Display) -> Iterator[Stop]:
-    """Turn SIGINT and SIGTERM into the stop mark that workers look for; not outside the main thread."""
-    stop = Stop()
+    """Turn SIGINT and SIGTERM into the stop mark that workers look for; not outside the main thread.
+
+    A run that is left in a hurry keeps its mark, so that workers which outlive the driver end too.
+    """
+    stop = Stop(run, display)
     with contextlib.suppress(UserError):
         run.remove(STOP_FILE)
-
-    def ask(signum: int, frame: Any) -> None:
-        if stop.asked.is_set():
-            stop.abort.set()
-            raise KeyboardInterrupt
-        stop.asked.set()
-        # Not in the handler itself: it may have interrupted a write to this very stream.
-        threading.Thread(target=mark, daemon=True).start()
-
-    def mark() -> None:
-        display.say("stopping: a checkpoint is being saved (once more to stop at once, without one)")
-        run.write_text(STOP_FILE, "")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    stop.listen()
     try:
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         if stop.asked.is_set():
             with contextlib.suppress(UserError):
                 run.remove(STOP_FILE)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 @contextmanager

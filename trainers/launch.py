@@ -109,13 +109,14 @@ def _fit_on_ray(recipe: Recipe, address: str | None, stop: Stop, display: Displa
 
     run = Storage(recipe.output_dir)
     with ray_session(address, preload=("ray.train.torch",)) as session:
+        stop.listen()
         share = preflight(recipe, session, display.say)
         # Nothing is reported to Ray Train, so its storage holds a few bookkeeping files that only its controller reads,
         # and the controller lives on this machine: a temporary folder serves buckets and any number of machines.
         with tempfile.TemporaryDirectory(prefix="dreamfleet-ray-", ignore_cleanup_errors=True) as bookkeeping:
             trainer = _make_trainer(recipe, session, share, bookkeeping, started)
             with RunTail(run, display):
-                outcome = _wait_for(trainer, stop)
+                outcome = _wait_for(trainer)
     if outcome.error is not None:
         raise _explain(outcome.error, session, recipe) from outcome.error
     return Summary(**outcome.value)
@@ -221,7 +222,7 @@ class _Outcome:
     error: Exception | None = None
 
 
-def _wait_for(trainer: Any, stop: Stop) -> _Outcome:
+def _wait_for(trainer: Any) -> _Outcome:
     """Run ``trainer.fit()`` in a thread, so that signals stay ours (Ray's handler aborts without a checkpoint)."""
     outcome = _Outcome()
 
@@ -234,9 +235,7 @@ def _wait_for(trainer: Any, stop: Stop) -> _Outcome:
     thread = threading.Thread(target=run, daemon=True, name="ray-train-fit")
     thread.start()
     while thread.is_alive():
-        thread.join(0.2)
-        if stop.abort.is_set():
-            raise KeyboardInterrupt
+        thread.join(0.2)  # without an end, a signal's handler would not get its turn
     return outcome
 
 

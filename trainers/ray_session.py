@@ -91,8 +91,9 @@ class RaySession:
 def ray_session(address: str | None = None, *, preload: Sequence[str] = ()) -> Iterator[RaySession]:
     """Connect to ``address``, else to RAY_ADDRESS, else start a private Ray on this machine; leave it at the end.
 
-    A Ray that this process already uses is used as it is and left running. ``preload`` names modules that are
-    imported while Ray starts, which takes as long. Raises ResourceError when there is no cluster at the address.
+    A Ray that this process already uses is used as it is and left running; after KeyboardInterrupt ours is left too.
+    ``preload`` names modules that are imported while Ray starts, which takes as long. Raises ResourceError when there
+    is no cluster at the address.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -120,7 +121,14 @@ def ray_session(address: str | None = None, *, preload: Sequence[str] = ()) -> I
                 context = _join(target)
             importing.join()
             yield RaySession(owned=target == "local", address=context.address_info.get("address") or target)
-        finally:
+        except KeyboardInterrupt:
+            # Left in a hurry, another thread may still wait for Ray, and Ray ends the whole process when that thread
+            # finds it shut down. It ends with the process anyway.
+            raise
+        except BaseException:
+            ray.shutdown()
+            raise
+        else:
             ray.shutdown()
 
 
