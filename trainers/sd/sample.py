@@ -53,7 +53,8 @@ def generate(
         raise UserError(f"{len(prompts)} prompts need one negative prompt or as many, not {len(negatives)}.")
     width, height = width or model.resolution, height or model.resolution
     _require_size(model, width, height)
-    place = torch.device(device) if device is not None else next(model.unet.parameters()).device
+    unet: Any = model.unet
+    place = torch.device(device) if device is not None else next(unet.parameters()).device
     encode = encode or (lambda texts: model.encode_text(model.tokenize(texts).to(place)))
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), max(1, batch_size)):

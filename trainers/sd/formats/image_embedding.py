@@ -196,12 +196,12 @@ def _hide(picture_HW3: Pixels, payload: bytes, *, decoration: NDArray[np.float32
 def _carried_by_pixels(image: Image.Image) -> bytes | None:
     """Give the payload hidden in the picture's pixels; None when there is none or it did not survive."""
     pixels_HW3 = np.asarray(image.convert("RGB"))
-    bright_HW = (pixels_HW3 > 0).all(axis=2)
-    rows, columns = bright_HW.any(axis=1).nonzero()[0], bright_HW.any(axis=0).nonzero()[0]
+    bright_HW = np.asarray((pixels_HW3 > 0).all(axis=2))
+    rows, columns = np.flatnonzero(bright_HW.any(axis=1)), np.flatnonzero(bright_HW.any(axis=0))
     if not len(rows):
         return None
     nibbles_HW3 = pixels_HW3[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] & 0x0F
-    walls = (nibbles_HW3 == 0).all(axis=(0, 2)).nonzero()[0]
+    walls = np.flatnonzero((nibbles_HW3 == 0).all(axis=(0, 2)))
     if len(walls) < 2:
         return None
     low_HK3, high_HK3 = nibbles_HW3[:, : walls[0]], nibbles_HW3[:, walls[-1] + 1 :]

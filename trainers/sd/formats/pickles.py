@@ -65,7 +65,7 @@ def save_pickle(obj: Any, path: str | os.PathLike[str]) -> Path:
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         _write_entry(archive, f"{folder}/data.pkl", data.getbuffer())
         for name, untyped in storages.values():
-            content = torch.empty(0, dtype=torch.uint8).set_(untyped).numpy()  # type: ignore[call-overload]
+            content: Any = torch.empty(0, dtype=torch.uint8).set_(untyped).numpy()  # type: ignore[call-overload]
             _write_entry(archive, f"{folder}/data/{name}", memoryview(content))
         _write_entry(archive, f"{folder}/version", memoryview(b"3\n"))
     return path

@@ -276,7 +276,8 @@ def _stream_safetensors(
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in state.values():
-            file.write(memoryview(_to_dtype(tensor, dtype).reshape(-1).view(torch.uint8).numpy()))
+            content: Any = _to_dtype(tensor, dtype).reshape(-1).view(torch.uint8).numpy()
+            file.write(memoryview(content))
 
 
 def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:

@@ -1,0 +1,287 @@
+"""Scores a run, a model or a folder of pictures: finds or draws the pictures, and says how true they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dreamfleet.datasets.errors import DataError, RecipeError, UserError
+from dreamfleet.datasets.images import open_picture
+from dreamfleet.datasets.index import build_index
+from dreamfleet.datasets.sets import load_concepts, load_sets
+from dreamfleet.datasets.storage import Storage, read_uri
+from dreamfleet.trainers.recipe import Recipe, build_recipe
+from dreamfleet.trainers.sd.clip import load_clip
+from dreamfleet.trainers.sd.dino import load_dino
+from dreamfleet.trainers.sd.fidelity import (
+    Scores,
+    clip_i,
+    clip_t,
+    dino_i,
+    score_pictures,
+    spread_of_real,
+    strip_words,
+)
+from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model
+from dreamfleet.trainers.sd.sample import generate
+
+__all__ = [
+    "score_run",
+    "score_pictures",
+    "Scores",
+    "clip_i",
+    "clip_t",
+    "dino_i",
+    "spread_of_real",
+    "strip_words",
+    "load_exported",
+    "words_to_strip",
+]
+
+
+def score_run(
+    target: str | Path,
+    *,
+    clip: str | None = None,
+    dino: str | None = None,
+    real: str | None = None,
+    prompts: Sequence[str] | None = None,
+    num_images: int = 4,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Score a run folder, a model, or a folder of pictures; the result can be written as JSON.
+
+    A run: its exports draw `num_images` pictures of every prompt (the recipe's validation prompts unless given),
+    which are compared with the held-out pictures, or the training ones where none are held out. A model (diffusers
+    folder or single file): the same with `prompts` and `real` given. A folder of pictures: compared with `real`, and
+    with `prompts` or those written beside the pictures (captions, metadata.jsonl). CLIP is the recipe's, else the
+    pocket's.
+
+    Raises UserError, and its kinds, for what is missing.
+    """
+    storage = Storage(target)
+    if not storage.exists():
+        raise UserError(
+            f"{target}: there is nothing to score; give a run folder, a model or a folder of pictures."
+        )
+    if storage.exists("recipe.yaml"):
+        return _score_run_folder(storage, clip, dino, real, prompts, num_images, seed)
+    if storage.exists("model_index.json") or str(target).endswith((".safetensors", ".ckpt")):
+        if not prompts:
+            raise UserError(f"{target} is a model: say what to draw with --prompt.")
+        model = load_model(ModelConfig.model_validate({"pretrained_model_name_or_path": str(target)}))
+        pictures, asked = _draw(model, prompts, num_images, seed)
+        kind = "model"
+    else:
+        pictures, written = _read_folder(storage)
+        asked = list(prompts) if prompts else written
+        kind = "pictures"
+    judged_by = _Judges(clip, dino)
+    real_pictures = _read_folder(Storage(real))[0] if real else None
+    scores = judged_by.score(pictures, asked, real_pictures, strip=())
+    return {"target": str(target), "kind": kind, **scores}
+
+
+class _Judges:
+    """The models that score, on a GPU where there is one."""
+
+    def __init__(self, clip: str | None, dino: str | None):
+        device = _device()
+        self.clip = load_clip(clip).to(device)
+        self.dino = load_dino(dino).to(device) if dino else None
+
+    def score(
+        self,
+        pictures: Sequence[Image.Image],
+        prompts: Sequence[str],
+        real: Sequence[Image.Image] | None,
+        *,
+        strip: Mapping[str, str] | Sequence[str],
+    ) -> dict[str, Any]:
+        found = score_pictures(
+            pictures, prompts=prompts, real=real, clip=self.clip, dino=self.dino, strip=strip
+        )
+        told: dict[str, Any] = {
+            "clip_i": found.clip_i,
+            "clip_t": found.clip_t,
+            "dino": found.dino,
+            "num_pictures": found.num_pictures,
+            "num_real": found.num_real,
+            "clip": found.clip,
+            "dino_model": found.dino_model,
+        }
+        if real:
+            told["clip_i_among_real"] = spread_of_real(self.clip, real)
+            if self.dino is not None:
+                told["dino_among_real"] = spread_of_real(self.dino, real)
+        told["prompts"] = _by_prompt(found.pictures)
+        return told
+
+
+def _score_run_folder(
+    run: Storage,
+    clip: str | None,
+    dino: str | None,
+    real: str | None,
+    prompts: Sequence[str] | None,
+    num_images: int,
+    seed: int,
+) -> dict[str, Any]:
+    import yaml
+
+    try:
+        tree = yaml.safe_load(run.read_text("recipe.yaml"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{run.path('recipe.yaml')} is not YAML: {error}") from error
+    recipe = build_recipe(tree, source=run.path("recipe.yaml"))
+    validation = recipe.validation
+    asked = list(prompts or validation.prompts) or _training_prompts(recipe)
+    model = load_exported(run, recipe)
+    pictures, asked = _draw(
+        model,
+        asked,
+        num_images,
+        seed,
+        size=recipe.data.resolution,
+        steps=validation.num_inference_steps,
+        guidance_scale=validation.guidance_scale,
+        scheduler=validation.scheduler,
+        negative_prompt=validation.negative_prompt,
+    )
+    place = real or validation.holdout
+    if place:
+        real_pictures = _read_folder(Storage(place))[0]
+    else:
+        real_pictures = [_read(uri) for uri in load_sets(recipe.data).instances.column("uri")]
+    judges = _Judges(clip or validation.clip, dino or validation.dino)
+    scores = judges.score(pictures, asked, real_pictures, strip=words_to_strip(recipe))
+    figures = _summary(run).get("figures")
+    held_out = figures.get("holdout_loss") if isinstance(figures, dict) else None
+    return {
+        "target": run.url,
+        "kind": "run",
+        "method": recipe.method.name,
+        "real": place or "training pictures",
+        **scores,
+        "holdout_loss": held_out,
+    }
+
+
+def load_exported(run: Storage, recipe: Recipe) -> StableDiffusion:
+    """Load the model that a run's exports make: the tuned one, or its base model with the learned word in it.
+
+    Raises UserError when the run has no exports that draw pictures.
+    """
+    files, folders = run.list("exports"), run.list_dirs("exports")
+    changes = {"pretrained_model_name_or_path": ""}
+    if "diffusers" in folders:
+        changes["pretrained_model_name_or_path"] = run.path("exports", "diffusers")
+        return load_model(recipe.model.model_copy(update=changes))
+    if word := getattr(recipe.method, "placeholder_token", None):
+        from dreamfleet.trainers.sd.embeddings import install_embedding
+        from dreamfleet.trainers.sd.formats.embedding import SUFFIXES, read_embedding
+
+        for name in (f"{recipe.run_name}{suffix}" for suffix in SUFFIXES):
+            if name in files:
+                model = load_model(recipe.model)
+                with run.local_copy(f"exports/{name}") as path:
+                    install_embedding(model, word, read_embedding(path).vectors)
+                return model
+    else:
+        for name in (f"{recipe.run_name}{suffix}" for suffix in (".safetensors", ".ckpt")):
+            if name in files:
+                changes["pretrained_model_name_or_path"] = run.path("exports", name)
+                return load_model(recipe.model.model_copy(update=changes))
+    there = ", ".join([*files, *folders]) or "nothing"
+    raise UserError(
+        f"{run.url}: no export that pictures can be drawn with (exports/ has {there}). Finish the run, or write one "
+        "with `dreamfleet export`."
+    )
+
+
+def words_to_strip(recipe: Recipe) -> dict[str, str]:
+    """Name the words a run made up, and what says the same to CLIP: a placeholder's initializer, nothing for "sks"."""
+    word = getattr(recipe.method, "placeholder_token", None)
+    if word:
+        return {word: str(getattr(recipe.method, "initializer_token", "") or "")}
+    try:
+        concepts = load_concepts(recipe.data)
+    except (DataError, UserError):  # the pictures may be gone by now
+        concepts = []
+    strip = {}
+    for concept in concepts:
+        if concept.instance_prompt and concept.class_prompt:
+            known = {part.lower() for part in concept.class_prompt.split()}
+            strip.update({part: "" for part in concept.instance_prompt.split() if part.lower() not in known})
+    return strip
+
+
+def _training_prompts(recipe: Recipe) -> list[str]:
+    word = getattr(recipe.method, "placeholder_token", None)
+    if word:
+        return [f"a photo of {word}"]
+    found = [concept.instance_prompt for concept in load_concepts(recipe.data) if concept.instance_prompt]
+    if not found:
+        raise UserError("the recipe has no validation.prompts to draw; give some with --prompt.")
+    return found
+
+
+def _draw(
+    model: StableDiffusion,
+    prompts: Sequence[str],
+    num_images: int,
+    seed: int,
+    *,
+    size: int | None = None,
+    **options: Any,
+) -> tuple[list[Image.Image], list[str]]:
+    model.to(_device())
+    asked = [prompt for prompt in prompts for _ in range(num_images)]
+    seeds = [seed + number for _ in prompts for number in range(num_images)]
+    return generate(model, asked, seeds=seeds, width=size, height=size, **options), asked
+
+
+def _read_folder(folder: Storage) -> tuple[list[Image.Image], list[str]]:
+    """Read a folder's pictures in the order of their names, and their captions where every one has one."""
+    rows = sorted(build_index(folder, recursive=False).rows(), key=lambda row: row.uri)
+    captions = [row.caption for row in rows if row.caption is not None]
+    return [_read(row.uri) for row in rows], captions if len(captions) == len(rows) else []
+
+
+def _read(uri: str) -> Image.Image:
+    return open_picture(read_uri(uri), uri=uri)
+
+
+def _by_prompt(pictures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for entry in pictures:
+        if "prompt" in entry:
+            groups.setdefault(entry["prompt"], []).append(entry)
+    return [
+        {"prompt": prompt, "num_pictures": len(entries)}
+        | {
+            name: sum(entry[name] for entry in entries) / len(entries)
+            for name in ("clip_i", "clip_t", "dino")
+            if name in entries[0]
+        }
+        for prompt, entries in groups.items()
+    ]
+
+
+def _summary(run: Storage) -> dict[str, Any]:
+    if not run.exists("summary.json"):
+        return {}
+    try:
+        found = json.loads(run.read_text("summary.json"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
