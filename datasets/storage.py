@@ -19,6 +19,7 @@ from dreamfleet.datasets.bucket import (
     bucket_size,
     parse_address,
 )
+from dreamfleet.datasets.captions import decode_text
 from dreamfleet.datasets.disk import (
     appearing,
     as_storage_error,
@@ -29,7 +30,7 @@ from dreamfleet.datasets.disk import (
     tree_size,
     walk,
 )
-from dreamfleet.datasets.errors import StorageError
+from dreamfleet.datasets.errors import DataError, StorageError
 
 T = TypeVar("T")
 
@@ -47,6 +48,7 @@ class Storage:
 
     def __init__(self, url: str | os.PathLike[str] | Storage) -> None:
         text = url.url if isinstance(url, Storage) else os.fspath(url)
+        self.url: str
         self.scheme, self.url = parse_address(text)
         self._connection: Bucket | None = None
         self._appended: dict[str, str] = {}
@@ -68,8 +70,6 @@ class Storage:
         child = Storage(self.path(*parts))
         child._connection = self._connection
         return child
-
-    # ---- look ----------------------------------------------------------------------------------------
 
     def exists(self, rel: str = "") -> bool:
         """Say whether a file or a folder is there (in a bucket a folder is there when a file is in it)."""
@@ -140,14 +140,10 @@ class Storage:
 
     def read_text(self, rel: str = "") -> str:
         """Read a whole UTF-8 file (a byte order mark is dropped)."""
-        data = self.read_bytes(rel)
         try:
-            return data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise StorageError(
-                f"{self.path(rel)} is not UTF-8 text: byte {data[error.start]:#04x} at position "
-                f"{error.start}. Save it again as UTF-8"
-            ) from error
+            return decode_text(self.read_bytes(rel), uri=self.path(rel))
+        except DataError as error:
+            raise StorageError(str(error)) from error
 
     @contextmanager
     def local_copy(self, rel: str = "") -> Iterator[Path]:
@@ -270,8 +266,6 @@ class Storage:
 
         self._on_bucket("remove", rel, drop)
 
-    # ---- inside --------------------------------------------------------------------------------------
-
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
 
@@ -281,14 +275,8 @@ class Storage:
     def __hash__(self) -> int:
         return hash(self.url)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "scheme": self.scheme}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.url = state["url"]
-        self.scheme = state["scheme"]
-        self._connection = None
-        self._appended = {}
+    def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
+        return Storage, (self.url,)
 
     def _on_bucket(self, verb: str, rel: str, action: Callable[[Any, str], T]) -> T:
         """Run `action(file system, key)` with the bucket's retries and explanations."""
