@@ -67,10 +67,14 @@ def read_preprocessing(folder: Path, *, image_size: int) -> Preprocessing:
         config = json.loads(path.read_text("utf-8")) if path.exists() else {}
     except ValueError as error:
         raise ModelError(f"{path} is not readable JSON ({error}).") from error
-    crop = config.get("crop_size", image_size)
+    crop = None
+    if config.get("do_center_crop", "crop_size" in config or not config):
+        crop = _pair(config.get("crop_size", image_size))
     return Preprocessing(
-        resize=_resize_of(config.get("size", image_size), path) if config.get("do_resize", True) else None,
-        crop=(_pair(crop) if config.get("do_center_crop", "crop_size" in config or not config) else None),
+        resize=_resize_of(config.get("size", image_size), path, cropped=crop is not None)
+        if config.get("do_resize", True)
+        else None,
+        crop=crop,
         mean=tuple(config.get("image_mean", _CLIP_MEAN)),
         std=tuple(config.get("image_std", _CLIP_STD)),
         resample=int(config.get("resample", Image.Resampling.BICUBIC)),
@@ -214,13 +218,13 @@ def _load_whole(folder: Path, name: str) -> ClipScorer:
         text_projection=model.text_projection.weight,
         tokenizer=tokenizer,
         preprocessing=read_preprocessing(folder, image_size=_image_size(model.config.vision_config)),
-        logit_scale=float(model.logit_scale.exp()),
+        logit_scale=float(model.logit_scale.detach().exp()),
     )
 
 
-def _resize_of(size: Any, path: Path) -> int | tuple[int, int]:
-    if isinstance(size, int):
-        return size
+def _resize_of(size: Any, path: Path, *, cropped: bool) -> int | tuple[int, int]:
+    if isinstance(size, int):  # older files: CLIP's, which is cropped, means the short side, ViT's a square
+        return size if cropped else (size, size)
     if "shortest_edge" in size:
         return int(size["shortest_edge"])
     if "height" in size:
