@@ -1,9 +1,9 @@
 """The batch plan: which pictures make up step k, decided from (ids, seed, global batch) alone.
 
-The run is one endless stream of draws: epoch after epoch, each a permutation of every picture (with its repeats)
-keyed by (seed, epoch). Step k owns positions ``[k*G, (k+1)*G)``; a rank takes its slice of them. Nothing here depends on
-the number of workers, so 1 and N workers with the same global batch see the same pictures, and a position in the data is
-one number, the step.
+The run is one endless stream of draws: epoch after epoch, each a permutation of every picture (with its
+repeats) keyed by (seed, epoch). Step k owns positions ``[k*G, (k+1)*G)``; a rank takes its slice of them. Nothing
+here depends on the number of workers, so 1 and N workers with the same global batch see the same pictures, and a
+position in the data is one number, the step.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Draw(NamedTuple):
 class BatchPlan:
     """Says which draws make up each step, for instance pictures and, with prior preservation, their class partners.
 
-    ``concepts[i]`` is the concept of instance row i and ``repeats[i]`` how often an epoch shows it. ``class_concepts[j]`` is
-    the concept of class row j; leave it empty for runs without prior preservation.
+    ``concepts[i]`` is the concept of instance row i and ``repeats[i]`` how often an epoch shows it.
+    ``class_concepts[j]`` is the concept of class row j; leave it empty for runs without prior preservation.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Short seeded loss curves of every method, kept in tests/golden/; ``--write`` makes them anew, and the diff is read."""
+"""Short seeded loss curves of every method, kept in tests/golden/; ``--write`` makes them anew."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+
 from dreamfleet.trainers.assemble import Place, assemble
 from dreamfleet.trainers.recipe import build_recipe
 

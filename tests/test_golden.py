@@ -7,6 +7,7 @@ from pathlib import Path
 
 import golden
 import pytest
+
 from dreamfleet.trainers.methods.base import discover
 
 

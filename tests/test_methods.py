@@ -1,4 +1,4 @@
-"""The contract every method keeps, over the registry, on a tiny model: loss, learning, nothing else touched, exports."""
+"""The contract every method keeps, over the registry, on a tiny model."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+
 from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.sd.embeddings import install_embedding, remove_embeddings, text_embeddings
 from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model, save_pipeline
@@ -60,6 +61,7 @@ def test_a_model_that_is_not_there_is_told(tmp_path: Path) -> None:
 
 def test_saved_pipeline_loads_in_stock_diffusers_and_draws_the_same(folder: Path, tmp_path: Path) -> None:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
     from dreamfleet.trainers.sd.sample import generate
 
     model = load(folder)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker
 

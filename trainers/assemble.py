@@ -149,8 +149,8 @@ def make_schedule(recipe: Recipe, plan: BatchPlan) -> Schedule:
 def gather_class_images(recipe: Recipe, sets: Sets, method: Method, place: Place) -> Index | None:
     """Return the class pictures of every concept, generating the missing ones in parallel by all workers.
 
-    Generated ones lie in ``class_data_dir``, or beside the run folder under a key of everything that shaped them, where the
-    next run with the same key finds them.
+    Generated ones lie in ``class_data_dir``, or beside the run folder under a key of everything that
+    shaped them, where the next run with the same key finds them.
     """
     wanted = method.num_class_images
     if not wanted:

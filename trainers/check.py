@@ -29,8 +29,8 @@ class CheckLine(NamedTuple):
 def check_run(recipe: Recipe, *, device: str = "cpu") -> list[CheckLine]:
     """Try pictures, weights, one training step and one export of a recipe; nothing is left behind.
 
-    Class pictures are not generated here, as that can take hours: the step is tried without the prior. Stops at the first
-    thing that later ones need.
+    Class pictures are not generated here, as that can take hours: the step is tried without the prior.
+    Stops at the first thing that later ones need.
     """
     lines: list[CheckLine] = []
     made: list[Parts] = []

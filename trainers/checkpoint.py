@@ -37,7 +37,8 @@ class Checkpoint:
 class Checkpoints:
     """The ``checkpoints/`` folder of a run, on disk or in a bucket.
 
-    A checkpoint counts only with its manifest, which is written after every file it names, and only while each file has the
+    A checkpoint counts only with its manifest, which is written after every file it names, and only while
+    each file has the
     size and sha256 the manifest says; a torn or changed one is passed over with a warning and the one before is used.
     """
 
@@ -58,8 +59,8 @@ class Checkpoints:
     ) -> str:
         """Write the checkpoint of ``step`` and drop those beyond the limit; returns its folder's name.
 
-        The older ones go only after the new one is whole. Raises StorageError (disk full and the like), leaving the earlier
-        ones intact.
+        The older ones go only after the new one is whole. Raises StorageError (disk full and the like),
+        leaving the earlier ones intact.
         """
         name = folder_name(step)
         writers: dict[str, Callable[[Path], object]] = {

@@ -1,4 +1,4 @@
-"""Engines: one face for one device, DDP and (later) DeepSpeed; backward, step, averages, and the state to resume from."""
+"""The engine: backward, step and averages on one device or under DDP, and the state to resume from."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ from dreamfleet.trainers.recorder import artefact_metadata
 def export_run(target: str, formats: Sequence[str], out: str | None = None) -> list[str]:
     """Export a run's newest checkpoint, or the one ``target`` names (``RUN/checkpoints/step-000500``).
 
-    ``out`` is a folder or bucket, the run's own ``exports/`` when None. Returns the addresses written. Raises RecipeError
-    for what is no run, CheckpointError when there is no whole checkpoint.
+    ``out`` is a folder or bucket, the run's own ``exports/`` when None. Returns the addresses written.
+    Raises RecipeError for what is no run, CheckpointError when there is no whole checkpoint.
     """
     run, step = find_checkpoint(target)
     recipe = read_recipe(run)

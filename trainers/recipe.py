@@ -27,7 +27,7 @@ from dreamfleet.trainers.validation import ValidationConfig
 
 
 class Recipe(Section):
-    """One run: what learns (method), from what (model, data), how (train, optimizer, engine), where (scaling, output_dir)."""
+    """One run: what learns, from what, how, on how many machines, and where to."""
 
     method: SerializeAsAny[MethodConfig]
     model: ModelConfig = ModelConfig()

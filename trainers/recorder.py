@@ -13,13 +13,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import Parts, Place
 from dreamfleet.trainers.checkpoint import Checkpoints, folder_name
 from dreamfleet.trainers.metrics import Metrics
+from dreamfleet.trainers.pictures import read_pixels
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.summary import Summary
-from dreamfleet.trainers.validation import HeldOutLoss, draw_previews
+from dreamfleet.trainers.validation import HeldOutLoss, Judge, draw_previews, wants_judge
 
 PACKAGES = ("dreamfleet", "torch", "diffusers", "transformers", "ray", "deepspeed")
 
@@ -48,6 +52,8 @@ class Recorder:
         self.best: tuple[float, int] | None = None
         self.metrics: Metrics | None = None
         self.held_out: HeldOutLoss | None = None
+        self.judge: Judge | None = None
+        self.figures: dict[str, float] = {}
 
     def open(self) -> None:
         """Write recipe and real pictures, measure and draw the untuned model."""
@@ -120,6 +126,10 @@ class Recorder:
         pictures, cells = draw_previews(
             self.parts.method, self.parts.engine, validation, self.recipe.data.resolution
         )
+        if wants_judge(validation):
+            figures = self._judge().score(pictures, cells)
+            self.figures.update(figures)
+            self.log({"step": step, **figures})
         grid = picture_grid(pictures, validation.num_images)
         self._write_picture(f"samples/step-{step:06d}.png", grid)
         size = {"width": pictures[0].width, "height": pictures[0].height}
@@ -143,6 +153,7 @@ class Recorder:
             return
         if summary.exit_reason == "completed":
             summary.exports = self._export(step)
+        summary.figures.update(self.figures)
         summary.wall_seconds = time.time() - began
         self.run.write_text("summary.json", json.dumps(dataclasses.asdict(summary), indent=1))
         if self.metrics is not None:
@@ -175,15 +186,28 @@ class Recorder:
         picture.save(buffer, "PNG")
         self.run.write_bytes(rel, buffer.getvalue())
 
-    def _write_real_pictures(self) -> None:
-        from PIL import Image
+    def _judge(self) -> Judge:
+        if self.judge is None:
+            from dreamfleet.trainers.score import words_to_strip
 
-        from dreamfleet.trainers.pictures import read_pixels
+            holdout = self.recipe.validation.holdout
+            index = build_index(holdout) if holdout else self.parts.sets.instances
+            self.judge = Judge(
+                self.recipe.validation, real=self._real_pictures(index), strip=words_to_strip(self.recipe)
+            )
+        return self.judge
+
+    def _real_pictures(self, index: Index) -> list[Image.Image]:
+        arrays = [
+            (read_pixels(uri, self.recipe.data).transpose(1, 2, 0) + 1) * 127.5
+            for uri in index.column("uri")[:64]
+        ]
+        return [Image.fromarray(array.round().clip(0, 255).astype("uint8")) for array in arrays]
+
+    def _write_real_pictures(self) -> None:
         from dreamfleet.trainers.sd.sample import picture_grid
 
-        uris = self.parts.sets.instances.column("uri")[:12]
-        arrays = [(read_pixels(uri, self.recipe.data).transpose(1, 2, 0) + 1) * 127.5 for uri in uris]
-        pictures = [Image.fromarray(array.round().clip(0, 255).astype("uint8")) for array in arrays]
+        pictures = self._real_pictures(self.parts.sets.instances)[:12]
         self._write_picture("samples/real.png", picture_grid(pictures, min(6, len(pictures))))
 
 

@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 def open_run_folder(recipe: Recipe, *, resume: bool) -> Storage:
     """Return the run folder, refusing one in use unless ``resume``.
 
-    Raises RecipeError for a folder that holds something else or another run, CheckpointError for a run of another method.
+    Raises RecipeError for a folder that holds something else or another run, CheckpointError for a run of
+    another method.
     """
     run = Storage(recipe.output_dir)
     used = run.list() or run.list_dirs()
@@ -63,7 +64,8 @@ def run_worker(
 ) -> Summary:
     """Do a whole run on this worker; every worker of the run calls it with the same recipe.
 
-    ``started`` is the ``time.time()`` the command began at, for the start-up figure. Returns the same summary on every rank.
+    ``started`` is the ``time.time()`` the command began at, for the start-up figure. Returns the same
+    summary on every rank.
     """
     began = time.time()
     place = Place(rank, world, torch.device(device))

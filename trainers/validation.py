@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 from pydantic import AliasChoices, Field
 
 from dreamfleet.datasets.config import DataConfig
+from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.datasets.index import build_index
 from dreamfleet.datasets.keyed import numpy_rng
 from dreamfleet.datasets.section import Section
@@ -89,7 +91,7 @@ class HeldOutLoss:
 def draw_previews(
     method: Method, engine: TorchEngine, config: ValidationConfig, resolution: int
 ) -> tuple[list[Image.Image], list[dict[str, Any]]]:
-    """Draw ``num_images`` pictures of every prompt at fixed seeds -> pictures, and for each its prompt, seed and cell."""
+    """Draw ``num_images`` pictures of every prompt at fixed seeds; returns them with prompt, seed and cell of each."""
     from dreamfleet.trainers.sd.sample import generate
 
     cells = [
@@ -118,3 +120,39 @@ def draw_previews(
         for name, part in method.model.modules().items():
             part.train(modes[name])
     return pictures, cells
+
+
+class Judge:
+    """Scores previews while a run goes on: CLIP-I and DINO against real pictures, CLIP-T against the prompts."""
+
+    def __init__(self, config: ValidationConfig, *, real: list[Image.Image], strip: Mapping[str, str]):
+        from dreamfleet.trainers.sd.clip import load_clip
+        from dreamfleet.trainers.sd.dino import load_dino
+
+        if "dino" in config.metrics and not config.dino:
+            raise ResourceError("validation.metrics: dino needs validation.dino, the folder of a DINO ViT")
+        self.config, self.real, self.strip = config, real, strip
+        self.clip = load_clip(config.clip)
+        self.dino = load_dino(config.dino) if config.dino and "dino" in config.metrics else None
+
+    def score(self, pictures: list[Image.Image], cells: list[dict[str, Any]]) -> dict[str, float]:
+        """Add its scores to every cell and return their means."""
+        from dreamfleet.trainers.sd.fidelity import score_pictures
+
+        scores = score_pictures(
+            pictures,
+            prompts=[cell["prompt"] for cell in cells],
+            real=self.real,
+            clip=self.clip,
+            dino=self.dino,
+            strip=self.strip,
+        )
+        wanted = [name for name in ("clip_i", "clip_t", "dino") if name in self.config.metrics]
+        for cell, found in zip(cells, scores.pictures, strict=True):
+            cell["scores"] = {name: round(found[name], 4) for name in wanted}
+        return {name: getattr(scores, name) for name in wanted}
+
+
+def wants_judge(config: ValidationConfig) -> bool:
+    """Say whether previews are to be scored."""
+    return bool(config.prompts) and bool(set(config.metrics) - {"loss"})

@@ -65,7 +65,8 @@ class MethodConfig(Section):
 class Method(nn.Module):
     """One way to fine-tune Stable Diffusion.
 
-    ``forward(batch)`` must compute the loss inside itself: an engine that shards parameters gathers them in forward hooks.
+    ``forward(batch)`` must compute the loss inside itself: an engine that shards parameters gathers them
+    in forward hooks.
     The base models hang outside the module tree (in a plain list), so ``parameters()`` is what learns and nothing else,
     and a wrapper (DDP, DeepSpeed) never touches frozen parts.
     """
@@ -125,8 +126,8 @@ class Method(nn.Module):
     def batch_loss(self, batch: Batch) -> Loss:
         """Weigh the noise loss: ``sum(weights * loss) / num_instances``.
 
-        With class pictures in the batch that is mean(instance) + prior_loss_weight * mean(class), the DreamBooth paper's
-        equation 2, right for any batch size. min-SNR weights, when on, apply to both halves.
+        With class pictures in the batch that is mean(instance) + prior_loss_weight * mean(class), the
+        DreamBooth paper's equation 2, right for any batch size. min-SNR weights, when on, apply to both halves.
         """
         context = batch["context"] if "context" in batch else self.model.encode_text(batch["input_ids"])
         per_sample = noise_loss(

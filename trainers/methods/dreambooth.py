@@ -82,7 +82,7 @@ class DreamBooth(Method):
         ]
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
-        """Use the picture's caption where it has one, else the concept's prompt; ``[filewords]`` in that is the caption."""
+        """Use the picture's caption, else the concept's prompt; ``[filewords]`` in that is the caption."""
         concept = self.setting.concepts[sample.concept]
         prompt = concept.class_prompt if sample.role == "class" else concept.instance_prompt
         return captions.make_caption(sample.caption, prompt=prompt, rng=rng, config=data)

@@ -41,7 +41,7 @@ class TextualInversionConfig(MethodConfig):
     learnable_property: Literal["object", "style"] = "object"
     template_file: str | None = Field(
         None,
-        description="one prompt a line, with [name] and [filewords]; or a set's name: object, style, style_filewords ...",
+        description="a prompt a line, with [name] and [filewords]; or a set's name: object, style_filewords",
     )
 
 
@@ -114,8 +114,8 @@ class TextualInversion(Method):
 def initial_vectors(model: StableDiffusion, text: str, num_vectors: int) -> Tensor:
     """Return the starting vectors ``[n, D]``: the rows of the text's tokens, each serving an equal run of vectors.
 
-    Vector i copies token floor(i * tokens / n), as webui does; more tokens than vectors are cut. An empty text starts from
-    zeros (webui), which trains, as the encoder adds positions.
+    Vector i copies token floor(i * tokens / n), as webui does; more tokens than vectors are cut. An empty
+    text starts from zeros (webui), which trains, as the encoder adds positions.
     """
     table = text_embeddings(model.text_encoder).token_embedding.weight.detach().float()
     if not text.strip():

@@ -58,7 +58,7 @@ class SplicedEmbedding(nn.Module):
 
 
 def text_embeddings(text_encoder: nn.Module) -> nn.Module:
-    """Return the module that holds ``token_embedding``; transformers 5 dropped the ``text_model`` level of CLIPTextModel."""
+    """Return the module that holds ``token_embedding``; transformers 5 dropped its ``text_model`` level."""
     return getattr(text_encoder, "text_model", text_encoder).embeddings
 
 
@@ -90,7 +90,7 @@ def remove_embeddings(model: StableDiffusion) -> None:
 
 
 def tokenize(model: StableDiffusion, prompts: Sequence[str]) -> Tensor:
-    """Turn prompts into ids ``[B, 77]``: start, tokens and learned ids, end, padding. Too long a prompt is cut at 75."""
+    """Turn prompts into ids ``[B, 77]``: start, tokens and learned ids, end, padding; cut at 75 tokens."""
     spliced = text_embeddings(model.text_encoder).token_embedding
     words = spliced.words if isinstance(spliced, SplicedEmbedding) else {}
     tokenizer = model.tokenizer

@@ -54,7 +54,8 @@ def noise_loss(
 ) -> Tensor:
     """Compute the loss per sample ``[B]`` of predicting the noise (or velocity) in noised latents.
 
-    ``latents, noise``: ``[B, C, H, W]``, scaled; ``context``: ``[B, T, D]``; ``mask``: ``[B, 1, H, W]`` weights, mean 1.
+    ``latents, noise``: ``[B, C, H, W]``, scaled; ``context``: ``[B, T, D]``; ``mask``: ``[B, 1, H, W]``
+    weights, mean 1.
     Source: Ho et al. 2020, eq. 14; v target: Salimans & Ho 2022; ``snr_gamma``: Hang et al. 2023 (min-SNR), eq. 4.
     """
     noisy_BCHW = scheduler.add_noise(latents, noise, timesteps)
