@@ -58,6 +58,34 @@ def test_sd15_has_exactly_the_names_that_diffusers_reads() -> None:
     assert {key.removeprefix("text_model.") for key in text} == set(states["text_encoder"])
 
 
+def test_sd2_text_encoder_is_written_as_openclip() -> None:
+    from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+
+    config = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 16,
+    }
+    module = _empty_part("text_encoder", config)
+    state = {key: torch.randn(tensor.shape) for key, tensor in module.state_dict().items()}
+    file = to_single_file({"text_encoder": state}, {"text_encoder": config})
+    assert len(file) == 2 * 12 + 4
+    block = "cond_stage_model.model.transformer.resblocks.1"
+    assert file[f"{block}.attn.in_proj_weight"].shape == (3072, 1024)
+    assert {"ln_1.bias", "ln_2.weight", "mlp.c_fc.weight", "mlp.c_proj.bias", "attn.out_proj.weight"} <= {
+        key.removeprefix(f"{block}.") for key in file
+    }
+    back = {
+        key.removeprefix("text_model."): value
+        for key, value in convert_open_clip_checkpoint(module, file).items()
+    }
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], state[key]) for key in state)
+    with pytest.raises(FormatError, match="Stable Diffusion 2 is not read"):
+        from_single_file(file, {"text_encoder": config}, needs=["text_encoder"])
+
+
 def test_landmarks_of_the_ldm_layout() -> None:
     file = to_single_file(sd1_on_meta(), SD1_CONFIGS)
     shapes = {
@@ -203,9 +231,16 @@ def test_what_is_no_sd1_says_so(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="gone"):
         load_single_file(tmp_path / "gone.safetensors")
     state = load_file(good)
-    for header in ({"dreamfleet.unet_config": "{"}, {"dreamfleet.unet_config": '{"block_out_channels": 3}'}):
+    with safe_open(good, framework="pt") as file:
+        whole = file.metadata()
+    for header in (
+        {"dreamfleet.unet_config": "{"},
+        {"dreamfleet.unet_config": '{"block_out_channels": 3}'},
+        {**whole, "dreamfleet.tokenizer": '{"..": "", "vocab.json": "{}"}'},
+        {**whole, "dreamfleet.tokenizer": "[]"},
+    ):
         save_file(state, tmp_path / "x.safetensors", metadata=header)
-        with pytest.raises(FormatError, match=r"x\.safetensors: .*(damaged|makes no model)"):
+        with pytest.raises(FormatError, match=r"x\.safetensors: .*(damaged|makes no model|tokenizer in its)"):
             load_single_file(tmp_path / "x.safetensors")
 
 

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dreamfleet.datasets.disk import as_storage_error
 from dreamfleet.datasets.errors import FormatError
 from dreamfleet.trainers.sd.formats import image_embedding
-from dreamfleet.trainers.sd.formats.pickles import load_pickle, parameters_of, replacing, save_pickle
+from dreamfleet.trainers.sd.formats.pickles import load_pickle, parameters_of, save_pickle
+from dreamfleet.trainers.sd.formats.tensor_files import read_safetensors, write_safetensors
 
 SUFFIXES = (".pt", ".bin", ".safetensors", *image_embedding.SUFFIXES)
 
@@ -77,10 +77,7 @@ def write_embedding(
         return save_pickle(_to_webui(embedding), path)
     if suffix == ".bin":
         return save_pickle({embedding.name: vectors}, path)
-    from safetensors.torch import save
-
-    with replacing(path) as temporary:
-        temporary.write_bytes(save({embedding.name: vectors}, metadata=_to_header(embedding)))
+    write_safetensors({embedding.name: vectors}, path, header=_to_header(embedding))
     return path
 
 
@@ -184,18 +181,7 @@ def _recognise(data: Any, path: Path, *, named: bool) -> Embedding:
 
 
 def _read_safetensors(path: Path) -> Embedding:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            header = dict(file.metadata() or {})
-            data = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except OSError as error:
-        raise as_storage_error("read", str(path), error) from error
-    except SafetensorError as error:
-        raise FormatError(
-            f"{path}: not a whole safetensors file ({error}). Copy or export it again."
-        ) from error
+    data, header = read_safetensors(path)
     found = _recognise(data, path, named=False)
     ours = {key.removeprefix(_PREFIX): header.pop(key) for key in list(header) if key.startswith(_PREFIX)}
     header.pop("format", None)
@@ -211,7 +197,7 @@ def _read_safetensors(path: Path) -> Embedding:
 
 
 def _to_header(embedding: Embedding) -> dict[str, str]:
-    header = {"format": "pt", **embedding.metadata, f"{_PREFIX}step": str(int(embedding.step))}
+    header = {**embedding.metadata, f"{_PREFIX}step": str(int(embedding.step))}
     if embedding.sd_checkpoint is not None:
         header[f"{_PREFIX}sd_checkpoint"] = embedding.sd_checkpoint
     if embedding.sd_checkpoint_name is not None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from dreamfleet.datasets.errors import FormatError
 
@@ -13,6 +17,8 @@ PREFIXES = {
     "vae": "first_stage_model.",
     "text_encoder": "cond_stage_model.transformer.text_model.",
 }
+
+SD2_TEXT_PREFIX = "cond_stage_model.model."
 
 Config = dict[str, Any]
 
@@ -75,6 +81,17 @@ _UNET_RESNET = {
     "conv_shortcut": "skip_connection",
 }
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_SD2_TEXT = (
+    (r"^embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"^embeddings\.token_embedding", "token_embedding"),
+    (r"^final_layer_norm", "ln_final"),
+    (r"^encoder\.layers", "transformer.resblocks"),
+    (r"layer_norm(\d)", r"ln_\1"),
+    (r"mlp\.fc1", "mlp.c_fc"),
+    (r"mlp\.fc2", "mlp.c_proj"),
+    (r"self_attn\.out_proj", "attn.out_proj"),
+    (r"self_attn\.[qkv]_proj\.(weight|bias)", r"attn.in_proj_\1"),
+)
 _UNET_BLOCK = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.(resnets|attentions|\w+samplers)\.(\d+)\.(.+)")
 _UNET_MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 _VAE_BLOCK = re.compile(r"(\w+)\.(down|up)_blocks\.(\d+)\.(resnets|\w+samplers)\.(\d+)\.(.+)")
@@ -147,6 +164,28 @@ def text_key(key: str) -> str:
     if not plain.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
         raise FormatError(f"the text encoder's parameter {key!r} has no name in the SD1 single-file layout.")
     return plain
+
+
+def is_sd2_text(config: Config) -> bool:
+    """Say whether a text encoder is Stable Diffusion 2's, which files keep in OpenCLIP's layout."""
+    return config.get("hidden_size") == 1024
+
+
+def sd2_text_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename Stable Diffusion 2's text encoder to OpenCLIP's layout, q, k and v fused, under its prefix in files."""
+    renamed: dict[str, Tensor] = {}
+    fused: dict[str, list[Tensor]] = {}
+    for key in sorted(
+        state, key=lambda key: ("k_proj" in key) + 2 * ("v_proj" in key)
+    ):  # q before k before v
+        name = text_key(key)
+        for ours, theirs in _SD2_TEXT:
+            name = re.sub(ours, theirs, name)
+        if "in_proj" in name:
+            fused.setdefault(SD2_TEXT_PREFIX + name, []).append(state[key])
+        else:
+            renamed[SD2_TEXT_PREFIX + name] = state[key]
+    return renamed | {name: torch.cat(parts) for name, parts in fused.items()}
 
 
 def _resnet(rest: str) -> str:

@@ -7,10 +7,7 @@ pocket model's, convert too; their configs and small tokenizers travel in the fi
 
 from __future__ import annotations
 
-import json
 import os
-import struct
-import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +16,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dreamfleet.datasets.disk import as_storage_error
 from dreamfleet.datasets.errors import FormatError, ModelError
-from dreamfleet.trainers.sd.formats.ldm_names import PARTS, PREFIXES, SD1_CONFIGS, Config, file_key
-from dreamfleet.trainers.sd.formats.pickles import load_pickle, replacing, save_pickle
+from dreamfleet.trainers.sd.formats.ldm_names import (
+    PARTS,
+    PREFIXES,
+    SD1_CONFIGS,
+    Config,
+    file_key,
+    is_sd2_text,
+    sd2_text_state,
+)
+from dreamfleet.trainers.sd.formats.model_header import config_of, configs_in, model_header, tokenizer_in
+from dreamfleet.trainers.sd.formats.pickles import load_pickle, save_pickle
+from dreamfleet.trainers.sd.formats.tensor_files import read_safetensors, to_dtype, write_safetensors
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.sd.model import StableDiffusion
-
-SD1_TOKENIZER = "openai/clip-vit-large-patch14"
-LARGEST_TOKENIZER = 20_000  # tokens; a larger one is SD1's own, which every program has
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,6 @@ class SingleFileParts:
     states: dict[str, dict[str, Tensor]]
     configs: dict[str, Config]
     metadata: dict[str, str]
-    tokenizer: dict[str, str] | None
 
 
 def to_single_file(
@@ -46,14 +48,18 @@ def to_single_file(
 ) -> dict[str, Tensor]:
     """Rename the state dicts of `PARTS` to one dict in the SD1 layout; tensors are shared, not copied.
 
-    Raises FormatError for a parameter that SD1 has no name for.
+    Stable Diffusion 2's text encoder is written in OpenCLIP's layout, as webui reads it. Raises FormatError for a
+    parameter that the layout has no name for.
     """
-    return {
-        file_key(part, key, configs[part]): _to_file_shape(part, key, tensor)
-        for part in PARTS
-        if part in states
-        for key, tensor in states[part].items()
-    }
+    file: dict[str, Tensor] = {}
+    for part in PARTS:
+        state = states.get(part, {})
+        if part == "text_encoder" and is_sd2_text(configs.get(part, {})):
+            file |= sd2_text_state(state)
+            continue
+        for key, tensor in state.items():
+            file[file_key(part, key, configs[part])] = _to_file_shape(part, key, tensor)
+    return file
 
 
 def from_single_file(
@@ -63,6 +69,8 @@ def from_single_file(
 
     Raises FormatError naming the part that is missing or does not fit.
     """
+    if "text_encoder" in needs and is_sd2_text(configs["text_encoder"]):
+        raise FormatError("Stable Diffusion 2 is not read from a single file yet; use its diffusers folder.")
     states = {}
     for part in PARTS:
         if part in needs:
@@ -89,15 +97,15 @@ def save_single_file(
     parts = model.modules()
     if missing := [part for part in PARTS if part not in parts]:
         raise ModelError(f"{path}: a single file needs the whole model; {', '.join(missing)} not loaded.")
-    configs = {part: _config_of(module) for part, module in parts.items()}
+    configs = {part: config_of(module) for part, module in parts.items()}
     state = to_single_file({part: module.state_dict() for part, module in parts.items()}, configs)
-    header = {**_header(model, configs, title=path.stem), **(metadata or {})}
+    header = {**model_header(model, configs, title=path.stem), **(metadata or {})}
     if path.suffix == ".ckpt":
-        converted = {key: _to_dtype(tensor, dtype) for key, tensor in state.items()}
+        converted = {key: to_dtype(tensor, dtype) for key, tensor in state.items()}
         return save_pickle({"state_dict": converted, "dreamfleet": header}, path)
     if path.suffix != ".safetensors":
         raise FormatError(f"{path}: a single file ends in .safetensors or .ckpt.")
-    _stream_safetensors(state, path, dtype=dtype, header={"format": "pt", **header})
+    write_safetensors(state, path, dtype=dtype, header=header)
     return path
 
 
@@ -113,7 +121,7 @@ def load_single_file_parts(
     """
     path = Path(path)
     state, metadata = _read(path)
-    found = {**_configs_in(metadata, path), **(configs or {})}
+    found = {**configs_in(metadata, path), **(configs or {})}
     if not found:
         _require_sd1(state, path)
     every = {**SD1_CONFIGS, **found}
@@ -121,8 +129,7 @@ def load_single_file_parts(
         states = from_single_file(state, every, needs=needs)
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from error
-    text = metadata.get("dreamfleet.tokenizer")
-    return SingleFileParts(states, every, metadata, _json(text, path) if text else None)
+    return SingleFileParts(states, every, metadata)
 
 
 def load_single_file(
@@ -145,7 +152,7 @@ def load_single_file(
             _assign(module, key, tensor.float())
         modules[part] = module.eval()
     return StableDiffusion(
-        tokenizer=_tokenizer(parts, Path(path)),
+        tokenizer=tokenizer_in(parts.metadata, Path(path)),
         scheduler=DDPMScheduler.from_config(parts.configs["scheduler"]),
         folder=name or str(path),
         content_hash="",
@@ -213,86 +220,9 @@ def _assign(module: nn.Module, key: str, tensor: Tensor) -> None:
     setattr(module.get_submodule(owner_name), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-def _config_of(module: Any) -> Config:
-    config = module.config
-    full = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(config)
-    full = {
-        key: value for key, value in full.items() if not key.startswith("_") and key != "transformers_version"
-    }
-    return json.loads(json.dumps(full, default=str))
-
-
-def _header(model: StableDiffusion, configs: dict[str, Config], *, title: str) -> dict[str, str]:
-    scheduler = {key: value for key, value in dict(model.scheduler.config).items() if not key.startswith("_")}
-    side = model.resolution
-    header = {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-v1",
-        "modelspec.title": title,
-        "modelspec.resolution": f"{side}x{side}",
-        "modelspec.prediction_type": "v"
-        if model.prediction_type == "v_prediction"
-        else model.prediction_type,
-    }
-    for part, config in {**configs, "scheduler": scheduler}.items():
-        header[f"dreamfleet.{part}_config"] = json.dumps(config, sort_keys=True)
-    if len(model.tokenizer) <= LARGEST_TOKENIZER:
-        with tempfile.TemporaryDirectory(prefix="dreamfleet-") as folder:
-            model.tokenizer.save_pretrained(folder)
-            files = {file.name: file.read_text("utf-8") for file in sorted(Path(folder).glob("*"))}
-        header["dreamfleet.tokenizer"] = json.dumps(files)
-    return header
-
-
-def _to_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.detach().to(dtype=dtype if tensor.is_floating_point() else None, device="cpu").contiguous()
-
-
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-}
-
-
-def _stream_safetensors(
-    state: Mapping[str, Tensor], path: Path, *, dtype: torch.dtype | None, header: dict[str, str]
-) -> None:
-    """Write a safetensors file holding one converted tensor at a time (format: huggingface/safetensors README)."""
-    entries: dict[str, Any] = {"__metadata__": header}
-    end = 0
-    for key, tensor in state.items():
-        kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-        start, end = end, end + tensor.numel() * kind.itemsize
-        entries[key] = {
-            "dtype": _DTYPE_NAMES[kind],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(entries, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in state.values():
-            content: Any = _to_dtype(tensor, dtype).reshape(-1).view(torch.uint8).numpy()
-            file.write(memoryview(content))
-
-
 def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-        except OSError as error:
-            raise as_storage_error("read", str(path), error) from error
-        except SafetensorError as error:
-            raise FormatError(
-                f"{path}: not a whole safetensors file ({error}). Copy or export it again."
-            ) from error
+        return read_safetensors(path)
     data = load_pickle(path)
     state = data.get("state_dict", data) if isinstance(data, dict) else None
     if not isinstance(state, dict):
@@ -303,21 +233,6 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
         {key: value for key, value in state.items() if isinstance(value, Tensor)},
         {str(key): value for key, value in header.items() if isinstance(value, str)},
     )
-
-
-def _configs_in(metadata: Mapping[str, str], path: Path) -> dict[str, Config]:
-    names = {part: f"dreamfleet.{part}_config" for part in (*PARTS, "scheduler")}
-    return {part: _json(metadata[name], path) for part, name in names.items() if name in metadata}
-
-
-def _json(text: str, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: its header is damaged ({error}).") from error
-    if not isinstance(value, dict):
-        raise FormatError(f"{path}: its header is damaged (expected an object).")
-    return value
 
 
 def _require_sd1(state: Mapping[str, Tensor], path: Path) -> None:
@@ -334,20 +249,3 @@ def _require_sd1(state: Mapping[str, Tensor], path: Path) -> None:
         raise FormatError(
             f"{path}: {family}, which is not read from a single file yet; use its diffusers folder."
         )
-
-
-def _tokenizer(parts: SingleFileParts, path: Path) -> Any:
-    from transformers import CLIPTokenizer
-
-    if parts.tokenizer:
-        with tempfile.TemporaryDirectory(prefix="dreamfleet-") as folder:
-            for name, text in parts.tokenizer.items():
-                (Path(folder) / Path(name).name).write_text(str(text), "utf-8")
-            return CLIPTokenizer.from_pretrained(folder)
-    try:
-        return CLIPTokenizer.from_pretrained(SD1_TOKENIZER)
-    except Exception as error:  # network, cache and version errors differ from version to version
-        raise ModelError(
-            f"{path}: a single file holds no tokenizer, and SD1's ({SD1_TOKENIZER}) is neither on this machine nor to "
-            "be had from the hub. Download it once where there is a network, or use the model's diffusers folder."
-        ) from error
