@@ -119,7 +119,7 @@ def test_report_tells_everything_of_a_run(run: Storage) -> None:
     told = re.sub(r"\s+", " ", page.text)
     for words in (
         "my-cat", "DreamBooth", "completed", "100 optimizer steps", "800 pictures shown", "2 workers", "3 min 34 s",
-        "31.2", "2.1 GB", "0.4 %", "\N{MINUS SIGN}50 % since the start", "base", "tuned", "real", "CLIP-T 0.25",
+        "31.2", "2.1 GB", "0.4 %", "base 0.2", "base", "tuned", "real", "CLIP-T 0.25",
         "Training loss", "Held-out loss", "Learning rate", "my-cat.safetensors", "2.0 MB", "3.0 MB", "webui",
         "step-000100", "best held-out loss", "cat/<b>.png", "name: dreambooth",
     ):  # fmt: skip
@@ -208,7 +208,6 @@ def test_figures_are_written_for_people() -> None:
     ]  # fmt: skip
     assert wording.number(6400) == wording.number(6400.4) == "6\N{NARROW NO-BREAK SPACE}400"
     assert [wording.share(x) for x in (0.004, 0.12, 0)] == ["0.4 %", "12 %", "0 %"]
-    assert [wording.change(2, 1), wording.change(1, 1), wording.change(0, 1)] == [
         "\N{MINUS SIGN}50 %",
         "±0 %",
         "",

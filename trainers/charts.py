@@ -67,7 +67,8 @@ def draw(chart: Chart, *, last_step: float) -> str:
     width = last_step or 1
 
     def place(point: Point) -> tuple[float, float]:
-        return 1000 * point[0] / width, 1000 * (1 - (point[1] - low) / (high - low))
+        # A spike of the raw curve ends at the edge.
+        return 1000 * point[0] / width, 1000 * min(1.0, max(0.0, 1 - (point[1] - low) / (high - low)))
 
     y_ticks = "".join(
         f'<span class="y" style="top:{place((0, t))[1] / 10:.2f}%"><i>{escape(chart.write(t))}</i></span>'

@@ -15,6 +15,11 @@ from dreamfleet.trainers.sheets import Cell, Sheet, data_uri, image_tag, mosaic
 MOST_CELLS = 9  # of one prompt
 LONGEST_SIDE = 384  # pixels of one picture on the page
 SCORES = {"clip_i": "CLIP-I", "clip_t": "CLIP-T", "dino": "DINO", "dino_i": "DINO"}
+SCORE_NOTES = {
+    "clip_i": "How alike the previews are to real pictures of the subject; higher is more alike.",
+    "clip_t": "How well the previews show what their prompts ask for; higher is closer.",
+    "dino": "How alike the previews are to real pictures, with more weight on this very subject.",
+}
 
 
 def compare(sheets: Sequence[Sheet], real: Sequence[Image.Image]) -> str:

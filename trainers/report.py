@@ -22,7 +22,7 @@ from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers import wording
 from dreamfleet.trainers.artefacts import describe
 from dreamfleet.trainers.charts import Chart, Line, draw, smooth
-from dreamfleet.trainers.comparison import SCORES, compare, over_time
+from dreamfleet.trainers.comparison import SCORE_NOTES, SCORES, compare, over_time
 from dreamfleet.trainers.metrics import read_metrics
 from dreamfleet.trainers.sheets import Sheet, read_real, read_sheets
 
@@ -148,20 +148,23 @@ def _figures(pages: Pages) -> str:
     told: list[tuple[str, str, str]] = []
     held_out = pages.curve("holdout_loss")
     if held_out:
-        note = (
-            f"{wording.change(held_out[0][1], held_out[-1][1])} since the start" if len(held_out) > 1 else ""
-        )
+        note = f"base {wording.number(held_out[0][1])}" if held_out[0][0] == 0 < held_out[-1][0] else ""
         told.append(("held-out loss", wording.number(held_out[-1][1]), note))
     if loss := smooth(pages.curve("loss")):
         told.append(("training loss", wording.number(loss[-1][1]), "smoothed"))
     figures = {**(_get(pages.summary, "figures") or {}), **(_get(pages.summary, "scores") or {})}
-    told += [(SCORES[k], wording.number(v), "") for k, v in figures.items() if k in SCORES and _is_number(v)]
+    for key, value in figures.items():
+        if key in SCORES and _is_number(value):
+            before = [v for step, v in pages.curve(key) if step == 0]
+            told.append(
+                (SCORES[key], wording.number(value), f"base {wording.number(before[0])}" if before else "")
+            )
     if _is_number(speed := figures.get("images_per_second")):
-        told.append(("pictures a second", wording.number(speed), "all workers"))
+        told.append(("pictures / s", wording.number(speed), "all workers"))
     if _is_number(memory := figures.get("peak_memory_bytes")):
         told.append(("peak memory", wording.size(memory), "of one worker"))
     if _is_number(wait := figures.get("data_wait_fraction")):
-        told.append(("waiting for data", wording.share(wait), "of the training time"))
+        told.append(("waiting for data", wording.share(wait), "of training"))
     cards = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><small>{escape(note)}</small></div>"
         for name, value, note in told
@@ -191,6 +194,10 @@ def _curves(pages: Pages) -> str:
         Chart(
             "Loss on subject and class pictures",
             [Line(name, smooth(pages.curve(key)), colour=n) for n, (key, name) in enumerate(parts)],
+        ),
+        *(
+            Chart(SCORES[key], [Line(SCORES[key], pages.curve(key), "dots", 2)], note)
+            for key, note in SCORE_NOTES.items()
         ),
         Chart(
             "Learning rate",

@@ -51,12 +51,3 @@ def share(value: float) -> str:
     """Write a fraction as per cent: 0.4 %, 12 %, 100 %."""
     percent = value * 100
     return f"{percent:.1f} %" if 0 < percent < 9.95 else f"{percent:.0f} %"
-
-
-def change(before: float, after: float) -> str:
-    """Write how much a figure changed, in per cent: -31 %, +4 %."""
-    if not before or not math.isfinite(before) or not math.isfinite(after):
-        return ""
-    percent = round((after - before) / abs(before) * 100)
-    sign = "+" if percent > 0 else "\N{MINUS SIGN}" if percent < 0 else "±"
-    return f"{sign}{abs(percent)} %"
