@@ -208,10 +208,6 @@ def test_figures_are_written_for_people() -> None:
     ]  # fmt: skip
     assert wording.number(6400) == wording.number(6400.4) == "6\N{NARROW NO-BREAK SPACE}400"
     assert [wording.share(x) for x in (0.004, 0.12, 0)] == ["0.4 %", "12 %", "0 %"]
-        "\N{MINUS SIGN}50 %",
-        "±0 %",
-        "",
-    ]
 
 
 def test_charts_have_round_ticks_and_survive_odd_values() -> None:
