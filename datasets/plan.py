@@ -21,7 +21,7 @@ from dreamfleet.datasets.keyed import numpy_rng
 class Draw(NamedTuple):
     """One use of one picture: its row in the index and how often (epochs) it was due before."""
 
-    index: int
+    row: int
     epoch: int
 
 

@@ -47,13 +47,13 @@ def test_every_epoch_shows_every_picture_as_often_as_its_repeats_and_in_another_
     plan = BatchPlan([0] * 5, seed=3, global_batch=1, repeats=[1, 1, 2, 1, 3])
     epochs = [[plan.draws(step)[0] for step in range(e * 8, e * 8 + 8)] for e in range(3)]
     for number, epoch in enumerate(epochs):
-        assert Counter(draw.index for draw in epoch) == {0: 1, 1: 1, 2: 2, 3: 1, 4: 3}
-        assert {draw.epoch for draw in epoch if draw.index == 4} == {
+        assert Counter(draw.row for draw in epoch) == {0: 1, 1: 1, 2: 2, 3: 1, 4: 3}
+        assert {draw.epoch for draw in epoch if draw.row == 4} == {
             3 * number,
             3 * number + 1,
             3 * number + 2,
         }
-    assert len({tuple(draw.index for draw in epoch) for epoch in epochs}) == 3
+    assert len({tuple(draw.row for draw in epoch) for epoch in epochs}) == 3
 
 
 def test_no_draw_ever_repeats_its_noise_key() -> None:
@@ -67,13 +67,13 @@ def test_class_partners_have_their_instances_concept(batch: int, step: int, seed
     concepts, classes = [0, 1, 0, 1, 1], [1, 0, 0, 1, 0, 0, 1]
     plan = BatchPlan(concepts, seed=seed, global_batch=batch, class_concepts=classes)
     draws, partners = plan.draws(step), plan.class_draws(step)
-    assert [concepts[d.index] for d in draws] == [classes[p.index] for p in partners]
+    assert [concepts[d.row] for d in draws] == [classes[p.row] for p in partners]
 
 
 def test_class_pictures_are_each_used_once_before_any_is_used_twice() -> None:
     plan = BatchPlan([0, 0, 0], seed=1, global_batch=2, class_concepts=[0] * 8)
     used = [draw for step in range(8) for draw in plan.class_draws(step)]
-    assert Counter(draw.index for draw in used) == dict.fromkeys(range(8), 2)
+    assert Counter(draw.row for draw in used) == dict.fromkeys(range(8), 2)
     assert [draw.epoch for draw in used] == [0] * 8 + [1] * 8
 
 

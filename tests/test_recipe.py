@@ -92,11 +92,11 @@ def test_overrides_win_over_the_file_and_may_make_sections(tmp_path: Path) -> No
     )
     assert recipe.optimizer.learning_rate == 1e-5 and recipe.train.max_train_steps == 12
     assert recipe.optimizer.lr_scheduler == "cosine" and recipe.report_to == []
-    with pytest.raises(RecipeError, match="key[.]path=value"):
+    with pytest.raises(RecipeError, match=r"key\.path=value"):
         load_recipe(path, ["learning_rate"])
     with pytest.raises(RecipeError, match="output_dir is a value"):
         load_recipe(path, ["output_dir.x=1"])
-    with pytest.raises(RecipeError, match="optimizer[.]learning_rate"):
+    with pytest.raises(RecipeError, match=r"optimizer\.learning_rate"):
         load_recipe(path, ["optimizer.learning_rate=fast"])
 
 

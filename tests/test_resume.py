@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +138,14 @@ def test_old_checkpoints_go_only_beyond_the_limit(tmp_path: Path) -> None:
     assert checkpoints.steps() == [3, 10]
 
 
-def test_a_full_disk_while_saving_is_told_and_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
-    disk = tmp_path / "small"
-    disk.mkdir()
+def test_a_full_disk_while_saving_is_told_and_leaves_the_earlier_checkpoint() -> None:
+    # Not under tmp_path: pytest cannot clear away a folder that something is mounted in.
+    disk = Path(tempfile.mkdtemp(prefix="dreamfleet-small-disk-"))
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)], capture_output=True, check=False
     )
     if mounted.returncode:
+        disk.rmdir()
         pytest.skip("mounting a small disk needs root")
     try:
         checkpoints = Checkpoints(Storage(str(disk)))
@@ -159,6 +161,7 @@ def test_a_full_disk_while_saving_is_told_and_leaves_the_earlier_checkpoint(tmp_
         assert not [p for p in disk.rglob("*") if p.is_file() and "step-000001" not in str(p)]
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+        disk.rmdir()
 
 
 def test_a_used_output_dir_and_another_methods_run_are_refused(tmp_path: Path) -> None:

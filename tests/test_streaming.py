@@ -24,7 +24,9 @@ def losses(folder: Path, **changes: Any) -> list[float]:
         **changes,
     )
     run_worker(build_recipe(tree), resume=True)
-    lines = [json.loads(line) for line in (Path(tree["output_dir"]) / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (Path(tree["output_dir"]) / "metrics.jsonl").read_text().splitlines()
+    ]
     return [line["loss"] for line in lines]
 
 
@@ -44,7 +46,9 @@ def local_ray() -> Iterator[None]:
 @pytest.mark.cluster
 def test_streaming_executes_the_same_plan_as_a_resident_set(tmp_path: Path, local_ray: None) -> None:
     resident = losses(tmp_path, output_dir=str(tmp_path / "resident"))
-    first = losses(tmp_path, output_dir=str(tmp_path / "stream"), data__source="stream", train__max_train_steps=2)
+    first = losses(
+        tmp_path, output_dir=str(tmp_path / "stream"), data__source="stream", train__max_train_steps=2
+    )
     assert first == pytest.approx(resident[:2], rel=1e-5)
     both = losses(tmp_path, output_dir=str(tmp_path / "stream"), data__source="stream")
     assert both == pytest.approx(resident, rel=1e-5)

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -152,18 +153,17 @@ def gather_class_images(recipe: Recipe, sets: Sets, method: Method, place: Place
     Generated ones lie in ``class_data_dir``, or beside the run folder under a key of everything that
     shaped them, where the next run with the same key finds them.
     """
-    wanted = method.num_class_images
-    if not wanted:
+    prior = method.prior
+    if prior is None:
         return None
     from dreamfleet.trainers.sd.prior import class_image_key, generate_class_images
 
     indexes = []
     for class_set in sets.class_sets:
-        config = recipe.method
-        options = {
+        options: dict[str, Any] = {
             "seed": recipe.train.seed,
-            "steps": config.prior_generation_steps,
-            "guidance_scale": config.prior_generation_guidance,
+            "steps": prior.steps,
+            "guidance_scale": prior.guidance_scale,
             "resolution": recipe.data.resolution,
         }
         if class_set.folder is None:
@@ -173,18 +173,18 @@ def gather_class_images(recipe: Recipe, sets: Sets, method: Method, place: Place
         else:
             storage = Storage(class_set.folder)
         here = len(list_pictures(storage))
-        if here < wanted:
+        if here < prior.num_class_images:
             if place.leads:
-                log.info("generating %d class pictures of %r", wanted - here, class_set.prompt)
+                log.info("generating %d class pictures of %r", prior.num_class_images - here, class_set.prompt)
             place.wait()  # everyone has counted before anyone writes
             generate_class_images(
                 method.model,
                 class_set.prompt,
                 storage=storage,
-                num=wanted,
+                num=prior.num_class_images,
                 rank=place.rank,
                 world=place.world,
-                batch_size=config.sample_batch_size,
+                batch_size=prior.batch_size,
                 **options,
             )
         place.wait()

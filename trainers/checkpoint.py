@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from dreamfleet.datasets.errors import CheckpointError, StorageError
@@ -127,16 +125,7 @@ class Checkpoints:
 
     def _write(self, rel: str, writer: Callable[[Path], object]) -> dict[str, Any]:
         with self.storage.staging(rel) as path:
-            try:
-                writer(path)
-            except (
-                RuntimeError,
-                SafetensorError,
-            ) as error:  # torch and safetensors hide the OSError of a full disk
-                free = shutil.disk_usage(path.parent).free
-                raise StorageError(
-                    f"cannot write {self.storage.path(rel)}: {error} ({free / 2**20:.0f} MiB free)"
-                ) from error
+            writer(path)
             with path.open("rb") as handle:
                 digest = hashlib.file_digest(handle, "sha256").hexdigest()
             return {"size": path.stat().st_size, "sha256": digest}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -31,12 +31,12 @@ class EngineConfig(Section):
 class Ema:
     """A moving average of the learning weights in float32, warmed up as diffusers' EMAModel does."""
 
-    def __init__(self, params: dict[str, Tensor], decay: float):
+    def __init__(self, params: Mapping[str, Tensor], decay: float):
         self.decay = decay
         self.shadow = {name: param.detach().float().clone() for name, param in params.items()}
 
     @torch.no_grad()
-    def update(self, params: dict[str, Tensor], step: int) -> None:
+    def update(self, params: Mapping[str, Tensor], step: int) -> None:
         """Move the average towards the weights after optimizer step ``step`` (from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(
@@ -75,7 +75,7 @@ class TorchEngine:
         self.optimizer = make_optimizer(self.groups, optimizer, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.ema = Ema(self.params, config.ema_decay) if config.use_ema else None
-        self.module: torch.nn.Module = method
+        self.module: Any = method
         if world > 1:
             self.module = torch.nn.parallel.DistributedDataParallel(
                 method, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True

@@ -59,8 +59,8 @@ class Feed:
         for samples, pictures, draws_of in self._halves:
             draws = draws_of(step, rank=self.rank, world=self.world, micro=micro, num_micros=self.num_micros)
             num_instances = num_instances or len(draws)
-            keys += [self._key(samples[draw.index], draw) for draw in draws]
-            prompts += [self._prompt(samples[draw.index], draw) for draw in draws]
+            keys += [self._key(samples[draw.row], draw) for draw in draws]
+            prompts += [self._prompt(samples[draw.row], draw) for draw in draws]
             parts.append(pictures.take(draws))
         batch: Batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         if "mean" in batch:
@@ -71,7 +71,8 @@ class Feed:
             keys, pictures.latent_shape, num_timesteps=self._num_timesteps, noise_offset=self.noise_offset
         )
         weights = torch.ones(len(keys))
-        weights[num_instances:] = self.method.prior_loss_weight
+        if self.method.prior is not None:
+            weights[num_instances:] = self.method.prior.loss_weight
         return {**batch, "weights": weights, "prompts": prompts, "num_instances": num_instances}
 
     def stream(self, start_step: int, *, ahead: int = 4) -> Iterator[Batch]:

@@ -133,7 +133,8 @@ class _Meter:
     """Adds up losses on the device and reads them only when a line is logged; no host sync in a step."""
 
     def __init__(self, engine: TorchEngine):
-        self.engine, self.figures = engine, {}
+        self.engine = engine
+        self.figures: dict[str, Any] = {}
         self.total_wait = self.total_time = 0.0
         self.total_images = 0
         self.restart()
@@ -161,8 +162,7 @@ class _Meter:
         """Return the interval's figures, averaged over workers, and start the next interval."""
         names = list(self.sums)
         values = torch.stack([self.sums[name] for name in names]).float() / self.micros
-        values = self.engine.mean_over_ranks(values).tolist()
-        line: dict[str, Any] = dict(zip(names, values, strict=True))
+        line: dict[str, Any] = dict(zip(names, self.engine.mean_over_ranks(values).tolist(), strict=True))
         if not math.isfinite(line["loss"]):
             raise RunFailed(
                 "the loss is no longer a number; the learning rate is too high, or fp16 overflowed: lower "

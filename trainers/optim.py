@@ -127,7 +127,9 @@ def make_rates(
         own = config.text_encoder_lr if group.name == "text_encoder" else None
         rate = config.learning_rate if own is None else own
         if config.scale_lr and isinstance(rate, str):
-            raise RecipeError("optimizer.scale_lr does not go with a schedule string; write the rates you mean")
+            raise RecipeError(
+                "optimizer.scale_lr does not go with a schedule string; write the rates you mean"
+            )
         scale = group.scale * (global_batch if config.scale_lr else 1)
         rates[group.name] = _scaled(make_rate(rate, multiplier), scale)
     return rates

@@ -40,12 +40,12 @@ class ResidentLatents:
 
     def __init__(self, mean: Tensor, std: Tensor, *, flips: Flips):
         self.mean, self.std, self._flips = mean, std, flips
-        self.latent_shape = tuple(mean.shape[1:])
+        self.latent_shape = (mean.shape[1], mean.shape[2], mean.shape[3])
 
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
         """Return the posterior of each draw's picture."""
         half = len(self._flips.ids)
-        rows = torch.tensor([draw.index + half * self._flips.of(draw) for draw in draws])
+        rows = torch.tensor([draw.row + half * self._flips.of(draw) for draw in draws])
         return {"mean": self.mean[rows], "std": self.std[rows]}
 
 
@@ -69,9 +69,9 @@ class ResidentPixels:
         pixels = []
         for draw in draws:
             picture = open_picture(
-                self.files[draw.index], uri=self.uris[draw.index], max_pixels=self.data.max_pixels
+                self.files[draw.row], uri=self.uris[draw.row], max_pixels=self.data.max_pixels
             )
-            crop = crop_of(self.seed, draw, self._flips.ids[draw.index])
+            crop = crop_of(self.seed, draw, self._flips.ids[draw.row])
             fitted = fit_picture(
                 picture, self.data.resolution, center=False, crop_key=crop, flip=bool(self._flips.of(draw))
             )
@@ -110,7 +110,7 @@ class StreamedPixels:
             uris = self.index.column("uri")
             arrays = [
                 read_pixels(
-                    uris[draw.index],
+                    uris[draw.row],
                     self.data,
                     crop=self._transform(draw).crop,
                     flip=bool(self._flips.of(draw)),
@@ -131,8 +131,8 @@ class StreamedPixels:
     def _transform(self, draw: Draw) -> PictureDraw:
         from dreamfleet.datasets.stream import PictureDraw
 
-        crop = None if self.data.center_crop else crop_of(self.seed, draw, self._flips.ids[draw.index])
-        return PictureDraw(draw.index, crop, bool(self._flips.of(draw)))
+        crop = None if self.data.center_crop else crop_of(self.seed, draw, self._flips.ids[draw.row])
+        return PictureDraw(draw.row, crop, bool(self._flips.of(draw)))
 
 
 class Flips:
@@ -145,7 +145,7 @@ class Flips:
         """Return 1 for a mirrored draw, else 0."""
         if not self._on:
             return 0
-        return int(numpy_rng("flip", self._seed, draw.epoch, self.ids[draw.index]).integers(2))
+        return int(numpy_rng("flip", self._seed, draw.epoch, self.ids[draw.row]).integers(2))
 
 
 def crop_of(seed: int, draw: Draw, sample_id: str) -> tuple[float, float]:

@@ -94,7 +94,7 @@ def draw_previews(
     """Draw ``num_images`` pictures of every prompt at fixed seeds; returns them with prompt, seed and cell of each."""
     from dreamfleet.trainers.sd.sample import generate
 
-    cells = [
+    cells: list[dict[str, Any]] = [
         {"prompt": prompt, "seed": config.seed + column, "row": row, "column": column}
         for row, prompt in enumerate(config.prompts)
         for column in range(config.num_images)

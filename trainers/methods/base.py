@@ -49,6 +49,17 @@ class Sample(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Prior:
+    """Prior preservation: how many class pictures a concept needs, how they are drawn, what their loss weighs."""
+
+    num_class_images: int
+    loss_weight: float
+    steps: int
+    guidance_scale: float
+    batch_size: int
+
+
+@dataclass(frozen=True)
 class Setting:
     """What a method is told besides its own section: the concepts, and the loss options of ``train:``."""
 
@@ -93,14 +104,9 @@ class Method(nn.Module):
         return False
 
     @property
-    def num_class_images(self) -> int:
-        """How many class pictures each concept needs for prior preservation; 0 for methods without it."""
-        return 0
-
-    @property
-    def prior_loss_weight(self) -> float:
-        """Weight of the class pictures' loss beside the instance pictures' loss."""
-        return 1.0
+    def prior(self) -> Prior | None:
+        """How the class pictures of prior preservation are made and weighed; None for methods without it."""
+        return None
 
     def groups(self) -> list[ParamGroup]:
         """Return the learning parameters by group, each with what scales its learning rate."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from dreamfleet.datasets import captions
 from dreamfleet.datasets.errors import RecipeError
-from dreamfleet.trainers.methods.base import Method, MethodConfig, ParamGroup, Sample, Setting, register
+from dreamfleet.trainers.methods.base import Method, MethodConfig, ParamGroup, Prior, Sample, Setting, register
 from dreamfleet.trainers.sd.formats.single_file import save_single_file
 from dreamfleet.trainers.sd.model import StableDiffusion, save_pipeline
 
@@ -68,12 +68,17 @@ class DreamBooth(Method):
         return self.config.train_text_encoder
 
     @property
-    def num_class_images(self) -> int:
-        return self.config.num_class_images if self.config.with_prior_preservation else 0
-
-    @property
-    def prior_loss_weight(self) -> float:
-        return self.config.prior_loss_weight
+    def prior(self) -> Prior | None:
+        config = self.config
+        if not config.with_prior_preservation:
+            return None
+        return Prior(
+            num_class_images=config.num_class_images,
+            loss_weight=config.prior_loss_weight,
+            steps=config.prior_generation_steps,
+            guidance_scale=config.prior_generation_guidance,
+            batch_size=config.sample_batch_size,
+        )
 
     def groups(self) -> list[ParamGroup]:
         return [

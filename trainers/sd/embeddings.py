@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class SplicedEmbedding(nn.Module):
         return torch.where(is_learned[..., None], learned_BTD, base_BTD)
 
 
-def text_embeddings(text_encoder: nn.Module) -> nn.Module:
+def text_embeddings(text_encoder: Any) -> Any:
     """Return the module that holds ``token_embedding``; transformers 5 dropped its ``text_model`` level."""
     return getattr(text_encoder, "text_model", text_encoder).embeddings
 

@@ -45,12 +45,12 @@ def pocket_folder() -> Path:
 
 @dataclass
 class StableDiffusion:
-    """The loaded parts of one model, and the few things every method does with them."""
+    """The loaded parts of one model (None: not loaded), and the few things every method does with them."""
 
     tokenizer: Any
-    text_encoder: nn.Module | None
-    unet: nn.Module | None
-    vae: nn.Module | None
+    text_encoder: Any
+    unet: Any
+    vae: Any
     scheduler: Any
     folder: str
     content_hash: str
