@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dreamfleet.datasets.errors import ModelError, UserError
+from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model, save_pipeline
 
@@ -63,41 +63,32 @@ def draw_grid(
 
 
 def load_with_embeddings(name: str, embeddings: Sequence[str] = ()) -> StableDiffusion:
-    """Load the model behind a name, and teach it the words of embedding files."""
+    """Load the model behind a name (a run folder stands for its exports), and teach it the words of embedding files."""
     from dreamfleet.trainers.sd.embeddings import install_embedding
     from dreamfleet.trainers.sd.formats.embedding import read_embedding
 
-    config, own = find_model(name)
-    model = load_model(config)
-    for path in [*own, *embeddings]:
-        storage = Storage(path)
-        with storage.local_copy("") as local:
+    model = load_named(name)
+    for path in embeddings:
+        if "://" not in path and not Path(path).expanduser().is_file():
+            raise UserError(f"--embedding {path}: there is no such file")
+        with Storage(path).local_copy("") as local:
             found = read_embedding(local)
         install_embedding(model, found.name, found.vectors)
     return model
 
 
-def find_model(name: str) -> tuple[ModelConfig, list[str]]:
-    """Return what to load for a name, and the embeddings that belong to it: a run folder stands for its exports."""
+def load_named(name: str) -> StableDiffusion:
+    """Load what a person calls a model: pocket, a folder, a file, a hub name, or a run."""
+    from dreamfleet.trainers.export import read_recipe
+    from dreamfleet.trainers.score import load_exported
+
     path = Path(name).expanduser()
     if "://" not in name and not path.is_dir():
-        return ModelConfig(pretrained_model_name_or_path=str(path) if path.exists() else name), []
-    run = Storage(name if "://" in name else str(path.resolve()))
-    if not run.exists("recipe.yaml"):
-        return ModelConfig(pretrained_model_name_or_path=run.path()), []
-    exported = run.list("exports")
-    if "diffusers" in run.list_dirs("exports"):
-        return ModelConfig(pretrained_model_name_or_path=run.path("exports", "diffusers")), []
-    import yaml
-
-    recipe = yaml.safe_load(run.read_text("recipe.yaml"))
-    for suffix in (".safetensors", ".pt", ".png"):
-        if words := [file for file in exported if file.endswith(suffix)]:
-            base = ModelConfig.model_validate(recipe["model"])
-            return base, [run.path("exports", file) for file in words]
-    raise ModelError(
-        f"{name} is a run without exports yet; write them with `dreamfleet export {name} --format ...`"
-    )
+        return load_model(ModelConfig(pretrained_model_name_or_path=str(path) if path.exists() else name))
+    place = Storage(name if "://" in name else path)
+    if place.exists("recipe.yaml"):
+        return load_exported(place, read_recipe(place))
+    return load_model(ModelConfig(pretrained_model_name_or_path=place.path()))
 
 
 def convert_artefact(source: Path, target: Path) -> Path:

@@ -63,11 +63,13 @@ def check(
     with work():
         from dreamfleet.cluster.resources import check_resources
         from dreamfleet.trainers.check import check_run
+        from dreamfleet.trainers.preflight import this_machine
         from dreamfleet.trainers.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or [])
+        device = "cuda" if loaded.scaling.use_gpu and "GPU" in this_machine() else "cpu"
         lines = [("recipe", True, str(recipe))]
-        lines += [(line.name, line.ok, line.detail) for line in check_run(loaded)]
+        lines += [(line.name, line.ok, line.detail) for line in check_run(loaded, device=device)]
         lines.append(check_resources(loaded.scaling, address))
     if as_json:
         print_json([{"name": name, "ok": ok, "detail": detail} for name, ok, detail in lines])

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dreamfleet.cluster.cli_base import AsJson, Verbose, plain, print_json, work
+from dreamfleet.cluster.cli_base import AsJson, Verbose, print_json, work
 
 
 def export(
@@ -64,10 +64,14 @@ def score(
         list[str] | None,
         typer.Option(help="What the pictures were asked to show; repeatable.", show_default=False),
     ] = None,
-    clip: Annotated[str, typer.Option(help="CLIP model to judge by: pocket or a folder.")] = "pocket",
+    clip: Annotated[
+        str | None, typer.Option(help="CLIP to judge by: pocket or a folder.", show_default=False)
+    ] = None,
     dino: Annotated[
         str | None, typer.Option(help="Folder of a DINO model, to judge by it too.", show_default=False)
     ] = None,
+    num_images: Annotated[int, typer.Option(min=1, help="Pictures drawn per prompt of a run or model.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first of them.")] = 0,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -78,8 +82,9 @@ def score(
     with work():
         from dreamfleet.trainers.score import score_run
 
-        scores = score_run(run_or_folder, real=real, prompts=prompt, clip=clip, dino=dino)
-    told = scores if isinstance(scores, dict) else plain(scores)
+        told = score_run(
+            run_or_folder, clip=clip, dino=dino, real=real, prompts=prompt, num_images=num_images, seed=seed
+        )
     if as_json:
         print_json(told)
         return

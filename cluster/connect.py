@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from dreamfleet.trainers.preflight import this_machine
 from dreamfleet.trainers.ray_session import ray_session
 
 
@@ -24,13 +25,3 @@ def machines(address: str | None) -> tuple[dict[str, Mapping[str, float]], dict[
     with ray_session(address) as session:
         nodes = {f"{node.address} ({node.node_id[:6]})": node.resources for node in session.nodes()}
         return nodes, session.growth_limit()
-
-
-def this_machine() -> dict[str, float]:
-    """Return the resources that Ray would find on this machine."""
-    import torch
-
-    resources = {"CPU": float(len(os.sched_getaffinity(0)))}
-    if gpus := torch.cuda.device_count():
-        resources["GPU"] = float(gpus)
-    return resources

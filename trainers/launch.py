@@ -15,15 +15,10 @@ from typing import TYPE_CHECKING, Any
 from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.hold import Stop, claimed, stop_on_signal
+from dreamfleet.trainers.preflight import check_inputs, preflight, refuse_here, this_machine
 from dreamfleet.trainers.progress import Display, RunTail, watch_for_stop
-from dreamfleet.trainers.ray_session import RaySession, check_machines, ray_session, worker_environment
-from dreamfleet.trainers.scaling import (
-    WorkerShare,
-    describe,
-    refuse_impossible,
-    worker_resources,
-    workers_that_fit,
-)
+from dreamfleet.trainers.ray_session import RaySession, ray_session, starts_private_ray
+from dreamfleet.trainers.scaling import WorkerShare, worker_resources
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.recipe import Recipe
@@ -73,6 +68,7 @@ def fit(
         raise RecipeError(
             "overrides change a recipe file; this recipe is an object already: change the object"
         )
+    check_inputs(recipe)
     run = open_run_folder(recipe, resume=resume)
     display = _Silent(on_progress) if on_progress else Display(total=recipe.train.max_train_steps)
     with claimed(run), stop_on_signal(run, display) as stop:
@@ -87,12 +83,9 @@ def fit(
 
 
 def _fit_here(recipe: Recipe, resume: bool, stop: Stop, display: Display, started: float) -> Summary:
-    import torch
-
     from dreamfleet.trainers.run import run_worker
 
-    here = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
-    uses_gpu = worker_resources(recipe.scaling, [here]).uses_gpu
+    uses_gpu = worker_resources(recipe.scaling, [this_machine()]).uses_gpu
     with watch_for_stop(Storage(recipe.output_dir)) as marked:
         return run_worker(
             recipe,
@@ -108,6 +101,8 @@ def _fit_on_ray(recipe: Recipe, address: str | None, stop: Stop, display: Displa
     from dreamfleet.trainers.run import Summary
 
     run = Storage(recipe.output_dir)
+    if starts_private_ray(address):  # what this machine lacks can be said before Ray is started
+        refuse_here(recipe.scaling)
     with ray_session(address, preload=("ray.train.torch",)) as session:
         stop.listen()
         share = preflight(recipe, session, display.say)
@@ -117,54 +112,9 @@ def _fit_on_ray(recipe: Recipe, address: str | None, stop: Stop, display: Displa
             trainer = _make_trainer(recipe, session, share, bookkeeping, started)
             with RunTail(run, display):
                 outcome = _wait_for(trainer)
-    if outcome.error is not None:
-        raise _explain(outcome.error, session, recipe) from outcome.error
+        if outcome.error is not None:
+            raise _explain(outcome.error, session, recipe) from outcome.error
     return Summary(**outcome.value)
-
-
-def preflight(
-    recipe: Recipe, session: RaySession, say: Callable[[str], None] = logger.warning
-) -> WorkerShare:
-    """Decide what each worker gets, refusing at once what the cluster can never give.
-
-    Raises ResourceError or StorageError. Tells through ``say`` when the run has to wait for busy machines.
-    """
-    nodes = [node.resources for node in session.nodes()]
-    limit = session.growth_limit()
-    share = worker_resources(recipe.scaling, nodes)
-    refuse_impossible(recipe.scaling, share.resources, nodes, limit=limit)
-    check_machines(session, Storage(recipe.output_dir), local_paths(recipe))
-    if not session.owned:
-        missing = not workers_that_fit(
-            {name: amount * recipe.scaling.num_workers for name, amount in share.resources.items()},
-            [session.free()],
-        )
-        if missing:
-            say(
-                f"waiting up to {recipe.scaling.wait_minutes} minutes for {recipe.scaling.num_workers} x "
-                f"{describe(share.resources)}; free now: {describe(session.free())}"
-            )
-    return share
-
-
-def local_paths(recipe: Recipe) -> list[str]:
-    """List the files and folders on disk that the workers of a run read."""
-    found: list[str] = []
-
-    def walk(value: Any) -> None:
-        if isinstance(value, dict):
-            for inner in value.values():
-                walk(inner)
-        elif isinstance(value, list):
-            for inner in value:
-                walk(inner)
-        elif isinstance(value, str) and value.startswith("/") and os.path.exists(value):
-            found.append(value)
-
-    sections = recipe.model_dump(mode="json")
-    for name in ("method", "model", "data", "validation"):
-        walk(sections[name])
-    return list(dict.fromkeys(found))
 
 
 def _make_trainer(
@@ -173,7 +123,7 @@ def _make_trainer(
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from dreamfleet.trainers.worker import RaiseAtOnce, train_worker
+    from dreamfleet.trainers.worker import RaiseAtOnce, train_worker, worker_environment
 
     class LocalTrainer(TorchTrainer):
         """A TorchTrainer for a Ray that ends with this process: nobody has to clean up behind it."""

@@ -33,10 +33,6 @@ QUIET = {
 # On a cluster of our own nothing reads Train's metrics and no cloud takes machines away; each would cost a process.
 QUIET_LOCAL = {"RAY_TRAIN_METRICS_ENABLED": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
-# What a worker needs of the driver's environment. Values are never logged.
-PASSED_ON = ("TORCH_EXTENSIONS_DIR", "HF_HOME", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
-PASSED_ON_PREFIXES = ("AWS_", "DREAMFLEET_")
-
 
 @dataclass(frozen=True)
 class Node:
@@ -87,6 +83,13 @@ class RaySession:
         return os.path.join(ray._private.worker.global_worker.node.get_session_dir_path(), "logs")
 
 
+def starts_private_ray(address: str | None) -> bool:
+    """Whether ray_session(address) would start a Ray of its own."""
+    import ray
+
+    return not ray.is_initialized() and _target(address) == "local"
+
+
 @contextmanager
 def ray_session(address: str | None = None, *, preload: Sequence[str] = ()) -> Iterator[RaySession]:
     """Connect to ``address``, else to RAY_ADDRESS, else start a private Ray on this machine; leave it at the end.
@@ -102,7 +105,7 @@ def ray_session(address: str | None = None, *, preload: Sequence[str] = ()) -> I
     if ray.is_initialized():
         yield RaySession(owned=False, address=ray.get_runtime_context().gcs_address)
         return
-    target = address or os.environ.get("RAY_ADDRESS") or "local"
+    target = _target(address)
     # Imports run in the thread, not ray.init: Linux ends Ray's processes together with the *thread* that started them.
     importing = threading.Thread(target=_import_all, args=(preload,), daemon=True)
     importing.start()
@@ -184,18 +187,8 @@ def look_around(paths: list[str]) -> dict[str, Any]:
     return {"missing": [path for path in paths if not os.path.exists(path)]}
 
 
-def worker_environment(threads: int) -> dict[str, str]:
-    """Return the environment variables of a training worker.
-
-    Ray gives a worker with one reserved CPU a single thread (OMP_NUM_THREADS=1), which slows torch, so the threads
-    are said outright.
-    """
-    passed = {
-        name: value
-        for name, value in os.environ.items()
-        if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)
-    }
-    return passed | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+def _target(address: str | None) -> str:
+    return address or os.environ.get("RAY_ADDRESS") or "local"
 
 
 _QUIET_INIT: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}

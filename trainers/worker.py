@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,10 @@ from ray.train import UserCallback
 from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.progress import LOG_FILE, watch_for_stop
+
+# What a worker needs of the driver's environment. Values are never logged.
+PASSED_ON = ("TORCH_EXTENSIONS_DIR", "HF_HOME", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
+PASSED_ON_PREFIXES = ("AWS_", "DREAMFLEET_")
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -45,6 +50,20 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             started=config["started"],
         )
     return dataclasses.asdict(summary)
+
+
+def worker_environment(threads: int) -> dict[str, str]:
+    """Return the environment variables of a training worker.
+
+    Ray gives a worker with one reserved CPU a single thread (OMP_NUM_THREADS=1), which slows torch, so the threads
+    are said outright.
+    """
+    passed = {
+        name: value
+        for name, value in os.environ.items()
+        if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)
+    }
+    return passed | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
 
 
 class RaiseAtOnce(UserCallback):

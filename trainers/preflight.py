@@ -1,0 +1,104 @@
+"""What is looked at before workers start: pictures, model, and whether the machines can do what the recipe asks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from dreamfleet.datasets.errors import ModelError
+from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.scaling import (
+    ScalingConfig,
+    WorkerShare,
+    describe,
+    refuse_impossible,
+    worker_resources,
+    workers_that_fit,
+)
+
+if TYPE_CHECKING:
+    from dreamfleet.trainers.ray_session import RaySession
+    from dreamfleet.trainers.recipe import Recipe
+
+
+def preflight(recipe: Recipe, session: RaySession, say: Callable[[str], None]) -> WorkerShare:
+    """Decide what each worker gets, refusing at once what the cluster can never give.
+
+    Raises ResourceError or StorageError. Tells through ``say`` when the run has to wait for busy machines.
+    """
+    from dreamfleet.trainers.ray_session import check_machines
+
+    nodes = [node.resources for node in session.nodes()]
+    limit = session.growth_limit()
+    share = worker_resources(recipe.scaling, nodes)
+    refuse_impossible(recipe.scaling, share.resources, nodes, limit=limit)
+    check_machines(session, Storage(recipe.output_dir), local_paths(recipe))
+    if not session.owned:
+        missing = not workers_that_fit(
+            {name: amount * recipe.scaling.num_workers for name, amount in share.resources.items()},
+            [session.free()],
+        )
+        if missing:
+            say(
+                f"waiting up to {recipe.scaling.wait_minutes} minutes for {recipe.scaling.num_workers} x "
+                f"{describe(share.resources)}; free now: {describe(session.free())}"
+            )
+    return share
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Raise at once for pictures or a model that are not there: starting workers takes half a minute.
+
+    Sets of up to a thousand files on a disk are read through as a worker would; buckets and larger sets are left to it.
+    """
+    from dreamfleet.datasets.sets import load_concepts, load_sets
+
+    folders = [Storage(concept.instance_data_dir) for concept in load_concepts(recipe.data)]
+    if all(
+        folder.is_local and (not folder.exists() or len(folder.list(recursive=True)) <= 1000)
+        for folder in folders
+    ):
+        load_sets(recipe.data, verify=False)
+    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
+        model = getattr(recipe.model, name)
+        if model and os.path.isabs(model) and not os.path.exists(model):
+            raise ModelError(
+                f"model.{name}: there is no {model}. Check the path (relative ones start at the recipe)"
+            )
+
+
+def this_machine() -> dict[str, float]:
+    """Return the resources that a private Ray finds on this machine, at most."""
+    import torch
+
+    resources = {"CPU": float(os.cpu_count() or 1)}
+    if gpus := torch.cuda.device_count():
+        resources["GPU"] = float(gpus)
+    return resources
+
+
+def local_paths(recipe: Recipe) -> list[str]:
+    """List the files and folders on disk that the workers of a run read."""
+    found: list[str] = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict):
+            for inner in value.values():
+                walk(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                walk(inner)
+        elif isinstance(value, str) and value.startswith("/") and os.path.exists(value):
+            found.append(value)
+
+    sections = recipe.model_dump(mode="json")
+    for name in ("method", "model", "data", "validation"):
+        walk(sections[name])
+    return list(dict.fromkeys(found))
+
+
+def refuse_here(scaling: ScalingConfig) -> None:
+    """Raise ResourceError when this machine alone cannot hold the workers: Ray need not be started to know."""
+    here = [this_machine()]
+    refuse_impossible(scaling, worker_resources(scaling, here).resources, here)
