@@ -218,7 +218,7 @@ def _timings(pages: Pages) -> str:
     if not all(_is_number(x) for x in (whole, start, train)) or not whole:
         return ""
     parts = [
-        ("start", start),
+        ("start and first previews", start),
         ("training, previews and checkpoints", train),
         ("export", max(0.0, whole - start - train)),
     ]
