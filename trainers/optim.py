@@ -103,7 +103,7 @@ def make_optimizer(
                 "optimizer.name: adamw8bit needs bitsandbytes: pip install 'dreamfleet[gpu]'"
             ) from None
         return AdamW8bit(params, **options)
-    return torch.optim.AdamW(params, **options, fused=device.type == "cuda")
+    return torch.optim.AdamW(params, **options, fused=True)
 
 
 def make_rates(

@@ -1,0 +1,112 @@
+"""Seconds from the command to the first training step: bare Ray, ours through Ray Train, ours in-process; and --help.
+
+Bare Ray is the least a person can write: ``ray.init``, a TorchTrainer with one worker that imports torch
+and diffusers, loads the pocket model and takes one step. Each side is a process of its own; they alternate.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from measure import spread, write_result
+
+ROOT = Path(__file__).parent.parent
+ROUNDS = int(os.environ.get("ROUNDS", "3"))
+
+BARE = """
+import sys
+import ray
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+def step(config):
+    from pathlib import Path
+    import torch
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+    folder = config["model"]
+    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    text = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5)
+    latents = vae.encode(torch.zeros(4, 3, 64, 64)).latent_dist.sample().detach()
+    ids = tokenizer(["a cat"] * 4, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    noise, t = torch.randn_like(latents), torch.randint(0, 1000, (4,))
+    loss = (unet(scheduler.add_noise(latents, noise, t), t, text(ids)[0].detach()).sample - noise).square().mean()
+    loss.backward()
+    optimizer.step()
+    Path(config["done"]).write_text("step")
+
+if __name__ == "__main__":
+    ray.init()
+    TorchTrainer(
+        step,
+        train_loop_config={"model": sys.argv[1], "done": sys.argv[2]},
+        scaling_config=ScalingConfig(num_workers=1),
+        run_config=RunConfig(storage_path=sys.argv[3]),
+    ).fit()
+"""
+
+
+def time_to_file(command: list[str], done: Path) -> float:
+    """Start a command and return the seconds until ``done`` has something in it; waits for the command to end."""
+    start = time.perf_counter()
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    while not (done.exists() and done.stat().st_size):
+        if process.poll() not in (None, 0):
+            raise RuntimeError(f"failed: {' '.join(command)}")
+        time.sleep(0.02)
+    seconds = time.perf_counter() - start
+    process.wait()
+    return seconds
+
+
+def main() -> None:
+    """Measure all sides in turn."""
+    script = Path(sys.executable).with_name("dreamfleet")
+    times: dict[str, list[float]] = {"bare_ray": [], "ours_ray": [], "ours_in_process": [], "help": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "bare.py").write_text(BARE)
+        for number in range(ROUNDS):
+            done = folder / f"done-{number}"
+            model = str(ROOT / "trainers/sd/pocket")
+            times["bare_ray"].append(
+                time_to_file(
+                    [sys.executable, str(folder / "bare.py"), model, str(done), str(folder / "ray")], done
+                )
+            )
+            for side, workers in (("ours_ray", 1), ("ours_in_process", 0)):
+                run = folder / f"{side}-{number}"
+                command = [str(script), "train", str(ROOT / "recipes/demo.yaml"), f"output_dir={run}"]
+                command += [
+                    f"scaling.num_workers={workers}",
+                    "train.max_train_steps=1",
+                    "validation.prompts=[]",
+                ]
+                command += ["validation.holdout=null", "method.with_prior_preservation=false"]
+                times[side].append(time_to_file(command, run / "metrics.jsonl"))
+            start = time.perf_counter()
+            subprocess.run([str(script), "--help"], check=True, stdout=subprocess.DEVNULL)
+            times["help"].append(time.perf_counter() - start)
+    ratios = [ours / bare for ours, bare in zip(times["ours_ray"], times["bare_ray"], strict=True)]
+    write_result(
+        "startup",
+        {
+            **{f"{side}_seconds": spread(values) for side, values in times.items()},
+            "ratio_ours_ray_to_bare": spread(ratios),
+        },
+        how="python benchmarks/startup.py",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Untuned, Textual Inversion and DreamBooth on the same subject: CLIP-I to real pictures, CLIP-T over ten new scenes.
+
+The subjects: the cat that ships, judged by its four held-out pictures, and ``duck_toy`` of the DreamBooth dataset (real
+photos, judged by the same photos as in the paper), which is skipped where the dataset is not at hand
+(DREAMBENCH=folder). CLIP is the pocket model's own. Five seeds a prompt; the sheet shows the first of them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from measure import write_result
+
+ROOT = Path(__file__).parent.parent
+DREAMBENCH = Path(os.environ.get("DREAMBENCH", ROOT.parent / "shared/data/dreambench"))
+SCENES = [
+    "on a blue background",
+    "on a black background",
+    "on a yellow background",
+    "on a white background",
+    "on a striped background",
+    "on the beach",
+    "in the snow",
+    "at night",
+    "in the desert",
+    "under water",
+]
+SEEDS = range(5)
+STEPS, GUIDANCE = 25, 4.0
+
+
+def score_model(model: Any, word: str, noun: str, real: list[Any]) -> tuple[dict[str, float], list[Any]]:
+    """Draw every scene with every seed and score the pictures; returns the figures and a picture of each scene."""
+    from dreamfleet.trainers.sd.clip import load_clip
+    from dreamfleet.trainers.sd.fidelity import score_pictures
+    from dreamfleet.trainers.sd.sample import generate
+
+    prompts = [f"a {word} {scene}" for scene in SCENES for _ in SEEDS]
+    seeds = [seed for _ in SCENES for seed in SEEDS]
+    pictures = generate(model, prompts, seeds=seeds, steps=STEPS, guidance_scale=GUIDANCE, batch_size=10)
+    plain = [f"a {noun} {scene}" for scene in SCENES for _ in SEEDS]
+    scores = score_pictures(pictures, prompts=plain, real=real, clip=load_clip())
+    return {"clip_i": round(scores.clip_i, 4), "clip_t": round(scores.clip_t, 4)}, pictures[:: len(SEEDS)]
+
+
+def measure_subject(name: str, noun: str, train_dir: Path, real_dir: Path, folder: Path) -> dict[str, Any]:
+    """Train both methods on one subject and score them beside the untuned model."""
+    from PIL import Image
+
+    from dreamfleet.datasets.config import DataConfig
+    from dreamfleet.datasets.index import build_index
+    from dreamfleet.datasets.storage import Storage
+    from dreamfleet.trainers.launch import fit
+    from dreamfleet.trainers.pictures import read_pixels
+    from dreamfleet.trainers.recipe import load_recipe
+    from dreamfleet.trainers.score import load_exported
+    from dreamfleet.trainers.sd.clip import load_clip
+    from dreamfleet.trainers.sd.fidelity import spread_of_real
+    from dreamfleet.trainers.sd.model import ModelConfig, load_model
+    from dreamfleet.trainers.sd.sample import picture_grid
+
+    data = DataConfig(instance_data_dir=str(real_dir), resolution=64)
+    real = [
+        Image.fromarray(((read_pixels(uri, data).transpose(1, 2, 0) + 1) * 127.5).round().astype("uint8"))
+        for uri in build_index(str(real_dir)).column("uri")
+    ]
+    clip = load_clip()
+    result: dict[str, Any] = {
+        "pictures_to_judge_by": len(real),
+        "clip_i_among_real": spread_of_real(clip, real),
+    }
+    result["untuned"], rows = score_model(load_model(ModelConfig()), noun, noun, real)
+    sheet = [*rows]
+    for method, recipe, word, changes in (
+        ("textual_inversion", "cat-textual-inversion", "<my-cat>", [f"method.initializer_token={noun}"]),
+        (
+            "dreambooth",
+            "demo",
+            f"sks {noun}",
+            [f"data.instance_prompt=a sks {noun}", f"data.class_prompt=a {noun}"],
+        ),
+    ):
+        out = folder / name / method
+        overrides = [
+            f"output_dir={out}",
+            f"data.instance_data_dir={train_dir}",
+            "validation.prompts=[]",
+            f"validation.holdout={real_dir}",
+            "scaling.num_workers=0",
+            *changes,
+        ]
+        start = time.time()
+        summary = fit(ROOT / f"recipes/{recipe}.yaml", overrides=overrides).summary
+        model = load_exported(Storage(str(out)), load_recipe(ROOT / f"recipes/{recipe}.yaml", overrides))
+        result[method], rows = score_model(model, word, noun, real)
+        result[method] |= {
+            "steps": summary.steps,
+            "seconds": round(time.time() - start, 1),
+            "train_seconds": round(summary.train_seconds, 1),
+            "holdout_loss": summary.figures.get("holdout_loss"),
+            "artefact_bytes": sum(f.stat().st_size for f in (out / "exports").glob("*.safetensors")),
+        }
+        sheet += rows
+    ROOT.joinpath("benchmarks/results").mkdir(exist_ok=True)
+    grid = picture_grid([picture.resize((96, 96)) for picture in sheet], len(SCENES))
+    grid.save(ROOT / f"benchmarks/results/subjects-{name}.png")
+    return result
+
+
+def main() -> None:
+    """Measure the subjects that are at hand."""
+    subjects = {"cat": ("cat", ROOT / "examples/cat/train", ROOT / "examples/cat/holdout")}
+    if (DREAMBENCH / "duck_toy").is_dir():
+        subjects["duck_toy"] = ("duck", DREAMBENCH / "duck_toy", DREAMBENCH / "duck_toy")
+    chosen = sys.argv[1:] or list(subjects)
+    with tempfile.TemporaryDirectory() as folder:
+        results = {name: measure_subject(name, *subjects[name], Path(folder)) for name in chosen}
+    rows = "rows of the sheet: untuned, Textual Inversion, DreamBooth; columns: " + "; ".join(SCENES)
+    write_result("subjects", {**results, "sheet": rows}, how="python benchmarks/subjects.py")
+
+
+if __name__ == "__main__":
+    main()
