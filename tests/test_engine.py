@@ -1,0 +1,153 @@
+"""The engine: accumulation is a bigger batch, checkpointing changes nothing, averages and rates are what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceError
+from dreamfleet.trainers.assemble import Parts, Place, assemble
+from dreamfleet.trainers.recipe import build_recipe
+from dreamfleet.trainers.run import run_worker
+
+
+def make_parts(folder: Path, **changes: Any) -> Parts:
+    return assemble(build_recipe(tiny.make_recipe(folder, **changes)), Place())
+
+
+def take_step(parts: Parts, step: int = 0, rate: float = 1e-3) -> float:
+    losses = []
+    for micro in range(parts.engine.num_micros):
+        batch = parts.prepare(parts.engine.place(parts.feed.batch(step, micro)))
+        losses.append(float(parts.engine.backward(batch, last=micro == parts.engine.num_micros - 1).total))
+    parts.engine.step(dict.fromkeys(parts.rates, rate), step + 1)
+    return sum(losses) / len(losses)
+
+
+def test_accumulating_two_micro_batches_is_one_batch_of_twice_the_size(tmp_path: Path) -> None:
+    whole = make_parts(tmp_path, train__train_batch_size=4)
+    parts = make_parts(tmp_path, train__train_batch_size=2, train__gradient_accumulation_steps=2)
+    assert whole.global_batch == parts.global_batch == 4
+    for step in range(3):
+        assert take_step(parts, step) == pytest.approx(take_step(whole, step), rel=1e-4)
+    for name, tensor in whole.method.state().items():
+        assert torch.allclose(tensor, parts.method.state()[name], atol=2e-4), name
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_gradient_checkpointing_changes_memory_not_numbers(tmp_path: Path, text: bool) -> None:
+    method = {"name": "dreambooth", "train_text_encoder": text}
+    plain = make_parts(tmp_path, method=method)
+    saving = make_parts(tmp_path, method=method, train__gradient_checkpointing=True)
+    assert saving.model.unet.is_gradient_checkpointing and not plain.model.unet.is_gradient_checkpointing
+    for step in range(2):
+        assert take_step(saving, step) == pytest.approx(take_step(plain, step), rel=1e-6)
+
+
+def test_gradient_checkpointing_also_serves_a_frozen_unet(tmp_path: Path) -> None:
+    method = {"name": "textual_inversion", "placeholder_token": "<x>", "initializer_token": "cat"}
+    plain = make_parts(tmp_path, method=method)
+    saving = make_parts(tmp_path, method=method, train__gradient_checkpointing=True)
+    for step in range(2):
+        assert take_step(saving, step, 0.1) == pytest.approx(take_step(plain, step, 0.1), rel=1e-6)
+
+
+def test_bf16_trains_near_the_full_precision_curve_with_full_precision_weights(tmp_path: Path) -> None:
+    half, full = make_parts(tmp_path, train__mixed_precision="bf16"), make_parts(tmp_path)
+    for step in range(3):
+        assert take_step(half, step) == pytest.approx(take_step(full, step), rel=0.05)
+    assert all(param.dtype == torch.float32 for param in half.engine.params.values())
+
+
+def test_the_average_follows_the_weights_and_is_lent_and_given_back(tmp_path: Path) -> None:
+    parts = make_parts(tmp_path, engine={"use_ema": True, "ema_decay": 0.9})
+    name = next(iter(parts.engine.params))
+    expected = parts.engine.params[name].detach().clone()
+    for step in range(3):
+        take_step(parts, step)
+        decay = min(0.9, (2 + step) / (11 + step))
+        expected = decay * expected + (1 - decay) * parts.engine.params[name].detach()
+    live = parts.engine.params[name].detach().clone()
+    assert torch.allclose(parts.engine.ema.shadow[name], expected, atol=1e-6)
+    with parts.engine.averaged():
+        assert torch.equal(parts.engine.params[name], parts.engine.ema.shadow[name])
+    assert torch.equal(parts.engine.params[name], live)
+
+
+def test_clipping_bounds_the_step_and_nought_switches_it_off(tmp_path: Path) -> None:
+    for limit in (1e-3, 0.0):
+        parts = make_parts(tmp_path, optimizer__max_grad_norm=limit)
+        parts.engine.backward(parts.prepare(parts.feed.batch(0)))
+        raw = torch.cat([p.grad.flatten() for p in parts.engine.params.values() if p.grad is not None]).norm()
+        seen = {}
+        parts.engine.optimizer.step = lambda seen=seen, parts=parts: seen.update(  # type: ignore[method-assign]
+            norm=torch.cat(
+                [p.grad.flatten() for p in parts.engine.params.values() if p.grad is not None]
+            ).norm()
+        )
+        reported = parts.engine.step(dict.fromkeys(parts.rates, 0.0), 1)
+        assert reported == pytest.approx(float(raw), rel=1e-5)
+        assert seen["norm"] == pytest.approx(limit or float(raw), rel=1e-3)
+
+
+def test_rates_are_per_group_and_scaled_as_told(tmp_path: Path) -> None:
+    parts = make_parts(
+        tmp_path,
+        method={"name": "dreambooth", "train_text_encoder": True},
+        optimizer={
+            "learning_rate": 1e-3,
+            "text_encoder_lr": "1e-4:2,1e-5",
+            "lr_warmup_steps": 2,
+            "lr_scheduler": "linear",
+        },
+        train__max_train_steps=10,
+    )
+    assert [parts.rates["unet"](step) for step in (0, 1, 2, 6)] == pytest.approx([0, 5e-4, 1e-3, 5e-4])
+    assert [parts.rates["text_encoder"](step) for step in (0, 1, 2)] == [1e-4, 1e-4, 1e-5]
+    scaled = make_parts(
+        tmp_path, optimizer={"learning_rate": 1e-3, "scale_lr": True}, train__train_batch_size=3
+    )
+    assert scaled.rates["unet"](0) == pytest.approx(3e-3)
+    with pytest.raises(RecipeError, match="scale_lr"):
+        make_parts(tmp_path, optimizer={"learning_rate": "1e-3:5,1e-4", "scale_lr": True})
+
+
+def test_a_schedule_string_that_ends_ends_the_training(tmp_path: Path) -> None:
+    tree = tiny.make_recipe(tmp_path, optimizer__learning_rate="1e-3:2,1e-4:3", train__max_train_steps=50)
+    summary = run_worker(build_recipe(tree))
+    assert summary.steps == 3 and summary.exit_reason == "completed"
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["lr"]["unet"] for line in lines] == [1e-3, 1e-3, 1e-4]
+
+
+def test_what_this_machine_lacks_is_told(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ResourceError, match="fp16 needs a GPU"):
+        make_parts(tmp_path, train__mixed_precision="fp16")
+    with pytest.raises(ResourceError, match="adamw8bit needs a GPU"):
+        make_parts(tmp_path, optimizer__name="adamw8bit")
+
+
+def test_an_optimizer_or_average_that_does_not_fit_is_told(tmp_path: Path) -> None:
+    small = make_parts(tmp_path)
+    large = make_parts(tmp_path, method={"name": "dreambooth", "train_text_encoder": True})
+    take_step(small)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        large.engine.load_state(small.engine.state())
+    averaging = make_parts(tmp_path, engine={"use_ema": True})
+    with pytest.raises(CheckpointError, match="without an average"):
+        averaging.engine.load_state(small.engine.state())
+
+
+def test_nothing_says_how_long_to_train_and_sizes_that_do_not_fit_are_told(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="max_train_steps"):
+        make_parts(tmp_path, train__max_train_steps=None)
+    assert make_parts(tmp_path, train__max_train_steps=None, train__num_train_epochs=2).schedule.total == 6
+    with pytest.raises(RecipeError, match="must be a multiple of 8"):
+        make_parts(tmp_path, data__resolution=36)

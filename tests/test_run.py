@@ -1,0 +1,150 @@
+"""One whole run: what lies in its folder afterwards, on disk and in a bucket, and what check and export make of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+from servers import S3Server, s3_server  # noqa: F401  (a fixture)
+
+from dreamfleet.datasets.errors import CheckpointError, RecipeError
+from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.check import check_run
+from dreamfleet.trainers.export import export_run
+from dreamfleet.trainers.recipe import build_recipe
+from dreamfleet.trainers.run import run_worker
+
+FILES = {
+    "recipe.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "report.html",
+    "checkpoints/step-000004/manifest.json",
+    "samples/step-000000.png",
+    "samples/step-000004.jsonl",
+    "samples/real.png",
+    "exports/run.safetensors",
+    "exports/diffusers/model_index.json",
+}
+
+
+def whole_recipe(folder: Path, **changes: object) -> dict:
+    holdout = folder / "holdout"
+    if not holdout.exists():
+        tiny.make_pictures(holdout, 2, seed=5)
+    validation = {
+        "prompts": ["a sks cat"],
+        "num_images": 2,
+        "num_inference_steps": 2,
+        "steps": 2,
+        "holdout": str(holdout),
+    }
+    return tiny.make_recipe(folder, report_to=["tensorboard"], **changes)
+
+
+def test_a_run_leaves_the_folder_that_is_promised(tmp_path: Path) -> None:
+    summary = run_worker(build_recipe(whole_recipe(tmp_path)))
+    run = tmp_path / "run"
+    there = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert there >= FILES and any(name.startswith("tensorboard/") for name in there)
+    assert json.loads((run / "summary.json").read_text()) == dataclasses.asdict(summary)
+    assert build_recipe(yaml.safe_load((run / "recipe.yaml").read_text())).run_name == "run"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "holdout_loss" in line] == [0, 2, 4]
+    timed = [line for line in lines if "loss" in line]
+    assert {"lr", "images_per_second", "data_wait_fraction", "peak_memory_bytes", "step_seconds"} <= timed[
+        0
+    ].keys()
+    cells = [json.loads(line) for line in (run / "samples/step-000004.jsonl").read_text().splitlines()]
+    assert [(cell["prompt"], cell["seed"]) for cell in cells] == [("a sks cat", 0), ("a sks cat", 1)]
+    assert summary.images_seen == 8 and summary.figures["holdout_loss"] > 0
+
+
+def test_artefacts_tell_their_recipe_but_not_whose_disk_it_was(tmp_path: Path) -> None:
+    run_worker(build_recipe(whole_recipe(tmp_path)))
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "run/exports/run.safetensors", "pt") as file:
+        told = file.metadata()
+    assert told["dreamfleet_method"] == "dreambooth" and told["dreamfleet_step"] == "4"
+    assert json.loads(told["dreamfleet_recipe"])["train"]["max_train_steps"] == 4
+    assert len(told["dreamfleet_dataset_hash"]) == 64 and told["dreamfleet_base_model_hash"]
+    assert str(tmp_path) not in json.dumps(told)
+
+
+def test_class_pictures_are_made_once_and_used_again(tmp_path: Path) -> None:
+    method = {
+        "name": "dreambooth",
+        "with_prior_preservation": True,
+        "num_class_images": 3,
+        "prior_generation_steps": 2,
+    }
+    run_worker(build_recipe(whole_recipe(tmp_path, method=method)))
+    made = sorted((tmp_path / "class-images").glob("*/*.png"))
+    assert len(made) == 3
+    before = {path: path.stat().st_mtime_ns for path in made}
+    run_worker(build_recipe(whole_recipe(tmp_path, method=method, output_dir=str(tmp_path / "again"))))
+    assert {
+        path: path.stat().st_mtime_ns for path in sorted((tmp_path / "class-images").glob("*/*.png"))
+    } == before
+    more = {**method, "prior_generation_steps": 3}
+    run_worker(build_recipe(whole_recipe(tmp_path, method=more, output_dir=str(tmp_path / "other"))))
+    assert len(list((tmp_path / "class-images").glob("*/*.png"))) == 6
+
+
+def test_export_writes_any_checkpoint_in_any_format(tmp_path: Path) -> None:
+    run_worker(build_recipe(whole_recipe(tmp_path, train__checkpointing_steps=2)))
+    run = tmp_path / "run"
+    (written,) = export_run(str(run), ["ckpt"])
+    assert written == str(run / "exports/run.ckpt")
+    (early,) = export_run(str(run / "checkpoints/step-000002"), ["safetensors"], str(tmp_path / "out"))
+    late = run / "exports/run.safetensors"
+    assert Path(early).stat().st_size > 1e5 and Path(early).read_bytes() != late.read_bytes()
+    with pytest.raises(RecipeError, match="no export format 'pt'"):
+        export_run(str(run), ["pt"])
+    with pytest.raises(RecipeError, match="no run folder"):
+        export_run(str(tmp_path), ["ckpt"])
+    with pytest.raises(CheckpointError, match="step-000003"):
+        export_run(str(run / "checkpoints/step-000003"), ["ckpt"])
+
+
+def test_check_tries_everything_and_leaves_nothing(tmp_path: Path) -> None:
+    good = check_run(build_recipe(whole_recipe(tmp_path)))
+    assert [line.name for line in good] == ["output_dir", "pictures", "holdout", "model", "step", "export"]
+    assert all(line.ok for line in good), good
+    assert not (tmp_path / "run").exists()
+    bad = check_run(build_recipe(whole_recipe(tmp_path, data__instance_data_dir=str(tmp_path / "none"))))
+    assert not {line.name: line.ok for line in bad}["pictures"]
+
+
+@pytest.mark.s3
+def test_a_run_lives_in_a_bucket_and_goes_on_from_it(
+    tmp_path: Path,
+    s3_server: S3Server,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+) -> None:
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    folder = s3_server.new_folder()
+    pictures = Storage(f"{folder}/pictures")
+    pictures.upload(tiny.make_pictures(tmp_path / "pictures", 6))
+    changes = {"data__instance_data_dir": pictures.url, "train__checkpointing_steps": 2}
+    polls = iter(range(99))
+    tree = whole_recipe(tmp_path, output_dir=f"{folder}/run", **changes)
+    first = run_worker(build_recipe(tree), should_stop=lambda: next(polls) >= 1)
+    assert first.exit_reason == "interrupted"
+    second = run_worker(build_recipe(tree), resume=True)
+    assert (second.start_step, second.exit_reason) == (first.steps, "completed")
+    run = Storage(f"{folder}/run")
+    assert set(run.list("", recursive=True)) >= FILES - {"exports/run.safetensors"} | {
+        "exports/run.safetensors"
+    }
+    local = run_worker(build_recipe(whole_recipe(tmp_path, **changes)))
+    assert local.figures["loss"] == pytest.approx(second.figures["loss"], rel=1e-6)
+    secret = s3_server.environment()["AWS_SECRET_ACCESS_KEY"]
+    for name in ("recipe.yaml", "report.html", "summary.json", "metrics.jsonl"):
+        assert secret not in run.read_text(name)
