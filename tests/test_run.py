@@ -43,7 +43,7 @@ def whole_recipe(folder: Path, **changes: object) -> dict:
         "steps": 2,
         "holdout": str(holdout),
     }
-    return tiny.make_recipe(folder, report_to=["tensorboard"], **changes)
+    return tiny.make_recipe(folder, report_to=["tensorboard"], **{"validation": validation, **changes})
 
 
 def test_a_run_leaves_the_folder_that_is_promised(tmp_path: Path) -> None:
@@ -124,8 +124,8 @@ def test_check_tries_everything_and_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.s3
 def test_a_run_lives_in_a_bucket_and_goes_on_from_it(
     tmp_path: Path,
-    s3_server: S3Server,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    s3_server: S3Server,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)

@@ -15,7 +15,15 @@ from torch import nn
 
 from dreamfleet.datasets import captions
 from dreamfleet.datasets.errors import RecipeError
-from dreamfleet.trainers.methods.base import Method, MethodConfig, ParamGroup, Prior, Sample, Setting, register
+from dreamfleet.trainers.methods.base import (
+    Method,
+    MethodConfig,
+    ParamGroup,
+    Prior,
+    Sample,
+    Setting,
+    register,
+)
 from dreamfleet.trainers.sd.formats.single_file import save_single_file
 from dreamfleet.trainers.sd.model import StableDiffusion, save_pipeline
 
