@@ -20,7 +20,7 @@ FAILED, MENDABLE, INTERRUPTED = 1, 2, 130
 class Commands(TyperGroup):
     """Turns errors into one message and an exit code; a traceback is shown only when asked for."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run the command that was typed."""
         from dreamfleet.datasets.errors import RunFailed, UserError
 

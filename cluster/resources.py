@@ -11,7 +11,7 @@ def check_resources(scaling: ScalingConfig, address: str | None) -> tuple[str, b
     """Return (name, fits, detail) of a recipe's workers on the cluster at ``address`` or on this machine."""
     try:
         nodes, limit = machines(address)
-        share = worker_resources(scaling, list(nodes.values()))
+        share = worker_resources(scaling, list(nodes.values()), limit=limit)
         if scaling.num_workers:
             refuse_impossible(scaling, share.resources, list(nodes.values()), limit=limit)
     except ResourceError as error:

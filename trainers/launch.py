@@ -137,7 +137,7 @@ def _make_trainer(
             ]
 
     scaling = recipe.scaling
-    return (LocalTrainer if session.owned else TorchTrainer)(
+    return (LocalTrainer if session.private else TorchTrainer)(
         train_worker,
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),

@@ -31,10 +31,10 @@ def preflight(recipe: Recipe, session: RaySession, say: Callable[[str], None]) -
 
     nodes = [node.resources for node in session.nodes()]
     limit = session.growth_limit()
-    share = worker_resources(recipe.scaling, nodes)
+    share = worker_resources(recipe.scaling, nodes, limit=limit)
     refuse_impossible(recipe.scaling, share.resources, nodes, limit=limit)
     check_machines(session, Storage(recipe.output_dir), local_paths(recipe))
-    if not session.owned:
+    if not session.private:
         missing = not workers_that_fit(
             {name: amount * recipe.scaling.num_workers for name, amount in share.resources.items()},
             [session.free()],

@@ -47,7 +47,7 @@ class Node:
 class RaySession:
     """A connection to Ray."""
 
-    owned: bool  # started by us, for this run alone
+    private: bool  # started by this process and ending with it
     address: str
 
     def nodes(self) -> list[Node]:
@@ -76,7 +76,7 @@ class RaySession:
     @property
     def log_folder(self) -> str | None:
         """Where a private cluster keeps the logs of its processes."""
-        if not self.owned:
+        if not self.private:
             return None
         import ray
 
@@ -103,7 +103,8 @@ def ray_session(address: str | None = None, *, preload: Sequence[str] = ()) -> I
     import ray
 
     if ray.is_initialized():
-        yield RaySession(owned=False, address=ray.get_runtime_context().gcs_address)
+        started_here = ray._private.worker._global_node.is_head()
+        yield RaySession(private=started_here, address=ray.get_runtime_context().gcs_address)
         return
     target = _target(address)
     # Imports run in the thread, not ray.init: Linux ends Ray's processes together with the *thread* that started them.
@@ -123,7 +124,7 @@ def ray_session(address: str | None = None, *, preload: Sequence[str] = ()) -> I
             else:
                 context = _join(target)
             importing.join()
-            yield RaySession(owned=target == "local", address=context.address_info.get("address") or target)
+            yield RaySession(private=target == "local", address=context.address_info.get("address") or target)
         except KeyboardInterrupt:
             # Left in a hurry, another thread may still wait for Ray, and Ray ends the whole process when that thread
             # finds it shut down. It ends with the process anyway.
@@ -142,7 +143,7 @@ def check_machines(session: RaySession, output: Storage, paths: Sequence[str]) -
     folders the run reads. Raises StorageError or ResourceError naming the machines.
     """
     nodes = session.nodes()
-    if session.owned or len(nodes) < 2:
+    if len(nodes) < 2:
         return
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -258,10 +259,9 @@ def _has_token() -> bool:
 
 def _reread_authentication() -> None:
     # Ray reads the mode when it is imported and the token when first used, and keeps both.
-    from ray._raylet import AuthenticationTokenLoader, Config
-
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    raylet = importlib.import_module("ray._raylet")  # compiled: nothing in it is typed
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _object_store_bytes() -> int | None:

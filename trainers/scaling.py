@@ -53,8 +53,12 @@ class WorkerShare(NamedTuple):
         return self.resources.get("GPU", 0) > 0
 
 
-def worker_resources(scaling: ScalingConfig, nodes: Sequence[Resources]) -> WorkerShare:
+def worker_resources(
+    scaling: ScalingConfig, nodes: Sequence[Resources], *, limit: Resources | None = None
+) -> WorkerShare:
     """Decide what each worker gets on a cluster whose machines have ``nodes`` (their total resources).
+
+    ``limit`` is the most an autoscaling cluster may grow to: its GPUs count although no machine has one yet.
 
     A GPU worker reserves one GPU and one CPU: the other CPUs are left to read and decode pictures. A CPU worker
     reserves a fair share, less about an eighth (a CPU at least, where it has two) so that Ray's own tasks find
@@ -63,7 +67,7 @@ def worker_resources(scaling: ScalingConfig, nodes: Sequence[Resources]) -> Work
     """
     share = _fair_cpus(nodes, max(1, scaling.num_workers))
     wanted = dict(scaling.resources_per_worker or {})
-    if "GPU" not in wanted and _wants_gpu(scaling, nodes):
+    if "GPU" not in wanted and _wants_gpu(scaling, nodes, limit or {}):
         wanted["GPU"] = 1.0
     uses_gpu = wanted.get("GPU", 0) > 0
     threads = share
@@ -137,8 +141,8 @@ def describe(resources: Resources) -> str:
     return ", ".join(shown) or "nothing"
 
 
-def _wants_gpu(scaling: ScalingConfig, nodes: Sequence[Resources]) -> bool:
-    gpus = sum(node.get("GPU", 0) for node in nodes)
+def _wants_gpu(scaling: ScalingConfig, nodes: Sequence[Resources], limit: Resources) -> bool:
+    gpus = max(sum(node.get("GPU", 0) for node in nodes), limit.get("GPU", 0))
     if scaling.use_gpu == "auto":
         if not gpus:
             return False
