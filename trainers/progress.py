@@ -45,10 +45,10 @@ class Display:
         if step < self._last_step:  # the workers were restarted from a checkpoint
             self._first = None
         self._last_step = step
+        if "loss" not in line:  # drawing the untuned model says nothing about how long a step takes
+            return
         if self._first is None:
             self._first = (time.monotonic(), step)
-        if "loss" not in line:
-            return
         if self.stream.isatty():
             self._draw(step, line)
             return

@@ -19,7 +19,7 @@ from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import Parts, Place
 from dreamfleet.trainers.checkpoint import Checkpoints, folder_name
-from dreamfleet.trainers.metrics import Metrics
+from dreamfleet.trainers.metrics import Metrics, read_metrics
 from dreamfleet.trainers.pictures import read_pixels
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.summary import Summary
@@ -72,6 +72,9 @@ class Recorder:
                 "recipe.yaml", f"{provenance(self.recipe, self.parts)}{self.recipe.to_yaml()}"
             )
             self.metrics = Metrics(self.run, start_step=self.start_step, report_to=self.recipe.report_to)
+            measured = [line for line in read_metrics(self.run) if line.get("step") and "holdout_loss" in line]
+            if measured:
+                self.best = min((line["holdout_loss"], line["step"]) for line in measured)
             if self.start_step == 0:
                 self._write_real_pictures()
         if self.start_step == 0 and validation.sample_at_first:
