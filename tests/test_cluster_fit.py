@@ -29,9 +29,9 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 STEPS = 60
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def local_ray() -> Iterator[RaySession]:
-    """One private Ray for all tests: starting it takes as long as a test."""
+    """One private Ray for the tests of this file: starting it takes as long as a test."""
     with ray_session(preload=("ray.train.torch",)) as session:
         yield session
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dreamfleet.datasets.errors import RecipeError, UserError
+from dreamfleet.datasets.errors import RecipeError, StorageError, UserError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.progress import LOG_FILE, STOP_FILE, Display
 
@@ -72,33 +72,42 @@ def stop_on_signal(run: Storage, display: Display) -> Iterator[Stop]:
 def claimed(run: Storage) -> Iterator[None]:
     """Hold a run folder for this process, and leave none behind that never became a run.
 
-    Raises RecipeError when another process trains into it now. Only disks can tell: the folder itself is locked, and
+    Raises RecipeError when another process trains into it now, StorageError when it cannot be made. Only disks can tell: the folder itself is locked, and
     the lock ends with the process.
     """
     if not run.is_local:
         yield
         return
-    import fcntl
-
     folder = Path(run.path())
     new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"output_dir {folder} cannot be made: {error.strerror}; give another") from error
     descriptor = os.open(folder, os.O_RDONLY)
     try:
+        _lock(descriptor, folder)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RecipeError(
-                f"output_dir {folder}: another process is training into it right now; wait for it, or give another"
-            ) from None
-        except OSError as error:  # some network disks lock nothing
-            logger.debug("%s cannot be locked: %s", folder, error)
-        yield
+            yield
+        finally:
+            if not (folder / "recipe.yaml").exists():
+                for name in (LOG_FILE, STOP_FILE):
+                    (folder / name).unlink(missing_ok=True)
+                if new:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
     finally:
         os.close(descriptor)
-        if not (folder / "recipe.yaml").exists():
-            for name in (LOG_FILE, STOP_FILE):
-                (folder / name).unlink(missing_ok=True)
-            if new:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RecipeError(
+            f"output_dir {folder}: another process is training into it right now; wait for it, or give another"
+        ) from None
+    except OSError as error:  # some network disks lock nothing
+        logger.debug("%s cannot be locked: %s", folder, error)

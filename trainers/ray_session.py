@@ -212,12 +212,13 @@ def _join(target: str) -> Any:
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         except (OSError, ValueError) as error:
             raise ResourceError(f"no Ray cluster answers at {target} ({error}). {way_out}") from error
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # a refused client would print a line a second
     try:
         return ray.init(address=target, **_QUIET_INIT)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = str(error).strip().splitlines()[0].rstrip(".")
         raise ResourceError(
-            f"cannot join the Ray cluster at {target}: {first} {way_out} A cluster with token authentication needs "
+            f"cannot join the Ray cluster at {target}: {first}. {way_out} A cluster with token authentication needs "
             "RAY_AUTH_TOKEN, or its token in ~/.ray/auth_token."
         ) from error
 

@@ -1,0 +1,248 @@
+"""Around a run on Ray: what the driver shows, how a run is stopped and its folder held, how a cluster is joined."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from dreamfleet.datasets.errors import RecipeError, ResourceError, StorageError
+from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers import progress, ray_session
+from dreamfleet.trainers.hold import claimed, stop_on_signal
+from dreamfleet.trainers.launch import fit
+from dreamfleet.trainers.preflight import check_inputs, local_paths
+from dreamfleet.trainers.progress import Display, RunTail, watch_for_stop
+from dreamfleet.trainers.recipe import build_recipe
+from dreamfleet.trainers.worker import log_to_run, worker_environment
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def line(step: int, **more: Any) -> dict[str, Any]:
+    return {"step": step, "loss": 1.0 / step, "images_per_second": 4.0, **more}
+
+
+def test_plain_lines_are_few_and_the_last_step_is_always_shown() -> None:
+    stream = io.StringIO()
+    display = Display(total=100, stream=stream)
+    for step in range(1, 101):
+        display.show(line(step))
+    display.show({"step": 100, "holdout_loss": 0.5})
+    display.close()
+    shown = stream.getvalue().splitlines()
+    assert len(shown) == 2
+    assert shown[0].startswith("step 1/100  loss 1.0000  4 pictures/s")
+    assert shown[1].startswith("step 100/100")
+
+
+def test_a_terminal_gets_one_bar() -> None:
+    stream = Terminal()
+    display = Display(stream=stream)
+    for step in (1, 2, 3):
+        display.show(line(step, total_steps=3))
+    display.say("a warning")
+    display.close()
+    assert "3/3" in stream.getvalue()
+    assert "loss 0.3333" in stream.getvalue()
+    assert "a warning" in stream.getvalue()
+
+
+def test_the_tail_shows_what_is_new_also_after_a_restart(tmp_path: Path) -> None:
+    run = Storage(tmp_path)
+    run.append_text("metrics.jsonl", json.dumps(line(1)) + "\n")
+    stream = io.StringIO()
+    with RunTail(run, Display(stream=stream)):
+        with log_to_run(run, speak=True):
+            import logging
+
+            logging.getLogger("dreamfleet.trainers.run").warning("3 pictures were left out")
+        run.append_text("metrics.jsonl", json.dumps(line(2)) + "\n")
+        run.append_text("metrics.jsonl", '{"step": 3, "lo')  # still being written
+    shown = stream.getvalue()
+    assert "WARNING 3 pictures were left out" in shown
+    assert "step 2  loss 0.5000" in shown
+    assert "step 1 " not in shown
+    tail = progress._Growing(run, "metrics.jsonl")
+    run.write_text("metrics.jsonl", json.dumps(line(1)) + "\n")  # a restarted run writes it anew
+    assert tail.new_lines() == []
+    run.append_text("metrics.jsonl", "{}\n")
+    assert tail.new_lines() == ["{}"]
+
+
+def test_a_stop_mark_is_seen_on_disk_and_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LOCAL_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "BUCKET_POLL_SECONDS", 0.01)
+
+    class Bucket:
+        is_local = False
+        marked = False
+        looked = threading.Event()
+
+        def exists(self, name: str) -> bool:
+            self.looked.set()
+            return self.marked
+
+    run = Storage(tmp_path)
+    with watch_for_stop(run) as asked:
+        assert not asked()
+        run.write_text("STOP", "")
+        assert asked()
+    bucket = Bucket()
+    with watch_for_stop(bucket) as asked:  # type: ignore[arg-type]
+        assert bucket.looked.wait(10)
+        assert not asked()
+        bucket.marked = True
+        assert _eventually(asked)
+    with watch_for_stop(run, watch=False) as asked:
+        assert not asked()
+
+
+def test_the_first_signal_marks_and_the_second_interrupts(tmp_path: Path) -> None:
+    run = Storage(tmp_path)
+    run.write_text("STOP", "left over")
+    before = signal.getsignal(signal.SIGINT)
+
+    def be_interrupted() -> None:
+        with stop_on_signal(run, Display(stream=io.StringIO())) as stop:
+            assert not run.exists("STOP")
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.asked.is_set()
+            assert _eventually(lambda: run.exists("STOP"))
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        be_interrupted()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert run.exists("STOP"), "workers that outlive the driver would go on"
+
+
+def test_a_run_folder_is_held_by_one_process(tmp_path: Path) -> None:
+    run = Storage(tmp_path / "run")
+    code = "import sys; from dreamfleet.trainers.hold import claimed; from dreamfleet.datasets.storage import Storage\n"
+    code += "with claimed(Storage(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, run.path()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(RecipeError, match="another process is training into it"), claimed(run):
+        pass
+    other.kill()  # the lock ends with the process, however that ends
+    other.communicate()
+    with claimed(run):
+        pass
+    with claimed(Storage(tmp_path / "other")):
+        pass
+    assert not (tmp_path / "other").exists(), "a folder that never became a run is not left behind"
+
+
+def test_missing_inputs_are_told_before_workers_start(tmp_path: Path) -> None:
+    tree = tiny.make_recipe(tmp_path)
+    assert local_paths(build_recipe(tree)) == [str(tmp_path / "model"), str(tmp_path / "pictures")]
+    check_inputs(build_recipe(tree))
+    tree["model"]["pretrained_model_name_or_path"] = str(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="nowhere"):
+        check_inputs(build_recipe(tree))
+
+
+def test_workers_get_threads_and_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("SOMETHING_ELSE", "stays")
+    passed = worker_environment(3)
+    assert passed["OMP_NUM_THREADS"] == "3"
+    assert passed["AWS_ENDPOINT_URL"] == "http://127.0.0.1:1"
+    assert "SOMETHING_ELSE" not in passed
+
+
+def test_a_private_ray_gets_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    try:
+        with ray_session._authentication(private=True):
+            assert os.environ["RAY_AUTH_MODE"] == "token"
+            assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+        assert "RAY_AUTH_MODE" not in os.environ
+        assert "RAY_AUTH_TOKEN" not in os.environ
+        assert not (tmp_path / ".ray").exists()
+        with ray_session._authentication(private=False):
+            assert os.environ["RAY_AUTH_MODE"] == "disabled"
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
+        with ray_session._authentication(private=False):
+            assert (os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]) == ("token", "mine")
+    finally:
+        monkeypatch.undo()
+        ray_session._reread_authentication()
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:1", "ray://127.0.0.1:10001", "http://127.0.0.1:8265", "nonsense"]
+)
+def test_no_cluster_at_an_address_is_told_at_once(address: str) -> None:
+    with pytest.raises(ResourceError, match=r"--address"), ray_session.ray_session(address):
+        pass
+
+
+def test_folders_that_machines_do_not_share_are_told(tmp_path: Path) -> None:
+    output = Storage(tmp_path / "run")
+    near, far = (ray_session.Node(name, name, {}) for name in ("10.0.0.1", "10.0.0.2"))
+    unseen = ray_session.look_around([str(tmp_path), str(tmp_path / "nowhere")])
+    assert unseen == {"missing": [str(tmp_path / "nowhere")]}
+    marker = output.path(".seen-1")
+    with pytest.raises(StorageError, match=r"not shared: 10\.0\.0\.2 cannot see it"):
+        ray_session._refuse_unshared(
+            [(near, {"missing": []}), (far, {"missing": [marker, "/data"]})], output, ".seen-1"
+        )
+    with pytest.raises(StorageError, match=r"/data is missing on 10\.0\.0\.2"):
+        ray_session._refuse_unshared(
+            [(near, {"missing": []}), (far, {"missing": ["/data"]})], output, ".seen-1"
+        )
+
+
+@pytest.fixture
+def two_machines() -> Iterator[str]:
+    """The address of a cluster of two Ray nodes, one CPU each."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.mark.cluster
+def test_a_run_joins_a_cluster_of_two_machines(tmp_path: Path, two_machines: str) -> None:
+    tree = tiny.make_recipe(tmp_path, scaling__num_workers=2, scaling__placement_strategy="STRICT_SPREAD")
+    result = fit(build_recipe(tree), address=two_machines)
+    assert result.summary.workers == 2
+    assert result.summary.exit_reason == "completed"
+    assert not [name for name in os.listdir(result.run_folder) if name.startswith(".")]
+    tree = tiny.make_recipe(
+        tmp_path, scaling__num_workers=3, scaling__cpus_per_worker=1, output_dir=str(tmp_path / "b")
+    )
+    with pytest.raises(ResourceError, match="room for 2"):
+        fit(build_recipe(tree), address=two_machines)
+    assert not (tmp_path / "b").exists()
+
+
+def _eventually(condition: Any) -> bool:
+    for _ in range(500):
+        if condition():
+            return True
+        threading.Event().wait(0.01)
+    return False
