@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from servers import S3Server, s3_server  # noqa: F401 - a fixture
 
-from dreamfleet.datasets.errors import DataError, ResourceError, RunFailed
+from dreamfleet.datasets.errors import DataError, RecipeError, ResourceError, RunFailed
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.checkpoint import Checkpoints
 from dreamfleet.trainers.launch import fit
@@ -160,6 +161,28 @@ def test_ctrl_c_saves_and_ends_with_130(folder: Path) -> None:
     assert told["exit_reason"] == "interrupted"
     step = told["summary"]["steps"]
     assert (out / "checkpoints" / f"step-{step:06d}" / "manifest.json").exists()
+
+
+@pytest.mark.s3
+def test_a_run_into_a_bucket(
+    folder: Path,
+    local_ray: RaySession,
+    s3_server: S3Server,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The workers were started before the credentials were known: each run hands its own to them."""
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    seen: list[int] = []
+    changes = {"output_dir": s3_server.new_folder() + "/run", "scaling__num_workers": 1}
+    result = fit(make_recipe(folder, "bucket", **changes), on_progress=lambda line: seen.append(line["step"]))
+    assert seen[-1] == STEPS
+    run = Storage(result.run_folder)
+    assert run.exists("report.html")
+    assert losses(result.run_folder)
+    assert Checkpoints(run).steps()[-1] == STEPS
+    with pytest.raises(RecipeError, match="--resume"):
+        fit(make_recipe(folder, "bucket", **changes))
 
 
 def worker_processes() -> list[int]:

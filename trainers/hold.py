@@ -72,8 +72,8 @@ def stop_on_signal(run: Storage, display: Display) -> Iterator[Stop]:
 def claimed(run: Storage) -> Iterator[None]:
     """Hold a run folder for this process, and leave none behind that never became a run.
 
-    Raises RecipeError when another process trains into it now, StorageError when it cannot be made. Only disks can tell: the folder itself is locked, and
-    the lock ends with the process.
+    Raises RecipeError when another process trains into it now, StorageError when it cannot be made. Only disks can tell
+    who is there: the folder itself is locked, and the lock ends with the process.
     """
     if not run.is_local:
         yield
