@@ -34,11 +34,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing dreamfleet into $(VENV) (several minutes the first time)"
 	$(PIP) --upgrade pip setuptools wheel
 	$(PIP) torch numpy
-	DS_BUILD_OPS=0 PYTHONWARNINGS="ignore:Editable installation" $(PIP) --no-build-isolation --editable .
+	DS_BUILD_OPS=0 PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	DS_BUILD_OPS=0 PYTHONWARNINGS="ignore:Editable installation" $(PIP) --no-build-isolation --editable '.[test]'
+	DS_BUILD_OPS=0 PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[test]'
 	@touch $@
 
 install: $(VENV)/.installed ## .venv with dreamfleet and what it needs

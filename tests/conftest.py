@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def root() -> Path:
     """The root of the repository."""
     return ROOT
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_ray_is_left_running() -> Iterator[None]:
+    """A Ray left over from one file of tests would be met by the next one: end it, and say so."""
+    yield
+    if ray := sys.modules.get("ray"):
+        left = ray.is_initialized()
+        ray.shutdown()
+        assert not left, "this file of tests left Ray running"
