@@ -88,7 +88,7 @@ pocket: $(VENV)/.installed ## train the small model that ships (hours on two cor
 	$(BIN)/python examples/pocket/build.py
 
 bench: $(VENV)/.installed ## every measurement in benchmarks/, one after the other
-	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	@for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(BIN)/python "$$script"; done
 
 clean: ## what building leaves behind (keeps .venv and runs)
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
