@@ -105,7 +105,7 @@ def test_hugging_face_datasets_is_importable_in_a_ray_task(root: Path) -> None:
             import os, datasets, dreamfleet.datasets.errors as ours
             return os.getcwd(), hasattr(datasets, "load_dataset"), ours.__name__
 
-        ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR")
+        ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="ERROR")
         folder, whole, name = ray.get(look.remote())
         assert folder == os.getcwd() and whole and name == "dreamfleet.datasets.errors", (folder, whole, name)
     """
