@@ -22,9 +22,9 @@ from dreamfleet.trainers import progress, ray_session
 from dreamfleet.trainers.hold import claimed, stop_on_signal
 from dreamfleet.trainers.launch import fit
 from dreamfleet.trainers.preflight import check_inputs, local_paths
-from dreamfleet.trainers.progress import Display, RunTail, watch_for_stop
+from dreamfleet.trainers.progress import Display, RunTail, log_to_run, watch_for_stop
 from dreamfleet.trainers.recipe import build_recipe
-from dreamfleet.trainers.worker import log_to_run, worker_environment
+from dreamfleet.trainers.worker import worker_environment
 
 
 class Terminal(io.StringIO):

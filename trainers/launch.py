@@ -16,13 +16,13 @@ from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, Us
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.hold import Stop, claimed, stop_on_signal
 from dreamfleet.trainers.preflight import check_inputs, preflight, refuse_here, this_machine
-from dreamfleet.trainers.progress import Display, RunTail, watch_for_stop
+from dreamfleet.trainers.progress import Display, RunTail, log_to_run, watch_for_stop
 from dreamfleet.trainers.ray_session import RaySession, ray_session, starts_private_ray
 from dreamfleet.trainers.scaling import WorkerShare, worker_resources
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.recipe import Recipe
-    from dreamfleet.trainers.run import Summary
+    from dreamfleet.trainers.summary import Summary
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,8 @@ def _fit_here(recipe: Recipe, resume: bool, stop: Stop, display: Display, starte
     from dreamfleet.trainers.run import run_worker
 
     uses_gpu = worker_resources(recipe.scaling, [this_machine()]).uses_gpu
-    with watch_for_stop(Storage(recipe.output_dir)) as marked:
+    run = Storage(recipe.output_dir)
+    with log_to_run(run, speak=True), watch_for_stop(run) as marked:
         return run_worker(
             recipe,
             device="cuda" if uses_gpu else "cpu",
@@ -98,7 +99,7 @@ def _fit_here(recipe: Recipe, resume: bool, stop: Stop, display: Display, starte
 
 
 def _fit_on_ray(recipe: Recipe, address: str | None, stop: Stop, display: Display, started: float) -> Summary:
-    from dreamfleet.trainers.run import Summary
+    from dreamfleet.trainers.summary import Summary
 
     run = Storage(recipe.output_dir)
     if starts_private_ray(address):  # what this machine lacks can be said before Ray is started

@@ -142,6 +142,19 @@ class RunTail:
 
 
 @contextmanager
+def log_to_run(run: Storage, *, speak: bool) -> Iterator[None]:
+    """Write what dreamfleet's loggers say to ``run.log`` of the run folder, from where the driver shows it."""
+    project = logging.getLogger("dreamfleet")
+    project.setLevel(logging.INFO if speak else logging.ERROR)
+    handler = _RunLog(run)
+    project.addHandler(handler)
+    try:
+        yield
+    finally:
+        project.removeHandler(handler)
+
+
+@contextmanager
 def watch_for_stop(run: Storage, *, watch: bool = True) -> Iterator[Callable[[], bool]]:
     """Give a cheap ``should_stop()``: whether somebody has put the stop mark in the run folder.
 
@@ -220,3 +233,16 @@ class _LocalMark:
             return False
         self.next_look = now + LOCAL_POLL_SECONDS
         return os.path.exists(self.path)
+
+
+class _RunLog(logging.Handler):
+    def __init__(self, run: Storage):
+        super().__init__()
+        self.run = run
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.run.append_text(LOG_FILE, self.format(record).replace("\n", "\n  ") + "\n")
+        except Exception:  # noqa: BLE001 - what logging asks of every handler
+            self.handleError(record)

@@ -110,11 +110,9 @@ def ray_session(address: str | None = None, *, preload: Sequence[str] = ()) -> I
     # Imports run in the thread, not ray.init: Linux ends Ray's processes together with the *thread* that started them.
     importing = threading.Thread(target=_import_all, args=(preload,), daemon=True)
     importing.start()
-    with _authentication(private=target == "local"):
+    with _authentication(private=target == "local"), _environment(QUIET_LOCAL if target == "local" else {}):
         try:
             if target == "local":
-                for name, value in QUIET_LOCAL.items():
-                    os.environ.setdefault(name, value)
                 context = ray.init(
                     address="local",
                     object_store_memory=_object_store_bytes(),
@@ -125,15 +123,13 @@ def ray_session(address: str | None = None, *, preload: Sequence[str] = ()) -> I
                 context = _join(target)
             importing.join()
             yield RaySession(private=target == "local", address=context.address_info.get("address") or target)
-        except KeyboardInterrupt:
+        except BaseException as error:
             # Left in a hurry, another thread may still wait for Ray, and Ray ends the whole process when that thread
             # finds it shut down. It ends with the process anyway.
+            if not isinstance(error, KeyboardInterrupt):
+                ray.shutdown()
             raise
-        except BaseException:
-            ray.shutdown()
-            raise
-        else:
-            ray.shutdown()
+        ray.shutdown()
 
 
 def check_machines(session: RaySession, output: Storage, paths: Sequence[str]) -> None:
@@ -147,8 +143,6 @@ def check_machines(session: RaySession, output: Storage, paths: Sequence[str]) -
         return
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    import dreamfleet.trainers.ray_session as this
 
     marker = None
     if output.is_local:
@@ -172,8 +166,7 @@ def check_machines(session: RaySession, output: Storage, paths: Sequence[str]) -
                 cause = str(error).strip().splitlines()[-1]
                 raise ResourceError(
                     f"machine {node.address} cannot run dreamfleet ({cause}). Every machine needs the same Python and "
-                    f"the dreamfleet wheel (pip install, or in the image); this one runs {this.__name__} "
-                    f"on Python {sys.version.split()[0]}."
+                    f"the dreamfleet wheel (pip install, or in the image); here it is Python {sys.version.split()[0]}."
                 ) from error
     finally:
         if marker is not None:
@@ -236,20 +229,27 @@ def _authentication(*, private: bool) -> Iterator[None]:
         return
     ours = {"RAY_AUTH_MODE": "token"}
     if private:
-        ours["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        ours["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # or the person's own, where one is set
     elif not _has_token():
         ours["RAY_AUTH_MODE"] = "disabled"
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
-    _reread_authentication()
+    try:
+        with _environment(ours):
+            _reread_authentication()
+            yield
+    finally:
+        _reread_authentication()
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set the variables that are not set, for as long as the block runs."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name in added:
             os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-        _reread_authentication()
 
 
 def _has_token() -> bool:

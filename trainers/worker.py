@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from ray.train import UserCallback
 
 from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.storage import Storage
-from dreamfleet.trainers.progress import LOG_FILE, watch_for_stop
+from dreamfleet.trainers.progress import log_to_run, watch_for_stop
 
 # What a worker needs of the driver's environment. Values are never logged.
 PASSED_ON = ("TORCH_EXTENSIONS_DIR", "HF_HOME", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
@@ -79,29 +76,3 @@ class RaiseAtOnce(UserCallback):
         for _, error in sorted(worker_exceptions.items()):
             if isinstance(error, UserError | RunFailed):
                 raise error
-
-
-@contextmanager
-def log_to_run(run: Storage, *, speak: bool) -> Iterator[None]:
-    """Write what dreamfleet's loggers say to ``run.log`` of the run folder, from where the driver shows it."""
-    project = logging.getLogger("dreamfleet")
-    project.setLevel(logging.INFO if speak else logging.ERROR)
-    handler = _RunLog(run)
-    project.addHandler(handler)
-    try:
-        yield
-    finally:
-        project.removeHandler(handler)
-
-
-class _RunLog(logging.Handler):
-    def __init__(self, run: Storage):
-        super().__init__()
-        self.run = run
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self.run.append_text(LOG_FILE, self.format(record).replace("\n", "\n  ") + "\n")
-        except Exception:  # noqa: BLE001 - what logging asks of every handler
-            self.handleError(record)
