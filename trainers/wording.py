@@ -35,11 +35,13 @@ def number(value: float, digits: int = 3) -> str:
     """Write a figure with so many significant digits: 1 234, 0.0831, 5e-6, 12.5."""
     if isinstance(value, bool) or not math.isfinite(value):
         return str(value)
-    if value == int(value) and abs(value) < 1e15:
+    if value < 0:
+        return "\N{MINUS SIGN}" + number(-value, digits)
+    if value == int(value) and value < 1e15:
         return f"{int(value):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
-    if abs(value) >= 1000:
+    if value >= 1000:
         return number(round(value))
-    if abs(value) < 1e-3:
+    if value < 1e-3:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
         return f"{mantissa}e{int(exponent)}"
@@ -50,4 +52,6 @@ def number(value: float, digits: int = 3) -> str:
 def share(value: float) -> str:
     """Write a fraction as per cent: 0.4 %, 12 %, 100 %."""
     percent = value * 100
+    if 0 < percent < 0.05:
+        return "under 0.1 %"
     return f"{percent:.1f} %" if 0 < percent < 9.95 else f"{percent:.0f} %"
