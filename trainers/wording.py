@@ -53,5 +53,5 @@ def share(value: float) -> str:
     """Write a fraction as per cent: 0.4 %, 12 %, 100 %."""
     percent = value * 100
     if 0 < percent < 0.05:
-        return "under 0.1 %"
+        return "< 0.1 %"
     return f"{percent:.1f} %" if 0 < percent < 9.95 else f"{percent:.0f} %"
