@@ -24,7 +24,7 @@ $(BIN)/python:
 	@[[ -n "$(PYTHON)" ]] || { echo "dreamfleet needs Python 3.11 or newer: none found. On Debian or Ubuntu:" \
 		"sudo apt-get install python3 python3-venv; or name one: make PYTHON=/path/to/python3.12 ..." >&2; exit 2; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "$(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=/path/to/python3.12 ..." >&2; exit 2; }
+		echo "$(PYTHON) is missing, or older than Python 3.11; name another: make PYTHON=/path/to/python3.12 ..." >&2; exit 2; }
 	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { \
 		echo "$(PYTHON) cannot make virtual environments: sudo apt-get install python3-venv" >&2; exit 2; }
 	"$(PYTHON)" -m venv $(VENV)
