@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from backgrounds import KEYS, WEIGHTS
+from backgrounds import KEYS
 from clip import embed_pictures, embed_texts, measure_retrieval
 from curves import draw_curves
 from diffusers import StableDiffusionPipeline
 from export import FOLDER
 from pictures import draw_sheet, open_bank, write_caption
-from PIL import Image
 from subjects import CACHE, CAT_FACES, MONKEY_FACES
 from training import pick_device
 from transformers import CLIPModel, CLIPTokenizer
+from unet import BATCH as UNET_BATCH
+from unet import choose_rows
 from vae import measure_psnr
 
 STEPS, GUIDANCE, COUNT, AMONG = 25, 4.5, 100, 50
@@ -27,9 +28,12 @@ STEPS, GUIDANCE, COUNT, AMONG = 25, 4.5, 100, 50
 def draw_prompts(count: int, seed: int) -> list[str]:
     """Different subjects of the U-Net's world, each on a background drawn with the training's weights."""
     rng = np.random.default_rng(seed)
-    names = open_bank("narrow").names
+    bank = open_bank("narrow")
+    rows = choose_rows(bank)
+    names = [bank.names[i] for i in np.unique(bank.subjects[rows])]
+    weights = np.bincount(bank.backgrounds[rows], minlength=len(KEYS)) / len(rows)
     chosen = rng.permutation(len(names))[:count]
-    return [write_caption(names[i], KEYS[rng.choice(len(KEYS), p=WEIGHTS)], "a {s} {b}") for i in chosen]
+    return [write_caption(names[i], KEYS[rng.choice(len(KEYS), p=weights)], "a {s} {b}") for i in chosen]
 
 
 def generate(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, batch: int = 25) -> np.ndarray:
@@ -77,9 +81,7 @@ def measure(folder: Path = FOLDER) -> dict[str, Any]:
     prompts = draw_prompts(COUNT, seed=7)
     pictures = generate(pipeline, prompts, seed=1000)
     ranks = rank_prompts(clip, tokenizer, pictures, prompts)
-    draw_sheet(pictures[:40], 8, zoom=2).quantize(128, dither=Image.Dither.NONE).save(
-        folder / "samples.png", optimize=True
-    )
+    draw_sheet(pictures[:40], 8, zoom=2).save(folder / "samples.png", optimize=True)
     held_out, fresh = open_bank("held_out"), open_bank("fresh")
     return {
         "psnr_held_out": measure_psnr(pipeline.vae, held_out.pictures),
@@ -102,7 +104,9 @@ def read_log(name: str) -> list[dict[str, Any]]:
 
 def sum_hours() -> dict[str, float]:
     """Hours of training by stage, as logged on the machine that ran it."""
-    hours = {name: sum(row["seconds"] for row in read_log(name)) / 3600 for name in ("vae", "clip")}
+    hours = {
+        name: sum(row["seconds"] for row in read_log(name)) / 3600 for name in ("vae", "decoder", "clip")
+    }
     lines, last, seconds = read_log("unet"), 0, 0.0
     for line in lines:
         # A resumed run logs its first step alone: weigh every line by the steps it stands for.
@@ -114,14 +118,16 @@ def sum_hours() -> dict[str, float]:
 def write_card(folder: Path = FOLDER) -> None:
     """The stage `card`."""
     figures = measure(folder)
-    logs = {name: read_log(name) for name in ("vae", "clip", "unet")}
+    logs = {name: read_log(name) for name in ("vae", "decoder", "clip", "unet")}
     draw_curves(logs, folder / "curves.png")
     steps = {name: lines[-1]["step"] for name, lines in logs.items()}
     template = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
     narrow, held_out = open_bank("narrow"), open_bank("held_out")
     named = os.environ.get("POCKET_NAMED") or read_named()
     fields = {
-        "subjects": len(narrow.names),
+        "subjects": len(np.unique(narrow.subjects[choose_rows(narrow)])),
+        "clip_subjects": len(narrow.names),
+        "seen": f"{steps['unet'] * UNET_BATCH / 1000:.0f} thousand",
         "wide": len(open_bank("wide").names),
         "backgrounds": len(KEYS),
         "held_out": ", ".join(held_out.names),

@@ -90,6 +90,9 @@ def write_folder(folder: Path, clip: CLIPModel, vae: AutoencoderKL, unet: UNet2D
     build_scheduler().save_pretrained(folder / "scheduler")
     _write_json(folder / "image_encoder" / "preprocessor_config.json", _describe_processor())
     _write_json(folder / "model_index.json", _describe_pipeline())
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)  # safetensors writes for the owner alone
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"export: {size / 1e6:.2f} MB in {folder}")
     if size > LIMIT_BYTES:

@@ -1,8 +1,9 @@
-"""Encodes the narrow bank once: what the U-Net trains on are scaled latents of a memory-mapped file."""
+"""Encodes the U-Net's banks once: what the U-Net trains on are scaled latents of a memory-mapped file."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,14 +17,19 @@ BATCH = 64
 
 
 def write_latents() -> None:
-    """The stage `latents`: float16 latents in the bank's order; the small table beside it marks it complete."""
-    folder = CACHE / "latents"
+    """The stage `latents`: float16 latents in each bank's order; the small table beside it marks one complete."""
+    for name in ("narrow", "steady"):
+        _encode(name)
+
+
+def _encode(name: str) -> None:
+    folder = _place(name)
     if (folder / "table.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     device = pick_device()
     vae = AutoencoderKL.from_pretrained(CACHE / "folder" / "vae", torch_dtype=torch.float32).to(device).eval()
-    pictures = open_bank("narrow").pictures
+    pictures = open_bank(name).pictures
     shape = (len(pictures), 4, 16, 16)
     out = np.lib.format.open_memmap(folder / "latents.npy", "w+", np.float16, shape)
     with torch.no_grad():
@@ -37,6 +43,10 @@ def write_latents() -> None:
     print("latents:", shape, "std", round(spread, 3))
 
 
-def open_latents() -> np.ndarray:
-    """The latents that `write_latents` wrote."""
-    return np.load(CACHE / "latents" / "latents.npy", mmap_mode="r")
+def _place(name: str) -> Path:
+    return CACHE / ("latents" if name == "narrow" else f"latents_{name}")
+
+
+def open_latents(name: str = "narrow") -> np.ndarray:
+    """The latents of a bank that `write_latents` wrote."""
+    return np.load(_place(name) / "latents.npy", mmap_mode="r")

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from backgrounds import KEYS, SIZE, WEIGHTS, draw_background, say_background
 from PIL import Image, ImageFilter
-from subjects import CACHE, Subject, list_subjects
+from subjects import CACHE, SET_ASIDE, Subject, list_subjects
 
-VIEWS = {"narrow": 320, "wide": 24, "held_out": 40, "fresh": 4}
+VIEWS = {"narrow": 320, "steady": 96, "wide": 24, "held_out": 40, "fresh": 4}
+STEADY_SEED = 5
 # Written signs would be mirrored by a flip.
 NO_FLIP = ("bus", "ambulance", "red pepper")
 TEMPLATES = (
@@ -51,7 +52,7 @@ def write_caption(name: str, key: str | None, template: str) -> str:
     text = template.replace("{b}", background)
     if name in _PLURALS:
         text = text.replace("a {s}", "{s}")
-    elif name[0] in "aeiou":
+    elif name[0] in "aeiou" and not name.startswith("uni"):
         text = text.replace("a {s}", "an {s}")
     return " ".join(text.replace("{s}", name).split())
 
@@ -99,6 +100,16 @@ def compose(
     return canvas
 
 
+def compose_steady(emoji: Image.Image, key: str, rng: np.random.Generator, size: int = SIZE) -> Image.Image:
+    """Place an emoji upright in the middle: what the U-Net finishes on, so that noise alone shows it a shape."""
+    canvas = draw_background(key, rng, size)
+    side = round(size * rng.uniform(0.8, 0.88))
+    emoji = emoji.resize((side, side), Image.Resampling.LANCZOS)
+    x, y = ((size - side) // 2 + int(rng.integers(-1, 2)) for _ in range(2))
+    canvas.paste(emoji, (x, y), emoji)
+    return canvas
+
+
 def _compose_subject(job: tuple[int, Subject, int, int]) -> tuple[np.ndarray, list[int], list[str]]:
     """All views of one subject; the seed depends on the subject alone, so any order gives the same pictures."""
     index, subject, views, seed = job
@@ -107,8 +118,12 @@ def _compose_subject(job: tuple[int, Subject, int, int]) -> tuple[np.ndarray, li
     pictures = np.empty((views, SIZE, SIZE, 3), np.uint8)
     keys, captions = [], []
     for view in range(views):
-        key = int(rng.choice(len(KEYS), p=WEIGHTS))
-        pictures[view] = compose(emoji, KEYS[key], rng, flip=subject.name not in NO_FLIP)
+        if seed == STEADY_SEED:
+            key = int(rng.choice([i for i, name in enumerate(KEYS) if name.startswith(("plain", "scene"))]))
+            pictures[view] = compose_steady(emoji, KEYS[key], rng)
+        else:
+            key = int(rng.choice(len(KEYS), p=WEIGHTS))
+            pictures[view] = compose(emoji, KEYS[key], rng, flip=subject.name not in NO_FLIP)
         keys.append(key)
         captions.append(draw_caption(subject.name, KEYS[key], rng))
     return pictures, keys, captions
@@ -154,6 +169,7 @@ def iterate_parts() -> Iterator[tuple[str, list[Subject], int]]:
     subjects = list_subjects()
     train = [s for s in subjects if s.part == "train"]
     yield "narrow", train, 1
+    yield "steady", [s for s in train if s.name not in SET_ASIDE], STEADY_SEED
     yield "wide", [s for s in subjects if s.part == "wide"], 2
     yield "held_out", [s for s in subjects if s.part == "held_out"], 3
     yield "fresh", train, 4

@@ -83,6 +83,21 @@ WORLD = {
 }
 # fmt: on
 
+# Known to the VAE and CLIP only: subjects that resemble another, or whose shape is hard to tell at 64 pixels. A
+# small U-Net draws half as many subjects twice as well.
+# fmt: off
+SET_ASIDE = frozenset((
+    "hibiscus flower", "lotus flower", "potted plant", "mouse", "tiger", "rabbit", "horse", "monkey", "pig",
+    "poodle", "polar bear face", "hamster face", "wolf face", "paw prints", "squirrel", "bat", "deer", "gorilla",
+    "rhinoceros", "hedgehog", "kangaroo", "llama", "raccoon", "sloth", "mammoth", "crocodile", "lizard",
+    "green dinosaur", "tropical fish", "puffer fish", "squid", "seal", "caterpillar", "ant", "scorpion", "chicken",
+    "eagle", "peacock", "turkey", "taco", "meat on a bone", "chicken leg", "bacon", "green salad", "pretzel",
+    "sandwich", "garlic", "onion", "potato", "coconut", "mango", "rice ball", "spaghetti", "fried shrimp",
+    "bowl of ice cream", "candy", "custard", "honey pot", "chocolate bar", "glass of milk", "fire engine",
+    "ambulance", "steam train", "tractor", "bicycle", "helicopter",
+))
+# fmt: on
+
 # Whole categories that widen the VAE's and CLIP's eyes beyond the U-Net's world.
 WIDE_CATEGORIES = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects",
                    "Smileys & Emotion")  # fmt: skip

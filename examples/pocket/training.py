@@ -78,7 +78,7 @@ def train_stage(
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
     model.train()
-    since, saved, sums = time.time(), time.time(), {}
+    since, saved, sums, counted = time.time(), time.time(), {}, 0
     for step in range(start, steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * scale_rate(step, steps)
@@ -91,13 +91,14 @@ def train_stage(
         average.update(model, step)
         for key, value in {"loss": loss.item(), **figures}.items():
             sums[key] = sums.get(key, 0.0) + value
+        counted += 1
         if (step + 1) % 50 == 0:
-            row = {"step": step + 1, **{key: value / 50 for key, value in sums.items()}}
+            row = {"step": step + 1, **{key: value / counted for key, value in sums.items()}}
             row["seconds"] = time.time() - since
             with (folder / "metrics.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps(row) + "\n")
             print(name, row, flush=True)
-            since, sums = time.time(), {}
+            since, sums, counted = time.time(), {}, 0
         if time.time() - saved > SAVE_SECONDS or step + 1 == steps:
             state = {"model": model.state_dict(), "average": average.model.state_dict(), "step": step + 1}
             save_whole({**state, "optimizer": optimizer.state_dict()}, folder / "state.pt")

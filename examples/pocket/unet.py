@@ -17,8 +17,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from export import build_scheduler, split_clip
 from latents import open_latents
-from pictures import draw_caption, open_bank
-from subjects import CACHE
+from pictures import Bank, draw_caption, open_bank
+from subjects import CACHE, SET_ASIDE
 from training import pick_device
 from transformers import CLIPModel, CLIPTokenizer
 from vae import load_vae
@@ -36,6 +36,8 @@ from dreamfleet.trainers.sd.model import StableDiffusion
 from dreamfleet.trainers.sd.noise import draw_noise
 
 STEPS = int(os.environ.get("POCKET_STEPS", "9000"))
+# From here on subjects stand upright in the middle, so that noise alone can be told a shape.
+FINISH = 4800
 WORKERS = int(os.environ.get("POCKET_WORKERS", str(min(2, os.cpu_count() or 1))))
 BATCH = 32
 RATE = 8e-4
@@ -87,27 +89,41 @@ def assemble(unet: UNet2DConditionModel | None = None) -> StableDiffusion:
     return model
 
 
+def choose_rows(bank: Bank) -> np.ndarray:
+    """The views the U-Net trains on: its own subjects, on plain colours and scenes."""
+    subjects = np.array([name not in SET_ASIDE for name in bank.names])
+    keys = np.array([key.startswith(("plain", "scene")) for key in KEYS])
+    return np.flatnonzero(subjects[bank.subjects] & keys[bank.backgrounds])
+
+
 class Batches:
     """Batch `step` of the run: a function of the step alone, so that a resumed run goes on with the same ones."""
 
     def __init__(self, model: StableDiffusion, device: torch.device, rank: int = 0, world: int = 1) -> None:
         self.model, self.device, self.rank, self.world = model, device, rank, world
-        self.bank, self.latents = open_bank("narrow"), open_latents()
-        self.plan = BatchPlan([0] * len(self.latents), seed=SEED, global_batch=BATCH)
+        self.parts = {}
+        for name in ("narrow", "steady"):
+            bank = open_bank(name)
+            rows = choose_rows(bank)
+            plan = BatchPlan([0] * len(rows), seed=SEED, global_batch=BATCH)
+            self.parts[name] = (bank, open_latents(name), rows, plan)
 
     def draw(self, step: int) -> Batch:
         """Latents, contexts, noise and timesteps of one batch."""
-        draws = self.plan.draws(step, rank=self.rank, world=self.world)
-        keys = [("pocket", SEED, draw.epoch, draw.index) for draw in draws]
+        name = "narrow" if step < FINISH else "steady"
+        bank, latents, chosen, plan = self.parts[name]
+        draws = plan.draws(step, rank=self.rank, world=self.world)
+        rows = [int(chosen[draw.row]) for draw in draws]
+        keys = [(name, SEED, draw.epoch, row) for draw, row in zip(draws, rows, strict=True)]
         noise, timesteps = draw_noise(keys, (4, 16, 16), num_timesteps=1000)
         prompts = [
-            self._word(draw.index, numpy_rng("prompt", *key)) for draw, key in zip(draws, keys, strict=True)
+            self._word(bank, row, numpy_rng("prompt", *key)) for row, key in zip(rows, keys, strict=True)
         ]
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
             context = self.model.encode_text(self.model.tokenize(prompts).to(self.device)).float()
-        latents = np.stack([self.latents[draw.index] for draw in draws]).astype(np.float32)
+        values = np.stack([latents[row] for row in rows]).astype(np.float32)
         return {
-            "latents": torch.from_numpy(latents),
+            "latents": torch.from_numpy(values),
             "noise": noise,
             "timesteps": timesteps,
             "context": context,
@@ -119,12 +135,10 @@ class Batches:
         """Batches from a step on."""
         return map(self.draw, itertools.count(start_step))
 
-    def _word(self, index: int, rng: np.random.Generator) -> str:
+    def _word(self, bank: Bank, index: int, rng: np.random.Generator) -> str:
         if rng.random() < EMPTY_SHARE:
             return ""
-        return draw_caption(
-            self.bank.names[self.bank.subjects[index]], KEYS[self.bank.backgrounds[index]], rng
-        )
+        return draw_caption(bank.names[bank.subjects[index]], KEYS[bank.backgrounds[index]], rng)
 
 
 def scale_rate(step: int) -> float:
@@ -173,7 +187,8 @@ def run_worker(rank: int, world: int) -> None:
     # Fused attention has a slow backward pass on CPUs.
     model.unet.set_attn_processor(AttnProcessor())
     model.to(device)
-    method = Pretraining(model, Setting(snr_gamma=5.0))
+    # No min-SNR weights: for the velocity they all but leave out the noisy half, where shapes are decided.
+    method = Pretraining(model, Setting())
     run = Storage(str(FOLDER))
     checkpoints, start = Checkpoints(run, limit=2), 0
     last = checkpoints.load_latest()
@@ -182,7 +197,7 @@ def run_worker(rank: int, world: int) -> None:
         start = last.step
     engine = TorchEngine(
         method,
-        config=EngineConfig(use_ema=True, ema_decay=0.999),
+        config=EngineConfig(use_ema=True, ema_decay=0.995),
         optimizer=OptimizerConfig(learning_rate=RATE),
         mixed_precision="bf16",
         device=device,

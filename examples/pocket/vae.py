@@ -13,8 +13,8 @@ STEPS = 3700
 BATCH = 12
 RATE = 1.5e-3
 KL_WEIGHT = 5e-6
-DECODER_STEPS = 1500
-DECODER_RATE = 8e-4
+DECODER_STEPS = 2400
+DECODER_RATE = 6e-4
 
 
 def build_vae() -> AutoencoderKL:
