@@ -114,7 +114,7 @@ def measure_subject(name: str, noun: str, train_dir: Path, real_dir: Path, folde
 
 def main() -> None:
     """Measure the subjects that are at hand."""
-    subjects = {"cat": ("cat", ROOT / "examples/cat/train", ROOT / "examples/cat/holdout")}
+    subjects = {"cat": ("cat face", ROOT / "examples/cat/train", ROOT / "examples/cat/holdout")}
     if (DREAMBENCH / "duck_toy").is_dir():
         subjects["duck_toy"] = ("duck", DREAMBENCH / "duck_toy", DREAMBENCH / "duck_toy")
     chosen = sys.argv[1:] or list(subjects)

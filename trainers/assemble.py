@@ -175,7 +175,9 @@ def gather_class_images(recipe: Recipe, sets: Sets, method: Method, place: Place
         here = len(list_pictures(storage))
         if here < prior.num_class_images:
             if place.leads:
-                log.info("generating %d class pictures of %r", prior.num_class_images - here, class_set.prompt)
+                log.info(
+                    "generating %d class pictures of %r", prior.num_class_images - here, class_set.prompt
+                )
             place.wait()  # everyone has counted before anyone writes
             generate_class_images(
                 method.model,

@@ -72,7 +72,9 @@ class Recorder:
                 "recipe.yaml", f"{provenance(self.recipe, self.parts)}{self.recipe.to_yaml()}"
             )
             self.metrics = Metrics(self.run, start_step=self.start_step, report_to=self.recipe.report_to)
-            measured = [line for line in read_metrics(self.run) if line.get("step") and "holdout_loss" in line]
+            measured = [
+                line for line in read_metrics(self.run) if line.get("step") and "holdout_loss" in line
+            ]
             if measured:
                 self.best = min((line["holdout_loss"], line["step"]) for line in measured)
             if self.start_step == 0:
