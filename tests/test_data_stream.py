@@ -65,6 +65,7 @@ def local_ray(s3_server):  # noqa: F811
     import ray
 
     ray.init(
+        address="local",
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
