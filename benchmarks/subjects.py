@@ -23,7 +23,7 @@ SCENES = [
     "on a black background",
     "on a yellow background",
     "on a white background",
-    "on a striped background",
+    "on an orange background",
     "on the beach",
     "in the snow",
     "at night",
