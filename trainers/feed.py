@@ -6,7 +6,6 @@ import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,8 +168,3 @@ class Preparer:
 def to_samples(index: Index) -> list[Sample]:
     """List the rows of an index as methods see them."""
     return [Sample(row.id, row.caption, row.concept, row.role, row.uri) for row in index.rows()]
-
-
-def pin(batch: dict[str, Any]) -> dict[str, Any]:
-    """Put a batch's tensors in page-locked memory, from where a GPU copies without waiting."""
-    return {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}

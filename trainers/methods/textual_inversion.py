@@ -73,7 +73,7 @@ class TextualInversion(Method):
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
         """Fill a template line drawn for this use of the picture with the placeholder and the picture's caption."""
-        template = self._templates[int(rng.integers(len(self._templates)))]
+        template = captions.choose_template(self._templates, rng)
         return captions.make_caption(
             sample.caption,
             template=template,
