@@ -13,7 +13,7 @@ HEAVY = {  # library -> the folders and files that may import it
         "cluster/", "tune/", "datasets/stream.py", "datasets/cache.py",
         "trainers/worker.py", "trainers/launch.py", "trainers/ray_session.py",
     ),
-    "deepspeed": ("trainers/engine.py",),
+    "deepspeed": ("trainers/zero_",),
     "diffusers": ("trainers/sd/", "trainers/methods/"),
     "transformers": ("trainers/sd/", "trainers/methods/"),
 }  # fmt: skip

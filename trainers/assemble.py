@@ -16,7 +16,7 @@ from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.sets import Sets, load_sets
 from dreamfleet.datasets.storage import Storage
-from dreamfleet.trainers.engine import DTYPES, TorchEngine
+from dreamfleet.trainers.engine import DTYPES, Engine, TorchEngine
 from dreamfleet.trainers.feed import Feed, Preparer
 from dreamfleet.trainers.loop import Schedule
 from dreamfleet.trainers.methods.base import Method, Setting, discover
@@ -25,6 +25,7 @@ from dreamfleet.trainers.pictures import load_pictures
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.schedule import last_step
 from dreamfleet.trainers.sd.model import StableDiffusion, load_model
+from dreamfleet.trainers.zero_engine import ZeroEngine
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Parts:
     sets: Sets
     model: StableDiffusion
     method: Method
-    engine: TorchEngine
+    engine: Engine
     feed: Feed
     prepare: Preparer
     rates: dict[str, Callable[[int], float]]
@@ -115,7 +116,7 @@ def assemble(recipe: Recipe, place: Place) -> Parts:
         world=place.world,
         num_micros=train.gradient_accumulation_steps,
     )
-    engine = TorchEngine(
+    engine = (TorchEngine if recipe.engine.zero_stage == "auto" else ZeroEngine)(
         method,
         config=recipe.engine,
         optimizer=recipe.optimizer,

@@ -83,7 +83,7 @@ def _check_step(parts: Parts) -> str:
 
 
 def _check_export(recipe: Recipe, parts: Parts) -> str:
-    with tempfile.TemporaryDirectory(prefix="dreamfleet-check-") as folder:
+    with tempfile.TemporaryDirectory(prefix="dreamfleet-check-") as folder, parts.engine.whole():
         paths = parts.method.export(
             Path(folder),
             recipe.run_name,

@@ -14,7 +14,7 @@ from pydantic import AliasChoices, Field
 from dreamfleet.datasets.errors import RunFailed
 from dreamfleet.datasets.keyed import key
 from dreamfleet.datasets.section import Section
-from dreamfleet.trainers.engine import TorchEngine
+from dreamfleet.trainers.engine import Engine
 from dreamfleet.trainers.methods.base import Batch, Method
 
 
@@ -75,7 +75,7 @@ class Schedule:
 
 def train(
     method: Method,
-    engine: TorchEngine,
+    engine: Engine,
     batches: Iterator[Batch],
     prepare: Callable[[Batch], Batch],
     *,
@@ -121,7 +121,7 @@ def train(
     return Outcome(schedule.total, "completed", meter.figures)
 
 
-def _rehearse(engine: TorchEngine, prepare: Callable[[Batch], Batch], batch: Batch) -> None:
+def _rehearse(engine: Engine, prepare: Callable[[Batch], Batch], batch: Batch) -> None:
     # Forward and backward once, thrown away: running out of memory shows in the first minute, not at the first save. It
     # also lets DDP settle its buckets, so that the first step after a resume sums gradients in the same order.
     with torch.random.fork_rng():  # a resumed run rehearses where the straight one did not
@@ -132,7 +132,7 @@ def _rehearse(engine: TorchEngine, prepare: Callable[[Batch], Batch], batch: Bat
 class _Meter:
     """Adds up losses on the device and reads them only when a line is logged; no host sync in a step."""
 
-    def __init__(self, engine: TorchEngine):
+    def __init__(self, engine: Engine):
         self.engine = engine
         self.figures: dict[str, Any] = {}
         self.total_wait = self.total_time = 0.0

@@ -95,11 +95,13 @@ class Recorder:
         """Save a checkpoint; every rank calls, rank 0 writes, all wait until it is whole."""
         if step in self.checkpoints.steps():
             return
+        # Every rank: an engine that shards gathers here.
+        learned, engine = self.parts.engine.learned(), self.parts.engine.state()
         if self.place.leads:
             self.checkpoints.save(
                 step,
-                learned=self.parts.method.state(),
-                engine=self.parts.engine.state(),
+                learned=learned,
+                engine=engine,
                 meta={
                     "method": self.recipe.method.name,
                     "workers": self.place.world,
@@ -112,25 +114,30 @@ class Recorder:
         self.place.wait()
 
     def validate(self, step: int) -> dict[str, float]:
-        """Measure the held-out loss; every rank gets rank 0's figure."""
-        if self.held_out is None or not self.place.leads:
+        """Measure the held-out loss on rank 0; every rank calls, as the weights may have to be gathered."""
+        if self.held_out is None:
             return {}
         with self.parts.engine.averaged():
+            if not self.place.leads:
+                return {}
             loss = self.held_out.measure(self.parts.engine)
         if step and (self.best is None or loss < self.best[0]):
             self.best = (loss, step)
         return {"holdout_loss": loss}
 
     def sample(self, step: int) -> None:
-        """Draw the preview grid of a step."""
+        """Draw the preview grid of a step on rank 0; every rank calls, as the weights may have to be gathered."""
         from dreamfleet.trainers.sd.sample import picture_grid
 
         validation = self.recipe.validation
-        if not validation.prompts or not self.place.leads:
+        if not validation.prompts:
             return
-        pictures, cells = draw_previews(
-            self.parts.method, self.parts.engine, validation, self.recipe.data.resolution
-        )
+        with self.parts.engine.averaged():
+            if not self.place.leads:
+                return
+            pictures, cells = draw_previews(
+                self.parts.method, self.parts.engine, validation, self.recipe.data.resolution
+            )
         if wants_judge(validation):
             figures = self._judge().score(pictures, cells)
             self.figures.update(figures)
@@ -153,11 +160,13 @@ class Recorder:
         return folder_name(best if best in steps else steps[-1])
 
     def close(self, summary: Summary, step: int, *, began: float) -> None:
-        """Export, write the summary and the report."""
+        """Export, write the summary and the report on rank 0; every rank calls, as the weights may be gathered."""
+        if summary.exit_reason == "completed":
+            with self.parts.engine.whole():
+                if self.place.leads:
+                    summary.exports = self._export(step)
         if not self.place.leads:
             return
-        if summary.exit_reason == "completed":
-            summary.exports = self._export(step)
         summary.figures.update(self.figures)
         summary.wall_seconds = time.time() - began
         self.run.write_text("summary.json", json.dumps(dataclasses.asdict(summary), indent=1))
@@ -168,7 +177,7 @@ class Recorder:
         write_report(self.run)
 
     def _export(self, step: int) -> list[str]:
-        with tempfile.TemporaryDirectory(prefix="dreamfleet-export-") as folder, self.parts.engine.averaged():
+        with tempfile.TemporaryDirectory(prefix="dreamfleet-export-") as folder:
             paths = self.parts.method.export(
                 Path(folder),
                 self.recipe.run_name,

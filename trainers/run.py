@@ -130,7 +130,7 @@ def _restore(found: Checkpoint, recipe: Recipe, parts: Parts, place: Place) -> i
             f"the checkpoint of step {found.step} is of {name}, this recipe is for {recipe.method.name}"
         )
     try:
-        parts.method.load_state(found.learned)
+        parts.engine.load_learned(found.learned)
         parts.engine.load_state(found.engine)
     except RecipeError as error:
         raise CheckpointError(f"the checkpoint of step {found.step} does not fit: {error}") from error

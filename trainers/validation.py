@@ -14,7 +14,7 @@ from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.datasets.index import build_index
 from dreamfleet.datasets.keyed import numpy_rng
 from dreamfleet.datasets.section import Section
-from dreamfleet.trainers.engine import TorchEngine
+from dreamfleet.trainers.engine import Engine
 from dreamfleet.trainers.feed import to_samples
 from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.pictures import encode_index
@@ -67,7 +67,7 @@ class HeldOutLoss:
         self.prompts = [method.prompt(s, numpy_rng("holdout", s.id), fixed) for s in samples]
 
     @torch.no_grad()
-    def measure(self, engine: TorchEngine) -> float:
+    def measure(self, engine: Engine) -> float:
         """Return the mean loss over pictures and timesteps, without SNR weights."""
         device, losses = engine.device, []
         model = self.method.model
@@ -89,9 +89,12 @@ class HeldOutLoss:
 
 
 def draw_previews(
-    method: Method, engine: TorchEngine, config: ValidationConfig, resolution: int
+    method: Method, engine: Engine, config: ValidationConfig, resolution: int
 ) -> tuple[list[Image.Image], list[dict[str, Any]]]:
-    """Draw ``num_images`` pictures of every prompt at fixed seeds; returns them with prompt, seed and cell of each."""
+    """Draw ``num_images`` pictures of every prompt at fixed seeds; returns them with prompt, seed and cell of each.
+
+    The weights are those the method holds: ``engine.averaged()`` around this draws the averaged ones.
+    """
     from dreamfleet.trainers.sd.sample import generate
 
     cells: list[dict[str, Any]] = [
@@ -103,7 +106,7 @@ def draw_previews(
     for part in method.model.modules().values():
         part.eval()
     try:
-        with engine.autocast(), engine.averaged():
+        with engine.autocast():
             pictures = generate(
                 method.model,
                 [cell["prompt"] for cell in cells],

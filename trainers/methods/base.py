@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -166,17 +166,9 @@ class Method(nn.Module):
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Put back what :meth:`state` gave. Raises RecipeError when names or shapes differ."""
         mine = self.state()
-        if wrong := sorted(mine.keys() ^ state.keys()):
-            raise RecipeError(
-                f"{self.name}: the saved state has other parameters than this recipe ({', '.join(wrong[:4])})"
-            )
+        check_fits(self.name, {name: tensor.shape for name, tensor in mine.items()}, state)
         with torch.no_grad():
             for name, tensor in mine.items():
-                if tensor.shape != state[name].shape:
-                    raise RecipeError(
-                        f"{self.name}: {name} was saved with shape {list(state[name].shape)}, "
-                        f"but this recipe makes {list(tensor.shape)}"
-                    )
                 tensor.copy_(state[name])
 
     def export(
@@ -200,6 +192,20 @@ class Method(nn.Module):
                     f"{self.name} has no export format {chosen!r}; it has: {', '.join(self.all_formats)}"
                 )
         return tuple(formats) if formats else self.formats
+
+
+def check_fits(method: str, shapes: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:
+    """Check that a saved state has these names and shapes. Raises RecipeError naming the first that differs."""
+    if wrong := sorted(shapes.keys() ^ state.keys()):
+        raise RecipeError(
+            f"{method}: the saved state has other parameters than this recipe ({', '.join(wrong[:4])})"
+        )
+    for name, shape in shapes.items():
+        if shape != state[name].shape:
+            raise RecipeError(
+                f"{method}: {name} was saved with shape {list(state[name].shape)}, "
+                f"but this recipe makes {list(shape)}"
+            )
 
 
 _REGISTRY: dict[str, type[Method]] = {}

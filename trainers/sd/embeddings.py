@@ -26,6 +26,8 @@ class SplicedEmbedding(nn.Module):
         super().__init__()
         self.table = table
         self.words: dict[str, nn.Parameter] = {}
+        # Kept apart: where an engine shards parameters, the vectors are empty between uses.
+        self.counts: dict[str, int] = {}
 
     @property
     def weight(self) -> Tensor:
@@ -34,15 +36,15 @@ class SplicedEmbedding(nn.Module):
 
     def splice(self, word: str, vectors: nn.Parameter) -> None:
         """Append ``vectors`` ``[n, D]`` as the meaning of ``word``; replaces an earlier meaning of the same width."""
-        self.words[word] = vectors
+        self.words[word], self.counts[word] = vectors, len(vectors)
 
     def ids(self, word: str) -> range:
         """Return the ids of the word's vectors."""
         start = self.table.num_embeddings
-        for known, vectors in self.words.items():
+        for known, count in self.counts.items():
             if known == word:
-                return range(start, start + len(vectors))
-            start += len(vectors)
+                return range(start, start + count)
+            start += count
         raise KeyError(word)
 
     def forward(self, input_ids: Tensor) -> Tensor:

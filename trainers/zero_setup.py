@@ -1,0 +1,153 @@
+"""What DeepSpeed needs before its first step: its JSON, an import that keeps stdout clean, a group, its CPU Adam."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dreamfleet.datasets.errors import ResourceError
+from dreamfleet.trainers.engine import EngineConfig
+
+log = logging.getLogger(__name__)
+
+# In elements. DeepSpeed's own 500 million would take 1 GB of the memory that people come to save.
+BUCKET = 50_000_000
+
+
+def zero_config(
+    config: EngineConfig, *, mixed_precision: str, max_grad_norm: float, num_micros: int, num_params: int
+) -> dict[str, Any]:
+    """Translate our settings into DeepSpeed's JSON; ``num_params`` counts the elements that learn.
+
+    Stages 1 to 3 use DeepSpeed's own half-precision modes: weights and gradients in 16 bits, and fp32 weights in the
+    sharded optimizer. Stage 0 has no sharded optimizer: fp32 weights under autocast, as in TorchEngine.
+    Source: https://www.deepspeed.ai/docs/config-json/
+    """
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage:
+        bucket = min(BUCKET, num_params + num_params % 2)  # DeepSpeed refuses odd ones
+        zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if config.offload_optimizer_device != "none":
+        zero["offload_optimizer"] = {"device": config.offload_optimizer_device}
+    if config.offload_param_device != "none":
+        zero["offload_param"] = {"device": config.offload_param_device}
+    told: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # only counts samples for a log of DeepSpeed's that is off
+        "gradient_accumulation_steps": num_micros,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": zero,
+    }
+    if mixed_precision == "fp16" and config.zero_stage:  # the loss scale of torch's GradScaler
+        told["fp16"] = {
+            "enabled": True,
+            "initial_scale_power": 16,
+            "loss_scale_window": 2000,
+            "hysteresis": 1,
+        }
+    elif mixed_precision == "fp16":
+        told["torch_autocast"] = {"enabled": True, "dtype": "float16"}
+    elif mixed_precision == "bf16" and config.zero_stage:
+        told["bf16"] = {"enabled": True}
+    return told
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed for a device, its log going where ours goes. Raises ResourceError when it is not installed."""
+    # Read once, at the first import; without it, a run on the CPU of a machine with a GPU would get the GPU.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    # DeepSpeed takes the device's number from here.
+    os.environ["LOCAL_RANK"] = (
+        str(device.index or 0) if device.type == "cuda" else os.environ.get("LOCAL_RANK", "0")
+    )
+    try:
+        with stdout_to_stderr():
+            import deepspeed
+    except ImportError as error:
+        raise ResourceError(
+            f"engine.zero_stage needs DeepSpeed, which cannot be imported here ({error}): install it with "
+            "pip install --no-build-isolation deepspeed, or set engine.zero_stage: auto"
+        ) from error
+    # At every gather of weights: DeepSpeed calls torch by names that torch renames.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    own = logging.getLogger("DeepSpeed")
+    own.handlers.clear()  # it writes to stdout, where results go
+    own.propagate = True
+    # The op it would compile for gloo, a minute long, serves inference only.
+    deepspeed.ops.__compatible_ops__ = {}
+    return deepspeed
+
+
+def join_group(device: torch.device) -> bool:
+    """Make a process group of this process alone unless there is one already; says whether it did."""
+    if dist.is_initialized():
+        return False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return True
+
+
+def make_cpu_adam(plain: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Build DeepSpeed's AdamW for offloaded states, with the groups and settings of a plain one.
+
+    Compiles it where that has not been done yet: minutes, once a machine, kept in TORCH_EXTENSIONS_DIR or
+    ``~/.cache/torch_extensions``. Raises ResourceError when it cannot be compiled.
+    """
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    try:
+        with _sole_builder("cpu_adam"), stdout_to_stderr():
+            CPUAdamBuilder().load(verbose=False)
+    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ResourceError(
+            "engine.offload_optimizer_device: cpu compiles DeepSpeed's CPU Adam at its first use, which failed "
+            f"({reason}); every machine needs a C++ compiler and ninja (apt-get install g++ python3-dev; pip install "
+            "ninja), or set engine.offload_optimizer_device: none"
+        ) from error
+    groups = [{key: group[key] for key in ("params", "name")} for group in plain.param_groups]
+    options = {key: plain.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}
+    return DeepSpeedCPUAdam(groups, **options, adamw_mode=True)
+
+
+@contextmanager
+def _sole_builder(op: str) -> Iterator[None]:
+    """Let one process of this machine at a time load a compiled op, and clear what a killed one left.
+
+    torch marks a build by a file, and waits for ever for one whose builder was killed. Our lock ends with its holder,
+    so whoever has it knows that the file is a leftover.
+    """
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory(op, verbose=False))
+    with (folder / "dreamfleet.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        if not (folder / f"{op}.so").exists():
+            log.warning("compiling DeepSpeed's %s, once on this machine: some minutes", op)
+        yield
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Send to stderr what is printed meanwhile, also by compilers: stdout carries results."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
