@@ -174,16 +174,16 @@ def test_a_private_ray_gets_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     try:
-        with ray_session._authentication(private=True):
+        with ray_session.authentication(private=True):
             assert os.environ["RAY_AUTH_MODE"] == "token"
             assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
         assert "RAY_AUTH_MODE" not in os.environ
         assert "RAY_AUTH_TOKEN" not in os.environ
         assert not (tmp_path / ".ray").exists()
-        with ray_session._authentication(private=False):
+        with ray_session.authentication(private=False):
             assert os.environ["RAY_AUTH_MODE"] == "disabled"
         monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
-        with ray_session._authentication(private=False):
+        with ray_session.authentication(private=False):
             assert (os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]) == ("token", "mine")
     finally:
         monkeypatch.undo()

@@ -110,7 +110,7 @@ def ray_session(address: str | None = None, *, preload: Sequence[str] = ()) -> I
     # Imports run in the thread, not ray.init: Linux ends Ray's processes together with the *thread* that started them.
     importing = threading.Thread(target=_import_all, args=(preload,), daemon=True)
     importing.start()
-    with _authentication(private=target == "local"), _environment(QUIET_LOCAL if target == "local" else {}):
+    with authentication(private=target == "local"), environment(QUIET_LOCAL if target == "local" else {}):
         try:
             if target == "local":
                 context = ray.init(
@@ -217,7 +217,7 @@ def _join(target: str) -> Any:
 
 
 @contextmanager
-def _authentication(*, private: bool) -> Iterator[None]:
+def authentication(*, private: bool) -> Iterator[None]:
     """Set RAY_AUTH_MODE outright where the user has not, for Ray's default differs between 2.59, 2.60 and 2.61.
 
     A private Ray listens on the machine's network address, and whoever reaches an open one can run code there: it gets
@@ -233,7 +233,7 @@ def _authentication(*, private: bool) -> Iterator[None]:
     elif not _has_token():
         ours["RAY_AUTH_MODE"] = "disabled"
     try:
-        with _environment(ours):
+        with environment(ours):
             _reread_authentication()
             yield
     finally:
@@ -241,7 +241,7 @@ def _authentication(*, private: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def environment(values: Mapping[str, str]) -> Iterator[None]:
     """Set the variables that are not set, for as long as the block runs."""
     added = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(added)

@@ -1,0 +1,221 @@
+"""Commands on the jobs of a cluster: submit, jobs, logs, stop."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dreamfleet.cluster.cli_base import INTERRUPTED, AsJson, Verbose, print_json, work
+
+if TYPE_CHECKING:
+    from dreamfleet.cluster.jobs import Job, JobServer
+
+COMMANDS = ("train", "tune")
+
+ServerAddress = Annotated[
+    str | None,
+    typer.Option(
+        help="Dashboard of the head node, http://HEAD:8265; else RAY_API_SERVER_ADDRESS; else this machine's.",
+        show_default=False,
+    ),
+]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="A job, as `dreamfleet jobs` names it.")]
+
+
+def submit(
+    ctx: typer.Context,
+    command: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="COMMAND", help="-- train|tune RECIPE [KEY.PATH=VALUE ...] [--resume]", show_default=False
+        ),
+    ],
+    address: ServerAddress = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Show what the job prints; exit as the run does.")
+    ] = False,
+    shared: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A folder all machines of the cluster see under this name; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY[=VALUE]",
+            help="A variable for the job; KEY alone takes it from here. Ray shows it to who may see jobs. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Send a run to a cluster and print the job's ID.
+
+    Along go the installed dreamfleet, the resolved recipe, and the local pictures, models and other files it names, up
+    to 200 MiB; s3:// addresses and paths under --shared stay as they are. output_dir must be one of those: the job ends
+    with its cluster, the run does not. Submitting again with --resume goes on from its newest checkpoint.
+    """
+    name, recipe, overrides, options = _parse(ctx, command)
+    with work():
+        import os
+
+        from dreamfleet.cluster.jobs import job_server
+        from dreamfleet.cluster.parcel import check_here, pack
+        from dreamfleet.cluster.submit import read_environment, send
+        from dreamfleet.trainers.recipe import load_recipe
+
+        loaded = load_recipe(recipe, overrides)
+        parcel = pack(loaded, shared=shared or ())
+        environment = read_environment(env or (), os.environ)
+        check_here(loaded)
+        with job_server(address) as server:
+            job_id = send(server, parcel, [name, *options], typed=command, environment=environment, say=_say)
+    if as_json:
+        print_json({"id": job_id, "address": server.address, "output_dir": loaded.output_dir})
+    else:
+        print(job_id, flush=True)
+    _say(f"submitted; see it with: dreamfleet logs {job_id} --follow; end it with: dreamfleet stop {job_id}")
+    if follow:
+        _follow(address, job_id)
+
+
+def jobs(address: ServerAddress = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """List the jobs that were submitted to a cluster."""
+    with work():
+        from dreamfleet.cluster.jobs import job_server
+
+        with job_server(address) as server:
+            found = server.jobs()
+    if as_json:
+        print_json([_plain(job) for job in found])
+        return
+    rows = [("ID", "STATE", "STARTED", "TIME", "COMMAND", "OUTPUT_DIR"), *map(_row, found)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+def logs(
+    job_id: JobId,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on until the job is over; exit as it does.")
+    ] = False,
+    address: ServerAddress = None,
+    verbose: Verbose = False,
+) -> None:
+    """Print what a job has printed."""
+    if follow:
+        _follow(address, job_id, to_stdout=True)
+        return
+    with work():
+        from dreamfleet.cluster.jobs import job_server
+
+        with job_server(address) as server:
+            text = server.logs(job_id)
+    print(text, end="")
+
+
+def stop(job_id: JobId, address: ServerAddress = None, verbose: Verbose = False) -> None:
+    """Let a job save a checkpoint and end; wait for it.
+
+    It ends after the step in hand. After 15 minutes Ray kills what is still running.
+    """
+    with work():
+        from dreamfleet.cluster.jobs import job_server
+
+        with job_server(address) as server:
+            job = server.job(job_id)
+            if not job.is_over:
+                printed = len(server.logs(job_id))
+                server.stop(job_id)
+                _say(f"stopping {job_id}: it saves a checkpoint and ends")
+                job = _watch(server, job_id, sys.stderr, skip=printed)
+    print(f"{job_id} {job.state}")
+
+
+def _parse(ctx: typer.Context, command: list[str]) -> tuple[str, Path, list[str], list[str]]:
+    """Read ``train RECIPE key=value --option`` as that command itself would: (name, recipe, overrides, options)."""
+    from dreamfleet.datasets.errors import RecipeError
+
+    name, *rest = command
+    assert ctx.parent is not None
+    group: Any = ctx.parent.command
+    if name not in COMMANDS:
+        raise RecipeError(
+            f"submit {name}: a job can {' or '.join(COMMANDS)} a recipe: dreamfleet submit -- train RECIPE"
+        )
+    target = group.commands[name]
+    parsed = target.make_context(f"dreamfleet submit -- {name}", list(rest))
+    options: list[str] = []
+    for parameter in target.params:
+        source = parsed.get_parameter_source(parameter.name)
+        if parameter.param_type_name != "option" or source is None or source.name != "COMMANDLINE":
+            continue
+        if parameter.name == "address":
+            raise RecipeError(
+                "--address behind `--`: the job joins the cluster it is sent to; name that one before the `--`"
+            )
+        options.append(parameter.opts[0])
+        if not parameter.is_flag:
+            options.append(str(parsed.params[parameter.name]))
+    return name, parsed.params["recipe"], parsed.params["overrides"] or [], options
+
+
+def _follow(address: str | None, job_id: str, *, to_stdout: bool = False) -> None:
+    """Show a job until it is over, then exit as it did; Ctrl-C leaves the job alone."""
+    out = sys.stdout if to_stdout else sys.stderr
+    try:
+        with work():
+            from dreamfleet.cluster.jobs import job_server
+
+            with job_server(address) as server:
+                job = _watch(server, job_id, out)
+    except KeyboardInterrupt:
+        _say(
+            f"\nno longer following {job_id}; it goes on. See it with: dreamfleet logs {job_id} --follow; "
+            f"end it with: dreamfleet stop {job_id}"
+        )
+        raise typer.Exit(INTERRUPTED) from None
+    _say(f"{job_id} {job.state}")
+    if job.exit_code:
+        raise typer.Exit(job.exit_code)
+
+
+def _watch(server: JobServer, job_id: str, out: Any, *, skip: int = 0) -> Job:
+    def write(text: str) -> None:
+        out.write(text)
+        out.flush()
+
+    job = server.follow(job_id, write, skip=skip)
+    if job.state == "FAILED" and job.driver_exit_code is None:  # it never began, and has no log that says why
+        _say(job.message)
+    return job
+
+
+def _row(job: Job) -> tuple[str, ...]:
+    started = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started)) if job.started else "-"
+    return (job.id, job.state, started, _clock(job), job.metadata["command"], job.metadata["output_dir"])
+
+
+def _clock(job: Job) -> str:
+    if not job.started:
+        return "-"
+    minutes, seconds = divmod(int((job.ended or time.time()) - job.started), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def _plain(job: Job) -> dict[str, Any]:
+    times = {"started": job.started, "ended": job.ended, "exit_code": job.exit_code if job.is_over else None}
+    return {"id": job.id, "state": job.state, **times, **job.metadata}
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,235 @@
+"""What goes along with a job: the running dreamfleet as a wheel, the resolved recipe, and the local files it names."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dreamfleet.datasets.errors import RecipeError, StorageError
+from dreamfleet.datasets.sets import load_concepts
+from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.preflight import check_inputs
+from dreamfleet.trainers.recipe import Recipe, build_recipe
+
+MIB = 2**20
+# Ray keeps every package in the head's memory and refuses half a GiB; pictures that make more belong in a bucket.
+MAX_PARCEL_BYTES = 200 * MIB
+RECIPE_FILE = "recipe.yaml"
+WHEEL_PACKAGES = ("cluster", "datasets", "trainers", "tune")
+_SECTIONS_WITH_FILES = ("method", "model", "data", "validation")
+_WORDS = (
+    "prompt",
+    "prompts",
+    "token",
+)  # keys whose values are words for the model and may begin with a slash
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same files give the same archive, which Ray then uploads once
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A recipe whose local paths start at the parcel, and the files that lie there: name in it -> file here."""
+
+    recipe: Recipe
+    files: dict[str, str]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files."""
+        return sum(os.path.getsize(file) for file in self.files.values())
+
+    def write(self, folder: Path) -> Path:
+        """Write the parcel as a zip into ``folder``."""
+        path = folder / "parcel.zip"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr(zipfile.ZipInfo(RECIPE_FILE, _EPOCH), self.recipe.to_yaml())
+            for name, file in sorted(self.files.items()):
+                with open(file, "rb") as source, archive.open(zipfile.ZipInfo(name, _EPOCH), "w") as target:
+                    while block := source.read(MIB):
+                        target.write(block)
+        return path
+
+
+def pack(recipe: Recipe, *, shared: Sequence[str] = (), limit: int = MAX_PARCEL_BYTES) -> Parcel:
+    """Decide what a recipe's job takes along; reads names and sizes, writes nothing.
+
+    Addresses (``s3://``) and paths under ``shared``, folders that every machine of the cluster sees under the same
+    name, stay as they are. Every other local file or folder the recipe names goes along. Raises RecipeError for an
+    ``output_dir`` the cluster cannot keep, for files that are not here, and for more than ``limit`` bytes, naming the
+    largest.
+    """
+    folders = [os.path.abspath(os.path.expanduser(folder)) for folder in shared]
+
+    def stays(path: str) -> bool:
+        return "://" in path or any(path == folder or path.startswith(folder + "/") for folder in folders)
+
+    if not stays(recipe.output_dir):
+        raise RecipeError(
+            f"output_dir {recipe.output_dir} is a folder of this machine, and the job runs on others. Give "
+            f"output_dir=s3://BUCKET/PREFIX, or, when every machine of the cluster has that folder (NFS, or a cluster "
+            f"of one machine), say so: --shared {os.path.dirname(recipe.output_dir)}"
+        )
+    sections = recipe.model_dump(mode="json")
+    concepts = sections["data"]["concepts_list"]
+    if isinstance(concepts, str) and not stays(concepts):  # its folders start at the file, which would move
+        sections["data"]["concepts_list"] = [c.model_dump(mode="json") for c in load_concepts(recipe.data)]
+    loading = _Loading(stays)
+    for name in _SECTIONS_WITH_FILES:
+        sections[name] = loading.take(sections[name], name)
+    loading.refuse_more_than(limit)
+    _refuse_missing_class_pictures(recipe, stays)
+    return Parcel(build_recipe(sections), loading.files)
+
+
+def check_here(recipe: Recipe) -> None:
+    """Look at pictures and model as a run would, where they are here to be looked at: a job takes minutes to tell."""
+    sections = recipe.model_dump(mode="json")
+    if all(os.path.exists(place) for name in _SECTIONS_WITH_FILES for place in _places(sections[name], name)):
+        check_inputs(recipe)
+
+
+def write_wheel(folder: Path) -> Path:
+    """Write the dreamfleet that is running, from a checkout or installed, as a wheel into ``folder``.
+
+    Its name carries a hash of the content: Ray takes a wheel it already has under a name for the same. It asks for no
+    other packages: Ray installs it with pip into a folder of its own, and pip would put another torch and Ray there.
+    """
+    files = {name: path.read_bytes() for name, path in _code().items()}
+    digest = hashlib.sha256()
+    for name, content in files.items():
+        digest.update(name.encode() + b"\0" + hashlib.sha256(content).digest())
+    number = version("dreamfleet")
+    build = f"0{digest.hexdigest()[:12]}"
+    info = f"dreamfleet-{number}.dist-info"
+    files[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: dreamfleet\nVersion: {number}\n".encode()
+    files[f"{info}/WHEEL"] = (
+        f"Wheel-Version: 1.0\nGenerator: dreamfleet\nRoot-Is-Purelib: true\nTag: py3-none-any\nBuild: {build}\n"
+    ).encode()
+    record = [f"{name},sha256={_urlsafe(content)},{len(content)}" for name, content in files.items()]
+    files[f"{info}/RECORD"] = "\n".join([*record, f"{info}/RECORD,,", ""]).encode()
+    path = folder / f"dreamfleet-{number}-{build}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(zipfile.ZipInfo(name, _EPOCH), content, zipfile.ZIP_DEFLATED)
+    return path
+
+
+class _Loading:
+    """Collects the local files of a recipe's sections and puts their places in the parcel into the recipe."""
+
+    def __init__(self, stays: Callable[[str], bool]):
+        self.stays = stays
+        self.files: dict[str, str] = {}
+        self._places: dict[str, str] = {}  # path here -> place in the parcel
+        self._sizes: dict[str, tuple[int, str]] = {}  # path here -> bytes, key in the recipe
+
+    def take(self, value: Any, key: str) -> Any:
+        """Return ``value`` with the local paths in it replaced, as deep as it goes."""
+        if isinstance(value, dict):
+            return {name: self.take(inner, f"{key}.{name}") for name, inner in value.items()}
+        if isinstance(value, list):
+            return [self.take(inner, key) for inner in value]
+        if not _is_place(value, key) or self.stays(value):
+            return value
+        if value not in self._places:
+            self._places[value] = self._load(value, key)
+        return self._places[value]
+
+    def _load(self, path: str, key: str) -> str:
+        if not os.path.exists(path):
+            raise RecipeError(
+                f"{key}: there is no {path} here. When it is on the cluster, under the same name on every machine, say "
+                f"so: --shared {os.path.dirname(path)}"
+            )
+        place, number = f"inputs/{os.path.basename(path)}", 1
+        while f"./{place}" in self._places.values():
+            number += 1
+            place = f"inputs/{number}-{os.path.basename(path)}"
+        if os.path.isdir(path):
+            found = {
+                f"{place}/{name}": os.path.join(path, name) for name in Storage(path).list(recursive=True)
+            }
+        else:
+            found = {place: path}
+        try:
+            self._sizes[path] = (sum(os.path.getsize(file) for file in found.values()), key)
+        except OSError as error:
+            raise StorageError(
+                f"{key}: {error.filename} cannot be read: {error.strerror}. Mend or remove it"
+            ) from error
+        self.files.update(found)
+        return f"./{place}"
+
+    def refuse_more_than(self, limit: int) -> None:
+        total = sum(size for size, _ in self._sizes.values())
+        if total <= limit:
+            return
+        path, (size, key) = max(self._sizes.items(), key=lambda item: item[1][0])
+        raise RecipeError(
+            f"{key}: {path} has {size / MIB:.0f} MiB, and a job takes {limit / MIB:.0f} MiB along at most (here "
+            f"{total / MIB:.0f} in all). Put it into a bucket and write its s3:// address, or, when every machine of "
+            f"the cluster has it under the same name, say so: --shared {path}"
+        )
+
+
+def _is_place(value: Any, key: str) -> bool:
+    # A resolved recipe holds absolute paths and addresses only.
+    return isinstance(value, str) and (value.startswith("/") or "://" in value) and not key.endswith(_WORDS)
+
+
+def _places(value: Any, key: str) -> Iterator[str]:
+    """Yield every path and address in a section of a resolved recipe."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _places(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _places(inner, key)
+    elif _is_place(value, key):
+        yield value
+
+
+def _refuse_missing_class_pictures(recipe: Recipe, stays: Callable[[str], bool]) -> None:
+    """Raise RecipeError where class pictures would be generated into the parcel, which each machine has for itself."""
+    elsewhere = isinstance(recipe.data.concepts_list, str) and stays(recipe.data.concepts_list)
+    if elsewhere or not getattr(recipe.method, "with_prior_preservation", False):
+        return
+    from dreamfleet.trainers.assemble import list_pictures
+
+    wanted = getattr(recipe.method, "num_class_images", 0)
+    for concept in load_concepts(recipe.data):
+        folder = concept.class_data_dir
+        if folder is None or stays(folder):
+            continue
+        here = len(list_pictures(Storage(folder)))
+        if here < wanted:
+            raise RecipeError(
+                f"class_data_dir {folder} has {here} pictures, method.num_class_images is {wanted}: the others would "
+                "be generated into a copy that ends with the job. Leave class_data_dir out (they then lie beside "
+                "output_dir), give an s3:// address, or fewer num_class_images"
+            )
+
+
+def _code() -> dict[str, Path]:
+    """Return the files of the running dreamfleet, by their name in a wheel."""
+    files = {}
+    for package in WHEEL_PACKAGES:
+        spec = find_spec(f"dreamfleet.{package}")
+        assert spec is not None and spec.submodule_search_locations is not None
+        # An editable installation lists a finder beside the folder.
+        root = Path(next(place for place in spec.submodule_search_locations if os.path.isdir(place)))
+        for path in sorted(root.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                files[f"dreamfleet/{package}/{path.relative_to(root).as_posix()}"] = path
+    return files
+
+
+def _urlsafe(content: bytes) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
