@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dreamfleet.cluster import cli_artefacts
+from dreamfleet.cluster import cli_artefacts, cli_jobs
 from dreamfleet.cluster.cli_base import (
     INTERRUPTED,
     MENDABLE,
@@ -44,7 +44,8 @@ def train(
         result = fit(recipe, overrides=overrides or (), resume=resume, address=address)
     _print_run(result.run_folder, result.summary, as_json)
     if result.summary.exit_reason == "interrupted":
-        again = " ".join(["dreamfleet train", str(recipe), *(overrides or ()), "--resume"])
+        typed = " ".join(["dreamfleet train", str(recipe), *(overrides or ()), "--resume"])
+        again = os.environ.get("DREAMFLEET_RESUME_WITH", typed)  # inside a job: how it was submitted
         print(f"interrupted at step {result.summary.steps}, saved; go on with: {again}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED)
 
@@ -133,8 +134,13 @@ for command in (
     cli_artefacts.convert,
     methods,
     doctor,
+    cli_jobs.jobs,
+    cli_jobs.logs,
+    cli_jobs.stop,
 ):
     app.command()(command)
+# What follows `--` belongs to the submitted command, options included.
+app.command(context_settings={"allow_interspersed_args": False})(cli_jobs.submit)
 
 
 def main() -> None:
