@@ -45,6 +45,7 @@ SECTIONS = {
     "engine": "what moves the weights: [engine](#engine)",
     "validation": "held-out loss and preview pictures: [validation](#validation)",
     "scaling": "workers and what each of them gets: [scaling](#scaling)",
+    "search": "what `dreamfleet tune` tries: [search](#search)",
     "report_to": "further places for figures and previews; `[]` for none",
 }
 # Said here where the code's own name, type and limits say it to those who read code.
@@ -134,11 +135,12 @@ def type_words(annotation: Any) -> str:
     if origin in (list, tuple):
         return "list of " + type_words(arguments[0])
     if origin is dict:
-        return "mapping"
+        inner = type_words(arguments[1])
+        return f"mapping of {inner}" if "](#" in inner else "mapping"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return (
             f"[{annotation.__name__}](#{annotation.__name__.lower()})"
-            if annotation.__name__ == "Concept"
+            if annotation.__name__ in ("Concept", "Domain")
             else "section"
         )
     words = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`", Path: "path"}
@@ -203,7 +205,7 @@ def write() -> str:
     parts = [HEAD, "## The whole\n", table(Recipe, "recipe")]
     nested: dict[str, type[BaseModel]] = {}
     for name, info in Recipe.model_fields.items():
-        section = info.annotation
+        section = next((x for x in typing.get_args(info.annotation) if x is not type(None)), info.annotation)
         if isinstance(section, type) and issubclass(section, BaseModel) and name != "method":
             parts += [f"\n## {name}\n", table(section, name)]
             nested |= inner_models(section)

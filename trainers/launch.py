@@ -112,10 +112,10 @@ def _fit_on_ray(recipe: Recipe, address: str | None, stop: Stop, display: Displa
         with tempfile.TemporaryDirectory(prefix="dreamfleet-ray-", ignore_cleanup_errors=True) as bookkeeping:
             trainer = _make_trainer(recipe, session, share, bookkeeping, started)
             with RunTail(run, display):
-                outcome = _wait_for(trainer)
+                outcome = run_in_thread(trainer.fit, name="ray-train-fit")
         if outcome.error is not None:
             raise _explain(outcome.error, session, recipe) from outcome.error
-    return Summary(**outcome.value)
+    return Summary(**outcome.value.return_value)
 
 
 def _make_trainer(
@@ -168,22 +168,24 @@ def _make_trainer(
 
 
 @dataclass
-class _Outcome:
+class Outcome:
+    """What a function returned or raised."""
+
     value: Any = None
     error: Exception | None = None
 
 
-def _wait_for(trainer: Any) -> _Outcome:
-    """Run ``trainer.fit()`` in a thread, so that signals stay ours (Ray's handler aborts without a checkpoint)."""
-    outcome = _Outcome()
+def run_in_thread(work: Callable[[], Any], *, name: str) -> Outcome:
+    """Run Ray's ``fit`` in a thread, so that signals stay ours (Ray's handlers abort without a checkpoint)."""
+    outcome = Outcome()
 
     def run() -> None:
         try:
-            outcome.value = trainer.fit().return_value
+            outcome.value = work()
         except Exception as error:  # noqa: BLE001 - handed to the thread that waits, whatever it is
             outcome.error = error
 
-    thread = threading.Thread(target=run, daemon=True, name="ray-train-fit")
+    thread = threading.Thread(target=run, daemon=True, name=name)
     thread.start()
     while thread.is_alive():
         thread.join(0.2)  # without an end, a signal's handler would not get its turn

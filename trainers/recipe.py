@@ -23,6 +23,7 @@ from dreamfleet.trainers.methods.base import MethodConfig, discover
 from dreamfleet.trainers.optim import OptimizerConfig
 from dreamfleet.trainers.scaling import ScalingConfig
 from dreamfleet.trainers.sd.model import POCKET, ModelConfig
+from dreamfleet.trainers.searching import SearchConfig, find_mistakes
 from dreamfleet.trainers.validation import ValidationConfig
 
 
@@ -37,7 +38,7 @@ class Recipe(Section):
     engine: EngineConfig = EngineConfig()
     validation: ValidationConfig = ValidationConfig()
     scaling: ScalingConfig = ScalingConfig()
-    search: dict[str, Any] | None = Field(None, description="read by `dreamfleet tune`")
+    search: SearchConfig | None = Field(None, description="for `dreamfleet tune`")
     output_dir: str = Field(
         min_length=1, description="folder or s3:// address; its last part names the artefacts"
     )
@@ -78,6 +79,15 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 def build_recipe(tree: Mapping[str, Any], *, source: str = "recipe", folder: str | None = None) -> Recipe:
     """Validate a plain mapping. ``folder`` makes relative paths absolute; None leaves them."""
+    recipe, mistakes = _validate(tree)
+    if recipe is None or mistakes:
+        raise RecipeError(
+            f"{source} has {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}:\n  " + "\n  ".join(mistakes)
+        )
+    return recipe if folder is None else _with_absolute_paths(recipe, folder)
+
+
+def _validate(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
     tree = dict(tree)
     method = tree.get("method")
     methods = discover()
@@ -96,25 +106,26 @@ def build_recipe(tree: Mapping[str, Any], *, source: str = "recipe", folder: str
         except ValidationError as error:
             mistakes += _tell(error, methods[method["name"]].Config, prefix="method")
             tree.pop("method")
+    recipe = None
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         had_method = config is not None
         mistakes += [m for m in _tell(error, Recipe) if had_method or not m.startswith("method:")]
-    if mistakes:
-        raise RecipeError(
-            f"{source} has {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}:\n  " + "\n  ".join(mistakes)
-        )
-    return recipe if folder is None else _with_absolute_paths(recipe, folder)
+    if recipe is not None and recipe.search is not None:
+        mistakes += find_mistakes(recipe, lambda changed: _validate(changed)[1])
+    return recipe, mistakes
 
 
 def _override(tree: dict[str, Any], text: str) -> None:
     path, equals, value = text.partition("=")
     if not equals or not path.strip():
         raise RecipeError(f"override {text!r}: write key.path=value, such as optimizer.learning_rate=1e-5")
-    *parents, last = path.strip().split(".")
-    node = tree
-    for part in parents:
+    node, last = tree, path.strip()
+    while "." in last:
+        # The keys of search.space hold dots themselves.
+        part = next((key for key in node if last.startswith(f"{key}.")), last.partition(".")[0])
+        last = last[len(part) + 1 :]
         if node.get(part) is None:
             node[part] = {}
         node = node[part]
@@ -146,11 +157,15 @@ def _tell(error: ValidationError, root: type[BaseModel], prefix: str = "") -> li
 
 def _known_keys(root: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     model: type[BaseModel] | None = root
+    names_are_free = False
     for part in path:
         field = model.model_fields.get(str(part)) if model else None
-        if field is not None:
+        if names_are_free or isinstance(part, int):  # a mapping's own key, or a place in a list
+            names_are_free = False
+        elif field is not None:
             model = _section_in(field.annotation)
-        elif not isinstance(part, int):  # an int is a place in a list of the same section
+            names_are_free = typing.get_origin(field.annotation) is dict
+        else:
             return []
     names: list[str] = []
     for name, field in (model.model_fields if model else {}).items():

@@ -84,12 +84,17 @@ def render(run: Storage) -> str:
         _head(pages), _figures(pages), compare(pages.sheets, real), over_time(pages.sheets), _curves(pages),
         _timings(pages), _artefacts(pages), _checkpoints(pages), _left_out(pages), _recipe(pages),
     ]  # fmt: skip
+    return page(pages.name, sections)
+
+
+def page(title: str, sections: Iterable[str]) -> str:
+    """Join sections to a whole page that needs nothing else; empty ones are left out."""
     here = Path(__file__)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(pages.name)} · dreamfleet</title>\n"
+        f"<title>{escape(title)} · dreamfleet</title>\n"
         f"<style>{here.with_suffix('.css').read_text()}</style></head>\n<body><main>\n"
         + "\n".join(section for section in sections if section)
         + f"\n</main>\n<script>{here.with_suffix('.js').read_text()}</script></body></html>\n"

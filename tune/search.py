@@ -1,0 +1,243 @@
+"""Runs a search: trials by Ray Tune on a local Ray or a cluster, their record, and what comes out of them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dreamfleet.datasets.errors import DataError, RecipeError, ResourceError, RunFailed
+from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.hold import Stop, claimed, stop_on_signal
+from dreamfleet.trainers.launch import run_in_thread
+from dreamfleet.trainers.preflight import check_inputs, local_paths, this_machine
+from dreamfleet.trainers.progress import Display
+from dreamfleet.trainers.ray_session import check_machines, environment, ray_session, starts_private_ray
+from dreamfleet.trainers.recipe import Recipe, load_recipe
+from dreamfleet.trainers.scaling import (
+    Resources,
+    ScalingConfig,
+    WorkerShare,
+    describe,
+    worker_resources,
+    workers_that_fit,
+)
+from dreamfleet.tune.ledger import BEST, RECIPE, TABLE, Ledger, Trial, open_ledger
+
+# Set while Tune runs.
+TUNE_SWITCHES = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no result files of its own beside ours
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # how a trial failed is told without the metric
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # we tell them
+    "RAY_AIR_NEW_OUTPUT": "0",  # its newer output prints tables even when it is told to be silent
+}
+
+Progress = Callable[[Trial], None]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """How a search ended, its trials from the best to the worst, and where everything is."""
+
+    exit_reason: str  # completed or interrupted
+    trials: list[Trial]
+    best: Trial | None
+    metric: str
+    folder: str
+    best_recipe: str | None
+    table: str
+    report: str
+
+
+def search(
+    recipe: Recipe | str | os.PathLike[str],
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    address: str | None = None,
+    on_progress: Progress | None = None,
+) -> SearchResult:
+    """Do the search that a recipe (or a recipe file) says in its ``search:`` section.
+
+    Each trial is an ordinary run in ``output_dir/trials/``, in one process. Beside them lie ``best.yaml``,
+    ``trials.parquet`` and ``report.html``. ``resume`` goes on with a search: finished trials stay, interrupted ones
+    continue from their checkpoints, and the points that follow are those that would have followed anyway.
+
+    ``on_progress`` gets a trial when it starts, after each of its validation rounds, and when it is over; without it a
+    line each is written to stderr. In the main thread, SIGINT and SIGTERM let the running trials save and end the
+    search (``exit_reason`` "interrupted").
+
+    Raises UserError for what the user can mend, RunFailed when every trial failed.
+    """
+    if isinstance(recipe, str | os.PathLike):
+        recipe = load_recipe(recipe, list(overrides))
+    elif overrides:
+        raise RecipeError(
+            "overrides change a recipe file; this recipe is an object already: change the object"
+        )
+    if recipe.search is None:
+        raise RecipeError(
+            "this recipe has no search: section; write one (docs/recipes.md#search), such as {num_trials: 12, "
+            "space: {optimizer.learning_rate: {distribution: loguniform, lower: 1.0e-5, upper: 1.0e-2}}}"
+        )
+    check_inputs(recipe)
+    held_out = recipe.validation.holdout
+    if held_out and not Storage(held_out).exists():
+        raise DataError(
+            f"validation.holdout: there is no {held_out}. Check the path (relative ones start at the recipe)"
+        )
+    ledger = open_ledger(recipe, resume=resume)
+    display = Display()
+    with claimed(ledger.folder), stop_on_signal(ledger.folder, display) as stop:
+        ledger.folder.write_text(RECIPE, recipe.to_yaml())
+        ledger.save()
+        try:
+            _run_trials(ledger, address, stop, display, on_progress)
+        finally:
+            if ledger.trials:
+                write_results(ledger)
+            else:
+                ledger.forget()
+    return _result(ledger, interrupted=stop.asked.is_set())
+
+
+def write_results(ledger: Ledger) -> None:
+    """Write everything that a search leaves beside its trials, from what is known now."""
+    from dreamfleet.tune.report import write_search_report
+
+    for trial in ledger.trials:
+        if trial.status == "running":
+            trial.status = "interrupted"
+    ledger.save()
+    ledger.write_table()
+    ledger.write_best()
+    write_search_report(ledger)
+
+
+def trial_room(
+    recipe: Recipe, nodes: Sequence[Resources], *, limit: Resources | None = None
+) -> tuple[WorkerShare, int]:
+    """Decide what each trial gets and how many run at once on machines with ``nodes`` (their total resources).
+
+    Unless ``search.resources_per_trial`` says it, a trial gets a GPU where there are any, else a fair share of the
+    CPUs among ``search.max_concurrent_trials``, else one CPU. ``limit`` is the most an autoscaling cluster may grow to.
+    Raises ResourceError when no machine can hold a trial.
+    """
+    search = recipe.search
+    assert search is not None
+    machines = [limit] if limit else list(nodes)
+    has_gpu = recipe.scaling.use_gpu is not False and any(machine.get("GPU", 0) for machine in machines)
+    cpus = int(sum(machine.get("CPU", 0) for machine in machines))
+    share = worker_resources(
+        ScalingConfig(
+            num_workers=1 if has_gpu else search.max_concurrent_trials or max(1, cpus),
+            use_gpu=recipe.scaling.use_gpu,
+            resources_per_worker=search.resources_per_trial,
+        ),
+        nodes,
+        limit=limit,
+    )
+    fits = workers_that_fit(share.resources, machines)
+    if not fits:
+        have = "; ".join(describe(machine) for machine in machines) or "none"
+        raise ResourceError(
+            f"a trial with {describe(share.resources)} fits on no machine ({have}). "
+            "Lower search.resources_per_trial, or use a larger cluster (--address)."
+        )
+    return share, min(fits, search.max_concurrent_trials or fits)
+
+
+def _run_trials(
+    ledger: Ledger, address: str | None, stop: Stop, display: Display, on_progress: Progress | None
+) -> None:
+    recipe = ledger.recipe
+    if starts_private_ray(address):  # what this machine lacks can be said before Ray is started
+        trial_room(recipe, [this_machine()])
+    with ray_session(address, preload=("ray.tune", "optuna")) as session, environment(TUNE_SWITCHES):
+        from dreamfleet.tune.proposals import Proposals
+        from dreamfleet.tune.scribe import Scribe
+
+        stop.listen()
+        share, at_once = trial_room(
+            recipe, [node.resources for node in session.nodes()], limit=session.growth_limit()
+        )
+        check_machines(session, ledger.folder, local_paths(recipe))
+        nothing: Callable[[Any], None] = lambda told: None  # noqa: E731
+        scribe = Scribe(ledger, on_progress or nothing, nothing if on_progress else display.say)
+        proposals = Proposals(ledger, should_stop=lambda: stop.asked.is_set() or scribe.mistake is not None)
+        if not proposals.remaining:
+            return
+        at_once = min(at_once, proposals.remaining)
+        scribe.say(f"{proposals.remaining} trials, {at_once} at once, {describe(share.resources)} each")
+        # Tune's own files are of use to it alone, and only while it runs: our record and the trials' folders are enough
+        # to go on from, on disks and in buckets.
+        with tempfile.TemporaryDirectory(
+            prefix="dreamfleet-tune-", ignore_cleanup_errors=True
+        ) as bookkeeping:
+            tuner = _make_tuner(ledger, share, at_once, proposals, scribe, bookkeeping)
+            outcome = run_in_thread(tuner.fit, name="ray-tune-fit")
+    if scribe.mistake is not None:
+        ledger.trials.clear()  # none has measured anything
+        raise scribe.mistake
+    if outcome.error is not None:
+        raise RunFailed(f"Ray Tune failed: {outcome.error}") from outcome.error
+
+
+def _make_tuner(
+    ledger: Ledger, share: WorkerShare, at_once: int, proposals: Any, scribe: Any, bookkeeping: str
+) -> Any:
+    from ray import tune
+
+    from dreamfleet.trainers.worker import worker_environment
+    from dreamfleet.tune.halving import make_scheduler
+    from dreamfleet.tune.trial import Shared, TrialActor
+
+    recipe = ledger.recipe
+    shared = Shared(
+        folder=recipe.output_dir,
+        recipe=recipe.model_dump(mode="json", exclude={"search"}),
+        figures=ledger.figures,
+        threads=share.threads,
+        uses_gpu=share.uses_gpu,
+        environment=worker_environment(share.threads),
+    )
+    return tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(TrialActor, shared=shared), tune.PlacementGroupFactory([share.resources])
+        ),
+        tune_config=tune.TuneConfig(
+            search_alg=proposals,
+            scheduler=make_scheduler(ledger),
+            num_samples=-1,  # the proposals end the search
+            max_concurrent_trials=at_once,
+            reuse_actors=recipe.engine.zero_stage == "auto",  # DeepSpeed leaves much behind in a process
+        ),
+        run_config=tune.RunConfig(
+            name="search",
+            storage_path=bookkeeping,
+            callbacks=[scribe],
+            # Of a trial whose process or machine died; errors of the trial itself come as its last round.
+            failure_config=tune.FailureConfig(max_failures=recipe.scaling.max_failures),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            verbose=0,
+        ),
+    )
+
+
+def _result(ledger: Ledger, *, interrupted: bool) -> SearchResult:
+    folder, ranking = ledger.folder, ledger.ranking()
+    failed = [trial for trial in ledger.trials if trial.status == "failed"]
+    if failed and len(failed) == len(ledger.trials):
+        raise RunFailed(f"all {len(failed)} trials failed, the first with: {failed[0].error}")
+    return SearchResult(
+        exit_reason="interrupted" if interrupted else "completed",
+        trials=ranking,
+        best=ledger.best,
+        metric=ledger.search.metric,
+        folder=folder.path(),
+        best_recipe=folder.path(BEST) if ledger.best else None,
+        table=folder.path(TABLE),
+        report=folder.path("report.html"),
+    )

@@ -1,0 +1,184 @@
+"""One trial in a process of its own: an ordinary run that waits at each validation round for the scheduler's word."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray.tune import Trainable
+
+from dreamfleet.datasets.errors import RunFailed, UserError
+from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.metrics import read_metrics
+from dreamfleet.trainers.progress import log_to_run, watch_for_stop
+from dreamfleet.trainers.summary import Summary
+
+STOPPED = "stopped by the scheduler"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all trials of a search have in common."""
+
+    folder: str  # of the search: its stop mark ends every trial
+    recipe: dict[str, Any]  # plain data
+    figures: Sequence[str]  # what a validation round measures
+    threads: int
+    uses_gpu: bool
+    environment: Mapping[str, str]
+
+
+class TrialActor(Trainable):
+    """Runs trials for Ray Tune, one after the other: what was imported for the first serves the next ones too."""
+
+    def setup(self, config: dict[str, Any], *, shared: Shared) -> None:
+        """Begin the first trial; ``config`` holds its ``name`` and ``point``."""
+        # The keys of a bucket among them. They come through Ray's memory and are written nowhere.
+        os.environ.update(shared.environment)
+        self.shared = shared
+        self.run = TrialRun(shared, config["name"], config["point"])
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """End the trial before, if the scheduler has stopped it, and begin another."""
+        self.run.stop()
+        self.run = TrialRun(self.shared, new_config["name"], new_config["point"])
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Train to the end of the next validation round."""
+        return self.run.next_round()
+
+    def cleanup(self) -> None:
+        """End the trial in hand."""
+        self.run.stop()
+
+
+class TrialRun:
+    """A run in a thread that stops after each validation round until it is told to go on.
+
+    A trial that continues from a checkpoint tells the rounds from before once more, so that search and scheduler know
+    of them as if it had never been interrupted.
+    """
+
+    def __init__(self, shared: Shared, name: str, point: dict[str, Any]):
+        self.shared, self.name, self.point = shared, name, point
+        self.rounds: queue.SimpleQueue[dict[str, Any] | Exception] = queue.SimpleQueue()
+        self.answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self.told = -1  # the step of the last round that was told
+        self.news = True  # whether metrics.jsonl may hold a round that was not told
+        self.is_stopped = False
+        self.thread = threading.Thread(target=self._work, daemon=True, name=f"trial-{name}")
+
+    def next_round(self) -> dict[str, Any]:
+        """Return the next round: ``step``, figures, and ``done`` with an ``exit_reason`` once there is no more.
+
+        A failure of the run itself is such a last round too, with ``error`` and ``kind``. Raises what is neither the
+        user's to mend nor the run's own doing.
+        """
+        if self.thread.ident is None:
+            self.thread.start()
+        else:
+            self.answers.put(False)
+        told = self.rounds.get()
+        if isinstance(told, Exception):
+            raise told
+        return told
+
+    def stop(self) -> None:
+        """End the run, unless it has ended: it saves a checkpoint and writes its summary and report."""
+        if self.thread.is_alive():
+            self.answers.put(True)
+        if self.thread.ident is not None:
+            self.thread.join()
+
+    def _work(self) -> None:
+        try:
+            self.rounds.put(self._train())
+        except (UserError, RunFailed) as error:
+            self.rounds.put(
+                {"error": str(error), "kind": type(error).__name__, "exit_reason": "failed", "done": True}
+            )
+        except Exception as error:  # noqa: BLE001 - handed to the thread that waits, whatever it is
+            self.rounds.put(error)
+
+    def _train(self) -> dict[str, Any]:
+        import torch
+
+        from dreamfleet.trainers.recipe import build_recipe
+        from dreamfleet.trainers.run import run_worker
+        from dreamfleet.tune.ledger import Trial, trial_recipe
+
+        shared, began = self.shared, time.time()
+        torch.set_num_threads(shared.threads)
+        gc.collect()  # what the trial before has left
+        if shared.uses_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        search = Storage(shared.folder)
+        run = search.child(Trial(self.name, self.point).folder)
+        recipe = trial_recipe(build_recipe(shared.recipe), self.point, run.path())
+        with log_to_run(run, speak=True), watch_for_stop(search) as marked:
+            try:
+                summary = run_worker(
+                    recipe,
+                    device="cuda" if shared.uses_gpu else "cpu",
+                    resume=True,
+                    should_stop=lambda: self._ask(run) or marked(),
+                    on_progress=self._look_at,
+                    started=began,
+                )
+            except (UserError, RunFailed) as error:
+                log.error("%s", error)
+                raise
+        if self.is_stopped:
+            write_end(run, dataclasses.replace(summary, exit_reason=STOPPED))
+        *before, last = rounds_of(run, shared.figures) or [{"step": 0}]
+        for figures in before:
+            self._tell(figures)
+        return {**last, "exit_reason": summary.exit_reason, "done": True}
+
+    def _look_at(self, line: dict[str, Any]) -> None:
+        self.news = self.news or any(name in line for name in self.shared.figures)
+
+    def _ask(self, run: Storage) -> bool:
+        """Tell what was measured since the last time; say whether the scheduler wants the run to end."""
+        if self.news and not self.is_stopped:
+            self.news = False
+            for figures in rounds_of(run, self.shared.figures):
+                self._tell(figures)
+        return self.is_stopped
+
+    def _tell(self, figures: dict[str, Any]) -> None:
+        if self.is_stopped or figures["step"] <= self.told:
+            return
+        self.told = figures["step"]
+        self.rounds.put(figures)
+        self.is_stopped = self.answers.get()
+
+
+def rounds_of(run: Storage, figures: Sequence[str]) -> list[dict[str, Any]]:
+    """List the validation rounds of a run from its metrics: ``step`` and figures, in their order."""
+    rounds: dict[int, dict[str, Any]] = {}
+    for line in read_metrics(run):
+        if found := {name: line[name] for name in figures if name in line}:
+            rounds.setdefault(line["step"], {"step": line["step"]}).update(found)
+    return [rounds[step] for step in sorted(rounds)]
+
+
+def write_end(run: Storage, summary: Summary) -> None:
+    """Write summary and report of a run again, for an ending that the run itself does not know of."""
+    from dreamfleet.trainers.report import write_report
+
+    run.write_text("summary.json", json.dumps(dataclasses.asdict(summary), indent=1))
+    write_report(run)
