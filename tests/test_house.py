@@ -57,33 +57,52 @@ def test_wheel_carries_the_pocket_model(root: Path, wheel: Path) -> None:
     assert not [name for name in packed if name.startswith(("dreamfleet/tests", "tests", "build"))]
 
 
-def test_every_module_imports_from_the_installed_wheel(root: Path, wheel: Path, tmp_path: Path) -> None:
-    target = tmp_path / "site"
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-index",
-        "--target",
-        str(target),
-    ]
-    subprocess.run([*pip, str(wheel)], check=True, capture_output=True, timeout=300)
-    code = """
-        import importlib, sys
-        target, names = sys.argv[1], sys.argv[2].split(",")
-        # The editable install of this environment must not help out.
-        sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
-        sys.path[:] = [target, *(p for p in sys.path if "__editable__" not in p)]
-        for name in names:
-            module = importlib.import_module(name)
-            assert module.__file__.startswith(target), (name, module.__file__)
-        from dreamfleet.cluster import cli
-        assert callable(cli.main)
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel installed, as pip does it for a user."""
+    target = tmp_path_factory.mktemp("site")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, f"--target={target}", str(wheel)], check=True, capture_output=True, timeout=300)
+    return target
+
+
+# The editable install of this environment must not help out.
+ONLY_INSTALLED = """
+    import importlib, sys
+    from pathlib import Path
+    target = sys.argv[1]
+    sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
+    sys.path[:] = [target, *(p for p in sys.path if "__editable__" not in p)]
+"""
+
+
+def test_every_module_imports_from_the_installed_wheel(root: Path, site: Path, tmp_path: Path) -> None:
+    code = f"""{ONLY_INSTALLED}
+    for name in sys.argv[2].split(","):
+        module = importlib.import_module(name)
+        assert module.__file__.startswith(target), (name, module.__file__)
+    from dreamfleet.cluster import cli
+    assert callable(cli.main)
     """
-    run_python(code, target, ",".join(modules_of(root)), cwd=tmp_path)
+    run_python(code, site, ",".join(modules_of(root)), cwd=tmp_path)
+
+
+def test_jobs_take_the_same_files_along_as_the_wheel_has(wheel: Path, site: Path, tmp_path: Path) -> None:
+    """Sent from an installation, and from this checkout, which may hold notes beside the code."""
+    from dreamfleet.cluster.parcel import write_wheel
+
+    def code_of(path: str | Path) -> dict[str, bytes]:
+        with zipfile.ZipFile(path) as archive:
+            return {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
+
+    send = "from dreamfleet.cluster.parcel import write_wheel\n    print(write_wheel(Path.cwd()))"
+    sent = run_python(f"{ONLY_INSTALLED}    {send}", site, cwd=tmp_path)
+    built = code_of(wheel)
+    assert code_of(sent.strip()) == built
+    (tmp_path / "checkout").mkdir()
+    checkout = code_of(write_wheel(tmp_path / "checkout"))
+    assert {name: checkout.get(name) for name in built} == built
+    assert {name for name in checkout if name.endswith(".py")} <= set(built)
 
 
 def test_hugging_face_datasets_is_importable_from_the_root(root: Path) -> None:
