@@ -74,14 +74,17 @@ def _as_full_disk(error: Exception, path: str) -> OSError | None:
 
 
 @contextmanager
-def appearing(path: str) -> Iterator[str]:
-    """Give a temporary name beside `path` that becomes `path` when the block ends well, and vanishes else."""
+def appearing(path: str, *, durable: bool = True) -> Iterator[str]:
+    """Give a temporary name beside `path` that becomes `path` when the block ends well, and vanishes else.
+
+    `durable` waits until the disk has it; a copy of something kept elsewhere need not.
+    """
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{os.path.basename(path)[:200]}.tmp-{secrets.token_hex(6)}")
     try:
         yield temporary
-        for name in _files_of(temporary):
+        for name in _files_of(temporary) if durable else ():
             _sync(name)
         os.replace(temporary, path)
     except BaseException:
@@ -90,7 +93,8 @@ def appearing(path: str) -> Iterator[str]:
         else:
             _unlink_quietly(temporary)
         raise
-    _sync_folder(folder)
+    if durable:
+        _sync_folder(folder)
 
 
 def _files_of(path: str) -> list[str]:

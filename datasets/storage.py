@@ -173,12 +173,12 @@ class Storage:
 
         def fetch(fs: Any, key: str) -> None:
             if fs.info(key)["type"] != "directory":
-                with appearing(target) as temporary:
+                with appearing(target, durable=False) as temporary:
                     fs.get_file(key, temporary)
                 return
             os.makedirs(target, exist_ok=True)
             for name in self.child(rel).list("", recursive=True):
-                with appearing(os.path.join(target, *name.split("/"))) as temporary:
+                with appearing(os.path.join(target, *name.split("/")), durable=False) as temporary:
                     fs.get_file(f"{key}/{name}", temporary)
 
         self._on_bucket("read", rel, fetch)

@@ -1,4 +1,4 @@
-"""A streamed run is a resident run: the same losses, step by step, also after a resume."""
+"""A streamed run is a resident run: the same losses, also after a resume; bad pictures are told, not fatal."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 
+from dreamfleet.trainers.assemble import Place, assemble
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker
 
@@ -52,3 +53,20 @@ def test_streaming_executes_the_same_plan_as_a_resident_set(tmp_path: Path, loca
     assert first == pytest.approx(resident[:2], rel=1e-5)
     both = losses(tmp_path, output_dir=str(tmp_path / "stream"), data__source="stream")
     assert both == pytest.approx(resident, rel=1e-5)
+
+
+@pytest.mark.cluster
+def test_a_picture_that_went_bad_is_replaced_and_told(tmp_path: Path, local_ray: None) -> None:
+    """Sets of thousands are not decoded before the run: a picture cut short is met on the way."""
+    folder = tiny.make_pictures(tmp_path / "pictures", 4)
+    broken = folder / "002.png"
+    data = broken.read_bytes()
+    parts = assemble(build_recipe(tiny.make_recipe(tmp_path, data__source="stream")), Place())
+    broken.write_bytes(data[: len(data) // 2])
+    batches = parts.feed.stream(0)
+    for step in range(4):
+        expected = [draw.row for draw in parts.feed.plan.draws(step)]
+        assert len(next(batches)["pixels"]) == len(expected)
+    batches.close()
+    assert [(Path(bad.uri).name, "002.png" in bad.reason) for bad in parts.feed.bad] == [("002.png", False)]
+    assert parts.feed.bad[0].reason

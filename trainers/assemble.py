@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,14 @@ class Place:
         """Wait until every worker is here."""
         if self.world > 1:
             dist.barrier()
+
+    def union(self, items: Iterable[Any]) -> list[Any]:
+        """Return what any worker has, once each and sorted; the same on every worker."""
+        found: list[Any] = [list(items)]
+        if self.world > 1:
+            found = [None] * self.world
+            dist.all_gather_object(found, list(items))
+        return sorted({item for part in found for item in part})
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dreamfleet.datasets.config import DataConfig
-from dreamfleet.datasets.index import Index
+from dreamfleet.datasets.index import BadFile, Index
 from dreamfleet.datasets.keyed import numpy_rng
 from dreamfleet.datasets.plan import BatchPlan, Draw
 from dreamfleet.trainers.methods.base import Batch, Method, Sample
@@ -74,25 +74,29 @@ class Feed:
             weights[num_instances:] = self.method.prior.loss_weight
         return {**batch, "weights": weights, "prompts": prompts, "num_instances": num_instances}
 
-    def stream(self, start_step: int, *, ahead: int = 4) -> Iterator[Batch]:
-        """Yield batches from ``start_step`` on; where pictures must be decoded, ``ahead`` of them in a thread."""
+    def stream(self, start_step: int, stop_step: int | None = None, *, ahead: int = 4) -> Iterator[Batch]:
+        """Yield the batches of steps ``start_step`` to ``stop_step`` (None: endless).
+
+        Where pictures must be decoded, ``ahead`` batches are made in a thread.
+        """
         for _, pictures, draws_of in self._halves:
             if isinstance(pictures, StreamedPixels):
-                pictures.follow(self._draws_from(start_step, draws_of))
+                pictures.follow(self._draws(start_step, stop_step, draws_of))
+        positions = self._positions(start_step, stop_step)
         if all(isinstance(pictures, ResidentLatents) for _, pictures, _ in self._halves):
             # A fifth of a millisecond a batch: not worth a thread, whose mere presence makes OpenMP on a machine of few
             # cores put its own threads to sleep between operations (measured: steps of 212 ms instead of 101).
-            for position in itertools.count(start_step * self.num_micros):
-                yield self.batch(*divmod(position, self.num_micros))
+            for step, micro in positions:
+                yield self.batch(step, micro)
+            return
         pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
         pending: deque[Future[Batch]] = deque()
-        position = start_step * self.num_micros
         try:
             while True:
-                while len(pending) < ahead:
-                    step, micro = divmod(position, self.num_micros)
+                for step, micro in itertools.islice(positions, ahead - len(pending)):
                     pending.append(pool.submit(self.batch, step, micro))
-                    position += 1
+                if not pending:
+                    return
                 yield pending.popleft().result()
         finally:
             for _, pictures, _ in self._halves:
@@ -100,11 +104,20 @@ class Feed:
                     pictures.close()
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _draws_from(self, step: int, draws_of: Callable[..., list[Draw]]) -> Iterator[Draw]:
-        for position in itertools.count(step * self.num_micros):
-            now, micro = divmod(position, self.num_micros)
+    @property
+    def bad(self) -> list[BadFile]:
+        """Pictures this rank met on the way that could not be decoded."""
+        sources = [pictures for _, pictures, _ in self._halves if isinstance(pictures, StreamedPixels)]
+        return [bad for pictures in sources for bad in pictures.bad]
+
+    def _positions(self, start: int, stop: int | None) -> Iterator[tuple[int, int]]:
+        steps = itertools.count(start) if stop is None else range(start, stop)
+        return ((step, micro) for step in steps for micro in range(self.num_micros))
+
+    def _draws(self, start: int, stop: int | None, draws_of: Callable[..., list[Draw]]) -> Iterator[Draw]:
+        for step, micro in self._positions(start, stop):
             yield from draws_of(
-                now, rank=self.rank, world=self.world, micro=micro, num_micros=self.num_micros
+                step, rank=self.rank, world=self.world, micro=micro, num_micros=self.num_micros
             )
 
     def _key(self, sample: Sample, draw: Draw) -> tuple[int | str, ...]:

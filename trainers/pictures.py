@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.images import fit_picture, open_picture, to_tensor_range
-from dreamfleet.datasets.index import Index
+from dreamfleet.datasets.index import BadFile, Index
 from dreamfleet.datasets.keyed import numpy_rng
 from dreamfleet.datasets.plan import Draw
 from dreamfleet.datasets.storage import read_uri
@@ -122,6 +122,12 @@ class StreamedPixels:
             assert expected == list(draws), "the stream was told another order"
             arrays = [to_tensor_range(next(self._stream)) for _ in draws]
         return {"pixels": torch.stack([torch.from_numpy(array) for array in arrays])}
+
+    @property
+    def bad(self) -> list[BadFile]:
+        """Pictures that could not be decoded so far; others were used in their place."""
+        found = self._stream.bad if self._stream is not None else {}
+        return [BadFile(uri, reason.removeprefix(f"{uri}: ")) for uri, reason in sorted(found.items())]
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -80,7 +80,7 @@ def run_worker(
     outcome = train(
         parts.method,
         parts.engine,
-        parts.feed.stream(start_step),
+        parts.feed.stream(start_step, parts.schedule.total),
         parts.prepare,
         rates=parts.rates,
         schedule=parts.schedule,
@@ -112,7 +112,7 @@ def run_worker(
         train_seconds=trained - ready,
         figures=outcome.figures,
         best_checkpoint=recorder.best_checkpoint,
-        bad_files=[bad._asdict() for bad in parts.sets.instances.bad],
+        bad_files=[bad._asdict() for bad in place.union([*parts.sets.instances.bad, *parts.feed.bad])],
         dataset_hash=parts.sets.instances.content_hash,
         base_model=recipe.model.pretrained_model_name_or_path,
         base_model_hash=parts.model.content_hash,
