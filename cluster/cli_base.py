@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 FAILED, MENDABLE, INTERRUPTED = 1, 2, 130
+RESUME_WITH = "DREAMFLEET_RESUME_WITH"  # set inside a job: what its sender has to type to go on
 
 
 class Commands(TyperGroup):
@@ -123,6 +124,12 @@ def _tell(ctx: typer.Context, message: str) -> None:
     if ctx.meta.get("dreamfleet.verbose") or os.environ.get("DREAMFLEET_VERBOSE"):
         traceback.print_exc(file=sys.stderr)
     print(message, file=sys.stderr)
+
+
+def how_to_resume(command: str, recipe: Path, overrides: Sequence[str] | None) -> str:
+    """Write what the person types to go on with a run or search that was interrupted."""
+    typed = " ".join([f"dreamfleet {command}", str(recipe), *(overrides or ()), "--resume"])
+    return os.environ.get(RESUME_WITH, typed)
 
 
 def print_json(value: Any) -> None:

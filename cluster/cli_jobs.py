@@ -24,36 +24,41 @@ ServerAddress = Annotated[
     ),
 ]
 JobId = Annotated[str, typer.Argument(metavar="ID", help="A job, as `dreamfleet jobs` names it.")]
+Command = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="COMMAND",
+        help="-- train|tune RECIPE [KEY.PATH=VALUE ...] [--resume]",
+        show_default=False,
+    ),
+]
+Shared = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="A folder all machines of the cluster see under this name; repeatable.",
+        show_default=False,
+    ),
+]
+Variables = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY[=VALUE]",
+        help="A variable for the job; KEY alone takes it from here. No secrets: Ray shows and logs it. Repeatable.",
+        show_default=False,
+    ),
+]
 
 
 def submit(
     ctx: typer.Context,
-    command: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="COMMAND", help="-- train|tune RECIPE [KEY.PATH=VALUE ...] [--resume]", show_default=False
-        ),
-    ],
+    command: Command,
     address: ServerAddress = None,
     follow: Annotated[
         bool, typer.Option("--follow", help="Show what the job prints; exit as the run does.")
     ] = False,
-    shared: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="A folder all machines of the cluster see under this name; repeatable.",
-            show_default=False,
-        ),
-    ] = None,
-    env: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY[=VALUE]",
-            help="A variable for the job; KEY alone takes it from here. Ray shows it to who may see jobs. Repeatable.",
-            show_default=False,
-        ),
-    ] = None,
+    shared: Shared = None,
+    env: Variables = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -76,6 +81,8 @@ def submit(
         parcel = pack(loaded, shared=shared or ())
         environment = read_environment(env or (), os.environ)
         check_here(loaded)
+        if name == "train" and loaded.scaling.num_workers == 0:
+            _say("scaling.num_workers is 0: the head node itself will train; 1 or more gives it to workers")
         with job_server(address) as server:
             job_id = send(server, parcel, [name, *options], typed=command, environment=environment, say=_say)
     if as_json:

@@ -14,6 +14,7 @@ from dreamfleet.cluster.cli_base import (
     Overrides,
     RecipePath,
     Verbose,
+    how_to_resume,
     plain,
     print_json,
     work,
@@ -43,7 +44,7 @@ def tune(
     else:
         _print_result(result)
     if result.exit_reason == "interrupted":
-        again = " ".join(["dreamfleet tune", str(recipe), *(overrides or ()), "--resume"])
+        again = how_to_resume("tune", recipe, overrides)
         print(f"interrupted, saved; go on with: {again}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED)
 

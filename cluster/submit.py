@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from dreamfleet.cluster.cli_base import RESUME_WITH
 from dreamfleet.cluster.jobs import OURS, JobServer
 from dreamfleet.cluster.parcel import MIB, RECIPE_FILE, Parcel, write_wheel
 from dreamfleet.datasets.errors import RecipeError
@@ -18,13 +19,9 @@ from dreamfleet.trainers.recipe import Recipe
 # Between Ray's SIGTERM, at which a run saves and ends, and its SIGKILL. Ray's own 3 seconds are too few for a step.
 STOP_SECONDS = 900
 ENVIRONMENT = {
-    "RAY_JOB_STOP_WAIT_TIME_S": str(
-        STOP_SECONDS
-    ),  # read by the job's supervisor, which has the job's environment
+    "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),  # the job's supervisor reads it, in the job's environment
     "TQDM_DISABLE": "1",  # a log has no bars: Ray turns each redrawing into a line; our own lines stay
 }
-
-RESUME_WITH = "DREAMFLEET_RESUME_WITH"  # tells a run that is stopped what the person has to type
 
 
 def send(
