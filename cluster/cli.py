@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dreamfleet.cluster import cli_artefacts, cli_jobs
+from dreamfleet.cluster import cli_artefacts, cli_jobs, cli_tune
 from dreamfleet.cluster.cli_base import (
     INTERRUPTED,
     MENDABLE,
@@ -21,6 +21,7 @@ from dreamfleet.cluster.cli_base import (
     RecipePath,
     Verbose,
     app,
+    how_to_resume,
     plain,
     print_json,
     work,
@@ -44,8 +45,7 @@ def train(
         result = fit(recipe, overrides=overrides or (), resume=resume, address=address)
     _print_run(result.run_folder, result.summary, as_json)
     if result.summary.exit_reason == "interrupted":
-        typed = " ".join(["dreamfleet train", str(recipe), *(overrides or ()), "--resume"])
-        again = os.environ.get("DREAMFLEET_RESUME_WITH", typed)  # inside a job: how it was submitted
+        again = how_to_resume("train", recipe, overrides)
         print(f"interrupted at step {result.summary.steps}, saved; go on with: {again}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED)
 
@@ -126,6 +126,7 @@ def doctor(address: Address = None, as_json: AsJson = False, verbose: Verbose = 
 
 for command in (
     train,
+    cli_tune.tune,
     cli_artefacts.sample,
     cli_artefacts.score,
     check,
