@@ -207,6 +207,7 @@ def test_figures_are_written_for_people() -> None:
         "0", "12", "0.0831", "5e-6", "1.25e-6", "31.2", "0.1", "\N{MINUS SIGN}0.0151",
     ]  # fmt: skip
     assert wording.number(6400) == wording.number(6400.4) == "6\N{NARROW NO-BREAK SPACE}400"
+    assert wording.number(1e38) == "1e38" and wording.number(1.5e15 + 0.5) == "1.5e15"
     assert [wording.share(x) for x in (0.004, 0.12, 0, 2e-4)] == ["0.4 %", "12 %", "0 %", "< 0.1 %"]
 
 

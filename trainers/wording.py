@@ -39,9 +39,9 @@ def number(value: float, digits: int = 3) -> str:
         return "\N{MINUS SIGN}" + number(-value, digits)
     if value == int(value) and value < 1e15:
         return f"{int(value):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
-    if value >= 1000:
+    if 1000 <= value < 1e15:
         return number(round(value))
-    if value < 1e-3:
+    if value < 1e-3 or value >= 1e15:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
         return f"{mantissa}e{int(exponent)}"

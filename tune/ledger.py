@@ -170,7 +170,7 @@ def _column(values: list[Any]) -> Any:
 
     try:
         return pa.array(values)
-    except pa.ArrowInvalid:  # numbers and words among a key's values
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # numbers and words among a key's values
         return pa.array([None if value is None else str(value) for value in values])
 
 

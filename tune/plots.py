@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -13,17 +13,26 @@ from dreamfleet.trainers.charts import ticks
 
 @dataclass(frozen=True)
 class Dot:
-    """One trial: where it lies, its colour (0 to 3), what it is, and whether it is the one to look at."""
+    """One trial: where it lies, its colour (0 to 3), what it is, whether it ended early, and whether it is the best."""
 
     x: float
     y: float
     colour: int
     words: str
-    marked: bool = False
+    pale: bool
+    ringed: bool
 
 
-def scatter(title: str, note: str, dots: Sequence[Dot], legend: Sequence[str], *, log: bool) -> str:
-    """Return a scatter plot as an HTML figure; the scale of ``x`` is logarithmic with ``log``."""
+def scatter(
+    title: str,
+    note: str,
+    dots: Sequence[Dot],
+    legend: Sequence[str],
+    *,
+    log: bool,
+    write: Callable[[float], str],
+) -> str:
+    """Return a scatter plot as an HTML figure; ``x`` is on a logarithmic scale with ``log``, ``write`` is for ``y``."""
     if not dots:
         return ""
     scale = math.log10 if log else float
@@ -38,15 +47,16 @@ def scatter(title: str, note: str, dots: Sequence[Dot], legend: Sequence[str], *
         f'<span class="x" style="left:{place(t, high)[0]:.2f}%">{escape(wording.number(t))}</span>'
         for t in across
     ) + "".join(
-        f'<span class="y" style="top:{100 * (high - t) / (high - low):.2f}%"><i>{escape(wording.number(t))}</i></span>'
+        f'<span class="y" style="top:{100 * (high - t) / (high - low):.2f}%"><i>{escape(write(t))}</i></span>'
         for t in ticks(low, high)
     )
     marks = ""
-    for dot in sorted(dots, key=lambda dot: dot.marked):
+    for dot in sorted(dots, key=lambda dot: dot.ringed):
         x, y = place(dot.x, dot.y)
-        ring = f'<path class="ring" d="M{x:.2f} {y:.2f}h0"/>' if dot.marked else ""
+        ring = f'<path class="ring" d="M{x:.2f} {y:.2f}h0"/>' if dot.ringed else ""
+        pale = " pale" if dot.pale else ""
         words = f"<title>{escape(dot.words)}</title>"
-        marks += f'{ring}<path class="dot c{dot.colour}" d="M{x:.2f} {y:.2f}h0">{words}</path>'
+        marks += f'{ring}<path class="dot c{dot.colour}{pale}" d="M{x:.2f} {y:.2f}h0">{words}</path>'
     keys = "".join(f'<span class="key c{n % 4}">{escape(name)}</span>' for n, name in enumerate(legend))
     return (
         f'<figure class="chart"><figcaption><h3>{escape(title)}</h3>{keys}<p>{escape(note)}</p></figcaption>'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 from dreamfleet.trainers import wording
@@ -87,19 +87,18 @@ def _curves(ledger: Ledger) -> str:
     edge = _edge([v for trial in shown if (v := trial.figure(metric)) is not None], ledger.search.maximise)
     lines = []
     for place, trial in reversed(list(enumerate(shown))):
-        points = [(float(r["step"]), _kept(r[metric], edge)) for r in trial.rounds if metric in r]
+        points = [(float(r["step"]), min(r[metric], edge)) for r in trial.rounds if metric in r]
         named = place < NAMED_CURVES
         words = f"{trial.name} ({tell_point(trial.point)})"
         lines.append(Line(words, points, "dots" if named else "faint", place % NAMED_CURVES))
-    name = metric_name(metric)
-    last = max(trial.steps for trial in shown)
-    best_first = f"The best {NAMED_CURVES} in colour." if len(shown) > NAMED_CURVES else ""
-    charts = draw(Chart(f"{name.capitalize()} of the trials", lines[::-1], best_first), last_step=last)
-    charts += _scatter(ledger, shown, edge)
+    write = _writer([value for line in lines for _, value in line.points])
+    note = f"The best {NAMED_CURVES} in colour." if len(shown) > NAMED_CURVES else ""
+    chart = Chart(f"{_title(metric)} of the trials", lines[::-1], note, write=write)
+    charts = draw(chart, last_step=max(trial.steps for trial in shown)) + _scatter(ledger, shown, edge, write)
     return f'<section><h2>What they measured</h2><div class="charts">{charts}</div></section>'
 
 
-def _scatter(ledger: Ledger, shown: Sequence[Trial], edge: float) -> str:
+def _scatter(ledger: Ledger, shown: Sequence[Trial], edge: float, write: Callable[[float], str]) -> str:
     search = ledger.search
     across, down = axes(search)
     if any(isinstance(t.point[across], str | bool | None) for t in shown):
@@ -111,22 +110,31 @@ def _scatter(ledger: Ledger, shown: Sequence[Trial], edge: float) -> str:
         assert isinstance(x, int | float) and y is not None
         colour = groups.index(trial.point[down]) % 4 if groups and down else 0
         words = f"{trial.name}: {tell_point(trial.point)}, {wording.number(y, 4)} at step {trial.steps}"
-        dots.append(Dot(x, _kept(y, edge), colour, words, trial is ledger.best))
+        dots.append(Dot(x, min(y, edge), colour, words, trial.status == "stopped", trial is ledger.best))
     legend = [f"{down.rpartition('.')[2]} {tell_value(group)}" for group in groups] if down and groups else []
     name = across.rpartition(".")[2]
     log = search.space[across].log or all(dot.x > 0 for dot in dots)
-    note = f"{metric_name(search.metric)} over {name} at each trial's last round; the best is ringed."
-    return scatter(f"By {name}", note, dots, legend, log=log)
+    note = "At each trial's last round. Ringed: the best trial; pale: stopped early."
+    title = f"{_title(search.metric)} by {name}"
+    return scatter(title, note, dots, legend, log=log, write=write)
+
+
+def _title(metric: str) -> str:
+    name = metric_name(metric)
+    return name[0].upper() + name[1:]
+
+
+def _writer(values: Sequence[float]) -> Callable[[float], str]:
+    # Trials may lie so close together that they differ in the fifth digit only.
+    spread, size = max(values) - min(values), max(map(abs, values))
+    digits = max(3, 2 + math.ceil(math.log10(size / spread))) if spread else 4
+    return lambda value: wording.number(value, digits)
 
 
 def _edge(values: Sequence[float], maximise: bool) -> float:
     # A trial whose loss has run away must not flatten the others.
     best, middle = (max if maximise else min)(values), statistics.median(values)
     return middle + 3 * (middle - best) if middle != best else math.inf
-
-
-def _kept(value: float, edge: float) -> float:
-    return min(value, edge)
 
 
 def _table(ledger: Ledger) -> str:

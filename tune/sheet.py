@@ -82,11 +82,11 @@ def picture_sheet(ledger: Ledger) -> str:
         body += f"<tr><th>{escape(label)}</th>{cells}</tr>"
     if not drawn:
         return ""
-    corner = f"{escape(rows.name)} ↓ " if rows else ""
+    corner = f"{escape(columns.name)}&nbsp;→" + (f"<br>{escape(rows.name)}&nbsp;↓" if rows else "")
     note = "Where several trials fall into one place, the best of them is shown. The best of all is outlined."
     return (
         f"<section><h2>What they drew</h2><p class='note'>{note}</p><div class='wide' tabindex='0'>"
-        f"<table class='sheet'><thead><tr><th>{corner}{escape(columns.name)} →</th>{head}</tr></thead>"
+        f"<table class='sheet'><thead><tr><th>{corner}</th>{head}</tr></thead>"
         f"<tbody>{body}</tbody></table></div></section>"
     )
 
