@@ -303,6 +303,22 @@ def test_a_search_is_continued_only_when_asked_and_only_as_the_same_search(tmp_p
         open_ledger(make_recipe(tmp_path / "run"), resume=True)
 
 
+def test_a_search_that_is_submitted_again_finds_its_pictures_in_another_parcel(tmp_path: Path) -> None:
+    def in_parcel(session: str, parcel: str, pictures: str) -> Recipe:
+        tree = make_tree(tmp_path / "s")
+        tree["data"]["instance_data_dir"] = (
+            f"/tmp/ray/{session}/working_dir_files/_ray_pkg_{parcel}/inputs/{pictures}"
+        )
+        return build_recipe(tree)
+
+    ledger = open_ledger(in_parcel("session_1", "0a1b", "cat"), resume=False)
+    ledger.save()
+    ledger.folder.write_text("search.yaml", ledger.recipe.to_yaml())
+    open_ledger(in_parcel("session_2", "77ff", "cat"), resume=True)
+    with pytest.raises(CheckpointError, match=r"data\.instance_data_dir changed"):
+        open_ledger(in_parcel("session_2", "77ff", "dog"), resume=True)
+
+
 def test_a_recipe_without_a_search_is_refused() -> None:
     tree = make_tree()
     del tree["search"]

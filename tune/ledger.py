@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ FILE = "trials.json"
 TABLE = "trials.parquet"
 BEST = "best.yaml"
 RECIPE = "search.yaml"
+_PARCEL = re.compile(r"^/.*/_ray_pkg_[0-9a-f]+/")
 # What may change between a search and its continuation: how the trials are run, not what they are.
 FREE = (
     "num_trials",
@@ -230,4 +232,9 @@ def _differences(before: Any, now: Any, path: str = "") -> list[str]:
             for key in keys
             for x in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
         ]
-    return [] if before == now else [path]
+    return [] if _without_parcel(before) == _without_parcel(now) else [path]
+
+
+def _without_parcel(value: Any) -> Any:
+    # Ray unpacks what a submitted job takes along into a folder named after all of it, the recipe included.
+    return _PARCEL.sub("", value) if isinstance(value, str) else value
