@@ -96,7 +96,6 @@ MEANINGS = {
     "optimizer.lr_num_cycles": "half a cosine, or how often it restarts",
     "optimizer.lr_power": "of the polynomial schedule",
     "engine.ema_decay": "of the average of the weights",
-    "engine.name": "the engine",
     "validation.prompts": "one row of previews each",
     "validation.negative_prompt": "of the previews",
     "validation.num_images": "previews of each prompt",

@@ -55,6 +55,8 @@ def check_run(recipe: Recipe, *, device: str = "cpu") -> list[CheckLine]:
         attempt("step", lambda: _check_step(made[0])) and attempt(
             "export", lambda: _check_export(recipe, made[0])
         )
+    for parts in made:
+        parts.engine.close()
     return lines
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from dreamfleet.datasets.errors import CheckpointError, RecipeError
+from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import Parts, Place, assemble
 from dreamfleet.trainers.checkpoint import Checkpoint, Checkpoints
@@ -51,6 +52,21 @@ def open_run_folder(recipe: Recipe, *, resume: bool) -> Storage:
     return run
 
 
+@contextmanager
+def explained_memory() -> Iterator[None]:
+    """Turn a GPU's running out of memory into a ResourceError that says what takes less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"the GPU ran out of memory ({str(error).splitlines()[0]}); what takes less, in this order: "
+            "train.gradient_checkpointing: true; train.mixed_precision: bf16; a smaller train.train_batch_size with "
+            "more train.gradient_accumulation_steps; engine.zero_stage: 2 with engine.offload_optimizer_device: cpu; "
+            "engine.zero_stage: 3. What is saved can be continued with --resume"
+        ) from error
+
+
+@explained_memory()
 def run_worker(
     recipe: Recipe,
     *,
@@ -67,9 +83,33 @@ def run_worker(
     ``started`` is the ``time.time()`` the command began at, for the start-up figure. Returns the same
     summary on every rank.
     """
-    began = time.time()
+    began = started or time.time()
     place = Place(rank, world, torch.device(device))
     parts = assemble(recipe, place)
+    try:
+        return _run(
+            recipe,
+            parts,
+            place,
+            began=began,
+            resume=resume,
+            should_stop=should_stop,
+            on_progress=on_progress,
+        )
+    finally:
+        parts.engine.close()
+
+
+def _run(
+    recipe: Recipe,
+    parts: Parts,
+    place: Place,
+    *,
+    began: float,
+    resume: bool,
+    should_stop: Callable[[], bool],
+    on_progress: Callable[[dict[str, Any]], None] | None,
+) -> Summary:
     run = Storage(recipe.output_dir)
     checkpoints = Checkpoints(run, limit=recipe.train.checkpoints_total_limit)
     found = checkpoints.load_latest() if resume else None
@@ -102,13 +142,13 @@ def run_worker(
         steps=outcome.step,
         start_step=start_step,
         images_seen=outcome.step * parts.global_batch,
-        workers=world,
+        workers=place.world,
         global_batch=parts.global_batch,
         device=torch.cuda.get_device_name(place.device)
         if place.device.type == "cuda"
         else platform.processor() or "cpu",
         wall_seconds=0.0,
-        start_up_seconds=ready - (started or began),
+        start_up_seconds=ready - began,
         train_seconds=trained - ready,
         figures=outcome.figures,
         best_checkpoint=recorder.best_checkpoint,
@@ -118,7 +158,7 @@ def run_worker(
         base_model_hash=parts.model.content_hash,
         versions=versions(),
     )
-    recorder.close(summary, outcome.step, began=started or began)
+    recorder.close(summary, outcome.step, began=began)
     place.wait()
     return summary
 

@@ -107,7 +107,7 @@ def make_cpu_adam(plain: torch.optim.Optimizer) -> torch.optim.Optimizer:
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
     try:
-        with _sole_builder("cpu_adam"), stdout_to_stderr():
+        with sole_builder("cpu_adam"), stdout_to_stderr():
             CPUAdamBuilder().load(verbose=False)
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -122,7 +122,7 @@ def make_cpu_adam(plain: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 @contextmanager
-def _sole_builder(op: str) -> Iterator[None]:
+def sole_builder(op: str) -> Iterator[None]:
     """Let one process of this machine at a time load a compiled op, and clear what a killed one left.
 
     torch marks a build by a file, and waits for ever for one whose builder was killed. Our lock ends with its holder,

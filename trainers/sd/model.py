@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +147,9 @@ def quiet_libraries() -> None:
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()
         library.set_verbosity_error()
+    if not torch.cuda.is_available():
+        # Saving a model makes accelerate import DeepSpeed, which tells stdout that it found no GPU unless told so.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def save_pipeline(model: StableDiffusion, folder: Path, *, dtype: torch.dtype | None = None) -> None:

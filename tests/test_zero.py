@@ -1,0 +1,201 @@
+"""DeepSpeed's engine trains as the plain one does, at every stage, and each goes on from the other's checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from zero_ranks import RESUMED, RUNS
+
+from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceError
+from dreamfleet.trainers.assemble import Place, assemble
+from dreamfleet.trainers.check import check_run
+from dreamfleet.trainers.engine import EngineConfig
+from dreamfleet.trainers.recipe import build_recipe
+from dreamfleet.trainers.run import explained_memory
+from dreamfleet.trainers.zero_setup import sole_builder, zero_config
+
+HERE = Path(__file__).parent
+COMPILES = 1800  # seconds; CPU Adam is compiled where nobody did before, minutes on a busy machine
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, dict[str, Any]]:
+    """What two processes did under every engine; starting them once serves all tests of this file."""
+    folder = tmp_path_factory.mktemp("zero")
+    tiny.make_recipe(folder)  # both ranks read the model
+    command = [sys.executable, str(HERE / "zero_ranks.py"), str(folder)]
+    with ExitStack() as stack:
+        logs = [stack.enter_context((folder / f"{rank}.log").open("w")) for rank in range(2)]
+        ranks = [
+            stack.enter_context(
+                subprocess.Popen([*command, str(rank), "2"], stdout=subprocess.PIPE, stderr=logs[rank])
+            )
+            for rank in range(2)
+        ]
+        try:
+            printed = [rank.communicate(timeout=COMPILES - 60)[0] for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+    for rank in range(2):
+        assert ranks[rank].returncode == 0, (folder / f"{rank}.log").read_text()[-3000:]
+    assert printed == [b"", b""], "stdout carries results, not DeepSpeed's talk"
+    return torch.load(folder / "results.pt", weights_only=True)
+
+
+def largest_difference(left: dict[str, Any], right: dict[str, Any]) -> float:
+    assert left.keys() == right.keys()
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+def moments(saved: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {
+        f"{number}/{name}": value
+        for number, state in saved["state"]["optimizer"]["state"].items()
+        for name, value in state.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(COMPILES)
+@pytest.mark.parametrize(("method", "name"), [run for run in RUNS if run[1] != "torch"])
+def test_every_stage_trains_as_torch_does(results: dict[Any, dict[str, Any]], method: str, name: str) -> None:
+    """Losses, norms, weights, moments and averages; what previews and exports see; and the form of a checkpoint."""
+    expected, found = results[method, "torch"], results[method, name]
+    half = method == "bf16" and name != "zero 0"  # DeepSpeed computes with bf16 weights, torch with fp32 ones
+    assert found["losses"] == pytest.approx(expected["losses"], rel=2e-3 if half else 1e-6)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=2e-2 if half else 1e-5)
+    assert found["averaged loss"] == pytest.approx(expected["averaged loss"], rel=2e-3 if half else 1e-6)
+    torch.testing.assert_close(found["encoded"], expected["encoded"], rtol=0, atol=0.1 if half else 1e-5)
+    # Two steps of Adam at a rate of 1e-3 move a weight by 2e-3; where a gradient is all rounding, either way.
+    limit = 6e-3 if half else 5e-6
+    ours, theirs = found["final"], expected["final"]
+    assert largest_difference(ours["learned"], theirs["learned"]) < limit
+    assert largest_difference(ours["state"]["ema"], theirs["state"]["ema"]) < limit
+    assert largest_difference(moments(ours), moments(theirs)) < (1e-3 if half else 1e-7)
+    assert all(value.dtype == torch.float32 for value in ours["learned"].values())
+    assert largest_difference(found["whole"], found["saved"]["state"]["ema"]) == 0
+    groups = [saved["state"]["optimizer"]["param_groups"] for saved in (ours, theirs)]
+    assert [group.keys() for group in groups[0]] == [group.keys() for group in groups[1]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(COMPILES)
+@pytest.mark.parametrize(("source", "target"), RESUMED)
+def test_every_engine_goes_on_from_every_checkpoint(
+    results: dict[Any, dict[str, Any]], source: str, target: str
+) -> None:
+    straight, found = results["dreambooth", source], results["resumed", source, target]
+    exact = (
+        source == target and "offload" not in source
+    )  # CPU Adam multiplies its powers of beta step by step
+    limit = 0 if exact else 1e-6
+    assert abs(found["losses"][0] - straight["losses"][-1]) <= limit
+    assert abs(found["norms"][0] - straight["norms"][-1]) <= limit
+    assert largest_difference(found["final"]["learned"], straight["final"]["learned"]) <= limit
+    assert largest_difference(found["final"]["state"]["ema"], straight["final"]["state"]["ema"]) <= limit
+    assert largest_difference(moments(found["final"]), moments(straight["final"])) <= limit
+
+
+@pytest.mark.parametrize("case", json.loads((HERE / "zero_configs.json").read_text()))
+def test_deepspeeds_json(case: dict[str, Any]) -> None:
+    assert zero_config(EngineConfig(**case["engine"]), **case["given"]) == case["deepspeed"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "way_out"),
+    [
+        ({"offload_optimizer_device": "cpu"}, "zero_stage: 1, 2 or 3"),
+        ({"zero_stage": 0, "offload_optimizer_device": "cpu"}, "zero_stage: 1, 2 or 3"),
+        ({"zero_stage": 2, "offload_param_device": "cpu"}, "needs zero_stage: 3"),
+        ({"zero_stage": 4}, "zero_stage"),
+    ],
+)
+def test_settings_that_exclude_one_another_are_told(
+    tmp_path: Path, engine: dict[str, Any], way_out: str
+) -> None:
+    with pytest.raises(RecipeError, match=way_out):
+        build_recipe(tiny.make_recipe(tmp_path, engine=engine))
+
+
+def test_what_zero_needs_and_lacks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match=r"adamw8bit does not go with engine\.zero_stage"):
+        assemble(build_recipe(make_tree(tmp_path, optimizer__name="adamw8bit")), Place())
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not installed
+    with pytest.raises(ResourceError, match="pip install --no-build-isolation deepspeed"):
+        assemble(build_recipe(make_tree(tmp_path)), Place())
+
+
+def test_without_a_compiler_offload_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    code = (
+        "import torch\n"
+        "from dreamfleet.datasets.errors import ResourceError\n"
+        "from dreamfleet.trainers.zero_setup import import_deepspeed, make_cpu_adam\n"
+        "import_deepspeed(torch.device('cpu'))\n"
+        "try: make_cpu_adam(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))]))\n"
+        "except ResourceError as error: print(error)\n"
+    )
+    bare = {**os.environ, "PATH": str(tmp_path), "CXX": "", "TORCH_EXTENSIONS_DIR": str(tmp_path / "ops")}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=bare, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert "apt-get install g++" in ended.stdout, ended.stderr[-2000:]
+
+
+def test_what_a_killed_compiler_left_behind_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    left = tmp_path / "cpu_adam" / "lock"
+    left.parent.mkdir()
+    left.touch()  # torch would wait for it for ever
+    with sole_builder("cpu_adam"):
+        assert not left.exists()
+
+
+def make_tree(folder: Path, **changes: Any) -> dict[str, Any]:
+    return tiny.make_recipe(folder, **{"engine": {"zero_stage": 2}, **changes})
+
+
+def test_a_process_of_its_own_trains_resumes_and_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    """Without Ray, the engine makes a process group for itself, and ends it."""
+    small = assemble(build_recipe(make_tree(tmp_path)), Place())
+    small.engine.backward(small.prepare(small.feed.batch(0)))
+    small.engine.step({"unet": 1e-3}, 1)
+    learned, state = small.engine.learned(), small.engine.state()
+    small.engine.close()
+    assert not torch.distributed.is_initialized()
+    both = {"name": "dreambooth", "train_text_encoder": True}
+    large = assemble(build_recipe(make_tree(tmp_path, method=both)), Place())
+    with pytest.raises(RecipeError, match="other parameters"):
+        large.engine.load_learned(learned)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        large.engine.load_state(state)
+    large.engine.close()
+    averaging = assemble(build_recipe(make_tree(tmp_path, engine__use_ema=True)), Place())
+    averaging.engine.load_learned(learned)
+    assert largest_difference(averaging.engine.learned(), learned) == 0
+    with pytest.raises(CheckpointError, match="without an average"):
+        averaging.engine.load_state(state)
+    averaging.engine.close()
+
+
+def test_check_tries_the_engine(tmp_path: Path) -> None:
+    lines = {line.name: line for line in check_run(build_recipe(make_tree(tmp_path)))}
+    assert all(line.ok for line in lines.values()), lines
+    assert "loss" in lines["step"].detail and "diffusers" in lines["export"].detail
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_gpu_without_room_is_a_mistake_with_a_way_out() -> None:
+    with pytest.raises(ResourceError, match=r"offload_optimizer_device: cpu.*--resume"), explained_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more")

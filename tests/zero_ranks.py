@@ -1,0 +1,158 @@
+"""One rank of a group that trains the same few steps under every engine; run by test_zero.py, once for all its tests.
+
+Starting a rank takes longer than its training, so all engines are made one after the other in the same processes.
+Rank 0 writes what each of them did to ``results.pt``.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+import torch.distributed as dist
+
+from dreamfleet.trainers.assemble import Parts, Place, assemble
+from dreamfleet.trainers.recipe import build_recipe
+
+STEPS, HALF = 3, 2
+DREAMBOOTH = {"name": "dreambooth", "train_text_encoder": True}
+TEXTUAL_INVERSION = {
+    "name": "textual_inversion", "placeholder_token": "<x>", "initializer_token": "cat", "num_vectors": 3,
+}  # fmt: skip
+#: Stage 3 last: DeepSpeed then replaces torch's linear function for the rest of the process, and bits may differ.
+ENGINES: dict[str, dict[str, Any]] = {
+    "torch": {},
+    "zero 0": {"zero_stage": 0},
+    "zero 1": {"zero_stage": 1},
+    "zero 2": {"zero_stage": 2},
+    "zero 1 offload": {"zero_stage": 1, "offload_optimizer_device": "cpu"},
+    "zero 2 offload": {"zero_stage": 2, "offload_optimizer_device": "cpu"},
+    "zero 3": {"zero_stage": 3},
+    "zero 3 offload": {"zero_stage": 3, "offload_optimizer_device": "cpu", "offload_param_device": "cpu"},
+}
+RUNS: list[tuple[str, str]] = [
+    *[("dreambooth", name) for name in ENGINES],
+    *[("textual_inversion", name) for name in ENGINES],
+    *[("bf16", name) for name in ("torch", "zero 0", "zero 2", "zero 3 offload")],
+]
+CHANGES: dict[str, dict[str, Any]] = {
+    "dreambooth": {"method": DREAMBOOTH},
+    "textual_inversion": {"method": TEXTUAL_INVERSION},
+    "bf16": {"method": DREAMBOOTH, "train__mixed_precision": "bf16"},
+}
+#: Who goes on from whose checkpoint, among the DreamBooth runs.
+RESUMED = [
+    ("zero 0", "zero 0"),
+    ("zero 1", "zero 1"),
+    ("zero 2", "zero 2"),
+    ("zero 2 offload", "zero 2 offload"),
+    ("torch", "zero 2 offload"),
+    ("zero 1 offload", "torch"),
+    ("zero 2", "zero 3"),
+    ("zero 3", "zero 3"),
+    ("zero 3 offload", "zero 1"),
+]
+
+
+def make_parts(folder: Path, engine: dict[str, Any], place: Place, **changes: Any) -> Parts:
+    """Build a run of this group on the tiny model: accumulation, clipping, a rate for each part, an average."""
+    options = {
+        "engine": {"use_ema": True, "ema_decay": 0.9, **engine},
+        "train__train_batch_size": 4 // place.world,
+        "train__gradient_accumulation_steps": 2,
+        "optimizer": {"learning_rate": 1e-3, "text_encoder_lr": 1e-4, "max_grad_norm": 0.5},
+        **changes,
+    }
+    return assemble(build_recipe(tiny.make_recipe(folder, **options)), place)
+
+
+def take_steps(parts: Parts, start: int, end: int) -> dict[str, list[float]]:
+    """Train as the loop does, the rehearsal before the first step included, and return losses and gradient norms."""
+    engine, losses, norms = parts.engine, [], []
+
+    def backward(step: int, micro: int, last: bool) -> torch.Tensor:
+        return engine.backward(parts.prepare(parts.feed.batch(step, micro)), last=last).total
+
+    # Other pictures than the first step's, as part of a step and as the whole: none of it may be left.
+    backward(50, 0, last=False)
+    engine.drop_gradients()
+    backward(51, 0, last=True)
+    engine.drop_gradients()
+    for step in range(start, end):
+        total = sum(
+            backward(step, micro, micro == engine.num_micros - 1) for micro in range(engine.num_micros)
+        )
+        norm = engine.step({name: rate(step) for name, rate in parts.rates.items()}, step + 1)
+        losses.append(float(engine.mean_over_ranks(total / engine.num_micros)))
+        norms.append(float(norm))
+    return {"losses": losses, "norms": norms}
+
+
+def probe(parts: Parts, place: Place) -> dict[str, Any]:
+    """Use the averaged weights as previews and exports do: rank 0 alone, with forward passes."""
+    found: dict[str, Any] = {}
+    with parts.engine.averaged():
+        if place.leads:
+            with torch.no_grad(), parts.engine.autocast():
+                found["averaged loss"] = float(parts.method(parts.prepare(parts.feed.batch(60))).total)
+                found["encoded"] = parts.method.encode(["a photo of sks cat <x>"]).float()
+    with parts.engine.whole():
+        if place.leads:
+            found["whole"] = {name: value.clone() for name, value in parts.method.state().items()}
+    return found
+
+
+def snapshot(parts: Parts) -> dict[str, Any]:
+    """Return what a checkpoint would hold, as a copy."""
+    return copy.deepcopy({"learned": parts.engine.learned(), "state": parts.engine.state()})
+
+
+def train(folder: Path, engine: dict[str, Any], place: Place, **changes: Any) -> dict[str, Any]:
+    """Train from the start, with a checkpoint and previews on the way."""
+    parts = make_parts(folder, engine, place, **changes)
+    first = take_steps(parts, 0, HALF)
+    saved, seen = snapshot(parts), probe(parts, place)
+    rest = take_steps(parts, HALF, STEPS)
+    final = snapshot(parts)
+    parts.engine.close()
+    return {**{name: first[name] + rest[name] for name in first}, **seen, "saved": saved, "final": final}
+
+
+def resume(folder: Path, engine: dict[str, Any], place: Place, saved: dict[str, Any]) -> dict[str, Any]:
+    """Go on from a checkpoint that rank 0 has."""
+    parts = make_parts(folder, engine, place, method=DREAMBOOTH)
+    found = [copy.deepcopy(saved)]
+    dist.broadcast_object_list(found)  # every rank of a run reads it
+    parts.engine.load_learned(found[0]["learned"])
+    parts.engine.load_state(found[0]["state"])
+    figures = take_steps(parts, HALF, STEPS)
+    final = snapshot(parts)
+    parts.engine.close()
+    return {**figures, "final": final}
+
+
+def main(folder: Path, rank: int, world: int) -> None:
+    """Train under every engine, and go on from one another's checkpoints."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    place = Place(rank, world)
+    results: dict[tuple[str, ...], dict[str, Any]] = {}
+    for stage_3 in (False, True):
+        for method, name in RUNS:
+            if stage_3 == ("zero 3" in name):
+                results[method, name] = train(folder, ENGINES[name], place, **CHANGES[method])
+        for source, target in RESUMED:
+            if stage_3 == ("zero 3" in f"{source} {target}"):
+                saved = results["dreambooth", source]["saved"]
+                results["resumed", source, target] = resume(folder, ENGINES[target], place, saved)
+    if place.leads:
+        torch.save(results, folder / "results.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
