@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dreamfleet.cluster import cli_artefacts, cli_jobs, cli_tune
+from dreamfleet.cluster import cli_artefacts, cli_jobs, cli_plan, cli_tune
 from dreamfleet.cluster.cli_base import (
     INTERRUPTED,
     MENDABLE,
@@ -129,6 +129,7 @@ for command in (
     cli_tune.tune,
     cli_artefacts.sample,
     cli_artefacts.score,
+    cli_plan.plan,
     check,
     config,
     cli_artefacts.export,

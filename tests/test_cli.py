@@ -21,7 +21,7 @@ from dreamfleet.cluster import cli
 from dreamfleet.datasets.errors import RunFailed
 from dreamfleet.trainers import launch
 
-COMMANDS = {"train", "sample", "score", "check", "config", "export", "convert", "methods", "doctor"}
+COMMANDS = {"train", "sample", "score", "plan", "check", "config", "export", "convert", "methods", "doctor"}
 
 
 def run(*words: Any) -> Any:

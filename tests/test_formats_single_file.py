@@ -17,7 +17,7 @@ from dreamfleet.datasets.errors import FormatError, ModelError, StorageError
 from dreamfleet.trainers.sd.formats.ldm_names import SD1_CONFIGS, file_key
 from dreamfleet.trainers.sd.formats.pickles import save_pickle
 from dreamfleet.trainers.sd.formats.single_file import (
-    _empty_part,
+    empty_part,
     from_single_file,
     load_single_file,
     load_single_file_parts,
@@ -28,7 +28,7 @@ from dreamfleet.trainers.sd.formats.single_file import (
 
 def sd1_on_meta() -> dict[str, dict[str, torch.Tensor]]:
     parts = ("unet", "vae", "text_encoder")
-    return {part: dict(_empty_part(part, SD1_CONFIGS[part]).state_dict()) for part in parts}
+    return {part: dict(empty_part(part, SD1_CONFIGS[part]).state_dict()) for part in parts}
 
 
 def test_sd15_has_exactly_the_names_that_diffusers_reads() -> None:
@@ -67,7 +67,7 @@ def test_sd2_text_encoder_is_written_as_openclip() -> None:
         "num_hidden_layers": 2,
         "num_attention_heads": 16,
     }
-    module = _empty_part("text_encoder", config)
+    module = empty_part("text_encoder", config)
     state = {key: torch.randn(tensor.shape) for key, tensor in module.state_dict().items()}
     file = to_single_file({"text_encoder": state}, {"text_encoder": config})
     assert len(file) == 2 * 12 + 4
@@ -131,7 +131,7 @@ def test_any_number_of_blocks_converts_as_diffusers_reads_it(layers: int, attent
     }
     configs = {"unet": config, "vae": vae_config}
     for part, convert in (("unet", convert_ldm_unet_checkpoint), ("vae", convert_ldm_vae_checkpoint)):
-        state = dict(_empty_part(part, configs[part]).state_dict())
+        state = dict(empty_part(part, configs[part]).state_dict())
         file = to_single_file({part: state}, configs)
         assert len(file) == len(state)
         assert {key: tensor.shape for key, tensor in convert(file, configs[part]).items()} == {

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import DataError, RecipeError
 from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.plan import BatchPlan
@@ -74,11 +75,23 @@ class Parts:
 
 def make_method(recipe: Recipe, sets: Sets | None, device: torch.device) -> Method:
     """Load the model and build the method on it, on the device."""
-    cls = discover()[recipe.method.name]
-    model = load_model(recipe.model, cls.needs)
-    setting = Setting(concepts=tuple(sets.concepts) if sets else (), snr_gamma=recipe.train.snr_gamma)
-    method = cls(recipe.method, model, setting)
-    model.to(device, DTYPES[recipe.train.mixed_precision] if device.type == "cuda" else None)
+    model = load_model(recipe.model, discover()[recipe.method.name].needs)
+    half = DTYPES[recipe.train.mixed_precision] if device.type == "cuda" else None
+    return build_method(recipe, model, concepts=sets.concepts if sets else (), device=device, dtype=half)
+
+
+def build_method(
+    recipe: Recipe,
+    model: StableDiffusion,
+    *,
+    concepts: Sequence[Concept],
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> Method:
+    """Build the method on a loaded model, on the device; parts that learn nothing are cast to ``dtype``."""
+    setting = Setting(concepts=tuple(concepts), snr_gamma=recipe.train.snr_gamma)
+    method = discover()[recipe.method.name](recipe.method, model, setting)
+    model.to(device, dtype)
     if recipe.train.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
         if method.trains_text:
@@ -98,7 +111,7 @@ def assemble(recipe: Recipe, place: Place) -> Parts:
             log.warning("left out %s: %s", bad.uri, bad.reason)
     method = make_method(recipe, sets, place.device)
     model = method.model
-    _check_resolution(recipe, model)
+    check_resolution(recipe, model)
     classes = gather_class_images(recipe, sets, method, place)
     train = recipe.train
     global_batch = place.world * train.train_batch_size * train.gradient_accumulation_steps
@@ -212,7 +225,8 @@ def list_pictures(storage: Storage) -> list[str]:
     return [name for name in storage.list() if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))]
 
 
-def _check_resolution(recipe: Recipe, model: StableDiffusion) -> None:
+def check_resolution(recipe: Recipe, model: StableDiffusion) -> None:
+    """Raise RecipeError when ``data.resolution`` is no size that the model can draw."""
     # The U-Net halves the latents at every level but the last.
     step = model.vae_factor * 2 ** (len(model.unet.config.block_out_channels) - 1)
     size = recipe.data.resolution

@@ -74,7 +74,7 @@ def from_single_file(
     states = {}
     for part in PARTS:
         if part in needs:
-            wanted = _empty_part(part, configs[part]).state_dict()
+            wanted = empty_part(part, configs[part]).state_dict()
             states[part] = {
                 key: _take(state, part, key, list(tensor.shape), configs[part])
                 for key, tensor in wanted.items()
@@ -123,7 +123,7 @@ def load_single_file_parts(
     state, metadata = _read(path)
     found = {**configs_in(metadata, path), **(configs or {})}
     if not found:
-        _require_sd1(state, path)
+        require_sd1(state, path)
     every = {**SD1_CONFIGS, **found}
     try:
         states = from_single_file(state, every, needs=needs)
@@ -146,7 +146,7 @@ def load_single_file(
     parts = load_single_file_parts(path, needs=needs)
     modules: dict[str, Any] = dict.fromkeys(PARTS)
     for part, state in parts.states.items():
-        module = _empty_part(part, parts.configs[part])
+        module = empty_part(part, parts.configs[part])
         while state:  # one by one, so that a half-precision file is never held twice in full precision
             key, tensor = state.popitem()
             _assign(module, key, tensor.float())
@@ -191,7 +191,7 @@ def _take(state: Mapping[str, Tensor], part: str, key: str, shape: list[int], co
     return tensor
 
 
-def _empty_part(part: str, config: Config) -> nn.Module:
+def empty_part(part: str, config: Config) -> nn.Module:
     """Build a part without memory for its parameters."""
     try:
         with torch.device("meta"):
@@ -235,7 +235,7 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     )
 
 
-def _require_sd1(state: Mapping[str, Tensor], path: Path) -> None:
+def require_sd1(state: Mapping[str, Tensor], path: Path) -> None:
     """Refuse the other families by the keys that webui tells them apart by (reference, section 1.5)."""
     family = ""
     if "conditioner.embedders.1.model.ln_final.weight" in state:

@@ -1,0 +1,323 @@
+"""The memory plan: counts equal what a run holds, formulas equal the ZeRO paper's, and the command chooses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_engine import make_parts, take_step
+from tiny_models import tiny_model
+from torch import Tensor
+from typer.testing import CliRunner
+
+from dreamfleet.cluster import cli
+from dreamfleet.datasets.errors import ModelError, ResourceError
+from dreamfleet.trainers.assemble import Parts
+from dreamfleet.trainers.engine import TorchEngine
+from dreamfleet.trainers.memory import (
+    CHOICES,
+    GIB,
+    Counts,
+    EngineChoice,
+    Pass,
+    cheapest_fit,
+    estimate,
+    estimate_all,
+    parse_size,
+)
+from dreamfleet.trainers.plan_memory import count_run, method_shape
+from dreamfleet.trainers.plan_trace import Autocast, precision, trace_step
+from dreamfleet.trainers.recipe import build_recipe
+from dreamfleet.trainers.sd.formats.ldm_names import SD1_CONFIGS
+from dreamfleet.trainers.sd.formats.single_file import save_single_file
+from dreamfleet.trainers.sd.model import ModelConfig
+from dreamfleet.trainers.sd.shape import model_shape
+
+PLAIN = CHOICES[0]
+WORD = {"name": "textual_inversion", "placeholder_token": "<x>", "initializer_token": "cat", "num_vectors": 3}
+DREAMBOOTH: dict[str, Any] = {"name": "dreambooth", "train_text_encoder": True}
+# Published sizes of Stable Diffusion 1.5's parts.
+SD15 = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
+
+
+def write_configs(folder: Path, **changes: dict[str, Any]) -> Path:
+    """Write Stable Diffusion 1.5 as a diffusers folder without a single weight."""
+    for part in SD15:
+        (folder / part).mkdir(parents=True)
+        config = {**SD1_CONFIGS[part], **changes.get(part, {})}
+        (folder / part / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_configs(tmp_path_factory.mktemp("sd15"))
+
+
+def count(folder: Path, **changes: Any) -> Counts:
+    recipe = build_recipe(tiny.make_recipe(folder, **changes))
+    return count_run(recipe, method_shape(recipe), 6)
+
+
+def sizes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("method", [DREAMBOOTH, WORD], ids=["dreambooth", "word"])
+def test_lines_equal_the_bytes_of_every_tensor_a_run_holds(tmp_path: Path, method: dict[str, Any]) -> None:
+    changes = {"method": method, "engine": {"use_ema": True}}
+    parts, lines = make_parts(tmp_path, **changes), estimate(count(tmp_path, **changes), PLAIN).gpu
+    engine = parts.engine
+    assert isinstance(engine, TorchEngine) and engine.ema is not None
+    take_step(parts)
+    engine.backward(parts.prepare(parts.feed.batch(1)))
+    learning = list(engine.params.values())
+    every = torch.nn.ModuleList([*parts.model.modules().values(), parts.method])
+    states = [value for state in engine.optimizer.state.values() for value in state.values()]
+    assert lines["weights"] == sizes(learning)
+    assert lines["gradients"] == sizes(param.grad for param in learning)
+    assert lines["optimizer"] == sizes(states)
+    assert lines["average"] == sizes(engine.ema.shadow.values())
+    assert lines["frozen"] == sizes([*every.parameters(), *every.buffers()]) - sizes(learning)
+
+
+def trace_real_step(parts: Parts) -> Pass:
+    method = parts.method
+    every = torch.nn.ModuleList([*parts.model.modules().values(), method])
+    raw = parts.feed.batch(0)
+
+    def compute_loss(autocast: Autocast) -> Tensor:
+        # the plan's batch is made inside the pass too
+        batch = {k: v.clone() if isinstance(v, Tensor) else v for k, v in parts.prepare(raw).items()}
+        with autocast():
+            return method(batch).total
+
+    known = [*every.parameters(), *every.buffers(), *(v for v in raw.values() if isinstance(v, Tensor))]
+    params = [param for group in method.groups() for param in group.params.values()]
+    return trace_step(compute_loss, params=params, known=known, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("method", [DREAMBOOTH, WORD], ids=["dreambooth", "word"])
+def test_a_pass_without_memory_holds_what_a_real_one_does(
+    tmp_path: Path, method: dict[str, Any], checkpointing: bool
+) -> None:
+    changes = {"method": method, "train__gradient_checkpointing": checkpointing, "train__train_batch_size": 4}
+    parts, fake = make_parts(tmp_path, **changes), count(tmp_path, **changes).full
+    assert fake == trace_real_step(parts)
+    # A second count that knows nothing of ours: what autograd says that it saves.
+    assert fake.held == pytest.approx(saved_bytes(parts), rel=0.03)
+
+
+def saved_bytes(parts: Parts) -> int:
+    learned = {p.untyped_storage().data_ptr() for p in parts.method.parameters()}
+    learned |= {
+        p.untyped_storage().data_ptr() for m in parts.model.modules().values() for p in m.parameters()
+    }
+    saved: dict[int, int] = {}
+    kept = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)  # or a freed address would be used twice
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        parts.method(parts.prepare(parts.feed.batch(0)))
+    return sum(size for place, size in saved.items() if place not in learned)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # CPU Adam is compiled where nobody did before
+def test_zero_holds_what_is_predicted(tmp_path: Path) -> None:
+    tiny.make_recipe(tmp_path)
+    script = Path(__file__).with_name("zero_held.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(done.stdout)
+    assert len(results) == 2 * len([choice for choice in CHOICES if choice.zero_stage])
+    for name, (held, predicted) in results.items():
+        assert held == pytest.approx(predicted, rel=0.02), name
+
+
+def test_normalisation_stays_in_full_precision_as_on_a_gpu() -> None:
+    norm, narrow = torch.nn.GroupNorm(1, 2), torch.ones(1, 2, 4, dtype=torch.bfloat16)
+    with precision(torch.bfloat16) as autocast, autocast():
+        assert norm(narrow).dtype == torch.float32
+        assert torch.nn.Linear(4, 4)(norm(narrow)).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(narrow).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("stage", "gigabytes"), [(None, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
+def test_formulas_give_the_figures_of_the_zero_paper(stage: int | None, gigabytes: float) -> None:
+    """Figure 1 of Rajbhandari et al. 2020: 7.5 billion parameters, mixed precision, Adam, 64 GPUs."""
+    nothing = Pass(0, 0, 0)
+    counts = Counts((7_500_000_000,), frozen=0, model=0, full=nothing, half=nothing, bucket=0, mixed=True)
+    lines = estimate(counts, EngineChoice("", stage), world=64).gpu
+    states = sum(lines[line] for line in ("weights", "master", "gradients", "optimizer"))
+    assert states / 1e9 == pytest.approx(gigabytes, abs=0.05)
+
+
+def simple_counts(**changes: Any) -> Counts:
+    step = Pass(held=GIB, activations=GIB, together=4 * GIB)
+    counts = {"learning": (GIB,), "frozen": GIB, "model": 4 * GIB, "full": step, "half": step, "bucket": 0}
+    return Counts(**(counts | changes))
+
+
+def test_gradients_come_as_activations_go_unless_they_stay() -> None:
+    counts = simple_counts()
+    alone, shared = estimate(counts, PLAIN).gpu, estimate(counts, PLAIN, world=2).gpu
+    assert alone["activations"] == 0 and shared["activations"] == GIB  # DDP's buckets are always there
+    kept = estimate(simple_counts(accumulates=True), PLAIN).gpu
+    assert kept["activations"] == GIB and kept["gradients"] == alone["gradients"] == 4 * GIB
+    half = estimate(counts, CHOICES[3], world=2).gpu
+    assert half["gradients"] == 2 * GIB and half["activations"] + half["gradients"] == 5 * GIB // 2
+
+
+def test_the_cheapest_that_fits_is_chosen_and_none_when_none_does() -> None:
+    estimates = estimate_all(simple_counts(), world=1)
+    assert [one.choice for one in estimates] == list(CHOICES)
+    choose = {limit: cheapest_fit(estimates, gpu_memory=limit * GIB) for limit in (20, 12, 5)}
+    chosen = {limit: one.choice.name if one else None for limit, one in choose.items()}
+    assert chosen == {20: "torch", 12: "ZeRO-2, optimizer on host", 5: None}
+    assert cheapest_fit(estimates, gpu_memory=12 * GIB, host_memory=8 * GIB) is None
+    assert [one.choice.name for one in estimate_all(simple_counts(optimizer="adamw8bit"))] == ["torch"]
+    small = estimate(simple_counts(optimizer="adamw8bit"), PLAIN).gpu["optimizer"]
+    assert small == pytest.approx(2 * GIB, rel=0.04)
+
+
+def test_every_worker_of_a_host_counts() -> None:
+    apart, together = (
+        estimate(simple_counts(latents=GIB), PLAIN, world=4, workers_per_host=many).host_moments
+        for many in (1, 4)
+    )
+    assert together["training"] == 4 * apart["training"]
+    assert apart["saving"] - apart["training"] == together["saving"] - together["training"] == 4 * GIB
+
+
+def test_stable_diffusion_15_is_planned_from_its_configs_alone(sd15: Path, tmp_path: Path) -> None:
+    recipe = tiny.write_recipe(
+        tmp_path / "recipe.yaml", tiny.make_recipe(tmp_path, data__resolution=512, train__train_batch_size=1)
+    )
+    words = ["plan", str(recipe), f"model.pretrained_model_name_or_path={sd15}"]
+    options = ["train.mixed_precision=bf16", "train.gradient_checkpointing=true", "--gpu-memory", "8GiB"]
+    told = json.loads(CliRunner().invoke(cli.app, [*words, *options, "--json"]).stdout)
+    assert told["parameters"] == SD15 and told["counts"]["learning"] == SD15["unet"]
+    assert told["chosen"] == "ZeRO-2, optimizer on host" and told["pictures"] == 6
+    plain, chosen = told["estimates"][0], next(e for e in told["estimates"] if e["fits"])
+    assert plain["gpu"]["weights"] == plain["gpu"]["gradients"] == 4 * SD15["unet"]
+    assert chosen["gpu"]["weights"] == 2 * SD15["unet"] and chosen["gpu"]["gradients"] == 0
+    assert plain["gpu_total"] > 8 * GIB >= chosen["gpu_total"] == max(chosen["gpu_moments"].values())
+    assert plain["gpu"]["frozen"] == pytest.approx(2 * (SD15["vae"] + SD15["text_encoder"]), rel=1e-4)
+    table = CliRunner().invoke(cli.app, [*words, *options])
+    assert table.exit_code == 0 and "> ZeRO-2, optimizer on host" in table.stdout
+    assert "engine.zero_stage=2 engine.offload_optimizer_device=cpu" in table.stdout
+
+
+def test_nothing_that_fits_and_no_limit_are_told(tmp_path: Path) -> None:
+    recipe = str(tiny.write_recipe(tmp_path / "recipe.yaml", tiny.make_recipe(tmp_path)))
+    result = CliRunner().invoke(cli.app, ["plan", recipe, "--gpu-memory", "100MiB"])
+    assert result.exit_code == 2 and "no engine choice fits 0.1 GiB per GPU" in result.stderr
+    assert "train.gradient_checkpointing=true" in result.stderr and "ZeRO-3" in result.stdout
+    free = CliRunner().invoke(cli.app, ["plan", recipe])
+    assert free.exit_code == 0 and "Give --gpu-memory" in free.stdout and "fits" not in free.stdout
+    wrong = CliRunner().invoke(cli.app, ["plan", recipe, "--gpu-memory", "12GX"])
+    assert wrong.exit_code == 2 and "--gpu-memory '12GX' is no size" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("12GiB", 12 * GIB), ("24GB", 24 * 10**9), ("8192MiB", 8 * GIB), ("1.5g", 3 * GIB // 2)],
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert parse_size(text, option="--gpu-memory") == size
+
+
+@pytest.mark.parametrize("text", ["12", "GiB", "-1GiB", "0GiB", "1e3MB", "12 GiB of it"])
+def test_sizes_that_say_nothing_are_refused(text: str) -> None:
+    with pytest.raises(ResourceError, match="is no size of memory"):
+        parse_size(text, option="--gpu-memory")
+
+
+def test_more_than_the_weights_is_seen_before_and_after_training(tmp_path: Path) -> None:
+    quiet = count(tmp_path)
+    prior = {"name": "dreambooth", "with_prior_preservation": True}
+    drawing = count(tmp_path, validation={"prompts": ["a cat"]}, method=prior, data__random_flip=True)
+    assert quiet.drawing == 0 < drawing.drawing and quiet.encoding > 0
+    assert drawing.latents == 2 * quiet.latents  # six pictures and their mirror images
+    assert drawing.full.held > 1.5 * quiet.full.held  # class pictures double the batch
+    uncached = count(tmp_path, data__cache_latents=False)
+    assert uncached.encoding == uncached.latents == 0 < uncached.full.activations
+
+
+def test_a_single_file_is_planned_from_its_header(tmp_path: Path) -> None:
+    model = tiny_model()
+    path = save_single_file(model, tmp_path / "model.safetensors")
+    shape = model_shape(ModelConfig(pretrained_model_name_or_path=str(path)))
+    for name, part in model.modules().items():
+        known = {key: tensor.shape for key, tensor in part.state_dict().items()}
+        assert {k: t.shape for k, t in shape.modules()[name].state_dict().items()} == known, name
+    assert all(p.device.type == "meta" for part in shape.modules().values() for p in part.parameters())
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelError, match="not a whole safetensors file"):
+        model_shape(ModelConfig(pretrained_model_name_or_path=str(path)))
+
+
+def test_stable_diffusion_2_and_pocket_have_a_shape(tmp_path: Path) -> None:
+    unet = {"cross_attention_dim": 1024, "use_linear_projection": True, "attention_head_dim": [5, 10, 20, 20]}
+    text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "hidden_act": "gelu"}
+    text["num_attention_heads"] = 16
+    folder = write_configs(tmp_path / "sd2", unet=unet, text_encoder=text)
+    shape = model_shape(ModelConfig(pretrained_model_name_or_path=str(folder)))
+    learning = {n: sum(p.numel() for p in part.parameters()) for n, part in shape.modules().items()}
+    assert learning["unet"] == 865_910_724 and learning["text_encoder"] == 340_387_840
+    assert model_shape(ModelConfig()).context_width == 160
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        ("sdxl", {"unet": {"addition_embed_type": "text_time"}}, "SDXL"),
+        ("inpaint", {"unet": {"in_channels": 9}}, "takes 9 channels and its VAE gives 4"),
+        ("torn", {"unet": {"down_block_types": ["Nonsense"]}}, "unet config makes no model"),
+    ],
+)
+def test_models_that_cannot_be_planned_are_told(
+    tmp_path: Path, name: str, changes: dict[str, Any], told: str
+) -> None:
+    folder = write_configs(tmp_path / name, **changes)
+    with pytest.raises(ModelError, match=told):
+        model_shape(ModelConfig(pretrained_model_name_or_path=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("someone/never-downloaded", "downloads nothing"),
+        ("{tmp}/model.ckpt", "dreamfleet convert"),
+        ("{tmp}/absent.safetensors", "there is no"),
+        ("{tmp}", "no unet/config.json"),
+    ],
+)
+def test_models_that_are_not_here_are_told(tmp_path: Path, name: str, told: str) -> None:
+    with pytest.raises(ModelError, match=told):
+        model_shape(ModelConfig(pretrained_model_name_or_path=name.format(tmp=tmp_path)))
+
+
+def test_a_folder_without_a_part_is_told(tmp_path: Path) -> None:
+    folder = write_configs(tmp_path / "part")
+    (folder / "vae/config.json").unlink()
+    with pytest.raises(ModelError, match="the part 'vae' has no config"):
+        model_shape(ModelConfig(pretrained_model_name_or_path=str(folder)))
+    (folder / "vae/config.json").write_text("[1]")
+    with pytest.raises(ModelError, match="a JSON object is expected"):
+        model_shape(ModelConfig(pretrained_model_name_or_path=str(folder)))

@@ -1,0 +1,68 @@
+"""Counts what a process holds under every ZeRO choice, beside what the plan predicts; run by test_plan_memory.py.
+
+In a process of its own, as DeepSpeed leaves traces in the one that imports it. Prints one JSON object: choice and
+precision -> [bytes held, bytes predicted].
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import tiny
+from torch import Tensor
+
+from dreamfleet.trainers.assemble import Place, assemble
+from dreamfleet.trainers.memory import CHOICES, EngineChoice, estimate
+from dreamfleet.trainers.plan_memory import count_run, method_shape
+from dreamfleet.trainers.recipe import build_recipe
+
+
+def held_bytes() -> int:
+    """Add up every tensor of the process, found by the garbage collector, whatever DeepSpeed calls it."""
+    gc.collect()
+    # By their true type: asking a lazy module for its class would import it.
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def compare(folder: Path, choice: EngineChoice, mixed_precision: str) -> tuple[int, int]:
+    """Take a step under a choice; return what stays held between steps, and what was predicted."""
+    engine: dict[str, Any] = {
+        "zero_stage": choice.zero_stage,
+        "offload_optimizer_device": "cpu" if choice.offload_optimizer else "none",
+        "offload_param_device": "cpu" if choice.offload_param else "none",
+    }
+    method = {"name": "dreambooth", "train_text_encoder": True}
+    recipe = build_recipe(
+        tiny.make_recipe(folder, engine=engine, method=method, train__mixed_precision=mixed_precision)
+    )
+    before = held_bytes()
+    parts = assemble(recipe, Place())
+    try:
+        parts.engine.backward(parts.prepare(parts.engine.place(parts.feed.batch(0))))
+        parts.engine.step(dict.fromkeys(parts.rates, 1e-3), 1)
+        held = held_bytes() - before
+    finally:
+        parts.engine.close()
+    made = estimate(count_run(recipe, method_shape(recipe), 6), choice)
+    lasting = ["weights", "master", "optimizer"]
+    if choice.zero_stage == 3:
+        lasting += ["gradients", "buffers"]
+    on_host = sum(size for line, size in made.host.items() if line != "process")
+    vae = sum(4 * tensor.numel() for tensor in parts.model.vae.parameters())  # in float32 on a CPU
+    return held, sum(made.gpu[line] for line in lasting) + on_host + vae
+
+
+if __name__ == "__main__":
+    results = {
+        f"{choice.name}, {precision}": compare(Path(sys.argv[1]), choice, precision)
+        for choice in CHOICES
+        if choice.zero_stage
+        for precision in ("no", "bf16")
+    }
+    print(json.dumps(results))

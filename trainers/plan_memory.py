@@ -1,0 +1,270 @@
+"""Plans a run's memory from its recipe: counts it on a model without weights, and estimates every engine choice."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dreamfleet.datasets.errors import UserError
+from dreamfleet.datasets.sets import load_concepts
+from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.assemble import build_method, check_resolution, list_pictures
+from dreamfleet.trainers.engine import DTYPES
+from dreamfleet.trainers.memory import Counts, Estimate, Pass, cheapest_fit, estimate_all
+from dreamfleet.trainers.methods.base import Batch, Method, discover
+from dreamfleet.trainers.pictures import ENCODE_BATCH
+from dreamfleet.trainers.plan_trace import Autocast, fake_mode, trace_inference, trace_step
+from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.sd.model import StableDiffusion, quiet_libraries
+from dreamfleet.trainers.sd.shape import NUM_TOKENS, model_shape
+from dreamfleet.trainers.zero_setup import BUCKET
+
+# Defaults of `generate` and of `Preparer`.
+PREVIEW_BATCH, REMEMBERED_PROMPTS = 4, 4096
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run needs with every engine, and the cheapest that fits.
+
+    ``parameters`` by part; ``pictures`` None where the recipe's folders could not be read; ``chosen`` None where no
+    limit was given, or nothing fits.
+    """
+
+    parameters: dict[str, int]
+    counts: Counts
+    pictures: int | None
+    world: int
+    workers_per_host: int
+    gpu_memory: int | None
+    host_memory: int | None
+    estimates: list[Estimate]
+    chosen: Estimate | None
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit to choose by."""
+        return self.gpu_memory is not None or self.host_memory is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain values, sizes in bytes."""
+        plain = asdict(self)
+        plain["counts"] |= {"learning": self.counts.total, "learning_tensors": len(self.counts.learning)}
+        plain["chosen"] = self.chosen.choice.name if self.chosen else None
+        for told, one in zip(plain["estimates"], self.estimates, strict=True):
+            told |= {"gpu_total": one.gpu_total, "host_total": one.host_total}
+            told["fits"] = one.fits(self.gpu_memory, self.host_memory)
+        return plain
+
+
+def plan_memory(
+    recipe: Recipe, *, gpu_memory: int | None = None, host_memory: int | None = None
+) -> MemoryPlan:
+    """Estimate the memory of every engine choice for a recipe, on GPUs, and choose; limits are in bytes.
+
+    Loads no weights and downloads nothing. Raises ModelError for a model whose shape cannot be told, RecipeError for
+    a resolution it cannot have.
+    """
+    quiet_libraries()
+    method = method_shape(recipe)
+    pictures = count_pictures(recipe, method)
+    counts = count_run(recipe, method, pictures)
+    world = max(1, recipe.scaling.num_workers)
+    together = recipe.scaling.placement_strategy == "STRICT_PACK"
+    per_host = world if together else 1
+    estimates = estimate_all(counts, world=world, workers_per_host=per_host)
+    limited = gpu_memory is not None or host_memory is not None
+    return MemoryPlan(
+        parameters={
+            name: sum(p.numel() for p in part.parameters()) for name, part in method.model.modules().items()
+        },
+        counts=counts,
+        pictures=pictures,
+        world=world,
+        workers_per_host=per_host,
+        gpu_memory=gpu_memory,
+        host_memory=host_memory,
+        estimates=estimates,
+        chosen=cheapest_fit(estimates, gpu_memory=gpu_memory, host_memory=host_memory) if limited else None,
+    )
+
+
+def count_run(recipe: Recipe, method: Method, pictures: int | None) -> Counts:
+    """Count a run's tensors on a method whose model is on the meta device."""
+    train, model = recipe.train, method.model
+    learning = [param for group in method.groups() for param in group.params.values()]
+    ids = {id(param) for param in learning}
+    frozen = [tensor for tensor in _tensors(method) if id(tensor) not in ids]
+    mixed = train.mixed_precision != "no"
+    prompts = 0 if method.trains_text else min(REMEMBERED_PROMPTS, pictures or 0)
+    mode = fake_mode()
+    there = _faked(method, mode)
+    halved = _faked(method, mode, DTYPES[train.mixed_precision]) if mixed else there
+    with mode:
+        full = _trace_step(recipe, there)
+        half = _trace_step(recipe, halved) if mixed else full
+        encoding, drawing = _trace_start(recipe, there, pictures), _trace_previews(recipe, there)
+    return Counts(
+        learning=tuple(param.numel() for param in learning),
+        frozen=_bytes(frozen),
+        model=sum(4 * p.numel() for part in model.modules().values() for p in part.parameters()),
+        full=full,
+        half=half,
+        encoding=encoding,
+        drawing=drawing,
+        bucket=BUCKET,
+        mixed=mixed,
+        optimizer=recipe.optimizer.name,
+        average=recipe.engine.use_ema,
+        accumulates=train.gradient_accumulation_steps > 1,
+        text_embeddings=prompts * NUM_TOKENS * model.context_width * model.text_encoder.dtype.itemsize,
+        latents=_latent_bytes(recipe, model, pictures),
+    )
+
+
+def method_shape(recipe: Recipe) -> Method:
+    """Build a recipe's method on a model without weights, as a GPU run has it, on the meta device."""
+    model = model_shape(recipe.model, discover()[recipe.method.name].needs)
+    check_resolution(recipe, model)
+    half = DTYPES[recipe.train.mixed_precision]
+    return build_method(recipe, model, concepts=(), device=torch.device("meta"), dtype=half)
+
+
+def count_pictures(recipe: Recipe, method: Method) -> int | None:
+    """Count the pictures of a recipe, class pictures too; None when there are none where it says."""
+    try:
+        folders = [concept.instance_data_dir for concept in load_concepts(recipe.data)]
+        found = sum(len(list_pictures(Storage(folder))) for folder in folders)
+    except UserError:
+        return None
+    if not found:
+        return None
+    return found + (method.prior.num_class_images * len(folders) if method.prior else 0)
+
+
+def _tensors(method: Method) -> list[Tensor]:
+    """List every tensor of a method and its model, each once."""
+    every = nn.ModuleList([*method.model.modules().values(), method])
+    return [*every.parameters(), *every.buffers()]
+
+
+def _faked(method: Method, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> Method:
+    """Copy a method and its model from the meta device to fake tensors, which are as if on the CPU.
+
+    ``dtype`` casts what is in the method's module, as DeepSpeed's half-precision modes do.
+    """
+    inside = {id(param) for param in method.parameters()} if dtype else set()
+    copies: dict[int, Any] = {}
+    with mode:
+        for tensor in _tensors(method):
+            made = torch.empty(tensor.shape, dtype=dtype if id(tensor) in inside else tensor.dtype)
+            is_param = isinstance(tensor, nn.Parameter)
+            copies[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if is_param else made
+    # Whatever refers to a tensor, in a module or beside it, then refers to its copy.
+    return copy.deepcopy(method, copies)
+
+
+def _trace_step(recipe: Recipe, method: Method) -> Pass:
+    def compute_loss(autocast: Autocast) -> Tensor:
+        batch = _batch(recipe, method)
+        with autocast():
+            return method(batch).total
+
+    return trace_step(
+        compute_loss,
+        params=[param for group in method.groups() for param in group.params.values()],
+        known=_tensors(method),
+        dtype=DTYPES[recipe.train.mixed_precision],
+    )
+
+
+def _batch(recipe: Recipe, method: Method) -> Batch:
+    """Make a batch of the right shapes; pictures whose latents are not cached are encoded for it."""
+    model, count = method.model, recipe.train.train_batch_size
+    num = count * (2 if method.prior else 1)
+    shape = (num, *_latent_shape(recipe, model))
+    batch: Batch = {
+        "latents": torch.empty(shape),
+        "noise": torch.empty(shape),
+        "timesteps": torch.zeros(num, dtype=torch.long),
+        "weights": torch.ones(num),
+        "num_instances": count,
+    }
+    if not _caches_latents(recipe):
+        with torch.no_grad():
+            mean, std = model.encode_pictures(torch.empty(num, 3, *[recipe.data.resolution] * 2))
+            batch["latents"] = mean + std
+    if method.trains_text:
+        return batch | {"input_ids": torch.zeros(num, NUM_TOKENS, dtype=torch.long)}
+    return batch | {
+        "context": torch.empty(num, NUM_TOKENS, model.context_width, dtype=model.text_encoder.dtype)
+    }
+
+
+def _trace_start(recipe: Recipe, method: Method, pictures: int | None) -> int:
+    """Trace what comes before the first step: encoding the pictures, drawing class pictures."""
+    model, side, prior = method.model, recipe.data.resolution, method.prior
+    encoding = drawing = 0
+    if _caches_latents(recipe):
+        num = min(ENCODE_BATCH, pictures or ENCODE_BATCH)
+        encoding = trace_inference(
+            lambda: model.encode_pictures(torch.empty(num, 3, side, side)),
+            known=_tensors(method),
+            dtype=torch.float32,
+        )
+    if prior:
+        drawing = _trace_drawing(recipe, method, prior.batch_size, prior.guidance_scale, torch.float32)
+    return max(encoding, drawing)
+
+
+def _trace_previews(recipe: Recipe, method: Method) -> int:
+    validation = recipe.validation
+    num = min(PREVIEW_BATCH, len(validation.prompts) * validation.num_images)
+    if not num:
+        return 0
+    dtype = DTYPES[recipe.train.mixed_precision]
+    return _trace_drawing(recipe, method, num, validation.guidance_scale, dtype)
+
+
+def _trace_drawing(
+    recipe: Recipe, method: Method, num: int, guidance_scale: float, dtype: torch.dtype
+) -> int:
+    """Trace a step of the sampler and the decoder for ``num`` pictures."""
+    model = method.model
+    shape, entering = _latent_shape(recipe, model), num * (2 if guidance_scale != 1 else 1)
+
+    def draw() -> None:
+        context = torch.empty(entering, NUM_TOKENS, model.context_width, dtype=model.unet.dtype)
+        noisy = torch.empty(entering, *shape, dtype=model.unet.dtype)
+        model.unet(noisy, torch.zeros((), dtype=torch.long), context, return_dict=False)
+        model.decode(torch.empty(num, *shape))
+
+    return trace_inference(draw, known=_tensors(method), dtype=dtype)
+
+
+def _caches_latents(recipe: Recipe) -> bool:
+    data = recipe.data
+    return data.center_crop and data.cache_latents and data.source != "stream"
+
+
+def _latent_shape(recipe: Recipe, model: StableDiffusion) -> tuple[int, int, int]:
+    side = recipe.data.resolution // model.vae_factor
+    return (model.vae.config.latent_channels, side, side)
+
+
+def _latent_bytes(recipe: Recipe, model: StableDiffusion, pictures: int | None) -> int:
+    """Return the host bytes of mean and std of every picture's latents, and of its mirror image's."""
+    if not _caches_latents(recipe):
+        return 0
+    copies = 2 if recipe.data.random_flip else 1
+    return (pictures or 0) * copies * 2 * 4 * math.prod(_latent_shape(recipe, model))
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

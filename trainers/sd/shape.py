@@ -1,0 +1,169 @@
+"""A model's shape without its weights: the parts on torch's meta device, made from configs or a file's header alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreamfleet.datasets.errors import FormatError, ModelError, StorageError
+from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.sd.formats.ldm_names import SD1_CONFIGS, Config
+from dreamfleet.trainers.sd.formats.model_header import configs_in
+from dreamfleet.trainers.sd.formats.single_file import empty_part, from_single_file, require_sd1
+from dreamfleet.trainers.sd.model import ALL_PARTS, POCKET, ModelConfig, StableDiffusion, pocket_folder
+
+NUM_TOKENS = 77  # of a prompt; CLIP's context length
+
+
+class ShapeTokenizer:
+    """Stands in for a tokenizer where only the shapes of ids count: every text is one token, or a full row padded."""
+
+    model_max_length = NUM_TOKENS
+
+    def __call__(self, text: str | Sequence[str], **options: Any) -> Any:
+        """Return ``input_ids`` of a text ``[0]``, or of a list of texts as zeros ``[B, 77]``."""
+        if isinstance(text, str):
+            return SimpleNamespace(input_ids=[0])
+        return SimpleNamespace(input_ids=torch.zeros(len(text), NUM_TOKENS, dtype=torch.long))
+
+
+def model_shape(config: ModelConfig, needs: Collection[str] = ALL_PARTS) -> StableDiffusion:
+    """Make the parts in ``needs`` on the meta device, frozen, in float32 as :func:`load_model` gives them.
+
+    No weights are read: a folder's ``config.json`` files or a ``.safetensors`` header suffice, and nothing is
+    downloaded. Raises ModelError for a model that is not here, or is of a family that methods cannot train.
+    """
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    name = config.pretrained_model_name_or_path
+    configs = _read_configs(name, config.revision)
+    if other := config.pretrained_vae_model_name_or_path:
+        configs["vae"] = _read_vae_config(other)
+    _refuse_other_families(configs, name)
+    parts: dict[str, Any] = dict.fromkeys(ALL_PARTS)
+    for part in needs:
+        if part not in configs:
+            raise ModelError(
+                f"{name}: the part {part!r} has no config.json; a plan needs unet, vae, text_encoder"
+            )
+        try:
+            parts[part] = empty_part(part, configs[part])
+        except FormatError as error:
+            raise ModelError(f"{name}: {error}") from error
+    model = StableDiffusion(
+        tokenizer=ShapeTokenizer(),
+        scheduler=DDPMScheduler.from_config(configs.get("scheduler", SD1_CONFIGS["scheduler"])),
+        folder=name,
+        content_hash="",
+        clip_skip=config.clip_skip,
+        **parts,
+    )
+    model.freeze()
+    return model
+
+
+def _read_configs(name: str, revision: str | None) -> dict[str, Config]:
+    path = pocket_folder() if name == POCKET else Path(name).expanduser()
+    if name.endswith(".safetensors") and "://" not in name:
+        return _read_header(path)
+    if name.endswith((".ckpt", ".safetensors")):
+        raise ModelError(
+            f"{name}: only a folder's configs or the header of a .safetensors on a disk tell a model's shape "
+            "without loading it; convert the file (dreamfleet convert IN OUT) or copy it here"
+        )
+    if "://" in name or path.is_dir():
+        return _read_folder(name if "://" in name else str(path))
+    return _read_folder(str(_cached(name, revision)))
+
+
+def _read_folder(folder: str) -> dict[str, Config]:
+    storage = Storage(folder)
+    files = {part: f"{part}/config.json" for part in ALL_PARTS} | {
+        "scheduler": "scheduler/scheduler_config.json"
+    }
+    found = {part: _read_json(storage, file) for part, file in files.items() if storage.exists(file)}
+    if "unet" not in found:
+        raise ModelError(
+            f"{folder}: no unet/config.json; a plan needs the config.json of unet/, vae/ and text_encoder/"
+        )
+    if storage.exists("text_encoder_2/config.json"):
+        found["text_encoder_2"] = {}
+    return found
+
+
+def _read_vae_config(folder: str) -> Config:
+    storage = Storage(folder)
+    for file in ("vae/config.json", "config.json"):
+        if storage.exists(file):
+            return _read_json(storage, file)
+    raise ModelError(f"model.pretrained_vae_model_name_or_path: no config.json in {folder}")
+
+
+def _read_json(storage: Storage, file: str) -> Config:
+    try:
+        value = json.loads(storage.read_text(file))
+    except (StorageError, ValueError) as error:
+        raise ModelError(f"{storage.path(file)} is not readable JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{storage.path(file)} is no config: a JSON object is expected")
+    return {key: entry for key, entry in value.items() if not key.startswith("_")}
+
+
+def _read_header(path: Path) -> dict[str, Config]:
+    """Read a single file's configs, and check by the shapes in its header that it is of the SD1 layout."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ModelError(f"model.pretrained_model_name_or_path: there is no {path}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = dict(file.metadata() or {})
+            names = list(file.keys())
+            shapes = {name: file.get_slice(name).get_shape() for name in names}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: not a whole safetensors file ({error})") from error
+    tensors: dict[str, Tensor] = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    try:
+        found = configs_in(header, path)
+        if not found:
+            require_sd1(tensors, path)
+        configs = {**SD1_CONFIGS, **found}
+        from_single_file(tensors, configs)
+    except FormatError as error:
+        raise ModelError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    return configs
+
+
+def _cached(name: str, revision: str | None) -> Path:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "unet/config.json", revision=revision)
+    except HFValidationError:
+        found = None
+    if not isinstance(found, str):
+        raise ModelError(
+            f"model.pretrained_model_name_or_path: {name!r} is no folder or file, and no model of the hub that was "
+            "downloaded before; a plan downloads nothing. Give a folder with its config.json files, or run "
+            "`dreamfleet check` once, which fetches the model"
+        )
+    return Path(found).parent.parent
+
+
+def _refuse_other_families(configs: dict[str, Config], name: str) -> None:
+    unet, vae = configs["unet"], configs.get("vae", {})
+    if unet.get("addition_embed_type") == "text_time" or "text_encoder_2" in configs:
+        raise ModelError(f"{name}: an SDXL model, which no method trains yet; plan an SD 1.x or 2.x model")
+    entering, latents = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    if entering != latents:
+        raise ModelError(
+            f"{name}: its U-Net takes {entering} channels and its VAE gives {latents} (an inpainting or editing "
+            "model), which no method trains"
+        )
