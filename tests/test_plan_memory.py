@@ -12,12 +12,12 @@ import pytest
 import tiny
 import torch
 from test_engine import make_parts, take_step
-from tiny_models import tiny_model
+from test_shape import SD15, write_configs
 from torch import Tensor
 from typer.testing import CliRunner
 
 from dreamfleet.cluster import cli
-from dreamfleet.datasets.errors import ModelError, ResourceError
+from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.trainers.assemble import Parts
 from dreamfleet.trainers.engine import TorchEngine
 from dreamfleet.trainers.memory import (
@@ -34,25 +34,10 @@ from dreamfleet.trainers.memory import (
 from dreamfleet.trainers.plan_memory import count_run, method_shape
 from dreamfleet.trainers.plan_trace import Autocast, precision, trace_step
 from dreamfleet.trainers.recipe import build_recipe
-from dreamfleet.trainers.sd.formats.ldm_names import SD1_CONFIGS
-from dreamfleet.trainers.sd.formats.single_file import save_single_file
-from dreamfleet.trainers.sd.model import ModelConfig
-from dreamfleet.trainers.sd.shape import model_shape
 
 PLAIN = CHOICES[0]
 WORD = {"name": "textual_inversion", "placeholder_token": "<x>", "initializer_token": "cat", "num_vectors": 3}
 DREAMBOOTH: dict[str, Any] = {"name": "dreambooth", "train_text_encoder": True}
-# Published sizes of Stable Diffusion 1.5's parts.
-SD15 = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
-
-
-def write_configs(folder: Path, **changes: dict[str, Any]) -> Path:
-    """Write Stable Diffusion 1.5 as a diffusers folder without a single weight."""
-    for part in SD15:
-        (folder / part).mkdir(parents=True)
-        config = {**SD1_CONFIGS[part], **changes.get(part, {})}
-        (folder / part / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -257,67 +242,3 @@ def test_more_than_the_weights_is_seen_before_and_after_training(tmp_path: Path)
     assert drawing.full.held > 1.5 * quiet.full.held  # class pictures double the batch
     uncached = count(tmp_path, data__cache_latents=False)
     assert uncached.encoding == uncached.latents == 0 < uncached.full.activations
-
-
-def test_a_single_file_is_planned_from_its_header(tmp_path: Path) -> None:
-    model = tiny_model()
-    path = save_single_file(model, tmp_path / "model.safetensors")
-    shape = model_shape(ModelConfig(pretrained_model_name_or_path=str(path)))
-    for name, part in model.modules().items():
-        known = {key: tensor.shape for key, tensor in part.state_dict().items()}
-        assert {k: t.shape for k, t in shape.modules()[name].state_dict().items()} == known, name
-    assert all(p.device.type == "meta" for part in shape.modules().values() for p in part.parameters())
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ModelError, match="not a whole safetensors file"):
-        model_shape(ModelConfig(pretrained_model_name_or_path=str(path)))
-
-
-def test_stable_diffusion_2_and_pocket_have_a_shape(tmp_path: Path) -> None:
-    unet = {"cross_attention_dim": 1024, "use_linear_projection": True, "attention_head_dim": [5, 10, 20, 20]}
-    text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "hidden_act": "gelu"}
-    text["num_attention_heads"] = 16
-    folder = write_configs(tmp_path / "sd2", unet=unet, text_encoder=text)
-    shape = model_shape(ModelConfig(pretrained_model_name_or_path=str(folder)))
-    learning = {n: sum(p.numel() for p in part.parameters()) for n, part in shape.modules().items()}
-    assert learning["unet"] == 865_910_724 and learning["text_encoder"] == 340_387_840
-    assert model_shape(ModelConfig()).context_width == 160
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "told"),
-    [
-        ("sdxl", {"unet": {"addition_embed_type": "text_time"}}, "SDXL"),
-        ("inpaint", {"unet": {"in_channels": 9}}, "takes 9 channels and its VAE gives 4"),
-        ("torn", {"unet": {"down_block_types": ["Nonsense"]}}, "unet config makes no model"),
-    ],
-)
-def test_models_that_cannot_be_planned_are_told(
-    tmp_path: Path, name: str, changes: dict[str, Any], told: str
-) -> None:
-    folder = write_configs(tmp_path / name, **changes)
-    with pytest.raises(ModelError, match=told):
-        model_shape(ModelConfig(pretrained_model_name_or_path=str(folder)))
-
-
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
-        ("someone/never-downloaded", "downloads nothing"),
-        ("{tmp}/model.ckpt", "dreamfleet convert"),
-        ("{tmp}/absent.safetensors", "there is no"),
-        ("{tmp}", "no unet/config.json"),
-    ],
-)
-def test_models_that_are_not_here_are_told(tmp_path: Path, name: str, told: str) -> None:
-    with pytest.raises(ModelError, match=told):
-        model_shape(ModelConfig(pretrained_model_name_or_path=name.format(tmp=tmp_path)))
-
-
-def test_a_folder_without_a_part_is_told(tmp_path: Path) -> None:
-    folder = write_configs(tmp_path / "part")
-    (folder / "vae/config.json").unlink()
-    with pytest.raises(ModelError, match="the part 'vae' has no config"):
-        model_shape(ModelConfig(pretrained_model_name_or_path=str(folder)))
-    (folder / "vae/config.json").write_text("[1]")
-    with pytest.raises(ModelError, match="a JSON object is expected"):
-        model_shape(ModelConfig(pretrained_model_name_or_path=str(folder)))
