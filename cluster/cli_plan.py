@@ -65,7 +65,7 @@ def plan(
 
 def _head(made: MemoryPlan, recipe: Recipe) -> list[str]:
     train = recipe.train
-    parts = ", ".join(f"{name} {number / 1e6:.1f} M" for name, number in made.parameters.items())
+    parts = ", ".join(f"{name} {_millions(number)}" for name, number in made.parameters.items())
     settings = [
         f"{recipe.data.resolution} px",
         f"batch {train.train_batch_size}",
@@ -75,7 +75,7 @@ def _head(made: MemoryPlan, recipe: Recipe) -> list[str]:
         "no pictures found to count" if made.pictures is None else f"{made.pictures} pictures",
     ]
     return [
-        f"{recipe.method.name}: {made.counts.total / 1e6:.1f} M parameters learn; {parts}",
+        f"{recipe.method.name}: {_millions(made.counts.total)} parameters learn; {parts}",
         ", ".join(settings),
     ]
 
@@ -98,9 +98,8 @@ def _table(made: MemoryPlan) -> list[str]:
 def _row(one: Estimate, made: MemoryPlan) -> list[str]:
     cells = [one.choice.name, _gib(one.gpu_total)]
     cells += [_gib(sum(one.gpu[line] for line in lines)) for lines in COLUMNS.values()]
-    moment = max(one.gpu_moments, key=lambda name: one.gpu_moments[name])
     fits = ["yes" if one.fits(made.gpu_memory, made.host_memory) else "no"] if made.limited else []
-    return [*cells, _gib(one.host_total), moment, *fits]
+    return [*cells, _gib(one.host_total), one.peak, *fits]
 
 
 def _verdict(made: MemoryPlan) -> list[str]:
@@ -124,19 +123,6 @@ def _verdict(made: MemoryPlan) -> list[str]:
 
 def _nothing_fits(made: MemoryPlan, recipe: Recipe) -> str:
     smallest = min(made.estimates, key=lambda one: one.gpu_total)
-    train, data = recipe.train, recipe.data
-    ways = [
-        way
-        for way, open_ in {
-            "train.gradient_checkpointing=true": not train.gradient_checkpointing,
-            "train.mixed_precision=bf16": train.mixed_precision == "no",
-            "train.train_batch_size=1": train.train_batch_size > 1,
-            f"data.resolution below {data.resolution}": True,
-            "engine.use_ema=false": recipe.engine.use_ema,
-            "more workers": made.world == 1,
-        }.items()
-        if open_
-    ]
     limits = [
         f"{_gib(limit)} GiB {where}"
         for limit, where in ((made.gpu_memory, "per GPU"), (made.host_memory, "per host"))
@@ -145,8 +131,31 @@ def _nothing_fits(made: MemoryPlan, recipe: Recipe) -> str:
     return (
         f"no engine choice fits {' and '.join(limits)}: the smallest on the GPU, {smallest.choice.name}, needs "
         f"{_gib(smallest.gpu_total)} GiB there and {_gib(smallest.host_total)} GiB on the host; what may help: "
-        f"{', '.join(ways)}"
+        f"{', '.join(_ways_out(smallest, made, recipe))}"
     )
+
+
+def _ways_out(smallest: Estimate, made: MemoryPlan, recipe: Recipe) -> list[str]:
+    """List the settings that would lower the highest moment of a run, of those not made yet."""
+    train, moment = recipe.train, smallest.peak
+    ways = {
+        "train.mixed_precision=bf16": train.mixed_precision == "no",
+        "train.gradient_checkpointing=true": moment == "training" and not train.gradient_checkpointing,
+        "train.train_batch_size=1": moment == "training" and train.train_batch_size > 1,
+        "data.cache_latents=false (several pictures are encoded at once)": moment == "starting"
+        and recipe.data.cache_latents,
+        "method.sample_batch_size=1": moment == "starting"
+        and getattr(recipe.method, "with_prior_preservation", False),
+        "validation.num_images=1": moment == "previews" and recipe.validation.num_images > 1,
+        "engine.use_ema=false": recipe.engine.use_ema,
+        f"data.resolution below {recipe.data.resolution}": True,
+        "more workers": made.world == 1,
+    }
+    return [way for way, is_open in ways.items() if is_open]
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.1f} M" if number >= 50_000 else str(number)
 
 
 def _gib(size: int) -> str:

@@ -213,6 +213,9 @@ def test_nothing_that_fits_and_no_limit_are_told(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.app, ["plan", recipe, "--gpu-memory", "100MiB"])
     assert result.exit_code == 2 and "no engine choice fits 0.1 GiB per GPU" in result.stderr
     assert "train.gradient_checkpointing=true" in result.stderr and "ZeRO-3" in result.stdout
+    large = ["data.resolution=256", "train.gradient_checkpointing=true", "train.train_batch_size=1"]
+    starting = CliRunner().invoke(cli.app, ["plan", recipe, *large, "--gpu-memory", "100MiB"])
+    assert "data.cache_latents=false" in starting.stderr and "checkpointing" not in starting.stderr
     free = CliRunner().invoke(cli.app, ["plan", recipe])
     assert free.exit_code == 0 and "Give --gpu-memory" in free.stdout and "fits" not in free.stdout
     wrong = CliRunner().invoke(cli.app, ["plan", recipe, "--gpu-memory", "12GX"])

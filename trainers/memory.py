@@ -128,6 +128,11 @@ class Estimate:
         return max(self.gpu_moments.values())
 
     @property
+    def peak(self) -> str:
+        """The moment at which a GPU holds the most."""
+        return max(self.gpu_moments, key=lambda name: self.gpu_moments[name])
+
+    @property
     def host_total(self) -> int:
         """The most that a host holds at any moment."""
         return max(self.host_moments.values())
