@@ -74,9 +74,19 @@ def _packages() -> list[Finding]:
 
 def _optional_packages() -> list[Finding]:
     return [
-        _package("deepspeed", "note", "absent: engine.zero_stage above 0 needs it"),
+        _package("deepspeed", "note", "absent: engine.zero_stage needs it"),
         _package("bitsandbytes", "note", "absent: 8-bit optimizers need it, and a GPU"),
+        _compiler(),
     ]
+
+
+def _compiler() -> Finding:
+    found = shutil.which(os.environ.get("CXX") or "c++")
+    return Finding(
+        "c++ compiler",
+        "ok" if found else "note",
+        found or "absent: engine.offload_optimizer_device: cpu compiles at its first use",
+    )
 
 
 def _package(name: str, absent: Literal["note", "MISSING"], advice: str) -> Finding:

@@ -106,6 +106,18 @@ def test_every_engine_goes_on_from_every_checkpoint(
     assert largest_difference(moments(found["final"]), moments(straight["final"])) <= limit
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(COMPILES)
+@pytest.mark.parametrize("stage", ["1", "3"])
+def test_sizes_that_do_not_divide_are_put_and_gathered_whole(
+    results: dict[Any, dict[str, Any]], stage: str
+) -> None:
+    found = results["round trip", stage]
+    assert largest_difference(found["gathered"], found["wanted"]) == 0
+    weight, bias = found["wanted"]["weight"], found["wanted"]["bias"]
+    assert torch.equal(found["computed"], torch.nn.functional.linear(torch.ones(2, 5), weight, bias))
+
+
 @pytest.mark.parametrize("case", json.loads((HERE / "zero_configs.json").read_text()))
 def test_deepspeeds_json(case: dict[str, Any]) -> None:
     assert zero_config(EngineConfig(**case["engine"]), **case["given"]) == case["deepspeed"]

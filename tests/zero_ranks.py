@@ -14,9 +14,13 @@ from typing import Any
 import tiny
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from dreamfleet.trainers.assemble import Parts, Place, assemble
+from dreamfleet.trainers.engine import EngineConfig
 from dreamfleet.trainers.recipe import build_recipe
+from dreamfleet.trainers.zero_setup import import_deepspeed, zero_config
+from dreamfleet.trainers.zero_shards import Shards
 
 STEPS, HALF = 3, 2
 DREAMBOOTH = {"name": "dreambooth", "train_text_encoder": True}
@@ -42,7 +46,11 @@ RUNS: list[tuple[str, str]] = [
 CHANGES: dict[str, dict[str, Any]] = {
     "dreambooth": {"method": DREAMBOOTH},
     "textual_inversion": {"method": TEXTUAL_INVERSION},
-    "bf16": {"method": DREAMBOOTH, "train__mixed_precision": "bf16"},
+    "bf16": {
+        "method": DREAMBOOTH,
+        "train__mixed_precision": "bf16",
+        "train__gradient_checkpointing": True,
+    },
 }
 #: Who goes on from whose checkpoint, among the DreamBooth runs.
 RESUMED = [
@@ -77,10 +85,10 @@ def take_steps(parts: Parts, start: int, end: int) -> dict[str, list[float]]:
     def backward(step: int, micro: int, last: bool) -> torch.Tensor:
         return engine.backward(parts.prepare(parts.feed.batch(step, micro)), last=last).total
 
-    # Other pictures than the first step's, as part of a step and as the whole: none of it may be left.
-    backward(50, 0, last=False)
+    # Other pictures than the first step's, as the end of a step and as a part of one: none of it may be left.
+    backward(50, 0, last=True)
     engine.drop_gradients()
-    backward(51, 0, last=True)
+    backward(51, 0, last=False)
     engine.drop_gradients()
     for step in range(start, end):
         total = sum(
@@ -135,6 +143,26 @@ def resume(folder: Path, engine: dict[str, Any], place: Place, saved: dict[str, 
     return {**figures, "final": final}
 
 
+def round_trip(stage: int) -> dict[str, Any]:
+    """Put odd-sized parameters into shards, which needs padding with two ranks, and gather them again."""
+    layer = nn.Linear(5, 3)
+    config = EngineConfig(zero_stage=stage)
+    told = zero_config(config, mixed_precision="no", max_grad_norm=0.0, num_micros=1, num_params=18)
+    deepspeed = import_deepspeed(torch.device("cpu"))
+    params = dict(layer.named_parameters())
+    wanted = {name: torch.arange(1.0, 1 + param.numel()).view_as(param) for name, param in params.items()}
+    engine, *_ = deepspeed.initialize(
+        model=layer, optimizer=torch.optim.AdamW(layer.parameters()), config=told
+    )
+    shards = Shards(engine, params, stage=stage)
+    for name, value in wanted.items():
+        shards.put_everywhere(name, value)
+    computed = engine(torch.ones(2, 5)).detach()
+    gathered = {name: shards.gather(name) for name in params}
+    engine.destroy()
+    return {"wanted": wanted, "gathered": gathered, "computed": computed}
+
+
 def main(folder: Path, rank: int, world: int) -> None:
     """Train under every engine, and go on from one another's checkpoints."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
@@ -149,6 +177,8 @@ def main(folder: Path, rank: int, world: int) -> None:
             if stage_3 == ("zero 3" in f"{source} {target}"):
                 saved = results["dreambooth", source]["saved"]
                 results["resumed", source, target] = resume(folder, ENGINES[target], place, saved)
+    for stage in (1, 3):
+        results["round trip", str(stage)] = round_trip(stage)
     if place.leads:
         torch.save(results, folder / "results.pt")
     dist.destroy_process_group()
