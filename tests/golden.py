@@ -25,6 +25,17 @@ RUNS: dict[str, dict[str, Any]] = {
         "method": {"name": "dreambooth", "with_prior_preservation": True, "num_class_images": 4},
         "train__noise_offset": 0.1,
     },
+    "hypernetwork": {
+        "method": {
+            "name": "hypernetwork",
+            "layer_structure": [1, 2, 2, 1],
+            "activation_func": "relu",
+            "weight_init": "KaimingUniform",
+            "activate_output": True,
+            "multiplier": 0.8,
+        },
+        "optimizer__learning_rate": 1e-2,
+    },
     "textual_inversion": {
         "method": {
             "name": "textual_inversion",

@@ -18,6 +18,14 @@ from dreamfleet.trainers.sd.model import ModelConfig, load_model
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "dreambooth": {"name": "dreambooth", "train_text_encoder": True},
+    "hypernetwork": {
+        "name": "hypernetwork",
+        "layer_structure": [1, 2, 2, 1],
+        "activation_func": "swish",
+        "weight_init": "XavierNormal",
+        "add_layer_norm": True,
+        "activate_output": True,
+    },
     "textual_inversion": {
         "name": "textual_inversion",
         "placeholder_token": "<thing>",
@@ -25,7 +33,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "num_vectors": 3,
     },
 }
-RATES = {"dreambooth": 1e-3, "textual_inversion": 5e-2}
+RATES = {"dreambooth": 1e-3, "hypernetwork": 1e-2, "textual_inversion": 5e-2}
 
 
 @pytest.fixture(scope="session")
@@ -133,6 +141,12 @@ def test_exports_read_back_equal(workplace: Path, method_name: str, tmp_path: Pa
             from dreamfleet.trainers.sd.formats.embedding import read_embedding
 
             assert torch.allclose(read_embedding(path).vectors, expected["vectors"], atol=1e-6), path
+        elif method_name == "hypernetwork":
+            from dreamfleet.trainers.sd.formats.hypernetwork import read_hypernetwork
+
+            found = read_hypernetwork(path).network.state_dict()
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
         else:
             model = load_model(ModelConfig(pretrained_model_name_or_path=str(path)))
             found = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -71,7 +72,7 @@ class HeldOutLoss:
         """Return the mean loss over pictures and timesteps, without SNR weights."""
         device, losses = engine.device, []
         model = self.method.model
-        with engine.autocast():
+        with evaluating(self.method), engine.autocast():
             for latents, noise, prompt in zip(self.latents, self.noise, self.prompts, strict=True):
                 count = len(self.timesteps)
                 context = self.method.encode([prompt]).expand(count, -1, -1)
@@ -102,27 +103,34 @@ def draw_previews(
         for row, prompt in enumerate(config.prompts)
         for column in range(config.num_images)
     ]
-    modes = {name: part.training for name, part in method.model.modules().items()}
-    for part in method.model.modules().values():
-        part.eval()
-    try:
-        with engine.autocast():
-            pictures = generate(
-                method.model,
-                [cell["prompt"] for cell in cells],
-                seeds=[cell["seed"] for cell in cells],
-                negative_prompt=config.negative_prompt,
-                steps=config.num_inference_steps,
-                guidance_scale=config.guidance_scale,
-                scheduler=config.scheduler,
-                width=resolution,
-                height=resolution,
-                encode=method.encode,
-            )
-    finally:
-        for name, part in method.model.modules().items():
-            part.train(modes[name])
+    with evaluating(method), engine.autocast():
+        pictures = generate(
+            method.model,
+            [cell["prompt"] for cell in cells],
+            seeds=[cell["seed"] for cell in cells],
+            negative_prompt=config.negative_prompt,
+            steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            scheduler=config.scheduler,
+            width=resolution,
+            height=resolution,
+            encode=method.encode,
+        )
     return pictures, cells
+
+
+@contextmanager
+def evaluating(method: Method) -> Iterator[None]:
+    """Within this context the method and its model are in eval mode: nothing is dropped out."""
+    modules = [method, *method.model.modules().values()]
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
 
 
 class Judge:

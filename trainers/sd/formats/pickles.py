@@ -82,6 +82,7 @@ def load_pickle(source: str | os.PathLike[str] | bytes) -> Any:
     size = len(source) if isinstance(source, bytes) else _size_of(Path(source))
     if size == 0:
         raise FormatError(f"{where}: the file is empty. Copy or export it again.")
+    _require_bounded(source, size, where)
     stream: Any = io.BytesIO(source) if isinstance(source, bytes) else str(source)
     try:
         with torch.serialization.safe_globals(_HARMLESS):
@@ -194,6 +195,24 @@ def _write_entry(archive: zipfile.ZipFile, name: str, content: memoryview) -> No
         entry.extra = struct.pack("<2sH", b"FB", padding - 4) + b"Z" * (padding - 4)
     with archive.open(entry, "w", force_zip64=zip64) as file:
         file.write(content)
+
+
+def _require_bounded(source: str | os.PathLike[str] | bytes, size: int, where: str) -> None:
+    """Refuse a zip that unpacks to more than its size: entries that are compressed or overlap; torch writes neither."""
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                return  # the older stream
+            with zipfile.ZipFile(file) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+    except OSError as error:
+        raise StorageError(f"{where}: cannot be read ({error.strerror or error}).") from error
+    except Exception as error:  # zipfile raises its own zoo of errors for a broken directory
+        raise FormatError(f"{where}: the file is cut short or damaged. Copy or export it again.") from error
+    if unpacked > size:
+        raise FormatError(
+            f"{where}: refused, because it unpacks to {unpacked} bytes from {size}, as no file of PyTorch does."
+        )
 
 
 def _explain(where: str, error: Exception) -> str:

@@ -1,0 +1,183 @@
+"""Hypernetwork: MLPs on what attention makes its keys and values of learn a look; the model stays as it is.
+
+Source: AUTOMATIC1111's webui, `modules/hypernetworks/hypernetwork.py`, after NovelAI's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import AliasChoices, BeforeValidator, Field, model_validator
+
+from dreamfleet.datasets import captions
+from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.trainers.methods.base import (
+    Method,
+    MethodConfig,
+    ParamGroup,
+    Sample,
+    Setting,
+    register,
+)
+from dreamfleet.trainers.sd.formats.hypernetwork import HypernetworkFile, write_hypernetwork
+from dreamfleet.trainers.sd.hypernetwork import (
+    Hypernetwork,
+    Structure,
+    WeightInit,
+    context_widths,
+    derived_dropout,
+    set_hypernetworks,
+)
+from dreamfleet.trainers.sd.model import StableDiffusion
+
+
+def _split(value: Any) -> Any:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_split)]  # a list, or the webui's "1, 2, 1"
+
+
+class HypernetworkConfig(MethodConfig):
+    """The ``method:`` section of Hypernetwork."""
+
+    name: Literal["hypernetwork"] = "hypernetwork"
+    enable_sizes: Annotated[tuple[int, ...], BeforeValidator(_split)] | None = Field(
+        None,
+        min_length=1,
+        description="widths of the contexts to change; when left out all that the model has, 320 to 1280 in SD 1.x",
+    )
+    layer_structure: Numbers = Field(
+        (1, 2, 1), description='widths of the layers, as multiples; the webui\'s "1, 2, 1" too'
+    )
+    activation_func: str = Field(
+        "linear",
+        description="linear, relu, leakyrelu, elu, swish, tanh, sigmoid, or one of torch's, in small letters; softmax, "
+        "softmin, logsoftmax and softmax2d mix the pictures of a batch, as in the webui",
+    )
+    weight_init: WeightInit = Field(
+        "Normal",
+        validation_alias=AliasChoices("weight_init", "weight_initialization"),
+        description="how the linear layers start; Normal: a hundredth of the unit normal",
+    )
+    add_layer_norm: bool = Field(
+        False,
+        validation_alias=AliasChoices("add_layer_norm", "is_layer_norm"),
+        description="a norm after every layer; its gain starts as Normal does, as in the webui",
+    )
+    activate_output: bool = Field(False, description="activation after the last layer too")
+    use_dropout: bool = Field(False, description="drop parts of the inner layers while training")
+    dropout_structure: Numbers | None = Field(
+        None,
+        description="rate after each of the widths, from 0 to 0; when left out 0.3 between the inner layers",
+    )
+    multiplier: float = Field(
+        1.0,
+        gt=0,
+        validation_alias=AliasChoices("multiplier", "scale"),
+        description="strength it is trained and previewed at; draw with the same",
+    )
+    template_file: str | None = Field(
+        None,
+        description="a prompt a line, with [filewords]; or a set's name: hypernetwork, filewords. When left out, the "
+        "picture's caption, else data.instance_prompt",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.dropout_structure is not None and not self.use_dropout:
+            raise ValueError("dropout_structure needs use_dropout: true; without it nothing is dropped")
+        if self.dropout_structure and (self.dropout_structure[0] or self.dropout_structure[-1]):
+            raise ValueError("dropout_structure starts and ends with 0: input and output are never dropped")
+        self.structure()
+        return self
+
+    def structure(self) -> Structure:
+        """Return how the MLPs are built. Raises UserError for what nobody can build."""
+        num = len(self.layer_structure)
+        dropout = derived_dropout(num) if self.use_dropout else (0.0,) * num
+        return Structure(
+            layer_structure=self.layer_structure,
+            activation_func=self.activation_func,
+            weight_init=self.weight_init,
+            add_layer_norm=self.add_layer_norm,
+            activate_output=self.activate_output,
+            dropout_structure=self.dropout_structure or dropout,
+        )
+
+
+@register
+class HypernetworkMethod(Method):
+    """Teach a style: MLPs before attention's keys and values learn, the model stays. Megabytes, any strength."""
+
+    name: ClassVar[str] = "hypernetwork"
+    Config = HypernetworkConfig
+    formats = ("pt",)
+    all_formats = ("pt",)
+
+    def __init__(self, config: HypernetworkConfig, model: StableDiffusion, setting: Setting):
+        super().__init__(config, model, setting)
+        there = context_widths(model.unet)
+        widths = config.enable_sizes or there
+        if missing := sorted(set(widths) - set(there)):
+            raise RecipeError(
+                f"method.enable_sizes: {model.folder} has no contexts of {missing}, only of {there}"
+            )
+        self.network = Hypernetwork(widths, config.structure())
+        set_hypernetworks(model.unet, [(self.network, config.multiplier)])
+        self._templates = load_templates(config.template_file)
+
+    def groups(self) -> list[ParamGroup]:
+        return [ParamGroup("hypernetwork", dict(self.network.named_parameters()))]
+
+    def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
+        """Fill a template line drawn for this use of the picture; without one, its caption or its set's prompt."""
+        template = captions.choose_template(self._templates, rng) if self._templates else None
+        return captions.make_caption(
+            sample.caption,
+            template=template,
+            prompt=self.setting.concepts[sample.concept].instance_prompt,
+            file_name=sample.uri.rpartition("/")[2],
+            rng=rng,
+            config=data,
+        )
+
+    def export(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        formats: Sequence[str] | None,
+        step: int,
+        metadata: dict[str, str],
+        precision: str,
+    ) -> list[Path]:
+        """Write ``NAME.pt``, as the webui does: in full precision, whatever ``precision`` says."""
+        file = HypernetworkFile(
+            name=name,
+            network=self.network,
+            step=step,
+            sd_checkpoint=self.model.content_hash,
+            sd_checkpoint_name=Path(self.model.folder).stem,
+            metadata=metadata,
+        )
+        return [write_hypernetwork(file, folder / f"{name}.{form}") for form in self.chosen_formats(formats)]
+
+
+def load_templates(name: str | None) -> tuple[str, ...]:
+    """Return the prompt templates of a set or a file, none without a name.
+
+    Raises RecipeError for one with ``[name]``: a hypernetwork has no word of its own.
+    """
+    if name is None:
+        return ()
+    templates = captions.TEMPLATE_SETS.get(name) or captions.load_template_file(name)
+    if asking := [template for template in templates if "[name]" in template]:
+        raise RecipeError(
+            f"method.template_file {name}: {asking[0]!r} asks for the name of what is learnt, and a hypernetwork has "
+            "no word of its own; use [filewords], or the set hypernetwork"
+        )
+    return templates
