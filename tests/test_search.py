@@ -1,4 +1,4 @@
-"""The search without Ray's processes: its section, the points, the record, the scheduler's memory, the report."""
+"""The search without Ray's processes: points, the record of trials, the scheduler's memory, what a trial gets."""
 
 from __future__ import annotations
 
@@ -9,43 +9,19 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
+import ray
 import tiny
-from PIL import Image
+from searches import RATES, loss_at, make_recipe, make_tree, make_trials
+from typer.testing import CliRunner
 
+from dreamfleet.cluster import cli
 from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceError
 from dreamfleet.trainers.recipe import Recipe, build_recipe, load_recipe
 from dreamfleet.tune.halving import make_scheduler
 from dreamfleet.tune.ledger import Ledger, Trial, open_ledger
-from dreamfleet.tune.plots import log_ticks
 from dreamfleet.tune.proposals import Proposals
-from dreamfleet.tune.report import render
 from dreamfleet.tune.search import search, trial_room
 from dreamfleet.tune.space import grid
-
-RATES = {"distribution": "loguniform", "lower": 1e-4, "upper": 1e-1}
-VECTORS = {"distribution": "choice", "values": [1, 2, 4]}
-
-
-def make_tree(folder: Path | str = "runs/x", **section: Any) -> dict[str, Any]:
-    space = {"optimizer.learning_rate": RATES, "method.num_vectors": VECTORS}
-    return {
-        "method": {"name": "textual_inversion", "placeholder_token": "<x>"},
-        "data": {"instance_data_dir": "pictures"},
-        "train": {"max_train_steps": 100},
-        "validation": {"holdout": "holdout", "steps": 10},
-        "scaling": {"num_workers": 2},
-        "search": {"space": space, "num_trials": 6, **section},
-        "output_dir": str(folder),
-    }
-
-
-def make_recipe(folder: Path | str = "runs/x", **section: Any) -> Recipe:
-    return build_recipe(make_tree(folder, **section))
-
-
-def loss_at(point: dict[str, Any]) -> float:
-    """A made-up objective with its minimum at 2e-3 and two vectors."""
-    return abs(point["optimizer.learning_rate"] / 2e-3 - 1) + abs(point["method.num_vectors"] - 2)
 
 
 def try_points(ledger: Ledger, most: int) -> Proposals:
@@ -60,95 +36,6 @@ def try_points(ledger: Ledger, most: int) -> Proposals:
         trial.status = "completed"
         proposals.on_trial_complete(str(number), result={"holdout_loss": loss_at(trial.point)})
     return proposals
-
-
-# ---- the section ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("section", "told"),
-    [
-        ({"space": {"optimizer.learning_rte": RATES}}, "did you mean 'optimizer.learning_rate'?"),
-        ({"space": {"optimizer.lr": RATES}}, "write it as 'optimizer.learning_rate' here"),
-        ({"space": {"output_dir": VECTORS}}, "every trial has a folder of its own"),
-        ({"space": {"data.resolution": VECTORS}}, "cannot be compared"),
-        ({"space": {"validation.steps": VECTORS}}, "cannot be compared"),
-        ({"space": {"scaling.num_workers": VECTORS}}, "a trial is one process"),
-        ({"space": {}}, "search.space"),
-        ({"space": {"method.num_vectors": {**VECTORS, "values": [1, 76]}}}, "less than or equal to 75 (got 76)"),
-        (
-            {"space": {"optimizer.adam_beta2": {"distribution": "uniform", "lower": 0.5, "upper": 1.5}}},
-            "search.space.optimizer.adam_beta2: Input should be less than 1 (got 1.5)",
-        ),
-        (
-            {"space": {"method.num_vectors": {"distribution": "uniform", "lower": 1, "upper": 5}}},
-            "valid integer",
-        ),
-        ({"space": {"optimizer.learning_rate": {**RATES, "upper": 1e-4}}}, "must be over lower 0.0001"),
-        ({"space": {"optimizer.learning_rate": {**RATES, "lower": 0}}}, "needs a lower over 0"),
-        ({"space": {"optimizer.learning_rate": {**RATES, "lowr": 1}}}, "did you mean 'lower'?"),
-        ({"space": {"method.num_vectors": {**VECTORS, "values": [2, 2]}}}, "twice"),
-        ({"space": {"method.num_vectors": {**VECTORS, "lower": 1}}}, "choice takes values"),
-        ({"space": {"method.num_vectors": {"distribution": "randint", "lower": 1, "upper": 2.5}}}, "whole number"),
-        ({"num_trials": None}, "search.num_trials: missing"),
-        ({"num_trals": 3}, "did you mean 'num_trials'?"),
-        ({"algorithm": "grid"}, "a grid needs num"),
-        ({"metric": "holdout_los"}, "did you mean 'holdout_loss'?"),
-        ({"metric": "clip_i"}, "name it in validation.metrics"),
-        ({"grace_period": 101}, "more than train.max_train_steps 100"),
-        ({"resources_per_trial": {"GPU": 1.5}}, "0 to 1, or a whole number"),
-        ({"points_to_evaluate": [{"method.num_vectors": 1}]}, "one value for each of"),
-        (
-            {"points_to_evaluate": [{"method.num_vectors": 3, "optimizer.learning_rate": 1}]},
-            "method.num_vectors 3 lies outside",
-        ),
-        (
-            {
-                "space": {
-                    "optimizer.learning_rate": {"distribution": "choice", "values": [1e-3, "0.1:10,0.01"]},
-                    "optimizer.lr_scheduler": {"distribution": "choice", "values": ["constant", "cosine"]},
-                }
-            },
-            "do not go together",
-        ),
-    ],
-)  # fmt: skip
-def test_mistakes_are_told_when_the_recipe_is_read(section: dict[str, Any], told: str) -> None:
-    with pytest.raises(RecipeError) as caught:
-        make_recipe(**section)
-    assert told in str(caught.value) and "search." in str(caught.value)
-
-
-def test_a_search_by_held_out_loss_needs_held_out_pictures() -> None:
-    tree = make_tree()
-    del tree["validation"]
-    with pytest.raises(
-        RecipeError, match=r"search\.metric: validation measures nothing.*validation\.holdout"
-    ):
-        build_recipe(tree)
-
-
-def test_scores_are_maximised_and_losses_minimised() -> None:
-    tree = make_tree(metric="clip_i")
-    tree["validation"] |= {"prompts": ["a <x>"], "metrics": ["clip_i"]}
-    by_score = build_recipe(tree).search
-    by_loss = make_recipe().search
-    assert by_score and by_score.maximise and by_loss and not by_loss.maximise
-
-
-def test_the_space_can_be_nested_and_changed_from_the_command_line(tmp_path: Path) -> None:
-    path = tiny.write_recipe(tmp_path / "r.yaml", make_tree())
-    changes = [
-        "search.space.optimizer.learning_rate.lower=1e-5",
-        "search.space.optimizer.adam_beta1={distribution: uniform, lower: 0.5, upper: 0.9}",
-        "search.space.optimizer.adam_epsilon={distribution: choice, values: [1e-8, 1e-7]}",
-    ]
-    section = load_recipe(path, changes).search
-    assert section is not None
-    space = section.space
-    assert space["optimizer.learning_rate"].lower == 1e-5
-    assert space["optimizer.adam_beta1"].upper == 0.9
-    assert space["optimizer.adam_epsilon"].values == [1e-8, 1e-7]
 
 
 # ---- the points -----------------------------------------------------------------------------------------------------
@@ -209,6 +96,7 @@ def test_given_points_come_first_and_a_grid_in_its_order() -> None:
     try_points(ledger, 5)
     try_points(ledger, 100)
     assert [trial.point for trial in ledger.trials] == points
+    assert try_points(ledger, 0).remaining == 0
 
 
 def test_a_failed_trial_is_no_reason_to_stop() -> None:
@@ -223,23 +111,6 @@ def test_a_failed_trial_is_no_reason_to_stop() -> None:
 
 
 # ---- the record -----------------------------------------------------------------------------------------------------
-
-
-def make_trials(metric: str = "holdout_loss") -> list[Trial]:
-    def trial(number: int, rate: float, vectors: int, status: str, values: list[float]) -> Trial:
-        rounds = [{"step": 10 * k, metric: value} for k, value in enumerate(values)]
-        point = {"optimizer.learning_rate": rate, "method.num_vectors": vectors}
-        return Trial(f"trial-{number:03d}", point, status, rounds, 3.5)
-
-    failed = trial(4, 9e-2, 1, "failed", [])
-    failed.error = "the loss is <no> number"
-    return [
-        trial(0, 1e-3, 1, "completed", [0.9, 0.5, 0.4]),
-        trial(1, 2e-3, 2, "completed", [0.9, 0.4, 0.3]),
-        trial(2, 5e-2, 4, "stopped", [0.9, 0.2]),
-        trial(3, 2e-4, 4, "interrupted", [0.9]),
-        failed,
-    ]
 
 
 def test_only_trials_that_came_to_their_end_compete() -> None:
@@ -326,6 +197,36 @@ def test_a_recipe_without_a_search_is_refused() -> None:
         search(build_recipe(tree))
 
 
+def test_the_command_tells_a_finished_search_again(tmp_path: Path) -> None:
+    """There is nothing left to run, so no Ray is started for it."""
+    tree = make_tree(tmp_path / "s", num_trials=5)
+    tree["data"]["instance_data_dir"] = str(tiny.make_pictures(tmp_path / "pictures", 2))
+    tree["validation"]["holdout"] = str(tiny.make_pictures(tmp_path / "holdout", 1))
+    path = tiny.write_recipe(tmp_path / "r.yaml", tree)
+    ledger = Ledger(load_recipe(path), make_trials())
+    ledger.trials[3].status = "stopped"
+    ledger.save()
+    ledger.folder.write_text("search.yaml", ledger.recipe.to_yaml())
+
+    def tune(*words: str) -> Any:
+        return CliRunner().invoke(cli.app, ["tune", str(path), *words])
+
+    done = tune("--resume")
+    assert done.exit_code == 0, done.output
+    assert str(tmp_path / "s" / "report.html") in done.stdout
+    assert re.search(r"trial-001 +0\.002 +2 +0\.3 +20", done.stdout)
+    told = json.loads(tune("--resume", "--json").stdout)
+    assert told["best"]["name"] == "trial-001" and len(told["trials"]) == 5
+    again = tune()
+    assert again.exit_code == 2 and "--resume" in again.stderr
+    for trial in ledger.trials:
+        trial.status, trial.error = "failed", "the loss is no longer a number"
+    ledger.save()
+    failed = tune("--resume")
+    assert failed.exit_code == 1 and "all 5 trials failed, the first with: the loss" in failed.stderr
+    assert not ray.is_initialized()
+
+
 # ---- the scheduler --------------------------------------------------------------------------------------------------
 
 
@@ -333,7 +234,7 @@ class Running:
     """What a scheduler sees of a trial."""
 
     def __init__(self, name: str):
-        self.trial_id = name
+        self.config = {"name": name}
 
 
 def test_asha_remembers_the_trials_from_before() -> None:
@@ -348,10 +249,14 @@ def test_asha_remembers_the_trials_from_before() -> None:
     assert decisions == [asha.STOP, asha.CONTINUE]
 
 
-def test_no_trial_is_stopped_at_its_last_step() -> None:
-    asha = make_scheduler(Ledger(make_recipe(reduction_factor=2), make_trials()[:2]))
-    asha.on_trial_add(None, Running("new"))
-    assert asha.on_trial_result(None, Running("new"), {"step": 100, "holdout_loss": 0.1}) == asha.CONTINUE
+def test_asha_does_not_judge_a_round_twice() -> None:
+    """Trial 3 lags behind the others now, but they had not come so far when it passed."""
+    trials = make_trials()[:4]
+    trials[3].rounds.append({"step": 10, "holdout_loss": 0.8})
+    asha = make_scheduler(Ledger(make_recipe(reduction_factor=2), trials))
+    asha.on_trial_add(None, Running("trial-003"))
+    told = {"step": 10, "holdout_loss": 0.8}
+    assert asha.on_trial_result(None, Running("trial-003"), told) == asha.CONTINUE
 
 
 # ---- the machines ---------------------------------------------------------------------------------------------------
@@ -385,76 +290,3 @@ def test_what_a_trial_gets(
 def test_a_trial_that_fits_nowhere_is_refused_before_anything_starts() -> None:
     with pytest.raises(ResourceError, match=r"3 CPU fits on no machine.*search\.resources_per_trial"):
         trial_room(make_recipe(resources_per_trial={"CPU": 3}), [TWO_CPUS, TWO_CPUS])
-
-
-# ---- the report -----------------------------------------------------------------------------------------------------
-
-
-def make_searched_folder(folder: Path, **section: Any) -> Ledger:
-    ledger = Ledger(make_recipe(folder, **section), make_trials())
-    for number, trial in enumerate(ledger.trials[:4]):
-        samples = folder / trial.folder / "samples"
-        samples.mkdir(parents=True)
-        Image.new("RGB", (16, 16), (60 * number, 0, 0)).save(samples / "step-000020.png")
-        cell = {"prompt": "a <x>", "seed": 0, "row": 0, "column": 0, "width": 16, "height": 16}
-        (samples / "step-000020.jsonl").write_text(json.dumps(cell))
-    return ledger
-
-
-def test_the_report_shows_the_trials_and_what_they_drew(tmp_path: Path) -> None:
-    page = render(make_searched_folder(tmp_path / "my-search"))
-    assert "my-search" in page and "2 completed" in page and "--resume" in page
-    sheet = page[page.index("table class='sheet'") : page.index("</table>")]
-    rows = sheet.split("<tr>")[2:]
-    assert [row[4 : row.index("</th>")] for row in rows] == ["1", "2", "4"]
-    assert sheet.count("<img") == 3  # two that ran to their end, one that was stopped
-    assert sheet.count('class="best"') == 1 and "trial-001" in sheet.split('class="best"')[1]
-    table = page[page.index("table class='trials'") :]
-    assert table.count("<tr") == 6 and "the loss is &lt;no&gt; number" in table
-    assert "trials/trial-001/report.html" in table
-    assert "http" not in page.replace("http://www.w3.org", "")
-
-
-def test_the_sheet_puts_many_rates_into_bins(tmp_path: Path) -> None:
-    ledger = make_searched_folder(tmp_path / "s")
-    for number in range(20):
-        rate = 1e-4 * 10 ** (3 * number / 20)
-        rounds = [{"step": 20, "holdout_loss": 1.0}]
-        point = {"optimizer.learning_rate": rate, "method.num_vectors": 1}
-        ledger.trials.append(Trial(f"more-{number}", point, "completed", rounds))
-    page = render(ledger)
-    head = page[page.index("<thead>") : page.index("</thead>")]
-    assert head.count("<th>") == 7 and "1e-4 – 3.2e-4" in head and "best of 4" in page
-
-
-def test_the_report_of_a_search_that_measured_nothing(tmp_path: Path) -> None:
-    ledger = Ledger(make_recipe(tmp_path / "s"), make_trials()[4:])
-    page = render(ledger)
-    assert "1 failed" in page and "table class='sheet'" not in page
-    assert "0 trials" in render(Ledger(make_recipe(tmp_path / "s")))
-
-
-def test_a_runaway_loss_does_not_flatten_the_others(tmp_path: Path) -> None:
-    ledger = make_searched_folder(tmp_path / "s")
-    ledger.trials[2].rounds[-1]["holdout_loss"] = 1e6
-    ticks = re.findall(r'class="y" style="[^"]*"><i>([^<]*)<', render(ledger))
-    assert ticks and all(float(tick) < 2 for tick in ticks)
-
-
-def test_words_are_a_row_of_their_own(tmp_path: Path) -> None:
-    space = {
-        "optimizer.lr_scheduler": {"distribution": "choice", "values": ["constant", "cosine"]},
-        "data.random_flip": {"distribution": "choice", "values": [True, False]},
-    }
-    ledger = make_searched_folder(tmp_path / "s", space=space)
-    for trial, word in zip(
-        ledger.trials, ("constant", "cosine", "constant", "cosine", "cosine"), strict=True
-    ):
-        trial.point = {"optimizer.lr_scheduler": word, "data.random_flip": word == "cosine"}
-    page = render(ledger)
-    assert "lr_scheduler&nbsp;→" in page and "random_flip&nbsp;↓" in page
-
-
-def test_log_ticks_are_round_and_few() -> None:
-    assert log_ticks(9e-4, 2.1e-2) == pytest.approx([1e-3, 2e-3, 5e-3, 1e-2, 2e-2])
-    assert log_ticks(1e-6, 1.0) == pytest.approx([10.0**k for k in range(-6, 1)])

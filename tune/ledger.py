@@ -155,6 +155,20 @@ class Ledger:
             self.folder.write_text(BEST, head + chosen.to_yaml())
 
 
+def tell_trial(trial: Trial, figures: Sequence[str]) -> str:
+    """Write a line on how a trial is doing."""
+    last = trial.rounds[-1] if trial.rounds else {}
+    measured = [f"{name} {wording.number(last[name], 4)}" for name in figures if last.get(name) is not None]
+    words = "  ".join(
+        [trial.name, tell_point(trial.point), *([f"step {trial.steps}"] if trial.rounds else []), *measured]
+    )
+    if trial.status == "running":
+        return words
+    return f"{words}  {trial.status} after {wording.seconds(trial.seconds)}" + (
+        f": {trial.error}" if trial.error else ""
+    )
+
+
 def tell_point(point: Point) -> str:
     """Write a point for people: learning_rate 0.0012, num_vectors 2."""
     return ", ".join(f"{path.rpartition('.')[2]} {tell_value(value)}" for path, value in point.items())

@@ -57,9 +57,10 @@ def scatter(
         pale = " pale" if dot.pale else ""
         words = f"<title>{escape(dot.words)}</title>"
         marks += f'{ring}<path class="dot c{dot.colour}{pale}" d="M{x:.2f} {y:.2f}h0">{words}</path>'
+    words = f"<p>{escape(note)}</p>" if note else ""
     keys = "".join(f'<span class="key c{n % 4}">{escape(name)}</span>' for n, name in enumerate(legend))
     return (
-        f'<figure class="chart"><figcaption><h3>{escape(title)}</h3>{keys}<p>{escape(note)}</p></figcaption>'
+        f'<figure class="chart"><figcaption><h3>{escape(title)}</h3>{keys}{words}</figcaption>'
         f'<div class="plot still">{labels}<svg viewBox="0 0 100 100" preserveAspectRatio="none">{marks}</svg></div>'
         "</figure>"
     )

@@ -66,6 +66,8 @@ class Proposals(OptunaSearch):
         self.unfinished = [trial for trial in ledger.trials if not trial.is_over]
         planned = planned_points(search)
         self.total = search.num_trials or len(planned)
+        if search.algorithm == "grid":
+            self.total = min(self.total, len(planned))
         storage = optuna.storages.InMemoryStorage()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(
@@ -91,13 +93,13 @@ class Proposals(OptunaSearch):
         return len(self.unfinished) + max(0, self.total - len(self.ledger.trials))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Return ``{"name", "point"}`` of the next trial, or FINISHED."""
+        """Return the next trial's ``name``, ``point`` and ``told`` (the step of its last round), or FINISHED."""
         if self.should_stop() or not self.remaining:
             return Searcher.FINISHED
         point = super().suggest(trial_id)
         trial = self.unfinished.pop(0) if self.unfinished else self.ledger.add(point)
         assert trial.point == point, "the study hands out what it was given, in that order"
-        return {"name": trial.name, "point": point}
+        return {"name": trial.name, "point": point, "told": trial.rounds[-1]["step"] if trial.rounds else -1}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Pass over a round: Optuna would use it for pruning, which is the scheduler's part here."""

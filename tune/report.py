@@ -30,7 +30,7 @@ def write_search_report(ledger: Ledger) -> None:
 def render(ledger: Ledger) -> str:
     """Return the report of a search as HTML; links to the trials' own reports are all that it refers to."""
     sections = [
-        _head(ledger), _figures(ledger), picture_sheet(ledger), _curves(ledger), _table(ledger), _recipe(ledger),
+        _head(ledger), _figures(ledger), picture_sheet(ledger), _charts(ledger), _table(ledger), _recipe(ledger),
     ]  # fmt: skip
     return page(ledger.recipe.run_name, sections)
 
@@ -79,44 +79,56 @@ def _figures(ledger: Ledger) -> str:
     return f'<section><h2>The best trial</h2><p class="note">{where}</p><dl class="figures">{cards}</dl></section>'
 
 
-def _curves(ledger: Ledger) -> str:
-    metric = ledger.search.metric
-    shown = [trial for trial in ledger.ranking() if trial.figure(metric) is not None]
+def _charts(ledger: Ledger) -> str:
+    shown = [trial for trial in ledger.ranking() if trial.figure(ledger.search.metric) is not None]
     if not shown:
         return ""
-    edge = _edge([v for trial in shown if (v := trial.figure(metric)) is not None], ledger.search.maximise)
-    lines = []
-    for place, trial in reversed(list(enumerate(shown))):
-        points = [(float(r["step"]), min(r[metric], edge)) for r in trial.rounds if metric in r]
-        named = place < NAMED_CURVES
-        words = f"{trial.name} ({tell_point(trial.point)})"
-        lines.append(Line(words, points, "dots" if named else "faint", place % NAMED_CURVES))
-    write = _writer([value for line in lines for _, value in line.points])
-    note = f"The best {NAMED_CURVES} in colour." if len(shown) > NAMED_CURVES else ""
-    chart = Chart(f"{_title(metric)} of the trials", lines[::-1], note, write=write)
-    charts = draw(chart, last_step=max(trial.steps for trial in shown)) + _scatter(ledger, shown, edge, write)
+    metric = ledger.search.metric
+    others = [name for name in ledger.figures if name != metric]
+    charts = _curves(ledger, shown) + "".join(_scatter(ledger, shown, name) for name in [metric, *others])
     return f'<section><h2>What they measured</h2><div class="charts">{charts}</div></section>'
 
 
-def _scatter(ledger: Ledger, shown: Sequence[Trial], edge: float, write: Callable[[float], str]) -> str:
-    search = ledger.search
-    across, down = axes(search)
-    if any(isinstance(t.point[across], str | bool | None) for t in shown):
-        return ""
-    groups = sorted({t.point[down] for t in shown}, key=str) if down and search.space[down].values else []
+def _curves(ledger: Ledger, shown: Sequence[Trial]) -> str:
+    metric = ledger.search.metric
+    edge = _edge(metric, shown)
+    lines = []
+    for place, trial in enumerate(shown):
+        points = [(float(r["step"]), min(r[metric], edge)) for r in trial.rounds if metric in r]
+        kind = "dots" if place < NAMED_CURVES else "faint"
+        lines.append(Line(f"{trial.name} ({tell_point(trial.point)})", points, kind, place % NAMED_CURVES))
+    write = _writer([value for line in lines for _, value in line.points])
+    note = f"The best {NAMED_CURVES} in colour." if len(shown) > NAMED_CURVES else ""
+    chart = Chart(f"{_title(metric)} of the trials", lines, note, write=write)
+    return draw(chart, last_step=max(trial.steps for trial in shown))
+
+
+def _scatter(ledger: Ledger, shown: Sequence[Trial], figure: str) -> str:
+    """Plot a figure of the trials' last rounds over the key that runs across the picture sheet."""
+    across, down = axes(ledger.search)
+    groups = sorted({trial.point[down] for trial in shown}, key=str) if down else []
+    if not down or not ledger.search.space[down].values:
+        groups = []
+    edge = _edge(figure, shown)
     dots = []
     for trial in shown:
-        x, y = trial.point[across], trial.figure(search.metric)
-        assert isinstance(x, int | float) and y is not None
-        colour = groups.index(trial.point[down]) % 4 if groups and down else 0
+        x, y = trial.point[across], trial.figure(figure)
+        if isinstance(x, str | bool | None) or y is None:
+            continue
         words = f"{trial.name}: {tell_point(trial.point)}, {wording.number(y, 4)} at step {trial.steps}"
+        colour = groups.index(trial.point[down]) % NAMED_CURVES if down and groups else 0
         dots.append(Dot(x, min(y, edge), colour, words, trial.status == "stopped", trial is ledger.best))
-    legend = [f"{down.rpartition('.')[2]} {tell_value(group)}" for group in groups] if down and groups else []
     name = across.rpartition(".")[2]
-    log = search.space[across].log or all(dot.x > 0 for dot in dots)
-    note = "At each trial's last round. Ringed: the best trial; pale: stopped early."
-    title = f"{_title(search.metric)} by {name}"
-    return scatter(title, note, dots, legend, log=log, write=write)
+    return scatter(
+        f"{_title(figure)} by {name}",
+        "At each trial's last round. Ringed: the best trial; pale: stopped early."
+        if figure == ledger.search.metric
+        else "",
+        dots,
+        [f"{str(down).rpartition('.')[2]} {tell_value(group)}" for group in groups],
+        log=ledger.search.space[across].log,
+        write=_writer([dot.y for dot in dots]),
+    )
 
 
 def _title(metric: str) -> str:
@@ -126,15 +138,19 @@ def _title(metric: str) -> str:
 
 def _writer(values: Sequence[float]) -> Callable[[float], str]:
     # Trials may lie so close together that they differ in the fifth digit only.
-    spread, size = max(values) - min(values), max(map(abs, values))
+    spread = max(values, default=0) - min(values, default=0)
+    size = max(map(abs, values), default=0)
     digits = max(3, 2 + math.ceil(math.log10(size / spread))) if spread else 4
     return lambda value: wording.number(value, digits)
 
 
-def _edge(values: Sequence[float], maximise: bool) -> float:
-    # A trial whose loss has run away must not flatten the others.
-    best, middle = (max if maximise else min)(values), statistics.median(values)
-    return middle + 3 * (middle - best) if middle != best else math.inf
+def _edge(metric: str, trials: Sequence[Trial]) -> float:
+    # A trial whose loss has run away must not flatten the others; scores cannot run away.
+    values = [value for trial in trials if (value := trial.figure(metric)) is not None]
+    if metric != HELD_OUT or not values:
+        return math.inf
+    best, middle = min(values), statistics.median(values)
+    return middle + 3 * (middle - best) if middle > best else math.inf
 
 
 def _table(ledger: Ledger) -> str:

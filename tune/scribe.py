@@ -1,4 +1,4 @@
-"""Writes down what Ray Tune's trials tell, and says it to the person at the driver."""
+"""Writes down what Ray Tune's trials tell."""
 
 from __future__ import annotations
 
@@ -9,22 +9,19 @@ from ray.tune import Callback
 
 from dreamfleet.datasets import errors
 from dreamfleet.datasets.errors import UserError
-from dreamfleet.trainers import wording
 from dreamfleet.trainers.progress import STOP_FILE
-from dreamfleet.tune.ledger import Ledger, Trial, tell_point
-
-WORDS = {"stopped": "stopped by the scheduler"}
+from dreamfleet.tune.ledger import Ledger, Trial
 
 
 class Scribe(Callback):
     """Keeps the record while trials run; lives in the driver.
 
-    ``on_progress`` gets every trial that changed, ``say`` a line for it. ``mistake`` is an error that the user can mend
-    and that came before any trial had measured anything: all trials would meet it, so the search ends there.
+    ``on_progress`` gets every trial that changed. ``mistake`` is an error that the user can mend and that came before
+    any trial had measured anything: all trials would meet it, so the search ends there.
     """
 
-    def __init__(self, ledger: Ledger, on_progress: Callable[[Trial], None], say: Callable[[str], None]):
-        self.ledger, self.on_progress, self.say = ledger, on_progress, say
+    def __init__(self, ledger: Ledger, on_progress: Callable[[Trial], None]):
+        self.ledger, self.on_progress = ledger, on_progress
         self.mistake: UserError | None = None
         self._seconds_before: dict[str, float] = {}
 
@@ -33,8 +30,7 @@ class Scribe(Callback):
         row = self._row(trial)
         row.status, row.error = "running", None
         self._seconds_before[row.name] = row.seconds
-        again = f", going on after step {row.steps}" if row.rounds else ""
-        self._note(row, f"starts with {tell_point(row.point)}{again}")
+        self._note(row)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -45,17 +41,12 @@ class Scribe(Callback):
         if "error" in result:
             self._fail(row, result["error"], result["kind"])
             return
-        figures = {name: result[name] for name in ("step", *self.ledger.figures) if name in result}
-        row.add_round(figures)
+        row.add_round({name: result[name] for name in ("step", *self.ledger.figures) if name in result})
         if reason := result.get("exit_reason"):
             row.status = reason
         elif result["done"]:
             row.status = "stopped"
-        if row.status == "running":
-            self._note(row, _tell_figures(figures))
-        else:
-            words = WORDS.get(row.status, row.status)
-            self._note(row, f"{words} after {wording.seconds(row.seconds)}: {_tell_figures(figures)}")
+        self._note(row)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note that a trial's process died once too often."""
@@ -73,20 +64,11 @@ class Scribe(Callback):
         if issubclass(mendable, UserError) and not any(other.rounds for other in self.ledger.trials):
             self.mistake = self.mistake or mendable(error)
             self.ledger.folder.write_text(STOP_FILE, "")
-        self._note(row, f"failed: {error}")
+        self._note(row)
 
     def _row(self, trial: Any) -> Trial:
         return self.ledger.trial(trial.config["name"])
 
-    def _note(self, row: Trial, words: str) -> None:
+    def _note(self, row: Trial) -> None:
         self.ledger.save()
-        self.say(f"{row.name}  {words}")
         self.on_progress(row)
-
-
-def _tell_figures(figures: dict[str, Any]) -> str:
-    return "  ".join(
-        f"{name} {wording.number(value, 4)}"
-        for name, value in figures.items()
-        if isinstance(value, int | float)
-    )

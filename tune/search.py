@@ -24,7 +24,7 @@ from dreamfleet.trainers.scaling import (
     worker_resources,
     workers_that_fit,
 )
-from dreamfleet.tune.ledger import BEST, RECIPE, TABLE, Ledger, Trial, open_ledger
+from dreamfleet.tune.ledger import BEST, RECIPE, TABLE, Ledger, Trial, open_ledger, tell_trial
 
 # Set while Tune runs.
 TUNE_SWITCHES = {
@@ -152,41 +152,38 @@ def trial_room(
 def _run_trials(
     ledger: Ledger, address: str | None, stop: Stop, display: Display, on_progress: Progress | None
 ) -> None:
+    from dreamfleet.tune.proposals import Proposals
+    from dreamfleet.tune.scribe import Scribe
+
+    scribe = Scribe(ledger, on_progress or (lambda trial: display.say(tell_trial(trial, ledger.figures))))
+    proposals = Proposals(ledger, should_stop=lambda: stop.asked.is_set() or scribe.mistake is not None)
+    if not proposals.remaining:
+        return
     recipe = ledger.recipe
     if starts_private_ray(address):  # what this machine lacks can be said before Ray is started
         trial_room(recipe, [this_machine()])
-    with ray_session(address, preload=("ray.tune", "optuna")) as session, environment(TUNE_SWITCHES):
-        from dreamfleet.tune.proposals import Proposals
-        from dreamfleet.tune.scribe import Scribe
-
+    with ray_session(address, preload=("ray.tune",)) as session, environment(TUNE_SWITCHES):
         stop.listen()
-        share, at_once = trial_room(
-            recipe, [node.resources for node in session.nodes()], limit=session.growth_limit()
-        )
+        nodes = [node.resources for node in session.nodes()]
+        share, at_once = trial_room(recipe, nodes, limit=session.growth_limit())
         check_machines(session, ledger.folder, local_paths(recipe))
-        nothing: Callable[[Any], None] = lambda told: None  # noqa: E731
-        scribe = Scribe(ledger, on_progress or nothing, nothing if on_progress else display.say)
-        proposals = Proposals(ledger, should_stop=lambda: stop.asked.is_set() or scribe.mistake is not None)
-        if not proposals.remaining:
-            return
         at_once = min(at_once, proposals.remaining)
-        scribe.say(f"{proposals.remaining} trials, {at_once} at once, {describe(share.resources)} each")
+        display.say(f"{proposals.remaining} trials, {at_once} at once, {describe(share.resources)} each")
         # Tune's own files are of use to it alone, and only while it runs: our record and the trials' folders are enough
         # to go on from, on disks and in buckets.
-        with tempfile.TemporaryDirectory(
-            prefix="dreamfleet-tune-", ignore_cleanup_errors=True
-        ) as bookkeeping:
-            tuner = _make_tuner(ledger, share, at_once, proposals, scribe, bookkeeping)
+        with tempfile.TemporaryDirectory(prefix="dreamfleet-tune-", ignore_cleanup_errors=True) as files:
+            tuner = _make_tuner(ledger, share, at_once, proposals, scribe, files)
             outcome = run_in_thread(tuner.fit, name="ray-tune-fit")
     if scribe.mistake is not None:
         ledger.trials.clear()  # none has measured anything
         raise scribe.mistake
     if outcome.error is not None:
-        raise RunFailed(f"Ray Tune failed: {outcome.error}") from outcome.error
+        last = str(outcome.error).strip().splitlines()[-1]
+        raise RunFailed(f"Ray Tune failed: {last}") from outcome.error
 
 
 def _make_tuner(
-    ledger: Ledger, share: WorkerShare, at_once: int, proposals: Any, scribe: Any, bookkeeping: str
+    ledger: Ledger, share: WorkerShare, at_once: int, proposals: Any, scribe: Any, files: str
 ) -> Any:
     from ray import tune
 
@@ -216,7 +213,7 @@ def _make_tuner(
         ),
         run_config=tune.RunConfig(
             name="search",
-            storage_path=bookkeeping,
+            storage_path=files,
             callbacks=[scribe],
             # Of a trial whose process or machine died; errors of the trial itself come as its last round.
             failure_config=tune.FailureConfig(max_failures=recipe.scaling.max_failures),

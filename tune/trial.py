@@ -43,16 +43,16 @@ class TrialActor(Trainable):
     """Runs trials for Ray Tune, one after the other: what was imported for the first serves the next ones too."""
 
     def setup(self, config: dict[str, Any], *, shared: Shared) -> None:
-        """Begin the first trial; ``config`` holds its ``name`` and ``point``."""
+        """Begin the first trial; ``config`` is what TrialRun takes."""
         # The keys of a bucket among them. They come through Ray's memory and are written nowhere.
         os.environ.update(shared.environment)
         self.shared = shared
-        self.run = TrialRun(shared, config["name"], config["point"])
+        self.run = TrialRun(shared, **config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """End the trial before, if the scheduler has stopped it, and begin another."""
         self.run.stop()
-        self.run = TrialRun(self.shared, new_config["name"], new_config["point"])
+        self.run = TrialRun(self.shared, **new_config)
         return True
 
     def step(self) -> dict[str, Any]:
@@ -67,15 +67,13 @@ class TrialActor(Trainable):
 class TrialRun:
     """A run in a thread that stops after each validation round until it is told to go on.
 
-    A trial that continues from a checkpoint tells the rounds from before once more, so that search and scheduler know
-    of them as if it had never been interrupted.
+    ``told`` is the step of the last round that is known already, from before an interruption; -1 for none.
     """
 
-    def __init__(self, shared: Shared, name: str, point: dict[str, Any]):
-        self.shared, self.name, self.point = shared, name, point
+    def __init__(self, shared: Shared, name: str, point: dict[str, Any], told: int):
+        self.shared, self.name, self.point, self.told = shared, name, point, told
         self.rounds: queue.SimpleQueue[dict[str, Any] | Exception] = queue.SimpleQueue()
         self.answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self.told = -1  # the step of the last round that was told
         self.news = True  # whether metrics.jsonl may hold a round that was not told
         self.is_stopped = False
         self.thread = threading.Thread(target=self._work, daemon=True, name=f"trial-{name}")
