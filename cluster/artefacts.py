@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.sd.formats import hypernetwork
 from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model, save_pipeline
 
 EMBEDDINGS = (".pt", ".bin", ".png", ".webp", ".avif", ".jxl")  # files that are never a whole model
@@ -21,6 +24,8 @@ def draw_grid(
     out: Path,
     *,
     embeddings: Sequence[str] = (),
+    hypernetworks: Sequence[str] = (),
+    hypernetwork_dir: str | None = None,
     negative_prompt: str = "",
     num_images: int = 4,
     seed: int = 0,
@@ -33,33 +38,41 @@ def draw_grid(
     """Write a grid with a row a prompt and a column a seed; return the cells in reading order.
 
     ``model_name``: pocket, a diffusers folder, a single file, a hub name, or a run folder (its exports are used).
+    ``hypernetworks``: files, each with ``:0.8`` where its strength is not 1; prompts name others, in
+    ``hypernetwork_dir`` or beside these, as ``<hypernet:NAME:0.8>``.
     """
     import torch
 
+    from dreamfleet.trainers.sd.hypernetwork import applied_hypernetworks, set_hypernetworks
+    from dreamfleet.trainers.sd.hypernetwork_prompts import Shelf
     from dreamfleet.trainers.sd.sample import generate, picture_grid
 
     if out.suffix.lower() not in PICTURES:
         raise UserError(f"--out {out}: name a picture ({', '.join(PICTURES)})")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
+    shelf = Shelf(hypernetworks, hypernetwork_dir)
+    rows = [shelf.arrange(prompt) for prompt in prompts]
     model = load_with_embeddings(model_name, embeddings)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(torch.device(device), None)
-    asked = [prompt for prompt in prompts for _ in range(num_images)]
-    seeds = [seed + column for _ in prompts for column in range(num_images)]
-    pictures = generate(
-        model,
-        asked,
-        seeds=seeds,
-        negative_prompt=negative_prompt,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        scheduler=scheduler,
-        width=width,
-        height=height,
-    )
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
+    own, seeds, pictures = applied_hypernetworks(model.unet), range(seed, seed + num_images), []
+    for named, group in groupby(rows, key=lambda row: row[1]):
+        loaded = [(shelf.load(address, model.unet), multiplier) for address, multiplier in named]
+        set_hypernetworks(model.unet, [*own, *loaded])
+        texts = [text for text, _ in group]
+        pictures += generate(
+            model,
+            [text for text in texts for _ in seeds],
+            seeds=[number for _ in texts for number in seeds],
+            negative_prompt=negative_prompt,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            scheduler=scheduler,
+            width=width,
+            height=height,
+        )
     picture_grid(pictures, num_images).save(out)
-    return [{"prompt": text, "seed": number} for text, number in zip(asked, seeds, strict=True)]
+    return [{"prompt": prompt, "seed": number} for prompt in prompts for number in seeds]
 
 
 def load_with_embeddings(name: str, embeddings: Sequence[str] = ()) -> StableDiffusion:
@@ -100,6 +113,9 @@ def convert_artefact(source: Path, target: Path) -> Path:
         raise UserError(f"there is no {source}")
     if target.exists():
         raise UserError(f"{target} exists already; give another name")
+    if hypernetwork.holds_hypernetwork(source):  # an old form becomes one that every webui reads
+        known = hypernetwork.read_hypernetwork(source)
+        return hypernetwork.write_hypernetwork(replace(known, name=target.stem), target)
     if _is_embedding(source, target):
         from dreamfleet.trainers.sd.formats.embedding import read_embedding, write_embedding
 

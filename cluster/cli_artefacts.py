@@ -37,14 +37,15 @@ def export(
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="An embedding or a model (file or folder).")],
+    source: Annotated[Path, typer.Argument(metavar="IN", help="An embedding, a hypernetwork or a model.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The same in the format its name says.")],
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Convert an embedding or a model to another format.
+    """Convert an embedding, a hypernetwork or a model to another format.
 
-    Embeddings: .pt .bin .safetensors .png .webp. Models: diffusers folder, .safetensors, .ckpt.
+    Embeddings: .pt .bin .safetensors .png .webp. Hypernetworks: .pt, from older forms too. Models: diffusers folder,
+    .safetensors, .ckpt.
     """
     with work():
         from dreamfleet.cluster.artefacts import convert_artefact
@@ -104,6 +105,14 @@ def sample(
         list[str] | None,
         typer.Option(help="Textual Inversion file; its name is the word.", show_default=False),
     ] = None,
+    hypernetwork: Annotated[
+        list[str] | None,
+        typer.Option(help="Hypernetwork file, F or F:0.8, in this order; repeatable.", show_default=False),
+    ] = None,
+    hypernetwork_dir: Annotated[
+        str | None,
+        typer.Option(help="Where prompts' <hypernet:NAME:0.8> are found.", show_default=False),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("grid.png"),
     negative_prompt: Annotated[str, typer.Option(help="What not to draw.")] = "",
     num_images: Annotated[int, typer.Option(min=1, help="Pictures per prompt, a column each.")] = 4,
@@ -117,17 +126,16 @@ def sample(
     height: Annotated[
         int | None, typer.Option(help="Pixels; the model's own size when left out.", show_default=False)
     ] = None,
-    hypernetwork: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
     aesthetic: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
     lora: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Draw a grid of pictures with any model or run."""
-    for name, given in (("--hypernetwork", hypernetwork), ("--aesthetic", aesthetic), ("--lora", lora)):
+    for name, given in (("--aesthetic", aesthetic), ("--lora", lora)):
         if given:
             raise typer.BadParameter(
-                f"{name} cannot be used yet: this version draws with models and embeddings"
+                f"{name} cannot be used yet: this version draws with models, embeddings and hypernetworks"
             )
     with work():
         from dreamfleet.cluster.artefacts import draw_grid
@@ -137,6 +145,8 @@ def sample(
             prompt,
             out,
             embeddings=embedding or [],
+            hypernetworks=hypernetwork or [],
+            hypernetwork_dir=hypernetwork_dir,
             negative_prompt=negative_prompt,
             num_images=num_images,
             seed=seed,

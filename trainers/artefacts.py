@@ -53,13 +53,22 @@ def describe(name: str, *, run_name: str, recipe: Mapping[str, Any]) -> Hint:
     if kind in ("textual_inversion", "prompt_tuning"):
         return _embedding(name, stem, suffix, kind, method)  # type: ignore[arg-type]
     if kind == "hypernetwork":
+        strength = method.get("multiplier", 1)  # type: ignore[union-attr]
         return Hint(
-            "A hypernetwork: layers on the keys and values of cross-attention.",
+            "A hypernetwork: layers before the keys and values of attention.",
             (
-                Use("webui", f"copy to `models/hypernetworks/`, write `<hypernet:{stem}:1>` in the prompt"),
+                Use(
+                    "webui",
+                    f"copy to `models/hypernetworks/`, write `<hypernet:{stem}:{strength}>` in the prompt",
+                ),
+                Use(
+                    "diffusers",
+                    "`from dreamfleet.trainers.sd.hypernetwork import load_hypernetwork`, "
+                    f'`load_hypernetwork(pipe, "exports/{name}", multiplier={strength})`',
+                ),
                 Use(
                     "dreamfleet",
-                    f"`dreamfleet sample --model ... --hypernetwork exports/{name} --prompt ...`",
+                    f"`dreamfleet sample --model ... --hypernetwork exports/{name}:{strength} --prompt ...`",
                 ),
             ),
         )

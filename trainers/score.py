@@ -15,6 +15,7 @@ from dreamfleet.datasets.images import open_picture
 from dreamfleet.datasets.index import build_index
 from dreamfleet.datasets.sets import load_concepts, load_sets
 from dreamfleet.datasets.storage import Storage, read_uri
+from dreamfleet.trainers.methods.hypernetwork import HypernetworkConfig
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.trainers.sd.clip import load_clip
 from dreamfleet.trainers.sd.dino import load_dino
@@ -173,7 +174,7 @@ def _score_run_folder(
 
 
 def load_exported(run: Storage, recipe: Recipe) -> StableDiffusion:
-    """Load the model that a run's exports make: the tuned one, or its base model with the learned word in it.
+    """Load the model that a run's exports make: the tuned one, or its base model with what was learned.
 
     Raises UserError when the run has no exports that draw pictures.
     """
@@ -182,7 +183,15 @@ def load_exported(run: Storage, recipe: Recipe) -> StableDiffusion:
     if "diffusers" in folders:
         changes["pretrained_model_name_or_path"] = run.path("exports", "diffusers")
         return load_model(recipe.model.model_copy(update=changes))
-    if word := getattr(recipe.method, "placeholder_token", None):
+    if isinstance(recipe.method, HypernetworkConfig):
+        if (name := f"{recipe.run_name}.pt") in files:
+            from dreamfleet.trainers.sd.hypernetwork import load_hypernetwork
+
+            model = load_model(recipe.model)
+            with run.local_copy(f"exports/{name}") as path:
+                load_hypernetwork(model, path, recipe.method.multiplier)
+            return model
+    elif word := getattr(recipe.method, "placeholder_token", None):
         from dreamfleet.trainers.sd.embeddings import install_embedding
         from dreamfleet.trainers.sd.formats.embedding import SUFFIXES, read_embedding
 
