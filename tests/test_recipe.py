@@ -46,6 +46,13 @@ def test_an_unknown_method_names_the_known_ones_and_still_tells_the_rest() -> No
     assert "'dreamboth' is no method; did you mean 'dreambooth'?" in told and "nonsense: unknown key" in told
 
 
+def test_a_bare_no_is_no_precision_not_false(tmp_path: Path) -> None:
+    path = tiny.write_recipe(tmp_path / "r.yaml", MINIMAL)
+    path.write_text(path.read_text() + "\ntrain: {mixed_precision: no}\n")
+    assert load_recipe(path).train.mixed_precision == "no"
+    assert load_recipe(path, ["train.mixed_precision=no"]).train.mixed_precision == "no"
+
+
 def test_kohyas_names_are_understood() -> None:
     recipe = build_recipe(
         {

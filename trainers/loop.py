@@ -6,10 +6,10 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, BeforeValidator, Field
 
 from dreamfleet.datasets.errors import RunFailed
 from dreamfleet.datasets.keyed import key
@@ -30,7 +30,10 @@ class TrainConfig(Section):
     )
     gradient_accumulation_steps: int = Field(1, ge=1)
     seed: int = Field(0, ge=0)
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    # YAML 1.1 reads a bare no as false.
+    mixed_precision: Annotated[
+        Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
+    ] = "no"
     gradient_checkpointing: bool = False
     snr_gamma: float | None = Field(None, gt=0, validation_alias=AliasChoices("snr_gamma", "min_snr_gamma"))
     noise_offset: float = Field(0.0, ge=0, validation_alias=AliasChoices("noise_offset", "offset_noise"))

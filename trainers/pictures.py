@@ -22,7 +22,7 @@ from dreamfleet.trainers.sd.model import StableDiffusion
 if TYPE_CHECKING:
     from dreamfleet.datasets.stream import PictureDraw, PictureStream
 
-ENCODE_BATCH = 8
+ENCODE_PIXELS = 8 * 256**2  # more at once is no faster on a card, and at 512 px it would set a run's peak memory
 
 
 class Pictures(Protocol):
@@ -193,6 +193,11 @@ def load_pictures(
     return ResidentLatents(mean, std, flips=flips)
 
 
+def encode_batch(resolution: int) -> int:
+    """Return how many pictures of this many pixels a side are encoded at once."""
+    return min(8, max(1, ENCODE_PIXELS // resolution**2))
+
+
 @torch.no_grad()
 def encode_index(
     index: Index,
@@ -215,8 +220,9 @@ def encode_index(
     shape = (len(jobs), model.vae.config.latent_channels, side, side)
     mean, std = torch.zeros(shape), torch.zeros(shape)
     mine = jobs[rank::world]
-    for start in range(0, len(mine), ENCODE_BATCH):
-        chunk = mine[start : start + ENCODE_BATCH]
+    batch = encode_batch(data.resolution)
+    for start in range(0, len(mine), batch):
+        chunk = mine[start : start + batch]
         pixels = torch.stack([torch.from_numpy(read_pixels(uri, data, flip=flip)) for _, uri, flip in chunk])
         rows = torch.tensor([row for row, _, _ in chunk])
         chunk_mean, chunk_std = model.encode_pictures(pixels.to(device))

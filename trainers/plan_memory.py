@@ -18,7 +18,7 @@ from dreamfleet.trainers.assemble import build_method, check_resolution, list_pi
 from dreamfleet.trainers.engine import DTYPES
 from dreamfleet.trainers.memory import Counts, Estimate, Pass, cheapest_fit, estimate_all
 from dreamfleet.trainers.methods.base import Batch, Method, discover
-from dreamfleet.trainers.pictures import ENCODE_BATCH
+from dreamfleet.trainers.pictures import encode_batch
 from dreamfleet.trainers.plan_trace import Autocast, fake_mode, trace_inference, trace_step
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.sd.model import StableDiffusion, quiet_libraries
@@ -212,7 +212,8 @@ def _trace_start(recipe: Recipe, method: Method, pictures: int | None) -> int:
     model, side, prior = method.model, recipe.data.resolution, method.prior
     encoding = drawing = 0
     if _caches_latents(recipe):
-        num = min(ENCODE_BATCH, pictures or ENCODE_BATCH)
+        batch = encode_batch(side)
+        num = min(batch, pictures or batch)
         encoding = trace_inference(
             lambda: model.encode_pictures(torch.empty(num, 3, side, side)),
             known=_tensors(method),
