@@ -4,11 +4,19 @@ The run is one endless stream of draws: epoch after epoch, each a permutation of
 repeats) keyed by (seed, epoch). Step k owns positions ``[k*G, (k+1)*G)``; a rank takes its slice of them. Nothing
 here depends on the number of workers, so 1 and N workers with the same global batch see the same pictures, and a
 position in the data is one number, the step.
+
+With buckets every bucket has such a stream of its own, and a step belongs to one of them: a global batch is of one
+size. In epochs 0 to e-1 a bucket of n draws has ``ceil(e*n/G)`` turns, shuffled within each epoch. So no draw is
+dropped and none is added to fill a batch: what a batch needs beyond its epoch it takes from the bucket's next one,
+which is shorter by as much. After e epochs every picture was used e times at least, and no bucket is ahead by a whole
+batch.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -28,8 +36,9 @@ class Draw(NamedTuple):
 class BatchPlan:
     """Says which draws make up each step, for instance pictures and, with prior preservation, their class partners.
 
-    ``concepts[i]`` is the concept of instance row i and ``repeats[i]`` how often an epoch shows it.
-    ``class_concepts[j]`` is the concept of class row j; leave it empty for runs without prior preservation.
+    ``concepts[i]`` is the concept of instance row i, ``repeats[i]`` how often an epoch shows it and ``buckets[i]`` the
+    bucket it is in (one for all when left out). ``class_concepts[j]`` is the concept of class row j; leave it empty
+    for runs without prior preservation.
     """
 
     def __init__(
@@ -39,6 +48,7 @@ class BatchPlan:
         seed: int,
         global_batch: int,
         repeats: Sequence[int] | None = None,
+        buckets: Sequence[int] | None = None,
         class_concepts: Sequence[int] = (),
     ):
         if not len(concepts):
@@ -54,6 +64,8 @@ class BatchPlan:
         self._uses = np.concatenate([np.arange(count) for count in counts])
         self._repeats = counts
         self._concepts = np.asarray(concepts, np.int64)
+        homes = np.zeros(len(concepts), np.int64) if buckets is None else np.asarray(buckets, np.int64)
+        self._slots = [np.flatnonzero(homes[self._rows] == bucket) for bucket in np.unique(homes)]
         self._classes = {
             int(c): np.flatnonzero(np.asarray(class_concepts) == c) for c in np.unique(self._concepts)
         }
@@ -63,7 +75,9 @@ class BatchPlan:
             raise DataError(
                 f"concept {missing[0]} has no class pictures; prior preservation needs some for every concept"
             )
-        self._order = lru_cache(maxsize=4)(self._epoch_order)
+        assert not (self.has_classes and len(self._slots) > 1), "partners would be of other sizes"
+        self._order = lru_cache(maxsize=4 * len(self._slots))(self._epoch_order)
+        self._turns = lru_cache(maxsize=4)(self._epoch_turns)
         self._class_order = lru_cache(maxsize=16)(self._epoch_class_order)
 
     @property
@@ -72,15 +86,23 @@ class BatchPlan:
         return len(self._rows)
 
     @property
-    def steps_per_epoch(self) -> float:
-        """Optimizer steps per pass over the pictures."""
-        return self.epoch_length / self.global_batch
+    def smallest_bucket(self) -> int:
+        """How many draws an epoch has in the bucket with the fewest."""
+        return min(len(slots) for slots in self._slots)
+
+    def steps_in(self, epochs: float) -> int:
+        """Return the optimizer steps that ``epochs`` passes over the pictures take, rounded up in every bucket."""
+        exact = Fraction(epochs).limit_denominator(10**6)
+        return sum(self._turns_before(bucket, exact) for bucket in range(len(self._slots)))
 
     def draws(
         self, step: int, *, rank: int = 0, world: int = 1, micro: int = 0, num_micros: int = 1
     ) -> list[Draw]:
         """List the instance draws of ``step`` that fall to one rank in one micro-step (all of them by default)."""
-        return [self._draw(position) for position in self._positions(step, rank, world, micro, num_micros)]
+        bucket, turn = self._turn(step)
+        return [
+            self._draw(bucket, position) for position in self._positions(turn, rank, world, micro, num_micros)
+        ]
 
     def class_draws(
         self, step: int, *, rank: int = 0, world: int = 1, micro: int = 0, num_micros: int = 1
@@ -92,31 +114,55 @@ class BatchPlan:
             self._class_draw(position) for position in self._positions(step, rank, world, micro, num_micros)
         ]
 
-    def _positions(self, step: int, rank: int, world: int, micro: int, num_micros: int) -> range:
+    def _positions(self, turn: int, rank: int, world: int, micro: int, num_micros: int) -> range:
         size, rest = divmod(self.global_batch, world * num_micros)
         if rest:
             raise ValueError(
                 f"a global batch of {self.global_batch} does not split over {world} workers x {num_micros} micro-steps"
             )
-        start = step * self.global_batch + (micro * world + rank) * size
+        start = turn * self.global_batch + (micro * world + rank) * size
         return range(start, start + size)
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        return numpy_rng("order", self.seed, epoch).permutation(self.epoch_length)
+    def _turns_before(self, bucket: int, epochs: int | Fraction) -> int:
+        return -(-epochs * len(self._slots[bucket]) // self.global_batch)  # rounded up
+
+    def _turn(self, step: int) -> tuple[int, int]:
+        """Return the bucket of a step, and how many steps were the same bucket's before."""
+        if len(self._slots) == 1:
+            return 0, step
+        # Rounding up makes epochs begin up to one step a bucket later than they would.
+        first = max(0, (step - len(self._slots)) * self.global_batch // self.epoch_length)
+        last = step * self.global_batch // self.epoch_length
+        epoch = first + bisect_right(range(first, last + 1), step, key=self.steps_in) - 1
+        return self._turns(epoch)[step - self.steps_in(epoch)]
+
+    def _epoch_turns(self, epoch: int) -> list[tuple[int, int]]:
+        every = range(len(self._slots))
+        coming = [self._turns_before(bucket, epoch) for bucket in every]
+        counts = [self._turns_before(bucket, epoch + 1) - coming[bucket] for bucket in every]
+        turns = []
+        for bucket in numpy_rng("buckets", self.seed, epoch).permutation(np.repeat(every, counts)).tolist():
+            turns.append((bucket, coming[bucket]))
+            coming[bucket] += 1
+        return turns
+
+    def _epoch_order(self, bucket: int, epoch: int) -> np.ndarray:
+        apart = (bucket,) if len(self._slots) > 1 else ()
+        return numpy_rng("order", self.seed, epoch, *apart).permutation(self._slots[bucket])
 
     def _epoch_class_order(self, concept: int, epoch: int) -> np.ndarray:
         return numpy_rng("class order", self.seed, concept, epoch).permutation(self._classes[concept])
 
-    def _draw(self, position: int) -> Draw:
-        epoch, offset = divmod(position, self.epoch_length)
-        slot = self._order(epoch)[offset]
+    def _draw(self, bucket: int, position: int) -> Draw:
+        epoch, offset = divmod(position, len(self._slots[bucket]))
+        slot = self._order(bucket, epoch)[offset]
         row = int(self._rows[slot])
         return Draw(row, int(epoch * self._repeats[row] + self._uses[slot]))
 
     def _class_draw(self, position: int) -> Draw:
         # The partner is the concept's n-th class picture, n = how many draws of this concept came before.
         epoch, offset = divmod(position, self.epoch_length)
-        order = self._concepts[self._rows[self._order(epoch)]]
+        order = self._concepts[self._rows[self._order(0, epoch)]]
         concept = int(order[offset])
         before = epoch * int((order == concept).sum()) + int((order[:offset] == concept).sum())
         class_epoch, class_offset = divmod(before, len(self._classes[concept]))

@@ -36,6 +36,10 @@ RUNS: dict[str, dict[str, Any]] = {
         },
         "optimizer__learning_rate": 1e-2,
     },
+    "native": {
+        "method": {"name": "native", "train_text_encoder": True},
+        "optimizer__lr_scheduler": "cosine",
+    },
     "textual_inversion": {
         "method": {
             "name": "textual_inversion",

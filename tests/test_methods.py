@@ -26,6 +26,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "add_layer_norm": True,
         "activate_output": True,
     },
+    "native": {"name": "native", "train_text_encoder": True},
     "textual_inversion": {
         "name": "textual_inversion",
         "placeholder_token": "<thing>",
@@ -33,7 +34,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "num_vectors": 3,
     },
 }
-RATES = {"dreambooth": 1e-3, "hypernetwork": 1e-2, "textual_inversion": 5e-2}
+RATES = {"dreambooth": 1e-3, "hypernetwork": 1e-2, "native": 1e-3, "textual_inversion": 5e-2}
 
 
 @pytest.fixture(scope="session")

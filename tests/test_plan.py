@@ -84,6 +84,69 @@ def test_a_concept_without_class_pictures_and_an_empty_set_are_told() -> None:
         BatchPlan([], seed=0, global_batch=1)
 
 
+@st.composite
+def bucketed(draw: st.DrawFn) -> tuple[list[int], list[int]]:
+    """The bucket and the repeats of one to twelve pictures."""
+    size = draw(st.integers(1, 12))
+    each = st.lists(st.integers(0, 3), min_size=size, max_size=size)
+    return draw(each), [1 + more for more in draw(each)]
+
+
+@given(pictures=bucketed(), seed=st.integers(0, 3), batch=st.integers(1, 7), step=st.integers(0, 60))
+def test_a_batch_is_of_one_bucket_on_any_number_of_workers(
+    pictures: tuple[list[int], list[int]], seed: int, batch: int, step: int
+) -> None:
+    buckets, repeats = pictures
+    plan = BatchPlan([0] * len(buckets), seed=seed, global_batch=batch * 6, repeats=repeats, buckets=buckets)
+    whole = plan.draws(step)
+    assert len(whole) == batch * 6 and len({buckets[draw.row] for draw in whole}) == 1
+    for world, micros in ((2, 3), (3, 1), (1, 6)):
+        parts = [
+            draw
+            for micro in range(micros)
+            for rank in range(world)
+            for draw in plan.draws(step, rank=rank, world=world, micro=micro, num_micros=micros)
+        ]
+        assert parts == whole
+
+
+@given(pictures=bucketed(), seed=st.integers(0, 3), batch=st.integers(1, 20), epochs=st.integers(1, 6))
+def test_no_bucket_starves_and_none_runs_ahead(
+    pictures: tuple[list[int], list[int]], seed: int, batch: int, epochs: int
+) -> None:
+    buckets, repeats = pictures
+    plan = BatchPlan([0] * len(buckets), seed=seed, global_batch=batch, repeats=repeats, buckets=buckets)
+    draws = [draw for step in range(plan.steps_in(epochs)) for draw in plan.draws(step)]
+    assert len(draws) == len(set(draws))  # no noise is used twice
+    used = Counter(draw.row for draw in draws)
+    assert all(used[row] >= epochs * count for row, count in enumerate(repeats))
+    for bucket in set(buckets):
+        rows = [row for row, home in enumerate(buckets) if home == bucket]
+        due = epochs * sum(repeats[row] for row in rows)
+        assert due <= sum(used[row] for row in rows) < due + batch
+
+
+@given(seed=st.integers(0, 3), batch=st.integers(1, 9), step=st.integers(0, 50), pictures=st.integers(1, 6))
+def test_one_bucket_is_the_plan_without_buckets(seed: int, batch: int, step: int, pictures: int) -> None:
+    options = {"seed": seed, "global_batch": batch, "repeats": [1 + row % 2 for row in range(pictures)]}
+    plain = BatchPlan([0] * pictures, **options)
+    assert BatchPlan([0] * pictures, buckets=[5] * pictures, **options).draws(step) == plain.draws(step)
+
+
+def test_buckets_take_turns_in_an_order_drawn_anew_every_epoch() -> None:
+    buckets = [0] * 8 + [1] * 4
+    plan = BatchPlan([0] * 12, seed=0, global_batch=2, buckets=buckets)
+    assert plan.steps_in(1) == 6
+    epochs = [tuple(buckets[plan.draws(step)[0].row] for step in range(e * 6, e * 6 + 6)) for e in range(8)]
+    assert all(Counter(epoch) == {0: 4, 1: 2} for epoch in epochs)
+    assert len(set(epochs)) > 3
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (2, 5), (0.5, 2), (0.1, 1), (4, 10)])
+def test_steps_in_epochs(epochs: float, steps: int) -> None:
+    assert BatchPlan([0] * 5, seed=0, global_batch=2).steps_in(epochs) == steps
+
+
 def test_keyed_rng_does_not_depend_on_what_was_drawn_before() -> None:
     first = numpy_rng("crop", 1).random(3)
     numpy_rng("crop", 2).random(100)

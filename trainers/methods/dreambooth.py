@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
-from torch import nn
 
 from dreamfleet.datasets import captions
 from dreamfleet.datasets.errors import RecipeError
@@ -24,8 +23,8 @@ from dreamfleet.trainers.methods.base import (
     Setting,
     register,
 )
-from dreamfleet.trainers.sd.formats.single_file import save_single_file
-from dreamfleet.trainers.sd.model import StableDiffusion, save_pipeline
+from dreamfleet.trainers.methods.whole_model import export_checkpoints, learning_parts, part_groups
+from dreamfleet.trainers.sd.model import StableDiffusion
 
 
 class DreamBoothConfig(MethodConfig):
@@ -58,18 +57,7 @@ class DreamBooth(Method):
                     "method.with_prior_preservation needs data.class_prompt (what the subject is: 'a photo of a cat') "
                     "for every concept"
                 )
-        # One module holds all that learns, so that one engine (DDP, DeepSpeed) wraps it all.
-        self.learning = nn.ModuleDict({"unet": model.unet})
-        model.unet.requires_grad_(True).train()
-        if config.train_text_encoder:
-            self.learning["text_encoder"] = model.text_encoder
-            model.text_encoder.requires_grad_(True).train()
-            if (
-                model.clip_skip > 1
-            ):  # the skipped layers never run, and a parameter without gradient stalls DDP
-                layers = getattr(model.text_encoder, "text_model", model.text_encoder).encoder.layers
-                for layer in layers[len(layers) + 1 - model.clip_skip :]:
-                    layer.requires_grad_(False)
+        self.learning = learning_parts(model, train_text_encoder=config.train_text_encoder)
 
     @property
     def trains_text(self) -> bool:
@@ -89,10 +77,7 @@ class DreamBooth(Method):
         )
 
     def groups(self) -> list[ParamGroup]:
-        return [
-            ParamGroup(part, {f"{part}.{n}": p for n, p in module.named_parameters() if p.requires_grad})
-            for part, module in self.learning.items()
-        ]
+        return part_groups(self.learning)
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
         """Use the picture's caption, else the concept's prompt; ``[filewords]`` in that is the caption."""
@@ -111,15 +96,11 @@ class DreamBooth(Method):
         precision: str,
     ) -> list[Path]:
         """Write ``diffusers/`` and ``NAME.safetensors`` (single file, webui keys); ``NAME.ckpt`` on request."""
-        import torch
-
-        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-        paths = []
-        for form in self.chosen_formats(formats):
-            if form == "diffusers":
-                save_pipeline(self.model, folder / "diffusers", dtype=dtype)
-                paths.append(folder / "diffusers")
-            else:
-                save_single_file(self.model, folder / f"{name}.{form}", dtype=dtype, metadata=metadata)
-                paths.append(folder / f"{name}.{form}")
-        return paths
+        return export_checkpoints(
+            self.model,
+            folder,
+            name,
+            forms=self.chosen_formats(formats),
+            metadata=metadata,
+            precision=precision,
+        )

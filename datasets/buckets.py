@@ -1,0 +1,100 @@
+"""Aspect-ratio buckets: which size each picture is shown at, so that wide and tall ones need no square crop. Pure.
+
+NovelAI's algorithm (2022; naifu's `arb`) under kohya's keys and with kohya's arithmetic (sd-scripts,
+`library/model_util.py::make_bucket_resolutions` and `library/train_util.py::BucketManager.select_bucket`): a picture
+goes to the same bucket as there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dreamfleet.datasets.config import DataConfig
+    from dreamfleet.datasets.index import Index
+
+Size = tuple[int, int]  # width and height in pixels
+
+
+@lru_cache
+def bucket_sizes(resolution: int, *, smallest: int, largest: int, step: int) -> tuple[Size, ...]:
+    """List the sizes there are, sorted: for every side the longest other side within the area, and the square.
+
+    Sides go in steps from ``smallest`` to ``largest``, the area up to ``resolution`` squared.
+    """
+    area = resolution * resolution
+    square = resolution // step * step
+    sizes = {(square, square)}
+    for side in range(smallest, largest + 1, step):
+        other = min(largest, area // side // step * step)
+        if other >= smallest:
+            sizes |= {(side, other), (other, side)}
+    return tuple(sorted(sizes))
+
+
+def nearest_size(width: int, height: int, sizes: Sequence[Size]) -> Size:
+    """Choose the size for a picture: its own where it is one of them, else the one of the nearest aspect ratio."""
+    if (width, height) in sizes:
+        return width, height
+    aspect = width / height
+    return min(sizes, key=lambda size: abs(size[0] / size[1] - aspect))
+
+
+def size_without_upscaling(width: int, height: int, *, resolution: int, step: int) -> Size:
+    """Choose the largest size in steps inside a picture, of at most about ``resolution`` squared: nothing is enlarged.
+
+    Only a picture with a side below one step is enlarged, to one step.
+    """
+    aspect, area = width / height, resolution * resolution
+    if width * height > area:
+        # Shrunk to the area with one side in steps: of the two ways, the one that keeps the aspect ratio better.
+        by_width = _round_to(math.sqrt(area * aspect), step)
+        by_height = _round_to(area / math.sqrt(area * aspect), step)
+        error_by_width = abs(by_width / _round_to(by_width / aspect, step) - aspect)
+        error_by_height = abs(_round_to(by_height * aspect, step) / by_height - aspect)
+        if error_by_width < error_by_height:
+            width, height = by_width, int(by_width / aspect + 0.5)
+        else:
+            width, height = int(by_height * aspect + 0.5), by_height
+    return max(step, width - width % step), max(step, height - height % step)
+
+
+def picture_sizes(index: Index, data: DataConfig) -> list[Size]:
+    """List the size in pixels that each picture of an index is shown at: its bucket's, or ``resolution`` squared."""
+    if not data.enable_bucket:
+        return [(data.resolution, data.resolution)] * len(index)
+    step = data.bucket_reso_steps
+    pairs = list(zip(index.column("width"), index.column("height"), strict=True))
+    if data.bucket_no_upscale:
+        found = {
+            pair: size_without_upscaling(*pair, resolution=data.resolution, step=step) for pair in set(pairs)
+        }
+    else:
+        sizes = bucket_sizes(
+            data.resolution, smallest=data.min_bucket_reso, largest=data.max_bucket_reso, step=step
+        )
+        found = {pair: nearest_size(*pair, sizes) for pair in set(pairs)}
+    return [found[pair] for pair in pairs]
+
+
+def number_buckets(sizes: Sequence[Size]) -> list[int]:
+    """Number the sizes in use, smallest width first -> the bucket of each picture."""
+    numbers = {size: number for number, size in enumerate(sorted(set(sizes)))}
+    return [numbers[size] for size in sizes]
+
+
+def tell_buckets(sizes: Sequence[Size]) -> str:
+    """Write how many pictures each bucket holds: `448x576: 12, 512x512: 30`."""
+    return ", ".join(
+        f"{width}x{height}: {count}" for (width, height), count in sorted(Counter(sizes).items())
+    )
+
+
+def _round_to(value: float, step: int) -> int:
+    # kohya's rounding: to whole pixels, then down to steps; for a strip thinner than a step that would be 0.
+    whole = int(value + 0.5)
+    return max(step, whole - whole % step)

@@ -1,0 +1,61 @@
+"""What methods that tune the model itself share: which of its parts learn, and the checkpoints that come out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dreamfleet.trainers.methods.base import ParamGroup
+from dreamfleet.trainers.sd.formats.single_file import save_single_file
+from dreamfleet.trainers.sd.model import StableDiffusion, save_pipeline
+
+
+def learning_parts(model: StableDiffusion, *, train_text_encoder: bool) -> nn.ModuleDict:
+    """Switch on learning in the U-Net and, on request, the text encoder -> one module that holds all that learns.
+
+    One, so that one engine (DDP, DeepSpeed) wraps it all.
+    """
+    learning = nn.ModuleDict({"unet": model.unet})
+    model.unet.requires_grad_(True).train()
+    if train_text_encoder:
+        learning["text_encoder"] = model.text_encoder
+        model.text_encoder.requires_grad_(True).train()
+        if model.clip_skip > 1:
+            # The skipped layers never run, and a parameter without gradient stalls DDP.
+            layers = getattr(model.text_encoder, "text_model", model.text_encoder).encoder.layers
+            for layer in layers[len(layers) + 1 - model.clip_skip :]:
+                layer.requires_grad_(False)
+    return learning
+
+
+def part_groups(learning: nn.ModuleDict) -> list[ParamGroup]:
+    """Return the learning parameters of each part as a group under the part's name."""
+    return [
+        ParamGroup(part, {f"{part}.{n}": p for n, p in module.named_parameters() if p.requires_grad})
+        for part, module in learning.items()
+    ]
+
+
+def export_checkpoints(
+    model: StableDiffusion,
+    folder: Path,
+    name: str,
+    *,
+    forms: Sequence[str],
+    metadata: dict[str, str],
+    precision: str,
+) -> list[Path]:
+    """Write ``diffusers/``, and a single file with webui's keys as ``NAME.safetensors`` or ``NAME.ckpt``."""
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    paths = []
+    for form in forms:
+        if form == "diffusers":
+            save_pipeline(model, folder / "diffusers", dtype=dtype)
+            paths.append(folder / "diffusers")
+        else:
+            save_single_file(model, folder / f"{name}.{form}", dtype=dtype, metadata=metadata)
+            paths.append(folder / f"{name}.{form}")
+    return paths
