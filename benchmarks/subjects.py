@@ -8,6 +8,7 @@ photos, judged by the same photos as in the paper), which is skipped where the d
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -31,7 +32,16 @@ SCENES = [
     "under water",
 ]
 SEEDS = range(5)
-STEPS, GUIDANCE = 25, 4.0
+# What is behind the subject in each training photo; the cat's captions lie beside its pictures.
+CAPTIONS = {
+    "duck_toy": {
+        "00": "on a black background",
+        "01": "on a blue background",
+        "02": "on a gray background",
+        "03": "on the beach",
+    }
+}
+STEPS, GUIDANCE = 25, float(os.environ.get("GUIDANCE", 1.5))
 
 
 def score_model(model: Any, word: str, noun: str, real: list[Any]) -> tuple[dict[str, float], list[Any]]:
@@ -82,7 +92,7 @@ def measure_subject(name: str, noun: str, train_dir: Path, real_dir: Path, folde
             "dreambooth",
             "demo",
             f"sks {noun}",
-            [f"data.instance_prompt=a sks {noun}", f"data.class_prompt=a {noun}"],
+            [f"data.instance_prompt=a sks {noun} [filewords]", f"data.class_prompt=a {noun}"],
         ),
     ):
         out = folder / name / method
@@ -112,6 +122,14 @@ def measure_subject(name: str, noun: str, train_dir: Path, real_dir: Path, folde
     return result
 
 
+def with_captions(pictures: Path, captions: dict[str, str], folder: Path) -> Path:
+    """Copy a folder of pictures and put a caption beside each."""
+    shutil.copytree(pictures, folder, ignore=shutil.ignore_patterns("*.txt"))
+    for stem, caption in captions.items():
+        (folder / f"{stem}.txt").write_text(caption)
+    return folder
+
+
 def main() -> None:
     """Measure the subjects that are at hand."""
     subjects = {"cat": ("cat face", ROOT / "examples/cat/train", ROOT / "examples/cat/holdout")}
@@ -119,9 +137,14 @@ def main() -> None:
         subjects["duck_toy"] = ("duck", DREAMBENCH / "duck_toy", DREAMBENCH / "duck_toy")
     chosen = sys.argv[1:] or list(subjects)
     with tempfile.TemporaryDirectory() as folder:
-        results = {name: measure_subject(name, *subjects[name], Path(folder)) for name in chosen}
+        results = {}
+        for name in chosen:
+            noun, train_dir, real_dir = subjects[name]
+            if name in CAPTIONS:
+                train_dir = with_captions(train_dir, CAPTIONS[name], Path(folder) / f"{name}-captioned")
+            results[name] = measure_subject(name, noun, train_dir, real_dir, Path(folder))
     rows = "rows of the sheet: untuned, Textual Inversion, DreamBooth; columns: " + "; ".join(SCENES)
-    write_result("subjects", {**results, "sheet": rows}, how="python benchmarks/subjects.py")
+    write_result("subjects", {**results, "guidance_scale": GUIDANCE, "sheet": rows}, how="python benchmarks/subjects.py")
 
 
 if __name__ == "__main__":

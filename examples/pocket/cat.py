@@ -1,12 +1,13 @@
 """Writes the demo's subject to `examples/cat/`: six pictures of a cat to train with and four to judge by.
 
-All ten come from the held-out family of cat faces, one expression each, on ten different backgrounds.
+All ten come from the held-out family of cat faces, one expression each, on ten different backgrounds. Beside each
+lies a caption that says what is not the cat.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from backgrounds import draw_background
+from backgrounds import draw_background, say_background
 from pictures import open_emoji
 from PIL import Image, ImageFilter
 from subjects import CAT_FACES, ROOT, find_family
@@ -43,6 +44,7 @@ def write_cat() -> None:
         target = ROOT / "examples" / "cat" / folder / f"{counts[folder]:02d}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         compose_large(open_emoji(paths[choice]), key, rng).save(target, optimize=True)
+        target.with_suffix(".txt").write_text(say_background(key) + "\n")
 
 
 if __name__ == "__main__":
