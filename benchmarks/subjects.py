@@ -144,7 +144,11 @@ def main() -> None:
                 train_dir = with_captions(train_dir, CAPTIONS[name], Path(folder) / f"{name}-captioned")
             results[name] = measure_subject(name, noun, train_dir, real_dir, Path(folder))
     rows = "rows of the sheet: untuned, Textual Inversion, DreamBooth; columns: " + "; ".join(SCENES)
-    write_result("subjects", {**results, "guidance_scale": GUIDANCE, "sheet": rows}, how="python benchmarks/subjects.py")
+    write_result(
+        "subjects",
+        {**results, "guidance_scale": GUIDANCE, "sheet": rows},
+        how="python benchmarks/subjects.py",
+    )
 
 
 if __name__ == "__main__":
