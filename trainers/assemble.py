@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import DataError, RecipeError
+from dreamfleet.datasets.images import PICTURE_SUFFIXES
 from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.sets import Sets, load_sets
@@ -222,7 +223,7 @@ def gather_class_images(recipe: Recipe, sets: Sets, method: Method, place: Place
 
 def list_pictures(storage: Storage) -> list[str]:
     """List the picture files of a folder that may not exist yet."""
-    return [name for name in storage.list() if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))]
+    return [name for name in storage.list() if name.lower().endswith(PICTURE_SUFFIXES)]
 
 
 def check_resolution(recipe: Recipe, model: StableDiffusion) -> None:
