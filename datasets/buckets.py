@@ -47,9 +47,13 @@ def nearest_size(width: int, height: int, sizes: Sequence[Size]) -> Size:
 def size_without_upscaling(width: int, height: int, *, resolution: int, step: int) -> Size:
     """Choose the largest size in steps inside a picture, of at most about ``resolution`` squared: nothing is enlarged.
 
-    Only a picture with a side below one step is enlarged, to one step.
+    Only a picture with a side below one step, there or after shrinking, is enlarged to one step and cropped.
     """
     aspect, area = width / height, resolution * resolution
+    shrink = min(1.0, resolution / math.sqrt(width * height))
+    if int(min(width, height) * shrink + 0.5) < step:
+        other = max(step, int(min(max(width, height) * shrink, area / step)) // step * step)
+        return (other, step) if width > height else (step, other)
     if width * height > area:
         # Shrunk to the area with one side in steps: of the two ways, the one that keeps the aspect ratio better.
         by_width = _round_to(math.sqrt(area * aspect), step)
@@ -95,6 +99,6 @@ def tell_buckets(sizes: Sequence[Size]) -> str:
 
 
 def _round_to(value: float, step: int) -> int:
-    # kohya's rounding: to whole pixels, then down to steps; for a strip thinner than a step that would be 0.
+    # kohya's rounding: to whole pixels, then down to steps, which must not be 0.
     whole = int(value + 0.5)
     return max(step, whole - whole % step)

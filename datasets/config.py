@@ -27,6 +27,9 @@ class Concept(Section):
     class_data_dir: str | None = Field(default=None, min_length=1)
     class_prompt: str | None = None
     repeats: int = Field(default=1, ge=1, validation_alias=_also("repeats", "num_repeats"))
+    mask_dir: str | None = Field(
+        default=None, min_length=1, validation_alias=_also("mask_dir", "conditioning_data_dir", "mask_path")
+    )
 
     @model_validator(mode="after")
     def _class_has_prompt(self) -> Self:
@@ -61,8 +64,15 @@ class DataConfig(Section):
 
     caption_extension: Annotated[list[str], BeforeValidator(_as_list)] = Field(default=[".txt", ".caption"])
     use_captions: bool = True
+    caption_prefix: str = Field(default="", description="words in front of every caption, and a space")
+    caption_suffix: str = Field(default="", description="a space, and words behind every caption")
     shuffle_tags: bool = Field(default=False, validation_alias=_also("shuffle_tags", "shuffle_caption"))
     keep_tokens: int = Field(default=0, ge=0)
+    keep_tokens_separator: str = Field(
+        default="",
+        description="such as |||: the tags before the first one, and behind a second one, are neither shuffled nor "
+        "dropped; captions without it go by keep_tokens",
+    )
     tag_dropout: float = Field(
         default=0.0,
         ge=0,
@@ -81,6 +91,32 @@ class DataConfig(Section):
     random_flip: bool = Field(default=False, validation_alias=_also("random_flip", "flip_aug"))
     repeats: int = Field(default=1, ge=1, validation_alias=_also("repeats", "num_repeats"))
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, le=MAX_PIXELS)
+
+    enable_bucket: bool = Field(
+        default=False,
+        description="keep the pictures' shapes: each goes to the bucket of the nearest aspect ratio, about resolution "
+        "squared pixels large, and every batch is of one bucket",
+    )
+    min_bucket_reso: int = Field(default=256, ge=8, description="shortest side of a bucket")
+    max_bucket_reso: int = Field(default=1024, ge=8, description="longest side of a bucket")
+    bucket_reso_steps: int = Field(default=64, ge=8, description="sides are multiples of this")
+    bucket_no_upscale: bool = Field(
+        default=False,
+        description="no picture is enlarged: buckets of any size up to the pictures' own, without the two limits",
+    )
+
+    alpha_mask: bool = Field(
+        default=False,
+        validation_alias=_also("alpha_mask", "masked_loss", "use_weight"),
+        description="weigh the loss over each picture by its mask (NAME.mask.png, or in mask_dir), else by its alpha "
+        "channel; mean 1, so a picture that is opaque everywhere counts as ever",
+    )
+    mask_dir: str | None = Field(
+        default=None,
+        min_length=1,
+        validation_alias=_also("mask_dir", "conditioning_data_dir", "mask_path"),
+        description="folder of masks under the pictures' names: grey, white counts",
+    )
 
     source: Literal["auto", "resident", "stream"] = "auto"
     resident_limit_mb: int = Field(default=4096, ge=1)
@@ -102,7 +138,7 @@ class DataConfig(Section):
         if self.concepts_list is not None:
             if not self.concepts_list:
                 raise ValueError("concepts_list is empty: list at least one concept with instance_data_dir")
-            for_one = ("instance_prompt", "class_data_dir", "class_prompt")
+            for_one = ("instance_prompt", "class_data_dir", "class_prompt", "mask_dir")
             extra = [name for name in for_one if getattr(self, name) is not None]
             if extra:
                 raise ValueError(f"{', '.join(extra)} beside concepts_list: write it inside each concept")
@@ -122,6 +158,29 @@ class DataConfig(Section):
                 raise ValueError(f"caption_extension {extension!r} is not a file ending: write '.txt'")
         return self
 
+    @model_validator(mode="after")
+    def _buckets_hold_the_resolution(self) -> Self:
+        if not self.enable_bucket or self.bucket_no_upscale:
+            return self
+        if not self.min_bucket_reso <= self.resolution <= self.max_bucket_reso:
+            raise ValueError(
+                f"enable_bucket: resolution {self.resolution} is not between min_bucket_reso {self.min_bucket_reso} "
+                f"and max_bucket_reso {self.max_bucket_reso}; set those around it, such as a half and twice"
+            )
+        for name in ("min_bucket_reso", "max_bucket_reso"):
+            if getattr(self, name) % self.bucket_reso_steps:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} is not a multiple of bucket_reso_steps {self.bucket_reso_steps}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _masks_are_used(self) -> Self:
+        concepts = self.concepts_list if isinstance(self.concepts_list, list) else []
+        if not self.alpha_mask and (self.mask_dir or any(concept.mask_dir for concept in concepts)):
+            raise ValueError("mask_dir without alpha_mask: set alpha_mask: true, or leave mask_dir out")
+        return self
+
     def with_absolute_paths(self, folder: str) -> DataConfig:
         """The same section with its folders made absolute, relative ones starting at `folder`."""
         concepts = self.concepts_list
@@ -131,7 +190,7 @@ class DataConfig(Section):
             concepts = [concept_with_absolute_paths(concept, folder) for concept in concepts]
         places = {
             name: _absolute(getattr(self, name), folder)
-            for name in ("instance_data_dir", "class_data_dir", "train_data_dir")
+            for name in ("instance_data_dir", "class_data_dir", "train_data_dir", "mask_dir")
             if getattr(self, name) is not None
         }
         return self.model_copy(update={**places, "concepts_list": concepts})
@@ -140,8 +199,9 @@ class DataConfig(Section):
 def concept_with_absolute_paths(concept: Concept, folder: str) -> Concept:
     """The same concept with its folders made absolute."""
     places = {"instance_data_dir": _absolute(concept.instance_data_dir, folder)}
-    if concept.class_data_dir is not None:
-        places["class_data_dir"] = _absolute(concept.class_data_dir, folder)
+    for name in ("class_data_dir", "mask_dir"):
+        if (place := getattr(concept, name)) is not None:
+            places[name] = _absolute(place, folder)
     return concept.model_copy(update=places)
 
 

@@ -74,14 +74,21 @@ def open_picture(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Imag
     Animated files give their first frame. 16-bit grey is scaled to 8 bits. Raises DataError, naming `uri`,
     for what is no picture, is cut short, or has more than `max_pixels` (checked before decoding).
     """
-    rgb, _ = _decode(data, uri=uri, max_pixels=max_pixels)
-    return rgb
+    return open_with_alpha(data, uri=uri, max_pixels=max_pixels)[0]
 
 
-def alpha_of(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Image.Image | None:
-    """The opacity of a picture as an 8-bit grey picture (255 = opaque), turned; None when it has none."""
-    _, alpha = _decode(data, uri=uri, max_pixels=max_pixels)
-    return alpha
+def open_with_alpha(
+    data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS
+) -> tuple[Image.Image, Image.Image | None]:
+    """A picture as open_picture gives it, and its opacity: 8-bit grey, 255 = opaque; None when it has none."""
+    with _naming(uri, data), _open(data, uri=uri, max_pixels=max_pixels) as image:
+        image.load()
+        orientation = _orientation(image)
+        rgb, alpha = _to_rgb_and_alpha(image, uri)
+        if orientation in _TURNS:
+            rgb = rgb.transpose(_TURNS[orientation])
+            alpha = alpha.transpose(_TURNS[orientation]) if alpha is not None else None
+        return rgb, alpha
 
 
 def read_header(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Header:
@@ -117,14 +124,14 @@ def fit_picture(
     crop_key: tuple[float, float] | None = None,
     flip: bool = False,
 ) -> np.ndarray:
-    """Resize so that the picture just covers the target, crop, flip: uint8 [H,W,3].
+    """Resize so that the picture just covers the target, crop, flip: uint8 [H,W,3], of a grey one [H,W].
 
     `resolution` is a side or (width, height) in pixels. `crop_key`, two numbers in [0,1), places the crop
     (x, y) when `center` is false. The antialiasing Lanczos filter is used both ways.
     """
     width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
-    if image.mode != "RGB":
-        raise AssertionError(f"fit_picture takes RGB pictures, not {image.mode}")
+    if image.mode not in ("RGB", "L"):
+        raise AssertionError(f"fit_picture takes RGB and grey pictures, not {image.mode}")
     scale = max(width / image.width, height / image.height)
     covered = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     if covered != image.size:
@@ -147,17 +154,6 @@ def to_tensor_range(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / np.float32(127.5) - np.float32(
         1
     )
-
-
-def _decode(data: bytes, *, uri: str, max_pixels: int) -> tuple[Image.Image, Image.Image | None]:
-    with _naming(uri, data), _open(data, uri=uri, max_pixels=max_pixels) as image:
-        image.load()
-        orientation = _orientation(image)
-        rgb, alpha = _to_rgb_and_alpha(image, uri)
-        if orientation in _TURNS:
-            rgb = rgb.transpose(_TURNS[orientation])
-            alpha = alpha.transpose(_TURNS[orientation]) if alpha is not None else None
-        return rgb, alpha
 
 
 class _naming:

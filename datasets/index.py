@@ -21,8 +21,9 @@ from dreamfleet.datasets.images import (
     check_picture,
     read_header,
 )
+from dreamfleet.datasets.masks import find_masks, open_mask
 from dreamfleet.datasets.sidecars import CaptionFinder
-from dreamfleet.datasets.storage import Storage
+from dreamfleet.datasets.storage import Storage, read_uri
 
 __all__ = ["BadFile", "Concept", "DataConfig", "Index", "Row", "build_index"]
 
@@ -40,6 +41,8 @@ SCHEMA = pa.schema(
         ("concept", pa.int32()),
         ("role", pa.string()),  # "instance" or "class"
         ("repeats", pa.int32()),
+        ("mask", pa.string()),  # address of the picture's mask; null where it has none
+        ("mask_sha256", pa.string()),
     ]
 )
 
@@ -63,6 +66,8 @@ class Row(NamedTuple):
     concept: int
     role: str
     repeats: int
+    mask: str | None = None
+    mask_sha256: str | None = None
 
 
 class Index:
@@ -92,10 +97,11 @@ class Index:
 
     @property
     def content_hash(self) -> str:
-        """sha256 (hex) over ids, contents, captions, concepts, roles and repeats; not over places."""
+        """sha256 (hex) over ids, contents, captions, concepts, roles, repeats and masks; not over places."""
         digest = hashlib.sha256()
         for row in self.rows():
             seen = [row.id, row.sha256, row.caption, row.concept, row.role, row.repeats]
+            seen += [row.mask_sha256] if row.mask_sha256 else []
             digest.update(json.dumps(seen, ensure_ascii=True).encode() + b"\n")
         return digest.hexdigest()
 
@@ -118,13 +124,15 @@ def build_index(
     repeats: int = 1,
     verify: bool | None = None,
     exclude: Callable[[str], bool] | None = None,
+    mask_dir: str | None = None,
 ) -> Index:
     """Index the pictures of a folder on disk or in a bucket.
 
     Each file is read once, by a pool of threads. A caption comes from a file of the same stem with one of
     `caption_extension` (the first there is), else from `metadata.jsonl` / `metadata.csv` in the folder or one
     above it. With `verify` (None: up to 2000 pictures) every pixel is decoded, so that a picture cut short
-    is found now. Bad pictures are listed in `.bad` and left out. `exclude(name)` leaves out files.
+    is found now. Bad pictures, and those whose mask is bad, are listed in `.bad` and left out. `exclude(name)`
+    leaves out files. Masks are `NAME.mask.png` beside pictures, or the pictures of the same names in `mask_dir`.
 
     Raises DataError, naming the folder, what is wrong and the way out, when the folder is not there or holds
     no usable picture, and when a caption file is not UTF-8 or a metadata file is broken.
@@ -134,7 +142,13 @@ def build_index(
     names = _list(storage, recursive, bad)
     if exclude is not None:
         names = [name for name in names if not exclude(name)]
-    pictures = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES)]
+    masks = find_masks(storage, names, mask_dir)
+    are_masks = set(masks.values())
+    pictures = [
+        name
+        for name in names
+        if name.lower().endswith(PICTURE_SUFFIXES) and storage.path(name) not in are_masks
+    ]
     bad += [
         BadFile(
             storage.path(name), f"{os.path.splitext(name)[1]} files cannot be read. Convert it to PNG or JPEG"
@@ -146,17 +160,22 @@ def build_index(
     captions = CaptionFinder(storage, names, tuple(caption_extension))
 
     def look(name: str) -> Row | BadFile:
-        uri = storage.path(name)
+        uri, mask = storage.path(name), masks.get(name)
         try:
-            data = storage.read_bytes(name)
+            data, mask_data = storage.read_bytes(name), read_uri(mask) if mask else None
             header = read_header(data, uri=uri, max_pixels=max_pixels)
             if check:
                 check_picture(data, uri=uri, max_pixels=max_pixels)
+            if mask_data is not None:
+                open_mask(mask_data, uri=f"its mask {mask}", max_pixels=max_pixels)
         except (DataError, StorageError) as error:
             return BadFile(uri, str(error).removeprefix(f"{uri}: "))
         sha256 = hashlib.sha256(data).hexdigest()
         caption = captions.of(name)
-        return Row(sha256[:16], uri, header.width, header.height, caption, sha256, concept, role, repeats)
+        row = Row(sha256[:16], uri, header.width, header.height, caption, sha256, concept, role, repeats)
+        if mask_data is not None:
+            row = row._replace(mask=mask, mask_sha256=hashlib.sha256(mask_data).hexdigest())
+        return row
 
     workers = min(32, 2 * (os.cpu_count() or 1) if storage.is_local else 32, max(1, len(pictures)))
     with ThreadPoolExecutor(workers, thread_name_prefix="index") as pool:

@@ -55,6 +55,7 @@ def load_sets(data: DataConfig, *, verify: bool | None = None) -> Sets:
             repeats=concept.repeats * data.repeats,
             verify=verify,
             exclude=_inside(concept.instance_data_dir, [other.class_data_dir for other in concepts]),
+            mask_dir=concept.mask_dir,
         )
         for number, concept in enumerate(concepts)
     ]
@@ -89,6 +90,7 @@ def load_concepts(data: DataConfig) -> list[Concept]:
             instance_prompt=data.instance_prompt,
             class_data_dir=data.class_data_dir,
             class_prompt=data.class_prompt,
+            mask_dir=data.mask_dir,
         )
     ]
 
@@ -169,6 +171,7 @@ def _kohya_concepts(data: DataConfig, subsets: list[tuple[str, int, str]]) -> li
                 class_data_dir=class_folder,
                 class_prompt=class_prompt or data.class_prompt,
                 repeats=repeats,
+                mask_dir=f"{data.mask_dir}/{folder.rpartition('/')[2]}" if data.mask_dir else None,
             )
         )
     unused = [

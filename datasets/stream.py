@@ -8,13 +8,14 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 
 from dreamfleet.datasets.errors import DataError, ResourceError, StorageError
-from dreamfleet.datasets.images import MAX_PIXELS, fit_picture, open_picture
+from dreamfleet.datasets.images import MAX_PIXELS
 from dreamfleet.datasets.index import Index
+from dreamfleet.datasets.masks import PictureDraw, cut_picture
 from dreamfleet.datasets.storage import read_uri
 
 log = logging.getLogger(__name__)
@@ -26,16 +27,8 @@ STALL_SECONDS = 120.0
 CLOSE_SECONDS = 2.0
 
 
-class PictureDraw(NamedTuple):
-    """One use of one picture: its row in the index, where to crop (None: the middle), whether to mirror."""
-
-    row: int
-    crop: tuple[float, float] | None = None
-    flip: bool = False
-
-
 class PictureStream(Iterator[np.ndarray]):
-    """Yields uint8 [H,W,3], one for each draw, in their order. Close it, or use it in a `with` block.
+    """Yields uint8 [H,W,3] or, weighted, [H,W,4], one for each draw, in their order. Close it, or use it in a `with`.
 
     `bad` tells which pictures could not be decoded and why; `replaced` counts the draws that got another one.
     """
@@ -47,6 +40,7 @@ class PictureStream(Iterator[np.ndarray]):
         *,
         resolution: int | tuple[int, int],
         max_pixels: int = MAX_PIXELS,
+        weighted: bool = False,
         window: int = WINDOW,
         num_cpus: float = 1.0,
         stall_seconds: float = STALL_SECONDS,
@@ -54,9 +48,11 @@ class PictureStream(Iterator[np.ndarray]):
         self.bad: dict[str, str] = {}
         self.replaced = 0
         self._uris: list[str] = index.column("uri")
+        self._masks: list[str | None] = index.column("mask")
         self._draws = iter(draws)
-        self._resolution = resolution
+        self._resolution = (resolution, resolution) if isinstance(resolution, int) else resolution
         self._max_pixels = max_pixels
+        self._weighted = weighted
         self._window = window
         self._num_cpus = num_cpus
         self._stall_seconds = stall_seconds
@@ -136,8 +132,7 @@ class PictureStream(Iterator[np.ndarray]):
         rows = [self._instead.get(draw.row, draw.row) for draw in window]
         self.replaced += sum(row != draw.row for row, draw in zip(rows, window, strict=True))
         jobs = [
-            _job(number, self._uris[row], draw)
-            for number, (row, draw) in enumerate(zip(rows, window, strict=True))
+            self._job(number, row, draw) for number, (row, draw) in enumerate(zip(rows, window, strict=True))
         ]
         given = 0
         for batch in self._batches(jobs):
@@ -150,9 +145,11 @@ class PictureStream(Iterator[np.ndarray]):
                 if error:
                     self._note(rows[given], str(error))
                     self.replaced += rows[given] == window[given].row
-                    pixels = self._replacement(rows[given], window[given])
+                    yield self._replacement(rows[given], window[given])
+                else:
+                    width, height = self._size(window[given])
+                    yield np.frombuffer(pixels, np.uint8).reshape(height, width, -1)
                 given += 1
-                yield pixels
         assert given == len(window), (given, len(window))
 
     def _batches(self, jobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -165,7 +162,7 @@ class PictureStream(Iterator[np.ndarray]):
         dataset.context.print_on_execution_start = False
         dataset.context.enable_progress_bars = False
         decoded = dataset.map_batches(
-            functools.partial(decode_batch, resolution=self._resolution, max_pixels=self._max_pixels),
+            functools.partial(decode_batch, max_pixels=self._max_pixels, weighted=self._weighted),
             batch_size=None,
             batch_format="numpy",
             num_cpus=self._num_cpus,
@@ -179,13 +176,34 @@ class PictureStream(Iterator[np.ndarray]):
             if self._uris[row] in self.bad:
                 continue
             pixels, error = _decode_one(
-                self._uris[row], draw, resolution=self._resolution, max_pixels=self._max_pixels
+                self._uris[row],
+                draw._replace(size=self._size(draw)),
+                mask=self._masks[row],
+                max_pixels=self._max_pixels,
+                weighted=self._weighted,
             )
             if pixels is not None:
                 self._instead[bad_row] = self._instead[draw.row] = row
                 return pixels
             self._note(row, error)
         raise DataError(f"none of the {len(self._uris)} pictures can be decoded; the last: {error}")
+
+    def _size(self, draw: PictureDraw) -> tuple[int, int]:
+        return draw.size or self._resolution
+
+    def _job(self, position: int, row: int, draw: PictureDraw) -> dict[str, Any]:
+        (width, height), (x, y) = self._size(draw), draw.crop or (0.0, 0.0)
+        return {
+            "position": position,
+            "uri": self._uris[row],
+            "mask": self._masks[row] or "",
+            "center": draw.crop is None,
+            "x": x,
+            "y": y,
+            "flip": draw.flip,
+            "width": width,
+            "height": height,
+        }
 
     def _note(self, row: int, error: str) -> None:
         if self._uris[row] not in self.bad:
@@ -199,6 +217,7 @@ def stream_pictures(
     *,
     resolution: int | tuple[int, int],
     max_pixels: int = MAX_PIXELS,
+    weighted: bool = False,
     window: int = WINDOW,
     num_cpus: float = 1.0,
     stall_seconds: float = STALL_SECONDS,
@@ -207,7 +226,8 @@ def stream_pictures(
 
     Works in windows of `window` draws, one Ray Data execution each, the next one starting while pictures of
     the last are still waiting to be taken; files are read where they are decoded, from disk or bucket, with
-    `num_cpus` of the cluster's CPUs a task. `crop` is in [0,1) as in fit_picture.
+    `num_cpus` of the cluster's CPUs a task. `crop` is in [0,1) as in fit_picture. Draws without a size are cut to
+    `resolution`; `weighted` adds the fourth channel of cut_picture.
 
     A picture that cannot be decoded is reported once (`.bad`) and the next one in index order that can be is
     used instead, in this and all later draws of it. A file that cannot be read is a StorageError. ResourceError
@@ -218,6 +238,7 @@ def stream_pictures(
         draws,
         resolution=resolution,
         max_pixels=max_pixels,
+        weighted=weighted,
         window=window,
         num_cpus=num_cpus,
         stall_seconds=stall_seconds,
@@ -225,51 +246,51 @@ def stream_pictures(
 
 
 def decode_batch(
-    batch: dict[str, np.ndarray], *, resolution: int | tuple[int, int], max_pixels: int
+    batch: dict[str, np.ndarray], *, max_pixels: int, weighted: bool = False
 ) -> dict[str, np.ndarray]:
-    """Read, decode, crop and mirror a batch of jobs.
+    """Read, decode and cut a batch of jobs, each to its own size.
 
-    "error" says why a picture could not be decoded, "failure" why a file could not be read; "" for the good ones.
+    "pixels" are bytes, as the pictures of a block may differ in size. "error" says why a picture could not be decoded,
+    "failure" why a file could not be read; "" for the good ones.
     """
-    width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
-    blank = np.zeros((height, width, 3), np.uint8)
     pictures, errors, failures = [], [], []
-    for uri, center, x, y, flip in zip(
-        batch["uri"], batch["center"], batch["x"], batch["y"], batch["flip"], strict=True
-    ):
-        draw = PictureDraw(0, None if center else (float(x), float(y)), bool(flip))
+    names = ("uri", "mask", "center", "x", "y", "flip", "width", "height")
+    for uri, mask, center, x, y, flip, width, height in zip(*(batch[name] for name in names), strict=True):
+        draw = PictureDraw(0, None if center else (float(x), float(y)), bool(flip), (int(width), int(height)))
         pixels, error, failure = None, "", ""
         try:
-            pixels, error = _decode_one(str(uri), draw, resolution=resolution, max_pixels=max_pixels)
+            pixels, error = _decode_one(
+                str(uri), draw, mask=str(mask) or None, max_pixels=max_pixels, weighted=weighted
+            )
         except StorageError as trouble:  # as a value: an exception would come back wrapped in Ray's
             failure = str(trouble)
-        pictures.append(blank if pixels is None else pixels)
+        pictures.append(b"" if pixels is None else pixels.tobytes())
         errors.append(error)
         failures.append(failure)
     return {
         "position": batch["position"],
-        "pixels": np.stack(pictures),
+        "pixels": np.array(pictures, dtype=object),
         "error": np.array(errors, dtype=object),
         "failure": np.array(failures, dtype=object),
     }
 
 
 def _decode_one(
-    uri: str, draw: PictureDraw, *, resolution: int | tuple[int, int], max_pixels: int
+    uri: str, draw: PictureDraw, *, mask: str | None, max_pixels: int, weighted: bool
 ) -> tuple[np.ndarray | None, str]:
+    assert draw.size is not None
     try:
-        picture = open_picture(read_uri(uri), uri=uri, max_pixels=max_pixels)
-    except StorageError:
-        raise  # a disk or bucket in trouble must not change what is learned
-    except DataError as error:
+        return cut_picture(
+            read_uri(uri),
+            draw,
+            uri=uri,
+            size=draw.size,
+            max_pixels=max_pixels,
+            weighted=weighted,
+            mask=read_uri(mask) if weighted and mask else None,
+        ), ""
+    except DataError as error:  # no StorageError: a disk or bucket in trouble must not change what is learned
         return None, str(error)
-    fitted = fit_picture(picture, resolution, center=draw.crop is None, crop_key=draw.crop, flip=draw.flip)
-    return fitted, ""
-
-
-def _job(position: int, uri: str, draw: PictureDraw) -> dict[str, Any]:
-    x, y = draw.crop or (0.0, 0.0)
-    return {"position": position, "uri": uri, "center": draw.crop is None, "x": x, "y": y, "flip": draw.flip}
 
 
 def _free_cpus() -> float:

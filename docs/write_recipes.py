@@ -119,6 +119,7 @@ MEANINGS = {
     "Concept.class_data_dir": "as in [data](#data)",
     "Concept.class_prompt": "as in [data](#data)",
     "Concept.repeats": "as in [data](#data)",
+    "Concept.mask_dir": "as in [data](#data)",
 }
 
 

@@ -12,10 +12,10 @@ from PIL import Image
 
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.images import (
-    alpha_of,
     check_picture,
     fit_picture,
     open_picture,
+    open_with_alpha,
     read_header,
     to_tensor_range,
 )
@@ -56,7 +56,7 @@ def test_common_formats_give_the_same_rgb(kind):
     picture = open_picture(data, uri="a")
     assert picture.mode == "RGB"
     assert close(np.asarray(picture), QUADRANTS, within=20)
-    assert alpha_of(data, uri="a") is None
+    assert open_with_alpha(data, uri="a")[1] is None
     assert read_header(data, uri="a")[:2] == (30, 20)
     check_picture(data, uri="a")
 
@@ -91,7 +91,7 @@ def test_alpha_is_turned_with_the_picture():
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encode(Image.fromarray(rgba).transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif.tobytes())
-    alpha = np.asarray(alpha_of(data, uri="a"))
+    alpha = np.asarray(open_with_alpha(data, uri="a")[1])
     assert alpha.shape == (20, 30)
     assert (alpha[:10, :15] == 0).all()
     assert (alpha[10:, :] == 255).all()
@@ -119,7 +119,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped():
 def test_sixteen_bit_grey_with_a_transparent_value():
     rows = b"".join(b"\x00" + struct.pack(">HH", 1000, 65535) for _ in range(2))
     data = png(2, 2, 16, 0, rows, chunk(b"tRNS", struct.pack(">H", 1000)))
-    np.testing.assert_array_equal(np.asarray(alpha_of(data, uri="a")), [[0, 255], [0, 255]])
+    np.testing.assert_array_equal(np.asarray(open_with_alpha(data, uri="a")[1]), [[0, 255], [0, 255]])
     assert (np.asarray(open_picture(data, uri="a")) == 255).all()  # transparent over white, and white
 
 
@@ -137,7 +137,7 @@ def test_palette_with_and_without_transparency():
     pixels = np.asarray(open_picture(data, uri="a"))
     assert (pixels[:10, :15] == 255).all()
     assert close(pixels[10:], QUADRANTS[10:])
-    alpha = np.asarray(alpha_of(data, uri="a"))
+    alpha = np.asarray(open_with_alpha(data, uri="a")[1])
     assert (alpha[:10, :15] == 0).all()
     assert (alpha[10:] == 255).all()
 
@@ -147,7 +147,7 @@ def test_alpha_is_laid_over_white(mode):
     colour = (0, 128) if mode == "LA" else (0, 0, 0, 128)
     data = encode(Image.new(mode, (4, 4), colour), "PNG")
     assert abs(int(np.asarray(open_picture(data, uri="a"))[0, 0, 0]) - 127) <= 1
-    assert (np.asarray(alpha_of(data, uri="a")) == 128).all()
+    assert (np.asarray(open_with_alpha(data, uri="a")[1]) == 128).all()
 
 
 @pytest.mark.parametrize("mode", ["1", "L"])

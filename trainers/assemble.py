@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dreamfleet.datasets.buckets import Size, number_buckets, picture_sizes, tell_buckets
 from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import DataError, RecipeError
 from dreamfleet.datasets.images import PICTURE_SUFFIXES
@@ -113,6 +113,7 @@ def assemble(recipe: Recipe, place: Place) -> Parts:
     method = make_method(recipe, sets, place.device)
     model = method.model
     check_resolution(recipe, model)
+    sizes = check_buckets(recipe, sets, method)
     classes = gather_class_images(recipe, sets, method, place)
     train = recipe.train
     global_batch = place.world * train.train_batch_size * train.gradient_accumulation_steps
@@ -121,8 +122,18 @@ def assemble(recipe: Recipe, place: Place) -> Parts:
         seed=train.seed,
         global_batch=global_batch,
         repeats=sets.instances.column("repeats"),
+        buckets=number_buckets(sizes),
         class_concepts=classes.column("concept") if classes is not None else (),
     )
+    if recipe.data.enable_bucket and place.leads:
+        log.info("buckets: %s", tell_buckets(sizes))
+        if plan.smallest_bucket < global_batch:
+            log.warning(
+                "a bucket holds %d pictures and a batch %d: its batches show pictures several times. Take a larger "
+                "data.bucket_reso_steps, or fewer pictures at a time",
+                plan.smallest_bucket,
+                global_batch,
+            )
     schedule = make_schedule(recipe, plan)
     where = {"seed": train.seed, "rank": place.rank, "world": place.world}
     feed = Feed(
@@ -157,7 +168,7 @@ def make_schedule(recipe: Recipe, plan: BatchPlan) -> Schedule:
     if train.max_train_steps is not None:
         total = train.max_train_steps
     elif train.num_train_epochs is not None:
-        total = max(1, math.ceil(train.num_train_epochs * plan.steps_per_epoch))
+        total = max(1, plan.steps_in(train.num_train_epochs))
     else:
         raise RecipeError("train: set max_train_steps (optimizer steps) or num_train_epochs")
     # A webui schedule string that ends early ends the training, as it does there.
@@ -227,12 +238,23 @@ def list_pictures(storage: Storage) -> list[str]:
 
 
 def check_resolution(recipe: Recipe, model: StableDiffusion) -> None:
-    """Raise RecipeError when ``data.resolution`` is no size that the model can draw."""
+    """Raise RecipeError when ``data.resolution`` or the buckets are no sizes that the model can draw."""
     # The U-Net halves the latents at every level but the last.
     step = model.vae_factor * 2 ** (len(model.unet.config.block_out_channels) - 1)
-    size = recipe.data.resolution
-    if size % step:
+    for key in ("resolution", "bucket_reso_steps") if recipe.data.enable_bucket else ("resolution",):
+        size = getattr(recipe.data, key)
+        if size % step:
+            raise RecipeError(
+                f"data.{key} {size} does not suit {model.folder}: it must be a multiple of {step}; "
+                f"the model was made for {model.resolution}"
+            )
+
+
+def check_buckets(recipe: Recipe, sets: Sets, method: Method) -> list[Size]:
+    """Return the size each picture is shown at. Raises RecipeError for buckets beside prior preservation."""
+    if recipe.data.enable_bucket and method.prior is not None:
         raise RecipeError(
-            f"data.resolution {size} does not suit {model.folder}: it must be a multiple of {step}; "
-            f"the model was made for {model.resolution}"
+            "data.enable_bucket does not go with prior preservation: class pictures would have to be of their "
+            "instances' sizes; set enable_bucket: false, or method.with_prior_preservation: false"
         )
+    return picture_sizes(sets.instances, recipe.data)

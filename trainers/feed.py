@@ -52,7 +52,7 @@ class Feed:
         """Make the batch of one micro-step, on the CPU: instance rows first, then their class partners.
 
         ``latents, noise [N, C, h, w]`` or ``pixels [N, 3, H, W]`` in place of latents, ``timesteps [N]``,
-        ``weights [N]``, ``prompts``, ``num_instances``.
+        ``weights [N]``, ``prompts``, ``num_instances``; with ``data.alpha_mask`` also ``mask [N, 1, h, w]``.
         """
         parts, keys, prompts, num_instances = [], [], [], 0
         for samples, pictures, draws_of in self._halves:
@@ -63,11 +63,13 @@ class Feed:
             parts.append(pictures.take(draws))
         batch: Batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         if "mean" in batch:
+            shape = tuple(batch["mean"].shape[1:])
             batch["latents"] = self._sample_latents(batch.pop("mean"), batch.pop("std"), keys)
         else:
-            batch["latent_noise"] = self._latent_noise(keys, pictures.latent_shape)
+            shape = self._latent_shape(batch["pixels"])
+            batch["latent_noise"] = self._latent_noise(keys, shape)
         batch["noise"], batch["timesteps"] = draw_noise(
-            keys, pictures.latent_shape, num_timesteps=self._num_timesteps, noise_offset=self.noise_offset
+            keys, shape, num_timesteps=self._num_timesteps, noise_offset=self.noise_offset
         )
         weights = torch.ones(len(keys))
         if self.method.prior is not None:
@@ -134,6 +136,11 @@ class Feed:
         return torch.stack(
             [torch.randn(shape, generator=keyed_generator("latent", *parts)) for parts in chosen]
         )
+
+    def _latent_shape(self, pixels: Tensor) -> tuple[int, ...]:
+        model = self.method.model
+        height, width = pixels.shape[2:]
+        return model.vae.config.latent_channels, height // model.vae_factor, width // model.vae_factor
 
     def _sample_latents(self, mean: Tensor, std: Tensor, keys: Sequence[tuple[int | str, ...]]) -> Tensor:
         scale = self.method.model.vae.config.scaling_factor

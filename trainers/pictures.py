@@ -3,80 +3,113 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dreamfleet.datasets.buckets import picture_sizes
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.images import fit_picture, open_picture, to_tensor_range
 from dreamfleet.datasets.index import BadFile, Index
 from dreamfleet.datasets.keyed import numpy_rng
+from dreamfleet.datasets.masks import PictureDraw, cut_picture, loss_weights
 from dreamfleet.datasets.plan import Draw
 from dreamfleet.datasets.storage import read_uri
 from dreamfleet.trainers.sd.model import StableDiffusion
 
 if TYPE_CHECKING:
-    from dreamfleet.datasets.stream import PictureDraw, PictureStream
+    from dreamfleet.datasets.stream import PictureStream
 
-ENCODE_PIXELS = 8 * 256**2  # more at once is no faster on a card, and at 512 px it would set a run's peak memory
+# More at once is no faster on a card, and at 512 px it would set a run's peak memory.
+ENCODE_PIXELS = 8 * 256**2
 
 
 class Pictures(Protocol):
     """What a feed asks of a source of pictures."""
 
-    latent_shape: tuple[int, int, int]
-
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
-        """Return ``mean`` and ``std`` ``[B, C, h, w]`` of cached latents, or ``pixels`` ``[B, 3, H, W]`` in [-1, 1]."""
+        """Return ``mean`` and ``std`` ``[B, C, h, w]`` of cached latents, or ``pixels`` ``[B, 3, H, W]`` in [-1, 1].
+
+        With ``data.alpha_mask`` also ``mask`` ``[B, 1, h, w]``, the weights. The pictures must be of one size.
+        """
         ...
+
+
+class Shown:
+    """Says how each draw's picture is shown: its bucket's size, where it is cropped, whether it is mirrored.
+
+    Keyed by (seed, epoch, picture id).
+    """
+
+    def __init__(self, index: Index, data: DataConfig, seed: int):
+        self.ids, self.data, self.seed = index.column("id"), data, seed
+        self.sizes = picture_sizes(index, data)
+
+    def of(self, draw: Draw) -> PictureDraw:
+        """Return how the picture of one draw is cut."""
+        where = ("crop", self.seed, draw.epoch, self.ids[draw.row])
+        crop = None if self.data.center_crop else tuple(numpy_rng(*where).random(2).tolist())
+        return PictureDraw(draw.row, crop, self.flips(draw), self.sizes[draw.row])
+
+    def flips(self, draw: Draw) -> bool:
+        """Say whether one draw's picture is mirrored."""
+        if not self.data.random_flip:
+            return False
+        return bool(numpy_rng("flip", self.seed, draw.epoch, self.ids[draw.row]).integers(2))
+
+
+class Encoded(NamedTuple):
+    """Unscaled latents of pictures, ``[C, h, w]`` each; with ``data.alpha_mask`` their weights, ``[1, h, w]`` each."""
+
+    mean: list[Tensor]
+    std: list[Tensor]
+    mask: list[Tensor] | None
 
 
 class ResidentLatents:
     """Latents of every picture (and of its mirror image, with flips), encoded once before the first step."""
 
-    def __init__(self, mean: Tensor, std: Tensor, *, flips: Flips):
-        self.mean, self.std, self._flips = mean, std, flips
-        self.latent_shape = (mean.shape[1], mean.shape[2], mean.shape[3])
+    def __init__(self, encoded: Encoded, shown: Shown):
+        self.encoded, self._shown = encoded, shown
 
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
         """Return the posterior of each draw's picture."""
-        half = len(self._flips.ids)
-        rows = torch.tensor([draw.row + half * self._flips.of(draw) for draw in draws])
-        return {"mean": self.mean[rows], "std": self.std[rows]}
+        half = len(self._shown.ids)
+        rows = [draw.row + half * self._shown.flips(draw) for draw in draws]
+        every = self.encoded._asdict().items()
+        return {name: torch.stack([kept[row] for row in rows]) for name, kept in every if kept is not None}
 
 
 class ResidentPixels:
     """Encoded picture files kept in memory and decoded per use: for random crops, whose latents cannot be cached."""
 
-    def __init__(
-        self,
-        files: list[bytes],
-        index: Index,
-        data: DataConfig,
-        seed: int,
-        latent_shape: tuple[int, int, int],
-    ):
-        self.files, self.uris, self.data, self.seed = files, index.column("uri"), data, seed
-        self._flips = Flips(index, seed, data.random_flip)
-        self.latent_shape = latent_shape
+    def __init__(self, index: Index, shown: Shown, *, cell: int):
+        self.uris, self._shown, self._cell = index.column("uri"), shown, cell
+        self.files = [read_uri(uri) for uri in self.uris]
+        weighted = shown.data.alpha_mask
+        self.masks = [read_uri(uri) if weighted and uri else None for uri in index.column("mask")]
 
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
         """Decode, crop and flip each draw's picture as its key says."""
-        pixels = []
-        for draw in draws:
-            picture = open_picture(
-                self.files[draw.row], uri=self.uris[draw.row], max_pixels=self.data.max_pixels
+        data = self._shown.data
+        cuts = [
+            cut_picture(
+                self.files[draw.row],
+                self._shown.of(draw),
+                uri=self.uris[draw.row],
+                size=data.resolution,
+                max_pixels=data.max_pixels,
+                weighted=data.alpha_mask,
+                mask=self.masks[draw.row],
             )
-            crop = crop_of(self.seed, draw, self._flips.ids[draw.row])
-            fitted = fit_picture(
-                picture, self.data.resolution, center=False, crop_key=crop, flip=bool(self._flips.of(draw))
-            )
-            pixels.append(torch.from_numpy(to_tensor_range(fitted)))
-        return {"pixels": torch.stack(pixels)}
+            for draw in draws
+        ]
+        return to_tensors(cuts, cell=self._cell)
 
 
 class StreamedPixels:
@@ -86,9 +119,8 @@ class StreamedPixels:
     run), a picture is decoded here.
     """
 
-    def __init__(self, index: Index, data: DataConfig, seed: int, latent_shape: tuple[int, int, int]):
-        self.index, self.data, self.seed, self.latent_shape = index, data, seed, latent_shape
-        self._flips = Flips(index, seed, data.random_flip)
+    def __init__(self, index: Index, shown: Shown, *, cell: int):
+        self.index, self._shown, self._cell = index, shown, cell
         self._stream: PictureStream | None = None
         self._order: Iterator[Draw] = iter(())
 
@@ -97,31 +129,24 @@ class StreamedPixels:
         from dreamfleet.datasets.stream import stream_pictures
 
         ahead, self._order = itertools.tee(draws)
+        data = self._shown.data
         self._stream = stream_pictures(
             self.index,
-            map(self._transform, ahead),
-            resolution=self.data.resolution,
-            max_pixels=self.data.max_pixels,
+            map(self._shown.of, ahead),
+            resolution=data.resolution,
+            max_pixels=data.max_pixels,
+            weighted=data.alpha_mask,
         )
 
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
         """Return the pixels of the next draws of the stream."""
         if self._stream is None:
-            uris = self.index.column("uri")
-            arrays = [
-                read_pixels(
-                    uris[draw.row],
-                    self.data,
-                    crop=self._transform(draw).crop,
-                    flip=bool(self._flips.of(draw)),
-                )
-                for draw in draws
-            ]
+            cuts = [read_cut(self.index, self._shown.of(draw), self._shown.data) for draw in draws]
         else:
             expected = list(itertools.islice(self._order, len(draws)))
             assert expected == list(draws), "the stream was told another order"
-            arrays = [to_tensor_range(next(self._stream)) for _ in draws]
-        return {"pixels": torch.stack([torch.from_numpy(array) for array in arrays])}
+            cuts = [next(self._stream) for _ in draws]
+        return to_tensors(cuts, cell=self._cell)
 
     @property
     def bad(self) -> list[BadFile]:
@@ -133,31 +158,6 @@ class StreamedPixels:
         """Stop reading ahead."""
         if self._stream is not None:
             self._stream.close()
-
-    def _transform(self, draw: Draw) -> PictureDraw:
-        from dreamfleet.datasets.stream import PictureDraw
-
-        crop = None if self.data.center_crop else crop_of(self.seed, draw, self._flips.ids[draw.row])
-        return PictureDraw(draw.row, crop, bool(self._flips.of(draw)))
-
-
-class Flips:
-    """Says which draws are mirrored, keyed by (seed, epoch, picture id)."""
-
-    def __init__(self, index: Index, seed: int, on: bool):
-        self.ids, self._seed, self._on = index.column("id"), seed, on
-
-    def of(self, draw: Draw) -> int:
-        """Return 1 for a mirrored draw, else 0."""
-        if not self._on:
-            return 0
-        return int(numpy_rng("flip", self._seed, draw.epoch, self.ids[draw.row]).integers(2))
-
-
-def crop_of(seed: int, draw: Draw, sample_id: str) -> tuple[float, float]:
-    """Return where a random crop of this draw lies, each in [0, 1): 0 = left or top."""
-    x, y = numpy_rng("crop", seed, draw.epoch, sample_id).random(2)
-    return float(x), float(y)
 
 
 def streams(index: Index, data: DataConfig) -> bool:
@@ -179,23 +179,18 @@ def load_pictures(
 
     The encoding is shared by the workers: each does every ``world``-th picture.
     """
-    side = data.resolution // model.vae_factor
-    latent_shape = (model.vae.config.latent_channels, side, side)
+    shown = Shown(index, data, seed)
     if streams(index, data):
-        return StreamedPixels(index, data, seed, latent_shape)
+        return StreamedPixels(index, shown, cell=model.vae_factor)
     if not (data.center_crop and data.cache_latents):
-        files = [read_uri(uri) for uri in index.column("uri")]
-        return ResidentPixels(files, index, data, seed, latent_shape)
-    flips = Flips(index, seed, data.random_flip)
-    mean, std = encode_index(
-        index, model, data, mirrored=(False, True) if data.random_flip else (False,), rank=rank, world=world
-    )
-    return ResidentLatents(mean, std, flips=flips)
+        return ResidentPixels(index, shown, cell=model.vae_factor)
+    mirrored = (False, True) if data.random_flip else (False,)
+    return ResidentLatents(encode_index(index, model, data, mirrored=mirrored, rank=rank, world=world), shown)
 
 
-def encode_batch(resolution: int) -> int:
-    """Return how many pictures of this many pixels a side are encoded at once."""
-    return min(8, max(1, ENCODE_PIXELS // resolution**2))
+def encode_batch(pixels: int) -> int:
+    """Return how many pictures of so many pixels are encoded at once."""
+    return min(8, max(1, ENCODE_PIXELS // pixels))
 
 
 @torch.no_grad()
@@ -207,39 +202,63 @@ def encode_index(
     mirrored: Sequence[bool] = (False,),
     rank: int = 0,
     world: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Encode every picture -> mean and std ``[len(mirrored) * N, C, h, w]`` of its latents, float32 on the CPU."""
-    device = next(model.vae.parameters()).device
-    uris = index.column("uri")
-    jobs = [
-        (row + len(uris) * half, uri, flip)
-        for half, flip in enumerate(mirrored)
-        for row, uri in enumerate(uris)
-    ]
-    side = data.resolution // model.vae_factor
-    shape = (len(jobs), model.vae.config.latent_channels, side, side)
-    mean, std = torch.zeros(shape), torch.zeros(shape)
-    mine = jobs[rank::world]
-    batch = encode_batch(data.resolution)
-    for start in range(0, len(mine), batch):
-        chunk = mine[start : start + batch]
-        pixels = torch.stack([torch.from_numpy(read_pixels(uri, data, flip=flip)) for _, uri, flip in chunk])
-        rows = torch.tensor([row for row, _, _ in chunk])
-        chunk_mean, chunk_std = model.encode_pictures(pixels.to(device))
-        mean[rows], std[rows] = chunk_mean.cpu(), chunk_std.cpu()
-    if world > 1:  # rows of other ranks are zero here, so the sum is exact
-        for tensor in (mean, std):
+) -> Encoded:
+    """Encode every picture at its size, ``len(mirrored) * N`` in all, as float32 on the CPU."""
+    device, cell = next(model.vae.parameters()).device, model.vae_factor
+    sizes = picture_sizes(index, data)
+    jobs = [PictureDraw(row, None, flip, size) for flip in mirrored for row, size in enumerate(sizes)]
+    sizes = sizes * len(mirrored)
+    channels = {"mean": model.vae.config.latent_channels, "std": model.vae.config.latent_channels}
+    if data.alpha_mask:
+        channels["mask"] = 1
+    # One tensor for all, so that workers share it in one go, and a view of it for each picture.
+    whole, views = {}, {}
+    for name, num in channels.items():
+        shapes = [(num, height // cell, width // cell) for width, height in sizes]
+        whole[name] = torch.zeros(sum(math.prod(shape) for shape in shapes))
+        parts = whole[name].split([math.prod(shape) for shape in shapes])
+        views[name] = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    mine = sorted(range(len(jobs))[rank::world], key=lambda number: sizes[number])
+    for (width, height), group in itertools.groupby(mine, key=lambda number: sizes[number]):
+        numbers, batch = list(group), encode_batch(width * height)
+        for start in range(0, len(numbers), batch):
+            chunk = numbers[start : start + batch]
+            found = to_tensors([read_cut(index, jobs[number], data) for number in chunk], cell=cell)
+            found["mean"], found["std"] = model.encode_pictures(found.pop("pixels").to(device))
+            for name, kept in views.items():
+                for number, value in zip(chunk, found[name], strict=True):
+                    kept[number].copy_(value)
+    if world > 1:  # pictures of other ranks are zero here, so the sum is exact
+        for tensor in whole.values():
             shared = tensor.to(device)
             dist.all_reduce(shared)
             tensor.copy_(shared)
-    return mean, std
+    return Encoded(views["mean"], views["std"], views.get("mask"))
 
 
-def read_pixels(
-    uri: str, data: DataConfig, *, crop: tuple[float, float] | None = None, flip: bool = False
-) -> np.ndarray:
-    """Read one picture, cut to ``data.resolution`` at ``crop`` (None: the middle): float32 ``[3, H, W]`` in [-1, 1]."""
-    picture = open_picture(read_uri(uri), uri=uri, max_pixels=data.max_pixels)
-    return to_tensor_range(
-        fit_picture(picture, data.resolution, center=crop is None, crop_key=crop, flip=flip)
+def read_cut(index: Index, draw: PictureDraw, data: DataConfig) -> np.ndarray:
+    """Read one use of a picture of an index: uint8 ``[H, W, 3]``, or ``[H, W, 4]`` with ``data.alpha_mask``."""
+    row = index.row(draw.row)
+    return cut_picture(
+        read_uri(row.uri),
+        draw,
+        uri=row.uri,
+        size=data.resolution,
+        max_pixels=data.max_pixels,
+        weighted=data.alpha_mask,
+        mask=read_uri(row.mask) if data.alpha_mask and row.mask else None,
     )
+
+
+def to_tensors(cuts: Sequence[np.ndarray], *, cell: int) -> dict[str, Tensor]:
+    """Turn what cut_picture gives into ``pixels`` ``[B, 3, H, W]`` and, weighted, ``mask`` ``[B, 1, h, w]``."""
+    tensors = {"pixels": torch.stack([torch.from_numpy(to_tensor_range(cut[..., :3])) for cut in cuts])}
+    if cuts[0].shape[-1] == 4:
+        tensors["mask"] = torch.stack([torch.from_numpy(loss_weights(cut[..., 3], cell)) for cut in cuts])
+    return tensors
+
+
+def read_pixels(uri: str, data: DataConfig) -> np.ndarray:
+    """Read the middle of one picture, ``data.resolution`` squared: float32 ``[3, H, W]`` in [-1, 1]."""
+    picture = open_picture(read_uri(uri), uri=uri, max_pixels=data.max_pixels)
+    return to_tensor_range(fit_picture(picture, data.resolution))

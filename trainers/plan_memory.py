@@ -212,7 +212,7 @@ def _trace_start(recipe: Recipe, method: Method, pictures: int | None) -> int:
     model, side, prior = method.model, recipe.data.resolution, method.prior
     encoding = drawing = 0
     if _caches_latents(recipe):
-        batch = encode_batch(side)
+        batch = encode_batch(side * side)
         num = min(batch, pictures or batch)
         encoding = trace_inference(
             lambda: model.encode_pictures(torch.empty(num, 3, side, side)),

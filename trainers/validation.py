@@ -56,14 +56,16 @@ class HeldOutLoss:
     def __init__(self, folder: str, *, method: Method, data: DataConfig, count: int, rank: int, world: int):
         index = build_index(folder, caption_extension=data.caption_extension, max_pixels=data.max_pixels)
         model, self.method = method.model, method
-        mean, _ = encode_index(index, model, data, rank=rank, world=world)
+        encoded = encode_index(index, model, data, rank=rank, world=world)
         samples = to_samples(index)
         total = model.scheduler.config.num_train_timesteps
         self.timesteps = torch.tensor([int((j + 0.5) * total / count) for j in range(count)])
-        self.latents = mean * model.vae.config.scaling_factor
-        keys = [("holdout", 0, j, sample.id) for sample in samples for j in range(count)]
-        noise, _ = draw_noise(keys, tuple(mean.shape[1:]), num_timesteps=total)
-        self.noise = noise.unflatten(0, (len(samples), count))
+        self.latents = [mean * model.vae.config.scaling_factor for mean in encoded.mean]
+        self.masks = encoded.mask or [torch.ones(1, *mean.shape[1:]) for mean in encoded.mean]
+        self.noise = []
+        for sample, latents in zip(samples, self.latents, strict=True):
+            keys = [("holdout", 0, j, sample.id) for j in range(count)]
+            self.noise.append(draw_noise(keys, tuple(latents.shape), num_timesteps=total)[0])
         fixed = data.model_copy(update={"caption_dropout": 0.0, "tag_dropout": 0.0, "shuffle_tags": False})
         self.prompts = [method.prompt(s, numpy_rng("holdout", s.id), fixed) for s in samples]
 
@@ -73,7 +75,8 @@ class HeldOutLoss:
         device, losses = engine.device, []
         model = self.method.model
         with evaluating(self.method), engine.autocast():
-            for latents, noise, prompt in zip(self.latents, self.noise, self.prompts, strict=True):
+            every = zip(self.latents, self.noise, self.masks, self.prompts, strict=True)
+            for latents, noise, mask, prompt in every:
                 count = len(self.timesteps)
                 context = self.method.encode([prompt]).expand(count, -1, -1)
                 losses.append(
@@ -84,6 +87,7 @@ class HeldOutLoss:
                         noise=noise.to(device),
                         timesteps=self.timesteps.to(device),
                         context=context,
+                        mask=mask.to(device),
                     )
                 )
         return float(torch.stack(losses).double().mean())
