@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.sd.aesthetic import AestheticEncoder, AestheticSettings, apply_aesthetic
 from dreamfleet.trainers.sd.formats import hypernetwork
 from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model, save_pipeline
 
 EMBEDDINGS = (".pt", ".bin", ".png", ".webp", ".avif", ".jxl")  # files that are never a whole model
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 LARGEST_EMBEDDING = 16 * 2**20  # bytes; the smallest Stable Diffusion is larger
+
+
+@dataclass(frozen=True)
+class Aesthetic:
+    """An aesthetic vector's file, on disk or in a bucket, and how prompts are tuned towards it."""
+
+    path: str
+    settings: AestheticSettings
+    clip: str | None = None
+
+    def apply(self, model: StableDiffusion) -> AestheticEncoder:
+        """Make a model draw with it. Raises UserError for a file that is not there."""
+        if not Storage(self.path).exists():
+            raise UserError(f"--aesthetic {self.path}: there is no such file")
+        with Storage(self.path).local_copy() as path:
+            return apply_aesthetic(model, path, self.settings, self.clip)
 
 
 def draw_grid(
@@ -26,6 +43,7 @@ def draw_grid(
     embeddings: Sequence[str] = (),
     hypernetworks: Sequence[str] = (),
     hypernetwork_dir: str | None = None,
+    aesthetic: Aesthetic | None = None,
     negative_prompt: str = "",
     num_images: int = 4,
     seed: int = 0,
@@ -39,7 +57,8 @@ def draw_grid(
 
     ``model_name``: pocket, a diffusers folder, a single file, a hub name, or a run folder (its exports are used).
     ``hypernetworks``: files, each with ``:0.8`` where its strength is not 1; prompts name others, in
-    ``hypernetwork_dir`` or beside these, as ``<hypernet:NAME:0.8>``.
+    ``hypernetwork_dir`` or beside these, as ``<hypernet:NAME:0.8>``. ``aesthetic``: a vector that prompts are tuned
+    towards; the cells then tell the cosine with it before and after.
     """
     import torch
 
@@ -55,6 +74,7 @@ def draw_grid(
     rows = [shelf.arrange(prompt) for prompt in prompts]
     model = load_with_embeddings(model_name, embeddings)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
+    encoder = aesthetic.apply(model) if aesthetic else None
     own, seeds, pictures = applied_hypernetworks(model.unet), range(seed, seed + num_images), []
     for named, group in groupby(rows, key=lambda row: row[1]):
         loaded = [(shelf.load(address, model.unet), multiplier) for address, multiplier in named]
@@ -72,7 +92,13 @@ def draw_grid(
             height=height,
         )
     picture_grid(pictures, num_images).save(out)
-    return [{"prompt": prompt, "seed": number} for prompt in prompts for number in seeds]
+    told = [encoder.cosines.get(text) if encoder else None for text, _ in rows]
+    gains = [{"aesthetic_cosine": [cosines[0], cosines[-1]]} if cosines else {} for cosines in told]
+    return [
+        {"prompt": prompt, "seed": number, **gain}
+        for prompt, gain in zip(prompts, gains, strict=True)
+        for number in seeds
+    ]
 
 
 def load_with_embeddings(name: str, embeddings: Sequence[str] = ()) -> StableDiffusion:

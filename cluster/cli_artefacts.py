@@ -126,20 +126,49 @@ def sample(
     height: Annotated[
         int | None, typer.Option(help="Pixels; the model's own size when left out.", show_default=False)
     ] = None,
-    aesthetic: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
+    aesthetic: Annotated[
+        str | None,
+        typer.Option(help="Aesthetic vector file; prompts are tuned towards it.", show_default=False),
+    ] = None,
+    aesthetic_steps: Annotated[int, typer.Option(help="Steps a prompt is tuned; each takes time.")] = 5,
+    aesthetic_lr: Annotated[float, typer.Option(help="Learning rate of these steps.")] = 1e-4,
+    aesthetic_weight: Annotated[float, typer.Option(help="Share of the tuned encoding, 0 to 1.")] = 0.9,
+    aesthetic_slerp: Annotated[
+        str, typer.Option(help="Mix on an arc: off, channels, or tokens as in the webui.")
+    ] = "off",
+    aesthetic_text: Annotated[
+        str, typer.Option(help="Bend the vector towards this text.", show_default=False)
+    ] = "",
+    aesthetic_text_negative: Annotated[
+        bool, typer.Option("--aesthetic-text-negative", help="Bend it away from the text.")
+    ] = False,
+    aesthetic_slerp_angle: Annotated[float, typer.Option(help="How far it is bent, 0 to 1.")] = 0.1,
+    aesthetic_clip: Annotated[
+        str | None,
+        typer.Option(help="CLIP of the text encoder; found for pocket and SD 1.x.", show_default=False),
+    ] = None,
     lora: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Draw a grid of pictures with any model or run."""
-    for name, given in (("--aesthetic", aesthetic), ("--lora", lora)):
-        if given:
-            raise typer.BadParameter(
-                f"{name} cannot be used yet: this version draws with models, embeddings and hypernetworks"
-            )
+    if lora:
+        raise typer.BadParameter(
+            "--lora cannot be used yet: this version draws with models, embeddings, hypernetworks and aesthetic vectors"
+        )
     with work():
-        from dreamfleet.cluster.artefacts import draw_grid
+        from dreamfleet.cluster.artefacts import Aesthetic, draw_grid
+        from dreamfleet.trainers.sd.aesthetic import AestheticSettings
 
+        settings = AestheticSettings(
+            steps=aesthetic_steps,
+            learning_rate=aesthetic_lr,
+            weight=aesthetic_weight,
+            slerp=aesthetic_slerp,  # type: ignore[arg-type]  # checked there
+            text=aesthetic_text,
+            text_negative=aesthetic_text_negative,
+            slerp_angle=aesthetic_slerp_angle,
+        )
         cells = draw_grid(
             model,
             prompt,
@@ -147,6 +176,7 @@ def sample(
             embeddings=embedding or [],
             hypernetworks=hypernetwork or [],
             hypernetwork_dir=hypernetwork_dir,
+            aesthetic=Aesthetic(aesthetic, settings, aesthetic_clip) if aesthetic else None,
             negative_prompt=negative_prompt,
             num_images=num_images,
             seed=seed,

@@ -16,6 +16,7 @@ from dreamfleet.trainers.recipe import build_recipe
 FOLDER = Path(__file__).parent / "golden"
 STEPS = 12
 RUNS: dict[str, dict[str, Any]] = {
+    "aesthetic_gradients": {"method": {"name": "aesthetic_gradients"}},
     "dreambooth": {
         "method": {"name": "dreambooth", "train_text_encoder": True},
         "train__snr_gamma": 5.0,

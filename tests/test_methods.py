@@ -17,6 +17,7 @@ from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.sd.model import ModelConfig, load_model
 
 SECTIONS: dict[str, dict[str, Any]] = {
+    "aesthetic_gradients": {"name": "aesthetic_gradients"},
     "dreambooth": {"name": "dreambooth", "train_text_encoder": True},
     "hypernetwork": {
         "name": "hypernetwork",
@@ -34,7 +35,13 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "num_vectors": 3,
     },
 }
-RATES = {"dreambooth": 1e-3, "hypernetwork": 1e-2, "native": 1e-3, "textual_inversion": 5e-2}
+RATES = {
+    "aesthetic_gradients": 1.0,  # not used: its steps add up
+    "dreambooth": 1e-3,
+    "hypernetwork": 1e-2,
+    "native": 1e-3,
+    "textual_inversion": 5e-2,
+}
 
 
 @pytest.fixture(scope="session")
@@ -142,6 +149,10 @@ def test_exports_read_back_equal(workplace: Path, method_name: str, tmp_path: Pa
             from dreamfleet.trainers.sd.formats.embedding import read_embedding
 
             assert torch.allclose(read_embedding(path).vectors, expected["vectors"], atol=1e-6), path
+        elif method_name == "aesthetic_gradients":
+            from dreamfleet.trainers.sd.formats.aesthetic import read_aesthetic
+
+            assert torch.equal(read_aesthetic(path), expected["features"] / expected["count"])
         elif method_name == "hypernetwork":
             from dreamfleet.trainers.sd.formats.hypernetwork import read_hypernetwork
 

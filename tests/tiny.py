@@ -31,6 +31,7 @@ def make_tiny_model(folder: Path, *, prediction_type: str = "epsilon", seed: int
             intermediate_size=32,
             num_hidden_layers=2,
             num_attention_heads=2,
+            projection_dim=8,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -74,7 +75,27 @@ def make_tiny_model(folder: Path, *, prediction_type: str = "epsilon", seed: int
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
+    make_tiny_clip(folder, text.config)
     return folder
+
+
+def make_tiny_clip(folder: Path, text_config: Any) -> None:
+    """Write what makes a model's text encoder a CLIP, in the pocket's layout: vision tower and text projection."""
+    from safetensors.torch import save_file
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    width, space = text_config.hidden_size, text_config.projection_dim
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        projection_dim=space,
+    )
+    CLIPVisionModelWithProjection(vision).save_pretrained(folder / "image_encoder")
+    save_file({"text_projection.weight": torch.randn(space, width)}, folder / "text_projection.safetensors")
 
 
 def make_tiny_tokenizer(folder: Path) -> Any:

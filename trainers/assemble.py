@@ -18,10 +18,11 @@ from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.sets import Sets, load_sets
 from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.clip_feed import ClipFeed
 from dreamfleet.trainers.engine import DTYPES, Engine, TorchEngine
 from dreamfleet.trainers.feed import Feed, Preparer
 from dreamfleet.trainers.loop import Schedule
-from dreamfleet.trainers.methods.base import Method, Setting, discover
+from dreamfleet.trainers.methods.base import Batch, Method, Setting, discover
 from dreamfleet.trainers.optim import make_rates
 from dreamfleet.trainers.pictures import load_pictures
 from dreamfleet.trainers.recipe import Recipe
@@ -67,8 +68,8 @@ class Parts:
     model: StableDiffusion
     method: Method
     engine: Engine
-    feed: Feed
-    prepare: Preparer
+    feed: Feed | ClipFeed
+    prepare: Callable[[Batch], Batch]
     rates: dict[str, Callable[[int], float]]
     schedule: Schedule
     global_batch: int
@@ -113,6 +114,7 @@ def assemble(recipe: Recipe, place: Place) -> Parts:
     method = make_method(recipe, sets, place.device)
     model = method.model
     check_resolution(recipe, model)
+    check_engine(recipe, method)
     sizes = check_buckets(recipe, sets, method)
     classes = gather_class_images(recipe, sets, method, place)
     train = recipe.train
@@ -135,20 +137,7 @@ def assemble(recipe: Recipe, place: Place) -> Parts:
                 global_batch,
             )
     schedule = make_schedule(recipe, plan)
-    where = {"seed": train.seed, "rank": place.rank, "world": place.world}
-    feed = Feed(
-        plan,
-        instances=sets.instances,
-        pictures=load_pictures(sets.instances, model, recipe.data, **where),
-        classes=classes,
-        class_pictures=load_pictures(classes, model, recipe.data, **where) if classes is not None else None,
-        method=method,
-        data=recipe.data,
-        noise_offset=train.noise_offset,
-        rank=place.rank,
-        world=place.world,
-        num_micros=train.gradient_accumulation_steps,
-    )
+    feed, prepare = make_feed(recipe, sets.instances, classes, method, plan, place)
     engine = (TorchEngine if recipe.engine.zero_stage == "auto" else ZeroEngine)(
         method,
         config=recipe.engine,
@@ -159,7 +148,47 @@ def assemble(recipe: Recipe, place: Place) -> Parts:
         num_micros=train.gradient_accumulation_steps,
     )
     rates = make_rates(engine.groups, recipe.optimizer, total_steps=schedule.total, global_batch=global_batch)
-    return Parts(sets, model, method, engine, feed, Preparer(method), rates, schedule, global_batch)
+    return Parts(sets, model, method, engine, feed, prepare, rates, schedule, global_batch)
+
+
+def make_feed(
+    recipe: Recipe, instances: Index, classes: Index | None, method: Method, plan: BatchPlan, place: Place
+) -> tuple[Feed | ClipFeed, Callable[[Batch], Batch]]:
+    """Make what gives batches: latents with noise and prompts, or pictures for CLIP; and what readies them."""
+    train = recipe.train
+    share = {"rank": place.rank, "world": place.world, "num_micros": train.gradient_accumulation_steps}
+    if preprocessing := method.preprocessing:
+        max_pixels = recipe.data.max_pixels
+        clip_feed = ClipFeed(
+            plan, instances=instances, preprocessing=preprocessing, max_pixels=max_pixels, **share
+        )
+        return clip_feed, lambda batch: batch
+    where = {"seed": train.seed, "rank": place.rank, "world": place.world}
+    feed = Feed(
+        plan,
+        instances=instances,
+        pictures=load_pictures(instances, method.model, recipe.data, **where),
+        classes=classes,
+        class_pictures=load_pictures(classes, method.model, recipe.data, **where)
+        if classes is not None
+        else None,
+        method=method,
+        data=recipe.data,
+        noise_offset=train.noise_offset,
+        **share,
+    )
+    return feed, Preparer(method)
+
+
+def check_engine(recipe: Recipe, method: Method) -> None:
+    """Raise RecipeError for an engine that would shard or average what a method sums up by itself."""
+    if method.optimizer() is None:
+        return
+    for key, plain in (("zero_stage", "auto"), ("use_ema", False)):
+        if (value := getattr(recipe.engine, key)) != plain:
+            raise RecipeError(
+                f"engine.{key}: {value} does not go with {method.name}, which adds up a mean of its own; leave it out"
+            )
 
 
 def make_schedule(recipe: Recipe, plan: BatchPlan) -> Schedule:

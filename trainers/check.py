@@ -78,7 +78,7 @@ def _check_pictures(recipe: Recipe) -> str:
 def _check_step(parts: Parts) -> str:
     engine = parts.engine
     loss = engine.backward(parts.prepare(engine.place(parts.feed.batch(0))))
-    engine.drop_gradients()
+    engine.step({name: rate(0) for name, rate in parts.rates.items()}, 1)
     if not torch.isfinite(loss.total):
         raise RunFailed("the first loss is not a number: the model's weights or the precision do not fit")
     return f"loss {float(loss.total):.4f}, peak memory {peak_memory(engine.device) / 2**30:.2f} GiB"

@@ -182,7 +182,10 @@ class TorchEngine(Engine):
     """Runs a method on one device, or on one device per worker with DDP."""
 
     def _build(self, optimizer: OptimizerConfig) -> None:
-        self.optimizer = make_optimizer(self.groups, optimizer, self.device)
+        own = self.method.optimizer()
+        if own is not None:
+            self.max_grad_norm = 0.0  # clipped, the batches would not count alike
+        self.optimizer = own or make_optimizer(self.groups, optimizer, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.ema = Ema(self.params, self.config.ema_decay) if self.config.use_ema else None
         self.module: Any = self.method

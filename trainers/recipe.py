@@ -224,4 +224,6 @@ def _with_absolute_paths(recipe: Recipe, folder: str) -> Recipe:
         updates["method"] = recipe.method.model_copy(
             update={"template_file": template if known else absolute(template)}
         )
+    if clip := getattr(recipe.method, "clip", None):
+        updates["method"] = recipe.method.model_copy(update={"clip": model_path(clip)})
     return recipe.model_copy(update=updates)

@@ -15,6 +15,7 @@ from dreamfleet.datasets.images import open_picture
 from dreamfleet.datasets.index import build_index
 from dreamfleet.datasets.sets import load_concepts, load_sets
 from dreamfleet.datasets.storage import Storage, read_uri
+from dreamfleet.trainers.methods.aesthetic_gradients import AestheticGradientsConfig
 from dreamfleet.trainers.methods.hypernetwork import HypernetworkConfig
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.trainers.sd.clip import load_clip
@@ -183,13 +184,11 @@ def load_exported(run: Storage, recipe: Recipe) -> StableDiffusion:
     if "diffusers" in folders:
         changes["pretrained_model_name_or_path"] = run.path("exports", "diffusers")
         return load_model(recipe.model.model_copy(update=changes))
-    if isinstance(recipe.method, HypernetworkConfig):
+    if isinstance(recipe.method, HypernetworkConfig | AestheticGradientsConfig):
         if (name := f"{recipe.run_name}.pt") in files:
-            from dreamfleet.trainers.sd.hypernetwork import load_hypernetwork
-
             model = load_model(recipe.model)
             with run.local_copy(f"exports/{name}") as path:
-                load_hypernetwork(model, path, recipe.method.multiplier)
+                recipe.method.apply(model, path)
             return model
     elif word := getattr(recipe.method, "placeholder_token", None):
         from dreamfleet.trainers.sd.embeddings import install_embedding

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.section import Section
+from dreamfleet.trainers.sd.clip import Preprocessing
 from dreamfleet.trainers.sd.model import ALL_PARTS, StableDiffusion
 from dreamfleet.trainers.sd.noise import noise_loss
 
@@ -106,6 +107,15 @@ class Method(nn.Module):
     @property
     def prior(self) -> Prior | None:
         """How the class pictures of prior preservation are made and weighed; None for methods without it."""
+        return None
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How CLIP wants pictures, for a method that sees them with CLIP in place of latents; else None."""
+        return None
+
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """Make the optimizer of a method whose steps are no descent; None, as usual: the recipe's."""
         return None
 
     def groups(self) -> list[ParamGroup]:

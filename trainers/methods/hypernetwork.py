@@ -29,6 +29,7 @@ from dreamfleet.trainers.sd.hypernetwork import (
     WeightInit,
     context_widths,
     derived_dropout,
+    load_hypernetwork,
     set_hypernetworks,
 )
 from dreamfleet.trainers.sd.model import StableDiffusion
@@ -94,6 +95,10 @@ class HypernetworkConfig(MethodConfig):
             raise ValueError("dropout_structure starts and ends with 0: input and output are never dropped")
         self.structure()
         return self
+
+    def apply(self, model: StableDiffusion, path: Path) -> None:
+        """Make a model draw with an exported file, as this run's previews do."""
+        load_hypernetwork(model, path, self.multiplier)
 
     def structure(self) -> Structure:
         """Return how the MLPs are built. Raises UserError for what nobody can build."""

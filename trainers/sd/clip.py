@@ -19,6 +19,7 @@ from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.sd.model import POCKET, pocket_folder, quiet_libraries
 
 BATCH = 32
+TEXT_PROJECTION = "text_projection.safetensors"  # beside the towers, in the pocket's layout
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -98,7 +99,7 @@ class ClipScorer:
         self.name, self.logit_scale = name, logit_scale
         self._vision, self._text = vision.requires_grad_(False).eval(), text.requires_grad_(False).eval()
         self._text_projection_PD = text_projection.detach().float()
-        self._tokenizer, self._preprocessing = tokenizer, preprocessing
+        self._tokenizer, self.preprocessing = tokenizer, preprocessing
 
     def to(self, device: torch.device | str) -> ClipScorer:
         """Move both towers."""
@@ -111,12 +112,20 @@ class ClipScorer:
     def image_features(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Embed pictures -> unit rows `[N, P]`, float32 on the CPU."""
         rows = [
-            self._vision(
-                self._preprocessing(pictures[start : start + BATCH]).to(_place(self._vision))
-            ).image_embeds
+            self.embed(self.preprocessing(pictures[start : start + BATCH]).to(_place(self._vision)))
             for start in range(0, len(pictures), BATCH)
         ]
-        return F.normalize(torch.cat(rows).float(), dim=-1).cpu()
+        return F.normalize(torch.cat(rows), dim=-1).cpu()
+
+    @torch.no_grad()
+    def embed(self, pixels_N3HW: Tensor) -> Tensor:
+        """Embed pixels, as `preprocessing` makes them -> rows `[N, P]` of CLIP's own length, float32."""
+        return self._vision(pixels_N3HW).image_embeds.float()
+
+    @property
+    def text_projection(self) -> Tensor:
+        """What takes the text tower's last token `[D]` to the common space: `[P, D]`, float32."""
+        return self._text_projection_PD
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
@@ -149,7 +158,7 @@ def load_clip(name: str | Path | None = None) -> ClipScorer:
     quiet_libraries()
     name = str(name or POCKET)
     folder = pocket_folder() if name == POCKET else Path(name).expanduser()
-    if (folder / "text_projection.safetensors").is_file() or name == POCKET:
+    if (folder / TEXT_PROJECTION).is_file() or name == POCKET:
         return _load_towers(folder, name)
     if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ModelError(f"{name}: no such CLIP; give 'pocket', a folder, or a hub name.")
@@ -166,7 +175,7 @@ def _load_towers(folder: Path, name: str) -> ClipScorer:
         )
         text = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True)
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        extra = load_file(folder / "text_projection.safetensors")
+        extra = load_file(folder / TEXT_PROJECTION)
         projection, scale = (
             extra["text_projection.weight"],
             float(extra.get("logit_scale", torch.tensor(4.6052))),

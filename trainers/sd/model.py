@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class StableDiffusion:
     folder: str
     content_hash: str
     clip_skip: int = 1
+    encode_prompts: Callable[[Sequence[str]], Tensor] | None = None  # draws with these contexts [B, T, D]
 
     @property
     def prediction_type(self) -> str:

@@ -55,6 +55,7 @@ def generate(
     _require_size(model, width, height)
     unet: Any = model.unet
     place = torch.device(device) if device is not None else next(unet.parameters()).device
+    encode = encode or model.encode_prompts
     encode = encode or (lambda texts: model.encode_text(model.tokenize(texts).to(place)))
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), max(1, batch_size)):

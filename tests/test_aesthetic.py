@@ -1,0 +1,198 @@
+"""Aesthetic Gradients at generation: the tune, the mix, the settings, and that a prompt depends on itself alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from dreamfleet.datasets.errors import ModelError, UserError
+from dreamfleet.trainers.sd import aesthetic
+from dreamfleet.trainers.sd.aesthetic import (
+    AestheticEncoder,
+    AestheticSettings,
+    aim,
+    apply_aesthetic,
+    clip_of,
+    mix,
+    slerp,
+    tune_text_encoder,
+)
+from dreamfleet.trainers.sd.clip import ClipScorer
+from dreamfleet.trainers.sd.embeddings import install_embedding
+from dreamfleet.trainers.sd.formats.aesthetic import write_aesthetic
+from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model
+from dreamfleet.trainers.sd.sample import generate
+
+FAST = AestheticSettings(steps=3, learning_rate=1e-2)
+PROMPTS = ["a cat", "a dog on a photo"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_tiny_model(tmp_path_factory.mktemp("aesthetic") / "model")
+
+
+@pytest.fixture
+def model(folder: Path) -> StableDiffusion:
+    return load_model(ModelConfig(pretrained_model_name_or_path=str(folder)))
+
+
+@pytest.fixture
+def clip(model: StableDiffusion) -> ClipScorer:
+    return clip_of(model)
+
+
+@pytest.fixture
+def vector() -> torch.Tensor:
+    return 3 * torch.randn(1, 8, generator=torch.Generator().manual_seed(1))
+
+
+def make_encoder(
+    model: StableDiffusion, vector: torch.Tensor, clip: ClipScorer, **changes: Any
+) -> AestheticEncoder:
+    return AestheticEncoder(model, vector, clip=clip, settings=replace(FAST, **changes))
+
+
+def plain(model: StableDiffusion, prompts: Sequence[str] = PROMPTS) -> torch.Tensor:
+    return model.encode_text(model.tokenize(prompts))
+
+
+def test_each_step_goes_towards_the_vector_and_the_model_stays(
+    model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor
+) -> None:
+    before = {name: tensor.clone() for name, tensor in model.text_encoder.state_dict().items()}
+    encoder = make_encoder(model, vector, clip)
+    context = encoder(PROMPTS)
+    for prompt in PROMPTS:
+        cosines = encoder.cosines[prompt]
+        assert len(cosines) == 4 and cosines == sorted(cosines) and cosines[-1] > cosines[0] + 0.05
+        features = clip.text_features([prompt])
+        assert cosines[0] == pytest.approx(float(F.cosine_similarity(features, vector)), abs=1e-5)
+    assert (context - plain(model)).abs().amax(dim=(1, 2)).min() > 0.01
+    after = model.text_encoder.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not any(param.requires_grad for param in model.text_encoder.parameters())
+
+
+def test_a_prompt_depends_on_itself_alone_and_is_tuned_once(
+    model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = make_encoder(model, vector, clip)(PROMPTS)
+    encoder = make_encoder(model, vector, clip)
+    assert torch.allclose(encoder(PROMPTS[1:]), together[1:], atol=1e-6)
+    encoder(PROMPTS[:1])
+    monkeypatch.setattr(aesthetic, "tune_text_encoder", None)  # a second tune would fail
+    assert torch.allclose(encoder([*PROMPTS, *PROMPTS]), torch.cat([together, together]), atol=1e-6)
+    monkeypatch.setattr(aesthetic, "KEPT_PROMPTS", 1)
+    encoder(PROMPTS)
+    assert list(encoder.cosines) == PROMPTS[1:], "the least recently used is forgotten"
+
+
+@pytest.mark.parametrize("nothing", [{"steps": 0}, {"learning_rate": 0.0}, {"weight": 0.0}])
+def test_nothing_to_do_gives_the_plain_encoding(
+    nothing: dict[str, Any], model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor
+) -> None:
+    assert torch.allclose(make_encoder(model, vector, clip, **nothing)(PROMPTS), plain(model), atol=1e-6)
+
+
+def test_an_empty_prompt_stays_plain(model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor) -> None:
+    context = make_encoder(model, vector, clip)(["", "a cat"])
+    assert torch.allclose(context[0], plain(model, [""])[0], atol=1e-6)
+    assert not torch.allclose(context[1], plain(model, ["a cat"])[0], atol=1e-3)
+
+
+def test_clip_skip_and_learned_words_are_honoured(
+    model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor
+) -> None:
+    last = make_encoder(model, vector, clip, weight=1.0)(["a cat"])
+    model.clip_skip = 2
+    skipped = make_encoder(model, vector, clip, weight=1.0)(["a cat"])
+    tuned, _ = tune_text_encoder(
+        model,
+        model.tokenize(["a cat"]),
+        F.normalize(vector),
+        projection=clip.text_projection,
+        steps=FAST.steps,
+        learning_rate=FAST.learning_rate,
+    )
+    hidden = tuned(model.tokenize(["a cat"]), output_hidden_states=True).hidden_states[-2]
+    assert torch.allclose(skipped, tuned.final_layer_norm(hidden), atol=1e-5)
+    assert not torch.allclose(skipped, last, atol=1e-3)
+    install_embedding(model, "thing", torch.ones(2, 16))
+    encoder = make_encoder(model, vector, clip)
+    assert not torch.allclose(encoder(["a thing"]), encoder(["a cat"]), atol=1e-3)
+    assert encoder.cosines["a thing"][-1] > encoder.cosines["a thing"][0]
+
+
+def test_the_vector_is_bent_by_a_text(clip: ClipScorer, vector: torch.Tensor) -> None:
+    unit, text = F.normalize(vector), clip.text_features(["a cat"])
+
+    def bent(**changes: Any) -> torch.Tensor:
+        return aim(vector, clip, AestheticSettings(text="a cat", **changes))
+
+    assert torch.allclose(aim(vector, clip, AestheticSettings()), unit)
+    assert torch.allclose(bent(slerp_angle=0.0), unit, atol=1e-6)
+    assert torch.allclose(bent(slerp_angle=1.0), text, atol=1e-5)
+    assert torch.allclose(bent(slerp_angle=1.0, text_negative=True), F.normalize(unit - text), atol=1e-5)
+    towards, away = (float((bent(text_negative=flag) * text).sum()) for flag in (False, True))
+    assert towards > float((unit * text).sum()) > away
+
+
+def test_the_mix_is_straight_or_on_an_arc() -> None:
+    start, end = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    assert torch.allclose(mix(start, end, 0.25, "off"), 0.75 * start + 0.25 * end)
+    for how, dim in (("channels", -1), ("tokens", 1)):
+        for weight, expected in ((0.0, start), (1.0, end)):
+            assert torch.allclose(mix(start, end, weight, how), expected, atol=1e-5)  # type: ignore[arg-type]
+        units = F.normalize(start, dim=dim), F.normalize(end, dim=dim)
+        half = slerp(*units, 0.5, dim=dim)
+        assert torch.allclose(half.norm(dim=dim), torch.ones_like(half.norm(dim=dim)), atol=1e-5)
+    # The extension's formula, token axis.
+    low, high = F.normalize(start, dim=1), F.normalize(end, dim=1)
+    omega = torch.acos((low * high).sum(1))
+    theirs = (torch.sin(0.7 * omega) / torch.sin(omega)).unsqueeze(1) * start
+    theirs = theirs + (torch.sin(0.3 * omega) / torch.sin(omega)).unsqueeze(1) * end
+    assert torch.allclose(mix(start, end, 0.3, "tokens"), theirs, atol=1e-4)
+    assert torch.isfinite(slerp(start, start, 0.5, dim=1)).all(), "where the extension divides by zero"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": -1}, "0 steps or more"),
+        ({"learning_rate": 2.0}, "rate from 0 to 1"),
+        ({"weight": 1.5}, "aesthetic weight 1.5"),
+        ({"slerp_angle": -0.1}, "aesthetic slerp_angle -0.1"),
+        ({"slerp": "sideways"}, "choose from off, channels, tokens"),
+    ],
+)
+def test_settings_that_cannot_be_say_so(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        AestheticSettings(**wrong)
+
+
+def test_another_clip_is_refused(model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor) -> None:
+    with pytest.raises(ModelError, match=r"768 numbers, but .* space has 8"):
+        AestheticEncoder(model, torch.ones(1, 768), clip=clip)
+    with pytest.raises(ModelError, match="text tower is 160 wide"):
+        clip_of(model, "pocket")
+    model.folder = "elsewhere"
+    with pytest.raises(ModelError, match="name the CLIP with"):
+        clip_of(model)
+
+
+def test_pictures_are_drawn_with_it(model: StableDiffusion, vector: torch.Tensor, tmp_path: Path) -> None:
+    def draw() -> Image.Image:
+        return generate(model, ["a cat"], seeds=[0], steps=2, guidance_scale=7.5)[0]
+
+    before = draw()
+    encoder = apply_aesthetic(model, write_aesthetic(vector, tmp_path / "taste.pt"), FAST)
+    assert draw().tobytes() != before.tobytes() and "a cat" in encoder.cosines

@@ -1,0 +1,196 @@
+"""Aesthetic Gradients: the mean CLIP vector of a set of pictures, towards which prompts are tuned when they are drawn.
+
+Sources: arXiv 2209.12330; the vector is `gen_aesthetic_embeddings.py`'s of its authors and the webui extension's: the
+mean of CLIP's projected image features, neither they nor the mean brought to unit length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import AliasChoices, Field
+from torch import Tensor, nn
+
+from dreamfleet.datasets import captions
+from dreamfleet.datasets.errors import ModelError
+from dreamfleet.trainers.methods.base import (
+    Batch,
+    Loss,
+    Method,
+    MethodConfig,
+    ParamGroup,
+    Sample,
+    Setting,
+    register,
+)
+from dreamfleet.trainers.sd.aesthetic import (
+    AestheticEncoder,
+    AestheticSettings,
+    Slerp,
+    apply_aesthetic,
+    clip_of,
+)
+from dreamfleet.trainers.sd.clip import ClipScorer, Preprocessing
+from dreamfleet.trainers.sd.formats.aesthetic import write_aesthetic
+from dreamfleet.trainers.sd.model import StableDiffusion
+
+GROUP = "mean"
+
+
+class AestheticGradientsConfig(MethodConfig):
+    """The ``method:`` section of Aesthetic Gradients; all but ``clip`` says how previews are drawn."""
+
+    name: Literal["aesthetic_gradients"] = "aesthetic_gradients"
+    clip: str | None = Field(
+        None,
+        description="the CLIP that the model's text encoder is a part of, a folder or a hub name; when left out the "
+        "model's own, or for SD 1.x openai/clip-vit-large-patch14",
+    )
+    aesthetic_steps: int = Field(
+        5, ge=0, le=1000, description="steps a prompt's copy of the text encoder is tuned when drawn"
+    )
+    aesthetic_lr: float = Field(1e-4, ge=0, lt=1, description="Adam's learning rate of these steps")
+    aesthetic_weight: float = Field(0.9, ge=0, le=1, description="share of the tuned encoding")
+    aesthetic_slerp: Slerp = Field(
+        "off", description="mix on an arc: over a token's channels, or as the webui's extension over tokens"
+    )
+    aesthetic_text: str = Field(
+        "",
+        validation_alias=AliasChoices("aesthetic_text", "aesthetic_imgs_text"),
+        description="a text that the vector is bent towards",
+    )
+    aesthetic_text_negative: bool = Field(False, description="bend it away from the text")
+    aesthetic_slerp_angle: float = Field(0.1, ge=0, le=1, description="how far it is bent; 1: all the way")
+
+    def apply(self, model: StableDiffusion, path: Path) -> None:
+        """Make a model draw with an exported file, as this run's previews do."""
+        apply_aesthetic(model, path, self.settings(), self.clip)
+
+    def settings(self) -> AestheticSettings:
+        """Return how prompts are tuned."""
+        return AestheticSettings(
+            steps=self.aesthetic_steps,
+            learning_rate=self.aesthetic_lr,
+            weight=self.aesthetic_weight,
+            slerp=self.aesthetic_slerp,
+            text=self.aesthetic_text,
+            text_negative=self.aesthetic_text_negative,
+            slerp_angle=self.aesthetic_slerp_angle,
+        )
+
+
+class Summation(torch.optim.Optimizer):
+    """Adds minus the gradient to the parameters, at no rate: a step that sums up instead of searching."""
+
+    def __init__(self, params: Any):
+        super().__init__(params, {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Add what the backward passes since the last step brought."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                param -= param.grad
+
+
+@register
+class AestheticGradients(Method):
+    """Teach a taste: the mean CLIP vector of a set; prompts are tuned towards it when drawn. Kilobytes, slower drawing.
+
+    One pass over the set adds up CLIP's features of the pictures and their number, each picture once; more passes
+    change nothing. So the vector is the plain mean, for any batch size, any number of workers and after any resume.
+    """
+
+    name: ClassVar[str] = "aesthetic_gradients"
+    Config = AestheticGradientsConfig
+    formats = ("pt",)
+    all_formats = ("pt",)
+
+    def __init__(self, config: AestheticGradientsConfig, model: StableDiffusion, setting: Setting):
+        super().__init__(config, model, setting)
+        # Both in batches: sums over pictures, divided by the global batch.
+        self.features = nn.Parameter(torch.zeros(1, model.text_encoder.config.projection_dim))
+        self.count = nn.Parameter(torch.zeros(1))
+        self._clips: list[ClipScorer] = []
+        self._encoders: list[AestheticEncoder] = []
+
+    @property
+    def clip(self) -> ClipScorer:
+        """The CLIP, loaded when it is first needed. Raises ModelError when its space is not the text encoder's."""
+        if not self._clips:
+            found = clip_of(self.model, self.config.clip)
+            if len(found.text_projection) != self.features.shape[1]:
+                raise ModelError(
+                    f"method.clip: {found.name}'s space has {len(found.text_projection)} dimensions, but the text "
+                    f"encoder of {self.model.folder} says {self.features.shape[1]}; Aesthetic Gradients are for SD 1.x"
+                )
+            self._clips.append(found.to(self.features.device))
+        return self._clips[0]
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.clip.preprocessing
+
+    @property
+    def vector(self) -> Tensor:
+        """The mean ``[1, P]`` of the pictures seen so far; zeros before the first."""
+        return self.features.detach() / self.count.detach().clamp(min=torch.finfo(torch.float32).tiny)
+
+    def groups(self) -> list[ParamGroup]:
+        return [ParamGroup(GROUP, {"features": self.features, "count": self.count})]
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        return Summation([{"params": [self.features, self.count], "name": GROUP}])
+
+    def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
+        """Return the picture's caption, else its set's prompt: what held-out pictures are measured with."""
+        return captions.make_caption(
+            sample.caption,
+            prompt=self.setting.concepts[sample.concept].instance_prompt,
+            file_name=sample.uri.rpartition("/")[2],
+            rng=rng,
+            config=data,
+        )
+
+    def forward(self, batch: Batch) -> Loss:
+        """Return 1 - cosine of the pictures and the mean so far; its gradient is minus what the batch adds to the sums.
+
+        ``batch``: ``clip_pixels`` ``[N, 3, S, S]``, and ``counted`` ``[N]``, 0 for pictures that were seen before.
+        """
+        features_NP = self.clip.embed(batch["clip_pixels"])
+        per_sample = 1 - F.cosine_similarity(self.vector, features_NP)
+        brought = ((features_NP * self.features).sum(dim=1) + self.count) * batch["counted"]
+        # The value is the loss, the gradient is the sum's: averaged over micro-batches and workers like any other.
+        total = per_sample.mean() - (brought - brought.detach()).mean()
+        return Loss(total, per_sample, {})
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Encode prompts as tuned towards the mean of the pictures seen so far; plainly before the first."""
+        if not self.count:
+            return super().encode(prompts)
+        vector = self.vector.cpu()
+        if not self._encoders or not torch.equal(self._encoders[0].vector, vector):
+            settings = self.config.settings()
+            self._encoders = [AestheticEncoder(self.model, vector, clip=self.clip, settings=settings)]
+        return self._encoders[0](prompts)
+
+    def export(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        formats: Sequence[str] | None,
+        step: int,
+        metadata: dict[str, str],
+        precision: str,
+    ) -> list[Path]:
+        """Write ``NAME.pt`` as the webui's extension does: the bare vector, in full precision."""
+        return [
+            write_aesthetic(self.vector, folder / f"{name}.{form}") for form in self.chosen_formats(formats)
+        ]
