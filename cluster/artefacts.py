@@ -27,12 +27,12 @@ class Aesthetic:
     settings: AestheticSettings
     clip: str | None = None
 
-    def apply(self, model: StableDiffusion) -> AestheticEncoder:
+    def apply(self, model: StableDiffusion) -> None:
         """Make a model draw with it. Raises UserError for a file that is not there."""
         if not Storage(self.path).exists():
             raise UserError(f"--aesthetic {self.path}: there is no such file")
         with Storage(self.path).local_copy() as path:
-            return apply_aesthetic(model, path, self.settings, self.clip)
+            apply_aesthetic(model, path, self.settings, self.clip)
 
 
 def draw_grid(
@@ -66,15 +66,13 @@ def draw_grid(
     from dreamfleet.trainers.sd.hypernetwork_prompts import Shelf
     from dreamfleet.trainers.sd.sample import generate, picture_grid
 
-    if out.suffix.lower() not in PICTURES:
-        raise UserError(f"--out {out}: name a picture ({', '.join(PICTURES)})")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    _require_picture(out)
     shelf = Shelf(hypernetworks, hypernetwork_dir)
     rows = [shelf.arrange(prompt) for prompt in prompts]
     model = load_with_embeddings(model_name, embeddings)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
-    encoder = aesthetic.apply(model) if aesthetic else None
+    if aesthetic:
+        aesthetic.apply(model)
     own, seeds, pictures = applied_hypernetworks(model.unet), range(seed, seed + num_images), []
     for named, group in groupby(rows, key=lambda row: row[1]):
         loaded = [(shelf.load(address, model.unet), multiplier) for address, multiplier in named]
@@ -92,11 +90,9 @@ def draw_grid(
             height=height,
         )
     picture_grid(pictures, num_images).save(out)
-    told = [encoder.cosines.get(text) if encoder else None for text, _ in rows]
-    gains = [{"aesthetic_cosine": [cosines[0], cosines[-1]]} if cosines else {} for cosines in told]
     return [
-        {"prompt": prompt, "seed": number, **gain}
-        for prompt, gain in zip(prompts, gains, strict=True)
+        {"prompt": prompt, "seed": number, **_gain(model, text)}
+        for prompt, (text, _) in zip(prompts, rows, strict=True)
         for number in seeds
     ]
 
@@ -163,6 +159,19 @@ def convert_artefact(source: Path, target: Path) -> Path:
             f"a model cannot become {target.name}: name a folder (diffusers), a .safetensors or a .ckpt file"
         )
     return target
+
+
+def _require_picture(out: Path) -> None:
+    if out.suffix.lower() not in PICTURES:
+        raise UserError(f"--out {out}: name a picture ({', '.join(PICTURES)})")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
+
+
+def _gain(model: StableDiffusion, prompt: str) -> dict[str, Any]:
+    encoder = model.encode_prompts
+    cosines = encoder.cosines.get(prompt) if isinstance(encoder, AestheticEncoder) else None
+    return {"aesthetic_cosine": [cosines[0], cosines[-1]]} if cosines else {}
 
 
 def _is_embedding(source: Path, target: Path) -> bool:
