@@ -97,16 +97,16 @@ def make_caption(
 
     `caption` is the picture's own (or None), `prompt` its set's (`instance_prompt`), `template` a line with
     `[name]` and `[filewords]`. In this order: a template is filled; a prompt that holds `[filewords]` is
-    filled; the caption, tags shuffled and dropped as `config` says; the prompt; the words of the file name.
+    filled; the caption, between prefix and suffix, tags shuffled and dropped as `config` says; the prompt; the
+    words of the file name.
     `[filewords]` is the caption, else the words of `file_name`. With `config.caption_dropout` it is "" that
     often. Always draws the same random numbers first, so that one choice does not disturb another.
     """
     dropped = rng.random() < config.caption_dropout
     words = choose_caption(caption, rng) if caption and config.use_captions else None
-    if words is not None and config.tag_dropout > 0:
-        words = drop_tags(words, rng, config.tag_dropout, config.keep_tokens)
-    if words is not None and config.shuffle_tags:
-        words = shuffle_tags(words, rng, config.keep_tokens)
+    if words is not None:
+        words = " ".join(part for part in (config.caption_prefix, words, config.caption_suffix) if part)
+        words = process_tags(words, rng, config)
     if dropped:
         return ""
     file_words = words if words is not None else caption_from_filename(file_name or "")
@@ -122,6 +122,17 @@ def make_caption(
         f"no words for picture {file_name or '?'}: it has no caption file and the set has no prompt. "
         "Set data.instance_prompt, or put a .txt file with the caption beside each picture"
     )
+
+
+def process_tags(caption: str, rng: np.random.Generator, config: DataConfig) -> str:
+    """Shuffle and drop a caption's comma-separated tags as `config` says, in front and behind some staying."""
+    separator = config.keep_tokens_separator
+    first, found, rest = caption.partition(separator) if separator else (caption, "", "")
+    if not found:
+        return _loosen(caption, rng, config, keep=config.keep_tokens)
+    middle, _, last = rest.partition(separator)
+    parts = (first, _loosen(middle, rng, config, keep=0), last)
+    return ", ".join(tag for part in parts for tag in split_tags(part))
 
 
 def choose_caption(caption: str, rng: np.random.Generator) -> str:
@@ -177,6 +188,12 @@ def drop_tags(caption: str, rng: np.random.Generator, rate: float, keep_tokens: 
     kept, rest = tags[:keep_tokens], tags[keep_tokens:]
     draws = rng.random(len(rest))
     return ", ".join(kept + [tag for tag, draw in zip(rest, draws, strict=True) if draw >= rate])
+
+
+def _loosen(caption: str, rng: np.random.Generator, config: DataConfig, *, keep: int) -> str:
+    if config.tag_dropout > 0:
+        caption = drop_tags(caption, rng, config.tag_dropout, keep)
+    return shuffle_tags(caption, rng, keep) if config.shuffle_tags else caption
 
 
 def caption_from_filename(file_name: str, *, words: str | None = None, joined_by: str = " ") -> str:

@@ -39,7 +39,12 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "native": {
         "method": {"name": "native", "train_text_encoder": True},
-        "optimizer__lr_scheduler": "cosine",
+        "shapes": True,
+        "data__shuffle_tags": True,
+        "data__tag_dropout": 0.2,
+        "model__max_token_length": 150,
+        "model__prediction_type": "v_prediction",
+        "model__rescale_betas_zero_snr": True,
     },
     "textual_inversion": {
         "method": {
@@ -58,6 +63,8 @@ def compute_curve(name: str, folder: Path) -> list[float]:
     changes = {"data__random_flip": True, **RUNS[name]}
     if changes["method"].get("with_prior_preservation"):
         changes["data__class_data_dir"] = str(tiny.make_pictures(folder / "class", 4, seed=9))
+    if changes.pop("shapes", False):
+        changes |= {**tiny.SHAPES, "data__instance_data_dir": str(tiny.make_shapes(folder / "shapes"))}
     parts = assemble(build_recipe(tiny.make_recipe(folder, **changes)), Place())
     losses = []
     for step in range(STEPS):

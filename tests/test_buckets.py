@@ -1,12 +1,10 @@
-"""Buckets and masks: pictures go where kohya's sd-scripts puts them, and weights lie where their picture lies."""
+"""Buckets: pictures go where kohya's sd-scripts puts them, and every source of pictures gives batches of one size."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -23,9 +21,8 @@ from dreamfleet.datasets.buckets import (
     tell_buckets,
 )
 from dreamfleet.datasets.config import DataConfig
-from dreamfleet.datasets.errors import DataError, RecipeError
+from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.index import build_index
-from dreamfleet.datasets.masks import PictureDraw, cut_picture, loss_weights
 from dreamfleet.trainers.assemble import Parts, Place, assemble
 from dreamfleet.trainers.recipe import build_recipe
 
@@ -97,7 +94,7 @@ def test_every_picture_has_a_bucket_of_its_shape(width: int, height: int, resolu
 
 def test_sizes_of_an_index_and_their_numbers(tmp_path: Path) -> None:
     for name, size in (("a", (640, 480)), ("b", (480, 640)), ("c", (500, 500)), ("d", (64, 48))):
-        Image.new("RGB", size, name_colour(name)).save(tmp_path / f"{name}.png")
+        Image.new("RGB", size, (ord(name), 90, 200)).save(tmp_path / f"{name}.png")
     index = build_index(str(tmp_path))
     by_name = {Path(uri).stem: number for number, uri in enumerate(index.column("uri"))}
     data = DataConfig(instance_data_dir="x", enable_bucket=True)
@@ -123,160 +120,17 @@ def test_buckets_that_cannot_be_are_told(changes: dict[str, Any], told: str) -> 
     DataConfig(instance_data_dir="x", **changes)
 
 
-# ---- masks ---------------------------------------------------------------------------------------------
-
-
-def name_colour(name: str) -> tuple[int, int, int]:
-    return (ord(name[0]) * 2 % 256, 90, 200)
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def with_alpha(alpha: np.ndarray) -> bytes:
-    picture = Image.new("RGB", alpha.shape[::-1], (200, 30, 30))
-    picture.putalpha(Image.fromarray(alpha.astype(np.uint8)))
-    return png(picture)
-
-
-@given(
-    alpha=st.lists(st.integers(0, 255), min_size=6, max_size=6),
-    flip=st.booleans(),
-    same=st.booleans(),
-)
-def test_weights_have_mean_one_and_lie_where_the_picture_lies(
-    alpha: list[int], flip: bool, same: bool
-) -> None:
-    # 3 x 2 cells of 8 pixels, an opacity each; the webui gives NaN where all are the same.
-    cells = np.array(alpha if not same else alpha[:1] * 6).reshape(2, 3)
-    data = with_alpha(cells.repeat(8, 0).repeat(8, 1))
-    cut = cut_picture(data, PictureDraw(0, flip=flip, size=(24, 16)), uri="a", size=1, weighted=True)
-    weights = loss_weights(cut[..., 3], 8)
-    assert weights.shape == (1, 2, 3) and weights.dtype == np.float32
-    assert weights.mean() == pytest.approx(1.0)
-    if cells.max() == cells.min():
-        assert (weights == 1).all()
-    else:
-        shown = cells[:, ::-1] if flip else cells
-        assert weights[0] == pytest.approx(shown / cells.mean(), abs=1e-5)
-
-
-def test_a_mask_is_cut_like_its_picture_whatever_its_size() -> None:
-    # Left half white; the picture is wide, so that a crop at the left sees more of it than one at the right.
-    picture = Image.new("RGB", (64, 32), "red")
-    mask = np.zeros((16, 32), np.uint8)
-    mask[:, :16] = 255
-    shares = []
-    for x in (0.0, 0.999):
-        cut = cut_picture(
-            png(picture),
-            PictureDraw(0, (x, 0.0)),
-            uri="a",
-            size=32,
-            weighted=True,
-            mask=png(Image.fromarray(mask)),
-        )
-        assert cut.shape == (32, 32, 4) and (cut[..., :3] == [255, 0, 0]).all()
-        shares.append(cut[..., 3].mean() / 255)
-    assert shares[0] > 0.9 and shares[1] < 0.1
-    # A mask's transparent parts are black, and a mask goes before the picture's own alpha.
-    cut = cut_picture(
-        with_alpha(np.full((8, 8), 255)),
-        PictureDraw(0),
-        uri="a",
-        size=8,
-        weighted=True,
-        mask=with_alpha(np.zeros((8, 8))),
-    )
-    assert (cut[..., 3] == 0).all()
-
-
-@pytest.fixture
-def masked(tmp_path: Path) -> Path:
-    """Pictures a and b, a mask beside a and one for b in a folder of masks."""
-    folder = tmp_path / "pictures"
-    for name in "ab":
-        (folder / "deep").mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 40), name_colour(name)).save(folder / "deep" / f"{name}.png")
-    Image.new("L", (40, 40), 255).save(folder / "deep" / "a.mask.png")
-    (tmp_path / "masks" / "deep").mkdir(parents=True)
-    Image.new("L", (40, 40), 9).save(tmp_path / "masks" / "deep" / "b.jpg")
-    return tmp_path
-
-
-def masks_of(index: Any) -> dict[str, str | None]:
-    return {Path(row.uri).stem: row.mask and Path(row.mask).name for row in index.rows()}
-
-
-def test_masks_are_found_and_are_no_pictures(masked: Path) -> None:
-    folder = str(masked / "pictures")
-    alone = build_index(folder)
-    assert masks_of(alone) == {"a": "a.mask.png", "b": None}
-    both = build_index(folder, mask_dir=str(masked / "masks"))
-    assert masks_of(both) == {"a": "a.mask.png", "b": "b.jpg"}
-    before = both.content_hash
-    Image.new("L", (40, 40), 10).save(masked / "masks" / "deep" / "b.jpg")
-    assert (
-        len({alone.content_hash, before, build_index(folder, mask_dir=str(masked / "masks")).content_hash})
-        == 3
-    )
-    # Without its picture, a file of that name is a picture.
-    (masked / "pictures" / "deep" / "a.png").unlink()
-    assert masks_of(build_index(folder)) == {"a.mask": None, "b": None}
-
-
-def test_masks_that_cannot_be_used_are_told(masked: Path) -> None:
-    folder = str(masked / "pictures")
-    with pytest.raises(DataError, match=r"mask_dir: folder .*nowhere does not exist"):
-        build_index(folder, mask_dir=str(masked / "nowhere"))
-    with pytest.raises(DataError, match="lies inside the folder of pictures"):
-        build_index(str(masked), mask_dir=str(masked / "masks"))
-    (masked / "other").mkdir()
-    with pytest.raises(DataError, match=r"none of the 0 pictures in .* is called as a training picture"):
-        build_index(folder, mask_dir=str(masked / "other"))
-    (masked / "pictures" / "deep" / "a.mask.png").write_bytes(b"no picture")
-    index = build_index(folder)
-    assert masks_of(index) == {"b": None}
-    assert "its mask" in index.bad[0].reason and index.bad[0].uri.endswith("a.png")
-    with pytest.raises(ValueError, match="mask_dir without alpha_mask"):
-        DataConfig(instance_data_dir="x", mask_dir="y")
-
-
-# ---- a run ---------------------------------------------------------------------------------------------
-
-
-def make_shapes(folder: Path) -> Path:
-    """Three pictures each of three shapes, with a mask of the left half for those called m."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for number, (width, height) in enumerate([(48, 48), (72, 40), (40, 72)] * 3):
-        small = Image.fromarray(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8))
-        picture = small.resize((width, height), Image.Resampling.BICUBIC)
-        alpha = Image.new("L", picture.size, 255)
-        alpha.paste(0, (width // 2, 0, width, height))
-        picture.putalpha(alpha)
-        picture.save(folder / f"{number}.png")
-    return folder
-
-
-BUCKETS = {
-    "data__enable_bucket": True,
-    "data__min_bucket_reso": 16,
-    "data__max_bucket_reso": 64,
-    "data__bucket_reso_steps": 8,
-    "data__alpha_mask": True,
-    "data__random_flip": True,
-    "method": {"name": "native"},
-}
-
-
 def make_parts(folder: Path, **changes: Any) -> Parts:
-    pictures = folder / "shapes"
-    options = {"data__instance_data_dir": str(pictures if pictures.exists() else make_shapes(pictures))}
-    return assemble(build_recipe(tiny.make_recipe(folder, **{**BUCKETS, **options, **changes})), Place())
+    shapes = folder / "shapes"
+    pictures = shapes if shapes.exists() else tiny.make_shapes(shapes)
+    options = {
+        **tiny.SHAPES,
+        "method": {"name": "native"},
+        "data__instance_data_dir": str(pictures),
+        "data__random_flip": True,
+        **changes,
+    }
+    return assemble(build_recipe(tiny.make_recipe(folder, **options)), Place())
 
 
 @pytest.mark.parametrize("how", ["cached", "decoded", "streamed"])
@@ -302,23 +156,17 @@ def test_batches_of_every_source_are_of_one_bucket(tmp_path: Path, how: str) -> 
     assert seen == {(8, 8), (6, 10), (10, 6)}
 
 
-def test_a_mask_weighs_the_loss_and_an_opaque_picture_counts_as_ever(tmp_path: Path) -> None:
-    parts = make_parts(tmp_path, train__train_batch_size=1)
-    batch = parts.prepare(parts.feed.batch(0))
-    mask = batch["mask"][0, 0]
-    mirrored = bool(mask[0, 0] < mask[0, -1])
-    lit, dark = (mask.flip(-1) if mirrored else mask).chunk(2, -1)
-    assert lit.mean() > 1.9 and dark.mean() < 0.1
-    plain = {**batch, "mask": torch.ones_like(batch["mask"])}
-    without = {name: value for name, value in batch.items() if name != "mask"}
-    with torch.no_grad():
-        assert torch.equal(parts.method(plain).total, parts.method(without).total)
-        assert not torch.isclose(parts.method(batch).total, parts.method(without).total, rtol=1e-3)
-
-
 def test_epochs_count_every_bucket(tmp_path: Path) -> None:
     parts = make_parts(tmp_path, train__max_train_steps=None, train__num_train_epochs=2)
     assert parts.schedule.total == parts.feed.plan.steps_in(2) == 9
+    often = make_parts(
+        tmp_path,
+        train__max_train_steps=None,
+        train__num_train_epochs=5,
+        train__save_every_n_epochs=2,
+        train__checkpointing_steps=1,
+    )
+    assert [step for step in range(1, 25) if often.schedule.saves_at(step)] == [9, 18, 24]
 
 
 def test_buckets_that_do_not_suit_the_run_are_told(tmp_path: Path) -> None:

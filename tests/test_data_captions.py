@@ -119,6 +119,34 @@ def test_tags_are_shuffled_and_dropped_as_the_section_says():
     assert all(text.split(", ")[0] == "a" for text in made)
 
 
+def test_prefix_and_suffix_are_part_of_the_caption():
+    config = DataConfig(instance_data_dir="x", caption_prefix="a sks cat", caption_suffix="at noon")
+    assert make_caption("on the beach", rng=rng(), config=config) == "a sks cat on the beach at noon"
+    assert make_caption("one\ntwo", rng=rng(1), config=config) in {
+        "a sks cat one at noon",
+        "a sks cat two at noon",
+    }
+    assert make_caption("x", prompt="see [filewords]", rng=rng(), config=config) == "see a sks cat x at noon"
+    assert make_caption(None, prompt="a cat", rng=rng(), config=config) == "a cat"
+    kept = config.model_copy(update={"keep_tokens": 1, "tag_dropout": 1.0})
+    assert make_caption("face, b, c", rng=rng(), config=kept) == "a sks cat face"
+
+
+def test_the_separator_says_what_stays_in_front_and_behind():
+    config = DataConfig(
+        instance_data_dir="x", shuffle_caption=True, keep_tokens=3, keep_tokens_separator="|||"
+    )
+    made = {make_caption("a, b ||| c, d, e, f ||| g", rng=rng(seed), config=config) for seed in range(40)}
+    assert len(made) > 10
+    assert all(text.startswith("a, b, ") and text.endswith(", g") for text in made)
+    assert {"".join(sorted(text.split(", "))) for text in made} == {"abcdefg"}
+    assert all(
+        text.startswith("a, b, c, ") for text in [make_caption("a, b, c, d, e", rng=rng(), config=config)]
+    )
+    bare = DataConfig(instance_data_dir="x", keep_tokens_separator="|||")
+    assert make_caption("a, b ||| c", rng=rng(), config=bare) == "a, b, c"
+
+
 def test_template_file(tmp_path):
     path = tmp_path / "t.txt"
     path.write_bytes(b"\xef\xbb\xbfa photo of [name]\r\n\r\n  [filewords]  \n")

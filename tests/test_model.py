@@ -130,3 +130,29 @@ def test_clip_skip_reads_the_layer_before(folder: Path) -> None:
     expected = getattr(one.text_encoder, "text_model", one.text_encoder).final_layer_norm(hidden)
     assert torch.allclose(two.encode_text(ids), expected, atol=1e-6)
     assert not torch.allclose(two.encode_text(ids), one.encode_text(ids), atol=1e-3)
+
+
+def test_long_prompts_are_encoded_in_chunks_of_75_side_by_side(folder: Path) -> None:
+    model, short = load(folder, max_token_length=225), load(folder)
+    ids = model.tokenize(["cat " * 100, "cat"])
+    assert ids.shape == (2, 231)
+    first, second, third = ids[0].split(77)
+    for chunk, words in ((first, 75), (second, 25), (third, 0)):
+        # the same as the prompt of that chunk alone
+        assert torch.equal(chunk, short.tokenize(["cat " * words])[0])
+    context = model.encode_text(ids)
+    assert context.shape == (2, 231, 16)
+    assert torch.allclose(context[0, 77:154], short.encode_text(second[None])[0], atol=1e-6)
+    assert torch.allclose(context[1, :77], short.encode_text(short.tokenize(["cat"]))[0], atol=1e-6)
+    assert torch.equal(model.tokenize(["cat " * 400])[0], model.tokenize(["cat " * 225])[0])
+
+
+def test_an_embedding_is_not_split_between_chunks(folder: Path) -> None:
+    model = load(folder, max_token_length=150)
+    install_embedding(model, "<x>", torch.randn(4, 16))
+    first, second = model.tokenize(["cat " * 73 + "<x> dog"])[0].split(77)
+    learned = len(model.tokenizer)
+    assert (first >= learned).sum() == 0 and second[1:5].tolist() == list(range(learned, learned + 4))
+    assert first[74] == first[75] == model.tokenizer.eos_token_id != second[5]
+    # with no chunk left it is cut, as a word is
+    assert (model.tokenize(["cat " * 148 + "<x>"])[0] >= learned).sum() == 2

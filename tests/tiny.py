@@ -126,6 +126,29 @@ def make_pictures(folder: Path, count: int, *, seed: int = 0, captions: bool = F
     return folder
 
 
+def make_shapes(folder: Path) -> Path:
+    """Write nine pictures of three shapes, each with tags as its caption and transparent in its right half."""
+    make_pictures(folder, 9, captions=True)
+    for number, (width, height) in enumerate([(48, 48), (72, 40), (40, 72)] * 3):
+        with Image.open(folder / f"{number:03d}.png") as picture:
+            shaped = picture.resize((width, height))
+        alpha = Image.new("L", shaped.size, 255)
+        alpha.paste(0, (width // 2, 0, width, height))
+        shaped.putalpha(alpha)
+        shaped.save(folder / f"{number:03d}.png")
+    return folder
+
+
+# What the pictures of `make_shapes` need to be shown whole and weighed: buckets 24 x 40, 32 x 32 and 40 x 24.
+SHAPES: dict[str, Any] = {
+    "data__enable_bucket": True,
+    "data__min_bucket_reso": 16,
+    "data__max_bucket_reso": 64,
+    "data__bucket_reso_steps": 8,
+    "data__alpha_mask": True,
+}
+
+
 def make_recipe(folder: Path, **changes: Any) -> dict[str, Any]:
     """Return a plain DreamBooth recipe on a tiny model and six pictures under ``folder``; dotted keys change it."""
     model = folder / "model"

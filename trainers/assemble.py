@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -202,11 +203,17 @@ def make_schedule(recipe: Recipe, plan: BatchPlan) -> Schedule:
         raise RecipeError("train: set max_train_steps (optimizer steps) or num_train_epochs")
     # A webui schedule string that ends early ends the training, as it does there.
     end = last_step(recipe.optimizer.learning_rate)
+    total = min(total, end or total)
+    save_at: frozenset[int] = frozenset()
+    if every := train.save_every_n_epochs:
+        ends = map(plan.steps_in, itertools.count(every, every))
+        save_at = frozenset(itertools.takewhile(lambda step: step <= total, ends))
     return Schedule(
-        total=min(total, end or total),
-        save_every=train.checkpointing_steps,
+        total=total,
+        save_every=total if every else train.checkpointing_steps,
         sample_every=recipe.validation.steps,
         log_every=train.log_steps,
+        save_at=save_at,
     )
 
 

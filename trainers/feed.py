@@ -47,6 +47,7 @@ class Feed:
         if classes is not None and class_pictures is not None:
             self._halves.append((to_samples(classes), class_pictures, plan.class_draws))
         self._num_timesteps = method.model.scheduler.config.num_train_timesteps
+        self._check_words()
 
     def batch(self, step: int, micro: int = 0) -> Batch:
         """Make the batch of one micro-step, on the CPU: instance rows first, then their class partners.
@@ -111,6 +112,14 @@ class Feed:
         """Pictures this rank met on the way that could not be decoded."""
         sources = [pictures for _, pictures, _ in self._halves if isinstance(pictures, StreamedPixels)]
         return [bad for pictures in sources for bad in pictures.bad]
+
+    def _check_words(self) -> None:
+        """Raise DataError for a picture without words now, not at the step it comes up in."""
+        kept = self.data.model_copy(update={"caption_dropout": 0.0})
+        for samples, _, _ in self._halves:
+            for sample in samples:
+                if sample.caption is None:
+                    self.method.prompt(sample, numpy_rng("prompt", sample.id), kept)
 
     def _positions(self, start: int, stop: int | None) -> Iterator[tuple[int, int]]:
         steps = itertools.count(start) if stop is None else range(start, stop)

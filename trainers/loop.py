@@ -40,6 +40,9 @@ class TrainConfig(Section):
     checkpointing_steps: int = Field(
         500, ge=1, validation_alias=AliasChoices("checkpointing_steps", "save_every_n_steps")
     )
+    save_every_n_epochs: int | None = Field(
+        None, ge=1, description="save at the ends of every so many epochs, in place of checkpointing_steps"
+    )
     checkpoints_total_limit: int | None = Field(3, ge=1)
     log_steps: int = Field(10, ge=1)
     save_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
@@ -74,6 +77,11 @@ class Schedule:
     save_every: int
     sample_every: int
     log_every: int
+    save_at: frozenset[int] = frozenset()
+
+    def saves_at(self, done: int) -> bool:
+        """Say whether a checkpoint is due after ``done`` steps."""
+        return done % self.save_every == 0 or done in self.save_at or done == self.total
 
 
 def train(
@@ -113,7 +121,7 @@ def train(
         done = step + 1
         if done % schedule.log_every == 0 or done == schedule.total or done == 1:
             hooks.log({"step": done, **meter.read(norm), "lr": now})
-        if done % schedule.save_every == 0 or done == schedule.total:
+        if schedule.saves_at(done):
             hooks.save(done)
         if done % schedule.sample_every == 0 or done == schedule.total:
             if figures := hooks.validate(done):

@@ -123,7 +123,11 @@ def count_run(recipe: Recipe, method: Method, pictures: int | None) -> Counts:
         optimizer=recipe.optimizer.name,
         average=recipe.engine.use_ema,
         accumulates=train.gradient_accumulation_steps > 1,
-        text_embeddings=prompts * NUM_TOKENS * model.context_width * model.text_encoder.dtype.itemsize,
+        text_embeddings=prompts
+        * NUM_TOKENS
+        * model.num_chunks
+        * model.context_width
+        * model.text_encoder.dtype.itemsize,
         latents=_latent_bytes(recipe, model, pictures),
     )
 
@@ -208,7 +212,9 @@ def _batch(recipe: Recipe, method: Method) -> Batch:
     if method.trains_text:
         return batch | {"input_ids": torch.zeros(num, NUM_TOKENS, dtype=torch.long)}
     return batch | {
-        "context": torch.empty(num, NUM_TOKENS, model.context_width, dtype=model.text_encoder.dtype)
+        "context": torch.empty(
+            num, NUM_TOKENS * model.num_chunks, model.context_width, dtype=model.text_encoder.dtype
+        )
     }
 
 
@@ -246,7 +252,8 @@ def _trace_drawing(
     shape, entering = _latent_shape(recipe, model), num * (2 if guidance_scale != 1 else 1)
 
     def draw() -> None:
-        context = torch.empty(entering, NUM_TOKENS, model.context_width, dtype=model.unet.dtype)
+        tokens = NUM_TOKENS * model.num_chunks
+        context = torch.empty(entering, tokens, model.context_width, dtype=model.unet.dtype)
         noisy = torch.empty(entering, *shape, dtype=model.unet.dtype)
         model.unet(noisy, torch.zeros((), dtype=torch.long), context, return_dict=False)
         model.decode(torch.empty(num, *shape))

@@ -127,11 +127,11 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Turn prompts into ids ``[B, 77]``."""
+        """Turn prompts into ids ``[B, T]``, 77 a chunk."""
         return self.model.tokenize(prompts)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Encode prompts ``[B, 77, D]`` as this method's artefact makes them read."""
+        """Encode prompts ``[B, T, D]`` as this method's artefact makes them read."""
         device = next(self.model.text_encoder.parameters()).device
         return self.model.encode_text(self.tokenize(prompts).to(device))
 

@@ -92,22 +92,36 @@ def remove_embeddings(model: StableDiffusion) -> None:
 
 
 def tokenize(model: StableDiffusion, prompts: Sequence[str]) -> Tensor:
-    """Turn prompts into ids ``[B, 77]``: start, tokens and learned ids, end, padding; cut at 75 tokens."""
+    """Turn prompts into ids ``[B, n * 77]``: n chunks of start, up to 75 tokens and learned ids, end, padding.
+
+    n is 1 for every 75 of ``model.max_token_length``; what goes beyond is cut. A learned word that would lie across the
+    end of a chunk begins the next one, as in the webui.
+    """
     spliced = text_embeddings(model.text_encoder).token_embedding
     words = spliced.words if isinstance(spliced, SplicedEmbedding) else {}
     tokenizer = model.tokenizer
-    length = tokenizer.model_max_length
-    if not words:
+    length, num_chunks = tokenizer.model_max_length, model.num_chunks
+    if not words and num_chunks == 1:
         return tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).input_ids
     rows = []
     for prompt in prompts:
-        ids: list[int] = []
-        for piece, word in _split_words(prompt, words):
-            ids += spliced.ids(word) if word else tokenizer(piece, add_special_tokens=False).input_ids
-        ids = [tokenizer.bos_token_id, *ids[: length - 2], tokenizer.eos_token_id]
-        rows.append(ids + [tokenizer.pad_token_id] * (length - len(ids)))
+        chunks: list[list[int]] = [[]]
+        for piece, word in _split_words(prompt, words) if words else [(prompt, None)]:
+            ids = spliced.ids(word) if word else tokenizer(piece, add_special_tokens=False).input_ids
+            if word and len(chunks[-1]) + len(ids) > length - 2 and len(chunks) < num_chunks:
+                chunks.append([])
+            for token in ids:
+                if len(chunks[-1]) == length - 2:
+                    chunks.append([])
+                chunks[-1].append(token)
+        row: list[int] = []
+        for number in range(num_chunks):
+            chunk = chunks[number] if number < len(chunks) else []
+            row += [tokenizer.bos_token_id, *chunk, tokenizer.eos_token_id]
+            row += [tokenizer.pad_token_id] * (length - 2 - len(chunk))
+        rows.append(row)
     return torch.tensor(rows)
 
 

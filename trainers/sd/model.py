@@ -11,32 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import ModelError
-from dreamfleet.datasets.section import Section
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.sd import embeddings
+from dreamfleet.trainers.sd.model_config import POCKET, ModelConfig, noise_schedule
 
-POCKET = "pocket"
 ALL_PARTS = ("unet", "vae", "text_encoder")
-
-
-class ModelConfig(Section):
-    """The ``model:`` section: which Stable Diffusion to start from."""
-
-    pretrained_model_name_or_path: str = Field(
-        POCKET, validation_alias=AliasChoices("pretrained_model_name_or_path", "name_or_path", "model_path")
-    )
-    revision: str | None = None
-    variant: str | None = None
-    pretrained_vae_model_name_or_path: str | None = Field(
-        None, validation_alias=AliasChoices("pretrained_vae_model_name_or_path", "vae")
-    )
-    clip_skip: int = Field(
-        1, ge=1, le=12, description="1 = the text encoder's last layer, 2 = the one before"
-    )
 
 
 def pocket_folder() -> Path:
@@ -56,12 +38,18 @@ class StableDiffusion:
     folder: str
     content_hash: str
     clip_skip: int = 1
+    max_token_length: int = 75
     encode_prompts: Callable[[Sequence[str]], Tensor] | None = None  # draws with these contexts [B, T, D]
 
     @property
     def prediction_type(self) -> str:
         """What the U-Net predicts: ``epsilon``, ``v_prediction`` or ``sample``."""
         return self.scheduler.config.prediction_type
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of 75 tokens in a prompt."""
+        return self.max_token_length // 75
 
     @property
     def vae_factor(self) -> int:
@@ -85,15 +73,19 @@ class StableDiffusion:
         return {name: part for name, part in parts.items() if part is not None}
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Turn prompts into ids ``[B, 77]``, knowing the words of installed embeddings."""
+        """Turn prompts into ids ``[B, T]``, T = 77 a chunk, knowing the words of installed embeddings."""
         return embeddings.tokenize(self, prompts)
 
     def encode_text(self, input_ids: Tensor) -> Tensor:
-        """Encode ids ``[B, 77]`` -> context ``[B, 77, D]``, honouring ``clip_skip``."""
+        """Encode ids ``[B, T]`` -> context ``[B, T, D]``, each chunk of 77 by itself, honouring ``clip_skip``."""
+        batch, tokens = input_ids.shape
+        input_ids = input_ids.reshape(-1, self.tokenizer.model_max_length)
         if self.clip_skip == 1:
-            return self.text_encoder(input_ids)[0]
-        hidden = self.text_encoder(input_ids, output_hidden_states=True).hidden_states[-self.clip_skip]
-        return getattr(self.text_encoder, "text_model", self.text_encoder).final_layer_norm(hidden)
+            context = self.text_encoder(input_ids)[0]
+        else:
+            hidden = self.text_encoder(input_ids, output_hidden_states=True).hidden_states[-self.clip_skip]
+            context = getattr(self.text_encoder, "text_model", self.text_encoder).final_layer_norm(hidden)
+        return context.reshape(batch, tokens, -1)
 
     def encode_pictures(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Encode pixels ``[B, 3, H, W]`` in [-1, 1] -> mean and std of the unscaled latents ``[B, C, h, w]``."""
@@ -214,13 +206,14 @@ def _load_folder(folder: Path, name: str, config: ModelConfig, needs: Collection
         parts["vae"] = load("", AutoencoderKL, vae_folder, torch_dtype=torch.float32)
     model = StableDiffusion(
         tokenizer=load("tokenizer", CLIPTokenizer, folder),
-        scheduler=load("scheduler", DDPMScheduler, folder),
+        scheduler=noise_schedule(load("scheduler", DDPMScheduler, folder), config, name),
         text_encoder=parts.get("text_encoder"),
         unet=parts.get("unet"),
         vae=parts.get("vae"),
         folder=name,
         content_hash=_fingerprint(folder),
         clip_skip=config.clip_skip,
+        max_token_length=config.max_token_length,
     )
     model.freeze()
     return model
@@ -231,6 +224,8 @@ def _load_single_file(path: Path, name: str, config: ModelConfig, needs: Collect
 
     model = load_single_file(path, name=name, needs=needs)
     model.content_hash, model.clip_skip = _fingerprint(path), config.clip_skip
+    model.max_token_length = config.max_token_length
+    model.scheduler = noise_schedule(model.scheduler, config, name)
     model.freeze()
     return model
 

@@ -128,8 +128,13 @@ def make_scheduler(model: StableDiffusion, name: SchedulerName | str) -> Any:
     if name == "dpm++":
         from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
+        # Karras' steps would mostly go to the endless noise at the end of a schedule of zero terminal SNR.
+        zero_snr = config.get("rescale_betas_zero_snr", False)
         return DPMSolverMultistepScheduler.from_config(
-            config, algorithm_type="dpmsolver++", use_karras_sigmas=True, timestep_spacing="linspace"
+            config,
+            algorithm_type="dpmsolver++",
+            use_karras_sigmas=not zero_snr,
+            timestep_spacing="trailing" if zero_snr else "linspace",
         )
     raise UserError(f"no sampler is called {name!r}; there are ddim, euler_a and dpm++.")
 

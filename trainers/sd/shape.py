@@ -62,6 +62,7 @@ def model_shape(config: ModelConfig, needs: Collection[str] = ALL_PARTS) -> Stab
         folder=name,
         content_hash="",
         clip_skip=config.clip_skip,
+        max_token_length=config.max_token_length,
         **parts,
     )
     model.freeze()
