@@ -98,8 +98,11 @@ def draw_grid(
 
 
 def load_with_embeddings(name: str, embeddings: Sequence[str] = ()) -> StableDiffusion:
-    """Load the model behind a name (a run folder stands for its exports), and teach it the words of embedding files."""
-    from dreamfleet.trainers.sd.embeddings import install_embedding
+    """Load the model behind a name (a run folder stands for its exports), and teach it the words of embedding files.
+
+    A ``NAME-neg`` beside a file is the word's negative, which pictures that use the word are drawn with.
+    """
+    from dreamfleet.trainers.sd.embeddings import NEGATIVE, install_embedding, install_negative
     from dreamfleet.trainers.sd.formats.embedding import read_embedding
 
     model = load_named(name)
@@ -109,6 +112,11 @@ def load_with_embeddings(name: str, embeddings: Sequence[str] = ()) -> StableDif
         with Storage(path).local_copy("") as local:
             found = read_embedding(local)
         install_embedding(model, found.name, found.vectors)
+        stem, dot, suffix = path.rpartition(".")
+        beside = Storage(f"{stem}{NEGATIVE}{dot}{suffix}")
+        if beside.exists():
+            with beside.local_copy("") as local:
+                install_negative(model, found.name, read_embedding(local).vectors)
     return model
 
 

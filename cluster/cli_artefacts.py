@@ -103,7 +103,11 @@ def sample(
     ] = "pocket",
     embedding: Annotated[
         list[str] | None,
-        typer.Option(help="Textual Inversion file; its name is the word.", show_default=False),
+        typer.Option(
+            help="Textual Inversion file; its name is the word. A NAME-neg.pt beside NAME.pt joins the negative "
+            "prompt wherever the prompt has NAME.",
+            show_default=False,
+        ),
     ] = None,
     hypernetwork: Annotated[
         list[str] | None,

@@ -46,6 +46,17 @@ RUNS: dict[str, dict[str, Any]] = {
         "model__prediction_type": "v_prediction",
         "model__rescale_betas_zero_snr": True,
     },
+    "prompt_tuning": {
+        "method": {
+            "name": "prompt_tuning",
+            "placeholder_token": "<x>",
+            "initializer_token": "cat",
+            "cfg_scale": "1.5-3.0:cos2",
+            "neg_lr_w": 0.5,
+            "rec_loss_w": 0.2,
+        },
+        "optimizer__learning_rate": 5e-2,
+    },
     "textual_inversion": {
         "method": {
             "name": "textual_inversion",

@@ -28,6 +28,15 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "activate_output": True,
     },
     "native": {"name": "native", "train_text_encoder": True},
+    "prompt_tuning": {
+        "name": "prompt_tuning",
+        "placeholder_token": "<thing>",
+        "initializer_token": "cat",
+        "num_vectors": 2,
+        "num_vectors_neg": 3,
+        "cfg_scale": "1.5-3.0:cos",
+        "rec_loss_w": 0.1,
+    },
     "textual_inversion": {
         "name": "textual_inversion",
         "placeholder_token": "<thing>",
@@ -40,6 +49,7 @@ RATES = {
     "dreambooth": 1e-3,
     "hypernetwork": 1e-2,
     "native": 1e-3,
+    "prompt_tuning": 5e-2,
     "textual_inversion": 5e-2,
 }
 
@@ -149,6 +159,11 @@ def test_exports_read_back_equal(workplace: Path, method_name: str, tmp_path: Pa
             from dreamfleet.trainers.sd.formats.embedding import read_embedding
 
             assert torch.allclose(read_embedding(path).vectors, expected["vectors"], atol=1e-6), path
+        elif method_name == "prompt_tuning":
+            from dreamfleet.trainers.sd.formats.embedding import read_embedding
+
+            part = "negative" if path.stem.endswith("-neg") else "positive"
+            assert torch.allclose(read_embedding(path).vectors, expected[part], atol=1e-6), path
         elif method_name == "aesthetic_gradients":
             from dreamfleet.trainers.sd.formats.aesthetic import read_aesthetic
 

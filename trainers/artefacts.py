@@ -53,25 +53,7 @@ def describe(name: str, *, run_name: str, recipe: Mapping[str, Any]) -> Hint:
     if kind in ("textual_inversion", "prompt_tuning"):
         return _embedding(name, stem, suffix, kind, method)  # type: ignore[arg-type]
     if kind == "hypernetwork":
-        strength = method.get("multiplier", 1)  # type: ignore[union-attr]
-        return Hint(
-            "A hypernetwork: layers before the keys and values of attention.",
-            (
-                Use(
-                    "webui",
-                    f"copy to `models/hypernetworks/`, write `<hypernet:{stem}:{strength}>` in the prompt",
-                ),
-                Use(
-                    "diffusers",
-                    "`from dreamfleet.trainers.sd.hypernetwork import load_hypernetwork`, "
-                    f'`load_hypernetwork(pipe, "exports/{name}", multiplier={strength})`',
-                ),
-                Use(
-                    "dreamfleet",
-                    f"`dreamfleet sample --model ... --hypernetwork exports/{name}:{strength} --prompt ...`",
-                ),
-            ),
-        )
+        return _hypernetwork(name, stem, method)  # type: ignore[arg-type]
     if kind == "aesthetic_gradients":
         return Hint(
             "The mean CLIP image vector of the pictures.",
@@ -93,15 +75,44 @@ def describe(name: str, *, run_name: str, recipe: Mapping[str, Any]) -> Hint:
     )
 
 
+def _hypernetwork(name: str, stem: str, method: Mapping[str, Any]) -> Hint:
+    strength = method.get("multiplier", 1)
+    return Hint(
+        "A hypernetwork: layers before the keys and values of attention.",
+        (
+            Use(
+                "webui",
+                f"copy to `models/hypernetworks/`, write `<hypernet:{stem}:{strength}>` in the prompt",
+            ),
+            Use(
+                "diffusers",
+                "`from dreamfleet.trainers.sd.hypernetwork import load_hypernetwork`, "
+                f'`load_hypernetwork(pipe, "exports/{name}", multiplier={strength})`',
+            ),
+            Use(
+                "dreamfleet",
+                f"`dreamfleet sample --model ... --hypernetwork exports/{name}:{strength} --prompt ...`",
+            ),
+        ),
+    )
+
+
 def _embedding(name: str, stem: str, suffix: str, kind: str, method: Mapping[str, Any]) -> Hint:
-    word = str(method.get("placeholder_token") or stem)
     negative = kind == "prompt_tuning" and stem.endswith("-neg")
+    word = str(method.get("placeholder_token") or stem) + ("-neg" if negative else "")
     where = "negative prompt" if negative else "prompt"
     webui = Use("webui", f"copy to `embeddings/`, write `{stem}` in the {where}")
-    ours = Use("dreamfleet", f"`dreamfleet sample --model ... --embedding exports/{name} --prompt ...`")
+    what = "The learned vectors for the negative prompt" if negative else "The learned vectors"
+    given = name.replace("-neg.", ".") if negative else name
+    taken = ", which takes this one along" if negative else ""
+    ours = Use(
+        "dreamfleet", f"`dreamfleet sample --model ... --embedding exports/{given} --prompt ...`{taken}"
+    )
     if suffix == "safetensors":
-        load = f'`pipe.load_textual_inversion("exports/{name}", token="{word}")`'
-        return Hint("The learned vectors, for diffusers.", (Use("diffusers", load), ours))
+        load = (
+            f'`pipe.load_textual_inversion("exports/{name}", token="{word}")`, write `{word}` in the {where}'
+        )
+        return Hint(f"{what}, for diffusers.", (Use("diffusers", load), ours))
     if suffix in ("png", "webp", "avif", "jxl"):
-        return Hint("The learned vectors inside a picture; pass it on as a picture.", (webui, ours))
-    return Hint("The learned vectors, in webui's format.", (webui, ours))
+        return Hint(f"{what} inside a picture; pass it on as a picture.", (webui, ours))
+    return Hint(f"{what}, in webui's format.", (webui, ours))

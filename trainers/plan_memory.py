@@ -210,7 +210,7 @@ def _batch(recipe: Recipe, method: Method) -> Batch:
             mean, std = model.encode_pictures(torch.empty(num, 3, *[recipe.data.resolution] * 2))
             batch["latents"] = mean + std
     if method.trains_text:
-        return batch | {"input_ids": torch.zeros(num, NUM_TOKENS, dtype=torch.long)}
+        return batch | {"input_ids": method.tokenize([""] * num)}
     return batch | {
         "context": torch.empty(
             num, NUM_TOKENS * model.num_chunks, model.context_width, dtype=model.text_encoder.dtype

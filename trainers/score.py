@@ -191,14 +191,17 @@ def load_exported(run: Storage, recipe: Recipe) -> StableDiffusion:
                 recipe.method.apply(model, path)
             return model
     elif word := getattr(recipe.method, "placeholder_token", None):
-        from dreamfleet.trainers.sd.embeddings import install_embedding
+        from dreamfleet.trainers.sd.embeddings import NEGATIVE, install_embedding, install_negative
         from dreamfleet.trainers.sd.formats.embedding import SUFFIXES, read_embedding
 
-        for name in (f"{recipe.run_name}{suffix}" for suffix in SUFFIXES):
-            if name in files:
+        for suffix in SUFFIXES:
+            if (name := f"{recipe.run_name}{suffix}") in files:
                 model = load_model(recipe.model)
                 with run.local_copy(f"exports/{name}") as path:
                     install_embedding(model, word, read_embedding(path).vectors)
+                if (name := f"{recipe.run_name}{NEGATIVE}{suffix}") in files:
+                    with run.local_copy(f"exports/{name}") as path:
+                        install_negative(model, word, read_embedding(path).vectors)
                 return model
     else:
         for name in (f"{recipe.run_name}{suffix}" for suffix in (".safetensors", ".ckpt")):

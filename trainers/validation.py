@@ -16,10 +16,10 @@ from dreamfleet.datasets.index import build_index
 from dreamfleet.datasets.keyed import numpy_rng
 from dreamfleet.datasets.section import Section
 from dreamfleet.trainers.engine import Engine
-from dreamfleet.trainers.feed import to_samples
+from dreamfleet.trainers.feed import Preparer, to_samples
 from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.pictures import encode_index
-from dreamfleet.trainers.sd.noise import draw_noise, noise_loss
+from dreamfleet.trainers.sd.noise import draw_noise
 
 
 class ValidationConfig(Section):
@@ -72,24 +72,19 @@ class HeldOutLoss:
     @torch.no_grad()
     def measure(self, engine: Engine) -> float:
         """Return the mean loss over pictures and timesteps, without SNR weights."""
-        device, losses = engine.device, []
-        model = self.method.model
+        losses, count = [], len(self.timesteps)
+        prepare = Preparer(self.method)
         with evaluating(self.method), engine.autocast():
             every = zip(self.latents, self.noise, self.masks, self.prompts, strict=True)
             for latents, noise, mask, prompt in every:
-                count = len(self.timesteps)
-                context = self.method.encode([prompt]).expand(count, -1, -1)
-                losses.append(
-                    noise_loss(
-                        model.unet,
-                        model.scheduler,
-                        latents=latents.expand(count, -1, -1, -1).to(device),
-                        noise=noise.to(device),
-                        timesteps=self.timesteps.to(device),
-                        context=context,
-                        mask=mask.to(device),
-                    )
-                )
+                batch = {
+                    "latents": latents.expand(count, -1, -1, -1),
+                    "noise": noise,
+                    "mask": mask.expand(count, -1, -1, -1),
+                    "timesteps": self.timesteps,
+                    "prompts": [prompt] * count,
+                }
+                losses.append(self.method.sample_losses(prepare(engine.place(batch))))
         return float(torch.stack(losses).double().mean())
 
 

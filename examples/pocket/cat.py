@@ -1,10 +1,12 @@
-"""Writes the demo's subject to `examples/cat/`: six pictures of a cat to train with and four to judge by.
+"""Writes the demo's subject to `examples/cat/`: six pictures of a cat to train with, four to judge by, and one alone.
 
 All ten come from the held-out family of cat faces, one expression each, on ten different backgrounds. Beside each
 lies a caption that says what is not the cat.
 """
 
 from __future__ import annotations
+
+import shutil
 
 import numpy as np
 from backgrounds import draw_background, say_background
@@ -45,6 +47,12 @@ def write_cat() -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         compose_large(open_emoji(paths[choice]), key, rng).save(target, optimize=True)
         target.with_suffix(".txt").write_text(say_background(key) + "\n")
+    shutil.copytree(
+        ROOT / "examples/cat/train",
+        ROOT / "examples/cat/one",
+        ignore=shutil.ignore_patterns("0[2-9]*"),
+        dirs_exist_ok=True,
+    )
 
 
 if __name__ == "__main__":

@@ -139,23 +139,27 @@ class Method(nn.Module):
         """Compute the loss of a batch; the default is the noise loss weighted per sample (see ``batch_loss``)."""
         return self.batch_loss(batch)
 
-    def batch_loss(self, batch: Batch) -> Loss:
-        """Weigh the noise loss: ``sum(weights * loss) / num_instances``.
-
-        With class pictures in the batch that is mean(instance) + prior_loss_weight * mean(class), the
-        DreamBooth paper's equation 2, right for any batch size. min-SNR weights, when on, apply to both halves.
-        """
+    def sample_losses(self, batch: Batch, *, snr_gamma: float | None = None) -> Tensor:
+        """Compute the noise loss of each sample ``[N]``: what training lowers, and what held-out pictures measure."""
         context = batch["context"] if "context" in batch else self.model.encode_text(batch["input_ids"])
-        per_sample = noise_loss(
+        return noise_loss(
             self.model.unet,
             self.model.scheduler,
             latents=batch["latents"],
             noise=batch["noise"],
             timesteps=batch["timesteps"],
             context=context,
-            snr_gamma=self.setting.snr_gamma,
+            snr_gamma=snr_gamma,
             mask=batch.get("mask"),
         )
+
+    def batch_loss(self, batch: Batch) -> Loss:
+        """Weigh the noise loss: ``sum(weights * loss) / num_instances``.
+
+        With class pictures in the batch that is mean(instance) + prior_loss_weight * mean(class), the
+        DreamBooth paper's equation 2, right for any batch size. min-SNR weights, when on, apply to both halves.
+        """
+        per_sample = self.sample_losses(batch, snr_gamma=self.setting.snr_gamma)
         count = batch["num_instances"]
         total = (per_sample * batch["weights"]).sum() / count
         extras = {}

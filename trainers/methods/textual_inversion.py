@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import AliasChoices, Field
-from torch import Tensor, nn
+from torch import nn
 
-from dreamfleet.datasets import captions
-from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.methods.base import Method, MethodConfig, ParamGroup, Sample, Setting, register
+from dreamfleet.trainers.methods.words import (
+    WORD_FORMATS,
+    export_word,
+    fill_prompt,
+    initial_vectors,
+    load_templates,
+)
 from dreamfleet.trainers.sd.embeddings import install_embedding, text_embeddings
-from dreamfleet.trainers.sd.formats.embedding import Embedding, write_embedding
 from dreamfleet.trainers.sd.model import StableDiffusion
 
 
@@ -52,7 +55,7 @@ class TextualInversion(Method):
     name: ClassVar[str] = "textual_inversion"
     Config = TextualInversionConfig
     formats = ("pt", "safetensors", "png")
-    all_formats = ("pt", "safetensors", "png", "webp", "bin")
+    all_formats = WORD_FORMATS
 
     def __init__(self, config: TextualInversionConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)
@@ -61,8 +64,7 @@ class TextualInversion(Method):
             initial_vectors(model, config.initializer_token, config.num_vectors).to(table)
         )
         install_embedding(model, config.placeholder_token, self.vectors)
-        chosen = config.template_file or config.learnable_property
-        self._templates = captions.TEMPLATE_SETS.get(chosen) or captions.load_template_file(chosen)
+        self._templates = load_templates(config.template_file or config.learnable_property)
 
     @property
     def trains_text(self) -> bool:
@@ -73,15 +75,7 @@ class TextualInversion(Method):
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
         """Fill a template line drawn for this use of the picture with the placeholder and the picture's caption."""
-        template = captions.choose_template(self._templates, rng)
-        return captions.make_caption(
-            sample.caption,
-            template=template,
-            name=self.config.placeholder_token,
-            file_name=sample.uri.rpartition("/")[2],
-            rng=rng,
-            config=data,
-        )
+        return fill_prompt(self._templates, self.config.placeholder_token, sample, rng, data)
 
     def export(
         self,
@@ -94,34 +88,13 @@ class TextualInversion(Method):
         precision: str,
     ) -> list[Path]:
         """Write ``NAME.pt`` (webui), ``NAME.safetensors`` (diffusers) and ``NAME.png`` (image embedding)."""
-        paths = []
-        for suffix in self.chosen_formats(formats):
-            # webui goes by the file's name, diffusers by the name inside: the word the vectors were trained under.
-            inner = self.config.placeholder_token if suffix in ("safetensors", "bin") else name
-            embedding = Embedding(
-                name=inner,
-                vectors=self.vectors.detach().float().cpu().clone(),
-                step=step,
-                sd_checkpoint=self.model.content_hash,
-                sd_checkpoint_name=Path(self.model.folder).stem,
-                metadata=metadata,
-            )
-            paths.append(folder / f"{name}.{suffix}")
-            write_embedding(embedding, paths[-1])
-        return paths
-
-
-def initial_vectors(model: StableDiffusion, text: str, num_vectors: int) -> Tensor:
-    """Return the starting vectors ``[n, D]``: the rows of the text's tokens, each serving an equal run of vectors.
-
-    Vector i copies token floor(i * tokens / n), as webui does; more tokens than vectors are cut. An empty
-    text starts from zeros (webui), which trains, as the encoder adds positions.
-    """
-    table = text_embeddings(model.text_encoder).token_embedding.weight.detach().float()
-    if not text.strip():
-        return torch.zeros(num_vectors, table.shape[1])
-    ids = model.tokenizer(text, add_special_tokens=False).input_ids[:num_vectors]
-    if not ids:
-        raise RecipeError(f"method.initializer_token: {text!r} has no token in this model's vocabulary")
-    rows = [ids[i * len(ids) // num_vectors] for i in range(num_vectors)]
-    return table[torch.tensor(rows)].clone()
+        return export_word(
+            self.vectors,
+            folder,
+            name,
+            word=self.config.placeholder_token,
+            model=self.model,
+            formats=self.chosen_formats(formats),
+            step=step,
+            metadata=metadata,
+        )

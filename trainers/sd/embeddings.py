@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,8 @@ from dreamfleet.datasets.errors import ModelError
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.sd.model import StableDiffusion
+
+NEGATIVE = "-neg"  # ends the name of the vectors that go into the negative prompt
 
 
 class SplicedEmbedding(nn.Module):
@@ -28,6 +30,8 @@ class SplicedEmbedding(nn.Module):
         self.words: dict[str, nn.Parameter] = {}
         # Kept apart: where an engine shards parameters, the vectors are empty between uses.
         self.counts: dict[str, int] = {}
+        #: the word that belongs into the negative prompt of whoever uses a word
+        self.negatives: dict[str, str] = {}
 
     @property
     def weight(self) -> Tensor:
@@ -84,6 +88,33 @@ def install_embedding(model: StableDiffusion, word: str, vectors: Tensor) -> nn.
     return parameter
 
 
+def install_negative(model: StableDiffusion, word: str, vectors: Tensor) -> nn.Parameter:
+    """Teach ``model`` the negative of an installed word under the name ``WORD-neg``, as DreamArtist calls it.
+
+    :func:`negative_for` then puts it into negative prompts. Returns the Parameter in use.
+    """
+    negative = f"{word}{NEGATIVE}"
+    parameter = install_embedding(model, negative, vectors)
+    text_embeddings(model.text_encoder).token_embedding.negatives[word] = negative
+    return parameter
+
+
+def negative_for(model: StableDiffusion, prompt: str, negative_prompt: str) -> str:
+    """Return the negative prompt with the negatives of the words in ``prompt`` that it does not name itself."""
+    spliced = text_embeddings(model.text_encoder).token_embedding
+    if not isinstance(spliced, SplicedEmbedding) or not spliced.negatives:
+        return negative_prompt
+    used = {word for _, word in _split_words(prompt, spliced.words)}
+    named = {word for _, word in _split_words(negative_prompt, spliced.words)}
+    missing = [other for word, other in spliced.negatives.items() if word in used and other not in named]
+    return ", ".join([*([negative_prompt] if negative_prompt.strip() else []), *missing])
+
+
+def replace_word(prompt: str, word: str, other: str) -> str:
+    """Put ``other`` for ``word`` wherever a prompt has it as a whole word."""
+    return _pattern([word]).sub(lambda _: other, prompt)
+
+
 def remove_embeddings(model: StableDiffusion) -> None:
     """Give the text encoder its own token table back."""
     holder = text_embeddings(model.text_encoder)
@@ -126,12 +157,10 @@ def tokenize(model: StableDiffusion, prompts: Sequence[str]) -> Tensor:
 
 
 def _split_words(prompt: str, words: Sequence[str] | dict[str, nn.Parameter]) -> list[tuple[str, str | None]]:
-    # Longest first, so that "cat-neg" is not read as "cat" and "-neg"; whole words only; CLIP ignores case.
     by_lower = {word.lower(): word for word in words}
-    pattern = "|".join(re.escape(word) for word in sorted(by_lower, key=len, reverse=True))
     pieces: list[tuple[str, str | None]] = []
     end = 0
-    for match in re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", prompt, re.IGNORECASE):
+    for match in _pattern(by_lower).finditer(prompt):
         if before := prompt[end : match.start()].strip():
             pieces.append((before, None))
         pieces.append(("", by_lower[match.group().lower()]))
@@ -139,3 +168,9 @@ def _split_words(prompt: str, words: Sequence[str] | dict[str, nn.Parameter]) ->
     if rest := prompt[end:].strip():
         pieces.append((rest, None))
     return pieces
+
+
+def _pattern(words: Iterable[str]) -> re.Pattern[str]:
+    # Longest first, so that "cat-neg" is not read as "cat" and "-neg"; whole words only; CLIP ignores case.
+    longest_first = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    return re.compile(rf"(?<!\w)(?:{longest_first})(?!\w)", re.IGNORECASE)

@@ -60,6 +60,28 @@ def noise_loss(
     """
     noisy_BCHW = scheduler.add_noise(latents, noise, timesteps)
     predicted_BCHW = unet(noisy_BCHW, timesteps, context, return_dict=False)[0]
+    return prediction_loss(
+        scheduler,
+        predicted_BCHW,
+        latents=latents,
+        noise=noise,
+        timesteps=timesteps,
+        snr_gamma=snr_gamma,
+        mask=mask,
+    )
+
+
+def prediction_loss(
+    scheduler: Any,
+    predicted_BCHW: Tensor,
+    *,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    snr_gamma: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Compute the loss per sample ``[B]`` of what the model predicted; see :func:`noise_loss`."""
     target_BCHW = make_target(scheduler, latents, noise, timesteps)
     error_BCHW = F.mse_loss(predicted_BCHW.float(), target_BCHW.float(), reduction="none")
     if mask is not None:
@@ -80,6 +102,20 @@ def make_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tenso
     if kind == "sample":
         return latents
     raise ValueError(f"unknown prediction_type {kind!r}; known: epsilon, v_prediction, sample")
+
+
+def clean_estimate(scheduler: Any, predicted: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+    """Return the clean latents ``[B, C, H, W]`` that a prediction amounts to, unclamped, in float32.
+
+    Source: Ho et al. 2020, eq. 15; v: Salimans & Ho 2022, appendix D.
+    """
+    abar = scheduler.alphas_cumprod.to(noisy.device)[timesteps].float()[:, None, None, None]
+    kind = scheduler.config.prediction_type
+    if kind == "sample":
+        return predicted.float()
+    if kind == "v_prediction":
+        return abar.sqrt() * noisy.float() - (1 - abar).sqrt() * predicted.float()
+    return (noisy.float() - (1 - abar).sqrt() * predicted.float()) / abar.sqrt()
 
 
 def signal_to_noise(scheduler: Any, timesteps: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dreamfleet.datasets.errors import UserError
+from dreamfleet.trainers.sd.embeddings import negative_for
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.sd.model import StableDiffusion
@@ -42,7 +43,8 @@ def generate(
     Picture i is the same, within rounding, in any batch and on any number of workers: its noise comes from a CPU
     generator of its own. `width` and `height` are pixels (the model's own size when None); `encode` replaces
     `model.encode_text` (prompts -> context `[B, T, D]`); `device` is where the model is when None. A guidance
-    scale of 1 skips the negative prompt and half of the work. Raises UserError for sizes or names nobody can draw.
+    scale of 1 skips the negative prompt and half of the work. A learned word that has a negative brings it into the
+    negative prompt. Raises UserError for sizes or names nobody can draw.
     """
     if len(seeds) != len(prompts):
         raise UserError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}.")
@@ -51,6 +53,7 @@ def generate(
     )
     if len(negatives) != len(prompts):
         raise UserError(f"{len(prompts)} prompts need one negative prompt or as many, not {len(negatives)}.")
+    negatives = [negative_for(model, *texts) for texts in zip(prompts, negatives, strict=True)]
     width, height = width or model.resolution, height or model.resolution
     _require_size(model, width, height)
     unet: Any = model.unet

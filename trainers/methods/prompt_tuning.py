@@ -1,0 +1,238 @@
+"""Advanced Prompt Tuning (DreamArtist): a positive and a negative word learn together, through guidance.
+
+Source: Dong et al. 2022 (arXiv 2211.11337); their webui extension, `scripts/dream_artist/cptuning.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import AfterValidator, AliasChoices, Field, model_validator
+from torch import Tensor, nn
+
+from dreamfleet.trainers.methods.base import (
+    Batch,
+    Loss,
+    Method,
+    MethodConfig,
+    ParamGroup,
+    Sample,
+    Setting,
+    register,
+)
+from dreamfleet.trainers.methods.words import (
+    WORD_FORMATS,
+    export_word,
+    fill_prompt,
+    initial_vectors,
+    load_templates,
+)
+from dreamfleet.trainers.sd.embeddings import (
+    NEGATIVE,
+    install_embedding,
+    install_negative,
+    replace_word,
+    text_embeddings,
+)
+from dreamfleet.trainers.sd.guidance import guided_prediction, parse_guidance
+from dreamfleet.trainers.sd.model import StableDiffusion
+from dreamfleet.trainers.sd.noise import clean_estimate, prediction_loss
+
+NEGATIVE_NOISE = (
+    1e-3  # standard deviation of what tells the negative's vectors from the positive's at the start
+)
+
+
+def _check_guidance(value: float | str) -> float | str:
+    parse_guidance(value)
+    return value
+
+
+class PromptTuningConfig(MethodConfig):
+    """The ``method:`` section of Advanced Prompt Tuning."""
+
+    name: Literal["prompt_tuning"] = "prompt_tuning"
+    placeholder_token: str = Field(
+        min_length=1,
+        validation_alias=AliasChoices("placeholder_token", "token_string", "trigger_word"),
+        description="the word in prompts; the negative's is the same with -neg",
+    )
+    initializer_token: str = Field(
+        "*",
+        validation_alias=AliasChoices("initializer_token", "init_word", "initialization_text"),
+        description="what both start from; the negative with a little noise",
+    )
+    num_vectors: int = Field(
+        3,
+        ge=1,
+        le=75,
+        validation_alias=AliasChoices("num_vectors", "num_vectors_per_token", "vectors_per_token"),
+        description="vectors of the word; more hold more detail and take more of the prompt",
+    )
+    num_vectors_neg: int = Field(6, ge=1, le=75, description="vectors of the negative")
+    cfg_scale: Annotated[float | str, AfterValidator(_check_guidance)] = Field(
+        3.0,
+        description="guidance trained through, fixed or low-high by the timestep with a curve (ln, cos, cos2): "
+        "1.5-3.0:cos; draw with about the same",
+    )
+    neg_lr_w: float = Field(
+        1.0,
+        gt=0,
+        validation_alias=AliasChoices("neg_lr_w", "negative_lr_scale"),
+        description="times the learning rate, for the negative",
+    )
+    rec_loss_w: float = Field(
+        0.0,
+        ge=0,
+        validation_alias=AliasChoices("rec_loss_w", "reconstruction_loss_weight"),
+        description="weight of the reconstruction loss: the estimated picture, decoded, against the real one; 0.01 "
+        "to 1, and more memory",
+    )
+    template_file: str = Field(
+        "subject",
+        description="a prompt a line, with [name] and [filewords]; or a set's name: style, subject_filewords",
+    )
+    negative_prompt: str | None = Field(
+        None,
+        description="what the negative is trained in, with [name] for its word; when left out the picture's own "
+        "prompt with that word",
+    )
+
+    @model_validator(mode="after")
+    def _check_negative(self) -> Self:
+        if self.negative_prompt is not None and "[name]" not in self.negative_prompt:
+            raise ValueError(
+                f"negative_prompt: {self.negative_prompt!r} has no [name], so the negative would never learn"
+            )
+        return self
+
+
+@register
+class PromptTuning(Method):
+    """Teach a new word and what to steer away from, from one picture: vectors for the prompt and its negative."""
+
+    name: ClassVar[str] = "prompt_tuning"
+    Config = PromptTuningConfig
+    formats = ("pt", "safetensors")
+    all_formats = WORD_FORMATS
+
+    def __init__(self, config: PromptTuningConfig, model: StableDiffusion, setting: Setting):
+        super().__init__(config, model, setting)
+        table = text_embeddings(model.text_encoder).token_embedding.weight
+        positive = initial_vectors(model, config.initializer_token, config.num_vectors)
+        negative = initial_vectors(model, config.initializer_token, config.num_vectors_neg)
+        negative = negative + NEGATIVE_NOISE * torch.randn_like(negative)
+        self.positive, self.negative = nn.Parameter(positive.to(table)), nn.Parameter(negative.to(table))
+        self._word, self._guidance = config.placeholder_token, parse_guidance(config.cfg_scale)
+        install_embedding(model, self._word, self.positive)
+        install_negative(model, self._word, self.negative)
+        self._templates = load_templates(config.template_file)
+
+    @property
+    def trains_text(self) -> bool:
+        return True
+
+    def groups(self) -> list[ParamGroup]:
+        return [
+            ParamGroup("positive", {"positive": self.positive}),
+            ParamGroup("negative", {"negative": self.negative}, self.config.neg_lr_w),
+        ]
+
+    def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
+        """Fill a template line drawn for this use of the picture with the placeholder and the picture's caption."""
+        return fill_prompt(self._templates, self._word, sample, rng, data)
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Turn prompts into ids ``[B, 2, 77]``: of what each is trained against, and its own."""
+        negatives = [self._negative_of(prompt) for prompt in prompts]
+        return torch.stack([self.model.tokenize(negatives), self.model.tokenize(prompts)], dim=1)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        device = next(self.model.text_encoder.parameters()).device
+        return self.model.encode_text(self.model.tokenize(prompts).to(device))
+
+    def sample_losses(self, batch: Batch, *, snr_gamma: float | None = None) -> Tensor:
+        """Compute the noise loss of each sample ``[N]``, of the guided prediction."""
+        return self._noise_losses(batch, self._predict(batch)[1], snr_gamma)
+
+    def forward(self, batch: Batch) -> Loss:
+        """Compute the noise loss of the guided prediction, plus the weighted reconstruction loss where asked for."""
+        noisy, predicted = self._predict(batch)
+        per_sample = self._noise_losses(batch, predicted, self.setting.snr_gamma)
+        extras = {}
+        if self.config.rec_loss_w:
+            rebuilt = self._reconstruction_losses(batch, noisy, predicted)
+            extras = {
+                "noise_loss": per_sample.detach().mean(),
+                "reconstruction_loss": rebuilt.detach().mean(),
+            }
+            per_sample = per_sample + self.config.rec_loss_w * rebuilt
+        total = (per_sample * batch["weights"]).sum() / batch["num_instances"]
+        return Loss(total, per_sample.detach(), extras)
+
+    def export(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        formats: Sequence[str] | None,
+        step: int,
+        metadata: dict[str, str],
+        precision: str,
+    ) -> list[Path]:
+        """Write ``NAME.pt`` and ``NAME-neg.pt`` (webui), and the same as ``.safetensors`` (diffusers)."""
+        paths = []
+        for vectors, ending in ((self.positive, ""), (self.negative, NEGATIVE)):
+            paths += export_word(
+                vectors,
+                folder,
+                name + ending,
+                word=self._word + ending,
+                model=self.model,
+                formats=self.chosen_formats(formats),
+                step=step,
+                metadata=metadata,
+            )
+        return paths
+
+    def _negative_of(self, prompt: str) -> str:
+        word = self._word + NEGATIVE
+        if self.config.negative_prompt is not None:
+            return self.config.negative_prompt.replace("[name]", word)
+        return replace_word(prompt, self._word, word)
+
+    def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the noised latents and the guided prediction, each ``[N, C, H, W]``."""
+        model, timesteps = self.model, batch["timesteps"]
+        noisy = model.scheduler.add_noise(batch["latents"], batch["noise"], timesteps)
+        ids = batch["input_ids"]
+        contexts_B2TD = model.encode_text(ids.flatten(0, 1)).unflatten(0, ids.shape[:2])
+        scale = self._guidance.at(timesteps, model.scheduler.config.num_train_timesteps)
+        return noisy, guided_prediction(model.unet, noisy, timesteps, contexts_B2TD, scale)
+
+    def _noise_losses(self, batch: Batch, predicted: Tensor, snr_gamma: float | None) -> Tensor:
+        return prediction_loss(
+            self.model.scheduler,
+            predicted,
+            latents=batch["latents"],
+            noise=batch["noise"],
+            timesteps=batch["timesteps"],
+            snr_gamma=snr_gamma,
+            mask=batch.get("mask"),
+        )
+
+    def _reconstruction_losses(self, batch: Batch, noisy: Tensor, predicted: Tensor) -> Tensor:
+        """Compute each picture's mean absolute difference ``[N]`` from what the prediction makes of it, in pixels.
+
+        The picture is its latents decoded, not the file: cached latents have no file at hand, and what the VAE
+        itself loses cannot be learned.
+        """
+        model = self.model
+        estimate = clean_estimate(model.scheduler, predicted, noisy, batch["timesteps"])
+        with torch.no_grad():
+            real = model.decode(batch["latents"])
+        return (model.decode(estimate) - real).abs().flatten(1).mean(1)

@@ -1,0 +1,82 @@
+"""What the methods that teach new words share: where vectors start, their prompts in training, their files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dreamfleet.datasets import captions
+from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.trainers.methods.base import Sample
+from dreamfleet.trainers.sd.embeddings import text_embeddings
+from dreamfleet.trainers.sd.formats.embedding import Embedding, write_embedding
+from dreamfleet.trainers.sd.model import StableDiffusion
+
+WORD_FORMATS = ("pt", "safetensors", "png", "webp", "bin")
+
+
+def initial_vectors(model: StableDiffusion, text: str, num_vectors: int) -> Tensor:
+    """Return the starting vectors ``[n, D]``: the rows of the text's tokens, each serving an equal run of vectors.
+
+    Vector i copies token floor(i * tokens / n), as webui does; more tokens than vectors are cut. An empty
+    text starts from zeros (webui), which trains, as the encoder adds positions.
+    """
+    table = text_embeddings(model.text_encoder).token_embedding.weight.detach().float()
+    if not text.strip():
+        return torch.zeros(num_vectors, table.shape[1])
+    ids = model.tokenizer(text, add_special_tokens=False).input_ids[:num_vectors]
+    if not ids:
+        raise RecipeError(f"method.initializer_token: {text!r} has no token in this model's vocabulary")
+    rows = [ids[i * len(ids) // num_vectors] for i in range(num_vectors)]
+    return table[torch.tensor(rows)].clone()
+
+
+def load_templates(name: str) -> tuple[str, ...]:
+    """Return the prompt templates of a set (object, style_filewords, ...) or of a file."""
+    return captions.TEMPLATE_SETS.get(name) or captions.load_template_file(name)
+
+
+def fill_prompt(
+    templates: Sequence[str], word: str, sample: Sample, rng: np.random.Generator, data: Any
+) -> str:
+    """Fill a template line drawn for this use of a picture with the word and the picture's caption."""
+    return captions.make_caption(
+        sample.caption,
+        template=captions.choose_template(templates, rng),
+        name=word,
+        file_name=sample.uri.rpartition("/")[2],
+        rng=rng,
+        config=data,
+    )
+
+
+def export_word(
+    vectors: Tensor,
+    folder: Path,
+    name: str,
+    *,
+    word: str,
+    model: StableDiffusion,
+    formats: Sequence[str],
+    step: int,
+    metadata: dict[str, str],
+) -> list[Path]:
+    """Write ``NAME.FORMAT`` for every format; returns the paths."""
+    paths = []
+    for suffix in formats:
+        # webui goes by the file's name, diffusers by the name inside: the word the vectors were trained under.
+        embedding = Embedding(
+            name=word if suffix in ("safetensors", "bin") else name,
+            vectors=vectors.detach().float().cpu().clone(),
+            step=step,
+            sd_checkpoint=model.content_hash,
+            sd_checkpoint_name=Path(model.folder).stem,
+            metadata=metadata,
+        )
+        paths.append(write_embedding(embedding, folder / f"{name}.{suffix}"))
+    return paths
