@@ -127,9 +127,39 @@ def test_clip_skip_and_learned_words_are_honoured(
     assert torch.allclose(skipped, tuned.final_layer_norm(hidden), atol=1e-5)
     assert not torch.allclose(skipped, last, atol=1e-3)
     install_embedding(model, "thing", torch.ones(2, 16))
+    assert tune_text_encoder(  # a learned word is no part of what is tuned, and warns of nothing
+        model,
+        model.tokenize(["a thing"]),
+        F.normalize(vector),
+        projection=clip.text_projection,
+        steps=1,
+        learning_rate=1e-2,
+    )[1][1]
     encoder = make_encoder(model, vector, clip)
     assert not torch.allclose(encoder(["a thing"]), encoder(["a cat"]), atol=1e-3)
     assert encoder.cosines["a thing"][-1] > encoder.cosines["a thing"][0]
+
+
+def test_a_long_prompt_is_tuned_by_all_of_its_chunks(
+    model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor
+) -> None:
+    model.max_token_length = 150
+    encoder = make_encoder(model, vector, clip)
+    long = "a cat, " * 40
+    context = encoder([long, "a cat"])
+    assert context.shape == (2, 154, 16)
+    assert ((context - plain(model, [long, "a cat"])).abs().amax(dim=2) > 1e-3).all()
+    halves = [clip_chunk_cosine(model, clip, vector, long, chunk) for chunk in range(2)]
+    assert encoder.cosines[long][0] == pytest.approx(sum(halves) / 2, abs=1e-5)
+
+
+def clip_chunk_cosine(
+    model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor, prompt: str, chunk: int
+) -> float:
+    """The cosine of a vector and one chunk of 77 tokens, as the text tower alone sees it."""
+    ids = model.tokenize([prompt])[:, 77 * chunk : 77 * (chunk + 1)]
+    pooled = model.text_encoder(ids).pooler_output
+    return float(F.cosine_similarity(pooled @ clip.text_projection.T, vector))
 
 
 def test_the_vector_is_bent_by_a_text(clip: ClipScorer, vector: torch.Tensor) -> None:

@@ -207,9 +207,9 @@ def tune_text_encoder(
                 (-now).backward()
                 optimizer.step()
                 cosines.append(float(now.detach()))
-        encoder.requires_grad_(False)
-        cosines.append(float(cosine()))
-    return encoder, cosines
+        with torch.no_grad():
+            cosines.append(float(cosine()))
+    return encoder.requires_grad_(False), cosines
 
 
 def mix(plain_BTD: Tensor, tuned_BTD: Tensor, weight: float, how: Slerp) -> Tensor:
