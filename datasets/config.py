@@ -107,9 +107,10 @@ class DataConfig(Section):
 
     alpha_mask: bool = Field(
         default=False,
-        validation_alias=_also("alpha_mask", "masked_loss", "use_weight"),
-        description="weigh the loss over each picture by its mask (NAME.mask.png, or in mask_dir), else by its alpha "
-        "channel; mean 1, so a picture that is opaque everywhere counts as ever",
+        validation_alias=_also("alpha_mask", "masked_loss", "use_weight", "use_att_map"),
+        description="weigh the loss over each picture by its mask (in mask_dir, or NAME.mask.png), else by "
+        "DreamArtist's attention map (NAME_att.png: black 0, mid-grey 1, white 5), else by its alpha channel; mean 1, "
+        "so a picture that is opaque everywhere counts as ever",
     )
     mask_dir: str | None = Field(
         default=None,

@@ -21,9 +21,9 @@ from dreamfleet.datasets.images import (
     check_picture,
     read_header,
 )
-from dreamfleet.datasets.masks import find_masks, open_mask
+from dreamfleet.datasets.masks import find_masks, masks_beside, open_mask, read_mask
 from dreamfleet.datasets.sidecars import CaptionFinder
-from dreamfleet.datasets.storage import Storage, read_uri
+from dreamfleet.datasets.storage import Storage
 
 __all__ = ["BadFile", "Concept", "DataConfig", "Index", "Row", "build_index"]
 
@@ -132,7 +132,8 @@ def build_index(
     `caption_extension` (the first there is), else from `metadata.jsonl` / `metadata.csv` in the folder or one
     above it. With `verify` (None: up to 2000 pictures) every pixel is decoded, so that a picture cut short
     is found now. Bad pictures, and those whose mask is bad, are listed in `.bad` and left out. `exclude(name)`
-    leaves out files. Masks are `NAME.mask.png` beside pictures, or the pictures of the same names in `mask_dir`.
+    leaves out files. Masks are `NAME.mask.png` or `NAME_att.png` beside pictures, or the pictures of the same names in
+    `mask_dir`.
 
     Raises DataError, naming the folder, what is wrong and the way out, when the folder is not there or holds
     no usable picture, and when a caption file is not UTF-8 or a metadata file is broken.
@@ -143,12 +144,8 @@ def build_index(
     if exclude is not None:
         names = [name for name in names if not exclude(name)]
     masks = find_masks(storage, names, mask_dir)
-    are_masks = set(masks.values())
-    pictures = [
-        name
-        for name in names
-        if name.lower().endswith(PICTURE_SUFFIXES) and storage.path(name) not in are_masks
-    ]
+    are_masks = masks_beside(names).keys()
+    pictures = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES) and name not in are_masks]
     bad += [
         BadFile(
             storage.path(name), f"{os.path.splitext(name)[1]} files cannot be read. Convert it to PNG or JPEG"
@@ -162,19 +159,19 @@ def build_index(
     def look(name: str) -> Row | BadFile:
         uri, mask = storage.path(name), masks.get(name)
         try:
-            data, mask_data = storage.read_bytes(name), read_uri(mask) if mask else None
+            data, mask_file = storage.read_bytes(name), read_mask(mask) if mask else None
             header = read_header(data, uri=uri, max_pixels=max_pixels)
             if check:
                 check_picture(data, uri=uri, max_pixels=max_pixels)
-            if mask_data is not None:
-                open_mask(mask_data, uri=f"its mask {mask}", max_pixels=max_pixels)
+            if mask_file is not None:
+                open_mask(mask_file, uri=f"its mask {mask}", max_pixels=max_pixels)
         except (DataError, StorageError) as error:
             return BadFile(uri, str(error).removeprefix(f"{uri}: "))
         sha256 = hashlib.sha256(data).hexdigest()
         caption = captions.of(name)
         row = Row(sha256[:16], uri, header.width, header.height, caption, sha256, concept, role, repeats)
-        if mask_data is not None:
-            row = row._replace(mask=mask, mask_sha256=hashlib.sha256(mask_data).hexdigest())
+        if mask_file is not None:
+            row = row._replace(mask=mask, mask_sha256=hashlib.sha256(mask_file.data).hexdigest())
         return row
 
     workers = min(32, 2 * (os.cpu_count() or 1) if storage.is_local else 32, max(1, len(pictures)))

@@ -11,10 +11,20 @@ from PIL import Image, ImageChops
 
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.images import MAX_PIXELS, PICTURE_SUFFIXES, fit_picture, open_with_alpha
-from dreamfleet.datasets.storage import Storage
+from dreamfleet.datasets.storage import Storage, read_uri
 
 MASK_ENDING = ".mask.png"
+ATTENTION_ENDING = "_att"  # of a stem
 OPAQUE = 255
+# DreamArtist's attention maps: black is no weight, mid-grey (127) one, white five; times 51 to fit in a byte.
+ATTENTION_WEIGHTS = [round(51 * (v / 127 if v <= 127 else 1 + 4 * (v - 127) / 128)) for v in range(256)]
+
+
+class Mask(NamedTuple):
+    """A mask's file; in an attention map grey counts as DreamArtist has it, else as it is."""
+
+    data: bytes
+    is_attention: bool = False
 
 
 class PictureDraw(NamedTuple):
@@ -32,19 +42,31 @@ class PictureDraw(NamedTuple):
 def find_masks(storage: Storage, names: Sequence[str], mask_dir: str | None = None) -> dict[str, str]:
     """Say which mask belongs to which of the files in a folder: picture's name -> mask's address.
 
-    That is the picture of the same name in ``mask_dir``, whatever its format, else ``NAME.mask.png`` beside it.
+    That is the picture of the same name in ``mask_dir``, whatever its format, else ``NAME.mask.png`` beside it, else
+    the attention map ``NAME_att.png``, whatever its format.
     Raises DataError when ``mask_dir`` is not there or among the pictures, or when nothing in it fits any picture.
     """
     pictures = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES)]
     stems = {os.path.splitext(name)[0] for name in pictures}
-    masks = {
-        name[: -len(MASK_ENDING)]: storage.path(name)
-        for name in pictures
-        if name.lower().endswith(MASK_ENDING) and name[: -len(MASK_ENDING)] in stems
-    }
+    beside = masks_beside(names)
+    ordered = sorted(beside, key=_is_plain)  # the later one stays
+    masks = {beside[name]: storage.path(name) for name in ordered}
     if mask_dir is not None:
         masks |= _masks_in(Storage(mask_dir), stems, of=storage)
     return {name: masks[stem] for name in pictures if (stem := os.path.splitext(name)[0]) in masks}
+
+
+def masks_beside(names: Sequence[str]) -> dict[str, str]:
+    """Return those of the files in a folder that are masks of others, and the stem of the picture each belongs to."""
+    pictures = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES)]
+    stems = {os.path.splitext(name)[0] for name in pictures}
+    return {name: stem for name in pictures if (stem := _owner(name)) is not None and stem in stems}
+
+
+def read_mask(uri: str) -> Mask:
+    """Read a mask's file. Raises StorageError."""
+    stem = os.path.splitext(uri)[0]
+    return Mask(read_uri(uri), stem.endswith(ATTENTION_ENDING))
 
 
 def cut_picture(
@@ -55,7 +77,7 @@ def cut_picture(
     size: int | tuple[int, int],
     max_pixels: int = MAX_PIXELS,
     weighted: bool = False,
-    mask: bytes | None = None,
+    mask: Mask | None = None,
 ) -> np.ndarray:
     """Decode a picture and cut it as a draw asks: uint8 [H,W,3], or [H,W,4] where ``weighted``.
 
@@ -81,10 +103,12 @@ def cut_picture(
     return np.dstack([cut(rgb), cut(weights)])
 
 
-def open_mask(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_mask(mask: Mask, *, uri: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a mask: 8-bit grey, white counts; transparent parts are black. DataError naming ``uri``."""
-    rgb, alpha = open_with_alpha(data, uri=uri, max_pixels=max_pixels)
+    rgb, alpha = open_with_alpha(mask.data, uri=uri, max_pixels=max_pixels)
     grey = rgb.convert("L")
+    if mask.is_attention:
+        grey = grey.point(ATTENTION_WEIGHTS)
     return grey if alpha is None else ImageChops.multiply(grey, alpha)
 
 
@@ -99,6 +123,18 @@ def loss_weights(pixels: np.ndarray, cell: int) -> np.ndarray:
     mean = cells.mean()
     weights = cells / mean if mean > 0 else np.ones_like(cells)
     return weights.astype(np.float32)[None]
+
+
+def _is_plain(name: str) -> bool:
+    return name.lower().endswith(MASK_ENDING)
+
+
+def _owner(name: str) -> str | None:
+    """Return the stem of the picture that a file would be the mask of."""
+    if _is_plain(name):
+        return name[: -len(MASK_ENDING)]
+    stem = os.path.splitext(name)[0]
+    return stem.removesuffix(ATTENTION_ENDING) if stem.endswith(ATTENTION_ENDING) else None
 
 
 def _masks_in(folder: Storage, stems: set[str], *, of: Storage) -> dict[str, str]:

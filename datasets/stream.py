@@ -15,7 +15,7 @@ import numpy as np
 from dreamfleet.datasets.errors import DataError, ResourceError, StorageError
 from dreamfleet.datasets.images import MAX_PIXELS
 from dreamfleet.datasets.index import Index
-from dreamfleet.datasets.masks import PictureDraw, cut_picture
+from dreamfleet.datasets.masks import PictureDraw, cut_picture, read_mask
 from dreamfleet.datasets.storage import read_uri
 
 log = logging.getLogger(__name__)
@@ -287,7 +287,7 @@ def _decode_one(
             size=draw.size,
             max_pixels=max_pixels,
             weighted=weighted,
-            mask=read_uri(mask) if weighted and mask else None,
+            mask=read_mask(mask) if weighted and mask else None,
         ), ""
     except DataError as error:  # no StorageError: a disk or bucket in trouble must not change what is learned
         return None, str(error)

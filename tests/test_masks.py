@@ -17,7 +17,7 @@ from PIL import Image
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.index import build_index
-from dreamfleet.datasets.masks import PictureDraw, cut_picture, loss_weights
+from dreamfleet.datasets.masks import Mask, PictureDraw, cut_picture, loss_weights
 from dreamfleet.trainers.assemble import Place, assemble
 from dreamfleet.trainers.recipe import build_recipe
 
@@ -69,7 +69,7 @@ def test_a_mask_is_cut_like_its_picture_whatever_its_size() -> None:
             uri="a",
             size=32,
             weighted=True,
-            mask=png(Image.fromarray(mask)),
+            mask=Mask(png(Image.fromarray(mask))),
         )
         assert cut.shape == (32, 32, 4) and (cut[..., :3] == [255, 0, 0]).all()
         shares.append(cut[..., 3].mean() / 255)
@@ -81,9 +81,23 @@ def test_a_mask_is_cut_like_its_picture_whatever_its_size() -> None:
         uri="a",
         size=8,
         weighted=True,
-        mask=with_alpha(np.zeros((8, 8))),
+        mask=Mask(with_alpha(np.zeros((8, 8)))),
     )
     assert (cut[..., 3] == 0).all()
+
+
+def test_an_attention_map_weighs_as_dreamartist_has_it() -> None:
+    grey = np.array([[0, 64, 127, 191, 255]], np.uint8).repeat(8, 0).repeat(8, 1)
+    cut = cut_picture(
+        png(Image.new("RGB", (40, 8), "red")),
+        PictureDraw(0, size=(40, 8)),
+        uri="a",
+        size=1,
+        weighted=True,
+        mask=Mask(png(Image.fromarray(grey)), is_attention=True),
+    )
+    weights = np.array([0, 64 / 127, 1, 3, 5])
+    assert loss_weights(cut[..., 3], 8)[0, 0] == pytest.approx(weights / weights.mean(), abs=0.01)
 
 
 @pytest.fixture
@@ -101,6 +115,16 @@ def masked(tmp_path: Path) -> Path:
 
 def masks_of(index: Any) -> dict[str, str | None]:
     return {Path(row.uri).stem: row.mask and Path(row.mask).name for row in index.rows()}
+
+
+def test_attention_maps_come_after_masks_and_are_no_pictures(masked: Path) -> None:
+    deep = masked / "pictures" / "deep"
+    for name in ("a_att.png", "b_att.jpg", "c_att.png"):
+        Image.new("RGB", (40, 40), (len(name), 60, ord(name[0]))).save(deep / name)
+    index = build_index(str(masked / "pictures"))
+    assert masks_of(index) == {"a": "a.mask.png", "b": "b_att.jpg", "c_att": None}
+    both = build_index(str(masked / "pictures"), mask_dir=str(masked / "masks"))
+    assert masks_of(both) == {"a": "a.mask.png", "b": "b.jpg", "c_att": None}
 
 
 def test_masks_are_found_and_are_no_pictures(masked: Path) -> None:

@@ -17,7 +17,7 @@ from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.images import fit_picture, open_picture, to_tensor_range
 from dreamfleet.datasets.index import BadFile, Index
 from dreamfleet.datasets.keyed import numpy_rng
-from dreamfleet.datasets.masks import PictureDraw, cut_picture, loss_weights
+from dreamfleet.datasets.masks import PictureDraw, cut_picture, loss_weights, read_mask
 from dreamfleet.datasets.plan import Draw
 from dreamfleet.datasets.storage import read_uri
 from dreamfleet.trainers.sd.model import StableDiffusion
@@ -92,7 +92,7 @@ class ResidentPixels:
         self.uris, self._shown, self._cell = index.column("uri"), shown, cell
         self.files = [read_uri(uri) for uri in self.uris]
         weighted = shown.data.alpha_mask
-        self.masks = [read_uri(uri) if weighted and uri else None for uri in index.column("mask")]
+        self.masks = [read_mask(uri) if weighted and uri else None for uri in index.column("mask")]
 
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
         """Decode, crop and flip each draw's picture as its key says."""
@@ -246,7 +246,7 @@ def read_cut(index: Index, draw: PictureDraw, data: DataConfig) -> np.ndarray:
         size=data.resolution,
         max_pixels=data.max_pixels,
         weighted=data.alpha_mask,
-        mask=read_uri(row.mask) if data.alpha_mask and row.mask else None,
+        mask=read_mask(row.mask) if data.alpha_mask and row.mask else None,
     )
 
 
