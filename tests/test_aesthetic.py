@@ -25,6 +25,7 @@ from dreamfleet.trainers.sd.aesthetic import (
     slerp,
     tune_text_encoder,
 )
+from dreamfleet.trainers.sd.aesthetic_baked import bake
 from dreamfleet.trainers.sd.clip import ClipScorer
 from dreamfleet.trainers.sd.embeddings import install_embedding
 from dreamfleet.trainers.sd.formats.aesthetic import write_aesthetic
@@ -217,6 +218,22 @@ def test_another_clip_is_refused(model: StableDiffusion, clip: ClipScorer, vecto
     model.folder = "elsewhere"
     with pytest.raises(ModelError, match="name the CLIP with"):
         clip_of(model)
+
+
+def test_baked_over_one_prompt_it_is_the_per_prompt_form(
+    model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor
+) -> None:
+    settings = replace(FAST, weight=1.0)
+    one = bake(model, vector, ["a cat", "", "a cat"], clip=clip, settings=settings)
+    apart = make_encoder(model, vector, clip, weight=1.0)(["a cat"])
+    mine = replace(model, text_encoder=one.text_encoder)
+    assert one.num_prompts == 1 and one.difference < 1e-3
+    assert torch.allclose(plain(mine, ["a cat"]), apart, atol=1e-4)
+    assert one.cosine_tuned == pytest.approx(one.cosine_per_prompt, abs=1e-4)
+    two = bake(model, vector, PROMPTS, clip=clip, settings=settings)
+    assert 0.01 < two.difference < 1 and two.cosine_tuned > two.cosine_before
+    with pytest.raises(UserError, match="nothing to bake"):
+        bake(model, vector, [""], clip=clip, settings=FAST)
 
 
 def test_pictures_are_drawn_with_it(model: StableDiffusion, vector: torch.Tensor, tmp_path: Path) -> None:

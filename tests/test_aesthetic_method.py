@@ -22,6 +22,7 @@ from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker
 from dreamfleet.trainers.sd.clip import load_clip
 from dreamfleet.trainers.sd.formats.aesthetic import read_aesthetic
+from dreamfleet.trainers.sd.model import ModelConfig, load_model
 
 SECTION = {"name": "aesthetic_gradients", "aesthetic_steps": 3, "aesthetic_lr": 1e-2}
 
@@ -134,6 +135,19 @@ def test_what_previews_would_refuse_the_recipe_does(workplace: Path) -> None:
             build_recipe(recipe_tree(workplace, method={**SECTION, **section}))
 
 
+def test_the_baked_form_is_a_model_of_its_own(workplace: Path, tmp_path: Path) -> None:
+    section = {**SECTION, "baked_prompts": ["a cat", "a dog"]}
+    parts = assemble(build_recipe(recipe_tree(workplace, method=section)), Place())
+    walk(parts, range(1))
+    told = {"formats": ["diffusers"], "step": 1, "metadata": {}, "precision": "fp32"}
+    (path,) = parts.method.export(tmp_path, "taste", **told)
+    model = load_model(ModelConfig(pretrained_model_name_or_path=str(path)))
+    plain = parts.model.encode_text(parts.model.tokenize(["a cat"]))
+    baked, apart = model.encode_text(model.tokenize(["a cat"])), parts.method.encode(["a cat"])
+    assert (baked - apart).norm() < (plain - apart).norm()
+    assert 0 < json.loads((path / "baked.json").read_text())["difference"] < 1
+
+
 def command(*words: Any) -> Any:
     return CliRunner().invoke(cli.app, [str(word) for word in words])
 
@@ -186,5 +200,7 @@ def test_a_run_samples_exports_and_scores(workplace: Path, tmp_path: Path) -> No
     out = tmp_path / "exported"
     assert command("export", run, "--format", "pt", "--out", out).exit_code == 0
     assert (out / "run.pt").read_bytes() == made.read_bytes()
+    refused = command("export", run, "--format", "diffusers", "--out", out)
+    assert refused.exit_code == 2 and "baked_prompts" in refused.output
     scores = command("score", run, "--num-images", 1, "--json")
     assert scores.exit_code == 0 and json.loads(scores.stdout)["method"] == "aesthetic_gradients"

@@ -17,7 +17,7 @@ from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.sd.model import ModelConfig, load_model
 
 SECTIONS: dict[str, dict[str, Any]] = {
-    "aesthetic_gradients": {"name": "aesthetic_gradients"},
+    "aesthetic_gradients": {"name": "aesthetic_gradients", "baked_prompts": ["a cat"]},
     "dreambooth": {"name": "dreambooth", "train_text_encoder": True},
     "hypernetwork": {
         "name": "hypernetwork",
@@ -167,7 +167,8 @@ def test_exports_read_back_equal(workplace: Path, method_name: str, tmp_path: Pa
         elif method_name == "aesthetic_gradients":
             from dreamfleet.trainers.sd.formats.aesthetic import read_aesthetic
 
-            assert torch.equal(read_aesthetic(path), expected["features"] / expected["count"])
+            if path.suffix == ".pt":
+                assert torch.equal(read_aesthetic(path), expected["features"] / expected["count"])
         elif method_name == "hypernetwork":
             from dreamfleet.trainers.sd.formats.hypernetwork import read_hypernetwork
 

@@ -6,7 +6,9 @@ mean of CLIP's projected image features, neither they nor the mean brought to un
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +19,7 @@ from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
 from dreamfleet.datasets import captions
-from dreamfleet.datasets.errors import ModelError
+from dreamfleet.datasets.errors import ModelError, RecipeError
 from dreamfleet.trainers.methods.base import (
     Batch,
     Loss,
@@ -28,6 +30,7 @@ from dreamfleet.trainers.methods.base import (
     Setting,
     register,
 )
+from dreamfleet.trainers.methods.whole_model import export_checkpoints
 from dreamfleet.trainers.sd.aesthetic import (
     AestheticEncoder,
     AestheticSettings,
@@ -35,6 +38,7 @@ from dreamfleet.trainers.sd.aesthetic import (
     apply_aesthetic,
     clip_of,
 )
+from dreamfleet.trainers.sd.aesthetic_baked import bake
 from dreamfleet.trainers.sd.clip import ClipScorer, Preprocessing
 from dreamfleet.trainers.sd.formats.aesthetic import write_aesthetic
 from dreamfleet.trainers.sd.model import StableDiffusion
@@ -66,6 +70,9 @@ class AestheticGradientsConfig(MethodConfig):
     )
     aesthetic_text_negative: bool = Field(False, description="bend it away from the text")
     aesthetic_slerp_angle: float = Field(0.1, ge=0, le=1, description="how far it is bent; 1: all the way")
+    baked_prompts: list[str] = Field(
+        [], description="prompts that the text encoder of the diffusers export is tuned over, all at once"
+    )
 
     def apply(self, model: StableDiffusion, path: Path) -> None:
         """Make a model draw with an exported file, as this run's previews do."""
@@ -109,7 +116,7 @@ class AestheticGradients(Method):
     name: ClassVar[str] = "aesthetic_gradients"
     Config = AestheticGradientsConfig
     formats = ("pt",)
-    all_formats = ("pt",)
+    all_formats = ("pt", "diffusers")
 
     def __init__(self, config: AestheticGradientsConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)
@@ -190,7 +197,28 @@ class AestheticGradients(Method):
         metadata: dict[str, str],
         precision: str,
     ) -> list[Path]:
-        """Write ``NAME.pt`` as the webui's extension does: the bare vector, in full precision."""
-        return [
-            write_aesthetic(self.vector, folder / f"{name}.{form}") for form in self.chosen_formats(formats)
-        ]
+        """Write ``NAME.pt`` as the webui's extension does: the bare vector, in full precision.
+
+        On request ``diffusers/``, the model with the vector baked into its text encoder, and in it ``baked.json``: what
+        that gives away. Raises RecipeError without ``baked_prompts``.
+        """
+        paths = []
+        for form in self.chosen_formats(formats):
+            if form == "pt":
+                paths.append(write_aesthetic(self.vector, folder / f"{name}.pt"))
+                continue
+            if not any(prompt.strip() for prompt in self.config.baked_prompts):
+                raise RecipeError("method.baked_prompts: name prompts to tune the text encoder over")
+            baked = bake(
+                self.model,
+                self.vector,
+                self.config.baked_prompts,
+                clip=self.clip,
+                settings=self.config.settings(),
+            )
+            model = replace(self.model, text_encoder=baked.text_encoder)
+            paths += export_checkpoints(
+                model, folder, name, forms=[form], metadata=metadata, precision=precision
+            )
+            (paths[-1] / "baked.json").write_text(json.dumps(baked.figures(), indent=1))
+        return paths
