@@ -11,6 +11,7 @@ from typing import Any
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.sd.aesthetic import AestheticEncoder, AestheticSettings, apply_aesthetic
+from dreamfleet.trainers.sd.formats import aesthetic as aesthetics
 from dreamfleet.trainers.sd.formats import hypernetwork
 from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model, save_pipeline
 
@@ -146,6 +147,9 @@ def convert_artefact(source: Path, target: Path) -> Path:
     if hypernetwork.holds_hypernetwork(source):  # an old form becomes one that every webui reads
         known = hypernetwork.read_hypernetwork(source)
         return hypernetwork.write_hypernetwork(replace(known, name=target.stem), target)
+    if aesthetics.holds_aesthetic(source):
+        # Any published form becomes [1, P], which the extension's slerp needs.
+        return aesthetics.write_aesthetic(aesthetics.read_aesthetic(source), target)
     if _is_embedding(source, target):
         from dreamfleet.trainers.sd.formats.embedding import read_embedding, write_embedding
 

@@ -42,10 +42,10 @@ def convert(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Convert an embedding, a hypernetwork or a model to another format.
+    """Convert an embedding, a hypernetwork, an aesthetic vector or a model to another format.
 
-    Embeddings: .pt .bin .safetensors .png .webp. Hypernetworks: .pt, from older forms too. Models: diffusers folder,
-    .safetensors, .ckpt.
+    Embeddings: .pt .bin .safetensors .png .webp. Hypernetworks and aesthetic vectors: .pt, from older forms too.
+    Models: diffusers folder, .safetensors, .ckpt.
     """
     with work():
         from dreamfleet.cluster.artefacts import convert_artefact

@@ -200,6 +200,11 @@ def test_a_run_samples_exports_and_scores(workplace: Path, tmp_path: Path) -> No
     out = tmp_path / "exported"
     assert command("export", run, "--format", "pt", "--out", out).exit_code == 0
     assert (out / "run.pt").read_bytes() == made.read_bytes()
+    half = tmp_path / "half.pt"
+    torch.save(read_aesthetic(made)[0].half(), half)
+    assert command("convert", half, tmp_path / "again.pt").exit_code == 0
+    assert torch.equal(read_aesthetic(tmp_path / "again.pt"), read_aesthetic(made).half().float())
+    assert command("convert", made, tmp_path / "taste.png").exit_code == 2
     refused = command("export", run, "--format", "diffusers", "--out", out)
     assert refused.exit_code == 2 and "baked_prompts" in refused.output
     scores = command("score", run, "--num-images", 1, "--json")

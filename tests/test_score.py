@@ -199,7 +199,7 @@ def test_towers_and_a_whole_clip_give_the_same_features(towers: Path, tmp_path: 
     assert clip.logit_scale == pytest.approx(np.exp(2.0)) == pytest.approx(other.logit_scale)
     expected = whole.eval()(
         input_ids=tiny_tokenizer()(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids,
-        pixel_values=clip._preprocessing(pictures),
+        pixel_values=clip.preprocessing(pictures),
     )
     assert torch.allclose(
         expected.logits_per_image,

@@ -181,7 +181,8 @@ def load_exported(run: Storage, recipe: Recipe) -> StableDiffusion:
     """
     files, folders = run.list("exports"), run.list_dirs("exports")
     changes = {"pretrained_model_name_or_path": ""}
-    if "diffusers" in folders:
+    per_prompt = isinstance(recipe.method, AestheticGradientsConfig)  # truer than what is baked in a folder
+    if "diffusers" in folders and not (per_prompt and f"{recipe.run_name}.pt" in files):
         changes["pretrained_model_name_or_path"] = run.path("exports", "diffusers")
         return load_model(recipe.model.model_copy(update=changes))
     if isinstance(recipe.method, HypernetworkConfig | AestheticGradientsConfig):

@@ -44,6 +44,11 @@ def read_aesthetic(path: str | os.PathLike[str]) -> Tensor:
     return _checked(found.detach(), path)
 
 
+def holds_aesthetic(path: str | os.PathLike[str]) -> bool:
+    """Say whether a file is a `.pt` of one bare tensor. Raises FormatError for no `.pt` at all."""
+    return Path(path).suffix.lower() == SUFFIX and isinstance(load_pickle(path), Tensor)
+
+
 def _checked(vector: Tensor, path: Path) -> Tensor:
     shape = list(vector.shape)
     if len(shape) not in (1, 2) or shape[:-1] not in ([], [1]) or not 1 <= shape[-1] <= _LARGEST_WIDTH:
