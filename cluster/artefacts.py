@@ -53,16 +53,17 @@ def draw_grid(
     scheduler: str = "ddim",
     width: int | None = None,
     height: int | None = None,
+    clip_skip: int | None = None,
+    max_token_length: int | None = None,
 ) -> list[dict[str, Any]]:
     """Write a grid with a row a prompt and a column a seed; return the cells in reading order.
 
     ``model_name``: pocket, a diffusers folder, a single file, a hub name, or a run folder (its exports are used).
     ``hypernetworks``: files, each with ``:0.8`` where its strength is not 1; prompts name others, in
     ``hypernetwork_dir`` or beside these, as ``<hypernet:NAME:0.8>``. ``aesthetic``: a vector that prompts are tuned
-    towards; the cells then tell the cosine with it before and after.
+    towards; the cells then tell the cosine with it before and after. ``clip_skip`` and ``max_token_length``: as in a
+    recipe's ``model:``; None: the run's, 1 and 75.
     """
-    import torch
-
     from dreamfleet.trainers.sd.hypernetwork import applied_hypernetworks, set_hypernetworks
     from dreamfleet.trainers.sd.hypernetwork_prompts import Shelf
     from dreamfleet.trainers.sd.sample import generate, picture_grid
@@ -71,9 +72,7 @@ def draw_grid(
     shelf = Shelf(hypernetworks, hypernetwork_dir)
     rows = [shelf.arrange(prompt) for prompt in prompts]
     model = load_with_embeddings(model_name, embeddings)
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
-    if aesthetic:
-        aesthetic.apply(model)
+    _make_ready(model, aesthetic, clip_skip, max_token_length)
     own, seeds, pictures = applied_hypernetworks(model.unet), range(seed, seed + num_images), []
     for named, group in groupby(rows, key=lambda row: row[1]):
         loaded = [(shelf.load(address, model.unet), multiplier) for address, multiplier in named]
@@ -171,6 +170,18 @@ def convert_artefact(source: Path, target: Path) -> Path:
             f"a model cannot become {target.name}: name a folder (diffusers), a .safetensors or a .ckpt file"
         )
     return target
+
+
+def _make_ready(
+    model: StableDiffusion, aesthetic: Aesthetic | None, clip_skip: int | None, max_token_length: int | None
+) -> None:
+    import torch
+
+    model.clip_skip = clip_skip or model.clip_skip
+    model.max_token_length = max_token_length or model.max_token_length
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
+    if aesthetic:
+        aesthetic.apply(model)
 
 
 def _require_picture(out: Path) -> None:

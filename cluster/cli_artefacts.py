@@ -130,6 +130,13 @@ def sample(
     height: Annotated[
         int | None, typer.Option(help="Pixels; the model's own size when left out.", show_default=False)
     ] = None,
+    clip_skip: Annotated[
+        int | None, typer.Option(min=1, max=12, help="2: CLIP's last layer but one.", show_default=False)
+    ] = None,
+    max_token_length: Annotated[
+        int | None,
+        typer.Option(min=75, help="150 or 225: longer prompts, in chunks of 75 tokens.", show_default=False),
+    ] = None,
     aesthetic: Annotated[
         str | None,
         typer.Option(help="Aesthetic vector file; prompts are tuned towards it.", show_default=False),
@@ -189,6 +196,8 @@ def sample(
             scheduler=scheduler,
             width=width,
             height=height,
+            clip_skip=clip_skip,
+            max_token_length=max_token_length,
         )
     if as_json:
         print_json({"out": str(out), "pictures": cells})

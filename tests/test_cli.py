@@ -219,6 +219,12 @@ def test_sample_draws_with_the_word_a_run_learned(trained: tuple[Path, dict[str,
     assert given.exit_code == 0, given.output
     assert given.stdout.strip() == str(folder / "given.png")
     assert Image.open(folder / "own.png").tobytes() == Image.open(folder / "given.png").tobytes()
+    long = ["--prompt", f"{'a ' * 80}dog", "--num-images", "1", "--steps", "2", "--out", folder / "long.png"]
+    drawn = []
+    for reading in ([], ["--max-token-length", "150"], ["--clip-skip", "2"]):
+        assert run("sample", "--model", folder / "model", *long, *reading).exit_code == 0
+        drawn.append(Image.open(folder / "long.png").tobytes())
+    assert len(set(drawn)) == 3
 
 
 def test_convert_and_export(trained: tuple[Path, dict[str, Any]], folder: Path) -> None:

@@ -56,6 +56,18 @@ def test_streaming_executes_the_same_plan_as_a_resident_set(tmp_path: Path, loca
 
 
 @pytest.mark.cluster
+def test_streamed_buckets_and_masks_are_resident_ones(tmp_path: Path, local_ray: None) -> None:
+    changes = {
+        **tiny.SHAPES,
+        "data__instance_data_dir": str(tiny.make_shapes(tmp_path / "shapes")),
+        "method": {"name": "native"},
+    }
+    resident = losses(tmp_path, output_dir=str(tmp_path / "resident"), **changes)
+    streamed = losses(tmp_path, output_dir=str(tmp_path / "stream"), data__source="stream", **changes)
+    assert streamed == pytest.approx(resident, rel=1e-5)
+
+
+@pytest.mark.cluster
 def test_a_picture_that_went_bad_is_replaced_and_told(tmp_path: Path, local_ray: None) -> None:
     """Sets of thousands are not decoded before the run: a picture cut short is met on the way."""
     folder = tiny.make_pictures(tmp_path / "pictures", 4)
