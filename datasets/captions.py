@@ -154,6 +154,11 @@ def fill_template(template: str, name: str, filewords: str) -> str:
     return filled.replace("{}", name)
 
 
+def load_templates(name: str) -> tuple[str, ...]:
+    """Return the prompt templates of a set (object, style_filewords, ...) or of a file."""
+    return TEMPLATE_SETS.get(name) or load_template_file(name)
+
+
 def load_template_file(path: str) -> tuple[str, ...]:
     """Read a template file: one template a line, blank lines skipped. DataError when it holds none."""
     from dreamfleet.datasets.storage import read_uri  # here, so that this file stays pure for the rest

@@ -12,13 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
-from dreamfleet.datasets import captions
 from dreamfleet.datasets.errors import ModelError, RecipeError
 from dreamfleet.trainers.methods.base import (
     Batch,
@@ -26,7 +24,6 @@ from dreamfleet.trainers.methods.base import (
     Method,
     MethodConfig,
     ParamGroup,
-    Sample,
     Setting,
     register,
 )
@@ -153,16 +150,6 @@ class AestheticGradients(Method):
 
     def optimizer(self) -> torch.optim.Optimizer:
         return Summation([{"params": [self.features, self.count], "name": GROUP}])
-
-    def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
-        """Return the picture's caption, else its set's prompt: what held-out pictures are measured with."""
-        return captions.make_caption(
-            sample.caption,
-            prompt=self.setting.concepts[sample.concept].instance_prompt,
-            file_name=sample.uri.rpartition("/")[2],
-            rng=rng,
-            config=data,
-        )
 
     def forward(self, batch: Batch) -> Loss:
         """Return 1 - cosine of the pictures and the mean so far; its gradient is minus what the batch adds to the sums.

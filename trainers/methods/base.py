@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dreamfleet.datasets import captions
 from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.section import Section
@@ -47,6 +48,11 @@ class Sample(NamedTuple):
     concept: int
     role: str
     uri: str
+
+    @property
+    def file_name(self) -> str:
+        """The last part of the picture's address."""
+        return self.uri.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
@@ -123,8 +129,17 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
-        """Choose the prompt a sample is trained with; ``rng`` is keyed by (seed, epoch, sample id)."""
-        raise NotImplementedError
+        """Choose the prompt a sample is trained with; ``rng`` is keyed by (seed, epoch, sample id).
+
+        The default is the picture's caption, else its set's prompt, else the words of its file name.
+        """
+        return captions.make_caption(
+            sample.caption,
+            prompt=self.setting.concepts[sample.concept].instance_prompt,
+            file_name=sample.file_name,
+            rng=rng,
+            config=data,
+        )
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Turn prompts into ids ``[B, T]``, 77 a chunk."""

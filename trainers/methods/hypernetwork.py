@@ -140,14 +140,11 @@ class HypernetworkMethod(Method):
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
         """Fill a template line drawn for this use of the picture; without one, its caption or its set's prompt."""
-        template = captions.choose_template(self._templates, rng) if self._templates else None
+        if not self._templates:
+            return super().prompt(sample, rng, data)
+        template = captions.choose_template(self._templates, rng)
         return captions.make_caption(
-            sample.caption,
-            template=template,
-            prompt=self.setting.concepts[sample.concept].instance_prompt,
-            file_name=sample.uri.rpartition("/")[2],
-            rng=rng,
-            config=data,
+            sample.caption, template=template, file_name=sample.file_name, rng=rng, config=data
         )
 
     def export(
@@ -179,7 +176,7 @@ def load_templates(name: str | None) -> tuple[str, ...]:
     """
     if name is None:
         return ()
-    templates = captions.TEMPLATE_SETS.get(name) or captions.load_template_file(name)
+    templates = captions.load_templates(name)
     if asking := [template for template in templates if "[name]" in template]:
         raise RecipeError(
             f"method.template_file {name}: {asking[0]!r} asks for the name of what is learnt, and a hypernetwork has "

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import numpy as np
 from pydantic import Field
 
-from dreamfleet.datasets import captions
-from dreamfleet.trainers.methods.base import Method, MethodConfig, ParamGroup, Sample, Setting, register
+from dreamfleet.trainers.methods.base import Method, MethodConfig, ParamGroup, Setting, register
 from dreamfleet.trainers.methods.whole_model import export_checkpoints, learning_parts, part_groups
 from dreamfleet.trainers.sd.model import StableDiffusion
 
@@ -45,16 +43,6 @@ class Native(Method):
 
     def groups(self) -> list[ParamGroup]:
         return part_groups(self.learning)
-
-    def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
-        """Use the picture's caption, else its set's prompt, else the words of its file name."""
-        return captions.make_caption(
-            sample.caption,
-            prompt=self.setting.concepts[sample.concept].instance_prompt,
-            file_name=sample.uri.rpartition("/")[2],
-            rng=rng,
-            config=data,
-        )
 
     def export(
         self,

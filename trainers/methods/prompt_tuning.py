@@ -14,6 +14,7 @@ import torch
 from pydantic import AfterValidator, AliasChoices, Field, model_validator
 from torch import Tensor, nn
 
+from dreamfleet.datasets import captions
 from dreamfleet.trainers.methods.base import (
     Batch,
     Loss,
@@ -29,7 +30,6 @@ from dreamfleet.trainers.methods.words import (
     export_word,
     fill_prompt,
     initial_vectors,
-    load_templates,
 )
 from dreamfleet.trainers.sd.embeddings import (
     NEGATIVE,
@@ -130,7 +130,7 @@ class PromptTuning(Method):
         self._word, self._guidance = config.placeholder_token, parse_guidance(config.cfg_scale)
         install_embedding(model, self._word, self.positive)
         install_negative(model, self._word, self.negative)
-        self._templates = load_templates(config.template_file)
+        self._templates = captions.load_templates(config.template_file)
 
     @property
     def trains_text(self) -> bool:

@@ -13,13 +13,13 @@ import numpy as np
 from pydantic import AliasChoices, Field
 from torch import nn
 
+from dreamfleet.datasets import captions
 from dreamfleet.trainers.methods.base import Method, MethodConfig, ParamGroup, Sample, Setting, register
 from dreamfleet.trainers.methods.words import (
     WORD_FORMATS,
     export_word,
     fill_prompt,
     initial_vectors,
-    load_templates,
 )
 from dreamfleet.trainers.sd.embeddings import install_embedding, text_embeddings
 from dreamfleet.trainers.sd.model import StableDiffusion
@@ -64,7 +64,7 @@ class TextualInversion(Method):
             initial_vectors(model, config.initializer_token, config.num_vectors).to(table)
         )
         install_embedding(model, config.placeholder_token, self.vectors)
-        self._templates = load_templates(config.template_file or config.learnable_property)
+        self._templates = captions.load_templates(config.template_file or config.learnable_property)
 
     @property
     def trains_text(self) -> bool:

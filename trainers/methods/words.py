@@ -36,11 +36,6 @@ def initial_vectors(model: StableDiffusion, text: str, num_vectors: int) -> Tens
     return table[torch.tensor(rows)].clone()
 
 
-def load_templates(name: str) -> tuple[str, ...]:
-    """Return the prompt templates of a set (object, style_filewords, ...) or of a file."""
-    return captions.TEMPLATE_SETS.get(name) or captions.load_template_file(name)
-
-
 def fill_prompt(
     templates: Sequence[str], word: str, sample: Sample, rng: np.random.Generator, data: Any
 ) -> str:
@@ -49,7 +44,7 @@ def fill_prompt(
         sample.caption,
         template=captions.choose_template(templates, rng),
         name=word,
-        file_name=sample.uri.rpartition("/")[2],
+        file_name=sample.file_name,
         rng=rng,
         config=data,
     )
