@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import spread, write_result
-from subjects import GUIDANCE, ROOT, SCENES, SEEDS, score_model
+from subjects import GUIDANCE, ROOT, SCENES, SEEDS, read_real, score_model
 
 TRAIN_SEEDS = range(3)
 STEPS = 200
@@ -44,21 +44,11 @@ def train_one(method: str, seed: int, folder: Path, real: list[Any]) -> tuple[di
 
 def main() -> None:
     """Train both methods with every seed and write what they score."""
-    from PIL import Image
-
-    from dreamfleet.datasets.config import DataConfig
-    from dreamfleet.datasets.index import build_index
-    from dreamfleet.trainers.pictures import read_pixels
     from dreamfleet.trainers.sd.clip import load_clip
     from dreamfleet.trainers.sd.fidelity import spread_of_real
     from dreamfleet.trainers.sd.sample import picture_grid
 
-    holdout = str(ROOT / "examples/cat/holdout")
-    data = DataConfig(instance_data_dir=holdout, resolution=64)
-    real = [
-        Image.fromarray(((read_pixels(uri, data).transpose(1, 2, 0) + 1) * 127.5).round().astype("uint8"))
-        for uri in build_index(holdout).column("uri")
-    ]
+    real = read_real(ROOT / "examples/cat/holdout")
     result: dict[str, Any] = {
         "clip_i_among_real": spread_of_real(load_clip(), real),
         "guidance_scale": GUIDANCE,

@@ -46,27 +46,58 @@ STEPS, GUIDANCE = 25, float(os.environ.get("GUIDANCE", 1.5))
 
 def score_model(model: Any, word: str, noun: str, real: list[Any]) -> tuple[dict[str, float], list[Any]]:
     """Draw every scene with every seed and score the pictures; returns the figures and a picture of each scene."""
+    return score_prompts(
+        model, [f"a {word} {scene}" for scene in SCENES], [f"a {noun} {scene}" for scene in SCENES], real
+    )
+
+
+def score_prompts(
+    model: Any, prompts: list[str], plain: list[str], real: list[Any]
+) -> tuple[dict[str, float], list[Any]]:
+    """Draw every prompt with every seed, and score the pictures by real ones and by what ``plain`` says of each."""
     from dreamfleet.trainers.sd.clip import load_clip
     from dreamfleet.trainers.sd.fidelity import score_pictures
     from dreamfleet.trainers.sd.sample import generate
 
-    prompts = [f"a {word} {scene}" for scene in SCENES for _ in SEEDS]
-    seeds = [seed for _ in SCENES for seed in SEEDS]
-    pictures = generate(model, prompts, seeds=seeds, steps=STEPS, guidance_scale=GUIDANCE, batch_size=10)
-    plain = [f"a {noun} {scene}" for scene in SCENES for _ in SEEDS]
-    scores = score_pictures(pictures, prompts=plain, real=real, clip=load_clip())
-    return {"clip_i": round(scores.clip_i, 4), "clip_t": round(scores.clip_t, 4)}, pictures[:: len(SEEDS)]
+    start = time.perf_counter()
+    pictures = generate(
+        model,
+        [prompt for prompt in prompts for _ in SEEDS],
+        seeds=[seed for _ in prompts for seed in SEEDS],
+        steps=STEPS,
+        guidance_scale=GUIDANCE,
+        batch_size=10,
+    )
+    seconds = time.perf_counter() - start
+    told = [text for text in plain for _ in SEEDS]
+    scores = score_pictures(pictures, prompts=told, real=real, clip=load_clip())
+    figures = {
+        "clip_i": round(scores.clip_i, 4),
+        "clip_t": round(scores.clip_t, 4),
+        "seconds_a_picture": round(seconds / len(pictures), 3),
+    }
+    return figures, pictures[:: len(SEEDS)]
 
 
-def measure_subject(name: str, noun: str, train_dir: Path, real_dir: Path, folder: Path) -> dict[str, Any]:
-    """Train both methods on one subject and score them beside the untuned model."""
+def read_real(folder: Path) -> list[Any]:
+    """Read the pictures to judge by, at the model's size."""
     from PIL import Image
 
     from dreamfleet.datasets.config import DataConfig
     from dreamfleet.datasets.index import build_index
+    from dreamfleet.trainers.pictures import read_pixels
+
+    data = DataConfig(instance_data_dir=str(folder), resolution=64)
+    return [
+        Image.fromarray(((read_pixels(uri, data).transpose(1, 2, 0) + 1) * 127.5).round().astype("uint8"))
+        for uri in build_index(str(folder)).column("uri")
+    ]
+
+
+def measure_subject(name: str, noun: str, train_dir: Path, real_dir: Path, folder: Path) -> dict[str, Any]:
+    """Train both methods on one subject and score them beside the untuned model."""
     from dreamfleet.datasets.storage import Storage
     from dreamfleet.trainers.launch import fit
-    from dreamfleet.trainers.pictures import read_pixels
     from dreamfleet.trainers.recipe import load_recipe
     from dreamfleet.trainers.score import load_exported
     from dreamfleet.trainers.sd.clip import load_clip
@@ -74,11 +105,7 @@ def measure_subject(name: str, noun: str, train_dir: Path, real_dir: Path, folde
     from dreamfleet.trainers.sd.model import ModelConfig, load_model
     from dreamfleet.trainers.sd.sample import picture_grid
 
-    data = DataConfig(instance_data_dir=str(real_dir), resolution=64)
-    real = [
-        Image.fromarray(((read_pixels(uri, data).transpose(1, 2, 0) + 1) * 127.5).round().astype("uint8"))
-        for uri in build_index(str(real_dir)).column("uri")
-    ]
+    real = read_real(real_dir)
     clip = load_clip()
     result: dict[str, Any] = {
         "pictures_to_judge_by": len(real),

@@ -50,12 +50,3 @@ def test_commands_of_the_pages_exist(root: Path, name: str) -> None:
     assert set(re.findall(r"(?:^|`)dreamfleet ([a-z]+)\b", text, re.M)) <= known
     targets = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.M))
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)\b", text, re.M)) <= targets
-
-
-def test_shipped_recipes_are_valid(root: Path) -> None:
-    from dreamfleet.trainers.recipe import load_recipe
-
-    files = sorted((root / "recipes").glob("*.yaml"))
-    assert files
-    for file in files:
-        load_recipe(file)

@@ -136,7 +136,7 @@ def test_the_resolved_recipe_reads_back_to_itself(tmp_path: Path) -> None:
 
 
 def test_every_recipe_that_ships_is_valid(root: Path) -> None:
-    recipes = sorted((root / "recipes").glob("*.yaml"))
+    recipes = sorted((root / "recipes").rglob("*.yaml"))
     assert recipes
     for path in recipes:
         load_recipe(path)

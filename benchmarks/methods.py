@@ -1,0 +1,174 @@
+"""The six methods on a subject and on a style: CLIP-I, CLIP-T, held-out loss, seconds, size, and a sheet of pictures.
+
+Subject: the cat that ships, judged by its four held-out pictures over ten scenes. Style: the ink drawings that ship,
+judged by six drawings of other things, over ten things that no training picture shows. Each method runs its recipe
+`recipes/cat-*.yaml`; for the style only what a style needs is changed (`WAYS` below). Five seeds a prompt, drawn at
+the same guidance; CLIP is the pocket model's own.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from measure import write_result
+from subjects import GUIDANCE, ROOT, SCENES, read_real, score_prompts
+
+THINGS = [
+    "castle",
+    "penguin",
+    "umbrella",
+    "strawberry",
+    "snail",
+    "dog face",
+    "lemon",
+    "turtle",
+    "red car",
+    "red rose",
+]
+
+
+class Task(NamedTuple):
+    """What is taught: where its pictures lie, and what to draw: ``{}`` is where a method's word goes."""
+
+    name: str
+    pictures: Path
+    prompts: list[str]
+    plain: list[str]
+
+
+class Way(NamedTuple):
+    """How a method learns one task: its recipe, the word it is called by, what the recipe says otherwise."""
+
+    recipe: str
+    word: str
+    changes: tuple[str, ...] = ()
+
+
+SUBJECT = Task(
+    "cat",
+    ROOT / "examples/cat",
+    [f"a {{}} {scene}" for scene in SCENES],
+    [f"a cat face {scene}" for scene in SCENES],
+)
+STYLE = Task(
+    "ink", ROOT / "examples/ink", [f"a {thing} {{}}" for thing in THINGS], [f"a {thing}" for thing in THINGS]
+)
+UNTUNED = {"cat": "cat face", "ink": ""}
+TEMPLATE = f"method.template_file={ROOT}/recipes/templates/thing-in-style.txt"
+WAYS = {
+    "cat": {
+        "textual_inversion": Way("cat-textual-inversion", "<my-cat>"),
+        "prompt_tuning": Way(
+            "cat-prompt-tuning", "<my-cat>", (f"data.instance_data_dir={ROOT}/examples/cat/train",)
+        ),
+        "hypernetwork": Way("cat-hypernetwork", "cat face"),
+        "dreambooth": Way("demo", "sks cat face"),
+        "native": Way("cat-native", "sks cat face"),
+        "aesthetic_gradients": Way("cat-aesthetic", "cat face"),
+    },
+    "ink": {
+        "textual_inversion": Way(
+            "cat-textual-inversion",
+            "<ink>",
+            ("method.placeholder_token=<ink>", "method.initializer_token=on a white background", TEMPLATE),
+        ),
+        "prompt_tuning": Way(
+            "cat-prompt-tuning",
+            "<ink>",
+            ("method.placeholder_token=<ink>", "method.initializer_token=on a white background", TEMPLATE),
+        ),
+        "hypernetwork": Way("cat-hypernetwork", "", ("data.instance_prompt=[filewords]",)),
+        "dreambooth": Way(
+            "demo",
+            "sks",
+            ("data.instance_prompt=[filewords] sks", "data.class_prompt=a house on a white background"),
+        ),
+        "native": Way("cat-native", "sks", ("data.caption_prefix=", "data.caption_suffix=sks")),
+        "aesthetic_gradients": Way("cat-aesthetic", "", ("data.instance_prompt=[filewords]",)),
+    },
+}
+
+
+def measure_method(
+    task: Task, method: str, way: Way, folder: Path, real: list[Any]
+) -> tuple[dict[str, Any], list[Any]]:
+    """Train one method and score what it draws; returns the figures and a picture of each prompt."""
+    from dreamfleet.datasets.storage import Storage
+    from dreamfleet.trainers.launch import fit
+    from dreamfleet.trainers.recipe import load_recipe
+    from dreamfleet.trainers.score import load_exported
+
+    out = folder / task.name / method
+    recipe = ROOT / f"recipes/{way.recipe}.yaml"
+    overrides = [
+        f"output_dir={out}",
+        f"data.instance_data_dir={task.pictures}/train",
+        f"validation.holdout={task.pictures}/holdout",
+        "validation.prompts=[]",
+        "validation.metrics=[loss]",
+        "scaling.num_workers=0",
+        *way.changes,
+    ]
+    summary = fit(recipe, overrides=overrides).summary
+    model = load_exported(Storage(str(out)), load_recipe(recipe, overrides))
+    figures, pictures = score_prompts(model, fill(task.prompts, way.word), task.plain, real)
+    sizes = {path.suffix: path.stat().st_size for path in (out / "exports").iterdir() if path.is_file()}
+    return {
+        **figures,
+        "holdout_loss": summary.figures.get("holdout_loss"),
+        "steps": summary.steps,
+        "train_seconds": round(summary.train_seconds, 1),
+        "artefact_bytes": sizes.get(".safetensors", sizes.get(".pt")),
+    }, pictures
+
+
+def fill(prompts: list[str], word: str) -> list[str]:
+    """Put a method's word into the prompts."""
+    return [prompt.format(word).strip() for prompt in prompts]
+
+
+def measure_task(task: Task, folder: Path, methods: list[str]) -> dict[str, Any]:
+    """Measure the untuned model and every method on one task, and draw the sheet."""
+    from dreamfleet.trainers.sd.clip import load_clip
+    from dreamfleet.trainers.sd.fidelity import spread_of_real
+    from dreamfleet.trainers.sd.model import ModelConfig, load_model
+    from dreamfleet.trainers.sd.sample import picture_grid
+
+    real = read_real(task.pictures / "holdout")
+    result: dict[str, Any] = {
+        "pictures_to_judge_by": len(real),
+        "clip_i_among_real": spread_of_real(load_clip(), real),
+    }
+    untuned = fill(task.prompts, UNTUNED[task.name])
+    result["untuned"], sheet = score_prompts(load_model(ModelConfig()), untuned, task.plain, real)
+    for method in methods:
+        result[method], row = measure_method(task, method, WAYS[task.name][method], folder, real)
+        sheet += row
+        print(task.name, method, result[method], flush=True)
+    grid = picture_grid([picture.resize((96, 96)) for picture in sheet], len(task.prompts))
+    grid.save(ROOT / f"benchmarks/results/methods-{task.name}.png")
+    return result
+
+
+def main() -> None:
+    """Measure both tasks, or those named."""
+    tasks = [task for task in (SUBJECT, STYLE) if not sys.argv[1:] or task.name in sys.argv[1:]]
+    methods = list(WAYS["cat"])
+    with tempfile.TemporaryDirectory() as folder:
+        results = {task.name: measure_task(task, Path(folder), methods) for task in tasks}
+    write_result(
+        "methods",
+        {
+            **results,
+            "guidance_scale": GUIDANCE,
+            "sheet": "rows: untuned, " + ", ".join(methods) + "; columns: the prompts",
+        },
+        how=" ".join(["python benchmarks/methods.py", *sys.argv[1:]]),
+    )
+
+
+if __name__ == "__main__":
+    main()
