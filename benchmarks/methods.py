@@ -80,14 +80,14 @@ WAYS = {
             "<ink>",
             ("method.placeholder_token=<ink>", "method.initializer_token=on a white background", TEMPLATE),
         ),
-        "hypernetwork": Way("cat-hypernetwork", "", ("data.instance_prompt=[filewords]",)),
+        "hypernetwork": Way("cat-hypernetwork", "", ("data.instance_prompt='[filewords]'",)),
         "dreambooth": Way(
             "demo",
             "sks",
-            ("data.instance_prompt=[filewords] sks", "data.class_prompt=a house on a white background"),
+            ("data.instance_prompt='[filewords] sks'", "data.class_prompt=a house on a white background"),
         ),
         "native": Way("cat-native", "sks", ("data.caption_prefix=", "data.caption_suffix=sks")),
-        "aesthetic_gradients": Way("cat-aesthetic", "", ("data.instance_prompt=[filewords]",)),
+        "aesthetic_gradients": Way("cat-aesthetic", "", ("data.instance_prompt='[filewords]'",)),
     },
 }
 

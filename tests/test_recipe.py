@@ -173,6 +173,10 @@ def test_what_cannot_go_together_is_told() -> None:
         ({"optimizer": {"learning_rate": -1}}, "negative"),
         ({"optimizer": {"lr_scheduler": "piecewise_constant", "lr_rules": "x"}}, "lr_rules"),
         ({"data": {}}, "no pictures are named"),
+        (
+            {"data": {"instance_data_dir": "x", "instance_prompt": ["filewords"]}},
+            r"in quotes .*'\[filewords\]'",
+        ),
     ]:
         with pytest.raises(RecipeError, match=told):
             build_recipe({**MINIMAL, **change})

@@ -151,6 +151,9 @@ def _tell(error: ValidationError, root: type[BaseModel], prefix: str = "") -> li
             message = item["msg"].removeprefix("Value error, ")
             value = item["input"]
             shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | None) else ""
+            if item["type"] == "string_type" and isinstance(value, list) and len(value) == 1:
+                # YAML reads [filewords] as a list.
+                shown = f" (got a list; in quotes it is text: '[{value[0]}]')"
             told.append(f"{where}: {message}{shown}" if where else message)
     return told
 
