@@ -95,6 +95,8 @@ def build_method(
     setting = Setting(concepts=tuple(concepts), snr_gamma=recipe.train.snr_gamma)
     method = discover()[recipe.method.name](recipe.method, model, setting)
     model.to(device, dtype)
+    for helper in method.helpers.values():
+        helper.to(device)
     if recipe.train.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
         if method.trains_text:

@@ -81,9 +81,7 @@ def plan_memory(
     estimates = estimate_all(counts, world=world, workers_per_host=per_host)
     limited = gpu_memory is not None or host_memory is not None
     return MemoryPlan(
-        parameters={
-            name: sum(p.numel() for p in part.parameters()) for name, part in method.model.modules().items()
-        },
+        parameters={name: sum(p.numel() for p in part.parameters()) for name, part in _parts(method).items()},
         counts=counts,
         pictures=pictures,
         world=world,
@@ -113,7 +111,7 @@ def count_run(recipe: Recipe, method: Method, pictures: int | None) -> Counts:
     return Counts(
         learning=tuple(param.numel() for param in learning),
         frozen=_bytes(frozen),
-        model=sum(4 * p.numel() for part in model.modules().values() for p in part.parameters()),
+        model=sum(4 * p.numel() for part in _parts(method).values() for p in part.parameters()),
         full=full,
         half=half,
         encoding=encoding,
@@ -157,9 +155,14 @@ def count_pictures(recipe: Recipe, method: Method) -> int | None:
     return found + (method.prior.num_class_images * len(folders) if method.prior else 0)
 
 
+def _parts(method: Method) -> dict[str, nn.Module]:
+    """Return the model's parts and the method's helpers by name."""
+    return {**method.model.modules(), **method.helpers}
+
+
 def _tensors(method: Method) -> list[Tensor]:
-    """List every tensor of a method and its model, each once."""
-    every = nn.ModuleList([*method.model.modules().values(), method])
+    """List every tensor of a method, its model and its helpers, each once."""
+    every = nn.ModuleList([*_parts(method).values(), method])
     return [*every.parameters(), *every.buffers()]
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dreamfleet.datasets.errors import ModelError
+from dreamfleet.datasets.errors import ModelError, RecipeError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.scaling import (
     ScalingConfig,
@@ -53,6 +53,7 @@ def check_inputs(recipe: Recipe) -> None:
     Sets of up to a thousand files on a disk are read through as a worker would; buckets and larger sets are left to it.
     """
     from dreamfleet.datasets.sets import load_concepts, load_sets
+    from dreamfleet.trainers.recipe import METHOD_FILES, METHOD_MODELS
 
     folders = [Storage(concept.instance_data_dir) for concept in load_concepts(recipe.data)]
     if all(
@@ -65,6 +66,12 @@ def check_inputs(recipe: Recipe) -> None:
         if model and os.path.isabs(model) and not os.path.exists(model):
             raise ModelError(
                 f"model.{name}: there is no {model}. Check the path (relative ones start at the recipe)"
+            )
+    for name in (*METHOD_FILES, *METHOD_MODELS):
+        place = getattr(recipe.method, name, None)
+        if place and os.path.isabs(place) and not os.path.exists(place):
+            raise RecipeError(
+                f"method.{name}: there is no {place}. Check the path (relative ones start at the recipe)"
             )
 
 

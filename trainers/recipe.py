@@ -26,6 +26,13 @@ from dreamfleet.trainers.sd.model import POCKET, ModelConfig
 from dreamfleet.trainers.searching import SearchConfig, find_mistakes
 from dreamfleet.trainers.validation import ValidationConfig
 
+WEIGHTS = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+# Keys of methods' sections that name files, and models, which may be on the hub.
+METHOD_FILES, METHOD_MODELS = (
+    ("template_file", "labels", "test_labels"),
+    ("clip", "discriminator", "convnext"),
+)
+
 
 class Recipe(Section):
     """One run: what learns, from what, how, on how many machines, and where to."""
@@ -205,7 +212,7 @@ def _with_absolute_paths(recipe: Recipe, folder: str) -> Recipe:
         if name in (None, POCKET):
             return name
         local = absolute(name)
-        explicit = name.startswith((".", "~", "/")) or name.endswith((".safetensors", ".ckpt"))
+        explicit = name.startswith((".", "~", "/")) or name.endswith(WEIGHTS)
         return local if explicit or (local and os.path.exists(local)) else name
 
     model, validation = recipe.model, recipe.validation
@@ -222,11 +229,13 @@ def _with_absolute_paths(recipe: Recipe, folder: str) -> Recipe:
         ),
         "output_dir": absolute(recipe.output_dir),
     }
-    if template := getattr(recipe.method, "template_file", None):
-        known = template in TEMPLATE_SETS
-        updates["method"] = recipe.method.model_copy(
-            update={"template_file": template if known else absolute(template)}
-        )
-    if clip := getattr(recipe.method, "clip", None):
-        updates["method"] = recipe.method.model_copy(update={"clip": model_path(clip)})
+    method = {
+        name: value if value in TEMPLATE_SETS else absolute(value)
+        for name in METHOD_FILES
+        if (value := getattr(recipe.method, name, None))
+    }
+    method |= {
+        name: model_path(value) for name in METHOD_MODELS if (value := getattr(recipe.method, name, None))
+    }
+    updates["method"] = recipe.method.model_copy(update=method)
     return recipe.model_copy(update=updates)

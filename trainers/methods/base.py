@@ -120,6 +120,11 @@ class Method(nn.Module):
         """How CLIP wants pictures, for a method that sees them with CLIP in place of latents; else None."""
         return None
 
+    @property
+    def helpers(self) -> dict[str, nn.Module]:
+        """Frozen modules besides the model's, by name: outside the module tree, but moved and counted with it."""
+        return {}
+
     def optimizer(self) -> torch.optim.Optimizer | None:
         """Make the optimizer of a method whose steps are no descent; None, as usual: the recipe's."""
         return None

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, AliasChoices, Field, model_validator
 from torch import Tensor, nn
 
 from dreamfleet.datasets import captions
+from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.methods.base import (
     Batch,
     Loss,
@@ -31,6 +32,7 @@ from dreamfleet.trainers.methods.words import (
     fill_prompt,
     initial_vectors,
 )
+from dreamfleet.trainers.sd.discriminator import Discriminator, load_discriminator
 from dreamfleet.trainers.sd.embeddings import (
     NEGATIVE,
     install_embedding,
@@ -92,6 +94,18 @@ class PromptTuningConfig(MethodConfig):
         description="weight of the reconstruction loss: the estimated picture, decoded, against the real one; 0.01 "
         "to 1, and more memory",
     )
+    discriminator: str | None = Field(
+        None,
+        description="a classifier that judges the estimated picture, decoded: what method discriminator exports, "
+        "DreamArtist's .pth, a ConvNeXt on the hub; more memory",
+    )
+    discriminator_class: int = Field(1, ge=0, description="number of the class the pictures are to be of")
+    discriminator_loss_w: float = Field(
+        1.0, ge=0, description="weight of the discriminator's loss, 1 - probability of that class"
+    )
+    discriminator_replaces: bool = Field(
+        False, description="learn from the discriminator's loss alone, as DreamArtist does"
+    )
     template_file: str = Field(
         "subject",
         description="a prompt a line, with [name] and [filewords]; or a set's name: style, subject_filewords",
@@ -107,6 +121,17 @@ class PromptTuningConfig(MethodConfig):
         if self.negative_prompt is not None and "[name]" not in self.negative_prompt:
             raise ValueError(
                 f"negative_prompt: {self.negative_prompt!r} has no [name], so the negative would never learn"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_discriminator(self) -> Self:
+        if self.discriminator_replaces and self.discriminator is None:
+            raise ValueError("discriminator_replaces: true needs a discriminator to learn from; name one")
+        if self.discriminator_replaces and self.rec_loss_w:
+            raise ValueError(
+                "rec_loss_w does not go with discriminator_replaces: true, which learns from the discriminator alone; "
+                "leave one of them out"
             )
         return self
 
@@ -131,10 +156,17 @@ class PromptTuning(Method):
         install_embedding(model, self._word, self.positive)
         install_negative(model, self._word, self.negative)
         self._templates = captions.load_templates(config.template_file)
+        self._judges: list[Discriminator] = []
+        if config.discriminator is not None:
+            self._judges.append(_load_judge(config.discriminator, config.discriminator_class))
 
     @property
     def trains_text(self) -> bool:
         return True
+
+    @property
+    def helpers(self) -> dict[str, nn.Module]:
+        return {"discriminator": self._judges[0].network} if self._judges else {}
 
     def groups(self) -> list[ParamGroup]:
         return [
@@ -160,17 +192,17 @@ class PromptTuning(Method):
         return self._noise_losses(batch, self._predict(batch)[1], snr_gamma)
 
     def forward(self, batch: Batch) -> Loss:
-        """Compute the noise loss of the guided prediction, plus the weighted reconstruction loss where asked for."""
+        """Compute the noise loss of the guided prediction, plus the weighted losses of the decoded picture."""
         noisy, predicted = self._predict(batch)
         per_sample = self._noise_losses(batch, predicted, self.setting.snr_gamma)
         extras = {}
-        if self.config.rec_loss_w:
-            rebuilt = self._reconstruction_losses(batch, noisy, predicted)
-            extras = {
-                "noise_loss": per_sample.detach().mean(),
-                "reconstruction_loss": rebuilt.detach().mean(),
-            }
-            per_sample = per_sample + self.config.rec_loss_w * rebuilt
+        if judged := self._picture_losses(batch, noisy, predicted):
+            every = {"noise_loss": per_sample, **{name: loss for name, (loss, _) in judged.items()}}
+            extras = {name: loss.detach().mean() for name, loss in every.items()}
+            if self.config.discriminator_replaces:
+                per_sample = torch.zeros_like(per_sample)
+            for loss, weight in judged.values():
+                per_sample = per_sample + weight * loss
         total = (per_sample * batch["weights"]).sum() / batch["num_instances"]
         return Loss(total, per_sample.detach(), extras)
 
@@ -225,14 +257,34 @@ class PromptTuning(Method):
             mask=batch.get("mask"),
         )
 
-    def _reconstruction_losses(self, batch: Batch, noisy: Tensor, predicted: Tensor) -> Tensor:
-        """Compute each picture's mean absolute difference ``[N]`` from what the prediction makes of it, in pixels.
+    def _picture_losses(
+        self, batch: Batch, noisy: Tensor, predicted: Tensor
+    ) -> dict[str, tuple[Tensor, float]]:
+        """Decode what the prediction makes of each picture and judge it: losses ``[N]`` and weights, by name.
 
-        The picture is its latents decoded, not the file: cached latents have no file at hand, and what the VAE
-        itself loses cannot be learned.
+        Reconstruction is the mean absolute difference from the picture, in pixels. That is its latents decoded, not the
+        file: cached latents have no file at hand, and what the VAE itself loses cannot be learned. The discriminator's
+        loss is what lacks to certainty that the picture is of its class.
         """
-        model = self.model
-        estimate = clean_estimate(model.scheduler, predicted, noisy, batch["timesteps"])
-        with torch.no_grad():
-            real = model.decode(batch["latents"])
-        return (model.decode(estimate) - real).abs().flatten(1).mean(1)
+        model, config = self.model, self.config
+        found: dict[str, tuple[Tensor, float]] = {}
+        if not config.rec_loss_w and not self._judges:
+            return found
+        pixels = model.decode(clean_estimate(model.scheduler, predicted, noisy, batch["timesteps"]))
+        if config.rec_loss_w:
+            with torch.no_grad():
+                real = model.decode(batch["latents"])
+            found["reconstruction_loss"] = (pixels - real).abs().flatten(1).mean(1), config.rec_loss_w
+        for judge in self._judges:
+            likely = judge.probabilities(pixels)[:, config.discriminator_class]
+            found["discriminator_loss"] = 1 - likely, config.discriminator_loss_w
+        return found
+
+
+def _load_judge(name: str, wanted: int) -> Discriminator:
+    found = load_discriminator(name)
+    if wanted >= found.num_classes:
+        raise ModelError(
+            f"method.discriminator_class: {wanted}, but {name} knows the classes 0 to {found.num_classes - 1}"
+        )
+    return found

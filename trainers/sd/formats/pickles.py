@@ -132,6 +132,7 @@ _HARMLESS: list[Any] = [
     *(
         (_Ignored, name)
         for name in (
+            "argparse.Namespace",
             "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
             "pytorch_lightning.utilities.types._PATH",
             "numpy.core.multiarray.scalar",
