@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_formats_pickles import assert_webui_safe
 
 from dreamfleet.datasets.errors import FormatError, StorageError
@@ -142,10 +143,34 @@ def test_forms_of_other_trainers_are_read(tmp_path: Path) -> None:
     assert read_embedding(save_pickle(vectors, tmp_path / "bare.pt"), name="cat").vectors.equal(vectors)
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".bin", ".png", ".webp"])
+def test_sdxl_pairs_read_back_equal_and_as_webui_reads_them(suffix: str, tmp_path: Path) -> None:
+    second = torch.randn(3, 1280, generator=torch.Generator().manual_seed(9))
+    written = replace(embedding(3, 768), vectors_2=second)
+    path = write_embedding(written, tmp_path / f"my-cat{suffix}")
+    read = read_embedding(path)
+    assert read.vectors_2 is not None and torch.equal(read.vectors_2, second)
+    assert_equal(read, written, whole=suffix == ".safetensors")
+    if suffix == ".safetensors":
+        held = load_file(path)
+    elif suffix in (".pt", ".bin"):
+        assert_webui_safe(path)
+        held = torch.load(path, weights_only=True)
+    else:
+        held = read_image_embedding(path)
+    # webui: a plain dict with both keys, every entry of which it moves as a tensor (reference, section 1.1).
+    assert type(held) is dict and held.keys() == {"clip_l", "clip_g"}
+    assert all(type(value) is torch.Tensor for value in held.values())
+    assert (held["clip_l"].shape, held["clip_g"].shape) == ((3, 768), (3, 1280))
+    with pytest.raises(FormatError, match="as many vectors each, not 3 and 2"):
+        write_embedding(replace(written, vectors_2=second[:2]), tmp_path / f"other{suffix}")
+
+
 def test_what_is_no_embedding_says_so(tmp_path: Path) -> None:
-    pair = {"clip_l": torch.ones(1, 768), "clip_g": torch.ones(1, 1280)}
+    pair = {"clip_l": torch.ones(1, 768), "clip_g": torch.ones(2, 1280)}
     cases: list[tuple[Any, str]] = [
-        (pair, "SDXL"),
+        (pair, "as many vectors"),
+        ({**pair, "clip_g": "text"}, "a str where"),
         ({"a": torch.ones(1, 2), "b": torch.ones(1, 2)}, "2 entries"),
         (torch.ones(1, 2), "without a name"),
         ([1, 2], "no embedding"),

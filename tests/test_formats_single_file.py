@@ -14,15 +14,13 @@ from test_formats_pickles import assert_webui_safe
 from tiny_models import tiny_model
 
 from dreamfleet.datasets.errors import FormatError, ModelError, StorageError
-from dreamfleet.trainers.sd.formats.ldm_names import SD1_CONFIGS, file_key
+from dreamfleet.trainers.sd.formats.layout import empty_part, from_single_file, to_single_file
+from dreamfleet.trainers.sd.formats.ldm_names import SD1_CONFIGS, file_place
 from dreamfleet.trainers.sd.formats.pickles import save_pickle
 from dreamfleet.trainers.sd.formats.single_file import (
-    empty_part,
-    from_single_file,
     load_single_file,
     load_single_file_parts,
     save_single_file,
-    to_single_file,
 )
 
 
@@ -56,34 +54,6 @@ def test_sd15_has_exactly_the_names_that_diffusers_reads() -> None:
         }
     text = theirs.convert_ldm_clip_checkpoint(file)
     assert {key.removeprefix("text_model.") for key in text} == set(states["text_encoder"])
-
-
-def test_sd2_text_encoder_is_written_as_openclip() -> None:
-    from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
-
-    config = {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 16,
-    }
-    module = empty_part("text_encoder", config)
-    state = {key: torch.randn(tensor.shape) for key, tensor in module.state_dict().items()}
-    file = to_single_file({"text_encoder": state}, {"text_encoder": config})
-    assert len(file) == 2 * 12 + 4
-    block = "cond_stage_model.model.transformer.resblocks.1"
-    assert file[f"{block}.attn.in_proj_weight"].shape == (3072, 1024)
-    assert {"ln_1.bias", "ln_2.weight", "mlp.c_fc.weight", "mlp.c_proj.bias", "attn.out_proj.weight"} <= {
-        key.removeprefix(f"{block}.") for key in file
-    }
-    back = {
-        key.removeprefix("text_model."): value
-        for key, value in convert_open_clip_checkpoint(module, file).items()
-    }
-    assert back.keys() == state.keys()
-    assert all(torch.equal(back[key], state[key]) for key in state)
-    with pytest.raises(FormatError, match="Stable Diffusion 2 is not read"):
-        from_single_file(file, {"text_encoder": config}, needs=["text_encoder"])
 
 
 def test_landmarks_of_the_ldm_layout() -> None:
@@ -210,9 +180,10 @@ def test_text_encoder_keys_without_text_model_are_accepted(tmp_path: Path) -> No
 def test_what_is_no_sd1_says_so(tmp_path: Path) -> None:
     conv = "model.diffusion_model.input_blocks.0.0.weight"
     cases: list[tuple[dict[str, torch.Tensor], str]] = [
-        ({"conditioner.embedders.1.model.ln_final.weight": torch.ones(2)}, "SDXL"),
-        ({"cond_stage_model.model.ln_final.weight": torch.ones(2)}, "Stable Diffusion 2"),
+        ({"conditioner.embedders.0.model.ln_final.weight": torch.ones(2)}, "SDXL's refiner"),
         ({conv: torch.ones(320, 9, 3, 3)}, "inpainting"),
+        ({conv: torch.ones(320, 8, 3, 3)}, "instruct-pix2pix"),
+        ({"edm_mean": torch.ones(4)}, "Playground"),
         ({conv: torch.ones(8, 4, 3, 3)}, "has shape|lacks"),
         ({"lora_unet.weight": torch.ones(2)}, "holds no unet"),
     ]
@@ -249,10 +220,12 @@ def test_a_partly_loaded_model_is_not_saved(tmp_path: Path) -> None:
     model.vae = None
     with pytest.raises(ModelError, match="vae not loaded"):
         save_single_file(model, tmp_path / "a.safetensors")
-    with pytest.raises(FormatError, match="no name in the SD1"):
-        file_key("unet", "add_embedding.linear_1.weight", SD1_CONFIGS["unet"])
-    with pytest.raises(FormatError, match="no name in the SD1"):
-        file_key("text_encoder", "text_projection.weight", {})
+    with pytest.raises(FormatError, match="no name in single files"):
+        file_place("unet", "class_embedding.linear_1.weight", SD1_CONFIGS["unet"], "sd1")
+    with pytest.raises(FormatError, match="no name in single files"):
+        file_place("text_encoder", "text_projection.weight", {}, "sd1")
+    with pytest.raises(FormatError, match="no name in OpenCLIP"):
+        file_place("text_encoder_2", "encoder.layers.0.rotary.weight", {}, "sdxl")
 
 
 def test_plain_sd1_without_our_header_uses_sd1_configs() -> None:

@@ -65,6 +65,9 @@ def describe(name: str, *, run_name: str, recipe: Mapping[str, Any]) -> Hint:
                 Use("dreamfleet", f"`dreamfleet sample --model ... --aesthetic exports/{name} --prompt ...`"),
             ),
         )
+    if suffix == "yaml":
+        use = Use("webui", f"lies beside `{stem}` in `models/Stable-diffusion/`, under the same name")
+        return Hint("What the model in one file predicts, which its keys do not tell.", (use,))
     return Hint(
         "The whole tuned model in one file, with the keys that Stable Diffusion's own code uses.",
         (

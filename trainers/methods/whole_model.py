@@ -48,7 +48,10 @@ def export_checkpoints(
     metadata: dict[str, str],
     precision: str,
 ) -> list[Path]:
-    """Write ``diffusers/``, and a single file with webui's keys as ``NAME.safetensors`` or ``NAME.ckpt``."""
+    """Write ``diffusers/``, and a single file with webui's keys as ``NAME.safetensors`` or ``NAME.ckpt``.
+
+    A model that does not predict noise has a ``NAME.yaml`` beside its single file, which tells the webui.
+    """
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     paths = []
     for form in forms:
@@ -56,6 +59,7 @@ def export_checkpoints(
             save_pipeline(model, folder / "diffusers", dtype=dtype)
             paths.append(folder / "diffusers")
         else:
-            save_single_file(model, folder / f"{name}.{form}", dtype=dtype, metadata=metadata)
-            paths.append(folder / f"{name}.{form}")
+            path = save_single_file(model, folder / f"{name}.{form}", dtype=dtype, metadata=metadata)
+            beside = path.with_suffix(".yaml")
+            paths += [path, *([beside] if beside.exists() and beside not in paths else [])]
     return paths

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dreamfleet.datasets.errors import FormatError, ModelError, StorageError
 from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.sd.formats.layout import empty_part, from_single_file
 from dreamfleet.trainers.sd.formats.ldm_names import SD1_CONFIGS, Config
-from dreamfleet.trainers.sd.formats.model_header import configs_in
-from dreamfleet.trainers.sd.formats.single_file import empty_part, from_single_file, require_sd1
+from dreamfleet.trainers.sd.formats.single_file import configs_for
 from dreamfleet.trainers.sd.model import ALL_PARTS, POCKET, ModelConfig, StableDiffusion, pocket_folder
 
 NUM_TOKENS = 77  # of a prompt; CLIP's context length
@@ -118,7 +118,7 @@ def _read_json(storage: Storage, file: str) -> Config:
 
 
 def _read_header(path: Path) -> dict[str, Config]:
-    """Read a single file's configs, and check by the shapes in its header that it is of the SD1 layout."""
+    """Read a single file's configs, and check by the shapes in its header that it is whole."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -132,10 +132,7 @@ def _read_header(path: Path) -> dict[str, Config]:
         raise ModelError(f"{path}: not a whole safetensors file ({error})") from error
     tensors: dict[str, Tensor] = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     try:
-        found = configs_in(header, path)
-        if not found:
-            require_sd1(tensors, path)
-        configs = {**SD1_CONFIGS, **found}
+        configs = configs_for(tensors, header, path)
         from_single_file(tensors, configs)
     except FormatError as error:
         raise ModelError(str(error) if str(path) in str(error) else f"{path}: {error}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ _KEYS_WITHOUT_NAME = ("emb_params", "clip_l", "clip_g", "*", "")
 class Embedding:
     """`vectors` `[n, D]` (float32) that stand for `name` in prompts; D is the text encoder's width.
 
-    `step`: optimizer steps trained. `sd_checkpoint`: short hash (10 hex digits) of the base model, `sd_checkpoint_name`
-    its file stem. `metadata`: text entries that travel with the file.
+    `vectors_2` `[n, 1280]`: the same for SDXL's second text encoder; `vectors` is then for the first. `step`: optimizer
+    steps trained. `sd_checkpoint`: short hash (10 hex digits) of the base model, `sd_checkpoint_name` its file stem.
+    `metadata`: text entries that travel with the file.
     """
 
     name: str
@@ -38,10 +39,11 @@ class Embedding:
     sd_checkpoint: str | None = None
     sd_checkpoint_name: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+    vectors_2: Tensor | None = None
 
     @property
     def checksum(self) -> str:
-        """The 4 hex digits by which webui tells embeddings apart in picture infotexts."""
+        """The 4 hex digits by which webui tells embeddings apart in picture infotexts; of `vectors` alone."""
         result = 0
         for value in (self.vectors.float().cpu().reshape(-1) * 100).tolist():
             result = (result * 281 ^ int(value) * 997) & 0xFFFFFFFF
@@ -53,16 +55,17 @@ def write_embedding(
 ) -> Path:
     """Write `.pt` (webui), `.safetensors` or `.bin` (diffusers), or an image embedding (`.png`, lossless `.webp`).
 
-    `picture` is what an image embedding shows. Raises FormatError for vectors nobody could use, and for a `.pt`
-    whose stem differs from the name: webui takes the name from the file, diffusers from inside.
+    `picture` is what an image embedding shows. SDXL's pairs are written as kohya and webui read them, `clip_l` and
+    `clip_g`: there only `.safetensors` has room for the name, the step and metadata. Raises FormatError for vectors
+    nobody could use, and for a `.pt` whose stem differs from the name: webui takes the name from the file, diffusers
+    from inside.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     _check(embedding, path)
     if suffix in image_embedding.SUFFIXES:
-        return image_embedding.write_image_embedding(
-            _to_webui(embedding), path, picture=picture, caption=_card(embedding)
-        )
+        held = _to_pair(embedding) or _to_webui(embedding)
+        return image_embedding.write_image_embedding(held, path, picture=picture, caption=_card(embedding))
     if suffix not in SUFFIXES:
         raise FormatError(f"{path}: an embedding is written as one of {', '.join(SUFFIXES)}.")
     # `.safetensors` and `.bin` hold one tensor, whose key webui ignores: there the inner name may be the word that the
@@ -72,25 +75,28 @@ def write_embedding(
             f"{path}: the file must be called {embedding.name}.pt, or the embedding {path.stem!r}: webui takes "
             "the name from the file, diffusers from inside it."
         )
-    vectors = embedding.vectors.detach().float().cpu().contiguous()
+    pair = _to_pair(embedding)
     if suffix == ".pt":
-        return save_pickle(_to_webui(embedding), path)
+        return save_pickle(pair or _to_webui(embedding), path)
+    tensors = pair or {embedding.name: _plain(embedding.vectors)}
     if suffix == ".bin":
-        return save_pickle({embedding.name: vectors}, path)
-    write_safetensors({embedding.name: vectors}, path, header=_to_header(embedding))
+        return save_pickle(tensors, path)
+    header = _to_header(embedding) | ({f"{_PREFIX}name": embedding.name} if pair else {})
+    write_safetensors(tensors, path, header=header)
     return path
 
 
 def read_embedding(path: str | os.PathLike[str], name: str | None = None) -> Embedding:
     """Read an embedding in any form webui or diffusers reads; `name` overrules the one found.
 
-    Without it, a webui `.pt` is called as its file, as in webui; a diffusers file by its one key; an image
-    embedding by the name inside. Raises FormatError for another kind of file, SDXL pairs included.
+    Without it, a webui `.pt` and an SDXL pair are called as their file, as in webui; a diffusers file by its one key;
+    an image embedding by the name inside. Raises FormatError for another kind of file.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix in image_embedding.SUFFIXES:
-        found = _from_webui(image_embedding.read_image_embedding(path), path, name_from_file=False)
+        held = image_embedding.read_image_embedding(path)
+        found = _from_pair(held, path) or _from_webui(held, path, name_from_file=False)
     elif suffix == ".safetensors":
         found = _read_safetensors(path)
     elif suffix in (".pt", ".bin"):
@@ -98,32 +104,53 @@ def read_embedding(path: str | os.PathLike[str], name: str | None = None) -> Emb
     else:
         raise FormatError(f"{path}: an embedding is read from one of {', '.join(SUFFIXES)}.")
     if name is not None:
-        found = Embedding(
-            name, found.vectors, found.step, found.sd_checkpoint, found.sd_checkpoint_name, found.metadata
-        )
+        found = replace(found, name=name)
     _check(found, path)
     return found
 
 
 def _check(embedding: Embedding, path: Path) -> None:
-    vectors = embedding.vectors
     if not embedding.name.strip():
         raise FormatError(f"{path}: the embedding has no name; give it one.")
-    if vectors.ndim != 2 or not vectors.numel() or not vectors.is_floating_point():
+    tables = [embedding.vectors] + ([] if embedding.vectors_2 is None else [embedding.vectors_2])
+    for vectors in tables:
+        if vectors.ndim != 2 or not vectors.numel() or not vectors.is_floating_point():
+            raise FormatError(
+                f"{path}: an embedding is a table [vectors, width] of numbers, not {list(vectors.shape)} "
+                f"{vectors.dtype}."
+            )
+        if not torch.isfinite(vectors).all():
+            raise FormatError(
+                f"{path}: the embedding {embedding.name!r} holds NaN or infinite numbers; its training failed."
+            )
+    if len(tables[0]) != len(tables[-1]):
         raise FormatError(
-            f"{path}: an embedding is a table [vectors, width] of numbers, not {list(vectors.shape)} {vectors.dtype}."
+            f"{path}: SDXL's two text encoders need as many vectors each, not {len(tables[0])} and {len(tables[1])}."
         )
-    if not torch.isfinite(vectors).all():
-        raise FormatError(
-            f"{path}: the embedding {embedding.name!r} holds NaN or infinite numbers; its training failed."
-        )
+
+
+def _plain(vectors: Tensor) -> Tensor:
+    return vectors.detach().float().cpu().contiguous()
+
+
+def _to_pair(embedding: Embedding) -> dict[str, Any] | None:
+    """Build SDXL's pair, None for the other families; webui would take anything beside the two for vectors as well."""
+    if embedding.vectors_2 is None:
+        return None
+    return {"clip_l": _plain(embedding.vectors), "clip_g": _plain(embedding.vectors_2)}
+
+
+def _from_pair(data: dict[Any, Any], path: Path) -> Embedding | None:
+    if "string_to_param" in data or not data.keys() >= {"clip_l", "clip_g"}:
+        return None
+    return Embedding(path.stem, _vectors(data["clip_l"], path), vectors_2=_vectors(data["clip_g"], path))
 
 
 def _to_webui(embedding: Embedding) -> dict[str, Any]:
     """Build the dict of a webui `.pt`; 265 is the id of "*" in SD1's vocabulary, always written, never read."""
     data = {
         "string_to_token": {"*": 265},
-        "string_to_param": {"*": embedding.vectors.detach().float().cpu().contiguous()},
+        "string_to_param": {"*": _plain(embedding.vectors)},
         "name": embedding.name,
         "step": int(embedding.step),
         "sd_checkpoint": embedding.sd_checkpoint,
@@ -166,10 +193,8 @@ def _recognise(data: Any, path: Path, *, named: bool) -> Embedding:
         raise FormatError(f"{path}: holds no embedding.")
     if "string_to_param" in data:
         return _from_webui(data, path, name_from_file=True)
-    if "clip_g" in data and "clip_l" in data:
-        raise FormatError(
-            f"{path}: an SDXL embedding (a pair of vectors), which Stable Diffusion 1 and 2 cannot use."
-        )
+    if pair := _from_pair(data, path):
+        return pair
     if len(data) != 1:
         some = ", ".join(map(repr, list(data)[:4]))
         raise FormatError(
@@ -186,13 +211,13 @@ def _read_safetensors(path: Path) -> Embedding:
     ours = {key.removeprefix(_PREFIX): header.pop(key) for key in list(header) if key.startswith(_PREFIX)}
     header.pop("format", None)
     step = ours.get("step", "")
-    return Embedding(
-        found.name,
-        found.vectors,
-        int(step) if step.isdecimal() else 0,
-        ours.get("sd_checkpoint"),
-        ours.get("sd_checkpoint_name"),
-        header,
+    return replace(
+        found,
+        name=ours.get("name") or found.name,
+        step=int(step) if step.isdecimal() and len(step) < 20 else 0,
+        sd_checkpoint=ours.get("sd_checkpoint"),
+        sd_checkpoint_name=ours.get("sd_checkpoint_name"),
+        metadata=header,
     )
 
 

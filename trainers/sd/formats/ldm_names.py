@@ -1,26 +1,35 @@
-"""Names of Stable Diffusion's parameters in single files (LDM, webui) for diffusers' parts of any number of blocks."""
+"""Stable Diffusion's families, and their U-Nets' and VAEs' names in single files, for any number of blocks."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import Any, Literal
 
 from dreamfleet.datasets.errors import FormatError
-
-PARTS = ("unet", "vae", "text_encoder")
-PREFIXES = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text_encoder": "cond_stage_model.transformer.text_model.",
-}
-
-SD2_TEXT_PREFIX = "cond_stage_model.model."
+from dreamfleet.trainers.sd.formats.text_names import Place, clip_place, openclip_place
 
 Config = dict[str, Any]
+Family = Literal["sd1", "sd2", "sdxl"]
+
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+NEEDS = PARTS[:3]  # what can be asked for: SDXL's two text encoders come together
+_UNET_AND_VAE = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
+PREFIXES: dict[Family, dict[str, str]] = {
+    "sd1": {**_UNET_AND_VAE, "text_encoder": "cond_stage_model.transformer.text_model."},
+    "sd2": {**_UNET_AND_VAE, "text_encoder": "cond_stage_model.model."},
+    "sdxl": {
+        **_UNET_AND_VAE,
+        "text_encoder": "conditioner.embedders.0.transformer.text_model.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
+}
+
+_OPENCLIP = (("sd2", "text_encoder"), ("sdxl", "text_encoder_2"))  # kept in OpenCLIP's layout
+
+# Which ids begin, end and pad a text, as the published configs of these encoders (wrongly) say; the encoder itself goes
+# by the largest id of a text when it reads them.
+_OLD_TOKEN_IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
 
 SD1_CONFIGS: dict[str, Config] = {
     "unet": {
@@ -64,6 +73,68 @@ SD1_CONFIGS: dict[str, Config] = {
         "prediction_type": "epsilon",
     },
 }
+SD2_CONFIGS: dict[str, Config] = {  # 2.1 at 768 pixels; `SD2_BASE_CONFIGS` is the one at 512
+    "unet": {
+        **SD1_CONFIGS["unet"],
+        "sample_size": 96,
+        "cross_attention_dim": 1024,
+        "attention_head_dim": [5, 10, 20, 20],
+        "use_linear_projection": True,
+        "upcast_attention": True,
+    },
+    "vae": {**SD1_CONFIGS["vae"], "sample_size": 768},
+    "text_encoder": {
+        **SD1_CONFIGS["text_encoder"],
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 23,  # of OpenCLIP's 24: the last but one is what the U-Net reads
+        "num_attention_heads": 16,
+        "hidden_act": "gelu",
+        "projection_dim": 512,
+        **_OLD_TOKEN_IDS,
+    },
+    "scheduler": {**SD1_CONFIGS["scheduler"], "prediction_type": "v_prediction"},
+}
+SD2_BASE_CONFIGS: dict[str, Config] = {
+    **SD2_CONFIGS,
+    "unet": {**SD2_CONFIGS["unet"], "sample_size": 64, "upcast_attention": False},
+    "vae": SD1_CONFIGS["vae"],
+    "scheduler": SD1_CONFIGS["scheduler"],
+}
+SDXL_CONFIGS: dict[str, Config] = {
+    "unet": {
+        "sample_size": 128,
+        "block_out_channels": [320, 640, 1280],
+        "layers_per_block": 2,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "cross_attention_dim": 2048,
+        "attention_head_dim": [5, 10, 20],
+        "transformer_layers_per_block": [1, 2, 10],
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    "vae": {**SD1_CONFIGS["vae"], "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
+    "text_encoder": {**SD1_CONFIGS["text_encoder"], **_OLD_TOKEN_IDS},
+    "text_encoder_2": {
+        **SD1_CONFIGS["text_encoder"],
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "hidden_act": "gelu",
+        "projection_dim": 1280,
+        **_OLD_TOKEN_IDS,
+    },
+    "scheduler": {**SD1_CONFIGS["scheduler"], "timestep_spacing": "leading"},
+}
+FAMILY_CONFIGS: dict[Family, dict[str, Config]] = {
+    "sd1": SD1_CONFIGS,
+    "sd2": SD2_CONFIGS,
+    "sdxl": SDXL_CONFIGS,
+}
 
 _UNET_TOP = {
     "time_embedding.linear_1": "time_embed.0",
@@ -71,6 +142,8 @@ _UNET_TOP = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
 _UNET_RESNET = {
     "norm1": "in_layers.0",
@@ -81,30 +154,38 @@ _UNET_RESNET = {
     "conv_shortcut": "skip_connection",
 }
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-_SD2_TEXT = (
-    (r"^embeddings\.position_embedding\.weight", "positional_embedding"),
-    (r"^embeddings\.token_embedding", "token_embedding"),
-    (r"^final_layer_norm", "ln_final"),
-    (r"^encoder\.layers", "transformer.resblocks"),
-    (r"layer_norm(\d)", r"ln_\1"),
-    (r"mlp\.fc1", "mlp.c_fc"),
-    (r"mlp\.fc2", "mlp.c_proj"),
-    (r"self_attn\.out_proj", "attn.out_proj"),
-    (r"self_attn\.[qkv]_proj\.(weight|bias)", r"attn.in_proj_\1"),
-)
 _UNET_BLOCK = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.(resnets|attentions|\w+samplers)\.(\d+)\.(.+)")
 _UNET_MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 _VAE_BLOCK = re.compile(r"(\w+)\.(down|up)_blocks\.(\d+)\.(resnets|\w+samplers)\.(\d+)\.(.+)")
 _VAE_MIDDLE = re.compile(r"(\w+)\.mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 
-def file_key(part: str, key: str, config: Config) -> str:
-    """Give the whole name in a single file of a parameter of one of `PARTS`.
+def family_of(configs: Mapping[str, Config]) -> Family:
+    """Tell a model's family by its parts' configs: which layout single files keep it in."""
+    if "text_encoder_2" in configs or configs.get("unet", {}).get("addition_embed_type") == "text_time":
+        return "sdxl"
+    # OpenCLIP's encoders compute with the exact GELU, OpenAI's, which SD1 has, with its quick form.
+    text = configs.get("text_encoder", {})
+    return "sd2" if text.get("hidden_size") == 1024 or text.get("hidden_act") == "gelu" else "sd1"
 
-    Raises FormatError for a parameter that the SD1 layout has no name for.
+
+def parts_of(family: Family) -> tuple[str, ...]:
+    """Give the parts a whole model of a family has."""
+    return tuple(part for part in PARTS if part in PREFIXES[family])
+
+
+def file_place(part: str, key: str, config: Config, family: Family) -> Place:
+    """Say where a single file of this family keeps a parameter of one of `PARTS`.
+
+    Raises FormatError for a parameter that the layout has no name for.
     """
-    names = {"unet": unet_key, "vae": vae_key, "text_encoder": lambda key, _: text_key(key)}
-    return PREFIXES[part] + names[part](key, config)
+    if part == "unet":
+        place = Place(unet_key(key, config))
+    elif part == "vae":
+        place = Place(vae_key(key, config))
+    else:
+        place = openclip_place(key) if (family, part) in _OPENCLIP else clip_place(key)
+    return place.under(PREFIXES[family][part])
 
 
 def unet_key(key: str, config: Config) -> str:
@@ -116,7 +197,7 @@ def unet_key(key: str, config: Config) -> str:
         kind, index, rest = match[1], int(match[2]), match[3]
         return f"middle_block.{2 * index + (kind == 'attentions')}.{_resnet(rest) if kind == 'resnets' else rest}"
     if not (match := _UNET_BLOCK.fullmatch(key)):
-        raise FormatError(f"the U-Net's parameter {key!r} has no name in the SD1 single-file layout.")
+        raise FormatError(f"the U-Net's parameter {key!r} has no name in single files.")
     side, block, kind, index, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
     layers = config["layers_per_block"]
     per_block = [layers] * len(config["block_out_channels"]) if isinstance(layers, int) else list(layers)
@@ -155,41 +236,11 @@ def vae_key(key: str, config: Config) -> str:
         r"(encoder|decoder)\.(conv_in|conv_out|conv_norm_out)\.\w+|(post_)?quant_conv\.\w+", key
     ):
         return key.replace("conv_norm_out", "norm_out")
-    raise FormatError(f"the VAE's parameter {key!r} has no name in the SD1 single-file layout.")
-
-
-def text_key(key: str) -> str:
-    """Give the name after `text_model.`, which transformers 5 dropped and webui and LDM expect."""
-    plain = key.removeprefix("text_model.").replace("token_embedding.table.", "token_embedding.")
-    if not plain.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
-        raise FormatError(f"the text encoder's parameter {key!r} has no name in the SD1 single-file layout.")
-    return plain
-
-
-def is_sd2_text(config: Config) -> bool:
-    """Say whether a text encoder is Stable Diffusion 2's, which files keep in OpenCLIP's layout."""
-    return config.get("hidden_size") == 1024
-
-
-def sd2_text_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename Stable Diffusion 2's text encoder to OpenCLIP's layout, q, k and v fused, under its prefix in files."""
-    renamed: dict[str, Tensor] = {}
-    fused: dict[str, list[Tensor]] = {}
-    for key in sorted(
-        state, key=lambda key: ("k_proj" in key) + 2 * ("v_proj" in key)
-    ):  # q before k before v
-        name = text_key(key)
-        for ours, theirs in _SD2_TEXT:
-            name = re.sub(ours, theirs, name)
-        if "in_proj" in name:
-            fused.setdefault(SD2_TEXT_PREFIX + name, []).append(state[key])
-        else:
-            renamed[SD2_TEXT_PREFIX + name] = state[key]
-    return renamed | {name: torch.cat(parts) for name, parts in fused.items()}
+    raise FormatError(f"the VAE's parameter {key!r} has no name in single files.")
 
 
 def _resnet(rest: str) -> str:
     stem, end = rest.rsplit(".", 1)
     if stem not in _UNET_RESNET:
-        raise FormatError(f"the U-Net's parameter '...{rest}' has no name in the SD1 single-file layout.")
+        raise FormatError(f"the U-Net's parameter '...{rest}' has no name in single files.")
     return f"{_UNET_RESNET[stem]}.{end}"

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreamfleet.datasets.errors import FormatError, ModelError
-from dreamfleet.trainers.sd.formats.ldm_names import PARTS, Config, is_sd2_text
+from dreamfleet.trainers.sd.formats.ldm_names import PARTS, Config, Family, family_of
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.sd.model import StableDiffusion
 
 SD1_TOKENIZER = "openai/clip-vit-large-patch14"
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
 LARGEST_TOKENIZER = 20_000  # tokens; a larger one is SD1's own, which every program has
 
 
@@ -34,7 +35,7 @@ def model_header(model: StableDiffusion, configs: Mapping[str, Config], *, title
     side = model.resolution
     header = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": _family(model, configs),
+        "modelspec.architecture": _architecture(model, configs),
         "modelspec.title": title,
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.prediction_type": "v"
@@ -43,11 +44,13 @@ def model_header(model: StableDiffusion, configs: Mapping[str, Config], *, title
     }
     for part, config in {**configs, "scheduler": scheduler}.items():
         header[f"dreamfleet.{part}_config"] = json.dumps(config, sort_keys=True)
-    if len(model.tokenizer) <= LARGEST_TOKENIZER:
-        with tempfile.TemporaryDirectory(prefix="dreamfleet-") as folder:
-            model.tokenizer.save_pretrained(folder)
-            files = {file.name: file.read_text("utf-8") for file in sorted(Path(folder).glob("*"))}
-        header["dreamfleet.tokenizer"] = json.dumps(files)
+    for name in _TOKENIZERS:
+        tokenizer = getattr(model, name, None)
+        if tokenizer is not None and len(tokenizer) <= LARGEST_TOKENIZER:
+            with tempfile.TemporaryDirectory(prefix="dreamfleet-") as folder:
+                tokenizer.save_pretrained(folder)
+                files = {file.name: file.read_text("utf-8") for file in sorted(Path(folder).glob("*"))}
+            header[f"dreamfleet.{name}"] = json.dumps(files)
     return header
 
 
@@ -57,11 +60,14 @@ def configs_in(metadata: Mapping[str, str], path: Path) -> dict[str, Config]:
     return {part: _json(metadata[name], path) for part, name in names.items() if name in metadata}
 
 
-def tokenizer_in(metadata: Mapping[str, str], path: Path) -> Any:
-    """Give the header's tokenizer, or SD1's from this machine or the hub. Raises ModelError when there is neither."""
+def tokenizer_in(metadata: Mapping[str, str], path: Path, family: Family, *, second: bool = False) -> Any:
+    """Give the header's tokenizer, or SD1's from this machine or the hub, which the other families have as well.
+
+    `second`: that of SDXL's second text encoder. Raises ModelError when there is neither.
+    """
     from transformers import CLIPTokenizer
 
-    if whole := metadata.get("dreamfleet.tokenizer"):
+    if whole := metadata.get("dreamfleet." + _TOKENIZERS[second]):
         with tempfile.TemporaryDirectory(prefix="dreamfleet-") as folder:
             try:
                 for name, text in _json(whole, path).items():
@@ -72,7 +78,9 @@ def tokenizer_in(metadata: Mapping[str, str], path: Path) -> Any:
                     f"{path}: the tokenizer in its header cannot be loaded ({error})."
                 ) from error
     try:
-        return CLIPTokenizer.from_pretrained(SD1_TOKENIZER)
+        # OpenCLIP fills a text up with zeros, the id of "!".
+        padding = {"pad_token": "!"} if family == "sd2" or second else {}
+        return CLIPTokenizer.from_pretrained(SD1_TOKENIZER, **padding)
     except Exception as error:  # network, cache and version errors differ from version to version
         raise ModelError(
             f"{path}: a single file holds no tokenizer, and SD1's ({SD1_TOKENIZER}) is neither on this machine nor to "
@@ -80,12 +88,13 @@ def tokenizer_in(metadata: Mapping[str, str], path: Path) -> Any:
         ) from error
 
 
-def _family(model: StableDiffusion, configs: Mapping[str, Config]) -> str:
-    if not is_sd2_text(configs["text_encoder"]):
-        return "stable-diffusion-v1"
-    return (
-        "stable-diffusion-v2-768-v" if model.prediction_type == "v_prediction" else "stable-diffusion-v2-512"
-    )
+def _architecture(model: StableDiffusion, configs: Mapping[str, Config]) -> str:
+    velocity = model.prediction_type == "v_prediction"
+    return {
+        "sd1": "stable-diffusion-v1",
+        "sd2": "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512",
+        "sdxl": "stable-diffusion-xl-v1-base",
+    }[family_of(configs)]
 
 
 def _json(text: str, path: Path) -> dict[str, Any]:

@@ -1,15 +1,16 @@
 """Stable Diffusion in one file: diffusers' parts under the key names of LDM and webui, and back.
 
-The SD1 layout: `model.diffusion_model.` (U-Net), `first_stage_model.` (VAE), `cond_stage_model.transformer.text_model.`
-(text encoder). Names follow from the numbers of blocks and layers in the configs, so that unusual shapes, such as the
-pocket model's, convert too; their configs and small tokenizers travel in the file.
+Three layouts, one a family: `model.diffusion_model.` (U-Net) and `first_stage_model.` (VAE) in each, and the text
+encoders in transformers' own names (SD1, SDXL's first) or OpenCLIP's (SD2, SDXL's second). Names follow from the
+numbers of blocks and layers in the configs, so that unusual shapes, such as the pocket model's, convert too; their
+configs and small tokenizers travel in the file.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import FormatError, ModelError
+from dreamfleet.trainers.sd.formats.layout import empty_part, family_in, from_single_file, to_single_file
 from dreamfleet.trainers.sd.formats.ldm_names import (
+    FAMILY_CONFIGS,
+    NEEDS,
     PARTS,
-    PREFIXES,
-    SD1_CONFIGS,
+    SD2_BASE_CONFIGS,
     Config,
-    file_key,
-    is_sd2_text,
-    sd2_text_state,
+    family_of,
+    parts_of,
 )
 from dreamfleet.trainers.sd.formats.model_header import config_of, configs_in, model_header, tokenizer_in
+from dreamfleet.trainers.sd.formats.original_config import write_original_config
 from dreamfleet.trainers.sd.formats.pickles import load_pickle, save_pickle
+from dreamfleet.trainers.sd.formats.prediction import predicts_velocity, told_schedule
 from dreamfleet.trainers.sd.formats.tensor_files import read_safetensors, to_dtype, write_safetensors
 
 if TYPE_CHECKING:
@@ -43,45 +47,6 @@ class SingleFileParts:
     metadata: dict[str, str]
 
 
-def to_single_file(
-    states: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, Config]
-) -> dict[str, Tensor]:
-    """Rename the state dicts of `PARTS` to one dict in the SD1 layout; tensors are shared, not copied.
-
-    Stable Diffusion 2's text encoder is written in OpenCLIP's layout, as webui reads it. Raises FormatError for a
-    parameter that the layout has no name for.
-    """
-    file: dict[str, Tensor] = {}
-    for part in PARTS:
-        state = states.get(part, {})
-        if part == "text_encoder" and is_sd2_text(configs.get(part, {})):
-            file |= sd2_text_state(state)
-            continue
-        for key, tensor in state.items():
-            file[file_key(part, key, configs[part])] = _to_file_shape(part, key, tensor)
-    return file
-
-
-def from_single_file(
-    state: Mapping[str, Tensor], configs: Mapping[str, Config], *, needs: Collection[str] = PARTS
-) -> dict[str, dict[str, Tensor]]:
-    """Rename a single file's dict to one state dict a part, with the shapes that `configs` ask for.
-
-    Raises FormatError naming the part that is missing or does not fit.
-    """
-    if "text_encoder" in needs and is_sd2_text(configs["text_encoder"]):
-        raise FormatError("Stable Diffusion 2 is not read from a single file yet; use its diffusers folder.")
-    states = {}
-    for part in PARTS:
-        if part in needs:
-            wanted = empty_part(part, configs[part]).state_dict()
-            states[part] = {
-                key: _take(state, part, key, list(tensor.shape), configs[part])
-                for key, tensor in wanted.items()
-            }
-    return states
-
-
 def save_single_file(
     model: StableDiffusion,
     path: str | os.PathLike[str],
@@ -92,20 +57,24 @@ def save_single_file(
     """Write the whole model as `.safetensors` or `.ckpt` in webui's key layout, in `dtype` (each part's own when None).
 
     A `.safetensors` is written tensor by tensor, so no second copy of the model is held. `metadata` joins the header.
+    What the U-Net predicts cannot be told from keys: where it is not noise, a same-named `.yaml` beside the file says
+    so, as the webui expects it.
     """
     path = Path(path)
     parts = model.modules()
-    if missing := [part for part in PARTS if part not in parts]:
-        raise ModelError(f"{path}: a single file needs the whole model; {', '.join(missing)} not loaded.")
     configs = {part: config_of(module) for part, module in parts.items()}
+    if missing := [part for part in parts_of(family_of(configs)) if part not in parts]:
+        raise ModelError(f"{path}: a single file needs the whole model; {', '.join(missing)} not loaded.")
     state = to_single_file({part: module.state_dict() for part, module in parts.items()}, configs)
     header = {**model_header(model, configs, title=path.stem), **(metadata or {})}
     if path.suffix == ".ckpt":
         converted = {key: to_dtype(tensor, dtype) for key, tensor in state.items()}
-        return save_pickle({"state_dict": converted, "dreamfleet": header}, path)
-    if path.suffix != ".safetensors":
+        save_pickle({"state_dict": converted, "dreamfleet": header}, path)
+    elif path.suffix == ".safetensors":
+        write_safetensors(state, path, dtype=dtype, header=header)
+    else:
         raise FormatError(f"{path}: a single file ends in .safetensors or .ckpt.")
-    write_safetensors(state, path, dtype=dtype, header=header)
+    write_original_config(path, configs, model.scheduler.config)
     return path
 
 
@@ -113,18 +82,15 @@ def load_single_file_parts(
     path: str | os.PathLike[str],
     *,
     configs: Mapping[str, Config] | None = None,
-    needs: Collection[str] = PARTS,
+    needs: Collection[str] = NEEDS,
 ) -> SingleFileParts:
-    """Read a `.safetensors` or `.ckpt` of the SD1 layout; `configs` overrule the ones in the file or SD1's own.
+    """Read a `.safetensors` or `.ckpt`; `configs` overrule the ones in the file or its family's own.
 
     Raises FormatError for another kind of model, and for parts that are missing or do not fit their config.
     """
     path = Path(path)
     state, metadata = _read(path)
-    found = {**configs_in(metadata, path), **(configs or {})}
-    if not found:
-        require_sd1(state, path)
-    every = {**SD1_CONFIGS, **found}
+    every = configs_for(state, metadata, path, configs)
     try:
         states = from_single_file(state, every, needs=needs)
     except FormatError as error:
@@ -132,8 +98,32 @@ def load_single_file_parts(
     return SingleFileParts(states, every, metadata)
 
 
+def configs_for(
+    state: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    path: Path,
+    given: Mapping[str, Config] | None = None,
+) -> dict[str, Config]:
+    """Find the configs of a single file: `given` ones, our header's, and the family's published ones for the rest.
+
+    Of `state` only names and shapes count. A scheduler's config without `prediction_type` means that nothing tells it.
+    Raises FormatError for a model of another family.
+    """
+    found = {**configs_in(metadata, path), **(given or {})}
+    family = family_of(found) if found else family_in(state, path)
+    if "scheduler" in found:
+        return {**FAMILY_CONFIGS[family], **found}
+    told = told_schedule(state, metadata, path)
+    at_512 = family == "sd2" and told.get("prediction_type") == "epsilon"
+    published = SD2_BASE_CONFIGS if at_512 else FAMILY_CONFIGS[family]
+    scheduler = {**published["scheduler"], **told}
+    if family == "sd2" and "prediction_type" not in told:
+        del scheduler["prediction_type"]
+    return {**published, **found, "scheduler": scheduler}
+
+
 def load_single_file(
-    path: str | os.PathLike[str], *, name: str | None = None, needs: Collection[str] = PARTS
+    path: str | os.PathLike[str], *, name: str | None = None, needs: Collection[str] = NEEDS
 ) -> StableDiffusion:
     """Load a model from a single file, in float32 on the CPU; its `content_hash` is left empty.
 
@@ -151,68 +141,30 @@ def load_single_file(
             key, tensor = state.popitem()
             _assign(module, key, tensor.float())
         modules[part] = module.eval()
+    scheduler = dict(parts.configs["scheduler"])
+    if "prediction_type" not in scheduler and modules["unet"] is not None:
+        _settle_prediction(modules["unet"], scheduler)
+    family, where = family_of(parts.configs), Path(path)
+    if family == "sdxl":
+        modules["tokenizer_2"] = tokenizer_in(parts.metadata, where, family, second=True)
+        modules["zeros_for_empty_prompt"] = True  # as the webui draws with every SDXL
+    known = {field.name for field in fields(StableDiffusion)}
+    if family == "sdxl" and "text_encoder_2" not in known:
+        raise FormatError(f"{path}: an SDXL model, which no method trains yet.")
     return StableDiffusion(
-        tokenizer=tokenizer_in(parts.metadata, Path(path)),
-        scheduler=DDPMScheduler.from_config(parts.configs["scheduler"]),
+        tokenizer=tokenizer_in(parts.metadata, where, family),
+        scheduler=DDPMScheduler.from_config(scheduler),
         folder=name or str(path),
         content_hash="",
-        **modules,
+        **{name: part for name, part in modules.items() if name in known},
     )
 
 
-def _is_vae_attention(part: str, key: str) -> bool:
-    return part == "vae" and ".attentions." in key and key.endswith("weight") and "group_norm" not in key
-
-
-def _to_file_shape(part: str, key: str, tensor: Tensor) -> Tensor:
-    # LDM's VAE attention is made of 1x1 convolutions, diffusers' of linear layers.
-    return tensor[:, :, None, None] if _is_vae_attention(part, key) and tensor.ndim == 2 else tensor
-
-
-def _take(state: Mapping[str, Tensor], part: str, key: str, shape: list[int], config: Config) -> Tensor:
-    name = file_key(part, key, config)
-    # Programs that used transformers 5 without thinking wrote text encoders without `text_model.`.
-    other = name.replace(".text_model.", ".") if part == "text_encoder" else name
-    tensor = state.get(name, state.get(other))
-    if tensor is None:
-        whole = any(known.startswith(PREFIXES[part].removesuffix("text_model.")) for known in state)
-        raise FormatError(
-            f"its {part} lacks {name}; the file is not of the SD1 layout or was cut."
-            if whole
-            else f"it holds no {part} (no {PREFIXES[part]}*); use a file of the whole model."
-        )
-    if _is_vae_attention(part, key) and tensor.ndim == 4:
-        tensor = tensor[:, :, 0, 0]
-    if list(tensor.shape) != shape:
-        raise FormatError(
-            f"{name} has shape {list(tensor.shape)}, but the model it says to be has {shape}; "
-            "this family of models is not read from single files, use its diffusers folder."
-        )
-    return tensor
-
-
-def empty_part(part: str, config: Config) -> nn.Module:
-    """Build a part without memory for its parameters."""
-    try:
-        with torch.device("meta"):
-            if part == "unet":
-                from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-                module: Any = UNet2DConditionModel.from_config(config)
-            elif part == "vae":
-                from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-                module = AutoencoderKL.from_config(config)
-            else:
-                from transformers import CLIPTextConfig, CLIPTextModel
-
-                module = CLIPTextModel(CLIPTextConfig(**config))
-    except Exception as error:  # a config from a file can be wrong in any way
-        raise FormatError(f"its {part} config makes no model ({error}).") from error
-    for owner in module.modules():
-        if "position_ids" in owner._buffers:
-            owner.position_ids = torch.arange(owner.position_ids.shape[-1])[None]
-    return module
+def _settle_prediction(unet: Any, scheduler: Config) -> None:
+    # Nothing in the file or beside it tells: a trial does, and with it which of the two published models this is.
+    velocity = predicts_velocity(unet)
+    scheduler["prediction_type"] = "v_prediction" if velocity else "epsilon"
+    unet.register_to_config(sample_size=96 if velocity else 64)
 
 
 def _assign(module: nn.Module, key: str, tensor: Tensor) -> None:
@@ -233,19 +185,3 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
         {key: value for key, value in state.items() if isinstance(value, Tensor)},
         {str(key): value for key, value in header.items() if isinstance(value, str)},
     )
-
-
-def require_sd1(state: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse the other families by the keys that webui tells them apart by (reference, section 1.5)."""
-    family = ""
-    if "conditioner.embedders.1.model.ln_final.weight" in state:
-        family = "SDXL"
-    elif "cond_stage_model.model.ln_final.weight" in state:
-        family = "Stable Diffusion 2"
-    first = state.get("model.diffusion_model.input_blocks.0.0.weight")
-    if not family and first is not None and first.ndim == 4 and first.shape[1] in (8, 9):
-        family = "an inpainting or editing model"
-    if family:
-        raise FormatError(
-            f"{path}: {family}, which is not read from a single file yet; use its diffusers folder."
-        )

@@ -1,0 +1,66 @@
+"""Names of text encoders' parameters in single files: transformers' own after `text_model.`, or OpenCLIP's."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from dreamfleet.datasets.errors import FormatError
+
+_TOP = {
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
+_INSIDE = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+_THIRDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_LAYER = re.compile(r"encoder\.layers\.(\d+)\.([\w.]+)\.(weight|bias)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a file keeps a parameter: under `name`, there transposed, or as one `third` of a joined tensor."""
+
+    name: str
+    third: int | None = None
+    transposed: bool = False
+
+    def under(self, prefix: str) -> Place:
+        """Give the place with a prefix before its name."""
+        return replace(self, name=prefix + self.name)
+
+
+def clip_place(key: str) -> Place:
+    """Give the name after `text_model.`, which transformers 5 dropped and webui and LDM expect."""
+    plain = plain_text_key(key)
+    if not plain.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
+        raise FormatError(f"the text encoder's parameter {key!r} has no name in single files.")
+    return Place(plain)
+
+
+def openclip_place(key: str) -> Place:
+    """Give OpenCLIP's name, where queries, keys and values are one tensor and the projection is no layer."""
+    plain = plain_text_key(key)
+    if plain == "text_projection.weight":
+        return Place("text_projection", transposed=True)
+    if plain in _TOP:
+        return Place(_TOP[plain])
+    if match := _LAYER.fullmatch(plain):
+        block = f"transformer.resblocks.{match[1]}"
+        if match[2] in _THIRDS:
+            return Place(f"{block}.attn.in_proj_{match[3]}", third=_THIRDS.index(match[2]))
+        if match[2] in _INSIDE:
+            return Place(f"{block}.{_INSIDE[match[2]]}.{match[3]}")
+    raise FormatError(f"the text encoder's parameter {key!r} has no name in OpenCLIP's layout.")
+
+
+def plain_text_key(key: str) -> str:
+    """Give a parameter's name without what wraps it: transformers' `text_model.`, our table of learned words."""
+    return key.removeprefix("text_model.").replace("token_embedding.table.", "token_embedding.")
