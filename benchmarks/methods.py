@@ -31,12 +31,16 @@ THINGS = [
 
 
 class Task(NamedTuple):
-    """What is taught: where its pictures lie, and what to draw: ``{}`` is where a method's word goes."""
+    """What is taught: where its pictures lie, and what to draw: ``{}`` is where a method's word goes.
+
+    ``real_is`` begins what is said of the real pictures; their captions end it.
+    """
 
     name: str
     pictures: Path
     prompts: list[str]
     plain: list[str]
+    real_is: str = ""
 
 
 class Way(NamedTuple):
@@ -52,6 +56,7 @@ SUBJECT = Task(
     ROOT / "examples/cat",
     [f"a {{}} {scene}" for scene in SCENES],
     [f"a cat face {scene}" for scene in SCENES],
+    real_is="a cat face",
 )
 STYLE = Task(
     "ink", ROOT / "examples/ink", [f"a {thing} {{}}" for thing in THINGS], [f"a {thing}" for thing in THINGS]
@@ -133,14 +138,17 @@ def fill(prompts: list[str], word: str) -> list[str]:
 def measure_task(task: Task, folder: Path, methods: list[str]) -> dict[str, Any]:
     """Measure the untuned model and every method on one task, and draw the sheet."""
     from dreamfleet.trainers.sd.clip import load_clip
-    from dreamfleet.trainers.sd.fidelity import spread_of_real
+    from dreamfleet.trainers.sd.fidelity import score_pictures, spread_of_real
     from dreamfleet.trainers.sd.model import ModelConfig, load_model
     from dreamfleet.trainers.sd.sample import picture_grid
 
-    real = read_real(task.pictures / "holdout")
+    real, clip = read_real(task.pictures / "holdout"), load_clip()
+    said = [path.read_text().strip() for path in sorted((task.pictures / "holdout").glob("*.txt"))]
+    texts = [f"{task.real_is} {text}".strip() for text in said]
     result: dict[str, Any] = {
         "pictures_to_judge_by": len(real),
-        "clip_i_among_real": spread_of_real(load_clip(), real),
+        "clip_i_among_real": round(spread_of_real(clip, real), 4),
+        "clip_t_of_real": round(score_pictures(real, prompts=texts, real=real, clip=clip).clip_t, 4),
     }
     untuned = fill(task.prompts, UNTUNED[task.name])
     result["untuned"], sheet = score_prompts(load_model(ModelConfig()), untuned, task.plain, real)

@@ -1,0 +1,108 @@
+"""What Aesthetic Gradients cost when pictures are drawn, and what each step gains: cosine, CLIP-I, CLIP-T, seconds.
+
+The vector of the cat that ships, on the pocket model with its own CLIP: ten scenes, one picture of each, drawn without
+and with the vector, alternating; a tuned prompt is drawn once as new and once as remembered. Beside it the baked form,
+one encoder tuned over all ten prompts.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from measure import spread, write_result
+from subjects import GUIDANCE, ROOT, SCENES, read_real
+
+STEPS = (1, 2, 3, 5, 10, 15, 20, 30)
+ROUNDS = 3
+
+
+def draw(model: Any, prompts: list[str]) -> tuple[list[Any], float]:
+    """Draw a picture of each prompt, one at a time as a person does; returns them and the seconds of one."""
+    from dreamfleet.trainers.sd.sample import generate
+
+    start = time.perf_counter()
+    pictures = [
+        generate(model, [prompt], seeds=[0], steps=25, guidance_scale=GUIDANCE, batch_size=1)[0]
+        for prompt in prompts
+    ]
+    return pictures, (time.perf_counter() - start) / len(prompts)
+
+
+def measure_steps(
+    model: Any, encoder_for: Any, prompts: list[str], real: list[Any], clip: Any
+) -> dict[str, Any]:
+    """Measure every number of steps; 0 is the untouched encoder."""
+    from dreamfleet.trainers.sd.fidelity import score_pictures
+
+    result: dict[str, Any] = {}
+    for steps in (0, *STEPS):
+        seconds: dict[str, list[float]] = {"plain": [], "new": [], "remembered": []}
+        for _ in range(ROUNDS):
+            model.encode_prompts = None
+            pictures, taken = draw(model, prompts)
+            seconds["plain"].append(taken)
+            if steps:
+                encoder = model.encode_prompts = encoder_for(steps)
+                for kind in ("new", "remembered"):
+                    pictures, taken = draw(model, prompts)
+                    seconds[kind].append(taken)
+        scores = score_pictures(pictures, prompts=prompts, real=real, clip=clip)
+        told: dict[str, Any] = {"clip_i": round(scores.clip_i, 4), "clip_t": round(scores.clip_t, 4)}
+        if steps:
+            gained = [encoder.cosines[prompt] for prompt in prompts]
+            told |= {
+                "cosine_before": round(sum(one[0] for one in gained) / len(gained), 4),
+                "cosine_after": round(sum(one[-1] for one in gained) / len(gained), 4),
+            }
+            told["cosine_a_step"] = round((told["cosine_after"] - told["cosine_before"]) / steps, 4)
+        told |= {
+            f"seconds_a_picture_{kind}": spread([round(s, 3) for s in times])
+            for kind, times in seconds.items()
+            if times
+        }
+        result[str(steps)] = told
+        print(steps, told, flush=True)
+    return result
+
+
+def main() -> None:
+    """Measure steps and the baked form, and write the figures."""
+    import torch
+
+    from dreamfleet.trainers.sd.aesthetic import AestheticEncoder, AestheticSettings, clip_of
+    from dreamfleet.trainers.sd.aesthetic_baked import bake
+    from dreamfleet.trainers.sd.model import ModelConfig, load_model
+
+    model = load_model(ModelConfig())
+    clip = clip_of(model)
+    with torch.no_grad():
+        vector = clip.embed(clip.preprocessing(read_real(ROOT / "examples/cat/train"))).mean(0, keepdim=True)
+    prompts = [f"a cat face {scene}" for scene in SCENES]
+    real = read_real(ROOT / "examples/cat/holdout")
+
+    def encoder_for(steps: int) -> Any:
+        return AestheticEncoder(model, vector, clip=clip, settings=AestheticSettings(steps=steps))
+
+    result = measure_steps(model, encoder_for, prompts, real, clip)
+    model.encode_prompts = None
+    baked = {
+        str(steps): {
+            name: round(value, 4)
+            for name, value in bake(
+                model, vector, prompts, clip=clip, settings=AestheticSettings(steps=steps)
+            )
+            .figures()
+            .items()
+        }
+        for steps in (5, 10, 20)
+    }
+    write_result(
+        "aesthetic",
+        {"rounds": ROUNDS, "guidance_scale": GUIDANCE, "steps": result, "baked": baked},
+        how="python benchmarks/aesthetic.py",
+    )
+
+
+if __name__ == "__main__":
+    main()
