@@ -16,7 +16,11 @@ def export(
     ],
     format: Annotated[
         list[str],
-        typer.Option("--format", help="What to write: diffusers, safetensors, ckpt, pt, bin, png, webp."),
+        typer.Option(
+            "--format",
+            help="What to write; repeatable. Whole models: diffusers, safetensors, ckpt. Words: pt, safetensors, bin, "
+            "png, webp, jxl, kohya. Others: pt. optim: pt and the optimizer beside it, to train on in the webui.",
+        ),
     ],
     out: Annotated[
         str | None,
@@ -44,7 +48,7 @@ def convert(
 ) -> None:
     """Convert an embedding, a hypernetwork, an aesthetic vector or a model to another format.
 
-    Embeddings: .pt .bin .safetensors .png .webp. Hypernetworks and aesthetic vectors: .pt, from older forms too.
+    Embeddings: .pt .bin .safetensors .png .webp .jxl. Hypernetworks and aesthetic vectors: .pt, from older forms too.
     Models: diffusers folder, .safetensors, .ckpt.
     """
     with work():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_formats_pickles import assert_webui_safe
 
 from dreamfleet.datasets.errors import FormatError, StorageError
-from dreamfleet.trainers.sd.formats import image_embedding
+from dreamfleet.trainers.sd.formats import image_embedding, jxl
 from dreamfleet.trainers.sd.formats.embedding import Embedding, read_embedding, write_embedding
 from dreamfleet.trainers.sd.formats.image_embedding import lcg_noise, read_image_embedding
 from dreamfleet.trainers.sd.formats.pickles import load_pickle, save_pickle
@@ -60,9 +61,11 @@ def _const_hash(values: list[int]) -> int:
     return result % 2**16
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".bin", ".png", ".webp"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".bin", ".png", ".webp", ".jxl"])
 @pytest.mark.parametrize("vectors", [1, 5])
 def test_every_form_reads_back_equal(suffix: str, vectors: int, tmp_path: Path) -> None:
+    if suffix == ".jxl":
+        pytest.importorskip("pillow_jxl")
     written = embedding(vectors)
     path = write_embedding(written, tmp_path / f"my-cat{suffix}")
     assert_equal(read_embedding(path), written, whole=suffix != ".bin")
@@ -84,6 +87,57 @@ def test_pixels_alone_carry_the_embedding(height: int, tmp_path: Path) -> None:
     for shown in (bare, framed):
         shown.save(tmp_path / "bare.png")
         assert_equal(read_embedding(tmp_path / "bare.png"), written)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".avif", ".jxl"])
+def test_a_picture_saved_again_with_loss_is_explained_under_any_name(suffix: str, tmp_path: Path) -> None:
+    good = write_embedding(embedding(), tmp_path / "good.png")
+    with Image.open(good) as image:
+        for form, options in (
+            ("JPEG", {"quality": 95}),
+            ("WEBP", {"quality": 90}),
+            ("AVIF", {"quality": 100, "subsampling": "4:4:4"}),
+        ):
+            image.convert("RGB").save(tmp_path / f"my-cat{suffix}", form, **options)
+            with pytest.raises(FormatError, match=r"carries no embedding.*saved again with loss"):
+                read_embedding(tmp_path / f"my-cat{suffix}")
+
+
+def test_what_writing_a_picture_needs_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        FormatError, match=r"my-cat\.avif: \.avif as written here loses bits.*\.png or \.webp"
+    ):
+        write_embedding(embedding(), tmp_path / "my-cat.avif")
+    monkeypatch.setitem(sys.modules, "pillow_jxl", None)
+    with pytest.raises(FormatError, match=r"pip install 'dreamfleet\[jxl\]'"):
+        write_embedding(embedding(), tmp_path / "my-cat.jxl")
+    (tmp_path / "x.jxl").write_bytes(b"\xff\x0a" + bytes(40))
+    with pytest.raises(FormatError, match=r"pip install 'dreamfleet\[jxl\]'"):
+        read_embedding(tmp_path / "x.jxl")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jxl"]
+
+
+@pytest.mark.parametrize("size", [(40, 24), (256, 256), (300, 200), (517, 33), (1920, 1080), (9000, 40)])
+def test_the_size_of_a_jpeg_xl_is_told_before_it_is_decoded(size: tuple[int, int]) -> None:
+    pytest.importorskip("pillow_jxl")
+    for container in (False, True):
+        stream = io.BytesIO()
+        Image.new("RGB", size, (9, 99, 200)).save(
+            stream, "JXL", lossless=True, effort=1, use_container=container
+        )
+        assert jxl.is_jxl(stream.getvalue())
+        assert jxl.size_of(stream.getvalue()) == size
+    assert jxl.size_of(b"\xff\x0a") is None
+
+
+def test_a_huge_jpeg_xl_is_refused_unopened(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pillow_jxl")
+    stream = io.BytesIO()
+    Image.new("L", (3000, 3000)).save(stream, "JXL", lossless=True, effort=1)
+    monkeypatch.setattr(image_embedding, "MAX_PIXELS", 2999 * 3000)
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(FormatError, match="3000x3000 pixels are more"):
+        read_image_embedding(stream.getvalue())
 
 
 def test_pixel_block_follows_the_reference_layout(tmp_path: Path) -> None:
@@ -164,6 +218,15 @@ def test_sdxl_pairs_read_back_equal_and_as_webui_reads_them(suffix: str, tmp_pat
     assert (held["clip_l"].shape, held["clip_g"].shape) == ((3, 768), (3, 1280))
     with pytest.raises(FormatError, match="as many vectors each, not 3 and 2"):
         write_embedding(replace(written, vectors_2=second[:2]), tmp_path / f"other{suffix}")
+
+
+def test_kohyas_form_goes_by_the_files_name(tmp_path: Path) -> None:
+    written = embedding(2, 768)
+    path = write_embedding(written, tmp_path / "kohya" / "cat.safetensors", kohya=True)
+    assert load_file(path).keys() == {"emb_params"}
+    assert_equal(read_embedding(path), replace(written, name="cat"))
+    pair = replace(written, vectors_2=torch.ones(2, 1280))
+    assert load_file(write_embedding(pair, path, kohya=True)).keys() == {"clip_l", "clip_g"}
 
 
 def test_what_is_no_embedding_says_so(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ def describe(name: str, *, run_name: str, recipe: Mapping[str, Any]) -> Hint:
                 ),
             ),
         )
+    if found := _beside(name, stem, suffix, run_name):
+        return found
     if "lora" in name.lower():
         load = f'`pipe.load_lora_weights("exports", weight_name="{name}")`'
         return Hint(
@@ -65,13 +67,33 @@ def describe(name: str, *, run_name: str, recipe: Mapping[str, Any]) -> Hint:
                 Use("dreamfleet", f"`dreamfleet sample --model ... --aesthetic exports/{name} --prompt ...`"),
             ),
         )
+    return _single_file(name, stem or run_name)
+
+
+def _beside(name: str, stem: str, suffix: str, run_name: str) -> Hint | None:
+    """Describe what lies beside an artefact for one program's sake, None for anything else."""
+    if name == "kohya":
+        use = Use("sd-scripts", f"`--textual_inversion_embeddings exports/kohya/{run_name}.safetensors`")
+        return Hint(
+            "The learned vectors as kohya's sd-scripts write them; the file's name is the word.", (use,)
+        )
+    if suffix == "optim":
+        use = Use(
+            "webui",
+            f"copy beside `{stem}`; with Settings > Training > Saves Optimizer state on, it trains on",
+        )
+        return Hint("The optimizer's moments, to go on training in the webui.", (use,))
     if suffix == "yaml":
         use = Use("webui", f"lies beside `{stem}` in `models/Stable-diffusion/`, under the same name")
         return Hint("What the model in one file predicts, which its keys do not tell.", (use,))
+    return None
+
+
+def _single_file(name: str, stem: str) -> Hint:
     return Hint(
         "The whole tuned model in one file, with the keys that Stable Diffusion's own code uses.",
         (
-            Use("webui", f"copy to `models/Stable-diffusion/`, choose `{stem or run_name}` as checkpoint"),
+            Use("webui", f"copy to `models/Stable-diffusion/`, choose `{stem}` as checkpoint"),
             Use("ComfyUI", "copy to `models/checkpoints/`, open it with Load Checkpoint"),
             Use("dreamfleet", f"`dreamfleet sample --model exports/{name} --prompt ... --out grid.png`"),
         ),

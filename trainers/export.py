@@ -15,13 +15,15 @@ from dreamfleet.trainers.checkpoint import Checkpoint, Checkpoints
 from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.trainers.recorder import artefact_metadata
+from dreamfleet.trainers.webui_optimizer import OPTIM, require_resumable, write_optimizer_state
 
 
 def export_run(target: str, formats: Sequence[str], out: str | None = None) -> list[str]:
     """Export a run's newest checkpoint, or the one ``target`` names (``RUN/checkpoints/step-000500``).
 
-    ``out`` is a folder or bucket, the run's own ``exports/`` when None. Returns the addresses written.
-    Raises RecipeError for what is no run, CheckpointError when there is no whole checkpoint.
+    ``out`` is a folder or bucket, the run's own ``exports/`` when None. The format ``optim`` stands for ``pt`` and the
+    webui's optimizer file beside it. Returns the addresses written. Raises RecipeError for what is no run,
+    CheckpointError when there is no whole checkpoint.
     """
     run, step = find_checkpoint(target)
     recipe = read_recipe(run)
@@ -30,12 +32,16 @@ def export_run(target: str, formats: Sequence[str], out: str | None = None) -> l
     if found is None:
         raise CheckpointError(f"{run.url} has no whole checkpoint to export")
     method = load_method(recipe, found)
+    forms = [form for form in formats if form != OPTIM]
+    if with_optimizer := OPTIM in formats:
+        require_resumable(recipe, method)
+        forms = list(dict.fromkeys([*forms, "pt"]))
     place = Storage(out) if out else run.child("exports")
     with tempfile.TemporaryDirectory(prefix="dreamfleet-export-") as folder:
         paths = method.export(
             Path(folder),
             recipe.run_name,
-            formats=formats,
+            formats=forms,
             step=found.step,
             metadata=artefact_metadata(
                 recipe,
@@ -45,6 +51,8 @@ def export_run(target: str, formats: Sequence[str], out: str | None = None) -> l
             ),
             precision=recipe.train.save_precision,
         )
+        if with_optimizer:
+            paths.append(write_optimizer_state(recipe, found, Path(folder) / f"{recipe.run_name}.pt"))
         for path in paths:
             place.upload(path, path.name)
         return [place.path(path.name) for path in paths]

@@ -17,7 +17,7 @@ from dreamfleet.trainers.sd.embeddings import text_embeddings
 from dreamfleet.trainers.sd.formats.embedding import Embedding, write_embedding
 from dreamfleet.trainers.sd.model import StableDiffusion
 
-WORD_FORMATS = ("pt", "safetensors", "png", "webp", "bin")
+WORD_FORMATS = ("pt", "safetensors", "png", "webp", "avif", "jxl", "bin", "kohya")
 
 
 def initial_vectors(model: StableDiffusion, text: str, num_vectors: int) -> Tensor:
@@ -61,7 +61,7 @@ def export_word(
     step: int,
     metadata: dict[str, str],
 ) -> list[Path]:
-    """Write ``NAME.FORMAT`` for every format; returns the paths."""
+    """Write ``NAME.FORMAT`` for every format, kohya's as ``kohya/NAME.safetensors``; returns the paths."""
     paths = []
     for suffix in formats:
         # webui goes by the file's name, diffusers by the name inside: the word the vectors were trained under.
@@ -73,5 +73,9 @@ def export_word(
             sd_checkpoint_name=Path(model.folder).stem,
             metadata=metadata,
         )
-        paths.append(write_embedding(embedding, folder / f"{name}.{suffix}"))
+        if suffix == "kohya":  # goes by the file's name, which diffusers' file has as well
+            write_embedding(embedding, folder / "kohya" / f"{name}.safetensors", kohya=True)
+            paths.append(folder / "kohya")
+        else:
+            paths.append(write_embedding(embedding, folder / f"{name}.{suffix}"))
     return paths

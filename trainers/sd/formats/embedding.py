@@ -51,11 +51,16 @@ class Embedding:
 
 
 def write_embedding(
-    embedding: Embedding, path: str | os.PathLike[str], *, picture: Image.Image | None = None
+    embedding: Embedding,
+    path: str | os.PathLike[str],
+    *,
+    picture: Image.Image | None = None,
+    kohya: bool = False,
 ) -> Path:
     """Write `.pt` (webui), `.safetensors` or `.bin` (diffusers), or an image embedding (`.png`, lossless `.webp`).
 
-    `picture` is what an image embedding shows. SDXL's pairs are written as kohya and webui read them, `clip_l` and
+    `picture` is what an image embedding shows. `kohya`: the one tensor is called `emb_params`, so that the name is the
+    file's. SDXL's pairs are written as kohya and webui read them, `clip_l` and
     `clip_g`: there only `.safetensors` has room for the name, the step and metadata. Raises FormatError for vectors
     nobody could use, and for a `.pt` whose stem differs from the name: webui takes the name from the file, diffusers
     from inside.
@@ -78,7 +83,7 @@ def write_embedding(
     pair = _to_pair(embedding)
     if suffix == ".pt":
         return save_pickle(pair or _to_webui(embedding), path)
-    tensors = pair or {embedding.name: _plain(embedding.vectors)}
+    tensors = pair or {"emb_params" if kohya else embedding.name: _plain(embedding.vectors)}
     if suffix == ".bin":
         return save_pickle(tensors, path)
     header = _to_header(embedding) | ({f"{_PREFIX}name": embedding.name} if pair else {})

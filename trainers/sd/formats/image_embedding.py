@@ -22,10 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, PngImagePlugin, UnidentifiedImageError
 
 from dreamfleet.datasets.disk import as_storage_error
 from dreamfleet.datasets.errors import FormatError
+from dreamfleet.trainers.sd.formats import jxl
+from dreamfleet.trainers.sd.formats.caption_card import captioned, plain_card
 from dreamfleet.trainers.sd.formats.pickles import replacing
 
 TEXT_KEY = "sd-ti-embedding"
@@ -36,11 +38,10 @@ MAX_JSON_BYTES = 32_000_000  # inflated; 75 vectors of 1024 numbers need 2 MB
 MAX_JSON_DEPTH = 16  # the webui dict has 5
 
 _TENSOR_KEY = "TORCHTENSOR"
-_SMALLEST_SIDE = 512  # pixels: smaller previews are enlarged so that the caption can be read
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     ".png": {"format": "PNG"},
     ".webp": {"format": "WEBP", "lossless": True, "quality": 100, "exact": True},
-    ".avif": {"format": "AVIF", "quality": 100, "subsampling": "4:4:4"},
+    ".avif": {"format": "AVIF", "quality": 100, "subsampling": "4:4:4", "range": "full"},
     ".jxl": {"format": "JXL", "lossless": True},
 }
 
@@ -57,7 +58,8 @@ def write_image_embedding(
     """Write a picture that carries `data`, the dict of a webui `.pt`, in both carriers.
 
     `picture` is what people see (a plain card when None); `caption` is a title and up to three footers drawn on it.
-    Raises FormatError for a format that loses bits, StorageError when the disk refuses.
+    Raises FormatError for a format that loses bits, as Pillow's AVIF does at any quality, and StorageError when the
+    disk refuses.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -65,8 +67,10 @@ def write_image_embedding(
         raise FormatError(
             f"{path}: an image embedding cannot be a {suffix or 'file without suffix'}; write a .png."
         )
+    if suffix == ".jxl":
+        jxl.require_plugin(str(path))
     payload = _to_json(data)
-    shown = _captioned(picture or _plain_card(), caption)
+    shown = captioned(picture or plain_card(), caption)
     vectors = next((value for value in _tensors_of(data)), torch.ones(1, 1))
     canvas = Image.fromarray(_hide(np.asarray(shown), payload, decoration=vectors[0].float().numpy()))
     options = dict(_SAVE_OPTIONS[suffix])
@@ -218,22 +222,31 @@ def _carried_by_pixels(image: Image.Image) -> bytes | None:
 
 
 def _open(content: bytes, where: str) -> Image.Image:
+    if jxl.is_jxl(content):
+        jxl.require_plugin(where)
+        _require_size(jxl.size_of(content) or (MAX_PIXELS, 2), where)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below is stricter
             image = Image.open(io.BytesIO(content))
-        if image.width * image.height > MAX_PIXELS:
-            raise FormatError(
-                f"{where}: {image.width}x{image.height} pixels are more than an embedding can need."
-            )
+        _require_size(image.size, where)
         image.load()
     except FormatError:
         raise
     except UnidentifiedImageError as error:
         raise FormatError(f"{where}: not a picture that can be read.") from error
     except Exception as error:  # a broken picture fails in any way Pillow's decoders can
-        raise FormatError(f"{where}: the picture is damaged ({error}).") from error
+        raise FormatError(f"{where}: the picture is damaged ({_first_line(error)}).") from error
     return image
+
+
+def _require_size(size: tuple[int, int], where: str) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise FormatError(f"{where}: {size[0]}x{size[1]} pixels are more than an embedding can need.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _tensors_of(data: Any) -> list[torch.Tensor]:
@@ -260,38 +273,3 @@ def _discs(columns: int, height: int, greys: Pixels) -> Pixels:
             draw.ellipse((left, top, left + 6, top + 6), fill=int(greys[count % len(greys)]))
             count += 1
     return np.repeat((np.asarray(sheet) & 0xF0)[:, :, None], 3, axis=2)
-
-
-def _plain_card() -> Image.Image:
-    rows = np.linspace(1, 0, _SMALLEST_SIDE)[:, None, None]
-    shade = np.array([70, 96, 140]) * rows + np.array([40, 44, 62]) * (1 - rows)
-    return Image.fromarray(np.broadcast_to(shade, (_SMALLEST_SIDE, _SMALLEST_SIDE, 3)).astype(np.uint8))
-
-
-def _captioned(picture: Image.Image, caption: Sequence[str]) -> Image.Image:
-    """Give an RGB copy, enlarged when small, with a title at the top and up to three footers at the bottom."""
-    picture = picture.convert("RGB")
-    scale = -(-_SMALLEST_SIDE // min(picture.size))
-    if scale > 1:
-        picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
-    if not caption:
-        return picture
-    width, height = picture.size
-    y = np.arange(height) / height
-    shade = np.clip(np.maximum(1 - np.cos(1.65 * (1 - y)), 1 - np.cos(1.5 * y)), 0, 1)
-    alpha = Image.fromarray(np.repeat((shade * 255).astype(np.uint8)[:, None], width, axis=1))
-    picture = Image.composite(Image.new("RGB", picture.size), picture, alpha)
-    draw = ImageDraw.Draw(picture, "RGBA")
-    pad, white = 10, (255, 255, 255, 230)
-    title, footers = caption[0], list(caption[1:4])
-    draw.text((pad, pad), title, fill=white, font=_font([title], int(width * 0.75) - 4 * pad, largest=72))
-    font = _font(footers, width // 3 - pad * 2, largest=28)
-    for text, x, anchor in zip(footers, (pad, width // 2, width - pad), ("ls", "ms", "rs"), strict=False):
-        draw.text((x, height - pad), text, fill=white, font=font, anchor=anchor)
-    return picture
-
-
-def _font(texts: Sequence[str], width: int, *, largest: int) -> Any:
-    """Give the largest font in which every text is at most `width` pixels wide."""
-    widest = max((ImageFont.load_default(100).getlength(text) for text in texts), default=0)
-    return ImageFont.load_default(max(8, min(largest, int(100 * width / max(widest, 1)))))

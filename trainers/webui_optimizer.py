@@ -1,0 +1,67 @@
+"""Adam's moments across programs: a run's as the webui's `NAME.pt.optim`, so that training goes on there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dreamfleet.datasets.errors import CheckpointError, RecipeError
+from dreamfleet.trainers.checkpoint import Checkpoint
+from dreamfleet.trainers.methods.base import Method
+from dreamfleet.trainers.methods.hypernetwork import HypernetworkMethod
+from dreamfleet.trainers.methods.textual_inversion import TextualInversion
+from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.sd.formats.embedding import read_embedding
+from dreamfleet.trainers.sd.formats.optimizer_file import (
+    AdamState,
+    OptimizerFile,
+    file_hash,
+    write_optimizer,
+)
+
+OPTIM = "optim"  # the export format
+
+
+def require_resumable(recipe: Recipe, method: Method) -> None:
+    """Raise RecipeError for a run that the webui has no optimizer file for."""
+    if not isinstance(method, TextualInversion | HypernetworkMethod):
+        raise RecipeError(
+            f"{method.name} has no export format {OPTIM!r}: the webui trains embeddings and hypernetworks only"
+        )
+    if getattr(method.model, "text_encoder_2", None) is not None:
+        raise RecipeError(f"the export format {OPTIM!r} is not for SDXL, which the webui does not train")
+    if recipe.optimizer.name != "adamw":
+        raise RecipeError(
+            f"the export format {OPTIM!r} needs optimizer.name: adamw; the webui reads no moments of "
+            f"{recipe.optimizer.name}"
+        )
+
+
+def write_optimizer_state(recipe: Recipe, found: Checkpoint, artefact: Path) -> Path:
+    """Write the `.optim` beside an exported `.pt`, from the checkpoint that it was exported from.
+
+    Raises CheckpointError for a checkpoint from before the first step.
+    """
+    entries: Mapping[int, Mapping[str, Any]] = found.engine["optimizer"]["state"]
+    if not entries:
+        raise CheckpointError(
+            "the checkpoint is from before the first step: its optimizer remembers nothing yet"
+        )
+    # By parameter in the order of the method's group, which is the webui's: a hypernetwork's widths ascend in its file.
+    states = tuple(
+        AdamState(float(entry["step"]), entry["exp_avg"], entry["exp_avg_sq"])
+        for _, entry in sorted(entries.items())
+    )
+    if isinstance(recipe.method, TextualInversion.Config):
+        file = OptimizerFile(read_embedding(artefact).checksum, states)
+    else:
+        file = OptimizerFile(file_hash(artefact), states, "AdamW")
+    options = recipe.optimizer
+    return write_optimizer(
+        artefact,
+        file,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        weight_decay=options.adam_weight_decay,
+    )
