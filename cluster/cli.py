@@ -101,12 +101,20 @@ def methods(as_json: AsJson = False, verbose: Verbose = False) -> None:
     with work():
         from dreamfleet.trainers.methods.base import discover
 
-        told = {name: (method.__doc__ or "").strip().split("\n")[0] for name, method in discover().items()}
+        told = [
+            {
+                "name": name,
+                "description": (method.__doc__ or "").strip().split("\n")[0],
+                "helper_of": method.helper_of,
+            }
+            for name, method in sorted(discover().items(), key=lambda item: bool(item[1].helper_of))
+        ]
     if as_json:
-        print_json([{"name": name, "description": text} for name, text in told.items()])
+        print_json(told)
         return
-    for name, text in told.items():
-        print(f"{name:<20} {text}")
+    for line in told:
+        helps = f"Helper of {line['helper_of']}. " if line["helper_of"] else ""
+        print(f"{line['name']:<20} {helps}{line['description']}")
 
 
 def doctor(address: Address = None, as_json: AsJson = False, verbose: Verbose = False) -> None:

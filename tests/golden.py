@@ -17,6 +17,19 @@ FOLDER = Path(__file__).parent / "golden"
 STEPS = 12
 RUNS: dict[str, dict[str, Any]] = {
     "aesthetic_gradients": {"method": {"name": "aesthetic_gradients"}},
+    "discriminator": {
+        "method": {
+            "name": "discriminator",
+            "classes": ["warm", "cold"],
+            "depths": [1, 1],
+            "hidden_sizes": [8, 16],
+            "input_size": 32,
+            "drop_path": 0.0,
+            "label_smoothing": 0.1,
+            "balance_classes": True,
+        },
+        "labelled": True,
+    },
     "dreambooth": {
         "method": {"name": "dreambooth", "train_text_encoder": True},
         "train__snr_gamma": 5.0,
@@ -76,6 +89,8 @@ def compute_curve(name: str, folder: Path) -> list[float]:
         changes["data__class_data_dir"] = str(tiny.make_pictures(folder / "class", 4, seed=9))
     if changes.pop("shapes", False):
         changes |= {**tiny.SHAPES, "data__instance_data_dir": str(tiny.make_shapes(folder / "shapes"))}
+    if changes.pop("labelled", False):
+        changes["data__instance_data_dir"] = str(tiny.make_two_classes(folder / "labelled", 9))
     parts = assemble(build_recipe(tiny.make_recipe(folder, **changes)), Place())
     losses = []
     for step in range(STEPS):

@@ -18,6 +18,14 @@ from dreamfleet.trainers.sd.model import ModelConfig, load_model
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "aesthetic_gradients": {"name": "aesthetic_gradients", "baked_prompts": ["a cat"]},
+    "discriminator": {
+        "name": "discriminator",
+        "classes": ["warm", "cold"],
+        "depths": [1, 1],
+        "hidden_sizes": [8, 16],
+        "input_size": 32,
+        "drop_path": 0.0,
+    },
     "dreambooth": {"name": "dreambooth", "train_text_encoder": True},
     "hypernetwork": {
         "name": "hypernetwork",
@@ -46,12 +54,17 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 RATES = {
     "aesthetic_gradients": 1.0,  # not used: its steps add up
+    "discriminator": 1e-3,
     "dreambooth": 1e-3,
     "hypernetwork": 1e-2,
     "native": 1e-3,
     "prompt_tuning": 5e-2,
     "textual_inversion": 5e-2,
 }
+
+
+# Pictures to learn from, where one alone teaches nothing.
+PICTURES = {"discriminator": "labelled"}
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +74,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.make_tiny_model(folder / "model")
     tiny.make_pictures(folder / "pictures", 6)
     tiny.make_pictures(folder / "one", 1)
+    tiny.make_two_classes(folder / "labelled", 10)
     return folder
 
 
@@ -75,7 +89,7 @@ def make_parts(workplace: Path, name: str, **changes: Any) -> Parts:
     options = {
         "method": SECTIONS[name],
         "optimizer__learning_rate": RATES[name],
-        "data__instance_data_dir": str(workplace / "one"),
+        "data__instance_data_dir": str(workplace / PICTURES.get(name, "one")),
         "train__train_batch_size": 1,
         **changes,
     }
@@ -164,6 +178,12 @@ def test_exports_read_back_equal(workplace: Path, method_name: str, tmp_path: Pa
 
             part = "negative" if path.stem.endswith("-neg") else "positive"
             assert torch.allclose(read_embedding(path).vectors, expected[part], atol=1e-6), path
+        elif method_name == "discriminator":
+            from dreamfleet.trainers.sd.discriminator import load_discriminator
+
+            found = load_discriminator(str(path)).network.state_dict()
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), path
         elif method_name == "aesthetic_gradients":
             from dreamfleet.trainers.sd.formats.aesthetic import read_aesthetic
 

@@ -139,6 +139,18 @@ def make_shapes(folder: Path) -> Path:
     return folder
 
 
+def make_two_classes(folder: Path, count: int, *, size: int = 40) -> Path:
+    """Write smooth pictures, reddish (class 0) and bluish (class 1) in turn, and their labels, `dataset.json`."""
+    make_pictures(folder, count, seed=1, size=size)
+    labels = {f"{number:03d}.png": number % 2 for number in range(count)}
+    for name, label in labels.items():
+        with Image.open(folder / name) as picture:
+            tint = Image.new("RGB", picture.size, (60, 60, 220) if label else (220, 60, 60))
+            Image.blend(picture, tint, 0.4).save(folder / name)
+    (folder / "dataset.json").write_text(json.dumps(labels))
+    return folder
+
+
 # What the pictures of `make_shapes` need to be shown whole and weighed: buckets 24 x 40, 32 x 32 and 40 x 24.
 SHAPES: dict[str, Any] = {
     "data__enable_bucket": True,

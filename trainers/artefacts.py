@@ -67,6 +67,8 @@ def describe(name: str, *, run_name: str, recipe: Mapping[str, Any]) -> Hint:
                 Use("dreamfleet", f"`dreamfleet sample --model ... --aesthetic exports/{name} --prompt ...`"),
             ),
         )
+    if kind == "discriminator":
+        return _discriminator(name, suffix)
     return _single_file(name, stem or run_name)
 
 
@@ -98,6 +100,19 @@ def _single_file(name: str, stem: str) -> Hint:
             Use("dreamfleet", f"`dreamfleet sample --model exports/{name} --prompt ... --out grid.png`"),
         ),
     )
+
+
+def _discriminator(name: str, suffix: str) -> Hint:
+    ours = Use(
+        "dreamfleet", f"`method: {{name: prompt_tuning, discriminator: .../exports/{name}}}` in a recipe"
+    )
+    if suffix == "pth":
+        return Hint(
+            "A classifier of pictures, with the names of ConvNeXt's authors, as DreamArtist reads it.",
+            (ours,),
+        )
+    theirs = Use("transformers", f'`ConvNextForImageClassification.from_pretrained("exports/{name}")`')
+    return Hint("A classifier of pictures, as a folder.", (ours, theirs))
 
 
 def _hypernetwork(name: str, stem: str, method: Mapping[str, Any]) -> Hint:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,12 @@ from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.sets import Sets, load_sets
 from dreamfleet.datasets.storage import Storage
-from dreamfleet.trainers.clip_feed import ClipFeed
 from dreamfleet.trainers.engine import DTYPES, Engine, TorchEngine
 from dreamfleet.trainers.feed import Feed, Preparer
 from dreamfleet.trainers.loop import Schedule
 from dreamfleet.trainers.methods.base import Batch, Method, Setting, discover
 from dreamfleet.trainers.optim import make_rates
+from dreamfleet.trainers.picture_feed import PictureFeed
 from dreamfleet.trainers.pictures import load_pictures
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.schedule import last_step
@@ -69,11 +69,12 @@ class Parts:
     model: StableDiffusion
     method: Method
     engine: Engine
-    feed: Feed | ClipFeed
+    feed: Feed | PictureFeed
     prepare: Callable[[Batch], Batch]
     rates: dict[str, Callable[[int], float]]
     schedule: Schedule
     global_batch: int
+    apart: Index | None = None  # pictures that the method measures with
 
 
 def make_method(recipe: Recipe, sets: Sets | None, device: torch.device) -> Method:
@@ -117,7 +118,8 @@ def assemble(recipe: Recipe, place: Place) -> Parts:
     method = make_method(recipe, sets, place.device)
     model = method.model
     check_resolution(recipe, model)
-    check_engine(recipe, method)
+    chosen, apart = method.choose(sets.instances)
+    sets = replace(sets, instances=chosen)
     sizes = check_buckets(recipe, sets, method)
     classes = gather_class_images(recipe, sets, method, place)
     train = recipe.train
@@ -151,21 +153,19 @@ def assemble(recipe: Recipe, place: Place) -> Parts:
         num_micros=train.gradient_accumulation_steps,
     )
     rates = make_rates(engine.groups, recipe.optimizer, total_steps=schedule.total, global_batch=global_batch)
-    return Parts(sets, model, method, engine, feed, prepare, rates, schedule, global_batch)
+    return Parts(sets, model, method, engine, feed, prepare, rates, schedule, global_batch, apart)
 
 
 def make_feed(
     recipe: Recipe, instances: Index, classes: Index | None, method: Method, plan: BatchPlan, place: Place
-) -> tuple[Feed | ClipFeed, Callable[[Batch], Batch]]:
-    """Make what gives batches: latents with noise and prompts, or pictures for CLIP; and what readies them."""
+) -> tuple[Feed | PictureFeed, Callable[[Batch], Batch]]:
+    """Make what gives batches: latents with noise and prompts, or decoded pictures; and what readies them."""
     train = recipe.train
     share = {"rank": place.rank, "world": place.world, "num_micros": train.gradient_accumulation_steps}
-    if preprocessing := method.preprocessing:
-        max_pixels = recipe.data.max_pixels
-        clip_feed = ClipFeed(
-            plan, instances=instances, preprocessing=preprocessing, max_pixels=max_pixels, **share
-        )
-        return clip_feed, lambda batch: batch
+    if method.sees_files:
+        return PictureFeed(
+            plan, instances=instances, method=method, data=recipe.data, **share
+        ), lambda batch: batch
     where = {"seed": train.seed, "rank": place.rank, "world": place.world}
     feed = Feed(
         plan,
@@ -181,17 +181,6 @@ def make_feed(
         **share,
     )
     return feed, Preparer(method)
-
-
-def check_engine(recipe: Recipe, method: Method) -> None:
-    """Raise RecipeError for an engine that would shard or average what a method sums up by itself."""
-    if method.optimizer() is None:
-        return
-    for key, plain in (("zero_stage", "auto"), ("use_ema", False)):
-        if (value := getattr(recipe.engine, key)) != plain:
-            raise RecipeError(
-                f"engine.{key}: {value} does not go with {method.name}, which adds up a mean of its own; leave it out"
-            )
 
 
 def make_schedule(recipe: Recipe, plan: BatchPlan) -> Schedule:
@@ -277,6 +266,8 @@ def list_pictures(storage: Storage) -> list[str]:
 
 def check_resolution(recipe: Recipe, model: StableDiffusion) -> None:
     """Raise RecipeError when ``data.resolution`` or the buckets are no sizes that the model can draw."""
+    if model.unet is None:  # nothing is drawn
+        return
     # The U-Net halves the latents at every level but the last.
     step = model.vae_factor * 2 ** (len(model.unet.config.block_out_channels) - 1)
     for key in ("resolution", "bucket_reso_steps") if recipe.data.enable_bucket else ("resolution",):

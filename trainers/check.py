@@ -44,8 +44,8 @@ def check_run(recipe: Recipe, *, device: str = "cpu") -> list[CheckLine]:
 
     def build() -> str:
         made.append(assemble(_without_prior(recipe), Place(device=torch.device(device))))
-        model = made[0].model
-        return f"{model.folder} ({model.prediction_type}, {model.resolution} px)"
+        base = made[0].method.base
+        return f"{base.name} ({base.words})"
 
     fine = attempt("output_dir", lambda: _check_output(recipe))
     fine = attempt("pictures", lambda: _check_pictures(recipe)) and fine

@@ -47,7 +47,7 @@ def export_run(target: str, formats: Sequence[str], out: str | None = None) -> l
                 recipe,
                 found.step,
                 dataset_hash=found.meta["dataset_hash"],
-                base_hash=method.model.content_hash,
+                base=method.base,
             ),
             precision=recipe.train.save_precision,
         )

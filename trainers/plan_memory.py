@@ -132,13 +132,11 @@ def count_run(recipe: Recipe, method: Method, pictures: int | None) -> Counts:
 
 def method_shape(recipe: Recipe) -> Method:
     """Build a recipe's method on a model without weights, as a GPU run has it, on the meta device."""
-    model = model_shape(recipe.model, discover()[recipe.method.name].needs)
+    kind = discover()[recipe.method.name]
+    if kind.no_plan:
+        raise UserError(f"plan: {kind.name} {kind.no_plan}")
+    model = model_shape(recipe.model, kind.needs)
     check_resolution(recipe, model)
-    if recipe.method.name == "aesthetic_gradients":
-        raise UserError(
-            "plan: aesthetic_gradients trains no weights; its steps need what CLIP needs to see train.train_batch_size "
-            "pictures, and drawing four copies of the text encoder"
-        )
     half = DTYPES[recipe.train.mixed_precision]
     return build_method(recipe, model, concepts=(), device=torch.device("meta"), dtype=half)
 

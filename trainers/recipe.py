@@ -119,9 +119,24 @@ def _validate(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
     except ValidationError as error:
         had_method = config is not None
         mistakes += [m for m in _tell(error, Recipe) if had_method or not m.startswith("method:")]
+    if recipe is not None and config is not None:
+        mistakes += _refused(recipe, methods[config.name].refused)
     if recipe is not None and recipe.search is not None:
         mistakes += find_mistakes(recipe, lambda changed: _validate(changed)[1])
     return recipe, mistakes
+
+
+def _refused(recipe: Recipe, reasons: Mapping[str, str]) -> list[str]:
+    """Tell of keys that are set and must not be, with this method."""
+    told = []
+    for path, reason in reasons.items():
+        section, _, key = path.partition(".")
+        part = getattr(recipe, section)
+        if (value := getattr(part, key)) != type(part).model_fields[key].get_default(
+            call_default_factory=True
+        ):
+            told.append(f"{path}: {value} does not go with {recipe.method.name}, {reason}; leave it out")
+    return told
 
 
 def _override(tree: dict[str, Any], text: str) -> None:

@@ -19,11 +19,12 @@ from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import Parts, Place
 from dreamfleet.trainers.checkpoint import Checkpoints, folder_name
+from dreamfleet.trainers.methods.base import Base
 from dreamfleet.trainers.metrics import Metrics, read_metrics
 from dreamfleet.trainers.pictures import read_pixels
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.summary import Summary
-from dreamfleet.trainers.validation import HeldOutLoss, Judge, draw_previews, wants_judge
+from dreamfleet.trainers.validation import HeldOutLoss, HeldOutPictures, Judge, draw_previews, wants_judge
 
 PACKAGES = ("dreamfleet", "torch", "diffusers", "transformers", "ray", "deepspeed")
 
@@ -51,18 +52,20 @@ class Recorder:
         self.start_step, self.on_progress = start_step, on_progress
         self.best: tuple[float, int] | None = None
         self.metrics: Metrics | None = None
-        self.held_out: HeldOutLoss | None = None
+        self.held_out: HeldOutLoss | HeldOutPictures | None = None
         self.judge: Judge | None = None
         self.figures: dict[str, float] = {}
 
     def open(self) -> None:
         """Write recipe and real pictures, measure and draw the untuned model."""
-        validation = self.recipe.validation
-        if validation.holdout:
+        validation, parts, data = self.recipe.validation, self.parts, self.recipe.data
+        if parts.apart is not None:
+            self.held_out = HeldOutPictures(parts.apart, method=parts.method, max_pixels=data.max_pixels)
+        elif validation.holdout:
             self.held_out = HeldOutLoss(
                 validation.holdout,
-                method=self.parts.method,
-                data=self.recipe.data,
+                method=parts.method,
+                data=data,
                 count=validation.holdout_timesteps,
                 rank=self.place.rank,
                 world=self.place.world,
@@ -114,16 +117,17 @@ class Recorder:
         self.place.wait()
 
     def validate(self, step: int) -> dict[str, float]:
-        """Measure the held-out loss on rank 0; every rank calls, as the weights may have to be gathered."""
+        """Measure the held-out pictures on rank 0; every rank calls, as the weights may have to be gathered."""
         if self.held_out is None:
             return {}
         with self.parts.engine.averaged():
             if not self.place.leads:
                 return {}
-            loss = self.held_out.measure(self.parts.engine)
+            figures = self.held_out.figures(self.parts.engine)
+        loss = figures["holdout_loss"]
         if step and (self.best is None or loss < self.best[0]):
             self.best = (loss, step)
-        return {"holdout_loss": loss}
+        return figures
 
     def sample(self, step: int) -> None:
         """Draw the preview grid of a step on rank 0; every rank calls, as the weights may have to be gathered."""
@@ -187,7 +191,7 @@ class Recorder:
                     self.recipe,
                     step,
                     dataset_hash=self.parts.sets.instances.content_hash,
-                    base_hash=self.parts.model.content_hash,
+                    base=self.parts.method.base,
                 ),
                 precision=self.recipe.train.save_precision,
             )
@@ -229,7 +233,7 @@ def run_identity(recipe: Recipe, parts: Parts) -> dict[str, Any]:
     """Return what must stay the same for a resumed run to equal one that never stopped."""
     return {
         "dataset_hash": parts.sets.instances.content_hash,
-        "base_model_hash": parts.model.content_hash,
+        "base_model_hash": parts.method.base.content_hash,
         "global_batch": parts.global_batch,
         "seed": recipe.train.seed,
     }
@@ -252,11 +256,11 @@ def provenance(recipe: Recipe, parts: Parts) -> str:
     return (
         f"# {', '.join(lines)}\n"
         f"# dataset {parts.sets.instances.content_hash} ({len(parts.sets.instances)} pictures)\n"
-        f"# base model {recipe.model.pretrained_model_name_or_path} {parts.model.content_hash}\n"
+        f"# base model {' '.join(filter(None, parts.method.base[:2]))}\n"
     )
 
 
-def artefact_metadata(recipe: Recipe, step: int, *, dataset_hash: str, base_hash: str) -> dict[str, str]:
+def artefact_metadata(recipe: Recipe, step: int, *, dataset_hash: str, base: Base) -> dict[str, str]:
     """Return what is written into every artefact, as strings: recipe, steps, dataset and base model hashes."""
     told = recipe.model_dump(mode="json")
     # Artefacts are passed on, and whose disk the pictures lay on is nobody's business.
@@ -267,8 +271,8 @@ def artefact_metadata(recipe: Recipe, step: int, *, dataset_hash: str, base_hash
         "dreamfleet_step": str(step),
         "dreamfleet_recipe": json.dumps(told, ensure_ascii=False),
         "dreamfleet_dataset_hash": dataset_hash,
-        "dreamfleet_base_model": Path(recipe.model.pretrained_model_name_or_path).name,
-        "dreamfleet_base_model_hash": base_hash,
+        "dreamfleet_base_model": Path(base.name).name,
+        "dreamfleet_base_model_hash": base.content_hash,
     }
 
 

@@ -28,12 +28,10 @@ from dreamfleet.trainers.sheets import Sheet, read_real, read_sheets
 
 log = logging.getLogger(__name__)
 MOST_SHEETS = 16
+ACCURACY = "accuracy/"  # and a class: its figure
 METHODS = {
     "dreambooth": "DreamBooth",
     "textual_inversion": "Textual Inversion",
-    "hypernetwork": "Hypernetwork",
-    "prompt_tuning": "Prompt tuning",
-    "aesthetic_gradients": "Aesthetic gradients",
     "native": "Native fine-tuning",
 }
 
@@ -155,6 +153,8 @@ def _figures(pages: Pages) -> str:
     if held_out:
         note = f"base {wording.number(held_out[0][1])}" if held_out[0][0] == 0 < held_out[-1][0] else ""
         told.append(("held-out loss", wording.number(held_out[-1][1]), note))
+    if accuracy := pages.curve("accuracy"):
+        told.append(("held-out accuracy", wording.share(accuracy[-1][1]), "pictures in their class"))
     if loss := smooth(pages.curve("loss")):
         told.append(("training loss", wording.number(loss[-1][1]), "smoothed"))
     figures = {**(_get(pages.summary, "figures") or {}), **(_get(pages.summary, "scores") or {})}
@@ -189,12 +189,23 @@ def _curves(pages: Pages) -> str:
             if _is_number(rate):
                 rates.setdefault(str(group), []).append((float(line["step"]), float(rate)))
     parts = [("instance_loss", "subject"), ("prior_loss", "class")]
+    classes = list(dict.fromkeys(k for line in pages.metrics for k in line if k.startswith(ACCURACY)))
     charts = [
         Chart("Training loss", [Line("every log", loss, "faint"), Line("smoothed", smooth(loss))]),
         Chart(
             "Held-out loss",
             [Line("held-out loss", pages.curve("holdout_loss"), "dots", 1)],
             "The same noise and timesteps each time, on pictures that are not trained on.",
+        ),
+        Chart(
+            "Held-out accuracy",
+            [
+                Line("all", pages.curve("accuracy"), "dots"),
+                *(
+                    Line(key.removeprefix(ACCURACY), pages.curve(key), colour=1 + n % 3)
+                    for n, key in enumerate(classes)
+                ),
+            ],
         ),
         Chart(
             "Loss on subject and class pictures",

@@ -154,8 +154,8 @@ def _run(
         best_checkpoint=recorder.best_checkpoint,
         bad_files=[bad._asdict() for bad in place.union([*parts.sets.instances.bad, *parts.feed.bad])],
         dataset_hash=parts.sets.instances.content_hash,
-        base_model=recipe.model.pretrained_model_name_or_path,
-        base_model_hash=parts.model.content_hash,
+        base_model=parts.method.base.name,
+        base_model_hash=parts.method.base.content_hash,
         versions=versions(),
     )
     recorder.close(summary, outcome.step, began=began)

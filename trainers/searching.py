@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from dreamfleet.datasets.section import Section
-from dreamfleet.trainers.validation import ValidationConfig, wants_judge
+from dreamfleet.trainers.validation import wants_judge
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.recipe import Recipe
@@ -31,6 +31,9 @@ REFUSED = {
     "model": YARDSTICK + "; make a search for each model",
     "method.name": YARDSTICK + "; make a search for each method",
     "method.template_file": "files are not searched",
+    "method.labels": YARDSTICK,
+    "method.test_labels": YARDSTICK,
+    "method.holdout_per_class": YARDSTICK,
     "data": YARDSTICK,
 }
 # The parts of `data` that the measure does not depend on.
@@ -173,9 +176,10 @@ class SearchConfig(Section):
         return self.mode == "max" if self.mode else self.metric != HELD_OUT
 
 
-def figures_of(validation: ValidationConfig) -> list[str]:
+def figures_of(recipe: Recipe) -> list[str]:
     """List the figures a validation round measures, by their names in ``metrics.jsonl``."""
-    held_out = [HELD_OUT] if validation.holdout else []
+    validation = recipe.validation
+    held_out = [HELD_OUT] if validation.holdout else list(recipe.method.figures)
     return held_out + [name for name in SCORES if wants_judge(validation) and name in validation.metrics]
 
 
@@ -265,7 +269,7 @@ def _refusal(path: str) -> str | None:
 
 
 def _wrong_metric(recipe: Recipe, search: SearchConfig) -> Iterator[str]:
-    measured = figures_of(recipe.validation)
+    measured = figures_of(recipe)
     if search.metric in measured:
         return
     if search.metric == HELD_OUT:

@@ -12,14 +12,17 @@ from pydantic import AliasChoices, Field
 
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import ResourceError
-from dreamfleet.datasets.index import build_index
+from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.keyed import numpy_rng
 from dreamfleet.datasets.section import Section
 from dreamfleet.trainers.engine import Engine
 from dreamfleet.trainers.feed import Preparer, to_samples
 from dreamfleet.trainers.methods.base import Method
+from dreamfleet.trainers.picture_feed import PictureReader
 from dreamfleet.trainers.pictures import encode_index
 from dreamfleet.trainers.sd.noise import draw_noise
+
+HELD_OUT_BATCH = 32  # pictures that are measured at once
 
 
 class ValidationConfig(Section):
@@ -86,6 +89,27 @@ class HeldOutLoss:
                 }
                 losses.append(self.method.sample_losses(prepare(engine.place(batch))))
         return float(torch.stack(losses).double().mean())
+
+    def figures(self, engine: Engine) -> dict[str, float]:
+        """Return the loss by its name in the figures."""
+        return {"holdout_loss": self.measure(engine)}
+
+
+class HeldOutPictures:
+    """The pictures that a method set apart itself, measured its own way; read anew each time."""
+
+    def __init__(self, index: Index, *, method: Method, max_pixels: int):
+        self.method, self._read = method, PictureReader(index, max_pixels=max_pixels)
+
+    @torch.no_grad()
+    def figures(self, engine: Engine) -> dict[str, float]:
+        """Return the method's figures of its pictures, ``holdout_loss`` among them."""
+        rows = range(len(self._read))
+        chunks = (rows[start : start + HELD_OUT_BATCH] for start in rows[::HELD_OUT_BATCH])
+        with evaluating(self.method), engine.autocast():
+            return self.method.examine(
+                engine.place(self.method.see([self._read(row) for row in chunk])) for chunk in chunks
+            )
 
 
 def draw_previews(

@@ -80,7 +80,7 @@ class Ledger:
         assert recipe.search is not None
         self.recipe, self.search = recipe, recipe.search
         self.folder = Storage(recipe.output_dir)
-        self.figures = figures_of(recipe.validation)
+        self.figures = figures_of(recipe)
         self.trials = list(trials)
 
     def add(self, point: Point) -> Trial:

@@ -25,6 +25,7 @@ from dreamfleet.trainers.methods.base import (
     MethodConfig,
     ParamGroup,
     Setting,
+    Use,
     register,
 )
 from dreamfleet.trainers.methods.whole_model import export_checkpoints
@@ -36,7 +37,7 @@ from dreamfleet.trainers.sd.aesthetic import (
     clip_of,
 )
 from dreamfleet.trainers.sd.aesthetic_baked import bake
-from dreamfleet.trainers.sd.clip import ClipScorer, Preprocessing
+from dreamfleet.trainers.sd.clip import ClipScorer
 from dreamfleet.trainers.sd.formats.aesthetic import write_aesthetic
 from dreamfleet.trainers.sd.model import StableDiffusion
 
@@ -114,6 +115,14 @@ class AestheticGradients(Method):
     Config = AestheticGradientsConfig
     formats = ("pt",)
     all_formats = ("pt", "diffusers")
+    sees_files = True
+    refused: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("engine.zero_stage", "engine.use_ema"), "which adds up a mean of its own"
+    )
+    no_plan = (
+        "trains no weights; its steps need what CLIP needs to see train.train_batch_size pictures, and drawing four "
+        "copies of the text encoder"
+    )
 
     def __init__(self, config: AestheticGradientsConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)
@@ -137,10 +146,6 @@ class AestheticGradients(Method):
         return self._clips[0]
 
     @property
-    def preprocessing(self) -> Preprocessing:
-        return self.clip.preprocessing
-
-    @property
     def vector(self) -> Tensor:
         """The mean ``[1, P]`` of the pictures seen so far; zeros before the first."""
         return self.features.detach() / self.count.detach().clamp(min=torch.finfo(torch.float32).tiny)
@@ -150,6 +155,13 @@ class AestheticGradients(Method):
 
     def optimizer(self) -> torch.optim.Optimizer:
         return Summation([{"params": [self.features, self.count], "name": GROUP}])
+
+    def see(self, uses: Sequence[Use]) -> Batch:
+        """Make ``clip_pixels [N, 3, S, S]`` and ``counted [N]``, 1 in the first pass over the set, 0 later."""
+        return {
+            "clip_pixels": self.clip.preprocessing([use.picture for use in uses]),
+            "counted": torch.tensor([float(use.epoch == 0) for use in uses]),
+        }
 
     def forward(self, batch: Batch) -> Loss:
         """Return 1 - cosine of the pictures and the mean so far; its gradient is minus what the batch adds to the sums.

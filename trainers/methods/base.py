@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from dreamfleet.datasets import captions
 from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.section import Section
-from dreamfleet.trainers.sd.clip import Preprocessing
 from dreamfleet.trainers.sd.model import ALL_PARTS, StableDiffusion
 from dreamfleet.trainers.sd.noise import noise_loss
 
@@ -55,6 +56,24 @@ class Sample(NamedTuple):
         return self.uri.rpartition("/")[2]
 
 
+class Use(NamedTuple):
+    """One use of a decoded picture, in which pass over the set (from 0); ``key``, of its chances, None: as it is."""
+
+    sample: Sample
+    epoch: int
+    picture: Image.Image
+    mirrored: bool = False
+    key: tuple[int | str, ...] | None = None
+
+
+class Base(NamedTuple):
+    """What a method starts from: its name, a hash of its content, and a few words on it."""
+
+    name: str
+    content_hash: str
+    words: str
+
+
 @dataclass(frozen=True)
 class Prior:
     """Prior preservation: how many class pictures a concept needs, how they are drawn, what their loss weighs."""
@@ -75,8 +94,9 @@ class Setting:
 
 
 class MethodConfig(Section):
-    """Base of the methods' own recipe sections."""
+    """Base of the methods' own recipe sections; ``figures`` are what it measures on pictures it sets apart itself."""
 
+    figures: ClassVar[tuple[str, ...]] = ()
     name: str
 
 
@@ -85,8 +105,8 @@ class Method(nn.Module):
 
     ``forward(batch)`` must compute the loss inside itself: an engine that shards parameters gathers them
     in forward hooks.
-    The base models hang outside the module tree (in a plain list), so ``parameters()`` is what learns and nothing else,
-    and a wrapper (DDP, DeepSpeed) never touches frozen parts.
+    The base models hang outside the module tree (in a plain list), so ``parameters()`` is what learns and a wrapper
+    (DDP, DeepSpeed) never touches frozen parts.
     """
 
     name: ClassVar[str]
@@ -95,6 +115,10 @@ class Method(nn.Module):
     #: names of the files an export writes when the recipe does not say
     formats: ClassVar[tuple[str, ...]] = ()
     all_formats: ClassVar[tuple[str, ...]] = ()
+    sees_files: ClassVar[bool] = False  # decoded pictures, through `see`, in place of latents and prompts
+    refused: ClassVar[Mapping[str, str]] = {}  # keys of the recipe that must stay at their defaults: why
+    no_plan: ClassVar[str | None] = None  # why `plan` cannot count its memory
+    helper_of: ClassVar[str | None] = None  # the method that what it makes is for
 
     def __init__(self, config: Any, model: StableDiffusion, setting: Setting):
         super().__init__()
@@ -116,9 +140,22 @@ class Method(nn.Module):
         return None
 
     @property
-    def preprocessing(self) -> Preprocessing | None:
-        """How CLIP wants pictures, for a method that sees them with CLIP in place of latents; else None."""
-        return None
+    def base(self) -> Base:
+        """What it starts from: the model."""
+        model = self.model
+        return Base(model.folder, model.content_hash, f"{model.prediction_type}, {model.resolution} px")
+
+    def choose(self, instances: Index) -> tuple[Index, Index | None]:
+        """Split the pictures into those to train on and those to measure with; usually all, and None."""
+        return instances, None
+
+    def see(self, uses: Sequence[Use]) -> Batch:
+        """Turn pictures into a batch on the CPU, for a method that sees files."""
+        raise NotImplementedError
+
+    def examine(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Measure the pictures that were set apart: figures by name, ``holdout_loss`` among them."""
+        raise NotImplementedError
 
     @property
     def helpers(self) -> dict[str, nn.Module]:

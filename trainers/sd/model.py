@@ -120,6 +120,8 @@ def load_model(config: ModelConfig, needs: Collection[str] = ALL_PARTS) -> Stabl
     """
     quiet_libraries()
     name = config.pretrained_model_name_or_path
+    if not needs:
+        return StableDiffusion(None, None, None, None, None, folder=name, content_hash="")
     if name == POCKET:
         return _load_folder(pocket_folder(), name, config, needs)
     if "://" in name:

@@ -1,4 +1,4 @@
-"""The batches of a method that sees pictures with CLIP: read when their turn comes, ahead, by each worker its share."""
+"""The batches of a method that sees files: decoded when their turn comes, ahead, by each worker its share."""
 
 from __future__ import annotations
 
@@ -7,17 +7,33 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
-
+from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.images import open_picture
 from dreamfleet.datasets.index import BadFile, Index
 from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.storage import read_uri
-from dreamfleet.trainers.methods.base import Batch
-from dreamfleet.trainers.sd.clip import Preprocessing
+from dreamfleet.trainers.feed import to_samples
+from dreamfleet.trainers.methods.base import Batch, Method, Use
+from dreamfleet.trainers.pictures import Shown
 
 
-class ClipFeed:
+class PictureReader:
+    """Decodes the pictures of an index, one when asked."""
+
+    def __init__(self, index: Index, *, max_pixels: int):
+        self.samples, self.max_pixels = to_samples(index), max_pixels
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __call__(self, row: int) -> Use:
+        """Return the picture of a row as it is."""
+        sample = self.samples[row]
+        picture = open_picture(read_uri(sample.uri), uri=sample.uri, max_pixels=self.max_pixels)
+        return Use(sample, 0, picture)
+
+
+class PictureFeed:
     """The batches of one rank, in the plan's order; nothing but the coming few is in memory, for any size of set."""
 
     def __init__(
@@ -25,32 +41,29 @@ class ClipFeed:
         plan: BatchPlan,
         *,
         instances: Index,
-        preprocessing: Preprocessing,
-        max_pixels: int,
+        method: Method,
+        data: DataConfig,
         rank: int = 0,
         world: int = 1,
         num_micros: int = 1,
     ):
-        self.plan, self.preprocessing, self.max_pixels = plan, preprocessing, max_pixels
+        self.plan, self.method = plan, method
         self.rank, self.world, self.num_micros = rank, world, num_micros
-        self._uris = instances.column("uri")
+        self._read = PictureReader(instances, max_pixels=data.max_pixels)
+        self._shown = Shown(instances, data, plan.seed)
         self.bad: list[BadFile] = []  # the index has left out what cannot be decoded
 
     def batch(self, step: int, micro: int = 0) -> Batch:
-        """Make the batch of one micro-step, on the CPU.
-
-        ``clip_pixels [N, 3, S, S]``; ``counted [N]``, 1 in the first pass over the set, 0 later; ``num_instances``.
-        """
+        """Make the batch of one micro-step, on the CPU: what the method sees, and ``num_instances``."""
         draws = self.plan.draws(
             step, rank=self.rank, world=self.world, micro=micro, num_micros=self.num_micros
         )
-        uris = [self._uris[draw.row] for draw in draws]
-        pictures = [open_picture(read_uri(uri), uri=uri, max_pixels=self.max_pixels) for uri in uris]
-        return {
-            "clip_pixels": self.preprocessing(pictures),
-            "counted": torch.tensor([float(draw.epoch == 0) for draw in draws]),
-            "num_instances": len(draws),
-        }
+        uses = []
+        for draw in draws:
+            use = self._read(draw.row)
+            key = (self.plan.seed, draw.epoch, use.sample.id)
+            uses.append(use._replace(epoch=draw.epoch, mirrored=self._shown.flips(draw), key=key))
+        return {**self.method.see(uses), "num_instances": len(draws)}
 
     def stream(self, start_step: int, stop_step: int | None = None, *, ahead: int = 4) -> Iterator[Batch]:
         """Yield the batches of steps ``start_step`` to ``stop_step`` (None: endless), ``ahead`` made in a thread."""

@@ -1,0 +1,280 @@
+"""DreamArtist's discriminator: a ConvNeXt that learns from labelled pictures which are good, for prompt tuning.
+
+Source: DreamArtist's `convnext_discriminator.py`; its training is that of ConvNeXt's authors (arXiv 2201.03545).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from dreamfleet.datasets.errors import DataError
+from dreamfleet.datasets.index import Index
+from dreamfleet.datasets.keyed import numpy_rng
+from dreamfleet.datasets.labels import MOST_CLASSES, find_labels, hold_out
+from dreamfleet.trainers.methods.base import (
+    Base,
+    Batch,
+    Loss,
+    Method,
+    MethodConfig,
+    ParamGroup,
+    Setting,
+    Use,
+    register,
+)
+from dreamfleet.trainers.sd.discriminator import (
+    INPUT_SIZE,
+    adapt_network,
+    load_discriminator,
+    make_network,
+    make_preprocessing,
+    save_network,
+)
+from dreamfleet.trainers.sd.formats.convnext import write_convnext
+from dreamfleet.trainers.sd.model import StableDiffusion
+
+log = logging.getLogger(__name__)
+
+
+class DiscriminatorConfig(MethodConfig):
+    """The ``method:`` section of the discriminator."""
+
+    figures: ClassVar[tuple[str, ...]] = ("holdout_loss", "accuracy")
+    name: Literal["discriminator"] = "discriminator"
+    classes: list[Annotated[str, Field(min_length=1)]] = Field(
+        min_length=2,
+        max_length=MOST_CLASSES,
+        description="names of the classes, from number 0 on: [other, good]",
+    )
+    labels: str | None = Field(
+        None,
+        description="JSON {file name: class number}, as `dreamfleet data label` writes it; when left out dataset.json "
+        "in the folder of pictures, else subfolders 0, 1, ...",
+    )
+    test_labels: str | None = Field(
+        None,
+        description="JSON of the pictures that are held out; when left out some are, by holdout_per_class",
+    )
+    holdout_per_class: int = Field(
+        50,
+        ge=0,
+        description="pictures held out of each class, a fifth of them at most, to measure accuracy with",
+    )
+    convnext: str | None = Field(
+        None,
+        description="classifier to start from: a folder, a hub name such as facebook/convnext-tiny-384-22k-1k, a .pth; "
+        "when left out random weights",
+    )
+    depths: list[Annotated[int, Field(ge=1, le=100)]] = Field(
+        [3, 3, 9, 3], min_length=1, max_length=6, description="blocks of each stage, of random weights"
+    )
+    hidden_sizes: list[Annotated[int, Field(ge=4, le=4096)]] = Field(
+        [96, 192, 384, 768],
+        min_length=1,
+        max_length=6,
+        description="channels of each stage, of random weights",
+    )
+    drop_path: float = Field(
+        0.5, ge=0, lt=1, description="chance of the last block to be passed by; earlier less"
+    )
+    input_size: int = Field(
+        INPUT_SIZE, ge=8, le=2048, description="pixels of a side that it sees pictures at, whole, as a square"
+    )
+    color_jitter: float = Field(
+        0.2, ge=0, lt=1, description="brightness, contrast and saturation vary by up to this share"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of the truth given to all classes alike"
+    )
+    balance_classes: bool = Field(False, description="weigh rare classes up, so that all count alike")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"classes: {self.classes} holds a name twice")
+        if len(self.depths) != len(self.hidden_sizes):
+            raise ValueError("depths and hidden_sizes: give one number of each a stage")
+        smallest = 4 * 2 ** (len(self.depths) - 1)
+        if self.input_size < smallest:
+            raise ValueError(
+                f"input_size {self.input_size}: this many stages need {smallest} pixels at least"
+            )
+        return self
+
+
+@register
+class DiscriminatorTraining(Method):
+    """Teach a classifier from labelled pictures which are good; prompt tuning learns from its judgement.
+
+    A picture's label travels as its caption, the name of its class, so the hash of the data covers it.
+    """
+
+    name: ClassVar[str] = "discriminator"
+    Config = DiscriminatorConfig
+    needs = ()
+    formats = ("transformers",)
+    all_formats = ("transformers", "pth")
+    sees_files = True
+    helper_of = "prompt_tuning"
+    refused: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("validation.prompts", "data.enable_bucket"), "which draws no pictures"),
+        "validation.holdout": "which holds out what method.test_labels or method.holdout_per_class says",
+        "data.alpha_mask": "which sees whole pictures",
+        "train.gradient_checkpointing": "whose ConvNeXt has none",
+        **dict.fromkeys(("train.snr_gamma", "train.noise_offset"), "which knows no noise"),
+    }
+    no_plan = (
+        "loads no Stable Diffusion; a ConvNeXt-Tiny of 28 million parameters takes 0.5 GiB with AdamW, and about "
+        "0.25 GiB for each picture of 384 pixels in train.train_batch_size"
+    )
+
+    def __init__(self, config: DiscriminatorConfig, model: StableDiffusion, setting: Setting):
+        super().__init__(config, model, setting)
+        self._start = ""
+        if config.convnext is None:
+            self.network = make_network(
+                depths=config.depths,
+                hidden_sizes=config.hidden_sizes,
+                classes=config.classes,
+                drop_path=config.drop_path,
+            )
+        else:
+            found = load_discriminator(config.convnext)
+            self._start = _hash(found.network)
+            self.network = adapt_network(found.network, classes=config.classes, drop_path=config.drop_path)
+        self.network.train()
+        self._preprocessing = make_preprocessing(config.input_size)
+        self._numbers = {name: number for number, name in enumerate(config.classes)}
+        self._weights = [torch.ones(len(config.classes))]  # outside the module tree
+
+    @property
+    def base(self) -> Base:
+        return Base(
+            self.config.convnext or "random weights",
+            self._start,
+            f"ConvNeXt, {sum(p.numel() for p in self.network.parameters()):,} parameters, {self.config.input_size} px",
+        )
+
+    def choose(self, instances: Index) -> tuple[Index, Index | None]:
+        """Split the labelled pictures; the others are left out. Raises DataError for labels that teach nothing."""
+        folders = [concept.instance_data_dir for concept in self.setting.concepts]
+        kept = find_labels(instances, folders, self.config.labels)
+        if self.config.test_labels:
+            tested = find_labels(instances, folders, self.config.test_labels)
+        else:
+            tested = hold_out(instances, kept, self.config.holdout_per_class)
+        kept = {row: label for row, label in kept.items() if row not in tested}
+        for label in {*kept.values(), *tested.values()}:
+            if label >= len(self.config.classes):
+                raise DataError(
+                    f"labels: there are pictures of class {label}, but method.classes has names for 0 to "
+                    f"{len(self.config.classes) - 1} only ({', '.join(self.config.classes)}); add its name"
+                )
+        counts = Counter(kept.values())
+        if len(counts) < 2:
+            raise DataError(
+                f"labels: {len(kept)} pictures to train on, of {len(counts)} classes; at least two classes are needed. "
+                "Label some with `dreamfleet data label FOLDER`, or name the file with method.labels"
+            )
+        if unlabelled := len(instances) - len(kept) - len(tested):
+            log.info("%d pictures without a label are left out", unlabelled)
+        if self.config.balance_classes:
+            shares = torch.tensor([counts.get(number, 0) for number in range(len(self.config.classes))])
+            self._weights = [len(kept) / (len(counts) * shares.clamp(min=1).float())]
+        return self._named(instances, kept), self._named(instances, tested) if tested else None
+
+    def see(self, uses: Sequence[Use]) -> Batch:
+        """Make ``pixels [N, 3, S, S]``, normalised, and ``labels [N]``."""
+        return {
+            "pixels": self._preprocessing([self._vary(use) for use in uses]),
+            "labels": torch.tensor([self._numbers[str(use.sample.caption)] for use in uses]),
+        }
+
+    def groups(self) -> list[ParamGroup]:
+        return [ParamGroup("discriminator", dict(self.network.named_parameters()))]
+
+    def forward(self, batch: Batch) -> Loss:
+        """Compute the cross entropy of each picture's class, weighted where classes are balanced."""
+        logits_NK, labels_N = self._ask(batch), batch["labels"]
+        smoothing = self.config.label_smoothing
+        per_sample = F.cross_entropy(logits_NK, labels_N, label_smoothing=smoothing, reduction="none")
+        per_sample = per_sample * self._weights[0].to(labels_N.device)[labels_N]
+        right = (logits_NK.detach().argmax(dim=1) == labels_N).float().mean()
+        return Loss(per_sample.mean(), per_sample.detach(), {"train_accuracy": right})
+
+    def examine(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Return the mean loss, the share of pictures put into their class, and that of each class."""
+        losses, right, labels = [], [], []
+        for batch in batches:
+            logits_NK = self._ask(batch)
+            losses.append(F.cross_entropy(logits_NK, batch["labels"], reduction="none").cpu())
+            right.append((logits_NK.argmax(dim=1) == batch["labels"]).float().cpu())
+            labels.append(batch["labels"].cpu())
+        right_N, labels_N = torch.cat(right), torch.cat(labels)
+        return {
+            "holdout_loss": float(torch.cat(losses).double().mean()),
+            "accuracy": float(right_N.mean()),
+            **{
+                f"accuracy/{name}": float(right_N[labels_N == number].mean())
+                for number, name in enumerate(self.config.classes)
+                if (labels_N == number).any()
+            },
+        }
+
+    def export(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        formats: Sequence[str] | None,
+        step: int,
+        metadata: dict[str, str],
+        precision: str,
+    ) -> list[Path]:
+        """Write ``NAME/``, a folder that transformers loads; on request ``NAME.pth`` with the authors' names."""
+        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        paths = []
+        for form in self.chosen_formats(formats):
+            path = folder / (name if form == "transformers" else f"{name}.pth")
+            if form == "transformers":
+                size = self.config.input_size
+                save_network(self.network, path, size=size, dtype=dtype, metadata=metadata)
+            else:
+                write_convnext(self.network.state_dict(), path, dtype=dtype)
+            paths.append(path)
+        return paths
+
+    def _ask(self, batch: Batch) -> Tensor:
+        return self.network(pixel_values=batch["pixels"]).logits.float()
+
+    def _named(self, instances: Index, labels: dict[int, int]) -> Index:
+        rows = sorted(labels)
+        return instances.take(rows, [self.config.classes[labels[row]] for row in rows])
+
+    def _vary(self, use: Use) -> Image.Image:
+        """Mirror a picture and vary its colours, as its key says."""
+        picture = ImageOps.mirror(use.picture) if use.mirrored else use.picture
+        if use.key is None or not self.config.color_jitter:
+            return picture
+        rng, spread = numpy_rng("jitter", *use.key), self.config.color_jitter
+        for enhancer in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            picture = enhancer(picture).enhance(float(rng.uniform(1 - spread, 1 + spread)))
+        return picture
+
+
+def _hash(network: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:10]
