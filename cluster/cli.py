@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dreamfleet.cluster import cli_artefacts, cli_jobs, cli_plan, cli_tune
+from dreamfleet.cluster import cli_artefacts, cli_data, cli_jobs, cli_plan, cli_tune
 from dreamfleet.cluster.cli_base import (
     INTERRUPTED,
     MENDABLE,
@@ -151,6 +151,7 @@ for command in (
     app.command()(command)
 # What follows `--` belongs to the submitted command, options included.
 app.command(context_settings={"allow_interspersed_args": False})(cli_jobs.submit)
+app.add_typer(cli_data.data)
 
 
 def main() -> None:
