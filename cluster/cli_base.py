@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 FAILED, MENDABLE, INTERRUPTED = 1, 2, 130
+SECONDS_BETWEEN_LINES = 10.0
 RESUME_WITH = "DREAMFLEET_RESUME_WITH"  # set inside a job: what its sender has to type to go on
 
 
@@ -118,6 +120,37 @@ def work() -> Iterator[None]:
             yield
     finally:
         project.removeHandler(handler)
+
+
+@contextmanager
+def counting(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Give a function (done, total) that tells on stderr how far a work is.
+
+    A bar on a terminal, else a line every ten seconds and at the end of what took longer.
+    """
+    bar: Any = None
+    last = began = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar, last
+        if sys.stderr.isatty():
+            if bar is None:
+                from tqdm import tqdm
+
+                bar = tqdm(total=total, unit=f" {unit}", file=sys.stderr, dynamic_ncols=True)
+            bar.total = total
+            bar.update(done - bar.n)
+            return
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES or (done == total and now - began >= SECONDS_BETWEEN_LINES):
+            last = now
+            print(f"{done} of {total} {unit}", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def _tell(ctx: typer.Context, message: str) -> None:

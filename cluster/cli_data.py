@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dreamfleet.cluster import cli_inspect
 from dreamfleet.cluster.cli_base import AsJson, Commands, Verbose, print_json, work
 
 data = typer.Typer(
@@ -84,4 +85,5 @@ def _print(found: dict[str, Any], as_json: bool) -> None:
         print(f"unreadable {reason}")
 
 
-data.command()(label)
+for command in (cli_inspect.inspect, label):
+    data.command()(command)

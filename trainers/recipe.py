@@ -79,9 +79,14 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise RecipeError(f"{path}: not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections (method:, data:, output_dir: ...)")
+    return build_recipe(read_overrides(tree, overrides), source=str(path), folder=str(path.parent.resolve()))
+
+
+def read_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Write ``key.path=value`` changes into a plain mapping, and return it. RecipeError for what is no change."""
     for override in overrides:
         _override(tree, override)
-    return build_recipe(tree, source=str(path), folder=str(path.parent.resolve()))
+    return tree
 
 
 def build_recipe(tree: Mapping[str, Any], *, source: str = "recipe", folder: str | None = None) -> Recipe:

@@ -1,0 +1,115 @@
+"""The command that looks at image sets as a run would: data inspect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dreamfleet.cluster.cli_base import AsJson, Overrides, Verbose, counting, print_json, work
+
+if TYPE_CHECKING:
+    from dreamfleet.datasets.config import DataConfig
+    from dreamfleet.datasets.survey import Survey
+
+SHOWN = 20  # files listed per table; --json has all
+
+
+def inspect(
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER_OR_RECIPE", help="Pictures, here or s3://, or a recipe (YAML).")
+    ],
+    overrides: Overrides = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=8, help="data.resolution, in pixels.", show_default=False)
+    ] = None,
+    buckets: Annotated[bool, typer.Option("--buckets", help="data.enable_bucket.")] = False,
+    top: Annotated[int, typer.Option(min=0, help="How many of the most frequent tags to show.")] = 20,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say what training would see of an image set.
+
+    Sizes and buckets, what is enlarged or cut off, copies, broken files, captions and tags, and what to do about it.
+    Changes such as data.bucket_no_upscale=true work for folders too.
+    """
+    with work(), counting("pictures") as progress:
+        from dreamfleet.datasets.survey import survey
+
+        changes = list(overrides or [])
+        changes += [f"data.resolution={resolution}"] if resolution is not None else []
+        changes += ["data.enable_bucket=true"] if buckets else []
+        config, tokenizer, max_tokens = _what_to_read(folder, changes)
+        name, count = _token_counter(tokenizer)
+        found = survey(config, count_tokens=count, tokenizer=name, max_tokens=max_tokens, progress=progress)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print("\n".join(_lines(found, top)))
+
+
+def _what_to_read(place: str, changes: list[str]) -> tuple[DataConfig, str, int]:
+    """Return the data section, the model whose tokenizer counts, and the tokens a caption may have."""
+    from dreamfleet.datasets.storage import Storage
+    from dreamfleet.trainers.recipe import build_recipe, load_recipe, read_overrides
+
+    if place.endswith((".yaml", ".yml")):
+        recipe = load_recipe(place, changes)
+        return recipe.data, str(recipe.model.pretrained_model_name_or_path), recipe.model.max_token_length
+    tree = {
+        "data": {"instance_data_dir": Storage(place).url},
+        "method": {"name": "native"},
+        "output_dir": "-",
+    }
+    recipe = build_recipe(read_overrides(tree, changes), source="data inspect", folder=".")
+    return recipe.data, str(recipe.model.pretrained_model_name_or_path), recipe.model.max_token_length
+
+
+def _token_counter(model: str) -> tuple[str, Callable[[str], int]]:
+    from dreamfleet.trainers.sd.tokens import token_counter
+
+    return token_counter(model)
+
+
+def _lines(found: Survey, top: int) -> list[str]:
+    rows = [
+        ("pictures", f"{found.pictures} of {found.megapixels:.1f} megapixels"),
+        ("", f"{found.draws} an epoch, with repeats" if found.draws != found.pictures else ""),
+        *[("class", f"{count} in {folder}") for folder, count in found.class_pictures.items()],
+        ("width", _three(found.width)),
+        ("height", _three(found.height)),
+        ("shown at", ", ".join(f"{size}: {count}" for size, count in found.shown_at.items())),
+        (
+            "enlarged",
+            f"{found.enlarged}, up to {found.largest_scale:.2f} times" if found.enlarged else "none",
+        ),
+        ("cut off", f"{found.cut_off:.0%} of a picture on average, {found.most_cut_off:.0%} at most"),
+        ("formats", ", ".join(f"{name}: {count}" for name, count in found.formats.items())),
+        ("masks", f"{found.masks} as files, {found.transparent} by transparency"),
+        ("turned", f"{found.turned} by EXIF" if found.turned else ""),
+        ("grey", f"{found.grey}" if found.grey else ""),
+        ("captions", f"{found.captioned} of {found.pictures}"),
+    ]
+    if found.captioned:
+        rows.append(("tokens", f"{_three(found.tokens)}; room for {found.max_tokens} ({found.tokenizer})"))
+    lines = [f"{name:<10} {text}".rstrip() for name, text in rows if text]
+    if found.tags and top:
+        shown = list(found.tags.items())[:top]
+        lines += ["", f"tags: {len(found.tags)}, the most frequent:"]
+        lines += [f"  {count:>6}  {tag}" for tag, count in shown]
+    for title, groups in (("copies", found.copies), ("nearly the same", found.near)):
+        if groups:
+            lines += ["", f"{title}:", *_some([" = ".join(group) for group in groups])]
+    if found.bad:
+        lines += ["", "left out:", *_some([f"{file}: {reason}" for file, reason in found.bad.items()])]
+    return [*lines, "", *([f"! {text}" for text in found.warnings] or ["nothing to mend"])]
+
+
+def _three(values: tuple[int, int, int]) -> str:
+    return f"{values[0]} to {values[2]}, half of them up to {values[1]}"
+
+
+def _some(lines: list[str]) -> list[str]:
+    more = [f"  and {len(lines) - SHOWN} more (--json has all)"] if len(lines) > SHOWN else []
+    return [f"  {line}" for line in lines[:SHOWN]] + more
