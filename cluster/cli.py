@@ -149,10 +149,9 @@ for command in (
     cli_jobs.stop,
 ):
     app.command()(command)
-app.add_typer(cli_data.data, name="data")
+app.add_typer(cli_data.data)
 # What follows `--` belongs to the submitted command, options included.
 app.command(context_settings={"allow_interspersed_args": False})(cli_jobs.submit)
-app.add_typer(cli_data.data)
 
 
 def main() -> None:
