@@ -111,16 +111,13 @@ def load_with_embeddings(name: str, embeddings: Sequence[str] = ()) -> StableDif
             raise UserError(f"--embedding {path}: there is no such file")
         with Storage(path).local_copy("") as local:
             found = read_embedding(local)
-        if found.vectors_2 is not None and getattr(model, "text_encoder_2", None) is None:
-            raise UserError(
-                f"--embedding {path}: an SDXL embedding, which {name} has no second text encoder for"
-            )
-        install_embedding(model, found.name, found.vectors)
+        install_embedding(model, found.name, found.vectors, found.vectors_2)
         stem, dot, suffix = path.rpartition(".")
         beside = Storage(f"{stem}{NEGATIVE}{dot}{suffix}")
         if beside.exists():
             with beside.local_copy("") as local:
-                install_negative(model, found.name, read_embedding(local).vectors)
+                negative = read_embedding(local)
+                install_negative(model, found.name, negative.vectors, negative.vectors_2)
     return model
 
 

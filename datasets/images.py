@@ -68,6 +68,15 @@ class Header(NamedTuple):
     format: str
 
 
+class Placed(NamedTuple):
+    """Where a target lies on a picture: what the picture is resized to, left and top of the crop; all in pixels."""
+
+    width: int
+    height: int
+    left: int
+    top: int
+
+
 def open_picture(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a picture to RGB, turned as its EXIF orientation says; transparency is laid over white.
 
@@ -129,24 +138,36 @@ def fit_picture(
     `resolution` is a side or (width, height) in pixels. `crop_key`, two numbers in [0,1), places the crop
     (x, y) when `center` is false. The antialiasing Lanczos filter is used both ways.
     """
-    width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
     if image.mode not in ("RGB", "L"):
         raise AssertionError(f"fit_picture takes RGB and grey pictures, not {image.mode}")
-    scale = max(width / image.width, height / image.height)
-    covered = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    target = (resolution, resolution) if isinstance(resolution, int) else resolution
+    covered_width, covered_height, left, top = place_target(
+        image.size, target, crop_key=None if center else crop_key
+    )
+    covered = (covered_width, covered_height)
     if covered != image.size:
         image = image.resize(covered, Image.Resampling.LANCZOS)
-    spare_x, spare_y = covered[0] - width, covered[1] - height
-    if center or crop_key is None:
-        left, top = spare_x // 2, spare_y // 2
-    else:
-        left, top = int(crop_key[0] * (spare_x + 1)), int(crop_key[1] * (spare_y + 1))
-    if spare_x or spare_y:
-        image = image.crop((left, top, left + width, top + height))
+    if covered != target:
+        image = image.crop((left, top, left + target[0], top + target[1]))
     pixels = np.asarray(image, dtype=np.uint8)
     if flip:
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(pixels)
+
+
+def place_target(
+    size: tuple[int, int], target: tuple[int, int], *, crop_key: tuple[float, float] | None = None
+) -> Placed:
+    """Work out how fit_picture resizes a picture and where it crops: the middle, or where `crop_key` says.
+
+    Sizes are (width, height); nothing is mirrored yet.
+    """
+    scale = max(target[0] / size[0], target[1] / size[1])
+    width, height = max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
+    spare_x, spare_y = width - target[0], height - target[1]
+    if crop_key is None:
+        return Placed(width, height, spare_x // 2, spare_y // 2)
+    return Placed(width, height, int(crop_key[0] * (spare_x + 1)), int(crop_key[1] * (spare_y + 1)))
 
 
 def to_tensor_range(pixels: np.ndarray) -> np.ndarray:

@@ -71,7 +71,7 @@ def test_each_step_goes_towards_the_vector_and_the_model_stays(
 ) -> None:
     before = {name: tensor.clone() for name, tensor in model.text_encoder.state_dict().items()}
     encoder = make_encoder(model, vector, clip)
-    context = encoder(PROMPTS)
+    context = encoder.contexts(PROMPTS)
     for prompt in PROMPTS:
         cosines = encoder.cosines[prompt]
         assert len(cosines) == 4 and cosines == sorted(cosines) and cosines[-1] > cosines[0] + 0.05
@@ -86,14 +86,14 @@ def test_each_step_goes_towards_the_vector_and_the_model_stays(
 def test_a_prompt_depends_on_itself_alone_and_is_tuned_once(
     model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = make_encoder(model, vector, clip)(PROMPTS)
+    together = make_encoder(model, vector, clip).contexts(PROMPTS)
     encoder = make_encoder(model, vector, clip)
-    assert torch.allclose(encoder(PROMPTS[1:]), together[1:], atol=1e-6)
-    encoder(PROMPTS[:1])
+    assert torch.allclose(encoder.contexts(PROMPTS[1:]), together[1:], atol=1e-6)
+    encoder.contexts(PROMPTS[:1])
     monkeypatch.setattr(aesthetic, "tune_text_encoder", None)  # a second tune would fail
-    assert torch.allclose(encoder([*PROMPTS, *PROMPTS]), torch.cat([together, together]), atol=1e-6)
+    assert torch.allclose(encoder.contexts([*PROMPTS, *PROMPTS]), torch.cat([together, together]), atol=1e-6)
     monkeypatch.setattr(aesthetic, "KEPT_PROMPTS", 1)
-    encoder(PROMPTS)
+    encoder.contexts(PROMPTS)
     assert list(encoder.cosines) == PROMPTS[1:], "the least recently used is forgotten"
 
 
@@ -101,11 +101,13 @@ def test_a_prompt_depends_on_itself_alone_and_is_tuned_once(
 def test_nothing_to_do_gives_the_plain_encoding(
     nothing: dict[str, Any], model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor
 ) -> None:
-    assert torch.allclose(make_encoder(model, vector, clip, **nothing)(PROMPTS), plain(model), atol=1e-6)
+    assert torch.allclose(
+        make_encoder(model, vector, clip, **nothing).contexts(PROMPTS), plain(model), atol=1e-6
+    )
 
 
 def test_an_empty_prompt_stays_plain(model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor) -> None:
-    context = make_encoder(model, vector, clip)(["", "a cat"])
+    context = make_encoder(model, vector, clip).contexts(["", "a cat"])
     assert torch.allclose(context[0], plain(model, [""])[0], atol=1e-6)
     assert not torch.allclose(context[1], plain(model, ["a cat"])[0], atol=1e-3)
 
@@ -113,9 +115,9 @@ def test_an_empty_prompt_stays_plain(model: StableDiffusion, clip: ClipScorer, v
 def test_clip_skip_and_learned_words_are_honoured(
     model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor
 ) -> None:
-    last = make_encoder(model, vector, clip, weight=1.0)(["a cat"])
+    last = make_encoder(model, vector, clip, weight=1.0).contexts(["a cat"])
     model.clip_skip = 2
-    skipped = make_encoder(model, vector, clip, weight=1.0)(["a cat"])
+    skipped = make_encoder(model, vector, clip, weight=1.0).contexts(["a cat"])
     tuned, _ = tune_text_encoder(
         model,
         model.tokenize(["a cat"]),
@@ -137,7 +139,7 @@ def test_clip_skip_and_learned_words_are_honoured(
         learning_rate=1e-2,
     )[1][1]
     encoder = make_encoder(model, vector, clip)
-    assert not torch.allclose(encoder(["a thing"]), encoder(["a cat"]), atol=1e-3)
+    assert not torch.allclose(encoder.contexts(["a thing"]), encoder.contexts(["a cat"]), atol=1e-3)
     assert encoder.cosines["a thing"][-1] > encoder.cosines["a thing"][0]
 
 
@@ -147,7 +149,7 @@ def test_a_long_prompt_is_tuned_by_all_of_its_chunks(
     model.max_token_length = 150
     encoder = make_encoder(model, vector, clip)
     long = "a cat, " * 40
-    context = encoder([long, "a cat"])
+    context = encoder.contexts([long, "a cat"])
     assert context.shape == (2, 154, 16)
     assert ((context - plain(model, [long, "a cat"])).abs().amax(dim=2) > 1e-3).all()
     halves = [clip_chunk_cosine(model, clip, vector, long, chunk) for chunk in range(2)]
@@ -225,7 +227,7 @@ def test_baked_over_one_prompt_it_is_the_per_prompt_form(
 ) -> None:
     settings = replace(FAST, weight=1.0)
     one = bake(model, vector, ["a cat", "", "a cat"], clip=clip, settings=settings)
-    apart = make_encoder(model, vector, clip, weight=1.0)(["a cat"])
+    apart = make_encoder(model, vector, clip, weight=1.0).contexts(["a cat"])
     mine = replace(model, text_encoder=one.text_encoder)
     assert one.num_prompts == 1 and one.difference < 1e-3
     assert torch.allclose(plain(mine, ["a cat"]), apart, atol=1e-4)

@@ -143,7 +143,7 @@ def test_the_baked_form_is_a_model_of_its_own(workplace: Path, tmp_path: Path) -
     (path,) = parts.method.export(tmp_path, "taste", **told)
     model = load_model(ModelConfig(pretrained_model_name_or_path=str(path)))
     plain = parts.model.encode_text(parts.model.tokenize(["a cat"]))
-    baked, apart = model.encode_text(model.tokenize(["a cat"])), parts.method.encode(["a cat"])
+    baked, apart = model.encode_text(model.tokenize(["a cat"])), parts.method.encode(["a cat"]).context
     assert (baked - apart).norm() < (plain - apart).norm()
     assert 0 < json.loads((path / "baked.json").read_text())["difference"] < 1
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import WIDTH, tiny_model
 
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.trainers.sd.condition import Condition
 from dreamfleet.trainers.sd.guidance import Guidance, guided_prediction, parse_guidance
 
 SCALES = st.floats(0, 1000).map(lambda value: round(value, 4))
@@ -92,7 +93,7 @@ def test_the_guided_prediction_is_each_samples_own(scales: list[float]) -> None:
     noisy = torch.randn(3, 4, 8, 8, generator=generator)
     contexts = torch.randn(3, 2, 77, WIDTH, generator=generator, requires_grad=True)
     timesteps = torch.tensor([1, 400, 900])
-    found = guided_prediction(unet, noisy, timesteps, contexts, torch.tensor(scales))
+    found = guided_prediction(unet, noisy, timesteps, Condition(contexts), torch.tensor(scales))
     for row, scale in enumerate(scales):
         one, t = noisy[row : row + 1], timesteps[row : row + 1]
         negative, positive = (unet(one, t, contexts[row, side][None]).sample for side in (0, 1))

@@ -10,6 +10,7 @@ from diffusers.training_utils import compute_snr
 
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.schedule import last_step, make_rate, multiplier_at, parse_webui_schedule
+from dreamfleet.trainers.sd.condition import Condition
 from dreamfleet.trainers.sd.noise import draw_noise, make_target, noise_loss, signal_to_noise, snr_weights
 
 
@@ -76,12 +77,12 @@ def test_loss_is_per_sample_and_masked() -> None:
     schedule = scheduler("epsilon")
     noise = torch.ones(3, 4, 8, 8) * torch.tensor([1.0, 2.0, 3.0])[:, None, None, None]
     common = {"latents": torch.zeros(3, 4, 8, 8), "noise": noise, "timesteps": torch.tensor([1, 2, 3])}
-    loss = noise_loss(Zero(), schedule, **common, context=torch.zeros(3, 1, 1))
+    loss = noise_loss(Zero(), schedule, **common, condition=Condition(torch.zeros(3, 1, 1)))
     assert torch.allclose(loss, torch.tensor([1.0, 4.0, 9.0]))
     mask = torch.zeros(3, 1, 8, 8)
     mask[..., :4] = 2.0
     assert torch.allclose(
-        noise_loss(Zero(), schedule, **common, context=torch.zeros(3, 1, 1), mask=mask), loss
+        noise_loss(Zero(), schedule, **common, condition=Condition(torch.zeros(3, 1, 1)), mask=mask), loss
     )
 
 

@@ -13,6 +13,7 @@ from tiny_models import tiny_model
 
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.sd.condition import Condition
 from dreamfleet.trainers.sd.prior import class_image_key, generate_class_images
 from dreamfleet.trainers.sd.sample import generate, picture_grid
 
@@ -98,9 +99,9 @@ def test_guidance_of_one_runs_the_unet_once_a_picture(model: Any, monkeypatch: p
 def test_own_encoder_sizes_and_negative_prompts(model: Any) -> None:
     asked: list[list[str]] = []
 
-    def encode(prompts: list[str]) -> torch.Tensor:
+    def encode(prompts: list[str]) -> Condition:
         asked.append(prompts)
-        return model.encode_text(model.tokenize(["x"] * len(prompts)))
+        return model.read(["x"] * len(prompts))
 
     wide = generate(model, ["a", "b"], seeds=[1, 1], steps=2, width=64, height=48, encode=encode)
     assert [picture.size for picture in wide] == [(64, 48)] * 2

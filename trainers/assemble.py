@@ -101,7 +101,8 @@ def build_method(
     if recipe.train.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
         if method.trains_text:
-            model.text_encoder.gradient_checkpointing_enable()
+            for encoder in model.text_encoders:
+                encoder.gradient_checkpointing_enable()
     # Diffusers checkpoints only in training mode; a frozen U-Net that gradients pass through needs it as well.
     if recipe.train.gradient_checkpointing:
         model.unet.train()

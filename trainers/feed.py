@@ -16,6 +16,7 @@ from dreamfleet.datasets.keyed import numpy_rng
 from dreamfleet.datasets.plan import BatchPlan, Draw
 from dreamfleet.trainers.methods.base import Batch, Method, Sample
 from dreamfleet.trainers.pictures import Pictures, ResidentLatents, StreamedPixels
+from dreamfleet.trainers.sd.condition import Condition
 from dreamfleet.trainers.sd.noise import draw_noise, keyed_generator
 
 
@@ -53,7 +54,8 @@ class Feed:
         """Make the batch of one micro-step, on the CPU: instance rows first, then their class partners.
 
         ``latents, noise [N, C, h, w]`` or ``pixels [N, 3, H, W]`` in place of latents, ``timesteps [N]``,
-        ``weights [N]``, ``prompts``, ``num_instances``; with ``data.alpha_mask`` also ``mask [N, 1, h, w]``.
+        ``weights [N]``, ``prompts``, ``num_instances``; with ``data.alpha_mask`` also ``mask [N, 1, h, w]``; for SDXL
+        ``time_ids [N, 6]``.
         """
         parts, keys, prompts, num_instances = [], [], [], 0
         for samples, pictures, draws_of in self._halves:
@@ -62,6 +64,8 @@ class Feed:
             keys += [self._key(samples[draw.row], draw) for draw in draws]
             prompts += [self._prompt(samples[draw.row], draw) for draw in draws]
             parts.append(pictures.take(draws))
+            if self.method.model.is_sdxl:
+                parts[-1]["time_ids"] = pictures.shown.time_ids(draws)
         batch: Batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         if "mean" in batch:
             shape = tuple(batch["mean"].shape[1:])
@@ -164,11 +168,14 @@ class Preparer:
 
     def __init__(self, method: Method, *, limit: int = 4096):
         self.method, self.limit = method, limit
-        self._contexts: OrderedDict[str, Tensor] = OrderedDict()
+        self._conditions: OrderedDict[str, Condition] = OrderedDict()
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Batch:
-        """Return the batch with ``latents`` and with ``input_ids`` (text learns) or ``context`` (text is frozen)."""
+        """Return the batch with ``latents``, and with ``input_ids`` where text learns, else ``context``.
+
+        SDXL's ``pooled`` comes with the latter.
+        """
         batch = dict(batch)
         device = batch["noise"].device
         if "pixels" in batch:
@@ -179,19 +186,21 @@ class Preparer:
         if self.method.trains_text:
             batch["input_ids"] = self.method.tokenize(prompts).to(device, non_blocking=True)
         else:
-            batch["context"] = self._encode(prompts)
+            condition = self._encode(prompts)
+            batch["context"] = condition.context
+            if condition.pooled is not None:
+                batch["pooled"] = condition.pooled
         return batch
 
-    def _encode(self, prompts: Sequence[str]) -> Tensor:
-        if missing := list(dict.fromkeys(p for p in prompts if p not in self._contexts)):
-            for prompt, context in zip(missing, self.method.encode(missing), strict=True):
-                self._contexts[prompt] = context
+    def _encode(self, prompts: Sequence[str]) -> Condition:
+        if missing := list(dict.fromkeys(p for p in prompts if p not in self._conditions)):
+            self._conditions |= zip(missing, self.method.encode(missing).rows(), strict=True)
         for prompt in prompts:
-            self._contexts.move_to_end(prompt)
-        contexts = torch.stack([self._contexts[prompt] for prompt in prompts])
-        while len(self._contexts) > self.limit:
-            self._contexts.popitem(last=False)
-        return contexts
+            self._conditions.move_to_end(prompt)
+        conditions = Condition.cat([self._conditions[prompt] for prompt in prompts])
+        while len(self._conditions) > self.limit:
+            self._conditions.popitem(last=False)
+        return conditions
 
 
 def to_samples(index: Index) -> list[Sample]:

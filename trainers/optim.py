@@ -43,6 +43,11 @@ class OptimizerConfig(Section):
         validation_alias=AliasChoices("text_encoder_lr", "learning_rate_te", "learning_rate_te1"),
         description="the text encoder's own rate, where it learns; None: learning_rate",
     )
+    text_encoder_2_lr: Rate | None = Field(
+        None,
+        validation_alias=AliasChoices("text_encoder_2_lr", "learning_rate_te2"),
+        description="that of SDXL's second text encoder; None: text_encoder_lr",
+    )
     lr_scheduler: Literal[
         "constant",
         "constant_with_warmup",
@@ -124,8 +129,7 @@ def make_rates(
 
     rates = {}
     for group in groups:
-        own = config.text_encoder_lr if group.name == "text_encoder" else None
-        rate = config.learning_rate if own is None else own
+        rate = rate_of(group.name, config)
         if config.scale_lr and isinstance(rate, str):
             raise RecipeError(
                 "optimizer.scale_lr does not go with a schedule string; write the rates you mean"
@@ -133,6 +137,13 @@ def make_rates(
         scale = group.scale * (global_batch if config.scale_lr else 1)
         rates[group.name] = _scaled(make_rate(rate, multiplier), scale)
     return rates
+
+
+def rate_of(group: str, config: OptimizerConfig) -> float | str:
+    """Return a group's learning rate: its own where the recipe has one, else that of what it is a part of."""
+    every, text, second = config.learning_rate, config.text_encoder_lr, config.text_encoder_2_lr
+    own = {"text_encoder": [text], "text_encoder_2": [second, text]}.get(group, [])
+    return next((rate for rate in own if rate is not None), every)
 
 
 def _scaled(rate: Callable[[int], float], scale: float) -> Callable[[int], float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dreamfleet.datasets.buckets import picture_sizes
 from dreamfleet.datasets.config import DataConfig
-from dreamfleet.datasets.images import fit_picture, open_picture, to_tensor_range
+from dreamfleet.datasets.images import fit_picture, open_picture, place_target, to_tensor_range
 from dreamfleet.datasets.index import BadFile, Index
 from dreamfleet.datasets.keyed import numpy_rng
 from dreamfleet.datasets.masks import PictureDraw, cut_picture, loss_weights, read_mask
@@ -31,6 +31,8 @@ ENCODE_PIXELS = 8 * 256**2
 
 class Pictures(Protocol):
     """What a feed asks of a source of pictures."""
+
+    shown: Shown
 
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
         """Return ``mean`` and ``std`` ``[B, C, h, w]`` of cached latents, or ``pixels`` ``[B, 3, H, W]`` in [-1, 1].
@@ -49,6 +51,20 @@ class Shown:
     def __init__(self, index: Index, data: DataConfig, seed: int):
         self.ids, self.data, self.seed = index.column("id"), data, seed
         self.sizes = picture_sizes(index, data)
+        self.files = list(zip(index.column("width"), index.column("height"), strict=True))
+
+    def time_ids(self, draws: Sequence[Draw]) -> Tensor:
+        """Return what SDXL is told of each draw's size ``[B, 6]``; see :class:`Condition`.
+
+        Top and left of a mirrored picture are those of the crop in the mirror image, as kohya counts them.
+        """
+        return torch.tensor([self._size_ids(self.of(draw)) for draw in draws], dtype=torch.float32)
+
+    def _size_ids(self, draw: PictureDraw) -> tuple[int, ...]:
+        (file_width, file_height), (width, height) = self.files[draw.row], self.sizes[draw.row]
+        placed = place_target((file_width, file_height), (width, height), crop_key=draw.crop)
+        left = placed.width - width - placed.left if draw.flip else placed.left
+        return file_height, file_width, placed.top, left, height, width
 
     def of(self, draw: Draw) -> PictureDraw:
         """Return how the picture of one draw is cut."""
@@ -75,12 +91,12 @@ class ResidentLatents:
     """Latents of every picture (and of its mirror image, with flips), encoded once before the first step."""
 
     def __init__(self, encoded: Encoded, shown: Shown):
-        self.encoded, self._shown = encoded, shown
+        self.encoded, self.shown = encoded, shown
 
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
         """Return the posterior of each draw's picture."""
-        half = len(self._shown.ids)
-        rows = [draw.row + half * self._shown.flips(draw) for draw in draws]
+        half = len(self.shown.ids)
+        rows = [draw.row + half * self.shown.flips(draw) for draw in draws]
         every = self.encoded._asdict().items()
         return {name: torch.stack([kept[row] for row in rows]) for name, kept in every if kept is not None}
 
@@ -89,18 +105,18 @@ class ResidentPixels:
     """Encoded picture files kept in memory and decoded per use: for random crops, whose latents cannot be cached."""
 
     def __init__(self, index: Index, shown: Shown, *, cell: int):
-        self.uris, self._shown, self._cell = index.column("uri"), shown, cell
+        self.uris, self.shown, self._cell = index.column("uri"), shown, cell
         self.files = [read_uri(uri) for uri in self.uris]
         weighted = shown.data.alpha_mask
         self.masks = [read_mask(uri) if weighted and uri else None for uri in index.column("mask")]
 
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
         """Decode, crop and flip each draw's picture as its key says."""
-        data = self._shown.data
+        data = self.shown.data
         cuts = [
             cut_picture(
                 self.files[draw.row],
-                self._shown.of(draw),
+                self.shown.of(draw),
                 uri=self.uris[draw.row],
                 size=data.resolution,
                 max_pixels=data.max_pixels,
@@ -120,7 +136,7 @@ class StreamedPixels:
     """
 
     def __init__(self, index: Index, shown: Shown, *, cell: int):
-        self.index, self._shown, self._cell = index, shown, cell
+        self.index, self.shown, self._cell = index, shown, cell
         self._stream: PictureStream | None = None
         self._order: Iterator[Draw] = iter(())
 
@@ -129,10 +145,10 @@ class StreamedPixels:
         from dreamfleet.datasets.stream import stream_pictures
 
         ahead, self._order = itertools.tee(draws)
-        data = self._shown.data
+        data = self.shown.data
         self._stream = stream_pictures(
             self.index,
-            map(self._shown.of, ahead),
+            map(self.shown.of, ahead),
             resolution=data.resolution,
             max_pixels=data.max_pixels,
             weighted=data.alpha_mask,
@@ -141,7 +157,7 @@ class StreamedPixels:
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
         """Return the pixels of the next draws of the stream."""
         if self._stream is None:
-            cuts = [read_cut(self.index, self._shown.of(draw), self._shown.data) for draw in draws]
+            cuts = [read_cut(self.index, self.shown.of(draw), self.shown.data) for draw in draws]
         else:
             expected = list(itertools.islice(self._order, len(draws)))
             assert expected == list(draws), "the stream was told another order"

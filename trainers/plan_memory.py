@@ -21,8 +21,9 @@ from dreamfleet.trainers.methods.base import Batch, Method, discover
 from dreamfleet.trainers.pictures import encode_batch
 from dreamfleet.trainers.plan_trace import Autocast, fake_mode, trace_inference, trace_step
 from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.sd.condition import predict
 from dreamfleet.trainers.sd.model import StableDiffusion, quiet_libraries
-from dreamfleet.trainers.sd.shape import NUM_TOKENS, model_shape
+from dreamfleet.trainers.sd.shape import empty_condition, model_shape
 from dreamfleet.trainers.zero_setup import BUCKET
 
 # Defaults of `generate` and of `Preparer`.
@@ -121,11 +122,7 @@ def count_run(recipe: Recipe, method: Method, pictures: int | None) -> Counts:
         optimizer=recipe.optimizer.name,
         average=recipe.engine.use_ema,
         accumulates=train.gradient_accumulation_steps > 1,
-        text_embeddings=prompts
-        * NUM_TOKENS
-        * model.num_chunks
-        * model.context_width
-        * model.text_encoder.dtype.itemsize,
+        text_embeddings=prompts * _bytes([each for each in empty_condition(model, 1) if each is not None]),
         latents=_latent_bytes(recipe, model, pictures),
     )
 
@@ -210,13 +207,10 @@ def _batch(recipe: Recipe, method: Method) -> Batch:
         with torch.no_grad():
             mean, std = model.encode_pictures(torch.empty(num, 3, *[recipe.data.resolution] * 2))
             batch["latents"] = mean + std
+    told = empty_condition(model, num)._asdict()
     if method.trains_text:
-        return batch | {"input_ids": method.tokenize([""] * num)}
-    return batch | {
-        "context": torch.empty(
-            num, NUM_TOKENS * model.num_chunks, model.context_width, dtype=model.text_encoder.dtype
-        )
-    }
+        told = {"input_ids": method.tokenize([""] * num), "time_ids": told["time_ids"]}
+    return batch | {name: tensor for name, tensor in told.items() if tensor is not None}
 
 
 def _trace_start(recipe: Recipe, method: Method, pictures: int | None) -> int:
@@ -253,10 +247,10 @@ def _trace_drawing(
     shape, entering = _latent_shape(recipe, model), num * (2 if guidance_scale != 1 else 1)
 
     def draw() -> None:
-        tokens = NUM_TOKENS * model.num_chunks
-        context = torch.empty(entering, tokens, model.context_width, dtype=model.unet.dtype)
+        condition = empty_condition(model, entering)
+        condition = condition._replace(context=condition.context.to(model.unet.dtype))
         noisy = torch.empty(entering, *shape, dtype=model.unet.dtype)
-        model.unet(noisy, torch.zeros((), dtype=torch.long), context, return_dict=False)
+        predict(model.unet, noisy, torch.zeros((), dtype=torch.long), condition)
         model.decode(torch.empty(num, *shape))
 
     return trace_inference(draw, known=_tensors(method), dtype=dtype)

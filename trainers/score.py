@@ -196,13 +196,13 @@ def load_exported(run: Storage, recipe: Recipe) -> StableDiffusion:
         from dreamfleet.trainers.sd.formats.embedding import SUFFIXES, read_embedding
 
         for suffix in SUFFIXES:
-            if (name := f"{recipe.run_name}{suffix}") in files:
+            if f"{recipe.run_name}{suffix}" in files:
                 model = load_model(recipe.model)
-                with run.local_copy(f"exports/{name}") as path:
-                    install_embedding(model, word, read_embedding(path).vectors)
-                if (name := f"{recipe.run_name}{NEGATIVE}{suffix}") in files:
-                    with run.local_copy(f"exports/{name}") as path:
-                        install_negative(model, word, read_embedding(path).vectors)
+                for install, ending in ((install_embedding, ""), (install_negative, NEGATIVE)):
+                    if (name := f"{recipe.run_name}{ending}{suffix}") in files:
+                        with run.local_copy(f"exports/{name}") as path:
+                            found = read_embedding(path)
+                        install(model, word, found.vectors, found.vectors_2)
                 return model
     else:
         for name in (f"{recipe.run_name}{suffix}" for suffix in (".safetensors", ".ckpt")):

@@ -14,12 +14,13 @@ from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.keyed import numpy_rng
+from dreamfleet.datasets.plan import Draw
 from dreamfleet.datasets.section import Section
 from dreamfleet.trainers.engine import Engine
 from dreamfleet.trainers.feed import Preparer, to_samples
 from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.picture_feed import PictureReader
-from dreamfleet.trainers.pictures import encode_index
+from dreamfleet.trainers.pictures import Shown, encode_index
 from dreamfleet.trainers.sd.noise import draw_noise
 
 HELD_OUT_BATCH = 32  # pictures that are measured at once
@@ -70,6 +71,8 @@ class HeldOutLoss:
             keys = [("holdout", 0, j, sample.id) for j in range(count)]
             self.noise.append(draw_noise(keys, tuple(latents.shape), num_timesteps=total)[0])
         fixed = data.model_copy(update={"caption_dropout": 0.0, "tag_dropout": 0.0, "shuffle_tags": False})
+        shown = Shown(index, data.model_copy(update={"center_crop": True, "random_flip": False}), 0)
+        self.time_ids = shown.time_ids([Draw(row, 0) for row in range(len(samples))])
         self.prompts = [method.prompt(s, numpy_rng("holdout", s.id), fixed) for s in samples]
 
     @torch.no_grad()
@@ -78,13 +81,14 @@ class HeldOutLoss:
         losses, count = [], len(self.timesteps)
         prepare = Preparer(self.method)
         with evaluating(self.method), engine.autocast():
-            every = zip(self.latents, self.noise, self.masks, self.prompts, strict=True)
-            for latents, noise, mask, prompt in every:
+            every = zip(self.latents, self.noise, self.masks, self.time_ids, self.prompts, strict=True)
+            for latents, noise, mask, time_ids, prompt in every:
                 batch = {
                     "latents": latents.expand(count, -1, -1, -1),
                     "noise": noise,
                     "mask": mask.expand(count, -1, -1, -1),
                     "timesteps": self.timesteps,
+                    "time_ids": time_ids.expand(count, -1),
                     "prompts": [prompt] * count,
                 }
                 losses.append(self.method.sample_losses(prepare(engine.place(batch))))

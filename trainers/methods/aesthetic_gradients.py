@@ -38,6 +38,7 @@ from dreamfleet.trainers.sd.aesthetic import (
 )
 from dreamfleet.trainers.sd.aesthetic_baked import bake
 from dreamfleet.trainers.sd.clip import ClipScorer
+from dreamfleet.trainers.sd.condition import Condition
 from dreamfleet.trainers.sd.formats.aesthetic import write_aesthetic
 from dreamfleet.trainers.sd.model import StableDiffusion
 
@@ -176,7 +177,7 @@ class AestheticGradients(Method):
         return Loss(total, per_sample, {})
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Tensor:
+    def encode(self, prompts: Sequence[str]) -> Condition:
         """Encode prompts as tuned towards the mean of the pictures seen so far; plainly before the first."""
         if not self.count:
             return super().encode(prompts)

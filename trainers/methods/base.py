@@ -19,6 +19,7 @@ from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.section import Section
+from dreamfleet.trainers.sd.condition import Condition
 from dreamfleet.trainers.sd.model import ALL_PARTS, StableDiffusion
 from dreamfleet.trainers.sd.noise import noise_loss
 
@@ -184,13 +185,20 @@ class Method(nn.Module):
         )
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Turn prompts into ids ``[B, T]``, 77 a chunk."""
+        """Turn prompts into ids ``[B, T]``, 77 a chunk; ``[B, 2, T]`` for SDXL's two text encoders."""
         return self.model.tokenize(prompts)
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Encode prompts ``[B, T, D]`` as this method's artefact makes them read."""
-        device = next(self.model.text_encoder.parameters()).device
-        return self.model.encode_text(self.tokenize(prompts).to(device))
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Encode prompts as this method's artefact makes them read."""
+        return self.model.read(prompts)
+
+    def condition(self, batch: Batch) -> Condition:
+        """Return what the U-Net is told in a batch, encoding the prompts where the text side learns."""
+        if "context" in batch:
+            found = Condition(batch["context"], batch.get("pooled"))
+        else:
+            found = self.model.condition(batch["input_ids"])
+        return found.sized(batch.get("time_ids"))
 
     def forward(self, batch: Batch) -> Loss:
         """Compute the loss of a batch; the default is the noise loss weighted per sample (see ``batch_loss``)."""
@@ -198,14 +206,13 @@ class Method(nn.Module):
 
     def sample_losses(self, batch: Batch, *, snr_gamma: float | None = None) -> Tensor:
         """Compute the noise loss of each sample ``[N]``: what training lowers, and what held-out pictures measure."""
-        context = batch["context"] if "context" in batch else self.model.encode_text(batch["input_ids"])
         return noise_loss(
             self.model.unet,
             self.model.scheduler,
             latents=batch["latents"],
             noise=batch["noise"],
             timesteps=batch["timesteps"],
-            context=context,
+            condition=self.condition(batch),
             snr_gamma=snr_gamma,
             mask=batch.get("mask"),
         )

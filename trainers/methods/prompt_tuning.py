@@ -31,6 +31,7 @@ from dreamfleet.trainers.methods.words import (
     export_word,
     fill_prompt,
     initial_vectors,
+    word_parameters,
 )
 from dreamfleet.trainers.sd.discriminator import Discriminator, load_discriminator
 from dreamfleet.trainers.sd.embeddings import (
@@ -38,7 +39,6 @@ from dreamfleet.trainers.sd.embeddings import (
     install_embedding,
     install_negative,
     replace_word,
-    text_embeddings,
 )
 from dreamfleet.trainers.sd.guidance import guided_prediction, parse_guidance
 from dreamfleet.trainers.sd.model import StableDiffusion
@@ -147,14 +147,14 @@ class PromptTuning(Method):
 
     def __init__(self, config: PromptTuningConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)
-        table = text_embeddings(model.text_encoder).token_embedding.weight
         positive = initial_vectors(model, config.initializer_token, config.num_vectors)
         negative = initial_vectors(model, config.initializer_token, config.num_vectors_neg)
-        negative = negative + NEGATIVE_NOISE * torch.randn_like(negative)
-        self.positive, self.negative = nn.Parameter(positive.to(table)), nn.Parameter(negative.to(table))
+        negative = [tensor + NEGATIVE_NOISE * torch.randn_like(tensor) for tensor in negative]
+        self._positive = word_parameters(self, "positive", positive)
+        self._negative = word_parameters(self, "negative", negative)
         self._word, self._guidance = config.placeholder_token, parse_guidance(config.cfg_scale)
-        install_embedding(model, self._word, self.positive)
-        install_negative(model, self._word, self.negative)
+        install_embedding(model, self._word, *self._positive.values())
+        install_negative(model, self._word, *self._negative.values())
         self._templates = captions.load_templates(config.template_file)
         self._judges: list[Discriminator] = []
         if config.discriminator is not None:
@@ -170,8 +170,8 @@ class PromptTuning(Method):
 
     def groups(self) -> list[ParamGroup]:
         return [
-            ParamGroup("positive", {"positive": self.positive}),
-            ParamGroup("negative", {"negative": self.negative}, self.config.neg_lr_w),
+            ParamGroup("positive", dict(self._positive)),
+            ParamGroup("negative", dict(self._negative), self.config.neg_lr_w),
         ]
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
@@ -179,13 +179,12 @@ class PromptTuning(Method):
         return fill_prompt(self._templates, self._word, sample, rng, data)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Turn prompts into ids ``[B, 2, 77]``: of what each is trained against, and its own."""
+        """Turn prompts into ids ``[B, 2, 77]``: of what each is trained against, and its own.
+
+        ``[B, 2, 2, 77]`` for SDXL's two text encoders.
+        """
         negatives = [self._negative_of(prompt) for prompt in prompts]
         return torch.stack([self.model.tokenize(negatives), self.model.tokenize(prompts)], dim=1)
-
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        device = next(self.model.text_encoder.parameters()).device
-        return self.model.encode_text(self.model.tokenize(prompts).to(device))
 
     def sample_losses(self, batch: Batch, *, snr_gamma: float | None = None) -> Tensor:
         """Compute the noise loss of each sample ``[N]``, of the guided prediction."""
@@ -218,9 +217,9 @@ class PromptTuning(Method):
     ) -> list[Path]:
         """Write ``NAME.pt`` and ``NAME-neg.pt`` (webui), and the same as ``.safetensors`` (diffusers)."""
         paths = []
-        for vectors, ending in ((self.positive, ""), (self.negative, NEGATIVE)):
+        for vectors, ending in ((self._positive, ""), (self._negative, NEGATIVE)):
             paths += export_word(
-                vectors,
+                list(vectors.values()),
                 folder,
                 name + ending,
                 word=self._word + ending,
@@ -242,9 +241,11 @@ class PromptTuning(Method):
         model, timesteps = self.model, batch["timesteps"]
         noisy = model.scheduler.add_noise(batch["latents"], batch["noise"], timesteps)
         ids = batch["input_ids"]
-        contexts_B2TD = model.encode_text(ids.flatten(0, 1)).unflatten(0, ids.shape[:2])
+        pairs = model.condition(ids.flatten(0, 1)).map(lambda tensor: tensor.unflatten(0, ids.shape[:2]))
+        if "time_ids" in batch:  # both sides of a pair are of the same picture
+            pairs = pairs.sized(batch["time_ids"][:, None].expand(-1, 2, -1))
         scale = self._guidance.at(timesteps, model.scheduler.config.num_train_timesteps)
-        return noisy, guided_prediction(model.unet, noisy, timesteps, contexts_B2TD, scale)
+        return noisy, guided_prediction(model.unet, noisy, timesteps, pairs, scale)
 
     def _noise_losses(self, batch: Batch, predicted: Tensor, snr_gamma: float | None) -> Tensor:
         return prediction_loss(

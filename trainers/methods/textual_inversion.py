@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import AliasChoices, Field
-from torch import nn
 
 from dreamfleet.datasets import captions
 from dreamfleet.trainers.methods.base import Method, MethodConfig, ParamGroup, Sample, Setting, register
@@ -20,8 +19,9 @@ from dreamfleet.trainers.methods.words import (
     export_word,
     fill_prompt,
     initial_vectors,
+    word_parameters,
 )
-from dreamfleet.trainers.sd.embeddings import install_embedding, text_embeddings
+from dreamfleet.trainers.sd.embeddings import install_embedding
 from dreamfleet.trainers.sd.model import StableDiffusion
 
 
@@ -59,11 +59,9 @@ class TextualInversion(Method):
 
     def __init__(self, config: TextualInversionConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)
-        table = text_embeddings(model.text_encoder).token_embedding.weight
-        self.vectors = nn.Parameter(
-            initial_vectors(model, config.initializer_token, config.num_vectors).to(table)
-        )
-        install_embedding(model, config.placeholder_token, self.vectors)
+        start = initial_vectors(model, config.initializer_token, config.num_vectors)
+        self._learning = word_parameters(self, "vectors", start)
+        install_embedding(model, config.placeholder_token, *self._learning.values())
         self._templates = captions.load_templates(config.template_file or config.learnable_property)
 
     @property
@@ -71,7 +69,7 @@ class TextualInversion(Method):
         return True
 
     def groups(self) -> list[ParamGroup]:
-        return [ParamGroup("embedding", {"vectors": self.vectors})]
+        return [ParamGroup("embedding", dict(self._learning))]
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
         """Fill a template line drawn for this use of the picture with the placeholder and the picture's caption."""
@@ -87,9 +85,12 @@ class TextualInversion(Method):
         metadata: dict[str, str],
         precision: str,
     ) -> list[Path]:
-        """Write ``NAME.pt`` (webui), ``NAME.safetensors`` (diffusers) and ``NAME.png`` (image embedding)."""
+        """Write ``NAME.pt`` (webui), ``NAME.safetensors`` (diffusers) and ``NAME.png`` (image embedding).
+
+        Of SDXL both tables of a file are under kohya's names, which the webui reads too: ``clip_l`` and ``clip_g``.
+        """
         return export_word(
-            self.vectors,
+            list(self._learning.values()),
             folder,
             name,
             word=self.config.placeholder_token,

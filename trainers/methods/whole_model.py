@@ -14,21 +14,33 @@ from dreamfleet.trainers.sd.model import StableDiffusion, save_pipeline
 
 
 def learning_parts(model: StableDiffusion, *, train_text_encoder: bool) -> nn.ModuleDict:
-    """Switch on learning in the U-Net and, on request, the text encoder -> one module that holds all that learns.
+    """Switch on learning in the U-Net and, on request, the text encoders -> one module that holds all that learns.
 
     One, so that one engine (DDP, DeepSpeed) wraps it all.
     """
     learning = nn.ModuleDict({"unet": model.unet})
-    model.unet.requires_grad_(True).train()
     if train_text_encoder:
         learning["text_encoder"] = model.text_encoder
-        model.text_encoder.requires_grad_(True).train()
-        if model.clip_skip > 1:
-            # The skipped layers never run, and a parameter without gradient stalls DDP.
-            layers = getattr(model.text_encoder, "text_model", model.text_encoder).encoder.layers
-            for layer in layers[len(layers) + 1 - model.clip_skip :]:
-                layer.requires_grad_(False)
+        if model.text_encoder_2 is not None:
+            learning["text_encoder_2"] = model.text_encoder_2
+    for part in learning.values():
+        part.requires_grad_(True).train()
+    if train_text_encoder:
+        for module in unread_layers(model):
+            module.requires_grad_(False)
     return learning
+
+
+def unread_layers(model: StableDiffusion) -> list[nn.Module]:
+    """List what of the first text encoder no loss depends on: a parameter without gradient stalls DDP.
+
+    SDXL's second encoder has no such layers: its summary of the prompt comes from the last one.
+    """
+    body = getattr(model.text_encoder, "text_model", model.text_encoder)
+    skipped = model.clip_skip - 1 + model.is_sdxl
+    layers = list(body.encoder.layers)
+    unread = layers[len(layers) - skipped :]
+    return [*unread, body.final_layer_norm] if model.is_sdxl else unread
 
 
 def part_groups(learning: nn.ModuleDict) -> list[ParamGroup]:

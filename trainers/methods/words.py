@@ -8,32 +8,41 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamfleet.datasets import captions
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.methods.base import Sample
-from dreamfleet.trainers.sd.embeddings import text_embeddings
+from dreamfleet.trainers.sd.embeddings import token_tables
 from dreamfleet.trainers.sd.formats.embedding import Embedding, write_embedding
 from dreamfleet.trainers.sd.model import StableDiffusion
 
 WORD_FORMATS = ("pt", "safetensors", "png", "webp", "avif", "jxl", "bin", "kohya")
 
 
-def initial_vectors(model: StableDiffusion, text: str, num_vectors: int) -> Tensor:
-    """Return the starting vectors ``[n, D]``: the rows of the text's tokens, each serving an equal run of vectors.
+def initial_vectors(model: StableDiffusion, text: str, num_vectors: int) -> list[Tensor]:
+    """Return the starting vectors ``[n, D]`` in each text encoder: the rows of the text's tokens.
 
-    Vector i copies token floor(i * tokens / n), as webui does; more tokens than vectors are cut. An empty
-    text starts from zeros (webui), which trains, as the encoder adds positions.
+    Each token serves an equal run of vectors: vector i copies token floor(i * tokens / n), as webui does; more tokens
+    than vectors are cut. An empty text starts from zeros (webui), which trains, as the encoder adds positions.
     """
-    table = text_embeddings(model.text_encoder).token_embedding.weight.detach().float()
+    tables = [table.detach().float() for table in token_tables(model)]
     if not text.strip():
-        return torch.zeros(num_vectors, table.shape[1])
+        return [torch.zeros_like(table[:1]).repeat(num_vectors, 1) for table in tables]
     ids = model.tokenizer(text, add_special_tokens=False).input_ids[:num_vectors]
     if not ids:
         raise RecipeError(f"method.initializer_token: {text!r} has no token in this model's vocabulary")
     rows = [ids[i * len(ids) // num_vectors] for i in range(num_vectors)]
-    return table[torch.tensor(rows)].clone()
+    return [table[torch.tensor(rows)].clone() for table in tables]
+
+
+def word_parameters(module: nn.Module, name: str, vectors: Sequence[Tensor]) -> dict[str, nn.Parameter]:
+    """Register a word's vectors under ``name``, and SDXL's second under ``name_2`` -> what was registered, by name."""
+    names = [name, f"{name}_2"][: len(vectors)]
+    made = {each: nn.Parameter(tensor) for each, tensor in zip(names, vectors, strict=True)}
+    for each, parameter in made.items():
+        module.register_parameter(each, parameter)
+    return made
 
 
 def fill_prompt(
@@ -51,7 +60,7 @@ def fill_prompt(
 
 
 def export_word(
-    vectors: Tensor,
+    vectors: Sequence[Tensor],
     folder: Path,
     name: str,
     *,
@@ -61,13 +70,18 @@ def export_word(
     step: int,
     metadata: dict[str, str],
 ) -> list[Path]:
-    """Write ``NAME.FORMAT`` for every format, kohya's as ``kohya/NAME.safetensors``; returns the paths."""
+    """Write ``NAME.FORMAT`` for every format, kohya's as ``kohya/NAME.safetensors``; returns the paths.
+
+    ``vectors``: those in each text encoder.
+    """
     paths = []
+    tables = [tensor.detach().float().cpu().clone() for tensor in vectors]
     for suffix in formats:
         # webui goes by the file's name, diffusers by the name inside: the word the vectors were trained under.
         embedding = Embedding(
             name=word if suffix in ("safetensors", "bin") else name,
-            vectors=vectors.detach().float().cpu().clone(),
+            vectors=tables[0],
+            vectors_2=tables[1] if len(tables) > 1 else None,
             step=step,
             sd_checkpoint=model.content_hash,
             sd_checkpoint_name=Path(model.folder).stem,

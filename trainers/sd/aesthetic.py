@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dreamfleet.datasets.errors import ModelError, UserError
 from dreamfleet.trainers.sd.clip import TEXT_PROJECTION, ClipScorer, load_clip
+from dreamfleet.trainers.sd.condition import Condition
 from dreamfleet.trainers.sd.formats.aesthetic import read_aesthetic
 from dreamfleet.trainers.sd.model import POCKET, StableDiffusion, pocket_folder
 
@@ -88,8 +89,12 @@ class AestheticEncoder:
         self.cosines: dict[str, list[float]] = {}
         self._contexts: OrderedDict[str, Tensor] = OrderedDict()
 
+    def __call__(self, prompts: Sequence[str]) -> Condition:
+        """Encode prompts for the U-Net."""
+        return Condition(self.contexts(prompts))
+
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
+    def contexts(self, prompts: Sequence[str]) -> Tensor:
         """Encode prompts ``[B, T, D]``."""
         device = next(self.model.text_encoder.parameters()).device
         every_BT = self.model.tokenize(prompts).to(device)

@@ -69,7 +69,7 @@ def bake(
     with torch.no_grad():
         for param, own in zip(tuned.parameters(), model.text_encoder.parameters(), strict=True):
             param.lerp_(own.float(), 1 - settings.weight)
-        apart, plain = encoder(prompts).float(), model.encode_text(ids_BT).float()
+        apart, plain = encoder.contexts(prompts).float(), model.encode_text(ids_BT).float()
         baked = dataclasses.replace(model, text_encoder=tuned).encode_text(ids_BT)
         shares = (baked - apart).flatten(1).norm(dim=1) / (plain - apart).flatten(1).norm(dim=1)
     each = [encoder.cosines[prompt][-1] for prompt in prompts]

@@ -1,4 +1,4 @@
-"""Placeholder words that stand for n learned vectors, spliced into the text encoder's input."""
+"""Placeholder words that stand for n learned vectors, spliced into the input of the text encoder, of SDXL's both."""
 
 from __future__ import annotations
 
@@ -68,35 +68,50 @@ def text_embeddings(text_encoder: Any) -> Any:
     return getattr(text_encoder, "text_model", text_encoder).embeddings
 
 
-def install_embedding(model: StableDiffusion, word: str, vectors: Tensor) -> nn.Parameter:
-    """Teach ``model`` that ``word`` in a prompt means ``vectors`` ``[n, D]``; returns them as the Parameter in use."""
-    holder = text_embeddings(model.text_encoder)
-    spliced = holder.token_embedding
-    if not isinstance(spliced, SplicedEmbedding):
-        spliced = SplicedEmbedding(spliced)
-        holder.token_embedding = spliced
-    width = spliced.table.embedding_dim
-    if vectors.ndim != 2 or vectors.shape[1] != width:
+def token_tables(model: StableDiffusion) -> list[Tensor]:
+    """Return the token table ``[vocab_size, D]`` of each text encoder."""
+    return [text_embeddings(encoder).token_embedding.weight for encoder in model.text_encoders]
+
+
+def install_embedding(
+    model: StableDiffusion, word: str, vectors: Tensor, vectors_2: Tensor | None = None
+) -> None:
+    """Teach ``model`` that ``word`` in a prompt means ``vectors`` ``[n, D]``.
+
+    ``vectors_2`` are SDXL's, in its second encoder. Parameters are used as they are, so that they can learn; other
+    tensors are copied. Raises ModelError for vectors of another family.
+    """
+    given = [vectors] if vectors_2 is None else [vectors, vectors_2]
+    widths = [table.shape[1] for table in token_tables(model)]
+    if [tensor.shape[1:] for tensor in given] != [(width,) for width in widths] or len(
+        set(map(len, given))
+    ) > 1:
+        shapes = " and ".join(str(list(tensor.shape)) for tensor in given)
+        wanted = " and ".join(f"[n, {width}]" for width in widths)
         raise ModelError(
-            f"the embedding {word!r} has shape {list(vectors.shape)}, but {model.folder} reads [n, {width}]; "
-            f"it was made for another family of models"
+            f"the embedding {word!r} has shape {shapes}, but {model.folder} reads {wanted}; it was made for another "
+            "family of models"
         )
     if not word.strip():
         raise ModelError("an embedding needs a word that stands for it in prompts")
-    parameter = vectors if isinstance(vectors, nn.Parameter) else nn.Parameter(vectors.detach().clone())
-    spliced.splice(word, parameter)
-    return parameter
+    for encoder, tensor in zip(model.text_encoders, given, strict=True):
+        holder = text_embeddings(encoder)
+        if not isinstance(holder.token_embedding, SplicedEmbedding):
+            holder.token_embedding = SplicedEmbedding(holder.token_embedding)
+        parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach().clone())
+        holder.token_embedding.splice(word, parameter)
 
 
-def install_negative(model: StableDiffusion, word: str, vectors: Tensor) -> nn.Parameter:
+def install_negative(
+    model: StableDiffusion, word: str, vectors: Tensor, vectors_2: Tensor | None = None
+) -> None:
     """Teach ``model`` the negative of an installed word under the name ``WORD-neg``, as DreamArtist calls it.
 
-    :func:`negative_for` then puts it into negative prompts. Returns the Parameter in use.
+    :func:`negative_for` then puts it into negative prompts.
     """
     negative = f"{word}{NEGATIVE}"
-    parameter = install_embedding(model, negative, vectors)
+    install_embedding(model, negative, vectors, vectors_2)
     text_embeddings(model.text_encoder).token_embedding.negatives[word] = negative
-    return parameter
 
 
 def negative_for(model: StableDiffusion, prompt: str, negative_prompt: str) -> str:
@@ -116,22 +131,28 @@ def replace_word(prompt: str, word: str, other: str) -> str:
 
 
 def remove_embeddings(model: StableDiffusion) -> None:
-    """Give the text encoder its own token table back."""
-    holder = text_embeddings(model.text_encoder)
-    if isinstance(holder.token_embedding, SplicedEmbedding):
-        holder.token_embedding = holder.token_embedding.table
+    """Give the text encoders their own token tables back."""
+    for holder in map(text_embeddings, model.text_encoders):
+        if isinstance(holder.token_embedding, SplicedEmbedding):
+            holder.token_embedding = holder.token_embedding.table
 
 
 def tokenize(model: StableDiffusion, prompts: Sequence[str]) -> Tensor:
     """Turn prompts into ids ``[B, n * 77]``: n chunks of start, up to 75 tokens and learned ids, end, padding.
 
     n is 1 for every 75 of ``model.max_token_length``; what goes beyond is cut. A learned word that would lie across the
-    end of a chunk begins the next one, as in the webui.
+    end of a chunk begins the next one, as in the webui. For SDXL ``[B, 2, n * 77]``: its tokenizers pad differently.
     """
-    spliced = text_embeddings(model.text_encoder).token_embedding
+    if model.text_encoder_2 is None:
+        return _tokenize(model.tokenizer, model.text_encoder, prompts, model.num_chunks)
+    both = zip((model.tokenizer, model.tokenizer_2), model.text_encoders, strict=True)
+    return torch.stack([_tokenize(*side, prompts, model.num_chunks) for side in both], dim=1)
+
+
+def _tokenize(tokenizer: Any, text_encoder: Any, prompts: Sequence[str], num_chunks: int) -> Tensor:
+    spliced = text_embeddings(text_encoder).token_embedding
     words = spliced.words if isinstance(spliced, SplicedEmbedding) else {}
-    tokenizer = model.tokenizer
-    length, num_chunks = tokenizer.model_max_length, model.num_chunks
+    length = tokenizer.model_max_length
     if not words and num_chunks == 1:
         return tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"

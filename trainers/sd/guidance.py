@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.trainers.sd.condition import Condition, predict
 
 Curve = Literal["ln", "cos", "cos2"]
 
@@ -60,20 +61,17 @@ def parse_guidance(value: float | str) -> Guidance:
 
 
 def guided_prediction(
-    unet: Any, noisy_BCHW: Tensor, timesteps: Tensor, contexts_B2TD: Tensor, scale_B: Tensor
+    unet: Any, noisy_BCHW: Tensor, timesteps: Tensor, pairs: Condition, scale_B: Tensor
 ) -> Tensor:
     """Predict ``negative + scale (positive - negative)`` ``[B, C, H, W]`` in one pass, with gradients to both.
 
-    ``contexts_B2TD`` holds each sample's negative and positive context.
+    ``pairs`` holds each sample's negative and positive condition: a second dimension of 2 in every tensor.
     """
-    negative_BCHW, positive_BCHW = (
-        unet(
-            torch.cat([noisy_BCHW, noisy_BCHW]),
-            torch.cat([timesteps, timesteps]),
-            contexts_B2TD.transpose(0, 1).flatten(0, 1),
-            return_dict=False,
-        )[0]
-        .float()
-        .chunk(2)
+    both = predict(
+        unet,
+        torch.cat([noisy_BCHW, noisy_BCHW]),
+        torch.cat([timesteps, timesteps]),
+        pairs.map(lambda tensor: tensor.transpose(0, 1).flatten(0, 1)),
     )
+    negative_BCHW, positive_BCHW = both.float().chunk(2)
     return negative_BCHW + scale_B[:, None, None, None] * (positive_BCHW - negative_BCHW)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,11 @@ from torch import Tensor, nn
 from dreamfleet.datasets.errors import ModelError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.sd import embeddings
+from dreamfleet.trainers.sd.condition import Condition
 from dreamfleet.trainers.sd.model_config import POCKET, ModelConfig, noise_schedule
+from dreamfleet.trainers.sd.model_files import download, fingerprint, load_folder_parts
 
-ALL_PARTS = ("unet", "vae", "text_encoder")
+ALL_PARTS = ("unet", "vae", "text_encoder")  # the text encoder of SDXL is two
 
 
 def pocket_folder() -> Path:
@@ -39,7 +40,20 @@ class StableDiffusion:
     content_hash: str
     clip_skip: int = 1
     max_token_length: int = 75
-    encode_prompts: Callable[[Sequence[str]], Tensor] | None = None  # draws with these contexts [B, T, D]
+    encode_prompts: Callable[[Sequence[str]], Condition] | None = None  # draws with these
+    text_encoder_2: Any = None  # SDXL
+    tokenizer_2: Any = None
+    zeros_for_empty_prompt: bool = False  # the empty negative prompt is zeros (SDXL base)
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Whether the U-Net is also told a summary of the prompt and the picture's sizes."""
+        return self.tokenizer_2 is not None
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        """The text encoder, or SDXL's two."""
+        return [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
 
     @property
     def prediction_type(self) -> str:
@@ -64,20 +78,40 @@ class StableDiffusion:
 
     @property
     def context_width(self) -> int:
-        """Width D of the text encoder's tokens."""
-        return self.text_encoder.config.hidden_size
+        """Width D of a prompt's tokens: the text encoder's, the sum of SDXL's two."""
+        return sum(encoder.config.hidden_size for encoder in self.text_encoders)
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the loaded parts by name."""
         parts = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
+        parts["text_encoder_2"] = self.text_encoder_2
         return {name: part for name, part in parts.items() if part is not None}
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Turn prompts into ids ``[B, T]``, T = 77 a chunk, knowing the words of installed embeddings."""
+        """Turn prompts into ids ``[B, T]``, T = 77 a chunk, knowing the words of installed embeddings.
+
+        ``[B, 2, T]`` for SDXL, whose two tokenizers pad differently.
+        """
         return embeddings.tokenize(self, prompts)
 
+    def read(self, prompts: Sequence[str]) -> Condition:
+        """Tokenise and encode prompts, where the text encoder is."""
+        device = next(self.text_encoder.parameters()).device
+        return self.condition(self.tokenize(prompts).to(device))
+
+    def condition(self, input_ids: Tensor) -> Condition:
+        """Encode ids as :meth:`tokenize` gives them; SDXL's sizes are left open (:meth:`Condition.sized`)."""
+        if not self.is_sdxl:
+            return Condition(self.encode_text(input_ids))
+        ids_BT, ids_2_BT = input_ids.unbind(1)
+        context_2, pooled = self._encode_second(ids_2_BT)
+        return Condition(torch.cat([self._encode_first(ids_BT), context_2], dim=-1), pooled)
+
     def encode_text(self, input_ids: Tensor) -> Tensor:
-        """Encode ids ``[B, T]`` -> context ``[B, T, D]``, each chunk of 77 by itself, honouring ``clip_skip``."""
+        """Encode ids of SD 1.x or 2.x ``[B, T]`` -> context ``[B, T, D]``, each chunk of 77 by itself.
+
+        ``clip_skip`` layers from the end. SD 2's encoder comes with the layers that it is to have, so 1 is right there.
+        """
         batch, tokens = input_ids.shape
         input_ids = input_ids.reshape(-1, self.tokenizer.model_max_length)
         if self.clip_skip == 1:
@@ -87,16 +121,34 @@ class StableDiffusion:
             context = getattr(self.text_encoder, "text_model", self.text_encoder).final_layer_norm(hidden)
         return context.reshape(batch, tokens, -1)
 
+    def _encode_first(self, ids_BT: Tensor) -> Tensor:
+        """Encode for SDXL by its first encoder: the layer before the last, without the final norm."""
+        chunks = ids_BT.reshape(-1, self.tokenizer.model_max_length)
+        hidden = self.text_encoder(chunks, output_hidden_states=True).hidden_states
+        return hidden[-1 - self.clip_skip].reshape(*ids_BT.shape, -1)
+
+    def _encode_second(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode for SDXL by its second encoder -> tokens ``[B, T, D]``, and the first chunk's summary ``[B, P]``."""
+        chunks = ids_BT.reshape(-1, self.tokenizer_2.model_max_length)
+        encoder = self.text_encoder_2
+        found = encoder.text_model(chunks, output_hidden_states=True)
+        # Not its own pooled output: with SDXL's config that takes the highest id for the end, so a learned word.
+        first, last = chunks[:: self.num_chunks], found.last_hidden_state[:: self.num_chunks]
+        ends = (first == self.tokenizer_2.eos_token_id).int().argmax(dim=-1)
+        pooled = encoder.text_projection(last[torch.arange(len(last), device=last.device), ends])
+        return found.hidden_states[-1 - self.clip_skip].reshape(*ids_BT.shape, -1), pooled
+
     def encode_pictures(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Encode pixels ``[B, 3, H, W]`` in [-1, 1] -> mean and std of the unscaled latents ``[B, C, h, w]``."""
-        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        with self._vae_precision():
+            posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return posterior.mean.float(), posterior.std.float()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents ``[B, C, h, w]`` -> pixels ``[B, 3, H, W]`` in about [-1, 1]."""
-        return self.vae.decode(
-            latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False
-        )[0].float()
+        with self._vae_precision():
+            scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+            return self.vae.decode(scaled, return_dict=False)[0].float()
 
     def freeze(self) -> None:
         """Put every part in eval mode with no gradients; a method then switches on what learns."""
@@ -104,13 +156,28 @@ class StableDiffusion:
             part.requires_grad_(False).eval()
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> StableDiffusion:
-        """Move the parts, casting those without learning parameters to ``dtype`` (half precision saves memory)."""
-        for part in self.modules().values():
+        """Move the parts, casting those without learning parameters to ``dtype`` (half precision saves memory).
+
+        SDXL's VAE stays as it is under float16, whose range its activations leave.
+        """
+        for name, part in self.modules().items():
             learns = any(parameter.requires_grad for parameter in part.parameters())
             part.to(device)
-            if dtype is not None and not learns:
+            wide = name == "vae" and self._vae_needs_range and dtype == torch.float16
+            if dtype is not None and not learns and not wide:
                 part.to(dtype)
         return self
+
+    @property
+    def _vae_needs_range(self) -> bool:
+        # Of SD 1.x and 2.x diffusers' config says so too, for no reason but its default.
+        return self.is_sdxl and bool(self.vae.config.get("force_upcast", True))
+
+    def _vae_precision(self) -> AbstractContextManager[Any]:
+        """Return the context that the VAE runs in: no autocast around it narrows SDXL's in float32."""
+        if self._vae_needs_range and self.vae.dtype == torch.float32:
+            return torch.autocast(self.vae.device.type, enabled=False)
+        return nullcontext()
 
 
 def load_model(config: ModelConfig, needs: Collection[str] = ALL_PARTS) -> StableDiffusion:
@@ -131,7 +198,7 @@ def load_model(config: ModelConfig, needs: Collection[str] = ALL_PARTS) -> Stabl
     path = Path(name).expanduser()
     if path.exists():
         return _load_path(path, name, config, needs)
-    return _load_path(_download(name, config), name, config, needs)
+    return _load_path(download(name, config), name, config, needs)
 
 
 def quiet_libraries() -> None:
@@ -148,24 +215,35 @@ def quiet_libraries() -> None:
 
 
 def save_pipeline(model: StableDiffusion, folder: Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write a folder that ``StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)`` loads."""
+    """Write a folder that ``StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)`` loads.
+
+    Of an SDXL, one that ``StableDiffusionXLPipeline`` loads.
+    """
     import copy
 
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-
     embeddings.remove_embeddings(model)
-    parts = {
+    parts: dict[str, Any] = {
         name: part if dtype in (None, part.dtype) else copy.deepcopy(part).to(dtype)
         for name, part in model.modules().items()
     }
-    StableDiffusionPipeline(
-        **parts,
-        tokenizer=model.tokenizer,
-        scheduler=sampling_scheduler(model),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
+    parts |= {"tokenizer": model.tokenizer, "scheduler": sampling_scheduler(model), "feature_extractor": None}
+    if model.is_sdxl:
+        from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
+            StableDiffusionXLPipeline,
+        )
+
+        StableDiffusionXLPipeline(
+            **parts,
+            tokenizer_2=model.tokenizer_2,
+            force_zeros_for_empty_prompt=model.zeros_for_empty_prompt,
+            add_watermarker=False,
+        ).save_pretrained(folder)
+        return
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+    StableDiffusionPipeline(**parts, safety_checker=None, requires_safety_checker=False).save_pretrained(
+        folder
+    )
 
 
 def sampling_scheduler(model: StableDiffusion) -> Any:
@@ -184,111 +262,21 @@ def _load_path(path: Path, name: str, config: ModelConfig, needs: Collection[str
 
 
 def _load_folder(folder: Path, name: str, config: ModelConfig, needs: Collection[str]) -> StableDiffusion:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    _require_parts(folder, name, [*needs, "tokenizer", "scheduler"])
-    options = {"variant": config.variant} if config.variant else {}
-
-    def load(part: str, cls: Any, root: Path, **extra: Any) -> Any:
-        try:
-            return cls.from_pretrained(root / part if part else root, local_files_only=True, **extra)
-        except Exception as error:  # each library raises its own zoo of errors for a torn file or config
-            raise ModelError(f"{name}: the part {part!r} cannot be loaded: {_first_line(error)}") from error
-
-    parts = {part: load(part, classes[part], folder, torch_dtype=torch.float32, **options) for part in needs}
-    if config.pretrained_vae_model_name_or_path and "vae" in needs:
-        other = Path(config.pretrained_vae_model_name_or_path)
-        if not other.is_dir():
-            raise ModelError(f"model.pretrained_vae_model_name_or_path: no such folder: {other}")
-        vae_folder = other / "vae" if (other / "vae").is_dir() else other
-        parts["vae"] = load("", AutoencoderKL, vae_folder, torch_dtype=torch.float32)
-    model = StableDiffusion(
-        tokenizer=load("tokenizer", CLIPTokenizer, folder),
-        scheduler=noise_schedule(load("scheduler", DDPMScheduler, folder), config, name),
-        text_encoder=parts.get("text_encoder"),
-        unet=parts.get("unet"),
-        vae=parts.get("vae"),
-        folder=name,
-        content_hash=_fingerprint(folder),
-        clip_skip=config.clip_skip,
-        max_token_length=config.max_token_length,
-    )
-    model.freeze()
-    return model
+    parts = dict.fromkeys(ALL_PARTS) | load_folder_parts(folder, name, config, needs)
+    model = StableDiffusion(**parts, folder=name, content_hash="")
+    return _as_configured(model, folder, config)
 
 
 def _load_single_file(path: Path, name: str, config: ModelConfig, needs: Collection[str]) -> StableDiffusion:
     from dreamfleet.trainers.sd.formats.single_file import load_single_file
 
-    model = load_single_file(path, name=name, needs=needs)
-    model.content_hash, model.clip_skip = _fingerprint(path), config.clip_skip
+    return _as_configured(load_single_file(path, name=name, needs=needs), path, config)
+
+
+def _as_configured(model: StableDiffusion, path: Path, config: ModelConfig) -> StableDiffusion:
+    """Make a loaded model what the recipe's section says, frozen."""
+    model.content_hash, model.clip_skip = fingerprint(path), config.clip_skip
     model.max_token_length = config.max_token_length
-    model.scheduler = noise_schedule(model.scheduler, config, name)
+    model.scheduler = noise_schedule(model.scheduler, config, model.folder)
     model.freeze()
     return model
-
-
-def _require_parts(folder: Path, name: str, parts: Sequence[str]) -> None:
-    files = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
-    for part in parts:
-        wanted = folder / part / files.get(part, "config.json")
-        if not wanted.is_file():
-            raise ModelError(
-                f"{name}: the part {part!r} is missing ({wanted} not found); a Stable Diffusion folder has "
-                f"unet/, vae/, text_encoder/, tokenizer/ and scheduler/"
-            )
-        if files.get(part) is None and not [
-            *wanted.parent.glob("*.safetensors"),
-            *wanted.parent.glob("*.bin"),
-        ]:
-            raise ModelError(f"{name}: the part {part!r} has a config.json but no weights in {wanted.parent}")
-        try:
-            json.loads(wanted.read_text())
-        except ValueError as error:
-            raise ModelError(f"{name}: {wanted} is not readable JSON ({error})") from error
-
-
-def _download(name: str, config: ModelConfig) -> Path:
-    looks_like_path = (
-        name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith((".safetensors", ".ckpt"))
-    )
-    if looks_like_path:
-        raise ModelError(
-            f"model.pretrained_model_name_or_path: {name} does not exist; give 'pocket', a folder, a .safetensors or "
-            f".ckpt file, or a hub name such as 'stable-diffusion-v1-5/stable-diffusion-v1-5'"
-        )
-    from huggingface_hub import snapshot_download
-
-    patterns = [f"{part}/*" for part in (*ALL_PARTS, "tokenizer", "scheduler")] + ["model_index.json"]
-    try:
-        return Path(snapshot_download(name, revision=config.revision, allow_patterns=patterns))
-    except Exception as error:  # network, auth and not-found errors differ from version to version
-        raise ModelError(
-            f"model.pretrained_model_name_or_path: {name!r} is no local folder and the hub did not give it "
-            f"({_first_line(error)}); download it where there is a network, or set HF_TOKEN if it is gated"
-        ) from error
-
-
-def _fingerprint(path: Path) -> str:
-    # Sampled, not whole: hashing the 4 GB of SD 1.5 would cost longer than loading it.
-    digest = hashlib.sha256()
-    names = ["unet", "vae", "text_encoder"]
-    files = (
-        [path] if path.is_file() else [f for n in names for f in sorted((path / n).glob("*")) if f.is_file()]
-    )
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.parent.name if path.is_dir() else ''}/{file.name}:{size}".encode())
-        with file.open("rb") as handle:
-            for part in range(16):
-                handle.seek(size * part // 16)
-                digest.update(handle.read(65536))
-    return digest.hexdigest()[:10]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

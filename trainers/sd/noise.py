@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamfleet.datasets.keyed import key
+from dreamfleet.trainers.sd.condition import Condition, predict
 
 SampleKey = tuple[int | str, ...]
 
@@ -48,18 +49,17 @@ def noise_loss(
     latents: Tensor,
     noise: Tensor,
     timesteps: Tensor,
-    context: Tensor,
+    condition: Condition,
     snr_gamma: float | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Compute the loss per sample ``[B]`` of predicting the noise (or velocity) in noised latents.
 
-    ``latents, noise``: ``[B, C, H, W]``, scaled; ``context``: ``[B, T, D]``; ``mask``: ``[B, 1, H, W]``
-    weights, mean 1.
+    ``latents, noise``: ``[B, C, H, W]``, scaled; ``mask``: ``[B, 1, H, W]`` weights, mean 1.
     Source: Ho et al. 2020, eq. 14; v target: Salimans & Ho 2022; ``snr_gamma``: Hang et al. 2023 (min-SNR), eq. 4.
     """
     noisy_BCHW = scheduler.add_noise(latents, noise, timesteps)
-    predicted_BCHW = unet(noisy_BCHW, timesteps, context, return_dict=False)[0]
+    predicted_BCHW = predict(unet, noisy_BCHW, timesteps, condition)
     return prediction_loss(
         scheduler,
         predicted_BCHW,

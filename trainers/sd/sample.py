@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dreamfleet.datasets.errors import UserError
+from dreamfleet.trainers.sd.condition import Condition, predict, whole_picture_ids
 from dreamfleet.trainers.sd.embeddings import negative_for
 
 if TYPE_CHECKING:
@@ -35,16 +36,16 @@ def generate(
     width: int | None = None,
     height: int | None = None,
     batch_size: int = 4,
-    encode: Callable[[list[str]], Tensor] | None = None,
+    encode: Callable[[list[str]], Condition] | None = None,
     device: torch.device | str | None = None,
 ) -> list[Image.Image]:
     """Draw one RGB picture for each prompt and its seed.
 
     Picture i is the same, within rounding, in any batch and on any number of workers: its noise comes from a CPU
     generator of its own. `width` and `height` are pixels (the model's own size when None); `encode` replaces
-    `model.encode_text` (prompts -> context `[B, T, D]`); `device` is where the model is when None. A guidance
-    scale of 1 skips the negative prompt and half of the work. A learned word that has a negative brings it into the
-    negative prompt. Raises UserError for sizes or names nobody can draw.
+    `model.read`; `device` is where the model is when None. A guidance scale of 1 skips the negative prompt and half of
+    the work. A learned word that has a negative brings it into the negative prompt. SDXL is told that the picture is
+    whole and of its own size. Raises UserError for sizes or names nobody can draw.
     """
     if len(seeds) != len(prompts):
         raise UserError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}.")
@@ -58,17 +59,17 @@ def generate(
     _require_size(model, width, height)
     unet: Any = model.unet
     place = torch.device(device) if device is not None else next(unet.parameters()).device
-    encode = encode or model.encode_prompts
-    encode = encode or (lambda texts: model.encode_text(model.tokenize(texts).to(place)))
+    encode = encode or model.encode_prompts or model.read
+    sizes = whole_picture_ids(height, width).to(place)
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), max(1, batch_size)):
         part = slice(start, start + max(1, batch_size))
-        context_BTD = encode(list(prompts[part]))
+        condition = encode(list(prompts[part]))
         if guidance_scale != 1:
-            context_BTD = torch.cat([_encode_once(encode, negatives[part]), context_BTD])
+            condition = Condition.cat([_encode_negatives(model, encode, negatives[part]), condition])
         latents_BChw = draw_latents(
             model,
-            context_BTD,
+            condition.sized(sizes.expand(len(condition.context), -1)),
             generators=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
             size=(height // model.vae_factor, width // model.vae_factor),
             steps=steps,
@@ -82,7 +83,7 @@ def generate(
 @torch.no_grad()
 def draw_latents(
     model: StableDiffusion,
-    context_BTD: Tensor,
+    condition: Condition,
     *,
     generators: list[torch.Generator],
     size: tuple[int, int],
@@ -92,24 +93,22 @@ def draw_latents(
 ) -> Tensor:
     """Run the sampler from each generator's noise -> scaled latents `[B, C, h, w]` in float32.
 
-    With guidance, the first half of `context_BTD` is that of the negative prompts (classifier-free guidance,
+    With guidance, the first half of `condition` is that of the negative prompts (classifier-free guidance,
     arXiv 2207.12598: e = e_negative + scale (e_prompt - e_negative)).
     """
     unet: Any = model.unet
-    device = context_BTD.device
+    device = condition.context.device
     scheduler.set_timesteps(steps, device=device)
     shape = (unet.config.in_channels, *size)
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     latents_BChw = noise * scheduler.init_noise_sigma
-    guided = len(context_BTD) > len(generators)
+    guided = len(condition.context) > len(generators)
+    condition = condition._replace(context=condition.context.to(unet.dtype))
     options = {"generator": generators} if "Ancestral" in type(scheduler).__name__ else {}
     for timestep in scheduler.timesteps:
         entered = torch.cat([latents_BChw] * 2) if guided else latents_BChw
         entered = scheduler.scale_model_input(entered, timestep).to(unet.dtype)
-        output = unet(entered, timestep, encoder_hidden_states=context_BTD.to(unet.dtype), return_dict=False)[
-            0
-        ]
-        output = output.float()
+        output = predict(unet, entered, timestep, condition).float()
         if guided:
             away, towards = output.chunk(2)
             output = away + guidance_scale * (towards - away)
@@ -175,10 +174,14 @@ def picture_grid(
     return sheet
 
 
-def _encode_once(encode: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:
-    if len(set(texts)) == 1:
-        return encode(texts[:1]).expand(len(texts), -1, -1)
-    return encode(texts)
+def _encode_negatives(
+    model: StableDiffusion, encode: Callable[[list[str]], Condition], texts: list[str]
+) -> Condition:
+    """Encode negative prompts, equal ones once; SDXL's empty ones are zeros, as diffusers and the webui have it."""
+    each = {text: encode([text]) for text in dict.fromkeys(texts)}
+    if model.zeros_for_empty_prompt and "" in each:
+        each[""] = each[""].map(torch.zeros_like)
+    return Condition.cat([each[text] for text in texts])
 
 
 def _require_size(model: StableDiffusion, width: int, height: int) -> None:

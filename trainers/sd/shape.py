@@ -13,10 +13,13 @@ from torch import Tensor
 
 from dreamfleet.datasets.errors import FormatError, ModelError, StorageError
 from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.sd.condition import Condition
+from dreamfleet.trainers.sd.family import is_sdxl, refuse_other_families
 from dreamfleet.trainers.sd.formats.layout import empty_part, from_single_file
 from dreamfleet.trainers.sd.formats.ldm_names import SD1_CONFIGS, Config
 from dreamfleet.trainers.sd.formats.single_file import configs_for
 from dreamfleet.trainers.sd.model import ALL_PARTS, POCKET, ModelConfig, StableDiffusion, pocket_folder
+from dreamfleet.trainers.sd.model_files import WEIGHTS
 
 NUM_TOKENS = 77  # of a prompt; CLIP's context length
 
@@ -46,12 +49,14 @@ def model_shape(config: ModelConfig, needs: Collection[str] = ALL_PARTS) -> Stab
     configs = _read_configs(name, config.revision)
     if other := config.pretrained_vae_model_name_or_path:
         configs["vae"] = _read_vae_config(other)
-    _refuse_other_families(configs, name)
+    refuse_other_families(configs, name)
+    sdxl = is_sdxl(configs)
     parts: dict[str, Any] = dict.fromkeys(ALL_PARTS)
-    for part in needs:
+    for part in [*needs, *(["text_encoder_2"] if sdxl and "text_encoder" in needs else [])]:
         if part not in configs:
             raise ModelError(
-                f"{name}: the part {part!r} has no config.json; a plan needs unet, vae, text_encoder"
+                f"{name}: the part {part!r} has no config.json; a plan needs unet, vae, text_encoder, and SDXL's "
+                "text_encoder_2"
             )
         try:
             parts[part] = empty_part(part, configs[part])
@@ -59,6 +64,7 @@ def model_shape(config: ModelConfig, needs: Collection[str] = ALL_PARTS) -> Stab
             raise ModelError(f"{name}: {error}") from error
     model = StableDiffusion(
         tokenizer=ShapeTokenizer(),
+        tokenizer_2=ShapeTokenizer() if sdxl else None,
         scheduler=DDPMScheduler.from_config(configs.get("scheduler", SD1_CONFIGS["scheduler"])),
         folder=name,
         content_hash="",
@@ -68,6 +74,16 @@ def model_shape(config: ModelConfig, needs: Collection[str] = ALL_PARTS) -> Stab
     )
     model.freeze()
     return model
+
+
+def empty_condition(model: StableDiffusion, num: int) -> Condition:
+    """Make what the U-Net is told of ``num`` prompts and pictures, of the right shapes and types, with no meaning."""
+    dtype = model.text_encoder.dtype
+    context = torch.empty(num, NUM_TOKENS * model.num_chunks, model.context_width, dtype=dtype)
+    if not model.is_sdxl:
+        return Condition(context)
+    pooled = torch.empty(num, model.text_encoder_2.config.projection_dim, dtype=dtype)
+    return Condition(context, pooled, torch.zeros(num, 6))
 
 
 def _read_configs(name: str, revision: str | None) -> dict[str, Config]:
@@ -86,7 +102,7 @@ def _read_configs(name: str, revision: str | None) -> dict[str, Config]:
 
 def _read_folder(folder: str) -> dict[str, Config]:
     storage = Storage(folder)
-    files = {part: f"{part}/config.json" for part in ALL_PARTS} | {
+    files = {part: f"{part}/config.json" for part in WEIGHTS} | {
         "scheduler": "scheduler/scheduler_config.json"
     }
     found = {part: _read_json(storage, file) for part, file in files.items() if storage.exists(file)}
@@ -94,8 +110,6 @@ def _read_folder(folder: str) -> dict[str, Config]:
         raise ModelError(
             f"{folder}: no unet/config.json; a plan needs the config.json of unet/, vae/ and text_encoder/"
         )
-    if storage.exists("text_encoder_2/config.json"):
-        found["text_encoder_2"] = {}
     return found
 
 
@@ -154,15 +168,3 @@ def _cached(name: str, revision: str | None) -> Path:
             "`dreamfleet check` once, which fetches the model"
         )
     return Path(found).parent.parent
-
-
-def _refuse_other_families(configs: dict[str, Config], name: str) -> None:
-    unet, vae = configs["unet"], configs.get("vae", {})
-    if unet.get("addition_embed_type") == "text_time" or "text_encoder_2" in configs:
-        raise ModelError(f"{name}: an SDXL model, which no method trains yet; plan an SD 1.x or 2.x model")
-    entering, latents = unet.get("in_channels", 4), vae.get("latent_channels", 4)
-    if entering != latents:
-        raise ModelError(
-            f"{name}: its U-Net takes {entering} channels and its VAE gives {latents} (an inpainting or editing "
-            "model), which no method trains"
-        )

@@ -45,7 +45,7 @@ def model_header(model: StableDiffusion, configs: Mapping[str, Config], *, title
     for part, config in {**configs, "scheduler": scheduler}.items():
         header[f"dreamfleet.{part}_config"] = json.dumps(config, sort_keys=True)
     for name in _TOKENIZERS:
-        tokenizer = getattr(model, name, None)
+        tokenizer = getattr(model, name)
         if tokenizer is not None and len(tokenizer) <= LARGEST_TOKENIZER:
             with tempfile.TemporaryDirectory(prefix="dreamfleet-") as folder:
                 tokenizer.save_pretrained(folder)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,15 +148,12 @@ def load_single_file(
     if family == "sdxl":
         modules["tokenizer_2"] = tokenizer_in(parts.metadata, where, family, second=True)
         modules["zeros_for_empty_prompt"] = True  # as the webui draws with every SDXL
-    known = {field.name for field in fields(StableDiffusion)}
-    if family == "sdxl" and "text_encoder_2" not in known:
-        raise FormatError(f"{path}: an SDXL model, which no method trains yet.")
     return StableDiffusion(
         tokenizer=tokenizer_in(parts.metadata, where, family),
         scheduler=DDPMScheduler.from_config(scheduler),
         folder=name or str(path),
         content_hash="",
-        **{name: part for name, part in modules.items() if name in known},
+        **modules,
     )
 
 

@@ -1,0 +1,44 @@
+"""Which family of Stable Diffusion a model is, told from the configs of its parts, and which ones no method trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dreamfleet.datasets.errors import ModelError
+from dreamfleet.trainers.sd.formats.ldm_names import Config, family_of
+
+Configs = Mapping[str, Config]
+
+TRAINED = "methods train Stable Diffusion 1.x, 2.x and SDXL base"
+# By the channels that enter the U-Net: noised latents, and what else lies beside them.
+_OTHERS = {
+    5: "a depth-to-image model",
+    7: "an upscaler",
+    8: "an editing model (InstructPix2Pix)",
+    9: "an inpainting model",
+}
+
+
+def is_sdxl(configs: Configs) -> bool:
+    """Say whether a model is SDXL, whose U-Net is told a summary of the prompt and sizes."""
+    return family_of(configs) == "sdxl"
+
+
+def refuse_other_families(configs: Configs, name: str) -> None:
+    """Raise ModelError, calling the family by its name, for a model that methods cannot train or draw with.
+
+    ``configs``: of the parts that are there, by name.
+    """
+    unet, vae = configs.get("unet", {}), configs.get("vae", {})
+    entering, latents = unet.get("in_channels", 4), vae.get("latent_channels", unet.get("out_channels", 4))
+    if entering != latents:
+        kind = _OTHERS.get(entering, "not a text-to-image model")
+        raise ModelError(
+            f"{name}: {kind}: its U-Net takes {entering} channels and its VAE gives {latents}; {TRAINED}"
+        )
+    if is_sdxl(configs) and "text_encoder" not in configs:
+        # SDXL's refiner has the second encoder alone, and is told an aesthetic score.
+        raise ModelError(f"{name}: SDXL's refiner, which has no first text encoder; {TRAINED}")
+    if unet.get("class_embed_type") or unet.get("addition_embed_type") not in (None, "text_time"):
+        kind = unet.get("class_embed_type") or unet.get("addition_embed_type")
+        raise ModelError(f"{name}: a U-Net that is told more than a prompt ({kind}); {TRAINED}")
