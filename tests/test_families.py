@@ -129,7 +129,7 @@ def test_a_learned_word_does_not_move_the_summary_of_a_prompt(sdxl: Path) -> Non
     old.load_state_dict(model.text_encoder_2.state_dict())
     plain = model.read(["a cat"]).pooled
     model.text_encoder_2 = old.eval().requires_grad_(False)
-    assert torch.equal(model.read(["a cat"]).pooled, plain)
+    assert torch.allclose(model.read(["a cat"]).pooled, plain, atol=1e-6)
     table = old.text_model.embeddings.token_embedding.weight
     known = [model.tokenizer("c", add_special_tokens=False).input_ids[0]]
     first = model.text_encoder.embeddings.token_embedding.weight[known]

@@ -10,21 +10,22 @@ import pytest
 from tiny_models import tiny_model
 
 from dreamfleet.datasets.errors import ModelError
-from dreamfleet.trainers.sd.formats.ldm_names import SD1_CONFIGS
+from dreamfleet.trainers.sd.formats.ldm_names import FAMILY_CONFIGS, Family
 from dreamfleet.trainers.sd.formats.single_file import save_single_file
+from dreamfleet.trainers.sd.hypernetwork import context_widths
 from dreamfleet.trainers.sd.model import ModelConfig
-from dreamfleet.trainers.sd.shape import model_shape
+from dreamfleet.trainers.sd.shape import empty_condition, model_shape
 
 # Published sizes of Stable Diffusion 1.5's parts.
 SD15 = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
 
 
-def write_configs(folder: Path, **changes: dict[str, Any]) -> Path:
-    """Write Stable Diffusion 1.5 as a diffusers folder without a single weight."""
-    for part in SD15:
-        (folder / part).mkdir(parents=True)
-        config = {**SD1_CONFIGS[part], **changes.get(part, {})}
-        (folder / part / "config.json").write_text(json.dumps(config))
+def write_configs(folder: Path, family: Family = "sd1", **changes: dict[str, Any]) -> Path:
+    """Write a Stable Diffusion, 1.5 when no family is named, as a diffusers folder without a single weight."""
+    for part, config in FAMILY_CONFIGS[family].items():
+        if part != "scheduler":
+            (folder / part).mkdir(parents=True)
+            (folder / part / "config.json").write_text(json.dumps({**config, **changes.get(part, {})}))
     return folder
 
 
@@ -47,19 +48,32 @@ def test_a_single_file_is_planned_from_its_header(tmp_path: Path) -> None:
 
 
 def test_every_family_has_its_size(tmp_path: Path) -> None:
-    unet = {"cross_attention_dim": 1024, "use_linear_projection": True, "attention_head_dim": [5, 10, 20, 20]}
-    text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "hidden_act": "gelu"}
-    text["num_attention_heads"] = 16
-    second = sizes(write_configs(tmp_path / "sd2", unet=unet, text_encoder=text))
-    assert second == {**SD15, "unet": 865_910_724, "text_encoder": 340_387_840}
     assert sizes(write_configs(tmp_path / "sd1")) == SD15
+    second = sizes(write_configs(tmp_path / "sd2", "sd2"))
+    assert second == {**SD15, "unet": 865_910_724, "text_encoder": 340_387_840}
+    xl = {**SD15, "unet": 2_567_463_684, "text_encoder_2": 694_659_840}
+    assert sizes(write_configs(tmp_path / "sdxl", "sdxl")) == xl
     assert model_shape(ModelConfig()).context_width == 160
+
+
+@pytest.mark.parametrize(
+    ("family", "width", "side"), [("sd1", 768, 512), ("sd2", 1024, 768), ("sdxl", 2048, 1024)]
+)
+def test_every_family_has_its_widths(tmp_path: Path, family: Family, width: int, side: int) -> None:
+    model = model_shape(ModelConfig(pretrained_model_name_or_path=str(write_configs(tmp_path / "m", family))))
+    assert (model.context_width, model.resolution) == (width, side)
+    assert max(context_widths(model.unet)) == max(width, 1280) and width in context_widths(model.unet)
+    told = empty_condition(model, 3)
+    assert told.context.shape == (3, 77, width)
+    assert (told.pooled is None) == (family != "sdxl") and (
+        told.pooled is None or told.pooled.shape == (3, 1280)
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "told"),
     [
-        ("sdxl", {"unet": {"addition_embed_type": "text_time"}}, "SDXL"),
+        ("unclip", {"unet": {"class_embed_type": "projection"}}, "told more than a prompt"),
         ("inpaint", {"unet": {"in_channels": 9}}, "takes 9 channels and its VAE gives 4"),
         ("torn", {"unet": {"down_block_types": ["Nonsense"]}}, "unet config makes no model"),
     ],

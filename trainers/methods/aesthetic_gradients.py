@@ -35,6 +35,7 @@ from dreamfleet.trainers.sd.aesthetic import (
     Slerp,
     apply_aesthetic,
     clip_of,
+    require_sd1,
 )
 from dreamfleet.trainers.sd.aesthetic_baked import bake
 from dreamfleet.trainers.sd.clip import ClipScorer
@@ -127,6 +128,7 @@ class AestheticGradients(Method):
 
     def __init__(self, config: AestheticGradientsConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)
+        require_sd1(model)
         # Both in batches: sums over pictures, divided by the global batch.
         self.features = nn.Parameter(torch.zeros(1, model.text_encoder.config.projection_dim))
         self.count = nn.Parameter(torch.zeros(1))

@@ -127,6 +127,15 @@ class AestheticEncoder:
         return mixed.to(plain.dtype)
 
 
+def require_sd1(model: StableDiffusion) -> None:
+    """Raise ModelError for a model of another family."""
+    if model.family != "sd1":
+        raise ModelError(
+            f"{model.folder}: Aesthetic Gradients are for Stable Diffusion 1.x, whose text encoder is a whole CLIP's; "
+            "the U-Nets of 2.x and XL read another layer"
+        )
+
+
 def apply_aesthetic(
     model: StableDiffusion,
     path: str | os.PathLike[str],
@@ -138,6 +147,7 @@ def apply_aesthetic(
     ``clip``: folder or name of the CLIP that the text encoder is a part of, found by itself for SD 1.x. Raises
     FormatError for another kind of file, ModelError for a vector of another CLIP.
     """
+    require_sd1(model)
     encoder = AestheticEncoder(model, read_aesthetic(path), clip=clip_of(model, clip), settings=settings)
     model.encode_prompts = encoder
     return encoder

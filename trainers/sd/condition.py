@@ -26,7 +26,8 @@ class Condition(NamedTuple):
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Condition:
         """Return it with every tensor changed alike: moved, repeated, split."""
-        return Condition(*(change(tensor) if tensor is not None else None for tensor in self))
+        others = (change(tensor) if tensor is not None else None for tensor in self[1:])
+        return Condition(change(self.context), *others)
 
     def sized(self, time_ids: Tensor | None) -> Condition:
         """Return it with these sizes, where it is of a model that is told sizes."""
@@ -40,8 +41,9 @@ class Condition(NamedTuple):
     @staticmethod
     def cat(parts: Sequence[Condition]) -> Condition:
         """Put samples after one another."""
-        each = zip(*parts, strict=True)
-        return Condition(*(torch.cat(tensors) if tensors[0] is not None else None for tensors in each))
+        contexts, *others = zip(*parts, strict=True)
+        joined = (torch.cat(tensors) if tensors[0] is not None else None for tensors in others)
+        return Condition(torch.cat(contexts), *joined)
 
 
 def predict(unet: Any, noisy_BCHW: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:

@@ -39,6 +39,8 @@ def refuse_other_families(configs: Configs, name: str) -> None:
     if is_sdxl(configs) and "text_encoder" not in configs:
         # SDXL's refiner has the second encoder alone, and is told an aesthetic score.
         raise ModelError(f"{name}: SDXL's refiner, which has no first text encoder; {TRAINED}")
-    if unet.get("class_embed_type") or unet.get("addition_embed_type") not in (None, "text_time"):
-        kind = unet.get("class_embed_type") or unet.get("addition_embed_type")
-        raise ModelError(f"{name}: a U-Net that is told more than a prompt ({kind}); {TRAINED}")
+    told = {unet.get("class_embed_type"), unet.get("addition_embed_type")} - {None, "text_time"}
+    if told:
+        raise ModelError(
+            f"{name}: a U-Net that is told more than a prompt ({', '.join(map(str, told))}); {TRAINED}"
+        )

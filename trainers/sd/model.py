@@ -16,6 +16,7 @@ from dreamfleet.datasets.errors import ModelError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.sd import embeddings
 from dreamfleet.trainers.sd.condition import Condition
+from dreamfleet.trainers.sd.formats.ldm_names import Family, family_of
 from dreamfleet.trainers.sd.model_config import POCKET, ModelConfig, noise_schedule
 from dreamfleet.trainers.sd.model_files import download, fingerprint, load_folder_parts
 
@@ -49,6 +50,12 @@ class StableDiffusion:
     def is_sdxl(self) -> bool:
         """Whether the U-Net is also told a summary of the prompt and the picture's sizes."""
         return self.tokenizer_2 is not None
+
+    @property
+    def family(self) -> Family:
+        """Stable Diffusion 1.x, 2.x or XL, told by the text encoders, which must be loaded."""
+        names = ("text_encoder", "text_encoder_2")
+        return family_of({n: e.config.to_dict() for n, e in zip(names, self.text_encoders, strict=False)})
 
     @property
     def text_encoders(self) -> list[Any]:
@@ -262,7 +269,7 @@ def _load_path(path: Path, name: str, config: ModelConfig, needs: Collection[str
 
 
 def _load_folder(folder: Path, name: str, config: ModelConfig, needs: Collection[str]) -> StableDiffusion:
-    parts = dict.fromkeys(ALL_PARTS) | load_folder_parts(folder, name, config, needs)
+    parts: dict[str, Any] = dict.fromkeys(ALL_PARTS) | load_folder_parts(folder, name, config, needs)
     model = StableDiffusion(**parts, folder=name, content_hash="")
     return _as_configured(model, folder, config)
 

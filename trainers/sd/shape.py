@@ -16,7 +16,7 @@ from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.sd.condition import Condition
 from dreamfleet.trainers.sd.family import is_sdxl, refuse_other_families
 from dreamfleet.trainers.sd.formats.layout import empty_part, from_single_file
-from dreamfleet.trainers.sd.formats.ldm_names import SD1_CONFIGS, Config
+from dreamfleet.trainers.sd.formats.ldm_names import FAMILY_CONFIGS, Config, family_of
 from dreamfleet.trainers.sd.formats.single_file import configs_for
 from dreamfleet.trainers.sd.model import ALL_PARTS, POCKET, ModelConfig, StableDiffusion, pocket_folder
 from dreamfleet.trainers.sd.model_files import WEIGHTS
@@ -65,7 +65,9 @@ def model_shape(config: ModelConfig, needs: Collection[str] = ALL_PARTS) -> Stab
     model = StableDiffusion(
         tokenizer=ShapeTokenizer(),
         tokenizer_2=ShapeTokenizer() if sdxl else None,
-        scheduler=DDPMScheduler.from_config(configs.get("scheduler", SD1_CONFIGS["scheduler"])),
+        scheduler=DDPMScheduler.from_config(
+            configs.get("scheduler", FAMILY_CONFIGS[family_of(configs)]["scheduler"])
+        ),
         folder=name,
         content_hash="",
         clip_skip=config.clip_skip,
