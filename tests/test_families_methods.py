@@ -24,7 +24,7 @@ from dreamfleet.trainers.sd.model import save_pipeline
 from dreamfleet.trainers.sd.sample import generate
 
 OTHERS = [family for family in FAMILIES if family != "sd1"]  # which test_methods.py has
-GRADIENT = sorted(set(discover()) - {"aesthetic_gradients"})
+GRADIENT = sorted(set(discover()) - {"aesthetic_gradients", "discriminator"})  # that train Stable Diffusion
 
 
 @pytest.fixture(scope="module", params=OTHERS)

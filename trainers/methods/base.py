@@ -19,7 +19,7 @@ from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.section import Section
-from dreamfleet.trainers.sd.condition import Condition
+from dreamfleet.trainers.sd.condition import Condition, condition_of
 from dreamfleet.trainers.sd.model import ALL_PARTS, StableDiffusion
 from dreamfleet.trainers.sd.noise import noise_loss
 
@@ -192,14 +192,6 @@ class Method(nn.Module):
         """Encode prompts as this method's artefact makes them read."""
         return self.model.read(prompts)
 
-    def condition(self, batch: Batch) -> Condition:
-        """Return what the U-Net is told in a batch, encoding the prompts where the text side learns."""
-        if "context" in batch:
-            found = Condition(batch["context"], batch.get("pooled"))
-        else:
-            found = self.model.condition(batch["input_ids"])
-        return found.sized(batch.get("time_ids"))
-
     def forward(self, batch: Batch) -> Loss:
         """Compute the loss of a batch; the default is the noise loss weighted per sample (see ``batch_loss``)."""
         return self.batch_loss(batch)
@@ -212,7 +204,7 @@ class Method(nn.Module):
             latents=batch["latents"],
             noise=batch["noise"],
             timesteps=batch["timesteps"],
-            condition=self.condition(batch),
+            condition=condition_of(self.model, batch),
             snr_gamma=snr_gamma,
             mask=batch.get("mask"),
         )

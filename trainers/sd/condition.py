@@ -7,10 +7,13 @@ B samples, T tokens, D their width, P the summary's width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from dreamfleet.trainers.sd.model import StableDiffusion
 
 
 class Condition(NamedTuple):
@@ -44,6 +47,15 @@ class Condition(NamedTuple):
         contexts, *others = zip(*parts, strict=True)
         joined = (torch.cat(tensors) if tensors[0] is not None else None for tensors in others)
         return Condition(torch.cat(contexts), *joined)
+
+
+def condition_of(model: StableDiffusion, batch: dict[str, Any]) -> Condition:
+    """Return what the U-Net is told in a batch, encoding the prompts where the text side learns."""
+    if "context" in batch:
+        found = Condition(batch["context"], batch.get("pooled"))
+    else:
+        found = model.condition(batch["input_ids"])
+    return found.sized(batch.get("time_ids"))
 
 
 def predict(unet: Any, noisy_BCHW: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
