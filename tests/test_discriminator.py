@@ -363,3 +363,12 @@ def test_check_plan_methods_and_hints(workplace: Path, tmp_path: Path) -> None:
     listed = CliRunner().invoke(cli.app, ["methods"]).output
     assert "discriminator        Helper of prompt_tuning. " in listed
     assert "DreamArtist" in describe("run.pth", run_name="run", recipe=tree).what
+
+
+def test_the_labels_that_ship_name_pictures_that_ship(root: Path) -> None:
+    recipe = load_recipe(root / "recipes" / "cat-discriminator.yaml")
+    names = [read_labels(place) for place in (recipe.method.labels, recipe.method.test_labels)]
+    assert not names[0].keys() & names[1].keys()
+    for labels in names:
+        assert set(labels.values()) == set(range(len(recipe.method.classes)))
+        assert all((root / "examples" / name).is_file() for name in labels)

@@ -1,0 +1,43 @@
+"""Writes what is no cat to `examples/judge/others/`, things the pocket model draws, and the labels of both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dreamfleet.trainers.sd.model import ModelConfig, load_model
+from dreamfleet.trainers.sd.sample import generate
+
+HERE = Path(__file__).parent
+THINGS = ("teddy bear", "crown", "croissant", "dolphin", "koala", "jellyfish", "butterfly", "lemon", "snowman",
+          "rabbit", "house", "tiger")  # fmt: skip
+PLACES = ("on a blue background", "on the beach", "in the snow", "at night")
+TRAIN = 16  # of the others; the rest is held out
+
+
+def write_others() -> None:
+    """Draw twice as many pictures as there are things, and write the labels of all that are used."""
+    prompts = [f"a {THINGS[n % len(THINGS)]} {PLACES[n % len(PLACES)]}" for n in range(2 * len(THINGS))]
+    drawn = generate(
+        load_model(ModelConfig()), prompts, seeds=range(len(prompts)), guidance_scale=4.0, batch_size=8
+    )
+    for number, picture in enumerate(drawn, 1):
+        target = HERE / "others" / f"{number:02d}.png"
+        target.parent.mkdir(exist_ok=True)
+        picture.save(target, optimize=True)
+    others = [f"judge/others/{number:02d}.png" for number in range(1, len(drawn) + 1)]
+    for name, cats, ink, drawings in (
+        ("train", "cat/train", "ink/train", others[:TRAIN]),
+        ("test", "cat/holdout", "ink/holdout", others[TRAIN:]),
+    ):
+        labels = dict.fromkeys(_pictures(cats), 1)
+        labels |= dict.fromkeys([*_pictures(ink), *drawings], 0)
+        (HERE / f"{name}.json").write_text(json.dumps(labels, indent=1) + "\n")
+
+
+def _pictures(folder: str) -> list[str]:
+    return [f"{folder}/{path.name}" for path in sorted((HERE.parent / folder).glob("*.png"))]
+
+
+if __name__ == "__main__":
+    write_others()
