@@ -12,11 +12,11 @@ from typing import Any, Self
 
 import numpy as np
 
+from dreamfleet.datasets.decode import Fit, decode_batch, decode_one
 from dreamfleet.datasets.errors import DataError, ResourceError, StorageError
 from dreamfleet.datasets.images import MAX_PIXELS
 from dreamfleet.datasets.index import Index
-from dreamfleet.datasets.masks import PictureDraw, cut_picture, read_mask
-from dreamfleet.datasets.storage import read_uri
+from dreamfleet.datasets.masks import PictureDraw
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class PictureStream(Iterator[np.ndarray]):
         resolution: int | tuple[int, int],
         max_pixels: int = MAX_PIXELS,
         weighted: bool = False,
+        fit: Fit | None = None,
         window: int = WINDOW,
         num_cpus: float = 1.0,
         stall_seconds: float = STALL_SECONDS,
@@ -53,6 +54,7 @@ class PictureStream(Iterator[np.ndarray]):
         self._resolution = (resolution, resolution) if isinstance(resolution, int) else resolution
         self._max_pixels = max_pixels
         self._weighted = weighted
+        self._fit = fit
         self._window = window
         self._num_cpus = num_cpus
         self._stall_seconds = stall_seconds
@@ -136,9 +138,8 @@ class PictureStream(Iterator[np.ndarray]):
         ]
         given = 0
         for batch in self._batches(jobs):
-            for position, pixels, error, failure in zip(
-                *(batch[name] for name in ("position", "pixels", "error", "failure")), strict=True
-            ):
+            names = ("position", "pixels", "height", "error", "failure")
+            for position, pixels, height, error, failure in zip(*(batch[n] for n in names), strict=True):
                 if failure:
                     raise StorageError(str(failure))
                 assert position == given, (position, given)  # preserve_order holds
@@ -147,8 +148,8 @@ class PictureStream(Iterator[np.ndarray]):
                     self.replaced += rows[given] == window[given].row
                     yield self._replacement(rows[given], window[given])
                 else:
-                    width, height = self._size(window[given])
-                    yield np.frombuffer(pixels, np.uint8).reshape(height, width, -1)
+                    channels = 4 if self._weighted else 3
+                    yield np.frombuffer(pixels, np.uint8).reshape(height, -1, channels)
                 given += 1
         assert given == len(window), (given, len(window))
 
@@ -162,7 +163,9 @@ class PictureStream(Iterator[np.ndarray]):
         dataset.context.print_on_execution_start = False
         dataset.context.enable_progress_bars = False
         decoded = dataset.map_batches(
-            functools.partial(decode_batch, max_pixels=self._max_pixels, weighted=self._weighted),
+            functools.partial(
+                decode_batch, max_pixels=self._max_pixels, weighted=self._weighted, fit=self._fit
+            ),
             batch_size=None,
             batch_format="numpy",
             num_cpus=self._num_cpus,
@@ -175,12 +178,13 @@ class PictureStream(Iterator[np.ndarray]):
             row = (bad_row + step) % len(self._uris)
             if self._uris[row] in self.bad:
                 continue
-            pixels, error = _decode_one(
+            pixels, error = decode_one(
                 self._uris[row],
                 draw._replace(size=self._size(draw)),
                 mask=self._masks[row],
                 max_pixels=self._max_pixels,
                 weighted=self._weighted,
+                fit=self._fit,
             )
             if pixels is not None:
                 self._instead[bad_row] = self._instead[draw.row] = row
@@ -218,6 +222,7 @@ def stream_pictures(
     resolution: int | tuple[int, int],
     max_pixels: int = MAX_PIXELS,
     weighted: bool = False,
+    fit: Fit | None = None,
     window: int = WINDOW,
     num_cpus: float = 1.0,
     stall_seconds: float = STALL_SECONDS,
@@ -227,7 +232,8 @@ def stream_pictures(
     Works in windows of `window` draws, one Ray Data execution each, the next one starting while pictures of
     the last are still waiting to be taken; files are read where they are decoded, from disk or bucket, with
     `num_cpus` of the cluster's CPUs a task. `crop` is in [0,1) as in fit_picture. Draws without a size are cut to
-    `resolution`; `weighted` adds the fourth channel of cut_picture.
+    `resolution`; `weighted` adds the fourth channel of cut_picture. With `fit`, pictures are not cut but made into what
+    it gives, of any size.
 
     A picture that cannot be decoded is reported once (`.bad`) and the next one in index order that can be is
     used instead, in this and all later draws of it. A file that cannot be read is a StorageError. ResourceError
@@ -239,58 +245,11 @@ def stream_pictures(
         resolution=resolution,
         max_pixels=max_pixels,
         weighted=weighted,
+        fit=fit,
         window=window,
         num_cpus=num_cpus,
         stall_seconds=stall_seconds,
     )
-
-
-def decode_batch(
-    batch: dict[str, np.ndarray], *, max_pixels: int, weighted: bool = False
-) -> dict[str, np.ndarray]:
-    """Read, decode and cut a batch of jobs, each to its own size.
-
-    "pixels" are bytes, as the pictures of a block may differ in size. "error" says why a picture could not be decoded,
-    "failure" why a file could not be read; "" for the good ones.
-    """
-    pictures, errors, failures = [], [], []
-    names = ("uri", "mask", "center", "x", "y", "flip", "width", "height")
-    for uri, mask, center, x, y, flip, width, height in zip(*(batch[name] for name in names), strict=True):
-        draw = PictureDraw(0, None if center else (float(x), float(y)), bool(flip), (int(width), int(height)))
-        pixels, error, failure = None, "", ""
-        try:
-            pixels, error = _decode_one(
-                str(uri), draw, mask=str(mask) or None, max_pixels=max_pixels, weighted=weighted
-            )
-        except StorageError as trouble:  # as a value: an exception would come back wrapped in Ray's
-            failure = str(trouble)
-        pictures.append(b"" if pixels is None else pixels.tobytes())
-        errors.append(error)
-        failures.append(failure)
-    return {
-        "position": batch["position"],
-        "pixels": np.array(pictures, dtype=object),
-        "error": np.array(errors, dtype=object),
-        "failure": np.array(failures, dtype=object),
-    }
-
-
-def _decode_one(
-    uri: str, draw: PictureDraw, *, mask: str | None, max_pixels: int, weighted: bool
-) -> tuple[np.ndarray | None, str]:
-    assert draw.size is not None
-    try:
-        return cut_picture(
-            read_uri(uri),
-            draw,
-            uri=uri,
-            size=draw.size,
-            max_pixels=max_pixels,
-            weighted=weighted,
-            mask=read_mask(mask) if weighted and mask else None,
-        ), ""
-    except DataError as error:  # no StorageError: a disk or bucket in trouble must not change what is learned
-        return None, str(error)
 
 
 def _free_cpus() -> float:

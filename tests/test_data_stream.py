@@ -8,11 +8,12 @@ import pytest
 from servers import s3_server  # noqa: F401  (a fixture)
 from test_data_index import picture, put
 
+from dreamfleet.datasets.decode import decode_batch
 from dreamfleet.datasets.errors import DataError, ResourceError, StorageError
 from dreamfleet.datasets.images import fit_picture, open_picture
 from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.storage import Storage, read_uri
-from dreamfleet.datasets.stream import PictureDraw, decode_batch, stream_pictures
+from dreamfleet.datasets.stream import PictureDraw, stream_pictures
 
 SIDE = 16
 

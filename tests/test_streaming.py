@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 
 from dreamfleet.trainers.assemble import Place, assemble
 from dreamfleet.trainers.recipe import build_recipe
@@ -82,3 +83,33 @@ def test_a_picture_that_went_bad_is_replaced_and_told(tmp_path: Path, local_ray:
     batches.close()
     assert [(Path(bad.uri).name, "002.png" in bad.reason) for bad in parts.feed.bad] == [("002.png", False)]
     assert parts.feed.bad[0].reason
+
+
+@pytest.mark.cluster
+def test_a_mean_over_streamed_pictures_is_the_plain_one(tmp_path: Path, local_ray: None) -> None:
+    """Also after a resume; a picture that cannot be decoded counts for nothing, nor does the one in its place."""
+    from dreamfleet.trainers.sd.formats.aesthetic import read_aesthetic
+
+    changes = {
+        "method": {"name": "aesthetic_gradients", "aesthetic_steps": 1},
+        "train__max_train_steps": None,
+        "train__num_train_epochs": 1,
+        "train__train_batch_size": 2,
+    }
+    tree = tiny.make_recipe(tmp_path, data__source="stream", **changes)
+    run_worker(build_recipe(tree), resume=True)
+    resident = tiny.make_recipe(tmp_path, output_dir=str(tmp_path / "resident"), **changes)
+    run_worker(build_recipe(resident), resume=True)
+    vectors = [
+        read_aesthetic(next((Path(str(told["output_dir"])) / "exports").glob("*.pt")))
+        for told in (tree, resident)
+    ]
+    assert torch.equal(*vectors)
+
+    parts = assemble(build_recipe({**tree, "output_dir": str(tmp_path / "broken")}), Place())
+    broken = Path(parts.sets.instances.column("uri")[1])
+    broken.write_bytes(broken.read_bytes()[:200])
+    batches = parts.feed.stream(0, parts.schedule.total)
+    counted = torch.cat([batch["counted"] for batch in batches])
+    assert counted.sum() == len(parts.sets.instances) - 1
+    assert [bad.uri for bad in parts.feed.bad] == [str(broken)]

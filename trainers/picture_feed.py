@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+
+from PIL import Image
 
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.images import open_picture
 from dreamfleet.datasets.index import BadFile, Index
-from dreamfleet.datasets.plan import BatchPlan
+from dreamfleet.datasets.plan import BatchPlan, Draw
 from dreamfleet.datasets.storage import read_uri
 from dreamfleet.trainers.feed import to_samples
 from dreamfleet.trainers.methods.base import Batch, Method, Use
@@ -34,7 +36,11 @@ class PictureReader:
 
 
 class PictureFeed:
-    """The batches of one rank, in the plan's order; nothing but the coming few is in memory, for any size of set."""
+    """The batches of one rank, in the plan's order; nothing but the coming few is in memory, for any size of set.
+
+    Pictures are decoded by this worker, or with ``data.source: stream`` by Ray Data on the cluster's CPUs, where they
+    are also made as small as the method sees them.
+    """
 
     def __init__(
         self,
@@ -47,28 +53,30 @@ class PictureFeed:
         world: int = 1,
         num_micros: int = 1,
     ):
-        self.plan, self.method = plan, method
+        self.plan, self.method, self.instances, self.data = plan, method, instances, data
         self.rank, self.world, self.num_micros = rank, world, num_micros
         self._read = PictureReader(instances, max_pixels=data.max_pixels)
         self._shown = Shown(instances, data, plan.seed)
-        self.bad: list[BadFile] = []  # the index has left out what cannot be decoded
+        self._undecodable: dict[str, str] = {}
+
+    @property
+    def bad(self) -> list[BadFile]:
+        """Pictures that could not be decoded on the way; the index has left out those that it could tell."""
+        return [
+            BadFile(uri, reason.removeprefix(f"{uri}: ")) for uri, reason in sorted(self._undecodable.items())
+        ]
 
     def batch(self, step: int, micro: int = 0) -> Batch:
         """Make the batch of one micro-step, on the CPU: what the method sees, and ``num_instances``."""
-        draws = self.plan.draws(
-            step, rank=self.rank, world=self.world, micro=micro, num_micros=self.num_micros
-        )
-        uses = []
-        for draw in draws:
-            use = self._read(draw.row)
-            key = (self.plan.seed, draw.epoch, use.sample.id)
-            uses.append(use._replace(epoch=draw.epoch, mirrored=self._shown.flips(draw), key=key))
-        return {**self.method.see(uses), "num_instances": len(draws)}
+        return self._see([(draw, self._read(draw.row)) for draw in self._draws(step, micro)])
 
     def stream(self, start_step: int, stop_step: int | None = None, *, ahead: int = 4) -> Iterator[Batch]:
         """Yield the batches of steps ``start_step`` to ``stop_step`` (None: endless), ``ahead`` made in a thread."""
         steps = itertools.count(start_step) if stop_step is None else range(start_step, stop_step)
         positions = ((step, micro) for step in steps for micro in range(self.num_micros))
+        if self.data.source == "stream":
+            yield from self._from_cluster(positions)
+            return
         pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
         try:
             coming = deque(pool.submit(self.batch, *one) for one in itertools.islice(positions, ahead))
@@ -78,3 +86,34 @@ class PictureFeed:
                 yield ready.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _from_cluster(self, positions: Iterator[tuple[int, int]]) -> Iterator[Batch]:
+        from dreamfleet.datasets.stream import PictureDraw, stream_pictures
+
+        ahead, positions = itertools.tee(positions)
+        draws = (draw for position in ahead for draw in self._draws(*position))
+        told = (PictureDraw(draw.row, None, False) for draw in draws)
+        data = self.data
+        with stream_pictures(
+            self.instances, told, resolution=data.resolution, max_pixels=data.max_pixels, fit=self.method.fit
+        ) as pictures:
+            self._undecodable = pictures.bad
+            for position in positions:
+                found = []
+                for draw in self._draws(*position):
+                    picture = Image.fromarray(next(pictures))
+                    sample = self._read.samples[draw.row]
+                    found.append((draw, Use(sample, 0, picture, instead=sample.uri in pictures.bad)))
+                yield self._see(found)
+
+    def _draws(self, step: int, micro: int) -> list[Draw]:
+        return self.plan.draws(
+            step, rank=self.rank, world=self.world, micro=micro, num_micros=self.num_micros
+        )
+
+    def _see(self, found: Sequence[tuple[Draw, Use]]) -> Batch:
+        uses = []
+        for draw, use in found:
+            key = (self.plan.seed, draw.epoch, use.sample.id)
+            uses.append(use._replace(epoch=draw.epoch, mirrored=self._shown.flips(draw), key=key))
+        return {**self.method.see(uses), "num_instances": len(uses)}

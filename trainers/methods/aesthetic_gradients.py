@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
+from dreamfleet.datasets.decode import Fit
 from dreamfleet.datasets.errors import ModelError, RecipeError
 from dreamfleet.trainers.methods.base import (
     Batch,
@@ -159,11 +160,15 @@ class AestheticGradients(Method):
     def optimizer(self) -> torch.optim.Optimizer:
         return Summation([{"params": [self.features, self.count], "name": GROUP}])
 
+    @property
+    def fit(self) -> Fit:
+        return self.clip.preprocessing.fit
+
     def see(self, uses: Sequence[Use]) -> Batch:
         """Make ``clip_pixels [N, 3, S, S]`` and ``counted [N]``, 1 in the first pass over the set, 0 later."""
         return {
             "clip_pixels": self.clip.preprocessing([use.picture for use in uses]),
-            "counted": torch.tensor([float(use.epoch == 0) for use in uses]),
+            "counted": torch.tensor([float(use.epoch == 0 and not use.instead) for use in uses]),
         }
 
     def forward(self, batch: Batch) -> Loss:

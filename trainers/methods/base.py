@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from dreamfleet.datasets import captions
 from dreamfleet.datasets.config import Concept
+from dreamfleet.datasets.decode import Fit
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.fitting import as_it_is
 from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.section import Section
 from dreamfleet.trainers.sd.condition import Condition, condition_of
@@ -65,6 +67,7 @@ class Use(NamedTuple):
     picture: Image.Image
     mirrored: bool = False
     key: tuple[int | str, ...] | None = None
+    instead: bool = False  # another picture, as its own cannot be decoded
 
 
 class Base(NamedTuple):
@@ -149,6 +152,11 @@ class Method(nn.Module):
     def choose(self, instances: Index) -> tuple[Index, Index | None]:
         """Split the pictures into those to train on and those to measure with; usually all, and None."""
         return instances, None
+
+    @property
+    def fit(self) -> Fit:
+        """What may be done to a picture before :meth:`see`, anywhere on the cluster; usually nothing."""
+        return as_it_is
 
     def see(self, uses: Sequence[Use]) -> Batch:
         """Turn pictures into a batch on the CPU, for a method that sees files."""

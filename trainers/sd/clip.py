@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import ModelError
+from dreamfleet.datasets.fitting import Fitting
 from dreamfleet.trainers.sd.model import POCKET, pocket_folder, quiet_libraries
 
 BATCH = 32
@@ -36,29 +37,18 @@ class Preprocessing:
     std: tuple[float, ...]
     resample: int = int(Image.Resampling.BICUBIC)
 
+    @property
+    def fit(self) -> Fitting:
+        """What it does before it normalises."""
+        return Fitting(self.resize, self.crop, self.resample)
+
     def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Turn pictures into normalised pixels `[N, 3, H, W]`."""
-        arrays = np.stack([np.asarray(self._fit(picture.convert("RGB"))) for picture in pictures])
+        arrays = np.stack([np.asarray(self.fit(picture)) for picture in pictures])
         pixels_NHW3 = (arrays.astype(np.float32) / 255 - np.array(self.mean, np.float32)) / np.array(
             self.std, np.float32
         )
         return torch.from_numpy(np.ascontiguousarray(pixels_NHW3.transpose(0, 3, 1, 2)))
-
-    def _fit(self, picture: Image.Image) -> Image.Image:
-        resample = Image.Resampling(self.resample)
-        if isinstance(self.resize, int):
-            short = min(picture.size)
-            width, height = (int(self.resize * side / short) for side in picture.size)
-            picture = picture.resize((width, height), resample)
-        elif self.resize:
-            picture = picture.resize((self.resize[1], self.resize[0]), resample)
-        if self.crop and (picture.height, picture.width) != self.crop:
-            height, width = self.crop
-            top, left = (picture.height - height) // 2, (picture.width - width) // 2
-            picture = picture.crop(
-                (left, top, left + width, top + height)
-            )  # black where the picture is smaller
-        return picture
 
 
 def read_preprocessing(folder: Path, *, image_size: int) -> Preprocessing:
