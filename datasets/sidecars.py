@@ -34,17 +34,28 @@ class CaptionFinder:
 
     def of(self, name: str) -> str | None:
         """The caption of the picture `name`, stripped; None when it has none."""
-        stem = os.path.splitext(name)[0]
-        for extension in self._extensions:
-            for beside in (stem + extension, name + extension):  # cat.txt, and cat.png.txt of some taggers
-                if beside in self._names:
-                    return self._text(beside).strip() or None
-        caption, _ = self._table.get(name, ("", ""))
+        beside = self._beside(name)
+        caption = self._text(beside) if beside is not None else self._table.get(name, ("", ""))[0]
         return caption.strip() or None
+
+    def file_of(self, name: str) -> str | None:
+        """The name of the file, beside the picture or a table, that `of` reads its caption from; None without one."""
+        beside = self._beside(name)
+        if beside is None and name in self._table:
+            return self._table[name][1].removeprefix(self._storage.path()).lstrip("/")
+        return beside
 
     def absent(self) -> Iterator[tuple[str, str]]:
         """Pictures a metadata table names that are not in the folder, with the table's place."""
         return ((name, where) for name, (_, where) in self._table.items() if name not in self._names)
+
+    def _beside(self, name: str) -> str | None:
+        stem = os.path.splitext(name)[0]
+        for extension in self._extensions:
+            for beside in (stem + extension, name + extension):  # cat.txt, and cat.png.txt of some taggers
+                if beside in self._names:
+                    return beside
+        return None
 
     def _text(self, name: str) -> str:
         try:
