@@ -153,7 +153,8 @@ def same_losses(parts: Any, recipe: Any) -> float:
 
 def measure_set(folder: Path) -> dict[str, Any]:
     """Measure both loops on one folder of pictures, in this process, alternating."""
-    from dreamfleet.trainers.assemble import Place, assemble
+    from dreamfleet.trainers.assemble import assemble
+    from dreamfleet.trainers.place import Place
     from dreamfleet.trainers.recipe import load_recipe
 
     recipe = load_recipe(

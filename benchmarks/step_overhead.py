@@ -24,9 +24,10 @@ def measure(config: dict[str, Any]) -> None:
     import torch.nn.functional as F
 
     from dreamfleet.datasets.storage import Storage
-    from dreamfleet.trainers.assemble import Place, assemble
+    from dreamfleet.trainers.assemble import assemble
     from dreamfleet.trainers.loop import Hooks, Schedule, train
     from dreamfleet.trainers.metrics import Metrics
+    from dreamfleet.trainers.place import Place
     from dreamfleet.trainers.recipe import load_recipe
 
     torch.set_num_threads(config["threads"])

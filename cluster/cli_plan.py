@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dreamfleet.cluster.cli_base import AsJson, Overrides, RecipePath, Verbose, print_json, work
+from dreamfleet.trainers.engine_choices import tell_settings
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.memory import Estimate
@@ -36,6 +37,12 @@ def plan(
     host_memory: Annotated[
         str | None, typer.Option(help="Memory of one machine, such as 64GiB.", show_default=False)
     ] = None,
+    pcie: Annotated[
+        str,
+        typer.Option(
+            help="What the GPU's slot carries each way; the default is PCIe 4 with 16 lanes, in practice."
+        ),
+    ] = "25GB/s",
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -47,20 +54,22 @@ def plan(
         from dreamfleet.datasets.errors import ResourceError
         from dreamfleet.trainers.memory import parse_size
         from dreamfleet.trainers.plan_memory import plan_memory
+        from dreamfleet.trainers.plan_words import tell_nothing_fits
         from dreamfleet.trainers.recipe import load_recipe
 
         limits = {
             "gpu_memory": parse_size(gpu_memory, option="--gpu-memory") if gpu_memory else None,
             "host_memory": parse_size(host_memory, option="--host-memory") if host_memory else None,
         }
+        rate = parse_size(pcie.removesuffix("/s"), option="--pcie")
         loaded = load_recipe(recipe, overrides or [])
         made = plan_memory(loaded, **limits)
     if as_json:
-        print_json(made.to_json())
+        print_json(made.to_json(rate))
     else:
-        print("\n".join([*_head(made, loaded), "", *_table(made), "", *_verdict(made)]))
+        print("\n".join([*_head(made, loaded), "", *_table(made, rate), "", *_verdict(made, rate)]))
     if made.limited and made.chosen is None:
-        raise ResourceError(_nothing_fits(made, loaded))
+        raise ResourceError(tell_nothing_fits(made, loaded))
 
 
 def _head(made: MemoryPlan, recipe: Recipe) -> list[str]:
@@ -80,9 +89,10 @@ def _head(made: MemoryPlan, recipe: Recipe) -> list[str]:
     ]
 
 
-def _table(made: MemoryPlan) -> list[str]:
-    headings = ["engine", "GPU", *COLUMNS, "host", "GPU's peak", *(["fits"] if made.limited else [])]
-    rows = [headings, *[_row(one, made) for one in made.estimates]]
+def _table(made: MemoryPlan, rate: int) -> list[str]:
+    headings = ["engine", "GPU", *COLUMNS, "host", "PCIe a step", "GPU's peak"]
+    headings += ["fits"] if made.limited else []
+    rows = [headings, *[_row(one, made, rate) for one in made.estimates]]
     widths = [max(len(row[place]) for row in rows) for place in range(len(headings))]
     lines = [
         "  ".join(
@@ -95,63 +105,41 @@ def _table(made: MemoryPlan) -> list[str]:
     return [mark + line for mark, line in zip(marks, lines, strict=True)]
 
 
-def _row(one: Estimate, made: MemoryPlan) -> list[str]:
+def _row(one: Estimate, made: MemoryPlan, rate: int) -> list[str]:
     cells = [one.choice.name, _gib(one.gpu_total)]
     cells += [_gib(sum(one.gpu[line] for line in lines)) for lines in COLUMNS.values()]
     fits = ["yes" if one.fits(made.gpu_memory, made.host_memory) else "no"] if made.limited else []
-    return [*cells, _gib(one.host_total), one.peak, *fits]
+    sent = sum(one.traffic.values())
+    crossing = f"{_gib(sent)}, {one.traffic_seconds(rate):.2f} s" if sent else "0.0"
+    return [*cells, _gib(one.host_total), crossing, one.peak, *fits]
 
 
-def _verdict(made: MemoryPlan) -> list[str]:
+def _verdict(made: MemoryPlan, rate: int) -> list[str]:
     note = (
         "In GiB. GPU and host: the most at any moment of a run; the columns between add up to a training step.\n"
-        "CUDA's share, and Python's on the host, are assumed; the rest is counted."
+        "CUDA's share, and Python's on the host, are assumed; the rest is counted. PCIe: what offload sends in a step, "
+        f"both ways,\nand how long that takes at least at {rate / 1e9:g} GB/s each way (--pcie)."
     )
+    notes = [note]
+    if any(one.choice.alters for one in made.estimates):
+        notes.append(
+            "The last rows change the run: fused backward has no clipping (optimizer.max_grad_norm: 0); Adafactor and "
+            "bf16 weights\ntrain differently."
+        )
     if not made.limited:
-        return [note, "Give --gpu-memory (and --host-memory) to choose."]
-    if made.chosen is None:
-        return [note]
-    choice = made.chosen.choice
-    settings = {
-        "engine.zero_stage": "auto" if choice.zero_stage is None else choice.zero_stage,
-        "engine.offload_optimizer_device": "cpu" if choice.offload_optimizer else "none",
-        "engine.offload_param_device": "cpu" if choice.offload_param else "none",
-    }
-    told = " ".join(f"{key}={value}" for key, value in settings.items() if value != "none")
-    return [note, f"Cheapest that fits: {choice.name} ({told})"]
-
-
-def _nothing_fits(made: MemoryPlan, recipe: Recipe) -> str:
-    smallest = min(made.estimates, key=lambda one: one.gpu_total)
-    limits = [
-        f"{_gib(limit)} GiB {where}"
-        for limit, where in ((made.gpu_memory, "per GPU"), (made.host_memory, "per host"))
-        if limit is not None
+        return [*notes, "Give --gpu-memory (and --host-memory) to choose."]
+    for one in made.estimates:
+        if one is made.chosen:
+            notes.append(f"Cheapest that fits: {one.choice.name} ({tell_settings(one.choice)})")
+    return notes + [
+        f"Fits as well, without offload: {one.choice.name} ({tell_settings(one.choice)})"
+        for one in made.estimates
+        if one.choice.alters and one.fits(made.gpu_memory, made.host_memory) and not _is_plain(made.chosen)
     ]
-    return (
-        f"no engine choice fits {' and '.join(limits)}: the smallest on the GPU, {smallest.choice.name}, needs "
-        f"{_gib(smallest.gpu_total)} GiB there and {_gib(smallest.host_total)} GiB on the host; what may help: "
-        f"{', '.join(_ways_out(smallest, made, recipe))}"
-    )
 
 
-def _ways_out(smallest: Estimate, made: MemoryPlan, recipe: Recipe) -> list[str]:
-    """List the settings that would lower the highest moment of a run, of those not made yet."""
-    train, moment = recipe.train, smallest.peak
-    ways = {
-        "train.mixed_precision=bf16": train.mixed_precision == "no",
-        "train.gradient_checkpointing=true": moment == "training" and not train.gradient_checkpointing,
-        "train.train_batch_size=1": moment == "training" and train.train_batch_size > 1,
-        "data.cache_latents=false (several pictures are encoded at once)": moment == "starting"
-        and recipe.data.cache_latents,
-        "method.sample_batch_size=1": moment == "starting"
-        and getattr(recipe.method, "with_prior_preservation", False),
-        "validation.num_images=1": moment == "previews" and recipe.validation.num_images > 1,
-        "engine.use_ema=false": recipe.engine.use_ema,
-        f"data.resolution below {recipe.data.resolution}": True,
-        "more workers": made.world == 1,
-    }
-    return [way for way, is_open in ways.items() if is_open]
+def _is_plain(chosen: Estimate | None) -> bool:
+    return chosen is not None and chosen.choice.zero_stage is None
 
 
 def _millions(number: int) -> str:

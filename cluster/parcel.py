@@ -201,7 +201,7 @@ def _refuse_missing_class_pictures(recipe: Recipe, stays: Callable[[str], bool])
     elsewhere = isinstance(recipe.data.concepts_list, str) and stays(recipe.data.concepts_list)
     if elsewhere or not getattr(recipe.method, "with_prior_preservation", False):
         return
-    from dreamfleet.trainers.assemble import list_pictures
+    from dreamfleet.trainers.class_pictures import list_pictures
 
     wanted = getattr(recipe.method, "num_class_images", 0)
     for concept in load_concepts(recipe.data):

@@ -10,7 +10,8 @@ from typing import Any
 
 import tiny
 
-from dreamfleet.trainers.assemble import Place, assemble
+from dreamfleet.trainers.assemble import assemble
+from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
 
 FOLDER = Path(__file__).parent / "golden"

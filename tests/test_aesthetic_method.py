@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from dreamfleet.cluster import cli
 from dreamfleet.datasets.errors import RecipeError, UserError
-from dreamfleet.trainers.assemble import Parts, Place, assemble
+from dreamfleet.trainers.assemble import Parts, assemble
+from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.plan_memory import method_shape
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker

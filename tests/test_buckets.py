@@ -23,7 +23,8 @@ from dreamfleet.datasets.buckets import (
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.index import build_index
-from dreamfleet.trainers.assemble import Parts, Place, assemble
+from dreamfleet.trainers.assemble import Parts, assemble
+from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
 
 # What sd-scripts 48d368f (2026-02) answers: BucketManager(no_upscale, (res, res), min, max, 64).select_bucket(w, h)[0].

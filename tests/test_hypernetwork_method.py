@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 
 from dreamfleet.cluster import cli
 from dreamfleet.datasets.errors import RecipeError, UserError
-from dreamfleet.trainers.assemble import Parts, Place, assemble
+from dreamfleet.trainers.assemble import Parts, assemble
 from dreamfleet.trainers.feed import to_samples
+from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.sd.formats.hypernetwork import HypernetworkFile, write_hypernetwork
 from dreamfleet.trainers.sd.hypernetwork import (

@@ -18,7 +18,8 @@ from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.index import build_index
 from dreamfleet.datasets.masks import Mask, PictureDraw, cut_picture, loss_weights
-from dreamfleet.trainers.assemble import Place, assemble
+from dreamfleet.trainers.assemble import assemble
+from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
 
 

@@ -11,8 +11,9 @@ import tiny
 import torch
 
 from dreamfleet.datasets.errors import RecipeError
-from dreamfleet.trainers.assemble import Parts, Place, assemble
+from dreamfleet.trainers.assemble import Parts, assemble
 from dreamfleet.trainers.methods.base import discover
+from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.sd.model import ModelConfig, load_model
 

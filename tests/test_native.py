@@ -12,10 +12,11 @@ from test_resume import Stop, assert_same, final_state, recipe_tree
 
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.storage import Storage
-from dreamfleet.trainers.assemble import Parts, Place, assemble
+from dreamfleet.trainers.assemble import Parts, assemble
 from dreamfleet.trainers.checkpoint import Checkpoints
 from dreamfleet.trainers.feed import Feed
 from dreamfleet.trainers.pictures import load_pictures
+from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker
 from dreamfleet.trainers.sd.formats.tensor_files import read_safetensors

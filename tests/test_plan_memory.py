@@ -19,18 +19,10 @@ from typer.testing import CliRunner
 from dreamfleet.cluster import cli
 from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.trainers.assemble import Parts
+from dreamfleet.trainers.counts import Counts, Pass
 from dreamfleet.trainers.engine import TorchEngine
-from dreamfleet.trainers.memory import (
-    CHOICES,
-    GIB,
-    Counts,
-    EngineChoice,
-    Pass,
-    cheapest_fit,
-    estimate,
-    estimate_all,
-    parse_size,
-)
+from dreamfleet.trainers.engine_choices import CHOICES, EngineChoice
+from dreamfleet.trainers.memory import GIB, cheapest_fit, estimate, estimate_all, parse_size
 from dreamfleet.trainers.plan_memory import count_run, method_shape
 from dreamfleet.trainers.plan_trace import Autocast, precision, trace_step
 from dreamfleet.trainers.recipe import build_recipe
@@ -52,6 +44,62 @@ def count(folder: Path, **changes: Any) -> Counts:
 
 def sizes(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+SMALL = {"name": "adafactor", "fused_backward": True, "max_grad_norm": 0}
+
+
+def test_lines_equal_what_a_run_in_bfloat16_with_adafactor_holds(tmp_path: Path) -> None:
+    changes = {"optimizer": SMALL, "train__mixed_precision": "bf16", "train__full_bf16": True}
+    parts, lines = make_parts(tmp_path, **changes), estimate(count(tmp_path, **changes), PLAIN).gpu
+    engine = parts.engine
+    assert isinstance(engine, TorchEngine)
+    rates = dict.fromkeys(parts.rates, 1e-3)
+    engine.begin(rates, 1)
+    engine.backward(parts.prepare(parts.feed.batch(0)))
+    engine.step(rates, 1)
+    learning = list(engine.params.values())
+    states = [value for state in engine.optimizer.state.values() for value in state.values()]
+    assert lines["weights"] == sizes(learning) == 2 * sum(param.numel() for param in learning)
+    assert lines["optimizer"] == sizes(states) < lines["weights"] // 5
+    assert lines["gradients"] == 2 * max(param.numel() for param in learning)
+
+
+def test_choices_that_alter_the_run_are_told_and_not_chosen(tmp_path: Path) -> None:
+    counts = simple_counts(mixed=True, factors=2**16)
+    estimates = {one.choice.name: one for one in estimate_all(counts)}
+    names = [name for name, one in estimates.items() if one.choice.alters]
+    assert len(names) == 3 and list(estimates)[-3:] == names
+    smallest = estimates[names[-1]]
+    assert smallest.gpu["weights"] == 2 * GIB and smallest.gpu["optimizer"] < GIB // 100
+    assert cheapest_fit(list(estimates.values()), gpu_memory=smallest.gpu_total) is None or (
+        estimates["ZeRO-2, optimizer on host"].gpu_total <= smallest.gpu_total
+    )
+    none = {one.choice.name for one in estimate_all(counts, world=2)}
+    assert not none & set(names), "one GPU's choices"
+    again = estimate_all(simple_counts(mixed=True, fused=True, bf16_weights=True, optimizer="adafactor"))
+    assert [one.choice.name for one in again] == ["torch"]
+
+
+def test_what_offload_sends_in_a_step() -> None:
+    """Gradients out in float32, weights back in 16 bits; sums go to and fro; see DeepSpeed's sources."""
+    counts, part = simple_counts(mixed=True), GIB // 2
+    sent = {one.choice.name: one.traffic for one in estimate_all(counts, world=2)}
+    assert sent["torch"] == sent["ZeRO-3"] == {"to_host": 0, "to_gpu": 0}
+    assert sent["ZeRO-2, optimizer on host"] == {"to_host": 4 * part, "to_gpu": 2 * part}
+    assert sent["ZeRO-3, optimizer on host"] == {"to_host": 6 * part, "to_gpu": 4 * part}
+    assert sent["ZeRO-3, optimizer and weights on host"] == {"to_host": 6 * part, "to_gpu": 6 * part}
+    summing = estimate(simple_counts(mixed=True, micros=3), CHOICES[4], world=2)
+    assert summing.traffic == {"to_host": (3 * 2 + 4) * part, "to_gpu": 3 * 2 * part}
+    assert summing.traffic_seconds(25e9) == pytest.approx(10 * part / 25e9)
+
+
+def test_what_zero_shards_waits_on_the_host() -> None:
+    counts = simple_counts(encoding=GIB, mixed=True)
+    start = {one.choice.name: one.gpu_moments["starting"] for one in estimate_all(counts)}
+    assert start["torch"] - start["ZeRO-2"] == 4 * GIB and start["ZeRO-3"] == start["ZeRO-2"]
+    drawing = estimate(simple_counts(encoding=GIB, mixed=True, class_drawing=3 * GIB), CHOICES[3])
+    assert drawing.gpu_moments["starting"] - start["ZeRO-2"] == 2 * GIB + 3 * GIB - GIB
 
 
 @pytest.mark.parametrize("method", [DREAMBOOTH, WORD], ids=["dreambooth", "word"])
@@ -162,7 +210,7 @@ def test_gradients_come_as_activations_go_unless_they_stay() -> None:
     counts = simple_counts()
     alone, shared = estimate(counts, PLAIN).gpu, estimate(counts, PLAIN, world=2).gpu
     assert alone["activations"] == 0 and shared["activations"] == GIB  # DDP's buckets are always there
-    kept = estimate(simple_counts(accumulates=True), PLAIN).gpu
+    kept = estimate(simple_counts(micros=2), PLAIN).gpu
     assert kept["activations"] == GIB and kept["gradients"] == alone["gradients"] == 4 * GIB
     half = estimate(counts, CHOICES[3], world=2).gpu
     assert half["gradients"] == 2 * GIB and half["activations"] + half["gradients"] == 5 * GIB // 2
@@ -170,12 +218,13 @@ def test_gradients_come_as_activations_go_unless_they_stay() -> None:
 
 def test_the_cheapest_that_fits_is_chosen_and_none_when_none_does() -> None:
     estimates = estimate_all(simple_counts(), world=1)
-    assert [one.choice for one in estimates] == list(CHOICES)
+    assert [one.choice for one in estimates if not one.choice.alters] == list(CHOICES)
     choose = {limit: cheapest_fit(estimates, gpu_memory=limit * GIB) for limit in (20, 12, 5)}
     chosen = {limit: one.choice.name if one else None for limit, one in choose.items()}
     assert chosen == {20: "torch", 12: "ZeRO-2, optimizer on host", 5: None}
     assert cheapest_fit(estimates, gpu_memory=12 * GIB, host_memory=8 * GIB) is None
-    assert [one.choice.name for one in estimate_all(simple_counts(optimizer="adamw8bit"))] == ["torch"]
+    alone = estimate_all(simple_counts(optimizer="adamw8bit"), world=2)
+    assert [one.choice.name for one in alone] == ["torch"]
     small = estimate(simple_counts(optimizer="adamw8bit"), PLAIN).gpu["optimizer"]
     assert small == pytest.approx(2 * GIB, rel=0.04)
 
@@ -203,7 +252,10 @@ def test_stable_diffusion_15_is_planned_from_its_configs_alone(sd15: Path, tmp_p
     assert chosen["gpu"]["weights"] == 2 * SD15["unet"] and chosen["gpu"]["gradients"] == 0
     assert plain["gpu_total"] > 8 * GIB >= chosen["gpu_total"] == max(chosen["gpu_moments"].values())
     assert plain["gpu"]["frozen"] == pytest.approx(2 * (SD15["vae"] + SD15["text_encoder"]), rel=1e-4)
-    table = CliRunner().invoke(cli.app, [*words, *options])
+    assert chosen["traffic"]["to_host"] == 4 * SD15["unet"] and told["pcie_bytes_per_second"] == 25e9
+    assert chosen["traffic"]["seconds"] == pytest.approx(4 * SD15["unet"] / 25e9)
+    table = CliRunner().invoke(cli.app, [*words, *options, "--pcie", "8GB/s"])
+    assert "at least at 8 GB/s each way" in table.stdout and "optimizer.name=adafactor" in table.stdout
     assert table.exit_code == 0 and "> ZeRO-2, optimizer on host" in table.stdout
     assert "engine.zero_stage=2 engine.offload_optimizer_device=cpu" in table.stdout
 

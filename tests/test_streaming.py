@@ -11,7 +11,8 @@ import pytest
 import tiny
 import torch
 
-from dreamfleet.trainers.assemble import Place, assemble
+from dreamfleet.trainers.assemble import assemble
+from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker
 

@@ -16,9 +16,10 @@ import torch
 from zero_ranks import RESUMED, RUNS
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceError
-from dreamfleet.trainers.assemble import Place, assemble
+from dreamfleet.trainers.assemble import assemble
 from dreamfleet.trainers.check import check_run
-from dreamfleet.trainers.engine import EngineConfig
+from dreamfleet.trainers.engine_section import EngineConfig
+from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import explained_memory
 from dreamfleet.trainers.zero_setup import sole_builder, zero_config
@@ -141,7 +142,7 @@ def test_settings_that_exclude_one_another_are_told(
 
 def test_what_zero_needs_and_lacks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match=r"adamw8bit does not go with engine\.zero_stage"):
-        assemble(build_recipe(make_tree(tmp_path, optimizer__name="adamw8bit")), Place())
+        build_recipe(make_tree(tmp_path, optimizer__name="adamw8bit"))
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not installed
     with pytest.raises(ResourceError, match="pip install --no-build-isolation deepspeed"):
         assemble(build_recipe(make_tree(tmp_path)), Place())

@@ -11,7 +11,8 @@ import tiny
 import torch
 
 from dreamfleet.datasets.errors import ModelError
-from dreamfleet.trainers.assemble import Parts, Place, assemble
+from dreamfleet.trainers.assemble import Parts, assemble
+from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model
 from dreamfleet.trainers.sd.noise import make_target, snr_weights

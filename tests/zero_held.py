@@ -15,8 +15,10 @@ from typing import Any
 import tiny
 from torch import Tensor
 
-from dreamfleet.trainers.assemble import Place, assemble
-from dreamfleet.trainers.memory import CHOICES, EngineChoice, estimate
+from dreamfleet.trainers.assemble import assemble
+from dreamfleet.trainers.engine_choices import CHOICES, EngineChoice
+from dreamfleet.trainers.memory import estimate
+from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.plan_memory import count_run, method_shape
 from dreamfleet.trainers.recipe import build_recipe
 

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dreamfleet.trainers.assemble import Parts, Place, assemble
-from dreamfleet.trainers.engine import EngineConfig
+from dreamfleet.trainers.assemble import Parts, assemble
+from dreamfleet.trainers.engine_section import EngineConfig
+from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.zero_setup import import_deepspeed, zero_config
 from dreamfleet.trainers.zero_shards import Shards

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 
 from dreamfleet.datasets.buckets import Size, number_buckets, picture_sizes, tell_buckets
 from dreamfleet.datasets.config import Concept
-from dreamfleet.datasets.errors import DataError, RecipeError
-from dreamfleet.datasets.images import PICTURE_SUFFIXES
-from dreamfleet.datasets.index import Index, build_index
+from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.sets import Sets, load_sets
-from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.class_pictures import gather_class_images
 from dreamfleet.trainers.engine import DTYPES, Engine, TorchEngine
 from dreamfleet.trainers.feed import Feed, Preparer
 from dreamfleet.trainers.loop import Schedule
@@ -26,39 +23,13 @@ from dreamfleet.trainers.methods.base import Batch, Method, Setting, discover
 from dreamfleet.trainers.optim import make_rates
 from dreamfleet.trainers.picture_feed import PictureFeed
 from dreamfleet.trainers.pictures import load_pictures
+from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.schedule import last_step
 from dreamfleet.trainers.sd.model import StableDiffusion, load_model
 from dreamfleet.trainers.zero_engine import ZeroEngine
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a worker stands among its equals, and what it computes on."""
-
-    rank: int = 0
-    world: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @property
-    def leads(self) -> bool:
-        """Whether this is rank 0, which speaks and writes."""
-        return self.rank == 0
-
-    def wait(self) -> None:
-        """Wait until every worker is here."""
-        if self.world > 1:
-            dist.barrier()
-
-    def union(self, items: Iterable[Any]) -> list[Any]:
-        """Return what any worker has, once each and sorted; the same on every worker."""
-        found: list[Any] = [list(items)]
-        if self.world > 1:
-            found = [None] * self.world
-            dist.all_gather_object(found, list(items))
-        return sorted({item for part in found for item in part})
 
 
 @dataclass
@@ -92,12 +63,28 @@ def build_method(
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> Method:
-    """Build the method on a loaded model, on the device; parts that learn nothing are cast to ``dtype``."""
+    """Build the method on a loaded model; parts that learn nothing are cast to ``dtype`` and go to the device.
+
+    What learns goes there too, unless ZeRO shards it: then it waits on the host, where a card too small for it whole
+    does not matter, and only its buffers go ahead.
+    """
     setting = Setting(concepts=tuple(concepts), snr_gamma=recipe.train.snr_gamma)
     method = discover()[recipe.method.name](recipe.method, model, setting)
-    model.to(device, dtype)
+    waits = device.type == "cuda" and recipe.engine.zero_stage in (1, 2, 3)
+    home = torch.device("cpu") if waits else device
+    if recipe.train.full_bf16:
+        for group in method.groups():
+            for param in group.params.values():
+                param.data = param.data.to(torch.bfloat16)
+    for part in model.modules().values():
+        learns = any(param.requires_grad for param in part.parameters())
+        part.to(device=home if learns else device, dtype=None if learns else dtype)
     for helper in method.helpers.values():
         helper.to(device)
+    method.to(home)
+    for module in method.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
     if recipe.train.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
         if method.trains_text:
@@ -106,7 +93,7 @@ def build_method(
     # Diffusers checkpoints only in training mode; a frozen U-Net that gradients pass through needs it as well.
     if recipe.train.gradient_checkpointing:
         model.unet.train()
-    return method.to(device)
+    return method
 
 
 def assemble(recipe: Recipe, place: Place) -> Parts:
@@ -152,6 +139,7 @@ def assemble(recipe: Recipe, place: Place) -> Parts:
         device=place.device,
         world=place.world,
         num_micros=train.gradient_accumulation_steps,
+        seed=train.seed,
     )
     rates = make_rates(engine.groups, recipe.optimizer, total_steps=schedule.total, global_batch=global_batch)
     return Parts(sets, model, method, engine, feed, prepare, rates, schedule, global_batch, apart)
@@ -207,62 +195,6 @@ def make_schedule(recipe: Recipe, plan: BatchPlan) -> Schedule:
         log_every=train.log_steps,
         save_at=save_at,
     )
-
-
-def gather_class_images(recipe: Recipe, sets: Sets, method: Method, place: Place) -> Index | None:
-    """Return the class pictures of every concept, generating the missing ones in parallel by all workers.
-
-    Generated ones lie in ``class_data_dir``, or beside the run folder under a key of everything that
-    shaped them, where the next run with the same key finds them.
-    """
-    prior = method.prior
-    if prior is None:
-        return None
-    from dreamfleet.trainers.sd.prior import class_image_key, generate_class_images
-
-    indexes = []
-    for class_set in sets.class_sets:
-        options: dict[str, Any] = {
-            "seed": recipe.train.seed,
-            "steps": prior.steps,
-            "guidance_scale": prior.guidance_scale,
-            "resolution": recipe.data.resolution,
-        }
-        if class_set.folder is None:
-            name = class_image_key(method.model.content_hash, class_set.prompt, **options)
-            parent = recipe.output_dir.rstrip("/").rpartition("/")[0]
-            storage = Storage(f"{parent}/class-images/{name}")
-        else:
-            storage = Storage(class_set.folder)
-        here = len(list_pictures(storage))
-        if here < prior.num_class_images:
-            if place.leads:
-                log.info(
-                    "generating %d class pictures of %r", prior.num_class_images - here, class_set.prompt
-                )
-            place.wait()  # everyone has counted before anyone writes
-            generate_class_images(
-                method.model,
-                class_set.prompt,
-                storage=storage,
-                num=prior.num_class_images,
-                rank=place.rank,
-                world=place.world,
-                batch_size=prior.batch_size,
-                **options,
-            )
-        place.wait()
-        indexes.append(
-            build_index(storage, concept=class_set.concept, role="class", max_pixels=recipe.data.max_pixels)
-        )
-    if len(indexes) < len(sets.concepts):
-        raise DataError("prior preservation needs a class_prompt for every concept")
-    return Index.concat(indexes)
-
-
-def list_pictures(storage: Storage) -> list[str]:
-    """List the picture files of a folder that may not exist yet."""
-    return [name for name in storage.list() if name.lower().endswith(PICTURE_SUFFIXES)]
 
 
 def check_resolution(recipe: Recipe, model: StableDiffusion) -> None:

@@ -12,8 +12,9 @@ import torch
 from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.index import build_index
 from dreamfleet.datasets.sets import load_sets
-from dreamfleet.trainers.assemble import Parts, Place, assemble
+from dreamfleet.trainers.assemble import Parts, assemble
 from dreamfleet.trainers.loop import peak_memory
+from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run import open_run_folder
 
@@ -77,8 +78,10 @@ def _check_pictures(recipe: Recipe) -> str:
 
 def _check_step(parts: Parts) -> str:
     engine = parts.engine
+    rates = {name: rate(0) for name, rate in parts.rates.items()}
+    engine.begin(rates, 1)
     loss = engine.backward(parts.prepare(engine.place(parts.feed.batch(0))))
-    engine.step({name: rate(0) for name, rate in parts.rates.items()}, 1)
+    engine.step(rates, 1)
     if not torch.isfinite(loss.total):
         raise RunFailed("the first loss is not a number: the model's weights or the precision do not fit")
     return f"loss {float(loss.total):.4f}, peak memory {peak_memory(engine.device) / 2**30:.2f} GiB"

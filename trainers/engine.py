@@ -1,72 +1,24 @@
-"""The engine: its recipe section, the face every engine has, and the plain one (one device, or DDP)."""
+"""The engine: the face every engine has, and the plain one (one device, or DDP)."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import CheckpointError, ResourceError
-from dreamfleet.datasets.section import Section
+from dreamfleet.trainers.average import Ema, saved_average
+from dreamfleet.trainers.engine_section import EngineConfig
 from dreamfleet.trainers.methods.base import Batch, Loss, Method
 from dreamfleet.trainers.optim import OptimizerConfig, make_optimizer
+from dreamfleet.trainers.stepping import Stepper, restore_types
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class EngineConfig(Section):
-    """The ``engine:`` section."""
-
-    zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
-        "auto",
-        description="auto: torch alone. 0 to 3: DeepSpeed, which shards nothing (0), optimizer states (1), gradients "
-        "too (2), weights too (3) over the workers",
-    )
-    offload_optimizer_device: Literal["none", "cpu"] = Field(
-        "none", description="cpu: optimizer states and step in host memory (zero_stage 1 to 3)"
-    )
-    offload_param_device: Literal["none", "cpu"] = Field(
-        "none", description="cpu: weights in host memory until a layer needs them (zero_stage 3)"
-    )
-    allow_tf32: bool = Field(True, description="TF32 matrix products on NVIDIA cards")
-    use_ema: bool = Field(False, description="keep an average of the weights, and sample and export that")
-    ema_decay: float = Field(0.9999, gt=0, lt=1)
-
-    @model_validator(mode="after")
-    def _check_offload(self) -> EngineConfig:
-        if self.offload_param_device != "none" and self.zero_stage != 3:
-            raise ValueError(
-                f"offload_param_device: {self.offload_param_device} needs zero_stage: 3, which shards the weights; "
-                "set it, or offload_param_device: none"
-            )
-        if self.offload_optimizer_device != "none" and self.zero_stage in ("auto", 0):
-            raise ValueError(
-                f"offload_optimizer_device: {self.offload_optimizer_device} needs zero_stage: 1, 2 or 3, which shard "
-                "the optimizer; set one (2 suits most models), or offload_optimizer_device: none"
-            )
-        return self
-
-
-class Ema:
-    """A moving average of the learning weights in float32, warmed up as diffusers' EMAModel does."""
-
-    def __init__(self, params: Mapping[str, Tensor], decay: float):
-        self.decay = decay
-        self.shadow = {name: param.detach().float().clone() for name, param in params.items()}
-
-    @torch.no_grad()
-    def update(self, params: Mapping[str, Tensor], step: int) -> None:
-        """Move the average towards the weights after optimizer step ``step`` (from 1)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(
-            list(self.shadow.values()), [p.detach().float() for p in params.values()], 1.0 - decay
-        )
 
 
 class Engine(ABC):
@@ -86,7 +38,9 @@ class Engine(ABC):
         device: torch.device,
         world: int = 1,
         num_micros: int = 1,
+        seed: int = 0,
     ):
+        self.seed, self.optimizer_name = seed, optimizer.name
         self.method, self.config, self.device, self.world = method, config, device, world
         self.num_micros, self.max_grad_norm = num_micros, optimizer.max_grad_norm
         self.dtype = DTYPES[mixed_precision]
@@ -116,6 +70,9 @@ class Engine(ABC):
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+    def begin(self, rates: dict[str, float], step: int) -> None:  # noqa: B027 - most engines need not know
+        """Tell what step comes next (from 1) and at which rates, before its first :meth:`backward`."""
 
     @abstractmethod
     def backward(self, batch: Batch, *, last: bool = True) -> Loss:
@@ -188,6 +145,14 @@ class TorchEngine(Engine):
         self.optimizer = own or make_optimizer(self.groups, optimizer, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.ema = Ema(self.params, self.config.ema_decay) if self.config.use_ema else None
+        self.narrow = any(param.dtype == torch.bfloat16 for param in self.params.values())
+        self.stepper = Stepper(self.optimizer, seed=self.seed)
+        self.coming: int | None = None  # the step that backward may do
+        self.squares: list[Tensor] = []  # of the gradients that backward has used up
+        self.fused = optimizer.fused_backward
+        if self.fused:
+            for param in self.params.values():
+                param.register_post_accumulate_grad_hook(self._step_inside)
         self.module: Any = self.method
         if self.world > 1:
             self.module = torch.nn.parallel.DistributedDataParallel(
@@ -195,6 +160,10 @@ class TorchEngine(Engine):
                 device_ids=[self.device] if self.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
             )
+
+    def begin(self, rates: dict[str, float], step: int) -> None:
+        self._set_rates(rates)
+        self.coming, self.squares = step, []
 
     def backward(self, batch: Batch, *, last: bool = True) -> Loss:
         # DDP reduces the gradients in the backward pass before a step.
@@ -206,14 +175,7 @@ class TorchEngine(Engine):
         return Loss(loss.total.detach(), loss.per_sample.detach(), loss.extras)
 
     def step(self, rates: dict[str, float], step: int) -> Tensor:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rates[group["name"]]
-        self.scaler.unscale_(self.optimizer)
-        limit = self.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(list(self.params.values()), limit)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.drop_gradients()
+        norm = self._finish_step(step) if self.fused else self._step_together(rates, step)
         if self.ema is not None:
             self.ema.update(self.params, step)
         return norm.detach()
@@ -223,18 +185,13 @@ class TorchEngine(Engine):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        if self.ema is None:
+        with self._lent(lambda param: param.dtype):
             yield
-            return
-        live = {name: param.detach().clone() for name, param in self.params.items()}
-        self._assign(self.ema.shadow)
-        try:
-            yield
-        finally:
-            self._assign(live)
 
-    def whole(self) -> AbstractContextManager[None]:
-        return self.averaged()
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        with self._lent(lambda param: torch.float32):
+            yield
 
     def learned(self) -> dict[str, Tensor]:
         return self.method.state()
@@ -243,7 +200,10 @@ class TorchEngine(Engine):
         self.method.load_state(learned)
 
     def state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
+        state: dict[str, Any] = {
+            "optimizer": self.optimizer.state_dict(),
+            "optimizer_name": self.optimizer_name,
+        }
         if self.scaler.is_enabled():
             state["scaler"] = self.scaler.state_dict()
         if self.ema is not None:
@@ -251,12 +211,16 @@ class TorchEngine(Engine):
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
+        check_optimizer(self.optimizer_name, state)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.scaler.is_enabled() and "scaler" in state:
                 self.scaler.load_state_dict(state["scaler"])
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"the saved optimizer does not fit this recipe's: {error}") from error
+        if self.narrow:
+            restore_types(self.optimizer, state["optimizer"]["state"])
+        self.stepper = Stepper(self.optimizer, seed=self.seed)  # loading makes new groups
         if self.ema is not None:
             average = saved_average(state)
             self.ema.shadow = {n: t.to(self.params[n].device, torch.float32) for n, t in average.items()}
@@ -264,14 +228,58 @@ class TorchEngine(Engine):
     def close(self) -> None:
         pass  # whoever made the process group ends it
 
-    @torch.no_grad()
-    def _assign(self, values: dict[str, Tensor]) -> None:
-        for name, param in self.params.items():
-            param.copy_(values[name])
+    def _set_rates(self, rates: dict[str, float]) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates[group["name"]]
+
+    def _step_together(self, rates: dict[str, float], step: int) -> Tensor:
+        """Clip, and step every parameter."""
+        self._set_rates(rates)
+        self.scaler.unscale_(self.optimizer)
+        limit = self.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(list(self.params.values()), limit)
+        if self.narrow:
+            self.stepper.step_all(step)
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.drop_gradients()
+        return norm
+
+    def _step_inside(self, param: Tensor) -> None:
+        """Step a parameter as soon as backward has its gradient; a rehearsal only drops the gradient."""
+        assert isinstance(param, nn.Parameter) and param.grad is not None
+        if self.coming is None:
+            param.grad = None
+            return
+        self.squares.append(param.grad.float().square().sum())
+        self.stepper.step(param, self.coming)
+
+    def _finish_step(self, step: int) -> Tensor:
+        """Return the norm of the gradients that backward stepped with."""
+        if self.coming != step:
+            raise RuntimeError(f"fused_backward: step {step} was not begun before its backward")
+        self.coming = None
+        return torch.stack(self.squares).sum().sqrt()
+
+    @contextmanager
+    def _lent(self, dtype: Callable[[nn.Parameter], torch.dtype]) -> Iterator[None]:
+        """Within this context the parameters are the averaged ones, where an average is kept."""
+        kept = {name: param.data for name, param in self.params.items()}
+        if self.ema is not None:
+            for name, param in self.params.items():
+                param.data = self.ema.shadow[name].to(dtype(param))
+        try:
+            yield
+        finally:
+            for name, param in self.params.items():
+                param.data = kept[name]
 
 
-def saved_average(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the averaged weights of a saved engine. Raises CheckpointError when it kept none."""
-    if "ema" not in state:
-        raise CheckpointError("engine.use_ema is on, but the checkpoint was saved without an average")
-    return state["ema"]
+def check_optimizer(name: str, state: dict[str, Any]) -> None:
+    """Raise CheckpointError when a saved engine had another optimizer, whose states mean nothing to this one."""
+    saved = state.get("optimizer_name", name)
+    if saved != name:
+        raise CheckpointError(
+            f"the checkpoint was saved with optimizer.name: {saved}, and this recipe has {name}; set {saved} to go on"
+        )

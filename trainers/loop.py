@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AliasChoices, BeforeValidator, Field
+from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
 from dreamfleet.datasets.errors import RunFailed
 from dreamfleet.datasets.keyed import key
@@ -34,6 +34,11 @@ class TrainConfig(Section):
     mixed_precision: Annotated[
         Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
     ] = "no"
+    full_bf16: bool = Field(
+        False,
+        description="weights in bfloat16 as well, rounded stochastically after each step: half the memory (needs "
+        "mixed_precision: bf16)",
+    )
     gradient_checkpointing: bool = False
     snr_gamma: float | None = Field(None, gt=0, validation_alias=AliasChoices("snr_gamma", "min_snr_gamma"))
     noise_offset: float = Field(0.0, ge=0, validation_alias=AliasChoices("noise_offset", "offset_noise"))
@@ -47,6 +52,12 @@ class TrainConfig(Section):
     log_steps: int = Field(10, ge=1)
     save_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     export_formats: list[str] | None = Field(None, description="None: the method's usual ones")
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> TrainConfig:
+        if self.full_bf16 and self.mixed_precision != "bf16":
+            raise ValueError("full_bf16: true computes in bfloat16; set mixed_precision: bf16 as well")
+        return self
 
 
 @dataclass
@@ -109,13 +120,15 @@ def train(
         stop_asked = engine.agree(hooks.should_stop())
         # Whatever still draws from the global generator (drop-out) repeats exactly after a resume.
         torch.manual_seed(key("step", seed, step))
+        now = {name: rate(step) for name, rate in rates.items()}
         for micro in range(engine.num_micros):
             batch = meter.wait_for(batches)
             if step == start_step and micro == 0:
                 _rehearse(engine, prepare, batch)
+            if micro == 0:
+                engine.begin(now, step + 1)
             loss = engine.backward(prepare(engine.place(batch)), last=micro == engine.num_micros - 1)
             meter.add(loss, batch)
-        now = {name: rate(step) for name, rate in rates.items()}
         norm = engine.step(now, step + 1)
         method.after_step(step + 1)
         done = step + 1

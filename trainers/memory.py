@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dreamfleet.datasets.errors import ResourceError
+from dreamfleet.trainers.counts import Counts
+from dreamfleet.trainers.engine_choices import ALTERING, CHOICES, EngineChoice
 
 GIB = 2**30
 # Not counted but assumed: what a process takes before its first tensor. The GPU's part is the CUDA context with the
@@ -23,89 +25,9 @@ HOST_PROCESS = 3 * GIB // 2
 REUSE_DISTANCE, PREFETCH_BUCKET, REDUCE_BUCKET = 1_000_000_000, 50_000_000, 500_000_000
 # The 8-bit optimizer keeps small tensors whole, and a scale for every block of the others (bitsandbytes, AdamW8bit).
 SMALL_8BIT, BLOCK_8BIT = 4096, 256
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Bytes that forward and backward of one micro-batch hold, beside the model.
-
-    ``held``: between forward and backward. ``activations``: the most at any moment, gradients of weights aside.
-    ``together``: the most of activations and gradients at any moment, when there were no gradients before: these come
-    as activations go. ``casts``: of ``activations``, autocast's low-precision copies of the learning weights.
-    """
-
-    held: int
-    activations: int
-    together: int
-    casts: int = 0
-
-    def peak(self, gradients: int, share: float, *, accumulates: bool) -> int:
-        """Bound activations and the ``share`` of the ``gradients`` that this worker keeps, at their worst moment.
-
-        With gradients left from an earlier micro-batch both are whole at once. Otherwise A + share * G is a mean
-        of A and A + G at every moment, so it stays below the same mean of their peaks.
-        """
-        if accumulates:
-            return self.activations + round(share * gradients)
-        return round((1 - share) * self.activations + share * self.together)
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What one worker's run is made of, counted without loading anything; sizes in bytes, on the GPU unless said.
-
-    ``learning``: elements of each learning tensor. ``frozen``: parts that do not learn, and buffers. ``full``: a pass
-    with the learning weights in float32, ``half``: in 16 bits, where ``mixed`` (DeepSpeed's half-precision modes).
-    ``model``: the whole model in float32, as it is first loaded. ``encoding``: encoding pictures before the first step,
-    or drawing class pictures; ``drawing``: drawing previews. ``latents``: resident latents, on the host. ``bucket``:
-    elements of the buffers that ZeRO sends from.
-    """
-
-    learning: tuple[int, ...]
-    frozen: int
-    model: int
-    full: Pass
-    half: Pass
-    bucket: int
-    mixed: bool = False
-    optimizer: str = "adamw"
-    average: bool = False
-    accumulates: bool = False
-    encoding: int = 0
-    drawing: int = 0
-    text_embeddings: int = 0
-    latents: int = 0
-
-    @property
-    def total(self) -> int:
-        """How many numbers learn."""
-        return sum(self.learning)
-
-
-@dataclass(frozen=True)
-class EngineChoice:
-    """One way to run the engine; ``zero_stage`` None is torch alone (with DDP when there are several workers)."""
-
-    name: str
-    zero_stage: int | None = None
-    offload_optimizer: bool = False
-    offload_param: bool = False
-
-
-#: From the cheapest in time per step to the dearest, in the order of Hugging Face's DeepSpeed guide ("ZeRO": stage 1,
-#: 2, 2 with offload, 3, 3 with offload): stage 3 sends the weights in every pass, offload moves states over PCIe and
-#: steps on the CPU. Stage 0 shards nothing and only goes through another library, so it follows plain torch; stage 1
-#: with offload is left out, as stage 2 sends as much and holds less.
-CHOICES = (
-    EngineChoice("torch"),
-    EngineChoice("ZeRO-0", 0),
-    EngineChoice("ZeRO-1", 1),
-    EngineChoice("ZeRO-2", 2),
-    EngineChoice("ZeRO-2, optimizer on host", 2, offload_optimizer=True),
-    EngineChoice("ZeRO-3", 3),
-    EngineChoice("ZeRO-3, optimizer on host", 3, offload_optimizer=True),
-    EngineChoice("ZeRO-3, optimizer and weights on host", 3, offload_optimizer=True, offload_param=True),
-)
+# Bytes an element beside state and gradient while one tensor is stepped: Adafactor's update; for a bfloat16 weight its
+# wide copy, the wide gradient, and the update or the random bits.
+ADAFACTOR_STEP, NARROW_STEP = 4, 12
 
 
 @dataclass(frozen=True)
@@ -113,7 +35,7 @@ class Estimate:
     """The bytes of one choice: named lines in a training step, and the totals at other moments of a run.
 
     ``gpu`` and ``host`` are one worker's lines while it trains; ``gpu_moments`` one GPU's totals, ``host_moments``
-    those of the host that rank 0 is on, all its workers together.
+    those of the host that rank 0 is on, all its workers together. ``traffic``: what offload sends in a step.
     """
 
     choice: EngineChoice
@@ -121,6 +43,7 @@ class Estimate:
     gpu_moments: dict[str, int]
     host: dict[str, int]
     host_moments: dict[str, int]
+    traffic: dict[str, int]
 
     @property
     def gpu_total(self) -> int:
@@ -137,6 +60,10 @@ class Estimate:
         """The most that a host holds at any moment."""
         return max(self.host_moments.values())
 
+    def traffic_seconds(self, bytes_per_second: float) -> float:
+        """Return what a step's traffic takes at least; both directions go at once."""
+        return max(self.traffic.values()) / bytes_per_second
+
     def fits(self, gpu_memory: int | None, host_memory: int | None) -> bool:
         """Say whether it stays within both limits (None: no limit)."""
         return (gpu_memory is None or self.gpu_total <= gpu_memory) and (
@@ -145,38 +72,49 @@ class Estimate:
 
 
 def estimate_all(counts: Counts, *, world: int = 1, workers_per_host: int = 1) -> list[Estimate]:
-    """Estimate every choice open to these counts, cheapest first; ZeRO shards no 8-bit optimizer."""
-    choices = CHOICES if counts.optimizer == "adamw" else CHOICES[:1]
+    """Estimate every choice open to these counts, cheapest first; those that alter the run come last.
+
+    ZeRO shards AdamW alone, with float32 weights, outside of backward; altering choices are for one GPU.
+    """
+    plain = counts.optimizer == "adamw" and not counts.fused and not counts.bf16_weights
+    choices = [*(CHOICES if plain else CHOICES[:1])]
+    if world == 1 and not counts.accumulates:
+        # Narrow weights were traced only where the recipe computes in 16 bits.
+        open_ = [choice for choice in ALTERING if counts.mixed or not choice.bf16_weights]
+        choices += [choice for choice in open_ if counts.under(choice) != counts]
     return [estimate(counts, choice, world=world, workers_per_host=workers_per_host) for choice in choices]
 
 
 def cheapest_fit(
     estimates: Sequence[Estimate], *, gpu_memory: int | None, host_memory: int | None = None
 ) -> Estimate | None:
-    """Return the first that fits, None when none does; :func:`estimate_all` gives them in the right order."""
-    return next((one for one in estimates if one.fits(gpu_memory, host_memory)), None)
+    """Return the first that fits and alters nothing, None when none does; :func:`estimate_all` orders them."""
+    fitting = (one for one in estimates if one.fits(gpu_memory, host_memory))
+    return next((one for one in fitting if not one.choice.alters), None)
 
 
 def estimate(counts: Counts, choice: EngineChoice, *, world: int = 1, workers_per_host: int = 1) -> Estimate:
     """Estimate one choice for ``world`` workers, one GPU each."""
+    counts = counts.under(choice)
     gpu, host = _gpu_lines(counts, choice, world), _host_lines(counts, choice, world)
     passing = gpu["activations"] + gpu["gradients"] + gpu["buffers"]
     resting = sum(gpu.values()) - passing
     idle = resting + (gpu["gradients"] + gpu["buffers"] if _keeps_gradients(choice, world) else 0)
-    stage, total = choice.zero_stage, counts.total
-    # Averaged weights, and the whole ones of stage 3, are lent to the model beside its own.
-    lent = _width(counts, choice) * total if counts.average or stage == 3 else 0
+    stage, total, width = choice.zero_stage, counts.total, _width(counts, choice)
+    # Averaged weights, and the whole ones of stage 3, are lent to the model beside its own; torch lends the average
+    # itself where it is as wide as the weights.
+    lends = stage == 3 or (counts.average and (stage is not None or counts.bf16_weights))
     # Rank 0 gathers ZeRO's states whole; torch alone copies the weights, and the states one tensor at a time.
-    saved = 4 * total if stage is None else (4 + 8 + 4 * counts.average) * total
+    saved = width * total if stage is None else (4 + 8 + 4 * counts.average) * total
     training = workers_per_host * sum(host.values())
     return Estimate(
         choice,
         gpu,
         {
-            "starting": CUDA_CONTEXT + KERNEL_WORKSPACE + 4 * total + counts.frozen + counts.encoding,
+            "starting": CUDA_CONTEXT + KERNEL_WORKSPACE + counts.frozen + _starting(counts, choice),
             "training": resting + passing,
             "optimizer step": resting + gpu["gradients"] + _step_buffers(counts, choice, world),
-            "previews": idle + lent + counts.drawing if counts.drawing else 0,
+            "previews": idle + lends * width * total + counts.drawing if counts.drawing else 0,
         },
         host,
         {
@@ -184,16 +122,40 @@ def estimate(counts: Counts, choice: EngineChoice, *, world: int = 1, workers_pe
             "training": training,
             "saving": training + saved,
         },
+        traffic(counts, choice, world),
     )
 
 
-def optimizer_bytes(learning: Sequence[int], name: str = "adamw") -> int:
-    """Return the bytes of Adam's two moments and step counts; ``adamw8bit`` keeps a byte each in large tensors."""
+def optimizer_bytes(learning: Sequence[int], name: str = "adamw", factors: int = 0) -> int:
+    """Return the bytes of an optimizer's states: Adam's two moments, a byte each in ``adamw8bit``'s large tensors;
+    ``adafactor``'s ``factors``; and step counts."""
     if name == "adamw":
         return sum(8 * numel + 4 for numel in learning)
+    if name == "adafactor":
+        return 4 * factors + 4 * len(learning)
     return sum(
         8 * numel if numel < SMALL_8BIT else 2 * numel + 2 * 4 * -(-numel // BLOCK_8BIT) for numel in learning
     )
+
+
+def traffic(counts: Counts, choice: EngineChoice, world: int) -> dict[str, int]:
+    """Return the bytes that offload sends in an optimizer step of one worker: ``to_host`` and ``to_gpu``.
+
+    Gradients go out in float32, widened before they leave; a sum that waits for further micro-batches goes to and fro
+    as wide as the weights. Stage 3 sends it in any case, and sends it back to widen it. Stepped weights come back as
+    wide as they compute; weights kept on the host come for the forward pass, and for the backward pass again where more
+    of them lie between than stage 3 keeps.
+    """
+    if not choice.offload_optimizer:
+        return {"to_host": 0, "to_gpu": 0}
+    part, width = _part(counts.total, world), _width(counts, choice)
+    again = (
+        counts.micros if choice.zero_stage == 3 else counts.micros - 1
+    )  # sums that are added to, on the GPU
+    sums = counts.micros if again else 0
+    fetches = 2 * counts.micros if counts.total > REUSE_DISTANCE // 2 else 1
+    back = fetches if choice.offload_param else 1
+    return {"to_host": (width * sums + 4) * part, "to_gpu": width * (again + back) * part}
 
 
 def parse_size(text: str, *, option: str) -> int:
@@ -214,19 +176,25 @@ def _gpu_lines(counts: Counts, choice: EngineChoice, world: int) -> dict[str, in
         weights = 0 if choice.offload_param else width * part
         if choice.offload_param or world > 1:  # with one worker stage 3 lends its own weights
             gathered = width * min(total, REUSE_DISTANCE // 2 + PREFETCH_BUCKET)
-    optimizer, master = optimizer_bytes(counts.learning, counts.optimizer), 0
+    optimizer, master = optimizer_bytes(counts.learning, counts.optimizer, counts.factors), 0
     if stage:
         on_gpu = 0 if choice.offload_optimizer else part
         master, optimizer = 4 * on_gpu, 8 * on_gpu  # DeepSpeed steps on a copy of the weights even in float32
     share = _gradient_share(choice, world)
-    step = counts.half if counts.mixed and stage else counts.full
-    together = step.peak(
-        width * total, share, accumulates=counts.accumulates or _keeps_gradients(choice, world)
-    )
-    gradients = round(share * width * total)
+    step = counts.half if width == 2 else counts.full
+    if counts.fused:  # one gradient at a time
+        gradients = width * max(counts.learning)
+        together = step.activations + gradients
+    else:
+        gradients = round(share * width * total)
+        together = step.peak(
+            width * total, share, accumulates=counts.accumulates or _keeps_gradients(choice, world)
+        )
     buffers = width * min(counts.bucket, total) if stage else 0
     if choice.offload_optimizer and stage < 3:
         buffers += width * max(counts.learning)
+    if counts.fused:
+        buffers += _one_step(counts)
     return {
         "weights": weights,
         "gathered": gathered,
@@ -262,8 +230,10 @@ def _host_lines(counts: Counts, choice: EngineChoice, world: int) -> dict[str, i
 
 def _step_buffers(counts: Counts, choice: EngineChoice, world: int) -> int:
     """Return what the optimizer step holds beside states and gradients: copies end to end, and in float32."""
-    if choice.zero_stage is None or choice.offload_optimizer:
+    if choice.offload_optimizer:
         return 0
+    if choice.zero_stage is None:
+        return _one_step(counts)
     if choice.zero_stage == 0:  # the gradients on their way to the other workers
         return 4 * min(counts.total, REDUCE_BUCKET) if world > 1 else 0
     part = _part(counts.total, world)
@@ -271,9 +241,26 @@ def _step_buffers(counts: Counts, choice: EngineChoice, world: int) -> int:
     return flat + (4 * part if counts.mixed else 0)
 
 
+def _one_step(counts: Counts) -> int:
+    """Return what torch's step of the largest tensor holds beside its state and gradient."""
+    if counts.bf16_weights:
+        return NARROW_STEP * max(counts.learning)
+    return ADAFACTOR_STEP * max(counts.learning) if counts.optimizer == "adafactor" else 0
+
+
+def _starting(counts: Counts, choice: EngineChoice) -> int:
+    """Return what is held beside the frozen parts before the first step.
+
+    What ZeRO shards waits on the host, but to draw class pictures; then it comes as wide as it computes.
+    """
+    weights = _width(counts, choice) * counts.total
+    drawing = weights + counts.class_drawing if counts.class_drawing else 0
+    return max(drawing, counts.encoding + (0 if choice.zero_stage else weights))
+
+
 def _width(counts: Counts, choice: EngineChoice) -> int:
     """Return the bytes of a weight that the model computes with: ZeRO's half-precision modes keep 16 bits."""
-    return 2 if counts.mixed and choice.zero_stage else 4
+    return 2 if counts.bf16_weights or (counts.mixed and choice.zero_stage) else 4
 
 
 def _gradient_share(choice: EngineChoice, world: int) -> float:

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model
 
 from dreamfleet.datasets.errors import RecipeError, ResourceError
 from dreamfleet.datasets.section import Section
+from dreamfleet.trainers.adafactor import Adafactor
 from dreamfleet.trainers.methods.base import ParamGroup
 from dreamfleet.trainers.schedule import make_rate, multiplier_at, parse_webui_schedule
 
@@ -36,7 +37,15 @@ Rate = Annotated[float | str, BeforeValidator(_read_number), AfterValidator(_che
 class OptimizerConfig(Section):
     """The ``optimizer:`` section."""
 
-    name: Literal["adamw", "adamw8bit"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "adafactor"] = Field(
+        "adamw", validation_alias=AliasChoices("name", "optimizer_type")
+    )
+    fused_backward: bool = Field(
+        False,
+        validation_alias=AliasChoices("fused_backward", "fused_backward_pass"),
+        description="step inside backward, where each gradient ends as soon as it is there: one GPU, no accumulation, "
+        "max_grad_norm: 0",
+    )
     learning_rate: Rate = Field(5e-6, validation_alias=AliasChoices("learning_rate", "unet_lr", "lr"))
     text_encoder_lr: Rate | None = Field(
         None,
@@ -71,6 +80,15 @@ class OptimizerConfig(Section):
     max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
 
     @model_validator(mode="after")
+    def _check_fused(self) -> OptimizerConfig:
+        if self.fused_backward and self.max_grad_norm:
+            raise ValueError(
+                "fused_backward: true uses up every gradient before the norm of all is known, so there is no clipping; "
+                "set max_grad_norm: 0 (adafactor clips its updates by itself), or fused_backward: false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_rules(self) -> OptimizerConfig:
         if self.lr_scheduler == "piecewise_constant":
             try:
@@ -98,6 +116,8 @@ def make_optimizer(
         "eps": config.adam_epsilon,
     }
     params = [{"params": list(group.params.values()), "name": group.name} for group in groups if group.params]
+    if config.name == "adafactor":
+        return Adafactor(params, lr=0.0, weight_decay=config.adam_weight_decay)
     if config.name == "adamw8bit":
         if device.type != "cuda":
             raise ResourceError("optimizer.name: adamw8bit needs a GPU; use adamw on this machine")

@@ -14,9 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.sets import load_concepts
 from dreamfleet.datasets.storage import Storage
-from dreamfleet.trainers.assemble import build_method, check_resolution, list_pictures
+from dreamfleet.trainers.assemble import build_method, check_resolution
+from dreamfleet.trainers.class_pictures import list_pictures
+from dreamfleet.trainers.counts import Counts, Pass
 from dreamfleet.trainers.engine import DTYPES
-from dreamfleet.trainers.memory import Counts, Estimate, Pass, cheapest_fit, estimate_all
+from dreamfleet.trainers.memory import Estimate, cheapest_fit, estimate_all
 from dreamfleet.trainers.methods.base import Batch, Method, discover
 from dreamfleet.trainers.pictures import encode_batch
 from dreamfleet.trainers.plan_trace import Autocast, fake_mode, trace_inference, trace_step
@@ -53,13 +55,15 @@ class MemoryPlan:
         """Whether there is a limit to choose by."""
         return self.gpu_memory is not None or self.host_memory is not None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return everything as plain values, sizes in bytes."""
-        plain = asdict(self)
+    def to_json(self, pcie: float) -> dict[str, Any]:
+        """Return everything as plain values, sizes in bytes; ``pcie`` is in bytes per second."""
+        plain = asdict(self) | {"pcie_bytes_per_second": pcie}
         plain["counts"] |= {"learning": self.counts.total, "learning_tensors": len(self.counts.learning)}
         plain["chosen"] = self.chosen.choice.name if self.chosen else None
         for told, one in zip(plain["estimates"], self.estimates, strict=True):
             told |= {"gpu_total": one.gpu_total, "host_total": one.host_total}
+            told["traffic"]["seconds"] = one.traffic_seconds(pcie)
+            told["choice"] |= {"alters": one.choice.alters, "settings": one.choice.settings}
             told["fits"] = one.fits(self.gpu_memory, self.host_memory)
         return plain
 
@@ -101,14 +105,16 @@ def count_run(recipe: Recipe, method: Method, pictures: int | None) -> Counts:
     ids = {id(param) for param in learning}
     frozen = [tensor for tensor in _tensors(method) if id(tensor) not in ids]
     mixed = train.mixed_precision != "no"
+    widths = [(param.shape[0], param.numel() // param.shape[0]) for param in learning if param.dim() > 1]
     prompts = 0 if method.trains_text else min(REMEMBERED_PROMPTS, pictures or 0)
     mode = fake_mode()
-    there = _faked(method, mode)
+    there = _faked(method, mode, torch.float32)
     halved = _faked(method, mode, DTYPES[train.mixed_precision]) if mixed else there
     with mode:
         full = _trace_step(recipe, there)
         half = _trace_step(recipe, halved) if mixed else full
-        encoding, drawing = _trace_start(recipe, there, pictures), _trace_previews(recipe, there)
+        encoding, class_drawing = _trace_start(recipe, there, pictures)
+        drawing = _trace_previews(recipe, there)
     return Counts(
         learning=tuple(param.numel() for param in learning),
         frozen=_bytes(frozen),
@@ -116,12 +122,16 @@ def count_run(recipe: Recipe, method: Method, pictures: int | None) -> Counts:
         full=full,
         half=half,
         encoding=encoding,
+        class_drawing=class_drawing,
         drawing=drawing,
         bucket=BUCKET,
         mixed=mixed,
         optimizer=recipe.optimizer.name,
+        factors=sum(map(sum, widths)) + sum(param.numel() for param in learning if param.dim() <= 1),
+        fused=recipe.optimizer.fused_backward,
+        bf16_weights=train.full_bf16,
         average=recipe.engine.use_ema,
-        accumulates=train.gradient_accumulation_steps > 1,
+        micros=train.gradient_accumulation_steps,
         text_embeddings=prompts * _bytes([each for each in empty_condition(model, 1) if each is not None]),
         latents=_latent_bytes(recipe, model, pictures),
     )
@@ -213,8 +223,8 @@ def _batch(recipe: Recipe, method: Method) -> Batch:
     return batch | {name: tensor for name, tensor in told.items() if tensor is not None}
 
 
-def _trace_start(recipe: Recipe, method: Method, pictures: int | None) -> int:
-    """Trace what comes before the first step: encoding the pictures, drawing class pictures."""
+def _trace_start(recipe: Recipe, method: Method, pictures: int | None) -> tuple[int, int]:
+    """Trace what comes before the first step: encoding the pictures, and drawing class pictures."""
     model, side, prior = method.model, recipe.data.resolution, method.prior
     encoding = drawing = 0
     if _caches_latents(recipe):
@@ -227,7 +237,7 @@ def _trace_start(recipe: Recipe, method: Method, pictures: int | None) -> int:
         )
     if prior:
         drawing = _trace_drawing(recipe, method, prior.batch_size, prior.guidance_scale, torch.float32)
-    return max(encoding, drawing)
+    return encoding, drawing
 
 
 def _trace_previews(recipe: Recipe, method: Method) -> int:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dreamfleet.trainers.memory import Pass
+from dreamfleet.trainers.counts import Pass
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 

@@ -17,7 +17,8 @@ from dreamfleet.datasets.captions import TEMPLATE_SETS
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.section import Section
-from dreamfleet.trainers.engine import EngineConfig
+from dreamfleet.trainers.conflicts import find_conflicts
+from dreamfleet.trainers.engine_section import EngineConfig
 from dreamfleet.trainers.loop import TrainConfig
 from dreamfleet.trainers.methods.base import MethodConfig, discover
 from dreamfleet.trainers.optim import OptimizerConfig
@@ -126,6 +127,8 @@ def _validate(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
         mistakes += [m for m in _tell(error, Recipe) if had_method or not m.startswith("method:")]
     if recipe is not None and config is not None:
         mistakes += _refused(recipe, methods[config.name].refused)
+    if recipe is not None:
+        mistakes += find_conflicts(recipe)
     if recipe is not None and recipe.search is not None:
         mistakes += find_mistakes(recipe, lambda changed: _validate(changed)[1])
     return recipe, mistakes

@@ -17,11 +17,12 @@ from PIL import Image
 
 from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.storage import Storage
-from dreamfleet.trainers.assemble import Parts, Place
+from dreamfleet.trainers.assemble import Parts
 from dreamfleet.trainers.checkpoint import Checkpoints, folder_name
 from dreamfleet.trainers.methods.base import Base
 from dreamfleet.trainers.metrics import Metrics, read_metrics
 from dreamfleet.trainers.pictures import read_pixels
+from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.summary import Summary
 from dreamfleet.trainers.validation import HeldOutLoss, HeldOutPictures, Judge, draw_previews, wants_judge

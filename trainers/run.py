@@ -13,9 +13,10 @@ import torch
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceError
 from dreamfleet.datasets.storage import Storage
-from dreamfleet.trainers.assemble import Parts, Place, assemble
+from dreamfleet.trainers.assemble import Parts, assemble
 from dreamfleet.trainers.checkpoint import Checkpoint, Checkpoints
 from dreamfleet.trainers.loop import Hooks, train
+from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.recorder import Recorder, run_identity, versions
 from dreamfleet.trainers.summary import Summary

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dreamfleet.datasets.errors import CheckpointError, RecipeError
-from dreamfleet.trainers.engine import Ema, Engine, saved_average
+from dreamfleet.datasets.errors import CheckpointError
+from dreamfleet.trainers.average import Ema, saved_average
+from dreamfleet.trainers.engine import Engine, check_optimizer
 from dreamfleet.trainers.methods.base import Batch, Loss, Method, check_fits
 from dreamfleet.trainers.optim import OptimizerConfig, make_optimizer
 from dreamfleet.trainers.zero_setup import (
@@ -35,11 +36,6 @@ class ZeroEngine(Engine):
     """
 
     def _build(self, optimizer: OptimizerConfig) -> None:
-        if optimizer.name != "adamw":
-            raise RecipeError(
-                f"optimizer.name: {optimizer.name} does not go with engine.zero_stage, which shards the states of "
-                "adamw; use adamw, or engine.zero_stage: auto"
-            )
         assert self.config.zero_stage != "auto"
         self.stage: int = self.config.zero_stage
         self.offloads = self.config.offload_optimizer_device != "none"
@@ -52,8 +48,9 @@ class ZeroEngine(Engine):
         self.optimizer = make_cpu_adam(plain) if self.offloads else plain
         # DeepSpeed's 16-bit modes round every weight of the module before they make fp32 ones from it.
         rounds = self.stage > 0 and self.dtype != torch.float32
+        # A rounded weight is a new tensor, so the exact one need not be copied to be kept.
         exact = {
-            param: param.detach().float().cpu().clone()
+            param: param.detach().float().cpu() if rounds else param.detach().float().cpu().clone()
             for param in self.method.parameters()
             if rounds or not param.requires_grad
         }
@@ -64,10 +61,11 @@ class ZeroEngine(Engine):
             num_micros=self.num_micros,
             num_params=sum(shape.numel() for shape in self.shapes.values()),
         )
+        model = _InAutocast(self.method, self.autocast)
         with stdout_to_stderr():
-            self.engine, *_ = self.deepspeed.initialize(
-                model=_InAutocast(self.method, self.autocast), optimizer=self.optimizer, config=config
-            )
+            if self.stage == 3:
+                self._shard(model, config)
+            self.engine, *_ = self.deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
         self.shards = Shards(self.engine, self.params, stage=self.stage)
         if rounds:
             for name, param in self.params.items():
@@ -140,6 +138,7 @@ class ZeroEngine(Engine):
                     for number, value in enumerate(self._collect().values()):
                         moments[number][moment] = value
         state: dict[str, Any] = {"optimizer": {"state": moments, "param_groups": self.saved_groups}}
+        state["optimizer_name"] = self.optimizer_name
         if self.ema is not None:
             with self.shards.holding(list(self.ema.shadow.values())):
                 state["ema"] = self._collect()
@@ -148,6 +147,7 @@ class ZeroEngine(Engine):
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
+        check_optimizer(self.optimizer_name, state)
         saved = state["optimizer"]
         if [group["params"] for group in saved["param_groups"]] != [g["params"] for g in self.saved_groups]:
             raise CheckpointError("the saved optimizer does not fit this recipe's: it has other parameters")
@@ -165,6 +165,19 @@ class ZeroEngine(Engine):
         self.engine.destroy()
         if self.owns_group:
             self.deepspeed.comm.destroy_process_group()
+
+    def _shard(self, model: nn.Module, config: dict[str, Any]) -> None:
+        """Shard the weights one by one, each as wide as it computes: a card without room for all of them will do."""
+        for param in model.parameters():
+            param.data = param.data.to(self.dtype)
+        device = self.config.offload_param_device
+        self.deepspeed.zero.Init(
+            module=model,
+            config_dict_or_path=config,
+            dtype=self.dtype,
+            remote_device=None if device == "none" else device,
+            pin_memory=device != "none" and self.config.pin_memory is not False,
+        )
 
     def _flats(self) -> dict[str, Tensor]:
         return {str(number): flat for number, flat in enumerate(self.shards.flats)}

@@ -17,12 +17,25 @@ import torch
 import torch.distributed as dist
 
 from dreamfleet.datasets.errors import ResourceError
-from dreamfleet.trainers.engine import EngineConfig
+from dreamfleet.trainers.engine_section import EngineConfig
 
 log = logging.getLogger(__name__)
 
 # In elements. DeepSpeed's own 500 million would take 1 GB of the memory that people come to save.
 BUCKET = 50_000_000
+# Our keys of DeepSpeed's names, handed on as they are where they are set.
+PASSED_ON = (
+    "overlap_comm",
+    "reduce_bucket_size",
+    "allgather_bucket_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_gradients",
+)
 
 
 def zero_config(
@@ -38,10 +51,14 @@ def zero_config(
     if config.zero_stage:
         bucket = min(BUCKET, num_params + num_params % 2)  # DeepSpeed refuses odd ones
         zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
-    if config.offload_optimizer_device != "none":
-        zero["offload_optimizer"] = {"device": config.offload_optimizer_device}
-    if config.offload_param_device != "none":
-        zero["offload_param"] = {"device": config.offload_param_device}
+    zero |= {key: getattr(config, key) for key in PASSED_ON if getattr(config, key) is not None}
+    for part in ("optimizer", "param"):
+        device = getattr(config, f"offload_{part}_device")
+        if device != "none":
+            told_part: dict[str, Any] = {"device": device}
+            told_part |= {"nvme_path": config.nvme_path} if device == "nvme" else {}
+            told_part |= {} if config.pin_memory is None else {"pin_memory": config.pin_memory}
+            zero[f"offload_{part}"] = told_part
     told: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # only counts samples for a log of DeepSpeed's that is off
         "gradient_accumulation_steps": num_micros,

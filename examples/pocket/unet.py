@@ -27,7 +27,8 @@ from dreamfleet.datasets.keyed import numpy_rng
 from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.checkpoint import Checkpoints
-from dreamfleet.trainers.engine import EngineConfig, TorchEngine
+from dreamfleet.trainers.engine import TorchEngine
+from dreamfleet.trainers.engine_section import EngineConfig
 from dreamfleet.trainers.loop import Hooks, Schedule, train
 from dreamfleet.trainers.methods.base import Batch, Method, MethodConfig, ParamGroup, Setting
 from dreamfleet.trainers.metrics import Metrics

@@ -1,0 +1,63 @@
+"""Adafactor with a given learning rate: the second moments of a matrix kept as their row and column means.
+
+Source: Shazeer & Stern 2018 (arXiv 1804.04235), algorithm 4 with the rate of the recipe in place of the relative one,
+no first moment, and update clipping at 1; in kohya's words relative_step=False scale_parameter=False.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-30  # added to squared gradients
+CLIP_THRESHOLD = 1.0  # root mean square of an update at most
+DECAY = -0.8  # of the second moments: 1 - step ** DECAY
+
+
+class Adafactor(torch.optim.Optimizer):
+    """Adafactor over float32 weights; it never waits for a device.
+
+    A tensor of more than two dimensions is laid flat to ``[first, rest]``: factored over the last two, as elsewhere, a
+    3 x 3 convolution would keep two thirds of its moments.
+    """
+
+    def __init__(self, params: Iterable[Any], *, lr: float, weight_decay: float):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # nothing calls a closure
+        """Step every parameter that has a gradient."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._step(param, param.grad, group)
+
+    def _step(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        factored = param.dim() > 1
+        grad = grad.flatten(1) if factored else grad
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.zeros(())
+            if factored:
+                state["exp_avg_sq_row"] = grad.new_zeros(grad.shape[0])
+                state["exp_avg_sq_col"] = grad.new_zeros(grad.shape[1])
+            else:
+                state["exp_avg_sq"] = torch.zeros_like(grad)
+        state["step"] += 1
+        fresh = float(state["step"]) ** DECAY  # on the host, as in torch's own optimizers
+        squared = grad.square().add_(EPSILON)
+        if factored:
+            row = state["exp_avg_sq_row"].lerp_(squared.mean(dim=1), fresh)
+            column = state["exp_avg_sq_col"].lerp_(squared.mean(dim=0), fresh)
+            del squared  # before the update takes as much
+            update = ((row / row.mean()).rsqrt_()[:, None] * column.rsqrt()[None]).mul_(grad)
+        else:
+            update = state["exp_avg_sq"].lerp_(squared, fresh).rsqrt().mul_(grad)
+        rms = torch.linalg.vector_norm(update) / update.numel() ** 0.5
+        update.div_((rms / CLIP_THRESHOLD).clamp_(min=1.0))
+        if group["weight_decay"]:
+            param.mul_(1 - group["lr"] * group["weight_decay"])
+        param.add_(update.view_as(param), alpha=-group["lr"])

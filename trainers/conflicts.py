@@ -1,0 +1,37 @@
+"""Settings of different sections that exclude one another, told when a recipe is read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dreamfleet.trainers.recipe import Recipe
+
+
+def find_conflicts(recipe: Recipe) -> list[str]:
+    """List what does not go together, each with the way out."""
+    train, optimizer, engine = recipe.train, recipe.optimizer, recipe.engine
+    zero, workers = engine.zero_stage != "auto", recipe.scaling.num_workers
+    found = {
+        f"optimizer.name: {optimizer.name} does not go with engine.zero_stage, which shards the states of adamw; use "
+        "adamw, or engine.zero_stage: auto": zero and optimizer.name != "adamw",
+        "train.full_bf16 does not go with engine.zero_stage, whose stages keep float32 weights in the optimizer and "
+        "compute with 16 bits anyway; set full_bf16: false, or engine.zero_stage: auto": zero
+        and train.full_bf16,
+    }
+    fused = {
+        f"train.gradient_accumulation_steps: {train.gradient_accumulation_steps} (it must be 1)": (
+            train.gradient_accumulation_steps > 1
+        ),
+        f"scaling.num_workers: {workers} (one at most)": workers > 1,
+        f"engine.zero_stage: {engine.zero_stage} (auto)": zero,
+        "train.mixed_precision: fp16 (bf16 or no), as a step that overflowed could not be taken back": (
+            train.mixed_precision == "fp16"
+        ),
+    }
+    if optimizer.fused_backward:
+        found |= {
+            f"optimizer.fused_backward: true steps inside backward and does not go with {what}": is_so
+            for what, is_so in fused.items()
+        }
+    return [told for told, is_so in found.items() if is_so]

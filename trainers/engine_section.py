@@ -1,0 +1,132 @@
+"""The ``engine:`` section of a recipe: what moves the weights, and what it may use."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import AliasChoices, Field, field_validator, model_validator
+
+from dreamfleet.datasets.errors import ResourceError
+from dreamfleet.datasets.section import Section
+from dreamfleet.trainers.memory import parse_size
+
+OffloadDevice = Literal["none", "cpu", "nvme"]
+
+
+class EngineConfig(Section):
+    """The ``engine:`` section."""
+
+    zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
+        "auto",
+        description="auto: torch alone, and on a GPU too small for it the cheapest setting that fits. 0 to 3: "
+        "DeepSpeed, which shards nothing (0), optimizer states (1), gradients too (2), weights too (3) over the "
+        "workers",
+    )
+    offload_optimizer_device: OffloadDevice = Field(
+        "none",
+        description="optimizer states in host memory (cpu; zero_stage 1 to 3) or on a disk (nvme; zero_stage 3), "
+        "stepped by the CPU",
+    )
+    offload_param_device: OffloadDevice = Field(
+        "none",
+        description="weights in host memory (cpu) or on a disk (nvme) until a layer needs them (zero_stage 3)",
+    )
+    nvme_path: str | None = Field(
+        None,
+        validation_alias=AliasChoices("nvme_path", "offload_optimizer_nvme_path", "offload_param_nvme_path"),
+        description="folder on a fast disk of every machine, for nvme",
+    )
+    gpu_memory: str | None = Field(
+        None,
+        description="the most a run may take of a GPU, such as 12GiB; also what zero_stage: auto goes by",
+    )
+    pin_memory: bool | None = Field(
+        None, description="page-locked host memory for offload; unset: DeepSpeed's choice, which is true"
+    )
+    overlap_comm: bool | None = Field(None, description="send gradients while backward goes on (DeepSpeed)")
+    reduce_bucket_size: int | None = Field(
+        None,
+        ge=2,
+        description="numbers sent at a time when gradients are added up; unset: 50 million at most",
+    )
+    allgather_bucket_size: int | None = Field(
+        None, ge=2, description="numbers sent at a time when weights are gathered; unset: 50 million at most"
+    )
+    stage3_prefetch_bucket_size: int | None = Field(
+        None, ge=0, description="weights fetched ahead (zero_stage 3)"
+    )
+    stage3_param_persistence_threshold: int | None = Field(
+        None, ge=0, description="smaller tensors stay whole on every worker (zero_stage 3)"
+    )
+    stage3_max_live_parameters: int | None = Field(
+        None, ge=0, description="the most weights that are whole at once (zero_stage 3)"
+    )
+    stage3_max_reuse_distance: int | None = Field(
+        None, ge=0, description="weights that come again sooner are kept whole (zero_stage 3)"
+    )
+    zero_hpz_partition_size: int | None = Field(
+        None,
+        ge=1,
+        description="ZeRO++: workers of one machine that hold the weights once more (zero_stage 3)",
+    )
+    zero_quantized_weights: bool | None = Field(
+        None, description="ZeRO++: weights travel in 8 bits (zero_stage 3, GPU)"
+    )
+    zero_quantized_gradients: bool | None = Field(
+        None, description="ZeRO++: gradients travel in 4 bits (zero_stage 3, GPU)"
+    )
+    allow_tf32: bool = Field(True, description="TF32 matrix products on NVIDIA cards")
+    use_ema: bool = Field(False, description="keep an average of the weights, and sample and export that")
+    ema_decay: float = Field(0.9999, gt=0, lt=1)
+
+    @field_validator("gpu_memory")
+    @classmethod
+    def _check_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                parse_size(value, option="gpu_memory")
+            except ResourceError as error:
+                raise ValueError(str(error)) from None
+        return value
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> EngineConfig:
+        if self.offload_param_device != "none" and self.zero_stage != 3:
+            raise ValueError(
+                f"offload_param_device: {self.offload_param_device} needs zero_stage: 3, which shards the weights; "
+                "set it, or offload_param_device: none"
+            )
+        if self.offload_optimizer_device == "nvme" and self.zero_stage != 3:
+            raise ValueError(
+                "offload_optimizer_device: nvme needs zero_stage: 3; set it, or offload_optimizer_device: cpu, which "
+                "stages 1 and 2 have too"
+            )
+        if self.offload_optimizer_device != "none" and self.zero_stage in ("auto", 0):
+            raise ValueError(
+                f"offload_optimizer_device: {self.offload_optimizer_device} needs zero_stage: 1, 2 or 3, which shard "
+                "the optimizer; set one (2 suits most models), or offload_optimizer_device: none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_nvme(self) -> EngineConfig:
+        devices = {key: getattr(self, key) for key in ("offload_optimizer_device", "offload_param_device")}
+        on_disk = [key for key, device in devices.items() if device == "nvme"]
+        if on_disk and self.nvme_path is None:
+            raise ValueError(f"{on_disk[0]}: nvme needs nvme_path, a folder on a fast disk of every machine")
+        if on_disk and self.use_ema:
+            raise ValueError(
+                f"{on_disk[0]}: nvme does not go with use_ema, whose average would have to lie on the disk as well; "
+                "use cpu, or use_ema: false"
+            )
+        if self.offload_param_device == "nvme" and self.offload_optimizer_device == "none":
+            raise ValueError(
+                "offload_param_device: nvme needs offload_optimizer_device: nvme or cpu, as the step then happens on "
+                "the host; set one"
+            )
+        return self
+
+    @property
+    def gpu_limit(self) -> int | None:
+        """``gpu_memory`` in bytes."""
+        return None if self.gpu_memory is None else parse_size(self.gpu_memory, option="gpu_memory")
