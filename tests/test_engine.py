@@ -152,3 +152,41 @@ def test_nothing_says_how_long_to_train_and_sizes_that_do_not_fit_are_told(tmp_p
     assert make_parts(tmp_path, train__max_train_steps=None, train__num_train_epochs=2).schedule.total == 6
     with pytest.raises(RecipeError, match="must be a multiple of 8"):
         make_parts(tmp_path, data__resolution=36)
+
+
+# torch's own, while it looks at a block's inputs
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(
+    "engine", [{"channels_last": True}, {"torch_compile": True, "dynamo_backend": "aot_eager"}]
+)
+def test_options_for_speed_change_no_number_and_no_name(tmp_path: Path, engine: dict[str, Any]) -> None:
+    plain, fast = make_parts(tmp_path), make_parts(tmp_path, engine=engine)
+    block = next(m for m in fast.model.unet.modules() if type(m).__name__ == "ResnetBlock2D")
+    if "channels_last" in engine:
+        assert block.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+        assert not block.conv1.weight.is_contiguous()
+    else:
+        assert block._compiled_call_impl is not None
+    for step in range(2):
+        assert take_step(fast, step) == pytest.approx(take_step(plain, step), rel=1e-5)
+    ours, theirs = fast.engine.learned(), plain.engine.learned()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(value, ours[name], atol=2e-4) for name, value in theirs.items())
+    with fast.engine.whole():
+        assert all(param.is_contiguous() for param in fast.engine.params.values())
+        paths = fast.method.export(tmp_path, "fast", formats=None, step=2, metadata={}, precision="fp32")
+    from safetensors.torch import load_file
+
+    name = "down_blocks.0.resnets.0.conv1.weight"
+    written = load_file(next(paths[0].rglob("unet/*.safetensors")))
+    assert torch.equal(written[name], ours[f"unet.{name}"])
+    assert set(written) == set(plain.model.unet.state_dict())
+
+
+def test_options_for_speed_that_zero_cannot_have_are_told(tmp_path: Path) -> None:
+    for engine, told in (
+        ({"channels_last": True, "zero_stage": 2}, "channels_last does not go with"),
+        ({"torch_compile": True, "zero_stage": 3}, "torch_compile does not go with"),
+    ):
+        with pytest.raises(RecipeError, match=told):
+            make_parts(tmp_path, engine=engine)

@@ -17,6 +17,7 @@ from dreamfleet.trainers.loop import peak_memory
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run import open_run_folder
+from dreamfleet.trainers.settle import settle_engine
 
 
 class CheckLine(NamedTuple):
@@ -44,7 +45,9 @@ def check_run(recipe: Recipe, *, device: str = "cpu") -> list[CheckLine]:
         return lines[-1].ok
 
     def build() -> str:
-        made.append(assemble(_without_prior(recipe), Place(device=torch.device(device))))
+        place = Place(device=torch.device(device))
+        settled, _ = settle_engine(_without_prior(recipe), place)
+        made.append(assemble(settled, place))
         base = made[0].method.base
         return f"{base.name} ({base.words})"
 

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dreamfleet.datasets.errors import CheckpointError, ResourceError
+from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceError
 from dreamfleet.trainers.average import Ema, saved_average
 from dreamfleet.trainers.engine_section import EngineConfig
 from dreamfleet.trainers.methods.base import Batch, Loss, Method
 from dreamfleet.trainers.optim import OptimizerConfig, make_optimizer
+from dreamfleet.trainers.speed import ask_all, send, speed_up
 from dreamfleet.trainers.stepping import Stepper, restore_types
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,9 +47,7 @@ class Engine(ABC):
         self.dtype = DTYPES[mixed_precision]
         if self.dtype == torch.float16 and device.type != "cuda":
             raise ResourceError("train.mixed_precision: fp16 needs a GPU; use bf16 or no on this machine")
-        if device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-            torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        speed_up(method.model.unet, config, device)
         self.groups = [group for group in method.groups() if group.params]
         self.params = {name: param for group in self.groups for name, param in group.params.items()}
         self.ema: Ema | None = None
@@ -61,7 +60,7 @@ class Engine(ABC):
     def place(self, batch: Batch) -> Batch:
         """Move a batch's tensors to the device."""
         return {
-            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            name: send(value, self.device) if isinstance(value, Tensor) else value
             for name, value in batch.items()
         }
 
@@ -118,14 +117,7 @@ class Engine(ABC):
         """Start asking whether any rank raised the flag; call the result for the answer (the same on every rank)."""
         if self.world == 1:
             return lambda: flag
-        tensor = torch.tensor(int(flag), device=self.device)
-        work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True)
-
-        def answer() -> bool:
-            work.wait()
-            return bool(tensor.item())
-
-        return answer
+        return ask_all(flag, self.device)
 
     def mean_over_ranks(self, values: Tensor) -> Tensor:
         """Average a tensor of figures over the workers."""
@@ -139,13 +131,18 @@ class TorchEngine(Engine):
     """Runs a method on one device, or on one device per worker with DDP."""
 
     def _build(self, optimizer: OptimizerConfig) -> None:
+        self.narrow = any(param.dtype == torch.bfloat16 for param in self.params.values())
         own = self.method.optimizer()
         if own is not None:
+            if optimizer.fused_backward or self.narrow:
+                raise RecipeError(
+                    f"optimizer.fused_backward and train.full_bf16 do not go with {self.method.name}, whose steps are "
+                    "its own; leave them out"
+                )
             self.max_grad_norm = 0.0  # clipped, the batches would not count alike
         self.optimizer = own or make_optimizer(self.groups, optimizer, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.ema = Ema(self.params, self.config.ema_decay) if self.config.use_ema else None
-        self.narrow = any(param.dtype == torch.bfloat16 for param in self.params.values())
         self.stepper = Stepper(self.optimizer, seed=self.seed)
         self.coming: int | None = None  # the step that backward may do
         self.squares: list[Tensor] = []  # of the gradients that backward has used up
@@ -185,12 +182,12 @@ class TorchEngine(Engine):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        with self._lent(lambda param: param.dtype):
+        with self._lent(lambda param, value: value.to(param.dtype)):
             yield
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        with self._lent(lambda param: torch.float32):
+        with self._lent(lambda _, value: value.contiguous()):  # other programs know one layout
             yield
 
     def learned(self) -> dict[str, Tensor]:
@@ -263,12 +260,12 @@ class TorchEngine(Engine):
         return torch.stack(self.squares).sum().sqrt()
 
     @contextmanager
-    def _lent(self, dtype: Callable[[nn.Parameter], torch.dtype]) -> Iterator[None]:
-        """Within this context the parameters are the averaged ones, where an average is kept."""
+    def _lent(self, convert: Callable[[nn.Parameter, Tensor], Tensor]) -> Iterator[None]:
+        """Within this context the parameters are the converted ones, averaged where an average is kept."""
         kept = {name: param.data for name, param in self.params.items()}
-        if self.ema is not None:
-            for name, param in self.params.items():
-                param.data = self.ema.shadow[name].to(dtype(param))
+        lent = kept if self.ema is None else self.ema.shadow
+        for name, param in self.params.items():
+            param.data = convert(param, lent[name])
         try:
             yield
         finally:

@@ -10,6 +10,19 @@ from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.datasets.section import Section
 from dreamfleet.trainers.memory import parse_size
 
+# Our keys of DeepSpeed's names, handed on as they are where they are set.
+ZERO_KEYS = (
+    "overlap_comm",
+    "reduce_bucket_size",
+    "allgather_bucket_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_gradients",
+)
 OffloadDevice = Literal["none", "cpu", "nvme"]
 
 
@@ -75,7 +88,23 @@ class EngineConfig(Section):
     zero_quantized_gradients: bool | None = Field(
         None, description="ZeRO++: gradients travel in 4 bits (zero_stage 3, GPU)"
     )
+    deepspeed_config: str | None = Field(
+        None,
+        description="a DeepSpeed JSON of your own: its further keys are handed on, its stage and offload taken; what "
+        "the recipe says already must agree, or be auto",
+    )
     allow_tf32: bool = Field(True, description="TF32 matrix products on NVIDIA cards")
+    cudnn_benchmark: bool = Field(
+        False, description="let cuDNN try its convolutions and keep the fastest, for every size of picture"
+    )
+    channels_last: bool = Field(False, description="the U-Net's convolutions with the channels innermost")
+    torch_compile: bool = Field(
+        False,
+        description="compile the U-Net's transformer and residual blocks: slow first steps, faster later ones",
+    )
+    dynamo_backend: Literal["inductor", "aot_eager", "eager"] = Field(
+        "inductor", description="what torch_compile compiles with"
+    )
     use_ema: bool = Field(False, description="keep an average of the weights, and sample and export that")
     ema_decay: float = Field(0.9999, gt=0, lt=1)
 
@@ -125,6 +154,15 @@ class EngineConfig(Section):
                 "the host; set one"
             )
         return self
+
+    @property
+    def words(self) -> str:
+        """The engine in words: ``torch``, or its stage and what lies where."""
+        if self.zero_stage == "auto":
+            return "torch"
+        moved = {"optimizer": self.offload_optimizer_device, "weights": self.offload_param_device}
+        told = [f"{what} on {device}" for what, device in moved.items() if device != "none"]
+        return ", ".join([f"ZeRO-{self.zero_stage}", *told])
 
     @property
     def gpu_limit(self) -> int | None:

@@ -83,5 +83,5 @@ def load_method(recipe: Recipe, found: Checkpoint) -> Method:
         with torch.no_grad():
             for group in method.groups():
                 for name, param in group.params.items():
-                    param.copy_(found.engine["ema"][name])
+                    param.data = found.engine["ema"][name].float()  # also where the weights are narrower
     return method

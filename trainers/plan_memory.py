@@ -69,9 +69,16 @@ class MemoryPlan:
 
 
 def plan_memory(
-    recipe: Recipe, *, gpu_memory: int | None = None, host_memory: int | None = None
+    recipe: Recipe,
+    *,
+    gpu_memory: int | None = None,
+    host_memory: int | None = None,
+    world: int | None = None,
+    workers_per_host: int | None = None,
 ) -> MemoryPlan:
     """Estimate the memory of every engine choice for a recipe, on GPUs, and choose; limits are in bytes.
+
+    ``world`` and ``workers_per_host`` are what the recipe's ``scaling:`` says where they are not given.
 
     Loads no weights and downloads nothing. Raises ModelError for a model whose shape cannot be told, RecipeError for
     a resolution it cannot have.
@@ -80,21 +87,20 @@ def plan_memory(
     method = method_shape(recipe)
     pictures = count_pictures(recipe, method)
     counts = count_run(recipe, method, pictures)
-    world = max(1, recipe.scaling.num_workers)
+    world = world or max(1, recipe.scaling.num_workers)
     together = recipe.scaling.placement_strategy == "STRICT_PACK"
-    per_host = world if together else 1
+    per_host = workers_per_host or (world if together else 1)
     estimates = estimate_all(counts, world=world, workers_per_host=per_host)
-    limited = gpu_memory is not None or host_memory is not None
+    limits = {"gpu_memory": gpu_memory, "host_memory": host_memory}
     return MemoryPlan(
         parameters={name: sum(p.numel() for p in part.parameters()) for name, part in _parts(method).items()},
         counts=counts,
         pictures=pictures,
         world=world,
         workers_per_host=per_host,
-        gpu_memory=gpu_memory,
-        host_memory=host_memory,
+        **limits,
         estimates=estimates,
-        chosen=cheapest_fit(estimates, gpu_memory=gpu_memory, host_memory=host_memory) if limited else None,
+        chosen=cheapest_fit(estimates, **limits) if any(limits.values()) else None,
     )
 
 

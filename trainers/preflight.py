@@ -53,8 +53,10 @@ def check_inputs(recipe: Recipe) -> None:
     Sets of up to a thousand files on a disk are read through as a worker would; buckets and larger sets are left to it.
     """
     from dreamfleet.datasets.sets import load_concepts, load_sets
+    from dreamfleet.trainers.deepspeed_file import with_deepspeed_file
     from dreamfleet.trainers.recipe import METHOD_FILES, METHOD_MODELS
 
+    with_deepspeed_file(recipe)
     folders = [Storage(concept.instance_data_dir) for concept in load_concepts(recipe.data)]
     if all(
         folder.is_local and (not folder.exists() or len(folder.list(recursive=True)) <= 1000)
@@ -100,7 +102,7 @@ def local_paths(recipe: Recipe) -> list[str]:
             found.append(value)
 
     sections = recipe.model_dump(mode="json")
-    for name in ("method", "model", "data", "validation"):
+    for name in ("method", "model", "data", "engine", "validation"):
         walk(sections[name])
     return list(dict.fromkeys(found))
 

@@ -250,6 +250,11 @@ def _with_absolute_paths(recipe: Recipe, folder: str) -> Recipe:
         "validation": validation.model_copy(
             update={name: absolute(getattr(validation, name)) for name in ("holdout", "clip", "dino")}
         ),
+        "engine": recipe.engine.model_copy(
+            update={
+                name: absolute(getattr(recipe.engine, name)) for name in ("deepspeed_config", "nvme_path")
+            }
+        ),
         "output_dir": absolute(recipe.output_dir),
     }
     method = {

@@ -42,7 +42,9 @@ class Recorder:
         checkpoints: Checkpoints,
         start_step: int,
         on_progress: Callable[[dict[str, Any]], None] | None,
+        engine_reason: str,
     ):
+        self.engine_reason = engine_reason
         self.recipe, self.parts, self.place, self.run, self.checkpoints = (
             recipe,
             parts,
@@ -73,7 +75,8 @@ class Recorder:
             )
         if self.place.leads:
             self.run.write_text(
-                "recipe.yaml", f"{provenance(self.recipe, self.parts)}{self.recipe.to_yaml()}"
+                "recipe.yaml",
+                f"{provenance(self.recipe, self.parts, self.engine_reason)}{self.recipe.to_yaml()}",
             )
             self.metrics = Metrics(self.run, start_step=self.start_step, report_to=self.recipe.report_to)
             measured = [
@@ -251,13 +254,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def provenance(recipe: Recipe, parts: Parts) -> str:
-    """Return the comment lines on top of a run's recipe.yaml: versions, dataset and base model."""
+def provenance(recipe: Recipe, parts: Parts, engine_reason: str) -> str:
+    """Return the comment lines on top of a run's recipe.yaml: versions, dataset, base model, why this engine."""
     lines = [f"{name} {number}" for name, number in versions().items()]
     return (
         f"# {', '.join(lines)}\n"
         f"# dataset {parts.sets.instances.content_hash} ({len(parts.sets.instances)} pictures)\n"
         f"# base model {' '.join(filter(None, parts.method.base[:2]))}\n"
+        f"# engine {recipe.engine.words} ({' '.join(engine_reason.split())})\n"
     )
 
 

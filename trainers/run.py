@@ -19,6 +19,7 @@ from dreamfleet.trainers.loop import Hooks, train
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.recorder import Recorder, run_identity, versions
+from dreamfleet.trainers.settle import settle_engine
 from dreamfleet.trainers.summary import Summary
 
 log = logging.getLogger(__name__)
@@ -86,12 +87,14 @@ def run_worker(
     """
     began = started or time.time()
     place = Place(rank, world, torch.device(device))
+    recipe, engine_reason = settle_engine(recipe, place)
     parts = assemble(recipe, place)
     try:
         return _run(
             recipe,
             parts,
             place,
+            engine_reason=engine_reason,
             began=began,
             resume=resume,
             should_stop=should_stop,
@@ -106,6 +109,7 @@ def _run(
     parts: Parts,
     place: Place,
     *,
+    engine_reason: str,
     began: float,
     resume: bool,
     should_stop: Callable[[], bool],
@@ -115,7 +119,7 @@ def _run(
     checkpoints = Checkpoints(run, limit=recipe.train.checkpoints_total_limit)
     found = checkpoints.load_latest() if resume else None
     start_step = _restore(found, recipe, parts, place) if found else 0
-    recorder = Recorder(recipe, parts, place, run, checkpoints, start_step, on_progress)
+    recorder = Recorder(recipe, parts, place, run, checkpoints, start_step, on_progress, engine_reason)
     recorder.open()
     ready = time.time()
     outcome = train(
@@ -158,6 +162,7 @@ def _run(
         base_model=parts.method.base.name,
         base_model_hash=parts.method.base.content_hash,
         versions=versions(),
+        engine=f"{recipe.engine.words} ({engine_reason})",
     )
     recorder.close(summary, outcome.step, began=began)
     place.wait()

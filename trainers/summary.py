@@ -30,3 +30,4 @@ class Summary:
     base_model: str = ""
     base_model_hash: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    engine: str = ""

@@ -17,25 +17,13 @@ import torch
 import torch.distributed as dist
 
 from dreamfleet.datasets.errors import ResourceError
-from dreamfleet.trainers.engine_section import EngineConfig
+from dreamfleet.trainers.deepspeed_file import handed_on, merged, read_deepspeed_file
+from dreamfleet.trainers.engine_section import ZERO_KEYS, EngineConfig
 
 log = logging.getLogger(__name__)
 
 # In elements. DeepSpeed's own 500 million would take 1 GB of the memory that people come to save.
 BUCKET = 50_000_000
-# Our keys of DeepSpeed's names, handed on as they are where they are set.
-PASSED_ON = (
-    "overlap_comm",
-    "reduce_bucket_size",
-    "allgather_bucket_size",
-    "stage3_prefetch_bucket_size",
-    "stage3_param_persistence_threshold",
-    "stage3_max_live_parameters",
-    "stage3_max_reuse_distance",
-    "zero_hpz_partition_size",
-    "zero_quantized_weights",
-    "zero_quantized_gradients",
-)
 
 
 def zero_config(
@@ -45,13 +33,14 @@ def zero_config(
 
     Stages 1 to 3 use DeepSpeed's own half-precision modes: weights and gradients in 16 bits, and fp32 weights in the
     sharded optimizer. Stage 0 has no sharded optimizer: fp32 weights under autocast, as in TorchEngine.
+    What a ``deepspeed_config`` says besides lies under ours.
     Source: https://www.deepspeed.ai/docs/config-json/
     """
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.zero_stage:
         bucket = min(BUCKET, num_params + num_params % 2)  # DeepSpeed refuses odd ones
         zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
-    zero |= {key: getattr(config, key) for key in PASSED_ON if getattr(config, key) is not None}
+    zero |= {key: getattr(config, key) for key in ZERO_KEYS if getattr(config, key) is not None}
     for part in ("optimizer", "param"):
         device = getattr(config, f"offload_{part}_device")
         if device != "none":
@@ -76,6 +65,8 @@ def zero_config(
         told["torch_autocast"] = {"enabled": True, "dtype": "float16"}
     elif mixed_precision == "bf16" and config.zero_stage:
         told["bf16"] = {"enabled": True}
+    if config.deepspeed_config is not None:
+        told = merged(handed_on(read_deepspeed_file(config.deepspeed_config)), told)
     return told
 
 

@@ -1,0 +1,108 @@
+"""Settles what a recipe leaves open until the machines are known: how the engine runs, and within how much memory."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from dreamfleet.datasets.errors import ModelError, ResourceError, UserError
+from dreamfleet.trainers.deepspeed_file import with_deepspeed_file
+from dreamfleet.trainers.memory import CUDA_CONTEXT, GIB
+from dreamfleet.trainers.methods.base import discover
+from dreamfleet.trainers.place import Place
+from dreamfleet.trainers.recipe import Recipe
+
+log = logging.getLogger(__name__)
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def settle_engine(recipe: Recipe, place: Place) -> tuple[Recipe, str]:
+    """Return the recipe as it will run, and why its engine runs so; the same on every worker.
+
+    ``engine.zero_stage: auto`` becomes the cheapest setting that fits the smallest of the workers' GPUs and hosts; on a
+    CPU it stays torch alone, with nothing planned. ``engine.gpu_memory`` is also enforced. Raises ResourceError when no
+    setting fits.
+    """
+    recipe = with_deepspeed_file(recipe)
+    if place.device.type != "cuda":
+        return recipe, "as the recipe says" if recipe.engine.zero_stage != "auto" else "no GPU"
+    card = limit_card(place.device, recipe.engine.gpu_limit)
+    if recipe.engine.zero_stage != "auto":
+        return recipe, "as the recipe says"
+    return choose_engine(
+        recipe, place, gpu_memory=place.union([card])[0], host_memory=place.union([host_memory()])[0]
+    )
+
+
+def choose_engine(recipe: Recipe, place: Place, *, gpu_memory: int, host_memory: int) -> tuple[Recipe, str]:
+    """Decide on rank 0 for everybody; a model that cannot be planned is trained by torch alone."""
+    if (reason := discover()[recipe.method.name].no_plan) is not None:
+        return recipe, f"not planned: {recipe.method.name} {reason}"
+    decided: tuple[dict[str, str | int | bool], str] | ResourceError | None = None
+    if place.leads:
+        try:
+            decided = _decide(recipe, place.world, gpu_memory, host_memory)
+        except ModelError as error:
+            decided = {}, f"not planned: {error}"
+        except ResourceError as error:  # everybody must hear of it
+            decided = error
+    decided = place.told(decided)
+    if isinstance(decided, ResourceError):
+        raise decided
+    assert decided is not None
+    settings, reason = decided
+    if place.leads:
+        log.info("engine: %s", reason)
+    update = {key.removeprefix("engine."): value for key, value in settings.items()}
+    return recipe.model_copy(update={"engine": recipe.engine.model_copy(update=update)}), reason
+
+
+def _decide(
+    recipe: Recipe, world: int, gpu_memory: int, host_memory: int
+) -> tuple[dict[str, str | int | bool], str]:
+    from dreamfleet.trainers.plan_memory import plan_memory
+    from dreamfleet.trainers.plan_words import tell_nothing_fits
+
+    per_host = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    try:
+        made = plan_memory(
+            recipe, gpu_memory=gpu_memory, host_memory=host_memory, world=world, workers_per_host=per_host
+        )
+    except UserError as error:
+        raise ModelError(str(error)) from error
+    if made.chosen is None:
+        raise ResourceError(f"engine.zero_stage: auto: {tell_nothing_fits(made, recipe)}")
+    chosen, larger = made.chosen, made.estimates[: made.estimates.index(made.chosen)]
+    reason = (
+        f"{chosen.choice.name} needs {chosen.gpu_total / GIB:.1f} of {gpu_memory / GIB:.1f} GiB on the GPU and "
+        f"{chosen.host_total / GIB:.1f} of {host_memory / GIB:.1f} GiB on the host"
+    )
+    if larger:
+        reason += f"; {larger[0].choice.name} would need {larger[0].gpu_total / GIB:.1f} GiB on the GPU"
+    return chosen.choice.settings, reason
+
+
+def limit_card(device: torch.device, limit: int | None) -> int:
+    """Return how much of a GPU a run may take, its CUDA context included, and hold torch to ``limit``."""
+    free, total = torch.cuda.mem_get_info(device)
+    if limit is None:
+        return min(total, free + CUDA_CONTEXT)  # asking has made the context, which the plan counts
+    if limit <= CUDA_CONTEXT:
+        raise ResourceError(
+            f"engine.gpu_memory: {limit / GIB:.1f} GiB are less than what CUDA itself takes; give more"
+        )
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - CUDA_CONTEXT) / total), device)
+    return min(limit, total, free + CUDA_CONTEXT)
+
+
+def host_memory() -> int:
+    """Return the memory of this machine, or of the container this is."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in map(Path, CGROUP_LIMITS):
+        text = file.read_text().strip() if file.is_file() else ""
+        if text.isdigit():  # else "max"
+            sizes.append(int(text))
+    return min(sizes)
