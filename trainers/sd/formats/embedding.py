@@ -14,13 +14,19 @@ from torch import Tensor
 
 from dreamfleet.datasets.errors import FormatError
 from dreamfleet.trainers.sd.formats import image_embedding
-from dreamfleet.trainers.sd.formats.pickles import load_pickle, parameters_of, save_pickle
+from dreamfleet.trainers.sd.formats.pickles import (
+    load_pickle,
+    parameters_of,
+    require_backed,
+    save_pickle,
+)
 from dreamfleet.trainers.sd.formats.tensor_files import read_safetensors, write_safetensors
 
 SUFFIXES = (".pt", ".bin", ".safetensors", *image_embedding.SUFFIXES)
 
 _METADATA_KEY = "dreamfleet"  # an extra entry of the webui dict: webui and diffusers pass over it
 _PREFIX = "dreamfleet."  # of our fields in a safetensors header, apart from the metadata itself
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _KEYS_WITHOUT_NAME = ("emb_params", "clip_l", "clip_g", "*", "")
 
 
@@ -178,7 +184,7 @@ def _from_webui(data: dict[Any, Any], path: Path, *, name_from_file: bool) -> Em
     return Embedding(
         name,
         vectors,
-        step if isinstance(step, int) else 0,
+        step if type(step) is int and 0 <= step < 10**18 else 0,
         hash_ if isinstance(hash_, str) else None,
         checkpoint if isinstance(checkpoint, str) else None,
         _metadata(data.get(_METADATA_KEY)),
@@ -236,8 +242,12 @@ def _to_header(embedding: Embedding) -> dict[str, str]:
 
 
 def _vectors(value: Any, path: Path) -> Tensor:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    # Sparse and meta tensors pass torch's safe reader as well, and claim any size; so do views of one number.
+    plain = isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+    if not plain or value.dtype not in _DTYPES:
         raise FormatError(f"{path}: holds a {type(value).__name__} where the vectors should be.")
+    if path.suffix.lower() in (".pt", ".bin"):
+        require_backed([value], path)
     vectors = value.detach().float()
     return vectors[None] if vectors.ndim == 1 else vectors
 

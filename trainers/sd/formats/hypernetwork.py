@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dreamfleet.datasets.errors import FormatError, UserError
-from dreamfleet.trainers.sd.formats.pickles import load_pickle, save_pickle
+from dreamfleet.trainers.sd.formats.pickles import load_pickle, require_backed, save_pickle
 from dreamfleet.trainers.sd.hypernetwork import Hypernetwork, Structure, derived_dropout
 
 SUFFIX = ".pt"
@@ -96,13 +96,7 @@ def read_hypernetwork(path: str | os.PathLike[str]) -> HypernetworkFile:
     weights = {
         width: [_weights(part, width, path) for part in _pair(data[width], width, path)] for width in widths
     }
-    # A tensor may be a view that says "a million times this number": copied, it would take all memory. Keys and values
-    # may share theirs, so that a file can honestly give twice its size.
-    claimed = sum(
-        t.numel() * t.element_size() for pair in weights.values() for part in pair for t in part.values()
-    )
-    if claimed > 2 * path.stat().st_size:
-        raise FormatError(f"{path}: its tensors claim {claimed} bytes, more than the file has.")
+    require_backed((t for pair in weights.values() for part in pair for t in part.values()), path)
     try:
         with torch.device("meta"):  # only the shapes are needed of what the constructor makes
             network = Hypernetwork(widths, _structure(data))

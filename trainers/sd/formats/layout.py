@@ -21,6 +21,8 @@ from dreamfleet.trainers.sd.formats.ldm_names import (
 )
 from dreamfleet.trainers.sd.formats.text_names import Place, clip_place
 
+_MOST_LAYERS = 200
+_LARGEST_SIZE = 2**20
 _OTHER_CHANNELS = {
     5: "a depth model",
     7: "an upscaler",
@@ -117,7 +119,8 @@ def family_in(state: Mapping[str, Tensor], path: Path) -> Family:
 
 
 def empty_part(part: str, config: Config) -> nn.Module:
-    """Build a part without memory for its parameters."""
+    """Build a part without memory for its parameters. Raises FormatError for a config that makes no model."""
+    require_sane(config, part)
     try:
         with torch.device("meta"):
             if part == "unet":
@@ -167,17 +170,17 @@ def _take(
             else f"it holds no {part} (no {PREFIXES[family][part]}*); use a file of the whole model."
         )
     tensor = _own_part(state[place.name], place, shape)
-    if list(tensor.shape) != shape:
+    if list(tensor.shape) != shape or not tensor.is_floating_point():
         raise FormatError(
-            f"{place.name} has shape {list(state[place.name].shape)}, which does not fit {shape} of the model it says "
-            "to be; use its diffusers folder."
+            f"{place.name} has shape {list(state[place.name].shape)}, type {tensor.dtype}, which does not fit {shape} "
+            "of the model it says to be; use its diffusers folder."
         )
     return tensor
 
 
 def _own_part(tensor: Tensor, place: Place, shape: list[int]) -> Tensor:
     """Give what a place keeps of a parameter, in `shape` where the file merely writes it in another way."""
-    if place.third is not None and len(tensor) == 3 * shape[0]:
+    if place.third is not None and tensor.ndim and len(tensor) == 3 * shape[0]:
         return tensor.chunk(3)[place.third].clone()  # what is saved later must not share its memory
     if place.transposed and tensor.ndim == 2:
         return tensor.T.contiguous()
@@ -185,3 +188,20 @@ def _own_part(tensor: Tensor, place: Place, shape: list[int]) -> Tensor:
     if tensor.ndim == 4 and len(shape) == 2 and list(tensor.shape[2:]) == [1, 1]:
         return tensor[:, :, 0, 0]
     return tensor[:, :, None, None] if tensor.ndim == 2 and shape[2:] == [1, 1] else tensor
+
+
+def require_sane(config: Config, part: str) -> None:
+    """Refuse configs from files that would take for ever to build: sizes beyond any model's, layers without end."""
+
+    def numbers(value: Any, depth: int) -> list[int | float]:
+        if depth > 3 or isinstance(value, dict):
+            return []
+        if isinstance(value, list | tuple):
+            return [number for item in value[:64] for number in numbers(item, depth + 1)]
+        return [value] if isinstance(value, int | float) else []
+
+    for key, value in config.items():
+        largest = _MOST_LAYERS if "layers" in key else _LARGEST_SIZE
+        too_long = isinstance(value, list | tuple) and len(value) > 64
+        if too_long or any(not abs(number) <= largest for number in numbers(value, 0)):
+            raise FormatError(f"its {part} config makes no model ({key} is beyond any model's).")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dreamfleet.datasets.errors import FormatError
-from dreamfleet.trainers.sd.formats.pickles import load_pickle, save_pickle
+from dreamfleet.trainers.sd.formats.pickles import load_pickle, require_backed, save_pickle
 
 SUFFIX = ".optim"  # after the other file's whole name
 
@@ -122,6 +122,7 @@ def _adam(entry: Any, shape: list[int], path: Path) -> AdamState:
         moment = entry.get(name)
         if not _is_plain(moment) or list(moment.shape) != shape:
             raise FormatError(f"{path}: its moments are not Adam's for a parameter of shape {shape}.")
+        require_backed([moment], path)
         moments.append(moment.detach().float())
     adam = AdamState(float(step), *moments)
     _check(adam, path)

@@ -14,7 +14,8 @@ from dreamfleet.datasets.errors import FormatError
 from dreamfleet.trainers.sd.formats.ldm_names import Config, family_of
 from dreamfleet.trainers.sd.formats.pickles import replacing
 
-LARGEST_CONFIG = 100_000  # bytes; published ones have 3000
+LARGEST_CONFIG = 50_000  # bytes; published ones have 3000
+MOST_BRACKETS = 500  # PyYAML takes seconds over thousands of nested ones; published configs have 30
 ZERO_SNR = "rescale_betas_zero_snr"  # beside `model:`, where webui does not look: its own switch is a setting
 
 _PARAMETERIZATIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -59,7 +60,10 @@ def schedule_beside(path: Path) -> Config:
     try:
         if beside.stat().st_size > LARGEST_CONFIG:
             raise FormatError(f"{beside}: too large for a model's config; move it away if it is none.")
-        tree = yaml.safe_load(beside.read_text("utf-8"))
+        text = beside.read_text("utf-8")
+        if sum(text.count(each) for each in "[{") > MOST_BRACKETS or "- " * 8 in text:
+            raise ValueError("it is nested too deeply")
+        tree = yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise FormatError(
             f"{beside}: the config beside the model cannot be read ({str(error).splitlines()[0]}); move it away if it "

@@ -14,9 +14,10 @@ import re
 import struct
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -36,6 +37,8 @@ STORABLE_DTYPES = (
 
 _ALIGNMENT = 64  # bytes: torch reads tensors in place when their data starts at such an offset
 _PROTOCOL = 2  # what torch.save uses, and the newest that both checkers and weights_only read
+_BYTEARRAY = b"\nbytearray\n"  # as the pickles that torch's safe reader knows name it
+_TENSOR = re.compile(r"/data/\d+$")
 _LARGEST_INT = 2**2000  # beyond it pickle 2 uses an opcode that weights_only does not read
 
 
@@ -198,14 +201,36 @@ def _write_entry(archive: zipfile.ZipFile, name: str, content: memoryview) -> No
         file.write(content)
 
 
+def require_backed(tensors: Iterable[torch.Tensor], path: Path) -> None:
+    """Refuse tensors that claim more memory than a file can fill.
+
+    One may be a view that says "a million times this number": copied, it would take all memory. Two may share theirs,
+    so that a file can honestly give twice its size. Raises FormatError.
+    """
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if claimed > 2 * _size_of(path):
+        raise FormatError(f"{path}: its tensors claim {claimed} bytes, more than the file has.")
+
+
 def _require_bounded(source: str | os.PathLike[str] | bytes, size: int, where: str) -> None:
-    """Refuse a zip that unpacks to more than its size: entries that are compressed or overlap; torch writes neither."""
+    """Refuse what would take far more memory than its size.
+
+    A zip that unpacks to more: entries that are compressed or overlap; torch writes neither. A pickle that asks for an
+    empty bytearray of any length, the one call of that kind that torch's safe reader allows.
+    """
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
-            if file.read(4) != b"PK\x03\x04":
-                return  # the older stream
-            with zipfile.ZipFile(file) as archive:
-                unpacked = sum(entry.file_size for entry in archive.infolist())
+            if file.read(4) != b"PK\x03\x04":  # the older stream
+                unpacked, asks = size, _holds_bytearray(file)
+            else:
+                with zipfile.ZipFile(file) as archive:
+                    entries = archive.infolist()
+                    unpacked = sum(entry.file_size for entry in entries)
+                    asks = unpacked <= size and any(
+                        _BYTEARRAY in archive.read(entry)
+                        for entry in entries
+                        if not _TENSOR.search(entry.filename)
+                    )
     except OSError as error:
         raise StorageError(f"{where}: cannot be read ({error.strerror or error}).") from error
     except Exception as error:  # zipfile raises its own zoo of errors for a broken directory
@@ -214,6 +239,20 @@ def _require_bounded(source: str | os.PathLike[str] | bytes, size: int, where: s
         raise FormatError(
             f"{where}: refused, because it unpacks to {unpacked} bytes from {size}, as no file of PyTorch does."
         )
+    if asks:
+        raise FormatError(
+            f"{where}: refused, because it asks for a bytearray, as no model or embedding does."
+        )
+
+
+def _holds_bytearray(file: IO[bytes]) -> bool:
+    file.seek(0)
+    rest = b""
+    while block := file.read(2**20):
+        if _BYTEARRAY in rest + block:
+            return True
+        rest = block[-len(_BYTEARRAY) :]
+    return False
 
 
 def _explain(where: str, error: Exception) -> str:

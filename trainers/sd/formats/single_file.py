@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import FormatError, ModelError
-from dreamfleet.trainers.sd.formats.layout import empty_part, family_in, from_single_file, to_single_file
+from dreamfleet.trainers.sd.formats.layout import (
+    empty_part,
+    family_in,
+    from_single_file,
+    require_sane,
+    to_single_file,
+)
 from dreamfleet.trainers.sd.formats.ldm_names import (
     FAMILY_CONFIGS,
     NEEDS,
@@ -30,7 +36,7 @@ from dreamfleet.trainers.sd.formats.ldm_names import (
 )
 from dreamfleet.trainers.sd.formats.model_header import config_of, configs_in, model_header, tokenizer_in
 from dreamfleet.trainers.sd.formats.original_config import write_original_config
-from dreamfleet.trainers.sd.formats.pickles import load_pickle, save_pickle
+from dreamfleet.trainers.sd.formats.pickles import load_pickle, require_backed, save_pickle
 from dreamfleet.trainers.sd.formats.prediction import predicts_velocity, told_schedule
 from dreamfleet.trainers.sd.formats.tensor_files import read_safetensors, to_dtype, write_safetensors
 
@@ -129,8 +135,6 @@ def load_single_file(
 
     Raises FormatError as `load_single_file_parts`, ModelError when SD1's tokenizer is not on this machine.
     """
-    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-
     from dreamfleet.trainers.sd.model import StableDiffusion
 
     parts = load_single_file_parts(path, needs=needs)
@@ -150,11 +154,24 @@ def load_single_file(
         modules["zeros_for_empty_prompt"] = True  # as the webui draws with every SDXL
     return StableDiffusion(
         tokenizer=tokenizer_in(parts.metadata, where, family),
-        scheduler=DDPMScheduler.from_config(scheduler),
+        scheduler=_noise_of(scheduler, where),
         folder=name or str(path),
         content_hash="",
         **modules,
     )
+
+
+def _noise_of(config: Config, path: Path) -> Any:
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    try:
+        require_sane(config, "scheduler")
+        scheduler = DDPMScheduler.from_config(config)
+        if scheduler.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(f"nothing predicts {scheduler.config.prediction_type!r}")
+    except Exception as error:  # a config from a file can be wrong in any way
+        raise FormatError(f"{path}: its scheduler config makes no noise schedule ({error}).") from error
+    return scheduler
 
 
 def _settle_prediction(unet: Any, scheduler: Config) -> None:
@@ -178,7 +195,14 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
         raise FormatError(f"{path}: holds no model; a .ckpt is a dict of tensors.")
     header = data.get("dreamfleet")
     header = header if isinstance(header, dict) else {}
+    tensors = {key: value for key, value in state.items() if isinstance(key, str) and _is_plain(value)}
+    require_backed(tensors.values(), path)
     return (
-        {key: value for key, value in state.items() if isinstance(value, Tensor)},
+        tensors,
         {str(key): value for key, value in header.items() if isinstance(value, str)},
     )
+
+
+def _is_plain(value: Any) -> bool:
+    # Sparse, quantized and meta tensors pass torch's safe reader as well.
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"

@@ -1,0 +1,129 @@
+"""Feeds readers of files from strangers with broken ones: no crash, no hang, no memory beyond a bound."""
+
+from __future__ import annotations
+
+import io
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dreamfleet.datasets.errors import UserError
+
+LARGEST = 2**29  # bytes by which the process may grow
+SLOWEST = 5000  # milliseconds a file may take
+
+DTYPES = st.sampled_from(
+    [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.complex64]
+)
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 4, 16]), max_size=4)
+STRETCHED = SHAPES.map(lambda shape: torch.zeros([1] * len(shape)).expand([4096 * size for size in shape]))
+SPARSE = SHAPES.map(lambda shape: torch.zeros(shape).to_sparse() if shape else torch.zeros(1).to_sparse())
+TENSORS = STRETCHED | SPARSE | st.builds(lambda shape, dtype: torch.ones(shape, dtype=dtype), SHAPES, DTYPES)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+KEYS = st.text(max_size=3) | st.integers(-2, 2000)
+VALUES = st.recursive(
+    SCALARS | TENSORS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=6,
+)
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+)
+
+
+def changed(
+    valid: dict[Any, Any], values: st.SearchStrategy[Any] = VALUES
+) -> st.SearchStrategy[dict[Any, Any]]:
+    """Draw a valid dict with some entries replaced, added or missing."""
+    names = st.sampled_from(list(valid))
+    return st.builds(
+        lambda changes, missing: {
+            key: value for key, value in (valid | changes).items() if key not in missing
+        },
+        st.dictionaries(names | KEYS, values, max_size=3),
+        st.frozensets(names, max_size=1) if len(valid) > 1 else st.just(frozenset()),
+    )
+
+
+def torch_files(objects: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
+    """Draw what torch writes of these objects, as a zip or the older stream."""
+
+    return st.builds(saved, objects, st.booleans())
+
+
+def saved(value: Any, zipped: bool = True) -> bytes:
+    """What torch writes of an object."""
+    stream = io.BytesIO()
+    torch.save(value, stream, _use_new_zipfile_serialization=zipped)
+    return stream.getvalue()
+
+
+def damaged(whole: bytes, head: int = 1500) -> st.SearchStrategy[bytes]:
+    """Draw a file with a few bytes changed, most of them in its first `head` bytes, some cut short or doubled."""
+    return damage(whole, head).map(lambda done: apply_damage(whole, done))
+
+
+Damage = tuple[list[tuple[int, bytes]], int, str]
+
+
+def damage(whole: bytes, head: int = 1500) -> st.SearchStrategy[Damage]:
+    """Draw what `apply_damage` does to a file."""
+    places = st.integers(0, len(whole) - 1) | st.integers(0, min(head, len(whole)) - 1)
+    patches = st.lists(st.tuples(places, st.binary(min_size=1, max_size=9)), max_size=4)
+    return st.tuples(patches, places, st.sampled_from(["whole", "whole", "cut", "doubled"]))
+
+
+def apply_damage(whole: bytes, done: Damage) -> bytes:
+    """Change a file's bytes, then cut it short or double it."""
+    changes, end, how = done
+    content = bytearray(whole)
+    for place, patch in changes:
+        content[place : place + len(patch)] = patch
+    return bytes(content[:end] if how == "cut" else content + content if how == "doubled" else content)
+
+
+def peak_memory() -> int:
+    """Bytes of memory this process has had at most."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def assert_survives(
+    read: Callable[[Path], object],
+    path: Path,
+    contents: st.SearchStrategy[Any],
+    *,
+    make: Callable[[Any], bytes] = bytes,
+    examples: int = 100,
+    some_are_read: bool = True,
+) -> None:
+    """Read every drawn content as the file `path`: it is read, or one of our errors names the file.
+
+    `make` turns what is drawn into the file's bytes: a large file is not drawn whole. Some must be refused and, where a
+    valid file is among them, some read: else nothing was tried.
+    """
+    before, outcomes = peak_memory(), []
+
+    @settings(max_examples=examples, deadline=SLOWEST, derandomize=True)
+    @given(contents)
+    def feed(drawn: Any) -> None:
+        path.write_bytes(make(drawn))
+        refusal = ""
+        try:
+            read(path)
+        except UserError as error:
+            refusal = str(error)
+        assert not refusal or path.stem in refusal, "an error names the file"
+        outcomes.append(not refusal)
+
+    feed()
+    assert not all(outcomes), "everything was read"
+    assert any(outcomes) or not some_are_read, "nothing was read"
+    assert peak_memory() - before < LARGEST
