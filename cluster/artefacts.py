@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage import Storage
@@ -15,8 +15,13 @@ from dreamfleet.trainers.sd.formats import aesthetic as aesthetics
 from dreamfleet.trainers.sd.formats import hypernetwork
 from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model, save_pipeline
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from dreamfleet.cluster.drawn import Row, Settings
+    from dreamfleet.trainers.sd.hypernetwork_prompts import Shelf
+
 EMBEDDINGS = (".pt", ".bin", ".png", ".webp", ".avif", ".jxl")  # files that are never a whole model
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 LARGEST_EMBEDDING = 16 * 2**20  # bytes; the smallest Stable Diffusion is larger
 
 
@@ -34,6 +39,20 @@ class Aesthetic:
             raise UserError(f"--aesthetic {self.path}: there is no such file")
         with Storage(self.path).local_copy() as path:
             apply_aesthetic(model, path, self.settings, self.clip)
+
+    def entries(self) -> dict[str, Any]:
+        """Tell the settings under the names of the webui's extension."""
+        told = self.settings
+        return {
+            "Aesthetic embedding": Path(self.path).stem,
+            "Aesthetic LR": told.learning_rate,
+            "Aesthetic weight": told.weight,
+            "Aesthetic steps": told.steps,
+            "Aesthetic slerp": told.slerp != "off",
+            "Aesthetic text": told.text or None,
+            "Aesthetic text negative": told.text_negative if told.text else None,
+            "Aesthetic slerp angle": told.slerp_angle if told.text else None,
+        }
 
 
 def draw_grid(
@@ -55,6 +74,7 @@ def draw_grid(
     height: int | None = None,
     clip_skip: int | None = None,
     max_token_length: int | None = None,
+    out_dir: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Write a grid with a row a prompt and a column a seed; return the cells in reading order.
 
@@ -62,18 +82,45 @@ def draw_grid(
     ``hypernetworks``: files, each with ``:0.8`` where its strength is not 1; prompts name others, in
     ``hypernetwork_dir`` or beside these, as ``<hypernet:NAME:0.8>``. ``aesthetic``: a vector that prompts are tuned
     towards; the cells then tell the cosine with it before and after. ``clip_skip`` and ``max_token_length``: as in a
-    recipe's ``model:``; None: the run's, 1 and 75.
+    recipe's ``model:``; None: the run's, 1 and 75. ``out_dir``: a folder for each picture by itself. PNGs say how they
+    were drawn, as the webui's do.
     """
-    from dreamfleet.trainers.sd.hypernetwork import applied_hypernetworks, set_hypernetworks
+    from dreamfleet.cluster.drawn import Settings, drawn_texts, require_place, write_pictures
     from dreamfleet.trainers.sd.hypernetwork_prompts import Shelf
-    from dreamfleet.trainers.sd.sample import generate, picture_grid
+    from dreamfleet.trainers.sd.infotext import plain_sampler
 
-    _require_picture(out)
+    require_place(out, out_dir)
+    more = aesthetic.entries() if aesthetic else {}
+    settings = Settings(steps, plain_sampler(scheduler), guidance_scale, negative_prompt, embeddings, more)
     shelf = Shelf(hypernetworks, hypernetwork_dir)
     rows = [shelf.arrange(prompt) for prompt in prompts]
     model = load_with_embeddings(model_name, embeddings)
     _make_ready(model, aesthetic, clip_skip, max_token_length)
-    own, seeds, pictures = applied_hypernetworks(model.unet), range(seed, seed + num_images), []
+    seeds = range(seed, seed + num_images)
+    pictures = _draw(model, shelf, rows, seeds, settings, width, height)
+    texts = drawn_texts(model, settings, rows, seeds, pictures[0].size)
+    write_pictures(pictures, texts, [*seeds] * len(rows), out, out_dir, columns=num_images)
+    return [
+        {"prompt": prompt, "seed": number, **_gain(model, text)}
+        for prompt, (text, _) in zip(prompts, rows, strict=True)
+        for number in seeds
+    ]
+
+
+def _draw(
+    model: StableDiffusion,
+    shelf: Shelf,
+    rows: Sequence[Row],
+    seeds: Sequence[int],
+    settings: Settings,
+    width: int | None,
+    height: int | None,
+) -> list[Image]:
+    """Draw a picture for each row and seed; rows in a run that name the same hypernetworks are drawn together."""
+    from dreamfleet.trainers.sd.hypernetwork import applied_hypernetworks, set_hypernetworks
+    from dreamfleet.trainers.sd.sample import generate
+
+    own, pictures = applied_hypernetworks(model.unet), []
     for named, group in groupby(rows, key=lambda row: row[1]):
         loaded = [(shelf.load(address, model.unet), multiplier) for address, multiplier in named]
         set_hypernetworks(model.unet, [*own, *loaded])
@@ -82,19 +129,14 @@ def draw_grid(
             model,
             [text for text in texts for _ in seeds],
             seeds=[number for _ in texts for number in seeds],
-            negative_prompt=negative_prompt,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            scheduler=scheduler,
+            negative_prompt=settings.negative_prompt,
+            steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            scheduler=settings.scheduler,
             width=width,
             height=height,
         )
-    picture_grid(pictures, num_images).save(out)
-    return [
-        {"prompt": prompt, "seed": number, **_gain(model, text)}
-        for prompt, (text, _) in zip(prompts, rows, strict=True)
-        for number in seeds
-    ]
+    return pictures
 
 
 def load_with_embeddings(name: str, embeddings: Sequence[str] = ()) -> StableDiffusion:
@@ -183,13 +225,6 @@ def _make_ready(
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
     if aesthetic:
         aesthetic.apply(model)
-
-
-def _require_picture(out: Path) -> None:
-    if out.suffix.lower() not in PICTURES:
-        raise UserError(f"--out {out}: name a picture ({', '.join(PICTURES)})")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}")
 
 
 def _gain(model: StableDiffusion, prompt: str) -> dict[str, Any]:

@@ -121,13 +121,24 @@ def sample(
         str | None,
         typer.Option(help="Where prompts' <hypernet:NAME:0.8> are found.", show_default=False),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("grid.png"),
+    out: Annotated[
+        Path, typer.Option(help="The grid to write; a .png says how it was drawn, as the webui's do.")
+    ] = Path("grid.png"),
+    out_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for each picture by itself too: 00000-SEED.png and so on, as in the webui.",
+            show_default=False,
+        ),
+    ] = None,
     negative_prompt: Annotated[str, typer.Option(help="What not to draw.")] = "",
     num_images: Annotated[int, typer.Option(min=1, help="Pictures per prompt, a column each.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first column; the next ones count up.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
     guidance_scale: Annotated[float, typer.Option(help="How much the prompt is insisted on.")] = 7.5,
-    scheduler: Annotated[str, typer.Option(help="ddim, euler_a or dpm++.")] = "ddim",
+    scheduler: Annotated[
+        str, typer.Option(help="ddim, euler_a or dpm++; the webui's DDIM, Euler a, DPM++ 2M Karras too.")
+    ] = "ddim",
     width: Annotated[
         int | None, typer.Option(help="Pixels; the model's own size when left out.", show_default=False)
     ] = None,
@@ -202,6 +213,7 @@ def sample(
             height=height,
             clip_skip=clip_skip,
             max_token_length=max_token_length,
+            out_dir=out_dir,
         )
     if as_json:
         print_json({"out": str(out), "pictures": cells})

@@ -29,7 +29,7 @@ def require_resumable(recipe: Recipe, method: Method) -> None:
         raise RecipeError(
             f"{method.name} has no export format {OPTIM!r}: the webui trains embeddings and hypernetworks only"
         )
-    if getattr(method.model, "text_encoder_2", None) is not None:
+    if method.model.is_sdxl:
         raise RecipeError(f"the export format {OPTIM!r} is not for SDXL, which the webui does not train")
     if recipe.optimizer.name != "adamw":
         raise RecipeError(

@@ -14,6 +14,7 @@ from torch import Tensor
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.trainers.sd.condition import Condition, predict, whole_picture_ids
 from dreamfleet.trainers.sd.embeddings import negative_for
+from dreamfleet.trainers.sd.infotext import plain_sampler
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.sd.model import StableDiffusion
@@ -117,7 +118,8 @@ def draw_latents(
 
 
 def make_scheduler(model: StableDiffusion, name: SchedulerName | str) -> Any:
-    """Make the sampler `name` with the model's noise schedule and prediction type (eps or v)."""
+    """Make the sampler `name`, ours or the webui's, with the model's noise schedule and prediction type (eps or v)."""
+    name = plain_sampler(name)
     config = model.scheduler.config
     if name == "ddim":
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -127,18 +129,16 @@ def make_scheduler(model: StableDiffusion, name: SchedulerName | str) -> Any:
         from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 
         return EulerAncestralDiscreteScheduler.from_config(config)
-    if name == "dpm++":
-        from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-        # Karras' steps would mostly go to the endless noise at the end of a schedule of zero terminal SNR.
-        zero_snr = config.get("rescale_betas_zero_snr", False)
-        return DPMSolverMultistepScheduler.from_config(
-            config,
-            algorithm_type="dpmsolver++",
-            use_karras_sigmas=not zero_snr,
-            timestep_spacing="trailing" if zero_snr else "linspace",
-        )
-    raise UserError(f"no sampler is called {name!r}; there are ddim, euler_a and dpm++.")
+    # Karras' steps would mostly go to the endless noise at the end of a schedule of zero terminal SNR.
+    zero_snr = config.get("rescale_betas_zero_snr", False)
+    return DPMSolverMultistepScheduler.from_config(
+        config,
+        algorithm_type="dpmsolver++",
+        use_karras_sigmas=not zero_snr,
+        timestep_spacing="trailing" if zero_snr else "linspace",
+    )
 
 
 def to_pictures(pixels_B3HW: Tensor) -> list[Image.Image]:

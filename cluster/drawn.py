@@ -1,0 +1,130 @@
+"""What `sample` leaves behind: the grid, single pictures on request, and in each PNG how it was drawn."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from dreamfleet.datasets.errors import UserError
+from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.sd.embeddings import negative_for
+from dreamfleet.trainers.sd.formats.embedding import read_embedding
+from dreamfleet.trainers.sd.infotext import infotext, png_info, sampler_entries
+from dreamfleet.trainers.sd.sample import picture_grid
+
+if TYPE_CHECKING:
+    from dreamfleet.trainers.sd.model import StableDiffusion
+
+Row = tuple[str, Sequence[tuple[str, float]]]  # a prompt, and its hypernetworks' files and strengths
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How all pictures of a call were drawn. `more`: further entries of the text, as the webui's extensions have."""
+
+    steps: int
+    scheduler: str
+    guidance_scale: float
+    negative_prompt: str
+    embeddings: Sequence[str] = ()
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+def require_place(out: Path, out_dir: Path | None) -> None:
+    """Raise UserError where the pictures cannot be written, before any is drawn."""
+    if out.suffix.lower() not in PICTURES:
+        raise UserError(f"--out {out}: name a picture ({', '.join(PICTURES)})")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    if out_dir is not None and out_dir.exists() and not out_dir.is_dir():
+        raise UserError(f"--out-dir {out_dir}: a file has this name; give a folder")
+
+
+def drawn_texts(
+    model: StableDiffusion,
+    settings: Settings,
+    rows: Sequence[Row],
+    seeds: Sequence[int],
+    size: tuple[int, int],
+) -> list[str]:
+    """Tell how each picture was drawn, in reading order."""
+    sides = "x".join(map(str, size))
+    return [
+        _drawn_text(model, settings, prompt, named, Seed=seed, Size=sides)
+        for prompt, named in rows
+        for seed in seeds
+    ]
+
+
+def _drawn_text(
+    model: StableDiffusion,
+    settings: Settings,
+    prompt: str,
+    named: Sequence[tuple[str, float]],
+    **entries: Any,
+) -> str:
+    """Tell how a picture was drawn; its hypernetworks as tags of the prompt, where the webui has them."""
+    negative = negative_for(model, prompt, settings.negative_prompt)
+    tags = "".join(f"<hypernet:{Path(address).stem}:{strength:g}>" for address, strength in named)
+    told = {
+        "Steps": settings.steps,
+        **sampler_entries(settings.scheduler),
+        "CFG scale": settings.guidance_scale,
+        **entries,
+        "Model hash": model.content_hash or None,
+        "Model": Path(model.folder).stem,
+        "Clip skip": model.clip_skip if model.clip_skip > 1 else None,
+        "TI hashes": _hashes(settings.embeddings, f"{prompt} {negative}".lower()),
+        **settings.more,
+        "Version": f"dreamfleet {_version()}",
+    }
+    return infotext(f"{prompt} {tags}".strip(), negative, told)
+
+
+def write_pictures(
+    pictures: Sequence[Image.Image],
+    texts: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    out_dir: Path | None,
+    *,
+    columns: int,
+) -> None:
+    """Write the grid, with the text of its first picture as in the webui, and on request each picture by itself.
+
+    Those are `00000-SEED.png` and so on in `out_dir`, as the webui calls them, counting on from what is there.
+    """
+    info: dict[str, Any] = {"pnginfo": png_info(texts[0])} if out.suffix.lower() == ".png" else {}
+    picture_grid(pictures, columns).save(out, **info)
+    if out_dir is None:
+        return
+    out_dir.mkdir(parents=True, exist_ok=True)
+    taken = [int(path.name[:5]) for path in out_dir.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")]
+    start = max(taken, default=-1) + 1
+    for number, (picture, text, seed) in enumerate(zip(pictures, texts, seeds, strict=True), start):
+        picture.save(out_dir / f"{number:05d}-{seed}.png", pnginfo=png_info(text))
+
+
+def _hashes(embeddings: Sequence[str], used_in: str) -> str | None:
+    """Give the used embeddings' names and their files' hashes, by which the webui tells them."""
+    found = []
+    for address in embeddings:
+        with Storage(address).local_copy("") as path:
+            name, digest = read_embedding(path).name, hashlib.sha256(path.read_bytes()).hexdigest()
+        if name.lower() in used_in:
+            found.append(f"{name}: {digest[:12]}")
+    return ", ".join(found) or None
+
+
+def _version() -> str:
+    try:
+        return version("dreamfleet")
+    except PackageNotFoundError:  # run from its folder
+        return "0"

@@ -1,0 +1,190 @@
+"""How pictures were drawn, as the webui writes and reads it; samplers under its names; one call with everything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny_models import tiny_model
+from typer.testing import CliRunner
+
+from dreamfleet.cluster import cli
+from dreamfleet.datasets.errors import UserError
+from dreamfleet.trainers.sd.formats.aesthetic import write_aesthetic
+from dreamfleet.trainers.sd.formats.embedding import Embedding, write_embedding
+from dreamfleet.trainers.sd.formats.hypernetwork import HypernetworkFile, write_hypernetwork
+from dreamfleet.trainers.sd.hypernetwork import Hypernetwork, Structure
+from dreamfleet.trainers.sd.infotext import infotext, plain_sampler, png_info
+from dreamfleet.trainers.sd.model import ModelConfig, load_model
+from dreamfleet.trainers.sd.sample import make_scheduler
+
+
+def parsed(text: str) -> tuple[str, str, dict[str, str]]:
+    """Read the text by the webui's rule: prompt lines, then `Negative prompt:`, then a line of at least three pairs."""
+    *lines, last = text.strip().split("\n")
+    pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
+    assert len(pairs) >= 3
+    negative_from = next(
+        (n for n, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines)
+    )
+    prompt = "\n".join(lines[:negative_from])
+    negative = "\n".join(lines[negative_from:]).removeprefix("Negative prompt:").strip()
+    return prompt, negative, {key: json.loads(value) if value[:1] == '"' else value for key, value in pairs}
+
+
+@pytest.mark.parametrize("value", ["plain", "a, b", "a: b", 'say "x", y', "two\nlines", "ü, é", 7, 7.5, True])
+def test_values_survive_the_webuis_reading(value: Any) -> None:
+    text = infotext(
+        "a cat,\non a mat",
+        "bad: hands, (worse:1.2)",
+        {"Steps": 20, "Odd key-1": value, "CFG scale": 7.0, "No": None},
+    )
+    prompt, negative, told = parsed(text)
+    assert (prompt, negative) == ("a cat,\non a mat", "bad: hands, (worse:1.2)")
+    assert told == {"Steps": "20", "Odd key-1": str(value), "CFG scale": "7"}
+
+
+def test_text_of_any_language_survives_a_png(tmp_path: Path) -> None:
+    for text in ("a cat", "eine Käte, ein 猫"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "x.png", pnginfo=png_info(text))
+        with Image.open(tmp_path / "x.png") as picture:
+            assert picture.info["parameters"] == text
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("DDIM", "ddim"),
+        ("Euler a", "euler_a"),
+        ("DPM++ 2M Karras", "dpm++"),
+        ("DPM++ 2M", "dpm++"),
+        ("dpm++", "dpm++"),
+    ],
+)
+def test_samplers_are_known_by_the_webuis_names(name: str, plain: str) -> None:
+    assert plain_sampler(name) == plain
+    model = tiny_model()
+    assert type(make_scheduler(model, name)) is type(make_scheduler(model, plain))
+
+
+def test_unknown_samplers_are_named() -> None:
+    with pytest.raises(UserError, match="no sampler is called 'UniPC'"):
+        plain_sampler("UniPC")
+
+
+@pytest.mark.parametrize("name", ["DDIM", "Euler a", "DPM++ 2M Karras"])
+def test_samplers_step_as_diffusers_own(name: str) -> None:
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
+
+    noise: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    theirs: Any = {
+        "DDIM": lambda: DDIMScheduler(**noise, steps_offset=1, clip_sample=False),
+        "Euler a": lambda: EulerAncestralDiscreteScheduler(**noise, steps_offset=1),
+        "DPM++ 2M Karras": lambda: DPMSolverMultistepScheduler(
+            **noise, use_karras_sigmas=True, steps_offset=1
+        ),
+    }[name]()
+    ours = make_scheduler(tiny_model(), name)
+    ends = []
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(7)
+        generator = torch.Generator().manual_seed(3)
+        latents = torch.randn(1, 4, 4, 4, generator=generator) * scheduler.init_noise_sigma
+        options = {"generator": generator} if name == "Euler a" else {}
+        for time in scheduler.timesteps:
+            entered = scheduler.scale_model_input(latents, time)
+            latents = scheduler.step(0.3 * entered.sin(), time, latents, return_dict=False, **options)[0]
+        ends.append(latents)
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+    assert torch.equal(*ends)
+
+
+def test_one_call_takes_everything_and_tells_it(tmp_path: Path) -> None:
+    model = load_model(ModelConfig())
+    width = model.context_width
+    for name in ("qzx", "qzx-neg", "vbn"):
+        write_embedding(Embedding(name, torch.full((2, width), 0.01)), tmp_path / f"{name}.pt")
+    for name in ("ink", "oil"):
+        torch.manual_seed(len(name))
+        network = Hypernetwork([width], Structure(weight_init="XavierNormal"))
+        write_hypernetwork(HypernetworkFile(name, network), tmp_path / f"{name}.pt")
+    write_aesthetic(torch.randn(1, model.text_encoder.config.projection_dim), tmp_path / "taste.pt")
+    arguments = [
+        "sample",
+        "--prompt",
+        "a qzx flower <hypernet:oil:0.5>",
+        "--negative-prompt",
+        "blur: bad, worse",
+    ]
+    arguments += ["--embedding", str(tmp_path / "qzx.pt"), "--embedding", str(tmp_path / "vbn.pt")]
+    arguments += ["--hypernetwork", f"{tmp_path / 'ink.pt'}:0.8", "--aesthetic", str(tmp_path / "taste.pt")]
+    arguments += [
+        "--aesthetic-steps",
+        "1",
+        "--scheduler",
+        "DPM++ 2M Karras",
+        "--steps",
+        "2",
+        "--num-images",
+        "2",
+    ]
+    arguments += ["--seed", "5", "--clip-skip", "2", "--out", str(tmp_path / "grid.png")]
+    for _ in range(2):
+        result = CliRunner().invoke(cli.app, [*arguments, "--out-dir", str(tmp_path / "single")])
+        assert result.exit_code == 0, result.output
+    names = sorted(path.name for path in (tmp_path / "single").iterdir())
+    assert names == ["00000-5.png", "00001-6.png", "00002-5.png", "00003-6.png"]
+    texts = {}
+    for path in (
+        tmp_path / "grid.png",
+        tmp_path / "single" / "00000-5.png",
+        tmp_path / "single" / "00001-6.png",
+    ):
+        with Image.open(path) as picture:
+            texts[path.name] = picture.info["parameters"]
+            size = picture.size
+    assert texts["grid.png"] == texts["00000-5.png"]
+    prompt, negative, told = parsed(texts["00001-6.png"])
+    assert prompt in (
+        "a qzx flower <hypernet:ink:0.8><hypernet:oil:0.5>",
+        "a qzx flower <hypernet:oil:0.5><hypernet:ink:0.8>",
+    )
+    assert negative == "blur: bad, worse, qzx-neg"
+    digest = hashlib.sha256((tmp_path / "qzx.pt").read_bytes()).hexdigest()[:12]
+    expected = {
+        "Steps": "2",
+        "Sampler": "DPM++ 2M",
+        "Schedule type": "Karras",
+        "CFG scale": "7.5",
+        "Seed": "6",
+        "Size": f"{size[0]}x{size[1]}",
+        "Model hash": model.content_hash,
+        "Model": "pocket",
+        "Clip skip": "2",
+        "TI hashes": f"qzx: {digest}",  # vbn is not in the prompt
+        "Aesthetic embedding": "taste",
+        "Aesthetic steps": "1",
+        "Aesthetic slerp": "False",
+    }
+    assert {key: told[key] for key in expected} == expected
+    assert told["Version"].startswith("dreamfleet ")
+
+
+def test_where_pictures_cannot_go_is_said_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for options, message in (
+        (["--out-dir", str(tmp_path / "file")], "a file has this name"),
+        (["--scheduler", "x"], "no sampler"),
+    ):
+        arguments = ["sample", "--prompt", "x", "--out", str(tmp_path / "x.png"), *options]
+        result = CliRunner().invoke(cli.app, arguments)
+        assert result.exit_code != 0 and message in result.output.replace("\n", " ") + str(result.exception)
+    assert not (tmp_path / "x.png").exists()

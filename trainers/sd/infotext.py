@@ -1,0 +1,63 @@
+"""How a picture was drawn, as the text that AUTOMATIC1111's webui writes into a PNG's `parameters` and reads back.
+
+Form (webui, `modules/processing.py` and `modules/infotext_utils.py`): the prompt, a line `Negative prompt: ...`, and a
+last line of `Key: value` pairs, where a value with a comma, a colon or a line break is a JSON string.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import PngImagePlugin
+
+from dreamfleet.datasets.errors import UserError
+
+KEY = "parameters"  # of the text chunk in a PNG
+_WEBUI_NAMES = {"ddim": "DDIM", "euler_a": "Euler a", "dpm++": "DPM++ 2M"}
+_SCHEDULES = {"dpm++": "Karras"}
+_ALIASES = {
+    "ddim": "ddim",
+    "euler a": "euler_a",
+    "euler_a": "euler_a",
+    "euler ancestral": "euler_a",
+    "dpm++": "dpm++",
+    "dpm++ 2m": "dpm++",
+    "dpm++ 2m karras": "dpm++",
+}
+
+
+def plain_sampler(name: str) -> str:
+    """Give our name of a sampler, `ddim`, `euler_a` or `dpm++`, also called as in the webui. Raises UserError."""
+    if (known := _ALIASES.get(name.strip().lower())) is None:
+        raise UserError(
+            f"no sampler is called {name!r}; there are ddim, euler_a and dpm++, or as the webui calls them DDIM, "
+            "Euler a and DPM++ 2M Karras."
+        )
+    return known
+
+
+def sampler_entries(name: str) -> dict[str, str]:
+    """Give the webui's entries for a sampler."""
+    plain = plain_sampler(name)
+    return {"Sampler": _WEBUI_NAMES[plain], "Schedule type": _SCHEDULES.get(plain, "Automatic")}
+
+
+def infotext(prompt: str, negative_prompt: str, entries: Mapping[str, Any]) -> str:
+    """Write the text; entries that are None are left out."""
+    told = ", ".join(f"{key}: {_quoted(value)}" for key, value in entries.items() if value is not None)
+    negative = f"\nNegative prompt: {negative_prompt}" if negative_prompt else ""
+    return f"{prompt}{negative}\n{told}".strip()
+
+
+def png_info(text: str) -> PngImagePlugin.PngInfo:
+    """Put the text where a PNG keeps it."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text(KEY, text) if text.isascii() else info.add_itxt(KEY, text)
+    return info
+
+
+def _quoted(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return json.dumps(text, ensure_ascii=False) if any(sign in text for sign in ",\n:") else text
