@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from dreamfleet.datasets.errors import CheckpointError
 from dreamfleet.trainers.average import Ema, saved_average
 from dreamfleet.trainers.engine import Engine, check_optimizer
-from dreamfleet.trainers.methods.base import Batch, Loss, Method, check_fits
+from dreamfleet.trainers.methods.base import Batch, Loss, Method
+from dreamfleet.trainers.methods.fits import check_fits
 from dreamfleet.trainers.optim import OptimizerConfig, make_optimizer
 from dreamfleet.trainers.zero_setup import (
     import_deepspeed,

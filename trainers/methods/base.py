@@ -21,6 +21,7 @@ from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.fitting import as_it_is
 from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.section import Section
+from dreamfleet.trainers.methods.fits import check_fits
 from dreamfleet.trainers.sd.condition import Condition, condition_of
 from dreamfleet.trainers.sd.model import ALL_PARTS, StableDiffusion
 from dreamfleet.trainers.sd.noise import noise_loss
@@ -270,20 +271,6 @@ class Method(nn.Module):
                     f"{self.name} has no export format {chosen!r}; it has: {', '.join(self.all_formats)}"
                 )
         return tuple(formats) if formats else self.formats
-
-
-def check_fits(method: str, shapes: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:
-    """Check that a saved state has these names and shapes. Raises RecipeError naming the first that differs."""
-    if wrong := sorted(shapes.keys() ^ state.keys()):
-        raise RecipeError(
-            f"{method}: the saved state has other parameters than this recipe ({', '.join(wrong[:4])})"
-        )
-    for name, shape in shapes.items():
-        if shape != state[name].shape:
-            raise RecipeError(
-                f"{method}: {name} was saved with shape {list(state[name].shape)}, "
-                f"but this recipe makes {list(shape)}"
-            )
 
 
 _REGISTRY: dict[str, type[Method]] = {}
