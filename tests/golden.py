@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+from tiny_models import tiny_family
 
 from dreamfleet.trainers.assemble import assemble
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
+from dreamfleet.trainers.sd.model import save_pipeline
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS = 12
@@ -71,6 +73,12 @@ RUNS: dict[str, dict[str, Any]] = {
         },
         "optimizer__learning_rate": 5e-2,
     },
+    "sdxl": {
+        "method": {"name": "native", "train_text_encoder": True},
+        "family": "sdxl",
+        "data__center_crop": False,
+        "optimizer__text_encoder_2_lr": 1e-4,
+    },
     "textual_inversion": {
         "method": {
             "name": "textual_inversion",
@@ -90,6 +98,8 @@ def compute_curve(name: str, folder: Path) -> list[float]:
         changes["data__class_data_dir"] = str(tiny.make_pictures(folder / "class", 4, seed=9))
     if changes.pop("shapes", False):
         changes |= {**tiny.SHAPES, "data__instance_data_dir": str(tiny.make_shapes(folder / "shapes"))}
+    if family := changes.pop("family", None):
+        save_pipeline(tiny_family(family), folder / "model")
     if changes.pop("labelled", False):
         changes["data__instance_data_dir"] = str(tiny.make_two_classes(folder / "labelled", 9))
     parts = assemble(build_recipe(tiny.make_recipe(folder, **changes)), Place())

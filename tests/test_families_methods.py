@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_plan_memory as plans
 import tiny
 import torch
 from test_families import load, stock_pipeline
@@ -189,3 +190,55 @@ def test_each_text_encoder_has_a_rate_and_only_what_is_read_learns(tmp_path: Pat
     assert not [name for params in groups.values() for name, param in params.items() if param.grad is None]
     one = make_parts(tmp_path, "dreambooth", **rates)
     assert one.rates["text_encoder_2"](0) == 1e-4
+
+
+@pytest.mark.parametrize("name", ["dreambooth", "hypernetwork", "textual_inversion"])
+def test_a_plan_of_sdxl_holds_what_a_real_step_does(tmp_path: Path, name: str) -> None:
+    save_pipeline(tiny_family("sdxl"), tmp_path / "model")
+    changes = {"method": SECTIONS[name], "train__train_batch_size": 4}
+    parts, counted = plans.make_parts(tmp_path, **changes), plans.count(tmp_path, **changes)
+    batch = parts.prepare(parts.feed.batch(0))  # what is remembered of its prompts is counted apart
+    assert counted.full == plans.trace_real_step(parts)
+    if not parts.method.trains_text:
+        told = sum(batch[key][0].nbytes for key in ("context", "pooled", "time_ids"))
+        assert counted.text_embeddings == 6 * told  # as many prompts as pictures, at most
+
+
+@pytest.mark.parametrize("family", ["sd2-v", "sdxl"])
+def test_zero_terminal_snr_goes_through_a_run(tmp_path: Path, family: str) -> None:
+    save_pipeline(tiny_family(family), tmp_path / "model")
+    tree = tiny.make_recipe(tmp_path, method={"name": "native"}, train__snr_gamma=5.0)
+    tree["model"] |= {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    parts = assemble(build_recipe(tree), Place())
+    batch = parts.prepare(parts.feed.batch(0))
+    batch["timesteps"] = torch.tensor([999, 500])
+    assert torch.isfinite(parts.method(batch).total)
+    (path,) = parts.method.export(tmp_path, "x", formats=["diffusers"], step=1, metadata={}, precision="fp32")
+    pipeline = stock_pipeline(path, family)
+    assert pipeline.scheduler.config.rescale_betas_zero_snr
+    options = {"num_inference_steps": 4, "guidance_scale": 5.0, "negative_prompt": "ugly"}
+    theirs = pipeline("a cat", generator=torch.Generator().manual_seed(3), **options).images[0]
+    ours = generate(load(path), ["a cat"], seeds=[3], negative_prompt="ugly", steps=4, guidance_scale=5)[0]
+    assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
+
+
+def test_class_pictures_of_sdxl_train_with_their_own_sizes(tmp_path: Path) -> None:
+    save_pipeline(tiny_family("sdxl"), tmp_path / "model")
+    section = {"name": "dreambooth", "with_prior_preservation": True, "num_class_images": 4}
+    classes = tiny.make_pictures(tmp_path / "class", 4, size=64)
+    parts = make_parts_of_six(tmp_path, method=section, data__class_data_dir=str(classes))
+    batch = parts.feed.batch(0)
+    assert batch["time_ids"].tolist() == [[48, 48, 0, 0, 32, 32]] * 2 + [[64, 64, 0, 0, 32, 32]] * 2
+    assert torch.isfinite(parts.method(parts.prepare(batch)).total)
+
+
+def make_parts_of_six(folder: Path, **changes: Any) -> Parts:
+    return assemble(build_recipe(tiny.make_recipe(folder, **changes)), Place())
+
+
+def test_half_precision_draws_nearly_the_same() -> None:
+    drawn = [
+        np.asarray(generate(model, ["a cat"], seeds=[1], steps=3, guidance_scale=3)[0]).astype(int)
+        for model in (tiny_family("sdxl"), tiny_family("sdxl").to("cpu", torch.bfloat16))
+    ]
+    assert 0 < np.abs(drawn[0] - drawn[1]).mean() < 6

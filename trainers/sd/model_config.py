@@ -29,7 +29,11 @@ class ModelConfig(Section):
         None, validation_alias=AliasChoices("pretrained_vae_model_name_or_path", "vae")
     )
     clip_skip: int = Field(
-        1, ge=1, le=12, description="1 = the text encoder's last layer, 2 = the one before"
+        1,
+        ge=1,
+        le=12,
+        description="1 = the layer of the text encoder that the family reads, 2 = the one before; in SD 1.x the "
+        "last, in SD 2.x and SDXL the last but one already",
     )
     max_token_length: Literal[75, 150, 225] = Field(
         75,
