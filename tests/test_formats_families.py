@@ -11,7 +11,8 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_model
+from tiny_models import tiny_family, tiny_model
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from dreamfleet.datasets.errors import FormatError
 from dreamfleet.trainers.sd.formats.layout import FileState, empty_part, from_single_file, to_single_file
@@ -36,6 +37,7 @@ from dreamfleet.trainers.sd.formats.single_file import (
     save_single_file,
 )
 from dreamfleet.trainers.sd.formats.tensor_files import write_safetensors
+from dreamfleet.trainers.sd.model import ModelConfig, load_model, save_pipeline
 
 States = dict[str, dict[str, torch.Tensor]]
 
@@ -181,6 +183,41 @@ def test_a_round_trip_is_bit_equal_and_diffusers_reads_the_same(family: Family, 
         for part, state in states.items()
     }
     assert_equal(converted, plain)
+
+
+@pytest.mark.parametrize("family", ["sd2", "sd2-v", "sdxl"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_a_whole_model_comes_back_from_one_file(family: str, suffix: str, tmp_path: Path) -> None:
+    model = tiny_family(family)
+    read = load_model(
+        ModelConfig(pretrained_model_name_or_path=str(save_single_file(model, tmp_path / f"x{suffix}")))
+    )
+    assert read.is_sdxl == (family == "sdxl") and read.prediction_type == model.prediction_type
+    assert read.modules().keys() == model.modules().keys()
+    for part, module in model.modules().items():
+        assert_equal({part: read.modules()[part].state_dict()}, {part: module.state_dict()})
+    ids = model.tokenize(["a cat, on the beach"])
+    assert torch.equal(read.tokenize(["a cat, on the beach"]), ids)
+    assert torch.equal(read.condition(ids).context, model.condition(ids).context)
+
+
+def test_the_stock_sdxl_pipeline_opens_the_file(tmp_path: Path) -> None:
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+
+    model = tiny_family("sdxl")
+    # Its converter splits joined tensors at the projection's width, which is the encoder's in the real SDXL.
+    config = CLIPTextConfig(
+        **{**model.text_encoder_2.config.to_dict(), "projection_dim": model.text_encoder_2.config.hidden_size}
+    )
+    torch.manual_seed(1)
+    model.text_encoder_2 = CLIPTextModelWithProjection(config).eval()
+    path = save_single_file(model, tmp_path / "x.safetensors")
+    save_pipeline(model, tmp_path / "folder")
+    pipeline = StableDiffusionXLPipeline.from_single_file(
+        str(path), config=str(tmp_path / "folder"), local_files_only=True, add_watermarker=False
+    )
+    for part, module in model.modules().items():
+        assert_equal({part: getattr(pipeline, part).state_dict()}, {part: module.state_dict()})
 
 
 def test_landmarks_of_the_other_families() -> None:

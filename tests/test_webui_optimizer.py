@@ -12,14 +12,15 @@ import tiny
 import torch
 from test_formats_pickles import assert_webui_safe
 
-from dreamfleet.datasets.errors import CheckpointError, FormatError, RecipeError
+from dreamfleet.datasets.errors import CheckpointError, FormatError, RecipeError, UserError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.artefacts import describe
 from dreamfleet.trainers.checkpoint import Checkpoints
 from dreamfleet.trainers.export import export_run
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker
-from dreamfleet.trainers.sd.formats.embedding import read_embedding
+from dreamfleet.trainers.sd.formats.embedding import Embedding, read_embedding, write_embedding
+from dreamfleet.trainers.sd.formats.hypernetwork import read_hypernetwork
 from dreamfleet.trainers.sd.formats.optimizer_file import (
     AdamState,
     OptimizerFile,
@@ -104,6 +105,42 @@ def test_the_webui_goes_on_with_a_hypernetworks_adam(tmp_path: Path) -> None:
         assert torch.equal(held["exp_avg"], moments[number]["exp_avg"])
         weight.grad = torch.ones_like(weight)
     optimizer.step()
+
+
+def test_a_run_goes_on_from_an_embedding(tmp_path: Path) -> None:
+    first = Embedding("start", torch.full((2, 16), 0.25), step=40)
+    start = write_embedding(first, tmp_path / "start.pt")
+    still = {**WORD, "initial_embedding": str(start)}
+    folder = run(tmp_path, still, optimizer__learning_rate=0.0)
+    found = read_embedding(folder / "exports" / "run.pt")
+    assert found.step == 43 and torch.equal(found.vectors, first.vectors)
+    for changes, message in (
+        (
+            {"num_vectors": 1},
+            r"shape \[\[2, 16\]\], and this run learns \[\[1, 16\]\]; set method.num_vectors: 2",
+        ),
+        ({"initializer_token": "cat"}, "both say where"),
+        ({"initial_embedding": str(tmp_path / "none.pt")}, "none.pt"),
+    ):
+        tree = tiny.make_recipe(tmp_path, method=still | changes, output_dir=str(tmp_path / "other"))
+        with pytest.raises(UserError, match=message):
+            run_worker(build_recipe(tree))
+
+
+def test_a_run_goes_on_from_a_hypernetwork(tmp_path: Path) -> None:
+    method = {"name": "hypernetwork", "layer_structure": "1, 2, 1"}
+    start = run(tmp_path, method, output_dir=str(tmp_path / "first")) / "exports" / "first.pt"
+    on = {**method, "initial_hypernetwork": str(start)}
+    folder = run(tmp_path, on, optimizer__learning_rate=0.0)
+    first, second = read_hypernetwork(start), read_hypernetwork(folder / "exports" / "run.pt")
+    assert (first.step, second.step) == (3, 6)
+    weights = second.network.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in first.network.state_dict().items())
+    tree = tiny.make_recipe(
+        tmp_path, method=on | {"add_layer_norm": True}, output_dir=str(tmp_path / "other")
+    )
+    with pytest.raises(RecipeError, match=r"built otherwise than this run's; set add_layer_norm: False$"):
+        run_worker(build_recipe(tree))
 
 
 def test_what_has_no_such_file_says_so(tmp_path: Path) -> None:

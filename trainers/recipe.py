@@ -30,7 +30,7 @@ from dreamfleet.trainers.validation import ValidationConfig
 WEIGHTS = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 # Keys of methods' sections that name files, and models, which may be on the hub.
 METHOD_FILES, METHOD_MODELS = (
-    ("template_file", "labels", "test_labels"),
+    ("template_file", "labels", "test_labels", "initial_embedding", "initial_hypernetwork"),
     ("clip", "discriminator", "convnext"),
 )
 

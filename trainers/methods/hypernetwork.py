@@ -14,6 +14,7 @@ from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
 from dreamfleet.datasets import captions
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.methods.base import (
     Method,
     MethodConfig,
@@ -22,7 +23,11 @@ from dreamfleet.trainers.methods.base import (
     Setting,
     register,
 )
-from dreamfleet.trainers.sd.formats.hypernetwork import HypernetworkFile, write_hypernetwork
+from dreamfleet.trainers.sd.formats.hypernetwork import (
+    HypernetworkFile,
+    read_hypernetwork,
+    write_hypernetwork,
+)
 from dreamfleet.trainers.sd.hypernetwork import (
     Hypernetwork,
     Structure,
@@ -81,6 +86,11 @@ class HypernetworkConfig(MethodConfig):
         validation_alias=AliasChoices("multiplier", "scale"),
         description="strength it is trained and previewed at; draw with the same",
     )
+    initial_hypernetwork: str | None = Field(
+        None,
+        description="a hypernetwork's file to go on from, built as this section says; its steps count on in what is "
+        "exported",
+    )
     template_file: str | None = Field(
         None,
         description="a prompt a line, with [filewords]; or a set's name: hypernetwork, filewords. When left out, the "
@@ -132,6 +142,7 @@ class HypernetworkMethod(Method):
                 f"method.enable_sizes: {model.folder} has no contexts of {missing}, only of {there}"
             )
         self.network = Hypernetwork(widths, config.structure())
+        self._earlier_steps = _go_on(self.network, config.initial_hypernetwork)
         set_hypernetworks(model.unet, [(self.network, config.multiplier)])
         self._templates = load_templates(config.template_file)
 
@@ -161,12 +172,35 @@ class HypernetworkMethod(Method):
         file = HypernetworkFile(
             name=name,
             network=self.network,
-            step=step,
+            step=self._earlier_steps + step,
             sd_checkpoint=self.model.content_hash,
             sd_checkpoint_name=Path(self.model.folder).stem,
             metadata=metadata,
         )
         return [write_hypernetwork(file, folder / f"{name}.{form}") for form in self.chosen_formats(formats)]
+
+
+def _go_on(network: Hypernetwork, path: str | None) -> int:
+    """Put a file's weights in; returns the steps they were trained. Raises RecipeError for one built otherwise."""
+    if path is None:
+        return 0
+    with Storage(path).local_copy() as local:
+        found = read_hypernetwork(local)
+    theirs, ours = found.network.structure, network.structure
+    told = [
+        f"{name}: {getattr(theirs, name)}"
+        for name in ("layer_structure", "activation_func", "add_layer_norm", "activate_output")
+        if getattr(theirs, name) != getattr(ours, name)
+    ]
+    if found.network.widths != network.widths:
+        told.append(f"enable_sizes: {found.network.widths}")
+    if told:
+        raise RecipeError(
+            f"method.initial_hypernetwork: {path} is built otherwise than this run's; set " + ", ".join(told)
+        )
+    if not any(parameter.is_meta for parameter in network.parameters()):  # a plan of memory has no weights
+        network.load_state_dict(found.network.state_dict())
+    return found.step
 
 
 def load_templates(name: str | None) -> tuple[str, ...]:

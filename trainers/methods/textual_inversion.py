@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, model_validator
 
 from dreamfleet.datasets import captions
 from dreamfleet.trainers.methods.base import Method, MethodConfig, ParamGroup, Sample, Setting, register
@@ -19,6 +19,7 @@ from dreamfleet.trainers.methods.words import (
     export_word,
     fill_prompt,
     initial_vectors,
+    vectors_from,
     word_parameters,
 )
 from dreamfleet.trainers.sd.embeddings import install_embedding
@@ -41,11 +42,23 @@ class TextualInversionConfig(MethodConfig):
         le=75,
         validation_alias=AliasChoices("num_vectors", "num_vectors_per_token", "vectors_per_token"),
     )
+    initial_embedding: str | None = Field(
+        None,
+        description="an embedding's file to go on from, of num_vectors vectors; its steps count on in what is exported",
+    )
     learnable_property: Literal["object", "style"] = "object"
     template_file: str | None = Field(
         None,
         description="a prompt a line, with [name] and [filewords]; or a set's name: object, style_filewords",
     )
+
+    @model_validator(mode="after")
+    def _check_start(self) -> Self:
+        if self.initial_embedding and self.initializer_token:
+            raise ValueError(
+                "initial_embedding and initializer_token both say where the vectors start; give one"
+            )
+        return self
 
 
 @register
@@ -59,7 +72,11 @@ class TextualInversion(Method):
 
     def __init__(self, config: TextualInversionConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)
-        start = initial_vectors(model, config.initializer_token, config.num_vectors)
+        self._earlier_steps = 0
+        if config.initial_embedding:
+            start, self._earlier_steps = vectors_from(model, config.initial_embedding, config.num_vectors)
+        else:
+            start = initial_vectors(model, config.initializer_token, config.num_vectors)
         self._learning = word_parameters(self, "vectors", start)
         install_embedding(model, config.placeholder_token, *self._learning.values())
         self._templates = captions.load_templates(config.template_file or config.learnable_property)
@@ -96,6 +113,6 @@ class TextualInversion(Method):
             word=self.config.placeholder_token,
             model=self.model,
             formats=self.chosen_formats(formats),
-            step=step,
+            step=self._earlier_steps + step,
             metadata=metadata,
         )

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from dreamfleet.datasets import captions
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.methods.base import Sample
 from dreamfleet.trainers.sd.embeddings import token_tables
-from dreamfleet.trainers.sd.formats.embedding import Embedding, write_embedding
+from dreamfleet.trainers.sd.formats.embedding import Embedding, read_embedding, write_embedding
 from dreamfleet.trainers.sd.model import StableDiffusion
 
 WORD_FORMATS = ("pt", "safetensors", "png", "webp", "avif", "jxl", "bin", "kohya")
@@ -34,6 +35,24 @@ def initial_vectors(model: StableDiffusion, text: str, num_vectors: int) -> list
         raise RecipeError(f"method.initializer_token: {text!r} has no token in this model's vocabulary")
     rows = [ids[i * len(ids) // num_vectors] for i in range(num_vectors)]
     return [table[torch.tensor(rows)].clone() for table in tables]
+
+
+def vectors_from(model: StableDiffusion, path: str, num_vectors: int) -> tuple[list[Tensor], int]:
+    """Read the vectors ``[n, D]`` in each text encoder to go on from, and the steps they were trained.
+
+    Raises RecipeError for a file of another number or width.
+    """
+    with Storage(path).local_copy() as local:
+        found = read_embedding(local)
+    vectors = [found.vectors] + ([] if found.vectors_2 is None else [found.vectors_2])
+    tables = token_tables(model)
+    shapes, wanted = [list(v.shape) for v in vectors], [[num_vectors, table.shape[1]] for table in tables]
+    if shapes != wanted:
+        raise RecipeError(
+            f"method.initial_embedding: {path} holds vectors of shape {shapes}, and this run learns {wanted}; set "
+            f"method.num_vectors: {len(vectors[0])}, if it is of the same family of models"
+        )
+    return [v.to(table) for v, table in zip(vectors, tables, strict=True)], found.step
 
 
 def word_parameters(module: nn.Module, name: str, vectors: Sequence[Tensor]) -> dict[str, nn.Parameter]:
