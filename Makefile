@@ -13,7 +13,7 @@ FOLDERS := cluster datasets trainers tune
 PYTEST_ARGS ?=
 RUN ?= runs/demo
 
-.PHONY: help install install-test demo test check lint types layers format golden docs wheel pocket bench clean
+.PHONY: help install install-test demo test check lint types layers format golden docs wheel pocket bench bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -87,8 +87,11 @@ wheel: $(VENV)/.installed-test ## dist/dreamfleet-*.whl, the pocket model inside
 pocket: $(VENV)/.installed ## train the small model that ships (hours on two cores, minutes on a GPU; resumes)
 	$(BIN)/python examples/pocket/build.py
 
-bench: $(VENV)/.installed ## every measurement in benchmarks/, one after the other
-	@for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(BIN)/python "$$script"; done
+bench: $(VENV)/.installed ## every measurement in benchmarks/ that needs no GPU, one after the other
+	@for script in $$(grep -l __main__ benchmarks/*.py | grep -v gpu.py); do echo "== $$script"; $(BIN)/python "$$script"; done
+
+bench-gpu: $(VENV)/.installed ## memory and speed on this machine's GPU, predicted beside measured (minutes)
+	$(BIN)/python benchmarks/gpu.py
 
 clean: ## what building leaves behind (keeps .venv and runs)
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -195,7 +195,7 @@ def _faked(method: Method, mode: FakeTensorMode, dtype: torch.dtype | None = Non
 
 def _trace_step(recipe: Recipe, method: Method) -> Pass:
     def compute_loss(autocast: Autocast) -> Tensor:
-        batch = _batch(recipe, method)
+        batch = make_batch(recipe, method)
         with autocast():
             return method(batch).total
 
@@ -207,7 +207,7 @@ def _trace_step(recipe: Recipe, method: Method) -> Pass:
     )
 
 
-def _batch(recipe: Recipe, method: Method) -> Batch:
+def make_batch(recipe: Recipe, method: Method) -> Batch:
     """Make a batch of the right shapes; pictures whose latents are not cached are encoded for it."""
     model, count = method.model, recipe.train.train_batch_size
     num = count * (2 if method.prior else 1)

@@ -1,0 +1,269 @@
+"""The cases of the GPU benchmark: recipes on full-size models of random weights, built as a run builds them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GIB = 2**30
+STEPS = 6
+Tree = dict[str, Any]
+
+BF16 = {"mixed_precision": "bf16", "gradient_checkpointing": True}
+FUSED = {"name": "adafactor", "fused_backward": True, "max_grad_norm": 0.0}
+HOST = {"zero_stage": 2, "offload_optimizer_device": "cpu"}
+WORD = {"placeholder_token": "<thing>", "initializer_token": "toy"}
+
+#: case -> family, pixels, card in GiB, the recipe's sections, and what it shows
+CASES: dict[str, tuple[str, int, float, Tree, str]] = {
+    "sd15-dreambooth-8g": (
+        "sd1",
+        512,
+        8,
+        {"method": {"name": "dreambooth", "with_prior_preservation": True}, "train": BF16, "engine": HOST},
+        "DreamBooth with prior, U-Net, fp32 master weights and Adam on the host (diffusers: 8 GB)",
+    ),
+    "sd15-dreambooth-text-12g": (
+        "sd1",
+        512,
+        12,
+        {"method": {"name": "dreambooth", "train_text_encoder": True}, "train": BF16, "engine": HOST},
+        "DreamBooth, U-Net and text encoder (diffusers: 24 GB)",
+    ),
+    "sd15-dreambooth-auto-12g": (
+        "sd1",
+        512,
+        12,
+        {"method": {"name": "dreambooth", "with_prior_preservation": True}, "train": BF16, "engine": {}},
+        "the same without a word on the engine: zero_stage auto",
+    ),
+    "sdxl-dreambooth-offload-12g": (
+        "sdxl",
+        1024,
+        12,
+        {
+            "method": {"name": "dreambooth"},
+            "train": BF16,
+            "engine": {"zero_stage": 3, "offload_optimizer_device": "cpu", "offload_param_device": "cpu"},
+        },
+        "SDXL, whole U-Net, weights and Adam on the host",
+    ),
+    "sdxl-dreambooth-fused-10g": (
+        "sdxl",
+        1024,
+        10,
+        {
+            "method": {"name": "dreambooth"},
+            "train": BF16 | {"full_bf16": True},
+            "optimizer": FUSED,
+            "engine": {},
+        },
+        "SDXL, whole U-Net on the card: bf16 weights rounded stochastically, Adafactor inside backward",
+    ),
+    "sd15-ti-6g": (
+        "sd1",
+        512,
+        6,
+        {"method": {"name": "textual_inversion", **WORD}, "train": BF16, "engine": {}},
+        "Textual Inversion",
+    ),
+    "sd15-hypernetwork-6g": (
+        "sd1",
+        512,
+        6,
+        {"method": {"name": "hypernetwork"}, "train": BF16, "engine": {}},
+        "hypernetwork",
+    ),
+    "sd15-apt-6g": (
+        "sd1",
+        512,
+        6,
+        {"method": {"name": "prompt_tuning", **WORD}, "train": BF16, "engine": {}},
+        "prompt tuning",
+    ),
+    "no-offload": (
+        "sd1",
+        512,
+        76,
+        {"method": {"name": "dreambooth"}, "train": BF16, "engine": {"zero_stage": 2}},
+        "DreamBooth, U-Net, all on the card: what offload is compared with",
+    ),
+    "offload-optimizer": (
+        "sd1",
+        512,
+        76,
+        {"method": {"name": "dreambooth"}, "train": BF16, "engine": HOST},
+        "the same, Adam and fp32 weights on the host",
+    ),
+    "offload-weights": (
+        "sd1",
+        512,
+        76,
+        {
+            "method": {"name": "dreambooth"},
+            "train": BF16,
+            "engine": {"zero_stage": 3, "offload_optimizer_device": "cpu", "offload_param_device": "cpu"},
+        },
+        "the same, the weights as well",
+    ),
+}
+NARROW: dict[str, Tree] = {
+    "unet": {
+        "block_out_channels": [32, 64, 64],
+        "attention_head_dim": 8,
+        "sample_size": 8,
+        "layers_per_block": 1,
+    },
+    "vae": {"block_out_channels": [32, 32], "sample_size": 32},
+    "text_encoder": {"num_hidden_layers": 2},
+    "text_encoder_2": {"num_hidden_layers": 2},
+}
+
+
+def write_configs(family: str, folder: Path, *, small: bool) -> Path:
+    """Write a family's published configs as a model folder without weights; ``small`` makes them narrow."""
+    from dreamfleet.trainers.sd.formats.ldm_names import FAMILY_CONFIGS
+
+    for part, config in FAMILY_CONFIGS[family].items():  # type: ignore[index]
+        told = dict(config) | (NARROW.get(part, {}) if small else {})
+        if small and part == "unet" and family == "sd1":
+            told |= {
+                "down_block_types": ["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"],
+                "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2,
+            }
+        if small and part == "unet" and family == "sdxl":
+            told["transformer_layers_per_block"] = [1, 1, 1]
+        if small and part == "vae":
+            told |= {
+                "down_block_types": ["DownEncoderBlock2D"] * 2,
+                "up_block_types": ["UpDecoderBlock2D"] * 2,
+            }
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part / name).write_text(json.dumps(told))
+    return folder
+
+
+def make_recipe(name: str, folder: Path, *, small: bool) -> Any:
+    """Make a case's recipe on a model folder."""
+    from dreamfleet.trainers.recipe import build_recipe
+
+    family, side, card, sections, _ = CASES[name]
+    model = write_configs(family, folder / family, small=small)
+    data = {"instance_data_dir": str(folder), "instance_prompt": "a sks dog", "class_prompt": "a dog"}
+    return build_recipe(
+        {
+            "model": {"pretrained_model_name_or_path": str(model)},
+            "data": {**data, "resolution": 64 if small else side},
+            "output_dir": str(folder / "run"),
+            "scaling": {"num_workers": 0},
+            **sections,
+            "train": {"max_train_steps": STEPS, "train_batch_size": 1, **sections["train"]},
+            "engine": {"gpu_memory": f"{card}GiB", **sections["engine"]},
+        }
+    )
+
+
+def predict(recipe: Any) -> dict[str, Any]:
+    """Plan a recipe: what its own engine is predicted to take while it trains, and what would be chosen."""
+    from dreamfleet.trainers.plan_memory import plan_memory
+
+    made = plan_memory(recipe, gpu_memory=recipe.engine.gpu_limit)
+    engine = recipe.engine
+    wanted = {
+        "engine.zero_stage": engine.zero_stage,
+        "engine.offload_optimizer_device": engine.offload_optimizer_device,
+        "engine.offload_param_device": engine.offload_param_device,
+    }
+    mine = (
+        (made.chosen or made.estimates[0])
+        if engine.zero_stage == "auto"
+        else next(
+            (
+                one
+                for one in made.estimates
+                if all(one.choice.settings.get(key, "none") == value for key, value in wanted.items())
+            ),
+            None,
+        )
+    )
+    assert mine is not None, wanted
+    return {
+        "engine": mine.choice.name,
+        "predicted_gib": round(mine.gpu_moments["training"] / GIB, 2),
+        "predicted_without_cuda_gib": round((mine.gpu_moments["training"] - mine.gpu["context"]) / GIB, 2),
+        "predicted_host_gib": round(mine.host_total / GIB, 2),
+        "crosses_pcie_bytes": mine.traffic,
+    }
+
+
+def random_model(recipe: Any, method: str) -> Any:
+    """Make a model of the folder's shape, its weights random, in host memory."""
+    from dreamfleet.trainers.methods.base import discover
+    from dreamfleet.trainers.sd.shape import model_shape
+
+    model = model_shape(recipe.model, discover()[method].needs)
+    generator = torch.Generator().manual_seed(0)
+    for part in model.modules().values():
+        part.to_empty(device="cpu")
+        with torch.no_grad():
+            for name, param in part.named_parameters():
+                if param.dim() > 1:
+                    param.normal_(0, 0.02, generator=generator)
+                else:
+                    param.fill_(1.0 if name.endswith("weight") else 0.0)
+            for module in part.modules():
+                if "position_ids" in module._buffers:
+                    module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
+    return model
+
+
+def build_parts(recipe: Any, device: torch.device, *, settle: bool = True) -> tuple[Any, Any, Any, str]:
+    """Build a recipe's method on random weights, its engine and one batch; returns why the engine is that one.
+
+    Without ``settle`` the engine is what the recipe says, and ``auto`` torch alone.
+    """
+    from dreamfleet.trainers.assemble import build_method
+    from dreamfleet.trainers.engine import DTYPES, TorchEngine
+    from dreamfleet.trainers.place import Place
+    from dreamfleet.trainers.settle import settle_engine
+
+    why = ""
+    if settle:
+        recipe, why = settle_engine(recipe, Place(device=device))
+    half = DTYPES[recipe.train.mixed_precision] if device.type == "cuda" else None
+    method = build_method(
+        recipe, random_model(recipe, recipe.method.name), concepts=(), device=device, dtype=half
+    )
+    kind: Any = TorchEngine
+    if recipe.engine.zero_stage != "auto":
+        from dreamfleet.trainers.zero_engine import ZeroEngine as kind  # type: ignore[no-redef]
+    engine = kind(
+        method,
+        config=recipe.engine,
+        optimizer=recipe.optimizer,
+        mixed_precision=recipe.train.mixed_precision,
+        device=device,
+        seed=0,
+    )
+    return method, engine, synthetic_batch(recipe, method), why
+
+
+def synthetic_batch(recipe: Any, method: Any) -> Any:
+    """Make a batch of the plan's shapes on the host, filled with noise."""
+    from dreamfleet.trainers.plan_memory import make_batch
+
+    batch = make_batch(recipe, method)
+    generator = torch.Generator().manual_seed(0)
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and name != "weights":
+            batch[name] = torch.randn(value.shape, generator=generator).to(value.dtype)
+    num = len(batch["latents"])
+    batch["timesteps"] = torch.arange(num) * 37 % 1000
+    if "input_ids" in batch:
+        batch["input_ids"] = method.tokenize([getattr(recipe.method, "placeholder_token", "")] * num)
+    batch["num_instances"] = recipe.train.train_batch_size
+    return batch

@@ -1,0 +1,206 @@
+"""Pictures per second and model FLOP utilisation of SD 1.5's U-Net on a GPU, beside the loop of diffusers' script."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from gpu_cases import build_parts, make_recipe, synthetic_batch
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+WAYS: dict[str, dict[str, bool]] = {
+    "plain": {},
+    "channels_last": {"channels_last": True},
+    "compiled": {"torch_compile": True},
+    "compiled, channels_last": {"torch_compile": True, "channels_last": True},
+}
+ROUNDS = 5
+Step = Callable[[], None]
+
+
+def wait() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds_of(step: Step, *, steps: int) -> float:
+    """Time some steps in a row; returns the seconds of one."""
+    wait()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    wait()
+    return (time.perf_counter() - start) / steps
+
+
+def matrix_rate(side: int, device: torch.device) -> float:
+    """Measure the bf16 matrix rate of this device in FLOP per second: the best of several square products."""
+    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = [seconds_of(lambda: left @ right, steps=10) for _ in range(6)]
+    return 2 * side**3 / min(seconds)
+
+
+def copy_rates(size: int = 2**30) -> dict[str, Any]:
+    """Measure copies between page-locked host memory and the GPU, each way, in GB/s."""
+    if not torch.cuda.is_available():
+        return {}
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    card = torch.empty(size, dtype=torch.uint8, device="cuda")
+    there = min(seconds_of(lambda: card.copy_(host, non_blocking=True), steps=3) for _ in range(4))
+    back = min(seconds_of(lambda: host.copy_(card, non_blocking=True), steps=3) for _ in range(4))
+    return {
+        "to_gpu_gb_per_s": round(size / there / 1e9, 2),
+        "to_host_gb_per_s": round(size / back / 1e9, 2),
+    }
+
+
+def ours(
+    batch_size: int, folder: Path, device: torch.device, *, small: bool, **engine: bool
+) -> tuple[Step, Any]:
+    """Build our step of native training on ready latents; returns it and the method."""
+    recipe = make_recipe("no-offload", folder, small=small)
+    recipe = recipe.model_copy(
+        update={
+            "engine": recipe.engine.model_copy(update={"zero_stage": "auto", "gpu_memory": None, **engine}),
+            "train": recipe.train.model_copy(
+                update={"gradient_checkpointing": False, "train_batch_size": batch_size}
+            ),
+        }
+    )
+    method, trainer, _, _ = build_parts(recipe, device, settle=False)
+    batch = synthetic_batch(recipe, method)
+    rates = {group.name: 1e-6 for group in trainer.groups}
+    done = [0]
+
+    def step() -> None:
+        done[0] += 1
+        trainer.begin(rates, done[0])
+        trainer.backward(trainer.place(batch))
+        trainer.step(rates, done[0])
+
+    return step, method
+
+
+def theirs(batch_size: int, folder: Path, device: torch.device, *, small: bool, encodes: bool) -> Step:
+    """Build the script's step: autocast, AdamW, the loss read for the bar; with ``encodes`` both encoders as well."""
+    _, method = ours(batch_size, folder, device, small=small)
+    model = method.model
+    unet = model.unet.train()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-6)
+    recipe = make_recipe("no-offload", folder, small=small)
+    side = recipe.data.resolution
+    pixels = torch.randn(batch_size, 3, side, side).to(model.vae.dtype)
+    ids = torch.zeros(batch_size, 77, dtype=torch.long)
+    latents = torch.randn(batch_size, model.vae.config.latent_channels, *[side // model.vae_factor] * 2)
+    context = torch.randn(batch_size, 77, model.context_width)
+    kind = torch.bfloat16
+
+    def step() -> None:
+        nonlocal latents, context
+        with torch.no_grad():
+            if encodes:
+                latents = (
+                    model.vae.encode(pixels.to(device)).latent_dist.sample() * model.vae.config.scaling_factor
+                )
+                context = model.text_encoder(ids.to(device))[0]
+        ready, told = latents.to(device), context.to(device)
+        noise = torch.randn_like(ready)
+        timesteps = torch.randint(0, 1000, (batch_size,), device=device)
+        noisy = model.scheduler.add_noise(ready, noise, timesteps)
+        with torch.autocast(device.type, kind):
+            predicted = unet(noisy, timesteps, told).sample
+        loss = F.mse_loss(predicted.float(), noise.float())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.detach().item()
+
+    return step
+
+
+def flops_of(step: Step) -> int:
+    """Count the floating point operations of a step's matrix products and convolutions."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def best_batch(make: Callable[[int], Step], batches: tuple[int, ...], *, steps: int) -> dict[str, Any]:
+    """Find the batch size with the most pictures a second, up to where memory ends."""
+    found: dict[str, Any] = {"batch": 0, "pictures_per_second": 0.0}
+    for batch in batches:
+        try:
+            step = make(batch)
+            step()
+            step()
+            rate = batch / seconds_of(step, steps=steps)
+        except torch.cuda.OutOfMemoryError:
+            break
+        finally:
+            step = None  # type: ignore[assignment]  # its tensors must go before the next is built
+            _forget()
+        if rate > found["pictures_per_second"]:
+            found = {"batch": batch, "pictures_per_second": round(rate, 2)}
+    return found
+
+
+def measure_speed(*, small: bool) -> dict[str, Any]:
+    """Measure every way at its best batch, then the best beside diffusers' step, alternating."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches, steps = (BATCHES[:2], 1) if small else (BATCHES, 10)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rate = matrix_rate(256 if small else 8192, device)
+        flops = flops_of(ours(1, folder, device, small=small)[0])
+        ways: dict[str, Any] = {}
+        for way, options in WAYS.items():
+            if small and "torch_compile" in options:
+                continue  # a minute of compiling
+            ways[way] = best_batch(
+                lambda batch, told=options: ours(batch, folder, device, small=small, **told)[0],
+                batches,
+                steps=steps,
+            )
+            ways[way]["flop_utilisation"] = round(ways[way]["pictures_per_second"] * flops / rate, 4)
+        best = max(ways, key=lambda way: ways[way]["pictures_per_second"])
+        batch = ways[best]["batch"]
+        sides: dict[str, Step] = {
+            "ours": ours(batch, folder, device, small=small, **WAYS[best])[0],
+            "diffusers, same step": theirs(batch, folder, device, small=small, encodes=False),
+            "diffusers, encoding": theirs(batch, folder, device, small=small, encodes=True),
+        }
+        times: dict[str, list[float]] = {side: [] for side in sides}
+        for step in sides.values():
+            step()
+        for _ in range(2 if small else ROUNDS):
+            for side, step in sides.items():
+                times[side].append(seconds_of(step, steps=steps))
+    pictures = {side: round(batch / statistics.median(found), 2) for side, found in times.items()}
+    return {
+        "flops_a_picture": flops,
+        "matrix_rate_tflops": round(rate / 1e12, 1),
+        "ways": ways,
+        "best": best,
+        "batch": batch,
+        "pictures_per_second": pictures,
+        "over_diffusers_same_step": round(pictures["ours"] / pictures["diffusers, same step"], 3),
+        "over_diffusers_encoding": round(pictures["ours"] / pictures["diffusers, encoding"], 3),
+    }
+
+
+def _forget() -> None:
+    import gc
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
