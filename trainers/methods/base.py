@@ -118,8 +118,8 @@ class Method(nn.Module):
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     needs: ClassVar[Collection[str]] = ALL_PARTS
     #: names of the files an export writes when the recipe does not say
-    formats: ClassVar[tuple[str, ...]] = ()
-    all_formats: ClassVar[tuple[str, ...]] = ()
+    formats: tuple[str, ...] = ()
+    all_formats: tuple[str, ...] = ()
     sees_files: ClassVar[bool] = False  # decoded pictures, through `see`, in place of latents and prompts
     refused: ClassVar[Mapping[str, str]] = {}  # keys of the recipe that must stay at their defaults: why
     no_plan: ClassVar[str | None] = None  # why `plan` cannot count its memory

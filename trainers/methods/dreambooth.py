@@ -16,22 +16,27 @@ from dreamfleet.datasets import captions
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.methods.base import (
     Method,
-    MethodConfig,
     ParamGroup,
     Prior,
     Sample,
     Setting,
     register,
 )
-from dreamfleet.trainers.methods.whole_model import export_checkpoints, learning_parts, part_groups
+from dreamfleet.trainers.methods.whole_model import (
+    WholeModelConfig,
+    export_tuned,
+    learning_parts,
+    part_groups,
+    possible_formats,
+    usual_formats,
+)
 from dreamfleet.trainers.sd.model import StableDiffusion
 
 
-class DreamBoothConfig(MethodConfig):
+class DreamBoothConfig(WholeModelConfig):
     """The ``method:`` section of DreamBooth."""
 
     name: Literal["dreambooth"] = "dreambooth"
-    train_text_encoder: bool = False
     with_prior_preservation: bool = False
     prior_loss_weight: float = Field(1.0, ge=0)
     num_class_images: int = Field(100, ge=1, description="per concept; missing ones are generated")
@@ -46,8 +51,6 @@ class DreamBooth(Method):
 
     name: ClassVar[str] = "dreambooth"
     Config = DreamBoothConfig
-    formats = ("diffusers", "safetensors")
-    all_formats = ("diffusers", "safetensors", "ckpt")
 
     def __init__(self, config: DreamBoothConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)
@@ -57,7 +60,8 @@ class DreamBooth(Method):
                     "method.with_prior_preservation needs data.class_prompt (what the subject is: 'a photo of a cat') "
                     "for every concept"
                 )
-        self.learning = learning_parts(model, train_text_encoder=config.train_text_encoder)
+        self.learning = learning_parts(model, config)
+        self.formats, self.all_formats = usual_formats(config), possible_formats(config)
 
     @property
     def trains_text(self) -> bool:
@@ -95,8 +99,9 @@ class DreamBooth(Method):
         metadata: dict[str, str],
         precision: str,
     ) -> list[Path]:
-        """Write ``diffusers/`` and ``NAME.safetensors`` (single file, webui keys); ``NAME.ckpt`` on request."""
-        return export_checkpoints(
+        """Write the tuned model as a folder and a single file, or a LoRA in two layouts: see `export_tuned`."""
+        return export_tuned(
+            self.config,
             self.model,
             folder,
             name,

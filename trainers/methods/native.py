@@ -10,18 +10,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field
-
-from dreamfleet.trainers.methods.base import Method, MethodConfig, ParamGroup, Setting, register
-from dreamfleet.trainers.methods.whole_model import export_checkpoints, learning_parts, part_groups
+from dreamfleet.trainers.methods.base import Method, ParamGroup, Setting, register
+from dreamfleet.trainers.methods.whole_model import (
+    WholeModelConfig,
+    export_tuned,
+    learning_parts,
+    part_groups,
+    possible_formats,
+    usual_formats,
+)
 from dreamfleet.trainers.sd.model import StableDiffusion
 
 
-class NativeConfig(MethodConfig):
+class NativeConfig(WholeModelConfig):
     """The ``method:`` section of native training."""
 
     name: Literal["native"] = "native"
-    train_text_encoder: bool = Field(False, description="the text encoder learns as well")
 
 
 @register
@@ -30,12 +34,11 @@ class Native(Method):
 
     name: ClassVar[str] = "native"
     Config = NativeConfig
-    formats = ("diffusers", "safetensors")
-    all_formats = ("diffusers", "safetensors", "ckpt")
 
     def __init__(self, config: NativeConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)
-        self.learning = learning_parts(model, train_text_encoder=config.train_text_encoder)
+        self.learning = learning_parts(model, config)
+        self.formats, self.all_formats = usual_formats(config), possible_formats(config)
 
     @property
     def trains_text(self) -> bool:
@@ -54,8 +57,9 @@ class Native(Method):
         metadata: dict[str, str],
         precision: str,
     ) -> list[Path]:
-        """Write ``diffusers/`` and ``NAME.safetensors`` (single file, webui keys); ``NAME.ckpt`` on request."""
-        return export_checkpoints(
+        """Write the tuned model as a folder and a single file, or a LoRA in two layouts: see `export_tuned`."""
+        return export_tuned(
+            self.config,
             self.model,
             folder,
             name,

@@ -1,33 +1,111 @@
-"""What methods that tune the model itself share: which of its parts learn, and the checkpoints that come out."""
+"""What methods that tune the model itself share: which of its parts learn, whole or by LoRA, and what comes out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
 import torch
+from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 from torch import nn
 
-from dreamfleet.trainers.methods.base import ParamGroup
+from dreamfleet.trainers.methods.base import MethodConfig, ParamGroup
+from dreamfleet.trainers.sd.formats.lora import (
+    DIFFUSERS_FILE,
+    LoraFile,
+    write_diffusers_lora,
+    write_kohya_lora,
+)
 from dreamfleet.trainers.sd.formats.single_file import save_single_file
+from dreamfleet.trainers.sd.lora import add_adapters, choose_layers, learned_layers, merged
 from dreamfleet.trainers.sd.model import StableDiffusion, save_pipeline
 
+WHOLE_FORMATS = ("diffusers", "safetensors", "ckpt")
+LORA_FORMATS = ("diffusers_lora", "kohya_lora")
 
-def learning_parts(model: StableDiffusion, *, train_text_encoder: bool) -> nn.ModuleDict:
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_TARGET_SETS = ("all-linear", "locon")
+
+
+def _split(value: Any) -> Any:
+    if isinstance(value, str) and value not in _TARGET_SETS:
+        return [part.strip() for part in value.split(",")]
+    return value
+
+
+class WholeModelConfig(MethodConfig):
+    """What the ``method:`` sections of methods that tune the model itself have in common."""
+
+    train_text_encoder: bool = Field(False, description="the text encoder learns as well; SDXL's two")
+    lora_rank: int | None = Field(
+        None,
+        ge=1,
+        validation_alias=AliasChoices("lora_rank", "rank", "network_dim"),
+        description="learn a LoRA of this rank, 4 to 128, in place of whole weights: a file of megabytes",
+    )
+    lora_alpha: float | None = Field(
+        None,
+        gt=0,
+        validation_alias=AliasChoices("lora_alpha", "network_alpha"),
+        description="its changes are multiplied by lora_alpha / lora_rank; when left out the rank, as in diffusers",
+    )
+    lora_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        validation_alias=AliasChoices("lora_dropout", "network_dropout"),
+        description="share of a layer's input that its LoRA does not see in a training step",
+    )
+    lora_target_modules: (
+        Annotated[
+            Literal["all-linear", "locon"] | Annotated[tuple[str, ...], Field(min_length=1)],
+            BeforeValidator(_split),
+        ]
+        | None
+    ) = Field(
+        None,
+        description="layers that get one; when left out attention's to_q, to_k, to_v, to_out.0 (text encoder: q_proj, "
+        "k_proj, v_proj, out_proj). all-linear: 1 x 1 convolutions too, as kohya; locon: all convolutions too; or the "
+        "ends of names",
+    )
+
+    @model_validator(mode="after")
+    def _check_lora(self) -> Self:
+        given = [key for key in ("lora_alpha", "lora_dropout", "lora_target_modules") if getattr(self, key)]
+        if given and self.lora_rank is None:
+            raise ValueError(f"{given[0]} needs lora_rank, such as 8; without it whole weights learn")
+        return self
+
+
+def usual_formats(config: WholeModelConfig) -> tuple[str, ...]:
+    """Return what an export writes when the recipe does not say."""
+    return WHOLE_FORMATS[:2] if config.lora_rank is None else LORA_FORMATS
+
+
+def possible_formats(config: WholeModelConfig) -> tuple[str, ...]:
+    """Return all that an export can write; of a LoRA run also the model with the LoRA in its weights."""
+    return WHOLE_FORMATS if config.lora_rank is None else (*LORA_FORMATS, *WHOLE_FORMATS)
+
+
+def learning_parts(model: StableDiffusion, config: WholeModelConfig) -> nn.ModuleDict:
     """Switch on learning in the U-Net and, on request, the text encoders -> one module that holds all that learns.
 
-    One, so that one engine (DDP, DeepSpeed) wraps it all.
+    One, so that one engine (DDP, DeepSpeed) wraps it all. With ``lora_rank`` it holds the matrices alone.
     """
-    learning = nn.ModuleDict({"unet": model.unet})
-    if train_text_encoder:
-        learning["text_encoder"] = model.text_encoder
-        if model.text_encoder_2 is not None:
-            learning["text_encoder_2"] = model.text_encoder_2
+    parts = {name: part for name, part in model.modules().items() if name != "vae"}
+    if not config.train_text_encoder:
+        parts = {"unet": model.unet}
+    unread = unread_layers(model) if config.train_text_encoder else []
+    if config.lora_rank is not None:
+        chosen = choose_layers(model, config.lora_target_modules, parts=list(parts), unread=unread)
+        alpha = config.lora_alpha or config.lora_rank
+        return add_adapters(model, chosen, rank=config.lora_rank, alpha=alpha, dropout=config.lora_dropout)
+    learning = nn.ModuleDict(parts)
     for part in learning.values():
         part.requires_grad_(True).train()
-    if train_text_encoder:
-        for module in unread_layers(model):
-            module.requires_grad_(False)
+    for module in unread:
+        module.requires_grad_(False)
     return learning
 
 
@@ -51,6 +129,40 @@ def part_groups(learning: nn.ModuleDict) -> list[ParamGroup]:
     ]
 
 
+def export_tuned(
+    config: WholeModelConfig,
+    model: StableDiffusion,
+    folder: Path,
+    name: str,
+    *,
+    forms: Sequence[str],
+    metadata: dict[str, str],
+    precision: str,
+) -> list[Path]:
+    """Write the tuned model; of a LoRA run the LoRA in two layouts, and on request ``NAME-merged`` models.
+
+    ``pytorch_lora_weights.safetensors`` is diffusers', ``NAME.safetensors`` kohya's, which the webui and ComfyUI read.
+    """
+    told = {"metadata": metadata, "precision": precision}
+    if config.lora_rank is None:
+        return export_checkpoints(model, folder, name, forms=forms, **told)
+    file = LoraFile(name, learned_layers(model), metadata)
+    paths = []
+    if "diffusers_lora" in forms:
+        paths.append(write_diffusers_lora(file, folder / DIFFUSERS_FILE, dtype=_DTYPES[precision]))
+    if "kohya_lora" in forms:
+        path = folder / f"{name}.safetensors"
+        family = "sdxl" if model.is_sdxl else None
+        blocks = dict(model.unet.config)
+        paths.append(
+            write_kohya_lora(file, path, dtype=_DTYPES[precision], family=family, unet_config=blocks)
+        )
+    if whole := [form for form in forms if form in WHOLE_FORMATS]:
+        with merged(model):
+            paths += export_checkpoints(model, folder, f"{name}-merged", forms=whole, **told)
+    return paths
+
+
 def export_checkpoints(
     model: StableDiffusion,
     folder: Path,
@@ -64,7 +176,7 @@ def export_checkpoints(
 
     A model that does not predict noise has a ``NAME.yaml`` beside its single file, which tells the webui.
     """
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    dtype = _DTYPES[precision]
     paths = []
     for form in forms:
         if form == "diffusers":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import ModelError
 from dreamfleet.datasets.storage import Storage
-from dreamfleet.trainers.sd import embeddings
+from dreamfleet.trainers.sd import embeddings, lora
 from dreamfleet.trainers.sd.condition import Condition
 from dreamfleet.trainers.sd.formats.ldm_names import Family, family_of
 from dreamfleet.trainers.sd.model_config import POCKET, ModelConfig, noise_schedule
@@ -45,6 +45,7 @@ class StableDiffusion:
     text_encoder_2: Any = None  # SDXL
     tokenizer_2: Any = None
     zeros_for_empty_prompt: bool = False  # the empty negative prompt is zeros (SDXL base)
+    loras: tuple[tuple[Any, float], ...] = ()  # it draws with: see `lora.set_loras`
 
     @property
     def is_sdxl(self) -> bool:
@@ -165,14 +166,19 @@ class StableDiffusion:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> StableDiffusion:
         """Move the parts, casting those without learning parameters to ``dtype`` (half precision saves memory).
 
-        SDXL's VAE stays as it is under float16, whose range its activations leave.
+        Of a part in which LoRA's matrices learn, all but these. SDXL's VAE stays as it is under float16, whose range
+        its activations leave.
         """
         for name, part in self.modules().items():
             learns = any(parameter.requires_grad for parameter in part.parameters())
             part.to(device)
             wide = name == "vae" and self._vae_needs_range and dtype == torch.float16
-            if dtype is not None and not learns and not wide:
+            if dtype is None or wide:
+                continue
+            if not learns:
                 part.to(dtype)
+            elif lora.has_adapters(part):
+                lora.cast_frozen(part, dtype)
         return self
 
     @property

@@ -1,0 +1,274 @@
+"""LoRA files: read in diffusers' layout and in kohya's, of every age, and written in both.
+
+The layer's change of its weight is ``alpha / rank * up @ down``. Kohya's layout keeps alpha beside the matrices; in
+diffusers' the scale is multiplied into ``up``, so that every version of every reader gets it right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dreamfleet.datasets.errors import FormatError
+from dreamfleet.trainers.sd.formats.lora_names import (
+    PARTS,
+    STANDARD_LAYERS,
+    kohya_name,
+    layer_of_key,
+)
+from dreamfleet.trainers.sd.formats.pickles import load_pickle
+from dreamfleet.trainers.sd.formats.tensor_files import read_safetensors, write_safetensors
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # what `load_lora_weights(folder)` looks for
+SUFFIXES = (".safetensors", ".pt", ".ckpt", ".bin")
+
+Family = Literal["sd1", "sd2", "sdxl"]
+
+_ARCHITECTURES = {
+    "sd1": ("sd_v1", "stable-diffusion-v1"),
+    "sd2": ("sd_v2", "stable-diffusion-v2-512"),
+    "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+}
+_WIDTHS: dict[int, Family] = {1024: "sd2", 2048: "sdxl"}  # of the contexts; SD 1.x has 768
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_PEFT = "lora_adapter_metadata"  # diffusers' header entry: peft's config of each part
+_ALREADY = ("format", "sshs_model_hash")
+
+
+class Matrices(NamedTuple):
+    """``down`` ``[r, in]`` or ``[r, in, kh, kw]``, ``up`` ``[out, r]`` or ``[out, r, 1, 1]``, and alpha."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """The rank r."""
+        return self.down.shape[0]
+
+
+Layers = Mapping[str, Matrices]  # by part and module: unet.mid_block.attentions.0.proj_in
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA's layers, and the text entries of its file."""
+
+    name: str
+    layers: dict[str, Matrices]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def family(self) -> Family:
+        """The family of models it was made for, told by the width of contexts and the parts it changes."""
+        for layer, (down, _, _) in self.layers.items():
+            if layer.startswith("text_encoder_2.") or ".transformer_blocks.1." in layer:
+                return "sdxl"
+            if layer.endswith(("attn2.to_k", "attn2.to_v")):
+                return _WIDTHS.get(down.shape[1], "sd1")
+        return "sd1"
+
+
+def write_diffusers_lora(file: LoraFile, path: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Write what `load_lora_weights` of diffusers reads; it takes alpha for the rank, so ``up`` carries the scale."""
+    state = {}
+    for layer, (down, up, alpha) in file.layers.items():
+        _require_finite(layer, (down, up), path)
+        state[f"{layer}.lora_A.weight"] = down.float().to(dtype)
+        state[f"{layer}.lora_B.weight"] = (up.float() * (alpha / down.shape[0])).to(dtype)
+    write_safetensors(state, path, header=_own_entries(file.metadata))
+    return path
+
+
+def write_kohya_lora(
+    file: LoraFile,
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    family: Family | None = None,
+    unet_config: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write what the webui, ComfyUI and kohya's scripts read, with kohya's ``ss_`` entries in the header.
+
+    ``family`` is guessed from the layers when None; ``unet_config`` is the model's where its U-Net has not SDXL's usual
+    blocks. Raises FormatError for a layer that kohya's layout has no name for.
+    """
+    family = family or file.family
+    state: dict[str, Tensor] = {}
+    for layer, (down, up, alpha) in file.layers.items():
+        _require_finite(layer, (down, up), path)
+        name = kohya_name(layer, sdxl=family == "sdxl", unet_config=unet_config)
+        state[f"{name}.alpha"] = torch.tensor(float(alpha))
+        state[f"{name}.lora_down.weight"] = down.float().to(dtype)
+        state[f"{name}.lora_up.weight"] = up.float().to(dtype)
+    digest = hashlib.sha256()  # of the bytes that follow the header, as the webui's lists show it
+    for tensor in state.values():
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    header = _own_entries(file.metadata) | _kohya_entries(file, family)
+    write_safetensors(state, path, header=header | {"sshs_model_hash": digest.hexdigest()})
+    return path
+
+
+def read_lora(path: str | Path, *, layers_per_block: int = STANDARD_LAYERS) -> LoraFile:
+    """Read a LoRA of either layout on the CPU, in float32; it is called as its file.
+
+    ``layers_per_block``: of the model's U-Net, where the file has Stability's names for its blocks. Raises FormatError
+    for another kind of file, and for LoHa, LoKr, DoRA and whatever else is more than two matrices a layer.
+    """
+    path = Path(path)
+    tensors, header = _read_tensors(path)
+    found: dict[str, dict[str, Tensor]] = {}
+    unknown, twice = [], []
+    for key, tensor in tensors.items():
+        place = layer_of_key(key, layers_per_block=layers_per_block)
+        if place is None:
+            unknown.append(key)
+        elif place[1] in found.setdefault(place[0], {}):
+            twice.append(key)
+        else:
+            found[place[0]][place[1]] = tensor
+    if not any("down" in parts or "up" in parts for parts in found.values()):
+        raise FormatError(f"{path}: holds no LoRA: no key ends in lora_down.weight or lora_A.weight.")
+    for keys, what in ((unknown, "no LoRA of two matrices a layer has"), (twice, "name a layer twice")):
+        if keys:
+            raise FormatError(
+                f"{path}: {len(keys)} keys {what}: {', '.join(map(repr, keys[:4]))}. LoRA and LoCon files can be read, "
+                "LoHa, LoKr and DoRA cannot."
+            )
+    alphas = _PeftAlphas(header, path)
+    layers = {layer: _matrices(layer, parts, alphas, path) for layer, parts in found.items()}
+    return LoraFile(path.stem, layers, header)
+
+
+def holds_lora(path: str | Path) -> bool:
+    """Say whether a file is a LoRA, told by the names in it. Raises FormatError for a damaged file."""
+    path = Path(path)
+    if path.suffix.lower() == ".safetensors":
+        keys = _safetensors_keys(path)
+    elif path.suffix.lower() in SUFFIXES:
+        data = load_pickle(path)
+        keys = [key for key in data if isinstance(key, str)] if isinstance(data, dict) else []
+    else:
+        return False
+    places = [layer_of_key(key) for key in keys]
+    return any(place is not None and place[1] != "alpha" for place in places)
+
+
+class _PeftAlphas:
+    """The alphas that diffusers' header entry tells, by layer."""
+
+    def __init__(self, header: Mapping[str, str], path: Path):
+        try:
+            told = json.loads(header.get(_PEFT, "{}"))
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{path}: its header is damaged ({error}).") from error
+        self._told: dict[str, Any] = told if isinstance(told, dict) else {}
+        if any(self._told.get(f"{part}.use_dora") is True for part in PARTS):
+            raise FormatError(f"{path}: a DoRA, which cannot be read.")
+
+    def of(self, layer: str, rank: int) -> Any:
+        """Return alpha as it goes with a division by the rank."""
+        part, _, module = layer.partition(".")
+        alpha = self._told.get(f"{part}.lora_alpha", rank)
+        patterns = self._told.get(f"{part}.alpha_pattern")
+        for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+            plain = pattern.removeprefix(
+                "^"
+            )  # peft takes them for expressions; a stranger's are compared as text
+            if f".{module}".endswith(f".{plain}"):
+                alpha = value
+                break
+        scaled = self._told.get(f"{part}.use_rslora") is True and type(alpha) in (int, float)
+        return alpha * math.sqrt(rank) if scaled else alpha
+
+
+def _matrices(layer: str, parts: Mapping[str, Tensor], alphas: _PeftAlphas, path: Path) -> Matrices:
+    if "down" not in parts or "up" not in parts:
+        raise FormatError(
+            f"{path}: the layer {layer} has only {', '.join(sorted(parts))}; down and up belong together."
+        )
+    down, up = parts["down"].float(), parts["up"].float()
+    fits = down.ndim in (2, 4) and up.ndim in (2, 4) and up.shape[1] == down.shape[0]
+    if not fits or not down.numel() or not up.numel() or up.shape[2:].numel() != 1:
+        raise FormatError(
+            f"{path}: the layer {layer} has down {list(down.shape)} and up {list(up.shape)}, which do not go together."
+        )
+    _require_finite(layer, (down, up), path)
+    alpha = parts["alpha"].tolist() if "alpha" in parts else alphas.of(layer, down.shape[0])
+    if isinstance(alpha, list) and len(alpha) == 1:
+        alpha = alpha[0]
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise FormatError(f"{path}: the layer {layer} has an alpha that is no number.")
+    return Matrices(down, up, float(alpha))
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if path.suffix.lower() == ".safetensors":
+        tensors, header = read_safetensors(path)
+    else:
+        data, header = load_pickle(path), {}
+        if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+            raise FormatError(f"{path}: holds no LoRA: a table of named tensors is expected.")
+        tensors = data
+    for key, tensor in tensors.items():
+        plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if not plain or not (tensor.dtype in _DTYPES or (key.endswith("alpha") and tensor.numel() == 1)):
+            raise FormatError(f"{path}: {key!r} is no tensor of numbers that a LoRA holds.")
+    # A tensor may be a view that says "a million times this number": copied, it would take all memory.
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if claimed > 2 * path.stat().st_size:
+        raise FormatError(f"{path}: its tensors claim {claimed} bytes, more than the file has.")
+    return {key: tensor.detach() for key, tensor in tensors.items()}, header
+
+
+def _safetensors_keys(path: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"{path}: not a whole safetensors file ({error}).") from error
+
+
+def _require_finite(layer: str, tensors: tuple[Tensor, ...], path: Path) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise FormatError(f"{path}: the layer {layer} holds NaN or infinite numbers; its training failed.")
+
+
+def _own_entries(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the entries that stay true in another layout."""
+    return {key: value for key, value in metadata.items() if key not in (_PEFT, *_ALREADY)}
+
+
+def _kohya_entries(file: LoraFile, family: Family) -> dict[str, str]:
+    version, architecture = _ARCHITECTURES[family]
+    rank, alpha = Counter((m.rank, m.alpha) for m in file.layers.values()).most_common(1)[0][0]
+    convs = any(matrices.down.shape[2:].numel() > 1 for matrices in file.layers.values())
+    told = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(alpha),
+        "ss_base_model_version": version,
+        "ss_v2": str(family == "sd2"),
+        "ss_output_name": file.name,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.title": file.name,
+    }
+    if convs:
+        told["ss_network_args"] = json.dumps({"conv_dim": str(rank), "conv_alpha": str(alpha)})
+    for ours, theirs in (("dreamfleet_base_model", "ss_sd_model_name"), ("dreamfleet_step", "ss_steps")):
+        if ours in file.metadata:
+            told[theirs] = file.metadata[ours]
+    return told
