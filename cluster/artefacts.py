@@ -12,14 +12,14 @@ from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.sd.aesthetic import AestheticEncoder, AestheticSettings, apply_aesthetic
 from dreamfleet.trainers.sd.formats import aesthetic as aesthetics
-from dreamfleet.trainers.sd.formats import hypernetwork
+from dreamfleet.trainers.sd.formats import hypernetwork, lora
 from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model, save_pipeline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dreamfleet.cluster.drawn import Row, Settings
-    from dreamfleet.trainers.sd.hypernetwork_prompts import Shelf
+    from dreamfleet.trainers.sd.prompt_tags import Shelves
 
 EMBEDDINGS = (".pt", ".bin", ".png", ".webp", ".avif", ".jxl")  # files that are never a whole model
 LARGEST_EMBEDDING = 16 * 2**20  # bytes; the smallest Stable Diffusion is larger
@@ -63,6 +63,8 @@ def draw_grid(
     embeddings: Sequence[str] = (),
     hypernetworks: Sequence[str] = (),
     hypernetwork_dir: str | None = None,
+    loras: Sequence[str] = (),
+    lora_dir: str | None = None,
     aesthetic: Aesthetic | None = None,
     negative_prompt: str = "",
     num_images: int = 4,
@@ -80,24 +82,24 @@ def draw_grid(
 
     ``model_name``: pocket, a diffusers folder, a single file, a hub name, or a run folder (its exports are used).
     ``hypernetworks``: files, each with ``:0.8`` where its strength is not 1; prompts name others, in
-    ``hypernetwork_dir`` or beside these, as ``<hypernet:NAME:0.8>``. ``aesthetic``: a vector that prompts are tuned
-    towards; the cells then tell the cosine with it before and after. ``clip_skip`` and ``max_token_length``: as in a
-    recipe's ``model:``; None: the run's, 1 and 75. ``out_dir``: a folder for each picture by itself. PNGs say how they
-    were drawn, as the webui's do.
+    ``hypernetwork_dir`` or beside these, as ``<hypernet:NAME:0.8>``. ``loras``: the same, as ``<lora:NAME:0.8>``.
+    ``aesthetic``: a vector that prompts are tuned towards; the cells then tell the cosine with it before and after.
+    ``clip_skip`` and ``max_token_length``: as in a recipe's ``model:``; None: the run's, 1 and 75. ``out_dir``: a folder
+    for each picture by itself. PNGs say how they were drawn, as the webui's do.
     """
     from dreamfleet.cluster.drawn import Settings, drawn_texts, require_place, write_pictures
-    from dreamfleet.trainers.sd.hypernetwork_prompts import Shelf
     from dreamfleet.trainers.sd.infotext import plain_sampler
+    from dreamfleet.trainers.sd.prompt_tags import HypernetworkShelf, LoraShelf, Shelves
 
     require_place(out, out_dir)
     more = aesthetic.entries() if aesthetic else {}
     settings = Settings(steps, plain_sampler(scheduler), guidance_scale, negative_prompt, embeddings, more)
-    shelf = Shelf(hypernetworks, hypernetwork_dir)
-    rows = [shelf.arrange(prompt) for prompt in prompts]
+    shelves = Shelves(HypernetworkShelf(hypernetworks, hypernetwork_dir), LoraShelf(loras, lora_dir))
+    rows = [shelves.arrange(prompt) for prompt in prompts]
     model = load_with_embeddings(model_name, embeddings)
     _make_ready(model, aesthetic, clip_skip, max_token_length)
     seeds = range(seed, seed + num_images)
-    pictures = _draw(model, shelf, rows, seeds, settings, width, height)
+    pictures = _draw(model, shelves, rows, seeds, settings, width, height)
     texts = drawn_texts(model, settings, rows, seeds, pictures[0].size)
     write_pictures(pictures, texts, [*seeds] * len(rows), out, out_dir, columns=num_images)
     return [
@@ -109,21 +111,19 @@ def draw_grid(
 
 def _draw(
     model: StableDiffusion,
-    shelf: Shelf,
+    shelves: Shelves,
     rows: Sequence[Row],
     seeds: Sequence[int],
     settings: Settings,
     width: int | None,
     height: int | None,
 ) -> list[Image]:
-    """Draw a picture for each row and seed; rows in a run that name the same hypernetworks are drawn together."""
-    from dreamfleet.trainers.sd.hypernetwork import applied_hypernetworks, set_hypernetworks
+    """Draw a picture for each row and seed; rows in a run that name the same extras are drawn together."""
     from dreamfleet.trainers.sd.sample import generate
 
-    own, pictures = applied_hypernetworks(model.unet), []
-    for named, group in groupby(rows, key=lambda row: row[1]):
-        loaded = [(shelf.load(address, model.unet), multiplier) for address, multiplier in named]
-        set_hypernetworks(model.unet, [*own, *loaded])
+    apply, pictures = shelves.on(model), []
+    for extras, group in groupby(rows, key=lambda row: row[1]):
+        apply(extras)
         texts = [text for text, _ in group]
         pictures += generate(
             model,
@@ -192,6 +192,8 @@ def convert_artefact(source: Path, target: Path) -> Path:
     if aesthetics.holds_aesthetic(source):
         # Any published form becomes [1, P], which the extension's slerp needs.
         return aesthetics.write_aesthetic(aesthetics.read_aesthetic(source), target)
+    if source.suffix.lower() in (".safetensors", ".pt") and lora.holds_lora(source):
+        return _convert_lora(source, target)
     if _is_embedding(source, target):
         from dreamfleet.trainers.sd.formats.embedding import read_embedding, write_embedding
 
@@ -213,6 +215,14 @@ def convert_artefact(source: Path, target: Path) -> Path:
             f"a model cannot become {target.name}: name a folder (diffusers), a .safetensors or a .ckpt file"
         )
     return target
+
+
+def _convert_lora(source: Path, target: Path) -> Path:
+    """Write a LoRA in the other one of its two layouts."""
+    if target.suffix.lower() != ".safetensors":
+        raise UserError(f"a LoRA cannot become {target.name}: name a .safetensors file")
+    found = replace(lora.read_lora(source), name=target.stem)
+    return (lora.write_diffusers_lora if found.is_kohyas else lora.write_kohya_lora)(found, target)
 
 
 def _make_ready(

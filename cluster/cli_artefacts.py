@@ -41,15 +41,17 @@ def export(
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="An embedding, a hypernetwork or a model.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="An embedding, a hypernetwork, a LoRA or a model.")
+    ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The same in the format its name says.")],
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Convert an embedding, a hypernetwork, an aesthetic vector or a model to another format.
+    """Convert an embedding, a hypernetwork, an aesthetic vector, a LoRA or a model to another format.
 
     Embeddings: .pt .bin .safetensors .png .webp .jxl. Hypernetworks and aesthetic vectors: .pt, from older forms too.
-    Models: diffusers folder, .safetensors, .ckpt.
+    LoRA: .safetensors, from kohya's layout to diffusers' or back. Models: diffusers folder, .safetensors, .ckpt.
     """
     with work():
         from dreamfleet.cluster.artefacts import convert_artefact
@@ -121,6 +123,14 @@ def sample(
         str | None,
         typer.Option(help="Where prompts' <hypernet:NAME:0.8> are found.", show_default=False),
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="LoRA file, F or F:0.8, in this order; repeatable.", show_default=False),
+    ] = None,
+    lora_dir: Annotated[
+        str | None,
+        typer.Option(help="Where prompts' <lora:NAME:0.8> are found.", show_default=False),
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="The grid to write; a .png says how it was drawn, as the webui's do.")
     ] = Path("grid.png"),
@@ -173,15 +183,10 @@ def sample(
         str | None,
         typer.Option(help="CLIP of the text encoder; found for pocket and SD 1.x.", show_default=False),
     ] = None,
-    lora: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Draw a grid of pictures with any model or run."""
-    if lora:
-        raise typer.BadParameter(
-            "--lora cannot be used yet: this version draws with models, embeddings, hypernetworks and aesthetic vectors"
-        )
     with work():
         from dreamfleet.cluster.artefacts import Aesthetic, draw_grid
         from dreamfleet.trainers.sd.aesthetic import AestheticSettings
@@ -202,6 +207,8 @@ def sample(
             embeddings=embedding or [],
             hypernetworks=hypernetwork or [],
             hypernetwork_dir=hypernetwork_dir,
+            loras=lora or [],
+            lora_dir=lora_dir,
             aesthetic=Aesthetic(aesthetic, settings, aesthetic_clip) if aesthetic else None,
             negative_prompt=negative_prompt,
             num_images=num_images,

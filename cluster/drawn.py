@@ -16,12 +16,13 @@ from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.sd.embeddings import negative_for
 from dreamfleet.trainers.sd.formats.embedding import read_embedding
 from dreamfleet.trainers.sd.infotext import infotext, png_info, sampler_entries
+from dreamfleet.trainers.sd.prompt_tags import Extras, HypernetworkShelf, LoraShelf
 from dreamfleet.trainers.sd.sample import picture_grid
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.sd.model import StableDiffusion
 
-Row = tuple[str, Sequence[tuple[str, float]]]  # a prompt, and its hypernetworks' files and strengths
+Row = tuple[str, Extras]  # a prompt, and the files and strengths of what it is drawn with
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -57,8 +58,8 @@ def drawn_texts(
     """Tell how each picture was drawn, in reading order."""
     sides = "x".join(map(str, size))
     return [
-        _drawn_text(model, settings, prompt, named, Seed=seed, Size=sides)
-        for prompt, named in rows
+        _drawn_text(model, settings, prompt, extras, Seed=seed, Size=sides)
+        for prompt, extras in rows
         for seed in seeds
     ]
 
@@ -67,12 +68,16 @@ def _drawn_text(
     model: StableDiffusion,
     settings: Settings,
     prompt: str,
-    named: Sequence[tuple[str, float]],
+    extras: Extras,
     **entries: Any,
 ) -> str:
-    """Tell how a picture was drawn; its hypernetworks as tags of the prompt, where the webui has them."""
+    """Tell how a picture was drawn; its hypernetworks and LoRAs as tags of the prompt, where the webui has them."""
     negative = negative_for(model, prompt, settings.negative_prompt)
-    tags = "".join(f"<hypernet:{Path(address).stem}:{strength:g}>" for address, strength in named)
+    tags = "".join(
+        f"<{tag}:{Path(address).stem}:{strength:g}>"
+        for tag, named in zip((HypernetworkShelf.tag, LoraShelf.tag), extras, strict=True)
+        for address, strength in named
+    )
     told = {
         "Steps": settings.steps,
         **sampler_entries(settings.scheduler),

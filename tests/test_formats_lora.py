@@ -31,7 +31,6 @@ from dreamfleet.trainers.sd.lora import (
     choose_layers,
     learned_layers,
     merged,
-    require_fit,
     set_loras,
 )
 from dreamfleet.trainers.sd.model import StableDiffusion, save_pipeline
@@ -78,7 +77,7 @@ def draw_stock(pipeline: Any) -> Tensor:
     return pixels(found.images)
 
 
-@pytest.mark.parametrize("family,targets", [("sd1", "locon"), ("sd2", None), ("sdxl", "locon")])
+@pytest.mark.parametrize(("family", "targets"), [("sd1", "locon"), ("sd2", None), ("sdxl", "locon")])
 def test_stock_diffusers_and_ours_draw_the_same_from_both_layouts(
     tmp_path: Path, family: str, targets: Any
 ) -> None:
@@ -241,7 +240,7 @@ def test_what_is_no_lora_or_of_another_model_says_so(tmp_path: Path) -> None:
     for layer, pair_ in [("unet.nothing", matrices()), (f"unet.{QUERY}", matrices(width=31))]:
         other = LoraFile("other", {layer: Matrices(pair_["down"], pair_["up"], 2.0)})
         with pytest.raises(ModelError, match=f"other changes 1 layers.*{layer}.*another family"):
-            require_fit(other, tiny_model())
+            set_loras(tiny_model(), [(other, 1.0)])
     broken = {f"unet.{QUERY}": Matrices(pair["down"] * torch.inf, pair["up"], 2.0)}
     with pytest.raises(FormatError, match="training failed"):
         write_kohya_lora(LoraFile("x", broken), tmp_path / "x.safetensors")

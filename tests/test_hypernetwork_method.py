@@ -29,7 +29,8 @@ from dreamfleet.trainers.sd.hypernetwork import (
     Structure,
     applied_hypernetworks,
 )
-from dreamfleet.trainers.sd.hypernetwork_prompts import Shelf, split_multiplier, split_tags
+from dreamfleet.trainers.sd.prompt_tags import HypernetworkShelf as Shelf
+from dreamfleet.trainers.sd.prompt_tags import split_multiplier, split_tags
 from dreamfleet.trainers.validation import draw_previews
 
 
@@ -128,14 +129,14 @@ def test_a_section_that_cannot_be_says_so(section: dict[str, Any], message: str,
 
 
 def test_tags_and_arguments_are_split_as_webui_does() -> None:
-    assert split_tags("a cat <hypernet:look:0.8>, <hypernet:b c><lora:x:1>") == (
+    assert split_tags("a cat <hypernet:look:0.8>, <hypernet:b c><lora:x:1>", "hypernet") == (
         "a cat , <lora:x:1>",
         [("look", 0.8), ("b c", 1.0)],
     )
-    assert split_tags("a <cat> at 3:1") == ("a <cat> at 3:1", [])
+    assert split_tags("a <cat> at 3:1", "hypernet") == ("a <cat> at 3:1", [])
     for wrong in ("<hypernet:look:much>", "<hypernet:>", "<hypernet:look:nan>", "<hypernet:look:1:2>"):
         with pytest.raises(UserError, match="write <hypernet:NAME"):
-            split_tags(wrong)
+            split_tags(wrong, "hypernet")
     assert split_multiplier("a/look.pt:0.8") == ("a/look.pt", 0.8)
     assert split_multiplier("s3://bucket/look.pt") == ("s3://bucket/look.pt", 1.0)
     assert split_multiplier("s3://bucket/look.pt:-1") == ("s3://bucket/look.pt", -1.0)
@@ -148,8 +149,8 @@ def test_names_are_found_among_files_in_the_folder_and_beside_files(workplace: P
     assert shelf.arrange("a cat <hypernet:two:2>") == ("a cat", ((one, 0.5), (two, 2.0)))
     assert shelf.arrange("<hypernet:one:2> a cat") == ("a cat", ((one, 2.0),))
     assert Shelf(folder=str(workplace)).find("two") == two
-    unet = tiny_model().unet
-    assert shelf.load(two, unet) is shelf.load(two, unet)
+    model = tiny_model()
+    assert shelf.load(two, model) is shelf.load(two, model)
     with pytest.raises(UserError, match=r"no none\.pt in .*there are: one, two"):
         shelf.find("none")
     with pytest.raises(UserError, match="--hypernetwork-dir"):

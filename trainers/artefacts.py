@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dreamfleet.trainers.sd.formats.lora import DIFFUSERS_FILE
+
 
 @dataclass(frozen=True)
 class Use:
@@ -43,15 +45,8 @@ def describe(name: str, *, run_name: str, recipe: Mapping[str, Any]) -> Hint:
         )
     if found := _beside(name, stem, suffix, run_name):
         return found
-    if "lora" in name.lower():
-        load = f'`pipe.load_lora_weights("exports", weight_name="{name}")`'
-        return Hint(
-            "A LoRA: small weights added to the base model's.",
-            (
-                Use("diffusers", load),
-                Use("webui", f"copy to `models/Lora/`, write `<lora:{stem}:1>` in the prompt"),
-            ),
-        )
+    if method.get("lora_rank") and name in (DIFFUSERS_FILE, f"{run_name}.safetensors"):  # type: ignore[union-attr]
+        return _lora(name, stem)
     if kind in ("textual_inversion", "prompt_tuning"):
         return _embedding(name, stem, suffix, kind, method)  # type: ignore[arg-type]
     if kind == "hypernetwork":
@@ -113,6 +108,20 @@ def _discriminator(name: str, suffix: str) -> Hint:
         )
     theirs = Use("transformers", f'`ConvNextForImageClassification.from_pretrained("exports/{name}")`')
     return Hint("A classifier of pictures, as a folder.", (ours, theirs))
+
+
+def _lora(name: str, stem: str) -> Hint:
+    diffusers = Use("diffusers", f'`pipe.load_lora_weights("exports", weight_name="{name}")`')
+    ours = Use("dreamfleet", f"`dreamfleet sample --model ... --lora exports/{name}:0.8 --prompt ...`")
+    if name == DIFFUSERS_FILE:
+        return Hint(
+            "A LoRA, small weights added to the base model's, in diffusers' layout.", (diffusers, ours)
+        )
+    webui = Use("webui", f"copy to `models/Lora/`, write `<lora:{stem}:1>` in the prompt")
+    comfy = Use("ComfyUI", "copy to `models/loras/`, open it with Load LoRA")
+    return Hint(
+        "A LoRA, small weights added to the base model's, in kohya's layout.", (webui, comfy, diffusers, ours)
+    )
 
 
 def _hypernetwork(name: str, stem: str, method: Mapping[str, Any]) -> Hint:

@@ -29,6 +29,8 @@ from dreamfleet.trainers.sd.fidelity import (
     spread_of_real,
     strip_words,
 )
+from dreamfleet.trainers.sd.formats.lora import DIFFUSERS_FILE
+from dreamfleet.trainers.sd.lora import apply_lora
 from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model
 from dreamfleet.trainers.sd.sample import generate
 
@@ -203,6 +205,13 @@ def load_exported(run: Storage, recipe: Recipe) -> StableDiffusion:
                         with run.local_copy(f"exports/{name}") as path:
                             found = read_embedding(path)
                         install(model, word, found.vectors, found.vectors_2)
+                return model
+    elif getattr(recipe.method, "lora_rank", None):
+        for name in (f"{recipe.run_name}.safetensors", DIFFUSERS_FILE):
+            if name in files:
+                model = load_model(recipe.model)
+                with run.local_copy(f"exports/{name}") as path:
+                    apply_lora(model, path)
                 return model
     else:
         for name in (f"{recipe.run_name}{suffix}" for suffix in (".safetensors", ".ckpt")):

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import ModelError, RecipeError
-from dreamfleet.trainers.sd.formats.lora import LoraFile, Matrices
+from dreamfleet.trainers.sd.formats.lora import LoraFile, Matrices, read_lora
+from dreamfleet.trainers.sd.formats.lora_names import STANDARD_LAYERS
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.sd.model import StableDiffusion
@@ -125,9 +127,19 @@ def set_loras(model: StableDiffusion, applied: Sequence[Applied]) -> None:
     model.loras = tuple(applied)
 
 
-def require_fit(file: LoraFile, model: StableDiffusion) -> None:
-    """Raise ModelError for a LoRA that changes layers which this model has not, or not in these sizes."""
-    _by_part(model, file)
+def load_lora(model: StableDiffusion, path: Path) -> LoraFile:
+    """Read a LoRA of either layout. Raises FormatError for no LoRA, ModelError for one of another family of models."""
+    layers_per_block = model.unet.config.layers_per_block
+    found = read_lora(
+        path, layers_per_block=layers_per_block if isinstance(layers_per_block, int) else STANDARD_LAYERS
+    )
+    _by_part(model, found)  # says what does not fit
+    return found
+
+
+def apply_lora(model: StableDiffusion, path: Path, multiplier: float = 1.0) -> None:
+    """Make a model draw with a LoRA file as well. Raises FormatError and ModelError as :func:`load_lora` does."""
+    set_loras(model, [*model.loras, (load_lora(model, path), multiplier)])
 
 
 @contextmanager

@@ -41,7 +41,13 @@ _ARCHITECTURES = {
 _WIDTHS: dict[int, Family] = {1024: "sd2", 2048: "sdxl"}  # of the contexts; SD 1.x has 768
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _PEFT = "lora_adapter_metadata"  # diffusers' header entry: peft's config of each part
-_ALREADY = ("format", "sshs_model_hash")
+_PASSING = (
+    _PEFT,
+    "format",
+    "ss_network_alpha",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+)  # true of one file alone
 
 
 class Matrices(NamedTuple):
@@ -67,6 +73,7 @@ class LoraFile:
     name: str
     layers: dict[str, Matrices]
     metadata: dict[str, str] = field(default_factory=dict)
+    is_kohyas: bool = False  # the layout it was read in
 
     @property
     def family(self) -> Family:
@@ -147,7 +154,7 @@ def read_lora(path: str | Path, *, layers_per_block: int = STANDARD_LAYERS) -> L
             )
     alphas = _PeftAlphas(header, path)
     layers = {layer: _matrices(layer, parts, alphas, path) for layer, parts in found.items()}
-    return LoraFile(path.stem, layers, header)
+    return LoraFile(path.stem, layers, header, any(key.startswith("lora_") for key in tensors))
 
 
 def holds_lora(path: str | Path) -> bool:
@@ -248,7 +255,7 @@ def _require_finite(layer: str, tensors: tuple[Tensor, ...], path: Path) -> None
 
 def _own_entries(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return the entries that stay true in another layout."""
-    return {key: value for key, value in metadata.items() if key not in (_PEFT, *_ALREADY)}
+    return {key: value for key, value in metadata.items() if key not in _PASSING}
 
 
 def _kohya_entries(file: LoraFile, family: Family) -> dict[str, str]:
