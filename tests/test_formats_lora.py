@@ -28,11 +28,11 @@ from dreamfleet.trainers.sd.formats.lora_names import kohya_name, layer_of_key
 from dreamfleet.trainers.sd.formats.tensor_files import read_safetensors, write_safetensors
 from dreamfleet.trainers.sd.lora import (
     add_adapters,
-    choose_layers,
     learned_layers,
     merged,
     set_loras,
 )
+from dreamfleet.trainers.sd.lora_targets import choose_layers
 from dreamfleet.trainers.sd.model import StableDiffusion, save_pipeline
 from dreamfleet.trainers.sd.sample import generate
 

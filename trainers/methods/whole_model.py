@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -13,12 +14,14 @@ from torch import nn
 from dreamfleet.trainers.methods.base import MethodConfig, ParamGroup
 from dreamfleet.trainers.sd.formats.lora import (
     DIFFUSERS_FILE,
+    Family,
     LoraFile,
     write_diffusers_lora,
     write_kohya_lora,
 )
 from dreamfleet.trainers.sd.formats.single_file import save_single_file
-from dreamfleet.trainers.sd.lora import add_adapters, choose_layers, learned_layers, merged
+from dreamfleet.trainers.sd.lora import add_adapters, learned_layers, merged
+from dreamfleet.trainers.sd.lora_targets import choose_layers
 from dreamfleet.trainers.sd.model import StableDiffusion, save_pipeline
 
 WHOLE_FORMATS = ("diffusers", "safetensors", "ckpt")
@@ -143,23 +146,23 @@ def export_tuned(
 
     ``pytorch_lora_weights.safetensors`` is diffusers', ``NAME.safetensors`` kohya's, which the webui and ComfyUI read.
     """
-    told = {"metadata": metadata, "precision": precision}
+    write = partial(export_checkpoints, model, folder, metadata=metadata, precision=precision)
     if config.lora_rank is None:
-        return export_checkpoints(model, folder, name, forms=forms, **told)
+        return write(name, forms=forms)
     file = LoraFile(name, learned_layers(model), metadata)
     paths = []
     if "diffusers_lora" in forms:
         paths.append(write_diffusers_lora(file, folder / DIFFUSERS_FILE, dtype=_DTYPES[precision]))
     if "kohya_lora" in forms:
         path = folder / f"{name}.safetensors"
-        family = "sdxl" if model.is_sdxl else None
+        family: Family | None = "sdxl" if model.is_sdxl else None
         blocks = dict(model.unet.config)
         paths.append(
             write_kohya_lora(file, path, dtype=_DTYPES[precision], family=family, unet_config=blocks)
         )
     if whole := [form for form in forms if form in WHOLE_FORMATS]:
         with merged(model):
-            paths += export_checkpoints(model, folder, f"{name}-merged", forms=whole, **told)
+            paths += write(f"{name}-merged", forms=whole)
     return paths
 
 

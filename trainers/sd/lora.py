@@ -9,67 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from dreamfleet.datasets.errors import ModelError, RecipeError
+from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.sd.formats.lora import LoraFile, Matrices, read_lora
 from dreamfleet.trainers.sd.formats.lora_names import STANDARD_LAYERS
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.sd.model import StableDiffusion
 
-Targets = Literal["all-linear", "locon"] | Sequence[str] | None
 Applied = tuple[LoraFile, float]  # a LoRA and its multiplier
 
 LEARNING = "learning"  # what peft calls the adapter that trains; those for drawing are numbered
-
-# The projections of attention: what diffusers' scripts adapt.
-_ATTENTION = {
-    "unet": ("to_q", "to_k", "to_v", "to_out.0"),
-    "text": ("q_proj", "k_proj", "v_proj", "out_proj"),
-}
-
-
-def choose_layers(
-    model: StableDiffusion, targets: Targets, *, parts: Sequence[str], unread: Sequence[nn.Module] = ()
-) -> dict[str, list[str]]:
-    """Choose the modules of each part that get matrices, by name.
-
-    ``targets``: None for the projections of attention; ``all-linear`` for every linear layer and 1 x 1 convolution,
-    ``locon`` for every convolution too; or the ends of names, which leave the text encoders their projections unless
-    they name some of theirs. ``unread`` modules, which no loss depends on, get none. Raises RecipeError for an end that
-    no name has.
-    """
-    skipped = {id(module) for parent in unread for module in parent.modules()}
-    chosen: dict[str, list[str]] = {}
-    for part in parts:
-        possible = {
-            name: module
-            for name, module in model.modules()[part].named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d)
-            and id(module) not in skipped
-            # Of a text encoder only its layers: the second one's last projection is no layer of a LoRA of kohya's.
-            and (part == "unet" or ".layers." in name)
-        }
-        usual = _ATTENTION["unet" if part == "unet" else "text"]
-        if isinstance(targets, str):
-            ends = [name for name, module in possible.items() if targets == "locon" or _is_linear(module)]
-        else:
-            own = targets is not None and (part == "unet" or any(_ends(name, targets) for name in possible))
-            ends = list(targets if own and targets is not None else usual)
-        chosen[part] = [name for name in possible if _ends(name, ends)]
-    if targets is not None and not isinstance(targets, str):
-        every = [name for names in chosen.values() for name in names]
-        if missing := [end for end in targets if not any(_ends(name, [end]) for name in every)]:
-            raise RecipeError(
-                f"method.lora_target_modules: {model.folder} has no layer whose name ends in {', '.join(missing)}; the "
-                "usual ones are to_q, to_k, to_v, to_out.0, others ff.net.0.proj, ff.net.2, proj_in, proj_out, conv1, "
-                "conv2, or all-linear, or locon"
-            )
-    return chosen
 
 
 def add_adapters(
@@ -114,8 +68,8 @@ def set_loras(model: StableDiffusion, applied: Sequence[Applied]) -> None:
     for part in model.modules().values():
         remove_adapters(part)
     for number, (file, multiplier) in enumerate(applied):
-        for part, layers in _by_part(model, file).items():
-            module, adapter = model.modules()[part], f"drawing_{number}"
+        for name_of_part, layers in _by_part(model, file).items():
+            module, adapter = model.modules()[name_of_part], f"drawing_{number}"
             _inject(module, {name: (m.rank, m.alpha) for name, m in layers.items()}, adapter=adapter)
             for name, layer in adapted(module):
                 if name in layers:
@@ -300,11 +254,3 @@ def _replace(part: nn.Module, name: str, module: nn.Module) -> None:
 
 def _file_name(part: str, name: str) -> str:
     return name if part == "unet" or name.startswith("text_model.") else f"text_model.{name}"
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or module.kernel_size == (1, 1)
-
-
-def _ends(name: str, ends: Sequence[str]) -> bool:
-    return any(f".{name}".endswith(f".{end}") for end in ends)

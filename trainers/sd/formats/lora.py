@@ -120,7 +120,8 @@ def write_kohya_lora(
         state[f"{name}.lora_up.weight"] = up.float().to(dtype)
     digest = hashlib.sha256()  # of the bytes that follow the header, as the webui's lists show it
     for tensor in state.values():
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        content: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(content)
     header = _own_entries(file.metadata) | _kohya_entries(file, family)
     write_safetensors(state, path, header=header | {"sshs_model_hash": digest.hexdigest()})
     return path
@@ -211,7 +212,7 @@ def _matrices(layer: str, parts: Mapping[str, Tensor], alphas: _PeftAlphas, path
             f"{path}: the layer {layer} has down {list(down.shape)} and up {list(up.shape)}, which do not go together."
         )
     _require_finite(layer, (down, up), path)
-    alpha = parts["alpha"].tolist() if "alpha" in parts else alphas.of(layer, down.shape[0])
+    alpha: Any = parts["alpha"].tolist() if "alpha" in parts else alphas.of(layer, down.shape[0])
     if isinstance(alpha, list) and len(alpha) == 1:
         alpha = alpha[0]
     if type(alpha) not in (int, float) or not math.isfinite(alpha):

@@ -82,10 +82,10 @@ def diffusers_block(module: str, layers_per_block: int) -> str:
     if module in _LDM_TOP:
         return _LDM_TOP[module]
     if match := _LDM_MIDDLE.fullmatch(module):
-        place, rest = int(match[1]), match[2]
-        if place == 1:
+        slot, rest = int(match[1]), match[2]
+        if slot == 1:
             return f"mid_block.attentions.0.{rest}"
-        return f"mid_block.resnets.{place // 2}.{_LDM_RESNET.get(rest, rest)}"
+        return f"mid_block.resnets.{slot // 2}.{_LDM_RESNET.get(rest, rest)}"
     if not (match := _LDM_BLOCK.fullmatch(module)):
         return module
     side, number, slot, rest = match[1], int(match[2]), int(match[3]), match[4]
@@ -105,7 +105,7 @@ def diffusers_block(module: str, layers_per_block: int) -> str:
 
 
 # diffusers' own ways of naming the two matrices, newest first.
-_DIFFUSERS_ENDS = (
+_DIFFUSERS_ENDS: tuple[tuple[re.Pattern[str], dict[str, str]], ...] = (
     (re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight"), {"A": "down", "B": "up"}),
     (re.compile(r"(.+)\.lora(?:_linear_layer)?\.(down|up)\.weight"), {}),
     (re.compile(r"(.+)_lora\.(down|up)\.weight"), {}),
