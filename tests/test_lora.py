@@ -147,6 +147,13 @@ def test_a_base_in_16_bits_leaves_the_matrices_whole(tmp_path: Path) -> None:
     assert all(not torch.equal(t, before[name]) for name, t in parts.method.state().items())
 
 
+def test_what_learns_may_wait_elsewhere_while_a_frozen_base_goes_ahead(tmp_path: Path) -> None:
+    for method, waits in ((LORA, False), ({"name": "dreambooth"}, True)):
+        model = make_parts(tmp_path, method={**method, "train_text_encoder": False}).model
+        model.to("meta", home="cpu")
+        assert next(model.unet.parameters()).is_meta != waits and next(model.vae.parameters()).is_meta
+
+
 def test_which_layers_get_one(tmp_path: Path) -> None:
     def names(targets: Any, **changes: Any) -> dict[str, set[str]]:
         method = {**LORA, "lora_target_modules": targets}

@@ -76,9 +76,7 @@ def build_method(
         for group in method.groups():
             for param in group.params.values():
                 param.data = param.data.to(torch.bfloat16)
-    for part in model.modules().values():
-        learns = any(param.requires_grad for param in part.parameters())
-        part.to(device=home if learns else device, dtype=None if learns else dtype)
+    model.to(device, dtype, home=home)
     for helper in method.helpers.values():
         helper.to(device)
     method.to(home)

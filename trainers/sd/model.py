@@ -163,21 +163,23 @@ class StableDiffusion:
         for part in self.modules().values():
             part.requires_grad_(False).eval()
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> StableDiffusion:
+    def to(
+        self, device: torch.device | str, dtype: torch.dtype | None = None, *, home: Any = None
+    ) -> StableDiffusion:
         """Move the parts, casting those without learning parameters to ``dtype`` (half precision saves memory).
 
-        Of a part in which LoRA's matrices learn, all but these. SDXL's VAE stays as it is under float16, whose range
-        its activations leave.
+        Of a part in which LoRA's matrices learn, all but these; one that learns whole goes to ``home`` where given.
+        SDXL's VAE stays as it is under float16, whose range its activations leave.
         """
         for name, part in self.modules().items():
-            learns = any(parameter.requires_grad for parameter in part.parameters())
-            part.to(device)
+            learns, adapted = any(p.requires_grad for p in part.parameters()), lora.has_adapters(part)
+            part.to(home if home is not None and learns and not adapted else device)
             wide = name == "vae" and self._vae_needs_range and dtype == torch.float16
             if dtype is None or wide:
                 continue
             if not learns:
                 part.to(dtype)
-            elif lora.has_adapters(part):
+            elif adapted:
                 lora.cast_frozen(part, dtype)
         return self
 
