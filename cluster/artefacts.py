@@ -84,8 +84,8 @@ def draw_grid(
     ``hypernetworks``: files, each with ``:0.8`` where its strength is not 1; prompts name others, in
     ``hypernetwork_dir`` or beside these, as ``<hypernet:NAME:0.8>``. ``loras``: the same, as ``<lora:NAME:0.8>``.
     ``aesthetic``: a vector that prompts are tuned towards; the cells then tell the cosine with it before and after.
-    ``clip_skip`` and ``max_token_length``: as in a recipe's ``model:``; None: the run's, 1 and 75. ``out_dir``: a folder
-    for each picture by itself. PNGs say how they were drawn, as the webui's do.
+    ``clip_skip`` and ``max_token_length``: as in a recipe's ``model:``; None: the run's, 1 and 75. ``out_dir``: a
+    folder for each picture by itself. PNGs say how they were drawn, as the webui's do.
     """
     from dreamfleet.cluster.drawn import Settings, drawn_texts, require_place, write_pictures
     from dreamfleet.trainers.sd.infotext import plain_sampler
