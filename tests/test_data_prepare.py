@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from servers import S3Server, s3_server  # noqa: F401 - a fixture
 from typer.testing import CliRunner
 
 from dreamfleet.cluster import cli
@@ -16,6 +17,7 @@ from dreamfleet.datasets.cuts import Cutting, auto_size, draw_cut, plan_cuts
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.focus import place_box
 from dreamfleet.datasets.prepare import MANIFEST, Preparing, name_of, prepare
+from dreamfleet.datasets.storage import Storage
 
 
 def run(*words: Any) -> Any:
@@ -230,3 +232,25 @@ def test_what_cannot_be_prepared_is_two(words: list[str], tmp_path: Path) -> Non
     source = write_set(tmp_path / "in")
     result = run("data", "prepare", source, tmp_path / "out", *words)
     assert result.exit_code == 2 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.s3
+def test_buckets_are_prepared_inspected_and_tagged_alike(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    s3_server: S3Server,  # noqa: F811
+) -> None:
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    source, place = write_set(tmp_path / "in"), s3_server.new_folder()
+    Storage(f"{place}/in").upload(source)
+    here = prepare(str(source), str(tmp_path / "out"), HOW)
+    assert prepare(f"{place}/in", f"{place}/out", HOW, workers=2) == here
+    there = Storage(f"{place}/out")
+    assert there.read_bytes("10_cat/a.mask.png") == (tmp_path / "out" / "10_cat" / "a.mask.png").read_bytes()
+    assert prepare(f"{place}/in", f"{place}/out", HOW) == here
+    told = json.loads(run("data", "inspect", f"{place}/out", "--resolution", 64, "--json").stdout)
+    assert told["pictures"] == 6 and told["tags"]["a cat"] == 2
+    edited = run("data", "tags", f"{place}/out", "--trigger", "sks", "--in-place", "--json")
+    assert there.read_text("10_cat/a.txt") == "sks, a cat, red\n"
+    assert Storage(json.loads(edited.stdout)["backup"]).read_text("10_cat/a.txt") == "a cat, red\n"
