@@ -30,7 +30,6 @@ _WORDS = (
     "prompts",
     "token",
 )  # keys whose values are words for the model and may begin with a slash
-_OF_THE_MACHINE = "nvme_path"  # each has its own disk
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same files give the same archive, which Ray then uploads once
 
 
@@ -182,11 +181,7 @@ class _Loading:
 
 def _is_place(value: Any, key: str) -> bool:
     # A resolved recipe holds absolute paths and addresses only.
-    return (
-        isinstance(value, str)
-        and (value.startswith("/") or "://" in value)
-        and not key.endswith((*_WORDS, _OF_THE_MACHINE))
-    )
+    return isinstance(value, str) and (value.startswith("/") or "://" in value) and not key.endswith(_WORDS)
 
 
 def _places(value: Any, key: str) -> Iterator[str]:

@@ -190,3 +190,11 @@ def test_options_for_speed_that_zero_cannot_have_are_told(tmp_path: Path) -> Non
     ):
         with pytest.raises(RecipeError, match=told):
             make_parts(tmp_path, engine=engine)
+
+
+def test_what_learns_stays_at_home_while_the_rest_goes_to_the_device(tmp_path: Path) -> None:
+    model = make_parts(tmp_path).model
+    model.to("meta", torch.bfloat16, home="cpu")
+    kept = {name: (next(p.parameters()).device.type, p.dtype) for name, p in model.modules().items()}
+    assert kept["unet"] == ("cpu", torch.float32)
+    assert kept["vae"] == kept["text_encoder"] == ("meta", torch.bfloat16)

@@ -189,10 +189,8 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
         check_inputs(recipe)
 
 
-def test_a_job_takes_the_file_along_and_leaves_the_disk(tmp_path: Path) -> None:
+def test_a_job_takes_the_file_along(tmp_path: Path) -> None:
     from dreamfleet.cluster.parcel import pack
 
-    nvme = {"engine__nvme_path": str(tmp_path)}
-    parcel = pack(with_file(tmp_path, AGREES, **nvme, output_dir="s3://bucket/run"))
+    parcel = pack(with_file(tmp_path, AGREES, output_dir="s3://bucket/run"))
     assert parcel.recipe.engine.deepspeed_config == "./inputs/ds.json" and "inputs/ds.json" in parcel.files
-    assert parcel.recipe.engine.nvme_path == str(tmp_path)

@@ -73,7 +73,7 @@ def with_deepspeed_file(recipe: Recipe) -> Recipe:
         )
         places += [
             (f"zero_optimization.{block}.{key}", key, None, _at(tree, f"zero_optimization.{block}.{key}"))
-            for key in ("nvme_path", "pin_memory")
+            for key in ("pin_memory",)
         ]
     places += [
         (f"zero_optimization.{key}", key, None, _at(tree, f"zero_optimization.{key}")) for key in ZERO_KEYS
@@ -110,7 +110,7 @@ def handed_on(tree: Mapping[str, Any]) -> Tree:
         zero.pop(key, None)
     for block in OFFLOADS:
         if block in zero:
-            kept = {k: v for k, v in zero[block].items() if k not in ("device", "nvme_path", "pin_memory")}
+            kept = {k: v for k, v in zero[block].items() if k not in ("device", "pin_memory")}
             zero[block] = kept
     return {**rest, "zero_optimization": zero}
 

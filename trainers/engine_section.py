@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import AliasChoices, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.datasets.section import Section
@@ -23,7 +23,6 @@ ZERO_KEYS = (
     "zero_quantized_weights",
     "zero_quantized_gradients",
 )
-OffloadDevice = Literal["none", "cpu", "nvme"]
 
 
 class EngineConfig(Section):
@@ -35,19 +34,13 @@ class EngineConfig(Section):
         "DeepSpeed, which shards nothing (0), optimizer states (1), gradients too (2), weights too (3) over the "
         "workers",
     )
-    offload_optimizer_device: OffloadDevice = Field(
+    offload_optimizer_device: Literal["none", "cpu"] = Field(
         "none",
-        description="optimizer states in host memory (cpu; zero_stage 1 to 3) or on a disk (nvme; zero_stage 3), "
-        "stepped by the CPU",
+        description="cpu: optimizer states and step in host memory (zero_stage 1 to 3)",
     )
-    offload_param_device: OffloadDevice = Field(
+    offload_param_device: Literal["none", "cpu"] = Field(
         "none",
-        description="weights in host memory (cpu) or on a disk (nvme) until a layer needs them (zero_stage 3)",
-    )
-    nvme_path: str | None = Field(
-        None,
-        validation_alias=AliasChoices("nvme_path", "offload_optimizer_nvme_path", "offload_param_nvme_path"),
-        description="folder on a fast disk of every machine, for nvme",
+        description="cpu: weights in host memory until a layer needs them (zero_stage 3)",
     )
     gpu_memory: str | None = Field(
         None,
@@ -125,33 +118,10 @@ class EngineConfig(Section):
                 f"offload_param_device: {self.offload_param_device} needs zero_stage: 3, which shards the weights; "
                 "set it, or offload_param_device: none"
             )
-        if self.offload_optimizer_device == "nvme" and self.zero_stage != 3:
-            raise ValueError(
-                "offload_optimizer_device: nvme needs zero_stage: 3; set it, or offload_optimizer_device: cpu, which "
-                "stages 1 and 2 have too"
-            )
         if self.offload_optimizer_device != "none" and self.zero_stage in ("auto", 0):
             raise ValueError(
                 f"offload_optimizer_device: {self.offload_optimizer_device} needs zero_stage: 1, 2 or 3, which shard "
                 "the optimizer; set one (2 suits most models), or offload_optimizer_device: none"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_nvme(self) -> EngineConfig:
-        devices = {key: getattr(self, key) for key in ("offload_optimizer_device", "offload_param_device")}
-        on_disk = [key for key, device in devices.items() if device == "nvme"]
-        if on_disk and self.nvme_path is None:
-            raise ValueError(f"{on_disk[0]}: nvme needs nvme_path, a folder on a fast disk of every machine")
-        if on_disk and self.use_ema:
-            raise ValueError(
-                f"{on_disk[0]}: nvme does not go with use_ema, whose average would have to lie on the disk as well; "
-                "use cpu, or use_ema: false"
-            )
-        if self.offload_param_device == "nvme" and self.offload_optimizer_device == "none":
-            raise ValueError(
-                "offload_param_device: nvme needs offload_optimizer_device: nvme or cpu, as the step then happens on "
-                "the host; set one"
             )
         return self
 

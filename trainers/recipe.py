@@ -251,9 +251,7 @@ def _with_absolute_paths(recipe: Recipe, folder: str) -> Recipe:
             update={name: absolute(getattr(validation, name)) for name in ("holdout", "clip", "dino")}
         ),
         "engine": recipe.engine.model_copy(
-            update={
-                name: absolute(getattr(recipe.engine, name)) for name in ("deepspeed_config", "nvme_path")
-            }
+            update={"deepspeed_config": absolute(recipe.engine.deepspeed_config)}
         ),
         "output_dir": absolute(recipe.output_dir),
     }

@@ -45,7 +45,6 @@ def zero_config(
         device = getattr(config, f"offload_{part}_device")
         if device != "none":
             told_part: dict[str, Any] = {"device": device}
-            told_part |= {"nvme_path": config.nvme_path} if device == "nvme" else {}
             told_part |= {} if config.pin_memory is None else {"pin_memory": config.pin_memory}
             zero[f"offload_{part}"] = told_part
     told: dict[str, Any] = {
