@@ -109,6 +109,22 @@ def test_every_engine_goes_on_from_every_checkpoint(
 
 @pytest.mark.slow
 @pytest.mark.timeout(COMPILES)
+@pytest.mark.parametrize("name", ["torch", "zero 2"])
+@pytest.mark.parametrize("change", ["grown", "shrunk"])
+def test_another_number_of_workers_goes_on_with_the_same_batches(
+    results: dict[Any, dict[str, Any]], change: str, name: str
+) -> None:
+    """One worker's run continued by two of half the batch each, and two workers' by one."""
+    found = results[change, name]
+    straight = found["straight"]
+    assert found["losses"][0] == pytest.approx(straight["losses"][-1], rel=1e-5)
+    assert found["norms"][0] == pytest.approx(straight["norms"][-1], rel=1e-4)
+    assert largest_difference(found["final"]["learned"], straight["final"]["learned"]) < 2e-5
+    assert largest_difference(moments(found["final"]), moments(straight["final"])) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(COMPILES)
 @pytest.mark.parametrize("stage", ["1", "3"])
 def test_sizes_that_do_not_divide_are_put_and_gathered_whole(
     results: dict[Any, dict[str, Any]], stage: str

@@ -108,7 +108,7 @@ def probe(parts: Parts, place: Place) -> dict[str, Any]:
         if place.leads:
             with torch.no_grad(), parts.engine.autocast():
                 found["averaged loss"] = float(parts.method(parts.prepare(parts.feed.batch(60))).total)
-                found["encoded"] = parts.method.encode(["a photo of sks cat <x>"]).float()
+                found["encoded"] = parts.method.encode(["a photo of sks cat <x>"]).context.float()
     with parts.engine.whole():
         if place.leads:
             found["whole"] = {name: value.clone() for name, value in parts.method.state().items()}
@@ -164,6 +164,23 @@ def round_trip(stage: int) -> dict[str, Any]:
     return {"wanted": wanted, "gathered": gathered, "computed": computed}
 
 
+def grow(folder: Path, place: Place, results: dict[tuple[str, ...], dict[str, Any]]) -> None:
+    """Go on with two workers where one stopped, and with one where two did; the global batch stays."""
+    alone = Place()
+    one = train(folder, {}, alone, method=DREAMBOOTH) if place.leads else {"saved": {}}
+    for name in ("torch", "zero 2"):
+        results["grown", name] = {**resume(folder, ENGINES[name], place, one["saved"]), "straight": one}
+    if place.leads:
+        for name in ("torch", "zero 2"):
+            source = results["dreambooth", name]
+            parts = make_parts(folder, {}, alone, method=DREAMBOOTH)
+            saved = copy.deepcopy(source["saved"])
+            parts.engine.load_learned(saved["learned"])
+            parts.engine.load_state(saved["state"])
+            figures = take_steps(parts, HALF, STEPS)
+            results["shrunk", name] = {**figures, "final": snapshot(parts), "straight": source}
+
+
 def main(folder: Path, rank: int, world: int) -> None:
     """Train under every engine, and go on from one another's checkpoints."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
@@ -174,6 +191,8 @@ def main(folder: Path, rank: int, world: int) -> None:
         for method, name in RUNS:
             if stage_3 == ("zero 3" in name):
                 results[method, name] = train(folder, ENGINES[name], place, **CHANGES[method])
+        if not stage_3:
+            grow(folder, place, results)
         for source, target in RESUMED:
             if stage_3 == ("zero 3" in f"{source} {target}"):
                 saved = results["dreambooth", source]["saved"]
