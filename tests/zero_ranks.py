@@ -43,10 +43,12 @@ RUNS: list[tuple[str, str]] = [
     *[("dreambooth", name) for name in ENGINES],
     *[("textual_inversion", name) for name in ENGINES],
     *[("bf16", name) for name in ("torch", "zero 0", "zero 2", "zero 3 offload")],
+    *[("lora", name) for name in ("torch", "zero 0", "zero 2", "zero 3")],
 ]
 CHANGES: dict[str, dict[str, Any]] = {
     "dreambooth": {"method": DREAMBOOTH},
     "textual_inversion": {"method": TEXTUAL_INVERSION},
+    "lora": {"method": {**DREAMBOOTH, "lora_rank": 4, "lora_alpha": 6, "lora_target_modules": "locon"}},
     "bf16": {
         "method": DREAMBOOTH,
         "train__mixed_precision": "bf16",
@@ -108,7 +110,7 @@ def probe(parts: Parts, place: Place) -> dict[str, Any]:
         if place.leads:
             with torch.no_grad(), parts.engine.autocast():
                 found["averaged loss"] = float(parts.method(parts.prepare(parts.feed.batch(60))).total)
-                found["encoded"] = parts.method.encode(["a photo of sks cat <x>"]).float()
+                found["encoded"] = parts.method.encode(["a photo of sks cat <x>"]).context.float()
     with parts.engine.whole():
         if place.leads:
             found["whole"] = {name: value.clone() for name, value in parts.method.state().items()}
