@@ -43,10 +43,12 @@ RUNS: list[tuple[str, str]] = [
     *[("dreambooth", name) for name in ENGINES],
     *[("textual_inversion", name) for name in ENGINES],
     *[("bf16", name) for name in ("torch", "zero 0", "zero 2", "zero 3 offload")],
+    *[("lora", name) for name in ("torch", "zero 0", "zero 2", "zero 3")],
 ]
 CHANGES: dict[str, dict[str, Any]] = {
     "dreambooth": {"method": DREAMBOOTH},
     "textual_inversion": {"method": TEXTUAL_INVERSION},
+    "lora": {"method": {**DREAMBOOTH, "lora_rank": 4, "lora_alpha": 6, "lora_target_modules": "locon"}},
     "bf16": {
         "method": DREAMBOOTH,
         "train__mixed_precision": "bf16",
