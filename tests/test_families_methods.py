@@ -16,6 +16,7 @@ from tiny_models import FAMILIES, tiny_family
 
 from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.assemble import Parts, Place, assemble
+from dreamfleet.trainers.check import check_run
 from dreamfleet.trainers.methods.base import discover
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.sd.embeddings import install_embedding, install_negative
@@ -242,3 +243,12 @@ def test_half_precision_draws_nearly_the_same() -> None:
         for model in (tiny_family("sdxl"), tiny_family("sdxl").to("cpu", torch.bfloat16))
     ]
     assert 0 < np.abs(drawn[0] - drawn[1]).mean() < 6
+
+
+def test_a_check_names_the_family(workplace: Path) -> None:
+    tree = tiny.make_recipe(workplace, data__instance_data_dir=str(workplace / "one"))
+    lines = {line.name: line for line in check_run(build_recipe(tree))}
+    title = "SDXL" if workplace.name == "sdxl" else "Stable Diffusion 2"
+    kind = "v_prediction" if workplace.name == "sd2-v" else "epsilon"
+    assert all(line.ok for line in lines.values())
+    assert f"({title}, {kind}, 32 px)" in lines["model"].detail

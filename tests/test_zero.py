@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from tiny_models import tiny_family
 from zero_ranks import RESUMED, RUNS
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceError
@@ -22,6 +23,7 @@ from dreamfleet.trainers.engine_section import EngineConfig
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import explained_memory
+from dreamfleet.trainers.sd.model import save_pipeline
 from dreamfleet.trainers.zero_setup import sole_builder, zero_config
 
 HERE = Path(__file__).parent
@@ -32,7 +34,8 @@ COMPILES = 1800  # seconds; CPU Adam is compiled where nobody did before, minute
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, dict[str, Any]]:
     """What two processes did under every engine; starting them once serves all tests of this file."""
     folder = tmp_path_factory.mktemp("zero")
-    tiny.make_recipe(folder)  # both ranks read the model
+    tiny.make_recipe(folder)  # both ranks read the models
+    save_pipeline(tiny_family("sdxl"), folder / "sdxl")
     command = [sys.executable, str(HERE / "zero_ranks.py"), str(folder)]
     with ExitStack() as stack:
         logs = [stack.enter_context((folder / f"{rank}.log").open("w")) for rank in range(2)]

@@ -44,6 +44,7 @@ RUNS: list[tuple[str, str]] = [
     *[("textual_inversion", name) for name in ENGINES],
     *[("bf16", name) for name in ("torch", "zero 0", "zero 2", "zero 3 offload")],
     *[("lora", name) for name in ("torch", "zero 0", "zero 2", "zero 3")],
+    *[("sdxl", name) for name in ("torch", "zero 2", "zero 3")],
 ]
 CHANGES: dict[str, dict[str, Any]] = {
     "dreambooth": {"method": DREAMBOOTH},
@@ -54,6 +55,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "train__mixed_precision": "bf16",
         "train__gradient_checkpointing": True,
     },
+    "sdxl": {"method": DREAMBOOTH, "model__pretrained_model_name_or_path": "sdxl"},
 }
 #: Who goes on from whose checkpoint, among the DreamBooth runs.
 RESUMED = [
@@ -78,6 +80,8 @@ def make_parts(folder: Path, engine: dict[str, Any], place: Place, **changes: An
         "optimizer": {"learning_rate": 1e-3, "text_encoder_lr": 1e-4, "max_grad_norm": 0.5},
         **changes,
     }
+    if model := changes.get("model__pretrained_model_name_or_path"):
+        options["model__pretrained_model_name_or_path"] = str(folder / model)
     return assemble(build_recipe(tiny.make_recipe(folder, **options)), place)
 
 

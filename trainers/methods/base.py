@@ -23,6 +23,7 @@ from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.section import Section
 from dreamfleet.trainers.methods.fits import check_fits
 from dreamfleet.trainers.sd.condition import Condition, condition_of
+from dreamfleet.trainers.sd.family import TITLES
 from dreamfleet.trainers.sd.model import ALL_PARTS, StableDiffusion
 from dreamfleet.trainers.sd.noise import noise_loss
 
@@ -148,7 +149,8 @@ class Method(nn.Module):
     def base(self) -> Base:
         """What it starts from: the model."""
         model = self.model
-        return Base(model.folder, model.content_hash, f"{model.prediction_type}, {model.resolution} px")
+        words = f"{TITLES[model.family]}, {model.prediction_type}, {model.resolution} px"
+        return Base(model.folder, model.content_hash, words)
 
     def choose(self, instances: Index) -> tuple[Index, Index | None]:
         """Split the pictures into those to train on and those to measure with; usually all, and None."""

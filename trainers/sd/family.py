@@ -9,6 +9,7 @@ from dreamfleet.trainers.sd.formats.ldm_names import Config, family_of
 
 Configs = Mapping[str, Config]
 
+TITLES = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "SDXL"}
 TRAINED = "methods train Stable Diffusion 1.x, 2.x and SDXL base"
 # By the channels that enter the U-Net: noised latents, and what else lies beside them.
 _OTHERS = {
