@@ -45,7 +45,8 @@ def describe(name: str, *, run_name: str, recipe: Mapping[str, Any]) -> Hint:
         )
     if found := _beside(name, stem, suffix, run_name):
         return found
-    if method.get("lora_rank") and name in (DIFFUSERS_FILE, f"{run_name}.safetensors"):  # type: ignore[union-attr]
+    whole_lora = method.get("lora_rank") and name == f"{run_name}.safetensors"  # type: ignore[union-attr]
+    if name == DIFFUSERS_FILE or whole_lora:
         return _lora(name, stem)
     if kind in ("textual_inversion", "prompt_tuning"):
         return _embedding(name, stem, suffix, kind, method)  # type: ignore[arg-type]
