@@ -369,10 +369,25 @@ def test_what_the_file_predicts_is_told_by_header_yaml_or_keys(tmp_path: Path) -
     assert load_single_file(path).prediction_type == "v_prediction"
 
 
+@pytest.mark.parametrize("value", ["[v]", "{v: 1}", "3"])
+def test_a_parameterization_that_is_no_word_tells_nothing(value: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(f"model: {{params: {{parameterization: {value}}}}}")
+    assert schedule_beside(tmp_path / "x.safetensors") == {}
+
+
 @pytest.mark.parametrize(
     "text",
-    ["model: [", "a: !!python/object/apply:os.getcwd []", "[" * 3000, "\xff\x00", "a: 2001-99-99"],
-    ids=["cut", "code", "deep", "binary", "date"],
+    [
+        "model: [",
+        "a: !!python/object/apply:os.getcwd []",
+        "[" * 3000,
+        "\xff\x00",
+        "a: 2001-99-99",
+        "!!bool x",
+        "!!float ''",
+        "!!timestamp x",
+    ],
+    ids=["cut", "code", "deep", "binary", "date", "bool", "float", "timestamp"],
 )
 def test_a_broken_yaml_beside_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_bytes(text.encode("latin-1"))

@@ -64,15 +64,16 @@ def schedule_beside(path: Path) -> Config:
         if sum(text.count(each) for each in "[{") > MOST_BRACKETS or "- " * 8 in text:
             raise ValueError("it is nested too deeply")
         tree = yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    # A tag such as !!bool on something else fails inside yaml's constructors, each in its own way.
+    except (OSError, ValueError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
         raise FormatError(
-            f"{beside}: the config beside the model cannot be read ({str(error).splitlines()[0]}); move it away if it "
-            "is none."
+            f"{beside}: the config beside the model cannot be read ({why}); move it away if it is none."
         ) from error
     params = _at(tree, "model", "params")
     changes: Config = {}
     names = {short: name for name, short in _PARAMETERIZATIONS.items()}
-    if (short := _at(params, "parameterization")) in names:
+    if isinstance(short := _at(params, "parameterization"), str) and short in names:
         changes["prediction_type"] = names[short]
     target = _at(params, "denoiser_config", "params", "scaling_config", "target")
     for name, scaling in _SCALINGS.items():
