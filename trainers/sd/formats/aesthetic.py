@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from dreamfleet.datasets.errors import FormatError
-from dreamfleet.trainers.sd.formats.pickles import load_pickle, save_pickle
+from dreamfleet.trainers.sd.formats.pickles import is_real, load_pickle, save_pickle
 
 SUFFIX = ".pt"
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LARGEST_WIDTH = 2**14  # CLIP's widest space has 1280
 
 
@@ -35,8 +34,7 @@ def read_aesthetic(path: str | os.PathLike[str]) -> Tensor:
     """Read a vector `[1, P]`, float32 on the CPU, its length as it is. Raises FormatError for another kind of file."""
     path = Path(path)
     found = load_pickle(path)
-    plain = isinstance(found, Tensor) and found.layout is torch.strided and found.device.type == "cpu"
-    if not plain or found.dtype not in _DTYPES:
+    if not is_real(found):
         raise FormatError(
             f"{path}: holds no aesthetic vector, which is one bare tensor of real numbers; is it an embedding "
             "(--embedding) or a hypernetwork (--hypernetwork)?"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dreamfleet.datasets.errors import FormatError
-from dreamfleet.trainers.sd.formats.pickles import load_pickle, save_pickle
+from dreamfleet.trainers.sd.formats.pickles import is_dense, load_pickle, save_pickle
 from dreamfleet.trainers.sd.formats.tensor_files import read_safetensors, to_dtype
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
@@ -100,8 +100,7 @@ def _weights_in(found: Any, path: Path) -> dict[str, Tensor]:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     plain = isinstance(found, Mapping) and all(
-        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided
-        for name, tensor in found.items()
+        isinstance(name, str) and is_dense(tensor) for name, tensor in found.items()
     )
     if not found or not plain:
         raise FormatError(f"{path}: holds no classifier, which is a dict of weights, bare or under 'model'.")

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from dreamfleet.datasets.errors import FormatError, UserError
-from dreamfleet.trainers.sd.formats.pickles import load_pickle, require_backed, save_pickle
+from dreamfleet.trainers.sd.formats.pickles import is_real, load_pickle, require_backed, save_pickle
 from dreamfleet.trainers.sd.hypernetwork import Hypernetwork, Structure, derived_dropout
 
 SUFFIX = ".pt"
 
 _METADATA_KEY = "dreamfleet"  # an extra entry, which the webui passes over
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MOST_WIDTHS = 32
 _LARGEST_WIDTH = 2**16
 _OLD_NAMES = {f"linear{number}.{part}": f"linear.{number - 1}.{part}"
@@ -139,16 +138,10 @@ def _weights(value: Any, width: int, path: Path) -> dict[str, Tensor]:
         raise FormatError(f"{path}: width {width} holds a {type(value).__name__} where weights should be.")
     found = {}
     for name, tensor in value.items():
-        if not isinstance(name, str) or not _is_plain(tensor):
+        if not isinstance(name, str) or not is_real(tensor):
             raise FormatError(f"{path}: width {width} holds {name!r}, which is no tensor of numbers.")
         found[_OLD_NAMES.get(name, name)] = tensor.detach()
     return found
-
-
-def _is_plain(value: Any) -> bool:
-    # Sparse, quantized and meta tensors pass torch's safe reader as well.
-    plain = isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
-    return plain and value.dtype in _DTYPES
 
 
 def _structure(data: Mapping[Any, Any]) -> Structure:

@@ -25,7 +25,7 @@ from dreamfleet.trainers.sd.formats.lora_names import (
     kohya_name,
     layer_of_key,
 )
-from dreamfleet.trainers.sd.formats.pickles import load_pickle
+from dreamfleet.trainers.sd.formats.pickles import is_dense, is_real, load_pickle, require_backed
 from dreamfleet.trainers.sd.formats.tensor_files import read_safetensors, write_safetensors
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # what `load_lora_weights(folder)` looks for
@@ -39,7 +39,6 @@ _ARCHITECTURES = {
     "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
 }
 _WIDTHS: dict[int, Family] = {1024: "sd2", 2048: "sdxl"}  # of the contexts; SD 1.x has 768
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _PEFT = "lora_adapter_metadata"  # diffusers' header entry: peft's config of each part
 _PASSING = (
     _PEFT,
@@ -229,13 +228,10 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise FormatError(f"{path}: holds no LoRA: a table of named tensors is expected.")
         tensors = data
     for key, tensor in tensors.items():
-        plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
-        if not plain or not (tensor.dtype in _DTYPES or (key.endswith("alpha") and tensor.numel() == 1)):
+        is_alpha = is_dense(tensor) and key.endswith("alpha") and tensor.numel() == 1
+        if not (is_alpha or is_real(tensor)):
             raise FormatError(f"{path}: {key!r} is no tensor of numbers that a LoRA holds.")
-    # A tensor may be a view that says "a million times this number": copied, it would take all memory.
-    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if claimed > 2 * path.stat().st_size:
-        raise FormatError(f"{path}: its tensors claim {claimed} bytes, more than the file has.")
+    require_backed(tensors.values(), path)
     return {key: tensor.detach() for key, tensor in tensors.items()}, header
 
 

@@ -11,19 +11,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dreamfleet.datasets.errors import FormatError
-from dreamfleet.trainers.sd.formats.pickles import load_pickle, require_backed, save_pickle
+from dreamfleet.trainers.sd.formats.pickles import is_real, load_pickle, require_backed, save_pickle
 
 SUFFIX = ".optim"  # after the other file's whole name
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MOST_PARAMETERS = 10_000
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -114,28 +113,19 @@ def _adam(entry: Any, shape: list[int], path: Path) -> AdamState:
     if not isinstance(entry, dict):
         raise FormatError(f"{path}: holds a {type(entry).__name__} where a parameter's moments should be.")
     step = entry.get("step")
-    step = step.item() if _is_plain(step) and step.numel() == 1 else step
+    step = step.item() if is_real(step) and step.numel() == 1 else step
     if not isinstance(step, int | float) or not 0 <= step < 1e12:
         raise FormatError(f"{path}: its step is no number of steps.")
     moments: list[Tensor] = []
     for name in _MOMENTS:
         moment = entry.get(name)
-        if not _is_plain(moment) or list(moment.shape) != shape:
+        if not is_real(moment) or list(moment.shape) != shape:
             raise FormatError(f"{path}: its moments are not Adam's for a parameter of shape {shape}.")
         require_backed([moment], path)
         moments.append(moment.detach().float())
     adam = AdamState(float(step), *moments)
     _check(adam, path)
     return adam
-
-
-def _is_plain(tensor: Any) -> TypeGuard[Tensor]:
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.layout is torch.strided
-        and tensor.device.type == "cpu"
-        and tensor.dtype in _DTYPES
-    )
 
 
 def _check(adam: AdamState, path: Path) -> None:

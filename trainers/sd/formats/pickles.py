@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
 import torch
 
@@ -34,6 +34,8 @@ STORABLE_DTYPES = (
     torch.int64,
     torch.uint8,
 )
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _ALIGNMENT = 64  # bytes: torch reads tensors in place when their data starts at such an offset
 _PROTOCOL = 2  # what torch.save uses, and the newest that both checkers and weights_only read
@@ -199,6 +201,16 @@ def _write_entry(archive: zipfile.ZipFile, name: str, content: memoryview) -> No
         entry.extra = struct.pack("<2sH", b"FB", padding - 4) + b"Z" * (padding - 4)
     with archive.open(entry, "w", force_zip64=zip64) as file:
         file.write(content)
+
+
+def is_dense(value: Any) -> TypeGuard[torch.Tensor]:
+    """Say whether this is a plain tensor in memory: sparse and meta ones pass torch's safe reader as well."""
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+
+
+def is_real(value: Any) -> TypeGuard[torch.Tensor]:
+    """Say whether this is a plain tensor of floating-point numbers."""
+    return is_dense(value) and value.dtype in FLOAT_DTYPES
 
 
 def require_backed(tensors: Iterable[torch.Tensor], path: Path) -> None:
