@@ -120,8 +120,9 @@ def main() -> None:
         if name not in every:
             parser.error(f"no case {name!r}; there are {', '.join(every)}")
         if name in CASES:
-            family, side, card, _, words = CASES[name]
-            told: dict[str, Any] = {"what": words, "family": family, "pixels": side, "card_gib": card}
+            case = CASES[name]
+            told: dict[str, Any] = {"what": case.words, "family": case.family, "pixels": case.pixels}
+            told["card_gib"] = case.card
             if asked.plan:
                 with tempfile.TemporaryDirectory() as folder:
                     told |= predict(make_recipe(name, Path(folder), small=asked.small))
@@ -133,11 +134,11 @@ def main() -> None:
             told = measure_speed(small=asked.small) if name == "speed" else copy_rates()
         results[name] = told
         compare_offload(results)
-        if asked.plan or asked.small:
+        if asked.small:
             print(json.dumps({name: told}, indent=1), flush=True)
         else:
-            how = f"python benchmarks/gpu.py --cases {asked.cases}"
-            write_result("gpu", {"cases": results}, how=how)
+            how = f"python benchmarks/gpu.py {'--plan ' if asked.plan else ''}--cases {asked.cases}"
+            write_result("gpu_plan" if asked.plan else "gpu", {"cases": results}, how=how)
 
 
 if __name__ == "__main__":

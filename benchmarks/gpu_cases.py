@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,103 +13,75 @@ GIB = 2**30
 STEPS = 6
 Tree = dict[str, Any]
 
-BF16 = {"mixed_precision": "bf16", "gradient_checkpointing": True}
-FUSED = {"name": "adafactor", "fused_backward": True, "max_grad_norm": 0.0}
-HOST = {"zero_stage": 2, "offload_optimizer_device": "cpu"}
-WORD = {"placeholder_token": "<thing>", "initializer_token": "toy"}
 
-#: case -> family, pixels, card in GiB, the recipe's sections, and what it shows
-CASES: dict[str, tuple[str, int, float, Tree, str]] = {
-    "sd15-dreambooth-8g": (
+@dataclass(frozen=True)
+class Case:
+    """A recipe on a card: ``pixels`` a side, ``card`` in GiB, what it shows in ``words``, and the recipe's sections."""
+
+    family: str
+    pixels: int
+    card: float
+    words: str
+    method: Tree
+    engine: Tree = field(default_factory=dict)
+    train: Tree = field(default_factory=dict)
+    optimizer: Tree = field(default_factory=dict)
+
+
+DREAMBOOTH = {"name": "dreambooth"}
+WITH_PRIOR = {**DREAMBOOTH, "with_prior_preservation": True}
+WORD = {"placeholder_token": "<thing>", "initializer_token": "toy"}
+HOST = {"zero_stage": 2, "offload_optimizer_device": "cpu"}
+ALL_ON_HOST = {"zero_stage": 3, "offload_optimizer_device": "cpu", "offload_param_device": "cpu"}
+FUSED = {"name": "adafactor", "fused_backward": True, "max_grad_norm": 0.0}
+
+CASES = {
+    "sd15-dreambooth-8g": Case(
         "sd1",
         512,
         8,
-        {"method": {"name": "dreambooth", "with_prior_preservation": True}, "train": BF16, "engine": HOST},
         "DreamBooth with prior, U-Net, fp32 master weights and Adam on the host (diffusers: 8 GB)",
+        WITH_PRIOR,
+        HOST,
     ),
-    "sd15-dreambooth-text-12g": (
+    "sd15-dreambooth-text-12g": Case(
         "sd1",
         512,
         12,
-        {"method": {"name": "dreambooth", "train_text_encoder": True}, "train": BF16, "engine": HOST},
         "DreamBooth, U-Net and text encoder (diffusers: 24 GB)",
+        {**DREAMBOOTH, "train_text_encoder": True},
+        HOST,
     ),
-    "sd15-dreambooth-auto-12g": (
-        "sd1",
-        512,
-        12,
-        {"method": {"name": "dreambooth", "with_prior_preservation": True}, "train": BF16, "engine": {}},
-        "the same without a word on the engine: zero_stage auto",
+    "sd15-dreambooth-auto-12g": Case(
+        "sd1", 512, 12, "DreamBooth with prior without a word on the engine: zero_stage auto", WITH_PRIOR
     ),
-    "sdxl-dreambooth-offload-12g": (
-        "sdxl",
-        1024,
-        12,
-        {
-            "method": {"name": "dreambooth"},
-            "train": BF16,
-            "engine": {"zero_stage": 3, "offload_optimizer_device": "cpu", "offload_param_device": "cpu"},
-        },
-        "SDXL, whole U-Net, weights and Adam on the host",
+    "sdxl-dreambooth-offload-12g": Case(
+        "sdxl", 1024, 12, "SDXL, whole U-Net, weights and Adam on the host", DREAMBOOTH, ALL_ON_HOST
     ),
-    "sdxl-dreambooth-fused-10g": (
+    "sdxl-dreambooth-fused-10g": Case(
         "sdxl",
         1024,
         10,
-        {
-            "method": {"name": "dreambooth"},
-            "train": BF16 | {"full_bf16": True},
-            "optimizer": FUSED,
-            "engine": {},
-        },
         "SDXL, whole U-Net on the card: bf16 weights rounded stochastically, Adafactor inside backward",
+        DREAMBOOTH,
+        train={"full_bf16": True},
+        optimizer=FUSED,
     ),
-    "sd15-ti-6g": (
-        "sd1",
-        512,
-        6,
-        {"method": {"name": "textual_inversion", **WORD}, "train": BF16, "engine": {}},
-        "Textual Inversion",
-    ),
-    "sd15-hypernetwork-6g": (
-        "sd1",
-        512,
-        6,
-        {"method": {"name": "hypernetwork"}, "train": BF16, "engine": {}},
-        "hypernetwork",
-    ),
-    "sd15-apt-6g": (
-        "sd1",
-        512,
-        6,
-        {"method": {"name": "prompt_tuning", **WORD}, "train": BF16, "engine": {}},
-        "prompt tuning",
-    ),
-    "no-offload": (
+    "sd15-ti-6g": Case("sd1", 512, 6, "Textual Inversion", {"name": "textual_inversion", **WORD}),
+    "sd15-hypernetwork-6g": Case("sd1", 512, 6, "hypernetwork", {"name": "hypernetwork"}),
+    "sd15-apt-6g": Case("sd1", 512, 6, "prompt tuning", {"name": "prompt_tuning", **WORD}),
+    "no-offload": Case(
         "sd1",
         512,
         76,
-        {"method": {"name": "dreambooth"}, "train": BF16, "engine": {"zero_stage": 2}},
         "DreamBooth, U-Net, all on the card: what offload is compared with",
+        DREAMBOOTH,
+        {"zero_stage": 2},
     ),
-    "offload-optimizer": (
-        "sd1",
-        512,
-        76,
-        {"method": {"name": "dreambooth"}, "train": BF16, "engine": HOST},
-        "the same, Adam and fp32 weights on the host",
+    "offload-optimizer": Case(
+        "sd1", 512, 76, "the same, Adam and fp32 weights on the host", DREAMBOOTH, HOST
     ),
-    "offload-weights": (
-        "sd1",
-        512,
-        76,
-        {
-            "method": {"name": "dreambooth"},
-            "train": BF16,
-            "engine": {"zero_stage": 3, "offload_optimizer_device": "cpu", "offload_param_device": "cpu"},
-        },
-        "the same, the weights as well",
-    ),
+    "offload-weights": Case("sd1", 512, 76, "the same, the weights as well", DREAMBOOTH, ALL_ON_HOST),
 }
 NARROW: dict[str, Tree] = {
     "unet": {
@@ -151,18 +124,25 @@ def make_recipe(name: str, folder: Path, *, small: bool) -> Any:
     """Make a case's recipe on a model folder."""
     from dreamfleet.trainers.recipe import build_recipe
 
-    family, side, card, sections, _ = CASES[name]
-    model = write_configs(family, folder / family, small=small)
+    case = CASES[name]
+    model = write_configs(case.family, folder / case.family, small=small)
     data = {"instance_data_dir": str(folder), "instance_prompt": "a sks dog", "class_prompt": "a dog"}
+    usual = {
+        "max_train_steps": STEPS,
+        "train_batch_size": 1,
+        "mixed_precision": "bf16",
+        "gradient_checkpointing": True,
+    }
     return build_recipe(
         {
+            "method": case.method,
             "model": {"pretrained_model_name_or_path": str(model)},
-            "data": {**data, "resolution": 64 if small else side},
-            "output_dir": str(folder / "run"),
+            "data": {**data, "resolution": 64 if small else case.pixels},
+            "train": {**usual, **case.train},
+            "optimizer": case.optimizer,
+            "engine": {"gpu_memory": f"{case.card}GiB", **case.engine},
             "scaling": {"num_workers": 0},
-            **sections,
-            "train": {"max_train_steps": STEPS, "train_batch_size": 1, **sections["train"]},
-            "engine": {"gpu_memory": f"{card}GiB", **sections["engine"]},
+            "output_dir": str(folder / "run"),
         }
     )
 

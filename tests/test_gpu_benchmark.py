@@ -36,4 +36,4 @@ def test_a_case_trains_what_it_says(case: str, losses: int, gpu: ModuleType) -> 
 def test_every_case_is_planned_within_its_card(gpu: ModuleType, tmp_path: Path) -> None:
     for case in gpu.CASES:
         told = gpu.predict(gpu.make_recipe(case, tmp_path / case, small=True))
-        assert 0 < told["predicted_gib"] <= gpu.CASES[case][2]
+        assert 0 < told["predicted_gib"] <= gpu.CASES[case].card
