@@ -21,16 +21,7 @@ STEPS = 12
 RUNS: dict[str, dict[str, Any]] = {
     "aesthetic_gradients": {"method": {"name": "aesthetic_gradients"}},
     "discriminator": {
-        "method": {
-            "name": "discriminator",
-            "classes": ["warm", "cold"],
-            "depths": [1, 1],
-            "hidden_sizes": [8, 16],
-            "input_size": 32,
-            "drop_path": 0.0,
-            "label_smoothing": 0.1,
-            "balance_classes": True,
-        },
+        "method": {**tiny.DISCRIMINATOR, "label_smoothing": 0.1, "balance_classes": True},
         "labelled": True,
     },
     "dreambooth": {

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from dreamfleet.cluster import cli
 from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.trainers.assemble import Parts, assemble
+from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.plan_memory import method_shape
 from dreamfleet.trainers.recipe import build_recipe
@@ -95,22 +96,11 @@ def test_ddp_finds_every_parameter_used(workplace: Path) -> None:
         dist.destroy_process_group()
 
 
-class Stop:
-    """Asks a run to stop after it was polled ``polls`` times (once a step)."""
-
-    def __init__(self, polls: int):
-        self.left = polls
-
-    def __call__(self) -> bool:
-        self.left -= 1
-        return self.left < 0
-
-
 def test_stopped_and_resumed_gives_the_same_file(workplace: Path) -> None:
     for name in ("straight", "broken"):
         tree = recipe_tree(workplace, output_dir=str(workplace / name / "taste"), train__train_batch_size=1)
         if name == "broken":
-            first = run_worker(build_recipe(tree), should_stop=Stop(2))
+            first = run_worker(build_recipe(tree), should_stop=tiny.Stop(2))
             assert first.exit_reason == "interrupted" and 0 < first.steps < 6
         last = run_worker(build_recipe(tree), resume=name == "broken")
         assert last.exit_reason == "completed" and last.steps == 6
@@ -141,7 +131,7 @@ def test_the_baked_form_is_a_model_of_its_own(workplace: Path, tmp_path: Path) -
     parts = assemble(build_recipe(recipe_tree(workplace, method=section)), Place())
     walk(parts, range(1))
     told = {"formats": ["diffusers"], "step": 1, "metadata": {}, "precision": "fp32"}
-    (path,) = parts.method.export(tmp_path, "taste", **told)
+    (path,) = parts.method.export(Export(tmp_path, "taste", **told))
     model = load_model(ModelConfig(pretrained_model_name_or_path=str(path)))
     plain = parts.model.encode_text(parts.model.tokenize(["a cat"]))
     baked, apart = model.encode_text(model.tokenize(["a cat"])), parts.method.encode(["a cat"]).context

@@ -33,14 +33,7 @@ from dreamfleet.trainers.recipe import build_recipe, load_recipe
 from dreamfleet.trainers.run import run_worker
 from dreamfleet.trainers.sd.discriminator import load_discriminator, make_network, save_network
 
-SECTION = {
-    "name": "discriminator",
-    "classes": ["warm", "cold"],
-    "depths": [1, 1],
-    "hidden_sizes": [16, 32],
-    "input_size": 32,
-    "drop_path": 0.1,
-}
+SECTION = {**tiny.DISCRIMINATOR, "hidden_sizes": [16, 32], "drop_path": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -245,17 +238,6 @@ def test_a_run_learns_the_classes_and_tells_so(workplace: Path, tmp_path: Path) 
     assert scored.exit_code == 2
 
 
-class Stop:
-    """Asks a run to stop after it was polled so many times (once a step)."""
-
-    def __init__(self, polls: int):
-        self.left = polls
-
-    def __call__(self) -> bool:
-        self.left -= 1
-        return self.left < 0
-
-
 def test_stopped_and_resumed_gives_the_same_file(workplace: Path, tmp_path: Path) -> None:
     for name in ("straight", "broken"):
         # Paths are dropped at random, and must be dropped alike.
@@ -264,7 +246,7 @@ def test_stopped_and_resumed_gives_the_same_file(workplace: Path, tmp_path: Path
             workplace, section, train__max_train_steps=6, output_dir=str(tmp_path / name / "judge")
         )
         if name == "broken":
-            assert run_worker(build_recipe(tree), should_stop=Stop(2)).exit_reason == "interrupted"
+            assert run_worker(build_recipe(tree), should_stop=tiny.Stop(2)).exit_reason == "interrupted"
         assert run_worker(build_recipe(tree), resume=name == "broken").steps == 6
     files = [tmp_path / name / "judge/exports/judge/model.safetensors" for name in ("straight", "broken")]
     states = [load_discriminator(str(file.parent)).network.state_dict() for file in files]

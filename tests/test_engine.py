@@ -12,6 +12,7 @@ import torch
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceError
 from dreamfleet.trainers.assemble import Parts, assemble
+from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker
@@ -174,7 +175,7 @@ def test_options_for_speed_change_no_number_and_no_name(tmp_path: Path, engine: 
     assert all(torch.allclose(value, ours[name], atol=2e-4) for name, value in theirs.items())
     with fast.engine.whole():
         assert all(param.is_contiguous() for param in fast.engine.params.values())
-        paths = fast.method.export(tmp_path, "fast", formats=None, step=2, metadata={}, precision="fp32")
+        paths = fast.method.export(Export(tmp_path, "fast", step=2, metadata={}, precision="fp32"))
     from safetensors.torch import load_file
 
     name = "down_blocks.0.resnets.0.conv1.weight"

@@ -18,6 +18,7 @@ from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.assemble import Parts, Place, assemble
 from dreamfleet.trainers.check import check_run
 from dreamfleet.trainers.methods.base import discover
+from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.sd.embeddings import install_embedding, install_negative
 from dreamfleet.trainers.sd.formats.embedding import read_embedding
@@ -96,7 +97,7 @@ def test_checkpoints_draw_what_diffusers_draws_with_them(workplace: Path, name: 
     parts = make_parts(workplace, name)
     train(parts, range(1))
     paths = parts.method.export(
-        tmp_path, "x", formats=["diffusers", "safetensors"], step=1, metadata={}, precision="fp32"
+        Export(tmp_path, "x", formats=["diffusers", "safetensors"], step=1, metadata={}, precision="fp32")
     )
     learned = parts.method.state()
     pipeline = stock_pipeline(tmp_path / "diffusers", workplace.name)
@@ -119,7 +120,7 @@ def test_words_read_back_and_load_in_diffusers(workplace: Path, tmp_path: Path) 
     train(parts, range(1))
     method = parts.method
     paths = method.export(
-        tmp_path, "thing", formats=["pt", "safetensors"], step=1, metadata={}, precision="fp32"
+        Export(tmp_path, "thing", formats=["pt", "safetensors"], step=1, metadata={}, precision="fp32")
     )
     learned = list(method.state().values())
     for path in paths:
@@ -150,7 +151,9 @@ def test_words_read_back_and_load_in_diffusers(workplace: Path, tmp_path: Path) 
 def test_a_pair_of_words_draws_as_it_was_trained(workplace: Path, tmp_path: Path) -> None:
     parts = make_parts(workplace, "prompt_tuning")
     train(parts, range(1))
-    parts.method.export(tmp_path, "thing", formats=["safetensors"], step=1, metadata={}, precision="fp32")
+    parts.method.export(
+        Export(tmp_path, "thing", formats=["safetensors"], step=1, metadata={}, precision="fp32")
+    )
     model = load(workplace / "model")
     for install, ending in ((install_embedding, ""), (install_negative, "-neg")):
         found = read_embedding(tmp_path / f"thing{ending}.safetensors")
@@ -164,7 +167,7 @@ def test_a_pair_of_words_draws_as_it_was_trained(workplace: Path, tmp_path: Path
 
 def test_a_hypernetwork_has_layers_for_every_context(workplace: Path, tmp_path: Path) -> None:
     parts = make_parts(workplace, "hypernetwork")
-    (path,) = parts.method.export(tmp_path, "x", formats=None, step=1, metadata={}, precision="fp32")
+    (path,) = parts.method.export(Export(tmp_path, "x", step=1, metadata={}, precision="fp32"))
     widths = [32, 72] if workplace.name == "sdxl" else [32]
     assert read_hypernetwork(path).network.widths == widths
 
@@ -214,7 +217,9 @@ def test_zero_terminal_snr_goes_through_a_run(tmp_path: Path, family: str) -> No
     batch = parts.prepare(parts.feed.batch(0))
     batch["timesteps"] = torch.tensor([999, 500])
     assert torch.isfinite(parts.method(batch).total)
-    (path,) = parts.method.export(tmp_path, "x", formats=["diffusers"], step=1, metadata={}, precision="fp32")
+    (path,) = parts.method.export(
+        Export(tmp_path, "x", formats=["diffusers"], step=1, metadata={}, precision="fp32")
+    )
     pipeline = stock_pipeline(path, family)
     assert pipeline.scheduler.config.rescale_betas_zero_snr
     options = {"num_inference_steps": 4, "guidance_scale": 5.0, "negative_prompt": "ugly"}

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from test_engine import make_parts, take_step
 from test_methods import fixed_batches, snapshot
-from test_resume import Stop, assert_same, final_state, recipe_tree
+from test_resume import assert_same, final_state, recipe_tree
 from typer.testing import CliRunner
 
 from dreamfleet.cluster import cli
@@ -22,6 +22,7 @@ from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import Parts
 from dreamfleet.trainers.export import export_run
 from dreamfleet.trainers.memory import CHOICES, estimate
+from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.plan_memory import count_run, method_shape
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker
@@ -85,7 +86,7 @@ def test_stopped_and_resumed_equals_never_stopped_with_small_checkpoints(tmp_pat
     straight = recipe_tree(tmp_path, "straight", method=LORA)
     run_worker(build_recipe(straight))
     broken = recipe_tree(tmp_path, "broken", method=LORA)
-    assert run_worker(build_recipe(broken), should_stop=Stop(2)).exit_reason == "interrupted"
+    assert run_worker(build_recipe(broken), should_stop=tiny.Stop(2)).exit_reason == "interrupted"
     assert run_worker(build_recipe(broken), resume=True).exit_reason == "completed"
     assert_same(final_state(straight), final_state(broken))
     learned, engine = final_state(straight)
@@ -119,7 +120,7 @@ def test_alpha_is_right_in_both_layouts_and_the_run_goes_on_after_a_merged_expor
     parts.model.unet.eval(), parts.model.text_encoder.eval()
     expected = predicted(parts.model)
     parts.method.export(
-        tmp_path, "cat", formats=parts.method.all_formats, step=3, metadata={}, precision="fp32"
+        Export(tmp_path, "cat", formats=parts.method.all_formats, step=3, metadata={}, precision="fp32")
     )
     assert torch.equal(predicted(parts.model), expected)
     for path in (tmp_path / DIFFUSERS_FILE, tmp_path / "cat.safetensors"):
@@ -186,7 +187,7 @@ def test_keys_are_kohyas_too_and_need_a_rank(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="lora_alpha needs lora_rank"):
         build_recipe(tiny.make_recipe(tmp_path, method={"name": "native", "lora_alpha": 4}))
     with pytest.raises(RecipeError, match=r"no export format 'pt'.*kohya_lora"):
-        make_parts(tmp_path, method=LORA).method.chosen_formats(["pt"])
+        make_parts(tmp_path, method=LORA).method.settled(Export(tmp_path, "x", formats=["pt"]))
     parts = make_parts(tmp_path, method={**LORA, "lora_rank": 2})
     with pytest.raises(RecipeError, match="was saved with shape"):
         parts.method.load_state(make_parts(tmp_path, method=LORA).method.state())

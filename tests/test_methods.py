@@ -14,20 +14,14 @@ import torch
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.assemble import Parts, assemble
 from dreamfleet.trainers.methods.base import discover
+from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.sd.model import ModelConfig, load_model
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "aesthetic_gradients": {"name": "aesthetic_gradients", "baked_prompts": ["a cat"]},
-    "discriminator": {
-        "name": "discriminator",
-        "classes": ["warm", "cold"],
-        "depths": [1, 1],
-        "hidden_sizes": [8, 16],
-        "input_size": 32,
-        "drop_path": 0.0,
-    },
+    "discriminator": tiny.DISCRIMINATOR,
     "dreambooth": {"name": "dreambooth", "train_text_encoder": True},
     "hypernetwork": {
         "name": "hypernetwork",
@@ -168,7 +162,7 @@ def test_exports_read_back_equal(workplace: Path, method_name: str, tmp_path: Pa
     expected = {name: t.clone() for name, t in parts.method.state().items()}
     forms = [form for form in parts.method.all_formats if form != "jxl" or find_spec("pillow_jxl")]
     paths = parts.method.export(
-        tmp_path, "my-cat", formats=forms, step=5, metadata={"k": "v"}, precision="fp32"
+        Export(tmp_path, "my-cat", formats=forms, step=5, metadata={"k": "v"}, precision="fp32")
     )
     assert paths and all(path.exists() for path in paths)
     paths = [file for path in paths for file in (path.iterdir() if path.name == "kohya" else [path])]
@@ -213,7 +207,7 @@ def test_exports_read_back_equal(workplace: Path, method_name: str, tmp_path: Pa
 def test_an_unknown_export_format_is_told(workplace: Path, method_name: str, tmp_path: Path) -> None:
     parts = make_parts(workplace, method_name)
     with pytest.raises(RecipeError, match="no export format 'gguf'"):
-        parts.method.export(tmp_path, "x", formats=["gguf"], step=0, metadata={}, precision="fp32")
+        parts.method.export(Export(tmp_path, "x", formats=["gguf"], step=0, metadata={}, precision="fp32"))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])

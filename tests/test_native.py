@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_resume import Stop, assert_same, final_state, recipe_tree
+from test_resume import assert_same, final_state, recipe_tree
 
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.storage import Storage
@@ -45,7 +45,7 @@ def full_tree(folder: Path, run: str, **changes: Any) -> dict[str, Any]:
 def test_stopped_and_resumed_equals_never_stopped(tmp_path: Path) -> None:
     straight, broken = full_tree(tmp_path, "straight"), full_tree(tmp_path, "broken")
     run_worker(build_recipe(straight))
-    assert run_worker(build_recipe(broken), should_stop=Stop(2)).exit_reason == "interrupted"
+    assert run_worker(build_recipe(broken), should_stop=tiny.Stop(2)).exit_reason == "interrupted"
     run_worker(build_recipe(broken), resume=True)
     assert_same(final_state(straight), final_state(broken))
 

@@ -60,25 +60,14 @@ def assert_same(left: Any, right: Any, where: str = "") -> None:
         assert left == right, where
 
 
-class Stop:
-    """Asks a run to stop after it was polled ``polls`` times (once a step)."""
-
-    def __init__(self, polls: int):
-        self.left = polls
-
-    def __call__(self) -> bool:
-        self.left -= 1
-        return self.left < 0
-
-
 @pytest.mark.parametrize("method", [{"name": "dreambooth", "train_text_encoder": True}, TEXTUAL_INVERSION])
 def test_stopped_twice_and_resumed_equals_never_stopped(tmp_path: Path, method: dict[str, Any]) -> None:
     straight = recipe_tree(tmp_path, "straight", method=method)
     run_worker(build_recipe(straight))
     broken = recipe_tree(tmp_path, "broken", method=method)
-    first = run_worker(build_recipe(broken), should_stop=Stop(1))
+    first = run_worker(build_recipe(broken), should_stop=tiny.Stop(1))
     assert first.exit_reason == "interrupted" and 0 < first.steps < 6
-    second = run_worker(build_recipe(broken), resume=True, should_stop=Stop(1))
+    second = run_worker(build_recipe(broken), resume=True, should_stop=tiny.Stop(1))
     assert second.exit_reason == "interrupted" and first.steps < second.steps < 6
     third = run_worker(build_recipe(broken), resume=True)
     assert third.exit_reason == "completed" and third.start_step == second.steps

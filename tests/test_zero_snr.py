@@ -12,6 +12,7 @@ import torch
 
 from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.assemble import Parts, assemble
+from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model
@@ -71,7 +72,7 @@ def test_a_run_trains_saves_and_exports_the_schedule(tmp_path: Path) -> None:
     batch["timesteps"] = torch.tensor([999, 500])
     assert torch.isfinite(parts.method(batch).total)
     paths = parts.method.export(
-        tmp_path, "x", formats=["diffusers", "safetensors"], step=1, metadata={}, precision="fp32"
+        Export(tmp_path, "x", formats=["diffusers", "safetensors"], step=1, metadata={}, precision="fp32")
     )
     assert [path.name for path in paths] == ["diffusers", "x.safetensors", "x.yaml"]
     for path in paths[:2]:

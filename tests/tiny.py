@@ -14,6 +14,17 @@ from PIL import Image
 RESOLUTION = 32
 
 
+#: The ``method:`` section of a discriminator of seconds, for the pictures of `make_two_classes`.
+DISCRIMINATOR: dict[str, Any] = {
+    "name": "discriminator",
+    "classes": ["warm", "cold"],
+    "depths": [1, 1],
+    "hidden_sizes": [8, 16],
+    "input_size": 32,
+    "drop_path": 0.0,
+}
+
+
 def make_tiny_model(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
     """Write a diffusers folder with every part of SD 1.x, tiny (VAE factor 4, U-Net of 8x8 latents)."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -204,3 +215,14 @@ def write_recipe(path: Path, tree: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+class Stop:
+    """Asks a run to stop after it was polled ``polls`` times (once a step)."""
+
+    def __init__(self, polls: int):
+        self.left = polls
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0

@@ -14,6 +14,7 @@ from dreamfleet.datasets.index import build_index
 from dreamfleet.datasets.sets import load_sets
 from dreamfleet.trainers.assemble import Parts, assemble
 from dreamfleet.trainers.loop import peak_memory
+from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run import open_run_folder
@@ -93,12 +94,14 @@ def _check_step(parts: Parts) -> str:
 def _check_export(recipe: Recipe, parts: Parts) -> str:
     with tempfile.TemporaryDirectory(prefix="dreamfleet-check-") as folder, parts.engine.whole():
         paths = parts.method.export(
-            Path(folder),
-            recipe.run_name,
-            formats=recipe.train.export_formats,
-            step=0,
-            metadata={},
-            precision=recipe.train.save_precision,
+            Export(
+                Path(folder),
+                recipe.run_name,
+                formats=recipe.train.export_formats or (),
+                step=0,
+                metadata={},
+                precision=recipe.train.save_precision,
+            )
         )
         return ", ".join(path.name for path in paths)
 

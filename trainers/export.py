@@ -13,6 +13,7 @@ from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import make_method
 from dreamfleet.trainers.checkpoint import Checkpoint, Checkpoints
 from dreamfleet.trainers.methods.base import Method
+from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.trainers.recorder import artefact_metadata
 from dreamfleet.trainers.webui_optimizer import OPTIM, require_resumable, write_optimizer_state
@@ -39,17 +40,19 @@ def export_run(target: str, formats: Sequence[str], out: str | None = None) -> l
     place = Storage(out) if out else run.child("exports")
     with tempfile.TemporaryDirectory(prefix="dreamfleet-export-") as folder:
         paths = method.export(
-            Path(folder),
-            recipe.run_name,
-            formats=forms,
-            step=found.step,
-            metadata=artefact_metadata(
-                recipe,
-                found.step,
-                dataset_hash=found.meta["dataset_hash"],
-                base=method.base,
-            ),
-            precision=recipe.train.save_precision,
+            Export(
+                Path(folder),
+                recipe.run_name,
+                formats=forms,
+                step=found.step,
+                metadata=artefact_metadata(
+                    recipe,
+                    found.step,
+                    dataset_hash=found.meta["dataset_hash"],
+                    base=method.base,
+                ),
+                precision=recipe.train.save_precision,
+            )
         )
         if with_optimizer:
             paths.append(write_optimizer_state(recipe, found, Path(folder) / f"{recipe.run_name}.pt"))

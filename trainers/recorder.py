@@ -20,6 +20,7 @@ from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import Parts
 from dreamfleet.trainers.checkpoint import Checkpoints, folder_name
 from dreamfleet.trainers.methods.base import Base
+from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.metrics import Metrics, read_metrics
 from dreamfleet.trainers.pictures import read_pixels
 from dreamfleet.trainers.place import Place
@@ -187,17 +188,19 @@ class Recorder:
     def _export(self, step: int) -> list[str]:
         with tempfile.TemporaryDirectory(prefix="dreamfleet-export-") as folder:
             paths = self.parts.method.export(
-                Path(folder),
-                self.recipe.run_name,
-                formats=self.recipe.train.export_formats,
-                step=step,
-                metadata=artefact_metadata(
-                    self.recipe,
-                    step,
-                    dataset_hash=self.parts.sets.instances.content_hash,
-                    base=self.parts.method.base,
-                ),
-                precision=self.recipe.train.save_precision,
+                Export(
+                    Path(folder),
+                    self.recipe.run_name,
+                    formats=self.recipe.train.export_formats or (),
+                    step=step,
+                    metadata=artefact_metadata(
+                        self.recipe,
+                        step,
+                        dataset_hash=self.parts.sets.instances.content_hash,
+                        base=self.parts.method.base,
+                    ),
+                    precision=self.recipe.train.save_precision,
+                )
             )
             for path in paths:
                 self.run.upload(path, f"exports/{path.name}")

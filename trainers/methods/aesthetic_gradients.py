@@ -29,6 +29,7 @@ from dreamfleet.trainers.methods.base import (
     Use,
     register,
 )
+from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.methods.whole_model import export_checkpoints
 from dreamfleet.trainers.sd.aesthetic import (
     AestheticEncoder,
@@ -194,25 +195,16 @@ class AestheticGradients(Method):
             self._encoders = [AestheticEncoder(self.model, vector, clip=self.clip, settings=settings)]
         return self._encoders[0](prompts)
 
-    def export(
-        self,
-        folder: Path,
-        name: str,
-        *,
-        formats: Sequence[str] | None,
-        step: int,
-        metadata: dict[str, str],
-        precision: str,
-    ) -> list[Path]:
+    def export(self, order: Export) -> list[Path]:
         """Write ``NAME.pt`` as the webui's extension does: the bare vector, in full precision.
 
         On request ``diffusers/``, the model with the vector baked into its text encoder, and in it ``baked.json``: what
         that gives away. Raises RecipeError without ``baked_prompts``.
         """
         paths = []
-        for form in self.chosen_formats(formats):
+        for form in self.settled(order).formats:
             if form == "pt":
-                paths.append(write_aesthetic(self.vector, folder / f"{name}.pt"))
+                paths.append(write_aesthetic(self.vector, order.folder / f"{order.name}.pt"))
                 continue
             if not any(prompt.strip() for prompt in self.config.baked_prompts):
                 raise RecipeError("method.baked_prompts: name prompts to tune the text encoder over")
@@ -224,8 +216,6 @@ class AestheticGradients(Method):
                 settings=self.config.settings(),
             )
             model = replace(self.model, text_encoder=baked.text_encoder)
-            paths += export_checkpoints(
-                model, folder, name, forms=[form], metadata=metadata, precision=precision
-            )
+            paths += export_checkpoints(model, replace(order, formats=(form,)))
             (paths[-1] / "baked.json").write_text(json.dumps(baked.figures(), indent=1))
         return paths

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,6 +21,7 @@ from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.fitting import as_it_is
 from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.section import Section
+from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.methods.fits import check_fits
 from dreamfleet.trainers.sd.condition import Condition, condition_of
 from dreamfleet.trainers.sd.family import TITLES
@@ -252,27 +253,18 @@ class Method(nn.Module):
             for name, tensor in mine.items():
                 tensor.copy_(state[name])
 
-    def export(
-        self,
-        folder: Path,
-        name: str,
-        *,
-        formats: Sequence[str] | None,
-        step: int,
-        metadata: dict[str, str],
-        precision: str,
-    ) -> list[Path]:
+    def export(self, order: Export) -> list[Path]:
         """Write the artefacts other programs read; returns the paths written."""
         raise NotImplementedError
 
-    def chosen_formats(self, formats: Sequence[str] | None) -> tuple[str, ...]:
-        """Return the formats to write. Raises RecipeError for one this method does not have."""
-        for chosen in formats or ():
+    def settled(self, order: Export) -> Export:
+        """Return the order with the formats to write. Raises RecipeError for one this method does not have."""
+        for chosen in order.formats:
             if chosen not in self.all_formats:
                 raise RecipeError(
                     f"{self.name} has no export format {chosen!r}; it has: {', '.join(self.all_formats)}"
                 )
-        return tuple(formats) if formats else self.formats
+        return replace(order, formats=order.formats or self.formats)
 
 
 _REGISTRY: dict[str, type[Method]] = {}

@@ -33,6 +33,7 @@ from dreamfleet.trainers.methods.base import (
     Use,
     register,
 )
+from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.sd.discriminator import (
     INPUT_SIZE,
     adapt_network,
@@ -232,26 +233,16 @@ class DiscriminatorTraining(Method):
             },
         }
 
-    def export(
-        self,
-        folder: Path,
-        name: str,
-        *,
-        formats: Sequence[str] | None,
-        step: int,
-        metadata: dict[str, str],
-        precision: str,
-    ) -> list[Path]:
+    def export(self, order: Export) -> list[Path]:
         """Write ``NAME/``, a folder that transformers loads; on request ``NAME.pth`` with the authors' names."""
-        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
         paths = []
-        for form in self.chosen_formats(formats):
-            path = folder / (name if form == "transformers" else f"{name}.pth")
+        for form in self.settled(order).formats:
+            path = order.folder / (order.name if form == "transformers" else f"{order.name}.pth")
             if form == "transformers":
                 size = self.config.input_size
-                save_network(self.network, path, size=size, dtype=dtype, metadata=metadata)
+                save_network(self.network, path, size=size, dtype=order.dtype, metadata=order.metadata)
             else:
-                write_convnext(self.network.state_dict(), path, dtype=dtype)
+                write_convnext(self.network.state_dict(), path, dtype=order.dtype)
             paths.append(path)
         return paths
 

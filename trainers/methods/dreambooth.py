@@ -5,7 +5,6 @@ Source: Ruiz et al. 2022 (arXiv 2208.12242); prior preservation is its equation 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +21,7 @@ from dreamfleet.trainers.methods.base import (
     Setting,
     register,
 )
+from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.methods.whole_model import (
     WholeModelConfig,
     export_tuned,
@@ -89,23 +89,6 @@ class DreamBooth(Method):
         prompt = concept.class_prompt if sample.role == "class" else concept.instance_prompt
         return captions.make_caption(sample.caption, prompt=prompt, rng=rng, config=data)
 
-    def export(
-        self,
-        folder: Path,
-        name: str,
-        *,
-        formats: Sequence[str] | None,
-        step: int,
-        metadata: dict[str, str],
-        precision: str,
-    ) -> list[Path]:
+    def export(self, order: Export) -> list[Path]:
         """Write the tuned model as a folder and a single file, or a LoRA in two layouts: see `export_tuned`."""
-        return export_tuned(
-            self.config,
-            self.model,
-            folder,
-            name,
-            forms=self.chosen_formats(formats),
-            metadata=metadata,
-            precision=precision,
-        )
+        return export_tuned(self.config, self.model, self.settled(order))

@@ -5,7 +5,6 @@ Source: AUTOMATIC1111's webui, `modules/hypernetworks/hypernetwork.py`, after No
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -23,6 +22,7 @@ from dreamfleet.trainers.methods.base import (
     Setting,
     register,
 )
+from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.sd.formats.hypernetwork import (
     HypernetworkFile,
     read_hypernetwork,
@@ -158,26 +158,20 @@ class HypernetworkMethod(Method):
             sample.caption, template=template, file_name=sample.file_name, rng=rng, config=data
         )
 
-    def export(
-        self,
-        folder: Path,
-        name: str,
-        *,
-        formats: Sequence[str] | None,
-        step: int,
-        metadata: dict[str, str],
-        precision: str,
-    ) -> list[Path]:
-        """Write ``NAME.pt``, as the webui does: in full precision, whatever ``precision`` says."""
+    def export(self, order: Export) -> list[Path]:
+        """Write ``NAME.pt``, as the webui does: in full precision, whatever the order says."""
         file = HypernetworkFile(
-            name=name,
+            name=order.name,
             network=self.network,
-            step=self._earlier_steps + step,
+            step=self._earlier_steps + order.step,
             sd_checkpoint=self.model.content_hash,
             sd_checkpoint_name=Path(self.model.folder).stem,
-            metadata=metadata,
+            metadata=order.metadata,
         )
-        return [write_hypernetwork(file, folder / f"{name}.{form}") for form in self.chosen_formats(formats)]
+        return [
+            write_hypernetwork(file, order.folder / f"{order.name}.{form}")
+            for form in self.settled(order).formats
+        ]
 
 
 def _go_on(network: Hypernetwork, path: str | None) -> int:

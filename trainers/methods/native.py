@@ -6,11 +6,11 @@ is buckets, tags, long prompts, masks, noise schedules and averages: other secti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from dreamfleet.trainers.methods.base import Method, ParamGroup, Setting, register
+from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.methods.whole_model import (
     WholeModelConfig,
     export_tuned,
@@ -47,23 +47,6 @@ class Native(Method):
     def groups(self) -> list[ParamGroup]:
         return part_groups(self.learning)
 
-    def export(
-        self,
-        folder: Path,
-        name: str,
-        *,
-        formats: Sequence[str] | None,
-        step: int,
-        metadata: dict[str, str],
-        precision: str,
-    ) -> list[Path]:
+    def export(self, order: Export) -> list[Path]:
         """Write the tuned model as a folder and a single file, or a LoRA in two layouts: see `export_tuned`."""
-        return export_tuned(
-            self.config,
-            self.model,
-            folder,
-            name,
-            forms=self.chosen_formats(formats),
-            metadata=metadata,
-            precision=precision,
-        )
+        return export_tuned(self.config, self.model, self.settled(order))

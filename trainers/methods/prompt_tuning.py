@@ -6,6 +6,7 @@ Source: Dong et al. 2022 (arXiv 2211.11337); their webui extension, `scripts/dre
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -26,6 +27,7 @@ from dreamfleet.trainers.methods.base import (
     Setting,
     register,
 )
+from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.methods.words import (
     WORD_FORMATS,
     export_word,
@@ -205,28 +207,15 @@ class PromptTuning(Method):
         total = (per_sample * batch["weights"]).sum() / batch["num_instances"]
         return Loss(total, per_sample.detach(), extras)
 
-    def export(
-        self,
-        folder: Path,
-        name: str,
-        *,
-        formats: Sequence[str] | None,
-        step: int,
-        metadata: dict[str, str],
-        precision: str,
-    ) -> list[Path]:
+    def export(self, order: Export) -> list[Path]:
         """Write ``NAME.pt`` and ``NAME-neg.pt`` (webui), and the same as ``.safetensors`` (diffusers)."""
         paths = []
         for vectors, ending in ((self._positive, ""), (self._negative, NEGATIVE)):
             paths += export_word(
                 list(vectors.values()),
-                folder,
-                name + ending,
+                replace(self.settled(order), name=order.name + ending),
                 word=self._word + ending,
                 model=self.model,
-                formats=self.chosen_formats(formats),
-                step=step,
-                metadata=metadata,
             )
         return paths
 

@@ -5,7 +5,7 @@ Source: Gal et al. 2022 (arXiv 2208.01618); multi-vector form and initialisation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -13,7 +13,15 @@ import numpy as np
 from pydantic import AliasChoices, Field, model_validator
 
 from dreamfleet.datasets import captions
-from dreamfleet.trainers.methods.base import Method, MethodConfig, ParamGroup, Sample, Setting, register
+from dreamfleet.trainers.methods.base import (
+    Method,
+    MethodConfig,
+    ParamGroup,
+    Sample,
+    Setting,
+    register,
+)
+from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.methods.words import (
     WORD_FORMATS,
     export_word,
@@ -92,27 +100,14 @@ class TextualInversion(Method):
         """Fill a template line drawn for this use of the picture with the placeholder and the picture's caption."""
         return fill_prompt(self._templates, self.config.placeholder_token, sample, rng, data)
 
-    def export(
-        self,
-        folder: Path,
-        name: str,
-        *,
-        formats: Sequence[str] | None,
-        step: int,
-        metadata: dict[str, str],
-        precision: str,
-    ) -> list[Path]:
+    def export(self, order: Export) -> list[Path]:
         """Write ``NAME.pt`` (webui), ``NAME.safetensors`` (diffusers) and ``NAME.png`` (image embedding).
 
         Of SDXL both tables of a file are under kohya's names, which the webui reads too: ``clip_l`` and ``clip_g``.
         """
         return export_word(
             list(self._learning.values()),
-            folder,
-            name,
+            replace(self.settled(order), step=self._earlier_steps + order.step),
             word=self.config.placeholder_token,
             model=self.model,
-            formats=self.chosen_formats(formats),
-            step=self._earlier_steps + step,
-            metadata=metadata,
         )

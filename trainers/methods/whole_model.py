@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import torch
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 from torch import nn
 
 from dreamfleet.trainers.methods.base import MethodConfig, ParamGroup
+from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.sd.formats.lora import (
     DIFFUSERS_FILE,
     Family,
@@ -27,7 +26,6 @@ from dreamfleet.trainers.sd.model import StableDiffusion, save_pipeline
 WHOLE_FORMATS = ("diffusers", "safetensors", "ckpt")
 LORA_FORMATS = ("diffusers_lora", "kohya_lora")
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TARGET_SETS = ("all-linear", "locon")
 
 
@@ -132,61 +130,41 @@ def part_groups(learning: nn.ModuleDict) -> list[ParamGroup]:
     ]
 
 
-def export_tuned(
-    config: WholeModelConfig,
-    model: StableDiffusion,
-    folder: Path,
-    name: str,
-    *,
-    forms: Sequence[str],
-    metadata: dict[str, str],
-    precision: str,
-) -> list[Path]:
+def export_tuned(config: WholeModelConfig, model: StableDiffusion, order: Export) -> list[Path]:
     """Write the tuned model; of a LoRA run the LoRA in two layouts, and on request ``NAME-merged`` models.
 
     ``pytorch_lora_weights.safetensors`` is diffusers', ``NAME.safetensors`` kohya's, which the webui and ComfyUI read.
     """
-    write = partial(export_checkpoints, model, folder, metadata=metadata, precision=precision)
     if config.lora_rank is None:
-        return write(name, forms=forms)
-    file = LoraFile(name, learned_layers(model), metadata)
+        return export_checkpoints(model, order)
+    forms, file = order.formats, LoraFile(order.name, learned_layers(model), order.metadata)
     paths = []
     if "diffusers_lora" in forms:
-        paths.append(write_diffusers_lora(file, folder / DIFFUSERS_FILE, dtype=_DTYPES[precision]))
+        paths.append(write_diffusers_lora(file, order.folder / DIFFUSERS_FILE, dtype=order.dtype))
     if "kohya_lora" in forms:
-        path = folder / f"{name}.safetensors"
+        path = order.folder / f"{order.name}.safetensors"
         family: Family | None = "sdxl" if model.is_sdxl else None
         blocks = dict(model.unet.config)
-        paths.append(
-            write_kohya_lora(file, path, dtype=_DTYPES[precision], family=family, unet_config=blocks)
-        )
+        paths.append(write_kohya_lora(file, path, dtype=order.dtype, family=family, unet_config=blocks))
     if whole := [form for form in forms if form in WHOLE_FORMATS]:
         with merged(model):
-            paths += write(f"{name}-merged", forms=whole)
+            paths += export_checkpoints(model, replace(order, name=f"{order.name}-merged", formats=whole))
     return paths
 
 
-def export_checkpoints(
-    model: StableDiffusion,
-    folder: Path,
-    name: str,
-    *,
-    forms: Sequence[str],
-    metadata: dict[str, str],
-    precision: str,
-) -> list[Path]:
+def export_checkpoints(model: StableDiffusion, order: Export) -> list[Path]:
     """Write ``diffusers/``, and a single file with webui's keys as ``NAME.safetensors`` or ``NAME.ckpt``.
 
     A model that does not predict noise has a ``NAME.yaml`` beside its single file, which tells the webui.
     """
-    dtype = _DTYPES[precision]
     paths = []
-    for form in forms:
+    for form in order.formats:
         if form == "diffusers":
-            save_pipeline(model, folder / "diffusers", dtype=dtype)
-            paths.append(folder / "diffusers")
+            save_pipeline(model, order.folder / "diffusers", dtype=order.dtype)
+            paths.append(order.folder / "diffusers")
         else:
-            path = save_single_file(model, folder / f"{name}.{form}", dtype=dtype, metadata=metadata)
+            path = order.folder / f"{order.name}.{form}"
+            save_single_file(model, path, dtype=order.dtype, metadata=order.metadata)
             beside = path.with_suffix(".yaml")
             paths += [path, *([beside] if beside.exists() and beside not in paths else [])]
     return paths

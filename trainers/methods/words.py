@@ -14,6 +14,7 @@ from dreamfleet.datasets import captions
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.methods.base import Sample
+from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.sd.embeddings import token_tables
 from dreamfleet.trainers.sd.formats.embedding import Embedding, read_embedding, write_embedding
 from dreamfleet.trainers.sd.model import StableDiffusion
@@ -78,37 +79,27 @@ def fill_prompt(
     )
 
 
-def export_word(
-    vectors: Sequence[Tensor],
-    folder: Path,
-    name: str,
-    *,
-    word: str,
-    model: StableDiffusion,
-    formats: Sequence[str],
-    step: int,
-    metadata: dict[str, str],
-) -> list[Path]:
+def export_word(vectors: Sequence[Tensor], order: Export, *, word: str, model: StableDiffusion) -> list[Path]:
     """Write ``NAME.FORMAT`` for every format, kohya's as ``kohya/NAME.safetensors``; returns the paths.
 
     ``vectors``: those in each text encoder.
     """
     paths = []
     tables = [tensor.detach().float().cpu().clone() for tensor in vectors]
-    for suffix in formats:
+    for suffix in order.formats:
         # webui goes by the file's name, diffusers by the name inside: the word the vectors were trained under.
         embedding = Embedding(
-            name=word if suffix in ("safetensors", "bin") else name,
+            name=word if suffix in ("safetensors", "bin") else order.name,
             vectors=tables[0],
             vectors_2=tables[1] if len(tables) > 1 else None,
-            step=step,
+            step=order.step,
             sd_checkpoint=model.content_hash,
             sd_checkpoint_name=Path(model.folder).stem,
-            metadata=metadata,
+            metadata=order.metadata,
         )
         if suffix == "kohya":  # goes by the file's name, which diffusers' file has as well
-            write_embedding(embedding, folder / "kohya" / f"{name}.safetensors", kohya=True)
-            paths.append(folder / "kohya")
+            write_embedding(embedding, order.folder / "kohya" / f"{order.name}.safetensors", kohya=True)
+            paths.append(order.folder / "kohya")
         else:
-            paths.append(write_embedding(embedding, folder / f"{name}.{suffix}"))
+            paths.append(write_embedding(embedding, order.folder / f"{order.name}.{suffix}"))
     return paths
