@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from dreamfleet.trainers.sd.aesthetic_baked import bake
 from dreamfleet.trainers.sd.clip import ClipScorer
 from dreamfleet.trainers.sd.embeddings import install_embedding
 from dreamfleet.trainers.sd.formats.aesthetic import write_aesthetic
+from dreamfleet.trainers.sd.formats.lora import LoraFile, Matrices
+from dreamfleet.trainers.sd.lora import set_loras
 from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model
 from dreamfleet.trainers.sd.sample import generate
 
@@ -95,6 +98,21 @@ def test_a_prompt_depends_on_itself_alone_and_is_tuned_once(
     monkeypatch.setattr(aesthetic, "KEPT_PROMPTS", 1)
     encoder.contexts(PROMPTS)
     assert list(encoder.cosines) == PROMPTS[1:], "the least recently used is forgotten"
+
+
+def test_a_lora_that_comes_is_heard(model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor) -> None:
+    """A prompt's tag is not a part of its text, which encodings are remembered by."""
+    other = replace(model, text_encoder=copy.deepcopy(model.text_encoder))
+    encoder = make_encoder(other, vector, clip)
+    before = encoder.contexts(PROMPTS)
+    width = other.context_width
+    layer = Matrices(torch.randn(2, width), torch.randn(width, 2), 2.0)
+    file = LoraFile("x", {"text_encoder.encoder.layers.0.self_attn.v_proj": layer})
+    set_loras(other, [(file, 1.0)])
+    with_lora = encoder.contexts(PROMPTS)
+    assert not torch.allclose(with_lora, before, atol=1e-3)
+    set_loras(other, [])
+    assert torch.allclose(encoder.contexts(PROMPTS), before, atol=1e-6)
 
 
 @pytest.mark.parametrize("nothing", [{"steps": 0}, {"learning_rate": 0.0}, {"weight": 0.0}])

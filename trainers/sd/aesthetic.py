@@ -88,6 +88,7 @@ class AestheticEncoder:
         # prompt -> its cosine with the target before the first and after each step
         self.cosines: dict[str, list[float]] = {}
         self._contexts: OrderedDict[str, Tensor] = OrderedDict()
+        self._loras = model.loras  # that these were encoded with
 
     def __call__(self, prompts: Sequence[str]) -> Condition:
         """Encode prompts for the U-Net."""
@@ -98,6 +99,9 @@ class AestheticEncoder:
         """Encode prompts ``[B, T, D]``."""
         device = next(self.model.text_encoder.parameters()).device
         every_BT = self.model.tokenize(prompts).to(device)
+        if self.model.loras is not self._loras:
+            self._contexts.clear()
+            self._loras = self.model.loras
         contexts = []
         for prompt, ids in zip(prompts, every_BT, strict=True):
             known = self._contexts.get(prompt)
