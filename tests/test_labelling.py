@@ -239,11 +239,6 @@ def test_pictures_are_upright_shrunk_and_broken_ones_named(tmp_path: Path) -> No
 # ---- the command ---------------------------------------------------------------------------------------------
 
 
-def heed_interrupts() -> None:
-    """Undo what a shell does to the commands it starts in the background, these tests perhaps."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def test_ctrl_c_ends_the_command_with_the_file_whole(folder: Path) -> None:
     command = [
         sys.executable,
@@ -255,13 +250,7 @@ def test_ctrl_c_ends_the_command_with_the_file_whole(folder: Path) -> None:
         "--no-browser",
         "--json",
     ]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_interrupts,
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         first = process.stderr.readline()
         match = re.search(r"http://127\.0\.0\.1:(\d+)/([\w-]+)/", first)
