@@ -76,8 +76,9 @@ def test_the_average_follows_the_weights_and_is_lent_and_given_back(tmp_path: Pa
         expected = decay * expected + (1 - decay) * parts.engine.params[name].detach()
     live = parts.engine.params[name].detach().clone()
     assert torch.allclose(parts.engine.ema.shadow[name], expected, atol=1e-6)
-    with parts.engine.averaged():
-        assert torch.equal(parts.engine.params[name], parts.engine.ema.shadow[name])
+    assert parts.engine.evaluate(
+        lambda: torch.equal(parts.engine.params[name], parts.engine.ema.shadow[name])
+    )
     assert torch.equal(parts.engine.params[name], live)
 
 

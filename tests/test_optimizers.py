@@ -158,8 +158,7 @@ def test_the_average_of_bfloat16_weights_is_exported_in_full(tmp_path: Path) -> 
     engine, (name, param) = parts.engine, next(iter(parts.engine.params.items()))
     assert isinstance(engine, TorchEngine) and engine.ema is not None
     live = param.detach().clone()
-    with engine.averaged():
-        assert param.dtype == torch.bfloat16
+    assert engine.evaluate(lambda: param.dtype) == torch.bfloat16
     with engine.whole():
         assert torch.equal(param, engine.ema.shadow[name]) and param.dtype == torch.float32
     assert torch.equal(param, live) and param.dtype == torch.bfloat16

@@ -69,25 +69,35 @@ def moments(saved: dict[str, Any]) -> dict[str, torch.Tensor]:
     }
 
 
+def average(saved: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return saved["state"].get("ema", saved["learned"])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(COMPILES)
 @pytest.mark.parametrize(("method", "name"), [run for run in RUNS if run[1] != "torch"])
 def test_every_stage_trains_as_torch_does(results: dict[Any, dict[str, Any]], method: str, name: str) -> None:
     """Losses, norms, weights, moments and averages; what previews and exports see; and the form of a checkpoint."""
     expected, found = results[method, "torch"], results[method, name]
-    half = method == "bf16" and name != "zero 0"  # DeepSpeed computes with bf16 weights, torch with fp32 ones
-    assert found["losses"] == pytest.approx(expected["losses"], rel=2e-3 if half else 1e-6)
+    # DeepSpeed computes with bf16 weights, torch with fp32 ones.
+    half, large = method.startswith("bf16") and name != "zero 0", "pocket" in method
+    close = 5e-3 if half else 1e-5 if large else 1e-6
+    assert found["losses"] == pytest.approx(expected["losses"], rel=close)
     assert found["norms"] == pytest.approx(expected["norms"], rel=2e-2 if half else 1e-5)
-    assert found["averaged loss"] == pytest.approx(expected["averaged loss"], rel=2e-3 if half else 1e-6)
+    assert found["averaged loss"] == pytest.approx(expected["averaged loss"], rel=close)
     torch.testing.assert_close(found["encoded"], expected["encoded"], rtol=0, atol=0.1 if half else 1e-5)
     # Two steps of Adam at a rate of 1e-3 move a weight by 2e-3; where a gradient is all rounding, either way.
-    limit = 6e-3 if half else 5e-6
+    # A hypernetwork starts at next to nothing, and some of the pocket model's gradients are as small.
+    limit = 6e-3 if half else 5e-5 if large or method == "hypernetwork" else 5e-6
     ours, theirs = found["final"], expected["final"]
     assert largest_difference(ours["learned"], theirs["learned"]) < limit
-    assert largest_difference(ours["state"]["ema"], theirs["state"]["ema"]) < limit
+    assert largest_difference(average(ours), average(theirs)) < limit
     assert largest_difference(moments(ours), moments(theirs)) < (1e-3 if half else 1e-7)
     assert all(value.dtype == torch.float32 for value in ours["learned"].values())
-    assert largest_difference(found["whole"], found["saved"]["state"]["ema"]) == 0
+    assert largest_difference(found["whole"], average(found["saved"])) == 0
+    assert largest_difference(found["whole unet"], expected["whole unet"]) < limit
+    # Frozen or not, stage 3 leaves each of the two workers half of the U-Net, and some padding.
+    assert found["kept"] == pytest.approx(0.5 if "zero 3" in name else 1.0, rel=0.02)
     groups = [saved["state"]["optimizer"]["param_groups"] for saved in (ours, theirs)]
     assert [group.keys() for group in groups[0]] == [group.keys() for group in groups[1]]
 
@@ -108,6 +118,18 @@ def test_every_engine_goes_on_from_every_checkpoint(
     assert largest_difference(found["final"]["learned"], straight["final"]["learned"]) <= limit
     assert largest_difference(found["final"]["state"]["ema"], straight["final"]["state"]["ema"]) <= limit
     assert largest_difference(moments(found["final"]), moments(straight["final"])) <= limit
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(COMPILES)
+@pytest.mark.parametrize("source", ["torch", "zero 3 states on nvme"])
+def test_states_on_disk_go_on_from_a_checkpoint(results: dict[Any, dict[str, Any]], source: str) -> None:
+    straight, found = results["pocket", source], results["resumed", source, "zero 3 states on nvme"]
+    assert found["losses"][0] == straight["losses"][-1]
+    assert largest_difference(found["final"]["learned"], straight["final"]["learned"]) <= 5e-6
+    assert largest_difference(moments(found["final"]), moments(straight["final"])) <= 1e-8
+    assert found["swapped"] > 3, "the states never left memory"
+    assert results["left on disk"] == ["dreamfleet-swap-gate"], "a run that ends removes its files"
 
 
 @pytest.mark.slow

@@ -38,14 +38,33 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero 2 offload": {"zero_stage": 2, "offload_optimizer_device": "cpu"},
     "zero 3": {"zero_stage": 3},
     "zero 3 offload": {"zero_stage": 3, "offload_optimizer_device": "cpu", "offload_param_device": "cpu"},
+    # Nothing is small enough to be whole on every rank.
+    "zero 3 apart": {"zero_stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero 3 lent": {"zero_stage": 3, "stage3_param_persistence_threshold": 0, "offload_param_device": "cpu"},
 }
+#: On disk, in several files a rank: the keys of the folder and of a DeepSpeed JSON are filled in by `make_parts`.
+SWAPPED: dict[str, dict[str, Any]] = {
+    "zero 3 states on nvme": {"zero_stage": 3, "offload_optimizer_device": "nvme"},
+    "zero 3 all on nvme": {
+        "zero_stage": 3, "offload_optimizer_device": "nvme", "offload_param_device": "nvme",
+    },
+}  # fmt: skip
 RUNS: list[tuple[str, str]] = [
     *[("dreambooth", name) for name in ENGINES],
     *[("textual_inversion", name) for name in ENGINES],
-    *[("bf16", name) for name in ("torch", "zero 0", "zero 2", "zero 3 offload")],
-    *[("lora", name) for name in ("torch", "zero 0", "zero 2", "zero 3")],
+    *[("bf16", name) for name in ("torch", "zero 0", "zero 2", "zero 3 offload", "zero 3 apart")],
+    *[("bf16 word", name) for name in ("torch", "zero 3 lent")],
+    *[("lora", name) for name in ENGINES],
+    *[("hypernetwork", name) for name in ("torch", "zero 1 offload", "zero 3 lent")],
+    *[("prompt_tuning", name) for name in ("torch", "zero 2", "zero 3 apart")],
     *[("sdxl", name) for name in ("torch", "zero 2", "zero 3")],
+    *[("sdxl word", name) for name in ("torch", "zero 3 apart")],
+    *[("pocket", name) for name in ("torch", "zero 3 states on nvme")],
+    *[("bf16 pocket", name) for name in ("torch", "zero 3 all on nvme")],
+    *[("bf16 pocket word", name) for name in ("torch", "zero 3 all on nvme")],
 ]
+#: The tiny model is too small to leave memory.
+POCKET = {"model__pretrained_model_name_or_path": "pocket", "data__resolution": 64}
 CHANGES: dict[str, dict[str, Any]] = {
     "dreambooth": {"method": DREAMBOOTH},
     "textual_inversion": {"method": TEXTUAL_INVERSION},
@@ -55,7 +74,18 @@ CHANGES: dict[str, dict[str, Any]] = {
         "train__mixed_precision": "bf16",
         "train__gradient_checkpointing": True,
     },
+    "bf16 word": {
+        "method": TEXTUAL_INVERSION,
+        "train__mixed_precision": "bf16",
+        "train__gradient_checkpointing": True,
+    },
+    "hypernetwork": {"method": {"name": "hypernetwork"}},
+    "prompt_tuning": {"method": {**TEXTUAL_INVERSION, "name": "prompt_tuning"}},
     "sdxl": {"method": DREAMBOOTH, "model__pretrained_model_name_or_path": "sdxl"},
+    "sdxl word": {"method": TEXTUAL_INVERSION, "model__pretrained_model_name_or_path": "sdxl"},
+    "pocket": POCKET,
+    "bf16 pocket": {**POCKET, "train__mixed_precision": "bf16"},
+    "bf16 pocket word": {**POCKET, "method": TEXTUAL_INVERSION, "train__mixed_precision": "bf16"},
 }
 #: Who goes on from whose checkpoint, among the DreamBooth runs.
 RESUMED = [
@@ -73,14 +103,23 @@ RESUMED = [
 
 def make_parts(folder: Path, engine: dict[str, Any], place: Place, **changes: Any) -> Parts:
     """Build a run of this group on the tiny model: accumulation, clipping, a rate for each part, an average."""
+    averages = {} if "pocket" in str(changes) else {"use_ema": True, "ema_decay": 0.9}
+    if "nvme" in engine.values():
+        (folder / "groups.json").write_text('{"zero_optimization": {"sub_group_size": 600000}}')
+        engine = {
+            **engine,
+            "nvme_path": str(folder / "nvme"),
+            "deepspeed_config": str(folder / "groups.json"),
+        }
     options = {
-        "engine": {"use_ema": True, "ema_decay": 0.9, **engine},
-        "train__train_batch_size": 4 // place.world,
+        "engine": {**averages, **engine},
+        "train__train_batch_size": (2 if "pocket" in str(changes) else 4) // place.world,
         "train__gradient_accumulation_steps": 2,
         "optimizer": {"learning_rate": 1e-3, "text_encoder_lr": 1e-4, "max_grad_norm": 0.5},
         **changes,
     }
-    if model := changes.get("model__pretrained_model_name_or_path"):
+    model = changes.get("model__pretrained_model_name_or_path", "pocket")
+    if model != "pocket":
         options["model__pretrained_model_name_or_path"] = str(folder / model)
     return assemble(build_recipe(tiny.make_recipe(folder, **options)), place)
 
@@ -108,17 +147,32 @@ def take_steps(parts: Parts, start: int, end: int) -> dict[str, list[float]]:
 
 
 def probe(parts: Parts, place: Place) -> dict[str, Any]:
-    """Use the averaged weights as previews and exports do: rank 0 alone, with forward passes."""
-    found: dict[str, Any] = {}
-    with parts.engine.averaged():
-        if place.leads:
-            with torch.no_grad(), parts.engine.autocast():
-                found["averaged loss"] = float(parts.method(parts.prepare(parts.feed.batch(60))).total)
-                found["encoded"] = parts.method.encode(["a photo of sks cat <x>"]).context.float()
+    """Use the averaged weights as previews and exports do, with forward passes."""
+
+    def look() -> dict[str, Any]:
+        with torch.no_grad(), parts.engine.autocast():
+            loss = float(parts.method(parts.prepare(parts.feed.batch(60))).total)
+            return {
+                "averaged loss": loss,
+                "encoded": parts.method.encode(["a photo of sks cat <x>"]).context.float(),
+            }
+
+    found = parts.engine.evaluate(look) or {}
     with parts.engine.whole():
         if place.leads:
             found["whole"] = {name: value.clone() for name, value in parts.method.state().items()}
+            found["whole unet"] = {
+                n: p.detach().float().clone() for n, p in parts.model.unet.named_parameters()
+            }
+    found["kept"] = kept_share(parts)
     return found
+
+
+def kept_share(parts: Parts) -> float:
+    """Return which share of the U-Net's weights this rank keeps between two uses."""
+    params = list(parts.model.unet.parameters())
+    kept = sum(getattr(param, "ds_tensor", param).numel() for param in params)
+    return kept / sum(getattr(param, "ds_numel", param.numel()) for param in params)
 
 
 def snapshot(parts: Parts) -> dict[str, Any]:
@@ -137,17 +191,22 @@ def train(folder: Path, engine: dict[str, Any], place: Place, **changes: Any) ->
     return {**{name: first[name] + rest[name] for name in first}, **seen, "saved": saved, "final": final}
 
 
-def resume(folder: Path, engine: dict[str, Any], place: Place, saved: dict[str, Any]) -> dict[str, Any]:
+def resume(
+    folder: Path, engine: dict[str, Any], place: Place, saved: dict[str, Any], **changes: Any
+) -> dict[str, Any]:
     """Go on from a checkpoint that rank 0 has."""
-    parts = make_parts(folder, engine, place, method=DREAMBOOTH)
+    parts = make_parts(folder, engine, place, **(changes or {"method": DREAMBOOTH}))
     found = [copy.deepcopy(saved)]
     dist.broadcast_object_list(found)  # every rank of a run reads it
     parts.engine.load_learned(found[0]["learned"])
     parts.engine.load_state(found[0]["state"])
     figures = take_steps(parts, HALF, STEPS)
-    final = snapshot(parts)
+    final, swapped = (
+        snapshot(parts),
+        len(list(folder.glob(f"nvme/*/zero_stage_3/optimizer/rank{place.rank}/exp*"))),
+    )
     parts.engine.close()
-    return {**figures, "final": final}
+    return {**figures, "final": final, "swapped": swapped}
 
 
 def round_trip(stage: int) -> dict[str, Any]:
@@ -158,12 +217,12 @@ def round_trip(stage: int) -> dict[str, Any]:
     deepspeed = import_deepspeed(torch.device("cpu"))
     params = dict(layer.named_parameters())
     wanted = {name: torch.arange(1.0, 1 + param.numel()).view_as(param) for name, param in params.items()}
-    engine, *_ = deepspeed.initialize(
-        model=layer, optimizer=torch.optim.AdamW(layer.parameters()), config=told
-    )
-    shards = Shards(engine, params, stage=stage)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    engine, *_ = deepspeed.initialize(model=layer, optimizer=optimizer, config=told)
+    shards = Shards(engine, params, optimizer, stage=stage)
     for name, value in wanted.items():
-        shards.put_everywhere(name, value)
+        shards.put(name, value)
+    shards.publish()
     computed = engine(torch.ones(2, 5)).detach()
     gathered = {name: shards.gather(name) for name in params}
     engine.destroy()
@@ -192,17 +251,23 @@ def main(folder: Path, rank: int, world: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     torch.set_num_threads(1)
     place = Place(rank, world)
-    results: dict[tuple[str, ...], dict[str, Any]] = {}
+    results: dict[Any, Any] = {}
     for stage_3 in (False, True):
         for method, name in RUNS:
             if stage_3 == ("zero 3" in name):
-                results[method, name] = train(folder, ENGINES[name], place, **CHANGES[method])
+                engine = (ENGINES | SWAPPED)[name]
+                results[method, name] = train(folder, engine, place, **CHANGES[method])
         if not stage_3:
             grow(folder, place, results)
         for source, target in RESUMED:
             if stage_3 == ("zero 3" in f"{source} {target}"):
                 saved = results["dreambooth", source]["saved"]
                 results["resumed", source, target] = resume(folder, ENGINES[target], place, saved)
+    for source in ("torch", "zero 3 states on nvme"):
+        saved, (target, engine) = results["pocket", source]["saved"], next(iter(SWAPPED.items()))
+        results["resumed", source, target] = resume(folder, engine, place, saved, **POCKET)
+    dist.barrier()
+    results["left on disk"] = sorted(path.name for path in (folder / "nvme").iterdir())
     for stage in (1, 3):
         results["round trip", str(stage)] = round_trip(stage)
     if place.leads:

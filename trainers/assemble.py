@@ -66,21 +66,22 @@ def build_method(
     """Build the method on a loaded model; parts that learn nothing are cast to ``dtype`` and go to the device.
 
     What learns goes there too, unless ZeRO shards it: then it waits on the host, where a card too small for it whole
-    does not matter, and only its buffers go ahead.
+    does not matter, and only its buffers go ahead. So does what stage 3 shards besides.
     """
     setting = Setting(concepts=tuple(concepts), snr_gamma=recipe.train.snr_gamma)
     method = discover()[recipe.method.name](recipe.method, model, setting)
     waits = device.type == "cuda" and recipe.engine.zero_stage in (1, 2, 3)
     home = torch.device("cpu") if waits else device
+    sharded = method.loss_parts if recipe.engine.zero_stage == 3 else {}
     if recipe.train.full_bf16:
         for group in method.groups():
             for param in group.params.values():
                 param.data = param.data.to(torch.bfloat16)
-    model.to(device, dtype, home=home)
+    model.to(device, dtype, home=home, sharded=sharded)
     for helper in method.helpers.values():
         helper.to(device)
     method.to(home)
-    for module in method.modules():
+    for module in itertools.chain(method.modules(), *(part.modules() for part in sharded.values())):
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     if recipe.train.gradient_checkpointing:

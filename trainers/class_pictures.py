@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,7 +83,8 @@ def list_pictures(storage: Storage) -> list[str]:
 @contextmanager
 def lent_to(device: torch.device, method: Method, dtype: torch.dtype) -> Iterator[None]:
     """Within this context what waits on the host is on the device, in ``dtype``; its exact weights stay behind."""
-    kept = {param: param.data for param in method.parameters() if param.device.type != device.type}
+    every = itertools.chain(method.parameters(), *(part.parameters() for part in method.loss_parts.values()))
+    kept = {param: param.data for param in every if param.device.type != device.type}
     try:
         for param in kept:
             param.data = param.data.to(device=device, dtype=dtype)

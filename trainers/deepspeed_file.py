@@ -73,7 +73,7 @@ def with_deepspeed_file(recipe: Recipe) -> Recipe:
         )
         places += [
             (f"zero_optimization.{block}.{key}", key, None, _at(tree, f"zero_optimization.{block}.{key}"))
-            for key in ("pin_memory",)
+            for key in ("pin_memory", "nvme_path")
         ]
     places += [
         (f"zero_optimization.{key}", key, None, _at(tree, f"zero_optimization.{key}")) for key in ZERO_KEYS
@@ -82,7 +82,7 @@ def with_deepspeed_file(recipe: Recipe) -> Recipe:
         value = getattr(recipe.engine, ours)
         if found is None or found == value:
             continue
-        if value != unset:
+        if value != unset or update.get(ours, found) != found:
             mistakes.append(f"{key}: {found!r} there, and engine.{ours}: {value!r} in the recipe")
         update[ours] = found
     if mistakes:
@@ -110,7 +110,7 @@ def handed_on(tree: Mapping[str, Any]) -> Tree:
         zero.pop(key, None)
     for block in OFFLOADS:
         if block in zero:
-            kept = {k: v for k, v in zero[block].items() if k not in ("device", "pin_memory")}
+            kept = {k: v for k, v in zero[block].items() if k not in ("device", "pin_memory", "nvme_path")}
             zero[block] = kept
     return {**rest, "zero_optimization": zero}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from dreamfleet.trainers.optim import OptimizerConfig, make_optimizer
 from dreamfleet.trainers.speed import ask_all, send, speed_up
 from dreamfleet.trainers.stepping import Stepper, restore_types
 
+T = TypeVar("T")
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -27,6 +28,7 @@ class Engine(ABC):
 
     Gradients are averaged over workers and micro-steps, so the same global batch gives the same step on any number of
     workers. All but :meth:`place`, :meth:`autocast` and :meth:`drop_gradients` must be called by every worker.
+    ``leads`` says whether this is rank 0.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Engine(ABC):
         self.seed, self.optimizer_name = seed, optimizer.name
         self.method, self.config, self.device, self.world = method, config, device, world
         self.num_micros, self.max_grad_norm = num_micros, optimizer.max_grad_norm
+        self.leads = world == 1 or dist.get_rank() == 0
         self.dtype = DTYPES[mixed_precision]
         if self.dtype == torch.float16 and device.type != "cuda":
             raise ResourceError("train.mixed_precision: fp16 needs a GPU; use bf16 or no on this machine")
@@ -86,12 +89,16 @@ class Engine(ABC):
         """Forget every gradient since the last step."""
 
     @abstractmethod
-    def averaged(self) -> AbstractContextManager[None]:
-        """Within this context rank 0's method computes with its whole, averaged weights (without EMA: its weights)."""
+    def evaluate(self, action: Callable[[], T]) -> T | None:
+        """Run ``action`` where the method computes with its averaged weights (without EMA: its weights).
+
+        Rank 0 alone runs it and is given what it returns, the others get None; where the weights are sharded all must,
+        and do: so it has to compute the same on every rank.
+        """
 
     @abstractmethod
     def whole(self) -> AbstractContextManager[None]:
-        """Within this context rank 0's method holds the same in full precision, for export; it need not compute."""
+        """Within this context rank 0's model holds those weights whole, in full precision; it need not compute."""
 
     @abstractmethod
     def learned(self) -> dict[str, Tensor]:
@@ -180,10 +187,9 @@ class TorchEngine(Engine):
     def drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def evaluate(self, action: Callable[[], T]) -> T | None:
         with self._lent(lambda param, value: value.to(param.dtype)):
-            yield
+            return action() if self.leads else None
 
     @contextmanager
     def whole(self) -> Iterator[None]:

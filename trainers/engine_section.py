@@ -34,13 +34,18 @@ class EngineConfig(Section):
         "DeepSpeed, which shards nothing (0), optimizer states (1), gradients too (2), weights too (3) over the "
         "workers",
     )
-    offload_optimizer_device: Literal["none", "cpu"] = Field(
+    offload_optimizer_device: Literal["none", "cpu", "nvme"] = Field(
         "none",
-        description="cpu: optimizer states and step in host memory (zero_stage 1 to 3)",
+        description="cpu: optimizer states and step in host memory (zero_stage 1 to 3); nvme: the states in files "
+        "(zero_stage 3)",
     )
-    offload_param_device: Literal["none", "cpu"] = Field(
+    offload_param_device: Literal["none", "cpu", "nvme"] = Field(
         "none",
-        description="cpu: weights in host memory until a layer needs them (zero_stage 3)",
+        description="cpu: weights, frozen ones too, in host memory until a layer needs them (zero_stage 3); nvme: in "
+        "files (16 bits only)",
+    )
+    nvme_path: str | None = Field(
+        None, description="a folder on a fast local disk of every machine, for what is offloaded to nvme"
     )
     gpu_memory: str | None = Field(
         None,
@@ -122,6 +127,24 @@ class EngineConfig(Section):
             raise ValueError(
                 f"offload_optimizer_device: {self.offload_optimizer_device} needs zero_stage: 1, 2 or 3, which shard "
                 "the optimizer; set one (2 suits most models), or offload_optimizer_device: none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_nvme(self) -> EngineConfig:
+        if "nvme" not in (self.offload_optimizer_device, self.offload_param_device):
+            return self
+        if self.zero_stage != 3:
+            raise ValueError("offload to nvme needs zero_stage: 3; set it, or offload to cpu")
+        if self.nvme_path is None or not self.nvme_path.startswith("/"):
+            raise ValueError(
+                f"offload to nvme needs nvme_path, a folder from / on a fast local disk of every machine (here: "
+                f"{self.nvme_path})"
+            )
+        if self.use_ema and self.offload_optimizer_device == "nvme":
+            raise ValueError(
+                "use_ema would read every weight back from the disk at every step; set use_ema: false, or "
+                "offload_optimizer_device: cpu"
             )
         return self
 

@@ -122,39 +122,38 @@ class Recorder:
         self.place.wait()
 
     def validate(self, step: int) -> dict[str, float]:
-        """Measure the held-out pictures on rank 0; every rank calls, as the weights may have to be gathered."""
-        if self.held_out is None:
+        """Measure the held-out pictures; every rank calls, as the weights may be sharded, rank 0 gets the figures."""
+        held_out, engine = self.held_out, self.parts.engine
+        if held_out is None:
             return {}
-        with self.parts.engine.averaged():
-            if not self.place.leads:
-                return {}
-            figures = self.held_out.figures(self.parts.engine)
+        figures = engine.evaluate(lambda: held_out.figures(engine))
+        if figures is None or not self.place.leads:
+            return {}
         loss = figures["holdout_loss"]
         if step and (self.best is None or loss < self.best[0]):
             self.best = (loss, step)
         return figures
 
     def sample(self, step: int) -> None:
-        """Draw the preview grid of a step on rank 0; every rank calls, as the weights may have to be gathered."""
+        """Draw the preview grid of a step; every rank calls, as the weights may be sharded, rank 0 writes it."""
         from dreamfleet.trainers.sd.sample import picture_grid
 
         validation = self.recipe.validation
         if not validation.prompts:
             return
-        with self.parts.engine.averaged():
-            if not self.place.leads:
-                return
-            pictures, cells = draw_previews(
-                self.parts.method, self.parts.engine, validation, self.recipe.data.resolution
-            )
+        parts, size = self.parts, self.recipe.data.resolution
+        drawn = parts.engine.evaluate(lambda: draw_previews(parts.method, parts.engine, validation, size))
+        if drawn is None or not self.place.leads:
+            return
+        pictures, cells = drawn
         if wants_judge(validation):
             figures = self._judge().score(pictures, cells)
             self.figures.update(figures)
             self.log({"step": step, **figures})
         grid = picture_grid(pictures, validation.num_images)
         self._write_picture(f"samples/step-{step:06d}.png", grid)
-        size = {"width": pictures[0].width, "height": pictures[0].height}
-        lines = [json.dumps({**cell, **size}, ensure_ascii=False) for cell in cells]
+        sides = {"width": pictures[0].width, "height": pictures[0].height}
+        lines = [json.dumps({**cell, **sides}, ensure_ascii=False) for cell in cells]
         self.run.write_text(f"samples/step-{step:06d}.jsonl", "\n".join(lines) + "\n")
         if self.metrics is not None:
             self.metrics.log_picture("samples", grid, step)

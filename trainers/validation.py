@@ -121,7 +121,7 @@ def draw_previews(
 ) -> tuple[list[Image.Image], list[dict[str, Any]]]:
     """Draw ``num_images`` pictures of every prompt at fixed seeds; returns them with prompt, seed and cell of each.
 
-    The weights are those the method holds: ``engine.averaged()`` around this draws the averaged ones.
+    The weights are those the method holds: within ``engine.evaluate`` the averaged ones.
     """
     from dreamfleet.trainers.sd.sample import generate
 

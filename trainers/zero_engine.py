@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import CheckpointError
 from dreamfleet.trainers.average import Ema, saved_average
-from dreamfleet.trainers.engine import Engine, check_optimizer
-from dreamfleet.trainers.methods.base import Batch, Loss, Method
+from dreamfleet.trainers.engine import Engine, T, check_optimizer
+from dreamfleet.trainers.methods.base import Batch, Loss
 from dreamfleet.trainers.methods.fits import check_fits
 from dreamfleet.trainers.optim import OptimizerConfig, make_optimizer
 from dreamfleet.trainers.zero_setup import (
@@ -23,9 +23,9 @@ from dreamfleet.trainers.zero_setup import (
     stdout_to_stderr,
     zero_config,
 )
-from dreamfleet.trainers.zero_shards import Shards
+from dreamfleet.trainers.zero_shards import MOMENTS, Shards
+from dreamfleet.trainers.zero_swap import SwapFolder, SwappedShards, build_swapping
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -34,19 +34,25 @@ class ZeroEngine(Engine):
 
     What is saved is whole and by parameter name, in TorchEngine's form, not DeepSpeed's files of each rank: so a run
     goes on with another number of workers, another stage, or the other engine.
+
+    Stage 3 also shards the frozen parts that gradients pass through, so a U-Net that fits no card can serve a word or a
+    LoRA; every rank then computes whatever has to be computed, previews as well.
     """
 
     def _build(self, optimizer: OptimizerConfig) -> None:
         assert self.config.zero_stage != "auto"
         self.stage: int = self.config.zero_stage
         self.offloads = self.config.offload_optimizer_device != "none"
+        swaps = "nvme" in (self.config.offload_optimizer_device, self.config.offload_param_device)
         self.shapes = {name: param.shape for name, param in self.params.items()}
         self.deepspeed = import_deepspeed(self.device)
         self.owns_group = join_group(self.device)
-        self.leads = dist.get_rank() == 0
         plain = make_optimizer(self.groups, optimizer, self.device)
         self.saved_groups = plain.state_dict()["param_groups"]
         self.optimizer = make_cpu_adam(plain) if self.offloads else plain
+        if swaps:
+            build_swapping()
+        self.folder = SwapFolder(self.config.nvme_path or "") if swaps else None
         # DeepSpeed's 16-bit modes round every weight of the module before they make fp32 ones from it.
         rounds = self.stage > 0 and self.dtype != torch.float32
         # A rounded weight is a new tensor, so the exact one need not be copied to be kept.
@@ -55,19 +61,25 @@ class ZeroEngine(Engine):
             for param in self.method.parameters()
             if rounds or not param.requires_grad
         }
+        sharded = [self.method, *self.method.loss_parts.values()]
+        held: Iterable[nn.Module] = _owners(sharded) if self.stage == 3 else [self.method]
+        model, mine = _Computing(held, self.autocast), set(self.method.parameters())
+        self.passed = [param for param in model.parameters() if param not in mine]
         config = zero_config(
             self.config,
             mixed_precision=PRECISIONS[self.dtype],
             max_grad_norm=self.max_grad_norm,
             num_micros=self.num_micros,
             num_params=sum(shape.numel() for shape in self.shapes.values()),
+            largest=max(param.numel() for param in model.parameters()),
+            swap_folder=str(self.folder.path) if self.folder is not None else None,
         )
-        model = _InAutocast(self.method, self.autocast)
         with stdout_to_stderr():
             if self.stage == 3:
                 self._shard(model, config)
             self.engine, *_ = self.deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
-        self.shards = Shards(self.engine, self.params, stage=self.stage)
+        kind = SwappedShards if self.config.offload_optimizer_device == "nvme" else Shards
+        self.shards = kind(self.engine, self.params, self.optimizer, stage=self.stage)
         if rounds:
             for name, param in self.params.items():
                 self.shards.put(name, exact.pop(param))
@@ -76,9 +88,10 @@ class ZeroEngine(Engine):
             self.ema = Ema(self._flats(), self.config.ema_decay)
 
     def backward(self, batch: Batch, *, last: bool = True) -> Loss:
+        self.shards.rest()
         # DeepSpeed divides by the number of micro-batches, and scales for fp16.
         self.engine.set_gradient_accumulation_boundary(last)
-        loss = self.engine(batch)
+        loss = self.engine(lambda: self.method(batch))
         self.engine.backward(loss.total)
         return Loss(loss.total.detach(), loss.per_sample.detach(), loss.extras)
 
@@ -105,19 +118,18 @@ class ZeroEngine(Engine):
         if self.offloads:
             inner.reset_cpu_buffers()
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        if self.ema is None and self.stage < 3:
-            yield
-            return
+    def evaluate(self, action: Callable[[], T]) -> T | None:
+        if self.stage == 3:
+            return self._evaluate_together(action)
+        if self.ema is None:
+            return action() if self.leads else None
         with self._lent(lambda param, value: value.to(self.device, param.dtype)):
-            yield
+            return action() if self.leads else None
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        with self._lent(
-            lambda param, value: value.cpu()
-        ):  # a card with room for half of the weights is the usual case
+        # On the host: a card with room for a part of the weights is the usual case.
+        with self._lent(lambda param, value: value.cpu()):
             yield
 
     def learned(self) -> dict[str, Tensor]:
@@ -126,16 +138,15 @@ class ZeroEngine(Engine):
     def load_learned(self, learned: dict[str, Tensor]) -> None:
         check_fits(self.method.name, self.shapes, learned)
         for name in self.params:
-            self.shards.put_everywhere(name, learned[name])
+            self.shards.put(name, learned[name])
+        self.shards.publish()
 
     def state(self) -> dict[str, Any]:
         moments: dict[int, dict[str, Any]] = {}
-        if first := self.optimizer.state.get(self.shards.flats[0]):  # empty before the first step
-            moments = {
-                number: {"step": torch.tensor(float(first["step"]))} for number in range(len(self.params))
-            }
+        if steps := self.shards.steps:  # none before the first step
+            moments = {number: {"step": torch.tensor(steps)} for number in range(len(self.params))}
             for moment in MOMENTS:
-                with self.shards.holding([self.optimizer.state[flat][moment] for flat in self.shards.flats]):
+                with self.shards.showing(moment):
                     for number, value in enumerate(self._collect().values()):
                         moments[number][moment] = value
         state: dict[str, Any] = {"optimizer": {"state": moments, "param_groups": self.saved_groups}}
@@ -164,6 +175,8 @@ class ZeroEngine(Engine):
 
     def close(self) -> None:
         self.engine.destroy()
+        if self.folder is not None:
+            self.folder.close()
         if self.owns_group:
             self.deepspeed.comm.destroy_process_group()
 
@@ -180,6 +193,18 @@ class ZeroEngine(Engine):
             pin_memory=device != "none" and self.config.pin_memory is not False,
         )
 
+    def _evaluate_together(self, action: Callable[[], T]) -> T:
+        """Run ``action`` on every rank as a forward pass of DeepSpeed's, whose hooks gather each layer's weights."""
+        found: list[T] = []
+        if self.ema is None:
+            self.engine(lambda: found.append(action()))
+            return found[0]
+        with self.shards.holding(list(self.ema.shadow.values())):
+            self.shards.publish()
+            self.engine(lambda: found.append(action()))
+        self.shards.publish()
+        return found[0]
+
     def _flats(self) -> dict[str, Tensor]:
         return {str(number): flat for number, flat in enumerate(self.shards.flats)}
 
@@ -194,53 +219,36 @@ class ZeroEngine(Engine):
 
     @contextmanager
     def _lent(self, convert: Callable[[nn.Parameter, Tensor], Tensor]) -> Iterator[None]:
-        """Give rank 0's parameters whole tensors of their own for a while, and let no hook gather or free them."""
+        """Give rank 0's parameters whole tensors of their own for a while."""
         lent: dict[nn.Parameter, Tensor] = {}
         with self.shards.holding(list(self.ema.shadow.values())) if self.ema is not None else nullcontext():
             for name, param in self.params.items():
                 value = self.shards.gather(name)
                 if self.leads:
                     lent[param] = convert(param, value)
+        for param in self.passed:
+            with self.deepspeed.zero.GatheredParameters([param]):
+                if self.leads:
+                    lent[param] = convert(param, param.data.clone())
         if self.leads:
             lent |= {param: convert(param, value) for param, value in self.frozen.items()}
         kept = {param: param.data for param in lent}
-        with self._without_hooks():
-            try:
-                for param, value in lent.items():
-                    param.data = value
-                yield
-            finally:
-                for param, value in kept.items():
-                    param.data = value
-
-    @contextmanager
-    def _without_hooks(self) -> Iterator[None]:
-        # As trl's unwrap_model_for_generation does it. On every rank, or they would disagree on the order of modules.
-        offload = getattr(self.engine.optimizer, "parameter_offload", None)
-        if offload is None:
-            yield
-            return
-        offload._remove_module_hooks()
-        offload.forward_hooks.clear()
-        offload.backward_hooks.clear()
         try:
+            for param, value in lent.items():
+                param.data = value
             yield
         finally:
-            offload.setup_zero_stage3_hooks()
+            for param, value in kept.items():
+                param.data = value
 
     def _load_moments(self, saved: dict[int, dict[str, Any]]) -> None:
-        flats = self.shards.flats
-        spread = {moment: [torch.zeros_like(flat) for flat in flats] for moment in MOMENTS}
-        for moment, parts in spread.items():
-            with self.shards.holding(parts):
+        steps = float(saved[0]["step"])
+        device = self.shards.flats[0].device
+        self.shards.make_moments(int(steps) if self.offloads else torch.tensor(steps, device=device))
+        for moment in MOMENTS:
+            with self.shards.showing(moment):
                 for number, name in enumerate(self.params):
                     self.shards.put(name, saved[number][moment])
-        step = float(saved[0]["step"])
-        for number, flat in enumerate(flats):
-            self.optimizer.state[flat] = {
-                "step": int(step) if self.offloads else torch.tensor(step, device=flat.device),
-                **{moment: parts[number] for moment, parts in spread.items()},
-            }
 
     def _unsharded_norm(self) -> Tensor:
         # Stage 0 clips without telling the norm.
@@ -261,14 +269,26 @@ class ZeroEngine(Engine):
             self.engine.optimizer.loss_scaler.cur_scale = saved["scale"]
 
 
-class _InAutocast(nn.Module):
-    """The method under autocast: DeepSpeed switches off one that is entered outside of its module."""
+class _Computing(nn.Module):
+    """The modules that DeepSpeed handles, computing under autocast: it ends one that is entered outside."""
 
-    def __init__(self, method: Method, autocast: Callable[[], Any]):
+    def __init__(self, held: Iterable[nn.Module], autocast: Callable[[], Any]):
         super().__init__()
-        self.method, self.autocast = method, autocast
+        self.held, self.autocast = nn.ModuleList(held), autocast
 
-    def forward(self, batch: Batch) -> Loss:
-        """Compute the loss of a batch."""
+    def forward(self, action: Callable[[], Any]) -> Any:
+        """Return what ``action`` computes."""
         with self.autocast():
-            return self.method(batch)
+            return action()
+
+
+def _owners(roots: Iterable[nn.Module]) -> list[nn.Module]:
+    """List the outermost modules with parameters of their own, each once: a LoRA's are in the method and the U-Net."""
+
+    def walk(module: nn.Module) -> Iterator[nn.Module]:
+        if module._parameters:
+            yield module
+        else:
+            yield from itertools.chain.from_iterable(map(walk, module.children()))
+
+    return list(dict.fromkeys(itertools.chain.from_iterable(map(walk, roots))))

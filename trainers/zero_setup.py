@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,23 @@ log = logging.getLogger(__name__)
 
 # In elements. DeepSpeed's own 500 million would take 1 GB of the memory that people come to save.
 BUCKET = 50_000_000
+# With states on NVMe, what is in host memory at a time: 16 bytes an element. DeepSpeed's own is a billion.
+SWAPPED_GROUP = 100_000_000
 
 
 def zero_config(
-    config: EngineConfig, *, mixed_precision: str, max_grad_norm: float, num_micros: int, num_params: int
+    config: EngineConfig,
+    *,
+    mixed_precision: str,
+    max_grad_norm: float,
+    num_micros: int,
+    num_params: int,
+    largest: int = 0,
+    swap_folder: str | None = None,
 ) -> dict[str, Any]:
     """Translate our settings into DeepSpeed's JSON; ``num_params`` counts the elements that learn.
+
+    ``largest`` is the number of elements of the largest tensor, ``swap_folder`` this process's own on an NVMe disk.
 
     Stages 1 to 3 use DeepSpeed's own half-precision modes: weights and gradients in 16 bits, and fp32 weights in the
     sharded optimizer. Stage 0 has no sharded optimizer: fp32 weights under autocast, as in TorchEngine.
@@ -46,6 +57,7 @@ def zero_config(
         if device != "none":
             told_part: dict[str, Any] = {"device": device}
             told_part |= {} if config.pin_memory is None else {"pin_memory": config.pin_memory}
+            told_part |= {"nvme_path": swap_folder} if device == "nvme" else {}
             zero[f"offload_{part}"] = told_part
     told: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # only counts samples for a log of DeepSpeed's that is off
@@ -64,9 +76,15 @@ def zero_config(
         told["torch_autocast"] = {"enabled": True, "dtype": "float16"}
     elif mixed_precision == "bf16" and config.zero_stage:
         told["bf16"] = {"enabled": True}
+    usual: dict[str, Any] = {}
+    if config.offload_optimizer_device == "nvme":
+        usual = {"sub_group_size": SWAPPED_GROUP}
+    if config.offload_param_device == "nvme":  # else a billion weights stay in host memory
+        usual |= {"offload_param": {"max_in_cpu": 0, "buffer_size": largest}}
+    under: dict[str, Any] = {"zero_optimization": usual}
     if config.deepspeed_config is not None:
-        told = merged(handed_on(read_deepspeed_file(config.deepspeed_config)), told)
-    return told
+        under = merged(under, handed_on(read_deepspeed_file(config.deepspeed_config)))
+    return merged(under, told)
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -113,19 +131,28 @@ def make_cpu_adam(plain: torch.optim.Optimizer) -> torch.optim.Optimizer:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
-    try:
-        with sole_builder("cpu_adam"), stdout_to_stderr():
-            CPUAdamBuilder().load(verbose=False)
-    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ResourceError(
-            "engine.offload_optimizer_device: cpu compiles DeepSpeed's CPU Adam at its first use, which failed "
-            f"({reason}); every machine needs a C++ compiler and ninja (apt-get install g++ python3-dev; pip install "
-            "ninja), or set engine.offload_optimizer_device: none"
-        ) from error
+    build_op(
+        "cpu_adam",
+        CPUAdamBuilder().load,
+        what="engine.offload_optimizer_device compiles DeepSpeed's CPU Adam",
+        needs="a C++ compiler and ninja (apt-get install g++ python3-dev; pip install ninja)",
+        instead="engine.offload_optimizer_device: none",
+    )
     groups = [{key: group[key] for key in ("params", "name")} for group in plain.param_groups]
     options = {key: plain.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}
     return DeepSpeedCPUAdam(groups, **options, adamw_mode=True)
+
+
+def build_op(op: str, load: Callable[..., Any], *, what: str, needs: str, instead: str) -> None:
+    """Load one of DeepSpeed's ops, which compiles it at its first use. Raises ResourceError when it cannot be."""
+    try:
+        with sole_builder(op), stdout_to_stderr():
+            load(verbose=False)
+    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ResourceError(
+            f"{what} at its first use, which failed ({reason}); every machine needs {needs}, or set {instead}"
+        ) from error
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Shards:
@@ -16,57 +17,78 @@ class Shards:
 
     ``flats`` are the tensors that DeepSpeed's inner optimizer steps on: the parameters themselves (stage 0), or this
     rank's part of all parameters of a group, laid end to end (1 to 3). Adam's moments and averaged weights have the
-    same layout, so they are read and written by :meth:`holding` them in the place of the weights. Every rank must call
-    :meth:`gather` and :meth:`put`, for the same parameters in the same order.
+    same layout, so they are read and written by :meth:`showing` or :meth:`holding` them in the place of the weights.
+    Every rank must call :meth:`gather` and :meth:`put`, for the same parameters in the same order.
     """
 
-    def __init__(self, engine: Any, params: Mapping[str, nn.Parameter], *, stage: int):
-        self.params, self.stage, self.rank = params, stage, engine.global_rank
+    def __init__(
+        self, engine: Any, params: Mapping[str, nn.Parameter], inner: torch.optim.Optimizer, *, stage: int
+    ):
+        self.outer, self.inner, self.params = engine.optimizer, inner, params
+        self.stage, self.rank = stage, engine.global_rank
         self.flats: Sequence[Tensor] = (
             list(params.values())
             if stage == 0
-            else engine.optimizer.single_partition_of_fp32_groups
+            else self.outer.single_partition_of_fp32_groups
             if stage < 3
-            else engine.optimizer.fp32_partitioned_groups_flat
+            else self.outer.fp32_partitioned_groups_flat
         )
 
     def gather(self, name: str) -> Tensor:
         """Return a copy of the whole parameter in float32, on the training device."""
+        param: Any = self.params[name]
         if self.stage == 0:
-            return self.params[name].detach().float().clone()
+            return param.detach().float().clone()
+        if self.stage == 3:
+            return self.outer._fp32_state_allgather(param, self._part(param))
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return safe_get_full_fp32_param(self.params[name]).detach()
+        return safe_get_full_fp32_param(param).detach()
 
     def put(self, name: str, value: Tensor) -> None:
         """Overwrite this rank's part of a parameter in full precision; what the model computes with stays as it is."""
         param: Any = self.params[name]
         if self.stage == 0:
             param.data.copy_(value)
-        elif self.stage < 3:
+        elif self.stage == 3:
+            part = self._part(param)
+            start = min(self.rank * len(part), value.numel())
+            mine = value.flatten()[start : start + len(part)]
+            part[: len(mine)].copy_(mine)  # the rest is padding, as parts are of equal size
+        else:
             from deepspeed.utils import safe_set_full_fp32_param
 
             safe_set_full_fp32_param(param, value)
-        else:
-            from deepspeed.utils import safe_set_local_fp32_param
 
-            # The whole-parameter call of stage 3 fails where the parts need padding to be of equal size.
-            size = param.ds_tensor.numel()
-            start = min(self.rank * size, value.numel())
-            part = value.flatten()[start : start + size]
-            safe_set_local_fp32_param(param, F.pad(part, (0, size - part.numel())))
+    def publish(self) -> None:
+        """Let what the model computes with follow the full-precision weights, as after a step; every rank calls."""
+        if self.stage == 3:
+            for number in range(len(self.flats)):
+                self._flat(number)
+                self.outer._reassign_or_swap_out_partitioned_parameters(number)
+            self.rest()
+            if small := self.outer.persistent_parameters:  # whole on every rank
+                small[0].partition(small)
+                small[0].all_gather(small)
+        elif self.stage:
+            self.outer.update_lp_params()
 
-    def put_everywhere(self, name: str, value: Tensor) -> None:
-        """Overwrite a parameter in full precision and in what the model computes with."""
-        self.put(name, value)
-        param = self.params[name]
-        if self.stage < 3:
-            param.data.copy_(value)
-            return
-        import deepspeed
+    @property
+    def steps(self) -> float:
+        """How many steps the optimizer took since its moments were made."""
+        return float(self.inner.state.get(self.flats[0], {"step": 0})["step"])
 
-        with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
-            param.data.copy_(value)
+    def make_moments(self, step: float | Tensor) -> None:
+        """Give the optimizer moments of nought after so many steps, to be put: before its first step it has none."""
+        for number in range(len(self.flats)):
+            flat = self._flat(number)
+            self.inner.state[flat] = {"step": step} | {name: torch.zeros_like(flat) for name in MOMENTS}
+
+    @contextmanager
+    def showing(self, moment: str) -> Iterator[None]:
+        """Within this context :meth:`gather` and :meth:`put` mean a moment of the optimizer's."""
+        with self.holding([self.inner.state[flat][moment] for flat in self.flats]):
+            yield
 
     @contextmanager
     def holding(self, others: Sequence[Tensor]) -> Iterator[None]:
@@ -76,6 +98,17 @@ class Shards:
             yield
         finally:
             self._exchange(others)
+
+    def rest(self) -> None:
+        """Give back the memory of what was read or written last, before the engine goes on."""
+
+    def _flat(self, number: int) -> Tensor:
+        return self.flats[number]
+
+    def _part(self, param: nn.Parameter) -> Tensor:
+        """Return this rank's part of a parameter under stage 3, within its sub-group's tensor."""
+        number, start, length = self.outer.grad_position[self.outer.get_param_id(param)]
+        return self._flat(number).detach().narrow(0, start, int(length))
 
     @torch.no_grad()
     def _exchange(self, others: Sequence[Tensor]) -> None:

@@ -142,6 +142,14 @@ class Method(nn.Module):
         return False
 
     @property
+    def loss_parts(self) -> dict[str, nn.Module]:
+        """The model's parts that gradients pass through, learning or not, by name: what a sharding engine shards."""
+        model = self.model
+        encoders = {"text_encoder": model.text_encoder, "text_encoder_2": model.text_encoder_2}
+        parts = {"unet": model.unet, **(encoders if self.trains_text else {})}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
     def prior(self) -> Prior | None:
         """How the class pictures of prior preservation are made and weighed; None for methods without it."""
         return None

@@ -164,23 +164,26 @@ class StableDiffusion:
             part.requires_grad_(False).eval()
 
     def to(
-        self, device: torch.device | str, dtype: torch.dtype | None = None, *, home: Any = None
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype | None = None,
+        *,
+        home: Any = None,
+        sharded: Collection[str] = (),
     ) -> StableDiffusion:
         """Move the parts, casting those without learning parameters to ``dtype`` (half precision saves memory).
 
-        Of a part in which LoRA's matrices learn, all but these; one that learns whole goes to ``home`` where given.
-        SDXL's VAE stays as it is under float16, whose range its activations leave.
+        Of a part in which LoRA's matrices learn, all but these. One that learns whole goes to ``home`` where given, and
+        so do the ``sharded``. SDXL's VAE stays as it is under float16, whose range its activations leave.
         """
         for name, part in self.modules().items():
             learns, adapted = any(p.requires_grad for p in part.parameters()), lora.has_adapters(part)
-            part.to(home if home is not None and learns and not adapted else device)
+            waits = home is not None and (name in sharded or (learns and not adapted))
             wide = name == "vae" and self._vae_needs_range and dtype == torch.float16
-            if dtype is None or wide:
-                continue
-            if not learns:
-                part.to(dtype)
-            elif adapted:
+            if adapted and dtype is not None:
                 lora.cast_frozen(part, dtype)
+            # In one go, so that no card has to hold what is frozen in float32.
+            part.to(home if waits else device, None if learns or wide else dtype)
         return self
 
     @property
