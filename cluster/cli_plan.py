@@ -126,6 +126,11 @@ def _verdict(made: MemoryPlan, rate: int) -> list[str]:
             "The last rows change the run: fused backward has no clipping (optimizer.max_grad_norm: 0); Adafactor and "
             "bf16 weights\ntrain differently."
         )
+    notes += [
+        f"{one.choice.name} reads and writes {_gib(one.disk)} GiB of the disk in a step; it needs engine.nvme_path."
+        for one in made.estimates
+        if one.disk
+    ]
     if not made.limited:
         return [*notes, "Give --gpu-memory (and --host-memory) to choose."]
     for one in made.estimates:

@@ -16,7 +16,7 @@ import tiny
 from torch import Tensor
 
 from dreamfleet.trainers.assemble import assemble
-from dreamfleet.trainers.engine_choices import CHOICES, EngineChoice
+from dreamfleet.trainers.engine_choices import CHOICES, NVME_CHOICES, EngineChoice
 from dreamfleet.trainers.memory import estimate
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.plan_memory import count_run, method_shape
@@ -32,16 +32,22 @@ def held_bytes() -> int:
     return sum(storages.values())
 
 
-def compare(folder: Path, choice: EngineChoice, mixed_precision: str) -> tuple[int, int]:
+DREAMBOOTH = {"method": {"name": "dreambooth", "train_text_encoder": True}}
+WORD = {"method": {"name": "textual_inversion", "placeholder_token": "<x>", "initializer_token": "cat"}}
+POCKET = {
+    "model__pretrained_model_name_or_path": "pocket",
+    "data__resolution": 64,
+    "train__train_batch_size": 1,
+}
+
+
+def compare(folder: Path, choice: EngineChoice, mixed_precision: str, **changes: Any) -> tuple[int, int]:
     """Take a step under a choice; return what stays held between steps, and what was predicted."""
-    engine: dict[str, Any] = {
-        "zero_stage": choice.zero_stage,
-        "offload_optimizer_device": "cpu" if choice.offload_optimizer else "none",
-        "offload_param_device": "cpu" if choice.offload_param else "none",
-    }
-    method = {"name": "dreambooth", "train_text_encoder": True}
+    engine = {key.removeprefix("engine."): value for key, value in choice.settings.items()}
+    if choice.nvme:
+        engine["nvme_path"] = str(folder / "nvme")
     recipe = build_recipe(
-        tiny.make_recipe(folder, engine=engine, method=method, train__mixed_precision=mixed_precision)
+        tiny.make_recipe(folder, engine=engine, train__mixed_precision=mixed_precision, **changes)
     )
     before = held_bytes()
     parts = assemble(recipe, Place())
@@ -56,15 +62,19 @@ def compare(folder: Path, choice: EngineChoice, mixed_precision: str) -> tuple[i
     if choice.zero_stage == 3:
         lasting += ["gradients", "buffers"]
     on_host = sum(size for line, size in made.host.items() if line != "process")
-    vae = sum(4 * tensor.numel() for tensor in parts.model.vae.parameters())  # in float32 on a CPU
-    return held, sum(made.gpu[line] for line in lasting) + on_host + vae
+    # Frozen and outside of all sharding, in float32 on a CPU.
+    outside = [parts.model.vae, *([] if parts.method.trains_text else [parts.model.text_encoder])]
+    whole = sum(4 * tensor.numel() for part in outside for tensor in part.parameters())
+    return held, sum(made.gpu[line] for line in lasting) + on_host + whole
 
 
 if __name__ == "__main__":
+    cases = [(choice, DREAMBOOTH) for choice in CHOICES if choice.zero_stage]
+    cases += [(choice, WORD) for choice in CHOICES if choice.zero_stage == 3]
+    cases += [(choice, POCKET) for choice in NVME_CHOICES]
     results = {
-        f"{choice.name}, {precision}": compare(Path(sys.argv[1]), choice, precision)
-        for choice in CHOICES
-        if choice.zero_stage
+        f"{choice.name}, {precision}, {changes}": compare(Path(sys.argv[1]), choice, precision, **changes)
+        for choice, changes in cases
         for precision in ("no", "bf16")
     }
     print(json.dumps(results))

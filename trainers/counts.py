@@ -37,11 +37,13 @@ class Counts:
     """What one worker's run is made of, counted without loading anything; sizes in bytes, on the GPU unless said.
 
     ``learning``: elements of each learning tensor; ``factors``: means that Adafactor keeps of all their squares.
-    ``frozen``: parts that do not learn, and buffers. ``full``: a pass with the learning weights in float32, ``half``:
-    in 16 bits, where ``mixed`` (DeepSpeed's half-precision modes) or ``bf16_weights``. ``fused``: steps inside
-    backward. ``model``: the whole model in float32, as it is first loaded. ``encoding``: encoding pictures before the
-    first step; ``class_drawing``: drawing class pictures then; ``drawing``: drawing previews. ``latents``: resident
-    latents, on the host. ``bucket``: elements of the buffers that ZeRO sends from. ``micros``: batches to a step.
+    ``frozen``: parts that do not learn, and buffers; ``passed``: elements of those that gradients pass through, which
+    stage 3 shards; ``nvme``: whether there is a disk to offload to. ``full``: a pass with the learning weights in
+    float32, ``half``: in 16 bits, where ``mixed`` (DeepSpeed's half-precision modes) or ``bf16_weights``. ``fused``:
+    steps inside backward. ``model``: the whole model in float32, as it is first loaded. ``encoding``: encoding pictures
+    before the first step; ``class_drawing``: drawing class pictures then; ``drawing``: drawing previews. ``latents``:
+    resident latents, on the host. ``bucket``: elements of the buffers that ZeRO sends from. ``micros``: batches to a
+    step.
     """
 
     learning: tuple[int, ...]
@@ -50,6 +52,8 @@ class Counts:
     full: Pass
     half: Pass
     bucket: int
+    passed: int = 0
+    nvme: bool = False
     mixed: bool = False
     optimizer: str = "adamw"
     factors: int = 0

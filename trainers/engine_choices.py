@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+#: With states on NVMe, the elements in host memory at a time, at 16 bytes each. DeepSpeed's own is a billion.
+SWAPPED_GROUP = 100_000_000
+
 
 @dataclass(frozen=True)
 class EngineChoice:
     """One way to run the engine; ``zero_stage`` None is torch alone (with DDP when there are several workers).
 
-    ``optimizer``, ``fused_backward`` and ``bf16_weights`` are what it takes besides the recipe's own settings: they
-    change what is trained, so nobody but the user chooses them.
+    ``nvme``: what is offloaded of the optimizer lies on a disk. ``optimizer``, ``fused_backward`` and ``bf16_weights``
+    are what it takes besides the recipe's own settings: they change what is trained, so nobody but the user chooses
+    them.
     """
 
     name: str
     zero_stage: int | None = None
     offload_optimizer: bool = False
     offload_param: bool = False
+    nvme: bool = False
     optimizer: str | None = None
     fused_backward: bool = False
     bf16_weights: bool = False
@@ -32,7 +37,7 @@ class EngineChoice:
         if self.zero_stage is not None:
             told: dict[str, str | int | bool] = {"engine.zero_stage": self.zero_stage}
             if self.offload_optimizer:
-                told["engine.offload_optimizer_device"] = "cpu"
+                told["engine.offload_optimizer_device"] = "nvme" if self.nvme else "cpu"
             if self.offload_param:
                 told["engine.offload_param_device"] = "cpu"
             return told
@@ -48,8 +53,9 @@ class EngineChoice:
 
 #: From the cheapest in time per step to the dearest, in the order of Hugging Face's DeepSpeed guide ("ZeRO": stage 1,
 #: 2, 2 with offload, 3, 3 with offload): stage 3 sends the weights in every pass, offload moves states over PCIe and
-#: steps on the CPU. Stage 0 shards nothing and only goes through another library, so it follows plain torch; stage 1
-#: with offload is left out, as stage 2 sends as much and holds less.
+#: steps on the CPU. Weights alone on the host are for runs that learn little of a large model. Stage 0 shards nothing
+#: and only goes through another library, so it follows plain torch; stage 1 with offload is left out, as stage 2 sends
+#: as much and holds less.
 CHOICES = (
     EngineChoice("torch"),
     EngineChoice("ZeRO-0", 0),
@@ -57,8 +63,15 @@ CHOICES = (
     EngineChoice("ZeRO-2", 2),
     EngineChoice("ZeRO-2, optimizer on host", 2, offload_optimizer=True),
     EngineChoice("ZeRO-3", 3),
+    EngineChoice("ZeRO-3, weights on host", 3, offload_param=True),
     EngineChoice("ZeRO-3, optimizer on host", 3, offload_optimizer=True),
     EngineChoice("ZeRO-3, optimizer and weights on host", 3, offload_optimizer=True, offload_param=True),
+)
+#: Open where the recipe names a disk for it.
+NVME_CHOICES = (
+    EngineChoice(
+        "ZeRO-3, optimizer on NVMe, weights on host", 3, offload_optimizer=True, offload_param=True, nvme=True
+    ),
 )
 #: For one GPU, without offload: told beside the others, never chosen unasked.
 ALTERING = (

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.trainers.counts import Counts
-from dreamfleet.trainers.engine_choices import ALTERING, CHOICES, EngineChoice
+from dreamfleet.trainers.engine_choices import ALTERING, CHOICES, NVME_CHOICES, SWAPPED_GROUP, EngineChoice
 
 GIB = 2**30
 # Not counted but assumed: what a process takes before its first tensor. The GPU's part is the CUDA context with the
@@ -35,7 +35,8 @@ class Estimate:
     """The bytes of one choice: named lines in a training step, and the totals at other moments of a run.
 
     ``gpu`` and ``host`` are one worker's lines while it trains; ``gpu_moments`` one GPU's totals, ``host_moments``
-    those of the host that rank 0 is on, all its workers together. ``traffic``: what offload sends in a step.
+    those of the host that rank 0 is on, all its workers together. ``traffic``: what offload sends in a step over PCIe;
+    ``disk``: what it reads and writes of an NVMe disk.
     """
 
     choice: EngineChoice
@@ -44,6 +45,7 @@ class Estimate:
     host: dict[str, int]
     host_moments: dict[str, int]
     traffic: dict[str, int]
+    disk: int = 0
 
     @property
     def gpu_total(self) -> int:
@@ -77,7 +79,8 @@ def estimate_all(counts: Counts, *, world: int = 1, workers_per_host: int = 1) -
     ZeRO shards AdamW alone, with float32 weights, outside of backward; altering choices are for one GPU.
     """
     plain = counts.optimizer == "adamw" and not counts.fused and not counts.bf16_weights
-    choices = [*(CHOICES if plain else CHOICES[:1])]
+    zero = [*CHOICES[1:], *(NVME_CHOICES if counts.nvme else ())]
+    choices = [CHOICES[0], *(zero if plain else [])]
     if world == 1 and not counts.accumulates:
         # Narrow weights were traced only where the recipe computes in 16 bits.
         open_ = [choice for choice in ALTERING if counts.mixed or not choice.bf16_weights]
@@ -101,9 +104,9 @@ def estimate(counts: Counts, choice: EngineChoice, *, world: int = 1, workers_pe
     resting = sum(gpu.values()) - passing
     idle = resting + (gpu["gradients"] + gpu["buffers"] if _keeps_gradients(choice, world) else 0)
     stage, total, width = choice.zero_stage, counts.total, _width(counts, choice)
-    # Averaged weights, and the whole ones of stage 3, are lent to the model beside its own; torch lends the average
-    # itself where it is as wide as the weights.
-    lends = stage == 3 or (counts.average and (stage is not None or counts.bf16_weights))
+    # Averaged weights are lent to the model beside its own; stage 3 exchanges them in place, and torch lends the
+    # average itself where it is as wide as the weights.
+    lends = counts.average and stage != 3 and (stage is not None or counts.bf16_weights)
     # Rank 0 gathers ZeRO's states whole; torch alone copies the weights, and the states one tensor at a time.
     saved = width * total if stage is None else (4 + 8 + 4 * counts.average) * total
     training = workers_per_host * sum(host.values())
@@ -111,7 +114,7 @@ def estimate(counts: Counts, choice: EngineChoice, *, world: int = 1, workers_pe
         choice,
         gpu,
         {
-            "starting": CUDA_CONTEXT + KERNEL_WORKSPACE + counts.frozen + _starting(counts, choice),
+            "starting": CUDA_CONTEXT + KERNEL_WORKSPACE + gpu["frozen"] + _starting(counts, choice),
             "training": resting + passing,
             "optimizer step": resting + gpu["gradients"] + _step_buffers(counts, choice, world),
             "previews": idle + lends * width * total + counts.drawing if counts.drawing else 0,
@@ -121,8 +124,11 @@ def estimate(counts: Counts, choice: EngineChoice, *, world: int = 1, workers_pe
             "starting": workers_per_host * (host["process"] + counts.model),
             "training": training,
             "saving": training + saved,
+            "exporting": training + (4 * total + width * counts.passed if stage is not None else 0),
         },
         traffic(counts, choice, world),
+        # Weights, moments and gradients are read, and all but the gradients written back; these were written before.
+        32 * _part(total, world) if choice.nvme else 0,
     )
 
 
@@ -143,19 +149,22 @@ def traffic(counts: Counts, choice: EngineChoice, world: int) -> dict[str, int]:
 
     Gradients go out in float32, widened before they leave; a sum that waits for further micro-batches goes to and fro
     as wide as the weights. Stage 3 sends it in any case, and sends it back to widen it. Stepped weights come back as
-    wide as they compute; weights kept on the host come for the forward pass, and for the backward pass again where more
-    of them lie between than stage 3 keeps.
+    wide as they compute; those kept on the host, frozen ones too, come for the forward pass, and for the backward pass
+    again where more of them lie between than stage 3 keeps.
     """
-    if not choice.offload_optimizer:
-        return {"to_host": 0, "to_gpu": 0}
     part, width = _part(counts.total, world), _width(counts, choice)
-    again = (
-        counts.micros if choice.zero_stage == 3 else counts.micros - 1
-    )  # sums that are added to, on the GPU
-    sums = counts.micros if again else 0
-    fetches = 2 * counts.micros if counts.total > REUSE_DISTANCE // 2 else 1
-    back = fetches if choice.offload_param else 1
-    return {"to_host": (width * sums + 4) * part, "to_gpu": width * (again + back) * part}
+    to_host = to_gpu = 0
+    if choice.offload_optimizer:
+        # Sums that are added to, on the GPU.
+        again = counts.micros if choice.zero_stage == 3 else counts.micros - 1
+        to_host += (width * (counts.micros if again else 0) + 4) * part
+        to_gpu += width * again * part
+        to_gpu += 0 if choice.offload_param else width * part
+    if choice.offload_param:
+        to_host += 0 if choice.offload_optimizer else width * part
+        fetches = 2 * counts.micros if counts.total + counts.passed > REUSE_DISTANCE // 2 else 1
+        to_gpu += width * fetches * _part(counts.total + counts.passed, world)
+    return {"to_host": to_host, "to_gpu": to_gpu}
 
 
 def parse_size(text: str, *, option: str) -> int:
@@ -171,11 +180,13 @@ def parse_size(text: str, *, option: str) -> int:
 def _gpu_lines(counts: Counts, choice: EngineChoice, world: int) -> dict[str, int]:
     stage, total, part = choice.zero_stage or 0, counts.total, _part(counts.total, world)
     width = _width(counts, choice)
-    weights, gathered = width * total, 0
+    weights, gathered, frozen = width * total, 0, counts.frozen
     if stage == 3:
-        weights = 0 if choice.offload_param else width * part
+        sharded = total + counts.passed
+        weights = 0 if choice.offload_param else width * _part(sharded, world)
+        frozen -= width * counts.passed
         if choice.offload_param or world > 1:  # with one worker stage 3 lends its own weights
-            gathered = width * min(total, REUSE_DISTANCE // 2 + PREFETCH_BUCKET)
+            gathered = width * min(sharded, REUSE_DISTANCE // 2 + PREFETCH_BUCKET)
     optimizer, master = optimizer_bytes(counts.learning, counts.optimizer, counts.factors), 0
     if stage:
         on_gpu = 0 if choice.offload_optimizer else part
@@ -199,7 +210,7 @@ def _gpu_lines(counts: Counts, choice: EngineChoice, world: int) -> dict[str, in
         "weights": weights,
         "gathered": gathered,
         "master": master,
-        "frozen": counts.frozen,
+        "frozen": frozen,
         "gradients": gradients,
         "optimizer": optimizer,
         "average": 0 if not counts.average or choice.offload_optimizer else 4 * (part if stage else total),
@@ -213,17 +224,21 @@ def _gpu_lines(counts: Counts, choice: EngineChoice, world: int) -> dict[str, in
 
 def _host_lines(counts: Counts, choice: EngineChoice, world: int) -> dict[str, int]:
     lines = {"process": HOST_PROCESS, "latents": counts.latents}
+    part, width = _part(counts.total, world), _width(counts, choice)
+    if choice.offload_param:
+        lines["weights"] = width * _part(counts.total + counts.passed, world)
     if not choice.offload_optimizer:
         return lines
-    part, width = _part(counts.total, world), _width(counts, choice)
     # Stages 1 and 2 stage weights on their way back, 3 gradients on their way in; accumulation keeps a sum besides.
     staging = width * part * (2 if counts.accumulates and choice.zero_stage != 3 else 1)
+    held = part
+    if choice.nvme:  # one sub-group of them, which ends with a tensor
+        held = min(part, SWAPPED_GROUP + _part(max(counts.learning), world))
     return lines | {
-        "master": 4 * part,
-        "optimizer": 8 * part,
-        "gradients": 4 * part,
+        "master": 4 * held,
+        "optimizer": 8 * held,
+        "gradients": 4 * held,
         "staging": staging + width * max(counts.learning),
-        "weights": width * part if choice.offload_param else 0,
         "average": 4 * part if counts.average else 0,
     }
 
@@ -253,7 +268,8 @@ def _starting(counts: Counts, choice: EngineChoice) -> int:
 
     What ZeRO shards waits on the host, but to draw class pictures; then it comes as wide as it computes.
     """
-    weights = _width(counts, choice) * counts.total
+    sharded = counts.total + (counts.passed if choice.zero_stage == 3 else 0)
+    weights = _width(counts, choice) * sharded
     drawing = weights + counts.class_drawing if counts.class_drawing else 0
     return max(drawing, counts.encoding + (0 if choice.zero_stage else weights))
 

@@ -124,6 +124,10 @@ def count_run(recipe: Recipe, method: Method, pictures: int | None) -> Counts:
     return Counts(
         learning=tuple(param.numel() for param in learning),
         frozen=_bytes(frozen),
+        passed=sum(
+            p.numel() for part in method.loss_parts.values() for p in part.parameters() if id(p) not in ids
+        ),
+        nvme=recipe.engine.nvme_path is not None,
         model=sum(4 * p.numel() for part in _parts(method).values() for p in part.parameters()),
         full=full,
         half=half,

@@ -18,14 +18,13 @@ import torch.distributed as dist
 
 from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.trainers.deepspeed_file import handed_on, merged, read_deepspeed_file
+from dreamfleet.trainers.engine_choices import SWAPPED_GROUP
 from dreamfleet.trainers.engine_section import ZERO_KEYS, EngineConfig
 
 log = logging.getLogger(__name__)
 
 # In elements. DeepSpeed's own 500 million would take 1 GB of the memory that people come to save.
 BUCKET = 50_000_000
-# With states on NVMe, what is in host memory at a time: 16 bytes an element. DeepSpeed's own is a billion.
-SWAPPED_GROUP = 100_000_000
 
 
 def zero_config(
