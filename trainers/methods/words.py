@@ -19,7 +19,7 @@ from dreamfleet.trainers.sd.embeddings import token_tables
 from dreamfleet.trainers.sd.formats.embedding import Embedding, read_embedding, write_embedding
 from dreamfleet.trainers.sd.model import StableDiffusion
 
-WORD_FORMATS = ("pt", "safetensors", "png", "webp", "jxl", "bin", "kohya")
+WORD_FORMATS = ("pt", "safetensors", "png", "webp", "avif", "jxl", "bin", "kohya")
 
 
 def initial_vectors(model: StableDiffusion, text: str, num_vectors: int) -> list[Tensor]:
