@@ -88,7 +88,9 @@ def build_method(
         model.unet.enable_gradient_checkpointing()
         if method.trains_text:
             for encoder in model.text_encoders:
-                encoder.gradient_checkpointing_enable()
+                # transformers 5.23 gave it a new name, and 6 drops the old one.
+                enable = getattr(encoder, "activation_checkpointing_enable", None)
+                (enable or encoder.gradient_checkpointing_enable)()
     # Diffusers checkpoints only in training mode; a frozen U-Net that gradients pass through needs it as well.
     if recipe.train.gradient_checkpointing:
         model.unet.train()
