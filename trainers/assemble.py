@@ -27,7 +27,7 @@ from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.schedule import last_step
 from dreamfleet.trainers.sd.model import StableDiffusion, load_model
-from dreamfleet.trainers.webui_optimizer import take_over
+from dreamfleet.trainers.webui_optimizer import agreed, take_over
 from dreamfleet.trainers.zero_engine import ZeroEngine
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
         for bad in sets.instances.bad:
             log.warning("left out %s: %s", bad.uri, bad.reason)
     method = make_method(recipe, sets, place.device)
-    moments = method.start() if begins else {}
+    moments = agreed(method.start(), place) if begins else {}
     weights = {name: tensor.clone() for name, tensor in method.state().items()} if moments else {}
     model = method.model
     check_resolution(recipe, model)
