@@ -19,7 +19,7 @@ def export(
         typer.Option(
             "--format",
             help="What to write; repeatable. Whole models: diffusers, safetensors, ckpt. Words: pt, safetensors, bin, "
-            "png, webp, jxl, kohya. Others: pt. optim: pt and the optimizer beside it, to train on in the webui.",
+            "png, webp, avif, jxl, kohya. Others: pt. optim: pt and the optimizer beside it, to train on in the webui.",
         ),
     ],
     out: Annotated[
@@ -50,8 +50,8 @@ def convert(
 ) -> None:
     """Convert an embedding, a hypernetwork, an aesthetic vector, a LoRA or a model to another format.
 
-    Embeddings: .pt .bin .safetensors .png .webp .jxl. Hypernetworks and aesthetic vectors: .pt, from older forms too.
-    LoRA: .safetensors, from kohya's layout to diffusers' or back. Models: diffusers folder, .safetensors, .ckpt.
+    Embeddings: .pt .bin .safetensors .png .webp .avif .jxl. Hypernetworks and aesthetic vectors: .pt, also from older
+    forms. LoRA: .safetensors, from kohya's layout to diffusers' or back. Models: diffusers folder, .safetensors, .ckpt.
     """
     with work():
         from dreamfleet.cluster.artefacts import convert_artefact

@@ -78,7 +78,7 @@ def submit(
         from dreamfleet.trainers.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides)
-        parcel = pack(loaded, shared=shared or ())
+        parcel = pack(loaded, shared=shared or (), resume="--resume" in options)
         environment = read_environment(env or (), os.environ)
         check_here(loaded)
         if name == "train" and loaded.scaling.num_workers == 0:

@@ -17,7 +17,7 @@ from dreamfleet.datasets.errors import RecipeError, StorageError
 from dreamfleet.datasets.sets import load_concepts
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.preflight import check_inputs
-from dreamfleet.trainers.recipe import Recipe, build_recipe
+from dreamfleet.trainers.recipe import START_FILES, WEIGHTS, Recipe, build_recipe
 
 MIB = 2**20
 # Ray keeps every package in the head's memory and refuses half a GiB; pictures that make more belong in a bucket.
@@ -57,18 +57,23 @@ class Parcel:
         return path
 
 
-def pack(recipe: Recipe, *, shared: Sequence[str] = (), limit: int = MAX_PARCEL_BYTES) -> Parcel:
+def pack(
+    recipe: Recipe, *, shared: Sequence[str] = (), resume: bool = False, limit: int = MAX_PARCEL_BYTES
+) -> Parcel:
     """Decide what a recipe's job takes along; reads names and sizes, writes nothing.
 
     Addresses (``s3://``) and paths under ``shared``, folders that every machine of the cluster sees under the same
-    name, stay as they are. Every other local file or folder the recipe names goes along. Raises RecipeError for an
-    ``output_dir`` the cluster cannot keep, for files that are not here, and for more than ``limit`` bytes, naming the
-    largest.
+    name, stay as they are. Every other local file or folder the recipe names goes along, with what is read beside it;
+    with ``resume``, not the file that a run went on from, if it is gone. Raises RecipeError for an ``output_dir`` the
+    cluster cannot keep, for files that are not here, and for more than ``limit`` bytes, naming the largest.
     """
     folders = [os.path.abspath(os.path.expanduser(folder)) for folder in shared]
+    starts = {getattr(recipe.method, name, None) for name in START_FILES} if resume else set()
+    gone = {path for path in starts if path and not os.path.exists(path)}
 
     def stays(path: str) -> bool:
-        return "://" in path or any(path == folder or path.startswith(folder + "/") for folder in folders)
+        everywhere = any(path == folder or path.startswith(folder + "/") for folder in folders)
+        return everywhere or "://" in path or path in gone
 
     if not stays(recipe.output_dir):
         raise RecipeError(
@@ -157,7 +162,7 @@ class _Loading:
                 f"{place}/{name}": os.path.join(path, name) for name in Storage(path).list(recursive=True)
             }
         else:
-            found = {place: path}
+            found = {place: path, **_beside(place, path)}
         try:
             self._sizes[path] = (sum(os.path.getsize(file) for file in found.values()), key)
         except OSError as error:
@@ -177,6 +182,15 @@ class _Loading:
             f"{total / MIB:.0f} in all). Put it into a bucket and write its s3:// address, or, when every machine of "
             f"the cluster has it under the same name, say so: --shared {path}"
         )
+
+
+def _beside(place: str, path: str) -> dict[str, str]:
+    """Return what is read beside a file: a model's config, and the optimizer's state of what a run goes on from."""
+    (stem, _), (there, suffix) = os.path.splitext(path), os.path.splitext(place)
+    pairs = {f"{place}.optim": f"{path}.optim"}
+    if suffix in WEIGHTS:
+        pairs[f"{there}.yaml"] = f"{stem}.yaml"
+    return {name: file for name, file in pairs.items() if os.path.isfile(file)}
 
 
 def _is_place(value: Any, key: str) -> bool:

@@ -11,14 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dreamfleet.datasets.bucket import (
-    Bucket,
-    bucket_files,
-    bucket_folders,
-    bucket_has,
-    bucket_size,
-    parse_address,
-)
 from dreamfleet.datasets.captions import decode_text
 from dreamfleet.datasets.disk import (
     appearing,
@@ -31,6 +23,14 @@ from dreamfleet.datasets.disk import (
     walk,
 )
 from dreamfleet.datasets.errors import DataError, StorageError
+from dreamfleet.datasets.object_store import (
+    Bucket,
+    bucket_files,
+    bucket_folders,
+    bucket_has,
+    bucket_size,
+    parse_address,
+)
 
 T = TypeVar("T")
 

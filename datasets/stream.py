@@ -26,11 +26,14 @@ POLL_SECONDS = 0.2
 STALL_SECONDS = 120.0
 CLOSE_SECONDS = 2.0
 
+Found = tuple[int, np.ndarray]  # a picture, and its row in the index
+
 
 class PictureStream(Iterator[np.ndarray]):
     """Yields uint8 [H,W,3] or, weighted, [H,W,4], one for each draw, in their order. Close it, or use it in a `with`.
 
-    `bad` tells which pictures could not be decoded and why; `replaced` counts the draws that got another one.
+    `bad` tells which pictures could not be decoded and why; `replaced` counts the draws that got another one; `row` is
+    whose picture was yielded last.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class PictureStream(Iterator[np.ndarray]):
     ) -> None:
         self.bad: dict[str, str] = {}
         self.replaced = 0
+        self.row = -1
         self._uris: list[str] = index.column("uri")
         self._masks: list[str | None] = index.column("mask")
         self._draws = iter(draws)
@@ -59,7 +63,7 @@ class PictureStream(Iterator[np.ndarray]):
         self._num_cpus = num_cpus
         self._stall_seconds = stall_seconds
         self._instead: dict[int, int] = {}  # bad row -> the row used in its place
-        self._ready: queue.Queue[np.ndarray | BaseException | None] = queue.Queue(maxsize=window)
+        self._ready: queue.Queue[Found | BaseException | None] = queue.Queue(maxsize=window)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="picture-stream", daemon=True)
         self._thread.start()
@@ -69,8 +73,9 @@ class PictureStream(Iterator[np.ndarray]):
 
     def __next__(self) -> np.ndarray:
         item = self._wait()
-        if isinstance(item, np.ndarray):
-            return item
+        if isinstance(item, tuple):
+            self.row, pixels = item
+            return pixels
         self.close()
         if isinstance(item, BaseException):
             raise item
@@ -89,7 +94,7 @@ class PictureStream(Iterator[np.ndarray]):
             # A thread that waits for Ray Data cannot be woken: it ends with the window, and hands over nothing.
             self._thread.join(timeout=CLOSE_SECONDS)
 
-    def _wait(self) -> np.ndarray | BaseException | None:
+    def _wait(self) -> Found | BaseException | None:
         waited = 0.0
         while True:
             try:
@@ -114,14 +119,14 @@ class PictureStream(Iterator[np.ndarray]):
     def _produce(self) -> None:
         try:
             while not self._stop.is_set() and (window := list(islice(self._draws, self._window))):
-                for pixels in self._decoded(window):
-                    if not self._hand_over(pixels):
+                for found in self._decoded(window):
+                    if not self._hand_over(found):
                         return
             self._hand_over(None)
         except BaseException as error:  # noqa: BLE001  raised again where the pictures are taken
             self._hand_over(error)
 
-    def _hand_over(self, item: np.ndarray | BaseException | None) -> bool:
+    def _hand_over(self, item: Found | BaseException | None) -> bool:
         while not self._stop.is_set():
             try:
                 self._ready.put(item, timeout=POLL_SECONDS)
@@ -130,7 +135,7 @@ class PictureStream(Iterator[np.ndarray]):
                 continue
         return False
 
-    def _decoded(self, window: list[PictureDraw]) -> Iterator[np.ndarray]:
+    def _decoded(self, window: list[PictureDraw]) -> Iterator[Found]:
         rows = [self._instead.get(draw.row, draw.row) for draw in window]
         self.replaced += sum(row != draw.row for row, draw in zip(rows, window, strict=True))
         jobs = [
@@ -149,7 +154,7 @@ class PictureStream(Iterator[np.ndarray]):
                     yield self._replacement(rows[given], window[given])
                 else:
                     channels = 4 if self._weighted else 3
-                    yield np.frombuffer(pixels, np.uint8).reshape(height, -1, channels)
+                    yield rows[given], np.frombuffer(pixels, np.uint8).reshape(height, -1, channels)
                 given += 1
         assert given == len(window), (given, len(window))
 
@@ -172,7 +177,7 @@ class PictureStream(Iterator[np.ndarray]):
         )
         yield from decoded.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
 
-    def _replacement(self, bad_row: int, draw: PictureDraw) -> np.ndarray:
+    def _replacement(self, bad_row: int, draw: PictureDraw) -> Found:
         """The next picture in index order that can be decoded, cropped and mirrored as the draw asks."""
         for step in range(1, len(self._uris)):
             row = (bad_row + step) % len(self._uris)
@@ -188,7 +193,7 @@ class PictureStream(Iterator[np.ndarray]):
             )
             if pixels is not None:
                 self._instead[bad_row] = self._instead[draw.row] = row
-                return pixels
+                return row, pixels
             self._note(row, error)
         raise DataError(f"none of the {len(self._uris)} pictures can be decoded; the last: {error}")
 

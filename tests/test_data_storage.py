@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from servers import S3Server, s3_server  # noqa: F401  (a fixture)
 
-from dreamfleet.datasets import bucket as bucket_module
+from dreamfleet.datasets import object_store
 from dreamfleet.datasets.errors import StorageError
 from dreamfleet.datasets.index import build_index
 from dreamfleet.datasets.storage import Storage, read_uri
@@ -302,8 +302,8 @@ def test_no_keys(s3, monkeypatch, tmp_path):
 
 @pytest.mark.s3
 def test_no_server_is_told_soon(s3, monkeypatch):
-    monkeypatch.setattr(bucket_module, "FIRST_WAIT_SECONDS", 0.01)
-    monkeypatch.setattr(bucket_module, "ATTEMPTS", 2)
+    monkeypatch.setattr(object_store, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(object_store, "ATTEMPTS", 2)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StorageError, match=r"no answer at http://127\.0\.0\.1:9 .*AWS_ENDPOINT_URL"):
         Storage("s3://bucket/x").read_bytes("a")
@@ -311,7 +311,7 @@ def test_no_server_is_told_soon(s3, monkeypatch):
 
 @pytest.mark.s3
 def test_passing_errors_are_tried_again(s3, monkeypatch):
-    monkeypatch.setattr(bucket_module, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(object_store, "FIRST_WAIT_SECONDS", 0.01)
     storage = Storage(s3.new_folder())
     tries = []
 

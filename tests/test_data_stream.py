@@ -109,11 +109,12 @@ class TestOnRay:
         bad = {row for row in range(7) if index.row(row).uri.endswith(("10.png", "11.png"))}
         draws = random_draws(index, 60)
         with stream_pictures(index, draws, resolution=SIDE, window=20) as stream:
-            got = list(stream)
-        for pixels, draw in zip(got, draws, strict=True):
+            got = [(pixels, stream.row) for pixels in stream]
+        for (pixels, told), draw in zip(got, draws, strict=True):
             row = draw.row
             while row in bad:
                 row = (row + 1) % 7
+            assert told == row
             np.testing.assert_array_equal(pixels, directly(index, draw, row))
         assert stream.replaced == sum(draw.row in bad for draw in draws)
         assert set(stream.bad) == {index.row(row).uri for row in bad}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,12 @@ def test_accumulating_two_micro_batches_is_one_batch_of_twice_the_size(tmp_path:
 def test_gradient_checkpointing_changes_memory_not_numbers(tmp_path: Path, text: bool) -> None:
     method = {"name": "dreambooth", "train_text_encoder": text}
     plain = make_parts(tmp_path, method=method)
-    saving = make_parts(tmp_path, method=method, train__gradient_checkpointing=True)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        saving = make_parts(tmp_path, method=method, train__gradient_checkpointing=True)
+    assert not [str(warning.message) for warning in warned if "checkpointing" in str(warning.message)]
     assert saving.model.unet.is_gradient_checkpointing and not plain.model.unet.is_gradient_checkpointing
+    assert [part.is_gradient_checkpointing for part in saving.model.text_encoders] == [text]
     for step in range(2):
         assert take_step(saving, step) == pytest.approx(take_step(plain, step), rel=1e-6)
 

@@ -148,10 +148,10 @@ def test_image_embeddings(how: str, tmp_path: Path) -> None:
     assert_survives(check_embedding, path, damaged(carried(_to_json(WEBUI), how)), examples=80)
 
 
-def test_jpeg_xl_embeddings(tmp_path: Path) -> None:
-    pytest.importorskip("pillow_jxl")
-    whole = write_embedding(WORD, tmp_path / "fuzz.jxl").read_bytes()
-    assert_survives(check_embedding, tmp_path / "fuzz.jxl", damaged(whole, 40), examples=60)
+@pytest.mark.parametrize("suffix", [".avif", ".jxl"])
+def test_embeddings_in_imagecodecs_forms(suffix: str, tmp_path: Path) -> None:
+    whole = write_embedding(WORD, tmp_path / f"fuzz{suffix}").read_bytes()
+    assert_survives(check_embedding, tmp_path / f"fuzz{suffix}", damaged(whole, 40), examples=60)
 
 
 def test_optimizer_files(tmp_path: Path) -> None:

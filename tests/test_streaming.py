@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
+from tiny_models import tiny_family
 
 from dreamfleet.trainers.assemble import assemble
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker
+from dreamfleet.trainers.sd.model import save_pipeline
 
 
 def losses(folder: Path, **changes: Any) -> list[float]:
@@ -84,6 +89,55 @@ def test_a_picture_that_went_bad_is_replaced_and_told(tmp_path: Path, local_ray:
     batches.close()
     assert [(Path(bad.uri).name, "002.png" in bad.reason) for bad in parts.feed.bad] == [("002.png", False)]
     assert parts.feed.bad[0].reason
+
+
+@pytest.mark.cluster
+def test_a_picture_in_anothers_place_has_its_own_sizes_and_caption(tmp_path: Path, local_ray: None) -> None:
+    save_pipeline(tiny_family("sdxl"), tmp_path / "model")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    sizes = [(40, 48), (44, 64), (52, 40), (56, 60)]
+    for number, size in enumerate(sizes):
+        pixels = np.random.default_rng(number).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"picture {number}")
+    tree = tiny.make_recipe(
+        tmp_path,
+        data__source="stream",
+        data__center_crop=False,
+        data__random_flip=True,
+        method__name="native",
+    )
+    whole, parts = (assemble(build_recipe(tree), Place()) for _ in range(2))
+    uris = parts.sets.instances.column("uri")
+    broken = uris.index(str(folder / "1.png"))
+    after = int(Path(uris[(broken + 1) % len(uris)]).stem)
+    replaced = [draw.row == broken for step in range(6) for draw in parts.feed.plan.draws(step)]
+    assert 0 < sum(replaced) < len(replaced)
+    expected = [whole.feed.batch(step) for step in range(6)]
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:300])
+    with closing(parts.feed.stream(0, 6)) as batches:
+        got = list(batches)
+
+    def told(batches: list[dict[str, Any]], key: str) -> list[Any]:
+        return [value.tolist() if key == "time_ids" else value for batch in batches for value in batch[key]]
+
+    width, height = sizes[after]
+    for ids, true_ids, prompt, true_prompt, instead in zip(
+        told(got, "time_ids"),
+        told(expected, "time_ids"),
+        told(got, "prompts"),
+        told(expected, "prompts"),
+        replaced,
+        strict=True,
+    ):
+        if instead:
+            assert ids[:2] == [height, width] and ids[4:] == [32, 32] and prompt == f"picture {after}"
+            assert 0 <= ids[2] <= max(0, round(32 * height / width) - 32)  # the cut lies within the picture
+            assert 0 <= ids[3] <= max(0, round(32 * width / height) - 32)
+        else:
+            assert (ids, prompt) == (true_ids, true_prompt)
+    assert all(torch.equal(one["noise"], two["noise"]) for one, two in zip(got, expected, strict=True))
 
 
 @pytest.mark.cluster

@@ -27,6 +27,7 @@ from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.schedule import last_step
 from dreamfleet.trainers.sd.model import StableDiffusion, load_model
+from dreamfleet.trainers.webui_optimizer import agreed, take_over
 from dreamfleet.trainers.zero_engine import ZeroEngine
 
 log = logging.getLogger(__name__)
@@ -88,21 +89,28 @@ def build_method(
         model.unet.enable_gradient_checkpointing()
         if method.trains_text:
             for encoder in model.text_encoders:
-                encoder.gradient_checkpointing_enable()
+                # transformers 5.23 gave it a new name, and 6 drops the old one.
+                enable = getattr(encoder, "activation_checkpointing_enable", None)
+                (enable or encoder.gradient_checkpointing_enable)()
     # Diffusers checkpoints only in training mode; a frozen U-Net that gradients pass through needs it as well.
     if recipe.train.gradient_checkpointing:
         model.unet.train()
     return method
 
 
-def assemble(recipe: Recipe, place: Place) -> Parts:
-    """Build every piece of a run. Raises the UserErrors of whatever is wrong with recipe, pictures or model."""
+def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
+    """Build every piece of a run. Raises the UserErrors of whatever is wrong with recipe, pictures or model.
+
+    ``begins``: the files that the recipe goes on from are read; a checkpoint, if one is loaded next, holds more.
+    """
     torch.manual_seed(recipe.train.seed)
     sets = load_sets(recipe.data)
     if place.leads:
         for bad in sets.instances.bad:
             log.warning("left out %s: %s", bad.uri, bad.reason)
     method = make_method(recipe, sets, place.device)
+    moments = agreed(method.start(), place) if begins else {}
+    weights = {name: tensor.clone() for name, tensor in method.state().items()} if moments else {}
     model = method.model
     check_resolution(recipe, model)
     chosen, apart = method.choose(sets.instances)
@@ -140,6 +148,8 @@ def assemble(recipe: Recipe, place: Place) -> Parts:
         num_micros=train.gradient_accumulation_steps,
         seed=train.seed,
     )
+    if moments:
+        take_over(engine, moments, weights)
     rates = make_rates(engine.groups, recipe.optimizer, total_steps=schedule.total, global_batch=global_batch)
     return Parts(sets, model, method, engine, feed, prepare, rates, schedule, global_batch, apart)
 

@@ -82,6 +82,7 @@ def load_method(recipe: Recipe, found: Checkpoint) -> Method:
     """Build the run's method on its base model and put the checkpoint's weights in: the averaged ones where kept."""
     method = make_method(recipe, None, torch.device("cpu"))
     method.load_state(found.learned)
+    method.steps_before = found.meta.get("steps_before", 0)
     if "ema" in found.engine:
         with torch.no_grad():
             for group in method.groups():

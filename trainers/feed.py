@@ -62,10 +62,12 @@ class Feed:
             draws = draws_of(step, rank=self.rank, world=self.world, micro=micro, num_micros=self.num_micros)
             num_instances = num_instances or len(draws)
             keys += [self._key(samples[draw.row], draw) for draw in draws]
-            prompts += [self._prompt(samples[draw.row], draw) for draw in draws]
-            parts.append(pictures.take(draws))
+            part = pictures.take(draws)
+            rows = part.pop("rows").tolist() if "rows" in part else [draw.row for draw in draws]
+            prompts += [self._prompt(samples[row], draw) for row, draw in zip(rows, draws, strict=True)]
             if self.method.model.is_sdxl:
-                parts[-1]["time_ids"] = pictures.shown.time_ids(draws)
+                part["time_ids"] = pictures.shown.time_ids(draws, rows)
+            parts.append(part)
         batch: Batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         if "mean" in batch:
             shape = tuple(batch["mean"].shape[1:])

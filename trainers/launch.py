@@ -59,6 +59,7 @@ def fit(
     run itself failed.
     """
     started = time.time()
+    from dreamfleet.trainers.checkpoint import Checkpoints
     from dreamfleet.trainers.recipe import load_recipe
     from dreamfleet.trainers.run import open_run_folder
 
@@ -68,7 +69,7 @@ def fit(
         raise RecipeError(
             "overrides change a recipe file; this recipe is an object already: change the object"
         )
-    check_inputs(recipe)
+    check_inputs(recipe, begun=resume and bool(Checkpoints(Storage(recipe.output_dir)).steps()))
     run = open_run_folder(recipe, resume=resume)
     display = _Silent(on_progress) if on_progress else Display(total=recipe.train.max_train_steps)
     with claimed(run), stop_on_signal(run, display) as stop:

@@ -37,7 +37,8 @@ class Pictures(Protocol):
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
         """Return ``mean`` and ``std`` ``[B, C, h, w]`` of cached latents, or ``pixels`` ``[B, 3, H, W]`` in [-1, 1].
 
-        With ``data.alpha_mask`` also ``mask`` ``[B, 1, h, w]``, the weights. The pictures must be of one size.
+        With ``data.alpha_mask`` also ``mask`` ``[B, 1, h, w]``, the weights. The pictures must be of one size. ``rows``
+        ``[B]`` tells whose they are, where some may stand in for pictures that cannot be decoded.
         """
         ...
 
@@ -53,15 +54,18 @@ class Shown:
         self.sizes = picture_sizes(index, data)
         self.files = list(zip(index.column("width"), index.column("height"), strict=True))
 
-    def time_ids(self, draws: Sequence[Draw]) -> Tensor:
+    def time_ids(self, draws: Sequence[Draw], rows: Sequence[int] | None = None) -> Tensor:
         """Return what SDXL is told of each draw's size ``[B, 6]``; see :class:`Condition`.
 
+        ``rows``: whose pictures are shown, cut as the draws say; None: their own.
         Top and left of a mirrored picture are those of the crop in the mirror image, as kohya counts them.
         """
-        return torch.tensor([self._size_ids(self.of(draw)) for draw in draws], dtype=torch.float32)
+        rows = rows or [draw.row for draw in draws]
+        told = [self._size_ids(self.of(draw), row) for draw, row in zip(draws, rows, strict=True)]
+        return torch.tensor(told, dtype=torch.float32)
 
-    def _size_ids(self, draw: PictureDraw) -> tuple[int, ...]:
-        (file_width, file_height), (width, height) = self.files[draw.row], self.sizes[draw.row]
+    def _size_ids(self, draw: PictureDraw, row: int) -> tuple[int, ...]:
+        (file_width, file_height), (width, height) = self.files[row], self.sizes[draw.row]
         placed = place_target((file_width, file_height), (width, height), crop_key=draw.crop)
         left = placed.width - width - placed.left if draw.flip else placed.left
         return file_height, file_width, placed.top, left, height, width
@@ -155,14 +159,15 @@ class StreamedPixels:
         )
 
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
-        """Return the pixels of the next draws of the stream."""
+        """Return the pixels of the next draws of the stream, and whose they are."""
         if self._stream is None:
             cuts = [read_cut(self.index, self.shown.of(draw), self.shown.data) for draw in draws]
-        else:
-            expected = list(itertools.islice(self._order, len(draws)))
-            assert expected == list(draws), "the stream was told another order"
-            cuts = [next(self._stream) for _ in draws]
-        return to_tensors(cuts, cell=self._cell)
+            return to_tensors(cuts, cell=self._cell)
+        expected = list(itertools.islice(self._order, len(draws)))
+        assert expected == list(draws), "the stream was told another order"
+        found = [(next(self._stream), self._stream.row) for _ in draws]
+        tensors = to_tensors([cut for cut, _ in found], cell=self._cell)
+        return {**tensors, "rows": torch.tensor([row for _, row in found])}
 
     @property
     def bad(self) -> list[BadFile]:

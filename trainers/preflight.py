@@ -47,14 +47,16 @@ def preflight(recipe: Recipe, session: RaySession, say: Callable[[str], None]) -
     return share
 
 
-def check_inputs(recipe: Recipe) -> None:
+def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
     """Raise at once for pictures or a model that are not there: starting workers takes half a minute.
+
+    ``begun``: the run has a checkpoint, so that the file it went on from may be gone.
 
     Sets of up to a thousand files on a disk are read through as a worker would; buckets and larger sets are left to it.
     """
     from dreamfleet.datasets.sets import load_concepts, load_sets
     from dreamfleet.trainers.deepspeed_file import with_deepspeed_file
-    from dreamfleet.trainers.recipe import METHOD_FILES, METHOD_MODELS
+    from dreamfleet.trainers.recipe import METHOD_FILES, METHOD_MODELS, START_FILES
 
     with_deepspeed_file(recipe)
     folders = [Storage(concept.instance_data_dir) for concept in load_concepts(recipe.data)]
@@ -70,7 +72,7 @@ def check_inputs(recipe: Recipe) -> None:
                 f"model.{name}: there is no {model}. Check the path (relative ones start at the recipe)"
             )
     for name in (*METHOD_FILES, *METHOD_MODELS):
-        place = getattr(recipe.method, name, None)
+        place = None if begun and name in START_FILES else getattr(recipe.method, name, None)
         if place and os.path.isabs(place) and not os.path.exists(place):
             raise RecipeError(
                 f"method.{name}: there is no {place}. Check the path (relative ones start at the recipe)"

@@ -29,8 +29,9 @@ from dreamfleet.trainers.validation import ValidationConfig
 
 WEIGHTS = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 # Keys of methods' sections that name files, and models, which may be on the hub.
+START_FILES = ("initial_embedding", "initial_hypernetwork")  # which a run with a checkpoint does without
 METHOD_FILES, METHOD_MODELS = (
-    ("template_file", "labels", "test_labels", "initial_embedding", "initial_hypernetwork"),
+    ("template_file", "labels", "test_labels", *START_FILES),
     ("clip", "discriminator", "convnext"),
 )
 

@@ -113,6 +113,7 @@ class Recorder:
                 meta={
                     "method": self.recipe.method.name,
                     "workers": self.place.world,
+                    "steps_before": self.parts.method.steps_before,
                     **run_identity(self.recipe, self.parts),
                     "versions": versions(),
                 },

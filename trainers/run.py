@@ -87,16 +87,21 @@ def run_worker(
     """
     began = started or time.time()
     place = Place(rank, world, torch.device(device))
+    checkpoints = Checkpoints(Storage(recipe.output_dir), limit=recipe.train.checkpoints_total_limit)
+    found = checkpoints.load_latest() if resume else None
     recipe, engine_reason = settle_engine(recipe, place)
-    parts = assemble(recipe, place)
+    parts = assemble(recipe, place, begins=found is None)
     try:
+        start_step = _restore(found, recipe, parts, place) if found else 0
+        del found  # as large as what learns, three times over
         return _run(
             recipe,
             parts,
             place,
+            checkpoints,
+            start_step,
             engine_reason=engine_reason,
             began=began,
-            resume=resume,
             should_stop=should_stop,
             on_progress=on_progress,
         )
@@ -108,17 +113,15 @@ def _run(
     recipe: Recipe,
     parts: Parts,
     place: Place,
+    checkpoints: Checkpoints,
+    start_step: int,
     *,
     engine_reason: str,
     began: float,
-    resume: bool,
     should_stop: Callable[[], bool],
     on_progress: Callable[[dict[str, Any]], None] | None,
 ) -> Summary:
     run = Storage(recipe.output_dir)
-    checkpoints = Checkpoints(run, limit=recipe.train.checkpoints_total_limit)
-    found = checkpoints.load_latest() if resume else None
-    start_step = _restore(found, recipe, parts, place) if found else 0
     recorder = Recorder(recipe, parts, place, run, checkpoints, start_step, on_progress, engine_reason)
     recorder.open()
     ready = time.time()
@@ -178,6 +181,7 @@ def _restore(found: Checkpoint, recipe: Recipe, parts: Parts, place: Place) -> i
     try:
         parts.engine.load_learned(found.learned)
         parts.engine.load_state(found.engine)
+        parts.method.steps_before = found.meta.get("steps_before", 0)
     except RecipeError as error:
         raise CheckpointError(f"the checkpoint of step {found.step} does not fit: {error}") from error
     now = run_identity(recipe, parts)

@@ -1,16 +1,22 @@
-"""Adam's moments across programs: a run's as the webui's `NAME.pt.optim`, so that training goes on there."""
+"""Adam's moments across programs: a run's as the webui's `NAME.pt.optim`, and those of one taken over."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.trainers.checkpoint import Checkpoint
+from dreamfleet.trainers.engine import Engine
 from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.methods.hypernetwork import HypernetworkMethod
 from dreamfleet.trainers.methods.textual_inversion import TextualInversion
+from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.sd.formats.embedding import read_embedding
 from dreamfleet.trainers.sd.formats.optimizer_file import (
@@ -20,6 +26,7 @@ from dreamfleet.trainers.sd.formats.optimizer_file import (
     write_optimizer,
 )
 
+log = logging.getLogger(__name__)
 OPTIM = "optim"  # the export format
 
 
@@ -65,3 +72,36 @@ def write_optimizer_state(recipe: Recipe, found: Checkpoint, artefact: Path) -> 
         eps=options.adam_epsilon,
         weight_decay=options.adam_weight_decay,
     )
+
+
+def agreed(moments: dict[str, AdamState], place: Place) -> dict[str, AdamState]:
+    """Return the moments where every worker has found them, else none: the workers' weights would part."""
+    found = place.union([bool(moments)])
+    if len(found) > 1 and place.leads:
+        log.warning(
+            "the .optim beside what the run goes on from is not on every machine: the optimizer starts anew"
+        )
+    return moments if found == [True] else {}
+
+
+def take_over(engine: Engine, moments: Mapping[str, AdamState], weights: Mapping[str, Tensor]) -> None:
+    """Let a new engine's Adam go on from moments, by name; ``weights`` are the whole ones that it was made with.
+
+    Another optimizer than AdamW starts anew.
+    """
+    if engine.optimizer_name != "adamw":
+        log.info("optimizer.name: %s starts anew; moments are taken over by adamw", engine.optimizer_name)
+        return
+    state = engine.state()
+    state["optimizer"]["state"] = {
+        number: {
+            "step": torch.tensor(moments[name].step),
+            "exp_avg": moments[name].exp_avg,
+            "exp_avg_sq": moments[name].exp_avg_sq,
+        }
+        for number, name in enumerate(engine.params)
+    }
+    if "ema" in state:
+        state["ema"] = dict(weights)
+    engine.load_state(state)
+    log.info("the optimizer goes on from moments of %d steps", max(adam.step for adam in moments.values()))

@@ -25,6 +25,7 @@ from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.methods.fits import check_fits
 from dreamfleet.trainers.sd.condition import Condition, condition_of
 from dreamfleet.trainers.sd.family import TITLES
+from dreamfleet.trainers.sd.formats.optimizer_file import AdamState
 from dreamfleet.trainers.sd.model import ALL_PARTS, StableDiffusion
 from dreamfleet.trainers.sd.noise import noise_loss
 
@@ -130,6 +131,7 @@ class Method(nn.Module):
     def __init__(self, config: Any, model: StableDiffusion, setting: Setting):
         super().__init__()
         self.config, self.setting, self._model = config, setting, [model]
+        self.steps_before = 0  # that what the run goes on from was trained; checkpoints keep it
 
     @property
     def model(self) -> StableDiffusion:
@@ -186,6 +188,13 @@ class Method(nn.Module):
     def optimizer(self) -> torch.optim.Optimizer | None:
         """Make the optimizer of a method whose steps are no descent; None, as usual: the recipe's."""
         return None
+
+    def start(self) -> dict[str, AdamState]:
+        """Put in what the recipe goes on from besides the model; not called where a checkpoint is loaded.
+
+        Returns Adam's memory of what learns, by name, where that came along.
+        """
+        return {}
 
     def groups(self) -> list[ParamGroup]:
         """Return the learning parameters by group, each with what scales its learning rate."""

@@ -28,6 +28,7 @@ from dreamfleet.trainers.sd.formats.hypernetwork import (
     read_hypernetwork,
     write_hypernetwork,
 )
+from dreamfleet.trainers.sd.formats.optimizer_file import AdamState, file_hash, moments_beside
 from dreamfleet.trainers.sd.hypernetwork import (
     Hypernetwork,
     Structure,
@@ -89,7 +90,8 @@ class HypernetworkConfig(MethodConfig):
     initial_hypernetwork: str | None = Field(
         None,
         description="a hypernetwork's file to go on from, built as this section says; its steps count on in what is "
-        "exported",
+        "exported, and a webui `.optim` beside it that fits brings Adam's moments; not read again once there is a "
+        "checkpoint",
     )
     template_file: str | None = Field(
         None,
@@ -142,9 +144,15 @@ class HypernetworkMethod(Method):
                 f"method.enable_sizes: {model.folder} has no contexts of {missing}, only of {there}"
             )
         self.network = Hypernetwork(widths, config.structure())
-        self._earlier_steps = _go_on(self.network, config.initial_hypernetwork)
         set_hypernetworks(model.unet, [(self.network, config.multiplier)])
         self._templates = load_templates(config.template_file)
+
+    def start(self) -> dict[str, AdamState]:
+        """Go on from ``initial_hypernetwork``: its weights and steps, and Adam's moments where they lie beside it."""
+        if self.config.initial_hypernetwork is None:
+            return {}
+        self.steps_before, moments = _go_on(self.network, self.config.initial_hypernetwork)
+        return moments
 
     def groups(self) -> list[ParamGroup]:
         return [ParamGroup("hypernetwork", dict(self.network.named_parameters()))]
@@ -163,7 +171,7 @@ class HypernetworkMethod(Method):
         file = HypernetworkFile(
             name=order.name,
             network=self.network,
-            step=self._earlier_steps + order.step,
+            step=self.steps_before + order.step,
             sd_checkpoint=self.model.content_hash,
             sd_checkpoint_name=Path(self.model.folder).stem,
             metadata=order.metadata,
@@ -174,12 +182,13 @@ class HypernetworkMethod(Method):
         ]
 
 
-def _go_on(network: Hypernetwork, path: str | None) -> int:
-    """Put a file's weights in; returns the steps they were trained. Raises RecipeError for one built otherwise."""
-    if path is None:
-        return 0
+def _go_on(network: Hypernetwork, path: str) -> tuple[int, dict[str, AdamState]]:
+    """Put a file's weights in; returns the steps they were trained, and the moments beside it by parameter.
+
+    Raises RecipeError for one built otherwise.
+    """
     with Storage(path).local_copy() as local:
-        found = read_hypernetwork(local)
+        found, digest = read_hypernetwork(local), file_hash(local)
     theirs, ours = found.network.structure, network.structure
     told = [
         f"{name}: {getattr(theirs, name)}"
@@ -192,9 +201,12 @@ def _go_on(network: Hypernetwork, path: str | None) -> int:
         raise RecipeError(
             f"method.initial_hypernetwork: {path} is built otherwise than this run's; set " + ", ".join(told)
         )
-    if not any(parameter.is_meta for parameter in network.parameters()):  # a plan of memory has no weights
-        network.load_state_dict(found.network.state_dict())
-    return found.step
+    network.load_state_dict(found.network.state_dict())
+    ours_named = dict(network.named_parameters())
+    # The webui's optimizer has them in the order of the file.
+    names = [name for width in found.order for name in ours_named if name.startswith(f"layers.{width}.")]
+    moments = moments_beside(path, fits=digest, shapes=[list(ours_named[name].shape) for name in names])
+    return found.step, dict(zip(names, moments, strict=True)) if moments else {}
 
 
 def load_templates(name: str | None) -> tuple[str, ...]:

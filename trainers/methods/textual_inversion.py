@@ -31,6 +31,7 @@ from dreamfleet.trainers.methods.words import (
     word_parameters,
 )
 from dreamfleet.trainers.sd.embeddings import install_embedding
+from dreamfleet.trainers.sd.formats.optimizer_file import AdamState
 from dreamfleet.trainers.sd.model import StableDiffusion
 
 
@@ -52,7 +53,9 @@ class TextualInversionConfig(MethodConfig):
     )
     initial_embedding: str | None = Field(
         None,
-        description="an embedding's file to go on from, of num_vectors vectors; its steps count on in what is exported",
+        description="an embedding's file to go on from, of num_vectors vectors; its steps count on in what is "
+        "exported, and a webui `.optim` beside it that fits brings Adam's moments; not read again once there is a "
+        "checkpoint",
     )
     learnable_property: Literal["object", "style"] = "object"
     template_file: str | None = Field(
@@ -80,11 +83,7 @@ class TextualInversion(Method):
 
     def __init__(self, config: TextualInversionConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)
-        self._earlier_steps = 0
-        if config.initial_embedding:
-            start, self._earlier_steps = vectors_from(model, config.initial_embedding, config.num_vectors)
-        else:
-            start = initial_vectors(model, config.initializer_token, config.num_vectors)
+        start = initial_vectors(model, config.initializer_token, config.num_vectors)
         self._learning = word_parameters(self, "vectors", start)
         install_embedding(model, config.placeholder_token, *self._learning.values())
         self._templates = captions.load_templates(config.template_file or config.learnable_property)
@@ -92,6 +91,16 @@ class TextualInversion(Method):
     @property
     def trains_text(self) -> bool:
         return True
+
+    def start(self) -> dict[str, AdamState]:
+        """Go on from ``initial_embedding``: its vectors and steps, and Adam's moments where they lie beside it."""
+        if self.config.initial_embedding is None:
+            return {}
+        vectors, self.steps_before, moments = vectors_from(
+            self.model, self.config.initial_embedding, self.config.num_vectors
+        )
+        self.load_state(dict(zip(self._learning, vectors, strict=True)))
+        return dict(zip(self._learning, moments, strict=True)) if moments else {}
 
     def groups(self) -> list[ParamGroup]:
         return [ParamGroup("embedding", dict(self._learning))]
@@ -107,7 +116,7 @@ class TextualInversion(Method):
         """
         return export_word(
             list(self._learning.values()),
-            replace(self.settled(order), step=self._earlier_steps + order.step),
+            replace(self.settled(order), step=self.steps_before + order.step),
             word=self.config.placeholder_token,
             model=self.model,
         )

@@ -17,9 +17,10 @@ from dreamfleet.trainers.methods.base import Sample
 from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.sd.embeddings import token_tables
 from dreamfleet.trainers.sd.formats.embedding import Embedding, read_embedding, write_embedding
+from dreamfleet.trainers.sd.formats.optimizer_file import AdamState, moments_beside
 from dreamfleet.trainers.sd.model import StableDiffusion
 
-WORD_FORMATS = ("pt", "safetensors", "png", "webp", "jxl", "bin", "kohya")
+WORD_FORMATS = ("pt", "safetensors", "png", "webp", "avif", "jxl", "bin", "kohya")
 
 
 def initial_vectors(model: StableDiffusion, text: str, num_vectors: int) -> list[Tensor]:
@@ -38,10 +39,12 @@ def initial_vectors(model: StableDiffusion, text: str, num_vectors: int) -> list
     return [table[torch.tensor(rows)].clone() for table in tables]
 
 
-def vectors_from(model: StableDiffusion, path: str, num_vectors: int) -> tuple[list[Tensor], int]:
-    """Read the vectors ``[n, D]`` in each text encoder to go on from, and the steps they were trained.
+def vectors_from(
+    model: StableDiffusion, path: str, num_vectors: int
+) -> tuple[list[Tensor], int, tuple[AdamState, ...]]:
+    """Read the vectors ``[n, D]`` in each text encoder to go on from, the steps they were trained, and their moments.
 
-    Raises RecipeError for a file of another number or width.
+    Moments are none where no `.optim` beside the file fits. Raises RecipeError for a file of another number or width.
     """
     with Storage(path).local_copy() as local:
         found = read_embedding(local)
@@ -53,7 +56,7 @@ def vectors_from(model: StableDiffusion, path: str, num_vectors: int) -> tuple[l
             f"method.initial_embedding: {path} holds vectors of shape {shapes}, and this run learns {wanted}; set "
             f"method.num_vectors: {len(vectors[0])}, if it is of the same family of models"
         )
-    return [v.to(table) for v, table in zip(vectors, tables, strict=True)], found.step
+    return vectors, found.step, moments_beside(path, fits=found.checksum, shapes=shapes)
 
 
 def word_parameters(module: nn.Module, name: str, vectors: Sequence[Tensor]) -> dict[str, nn.Parameter]:

@@ -30,7 +30,7 @@ class HypernetworkFile:
     """A hypernetwork and what its file says of it.
 
     `step`: optimizer steps trained. `sd_checkpoint`: short hash (10 hex digits) of the base model, `sd_checkpoint_name`
-    its file stem. `metadata`: text entries that travel with the file.
+    its file stem. `metadata`: text entries that travel with the file. `order`: the widths as the file has them.
     """
 
     name: str
@@ -39,6 +39,7 @@ class HypernetworkFile:
     sd_checkpoint: str | None = None
     sd_checkpoint_name: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+    order: tuple[int, ...] = ()
 
 
 def write_hypernetwork(file: HypernetworkFile, path: str | os.PathLike[str]) -> Path:
@@ -114,6 +115,7 @@ def read_hypernetwork(path: str | os.PathLike[str]) -> HypernetworkFile:
         hash_ if isinstance(hash_, str) else None,
         checkpoint if isinstance(checkpoint, str) else None,
         _metadata(data.get(_METADATA_KEY)),
+        tuple(widths),
     )
 
 

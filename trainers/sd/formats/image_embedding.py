@@ -26,12 +26,12 @@ from PIL import Image, ImageDraw, PngImagePlugin, UnidentifiedImageError
 
 from dreamfleet.datasets.disk import as_storage_error
 from dreamfleet.datasets.errors import FormatError
-from dreamfleet.trainers.sd.formats import jxl
+from dreamfleet.trainers.sd.formats import lossless
 from dreamfleet.trainers.sd.formats.caption_card import captioned, plain_card
 from dreamfleet.trainers.sd.formats.pickles import replacing
 
 TEXT_KEY = "sd-ti-embedding"
-SUFFIXES = (".png", ".webp", ".avif", ".jxl")
+SUFFIXES = (".png", ".webp", *lossless.SUFFIXES)
 
 MAX_PIXELS = 64_000_000  # of a picture that is read; 75 vectors beside a 4K picture need a tenth
 MAX_JSON_BYTES = 32_000_000  # inflated; 75 vectors of 1024 numbers need 2 MB
@@ -41,8 +41,6 @@ _TENSOR_KEY = "TORCHTENSOR"
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     ".png": {"format": "PNG"},
     ".webp": {"format": "WEBP", "lossless": True, "quality": 100, "exact": True},
-    ".avif": {"format": "AVIF", "quality": 100, "subsampling": "4:4:4", "range": "full"},
-    ".jxl": {"format": "JXL", "lossless": True},
 }
 
 Pixels = NDArray[np.uint8]
@@ -58,38 +56,26 @@ def write_image_embedding(
     """Write a picture that carries `data`, the dict of a webui `.pt`, in both carriers.
 
     `picture` is what people see (a plain card when None); `caption` is a title and up to three footers drawn on it.
-    Raises FormatError for a format that loses bits, as Pillow's AVIF does at any quality, and StorageError when the
-    disk refuses.
+    Raises FormatError for a format that is none of SUFFIXES or needs a package that is not there, and StorageError
+    when the disk refuses.
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix not in _SAVE_OPTIONS:
+    if suffix not in SUFFIXES:
         raise FormatError(
             f"{path}: an image embedding cannot be a {suffix or 'file without suffix'}; write a .png."
         )
-    if suffix == ".jxl":
-        jxl.require_plugin(str(path))
     payload = _to_json(data)
     shown = captioned(picture or plain_card(), caption)
     vectors = next((value for value in _tensors_of(data)), torch.ones(1, 1))
-    canvas = Image.fromarray(_hide(np.asarray(shown), payload, decoration=vectors[0].float().numpy()))
-    options = dict(_SAVE_OPTIONS[suffix])
-    if suffix == ".png":
-        options["pnginfo"] = PngImagePlugin.PngInfo()
-        options["pnginfo"].add_text(TEXT_KEY, base64.b64encode(payload).decode("ascii"))
-    written = io.BytesIO()
-    try:
-        canvas.save(written, **options)
-    except (KeyError, OSError) as error:
-        raise FormatError(
-            f"{path}: this Pillow cannot write {suffix} pictures; write a .png instead."
-        ) from error
-    if _carried_by_pixels(_open(written.getvalue(), str(path))) != payload:
+    pixels_HW3 = _hide(np.asarray(shown), payload, decoration=vectors[0].float().numpy())
+    written = _encode(pixels_HW3, suffix, payload, str(path))
+    if _carried_by_pixels(_open(written, str(path))) != payload:
         raise FormatError(
             f"{path}: {suffix} as written here loses bits, and the embedding with them; write a .png or .webp instead."
         )
     with replacing(path) as temporary:
-        temporary.write_bytes(written.getvalue())
+        temporary.write_bytes(written)
     return path
 
 
@@ -221,11 +207,32 @@ def _carried_by_pixels(image: Image.Image) -> bytes | None:
     return payload if inflater.eof or len(payload) > MAX_JSON_BYTES else None
 
 
-def _open(content: bytes, where: str) -> Image.Image:
-    if jxl.is_jxl(content):
-        jxl.require_plugin(where)
-        _require_size(jxl.size_of(content) or (MAX_PIXELS, 2), where)
+def _encode(pixels_HW3: Pixels, suffix: str, payload: bytes, where: str) -> bytes:
+    """Write the picture as ``suffix`` says; a PNG's text carries the payload too."""
+    if suffix in lossless.SUFFIXES:
+        return lossless.encode(pixels_HW3, suffix, where)
+    options = dict(_SAVE_OPTIONS[suffix])
+    if suffix == ".png":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_text(TEXT_KEY, base64.b64encode(payload).decode("ascii"))
+    written = io.BytesIO()
     try:
+        Image.fromarray(pixels_HW3).save(written, **options)
+    except (KeyError, OSError) as error:
+        raise FormatError(
+            f"{where}: this Pillow cannot write {suffix} pictures; write a .png instead."
+        ) from error
+    return written.getvalue()
+
+
+def _open(content: bytes, where: str) -> Image.Image:
+    try:
+        if lossless.is_jxl(content):
+            size = lossless.size_of(content)
+            if size is None:
+                raise FormatError(f"{where}: the picture is damaged (cut short).")
+            _require_size(size, where)
+            return lossless.decode_jxl(content, size, where)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below is stricter
             image = Image.open(io.BytesIO(content))

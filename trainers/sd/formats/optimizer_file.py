@@ -7,6 +7,7 @@ of one AdamW with one parameter group, and a hash that ties it to the file it li
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamfleet.datasets.errors import FormatError
+from dreamfleet.datasets.errors import FormatError, UserError
+from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.sd.formats.pickles import is_real, load_pickle, require_backed, save_pickle
 
+log = logging.getLogger(__name__)
 SUFFIX = ".optim"  # after the other file's whole name
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -101,6 +104,28 @@ def read_optimizer(path: str | os.PathLike[str], shapes: Sequence[Sequence[int]]
     )
     name = data.get("optimizer_name")
     return OptimizerFile(data["hash"], states, name if isinstance(name, str) else None)
+
+
+def moments_beside(address: str, *, fits: str, shapes: Sequence[Sequence[int]]) -> tuple[AdamState, ...]:
+    """Read Adam's memory from the `.optim` beside a file, on disk or in a bucket; none where there is none that fits.
+
+    ``fits``: the hash that ties the two. One that is broken or of another file is named and left aside.
+    """
+    beside = f"{address}{SUFFIX}"
+    try:
+        place = Storage(beside)
+        if not place.exists():
+            return ()
+        with place.local_copy() as local:
+            found = read_optimizer(local, shapes)
+        if found.hash != fits:
+            raise FormatError(f"{beside}: belongs to another file than the one it lies beside.")
+        if found.name not in (None, "Adam", "AdamW"):
+            raise FormatError(f"{beside}: was written by {found.name}, whose memory is not Adam's.")
+    except UserError as error:
+        log.warning("left aside, so that the optimizer starts anew: %s", error)
+        return ()
+    return found.states
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:

@@ -1,4 +1,4 @@
-"""A connection to one bucket: opened with the machine's own keys, retried, its errors explained."""
+"""A connection to one bucket of an object store: opened with the machine's own keys, retried, its errors explained."""
 
 from __future__ import annotations
 

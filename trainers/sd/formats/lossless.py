@@ -1,0 +1,108 @@
+"""AVIF and JPEG XL pictures without loss, by imagecodecs: Pillow has no JPEG XL, and its AVIF is never exact.
+
+An AVIF keeps every value only as it is (the identity matrix, ITU-T H.273, instead of YUV; 4:4:4; 8 bits, lossless);
+Pillow reads that back. A JPEG XL's size is told before anything is decoded (ISO/IEC 18181-1, SizeHeader, and 18181-2,
+boxes), and it is decoded into memory of that size: a small file could fill the memory otherwise.
+
+Shapes: H, W height and width in pixels; C 3 or 4 channels.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dreamfleet.datasets.errors import FormatError
+
+SUFFIXES = (".avif", ".jxl")  # that are written here
+
+_CODESTREAM = b"\xff\x0a"
+_CONTAINER = b"\x00\x00\x00\x0cJXL \x0d\x0a\x87\x0a"
+_SIDE_BITS = (9, 13, 18, 30)
+_RATIOS = ((1, 1), (6, 5), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))  # width to height
+
+
+def encode(pixels_HW3: NDArray[np.uint8], suffix: str, where: str) -> bytes:
+    """Write a picture as one of SUFFIXES, every value kept. Raises FormatError saying what to install."""
+    codecs = _imagecodecs(where)
+    if suffix == ".jxl":
+        return bytes(codecs.jpegxl_encode(pixels_HW3, lossless=True))
+    best, identity = codecs.AVIF.QUALITY.LOSSLESS, codecs.AVIF.MATRIX_COEFFICIENTS.IDENTITY
+    # libavif's own speed takes fifty times as long, for files an eighth smaller.
+    return bytes(codecs.avif_encode(pixels_HW3, best, speed=8, pixelformat="444", matrix=identity))
+
+
+def decode_jxl(content: bytes, size: tuple[int, int], where: str) -> Image.Image:
+    """Read a JPEG XL's first picture, of width and height ``size``, in RGB or RGBA.
+
+    Raises FormatError without imagecodecs and for a picture of another form, and RuntimeError for a damaged one.
+    """
+    codecs, (width, height) = _imagecodecs(where), size
+    for channels in (3, 4):
+        pixels_HWC = np.zeros((height, width, channels), dtype=np.uint8)
+        try:
+            return Image.fromarray(codecs.jpegxl_decode(content, 0, out=pixels_HWC))
+        except ValueError:  # another form than that array's: told from the head, before anything is decoded
+            continue
+    raise FormatError(f"{where}: of JPEG XL pictures only those in colour with 8 bits a value are read.")
+
+
+def is_jxl(content: bytes) -> bool:
+    """Say whether these are a JPEG XL file's bytes."""
+    return content.startswith((_CODESTREAM, _CONTAINER))
+
+
+def size_of(content: bytes) -> tuple[int, int] | None:
+    """Read a JPEG XL file's width and height from its first bytes; None when they are not there."""
+    start = content if content.startswith(_CODESTREAM) else _codestream_in(content)
+    bits = int.from_bytes(start[2:18], "little")
+
+    def take(count: int) -> int:
+        nonlocal bits
+        value = bits & ((1 << count) - 1)
+        bits >>= count
+        return value
+
+    if len(start) < 18:
+        return None
+    small = take(1)
+
+    def side() -> int:
+        return 8 * (take(5) + 1) if small else take(_SIDE_BITS[take(2)]) + 1
+
+    height = side()
+    if ratio := take(3):
+        across, down = _RATIOS[ratio - 1]
+        return height * across // down, height
+    return side(), height
+
+
+def _codestream_in(content: bytes) -> bytes:
+    """Find the first bytes of the codestream among a container's boxes."""
+    place = 0
+    while place + 8 <= len(content):
+        size, kind = int.from_bytes(content[place : place + 4], "big"), content[place + 4 : place + 8]
+        head = 8
+        if size == 1:
+            size, head = int.from_bytes(content[place + 8 : place + 16], "big"), 16
+        if kind in (b"jxlc", b"jxlp"):
+            start = place + head + (4 if kind == b"jxlp" else 0)
+            return content[start : start + 18]
+        if size < head:
+            break
+        place += size
+    return b""
+
+
+def _imagecodecs(where: str) -> ModuleType:
+    try:
+        return importlib.import_module("imagecodecs")
+    except ImportError:
+        raise FormatError(
+            f"{where}: JPEG XL and lossless AVIF need imagecodecs: pip install 'dreamfleet[formats]'; "
+            "or use .png or .webp."
+        ) from None
