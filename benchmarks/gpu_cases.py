@@ -70,6 +70,14 @@ CASES = {
     "sd15-ti-6g": Case("sd1", 512, 6, "Textual Inversion", {"name": "textual_inversion", **WORD}),
     "sd15-hypernetwork-6g": Case("sd1", 512, 6, "hypernetwork", {"name": "hypernetwork"}),
     "sd15-apt-6g": Case("sd1", 512, 6, "prompt tuning", {"name": "prompt_tuning", **WORD}),
+    "sdxl-ti-lent-4g": Case(
+        "sdxl",
+        1024,
+        4,
+        "Textual Inversion on SDXL, whose frozen U-Net does not fit: its weights on the host",
+        {"name": "textual_inversion", **WORD},
+        {"zero_stage": 3, "offload_param_device": "cpu"},
+    ),
     "no-offload": Case(
         "sd1",
         512,

@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
+from ctypes.util import find_library
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, NamedTuple
 
@@ -77,6 +78,7 @@ def _optional_packages() -> list[Finding]:
         _package("deepspeed", "note", "absent: engine.zero_stage needs it"),
         _package("bitsandbytes", "note", "absent: 8-bit optimizers need it, and a GPU"),
         _compiler(),
+        _libaio(),
     ]
 
 
@@ -86,6 +88,13 @@ def _compiler() -> Finding:
         "c++ compiler",
         "ok" if found else "note",
         found or "absent: engine.offload_optimizer_device: cpu compiles at its first use",
+    )
+
+
+def _libaio() -> Finding:
+    found = find_library("aio")
+    return Finding(
+        "libaio", "ok" if found else "note", found or "absent: offload to nvme needs it, and libaio-dev"
     )
 
 

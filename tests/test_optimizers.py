@@ -23,6 +23,7 @@ from dreamfleet.trainers.stepping import Stepper, round_stochastically
 
 NO_CLIPPING: dict[str, Any] = {"learning_rate": 1e-3, "max_grad_norm": 0}
 FUSED: dict[str, Any] = {**NO_CLIPPING, "fused_backward": True}
+LORA: dict[str, Any] = {"name": "dreambooth", "lora_rank": 4, "train_text_encoder": True}
 NARROW: dict[str, Any] = {"train__mixed_precision": "bf16", "train__full_bf16": True}
 
 
@@ -86,10 +87,11 @@ def test_updates_too_small_for_bfloat16_arrive_on_average_and_repeat() -> None:
     assert torch.equal(moved, train(seed=1)) and not torch.equal(moved, train(seed=2))
 
 
+@pytest.mark.parametrize("method", [{"name": "dreambooth"}, LORA], ids=["whole", "lora"])
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
-def test_stepping_inside_backward_is_the_same_step(tmp_path: Path, name: str) -> None:
-    plain = make_parts(tmp_path, optimizer={**NO_CLIPPING, "name": name})
-    fused = make_parts(tmp_path, optimizer={**FUSED, "name": name})
+def test_stepping_inside_backward_is_the_same_step(tmp_path: Path, name: str, method: dict[str, Any]) -> None:
+    plain = make_parts(tmp_path, method=method, optimizer={**NO_CLIPPING, "name": name})
+    fused = make_parts(tmp_path, method=method, optimizer={**FUSED, "name": name})
     start = copy.deepcopy(fused.engine.learned())
     fused.engine.backward(fused.prepare(fused.feed.batch(9)))  # the rehearsal before the first step
     assert all(torch.equal(value, start[key]) for key, value in fused.engine.learned().items())
@@ -150,6 +152,25 @@ def test_bfloat16_weights_train_and_go_on_exactly(tmp_path: Path, name: str) -> 
         for run in ("straight", "wide")
     ]
     assert curves[0] == pytest.approx(curves[1], rel=0.05)
+
+
+def test_a_lora_in_bfloat16_trains_and_goes_on_exactly(tmp_path: Path) -> None:
+    recipe = tiny.make_recipe(tmp_path, method=LORA, optimizer=FUSED, train__max_train_steps=6, **NARROW)
+    ends = []
+    for run, stop in (("straight", iter(())), ("stopped", iter([False] * 3))):
+        recipe["output_dir"] = str(tmp_path / run)
+        last = run == "stopped"
+        run_worker(build_recipe(recipe), should_stop=lambda stop=stop, last=last: next(stop, last))
+    assert run_worker(build_recipe(recipe), resume=True).start_step in (2, 3, 4)
+    for run in ("straight", "stopped"):
+        ends.append(
+            safetensors.torch.load_file(tmp_path / run / "checkpoints/step-000006/learned.safetensors")
+        )
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+    assert {value.dtype for value in ends[0].values()} == {torch.bfloat16}
+    assert any(value.abs().max() > 1e-3 for key, value in ends[0].items() if "lora_B" in key), (
+        "nothing was learned"
+    )
 
 
 def test_the_average_of_bfloat16_weights_is_exported_in_full(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def estimate(counts: Counts, choice: EngineChoice, *, world: int = 1, workers_pe
             "starting": workers_per_host * (host["process"] + counts.model),
             "training": training,
             "saving": training + saved,
-            "exporting": training + (4 * total + width * counts.passed if stage is not None else 0),
+            "exporting": training + (stage is not None) * 4 * total + (stage == 3) * width * counts.passed,
         },
         traffic(counts, choice, world),
         # Weights, moments and gradients are read, and all but the gradients written back; these were written before.

@@ -1,0 +1,122 @@
+"""Every engine on the pocket model: two workers under one local Ray, the same steps, their losses beside torch's.
+
+DreamBooth of U-Net and text encoder under every ZeRO stage and offload, then a word on a frozen model, which stage 3
+alone shards. A CPU shows that the curves are equal and what each engine's own work costs; it saves no memory and has no PCIe,
+so the bytes are those that `dreamfleet plan` tells for GPUs. NVMe is left out where libaio is missing.
+
+    python benchmarks/engines.py [--steps 12]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from measure import write_result
+
+ROOT = Path(__file__).parent.parent
+WORD = {
+    "name": "textual_inversion",
+    "placeholder_token": "<cat>",
+    "initializer_token": "cat",
+    "num_vectors": 2,
+}
+
+
+def overrides(steps: int) -> list[str]:
+    """Return what every run changes of the recipe: few steps, each of them logged, no pictures."""
+    return [
+        f"train.max_train_steps={steps}",
+        "train.log_steps=1",
+        f"train.checkpointing_steps={steps}",
+        "train.export_formats=[]",
+        "optimizer.lr_warmup_steps=0",
+        "validation.prompts=[]",
+        "validation.metrics=[loss]",
+        f"validation.steps={steps}",
+        "report_to=[]",
+        "engine.offload_optimizer_device=none",
+        "engine.zero_stage=auto",
+    ]
+
+
+def run_engine(method: str, settings: dict[str, Any], folder: Path, steps: int) -> dict[str, Any]:
+    """Train under one engine; returns its losses, held-out loss, seconds a step, and the plan's bytes for two GPUs."""
+    from dreamfleet.datasets.storage import Storage
+    from dreamfleet.trainers.launch import fit
+    from dreamfleet.trainers.metrics import read_metrics
+    from dreamfleet.trainers.plan_memory import plan_memory
+    from dreamfleet.trainers.recipe import load_recipe
+
+    told = [f"{key}={value}" for key, value in settings.items()]
+    if "nvme" in settings.values():
+        told.append(f"engine.nvme_path={folder}/nvme")
+    if method == "word":
+        told += [f"method={WORD}", "data.instance_prompt=null", "optimizer.learning_rate=5e-3"]
+    recipe = load_recipe(
+        ROOT / "recipes/cat-dreambooth-zero.yaml",
+        [*overrides(steps), *told, f"output_dir={folder}/{len(list(folder.iterdir()))}"],
+    )
+    fit(recipe)
+    lines = read_metrics(Storage(recipe.output_dir))
+    found = plan_memory(recipe).estimates
+    mine = [one for one in found if one.choice.settings == ({"engine.zero_stage": "auto"} | settings)]
+    held = {}
+    if mine:
+        gpu = {name: size for name, size in mine[0].gpu.items() if name not in ("context", "workspace")}
+        host = sum(size for name, size in mine[0].host.items() if name != "process")
+        held = {
+            "planned_gpu_mib": round(sum(gpu.values()) / 2**20, 2),
+            "planned_host_mib": round(host / 2**20, 2),
+        }
+    return {
+        "losses": [line["loss"] for line in lines if "loss" in line],
+        "holdout_loss": [line["holdout_loss"] for line in lines if "holdout_loss" in line][-1],
+        # The first still fills caches and records the order of DeepSpeed's layers.
+        "seconds_a_step": statistics.median(
+            [line["step_seconds"] for line in lines if "step_seconds" in line][3:]
+        ),
+        **held,
+    }
+
+
+def compare(runs: dict[str, dict[str, Any]]) -> None:
+    """Say beside each run how far its curve and its seconds are from torch's."""
+    plain = runs["torch"]
+    for told in runs.values():
+        pairs = zip(told["losses"], plain["losses"], strict=True)
+        told["largest_relative_difference"] = max(abs(ours / theirs - 1) for ours, theirs in pairs)
+        told["seconds_over_torch"] = round(told["seconds_a_step"] / plain["seconds_a_step"], 2)
+        told["losses"] = [round(loss, 6) for loss in told["losses"]]
+
+
+def main() -> None:
+    """Run every engine in one Ray, and write the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=12)
+    steps = parser.parse_args().steps
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    from dreamfleet.trainers.engine_choices import CHOICES, NVME_CHOICES
+    from dreamfleet.trainers.ray_session import ray_session
+
+    swaps = NVME_CHOICES if AsyncIOBuilder().is_compatible() else ()
+    cases = {
+        "dreambooth": [*CHOICES, *swaps],
+        "word": [one for one in CHOICES if one.zero_stage in (None, 3)],
+    }
+    results: dict[str, Any] = {"steps": steps, "workers": 2, "precision": "no"}
+    with tempfile.TemporaryDirectory() as name, ray_session(None, preload=("ray.train.torch",)):
+        for method, choices in cases.items():
+            results[method] = {
+                one.name: run_engine(method, dict(one.settings), Path(name), steps) for one in choices
+            }
+            compare(results[method])
+    write_result("engines", results, how=f"python benchmarks/engines.py --steps {steps}")
+
+
+if __name__ == "__main__":
+    main()
