@@ -154,6 +154,21 @@ def test_a_file_sets_stage_and_offload_and_hands_the_rest_on(tmp_path: Path) -> 
     }
 
 
+def test_a_file_names_the_disk_and_its_own_groups_win(tmp_path: Path) -> None:
+    block = {"device": "nvme", "nvme_path": "/fast", "buffer_count": 6}
+    tree = {"zero_optimization": {"stage": 3, "sub_group_size": 5, "offload_optimizer": block}}
+    engine = with_deepspeed_file(with_file(tmp_path, tree)).engine
+    assert (engine.offload_optimizer_device, engine.nvme_path) == ("nvme", "/fast")
+    told = zero_config(
+        engine, mixed_precision="no", max_grad_norm=1.0, num_micros=1, num_params=10, swap_folder="/fast/own"
+    )["zero_optimization"]
+    assert told["sub_group_size"] == 5
+    assert told["offload_optimizer"] == {"device": "nvme", "nvme_path": "/fast/own", "buffer_count": 6}
+    tree["zero_optimization"]["offload_param"] = {**block, "nvme_path": "/slow"}
+    with pytest.raises(RecipeError, match="nvme_path: '/slow' there"):
+        with_deepspeed_file(with_file(tmp_path, tree, train__mixed_precision="bf16"))
+
+
 @pytest.mark.parametrize(
     ("tree", "changes", "told"),
     [

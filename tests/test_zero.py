@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from tiny_models import tiny_family
-from zero_ranks import RESUMED, RUNS
+from zero_ranks import HAS_LIBAIO, RESUMED, RUNS
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceError
 from dreamfleet.trainers.assemble import assemble
@@ -25,8 +25,10 @@ from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import explained_memory
 from dreamfleet.trainers.sd.model import save_pipeline
 from dreamfleet.trainers.zero_setup import sole_builder, zero_config
+from dreamfleet.trainers.zero_swap import SwapFolder
 
 HERE = Path(__file__).parent
+SWAPS = pytest.mark.skipif(not HAS_LIBAIO, reason="libaio-dev is not installed: apt-get install libaio-dev")
 COMPILES = 1800  # seconds; CPU Adam is compiled where nobody did before, minutes on a busy machine
 
 
@@ -75,7 +77,10 @@ def average(saved: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(COMPILES)
-@pytest.mark.parametrize(("method", "name"), [run for run in RUNS if run[1] != "torch"])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [pytest.param(*run, marks=[SWAPS] * ("nvme" in run[1])) for run in RUNS if run[1] != "torch"],
+)
 def test_every_stage_trains_as_torch_does(results: dict[Any, dict[str, Any]], method: str, name: str) -> None:
     """Losses, norms, weights, moments and averages; what previews and exports see; and the form of a checkpoint."""
     expected, found = results[method, "torch"], results[method, name]
@@ -120,6 +125,7 @@ def test_every_engine_goes_on_from_every_checkpoint(
     assert largest_difference(moments(found["final"]), moments(straight["final"])) <= limit
 
 
+@SWAPS
 @pytest.mark.slow
 @pytest.mark.timeout(COMPILES)
 @pytest.mark.parametrize("source", ["torch", "zero 3 states on nvme"])
@@ -172,6 +178,17 @@ def test_deepspeeds_json(case: dict[str, Any]) -> None:
         ({"zero_stage": 0, "offload_optimizer_device": "cpu"}, "zero_stage: 1, 2 or 3"),
         ({"zero_stage": 2, "offload_param_device": "cpu"}, "needs zero_stage: 3"),
         ({"zero_stage": 4}, "zero_stage"),
+        ({"zero_stage": 2, "offload_optimizer_device": "nvme", "nvme_path": "/fast"}, "needs zero_stage: 3"),
+        ({"zero_stage": 3, "offload_optimizer_device": "nvme"}, "needs nvme_path, a folder from /"),
+        ({"zero_stage": 3, "offload_optimizer_device": "nvme", "nvme_path": "fast"}, r"here: fast\)"),
+        (
+            {"zero_stage": 3, "offload_optimizer_device": "nvme", "nvme_path": "/fast", "use_ema": True},
+            "set use_ema: false",
+        ),
+        (
+            {"zero_stage": 3, "offload_param_device": "nvme", "nvme_path": "/fast"},
+            "set train.mixed_precision: bf16",
+        ),
     ],
 )
 def test_settings_that_exclude_one_another_are_told(
@@ -214,6 +231,22 @@ def test_what_a_killed_compiler_left_behind_stops_nobody(
     left.touch()  # torch would wait for it for ever
     with sole_builder("cpu_adam"):
         assert not left.exists()
+
+
+def test_a_folder_on_disk_is_this_process_own_and_what_a_killed_one_left_goes(tmp_path: Path) -> None:
+    parent = tmp_path / "nvme"
+    left = parent / "dreamfleet-swap-dead"
+    left.mkdir(parents=True)
+    (left / "weights.swp").write_bytes(b"gigabytes")
+    first, second = SwapFolder(str(parent)), SwapFolder(str(parent))
+    assert not left.exists() and first.path.is_dir() and first.path != second.path
+    second.close()
+    assert first.path.is_dir() and not second.path.exists()
+    first.close()
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ResourceError, match=r"engine.nvme_path: .*file cannot be written"):
+        SwapFolder(str(blocked))
 
 
 def make_tree(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import tiny
 from torch import Tensor
+from zero_ranks import HAS_LIBAIO
 
 from dreamfleet.trainers.assemble import assemble
 from dreamfleet.trainers.engine_choices import CHOICES, NVME_CHOICES, EngineChoice
@@ -71,7 +72,7 @@ def compare(folder: Path, choice: EngineChoice, mixed_precision: str, **changes:
 if __name__ == "__main__":
     cases = [(choice, DREAMBOOTH) for choice in CHOICES if choice.zero_stage]
     cases += [(choice, WORD) for choice in CHOICES if choice.zero_stage == 3]
-    cases += [(choice, POCKET) for choice in NVME_CHOICES]
+    cases += [(choice, POCKET) for choice in NVME_CHOICES if HAS_LIBAIO]
     results = {
         f"{choice.name}, {precision}, {changes}": compare(Path(sys.argv[1]), choice, precision, **changes)
         for choice, changes in cases
