@@ -304,6 +304,15 @@ def test_nothing_that_fits_and_no_limit_are_told(tmp_path: Path) -> None:
     large = ["data.resolution=256", "train.gradient_checkpointing=true", "train.train_batch_size=1"]
     starting = CliRunner().invoke(cli.app, ["plan", recipe, *large, "--gpu-memory", "100MiB"])
     assert "data.cache_latents=false" in starting.stderr and "checkpointing" not in starting.stderr
+    host = ["plan", recipe, "--gpu-memory", "8GiB", "--host-memory", "1MiB"]
+    assert "engine.nvme_path, a folder" in CliRunner().invoke(cli.app, host).stderr
+    assert (
+        "nvme_path"
+        not in CliRunner().invoke(cli.app, [*host, "engine.nvme_path=/fast"]).stderr.partition("What")[2]
+    )
+    assert (
+        "optimizer on NVMe" in CliRunner().invoke(cli.app, ["plan", recipe, "engine.nvme_path=/fast"]).stdout
+    )
     free = CliRunner().invoke(cli.app, ["plan", recipe])
     assert free.exit_code == 0 and "Give --gpu-memory" in free.stdout and "fits" not in free.stdout
     wrong = CliRunner().invoke(cli.app, ["plan", recipe, "--gpu-memory", "12GX"])

@@ -48,6 +48,10 @@ def _ways_out(smallest: Estimate, made: MemoryPlan, recipe: Recipe) -> list[str]
         and getattr(recipe.method, "with_prior_preservation", False),
         "validation.num_images=1": moment == "previews" and recipe.validation.num_images > 1,
         "engine.use_ema=false": recipe.engine.use_ema,
+        "engine.nvme_path, a folder on a fast local disk, for what the host has no room for": any(
+            one.fits(made.gpu_memory, None) for one in made.estimates if not one.choice.alters
+        )
+        and not made.counts.nvme,
         f"data.resolution below {recipe.data.resolution}": True,
         "more workers": made.world == 1,
     }
