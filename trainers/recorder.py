@@ -54,6 +54,7 @@ class Recorder:
             checkpoints,
         )
         self.start_step, self.on_progress = start_step, on_progress
+        self.saved = start_step if start_step else None  # the same on every rank
         self.best: tuple[float, int] | None = None
         self.metrics: Metrics | None = None
         self.held_out: HeldOutLoss | HeldOutPictures | None = None
@@ -101,8 +102,9 @@ class Recorder:
 
     def save(self, step: int) -> None:
         """Save a checkpoint; every rank calls, rank 0 writes, all wait until it is whole."""
-        if step in self.checkpoints.steps():
+        if step == self.saved:
             return
+        self.saved = step
         # Every rank: an engine that shards gathers here.
         learned, engine = self.parts.engine.learned(), self.parts.engine.state()
         if self.place.leads:

@@ -117,8 +117,7 @@ def _run(
 ) -> Summary:
     run = Storage(recipe.output_dir)
     checkpoints = Checkpoints(run, limit=recipe.train.checkpoints_total_limit)
-    found = checkpoints.load_latest() if resume else None
-    start_step = _restore(found, recipe, parts, place) if found else 0
+    start_step = _resume(checkpoints, recipe, parts, place) if resume else 0
     recorder = Recorder(recipe, parts, place, run, checkpoints, start_step, on_progress, engine_reason)
     recorder.open()
     ready = time.time()
@@ -167,6 +166,22 @@ def _run(
     recorder.close(summary, outcome.step, began=began)
     place.wait()
     return summary
+
+
+def newest_checkpoint(checkpoints: Checkpoints, place: Place) -> Checkpoint | None:
+    """Read the newest checkpoint that rank 0 finds whole, on every rank; None when there is none.
+
+    A file that one rank cannot read must not make it go on from another step than the others.
+    """
+    found = checkpoints.load_latest() if place.leads else None
+    step = place.told(found.step if found else None)
+    return found if place.leads or step is None else checkpoints.load(step)
+
+
+def _resume(checkpoints: Checkpoints, recipe: Recipe, parts: Parts, place: Place) -> int:
+    """Put the newest checkpoint back and return its step, 0 without one; nothing of it is held afterwards."""
+    found = newest_checkpoint(checkpoints, place)
+    return _restore(found, recipe, parts, place) if found else 0
 
 
 def _restore(found: Checkpoint, recipe: Recipe, parts: Parts, place: Place) -> int:
