@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -109,6 +110,29 @@ def test_a_stop_mark_is_seen_on_disk_and_in_a_bucket(tmp_path: Path, monkeypatch
         assert _eventually(asked)
     with watch_for_stop(run, watch=False) as asked:
         assert not asked()
+
+
+class AwayBucket(Storage):
+    """A bucket that does not answer, and warns of that as one does."""
+
+    tries = 0
+
+    def append_text(self, rel: str, text: str) -> None:
+        self.tries += 1
+        if self.tries < 20:
+            logging.getLogger("dreamfleet.datasets").warning("cannot write %s yet: trying again", rel)
+        raise StorageError("no answer")
+
+
+def test_a_bucket_in_trouble_does_not_have_its_warnings_written_into_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    run = AwayBucket(tmp_path)
+    with log_to_run(run, speak=True):
+        logging.getLogger("dreamfleet.trainers").info("step 1")
+        logging.getLogger("dreamfleet.trainers").info("step 2")
+    assert run.tries == 2
 
 
 def test_the_first_signal_marks_and_the_second_interrupts(tmp_path: Path) -> None:
