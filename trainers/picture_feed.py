@@ -72,10 +72,10 @@ class PictureFeed:
 
     def stream(self, start_step: int, stop_step: int | None = None, *, ahead: int = 4) -> Iterator[Batch]:
         """Yield the batches of steps ``start_step`` to ``stop_step`` (None: endless), ``ahead`` made in a thread."""
-        steps = itertools.count(start_step) if stop_step is None else range(start_step, stop_step)
-        positions = ((step, micro) for step in steps for micro in range(self.num_micros))
+        positions = self._positions(start_step, stop_step)
         if self.data.source == "stream":
-            yield from self._from_cluster(positions)
+            # Two of them: the stream reads ahead in a thread of its own.
+            yield from self._from_cluster(positions, self._positions(start_step, stop_step))
             return
         pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
         try:
@@ -87,10 +87,15 @@ class PictureFeed:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _from_cluster(self, positions: Iterator[tuple[int, int]]) -> Iterator[Batch]:
+    def _positions(self, start: int, stop: int | None) -> Iterator[tuple[int, int]]:
+        steps = itertools.count(start) if stop is None else range(start, stop)
+        return ((step, micro) for step in steps for micro in range(self.num_micros))
+
+    def _from_cluster(
+        self, positions: Iterator[tuple[int, int]], ahead: Iterator[tuple[int, int]]
+    ) -> Iterator[Batch]:
         from dreamfleet.datasets.stream import PictureDraw, stream_pictures
 
-        ahead, positions = itertools.tee(positions)
         draws = (draw for position in ahead for draw in self._draws(*position))
         told = (PictureDraw(draw.row, None, False) for draw in draws)
         data = self.data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -138,17 +139,21 @@ class StreamedPixels:
     def __init__(self, index: Index, shown: Shown, *, cell: int):
         self.index, self.shown, self._cell = index, shown, cell
         self._stream: PictureStream | None = None
-        self._order: Iterator[Draw] = iter(())
+        self._told: deque[Draw] = deque()  # to the stream, and not taken yet
 
     def follow(self, draws: Iterable[Draw]) -> None:
         """Start reading ahead along these draws; :meth:`take` must then ask for exactly them."""
         from dreamfleet.datasets.stream import stream_pictures
 
-        ahead, self._order = itertools.tee(draws)
+        def told() -> Iterator[PictureDraw]:  # runs in the stream's thread
+            for draw in draws:
+                self._told.append(draw)
+                yield self.shown.of(draw)
+
         data = self.shown.data
         self._stream = stream_pictures(
             self.index,
-            map(self.shown.of, ahead),
+            told(),
             resolution=data.resolution,
             max_pixels=data.max_pixels,
             weighted=data.alpha_mask,
@@ -159,9 +164,10 @@ class StreamedPixels:
         if self._stream is None:
             cuts = [read_cut(self.index, self.shown.of(draw), self.shown.data) for draw in draws]
         else:
-            expected = list(itertools.islice(self._order, len(draws)))
-            assert expected == list(draws), "the stream was told another order"
-            cuts = [next(self._stream) for _ in draws]
+            cuts = []
+            for draw in draws:
+                cuts.append(next(self._stream))
+                assert self._told.popleft() == draw, "the stream was told another order"
         return to_tensors(cuts, cell=self._cell)
 
     @property

@@ -242,7 +242,9 @@ class _RunLog(logging.Handler):
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.is_writing:  # a bucket in trouble warns of that; to write it down would meet the same trouble, and so on
+        if (
+            self.is_writing
+        ):  # a bucket in trouble warns of that; to write it down would meet the same trouble, and so on
             return
         self.is_writing = True
         try:
