@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 WINDOW = 1024  # draws in one Ray Data execution: enough to hide its start, few enough to hold in memory
 ROWS_PER_BLOCK = 16
+READY_BYTES = 256 * 2**20  # of decoded pictures that wait to be taken, in each worker
 POLL_SECONDS = 0.2
 STALL_SECONDS = 120.0
 CLOSE_SECONDS = 2.0
@@ -59,7 +60,8 @@ class PictureStream(Iterator[np.ndarray]):
         self._num_cpus = num_cpus
         self._stall_seconds = stall_seconds
         self._instead: dict[int, int] = {}  # bad row -> the row used in its place
-        self._ready: queue.Queue[np.ndarray | BaseException | None] = queue.Queue(maxsize=window)
+        most = most_ready(self._resolution, window)
+        self._ready: queue.Queue[np.ndarray | BaseException | None] = queue.Queue(maxsize=most)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="picture-stream", daemon=True)
         self._thread.start()
@@ -250,6 +252,11 @@ def stream_pictures(
         num_cpus=num_cpus,
         stall_seconds=stall_seconds,
     )
+
+
+def most_ready(size: tuple[int, int], window: int) -> int:
+    """Return how many decoded pictures of a size in pixels may wait: a window, or what fits in READY_BYTES."""
+    return max(1, min(window, READY_BYTES // (size[0] * size[1] * 4)))
 
 
 def _free_cpus() -> float:

@@ -13,7 +13,7 @@ from dreamfleet.datasets.errors import DataError, ResourceError, StorageError
 from dreamfleet.datasets.images import fit_picture, open_picture
 from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.storage import Storage, read_uri
-from dreamfleet.datasets.stream import PictureDraw, stream_pictures
+from dreamfleet.datasets.stream import READY_BYTES, WINDOW, PictureDraw, most_ready, stream_pictures
 
 SIDE = 16
 
@@ -61,6 +61,13 @@ def test_a_batch_is_decoded_without_ray(tmp_path):
             draw = PictureDraw(row, (0.9, 0.1) if row == 1 else None, row == 1)
             pixels = np.frombuffer(got["pixels"][row], np.uint8).reshape(SIDE, SIDE, 3)
             np.testing.assert_array_equal(pixels, directly(index, draw))
+
+
+def test_pictures_that_wait_to_be_taken_are_bounded_by_their_size():
+    assert most_ready((64, 64), WINDOW) == WINDOW
+    for side in (512, 1024, 4096):
+        assert 0.9 * READY_BYTES < most_ready((side, side), WINDOW) * side * side * 4 <= READY_BYTES
+    assert most_ready((16384, 16384), WINDOW) == 1
 
 
 @pytest.fixture(scope="module")
