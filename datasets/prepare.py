@@ -27,7 +27,7 @@ from dreamfleet.datasets.storage import Storage
 log = logging.getLogger(__name__)
 
 MANIFEST = "prepared.json"
-SAVED_EVERY = 64  # pictures between two writings of the manifest
+SAVED_EVERY = 64  # pictures between the first writings of the manifest
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 FIELDS = ("stem", "index", "suffix")
 
@@ -98,10 +98,11 @@ def prepare(
         return manifest
 
     save()
+    due = frozenset(save_points(len(jobs)))
     calls = [(places[0], places[1], job, how, known.get(job.name)) for job in jobs]
     for done, (job, entry) in enumerate(zip(jobs, _in_processes(calls, workers), strict=True), 1):
         entries[job.name] = entry
-        if done % SAVED_EVERY == 0:
+        if done in due:
             save()
         if progress is not None:
             progress(done, len(jobs))
@@ -114,6 +115,13 @@ def prepare(
     for file in stale:
         places[1].remove(file)
     return save()
+
+
+def save_points(total: int) -> Iterator[int]:
+    """Yield after how many pictures the manifest is written: a sixteenth more each time, as all of it is written."""
+    done = 0
+    while (done := done + max(SAVED_EVERY, done // 16)) < total:
+        yield done
 
 
 def name_of(picture: str, index: int, pattern: str) -> str:
