@@ -188,7 +188,8 @@ def build_index(
     rows = [item for item in found if isinstance(item, Row)]
     bad += [item for item in found if isinstance(item, BadFile)]
     bad += [
-        BadFile(storage.path(name), f"named in {where}, but not there") for name, where in captions.absent()
+        BadFile(f"{storage.url}/{name}", f"named in {where}, but not there")
+        for name, where in captions.absent()
     ]
     bad.sort()
     if not rows:
