@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import queue
 import threading
@@ -12,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from dreamfleet.datasets.bucket import bucket_environment
 from dreamfleet.datasets.decode import Fit, decode_batch, decode_one
 from dreamfleet.datasets.errors import DataError, ResourceError, StorageError
 from dreamfleet.datasets.images import MAX_PIXELS
@@ -164,10 +164,15 @@ class PictureStream(Iterator[np.ndarray]):
         dataset.context.execution_options.preserve_order = True
         dataset.context.print_on_execution_start = False
         dataset.context.enable_progress_bars = False
+        max_pixels, weighted, fit = self._max_pixels, self._weighted, self._fit
+        keys = bucket_environment() if any("://" in job["uri"] for job in jobs) else {}
+
+        def decode(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            # Not a partial, which would show its arguments; nor a runtime environment, which Ray logs.
+            return decode_batch(batch, max_pixels=max_pixels, weighted=weighted, fit=fit, environment=keys)
+
         decoded = dataset.map_batches(
-            functools.partial(
-                decode_batch, max_pixels=self._max_pixels, weighted=self._weighted, fit=self._fit
-            ),
+            decode,
             batch_size=None,
             batch_format="numpy",
             num_cpus=self._num_cpus,

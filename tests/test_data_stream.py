@@ -79,8 +79,7 @@ def local_ray(s3_server):  # noqa: F811
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
-        runtime_env={"env_vars": s3_server.environment()},
-    )
+    )  # without the keys of the bucket: the stream brings them along
     yield ray
     ray.shutdown()
 
