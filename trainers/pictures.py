@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # More at once is no faster on a card, and at 512 px it would set a run's peak memory.
 ENCODE_PIXELS = 8 * 256**2
+SHARED_AT_ONCE = 2**24  # numbers of latents that go over the card between workers: 64 MB
 
 
 class Pictures(Protocol):
@@ -251,10 +252,10 @@ def encode_index(
                 for number, value in zip(chunk, found[name], strict=True):
                     kept[number].copy_(value)
     if world > 1:  # pictures of other ranks are zero here, so the sum is exact
-        for tensor in whole.values():
-            shared = tensor.to(device)
+        for part in (part for tensor in whole.values() for part in tensor.split(SHARED_AT_ONCE)):
+            shared = part.to(device)
             dist.all_reduce(shared)
-            tensor.copy_(shared)
+            part.copy_(shared)
     return Encoded(views["mean"], views["std"], views.get("mask"))
 
 
