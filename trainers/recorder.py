@@ -25,6 +25,7 @@ from dreamfleet.trainers.metrics import Metrics, read_metrics
 from dreamfleet.trainers.pictures import read_pixels
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.sd.fidelity import MOST_REAL
 from dreamfleet.trainers.summary import Summary
 from dreamfleet.trainers.validation import HeldOutLoss, HeldOutPictures, Judge, draw_previews, wants_judge
 
@@ -45,14 +46,8 @@ class Recorder:
         on_progress: Callable[[dict[str, Any]], None] | None,
         engine_reason: str,
     ):
-        self.engine_reason = engine_reason
-        self.recipe, self.parts, self.place, self.run, self.checkpoints = (
-            recipe,
-            parts,
-            place,
-            run,
-            checkpoints,
-        )
+        self.engine_reason, self.checkpoints = engine_reason, checkpoints
+        self.recipe, self.parts, self.place, self.run = recipe, parts, place, run
         self.start_step, self.on_progress = start_step, on_progress
         self.saved = start_step if start_step else None  # the same on every rank
         self.best: tuple[float, int] | None = None
@@ -100,6 +95,11 @@ class Recorder:
             if self.on_progress is not None:
                 self.on_progress({**line, "total_steps": self.parts.schedule.total})
 
+    def flush(self) -> None:
+        """Bring every line written so far to the run folder."""
+        if self.metrics is not None:
+            self.metrics.flush()
+
     def save(self, step: int) -> None:
         """Save a checkpoint; every rank calls, rank 0 writes, all wait until it is whole."""
         if step == self.saved:
@@ -119,8 +119,7 @@ class Recorder:
                     "versions": versions(),
                 },
             )
-            if self.metrics is not None:
-                self.metrics.flush()
+            self.flush()
         self.place.wait()
 
     def validate(self, step: int) -> dict[str, float]:
@@ -227,7 +226,7 @@ class Recorder:
     def _real_pictures(self, index: Index) -> list[Image.Image]:
         arrays = [
             (read_pixels(uri, self.recipe.data).transpose(1, 2, 0) + 1) * 127.5
-            for uri in index.column("uri")[:64]
+            for uri in index.column("uri")[:MOST_REAL]
         ]
         return [Image.fromarray(array.round().clip(0, 255).astype("uint8")) for array in arrays]
 

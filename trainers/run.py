@@ -121,23 +121,20 @@ def _run(
     recorder = Recorder(recipe, parts, place, run, checkpoints, start_step, on_progress, engine_reason)
     recorder.open()
     ready = time.time()
-    outcome = train(
-        parts.method,
-        parts.engine,
-        parts.feed.stream(start_step, parts.schedule.total),
-        parts.prepare,
-        rates=parts.rates,
-        schedule=parts.schedule,
-        seed=recipe.train.seed,
-        start_step=start_step,
-        hooks=Hooks(
-            log=recorder.log,
-            save=recorder.save,
-            sample=recorder.sample,
-            validate=recorder.validate,
-            should_stop=should_stop,
-        ),
-    )
+    try:
+        outcome = train(
+            parts.method,
+            parts.engine,
+            parts.feed.stream(start_step, parts.schedule.total),
+            parts.prepare,
+            rates=parts.rates,
+            schedule=parts.schedule,
+            seed=recipe.train.seed,
+            start_step=start_step,
+            hooks=Hooks(recorder.log, recorder.save, recorder.sample, recorder.validate, should_stop),
+        )
+    finally:
+        recorder.flush()  # also what a run that fails has measured
     trained = time.time()
     summary = Summary(
         run=recipe.run_name,
