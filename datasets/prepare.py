@@ -19,8 +19,15 @@ from PIL import Image
 
 from dreamfleet.datasets.cuts import Cut, Cutting, draw_cut, plan_cuts
 from dreamfleet.datasets.errors import DataError, StorageError
-from dreamfleet.datasets.images import PICTURE_SUFFIXES, open_with_alpha
-from dreamfleet.datasets.masks import MASK_ENDING, find_masks, masks_beside, open_mask, read_mask
+from dreamfleet.datasets.images import open_with_alpha
+from dreamfleet.datasets.masks import (
+    MASK_ENDING,
+    find_masks,
+    open_mask,
+    pictures_among,
+    read_mask,
+    visible,
+)
 from dreamfleet.datasets.sidecars import CaptionFinder
 from dreamfleet.datasets.storage import Storage
 
@@ -150,12 +157,11 @@ def files_of(entry: dict[str, Any]) -> list[str]:
 def _jobs(storage: Storage, how: Preparing, extensions: tuple[str, ...], mask_dir: str | None) -> list[Job]:
     if not storage.exists():
         raise DataError(f"folder {storage.url} does not exist. Check the path")
-    visible = [name for name in storage.list("", True) if not re.search(r"(^|/)(\.|__MACOSX)", name)]
-    masks, are_masks = find_masks(storage, visible, mask_dir), masks_beside(visible)
-    pictures = [name for name in visible if name.lower().endswith(PICTURE_SUFFIXES) and name not in are_masks]
+    names = visible(storage.list("", True))
+    masks, pictures = find_masks(storage, names, mask_dir), pictures_among(names)
     if not pictures:
         raise DataError(f"no picture in {storage.url}. Name a folder of pictures (.png, .jpg, .webp ...)")
-    captions = CaptionFinder(storage, visible, extensions)
+    captions = CaptionFinder(storage, names, extensions)
     jobs = [
         Job(name, name_of(name, number, how.name), masks.get(name), captions.of(name))
         for number, name in enumerate(pictures, 1)
