@@ -1,4 +1,4 @@
-"""The batches of a method that sees files: decoded when their turn comes, ahead, by each worker its share."""
+"""The batches of a method that sees pictures: decoded when their turn comes, ahead, by each worker its share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from dreamfleet.datasets.index import BadFile, Index
 from dreamfleet.datasets.plan import BatchPlan, Draw
 from dreamfleet.datasets.storage import read_uri
 from dreamfleet.trainers.feed import to_samples
-from dreamfleet.trainers.methods.base import Batch, Method, Use
+from dreamfleet.trainers.methods.base import Batch
+from dreamfleet.trainers.methods.seeing import SeeingMethod, Use
 from dreamfleet.trainers.pictures import Shown
 
 
@@ -47,7 +48,7 @@ class PictureFeed:
         plan: BatchPlan,
         *,
         instances: Index,
-        method: Method,
+        method: SeeingMethod,
         data: DataConfig,
         rank: int = 0,
         world: int = 1,

@@ -21,6 +21,7 @@ from dreamfleet.trainers.assemble import Parts
 from dreamfleet.trainers.checkpoint import Checkpoints, folder_name
 from dreamfleet.trainers.methods.base import Base
 from dreamfleet.trainers.methods.exports import Export
+from dreamfleet.trainers.methods.seeing import SeeingMethod
 from dreamfleet.trainers.metrics import Metrics, read_metrics
 from dreamfleet.trainers.pictures import read_pixels
 from dreamfleet.trainers.place import Place
@@ -59,7 +60,7 @@ class Recorder:
     def open(self) -> None:
         """Write recipe and real pictures, measure and draw the untuned model."""
         validation, parts, data = self.recipe.validation, self.parts, self.recipe.data
-        if parts.apart is not None:
+        if parts.apart is not None and isinstance(parts.method, SeeingMethod):
             self.held_out = HeldOutPictures(parts.apart, method=parts.method, max_pixels=data.max_pixels)
         elif validation.holdout:
             self.held_out = HeldOutLoss(

@@ -19,6 +19,7 @@ from dreamfleet.datasets.section import Section
 from dreamfleet.trainers.engine import Engine
 from dreamfleet.trainers.feed import Preparer, to_samples
 from dreamfleet.trainers.methods.base import Method
+from dreamfleet.trainers.methods.seeing import SeeingMethod
 from dreamfleet.trainers.picture_feed import PictureReader
 from dreamfleet.trainers.pictures import Shown, encode_index
 from dreamfleet.trainers.sd.noise import draw_noise
@@ -100,7 +101,7 @@ class HeldOutLoss:
 class HeldOutPictures:
     """The pictures that a method set apart itself, measured its own way; read anew each time."""
 
-    def __init__(self, index: Index, *, method: Method, max_pixels: int):
+    def __init__(self, index: Index, *, method: SeeingMethod, max_pixels: int):
         self.method, self._read = method, PictureReader(index, max_pixels=max_pixels)
 
     @torch.no_grad()
