@@ -155,6 +155,26 @@ def test_the_first_signal_marks_and_the_second_interrupts(tmp_path: Path) -> Non
     assert run.exists("STOP"), "workers that outlive the driver would go on"
 
 
+class Said(Display):
+    """Remembers what it was told to say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_a_stop_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file where the folder should be")
+    display = Said()
+    with stop_on_signal(Storage(tmp_path / "run"), display) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert _eventually(lambda: len(display.said) == 2)
+        assert stop.asked.is_set() and "not told to stop: cannot write" in display.said[1]
+
+
 def test_a_run_folder_is_held_by_one_process(tmp_path: Path) -> None:
     run = Storage(tmp_path / "run")
     code = "import sys; from dreamfleet.trainers.hold import claimed; from dreamfleet.datasets.storage import Storage\n"
