@@ -161,10 +161,10 @@ def _jobs(storage: Storage, how: Preparing, extensions: tuple[str, ...], mask_di
     masks, pictures = find_masks(storage, names, mask_dir), pictures_among(names)
     if not pictures:
         raise DataError(f"no picture in {storage.url}. Name a folder of pictures (.png, .jpg, .webp ...)")
-    captions = CaptionFinder(storage, names, extensions)
+    captions = CaptionFinder(storage, names, extensions).of_all(pictures)
     jobs = [
-        Job(name, name_of(name, number, how.name), masks.get(name), captions.of(name))
-        for number, name in enumerate(pictures, 1)
+        Job(name, name_of(name, number, how.name), masks.get(name), caption)
+        for number, (name, caption) in enumerate(zip(pictures, captions, strict=True), 1)
     ]
     _refuse_clashes(jobs, how)
     return jobs

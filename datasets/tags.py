@@ -122,7 +122,8 @@ def read_captions(storage: Storage, extensions: Sequence[str] = (".txt", ".capti
     if not pictures:
         raise DataError(f"no picture in {storage.url}. Name a folder of pictures (.png, .jpg, .webp ...)")
     finder = CaptionFinder(storage, names, tuple(extensions))
-    return {name: Caption(finder.of(name), finder.file_of(name)) for name in pictures}
+    texts = finder.of_all(pictures)
+    return {name: Caption(text, finder.file_of(name)) for name, text in zip(pictures, texts, strict=True)}
 
 
 def write_captions(
@@ -158,7 +159,8 @@ def write_captions(
     backup = BACKUPS + time.strftime("%Y%m%d-%H%M%S")
     while storage.exists(backup):
         backup += "-2"
-    existing = [file for file in files if storage.exists(file)]
+    there = set(storage.list("", True))
+    existing = [file for file in files if file in there]
     for file in existing:
         storage.write_bytes(f"{backup}/{file}", storage.read_bytes(file))
     for file, text in files.items():
