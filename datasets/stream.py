@@ -29,9 +29,18 @@ CLOSE_SECONDS = 2.0
 
 
 class PictureStream(Iterator[np.ndarray]):
-    """Yields uint8 [H,W,3] or, weighted, [H,W,4], one for each draw, in their order. Close it, or use it in a `with`.
+    """Decodes pictures of an index on the cluster, for `draws` (may be endless) in exactly their order.
 
-    `bad` tells which pictures could not be decoded and why; `replaced` counts the draws that got another one.
+    Yields uint8 [H,W,3] or, `weighted`, [H,W,4] with the fourth channel of cut_picture. Draws without a size are cut to
+    `resolution`. With `fit`, pictures are not cut but made into what it gives, of any size. Close it, or use a `with`.
+
+    Works in windows of `window` draws, one Ray Data execution each, the next one starting while pictures of
+    the last are still waiting to be taken; files are read where they are decoded, from disk or bucket, with
+    `num_cpus` of the cluster's CPUs a task. Ray must be running.
+
+    A picture that cannot be decoded is reported once (`bad`: address and reason) and the next one in index order that
+    can be is used instead, in this and all later draws of it; `replaced` counts those. A file that cannot be read is a
+    StorageError. ResourceError when nothing came for `stall_seconds` and the cluster has no CPU free.
     """
 
     def __init__(
@@ -220,43 +229,6 @@ class PictureStream(Iterator[np.ndarray]):
         if self._uris[row] not in self.bad:
             self.bad[self._uris[row]] = error
             log.warning("picture left out, the next in order is used instead: %s", error)
-
-
-def stream_pictures(
-    index: Index,
-    draws: Iterable[PictureDraw],
-    *,
-    resolution: int | tuple[int, int],
-    max_pixels: int = MAX_PIXELS,
-    weighted: bool = False,
-    fit: Fit | None = None,
-    window: int = WINDOW,
-    num_cpus: float = 1.0,
-    stall_seconds: float = STALL_SECONDS,
-) -> PictureStream:
-    """Decode pictures of an index on the cluster, for `draws` (may be endless) in exactly their order.
-
-    Works in windows of `window` draws, one Ray Data execution each, the next one starting while pictures of
-    the last are still waiting to be taken; files are read where they are decoded, from disk or bucket, with
-    `num_cpus` of the cluster's CPUs a task. `crop` is in [0,1) as in fit_picture. Draws without a size are cut to
-    `resolution`; `weighted` adds the fourth channel of cut_picture. With `fit`, pictures are not cut but made into what
-    it gives, of any size.
-
-    A picture that cannot be decoded is reported once (`.bad`) and the next one in index order that can be is
-    used instead, in this and all later draws of it. A file that cannot be read is a StorageError. ResourceError
-    when nothing came for `stall_seconds` and the cluster has no CPU free. Ray must be running.
-    """
-    return PictureStream(
-        index,
-        draws,
-        resolution=resolution,
-        max_pixels=max_pixels,
-        weighted=weighted,
-        fit=fit,
-        window=window,
-        num_cpus=num_cpus,
-        stall_seconds=stall_seconds,
-    )
 
 
 def most_ready(size: tuple[int, int], window: int) -> int:

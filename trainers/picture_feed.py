@@ -95,12 +95,12 @@ class PictureFeed:
     def _from_cluster(
         self, positions: Iterator[tuple[int, int]], ahead: Iterator[tuple[int, int]]
     ) -> Iterator[Batch]:
-        from dreamfleet.datasets.stream import PictureDraw, stream_pictures
+        from dreamfleet.datasets.stream import PictureDraw, PictureStream
 
         draws = (draw for position in ahead for draw in self._draws(*position))
         told = (PictureDraw(draw.row, None, False) for draw in draws)
         data = self.data
-        with stream_pictures(
+        with PictureStream(
             self.instances, told, resolution=data.resolution, max_pixels=data.max_pixels, fit=self.method.fit
         ) as pictures:
             self._undecodable = pictures.bad

@@ -144,7 +144,7 @@ class StreamedPixels:
 
     def follow(self, draws: Iterable[Draw]) -> None:
         """Start reading ahead along these draws; :meth:`take` must then ask for exactly them."""
-        from dreamfleet.datasets.stream import stream_pictures
+        from dreamfleet.datasets.stream import PictureStream
 
         def told() -> Iterator[PictureDraw]:  # runs in the stream's thread
             for draw in draws:
@@ -152,7 +152,7 @@ class StreamedPixels:
                 yield self.shown.of(draw)
 
         data = self.shown.data
-        self._stream = stream_pictures(
+        self._stream = PictureStream(
             self.index,
             told(),
             resolution=data.resolution,
