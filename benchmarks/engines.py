@@ -1,8 +1,8 @@
 """Every engine on the pocket model: two workers under one local Ray, the same steps, their losses beside torch's.
 
 DreamBooth of U-Net and text encoder under every ZeRO stage and offload, then a word on a frozen model, which stage 3
-alone shards. A CPU shows that the curves are equal and what each engine's own work costs; it saves no memory and has no PCIe,
-so the bytes are those that `dreamfleet plan` tells for GPUs. NVMe is left out where libaio is missing.
+alone shards. A CPU shows that the curves are equal and what each engine's own work costs; it saves no memory and has no
+PCIe, so the bytes are those that `dreamfleet plan` tells for GPUs. NVMe is left out where libaio is missing.
 
     python benchmarks/engines.py [--steps 12]
 """

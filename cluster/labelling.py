@@ -16,6 +16,7 @@ from typing import Any
 from dreamfleet.datasets.errors import DataError, StorageError, UserError
 from dreamfleet.datasets.images import PICTURE_SUFFIXES, open_picture
 from dreamfleet.datasets.labels import read_labels, write_labels
+from dreamfleet.datasets.masks import visible
 from dreamfleet.datasets.storage import Storage
 
 LONGEST_SIDE = 1600  # pixels; larger pictures are shrunk for the page
@@ -33,7 +34,8 @@ class Labelling:
         if not storage.is_local or not os.path.isdir(storage.url):
             raise DataError(f"{folder}: not a folder of this machine. Copy the pictures here to label them")
         self.root, self.out = storage.url, os.path.abspath(os.path.expanduser(out))
-        self.names = [name for name in storage.list(recursive=True) if _is_picture(name)]
+        names = visible(storage.list(recursive=True))
+        self.names = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES)]
         if not self.names:
             raise DataError(
                 f"no picture in {folder}. Put pictures (.png, .jpg, .webp ...) there, or name another folder"
@@ -158,8 +160,3 @@ class Labelling:
             "can_back": place > 0,
             "can_undo": bool(self._done),
         }
-
-
-def _is_picture(name: str) -> bool:
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-    return name.lower().endswith(PICTURE_SUFFIXES) and not hidden

@@ -201,18 +201,15 @@ def _loosen(caption: str, rng: np.random.Generator, config: DataConfig, *, keep:
     return shuffle_tags(caption, rng, keep) if config.shuffle_tags else caption
 
 
-def caption_from_filename(file_name: str, *, words: str | None = None, joined_by: str = " ") -> str:
-    """The webui's rule: the stem without leading digits and dashes; `words`, a pattern, picks parts of it.
+def caption_from_filename(file_name: str) -> str:
+    """The webui's rule: the stem without leading digits and dashes.
 
     `01-a red apple.png` gives `a red apple`.
     """
     stem = file_name.replace("\\", "/").rsplit("/", 1)[-1]
     if "." in stem.lstrip("."):
         stem = stem.rsplit(".", 1)[0]
-    text = _LEADING_NUMBER.sub("", stem)
-    if words:
-        text = joined_by.join(re.findall(words, text))
-    return text
+    return _LEADING_NUMBER.sub("", stem)
 
 
 def decode_text(data: bytes, *, uri: str) -> str:

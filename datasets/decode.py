@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 from PIL import Image
@@ -16,13 +18,19 @@ Fit = Callable[[Image.Image], Image.Image]
 
 
 def decode_batch(
-    batch: dict[str, np.ndarray], *, max_pixels: int, weighted: bool = False, fit: Fit | None = None
+    batch: dict[str, np.ndarray],
+    *,
+    max_pixels: int,
+    weighted: bool = False,
+    fit: Fit | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, np.ndarray]:
     """Read, decode and cut a batch of jobs, each to its own size; with ``fit`` they are made into what it gives.
 
     "pixels" are bytes, as the pictures of a block may differ in size. "error" says why a picture could not be decoded,
-    "failure" why a file could not be read; "" for the good ones.
+    "failure" why a file could not be read; "" for the good ones. ``environment`` is set first: see bucket_environment.
     """
+    os.environ.update(environment)
     pictures, heights, errors, failures = [], [], [], []
     names = ("uri", "mask", "center", "x", "y", "flip", "width", "height")
     for uri, mask, center, x, y, flip, width, height in zip(*(batch[name] for name in names), strict=True):

@@ -52,6 +52,16 @@ def as_storage_error(verb: str, path: str, error: OSError) -> StorageError:
     return StorageError(f"cannot {verb} {path}: {way_out}")
 
 
+def inside(name: str) -> str:
+    """Return a name relative to a folder; StorageError for one that leads out of it.
+
+    Names come from manifests, tables and other people's buckets as well.
+    """
+    if ".." in name.split("/"):
+        raise StorageError(f"{name!r} leads out of its folder, and is neither read nor written")
+    return name
+
+
 @contextmanager
 def full_disk_told(path: str) -> Iterator[None]:
     """Make a full disk an OSError where a library (torch, safetensors) hides it in its own error."""
@@ -81,7 +91,8 @@ def appearing(path: str, *, durable: bool = True) -> Iterator[str]:
     """
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{os.path.basename(path)[:200]}.tmp-{secrets.token_hex(6)}")
+    name = os.fsdecode(os.fsencode(os.path.basename(path))[:200])  # bytes are what file systems count
+    temporary = os.path.join(folder, f".{name}.tmp-{secrets.token_hex(6)}")
     try:
         yield temporary
         for name in _files_of(temporary) if durable else ():

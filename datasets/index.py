@@ -16,12 +16,11 @@ from dreamfleet.datasets.config import Concept, DataConfig
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.images import (
     MAX_PIXELS,
-    PICTURE_SUFFIXES,
     UNREADABLE_SUFFIXES,
     check_picture,
     read_header,
 )
-from dreamfleet.datasets.masks import find_masks, masks_beside, open_mask, read_mask
+from dreamfleet.datasets.masks import find_masks, open_mask, pictures_among, read_mask, visible
 from dreamfleet.datasets.sidecars import CaptionFinder
 from dreamfleet.datasets.storage import Storage
 
@@ -152,8 +151,7 @@ def build_index(
     if exclude is not None:
         names = [name for name in names if not exclude(name)]
     masks = find_masks(storage, names, mask_dir)
-    are_masks = masks_beside(names).keys()
-    pictures = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES) and name not in are_masks]
+    pictures = pictures_among(names)
     bad += [
         BadFile(
             storage.path(name), f"{os.path.splitext(name)[1]} files cannot be read. Convert it to PNG or JPEG"
@@ -188,7 +186,8 @@ def build_index(
     rows = [item for item in found if isinstance(item, Row)]
     bad += [item for item in found if isinstance(item, BadFile)]
     bad += [
-        BadFile(storage.path(name), f"named in {where}, but not there") for name, where in captions.absent()
+        BadFile(f"{storage.url}/{name}", f"named in {where}, but not there")
+        for name, where in captions.absent()
     ]
     bad.sort()
     if not rows:
@@ -231,11 +230,7 @@ def _list(storage: Storage, recursive: bool, bad: list[BadFile]) -> list[str]:
         )
     except StorageError as error:
         raise DataError(f"pictures: {error}") from error
-    return [
-        name
-        for name in names
-        if not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-    ]
+    return visible(names)
 
 
 def _nothing_usable(

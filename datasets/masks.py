@@ -39,6 +39,21 @@ class PictureDraw(NamedTuple):
     size: tuple[int, int] | None = None
 
 
+def visible(names: Sequence[str]) -> list[str]:
+    """Leave out hidden files, and the copies that macOS puts into its archives."""
+    return [
+        name
+        for name in names
+        if not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    ]
+
+
+def pictures_among(names: Sequence[str]) -> list[str]:
+    """Return those of the files in a folder that are pictures to train on: not the masks of others."""
+    masks = masks_beside(names)
+    return [name for name in names if name.lower().endswith(PICTURE_SUFFIXES) and name not in masks]
+
+
 def find_masks(storage: Storage, names: Sequence[str], mask_dir: str | None = None) -> dict[str, str]:
     """Say which mask belongs to which of the files in a folder: picture's name -> mask's address.
 

@@ -176,6 +176,11 @@ def bucket_size(file_system: Any, key: str) -> int:
     return sum(int(entry["size"]) for entry in file_system.find(key, detail=True).values())
 
 
+def bucket_environment() -> dict[str, str]:
+    """Return what of this process's environment opens buckets, keys among it: for memory alone, never for a log."""
+    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+
+
 def _endpoint() -> str | None:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 

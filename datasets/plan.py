@@ -79,6 +79,8 @@ class BatchPlan:
         self._order = lru_cache(maxsize=4 * len(self._slots))(self._epoch_order)
         self._turns = lru_cache(maxsize=4)(self._epoch_turns)
         self._class_order = lru_cache(maxsize=16)(self._epoch_class_order)
+        self._class_places = lru_cache(maxsize=4)(self._epoch_class_places)
+        self._shares = np.bincount(self._concepts[self._rows])  # draws of each concept in an epoch
 
     @property
     def epoch_length(self) -> int:
@@ -153,6 +155,14 @@ class BatchPlan:
     def _epoch_class_order(self, concept: int, epoch: int) -> np.ndarray:
         return numpy_rng("class order", self.seed, concept, epoch).permutation(self._classes[concept])
 
+    def _epoch_class_places(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the concept of each of an epoch's draws, and how many of the same came before it there."""
+        concepts = self._concepts[self._rows[self._order(0, epoch)]]
+        grouped = np.argsort(concepts, kind="stable")
+        before = np.empty_like(concepts)
+        before[grouped] = np.arange(len(concepts)) - np.searchsorted(concepts[grouped], concepts[grouped])
+        return concepts, before
+
     def _draw(self, bucket: int, position: int) -> Draw:
         epoch, offset = divmod(position, len(self._slots[bucket]))
         slot = self._order(bucket, epoch)[offset]
@@ -162,8 +172,8 @@ class BatchPlan:
     def _class_draw(self, position: int) -> Draw:
         # The partner is the concept's n-th class picture, n = how many draws of this concept came before.
         epoch, offset = divmod(position, self.epoch_length)
-        order = self._concepts[self._rows[self._order(0, epoch)]]
-        concept = int(order[offset])
-        before = epoch * int((order == concept).sum()) + int((order[:offset] == concept).sum())
-        class_epoch, class_offset = divmod(before, len(self._classes[concept]))
+        concepts, before = self._class_places(epoch)
+        concept = int(concepts[offset])
+        earlier = epoch * int(self._shares[concept]) + int(before[offset])
+        class_epoch, class_offset = divmod(earlier, len(self._classes[concept]))
         return Draw(int(self._class_order(concept, class_epoch)[class_offset]), class_epoch)

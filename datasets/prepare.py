@@ -19,15 +19,22 @@ from PIL import Image
 
 from dreamfleet.datasets.cuts import Cut, Cutting, draw_cut, plan_cuts
 from dreamfleet.datasets.errors import DataError, StorageError
-from dreamfleet.datasets.images import PICTURE_SUFFIXES, open_with_alpha
-from dreamfleet.datasets.masks import MASK_ENDING, find_masks, masks_beside, open_mask, read_mask
+from dreamfleet.datasets.images import open_with_alpha
+from dreamfleet.datasets.masks import (
+    MASK_ENDING,
+    find_masks,
+    open_mask,
+    pictures_among,
+    read_mask,
+    visible,
+)
 from dreamfleet.datasets.sidecars import CaptionFinder
 from dreamfleet.datasets.storage import Storage
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "prepared.json"
-SAVED_EVERY = 64  # pictures between two writings of the manifest
+SAVED_EVERY = 64  # pictures between the first writings of the manifest
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 FIELDS = ("stem", "index", "suffix")
 
@@ -98,10 +105,11 @@ def prepare(
         return manifest
 
     save()
+    due = frozenset(save_points(len(jobs)))
     calls = [(places[0], places[1], job, how, known.get(job.name)) for job in jobs]
     for done, (job, entry) in enumerate(zip(jobs, _in_processes(calls, workers), strict=True), 1):
         entries[job.name] = entry
-        if done % SAVED_EVERY == 0:
+        if done in due:
             save()
         if progress is not None:
             progress(done, len(jobs))
@@ -114,6 +122,13 @@ def prepare(
     for file in stale:
         places[1].remove(file)
     return save()
+
+
+def save_points(total: int) -> Iterator[int]:
+    """Yield after how many pictures the manifest is written: a sixteenth more each time, as all of it is written."""
+    done = 0
+    while (done := done + max(SAVED_EVERY, done // 16)) < total:
+        yield done
 
 
 def name_of(picture: str, index: int, pattern: str) -> str:
@@ -142,15 +157,14 @@ def files_of(entry: dict[str, Any]) -> list[str]:
 def _jobs(storage: Storage, how: Preparing, extensions: tuple[str, ...], mask_dir: str | None) -> list[Job]:
     if not storage.exists():
         raise DataError(f"folder {storage.url} does not exist. Check the path")
-    visible = [name for name in storage.list("", True) if not re.search(r"(^|/)(\.|__MACOSX)", name)]
-    masks, are_masks = find_masks(storage, visible, mask_dir), masks_beside(visible)
-    pictures = [name for name in visible if name.lower().endswith(PICTURE_SUFFIXES) and name not in are_masks]
+    names = visible(storage.list("", True))
+    masks, pictures = find_masks(storage, names, mask_dir), pictures_among(names)
     if not pictures:
         raise DataError(f"no picture in {storage.url}. Name a folder of pictures (.png, .jpg, .webp ...)")
-    captions = CaptionFinder(storage, visible, extensions)
+    captions = CaptionFinder(storage, names, extensions).of_all(pictures)
     jobs = [
-        Job(name, name_of(name, number, how.name), masks.get(name), captions.of(name))
-        for number, name in enumerate(pictures, 1)
+        Job(name, name_of(name, number, how.name), masks.get(name), caption)
+        for number, (name, caption) in enumerate(zip(pictures, captions, strict=True), 1)
     ]
     _refuse_clashes(jobs, how)
     return jobs

@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dreamfleet.datasets.captions import decode_text
@@ -14,6 +15,7 @@ from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.storage import Storage
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
+AT_ONCE = 32  # files that are read from a bucket together
 
 
 class CaptionFinder:
@@ -37,6 +39,13 @@ class CaptionFinder:
         beside = self._beside(name)
         caption = self._text(beside) if beside is not None else self._table.get(name, ("", ""))[0]
         return caption.strip() or None
+
+    def of_all(self, names: Sequence[str]) -> list[str | None]:
+        """The captions of pictures, in their order; from a bucket, whose every answer is waited for, side by side."""
+        if self._storage.is_local:
+            return [self.of(name) for name in names]
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="captions") as pool:
+            return list(pool.map(self.of, names))
 
     def file_of(self, name: str) -> str | None:
         """The name of the file, beside the picture or a table, that `of` reads its caption from; None without one."""

@@ -18,6 +18,7 @@ from dreamfleet.datasets.disk import (
     copy_file,
     explained,
     full_disk_told,
+    inside,
     remove_tree,
     tree_size,
     walk,
@@ -59,8 +60,8 @@ class Storage:
         return not self.scheme
 
     def path(self, *parts: str) -> str:
-        """Join `parts` to the address of this storage."""
-        clean = [part.strip("/") for part in parts if part.strip("/")]
+        """Join `parts` to the address of this storage; StorageError for a name that leads out of it."""
+        clean = [inside(part).strip("/") for part in parts if part.strip("/")]
         if self.is_local:
             return os.path.join(self.url, *clean)
         return "/".join([self.url, *clean])
@@ -178,7 +179,8 @@ class Storage:
                 return
             os.makedirs(target, exist_ok=True)
             for name in self.child(rel).list("", recursive=True):
-                with appearing(os.path.join(target, *name.split("/")), durable=False) as temporary:
+                local = os.path.join(target, *inside(name).split("/"))
+                with appearing(local, durable=False) as temporary:
                     fs.get_file(f"{key}/{name}", temporary)
 
         self._on_bucket("read", rel, fetch)

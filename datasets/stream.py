@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import queue
 import threading
@@ -12,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from dreamfleet.datasets.bucket import bucket_environment
 from dreamfleet.datasets.decode import Fit, decode_batch, decode_one
 from dreamfleet.datasets.errors import DataError, ResourceError, StorageError
 from dreamfleet.datasets.images import MAX_PIXELS
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 WINDOW = 1024  # draws in one Ray Data execution: enough to hide its start, few enough to hold in memory
 ROWS_PER_BLOCK = 16
+READY_BYTES = 256 * 2**20  # of decoded pictures that wait to be taken, in each worker
 POLL_SECONDS = 0.2
 STALL_SECONDS = 120.0
 CLOSE_SECONDS = 2.0
@@ -30,10 +31,19 @@ Found = tuple[int, np.ndarray]  # a picture, and its row in the index
 
 
 class PictureStream(Iterator[np.ndarray]):
-    """Yields uint8 [H,W,3] or, weighted, [H,W,4], one for each draw, in their order. Close it, or use it in a `with`.
+    """Decodes pictures of an index on the cluster, for `draws` (may be endless) in exactly their order.
 
-    `bad` tells which pictures could not be decoded and why; `replaced` counts the draws that got another one; `row` is
-    whose picture was yielded last.
+    Yields uint8 [H,W,3] or, `weighted`, [H,W,4] with the fourth channel of cut_picture; `row` is whose picture came last.
+    Draws without a size are cut to `resolution`. With `fit`, pictures are not cut but made into what it gives, of any size.
+    Close it, or use a `with`.
+
+    Works in windows of `window` draws, one Ray Data execution each, the next one starting while pictures of
+    the last are still waiting to be taken; files are read where they are decoded, from disk or bucket, with
+    `num_cpus` of the cluster's CPUs a task. Ray must be running.
+
+    A picture that cannot be decoded is reported once (`bad`: address and reason) and the next one in index order that
+    can be is used instead, in this and all later draws of it; `replaced` counts those. A file that cannot be read is a
+    StorageError. ResourceError when nothing came for `stall_seconds` and the cluster has no CPU free.
     """
 
     def __init__(
@@ -63,7 +73,8 @@ class PictureStream(Iterator[np.ndarray]):
         self._num_cpus = num_cpus
         self._stall_seconds = stall_seconds
         self._instead: dict[int, int] = {}  # bad row -> the row used in its place
-        self._ready: queue.Queue[Found | BaseException | None] = queue.Queue(maxsize=window)
+        most = most_ready(self._resolution, window)
+        self._ready: queue.Queue[Found | BaseException | None] = queue.Queue(maxsize=most)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="picture-stream", daemon=True)
         self._thread.start()
@@ -167,10 +178,15 @@ class PictureStream(Iterator[np.ndarray]):
         dataset.context.execution_options.preserve_order = True
         dataset.context.print_on_execution_start = False
         dataset.context.enable_progress_bars = False
+        max_pixels, weighted, fit = self._max_pixels, self._weighted, self._fit
+        keys = bucket_environment() if any("://" in job["uri"] for job in jobs) else {}
+
+        def decode(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            # Not a partial, which would show its arguments; nor a runtime environment, which Ray logs.
+            return decode_batch(batch, max_pixels=max_pixels, weighted=weighted, fit=fit, environment=keys)
+
         decoded = dataset.map_batches(
-            functools.partial(
-                decode_batch, max_pixels=self._max_pixels, weighted=self._weighted, fit=self._fit
-            ),
+            decode,
             batch_size=None,
             batch_format="numpy",
             num_cpus=self._num_cpus,
@@ -220,41 +236,9 @@ class PictureStream(Iterator[np.ndarray]):
             log.warning("picture left out, the next in order is used instead: %s", error)
 
 
-def stream_pictures(
-    index: Index,
-    draws: Iterable[PictureDraw],
-    *,
-    resolution: int | tuple[int, int],
-    max_pixels: int = MAX_PIXELS,
-    weighted: bool = False,
-    fit: Fit | None = None,
-    window: int = WINDOW,
-    num_cpus: float = 1.0,
-    stall_seconds: float = STALL_SECONDS,
-) -> PictureStream:
-    """Decode pictures of an index on the cluster, for `draws` (may be endless) in exactly their order.
-
-    Works in windows of `window` draws, one Ray Data execution each, the next one starting while pictures of
-    the last are still waiting to be taken; files are read where they are decoded, from disk or bucket, with
-    `num_cpus` of the cluster's CPUs a task. `crop` is in [0,1) as in fit_picture. Draws without a size are cut to
-    `resolution`; `weighted` adds the fourth channel of cut_picture. With `fit`, pictures are not cut but made into what
-    it gives, of any size.
-
-    A picture that cannot be decoded is reported once (`.bad`) and the next one in index order that can be is
-    used instead, in this and all later draws of it. A file that cannot be read is a StorageError. ResourceError
-    when nothing came for `stall_seconds` and the cluster has no CPU free. Ray must be running.
-    """
-    return PictureStream(
-        index,
-        draws,
-        resolution=resolution,
-        max_pixels=max_pixels,
-        weighted=weighted,
-        fit=fit,
-        window=window,
-        num_cpus=num_cpus,
-        stall_seconds=stall_seconds,
-    )
+def most_ready(size: tuple[int, int], window: int) -> int:
+    """Return how many decoded pictures of a size in pixels may wait: a window, or what fits in READY_BYTES."""
+    return max(1, min(window, READY_BYTES // (size[0] * size[1] * 4)))
 
 
 def _free_cpus() -> float:

@@ -26,7 +26,7 @@ ORIENTATION_TAG = 0x0112
 GREY_WITHIN = 3  # the channels of a grey picture differ by no more, of 255
 NEAR_BITS = 4  # pictures whose hashes differ in no more of 64 bits are nearly the same
 MUCH_CUT_OFF = 0.2  # part of a picture that the crop takes away, on average
-HASHES_AT_ONCE = 1024
+PAIRS_AT_ONCE = 2**22  # of hashes that are compared: 32 MB
 
 Three = tuple[int, int, int]  # smallest, median, largest
 
@@ -100,7 +100,7 @@ def survey(
     ]
     captions = [row.caption for row in rows if row.caption and data.use_captions]
     lengths = [max(count_tokens(line) for line in caption.splitlines()) for caption in captions]
-    copies, near = _copies(rows), _near_copies(rows, looks)
+    copies, near = _copies(rows), near_copies(rows, looks)
     found = Survey(
         pictures=len(rows),
         draws=sum(row.repeats for row in rows),
@@ -203,13 +203,16 @@ def _copies(rows: Sequence[Row]) -> list[list[str]]:
     return sorted(sorted(group) for group in places.values() if len(group) > 1)
 
 
-def _near_copies(rows: Sequence[Row], looks: Sequence[Look]) -> list[list[str]]:
+def near_copies(rows: Sequence[Row], looks: Sequence[Look]) -> list[list[str]]:
     """Group pictures of different files whose hashes differ in a few bits, through any chain of such pairs."""
     firsts = {row.sha256: number for number, row in reversed(list(enumerate(rows)))}
     # A flat picture has no differences to hash.
     members = [number for number in sorted(firsts.values()) if looks[number].hash]
-    hashes = np.array([looks[number].hash for number in members], dtype=np.uint64)
-    leader = list(range(len(members)))
+    # Many a set is of one scene: each hash is compared once, however many pictures have it.
+    hashes, which = np.unique(
+        np.array([looks[number].hash for number in members], dtype=np.uint64), return_inverse=True
+    )
+    leader = list(range(len(hashes)))
 
     def lead(number: int) -> int:
         while leader[number] != number:
@@ -217,14 +220,15 @@ def _near_copies(rows: Sequence[Row], looks: Sequence[Look]) -> list[list[str]]:
             number = leader[number]
         return number
 
-    for start in range(0, len(hashes), HASHES_AT_ONCE):
-        block = hashes[start : start + HASHES_AT_ONCE]
+    at_once = max(1, PAIRS_AT_ONCE // max(1, len(hashes)))
+    for start in range(0, len(hashes), at_once):
+        block = hashes[start : start + at_once]
         apart = np.bitwise_count(block[:, None] ^ hashes[None, start:])
         for one, other in zip(*np.nonzero(apart <= NEAR_BITS), strict=True):
             if one < other:
                 leader[lead(start + int(other))] = lead(start + int(one))
     groups: dict[int, list[str]] = {}
-    for number, member in enumerate(members):
+    for number, member in zip(which.tolist(), members, strict=True):
         groups.setdefault(lead(number), []).append(rows[member].uri)
     return sorted(sorted(group) for group in groups.values() if len(group) > 1)
 

@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 from dreamfleet.datasets.captions import split_tags
 from dreamfleet.datasets.errors import DataError
-from dreamfleet.datasets.images import PICTURE_SUFFIXES
-from dreamfleet.datasets.masks import masks_beside
+from dreamfleet.datasets.masks import pictures_among, visible
 from dreamfleet.datasets.sidecars import CAPTION_COLUMNS, CaptionFinder
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.datasets.survey import tag_counts
@@ -118,13 +117,13 @@ def read_captions(storage: Storage, extensions: Sequence[str] = (".txt", ".capti
     """
     if not storage.exists():
         raise DataError(f"folder {storage.url} does not exist. Check the path")
-    names = [name for name in storage.list("", True) if not any(p.startswith(".") for p in name.split("/"))]
-    masks = masks_beside(names)
-    pictures = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES) and name not in masks]
+    names = visible(storage.list("", True))
+    pictures = pictures_among(names)
     if not pictures:
         raise DataError(f"no picture in {storage.url}. Name a folder of pictures (.png, .jpg, .webp ...)")
     finder = CaptionFinder(storage, names, tuple(extensions))
-    return {name: Caption(finder.of(name), finder.file_of(name)) for name in pictures}
+    texts = finder.of_all(pictures)
+    return {name: Caption(text, finder.file_of(name)) for name, text in zip(pictures, texts, strict=True)}
 
 
 def write_captions(
@@ -160,7 +159,8 @@ def write_captions(
     backup = BACKUPS + time.strftime("%Y%m%d-%H%M%S")
     while storage.exists(backup):
         backup += "-2"
-    existing = [file for file in files if storage.exists(file)]
+    there = set(storage.list("", True))
+    existing = [file for file in files if file in there]
     for file in existing:
         storage.write_bytes(f"{backup}/{file}", storage.read_bytes(file))
     for file, text in files.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def test_from_bucket_to_bucket(
 ) -> None:
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
+    began = time.time()
     empty = tmp_path / "empty"
     empty.mkdir()
     monkeypatch.chdir(empty)
@@ -70,3 +72,6 @@ def test_from_bucket_to_bucket(
     for name in ("report.html", "summary.json", "exports/run.safetensors", f"samples/step-{STEPS:06d}.png"):
         assert bucket.exists(f"run/{name}"), name
     assert list(empty.iterdir()) == []
+    secret = s3_server.environment()["AWS_SECRET_ACCESS_KEY"].encode()
+    written = [file for file in Path("/tmp/ray").glob("session_2*/logs/**/*") if file.stat().st_mtime > began]
+    assert written and not [file for file in written if file.is_file() and secret in file.read_bytes()]

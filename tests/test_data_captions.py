@@ -46,10 +46,6 @@ def test_caption_from_filename_as_the_webui_does(file_name, words):
     assert caption_from_filename(file_name) == words
 
 
-def test_caption_from_filename_with_a_pattern():
-    assert caption_from_filename("01-red_apple_big.png", words="[a-z]+", joined_by=", ") == "red, apple, big"
-
-
 def test_fill_template_puts_words_then_name():
     assert fill_template("[name] with [filewords]", "sks", "a [name] hat") == "sks with a sks hat"
     assert fill_template("a photo of {}", "sks", "") == "a photo of sks"

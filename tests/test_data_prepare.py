@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dreamfleet.cluster import cli
 from dreamfleet.datasets.cuts import Cutting, auto_size, draw_cut, plan_cuts
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.focus import place_box
-from dreamfleet.datasets.prepare import MANIFEST, Preparing, name_of, prepare
+from dreamfleet.datasets.prepare import MANIFEST, Preparing, name_of, prepare, save_points
 from dreamfleet.datasets.storage import Storage
 
 
@@ -169,6 +170,13 @@ def test_processes_give_the_same_and_again_does_only_what_is_new(tmp_path: Path)
     assert (out / "c.txt").read_text() == "edited by hand"
     assert (out / "b.png").exists()
     assert not list((out / "10_cat").glob("*")) and "10_cat/a.png" not in again["pictures"]
+
+
+def test_writing_the_manifest_of_a_large_set_costs_no_more_a_picture() -> None:
+    for total in (1000, 100_000):
+        points = list(save_points(total))
+        assert points[0] == 64 and sum(points) < 17 * total
+        assert all(after - before <= max(64, before // 16) for before, after in pairwise(points))
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -71,6 +71,28 @@ def test_names_with_spaces_and_signs(storage):
     assert all(storage.read_text(name) == name for name in names)
 
 
+def test_names_that_lead_out_of_the_folder_are_refused(storage, tmp_path):
+    storage.write_text("in/a.txt", "x")
+    inner = storage.child("in")
+    for act in (
+        lambda: inner.write_text("../b.txt", "x"),
+        lambda: inner.read_bytes("c/../../in/a.txt"),
+        lambda: inner.remove("../in"),
+        lambda: inner.child(".."),
+        lambda: inner.download("../in", tmp_path / "copy"),
+    ):
+        with pytest.raises(StorageError, match="leads out of its folder"):
+            act()
+    assert storage.list("", recursive=True) == ["in/a.txt"]
+    inner.write_text("a..b/..c", "two dots in a name are a name")
+
+
+def test_a_name_as_long_as_the_file_system_takes(tmp_path):
+    name = "猫" * 83 + ".txt"  # 253 of 255 bytes
+    Storage(tmp_path).write_text(name, "x")
+    assert Storage(tmp_path).list() == [name]
+
+
 def test_append(storage):
     for number in range(3):
         storage.append_text("log/metrics.jsonl", f"{number}\n")

@@ -13,7 +13,7 @@ from dreamfleet.datasets.errors import DataError, ResourceError, StorageError
 from dreamfleet.datasets.images import fit_picture, open_picture
 from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.storage import Storage, read_uri
-from dreamfleet.datasets.stream import PictureDraw, stream_pictures
+from dreamfleet.datasets.stream import READY_BYTES, WINDOW, PictureDraw, PictureStream, most_ready
 
 SIDE = 16
 
@@ -63,6 +63,13 @@ def test_a_batch_is_decoded_without_ray(tmp_path):
             np.testing.assert_array_equal(pixels, directly(index, draw))
 
 
+def test_pictures_that_wait_to_be_taken_are_bounded_by_their_size():
+    assert most_ready((64, 64), WINDOW) == WINDOW
+    for side in (512, 1024, 4096):
+        assert 0.9 * READY_BYTES < most_ready((side, side), WINDOW) * side * side * 4 <= READY_BYTES
+    assert most_ready((16384, 16384), WINDOW) == 1
+
+
 @pytest.fixture(scope="module")
 def local_ray(s3_server):  # noqa: F811
     import ray
@@ -72,8 +79,7 @@ def local_ray(s3_server):  # noqa: F811
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
-        runtime_env={"env_vars": s3_server.environment()},
-    )
+    )  # without the keys of the bucket: the stream brings them along
     yield ray
     ray.shutdown()
 
@@ -92,7 +98,7 @@ class TestOnRay:
             folder.write_bytes(f"{seed}.png", picture(seed, size=(20 + seed, 40)))
         index = build_index(folder)
         draws = random_draws(index, 100)
-        with stream_pictures(index, draws, resolution=SIDE, window=40) as stream:
+        with PictureStream(index, draws, resolution=SIDE, window=40) as stream:
             got = list(stream)
         assert len(got) == 100
         for pixels, draw in zip(got, draws, strict=True):
@@ -108,7 +114,7 @@ class TestOnRay:
         index = build_index(folder, verify=False)
         bad = {row for row in range(7) if index.row(row).uri.endswith(("10.png", "11.png"))}
         draws = random_draws(index, 60)
-        with stream_pictures(index, draws, resolution=SIDE, window=20) as stream:
+        with PictureStream(index, draws, resolution=SIDE, window=20) as stream:
             got = [(pixels, stream.row) for pixels in stream]
         for (pixels, told), draw in zip(got, draws, strict=True):
             row = draw.row
@@ -130,7 +136,7 @@ class TestOnRay:
                 last[0] = next(taken)
                 yield PictureDraw(0)
 
-        with stream_pictures(build_index(folder), endless(), resolution=SIDE, window=16) as stream:
+        with PictureStream(build_index(folder), endless(), resolution=SIDE, window=16) as stream:
             for _ in range(20):
                 assert next(stream).shape == (SIDE, SIDE, 3)
             time.sleep(0.5)
@@ -147,11 +153,11 @@ def test_nothing_decodable_and_a_file_gone(local_ray, tmp_path):
     put(tmp_path, "a.png", b"broken now")
     put(tmp_path, "b.png", b"")
     with pytest.raises(DataError, match="none of the 2 pictures can be decoded"):
-        list(stream_pictures(index, [PictureDraw(0)], resolution=SIDE))
+        list(PictureStream(index, [PictureDraw(0)], resolution=SIDE))
     (tmp_path / "a.png").unlink()
     (tmp_path / "b.png").unlink()
     with pytest.raises(StorageError, match="does not exist"):
-        list(stream_pictures(index, [PictureDraw(0)], resolution=SIDE))
+        list(PictureStream(index, [PictureDraw(0)], resolution=SIDE))
 
 
 @pytest.mark.cluster
@@ -168,7 +174,7 @@ def test_a_cluster_without_a_free_cpu_is_told(local_ray, tmp_path):
     try:
         with (
             pytest.raises(ResourceError, match=r"needs 1\.0 CPU of the cluster and 0\.0 are free"),
-            stream_pictures(
+            PictureStream(
                 build_index(str(tmp_path)), [PictureDraw(0)], resolution=SIDE, stall_seconds=2
             ) as stream,
         ):

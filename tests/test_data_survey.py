@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from typer.testing import CliRunner
 
 from dreamfleet.cluster import cli
 from dreamfleet.datasets.config import DataConfig
-from dreamfleet.datasets.survey import difference_hash, survey, tag_counts
+from dreamfleet.datasets.index import Row
+from dreamfleet.datasets.survey import Look, difference_hash, near_copies, survey, tag_counts
 
 
 def run(*words: Any) -> Any:
@@ -107,6 +109,18 @@ def test_hash_holds_under_scaling_and_compression_and_tells_pictures_apart() -> 
     again = Image.open(squeezed)
     assert (difference_hash(first) ^ difference_hash(again)).bit_count() <= 4
     assert (difference_hash(first) ^ difference_hash(picture(2))).bit_count() > 10
+
+
+def test_thousands_of_pictures_of_one_scene_are_one_group_in_a_moment() -> None:
+    row = Row("", "", 1, 1, None, "", 0, "instance", 1)
+    rows = [row._replace(uri=f"{number:05d}", sha256=str(number)) for number in range(20_000)]
+    scenes = [0b1110 << 20, 0b1111 << 20, 0b1111 << 40]  # the first two differ in a bit
+    looks = [Look("PNG", False, False, False, scenes[number % 3]) for number in range(len(rows))]
+    began = time.process_time()
+    near = near_copies(rows, looks)
+    assert time.process_time() - began < 5
+    assert [len(group) for group in near] == [13_334, 6_666]
+    assert near[1] == [one.uri for one in rows[2::3]]
 
 
 def test_tags_count_once_a_caption() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from dreamfleet.cluster import cli
 from dreamfleet.datasets.errors import DataError
+from dreamfleet.datasets.sidecars import CaptionFinder
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.datasets.tags import Edit, edit_caption, parse_replacement, read_captions
 
@@ -116,3 +118,25 @@ def test_what_cannot_be_done_is_told(tmp_path: Path) -> None:
     result = run(folder, "--add", "x", "--in-place")
     assert result.exit_code == 2 and "metadata.csv" in result.stderr
     assert (folder / "a.txt").read_text() == "cat, red_hair"
+
+
+class FarAway(Storage):
+    """A folder whose every answer takes a moment, as a bucket's does."""
+
+    is_local = False
+
+    def read_bytes(self, rel: str = "") -> bytes:
+        time.sleep(0.02)
+        return (Path(self.url) / rel).read_bytes()
+
+
+def test_captions_in_a_bucket_are_read_side_by_side(tmp_path: Path) -> None:
+    names = [f"{number:03d}.png" for number in range(100)]
+    for name in names:
+        (tmp_path / name).with_suffix(".txt").write_text(f"caption of {name}")
+    finder = CaptionFinder(
+        FarAway(tmp_path), [*names, *(name.replace("png", "txt") for name in names)], (".txt",)
+    )
+    began = time.monotonic()
+    assert finder.of_all(names) == [f"caption of {name}" for name in names]
+    assert time.monotonic() - began < 1

@@ -182,7 +182,7 @@ def test_what_is_no_sd1_says_so(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, torch.Tensor], str]] = [
         ({"conditioner.embedders.0.model.ln_final.weight": torch.ones(2)}, "SDXL's refiner"),
         ({conv: torch.ones(320, 9, 3, 3)}, "inpainting"),
-        ({conv: torch.ones(320, 8, 3, 3)}, "instruct-pix2pix"),
+        ({conv: torch.ones(320, 8, 3, 3)}, "InstructPix2Pix"),
         ({"edm_mean": torch.ones(4)}, "Playground"),
         ({conv: torch.ones(8, 4, 3, 3)}, "has shape|lacks"),
         ({"lora_unet.weight": torch.ones(2)}, "holds no unet"),

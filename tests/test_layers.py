@@ -21,7 +21,6 @@ LONG_FILES: dict[str, str] = {}  # over 300 lines: file -> why
 LONG_FUNCTIONS = {  # over 60 lines: file::function -> why
     "cluster/cli_artefacts.py::sample": "its options, each with its help, are its signature",
     "datasets/index.py::build_index": "a third is its signature and what it promises; the rest is one pass in order",
-    "trainers/run.py::_run": "the order of a run, read from top to bottom; most lines are names handed on",
 }
 
 FILES = sorted(p.relative_to(ROOT).as_posix() for f in FOLDERS for p in (ROOT / f).rglob("*.py"))

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from dreamfleet.datasets.errors import ModelError
+from dreamfleet.trainers.plan_trace import Ledger
 from dreamfleet.trainers.sd.embeddings import install_embedding, remove_embeddings, text_embeddings
 from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model, save_pipeline
 
@@ -57,6 +59,21 @@ def test_a_model_that_is_not_there_is_told(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("x")
     with pytest.raises(ModelError, match="not a model"):
         load(tmp_path / "x.txt")
+
+
+def test_a_model_is_saved_in_half_precision_without_a_second_copy_in_full(
+    folder: Path, tmp_path: Path
+) -> None:
+    model = load(folder)
+    before = {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
+    whole = sum(p.numel() * p.element_size() for part in model.modules().values() for p in part.parameters())
+    known = [p for part in model.modules().values() for p in (*part.parameters(), *part.buffers())]
+    with Ledger(known=known) as ledger:
+        save_pipeline(model, tmp_path / "out", dtype=torch.float16)
+    assert ledger.peak < 0.6 * whole
+    saved = load_file(tmp_path / "out/unet/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(saved[name], tensor.half()) for name, tensor in before.items())
+    assert all(torch.equal(model.unet.state_dict()[name], tensor) for name, tensor in before.items())
 
 
 def test_saved_pipeline_loads_in_stock_diffusers_and_draws_the_same(folder: Path, tmp_path: Path) -> None:

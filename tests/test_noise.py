@@ -118,6 +118,6 @@ def test_piecewise_constant_and_webui_strings() -> None:
     assert [rate(s) for s in (0, 99, 100, 999, 1000, 5000)] == [0.005, 0.005, 1e-3, 1e-3, 1e-5, 1e-5]
     assert last_step("0.005:100, 1e-3:1000") == 1000 and last_step("0.005:100, 1e-3") is None
     assert last_step("0.005:100, 1e-3:-1") is None and last_step(1e-4) is None
-    for wrong in ("abc", "0.1:x", "0.1:20,0.2:10", "0.1,0.2", "-1:5", "nan"):
+    for wrong in ("abc", "0.1:x", "0.1:20,0.2:10", "0.1,0.2", "-1:5", "nan", "0.1:0", "0.1:5,0.2:-5"):
         with pytest.raises(RecipeError):
             parse_webui_schedule(wrong)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +19,11 @@ import torch
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError, RunFailed, StorageError
 from dreamfleet.datasets.storage import Storage
-from dreamfleet.trainers.checkpoint import Checkpoints
+from dreamfleet.trainers.checkpoint import Checkpoint, Checkpoints
+from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
-from dreamfleet.trainers.run import open_run_folder, run_worker
+from dreamfleet.trainers.recorder import Recorder
+from dreamfleet.trainers.run import newest_checkpoint, open_run_folder, run_worker
 
 TEXTUAL_INVERSION = {"name": "textual_inversion", "placeholder_token": "<x>", "num_vectors": 2}
 
@@ -118,6 +123,85 @@ def test_a_torn_or_tampered_checkpoint_is_passed_over_with_a_warning(
     found = checkpoints.load_latest()
     assert found is not None and found.step == 1
     assert "learned.safetensors is damaged" in caplog.text and "engine.pt cannot be read" in caplog.text
+
+
+def damage(run: Path, step: int) -> None:
+    weights = run / "checkpoints" / f"step-{step:06d}" / "learned.safetensors"
+    data = weights.read_bytes()
+    weights.unlink()  # who has read it may still look into it
+    weights.write_bytes(data[:-4] + b"\0\0\0\1")
+
+
+def test_a_damaged_checkpoint_is_made_anew_when_its_step_comes_again(tmp_path: Path) -> None:
+    tree = recipe_tree(tmp_path, "run")
+    run_worker(build_recipe(tree))
+    before = final_state(tree)
+    damage(tmp_path / "run", 6)
+    assert run_worker(build_recipe(tree), resume=True).start_step == 4
+    assert_same(final_state(tree), before)
+
+
+def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(Storage(str(tmp_path)), limit=1)
+    checkpoints.save(5, learned={"w": torch.ones(3)}, engine={}, meta={})
+    damage(tmp_path, 5)
+    checkpoints.save(4, learned={"w": torch.ones(3)}, engine={}, meta={})
+    found = checkpoints.load_latest()
+    assert found is not None and found.step == 4
+
+
+@dataclass(frozen=True)
+class OneOfTwo(Place):
+    """Rank 1 of two: remembers that it waited, and hears from rank 0 what it is told to."""
+
+    rank: int = 1
+    world: int = 2
+    heard: Any = None
+    waits: list[bool] = field(default_factory=list)
+
+    def wait(self) -> None:
+        self.waits.append(True)
+
+    def told(self, value: Any) -> Any:
+        return self.heard
+
+
+def test_a_worker_that_comes_late_to_a_save_waits_like_the_others(tmp_path: Path) -> None:
+    """Rank 0 may have written all of it before the others arrive; one that passes by leaves it waiting for ever."""
+    checkpoints, place = Checkpoints(Storage(str(tmp_path))), OneOfTwo()
+    checkpoints.save(2, learned={"w": torch.zeros(1)}, engine={}, meta={})
+    engine: Any = SimpleNamespace(learned=dict, state=dict)
+    parts: Any = SimpleNamespace(engine=engine)
+    recipe = build_recipe(recipe_tree(tmp_path, "run"))
+    recorder = Recorder(recipe, parts, place, Storage(str(tmp_path)), checkpoints, 0, None, "")
+    recorder.save(2)
+    assert place.waits == [True]
+    recorder.save(2)  # stopped right after it was saved: nobody saves again
+    assert place.waits == [True]
+
+
+def test_all_workers_go_on_from_the_checkpoint_that_the_first_one_found(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(Storage(str(tmp_path)))
+    for step in (1, 2):
+        checkpoints.save(step, learned={"w": torch.full((3,), float(step))}, engine={}, meta={})
+    found = newest_checkpoint(checkpoints, OneOfTwo(heard=1))  # rank 0 could not read the second
+    assert found is not None and found.step == 1
+    assert newest_checkpoint(checkpoints, OneOfTwo(heard=None)) is None
+    newest = newest_checkpoint(checkpoints, Place())
+    assert newest is not None and newest.step == 2
+
+
+def test_nothing_of_a_checkpoint_is_held_while_the_run_goes_on(tmp_path: Path) -> None:
+    tree = recipe_tree(tmp_path, "run")
+    run_worker(build_recipe(tree), should_stop=tiny.Stop(2))
+    held: list[int] = []
+
+    def look() -> bool:
+        held.append(sum(type(thing) is Checkpoint for thing in gc.get_objects()))
+        return False
+
+    assert run_worker(build_recipe(tree), resume=True, should_stop=look).start_step
+    assert held and not any(held)
 
 
 def test_old_checkpoints_go_only_beyond_the_limit(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import tiny
 import yaml
 from servers import S3Server, s3_server  # noqa: F401  (a fixture)
 
-from dreamfleet.datasets.errors import CheckpointError, RecipeError
+from dreamfleet.datasets.errors import CheckpointError, RecipeError, RunFailed
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.check import check_run
 from dreamfleet.trainers.export import export_run
+from dreamfleet.trainers.metrics import Metrics, read_metrics
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker
 
@@ -119,6 +120,50 @@ def test_check_tries_everything_and_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     bad = check_run(build_recipe(whole_recipe(tmp_path, data__instance_data_dir=str(tmp_path / "none"))))
     assert not {line.name: line.ok for line in bad}["pictures"]
+
+
+class BucketOfAppends(Storage):
+    """Remembers what is appended to it."""
+
+    is_local = False
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.appended: list[str] = []
+
+    def write_text(self, rel: str, text: str) -> None:
+        assert (rel, text) == ("metrics.jsonl", "")
+
+    def append_text(self, rel: str, text: str) -> None:
+        self.appended.append(text)
+
+
+def test_a_bucket_gets_training_figures_in_batches_and_validation_rounds_at_once(tmp_path: Path) -> None:
+    """A bucket has no append: every writing sends all lines again."""
+    bucket = BucketOfAppends(tmp_path)
+    metrics = Metrics(bucket)
+    for step in range(1, 51):
+        metrics.log({"step": step, "loss": 0.5})
+    assert bucket.appended == []
+    metrics.log({"step": 50, "holdout_loss": 0.4})
+    assert [text.count("\n") for text in bucket.appended] == [51]
+    metrics.log({"step": 51, "loss": 0.5})
+    metrics.close()
+    assert bucket.appended[1:] == ['{"step": 51, "loss": 0.5}\n']
+
+
+@pytest.mark.s3
+def test_a_run_that_fails_leaves_its_figures_in_the_bucket(
+    tmp_path: Path,
+    s3_server: S3Server,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    changes = {"optimizer": {"learning_rate": 1e30, "max_grad_norm": 0}, "output_dir": s3_server.new_folder()}
+    with pytest.raises(RunFailed, match="no longer a number"):
+        run_worker(build_recipe(tiny.make_recipe(tmp_path, **changes)))
+    assert [line["step"] for line in read_metrics(Storage(changes["output_dir"]))] == [1]
 
 
 @pytest.mark.s3

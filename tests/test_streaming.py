@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +16,11 @@ import torch
 from PIL import Image
 from tiny_models import tiny_family
 
+from dreamfleet.datasets.config import DataConfig
+from dreamfleet.datasets.index import build_index
+from dreamfleet.datasets.plan import Draw
 from dreamfleet.trainers.assemble import assemble
+from dreamfleet.trainers.pictures import Shown, StreamedPixels, read_pixels
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker
@@ -72,6 +77,27 @@ def test_streamed_buckets_and_masks_are_resident_ones(tmp_path: Path, local_ray:
     resident = losses(tmp_path, output_dir=str(tmp_path / "resident"), **changes)
     streamed = losses(tmp_path, output_dir=str(tmp_path / "stream"), data__source="stream", **changes)
     assert streamed == pytest.approx(resident, rel=1e-5)
+
+
+@pytest.mark.cluster
+def test_pictures_may_be_asked_for_while_the_plan_is_still_read(tmp_path: Path, local_ray: None) -> None:
+    """The stream goes through the plan in a thread of its own, in which a slow plan may be just then."""
+    index = build_index(tiny.make_pictures(tmp_path / "pictures", 3))
+    data = DataConfig(instance_data_dir=str(tmp_path), resolution=tiny.RESOLUTION)
+    pictures = StreamedPixels(index, Shown(index, data, 0), cell=4)
+    draws = [Draw(row, 0) for row in (2, 0, 1)]
+
+    def slowly() -> Iterator[Draw]:
+        for draw in draws:
+            time.sleep(0.2)
+            yield draw
+
+    pictures.follow(slowly())
+    time.sleep(0.1)
+    taken = torch.cat([pictures.take(draws[:2])["pixels"], pictures.take(draws[2:])["pixels"]])
+    pictures.close()
+    expected = torch.stack([torch.from_numpy(read_pixels(index.row(draw.row).uri, data)) for draw in draws])
+    assert torch.equal(taken, expected)
 
 
 @pytest.mark.cluster

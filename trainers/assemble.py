@@ -20,6 +20,7 @@ from dreamfleet.trainers.engine import DTYPES, Engine, TorchEngine
 from dreamfleet.trainers.feed import Feed, Preparer
 from dreamfleet.trainers.loop import Schedule
 from dreamfleet.trainers.methods.base import Batch, Method, Setting, discover
+from dreamfleet.trainers.methods.seeing import SeeingMethod
 from dreamfleet.trainers.optim import make_rates
 from dreamfleet.trainers.picture_feed import PictureFeed
 from dreamfleet.trainers.pictures import load_pictures
@@ -113,8 +114,10 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
     weights = {name: tensor.clone() for name, tensor in method.state().items()} if moments else {}
     model = method.model
     check_resolution(recipe, model)
-    chosen, apart = method.choose(sets.instances)
-    sets = replace(sets, instances=chosen)
+    apart = None
+    if isinstance(method, SeeingMethod):
+        chosen, apart = method.choose(sets.instances)
+        sets = replace(sets, instances=chosen)
     sizes = check_buckets(recipe, sets, method)
     classes = gather_class_images(recipe, sets, method, place)
     train = recipe.train
@@ -160,7 +163,7 @@ def make_feed(
     """Make what gives batches: latents with noise and prompts, or decoded pictures; and what readies them."""
     train = recipe.train
     share = {"rank": place.rank, "world": place.world, "num_micros": train.gradient_accumulation_steps}
-    if method.sees_files:
+    if isinstance(method, SeeingMethod):
         return PictureFeed(
             plan, instances=instances, method=method, data=recipe.data, **share
         ), lambda batch: batch

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,9 @@ class Checkpoints:
                 f"; the checkpoint of step {earlier[-1]} is intact, continue with --resume" if earlier else ""
             )
             raise StorageError(f"checkpoint of step {step} could not be saved: {error}{kept}") from error
-        for old in self.steps()[: -self.limit] if self.limit else []:
+        # Later ones are damaged, or the run would have gone on from them: they do not count.
+        until_now = [old for old in self.steps() if old <= step]
+        for old in until_now[: -self.limit] if self.limit else []:
             self._remove_quietly(folder_name(old))
         return name
 
@@ -103,32 +105,33 @@ class Checkpoints:
             wanted = {file: (entry["size"], entry["sha256"]) for file, entry in manifest["files"].items()}
         except (StorageError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"checkpoint {name}: its manifest cannot be read ({error})") from error
-        data = {}
-        for file, (size, digest) in wanted.items():
+        # From files, not from their bytes: those of a whole model would be held twice.
+        with ExitStack() as stack:
+            paths = {}
+            for file, expected in wanted.items():
+                try:
+                    paths[file] = stack.enter_context(self.storage.local_copy(f"{name}/{file}"))
+                    found = _measure(paths[file])
+                except (StorageError, OSError) as error:
+                    raise CheckpointError(f"checkpoint {name}: {file} cannot be read ({error})") from error
+                if found != expected:
+                    raise CheckpointError(
+                        f"checkpoint {name}: {file} is damaged (its size or sha256 is not the manifest's)"
+                    )
             try:
-                data[file] = self.storage.read_bytes(f"{name}/{file}")
-            except StorageError as error:
-                raise CheckpointError(f"checkpoint {name}: {file} cannot be read ({error})") from error
-            if len(data[file]) != size or hashlib.sha256(data[file]).hexdigest() != digest:
-                raise CheckpointError(
-                    f"checkpoint {name}: {file} is damaged (its size or sha256 is not the manifest's)"
+                return Checkpoint(
+                    step=step,
+                    learned=safetensors.torch.load_file(paths["learned.safetensors"]),
+                    engine=torch.load(paths["engine.pt"], map_location="cpu", weights_only=True),
+                    meta=json.loads(paths["meta.json"].read_text()),
                 )
-        try:
-            return Checkpoint(
-                step=step,
-                learned=safetensors.torch.load(data["learned.safetensors"]),
-                engine=torch.load(io.BytesIO(data["engine.pt"]), map_location="cpu", weights_only=True),
-                meta=json.loads(data["meta.json"]),
-            )
-        except Exception as error:  # hashes were right, so whatever is wrong was wrong when it was written
-            raise CheckpointError(f"checkpoint {name} cannot be read: {error}") from error
+            except Exception as error:  # the hashes were right: it was written wrong
+                raise CheckpointError(f"checkpoint {name} cannot be read: {error}") from error
 
     def _write(self, rel: str, writer: Callable[[Path], object]) -> dict[str, Any]:
         with self.storage.staging(rel) as path:
             writer(path)
-            with path.open("rb") as handle:
-                digest = hashlib.file_digest(handle, "sha256").hexdigest()
-            return {"size": path.stat().st_size, "sha256": digest}
+            return dict(zip(("size", "sha256"), _measure(path), strict=True))
 
     def _remove_quietly(self, name: str) -> None:
         try:
@@ -140,6 +143,13 @@ class Checkpoints:
 def folder_name(step: int) -> str:
     """Return the folder of a step's checkpoint."""
     return f"step-{step:06d}"
+
+
+def _measure(path: Path) -> tuple[int, str]:
+    """Return a file's size in bytes and its sha256."""
+    with path.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    return path.stat().st_size, digest
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dreamfleet.datasets.bucket import bucket_environment
 from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.hold import Stop, claimed, stop_on_signal
@@ -138,9 +139,14 @@ def _make_trainer(
                 if type(callback).__name__ != "PlacementGroupCleanerCallback"
             ]
 
-    scaling = recipe.scaling
+    scaling, keys = recipe.scaling, bucket_environment()
+
+    def loop(config: dict[str, Any]) -> dict[str, Any]:
+        # The keys come along inside: Ray shows and logs a worker's environment, and may export the loop's config.
+        return train_worker(config, keys)
+
     return (LocalTrainer if session.private else TorchTrainer)(
-        train_worker,
+        loop,
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
             "threads": share.threads,

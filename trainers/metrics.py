@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 from dreamfleet.datasets.storage import Storage
 
 FILE = "metrics.jsonl"
+BUCKET_SECONDS = (
+    10.0  # between two writings of training figures to a bucket, where each writes the whole file
+)
 
 
 class Metrics:
@@ -28,6 +32,7 @@ class Metrics:
         else:
             kept = [line for line in read_metrics(run) if line["step"] <= start_step]
             self.run.write_text(FILE, "".join(json.dumps(line) + "\n" for line in kept))
+        self._pending, self._written = "", time.monotonic()
         self._board, self._local = None, None
         if "tensorboard" in report_to:
             from torch.utils.tensorboard import SummaryWriter
@@ -43,7 +48,11 @@ class Metrics:
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line; ``line["step"]`` counts finished optimizer steps. Nested dicts become ``key/inner`` tags."""
-        self.run.append_text(FILE, json.dumps(line) + "\n")
+        self._pending += json.dumps(line) + "\n"
+        # A search waits for validation rounds, and reads them from the file.
+        is_round = "loss" not in line
+        if self.run.is_local or is_round or time.monotonic() - self._written >= BUCKET_SECONDS:
+            self._write_pending()
         if self._board is not None:
             for tag, value in _flatten(line).items():
                 if tag != "step" and isinstance(value, int | float) and math.isfinite(value):
@@ -58,6 +67,7 @@ class Metrics:
 
     def flush(self) -> None:
         """Bring everything written so far to the run folder."""
+        self._write_pending()
         if self._board is not None:
             self._board.flush()
             if self._local is not None:
@@ -70,6 +80,11 @@ class Metrics:
             self._board.close()
         if self._local is not None:
             self._local.cleanup()
+
+    def _write_pending(self) -> None:
+        if self._pending:
+            self.run.append_text(FILE, self._pending)
+        self._pending, self._written = "", time.monotonic()
 
 
 def read_metrics(run: Storage) -> list[dict[str, Any]]:

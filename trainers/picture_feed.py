@@ -1,4 +1,4 @@
-"""The batches of a method that sees files: decoded when their turn comes, ahead, by each worker its share."""
+"""The batches of a method that sees pictures: decoded when their turn comes, ahead, by each worker its share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from dreamfleet.datasets.index import BadFile, Index
 from dreamfleet.datasets.plan import BatchPlan, Draw
 from dreamfleet.datasets.storage import read_uri
 from dreamfleet.trainers.feed import to_samples
-from dreamfleet.trainers.methods.base import Batch, Method, Use
+from dreamfleet.trainers.methods.base import Batch
+from dreamfleet.trainers.methods.seeing import SeeingMethod, Use
 from dreamfleet.trainers.pictures import Shown
 
 
@@ -47,7 +48,7 @@ class PictureFeed:
         plan: BatchPlan,
         *,
         instances: Index,
-        method: Method,
+        method: SeeingMethod,
         data: DataConfig,
         rank: int = 0,
         world: int = 1,
@@ -72,10 +73,10 @@ class PictureFeed:
 
     def stream(self, start_step: int, stop_step: int | None = None, *, ahead: int = 4) -> Iterator[Batch]:
         """Yield the batches of steps ``start_step`` to ``stop_step`` (None: endless), ``ahead`` made in a thread."""
-        steps = itertools.count(start_step) if stop_step is None else range(start_step, stop_step)
-        positions = ((step, micro) for step in steps for micro in range(self.num_micros))
+        positions = self._positions(start_step, stop_step)
         if self.data.source == "stream":
-            yield from self._from_cluster(positions)
+            # Two of them: the stream reads ahead in a thread of its own.
+            yield from self._from_cluster(positions, self._positions(start_step, stop_step))
             return
         pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
         try:
@@ -87,14 +88,19 @@ class PictureFeed:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _from_cluster(self, positions: Iterator[tuple[int, int]]) -> Iterator[Batch]:
-        from dreamfleet.datasets.stream import PictureDraw, stream_pictures
+    def _positions(self, start: int, stop: int | None) -> Iterator[tuple[int, int]]:
+        steps = itertools.count(start) if stop is None else range(start, stop)
+        return ((step, micro) for step in steps for micro in range(self.num_micros))
 
-        ahead, positions = itertools.tee(positions)
+    def _from_cluster(
+        self, positions: Iterator[tuple[int, int]], ahead: Iterator[tuple[int, int]]
+    ) -> Iterator[Batch]:
+        from dreamfleet.datasets.stream import PictureDraw, PictureStream
+
         draws = (draw for position in ahead for draw in self._draws(*position))
         told = (PictureDraw(draw.row, None, False) for draw in draws)
         data = self.data
-        with stream_pictures(
+        with PictureStream(
             self.instances, told, resolution=data.resolution, max_pixels=data.max_pixels, fit=self.method.fit
         ) as pictures:
             self._undecodable = pictures.bad

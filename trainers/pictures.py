@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 # More at once is no faster on a card, and at 512 px it would set a run's peak memory.
 ENCODE_PIXELS = 8 * 256**2
+SHARED_AT_ONCE = 2**24  # numbers of latents that go over the card between workers: 64 MB
 
 
 class Pictures(Protocol):
@@ -142,17 +144,21 @@ class StreamedPixels:
     def __init__(self, index: Index, shown: Shown, *, cell: int):
         self.index, self.shown, self._cell = index, shown, cell
         self._stream: PictureStream | None = None
-        self._order: Iterator[Draw] = iter(())
+        self._told: deque[Draw] = deque()  # to the stream, and not taken yet
 
     def follow(self, draws: Iterable[Draw]) -> None:
         """Start reading ahead along these draws; :meth:`take` must then ask for exactly them."""
-        from dreamfleet.datasets.stream import stream_pictures
+        from dreamfleet.datasets.stream import PictureStream
 
-        ahead, self._order = itertools.tee(draws)
+        def told() -> Iterator[PictureDraw]:  # runs in the stream's thread
+            for draw in draws:
+                self._told.append(draw)
+                yield self.shown.of(draw)
+
         data = self.shown.data
-        self._stream = stream_pictures(
+        self._stream = PictureStream(
             self.index,
-            map(self.shown.of, ahead),
+            told(),
             resolution=data.resolution,
             max_pixels=data.max_pixels,
             weighted=data.alpha_mask,
@@ -163,9 +169,10 @@ class StreamedPixels:
         if self._stream is None:
             cuts = [read_cut(self.index, self.shown.of(draw), self.shown.data) for draw in draws]
             return to_tensors(cuts, cell=self._cell)
-        expected = list(itertools.islice(self._order, len(draws)))
-        assert expected == list(draws), "the stream was told another order"
-        found = [(next(self._stream), self._stream.row) for _ in draws]
+        found = []
+        for draw in draws:
+            found.append((next(self._stream), self._stream.row))
+            assert self._told.popleft() == draw, "the stream was told another order"
         tensors = to_tensors([cut for cut, _ in found], cell=self._cell)
         return {**tensors, "rows": torch.tensor([row for _, row in found])}
 
@@ -250,10 +257,10 @@ def encode_index(
                 for number, value in zip(chunk, found[name], strict=True):
                     kept[number].copy_(value)
     if world > 1:  # pictures of other ranks are zero here, so the sum is exact
-        for tensor in whole.values():
-            shared = tensor.to(device)
+        for part in (part for tensor in whole.values() for part in tensor.split(SHARED_AT_ONCE)):
+            shared = part.to(device)
             dist.all_reduce(shared)
-            tensor.copy_(shared)
+            part.copy_(shared)
     return Encoded(views["mean"], views["std"], views.get("mask"))
 
 

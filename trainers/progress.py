@@ -238,11 +238,18 @@ class _LocalMark:
 class _RunLog(logging.Handler):
     def __init__(self, run: Storage):
         super().__init__()
-        self.run = run
+        self.run, self.is_writing = run, False
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
 
     def emit(self, record: logging.LogRecord) -> None:
+        if (
+            self.is_writing
+        ):  # a bucket in trouble warns of that; to write it down would meet the same trouble, and so on
+            return
+        self.is_writing = True
         try:
             self.run.append_text(LOG_FILE, self.format(record).replace("\n", "\n  ") + "\n")
         except Exception:  # noqa: BLE001 - what logging asks of every handler
             self.handleError(record)
+        finally:
+            self.is_writing = False

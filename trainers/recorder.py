@@ -21,10 +21,12 @@ from dreamfleet.trainers.assemble import Parts
 from dreamfleet.trainers.checkpoint import Checkpoints, folder_name
 from dreamfleet.trainers.methods.base import Base
 from dreamfleet.trainers.methods.exports import Export
+from dreamfleet.trainers.methods.seeing import SeeingMethod
 from dreamfleet.trainers.metrics import Metrics, read_metrics
 from dreamfleet.trainers.pictures import read_pixels
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.sd.fidelity import MOST_REAL
 from dreamfleet.trainers.summary import Summary
 from dreamfleet.trainers.validation import HeldOutLoss, HeldOutPictures, Judge, draw_previews, wants_judge
 
@@ -45,15 +47,10 @@ class Recorder:
         on_progress: Callable[[dict[str, Any]], None] | None,
         engine_reason: str,
     ):
-        self.engine_reason = engine_reason
-        self.recipe, self.parts, self.place, self.run, self.checkpoints = (
-            recipe,
-            parts,
-            place,
-            run,
-            checkpoints,
-        )
+        self.engine_reason, self.checkpoints = engine_reason, checkpoints
+        self.recipe, self.parts, self.place, self.run = recipe, parts, place, run
         self.start_step, self.on_progress = start_step, on_progress
+        self.saved = start_step if start_step else None  # the same on every rank
         self.best: tuple[float, int] | None = None
         self.metrics: Metrics | None = None
         self.held_out: HeldOutLoss | HeldOutPictures | None = None
@@ -63,7 +60,7 @@ class Recorder:
     def open(self) -> None:
         """Write recipe and real pictures, measure and draw the untuned model."""
         validation, parts, data = self.recipe.validation, self.parts, self.recipe.data
-        if parts.apart is not None:
+        if parts.apart is not None and isinstance(parts.method, SeeingMethod):
             self.held_out = HeldOutPictures(parts.apart, method=parts.method, max_pixels=data.max_pixels)
         elif validation.holdout:
             self.held_out = HeldOutLoss(
@@ -99,10 +96,16 @@ class Recorder:
             if self.on_progress is not None:
                 self.on_progress({**line, "total_steps": self.parts.schedule.total})
 
+    def flush(self) -> None:
+        """Bring every line written so far to the run folder."""
+        if self.metrics is not None:
+            self.metrics.flush()
+
     def save(self, step: int) -> None:
         """Save a checkpoint; every rank calls, rank 0 writes, all wait until it is whole."""
-        if step in self.checkpoints.steps():
+        if step == self.saved:
             return
+        self.saved = step
         # Every rank: an engine that shards gathers here.
         learned, engine = self.parts.engine.learned(), self.parts.engine.state()
         if self.place.leads:
@@ -118,8 +121,7 @@ class Recorder:
                     "versions": versions(),
                 },
             )
-            if self.metrics is not None:
-                self.metrics.flush()
+            self.flush()
         self.place.wait()
 
     def validate(self, step: int) -> dict[str, float]:
@@ -225,7 +227,7 @@ class Recorder:
     def _real_pictures(self, index: Index) -> list[Image.Image]:
         arrays = [
             (read_pixels(uri, self.recipe.data).transpose(1, 2, 0) + 1) * 127.5
-            for uri in index.column("uri")[:64]
+            for uri in index.column("uri")[:MOST_REAL]
         ]
         return [Image.fromarray(array.round().clip(0, 255).astype("uint8")) for array in arrays]
 

@@ -88,7 +88,7 @@ def run_worker(
     began = started or time.time()
     place = Place(rank, world, torch.device(device))
     checkpoints = Checkpoints(Storage(recipe.output_dir), limit=recipe.train.checkpoints_total_limit)
-    found = checkpoints.load_latest() if resume else None
+    found = newest_checkpoint(checkpoints, place) if resume else None
     recipe, engine_reason = settle_engine(recipe, place)
     parts = assemble(recipe, place, begins=found is None)
     try:
@@ -125,23 +125,20 @@ def _run(
     recorder = Recorder(recipe, parts, place, run, checkpoints, start_step, on_progress, engine_reason)
     recorder.open()
     ready = time.time()
-    outcome = train(
-        parts.method,
-        parts.engine,
-        parts.feed.stream(start_step, parts.schedule.total),
-        parts.prepare,
-        rates=parts.rates,
-        schedule=parts.schedule,
-        seed=recipe.train.seed,
-        start_step=start_step,
-        hooks=Hooks(
-            log=recorder.log,
-            save=recorder.save,
-            sample=recorder.sample,
-            validate=recorder.validate,
-            should_stop=should_stop,
-        ),
-    )
+    try:
+        outcome = train(
+            parts.method,
+            parts.engine,
+            parts.feed.stream(start_step, parts.schedule.total),
+            parts.prepare,
+            rates=parts.rates,
+            schedule=parts.schedule,
+            seed=recipe.train.seed,
+            start_step=start_step,
+            hooks=Hooks(recorder.log, recorder.save, recorder.sample, recorder.validate, should_stop),
+        )
+    finally:
+        recorder.flush()  # also what a run that fails has measured
     trained = time.time()
     summary = Summary(
         run=recipe.run_name,
@@ -170,6 +167,16 @@ def _run(
     recorder.close(summary, outcome.step, began=began)
     place.wait()
     return summary
+
+
+def newest_checkpoint(checkpoints: Checkpoints, place: Place) -> Checkpoint | None:
+    """Read the newest checkpoint that rank 0 finds whole, on every rank; None when there is none.
+
+    A file that one rank cannot read must not make it go on from another step than the others.
+    """
+    found = checkpoints.load_latest() if place.leads else None
+    step = place.told(found.step if found else None)
+    return found if place.leads or step is None else checkpoints.load(step)
 
 
 def _restore(found: Checkpoint, recipe: Recipe, parts: Parts, place: Place) -> int:

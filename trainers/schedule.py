@@ -71,6 +71,8 @@ def parse_webui_schedule(text: str) -> list[tuple[float, int | None]]:
             ) from None
         if not value >= 0 or value == math.inf:
             raise RecipeError(f"learning rate {text!r}: {rate!r} is not a rate")
+        if end is not None and end != -1 and end < 1:
+            raise RecipeError(f"learning rate {text!r}: {item.strip()!r} ends before the first step")
         pieces.append((value, None if end == -1 else end))
     ends = [end for _, end in pieces if end is not None]
     if ends != sorted(set(ends)) or any(end is None for _, end in pieces[:-1]):

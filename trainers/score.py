@@ -20,6 +20,7 @@ from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.trainers.sd.clip import load_clip
 from dreamfleet.trainers.sd.dino import load_dino
 from dreamfleet.trainers.sd.fidelity import (
+    MOST_REAL,
     Scores,
     clip_i,
     clip_t,
@@ -58,7 +59,7 @@ def score_run(
     """Score a run folder, a model, or a folder of pictures; the result can be written as JSON.
 
     A run: its exports draw `num_images` pictures of every prompt (the recipe's validation prompts unless given),
-    which are compared with the held-out pictures, or the training ones where none are held out. A model (diffusers
+    which are compared with the held-out pictures, or 64 training ones where none are held out. A model (diffusers
     folder or single file): the same with `prompts` and `real` given. A folder of pictures: compared with `real`, and
     with `prompts` or those written beside the pictures (captions, metadata.jsonl). CLIP is the recipe's, else the
     pocket's.
@@ -158,7 +159,7 @@ def _score_run_folder(
     if place:
         real_pictures = _read_folder(Storage(place))[0]
     else:
-        real_pictures = [_read(uri) for uri in load_sets(recipe.data).instances.column("uri")]
+        real_pictures = [_read(uri) for uri in load_sets(recipe.data).instances.column("uri")[:MOST_REAL]]
     judges = _Judges(clip or validation.clip, dino or validation.dino)
     scores = judges.score(pictures, asked, real_pictures, strip=words_to_strip(recipe))
     figures = _summary(run).get("figures")

@@ -182,7 +182,8 @@ def caption_folder(
     """
     storage, target = Storage(folder), Storage(out if out is not None else folder)
     captions = read_captions(storage)
-    done = {name for name in captions if out is not None and target.exists(_text_file(name))}
+    written = set(target.list("", True)) if out is not None else set()
+    done = {name for name in captions if _text_file(name) in written}
     if how.existing == "ignore":
         done |= {name for name, one in captions.items() if one.text is not None}
     pending = [name for name in captions if name not in done]

@@ -19,6 +19,7 @@ from dreamfleet.datasets.section import Section
 from dreamfleet.trainers.engine import Engine
 from dreamfleet.trainers.feed import Preparer, to_samples
 from dreamfleet.trainers.methods.base import Method
+from dreamfleet.trainers.methods.seeing import SeeingMethod
 from dreamfleet.trainers.picture_feed import PictureReader
 from dreamfleet.trainers.pictures import Shown, encode_index
 from dreamfleet.trainers.sd.noise import draw_noise
@@ -62,14 +63,10 @@ class HeldOutLoss:
         model, self.method = method.model, method
         encoded = encode_index(index, model, data, rank=rank, world=world)
         samples = to_samples(index)
-        total = model.scheduler.config.num_train_timesteps
+        self.ids, total = [sample.id for sample in samples], model.scheduler.config.num_train_timesteps
         self.timesteps = torch.tensor([int((j + 0.5) * total / count) for j in range(count)])
         self.latents = [mean * model.vae.config.scaling_factor for mean in encoded.mean]
         self.masks = encoded.mask or [torch.ones(1, *mean.shape[1:]) for mean in encoded.mean]
-        self.noise = []
-        for sample, latents in zip(samples, self.latents, strict=True):
-            keys = [("holdout", 0, j, sample.id) for j in range(count)]
-            self.noise.append(draw_noise(keys, tuple(latents.shape), num_timesteps=total)[0])
         fixed = data.model_copy(update={"caption_dropout": 0.0, "tag_dropout": 0.0, "shuffle_tags": False})
         shown = Shown(index, data.model_copy(update={"center_crop": True, "random_flip": False}), 0)
         self.time_ids = shown.time_ids([Draw(row, 0) for row in range(len(samples))])
@@ -81,11 +78,13 @@ class HeldOutLoss:
         losses, count = [], len(self.timesteps)
         prepare = Preparer(self.method)
         with evaluating(self.method), engine.autocast():
-            every = zip(self.latents, self.noise, self.masks, self.time_ids, self.prompts, strict=True)
-            for latents, noise, mask, time_ids, prompt in every:
+            every = zip(self.ids, self.latents, self.masks, self.time_ids, self.prompts, strict=True)
+            for picture, latents, mask, time_ids, prompt in every:
+                # Drawn each time, the same from its key: kept, it would take as much as all latents, times count.
+                keys = [("holdout", 0, j, picture) for j in range(count)]
                 batch = {
                     "latents": latents.expand(count, -1, -1, -1),
-                    "noise": noise,
+                    "noise": draw_noise(keys, tuple(latents.shape), num_timesteps=1)[0],
                     "mask": mask.expand(count, -1, -1, -1),
                     "timesteps": self.timesteps,
                     "time_ids": time_ids.expand(count, -1),
@@ -102,7 +101,7 @@ class HeldOutLoss:
 class HeldOutPictures:
     """The pictures that a method set apart itself, measured its own way; read anew each time."""
 
-    def __init__(self, index: Index, *, method: Method, max_pixels: int):
+    def __init__(self, index: Index, *, method: SeeingMethod, max_pixels: int):
         self.method, self._read = method, PictureReader(index, max_pixels=max_pixels)
 
     @torch.no_grad()

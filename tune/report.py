@@ -75,7 +75,7 @@ def _figures(ledger: Ledger) -> str:
         for name, value, note in told
     )
     command = f"dreamfleet train {ledger.folder.path(BEST)}"
-    where = f"It is {best.name}; its recipe is written out: <code>{escape(command)}</code>"
+    where = f"It is {escape(best.name)}; its recipe is written out: <code>{escape(command)}</code>"
     return f'<section><h2>The best trial</h2><p class="note">{where}</p><dl class="figures">{cards}</dl></section>'
 
 
@@ -174,7 +174,7 @@ def _table(ledger: Ledger) -> str:
         if trial.error:
             told = f'<span title="{escape(trial.error)}">{told}: {escape(trial.error[:80])}</span>'
         body += (
-            f'<tr{mark}><td><a href="{trial.folder}/report.html">{trial.name}</a></td>'
+            f'<tr{mark}><td><a href="{escape(trial.folder)}/report.html">{escape(trial.name)}</a></td>'
             + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
             + f"<td class='state-of'>{told}</td></tr>"
         )

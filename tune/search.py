@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dreamfleet.datasets.bucket import bucket_environment
 from dreamfleet.datasets.errors import DataError, RecipeError, ResourceError, RunFailed
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.hold import Stop, claimed, stop_on_signal
@@ -198,7 +199,7 @@ def _make_tuner(
         figures=ledger.figures,
         threads=share.threads,
         uses_gpu=share.uses_gpu,
-        environment=worker_environment(share.threads),
+        environment=worker_environment(share.threads) | bucket_environment(),
     )
     return tune.Tuner(
         tune.with_resources(

@@ -99,10 +99,10 @@ def _cell(ledger: Ledger, trials: Sequence[Trial]) -> tuple[str, bool]:
     assert value is not None
     words = trial.name + (f", best of {len(trials)}" if len(trials) > 1 else "")
     picture = _previews(ledger, trial)
-    image = f'<img src="{picture}" alt="previews of {trial.name}" loading="lazy">' if picture else ""
+    image = f'<img src="{picture}" alt="previews of {escape(trial.name)}" loading="lazy">' if picture else ""
     mark = ' class="best"' if trial is ledger.best else ""
     inside = f"{image}<b>{escape(wording.number(value, 4))}</b> <small>{escape(words)}</small>"
-    return f'<td{mark}><a href="{trial.folder}/report.html">{inside}</a></td>', bool(picture)
+    return f'<td{mark}><a href="{escape(trial.folder)}/report.html">{inside}</a></td>', bool(picture)
 
 
 def _previews(ledger: Ledger, trial: Trial) -> str | None:

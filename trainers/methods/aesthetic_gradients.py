@@ -22,14 +22,13 @@ from dreamfleet.datasets.errors import ModelError, RecipeError
 from dreamfleet.trainers.methods.base import (
     Batch,
     Loss,
-    Method,
     MethodConfig,
     ParamGroup,
     Setting,
-    Use,
     register,
 )
 from dreamfleet.trainers.methods.exports import Export
+from dreamfleet.trainers.methods.seeing import SeeingMethod, Use
 from dreamfleet.trainers.methods.whole_model import export_checkpoints
 from dreamfleet.trainers.sd.aesthetic import (
     AestheticEncoder,
@@ -108,7 +107,7 @@ class Summation(torch.optim.Optimizer):
 
 
 @register
-class AestheticGradients(Method):
+class AestheticGradients(SeeingMethod):
     """Teach a taste: the mean CLIP vector of a set; prompts are tuned towards it when drawn. Kilobytes, slower drawing.
 
     One pass over the set adds up CLIP's features of the pictures and their number, each picture once; more passes
@@ -119,7 +118,6 @@ class AestheticGradients(Method):
     Config = AestheticGradientsConfig
     formats = ("pt",)
     all_formats = ("pt", "diffusers")
-    sees_files = True
     refused: ClassVar[dict[str, str]] = dict.fromkeys(
         ("engine.zero_stage", "engine.use_ema"), "which adds up a mean of its own"
     )

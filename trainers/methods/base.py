@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from dreamfleet.datasets import captions
 from dreamfleet.datasets.config import Concept
-from dreamfleet.datasets.decode import Fit
 from dreamfleet.datasets.errors import RecipeError
-from dreamfleet.datasets.fitting import as_it_is
-from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.section import Section
 from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.methods.fits import check_fits
@@ -61,17 +57,6 @@ class Sample(NamedTuple):
     def file_name(self) -> str:
         """The last part of the picture's address."""
         return self.uri.rpartition("/")[2]
-
-
-class Use(NamedTuple):
-    """One use of a decoded picture, in which pass over the set (from 0); ``key``, of its chances, None: as it is."""
-
-    sample: Sample
-    epoch: int
-    picture: Image.Image
-    mirrored: bool = False
-    key: tuple[int | str, ...] | None = None
-    instead: bool = False  # another picture, as its own cannot be decoded
 
 
 class Base(NamedTuple):
@@ -123,7 +108,6 @@ class Method(nn.Module):
     #: names of the files an export writes when the recipe does not say
     formats: tuple[str, ...] = ()
     all_formats: tuple[str, ...] = ()
-    sees_files: ClassVar[bool] = False  # decoded pictures, through `see`, in place of latents and prompts
     refused: ClassVar[Mapping[str, str]] = {}  # keys of the recipe that must stay at their defaults: why
     no_plan: ClassVar[str | None] = None  # why `plan` cannot count its memory
     helper_of: ClassVar[str | None] = None  # the method that what it makes is for
@@ -162,23 +146,6 @@ class Method(nn.Module):
         model = self.model
         words = f"{TITLES[model.family]}, {model.prediction_type}, {model.resolution} px"
         return Base(model.folder, model.content_hash, words)
-
-    def choose(self, instances: Index) -> tuple[Index, Index | None]:
-        """Split the pictures into those to train on and those to measure with; usually all, and None."""
-        return instances, None
-
-    @property
-    def fit(self) -> Fit:
-        """What may be done to a picture before :meth:`see`, anywhere on the cluster; usually nothing."""
-        return as_it_is
-
-    def see(self, uses: Sequence[Use]) -> Batch:
-        """Turn pictures into a batch on the CPU, for a method that sees files."""
-        raise NotImplementedError
-
-    def examine(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Measure the pictures that were set apart: figures by name, ``holdout_loss`` among them."""
-        raise NotImplementedError
 
     @property
     def helpers(self) -> dict[str, nn.Module]:

@@ -26,14 +26,13 @@ from dreamfleet.trainers.methods.base import (
     Base,
     Batch,
     Loss,
-    Method,
     MethodConfig,
     ParamGroup,
     Setting,
-    Use,
     register,
 )
 from dreamfleet.trainers.methods.exports import Export
+from dreamfleet.trainers.methods.seeing import SeeingMethod, Use
 from dreamfleet.trainers.sd.discriminator import (
     INPUT_SIZE,
     adapt_network,
@@ -115,7 +114,7 @@ class DiscriminatorConfig(MethodConfig):
 
 
 @register
-class DiscriminatorTraining(Method):
+class DiscriminatorTraining(SeeingMethod):
     """Teach a classifier from labelled pictures which are good; prompt tuning learns from its judgement.
 
     A picture's label travels as its caption, the name of its class, so the hash of the data covers it.
@@ -126,7 +125,6 @@ class DiscriminatorTraining(Method):
     needs = ()
     formats = ("transformers",)
     all_formats = ("transformers", "pth")
-    sees_files = True
     helper_of = "prompt_tuning"
     refused: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("validation.prompts", "data.enable_bucket"), "which draws no pictures"),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dreamfleet.datasets.errors import ModelError
 from dreamfleet.datasets.fitting import Fitting
 from dreamfleet.trainers.sd.model import POCKET, pocket_folder, quiet_libraries
+from dreamfleet.trainers.sd.model_files import first_line
 
 BATCH = 32
 TEXT_PROJECTION = "text_projection.safetensors"  # beside the towers, in the pocket's layout
@@ -171,7 +172,7 @@ def _load_towers(folder: Path, name: str) -> ClipScorer:
             float(extra.get("logit_scale", torch.tensor(4.6052))),
         )
     except Exception as error:  # each library raises its own errors for a torn or missing file
-        raise ModelError(f"{name}: its CLIP cannot be loaded from {folder}: {_first_line(error)}") from error
+        raise ModelError(f"{name}: its CLIP cannot be loaded from {folder}: {first_line(error)}") from error
     preprocessing = read_preprocessing(folder / "image_encoder", image_size=_image_size(vision.config))
     return ClipScorer(
         name=name,
@@ -205,7 +206,7 @@ def _load_whole(folder: Path, name: str) -> ClipScorer:
         model = CLIPModel.from_pretrained(source, torch_dtype=torch.float32)
         tokenizer = CLIPTokenizer.from_pretrained(source)
     except Exception as error:  # as above, and the network's
-        raise ModelError(f"{name}: not a CLIP that can be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{name}: not a CLIP that can be loaded: {first_line(error)}") from error
     if not folder.is_dir():
         from huggingface_hub import hf_hub_download
 
@@ -241,7 +242,3 @@ def _pair(size: Any) -> tuple[int, int]:
 
 def _place(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

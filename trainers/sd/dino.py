@@ -14,6 +14,7 @@ from torch import Tensor
 from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.sd.clip import BATCH, Preprocessing, read_preprocessing
 from dreamfleet.trainers.sd.model import quiet_libraries
+from dreamfleet.trainers.sd.model_files import first_line
 
 
 class DinoScorer:
@@ -59,6 +60,5 @@ def load_dino(folder: str | Path) -> DinoScorer:
         model = AutoModel.from_pretrained(path, torch_dtype=torch.float32, local_files_only=True)
         size = int(model.config.image_size)
     except Exception as error:  # each library raises its own errors for a torn or unfitting folder
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise ModelError(f"{folder}: not a ViT that can be loaded: {first}") from error
+        raise ModelError(f"{folder}: not a ViT that can be loaded: {first_line(error)}") from error
     return DinoScorer(name=path.name, model=model, preprocessing=read_preprocessing(path, image_size=size))

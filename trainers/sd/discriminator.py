@@ -23,6 +23,7 @@ from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.sd.clip import Preprocessing
 from dreamfleet.trainers.sd.formats.convnext import SUFFIXES, read_convnext
 from dreamfleet.trainers.sd.model import quiet_libraries
+from dreamfleet.trainers.sd.model_files import first_line
 
 INPUT_SIZE = 384  # pixels of a side, where a file does not say
 HEAD_SCALE = 1e-3  # a new head starts this much smaller, as the authors' fine-tuning does
@@ -153,7 +154,7 @@ def _load(path: Path, name: str) -> Discriminator:
             source, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:  # the library raises its own zoo of errors, and the network's
-        raise ModelError(f"{name}: not a discriminator that can be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{name}: not a discriminator that can be loaded: {first_line(error)}") from error
     lost = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
     if config.get("model_type") != "convnext" or lost:
         why = (
@@ -197,7 +198,3 @@ def _with_small_head(network: Any) -> Any:
         for param in network.classifier.parameters():
             param.mul_(HEAD_SCALE)
     return network
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -5,19 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dreamfleet.datasets.errors import ModelError
-from dreamfleet.trainers.sd.formats.ldm_names import Config, family_of
+from dreamfleet.trainers.sd.formats.ldm_names import OTHER_CHANNELS, Config, family_of
 
 Configs = Mapping[str, Config]
 
 TITLES = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "SDXL"}
 TRAINED = "methods train Stable Diffusion 1.x, 2.x and SDXL base"
-# By the channels that enter the U-Net: noised latents, and what else lies beside them.
-_OTHERS = {
-    5: "a depth-to-image model",
-    7: "an upscaler",
-    8: "an editing model (InstructPix2Pix)",
-    9: "an inpainting model",
-}
 
 
 def is_sdxl(configs: Configs) -> bool:
@@ -33,7 +26,7 @@ def refuse_other_families(configs: Configs, name: str) -> None:
     unet, vae = configs.get("unet", {}), configs.get("vae", {})
     entering, latents = unet.get("in_channels", 4), vae.get("latent_channels", unet.get("out_channels", 4))
     if entering != latents:
-        kind = _OTHERS.get(entering, "not a text-to-image model")
+        kind = OTHER_CHANNELS.get(entering, "not a text-to-image model")
         raise ModelError(
             f"{name}: {kind}: its U-Net takes {entering} channels and its VAE gives {latents}; {TRAINED}"
         )

@@ -20,6 +20,10 @@ from dreamfleet.trainers.sd.dino import DinoScorer
 
 # N generated pictures, P features.
 
+MOST_REAL = (
+    64  # of a training set that pictures are compared with, as they lie in memory: the first by their hash
+)
+
 
 @dataclass(frozen=True)
 class Scores:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.sd import embeddings, lora
 from dreamfleet.trainers.sd.condition import Condition
 from dreamfleet.trainers.sd.formats.ldm_names import Family, family_of
+from dreamfleet.trainers.sd.formats.tensor_files import to_dtype
 from dreamfleet.trainers.sd.model_config import POCKET, ModelConfig, noise_schedule
 from dreamfleet.trainers.sd.model_files import download, fingerprint, load_folder_parts
 
@@ -91,9 +93,8 @@ class StableDiffusion:
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the loaded parts by name."""
-        parts = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
-        parts["text_encoder_2"] = self.text_encoder_2
-        return {name: part for name, part in parts.items() if part is not None}
+        names = ("unet", "vae", "text_encoder", "text_encoder_2")
+        return {name: part for name in names if (part := getattr(self, name)) is not None}
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Turn prompts into ids ``[B, T]``, T = 77 a chunk, knowing the words of installed embeddings.
@@ -210,9 +211,8 @@ def load_model(config: ModelConfig, needs: Collection[str] = ALL_PARTS) -> Stabl
     if name == POCKET:
         return _load_folder(pocket_folder(), name, config, needs)
     if "://" in name:
-        storage = Storage(name)
-        with storage.local_copy("") as copy:
-            return _load_path(Path(copy), name, config, needs)
+        with Storage(name).local_copy() as local:
+            return _load_path(local, name, config, needs)
     path = Path(name).expanduser()
     if path.exists():
         return _load_path(path, name, config, needs)
@@ -237,14 +237,15 @@ def save_pipeline(model: StableDiffusion, folder: Path, *, dtype: torch.dtype | 
 
     Of an SDXL, one that ``StableDiffusionXLPipeline`` loads.
     """
-    import copy
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     embeddings.remove_embeddings(model)
     parts: dict[str, Any] = {
-        name: part if dtype in (None, part.dtype) else copy.deepcopy(part).to(dtype)
+        name: part if dtype is None or dtype == part.dtype else _copied(part, dtype)
         for name, part in model.modules().items()
     }
-    parts |= {"tokenizer": model.tokenizer, "scheduler": sampling_scheduler(model), "feature_extractor": None}
+    noise = DDIMScheduler.from_config(model.scheduler.config)
+    parts |= {"tokenizer": model.tokenizer, "scheduler": noise, "feature_extractor": None}
     if model.is_sdxl:
         from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
             StableDiffusionXLPipeline,
@@ -264,11 +265,13 @@ def save_pipeline(model: StableDiffusion, folder: Path, *, dtype: torch.dtype | 
     )
 
 
-def sampling_scheduler(model: StableDiffusion) -> Any:
-    """Make a DDIM scheduler with the model's noise schedule."""
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-    return DDIMScheduler.from_config(model.scheduler.config)
+def _copied(part: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Copy a part to the host in ``dtype``, tensor by tensor: a card has no room for it twice."""
+    copies: dict[int, Any] = {}
+    for tensor in (*part.parameters(), *part.buffers()):
+        made = to_dtype(tensor, dtype)
+        copies[id(tensor)] = nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
+    return copy.deepcopy(part, copies)
 
 
 def _load_path(path: Path, name: str, config: ModelConfig, needs: Collection[str]) -> StableDiffusion:

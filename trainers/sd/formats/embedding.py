@@ -15,18 +15,19 @@ from torch import Tensor
 from dreamfleet.datasets.errors import FormatError
 from dreamfleet.trainers.sd.formats import image_embedding
 from dreamfleet.trainers.sd.formats.pickles import (
+    METADATA_KEY,
+    is_real,
     load_pickle,
     parameters_of,
     require_backed,
     save_pickle,
+    text_entries,
 )
 from dreamfleet.trainers.sd.formats.tensor_files import read_safetensors, write_safetensors
 
 SUFFIXES = (".pt", ".bin", ".safetensors", *image_embedding.SUFFIXES)
 
-_METADATA_KEY = "dreamfleet"  # an extra entry of the webui dict: webui and diffusers pass over it
 _PREFIX = "dreamfleet."  # of our fields in a safetensors header, apart from the metadata itself
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _KEYS_WITHOUT_NAME = ("emb_params", "clip_l", "clip_g", "*", "")
 
 
@@ -168,7 +169,7 @@ def _to_webui(embedding: Embedding) -> dict[str, Any]:
         "sd_checkpoint_name": embedding.sd_checkpoint_name,
     }
     if embedding.metadata:
-        data[_METADATA_KEY] = json.dumps(embedding.metadata)
+        data[METADATA_KEY] = json.dumps(embedding.metadata)
     return data
 
 
@@ -187,7 +188,7 @@ def _from_webui(data: dict[Any, Any], path: Path, *, name_from_file: bool) -> Em
         step if type(step) is int and 0 <= step < 10**18 else 0,
         hash_ if isinstance(hash_, str) else None,
         checkpoint if isinstance(checkpoint, str) else None,
-        _metadata(data.get(_METADATA_KEY)),
+        text_entries(data.get(METADATA_KEY)),
     )
 
 
@@ -243,21 +244,12 @@ def _to_header(embedding: Embedding) -> dict[str, str]:
 
 def _vectors(value: Any, path: Path) -> Tensor:
     # Sparse and meta tensors pass torch's safe reader as well, and claim any size; so do views of one number.
-    plain = isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
-    if not plain or value.dtype not in _DTYPES:
+    if not is_real(value):
         raise FormatError(f"{path}: holds a {type(value).__name__} where the vectors should be.")
     if path.suffix.lower() in (".pt", ".bin"):
         require_backed([value], path)
     vectors = value.detach().float()
     return vectors[None] if vectors.ndim == 1 else vectors
-
-
-def _metadata(text: Any) -> dict[str, str]:
-    try:
-        found = json.loads(text) if isinstance(text, str) else {}
-    except (ValueError, RecursionError):
-        return {}
-    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
 
 def _card(embedding: Embedding) -> list[str]:

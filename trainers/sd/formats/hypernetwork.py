@@ -13,12 +13,18 @@ import torch
 from torch import Tensor
 
 from dreamfleet.datasets.errors import FormatError, UserError
-from dreamfleet.trainers.sd.formats.pickles import is_real, load_pickle, require_backed, save_pickle
+from dreamfleet.trainers.sd.formats.pickles import (
+    METADATA_KEY,
+    is_real,
+    load_pickle,
+    require_backed,
+    save_pickle,
+    text_entries,
+)
 from dreamfleet.trainers.sd.hypernetwork import Hypernetwork, Structure, derived_dropout
 
 SUFFIX = ".pt"
 
-_METADATA_KEY = "dreamfleet"  # an extra entry, which the webui passes over
 _MOST_WIDTHS = 32
 _LARGEST_WIDTH = 2**16
 _OLD_NAMES = {f"linear{number}.{part}": f"linear.{number - 1}.{part}"
@@ -72,7 +78,7 @@ def write_hypernetwork(file: HypernetworkFile, path: str | os.PathLike[str]) -> 
         "optional_info": None,
     }
     if file.metadata:
-        data[_METADATA_KEY] = json.dumps(file.metadata)
+        data[METADATA_KEY] = json.dumps(file.metadata)
     return save_pickle(data, path)
 
 
@@ -114,7 +120,7 @@ def read_hypernetwork(path: str | os.PathLike[str]) -> HypernetworkFile:
         step if type(step) is int else 0,
         hash_ if isinstance(hash_, str) else None,
         checkpoint if isinstance(checkpoint, str) else None,
-        _metadata(data.get(_METADATA_KEY)),
+        text_entries(data.get(METADATA_KEY)),
         tuple(widths),
     )
 
@@ -206,11 +212,3 @@ def _require_finite(weights: Mapping[str, Tensor], width: int, path: Path) -> No
             raise FormatError(
                 f"{path}: {name} of width {width} holds NaN or infinite numbers; its training failed."
             )
-
-
-def _metadata(text: Any) -> dict[str, str]:
-    try:
-        found = json.loads(text) if isinstance(text, str) else {}
-    except (ValueError, RecursionError):
-        return {}
-    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dreamfleet.datasets.errors import FormatError
 from dreamfleet.trainers.sd.formats.ldm_names import (
     NEEDS,
+    OTHER_CHANNELS,
     PREFIXES,
     Config,
     Family,
@@ -23,12 +24,6 @@ from dreamfleet.trainers.sd.formats.text_names import Place, clip_place
 
 _MOST_LAYERS = 200
 _LARGEST_SIZE = 2**20
-_OTHER_CHANNELS = {
-    5: "a depth model",
-    7: "an upscaler",
-    8: "an editing model (instruct-pix2pix)",
-    9: "an inpainting model",
-}
 _OTHER_KEYS = {
     "conditioner.embedders.0.model.ln_final.weight": "SDXL's refiner",
     "depth_model.model.pretrained.act_postprocess3.0.project.0.bias": "a depth model",
@@ -102,8 +97,8 @@ def family_in(state: Mapping[str, Tensor], path: Path) -> Family:
     first = state.get("model.diffusion_model.input_blocks.0.0.weight")
     channels = first.shape[1] if first is not None and first.ndim == 4 else 4
     other = ""
-    if channels in _OTHER_CHANNELS:
-        other = _OTHER_CHANNELS[channels]
+    if channels in OTHER_CHANNELS:
+        other = OTHER_CHANNELS[channels]
     for key, kind in _OTHER_KEYS.items():
         if key in state:
             other = kind

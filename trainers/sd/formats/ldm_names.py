@@ -136,6 +136,12 @@ FAMILY_CONFIGS: dict[Family, dict[str, Config]] = {
     "sdxl": SDXL_CONFIGS,
 }
 
+OTHER_CHANNELS = {  # that enter a U-Net, noised latents and what else lies beside them: which model that is
+    5: "a depth-to-image model",
+    7: "an upscaler",
+    8: "an editing model (InstructPix2Pix)",
+    9: "an inpainting model",
+}
 _UNET_TOP = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",

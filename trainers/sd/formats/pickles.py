@@ -8,6 +8,7 @@ file on one unknown entry. What `torch.save` writes today has names it does not 
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import re
@@ -36,6 +37,8 @@ STORABLE_DTYPES = (
 )
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+METADATA_KEY = "dreamfleet"  # an extra entry of our files' dicts, which webui and diffusers pass over
 
 _ALIGNMENT = 64  # bytes: torch reads tensors in place when their data starts at such an offset
 _PROTOCOL = 2  # what torch.save uses, and the newest that both checkers and weights_only read
@@ -96,6 +99,15 @@ def load_pickle(source: str | os.PathLike[str] | bytes) -> Any:
         raise StorageError(f"{where}: cannot be read ({error.strerror or error}).") from error
     except Exception as error:  # a hostile or broken stream fails in any way torch's reader can
         raise FormatError(_explain(where, error)) from error
+
+
+def text_entries(value: Any) -> dict[str, str]:
+    """Read the JSON that stands under METADATA_KEY; {} for anything else."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else {}
+    except (ValueError, RecursionError):
+        return {}
+    return {str(key): str(text) for key, text in found.items()} if isinstance(found, dict) else {}
 
 
 def replacing(path: str | os.PathLike[str]) -> AbstractContextManager[Path]:

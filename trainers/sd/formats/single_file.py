@@ -36,7 +36,7 @@ from dreamfleet.trainers.sd.formats.ldm_names import (
 )
 from dreamfleet.trainers.sd.formats.model_header import config_of, configs_in, model_header, tokenizer_in
 from dreamfleet.trainers.sd.formats.original_config import write_original_config
-from dreamfleet.trainers.sd.formats.pickles import load_pickle, require_backed, save_pickle
+from dreamfleet.trainers.sd.formats.pickles import is_dense, load_pickle, require_backed, save_pickle
 from dreamfleet.trainers.sd.formats.prediction import predicts_velocity, told_schedule
 from dreamfleet.trainers.sd.formats.tensor_files import read_safetensors, to_dtype, write_safetensors
 
@@ -195,14 +195,9 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
         raise FormatError(f"{path}: holds no model; a .ckpt is a dict of tensors.")
     header = data.get("dreamfleet")
     header = header if isinstance(header, dict) else {}
-    tensors = {key: value for key, value in state.items() if isinstance(key, str) and _is_plain(value)}
+    tensors = {key: value for key, value in state.items() if isinstance(key, str) and is_dense(value)}
     require_backed(tensors.values(), path)
     return (
         tensors,
         {str(key): value for key, value in header.items() if isinstance(value, str)},
     )
-
-
-def _is_plain(value: Any) -> bool:
-    # Sparse, quantized and meta tensors pass torch's safe reader as well.
-    return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
