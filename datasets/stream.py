@@ -11,12 +11,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from dreamfleet.datasets.bucket import bucket_environment
 from dreamfleet.datasets.decode import Fit, decode_batch, decode_one
 from dreamfleet.datasets.errors import DataError, ResourceError, StorageError
 from dreamfleet.datasets.images import MAX_PIXELS
 from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.masks import PictureDraw
+from dreamfleet.datasets.object_store import bucket_environment
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ Found = tuple[int, np.ndarray]  # a picture, and its row in the index
 class PictureStream(Iterator[np.ndarray]):
     """Decodes pictures of an index on the cluster, for `draws` (may be endless) in exactly their order.
 
-    Yields uint8 [H,W,3] or, `weighted`, [H,W,4] with the fourth channel of cut_picture; `row` is whose picture came last.
-    Draws without a size are cut to `resolution`. With `fit`, pictures are not cut but made into what it gives, of any size.
+    Yields uint8 [H,W,3] or, `weighted`, [H,W,4] with the fourth channel of cut_picture; `row` is whose came last. Draws
+    without a size are cut to `resolution`. With `fit`, pictures are not cut but made into what it gives, of any size.
     Close it, or use a `with`.
 
     Works in windows of `window` draws, one Ray Data execution each, the next one starting while pictures of

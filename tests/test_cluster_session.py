@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import tiny
 
-from dreamfleet.datasets.bucket import bucket_environment
 from dreamfleet.datasets.errors import RecipeError, ResourceError, StorageError
+from dreamfleet.datasets.object_store import bucket_environment
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers import progress, ray_session
 from dreamfleet.trainers.hold import claimed, stop_on_signal

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dreamfleet.datasets.bucket import bucket_environment
 from dreamfleet.datasets.errors import DataError, RecipeError, ResourceError, RunFailed
+from dreamfleet.datasets.object_store import bucket_environment
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.hold import Stop, claimed, stop_on_signal
 from dreamfleet.trainers.launch import run_in_thread
