@@ -242,7 +242,7 @@ def build_parts(recipe: Any, device: torch.device, *, settle: bool = True) -> tu
 
 def synthetic_batch(recipe: Any, method: Any) -> Any:
     """Make a batch of the plan's shapes on the host, filled with noise."""
-    from dreamfleet.trainers.plan_memory import make_batch
+    from dreamfleet.trainers.plan_count import make_batch
 
     batch = make_batch(recipe, method)
     generator = torch.Generator().manual_seed(0)

@@ -19,7 +19,7 @@ from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.trainers.assemble import Parts, assemble
 from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.place import Place
-from dreamfleet.trainers.plan_memory import method_shape
+from dreamfleet.trainers.plan_count import method_shape
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker
 from dreamfleet.trainers.sd.clip import load_clip

@@ -27,7 +27,7 @@ from dreamfleet.datasets.labels import (
 )
 from dreamfleet.trainers.artefacts import describe
 from dreamfleet.trainers.assemble import Parts, Place, assemble
-from dreamfleet.trainers.plan_memory import method_shape
+from dreamfleet.trainers.plan_count import method_shape
 from dreamfleet.trainers.preflight import check_inputs
 from dreamfleet.trainers.recipe import build_recipe, load_recipe
 from dreamfleet.trainers.run import run_worker

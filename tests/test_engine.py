@@ -13,6 +13,7 @@ import torch
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceError
 from dreamfleet.trainers.assemble import Parts, assemble
+from dreamfleet.trainers.feed import Preparer
 from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
@@ -205,3 +206,26 @@ def test_what_learns_stays_at_home_while_the_rest_goes_to_the_device(tmp_path: P
     kept = {name: (next(p.parameters()).device.type, p.dtype) for name, p in model.modules().items()}
     assert kept["unet"] == ("cpu", torch.float32)
     assert kept["vae"] == kept["text_encoder"] == ("meta", torch.bfloat16)
+
+
+def test_encoded_prompts_are_remembered_within_their_memory(tmp_path: Path) -> None:
+    parts, asked = make_parts(tmp_path), []
+    encode = parts.method.encode
+    parts.method.encode = lambda prompts: asked.append(list(prompts)) or encode(prompts)  # type: ignore[method-assign,func-returns-value]
+    one = encode(["a cat"]).num_bytes
+    prepare, batch = Preparer(parts.method, memory=2 * one), parts.feed.batch(0)
+
+    def context(*prompts: str) -> torch.Tensor:
+        return prepare({**batch, "prompts": list(prompts)})["context"]
+
+    first = context("a", "b")
+    assert torch.equal(first, encode(["a", "b"]).context) and asked == [["a", "b"]]
+    assert torch.equal(context("b", "a", "b"), first[[1, 0, 1]]) and len(asked) == 1
+    context("a", "c")  # b was used last before them, so it is what goes
+    context("c", "a")
+    assert asked == [["a", "b"], ["c"]]
+    context("b")
+    assert asked[2:] == [["b"]]
+    assert torch.equal(context("d", "e", "f"), encode(["d", "e", "f"]).context), (
+        "a batch may need more than is kept"
+    )

@@ -23,7 +23,7 @@ from dreamfleet.trainers.assemble import Parts
 from dreamfleet.trainers.export import export_run
 from dreamfleet.trainers.memory import CHOICES, estimate
 from dreamfleet.trainers.methods.exports import Export
-from dreamfleet.trainers.plan_memory import count_run, method_shape
+from dreamfleet.trainers.plan_count import count_run, method_shape
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker
 from dreamfleet.trainers.score import load_exported

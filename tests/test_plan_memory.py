@@ -22,8 +22,9 @@ from dreamfleet.trainers.assemble import Parts
 from dreamfleet.trainers.counts import Counts, Pass
 from dreamfleet.trainers.engine import TorchEngine
 from dreamfleet.trainers.engine_choices import CHOICES, EngineChoice
+from dreamfleet.trainers.feed import REMEMBERED
 from dreamfleet.trainers.memory import GIB, cheapest_fit, estimate, estimate_all, parse_size
-from dreamfleet.trainers.plan_memory import count_run, method_shape
+from dreamfleet.trainers.plan_count import count_run, method_shape
 from dreamfleet.trainers.plan_trace import Autocast, precision, trace_step
 from dreamfleet.trainers.recipe import build_recipe
 
@@ -128,6 +129,12 @@ def test_states_on_nvme_leave_one_group_on_the_host() -> None:
     assert on_disk.host["optimizer"] == 8 * (100_000_000 + 2**20) and on_host.host["optimizer"] == 8 * GIB
     assert on_disk.disk == 32 * GIB and on_host.disk == 0
     assert on_disk.choice.settings["engine.offload_optimizer_device"] == "nvme"
+
+
+def test_prompts_that_vary_fill_the_memory_there_is_for_them(tmp_path: Path) -> None:
+    fixed, varied = count(tmp_path), count(tmp_path, data__shuffle_tags=True)
+    assert 0 < fixed.text_embeddings < 2**20 and varied.text_embeddings == REMEMBERED
+    assert count(tmp_path, method=WORD).text_embeddings == 0, "what learns is encoded anew"
 
 
 def test_what_zero_shards_waits_on_the_host() -> None:

@@ -22,7 +22,7 @@ from dreamfleet.trainers.artefacts import describe
 from dreamfleet.trainers.assemble import Parts, assemble
 from dreamfleet.trainers.feed import to_samples
 from dreamfleet.trainers.place import Place
-from dreamfleet.trainers.plan_memory import count_run, method_shape
+from dreamfleet.trainers.plan_count import count_run, method_shape
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.sd.embeddings import (
     install_embedding,

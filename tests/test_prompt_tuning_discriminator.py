@@ -13,7 +13,7 @@ from dreamfleet.cluster.parcel import pack
 from dreamfleet.datasets.errors import FormatError, ModelError, RecipeError
 from dreamfleet.trainers.assemble import Parts, Place, assemble
 from dreamfleet.trainers.engine import TorchEngine
-from dreamfleet.trainers.plan_memory import count_run, method_shape
+from dreamfleet.trainers.plan_count import count_run, method_shape
 from dreamfleet.trainers.preflight import check_inputs
 from dreamfleet.trainers.recipe import build_recipe, load_recipe
 from dreamfleet.trainers.sd.discriminator import load_discriminator, make_network, save_network

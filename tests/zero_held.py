@@ -20,7 +20,7 @@ from dreamfleet.trainers.assemble import assemble
 from dreamfleet.trainers.engine_choices import CHOICES, NVME_CHOICES, EngineChoice
 from dreamfleet.trainers.memory import estimate
 from dreamfleet.trainers.place import Place
-from dreamfleet.trainers.plan_memory import count_run, method_shape
+from dreamfleet.trainers.plan_count import count_run, method_shape
 from dreamfleet.trainers.recipe import build_recipe
 
 

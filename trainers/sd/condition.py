@@ -36,6 +36,11 @@ class Condition(NamedTuple):
         """Return it with these sizes, where it is of a model that is told sizes."""
         return self if self.pooled is None else self._replace(time_ids=time_ids)
 
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all of it."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self if tensor is not None)
+
     def rows(self) -> list[Condition]:
         """Take the samples apart, each with a first dimension of 1."""
         each = [[None] * len(self.context) if tensor is None else tensor.split(1) for tensor in self]
