@@ -120,6 +120,29 @@ def test_a_torn_or_tampered_checkpoint_is_passed_over_with_a_warning(
     assert "learned.safetensors is damaged" in caplog.text and "engine.pt cannot be read" in caplog.text
 
 
+def test_a_damaged_checkpoint_is_written_anew_by_the_run_that_passed_it_over(tmp_path: Path) -> None:
+    tree = recipe_tree(tmp_path, "run", method=TEXTUAL_INVERSION)
+    run_worker(build_recipe(tree))
+    weights = Path(tree["output_dir"]) / "checkpoints/step-000006/learned.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert run_worker(build_recipe(tree), resume=True).start_step == 4
+    assert weights.read_bytes() == whole and Checkpoints(Storage(tree["output_dir"])).load(6).step == 6
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_figures_and_a_new_one_says_that_it_starts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tree = recipe_tree(tmp_path, "run", method=TEXTUAL_INVERSION)
+    with caplog.at_level("INFO", "dreamfleet"):
+        first = run_worker(build_recipe(tree), resume=True)
+    assert "starting at step 0" in caplog.text
+    again = run_worker(build_recipe(tree), resume=True)
+    assert (again.start_step, again.figures["loss"]) == (6, first.figures["loss"])
+    told = json.loads((Path(tree["output_dir"]) / "summary.json").read_text())
+    assert told["figures"]["loss"] == first.figures["loss"]
+
+
 def test_old_checkpoints_go_only_beyond_the_limit(tmp_path: Path) -> None:
     checkpoints = Checkpoints(Storage(str(tmp_path)), limit=2)
     for step in (1, 2, 3, 10):

@@ -12,6 +12,7 @@ from typing import Any
 from dreamfleet.datasets.storage import Storage
 
 FILE = "metrics.jsonl"
+SUMMARISED = ("loss", "holdout_loss", "clip_i", "clip_t", "dino", "accuracy")
 
 
 class Metrics:
@@ -83,6 +84,14 @@ def read_metrics(run: Storage) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return lines
+
+
+def logged_figures(run: Storage) -> dict[str, float]:
+    """Return the figures of a run folder that were logged last, each by its name."""
+    found: dict[str, float] = {}
+    for line in read_metrics(run):
+        found |= {name: value for name, value in line.items() if name in SUMMARISED}
+    return found
 
 
 def _flatten(line: dict[str, Any], prefix: str = "") -> dict[str, Any]:

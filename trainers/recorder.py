@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,13 @@ from dreamfleet.trainers.assemble import Parts
 from dreamfleet.trainers.checkpoint import Checkpoints, folder_name
 from dreamfleet.trainers.methods.base import Base
 from dreamfleet.trainers.methods.exports import Export
-from dreamfleet.trainers.metrics import Metrics, read_metrics
+from dreamfleet.trainers.metrics import Metrics, logged_figures, read_metrics
 from dreamfleet.trainers.pictures import read_pixels
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.summary import Summary
 from dreamfleet.trainers.validation import HeldOutLoss, HeldOutPictures, Judge, draw_previews, wants_judge
-
-PACKAGES = ("dreamfleet", "torch", "diffusers", "transformers", "ray", "deepspeed")
+from dreamfleet.trainers.versions import versions
 
 
 class Recorder:
@@ -54,6 +51,7 @@ class Recorder:
             checkpoints,
         )
         self.start_step, self.on_progress = start_step, on_progress
+        self.saved = start_step or None  # the step of the newest checkpoint that is known to be whole
         self.best: tuple[float, int] | None = None
         self.metrics: Metrics | None = None
         self.held_out: HeldOutLoss | HeldOutPictures | None = None
@@ -101,8 +99,9 @@ class Recorder:
 
     def save(self, step: int) -> None:
         """Save a checkpoint; every rank calls, rank 0 writes, all wait until it is whole."""
-        if step in self.checkpoints.steps():
+        if step == self.saved:
             return
+        self.saved = step
         # Every rank: an engine that shards gathers here.
         learned, engine = self.parts.engine.learned(), self.parts.engine.state()
         if self.place.leads:
@@ -176,7 +175,8 @@ class Recorder:
                     summary.exports = self._export(step)
         if not self.place.leads:
             return
-        summary.figures.update(self.figures)
+        # A run that had nothing left to do measured nothing now: its figures are those that were logged.
+        summary.figures = {**logged_figures(self.run), **summary.figures, **self.figures}
         summary.wall_seconds = time.time() - began
         self.run.write_text("summary.json", json.dumps(dataclasses.asdict(summary), indent=1))
         if self.metrics is not None:
@@ -244,17 +244,6 @@ def run_identity(recipe: Recipe, parts: Parts) -> dict[str, Any]:
         "global_batch": parts.global_batch,
         "seed": recipe.train.seed,
     }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what shapes a run's numbers."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def provenance(recipe: Recipe, parts: Parts, engine_reason: str) -> str:

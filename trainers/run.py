@@ -18,9 +18,10 @@ from dreamfleet.trainers.checkpoint import Checkpoint, Checkpoints
 from dreamfleet.trainers.loop import Hooks, train
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
-from dreamfleet.trainers.recorder import Recorder, run_identity, versions
+from dreamfleet.trainers.recorder import Recorder, run_identity
 from dreamfleet.trainers.settle import settle_engine
 from dreamfleet.trainers.summary import Summary
+from dreamfleet.trainers.versions import versions
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +120,8 @@ def _run(
     checkpoints = Checkpoints(run, limit=recipe.train.checkpoints_total_limit)
     found = checkpoints.load_latest() if resume else None
     start_step = _restore(found, recipe, parts, place) if found else 0
+    if resume and not found and place.leads:
+        log.info("no checkpoint in %s: starting at step 0", run.path("checkpoints"))
     recorder = Recorder(recipe, parts, place, run, checkpoints, start_step, on_progress, engine_reason)
     recorder.open()
     ready = time.time()
