@@ -79,6 +79,18 @@ def test_a_checkout_tells_its_commit_and_another_folder_none(tmp_path: Path) -> 
     assert git_commit(inside) == git_commit(tmp_path) == ""
 
 
+def test_an_export_format_that_is_none_is_told_before_training(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no export format 'nope'"):
+        run_worker(build_recipe(whole_recipe(tmp_path, train__export_formats=["safetensors", "nope"])))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_scores_without_previews_are_missed_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tree = tiny.make_recipe(tmp_path, train__max_train_steps=1, validation={"metrics": ["loss", "clip_i"]})
+    run_worker(build_recipe(tree))
+    assert "validation.metrics: no clip_i" in caplog.text and "no loss" not in caplog.text
+
+
 def test_artefacts_tell_their_recipe_but_not_whose_disk_it_was(tmp_path: Path) -> None:
     run_worker(build_recipe(whole_recipe(tmp_path)))
     from safetensors import safe_open

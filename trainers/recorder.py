@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.summary import Summary
 from dreamfleet.trainers.validation import HeldOutLoss, HeldOutPictures, Judge, draw_previews, wants_judge
 from dreamfleet.trainers.versions import versions
+
+log = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -73,6 +76,11 @@ class Recorder:
                 world=self.place.world,
             )
         if self.place.leads:
+            if scores := [name for name in validation.metrics if name != "loss" and not validation.prompts]:
+                log.warning(
+                    "validation.metrics: no %s, as it measures previews; name some validation.prompts",
+                    ", ".join(scores),
+                )
             self.run.write_text(
                 "recipe.yaml",
                 f"{provenance(self.recipe, self.parts, self.engine_reason)}{self.recipe.to_yaml()}",

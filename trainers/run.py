@@ -91,6 +91,7 @@ def run_worker(
     recipe, engine_reason = settle_engine(recipe, place)
     parts = assemble(recipe, place)
     try:
+        parts.method.require_formats(recipe.train.export_formats or ())  # not after hours of training
         return _run(
             recipe,
             parts,
