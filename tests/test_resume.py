@@ -17,6 +17,7 @@ import torch
 from dreamfleet.datasets.errors import CheckpointError, RecipeError, RunFailed, StorageError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.checkpoint import Checkpoints
+from dreamfleet.trainers.launch import fit
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import open_run_folder, run_worker
 
@@ -130,13 +131,21 @@ def test_a_damaged_checkpoint_is_written_anew_by_the_run_that_passed_it_over(tmp
     assert weights.read_bytes() == whole and Checkpoints(Storage(tree["output_dir"])).load(6).step == 6
 
 
-def test_a_finished_run_that_is_resumed_keeps_its_figures_and_a_new_one_says_that_it_starts(
+def test_a_resume_with_nothing_to_go_on_from_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tree = recipe_tree(tmp_path, "run", method=TEXTUAL_INVERSION)
+    recipe = build_recipe(recipe_tree(tmp_path, "run", scaling__num_workers=0))
     with caplog.at_level("INFO", "dreamfleet"):
-        first = run_worker(build_recipe(tree), resume=True)
-    assert "starting at step 0" in caplog.text
+        assert fit(recipe, resume=True).summary.start_step == 0
+        assert "starting at step 0" in caplog.text
+        caplog.clear()
+        assert fit(recipe, resume=True).summary.start_step == 6
+    assert "starting at step 0" not in caplog.text
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_figures(tmp_path: Path) -> None:
+    tree = recipe_tree(tmp_path, "run", method=TEXTUAL_INVERSION)
+    first = run_worker(build_recipe(tree))
     again = run_worker(build_recipe(tree), resume=True)
     assert (again.start_step, again.figures["loss"]) == (6, first.figures["loss"])
     told = json.loads((Path(tree["output_dir"]) / "summary.json").read_text())

@@ -59,6 +59,7 @@ def fit(
     run itself failed.
     """
     started = time.time()
+    from dreamfleet.trainers.checkpoint import Checkpoints
     from dreamfleet.trainers.recipe import load_recipe
     from dreamfleet.trainers.run import open_run_folder
 
@@ -70,6 +71,8 @@ def fit(
         )
     check_inputs(recipe)
     run = open_run_folder(recipe, resume=resume)
+    if resume and not Checkpoints(run).steps():
+        logger.info("no checkpoint in %s: starting at step 0", run.path("checkpoints"))
     display = _Silent(on_progress) if on_progress else Display(total=recipe.train.max_train_steps)
     with claimed(run), stop_on_signal(run, display) as stop:
         try:

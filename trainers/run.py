@@ -121,8 +121,6 @@ def _run(
     checkpoints = Checkpoints(run, limit=recipe.train.checkpoints_total_limit)
     found = checkpoints.load_latest() if resume else None
     start_step = _restore(found, recipe, parts, place) if found else 0
-    if resume and not found and place.leads:
-        log.info("no checkpoint in %s: starting at step 0", run.path("checkpoints"))
     recorder = Recorder(recipe, parts, place, run, checkpoints, start_step, on_progress, engine_reason)
     recorder.open()
     ready = time.time()
