@@ -23,7 +23,7 @@ def describe_machine() -> dict[str, Any]:
     """Describe the machine the figures come from."""
     import torch
 
-    from dreamfleet.trainers.recorder import versions
+    from dreamfleet.trainers.versions import versions
 
     model = ""
     if Path("/proc/cpuinfo").exists():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.exported import LARGEST_EMBEDDING, teach_word
 from dreamfleet.trainers.sd.aesthetic import AestheticEncoder, AestheticSettings, apply_aesthetic
 from dreamfleet.trainers.sd.formats import aesthetic as aesthetics
 from dreamfleet.trainers.sd.formats import hypernetwork, lora
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from dreamfleet.trainers.sd.prompt_tags import Shelves
 
 EMBEDDINGS = (".pt", ".bin", ".png", ".webp", ".avif", ".jxl")  # files that are never a whole model
-LARGEST_EMBEDDING = 16 * 2**20  # bytes; the smallest Stable Diffusion is larger
 
 
 @dataclass(frozen=True)
@@ -144,22 +144,11 @@ def load_with_embeddings(name: str, embeddings: Sequence[str] = ()) -> StableDif
 
     A ``NAME-neg`` beside a file is the word's negative, which pictures that use the word are drawn with.
     """
-    from dreamfleet.trainers.sd.embeddings import NEGATIVE, install_embedding, install_negative
-    from dreamfleet.trainers.sd.formats.embedding import read_embedding
-
     model = load_named(name)
     for path in embeddings:
         if "://" not in path and not Path(path).expanduser().is_file():
             raise UserError(f"--embedding {path}: there is no such file")
-        with Storage(path).local_copy("") as local:
-            found = read_embedding(local)
-        install_embedding(model, found.name, found.vectors, found.vectors_2)
-        stem, dot, suffix = path.rpartition(".")
-        beside = Storage(f"{stem}{NEGATIVE}{dot}{suffix}")
-        if beside.exists():
-            with beside.local_copy("") as local:
-                negative = read_embedding(local)
-                install_negative(model, found.name, negative.vectors, negative.vectors_2)
+        teach_word(model, path)
     return model
 
 

@@ -79,6 +79,9 @@ def score(
     ] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Pictures drawn per prompt of a run or model.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first of them.")] = 0,
+    model: Annotated[
+        str, typer.Option(help="What draws with an artefact that lies in no run's exports/.")
+    ] = "pocket",
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -90,7 +93,14 @@ def score(
         from dreamfleet.trainers.score import score_run
 
         told = score_run(
-            run_or_folder, clip=clip, dino=dino, real=real, prompts=prompt, num_images=num_images, seed=seed
+            run_or_folder,
+            clip=clip,
+            dino=dino,
+            real=real,
+            prompts=prompt,
+            num_images=num_images,
+            seed=seed,
+            model=model,
         )
     if as_json:
         print_json(told)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
 from dreamfleet.datasets.images import MAX_PIXELS
-from dreamfleet.datasets.section import Section
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+from dreamfleet.datasets.section import Section, as_list
 
 
 def _also(name: str, *others: str) -> AliasChoices:
@@ -62,7 +58,7 @@ class DataConfig(Section):
     train_data_dir: str | None = Field(default=None, min_length=1)
     concepts_list: list[Concept] | str | None = None
 
-    caption_extension: Annotated[list[str], BeforeValidator(_as_list)] = Field(default=[".txt", ".caption"])
+    caption_extension: Annotated[list[str], BeforeValidator(as_list)] = Field(default=[".txt", ".caption"])
     use_captions: bool = True
     caption_prefix: str = Field(default="", description="words in front of every caption, and a space")
     caption_suffix: str = Field(default="", description="a space, and words behind every caption")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -23,3 +25,8 @@ class Section(BaseModel):
         protected_namespaces=(),
         ser_json_inf_nan="strings",
     )
+
+
+def as_list(value: Any) -> Any:
+    """Take a text for a list of it, before a list's values are checked."""
+    return [value] if isinstance(value, str) else value

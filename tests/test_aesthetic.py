@@ -32,7 +32,7 @@ from dreamfleet.trainers.sd.embeddings import install_embedding
 from dreamfleet.trainers.sd.formats.aesthetic import write_aesthetic
 from dreamfleet.trainers.sd.formats.lora import LoraFile, Matrices
 from dreamfleet.trainers.sd.lora import set_loras
-from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model
+from dreamfleet.trainers.sd.model import POCKET, ModelConfig, StableDiffusion, load_model
 from dreamfleet.trainers.sd.sample import generate
 
 FAST = AestheticSettings(steps=3, learning_rate=1e-2)
@@ -263,3 +263,9 @@ def test_pictures_are_drawn_with_it(model: StableDiffusion, vector: torch.Tensor
     before = draw()
     encoder = apply_aesthetic(model, write_aesthetic(vector, tmp_path / "taste.pt"), FAST)
     assert draw().tobytes() != before.tobytes() and "a cat" in encoder.cosines
+
+
+def test_a_model_tuned_from_the_pocket_is_drawn_with_the_pockets_clip(tmp_path: Path) -> None:
+    pocket = load_model(ModelConfig())
+    pocket.folder = str(tmp_path)  # as a run's exports/diffusers: weights, and no CLIP beside them
+    assert clip_of(pocket).name == POCKET

@@ -243,3 +243,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     (tmp_path / "blocked").write_text("")
     with pytest.raises(StorageError, match="blocked"):
         save_pickle({}, tmp_path / "blocked" / "a.pt")
+
+
+def test_a_pickle_of_another_protocol_is_told_in_one_message(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(pickle.dumps({"a": 1}, protocol=4))
+    with pytest.raises(
+        FormatError, match="UnpicklingError"
+    ):  # were torch's warning let out, it would be raised here
+        load_pickle(path)

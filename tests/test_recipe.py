@@ -46,6 +46,56 @@ def test_an_unknown_method_names_the_known_ones_and_still_tells_the_rest() -> No
     assert "'dreamboth' is no method; did you mean 'dreambooth'?" in told and "nonsense: unknown key" in told
 
 
+def test_a_key_of_another_section_or_program_is_told_where_it_belongs(tmp_path: Path) -> None:
+    tree = {
+        **MINIMAL,
+        "max_train_steps": 4,
+        "train": {"learning_rate": 1, "use_8bit_adam": True, "output_dir": "x"},
+        "optimizer": {"learning_rate": 1, "unet_lr": 2},
+    }
+    with pytest.raises(RecipeError) as caught:
+        build_recipe(tree)
+    told = str(caught.value)
+    assert "max_train_steps: unknown key here; it belongs to train:" in told
+    assert "train.learning_rate: unknown key here; it belongs to optimizer:" in told
+    assert "train.output_dir: unknown key here; it stands by itself" in told
+    assert "train.use_8bit_adam: unknown key; write optimizer.name: adamw8bit" in told
+    assert "optimizer.unet_lr: the same key as 'learning_rate', and both are given; keep one" in told
+    with pytest.raises(RecipeError, match=r"write method: \{name: dreambooth\}"):
+        build_recipe({**MINIMAL, "method": "dreambooth"})
+    path = tiny.write_recipe(tmp_path / "r.yaml", MINIMAL)
+    with pytest.raises(RecipeError, match="a text with a colon needs quotes"):
+        load_recipe(path, ["data.instance_prompt=a cat: asleep"])
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tiny.write_recipe(tmp_path / "r.yaml", MINIMAL)
+    path.write_text(path.read_text() + "output_dir: elsewhere\n")
+    with pytest.raises(RecipeError, match="'output_dir' stands twice in one section; keep one"):
+        load_recipe(path)
+    path.write_text("base: &base {a: 1, b: 2}\nmine: {<<: *base, a: 3}\n")
+    with pytest.raises(RecipeError, match="base: unknown key"):  # a merged key may be changed
+        load_recipe(path)
+
+
+def test_an_override_wins_under_any_of_a_keys_names(tmp_path: Path) -> None:
+    tree = {
+        **MINIMAL,
+        "method": {"name": "textual_inversion", "placeholder_token": "x", "num_vectors": 2},
+        "optimizer": {"learning_rate": 1e-3},
+    }
+    path = tiny.write_recipe(tmp_path / "r.yaml", tree)
+    recipe = load_recipe(path, ["optimizer.unet_lr=1e-4", "method.num_vectors_per_token=5"])
+    assert (recipe.optimizer.learning_rate, recipe.method.model_dump()["num_vectors"]) == (1e-4, 5)
+
+
+def test_one_text_stands_for_a_list_of_it() -> None:
+    changed = {"validation": {"validation_prompt": "a sks cat"}, "log_with": "tensorboard"}
+    recipe = build_recipe({**MINIMAL, **changed, "optimizer": {"optimizer_type": "AdamW8bit"}})
+    assert (recipe.validation.prompts, recipe.report_to) == (["a sks cat"], ["tensorboard"])
+    assert recipe.optimizer.name == "adamw8bit"
+
+
 def test_a_bare_no_is_no_precision_not_false(tmp_path: Path) -> None:
     path = tiny.write_recipe(tmp_path / "r.yaml", MINIMAL)
     path.write_text(path.read_text() + "\ntrain: {mixed_precision: no}\n")

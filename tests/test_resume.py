@@ -20,6 +20,7 @@ import torch
 from dreamfleet.datasets.errors import CheckpointError, RecipeError, RunFailed, StorageError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.checkpoint import Checkpoint, Checkpoints
+from dreamfleet.trainers.launch import fit
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.recorder import Recorder
@@ -202,6 +203,27 @@ def test_nothing_of_a_checkpoint_is_held_while_the_run_goes_on(tmp_path: Path) -
 
     assert run_worker(build_recipe(tree), resume=True, should_stop=look).start_step
     assert held and not any(held)
+
+
+def test_a_resume_with_nothing_to_go_on_from_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = build_recipe(recipe_tree(tmp_path, "run", scaling__num_workers=0))
+    with caplog.at_level("INFO", "dreamfleet"):
+        assert fit(recipe, resume=True).summary.start_step == 0
+        assert "starting at step 0" in caplog.text
+        caplog.clear()
+        assert fit(recipe, resume=True).summary.start_step == 6
+    assert "starting at step 0" not in caplog.text
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_figures(tmp_path: Path) -> None:
+    tree = recipe_tree(tmp_path, "run", method=TEXTUAL_INVERSION)
+    first = run_worker(build_recipe(tree))
+    again = run_worker(build_recipe(tree), resume=True)
+    assert (again.start_step, again.figures["loss"]) == (6, first.figures["loss"])
+    told = json.loads((Path(tree["output_dir"]) / "summary.json").read_text())
+    assert told["figures"]["loss"] == first.figures["loss"]
 
 
 def test_old_checkpoints_go_only_beyond_the_limit(tmp_path: Path) -> None:

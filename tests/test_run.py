@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from dreamfleet.trainers.export import export_run
 from dreamfleet.trainers.metrics import Metrics, read_metrics
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker
+from dreamfleet.trainers.versions import git_commit
 
 FILES = {
     "recipe.yaml",
@@ -63,6 +65,31 @@ def test_a_run_leaves_the_folder_that_is_promised(tmp_path: Path) -> None:
     cells = [json.loads(line) for line in (run / "samples/step-000004.jsonl").read_text().splitlines()]
     assert [(cell["prompt"], cell["seed"]) for cell in cells] == [("a sks cat", 0), ("a sks cat", 1)]
     assert summary.images_seen == 8 and summary.figures["holdout_loss"] > 0
+
+
+def test_a_checkout_tells_its_commit_and_another_folder_none(tmp_path: Path) -> None:
+    checkout, inside = tmp_path / "checkout", tmp_path / "checkout" / "lib"
+    inside.mkdir(parents=True)
+    git = ["git", "-C", str(checkout), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run([*git, *words], check=True)
+    (checkout / "file").write_text("1")
+    subprocess.run([*git, "add", "file"], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    assert git_commit(checkout) == f"{commit[:12]}-dirty"
+    assert git_commit(inside) == git_commit(tmp_path) == ""
+
+
+def test_an_export_format_that_is_none_is_told_before_training(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no export format 'nope'"):
+        run_worker(build_recipe(whole_recipe(tmp_path, train__export_formats=["safetensors", "nope"])))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_scores_without_previews_are_missed_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tree = tiny.make_recipe(tmp_path, train__max_train_steps=1, validation={"metrics": ["loss", "clip_i"]})
+    run_worker(build_recipe(tree))
+    assert "validation.metrics: no clip_i" in caplog.text and "no loss" not in caplog.text
 
 
 def test_artefacts_tell_their_recipe_but_not_whose_disk_it_was(tmp_path: Path) -> None:

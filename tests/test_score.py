@@ -370,6 +370,52 @@ def test_a_textual_inversion_run_is_scored_with_its_word(tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("by_colour")
+def test_an_artefact_is_scored_with_its_run_or_with_a_model(tmp_path: Path) -> None:
+    save_pipeline(tiny_model(), tmp_path / "base")
+    real = save_all(tmp_path / "real", plain(RED))
+    exports = tmp_path / "my-run" / "exports"
+    exports.mkdir(parents=True)
+    method = {"name": "textual_inversion", "placeholder_token": "qzx", "initializer_token": "cat"}
+    tree = recipe_of(tmp_path, tmp_path / "base", real, **method)
+    (tmp_path / "my-run" / "recipe.yaml").write_text(json.dumps(tree))
+    vectors = 5 * torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    for name in ("my-run.pt", "my-run.safetensors"):
+        write_embedding(Embedding("my-run", vectors), exports / name)
+    run = score_run(tmp_path / "my-run", num_images=1)
+    for name in ("my-run.pt", "my-run.safetensors"):
+        of_run = score_run(exports / name, num_images=1)
+        assert of_run == {**run, "target": str(exports / name), "kind": "artefact"}
+    elsewhere = exports.parent.parent / "a" / "wrd.pt"
+    elsewhere.parent.mkdir()
+    write_embedding(Embedding("wrd", vectors), elsewhere)
+    base = str(tmp_path / "base")
+    lone = score_run(elsewhere, num_images=1, model=base)
+    assert (lone["kind"], lone["prompts"][0]["prompt"]) == ("artefact", "a photo of wrd")
+    plainly = score_run(base, prompts=["red wrd"], num_images=1, real=str(real))
+    taught = score_run(elsewhere, prompts=["red wrd"], num_images=1, real=str(real), model=base)
+    assert taught["clip_i"] != plainly["clip_i"]  # the word was drawn with
+
+
+@pytest.mark.usefixtures("by_colour")
+def test_a_hypernetwork_is_scored_with_a_model_when_told_what_to_draw(tmp_path: Path) -> None:
+    from dreamfleet.trainers.sd.formats.hypernetwork import HypernetworkFile, write_hypernetwork
+    from dreamfleet.trainers.sd.hypernetwork import Hypernetwork, Structure
+
+    model = tiny_model()
+    save_pipeline(model, tmp_path / "base")
+    network = Hypernetwork((model.context_width,), Structure())
+    with torch.no_grad():
+        for weights in network.parameters():
+            weights.normal_()
+    path = write_hypernetwork(HypernetworkFile(name="h", network=network), tmp_path / "h.pt")
+    base = str(tmp_path / "base")
+    with pytest.raises(UserError, match="--prompt"):
+        score_run(path, model=base)
+    asked: Any = {"prompts": ["red"], "num_images": 1, "real": str(save_all(tmp_path / "real", plain(RED)))}
+    assert score_run(path, model=base, **asked)["clip_i"] != score_run(base, **asked)["clip_i"]
+
+
+@pytest.mark.usefixtures("by_colour")
 def test_a_model_is_scored_when_told_what_to_draw(tmp_path: Path) -> None:
     save_pipeline(tiny_model(), tmp_path / "model")
     with pytest.raises(UserError, match="--prompt"):

@@ -72,6 +72,8 @@ def fit(
         )
     check_inputs(recipe, begun=resume and bool(Checkpoints(Storage(recipe.output_dir)).steps()))
     run = open_run_folder(recipe, resume=resume)
+    if resume and not Checkpoints(run).steps():
+        logger.info("no checkpoint in %s: starting at step 0", run.path("checkpoints"))
     display = _Silent(on_progress) if on_progress else Display(total=recipe.train.max_train_steps)
     with claimed(run), stop_on_signal(run, display) as stop:
         try:

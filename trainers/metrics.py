@@ -13,9 +13,9 @@ from typing import Any
 from dreamfleet.datasets.storage import Storage
 
 FILE = "metrics.jsonl"
-BUCKET_SECONDS = (
-    10.0  # between two writings of training figures to a bucket, where each writes the whole file
-)
+# Between two writings of training figures to a bucket, where each writes the whole file.
+BUCKET_SECONDS = 10.0
+SUMMARISED = ("loss", "holdout_loss", "clip_i", "clip_t", "dino", "accuracy")
 
 
 class Metrics:
@@ -98,6 +98,14 @@ def read_metrics(run: Storage) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return lines
+
+
+def logged_figures(run: Storage) -> dict[str, float]:
+    """Return the figures of a run folder that were logged last, each by its name."""
+    found: dict[str, float] = {}
+    for line in read_metrics(run):
+        found |= {name: value for name, value in line.items() if name in SUMMARISED}
+    return found
 
 
 def _flatten(line: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -37,9 +37,11 @@ Rate = Annotated[float | str, BeforeValidator(_read_number), AfterValidator(_che
 class OptimizerConfig(Section):
     """The ``optimizer:`` section."""
 
-    name: Literal["adamw", "adamw8bit", "adafactor"] = Field(
-        "adamw", validation_alias=AliasChoices("name", "optimizer_type")
-    )
+    # kohya's optimizer_type knows no case: AdamW8bit.
+    name: Annotated[
+        Literal["adamw", "adamw8bit", "adafactor"],
+        BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value),
+    ] = Field("adamw", validation_alias=AliasChoices("name", "optimizer_type"))
     fused_backward: bool = Field(
         False,
         validation_alias=AliasChoices("fused_backward", "fused_backward_pass"),

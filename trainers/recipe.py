@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AliasChoices, BaseModel, Field, SerializeAsAny, ValidationError
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError
 
 from dreamfleet.datasets.captions import TEMPLATE_SETS
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import RecipeError
-from dreamfleet.datasets.section import Section
+from dreamfleet.datasets.section import Section, as_list
 from dreamfleet.trainers.conflicts import find_conflicts
 from dreamfleet.trainers.engine_section import EngineConfig
 from dreamfleet.trainers.loop import TrainConfig
 from dreamfleet.trainers.methods.base import MethodConfig, discover
+from dreamfleet.trainers.mistakes import keys_at, nearest, tell
 from dreamfleet.trainers.optim import OptimizerConfig
 from dreamfleet.trainers.scaling import ScalingConfig
 from dreamfleet.trainers.sd.model import POCKET, ModelConfig
@@ -51,7 +49,9 @@ class Recipe(Section):
     output_dir: str = Field(
         min_length=1, description="folder or s3:// address; its last part names the artefacts"
     )
-    report_to: list[Literal["tensorboard"]] = Field(["tensorboard"])
+    report_to: Annotated[list[Literal["tensorboard"]], BeforeValidator(as_list)] = Field(
+        ["tensorboard"], validation_alias=AliasChoices("report_to", "log_with")
+    )
 
     @property
     def run_name(self) -> str:
@@ -61,6 +61,21 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """Write the recipe as YAML that :func:`load_recipe` reads back to the same recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one section, as YAML does; PyYAML alone forgets the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value!r} stands twice in one section; keep one",
+                    problem_mark=key.start_mark,
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep=deep)
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -76,7 +91,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error})") from error
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _StrictLoader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -107,10 +122,13 @@ def _validate(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
     methods = discover()
     mistakes: list[str] = []
     config = None
-    if not isinstance(method, Mapping) or method.get("name") not in methods:
+    if isinstance(method, str) and method in methods:
+        mistakes.append(f"method: a section; write method: {{name: {method}}}")
+        tree.pop("method")
+    elif not isinstance(method, Mapping) or method.get("name") not in methods:
         given = method.get("name") if isinstance(method, Mapping) else method
         mistakes.append(
-            f"method.name: {given!r} is no method{_hint(str(given), methods)}; known: {', '.join(methods)}"
+            f"method.name: {given!r} is no method{nearest(str(given), methods)}; known: {', '.join(methods)}"
         )
         tree.pop("method", None)
     else:
@@ -118,14 +136,15 @@ def _validate(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
             config = methods[method["name"]].Config.model_validate(dict(method))
             tree["method"] = config
         except ValidationError as error:
-            mistakes += _tell(error, methods[method["name"]].Config, prefix="method")
+            mistakes += tell(error, methods[method["name"]].Config, homes=_homes(method), prefix="method")
             tree.pop("method")
     recipe = None
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         had_method = config is not None
-        mistakes += [m for m in _tell(error, Recipe) if had_method or not m.startswith("method:")]
+        told = tell(error, Recipe, homes=_homes(method))
+        mistakes += [line for line in told if had_method or not line.startswith("method:")]
     if recipe is not None and config is not None:
         mistakes += _refused(recipe, methods[config.name].refused)
     if recipe is not None:
@@ -133,6 +152,22 @@ def _validate(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
     if recipe is not None and recipe.search is not None:
         mistakes += find_mistakes(recipe, lambda changed: _validate(changed)[1])
     return recipe, mistakes
+
+
+def _homes(method: Any) -> dict[str, str]:
+    """Say of every key which section has it, the first one of several; a key outside sections has itself."""
+    homes = {key: key for key in keys_at(Recipe, ())}
+    for section in reversed(Recipe.model_fields):
+        homes |= dict.fromkeys(keys_at(*_model_at(method, (section,))), section)
+    return homes
+
+
+def _model_at(method: Any, path: Sequence[str]) -> tuple[type[BaseModel], Sequence[str]]:
+    """Return the model to look a path up in, and the rest of the path: a method's keys are in its own model."""
+    name = method.get("name") if isinstance(method, Mapping) else None
+    if path[:1] and path[0] == "method" and name in discover():
+        return discover()[name].Config, path[1:]
+    return Recipe, path
 
 
 def _refused(recipe: Recipe, reasons: Mapping[str, str]) -> list[str]:
@@ -153,6 +188,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
     if not equals or not path.strip():
         raise RecipeError(f"override {text!r}: write key.path=value, such as optimizer.learning_rate=1e-5")
     node, last = tree, path.strip()
+    parts: list[str] = []
     while "." in last:
         # The keys of search.space hold dots themselves.
         part = next((key for key in node if last.startswith(f"{key}.")), last.partition(".")[0])
@@ -162,67 +198,15 @@ def _override(tree: dict[str, Any], text: str) -> None:
         node = node[part]
         if not isinstance(node, dict):
             raise RecipeError(f"override {text!r}: {part} is a value, not a section")
+        parts.append(part)
+    # The key may stand in the file under another of its names.
+    for names in keys_at(*_model_at(tree.get("method"), parts)).values():
+        for name in names if last in names else ():
+            node.pop(name, None)
     try:
         node[last] = yaml.safe_load(value) if value else ""
     except yaml.YAMLError as error:
         raise RecipeError(f"override {text!r}: the value is not YAML ({error}); put it in quotes") from error
-
-
-def _tell(error: ValidationError, root: type[BaseModel], prefix: str = "") -> list[str]:
-    told = []
-    for item in error.errors(include_url=False):
-        where = ".".join([*([prefix] if prefix else []), *[str(part) for part in item["loc"]]])
-        if item["type"] == "extra_forbidden":
-            known = _known_keys(root, item["loc"][:-1])
-            name = str(item["loc"][-1])
-            told.append(f"{where}: unknown key{_hint(name, known)}")
-        elif item["type"] == "missing":
-            told.append(f"{where}: missing")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            value = item["input"]
-            shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | None) else ""
-            if item["type"] == "string_type" and isinstance(value, list) and len(value) == 1:
-                # YAML reads [filewords] as a list.
-                shown = f" (got a list; in quotes it is text: '[{value[0]}]')"
-            told.append(f"{where}: {message}{shown}" if where else message)
-    return told
-
-
-def _known_keys(root: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
-    model: type[BaseModel] | None = root
-    names_are_free = False
-    for part in path:
-        field = model.model_fields.get(str(part)) if model else None
-        if names_are_free or isinstance(part, int):  # a mapping's own key, or a place in a list
-            names_are_free = False
-        elif field is not None:
-            model = _section_in(field.annotation)
-            names_are_free = typing.get_origin(field.annotation) is dict
-        else:
-            return []
-    names: list[str] = []
-    for name, field in (model.model_fields if model else {}).items():
-        alias = field.validation_alias
-        names += (
-            [name, *(str(choice) for choice in alias.choices)] if isinstance(alias, AliasChoices) else [name]
-        )
-    return list(dict.fromkeys(names))
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
-        for inner in typing.get_args(annotation):
-            if found := _section_in(inner):
-                return found
-    return None
-
-
-def _hint(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _with_absolute_paths(recipe: Recipe, folder: str) -> Recipe:

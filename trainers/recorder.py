@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import platform
+import logging
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,16 @@ from dreamfleet.trainers.checkpoint import Checkpoints, folder_name
 from dreamfleet.trainers.methods.base import Base
 from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.methods.seeing import SeeingMethod
-from dreamfleet.trainers.metrics import Metrics, read_metrics
+from dreamfleet.trainers.metrics import Metrics, logged_figures, read_metrics
 from dreamfleet.trainers.pictures import read_pixels
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.sd.fidelity import MOST_REAL
 from dreamfleet.trainers.summary import Summary
 from dreamfleet.trainers.validation import HeldOutLoss, HeldOutPictures, Judge, draw_previews, wants_judge
+from dreamfleet.trainers.versions import versions
 
-PACKAGES = ("dreamfleet", "torch", "diffusers", "transformers", "ray", "deepspeed")
+log = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -50,7 +50,7 @@ class Recorder:
         self.engine_reason, self.checkpoints = engine_reason, checkpoints
         self.recipe, self.parts, self.place, self.run = recipe, parts, place, run
         self.start_step, self.on_progress = start_step, on_progress
-        self.saved = start_step if start_step else None  # the same on every rank
+        self.saved = start_step or None  # the step of the newest whole checkpoint, the same on every rank
         self.best: tuple[float, int] | None = None
         self.metrics: Metrics | None = None
         self.held_out: HeldOutLoss | HeldOutPictures | None = None
@@ -72,6 +72,11 @@ class Recorder:
                 world=self.place.world,
             )
         if self.place.leads:
+            if scores := [name for name in validation.metrics if name != "loss" and not validation.prompts]:
+                log.warning(
+                    "validation.metrics: no %s, as it measures previews; name some validation.prompts",
+                    ", ".join(scores),
+                )
             self.run.write_text(
                 "recipe.yaml",
                 f"{provenance(self.recipe, self.parts, self.engine_reason)}{self.recipe.to_yaml()}",
@@ -178,7 +183,8 @@ class Recorder:
                     summary.exports = self._export(step)
         if not self.place.leads:
             return
-        summary.figures.update(self.figures)
+        # A run that had nothing left to do measured nothing now: its figures are those that were logged.
+        summary.figures = {**logged_figures(self.run), **summary.figures, **self.figures}
         summary.wall_seconds = time.time() - began
         self.run.write_text("summary.json", json.dumps(dataclasses.asdict(summary), indent=1))
         if self.metrics is not None:
@@ -246,17 +252,6 @@ def run_identity(recipe: Recipe, parts: Parts) -> dict[str, Any]:
         "global_batch": parts.global_batch,
         "seed": recipe.train.seed,
     }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what shapes a run's numbers."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def provenance(recipe: Recipe, parts: Parts, engine_reason: str) -> str:

@@ -18,9 +18,10 @@ from dreamfleet.trainers.checkpoint import Checkpoint, Checkpoints
 from dreamfleet.trainers.loop import Hooks, train
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
-from dreamfleet.trainers.recorder import Recorder, run_identity, versions
+from dreamfleet.trainers.recorder import Recorder, run_identity
 from dreamfleet.trainers.settle import settle_engine
 from dreamfleet.trainers.summary import Summary
+from dreamfleet.trainers.versions import versions
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ def run_worker(
     recipe, engine_reason = settle_engine(recipe, place)
     parts = assemble(recipe, place, begins=found is None)
     try:
+        parts.method.require_formats(recipe.train.export_formats or ())  # not after hours of training
         start_step = _restore(found, recipe, parts, place) if found else 0
         del found  # as large as what learns, three times over
         return _run(

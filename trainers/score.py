@@ -1,4 +1,4 @@
-"""Scores a run, a model or a folder of pictures: finds or draws the pictures, and says how true they are."""
+"""Scores a run, an artefact or a folder of pictures: finds or draws the pictures, and says how true they are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dreamfleet.datasets.images import open_picture
 from dreamfleet.datasets.index import build_index
 from dreamfleet.datasets.sets import load_concepts, load_sets
 from dreamfleet.datasets.storage import Storage, read_uri
-from dreamfleet.trainers.exported import load_exported
+from dreamfleet.trainers.exported import ARTEFACTS, load_artefact, load_exported
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.trainers.sd.clip import load_clip
 from dreamfleet.trainers.sd.dino import load_dino
@@ -29,7 +29,7 @@ from dreamfleet.trainers.sd.fidelity import (
     spread_of_real,
     strip_words,
 )
-from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model
+from dreamfleet.trainers.sd.model import POCKET, ModelConfig, StableDiffusion
 from dreamfleet.trainers.sd.sample import generate
 
 __all__ = [
@@ -55,14 +55,15 @@ def score_run(
     prompts: Sequence[str] | None = None,
     num_images: int = 4,
     seed: int = 0,
+    model: str = POCKET,
 ) -> dict[str, Any]:
-    """Score a run folder, a model, or a folder of pictures; the result can be written as JSON.
+    """Score a run folder, an artefact, or a folder of pictures; the result can be written as JSON.
 
     A run: its exports draw `num_images` pictures of every prompt (the recipe's validation prompts unless given),
-    which are compared with the held-out pictures, or 64 training ones where none are held out. A model (diffusers
-    folder or single file): the same with `prompts` and `real` given. A folder of pictures: compared with `real`, and
-    with `prompts` or those written beside the pictures (captions, metadata.jsonl). CLIP is the recipe's, else the
-    pocket's.
+    which are compared with the held-out pictures, or 64 training ones where none are held out. An artefact in a run's
+    `exports/`: the same, drawn with that artefact. Any other (a whole model, or what `model` draws with in addition):
+    with `prompts` and `real` given. A folder of pictures: compared with `real`, and with `prompts` or those written
+    beside the pictures (captions, metadata.jsonl). CLIP is the recipe's, else the pocket's.
 
     Raises UserError, and its kinds, for what is missing.
     """
@@ -71,21 +72,29 @@ def score_run(
         raise UserError(
             f"{target}: there is nothing to score; give a run folder, a model or a folder of pictures."
         )
-    if storage.exists("recipe.yaml"):
-        return _score_run_folder(storage, clip, dino, real, prompts, num_images, seed)
-    if storage.exists("model_index.json") or str(target).endswith((".safetensors", ".ckpt")):
+    is_model = storage.exists("model_index.json")
+    is_artefact = is_model or str(target).lower().endswith(ARTEFACTS)
+    run = _run_around(storage) if is_artefact else storage
+    if run.exists("recipe.yaml"):
+        artefact = storage.url if is_artefact else None
+        return _score_run_folder(run, clip, dino, real, prompts, num_images, seed, artefact=artefact)
+    word = ""
+    if is_artefact:
+        base = ModelConfig.model_validate({"pretrained_model_name_or_path": model})
+        drawer, word = load_artefact(storage.url, base)
+        if word and not prompts:
+            prompts = [f"a photo of {word}"]
         if not prompts:
-            raise UserError(f"{target} is a model: say what to draw with --prompt.")
-        model = load_model(ModelConfig.model_validate({"pretrained_model_name_or_path": str(target)}))
-        pictures, asked = _draw(model, prompts, num_images, seed)
-        kind = "model"
+            raise UserError(f"{target} draws what it is asked for: say what with --prompt.")
+        pictures, asked = _draw(drawer, prompts, num_images, seed)
+        kind = "model" if is_model else "artefact"
     else:
         pictures, written = _read_folder(storage)
         asked = list(prompts) if prompts else written
         kind = "pictures"
     judged_by = _Judges(clip, dino)
     real_pictures = _read_folder(Storage(real))[0] if real else None
-    scores = judged_by.score(pictures, asked, real_pictures, strip=())
+    scores = judged_by.score(pictures, asked, real_pictures, strip={word: ""} if word else ())
     return {"target": str(target), "kind": kind, **scores}
 
 
@@ -133,6 +142,8 @@ def _score_run_folder(
     prompts: Sequence[str] | None,
     num_images: int,
     seed: int,
+    *,
+    artefact: str | None,
 ) -> dict[str, Any]:
     import yaml
 
@@ -143,7 +154,10 @@ def _score_run_folder(
     recipe = build_recipe(tree, source=run.path("recipe.yaml"))
     validation = recipe.validation
     asked = list(prompts or validation.prompts) or _training_prompts(recipe)
-    model = load_exported(run, recipe)
+    if artefact:
+        model, _ = load_artefact(artefact, recipe.model, recipe.method)
+    else:
+        model = load_exported(run, recipe)
     pictures, asked = _draw(
         model,
         asked,
@@ -165,13 +179,20 @@ def _score_run_folder(
     figures = _summary(run).get("figures")
     held_out = figures.get("holdout_loss") if isinstance(figures, dict) else None
     return {
-        "target": run.url,
-        "kind": "run",
+        "target": artefact or run.url,
+        "kind": "artefact" if artefact else "run",
         "method": recipe.method.name,
         "real": place or "training pictures",
         **scores,
         "holdout_loss": held_out,
     }
+
+
+def _run_around(artefact: Storage) -> Storage:
+    """Return the folder of the run whose `exports/` hold an artefact; for any other, the folder two above."""
+    folder = artefact.url.rstrip("/").rpartition("/")[0]
+    above, _, name = folder.rpartition("/")
+    return Storage(above if name == "exports" and above else folder)
 
 
 def words_to_strip(recipe: Recipe) -> dict[str, str]:

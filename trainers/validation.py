@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from PIL import Image
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, BeforeValidator, Field
 
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.keyed import numpy_rng
 from dreamfleet.datasets.plan import Draw
-from dreamfleet.datasets.section import Section
+from dreamfleet.datasets.section import Section, as_list
 from dreamfleet.trainers.engine import Engine
 from dreamfleet.trainers.feed import Preparer, to_samples
 from dreamfleet.trainers.methods.base import Method
@@ -30,7 +30,9 @@ HELD_OUT_BATCH = 32  # pictures that are measured at once
 class ValidationConfig(Section):
     """The ``validation:`` section."""
 
-    prompts: list[str] = Field([], validation_alias=AliasChoices("prompts", "validation_prompts"))
+    prompts: Annotated[list[str], BeforeValidator(as_list)] = Field(
+        [], validation_alias=AliasChoices("prompts", "validation_prompts", "validation_prompt")
+    )
     negative_prompt: str = ""
     steps: int = Field(
         100,

@@ -243,12 +243,16 @@ class Method(nn.Module):
 
     def settled(self, order: Export) -> Export:
         """Return the order with the formats to write. Raises RecipeError for one this method does not have."""
-        for chosen in order.formats:
+        self.require_formats(order.formats)
+        return replace(order, formats=order.formats or self.formats)
+
+    def require_formats(self, formats: Sequence[str]) -> None:
+        """Raise RecipeError for an export format this method does not have."""
+        for chosen in formats:
             if chosen not in self.all_formats:
                 raise RecipeError(
                     f"{self.name} has no export format {chosen!r}; it has: {', '.join(self.all_formats)}"
                 )
-        return replace(order, formats=order.formats or self.formats)
 
 
 _REGISTRY: dict[str, type[Method]] = {}

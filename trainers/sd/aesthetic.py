@@ -26,7 +26,8 @@ from dreamfleet.trainers.sd.formats.aesthetic import read_aesthetic
 from dreamfleet.trainers.sd.model import POCKET, StableDiffusion, pocket_folder
 
 Slerp = Literal["off", "channels", "tokens"]
-CLIPS = {768: "openai/clip-vit-large-patch14"}  # width of a text encoder -> the CLIP that it is a part of
+# Width of a text encoder -> the CLIP that it is a part of; 160: of models tuned from the pocket.
+CLIPS = {768: "openai/clip-vit-large-patch14", 160: POCKET}
 KEPT_PROMPTS = 256  # encoded prompts that are remembered: 60 MB in SD 1.x
 
 

@@ -79,8 +79,9 @@ def download(name: str, config: ModelConfig) -> Path:
     )
     if looks_like_path:
         raise ModelError(
-            f"model.pretrained_model_name_or_path: {name} does not exist; give 'pocket', a folder, a .safetensors or "
-            f".ckpt file, or a hub name such as 'stable-diffusion-v1-5/stable-diffusion-v1-5'"
+            f"the model {name} (--model, or model.pretrained_model_name_or_path in a recipe) does not exist; give "
+            f"'pocket', a folder, a .safetensors or .ckpt file, or a hub name such as "
+            f"'stable-diffusion-v1-5/stable-diffusion-v1-5'"
         )
     from huggingface_hub import snapshot_download
 
@@ -89,8 +90,9 @@ def download(name: str, config: ModelConfig) -> Path:
         return Path(snapshot_download(name, revision=config.revision, allow_patterns=patterns))
     except Exception as error:  # network, auth and not-found errors differ from version to version
         raise ModelError(
-            f"model.pretrained_model_name_or_path: {name!r} is no local folder and the hub did not give it "
-            f"({first_line(error)}); download it where there is a network, or set HF_TOKEN if it is gated"
+            f"the model {name!r} (--model, or model.pretrained_model_name_or_path in a recipe) is no local folder and "
+            f"the hub did not give it ({first_line(error)}); download it where there is a network, or set HF_TOKEN "
+            "if it is gated"
         ) from error
 
 

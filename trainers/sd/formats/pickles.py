@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -93,7 +94,8 @@ def load_pickle(source: str | os.PathLike[str] | bytes) -> Any:
     _require_bounded(source, size, where)
     stream: Any = io.BytesIO(source) if isinstance(source, bytes) else str(source)
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        # torch warns of pickle protocols that it may not read; what it does not read is told below.
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings(action="ignore"):
             return torch.load(stream, map_location="cpu", weights_only=True)
     except OSError as error:
         raise StorageError(f"{where}: cannot be read ({error.strerror or error}).") from error
