@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -13,8 +14,10 @@ from dreamfleet.datasets.buckets import Size, number_buckets, picture_sizes, tel
 from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.index import Index
+from dreamfleet.datasets.latents import LatentCache
 from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.sets import Sets, load_sets
+from dreamfleet.trainers.cached_pictures import leave_out_bad, open_latents, serve_pictures
 from dreamfleet.trainers.class_pictures import gather_class_images
 from dreamfleet.trainers.engine import DTYPES, Engine, TorchEngine
 from dreamfleet.trainers.feed import Feed, Preparer
@@ -22,7 +25,6 @@ from dreamfleet.trainers.loop import Schedule
 from dreamfleet.trainers.methods.base import Batch, Method, Setting, discover
 from dreamfleet.trainers.optim import make_rates
 from dreamfleet.trainers.picture_feed import PictureFeed
-from dreamfleet.trainers.pictures import load_pictures
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.schedule import last_step
@@ -97,12 +99,14 @@ def build_method(
 def assemble(recipe: Recipe, place: Place) -> Parts:
     """Build every piece of a run. Raises the UserErrors of whatever is wrong with recipe, pictures or model."""
     torch.manual_seed(recipe.train.seed)
-    sets = load_sets(recipe.data)
+    sets = load_sets(recipe.data, verify=False if recipe.data.cache_dir else None)
+    method = make_method(recipe, sets, place.device)
+    model = method.model
+    if cache := open_latents(recipe.data, model):
+        sets = replace(sets, instances=leave_out_bad(sets.instances, cache, recipe.data))
     if place.leads:
         for bad in sets.instances.bad:
             log.warning("left out %s: %s", bad.uri, bad.reason)
-    method = make_method(recipe, sets, place.device)
-    model = method.model
     check_resolution(recipe, model)
     chosen, apart = method.choose(sets.instances)
     sets = replace(sets, instances=chosen)
@@ -128,7 +132,7 @@ def assemble(recipe: Recipe, place: Place) -> Parts:
                 global_batch,
             )
     schedule = make_schedule(recipe, plan)
-    feed, prepare = make_feed(recipe, sets.instances, classes, method, plan, place)
+    feed, prepare = make_feed(recipe, sets.instances, classes, method, plan, place, cache)
     engine = (TorchEngine if recipe.engine.zero_stage == "auto" else ZeroEngine)(
         method,
         config=recipe.engine,
@@ -144,7 +148,13 @@ def assemble(recipe: Recipe, place: Place) -> Parts:
 
 
 def make_feed(
-    recipe: Recipe, instances: Index, classes: Index | None, method: Method, plan: BatchPlan, place: Place
+    recipe: Recipe,
+    instances: Index,
+    classes: Index | None,
+    method: Method,
+    plan: BatchPlan,
+    place: Place,
+    cache: LatentCache | None = None,
 ) -> tuple[Feed | PictureFeed, Callable[[Batch], Batch]]:
     """Make what gives batches: latents with noise and prompts, or decoded pictures; and what readies them."""
     train = recipe.train
@@ -153,13 +163,18 @@ def make_feed(
         return PictureFeed(
             plan, instances=instances, method=method, data=recipe.data, **share
         ), lambda batch: batch
-    where = {"seed": train.seed, "rank": place.rank, "world": place.world}
+    where: dict[str, Any] = {
+        "cache": cache,
+        "seed": train.seed,
+        "rank": place.rank,
+        "world": place.world,
+    }
     feed = Feed(
         plan,
         instances=instances,
-        pictures=load_pictures(instances, method.model, recipe.data, **where),
+        pictures=serve_pictures(instances, method.model, recipe.data, **where),
         classes=classes,
-        class_pictures=load_pictures(classes, method.model, recipe.data, **where)
+        class_pictures=serve_pictures(classes, method.model, recipe.data, **where)
         if classes is not None
         else None,
         method=method,

@@ -120,9 +120,10 @@ class AestheticGradients(Method):
     formats = ("pt",)
     all_formats = ("pt", "diffusers")
     sees_files = True
-    refused: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("engine.zero_stage", "engine.use_ema"), "which adds up a mean of its own"
-    )
+    refused: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("engine.zero_stage", "engine.use_ema"), "which adds up a mean of its own"),
+        "data.cache_dir": "which sees pictures, not latents",
+    }
     no_plan = (
         "trains no weights; its steps need what CLIP needs to see train.train_batch_size pictures, and drawing four "
         "copies of the text encoder"
