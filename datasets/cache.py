@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +17,7 @@ import pyarrow as pa
 
 from dreamfleet.datasets.buckets import picture_sizes
 from dreamfleet.datasets.config import DataConfig
-from dreamfleet.datasets.errors import DataError, RunFailed, StorageError
+from dreamfleet.datasets.errors import DataError, RunFailed, StorageError, UserError
 from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.latents import Key, LatentCache, write_shard
 from dreamfleet.datasets.masks import PictureDraw, cut_picture, read_mask
@@ -25,8 +26,6 @@ from dreamfleet.datasets.storage import Storage, read_uri
 SHARD_PICTURES = 256
 SHARD_BYTES = 96 * 2**20  # of decoded pixels; Ray Data splits blocks of more than 128 MiB
 SHARDS_A_WORKER = 4  # at least, where there are enough pictures: all are busy to the end, and little is lost
-
-log = logging.getLogger(__name__)
 
 
 class Encode(Protocol):
@@ -60,8 +59,9 @@ class Job(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What became of a shard: how many were encoded into how many bytes, and why pictures could not be, by address."""
+    """What became of a shard: of how many how many were encoded, into what bytes; why others were not, by address."""
 
+    tried: int
     encoded: int
     bytes: int
     bad: dict[str, str]
@@ -144,13 +144,17 @@ class ShardWriter:
         read: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]],
     ):
         self.folder, self.precision, self.read = folder, precision, read
-        self.encode = make_encode()
+        self._failure = ""
+        try:
+            self._encode = make_encode()
+        except UserError as error:  # as a value, like all that a user can mend
+            self._failure = str(error)
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Encode and write one shard, decoded already or not; gives a row for each picture left out, one at least."""
         batch = batch if "pixels" in batch else self.read(batch)
         jobs = _jobs_in(batch)
-        failure = next((text for text in batch["failure"] if text), "")
+        failure = self._failure or next((text for text in batch["failure"] if text), "")
         bad = {number: str(reason) for number, reason in enumerate(batch["reason"]) if reason}
         good = [number for number in range(len(jobs)) if number not in bad]
         size = 0
@@ -165,7 +169,7 @@ class ShardWriter:
                 size = write_shard(
                     self.folder,
                     [(jobs[number].key, jobs[number].size) for number in good],
-                    self.encode(cuts),
+                    self._encode(cuts),
                     bad=[(jobs[number].key, jobs[number].size, reason) for number, reason in bad.items()],
                     precision=self.precision,
                 )
@@ -173,6 +177,7 @@ class ShardWriter:
                 failure = str(error)
         told = [("", "")] if not bad else [(jobs[number].uri, reason) for number, reason in bad.items()]
         return {
+            "tried": np.array([len(jobs)] + [0] * (len(told) - 1)),
             "encoded": np.array([len(good)] + [0] * (len(told) - 1)),
             "bytes": np.array([size] + [0] * (len(told) - 1)),
             "uri": np.array([uri for uri, _ in told], dtype=object),
@@ -191,7 +196,8 @@ def encode_shards(
 ) -> Iterator[Done]:
     """Encode and write shards, in this process or by a pool of actors; yields what became of each, as it comes.
 
-    Raises StorageError when a picture's file cannot be read or the cache not written. What was yielded is kept.
+    Raises UserError when a picture's file cannot be read, the cache not written or the model not loaded, RunFailed when
+    the pool broke. What was yielded is kept.
     """
     read = functools.partial(read_pictures, max_pixels=data.max_pixels, weighted=data.alpha_mask)
     told: Iterable[Mapping[str, np.ndarray]]
@@ -203,11 +209,10 @@ def encode_shards(
         told = _on_ray(shards, pool, read, {"make_encode": make_encode, "folder": folder, **options})
     for one in told:
         if failure := next((text for text in one["failure"] if text), ""):
-            raise StorageError(str(failure))
+            raise UserError(str(failure))
         bad = {str(uri): str(reason) for uri, reason in zip(one["uri"], one["reason"], strict=True) if uri}
-        for uri, reason in bad.items():
-            log.warning("left out %s: %s", uri, reason)
-        yield Done(int(one["encoded"].sum()), int(one["bytes"].sum()), bad)
+        tried, encoded, size = (int(one[name].sum()) for name in ("tried", "encoded", "bytes"))
+        yield Done(tried, encoded, size, bad)
 
 
 def _on_ray(
@@ -216,7 +221,7 @@ def _on_ray(
     import ray.data
     import ray.exceptions
 
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # else lines on what we chose, no bars for one
     tables = [
         pa.table({name: column.tolist() for name, column in _columns(shard).items()}) for shard in shards
     ]
@@ -234,7 +239,7 @@ def _on_ray(
         fn_constructor_kwargs=dict(options),
         batch_size=None,
         batch_format="numpy",
-        concurrency=pool.actors,
+        compute=ray.data.ActorPoolStrategy(size=min(pool.actors, len(shards))),
         num_cpus=asked.pop("CPU", 0),
         num_gpus=asked.pop("GPU", 0),
         resources=asked or None,
@@ -243,11 +248,11 @@ def _on_ray(
     try:
         yield from dataset.iter_batches(batch_size=None, batch_format="numpy")
     except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None) or error
-        lines = str(cause).strip().splitlines() or [type(cause).__name__]
+        # Somewhere in pages of tracebacks, and of advice below them.
+        found = re.findall(r"^(?!ray\.)[\w.]+(?:Error|Exception): .*", str(error), re.MULTILINE)
+        why = found[-1] if found else type(error).__name__
         raise RunFailed(
-            f"encoding stopped ({type(cause).__name__}: {lines[0][:300]}). What is encoded is kept: the same command "
-            "goes on from there"
+            f"encoding stopped ({why[:300]}). What is encoded is kept: the same command goes on from there"
         ) from error
 
 

@@ -265,7 +265,7 @@ def _write(folder: Storage, rel: str, table: pa.Table, rows_per_group: int) -> i
         write_statistics=False,
         write_page_checksum=True,
     )
-    data = sink.getvalue()
+    data = sink.getvalue().to_pybytes()
     folder.write_bytes(rel, data)
     return len(data)
 

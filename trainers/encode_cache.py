@@ -118,8 +118,8 @@ def cache_latents(
                 made.encoded += done.encoded
                 made.bytes += done.bytes
                 made.left_out |= done.bad
-                tried += done.encoded + len(done.bad)
-                progress(min(tried, len(missing)), len(missing))
+                tried += done.tried
+                progress(tried, len(missing))
     made.seconds = time.monotonic() - began
     if not made.encoded + made.reused:
         reason = next(iter(made.left_out.items()))
