@@ -173,7 +173,7 @@ def check_machines(session: RaySession, output: Storage, paths: list[str], key: 
             output.remove(marker)
             if made:
                 shutil.rmtree(output.path(), ignore_errors=True)
-    _refuse_unshared(seen, key, output, marker)
+    _refuse_unshared(seen, output, marker, key)
 
 
 def look_around(paths: list[str]) -> dict[str, Any]:
@@ -278,7 +278,7 @@ def _object_store_bytes() -> int | None:
 
 
 def _refuse_unshared(
-    seen: Sequence[tuple[Node, dict[str, Any]]], key: str, output: Storage, marker: str | None
+    seen: Sequence[tuple[Node, dict[str, Any]]], output: Storage, marker: str | None, key: str = "output_dir"
 ) -> None:
     for path in {path: None for _, answer in seen for path in answer["missing"]}:
         blind = [node.address for node, answer in seen if path in answer["missing"]]
