@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from dreamfleet.cluster import cli
@@ -18,6 +20,7 @@ from dreamfleet.datasets.cache import encode_shards, jobs_of, make_shards
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import DataError, RecipeError, StorageError, UserError
 from dreamfleet.datasets.index import build_index
+from dreamfleet.datasets.known_files import known_files
 from dreamfleet.datasets.latents import encoding_of, open_cache, write_manifest
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import assemble
@@ -115,7 +118,7 @@ def test_the_run_trains_on_what_the_cache_holds(tmp_path: Path) -> None:
     """Doctored latents come out of the feed: no picture was encoded on the way."""
     recipe = recipe_of(tmp_path, data__latent_sampling="deterministic")
     cache_latents(recipe)
-    (folder,) = (tmp_path / "cache").iterdir()
+    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     for shard in (*folder.glob("latents/*"), *folder.glob("keys/*")):
         shard.unlink()
     index = build_index(str(tmp_path / "pictures"))
@@ -238,8 +241,6 @@ def test_only_new_and_changed_pictures_are_encoded(tmp_path: Path) -> None:
 
 
 def test_a_changed_mask_is_a_changed_picture(tmp_path: Path) -> None:
-    from PIL import Image
-
     recipe = recipe_of(tmp_path, data__alpha_mask=True)
     Image.new("L", (48, 48), 100).save(tiny.make_pictures(tmp_path / "pictures", 6) / "000.mask.png")
     assert counts(cache_latents(recipe)) == (6, 0)
@@ -388,6 +389,36 @@ def test_a_picture_that_changes_meanwhile_ends_the_call(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         list(encode_shards(shards, folder, Flat, data=data))
     assert not folder.list("keys")
+
+
+def test_files_that_did_not_change_are_not_read_again(tmp_path: Path) -> None:
+    """A stamp is trusted: a file turned into something else behind its back is told from the others by nothing."""
+    pictures = tiny.make_pictures(tmp_path / "pictures", 6)
+    Image.new("L", (48, 48), 90).save(pictures / "001.mask.png")
+    for file in pictures.iterdir():
+        os.utime(file, (1_000_000, 1_000_000))
+    recipe = recipe_of(tmp_path, data__alpha_mask=True)
+    cache_latents(recipe)
+    own = assemble(recipe_of(tmp_path, data__alpha_mask=True, data__cache_dir=None), Place()).feed
+    for name in ("000.png", "001.mask.png"):
+        (pictures / name).write_bytes(b"x" * (pictures / name).stat().st_size)
+        os.utime(pictures / name, (1_000_000, 1_000_000))
+    read = assemble(recipe, Place()).feed
+    for name in ("latents", "mask"):
+        assert all(torch.equal(read.batch(step)[name], own.batch(step)[name]) for step in range(3))
+    os.utime(pictures / "000.png", (1_000_001, 1_000_001))
+    parts = assemble(recipe, Place())
+    assert [Path(bad.uri).name for bad in parts.sets.instances.bad] == ["000.png"]
+    (tmp_path / "cache/files.parquet").write_bytes(b"torn")
+    with pytest.raises(DataError, match=r"files\.parquet is broken .*Remove it"):
+        assemble(recipe, Place())
+
+
+def test_a_file_that_was_just_written_is_read(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    cache_latents(recipe)
+    known = known_files(recipe.data)
+    assert known is not None and not any(known(str(path)) for path in (tmp_path / "pictures").iterdir())
 
 
 # ---- the files ------------------------------------------------------------------------------------------------------

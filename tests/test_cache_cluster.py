@@ -16,6 +16,7 @@ from servers import S3Server, s3_server  # noqa: F401 - a fixture
 from dreamfleet.datasets.cache import Pool, encode_shards, jobs_of, make_shards
 from dreamfleet.datasets.errors import DataError, RunFailed, UserError
 from dreamfleet.datasets.index import build_index
+from dreamfleet.datasets.known_files import known_files
 from dreamfleet.datasets.latents import LatentCache, encoding_of, open_cache, write_manifest
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.encode_cache import VaeEncoder, cache_latents
@@ -87,6 +88,12 @@ def test_from_a_bucket_into_a_bucket_and_out_of_it(
         bucket.write_bytes(f"pictures/{picture.name}", picture.read_bytes())
     place = {"data__instance_data_dir": f"{root}/pictures", "data__cache_dir": f"{root}/latents"}
     assert cache_latents(recipe_of(tmp_path, **place, **ONE_CPU)).encoded == 18
+    known = known_files(recipe_of(tmp_path, **place).data)
+    assert known is not None and known(f"{root}/pictures/000.png") is not None
+    bucket.write_bytes("pictures/000.png", bucket.read_bytes("pictures/001.png"))
+    known = known_files(recipe_of(tmp_path, **place).data)
+    assert known is not None and known(f"{root}/pictures/000.png") is None, "other contents, another tag"
+    bucket.write_bytes("pictures/000.png", (tmp_path / "pictures/000.png").read_bytes())
     tiny.make_pictures(tmp_path / "more", 1, seed=3)
     bucket.write_bytes("pictures/new.png", (tmp_path / "more/000.png").read_bytes())
     with pytest.raises(DataError, match=r"2 of 20 encodings .*new\.png"):

@@ -14,6 +14,7 @@ from dreamfleet.datasets.buckets import Size, number_buckets, picture_sizes, tel
 from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.index import Index
+from dreamfleet.datasets.known_files import known_files
 from dreamfleet.datasets.latents import LatentCache
 from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.sets import Sets, load_sets
@@ -99,7 +100,8 @@ def build_method(
 def assemble(recipe: Recipe, place: Place) -> Parts:
     """Build every piece of a run. Raises the UserErrors of whatever is wrong with recipe, pictures or model."""
     torch.manual_seed(recipe.train.seed)
-    sets = load_sets(recipe.data, verify=False if recipe.data.cache_dir else None)
+    known = known_files(recipe.data)
+    sets = load_sets(recipe.data, verify=False if known else None, known=known)
     method = make_method(recipe, sets, place.device)
     model = method.model
     if cache := open_latents(recipe.data, model):

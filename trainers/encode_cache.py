@@ -15,6 +15,7 @@ import torch
 from dreamfleet.datasets.cache import Pool, encode_shards, jobs_of, make_shards, missing_from
 from dreamfleet.datasets.errors import DataError, ModelError, RecipeError
 from dreamfleet.datasets.index import Index, build_index
+from dreamfleet.datasets.known_files import known_files
 from dreamfleet.datasets.latents import encoding_of, open_cache, write_manifest
 from dreamfleet.datasets.sets import load_sets
 from dreamfleet.datasets.storage import Storage
@@ -161,17 +162,21 @@ def _encoders(
 
 
 def _pictures(recipe: Recipe) -> Index:
-    """Index what a run would train on, class pictures that are there already included."""
-    sets = load_sets(recipe.data, verify=False)
+    """Index what a run would train on, class pictures that are there already included, and keep what was read."""
+    known = known_files(recipe.data)
+    sets = load_sets(recipe.data, verify=False, known=known)
     indexes = [sets.instances]
     if getattr(recipe.method, "with_prior_preservation", False):
         folders = [one.folder for one in sets.class_sets if one.folder is not None]
         indexes += [
-            build_index(folder, role="class", max_pixels=recipe.data.max_pixels, verify=False)
+            build_index(folder, role="class", max_pixels=recipe.data.max_pixels, verify=False, known=known)
             for folder in folders
             if list_pictures(Storage(folder))
         ]
-    return Index.concat(indexes)
+    index = Index.concat(indexes)
+    if known is not None:
+        known.remember(index)
+    return index
 
 
 def _check_sizes(recipe: Recipe, model: StableDiffusion) -> None:
