@@ -2,7 +2,7 @@
 
 Some hundreds of photos, made from those of the DreamBooth dataset (cut, turned a little and mirrored, JPEG of 512 px;
 nothing is kept), on the pocket model, without Ray. Each run is a process of its own: train to its first step with the
-cache, then without, alternating; then pictures a second of 20 steps where latents are resident, are read from the cache
+cache, then without, alternating; then pictures a second of 60 steps where latents are resident, are read from the cache
 when needed, and where each picture is decoded and encoded at each use, which is what a set needs that does not fit.
 """
 
@@ -130,7 +130,7 @@ def measure_steps(folder: Path) -> dict[str, Any]:
                 "train",
                 recipe,
                 f"output_dir={run}",
-                "train.max_train_steps=20",
+                "train.max_train_steps=60",
                 *changes,
             ]
             subprocess.run(command, check=True, capture_output=True)

@@ -437,6 +437,7 @@ def test_latents_come_back_in_any_order_from_many_row_groups(tmp_path: Path) -> 
     assert [len(shard) for shard in shards] == [10] * 8
     found = open_cache(cache, encoding)
     assert {rows for _, _, rows in found._shards} == {1}, "240 KB each: a group for each picture"
+    assert found.has(jobs[0].key, (400, 400)) and not found.has(jobs[0].key, (400, 392))
     order = np.random.default_rng(0).permutation(80).tolist()
     expected = dict(zip(order, Flat()(cuts_of([jobs[number] for number in order])), strict=True))
     read = found.read([jobs[number].key for number in order])

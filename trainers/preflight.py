@@ -52,6 +52,7 @@ def check_inputs(recipe: Recipe) -> None:
 
     Sets of up to a thousand files on a disk are read through as a worker would; buckets and larger sets are left to it.
     """
+    from dreamfleet.datasets.known_files import known_files
     from dreamfleet.datasets.latents import find_manifests
     from dreamfleet.datasets.sets import load_concepts, load_sets
     from dreamfleet.trainers.deepspeed_file import with_deepspeed_file
@@ -68,7 +69,7 @@ def check_inputs(recipe: Recipe) -> None:
         folder.is_local and (not folder.exists() or len(folder.list(recursive=True)) <= 1000)
         for folder in folders
     ):
-        load_sets(recipe.data, verify=False)
+        load_sets(recipe.data, verify=False, known=known_files(recipe.data))
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
         model = getattr(recipe.model, name)
         if model and os.path.isabs(model) and not os.path.exists(model):
