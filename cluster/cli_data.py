@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dreamfleet.cluster import cli_caption, cli_inspect, cli_prepare, cli_tags
+from dreamfleet.cluster import cli_cache, cli_caption, cli_inspect, cli_prepare, cli_tags
 from dreamfleet.cluster.cli_base import AsJson, Commands, Verbose, print_json, work
 
 data = typer.Typer(
@@ -85,5 +85,12 @@ def _print(found: dict[str, Any], as_json: bool) -> None:
         print(f"unreadable {reason}")
 
 
-for command in (cli_inspect.inspect, cli_prepare.prepare, cli_tags.tags, cli_caption.caption, label):
+for command in (
+    cli_inspect.inspect,
+    cli_prepare.prepare,
+    cli_tags.tags,
+    cli_caption.caption,
+    cli_cache.cache,
+    label,
+):
     data.command()(command)

@@ -14,7 +14,7 @@ from dreamfleet.cluster.cli_base import INTERRUPTED, AsJson, Verbose, print_json
 if TYPE_CHECKING:
     from dreamfleet.cluster.jobs import Job, JobServer
 
-COMMANDS = ("train", "tune")
+COMMANDS = ("train", "tune", "data cache")
 
 ServerAddress = Annotated[
     str | None,
@@ -28,7 +28,7 @@ Command = Annotated[
     list[str],
     typer.Argument(
         metavar="COMMAND",
-        help="-- train|tune RECIPE [KEY.PATH=VALUE ...] [--resume]",
+        help="-- train|tune|data cache RECIPE [KEY.PATH=VALUE ...] [--resume]",
         show_default=False,
     ),
 ]
@@ -78,11 +78,14 @@ def submit(
         from dreamfleet.trainers.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides)
-        parcel = pack(loaded, shared=shared or (), resume="--resume" in options)
+        makes_cache = name == "data cache"
+        parcel = pack(loaded, shared=shared or (), resume="--resume" in options, makes_cache=makes_cache)
         environment = read_environment(env or (), os.environ)
-        check_here(loaded)
-        if name == "train" and loaded.scaling.num_workers == 0:
-            _say("scaling.num_workers is 0: the head node itself will train; 1 or more gives it to workers")
+        check_here(loaded, makes_cache=makes_cache)
+        if name != "tune" and loaded.scaling.num_workers == 0:
+            _say(
+                "scaling.num_workers is 0: the head node itself will do the work; 1 or more gives it to workers"
+            )
         with job_server(address) as server:
             job_id = send(server, parcel, [name, *options], typed=command, environment=environment, say=_say)
     if as_json:
@@ -152,14 +155,16 @@ def _parse(ctx: typer.Context, command: list[str]) -> tuple[str, Path, list[str]
     """Read ``train RECIPE key=value --option`` as that command itself would: (name, recipe, overrides, options)."""
     from dreamfleet.datasets.errors import RecipeError
 
-    name, *rest = command
+    length = 2 if command[0] == "data" else 1
+    name, rest = " ".join(command[:length]), command[length:]
     assert ctx.parent is not None
-    group: Any = ctx.parent.command
+    target: Any = ctx.parent.command
     if name not in COMMANDS:
         raise RecipeError(
-            f"submit {name}: a job can {' or '.join(COMMANDS)} a recipe: dreamfleet submit -- train RECIPE"
+            f"submit {name}: a job can train or tune a recipe, or make its cache: dreamfleet submit -- train RECIPE"
         )
-    target = group.commands[name]
+    for part in name.split():
+        target = target.commands[part]
     parsed = target.make_context(f"dreamfleet submit -- {name}", list(rest))
     options: list[str] = []
     for parameter in target.params:

@@ -58,14 +58,20 @@ class Parcel:
 
 
 def pack(
-    recipe: Recipe, *, shared: Sequence[str] = (), resume: bool = False, limit: int = MAX_PARCEL_BYTES
+    recipe: Recipe,
+    *,
+    shared: Sequence[str] = (),
+    resume: bool = False,
+    limit: int = MAX_PARCEL_BYTES,
+    makes_cache: bool = False,
 ) -> Parcel:
     """Decide what a recipe's job takes along; reads names and sizes, writes nothing.
 
     Addresses (``s3://``) and paths under ``shared``, folders that every machine of the cluster sees under the same
     name, stay as they are. Every other local file or folder the recipe names goes along, with what is read beside it;
-    with ``resume``, not the file that a run went on from, if it is gone. Raises RecipeError for an ``output_dir`` the
-    cluster cannot keep, for files that are not here, and for more than ``limit`` bytes, naming the largest.
+    with ``resume``, not the file that a run went on from, if it is gone. Raises RecipeError for an ``output_dir``, or a
+    cache that the job makes, which the cluster cannot keep, for files that are not here, and for more than ``limit``
+    bytes, naming the largest.
     """
     folders = [os.path.abspath(os.path.expanduser(folder)) for folder in shared]
     starts = {getattr(recipe.method, name, None) for name in START_FILES} if resume else set()
@@ -75,11 +81,14 @@ def pack(
         everywhere = any(path == folder or path.startswith(folder + "/") for folder in folders)
         return everywhere or "://" in path or path in gone
 
-    if not stays(recipe.output_dir):
+    key, kept = (
+        ("data.cache_dir", recipe.data.cache_dir) if makes_cache else ("output_dir", recipe.output_dir)
+    )
+    if kept is not None and not stays(kept):
         raise RecipeError(
-            f"output_dir {recipe.output_dir} is a folder of this machine, and the job runs on others. Give "
-            f"output_dir=s3://BUCKET/PREFIX, or, when every machine of the cluster has that folder (NFS, or a cluster "
-            f"of one machine), say so: --shared {os.path.dirname(recipe.output_dir)}"
+            f"{key} {kept} is a folder of this machine, and the job runs on others. Give {key}=s3://BUCKET/PREFIX, or, "
+            f"when every machine of the cluster has that folder (NFS, or a cluster of one machine), say so: "
+            f"--shared {os.path.dirname(kept)}"
         )
     sections = recipe.model_dump(mode="json")
     concepts = sections["data"]["concepts_list"]
@@ -89,12 +98,15 @@ def pack(
     for name in _SECTIONS_WITH_FILES:
         sections[name] = loading.take(sections[name], name)
     loading.refuse_more_than(limit)
-    _refuse_missing_class_pictures(recipe, stays)
+    if not makes_cache:
+        _refuse_missing_class_pictures(recipe, stays)
     return Parcel(build_recipe(sections), loading.files)
 
 
-def check_here(recipe: Recipe) -> None:
+def check_here(recipe: Recipe, *, makes_cache: bool = False) -> None:
     """Look at pictures and model as a run would, where they are here to be looked at: a job takes minutes to tell."""
+    if makes_cache:  # there is none yet
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": None})})
     sections = recipe.model_dump(mode="json")
     if all(os.path.exists(place) for name in _SECTIONS_WITH_FILES for place in _places(sections[name], name)):
         check_inputs(recipe)

@@ -35,8 +35,9 @@ def send(
 ) -> str:
     """Upload code and parcel, start ``dreamfleet COMMAND`` on the cluster, and return the job's name.
 
-    ``command`` is ``train`` or ``tune`` with its options; ``typed`` what the person wrote, shown by `dreamfleet jobs`.
-    ``environment`` is set for the job and its workers on top of :data:`ENVIRONMENT`; its values are never shown here.
+    ``command`` is ``train``, ``tune`` or ``data cache`` with its options; ``typed`` what the person wrote, shown by
+    `dreamfleet jobs`. ``environment`` is set for the job and its workers on top of :data:`ENVIRONMENT`; its values are
+    never shown here.
     """
     job_id = make_job_id(parcel.recipe.run_name)
     with tempfile.TemporaryDirectory(prefix="dreamfleet-") as folder:
@@ -69,7 +70,9 @@ def make_entrypoint(command: Sequence[str]) -> str:
     The wheel brings modules and no `dreamfleet` program. With ``exec`` no shell stands between Ray's signal and us.
     """
     name, *options = command
-    return shlex.join(["exec", "python", "-m", "dreamfleet.cluster.cli", name, RECIPE_FILE, *options])
+    return shlex.join(
+        ["exec", "python", "-m", "dreamfleet.cluster.cli", *name.split(), RECIPE_FILE, *options]
+    )
 
 
 def make_resume_command(typed: Sequence[str]) -> str:

@@ -118,6 +118,17 @@ class DataConfig(Section):
     source: Literal["auto", "resident", "stream"] = "auto"
     resident_limit_mb: int = Field(default=4096, ge=1)
     cache_latents: bool = True
+    cache_dir: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder or s3:// address of latents that `dreamfleet data cache` encoded: the run reads them and "
+        "decodes no picture",
+    )
+    cache_precision: Literal["float32", "fp16"] = Field(
+        default="float32",
+        description="of the latents in cache_dir; float32 gives the losses of a run that encodes itself, fp16 takes "
+        "half the room",
+    )
     latent_sampling: Literal["random", "once", "deterministic"] = Field(
         default="random", validation_alias=_also("latent_sampling", "latent_sampling_method")
     )
@@ -178,6 +189,19 @@ class DataConfig(Section):
             raise ValueError("mask_dir without alpha_mask: set alpha_mask: true, or leave mask_dir out")
         return self
 
+    @model_validator(mode="after")
+    def _latents_can_be_kept(self) -> Self:
+        if self.cache_dir is None:
+            return self
+        if not self.center_crop:
+            raise ValueError(
+                "cache_dir with center_crop: false: a picture cropped anew at every use has no latents to keep; set "
+                "center_crop: true (enable_bucket keeps shapes), or leave cache_dir out"
+            )
+        if not self.cache_latents:
+            raise ValueError("cache_dir with cache_latents: false: leave one of them out")
+        return self
+
     def with_absolute_paths(self, folder: str) -> DataConfig:
         """The same section with its folders made absolute, relative ones starting at `folder`."""
         concepts = self.concepts_list
@@ -187,7 +211,7 @@ class DataConfig(Section):
             concepts = [concept_with_absolute_paths(concept, folder) for concept in concepts]
         places = {
             name: _absolute(getattr(self, name), folder)
-            for name in ("instance_data_dir", "class_data_dir", "train_data_dir", "mask_dir")
+            for name in ("instance_data_dir", "class_data_dir", "train_data_dir", "mask_dir", "cache_dir")
             if getattr(self, name) is not None
         }
         return self.model_copy(update={**places, "concepts_list": concepts})

@@ -69,6 +69,19 @@ class Row(NamedTuple):
     mask_sha256: str | None = None
 
 
+class Seen(NamedTuple):
+    """What was found in a file; sizes in pixels after the EXIF turn, 0 of a mask."""
+
+    sha256: str
+    width: int = 0
+    height: int = 0
+
+
+Known = Callable[
+    [str], Seen | None
+]  # what is in the file at an address, where that is known without reading it
+
+
 class Index:
     """The pictures of one or more folders, sorted by id, whatever their place or listing order."""
 
@@ -132,11 +145,13 @@ def build_index(
     verify: bool | None = None,
     exclude: Callable[[str], bool] | None = None,
     mask_dir: str | None = None,
+    known: Known | None = None,
 ) -> Index:
     """Index the pictures of a folder on disk or in a bucket.
 
-    Each file is read once, by a pool of threads. A caption comes from a file of the same stem with one of
-    `caption_extension` (the first there is), else from `metadata.jsonl` / `metadata.csv` in the folder or one
+    Each file is read once, by a pool of threads, unless `known(address)` says what is in it. A caption comes from a
+    file of the same stem with one of `caption_extension` (the first there is), else from `metadata.jsonl` /
+    `metadata.csv` in the folder or one
     above it. With `verify` (None: up to 2000 pictures) every pixel is decoded, so that a picture cut short
     is found now. Bad pictures, and those whose mask is bad, are listed in `.bad` and left out. `exclude(name)`
     leaves out files. Masks are `NAME.mask.png` or `NAME_att.png` beside pictures, or the pictures of the same names in
@@ -165,20 +180,13 @@ def build_index(
     def look(name: str) -> Row | BadFile:
         uri, mask = storage.path(name), masks.get(name)
         try:
-            data, mask_file = storage.read_bytes(name), read_mask(mask) if mask else None
-            header = read_header(data, uri=uri, max_pixels=max_pixels)
-            if check:
-                check_picture(data, uri=uri, max_pixels=max_pixels)
-            if mask_file is not None:
-                open_mask(mask_file, uri=f"its mask {mask}", max_pixels=max_pixels)
+            found = None if known is None or check else _recall(known, uri, mask, max_pixels)
+            seen, weights = found or _look_inside(storage, name, mask, max_pixels=max_pixels, check=check)
         except (DataError, StorageError) as error:
             return BadFile(uri, str(error).removeprefix(f"{uri}: "))
-        sha256 = hashlib.sha256(data).hexdigest()
-        caption = captions.of(name)
-        row = Row(sha256[:16], uri, header.width, header.height, caption, sha256, concept, role, repeats)
-        if mask_file is not None:
-            row = row._replace(mask=mask, mask_sha256=hashlib.sha256(mask_file.data).hexdigest())
-        return row
+        sha256, caption = seen.sha256, captions.of(name)
+        row = Row(sha256[:16], uri, seen.width, seen.height, caption, sha256, concept, role, repeats)
+        return row if weights is None else row._replace(mask=mask, mask_sha256=weights.sha256)
 
     workers = min(32, 2 * (os.cpu_count() or 1) if storage.is_local else 32, max(1, len(pictures)))
     with ThreadPoolExecutor(workers, thread_name_prefix="index") as pool:
@@ -196,6 +204,29 @@ def build_index(
         log.warning("%s: %d pictures used, %d left out: %s", storage.url, len(rows), len(bad), _some(bad))
     rows.sort(key=lambda row: (row.sha256[:16], row.uri[len(storage.url) :]))
     return _assemble(rows, bad)
+
+
+def _look_inside(
+    storage: Storage, name: str, mask: str | None, *, max_pixels: int, check: bool
+) -> tuple[Seen, Seen | None]:
+    """Read a picture, and its mask where it has one. Raises DataError for a bad one of both, and StorageError."""
+    uri = storage.path(name)
+    data, mask_file = storage.read_bytes(name), read_mask(mask) if mask else None
+    header = read_header(data, uri=uri, max_pixels=max_pixels)
+    if check:
+        check_picture(data, uri=uri, max_pixels=max_pixels)
+    if mask_file is not None:
+        open_mask(mask_file, uri=f"its mask {mask}", max_pixels=max_pixels)
+    seen = Seen(hashlib.sha256(data).hexdigest(), header.width, header.height)
+    return seen, Seen(hashlib.sha256(mask_file.data).hexdigest()) if mask_file is not None else None
+
+
+def _recall(known: Known, uri: str, mask: str | None, max_pixels: int) -> tuple[Seen, Seen | None] | None:
+    """Return what is known of a picture and its mask; None where one of them must be read."""
+    seen, weights = known(uri), known(mask) if mask else None
+    if seen is None or (mask and weights is None) or seen.width * seen.height > max_pixels:
+        return None
+    return seen, weights
 
 
 def _assemble(rows: Sequence[Row], bad: Sequence[BadFile]) -> Index:

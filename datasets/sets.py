@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from dreamfleet.datasets.captions import decode_text
 from dreamfleet.datasets.config import Concept, DataConfig, concept_with_absolute_paths
 from dreamfleet.datasets.errors import DataError, StorageError
-from dreamfleet.datasets.index import Index, build_index
+from dreamfleet.datasets.index import Index, Known, build_index
 from dreamfleet.datasets.storage import Storage, read_uri
 
 log = logging.getLogger(__name__)
@@ -39,11 +39,12 @@ class Sets:
     concepts: list[Concept]
 
 
-def load_sets(data: DataConfig, *, verify: bool | None = None) -> Sets:
+def load_sets(data: DataConfig, *, verify: bool | None = None, known: Known | None = None) -> Sets:
     """Index all pictures a recipe names; its paths are absolute already (`data.with_absolute_paths`).
 
     A row's repeats are its concept's (kohya: the folder name's) times `data.repeats`. Class pictures are
-    named, not indexed: they may not exist yet. Raises DataError, as build_index does.
+    named, not indexed: they may not exist yet. Files that `known` tells of are not read. Raises DataError, as
+    build_index does.
     """
     concepts = load_concepts(data)
     indexes = [
@@ -56,6 +57,7 @@ def load_sets(data: DataConfig, *, verify: bool | None = None) -> Sets:
             verify=verify,
             exclude=_inside(concept.instance_data_dir, [other.class_data_dir for other in concepts]),
             mask_dir=concept.mask_dir,
+            known=known,
         )
         for number, concept in enumerate(concepts)
     ]

@@ -127,6 +127,11 @@ def test_what_the_cluster_could_not_keep_or_find_is_refused(tmp_path: Path) -> N
     ):
         pack(make_recipe(tmp_path, **changes))
     pack(make_recipe(tmp_path, **changes, method__num_class_images=6))
+    here = make_recipe(tmp_path, output_dir="runs/cat", data__cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(RecipeError, match=r"data\.cache_dir .*s3://BUCKET/PREFIX.*--shared"):
+        pack(here, makes_cache=True)
+    kept = make_recipe(tmp_path, output_dir="runs/cat", data__cache_dir="s3://bucket/latents")
+    assert pack(kept, makes_cache=True).recipe.data.cache_dir == "s3://bucket/latents"
 
 
 def test_missing_pictures_are_told_before_anything_is_sent(tmp_path: Path) -> None:
@@ -222,6 +227,8 @@ def test_names_and_commands_of_jobs() -> None:
     assert make_job_id("my cat/√").startswith("my-cat-")
     assert make_job_id("run") != make_job_id("run")
     assert make_entrypoint(["tune"]) == "exec python -m dreamfleet.cluster.cli tune recipe.yaml"
+    cache = ["data cache", "--json"]
+    assert make_entrypoint(cache) == "exec python -m dreamfleet.cluster.cli data cache recipe.yaml --json"
     assert make_resume_command(["train", "r.yaml"]) == "dreamfleet submit ... -- train r.yaml --resume"
 
 
@@ -338,6 +345,10 @@ def test_the_submitted_command_is_read_before_it_is_sent(
         return result.output
 
     assert "a job can train or tune a recipe" in told("--", "score", recipe)
+    assert "submit data tags: a job can" in told("--", "data", "tags", recipe)
+    assert "No such option: --resume" in told("--", "data", "cache", recipe, "--resume")
+    assert "data.cache_dir" in told("--", "data", "cache", recipe, f"data.cache_dir={tmp_path / 'cache'}")
+    assert "no Ray job server answers" in told("--", "data", "cache", recipe, "data.cache_dir=s3://b/latents")
     assert "No such option: --resum" in told("--", "train", recipe, "--resum")
     assert "name that one before the `--`" in told("--", "train", recipe, "--address", "auto")
     assert "no such recipe" in told("--", "train", "nowhere.yaml")

@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -13,8 +14,11 @@ from dreamfleet.datasets.buckets import Size, number_buckets, picture_sizes, tel
 from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.index import Index
+from dreamfleet.datasets.known_files import known_files
+from dreamfleet.datasets.latents import LatentCache
 from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.sets import Sets, load_sets
+from dreamfleet.trainers.cached_pictures import leave_out_bad, open_latents, serve_pictures
 from dreamfleet.trainers.class_pictures import gather_class_images
 from dreamfleet.trainers.engine import DTYPES, Engine, TorchEngine
 from dreamfleet.trainers.feed import Feed, Preparer
@@ -23,7 +27,6 @@ from dreamfleet.trainers.methods.base import Batch, Method, Setting, discover
 from dreamfleet.trainers.methods.seeing import SeeingMethod
 from dreamfleet.trainers.optim import make_rates
 from dreamfleet.trainers.picture_feed import PictureFeed
-from dreamfleet.trainers.pictures import load_pictures
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.schedule import last_step
@@ -105,14 +108,17 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
     ``begins``: the files that the recipe goes on from are read; a checkpoint, if one is loaded next, holds more.
     """
     torch.manual_seed(recipe.train.seed)
-    sets = load_sets(recipe.data)
+    known = known_files(recipe.data)
+    sets = load_sets(recipe.data, verify=False if known else None, known=known)
+    method = make_method(recipe, sets, place.device)
+    model = method.model
+    if cache := open_latents(recipe.data, model):
+        sets = replace(sets, instances=leave_out_bad(sets.instances, cache, recipe.data))
     if place.leads:
         for bad in sets.instances.bad:
             log.warning("left out %s: %s", bad.uri, bad.reason)
-    method = make_method(recipe, sets, place.device)
     moments = agreed(method.start(), place) if begins else {}
     weights = {name: tensor.clone() for name, tensor in method.state().items()} if moments else {}
-    model = method.model
     check_resolution(recipe, model)
     apart = None
     if isinstance(method, SeeingMethod):
@@ -140,7 +146,7 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
                 global_batch,
             )
     schedule = make_schedule(recipe, plan)
-    feed, prepare = make_feed(recipe, sets.instances, classes, method, plan, place)
+    feed, prepare = make_feed(recipe, sets.instances, classes, method, plan, place, cache)
     engine = (TorchEngine if recipe.engine.zero_stage == "auto" else ZeroEngine)(
         method,
         config=recipe.engine,
@@ -158,7 +164,13 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
 
 
 def make_feed(
-    recipe: Recipe, instances: Index, classes: Index | None, method: Method, plan: BatchPlan, place: Place
+    recipe: Recipe,
+    instances: Index,
+    classes: Index | None,
+    method: Method,
+    plan: BatchPlan,
+    place: Place,
+    cache: LatentCache | None = None,
 ) -> tuple[Feed | PictureFeed, Callable[[Batch], Batch]]:
     """Make what gives batches: latents with noise and prompts, or decoded pictures; and what readies them."""
     train = recipe.train
@@ -167,13 +179,18 @@ def make_feed(
         return PictureFeed(
             plan, instances=instances, method=method, data=recipe.data, **share
         ), lambda batch: batch
-    where = {"seed": train.seed, "rank": place.rank, "world": place.world}
+    where: dict[str, Any] = {
+        "cache": cache,
+        "seed": train.seed,
+        "rank": place.rank,
+        "world": place.world,
+    }
     feed = Feed(
         plan,
         instances=instances,
-        pictures=load_pictures(instances, method.model, recipe.data, **where),
+        pictures=serve_pictures(instances, method.model, recipe.data, **where),
         classes=classes,
-        class_pictures=load_pictures(classes, method.model, recipe.data, **where)
+        class_pictures=serve_pictures(classes, method.model, recipe.data, **where)
         if classes is not None
         else None,
         method=method,

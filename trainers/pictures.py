@@ -222,6 +222,22 @@ def encode_batch(pixels: int) -> int:
 
 
 @torch.no_grad()
+def encode_cuts(cuts: Sequence[np.ndarray], model: StableDiffusion) -> dict[str, Tensor]:
+    """Encode pictures of one size, as cut_picture gives them and as many as :func:`encode_batch` at most, by name.
+
+    The VAE sees as many in any case, the last one again: sums differ in their last bits with the number, and a
+    picture's latents must not depend on what is encoded beside it.
+    """
+    found = to_tensors(cuts, cell=model.vae_factor)
+    pixels = found.pop("pixels")
+    spare = encode_batch(pixels[0, 0].numel()) - len(cuts)
+    padded = torch.cat([pixels, pixels[-1:].expand(spare, -1, -1, -1)])
+    posterior = model.encode_pictures(padded.to(next(model.vae.parameters()).device))
+    found["mean"], found["std"] = (part[: len(cuts)].cpu() for part in posterior)
+    return found
+
+
+@torch.no_grad()
 def encode_index(
     index: Index,
     model: StableDiffusion,
@@ -251,8 +267,7 @@ def encode_index(
         numbers, batch = list(group), encode_batch(width * height)
         for start in range(0, len(numbers), batch):
             chunk = numbers[start : start + batch]
-            found = to_tensors([read_cut(index, jobs[number], data) for number in chunk], cell=cell)
-            found["mean"], found["std"] = model.encode_pictures(found.pop("pixels").to(device))
+            found = encode_cuts([read_cut(index, jobs[number], data) for number in chunk], model)
             for name, kept in views.items():
                 for number, value in zip(chunk, found[name], strict=True):
                     kept[number].copy_(value)

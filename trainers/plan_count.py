@@ -162,7 +162,7 @@ def _trace_start(recipe: Recipe, method: Method, pictures: int | None) -> tuple[
     """Trace what comes before the first step: encoding the pictures, and drawing class pictures."""
     model, side, prior = method.model, recipe.data.resolution, method.prior
     encoding = drawing = 0
-    if _caches_latents(recipe):
+    if _caches_latents(recipe) and recipe.data.cache_dir is None:
         batch = encode_batch(side * side)
         num = min(batch, pictures or batch)
         encoding = trace_inference(

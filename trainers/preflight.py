@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dreamfleet.datasets.errors import ModelError, RecipeError
+from dreamfleet.datasets.errors import DataError, ModelError, RecipeError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.scaling import (
     ScalingConfig,
@@ -54,17 +54,24 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
 
     Sets of up to a thousand files on a disk are read through as a worker would; buckets and larger sets are left to it.
     """
+    from dreamfleet.datasets.known_files import known_files
+    from dreamfleet.datasets.latents import find_manifests
     from dreamfleet.datasets.sets import load_concepts, load_sets
     from dreamfleet.trainers.deepspeed_file import with_deepspeed_file
     from dreamfleet.trainers.recipe import METHOD_FILES, METHOD_MODELS, START_FILES
 
     with_deepspeed_file(recipe)
+    if recipe.data.cache_dir and not find_manifests(Storage(recipe.data.cache_dir)):
+        raise DataError(
+            f"data.cache_dir {recipe.data.cache_dir} holds no latents yet: run `dreamfleet data cache RECIPE` first, "
+            "or leave data.cache_dir out"
+        )
     folders = [Storage(concept.instance_data_dir) for concept in load_concepts(recipe.data)]
     if all(
         folder.is_local and (not folder.exists() or len(folder.list(recursive=True)) <= 1000)
         for folder in folders
     ):
-        load_sets(recipe.data, verify=False)
+        load_sets(recipe.data, verify=False, known=known_files(recipe.data))
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
         model = getattr(recipe.model, name)
         if model and os.path.isabs(model) and not os.path.exists(model):

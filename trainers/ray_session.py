@@ -132,11 +132,11 @@ def ray_session(address: str | None = None, *, preload: Sequence[str] = ()) -> I
         ray.shutdown()
 
 
-def check_machines(session: RaySession, output: Storage, paths: Sequence[str]) -> None:
+def check_machines(session: RaySession, output: Storage, paths: list[str], key: str = "output_dir") -> None:
     """Raise unless every machine can run our code and sees the same folders; nothing to check on a single one.
 
-    A marker file in a local ``output`` tells a shared folder from one of the same name. ``paths`` are local files and
-    folders the run reads. Raises StorageError or ResourceError naming the machines.
+    A marker file in a local ``output`` (``key`` in a recipe) tells a shared folder from one of the same name. ``paths``
+    are what the run reads on disk. Raises StorageError or ResourceError naming the machines.
     """
     nodes = session.nodes()
     if len(nodes) < 2:
@@ -173,7 +173,7 @@ def check_machines(session: RaySession, output: Storage, paths: Sequence[str]) -
             output.remove(marker)
             if made:
                 shutil.rmtree(output.path(), ignore_errors=True)
-    _refuse_unshared(seen, output, marker)
+    _refuse_unshared(seen, output, marker, key)
 
 
 def look_around(paths: list[str]) -> dict[str, Any]:
@@ -278,15 +278,15 @@ def _object_store_bytes() -> int | None:
 
 
 def _refuse_unshared(
-    seen: Sequence[tuple[Node, dict[str, Any]]], output: Storage, marker: str | None
+    seen: Sequence[tuple[Node, dict[str, Any]]], output: Storage, marker: str | None, key: str = "output_dir"
 ) -> None:
     for path in {path: None for _, answer in seen for path in answer["missing"]}:
         blind = [node.address for node, answer in seen if path in answer["missing"]]
         machines = ", ".join(blind[:5]) + (" and more" if len(blind) > 5 else "")
         if marker is not None and path == output.path(marker):
             raise StorageError(
-                f"output_dir {output.path()} is not shared: {machines} cannot see it. With several machines, "
-                "set output_dir to a folder that all of them mount, or to s3://bucket/prefix."
+                f"{key} {output.path()} is not shared: {machines} cannot see it. With several machines, "
+                f"set {key} to a folder that all of them mount, or to s3://bucket/prefix."
             )
         raise StorageError(
             f"{path} is missing on {machines}. With several machines, keep it where all of them see it: "

@@ -118,9 +118,10 @@ class AestheticGradients(SeeingMethod):
     Config = AestheticGradientsConfig
     formats = ("pt",)
     all_formats = ("pt", "diffusers")
-    refused: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("engine.zero_stage", "engine.use_ema"), "which adds up a mean of its own"
-    )
+    refused: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("engine.zero_stage", "engine.use_ema"), "which adds up a mean of its own"),
+        "data.cache_dir": "which sees pictures, not latents",
+    }
     no_plan = (
         "trains no weights; its steps need what CLIP needs to see train.train_batch_size pictures, and drawing four "
         "copies of the text encoder"

@@ -130,6 +130,7 @@ class DiscriminatorTraining(SeeingMethod):
         **dict.fromkeys(("validation.prompts", "data.enable_bucket"), "which draws no pictures"),
         "validation.holdout": "which holds out what method.test_labels or method.holdout_per_class says",
         "data.alpha_mask": "which sees whole pictures",
+        "data.cache_dir": "which sees pictures, not latents",
         "train.gradient_checkpointing": "whose ConvNeXt has none",
         **dict.fromkeys(("train.snr_gamma", "train.noise_offset"), "which knows no noise"),
     }

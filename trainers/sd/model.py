@@ -20,7 +20,7 @@ from dreamfleet.trainers.sd.condition import Condition
 from dreamfleet.trainers.sd.formats.ldm_names import Family, family_of
 from dreamfleet.trainers.sd.formats.tensor_files import to_dtype
 from dreamfleet.trainers.sd.model_config import POCKET, ModelConfig, noise_schedule
-from dreamfleet.trainers.sd.model_files import download, fingerprint, load_folder_parts
+from dreamfleet.trainers.sd.model_files import download, fingerprint, load_folder_parts, vae_fingerprint
 
 ALL_PARTS = ("unet", "vae", "text_encoder")  # the text encoder of SDXL is two
 
@@ -41,6 +41,7 @@ class StableDiffusion:
     scheduler: Any
     folder: str
     content_hash: str
+    encoder_hash: str = ""  # of the VAE's encoder, whole and in float32: what latents depend on
     clip_skip: int = 1
     max_token_length: int = 75
     encode_prompts: Callable[[Sequence[str]], Condition] | None = None  # draws with these
@@ -296,7 +297,8 @@ def _load_single_file(path: Path, name: str, config: ModelConfig, needs: Collect
 
 def _as_configured(model: StableDiffusion, path: Path, config: ModelConfig) -> StableDiffusion:
     """Make a loaded model what the recipe's section says, frozen."""
-    model.content_hash, model.clip_skip = fingerprint(path), config.clip_skip
+    model.content_hash, model.encoder_hash = fingerprint(path), vae_fingerprint(model.vae)
+    model.clip_skip = config.clip_skip
     model.max_token_length = config.max_token_length
     model.scheduler = noise_schedule(model.scheduler, config, model.folder)
     model.freeze()

@@ -115,6 +115,21 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:10]
 
 
+def vae_fingerprint(vae: Any) -> str:
+    """Return 16 hex digits over what latents depend on: the weights of a VAE's encoder, two settings; "" without one.
+
+    Decoders may differ: those of VAEs that were trained on for better faces do.
+    """
+    if vae is None:
+        return ""
+    digest = hashlib.sha256(f"{vae.config.act_fn} {vae.config.norm_num_groups}".encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.float().cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of what an error says, or its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
