@@ -133,7 +133,7 @@ def unet_alone(parts: Any) -> Block:
 
 def same_losses(parts: Any, recipe: Any) -> float:
     """The largest difference between the script's loss and ours over five batches of the same noise."""
-    from dreamfleet.trainers.pictures import read_pixels
+    from dreamfleet.trainers.encoding import read_pixels
 
     model, uris = parts.model, parts.sets.instances.column("uri")
     ids = model.tokenize([recipe.data.instance_prompt])

@@ -85,7 +85,7 @@ def read_real(folder: Path) -> list[Any]:
 
     from dreamfleet.datasets.config import DataConfig
     from dreamfleet.datasets.index import build_index
-    from dreamfleet.trainers.pictures import read_pixels
+    from dreamfleet.trainers.encoding import read_pixels
 
     data = DataConfig(instance_data_dir=str(folder), resolution=64)
     return [

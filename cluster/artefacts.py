@@ -14,7 +14,8 @@ from dreamfleet.trainers.exported import LARGEST_EMBEDDING, teach_word
 from dreamfleet.trainers.sd.aesthetic import AestheticEncoder, AestheticSettings, apply_aesthetic
 from dreamfleet.trainers.sd.formats import aesthetic as aesthetics
 from dreamfleet.trainers.sd.formats import hypernetwork, lora
-from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model, save_pipeline
+from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model
+from dreamfleet.trainers.sd.pipeline_folder import save_pipeline
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,7 +14,7 @@ from tiny_models import tiny_family
 from dreamfleet.trainers.assemble import assemble
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
-from dreamfleet.trainers.sd.model import save_pipeline
+from dreamfleet.trainers.sd.pipeline_folder import save_pipeline
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS = 12

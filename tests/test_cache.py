@@ -26,8 +26,9 @@ from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import assemble
 from dreamfleet.trainers.cached_pictures import CachedLatents
 from dreamfleet.trainers.encode_cache import CacheMade, cache_latents
+from dreamfleet.trainers.encoding import encode_cuts, to_tensors
 from dreamfleet.trainers.launch import fit
-from dreamfleet.trainers.pictures import ResidentLatents, encode_cuts, to_tensors
+from dreamfleet.trainers.pictures import ResidentLatents
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.trainers.run import run_worker

@@ -22,8 +22,9 @@ from dreamfleet.datasets.plan import Draw
 from dreamfleet.trainers.pictures import Shown
 from dreamfleet.trainers.sd.condition import Condition, whole_picture_ids
 from dreamfleet.trainers.sd.embeddings import install_embedding
-from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model, save_pipeline
+from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model
 from dreamfleet.trainers.sd.noise import noise_loss
+from dreamfleet.trainers.sd.pipeline_folder import save_pipeline
 from dreamfleet.trainers.sd.sample import generate
 
 PROMPTS = ["a cat, on the sea", "", "zebra " * 40]

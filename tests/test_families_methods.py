@@ -23,7 +23,7 @@ from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.sd.embeddings import install_embedding, install_negative
 from dreamfleet.trainers.sd.formats.embedding import read_embedding
 from dreamfleet.trainers.sd.formats.hypernetwork import read_hypernetwork
-from dreamfleet.trainers.sd.model import save_pipeline
+from dreamfleet.trainers.sd.pipeline_folder import save_pipeline
 from dreamfleet.trainers.sd.sample import generate
 
 OTHERS = [family for family in FAMILIES if family != "sd1"]  # which test_methods.py has

@@ -37,7 +37,8 @@ from dreamfleet.trainers.sd.formats.single_file import (
     save_single_file,
 )
 from dreamfleet.trainers.sd.formats.tensor_files import write_safetensors
-from dreamfleet.trainers.sd.model import ModelConfig, load_model, save_pipeline
+from dreamfleet.trainers.sd.model import ModelConfig, load_model
+from dreamfleet.trainers.sd.pipeline_folder import save_pipeline
 
 States = dict[str, dict[str, torch.Tensor]]
 

@@ -33,7 +33,8 @@ from dreamfleet.trainers.sd.lora import (
     set_loras,
 )
 from dreamfleet.trainers.sd.lora_targets import choose_layers
-from dreamfleet.trainers.sd.model import StableDiffusion, save_pipeline
+from dreamfleet.trainers.sd.model import StableDiffusion
+from dreamfleet.trainers.sd.pipeline_folder import save_pipeline
 from dreamfleet.trainers.sd.sample import generate
 
 QUERY = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.plan_trace import Ledger
 from dreamfleet.trainers.sd.embeddings import install_embedding, remove_embeddings, text_embeddings
-from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model, save_pipeline
+from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model
+from dreamfleet.trainers.sd.pipeline_folder import save_pipeline
 
 
 @pytest.fixture(scope="module")

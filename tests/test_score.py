@@ -31,7 +31,7 @@ from dreamfleet.trainers.score import (
 from dreamfleet.trainers.sd.clip import ClipScorer, load_clip, read_preprocessing
 from dreamfleet.trainers.sd.dino import load_dino
 from dreamfleet.trainers.sd.formats.embedding import Embedding, write_embedding
-from dreamfleet.trainers.sd.model import save_pipeline
+from dreamfleet.trainers.sd.pipeline_folder import save_pipeline
 
 
 class ByColour:

@@ -20,11 +20,12 @@ from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.index import build_index
 from dreamfleet.datasets.plan import Draw
 from dreamfleet.trainers.assemble import assemble
-from dreamfleet.trainers.pictures import Shown, StreamedPixels, read_pixels
+from dreamfleet.trainers.encoding import read_pixels
+from dreamfleet.trainers.pictures import Shown, StreamedPixels
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker
-from dreamfleet.trainers.sd.model import save_pipeline
+from dreamfleet.trainers.sd.pipeline_folder import save_pipeline
 
 
 def losses(folder: Path, **changes: Any) -> list[float]:

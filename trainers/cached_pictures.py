@@ -23,7 +23,8 @@ from dreamfleet.datasets.latents import (
 )
 from dreamfleet.datasets.plan import Draw
 from dreamfleet.datasets.storage import Storage
-from dreamfleet.trainers.pictures import Encoded, Pictures, ResidentLatents, Shown, load_pictures
+from dreamfleet.trainers.encoding import Encoded
+from dreamfleet.trainers.pictures import Pictures, ResidentLatents, Shown, load_pictures
 from dreamfleet.trainers.sd.model import StableDiffusion
 
 log = logging.getLogger(__name__)

@@ -20,9 +20,9 @@ from dreamfleet.datasets.latents import encoding_of, open_cache, write_manifest
 from dreamfleet.datasets.sets import load_sets
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.class_pictures import list_pictures
+from dreamfleet.trainers.encoding import encode_batch, encode_cuts
 from dreamfleet.trainers.methods.base import discover
 from dreamfleet.trainers.methods.seeing import SeeingMethod
-from dreamfleet.trainers.pictures import encode_batch, encode_cuts
 from dreamfleet.trainers.preflight import local_paths, refuse_here, this_machine
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.scaling import WorkerShare, refuse_impossible, worker_resources

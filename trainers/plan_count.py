@@ -16,10 +16,10 @@ from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import build_method, check_resolution
 from dreamfleet.trainers.class_pictures import list_pictures
 from dreamfleet.trainers.counts import Counts, Pass
+from dreamfleet.trainers.encoding import encode_batch
 from dreamfleet.trainers.engine import DTYPES
 from dreamfleet.trainers.feed import REMEMBERED
 from dreamfleet.trainers.methods.base import Batch, Method, discover
-from dreamfleet.trainers.pictures import encode_batch
 from dreamfleet.trainers.plan_trace import Autocast, fake_mode, trace_inference, trace_step
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.sd.condition import predict

@@ -18,11 +18,11 @@ from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import Parts
 from dreamfleet.trainers.checkpoint import Checkpoints, folder_name
+from dreamfleet.trainers.encoding import read_pixels
 from dreamfleet.trainers.methods.base import Base
 from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.methods.seeing import SeeingMethod
 from dreamfleet.trainers.metrics import Metrics, logged_figures, read_metrics
-from dreamfleet.trainers.pictures import read_pixels
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.sd.fidelity import MOST_REAL

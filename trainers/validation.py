@@ -16,12 +16,13 @@ from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.keyed import numpy_rng
 from dreamfleet.datasets.plan import Draw
 from dreamfleet.datasets.section import Section, as_list
+from dreamfleet.trainers.encoding import encode_index
 from dreamfleet.trainers.engine import Engine
 from dreamfleet.trainers.feed import Preparer, to_samples
 from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.methods.seeing import SeeingMethod
 from dreamfleet.trainers.picture_feed import PictureReader
-from dreamfleet.trainers.pictures import Shown, encode_index
+from dreamfleet.trainers.pictures import Shown
 from dreamfleet.trainers.sd.noise import draw_noise
 
 HELD_OUT_BATCH = 32  # pictures that are measured at once

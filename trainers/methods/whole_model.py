@@ -21,7 +21,8 @@ from dreamfleet.trainers.sd.formats.lora import (
 from dreamfleet.trainers.sd.formats.single_file import save_single_file
 from dreamfleet.trainers.sd.lora import add_adapters, learned_layers, merged
 from dreamfleet.trainers.sd.lora_targets import choose_layers
-from dreamfleet.trainers.sd.model import StableDiffusion, save_pipeline
+from dreamfleet.trainers.sd.model import StableDiffusion
+from dreamfleet.trainers.sd.pipeline_folder import save_pipeline
 
 WHOLE_FORMATS = ("diffusers", "safetensors", "ckpt")
 LORA_FORMATS = ("diffusers_lora", "kohya_lora")

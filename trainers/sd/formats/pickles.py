@@ -26,18 +26,9 @@ import torch
 from dreamfleet.datasets.errors import FormatError, StorageError
 from dreamfleet.datasets.storage import Storage
 
-# The storages webui's checker lets through; bool, int8 and int16 tensors are not among them.
-STORABLE_DTYPES = (
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.float64,
-    torch.int32,
-    torch.int64,
-    torch.uint8,
-)
-
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# The storages webui's checker lets through; bool, int8 and int16 tensors are not among them.
+STORABLE_DTYPES = (*FLOAT_DTYPES, torch.int32, torch.int64, torch.uint8)
 
 METADATA_KEY = "dreamfleet"  # an extra entry of our files' dicts, which webui and diffusers pass over
 
