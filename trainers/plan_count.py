@@ -44,7 +44,7 @@ def count_run(recipe: Recipe, method: Method, pictures: int | None) -> Counts:
     with mode:
         full = _trace_step(recipe, there)
         half = _trace_step(recipe, halved) if mixed else full
-        encoding, class_drawing = _trace_start(recipe, there, pictures)
+        encoding, class_drawing = _trace_start(recipe, there)
         drawing = _trace_previews(recipe, there)
     return Counts(
         learning=tuple(param.numel() for param in learning),
@@ -158,13 +158,12 @@ def make_batch(recipe: Recipe, method: Method) -> Batch:
     return batch | {name: tensor for name, tensor in told.items() if tensor is not None}
 
 
-def _trace_start(recipe: Recipe, method: Method, pictures: int | None) -> tuple[int, int]:
+def _trace_start(recipe: Recipe, method: Method) -> tuple[int, int]:
     """Trace what comes before the first step: encoding the pictures, and drawing class pictures."""
     model, side, prior = method.model, recipe.data.resolution, method.prior
     encoding = drawing = 0
     if _caches_latents(recipe) and recipe.data.cache_dir is None:
-        batch = encode_batch(side * side)
-        num = min(batch, pictures or batch)
+        num = encode_batch(side * side)  # as many in any case
         encoding = trace_inference(
             lambda: model.encode_pictures(torch.empty(num, 3, side, side)),
             known=_tensors(method),
