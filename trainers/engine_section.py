@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.datasets.section import Section
@@ -45,7 +45,9 @@ class EngineConfig(Section):
         "files (16 bits only)",
     )
     nvme_path: str | None = Field(
-        None, description="a folder on a fast local disk of every machine, for what is offloaded to nvme"
+        None,
+        validation_alias=AliasChoices("nvme_path", "offload_optimizer_nvme_path", "offload_param_nvme_path"),
+        description="a folder on a fast local disk of every machine, for what is offloaded to nvme",
     )
     gpu_memory: str | None = Field(
         None,
