@@ -9,11 +9,12 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+FETCH := $(BIN)/python -m pip --disable-pip-version-check --quiet
 FOLDERS := cluster datasets trainers tune
 PYTEST_ARGS ?=
 RUN ?= runs/demo
 
-.PHONY: help install install-test demo test check lint types layers format golden docs wheel pocket bench bench-gpu clean
+.PHONY: help install install-test demo test check lint types layers format golden docs wheel pocket bench bench-gpu gpu-bundle clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -92,6 +93,16 @@ bench: $(VENV)/.installed ## every measurement in benchmarks/ that needs no GPU,
 
 bench-gpu: $(VENV)/.installed ## memory and speed on this machine's GPU, predicted beside measured (minutes)
 	$(BIN)/python benchmarks/gpu.py
+
+# For a GPU machine with torch and transformers but no network: the wheels that benchmarks/gpu.py needs besides.
+GPU_PYTHON ?= 3.12
+gpu-bundle: wheel ## build/gpu: wheels to carry to a GPU machine without a network; benchmarks/README.md says how
+	rm -rf build/gpu && mkdir -p build/gpu
+	cp dist/dreamfleet-*.whl build/gpu/
+	$(FETCH) download --constraint constraints.txt --no-deps --dest build/gpu --python-version $(GPU_PYTHON) --only-binary=:all: \
+		diffusers pydantic pydantic-core typing-inspection annotated-types hjson
+	DS_BUILD_OPS=0 PYTHONWARNINGS=ignore $(FETCH) wheel --constraint constraints.txt --no-deps --no-build-isolation --wheel-dir build/gpu deepspeed
+	@du -sh build/gpu
 
 clean: ## what building leaves behind (keeps .venv and runs)
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -152,11 +152,9 @@ def probe(parts: Parts, place: Place) -> dict[str, Any]:
 
     def look() -> dict[str, Any]:
         with torch.no_grad(), parts.engine.autocast():
+            encoded = parts.method.encode(["a photo of sks cat <x>"]).context.float()
             loss = float(parts.method(parts.prepare(parts.feed.batch(60))).total)
-            return {
-                "averaged loss": loss,
-                "encoded": parts.method.encode(["a photo of sks cat <x>"]).context.float(),
-            }
+            return {"averaged loss": loss, "encoded": encoded}
 
     found = parts.engine.evaluate(look) or {}
     with parts.engine.whole():
@@ -184,6 +182,7 @@ def snapshot(parts: Parts) -> dict[str, Any]:
 def train(folder: Path, engine: dict[str, Any], place: Place, **changes: Any) -> dict[str, Any]:
     """Train from the start, with a checkpoint and previews on the way."""
     parts = make_parts(folder, engine, place, **changes)
+    probe(parts, place)  # a run draws and measures before its first step
     first = take_steps(parts, 0, HALF)
     saved, seen = snapshot(parts), probe(parts, place)
     rest = take_steps(parts, HALF, STEPS)

@@ -78,6 +78,9 @@ class ZeroEngine(Engine):
             if self.stage == 3:
                 self._shard(model, config)
             self.engine, *_ = self.deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
+        for param in self.method.parameters(recurse=False) if self.stage == 3 else ():
+            # A word's vectors are used by the text encoder, whether or not the method's own forward is running.
+            self.deepspeed.zero.register_external_parameter(model, param)
         kind = SwappedShards if self.config.offload_optimizer_device == "nvme" else Shards
         self.shards = kind(self.engine, self.params, self.optimizer, stage=self.stage)
         if rounds:
