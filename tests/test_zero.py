@@ -88,7 +88,9 @@ def test_every_stage_trains_as_torch_does(results: dict[Any, dict[str, Any]], me
     half, large = method.startswith("bf16") and name != "zero 0", "pocket" in method
     close = 5e-3 if half else 1e-5 if large else 1e-6
     assert found["losses"] == pytest.approx(expected["losses"], rel=close)
-    assert found["norms"] == pytest.approx(expected["norms"], rel=2e-2 if half else 1e-5)
+    assert found["norms"] == pytest.approx(
+        expected["norms"], rel=0.1 if half and large else 2e-2 if half else 1e-5
+    )
     assert found["averaged loss"] == pytest.approx(expected["averaged loss"], rel=close)
     torch.testing.assert_close(found["encoded"], expected["encoded"], rtol=0, atol=0.1 if half else 1e-5)
     # Two steps of Adam at a rate of 1e-3 move a weight by 2e-3; where a gradient is all rounding, either way.

@@ -223,7 +223,7 @@ def _remembered_bytes(recipe: Recipe, method: Method, pictures: int | None) -> i
     if method.trains_text:
         return 0
     data = recipe.data
-    vary = data.shuffle_tags or data.tag_dropout or hasattr(recipe.method, "template_file")
+    vary = data.shuffle_tags or data.tag_dropout or getattr(recipe.method, "template_file", None)
     return (
         REMEMBERED if vary else min(REMEMBERED, (pictures or 0) * empty_condition(method.model, 1).num_bytes)
     )

@@ -246,8 +246,9 @@ class ZeroEngine(Engine):
 
     def _load_moments(self, saved: dict[int, dict[str, Any]]) -> None:
         steps = float(saved[0]["step"])
-        device = self.shards.flats[0].device
-        self.shards.make_moments(int(steps) if self.offloads else torch.tensor(steps, device=device))
+        self.shards.make_moments(
+            lambda flat: int(steps) if self.offloads else torch.tensor(steps, device=flat.device)
+        )
         for moment in MOMENTS:
             with self.shards.showing(moment):
                 for number, name in enumerate(self.params):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,6 +55,7 @@ class Shards:
             start = min(self.rank * len(part), value.numel())
             mine = value.flatten()[start : start + len(part)]
             part[: len(mine)].copy_(mine)  # the rest is padding, as parts are of equal size
+            self._wrote()
         else:
             from deepspeed.utils import safe_set_full_fp32_param
 
@@ -78,11 +79,17 @@ class Shards:
         """How many steps the optimizer took since its moments were made."""
         return float(self.inner.state.get(self.flats[0], {"step": 0})["step"])
 
-    def make_moments(self, step: float | Tensor) -> None:
-        """Give the optimizer moments of nought after so many steps, to be put: before its first step it has none."""
+    def make_moments(self, make_step: Callable[[Tensor], int | Tensor]) -> None:
+        """Give the optimizer moments of nought, to be put: before its first step it has none.
+
+        ``make_step`` tells the steps taken, in a tensor of its own each time: optimizers count on in place.
+        """
         for number in range(len(self.flats)):
             flat = self._flat(number)
-            self.inner.state[flat] = {"step": step} | {name: torch.zeros_like(flat) for name in MOMENTS}
+            moments = {name: torch.zeros_like(flat, requires_grad=False) for name in MOMENTS}
+            self.inner.state[flat] = {"step": make_step(flat), **moments}
+            self._wrote()
+        self.rest()
 
     @contextmanager
     def showing(self, moment: str) -> Iterator[None]:
@@ -103,7 +110,11 @@ class Shards:
         """Give back the memory of what was read or written last, before the engine goes on."""
 
     def _flat(self, number: int) -> Tensor:
+        """Return what lies in the place of a flat tensor: see :meth:`showing`."""
         return self.flats[number]
+
+    def _wrote(self) -> None:
+        """Note that what :meth:`_flat` returned last was overwritten."""
 
     def _part(self, param: nn.Parameter) -> Tensor:
         """Return this rank's part of a parameter under stage 3, within its sub-group's tensor."""

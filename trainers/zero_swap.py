@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.trainers.zero_setup import build_op
-from dreamfleet.trainers.zero_shards import MOMENTS, Shards
+from dreamfleet.trainers.zero_shards import Shards
 
 log = logging.getLogger(__name__)
 PREFIX = "dreamfleet-swap-"
@@ -31,9 +31,8 @@ class SwapFolder:
     def __init__(self, parent: str):
         try:
             Path(parent).mkdir(parents=True, exist_ok=True)
-            with (Path(parent) / f"{PREFIX}gate").open(
-                "w"
-            ) as gate:  # or another one would remove ours, not locked yet
+            # One at a time, or another one would remove ours, not locked yet.
+            with (Path(parent) / f"{PREFIX}gate").open("w") as gate:
                 fcntl.flock(gate, fcntl.LOCK_EX)
                 _sweep(Path(parent))
                 self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
@@ -81,19 +80,6 @@ class SwappedShards(Shards):
     _changed = False
     _shown: str | None = None
 
-    def put(self, name: str, value: Tensor) -> None:
-        super().put(name, value)
-        self._changed = True
-
-    def make_moments(self, step: float | Tensor) -> None:
-        for number in range(len(self.flats)):
-            flat = self._flat(number)
-            self.inner.state[flat] = {"step": step} | {
-                name: flat.detach().new_zeros(len(flat)) for name in MOMENTS
-            }
-            self._changed = True
-        self.rest()
-
     @contextmanager
     def showing(self, moment: str) -> Iterator[None]:
         self._shown = moment
@@ -110,6 +96,9 @@ class SwappedShards(Shards):
         else:
             self.outer._release_swap_buffers(self._here)
         self._here, self._changed = None, False
+
+    def _wrote(self) -> None:
+        self._changed = True
 
     def _flat(self, number: int) -> Tensor:
         flat: Any = self.flats[number]
