@@ -34,7 +34,7 @@ def overrides(steps: int) -> list[str]:
         f"train.checkpointing_steps={steps}",
         "train.export_formats=[]",
         "optimizer.lr_warmup_steps=0",
-        # At the recipe's rates gradients of the pocket model are so steep that a difference in the last bits doubles one.
+        # At its own rates the pocket model's gradients are so steep that a difference in the last bits doubles one.
         "optimizer.learning_rate=1e-5",
         "optimizer.text_encoder_lr=1e-6",
         "validation.prompts=[]",
