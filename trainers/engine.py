@@ -47,7 +47,7 @@ class Engine(ABC):
         self.method, self.config, self.device, self.world = method, config, device, world
         self.num_micros, self.max_grad_norm = num_micros, optimizer.max_grad_norm
         self.leads = world == 1 or dist.get_rank() == 0
-        self.dtype = DTYPES[mixed_precision]
+        self.mixed_precision, self.dtype = mixed_precision, DTYPES[mixed_precision]
         if self.dtype == torch.float16 and device.type != "cuda":
             raise ResourceError("train.mixed_precision: fp16 needs a GPU; use bf16 or no on this machine")
         speed_up(method.model.unet, config, device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,8 +25,6 @@ from dreamfleet.trainers.zero_setup import (
 )
 from dreamfleet.trainers.zero_shards import MOMENTS, Shards
 from dreamfleet.trainers.zero_swap import SwapFolder, SwappedShards, build_swapping
-
-PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class ZeroEngine(Engine):
@@ -67,7 +65,7 @@ class ZeroEngine(Engine):
         self.passed = [param for param in model.parameters() if param not in mine]
         config = zero_config(
             self.config,
-            mixed_precision=PRECISIONS[self.dtype],
+            mixed_precision=self.mixed_precision,
             max_grad_norm=self.max_grad_norm,
             num_micros=self.num_micros,
             num_params=sum(shape.numel() for shape in self.shapes.values()),
@@ -155,7 +153,7 @@ class ZeroEngine(Engine):
         state: dict[str, Any] = {"optimizer": {"state": moments, "param_groups": self.saved_groups}}
         state["optimizer_name"] = self.optimizer_name
         if self.ema is not None:
-            with self.shards.holding(list(self.ema.shadow.values())):
+            with self._averages():
                 state["ema"] = self._collect()
         if self.dtype == torch.float16:
             state["scaler"] = self._scaler_state()
@@ -170,7 +168,7 @@ class ZeroEngine(Engine):
             self._load_moments(saved["state"])
         if self.ema is not None:
             average = saved_average(state)
-            with self.shards.holding(list(self.ema.shadow.values())):
+            with self._averages():
                 for name in self.params:
                     self.shards.put(name, average[name])
         if self.dtype == torch.float16 and "scaler" in state:
@@ -199,14 +197,17 @@ class ZeroEngine(Engine):
     def _evaluate_together(self, action: Callable[[], T]) -> T:
         """Run ``action`` on every rank as a forward pass of DeepSpeed's, whose hooks gather each layer's weights."""
         found: list[T] = []
-        if self.ema is None:
+        with self._averages():
+            if self.ema is not None:
+                self.shards.publish()
             self.engine(lambda: found.append(action()))
-            return found[0]
-        with self.shards.holding(list(self.ema.shadow.values())):
+        if self.ema is not None:
             self.shards.publish()
-            self.engine(lambda: found.append(action()))
-        self.shards.publish()
         return found[0]
+
+    def _averages(self) -> AbstractContextManager[None]:
+        """Within this context the shards hold the averaged weights, where an average is kept."""
+        return nullcontext() if self.ema is None else self.shards.holding(list(self.ema.shadow.values()))
 
     def _flats(self) -> dict[str, Tensor]:
         return {str(number): flat for number, flat in enumerate(self.shards.flats)}
@@ -224,7 +225,7 @@ class ZeroEngine(Engine):
     def _lent(self, convert: Callable[[nn.Parameter, Tensor], Tensor]) -> Iterator[None]:
         """Give rank 0's parameters whole tensors of their own for a while."""
         lent: dict[nn.Parameter, Tensor] = {}
-        with self.shards.holding(list(self.ema.shadow.values())) if self.ema is not None else nullcontext():
+        with self._averages():
             for name, param in self.params.items():
                 value = self.shards.gather(name)
                 if self.leads:

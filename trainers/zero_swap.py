@@ -58,11 +58,12 @@ def build_swapping() -> None:
     Minutes, once a machine.
     """
     from deepspeed.ops.op_builder import AsyncIOBuilder
+    from deepspeed.ops.op_builder.pin_memory import PinMemoryBuilder
 
-    builder = AsyncIOBuilder()
-    for op in ("pin_memory", builder.NAME):
+    # Apart, so that what a killed compiler left of either is cleared: the second would build the first unguarded.
+    for builder in (PinMemoryBuilder(), AsyncIOBuilder()):
         build_op(
-            op,
+            builder.NAME,
             builder.load,
             what="engine: offload to nvme compiles DeepSpeed's asynchronous I/O",
             needs="g++, ninja and libaio (apt-get install g++ libaio-dev; pip install ninja)",
