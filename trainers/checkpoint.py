@@ -128,6 +128,10 @@ class Checkpoints:
             except Exception as error:  # the hashes were right: it was written wrong
                 raise CheckpointError(f"checkpoint {name} cannot be read: {error}") from error
 
+    def digest(self, step: int) -> str:
+        """Return a hash of a checkpoint's manifest, and so of its files."""
+        return hashlib.sha256(self.storage.read_bytes(f"{folder_name(step)}/{MANIFEST}")).hexdigest()
+
     def _write(self, rel: str, writer: Callable[[Path], object]) -> dict[str, Any]:
         with self.storage.staging(rel) as path:
             writer(path)

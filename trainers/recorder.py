@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.agreement import share_index
 from dreamfleet.trainers.assemble import Parts
 from dreamfleet.trainers.checkpoint import Checkpoints, folder_name
 from dreamfleet.trainers.encoding import read_pixels
@@ -49,50 +51,62 @@ class Recorder:
     ):
         self.engine_reason, self.checkpoints = engine_reason, checkpoints
         self.recipe, self.parts, self.place, self.run = recipe, parts, place, run
+        # Ranks in lockstep all compute everything.
+        self.sharing = Place(device=place.device) if parts.engine.lockstep else place
         self.start_step, self.on_progress = start_step, on_progress
         self.saved = start_step or None  # the step of the newest whole checkpoint, the same on every rank
         self.best: tuple[float, int] | None = None
         self.metrics: Metrics | None = None
         self.held_out: HeldOutLoss | HeldOutPictures | None = None
         self.judge: Judge | None = None
+        self.real = parts.sets.instances  # images that previews are compared with
         self.figures: dict[str, float] = {}
 
     def open(self) -> None:
         """Write recipe and real pictures, measure and draw the untuned model."""
         validation, parts, data = self.recipe.validation, self.parts, self.recipe.data
         if parts.apart is not None and isinstance(parts.method, SeeingMethod):
-            self.held_out = HeldOutPictures(parts.apart, method=parts.method, max_pixels=data.max_pixels)
-        elif validation.holdout:
+            self.held_out = HeldOutPictures(
+                parts.apart, method=parts.method, max_pixels=data.max_pixels, place=self.sharing
+            )
+        elif folder := validation.holdout:
+            self.real = share_index(
+                self.place,
+                lambda: build_index(
+                    folder, caption_extension=data.caption_extension, max_pixels=data.max_pixels
+                ),
+            )
             self.held_out = HeldOutLoss(
-                validation.holdout,
+                self.real,
                 method=parts.method,
                 data=data,
                 count=validation.holdout_timesteps,
-                rank=self.place.rank,
-                world=self.place.world,
+                place=self.sharing,
             )
-        if self.place.leads:
-            if scores := [name for name in validation.metrics if name != "loss" and not validation.prompts]:
-                log.warning(
-                    "validation.metrics: no %s, as it measures previews; name some validation.prompts",
-                    ", ".join(scores),
-                )
-            self.run.write_text(
-                "recipe.yaml",
-                f"{provenance(self.recipe, self.parts, self.engine_reason)}{self.recipe.to_yaml()}",
-            )
-            self.metrics = Metrics(self.run, start_step=self.start_step, report_to=self.recipe.report_to)
-            measured = [
-                line for line in read_metrics(self.run) if line.get("step") and "holdout_loss" in line
-            ]
-            if measured:
-                self.best = min((line["holdout_loss"], line["step"]) for line in measured)
-            if self.start_step == 0:
-                self._write_real_pictures()
+        self.place.on_rank_0(self._begin)
         if self.start_step == 0 and validation.sample_at_first:
             if figures := self.validate(0):
                 self.log({"step": 0, **figures})
             self.sample(0)
+
+    def _begin(self) -> None:
+        """Write the recipe and the real images, and open the metrics."""
+        validation = self.recipe.validation
+        if scores := [name for name in validation.metrics if name != "loss" and not validation.prompts]:
+            log.warning(
+                "validation.metrics: no %s, as it measures previews; name some validation.prompts",
+                ", ".join(scores),
+            )
+        self.run.write_text(
+            "recipe.yaml",
+            f"{provenance(self.recipe, self.parts, self.engine_reason)}{self.recipe.to_yaml()}",
+        )
+        self.metrics = Metrics(self.run, start_step=self.start_step, report_to=self.recipe.report_to)
+        measured = [line for line in read_metrics(self.run) if line.get("step") and "holdout_loss" in line]
+        if measured:
+            self.best = min((line["holdout_loss"], line["step"]) for line in measured)
+        if self.start_step == 0:
+            self._write_real_pictures()
 
     def log(self, line: dict[str, Any]) -> None:
         """Write a line of figures."""
@@ -113,47 +127,51 @@ class Recorder:
         self.saved = step
         # Every rank: an engine that shards gathers here.
         learned, engine = self.parts.engine.learned(), self.parts.engine.state()
-        if self.place.leads:
-            self.checkpoints.save(
-                step,
-                learned=learned,
-                engine=engine,
-                meta={
-                    "method": self.recipe.method.name,
-                    "workers": self.place.world,
-                    "steps_before": self.parts.method.steps_before,
-                    **run_identity(self.recipe, self.parts),
-                    "versions": versions(),
-                },
-            )
-            self.flush()
-        self.place.wait()
+        self.place.on_rank_0(lambda: self._write_checkpoint(step, learned, engine))
+
+    def _write_checkpoint(self, step: int, learned: dict[str, Tensor], engine: dict[str, Any]) -> None:
+        """Write a checkpoint, and the metrics up to it."""
+        self.checkpoints.save(
+            step,
+            learned=learned,
+            engine=engine,
+            meta={
+                "method": self.recipe.method.name,
+                "workers": self.place.world,
+                "steps_before": self.parts.method.steps_before,
+                **run_identity(self.recipe, self.parts),
+                "versions": versions(),
+            },
+        )
+        self.flush()
 
     def validate(self, step: int) -> dict[str, float]:
-        """Measure the held-out pictures; every rank calls, as the weights may be sharded, rank 0 gets the figures."""
+        """Measure the held-out images; every rank calls, measures its share, and gets the figures."""
         held_out, engine = self.held_out, self.parts.engine
         if held_out is None:
             return {}
         figures = engine.evaluate(lambda: held_out.figures(engine))
-        if figures is None or not self.place.leads:
-            return {}
         loss = figures["holdout_loss"]
         if step and (self.best is None or loss < self.best[0]):
             self.best = (loss, step)
         return figures
 
     def sample(self, step: int) -> None:
-        """Draw the preview grid of a step; every rank calls, as the weights may be sharded, rank 0 writes it."""
-        from dreamfleet.trainers.sd.sample import picture_grid
-
+        """Draw the preview grid of a step; every rank calls and draws its share, rank 0 writes it."""
         validation = self.recipe.validation
         if not validation.prompts:
             return
         parts, size = self.parts, self.recipe.data.resolution
-        drawn = parts.engine.evaluate(lambda: draw_previews(parts.method, parts.engine, validation, size))
-        if drawn is None or not self.place.leads:
-            return
-        pictures, cells = drawn
+        pictures, cells = parts.engine.evaluate(
+            lambda: draw_previews(parts.method, parts.engine, validation, size, place=self.sharing)
+        )
+        self.place.on_rank_0(lambda: self._write_previews(step, pictures, cells))
+
+    def _write_previews(self, step: int, pictures: list[Image.Image], cells: list[dict[str, Any]]) -> None:
+        """Score previews where that is wanted, and write them."""
+        from dreamfleet.trainers.sd.sample import picture_grid
+
+        validation = self.recipe.validation
         if wants_judge(validation):
             figures = self._judge().score(pictures, cells)
             self.figures.update(figures)
@@ -179,18 +197,19 @@ class Recorder:
         """Export, write the summary and the report on rank 0; every rank calls, as the weights may be gathered."""
         if summary.exit_reason == "completed":
             with self.parts.engine.whole():
-                if self.place.leads:
-                    summary.exports = self._export(step)
-        if not self.place.leads:
-            return
+                summary.exports = self.place.on_rank_0(lambda: self._export(step))
+        self.place.on_rank_0(lambda: self._close(summary, began))
+
+    def _close(self, summary: Summary, began: float) -> None:
+        """Write the summary and the report."""
+        from dreamfleet.trainers.report import write_report
+
         # A run that had nothing left to do measured nothing now: its figures are those that were logged.
         summary.figures = {**logged_figures(self.run), **summary.figures, **self.figures}
         summary.wall_seconds = time.time() - began
         self.run.write_text("summary.json", json.dumps(dataclasses.asdict(summary), indent=1))
         if self.metrics is not None:
             self.metrics.close()
-        from dreamfleet.trainers.report import write_report
-
         write_report(self.run)
 
     def _export(self, step: int) -> list[str]:
@@ -223,11 +242,8 @@ class Recorder:
         if self.judge is None:
             from dreamfleet.trainers.score import words_to_strip
 
-            holdout = self.recipe.validation.holdout
-            index = build_index(holdout) if holdout else self.parts.sets.instances
-            self.judge = Judge(
-                self.recipe.validation, real=self._real_pictures(index), strip=words_to_strip(self.recipe)
-            )
+            real = self._real_pictures(self.real)
+            self.judge = Judge(self.recipe.validation, real=real, strip=words_to_strip(self.recipe))
         return self.judge
 
     def _real_pictures(self, index: Index) -> list[Image.Image]:

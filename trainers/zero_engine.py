@@ -40,6 +40,7 @@ class ZeroEngine(Engine):
     def _build(self, optimizer: OptimizerConfig) -> None:
         assert self.config.zero_stage != "auto"
         self.stage: int = self.config.zero_stage
+        self.lockstep = self.stage == 3
         self.offloads = self.config.offload_optimizer_device != "none"
         swaps = "nvme" in (self.config.offload_optimizer_device, self.config.offload_param_device)
         self.shapes = {name: param.shape for name, param in self.params.items()}
@@ -119,13 +120,13 @@ class ZeroEngine(Engine):
         if self.offloads:
             inner.reset_cpu_buffers()
 
-    def evaluate(self, action: Callable[[], T]) -> T | None:
-        if self.stage == 3:
+    def evaluate(self, action: Callable[[], T]) -> T:
+        if self.lockstep:
             return self._evaluate_together(action)
         if self.ema is None:
-            return action() if self.leads else None
-        with self._lent(lambda param, value: value.to(self.device, param.dtype)):
-            return action() if self.leads else None
+            return action()
+        with self._lent(lambda param, value: value.to(self.device, param.dtype), everywhere=True):
+            return action()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -222,19 +223,22 @@ class ZeroEngine(Engine):
         return whole
 
     @contextmanager
-    def _lent(self, convert: Callable[[nn.Parameter, Tensor], Tensor]) -> Iterator[None]:
-        """Give rank 0's parameters whole tensors of their own for a while."""
+    def _lent(
+        self, convert: Callable[[nn.Parameter, Tensor], Tensor], *, everywhere: bool = False
+    ) -> Iterator[None]:
+        """Give rank 0's parameters (or those of every rank) whole tensors of their own for a while."""
         lent: dict[nn.Parameter, Tensor] = {}
+        borrows = self.leads or everywhere
         with self._averages():
             for name, param in self.params.items():
                 value = self.shards.gather(name)
-                if self.leads:
+                if borrows:
                     lent[param] = convert(param, value)
         for param in self.passed:
             with self.deepspeed.zero.GatheredParameters([param]):
-                if self.leads:
+                if borrows:
                     lent[param] = convert(param, param.data.clone())
-        if self.leads:
+        if borrows:
             lent |= {param: convert(param, value) for param, value in self.frozen.items()}
         kept = {param: param.data for param in lent}
         try:
