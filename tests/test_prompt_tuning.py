@@ -230,7 +230,7 @@ def test_previews_and_the_held_out_loss_are_guided(workplace: Path) -> None:
     before = look()
     spread_out(parts)
     after = look()
-    assert before == pytest.approx(before) and abs(before[0] - after[0]) > 1e-4 and before[1] != after[1]
+    assert abs(before[0] - after[0]) > 1e-5 and before[1] != after[1]
 
 
 def command(*words: Any) -> Any:
