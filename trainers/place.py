@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dreamfleet.datasets.errors import RunFailed, UserError
+from dreamfleet.trainers.sd.device import explained_memory, numbered
 
 T = TypeVar("T")
 
@@ -37,6 +38,11 @@ class Place:
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    gpu_share: float = 1.0  # of the device's memory, which this worker may fill
+
+    def __post_init__(self) -> None:
+        """Give the device its number."""
+        object.__setattr__(self, "device", numbered(self.device))
 
     @property
     def leads(self) -> bool:
@@ -63,6 +69,10 @@ class Place:
                 outcome = pickle.loads(told[0])
         assert outcome is not None
         return outcome.result()
+
+    def told(self, value: T) -> T:
+        """Return rank 0's value on every rank."""
+        return self.on_rank_0(lambda: value)
 
     def on_every_rank(self, work: Callable[[], T]) -> T:
         """Run ``work`` on every rank; return this rank's result, or raise the lowest failed rank's error on all.
@@ -141,6 +151,7 @@ class _Outcome(NamedTuple):
 
 def _try(work: Callable[[], Any]) -> _Outcome:
     try:
-        return _Outcome(work())
+        with explained_memory():
+            return _Outcome(work())
     except Exception as error:  # noqa: BLE001 - raised again, on every rank
         return _Outcome(None, error)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from dreamfleet.datasets.errors import ModelError, ResourceError, UserError
+from dreamfleet.datasets.errors import ResourceError, UserError
 from dreamfleet.trainers.deepspeed_file import with_deepspeed_file
 from dreamfleet.trainers.memory import CUDA_CONTEXT, GIB
 from dreamfleet.trainers.methods.base import discover
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.sd.device import numbered
 
 log = logging.getLogger(__name__)
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -26,10 +27,11 @@ def settle_engine(recipe: Recipe, place: Place) -> tuple[Recipe, str]:
     CPU it stays torch alone, with nothing planned. ``engine.gpu_memory`` is also enforced. Raises ResourceError when no
     setting fits.
     """
-    recipe = with_deepspeed_file(recipe)
+    read = recipe
+    recipe = place.on_rank_0(lambda: with_deepspeed_file(read))
     if place.device.type != "cuda":
         return recipe, "as the recipe says" if recipe.engine.zero_stage != "auto" else "no GPU"
-    card = limit_card(place.device, recipe.engine.gpu_limit)
+    card = limit_card(place.device, recipe.engine.gpu_limit, place.gpu_share)
     if recipe.engine.zero_stage != "auto":
         return recipe, "as the recipe says"
     return choose_engine(
@@ -38,22 +40,10 @@ def settle_engine(recipe: Recipe, place: Place) -> tuple[Recipe, str]:
 
 
 def choose_engine(recipe: Recipe, place: Place, *, gpu_memory: int, host_memory: int) -> tuple[Recipe, str]:
-    """Decide on rank 0 for everybody; a model that cannot be planned is trained by torch alone."""
+    """Decide on rank 0 for all ranks; a model that cannot be planned is trained by torch alone."""
     if (reason := discover()[recipe.method.name].no_plan) is not None:
         return recipe, f"not planned: {recipe.method.name} {reason}"
-    decided: tuple[dict[str, str | int | bool], str] | ResourceError | None = None
-    if place.leads:
-        try:
-            decided = _decide(recipe, place.world, gpu_memory, host_memory)
-        except ModelError as error:
-            decided = {}, f"not planned: {error}"
-        except ResourceError as error:  # everybody must hear of it
-            decided = error
-    decided = place.told(decided)
-    if isinstance(decided, ResourceError):
-        raise decided
-    assert decided is not None
-    settings, reason = decided
+    settings, reason = place.on_rank_0(lambda: _decide(recipe, place.world, gpu_memory, host_memory))
     if place.leads:
         log.info("engine: %s", reason)
     update = {key.removeprefix("engine."): value for key, value in settings.items()}
@@ -72,7 +62,15 @@ def _decide(
             recipe, gpu_memory=gpu_memory, host_memory=host_memory, world=world, workers_per_host=per_host
         )
     except UserError as error:
-        raise ModelError(str(error)) from error
+        return {}, f"not planned: {error}"
+    except Exception as error:  # noqa: BLE001 - the plan is a forecast: what it stumbles over, torch may train
+        log.warning(
+            "engine.zero_stage: auto: the memory of this model could not be planned (%s: %s); it is trained by torch "
+            "alone. Where it does not fit, set engine.zero_stage",
+            type(error).__name__,
+            " ".join(str(error).split())[:300],
+        )
+        return {}, f"not planned: {type(error).__name__}"
     if made.chosen is None:
         raise ResourceError(f"engine.zero_stage: auto: {tell_nothing_fits(made, recipe)}")
     chosen, larger = made.chosen, made.estimates[: made.estimates.index(made.chosen)]
@@ -85,17 +83,23 @@ def _decide(
     return chosen.choice.settings, reason
 
 
-def limit_card(device: torch.device, limit: int | None) -> int:
-    """Return how much of a GPU a run may take, its CUDA context included, and hold torch to ``limit``."""
+def limit_card(device: torch.device, limit: int | None, share: float = 1.0) -> int:
+    """Return how much of a GPU a run may take, its CUDA context included, and hold torch to it.
+
+    ``limit`` in bytes (None: none of its own), ``share`` of the card's memory; the smaller counts.
+    """
+    device = numbered(device)
     free, total = torch.cuda.mem_get_info(device)
-    if limit is None:
-        return min(total, free + CUDA_CONTEXT)  # asking has made the context, which the plan counts
-    if limit <= CUDA_CONTEXT:
+    allowed = min(total, total if limit is None else limit, round(share * total))
+    if allowed <= CUDA_CONTEXT:
+        whose = "engine.gpu_memory" if limit == allowed else f"{share:g} of a GPU"
         raise ResourceError(
-            f"engine.gpu_memory: {limit / GIB:.1f} GiB are less than what CUDA itself takes; give more"
+            f"{whose}: {allowed / GIB:.1f} GiB are less than what CUDA itself takes; give more"
         )
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - CUDA_CONTEXT) / total), device)
-    return min(limit, total, free + CUDA_CONTEXT)
+    # Always said: torch keeps the limit of an earlier run in this process.
+    fraction = (allowed - CUDA_CONTEXT) / total if allowed < total else 1.0
+    torch.cuda.set_per_process_memory_fraction(fraction, device)
+    return min(allowed, free + CUDA_CONTEXT)  # asking has made the context, which the plan counts
 
 
 def host_memory() -> int:

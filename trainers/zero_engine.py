@@ -26,6 +26,8 @@ from dreamfleet.trainers.zero_setup import (
 from dreamfleet.trainers.zero_shards import MOMENTS, Shards
 from dreamfleet.trainers.zero_swap import SwapFolder, SwappedShards, build_swapping
 
+Convert = Callable[[nn.Parameter, Tensor], Tensor]
+
 
 class ZeroEngine(Engine):
     """Runs a method under DeepSpeed, which shards optimizer states, gradients and weights over the workers.
@@ -40,7 +42,6 @@ class ZeroEngine(Engine):
     def _build(self, optimizer: OptimizerConfig) -> None:
         assert self.config.zero_stage != "auto"
         self.stage: int = self.config.zero_stage
-        self.lockstep = self.stage == 3
         self.offloads = self.config.offload_optimizer_device != "none"
         swaps = "nvme" in (self.config.offload_optimizer_device, self.config.offload_param_device)
         self.shapes = {name: param.shape for name, param in self.params.items()}
@@ -121,7 +122,7 @@ class ZeroEngine(Engine):
             inner.reset_cpu_buffers()
 
     def evaluate(self, action: Callable[[], T]) -> T:
-        if self.lockstep:
+        if self.stage == 3:
             return self._evaluate_together(action)
         if self.ema is None:
             return action()
@@ -223,22 +224,19 @@ class ZeroEngine(Engine):
         return whole
 
     @contextmanager
-    def _lent(
-        self, convert: Callable[[nn.Parameter, Tensor], Tensor], *, everywhere: bool = False
-    ) -> Iterator[None]:
+    def _lent(self, convert: Convert, *, everywhere: bool = False) -> Iterator[None]:
         """Give rank 0's parameters (or those of every rank) whole tensors of their own for a while."""
         lent: dict[nn.Parameter, Tensor] = {}
-        borrows = self.leads or everywhere
         with self._averages():
             for name, param in self.params.items():
                 value = self.shards.gather(name)
-                if borrows:
+                if self.leads or everywhere:
                     lent[param] = convert(param, value)
         for param in self.passed:
             with self.deepspeed.zero.GatheredParameters([param]):
-                if borrows:
+                if self.leads or everywhere:
                     lent[param] = convert(param, param.data.clone())
-        if borrows:
+        if self.leads or everywhere:
             lent |= {param: convert(param, value) for param, value in self.frozen.items()}
         kept = {param: param.data for param in lent}
         try:
