@@ -131,8 +131,7 @@ class ZeroEngine(Engine):
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        # On the host: a card with room for a part of the weights is the usual case.
-        with self._lent(lambda param, value: value.cpu()):
+        with self._lent(lambda param, value: value.cpu()):  # a card often has room for a part of the weights only
             yield
 
     def learned(self) -> dict[str, Tensor]:
