@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,11 +15,13 @@ from typing import Any
 
 from PIL import Image
 
+from dreamfleet.datasets.errors import RunFailed
 from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import Parts
-from dreamfleet.trainers.checkpoint import Checkpoints, folder_name
+from dreamfleet.trainers.checkpoint import Checkpoints, find_not_finite, folder_name
 from dreamfleet.trainers.encoding import read_pixels
+from dreamfleet.trainers.loop import diverged
 from dreamfleet.trainers.methods.base import Base
 from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.methods.seeing import SeeingMethod
@@ -51,7 +54,7 @@ class Recorder:
         self.recipe, self.parts, self.place, self.run = recipe, parts, place, run
         self.start_step, self.on_progress = start_step, on_progress
         self.saved = start_step or None  # the step of the newest whole checkpoint, the same on every rank
-        self.best: tuple[float, int] | None = None
+        self.best: tuple[float, int] | None = None  # held-out loss and step; known to rank 0 alone
         self.metrics: Metrics | None = None
         self.held_out: HeldOutLoss | HeldOutPictures | None = None
         self.judge: Judge | None = None
@@ -82,11 +85,8 @@ class Recorder:
                 f"{provenance(self.recipe, self.parts, self.engine_reason)}{self.recipe.to_yaml()}",
             )
             self.metrics = Metrics(self.run, start_step=self.start_step, report_to=self.recipe.report_to)
-            measured = [
-                line for line in read_metrics(self.run) if line.get("step") and "holdout_loss" in line
-            ]
-            if measured:
-                self.best = min((line["holdout_loss"], line["step"]) for line in measured)
+            self.best = self._best_so_far()
+            self.checkpoints.best = self.best[1] if self.best else None
             if self.start_step == 0:
                 self._write_real_pictures()
         if self.start_step == 0 and validation.sample_at_first:
@@ -107,12 +107,18 @@ class Recorder:
             self.metrics.flush()
 
     def save(self, step: int) -> None:
-        """Save a checkpoint; every rank calls, rank 0 writes, all wait until it is whole."""
+        """Save a checkpoint; every rank calls, rank 0 writes, all wait until it is whole.
+
+        Raises RunFailed when a step has made weights, averages or the optimizer's moments infinite or NaN: the loss
+        would show it only at the next step.
+        """
         if step == self.saved:
             return
-        self.saved = step
         # Every rank: an engine that shards gathers here.
         learned, engine = self.parts.engine.learned(), self.parts.engine.state()
+        bad = find_not_finite({"learned": learned, "engine": engine}) if self.place.leads else None
+        if bad := self.place.told(bad):
+            raise RunFailed(diverged(f"{bad} is no longer finite after step {step}", self.saved))
         if self.place.leads:
             self.checkpoints.save(
                 step,
@@ -127,20 +133,27 @@ class Recorder:
                 },
             )
             self.flush()
+        self.saved = step
         self.place.wait()
 
     def validate(self, step: int) -> dict[str, float]:
-        """Measure the held-out pictures; every rank calls, as the weights may be sharded, rank 0 gets the figures."""
+        """Measure the held-out images; every rank calls, as the weights may be sharded, rank 0 gets the figures.
+
+        The checkpoint of the lowest held-out loss is kept beside the newest ones: it is saved here when it is not
+        due anyway.
+        """
         held_out, engine = self.held_out, self.parts.engine
         if held_out is None:
             return {}
         figures = engine.evaluate(lambda: held_out.figures(engine))
-        if figures is None or not self.place.leads:
-            return {}
-        loss = figures["holdout_loss"]
-        if step and (self.best is None or loss < self.best[0]):
-            self.best = (loss, step)
-        return figures
+        loss = figures["holdout_loss"] if figures and self.place.leads else math.inf
+        if self.place.told(bool(step) and loss < (self.best[0] if self.best else math.inf)):
+            before, self.best = self.best, (loss, step)
+            self.checkpoints.best = step
+            self.save(step)
+            if self.place.leads and before is not None:
+                self._release(before[1])
+        return figures if figures and self.place.leads else {}
 
     def sample(self, step: int) -> None:
         """Draw the preview grid of a step; every rank calls, as the weights may be sharded, rank 0 writes it."""
@@ -168,7 +181,7 @@ class Recorder:
 
     @property
     def best_checkpoint(self) -> str | None:
-        """The step with the lowest held-out loss, as a checkpoint's name where one was kept."""
+        """The checkpoint with the lowest held-out loss; the newest one where none was measured."""
         steps = self.checkpoints.steps()
         if not steps:
             return None
@@ -192,6 +205,23 @@ class Recorder:
         from dreamfleet.trainers.report import write_report
 
         write_report(self.run)
+
+    def _best_so_far(self) -> tuple[float, int] | None:
+        """Return the lowest held-out loss, and its step, of which there is a checkpoint."""
+        kept = set(self.checkpoints.steps())
+        measured = [
+            (line["holdout_loss"], line["step"])
+            for line in read_metrics(self.run)
+            if line.get("holdout_loss") is not None and line["step"] in kept
+        ]
+        return min(measured, default=None)
+
+    def _release(self, step: int) -> None:
+        """Let go of the checkpoint that was the best until now: it stays only where it was due anyway."""
+        if step != self.start_step and not self.parts.schedule.saves_at(step):
+            self.checkpoints.drop(step)
+        assert self.saved is not None
+        self.checkpoints.prune(self.saved)
 
     def _export(self, step: int) -> list[str]:
         with tempfile.TemporaryDirectory(prefix="dreamfleet-export-") as folder:

@@ -269,8 +269,9 @@ def _artefacts(pages: Pages) -> str:
 
 def _checkpoints(pages: Pages) -> str:
     run, best, rows = pages.run, pages.summary.get("best_checkpoint"), []
+    measured = {f"step-{int(step):06d}" for step, _ in pages.curve("holdout_loss")}
     for name in sorted(run.list_dirs("checkpoints")):
-        mark = " <small>best held-out loss</small>" if name == best and pages.curve("holdout_loss") else ""
+        mark = " <small>best held-out loss</small>" if name == best and name in measured else ""
         rows.append((f"<code>{escape(name)}</code>{mark}", wording.size(run.size(f"checkpoints/{name}"))))
     return f"<section><h2>Checkpoints</h2>{_table(rows)}</section>" if rows else ""
 

@@ -137,7 +137,15 @@ def _run(
             schedule=parts.schedule,
             seed=recipe.train.seed,
             start_step=start_step,
-            hooks=Hooks(recorder.log, recorder.save, recorder.sample, recorder.validate, should_stop),
+            rank=place.rank,
+            hooks=Hooks(
+                log=recorder.log,
+                save=recorder.save,
+                sample=recorder.sample,
+                validate=recorder.validate,
+                should_stop=should_stop,
+                saved=lambda: recorder.saved,
+            ),
         )
     finally:
         recorder.flush()  # also what a run that fails has measured
