@@ -19,13 +19,14 @@ from dreamfleet.datasets.errors import RunFailed
 from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import Parts
-from dreamfleet.trainers.checkpoint import Checkpoints, find_not_finite, folder_name
+from dreamfleet.trainers.best import BestCheckpoint
+from dreamfleet.trainers.checkpoint import Checkpoints, find_not_finite
 from dreamfleet.trainers.encoding import read_pixels
 from dreamfleet.trainers.loop import diverged
 from dreamfleet.trainers.methods.base import Base
 from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.methods.seeing import SeeingMethod
-from dreamfleet.trainers.metrics import Metrics, logged_figures, read_metrics
+from dreamfleet.trainers.metrics import Metrics, logged_figures
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.sd.fidelity import MOST_REAL
@@ -54,7 +55,9 @@ class Recorder:
         self.recipe, self.parts, self.place, self.run = recipe, parts, place, run
         self.start_step, self.on_progress = start_step, on_progress
         self.saved = start_step or None  # the step of the newest whole checkpoint, the same on every rank
-        self.best: tuple[float, int] | None = None  # held-out loss and step; known to rank 0 alone
+        self.best = BestCheckpoint(
+            checkpoints, is_due=lambda step: step == start_step or parts.schedule.saves_at(step)
+        )
         self.metrics: Metrics | None = None
         self.held_out: HeldOutLoss | HeldOutPictures | None = None
         self.judge: Judge | None = None
@@ -85,8 +88,7 @@ class Recorder:
                 f"{provenance(self.recipe, self.parts, self.engine_reason)}{self.recipe.to_yaml()}",
             )
             self.metrics = Metrics(self.run, start_step=self.start_step, report_to=self.recipe.report_to)
-            self.best = self._best_so_far()
-            self.checkpoints.best = self.best[1] if self.best else None
+            self.best.recall(self.run)
             if self.start_step == 0:
                 self._write_real_pictures()
         if self.start_step == 0 and validation.sample_at_first:
@@ -147,12 +149,11 @@ class Recorder:
             return {}
         figures = engine.evaluate(lambda: held_out.figures(engine))
         loss = figures["holdout_loss"] if figures and self.place.leads else math.inf
-        if self.place.told(bool(step) and loss < (self.best[0] if self.best else math.inf)):
-            before, self.best = self.best, (loss, step)
-            self.checkpoints.best = step
+        if self.place.told(step > 0 and self.best.is_beaten_by(loss)):
+            before = self.best.replace(loss, step)
             self.save(step)
-            if self.place.leads and before is not None:
-                self._release(before[1])
+            if self.place.leads:
+                self.best.let_go(before, newest=step)
         return figures if figures and self.place.leads else {}
 
     def sample(self, step: int) -> None:
@@ -179,15 +180,6 @@ class Recorder:
         if self.metrics is not None:
             self.metrics.log_picture("samples", grid, step)
 
-    @property
-    def best_checkpoint(self) -> str | None:
-        """The checkpoint with the lowest held-out loss; the newest one where none was measured."""
-        steps = self.checkpoints.steps()
-        if not steps:
-            return None
-        best = self.best[1] if self.best else None
-        return folder_name(best if best in steps else steps[-1])
-
     def close(self, summary: Summary, step: int, *, began: float) -> None:
         """Export, write the summary and the report on rank 0; every rank calls, as the weights may be gathered."""
         if summary.exit_reason == "completed":
@@ -205,23 +197,6 @@ class Recorder:
         from dreamfleet.trainers.report import write_report
 
         write_report(self.run)
-
-    def _best_so_far(self) -> tuple[float, int] | None:
-        """Return the lowest held-out loss, and its step, of which there is a checkpoint."""
-        kept = set(self.checkpoints.steps())
-        measured = [
-            (line["holdout_loss"], line["step"])
-            for line in read_metrics(self.run)
-            if line.get("holdout_loss") is not None and line["step"] in kept
-        ]
-        return min(measured, default=None)
-
-    def _release(self, step: int) -> None:
-        """Let go of the checkpoint that was the best until now: it stays only where it was due anyway."""
-        if step != self.start_step and not self.parts.schedule.saves_at(step):
-            self.checkpoints.drop(step)
-        assert self.saved is not None
-        self.checkpoints.prune(self.saved)
 
     def _export(self, step: int) -> list[str]:
         with tempfile.TemporaryDirectory(prefix="dreamfleet-export-") as folder:

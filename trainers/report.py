@@ -63,9 +63,7 @@ class Pages:
     def curve(self, key: str) -> list[tuple[float, float]]:
         """The logged values of a figure over the steps."""
         found = ((line.get("step", 0), line.get(key)) for line in self.metrics)
-        return [
-            (float(step), float(v)) for step, v in found if isinstance(v, int | float) and math.isfinite(v)
-        ]
+        return [(float(step), float(v)) for step, v in found if _is_number(v)]
 
 
 def write_report(run: Storage) -> None:

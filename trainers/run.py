@@ -166,7 +166,7 @@ def _run(
         start_up_seconds=ready - began,
         train_seconds=trained - ready,
         figures=outcome.figures,
-        best_checkpoint=recorder.best_checkpoint,
+        best_checkpoint=recorder.best.name,
         bad_files=[bad._asdict() for bad in place.union([*parts.sets.instances.bad, *parts.feed.bad])],
         dataset_hash=parts.sets.instances.content_hash,
         base_model=parts.method.base.name,
