@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import Parts
 from dreamfleet.trainers.best import BestCheckpoint
 from dreamfleet.trainers.checkpoint import Checkpoints, find_not_finite
+from dreamfleet.trainers.clock import Clock
 from dreamfleet.trainers.encoding import read_pixels
-from dreamfleet.trainers.loop import diverged
+from dreamfleet.trainers.loop import Hooks, diverged
 from dreamfleet.trainers.methods.base import Base
 from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.methods.seeing import SeeingMethod
@@ -50,8 +50,9 @@ class Recorder:
         start_step: int,
         on_progress: Callable[[dict[str, Any]], None] | None,
         engine_reason: str,
+        clock: Clock,
     ):
-        self.engine_reason, self.checkpoints = engine_reason, checkpoints
+        self.engine_reason, self.checkpoints, self.clock = engine_reason, checkpoints, clock
         self.recipe, self.parts, self.place, self.run = recipe, parts, place, run
         self.start_step, self.on_progress = start_step, on_progress
         self.saved = start_step or None  # the step of the newest whole checkpoint, the same on every rank
@@ -83,10 +84,8 @@ class Recorder:
                     "validation.metrics: no %s, as it measures previews; name some validation.prompts",
                     ", ".join(scores),
                 )
-            self.run.write_text(
-                "recipe.yaml",
-                f"{provenance(self.recipe, self.parts, self.engine_reason)}{self.recipe.to_yaml()}",
-            )
+            head = provenance(self.recipe, self.parts, self.engine_reason)
+            self.run.write_text("recipe.yaml", head + self.recipe.to_yaml())
             self.metrics = Metrics(self.run, start_step=self.start_step, report_to=self.recipe.report_to)
             self.best.recall(self.run)
             if self.start_step == 0:
@@ -95,6 +94,10 @@ class Recorder:
             if figures := self.validate(0):
                 self.log({"step": 0, **figures})
             self.sample(0)
+
+    def hooks(self, should_stop: Callable[[], bool]) -> Hooks:
+        """Return what the loop calls."""
+        return Hooks(self.log, self.save, self.sample, self.validate, should_stop, lambda: self.saved)
 
     def log(self, line: dict[str, Any]) -> None:
         """Write a line of figures."""
@@ -130,6 +133,7 @@ class Recorder:
                     "method": self.recipe.method.name,
                     "workers": self.place.world,
                     "steps_before": self.parts.method.steps_before,
+                    "seconds": self.clock.lap(),
                     **run_identity(self.recipe, self.parts),
                     "versions": versions(),
                 },
@@ -180,7 +184,7 @@ class Recorder:
         if self.metrics is not None:
             self.metrics.log_picture("samples", grid, step)
 
-    def close(self, summary: Summary, step: int, *, began: float) -> None:
+    def close(self, summary: Summary, step: int) -> None:
         """Export, write the summary and the report on rank 0; every rank calls, as the weights may be gathered."""
         if summary.exit_reason == "completed":
             with self.parts.engine.whole():
@@ -190,7 +194,7 @@ class Recorder:
             return
         # A run that had nothing left to do measured nothing now: its figures are those that were logged.
         summary.figures = {**logged_figures(self.run), **summary.figures, **self.figures}
-        summary.wall_seconds = time.time() - began
+        summary.wall_seconds = summary.start_up_seconds + summary.train_seconds + self.clock.since_lap()
         self.run.write_text("summary.json", json.dumps(dataclasses.asdict(summary), indent=1))
         if self.metrics is not None:
             self.metrics.close()
