@@ -59,7 +59,7 @@ def fit(
     Raises UserError for what the user can mend (before Ray is started wherever that can be told), RunFailed when the
     run itself failed.
     """
-    started = time.time()
+    started = time.monotonic()
     from dreamfleet.trainers.checkpoint import Checkpoints
     from dreamfleet.trainers.recipe import load_recipe
     from dreamfleet.trainers.run import open_run_folder
@@ -98,7 +98,7 @@ def _fit_here(recipe: Recipe, resume: bool, stop: Stop, display: Display, starte
             resume=resume,
             should_stop=lambda: stop.asked.is_set() or marked(),
             on_progress=display.show,
-            started=started,
+            waited=time.monotonic() - started,
         )
 
 
@@ -152,7 +152,7 @@ def _make_trainer(
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
             "threads": share.threads,
-            "started": started,
+            "waited": time.monotonic() - started,
         },
         scaling_config=ScalingConfig(
             num_workers=scaling.num_workers,

@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,19 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from dreamfleet.datasets.errors import RunFailed
 from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.agreement import share_index
 from dreamfleet.trainers.assemble import Parts
-from dreamfleet.trainers.checkpoint import Checkpoints, folder_name
+from dreamfleet.trainers.best import BestCheckpoint
+from dreamfleet.trainers.checkpoint import Checkpoints, find_not_finite
+from dreamfleet.trainers.clock import Clock
 from dreamfleet.trainers.encoding import read_pixels
+from dreamfleet.trainers.loop import Hooks, diverged
 from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.methods.seeing import SeeingMethod
-from dreamfleet.trainers.metrics import Metrics, logged_figures, read_metrics
+from dreamfleet.trainers.metrics import Metrics, logged_figures
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.provenance import artefact_metadata, provenance, run_identity
 from dreamfleet.trainers.recipe import Recipe
@@ -48,14 +51,17 @@ class Recorder:
         start_step: int,
         on_progress: Callable[[dict[str, Any]], None] | None,
         engine_reason: str,
+        clock: Clock,
     ):
-        self.engine_reason, self.checkpoints = engine_reason, checkpoints
+        self.engine_reason, self.checkpoints, self.clock = engine_reason, checkpoints, clock
         self.recipe, self.parts, self.place, self.run = recipe, parts, place, run
         # Ranks in lockstep all compute everything.
         self.sharing = Place(device=place.device) if parts.engine.lockstep else place
         self.start_step, self.on_progress = start_step, on_progress
         self.saved = start_step or None  # the step of the newest whole checkpoint, the same on every rank
-        self.best: tuple[float, int] | None = None
+        self.best = BestCheckpoint(
+            checkpoints, is_due=lambda step: step == start_step or parts.schedule.saves_at(step)
+        )
         self.metrics: Metrics | None = None
         self.held_out: HeldOutLoss | HeldOutPictures | None = None
         self.judge: Judge | None = None
@@ -97,16 +103,16 @@ class Recorder:
                 "validation.metrics: no %s, as it measures previews; name some validation.prompts",
                 ", ".join(scores),
             )
-        self.run.write_text(
-            "recipe.yaml",
-            f"{provenance(self.recipe, self.parts, self.engine_reason)}{self.recipe.to_yaml()}",
-        )
+        head = provenance(self.recipe, self.parts, self.engine_reason)
+        self.run.write_text("recipe.yaml", head + self.recipe.to_yaml())
         self.metrics = Metrics(self.run, start_step=self.start_step, report_to=self.recipe.report_to)
-        measured = [line for line in read_metrics(self.run) if line.get("step") and "holdout_loss" in line]
-        if measured:
-            self.best = min((line["holdout_loss"], line["step"]) for line in measured)
+        self.best.recall(self.run)
         if self.start_step == 0:
             self._write_real_pictures()
+
+    def hooks(self, should_stop: Callable[[], bool]) -> Hooks:
+        """Return what the loop calls."""
+        return Hooks(self.log, self.save, self.sample, self.validate, should_stop, lambda: self.saved)
 
     def log(self, line: dict[str, Any]) -> None:
         """Write a line of figures."""
@@ -121,16 +127,22 @@ class Recorder:
             self.metrics.flush()
 
     def save(self, step: int) -> None:
-        """Save a checkpoint; every rank calls, rank 0 writes, all wait until it is whole."""
+        """Save a checkpoint; every rank calls, rank 0 writes, all wait until it is whole.
+
+        Raises RunFailed when a step has made weights, averages or the optimizer's moments infinite or NaN: the loss
+        would show it only at the next step.
+        """
         if step == self.saved:
             return
-        self.saved = step
         # Every rank: an engine that shards gathers here.
         learned, engine = self.parts.engine.learned(), self.parts.engine.state()
         self.place.on_rank_0(lambda: self._write_checkpoint(step, learned, engine))
+        self.saved = step
 
     def _write_checkpoint(self, step: int, learned: dict[str, Tensor], engine: dict[str, Any]) -> None:
         """Write a checkpoint, and the metrics up to it."""
+        if bad := find_not_finite({"learned": learned, "engine": engine}):
+            raise RunFailed(diverged(f"{bad} is no longer finite after step {step}", self.saved))
         self.checkpoints.save(
             step,
             learned=learned,
@@ -139,6 +151,7 @@ class Recorder:
                 "method": self.recipe.method.name,
                 "workers": self.place.world,
                 "steps_before": self.parts.method.steps_before,
+                "seconds": self.clock.lap(),
                 **run_identity(self.recipe, self.parts),
                 "versions": versions(),
             },
@@ -146,14 +159,20 @@ class Recorder:
         self.flush()
 
     def validate(self, step: int) -> dict[str, float]:
-        """Measure the held-out images; every rank calls, measures its share, and gets the figures."""
+        """Measure the held-out images; every rank calls, measures its share, and gets the figures.
+
+        The checkpoint of the lowest held-out loss is kept beside the newest ones: it is saved here when it is not
+        due anyway.
+        """
         held_out, engine = self.held_out, self.parts.engine
         if held_out is None:
             return {}
         figures = engine.evaluate(lambda: held_out.figures(engine))
         loss = figures["holdout_loss"]
-        if step and (self.best is None or loss < self.best[0]):
-            self.best = (loss, step)
+        if self.place.told(step > 0 and self.best.is_beaten_by(loss)):
+            before = self.best.replace(loss, step)
+            self.save(step)
+            self.place.on_rank_0(lambda: self.best.let_go(before, newest=step))
         return figures
 
     def sample(self, step: int) -> None:
@@ -184,29 +203,20 @@ class Recorder:
         if self.metrics is not None:
             self.metrics.log_picture("samples", grid, step)
 
-    @property
-    def best_checkpoint(self) -> str | None:
-        """The step with the lowest held-out loss, as a checkpoint's name where one was kept."""
-        steps = self.checkpoints.steps()
-        if not steps:
-            return None
-        best = self.best[1] if self.best else None
-        return folder_name(best if best in steps else steps[-1])
-
-    def close(self, summary: Summary, step: int, *, began: float) -> None:
+    def close(self, summary: Summary, step: int) -> None:
         """Export, write the summary and the report on rank 0; every rank calls, as the weights may be gathered."""
         if summary.exit_reason == "completed":
             with self.parts.engine.whole():
                 summary.exports = self.place.on_rank_0(lambda: self._export(step))
-        self.place.on_rank_0(lambda: self._close(summary, began))
+        self.place.on_rank_0(lambda: self._close(summary))
 
-    def _close(self, summary: Summary, began: float) -> None:
+    def _close(self, summary: Summary) -> None:
         """Write the summary and the report."""
         from dreamfleet.trainers.report import write_report
 
         # A run that had nothing left to do measured nothing now: its figures are those that were logged.
         summary.figures = {**logged_figures(self.run), **summary.figures, **self.figures}
-        summary.wall_seconds = time.time() - began
+        summary.wall_seconds = summary.start_up_seconds + summary.train_seconds + self.clock.since_lap()
         self.run.write_text("summary.json", json.dumps(dataclasses.asdict(summary), indent=1))
         if self.metrics is not None:
             self.metrics.close()

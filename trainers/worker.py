@@ -21,7 +21,7 @@ PASSED_ON_PREFIXES = ("DREAMFLEET_",)
 def train_worker(config: dict[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
     """Train as one of the workers that Ray Train started; return rank 0's summary as plain data.
 
-    ``config`` holds ``recipe`` (plain data), ``threads`` and ``started``; ``keys`` open buckets, and are set first. Ray
+    ``config`` holds ``recipe`` (plain data), ``threads`` and ``waited``; ``keys`` open buckets, and are set first. Ray
     starts the whole group again after a worker died, and tells nobody that it did: a worker therefore always goes on
     from the newest valid checkpoint in the run folder. For a new run the driver has made sure that there is none.
     """
@@ -46,7 +46,7 @@ def train_worker(config: dict[str, Any], keys: Mapping[str, str]) -> dict[str, A
             device=ray.train.torch.get_device(),
             resume=True,
             should_stop=should_stop,
-            started=config["started"],
+            waited=config["waited"],
         )
     return dataclasses.asdict(summary)
 

@@ -131,7 +131,9 @@ class ZeroEngine(Engine):
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        with self._lent(lambda param, value: value.cpu()):  # a card often has room for a part of the weights only
+        with self._lent(
+            lambda param, value: value.cpu()
+        ):  # a card often has room for a part of the weights only
             yield
 
     def learned(self) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ import logging
 import os
 import queue
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,7 +116,7 @@ class TrialRun:
         from dreamfleet.trainers.run import run_worker
         from dreamfleet.tune.ledger import Trial, trial_recipe
 
-        shared, began = self.shared, time.time()
+        shared = self.shared
         torch.set_num_threads(shared.threads)
         gc.collect()  # what the trial before has left
         if shared.uses_gpu:
@@ -134,7 +133,6 @@ class TrialRun:
                     resume=True,
                     should_stop=lambda: self._ask(run) or marked(),
                     on_progress=self._look_at,
-                    started=began,
                 )
             except (UserError, RunFailed) as error:
                 log.error("%s", error)
