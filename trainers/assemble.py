@@ -110,18 +110,8 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
     ``begins``: the files that the recipe goes on from are read; a checkpoint, if one is loaded next, holds more.
     """
     torch.manual_seed(recipe.train.seed)
-    compare_paths(compared_paths(recipe), place)
-    sets = share_sets(recipe, place)
-    method = place.on_every_rank(lambda: make_method(recipe, sets, place.device))
-    model, base = method.model, method.base
-    compare({f"the base model {base.name}": base.content_hash, "the model's VAE": model.encoder_hash}, place)
-    cache = place.on_every_rank(lambda: open_latents(recipe.data, model))
-    if cache is not None:
-        kept = place.on_rank_0(lambda: leave_out_bad(sets.instances, cache, recipe.data))
-        sets = replace(sets, instances=kept)
-    if place.leads:
-        for bad in sets.instances.bad:
-            log.warning("left out %s: %s", bad.uri, bad.reason)
+    sets, method, cache = load_inputs(recipe, place)
+    model = method.model
     moments = place.on_every_rank(method.start) if begins else {}
     weights = {name: tensor.clone() for name, tensor in method.state().items()} if moments else {}
     check_resolution(recipe, model)
@@ -167,6 +157,23 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
         take_over(engine, moments, weights)
     rates = make_rates(engine.groups, recipe.optimizer, total_steps=schedule.total, global_batch=global_batch)
     return Parts(sets, model, method, engine, feed, prepare, rates, schedule, global_batch, apart)
+
+
+def load_inputs(recipe: Recipe, place: Place) -> tuple[Sets, Method, LatentCache | None]:
+    """Load the data, the method on its model, and the cache of latents; the same on every rank."""
+    compare_paths(compared_paths(recipe), place)
+    sets = share_sets(recipe, place)
+    method = place.on_every_rank(lambda: make_method(recipe, sets, place.device))
+    model, base = method.model, method.base
+    compare({f"the base model {base.name}": base.content_hash, "the model's VAE": model.encoder_hash}, place)
+    cache = place.on_every_rank(lambda: open_latents(recipe.data, model))
+    if cache is not None:
+        kept = place.on_rank_0(lambda: leave_out_bad(sets.instances, cache, recipe.data))
+        sets = replace(sets, instances=kept)
+    if place.leads:
+        for bad in sets.instances.bad:
+            log.warning("left out %s: %s", bad.uri, bad.reason)
+    return sets, method, cache
 
 
 def share_sets(recipe: Recipe, place: Place) -> Sets:

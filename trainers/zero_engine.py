@@ -217,12 +217,8 @@ class ZeroEngine(Engine):
 
     def _collect(self) -> dict[str, Tensor]:
         """Gather one parameter after the other into rank 0's host memory; the others keep nothing."""
-        whole = {}
-        for name in self.params:
-            value = self.shards.gather(name)
-            if self.leads:
-                whole[name] = value.cpu()
-        return whole
+        gathered = ((name, self.shards.gather(name)) for name in self.params)
+        return {name: value.cpu() for name, value in gathered if self.leads}
 
     @contextmanager
     def _lent(self, convert: Convert, *, everywhere: bool = False) -> Iterator[None]:
