@@ -33,8 +33,7 @@ def open_run_folder(recipe: Recipe, *, resume: bool) -> Storage:
     another method.
     """
     run = Storage(recipe.output_dir)
-    used = run.list() or run.list_dirs()
-    if not used:
+    if not run.has_files():
         return run
     if not run.exists("recipe.yaml"):
         raise RecipeError(
