@@ -109,9 +109,7 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
 
     ``begins``: the files that the recipe goes on from are read; a checkpoint, if one is loaded next, holds more.
     """
-    require_runnable(recipe, has_gpu=place.device.type == "cuda")
-    if recipe.optimizer.name == "adamw8bit":
-        import_adamw8bit()  # not after class images are made
+    check_machine(recipe, place)
     torch.manual_seed(recipe.train.seed)
     known = known_files(recipe.data)
     sets = load_sets(recipe.data, verify=False if known else None, known=known)
@@ -225,6 +223,13 @@ def make_schedule(recipe: Recipe, plan: BatchPlan) -> Schedule:
         log_every=train.log_steps,
         save_at=save_at,
     )
+
+
+def check_machine(recipe: Recipe, place: Place) -> None:
+    """Refuse what this machine cannot do, or what the recipe lacks, before anything is loaded or made."""
+    require_runnable(recipe, has_gpu=place.device.type == "cuda")
+    if recipe.optimizer.name == "adamw8bit":
+        import_adamw8bit()
 
 
 def check_resolution(recipe: Recipe, model: StableDiffusion) -> None:
