@@ -151,20 +151,25 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
             )
     schedule = make_schedule(recipe, plan)
     feed, prepare = make_feed(recipe, sets.instances, classes, method, plan, place, cache)
-    engine = (TorchEngine if recipe.engine.zero_stage == "auto" else ZeroEngine)(
-        method,
-        config=recipe.engine,
-        optimizer=recipe.optimizer,
-        mixed_precision=train.mixed_precision,
-        device=place.device,
-        world=place.world,
-        num_micros=train.gradient_accumulation_steps,
-        seed=train.seed,
-    )
+    engine = make_engine(recipe, method, place)
     if moments:
         take_over(engine, moments, weights)
     rates = make_rates(engine.groups, recipe.optimizer, total_steps=schedule.total, global_batch=global_batch)
     return Parts(sets, model, method, engine, feed, prepare, rates, schedule, global_batch, apart)
+
+
+def make_engine(recipe: Recipe, method: Method, place: Place) -> Engine:
+    """Make the engine that the recipe asks for."""
+    return (TorchEngine if recipe.engine.zero_stage == "auto" else ZeroEngine)(
+        method,
+        config=recipe.engine,
+        optimizer=recipe.optimizer,
+        mixed_precision=recipe.train.mixed_precision,
+        device=place.device,
+        world=place.world,
+        num_micros=recipe.train.gradient_accumulation_steps,
+        seed=recipe.train.seed,
+    )
 
 
 def make_feed(
