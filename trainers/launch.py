@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dreamfleet.datasets.environment import to_send
 from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
-from dreamfleet.datasets.object_store import bucket_environment
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.hold import Stop, claimed, stop_on_signal
 from dreamfleet.trainers.preflight import check_inputs, preflight, refuse_here, this_machine
@@ -141,11 +141,11 @@ def _make_trainer(
                 if type(callback).__name__ != "PlacementGroupCleanerCallback"
             ]
 
-    scaling, keys = recipe.scaling, bucket_environment()
+    scaling, sent = recipe.scaling, to_send(buckets="://" in recipe.to_yaml())
 
     def loop(config: dict[str, Any]) -> dict[str, Any]:
-        # The keys come along inside: Ray shows and logs a worker's environment, and may export the loop's config.
-        return train_worker(config, keys)
+        # Secrets come along inside: Ray shows and logs a worker's environment, and may export the loop's config.
+        return train_worker(config, sent)
 
     return (LocalTrainer if session.private else TorchTrainer)(
         loop,

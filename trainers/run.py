@@ -35,8 +35,7 @@ def open_run_folder(recipe: Recipe, *, resume: bool) -> Storage:
     another method.
     """
     run = Storage(recipe.output_dir)
-    used = run.list() or run.list_dirs()
-    if not used:
+    if not run.has_files():
         return run
     if not run.exists("recipe.yaml"):
         raise RecipeError(
@@ -101,7 +100,6 @@ def _run_whole(
     recipe, engine_reason = settle_engine(recipe, place)
     parts = assemble(recipe, place, begins=found is None)
     try:
-        parts.method.require_formats(recipe.train.export_formats or ())  # not after hours of training
         start_step = _restore(found, recipe, parts, place) if found else 0
         clock.resume(found.meta.get("seconds", {}) if found else {})
         del found  # as large as what learns, three times over

@@ -63,14 +63,10 @@ def _decide(
         )
     except UserError as error:
         return {}, f"not planned: {error}"
-    except Exception as error:  # noqa: BLE001 - the plan is a forecast: what it stumbles over, torch may train
-        log.warning(
-            "engine.zero_stage: auto: the memory of this model could not be planned (%s: %s); it is trained by torch "
-            "alone. Where it does not fit, set engine.zero_stage",
-            type(error).__name__,
-            " ".join(str(error).split())[:300],
-        )
-        return {}, f"not planned: {type(error).__name__}"
+    except Exception as error:  # noqa: BLE001 - a fault of the planner's, such as an operator without a fake kernel
+        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        log.warning("the memory of this run cannot be planned (%s): torch alone trains it", why)
+        return {}, f"not planned: {why}"
     if made.chosen is None:
         raise ResourceError(f"engine.zero_stage: auto: {tell_nothing_fits(made, recipe)}")
     chosen, larger = made.chosen, made.estimates[: made.estimates.index(made.chosen)]
