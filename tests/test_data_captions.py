@@ -95,7 +95,7 @@ def test_captions_can_be_ignored():
 
 
 def test_no_words_at_all_is_an_error_with_a_way_out():
-    with pytest.raises(DataError, match=r"no words for picture 12\.png.*instance_prompt"):
+    with pytest.raises(DataError, match=r"12\.png.*instance_prompt"):
         make_caption(None, file_name="12.png", rng=rng(), config=PLAIN)
 
 
@@ -151,7 +151,7 @@ def test_template_file(tmp_path):
     with pytest.raises(DataError, match="is empty"):
         load_template_file(str(path))
     path.write_bytes(b"caf\xe9 [name]")
-    with pytest.raises(DataError, match="byte 0xe9 at position 3, line 1"):
+    with pytest.raises(DataError, match=r"0xe9 .*3, line 1"):
         load_template_file(str(path))
     with pytest.raises(DataError, match="does not exist"):
         load_template_file(str(tmp_path / "none.txt"))

@@ -180,9 +180,9 @@ def test_truncated(kind, part):
 
 
 def test_empty_text_and_lfs_pointer():
-    with pytest.raises(DataError, match=r"a\.png: the file is empty \(0 bytes\)"):
+    with pytest.raises(DataError, match=r"a\.png: .*empty"):
         open_picture(b"", uri="a.png")
-    with pytest.raises(DataError, match=r"a\.png: not a picture"):
+    with pytest.raises(DataError, match=r"a\.png: not an? (picture|image)"):
         read_header(b"hello, I am text", uri="a.png")
     with pytest.raises(DataError, match="git lfs pull"):
         open_picture(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", uri="a.png")
@@ -202,13 +202,13 @@ def test_random_bytes_after_a_good_head_never_raise_anything_else():
 
 
 def test_postscript_is_never_run():
-    with pytest.raises(DataError, match="not a picture"):
+    with pytest.raises(DataError, match=r"not an? (picture|image)"):
         open_picture(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n", uri="a.eps")
 
 
 def test_bomb_is_refused_from_its_header():
     before = Image.MAX_IMAGE_PIXELS
-    with pytest.raises(DataError, match=r"40 x 40 = 1,600 pixels, more than data.max_pixels = 1,599"):
+    with pytest.raises(DataError, match=r"40 x 40.*data\.max_pixels.*1,599"):
         open_picture(encode(Image.new("RGB", (40, 40)), "PNG"), uri="a.png", max_pixels=1599)
     with pytest.raises(DataError, match="too large"):
         open_picture(png(60000, 60000, 1, 0, b""), uri="a.png")

@@ -37,19 +37,19 @@ def test_other_projects_names(given, field, value):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "no pictures are named: set exactly one of instance_data_dir"),
+        ({}, "exactly one of instance_data_dir"),
         (
             {"instance_data_dir": "a", "train_data_dir": "b"},
-            "instance_data_dir and train_data_dir are both set",
+            "instance_data_dir and train_data_dir",
         ),
         ({"instance_data_dir": "a", "class_data_dir": "b"}, "class_data_dir 'b' without class_prompt"),
-        ({"concepts_list": []}, "concepts_list is empty"),
+        ({"concepts_list": []}, "concepts_list"),
         ({"concepts_list": "x.json", "instance_prompt": "p"}, "instance_prompt beside concepts_list"),
         (
             {"instance_data_dir": "a", "caption_extension": "txt"},
-            "caption_extension 'txt' is not a file ending",
+            "caption_extension 'txt'",
         ),
-        ({"instance_data_dir": "a", "caption_extension": []}, "caption_extension is empty"),
+        ({"instance_data_dir": "a", "caption_extension": []}, "caption_extension"),
         ({"instance_data_dir": "a", "resolution": "large"}, "valid integer"),
         ({"instance_data_dir": "a", "resolution": 0}, "greater than or equal to 8"),
         ({"instance_data_dir": "a", "tag_dropout": 1.5}, "less than or equal to 1"),
@@ -142,9 +142,9 @@ def test_concepts_inline_and_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[", r"c\.json, line 1, column 2: not JSON"),
-        ("{}", "write a list of objects"),
-        ("[]", "write a list of objects"),
+        ("[", r"c\.json, line 1, column 2: .*JSON"),
+        ("{}", "list of objects"),
+        ("[]", "list of objects"),
         ('[{"instance_prompt": "x"}]', r"concept 0: instance_data_dir: Field required"),
         ('[{"instance_data_dir": "x", "prompt": "y"}]', r"concept 0: prompt: Extra inputs"),
         (b"\xff[]", "not UTF-8"),
@@ -190,7 +190,7 @@ def test_kohya_folders(tmp_path, caplog):
     assert (rows[0].repeats, rows[1].repeats) == (20, 6)
     assert (rows[0].caption, rows[1].caption) == ("sks dog on a sofa", None)
     assert [(item.concept, item.prompt) for item in sets.class_sets] == [(0, "dog"), (1, "cat")]
-    assert "without a number in front are left out: logs" in caplog.text
+    assert "left out: logs" in caplog.text
 
 
 def test_kohya_class_pictures_without_subfolders(tmp_path):
@@ -200,7 +200,7 @@ def test_kohya_class_pictures_without_subfolders(tmp_path):
     assert load_sets(DataConfig(class_prompt="dog", **given)).class_sets == [
         ClassSet(0, str(tmp_path / "reg"), "dog")
     ]
-    with pytest.raises(DataError, match=r"no subfolder such as '1_dog'.*Do one of both"):
+    with pytest.raises(DataError, match=r"'1_dog'"):
         load_sets(DataConfig(**given))
 
 
@@ -208,14 +208,12 @@ def test_kohya_class_folder_that_belongs_to_none(tmp_path):
     train = kohya(tmp_path, "10_sks dog", "1_sks cat")
     for name in ("1_dog", "1_house"):
         put(tmp_path, f"reg/{name}/r.png", picture(7))
-    with pytest.raises(
-        DataError, match=r"belong to no instance folder: .*1_house.*there are: sks dog, sks cat"
-    ):
+    with pytest.raises(DataError, match=r"1_house.*sks dog, sks cat"):
         load_concepts(DataConfig(train_data_dir=train, reg_data_dir=str(tmp_path / "reg")))
 
 
 def test_kohya_zero_repeats(tmp_path):
-    with pytest.raises(DataError, match=r"0_sks dog: 0 repeats"):
+    with pytest.raises(DataError, match=r"0_sks dog"):
         load_concepts(DataConfig(train_data_dir=kohya(tmp_path, "0_sks dog")))
 
 
@@ -232,5 +230,5 @@ def test_absent_folder_of_one_concept(tmp_path):
     config = DataConfig(
         concepts_list=[{"instance_data_dir": f"{tmp_path}/cat"}, {"instance_data_dir": f"{tmp_path}/dgo"}]
     )
-    with pytest.raises(DataError, match=r"folder .*/dgo does not exist"):
+    with pytest.raises(DataError, match=r"/dgo does not exist"):
         load_sets(config)

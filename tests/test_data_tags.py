@@ -93,7 +93,7 @@ def test_captions_go_elsewhere_and_the_folder_stays(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     dry = run(folder, "--add", "solo", "--dry-run")
-    assert "- cat, red_hair\n+ cat, red_hair, solo" in dry.stdout and "would change 3 of 3" in dry.stdout
+    assert "- cat, red_hair\n+ cat, red_hair, solo" in dry.stdout and "3 of 3" in dry.stdout
     out = tmp_path / "out"
     assert run(folder, "--trigger", "sks", "--create", "--out", out).exit_code == 0
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

@@ -158,7 +158,7 @@ def test_nothing_says_how_long_to_train_and_sizes_that_do_not_fit_are_told(tmp_p
     with pytest.raises(RecipeError, match="max_train_steps"):
         make_parts(tmp_path, train__max_train_steps=None)
     assert make_parts(tmp_path, train__max_train_steps=None, train__num_train_epochs=2).schedule.total == 6
-    with pytest.raises(RecipeError, match="must be a multiple of 8"):
+    with pytest.raises(RecipeError, match="multiple of 8"):
         make_parts(tmp_path, data__resolution=36)
 
 
@@ -193,8 +193,8 @@ def test_options_for_speed_change_no_number_and_no_name(tmp_path: Path, engine: 
 
 def test_options_for_speed_that_zero_cannot_have_are_told(tmp_path: Path) -> None:
     for engine, told in (
-        ({"channels_last": True, "zero_stage": 2}, "channels_last does not go with"),
-        ({"torch_compile": True, "zero_stage": 3}, "torch_compile does not go with"),
+        ({"channels_last": True, "zero_stage": 2}, "channels_last"),
+        ({"torch_compile": True, "zero_stage": 3}, "torch_compile"),
     ):
         with pytest.raises(RecipeError, match=told):
             make_parts(tmp_path, engine=engine)

@@ -143,7 +143,7 @@ def test_a_learned_word_does_not_move_the_summary_of_a_prompt(sdxl: Path) -> Non
 
 def test_embeddings_of_another_family_are_told(sdxl: Path) -> None:
     model = load(sdxl)
-    with pytest.raises(ModelError, match=rf"reads \[n, {WIDTH}\] and \[n, {WIDTH_2}\].*another family"):
+    with pytest.raises(ModelError, match=rf"{WIDTH}\D+{WIDTH_2}\D.*another family"):
         install_embedding(model, "<x>", torch.zeros(1, WIDTH))
     with pytest.raises(ModelError, match="another family"):
         install_embedding(model, "<x>", torch.zeros(1, WIDTH), torch.zeros(2, WIDTH_2))
@@ -217,13 +217,13 @@ def test_conditions_are_put_together_and_taken_apart() -> None:
 @pytest.mark.parametrize(
     ("changes", "missing", "told"),
     [
-        ({"in_channels": 9}, "", "an inpainting model.*SDXL base"),
-        ({"in_channels": 8}, "", r"an editing model \(InstructPix2Pix\)"),
-        ({"in_channels": 7}, "", "an upscaler"),
-        ({}, "text_encoder", "SDXL's refiner"),
-        ({}, "text_encoder_2", "the part 'text_encoder_2' is missing"),
-        ({}, "tokenizer_2", "the part 'tokenizer_2' is missing"),
-        ({"class_embed_type": "projection"}, "", r"told more than a prompt \(projection\)"),
+        ({"in_channels": 9}, "", "inpainting.*SDXL"),
+        ({"in_channels": 8}, "", r"InstructPix2Pix"),
+        ({"in_channels": 7}, "", "upscaler"),
+        ({}, "text_encoder", "refiner"),
+        ({}, "text_encoder_2", "'text_encoder_2' is missing"),
+        ({}, "tokenizer_2", "'tokenizer_2' is missing"),
+        ({"class_embed_type": "projection"}, "", r"projection"),
     ],
 )
 def test_other_families_are_refused_by_name(

@@ -173,7 +173,7 @@ def test_a_hypernetwork_has_layers_for_every_context(workplace: Path, tmp_path: 
 
 
 def test_aesthetic_gradients_stay_with_sd1(workplace: Path) -> None:
-    with pytest.raises(ModelError, match="Aesthetic Gradients are for Stable Diffusion 1"):
+    with pytest.raises(ModelError, match="Stable Diffusion 1"):
         make_parts(workplace, "aesthetic_gradients")
 
 

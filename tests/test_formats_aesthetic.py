@@ -33,7 +33,7 @@ def test_what_is_written_reads_back_equal_and_is_webuis(tmp_path: Path) -> None:
     assert type(plain) is torch.Tensor and plain.shape == (1, 768) and plain.dtype == torch.float32
     write_aesthetic(VECTOR[0], path)
     assert torch.load(path, weights_only=True).shape == (1, 768), "the extension's slerp needs two dimensions"
-    with pytest.raises(FormatError, match=r"is written as a \.pt file"):
+    with pytest.raises(FormatError, match=r"\.pt"):
         write_aesthetic(VECTOR, tmp_path / "taste.png")
 
 
@@ -69,9 +69,9 @@ def test_a_vector_saved_from_a_gpu_is_read_without_one(tmp_path: Path) -> None:
         (torch.ones(1).expand(1, 2**30), r"not \[1, 1073741824\]"),
         (torch.zeros(1, 768), "points nowhere"),
         (torch.full((768,), float("nan")), "points nowhere"),
-        (torch.ones(768, dtype=torch.int64), "no aesthetic vector"),
-        (torch.ones(768).to_sparse(), "no aesthetic vector"),
-        ({"string_to_param": {"*": torch.ones(1, 768)}}, "is it an embedding"),
+        (torch.ones(768, dtype=torch.int64), "aesthetic"),
+        (torch.ones(768).to_sparse(), "aesthetic"),
+        ({"string_to_param": {"*": torch.ones(1, 768)}}, "embedding"),
     ],
 )
 def test_anything_else_is_refused(value: Any, message: str, tmp_path: Path) -> None:

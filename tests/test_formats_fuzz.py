@@ -205,12 +205,10 @@ def test_views_of_one_number_are_not_copied(tmp_path: Path) -> None:
     stretched, before = torch.zeros(1, dtype=torch.bfloat16).expand(2**16, 2**16), peak_memory()
     for data in ({"word": stretched}, {**WEBUI, "string_to_param": {"*": stretched}}):
         torch.save(data, tmp_path / "bomb.pt")
-        with pytest.raises(
-            FormatError, match=r"bomb\.pt: its tensors claim \d+ bytes, more than the file has"
-        ):
+        with pytest.raises(FormatError, match=r"bomb\.pt: .*claim \d+ bytes"):
             read_embedding(tmp_path / "bomb.pt")
     torch.save({"state_dict": {"model.diffusion_model.out.2.weight": stretched}}, tmp_path / "bomb.ckpt")
-    with pytest.raises(FormatError, match=r"bomb\.ckpt: its tensors claim"):
+    with pytest.raises(FormatError, match=r"bomb\.ckpt: .*claim"):
         load_single_file(tmp_path / "bomb.ckpt")
     assert peak_memory() - before < 2**28
 

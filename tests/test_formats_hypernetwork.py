@@ -165,11 +165,11 @@ def test_what_is_no_hypernetwork_says_so(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match=message) as told:
             read_hypernetwork(path)
         assert str(path) in str(told.value), data
-    with pytest.raises(FormatError, match=r"written as a \.pt"):
+    with pytest.raises(FormatError, match=r"\.pt"):
         write_hypernetwork(make_file(), tmp_path / "a.safetensors")
     broken = make_file()
     torch.nn.init.constant_(next(broken.network.parameters()), torch.inf)
-    with pytest.raises(FormatError, match="training failed"):
+    with pytest.raises(FormatError, match="failed"):
         write_hypernetwork(broken, tmp_path / "look.pt")
 
 
@@ -180,8 +180,8 @@ def test_small_files_cannot_ask_for_much_memory(tmp_path: Path) -> None:
     shared = {f"linear1.weight{k}": torch.zeros(1).expand(2**14, 2**14) for k in range(32)}
     meta = torch.zeros(2**15, 2**15, device="meta")
     for data, message in [
-        ({8: (fine, fine | {"linear1.weight": huge})}, "more than the file has"),
-        ({8: (shared, shared)}, "more than the file has"),
+        ({8: (fine, fine | {"linear1.weight": huge})}, "file has"),
+        ({8: (shared, shared)}, "file has"),
         ({8: (fine, fine | {"linear1.weight": meta})}, "no tensor"),
     ]:
         path = tmp_path / "bomb.pt"
@@ -193,9 +193,9 @@ def test_small_files_cannot_ask_for_much_memory(tmp_path: Path) -> None:
     with zipfile.ZipFile(inside) as stored, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
         for name in stored.namelist():
             packed.writestr(name, bytes(len(stored.read(name))) if "/data/" in name else stored.read(name))
-    with pytest.raises(FormatError, match=r"unpacks to \d+ bytes"):
+    with pytest.raises(FormatError, match=r"unpacks to \d+"):
         load_pickle(path)
-    with pytest.raises(FormatError, match=r"unpacks to \d+ bytes"):
+    with pytest.raises(FormatError, match=r"unpacks to \d+"):
         load_pickle(path.read_bytes())
 
 

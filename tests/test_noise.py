@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
@@ -9,6 +12,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.keyed import key
 from dreamfleet.trainers.schedule import last_step, make_rate, multiplier_at, parse_webui_schedule
 from dreamfleet.trainers.sd.condition import Condition
 from dreamfleet.trainers.sd.noise import draw_noise, make_target, noise_loss, signal_to_noise, snr_weights
@@ -26,6 +30,18 @@ def test_a_samples_noise_does_not_depend_on_its_batch() -> None:
     alone, timestep = draw_noise(keys[1:2], (4, 8, 8), num_timesteps=1000)
     assert torch.equal(noise[1], alone[0]) and timesteps[1] == timestep[0]
     assert not torch.equal(noise[0], noise[2])
+
+
+def test_keys_that_agree_in_32_bits_draw_different_noise() -> None:
+    seen: dict[int, int] = {}
+    for number in itertools.count():
+        low = key("noise", "x", number) % 2**32  # all that a CPU generator of torch takes in of a seed
+        if low in seen:
+            break
+        seen[low] = number
+    noise, _ = draw_noise([("x", seen[low]), ("x", number)], (4, 8, 8), num_timesteps=1000)
+    correlation = np.corrcoef(noise.flatten(1))[0, 1]
+    assert abs(correlation) < 0.4, (seen[low], number)
 
 
 def test_noise_is_standard_normal_and_timesteps_cover_their_range() -> None:

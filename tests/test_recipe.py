@@ -19,6 +19,11 @@ MINIMAL: dict[str, Any] = {
 }
 
 
+def told_of(message: str, fault: str, remedy: str) -> bool:
+    """Whether one line of ``message`` names the fault and then its remedy."""
+    return any(fault in line and remedy in line.partition(fault)[2] for line in message.splitlines())
+
+
 def test_all_mistakes_come_at_once_with_the_nearest_key(tmp_path: Path) -> None:
     tree = {
         **MINIMAL,
@@ -32,18 +37,18 @@ def test_all_mistakes_come_at_once_with_the_nearest_key(tmp_path: Path) -> None:
         load_recipe(path)
     told = str(caught.value)
     assert str(path) in told and "5 mistakes" in told
-    assert "method.train_text_encodr: unknown key; did you mean 'train_text_encoder'?" in told
-    assert "optimizer.learning_rte: unknown key; did you mean 'learning_rate'?" in told
+    assert told_of(told, "method.train_text_encodr: unknown", "'train_text_encoder'")
+    assert told_of(told, "optimizer.learning_rte: unknown", "'learning_rate'")
     assert "optimizer.lr_warmup_steps:" in told and "'many'" in told
     assert "train.max_train_steps:" in told and "(got -1)" in told
-    assert "trian: unknown key; did you mean 'train'?" in told
+    assert told_of(told, "trian: unknown", "'train'")
 
 
 def test_an_unknown_method_names_the_known_ones_and_still_tells_the_rest() -> None:
     with pytest.raises(RecipeError) as caught:
         build_recipe({**MINIMAL, "method": {"name": "dreamboth"}, "nonsense": 1})
     told = str(caught.value)
-    assert "'dreamboth' is no method; did you mean 'dreambooth'?" in told and "nonsense: unknown key" in told
+    assert told_of(told, "'dreamboth'", "'dreambooth'") and "nonsense: unknown" in told
 
 
 def test_a_key_of_another_section_or_program_is_told_where_it_belongs(tmp_path: Path) -> None:
@@ -56,22 +61,22 @@ def test_a_key_of_another_section_or_program_is_told_where_it_belongs(tmp_path: 
     with pytest.raises(RecipeError) as caught:
         build_recipe(tree)
     told = str(caught.value)
-    assert "max_train_steps: unknown key here; it belongs to train:" in told
-    assert "train.learning_rate: unknown key here; it belongs to optimizer:" in told
-    assert "train.output_dir: unknown key here; it stands by itself" in told
-    assert "train.use_8bit_adam: unknown key; write optimizer.name: adamw8bit" in told
-    assert "optimizer.unet_lr: the same key as 'learning_rate', and both are given; keep one" in told
+    assert told_of(told, "max_train_steps: unknown", "train:")
+    assert told_of(told, "train.learning_rate: unknown", "optimizer:")
+    assert told_of(told, "train.output_dir: unknown", "itself")
+    assert told_of(told, "train.use_8bit_adam: unknown", "optimizer.name: adamw8bit")
+    assert told_of(told, "optimizer.unet_lr: ", "'learning_rate'")
     with pytest.raises(RecipeError, match=r"write method: \{name: dreambooth\}"):
         build_recipe({**MINIMAL, "method": "dreambooth"})
     path = tiny.write_recipe(tmp_path / "r.yaml", MINIMAL)
-    with pytest.raises(RecipeError, match="a text with a colon needs quotes"):
+    with pytest.raises(RecipeError, match="quotes"):
         load_recipe(path, ["data.instance_prompt=a cat: asleep"])
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path = tiny.write_recipe(tmp_path / "r.yaml", MINIMAL)
     path.write_text(path.read_text() + "output_dir: elsewhere\n")
-    with pytest.raises(RecipeError, match="'output_dir' stands twice in one section; keep one"):
+    with pytest.raises(RecipeError, match=r"'output_dir' .*twice"):
         load_recipe(path)
     path.write_text("base: &base {a: 1, b: 2}\nmine: {<<: *base, a: 3}\n")
     with pytest.raises(RecipeError, match="base: unknown key"):  # a merged key may be changed
@@ -151,7 +156,7 @@ def test_overrides_win_over_the_file_and_may_make_sections(tmp_path: Path) -> No
     assert recipe.optimizer.lr_scheduler == "cosine" and recipe.report_to == []
     with pytest.raises(RecipeError, match=r"key\.path=value"):
         load_recipe(path, ["learning_rate"])
-    with pytest.raises(RecipeError, match="output_dir is a value"):
+    with pytest.raises(RecipeError, match="output_dir"):
         load_recipe(path, ["output_dir.x=1"])
     with pytest.raises(RecipeError, match=r"optimizer\.learning_rate"):
         load_recipe(path, ["optimizer.learning_rate=fast"])
@@ -196,8 +201,8 @@ def test_every_recipe_that_ships_is_valid(root: Path) -> None:
     ("text", "told"),
     [
         ("method: [", "not YAML"),
-        ("just words", "mapping of sections"),
-        ("", "mapping of sections"),
+        ("just words", "mapping"),
+        ("", "mapping"),
         ("method: !!python/object/apply:os.system ['true']", "not YAML"),
     ],
 )
@@ -209,23 +214,23 @@ def test_a_file_that_is_no_recipe_is_told(tmp_path: Path, text: str, told: str) 
 
 
 def test_a_recipe_that_is_not_there_or_not_text_is_told(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no such recipe"):
+    with pytest.raises(RecipeError, match="no such"):
         load_recipe(tmp_path / "missing.yaml")
     (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(RecipeError, match="read"):
         load_recipe(tmp_path / "r.yaml")
 
 
 def test_what_cannot_go_together_is_told() -> None:
     for change, told in [
         ({"optimizer": {"learning_rate": "0.1:10,0.2", "lr_scheduler": "cosine"}}, "lr_scheduler: constant"),
-        ({"optimizer": {"learning_rate": "0.1:10,0.2:5"}}, "the steps must grow"),
+        ({"optimizer": {"learning_rate": "0.1:10,0.2:5"}}, "grow"),
         ({"optimizer": {"learning_rate": -1}}, "negative"),
         ({"optimizer": {"lr_scheduler": "piecewise_constant", "lr_rules": "x"}}, "lr_rules"),
-        ({"data": {}}, "no pictures are named"),
+        ({"data": {}}, "instance_data_dir"),
         (
             {"data": {"instance_data_dir": "x", "instance_prompt": ["filewords"]}},
-            r"in quotes .*'\[filewords\]'",
+            r"quotes .*'\[filewords\]'",
         ),
     ]:
         with pytest.raises(RecipeError, match=told):

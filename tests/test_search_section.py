@@ -17,11 +17,11 @@ from dreamfleet.trainers.recipe import build_recipe, load_recipe
     ("section", "told"),
     [
         ({"space": {"optimizer.learning_rte": RATES}}, "did you mean 'optimizer.learning_rate'?"),
-        ({"space": {"optimizer.lr": RATES}}, "write it as 'optimizer.learning_rate' here"),
-        ({"space": {"output_dir": VECTORS}}, "every trial has a folder of its own"),
-        ({"space": {"data.resolution": VECTORS}}, "cannot be compared"),
-        ({"space": {"validation.steps": VECTORS}}, "cannot be compared"),
-        ({"space": {"scaling.num_workers": VECTORS}}, "a trial is one process"),
+        ({"space": {"optimizer.lr": RATES}}, "'optimizer.learning_rate'"),
+        ({"space": {"output_dir": VECTORS}}, "folder"),
+        ({"space": {"data.resolution": VECTORS}}, "compared"),
+        ({"space": {"validation.steps": VECTORS}}, "compared"),
+        ({"space": {"scaling.num_workers": VECTORS}}, "one process"),
         ({"space": {}}, "search.space"),
         ({"space": {"method.num_vectors": {**VECTORS, "values": [1, 76]}}}, "less than or equal to 75 (got 76)"),
         (
@@ -38,14 +38,14 @@ from dreamfleet.trainers.recipe import build_recipe, load_recipe
         ({"space": {"method.num_vectors": {**VECTORS, "values": [2, 2]}}}, "twice"),
         ({"space": {"method.num_vectors": {**VECTORS, "lower": 1}}}, "choice takes values"),
         ({"space": {"method.num_vectors": {"distribution": "randint", "lower": 1, "upper": 2.5}}}, "whole number"),
-        ({"num_trials": None}, "search.num_trials: missing"),
+        ({"num_trials": None}, "search.num_trials"),
         ({"num_trals": 3}, "did you mean 'num_trials'?"),
         ({"algorithm": "grid"}, "a grid needs num"),
         ({"metric": "holdout_los"}, "did you mean 'holdout_loss'?"),
-        ({"metric": "clip_i"}, "name it in validation.metrics"),
-        ({"grace_period": 101}, "more than train.max_train_steps 100"),
-        ({"resources_per_trial": {"GPU": 1.5}}, "0 to 1, or a whole number"),
-        ({"points_to_evaluate": [{"method.num_vectors": 1}]}, "one value for each of"),
+        ({"metric": "clip_i"}, "validation.metrics"),
+        ({"grace_period": 101}, "train.max_train_steps 100"),
+        ({"resources_per_trial": {"GPU": 1.5}}, "0 to 1"),
+        ({"points_to_evaluate": [{"method.num_vectors": 1}]}, "one value"),
         (
             {"points_to_evaluate": [{"method.num_vectors": 3, "optimizer.learning_rate": 1}]},
             "method.num_vectors 3 lies outside",
@@ -57,7 +57,7 @@ from dreamfleet.trainers.recipe import build_recipe, load_recipe
                     "optimizer.lr_scheduler": {"distribution": "choice", "values": ["constant", "cosine"]},
                 }
             },
-            "do not go together",
+            "together",
         ),
     ],
 )  # fmt: skip
@@ -70,9 +70,7 @@ def test_mistakes_are_told_when_the_recipe_is_read(section: dict[str, Any], told
 def test_a_search_by_held_out_loss_needs_held_out_pictures() -> None:
     tree = make_tree()
     del tree["validation"]
-    with pytest.raises(
-        RecipeError, match=r"search\.metric: validation measures nothing.*validation\.holdout"
-    ):
+    with pytest.raises(RecipeError, match=r"search\.metric: .*validation\.holdout"):
         build_recipe(tree)
 
 

@@ -43,7 +43,7 @@ def test_a_single_file_is_planned_from_its_header(tmp_path: Path) -> None:
         assert {k: t.shape for k, t in shape.modules()[name].state_dict().items()} == known, name
     assert all(p.device.type == "meta" for part in shape.modules().values() for p in part.parameters())
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ModelError, match="not a whole safetensors file"):
+    with pytest.raises(ModelError, match="safetensors"):
         model_shape(ModelConfig(pretrained_model_name_or_path=str(path)))
 
 
@@ -73,9 +73,9 @@ def test_every_family_has_its_widths(tmp_path: Path, family: Family, width: int,
 @pytest.mark.parametrize(
     ("name", "changes", "told"),
     [
-        ("unclip", {"unet": {"class_embed_type": "projection"}}, "told more than a prompt"),
-        ("inpaint", {"unet": {"in_channels": 9}}, "takes 9 channels and its VAE gives 4"),
-        ("torn", {"unet": {"down_block_types": ["Nonsense"]}}, "unet config makes no model"),
+        ("unclip", {"unet": {"class_embed_type": "projection"}}, "prompt"),
+        ("inpaint", {"unet": {"in_channels": 9}}, "9 channels .*4"),
+        ("torn", {"unet": {"down_block_types": ["Nonsense"]}}, "unet config"),
     ],
 )
 def test_models_that_cannot_be_planned_are_told(
@@ -103,8 +103,8 @@ def test_models_that_are_not_here_are_told(tmp_path: Path, name: str, told: str)
 def test_a_folder_without_a_part_is_told(tmp_path: Path) -> None:
     folder = write_configs(tmp_path / "part")
     (folder / "vae/config.json").unlink()
-    with pytest.raises(ModelError, match="the part 'vae' has no config"):
+    with pytest.raises(ModelError, match=r"'vae' .*config"):
         model_shape(ModelConfig(pretrained_model_name_or_path=str(folder)))
     (folder / "vae/config.json").write_text("[1]")
-    with pytest.raises(ModelError, match="a JSON object is expected"):
+    with pytest.raises(ModelError, match="JSON object"):
         model_shape(ModelConfig(pretrained_model_name_or_path=str(folder)))

@@ -106,7 +106,7 @@ def test_too_much_names_the_largest_and_the_ways_out(tmp_path: Path) -> None:
     with open(tmp_path / "pictures" / "huge.png", "wb") as file:
         file.truncate(300 * 2**20)  # takes no room on disk, and is not read
     with pytest.raises(
-        RecipeError, match=r"data\.instance_data_dir: .*/pictures has 300 MiB.*200 MiB.*s3://.*--shared"
+        RecipeError, match=r"data\.instance_data_dir: .*/pictures .*300 MiB.*200 MiB.*s3://.*--shared"
     ):
         pack(recipe)
     pack(recipe, shared=[str(tmp_path / "pictures")])
@@ -117,14 +117,10 @@ def test_what_the_cluster_could_not_keep_or_find_is_refused(tmp_path: Path) -> N
         pack(make_recipe(tmp_path, output_dir="runs/cat"))
     with pytest.raises(RecipeError, match=r"output_dir"):  # a name that merely begins like a shared folder
         pack(make_recipe(tmp_path, output_dir="/mnt/everywhere2/cat"), shared=["/mnt/everywhere"])
-    with pytest.raises(
-        RecipeError, match=r"validation\.holdout: there is no /nowhere/at/all here.*--shared /nowhere/at"
-    ):
+    with pytest.raises(RecipeError, match=r"validation\.holdout: .*/nowhere/at/all .*--shared /nowhere/at"):
         pack(make_recipe(tmp_path, validation__holdout="/nowhere/at/all"))
     changes = {"data__class_data_dir": str(tmp_path / "pictures"), "method__with_prior_preservation": True}
-    with pytest.raises(
-        RecipeError, match=r"class_data_dir .* has 6 pictures, method.num_class_images is 100"
-    ):
+    with pytest.raises(RecipeError, match=r"class_data_dir .* 6 .*method\.num_class_images.* 100"):
         pack(make_recipe(tmp_path, **changes))
     pack(make_recipe(tmp_path, **changes, method__num_class_images=6))
     here = make_recipe(tmp_path, output_dir="runs/cat", data__cache_dir=str(tmp_path / "cache"))
@@ -234,7 +230,7 @@ def test_names_and_commands_of_jobs() -> None:
 
 def test_variables_are_given_or_taken_from_here_and_never_told() -> None:
     assert read_environment(["A=1=2", "B"], {"B": "two"}) == {"A": "1=2", "B": "two"}
-    with pytest.raises(RecipeError, match="C is not set here"):
+    with pytest.raises(RecipeError, match="C is not set"):
         read_environment(["C"], {})
     with pytest.raises(RecipeError) as told:
         read_environment(["not a name=secret"], {})
@@ -298,11 +294,11 @@ def test_silence_is_told_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with (
-            pytest.raises(ResourceError, match=r"no Ray job server answers .*timed out"),
+            pytest.raises(ResourceError, match=r"Ray .*timed out"),
             jobs.job_server(address),
         ):
             pass
-    with pytest.raises(ResourceError, match=r"no Ray job server answers .*refused"), jobs.job_server(address):
+    with pytest.raises(ResourceError, match=r"Ray .*refused"), jobs.job_server(address):
         pass
 
 
@@ -325,7 +321,7 @@ def web_server() -> Iterator[str]:
 
 def test_a_web_server_that_is_no_ray_is_told(web_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")  # Ray's own client would go there instead
-    with pytest.raises(ResourceError, match=f"cluster at {web_server} refused: Version check returned 404"):
+    with pytest.raises(ResourceError, match=f"{web_server} .*404"):
         with jobs.job_server(web_server):
             pass
 
@@ -344,18 +340,16 @@ def test_the_submitted_command_is_read_before_it_is_sent(
         assert result.exit_code == 2, result.output
         return result.output
 
-    assert "a job can train or tune a recipe" in told("--", "score", recipe)
-    assert "submit data tags: a job can" in told("--", "data", "tags", recipe)
+    assert "train or tune" in told("--", "score", recipe)
+    assert "data tags" in told("--", "data", "tags", recipe)
     assert "No such option: --resume" in told("--", "data", "cache", recipe, "--resume")
     assert "data.cache_dir" in told("--", "data", "cache", recipe, f"data.cache_dir={tmp_path / 'cache'}")
-    assert "no Ray job server answers" in told("--", "data", "cache", recipe, "data.cache_dir=s3://b/latents")
+    assert "no Ray job server" in told("--", "data", "cache", recipe, "data.cache_dir=s3://b/latents")
     assert "No such option: --resum" in told("--", "train", recipe, "--resum")
-    assert "name that one before the `--`" in told("--", "train", recipe, "--address", "auto")
-    assert "no such recipe" in told("--", "train", "nowhere.yaml")
-    assert "did you mean 'max_train_steps'" in told("--", "train", recipe, "train.max_train_step=4")
+    assert "before the `--`" in told("--", "train", recipe, "--address", "auto")
+    assert "nowhere.yaml" in told("--", "train", "nowhere.yaml")
+    assert "'max_train_steps'" in told("--", "train", recipe, "train.max_train_step=4")
     assert "output_dir" in told("--", "train", recipe)
-    assert "NOT_SET is not set here" in told(
-        "--env", "NOT_SET", "--", "train", recipe, f"output_dir={BUCKET}"
-    )
+    assert "NOT_SET" in told("--env", "NOT_SET", "--", "train", recipe, f"output_dir={BUCKET}")
     # All is well but the cluster; without `--`, too, what follows the command is the command's.
-    assert "no Ray job server answers" in told("train", recipe, f"output_dir={BUCKET}", "--resume")
+    assert "no Ray job server" in told("train", recipe, f"output_dir={BUCKET}", "--resume")

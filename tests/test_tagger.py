@@ -147,10 +147,10 @@ def test_what_is_no_tagger_is_told(model: Path, tmp_path: Path, monkeypatch: pyt
     assert "--in-place" in run(folder, "--tagger", model).stderr
     result = run(folder, "--tagger", folder, "--in-place")
     assert result.exit_code == 2 and "model.onnx" in result.stderr
-    with pytest.raises(ModelError, match="names 2 tags"):
+    with pytest.raises(ModelError, match="2 tags"):
         Tagger(str(write_tagger(tmp_path / "short", names=2)))
     (tmp_path / "short" / "model.onnx").write_bytes(b"x")
-    with pytest.raises(ModelError, match="no ONNX model"):
+    with pytest.raises(ModelError, match="ONNX"):
         Tagger(str(tmp_path / "short"))
     with pytest.raises(DataError, match="existing"):
         Tagging(existing="keep")

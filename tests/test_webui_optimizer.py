@@ -117,9 +117,9 @@ def test_a_run_goes_on_from_an_embedding(tmp_path: Path) -> None:
     for changes, message in (
         (
             {"num_vectors": 1},
-            r"shape \[\[2, 16\]\], and this run learns \[\[1, 16\]\]; set method.num_vectors: 2",
+            r"\[2, 16\].*\[1, 16\].*method.num_vectors: 2",
         ),
-        ({"initializer_token": "cat"}, "both say where"),
+        ({"initializer_token": "cat"}, "initial_embedding .*initializer_token"),
         ({"initial_embedding": str(tmp_path / "none.pt")}, "none.pt"),
     ):
         tree = tiny.make_recipe(tmp_path, method=still | changes, output_dir=str(tmp_path / "other"))
@@ -139,13 +139,13 @@ def test_a_run_goes_on_from_a_hypernetwork(tmp_path: Path) -> None:
     tree = tiny.make_recipe(
         tmp_path, method=on | {"add_layer_norm": True}, output_dir=str(tmp_path / "other")
     )
-    with pytest.raises(RecipeError, match=r"built otherwise than this run's; set add_layer_norm: False$"):
+    with pytest.raises(RecipeError, match=r"add_layer_norm: False"):
         run_worker(build_recipe(tree))
 
 
 def test_what_has_no_such_file_says_so(tmp_path: Path) -> None:
     folder = run(tmp_path, {"name": "dreambooth"})
-    with pytest.raises(RecipeError, match="dreambooth has no export format 'optim'"):
+    with pytest.raises(RecipeError, match=r"dreambooth .*'optim'"):
         export_run(str(folder), ["safetensors", "optim"], str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     from dreamfleet.trainers.webui_optimizer import write_optimizer_state
@@ -154,7 +154,7 @@ def test_what_has_no_such_file_says_so(tmp_path: Path) -> None:
     assert found is not None
     empty = replace(found, engine={"optimizer": {"state": {}, "param_groups": []}})
     recipe = build_recipe(tiny.make_recipe(tmp_path, method=WORD))
-    with pytest.raises(CheckpointError, match="before the first step"):
+    with pytest.raises(CheckpointError, match="first step"):
         write_optimizer_state(recipe, empty, tmp_path / "x.pt")
 
 
@@ -173,10 +173,10 @@ def test_broken_optimizer_files_are_named(tmp_path: Path) -> None:
         ([], "no optimizer file"),
         ({"hash": "a"}, "no optimizer file"),
         ({**state(), "hash": 3}, "no optimizer file"),
-        ({"hash": "a", "optimizer_state_dict": {"state": {}}}, "remembers 0 parameters, and 1 learn"),
+        ({"hash": "a", "optimizer_state_dict": {"state": {}}}, "0 parameters"),
         ({"hash": "a", "optimizer_state_dict": {"state": {0: 3}}}, "a int where"),
-        (state(step="three"), "no number of steps"),
-        (state(step=float("nan")), "no number of steps"),
+        (state(step="three"), "steps"),
+        (state(step=float("nan")), "steps"),
         (state(exp_avg=torch.ones(2, 4)), r"shape \[1, 4\]"),
         (state(exp_avg=torch.ones(1, 4, dtype=torch.int64)), r"shape \[1, 4\]"),
         (state(exp_avg=torch.full((1, 4), float("nan"))), "NaN"),

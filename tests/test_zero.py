@@ -22,7 +22,7 @@ from dreamfleet.trainers.check import check_run
 from dreamfleet.trainers.engine_section import EngineConfig
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
-from dreamfleet.trainers.run import explained_memory
+from dreamfleet.trainers.sd.device import explained_memory
 from dreamfleet.trainers.sd.pipeline_folder import save_pipeline
 from dreamfleet.trainers.zero_setup import sole_builder, zero_config
 from dreamfleet.trainers.zero_swap import SwapFolder
@@ -181,8 +181,8 @@ def test_deepspeeds_json(case: dict[str, Any]) -> None:
         ({"zero_stage": 2, "offload_param_device": "cpu"}, "needs zero_stage: 3"),
         ({"zero_stage": 4}, "zero_stage"),
         ({"zero_stage": 2, "offload_optimizer_device": "nvme", "nvme_path": "/fast"}, "needs zero_stage: 3"),
-        ({"zero_stage": 3, "offload_optimizer_device": "nvme"}, "needs nvme_path, a folder from /"),
-        ({"zero_stage": 3, "offload_optimizer_device": "nvme", "nvme_path": "fast"}, r"here: fast\)"),
+        ({"zero_stage": 3, "offload_optimizer_device": "nvme"}, "needs nvme_path"),
+        ({"zero_stage": 3, "offload_optimizer_device": "nvme", "nvme_path": "fast"}, r"fast\)"),
         (
             {"zero_stage": 3, "offload_optimizer_device": "nvme", "nvme_path": "/fast", "use_ema": True},
             "set use_ema: false",
@@ -201,7 +201,7 @@ def test_settings_that_exclude_one_another_are_told(
 
 
 def test_what_zero_needs_and_lacks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RecipeError, match=r"adamw8bit does not go with engine\.zero_stage"):
+    with pytest.raises(RecipeError, match=r"adamw8bit .*engine\.zero_stage"):
         build_recipe(make_tree(tmp_path, optimizer__name="adamw8bit"))
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not installed
     with pytest.raises(ResourceError, match="pip install --no-build-isolation deepspeed"):
@@ -247,7 +247,7 @@ def test_a_folder_on_disk_is_this_process_own_and_what_a_killed_one_left_goes(tm
     first.close()
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(ResourceError, match=r"engine.nvme_path: .*file cannot be written"):
+    with pytest.raises(ResourceError, match=r"engine\.nvme_path: .*written"):
         SwapFolder(str(blocked))
 
 

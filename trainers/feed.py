@@ -17,7 +17,8 @@ from dreamfleet.datasets.plan import BatchPlan, Draw
 from dreamfleet.trainers.methods.base import Batch, Method, Sample
 from dreamfleet.trainers.pictures import Pictures, ResidentLatents, StreamedPixels
 from dreamfleet.trainers.sd.condition import Condition
-from dreamfleet.trainers.sd.noise import draw_noise, keyed_generator
+from dreamfleet.trainers.sd.device import send
+from dreamfleet.trainers.sd.noise import draw_noise, keyed_normal
 
 # Bytes of encoded prompts on the device: some 4,500 of SD 1.x in 16 bits, 1,700 of SDXL.
 REMEMBERED = 512 * 2**20
@@ -151,9 +152,7 @@ class Feed:
         if how == "deterministic":
             return torch.zeros(len(keys), *shape)
         chosen = [(k[0], k[1], 0, k[3]) for k in keys] if how == "once" else keys
-        return torch.stack(
-            [torch.randn(shape, generator=keyed_generator("latent", *parts)) for parts in chosen]
-        )
+        return torch.stack([keyed_normal(shape, "latent", *parts) for parts in chosen])
 
     def _latent_shape(self, pixels: Tensor) -> tuple[int, ...]:
         model = self.method.model
@@ -190,7 +189,7 @@ class Preparer:
             batch["latents"] = latents * self.method.model.vae.config.scaling_factor
         prompts = batch.pop("prompts")
         if self.method.trains_text:
-            batch["input_ids"] = self.method.tokenize(prompts).to(device, non_blocking=True)
+            batch["input_ids"] = send(self.method.tokenize(prompts), device)
         else:
             condition = self._encode(prompts)
             batch["context"] = condition.context

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceError
+from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import Parts, assemble
 from dreamfleet.trainers.checkpoint import Checkpoint, Checkpoints
@@ -19,6 +18,7 @@ from dreamfleet.trainers.loop import Hooks, train
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.recorder import Recorder, run_identity
+from dreamfleet.trainers.sd.device import TRAINING, on_device
 from dreamfleet.trainers.settle import settle_engine
 from dreamfleet.trainers.summary import Summary
 from dreamfleet.trainers.versions import versions
@@ -55,27 +55,13 @@ def open_run_folder(recipe: Recipe, *, resume: bool) -> Storage:
     return run
 
 
-@contextmanager
-def explained_memory() -> Iterator[None]:
-    """Turn a GPU's running out of memory into a ResourceError that says what takes less."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"the GPU ran out of memory ({str(error).splitlines()[0]}); what takes less, in this order: "
-            "train.gradient_checkpointing: true; train.mixed_precision: bf16; a smaller train.train_batch_size with "
-            "more train.gradient_accumulation_steps; engine.zero_stage: 2 with engine.offload_optimizer_device: cpu; "
-            "engine.zero_stage: 3. What is saved can be continued with --resume"
-        ) from error
-
-
-@explained_memory()
 def run_worker(
     recipe: Recipe,
     *,
     rank: int = 0,
     world: int = 1,
     device: torch.device | str = "cpu",
+    gpu_share: float = 1.0,
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
@@ -83,11 +69,30 @@ def run_worker(
 ) -> Summary:
     """Do a whole run on this worker; every worker of the run calls it with the same recipe.
 
-    ``started`` is the ``time.time()`` the command began at, for the start-up figure. Returns the same
-    summary on every rank.
+    ``gpu_share``: the part of the device's memory that the run may fill, where others use it as well. ``started`` is
+    the ``time.time()`` the command began at, for the start-up figure. Returns the same summary on every rank.
     """
     began = started or time.time()
-    place = Place(rank, world, torch.device(device))
+    with on_device(device, remedies=TRAINING) as settled:
+        return _run_whole(
+            recipe,
+            Place(rank, world, settled, gpu_share),
+            resume=resume,
+            began=began,
+            should_stop=should_stop,
+            on_progress=on_progress,
+        )
+
+
+def _run_whole(
+    recipe: Recipe,
+    place: Place,
+    *,
+    resume: bool,
+    began: float,
+    should_stop: Callable[[], bool],
+    on_progress: Callable[[dict[str, Any]], None] | None,
+) -> Summary:
     checkpoints = Checkpoints(Storage(recipe.output_dir), limit=recipe.train.checkpoints_total_limit)
     found = newest_checkpoint(checkpoints, place) if resume else None
     recipe, engine_reason = settle_engine(recipe, place)

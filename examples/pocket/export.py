@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from clip import MEAN, STD
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from subjects import CACHE, ROOT
 from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 from vae import load_vae
+
+from dreamfleet.trainers.sd.pipeline_folder import save_part, save_tokenizer
 
 FOLDER = ROOT / "trainers" / "sd" / "pocket"
 LIMIT_BYTES = 24_000_000
@@ -51,19 +53,6 @@ def _copy(source: nn.Module, target: nn.Module) -> None:
     target.load_state_dict(source.state_dict())
 
 
-def _store_half(folder: Path) -> None:
-    """Store a part's weights in float16, its config still saying float32.
-
-    transformers 5 makes a model in its config's dtype and converts what is stored: so a stock call gives float32
-    parts that fit each other, from files of half the size.
-    """
-    for path in folder.glob("*.safetensors"):
-        tensors = load_file(path)
-        save_file(
-            {n: t.half() if t.is_floating_point() else t for n, t in tensors.items()}, path, {"format": "pt"}
-        )
-
-
 def export_folder(folder: Path = FOLDER) -> Path:
     """The stage `export`: write every part, then the index that names them."""
     from unet import load_unet
@@ -78,15 +67,9 @@ def write_folder(folder: Path, clip: CLIPModel, vae: AutoencoderKL, unet: UNet2D
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in {"text_encoder": text, "image_encoder": vision, "vae": vae, "unet": unet}.items():
         shutil.rmtree(folder / name, ignore_errors=True)
-        part.float().save_pretrained(folder / name)
-        _store_half(folder / name)
-        config = folder / name / "config.json"
-        settings = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
-        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        save_part(part, folder / name, dtype=torch.float16)
     save_file({n: t.contiguous().float() for n, t in joint.items()}, folder / "text_projection.safetensors")
-    CLIPTokenizer.from_pretrained(CACHE / "folder" / "tokenizer").save_pretrained(folder / "tokenizer")
-    for plain in ("vocab.json", "merges.txt"):
-        shutil.copy(CACHE / "folder" / "tokenizer" / plain, folder / "tokenizer" / plain)
+    save_tokenizer(CLIPTokenizer.from_pretrained(CACHE / "folder" / "tokenizer"), folder / "tokenizer")
     build_scheduler().save_pretrained(folder / "scheduler")
     _write_json(folder / "image_encoder" / "preprocessor_config.json", _describe_processor())
     _write_json(folder / "model_index.json", _describe_pipeline())

@@ -7,7 +7,6 @@ with, so that usual prompts take about one token per word; bytes cover every oth
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from backgrounds import KEYS, say_background
 from pictures import TEMPLATES, write_caption
 from subjects import CACHE, list_subjects
 from transformers import CLIPTokenizer
+
+from dreamfleet.trainers.sd.pipeline_folder import save_tokenizer
 
 MERGES = 1500
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -112,10 +113,5 @@ def write_tokenizer(folder: Path = CACHE / "folder" / "tokenizer") -> CLIPTokeni
     tokens += [*dict.fromkeys(left + right for left, right in merges), BOS, EOS]
     vocab = {token: index for index, token in enumerate(tokens)}
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
-    # Stock loaders of older versions read the two plain files.
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges), ""]
-    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    save_tokenizer(tokenizer, folder)
     return CLIPTokenizer.from_pretrained(folder)

@@ -24,6 +24,7 @@ from dreamfleet.trainers.sd.clip import Preprocessing
 from dreamfleet.trainers.sd.formats.convnext import SUFFIXES, read_convnext
 from dreamfleet.trainers.sd.model import quiet_libraries
 from dreamfleet.trainers.sd.model_files import first_line
+from dreamfleet.trainers.sd.pipeline_folder import save_part
 
 INPUT_SIZE = 384  # pixels of a side, where a file does not say
 HEAD_SCALE = 1e-3  # a new head starts this much smaller, as the authors' fine-tuning does
@@ -115,14 +116,7 @@ def save_network(
     network: Any, folder: Path, *, size: int, dtype: torch.dtype, metadata: dict[str, str]
 ) -> None:
     """Write a folder that transformers' AutoModelForImageClassification and AutoImageProcessor load."""
-    from dreamfleet.trainers.sd.formats.tensor_files import write_safetensors
-
-    folder.mkdir(parents=True, exist_ok=True)
-    config = copy.deepcopy(network.config)
-    config.architectures, config.image_size = ["ConvNextForImageClassification"], size
-    config.dtype = str(dtype).removeprefix("torch.")
-    config.save_pretrained(folder)
-    write_safetensors(network.state_dict(), folder / "model.safetensors", dtype=dtype, header=metadata)
+    save_part(network, folder, dtype=dtype, header=metadata, more={"image_size": size})
     how = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,

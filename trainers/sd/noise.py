@@ -8,19 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dreamfleet.datasets.keyed import key
+from dreamfleet.datasets.keyed import numpy_rng
 from dreamfleet.trainers.sd.condition import Condition, predict
 
 SampleKey = tuple[int | str, ...]
 
 
-def keyed_generator(*parts: int | str) -> torch.Generator:
-    """Make a CPU generator that is a function of the parts alone. CPU, so that a GPU run draws the same numbers."""
-    return torch.Generator().manual_seed(key(*parts))
+def keyed_normal(shape: tuple[int, ...], *parts: int | str) -> Tensor:
+    """Draw standard normal float32 numbers that are a function of the parts alone, on the CPU for every device."""
+    return torch.from_numpy(numpy_rng(*parts).standard_normal(shape, dtype=np.float32))
 
 
 def draw_noise(
@@ -30,16 +31,16 @@ def draw_noise(
 
     ``noise_offset`` adds a constant per channel (Guttenberg 2023, "Diffusion with offset noise"; 0.1 is usual).
     """
-    noise_BCHW, timesteps = torch.empty(len(keys), *shape), torch.empty(len(keys), dtype=torch.long)
+    noise_BCHW = np.empty((len(keys), *shape), np.float32)
+    timesteps = np.empty(len(keys), np.int64)
     for row, parts in enumerate(keys):
-        generator = keyed_generator("noise", *parts)
-        torch.randn(shape, generator=generator, out=noise_BCHW[row])
-        timesteps[row] = torch.randint(num_timesteps, (), generator=generator)
+        rng = numpy_rng("noise", *parts)
+        rng.standard_normal(out=noise_BCHW[row], dtype=np.float32)
+        timesteps[row] = rng.integers(num_timesteps)
         if noise_offset:
-            noise_BCHW[row] += noise_offset * torch.randn(
-                shape[0], *[1] * (len(shape) - 1), generator=generator
-            )
-    return noise_BCHW, timesteps
+            per_channel = rng.standard_normal((shape[0], *[1] * (len(shape) - 1)), dtype=np.float32)
+            noise_BCHW[row] += np.float32(noise_offset) * per_channel
+    return torch.from_numpy(noise_BCHW), torch.from_numpy(timesteps)
 
 
 def noise_loss(

@@ -60,12 +60,14 @@ def generate_class_images(
     names = set(storage.list())
     own = sum(1 for name in names if _PICTURE.fullmatch(name) and not _OURS.fullmatch(name))
     missing = [i for i in range(rank, num - own, world) if f"{i:06d}.png" not in names]
+    # Neighbours: a CPU generator keeps 32 bits of a seed, of which hashes would come twice.
+    first_seed = key("class image", seed) % 2**31
     for start in range(0, len(missing), max(1, batch_size)):
         part = missing[start : start + max(1, batch_size)]
         pictures = generate(
             model,
             [prompt] * len(part),
-            seeds=[key("class image", seed, i) for i in part],
+            seeds=[first_seed + i for i in part],
             steps=steps,
             guidance_scale=guidance_scale,
             scheduler=scheduler,
