@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 ROUND, SQUARE = 1.1, 1 / 1.1  # what a pair of brackets without a number multiplies the weight by
@@ -51,20 +51,23 @@ class Tag(NamedTuple):
         return {name.strip(): value.strip() for name, value in pairs}
 
 
-def parse_prompt(prompt: str, steps: int, words: Iterable[str] = ()) -> list[Part]:
-    """Parse a prompt without tags: the parts that AND combines, each with its texts by step.
+def parse_prompt(prompt: str, steps: int, words: Iterable[str] = (), *, plain: bool = False) -> list[Part]:
+    """Parse a prompt: the parts that AND combines, each with its texts by step; comments and tags are left out.
 
-    ``words`` are taken literally even where they contain syntax, as a placeholder like ``[V]`` does.
+    ``words`` are taken literally even where they contain syntax, as a placeholder like ``[V]`` does; ``plain``: so is
+    the whole prompt. What attention weights the texts hold :func:`attention` reads.
     """
+    if plain:
+        return [Part(1.0, ((steps, escape(prompt)),))]
     prompt, words = _shielded(prompt, words)
-    return [
-        Part(weight, _unshielded(schedule(text, steps), words))
-        for text, weight in split_and(strip_comments(prompt))
-    ]
+    text, _ = split_tags(strip_comments(prompt))
+    return [Part(weight, _unshielded(schedule(part, steps), words)) for part, weight in split_and(text)]
 
 
-def parse_negative(prompt: str, steps: int, words: Iterable[str] = ()) -> Schedule:
-    """Parse a negative prompt, which has everything but AND."""
+def parse_negative(prompt: str, steps: int, words: Iterable[str] = (), *, plain: bool = False) -> Schedule:
+    """Parse a negative prompt, which has neither AND nor tags, as in the webui."""
+    if plain:
+        return ((steps, escape(prompt)),)
     prompt, words = _shielded(prompt, words)
     return _unshielded(schedule(strip_comments(prompt), steps), words)
 
@@ -77,11 +80,13 @@ def strip_comments(prompt: str) -> str:
     return re.sub(r"#[^\n]*(?:\n|\Z)", "\n", whole_lines)
 
 
-def split_tags(prompt: str) -> tuple[str, list[Tag]]:
-    """Split ``a cat <lora:NAME:0.8>`` into its text and its tags, of any kind."""
+def split_tags(prompt: str, kinds: Collection[str] | None = None) -> tuple[str, list[Tag]]:
+    """Split ``a cat <lora:NAME:0.8>`` into its text and its tags: of any kind, or of these ``kinds``."""
     tags: list[Tag] = []
 
     def take(match: re.Match[str]) -> str:
+        if kinds is not None and match[1] not in kinds:
+            return match[0]
         tags.append(Tag(match[1], tuple(match[2].split(":"))))
         return ""
 
@@ -176,7 +181,7 @@ def escape(text: str) -> str:
 
 def words_alone(prompt: str) -> str:
     """Return a prompt's words without its syntax, as they are at the last step: what a judge compares with."""
-    parts = [part.schedule[-1][1] for part in parse_prompt(split_tags(prompt)[0], 1)]
+    parts = [part.schedule[-1][1] for part in parse_prompt(prompt, 1)]
     read = ["".join(" " if piece == BREAK else piece.text for piece in attention(part)) for part in parts]
     return ", ".join(" ".join(text.split()) for text in read if text.strip())
 
@@ -321,7 +326,9 @@ def _number(text: str | None) -> float | None:
 
 
 _SYNTAX = re.compile(r"[\\()\[\]|:#<>]|\bAND\b|\bBREAK\b")
-_SHIELD = 0xF0000  # private characters, which no prompt has, stand for words with syntax while prompts are parsed
+_SHIELD = (
+    0xF0000  # private characters, which no prompt has, stand for words with syntax while prompts are parsed
+)
 
 
 def _shielded(prompt: str, words: Iterable[str]) -> tuple[str, list[str]]:
