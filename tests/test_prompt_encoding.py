@@ -206,7 +206,10 @@ def test_conditions_follow_the_steps(model: Any) -> None:
     assert guide.away is not None
     for timed, texts in ((edited, "aaab"), (alternating, "ccdc"), (guide.away, ["x", "x", "", ""])):
         for index, text in enumerate(texts):
-            assert torch.allclose(timed.at(index).context, model.read([text]).context, atol=1e-6), (index, text)
+            assert torch.allclose(timed.at(index).context, model.read([text]).context, atol=1e-6), (
+                index,
+                text,
+            )
 
 
 def test_guidance_adds_the_parts_up(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
