@@ -6,7 +6,6 @@ mean of CLIP's projected image features, neither they nor the mean brought to un
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from dreamfleet.datasets.decode import Fit
 from dreamfleet.datasets.errors import ModelError, RecipeError
+from dreamfleet.datasets.json_text import json_text
 from dreamfleet.trainers.methods.base import (
     Batch,
     Loss,
@@ -216,5 +216,5 @@ class AestheticGradients(SeeingMethod):
             )
             model = replace(self.model, text_encoder=baked.text_encoder)
             paths += export_checkpoints(model, replace(order, formats=(form,)))
-            (paths[-1] / "baked.json").write_text(json.dumps(baked.figures(), indent=1))
+            (paths[-1] / "baked.json").write_text(json_text(baked.figures(), indent=1))
         return paths

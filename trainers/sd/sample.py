@@ -160,19 +160,18 @@ def make_scheduler(model: StableDiffusion, name: SchedulerName | str) -> Any:
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
         return DDIMScheduler.from_config(config)
+    # The webui's other samplers go evenly from the first timestep to the last, or by Karras' steps between the two,
+    # whatever a model's config says. Noise that ends in nothing but noise needs the last timestep, and no step near it.
+    zero_snr = config.get("rescale_betas_zero_snr", False)
+    spacing = "trailing" if zero_snr else "linspace"
     if name == "euler_a":
         from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 
-        return EulerAncestralDiscreteScheduler.from_config(config)
+        return EulerAncestralDiscreteScheduler.from_config(config, timestep_spacing=spacing)
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-    # Karras' steps would mostly go to the endless noise at the end of a schedule of zero terminal SNR.
-    zero_snr = config.get("rescale_betas_zero_snr", False)
     return DPMSolverMultistepScheduler.from_config(
-        config,
-        algorithm_type="dpmsolver++",
-        use_karras_sigmas=not zero_snr,
-        timestep_spacing="trailing" if zero_snr else "linspace",
+        config, algorithm_type="dpmsolver++", use_karras_sigmas=not zero_snr, timestep_spacing=spacing
     )
 
 
