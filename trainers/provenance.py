@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from dreamfleet.datasets.json_text import json_text
 from dreamfleet.trainers.assemble import Parts
 from dreamfleet.trainers.methods.base import Base
 from dreamfleet.trainers.recipe import Recipe
@@ -42,7 +42,7 @@ def artefact_metadata(recipe: Recipe, step: int, *, dataset_hash: str, base: Bas
         "dreamfleet_version": versions().get("dreamfleet", "unknown"),
         "dreamfleet_method": recipe.method.name,
         "dreamfleet_step": str(step),
-        "dreamfleet_recipe": json.dumps(told, ensure_ascii=False),
+        "dreamfleet_recipe": json_text(told),
         "dreamfleet_dataset_hash": dataset_hash,
         "dreamfleet_base_model": Path(base.name).name,
         "dreamfleet_base_model_hash": base.content_hash,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import logging
 import tempfile
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from dreamfleet.datasets.errors import RunFailed
 from dreamfleet.datasets.index import Index, build_index
+from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.agreement import share_index
 from dreamfleet.trainers.assemble import Parts
@@ -198,7 +198,7 @@ class Recorder:
         grid = picture_grid(pictures, validation.num_images)
         self._write_picture(f"samples/step-{step:06d}.png", grid)
         sides = {"width": pictures[0].width, "height": pictures[0].height}
-        lines = [json.dumps({**cell, **sides}, ensure_ascii=False) for cell in cells]
+        lines = [json_text({**cell, **sides}) for cell in cells]
         self.run.write_text(f"samples/step-{step:06d}.jsonl", "\n".join(lines) + "\n")
         if self.metrics is not None:
             self.metrics.log_picture("samples", grid, step)
@@ -217,7 +217,7 @@ class Recorder:
         # A run that had nothing left to do measured nothing now: its figures are those that were logged.
         summary.figures = {**logged_figures(self.run), **summary.figures, **self.figures}
         summary.wall_seconds = summary.start_up_seconds + summary.train_seconds + self.clock.since_lap()
-        self.run.write_text("summary.json", json.dumps(dataclasses.asdict(summary), indent=1))
+        self.run.write_text("summary.json", json_text(dataclasses.asdict(summary), indent=1))
         if self.metrics is not None:
             self.metrics.close()
         write_report(self.run)
