@@ -184,15 +184,15 @@ class AestheticGradients(SeeingMethod):
         return Loss(total, per_sample, {})
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """Encode prompts as tuned towards the mean of the pictures seen so far; plainly before the first."""
+    def encode(self, prompts: Sequence[str], ids: Tensor) -> Condition:
+        """Encode texts as tuned towards the mean of the pictures seen so far; plainly before the first."""
         if not self.count:
-            return super().encode(prompts)
+            return super().encode(prompts, ids)
         vector = self.vector.cpu()
         if not self._encoders or not torch.equal(self._encoders[0].vector, vector):
             settings = self.config.settings()
             self._encoders = [AestheticEncoder(self.model, vector, clip=self.clip, settings=settings)]
-        return self._encoders[0](prompts)
+        return self._encoders[0](prompts, ids)
 
     def export(self, order: Export) -> list[Path]:
         """Write ``NAME.pt`` as the webui's extension does: the bare vector, in full precision.
