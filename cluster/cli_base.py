@@ -88,6 +88,14 @@ Address = Annotated[
         show_default=False,
     ),
 ]
+Shared = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="A folder all machines of the cluster see under this name; repeatable.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Show tracebacks.", callback=_set_verbose, is_eager=True)
