@@ -1,7 +1,7 @@
 """Runs of two ranks that end in every way, and what they leave of their process groups; run by test_process_group.py.
 
 The ranks are forked after the imports, which take longer than the runs. Whoever made the group destroys it while it
-still has the error of the run in hand, as Ray Train does.
+still has the error of the run in hand, as Ray Train does, and while something still refers to the engine.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dreamfleet.trainers import assemble
 from dreamfleet.trainers.engine import TorchEngine
 from dreamfleet.trainers.methods.dreambooth import DreamBooth
+from dreamfleet.trainers.optim import OptimizerConfig
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker
 
@@ -76,7 +77,17 @@ def end(how: str, folder: Path, rank: int) -> dict[str, Any]:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
     recipe = build_recipe(tiny.make_recipe(folder, output_dir=str(folder / how), train__train_batch_size=1))
     planted, error = ENDS[how], None
-    with counted_reducers() as made, mock.patch.object(*planted) if planted else mock.MagicMock():
+    engines: list[TorchEngine] = []
+
+    def build(engine: TorchEngine, optimizer: OptimizerConfig, build: Any = TorchEngine._build) -> None:
+        engines.append(engine)
+        build(engine, optimizer)
+
+    with (
+        counted_reducers() as made,
+        mock.patch.object(TorchEngine, "_build", build),
+        mock.patch.object(*planted) if planted else mock.MagicMock(),
+    ):
         try:
             run_worker(recipe, rank=rank, world=WORLD)
         except BaseException as raised:  # noqa: BLE001 - kept, as Ray Train keeps it
