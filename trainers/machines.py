@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dreamfleet.trainers.ray_session import Node, RaySession
 
 PACKAGES = "/runtime_resources/working_dir_files/"  # where Ray unpacks a job's files, on each machine that needs them
+MARKER = ".seen-"
 MOST_TOLD = 5
 
 
@@ -123,7 +124,7 @@ def _ask(nodes: Sequence[Node], paths: Sequence[str]) -> list[tuple[Node, list[s
 @contextmanager
 def _marked(folder: Storage) -> Iterator[str]:
     """Give the path of a marker file in a folder, which is left as it was found."""
-    made, marker = not folder.exists(), f".seen-{uuid.uuid4().hex}"
+    made, marker = not folder.exists(), f"{MARKER}{uuid.uuid4().hex}"
     folder.write_text(marker, "")
     try:
         yield folder.path(marker)
