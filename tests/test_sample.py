@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_models import tiny_model
 
 from dreamfleet.datasets.errors import UserError
+from dreamfleet.datasets.left_out import CLASS_IMAGES
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.sd.condition import Condition
 from dreamfleet.trainers.sd.prior import class_image_key, generate_class_images
@@ -155,7 +156,7 @@ def test_class_images_are_the_same_on_any_number_of_workers(model: Any, tmp_path
     ]
     assert counts == [3, 2]
     names = [f"{i:06d}.png" for i in range(5)]
-    assert one.list() == two.list() == names
+    assert one.list() == two.list() == [*names, CLASS_IMAGES]
     for name in names:
         assert difference(Image.open(one.path(name)), Image.open(two.path(name))) <= 1
     assert difference(Image.open(one.path(names[0])), Image.open(one.path(names[1]))) > 2

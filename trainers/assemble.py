@@ -21,7 +21,8 @@ from dreamfleet.datasets.sets import Sets, load_sets
 from dreamfleet.trainers.cached_pictures import leave_out_bad, open_latents, serve_pictures
 from dreamfleet.trainers.class_pictures import gather_class_images
 from dreamfleet.trainers.engine import DTYPES, Engine, TorchEngine
-from dreamfleet.trainers.feed import Feed, Preparer
+from dreamfleet.trainers.feed import Feed, Preparer, check_words, to_samples
+from dreamfleet.trainers.findings import log_findings
 from dreamfleet.trainers.loop import Schedule
 from dreamfleet.trainers.methods.base import Batch, Method, Setting, discover
 from dreamfleet.trainers.methods.seeing import SeeingMethod
@@ -109,14 +110,13 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
     """
     torch.manual_seed(recipe.train.seed)
     known = known_files(recipe.data)
-    sets = load_sets(recipe.data, verify=False if known else None, known=known)
+    sets = load_sets(recipe.data, verify=False if known else None, known=known, apart=recipe.apart)
     method = make_method(recipe, sets, place.device)
     model = method.model
     if cache := open_latents(recipe.data, model):
         sets = replace(sets, instances=leave_out_bad(sets.instances, cache, recipe.data))
-    if place.leads:
-        for bad in sets.instances.bad:
-            log.warning("left out %s: %s", bad.uri, bad.reason)
+    if not isinstance(method, SeeingMethod):
+        check_words(to_samples(sets.instances), method, recipe.data)  # before class images are generated
     moments = agreed(method.start(), place) if begins else {}
     weights = {name: tensor.clone() for name, tensor in method.state().items()} if moments else {}
     check_resolution(recipe, model)
@@ -125,6 +125,8 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
         chosen, apart = method.choose(sets.instances)
         sets = replace(sets, instances=chosen)
     sizes = check_buckets(recipe, sets, method)
+    if place.leads:
+        log_findings(sets.instances, sizes, method, recipe.data)
     classes = gather_class_images(recipe, sets, method, place)
     train = recipe.train
     global_batch = place.world * train.train_batch_size * train.gradient_accumulation_steps

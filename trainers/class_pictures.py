@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from dreamfleet.datasets.errors import DataError
-from dreamfleet.datasets.images import PICTURE_SUFFIXES
-from dreamfleet.datasets.index import Index, build_index
-from dreamfleet.datasets.sets import Sets
+from dreamfleet.datasets.folder import ImageFolder
+from dreamfleet.datasets.index import Index, log_left_out
+from dreamfleet.datasets.sets import Sets, load_class_images
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.engine import DTYPES
 from dreamfleet.trainers.methods.base import Method
@@ -48,36 +48,36 @@ def gather_class_images(recipe: Recipe, sets: Sets, method: Method, place: Place
             storage = Storage(f"{parent}/class-images/{name}")
         else:
             storage = Storage(class_set.folder)
-        here = len(list_pictures(storage))
-        if here < prior.num_class_images:
+        found = load_class_images(storage, recipe.data, concept=class_set.concept)
+        here = len(found) if found is not None else 0
+        if found is None or here < prior.num_class_images:
             if place.leads:
                 log.info(
                     "generating %d class pictures of %r", prior.num_class_images - here, class_set.prompt
                 )
+            # Broken ones do not count: as many more are generated, beside them.
+            unusable = len(ImageFolder(storage).images) - here if storage.exists() else 0
             place.wait()  # everyone has counted before anyone writes
             with lent_to(place.device, method, DTYPES[recipe.train.mixed_precision]):
                 generate_class_images(
                     method.model,
                     class_set.prompt,
                     storage=storage,
-                    num=prior.num_class_images,
+                    num=prior.num_class_images + unusable,
                     rank=place.rank,
                     world=place.world,
                     batch_size=prior.batch_size,
                     **options,
                 )
-        place.wait()
-        indexes.append(
-            build_index(storage, concept=class_set.concept, role="class", max_pixels=recipe.data.max_pixels)
-        )
+            place.wait()
+            found = load_class_images(storage, recipe.data, concept=class_set.concept)
+        assert found is not None  # generated, or there before
+        if place.leads:
+            log_left_out(found)
+        indexes.append(found)
     if len(indexes) < len(sets.concepts):
         raise DataError("prior preservation needs a class_prompt for every concept")
     return Index.concat(indexes)
-
-
-def list_pictures(storage: Storage) -> list[str]:
-    """List the picture files of a folder that may not exist yet."""
-    return [name for name in storage.list() if name.lower().endswith(PICTURE_SUFFIXES)]
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from typing import Any
 
 from PIL import Image
 
-from dreamfleet.datasets.index import Index, build_index
+from dreamfleet.datasets.index import Index
+from dreamfleet.datasets.sets import load_held_out
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import Parts
 from dreamfleet.trainers.checkpoint import Checkpoints, folder_name
@@ -224,7 +225,7 @@ class Recorder:
             from dreamfleet.trainers.score import words_to_strip
 
             holdout = self.recipe.validation.holdout
-            index = build_index(holdout) if holdout else self.parts.sets.instances
+            index = load_held_out(holdout, self.recipe.data) if holdout else self.parts.sets.instances
             self.judge = Judge(
                 self.recipe.validation, real=self._real_pictures(index), strip=words_to_strip(self.recipe)
             )

@@ -12,10 +12,11 @@ from pydantic import AliasChoices, BeforeValidator, Field
 
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import ResourceError
-from dreamfleet.datasets.index import Index, build_index
+from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.keyed import numpy_rng
 from dreamfleet.datasets.plan import Draw
 from dreamfleet.datasets.section import Section, as_list
+from dreamfleet.datasets.sets import load_held_out
 from dreamfleet.trainers.encoding import encode_index
 from dreamfleet.trainers.engine import Engine
 from dreamfleet.trainers.feed import Preparer, to_samples
@@ -62,7 +63,7 @@ class HeldOutLoss:
     """
 
     def __init__(self, folder: str, *, method: Method, data: DataConfig, count: int, rank: int, world: int):
-        index = build_index(folder, caption_extension=data.caption_extension, max_pixels=data.max_pixels)
+        index = load_held_out(folder, data)
         model, self.method = method.model, method
         encoded = encode_index(index, model, data, rank=rank, world=world)
         samples = to_samples(index)

@@ -8,7 +8,9 @@ import json
 import re
 from typing import TYPE_CHECKING
 
+from dreamfleet.datasets.folder import ImageFolder
 from dreamfleet.datasets.keyed import key
+from dreamfleet.datasets.left_out import CLASS_IMAGES
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.sd.sample import generate
 
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from dreamfleet.trainers.sd.model import StableDiffusion
 
 _OURS = re.compile(r"\d{6}\.png")
-_PICTURE = re.compile(r"(?i).*\.(png|jpe?g|webp|bmp)")
 
 
 def class_image_key(
@@ -53,15 +54,18 @@ def generate_class_images(
 ) -> int:
     """Draw the missing ones of `num` pictures of `prompt` into `storage`; returns how many this rank drew.
 
-    Picture i is `{i:06d}.png`, comes from a seed of its own, and is drawn by rank i mod world: any number of
-    workers makes the same set, and a set cut short is continued. Pictures of other names (the user's own) count
-    towards `num`. `resolution` is pixels a side.
+    Image i is `{i:06d}.png`, comes from a seed of its own, and is drawn by rank i mod world: any number of
+    workers makes the same set, and a set cut short is continued. Images of other names (the user's own, by the rule
+    of all image folders) count towards `num`. `resolution` is pixels a side.
     """
-    names = set(storage.list())
-    own = sum(1 for name in names if _PICTURE.fullmatch(name) and not _OURS.fullmatch(name))
+    names = set(ImageFolder(storage).images) if storage.exists() else set()
+    own = sum(1 for name in names if not _OURS.fullmatch(name))
     missing = [i for i in range(rank, num - own, world) if f"{i:06d}.png" not in names]
     # Neighbours: a CPU generator keeps 32 bits of a seed, of which hashes would come twice.
     first_seed = key("class image", seed) % 2**31
+    if rank == 0 and num > own and not storage.exists(CLASS_IMAGES):
+        # What says, to every later run, that these are no images of its subject.
+        storage.write_text(CLASS_IMAGES, json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n")
     for start in range(0, len(missing), max(1, batch_size)):
         part = missing[start : start + max(1, batch_size)]
         pictures = generate(
