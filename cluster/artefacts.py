@@ -12,6 +12,7 @@ from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.exported import LARGEST_EMBEDDING, teach_word
 from dreamfleet.trainers.sd.aesthetic import AestheticEncoder, AestheticSettings, apply_aesthetic
+from dreamfleet.trainers.sd.device import DRAWING, best_device, on_device
 from dreamfleet.trainers.sd.formats import aesthetic as aesthetics
 from dreamfleet.trainers.sd.formats import hypernetwork, lora
 from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model
@@ -56,6 +57,7 @@ class Aesthetic:
         }
 
 
+@on_device(remedies=DRAWING)
 def draw_grid(
     model_name: str,
     prompts: Sequence[str],
@@ -218,11 +220,9 @@ def _convert_lora(source: Path, target: Path) -> Path:
 def _make_ready(
     model: StableDiffusion, aesthetic: Aesthetic | None, clip_skip: int | None, max_token_length: int | None
 ) -> None:
-    import torch
-
     model.clip_skip = clip_skip or model.clip_skip
     model.max_token_length = max_token_length or model.max_token_length
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
+    model.to(best_device())
     if aesthetic:
         aesthetic.apply(model)
 

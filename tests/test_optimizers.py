@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,37 @@ def test_gradients_end_inside_backward(tmp_path: Path) -> None:
         )
     step_inside(parts, 0)
     assert len(alive) == len(params) and max(alive) == 0
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["to channels last", "from channels last"])
+def test_moments_take_the_layout_of_their_weights(tmp_path: Path, before: bool) -> None:
+    """Fused kernels pair weights and moments by their place in memory."""
+    straight, saved = make_parts(tmp_path), make_parts(tmp_path, engine={"channels_last": before})
+    for step in range(2):
+        take_step(straight, step)
+        take_step(saved, step)
+    resumed = make_parts(tmp_path, engine={"channels_last": not before, "use_ema": True})
+    resumed.engine.load_learned(saved.engine.learned())
+    resumed.engine.load_state({**saved.engine.state(), "ema": saved.engine.learned()})
+    for step in range(2, 5):
+        take_step(straight, step)
+        take_step(resumed, step)
+    for name, value in straight.engine.learned().items():
+        torch.testing.assert_close(resumed.engine.learned()[name], value, rtol=0, atol=3e-4)  # unpaired: 1e-3
+    engine = resumed.engine
+    assert isinstance(engine, TorchEngine) and engine.ema is not None
+    for name, param in engine.params.items():
+        kept = [*engine.optimizer.state[param].values(), engine.ema.shadow[name]]
+        assert {t.stride() for t in kept if t.shape == param.shape} == {param.stride()}
+
+
+def test_a_closed_engine_leaves_nothing_at_its_weights(tmp_path: Path) -> None:
+    parts = make_parts(tmp_path, optimizer=FUSED)
+    engine, param = weakref.ref(parts.engine), next(iter(parts.engine.params.values()))
+    parts.engine.close()
+    del parts
+    gc.collect()
+    assert engine() is None and not param._post_accumulate_grad_hooks  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])

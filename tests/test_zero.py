@@ -22,7 +22,7 @@ from dreamfleet.trainers.check import check_run
 from dreamfleet.trainers.engine_section import EngineConfig
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
-from dreamfleet.trainers.run import explained_memory
+from dreamfleet.trainers.sd.device import explained_memory
 from dreamfleet.trainers.sd.pipeline_folder import save_pipeline
 from dreamfleet.trainers.zero_setup import sole_builder, zero_config
 from dreamfleet.trainers.zero_swap import SwapFolder

@@ -17,6 +17,7 @@ from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run import open_run_folder
+from dreamfleet.trainers.sd.device import TRAINING, explained_memory, on_device
 from dreamfleet.trainers.settle import settle_engine
 
 
@@ -34,18 +35,23 @@ def check_run(recipe: Recipe, *, device: str = "cpu") -> list[CheckLine]:
     Class pictures are not generated here, as that can take hours: the step is tried without the prior.
     Stops at the first thing that later ones need.
     """
+    with on_device(device, remedies=TRAINING) as settled:
+        return _check_on(recipe, Place(device=settled))
+
+
+def _check_on(recipe: Recipe, place: Place) -> list[CheckLine]:
     lines: list[CheckLine] = []
     made: list[Parts] = []
 
     def attempt(name: str, action: Callable[[], str]) -> bool:
         try:
-            lines.append(CheckLine(name, True, action()))
+            with explained_memory():
+                lines.append(CheckLine(name, True, action()))
         except (UserError, RunFailed) as error:
             lines.append(CheckLine(name, False, str(error)))
         return lines[-1].ok
 
     def build() -> str:
-        place = Place(device=torch.device(device))
         settled, _ = settle_engine(_without_prior(recipe), place)
         made.append(assemble(settled, place))
         base = made[0].method.base

@@ -16,8 +16,9 @@ from dreamfleet.trainers.average import Ema, saved_average
 from dreamfleet.trainers.engine_section import EngineConfig
 from dreamfleet.trainers.methods.base import Batch, Loss, Method
 from dreamfleet.trainers.optim import OptimizerConfig, make_optimizer
-from dreamfleet.trainers.speed import ask_all, send, speed_up
-from dreamfleet.trainers.stepping import Stepper, restore_types
+from dreamfleet.trainers.sd.device import send
+from dreamfleet.trainers.speed import ask_all, speed_up
+from dreamfleet.trainers.stepping import Stepper, laid_out_like, restore_states
 
 T = TypeVar("T")
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -154,15 +155,18 @@ class TorchEngine(Engine):
         self.coming: int | None = None  # the step that backward may do
         self.squares: list[Tensor] = []  # of the gradients that backward has used up
         self.fused = optimizer.fused_backward
-        if self.fused:
-            for param in self.params.values():
-                param.register_post_accumulate_grad_hook(self._step_inside)
+        # Kept to be removed: no collector sees from a parameter to its hooks, so they would keep engine and model.
+        self.hooks = [
+            param.register_post_accumulate_grad_hook(self._step_inside)
+            for param in (self.params.values() if self.fused else ())
+        ]
         self.module: Any = self.method
         if self.world > 1:
             self.module = torch.nn.parallel.DistributedDataParallel(
                 self.method,
                 device_ids=[self.device] if self.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
+                broadcast_buffers=False,  # they are the same everywhere, and nothing changes them
             )
 
     def begin(self, rates: dict[str, float], step: int) -> None:
@@ -221,15 +225,17 @@ class TorchEngine(Engine):
                 self.scaler.load_state_dict(state["scaler"])
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"the saved optimizer does not fit this recipe's: {error}") from error
-        if self.narrow:
-            restore_types(self.optimizer, state["optimizer"]["state"])
+        restore_states(self.optimizer, state["optimizer"]["state"], keep_types=self.narrow)
         self.stepper = Stepper(self.optimizer, seed=self.seed)  # loading makes new groups
         if self.ema is not None:
             average = saved_average(state)
-            self.ema.shadow = {n: t.to(self.params[n].device, torch.float32) for n, t in average.items()}
+            self.ema.shadow = {
+                name: laid_out_like(self.params[name], t.float()) for name, t in average.items()
+            }
 
     def close(self) -> None:
-        pass  # whoever made the process group ends it
+        for hook in self.hooks:
+            hook.remove()
 
     def _set_rates(self, rates: dict[str, float]) -> None:
         for group in self.optimizer.param_groups:
@@ -239,8 +245,10 @@ class TorchEngine(Engine):
         """Clip, and step every parameter."""
         self._set_rates(rates)
         self.scaler.unscale_(self.optimizer)
-        limit = self.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(list(self.params.values()), limit)
+        stepped = [param for param in self.params.values() if param.grad is not None]
+        norm = torch.nn.utils.get_total_norm([param.grad for param in stepped if param.grad is not None])
+        if self.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(stepped, self.max_grad_norm, norm)
         if self.narrow:
             self.stepper.step_all(step)
         else:

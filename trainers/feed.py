@@ -18,6 +18,7 @@ from dreamfleet.datasets.plan import BatchPlan, Draw
 from dreamfleet.trainers.methods.base import Batch, Method, Sample
 from dreamfleet.trainers.pictures import Pictures, ResidentLatents, StreamedPixels
 from dreamfleet.trainers.sd.condition import Condition
+from dreamfleet.trainers.sd.device import send
 from dreamfleet.trainers.sd.noise import draw_noise, keyed_normal
 
 # Bytes of encoded prompts on the device: some 4,500 of SD 1.x in 16 bits, 1,700 of SDXL.
@@ -187,7 +188,7 @@ class Preparer:
             batch["latents"] = latents * self.method.model.vae.config.scaling_factor
         prompts = batch.pop("prompts")
         if self.method.trains_text:
-            batch["input_ids"] = self.method.tokenize(prompts).to(device, non_blocking=True)
+            batch["input_ids"] = send(self.method.tokenize(prompts), device)
         else:
             condition = self._encode(prompts)
             batch["context"] = condition.context

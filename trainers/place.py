@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dreamfleet.trainers.sd.device import numbered
+
 
 @dataclass(frozen=True)
 class Place:
@@ -17,6 +19,11 @@ class Place:
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    gpu_share: float = 1.0  # of the device's memory, which this worker may fill
+
+    def __post_init__(self) -> None:
+        """Give the device its number."""
+        object.__setattr__(self, "device", numbered(self.device))
 
     @property
     def leads(self) -> bool:
@@ -25,7 +32,11 @@ class Place:
 
     def wait(self) -> None:
         """Wait until every worker is here."""
-        if self.world > 1:
+        if self.world == 1:
+            return
+        if dist.get_backend() == "nccl":  # guesses the device otherwise, and warns
+            dist.barrier(device_ids=[self.device.index])
+        else:
             dist.barrier()
 
     def union(self, items: Iterable[Any]) -> list[Any]:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 import platform
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceError
+from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import Parts, assemble
 from dreamfleet.trainers.checkpoint import Checkpoint, Checkpoints
-from dreamfleet.trainers.loop import Hooks, train
+from dreamfleet.trainers.clock import Clock
+from dreamfleet.trainers.loop import train
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.recorder import Recorder, run_identity
+from dreamfleet.trainers.sd.device import TRAINING, on_device
 from dreamfleet.trainers.settle import settle_engine
 from dreamfleet.trainers.summary import Summary
 from dreamfleet.trainers.versions import versions
@@ -33,8 +33,7 @@ def open_run_folder(recipe: Recipe, *, resume: bool) -> Storage:
     another method.
     """
     run = Storage(recipe.output_dir)
-    used = run.list() or run.list_dirs()
-    if not used:
+    if not run.has_files():
         return run
     if not run.exists("recipe.yaml"):
         raise RecipeError(
@@ -55,39 +54,45 @@ def open_run_folder(recipe: Recipe, *, resume: bool) -> Storage:
     return run
 
 
-@contextmanager
-def explained_memory() -> Iterator[None]:
-    """Turn a GPU's running out of memory into a ResourceError that says what takes less."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"the GPU ran out of memory ({str(error).splitlines()[0]}); what takes less, in this order: "
-            "train.gradient_checkpointing: true; train.mixed_precision: bf16; a smaller train.train_batch_size with "
-            "more train.gradient_accumulation_steps; engine.zero_stage: 2 with engine.offload_optimizer_device: cpu; "
-            "engine.zero_stage: 3. What is saved can be continued with --resume"
-        ) from error
-
-
-@explained_memory()
 def run_worker(
     recipe: Recipe,
     *,
     rank: int = 0,
     world: int = 1,
     device: torch.device | str = "cpu",
+    gpu_share: float = 1.0,
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
-    started: float | None = None,
+    waited: float = 0.0,
 ) -> Summary:
     """Do a whole run on this worker; every worker of the run calls it with the same recipe.
 
-    ``started`` is the ``time.time()`` the command began at, for the start-up figure. Returns the same
-    summary on every rank.
+    ``gpu_share``: the part of the device's memory that the run may fill, where others use it as well. ``waited``:
+    the seconds that passed before this worker had its turn, for the start-up figure. Returns the same summary on every
+    rank.
     """
-    began = started or time.time()
-    place = Place(rank, world, torch.device(device))
+    clock = Clock(waited)
+    with on_device(device, remedies=TRAINING) as settled:
+        return _run_whole(
+            recipe,
+            Place(rank, world, settled, gpu_share),
+            resume=resume,
+            clock=clock,
+            should_stop=should_stop,
+            on_progress=on_progress,
+        )
+
+
+def _run_whole(
+    recipe: Recipe,
+    place: Place,
+    *,
+    resume: bool,
+    clock: Clock,
+    should_stop: Callable[[], bool],
+    on_progress: Callable[[dict[str, Any]], None] | None,
+) -> Summary:
     checkpoints = Checkpoints(Storage(recipe.output_dir), limit=recipe.train.checkpoints_total_limit)
     found = newest_checkpoint(checkpoints, place) if resume else None
     recipe, engine_reason = settle_engine(recipe, place)
@@ -95,6 +100,7 @@ def run_worker(
     try:
         parts.method.require_formats(recipe.train.export_formats or ())  # not after hours of training
         start_step = _restore(found, recipe, parts, place) if found else 0
+        clock.resume(found.meta.get("seconds", {}) if found else {})
         del found  # as large as what learns, three times over
         return _run(
             recipe,
@@ -103,7 +109,7 @@ def run_worker(
             checkpoints,
             start_step,
             engine_reason=engine_reason,
-            began=began,
+            clock=clock,
             should_stop=should_stop,
             on_progress=on_progress,
         )
@@ -119,14 +125,14 @@ def _run(
     start_step: int,
     *,
     engine_reason: str,
-    began: float,
+    clock: Clock,
     should_stop: Callable[[], bool],
     on_progress: Callable[[dict[str, Any]], None] | None,
 ) -> Summary:
     run = Storage(recipe.output_dir)
-    recorder = Recorder(recipe, parts, place, run, checkpoints, start_step, on_progress, engine_reason)
+    recorder = Recorder(recipe, parts, place, run, checkpoints, start_step, on_progress, engine_reason, clock)
     recorder.open()
-    ready = time.time()
+    clock.ready()
     try:
         outcome = train(
             parts.method,
@@ -137,11 +143,12 @@ def _run(
             schedule=parts.schedule,
             seed=recipe.train.seed,
             start_step=start_step,
-            hooks=Hooks(recorder.log, recorder.save, recorder.sample, recorder.validate, should_stop),
+            rank=place.rank,
+            hooks=recorder.hooks(should_stop),
         )
     finally:
         recorder.flush()  # also what a run that fails has measured
-    trained = time.time()
+    seconds = clock.lap()
     summary = Summary(
         run=recipe.run_name,
         method=recipe.method.name,
@@ -155,10 +162,10 @@ def _run(
         if place.device.type == "cuda"
         else platform.processor() or "cpu",
         wall_seconds=0.0,
-        start_up_seconds=ready - began,
-        train_seconds=trained - ready,
+        start_up_seconds=seconds["start_up"],
+        train_seconds=seconds["train"],
         figures=outcome.figures,
-        best_checkpoint=recorder.best_checkpoint,
+        best_checkpoint=recorder.best.name,
         bad_files=[bad._asdict() for bad in place.union([*parts.sets.instances.bad, *parts.feed.bad])],
         dataset_hash=parts.sets.instances.content_hash,
         base_model=parts.method.base.name,
@@ -166,7 +173,7 @@ def _run(
         versions=versions(),
         engine=f"{recipe.engine.words} ({engine_reason})",
     )
-    recorder.close(summary, outcome.step, began=began)
+    recorder.close(summary, outcome.step)
     place.wait()
     return summary
 

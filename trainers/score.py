@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from dreamfleet.datasets.errors import DataError, RecipeError, UserError
@@ -18,6 +17,7 @@ from dreamfleet.datasets.storage import Storage, read_uri
 from dreamfleet.trainers.exported import ARTEFACTS, load_artefact, load_exported
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.trainers.sd.clip import load_clip
+from dreamfleet.trainers.sd.device import DRAWING, best_device, on_device
 from dreamfleet.trainers.sd.dino import load_dino
 from dreamfleet.trainers.sd.fidelity import (
     MOST_REAL,
@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 
+@on_device(remedies=DRAWING)
 def score_run(
     target: str | Path,
     *,
@@ -102,7 +103,7 @@ class _Judges:
     """The models that score, on a GPU where there is one."""
 
     def __init__(self, clip: str | None, dino: str | None):
-        device = _device()
+        device = best_device()
         self.clip = load_clip(clip).to(device)
         self.dino = load_dino(dino).to(device) if dino else None
 
@@ -234,7 +235,7 @@ def _draw(
     size: int | None = None,
     **options: Any,
 ) -> tuple[list[Image.Image], list[str]]:
-    model.to(_device())
+    model.to(best_device())
     asked = [prompt for prompt in prompts for _ in range(num_images)]
     seeds = [seed + number for _ in prompts for number in range(num_images)]
     return generate(model, asked, seeds=seeds, width=size, height=size, **options), asked
@@ -275,7 +276,3 @@ def _summary(run: Storage) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

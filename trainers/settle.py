@@ -14,6 +14,7 @@ from dreamfleet.trainers.memory import CUDA_CONTEXT, GIB
 from dreamfleet.trainers.methods.base import discover
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.sd.device import numbered
 
 log = logging.getLogger(__name__)
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -29,7 +30,7 @@ def settle_engine(recipe: Recipe, place: Place) -> tuple[Recipe, str]:
     recipe = with_deepspeed_file(recipe)
     if place.device.type != "cuda":
         return recipe, "as the recipe says" if recipe.engine.zero_stage != "auto" else "no GPU"
-    card = limit_card(place.device, recipe.engine.gpu_limit)
+    card = limit_card(place.device, recipe.engine.gpu_limit, place.gpu_share)
     if recipe.engine.zero_stage != "auto":
         return recipe, "as the recipe says"
     return choose_engine(
@@ -49,6 +50,10 @@ def choose_engine(recipe: Recipe, place: Place, *, gpu_memory: int, host_memory:
             decided = {}, f"not planned: {error}"
         except ResourceError as error:  # everybody must hear of it
             decided = error
+        except Exception as error:  # noqa: BLE001 - a fault of the planner's, such as an operator without a fake kernel
+            why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            log.warning("the memory of this run cannot be planned (%s): torch alone trains it", why)
+            decided = {}, f"not planned: {why}"
     decided = place.told(decided)
     if isinstance(decided, ResourceError):
         raise decided
@@ -85,17 +90,23 @@ def _decide(
     return chosen.choice.settings, reason
 
 
-def limit_card(device: torch.device, limit: int | None) -> int:
-    """Return how much of a GPU a run may take, its CUDA context included, and hold torch to ``limit``."""
+def limit_card(device: torch.device, limit: int | None, share: float = 1.0) -> int:
+    """Return how much of a GPU a run may take, its CUDA context included, and hold torch to it.
+
+    ``limit`` in bytes (None: none of its own), ``share`` of the card's memory; the smaller counts.
+    """
+    device = numbered(device)
     free, total = torch.cuda.mem_get_info(device)
-    if limit is None:
-        return min(total, free + CUDA_CONTEXT)  # asking has made the context, which the plan counts
-    if limit <= CUDA_CONTEXT:
+    allowed = min(total, total if limit is None else limit, round(share * total))
+    if allowed <= CUDA_CONTEXT:
+        whose = "engine.gpu_memory" if limit == allowed else f"{share:g} of a GPU"
         raise ResourceError(
-            f"engine.gpu_memory: {limit / GIB:.1f} GiB are less than what CUDA itself takes; give more"
+            f"{whose}: {allowed / GIB:.1f} GiB are less than what CUDA itself takes; give more"
         )
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - CUDA_CONTEXT) / total), device)
-    return min(limit, total, free + CUDA_CONTEXT)
+    # Always said: torch keeps the limit of an earlier run in this process.
+    fraction = (allowed - CUDA_CONTEXT) / total if allowed < total else 1.0
+    torch.cuda.set_per_process_memory_fraction(fraction, device)
+    return min(allowed, free + CUDA_CONTEXT)  # asking has made the context, which the plan counts
 
 
 def host_memory() -> int:

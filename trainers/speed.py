@@ -1,4 +1,4 @@
-"""Options that change how fast a step is and nothing else: memory layout, compiled blocks, copies that do not wait."""
+"""Options that change how fast a step is and nothing else, and a question to all ranks that no step waits for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.engine_section import EngineConfig
@@ -43,13 +43,6 @@ def speed_up(unet: nn.Module | None, config: EngineConfig, device: torch.device)
         for module in unet.modules():
             if type(module).__name__ in BLOCKS:
                 module.compile(backend=config.dynamo_backend)
-
-
-def send(value: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to the device; to a GPU without making the host wait, which takes page-locked memory."""
-    if device.type == "cuda" and value.device.type == "cpu":
-        value = value.pin_memory()
-    return value.to(device, non_blocking=True)
 
 
 def ask_all(flag: bool, device: torch.device) -> Callable[[], bool]:

@@ -88,10 +88,24 @@ def round_stochastically(value: Tensor, generator: torch.Generator) -> Tensor:
     return value.to(torch.bfloat16)
 
 
-def restore_types(optimizer: torch.optim.Optimizer, saved: dict[int, dict[str, Any]]) -> None:
-    """Put saved states back in their own types: torch's load casts them to the weights', which may be narrower."""
+def restore_states(
+    optimizer: torch.optim.Optimizer, saved: dict[int, dict[str, Any]], *, keep_types: bool
+) -> None:
+    """Finish what ``optimizer.load_state_dict`` began: states in the layout of their weights, as they would be made.
+
+    Fused kernels walk through the bytes of a weight and its states side by side. ``keep_types`` puts the saved types
+    back: torch's load casts states to the weights' type, which may be narrower.
+    """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for number, param in enumerate(params):
         for name, value in saved.get(number, {}).items():
             if isinstance(value, Tensor) and name != "step":
-                optimizer.state[param][name] = value.to(param.device, copy=True)
+                loaded = optimizer.state[param][name]
+                optimizer.state[param][name] = laid_out_like(param, value if keep_types else loaded)
+
+
+def laid_out_like(param: Tensor, value: Tensor) -> Tensor:
+    """Return a copy of ``value`` on the device of ``param``, and in its layout where the shapes are equal."""
+    if value.shape != param.shape:
+        return value.to(param.device, copy=True)
+    return torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)

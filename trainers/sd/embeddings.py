@@ -58,7 +58,8 @@ class SplicedEmbedding(nn.Module):
             return self.table(input_ids)
         is_learned = input_ids >= vocab
         base_BTD = self.table(input_ids.masked_fill(is_learned, 0))
-        rows = torch.cat(list(self.words.values()))
+        # In no module tree, so an encoder that was moved after its words were installed has not moved them.
+        rows = torch.cat([vectors.to(base_BTD.device) for vectors in self.words.values()])
         learned_BTD = rows[(input_ids - vocab).clamp(min=0)].to(base_BTD.dtype)
         return torch.where(is_learned[..., None], learned_BTD, base_BTD)
 

@@ -16,6 +16,7 @@ from dreamfleet.datasets.errors import ModelError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.sd import embeddings, lora
 from dreamfleet.trainers.sd.condition import Condition
+from dreamfleet.trainers.sd.device import send
 from dreamfleet.trainers.sd.formats.ldm_names import Family, family_of
 from dreamfleet.trainers.sd.model_config import POCKET, ModelConfig, noise_schedule
 from dreamfleet.trainers.sd.model_files import download, fingerprint, load_folder_parts, vae_fingerprint
@@ -105,7 +106,7 @@ class StableDiffusion:
     def read(self, prompts: Sequence[str]) -> Condition:
         """Tokenise and encode prompts, where the text encoder is."""
         device = next(self.text_encoder.parameters()).device
-        return self.condition(self.tokenize(prompts).to(device))
+        return self.condition(send(self.tokenize(prompts), device))
 
     def condition(self, input_ids: Tensor) -> Condition:
         """Encode ids as :meth:`tokenize` gives them; SDXL's sizes are left open (:meth:`Condition.sized`)."""

@@ -1,8 +1,8 @@
 """Writes `.pt` and `.ckpt` files that every webui accepts, and reads any of them without running code.
 
 AUTOMATIC1111's webui lists the names inside such a file (a zip) and the globals of its pickle, and refuses the whole
-file on one unknown entry. What `torch.save` writes today has names it does not know, so the zip is written here, with
-`data.pkl`, `data/N` and `version` alone: the names that even webui 1.9.4 accepts.
+file on one unknown entry. What `torch.save` writes today has names it does not know, so the zip is written by
+`zip_writer.py`, with `data.pkl`, `data/N` and `version` alone: the names that even webui 1.9.4 accepts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import os
 import pickle
 import re
-import struct
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -25,6 +24,7 @@ import torch
 
 from dreamfleet.datasets.errors import FormatError, StorageError
 from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.sd.formats.zip_writer import ZipWriter
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # The storages webui's checker lets through; bool, int8 and int16 tensors are not among them.
@@ -32,7 +32,6 @@ STORABLE_DTYPES = (*FLOAT_DTYPES, torch.int32, torch.int64, torch.uint8)
 
 METADATA_KEY = "dreamfleet"  # an extra entry of our files' dicts, which webui and diffusers pass over
 
-_ALIGNMENT = 64  # bytes: torch reads tensors in place when their data starts at such an offset
 _PROTOCOL = 2  # what torch.save uses, and the newest that both checkers and weights_only read
 _BYTEARRAY = b"\nbytearray\n"  # as the pickles that torch's safe reader knows name it
 _TENSOR = re.compile(r"/data/\d+$")
@@ -62,12 +61,14 @@ def save_pickle(obj: Any, path: str | os.PathLike[str]) -> Path:
     data = io.BytesIO()
     Pickler(data, protocol=_PROTOCOL).dump(plain)
     folder = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem) or "archive"
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        _write_entry(archive, f"{folder}/data.pkl", data.getbuffer())
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        archive = ZipWriter(file)
+        archive.add(f"{folder}/data.pkl", data.getbuffer())
         for name, untyped in storages.values():
             content: Any = torch.empty(0, dtype=torch.uint8).set_(untyped).numpy()  # type: ignore[call-overload]
-            _write_entry(archive, f"{folder}/data/{name}", memoryview(content))
-        _write_entry(archive, f"{folder}/version", memoryview(b"3\n"))
+            archive.add(f"{folder}/data/{name}", memoryview(content))
+        archive.add(f"{folder}/version", memoryview(b"3\n"))
+        archive.close()
     return path
 
 
@@ -191,21 +192,6 @@ def _to_plain_tensor(value: torch.Tensor, where: str) -> torch.Tensor:
     if plain.untyped_storage().nbytes() != plain.numel() * plain.element_size():
         plain = plain.clone()
     return plain
-
-
-def _write_entry(archive: zipfile.ZipFile, name: str, content: memoryview) -> None:
-    """Add an uncompressed entry whose data starts at a multiple of the alignment, as in torch's own files."""
-    entry = zipfile.ZipInfo(name)  # dated 1980: the same content gives the same bytes
-    zip64 = content.nbytes >= 2**31 - 1
-    assert archive.fp is not None
-    start = archive.fp.tell() + 30 + len(name.encode()) + (20 if zip64 else 0)
-    padding = -start % _ALIGNMENT
-    if 0 < padding < 4:
-        padding += _ALIGNMENT
-    if padding:
-        entry.extra = struct.pack("<2sH", b"FB", padding - 4) + b"Z" * (padding - 4)
-    with archive.open(entry, "w", force_zip64=zip64) as file:
-        file.write(content)
 
 
 def is_dense(value: Any) -> TypeGuard[torch.Tensor]:
