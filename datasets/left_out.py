@@ -151,7 +151,9 @@ def inside_of(folder: Storage, apart: Mapping[str, str]) -> dict[str, str]:
         if place == "" and what == TRAINED_ON:
             continue
         if place == "" and what == HELD_OUT:
-            log.warning("%s is trained on and held out: what is measured on it says nothing of new images", address)
+            log.warning(
+                "%s is trained on and held out: what is measured on it says nothing of new images", address
+            )
             continue
         if place == "":
             raise DataError(

@@ -15,7 +15,6 @@ from typing import Any
 from PIL import Image
 
 from dreamfleet.datasets.errors import RunFailed
-from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.sets import load_held_out
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import Parts
@@ -235,22 +234,20 @@ class Recorder:
 
             holdout = self.recipe.validation.holdout
             index = load_held_out(holdout, self.recipe.data) if holdout else self.parts.sets.instances
-            self.judge = Judge(
-                self.recipe.validation, real=self._real_pictures(index), strip=words_to_strip(self.recipe)
-            )
+            real = self._real_pictures(index.column("uri"))
+            self.judge = Judge(self.recipe.validation, real=real, strip=words_to_strip(self.recipe))
         return self.judge
 
-    def _real_pictures(self, index: Index) -> list[Image.Image]:
+    def _real_pictures(self, uris: list[str]) -> list[Image.Image]:
         arrays = [
-            (read_pixels(uri, self.recipe.data).transpose(1, 2, 0) + 1) * 127.5
-            for uri in index.column("uri")[:MOST_REAL]
+            (read_pixels(uri, self.recipe.data).transpose(1, 2, 0) + 1) * 127.5 for uri in uris[:MOST_REAL]
         ]
         return [Image.fromarray(array.round().clip(0, 255).astype("uint8")) for array in arrays]
 
     def _write_real_pictures(self) -> None:
         from dreamfleet.trainers.sd.sample import picture_grid
 
-        pictures = self._real_pictures(self.parts.sets.instances)[:12]
+        pictures = self._real_pictures(self.parts.sets.instances.column("uri"))[:12]
         self._write_picture("samples/real.png", picture_grid(pictures, min(6, len(pictures))))
 
 

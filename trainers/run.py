@@ -98,7 +98,6 @@ def _run_whole(
     recipe, engine_reason = settle_engine(recipe, place)
     parts = assemble(recipe, place, begins=found is None)
     try:
-        parts.method.require_formats(recipe.train.export_formats or ())  # not after hours of training
         start_step = _restore(found, recipe, parts, place) if found else 0
         clock.resume(found.meta.get("seconds", {}) if found else {})
         del found  # as large as what learns, three times over
