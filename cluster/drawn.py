@@ -13,10 +13,10 @@ from PIL import Image
 
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage import Storage
-from dreamfleet.trainers.sd.embeddings import negative_for
 from dreamfleet.trainers.sd.formats.embedding import read_embedding
 from dreamfleet.trainers.sd.infotext import infotext, png_info, sampler_entries
 from dreamfleet.trainers.sd.prompt_tags import Extras, HypernetworkShelf, LoraShelf
+from dreamfleet.trainers.sd.prompt_tokens import negative_for
 from dreamfleet.trainers.sd.sample import picture_grid
 
 if TYPE_CHECKING:

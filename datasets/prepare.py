@@ -22,6 +22,7 @@ from dreamfleet.datasets.cuts import Cut, Cutting, draw_cut, plan_cuts
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.folder import CAPTION_EXTENSIONS, ImageFolder
 from dreamfleet.datasets.images import open_with_alpha
+from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.masks import open_mask, read_mask
 from dreamfleet.datasets.pairs import MASK_ENDING
 from dreamfleet.datasets.sidecars import Captions
@@ -99,7 +100,7 @@ def prepare(
 
     def save() -> dict[str, Any]:
         manifest = {"settings": settings, "pictures": dict(sorted(entries.items()))}
-        places[1].write_text(MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        places[1].write_text(MANIFEST, json_text(manifest, indent=1) + "\n")
         return manifest
 
     save()

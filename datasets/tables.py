@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from dreamfleet.datasets.captions import decode_text
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.folder import ImageFolder
+from dreamfleet.datasets.json_text import json_text
 
 FILE_COLUMN = "file_name"
 CAPTION_COLUMNS = ("text", "caption", "prompt")
@@ -97,7 +98,7 @@ def edited_table(folder: ImageFolder, name: str, texts: Mapping[str, str], colum
         if file and new:
             key = next((key for key in captions if entry.get(key) is not None), captions[0])
             value = new[0].split("\n") if isinstance(entry.get(key), list) else new[0]
-            line = json.dumps({**entry, key: value}, ensure_ascii=False)
+            line = json_text({**entry, key: value})
         lines.append(line)
     return "\n".join(lines)
 

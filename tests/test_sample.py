@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,9 @@ def test_guidance_of_one_runs_the_unet_once_a_picture(model: Any, monkeypatch: p
 def test_own_encoder_sizes_and_negative_prompts(model: Any) -> None:
     asked: list[list[str]] = []
 
-    def encode(prompts: list[str]) -> Condition:
-        asked.append(prompts)
+    def encode(prompts: Sequence[str], ids: torch.Tensor) -> Condition:
+        asked.append(list(prompts))
+        assert torch.equal(ids, model.tokenize(prompts))
         return model.read(["x"] * len(prompts))
 
     wide = generate(model, ["a", "b"], seeds=[1, 1], steps=2, width=64, height=48, encode=encode)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import logging
 import math
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from dreamfleet.datasets.errors import RunFailed
+from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.sets import load_held_out
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import Parts
@@ -179,7 +179,7 @@ class Recorder:
         grid = picture_grid(pictures, validation.num_images)
         self._write_picture(f"samples/step-{step:06d}.png", grid)
         sides = {"width": pictures[0].width, "height": pictures[0].height}
-        lines = [json.dumps({**cell, **sides}, ensure_ascii=False) for cell in cells]
+        lines = [json_text({**cell, **sides}) for cell in cells]
         self.run.write_text(f"samples/step-{step:06d}.jsonl", "\n".join(lines) + "\n")
         if self.metrics is not None:
             self.metrics.log_picture("samples", grid, step)
@@ -195,7 +195,7 @@ class Recorder:
         # A run that had nothing left to do measured nothing now: its figures are those that were logged.
         summary.figures = {**logged_figures(self.run), **summary.figures, **self.figures}
         summary.wall_seconds = summary.start_up_seconds + summary.train_seconds + self.clock.since_lap()
-        self.run.write_text("summary.json", json.dumps(dataclasses.asdict(summary), indent=1))
+        self.run.write_text("summary.json", json_text(dataclasses.asdict(summary), indent=1))
         if self.metrics is not None:
             self.metrics.close()
         from dreamfleet.trainers.report import write_report
@@ -281,7 +281,7 @@ def artefact_metadata(recipe: Recipe, step: int, *, dataset_hash: str, base: Bas
         "dreamfleet_version": versions().get("dreamfleet", "unknown"),
         "dreamfleet_method": recipe.method.name,
         "dreamfleet_step": str(step),
-        "dreamfleet_recipe": json.dumps(told, ensure_ascii=False),
+        "dreamfleet_recipe": json_text(told),
         "dreamfleet_dataset_hash": dataset_hash,
         "dreamfleet_base_model": Path(base.name).name,
         "dreamfleet_base_model_hash": base.content_hash,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import ModelError
 from dreamfleet.datasets.storage import Storage
-from dreamfleet.trainers.sd import embeddings, lora
+from dreamfleet.trainers.sd import lora, prompt_tokens
 from dreamfleet.trainers.sd.condition import Condition
 from dreamfleet.trainers.sd.device import send
 from dreamfleet.trainers.sd.formats.ldm_names import Family, family_of
@@ -43,7 +43,9 @@ class StableDiffusion:
     encoder_hash: str = ""  # of the VAE's encoder, whole and in float32: what latents depend on
     clip_skip: int = 1
     max_token_length: int = 75
-    encode_prompts: Callable[[Sequence[str]], Condition] | None = None  # draws with these
+    encode_prompts: Callable[[Sequence[str], Tensor], Condition] | None = (
+        None  # of texts and ids, to draw with
+    )
     text_encoder_2: Any = None  # SDXL
     tokenizer_2: Any = None
     zeros_for_empty_prompt: bool = False  # the empty negative prompt is zeros (SDXL base)
@@ -96,12 +98,12 @@ class StableDiffusion:
         names = ("unet", "vae", "text_encoder", "text_encoder_2")
         return {name: part for name in names if (part := getattr(self, name)) is not None}
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Turn prompts into ids ``[B, T]``, T = 77 a chunk, knowing the words of installed embeddings.
+    def tokenize(self, prompts: Sequence[str], swap: Mapping[str, str] | None = None) -> Tensor:
+        """Turn literal prompts into ids ``[B, T]``, T = 77 a chunk, knowing the words of installed embeddings.
 
-        ``[B, 2, T]`` for SDXL, whose two tokenizers pad differently.
+        ``[B, 2, T]`` for SDXL, whose two tokenizers pad differently. ``swap``: words to read as others.
         """
-        return embeddings.tokenize(self, prompts)
+        return prompt_tokens.tokenize(self, prompts, swap)
 
     def read(self, prompts: Sequence[str]) -> Condition:
         """Tokenise and encode prompts, where the text encoder is."""
@@ -142,7 +144,8 @@ class StableDiffusion:
         encoder = self.text_encoder_2
         found = encoder.text_model(chunks, output_hidden_states=True)
         # Not its own pooled output: with SDXL's config that takes the highest id for the end, so a learned word.
-        first, last = chunks[:: self.num_chunks], found.last_hidden_state[:: self.num_chunks]
+        each = len(chunks) // len(ids_BT)
+        first, last = chunks[::each], found.last_hidden_state[::each]
         ends = (first == self.tokenizer_2.eos_token_id).int().argmax(dim=-1)
         pooled = encoder.text_projection(last[torch.arange(len(last), device=last.device), ends])
         return found.hidden_states[-1 - self.clip_skip].reshape(*ids_BT.shape, -1), pooled

@@ -9,6 +9,7 @@ import re
 from typing import TYPE_CHECKING
 
 from dreamfleet.datasets.folder import ImageFolder
+from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.keyed import key
 from dreamfleet.datasets.left_out import CLASS_IMAGES
 from dreamfleet.datasets.storage import Storage
@@ -65,7 +66,7 @@ def generate_class_images(
     first_seed = key("class image", seed) % 2**31
     if rank == 0 and num > own and not storage.exists(CLASS_IMAGES):
         # What says, to every later run, that these are no images of its subject.
-        storage.write_text(CLASS_IMAGES, json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n")
+        storage.write_text(CLASS_IMAGES, json_text({"prompt": prompt}) + "\n")
     for start in range(0, len(missing), max(1, batch_size)):
         part = missing[start : start + max(1, batch_size)]
         pictures = generate(
