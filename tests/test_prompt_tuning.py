@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from dreamfleet.cluster import cli
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.index import build_index
 from dreamfleet.trainers.artefacts import describe
 from dreamfleet.trainers.assemble import Parts, assemble
 from dreamfleet.trainers.feed import to_samples
@@ -225,7 +226,7 @@ def test_previews_and_the_held_out_loss_are_guided(workplace: Path) -> None:
     parts = make_parts(workplace, validation=validation)
     config = build_recipe(tiny.make_recipe(workplace, validation=validation))
     held_out = HeldOutLoss(
-        str(workplace / "pictures"), method=parts.method, data=config.data, count=2, rank=0, world=1
+        build_index(workplace / "pictures"), method=parts.method, data=config.data, count=2
     )
 
     def look() -> tuple[float, bytes]:

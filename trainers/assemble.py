@@ -18,6 +18,7 @@ from dreamfleet.datasets.known_files import known_files
 from dreamfleet.datasets.latents import LatentCache
 from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.sets import Sets, load_sets
+from dreamfleet.trainers.agreement import check_files, compare, compare_paths
 from dreamfleet.trainers.cached_pictures import leave_out_bad, open_latents, serve_pictures
 from dreamfleet.trainers.class_pictures import gather_class_images
 from dreamfleet.trainers.conflicts import require_runnable
@@ -28,13 +29,14 @@ from dreamfleet.trainers.loop import Schedule
 from dreamfleet.trainers.methods.base import Batch, Method, Setting, discover
 from dreamfleet.trainers.methods.seeing import SeeingMethod
 from dreamfleet.trainers.optim import import_adamw8bit, make_rates
+from dreamfleet.trainers.paths import compared_paths
 from dreamfleet.trainers.picture_feed import PictureFeed
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.schedule import last_step
 from dreamfleet.trainers.sd.model import StableDiffusion, load_model
 from dreamfleet.trainers.train_section import USUAL_CHECKPOINTING_STEPS
-from dreamfleet.trainers.webui_optimizer import agreed, take_over
+from dreamfleet.trainers.webui_optimizer import take_over
 from dreamfleet.trainers.zero_engine import ZeroEngine
 
 log = logging.getLogger(__name__)
@@ -110,23 +112,18 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
 
     ``begins``: the files that the recipe goes on from are read; a checkpoint, if one is loaded next, holds more.
     """
-    check_machine(recipe, place)
+    place.on_every_rank(lambda: check_machine(recipe, place))
     torch.manual_seed(recipe.train.seed)
-    known = known_files(recipe.data)
-    sets = load_sets(recipe.data, verify=False if known else None, known=known, apart=recipe.apart)
-    method = make_method(recipe, sets, place.device)
+    sets, method, cache = load_inputs(recipe, place)
     method.require_formats(recipe.train.export_formats or ())
     model = method.model
-    if cache := open_latents(recipe.data, model):
-        sets = replace(sets, instances=leave_out_bad(sets.instances, cache, recipe.data))
-    if not isinstance(method, SeeingMethod):
-        check_words(to_samples(sets.instances), method, recipe.data)  # before class images are generated
-    moments = agreed(method.start(), place) if begins else {}
+    moments = place.on_every_rank(method.start) if begins else {}
     weights = {name: tensor.clone() for name, tensor in method.state().items()} if moments else {}
     check_resolution(recipe, model)
     apart = None
     if isinstance(method, SeeingMethod):
-        chosen, apart = method.choose(sets.instances)
+        chosen, apart = place.on_every_rank(lambda: method.choose(sets.instances))
+        compare({"what the labels say": chosen.content_hash}, place)
         sets = replace(sets, instances=chosen)
     sizes = picture_sizes(sets.instances, recipe.data)
     if place.leads:
@@ -160,6 +157,34 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
     return Parts(sets, model, method, engine, feed, prepare, rates, schedule, global_batch, apart)
 
 
+def load_inputs(recipe: Recipe, place: Place) -> tuple[Sets, Method, LatentCache | None]:
+    """Load the data, the method on its model, and the cache of latents; the same on every rank."""
+    compare_paths(compared_paths(recipe), place)
+    sets = share_sets(recipe, place)
+    method = place.on_every_rank(lambda: make_method(recipe, sets, place.device))
+    model, base = method.model, method.base
+    compare({f"the base model {base.name}": base.content_hash, "the model's VAE": model.encoder_hash}, place)
+    cache = place.on_every_rank(lambda: open_latents(recipe.data, model))
+    if cache is not None:
+        kept = place.on_rank_0(lambda: leave_out_bad(sets.instances, cache, recipe.data))
+        sets = replace(sets, instances=kept)
+    if not isinstance(method, SeeingMethod):
+        check_words(to_samples(sets.instances), method, recipe.data)  # before class images are generated
+    return sets, method, cache
+
+
+def share_sets(recipe: Recipe, place: Place) -> Sets:
+    """Index the data on rank 0, give the result to every rank, and make sure that each of them sees the same files."""
+
+    def load() -> Sets:
+        known = known_files(recipe.data)
+        return load_sets(recipe.data, verify=False if known else None, known=known, apart=recipe.apart)
+
+    sets = place.on_rank_0(load)
+    check_files(sets.instances, place)
+    return sets
+
+
 def make_engine(recipe: Recipe, method: Method, place: Place) -> Engine:
     """Make the engine that the recipe asks for."""
     return (TorchEngine if recipe.engine.zero_stage == "auto" else ZeroEngine)(
@@ -190,12 +215,7 @@ def make_feed(
         return PictureFeed(
             plan, instances=instances, method=method, data=recipe.data, **share
         ), lambda batch: batch
-    where: dict[str, Any] = {
-        "cache": cache,
-        "seed": train.seed,
-        "rank": place.rank,
-        "world": place.world,
-    }
+    where: dict[str, Any] = {"cache": cache, "seed": train.seed, "place": place}
     feed = Feed(
         plan,
         instances=instances,

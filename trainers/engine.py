@@ -59,6 +59,11 @@ class Engine(ABC):
     def _build(self, optimizer: OptimizerConfig) -> None:
         """Make the optimizer and whatever wraps the method."""
 
+    @property
+    def lockstep(self) -> bool:
+        """Whether each forward pass gathers weights, so that every rank has to make as many, in one order."""
+        return self.config.zero_stage == 3
+
     def place(self, batch: Batch) -> Batch:
         """Move a batch's tensors to the device."""
         return {
@@ -88,11 +93,10 @@ class Engine(ABC):
         """Forget every gradient since the last step."""
 
     @abstractmethod
-    def evaluate(self, action: Callable[[], T]) -> T | None:
-        """Run ``action`` where the method computes with its averaged weights (without EMA: its weights).
+    def evaluate(self, action: Callable[[], T]) -> T:
+        """Run ``action`` on every rank where the method computes with its averaged weights (without EMA: its weights).
 
-        Rank 0 alone runs it and is given what it returns, the others get None; where the weights are sharded all must,
-        and do: so it has to compute the same on every rank.
+        Each rank may do its own share, unless the engine is in ``lockstep``: it then has to compute the same on all.
         """
 
     @abstractmethod
@@ -189,9 +193,9 @@ class TorchEngine(Engine):
     def drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def evaluate(self, action: Callable[[], T]) -> T | None:
+    def evaluate(self, action: Callable[[], T]) -> T:
         with self._lent(lambda param, value: value.to(param.dtype)):
-            return action() if self.leads else None
+            return action()
 
     @contextmanager
     def whole(self) -> Iterator[None]:

@@ -26,6 +26,8 @@ from dreamfleet.trainers.zero_setup import (
 from dreamfleet.trainers.zero_shards import MOMENTS, Shards
 from dreamfleet.trainers.zero_swap import SwapFolder, SwappedShards, build_swapping
 
+Convert = Callable[[nn.Parameter, Tensor], Tensor]
+
 
 class ZeroEngine(Engine):
     """Runs a method under DeepSpeed, which shards optimizer states, gradients and weights over the workers.
@@ -119,18 +121,19 @@ class ZeroEngine(Engine):
         if self.offloads:
             inner.reset_cpu_buffers()
 
-    def evaluate(self, action: Callable[[], T]) -> T | None:
+    def evaluate(self, action: Callable[[], T]) -> T:
         if self.stage == 3:
             return self._evaluate_together(action)
         if self.ema is None:
-            return action() if self.leads else None
-        with self._lent(lambda param, value: value.to(self.device, param.dtype)):
-            return action() if self.leads else None
+            return action()
+        with self._lent(lambda param, value: value.to(self.device, param.dtype), everywhere=True):
+            return action()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        # On the host: a card with room for a part of the weights is the usual case.
-        with self._lent(lambda param, value: value.cpu()):
+        with self._lent(
+            lambda param, value: value.cpu()
+        ):  # a card often has room for a part of the weights only
             yield
 
     def learned(self) -> dict[str, Tensor]:
@@ -214,27 +217,23 @@ class ZeroEngine(Engine):
 
     def _collect(self) -> dict[str, Tensor]:
         """Gather one parameter after the other into rank 0's host memory; the others keep nothing."""
-        whole = {}
-        for name in self.params:
-            value = self.shards.gather(name)
-            if self.leads:
-                whole[name] = value.cpu()
-        return whole
+        gathered = ((name, self.shards.gather(name)) for name in self.params)
+        return {name: value.cpu() for name, value in gathered if self.leads}
 
     @contextmanager
-    def _lent(self, convert: Callable[[nn.Parameter, Tensor], Tensor]) -> Iterator[None]:
-        """Give rank 0's parameters whole tensors of their own for a while."""
+    def _lent(self, convert: Convert, *, everywhere: bool = False) -> Iterator[None]:
+        """Give rank 0's parameters (or those of every rank) whole tensors of their own for a while."""
         lent: dict[nn.Parameter, Tensor] = {}
         with self._averages():
             for name, param in self.params.items():
                 value = self.shards.gather(name)
-                if self.leads:
+                if self.leads or everywhere:
                     lent[param] = convert(param, value)
         for param in self.passed:
             with self.deepspeed.zero.GatheredParameters([param]):
-                if self.leads:
+                if self.leads or everywhere:
                     lent[param] = convert(param, param.data.clone())
-        if self.leads:
+        if self.leads or everywhere:
             lent |= {param: convert(param, value) for param, value in self.frozen.items()}
         kept = {param: param.data for param in lent}
         try:
