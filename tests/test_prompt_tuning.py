@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
@@ -186,13 +184,6 @@ def test_the_negative_stands_wherever_its_word_does(workplace: Path) -> None:
 def test_a_section_that_cannot_be_says_so(section: dict[str, Any], message: str, workplace: Path) -> None:
     with pytest.raises(RecipeError, match=message):
         make_parts(workplace, method=section)
-
-
-@pytest.fixture
-def lone_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_ddp_finds_both_words_used(workplace: Path, lone_group: None) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from dreamfleet.datasets.buckets import number_buckets, picture_sizes, tell_buckets
+from dreamfleet.datasets.buckets import Size, number_buckets, picture_sizes, tell_buckets
 from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.index import Index
@@ -140,20 +141,17 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
         class_concepts=classes.column("concept") if classes is not None else (),
     )
     if recipe.data.enable_bucket and place.leads:
-        log.info("buckets: %s", tell_buckets(sizes))
-        if plan.smallest_bucket < global_batch:
-            log.warning(
-                "a bucket holds %d pictures and a batch %d: its batches show pictures several times. Take a larger "
-                "data.bucket_reso_steps, or fewer pictures at a time",
-                plan.smallest_bucket,
-                global_batch,
-            )
+        log_buckets(sizes, plan, global_batch)
     schedule = make_schedule(recipe, plan)
     feed, prepare = make_feed(recipe, sets.instances, classes, method, plan, place, cache)
     engine = make_engine(recipe, method, place)
-    if moments:
-        take_over(engine, moments, weights)
-    rates = make_rates(engine.groups, recipe.optimizer, total_steps=schedule.total, global_batch=global_batch)
+    with ExitStack() as undo:
+        undo.callback(engine.close)
+        if moments:
+            take_over(engine, moments, weights)
+        total = schedule.total
+        rates = make_rates(engine.groups, recipe.optimizer, total_steps=total, global_batch=global_batch)
+        undo.pop_all()
     return Parts(sets, model, method, engine, feed, prepare, rates, schedule, global_batch, apart)
 
 
@@ -197,6 +195,18 @@ def make_engine(recipe: Recipe, method: Method, place: Place) -> Engine:
         num_micros=recipe.train.gradient_accumulation_steps,
         seed=recipe.train.seed,
     )
+
+
+def log_buckets(sizes: Sequence[Size], plan: BatchPlan, global_batch: int) -> None:
+    """Log how many images each bucket has, with a warning when one of them does not fill a batch."""
+    log.info("buckets: %s", tell_buckets(sizes))
+    if plan.smallest_bucket < global_batch:
+        log.warning(
+            "a bucket holds %d images and a batch %d: its batches show images several times. Take a larger "
+            "data.bucket_reso_steps, or fewer images at a time",
+            plan.smallest_bucket,
+            global_batch,
+        )
 
 
 def make_feed(

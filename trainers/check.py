@@ -63,12 +63,14 @@ def _check_on(recipe: Recipe, place: Place) -> list[CheckLine]:
         attempt(
             "holdout", lambda: f"{len(load_held_out(recipe.validation.holdout or '', recipe.data))} pictures"
         )
-    if attempt("model", build) and fine:
-        attempt("step", lambda: _check_step(made[0])) and attempt(
-            "export", lambda: _check_export(recipe, made[0])
-        )
-    for parts in made:
-        parts.engine.close()
+    try:
+        if attempt("model", build) and fine:
+            attempt("step", lambda: _check_step(made[0])) and attempt(
+                "export", lambda: _check_export(recipe, made[0])
+            )
+    finally:
+        for parts in made:
+            parts.engine.close()
     return lines
 
 

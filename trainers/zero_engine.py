@@ -16,9 +16,10 @@ from dreamfleet.trainers.engine import Engine, T, check_optimizer
 from dreamfleet.trainers.methods.base import Batch, Loss
 from dreamfleet.trainers.methods.fits import check_fits
 from dreamfleet.trainers.optim import OptimizerConfig, make_optimizer
+from dreamfleet.trainers.process_group import lone_group
 from dreamfleet.trainers.zero_setup import (
+    destroy_group,
     import_deepspeed,
-    join_group,
     make_cpu_adam,
     stdout_to_stderr,
     zero_config,
@@ -46,13 +47,15 @@ class ZeroEngine(Engine):
         swaps = "nvme" in (self.config.offload_optimizer_device, self.config.offload_param_device)
         self.shapes = {name: param.shape for name, param in self.params.items()}
         self.deepspeed = import_deepspeed(self.device)
-        self.owns_group = join_group(self.device)
+        self.held.enter_context(lone_group(self.device, destroy=destroy_group))
         plain = make_optimizer(self.groups, optimizer)
         self.saved_groups = plain.state_dict()["param_groups"]
         self.optimizer = make_cpu_adam(plain) if self.offloads else plain
         if swaps:
             build_swapping()
         self.folder = SwapFolder(self.config.nvme_path or "") if swaps else None
+        if self.folder is not None:
+            self.held.callback(self.folder.close)
         # DeepSpeed's 16-bit modes round every weight of the module before they make fp32 ones from it.
         rounds = self.stage > 0 and self.dtype != torch.float32
         # A rounded weight is a new tensor, so the exact one need not be copied to be kept.
@@ -78,6 +81,7 @@ class ZeroEngine(Engine):
             if self.stage == 3:
                 self._shard(model, config)
             self.engine, *_ = self.deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
+        self.held.callback(self.engine.destroy)
         for param in self.method.parameters(recurse=False) if self.stage == 3 else ():
             # A word's vectors are used by the text encoder, whether or not the method's own forward is running.
             self.deepspeed.zero.register_external_parameter(model, param)
@@ -176,13 +180,6 @@ class ZeroEngine(Engine):
                     self.shards.put(name, average[name])
         if self.dtype == torch.float16 and "scaler" in state:
             self._load_scaler(state["scaler"])
-
-    def close(self) -> None:
-        self.engine.destroy()
-        if self.folder is not None:
-            self.folder.close()
-        if self.owns_group:
-            self.deepspeed.comm.destroy_process_group()
 
     def _shard(self, model: nn.Module, config: dict[str, Any]) -> None:
         """Shard the weights one by one, each as wide as it computes: a card without room for all of them will do."""
