@@ -13,7 +13,7 @@ import tiny
 import yaml
 from servers import S3Server, s3_server  # noqa: F401  (a fixture)
 
-from dreamfleet.datasets.errors import CheckpointError, RecipeError, RunFailed
+from dreamfleet.datasets.errors import CheckpointError, RecipeError, RunFailed, UserError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.check import check_run
 from dreamfleet.trainers.export import export_run
@@ -192,10 +192,13 @@ def test_an_early_mistake_leaves_nothing_in_the_bucket(
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     output = s3_server.new_folder() + "/run"
-    wrong = build_recipe(whole_recipe(tmp_path, output_dir=output, data__resolution=30))
+    (tmp_path / "file").write_text("no folder")
+    prior = {"name": "dreambooth", "with_prior_preservation": True}
+    changes = {"output_dir": output, "data__class_data_dir": str(tmp_path / "file"), "method": prior}
+    wrong = build_recipe(whole_recipe(tmp_path, **changes))
     (tmp_path / "pictures/torn.png").write_bytes(b"torn")  # which the run's log tells of
     for _ in range(2):
-        with pytest.raises(RecipeError, match="resolution 30"):
+        with pytest.raises(UserError, match=str(tmp_path / "file")):
             fit(wrong)
         assert Storage(output).list(recursive=True) == []
     Storage(output).write_text("run.log", "of a process that was killed")
