@@ -110,7 +110,13 @@ def situations(folder: Path, place: Place) -> dict[str, Callable[[], Any]]:
         "an image differs": lambda: build(data__instance_data_dir=f"{APART}/changed"),
         "another model": lambda: build(model__pretrained_model_name_or_path=f"{APART}/model"),
         "other templates": lambda: build(method={**word, "template_file": f"{APART}/templates.txt"}),
-        "moments on one disk": lambda: build(method={**word, "initial_embedding": f"{APART}/word.pt"}),
+        "moments on one disk": lambda: build(
+            method={
+                "name": "textual_inversion",
+                "placeholder_token": "<x>",
+                "initial_embedding": f"{APART}/word.pt",
+            }
+        ),
         "class images on one disk": lambda: build(method=PRIOR, data__class_data_dir=f"{APART}/class"),
         "no data on one disk": lambda: build(data__instance_data_dir=f"{APART}/only-on-1"),
         "a checkpoint on one disk": resume_apart,
