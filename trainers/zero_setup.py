@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -129,8 +129,7 @@ def make_cpu_adam(plain: torch.optim.Optimizer) -> torch.optim.Optimizer:
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
     build_op(
-        "cpu_adam",
-        CPUAdamBuilder().load,
+        CPUAdamBuilder(),
         what="engine.offload_optimizer_device compiles DeepSpeed's CPU Adam",
         needs="a C++ compiler and ninja (apt-get install g++ python3-dev; pip install ninja)",
         instead="engine.offload_optimizer_device: none",
@@ -140,11 +139,15 @@ def make_cpu_adam(plain: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return DeepSpeedCPUAdam(groups, **options, adamw_mode=True)
 
 
-def build_op(op: str, load: Callable[..., Any], *, what: str, needs: str, instead: str) -> None:
+def build_op(builder: Any, *, what: str, needs: str, instead: str) -> None:
     """Load one of DeepSpeed's ops, which compiles it at its first use. Raises ResourceError when it cannot be."""
+    told = builder.cxx_args
+    builder.cxx_args = lambda: [
+        flag for flag in told() if flag != "-g"
+    ]  # symbols take half of the compiler's time
     try:
-        with sole_builder(op), stdout_to_stderr():
-            load(verbose=False)
+        with sole_builder(builder.NAME), stdout_to_stderr():
+            builder.load(verbose=False)
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ResourceError(
