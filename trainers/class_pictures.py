@@ -55,7 +55,9 @@ def gather_class_images(recipe: Recipe, sets: Sets, method: Method, place: Place
                     "generating %d class pictures of %r", prior.num_class_images - here, class_set.prompt
                 )
             place.wait()  # everyone has counted before anyone writes
-            with lent_to(place.device, method, DTYPES[recipe.train.mixed_precision]):
+            # With full_bf16 a part may be narrow but for the weights that do not learn.
+            narrow = torch.autocast(place.device.type, torch.bfloat16, enabled=recipe.train.full_bf16)
+            with lent_to(place.device, method, DTYPES[recipe.train.mixed_precision]), narrow:
                 generate_class_images(
                     method.model,
                     class_set.prompt,

@@ -17,7 +17,7 @@ from dreamfleet.trainers.engine_section import EngineConfig
 from dreamfleet.trainers.methods.base import Batch, Loss, Method
 from dreamfleet.trainers.optim import OptimizerConfig, make_optimizer
 from dreamfleet.trainers.sd.device import send
-from dreamfleet.trainers.speed import ask_all, speed_up
+from dreamfleet.trainers.speed import ask_all, forget_compiled, speed_up
 from dreamfleet.trainers.stepping import Stepper, laid_out_like, restore_states
 
 T = TypeVar("T")
@@ -236,6 +236,7 @@ class TorchEngine(Engine):
     def close(self) -> None:
         for hook in self.hooks:
             hook.remove()
+        forget_compiled(self.config)
 
     def _set_rates(self, rates: dict[str, float]) -> None:
         for group in self.optimizer.param_groups:

@@ -16,6 +16,7 @@ from dreamfleet.trainers.engine import Engine, T, check_optimizer
 from dreamfleet.trainers.methods.base import Batch, Loss
 from dreamfleet.trainers.methods.fits import check_fits
 from dreamfleet.trainers.optim import OptimizerConfig, make_optimizer
+from dreamfleet.trainers.speed import forget_compiled
 from dreamfleet.trainers.zero_setup import (
     import_deepspeed,
     join_group,
@@ -176,6 +177,7 @@ class ZeroEngine(Engine):
 
     def close(self) -> None:
         self.engine.destroy()
+        forget_compiled(self.config)
         if self.folder is not None:
             self.folder.close()
         if self.owns_group:
@@ -259,19 +261,25 @@ class ZeroEngine(Engine):
         # Stage 0 clips without telling the norm.
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None])
         scaler = self.engine.torch_autocast_z0_gradscaler
-        return norm / scaler.get_scale() if scaler is not None else norm
+        return norm / scaler._get_scale_async() if scaler is not None else norm  # get_scale() would wait for it
 
     def _scaler_state(self) -> dict[str, Any]:
         if self.stage == 0:
             return self.engine.torch_autocast_z0_gradscaler.state_dict()
         fresh = torch.amp.GradScaler(self.device.type).state_dict()
-        return {**fresh, "scale": float(self.engine.optimizer.loss_scale)}
+        scaler = self.engine.optimizer.loss_scaler
+        # DeepSpeed counts the steps since an overflow by their numbers, torch in the number itself.
+        since = scaler.cur_iter - scaler.last_overflow_iter - 1
+        grown = {"_growth_tracker": since % scaler.scale_window}
+        return {**fresh, **grown, "scale": float(self.engine.optimizer.loss_scale)}
 
     def _load_scaler(self, saved: dict[str, Any]) -> None:
         if self.stage == 0:
             self.engine.torch_autocast_z0_gradscaler.load_state_dict(saved)
         else:
-            self.engine.optimizer.loss_scaler.cur_scale = saved["scale"]
+            scaler = self.engine.optimizer.loss_scaler
+            scaler.cur_scale = saved["scale"]
+            scaler.last_overflow_iter = scaler.cur_iter - 1 - saved["_growth_tracker"]
 
 
 class _Computing(nn.Module):
