@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -18,11 +17,11 @@ import pyarrow as pa
 
 from dreamfleet.datasets.buckets import picture_sizes
 from dreamfleet.datasets.config import DataConfig
+from dreamfleet.datasets.environment import take_over, to_send
 from dreamfleet.datasets.errors import DataError, RunFailed, StorageError, UserError
 from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.latents import Key, LatentCache, write_shard
 from dreamfleet.datasets.masks import PictureDraw, cut_picture, read_mask
-from dreamfleet.datasets.object_store import bucket_environment
 from dreamfleet.datasets.storage import Storage, read_uri
 
 SHARD_PICTURES = 256
@@ -230,15 +229,16 @@ def _on_ray(
     dataset = ray.data.from_arrow(tables)
     dataset.context.print_on_execution_start = False
     dataset.context.enable_progress_bars = False
-    environment, keys = {"env_vars": dict(pool.environment)}, bucket_environment()
+    buckets = not options["folder"].is_local or any("://" in job.uri for shard in shards for job in shard)
+    environment, sent = {"env_vars": dict(pool.environment)}, to_send(buckets=buckets)
 
-    # The keys come along inside of code: Ray shows and logs a runtime environment, and may show arguments.
+    # Secrets come along inside of code: Ray shows and logs a runtime environment, and may show arguments.
     def read_apart(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        os.environ.update(keys)
+        take_over(sent)
         return read(batch)
 
     def make_apart() -> Encode:  # the first that an actor does
-        os.environ.update(keys)
+        take_over(sent)
         return options["make_encode"]()
 
     if pool.decode_apart:

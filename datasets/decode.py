@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import numpy as np
 from PIL import Image
 
+from dreamfleet.datasets.environment import take_over
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.images import open_picture
 from dreamfleet.datasets.masks import PictureDraw, cut_picture, read_mask
@@ -23,14 +23,14 @@ def decode_batch(
     max_pixels: int,
     weighted: bool = False,
     fit: Fit | None = None,
-    environment: Mapping[str, str] = MappingProxyType({}),
+    sent: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, np.ndarray]:
     """Read, decode and cut a batch of jobs, each to its own size; with ``fit`` they are made into what it gives.
 
     "pixels" are bytes, as the pictures of a block may differ in size. "error" says why a picture could not be decoded,
-    "failure" why a file could not be read; "" for the good ones. ``environment`` is set first: see bucket_environment.
+    "failure" why a file could not be read; "" for the good ones. ``sent`` is of environment.to_send.
     """
-    os.environ.update(environment)
+    take_over(sent)
     pictures, heights, errors, failures = [], [], [], []
     names = ("uri", "mask", "center", "x", "y", "flip", "width", "height")
     for uri, mask, center, x, y, flip, width, height in zip(*(batch[name] for name in names), strict=True):

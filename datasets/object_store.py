@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import time
@@ -10,14 +11,21 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from dreamfleet.datasets.disk import as_storage_error
+from dreamfleet.datasets.environment import variable
 from dreamfleet.datasets.errors import StorageError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SCHEMES = ("s3", "gs")
-ATTEMPTS = 4  # tries of a request, besides those the client library makes by itself
+# One policy for all requests; botocore and s3fs are told to try once. (aiohttp sends a request again, at once, when the
+# kept connection that it took turns out to be closed.)
+ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.25  # four times longer after each further failure
+PATIENCE_SECONDS = 60.0  # after the first failure; no attempt begins later
+CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0  # of one attempt
+_TRANSIENT_STATUS = {429, 500, 502, 503, 504}
+_TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "InternalError"}
 _TRANSIENT_ERRNO = {
     errno.EBUSY,  # s3fs's translation of 503 SlowDown
     errno.EREMOTEIO,  # ... of 500 InternalError
@@ -35,6 +43,14 @@ _TRANSIENT_KINDS = {
     "FSTimeoutError",
     "TimeoutError",
 }
+# An answer that broke off, or stalled, after it had begun: the request itself had succeeded.
+_BROKEN_OFF_KINDS = {
+    "AioReadTimeoutError",
+    "FSTimeoutError",  # fsspec's translation of it
+    "ResponseStreamingError",
+    "ClientPayloadError",
+    "IncompleteReadError",
+}
 _KEYLESS_KINDS = {"NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError"}
 
 
@@ -47,24 +63,25 @@ class Bucket:
         self._opened: tuple[int, Any] | None = None
 
     def run(self, verb: str, path: str, action: Callable[[Any, str], T]) -> T:
-        """Give `action(fsspec file system, key)`, tried again while the failure may pass by itself.
+        """Give `action(fsspec file system, key)`, begun again where an answer broke off.
 
-        `verb` and `path` are for the message of the StorageError that all other failures become.
+        Each request of the action was tried again by itself (see :func:`next_wait`). `verb` and `path` are for the
+        message of the StorageError that all other failures become.
         """
-        key = path.partition("://")[2]
-        wait = FIRST_WAIT_SECONDS
-        for attempt in range(1, ATTEMPTS + 1):
+        key, attempt, first_failure = path.partition("://")[2], 0, 0.0
+        while True:
+            attempt += 1
             try:
                 return action(self.file_system(), key)
             except StorageError:
                 raise
             except Exception as error:
-                if not _is_transient(error) or attempt == ATTEMPTS:
+                first_failure = first_failure or time.monotonic()
+                wait = next_wait(attempt, time.monotonic() - first_failure)
+                if wait is None or not _is_one_of(error, _BROKEN_OFF_KINDS):
                     raise self._explain(verb, path, error) from error
                 log.warning("cannot %s %s yet (%s): trying again in %.1f s", verb, path, _kind(error), wait)
                 time.sleep(wait)
-                wait *= 4
-        raise AssertionError("unreachable")
 
     def is_there(self) -> bool:
         """Say whether the bucket itself exists."""
@@ -106,6 +123,11 @@ class Bucket:
                 f"cannot {verb} {path}: no answer{where or ' from the bucket'} ({_kind(error)}). Check "
                 "AWS_ENDPOINT_URL and the network"
             )
+        if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:
+            return StorageError(
+                f"cannot {verb} {path}: the server{where} kept failing ({error}). It is overloaded or broken: try "
+                "again later"
+            )
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return as_storage_error(verb, getattr(error, "filename", None) or path, error)
         return StorageError(f"cannot {verb} {path}: {_kind(error)}: {error}")
@@ -116,6 +138,12 @@ class Bucket:
         except Exception as error:  # noqa: BLE001  the first error is the one to tell of
             log.debug("could not look at bucket %s: %s", self.name, _kind(error))
             return False
+
+
+def next_wait(attempt: int, since_first_failure: float) -> float | None:
+    """Return the seconds to wait after failed attempt number ``attempt`` (from 1); None to give up."""
+    wait = FIRST_WAIT_SECONDS * 4 ** (attempt - 1)
+    return wait if attempt < ATTEMPTS and since_first_failure + wait < PATIENCE_SECONDS else None
 
 
 def parse_address(text: str) -> tuple[str, str]:
@@ -142,30 +170,38 @@ def parse_address(text: str) -> tuple[str, str]:
 
 
 def bucket_has(file_system: Any, key: str) -> bool:
-    """Say whether a key, or any key below it, is there."""
+    """Say whether a key is there, or a file below it."""
     try:
-        file_system.info(key)
+        return file_system.info(key)["type"] != "directory" or bool(first_file(file_system, key))
     except FileNotFoundError:
         return False
-    return True
+
+
+def first_file(file_system: Any, key: str) -> list[str]:
+    """List a file below a key, at any depth, and look no further; FileNotFoundError without the key."""
+    entries = file_system.ls(key, detail=True)
+    if files := [entry["name"] for entry in entries if _is_file(entry) and entry["name"] != key]:
+        return files[:1]
+    return next(
+        (found for folder in _folders(entries, key) if (found := first_file(file_system, folder))), []
+    )
 
 
 def bucket_files(file_system: Any, key: str, recursive: bool) -> list[str]:
-    """Names of the objects below a key, relative to it, sorted; FileNotFoundError when there are none."""
+    """Names of the files below a key, relative to it, sorted; FileNotFoundError when there are none."""
     if recursive:
         entries = list(file_system.find(key, detail=True).values())
     else:
         entries = file_system.ls(key, detail=True)
     start = len(key) + 1
-    found = (entry["name"] for entry in entries if entry["type"] != "directory")
-    return sorted(name[start:] for name in found if name.startswith(f"{key}/") and not name.endswith("/"))
+    found = (entry["name"] for entry in entries if _is_file(entry))
+    return sorted(name[start:] for name in found if name.startswith(f"{key}/"))
 
 
 def bucket_folders(file_system: Any, key: str) -> list[str]:
-    """Names of the folders directly below a key, sorted; FileNotFoundError when the key is not there."""
-    entries = file_system.ls(key, detail=True)
-    found = (entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory")
-    return sorted(name.rsplit("/", 1)[1] for name in found if name != key)
+    """Names of the folders directly below a key with files in them, sorted; FileNotFoundError without the key."""
+    folders = _folders(file_system.ls(key, detail=True), key)
+    return [folder.rsplit("/", 1)[1] for folder in folders if first_file(file_system, folder)]
 
 
 def bucket_size(file_system: Any, key: str) -> int:
@@ -176,13 +212,18 @@ def bucket_size(file_system: Any, key: str) -> int:
     return sum(int(entry["size"]) for entry in file_system.find(key, detail=True).values())
 
 
-def bucket_environment() -> dict[str, str]:
-    """Return what of this process's environment opens buckets, keys among it: for memory alone, never for a log."""
-    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+def _is_file(entry: dict[str, Any]) -> bool:
+    """Whether a listed object is content: consoles and Hadoop make empty objects that stand for folders."""
+    return entry["type"] != "directory" and not entry["name"].endswith(("/", "_$folder$"))
+
+
+def _folders(entries: list[dict[str, Any]], key: str) -> list[str]:
+    found = {entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory"}
+    return sorted(found - {key})
 
 
 def _endpoint() -> str | None:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return variable("AWS_ENDPOINT_URL_S3") or variable("AWS_ENDPOINT_URL")
 
 
 def _open_file_system(scheme: str) -> Any:
@@ -195,27 +236,54 @@ def _open_file_system(scheme: str) -> Any:
             raise StorageError("gs:// needs the gcsfs package: pip install gcsfs") from error
     # fsspec keeps one instance per thread and set of arguments: the keys are among the arguments so that a
     # change of the environment is seen.
-    return fsspec.filesystem(
+    file_system = fsspec.filesystem(
         "s3",
+        session=_session(os.getpid(), os.environ.get("AWS_PROFILE")),
         endpoint_url=_endpoint(),
-        key=os.environ.get("AWS_ACCESS_KEY_ID"),
-        secret=os.environ.get("AWS_SECRET_ACCESS_KEY"),
-        token=os.environ.get("AWS_SESSION_TOKEN"),
+        key=variable("AWS_ACCESS_KEY_ID"),
+        secret=variable("AWS_SECRET_ACCESS_KEY"),
+        token=variable("AWS_SESSION_TOKEN"),
         use_listings_cache=False,
         config_kwargs={
-            "connect_timeout": 10,
-            "read_timeout": 60,
-            "retries": {"max_attempts": 2, "mode": "standard"},
+            "connect_timeout": CONNECT_SECONDS,
+            "read_timeout": ANSWER_SECONDS,
+            "retries": {"total_max_attempts": 1, "mode": "standard"},
         },
     )
+    file_system.retries = 1
+    return file_system
 
 
-def _is_transient(error: Exception) -> bool:
-    if isinstance(error, (FileNotFoundError, PermissionError)):
-        return False
-    if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:
-        return True
-    return _is_one_of(error, _TRANSIENT_KINDS)
+@functools.cache  # a session is one of the arguments that fsspec keeps instances by
+def _session(process: int, profile: str | None) -> Any:
+    """Open a session of botocore whose requests follow our policy."""
+    from aiobotocore.session import AioSession
+
+    session = AioSession()
+    session.register("needs-retry.s3", _needs_retry)
+    return session
+
+
+def _needs_retry(
+    *, response: Any, operation: Any, attempts: int, caught_exception: Any, request_dict: Any, **told: Any
+) -> float | None:
+    """Say, as a handler of botocore's for each request, how long to wait before it is sent again; None for not."""
+    if caught_exception is not None:
+        why = _kind(caught_exception)
+        passing = _is_one_of(caught_exception, _TRANSIENT_KINDS)
+    else:
+        status, code = response[0].status_code, response[1].get("Error", {}).get("Code")
+        why = f"{status} {code}"
+        passing = status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES
+    if not passing:
+        return None
+    now = time.monotonic()
+    wait = next_wait(attempts, now - request_dict["context"].setdefault("first_failure", now))
+    if wait is not None:
+        log.warning(
+            "%s %s failed (%s): trying again in %.1f s", operation.name, request_dict["url_path"], why, wait
+        )
+    return wait
 
 
 def _is_one_of(error: BaseException, names: set[str]) -> bool:

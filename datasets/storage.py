@@ -30,6 +30,7 @@ from dreamfleet.datasets.object_store import (
     bucket_folders,
     bucket_has,
     bucket_size,
+    first_file,
     parse_address,
 )
 
@@ -80,6 +81,12 @@ class Storage:
                 return os.path.exists(path)
         return self._on_bucket("look at", rel, bucket_has)
 
+    def has_files(self, rel: str = "") -> bool:
+        """Say whether a file lies in a folder, at any depth: empty folders are nothing."""
+        if self.is_local:
+            return next(walk(self.path(rel), True, None), None) is not None
+        return bool(self._if_there("list", rel, first_file))
+
     def size(self, rel: str = "") -> int:
         """Bytes of a file, or of all files under a folder."""
         if self.is_local:
@@ -102,17 +109,13 @@ class Storage:
         """
         if self.is_local:
             return sorted(walk(self.path(rel), recursive, on_error))
-
-        def names(fs: Any, key: str) -> builtins.list[str]:
-            try:
-                return bucket_files(fs, key, recursive)
-            except FileNotFoundError:
-                return self._nothing_if_bucket_is_there()
-
-        return self._on_bucket("list", rel, names)
+        return self._if_there("list", rel, lambda fs, key: bucket_files(fs, key, recursive))
 
     def list_dirs(self, rel: str = "") -> builtins.list[str]:
-        """Names of the folders directly inside a folder, sorted; [] when it is absent."""
+        """Names of the folders directly inside a folder, sorted; [] when it is absent.
+
+        A bucket has no folders, only markers of them: there, those with a file in them.
+        """
         if self.is_local:
             path = self.path(rel)
             with explained("list", path):
@@ -120,14 +123,7 @@ class Storage:
                     return []
                 with os.scandir(path) as entries:
                     return sorted(entry.name for entry in entries if entry.is_dir())
-
-        def names(fs: Any, key: str) -> builtins.list[str]:
-            try:
-                return bucket_folders(fs, key)
-            except FileNotFoundError:
-                return self._nothing_if_bucket_is_there()
-
-        return self._on_bucket("list", rel, names)
+        return self._if_there("list", rel, bucket_folders)
 
     # ---- read ----------------------------------------------------------------------------------------
 
@@ -259,14 +255,7 @@ class Storage:
             with explained("remove", path):
                 remove_tree(path)
             return
-
-        def drop(fs: Any, key: str) -> None:
-            try:
-                fs.rm(key, recursive=True)
-            except FileNotFoundError:
-                self._nothing_if_bucket_is_there()
-
-        self._on_bucket("remove", rel, drop)
+        self._if_there("remove", rel, lambda fs, key: fs.rm(key, recursive=True) or [])
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
@@ -286,12 +275,21 @@ class Storage:
             self._connection = Bucket(self.scheme, self.url.partition("://")[2].split("/", 1)[0])
         return self._connection.run(verb, self.path(rel), action)
 
-    def _nothing_if_bucket_is_there(self) -> builtins.list[str]:
-        """[] for a folder that is not there; the error when its whole bucket is not."""
-        assert self._connection is not None
-        if not self._connection.is_there():
-            raise FileNotFoundError(errno.ENOENT, "No such bucket")
-        return []
+    def _if_there(
+        self, verb: str, rel: str, action: Callable[[Any, str], builtins.list[str]]
+    ) -> builtins.list[str]:
+        """Run `action`; [] where there is nothing, and the error where the whole bucket is not there."""
+
+        def act(fs: Any, key: str) -> builtins.list[str]:
+            try:
+                return action(fs, key)
+            except FileNotFoundError as error:
+                assert self._connection is not None
+                if not self._connection.is_there():
+                    raise FileNotFoundError(errno.ENOENT, "No such bucket") from error
+                return []
+
+        return self._on_bucket(verb, rel, act)
 
 
 def read_uri(uri: str) -> bytes:

@@ -12,11 +12,11 @@ from typing import Any, Self
 import numpy as np
 
 from dreamfleet.datasets.decode import Fit, decode_batch, decode_one
+from dreamfleet.datasets.environment import to_send
 from dreamfleet.datasets.errors import DataError, ResourceError, StorageError
 from dreamfleet.datasets.images import MAX_PIXELS
 from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.masks import PictureDraw
-from dreamfleet.datasets.object_store import bucket_environment
 
 log = logging.getLogger(__name__)
 
@@ -179,11 +179,12 @@ class PictureStream(Iterator[np.ndarray]):
         dataset.context.print_on_execution_start = False
         dataset.context.enable_progress_bars = False
         max_pixels, weighted, fit = self._max_pixels, self._weighted, self._fit
-        keys = bucket_environment() if any("://" in job["uri"] for job in jobs) else {}
+        buckets = any("://" in job["uri"] for job in jobs)
+        sent = to_send(buckets=True) if buckets else {}
 
         def decode(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             # Not a partial, which would show its arguments; nor a runtime environment, which Ray logs.
-            return decode_batch(batch, max_pixels=max_pixels, weighted=weighted, fit=fit, environment=keys)
+            return decode_batch(batch, max_pixels=max_pixels, weighted=weighted, fit=fit, sent=sent)
 
         decoded = dataset.map_batches(
             decode,

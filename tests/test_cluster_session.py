@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import tiny
 
+from dreamfleet.datasets.environment import to_send
 from dreamfleet.datasets.errors import RecipeError, ResourceError, StorageError
-from dreamfleet.datasets.object_store import bucket_environment
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers import progress, ray_session
 from dreamfleet.trainers.hold import claimed, stop_on_signal
@@ -211,7 +211,7 @@ def test_workers_get_threads_and_credentials_where_nothing_is_logged(monkeypatch
     passed = worker_environment(3)
     assert passed["OMP_NUM_THREADS"] == "3"
     assert not {"SOMETHING_ELSE", "AWS_ENDPOINT_URL"} & passed.keys()  # Ray logs what is in here
-    assert bucket_environment()["AWS_ENDPOINT_URL"] == "http://127.0.0.1:1"
+    assert to_send(buckets=True)["AWS_ENDPOINT_URL"] == "http://127.0.0.1:1"
 
 
 def test_a_private_ray_gets_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from dreamfleet.trainers.sd.formats.ldm_names import (
 )
 from dreamfleet.trainers.sd.formats.model_header import config_of
 from dreamfleet.trainers.sd.formats.original_config import schedule_beside, write_original_config
-from dreamfleet.trainers.sd.formats.pickles import save_pickle
+from dreamfleet.trainers.sd.formats.pickles import load_pickle, save_pickle
 from dreamfleet.trainers.sd.formats.prediction import predicts_velocity
 from dreamfleet.trainers.sd.formats.single_file import (
     load_single_file,
@@ -221,6 +221,49 @@ def test_the_stock_sdxl_pipeline_opens_the_file(tmp_path: Path) -> None:
         assert_equal({part: getattr(pipeline, part).state_dict()}, {part: module.state_dict()})
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize(
+    ("family", "changes", "marks"),
+    [
+        ("sdxl", {}, set()),
+        ("sdxl", {"prediction_type": "v_prediction"}, {"v_pred"}),
+        ("sdxl", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, {"v_pred", "ztsnr"}),
+        ("sd2-v", {}, set()),
+        ("sd1", {"prediction_type": "v_prediction"}, set()),
+    ],
+)
+def test_an_sdxl_that_predicts_velocity_is_marked_as_comfyui_reads_it(
+    family: str, changes: dict[str, Any], marks: set[str], suffix: str, tmp_path: Path
+) -> None:
+    model = tiny_family(family)
+    model.scheduler = type(model.scheduler).from_config(model.scheduler.config, **changes)
+    path = save_single_file(model, tmp_path / f"x{suffix}")
+    state = load_file(path) if suffix == ".safetensors" else load_pickle(path)["state_dict"]
+    assert {name for name in state if "." not in name} == marks
+    assert all(state[name].shape == (0,) for name in marks)
+    path.with_suffix(".yaml").unlink(missing_ok=True)
+    save_file(state, tmp_path / "bare.safetensors")  # without our header the marks alone tell
+    configs = {part: config_of(module) for part, module in model.modules().items()}
+    read = load_single_file_parts(tmp_path / "bare.safetensors", configs=configs).configs["scheduler"]
+    assert (read.get("prediction_type") == "v_prediction") == bool(marks)
+    assert read.get("rescale_betas_zero_snr", False) == ("ztsnr" in marks)
+
+
+def test_an_sd2_file_has_the_projection_by_which_diffusers_splits_joined_tensors(tmp_path: Path) -> None:
+    model = tiny_family("sd2")
+    state = load_file(save_single_file(model, tmp_path / "x.safetensors", dtype=torch.float16))
+    projection = state["cond_stage_model.model.text_projection"]
+    width = model.text_encoder.config.hidden_size
+    assert (projection.shape, projection.dtype) == ((width, width), torch.float16)
+    assert torch.equal(
+        projection, torch.eye(width, dtype=torch.float16)
+    )  # webui computes with it, for nobody
+    joined = state["cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"]
+    queries = model.text_encoder.state_dict()["encoder.layers.0.self_attn.q_proj.weight"]
+    assert torch.equal(joined[: len(projection)], queries.half())
+    assert width != model.text_encoder.config.projection_dim  # which diffusers 0.32 took without it
+
+
 def test_landmarks_of_the_other_families() -> None:
     for family, shapes in {
         "sd2": {
@@ -282,7 +325,7 @@ def test_other_writers_ways_are_read(tmp_path: Path) -> None:
 
 
 def test_joined_tensors_are_made_one_at_a_time() -> None:
-    configs = small("sd2")
+    configs = small("sdxl")
     states = filled(configs)
     file = to_single_file(states, configs)
     assert isinstance(file, FileState)

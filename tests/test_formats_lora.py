@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ from tiny_models import tiny_family, tiny_model
 from torch import Tensor
 
 from dreamfleet.datasets.errors import FormatError, ModelError, UserError
+from dreamfleet.trainers.methods.dreambooth import DreamBoothConfig
+from dreamfleet.trainers.methods.exports import Export
+from dreamfleet.trainers.methods.whole_model import LORA_FORMATS, export_tuned, learning_parts
+from dreamfleet.trainers.sd.embeddings import install_embedding, remove_embeddings, text_embeddings
+from dreamfleet.trainers.sd.formats.embedding import Embedding
 from dreamfleet.trainers.sd.formats.lora import (
     DIFFUSERS_FILE,
     LoraFile,
@@ -129,6 +135,100 @@ def test_kohyas_layout_and_entries(tmp_path: Path) -> None:
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     assert hashlib.sha256(content[start:]).hexdigest() == header["sshs_model_hash"]
+
+
+@pytest.mark.parametrize(
+    ("family", "version", "architecture", "prediction"),
+    [
+        ("sd1", "sd_v1", "stable-diffusion-v1/lora", "epsilon"),
+        ("sd2", "sd_v2", "stable-diffusion-v2-512/lora", "epsilon"),
+        ("sd2-v", "sd_v2_v", "stable-diffusion-v2-768-v/lora", "v"),
+        ("sdxl", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", "epsilon"),
+    ],
+)
+def test_an_export_says_what_it_was_made_for_as_kohya_does(
+    family: str, version: str, architecture: str, prediction: str, tmp_path: Path
+) -> None:
+    model = tiny_family(family)
+    config: Any = DreamBoothConfig.model_validate(
+        {"name": "dreambooth", "lora_rank": 2, "lora_target_modules": ["q_proj"], "train_text_encoder": True}
+    )
+    learning_parts(model, config)
+    paths = export_tuned(config, model, Export(tmp_path, "look", formats=LORA_FORMATS))
+    assert [read_safetensors(path)[1]["modelspec.prediction_type"] for path in paths] == [prediction] * 2
+    told = read_safetensors(paths[1])[1]
+    assert (told["ss_base_model_version"], told["modelspec.architecture"]) == (version, architecture)
+    # Also after it went through diffusers' layout, and where only kohya's entries tell.
+    theirs = write_diffusers_lora(read_lora(paths[1]), tmp_path / DIFFUSERS_FILE)
+    again = write_kohya_lora(read_lora(theirs), tmp_path / "again.safetensors", family=model.family)
+    assert read_safetensors(again)[1]["ss_base_model_version"] == version
+    bare = replace(read_lora(paths[1]), metadata={"ss_base_model_version": version})
+    again = write_kohya_lora(bare, tmp_path / "again.safetensors", family=model.family)
+    assert read_safetensors(again)[1]["modelspec.architecture"] == architecture
+
+
+BUNDLES: dict[str, dict[str, Tensor]] = {
+    "sd1": {
+        "bundle_emb.zq.string_to_param.*": torch.ones(2, 32),
+        "bundle_emb.zq.string_to_token.*": torch.tensor([265]),
+        "bundle_emb.old.emb_params": torch.ones(32),
+    },
+    "sdxl": {"bundle_emb.zq.clip_l": torch.ones(2, 32), "bundle_emb.zq.clip_g": torch.ones(2, 40)},
+}
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_embeddings_in_a_lora_are_words_while_it_is_applied(family: str, tmp_path: Path) -> None:
+    model = tiny_family(family)
+    file = tuned(model, targets=["q_proj"])
+    path = write_kohya_lora(file, tmp_path / "look.safetensors", family=model.family)
+    tensors, header = read_safetensors(path)
+    write_safetensors({**tensors, **BUNDLES[family]}, path, header=header)
+    assert holds_lora(path)
+    found = read_lora(path)
+    assert found.layers.keys() == file.layers.keys()
+    names = {"zq", "old"} if family == "sd1" else {"zq"}
+    assert {embedding.name for embedding in found.embeddings} == names
+    plain = tiny_family(family)
+    base = plain.tokenize(["a zq b"])
+    install_embedding(plain, "old", torch.zeros(1, 32), torch.zeros(1, 40) if plain.is_sdxl else None)
+    set_loras(plain, [(found, 1.0)])
+    ids, table = plain.tokenize(["a zq b"]), text_embeddings(plain.text_encoder).token_embedding
+    assert int((ids >= 90).sum()) == (4 if plain.is_sdxl else 2)
+    assert torch.equal(table.words["zq"], torch.ones(2, 32))
+    assert torch.equal(table.words["old"], torch.zeros(1, 32))  # the word that the user gave
+    assert torch.isfinite(plain.condition(ids).context).all()
+    set_loras(plain, [])
+    assert list(table.words) == ["old"]
+    remove_embeddings(plain)
+    assert torch.equal(plain.tokenize(["a zq b"]), base)
+
+
+def test_embeddings_stay_in_a_lora_of_kohyas_layout_and_are_missed_in_diffusers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    word = Embedding("zq", torch.ones(2, 32))
+    file = replace(tuned(tiny_model()), embeddings=(word,))
+    found = read_lora(write_kohya_lora(file, tmp_path / "look.safetensors"))
+    assert torch.equal(found.embeddings[0].vectors, word.vectors)
+    assert not read_lora(write_diffusers_lora(found, tmp_path / DIFFUSERS_FILE)).embeddings
+    assert "zq" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "bundle",
+    [
+        {"bundle_emb.zq.clip_l": torch.ones(2, 32), "bundle_emb.zq.other": torch.ones(2)},
+        {"bundle_emb.zq": torch.ones(2, 32), "bundle_emb.zq.b.c": torch.ones(2, 32)},
+        {"bundle_emb.zq.emb_params": torch.full((2, 32), torch.nan)},
+        {"bundle_emb..emb_params": torch.ones(2, 32)},
+    ],
+)
+def test_a_lora_with_a_broken_embedding_says_so(bundle: dict[str, Tensor], tmp_path: Path) -> None:
+    path = write_kohya_lora(tuned(tiny_model()), tmp_path / "look.safetensors")
+    write_safetensors({**read_safetensors(path)[0], **bundle}, path)
+    with pytest.raises(FormatError, match=r"look\.safetensors.*embedding"):
+        read_lora(path)
 
 
 def test_a_layout_becomes_the_other_and_keeps_alpha_and_entries(tmp_path: Path) -> None:

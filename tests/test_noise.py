@@ -7,13 +7,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from diffusers.optimization import get_scheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.keyed import key
-from dreamfleet.trainers.schedule import last_step, make_rate, multiplier_at, parse_webui_schedule
 from dreamfleet.trainers.sd.condition import Condition
 from dreamfleet.trainers.sd.noise import draw_noise, make_target, noise_loss, signal_to_noise, snr_weights
 
@@ -100,40 +97,3 @@ def test_loss_is_per_sample_and_masked() -> None:
     assert torch.allclose(
         noise_loss(Zero(), schedule, **common, condition=Condition(torch.zeros(3, 1, 1)), mask=mask), loss
     )
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("constant", {}),
-        ("constant_with_warmup", {}),
-        ("linear", {}),
-        ("cosine", {"num_cycles": 0.5}),
-        ("cosine_with_restarts", {"num_cycles": 3}),
-        ("polynomial", {"power": 2.0}),
-    ],
-)
-def test_schedules_are_diffusers_curves(name: str, options: dict) -> None:
-    param = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([param], lr=1.0)
-    theirs = get_scheduler(name, optimizer, num_warmup_steps=7, num_training_steps=50, **options)
-    for step in range(50):
-        ours = multiplier_at(step, name=name, warmup=7, total=50, **options)
-        assert ours == pytest.approx(theirs.get_last_lr()[0], abs=1e-6), step
-        optimizer.step()
-        theirs.step()
-
-
-def test_piecewise_constant_and_webui_strings() -> None:
-    rates = [
-        multiplier_at(s, name="piecewise_constant", warmup=0, total=9, rules="1:3,0.1:5,0.01")
-        for s in range(7)
-    ]
-    assert rates == [1, 1, 1, 0.1, 0.1, 0.01, 0.01]
-    rate = make_rate("0.005:100, 1e-3:1000, 1e-5", lambda step: 99.0)
-    assert [rate(s) for s in (0, 99, 100, 999, 1000, 5000)] == [0.005, 0.005, 1e-3, 1e-3, 1e-5, 1e-5]
-    assert last_step("0.005:100, 1e-3:1000") == 1000 and last_step("0.005:100, 1e-3") is None
-    assert last_step("0.005:100, 1e-3:-1") is None and last_step(1e-4) is None
-    for wrong in ("abc", "0.1:x", "0.1:20,0.2:10", "0.1,0.2", "-1:5", "nan", "0.1:0", "0.1:5,0.2:-5"):
-        with pytest.raises(RecipeError):
-            parse_webui_schedule(wrong)

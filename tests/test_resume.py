@@ -20,6 +20,7 @@ import torch
 from dreamfleet.datasets.errors import CheckpointError, RecipeError, RunFailed, StorageError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.checkpoint import Checkpoint, Checkpoints
+from dreamfleet.trainers.clock import Clock
 from dreamfleet.trainers.launch import fit
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
@@ -174,7 +175,7 @@ def test_a_worker_that_comes_late_to_a_save_waits_like_the_others(tmp_path: Path
     engine: Any = SimpleNamespace(learned=dict, state=dict)
     parts: Any = SimpleNamespace(engine=engine)
     recipe = build_recipe(recipe_tree(tmp_path, "run"))
-    recorder = Recorder(recipe, parts, place, Storage(str(tmp_path)), checkpoints, 0, None, "")
+    recorder = Recorder(recipe, parts, place, Storage(str(tmp_path)), checkpoints, 0, None, "", Clock())
     recorder.save(2)
     assert place.waits == [True]
     recorder.save(2)  # stopped right after it was saved: nobody saves again

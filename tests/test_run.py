@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -220,3 +221,21 @@ def test_a_run_lives_in_a_bucket_and_goes_on_from_it(
     secret = s3_server.environment()["AWS_SECRET_ACCESS_KEY"]
     for name in ("recipe.yaml", "report.html", "summary.json", "metrics.jsonl"):
         assert secret not in run.read_text(name)
+
+
+def test_seconds_are_measured_within_the_process_and_add_up_over_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine's clock may be minutes off, or be set while the run goes on."""
+    clock = iter(range(10**9, 0, -1000))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    recipe = build_recipe(tiny.make_recipe(tmp_path))
+    first = run_worker(recipe, should_stop=tiny.Stop(1), waited=100.0)
+    assert 100 < first.start_up_seconds < 160 and 0 < first.train_seconds < 60
+    second = run_worker(recipe, resume=True, waited=30.0)
+    assert 30 < second.start_up_seconds - first.start_up_seconds < 90
+    assert 0 < second.train_seconds - first.train_seconds < 60
+    for summary in (first, second):
+        assert 0 <= summary.wall_seconds - summary.start_up_seconds - summary.train_seconds < 60
+    told = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert told["wall_seconds"] == second.wall_seconds > first.wall_seconds

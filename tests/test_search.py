@@ -15,13 +15,21 @@ from searches import RATES, loss_at, make_recipe, make_tree, make_trials
 from typer.testing import CliRunner
 
 from dreamfleet.cluster import cli
-from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceError
+from dreamfleet.datasets.errors import CheckpointError, DataError, RecipeError, ResourceError
 from dreamfleet.trainers.recipe import Recipe, build_recipe, load_recipe
 from dreamfleet.tune.halving import make_scheduler
-from dreamfleet.tune.ledger import Ledger, Trial, open_ledger
+from dreamfleet.tune.ledger import Ledger, Trial, common_mistake, open_ledger, tell_trial
 from dreamfleet.tune.proposals import Proposals
-from dreamfleet.tune.search import search, trial_room
+from dreamfleet.tune.scribe import Scribe
+from dreamfleet.tune.search import can_share_process, search, trial_room
 from dreamfleet.tune.space import grid
+
+
+class Running:
+    """What a scheduler sees of a trial."""
+
+    def __init__(self, name: str):
+        self.config = {"name": name}
 
 
 def try_points(ledger: Ledger, most: int) -> Proposals:
@@ -108,6 +116,86 @@ def test_a_failed_trial_is_no_reason_to_stop() -> None:
         proposals.on_trial_complete(str(number), result={"error": "NaN"})
     assert proposals.remaining == 3
     assert Proposals(ledger).remaining == 3
+
+
+def fail(count: int, kind: str = "DataError", error: str = "trial-{} is cut short") -> list[Trial]:
+    names = [f"trial-{number:03d}" for number in range(count)]
+    return [Trial(name, {}, "failed", [], 1.0, error.format(name[-3:]), kind) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("trials", "kind"),
+    [
+        (fail(3), DataError),
+        (fail(2), None),
+        (fail(1), None),
+        ([*fail(2), *fail(1, error="something else")], None),
+        ([*fail(2), *fail(1, "RecipeError")], None),
+        (fail(6, "RunFailed"), None),  # an accident of the run is a reason to go on
+        (fail(5, "ResourceError"), None),
+        (fail(6, "ResourceError"), ResourceError),
+        ([*fail(3), Trial("trial-003", {}, rounds=[{"step": 0}])], None),
+        ([*fail(3), Trial("trial-003", {})], DataError),
+    ],
+)
+def test_a_mistake_of_the_first_trials_ends_the_search(trials: list[Trial], kind: type | None) -> None:
+    mistake = common_mistake(trials, planned=20)
+    assert type(mistake) is (kind or type(None))
+
+
+def test_a_search_of_few_trials_ends_when_all_make_the_mistake() -> None:
+    assert isinstance(common_mistake(fail(1), planned=1), DataError)
+    assert common_mistake(fail(1), planned=2) is None
+
+
+def test_a_trial_that_does_not_fit_is_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
+    ledger = Ledger(make_recipe(tmp_path), make_trials()[:2])
+    for trial in ledger.trials:
+        trial.status, trial.rounds = "running", []
+    told: list[str] = []
+    scribe = Scribe(ledger, lambda trial: told.append(tell_trial(trial, ["holdout_loss"])))
+    scribe.planned = 6
+    first, second = (Running(trial.name) for trial in ledger.trials)
+    for running in (first, second):
+        scribe.on_trial_start(0, [], running)
+    no_room = {
+        "error": "the GPU ran out of memory",
+        "kind": "ResourceError",
+        "done": True,
+        "time_total_s": 2.0,
+    }
+    scribe.on_trial_result(0, [], first, no_room)
+    scribe.on_trial_result(
+        0, [], second, {"step": 10, "holdout_loss": 0.5, "done": False, "time_total_s": 2.0}
+    )
+    assert scribe.mistake is None and not (tmp_path / "STOP").exists()
+    assert "ran out of memory" in told[2]
+    (tmp_path / "search.yaml").write_text(ledger.recipe.to_yaml())
+    read = open_ledger(ledger.recipe, resume=True).trials
+    assert [(trial.status, trial.kind) for trial in read] == [("failed", "ResourceError"), ("running", None)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "uses_gpu", "shared"),
+    [
+        ({}, False, True),
+        ({}, True, False),  # `auto` may choose ZeRO there
+        ({"engine": {"zero_stage": 3}}, False, False),
+        ({"engine": {"zero_stage": 0}}, False, False),
+        ({"engine": {"torch_compile": True}}, False, False),
+        ({"engine": {"deepspeed_config": "ds.json"}}, False, False),
+        ({"engine.zero_stage": {"distribution": "choice", "values": ["auto", 2]}}, False, False),
+    ],
+)
+def test_only_trials_that_leave_nothing_behind_share_a_process(
+    changes: dict[str, Any], uses_gpu: bool, shared: bool
+) -> None:
+    tree = make_tree()
+    if "engine" in changes:
+        tree["engine"] = changes["engine"]
+    else:
+        tree["search"]["space"] |= changes
+    assert can_share_process(build_recipe(tree), uses_gpu=uses_gpu) is shared
 
 
 # ---- the record -----------------------------------------------------------------------------------------------------
@@ -224,17 +312,19 @@ def test_the_command_tells_a_finished_search_again(tmp_path: Path) -> None:
     ledger.save()
     failed = tune("--resume")
     assert failed.exit_code == 1 and "all 5 trials failed" in failed.stderr
+    for trial in ledger.trials:
+        trial.error, trial.kind = "out of memory", "ResourceError"
+    ledger.save()
+    failed = tune("--resume")
+    assert failed.exit_code == 2 and "out of memory" in failed.stderr
+    ledger.trials[4].kind = "RunFailed"
+    ledger.save()
+    assert tune("--resume").exit_code == 1
+    assert "out of memory" in (tmp_path / "s" / "report.html").read_text()
     assert not ray.is_initialized()
 
 
 # ---- the scheduler --------------------------------------------------------------------------------------------------
-
-
-class Running:
-    """What a scheduler sees of a trial."""
-
-    def __init__(self, name: str):
-        self.config = {"name": name}
 
 
 def test_asha_remembers_the_trials_from_before() -> None:

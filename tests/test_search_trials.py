@@ -81,7 +81,9 @@ def make_trial(folder: Path, name: str, rate: float = GOOD, told: int = -1) -> t
         figures=["holdout_loss"],
         threads=1,
         uses_gpu=False,
+        gpu_share=1.0,
         environment={},
+        sent={},
     )
     point = {"optimizer.learning_rate": rate, "method.num_vectors": 2}
     return TrialRun(shared, "trial-000", point, told), Storage(recipe.output_dir).child("trials/trial-000")

@@ -74,6 +74,22 @@ def test_a_limit_is_chosen_by_and_enforced_without_the_context(
     assert settle.settle_engine(explicit, GPU) == (explicit, "as the recipe says") and len(held) == 2
 
 
+def test_a_fault_of_the_planner_does_not_end_the_run(
+    sd15: Recipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_card(monkeypatch, 8)
+
+    def fail(recipe: Recipe, method: Any, pictures: Any) -> Counts:
+        raise NotImplementedError("aten::odd has no fake kernel\nmore lines")
+
+    monkeypatch.setattr(plan_memory, "count_run", fail)
+    settled, reason = settle.settle_engine(sd15, GPU)
+    assert settled.engine.zero_stage == "auto" and "odd" in reason and "more" not in reason
+    assert [record.levelname for record in caplog.records if "cannot be planned" in record.message] == [
+        "WARNING"
+    ]
+
+
 def test_a_share_of_a_card_is_a_limit_as_well(sd15: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     held = fake_card(monkeypatch, 80)
     tenth = Place(device=torch.device("cuda"), gpu_share=0.1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dreamfleet.datasets.buckets import Size, number_buckets, picture_sizes, tell_buckets
+from dreamfleet.datasets.buckets import number_buckets, picture_sizes, tell_buckets
 from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.index import Index
@@ -20,17 +20,19 @@ from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.sets import Sets, load_sets
 from dreamfleet.trainers.cached_pictures import leave_out_bad, open_latents, serve_pictures
 from dreamfleet.trainers.class_pictures import gather_class_images
+from dreamfleet.trainers.conflicts import require_runnable
 from dreamfleet.trainers.engine import DTYPES, Engine, TorchEngine
 from dreamfleet.trainers.feed import Feed, Preparer
 from dreamfleet.trainers.loop import Schedule
 from dreamfleet.trainers.methods.base import Batch, Method, Setting, discover
 from dreamfleet.trainers.methods.seeing import SeeingMethod
-from dreamfleet.trainers.optim import make_rates
+from dreamfleet.trainers.optim import import_adamw8bit, make_rates
 from dreamfleet.trainers.picture_feed import PictureFeed
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.schedule import last_step
 from dreamfleet.trainers.sd.model import StableDiffusion, load_model
+from dreamfleet.trainers.train_section import USUAL_CHECKPOINTING_STEPS
 from dreamfleet.trainers.webui_optimizer import agreed, take_over
 from dreamfleet.trainers.zero_engine import ZeroEngine
 
@@ -107,10 +109,12 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
 
     ``begins``: the files that the recipe goes on from are read; a checkpoint, if one is loaded next, holds more.
     """
+    check_machine(recipe, place)
     torch.manual_seed(recipe.train.seed)
     known = known_files(recipe.data)
     sets = load_sets(recipe.data, verify=False if known else None, known=known)
     method = make_method(recipe, sets, place.device)
+    method.require_formats(recipe.train.export_formats or ())
     model = method.model
     if cache := open_latents(recipe.data, model):
         sets = replace(sets, instances=leave_out_bad(sets.instances, cache, recipe.data))
@@ -124,7 +128,7 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
     if isinstance(method, SeeingMethod):
         chosen, apart = method.choose(sets.instances)
         sets = replace(sets, instances=chosen)
-    sizes = check_buckets(recipe, sets, method)
+    sizes = picture_sizes(sets.instances, recipe.data)
     classes = gather_class_images(recipe, sets, method, place)
     train = recipe.train
     global_batch = place.world * train.train_batch_size * train.gradient_accumulation_steps
@@ -147,20 +151,25 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
             )
     schedule = make_schedule(recipe, plan)
     feed, prepare = make_feed(recipe, sets.instances, classes, method, plan, place, cache)
-    engine = (TorchEngine if recipe.engine.zero_stage == "auto" else ZeroEngine)(
-        method,
-        config=recipe.engine,
-        optimizer=recipe.optimizer,
-        mixed_precision=train.mixed_precision,
-        device=place.device,
-        world=place.world,
-        num_micros=train.gradient_accumulation_steps,
-        seed=train.seed,
-    )
+    engine = make_engine(recipe, method, place)
     if moments:
         take_over(engine, moments, weights)
     rates = make_rates(engine.groups, recipe.optimizer, total_steps=schedule.total, global_batch=global_batch)
     return Parts(sets, model, method, engine, feed, prepare, rates, schedule, global_batch, apart)
+
+
+def make_engine(recipe: Recipe, method: Method, place: Place) -> Engine:
+    """Make the engine that the recipe asks for."""
+    return (TorchEngine if recipe.engine.zero_stage == "auto" else ZeroEngine)(
+        method,
+        config=recipe.engine,
+        optimizer=recipe.optimizer,
+        mixed_precision=recipe.train.mixed_precision,
+        device=place.device,
+        world=place.world,
+        num_micros=recipe.train.gradient_accumulation_steps,
+        seed=recipe.train.seed,
+    )
 
 
 def make_feed(
@@ -202,14 +211,9 @@ def make_feed(
 
 
 def make_schedule(recipe: Recipe, plan: BatchPlan) -> Schedule:
-    """Work out the number of optimizer steps. Raises RecipeError when nothing says how long to train."""
+    """Work out the number of optimizer steps."""
     train = recipe.train
-    if train.max_train_steps is not None:
-        total = train.max_train_steps
-    elif train.num_train_epochs is not None:
-        total = max(1, plan.steps_in(train.num_train_epochs))
-    else:
-        raise RecipeError("train: set max_train_steps (optimizer steps) or num_train_epochs")
+    total = train.max_train_steps or max(1, plan.steps_in(train.num_train_epochs or 0))
     # A webui schedule string that ends early ends the training, as it does there.
     end = last_step(recipe.optimizer.learning_rate)
     total = min(total, end or total)
@@ -219,11 +223,18 @@ def make_schedule(recipe: Recipe, plan: BatchPlan) -> Schedule:
         save_at = frozenset(itertools.takewhile(lambda step: step <= total, ends))
     return Schedule(
         total=total,
-        save_every=total if every else train.checkpointing_steps,
+        save_every=total if every else train.checkpointing_steps or USUAL_CHECKPOINTING_STEPS,
         sample_every=recipe.validation.steps,
         log_every=train.log_steps,
         save_at=save_at,
     )
+
+
+def check_machine(recipe: Recipe, place: Place) -> None:
+    """Refuse what this machine cannot do, or what the recipe lacks, before anything is loaded or made."""
+    require_runnable(recipe, has_gpu=place.device.type == "cuda")
+    if recipe.optimizer.name == "adamw8bit":
+        import_adamw8bit()
 
 
 def check_resolution(recipe: Recipe, model: StableDiffusion) -> None:
@@ -239,13 +250,3 @@ def check_resolution(recipe: Recipe, model: StableDiffusion) -> None:
                 f"data.{key} {size} does not suit {model.folder}: it must be a multiple of {step}; "
                 f"the model was made for {model.resolution}"
             )
-
-
-def check_buckets(recipe: Recipe, sets: Sets, method: Method) -> list[Size]:
-    """Return the size each picture is shown at. Raises RecipeError for buckets beside prior preservation."""
-    if recipe.data.enable_bucket and method.prior is not None:
-        raise RecipeError(
-            "data.enable_bucket does not go with prior preservation: class pictures would have to be of their "
-            "instances' sizes; set enable_bucket: false, or method.with_prior_preservation: false"
-        )
-    return picture_sizes(sets.instances, recipe.data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ class Checkpoints:
 
     def __init__(self, run: Storage, *, limit: int | None = None):
         self.storage, self.limit = run.child("checkpoints"), limit
+        self.best: int | None = None  # the step whose checkpoint stays, however old it is
 
     def steps(self) -> list[int]:
         """List the steps that have a finished checkpoint, oldest first."""
@@ -55,7 +56,7 @@ class Checkpoints:
     def save(
         self, step: int, *, learned: dict[str, Tensor], engine: dict[str, Any], meta: dict[str, Any]
     ) -> str:
-        """Write the checkpoint of ``step`` and drop those beyond the limit; returns its folder's name.
+        """Write the checkpoint of ``step`` and drop those beyond the limit but the best; returns its folder's name.
 
         The older ones go only after the new one is whole. Raises StorageError (disk full and the like),
         leaving the earlier ones intact.
@@ -82,11 +83,20 @@ class Checkpoints:
                 f"; the checkpoint of step {earlier[-1]} is intact, continue with --resume" if earlier else ""
             )
             raise StorageError(f"checkpoint of step {step} could not be saved: {error}{kept}") from error
-        # Later ones are damaged, or the run would have gone on from them: they do not count.
-        until_now = [old for old in self.steps() if old <= step]
-        for old in until_now[: -self.limit] if self.limit else []:
-            self._remove_quietly(folder_name(old))
+        self.prune(step)
         return name
+
+    def prune(self, newest: int) -> None:
+        """Remove what is beyond the limit, counted from the checkpoint of step ``newest``, but never the best."""
+        # Later ones are damaged, or the run would have gone on from them: they do not count.
+        until_now = [step for step in self.steps() if step <= newest]
+        for old in until_now[: -self.limit] if self.limit else []:
+            if old != self.best:
+                self.drop(old)
+
+    def drop(self, step: int) -> None:
+        """Remove the checkpoint of ``step``; one that cannot be removed is left, with a warning."""
+        self._remove_quietly(folder_name(step))
 
     def load_latest(self) -> Checkpoint | None:
         """Read the newest whole checkpoint, or None when there is none; passes over damaged ones with a warning."""
@@ -119,7 +129,7 @@ class Checkpoints:
                         f"checkpoint {name}: {file} is damaged (its size or sha256 is not the manifest's)"
                     )
             try:
-                return Checkpoint(
+                found = Checkpoint(
                     step=step,
                     learned=safetensors.torch.load_file(paths["learned.safetensors"]),
                     engine=torch.load(paths["engine.pt"], map_location="cpu", weights_only=True),
@@ -127,6 +137,9 @@ class Checkpoints:
                 )
             except Exception as error:  # the hashes were right: it was written wrong
                 raise CheckpointError(f"checkpoint {name} cannot be read: {error}") from error
+        if bad := find_not_finite({"learned": found.learned, "engine": found.engine}):
+            raise CheckpointError(f"checkpoint {name} was saved after the run diverged: {bad} is not finite")
+        return found
 
     def _write(self, rel: str, writer: Callable[[Path], object]) -> dict[str, Any]:
         with self.storage.staging(rel) as path:
@@ -143,6 +156,24 @@ class Checkpoints:
 def folder_name(step: int) -> str:
     """Return the folder of a step's checkpoint."""
     return f"step-{step:06d}"
+
+
+def find_not_finite(state: Any, name: str = "") -> str | None:
+    """Return the name of a tensor that is not finite everywhere, in nested dicts and lists; None when all are."""
+    flags = dict(_finite_flags(state, name))
+    if not flags:
+        return None
+    home = next(iter(flags.values())).device  # one transfer for all tensors of a device
+    good = torch.stack([flag.to(home) for flag in flags.values()]).tolist()
+    return next((name for name, is_good in zip(flags, good, strict=True) if not is_good), None)
+
+
+def _finite_flags(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        yield name, value.detach().isfinite().all()
+    elif isinstance(value, dict | list | tuple):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _finite_flags(inner, f"{name}.{key}".lstrip("."))
 
 
 def _measure(path: Path) -> tuple[int, str]:

@@ -1,8 +1,10 @@
-"""Settings of different sections that exclude one another, told when a recipe is read."""
+"""What cannot run: settings that exclude one another, told when a recipe is read, and what a run lacks, told first."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from dreamfleet.datasets.errors import RecipeError, ResourceError
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.recipe import Recipe
@@ -22,6 +24,12 @@ def find_conflicts(recipe: Recipe) -> list[str]:
         "first step; set channels_last: false, or use adamw": engine.channels_last and optimizer.name == "adamw8bit",
         "engine.offload_param_device: nvme keeps weights in 16 bits; set train.mixed_precision: bf16, or "
         "offload_param_device: cpu": engine.offload_param_device == "nvme" and train.mixed_precision == "no",
+        "data.enable_bucket does not go with prior preservation: class pictures would have to be of their instances' "
+        "sizes; set enable_bucket: false, or method.with_prior_preservation: false": recipe.data.enable_bucket
+        and getattr(recipe.method, "with_prior_preservation", False),
+        "validation.metrics: dino needs validation.dino, the folder of a DINO ViT": "dino"
+        in recipe.validation.metrics
+        and not recipe.validation.dino,
     }
     fused = {
         f"train.gradient_accumulation_steps: {train.gradient_accumulation_steps} (it must be 1)": (
@@ -39,3 +47,21 @@ def find_conflicts(recipe: Recipe) -> list[str]:
             for what, is_so in fused.items()
         }
     return [told for told, is_so in found.items() if is_so]
+
+
+def require_runnable(recipe: Recipe, *, has_gpu: bool | None = None) -> None:
+    """Refuse what would end a run after its class images and latents are made.
+
+    ``has_gpu``: whether the workers have one; None where that is not known yet. Raises RecipeError when nothing says
+    how long to train, ResourceError for what only a GPU can do.
+    """
+    train = recipe.train
+    if train.max_train_steps is None and train.num_train_epochs is None:
+        raise RecipeError(
+            "train: nothing says how long to train; set max_train_steps (optimizer steps) or num_train_epochs"
+        )
+    if has_gpu is False:
+        if train.mixed_precision == "fp16":
+            raise ResourceError("train.mixed_precision: fp16 needs a GPU; use bf16 or no on this machine")
+        if recipe.optimizer.name == "adamw8bit":
+            raise ResourceError("optimizer.name: adamw8bit needs a GPU; use adamw on this machine")

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceError
+from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.trainers.average import Ema, saved_average
 from dreamfleet.trainers.engine_section import EngineConfig
 from dreamfleet.trainers.methods.base import Batch, Loss, Method
@@ -49,8 +49,6 @@ class Engine(ABC):
         self.num_micros, self.max_grad_norm = num_micros, optimizer.max_grad_norm
         self.leads = world == 1 or dist.get_rank() == 0
         self.mixed_precision, self.dtype = mixed_precision, DTYPES[mixed_precision]
-        if self.dtype == torch.float16 and device.type != "cuda":
-            raise ResourceError("train.mixed_precision: fp16 needs a GPU; use bf16 or no on this machine")
         speed_up(method.model.unet, config, device)
         self.groups = [group for group in method.groups() if group.params]
         self.params = {name: param for group in self.groups for name, param in group.params.items()}
@@ -148,7 +146,7 @@ class TorchEngine(Engine):
                     "its own; leave them out"
                 )
             self.max_grad_norm = 0.0  # clipped, the batches would not count alike
-        self.optimizer = own or make_optimizer(self.groups, optimizer, self.device)
+        self.optimizer = own or make_optimizer(self.groups, optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.ema = Ema(self.params, self.config.ema_decay) if self.config.use_ema else None
         self.stepper = Stepper(self.optimizer, seed=self.seed)

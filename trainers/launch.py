@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dreamfleet.datasets.environment import to_send
 from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
-from dreamfleet.datasets.object_store import bucket_environment
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.hold import Stop, claimed, stop_on_signal
 from dreamfleet.trainers.preflight import check_inputs, preflight, refuse_here, this_machine
@@ -59,7 +59,7 @@ def fit(
     Raises UserError for what the user can mend (before Ray is started wherever that can be told), RunFailed when the
     run itself failed.
     """
-    started = time.time()
+    started = time.monotonic()
     from dreamfleet.trainers.checkpoint import Checkpoints
     from dreamfleet.trainers.recipe import load_recipe
     from dreamfleet.trainers.run import open_run_folder
@@ -98,7 +98,7 @@ def _fit_here(recipe: Recipe, resume: bool, stop: Stop, display: Display, starte
             resume=resume,
             should_stop=lambda: stop.asked.is_set() or marked(),
             on_progress=display.show,
-            started=started,
+            waited=time.monotonic() - started,
         )
 
 
@@ -141,18 +141,18 @@ def _make_trainer(
                 if type(callback).__name__ != "PlacementGroupCleanerCallback"
             ]
 
-    scaling, keys = recipe.scaling, bucket_environment()
+    scaling, sent = recipe.scaling, to_send(buckets="://" in recipe.to_yaml())
 
     def loop(config: dict[str, Any]) -> dict[str, Any]:
-        # The keys come along inside: Ray shows and logs a worker's environment, and may export the loop's config.
-        return train_worker(config, keys)
+        # Secrets come along inside: Ray shows and logs a worker's environment, and may export the loop's config.
+        return train_worker(config, sent)
 
     return (LocalTrainer if session.private else TorchTrainer)(
         loop,
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
             "threads": share.threads,
-            "started": started,
+            "waited": time.monotonic() - started,
         },
         scaling_config=ScalingConfig(
             num_workers=scaling.num_workers,

@@ -2,62 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
 from dreamfleet.datasets.errors import RunFailed
 from dreamfleet.datasets.keyed import key
-from dreamfleet.datasets.section import Section
 from dreamfleet.trainers.engine import Engine
 from dreamfleet.trainers.methods.base import Batch, Method
 
-
-class TrainConfig(Section):
-    """The ``train:`` section."""
-
-    max_train_steps: int | None = Field(None, ge=1, description="optimizer steps, on any number of workers")
-    num_train_epochs: float | None = Field(
-        None, gt=0, validation_alias=AliasChoices("num_train_epochs", "max_train_epochs", "epoch")
-    )
-    train_batch_size: int = Field(
-        1, ge=1, validation_alias=AliasChoices("train_batch_size", "batch_size"), description="per worker"
-    )
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    seed: int = Field(0, ge=0)
-    # YAML 1.1 reads a bare no as false.
-    mixed_precision: Annotated[
-        Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
-    ] = "no"
-    full_bf16: bool = Field(
-        False,
-        description="weights in bfloat16 as well, rounded stochastically after each step: half the memory (needs "
-        "mixed_precision: bf16)",
-    )
-    gradient_checkpointing: bool = False
-    snr_gamma: float | None = Field(None, gt=0, validation_alias=AliasChoices("snr_gamma", "min_snr_gamma"))
-    noise_offset: float = Field(0.0, ge=0, validation_alias=AliasChoices("noise_offset", "offset_noise"))
-    checkpointing_steps: int = Field(
-        500, ge=1, validation_alias=AliasChoices("checkpointing_steps", "save_every_n_steps")
-    )
-    save_every_n_epochs: int | None = Field(
-        None, ge=1, description="save at the ends of every so many epochs, in place of checkpointing_steps"
-    )
-    checkpoints_total_limit: int | None = Field(3, ge=1)
-    log_steps: int = Field(10, ge=1)
-    save_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    export_formats: list[str] | None = Field(None, description="None: the method's usual ones")
-
-    @model_validator(mode="after")
-    def _check_precision(self) -> TrainConfig:
-        if self.full_bf16 and self.mixed_precision != "bf16":
-            raise ValueError("full_bf16: true computes in bfloat16; set mixed_precision: bf16 as well")
-        return self
+# By chance, as with batches whose captions are all dropped, so many do not follow one another.
+STEPS_WITHOUT_GRADIENT = 20
 
 
 @dataclass
@@ -69,6 +28,8 @@ class Hooks:
     sample: Callable[[int], None] = lambda step: None
     validate: Callable[[int], dict[str, float]] = lambda step: {}
     should_stop: Callable[[], bool] = lambda: False
+    #: the step of the newest checkpoint, the same on every rank; None when there is none
+    saved: Callable[[], int | None] = lambda: None
 
 
 @dataclass
@@ -94,6 +55,14 @@ class Schedule:
         """Say whether a checkpoint is due after ``done`` steps."""
         return done % self.save_every == 0 or done in self.save_at or done == self.total
 
+    def logs_at(self, done: int) -> bool:
+        """Say whether a line of figures is due after ``done`` steps."""
+        return done % self.log_every == 0 or done == self.total or done == 1
+
+    def samples_at(self, done: int) -> bool:
+        """Say whether held-out images are measured and previews drawn after ``done`` steps."""
+        return done % self.sample_every == 0 or done == self.total
+
 
 def train(
     method: Method,
@@ -104,22 +73,26 @@ def train(
     rates: dict[str, Callable[[int], float]],
     schedule: Schedule,
     seed: int,
+    rank: int = 0,
     start_step: int = 0,
     hooks: Hooks,
 ) -> Outcome:
     """Train from optimizer step ``start_step`` to ``schedule.total`` or until ``hooks.should_stop``.
 
-    Raises RunFailed when the loss stops being a number.
+    Raises RunFailed when a loss is not finite, before the state that follows it is saved, measured or drawn, and when
+    every gradient is exactly zero.
     """
+    watch = _Watch(engine, schedule, start_step, hooks.saved)
     meter = _Meter(engine)
     stop_asked = engine.agree(False)
     for step in range(start_step, schedule.total):
         if stop_asked():
+            watch.require_finite(step)
             hooks.save(step)
             return Outcome(step, "interrupted", meter.figures)
         stop_asked = engine.agree(hooks.should_stop())
-        # Whatever still draws from the global generator (drop-out) repeats exactly after a resume.
-        torch.manual_seed(key("step", seed, step))
+        # Whatever still draws from the global generator (dropout) repeats exactly after a resume, and differs by rank.
+        torch.manual_seed(key("step", seed, step, rank))
         now = {name: rate(step) for name, rate in rates.items()}
         for micro in range(engine.num_micros):
             batch = meter.wait_for(batches)
@@ -128,29 +101,85 @@ def train(
             if micro == 0:
                 engine.begin(now, step + 1)
             loss = engine.backward(prepare(engine.place(batch)), last=micro == engine.num_micros - 1)
+            watch.see_loss(loss.total)
             meter.add(loss, batch)
         norm = engine.step(now, step + 1)
+        watch.see_norm(norm)
         method.after_step(step + 1)
         done = step + 1
-        if done % schedule.log_every == 0 or done == schedule.total or done == 1:
+        logs, saves, samples = schedule.logs_at(done), schedule.saves_at(done), schedule.samples_at(done)
+        if logs or saves or samples:
+            watch.require_finite(done)
+        if logs:
+            watch.require_gradient(done)
             hooks.log({"step": done, **meter.read(norm), "lr": now})
-        if schedule.saves_at(done):
-            hooks.save(done)
-        if done % schedule.sample_every == 0 or done == schedule.total:
-            if figures := hooks.validate(done):
-                meter.figures.update(figures)
-                hooks.log({"step": done, **figures})
-            hooks.sample(done)
-            meter.restart()
+        with meter.paused():
+            if saves:
+                hooks.save(done)
+            if samples:
+                if figures := hooks.validate(done):
+                    meter.figures.update(figures)
+                    hooks.log({"step": done, **figures})
+                hooks.sample(done)
     return Outcome(schedule.total, "completed", meter.figures)
 
 
 def _rehearse(engine: Engine, prepare: Callable[[Batch], Batch], batch: Batch) -> None:
     # Forward and backward once, thrown away: running out of memory shows in the first minute, not at the first save. It
     # also lets DDP settle its buckets, so that the first step after a resume sums gradients in the same order.
-    with torch.random.fork_rng():  # a resumed run rehearses where the straight one did not
+    devices = [engine.device] if engine.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # a resumed run rehearses where the straight one did not
         engine.backward(prepare(engine.place(batch)))
     engine.drop_gradients()
+
+
+class _Watch:
+    """Notes on the device, with no host sync, whether losses stay finite and whether any gradient is not zero."""
+
+    def __init__(self, engine: Engine, schedule: Schedule, start_step: int, saved: Callable[[], int | None]):
+        self.engine, self.schedule, self.start_step, self.saved = engine, schedule, start_step, saved
+        self.not_finite = torch.zeros((), device=engine.device)
+        self.moved: torch.Tensor | None = None
+
+    def see_loss(self, loss: torch.Tensor) -> None:
+        """Note the loss of one micro-step."""
+        self.not_finite = torch.maximum(self.not_finite, (~loss.detach().isfinite()).float())
+
+    def see_norm(self, norm: torch.Tensor) -> None:
+        """Note the gradient norm of a step; one that overflowed in fp16, and whose step was skipped, is not zero."""
+        self.moved = norm != 0 if self.moved is None else self.moved | (norm != 0)
+
+    def require_finite(self, done: int) -> None:
+        """Raise RunFailed on every rank when any loss of any rank was not finite; every rank calls."""
+        if float(self.engine.mean_over_ranks(self.not_finite.clone())) > 0:
+            raise RunFailed(diverged(f"the loss is no longer a number at step {done}", self.saved()))
+
+    def require_gradient(self, done: int) -> None:
+        """Raise RunFailed when the gradient was exactly zero at every step so far, once that is no coincidence."""
+        steps = done - self.start_step
+        whole_run = done == self.schedule.total and self.start_step == 0
+        if self.moved is None or (steps < STEPS_WITHOUT_GRADIENT and not whole_run) or bool(self.moved):
+            return
+        raise RunFailed(
+            f"nothing is learned: the gradient was exactly zero at each of {steps} steps. No loss depends on what "
+            "learns: look whether the prompts hold the placeholder token, whether captions are all dropped "
+            "(data.caption_dropout), whether masks leave out whole images, and, with fp16, whether everything "
+            "underflows (use bf16)"
+        )
+
+
+def diverged(what: str, saved: int | None) -> str:
+    """Say what is no longer finite, how to avoid it, and which checkpoint a resume continues from."""
+    good = (
+        f"Everything up to the checkpoint of step {saved} is finite: continue from it with --resume (or delete it "
+        "to continue from the one before)"
+        if saved
+        else "No checkpoint was saved before: start again in another output_dir"
+    )
+    return (
+        f"{what}; the learning rate is too high, or fp16 overflowed: lower optimizer.learning_rate, use bf16, or clip "
+        f"with optimizer.max_grad_norm. {good}"
+    )
 
 
 class _Meter:
@@ -164,9 +193,16 @@ class _Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Start a new interval, forgetting the time since the last line (pictures were drawn, say)."""
+        """Start a new interval."""
         self.start, self.wait, self.images, self.micros = time.perf_counter(), 0.0, 0, 0
         self.sums: dict[str, torch.Tensor] = {}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time within this context (a save, previews) out of the interval."""
+        before = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - before
 
     def wait_for(self, batches: Iterator[Batch]) -> Batch:
         """Take the next batch, counting the time it makes the step wait."""
@@ -187,12 +223,6 @@ class _Meter:
         names = list(self.sums)
         values = torch.stack([self.sums[name] for name in names]).float() / self.micros
         line: dict[str, Any] = dict(zip(names, self.engine.mean_over_ranks(values).tolist(), strict=True))
-        if not math.isfinite(line["loss"]):
-            raise RunFailed(
-                "the loss is no longer a number; the learning rate is too high, or fp16 overflowed: lower "
-                "optimizer.learning_rate, use bf16, or clip with optimizer.max_grad_norm, then continue from the last "
-                "checkpoint with --resume"
-            )
         elapsed = time.perf_counter() - self.start
         self.total_time, self.total_wait = self.total_time + elapsed, self.total_wait + self.wait
         self.total_images += self.images

@@ -8,11 +8,17 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model_validator
 
-from dreamfleet.datasets.errors import RecipeError, ResourceError
+from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.datasets.section import Section
 from dreamfleet.trainers.adafactor import Adafactor
 from dreamfleet.trainers.methods.base import ParamGroup
-from dreamfleet.trainers.schedule import make_rate, multiplier_at, parse_webui_schedule
+from dreamfleet.trainers.schedule import (
+    POLYNOMIAL_END,
+    make_multiplier,
+    make_rate,
+    parse_rules,
+    parse_webui_schedule,
+)
 
 
 def _read_number(value: Any) -> Any:
@@ -28,6 +34,11 @@ def _check_rate(value: float | str) -> float | str:
         parse_webui_schedule(value)
     elif value < 0:
         raise ValueError("a learning rate cannot be negative")
+    return value
+
+
+def _check_rules(value: str) -> str:
+    parse_rules(value)
     return value
 
 
@@ -70,10 +81,17 @@ class OptimizerConfig(Section):
     ] = "constant"
     lr_warmup_steps: int = Field(0, ge=0, description="optimizer steps, whatever the number of workers")
     lr_num_cycles: float = Field(
-        0.5, gt=0, validation_alias=AliasChoices("lr_num_cycles", "lr_scheduler_num_cycles")
+        1,
+        gt=0,
+        validation_alias=AliasChoices("lr_num_cycles", "lr_scheduler_num_cycles"),
+        description="how often cosine_with_restarts runs; cosine is half a cosine whatever this says, as in diffusers",
     )
     lr_power: float = Field(1.0, gt=0, validation_alias=AliasChoices("lr_power", "lr_scheduler_power"))
-    lr_rules: str = Field("1.0", description="piecewise_constant: '1:10,0.1:20,0.005'")
+    lr_rules: Annotated[str, AfterValidator(_check_rules)] = Field(
+        "1.0",
+        validation_alias=AliasChoices("lr_rules", "step_rules"),
+        description="piecewise_constant: '1:10,0.1:20,0.005'",
+    )
     scale_lr: bool = Field(False, description="multiply by workers x batch x accumulation, as diffusers does")
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -91,25 +109,26 @@ class OptimizerConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_rules(self) -> OptimizerConfig:
-        if self.lr_scheduler == "piecewise_constant":
-            try:
-                multiplier_at(0, name=self.lr_scheduler, warmup=0, total=1, rules=self.lr_rules)
-            except ValueError:
-                raise ValueError(f"lr_rules: {self.lr_rules!r} is not like '1:10,0.1:20,0.005'") from None
+    def _check_schedule(self) -> OptimizerConfig:
         if isinstance(self.learning_rate, str) and self.lr_scheduler != "constant":
             raise ValueError(
                 "a schedule string as learning_rate needs lr_scheduler: constant; give one or the other"
             )
+        rates = (self.learning_rate, self.text_encoder_lr, self.text_encoder_2_lr)
+        if self.scale_lr and any(isinstance(rate, str) for rate in rates):
+            raise ValueError("scale_lr does not go with a schedule string; write the rates you mean")
+        if self.lr_scheduler == "polynomial" and float(self.learning_rate) <= POLYNOMIAL_END:
+            raise ValueError(
+                f"lr_scheduler: polynomial ends at a rate of {POLYNOMIAL_END:g}, as in diffusers, and learning_rate "
+                f"{self.learning_rate} is not above it; take linear"
+            )
         return self
 
 
-def make_optimizer(
-    groups: list[ParamGroup], config: OptimizerConfig, device: torch.device
-) -> torch.optim.Optimizer:
+def make_optimizer(groups: list[ParamGroup], config: OptimizerConfig) -> torch.optim.Optimizer:
     """Build the optimizer with one parameter group per method group (empty ones left out).
 
-    Raises ResourceError for the 8-bit optimizer without a GPU or bitsandbytes.
+    Raises ResourceError for the 8-bit optimizer without bitsandbytes.
     """
     options: dict[str, Any] = {
         "lr": 0.0,
@@ -121,16 +140,19 @@ def make_optimizer(
     if config.name == "adafactor":
         return Adafactor(params, lr=0.0, weight_decay=config.adam_weight_decay)
     if config.name == "adamw8bit":
-        if device.type != "cuda":
-            raise ResourceError("optimizer.name: adamw8bit needs a GPU; use adamw on this machine")
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError:
-            raise ResourceError(
-                "optimizer.name: adamw8bit needs bitsandbytes: pip install 'dreamfleet[gpu]'"
-            ) from None
-        return AdamW8bit(params, **options)
+        return import_adamw8bit()(params, **options)
     return torch.optim.AdamW(params, **options, fused=True)
+
+
+def import_adamw8bit() -> type[torch.optim.Optimizer]:
+    """Return bitsandbytes' 8-bit AdamW. Raises ResourceError where it is not installed."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ResourceError(
+            "optimizer.name: adamw8bit needs bitsandbytes: pip install 'dreamfleet[gpu]'"
+        ) from None
+    return AdamW8bit
 
 
 def make_rates(
@@ -138,27 +160,20 @@ def make_rates(
 ) -> dict[str, Callable[[int], float]]:
     """Make the learning rate of each group as a function of the optimizer step."""
 
-    def multiplier(step: int) -> float:
-        return multiplier_at(
-            step,
-            name=config.lr_scheduler,
-            warmup=config.lr_warmup_steps,
-            total=total_steps,
-            num_cycles=config.lr_num_cycles,
-            power=config.lr_power,
-            rules=config.lr_rules,
-        )
-
-    rates = {}
-    for group in groups:
-        rate = rate_of(group.name, config)
-        if config.scale_lr and isinstance(rate, str):
-            raise RecipeError(
-                "optimizer.scale_lr does not go with a schedule string; write the rates you mean"
-            )
-        scale = group.scale * (global_batch if config.scale_lr else 1)
-        rates[group.name] = _scaled(make_rate(rate, multiplier), scale)
-    return rates
+    scale_all = global_batch if config.scale_lr else 1
+    multiplier = make_multiplier(
+        config.lr_scheduler,
+        warmup=config.lr_warmup_steps,
+        total=total_steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+        rules=config.lr_rules,
+        base_rate=1.0 if isinstance(config.learning_rate, str) else config.learning_rate * scale_all,
+    )
+    return {
+        group.name: _scaled(make_rate(rate_of(group.name, config), multiplier), group.scale * scale_all)
+        for group in groups
+    }
 
 
 def rate_of(group: str, config: OptimizerConfig) -> float | str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dreamfleet.datasets.errors import DataError, ModelError, RecipeError
 from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.conflicts import require_runnable
 from dreamfleet.trainers.scaling import (
     ScalingConfig,
     WorkerShare,
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from dreamfleet.trainers.ray_session import RaySession
     from dreamfleet.trainers.recipe import Recipe
 
+MOST_FILES_READ = 1000  # of a folder that is read through before workers start
+
 
 def preflight(recipe: Recipe, session: RaySession, say: Callable[[str], None]) -> WorkerShare:
     """Decide what each worker gets, refusing at once what the cluster can never give.
@@ -33,6 +36,7 @@ def preflight(recipe: Recipe, session: RaySession, say: Callable[[str], None]) -
     limit = session.growth_limit()
     share = worker_resources(recipe.scaling, nodes, limit=limit)
     refuse_impossible(recipe.scaling, share.resources, nodes, limit=limit)
+    require_runnable(recipe, has_gpu=share.uses_gpu)
     check_machines(session, Storage(recipe.output_dir), local_paths(recipe))
     if not session.private:
         missing = not workers_that_fit(
@@ -54,12 +58,14 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
 
     Sets of up to a thousand files on a disk are read through as a worker would; buckets and larger sets are left to it.
     """
+    from dreamfleet.datasets.index import build_index
     from dreamfleet.datasets.known_files import known_files
     from dreamfleet.datasets.latents import find_manifests
     from dreamfleet.datasets.sets import load_concepts, load_sets
     from dreamfleet.trainers.deepspeed_file import with_deepspeed_file
     from dreamfleet.trainers.recipe import METHOD_FILES, METHOD_MODELS, START_FILES
 
+    require_runnable(recipe)
     with_deepspeed_file(recipe)
     if recipe.data.cache_dir and not find_manifests(Storage(recipe.data.cache_dir)):
         raise DataError(
@@ -67,10 +73,7 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
             "or leave data.cache_dir out"
         )
     folders = [Storage(concept.instance_data_dir) for concept in load_concepts(recipe.data)]
-    if all(
-        folder.is_local and (not folder.exists() or len(folder.list(recursive=True)) <= 1000)
-        for folder in folders
-    ):
+    if all(_is_small(folder) for folder in folders):
         load_sets(recipe.data, verify=False, known=known_files(recipe.data))
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
         model = getattr(recipe.model, name)
@@ -78,12 +81,25 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
             raise ModelError(
                 f"model.{name}: there is no {model}. Check the path (relative ones start at the recipe)"
             )
+    holdout = recipe.validation.holdout
+    if holdout and _is_small(Storage(holdout)):
+        build_index(holdout, max_pixels=recipe.data.max_pixels)
+    for name in ("clip", "dino"):
+        model = getattr(recipe.validation, name)
+        if model and os.path.isabs(model) and not os.path.exists(model):
+            raise ModelError(
+                f"validation.{name}: there is no {model}. Check the path (relative ones start at the recipe)"
+            )
     for name in (*METHOD_FILES, *METHOD_MODELS):
         place = None if begun and name in START_FILES else getattr(recipe.method, name, None)
         if place and os.path.isabs(place) and not os.path.exists(place):
             raise RecipeError(
                 f"method.{name}: there is no {place}. Check the path (relative ones start at the recipe)"
             )
+
+
+def _is_small(folder: Storage) -> bool:
+    return folder.is_local and (not folder.exists() or len(folder.list(recursive=True)) <= MOST_FILES_READ)
 
 
 def this_machine() -> dict[str, float]:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from dreamfleet.datasets.environment import environment, secrets_hidden
 from dreamfleet.datasets.errors import ResourceError, StorageError
 from dreamfleet.datasets.storage import Storage
 
@@ -113,12 +114,13 @@ def ray_session(address: str | None = None, *, preload: Sequence[str] = ()) -> I
     with authentication(private=target == "local"), environment(QUIET_LOCAL if target == "local" else {}):
         try:
             if target == "local":
-                context = ray.init(
-                    address="local",
-                    object_store_memory=_object_store_bytes(),
-                    **_QUIET_INIT,
-                    include_dashboard=False,
-                )
+                with secrets_hidden():  # every process of Ray's inherits the environment
+                    context = ray.init(
+                        address="local",
+                        object_store_memory=_object_store_bytes(),
+                        **_QUIET_INIT,
+                        include_dashboard=False,
+                    )
             else:
                 context = _join(target)
             importing.join()
@@ -238,18 +240,6 @@ def authentication(*, private: bool) -> Iterator[None]:
             yield
     finally:
         _reread_authentication()
-
-
-@contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set the variables that are not set, for as long as the block runs."""
-    added = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
 
 
 def _has_token() -> bool:

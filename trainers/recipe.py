@@ -16,13 +16,13 @@ from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.section import Section, as_list
 from dreamfleet.trainers.conflicts import find_conflicts
 from dreamfleet.trainers.engine_section import EngineConfig
-from dreamfleet.trainers.loop import TrainConfig
 from dreamfleet.trainers.methods.base import MethodConfig, discover
 from dreamfleet.trainers.mistakes import keys_at, nearest, tell
 from dreamfleet.trainers.optim import OptimizerConfig
 from dreamfleet.trainers.scaling import ScalingConfig
 from dreamfleet.trainers.sd.model import POCKET, ModelConfig
 from dreamfleet.trainers.searching import SearchConfig, find_mistakes
+from dreamfleet.trainers.train_section import TrainConfig
 from dreamfleet.trainers.validation import ValidationConfig
 
 WEIGHTS = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")

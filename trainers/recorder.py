@@ -6,23 +6,27 @@ import dataclasses
 import io
 import json
 import logging
+import math
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from dreamfleet.datasets.errors import RunFailed
 from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import Parts
-from dreamfleet.trainers.checkpoint import Checkpoints, folder_name
+from dreamfleet.trainers.best import BestCheckpoint
+from dreamfleet.trainers.checkpoint import Checkpoints, find_not_finite
+from dreamfleet.trainers.clock import Clock
 from dreamfleet.trainers.encoding import read_pixels
+from dreamfleet.trainers.loop import Hooks, diverged
 from dreamfleet.trainers.methods.base import Base
 from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.methods.seeing import SeeingMethod
-from dreamfleet.trainers.metrics import Metrics, logged_figures, read_metrics
+from dreamfleet.trainers.metrics import Metrics, logged_figures
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.sd.fidelity import MOST_REAL
@@ -46,12 +50,15 @@ class Recorder:
         start_step: int,
         on_progress: Callable[[dict[str, Any]], None] | None,
         engine_reason: str,
+        clock: Clock,
     ):
-        self.engine_reason, self.checkpoints = engine_reason, checkpoints
+        self.engine_reason, self.checkpoints, self.clock = engine_reason, checkpoints, clock
         self.recipe, self.parts, self.place, self.run = recipe, parts, place, run
         self.start_step, self.on_progress = start_step, on_progress
         self.saved = start_step or None  # the step of the newest whole checkpoint, the same on every rank
-        self.best: tuple[float, int] | None = None
+        self.best = BestCheckpoint(
+            checkpoints, is_due=lambda step: step == start_step or parts.schedule.saves_at(step)
+        )
         self.metrics: Metrics | None = None
         self.held_out: HeldOutLoss | HeldOutPictures | None = None
         self.judge: Judge | None = None
@@ -77,22 +84,20 @@ class Recorder:
                     "validation.metrics: no %s, as it measures previews; name some validation.prompts",
                     ", ".join(scores),
                 )
-            self.run.write_text(
-                "recipe.yaml",
-                f"{provenance(self.recipe, self.parts, self.engine_reason)}{self.recipe.to_yaml()}",
-            )
+            head = provenance(self.recipe, self.parts, self.engine_reason)
+            self.run.write_text("recipe.yaml", head + self.recipe.to_yaml())
             self.metrics = Metrics(self.run, start_step=self.start_step, report_to=self.recipe.report_to)
-            measured = [
-                line for line in read_metrics(self.run) if line.get("step") and "holdout_loss" in line
-            ]
-            if measured:
-                self.best = min((line["holdout_loss"], line["step"]) for line in measured)
+            self.best.recall(self.run)
             if self.start_step == 0:
                 self._write_real_pictures()
         if self.start_step == 0 and validation.sample_at_first:
             if figures := self.validate(0):
                 self.log({"step": 0, **figures})
             self.sample(0)
+
+    def hooks(self, should_stop: Callable[[], bool]) -> Hooks:
+        """Return what the loop calls."""
+        return Hooks(self.log, self.save, self.sample, self.validate, should_stop, lambda: self.saved)
 
     def log(self, line: dict[str, Any]) -> None:
         """Write a line of figures."""
@@ -107,12 +112,18 @@ class Recorder:
             self.metrics.flush()
 
     def save(self, step: int) -> None:
-        """Save a checkpoint; every rank calls, rank 0 writes, all wait until it is whole."""
+        """Save a checkpoint; every rank calls, rank 0 writes, all wait until it is whole.
+
+        Raises RunFailed when a step has made weights, averages or the optimizer's moments infinite or NaN: the loss
+        would show it only at the next step.
+        """
         if step == self.saved:
             return
-        self.saved = step
         # Every rank: an engine that shards gathers here.
         learned, engine = self.parts.engine.learned(), self.parts.engine.state()
+        bad = find_not_finite({"learned": learned, "engine": engine}) if self.place.leads else None
+        if bad := self.place.told(bad):
+            raise RunFailed(diverged(f"{bad} is no longer finite after step {step}", self.saved))
         if self.place.leads:
             self.checkpoints.save(
                 step,
@@ -122,25 +133,32 @@ class Recorder:
                     "method": self.recipe.method.name,
                     "workers": self.place.world,
                     "steps_before": self.parts.method.steps_before,
+                    "seconds": self.clock.lap(),
                     **run_identity(self.recipe, self.parts),
                     "versions": versions(),
                 },
             )
             self.flush()
+        self.saved = step
         self.place.wait()
 
     def validate(self, step: int) -> dict[str, float]:
-        """Measure the held-out pictures; every rank calls, as the weights may be sharded, rank 0 gets the figures."""
+        """Measure the held-out images; every rank calls, as the weights may be sharded, rank 0 gets the figures.
+
+        The checkpoint of the lowest held-out loss is kept beside the newest ones: it is saved here when it is not
+        due anyway.
+        """
         held_out, engine = self.held_out, self.parts.engine
         if held_out is None:
             return {}
         figures = engine.evaluate(lambda: held_out.figures(engine))
-        if figures is None or not self.place.leads:
-            return {}
-        loss = figures["holdout_loss"]
-        if step and (self.best is None or loss < self.best[0]):
-            self.best = (loss, step)
-        return figures
+        loss = figures["holdout_loss"] if figures and self.place.leads else math.inf
+        if self.place.told(step > 0 and self.best.is_beaten_by(loss)):
+            before = self.best.replace(loss, step)
+            self.save(step)
+            if self.place.leads:
+                self.best.let_go(before, newest=step)
+        return figures if figures and self.place.leads else {}
 
     def sample(self, step: int) -> None:
         """Draw the preview grid of a step; every rank calls, as the weights may be sharded, rank 0 writes it."""
@@ -166,16 +184,7 @@ class Recorder:
         if self.metrics is not None:
             self.metrics.log_picture("samples", grid, step)
 
-    @property
-    def best_checkpoint(self) -> str | None:
-        """The step with the lowest held-out loss, as a checkpoint's name where one was kept."""
-        steps = self.checkpoints.steps()
-        if not steps:
-            return None
-        best = self.best[1] if self.best else None
-        return folder_name(best if best in steps else steps[-1])
-
-    def close(self, summary: Summary, step: int, *, began: float) -> None:
+    def close(self, summary: Summary, step: int) -> None:
         """Export, write the summary and the report on rank 0; every rank calls, as the weights may be gathered."""
         if summary.exit_reason == "completed":
             with self.parts.engine.whole():
@@ -185,7 +194,7 @@ class Recorder:
             return
         # A run that had nothing left to do measured nothing now: its figures are those that were logged.
         summary.figures = {**logged_figures(self.run), **summary.figures, **self.figures}
-        summary.wall_seconds = time.time() - began
+        summary.wall_seconds = summary.start_up_seconds + summary.train_seconds + self.clock.since_lap()
         self.run.write_text("summary.json", json.dumps(dataclasses.asdict(summary), indent=1))
         if self.metrics is not None:
             self.metrics.close()

@@ -63,9 +63,7 @@ class Pages:
     def curve(self, key: str) -> list[tuple[float, float]]:
         """The logged values of a figure over the steps."""
         found = ((line.get("step", 0), line.get(key)) for line in self.metrics)
-        return [
-            (float(step), float(v)) for step, v in found if isinstance(v, int | float) and math.isfinite(v)
-        ]
+        return [(float(step), float(v)) for step, v in found if _is_number(v)]
 
 
 def write_report(run: Storage) -> None:
@@ -269,8 +267,9 @@ def _artefacts(pages: Pages) -> str:
 
 def _checkpoints(pages: Pages) -> str:
     run, best, rows = pages.run, pages.summary.get("best_checkpoint"), []
+    measured = {f"step-{int(step):06d}" for step, _ in pages.curve("holdout_loss")}
     for name in sorted(run.list_dirs("checkpoints")):
-        mark = " <small>best held-out loss</small>" if name == best and pages.curve("holdout_loss") else ""
+        mark = " <small>best held-out loss</small>" if name == best and name in measured else ""
         rows.append((f"<code>{escape(name)}</code>{mark}", wording.size(run.size(f"checkpoints/{name}"))))
     return f"<section><h2>Checkpoints</h2>{_table(rows)}</section>" if rows else ""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import platform
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,8 @@ from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import Parts, assemble
 from dreamfleet.trainers.checkpoint import Checkpoint, Checkpoints
-from dreamfleet.trainers.loop import Hooks, train
+from dreamfleet.trainers.clock import Clock
+from dreamfleet.trainers.loop import train
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.recorder import Recorder, run_identity
@@ -33,8 +33,7 @@ def open_run_folder(recipe: Recipe, *, resume: bool) -> Storage:
     another method.
     """
     run = Storage(recipe.output_dir)
-    used = run.list() or run.list_dirs()
-    if not used:
+    if not run.has_files():
         return run
     if not run.exists("recipe.yaml"):
         raise RecipeError(
@@ -65,20 +64,21 @@ def run_worker(
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
-    started: float | None = None,
+    waited: float = 0.0,
 ) -> Summary:
     """Do a whole run on this worker; every worker of the run calls it with the same recipe.
 
-    ``gpu_share``: the part of the device's memory that the run may fill, where others use it as well. ``started`` is
-    the ``time.time()`` the command began at, for the start-up figure. Returns the same summary on every rank.
+    ``gpu_share``: the part of the device's memory that the run may fill, where others use it as well. ``waited``:
+    the seconds that passed before this worker had its turn, for the start-up figure. Returns the same summary on every
+    rank.
     """
-    began = started or time.time()
+    clock = Clock(waited)
     with on_device(device, remedies=TRAINING) as settled:
         return _run_whole(
             recipe,
             Place(rank, world, settled, gpu_share),
             resume=resume,
-            began=began,
+            clock=clock,
             should_stop=should_stop,
             on_progress=on_progress,
         )
@@ -89,7 +89,7 @@ def _run_whole(
     place: Place,
     *,
     resume: bool,
-    began: float,
+    clock: Clock,
     should_stop: Callable[[], bool],
     on_progress: Callable[[dict[str, Any]], None] | None,
 ) -> Summary:
@@ -98,8 +98,8 @@ def _run_whole(
     recipe, engine_reason = settle_engine(recipe, place)
     parts = assemble(recipe, place, begins=found is None)
     try:
-        parts.method.require_formats(recipe.train.export_formats or ())  # not after hours of training
         start_step = _restore(found, recipe, parts, place) if found else 0
+        clock.resume(found.meta.get("seconds", {}) if found else {})
         del found  # as large as what learns, three times over
         return _run(
             recipe,
@@ -108,7 +108,7 @@ def _run_whole(
             checkpoints,
             start_step,
             engine_reason=engine_reason,
-            began=began,
+            clock=clock,
             should_stop=should_stop,
             on_progress=on_progress,
         )
@@ -124,14 +124,14 @@ def _run(
     start_step: int,
     *,
     engine_reason: str,
-    began: float,
+    clock: Clock,
     should_stop: Callable[[], bool],
     on_progress: Callable[[dict[str, Any]], None] | None,
 ) -> Summary:
     run = Storage(recipe.output_dir)
-    recorder = Recorder(recipe, parts, place, run, checkpoints, start_step, on_progress, engine_reason)
+    recorder = Recorder(recipe, parts, place, run, checkpoints, start_step, on_progress, engine_reason, clock)
     recorder.open()
-    ready = time.time()
+    clock.ready()
     try:
         outcome = train(
             parts.method,
@@ -142,11 +142,12 @@ def _run(
             schedule=parts.schedule,
             seed=recipe.train.seed,
             start_step=start_step,
-            hooks=Hooks(recorder.log, recorder.save, recorder.sample, recorder.validate, should_stop),
+            rank=place.rank,
+            hooks=recorder.hooks(should_stop),
         )
     finally:
         recorder.flush()  # also what a run that fails has measured
-    trained = time.time()
+    seconds = clock.lap()
     summary = Summary(
         run=recipe.run_name,
         method=recipe.method.name,
@@ -160,10 +161,10 @@ def _run(
         if place.device.type == "cuda"
         else platform.processor() or "cpu",
         wall_seconds=0.0,
-        start_up_seconds=ready - began,
-        train_seconds=trained - ready,
+        start_up_seconds=seconds["start_up"],
+        train_seconds=seconds["train"],
         figures=outcome.figures,
-        best_checkpoint=recorder.best_checkpoint,
+        best_checkpoint=recorder.best.name,
         bad_files=[bad._asdict() for bad in place.union([*parts.sets.instances.bad, *parts.feed.bad])],
         dataset_hash=parts.sets.instances.content_hash,
         base_model=parts.method.base.name,
@@ -171,7 +172,7 @@ def _run(
         versions=versions(),
         engine=f"{recipe.engine.words} ({engine_reason})",
     )
-    recorder.close(summary, outcome.step, began=began)
+    recorder.close(summary, outcome.step)
     place.wait()
     return summary
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -18,41 +19,75 @@ SCHEDULES = (
 )
 
 
-def multiplier_at(
-    step: int,
-    *,
+POLYNOMIAL_END = 1e-7  # the learning rate that diffusers' polynomial ends at
+
+
+def make_multiplier(
     name: str,
+    *,
     warmup: int,
     total: int,
-    num_cycles: float = 0.5,
+    num_cycles: float = 1,
     power: float = 1.0,
-    rules: str = "",
-) -> float:
-    """Return what multiplies the learning rate at an optimizer step (counted from 0); diffusers' names and curves.
+    rules: str = "1.0",
+    base_rate: float = 1.0,
+) -> Callable[[int], float]:
+    """Make the function from optimizer step (from 0) to what multiplies the learning rate: diffusers' names and curves.
 
-    ``total`` counts optimizer steps whatever the number of workers. ``piecewise_constant`` reads ``rules`` such as
-    ``"1:10,0.1:20,0.005"``: 1 before step 10, 0.1 before step 20, then 0.005.
+    ``total`` counts optimizer steps whatever the number of workers. ``num_cycles`` is how often `cosine_with_restarts`
+    runs through a cosine; `cosine` is always half of one. ``rules``: see :func:`parse_rules`. ``base_rate`` is the rate
+    that is multiplied, of which `polynomial` leaves POLYNOMIAL_END. Raises RecipeError for an unknown name.
     """
-    if name == "constant":
-        return 1.0
     if name == "piecewise_constant":
-        return _piecewise(step, rules)
-    if step < warmup:
-        return step / max(1, warmup)
-    if name == "constant_with_warmup":
-        return 1.0
-    progress = (step - warmup) / max(1, total - warmup)
-    if name == "linear":
-        return max(0.0, (total - step) / max(1, total - warmup))
-    if name == "cosine":
-        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * num_cycles * 2.0 * progress)))
-    if name == "cosine_with_restarts":
-        cycles = max(1, round(num_cycles))
-        return 0.0 if progress >= 1.0 else 0.5 * (1.0 + math.cos(math.pi * ((cycles * progress) % 1.0)))
-    if name == "polynomial":
-        end = 1e-7  # diffusers' lr_end, as a share of a learning rate of 1
-        return end if step > total else (1.0 - end) * max(0.0, 1.0 - progress) ** power + end
-    raise RecipeError(f"optimizer.lr_scheduler: unknown {name!r}; known: {', '.join(SCHEDULES)}")
+        *pieces, (last, _) = parse_rules(rules)
+        return lambda step: next((value for value, end in pieces if end is not None and step < end), last)
+    end = POLYNOMIAL_END / base_rate if name == "polynomial" else 0.0
+    # Each as a function of what has passed after the warm-up, from 0 to 1.
+    curves: dict[str, Callable[[float], float]] = {
+        "constant": lambda passed: 1.0,
+        "constant_with_warmup": lambda passed: 1.0,
+        "linear": lambda passed: max(0.0, 1.0 - passed),
+        "cosine": lambda passed: _half_cosine(min(1.0, passed)),
+        "cosine_with_restarts": lambda passed: (
+            _half_cosine((max(1.0, num_cycles) * passed) % 1.0) if passed < 1 else 0.0
+        ),
+        "polynomial": lambda passed: (1.0 - end) * max(0.0, 1.0 - passed) ** power + end,
+    }
+    if name not in curves:
+        raise RecipeError(f"optimizer.lr_scheduler: unknown {name!r}; known: {', '.join(SCHEDULES)}")
+    curve, rises = curves[name], warmup if name != "constant" else 0
+
+    def at(step: int) -> float:
+        if step < rises:
+            return step / rises
+        return curve((step - rises) / max(1, total - rises))
+
+    return at
+
+
+def _half_cosine(passed: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * passed))
+
+
+def parse_rules(text: str) -> list[tuple[float, int | None]]:
+    """Parse diffusers' ``"1:10,0.1:20,0.005"`` into (multiplier, end) pairs: 1 before step 10, 0.1 before step 20, ...
+
+    Raises ValueError for text that holds anything else; the last piece alone has no end, None.
+    """
+    *items, last = text.split(",")
+    try:
+        split = [item.partition(":") for item in items]
+        pieces = sorted(((float(value), int(end)) for value, _, end in split), key=lambda piece: piece[1])
+        until_the_end = float(last)
+    except ValueError:
+        pieces, until_the_end = [], math.nan
+    values, ends = [*(value for value, _ in pieces), until_the_end], [0, *(end for _, end in pieces)]
+    if not all(0 <= value < math.inf for value in values) or any(a >= b for a, b in itertools.pairwise(ends)):
+        raise ValueError(
+            f"{text!r} is not like '1:10,0.1:20,0.005': MULTIPLIER:STEP, ..., MULTIPLIER multiplies the rate by 1 "
+            "before step 10, by 0.1 before step 20, and by 0.005 from then on"
+        )
+    return [*pieces, (until_the_end, None)]
 
 
 def parse_webui_schedule(text: str) -> list[tuple[float, int | None]]:
@@ -100,12 +135,3 @@ def make_rate(rate: float | str, multiplier: Callable[[int], float]) -> Callable
         return pieces[-1][0]
 
     return at
-
-
-def _piecewise(step: int, rules: str) -> float:
-    *steps, last = rules.split(",")
-    for rule in steps:
-        value, _, until = rule.partition(":")
-        if step < int(until):
-            return float(value)
-    return float(last)

@@ -50,6 +50,10 @@ def choose_engine(recipe: Recipe, place: Place, *, gpu_memory: int, host_memory:
             decided = {}, f"not planned: {error}"
         except ResourceError as error:  # everybody must hear of it
             decided = error
+        except Exception as error:  # noqa: BLE001 - a fault of the planner's, such as an operator without a fake kernel
+            why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            log.warning("the memory of this run cannot be planned (%s): torch alone trains it", why)
+            decided = {}, f"not planned: {why}"
     decided = place.told(decided)
     if isinstance(decided, ResourceError):
         raise decided

@@ -9,23 +9,24 @@ from typing import Any
 
 from ray.train import UserCallback
 
+from dreamfleet.datasets.environment import take_over
 from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.progress import log_to_run, watch_for_stop
 
 # What a worker needs of the driver's environment; Ray shows and logs it.
-PASSED_ON = ("TORCH_EXTENSIONS_DIR", "HF_HOME", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
+PASSED_ON = ("TORCH_EXTENSIONS_DIR", "TOKENIZERS_PARALLELISM")
 PASSED_ON_PREFIXES = ("DREAMFLEET_",)
 
 
-def train_worker(config: dict[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, Any]:
     """Train as one of the workers that Ray Train started; return rank 0's summary as plain data.
 
-    ``config`` holds ``recipe`` (plain data), ``threads`` and ``started``; ``keys`` open buckets, and are set first. Ray
+    ``config`` holds ``recipe`` (plain data), ``threads`` and ``waited``; ``sent`` is of environment.to_send. Ray
     starts the whole group again after a worker died, and tells nobody that it did: a worker therefore always goes on
     from the newest valid checkpoint in the run folder. For a new run the driver has made sure that there is none.
     """
-    os.environ.update(keys)
+    take_over(sent)
     import ray.train
     import ray.train.torch
     import torch
@@ -46,7 +47,7 @@ def train_worker(config: dict[str, Any], keys: Mapping[str, str]) -> dict[str, A
             device=ray.train.torch.get_device(),
             resume=True,
             should_stop=should_stop,
-            started=config["started"],
+            waited=config["waited"],
         )
     return dataclasses.asdict(summary)
 

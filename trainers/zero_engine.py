@@ -46,7 +46,7 @@ class ZeroEngine(Engine):
         self.shapes = {name: param.shape for name, param in self.params.items()}
         self.deepspeed = import_deepspeed(self.device)
         self.owns_group = join_group(self.device)
-        plain = make_optimizer(self.groups, optimizer, self.device)
+        plain = make_optimizer(self.groups, optimizer)
         self.saved_groups = plain.state_dict()["param_groups"]
         self.optimizer = make_cpu_adam(plain) if self.offloads else plain
         if swaps:

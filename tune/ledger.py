@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from dreamfleet.datasets.errors import CheckpointError, RecipeError
+from dreamfleet.datasets import errors
+from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceError, RunFailed, UserError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers import wording
 from dreamfleet.trainers.recipe import Recipe, build_recipe
@@ -35,6 +36,10 @@ FREE = (
 )
 
 
+# So many trials that fail alike, before any has measured something, end a search. Memory may suffice for other points.
+ALIKE, ALIKE_FOR_RESOURCES = 3, 6
+
+
 @dataclass
 class Trial:
     """One point that was, or is being, tried. ``rounds`` are its validation rounds: ``step`` and figures."""
@@ -45,6 +50,7 @@ class Trial:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     error: str | None = None
+    kind: str | None = None  # the class of the error
 
     @property
     def folder(self) -> str:
@@ -155,6 +161,27 @@ class Ledger:
             self.folder.write_text(BEST, head + chosen.to_yaml())
 
 
+def error_class(trial: Trial) -> type[Exception]:
+    """Return the class of a failed trial's error."""
+    return getattr(errors, trial.kind) if trial.kind else RunFailed
+
+
+def common_mistake(trials: Sequence[Trial], planned: int) -> UserError | None:
+    """Return the error that all trials would meet: the user's to mend, and met alike by the first ones.
+
+    ``planned`` is how many trials the search has. None while any trial has measured something.
+    """
+    failed = [trial for trial in trials if trial.status == "failed"]
+    if not failed or any(trial.rounds for trial in trials):
+        return None
+    first, kind = failed[0], error_class(failed[0])
+    enough = ALIKE_FOR_RESOURCES if issubclass(kind, ResourceError) else ALIKE
+    alike = {(trial.kind, str(trial.error).replace(trial.name, "")) for trial in failed}
+    if not issubclass(kind, UserError) or len(alike) > 1 or len(failed) < min(enough, planned):
+        return None
+    return kind(first.error)
+
+
 def tell_trial(trial: Trial, figures: Sequence[str]) -> str:
     """Write a line on how a trial is doing."""
     last = trial.rounds[-1] if trial.rounds else {}
@@ -218,7 +245,7 @@ def open_ledger(recipe: Recipe, *, resume: bool) -> Ledger:
         _refuse_another_search(folder, recipe)
         trials = [Trial(**row) for row in json.loads(folder.read_text(FILE))["trials"]]
         return Ledger(recipe, trials)
-    if folder.list() or folder.list_dirs():
+    if folder.has_files():
         raise RecipeError(f"{here} is not empty and holds no search; give another output_dir")
     return Ledger(recipe)
 

@@ -7,28 +7,28 @@ from typing import Any
 
 from ray.tune import Callback
 
-from dreamfleet.datasets import errors
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.trainers.progress import STOP_FILE
-from dreamfleet.tune.ledger import Ledger, Trial
+from dreamfleet.tune.ledger import Ledger, Trial, common_mistake
 
 
 class Scribe(Callback):
     """Keeps the record while trials run; lives in the driver.
 
-    ``on_progress`` gets every trial that changed. ``mistake`` is an error that the user can mend and that came before
-    any trial had measured anything: all trials would meet it, so the search ends there.
+    ``on_progress`` gets every trial that changed. ``mistake`` is an error that all trials of the ``planned`` ones would
+    meet: the search ends there.
     """
 
     def __init__(self, ledger: Ledger, on_progress: Callable[[Trial], None]):
         self.ledger, self.on_progress = ledger, on_progress
         self.mistake: UserError | None = None
+        self.planned = 1
         self._seconds_before: dict[str, float] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note that a trial runs (again)."""
         row = self._row(trial)
-        row.status, row.error = "running", None
+        row.status, row.error, row.kind = "running", None, None
         self._seconds_before[row.name] = row.seconds
         self._note(row)
 
@@ -59,10 +59,9 @@ class Scribe(Callback):
         return (object, ())
 
     def _fail(self, row: Trial, error: str, kind: str) -> None:
-        row.status, row.error = "failed", error
-        mendable = getattr(errors, kind)
-        if issubclass(mendable, UserError) and not any(other.rounds for other in self.ledger.trials):
-            self.mistake = self.mistake or mendable(error)
+        row.status, row.error, row.kind = "failed", error, kind
+        if self.mistake is None and (mistake := common_mistake(self.ledger.trials, self.planned)):
+            self.mistake = mistake
             self.ledger.folder.write_text(STOP_FILE, "")
         self._note(row)
 

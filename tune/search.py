@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dreamfleet.datasets.errors import DataError, RecipeError, ResourceError, RunFailed
-from dreamfleet.datasets.object_store import bucket_environment
+from dreamfleet.datasets.environment import environment, secrets_hidden, to_send
+from dreamfleet.datasets.errors import DataError, RecipeError, ResourceError, RunFailed, UserError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.hold import Stop, claimed, stop_on_signal
 from dreamfleet.trainers.launch import run_in_thread
 from dreamfleet.trainers.preflight import check_inputs, local_paths, this_machine
 from dreamfleet.trainers.progress import Display
-from dreamfleet.trainers.ray_session import check_machines, environment, ray_session, starts_private_ray
+from dreamfleet.trainers.ray_session import check_machines, ray_session, starts_private_ray
 from dreamfleet.trainers.recipe import Recipe, load_recipe
 from dreamfleet.trainers.scaling import (
     Resources,
@@ -25,7 +25,7 @@ from dreamfleet.trainers.scaling import (
     worker_resources,
     workers_that_fit,
 )
-from dreamfleet.tune.ledger import BEST, RECIPE, TABLE, Ledger, Trial, open_ledger, tell_trial
+from dreamfleet.tune.ledger import BEST, RECIPE, TABLE, Ledger, Trial, error_class, open_ledger, tell_trial
 
 # Set while Tune runs.
 TUNE_SWITCHES = {
@@ -66,11 +66,15 @@ def search(
     ``trials.parquet`` and ``report.html``. ``resume`` goes on with a search: finished trials stay, interrupted ones
     continue from their checkpoints, and the points that follow are those that would have followed anyway.
 
+    A trial that fails, for want of memory too, is recorded with its reason and the others go on; a mistake that the
+    first trials share ends the search and leaves nothing behind.
+
     ``on_progress`` gets a trial when it starts, after each of its validation rounds, and when it is over; without it a
     line each is written to stderr. In the main thread, SIGINT and SIGTERM let the running trials save and end the
     search (``exit_reason`` "interrupted").
 
-    Raises UserError for what the user can mend, RunFailed when every trial failed.
+    Raises UserError for what the user can mend, also when every trial failed by it, and RunFailed when every trial
+    failed otherwise.
     """
     if isinstance(recipe, str | os.PathLike):
         recipe = load_recipe(recipe, list(overrides))
@@ -150,6 +154,19 @@ def trial_room(
     return share, min(fits, search.max_concurrent_trials or fits)
 
 
+def can_share_process(recipe: Recipe, *, uses_gpu: bool) -> bool:
+    """Say whether trials run one after the other in the same process, which saves importing torch for each.
+
+    DeepSpeed and compiled blocks leave memory and a process group behind, so trials that may come to use either have a
+    process each: also on a GPU, where ``zero_stage: auto`` may choose DeepSpeed, and where a failed trial's memory
+    would be missing in the next.
+    """
+    engine, search = recipe.engine, recipe.search
+    assert search is not None
+    plain = engine.zero_stage == "auto" and engine.deepspeed_config is None and not engine.torch_compile
+    return plain and not uses_gpu and not any(path.startswith("engine.") for path in search.space)
+
+
 def _run_trials(
     ledger: Ledger, address: str | None, stop: Stop, display: Display, on_progress: Progress | None
 ) -> None:
@@ -158,6 +175,7 @@ def _run_trials(
 
     scribe = Scribe(ledger, on_progress or (lambda trial: display.say(tell_trial(trial, ledger.figures))))
     proposals = Proposals(ledger, should_stop=lambda: stop.asked.is_set() or scribe.mistake is not None)
+    scribe.planned = proposals.total
     if not proposals.remaining:
         return
     recipe = ledger.recipe
@@ -174,9 +192,13 @@ def _run_trials(
         # to go on from, on disks and in buckets.
         with tempfile.TemporaryDirectory(prefix="dreamfleet-tune-", ignore_cleanup_errors=True) as files:
             tuner = _make_tuner(ledger, share, at_once, proposals, scribe, files)
-            outcome = run_in_thread(tuner.fit, name="ray-tune-fit")
+            with (
+                secrets_hidden()
+            ):  # Tune copies AWS keys into its actors' runtime environment, which Ray logs
+                outcome = run_in_thread(tuner.fit, name="ray-tune-fit")
     if scribe.mistake is not None:
-        ledger.trials.clear()  # none has measured anything
+        if not any(trial.rounds for trial in ledger.trials):
+            ledger.trials.clear()
         raise scribe.mistake
     if outcome.error is not None:
         last = str(outcome.error).strip().splitlines()[-1]
@@ -199,7 +221,9 @@ def _make_tuner(
         figures=ledger.figures,
         threads=share.threads,
         uses_gpu=share.uses_gpu,
-        environment=worker_environment(share.threads) | bucket_environment(),
+        gpu_share=min(1.0, share.resources.get("GPU", 1.0)),
+        environment=worker_environment(share.threads),
+        sent=to_send(buckets="://" in recipe.to_yaml()),
     )
     return tune.Tuner(
         tune.with_resources(
@@ -210,7 +234,7 @@ def _make_tuner(
             scheduler=make_scheduler(ledger),
             num_samples=-1,  # the proposals end the search
             max_concurrent_trials=at_once,
-            reuse_actors=recipe.engine.zero_stage == "auto",  # DeepSpeed leaves much behind in a process
+            reuse_actors=can_share_process(recipe, uses_gpu=share.uses_gpu),
         ),
         run_config=tune.RunConfig(
             name="search",
@@ -228,7 +252,14 @@ def _result(ledger: Ledger, *, interrupted: bool) -> SearchResult:
     folder, ranking = ledger.folder, ledger.ranking()
     failed = [trial for trial in ledger.trials if trial.status == "failed"]
     if failed and len(failed) == len(ledger.trials):
-        raise RunFailed(f"all {len(failed)} trials failed, the first with: {failed[0].error}")
+        first = failed[0]
+        error = (
+            error_class(first) if all(issubclass(error_class(t), UserError) for t in failed) else RunFailed
+        )
+        raise error(
+            f"all {len(failed)} trials failed, the first with: {first.error}. Their logs and a report are in "
+            f"{folder.path()}; to search again, give another output_dir"
+        )
     return SearchResult(
         exit_reason="interrupted" if interrupted else "completed",
         trials=ranking,

@@ -9,13 +9,13 @@ import logging
 import os
 import queue
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ray.tune import Trainable
 
+from dreamfleet.datasets.environment import take_over
 from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.metrics import read_metrics
@@ -36,7 +36,9 @@ class Shared:
     figures: Sequence[str]  # what a validation round measures
     threads: int
     uses_gpu: bool
+    gpu_share: float  # the part of a GPU that is a trial's
     environment: Mapping[str, str]
+    sent: Mapping[str, str]  # of environment.to_send; comes through Ray's memory and is written nowhere
 
 
 class TrialActor(Trainable):
@@ -44,8 +46,8 @@ class TrialActor(Trainable):
 
     def setup(self, config: dict[str, Any], *, shared: Shared) -> None:
         """Begin the first trial; ``config`` is what TrialRun takes."""
-        # The keys of a bucket among them. They come through Ray's memory and are written nowhere.
         os.environ.update(shared.environment)
+        take_over(shared.sent)
         self.shared = shared
         self.run = TrialRun(shared, **config)
 
@@ -108,7 +110,11 @@ class TrialRun:
                 {"error": str(error), "kind": type(error).__name__, "exit_reason": "failed", "done": True}
             )
         except Exception as error:  # noqa: BLE001 - handed to the thread that waits, whatever it is
-            self.rounds.put(error)
+            if not _is_out_of_memory(error):
+                self.rounds.put(error)
+                return
+            told = f"the machine's memory was used up ({str(error).splitlines()[0] if str(error) else 'MemoryError'})"
+            self.rounds.put({"error": told, "kind": "ResourceError", "exit_reason": "failed", "done": True})
 
     def _train(self) -> dict[str, Any]:
         import torch
@@ -117,7 +123,7 @@ class TrialRun:
         from dreamfleet.trainers.run import run_worker
         from dreamfleet.tune.ledger import Trial, trial_recipe
 
-        shared, began = self.shared, time.time()
+        shared = self.shared
         torch.set_num_threads(shared.threads)
         gc.collect()  # what the trial before has left
         if shared.uses_gpu:
@@ -131,10 +137,10 @@ class TrialRun:
                 summary = run_worker(
                     recipe,
                     device="cuda" if shared.uses_gpu else "cpu",
+                    gpu_share=shared.gpu_share,
                     resume=True,
                     should_stop=lambda: self._ask(run) or marked(),
                     on_progress=self._look_at,
-                    started=began,
                 )
             except (UserError, RunFailed) as error:
                 log.error("%s", error)
@@ -163,6 +169,11 @@ class TrialRun:
         self.told = figures["step"]
         self.rounds.put(figures)
         self.is_stopped = self.answers.get()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch's allocator for the host raises a bare RuntimeError.
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def rounds_of(run: Storage, figures: Sequence[str]) -> list[dict[str, Any]]:

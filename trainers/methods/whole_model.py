@@ -13,11 +13,11 @@ from dreamfleet.trainers.methods.base import MethodConfig, ParamGroup
 from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.sd.formats.lora import (
     DIFFUSERS_FILE,
-    Family,
     LoraFile,
     write_diffusers_lora,
     write_kohya_lora,
 )
+from dreamfleet.trainers.sd.formats.lora_header import PREDICTION
 from dreamfleet.trainers.sd.formats.single_file import save_single_file
 from dreamfleet.trainers.sd.lora import add_adapters, learned_layers, merged
 from dreamfleet.trainers.sd.lora_targets import choose_layers
@@ -68,8 +68,9 @@ class WholeModelConfig(MethodConfig):
     ) = Field(
         None,
         description="layers that get one; when left out attention's to_q, to_k, to_v, to_out.0 (text encoder: q_proj, "
-        "k_proj, v_proj, out_proj). all-linear: 1 x 1 convolutions too, as kohya; locon: all convolutions too; or the "
-        "ends of names",
+        "k_proj, v_proj, out_proj). all-linear: every linear layer and 1 x 1 convolution of the blocks; locon: all "
+        "their convolutions too; or the ends of names. Layers around the blocks (conv_in, conv_out, time_embedding, "
+        "add_embedding) must be named: other programs pass over them",
     )
 
     @model_validator(mode="after")
@@ -138,15 +139,16 @@ def export_tuned(config: WholeModelConfig, model: StableDiffusion, order: Export
     """
     if config.lora_rank is None:
         return export_checkpoints(model, order)
-    forms, file = order.formats, LoraFile(order.name, learned_layers(model), order.metadata)
+    prediction = "v" if model.prediction_type == "v_prediction" else model.prediction_type
+    forms, metadata = order.formats, {**order.metadata, PREDICTION: prediction}
+    file = LoraFile(order.name, learned_layers(model), metadata)
     paths = []
     if "diffusers_lora" in forms:
         paths.append(write_diffusers_lora(file, order.folder / DIFFUSERS_FILE, dtype=order.dtype))
     if "kohya_lora" in forms:
         path = order.folder / f"{order.name}.safetensors"
-        family: Family | None = "sdxl" if model.is_sdxl else None
         blocks = dict(model.unet.config)
-        paths.append(write_kohya_lora(file, path, dtype=order.dtype, family=family, unet_config=blocks))
+        paths.append(write_kohya_lora(file, path, dtype=order.dtype, family=model.family, unet_config=blocks))
     if whole := [form for form in forms if form in WHOLE_FORMATS]:
         with merged(model):
             paths += export_checkpoints(model, replace(order, name=f"{order.name}-merged", formats=whole))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dreamfleet.datasets.errors import ModelError
 
 if TYPE_CHECKING:
+    from dreamfleet.trainers.sd.formats.embedding import Embedding
     from dreamfleet.trainers.sd.model import StableDiffusion
 
 NEGATIVE = "-neg"  # ends the name of the vectors that go into the negative prompt
@@ -32,6 +33,8 @@ class SplicedEmbedding(nn.Module):
         self.counts: dict[str, int] = {}
         #: the word that belongs into the negative prompt of whoever uses a word
         self.negatives: dict[str, str] = {}
+        #: words that came with a LoRA and leave with it
+        self.lent: set[str] = set()
 
     @property
     def weight(self) -> Tensor:
@@ -129,6 +132,32 @@ def negative_for(model: StableDiffusion, prompt: str, negative_prompt: str) -> s
 def replace_word(prompt: str, word: str, other: str) -> str:
     """Put ``other`` for ``word`` wherever a prompt has it as a whole word."""
     return _pattern([word]).sub(lambda _: other, prompt)
+
+
+def lend_embeddings(model: StableDiffusion, embeddings: Iterable[Embedding]) -> None:
+    """Teach ``model`` words for a time, in place of those lent before; a word that it knows keeps its meaning.
+
+    Raises ModelError for vectors of another family.
+    """
+    for holder in map(text_embeddings, model.text_encoders):
+        spliced = holder.token_embedding
+        if isinstance(spliced, SplicedEmbedding):
+            for word in spliced.lent:
+                del spliced.words[word], spliced.counts[word]
+            spliced.lent.clear()
+            if not spliced.words:
+                holder.token_embedding = spliced.table
+    for embedding in embeddings:
+        tables = [text_embeddings(encoder).token_embedding for encoder in model.text_encoders]
+        if any(embedding.name in getattr(table, "words", ()) for table in tables):
+            continue
+        place = tables[0].weight.device
+        second = embedding.vectors_2
+        install_embedding(
+            model, embedding.name, embedding.vectors.to(place), None if second is None else second.to(place)
+        )
+        for encoder in model.text_encoders:
+            text_embeddings(encoder).token_embedding.lent.add(embedding.name)
 
 
 def remove_embeddings(model: StableDiffusion) -> None:

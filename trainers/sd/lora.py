@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import ModelError
+from dreamfleet.trainers.sd.embeddings import lend_embeddings
 from dreamfleet.trainers.sd.formats.lora import LoraFile, Matrices, read_lora
 from dreamfleet.trainers.sd.formats.lora_names import STANDARD_LAYERS
 
@@ -63,7 +64,8 @@ def learned_layers(model: StableDiffusion) -> dict[str, Matrices]:
 def set_loras(model: StableDiffusion, applied: Sequence[Applied]) -> None:
     """Make a model draw with these LoRAs, in place of those that it had; none: as it came.
 
-    Raises ModelError for a LoRA that changes layers which this model has not, or not in these sizes.
+    The embeddings in their files are words that it knows for as long. Raises ModelError for a LoRA that changes layers
+    which this model has not, or not in these sizes.
     """
     for part in model.modules().values():
         remove_adapters(part)
@@ -78,6 +80,8 @@ def set_loras(model: StableDiffusion, applied: Sequence[Applied]) -> None:
     for part in model.modules().values():
         for _, layer in adapted(part):
             layer.set_adapter(list(layer.lora_A), inference_mode=True)
+    if model.text_encoder is not None:
+        lend_embeddings(model, [embedding for file, _ in applied for embedding in file.embeddings])
     model.loras = tuple(applied)
 
 

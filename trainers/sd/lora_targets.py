@@ -26,10 +26,10 @@ def choose_layers(
 ) -> dict[str, list[str]]:
     """Choose the modules of each part that get matrices, by name.
 
-    ``targets``: None for the projections of attention; ``all-linear`` for every linear layer and 1 x 1 convolution,
-    ``locon`` for every convolution too; or the ends of names, which leave the text encoders their projections unless
-    they name some of theirs. ``unread`` modules, which no loss depends on, get none. Raises RecipeError for an end that
-    no name has.
+    ``targets``: None for the projections of attention; ``all-linear`` for every linear layer and 1 x 1 convolution of
+    the blocks, ``locon`` for every convolution there too; or the ends of names, which leave the text encoders their
+    projections unless they name some of theirs. ``unread`` modules, which no loss depends on, get none. Raises
+    RecipeError for an end that no name has.
     """
     skipped = {id(module) for parent in unread for module in parent.modules()}
     chosen: dict[str, list[str]] = {}
@@ -44,7 +44,8 @@ def choose_layers(
         }
         usual = _ATTENTION["unet" if part == "unet" else "text"]
         if isinstance(targets, str):
-            ends = [name for name, module in possible.items() if targets == "locon" or _is_linear(module)]
+            inside = {name: module for name, module in possible.items() if part != "unet" or _in_block(name)}
+            ends = [name for name, module in inside.items() if targets == "locon" or _is_linear(module)]
         else:
             own = targets is not None and (part == "unet" or any(_ends(name, targets) for name in possible))
             ends = list(targets if own and targets is not None else usual)
@@ -58,6 +59,12 @@ def choose_layers(
                 "conv2, or all-linear, or locon"
             )
     return chosen
+
+
+def _in_block(name: str) -> bool:
+    # Around the blocks lie conv_in, conv_out and the embeddings of time and sizes: kohya's scripts adapt none of these,
+    # and drop them from a file in silence, as diffusers 0.32 does (kohya-ss/sd-scripts, networks/lora.py, LoRANetwork).
+    return name.startswith(("down_blocks.", "mid_block.", "up_blocks."))
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -121,6 +121,18 @@ def read_embedding(path: str | os.PathLike[str], name: str | None = None) -> Emb
     return found
 
 
+def embedding_in(data: dict[str, Any], name: str, path: Path) -> Embedding:
+    """Read an embedding that another file (a LoRA's) holds under a name. Raises FormatError, naming that file."""
+    found = replace(_recognise(data, path, named=True), name=name)
+    _check(found, path)
+    return found
+
+
+def embedding_tensors(embedding: Embedding) -> dict[str, Tensor]:
+    """Return the tensors of an embedding by the names that stand in another file, those of a webui `.pt` or a pair."""
+    return _to_pair(embedding) or {"string_to_param.*": _plain(embedding.vectors)}
+
+
 def _check(embedding: Embedding, path: Path) -> None:
     if not embedding.name.strip():
         raise FormatError(f"{path}: the embedding has no name; give it one.")
@@ -145,7 +157,7 @@ def _plain(vectors: Tensor) -> Tensor:
     return vectors.detach().float().cpu().contiguous()
 
 
-def _to_pair(embedding: Embedding) -> dict[str, Any] | None:
+def _to_pair(embedding: Embedding) -> dict[str, Tensor] | None:
     """Build SDXL's pair, None for the other families; webui would take anything beside the two for vectors as well."""
     if embedding.vectors_2 is None:
         return None

@@ -20,7 +20,7 @@ from dreamfleet.trainers.sd.formats.ldm_names import (
     file_place,
     parts_of,
 )
-from dreamfleet.trainers.sd.formats.text_names import Place, clip_place
+from dreamfleet.trainers.sd.formats.text_names import Place, clip_place, openclip_place
 
 _MOST_LAYERS = 200
 _LARGEST_SIZE = 2**20
@@ -54,18 +54,22 @@ class FileState(Mapping[str, Tensor]):
         return len(self._kept)
 
 
-def to_single_file(
-    states: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, Config]
-) -> Mapping[str, Tensor]:
+def to_single_file(states: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, Config]) -> FileState:
     """Rename the state dicts of `PARTS` to one in the layout of their family; tensors are shared, not copied.
 
-    Raises FormatError for a parameter that the layout has no name for.
+    SD2's text encoder comes with the `text_projection` that OpenCLIP's has and no U-Net reads: without it diffusers up
+    to 0.32 takes 512 for the width of queries, keys and values. Raises FormatError for a parameter that the layout has
+    no name for.
     """
     family, file = family_of(configs), FileState()
     for part in parts_of(family):
         for key, tensor in states.get(part, {}).items():
             place = file_place(part, key, configs[part], family)
             file.put(place, _to_file_shape(part, key, tensor))
+    if family == "sd2" and "text_encoder" in states:
+        place = openclip_place("text_projection.weight").under(PREFIXES[family]["text_encoder"])
+        table = next(t for key, t in states["text_encoder"].items() if "token_embedding" in key)
+        file.put(place, torch.eye(table.shape[1], dtype=table.dtype, device=table.device))
     return file
 
 

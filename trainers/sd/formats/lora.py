@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dreamfleet.datasets.errors import FormatError
+from dreamfleet.trainers.sd.formats.embedding import Embedding, embedding_in, embedding_tensors
+from dreamfleet.trainers.sd.formats.ldm_names import Family
+from dreamfleet.trainers.sd.formats.lora_header import PEFT, kohya_entries, own_entries
 from dreamfleet.trainers.sd.formats.lora_names import (
     PARTS,
     STANDARD_LAYERS,
@@ -28,25 +31,14 @@ from dreamfleet.trainers.sd.formats.lora_names import (
 from dreamfleet.trainers.sd.formats.pickles import is_dense, is_real, load_pickle, require_backed
 from dreamfleet.trainers.sd.formats.tensor_files import read_safetensors, write_safetensors
 
+logger = logging.getLogger(__name__)
+
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # what `load_lora_weights(folder)` looks for
 SUFFIXES = (".safetensors", ".pt", ".ckpt", ".bin")
 
-Family = Literal["sd1", "sd2", "sdxl"]
+_BUNDLED = "bundle_emb."  # begins the names of embeddings' tensors in a LoRA, as the webui reads them
 
-_ARCHITECTURES = {
-    "sd1": ("sd_v1", "stable-diffusion-v1"),
-    "sd2": ("sd_v2", "stable-diffusion-v2-512"),
-    "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
-}
 _WIDTHS: dict[int, Family] = {1024: "sd2", 2048: "sdxl"}  # of the contexts; SD 1.x has 768
-_PEFT = "lora_adapter_metadata"  # diffusers' header entry: peft's config of each part
-_PASSING = (
-    _PEFT,
-    "format",
-    "ss_network_alpha",
-    "sshs_model_hash",
-    "sshs_legacy_hash",
-)  # true of one file alone
 
 
 class Matrices(NamedTuple):
@@ -67,12 +59,13 @@ Layers = Mapping[str, Matrices]  # by part and module: unet.mid_block.attentions
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA's layers, and the text entries of its file."""
+    """A LoRA's layers, the text entries of its file, and the embeddings that came with it."""
 
     name: str
     layers: dict[str, Matrices]
     metadata: dict[str, str] = field(default_factory=dict)
     is_kohyas: bool = False  # the layout it was read in
+    embeddings: tuple[Embedding, ...] = ()
 
     @property
     def family(self) -> Family:
@@ -86,13 +79,21 @@ class LoraFile:
 
 
 def write_diffusers_lora(file: LoraFile, path: Path, *, dtype: torch.dtype = torch.float32) -> Path:
-    """Write what `load_lora_weights` of diffusers reads; it takes alpha for the rank, so ``up`` carries the scale."""
+    """Write what `load_lora_weights` of diffusers reads; it takes alpha for the rank, so ``up`` carries the scale.
+
+    Its layout has no room for embeddings: a warning names those that are left out.
+    """
+    if file.embeddings:
+        names = ", ".join(embedding.name for embedding in file.embeddings)
+        logger.warning(
+            "%s: the embeddings in %s stay behind, as diffusers reads none there: %s", path, file.name, names
+        )
     state = {}
     for layer, (down, up, alpha) in file.layers.items():
         _require_finite(layer, (down, up), path)
         state[f"{layer}.lora_A.weight"] = down.float().to(dtype)
         state[f"{layer}.lora_B.weight"] = (up.float() * (alpha / down.shape[0])).to(dtype)
-    write_safetensors(state, path, header=_own_entries(file.metadata))
+    write_safetensors(state, path, header=own_entries(file.metadata))
     return path
 
 
@@ -117,23 +118,27 @@ def write_kohya_lora(
         state[f"{name}.alpha"] = torch.tensor(float(alpha))
         state[f"{name}.lora_down.weight"] = down.float().to(dtype)
         state[f"{name}.lora_up.weight"] = up.float().to(dtype)
+    for embedding in file.embeddings:
+        for key, tensor in embedding_tensors(embedding).items():
+            state[f"{_BUNDLED}{embedding.name}.{key}"] = tensor.to(dtype)
     digest = hashlib.sha256()  # of the bytes that follow the header, as the webui's lists show it
     for tensor in state.values():
         content: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         digest.update(content)
-    header = _own_entries(file.metadata) | _kohya_entries(file, family)
+    header = own_entries(file.metadata) | kohya_entries(file, family)
     write_safetensors(state, path, header=header | {"sshs_model_hash": digest.hexdigest()})
     return path
 
 
 def read_lora(path: str | Path, *, layers_per_block: int = STANDARD_LAYERS) -> LoraFile:
-    """Read a LoRA of either layout on the CPU, in float32; it is called as its file.
+    """Read a LoRA of either layout on the CPU, in float32, with the embeddings in it; it is called as its file.
 
     ``layers_per_block``: of the model's U-Net, where the file has Stability's names for its blocks. Raises FormatError
     for another kind of file, and for LoHa, LoKr, DoRA and whatever else is more than two matrices a layer.
     """
     path = Path(path)
     tensors, header = _read_tensors(path)
+    embeddings = _take_embeddings(tensors, path)
     found: dict[str, dict[str, Tensor]] = {}
     unknown, twice = [], []
     for key, tensor in tensors.items():
@@ -154,7 +159,7 @@ def read_lora(path: str | Path, *, layers_per_block: int = STANDARD_LAYERS) -> L
             )
     alphas = _PeftAlphas(header, path)
     layers = {layer: _matrices(layer, parts, alphas, path) for layer, parts in found.items()}
-    return LoraFile(path.stem, layers, header, any(key.startswith("lora_") for key in tensors))
+    return LoraFile(path.stem, layers, header, any(key.startswith("lora_") for key in tensors), embeddings)
 
 
 def holds_lora(path: str | Path) -> bool:
@@ -171,12 +176,26 @@ def holds_lora(path: str | Path) -> bool:
     return any(place is not None and place[1] != "alpha" for place in places)
 
 
+def _take_embeddings(tensors: dict[str, Tensor], path: Path) -> tuple[Embedding, ...]:
+    """Take a LoRA's embeddings out of its tensors: ``bundle_emb.NAME.`` and a key of an embedding's file."""
+    bundled: dict[str, dict[str, Any]] = {}
+    for key in [key for key in tensors if key.startswith(_BUNDLED)]:
+        name, _, inner = key.removeprefix(_BUNDLED).partition(".")
+        group, _, word = inner.partition(".")
+        held = bundled.setdefault(name, {})
+        if group == "string_to_param":
+            held.setdefault(group, {})[word] = tensors.pop(key)
+        else:
+            held[inner] = tensors.pop(key)
+    return tuple(embedding_in(held, name, path) for name, held in bundled.items())
+
+
 class _PeftAlphas:
     """The alphas that diffusers' header entry tells, by layer."""
 
     def __init__(self, header: Mapping[str, str], path: Path):
         try:
-            told = json.loads(header.get(_PEFT, "{}"))
+            told = json.loads(header.get(PEFT, "{}"))
         except (ValueError, RecursionError) as error:
             raise FormatError(f"{path}: its header is damaged ({error}).") from error
         self._told: dict[str, Any] = told if isinstance(told, dict) else {}
@@ -229,7 +248,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors = data
     for key, tensor in tensors.items():
         is_alpha = is_dense(tensor) and key.endswith("alpha") and tensor.numel() == 1
-        if not (is_alpha or is_real(tensor)):
+        if not (is_alpha or is_real(tensor) or (key.startswith(_BUNDLED) and is_dense(tensor))):
             raise FormatError(f"{path}: {key!r} is no tensor of numbers that a LoRA holds.")
     require_backed(tensors.values(), path)
     return {key: tensor.detach() for key, tensor in tensors.items()}, header
@@ -248,31 +267,3 @@ def _safetensors_keys(path: Path) -> list[str]:
 def _require_finite(layer: str, tensors: tuple[Tensor, ...], path: Path) -> None:
     if not all(torch.isfinite(tensor).all() for tensor in tensors):
         raise FormatError(f"{path}: the layer {layer} holds NaN or infinite numbers; its training failed.")
-
-
-def _own_entries(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the entries that stay true in another layout."""
-    return {key: value for key, value in metadata.items() if key not in _PASSING}
-
-
-def _kohya_entries(file: LoraFile, family: Family) -> dict[str, str]:
-    version, architecture = _ARCHITECTURES[family]
-    rank, alpha = Counter((m.rank, m.alpha) for m in file.layers.values()).most_common(1)[0][0]
-    convs = any(matrices.down.shape[2:].numel() > 1 for matrices in file.layers.values())
-    told = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(alpha),
-        "ss_base_model_version": version,
-        "ss_v2": str(family == "sd2"),
-        "ss_output_name": file.name,
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.title": file.name,
-    }
-    if convs:
-        told["ss_network_args"] = json.dumps({"conv_dim": str(rank), "conv_alpha": str(alpha)})
-    for ours, theirs in (("dreamfleet_base_model", "ss_sd_model_name"), ("dreamfleet_step", "ss_steps")):
-        if ours in file.metadata:
-            told[theirs] = file.metadata[ours]
-    return told

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamfleet.trainers.sd.formats.ldm_names import Config
+from dreamfleet.trainers.sd.formats.ldm_names import Config, Family
 from dreamfleet.trainers.sd.formats.original_config import ZERO_SNR, schedule_beside
 
 _MODELSPEC = {"v": "v_prediction", "epsilon": "epsilon"}
+_VELOCITY, _ENDS_IN_NOISE = "v_pred", "ztsnr"  # names of empty tensors
 
 
 def told_schedule(state: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> Config:
@@ -22,14 +23,22 @@ def told_schedule(state: Mapping[str, Tensor], metadata: Mapping[str, str], path
     and `ztsnr`, which ComfyUI goes by. Raises FormatError for a `.yaml` that cannot be read.
     """
     changes: Config = {}
-    if "v_pred" in state:
-        changes = {"prediction_type": "v_prediction"} | ({ZERO_SNR: True} if "ztsnr" in state else {})
+    if _VELOCITY in state:
+        changes = {"prediction_type": "v_prediction"} | ({ZERO_SNR: True} if _ENDS_IN_NOISE in state else {})
     if (told := metadata.get("modelspec.prediction_type", "")) in _MODELSPEC:
         changes["prediction_type"] = _MODELSPEC[told]
     changes |= schedule_beside(path)
     if changes.get(ZERO_SNR):
         changes["timestep_spacing"] = "trailing"
     return changes
+
+
+def prediction_marks(scheduler: Mapping[str, Any], family: Family) -> dict[str, Tensor]:
+    """Return the empty tensors that tell ComfyUI what an SDXL's U-Net predicts; of other families it reads none."""
+    if family != "sdxl" or scheduler["prediction_type"] != "v_prediction":
+        return {}
+    names = [_VELOCITY, *([_ENDS_IN_NOISE] if scheduler.get(ZERO_SNR) else [])]
+    return {name: torch.empty(0) for name in names}
 
 
 @torch.no_grad()

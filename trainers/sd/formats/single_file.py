@@ -37,8 +37,13 @@ from dreamfleet.trainers.sd.formats.ldm_names import (
 from dreamfleet.trainers.sd.formats.model_header import config_of, configs_in, model_header, tokenizer_in
 from dreamfleet.trainers.sd.formats.original_config import write_original_config
 from dreamfleet.trainers.sd.formats.pickles import is_dense, load_pickle, require_backed, save_pickle
-from dreamfleet.trainers.sd.formats.prediction import predicts_velocity, told_schedule
+from dreamfleet.trainers.sd.formats.prediction import (
+    prediction_marks,
+    predicts_velocity,
+    told_schedule,
+)
 from dreamfleet.trainers.sd.formats.tensor_files import read_safetensors, to_dtype, write_safetensors
+from dreamfleet.trainers.sd.formats.text_names import Place
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.sd.model import StableDiffusion
@@ -63,8 +68,8 @@ def save_single_file(
     """Write the whole model as `.safetensors` or `.ckpt` in webui's key layout, in `dtype` (each part's own when None).
 
     A `.safetensors` is written tensor by tensor, so no second copy of the model is held. `metadata` joins the header.
-    What the U-Net predicts cannot be told from keys: where it is not noise, a same-named `.yaml` beside the file says
-    so, as the webui expects it.
+    Where the U-Net does not predict noise, a same-named `.yaml` beside the file says so, which the webui reads, and in
+    an SDXL's file empty tensors, which ComfyUI reads.
     """
     path = Path(path)
     parts = model.modules()
@@ -72,6 +77,8 @@ def save_single_file(
     if missing := [part for part in parts_of(family_of(configs)) if part not in parts]:
         raise ModelError(f"{path}: a single file needs the whole model; {', '.join(missing)} not loaded.")
     state = to_single_file({part: module.state_dict() for part, module in parts.items()}, configs)
+    for name, mark in prediction_marks(model.scheduler.config, family_of(configs)).items():
+        state.put(Place(name), mark)
     header = {**model_header(model, configs, title=path.stem), **(metadata or {})}
     if path.suffix == ".ckpt":
         converted = {key: to_dtype(tensor, dtype) for key, tensor in state.items()}
