@@ -261,7 +261,9 @@ class ZeroEngine(Engine):
         # Stage 0 clips without telling the norm.
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None])
         scaler = self.engine.torch_autocast_z0_gradscaler
-        return norm / scaler._get_scale_async() if scaler is not None else norm  # get_scale() would wait for it
+        return (
+            norm / scaler._get_scale_async() if scaler is not None else norm
+        )  # get_scale() would wait for it
 
     def _scaler_state(self) -> dict[str, Any]:
         if self.stage == 0:

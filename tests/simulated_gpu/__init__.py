@@ -152,7 +152,7 @@ def _operators() -> tuple[list[str], list[str]]:
 
     path = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
     with path.open() as handle:
-        entries = yaml.load(handle, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+        entries = yaml.load(handle, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     by_name = {entry["func"].split("(")[0]: entry for entry in entries}
     unchecked = [f"aten::{name}" for name, entry in by_name.items() if entry.get("device_check") == "NoCheck"]
     cpu_only = []

@@ -20,7 +20,6 @@ from tiny_models import FAMILIES
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.section import Section
 from dreamfleet.trainers.engine_choices import ALTERING, CHOICES
-from dreamfleet.trainers.loop import TrainConfig
 from dreamfleet.trainers.methods.base import discover
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 
@@ -90,7 +89,8 @@ class Row(NamedTuple):
 
 def precisions() -> dict[str, Values]:
     """Return the settings of every precision by its name."""
-    known = get_args(TrainConfig.model_fields["mixed_precision"].annotation)
+    train: Any = Recipe.model_fields["train"].annotation
+    known = get_args(train.model_fields["mixed_precision"].annotation)
     full = {"train.mixed_precision": "bf16", "train.full_bf16": True}
     return {**{name: {"train.mixed_precision": name} for name in known}, "full_bf16": full}
 
@@ -147,7 +147,7 @@ def options() -> Iterator[Values]:
     sections["method"] = [method.Config for _, method in sorted(discover().items())]
     seen = []
     for section, configs in sections.items():
-        for config, (name, field) in [(c, f) for c in configs for f in c.model_fields.items()]:
+        for name, field in [field for config in configs for field in config.model_fields.items()]:
             key = f"{section}.{name}"
             default = (field.default or [None])[0] if isinstance(field.default, list) else field.default
             for value in _values(field.annotation):
@@ -216,7 +216,9 @@ def _goes_with(option: Values, row: Row, folder: Path) -> bool:
         return False
     if engine.get("data.enable_bucket") and engine.get("method.with_prior_preservation"):
         return False
-    if row.method == "aesthetic_gradients" and any(key.startswith(("engine.", "optimizer.")) for key in option):
+    if row.method == "aesthetic_gradients" and any(
+        key.startswith(("engine.", "optimizer.")) for key in option
+    ):
         return False
     try:
         build_recipe(tree_of(row._replace(options=engine), folder))

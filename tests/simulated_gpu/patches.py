@@ -7,8 +7,9 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import simulated_gpu
 import torch
+
+import simulated_gpu
 
 cuda = torch.cuda
 
@@ -45,7 +46,7 @@ def _patch_runtime(ext: Any, devices: int) -> None:
         kinds = {"all": entry, "small_pool": entry, "large_pool": entry}
         names = ("allocated_bytes", "reserved_bytes", "active_bytes", "inactive_split_bytes", "requested_bytes",
                  "allocation", "segment", "active", "inactive_split")  # fmt: skip
-        return {name: kinds for name in names} | {"num_alloc_retries": 0, "num_ooms": 0}
+        return dict.fromkeys(names, kinds) | {"num_alloc_retries": 0, "num_ooms": 0}
 
     def free(device: int) -> tuple[int, int]:
         wait("mem_get_info", kind="slow call")
@@ -77,7 +78,7 @@ def _patch_runtime(ext: Any, devices: int) -> None:
         "_cuda_ipc_collect": lambda: None,
         "_cuda_getAllocatorBackend": lambda: "native",
         "_cuda_canDeviceAccessPeer": lambda _, __: True,
-        "_cuda_hostMemoryStats": lambda: {},
+        "_cuda_hostMemoryStats": dict,
         "_cuda_getCurrentRawStream": lambda device: ext.stream(device)[0],
     }
     for name, function in functions.items():
@@ -265,7 +266,7 @@ def _patch_distributed(ext: Any) -> None:
     make_group = c10d._new_process_group_helper
 
     def make_group_with_gloo(*args: Any, **options: Any) -> Any:
-        group, *rest = made = make_group(*args, **options)
+        group, _ = made = make_group(*args, **options)
         if isinstance(group, c10d.ProcessGroup) and group.size() > 0:
             devices = c10d.BackendConfig(c10d.Backend(c10d._world.pg_map[group][0])).device_backend_map
             if devices.get("cuda") == "gloo":

@@ -6,6 +6,7 @@ CUDA, and the bytes left on the device. torch cannot forget a device, hence the 
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -27,8 +28,6 @@ if __name__ == "__main__":
 
 import tiny
 import torch
-from simulated_gpu import cases
-from simulated_gpu.special import SPECIAL
 from tiny_models import tiny_family
 
 from dreamfleet.datasets.errors import UserError
@@ -36,8 +35,11 @@ from dreamfleet.trainers import run as run_module
 from dreamfleet.trainers.encode_cache import cache_latents
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker
+from dreamfleet.trainers.score import score_run
 from dreamfleet.trainers.sd.discriminator import make_network, save_network
 from dreamfleet.trainers.sd.pipeline_folder import save_pipeline
+from simulated_gpu import cases
+from simulated_gpu.special import SPECIAL
 
 WAITS = ("wait", "send", "race")  # kinds of events that hold up a step, or would spoil one
 
@@ -84,7 +86,7 @@ def workplace(parent: Path, family: str) -> Path:
 
 
 def run_row(row: cases.Row, parent: Path) -> dict[str, Any]:
-    """Run a row, stop it, and resume it to its end; a cache of latents is made first where the row has one."""
+    """Run a row, stop it, resume it to its end, and score it; makes the cache of latents first that a row may have."""
     folder, watch = workplace(parent, row.family), Watch()
     recipe = build_recipe(cases.tree_of(row, folder))
     # A plan takes seconds on the host and none on the device; a special case has one.
@@ -94,6 +96,9 @@ def run_row(row: cases.Row, parent: Path) -> dict[str, Any]:
             cache_latents(recipe)
         run_worker(recipe, device="cuda", should_stop=watch)
         summary = run_worker(recipe, device="cuda", resume=True)
+        if recipe.validation.prompts:  # its exports draw
+            scores = score_run(recipe.output_dir, num_images=1)
+            assert scores["num_pictures"] > 0 and scores["clip_i"] is not None, scores
     finally:
         watch.end()
         shutil.rmtree(recipe.output_dir, ignore_errors=True)
@@ -102,25 +107,33 @@ def run_row(row: cases.Row, parent: Path) -> dict[str, Any]:
         if event.kind in WAITS:
             where = f"{event.kind}: {event.what} @ {event.lines[0] if event.lines else '?'}"
             waits[where] = waits.get(where, 0) + 1
-    return {"steps": summary.steps, "exports": summary.exports, "waits": waits}
+    return {
+        "steps": summary.steps,
+        "exports": summary.exports,
+        "engine": summary.engine,
+        "options": row.options,
+        "waits": waits,
+    }
 
 
-def run_case(name: str, action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def run_case(name: str, action: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
     """Run a case; tell its error, and what it left behind."""
     told: dict[str, Any] = {"case": name, "error": None}
     before, began = simulated_gpu.ext.usage(0)[0], time.monotonic()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            told |= action()
+            told |= action() or {}
         except Exception as error:  # noqa: BLE001 - it is what is told
             kind = "refused: " if isinstance(error, UserError) else ""
             told["error"] = f"{kind}{type(error).__name__}: {error}\n{traceback.format_exc(limit=-12)}"
-    told["warnings"] = sorted({str(one.message)[:300] for one in caught if "cuda" in str(one.message).lower()})
+    told["warnings"] = sorted(
+        {str(one.message)[:300] for one in caught if "cuda" in str(one.message).lower()}
+    )
     gc.collect()
     told["left"] = simulated_gpu.ext.usage(0)[0] - before
     told["elsewhere"] = simulated_gpu.ext.has_context(1)
-    told["limit"] = simulated_gpu.ext.limit_of(0) < simulated_gpu.MEMORY
+    told["limited"] = simulated_gpu.ext.limit_of(0) < simulated_gpu.MEMORY
     return told | {"seconds": round(time.monotonic() - began, 1)}
 
 
@@ -134,12 +147,13 @@ def main() -> None:
         rows = {row.name: row for row in [*cases.all_rows(), *chosen]}
         for case in sys.argv[1:]:
             if case in rows:
-                row = rows[case]
-                told = run_case(case, lambda row=row: run_row(row, parent)) | {"options": row.options}
+                action = functools.partial(run_row, rows[case], parent)
             else:
                 run_module.settle_engine = settle
-                folder = workplace(parent, "sd1")
-                told = run_case(case, lambda case=case: SPECIAL[case](folder) or {})
+                action = functools.partial(SPECIAL[case], workplace(parent, "sd1"))
+            told = run_case(case, action)
+            if told["error"] and case in rows:
+                told["error"] = f"{rows[case].options}\n{told['error']}"
             print(json.dumps(told), flush=True)
 
 
