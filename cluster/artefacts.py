@@ -16,6 +16,7 @@ from dreamfleet.trainers.sd.device import DRAWING, best_device, on_device
 from dreamfleet.trainers.sd.formats import aesthetic as aesthetics
 from dreamfleet.trainers.sd.formats import hypernetwork, lora
 from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model
+from dreamfleet.trainers.sd.model_files import SINGLE_FILES
 from dreamfleet.trainers.sd.pipeline_folder import save_pipeline
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def convert_artefact(source: Path, target: Path) -> Path:
             found = read_embedding(source, target.stem)  # webui calls an embedding by its file's name
         return write_embedding(found, target)
     model = load_model(ModelConfig(pretrained_model_name_or_path=str(source)))
-    if target.suffix.lower() in (".safetensors", ".ckpt"):
+    if target.suffix.lower() in SINGLE_FILES:
         import torch
 
         from dreamfleet.trainers.sd.formats.single_file import save_single_file

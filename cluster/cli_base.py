@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -166,7 +165,9 @@ def how_to_resume(command: str, recipe: Path, overrides: Sequence[str] | None) -
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+    from dreamfleet.datasets.json_text import json_text
+
+    print(json_text(value, indent=1, default=str))
 
 
 def plain(value: Any) -> dict[str, Any]:

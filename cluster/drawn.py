@@ -13,10 +13,10 @@ from PIL import Image
 
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage import Storage
-from dreamfleet.trainers.sd.embeddings import negative_for
 from dreamfleet.trainers.sd.formats.embedding import read_embedding
 from dreamfleet.trainers.sd.infotext import infotext, png_info, sampler_entries
 from dreamfleet.trainers.sd.prompt_tags import Extras, HypernetworkShelf, LoraShelf
+from dreamfleet.trainers.sd.prompt_tokens import negative_for
 from dreamfleet.trainers.sd.sample import picture_grid
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ def _drawn_text(
         **sampler_entries(settings.scheduler),
         "CFG scale": settings.guidance_scale,
         **entries,
-        "Model hash": model.content_hash or None,
-        "Model": Path(model.folder).stem,
+        "Model hash": model.short_hash(),
+        "Model": model.short_name,
         "Clip skip": model.clip_skip if model.clip_skip > 1 else None,
         "TI hashes": _hashes(settings.embeddings, f"{prompt} {negative}".lower()),
         **settings.more,

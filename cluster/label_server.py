@@ -13,6 +13,7 @@ from typing import Any
 
 from dreamfleet.cluster.labelling import Labelling
 from dreamfleet.datasets.errors import DataError, ResourceError, StorageError, UserError
+from dreamfleet.datasets.json_text import json_text
 
 HERE = "127.0.0.1"
 MOST_BYTES = 4096  # of a question
@@ -89,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
         except UserError as error:
             self._refuse(HTTPStatus.CONFLICT, str(error))
             return
-        self._send(HTTPStatus.OK, json.dumps(view).encode(), "application/json")
+        self._send(HTTPStatus.OK, json_text(view).encode(), "application/json")
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing: the token is in every line."""
@@ -125,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
         self.close_connection = True
-        self._send(status, json.dumps({"error": reason}).encode(), "application/json")
+        self._send(status, json_text({"error": reason}).encode(), "application/json")
 
     def _send(self, status: HTTPStatus, content: bytes, kind: str) -> None:
         self.send_response(status)

@@ -66,6 +66,11 @@ def is_secret(name: str, value: str) -> bool:
     )
 
 
+def masked(text: str) -> str:
+    """Return a text for people without the logins inside addresses."""
+    return _LOGIN_IN_ADDRESS.sub("://***@", text)
+
+
 @contextmanager
 def secrets_hidden() -> Iterator[None]:
     """Take secrets out of os.environ while Ray copies from it; :func:`variable` finds them still."""

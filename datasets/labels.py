@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dreamfleet.datasets.captions import decode_text
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.index import Index
+from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.keyed import key
 from dreamfleet.datasets.storage import Storage, read_uri
 
@@ -49,7 +50,7 @@ def parse_labels(text: str, uri: str) -> dict[str, int]:
 def write_labels(path: str, labels: Mapping[str, int]) -> None:
     """Write a JSON of labels on disk, whole or not at all. Raises StorageError when the disk refuses."""
     folder, _, name = path.rpartition("/")
-    Storage(folder or "/").write_text(name, json.dumps(dict(labels), indent=1, ensure_ascii=False) + "\n")
+    Storage(folder or "/").write_text(name, json_text(dict(labels), indent=1) + "\n")
 
 
 def label_of(name: str, labels: Mapping[str, int] | None) -> int | None:

@@ -20,6 +20,7 @@ from PIL import Image
 from dreamfleet.datasets.cuts import Cut, Cutting, draw_cut, plan_cuts
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.images import open_with_alpha
+from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.masks import (
     MASK_ENDING,
     find_masks,
@@ -101,7 +102,7 @@ def prepare(
 
     def save() -> dict[str, Any]:
         manifest = {"settings": settings, "pictures": dict(sorted(entries.items()))}
-        places[1].write_text(MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        places[1].write_text(MANIFEST, json_text(manifest, indent=1) + "\n")
         return manifest
 
     save()

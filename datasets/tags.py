@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from dreamfleet.datasets.captions import split_tags
 from dreamfleet.datasets.errors import DataError
+from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.masks import pictures_among, visible
 from dreamfleet.datasets.sidecars import CAPTION_COLUMNS, CaptionFinder
 from dreamfleet.datasets.storage import Storage
@@ -177,7 +178,7 @@ def _edited_table(storage: Storage, table: str, texts: dict[str, str]) -> str:
         name = f"{place}/{file}" if place else file
         if name in texts:
             column = next(key for key in CAPTION_COLUMNS if entry.get(key) is not None)
-            line = json.dumps({**entry, column: texts[name]}, ensure_ascii=False)
+            line = json_text({**entry, column: texts[name]})
         lines.append(line)
     return "\n".join(lines)
 

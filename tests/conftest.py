@@ -44,6 +44,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture
+def lone_group() -> Iterator[None]:
+    """A process group of this process alone, which ends after every DDP module in it."""
+    from dreamfleet.trainers import process_group
+
+    with process_group.lone_group():
+        yield
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The root of the repository."""

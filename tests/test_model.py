@@ -112,6 +112,7 @@ def test_an_embedding_takes_n_places_and_leaves_the_table_alone(folder: Path) ->
     assert ids.shape == (4, 77)
     assert ids[0, 2:5].tolist() == [vocab, vocab + 1, vocab + 2]
     assert ids[1, 1:3].tolist() == [vocab + 3, vocab + 4]
+    assert ids[2, 2:5].tolist() == ids[0, 2:5].tolist()
     assert vocab not in ids[3].tolist()
     assert torch.equal(text_embeddings(model.text_encoder).token_embedding.weight, table)
     assert model.encode_text(ids).shape == (4, 77, 16)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
 from dreamfleet.cluster import cli
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.index import build_index
 from dreamfleet.trainers.artefacts import describe
 from dreamfleet.trainers.assemble import Parts, assemble
 from dreamfleet.trainers.feed import to_samples
@@ -27,13 +26,12 @@ from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.sd.embeddings import (
     install_embedding,
     install_negative,
-    negative_for,
     remove_embeddings,
-    replace_word,
 )
 from dreamfleet.trainers.sd.formats.embedding import read_embedding
 from dreamfleet.trainers.sd.model import ModelConfig, load_model
 from dreamfleet.trainers.sd.noise import make_target
+from dreamfleet.trainers.sd.prompt_tokens import negative_for
 from dreamfleet.trainers.sd.sample import generate
 from dreamfleet.trainers.validation import HeldOutLoss, draw_previews
 
@@ -160,6 +158,17 @@ def test_the_negative_has_its_own_rate_start_and_prompt(workplace: Path) -> None
     assert torch.equal(told, fixed.model.tokenize(["bad <x>-neg"])[0])
 
 
+def test_the_negative_stands_wherever_its_word_does(workplace: Path) -> None:
+    method = make_parts(workplace, method={"placeholder_token": "Cat", "negative_prompt": None}).method
+    for prompt in ("a cat", "cat2, CAT", "bobcat", "a cat-neg", "cats", "\u732bcat\u732b"):
+        negative, positive = method.tokenize([prompt])[0]
+        swapped = method.model.tokenize([prompt], {"Cat": "Cat-neg"})[0]
+        assert torch.equal(negative, swapped)
+        vocab = len(method.model.tokenizer)
+        assert not ((negative >= vocab) & (negative < vocab + 3)).any(), prompt
+        assert (negative >= vocab).any() == (positive >= vocab).any() == (prompt != "cats"), prompt
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
@@ -177,23 +186,11 @@ def test_a_section_that_cannot_be_says_so(section: dict[str, Any], message: str,
         make_parts(workplace, method=section)
 
 
-@pytest.fixture
-def lone_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def test_ddp_finds_both_words_used(workplace: Path, lone_group: None) -> None:
     parts = make_parts(workplace, train__gradient_checkpointing=True)
     module = torch.nn.parallel.DistributedDataParallel(parts.method)
     for step in range(2):  # the second forward raises when the first left a parameter out
         module(parts.prepare(parts.feed.batch(step))).total.backward()
-
-
-def test_words_are_replaced_whole() -> None:
-    assert replace_word("a <x>, <X>-like <x>y", "<x>", "<x>-neg") == "a <x>-neg, <x>-neg-like <x>y"
-    assert replace_word("cats and a cat", "cat", r"\1") == r"cats and a \1"
 
 
 def test_a_word_brings_its_negative_along(workplace: Path) -> None:
@@ -220,7 +217,7 @@ def test_previews_and_the_held_out_loss_are_guided(workplace: Path) -> None:
     parts = make_parts(workplace, validation=validation)
     config = build_recipe(tiny.make_recipe(workplace, validation=validation))
     held_out = HeldOutLoss(
-        str(workplace / "pictures"), method=parts.method, data=config.data, count=2, rank=0, world=1
+        build_index(workplace / "pictures"), method=parts.method, data=config.data, count=2
     )
 
     def look() -> tuple[float, bytes]:

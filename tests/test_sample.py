@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tiny_models import tiny_model
 
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.class_pictures import find_missing
 from dreamfleet.trainers.sd.condition import Condition
 from dreamfleet.trainers.sd.prior import class_image_key, generate_class_images
 from dreamfleet.trainers.sd.sample import generate, picture_grid
@@ -99,8 +101,9 @@ def test_guidance_of_one_runs_the_unet_once_a_picture(model: Any, monkeypatch: p
 def test_own_encoder_sizes_and_negative_prompts(model: Any) -> None:
     asked: list[list[str]] = []
 
-    def encode(prompts: list[str]) -> Condition:
-        asked.append(prompts)
+    def encode(prompts: Sequence[str], ids: torch.Tensor) -> Condition:
+        asked.append(list(prompts))
+        assert torch.equal(ids, model.tokenize(prompts))
         return model.read(["x"] * len(prompts))
 
     wide = generate(model, ["a", "b"], seeds=[1, 1], steps=2, width=64, height=48, encode=encode)
@@ -146,32 +149,29 @@ def test_grid_places_every_picture() -> None:
         picture_grid([], 2)
 
 
-def test_class_images_are_the_same_on_any_number_of_workers(model: Any, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"num": 5, "seed": 1, "steps": 2, "batch_size": 2}
+def test_a_class_image_depends_on_its_number_alone(model: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"seed": 1, "steps": 2, "batch_size": 2}
     one, two = Storage(tmp_path / "one"), Storage(tmp_path / "two")
-    assert generate_class_images(model, "a cat", storage=one, **options) == 5
-    counts = [
-        generate_class_images(model, "a cat", storage=two, rank=r, world=2, **options) for r in range(2)
-    ]
-    assert counts == [3, 2]
+    generate_class_images(model, "a cat", numbers=range(5), storage=one, **options)
+    for numbers in ([0, 1, 4], [2, 3]):  # the same batches by two ranks
+        generate_class_images(model, "a cat", numbers=numbers, storage=two, **options)
     names = [f"{i:06d}.png" for i in range(5)]
     assert one.list() == two.list() == names
-    for name in names:
-        assert difference(Image.open(one.path(name)), Image.open(two.path(name))) <= 1
+    assert all(one.read_bytes(name) == two.read_bytes(name) for name in names)
     assert difference(Image.open(one.path(names[0])), Image.open(one.path(names[1]))) > 2
 
 
-def test_class_images_that_are_there_are_kept(model: Any, tmp_path: Path) -> None:
+def test_class_images_that_are_there_count(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
-    options: dict[str, Any] = {"storage": storage, "steps": 1}
-    generate_class_images(model, "a cat", num=3, **options)
-    storage.remove("000001.png")
-    storage.write_bytes("000002.png", b"kept")
-    assert generate_class_images(model, "a cat", num=3, **options) == 1
-    assert generate_class_images(model, "a cat", num=3, **options) == 0
-    assert storage.read_bytes("000002.png") == b"kept"
+    assert find_missing(storage, 3) == [0, 1, 2]
+    for name in ("000000.png", "000002.png"):
+        storage.write_bytes(name, b"kept")
+    assert find_missing(storage, 3) == [1]
     storage.write_bytes("mine.JPG", b"counts")
-    assert generate_class_images(model, "a cat", num=5, **options) == 1
+    assert find_missing(storage, 3) == []
+    assert find_missing(storage, 5) == [1, 3]
+    storage.write_bytes("notes.txt", b"does not")
+    assert find_missing(storage, 5) == [1, 3]
 
 
 def test_the_folder_key_follows_everything_that_shapes_the_pictures() -> None:

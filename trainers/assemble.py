@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from dreamfleet.datasets.buckets import number_buckets, picture_sizes, tell_buckets
+from dreamfleet.datasets.buckets import Size, number_buckets, picture_sizes, tell_buckets
 from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.index import Index
@@ -18,6 +19,7 @@ from dreamfleet.datasets.known_files import known_files
 from dreamfleet.datasets.latents import LatentCache
 from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.sets import Sets, load_sets
+from dreamfleet.trainers.agreement import check_files, compare, compare_paths
 from dreamfleet.trainers.cached_pictures import leave_out_bad, open_latents, serve_pictures
 from dreamfleet.trainers.class_pictures import gather_class_images
 from dreamfleet.trainers.conflicts import require_runnable
@@ -27,13 +29,14 @@ from dreamfleet.trainers.loop import Schedule
 from dreamfleet.trainers.methods.base import Batch, Method, Setting, discover
 from dreamfleet.trainers.methods.seeing import SeeingMethod
 from dreamfleet.trainers.optim import import_adamw8bit, make_rates
+from dreamfleet.trainers.paths import compared_paths
 from dreamfleet.trainers.picture_feed import PictureFeed
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.schedule import last_step
 from dreamfleet.trainers.sd.model import StableDiffusion, load_model
 from dreamfleet.trainers.train_section import USUAL_CHECKPOINTING_STEPS
-from dreamfleet.trainers.webui_optimizer import agreed, take_over
+from dreamfleet.trainers.webui_optimizer import take_over
 from dreamfleet.trainers.zero_engine import ZeroEngine
 
 log = logging.getLogger(__name__)
@@ -109,24 +112,18 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
 
     ``begins``: the files that the recipe goes on from are read; a checkpoint, if one is loaded next, holds more.
     """
-    check_machine(recipe, place)
+    place.on_every_rank(lambda: check_machine(recipe, place))
     torch.manual_seed(recipe.train.seed)
-    known = known_files(recipe.data)
-    sets = load_sets(recipe.data, verify=False if known else None, known=known)
-    method = make_method(recipe, sets, place.device)
+    sets, method, cache = load_inputs(recipe, place)
     method.require_formats(recipe.train.export_formats or ())
     model = method.model
-    if cache := open_latents(recipe.data, model):
-        sets = replace(sets, instances=leave_out_bad(sets.instances, cache, recipe.data))
-    if place.leads:
-        for bad in sets.instances.bad:
-            log.warning("left out %s: %s", bad.uri, bad.reason)
-    moments = agreed(method.start(), place) if begins else {}
+    moments = place.on_every_rank(method.start) if begins else {}
     weights = {name: tensor.clone() for name, tensor in method.state().items()} if moments else {}
     check_resolution(recipe, model)
     apart = None
     if isinstance(method, SeeingMethod):
-        chosen, apart = method.choose(sets.instances)
+        chosen, apart = place.on_every_rank(lambda: method.choose(sets.instances))
+        compare({"what the labels say": chosen.content_hash}, place)
         sets = replace(sets, instances=chosen)
     sizes = picture_sizes(sets.instances, recipe.data)
     classes = gather_class_images(recipe, sets, method, place)
@@ -141,21 +138,47 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
         class_concepts=classes.column("concept") if classes is not None else (),
     )
     if recipe.data.enable_bucket and place.leads:
-        log.info("buckets: %s", tell_buckets(sizes))
-        if plan.smallest_bucket < global_batch:
-            log.warning(
-                "a bucket holds %d pictures and a batch %d: its batches show pictures several times. Take a larger "
-                "data.bucket_reso_steps, or fewer pictures at a time",
-                plan.smallest_bucket,
-                global_batch,
-            )
+        log_buckets(sizes, plan, global_batch)
     schedule = make_schedule(recipe, plan)
     feed, prepare = make_feed(recipe, sets.instances, classes, method, plan, place, cache)
     engine = make_engine(recipe, method, place)
-    if moments:
-        take_over(engine, moments, weights)
-    rates = make_rates(engine.groups, recipe.optimizer, total_steps=schedule.total, global_batch=global_batch)
+    with ExitStack() as undo:
+        undo.callback(engine.close)
+        if moments:
+            take_over(engine, moments, weights)
+        total = schedule.total
+        rates = make_rates(engine.groups, recipe.optimizer, total_steps=total, global_batch=global_batch)
+        undo.pop_all()
     return Parts(sets, model, method, engine, feed, prepare, rates, schedule, global_batch, apart)
+
+
+def load_inputs(recipe: Recipe, place: Place) -> tuple[Sets, Method, LatentCache | None]:
+    """Load the data, the method on its model, and the cache of latents; the same on every rank."""
+    compare_paths(compared_paths(recipe), place)
+    sets = share_sets(recipe, place)
+    method = place.on_every_rank(lambda: make_method(recipe, sets, place.device))
+    model, base = method.model, method.base
+    compare({f"the base model {base.name}": base.content_hash, "the model's VAE": model.encoder_hash}, place)
+    cache = place.on_every_rank(lambda: open_latents(recipe.data, model))
+    if cache is not None:
+        kept = place.on_rank_0(lambda: leave_out_bad(sets.instances, cache, recipe.data))
+        sets = replace(sets, instances=kept)
+    if place.leads:
+        for bad in sets.instances.bad:
+            log.warning("left out %s: %s", bad.uri, bad.reason)
+    return sets, method, cache
+
+
+def share_sets(recipe: Recipe, place: Place) -> Sets:
+    """Index the data on rank 0, give the result to every rank, and make sure that each of them sees the same files."""
+
+    def load() -> Sets:
+        known = known_files(recipe.data)
+        return load_sets(recipe.data, verify=False if known else None, known=known)
+
+    sets = place.on_rank_0(load)
+    check_files(sets.instances, place)
+    return sets
 
 
 def make_engine(recipe: Recipe, method: Method, place: Place) -> Engine:
@@ -170,6 +193,18 @@ def make_engine(recipe: Recipe, method: Method, place: Place) -> Engine:
         num_micros=recipe.train.gradient_accumulation_steps,
         seed=recipe.train.seed,
     )
+
+
+def log_buckets(sizes: Sequence[Size], plan: BatchPlan, global_batch: int) -> None:
+    """Log how many images each bucket has, with a warning when one of them does not fill a batch."""
+    log.info("buckets: %s", tell_buckets(sizes))
+    if plan.smallest_bucket < global_batch:
+        log.warning(
+            "a bucket holds %d images and a batch %d: its batches show images several times. Take a larger "
+            "data.bucket_reso_steps, or fewer images at a time",
+            plan.smallest_bucket,
+            global_batch,
+        )
 
 
 def make_feed(
@@ -188,12 +223,7 @@ def make_feed(
         return PictureFeed(
             plan, instances=instances, method=method, data=recipe.data, **share
         ), lambda batch: batch
-    where: dict[str, Any] = {
-        "cache": cache,
-        "seed": train.seed,
-        "rank": place.rank,
-        "world": place.world,
-    }
+    where: dict[str, Any] = {"cache": cache, "seed": train.seed, "place": place}
     feed = Feed(
         plan,
         instances=instances,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
+from dreamfleet.datasets.json_text import json_text
 from dreamfleet.trainers import wording
 
 MOST_POINTS = 500  # more than a screen shows
@@ -93,7 +93,7 @@ def draw(chart: Chart, *, last_step: float) -> str:
         }
         for line in named
     ]
-    data = escape(json.dumps({"last": width, "lines": told}, ensure_ascii=False))
+    data = escape(json_text({"last": width, "lines": told}))
     note = f"<p>{escape(chart.note)}</p>" if chart.note else ""
     return (
         f'<figure class="chart"><figcaption><h3>{escape(chart.title)}</h3>{legend}{note}</figcaption>'

@@ -62,12 +62,14 @@ def _check_on(recipe: Recipe, place: Place) -> list[CheckLine]:
     fine = attempt("pictures", lambda: _check_pictures(recipe)) and fine
     if recipe.validation.holdout:
         attempt("holdout", lambda: f"{len(build_index(recipe.validation.holdout or ''))} pictures")
-    if attempt("model", build) and fine:
-        attempt("step", lambda: _check_step(made[0])) and attempt(
-            "export", lambda: _check_export(recipe, made[0])
-        )
-    for parts in made:
-        parts.engine.close()
+    try:
+        if attempt("model", build) and fine:
+            attempt("step", lambda: _check_step(made[0])) and attempt(
+                "export", lambda: _check_export(recipe, made[0])
+            )
+    finally:
+        for parts in made:
+            parts.engine.close()
     return lines
 
 

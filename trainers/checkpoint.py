@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dreamfleet.datasets.errors import CheckpointError, StorageError
+from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,9 @@ class Checkpoints:
         writers: dict[str, Callable[[Path], object]] = {
             "learned.safetensors": lambda path: safetensors.torch.save_file(_plain(learned), path),
             "engine.pt": lambda path: torch.save(engine, path),
-            "meta.json": lambda path: path.write_text(json.dumps({**meta, "step": step}, indent=1)),
+            "meta.json": lambda path: path.write_text(
+                json_text({**meta, "step": step}, indent=1), encoding="utf-8"
+            ),
         }
         try:
             if self.storage.exists(
@@ -74,7 +77,7 @@ class Checkpoints:
                 self.storage.remove(name)
             entries = {file: self._write(f"{name}/{file}", writer) for file, writer in writers.items()}
             self.storage.write_text(
-                f"{name}/{MANIFEST}", json.dumps({"step": step, "files": entries}, indent=1)
+                f"{name}/{MANIFEST}", json_text({"step": step, "files": entries}, indent=1)
             )
         except StorageError as error:
             self._remove_quietly(name)
@@ -133,13 +136,17 @@ class Checkpoints:
                     step=step,
                     learned=safetensors.torch.load_file(paths["learned.safetensors"]),
                     engine=torch.load(paths["engine.pt"], map_location="cpu", weights_only=True),
-                    meta=json.loads(paths["meta.json"].read_text()),
+                    meta=json.loads(paths["meta.json"].read_text(encoding="utf-8")),
                 )
             except Exception as error:  # the hashes were right: it was written wrong
                 raise CheckpointError(f"checkpoint {name} cannot be read: {error}") from error
         if bad := find_not_finite({"learned": found.learned, "engine": found.engine}):
             raise CheckpointError(f"checkpoint {name} was saved after the run diverged: {bad} is not finite")
         return found
+
+    def digest(self, step: int) -> str:
+        """Return a hash of a checkpoint's manifest, and so of its files."""
+        return hashlib.sha256(self.storage.read_bytes(f"{folder_name(step)}/{MANIFEST}")).hexdigest()
 
     def _write(self, rel: str, writer: Callable[[Path], object]) -> dict[str, Any]:
         with self.storage.staging(rel) as path:

@@ -23,7 +23,8 @@ from dreamfleet.trainers.class_pictures import list_pictures
 from dreamfleet.trainers.encoding import encode_batch, encode_cuts
 from dreamfleet.trainers.methods.base import discover
 from dreamfleet.trainers.methods.seeing import SeeingMethod
-from dreamfleet.trainers.preflight import local_paths, refuse_here, this_machine
+from dreamfleet.trainers.paths import local_paths
+from dreamfleet.trainers.preflight import refuse_here, this_machine
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.scaling import WorkerShare, refuse_impossible, worker_resources
 from dreamfleet.trainers.sd.model import StableDiffusion, load_model

@@ -18,8 +18,8 @@ from dreamfleet.trainers.sd.formats.lora import DIFFUSERS_FILE, holds_lora
 from dreamfleet.trainers.sd.hypernetwork import load_hypernetwork
 from dreamfleet.trainers.sd.lora import apply_lora
 from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model
+from dreamfleet.trainers.sd.model_files import SINGLE_FILES
 
-WHOLE_MODELS = (".safetensors", ".ckpt")
 ARTEFACTS = (*SUFFIXES, ".ckpt")
 LARGEST_EMBEDDING = 16 * 2**20  # bytes; the smallest Stable Diffusion is larger
 
@@ -55,7 +55,7 @@ def load_exported(run: Storage, recipe: Recipe) -> StableDiffusion:
                     apply_lora(model, path)
                 return model
     else:
-        for name in (f"{recipe.run_name}{suffix}" for suffix in WHOLE_MODELS):
+        for name in (f"{recipe.run_name}{suffix}" for suffix in SINGLE_FILES):
             if name in files:
                 changes["pretrained_model_name_or_path"] = run.path("exports", name)
                 return load_model(recipe.model.model_copy(update=changes))
@@ -97,7 +97,7 @@ def load_artefact(
 
 
 def _is_whole(path: Path) -> bool:
-    if path.suffix.lower() not in WHOLE_MODELS:
+    if path.suffix.lower() not in SINGLE_FILES:
         return False
     try:
         return path.stat().st_size > LARGEST_EMBEDDING or not read_embedding(path)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage import Storage
 
 FILE = "metrics.jsonl"
@@ -31,7 +32,7 @@ class Metrics:
             self.run.write_text(FILE, "")
         else:
             kept = [line for line in read_metrics(run) if line["step"] <= start_step]
-            self.run.write_text(FILE, "".join(json.dumps(line) + "\n" for line in kept))
+            self.run.write_text(FILE, "".join(json_text(line) + "\n" for line in kept))
         self._pending, self._written = "", time.monotonic()
         self._board, self._local = None, None
         if "tensorboard" in report_to:
@@ -48,7 +49,7 @@ class Metrics:
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line; ``line["step"]`` counts finished optimizer steps. Nested dicts become ``key/inner`` tags."""
-        self._pending += json.dumps(line) + "\n"
+        self._pending += json_text(line) + "\n"
         # A search waits for validation rounds, and reads them from the file.
         is_round = "loss" not in line
         if self.run.is_local or is_round or time.monotonic() - self._written >= BUCKET_SECONDS:

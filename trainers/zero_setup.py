@@ -1,4 +1,4 @@
-"""What DeepSpeed needs before its first step: its JSON, an import that keeps stdout clean, a group, its CPU Adam."""
+"""What DeepSpeed needs before its first step: its JSON, an import that keeps stdout clean, its CPU Adam."""
 
 from __future__ import annotations
 
@@ -111,13 +111,11 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def join_group(device: torch.device) -> bool:
-    """Make a process group of this process alone unless there is one already; says whether it did."""
-    if dist.is_initialized():
-        return False
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return True
+def destroy_group() -> None:
+    """Destroy the process group, and what DeepSpeed remembers of it."""
+    import deepspeed
+
+    (deepspeed.comm if deepspeed.comm.is_initialized() else dist).destroy_process_group()
 
 
 def make_cpu_adam(plain: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -15,6 +15,7 @@ import yaml
 
 from dreamfleet.datasets import errors
 from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceError, RunFailed, UserError
+from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers import wording
 from dreamfleet.trainers.recipe import Recipe, build_recipe
@@ -102,7 +103,7 @@ class Ledger:
     def save(self) -> None:
         """Write the record, beside the recipe of the search."""
         rows = [dataclasses.asdict(trial) for trial in self.trials]
-        self.folder.write_text(FILE, json.dumps({"trials": rows}, indent=1))
+        self.folder.write_text(FILE, json_text({"trials": rows}, indent=1))
 
     def forget(self) -> None:
         """Leave nothing behind, for a search that never began."""

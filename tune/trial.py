@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import logging
 import os
 import queue
@@ -17,6 +16,7 @@ from ray.tune import Trainable
 
 from dreamfleet.datasets.environment import take_over
 from dreamfleet.datasets.errors import RunFailed, UserError
+from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.metrics import read_metrics
 from dreamfleet.trainers.progress import log_to_run, watch_for_stop
@@ -180,7 +180,7 @@ def rounds_of(run: Storage, figures: Sequence[str]) -> list[dict[str, Any]]:
     """List the validation rounds of a run from its metrics: ``step`` and figures, in their order."""
     rounds: dict[int, dict[str, Any]] = {}
     for line in read_metrics(run):
-        if found := {name: line[name] for name in figures if name in line}:
+        if found := {name: line[name] for name in figures if line.get(name) is not None}:
             rounds.setdefault(line["step"], {"step": line["step"]}).update(found)
     return [rounds[step] for step in sorted(rounds)]
 
@@ -189,5 +189,5 @@ def write_end(run: Storage, summary: Summary) -> None:
     """Write summary and report of a run again, for an ending that the run itself does not know of."""
     from dreamfleet.trainers.report import write_report
 
-    run.write_text("summary.json", json.dumps(dataclasses.asdict(summary), indent=1))
+    run.write_text("summary.json", json_text(dataclasses.asdict(summary), indent=1))
     write_report(run)

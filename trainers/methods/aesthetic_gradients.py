@@ -6,7 +6,6 @@ mean of CLIP's projected image features, neither they nor the mean brought to un
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from dreamfleet.datasets.decode import Fit
 from dreamfleet.datasets.errors import ModelError, RecipeError
+from dreamfleet.datasets.json_text import json_text
 from dreamfleet.trainers.methods.base import (
     Batch,
     Loss,
@@ -184,15 +184,15 @@ class AestheticGradients(SeeingMethod):
         return Loss(total, per_sample, {})
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """Encode prompts as tuned towards the mean of the pictures seen so far; plainly before the first."""
+    def encode(self, prompts: Sequence[str], ids: Tensor) -> Condition:
+        """Encode texts as tuned towards the mean of the pictures seen so far; plainly before the first."""
         if not self.count:
-            return super().encode(prompts)
+            return super().encode(prompts, ids)
         vector = self.vector.cpu()
         if not self._encoders or not torch.equal(self._encoders[0].vector, vector):
             settings = self.config.settings()
             self._encoders = [AestheticEncoder(self.model, vector, clip=self.clip, settings=settings)]
-        return self._encoders[0](prompts)
+        return self._encoders[0](prompts, ids)
 
     def export(self, order: Export) -> list[Path]:
         """Write ``NAME.pt`` as the webui's extension does: the bare vector, in full precision.
@@ -216,5 +216,5 @@ class AestheticGradients(SeeingMethod):
             )
             model = replace(self.model, text_encoder=baked.text_encoder)
             paths += export_checkpoints(model, replace(order, formats=(form,)))
-            (paths[-1] / "baked.json").write_text(json.dumps(baked.figures(), indent=1))
+            (paths[-1] / "baked.json").write_text(json_text(baked.figures(), indent=1))
         return paths

@@ -40,11 +40,11 @@ from dreamfleet.trainers.sd.embeddings import (
     NEGATIVE,
     install_embedding,
     install_negative,
-    replace_word,
 )
 from dreamfleet.trainers.sd.guidance import guided_prediction, parse_guidance
 from dreamfleet.trainers.sd.model import StableDiffusion
 from dreamfleet.trainers.sd.noise import clean_estimate, prediction_loss
+from dreamfleet.trainers.sd.prompt_tokens import place_word
 
 NEGATIVE_NOISE = (
     1e-3  # standard deviation of what tells the negative's vectors from the positive's at the start
@@ -185,8 +185,13 @@ class PromptTuning(Method):
 
         ``[B, 2, 2, 77]`` for SDXL's two text encoders.
         """
-        negatives = [self._negative_of(prompt) for prompt in prompts]
-        return torch.stack([self.model.tokenize(negatives), self.model.tokenize(prompts)], dim=1)
+        word, template = self._word, self.config.negative_prompt
+        if template is None:
+            negatives = self.model.tokenize(prompts, {word: word + NEGATIVE})
+        else:
+            filled = place_word(template, "[name]", word + NEGATIVE)
+            negatives = self.model.tokenize([filled] * len(prompts))
+        return torch.stack([negatives, self.model.tokenize(prompts)], dim=1)
 
     def sample_losses(self, batch: Batch, *, snr_gamma: float | None = None) -> Tensor:
         """Compute the noise loss of each sample ``[N]``, of the guided prediction."""
@@ -218,12 +223,6 @@ class PromptTuning(Method):
                 model=self.model,
             )
         return paths
-
-    def _negative_of(self, prompt: str) -> str:
-        word = self._word + NEGATIVE
-        if self.config.negative_prompt is not None:
-            return self.config.negative_prompt.replace("[name]", word)
-        return replace_word(prompt, self._word, word)
 
     def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the noised latents and the guided prediction, each ``[N, C, H, W]``."""

@@ -96,8 +96,8 @@ def export_word(vectors: Sequence[Tensor], order: Export, *, word: str, model: S
             vectors=tables[0],
             vectors_2=tables[1] if len(tables) > 1 else None,
             step=order.step,
-            sd_checkpoint=model.content_hash,
-            sd_checkpoint_name=Path(model.folder).stem,
+            sd_checkpoint=model.short_hash(),
+            sd_checkpoint_name=model.short_name,
             metadata=order.metadata,
         )
         if suffix == "kohya":  # goes by the file's name, which diffusers' file has as well

@@ -88,30 +88,31 @@ class AestheticEncoder:
         self.target = aim(self.vector, clip, self.settings)
         # prompt -> its cosine with the target before the first and after each step
         self.cosines: dict[str, list[float]] = {}
-        self._contexts: OrderedDict[str, Tensor] = OrderedDict()
+        self._contexts: OrderedDict[tuple[str, int], Tensor] = OrderedDict()  # by prompt and number of tokens
         self._loras = model.loras  # that these were encoded with
 
-    def __call__(self, prompts: Sequence[str]) -> Condition:
-        """Encode prompts for the U-Net."""
-        return Condition(self.contexts(prompts))
+    def __call__(self, prompts: Sequence[str], ids_BT: Tensor) -> Condition:
+        """Encode texts and their ids for the U-Net."""
+        return Condition(self.contexts(prompts, ids_BT))
 
     @torch.no_grad()
-    def contexts(self, prompts: Sequence[str]) -> Tensor:
-        """Encode prompts ``[B, T, D]``."""
+    def contexts(self, prompts: Sequence[str], ids_BT: Tensor | None = None) -> Tensor:
+        """Encode prompts ``[B, T, D]``, literal ones where there are no ids."""
         device = next(self.model.text_encoder.parameters()).device
-        every_BT = self.model.tokenize(prompts).to(device)
+        every_BT = (self.model.tokenize(prompts) if ids_BT is None else ids_BT).to(device)
         if self.model.loras is not self._loras:
             self._contexts.clear()
             self._loras = self.model.loras
         contexts = []
         for prompt, ids in zip(prompts, every_BT, strict=True):
-            known = self._contexts.get(prompt)
+            key = (prompt, len(ids))
+            known = self._contexts.get(key)
             if known is None:
-                known = self._contexts[prompt] = self._encode(prompt, ids[None])[0]
-            self._contexts.move_to_end(prompt)
+                known = self._contexts[key] = self._encode(prompt, ids[None])[0]
+            self._contexts.move_to_end(key)
             contexts.append(known)
         while len(self._contexts) > KEPT_PROMPTS:
-            self.cosines.pop(self._contexts.popitem(last=False)[0], None)
+            self.cosines.pop(self._contexts.popitem(last=False)[0][0], None)
         return torch.stack(contexts)
 
     def _encode(self, prompt: str, ids_1T: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from dreamfleet.datasets.errors import ModelError
+from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.sd.clip import Preprocessing
 from dreamfleet.trainers.sd.formats.convnext import SUFFIXES, read_convnext
@@ -129,7 +130,7 @@ def save_network(
         "image_mean": _MEAN,
         "image_std": _STD,
     }
-    (folder / _PREPROCESSOR).write_text(json.dumps(how, indent=1) + "\n", encoding="utf-8")
+    (folder / _PREPROCESSOR).write_text(json_text(how, indent=1) + "\n", encoding="utf-8")
 
 
 def _load(path: Path, name: str) -> Discriminator:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,6 +71,11 @@ def text_embeddings(text_encoder: Any) -> Any:
     return getattr(text_encoder, "text_model", text_encoder).embeddings
 
 
+def spliced_table(text_encoder: Any) -> Any:
+    """Return a text encoder's token table: a :class:`SplicedEmbedding` where it was taught words."""
+    return text_embeddings(text_encoder).token_embedding
+
+
 def token_tables(model: StableDiffusion) -> list[Tensor]:
     """Return the token table ``[vocab_size, D]`` of each text encoder."""
     return [text_embeddings(encoder).token_embedding.weight for encoder in model.text_encoders]
@@ -111,27 +115,11 @@ def install_negative(
 ) -> None:
     """Teach ``model`` the negative of an installed word under the name ``WORD-neg``, as DreamArtist calls it.
 
-    :func:`negative_for` then puts it into negative prompts.
+    :func:`prompt_tokens.negative_for` then puts it into negative prompts.
     """
     negative = f"{word}{NEGATIVE}"
     install_embedding(model, negative, vectors, vectors_2)
     text_embeddings(model.text_encoder).token_embedding.negatives[word] = negative
-
-
-def negative_for(model: StableDiffusion, prompt: str, negative_prompt: str) -> str:
-    """Return the negative prompt with the negatives of the words in ``prompt`` that it does not name itself."""
-    spliced = text_embeddings(model.text_encoder).token_embedding
-    if not isinstance(spliced, SplicedEmbedding) or not spliced.negatives:
-        return negative_prompt
-    used = {word for _, word in _split_words(prompt, spliced.words)}
-    named = {word for _, word in _split_words(negative_prompt, spliced.words)}
-    missing = [other for word, other in spliced.negatives.items() if word in used and other not in named]
-    return ", ".join([*([negative_prompt] if negative_prompt.strip() else []), *missing])
-
-
-def replace_word(prompt: str, word: str, other: str) -> str:
-    """Put ``other`` for ``word`` wherever a prompt has it as a whole word."""
-    return _pattern([word]).sub(lambda _: other, prompt)
 
 
 def lend_embeddings(model: StableDiffusion, embeddings: Iterable[Embedding]) -> None:
@@ -165,63 +153,3 @@ def remove_embeddings(model: StableDiffusion) -> None:
     for holder in map(text_embeddings, model.text_encoders):
         if isinstance(holder.token_embedding, SplicedEmbedding):
             holder.token_embedding = holder.token_embedding.table
-
-
-def tokenize(model: StableDiffusion, prompts: Sequence[str]) -> Tensor:
-    """Turn prompts into ids ``[B, n * 77]``: n chunks of start, up to 75 tokens and learned ids, end, padding.
-
-    n is 1 for every 75 of ``model.max_token_length``; what goes beyond is cut. A learned word that would lie across the
-    end of a chunk begins the next one, as in the webui. For SDXL ``[B, 2, n * 77]``: its tokenizers pad differently.
-    """
-    if model.text_encoder_2 is None:
-        return _tokenize(model.tokenizer, model.text_encoder, prompts, model.num_chunks)
-    both = zip((model.tokenizer, model.tokenizer_2), model.text_encoders, strict=True)
-    return torch.stack([_tokenize(*side, prompts, model.num_chunks) for side in both], dim=1)
-
-
-def _tokenize(tokenizer: Any, text_encoder: Any, prompts: Sequence[str], num_chunks: int) -> Tensor:
-    spliced = text_embeddings(text_encoder).token_embedding
-    words = spliced.words if isinstance(spliced, SplicedEmbedding) else {}
-    length = tokenizer.model_max_length
-    if not words and num_chunks == 1:
-        return tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        ).input_ids
-    rows = []
-    for prompt in prompts:
-        chunks: list[list[int]] = [[]]
-        for piece, word in _split_words(prompt, words) if words else [(prompt, None)]:
-            ids = spliced.ids(word) if word else tokenizer(piece, add_special_tokens=False).input_ids
-            if word and len(chunks[-1]) + len(ids) > length - 2 and len(chunks) < num_chunks:
-                chunks.append([])
-            for token in ids:
-                if len(chunks[-1]) == length - 2:
-                    chunks.append([])
-                chunks[-1].append(token)
-        row: list[int] = []
-        for number in range(num_chunks):
-            chunk = chunks[number] if number < len(chunks) else []
-            row += [tokenizer.bos_token_id, *chunk, tokenizer.eos_token_id]
-            row += [tokenizer.pad_token_id] * (length - 2 - len(chunk))
-        rows.append(row)
-    return torch.tensor(rows)
-
-
-def _split_words(prompt: str, words: Sequence[str] | dict[str, nn.Parameter]) -> list[tuple[str, str | None]]:
-    by_lower = {word.lower(): word for word in words}
-    pieces: list[tuple[str, str | None]] = []
-    end = 0
-    for match in _pattern(by_lower).finditer(prompt):
-        if before := prompt[end : match.start()].strip():
-            pieces.append((before, None))
-        pieces.append(("", by_lower[match.group().lower()]))
-        end = match.end()
-    if rest := prompt[end:].strip():
-        pieces.append((rest, None))
-    return pieces
-
-
-def _pattern(words: Iterable[str]) -> re.Pattern[str]:
-    # Longest first, so that "cat-neg" is not read as "cat" and "-neg"; whole words only; CLIP ignores case.
-    longest_first = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
-    return re.compile(rf"(?<!\w)(?:{longest_first})(?!\w)", re.IGNORECASE)

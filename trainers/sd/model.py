@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,19 @@ from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import ModelError
 from dreamfleet.datasets.storage import Storage
-from dreamfleet.trainers.sd import embeddings, lora
+from dreamfleet.trainers.sd import lora, prompt_tokens
 from dreamfleet.trainers.sd.condition import Condition
 from dreamfleet.trainers.sd.device import send
 from dreamfleet.trainers.sd.formats.ldm_names import Family, family_of
 from dreamfleet.trainers.sd.model_config import POCKET, ModelConfig, noise_schedule
-from dreamfleet.trainers.sd.model_files import download, fingerprint, load_folder_parts, vae_fingerprint
+from dreamfleet.trainers.sd.model_files import (
+    SINGLE_FILES,
+    download,
+    fingerprint,
+    load_folder_parts,
+    short_hash,
+    vae_fingerprint,
+)
 
 # More at once is no faster on a GPU, and at 512 px it would set a run's peak memory.
 VAE_PIXELS = 8 * 256**2
@@ -45,11 +53,22 @@ class StableDiffusion:
     encoder_hash: str = ""  # of the VAE's encoder, whole and in float32: what latents depend on
     clip_skip: int = 1
     max_token_length: int = 75
-    encode_prompts: Callable[[Sequence[str]], Condition] | None = None  # draws with these
+    encode_prompts: Callable[[Sequence[str], Tensor], Condition] | None = (
+        None  # of texts and ids, to draw with
+    )
     text_encoder_2: Any = None  # SDXL
     tokenizer_2: Any = None
     zeros_for_empty_prompt: bool = False  # the empty negative prompt is zeros (SDXL base)
     loras: tuple[tuple[Any, float], ...] = ()  # it draws with: see `lora.set_loras`
+    short_hash: Callable[[], str | None] = lambda: (
+        None
+    )  # by which the webui tells models: see `model_files.short_hash`
+
+    @property
+    def short_name(self) -> str:
+        """The last part of its name, without the suffix of a model file, as the webui calls it."""
+        name = self.folder.rstrip("/").rpartition("/")[2]
+        return Path(name).stem if name.lower().endswith(SINGLE_FILES) else name
 
     @property
     def is_sdxl(self) -> bool:
@@ -98,12 +117,12 @@ class StableDiffusion:
         names = ("unet", "vae", "text_encoder", "text_encoder_2")
         return {name: part for name in names if (part := getattr(self, name)) is not None}
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Turn prompts into ids ``[B, T]``, T = 77 a chunk, knowing the words of installed embeddings.
+    def tokenize(self, prompts: Sequence[str], swap: Mapping[str, str] | None = None) -> Tensor:
+        """Turn literal prompts into ids ``[B, T]``, T = 77 a chunk, knowing the words of installed embeddings.
 
-        ``[B, 2, T]`` for SDXL, whose two tokenizers pad differently.
+        ``[B, 2, T]`` for SDXL, whose two tokenizers pad differently. ``swap``: words to read as others.
         """
-        return embeddings.tokenize(self, prompts)
+        return prompt_tokens.tokenize(self, prompts, swap)
 
     def read(self, prompts: Sequence[str]) -> Condition:
         """Tokenise and encode prompts, where the text encoder is."""
@@ -144,7 +163,8 @@ class StableDiffusion:
         encoder = self.text_encoder_2
         found = encoder.text_model(chunks, output_hidden_states=True)
         # Not its own pooled output: with SDXL's config that takes the highest id for the end, so a learned word.
-        first, last = chunks[:: self.num_chunks], found.last_hidden_state[:: self.num_chunks]
+        each = len(chunks) // len(ids_BT)
+        first, last = chunks[::each], found.last_hidden_state[::each]
         ends = (first == self.tokenizer_2.eos_token_id).int().argmax(dim=-1)
         pooled = encoder.text_projection(last[torch.arange(len(last), device=last.device), ends])
         return found.hidden_states[-1 - self.clip_skip].reshape(*ids_BT.shape, -1), pooled
@@ -209,7 +229,10 @@ def load_model(config: ModelConfig, needs: Collection[str] = ALL_PARTS) -> Stabl
         return _load_folder(pocket_folder(), name, config, needs)
     if "://" in name:
         with Storage(name).local_copy() as local:
-            return _load_path(local, name, config, needs)
+            model = _load_path(local, name, config, needs)
+            digest = model.short_hash()  # now, while the file is here
+            model.short_hash = lambda: digest
+            return model
     path = Path(name).expanduser()
     if path.exists():
         return _load_path(path, name, config, needs)
@@ -232,7 +255,7 @@ def quiet_libraries() -> None:
 def _load_path(path: Path, name: str, config: ModelConfig, needs: Collection[str]) -> StableDiffusion:
     if path.is_dir():
         return _load_folder(path, name, config, needs)
-    if path.suffix in (".safetensors", ".ckpt"):
+    if path.suffix in SINGLE_FILES:
         return _load_single_file(path, name, config, needs)
     raise ModelError(f"{name}: not a model; expected a diffusers folder, a .safetensors or a .ckpt file")
 
@@ -252,6 +275,7 @@ def _load_single_file(path: Path, name: str, config: ModelConfig, needs: Collect
 def _as_configured(model: StableDiffusion, path: Path, config: ModelConfig) -> StableDiffusion:
     """Make a loaded model what the recipe's section says, frozen."""
     model.content_hash, model.encoder_hash = fingerprint(path), vae_fingerprint(model.vae)
+    model.short_hash = partial(short_hash, path)
     model.clip_skip = config.clip_skip
     model.max_token_length = config.max_token_length
     model.scheduler = noise_schedule(model.scheduler, config, model.folder)

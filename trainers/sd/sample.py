@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.trainers.sd.condition import Condition, predict, whole_picture_ids
-from dreamfleet.trainers.sd.embeddings import negative_for
 from dreamfleet.trainers.sd.infotext import plain_sampler
+from dreamfleet.trainers.sd.prompt_encoding import Encode, Guide, make_guides
+from dreamfleet.trainers.sd.prompt_tokens import negative_for
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.sd.model import StableDiffusion
@@ -37,45 +38,47 @@ def generate(
     width: int | None = None,
     height: int | None = None,
     batch_size: int = 4,
-    encode: Callable[[list[str]], Condition] | None = None,
+    plain: bool = False,
+    encode: Encode | None = None,
     device: torch.device | str | None = None,
 ) -> list[Image.Image]:
     """Draw one RGB picture for each prompt and its seed.
 
-    Picture i is the same, within rounding, in any batch and on any number of workers: its noise comes from a CPU
-    generator of its own. `width` and `height` are pixels (the model's own size when None); `encode` replaces
-    `model.read`; `device` is where the model is when None. A guidance scale of 1 skips the negative prompt and half of
-    the work. A learned word that has a negative brings it into the negative prompt. SDXL is told that the picture is
-    whole and of its own size. Raises UserError for sizes or names nobody can draw.
+    Prompts are in the webui's syntax (`docs/prompts.md`), or literal where `plain`. Picture i is the same, within
+    rounding, in any batch and on any number of workers: its noise comes from a CPU generator of its own. `width` and
+    `height` are pixels (the model's own size when None); `encode` replaces `model.condition`, given texts and ids;
+    `device` is where the model is when None. A guidance scale of 1 skips the negative prompt and half of the work. A
+    learned word that has a negative brings it into the negative prompt. SDXL is told that the picture is whole and of
+    its own size. Raises UserError for sizes or names nobody can draw.
     """
+    negatives = _negatives(model, prompts, negative_prompt, steps=steps, plain=plain)
     if len(seeds) != len(prompts):
         raise UserError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}.")
-    negatives = (
-        [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-    )
-    if len(negatives) != len(prompts):
-        raise UserError(f"{len(prompts)} prompts need one negative prompt or as many, not {len(negatives)}.")
-    negatives = [negative_for(model, *texts) for texts in zip(prompts, negatives, strict=True)]
     width, height = width or model.resolution, height or model.resolution
-    _require_size(model, width, height)
+    require_size(model, width, height)
     unet: Any = model.unet
     place = torch.device(device) if device is not None else next(unet.parameters()).device
-    encode = encode or model.encode_prompts or model.read
-    sizes = whole_picture_ids(height, width).to(place)
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), max(1, batch_size)):
         part = slice(start, start + max(1, batch_size))
-        condition = encode(list(prompts[part]))
-        if guidance_scale != 1:
-            condition = Condition.cat([_encode_negatives(model, encode, negatives[part]), condition])
+        guides = make_guides(
+            model,
+            prompts[part],
+            negatives[part],
+            steps=steps,
+            guidance_scale=guidance_scale,
+            encode=encode,
+            plain=plain,
+        )
         latents_BChw = draw_latents(
             model,
-            condition.sized(sizes.expand(len(condition.context), -1)),
+            guides,
             generators=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
             size=(height // model.vae_factor, width // model.vae_factor),
             steps=steps,
             guidance_scale=guidance_scale,
             scheduler=make_scheduler(model, scheduler),
+            device=place,
         )
         pictures += to_pictures(model.decode(latents_BChw))
     return pictures
@@ -84,37 +87,69 @@ def generate(
 @torch.no_grad()
 def draw_latents(
     model: StableDiffusion,
-    condition: Condition,
+    guides: Sequence[Guide],
     *,
     generators: list[torch.Generator],
     size: tuple[int, int],
     steps: int,
     guidance_scale: float,
     scheduler: Any,
+    device: torch.device,
 ) -> Tensor:
     """Run the sampler from each generator's noise -> scaled latents `[B, C, h, w]` in float32.
 
-    With guidance, the first half of `condition` is that of the negative prompts (classifier-free guidance,
-    arXiv 2207.12598: e = e_negative + scale (e_prompt - e_negative)).
+    Classifier-free guidance (arXiv 2207.12598) towards all parts of a prompt (arXiv 2206.01714):
+    e = e_negative + sum over parts of scale weight (e_part - e_negative).
     """
     unet: Any = model.unet
-    device = condition.context.device
     scheduler.set_timesteps(steps, device=device)
     shape = (unet.config.in_channels, *size)
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     latents_BChw = noise * scheduler.init_noise_sigma
-    guided = len(condition.context) > len(generators)
-    condition = condition._replace(context=condition.context.to(unet.dtype))
+    sizes = whole_picture_ids(size[0] * model.vae_factor, size[1] * model.vae_factor).to(device)
     options = {"generator": generators} if "Ancestral" in type(scheduler).__name__ else {}
-    for timestep in scheduler.timesteps:
-        entered = torch.cat([latents_BChw] * 2) if guided else latents_BChw
-        entered = scheduler.scale_model_input(entered, timestep).to(unet.dtype)
-        output = predict(unet, entered, timestep, condition).float()
-        if guided:
-            away, towards = output.chunk(2)
-            output = away + guidance_scale * (towards - away)
-        latents_BChw = scheduler.step(output, timestep, latents_BChw, return_dict=False, **options)[0]
+    for index, timestep in enumerate(scheduler.timesteps):
+        rows = _rows(guides, index)
+        outputs: list[Tensor] = [latents_BChw] * len(rows)
+        lengths = [condition.context.shape[1] for _, condition in rows]
+        for length in dict.fromkeys(lengths):  # prompts of other numbers of chunks make passes of their own
+            chosen = [number for number, each in enumerate(lengths) if each == length]
+            condition = Condition.cat([rows[number][1] for number in chosen])
+            condition = condition._replace(context=condition.context.to(unet.dtype))
+            entered = latents_BChw[[rows[number][0] for number in chosen]]
+            entered = scheduler.scale_model_input(entered, timestep).to(unet.dtype)
+            condition = condition.sized(sizes.expand(len(chosen), -1))
+            for number, output in zip(
+                chosen, predict(unet, entered, timestep, condition).float(), strict=True
+            ):
+                outputs[number] = output
+        guided = torch.stack(_guided(guides, outputs, guidance_scale))
+        latents_BChw = scheduler.step(guided, timestep, latents_BChw, return_dict=False, **options)[0]
     return latents_BChw
+
+
+def _rows(guides: Sequence[Guide], index: int) -> list[tuple[int, Condition]]:
+    """List what the U-Net is asked at a step, each with its picture's number: all negatives, then all parts."""
+    away = [(number, guide.away.at(index)) for number, guide in enumerate(guides) if guide.away is not None]
+    towards = [(number, timed.at(index)) for number, guide in enumerate(guides) for _, timed in guide.towards]
+    return away + towards
+
+
+def _guided(guides: Sequence[Guide], outputs: Sequence[Tensor], scale: float) -> list[Tensor]:
+    """Combine the outputs of :func:`_rows` to one a picture."""
+    away = iter(outputs)
+    starts = [None if guide.away is None else next(away) for guide in guides]
+    towards = away  # what is left
+    found = []
+    for guide, start in zip(guides, starts, strict=True):
+        if start is None:
+            found.append(next(towards))
+            continue
+        total = start
+        for weight, _ in guide.towards:
+            total = total + scale * weight * (next(towards) - start)
+        found.append(total)
+    return found
 
 
 def make_scheduler(model: StableDiffusion, name: SchedulerName | str) -> Any:
@@ -125,19 +160,18 @@ def make_scheduler(model: StableDiffusion, name: SchedulerName | str) -> Any:
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
         return DDIMScheduler.from_config(config)
+    # The webui's other samplers go evenly from the first timestep to the last, or by Karras' steps between the two,
+    # whatever a model's config says. Noise that ends in nothing but noise needs the last timestep, and no step near it.
+    zero_snr = config.get("rescale_betas_zero_snr", False)
+    spacing = "trailing" if zero_snr else "linspace"
     if name == "euler_a":
         from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 
-        return EulerAncestralDiscreteScheduler.from_config(config)
+        return EulerAncestralDiscreteScheduler.from_config(config, timestep_spacing=spacing)
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-    # Karras' steps would mostly go to the endless noise at the end of a schedule of zero terminal SNR.
-    zero_snr = config.get("rescale_betas_zero_snr", False)
     return DPMSolverMultistepScheduler.from_config(
-        config,
-        algorithm_type="dpmsolver++",
-        use_karras_sigmas=not zero_snr,
-        timestep_spacing="trailing" if zero_snr else "linspace",
+        config, algorithm_type="dpmsolver++", use_karras_sigmas=not zero_snr, timestep_spacing=spacing
     )
 
 
@@ -174,17 +208,21 @@ def picture_grid(
     return sheet
 
 
-def _encode_negatives(
-    model: StableDiffusion, encode: Callable[[list[str]], Condition], texts: list[str]
-) -> Condition:
-    """Encode negative prompts, equal ones once; SDXL's empty ones are zeros, as diffusers and the webui have it."""
-    each = {text: encode([text]) for text in dict.fromkeys(texts)}
-    if model.zeros_for_empty_prompt and "" in each:
-        each[""] = each[""].map(torch.zeros_like)
-    return Condition.cat([each[text] for text in texts])
+def _negatives(
+    model: StableDiffusion, prompts: Sequence[str], given: str | Sequence[str], *, steps: int, plain: bool
+) -> list[str]:
+    """Return each prompt's negative prompt, with the negatives of its learned words."""
+    negatives = [given] * len(prompts) if isinstance(given, str) else list(given)
+    if len(negatives) != len(prompts):
+        raise UserError(f"{len(prompts)} prompts need one negative prompt or as many, not {len(negatives)}.")
+    return [
+        negative_for(model, *texts, steps=steps, plain=plain)
+        for texts in zip(prompts, negatives, strict=True)
+    ]
 
 
-def _require_size(model: StableDiffusion, width: int, height: int) -> None:
+def require_size(model: StableDiffusion, width: int, height: int) -> None:
+    """Raise UserError for a size that the model cannot draw."""
     unet: Any = model.unet
     step = model.vae_factor * 2 ** (len(unet.config.block_out_channels) - 1)
     for name, value in (("width", width), ("height", height)):

@@ -28,7 +28,7 @@ class ShapeTokenizer:
     """Stands in for a tokenizer where only the shapes of ids count: every text is one token, or a full row padded."""
 
     model_max_length = NUM_TOKENS
-    bos_token_id = eos_token_id = pad_token_id = 0
+    bos_token_id = eos_token_id = pad_token_id = unk_token_id = 0
 
     def __call__(self, text: str | Sequence[str], **options: Any) -> Any:
         """Return ``input_ids`` of a text ``[0]``, or of a list of texts as zeros ``[B, 77]``."""

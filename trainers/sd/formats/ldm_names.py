@@ -69,6 +69,7 @@ SD1_CONFIGS: dict[str, Config] = {
         "beta_schedule": "scaled_linear",
         "num_train_timesteps": 1000,
         "clip_sample": False,
+        "set_alpha_to_one": False,  # DDIM's last step ends at the first timestep's noise, as in the published folders
         "steps_offset": 1,
         "prediction_type": "epsilon",
     },

@@ -1,0 +1,31 @@
+"""Writes JSON that every reader takes: numbers that are not finite become null, as JSON has no name for them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def json_text(value: Any, *, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
+    """Write a value as JSON that can be encoded as UTF-8; ``default`` converts what JSON does not know.
+
+    NaN and infinities become null. Bytes of a file name that are not UTF-8 (surrogates in Python's text) are escaped,
+    and read back as they were.
+    """
+    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, default=default, allow_nan=False)
+    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
