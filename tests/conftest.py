@@ -1,11 +1,13 @@
-"""Settings every test shares: a quiet, offline, local world, and the GPU tests skipped without a GPU."""
+"""Settings every test shares: a quiet, offline, local world, an end to every hang, and GPU tests that need a GPU."""
 
+import faulthandler
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +30,32 @@ os.environ.pop("RAY_ADDRESS", None)  # a test never joins a cluster that happens
 # A shell has what it starts in the background ignore Ctrl-C, and whatever that starts: several tests press it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+GRACE = 15  # seconds between a test's timeout and the end of a process that did not notice it
+_STDERR = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the terminal for the stacks of a hang: during a test, stderr is captured."""
+    config.stash[_STDERR] = os.dup(sys.__stderr__.fileno() if sys.__stderr__ else 2)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """End the process with the stacks of all threads if a test outlives its timeout.
+
+    pytest-timeout fails the test by a signal, and the next one runs. A signal is handled by Python, though, and some
+    hangs keep Python from running: a deadlock with the GIL held, a wait in C++. faulthandler's thread needs no GIL.
+    """
+    marker = item.get_closest_marker("timeout")
+    told = marker.args[0] if marker and marker.args else item.config.getoption("timeout", None)
+    limit = float(told or item.config.getini("timeout"))
+    faulthandler.dump_traceback_later(limit + GRACE, exit=True, file=item.config.stash[_STDERR])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _has_gpu() -> bool:

@@ -24,7 +24,8 @@ from dreamfleet.trainers.cached_pictures import leave_out_bad, open_latents, ser
 from dreamfleet.trainers.class_pictures import gather_class_images
 from dreamfleet.trainers.conflicts import require_runnable
 from dreamfleet.trainers.engine import DTYPES, Engine, TorchEngine
-from dreamfleet.trainers.feed import Feed, Preparer
+from dreamfleet.trainers.feed import Feed, Preparer, check_words, to_samples
+from dreamfleet.trainers.findings import log_findings
 from dreamfleet.trainers.loop import Schedule
 from dreamfleet.trainers.methods.base import Batch, Method, Setting, discover
 from dreamfleet.trainers.methods.seeing import SeeingMethod
@@ -126,6 +127,8 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
         compare({"what the labels say": chosen.content_hash}, place)
         sets = replace(sets, instances=chosen)
     sizes = picture_sizes(sets.instances, recipe.data)
+    if place.leads:
+        log_findings(sets.instances, sizes, method, recipe.data)
     classes = gather_class_images(recipe, sets, method, place)
     train = recipe.train
     global_batch = place.world * train.train_batch_size * train.gradient_accumulation_steps
@@ -163,9 +166,8 @@ def load_inputs(recipe: Recipe, place: Place) -> tuple[Sets, Method, LatentCache
     if cache is not None:
         kept = place.on_rank_0(lambda: leave_out_bad(sets.instances, cache, recipe.data))
         sets = replace(sets, instances=kept)
-    if place.leads:
-        for bad in sets.instances.bad:
-            log.warning("left out %s: %s", bad.uri, bad.reason)
+    if not isinstance(method, SeeingMethod):
+        check_words(to_samples(sets.instances), method, recipe.data)  # before class images are generated
     return sets, method, cache
 
 
@@ -174,7 +176,7 @@ def share_sets(recipe: Recipe, place: Place) -> Sets:
 
     def load() -> Sets:
         known = known_files(recipe.data)
-        return load_sets(recipe.data, verify=False if known else None, known=known)
+        return load_sets(recipe.data, verify=False if known else None, known=known, apart=recipe.apart)
 
     sets = place.on_rank_0(load)
     check_files(sets.instances, place)

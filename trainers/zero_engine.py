@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -24,7 +23,7 @@ from dreamfleet.trainers.zero_setup import (
     stdout_to_stderr,
     zero_config,
 )
-from dreamfleet.trainers.zero_shards import MOMENTS, Shards
+from dreamfleet.trainers.zero_shards import MOMENTS, Shards, owners
 from dreamfleet.trainers.zero_swap import SwapFolder, SwappedShards, build_swapping
 
 Convert = Callable[[nn.Parameter, Tensor], Tensor]
@@ -65,7 +64,7 @@ class ZeroEngine(Engine):
             if rounds or not param.requires_grad
         }
         sharded = [self.method, *self.method.loss_parts.values()]
-        held: Iterable[nn.Module] = _owners(sharded) if self.stage == 3 else [self.method]
+        held: Iterable[nn.Module] = owners(sharded) if self.stage == 3 else [self.method]
         model, mine = _Computing(held, self.autocast), set(self.method.parameters())
         self.passed = [param for param in model.parameters() if param not in mine]
         config = zero_config(
@@ -264,10 +263,10 @@ class ZeroEngine(Engine):
             return self.engine.torch_autocast_z0_gradscaler.state_dict()
         fresh = torch.amp.GradScaler(self.device.type).state_dict()
         scaler = self.engine.optimizer.loss_scaler
-        # DeepSpeed counts the steps since an overflow by their numbers, torch in the number itself.
+        # Steps since an overflow: torch starts anew where the scale grows, DeepSpeed goes on, and grows a step later.
         since = scaler.cur_iter - scaler.last_overflow_iter - 1
-        grown = {"_growth_tracker": since % scaler.scale_window}
-        return {**fresh, **grown, "scale": float(self.engine.optimizer.loss_scale)}
+        counted = {"_growth_tracker": since % scaler.scale_window, "since_overflow": since}
+        return {**fresh, **counted, "scale": float(scaler.cur_scale)}
 
     def _load_scaler(self, saved: dict[str, Any]) -> None:
         if self.stage == 0:
@@ -275,7 +274,8 @@ class ZeroEngine(Engine):
         else:
             scaler = self.engine.optimizer.loss_scaler
             scaler.cur_scale = saved["scale"]
-            scaler.last_overflow_iter = scaler.cur_iter - 1 - saved["_growth_tracker"]
+            since = saved.get("since_overflow", saved["_growth_tracker"])
+            scaler.last_overflow_iter = scaler.cur_iter - 1 - since
 
 
 class _Computing(nn.Module):
@@ -289,15 +289,3 @@ class _Computing(nn.Module):
         """Return what ``action`` computes."""
         with self.autocast():
             return action()
-
-
-def _owners(roots: Iterable[nn.Module]) -> list[nn.Module]:
-    """List the outermost modules with parameters of their own, each once: a LoRA's are in the method and the U-Net."""
-
-    def walk(module: nn.Module) -> Iterator[nn.Module]:
-        if module._parameters:
-            yield module
-        else:
-            yield from itertools.chain.from_iterable(map(walk, module.children()))
-
-    return list(dict.fromkeys(itertools.chain.from_iterable(map(walk, roots))))
