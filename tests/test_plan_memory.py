@@ -188,7 +188,7 @@ def test_a_pass_without_memory_holds_what_a_real_one_does(
     parts, fake = make_parts(tmp_path, **changes), count(tmp_path, **changes).full
     assert fake == trace_real_step(parts)
     # A second count that knows nothing of ours: what autograd says that it saves.
-    assert fake.held == pytest.approx(saved_bytes(parts), rel=0.03)
+    assert fake.held == pytest.approx(saved_bytes(parts), rel=0.05)
 
 
 def saved_bytes(parts: Parts) -> int:
