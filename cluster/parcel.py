@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamfleet.datasets.errors import RecipeError, StorageError
-from dreamfleet.datasets.sets import load_concepts
+from dreamfleet.datasets.sets import load_class_images, load_concepts
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.paths import SECTIONS, is_path, named_paths
 from dreamfleet.trainers.preflight import check_inputs
@@ -204,14 +204,13 @@ def _refuse_missing_class_pictures(recipe: Recipe, stays: Callable[[str], bool])
     elsewhere = isinstance(recipe.data.concepts_list, str) and stays(recipe.data.concepts_list)
     if elsewhere or not getattr(recipe.method, "with_prior_preservation", False):
         return
-    from dreamfleet.trainers.class_pictures import list_pictures
-
     wanted = getattr(recipe.method, "num_class_images", 0)
     for concept in load_concepts(recipe.data):
         folder = concept.class_data_dir
         if folder is None or stays(folder):
             continue
-        here = len(list_pictures(Storage(folder)))
+        found = load_class_images(folder, recipe.data)
+        here = len(found) if found is not None else 0
         if here < wanted:
             raise RecipeError(
                 f"class_data_dir {folder} has {here} pictures, method.num_class_images is {wanted}: the others would "

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tiny_models import tiny_model
 
+from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.class_pictures import find_missing
@@ -161,17 +162,24 @@ def test_a_class_image_depends_on_its_number_alone(model: Any, tmp_path: Path) -
     assert difference(Image.open(one.path(names[0])), Image.open(one.path(names[1]))) > 2
 
 
-def test_class_images_that_are_there_count(tmp_path: Path) -> None:
-    storage = Storage(tmp_path)
-    assert find_missing(storage, 3) == [0, 1, 2]
-    for name in ("000000.png", "000002.png"):
-        storage.write_bytes(name, b"kept")
-    assert find_missing(storage, 3) == [1]
-    storage.write_bytes("mine.JPG", b"counts")
-    assert find_missing(storage, 3) == []
-    assert find_missing(storage, 5) == [1, 3]
-    storage.write_bytes("notes.txt", b"does not")
-    assert find_missing(storage, 5) == [1, 3]
+def test_class_images_that_are_there_count_by_the_rule_of_all_image_folders(tmp_path: Path) -> None:
+    folder, storage = tmp_path / "class", Storage(tmp_path / "class")
+    data = DataConfig(
+        instance_data_dir=str(tmp_path / "subject"), class_data_dir=str(folder), class_prompt="a cat"
+    )
+    assert find_missing(storage, 3, data) == [0, 1, 2]
+    (folder / "sub").mkdir(parents=True)
+    for number, name in enumerate(("000000.png", "000002.png", "mine.JPG", "scan.tif", "sub/deep.webp")):
+        Image.new("RGB", (8, 8), (number, 60, 90)).save(folder / name)
+    assert find_missing(storage, 5, data) == []
+    assert find_missing(storage, 7, data) == [1, 3]
+    for name in ("notes.txt", "._000000.png", "broken.png", "000001.png"):  # none is an image
+        (folder / name).write_bytes(b"does not count")
+    assert find_missing(storage, 7, data) == [3, 4]  # the broken one is left as it is
+    (folder / "subject").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "subject" / "a.png")  # the subject may lie inside
+    inside = data.model_copy(update={"instance_data_dir": str(folder / "subject")})
+    assert find_missing(storage, 6, inside) == [3]
 
 
 def test_the_folder_key_follows_everything_that_shapes_the_pictures() -> None:

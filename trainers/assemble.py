@@ -24,7 +24,8 @@ from dreamfleet.trainers.cached_pictures import leave_out_bad, open_latents, ser
 from dreamfleet.trainers.class_pictures import gather_class_images
 from dreamfleet.trainers.conflicts import require_runnable
 from dreamfleet.trainers.engine import DTYPES, Engine, TorchEngine
-from dreamfleet.trainers.feed import Feed, Preparer
+from dreamfleet.trainers.feed import Feed, Preparer, check_words, to_samples
+from dreamfleet.trainers.findings import log_findings
 from dreamfleet.trainers.loop import Schedule
 from dreamfleet.trainers.methods.base import Batch, Method, Setting, discover
 from dreamfleet.trainers.methods.seeing import SeeingMethod
@@ -95,16 +96,22 @@ def build_method(
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     if recipe.train.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
-        if method.trains_text:
-            for encoder in model.text_encoders:
-                # transformers 5.23 gave it a new name, and 6 drops the old one.
-                enable = getattr(encoder, "activation_checkpointing_enable", None)
-                (enable or encoder.gradient_checkpointing_enable)()
-    # Diffusers checkpoints only in training mode; a frozen U-Net that gradients pass through needs it as well.
-    if recipe.train.gradient_checkpointing:
-        model.unet.train()
+        checkpoint_activations(method)
     return method
+
+
+def checkpoint_activations(method: Method) -> None:
+    """Let the parts that gradients pass through keep no activations of their layers, and compute them again instead."""
+    unet, encoders = method.model.unet, method.model.text_encoders
+    unet.enable_gradient_checkpointing()
+    unet.train()  # diffusers checkpoints in training mode alone, also a frozen U-Net that gradients pass through
+    for encoder in encoders if method.trains_text else ():
+        # transformers 5.23 gave it a new name, and 6 drops the old one.
+        enable = getattr(encoder, "activation_checkpointing_enable", None)
+        (enable or encoder.gradient_checkpointing_enable)()
+        for module in encoder.modules():
+            # So does transformers. Not of the modules inside: a frozen encoder's dropout stays off.
+            module.training = module.training or getattr(module, "gradient_checkpointing", False)
 
 
 def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
@@ -126,6 +133,8 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
         compare({"what the labels say": chosen.content_hash}, place)
         sets = replace(sets, instances=chosen)
     sizes = picture_sizes(sets.instances, recipe.data)
+    if place.leads:
+        log_findings(sets.instances, sizes, method, recipe.data)
     classes = gather_class_images(recipe, sets, method, place)
     train = recipe.train
     global_batch = place.world * train.train_batch_size * train.gradient_accumulation_steps
@@ -163,9 +172,8 @@ def load_inputs(recipe: Recipe, place: Place) -> tuple[Sets, Method, LatentCache
     if cache is not None:
         kept = place.on_rank_0(lambda: leave_out_bad(sets.instances, cache, recipe.data))
         sets = replace(sets, instances=kept)
-    if place.leads:
-        for bad in sets.instances.bad:
-            log.warning("left out %s: %s", bad.uri, bad.reason)
+    if not isinstance(method, SeeingMethod):
+        check_words(to_samples(sets.instances), method, recipe.data)  # before class images are generated
     return sets, method, cache
 
 
@@ -174,7 +182,7 @@ def share_sets(recipe: Recipe, place: Place) -> Sets:
 
     def load() -> Sets:
         known = known_files(recipe.data)
-        return load_sets(recipe.data, verify=False if known else None, known=known)
+        return load_sets(recipe.data, verify=False if known else None, known=known, apart=recipe.apart)
 
     sets = place.on_rank_0(load)
     check_files(sets.instances, place)

@@ -70,7 +70,9 @@ def leave_out_bad(index: Index, cache: LatentCache, data: DataConfig) -> Index:
         if entry is not None and entry.reason
     ]
     kept = [row for row, entry in enumerate(entries) if entry is None or not entry.reason]
-    return Index(index.table.take(pa.array(kept, pa.int64())), bad=sorted([*index.bad, *bad]))
+    return Index(
+        index.table.take(pa.array(kept, pa.int64())), bad=sorted([*index.bad, *bad]), skipped=index.skipped
+    )
 
 
 def serve_pictures(

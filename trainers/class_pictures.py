@@ -10,17 +10,19 @@ from typing import Any
 
 import torch
 
+from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import DataError
-from dreamfleet.datasets.images import PICTURE_SUFFIXES
-from dreamfleet.datasets.index import Index, build_index
-from dreamfleet.datasets.sets import ClassSet, Sets
+from dreamfleet.datasets.index import Index, log_left_out
+from dreamfleet.datasets.json_text import json_text
+from dreamfleet.datasets.left_out import CLASS_IMAGES
+from dreamfleet.datasets.sets import ClassSet, Sets, load_class_images
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.agreement import share_index
 from dreamfleet.trainers.engine import DTYPES
 from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
-from dreamfleet.trainers.sd.prior import GENERATED, class_image_key, generate_class_images
+from dreamfleet.trainers.sd.prior import class_image_key, generate_class_images, generated_name
 
 log = logging.getLogger(__name__)
 
@@ -44,22 +46,33 @@ def _gather_one(recipe: Recipe, class_set: ClassSet, method: Method, place: Plac
     prior = method.prior
     assert prior is not None
     storage, options = _where_and_how(recipe, class_set, method)
-    missing = place.on_rank_0(lambda: find_missing(storage, prior.num_class_images))
+    missing = place.on_rank_0(lambda: find_missing(storage, prior.num_class_images, recipe.data))
     if missing:
         if place.leads:
             log.info("generating %d class images of %r", len(missing), class_set.prompt)
         _generate(method, class_set.prompt, missing, storage, options, recipe=recipe, place=place)
-    numbered = {"concept": class_set.concept, "role": "class", "max_pixels": recipe.data.max_pixels}
-    return share_index(place, lambda: build_index(storage, **numbered))
+
+    def load() -> Index:
+        index = load_class_images(storage, recipe.data, concept=class_set.concept)
+        assert index is not None  # there before, or generated
+        return index
+
+    index = share_index(place, load)
+    if place.leads:
+        log_left_out(index)
+    return index
 
 
-def find_missing(storage: Storage, num: int) -> list[int]:
-    """List the numbers of the images to generate until a folder has ``num``; images of other names count towards it."""
-    names = set(list_pictures(storage))
-    if len(names) >= num:
-        return []
-    own = sum(1 for name in names if not GENERATED.fullmatch(name))
-    return [number for number in range(num - own) if f"{number:06d}.png" not in names]
+def find_missing(storage: Storage, num: int, data: DataConfig) -> list[int]:
+    """List the numbers of the images to generate until a folder has ``num`` that can be used, whatever their names.
+
+    They are counted by the rule of all image folders (subfolders, every format). No file that is there is written over.
+    """
+    index = load_class_images(storage, data)
+    wanted = max(0, num - (len(index) if index is not None else 0))
+    names = set(storage.list()) if wanted else set()
+    free = (number for number in itertools.count() if generated_name(number) not in names)
+    return list(itertools.islice(free, wanted))
 
 
 def _where_and_how(recipe: Recipe, class_set: ClassSet, method: Method) -> tuple[Storage, dict[str, Any]]:
@@ -100,17 +113,17 @@ def _generate(
     mine = list(itertools.chain.from_iterable(batches[number] for number in place.share(len(batches))))
 
     def draw() -> None:
-        with lent_to(place.device, method, DTYPES[recipe.train.mixed_precision]):
+        if place.leads and not storage.exists(CLASS_IMAGES):
+            # Tells every later run that these are no images of its subject.
+            storage.write_text(CLASS_IMAGES, json_text({"prompt": prompt}) + "\n")
+        # With full_bf16 a part may be narrow but for the weights that do not learn.
+        narrow = torch.autocast(place.device.type, torch.bfloat16, enabled=recipe.train.full_bf16)
+        with lent_to(place.device, method, DTYPES[recipe.train.mixed_precision]), narrow:
             generate_class_images(
                 method.model, prompt, numbers=mine, storage=storage, batch_size=size, **options
             )
 
     place.on_every_rank(draw)
-
-
-def list_pictures(storage: Storage) -> list[str]:
-    """List the picture files of a folder that may not exist yet."""
-    return [name for name in storage.list() if name.lower().endswith(PICTURE_SUFFIXES)]
 
 
 @contextmanager

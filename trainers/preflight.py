@@ -75,7 +75,7 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
         )
     folders = [Storage(concept.instance_data_dir) for concept in load_concepts(recipe.data)]
     if all(_is_small(folder) for folder in folders):
-        load_sets(recipe.data, verify=False, known=known_files(recipe.data))
+        load_sets(recipe.data, verify=False, known=known_files(recipe.data), apart=recipe.apart)
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
         model = getattr(recipe.model, name)
         if model and os.path.isabs(model) and not os.path.exists(model):

@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from dreamfleet.datasets.errors import RunFailed
-from dreamfleet.datasets.index import Index, build_index
+from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.json_text import json_text
+from dreamfleet.datasets.sets import load_held_out
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.agreement import share_index
 from dreamfleet.trainers.assemble import Parts
@@ -76,12 +77,7 @@ class Recorder:
                 parts.apart, method=parts.method, max_pixels=data.max_pixels, place=self.sharing
             )
         elif folder := validation.holdout:
-            self.real = share_index(
-                self.place,
-                lambda: build_index(
-                    folder, caption_extension=data.caption_extension, max_pixels=data.max_pixels
-                ),
-            )
+            self.real = share_index(self.place, lambda: load_held_out(folder, data))
             self.held_out = HeldOutLoss(
                 self.real,
                 method=parts.method,

@@ -16,7 +16,10 @@ from dreamfleet.trainers.sd.sample import generate
 if TYPE_CHECKING:
     from dreamfleet.trainers.sd.model import StableDiffusion
 
-GENERATED = re.compile(r"\d{6}\.png")  # names of images that were drawn here
+
+def generated_name(number: int) -> str:
+    """Return the file name of a generated class image."""
+    return f"{number:06d}.png"
 
 
 def class_image_key(
@@ -71,4 +74,4 @@ def generate_class_images(
         for i, picture in zip(part, pictures, strict=True):
             buffer = io.BytesIO()
             picture.save(buffer, "PNG")
-            storage.write_bytes(f"{i:06d}.png", buffer.getvalue())
+            storage.write_bytes(generated_name(i), buffer.getvalue())
