@@ -185,7 +185,8 @@ def test_no_command_that_uses_ray_leaks_a_secret(
     """A run, a search and a cache on one private Ray: all its files, and all processes while they work."""
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
-    temporary = tmp_path_factory.mktemp("t")
+    temporary, home = tmp_path_factory.mktemp("t"), tmp_path_factory.mktemp("h")
+    monkeypatch.setenv("HOME", str(home))
     monkeypatch.setattr("tempfile.tempdir", str(temporary))  # where Tune and Train keep their own files
     tiny.make_pictures(tmp_path / "holdout", 2, seed=5)
     options: dict[str, Any] = {
@@ -220,5 +221,8 @@ def test_no_command_that_uses_ray_leaks_a_secret(
         looks.append(find_planted(*kept))
         agents = [file.name for file in ray_files.rglob("runtime_env_agent*")]
         assert agents, "the log that held the keys is looked at"
+    assert not list(temporary.glob("dreamfleet-*")) and not (home / "ray_results").exists(), (
+        "Tune's and Train's files are left"
+    )
     assert len(looks) > 5 and not {file for found in looks for file in found}
     assert all(os.environ[name] == value for name, value in SECRETS.items())

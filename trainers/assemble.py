@@ -96,16 +96,22 @@ def build_method(
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     if recipe.train.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
-        if method.trains_text:
-            for encoder in model.text_encoders:
-                # transformers 5.23 gave it a new name, and 6 drops the old one.
-                enable = getattr(encoder, "activation_checkpointing_enable", None)
-                (enable or encoder.gradient_checkpointing_enable)()
-    # Diffusers checkpoints only in training mode; a frozen U-Net that gradients pass through needs it as well.
-    if recipe.train.gradient_checkpointing:
-        model.unet.train()
+        checkpoint_activations(method)
     return method
+
+
+def checkpoint_activations(method: Method) -> None:
+    """Let the parts that gradients pass through keep no activations of their layers, and compute them again instead."""
+    unet, encoders = method.model.unet, method.model.text_encoders
+    unet.enable_gradient_checkpointing()
+    unet.train()  # diffusers checkpoints in training mode alone, also a frozen U-Net that gradients pass through
+    for encoder in encoders if method.trains_text else ():
+        # transformers 5.23 gave it a new name, and 6 drops the old one.
+        enable = getattr(encoder, "activation_checkpointing_enable", None)
+        (enable or encoder.gradient_checkpointing_enable)()
+        for module in encoder.modules():
+            # So does transformers. Not of the modules inside: a frozen encoder's dropout stays off.
+            module.training = module.training or getattr(module, "gradient_checkpointing", False)
 
 
 def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:

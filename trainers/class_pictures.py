@@ -112,7 +112,9 @@ def _generate(
         if place.leads and not storage.exists(CLASS_IMAGES):
             # Tells every later run that these are no images of its subject.
             storage.write_text(CLASS_IMAGES, json_text({"prompt": prompt}) + "\n")
-        with lent_to(place.device, method, DTYPES[recipe.train.mixed_precision]):
+        # With full_bf16 a part may be narrow but for the weights that do not learn.
+        narrow = torch.autocast(place.device.type, torch.bfloat16, enabled=recipe.train.full_bf16)
+        with lent_to(place.device, method, DTYPES[recipe.train.mixed_precision]), narrow:
             generate_class_images(
                 method.model, prompt, numbers=mine, storage=storage, batch_size=size, **options
             )

@@ -19,10 +19,8 @@ from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.masks import PictureDraw, cut_picture, loss_weights, read_mask
 from dreamfleet.datasets.storage import read_uri
 from dreamfleet.trainers.place import Place
-from dreamfleet.trainers.sd.model import StableDiffusion
+from dreamfleet.trainers.sd.model import VAE_PIXELS, StableDiffusion
 
-# More at once is no faster on a card, and at 512 px it would set a run's peak memory.
-ENCODE_PIXELS = 8 * 256**2
 SHARED_AT_ONCE = 2**24  # numbers of latents that go over the card between workers: 64 MB
 
 
@@ -36,7 +34,7 @@ class Encoded(NamedTuple):
 
 def encode_batch(pixels: int) -> int:
     """Return how many pictures of so many pixels are encoded at once."""
-    return min(8, max(1, ENCODE_PIXELS // pixels))
+    return min(8, max(1, VAE_PIXELS // pixels))
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from dreamfleet.trainers.methods.base import Batch, Loss, Method
 from dreamfleet.trainers.optim import OptimizerConfig, make_optimizer
 from dreamfleet.trainers.process_group import release_reducer
 from dreamfleet.trainers.sd.device import send
-from dreamfleet.trainers.speed import ask_all, speed_up
+from dreamfleet.trainers.speed import ask_all, forget_compiled, speed_up
 from dreamfleet.trainers.stepping import Stepper, laid_out_like, restore_states
 
 T = TypeVar("T")
@@ -55,6 +55,7 @@ class Engine(ABC):
         self.params = {name: param for group in self.groups for name, param in group.params.items()}
         self.ema: Ema | None = None
         self.held = ExitStack()  # given back by close(), the last first
+        self.held.callback(forget_compiled, config)
         with ExitStack() as undo:
             undo.callback(self.close)
             self._build(optimizer)

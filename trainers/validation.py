@@ -187,15 +187,16 @@ def draw_previews(
 @contextmanager
 def evaluating(method: Method) -> Iterator[None]:
     """Within this context the method and its model are in eval mode: nothing is dropped out."""
-    modules = [method, *method.model.modules().values()]
-    modes = [module.training for module in modules]
-    for module in modules:
-        module.eval()
+    parts = [method, *method.model.modules().values()]
+    # Of every module: dropout and gradient checkpointing may be on in some layers of a part alone.
+    modes = {module: module.training for part in parts for module in part.modules()}
+    for part in parts:
+        part.eval()
     try:
         yield
     finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.train(mode)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 class Judge:

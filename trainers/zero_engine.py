@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -24,7 +23,7 @@ from dreamfleet.trainers.zero_setup import (
     stdout_to_stderr,
     zero_config,
 )
-from dreamfleet.trainers.zero_shards import MOMENTS, Shards
+from dreamfleet.trainers.zero_shards import MOMENTS, Shards, owners
 from dreamfleet.trainers.zero_swap import SwapFolder, SwappedShards, build_swapping
 
 Convert = Callable[[nn.Parameter, Tensor], Tensor]
@@ -65,7 +64,7 @@ class ZeroEngine(Engine):
             if rounds or not param.requires_grad
         }
         sharded = [self.method, *self.method.loss_parts.values()]
-        held: Iterable[nn.Module] = _owners(sharded) if self.stage == 3 else [self.method]
+        held: Iterable[nn.Module] = owners(sharded) if self.stage == 3 else [self.method]
         model, mine = _Computing(held, self.autocast), set(self.method.parameters())
         self.passed = [param for param in model.parameters() if param not in mine]
         config = zero_config(
@@ -255,19 +254,28 @@ class ZeroEngine(Engine):
         # Stage 0 clips without telling the norm.
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None])
         scaler = self.engine.torch_autocast_z0_gradscaler
-        return norm / scaler.get_scale() if scaler is not None else norm
+        return (
+            norm / scaler._get_scale_async() if scaler is not None else norm
+        )  # get_scale() would wait for it
 
     def _scaler_state(self) -> dict[str, Any]:
         if self.stage == 0:
             return self.engine.torch_autocast_z0_gradscaler.state_dict()
         fresh = torch.amp.GradScaler(self.device.type).state_dict()
-        return {**fresh, "scale": float(self.engine.optimizer.loss_scale)}
+        scaler = self.engine.optimizer.loss_scaler
+        # Steps since an overflow: torch starts anew where the scale grows, DeepSpeed goes on, and grows a step later.
+        since = scaler.cur_iter - scaler.last_overflow_iter - 1
+        counted = {"_growth_tracker": since % scaler.scale_window, "since_overflow": since}
+        return {**fresh, **counted, "scale": float(scaler.cur_scale)}
 
     def _load_scaler(self, saved: dict[str, Any]) -> None:
         if self.stage == 0:
             self.engine.torch_autocast_z0_gradscaler.load_state_dict(saved)
         else:
-            self.engine.optimizer.loss_scaler.cur_scale = saved["scale"]
+            scaler = self.engine.optimizer.loss_scaler
+            scaler.cur_scale = saved["scale"]
+            since = saved.get("since_overflow", saved["_growth_tracker"])
+            scaler.last_overflow_iter = scaler.cur_iter - 1 - since
 
 
 class _Computing(nn.Module):
@@ -281,15 +289,3 @@ class _Computing(nn.Module):
         """Return what ``action`` computes."""
         with self.autocast():
             return action()
-
-
-def _owners(roots: Iterable[nn.Module]) -> list[nn.Module]:
-    """List the outermost modules with parameters of their own, each once: a LoRA's are in the method and the U-Net."""
-
-    def walk(module: nn.Module) -> Iterator[nn.Module]:
-        if module._parameters:
-            yield module
-        else:
-            yield from itertools.chain.from_iterable(map(walk, module.children()))
-
-    return list(dict.fromkeys(itertools.chain.from_iterable(map(walk, roots))))

@@ -209,7 +209,8 @@ class DiscriminatorTraining(SeeingMethod):
         logits_NK, labels_N = self._ask(batch), batch["labels"]
         smoothing = self.config.label_smoothing
         per_sample = F.cross_entropy(logits_NK, labels_N, label_smoothing=smoothing, reduction="none")
-        per_sample = per_sample * self._weights[0].to(labels_N.device)[labels_N]
+        self._weights[0] = self._weights[0].to(labels_N.device)  # once: each copy would make the step wait
+        per_sample = per_sample * self._weights[0][labels_N]
         right = (logits_NK.detach().argmax(dim=1) == labels_N).float().mean()
         return Loss(per_sample.mean(), per_sample.detach(), {"train_accuracy": right})
 
