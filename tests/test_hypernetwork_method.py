@@ -29,8 +29,8 @@ from dreamfleet.trainers.sd.hypernetwork import (
     Structure,
     applied_hypernetworks,
 )
-from dreamfleet.trainers.sd.prompt_tags import HypernetworkShelf as Shelf
 from dreamfleet.trainers.sd.prompt_syntax import split_tags
+from dreamfleet.trainers.sd.prompt_tags import HypernetworkShelf as Shelf
 from dreamfleet.trainers.sd.prompt_tags import read_tag, split_multiplier
 from dreamfleet.trainers.validation import draw_previews
 

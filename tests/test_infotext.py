@@ -166,7 +166,7 @@ def test_one_call_takes_everything_and_tells_it(tmp_path: Path) -> None:
         "CFG scale": "7.5",
         "Seed": "6",
         "Size": f"{size[0]}x{size[1]}",
-        "Model hash": model.content_hash,
+        "Model hash": model.short_hash(),
         "Model": "pocket",
         "Clip skip": "2",
         "TI hashes": f"qzx: {digest}",  # vbn is not in the prompt

@@ -22,7 +22,7 @@ from dreamfleet.trainers.cached_pictures import leave_out_bad, open_latents, ser
 from dreamfleet.trainers.class_pictures import gather_class_images
 from dreamfleet.trainers.conflicts import require_runnable
 from dreamfleet.trainers.engine import DTYPES, Engine, TorchEngine
-from dreamfleet.trainers.feed import Feed, Preparer
+from dreamfleet.trainers.feed import Feed, Preparer, to_samples
 from dreamfleet.trainers.loop import Schedule
 from dreamfleet.trainers.methods.base import Batch, Method, Setting, discover
 from dreamfleet.trainers.methods.seeing import SeeingMethod
@@ -121,6 +121,9 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
     if place.leads:
         for bad in sets.instances.bad:
             log.warning("left out %s: %s", bad.uri, bad.reason)
+    warning = method.check_prompts(to_samples(sets.instances), recipe.data)
+    if warning and place.leads:
+        log.warning("%s", warning)
     moments = agreed(method.start(), place) if begins else {}
     weights = {name: tensor.clone() for name, tensor in method.state().items()} if moments else {}
     check_resolution(recipe, model)

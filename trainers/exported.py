@@ -11,6 +11,7 @@ from dreamfleet.trainers.methods.base import MethodConfig
 from dreamfleet.trainers.methods.hypernetwork import HypernetworkConfig
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.sd.aesthetic import apply_aesthetic
+from dreamfleet.trainers.sd.embeddings import NEGATIVE
 from dreamfleet.trainers.sd.formats.aesthetic import holds_aesthetic
 from dreamfleet.trainers.sd.formats.embedding import SUFFIXES, read_embedding
 from dreamfleet.trainers.sd.formats.hypernetwork import holds_hypernetwork
@@ -18,8 +19,8 @@ from dreamfleet.trainers.sd.formats.lora import DIFFUSERS_FILE, holds_lora
 from dreamfleet.trainers.sd.hypernetwork import load_hypernetwork
 from dreamfleet.trainers.sd.lora import apply_lora
 from dreamfleet.trainers.sd.model import ModelConfig, StableDiffusion, load_model
+from dreamfleet.trainers.sd.model_files import SINGLE_FILES
 
-WHOLE_MODELS = (".safetensors", ".ckpt")
 ARTEFACTS = (*SUFFIXES, ".ckpt")
 LARGEST_EMBEDDING = 16 * 2**20  # bytes; the smallest Stable Diffusion is larger
 
@@ -55,7 +56,7 @@ def load_exported(run: Storage, recipe: Recipe) -> StableDiffusion:
                     apply_lora(model, path)
                 return model
     else:
-        for name in (f"{recipe.run_name}{suffix}" for suffix in WHOLE_MODELS):
+        for name in (f"{recipe.run_name}{suffix}" for suffix in SINGLE_FILES):
             if name in files:
                 changes["pretrained_model_name_or_path"] = run.path("exports", name)
                 return load_model(recipe.model.model_copy(update=changes))
@@ -97,7 +98,7 @@ def load_artefact(
 
 
 def _is_whole(path: Path) -> bool:
-    if path.suffix.lower() not in WHOLE_MODELS:
+    if path.suffix.lower() not in SINGLE_FILES:
         return False
     try:
         return path.stat().st_size > LARGEST_EMBEDDING or not read_embedding(path)
@@ -110,16 +111,21 @@ def teach_word(model: StableDiffusion, address: str, word: str = "") -> str:
 
     A ``NAME-neg`` beside the file is the word's negative, which pictures that use the word are drawn with.
     """
-    from dreamfleet.trainers.sd.embeddings import NEGATIVE, install_embedding, install_negative
+    from dreamfleet.trainers.sd.embeddings import install_embedding, install_negative
 
     with Storage(address).local_copy() as path:
         found = read_embedding(path)
     word = word or found.name
     install_embedding(model, word, found.vectors, found.vectors_2)
-    stem, dot, suffix = address.rpartition(".")
-    beside = Storage(f"{stem}{NEGATIVE}{dot}{suffix}")
+    beside = negative_beside(address)
     if beside.exists():
         with beside.local_copy() as path:
             negative = read_embedding(path)
         install_negative(model, word, negative.vectors, negative.vectors_2)
     return word
+
+
+def negative_beside(address: str) -> Storage:
+    """Return where the negative of an embedding file's word is, if there is one: ``NAME-neg`` beside ``NAME``."""
+    stem, dot, suffix = address.rpartition(".")
+    return Storage(f"{stem}{NEGATIVE}{dot}{suffix}")

@@ -178,8 +178,7 @@ class Recorder:
             self.log({"step": step, **figures})
         grid = picture_grid(pictures, validation.num_images)
         self._write_picture(f"samples/step-{step:06d}.png", grid)
-        sides = {"width": pictures[0].width, "height": pictures[0].height}
-        lines = [json_text({**cell, **sides}) for cell in cells]
+        lines = [json_text(cell) for cell in cells]
         self.run.write_text(f"samples/step-{step:06d}.jsonl", "\n".join(lines) + "\n")
         if self.metrics is not None:
             self.metrics.log_picture("samples", grid, step)

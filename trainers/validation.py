@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from PIL import Image
 from pydantic import AliasChoices, BeforeValidator, Field
 
 from dreamfleet.datasets.config import DataConfig
-from dreamfleet.datasets.errors import ResourceError
+from dreamfleet.datasets.errors import RecipeError, ResourceError, UserError
 from dreamfleet.datasets.index import Index, build_index
 from dreamfleet.datasets.keyed import numpy_rng
 from dreamfleet.datasets.plan import Draw
@@ -24,6 +25,8 @@ from dreamfleet.trainers.methods.seeing import SeeingMethod
 from dreamfleet.trainers.picture_feed import PictureReader
 from dreamfleet.trainers.pictures import Shown
 from dreamfleet.trainers.sd.noise import draw_noise
+from dreamfleet.trainers.sd.prompt_lines import Shot, draw_shots, shot_of
+from dreamfleet.trainers.sd.prompt_syntax import words_alone
 
 HELD_OUT_BATCH = 32  # pictures that are measured at once
 
@@ -32,8 +35,12 @@ class ValidationConfig(Section):
     """The ``validation:`` section."""
 
     prompts: Annotated[list[str], BeforeValidator(as_list)] = Field(
-        [], validation_alias=AliasChoices("prompts", "validation_prompts", "validation_prompt")
+        [],
+        validation_alias=AliasChoices("prompts", "validation_prompts", "validation_prompt", "sample_prompts"),
+        description="what previews show, in the webui's syntax; a .txt file's name stands for its lines; with kohya's "
+        "options: a cat --n blurry --w 512 --h 768 --d 3 --s 30 --l 7 --ss euler_a",
     )
+    plain_prompts: bool = Field(False, description="prompts are literal text, without the webui's syntax")
     negative_prompt: str = ""
     steps: int = Field(
         100,
@@ -118,6 +125,32 @@ class HeldOutPictures:
             )
 
 
+def preview_shots(config: ValidationConfig, resolution: int) -> list[Shot]:
+    """Return what the first picture of each prompt is drawn from and how."""
+    usual = Shot(
+        "",
+        negative_prompt=config.negative_prompt,
+        seed=config.seed,
+        steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        scheduler=config.scheduler,
+        width=resolution,
+        height=resolution,
+    )
+    return [shot_of(line, usual) for line in config.prompts]
+
+
+def check_previews(method: Method, config: ValidationConfig, resolution: int) -> None:
+    """Raise RecipeError for a preview of a size that the model cannot draw, before hours of training."""
+    from dreamfleet.trainers.sd.sample import require_size
+
+    for number, shot in enumerate(preview_shots(config, resolution), start=1):
+        try:
+            require_size(method.model, shot.width or resolution, shot.height or resolution)
+        except UserError as error:
+            raise RecipeError(f"validation.prompts, prompt {number} ({shot.prompt}): {error}") from error
+
+
 def draw_previews(
     method: Method, engine: Engine, config: ValidationConfig, resolution: int
 ) -> tuple[list[Image.Image], list[dict[str, Any]]]:
@@ -125,26 +158,27 @@ def draw_previews(
 
     The weights are those the method holds: within ``engine.evaluate`` the averaged ones.
     """
-    from dreamfleet.trainers.sd.sample import generate
-
-    cells: list[dict[str, Any]] = [
-        {"prompt": prompt, "seed": config.seed + column, "row": row, "column": column}
-        for row, prompt in enumerate(config.prompts)
+    rows = preview_shots(config, resolution)
+    shots = [
+        (row, column, replace(shot, seed=shot.seed + column))
+        for row, shot in enumerate(rows)
         for column in range(config.num_images)
     ]
     with evaluating(method), engine.autocast():
-        pictures = generate(
-            method.model,
-            [cell["prompt"] for cell in cells],
-            seeds=[cell["seed"] for cell in cells],
-            negative_prompt=config.negative_prompt,
-            steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            scheduler=config.scheduler,
-            width=resolution,
-            height=resolution,
-            encode=method.encode,
+        pictures = draw_shots(
+            method.model, [shot for *_, shot in shots], plain=config.plain_prompts, encode=method.encode
         )
+    cells: list[dict[str, Any]] = [
+        {
+            "prompt": shot.prompt,
+            "seed": shot.seed,
+            "row": row,
+            "column": column,
+            "width": picture.width,
+            "height": picture.height,
+        }
+        for (row, column, shot), picture in zip(shots, pictures, strict=True)
+    ]
     return pictures, cells
 
 
@@ -181,7 +215,9 @@ class Judge:
 
         scores = score_pictures(
             pictures,
-            prompts=[cell["prompt"] for cell in cells],
+            prompts=[
+                cell["prompt"] if self.config.plain_prompts else words_alone(cell["prompt"]) for cell in cells
+            ],
             real=self.real,
             clip=self.clip,
             dino=self.dino,

@@ -172,8 +172,8 @@ class HypernetworkMethod(Method):
             name=order.name,
             network=self.network,
             step=self.steps_before + order.step,
-            sd_checkpoint=self.model.content_hash,
-            sd_checkpoint_name=Path(self.model.folder).stem,
+            sd_checkpoint=self.model.short_hash(),
+            sd_checkpoint_name=self.model.short_name,
             metadata=order.metadata,
         )
         return [

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from dreamfleet.trainers.sd.model import StableDiffusion
 
 
-
 class Strength(NamedTuple):
     """How strongly a LoRA acts on the text encoders, and on the U-Net."""
 

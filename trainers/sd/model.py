@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from dreamfleet.trainers.sd.condition import Condition
 from dreamfleet.trainers.sd.device import send
 from dreamfleet.trainers.sd.formats.ldm_names import Family, family_of
 from dreamfleet.trainers.sd.model_config import POCKET, ModelConfig, noise_schedule
-from dreamfleet.trainers.sd.model_files import download, fingerprint, load_folder_parts, vae_fingerprint
+from dreamfleet.trainers.sd.model_files import (
+    SINGLE_FILES,
+    download,
+    fingerprint,
+    load_folder_parts,
+    short_hash,
+    vae_fingerprint,
+)
 
 ALL_PARTS = ("unet", "vae", "text_encoder")  # the text encoder of SDXL is two
 
@@ -50,6 +58,15 @@ class StableDiffusion:
     tokenizer_2: Any = None
     zeros_for_empty_prompt: bool = False  # the empty negative prompt is zeros (SDXL base)
     loras: tuple[tuple[Any, float | lora.Strength], ...] = ()  # it draws with: see `lora.set_loras`
+    short_hash: Callable[[], str | None] = lambda: (
+        None
+    )  # by which the webui tells models: see `model_files.short_hash`
+
+    @property
+    def short_name(self) -> str:
+        """The last part of its name, without the suffix of a model file, as the webui calls it."""
+        name = self.folder.rstrip("/").rpartition("/")[2]
+        return Path(name).stem if name.lower().endswith(SINGLE_FILES) else name
 
     @property
     def is_sdxl(self) -> bool:
@@ -215,7 +232,10 @@ def load_model(config: ModelConfig, needs: Collection[str] = ALL_PARTS) -> Stabl
         return _load_folder(pocket_folder(), name, config, needs)
     if "://" in name:
         with Storage(name).local_copy() as local:
-            return _load_path(local, name, config, needs)
+            model = _load_path(local, name, config, needs)
+            digest = model.short_hash()  # now, while the file is here
+            model.short_hash = lambda: digest
+            return model
     path = Path(name).expanduser()
     if path.exists():
         return _load_path(path, name, config, needs)
@@ -238,7 +258,7 @@ def quiet_libraries() -> None:
 def _load_path(path: Path, name: str, config: ModelConfig, needs: Collection[str]) -> StableDiffusion:
     if path.is_dir():
         return _load_folder(path, name, config, needs)
-    if path.suffix in (".safetensors", ".ckpt"):
+    if path.suffix in SINGLE_FILES:
         return _load_single_file(path, name, config, needs)
     raise ModelError(f"{name}: not a model; expected a diffusers folder, a .safetensors or a .ckpt file")
 
@@ -258,6 +278,7 @@ def _load_single_file(path: Path, name: str, config: ModelConfig, needs: Collect
 def _as_configured(model: StableDiffusion, path: Path, config: ModelConfig) -> StableDiffusion:
     """Make a loaded model what the recipe's section says, frozen."""
     model.content_hash, model.encoder_hash = fingerprint(path), vae_fingerprint(model.vae)
+    model.short_hash = partial(short_hash, path)
     model.clip_skip = config.clip_skip
     model.max_token_length = config.max_token_length
     model.scheduler = noise_schedule(model.scheduler, config, model.folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Collection, Sequence
@@ -14,6 +15,7 @@ from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.sd.family import Configs, is_sdxl, refuse_other_families
 from dreamfleet.trainers.sd.model_config import ModelConfig
 
+SINGLE_FILES = (".safetensors", ".ckpt")  # the endings of whole models in one file
 WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # the last in SDXL only
 _CONFIGS = {
     "tokenizer": "tokenizer_config.json",
@@ -74,9 +76,7 @@ def load_folder_parts(folder: Path, name: str, config: ModelConfig, needs: Colle
 
 def download(name: str, config: ModelConfig) -> Path:
     """Fetch the parts of a hub's model -> its folder in the cache. Raises ModelError for what is no hub name."""
-    looks_like_path = (
-        name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith((".safetensors", ".ckpt"))
-    )
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith(SINGLE_FILES)
     if looks_like_path:
         raise ModelError(
             f"the model {name} (--model, or model.pretrained_model_name_or_path in a recipe) does not exist; give "
@@ -113,6 +113,34 @@ def fingerprint(path: Path) -> str:
                 handle.seek(size * part // 16)
                 digest.update(handle.read(65536))
     return digest.hexdigest()[:10]
+
+
+def short_hash(path: Path) -> str | None:
+    """Return the first 10 hex digits of a model file's sha256, by which the webui tells models apart.
+
+    Of a diffusers folder those of its U-Net's weights (of all its files in order); None where there is nothing to read.
+    """
+    if path.is_file():
+        files = [path]
+    else:
+        weights = path / "unet"
+        files = sorted(weights.glob("*.safetensors")) or sorted(weights.glob("*.bin"))
+    try:
+        stamps = tuple((str(file), (s := file.stat()).st_size, s.st_mtime_ns) for file in files)
+        return _sha256(stamps)[:10] if stamps else None
+    except OSError:
+        return None
+
+
+@functools.lru_cache(maxsize=8)
+def _sha256(stamps: tuple[tuple[str, int, int], ...]) -> str:
+    # Some seconds for the gigabytes of a model, so once a process; a file that changed has another stamp.
+    digest = hashlib.sha256()
+    for file, _, _ in stamps:
+        with open(file, "rb") as handle:
+            while block := handle.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def vae_fingerprint(vae: Any) -> str:

@@ -1,4 +1,4 @@
-"""Prompts with options, one a line, as kohya's files have them: ``a cat --n blurry --w 512 --h 768 --d 3 --s 30 --l 7``."""
+"""Prompts with options, one a line, as kohya's files have them: ``a cat --n blurry --w 512 --d 3 --s 30 --l 7``."""
 
 from __future__ import annotations
 
@@ -63,15 +63,16 @@ def shot_of(line: str, usual: Shot) -> Shot:
     return replace(usual, prompt=prompt.strip(), **changes)
 
 
-def read_prompts(given: Sequence[str], *, folder: str | None = None) -> list[str]:
+def read_prompts(given: Sequence[str], *, folder: str | None = None, is_file: bool = False) -> list[str]:
     """Put the lines of a file in place of its name, and check all lines: prompts with options.
 
-    A relative file starts at ``folder``. Raises RecipeError naming each file, line and option that cannot be read.
+    A text that ends with ``.txt`` names a file, or any that ``is_file``; relative ones start at ``folder``.
+    Raises RecipeError naming each file, line and option that cannot be read.
     """
     lines, mistakes = [], []
     for number, text in enumerate(given, start=1):
         named = [(f"prompt {number}", text)]
-        if text.strip().lower().endswith(ENDINGS) and "\n" not in text:
+        if is_file or (text.strip().lower().endswith(ENDINGS) and "\n" not in text):
             named = _lines_of(text.strip(), folder)
         for where, line in named:
             lines.append(line)
@@ -85,7 +86,7 @@ def read_prompts(given: Sequence[str], *, folder: str | None = None) -> list[str
 
 
 def draw_shots(model: StableDiffusion, shots: Sequence[Shot], **options: Any) -> list[Image]:
-    """Draw pictures in order, those in a row that are drawn alike in batches; ``options`` of :func:`sample.generate`."""
+    """Draw pictures in order, neighbours that are drawn alike in batches; ``options``: of :func:`sample.generate`."""
     from dreamfleet.trainers.sd.sample import generate
 
     pictures: list[Image] = []
@@ -113,7 +114,7 @@ def _lines_of(name: str, folder: str | None) -> list[tuple[str, str]]:
 
     from dreamfleet.datasets.storage import read_uri
 
-    address = name if "://" in name else os.path.normpath(os.path.join(folder or "", os.path.expanduser(name)))
+    address = name if "://" in name else os.path.abspath(os.path.join(folder or "", os.path.expanduser(name)))
     try:
         text = decode_text(read_uri(address), uri=address)
     except UserError as error:

@@ -119,8 +119,10 @@ class Shelves:
     def __init__(self, hypernetworks: HypernetworkShelf, loras: LoraShelf):
         self.hypernetworks, self.loras = hypernetworks, loras
 
-    def arrange(self, prompt: str) -> tuple[str, Extras]:
-        """Return a prompt without its tags, and what it is drawn with."""
+    def arrange(self, prompt: str, *, plain: bool = False) -> tuple[str, Extras]:
+        """Return a prompt without its tags, and what it is drawn with. ``plain``: it is literal, and has none."""
+        if plain:
+            return prompt, self.arrange("")[1]
         known = (*self.hypernetworks.tags, *self.loras.tags)
         _, tags = split_tags(strip_comments(prompt))
         for kind in dict.fromkeys(tag.kind for tag in tags if tag.kind not in known):
