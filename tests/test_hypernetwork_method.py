@@ -31,7 +31,7 @@ from dreamfleet.trainers.sd.hypernetwork import (
 )
 from dreamfleet.trainers.sd.prompt_syntax import split_tags
 from dreamfleet.trainers.sd.prompt_tags import HypernetworkShelf as Shelf
-from dreamfleet.trainers.sd.prompt_tags import read_tag, split_multiplier
+from dreamfleet.trainers.sd.prompt_tags import LoraShelf, Shelves, read_tag, split_multiplier
 from dreamfleet.trainers.validation import draw_previews
 
 
@@ -152,9 +152,14 @@ def test_tags_and_arguments_are_split_as_webui_does() -> None:
 def test_names_are_found_among_files_in_the_folder_and_beside_files(workplace: Path, tmp_path: Path) -> None:
     one, two = str(workplace / "one.pt"), str(workplace / "two.pt")
     shelf = Shelf([f"{one}:0.5"])
-    assert shelf.arrange("a cat") == ("a cat", ((one, 0.5),))
-    assert shelf.arrange("a cat <hypernet:two:2>") == ("a cat", ((one, 0.5), (two, 2.0)))
-    assert shelf.arrange("<hypernet:one:2> a cat") == ("a cat", ((one, 2.0),))
+    for prompt, expected in (
+        ("a cat", ((one, (0.5, 0.5)),)),
+        ("a cat <hypernet:two:2>", ((one, (0.5, 0.5)), (two, (2, 2)))),
+        ("<hypernet:one:2> a cat", ((one, (2, 2)),)),
+    ):
+        shelves = Shelves(shelf, LoraShelf())
+        assert shelves.arrange(prompt) == ("a cat", (expected, ()))
+        assert shelves.arrange(prompt, plain=True) == (prompt, (((one, (0.5, 0.5)),), ()))
     assert Shelf(folder=str(workplace)).find("two") == two
     model = tiny_model()
     assert shelf.load(two, model) is shelf.load(two, model)

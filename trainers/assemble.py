@@ -33,6 +33,7 @@ from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.schedule import last_step
 from dreamfleet.trainers.sd.model import StableDiffusion, load_model
 from dreamfleet.trainers.train_section import USUAL_CHECKPOINTING_STEPS
+from dreamfleet.trainers.validation import check_previews
 from dreamfleet.trainers.webui_optimizer import agreed, take_over
 from dreamfleet.trainers.zero_engine import ZeroEngine
 
@@ -127,6 +128,7 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
     moments = agreed(method.start(), place) if begins else {}
     weights = {name: tensor.clone() for name, tensor in method.state().items()} if moments else {}
     check_resolution(recipe, model)
+    check_previews(method, recipe.validation, recipe.data.resolution)
     apart = None
     if isinstance(method, SeeingMethod):
         chosen, apart = method.choose(sets.instances)

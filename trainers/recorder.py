@@ -31,7 +31,13 @@ from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.sd.fidelity import MOST_REAL
 from dreamfleet.trainers.summary import Summary
-from dreamfleet.trainers.validation import HeldOutLoss, HeldOutPictures, Judge, draw_previews, wants_judge
+from dreamfleet.trainers.validation import (
+    HeldOutLoss,
+    HeldOutPictures,
+    Judge,
+    draw_previews,
+    wants_judge,
+)
 from dreamfleet.trainers.versions import versions
 
 log = logging.getLogger(__name__)

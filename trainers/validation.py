@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,7 +27,9 @@ from dreamfleet.trainers.picture_feed import PictureReader
 from dreamfleet.trainers.pictures import Shown
 from dreamfleet.trainers.sd.noise import draw_noise
 from dreamfleet.trainers.sd.prompt_lines import Shot, draw_shots, shot_of
-from dreamfleet.trainers.sd.prompt_syntax import words_alone
+from dreamfleet.trainers.sd.prompt_syntax import split_tags, words_alone
+
+log = logging.getLogger(__name__)
 
 HELD_OUT_BATCH = 32  # pictures that are measured at once
 
@@ -144,7 +147,13 @@ def check_previews(method: Method, config: ValidationConfig, resolution: int) ->
     """Raise RecipeError for a preview of a size that the model cannot draw, before hours of training."""
     from dreamfleet.trainers.sd.sample import require_size
 
+    if not config.prompts or method.model.unet is None:
+        return
     for number, shot in enumerate(preview_shots(config, resolution), start=1):
+        if not config.plain_prompts and (tags := split_tags(shot.prompt)[1]):
+            log.warning(
+                "validation.prompts: previews leave out <%s:...>; they show what is trained", tags[0].kind
+            )
         try:
             require_size(method.model, shot.width or resolution, shot.height or resolution)
         except UserError as error:
