@@ -88,6 +88,13 @@ Address = Annotated[
         show_default=False,
     ),
 ]
+CaptionColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of metadata.jsonl, .csv or .parquet with the captions; else text, caption or prompt.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Show tracebacks.", callback=_set_verbose, is_eager=True)

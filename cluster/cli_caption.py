@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dreamfleet.cluster.cli_base import AsJson, Verbose, counting, print_json, work
+from dreamfleet.cluster.cli_base import AsJson, CaptionColumn, Verbose, counting, print_json, work
 
 
 def caption(
@@ -41,6 +41,7 @@ def caption(
         str | None, typer.Option(help="Write captions into this folder.", show_default=False)
     ] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="Write them beside the pictures.")] = False,
+    caption_column: CaptionColumn = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -57,7 +58,15 @@ def caption(
         lists = {"add": tuple(add or ()), "exclude": tuple(exclude or ())}
         written = {"sort": sort, "confidence": confidence, "spaces": spaces, "escape": escape}
         how = Tagging(threshold, character_threshold, rating, existing=existing, **lists, **written)  # type: ignore[arg-type] # two kinds of values
-        made = caption_folder(folder, Tagger(tagger), how, out=out, batch_size=batch_size, progress=progress)
+        made = caption_folder(
+            folder,
+            Tagger(tagger),
+            how,
+            out=out,
+            batch_size=batch_size,
+            progress=progress,
+            caption_column=caption_column,
+        )
     if as_json:
         print_json(made._asdict())
         return

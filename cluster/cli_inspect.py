@@ -10,8 +10,8 @@ import typer
 from dreamfleet.cluster.cli_base import AsJson, Overrides, Verbose, counting, print_json, work
 
 if TYPE_CHECKING:
-    from dreamfleet.datasets.config import DataConfig
     from dreamfleet.datasets.survey import Survey
+    from dreamfleet.trainers.recipe import Recipe
 
 SHOWN = 20  # files listed per table; --json has all
 
@@ -40,30 +40,36 @@ def inspect(
         changes = list(overrides or [])
         changes += [f"data.resolution={resolution}"] if resolution is not None else []
         changes += ["data.enable_bucket=true"] if buckets else []
-        config, tokenizer, max_tokens = _what_to_read(folder, changes)
-        name, count = _token_counter(tokenizer)
-        found = survey(config, count_tokens=count, tokenizer=name, max_tokens=max_tokens, progress=progress)
+        recipe, apart = _what_to_read(folder, changes)
+        name, count = _token_counter(str(recipe.model.pretrained_model_name_or_path))
+        found = survey(
+            recipe.data,
+            count_tokens=count,
+            tokenizer=name,
+            max_tokens=recipe.model.max_token_length,
+            apart=apart,
+            progress=progress,
+        )
     if as_json:
         print_json(found.to_json())
     else:
         print("\n".join(_lines(found, top)))
 
 
-def _what_to_read(place: str, changes: list[str]) -> tuple[DataConfig, str, int]:
-    """Return the data section, the model whose tokenizer counts, and the tokens a caption may have."""
+def _what_to_read(place: str, changes: list[str]) -> tuple[Recipe, dict[str, str]]:
+    """Return the recipe, or one made for a folder, and the folders that hold what it does not train on."""
     from dreamfleet.datasets.storage import Storage
     from dreamfleet.trainers.recipe import build_recipe, load_recipe, read_overrides
 
     if place.endswith((".yaml", ".yml")):
         recipe = load_recipe(place, changes)
-        return recipe.data, str(recipe.model.pretrained_model_name_or_path), recipe.model.max_token_length
+        return recipe, recipe.apart
     tree = {
         "data": {"instance_data_dir": Storage(place).url},
         "method": {"name": "native"},
         "output_dir": "-",
     }
-    recipe = build_recipe(read_overrides(tree, changes), source="data inspect", folder=".")
-    return recipe.data, str(recipe.model.pretrained_model_name_or_path), recipe.model.max_token_length
+    return build_recipe(read_overrides(tree, changes), source="data inspect", folder="."), {}
 
 
 def _token_counter(model: str) -> tuple[str, Callable[[str], int]]:
@@ -85,7 +91,8 @@ def _lines(found: Survey, top: int) -> list[str]:
             f"{found.enlarged}, up to {found.largest_scale:.2f} times" if found.enlarged else "none",
         ),
         ("cut off", f"{found.cut_off:.0%} of a picture on average, {found.most_cut_off:.0%} at most"),
-        ("formats", ", ".join(f"{name}: {count}" for name, count in found.formats.items())),
+        ("formats", _counts(found.formats)),
+        ("colours", f"{_counts(found.profiles)}; converted to sRGB" if found.profiles else ""),
         ("masks", f"{found.masks} as files, {found.transparent} by transparency"),
         ("turned", f"{found.turned} by EXIF" if found.turned else ""),
         ("grey", f"{found.grey}" if found.grey else ""),
@@ -101,9 +108,18 @@ def _lines(found: Survey, top: int) -> list[str]:
     for title, groups in (("copies", found.copies), ("nearly the same", found.near)):
         if groups:
             lines += ["", f"{title}:", *_some([" = ".join(group) for group in groups])]
+    shared = [f"{file}: {', '.join(images)}" for file, images in found.shared.items()]
+    over = [f"{item['place']}: {item['reason']} ({item['count']})" for item in found.skipped]
+    over += [f"other files: {_counts(found.others)}"] if found.others else []
+    for title, told in (("one caption for several:", shared), ("passed over:", over)):
+        lines += ["", title, *_some(told)] if told else []
     if found.bad:
         lines += ["", "left out:", *_some([f"{file}: {reason}" for file, reason in found.bad.items()])]
     return [*lines, "", *([f"! {text}" for text in found.warnings] or ["nothing to mend"])]
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in counts.items())
 
 
 def _three(values: tuple[int, int, int]) -> str:

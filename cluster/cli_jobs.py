@@ -111,6 +111,10 @@ def jobs(address: ServerAddress = None, as_json: AsJson = False, verbose: Verbos
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    last = {job.metadata["output_dir"]: job for job in found}
+    for job in last.values():  # of those that nobody has gone on with
+        if job.reason:
+            _say(_end(job))
 
 
 def logs(
@@ -129,8 +133,10 @@ def logs(
         from dreamfleet.cluster.jobs import job_server
 
         with job_server(address) as server:
-            text = server.logs(job_id)
-    print(text, end="")
+            text, job = server.logs(job_id), server.job(job_id)
+    print(text, end="", flush=True)
+    if job.reason:
+        _say(_end(job))
 
 
 def stop(job_id: JobId, address: ServerAddress = None, verbose: Verbose = False) -> None:
@@ -196,7 +202,7 @@ def _follow(address: str | None, job_id: str, *, to_stdout: bool = False) -> Non
             f"end it with: dreamfleet stop {job_id}"
         )
         raise typer.Exit(INTERRUPTED) from None
-    _say(f"{job_id} {job.state}")
+    _say(_end(job))
     if job.exit_code:
         raise typer.Exit(job.exit_code)
 
@@ -206,10 +212,17 @@ def _watch(server: JobServer, job_id: str, out: Any, *, skip: int = 0) -> Job:
         out.write(text)
         out.flush()
 
-    job = server.follow(job_id, write, skip=skip)
-    if job.state == "FAILED" and job.driver_exit_code is None:  # it never began, and has no log that says why
-        _say(job.message)
-    return job
+    return server.follow(job_id, write, skip=skip)
+
+
+def _end(job: Job) -> str:
+    """Write how a job ended: its state, why it failed, and what goes on with it."""
+    lines = [f"{job.id} {job.state}" + (f": {job.reason}" if job.reason else "")]
+    if job.reason and job.driver_exit_code is None:  # it has no log that says more
+        lines += job.message.strip().splitlines()[1:]
+    if job.resume:
+        lines.append(f"go on with: {job.resume}")
+    return "\n".join(lines)
 
 
 def _row(job: Job) -> tuple[str, ...]:
@@ -226,7 +239,8 @@ def _clock(job: Job) -> str:
 
 def _plain(job: Job) -> dict[str, Any]:
     times = {"started": job.started, "ended": job.ended, "exit_code": job.exit_code if job.is_over else None}
-    return {"id": job.id, "state": job.state, **times, **job.metadata}
+    end = {"reason": job.reason, "resume": job.resume} if job.reason else {}
+    return {"id": job.id, "state": job.state, **times, **end, **job.metadata}
 
 
 def _say(text: str) -> None:

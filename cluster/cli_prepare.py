@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dreamfleet.cluster.cli_base import AsJson, Verbose, counting, print_json, work
+from dreamfleet.cluster.cli_base import AsJson, CaptionColumn, Verbose, counting, print_json, work
 
 SHOWN = 20
 
@@ -42,6 +42,7 @@ def prepare(
         str | None, typer.Option(help="Masks under the pictures' names.", show_default=False)
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
+    caption_column: CaptionColumn = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -60,7 +61,15 @@ def prepare(
         )
         how = Preparing(cutting, format, quality, name, flip, alpha)
         processes = workers or os.cpu_count() or 1
-        made = prepare(source, target, how, workers=processes, mask_dir=mask_dir, progress=progress)
+        made = prepare(
+            source,
+            target,
+            how,
+            workers=processes,
+            mask_dir=mask_dir,
+            progress=progress,
+            caption_column=caption_column,
+        )
     if as_json:
         print_json(made)
     else:

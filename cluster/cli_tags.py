@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dreamfleet.cluster.cli_base import AsJson, Verbose, print_json, work
+from dreamfleet.cluster.cli_base import AsJson, CaptionColumn, Verbose, print_json, work
 
 if TYPE_CHECKING:
     from dreamfleet.datasets.tags import Edited
@@ -41,6 +41,7 @@ def tags(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change.")] = False,
     top: Annotated[int, typer.Option(min=1, help="How many tags to list.")] = 100,
+    caption_column: CaptionColumn = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -65,7 +66,9 @@ def tags(
         )
         if edit.changes and (out is not None) + in_place + dry_run != 1:
             raise DataError("say where edited captions go: one of --in-place, --out FOLDER, --dry-run")
-        made = edit_folder(folder, edit, out=out, dry_run=dry_run, create=create)
+        made = edit_folder(
+            folder, edit, out=out, dry_run=dry_run, create=create, caption_column=caption_column
+        )
     if as_json:
         print_json(made._asdict())
     elif edit.changes:

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, NamedTuple
 
 from dreamfleet.cluster.connect import has_cluster, machines
+from dreamfleet.datasets.environment import PROFILES, has_profile, to_send
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.trainers.scaling import describe
 
@@ -38,6 +39,7 @@ def examine(address: str | None = None) -> list[Finding]:
         _shared_memory,
         _pocket,
         _bucket_credentials,
+        _sent_to_workers,
     ]
     found = [line for look in looks for line in look()]
     return [*found, *_cluster(address)]
@@ -153,12 +155,22 @@ def _pocket() -> list[Finding]:
 
 def _bucket_credentials() -> list[Finding]:
     keys = "AWS_ACCESS_KEY_ID" in os.environ and "AWS_SECRET_ACCESS_KEY" in os.environ
+    profile = next((os.environ[name] for name in PROFILES if os.environ.get(name)), None)
     file = os.path.exists(
         os.path.expanduser(os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"))
     )
     endpoint = " with an endpoint of its own" if os.environ.get("AWS_ENDPOINT_URL") else ""
-    if keys or file:
-        return [Finding("s3", "ok", f"credentials in {'the environment' if keys else 'a file'}{endpoint}")]
+    if keys:
+        return [Finding("s3", "ok", f"credentials in the environment{endpoint}")]
+    if profile is not None:
+        if not has_profile(profile):
+            told = f"AWS_PROFILE is {profile}, which no file here defines: s3:// will not work"
+            return [Finding("s3", "MISSING", told)]
+        return [
+            Finding("s3", "ok", f"credentials of profile {profile}, whose keys workers are sent{endpoint}")
+        ]
+    if file:
+        return [Finding("s3", "ok", f"credentials in a file{endpoint}")]
     return [
         Finding(
             "s3",
@@ -166,6 +178,12 @@ def _bucket_credentials() -> list[Finding]:
             "no credentials here: s3:// works only where the machine has a role of its own",
         )
     ]
+
+
+def _sent_to_workers() -> list[Finding]:
+    """Name the variables that workers are sent in memory; their values are shown nowhere."""
+    names = sorted(to_send(buckets=False))
+    return [Finding("sent to workers", "ok", ", ".join(names))] if names else []
 
 
 def _cluster(address: str | None) -> list[Finding]:

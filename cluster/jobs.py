@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shlex
+import signal
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,14 @@ TOKEN_ADVICE = (
     "head node)"
 )
 
+# Why a driver may have been killed so, beside by hand.
+SIGNALS = {
+    "SIGKILL": ", as happens on a machine that runs out of memory",
+    **dict.fromkeys(("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT"), ", a crash in compiled code"),
+}
+# Ray's names for the end of a job that had begun and has no exit code.
+DIED = ("JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE")
+
 Write = Callable[[str], None]
 
 
@@ -39,6 +49,7 @@ class Job:
     ended: float | None = None
     driver_exit_code: int | None = None
     message: str = ""
+    error_type: str | None = None  # Ray's name for what went wrong
 
     @property
     def is_over(self) -> bool:
@@ -53,6 +64,43 @@ class Job:
         if self.state == "STOPPED":
             return 130
         return self.driver_exit_code if self.driver_exit_code in (2, 130) else 1
+
+    @property
+    def reason(self) -> str | None:
+        """Why it failed, in words; None for a job that did not."""
+        if self.state != "FAILED":
+            return None
+        code = self.driver_exit_code
+        if code is None:
+            told = self.message.strip().partition("\n")[0].rstrip(".") or "the cluster does not say why"
+            return f"its machine or Ray's processes there died: {told}" if self._began else told
+        if code == 130:
+            return "it was interrupted, and saved a checkpoint"
+        number = -code if code < 0 else code - 128  # by Ray, or by a shell between
+        try:
+            name = signal.Signals(number).name
+        except ValueError:
+            return f"it ended with exit code {code}; its log says why"
+        return f"it was killed by {name}{SIGNALS.get(name, '')}"
+
+    @property
+    def resume(self) -> str | None:
+        """The command that goes on with what a failed job had begun; None where there is nothing to go on with."""
+        typed = self.metadata.get("command")
+        if self.state != "FAILED" or not self._began or self.driver_exit_code == 2 or not typed:
+            return None
+        return make_resume_command(shlex.split(typed))
+
+    @property
+    def _began(self) -> bool:
+        return self.driver_exit_code is not None or self.error_type in DIED
+
+
+def make_resume_command(typed: Sequence[str]) -> str:
+    """Write what goes on with a job that was stopped, but for the options of `submit` itself."""
+    again = [word for word in typed if word != "--resume"]
+    ends = [] if typed[0] == "data" else ["--resume"]  # a cache goes on by itself
+    return shlex.join(["dreamfleet", "submit", "...", "--", *again, *ends])
 
 
 class JobServer:
@@ -180,6 +228,7 @@ def _read(details: Any) -> Job:
         ended=seconds(details.end_time),
         driver_exit_code=details.driver_exit_code,
         message=details.message or "",
+        error_type=getattr(details, "error_type", None),
     )
 
 

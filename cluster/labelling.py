@@ -14,9 +14,10 @@ from functools import lru_cache
 from typing import Any
 
 from dreamfleet.datasets.errors import DataError, StorageError, UserError
-from dreamfleet.datasets.images import PICTURE_SUFFIXES, open_picture
+from dreamfleet.datasets.folder import ImageFolder
+from dreamfleet.datasets.images import open_picture
 from dreamfleet.datasets.labels import read_labels, write_labels
-from dreamfleet.datasets.masks import visible
+from dreamfleet.datasets.pairs import Pairs
 from dreamfleet.datasets.storage import Storage
 
 LONGEST_SIDE = 1600  # pixels; larger pictures are shrunk for the page
@@ -34,13 +35,13 @@ class Labelling:
         if not storage.is_local or not os.path.isdir(storage.url):
             raise DataError(f"{folder}: not a folder of this machine. Copy the pictures here to label them")
         self.root, self.out = storage.url, os.path.abspath(os.path.expanduser(out))
-        names = visible(storage.list(recursive=True))
-        self.names = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES)]
+        files = ImageFolder(storage)
+        self.names = files.images
         if not self.names:
             raise DataError(
                 f"no picture in {folder}. Put pictures (.png, .jpg, .webp ...) there, or name another folder"
             )
-        self.labels = read_labels(self.out) if os.path.exists(self.out) else {}
+        self.labels = _on_disk(read_labels(self.out), files.pairs) if os.path.exists(self.out) else {}
         most = max([len(classes) - 1, *self.labels.values()])
         self.classes = [*classes, *(f"class {number}" for number in range(len(classes), most + 1))]
         self.unreadable: dict[str, str] = {}
@@ -160,3 +161,8 @@ class Labelling:
             "can_back": place > 0,
             "can_undo": bool(self._done),
         }
+
+
+def _on_disk(labels: dict[str, int], pairs: Pairs) -> dict[str, int]:
+    """Return the labels under the names that the images have on this disk, whatever Unicode form wrote them."""
+    return {next(iter(pairs.named(name)), name): label for name, label in labels.items()}

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from dreamfleet.datasets.errors import RecipeError, StorageError
-from dreamfleet.datasets.sets import load_concepts
+from dreamfleet.datasets.sets import load_class_images, load_concepts
 from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.paths import SECTIONS, is_path, named_paths
 from dreamfleet.trainers.preflight import check_inputs
 from dreamfleet.trainers.recipe import START_FILES, WEIGHTS, Recipe, build_recipe
 
@@ -24,12 +25,6 @@ MIB = 2**20
 MAX_PARCEL_BYTES = 200 * MIB
 RECIPE_FILE = "recipe.yaml"
 WHEEL_PACKAGES = ("cluster", "datasets", "trainers", "tune")
-_SECTIONS_WITH_FILES = ("method", "model", "data", "engine", "validation")
-_WORDS = (
-    "prompt",
-    "prompts",
-    "token",
-)  # keys whose values are words for the model and may begin with a slash
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same files give the same archive, which Ray then uploads once
 
 
@@ -95,7 +90,7 @@ def pack(
     if isinstance(concepts, str) and not stays(concepts):  # its folders start at the file, which would move
         sections["data"]["concepts_list"] = [c.model_dump(mode="json") for c in load_concepts(recipe.data)]
     loading = _Loading(stays)
-    for name in _SECTIONS_WITH_FILES:
+    for name in SECTIONS:
         sections[name] = loading.take(sections[name], name)
     loading.refuse_more_than(limit)
     if not makes_cache:
@@ -107,8 +102,7 @@ def check_here(recipe: Recipe, *, makes_cache: bool = False) -> None:
     """Look at pictures and model as a run would, where they are here to be looked at: a job takes minutes to tell."""
     if makes_cache:  # there is none yet
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": None})})
-    sections = recipe.model_dump(mode="json")
-    if all(os.path.exists(place) for name in _SECTIONS_WITH_FILES for place in _places(sections[name], name)):
+    if all(os.path.exists(path) for paths in named_paths(recipe).values() for path in paths):
         check_inputs(recipe)
 
 
@@ -153,7 +147,7 @@ class _Loading:
             return {name: self.take(inner, f"{key}.{name}") for name, inner in value.items()}
         if isinstance(value, list):
             return [self.take(inner, key) for inner in value]
-        if not _is_place(value, key) or self.stays(value):
+        if not is_path(value, key) or self.stays(value):
             return value
         if value not in self._places:
             self._places[value] = self._load(value, key)
@@ -205,36 +199,18 @@ def _beside(place: str, path: str) -> dict[str, str]:
     return {name: file for name, file in pairs.items() if os.path.isfile(file)}
 
 
-def _is_place(value: Any, key: str) -> bool:
-    # A resolved recipe holds absolute paths and addresses only.
-    return isinstance(value, str) and (value.startswith("/") or "://" in value) and not key.endswith(_WORDS)
-
-
-def _places(value: Any, key: str) -> Iterator[str]:
-    """Yield every path and address in a section of a resolved recipe."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _places(inner, name)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _places(inner, key)
-    elif _is_place(value, key):
-        yield value
-
-
 def _refuse_missing_class_pictures(recipe: Recipe, stays: Callable[[str], bool]) -> None:
     """Raise RecipeError where class pictures would be generated into the parcel, which each machine has for itself."""
     elsewhere = isinstance(recipe.data.concepts_list, str) and stays(recipe.data.concepts_list)
     if elsewhere or not getattr(recipe.method, "with_prior_preservation", False):
         return
-    from dreamfleet.trainers.class_pictures import list_pictures
-
     wanted = getattr(recipe.method, "num_class_images", 0)
     for concept in load_concepts(recipe.data):
         folder = concept.class_data_dir
         if folder is None or stays(folder):
             continue
-        here = len(list_pictures(Storage(folder)))
+        found = load_class_images(folder, recipe.data)
+        here = len(found) if found is not None else 0
         if here < wanted:
             raise RecipeError(
                 f"class_data_dir {folder} has {here} pictures, method.num_class_images is {wanted}: the others would "

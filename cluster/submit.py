@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dreamfleet.cluster.cli_base import RESUME_WITH
-from dreamfleet.cluster.jobs import OURS, JobServer
+from dreamfleet.cluster.jobs import OURS, JobServer, make_resume_command
 from dreamfleet.cluster.parcel import MIB, RECIPE_FILE, Parcel, write_wheel
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.recipe import Recipe
@@ -72,13 +72,6 @@ def make_entrypoint(command: Sequence[str]) -> str:
     name, *options = command
     return shlex.join(
         ["exec", "python", "-m", "dreamfleet.cluster.cli", *name.split(), RECIPE_FILE, *options]
-    )
-
-
-def make_resume_command(typed: Sequence[str]) -> str:
-    """Write what goes on with a job that was stopped, but for the options of `submit` itself."""
-    return shlex.join(
-        ["dreamfleet", "submit", "...", "--", *[word for word in typed if word != "--resume"], "--resume"]
     )
 
 

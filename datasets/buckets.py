@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dreamfleet.datasets.index import Index
 
 Size = tuple[int, int]  # width and height in pixels
+MOST_ENLARGED = 4  # times: beyond that a picture is told of, and left out where nothing is to be enlarged
 
 
 @lru_cache
@@ -47,7 +48,8 @@ def nearest_size(width: int, height: int, sizes: Sequence[Size]) -> Size:
 def size_without_upscaling(width: int, height: int, *, resolution: int, step: int) -> Size:
     """Choose the largest size in steps inside a picture, of at most about ``resolution`` squared: nothing is enlarged.
 
-    Only a picture with a side below one step, there or after shrinking, is enlarged to one step and cropped.
+    Only a picture with a side below one step, there or after shrinking, is enlarged to one step and cropped; those that
+    would have to be enlarged more than MOST_ENLARGED times are left out before.
     """
     aspect, area = width / height, resolution * resolution
     shrink = min(1.0, resolution / math.sqrt(width * height))
@@ -83,6 +85,14 @@ def picture_sizes(index: Index, data: DataConfig) -> list[Size]:
         )
         found = {pair: nearest_size(*pair, sizes) for pair in set(pairs)}
     return [found[pair] for pair in pairs]
+
+
+def most_enlarged(index: Index, sizes: Sequence[Size]) -> tuple[int, float, str]:
+    """Say how many pictures are enlarged more than MOST_ENLARGED times, how much the most is, and of which it is."""
+    sides = zip(index.column("width"), index.column("height"), strict=True)
+    scales = [max(to[0] / width, to[1] / height) for (width, height), to in zip(sides, sizes, strict=True)]
+    worst = max(range(len(scales)), key=scales.__getitem__)
+    return sum(scale > MOST_ENLARGED for scale in scales), scales[worst], index.row(worst).uri
 
 
 def number_buckets(sizes: Sequence[Size]) -> list[int]:

@@ -80,7 +80,15 @@ TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
     "none": ("picture",),
 }
 
+_WAY_OUT = (
+    "Set data.instance_prompt, put a .txt file with the caption beside each image (`dreamfleet data caption` writes "
+    "them), or set data.caption_from_filename: true"
+)
 _LEADING_NUMBER = re.compile(r"^[-\d]+\s*")  # the webui's rule
+
+
+class NoWords(DataError):
+    """An image that has neither a caption nor a prompt."""
 
 
 def make_caption(
@@ -92,36 +100,38 @@ def make_caption(
     file_name: str | None = None,
     rng: np.random.Generator,
     config: DataConfig,
+    of_subject: bool = True,
 ) -> str:
-    """The words one picture is trained with, once.
+    """Return the words one image is trained with, once.
 
-    `caption` is the picture's own (or None), `prompt` its set's (`instance_prompt`), `template` a line with
-    `[name]` and `[filewords]`. In this order: a template is filled; a prompt that holds `[filewords]` is
-    filled; the caption, between prefix and suffix, tags shuffled and dropped as `config` says; the prompt; the
-    words of the file name.
-    `[filewords]` is the caption, else the words of `file_name`. With `config.caption_dropout` it is "" that
-    often. Always draws the same random numbers first, so that one choice does not disturb another.
+    `caption` is the image's own (or None), `prompt` its set's (`instance_prompt`), `template` a line with `[name]` and
+    `[filewords]`. In this order: a template is filled; a prompt that holds `[filewords]` is filled; the caption,
+    between prefix and suffix, tags shuffled and dropped as `config` says; the prompt. `[filewords]` is the caption.
+    With `config.caption_from_filename` the words of `file_name` are the caption of an image without one. With
+    `config.caption_dropout` the result is "" that often. The prefix and all other options are for the subject alone:
+    class images (not `of_subject`) keep their captions. Always draws the same random numbers first, so that one choice
+    does not disturb another. Raises NoWords.
     """
     dropped = rng.random() < config.caption_dropout
     words = choose_caption(caption, rng) if caption and config.use_captions else None
-    if words is not None:
+    if words is None and config.caption_from_filename and of_subject:
+        words = caption_from_filename(file_name or "") or None
+    if words is not None and of_subject:
         words = " ".join(part for part in (config.caption_prefix, words, config.caption_suffix) if part)
         words = process_tags(words, rng, config)
-    if dropped:
+    if dropped and of_subject:
         return ""
-    file_words = words if words is not None else caption_from_filename(file_name or "")
     if template is not None:
-        return fill_template(template, name, file_words)
-    if prompt is not None and (words is None or "[filewords]" in prompt):
-        return fill_template(prompt, name, file_words)
-    if words is not None:
-        return words
-    if file_words:
-        return file_words
-    raise DataError(
-        f"no words for picture {file_name or '?'}: it has no caption file and the set has no prompt. "
-        "Set data.instance_prompt, or put a .txt file with the caption beside each picture"
-    )
+        if words is None and "[filewords]" in template:
+            raise NoWords(f"no caption for [filewords]: image {file_name or '?'}. {_WAY_OUT}")
+        return fill_template(template, name, words or "")
+    if prompt is not None and words is None:
+        words = fill_template(prompt, name, "").strip()
+    elif prompt is not None and "[filewords]" in prompt:
+        words = fill_template(prompt, name, words or "")
+    if not words:
+        raise NoWords(f"no words: image {file_name or '?'} has no caption and its set no prompt. {_WAY_OUT}")
+    return words
 
 
 def process_tags(caption: str, rng: np.random.Generator, config: DataConfig) -> str:
@@ -213,15 +223,18 @@ def caption_from_filename(file_name: str) -> str:
 
 
 def decode_text(data: bytes, *, uri: str) -> str:
-    """UTF-8, with or without byte order mark, to text; DataError naming file, byte and way out."""
+    """Decode UTF-8, with or without byte order mark; DataError naming file, byte and remedy."""
+    guess = ""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data:
+        guess = " (it looks like UTF-16)"
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        guess = ""
-        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            guess = " (it looks like UTF-16)"
         raise DataError(
             f"{uri} is not UTF-8 text{guess}: byte {data[error.start]:#04x} at position {error.start}, "
             f"line {line}. Save it again as UTF-8"
         ) from error
+    if guess:  # UTF-16 of English without its mark is valid UTF-8, with a zero behind every letter
+        raise DataError(f"{uri} is not UTF-8 text{guess}: it holds zero bytes. Save it again as UTF-8")
+    return text

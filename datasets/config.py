@@ -59,8 +59,21 @@ class DataConfig(Section):
     concepts_list: list[Concept] | str | None = None
 
     caption_extension: Annotated[list[str], BeforeValidator(as_list)] = Field(default=[".txt", ".caption"])
+    caption_column: str | None = Field(
+        default=None,
+        min_length=1,
+        description="column of metadata.jsonl, .csv or .parquet that holds the captions; when left out text, "
+        "caption or prompt",
+    )
+    caption_from_filename: bool = Field(
+        default=False,
+        description="an image without a caption gets the words of its file name: `01-a red apple.png` is `a red apple`",
+    )
     use_captions: bool = True
-    caption_prefix: str = Field(default="", description="words in front of every caption, and a space")
+    caption_prefix: str = Field(
+        default="",
+        description="words in front of every caption, and a space; class images get none of these options",
+    )
     caption_suffix: str = Field(default="", description="a space, and words behind every caption")
     shuffle_tags: bool = Field(default=False, validation_alias=_also("shuffle_tags", "shuffle_caption"))
     keep_tokens: int = Field(default=0, ge=0)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageColor, ImageFilter
 
-from dreamfleet.datasets.buckets import Size, bucket_sizes, nearest_size
+from dreamfleet.datasets.buckets import MOST_ENLARGED, Size, bucket_sizes, nearest_size
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.focus import FOCUSES, place_box
 
@@ -93,7 +93,9 @@ def plan_cuts(image: Image.Image, how: Cutting) -> list[Cut]:
         target = fitting
     scale = max(target[0] / width, target[1] / height)
     box = (min(width, target[0] / scale), min(height, target[1] / scale))
-    if how.split and how.mode in ("crop", "smart", "focal"):
+    if (
+        how.split and how.mode in ("crop", "smart", "focal") and scale <= MOST_ENLARGED
+    ):  # else thousands of a line
         kept = min(box[0] / width, box[1] / height)
         if kept < 1 and kept <= how.split_threshold:
             return _split(image.size, box, target, how.overlap)

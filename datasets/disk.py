@@ -87,7 +87,8 @@ def _as_full_disk(error: Exception, path: str) -> OSError | None:
 def appearing(path: str, *, durable: bool = True) -> Iterator[str]:
     """Give a temporary name beside `path` that becomes `path` when the block ends well, and vanishes else.
 
-    `durable` waits until the disk has it; a copy of something kept elsewhere need not.
+    `durable` waits until the disk has it; a copy of something kept elsewhere need not. The files follow the
+    umask (or the folder's default ACL) even where a library does not: a colleague may have to read them.
     """
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
@@ -95,7 +96,9 @@ def appearing(path: str, *, durable: bool = True) -> Iterator[str]:
     temporary = os.path.join(folder, f".{name}.tmp-{secrets.token_hex(6)}")
     try:
         yield temporary
-        for name in _files_of(temporary) if durable else ():
+        written = _files_of(temporary)
+        _follow_umask(written)
+        for name in written if durable else ():
             _sync(name)
         os.replace(temporary, path)
     except BaseException:
@@ -112,6 +115,20 @@ def _files_of(path: str) -> list[str]:
     if not os.path.isdir(path):
         return [path]
     return [os.path.join(path, name) for name in walk(path, True, None)]
+
+
+def _follow_umask(files: list[str]) -> None:
+    """Open files that a library made for its user alone, as safetensors does, as far as the umask allows."""
+    closed = [name for name in files if not stat.S_IMODE(os.stat(name).st_mode) & 0o077]
+    if not closed:
+        return
+    # A process cannot look its umask up without changing it, for all its threads.
+    probe = f"{closed[0]}-mode"
+    os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = stat.S_IMODE(os.stat(probe).st_mode)
+    os.unlink(probe)
+    for name in closed:
+        os.chmod(name, mode)
 
 
 def _sync(path: str) -> None:

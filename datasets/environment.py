@@ -66,6 +66,11 @@ def is_secret(name: str, value: str) -> bool:
     )
 
 
+def masked(text: str) -> str:
+    """Return a text for people without the logins inside addresses."""
+    return _LOGIN_IN_ADDRESS.sub("://***@", text)
+
+
 @contextmanager
 def secrets_hidden() -> Iterator[None]:
     """Take secrets out of os.environ while Ray copies from it; :func:`variable` finds them still."""
@@ -146,10 +151,15 @@ def take_over(sent: Mapping[str, str]) -> None:
     if "AWS_ACCESS_KEY_ID" in aws:
         for name in (*AWS_KEYS, *PROFILES):
             os.environ.pop(name, None)
-        if profile is not None and _has_profile(profile):
+        if profile is not None and has_profile(profile):
             aws = {name: value for name, value in aws.items() if name not in AWS_KEYS}
             aws["AWS_PROFILE"] = profile
     os.environ.update(aws)
+
+
+def has_profile(name: str) -> bool:
+    """Say whether a file of this machine defines a profile of AWS."""
+    return name in _session().available_profiles
 
 
 def _is_loopback(address: str) -> bool:
@@ -206,10 +216,6 @@ def _endpoint_of(session: Any) -> str | None:
     profile = session.get_scoped_config()
     service = session.full_config.get("services", {}).get(profile.get("services"), {}).get("s3", {})
     return service.get("endpoint_url") or profile.get("endpoint_url")
-
-
-def _has_profile(name: str) -> bool:
-    return name in _session().available_profiles
 
 
 def _session() -> Any:

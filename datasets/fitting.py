@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from dreamfleet.datasets.images import Placed, resize_and_crop
+
 
 @dataclass(frozen=True)
 class Fitting:
@@ -24,6 +26,9 @@ class Fitting:
         if isinstance(self.resize, int):
             short = min(picture.size)
             width, height = (int(self.resize * side / short) for side in picture.size)
+            if self.crop and width >= self.crop[1] and height >= self.crop[0]:
+                middle = Placed(width, height, (width - self.crop[1]) // 2, (height - self.crop[0]) // 2)
+                return resize_and_crop(picture, middle, (self.crop[1], self.crop[0]), resample)
             picture = picture.resize((width, height), resample)
         elif self.resize:
             picture = picture.resize((self.resize[1], self.resize[0]), resample)

@@ -15,6 +15,7 @@ from PIL import Image
 FOCUSES = ("center", "smart", "focal")
 
 SHORT_SIDE = 256  # pixels a picture is shrunk to before it is looked at
+MOST_LOOKED_AT = 64 * SHORT_SIDE**2  # pixels; more than that only of shapes beyond 64 to 1
 CELL = 8  # pixels whose scores are taken together
 DETAIL_WEIGHT = 0.2
 SKIN_COLOUR, SKIN_THRESHOLD, SKIN_BIAS, SKIN_WEIGHT = (0.78, 0.57, 0.44), 0.8, 0.01, 1.8
@@ -36,7 +37,8 @@ def place_box(image: Image.Image, box: tuple[float, float], focus: str = "center
     spare = (max(0.0, image.width - box[0]), max(0.0, image.height - box[1]))
     if focus == "center" or max(spare) < 0.5:
         return spare[0] / 2, spare[1] / 2
-    shrink = min(1.0, SHORT_SIDE / min(image.size))
+    area = image.width * image.height
+    shrink = min(1.0, SHORT_SIDE / min(image.size), (MOST_LOOKED_AT / area) ** 0.5)
     size = (max(1, round(image.width * shrink)), max(1, round(image.height * shrink)))
     small = image.resize(size, Image.Resampling.BOX) if size != image.size else image
     inner = (box[0] * size[0] / image.width, box[1] * size[1] / image.height)

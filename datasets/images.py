@@ -12,39 +12,15 @@ from PIL import Jpeg2KImagePlugin as _jpeg2000  # noqa: F401
 from PIL import TiffImagePlugin as _tiff  # noqa: F401
 from PIL import WebPImagePlugin as _webp  # noqa: F401
 
+from dreamfleet.datasets.colour import to_srgb
 from dreamfleet.datasets.errors import DataError
+
+# Times the target's pixels that a resized picture may have before its crop. Photographs and panoramas stay below: there
+# the crop follows the resizing, as resizing a part alone gives other last bits.
+MOST_RESIZED = 16
 
 # Pillow refuses more than this by itself (twice its warning limit), so it is the most we can allow.
 MAX_PIXELS = 178_956_970
-
-PICTURE_SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".avif",
-    ".apng",
-)
-# Pictures to a person, not to Pillow: named in reports instead of being passed over in silence.
-UNREADABLE_SUFFIXES = (
-    ".heic",
-    ".heif",
-    ".jxl",
-    ".psd",
-    ".svg",
-    ".cr2",
-    ".cr3",
-    ".nef",
-    ".arw",
-    ".dng",
-    ".raw",
-)
 
 # No EPS, PDF or FITS: those start other programs or read what is no picture.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -78,10 +54,11 @@ class Placed(NamedTuple):
 
 
 def open_picture(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a picture to RGB, turned as its EXIF orientation says; transparency is laid over white.
+    """Decode a picture to sRGB, turned as its EXIF orientation says; transparency is laid over white.
 
-    Animated files give their first frame. 16-bit grey is scaled to 8 bits. Raises DataError, naming `uri`,
-    for what is no picture, is cut short, or has more than `max_pixels` (checked before decoding).
+    An embedded colour profile is converted. Animated files give their first frame. 16-bit grey is scaled to 8 bits.
+    Raises DataError, naming `uri`, for what is no picture, is cut short, or has more than `max_pixels` (checked before
+    decoding).
     """
     return open_with_alpha(data, uri=uri, max_pixels=max_pixels)[0]
 
@@ -141,18 +118,36 @@ def fit_picture(
     if image.mode not in ("RGB", "L"):
         raise AssertionError(f"fit_picture takes RGB and grey pictures, not {image.mode}")
     target = (resolution, resolution) if isinstance(resolution, int) else resolution
-    covered_width, covered_height, left, top = place_target(
-        image.size, target, crop_key=None if center else crop_key
-    )
-    covered = (covered_width, covered_height)
-    if covered != image.size:
-        image = image.resize(covered, Image.Resampling.LANCZOS)
-    if covered != target:
-        image = image.crop((left, top, left + target[0], top + target[1]))
+    placed = place_target(image.size, target, crop_key=None if center else crop_key)
+    image = resize_and_crop(image, placed, target, Image.Resampling.LANCZOS)
     pixels = np.asarray(image, dtype=np.uint8)
     if flip:
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(pixels)
+
+
+def resize_and_crop(
+    image: Image.Image, placed: Placed, target: tuple[int, int], resample: Image.Resampling
+) -> Image.Image:
+    """Resize a picture and cut a target (width, height) from it, as `placed` says.
+
+    Where the resized picture would be far larger than the target, what is cut off is not made at all: a picture of
+    2000 x 1 pixels would take 4 GiB at 512.
+    """
+    covered = (placed.width, placed.height)
+    if covered == image.size:
+        pass
+    elif placed.width * placed.height > MOST_RESIZED * target[0] * target[1]:
+        across, down = image.width / placed.width, image.height / placed.height
+        left, top = placed.left * across, placed.top * down
+        right, bottom = left + target[0] * across, top + target[1] * down
+        box = (left, top, min(right, image.width), min(bottom, image.height))
+        return image.resize(target, resample, box=box)
+    else:
+        image = image.resize(covered, resample)
+    if covered == target:
+        return image
+    return image.crop((placed.left, placed.top, placed.left + target[0], placed.top + target[1]))
 
 
 def place_target(
@@ -244,15 +239,24 @@ def _to_rgb_and_alpha(image: Image.Image, uri: str) -> tuple[Image.Image, Image.
         if isinstance(transparent, int):
             alpha = Image.fromarray(np.where(grey == transparent, 0, 255).astype(np.uint8))
         eight_bit = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
-        return _over_white(eight_bit.convert("RGB"), alpha)
+        return _over_white(_in_srgb(eight_bit, image), alpha)
     if mode == "F":
         raise DataError(f"{uri}: floating-point pixels have no agreed range. Save it with 8 or 16 bits")
     if mode in ("PA", "LA", "La", "RGBA", "RGBa") or "transparency" in image.info:
         straight = image.convert("RGBA")
-        return _over_white(straight.convert("RGB"), straight.getchannel("A"))
+        colours = straight.convert("L" if mode in ("LA", "La") else "RGB")
+        return _over_white(_in_srgb(colours, image), straight.getchannel("A"))
     if mode == "LAB":
         raise DataError(f"{uri}: colour space LAB. Save it as RGB")
-    return image.convert("RGB") if mode != "RGB" else image.copy(), None
+    return _in_srgb(image if mode in ("RGB", "L", "CMYK") else image.convert("RGB"), image), None
+
+
+def _in_srgb(colours: Image.Image, image: Image.Image) -> Image.Image:
+    """Convert the colours of an image by the profile that came with it."""
+    profile = image.info.get("icc_profile")
+    if profile and colours is not image:
+        colours.info["icc_profile"] = profile
+    return to_srgb(colours)
 
 
 def _over_white(rgb: Image.Image, alpha: Image.Image | None) -> tuple[Image.Image, Image.Image | None]:

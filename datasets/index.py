@@ -1,4 +1,4 @@
-"""Folders of pictures to one Arrow table: stable id, size, caption and hash of each; bad files reported."""
+"""Folders of images to one Arrow table: stable id, size, caption and hash of each; what is left out is reported."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from dreamfleet.datasets.config import Concept, DataConfig
 from dreamfleet.datasets.errors import DataError, StorageError
-from dreamfleet.datasets.images import (
-    MAX_PIXELS,
-    UNREADABLE_SUFFIXES,
-    check_picture,
-    read_header,
-)
-from dreamfleet.datasets.masks import find_masks, open_mask, pictures_among, read_mask, visible
-from dreamfleet.datasets.sidecars import CaptionFinder
+from dreamfleet.datasets.folder import CAPTION_EXTENSIONS, ImageFolder
+from dreamfleet.datasets.image_files import holds_embedding
+from dreamfleet.datasets.images import MAX_PIXELS, check_picture, read_header
+from dreamfleet.datasets.left_out import BadFile, Skipped, summary
+from dreamfleet.datasets.masks import open_mask, read_mask
+from dreamfleet.datasets.sidecars import Captions, refuse_all
 from dreamfleet.datasets.storage import Storage
 
 __all__ = ["BadFile", "Concept", "DataConfig", "Index", "Row", "build_index"]
 
 log = logging.getLogger(__name__)
 
-VERIFY_LIMIT = 2000  # up to so many pictures are decoded at index time, to find those cut short
+VERIFY_LIMIT = 2000  # up to so many images are decoded at index time, to find those cut short
+LOGGED = 20  # bad files that are logged one by one
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),  # first 16 hex digits of sha256; "-k" appended for the k-th further copy
@@ -44,13 +44,6 @@ SCHEMA = pa.schema(
         ("mask_sha256", pa.string()),
     ]
 )
-
-
-class BadFile(NamedTuple):
-    """A file that looks like a picture and cannot be used."""
-
-    uri: str
-    reason: str
 
 
 class Row(NamedTuple):
@@ -85,9 +78,12 @@ Known = Callable[
 class Index:
     """The pictures of one or more folders, sorted by id, whatever their place or listing order."""
 
-    def __init__(self, table: pa.Table, *, bad: Sequence[BadFile] = ()) -> None:
+    def __init__(
+        self, table: pa.Table, *, bad: Sequence[BadFile] = (), skipped: Sequence[Skipped] = ()
+    ) -> None:
         self.table = table
         self.bad = list(bad)
+        self.skipped = list(skipped)  # files that are rightly passed over
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -111,9 +107,8 @@ class Index:
         """The pictures in some rows, in this order, with these captions in place of their own."""
         place = SCHEMA.get_field_index("caption")
         taken = self.table.take(pa.array(numbers, pa.int64()))
-        return Index(
-            taken.set_column(place, SCHEMA.field(place), pa.array(captions, pa.string())), bad=self.bad
-        )
+        captioned = taken.set_column(place, SCHEMA.field(place), pa.array(captions, pa.string()))
+        return Index(captioned, bad=self.bad, skipped=self.skipped)
 
     @property
     def content_hash(self) -> str:
@@ -130,7 +125,8 @@ class Index:
         """One index of several. Copies of a picture across them get further "-k" ids."""
         rows = [(position, row) for position, index in enumerate(indexes) for row in index.rows()]
         rows.sort(key=lambda item: (item[1].sha256[:16], item[0], _copy_number(item[1].id)))
-        return _assemble([row for _, row in rows], [bad for index in indexes for bad in index.bad])
+        bad = [bad for index in indexes for bad in index.bad]
+        return _assemble([row for _, row in rows], bad, [one for index in indexes for one in index.skipped])
 
 
 def build_index(
@@ -138,72 +134,72 @@ def build_index(
     *,
     concept: int = 0,
     role: str = "instance",
-    caption_extension: Sequence[str] = (".txt", ".caption"),
+    caption_extension: Sequence[str] = CAPTION_EXTENSIONS,
+    caption_column: str | None = None,
     recursive: bool = True,
     max_pixels: int = MAX_PIXELS,
     repeats: int = 1,
     verify: bool | None = None,
-    exclude: Callable[[str], bool] | None = None,
+    apart: Mapping[str, str] = MappingProxyType({}),
     mask_dir: str | None = None,
     known: Known | None = None,
 ) -> Index:
-    """Index the pictures of a folder on disk or in a bucket.
+    """Index the images of a folder on disk or in a bucket.
 
-    Each file is read once, by a pool of threads, unless `known(address)` says what is in it. A caption comes from a
-    file of the same stem with one of `caption_extension` (the first there is), else from `metadata.jsonl` /
-    `metadata.csv` in the folder or one
-    above it. With `verify` (None: up to 2000 pictures) every pixel is decoded, so that a picture cut short
-    is found now. Bad pictures, and those whose mask is bad, are listed in `.bad` and left out. `exclude(name)`
-    leaves out files. Masks are `NAME.mask.png` or `NAME_att.png` beside pictures, or the pictures of the same names in
-    `mask_dir`.
+    Which files belong together is :class:`ImageFolder`'s to say. Each file is read once, by a pool of threads, unless
+    ``known(address)`` says what is in it. With ``verify`` (None: up to 2000 images) every pixel is decoded, so that an
+    image cut short is found now. Bad images, and those whose mask is bad, are listed in ``.bad`` and left out.
+    ``apart`` names folders that hold something else, and what.
 
-    Raises DataError, naming the folder, what is wrong and the way out, when the folder is not there or holds
-    no usable picture, and when a caption file is not UTF-8 or a metadata file is broken.
+    Raises DataError, naming the folder, what is wrong and the remedy, when the folder is not there or holds no usable
+    image, and one that names all captions that are not UTF-8 and all tables that are broken.
     """
-    storage = Storage(folder)
-    bad: list[BadFile] = []
-    names = _list(storage, recursive, bad)
-    if exclude is not None:
-        names = [name for name in names if not exclude(name)]
-    masks = find_masks(storage, names, mask_dir)
-    pictures = pictures_among(names)
-    bad += [
-        BadFile(
-            storage.path(name), f"{os.path.splitext(name)[1]} files cannot be read. Convert it to PNG or JPEG"
-        )
-        for name in names
-        if name.lower().endswith(UNREADABLE_SUFFIXES)
-    ]
-    check = len(pictures) <= VERIFY_LIMIT if verify is None else verify
-    captions = CaptionFinder(storage, names, tuple(caption_extension))
+    files = ImageFolder(
+        folder, recursive=recursive, caption_extension=caption_extension, mask_dir=mask_dir, apart=apart
+    )
+    storage, bad = files.storage, files.bad
+    check = len(files.images) <= VERIFY_LIMIT if verify is None else verify
+    captions = Captions(files, caption_column)
 
-    def look(name: str) -> Row | BadFile:
-        uri, mask = storage.path(name), masks.get(name)
+    def look(name: str) -> Row | BadFile | DataError:
+        uri, mask = storage.path(name), files.masks.get(name)
+        caption = captions.try_of(name)
+        if isinstance(caption, DataError):
+            return caption
         try:
             found = None if known is None or check else _recall(known, uri, mask, max_pixels)
             seen, weights = found or _look_inside(storage, name, mask, max_pixels=max_pixels, check=check)
         except (DataError, StorageError) as error:
             return BadFile(uri, str(error).removeprefix(f"{uri}: "))
-        sha256, caption = seen.sha256, captions.of(name)
+        sha256 = seen.sha256
         row = Row(sha256[:16], uri, seen.width, seen.height, caption, sha256, concept, role, repeats)
         return row if weights is None else row._replace(mask=mask, mask_sha256=weights.sha256)
 
-    workers = min(32, 2 * (os.cpu_count() or 1) if storage.is_local else 32, max(1, len(pictures)))
+    workers = min(32, 2 * (os.cpu_count() or 1) if storage.is_local else 32, max(1, len(files.images)))
     with ThreadPoolExecutor(workers, thread_name_prefix="index") as pool:
-        found = list(pool.map(look, pictures))
+        found = list(pool.map(look, files.images))
+    refuse_all([*captions.errors, *(item for item in found if isinstance(item, DataError))])
     rows = [item for item in found if isinstance(item, Row)]
     bad += [item for item in found if isinstance(item, BadFile)]
     bad += [
         BadFile(f"{storage.url}/{name}", f"named in {where}, but not there")
-        for name, where in captions.absent()
+        for name, where in captions.absent
     ]
     bad.sort()
     if not rows:
-        raise DataError(_nothing_usable(storage, names, pictures, bad))
-    if bad:
-        log.warning("%s: %d pictures used, %d left out: %s", storage.url, len(rows), len(bad), _some(bad))
+        raise DataError(_nothing_usable(files))
     rows.sort(key=lambda row: (row.sha256[:16], row.uri[len(storage.url) :]))
-    return _assemble(rows, bad)
+    return _assemble(rows, bad, files.skipped)
+
+
+def log_left_out(index: Index) -> None:
+    """Log what is left out of an index, once and for all: bad files as warnings, the rest in one line."""
+    for file in index.bad[:LOGGED]:
+        log.warning("left out %s: %s", file.uri, file.reason)
+    if len(index.bad) > LOGGED:
+        log.warning("left out %d more files: `dreamfleet data inspect` lists them", len(index.bad) - LOGGED)
+    if index.skipped:
+        log.info("passed over %s", summary(index.skipped))
 
 
 def _look_inside(
@@ -213,6 +209,8 @@ def _look_inside(
     uri = storage.path(name)
     data, mask_file = storage.read_bytes(name), read_mask(mask) if mask else None
     header = read_header(data, uri=uri, max_pixels=max_pixels)
+    if holds_embedding(data):
+        raise DataError(f"{uri}: an embedding that is stored as an image. Move it out of the folder")
     if check:
         check_picture(data, uri=uri, max_pixels=max_pixels)
     if mask_file is not None:
@@ -229,7 +227,7 @@ def _recall(known: Known, uri: str, mask: str | None, max_pixels: int) -> tuple[
     return seen, weights
 
 
-def _assemble(rows: Sequence[Row], bad: Sequence[BadFile]) -> Index:
+def _assemble(rows: Sequence[Row], bad: Sequence[BadFile], skipped: Sequence[Skipped] = ()) -> Index:
     """Number copies in the order given (copies side by side), and sort by id."""
     numbered: list[Row] = []
     copies = 0
@@ -240,43 +238,24 @@ def _assemble(rows: Sequence[Row], bad: Sequence[BadFile]) -> Index:
     numbered.sort(key=lambda row: row.id)
     columns = list(zip(*numbered, strict=True)) or [()] * len(SCHEMA)
     arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
-    return Index(pa.Table.from_arrays(arrays, schema=SCHEMA), bad=bad)
+    return Index(pa.Table.from_arrays(arrays, schema=SCHEMA), bad=bad, skipped=skipped)
 
 
 def _copy_number(row_id: str) -> int:
     return int(row_id.partition("-")[2] or 0)
 
 
-def _list(storage: Storage, recursive: bool, bad: list[BadFile]) -> list[str]:
-    """Names of the visible files; subfolders that cannot be listed go to `bad`."""
-    try:
-        if not storage.exists():
-            raise DataError(
-                f"folder {storage.url} does not exist. Check the path (relative ones start at the recipe)"
-            )
-        if storage.is_local and not os.path.isdir(storage.url):
-            raise DataError(f"{storage.url} is a file: name the folder of pictures it is in")
-        names = storage.list(
-            "", recursive, on_error=lambda place, error: bad.append(BadFile(place, str(error)))
-        )
-    except StorageError as error:
-        raise DataError(f"pictures: {error}") from error
-    return visible(names)
-
-
-def _nothing_usable(
-    storage: Storage, names: Sequence[str], pictures: Sequence[str], bad: Sequence[BadFile]
-) -> str:
+def _nothing_usable(files: ImageFolder) -> str:
+    place, bad = files.storage.url, files.bad
+    over = f"; passed over: {summary(files.skipped)}" if files.skipped else ""
     if bad:
         return (
-            f"no usable picture in {storage.url}: {len(bad)} found and all bad: {_some(bad)}. "
-            "Replace or convert them, or name another folder"
+            f"no usable image in {place}: {len(bad)} found and all bad: {_some(bad)}{over}. Replace or convert them, "
+            "or name another folder"
         )
-    held = f"{len(names)} other files" if names else "nothing at all"
-    return (
-        f"no picture in {storage.url}: it holds {held}. Put pictures (.png, .jpg, .webp ...) there, "
-        "or name another folder"
-    )
+    count = files.others.total()
+    held = f"{count} other files" if count else "nothing else" if over else "nothing at all"
+    return f"no image in {place}: it holds {held}{over}. Put images (.png, .jpg ...) there, or name another folder"
 
 
 def _some(bad: Sequence[BadFile], most: int = 3) -> str:

@@ -13,6 +13,7 @@ from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.keyed import key
+from dreamfleet.datasets.pairs import same_name
 from dreamfleet.datasets.storage import Storage, read_uri
 
 LABELS_FILE = "dataset.json"  # in the folder of pictures, where nothing else is said
@@ -74,15 +75,22 @@ def find_labels(index: Index, folders: Sequence[str], labels: str | None = None)
     """
     storages = [Storage(folder) for folder in folders]
     if labels is not None:
-        tables: list[dict[str, int] | None] = [read_labels(labels)] * len(folders)
+        tables: list[dict[str, int] | None] = [_by_name(read_labels(labels))] * len(folders)
     else:
-        tables = [read_labels(s.path(LABELS_FILE)) if s.exists(LABELS_FILE) else None for s in storages]
+        tables = [
+            _by_name(read_labels(s.path(LABELS_FILE))) if s.exists(LABELS_FILE) else None for s in storages
+        ]
     found = {}
     for row, (uri, place) in enumerate(zip(index.column("uri"), index.column("concept"), strict=True)):
-        label = label_of(uri.removeprefix(storages[place].url + "/"), tables[place])
+        label = label_of(same_name(uri.removeprefix(storages[place].url + "/")), tables[place])
         if label is not None:
             found[row] = label
     return found
+
+
+def _by_name(labels: Mapping[str, int]) -> dict[str, int]:
+    """Return labels by what names are compared by: in either Unicode form, with either slash."""
+    return {same_name(name.replace("\\", "/")): label for name, label in labels.items()}
 
 
 def hold_out(index: Index, labels: Mapping[int, int], per_class: int) -> dict[int, int]:

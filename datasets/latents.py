@@ -25,7 +25,7 @@ from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.ranges import pieces_of
 from dreamfleet.datasets.storage import Storage
 
-VERSION = 1  # of the files, and of how pictures are cut: another number makes all latents anew
+VERSION = 2  # of the files, and of how pictures are cut: another number makes all latents anew
 MANIFEST, LATENTS, KEYS = "manifest.json", "latents", "keys"
 GROUP_BYTES = 2**18  # read for one picture at random, at least a picture
 FOOTERS = 1024  # kept in memory, some 80 KB each

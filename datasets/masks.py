@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageChops
 
-from dreamfleet.datasets.errors import DataError, StorageError
-from dreamfleet.datasets.images import MAX_PIXELS, PICTURE_SUFFIXES, fit_picture, open_with_alpha
-from dreamfleet.datasets.storage import Storage, read_uri
+from dreamfleet.datasets.images import MAX_PIXELS, fit_picture, open_with_alpha
+from dreamfleet.datasets.pairs import ATTENTION_ENDING
+from dreamfleet.datasets.storage import read_uri
 
-MASK_ENDING = ".mask.png"
-ATTENTION_ENDING = "_att"  # of a stem
 OPAQUE = 255
 # DreamArtist's attention maps: black is no weight, mid-grey (127) one, white five; times 51 to fit in a byte.
 ATTENTION_WEIGHTS = [round(51 * (v / 127 if v <= 127 else 1 + 4 * (v - 127) / 128)) for v in range(256)]
@@ -37,45 +34,6 @@ class PictureDraw(NamedTuple):
     crop: tuple[float, float] | None = None
     flip: bool = False
     size: tuple[int, int] | None = None
-
-
-def visible(names: Sequence[str]) -> list[str]:
-    """Leave out hidden files, and the copies that macOS puts into its archives."""
-    return [
-        name
-        for name in names
-        if not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-    ]
-
-
-def pictures_among(names: Sequence[str]) -> list[str]:
-    """Return those of the files in a folder that are pictures to train on: not the masks of others."""
-    masks = masks_beside(names)
-    return [name for name in names if name.lower().endswith(PICTURE_SUFFIXES) and name not in masks]
-
-
-def find_masks(storage: Storage, names: Sequence[str], mask_dir: str | None = None) -> dict[str, str]:
-    """Say which mask belongs to which of the files in a folder: picture's name -> mask's address.
-
-    That is the picture of the same name in ``mask_dir``, whatever its format, else ``NAME.mask.png`` beside it, else
-    the attention map ``NAME_att.png``, whatever its format.
-    Raises DataError when ``mask_dir`` is not there or among the pictures, or when nothing in it fits any picture.
-    """
-    pictures = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES)]
-    stems = {os.path.splitext(name)[0] for name in pictures}
-    beside = masks_beside(names)
-    ordered = sorted(beside, key=_is_plain)  # the later one stays
-    masks = {beside[name]: storage.path(name) for name in ordered}
-    if mask_dir is not None:
-        masks |= _masks_in(Storage(mask_dir), stems, of=storage)
-    return {name: masks[stem] for name in pictures if (stem := os.path.splitext(name)[0]) in masks}
-
-
-def masks_beside(names: Sequence[str]) -> dict[str, str]:
-    """Return those of the files in a folder that are masks of others, and the stem of the picture each belongs to."""
-    pictures = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES)]
-    stems = {os.path.splitext(name)[0] for name in pictures}
-    return {name: stem for name in pictures if (stem := _owner(name)) is not None and stem in stems}
 
 
 def read_mask(uri: str) -> Mask:
@@ -138,36 +96,3 @@ def loss_weights(pixels: np.ndarray, cell: int) -> np.ndarray:
     mean = cells.mean()
     weights = cells / mean if mean > 0 else np.ones_like(cells)
     return weights.astype(np.float32)[None]
-
-
-def _is_plain(name: str) -> bool:
-    return name.lower().endswith(MASK_ENDING)
-
-
-def _owner(name: str) -> str | None:
-    """Return the stem of the picture that a file would be the mask of."""
-    if _is_plain(name):
-        return name[: -len(MASK_ENDING)]
-    stem = os.path.splitext(name)[0]
-    return stem.removesuffix(ATTENTION_ENDING) if stem.endswith(ATTENTION_ENDING) else None
-
-
-def _masks_in(folder: Storage, stems: set[str], *, of: Storage) -> dict[str, str]:
-    if f"{folder.url}/".startswith(f"{of.url}/"):
-        raise DataError(
-            f"data.mask_dir: {folder.url} lies inside the folder of pictures {of.url}, where masks would be trained on "
-            "as pictures. Move it beside that folder, or name the masks NAME.mask.png"
-        )
-    try:
-        if not folder.exists():
-            raise DataError(f"data.mask_dir: folder {folder.url} does not exist. Check the path")
-        names = [name for name in folder.list("", True) if name.lower().endswith(PICTURE_SUFFIXES)]
-    except StorageError as error:
-        raise DataError(f"data.mask_dir: {error}") from error
-    found = {stem: folder.path(name) for name in names if (stem := os.path.splitext(name)[0]) in stems}
-    if not found:
-        raise DataError(
-            f"data.mask_dir: none of the {len(names)} pictures in {folder.url} is called as a training picture. "
-            "The mask of cat.jpg is cat.png or cat.jpg there, in the same subfolder"
-        )
-    return found

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from dreamfleet.datasets.disk import as_storage_error
-from dreamfleet.datasets.environment import variable
+from dreamfleet.datasets.environment import masked, variable
 from dreamfleet.datasets.errors import StorageError
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Bucket:
                 first_failure = first_failure or time.monotonic()
                 wait = next_wait(attempt, time.monotonic() - first_failure)
                 if wait is None or not _is_one_of(error, _BROKEN_OFF_KINDS):
-                    raise self._explain(verb, path, error) from error
+                    raise StorageError(masked(self._explain(verb, path, error))) from error
                 log.warning("cannot %s %s yet (%s): trying again in %.1f s", verb, path, _kind(error), wait)
                 time.sleep(wait)
 
@@ -97,40 +97,40 @@ class Bucket:
             self._opened = (os.getpid(), _open_file_system(self.scheme))
         return self._opened[1]
 
-    def _explain(self, verb: str, path: str, error: Exception) -> StorageError:
+    def _explain(self, verb: str, path: str, error: Exception) -> str:
         endpoint = _endpoint() if self.scheme == "s3" else None
         where = f" at {endpoint}" if endpoint else ""
         absent = isinstance(error, (FileNotFoundError, PermissionError)) and self._surely_missing()
         if absent:  # some servers deny a write to a bucket that is not there
-            return StorageError(
+            return (
                 f"cannot {verb} {path}: bucket {self.name!r} does not exist{where}. "
                 "Create it, or correct its name"
             )
         if isinstance(error, FileNotFoundError):
-            return StorageError(f"cannot {verb} {path}: it does not exist{where}. Check the name")
+            return f"cannot {verb} {path}: it does not exist{where}. Check the name"
         if _is_one_of(error, _KEYLESS_KINDS):
-            return StorageError(
+            return (
                 f"cannot {verb} {path}: no access keys found. Set AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY (on every machine of the cluster), or give the machines a role"
+                "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, here (workers are sent them), or give the machines a role"
             )
         if isinstance(error, PermissionError):
-            return StorageError(
+            return (
                 f"cannot {verb} {path}: access denied{where}. Check the access keys (wrong or expired?) and "
                 "that they may list, read and write this bucket"
             )
         if _is_one_of(error, _TRANSIENT_KINDS) or isinstance(error, (ConnectionError, TimeoutError)):
-            return StorageError(
+            return (
                 f"cannot {verb} {path}: no answer{where or ' from the bucket'} ({_kind(error)}). Check "
                 "AWS_ENDPOINT_URL and the network"
             )
         if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:
-            return StorageError(
+            return (
                 f"cannot {verb} {path}: the server{where} kept failing ({error}). It is overloaded or broken: try "
                 "again later"
             )
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return as_storage_error(verb, getattr(error, "filename", None) or path, error)
-        return StorageError(f"cannot {verb} {path}: {_kind(error)}: {error}")
+            return str(as_storage_error(verb, getattr(error, "filename", None) or path, error))
+        return f"cannot {verb} {path}: {_kind(error)}: {error}"
 
     def _surely_missing(self) -> bool:
         try:

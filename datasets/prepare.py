@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import string
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
@@ -19,17 +20,12 @@ from PIL import Image
 
 from dreamfleet.datasets.cuts import Cut, Cutting, draw_cut, plan_cuts
 from dreamfleet.datasets.errors import DataError, StorageError
+from dreamfleet.datasets.folder import CAPTION_EXTENSIONS, ImageFolder
 from dreamfleet.datasets.images import open_with_alpha
 from dreamfleet.datasets.json_text import json_text
-from dreamfleet.datasets.masks import (
-    MASK_ENDING,
-    find_masks,
-    open_mask,
-    pictures_among,
-    read_mask,
-    visible,
-)
-from dreamfleet.datasets.sidecars import CaptionFinder
+from dreamfleet.datasets.masks import open_mask, read_mask
+from dreamfleet.datasets.pairs import MASK_ENDING
+from dreamfleet.datasets.sidecars import Captions
 from dreamfleet.datasets.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -79,7 +75,8 @@ def prepare(
     how: Preparing,
     *,
     workers: int = 1,
-    caption_extension: Sequence[str] = (".txt", ".caption"),
+    caption_extension: Sequence[str] = CAPTION_EXTENSIONS,
+    caption_column: str | None = None,
     mask_dir: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -93,7 +90,8 @@ def prepare(
     empty and not of an earlier call with the same settings.
     """
     places = Storage(source), Storage(target)
-    jobs = _jobs(places[0], how, tuple(caption_extension), mask_dir)
+    files = ImageFolder(places[0], caption_extension=caption_extension, mask_dir=mask_dir)
+    jobs = _jobs(files, how, caption_column)
     settings = json.loads(json.dumps(dataclasses.asdict(how)))
     before = _earlier(places, settings)
     there = set(places[1].list("", True))
@@ -155,18 +153,15 @@ def files_of(entry: dict[str, Any]) -> list[str]:
     ]
 
 
-def _jobs(storage: Storage, how: Preparing, extensions: tuple[str, ...], mask_dir: str | None) -> list[Job]:
-    if not storage.exists():
-        raise DataError(f"folder {storage.url} does not exist. Check the path")
-    names = visible(storage.list("", True))
-    masks, pictures = find_masks(storage, names, mask_dir), pictures_among(names)
-    if not pictures:
-        raise DataError(f"no picture in {storage.url}. Name a folder of pictures (.png, .jpg, .webp ...)")
-    captions = CaptionFinder(storage, names, extensions).of_all(pictures)
-    jobs = [
-        Job(name, name_of(name, number, how.name), masks.get(name), caption)
-        for number, (name, caption) in enumerate(zip(pictures, captions, strict=True), 1)
-    ]
+def _jobs(files: ImageFolder, how: Preparing, caption_column: str | None) -> list[Job]:
+    if not files.images:
+        raise DataError(f"no image in {files.storage.url}. Name a folder of images (.png, .jpg, .webp ...)")
+    captions = Captions(files, caption_column).of_all(files.images)
+    jobs = []
+    for number, (name, caption) in enumerate(zip(files.images, captions, strict=True), 1):
+        # x.jpg and x.png become x-jpg and x-png where nothing else is said.
+        pattern = "{stem}-{suffix}" if how.name == "{stem}" and not files.pairs.lone(name) else how.name
+        jobs.append(Job(name, name_of(name, number, pattern), files.masks.get(name), caption))
     _refuse_clashes(jobs, how)
     return jobs
 
@@ -174,19 +169,24 @@ def _jobs(storage: Storage, how: Preparing, extensions: tuple[str, ...], mask_di
 def _refuse_clashes(jobs: Sequence[Job], how: Preparing) -> None:
     owners: dict[str, str] = {}
     for job in jobs:
-        other = owners.setdefault(job.stem.lower(), job.name)  # some disks know no upper case
+        other = owners.setdefault(_folded(job.stem), job.name)
         if other != job.name:
             raise DataError(
                 f"{other} and {job.name} would both become {job.stem}.{how.format}: give a --name that tells them "
                 "apart, such as '{stem}-{suffix}' or '{index:05d}'"
             )
     for job in jobs:
-        origin = re.sub(r"(-\d+)?(-flip)?$", "", job.stem.lower())
+        origin = re.sub(r"(-\d+)?(-flip)?$", "", _folded(job.stem))
         other = owners.get(origin, job.name)
-        if (how.flip or how.cutting.split) and origin != job.stem.lower() and other != job.name:
+        if (how.flip or how.cutting.split) and origin != _folded(job.stem) and other != job.name:
             raise DataError(
                 f"{job.name} is called like a cut or a flip of {other}: give another --name, such as '{{index:05d}}'"
             )
+
+
+def _folded(stem: str) -> str:
+    """Return what names are told apart by on every disk: some know no upper case, some one Unicode form."""
+    return unicodedata.normalize("NFC", stem).casefold()
 
 
 def _earlier(places: tuple[Storage, Storage], settings: dict[str, Any]) -> dict[str, Any]:

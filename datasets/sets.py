@@ -1,24 +1,23 @@
-"""A recipe's `data:` section to what a run trains on: concepts, one index of pictures, class sets."""
+"""A recipe's `data:` section to what a run trains on: concepts, one index of images, class sets, held-out images."""
 
 from __future__ import annotations
 
 import json
-import logging
-import re
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from pydantic import ValidationError
 
+from dreamfleet.datasets.buckets import MOST_ENLARGED
 from dreamfleet.datasets.captions import decode_text
 from dreamfleet.datasets.config import Concept, DataConfig, concept_with_absolute_paths
 from dreamfleet.datasets.errors import DataError, StorageError
+from dreamfleet.datasets.folder import ImageFolder
 from dreamfleet.datasets.index import Index, Known, build_index
+from dreamfleet.datasets.kohya import kohya_concepts, refuse_subset, subsets_of
+from dreamfleet.datasets.left_out import CLASS, MASKS, TRAINED_ON, BadFile
 from dreamfleet.datasets.storage import Storage, read_uri
-
-log = logging.getLogger(__name__)
-
-_REPEATS_AND_NAME = re.compile(r"^(\d+)_(.*)$", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -39,23 +38,32 @@ class Sets:
     concepts: list[Concept]
 
 
-def load_sets(data: DataConfig, *, verify: bool | None = None, known: Known | None = None) -> Sets:
-    """Index all pictures a recipe names; its paths are absolute already (`data.with_absolute_paths`).
+def load_sets(
+    data: DataConfig,
+    *,
+    verify: bool | None = None,
+    known: Known | None = None,
+    apart: Mapping[str, str] = MappingProxyType({}),
+) -> Sets:
+    """Index all images a recipe names; its paths are absolute already (`data.with_absolute_paths`).
 
-    A row's repeats are its concept's (kohya: the folder name's) times `data.repeats`. Class pictures are
-    named, not indexed: they may not exist yet. Files that `known` tells of are not read. Raises DataError, as
-    build_index does.
+    A row's repeats are its concept's (kohya: the folder name's) times `data.repeats`. Class images are named, not
+    indexed: they may not exist yet. Files that `known` tells of are not read. Folders inside the image folders that
+    hold something else are passed over: class images, masks, and those of `apart` (address -> what they hold). Raises
+    DataError, as build_index does.
     """
     concepts = load_concepts(data)
+    others = places_apart(concepts, apart)
     indexes = [
         build_index(
             concept.instance_data_dir,
             concept=number,
             caption_extension=data.caption_extension,
+            caption_column=data.caption_column,
             max_pixels=data.max_pixels,
             repeats=concept.repeats * data.repeats,
             verify=verify,
-            exclude=_inside(concept.instance_data_dir, [other.class_data_dir for other in concepts]),
+            apart=others,
             mask_dir=concept.mask_dir,
             known=known,
         )
@@ -66,7 +74,76 @@ def load_sets(data: DataConfig, *, verify: bool | None = None, known: Known | No
         for number, concept in enumerate(concepts)
         if concept.class_prompt is not None
     ]
-    return Sets(Index.concat(indexes), class_sets, concepts)
+    return Sets(_large_enough(Index.concat(indexes), data), class_sets, concepts)
+
+
+def places_apart(concepts: Sequence[Concept], apart: Mapping[str, str]) -> dict[str, str]:
+    """Return the folders that hold something else than a recipe's training images, and what."""
+    return {**_places(concepts, "mask_dir", MASKS), **_places(concepts, "class_data_dir", CLASS), **apart}
+
+
+def load_class_images(
+    folder: Storage | str,
+    data: DataConfig,
+    *,
+    concept: int = 0,
+    verify: bool | None = None,
+    known: Known | None = None,
+) -> Index | None:
+    """Index the class images of a folder by the rule of all images, subfolders too; None where there are none yet."""
+    storage = folder if isinstance(folder, Storage) else Storage(folder)
+    concepts = load_concepts(data)
+    others = {**_places(concepts, "mask_dir", MASKS), **_places(concepts, "instance_data_dir", TRAINED_ON)}
+    if not storage.exists() or not ImageFolder(storage, apart=others).images:
+        return None
+    return build_index(
+        storage,
+        concept=concept,
+        role="class",
+        caption_extension=data.caption_extension,
+        max_pixels=data.max_pixels,
+        verify=verify,
+        apart=others,
+        known=known,
+    )
+
+
+def load_held_out(folder: str, data: DataConfig) -> Index:
+    """Index the held-out images of a recipe; folders of training images inside are passed over."""
+    others = _places(load_concepts(data), "instance_data_dir", TRAINED_ON)
+    return build_index(
+        folder, caption_extension=data.caption_extension, max_pixels=data.max_pixels, apart=others
+    )
+
+
+def _large_enough(index: Index, data: DataConfig) -> Index:
+    """Leave out images that buckets without enlarging cannot show: a side is less than a quarter of a step."""
+    if not (data.enable_bucket and data.bucket_no_upscale):
+        return index
+    least = data.bucket_reso_steps / MOST_ENLARGED
+    sides = list(zip(index.column("width"), index.column("height"), strict=True))
+    kept = [row for row, size in enumerate(sides) if min(size) >= least]
+    if len(kept) == len(index):
+        return index
+    bad = [
+        BadFile(
+            index.row(row).uri,
+            f"{size[0]} x {size[1]} pixels: data.bucket_no_upscale enlarges nothing, and a side is below a quarter of "
+            f"data.bucket_reso_steps {data.bucket_reso_steps}. Lower those, or remove the image",
+        )
+        for row, size in enumerate(sides)
+        if min(size) < least
+    ]
+    if not kept:
+        raise DataError(f"no usable image: {bad[0].uri}: {bad[0].reason}")
+    captions = index.column("caption")
+    large = index.take(kept, [captions[row] for row in kept])
+    large.bad = sorted([*index.bad, *bad])
+    return large
+
+
+def _places(concepts: Sequence[Concept], key: str, what: str) -> dict[str, str]:
+    return {place: what for concept in concepts if (place := getattr(concept, key)) is not None}
 
 
 def load_concepts(data: DataConfig) -> list[Concept]:
@@ -76,9 +153,10 @@ def load_concepts(data: DataConfig) -> list[Concept]:
     if data.concepts_list is not None:
         return list(data.concepts_list)
     if data.train_data_dir is not None:
-        subsets = _subsets(data.train_data_dir)
+        subsets = subsets_of(data.train_data_dir)
         if subsets:
-            return _kohya_concepts(data, subsets)
+            return kohya_concepts(data, subsets)
+        refuse_subset(data.train_data_dir)
     folder = data.instance_data_dir or data.train_data_dir
     assert folder is not None  # DataConfig checked it
     if data.class_data_dir is not None and data.class_prompt is None:
@@ -95,14 +173,6 @@ def load_concepts(data: DataConfig) -> list[Concept]:
             mask_dir=data.mask_dir,
         )
     ]
-
-
-def _inside(folder: str, class_folders: list[str | None]) -> Callable[[str], bool]:
-    """Says of a file name in `folder` whether it belongs to a class folder kept inside it."""
-    root = Storage(folder).url + "/"
-    places = [Storage(place).url + "/" for place in class_folders if place is not None]
-    prefixes = tuple(place.removeprefix(root) for place in places if place.startswith(root) and place != root)
-    return lambda name: name.startswith(prefixes)
 
 
 def _read_concepts_file(path: str) -> list[Concept]:
@@ -132,70 +202,3 @@ def _read_concepts_file(path: str) -> list[Concept]:
             )
             raise DataError(f"concepts_list {path}, concept {number}: {told}") from error
     return concepts
-
-
-def _subsets(folder: str) -> list[tuple[str, int, str]]:
-    """kohya's subfolders `10_sks dog`: (address, repeats, name), by name; [] when there are none."""
-    storage = Storage(folder)
-    try:
-        names = storage.list_dirs()
-    except StorageError as error:
-        raise DataError(f"pictures: {error}") from error
-    matched = [(name, match) for name in names if (match := _REPEATS_AND_NAME.match(name))]
-    others = [name for name in names if not _REPEATS_AND_NAME.match(name) and not name.startswith(".")]
-    if matched and others:
-        log.warning("%s: subfolders without a number in front are left out: %s", folder, ", ".join(others))
-    for name, match in matched:
-        if int(match[1]) < 1:
-            raise DataError(
-                f"{storage.path(name)}: 0 repeats. Begin the folder's name with 1 or more, or move it away"
-            )
-    return [(storage.path(name), int(match[1]), match[2].strip()) for name, match in matched]
-
-
-def _kohya_concepts(data: DataConfig, subsets: list[tuple[str, int, str]]) -> list[Concept]:
-    regs = _subsets(data.class_data_dir) if data.class_data_dir else []
-    if data.class_data_dir and not regs:
-        if data.class_prompt is None:
-            raise DataError(
-                f"class_data_dir {data.class_data_dir} has no subfolder such as '1_dog', and "
-                "data.class_prompt is not set: the class prompt is not known. Do one of both"
-            )
-        regs = [(data.class_data_dir, 1, data.class_prompt)]
-    concepts = []
-    for folder, repeats, name in subsets:
-        prompt = name or data.instance_prompt
-        class_folder, class_prompt = _class_of(name, regs, alone=len(subsets) == 1)
-        concepts.append(
-            Concept(
-                instance_data_dir=folder,
-                instance_prompt=prompt,
-                class_data_dir=class_folder,
-                class_prompt=class_prompt or data.class_prompt,
-                repeats=repeats,
-                mask_dir=f"{data.mask_dir}/{folder.rpartition('/')[2]}" if data.mask_dir else None,
-            )
-        )
-    unused = [
-        folder for folder, _, _ in regs if folder not in {concept.class_data_dir for concept in concepts}
-    ]
-    if unused:
-        names = ", ".join(name for _, _, name in subsets)
-        raise DataError(
-            f"class folders that belong to no instance folder: {', '.join(unused)}. Name them by the last "
-            f"words of an instance folder ('1_dog' for '10_sks dog'); there are: {names}"
-        )
-    return concepts
-
-
-def _class_of(name: str, regs: list[tuple[str, int, str]], *, alone: bool) -> tuple[str | None, str | None]:
-    """The class folder whose name ends the instance's ("dog" for "sks dog"), the longest; or the only one."""
-    fitting = [reg for reg in regs if f" {name}".endswith(f" {reg[2]}") and reg[2]]
-    if not fitting and len(regs) == 1:
-        fitting = regs
-    if not fitting and alone and regs:
-        fitting = regs[:1]
-    if not fitting:
-        return None, None
-    folder, _, prompt = max(fitting, key=lambda reg: len(reg[2]))
-    return folder, prompt or None

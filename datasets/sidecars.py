@@ -1,114 +1,92 @@
-"""Captions beside pictures: files of the same stem, metadata.jsonl and metadata.csv tables."""
+"""The captions of an image folder, read: from files beside the images, then from metadata tables."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from dreamfleet.datasets.captions import decode_text
 from dreamfleet.datasets.errors import DataError, StorageError
-from dreamfleet.datasets.storage import Storage
+from dreamfleet.datasets.folder import ImageFolder
+from dreamfleet.datasets.tables import images_of, read_table
 
-CAPTION_COLUMNS = ("text", "caption", "prompt")
 AT_ONCE = 32  # files that are read from a bucket together
+TOLD = 20  # bad files that one message names
 
 
-class CaptionFinder:
-    """Finds the caption of a picture: files beside it, then metadata tables."""
+class Captions:
+    """Reads the caption of each image of a folder; ``column`` of its tables, see read_table."""
 
-    def __init__(self, storage: Storage, names: Sequence[str], extensions: tuple[str, ...]) -> None:
-        self._storage = storage
-        self._names = frozenset(names)
-        self._extensions = extensions
-        self._table: dict[str, tuple[str, str]] = {}  # picture name -> (caption, metadata file)
-        for name in sorted(
-            names, key=lambda name: (name.count("/"), name)
-        ):  # deeper ones are nearer: they win
-            place, _, file = name.rpartition("/")
-            if file in ("metadata.jsonl", "metadata.csv"):
-                for picture, caption in self._read_table(name):
-                    self._table[f"{place}/{picture}" if place else picture] = (caption, storage.path(name))
+    def __init__(self, folder: ImageFolder, column: str | None = None) -> None:
+        self.folder = folder
+        self.column = column
+        self.absent: list[tuple[str, str]] = []  # what a table names and is not there, and the table's place
+        self._table: dict[str, tuple[str, str]] = {}  # image -> (caption, table)
+        self.errors: list[DataError] = []  # of tables
+        for table in folder.tables:
+            try:
+                self._read_table(table)
+            except DataError as error:
+                self.errors.append(error)
 
-    def of(self, name: str) -> str | None:
-        """The caption of the picture `name`, stripped; None when it has none."""
-        beside = self._beside(name)
-        caption = self._text(beside) if beside is not None else self._table.get(name, ("", ""))[0]
+    def of(self, image: str) -> str | None:
+        """Return an image's caption, stripped; None when it has none. DataError for a file that is no text."""
+        beside = self.folder.caption_file(image)
+        caption = self._text(beside) if beside is not None else self._table.get(image, ("", ""))[0]
         return caption.strip() or None
 
-    def of_all(self, names: Sequence[str]) -> list[str | None]:
-        """The captions of pictures, in their order; from a bucket, whose every answer is waited for, side by side."""
-        if self._storage.is_local:
-            return [self.of(name) for name in names]
-        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="captions") as pool:
-            return list(pool.map(self.of, names))
+    def of_all(self, images: Sequence[str]) -> list[str | None]:
+        """Return the captions of images, in their order. DataError that names all the files that are no text."""
+        if self.folder.storage.is_local:
+            found = list(map(self.try_of, images))
+        else:  # every answer is waited for: side by side
+            with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="captions") as pool:
+                found = list(pool.map(self.try_of, images))
+        refuse_all([*self.errors, *(one for one in found if isinstance(one, DataError))])
+        return [one for one in found if not isinstance(one, DataError)]
 
-    def file_of(self, name: str) -> str | None:
-        """The name of the file, beside the picture or a table, that `of` reads its caption from; None without one."""
-        beside = self._beside(name)
-        if beside is None and name in self._table:
-            return self._table[name][1].removeprefix(self._storage.path()).lstrip("/")
-        return beside
+    def file_of(self, image: str) -> str | None:
+        """Return the file, beside the image or a table, that ``of`` reads its caption from; None without one."""
+        beside = self.folder.caption_file(image)
+        return beside if beside is not None or image not in self._table else self._table[image][1]
 
-    def absent(self) -> Iterator[tuple[str, str]]:
-        """Pictures a metadata table names that are not in the folder, with the table's place."""
-        return ((name, where) for name, (_, where) in self._table.items() if name not in self._names)
-
-    def _beside(self, name: str) -> str | None:
-        stem = os.path.splitext(name)[0]
-        for extension in self._extensions:
-            for beside in (stem + extension, name + extension):  # cat.txt, and cat.png.txt of some taggers
-                if beside in self._names:
-                    return beside
-        return None
+    def try_of(self, image: str) -> str | DataError | None:
+        """Return an image's caption, or the error that reading it raises."""
+        try:
+            return self.of(image)
+        except DataError as error:
+            return error
 
     def _text(self, name: str) -> str:
+        storage = self.folder.storage
         try:
-            return decode_text(self._storage.read_bytes(name), uri=self._storage.path(name))
+            return decode_text(storage.read_bytes(name), uri=storage.path(name))
         except StorageError as error:
             raise DataError(f"caption: {error}") from error
 
-    def _read_table(self, name: str) -> Iterator[tuple[str, str]]:
-        text, where = self._text(name), self._storage.path(name)
-        read = _jsonl_entries if name.endswith(".jsonl") else _csv_entries
-        for line, entry in read(text, where):
-            picture = entry.get("file_name")
-            if not isinstance(picture, str) or not picture:
-                raise DataError(
-                    f'{where}, line {line}: no "file_name". Write {{"file_name": "a.png", "text": "..."}}'
-                )
-            caption = next((entry[key] for key in CAPTION_COLUMNS if entry.get(key) is not None), "")
-            if not isinstance(caption, str):
-                raise DataError(f"{where}, line {line}: the caption of {picture} is not text: {caption!r}")
-            yield picture.removeprefix("./"), caption
-
-
-def _jsonl_entries(text: str, where: str) -> Iterable[tuple[int, Mapping[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
+    def _read_table(self, table: str) -> None:
+        entries = list(read_table(self.folder, table, self.column))
+        absent = []
+        for entry in entries:
+            images = images_of(self.folder, entry.file)
+            for image in images:
+                self._table[image] = entry.caption, table
+            if not images and not self.folder.unreadable.owners(entry.file):
+                absent.append(entry.file)
+        where = self.folder.storage.path(table)
+        if entries and len(absent) == len(entries):
             raise DataError(
-                f"{where}, line {number}: not JSON ({error.msg} at column {error.colno}). "
-                "Each line is one object; mend or remove the line"
-            ) from error
-        if not isinstance(entry, dict):
-            raise DataError(
-                f'{where}, line {number}: write an object such as {{"file_name": "a.png", "text": "..."}}'
+                f"{where}: none of the {len(entries)} images it names is there, such as {absent[0]}. Its file_name is "
+                "relative to the folder of the table; mend the names, or rename the file if it is no table of captions"
             )
-        yield number, entry
+        self.absent += [(name, where) for name in absent]
 
 
-def _csv_entries(text: str, where: str) -> Iterable[tuple[int, Mapping[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    try:
-        for entry in reader:
-            yield reader.line_num, entry
-    except csv.Error as error:
-        raise DataError(f"{where}, line {reader.line_num}: {error}. Mend or remove the line") from error
+def refuse_all(errors: Sequence[DataError]) -> None:
+    """Raise one DataError for several: each file named once."""
+    told = list(dict.fromkeys(map(str, errors)))
+    if len(told) == 1:
+        raise errors[0]
+    if told:
+        more = f"\n  and {len(told) - TOLD} more" if len(told) > TOLD else ""
+        raise DataError(f"{len(told)} captions cannot be read:\n  " + "\n  ".join(told[:TOLD]) + more)

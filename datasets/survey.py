@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-import os
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
-
-import numpy as np
-from PIL import Image
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 from dreamfleet.datasets.buckets import picture_sizes
 from dreamfleet.datasets.captions import split_tags
 from dreamfleet.datasets.config import DataConfig
-from dreamfleet.datasets.images import MAX_PIXELS, PICTURE_SUFFIXES, open_with_alpha
-from dreamfleet.datasets.index import Row
-from dreamfleet.datasets.sets import Sets, load_sets
-from dreamfleet.datasets.storage import Storage, read_uri
+from dreamfleet.datasets.folder import ImageFolder
+from dreamfleet.datasets.looks import copies, look_at_all, near_copies
+from dreamfleet.datasets.sets import Sets, load_class_images, load_sets, places_apart
 
-ORIENTATION_TAG = 0x0112
-GREY_WITHIN = 3  # the channels of a grey picture differ by no more, of 255
-NEAR_BITS = 4  # pictures whose hashes differ in no more of 64 bits are nearly the same
+NEARLY_ALL_CUT_OFF = 0.9  # of one picture
 MUCH_CUT_OFF = 0.2  # part of a picture that the crop takes away, on average
-PAIRS_AT_ONCE = 2**22  # of hashes that are compared: 32 MB
 
 Three = tuple[int, int, int]  # smallest, median, largest
 
@@ -47,6 +38,7 @@ class Survey:
     cut_off: float  # part of a picture's area, mean over pictures
     most_cut_off: float
     formats: dict[str, int]
+    profiles: dict[str, int]  # colour profiles that are converted to sRGB
     masks: int
     transparent: int
     turned: int
@@ -59,21 +51,18 @@ class Survey:
     copies: list[list[str]]
     near: list[list[str]]
     bad: dict[str, str]  # file -> reason
+    skipped: list[dict[str, Any]]  # what is rightly passed over: place, reason, count
+    others: dict[str, int]  # files that are no images, by ending
+    shared: dict[str, list[str]]  # caption file -> the images that all read it
+    extreme: dict[
+        str, str
+    ]  # images of which nearly all is cut off: their size, and how much they are enlarged
+    wordless: list[str]  # images without a caption, where no prompt stands in
     warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, as `--json` prints them."""
         return dataclasses.asdict(self)
-
-
-class Look(NamedTuple):
-    """What the pixels of one picture tell."""
-
-    format: str
-    transparent: bool
-    turned: bool
-    grey: bool
-    hash: int
 
 
 def survey(
@@ -82,15 +71,21 @@ def survey(
     count_tokens: Callable[[str], int],
     tokenizer: str = "",
     max_tokens: int = 75,
+    apart: Mapping[str, str] = MappingProxyType({}),
     progress: Callable[[int, int], None] | None = None,
 ) -> Survey:
     """Read all pictures a recipe's `data:` section names, with the code that training reads them by.
 
     ``count_tokens(text)`` measures captions. Raises DataError as a run would, when there is no usable picture.
     """
-    sets = load_sets(data, verify=True)
+    sets = load_sets(data, verify=True, apart=apart)
     rows = sets.instances.rows()
-    looks = list(_look_at_all(rows, data.max_pixels, progress))
+    others = places_apart(sets.concepts, apart)
+    folders = [
+        ImageFolder(one.instance_data_dir, caption_extension=data.caption_extension, apart=others)
+        for one in sets.concepts
+    ]
+    looks = list(look_at_all(rows, data.max_pixels, progress))
     sizes = picture_sizes(sets.instances, data)
     pairs = list(zip(rows, sizes, strict=True))
     scales = [max(size[0] / row.width, size[1] / row.height) for row, size in pairs]
@@ -100,11 +95,11 @@ def survey(
     ]
     captions = [row.caption for row in rows if row.caption and data.use_captions]
     lengths = [max(count_tokens(line) for line in caption.splitlines()) for caption in captions]
-    copies, near = _copies(rows), near_copies(rows, looks)
+    same, near = copies(rows), near_copies(rows, looks)
     found = Survey(
         pictures=len(rows),
         draws=sum(row.repeats for row in rows),
-        class_pictures=_class_pictures(sets),
+        class_pictures=_class_pictures(data, sets),
         megapixels=sum(row.width * row.height for row in rows) / 1e6,
         width=_three([row.width for row in rows]),
         height=_three([row.height for row in rows]),
@@ -114,6 +109,7 @@ def survey(
         cut_off=max(0.0, statistics.fmean(losses)),
         most_cut_off=max(0.0, *losses),
         formats=dict(Counter(look.format for look in looks).most_common()),
+        profiles=dict(Counter(look.profile for look in looks if look.profile).most_common()),
         masks=sum(row.mask is not None for row in rows),
         transparent=sum(look.transparent for look in looks),
         turned=sum(look.turned for look in looks),
@@ -123,9 +119,24 @@ def survey(
         tokenizer=tokenizer,
         max_tokens=max_tokens,
         tags=tag_counts(captions),
-        copies=copies,
+        copies=same,
         near=near,
         bad={item.uri: item.reason for item in sets.instances.bad},
+        skipped=[item._asdict() for item in sets.instances.skipped],
+        others=dict(sum((one.others for one in folders), Counter()).most_common()),
+        shared={one.storage.path(file): images for one in folders for file, images in one.shared().items()},
+        extreme={
+            row.uri: f"{row.width} x {row.height} pixels, {loss:.0%} cut off, the rest enlarged {scale:.1f} times"
+            for (row, _), scale, loss in zip(pairs, scales, losses, strict=True)
+            if loss > NEARLY_ALL_CUT_OFF
+        },
+        wordless=[
+            row.uri
+            for row in rows
+            if not (row.caption and data.use_captions)
+            and not data.caption_from_filename
+            and not sets.concepts[row.concept].instance_prompt
+        ],
         warnings=[],
     )
     too_long = sum(length > max_tokens for length in lengths)
@@ -142,95 +153,14 @@ def tag_counts(captions: Sequence[str]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def difference_hash(image: Image.Image) -> int:
-    """Hash a picture to 64 bits that stay nearly the same under scaling and compression.
-
-    The difference hash: whether each cell of an 8 x 8 grid is darker than its right neighbour.
-    """
-    cells = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
-    bits = (cells[:, 1:] > cells[:, :-1]).reshape(-1)
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
-
-
-def look_at(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Look:
-    """Decode a picture to tell what its header does not. DataError naming ``uri``."""
-    rgb, alpha = open_with_alpha(data, uri=uri, max_pixels=max_pixels)
-    small = np.asarray(rgb.resize((64, 64), Image.Resampling.BOX), dtype=np.int16)
-    with Image.open(io.BytesIO(data)) as image:
-        kind = str(image.format)
-        try:
-            turned = image.getexif().get(ORIENTATION_TAG, 1) in range(2, 9)
-        except Exception:  # noqa: BLE001  broken EXIF data raise anything; the picture itself is good
-            turned = False
-    return Look(
-        kind,
-        alpha is not None and alpha.getextrema() != (255, 255),
-        turned,
-        int(np.ptp(small, axis=2).max()) <= GREY_WITHIN,
-        difference_hash(rgb),
-    )
-
-
-def _look_at_all(
-    rows: Sequence[Row], max_pixels: int, progress: Callable[[int, int], None] | None
-) -> Iterator[Look]:
-    def look(row: Row) -> Look:
-        return look_at(read_uri(row.uri), uri=row.uri, max_pixels=max_pixels)
-
-    with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="survey") as pool:
-        for done, found in enumerate(pool.map(look, rows), 1):
-            yield found
-            if progress is not None:
-                progress(done, len(rows))
-
-
 def _three(values: Sequence[int]) -> Three:
     return min(values), int(statistics.median_low(values)), max(values)
 
 
-def _class_pictures(sets: Sets) -> dict[str, int]:
+def _class_pictures(data: DataConfig, sets: Sets) -> dict[str, int]:
     folders = [one.folder for one in sets.class_sets if one.folder is not None]
-    return {
-        folder: sum(name.lower().endswith(PICTURE_SUFFIXES) for name in Storage(folder).list("", True))
-        for folder in dict.fromkeys(folders)
-    }
-
-
-def _copies(rows: Sequence[Row]) -> list[list[str]]:
-    places: dict[str, list[str]] = {}
-    for row in rows:
-        places.setdefault(row.sha256, []).append(row.uri)
-    return sorted(sorted(group) for group in places.values() if len(group) > 1)
-
-
-def near_copies(rows: Sequence[Row], looks: Sequence[Look]) -> list[list[str]]:
-    """Group pictures of different files whose hashes differ in a few bits, through any chain of such pairs."""
-    firsts = {row.sha256: number for number, row in reversed(list(enumerate(rows)))}
-    # A flat picture has no differences to hash.
-    members = [number for number in sorted(firsts.values()) if looks[number].hash]
-    # Many a set is of one scene: each hash is compared once, however many pictures have it.
-    hashes, which = np.unique(
-        np.array([looks[number].hash for number in members], dtype=np.uint64), return_inverse=True
-    )
-    leader = list(range(len(hashes)))
-
-    def lead(number: int) -> int:
-        while leader[number] != number:
-            leader[number] = leader[leader[number]]
-            number = leader[number]
-        return number
-
-    at_once = max(1, PAIRS_AT_ONCE // max(1, len(hashes)))
-    for start in range(0, len(hashes), at_once):
-        block = hashes[start : start + at_once]
-        apart = np.bitwise_count(block[:, None] ^ hashes[None, start:])
-        for one, other in zip(*np.nonzero(apart <= NEAR_BITS), strict=True):
-            if one < other:
-                leader[lead(start + int(other))] = lead(start + int(one))
-    groups: dict[int, list[str]] = {}
-    for number, member in zip(which.tolist(), members, strict=True):
-        groups.setdefault(lead(number), []).append(rows[member].uri)
-    return sorted(sorted(group) for group in groups.values() if len(group) > 1)
+    found = {folder: load_class_images(folder, data, verify=False) for folder in dict.fromkeys(folders)}
+    return {folder: len(index) if index is not None else 0 for folder, index in found.items()}
 
 
 def _warnings(found: Survey, data: DataConfig, sets: Sets, too_long: int) -> Iterator[str]:
@@ -250,6 +180,12 @@ def _warnings(found: Survey, data: DataConfig, sets: Sets, too_long: int) -> Ite
         yield (
             f"the crop takes {found.cut_off:.0%} of a picture: set {way_out}, or cut them by "
             "`dreamfleet data prepare --mode smart`"
+        )
+    if found.extreme:
+        place, told = next(iter(found.extreme.items()))
+        yield (
+            f"{_count(len(found.extreme), 'picture')} of an extreme shape, such as {place} ({told}): crop by hand, or "
+            "remove"
         )
     if lone := sum(count == 1 for count in found.shown_at.values()) if data.enable_bucket else 0:
         yield f"{_count(lone, 'bucket')} of a single picture: its batches repeat it; set larger bucket_reso_steps"
@@ -272,10 +208,10 @@ def _warnings(found: Survey, data: DataConfig, sets: Sets, too_long: int) -> Ite
 
 def _caption_warnings(found: Survey, data: DataConfig, sets: Sets, too_long: int) -> Iterator[str]:
     bare = found.pictures - found.captioned
-    if bare and not all(concept.instance_prompt for concept in sets.concepts):
+    if found.wordless:
         yield (
-            f"{_count(bare, 'picture')} without words: write a .txt file beside each (`dreamfleet data caption`), or "
-            "set data.instance_prompt"
+            f"{_count(len(found.wordless), 'picture')} without words, such as {found.wordless[0]}: write a .txt file "
+            "beside each (`dreamfleet data caption`), or set data.instance_prompt"
         )
     elif bare and found.captioned:
         yield f"{_count(bare, 'picture')} without a caption of its own: the instance_prompt stands in"

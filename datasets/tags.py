@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from dreamfleet.datasets.captions import split_tags
 from dreamfleet.datasets.errors import DataError
-from dreamfleet.datasets.json_text import json_text
-from dreamfleet.datasets.masks import pictures_among, visible
-from dreamfleet.datasets.sidecars import CAPTION_COLUMNS, CaptionFinder
+from dreamfleet.datasets.folder import ImageFolder
+from dreamfleet.datasets.sidecars import Captions
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.datasets.survey import tag_counts
+from dreamfleet.datasets.tables import edited_table
 
 # Faces that are tags; the WD tagger's list, whose underscores stay.
 _FACES = "0_0 (o)_(o) +_+ +_- ._. <o>_<o> <|>_<|> =_= >_< 3_3 6_9 >_o @_@ ^_^ o_o u_u x_x |_| ||_||"
@@ -49,11 +47,12 @@ class Edit:
         return self != Edit()
 
 
-class Caption(NamedTuple):
-    """A picture's caption, and the file (caption or table) that holds it; both None where there is none."""
+class Captioned(NamedTuple):
+    """The captions of a folder's images, in their order, each None where there is none; ``column`` of its tables."""
 
-    text: str | None
-    file: str | None
+    files: ImageFolder
+    texts: dict[str, str | None]
+    column: str | None
 
 
 class Edited(NamedTuple):
@@ -67,23 +66,28 @@ class Edited(NamedTuple):
 
 
 def edit_folder(
-    folder: str, edit: Edit, *, out: str | None = None, dry_run: bool = False, create: bool = False
+    folder: str,
+    edit: Edit,
+    *,
+    out: str | None = None,
+    dry_run: bool = False,
+    create: bool = False,
+    caption_column: str | None = None,
 ) -> Edited:
     """Edit the captions of a folder in place or, all of them, into the new folder `out`.
 
-    With `create` pictures without a caption get one too. Raises DataError as read_captions and write_captions do.
+    With `create` images without a caption get one too. Raises DataError as read_captions and write_captions do.
     """
-    storage = Storage(folder)
-    captions = read_captions(storage)
-    before = {name: one.text or "" for name, one in captions.items() if one.text is not None or create}
+    captioned = read_captions(folder, caption_column)
+    before = {name: text or "" for name, text in captioned.texts.items() if text is not None or create}
     after = {name: edit_caption(text, edit) for name, text in before.items()}
     changed = {name: text for name, text in after.items() if text != before[name]}
     backup = None
     if not dry_run and (changed or out is not None):
         target = None if out is None else Storage(out)
-        backup = write_captions(storage, captions, changed if target is None else after, target)
+        backup = write_captions(captioned, changed if target is None else after, target)
     diff = {name: {"before": before[name], "after": text} for name, text in changed.items()}
-    bare = sum(one.text is None for one in captions.values())
+    bare = sum(text is None for text in captioned.texts.values())
     return Edited(len(before), bare, tag_counts(list(after.values())), diff, backup)
 
 
@@ -111,76 +115,56 @@ def parse_replacement(text: str) -> tuple[str, str]:
     return old.strip(), new.strip()
 
 
-def read_captions(storage: Storage, extensions: Sequence[str] = (".txt", ".caption")) -> dict[str, Caption]:
-    """Read the captions of all pictures of a folder as training would: picture's name -> caption, by name.
+def read_captions(folder: str | Storage, column: str | None = None) -> Captioned:
+    """Read the captions of all images of a folder as training would.
 
-    Raises DataError when there is no folder or no picture.
+    Raises DataError when there is no folder or no image, and for captions that are no text: all at once.
     """
-    if not storage.exists():
-        raise DataError(f"folder {storage.url} does not exist. Check the path")
-    names = visible(storage.list("", True))
-    pictures = pictures_among(names)
-    if not pictures:
-        raise DataError(f"no picture in {storage.url}. Name a folder of pictures (.png, .jpg, .webp ...)")
-    finder = CaptionFinder(storage, names, tuple(extensions))
-    texts = finder.of_all(pictures)
-    return {name: Caption(text, finder.file_of(name)) for name, text in zip(pictures, texts, strict=True)}
+    files = ImageFolder(folder)
+    if not files.images:
+        raise DataError(f"no image in {files.storage.url}. Name a folder of images (.png, .jpg, .webp ...)")
+    texts = Captions(files, column).of_all(files.images)
+    return Captioned(files, dict(zip(files.images, texts, strict=True)), column)
 
 
-def write_captions(
-    storage: Storage, captions: dict[str, Caption], changed: dict[str, str], out: Storage | None
-) -> str | None:
-    """Write changed captions (picture's name -> text) where they were, or as .txt files into `out`.
+def write_captions(captioned: Captioned, changed: dict[str, str], out: Storage | None) -> str | None:
+    """Write changed captions (image's name -> text) where they were, or as .txt files into `out`.
 
-    In place each file is first copied to a hidden folder, whose address is returned. Pictures without a caption get a
-    .txt file. Raises DataError, before anything is written, for captions in metadata.csv, and for an `out` that
-    is in use.
+    In place each file is first copied to a hidden folder, whose address is returned. An image without a caption, or
+    with one in a file that other images read as well, gets a file of its own. Raises DataError, before anything is
+    written, for captions in tables other than metadata.jsonl, and for an `out` that is in use.
     """
+    files, storage = captioned.files, captioned.files.storage
     if out is not None:
         if out.list("", True):
             raise DataError(
                 f"{out.url} is not empty, and nothing there is overwritten. Choose another folder"
             )
         for name, text in changed.items():
-            out.write_text(os.path.splitext(name)[0] + ".txt", text + "\n")
+            out.write_text(files.new_text_file(name), text + "\n")
         return None
+    found = Captions(files, captioned.column)
     tables: dict[str, dict[str, str]] = {}
-    files: dict[str, str] = {}
+    written: dict[str, str] = {}
     for name, text in changed.items():
-        file = captions[name].file or os.path.splitext(name)[0] + ".txt"
-        if file.endswith(".csv") and file.rpartition("/")[2] == "metadata.csv":
-            raise DataError(
-                f"{storage.path(file)} is not edited in place: write captions elsewhere with --out"
-            )
-        if file.endswith(".jsonl"):
-            tables.setdefault(file, {})[name] = text
-        else:
-            files[file] = text + "\n"
-    files |= {table: _edited_table(storage, table, texts) for table, texts in tables.items()}
+        file = found.file_of(name)
+        if file in files.tables:
+            tables.setdefault(str(file), {})[name] = text
+            continue
+        together = files.readers(file) if file is not None else []
+        same = len(together) > 1 and all(changed.get(other) == text for other in together)
+        written[str(file) if same else files.text_file(name)] = text + "\n"
+    written |= {table: edited_table(files, table, texts, captioned.column) for table, texts in tables.items()}
     backup = BACKUPS + time.strftime("%Y%m%d-%H%M%S")
     while storage.exists(backup):
         backup += "-2"
     there = set(storage.list("", True))
-    existing = [file for file in files if file in there]
+    existing = [file for file in written if file in there]
     for file in existing:
         storage.write_bytes(f"{backup}/{file}", storage.read_bytes(file))
-    for file, text in files.items():
+    for file, text in written.items():
         storage.write_text(file, text)
     return storage.path(backup) if existing else None
-
-
-def _edited_table(storage: Storage, table: str, texts: dict[str, str]) -> str:
-    place = table.rpartition("/")[0]
-    lines = []
-    for line in storage.read_text(table).split("\n"):
-        entry = json.loads(line) if line.strip() else {}
-        file = str(entry.get("file_name", "")).removeprefix("./")
-        name = f"{place}/{file}" if place else file
-        if name in texts:
-            column = next(key for key in CAPTION_COLUMNS if entry.get(key) is not None)
-            line = json_text({**entry, column: texts[name]})
-        lines.append(line)
-    return "\n".join(lines)
 
 
 def _edit_tags(tags: list[str], edit: Edit) -> list[str]:

@@ -1,11 +1,13 @@
-"""Settings every test shares: a quiet, offline, local world, and the GPU tests skipped without a GPU."""
+"""Settings every test shares: a quiet, offline, local world, an end to every hang, and GPU tests that need a GPU."""
 
+import faulthandler
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +32,32 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+GRACE = 15  # seconds between a test's timeout and the end of a process that did not notice it
+_STDERR = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the terminal for the stacks of a hang: during a test, stderr is captured."""
+    config.stash[_STDERR] = os.dup(sys.__stderr__.fileno() if sys.__stderr__ else 2)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """End the process with the stacks of all threads if a test outlives its timeout.
+
+    pytest-timeout fails the test by a signal, and the next one runs. A signal is handled by Python, though, and some
+    hangs keep Python from running: a deadlock with the GIL held, a wait in C++. faulthandler's thread needs no GIL.
+    """
+    marker = item.get_closest_marker("timeout")
+    told = marker.args[0] if marker and marker.args else item.config.getoption("timeout", None)
+    limit = float(told or item.config.getini("timeout"))
+    faulthandler.dump_traceback_later(limit + GRACE, exit=True, file=item.config.stash[_STDERR])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 def _has_gpu() -> bool:
     return shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia/version").exists()
 
@@ -42,6 +70,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):  # keywords hold the names of folders too
             item.add_marker(skip)
+
+
+@pytest.fixture
+def lone_group() -> Iterator[None]:
+    """A process group of this process alone, which ends after every DDP module in it."""
+    from dreamfleet.trainers import process_group
+
+    with process_group.lone_group():
+        yield
 
 
 @pytest.fixture(scope="session")

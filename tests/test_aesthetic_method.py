@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -85,15 +84,11 @@ def test_two_workers_share_the_pictures(rank: int, workplace: Path) -> None:
             assert torch.equal(mine[name], whole[name][2 * rank : 2 * rank + 2])
 
 
-def test_ddp_finds_every_parameter_used(workplace: Path) -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        parts = assemble(build_recipe(recipe_tree(workplace)), Place())
-        module = torch.nn.parallel.DistributedDataParallel(parts.method)
-        for step in range(2):
-            module(parts.prepare(parts.feed.batch(step))).total.backward()
-    finally:
-        dist.destroy_process_group()
+def test_ddp_finds_every_parameter_used(workplace: Path, lone_group: None) -> None:
+    parts = assemble(build_recipe(recipe_tree(workplace)), Place())
+    module = torch.nn.parallel.DistributedDataParallel(parts.method)
+    for step in range(2):
+        module(parts.prepare(parts.feed.batch(step))).total.backward()
 
 
 def test_stopped_and_resumed_gives_the_same_file(workplace: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -146,13 +147,19 @@ def test_methods_come_from_the_registry() -> None:
 def test_doctor_tells_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIANOTTOLD")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-to-be-told")
+    monkeypatch.setenv("HF_TOKEN", "not-to-be-told")
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:not-to-be-told@proxy:3128")
     result = run("doctor", "--json")
     names = {line["name"]: line for line in json.loads(result.stdout)}
     assert names["torch"]["state"] == "ok"
     assert names["s3"]["state"] == "ok"
     assert "AKIANOTTOLD" not in result.output
     assert "not-to-be-told" not in result.output
+    assert {"HF_TOKEN", "HTTPS_PROXY"} <= set(names["sent to workers"]["detail"].split(", "))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_PROFILE", "defined-nowhere")
     away = run("doctor", "--address", "127.0.0.1:1")
+    assert re.search(r"s3 +MISSING.*defined-nowhere|MISSING +s3.*defined-nowhere", away.stdout)
     assert away.exit_code == 2
     assert "no Ray cluster" in away.stdout
 

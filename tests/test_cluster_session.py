@@ -23,7 +23,8 @@ from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers import progress, ray_session
 from dreamfleet.trainers.hold import claimed, stop_on_signal
 from dreamfleet.trainers.launch import fit
-from dreamfleet.trainers.preflight import check_inputs, local_paths
+from dreamfleet.trainers.paths import local_paths
+from dreamfleet.trainers.preflight import check_inputs
 from dreamfleet.trainers.progress import Display, RunTail, log_to_run, watch_for_stop
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.worker import worker_environment

@@ -7,6 +7,7 @@ from dreamfleet.datasets.captions import (
     OBJECT_TEMPLATES,
     STYLE_TEMPLATES,
     TEMPLATE_SETS,
+    NoWords,
     caption_from_filename,
     choose_caption,
     drop_tags,
@@ -80,13 +81,42 @@ def test_several_lines_are_several_captions():
         ("a cat", {"prompt": "a photo of sks dog"}, "a cat"),
         ("a cat", {"prompt": "sks, [filewords]"}, "sks, a cat"),
         (None, {"prompt": "a photo of sks dog"}, "a photo of sks dog"),
-        (None, {"file_name": "01-a blue cat.png"}, "a blue cat"),
-        (None, {"template": "[filewords]", "file_name": "01-a blue cat.png"}, "a blue cat"),
+        (None, {"prompt": "a sks cat [filewords]"}, "a sks cat"),
         ("", {"prompt": "p"}, "p"),
     ],
 )
 def test_where_the_words_come_from(caption, given, expected):
     assert make_caption(caption, name="sks", rng=rng(), config=PLAIN, **given) == expected
+
+
+def test_file_names_are_captions_only_where_asked_for():
+    asked = PLAIN.model_copy(update={"caption_from_filename": True})
+    named = {"file_name": "01-a blue cat.png", "rng": rng()}
+    for given in ({}, {"template": "photo of [name], [filewords]"}):
+        with pytest.raises(NoWords, match="01-a blue cat"):
+            make_caption(None, config=PLAIN, **given, **named)
+    assert make_caption(None, config=asked, **named) == "a blue cat"
+    assert make_caption(None, prompt="sks", config=asked, **named) == "a blue cat"
+    assert make_caption("its own", config=asked, **named) == "its own"
+    filled = make_caption(None, template="[name], [filewords]", name="sks", config=asked, **named)
+    assert filled == "sks, a blue cat"
+    with pytest.raises(NoWords, match="no words"):
+        make_caption(None, config=asked, file_name="0001.png", rng=rng())
+
+
+def test_options_are_for_the_subject_and_not_for_its_class():
+    config = DataConfig(
+        instance_data_dir="x",
+        caption_prefix="sks",
+        caption_suffix="at noon",
+        shuffle_tags=True,
+        tag_dropout=1.0,
+        caption_dropout=1.0,
+        caption_from_filename=True,
+    )
+    given = {"rng": rng(), "config": config, "of_subject": False, "file_name": "IMG_1.png"}
+    assert make_caption("a cat, red, small", **given) == "a cat, red, small"
+    assert make_caption(None, prompt="a cat", **given) == "a cat"
 
 
 def test_captions_can_be_ignored():

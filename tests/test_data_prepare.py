@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -191,7 +192,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (source / "a.png").write_bytes((source / "b.png").read_bytes())
     (source / "a.jpg").write_bytes((source / "c.jpg").read_bytes())
     with pytest.raises(DataError, match="both"):
-        prepare(str(source), str(tmp_path / "other"), HOW)
+        prepare(str(source), str(tmp_path / "other"), dataclasses.replace(HOW, name="{stem}x"))
     (source / "a.jpg").rename(source / "a-flip.jpg")
     with pytest.raises(DataError, match=r"cut.*flip"):
         prepare(str(source), str(tmp_path / "other"), HOW)

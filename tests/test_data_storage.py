@@ -376,6 +376,17 @@ def test_survives_a_fork(s3):
 
 
 @pytest.mark.s3
+def test_a_login_inside_an_endpoint_is_never_told(monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setattr(object_store, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:hush@127.0.0.1:9")
+    with pytest.raises(StorageError, match=r"127\.0\.0\.1:9") as told:
+        Storage("s3://bucket/x").read_bytes("a")
+    assert "hush" not in str(told.value)
+
+
+@pytest.mark.s3
 def test_large_object(s3, tmp_path):
     storage = Storage(s3.new_folder())
     data = os.urandom(1 << 20) * 24

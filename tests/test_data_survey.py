@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from dreamfleet.cluster import cli
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.index import Row
-from dreamfleet.datasets.survey import Look, difference_hash, near_copies, survey, tag_counts
+from dreamfleet.datasets.looks import Look, difference_hash, near_copies
+from dreamfleet.datasets.survey import survey, tag_counts
 
 
 def run(*words: Any) -> Any:

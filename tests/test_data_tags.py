@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import time
 from pathlib import Path
@@ -13,7 +14,8 @@ from typer.testing import CliRunner
 
 from dreamfleet.cluster import cli
 from dreamfleet.datasets.errors import DataError
-from dreamfleet.datasets.sidecars import CaptionFinder
+from dreamfleet.datasets.folder import ImageFolder
+from dreamfleet.datasets.sidecars import Captions
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.datasets.tags import Edit, edit_caption, parse_replacement, read_captions
 
@@ -86,7 +88,7 @@ def test_captions_are_edited_where_they_are_and_kept_before(tmp_path: Path) -> N
     backup = Path(told["backup"])
     assert (backup / "a.txt").read_text() == "cat, red_hair"
     assert (backup / "metadata.jsonl").read_text() == table
-    assert set(read_captions(Storage(str(folder)))) == {"a.png", "b.png", "c.jpg", "sub/d.png"}
+    assert set(read_captions(str(folder)).texts) == {"a.png", "b.png", "c.jpg", "sub/d.png"}
 
 
 def test_captions_go_elsewhere_and_the_folder_stays(tmp_path: Path) -> None:
@@ -125,6 +127,12 @@ class FarAway(Storage):
 
     is_local = False
 
+    def exists(self, rel: str = "") -> bool:
+        return True
+
+    def list(self, rel: str = "", recursive: bool = False, **more: Any) -> builtins.list[str]:
+        return sorted(path.name for path in Path(self.url).iterdir())
+
     def read_bytes(self, rel: str = "") -> bytes:
         time.sleep(0.02)
         return (Path(self.url) / rel).read_bytes()
@@ -134,9 +142,8 @@ def test_captions_in_a_bucket_are_read_side_by_side(tmp_path: Path) -> None:
     names = [f"{number:03d}.png" for number in range(100)]
     for name in names:
         (tmp_path / name).with_suffix(".txt").write_text(f"caption of {name}")
-    finder = CaptionFinder(
-        FarAway(tmp_path), [*names, *(name.replace("png", "txt") for name in names)], (".txt",)
-    )
+        (tmp_path / name).touch()
+    captions = Captions(ImageFolder(FarAway(tmp_path)))
     began = time.monotonic()
-    assert finder.of_all(names) == [f"caption of {name}" for name in names]
+    assert captions.of_all(names) == [f"caption of {name}" for name in names]
     assert time.monotonic() - began < 1

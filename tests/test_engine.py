@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from transformers.models.clip.modeling_clip import CLIPAttention
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceError
 from dreamfleet.trainers.assemble import Parts, assemble
@@ -18,6 +19,7 @@ from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker
+from dreamfleet.trainers.validation import evaluating
 
 
 def make_parts(folder: Path, **changes: Any) -> Parts:
@@ -63,6 +65,45 @@ def test_gradient_checkpointing_also_serves_a_frozen_unet(tmp_path: Path) -> Non
     saving = make_parts(tmp_path, method=method, train__gradient_checkpointing=True)
     for step in range(2):
         assert take_step(saving, step, 0.1) == pytest.approx(take_step(plain, step, 0.1), rel=1e-6)
+
+
+WORD_METHODS = [
+    {"name": "textual_inversion", "placeholder_token": "<x>", "initializer_token": "cat"},
+    {"name": "prompt_tuning", "placeholder_token": "<x>", "initializer_token": "cat"},
+    {"name": "dreambooth", "train_text_encoder": True},
+    {"name": "native", "train_text_encoder": True, "lora_rank": 2},
+]
+
+
+def layer_calls(parts: Parts, step: int) -> int:
+    """Count how often a step calls what is inside the layers of the text encoder."""
+    calls: list[int] = []
+    inside = [module for module in parts.model.text_encoder.modules() if isinstance(module, CLIPAttention)]
+    hooks = [module.register_forward_pre_hook(lambda *_: calls.append(1)) for module in inside]
+    take_step(parts, step)
+    for hook in hooks:
+        hook.remove()
+    return len(calls)
+
+
+@pytest.mark.parametrize("method", WORD_METHODS, ids=lambda method: method["name"])
+def test_gradient_checkpointing_computes_every_layer_of_the_text_encoder_twice(
+    tmp_path: Path, method: dict[str, Any]
+) -> None:
+    """Also after a validation round, and with the dropout of a frozen encoder left off."""
+    plain = make_parts(tmp_path, method=method)
+    saving = make_parts(tmp_path, method=method, train__gradient_checkpointing=True)
+    for parts in (plain, saving):
+        for module in parts.model.text_encoder.modules():
+            if isinstance(module, CLIPAttention) and not module.training:
+                module.dropout = 0.5  # as a config's attention_dropout; a frozen encoder never applies it
+    for step in range(2):
+        once = layer_calls(plain, step)
+        assert once > 0 and layer_calls(saving, step) == 2 * once
+        with evaluating(saving.method):
+            assert not any(module.training for module in saving.model.text_encoder.modules())
+    for name, tensor in plain.method.state().items():
+        assert torch.allclose(tensor, saving.method.state()[name], atol=1e-5), name
 
 
 def test_bf16_trains_near_the_full_precision_curve_with_full_precision_weights(tmp_path: Path) -> None:
@@ -205,27 +246,28 @@ def test_what_learns_stays_at_home_while_the_rest_goes_to_the_device(tmp_path: P
     model.to("meta", torch.bfloat16, home="cpu")
     kept = {name: (next(p.parameters()).device.type, p.dtype) for name, p in model.modules().items()}
     assert kept["unet"] == ("cpu", torch.float32)
-    assert kept["vae"] == kept["text_encoder"] == ("meta", torch.bfloat16)
+    assert kept["text_encoder"] == ("meta", torch.bfloat16)
+    assert kept["vae"] == ("meta", torch.float32), "latents do not depend on what a run computes in"
 
 
 def test_encoded_prompts_are_remembered_within_their_memory(tmp_path: Path) -> None:
     parts, asked = make_parts(tmp_path), []
-    encode = parts.method.encode
-    parts.method.encode = lambda prompts: asked.append(list(prompts)) or encode(prompts)  # type: ignore[method-assign,func-returns-value]
-    one = encode(["a cat"]).num_bytes
+    read = parts.model.read
+    parts.model.read = lambda prompts: asked.append(list(prompts)) or read(prompts)  # type: ignore[method-assign,func-returns-value]
+    one = read(["a cat"]).num_bytes
     prepare, batch = Preparer(parts.method, memory=2 * one), parts.feed.batch(0)
 
     def context(*prompts: str) -> torch.Tensor:
         return prepare({**batch, "prompts": list(prompts)})["context"]
 
     first = context("a", "b")
-    assert torch.equal(first, encode(["a", "b"]).context) and asked == [["a", "b"]]
+    assert torch.equal(first, read(["a", "b"]).context) and asked == [["a", "b"]]
     assert torch.equal(context("b", "a", "b"), first[[1, 0, 1]]) and len(asked) == 1
     context("a", "c")  # b was used last before them, so it is what goes
     context("c", "a")
     assert asked == [["a", "b"], ["c"]]
     context("b")
     assert asked[2:] == [["b"]]
-    assert torch.equal(context("d", "e", "f"), encode(["d", "e", "f"]).context), (
+    assert torch.equal(context("d", "e", "f"), read(["d", "e", "f"]).context), (
         "a batch may need more than is kept"
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+from planted import SECRETS, find_planted
 
 from dreamfleet.datasets.environment import is_secret, secrets_hidden, take_over, to_send, variable
 from dreamfleet.trainers.encode_cache import cache_latents
@@ -175,35 +176,6 @@ def test_a_machine_keeps_what_it_sets_itself(machine: Callable[..., None], tmp_p
 
 # ---- everything that a command leaves --------------------------------------------------------------------------------
 
-PLANTED = "planted-7d1c0"
-SECRETS = {
-    "AWS_ACCESS_KEY_ID": PLANTED,
-    "AWS_SECRET_ACCESS_KEY": PLANTED,
-    "AWS_SESSION_TOKEN": PLANTED,
-    "AWS_SECURITY_TOKEN": PLANTED,
-    "AWS_ENDPOINT_URL_S3": f"http://me:{PLANTED}@127.0.0.1:9",
-    "HF_TOKEN": PLANTED,
-    "WANDB_API_KEY": PLANTED,
-    "HTTPS_PROXY": f"http://me:{PLANTED}@proxy.invalid:3128",
-    "https_proxy": f"http://me:{PLANTED}@proxy.invalid:3128",
-}
-
-
-def find_planted(*folders: Path) -> list[str]:
-    """List the files below folders, and the processes by command line and environment, that hold what was planted."""
-    needle, found = PLANTED.encode(), []
-    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
-    for process in Path("/proc").glob("[0-9]*"):
-        if int(process.name) != os.getpid():
-            files += [process / "cmdline", process / "environ"]
-    for file in files:
-        try:
-            if needle in file.read_bytes():
-                found.append(str(file))
-        except OSError:  # a process that has ended, or is another user's
-            continue
-    return found
-
 
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
@@ -213,7 +185,8 @@ def test_no_command_that_uses_ray_leaks_a_secret(
     """A run, a search and a cache on one private Ray: all its files, and all processes while they work."""
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
-    temporary = tmp_path_factory.mktemp("t")
+    temporary, home = tmp_path_factory.mktemp("t"), tmp_path_factory.mktemp("h")
+    monkeypatch.setenv("HOME", str(home))
     monkeypatch.setattr("tempfile.tempdir", str(temporary))  # where Tune and Train keep their own files
     tiny.make_pictures(tmp_path / "holdout", 2, seed=5)
     options: dict[str, Any] = {
@@ -248,5 +221,8 @@ def test_no_command_that_uses_ray_leaks_a_secret(
         looks.append(find_planted(*kept))
         agents = [file.name for file in ray_files.rglob("runtime_env_agent*")]
         assert agents, "the log that held the keys is looked at"
+    assert not list(temporary.glob("dreamfleet-*")) and not (home / "ray_results").exists(), (
+        "Tune's and Train's files are left"
+    )
     assert len(looks) > 5 and not {file for found in looks for file in found}
     assert all(os.environ[name] == value for name, value in SECRETS.items())

@@ -262,8 +262,6 @@ def test_a_folder_of_pictures_is_held_out_with_its_sizes(tmp_path: Path) -> None
     parts.method.model.unet.register_forward_pre_hook(
         lambda module, args, kwargs: asked.append(kwargs["added_cond_kwargs"]["time_ids"]), with_kwargs=True
     )
-    held = HeldOutLoss(
-        str(tmp_path / "pictures"), method=parts.method, data=parts.feed.data, count=2, rank=0, world=1
-    )
+    held = HeldOutLoss(build_index(tmp_path / "pictures"), method=parts.method, data=parts.feed.data, count=2)
     assert np.isfinite(held.measure(parts.engine))
     assert len(asked) == 6 and asked[0].tolist() == [[48, 48, 0, 0, 32, 32]] * 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
 from PIL import Image
 from tiny_models import WIDTH, tiny_model
 from torch import Tensor
@@ -67,13 +65,6 @@ def test_gradient_checkpointing_changes_no_gradient(workplace: Path) -> None:
         torch.manual_seed(3)
         found.append(gradients(parts))
     assert all(torch.allclose(found[0][name], found[1][name], atol=1e-7) for name in found[0])
-
-
-@pytest.fixture
-def lone_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_ddp_finds_every_parameter_used(workplace: Path, lone_group: None) -> None:

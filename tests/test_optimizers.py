@@ -19,6 +19,8 @@ from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.trainers.adafactor import Adafactor
 from dreamfleet.trainers.assemble import Parts
 from dreamfleet.trainers.engine import TorchEngine
+from dreamfleet.trainers.methods.base import ParamGroup
+from dreamfleet.trainers.optim import OptimizerConfig, make_optimizer
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker
 from dreamfleet.trainers.stepping import Stepper, round_stochastically
@@ -65,8 +67,9 @@ def test_adafactor_is_transformers_with_kernels_laid_flat() -> None:
 
 def test_rounding_keeps_the_mean_and_goes_to_neighbours_only() -> None:
     value = torch.tensor([1.0 + 2**-9, -3.0 - 2**-9, 0.5, 0.0]).repeat(20000, 1)
-    rounded = round_stochastically(value.clone(), torch.Generator().manual_seed(3))
-    assert rounded.dtype == torch.bfloat16
+    rounded = value.clone()
+    round_stochastically(rounded, torch.Generator().manual_seed(3))
+    assert torch.equal(rounded.bfloat16().float(), rounded)
     assert torch.equal(rounded[:, 2:].float(), value[:, 2:]), "what bfloat16 can hold stays"
     assert set(rounded[:, 0].float().unique().tolist()) == {1.0, 1.0 + 2**-7}
     assert set(rounded[:, 1].float().unique().tolist()) == {-3.0, -3.0 - 2**-6}
@@ -87,6 +90,43 @@ def test_updates_too_small_for_bfloat16_arrive_on_average_and_repeat() -> None:
     moved = train(seed=1)
     assert float(moved.float().mean()) == pytest.approx(0.99, abs=5e-4)  # to nearest, all would still be 1
     assert torch.equal(moved, train(seed=1)) and not torch.equal(moved, train(seed=2))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_bfloat16_weights_step_together_as_alone(name: str) -> None:
+    """Small weights share a call of the optimizer; each moves as it would by itself, up to its own rounding."""
+    torch.manual_seed(0)
+    values = [torch.randn(shape) for shape in [(40, 50), (7,), (3, 5, 3, 3), (11, 4), (20, 90)]]
+    values[2] = values[2].contiguous(memory_format=torch.channels_last)
+    gradients = [torch.randn_like(value) for value in values]
+    ends, calls = [], []
+    for together in (True, False):
+        params = [torch.nn.Parameter(value.bfloat16()) for value in values]
+        optimizer = make_optimizer(
+            [ParamGroup("all", {str(n): p for n, p in enumerate(params)})],
+            OptimizerConfig(name=name),
+        )
+        optimizer.param_groups[0]["lr"] = 0.05
+        stepper = Stepper(optimizer, seed=1)
+        called = [0]
+        optimizer.register_step_pre_hook(lambda *_, called=called: called.__setitem__(0, called[0] + 1))
+        for step in (1, 2, 3):
+            for param, gradient in zip(params, gradients, strict=True):
+                param.grad = gradient.bfloat16()
+            if together:
+                stepper.step_all(step)
+            else:
+                for param in params:
+                    stepper.step(param, step)
+        assert all(param.grad is None for param in params)
+        assert len(optimizer.state) == len(params)
+        ends.append(params)
+        calls.append(called[0])
+    assert calls == [6, 15], "the largest alone, then all that fit its size"
+    for mine, other, value in zip(*ends, values, strict=True):
+        assert mine.stride() == value.stride()
+        torch.testing.assert_close(mine.float(), other.float(), rtol=2**-4, atol=1e-3)  # three roundings
+        assert not torch.equal(mine.float(), value.bfloat16().float())
 
 
 @pytest.mark.parametrize("method", [{"name": "dreambooth"}, LORA], ids=["whole", "lora"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
 from dreamfleet.cluster import cli
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.index import build_index
 from dreamfleet.trainers.artefacts import describe
 from dreamfleet.trainers.assemble import Parts, assemble
 from dreamfleet.trainers.feed import to_samples
@@ -187,13 +186,6 @@ def test_a_section_that_cannot_be_says_so(section: dict[str, Any], message: str,
         make_parts(workplace, method=section)
 
 
-@pytest.fixture
-def lone_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def test_ddp_finds_both_words_used(workplace: Path, lone_group: None) -> None:
     parts = make_parts(workplace, train__gradient_checkpointing=True)
     module = torch.nn.parallel.DistributedDataParallel(parts.method)
@@ -225,7 +217,7 @@ def test_previews_and_the_held_out_loss_are_guided(workplace: Path) -> None:
     parts = make_parts(workplace, validation=validation)
     config = build_recipe(tiny.make_recipe(workplace, validation=validation))
     held_out = HeldOutLoss(
-        str(workplace / "pictures"), method=parts.method, data=config.data, count=2, rank=0, world=1
+        build_index(workplace / "pictures"), method=parts.method, data=config.data, count=2
     )
 
     def look() -> tuple[float, bytes]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,27 +154,31 @@ def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class OneOfTwo(Place):
-    """Rank 1 of two: remembers that it waited, and hears from rank 0 what it is told to."""
+class RankOne(Place):
+    """Rank 1 of two, alone: hears from rank 0 what it is told to, and counts how often it listened."""
 
     rank: int = 1
     world: int = 2
     heard: Any = None
     waits: list[bool] = field(default_factory=list)
 
-    def wait(self) -> None:
+    def on_rank_0(self, work: Callable[[], Any]) -> Any:
         self.waits.append(True)
-
-    def told(self, value: Any) -> Any:
         return self.heard
+
+    def on_every_rank(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, value]
 
 
 def test_a_worker_that_comes_late_to_a_save_waits_like_the_others(tmp_path: Path) -> None:
     """Rank 0 may have written all of it before the others arrive; one that passes by leaves it waiting for ever."""
-    checkpoints, place = Checkpoints(Storage(str(tmp_path))), OneOfTwo()
+    checkpoints, place = Checkpoints(Storage(str(tmp_path))), RankOne()
     checkpoints.save(2, learned={"w": torch.zeros(1)}, engine={}, meta={})
-    engine: Any = SimpleNamespace(learned=dict, state=dict)
-    parts: Any = SimpleNamespace(engine=engine)
+    engine: Any = SimpleNamespace(learned=dict, state=dict, lockstep=False)
+    parts: Any = SimpleNamespace(engine=engine, sets=SimpleNamespace(instances=None))
     recipe = build_recipe(recipe_tree(tmp_path, "run"))
     recorder = Recorder(recipe, parts, place, Storage(str(tmp_path)), checkpoints, 0, None, "", Clock())
     recorder.save(2)
@@ -186,9 +191,9 @@ def test_all_workers_go_on_from_the_checkpoint_that_the_first_one_found(tmp_path
     checkpoints = Checkpoints(Storage(str(tmp_path)))
     for step in (1, 2):
         checkpoints.save(step, learned={"w": torch.full((3,), float(step))}, engine={}, meta={})
-    found = newest_checkpoint(checkpoints, OneOfTwo(heard=1))  # rank 0 could not read the second
+    found = newest_checkpoint(checkpoints, RankOne(heard=1))  # rank 0 could not read the second
     assert found is not None and found.step == 1
-    assert newest_checkpoint(checkpoints, OneOfTwo(heard=None)) is None
+    assert newest_checkpoint(checkpoints, RankOne(heard=None)) is None
     newest = newest_checkpoint(checkpoints, Place())
     assert newest is not None and newest.step == 2
 

@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 from tiny_models import tiny_model
 
+from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.class_pictures import find_missing
 from dreamfleet.trainers.sd.condition import Condition
 from dreamfleet.trainers.sd.prior import class_image_key, generate_class_images
 from dreamfleet.trainers.sd.sample import generate, picture_grid
@@ -148,32 +150,36 @@ def test_grid_places_every_picture() -> None:
         picture_grid([], 2)
 
 
-def test_class_images_are_the_same_on_any_number_of_workers(model: Any, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"num": 5, "seed": 1, "steps": 2, "batch_size": 2}
+def test_a_class_image_depends_on_its_number_alone(model: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"seed": 1, "steps": 2, "batch_size": 2}
     one, two = Storage(tmp_path / "one"), Storage(tmp_path / "two")
-    assert generate_class_images(model, "a cat", storage=one, **options) == 5
-    counts = [
-        generate_class_images(model, "a cat", storage=two, rank=r, world=2, **options) for r in range(2)
-    ]
-    assert counts == [3, 2]
+    generate_class_images(model, "a cat", numbers=range(5), storage=one, **options)
+    for numbers in ([0, 1, 4], [2, 3]):  # the same batches by two ranks
+        generate_class_images(model, "a cat", numbers=numbers, storage=two, **options)
     names = [f"{i:06d}.png" for i in range(5)]
     assert one.list() == two.list() == names
-    for name in names:
-        assert difference(Image.open(one.path(name)), Image.open(two.path(name))) <= 1
+    assert all(one.read_bytes(name) == two.read_bytes(name) for name in names)
     assert difference(Image.open(one.path(names[0])), Image.open(one.path(names[1]))) > 2
 
 
-def test_class_images_that_are_there_are_kept(model: Any, tmp_path: Path) -> None:
-    storage = Storage(tmp_path)
-    options: dict[str, Any] = {"storage": storage, "steps": 1}
-    generate_class_images(model, "a cat", num=3, **options)
-    storage.remove("000001.png")
-    storage.write_bytes("000002.png", b"kept")
-    assert generate_class_images(model, "a cat", num=3, **options) == 1
-    assert generate_class_images(model, "a cat", num=3, **options) == 0
-    assert storage.read_bytes("000002.png") == b"kept"
-    storage.write_bytes("mine.JPG", b"counts")
-    assert generate_class_images(model, "a cat", num=5, **options) == 1
+def test_class_images_that_are_there_count_by_the_rule_of_all_image_folders(tmp_path: Path) -> None:
+    folder, storage = tmp_path / "class", Storage(tmp_path / "class")
+    data = DataConfig(
+        instance_data_dir=str(tmp_path / "subject"), class_data_dir=str(folder), class_prompt="a cat"
+    )
+    assert find_missing(storage, 3, data) == [0, 1, 2]
+    (folder / "sub").mkdir(parents=True)
+    for number, name in enumerate(("000000.png", "000002.png", "mine.JPG", "scan.tif", "sub/deep.webp")):
+        Image.new("RGB", (8, 8), (number, 60, 90)).save(folder / name)
+    assert find_missing(storage, 5, data) == []
+    assert find_missing(storage, 7, data) == [1, 3]
+    for name in ("notes.txt", "._000000.png", "broken.png", "000001.png"):  # none is an image
+        (folder / name).write_bytes(b"does not count")
+    assert find_missing(storage, 7, data) == [3, 4]  # the broken one is left as it is
+    (folder / "subject").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "subject" / "a.png")  # the subject may lie inside
+    inside = data.model_copy(update={"instance_data_dir": str(folder / "subject")})
+    assert find_missing(storage, 6, inside) == [3]
 
 
 def test_the_folder_key_follows_everything_that_shapes_the_pictures() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import tiny
+import torch
 from servers import S3Server, s3_server  # noqa: F401 - a fixture
 
 from dreamfleet.datasets.errors import DataError
@@ -124,6 +127,55 @@ def test_a_trial_that_fails_tells_why(folder: Path) -> None:
     assert told["done"] and told["kind"] == "RunFailed" and "number" in told["error"]
     assert "number" in run.read_text("run.log")
     trial.stop()
+
+
+def state_of_torch() -> dict[str, Any]:
+    """Return what a run could leave behind in its process for the next one."""
+    return {
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "group": torch.distributed.is_initialized(),
+        "folder": os.getcwd(),
+        "handlers": list(logging.getLogger("dreamfleet").handlers),
+        "variables": {
+            name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+        },
+    }
+
+
+def test_a_failed_trial_leaves_nothing_for_the_next_one(folder: Path) -> None:
+    """Actors run one trial after the other: a failed one changes neither torch nor the result of the next."""
+    first, _ = make_trial(folder, "fresh")
+    expected = [first.next_round() for _ in range(5)]
+    before = state_of_torch()
+    failing, _ = make_trial(folder, "fails-first", HOPELESS)
+    while not failing.next_round().get("done"):
+        pass
+    failing.stop()
+    assert state_of_torch() == before
+    failing.thread.join()
+    gc.collect()
+    left = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Parameter)]
+    assert not left, "weights of trials that ended are still in memory"
+    after, _ = make_trial(folder, "after-a-failure")
+    assert [after.next_round() for _ in range(5)] == expected
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate")]
+)
+def test_a_trial_without_memory_is_told_as_such(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def run_worker(*given: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("dreamfleet.trainers.run.run_worker", run_worker)
+    trial, _ = make_trial(folder, f"no-memory-{type(error).__name__}")
+    told = trial.next_round()
+    assert told["kind"] == "ResourceError" and told["done"] and "memory" in told["error"]
 
 
 # ---- whole searches -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import re
 import socket
 import threading
 import zipfile
@@ -226,6 +227,7 @@ def test_names_and_commands_of_jobs() -> None:
     cache = ["data cache", "--json"]
     assert make_entrypoint(cache) == "exec python -m dreamfleet.cluster.cli data cache recipe.yaml --json"
     assert make_resume_command(["train", "r.yaml"]) == "dreamfleet submit ... -- train r.yaml --resume"
+    assert make_resume_command(["data", "cache", "r.yaml"]) == "dreamfleet submit ... -- data cache r.yaml"
 
 
 def test_variables_are_given_or_taken_from_here_and_never_told() -> None:
@@ -253,6 +255,37 @@ def test_a_job_s_end_as_an_exit_code(state: str, driver: int | None, code: int) 
     job = Job("cat-1", state, {}, driver_exit_code=driver)
     assert job.is_over
     assert job.exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("driver", "error_type", "message", "told", "goes_on"),
+    [
+        (-9, "JOB_ENTRYPOINT_COMMAND_ERROR", "failed", "SIGKILL, as .* memory", True),
+        (137, "JOB_ENTRYPOINT_COMMAND_ERROR", "failed", "SIGKILL", True),  # told by a shell
+        (-11, None, "failed", "SIGSEGV.*compiled", True),
+        (-15, None, "failed", "SIGTERM$", True),
+        (1, None, "failed", "exit code 1", True),
+        (127, None, "failed", "exit code 127", True),
+        (255, None, "failed", "exit code 255", True),
+        (130, None, "failed", "interrupted", True),
+        (2, None, "failed", "exit code 2", False),  # to be mended first
+        (None, "JOB_SUPERVISOR_ACTOR_DIED", "its node died.\nID: 1", "its node died$", True),
+        (None, "RUNTIME_ENV_SETUP_FAILURE", "no such wheel", "no such wheel", False),
+        (None, None, "", "does not say why", False),
+    ],
+)
+def test_why_a_job_failed_and_what_goes_on_with_it(
+    driver: int | None, error_type: str | None, message: str, told: str, goes_on: bool
+) -> None:
+    metadata = {"command": "train 'my cat.yaml' train.seed=1"}
+    job = jobs._read(
+        details("FAILED", metadata=metadata, driver_exit_code=driver, error_type=error_type, message=message)
+    )
+    assert re.search(told, str(job.reason))
+    command = "dreamfleet submit ... -- train 'my cat.yaml' train.seed=1 --resume"
+    assert job.resume == (command if goes_on else None)
+    assert Job("cat-1", "SUCCEEDED", metadata).reason is Job("cat-1", "STOPPED", metadata).resume is None
+    assert Job("not-ours", "FAILED", {}, driver_exit_code=-9).resume is None
 
 
 def test_a_broken_connection_is_made_anew_without_a_line_twice(monkeypatch: pytest.MonkeyPatch) -> None:

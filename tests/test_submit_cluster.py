@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import tiny
+from planted import SECRETS, find_planted
 from typer.testing import CliRunner, Result
 
 from dreamfleet.cluster.cli import app
@@ -37,6 +38,7 @@ class Head:
 
     address: str
     token: str
+    folder: Path
 
     def answers(self) -> bool:
         request = urllib.request.Request(
@@ -53,7 +55,8 @@ class Head:
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """A head of its own session, ports, temporary and home folder; whoever else runs Ray here is not touched."""
     port, dashboard, agent, agent_grpc, client = _free_ports(5)
-    head = Head(f"http://127.0.0.1:{dashboard}", uuid.uuid4().hex * 2)
+    folder = tempfile.mkdtemp(prefix="dreamfleet-", dir="/tmp")  # short: sockets lie below it
+    head = Head(f"http://127.0.0.1:{dashboard}", uuid.uuid4().hex * 2, Path(folder))
     programs = Path(sys.executable).parent  # jobs start `python` and `pip` by name
     environment = {
         **os.environ,
@@ -62,7 +65,6 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": head.token,
     }
-    folder = tempfile.mkdtemp(prefix="dreamfleet-", dir="/tmp")  # short: sockets lie below it
     command = [
         programs / "ray", "start", "--head", "--block", f"--temp-dir={folder}", "--num-cpus=2",
         "--object-store-memory=100000000", "--node-ip-address=127.0.0.1", f"--port={port}",
@@ -95,6 +97,8 @@ def client(head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setenv("RAY_AUTH_TOKEN", head.token)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head.address)
     monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
     yield
     monkeypatch.undo()
     ray_session._reread_authentication()
@@ -188,6 +192,45 @@ def test_a_mistake_only_the_cluster_sees_ends_with_its_exit_code(recipe: Path) -
     assert "--resume" in dreamfleet("logs", job_id).stdout
     assert dreamfleet("logs", job_id, "--follow").exit_code == 2
     assert dreamfleet("stop", job_id).stdout == f"{job_id} FAILED\n"
+
+
+def test_a_job_whose_driver_is_killed_says_so_and_goes_on(recipe: Path, head: Head) -> None:
+    run = recipe.parent / "runs" / "killed"
+    options = (f"output_dir={run}", "train.checkpointing_steps=1", "train.checkpoints_total_limit=2")
+    job_id = submit(recipe, *options).stdout.strip()
+    deadline = time.monotonic() + 300
+    while not list(run.glob("checkpoints/*/manifest.json")):
+        assert time.monotonic() < deadline, dreamfleet("logs", job_id).output
+        time.sleep(0.5)
+    os.kill(_driver_of(job_id), signal.SIGKILL)
+
+    followed = dreamfleet("logs", job_id, "--follow")
+    assert followed.exit_code == 1
+    command = f"dreamfleet submit ... -- train {recipe} {' '.join(options)} --resume"
+    for told in (followed, dreamfleet("jobs"), dreamfleet("logs", job_id)):
+        assert "SIGKILL" in told.stderr and command in told.stderr, told.output
+    row = json.loads(dreamfleet("jobs", "--json").stdout)[-1]
+    assert (row["id"], row["exit_code"], row["resume"]) == (job_id, 1, command)
+
+    last = max(int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*"))
+    end = submit(recipe, *options, f"train.max_train_steps={last + 2}", "--resume", options=("--follow",))
+    assert end.exit_code == 0, end.output
+    assert "SIGKILL" not in dreamfleet("jobs").stderr, "somebody has gone on with it"
+    assert not find_planted(head.folder, recipe.parent), (
+        "secrets of the client's environment are on the cluster"
+    )
+
+
+def _driver_of(job_id: str) -> int:
+    """Return the process of a job's driver."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command, variables = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if b"dreamfleet.cluster.cli" in command and b"train" in command and job_id.encode() in variables:
+            return int(process.name)
+    raise AssertionError(f"{job_id} has no driver")
 
 
 def test_tokens_and_names_the_cluster_does_not_know(

@@ -19,6 +19,7 @@ from torch import nn
 from dreamfleet.trainers.assemble import Parts, assemble
 from dreamfleet.trainers.engine_section import EngineConfig
 from dreamfleet.trainers.place import Place
+from dreamfleet.trainers.process_group import leave_group
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.zero_setup import import_deepspeed, zero_config
 from dreamfleet.trainers.zero_shards import Shards
@@ -274,7 +275,7 @@ def main(folder: Path, rank: int, world: int) -> None:
         results["round trip", str(stage)] = round_trip(stage)
     if place.leads:
         torch.save(results, folder / "results.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":

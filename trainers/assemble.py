@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from dreamfleet.datasets.buckets import number_buckets, picture_sizes, tell_buckets
+from dreamfleet.datasets.buckets import Size, number_buckets, picture_sizes, tell_buckets
 from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.index import Index
@@ -18,23 +19,34 @@ from dreamfleet.datasets.known_files import known_files
 from dreamfleet.datasets.latents import LatentCache
 from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.sets import Sets, load_sets
+from dreamfleet.trainers.agreement import check_files, compare, compare_paths
 from dreamfleet.trainers.cached_pictures import leave_out_bad, open_latents, serve_pictures
 from dreamfleet.trainers.class_pictures import gather_class_images
 from dreamfleet.trainers.conflicts import require_runnable
 from dreamfleet.trainers.engine import DTYPES, Engine, TorchEngine
+<<<<<<< HEAD
 from dreamfleet.trainers.feed import Feed, Preparer, to_samples
+=======
+from dreamfleet.trainers.feed import Feed, Preparer, check_words, to_samples
+from dreamfleet.trainers.findings import log_findings
+>>>>>>> main
 from dreamfleet.trainers.loop import Schedule
 from dreamfleet.trainers.methods.base import Batch, Method, Setting, discover
 from dreamfleet.trainers.methods.seeing import SeeingMethod
 from dreamfleet.trainers.optim import import_adamw8bit, make_rates
+from dreamfleet.trainers.paths import compared_paths
 from dreamfleet.trainers.picture_feed import PictureFeed
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.schedule import last_step
 from dreamfleet.trainers.sd.model import StableDiffusion, load_model
 from dreamfleet.trainers.train_section import USUAL_CHECKPOINTING_STEPS
+<<<<<<< HEAD
 from dreamfleet.trainers.validation import check_previews
 from dreamfleet.trainers.webui_optimizer import agreed, take_over
+=======
+from dreamfleet.trainers.webui_optimizer import take_over
+>>>>>>> main
 from dreamfleet.trainers.zero_engine import ZeroEngine
 
 log = logging.getLogger(__name__)
@@ -93,16 +105,22 @@ def build_method(
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     if recipe.train.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
-        if method.trains_text:
-            for encoder in model.text_encoders:
-                # transformers 5.23 gave it a new name, and 6 drops the old one.
-                enable = getattr(encoder, "activation_checkpointing_enable", None)
-                (enable or encoder.gradient_checkpointing_enable)()
-    # Diffusers checkpoints only in training mode; a frozen U-Net that gradients pass through needs it as well.
-    if recipe.train.gradient_checkpointing:
-        model.unet.train()
+        checkpoint_activations(method)
     return method
+
+
+def checkpoint_activations(method: Method) -> None:
+    """Let the parts that gradients pass through keep no activations of their layers, and compute them again instead."""
+    unet, encoders = method.model.unet, method.model.text_encoders
+    unet.enable_gradient_checkpointing()
+    unet.train()  # diffusers checkpoints in training mode alone, also a frozen U-Net that gradients pass through
+    for encoder in encoders if method.trains_text else ():
+        # transformers 5.23 gave it a new name, and 6 drops the old one.
+        enable = getattr(encoder, "activation_checkpointing_enable", None)
+        (enable or encoder.gradient_checkpointing_enable)()
+        for module in encoder.modules():
+            # So does transformers. Not of the modules inside: a frozen encoder's dropout stays off.
+            module.training = module.training or getattr(module, "gradient_checkpointing", False)
 
 
 def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
@@ -110,13 +128,12 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
 
     ``begins``: the files that the recipe goes on from are read; a checkpoint, if one is loaded next, holds more.
     """
-    check_machine(recipe, place)
+    place.on_every_rank(lambda: check_machine(recipe, place))
     torch.manual_seed(recipe.train.seed)
-    known = known_files(recipe.data)
-    sets = load_sets(recipe.data, verify=False if known else None, known=known)
-    method = make_method(recipe, sets, place.device)
+    sets, method, cache = load_inputs(recipe, place)
     method.require_formats(recipe.train.export_formats or ())
     model = method.model
+<<<<<<< HEAD
     if cache := open_latents(recipe.data, model):
         sets = replace(sets, instances=leave_out_bad(sets.instances, cache, recipe.data))
     if place.leads:
@@ -126,14 +143,20 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
     if warning and place.leads:
         log.warning("%s", warning)
     moments = agreed(method.start(), place) if begins else {}
+=======
+    moments = place.on_every_rank(method.start) if begins else {}
+>>>>>>> main
     weights = {name: tensor.clone() for name, tensor in method.state().items()} if moments else {}
     check_resolution(recipe, model)
     check_previews(method, recipe.validation, recipe.data.resolution)
     apart = None
     if isinstance(method, SeeingMethod):
-        chosen, apart = method.choose(sets.instances)
+        chosen, apart = place.on_every_rank(lambda: method.choose(sets.instances))
+        compare({"what the labels say": chosen.content_hash}, place)
         sets = replace(sets, instances=chosen)
     sizes = picture_sizes(sets.instances, recipe.data)
+    if place.leads:
+        log_findings(sets.instances, sizes, method, recipe.data)
     classes = gather_class_images(recipe, sets, method, place)
     train = recipe.train
     global_batch = place.world * train.train_batch_size * train.gradient_accumulation_steps
@@ -146,21 +169,46 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
         class_concepts=classes.column("concept") if classes is not None else (),
     )
     if recipe.data.enable_bucket and place.leads:
-        log.info("buckets: %s", tell_buckets(sizes))
-        if plan.smallest_bucket < global_batch:
-            log.warning(
-                "a bucket holds %d pictures and a batch %d: its batches show pictures several times. Take a larger "
-                "data.bucket_reso_steps, or fewer pictures at a time",
-                plan.smallest_bucket,
-                global_batch,
-            )
+        log_buckets(sizes, plan, global_batch)
     schedule = make_schedule(recipe, plan)
     feed, prepare = make_feed(recipe, sets.instances, classes, method, plan, place, cache)
     engine = make_engine(recipe, method, place)
-    if moments:
-        take_over(engine, moments, weights)
-    rates = make_rates(engine.groups, recipe.optimizer, total_steps=schedule.total, global_batch=global_batch)
+    with ExitStack() as undo:
+        undo.callback(engine.close)
+        if moments:
+            take_over(engine, moments, weights)
+        total = schedule.total
+        rates = make_rates(engine.groups, recipe.optimizer, total_steps=total, global_batch=global_batch)
+        undo.pop_all()
     return Parts(sets, model, method, engine, feed, prepare, rates, schedule, global_batch, apart)
+
+
+def load_inputs(recipe: Recipe, place: Place) -> tuple[Sets, Method, LatentCache | None]:
+    """Load the data, the method on its model, and the cache of latents; the same on every rank."""
+    compare_paths(compared_paths(recipe), place)
+    sets = share_sets(recipe, place)
+    method = place.on_every_rank(lambda: make_method(recipe, sets, place.device))
+    model, base = method.model, method.base
+    compare({f"the base model {base.name}": base.content_hash, "the model's VAE": model.encoder_hash}, place)
+    cache = place.on_every_rank(lambda: open_latents(recipe.data, model))
+    if cache is not None:
+        kept = place.on_rank_0(lambda: leave_out_bad(sets.instances, cache, recipe.data))
+        sets = replace(sets, instances=kept)
+    if not isinstance(method, SeeingMethod):
+        check_words(to_samples(sets.instances), method, recipe.data)  # before class images are generated
+    return sets, method, cache
+
+
+def share_sets(recipe: Recipe, place: Place) -> Sets:
+    """Index the data on rank 0, give the result to every rank, and make sure that each of them sees the same files."""
+
+    def load() -> Sets:
+        known = known_files(recipe.data)
+        return load_sets(recipe.data, verify=False if known else None, known=known, apart=recipe.apart)
+
+    sets = place.on_rank_0(load)
+    check_files(sets.instances, place)
+    return sets
 
 
 def make_engine(recipe: Recipe, method: Method, place: Place) -> Engine:
@@ -175,6 +223,18 @@ def make_engine(recipe: Recipe, method: Method, place: Place) -> Engine:
         num_micros=recipe.train.gradient_accumulation_steps,
         seed=recipe.train.seed,
     )
+
+
+def log_buckets(sizes: Sequence[Size], plan: BatchPlan, global_batch: int) -> None:
+    """Log how many images each bucket has, with a warning when one of them does not fill a batch."""
+    log.info("buckets: %s", tell_buckets(sizes))
+    if plan.smallest_bucket < global_batch:
+        log.warning(
+            "a bucket holds %d images and a batch %d: its batches show images several times. Take a larger "
+            "data.bucket_reso_steps, or fewer images at a time",
+            plan.smallest_bucket,
+            global_batch,
+        )
 
 
 def make_feed(
@@ -193,12 +253,7 @@ def make_feed(
         return PictureFeed(
             plan, instances=instances, method=method, data=recipe.data, **share
         ), lambda batch: batch
-    where: dict[str, Any] = {
-        "cache": cache,
-        "seed": train.seed,
-        "rank": place.rank,
-        "world": place.world,
-    }
+    where: dict[str, Any] = {"cache": cache, "seed": train.seed, "place": place}
     feed = Feed(
         plan,
         instances=instances,

@@ -25,6 +25,7 @@ from dreamfleet.datasets.plan import Draw
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.encoding import Encoded
 from dreamfleet.trainers.pictures import Pictures, ResidentLatents, Shown, load_pictures
+from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.sd.model import StableDiffusion
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,9 @@ def leave_out_bad(index: Index, cache: LatentCache, data: DataConfig) -> Index:
         if entry is not None and entry.reason
     ]
     kept = [row for row, entry in enumerate(entries) if entry is None or not entry.reason]
-    return Index(index.table.take(pa.array(kept, pa.int64())), bad=sorted([*index.bad, *bad]))
+    return Index(
+        index.table.take(pa.array(kept, pa.int64())), bad=sorted([*index.bad, *bad]), skipped=index.skipped
+    )
 
 
 def serve_pictures(
@@ -79,24 +82,27 @@ def serve_pictures(
     *,
     cache: LatentCache | None,
     seed: int,
-    rank: int = 0,
-    world: int = 1,
+    place: Place | None = None,
 ) -> Pictures:
     """Make the source of an index's pictures: the cache where there is one, else what :func:`load_pictures` makes.
 
-    Raises DataError when the cache lacks some. Class pictures may be newer than it: the run then encodes them.
+    Raises DataError when the cache lacks some, on any of the ranks of ``place``. Class images may be newer than it: the
+    run then encodes them.
     """
+    place = place or Place()
     if cache is None:
-        return load_pictures(index, model, data, seed=seed, rank=rank, world=world)
+        return load_pictures(index, model, data, seed=seed, place=place)
     jobs = jobs_of(index, data)
-    if missing := missing_from(cache, jobs):
+    # Each rank has opened the cache for itself, and it may have been added to meanwhile.
+    if missing := max(place.gather(missing_from(cache, jobs)), key=len):
         told = (
             f"{len(missing)} of {len(jobs)} encodings are not in the cache {cache.folder.url}, such as of "
             f"{missing[0].uri}"
         )
         if set(index.column("role")) == {"class"}:
-            log.info("class pictures: %s; this run encodes them all", told)
-            return load_pictures(index, model, data, seed=seed, rank=rank, world=world)
+            if place.leads:
+                log.info("class images: %s; this run encodes them all", told)
+            return load_pictures(index, model, data, seed=seed, place=place)
         raise DataError(
             f"data.cache_dir: {told}: new, or changed, since it was made. Run `dreamfleet data cache RECIPE`, which "
             "encodes just these, or leave data.cache_dir out"
@@ -104,7 +110,7 @@ def serve_pictures(
     shown = Shown(index, data, seed)
     if reads_lazily(index, model, data, shown):
         return CachedLatents(cache, index, shown)
-    return ResidentLatents(_load(cache, index, data), shown)
+    return ResidentLatents(place.on_every_rank(lambda: _load(cache, index, data)), shown)
 
 
 def reads_lazily(index: Index, model: StableDiffusion, data: DataConfig, shown: Shown) -> bool:

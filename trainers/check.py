@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 
 from dreamfleet.datasets.errors import RunFailed, UserError
-from dreamfleet.datasets.index import build_index
-from dreamfleet.datasets.sets import load_sets
+from dreamfleet.datasets.sets import load_held_out, load_sets
 from dreamfleet.trainers.assemble import Parts, assemble
 from dreamfleet.trainers.loop import peak_memory
 from dreamfleet.trainers.methods.exports import Export
@@ -61,13 +60,17 @@ def _check_on(recipe: Recipe, place: Place) -> list[CheckLine]:
     fine = attempt("output_dir", lambda: _check_output(recipe))
     fine = attempt("pictures", lambda: _check_pictures(recipe)) and fine
     if recipe.validation.holdout:
-        attempt("holdout", lambda: f"{len(build_index(recipe.validation.holdout or ''))} pictures")
-    if attempt("model", build) and fine:
-        attempt("step", lambda: _check_step(made[0])) and attempt(
-            "export", lambda: _check_export(recipe, made[0])
+        attempt(
+            "holdout", lambda: f"{len(load_held_out(recipe.validation.holdout or '', recipe.data))} pictures"
         )
-    for parts in made:
-        parts.engine.close()
+    try:
+        if attempt("model", build) and fine:
+            attempt("step", lambda: _check_step(made[0])) and attempt(
+                "export", lambda: _check_export(recipe, made[0])
+            )
+    finally:
+        for parts in made:
+            parts.engine.close()
     return lines
 
 
@@ -81,7 +84,7 @@ def _check_output(recipe: Recipe) -> str:
 
 
 def _check_pictures(recipe: Recipe) -> str:
-    index = load_sets(recipe.data).instances
+    index = load_sets(recipe.data, apart=recipe.apart).instances
     bad = "".join(f"\n  left out {file.uri}: {file.reason}" for file in index.bad)
     return f"{len(index)} pictures{bad}"
 

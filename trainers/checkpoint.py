@@ -144,6 +144,10 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {name} was saved after the run diverged: {bad} is not finite")
         return found
 
+    def digest(self, step: int) -> str:
+        """Return a hash of a checkpoint's manifest, and so of its files."""
+        return hashlib.sha256(self.storage.read_bytes(f"{folder_name(step)}/{MANIFEST}")).hexdigest()
+
     def _write(self, rel: str, writer: Callable[[Path], object]) -> dict[str, Any]:
         with self.storage.staging(rel) as path:
             writer(path)

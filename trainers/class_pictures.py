@@ -10,74 +10,120 @@ from typing import Any
 
 import torch
 
+from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import DataError
-from dreamfleet.datasets.images import PICTURE_SUFFIXES
-from dreamfleet.datasets.index import Index, build_index
-from dreamfleet.datasets.sets import Sets
+from dreamfleet.datasets.index import Index, log_left_out
+from dreamfleet.datasets.json_text import json_text
+from dreamfleet.datasets.left_out import CLASS_IMAGES
+from dreamfleet.datasets.sets import ClassSet, Sets, load_class_images
 from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.agreement import share_index
 from dreamfleet.trainers.engine import DTYPES
 from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.sd.prior import class_image_key, generate_class_images, generated_name
 
 log = logging.getLogger(__name__)
 
 
 def gather_class_images(recipe: Recipe, sets: Sets, method: Method, place: Place) -> Index | None:
-    """Return the class pictures of every concept, generating the missing ones in parallel by all workers.
+    """Return the class images of every concept, generating the missing ones in parallel by all ranks.
 
     Generated ones lie in ``class_data_dir``, or beside the run folder under a key of everything that
-    shaped them, where the next run with the same key finds them.
+    shaped them, where the next run with the same key finds them. Rank 0 decides which are missing.
     """
-    prior = method.prior
-    if prior is None:
+    if method.prior is None:
         return None
-    from dreamfleet.trainers.sd.prior import class_image_key, generate_class_images
-
-    indexes = []
-    for class_set in sets.class_sets:
-        options: dict[str, Any] = {
-            "seed": recipe.train.seed,
-            "steps": prior.steps,
-            "guidance_scale": prior.guidance_scale,
-            "resolution": recipe.data.resolution,
-        }
-        if class_set.folder is None:
-            name = class_image_key(method.model.content_hash, class_set.prompt, **options)
-            parent = recipe.output_dir.rstrip("/").rpartition("/")[0]
-            storage = Storage(f"{parent}/class-images/{name}")
-        else:
-            storage = Storage(class_set.folder)
-        here = len(list_pictures(storage))
-        if here < prior.num_class_images:
-            if place.leads:
-                log.info(
-                    "generating %d class pictures of %r", prior.num_class_images - here, class_set.prompt
-                )
-            place.wait()  # everyone has counted before anyone writes
-            with lent_to(place.device, method, DTYPES[recipe.train.mixed_precision]):
-                generate_class_images(
-                    method.model,
-                    class_set.prompt,
-                    storage=storage,
-                    num=prior.num_class_images,
-                    rank=place.rank,
-                    world=place.world,
-                    batch_size=prior.batch_size,
-                    **options,
-                )
-        place.wait()
-        indexes.append(
-            build_index(storage, concept=class_set.concept, role="class", max_pixels=recipe.data.max_pixels)
-        )
+    indexes = [_gather_one(recipe, class_set, method, place) for class_set in sets.class_sets]
     if len(indexes) < len(sets.concepts):
         raise DataError("prior preservation needs a class_prompt for every concept")
     return Index.concat(indexes)
 
 
-def list_pictures(storage: Storage) -> list[str]:
-    """List the picture files of a folder that may not exist yet."""
-    return [name for name in storage.list() if name.lower().endswith(PICTURE_SUFFIXES)]
+def _gather_one(recipe: Recipe, class_set: ClassSet, method: Method, place: Place) -> Index:
+    """Return the class images of one concept."""
+    prior = method.prior
+    assert prior is not None
+    storage, options = _where_and_how(recipe, class_set, method)
+    missing = place.on_rank_0(lambda: find_missing(storage, prior.num_class_images, recipe.data))
+    if missing:
+        if place.leads:
+            log.info("generating %d class images of %r", len(missing), class_set.prompt)
+        _generate(method, class_set.prompt, missing, storage, options, recipe=recipe, place=place)
+
+    def load() -> Index:
+        index = load_class_images(storage, recipe.data, concept=class_set.concept)
+        assert index is not None  # there before, or generated
+        return index
+
+    index = share_index(place, load)
+    if place.leads:
+        log_left_out(index)
+    return index
+
+
+def find_missing(storage: Storage, num: int, data: DataConfig) -> list[int]:
+    """List the numbers of the images to generate until a folder has ``num`` that can be used, whatever their names.
+
+    They are counted by the rule of all image folders (subfolders, every format). No file that is there is written over.
+    """
+    index = load_class_images(storage, data)
+    wanted = max(0, num - (len(index) if index is not None else 0))
+    names = set(storage.list()) if wanted else set()
+    free = (number for number in itertools.count() if generated_name(number) not in names)
+    return list(itertools.islice(free, wanted))
+
+
+def _where_and_how(recipe: Recipe, class_set: ClassSet, method: Method) -> tuple[Storage, dict[str, Any]]:
+    """Return the folder of a concept's class images, and how they are drawn."""
+    prior = method.prior
+    assert prior is not None
+    options: dict[str, Any] = {
+        "seed": recipe.train.seed,
+        "steps": prior.steps,
+        "guidance_scale": prior.guidance_scale,
+        "resolution": recipe.data.resolution,
+    }
+    if class_set.folder is not None:
+        return Storage(class_set.folder), options
+    name = class_image_key(method.model.content_hash, class_set.prompt, **options)
+    return Storage(generated_folder(recipe.output_dir)).child(name), options
+
+
+def generated_folder(output_dir: str) -> str:
+    """Return the folder beside a run's where class images without a ``class_data_dir`` are kept."""
+    return f"{output_dir.rstrip('/').rpartition('/')[0]}/class-images"
+
+
+def _generate(
+    method: Method,
+    prompt: str,
+    missing: list[int],
+    storage: Storage,
+    options: dict[str, Any],
+    *,
+    recipe: Recipe,
+    place: Place,
+) -> None:
+    """Draw the missing images, each rank some of the batches, which are the same for any number of ranks."""
+    assert method.prior is not None
+    size = max(1, method.prior.batch_size)
+    batches = [missing[start : start + size] for start in range(0, len(missing), size)]
+    mine = list(itertools.chain.from_iterable(batches[number] for number in place.share(len(batches))))
+
+    def draw() -> None:
+        if place.leads and not storage.exists(CLASS_IMAGES):
+            # Tells every later run that these are no images of its subject.
+            storage.write_text(CLASS_IMAGES, json_text({"prompt": prompt}) + "\n")
+        # With full_bf16 a part may be narrow but for the weights that do not learn.
+        narrow = torch.autocast(place.device.type, torch.bfloat16, enabled=recipe.train.full_bf16)
+        with lent_to(place.device, method, DTYPES[recipe.train.mixed_precision]), narrow:
+            generate_class_images(
+                method.model, prompt, numbers=mine, storage=storage, batch_size=size, **options
+            )
+
+    place.on_every_rank(draw)
 
 
 @contextmanager

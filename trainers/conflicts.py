@@ -20,6 +20,9 @@ def find_conflicts(recipe: Recipe) -> list[str]:
         "train.full_bf16 does not go with engine.zero_stage, whose stages keep float32 weights in the optimizer and "
         "compute with 16 bits anyway; set full_bf16: false, or engine.zero_stage: auto": zero
         and train.full_bf16,
+        "engine.channels_last does not go with optimizer.name: adamw8bit, which lays every weight out anew at its "
+        "first step; set channels_last: false, or use adamw": engine.channels_last
+        and optimizer.name == "adamw8bit",
         "engine.offload_param_device: nvme keeps weights in 16 bits; set train.mixed_precision: bf16, or "
         "offload_param_device: cpu": engine.offload_param_device == "nvme" and train.mixed_precision == "no",
         "data.enable_bucket does not go with prior preservation: class pictures would have to be of their instances' "

@@ -14,16 +14,16 @@ import torch
 
 from dreamfleet.datasets.cache import Pool, encode_shards, jobs_of, make_shards, missing_from
 from dreamfleet.datasets.errors import DataError, ModelError, RecipeError
-from dreamfleet.datasets.index import Index, build_index
+from dreamfleet.datasets.index import Index, log_left_out
 from dreamfleet.datasets.known_files import known_files
 from dreamfleet.datasets.latents import encoding_of, open_cache, write_manifest
-from dreamfleet.datasets.sets import load_sets
+from dreamfleet.datasets.sets import load_class_images, load_sets
 from dreamfleet.datasets.storage import Storage
-from dreamfleet.trainers.class_pictures import list_pictures
 from dreamfleet.trainers.encoding import encode_batch, encode_cuts
 from dreamfleet.trainers.methods.base import discover
 from dreamfleet.trainers.methods.seeing import SeeingMethod
-from dreamfleet.trainers.preflight import local_paths, refuse_here, this_machine
+from dreamfleet.trainers.paths import local_paths
+from dreamfleet.trainers.preflight import refuse_here, this_machine
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.scaling import WorkerShare, refuse_impossible, worker_resources
 from dreamfleet.trainers.sd.model import StableDiffusion, load_model
@@ -165,14 +165,15 @@ def _encoders(
 def _pictures(recipe: Recipe) -> Index:
     """Index what a run would train on, class pictures that are there already included, and keep what was read."""
     known = known_files(recipe.data)
-    sets = load_sets(recipe.data, verify=False, known=known)
+    sets = load_sets(recipe.data, verify=False, known=known, apart=recipe.apart)
+    log_left_out(sets.instances)
     indexes = [sets.instances]
     if getattr(recipe.method, "with_prior_preservation", False):
         folders = [one.folder for one in sets.class_sets if one.folder is not None]
         indexes += [
-            build_index(folder, role="class", max_pixels=recipe.data.max_pixels, verify=False, known=known)
+            index
             for folder in folders
-            if list_pictures(Storage(folder))
+            if (index := load_class_images(folder, recipe.data, verify=False, known=known)) is not None
         ]
     index = Index.concat(indexes)
     if known is not None:

@@ -18,10 +18,9 @@ from dreamfleet.datasets.images import fit_picture, open_picture, to_tensor_rang
 from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.masks import PictureDraw, cut_picture, loss_weights, read_mask
 from dreamfleet.datasets.storage import read_uri
-from dreamfleet.trainers.sd.model import StableDiffusion
+from dreamfleet.trainers.place import Place
+from dreamfleet.trainers.sd.model import VAE_PIXELS, StableDiffusion
 
-# More at once is no faster on a card, and at 512 px it would set a run's peak memory.
-ENCODE_PIXELS = 8 * 256**2
 SHARED_AT_ONCE = 2**24  # numbers of latents that go over the card between workers: 64 MB
 
 
@@ -35,7 +34,7 @@ class Encoded(NamedTuple):
 
 def encode_batch(pixels: int) -> int:
     """Return how many pictures of so many pixels are encoded at once."""
-    return min(8, max(1, ENCODE_PIXELS // pixels))
+    return min(8, max(1, VAE_PIXELS // pixels))
 
 
 @torch.no_grad()
@@ -61,10 +60,13 @@ def encode_index(
     data: DataConfig,
     *,
     mirrored: Sequence[bool] = (False,),
-    rank: int = 0,
-    world: int = 1,
+    place: Place | None = None,
 ) -> Encoded:
-    """Encode every picture at its size, ``len(mirrored) * N`` in all, as float32 on the CPU."""
+    """Encode every image at its size, ``len(mirrored) * N`` in all, as float32 on the CPU.
+
+    The ranks of ``place`` share the work, and all get the whole result.
+    """
+    place = place or Place()
     device, cell = next(model.vae.parameters()).device, model.vae_factor
     sizes = picture_sizes(index, data)
     jobs = [PictureDraw(row, None, flip, size) for flip in mirrored for row, size in enumerate(sizes)]
@@ -79,16 +81,20 @@ def encode_index(
         whole[name] = torch.zeros(sum(math.prod(shape) for shape in shapes))
         parts = whole[name].split([math.prod(shape) for shape in shapes])
         views[name] = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-    mine = sorted(range(len(jobs))[rank::world], key=lambda number: sizes[number])
-    for (width, height), group in itertools.groupby(mine, key=lambda number: sizes[number]):
-        numbers, batch = list(group), encode_batch(width * height)
-        for start in range(0, len(numbers), batch):
-            chunk = numbers[start : start + batch]
-            found = encode_cuts([read_cut(index, jobs[number], data) for number in chunk], model)
-            for name, kept in views.items():
-                for number, value in zip(chunk, found[name], strict=True):
-                    kept[number].copy_(value)
-    if world > 1:  # pictures of other ranks are zero here, so the sum is exact
+
+    def encode_mine() -> None:
+        mine = sorted(place.share(len(jobs)), key=lambda number: sizes[number])
+        for (width, height), group in itertools.groupby(mine, key=lambda number: sizes[number]):
+            numbers, batch = list(group), encode_batch(width * height)
+            for start in range(0, len(numbers), batch):
+                chunk = numbers[start : start + batch]
+                found = encode_cuts([read_cut(index, jobs[number], data) for number in chunk], model)
+                for name, kept in views.items():
+                    for number, value in zip(chunk, found[name], strict=True):
+                        kept[number].copy_(value)
+
+    place.on_every_rank(encode_mine)
+    if place.world > 1:  # images of other ranks are zero here, so the sum is exact
         for part in (part for tensor in whole.values() for part in tensor.split(SHARED_AT_ONCE)):
             shared = part.to(device)
             dist.all_reduce(shared)

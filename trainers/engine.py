@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -16,8 +16,9 @@ from dreamfleet.trainers.average import Ema, saved_average
 from dreamfleet.trainers.engine_section import EngineConfig
 from dreamfleet.trainers.methods.base import Batch, Loss, Method
 from dreamfleet.trainers.optim import OptimizerConfig, make_optimizer
+from dreamfleet.trainers.process_group import release_reducer
 from dreamfleet.trainers.sd.device import send
-from dreamfleet.trainers.speed import ask_all, speed_up
+from dreamfleet.trainers.speed import ask_all, forget_compiled, speed_up
 from dreamfleet.trainers.stepping import Stepper, laid_out_like, restore_states
 
 T = TypeVar("T")
@@ -53,11 +54,21 @@ class Engine(ABC):
         self.groups = [group for group in method.groups() if group.params]
         self.params = {name: param for group in self.groups for name, param in group.params.items()}
         self.ema: Ema | None = None
-        self._build(optimizer)
+        self.held = ExitStack()  # given back by close(), the last first
+        self.held.callback(forget_compiled, config)
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self._build(optimizer)
+            undo.pop_all()
 
     @abstractmethod
     def _build(self, optimizer: OptimizerConfig) -> None:
         """Make the optimizer and whatever wraps the method."""
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether each forward pass gathers weights, so that every rank has to make as many, in one order."""
+        return self.config.zero_stage == 3
 
     def place(self, batch: Batch) -> Batch:
         """Move a batch's tensors to the device."""
@@ -88,11 +99,10 @@ class Engine(ABC):
         """Forget every gradient since the last step."""
 
     @abstractmethod
-    def evaluate(self, action: Callable[[], T]) -> T | None:
-        """Run ``action`` where the method computes with its averaged weights (without EMA: its weights).
+    def evaluate(self, action: Callable[[], T]) -> T:
+        """Run ``action`` on every rank where the method computes with its averaged weights (without EMA: its weights).
 
-        Rank 0 alone runs it and is given what it returns, the others get None; where the weights are sharded all must,
-        and do: so it has to compute the same on every rank.
+        Each rank may do its own share, unless the engine is in ``lockstep``: it then has to compute the same on all.
         """
 
     @abstractmethod
@@ -115,9 +125,9 @@ class Engine(ABC):
     def load_state(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`state` gave. Raises CheckpointError when it does not fit this run."""
 
-    @abstractmethod
     def close(self) -> None:
         """Give back what the engine holds besides memory; it is not used again."""
+        self.held.close()
 
     def agree(self, flag: bool) -> Callable[[], bool]:
         """Start asking whether any rank raised the flag; call the result for the answer (the same on every rank)."""
@@ -153,11 +163,9 @@ class TorchEngine(Engine):
         self.coming: int | None = None  # the step that backward may do
         self.squares: list[Tensor] = []  # of the gradients that backward has used up
         self.fused = optimizer.fused_backward
-        # Kept to be removed: no collector sees from a parameter to its hooks, so they would keep engine and model.
-        self.hooks = [
-            param.register_post_accumulate_grad_hook(self._step_inside)
-            for param in (self.params.values() if self.fused else ())
-        ]
+        for param in self.params.values() if self.fused else ():
+            # No collector sees from a parameter to its hooks, so they would keep engine and model.
+            self.held.callback(param.register_post_accumulate_grad_hook(self._step_inside).remove)
         self.module: Any = self.method
         if self.world > 1:
             self.module = torch.nn.parallel.DistributedDataParallel(
@@ -166,6 +174,7 @@ class TorchEngine(Engine):
                 gradient_as_bucket_view=True,
                 broadcast_buffers=False,  # they are the same everywhere, and nothing changes them
             )
+            self.held.callback(release_reducer, self.module)
 
     def begin(self, rates: dict[str, float], step: int) -> None:
         self._set_rates(rates)
@@ -189,9 +198,9 @@ class TorchEngine(Engine):
     def drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def evaluate(self, action: Callable[[], T]) -> T | None:
+    def evaluate(self, action: Callable[[], T]) -> T:
         with self._lent(lambda param, value: value.to(param.dtype)):
-            return action() if self.leads else None
+            return action()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -230,10 +239,6 @@ class TorchEngine(Engine):
             self.ema.shadow = {
                 name: laid_out_like(self.params[name], t.float()) for name, t in average.items()
             }
-
-    def close(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
 
     def _set_rates(self, rates: dict[str, float]) -> None:
         for group in self.optimizer.param_groups:

@@ -14,8 +14,8 @@ from dreamfleet.trainers.assemble import make_method
 from dreamfleet.trainers.checkpoint import Checkpoint, Checkpoints
 from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.methods.exports import Export
+from dreamfleet.trainers.provenance import artefact_metadata
 from dreamfleet.trainers.recipe import Recipe, build_recipe
-from dreamfleet.trainers.recorder import artefact_metadata
 from dreamfleet.trainers.webui_optimizer import OPTIM, require_resumable, write_optimizer_state
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from dreamfleet.datasets.captions import NoWords
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.index import BadFile, Index
 from dreamfleet.datasets.keyed import numpy_rng
@@ -22,6 +23,7 @@ from dreamfleet.trainers.sd.noise import draw_noise, keyed_normal
 
 # Bytes of encoded prompts on the device: some 4,500 of SD 1.x in 16 bits, 1,700 of SDXL.
 REMEMBERED = 512 * 2**20
+WORDLESS_TOLD = 10  # images without words that one message names
 
 
 class Feed:
@@ -124,12 +126,9 @@ class Feed:
         return [bad for pictures in sources for bad in pictures.bad]
 
     def _check_words(self) -> None:
-        """Raise DataError for a picture without words now, not at the step it comes up in."""
-        kept = self.data.model_copy(update={"caption_dropout": 0.0})
+        """Raise DataError for images without words now, not at the step they come up in."""
         for samples, _, _ in self._halves:
-            for sample in samples:
-                if sample.caption is None:
-                    self.method.prompt(sample, numpy_rng("prompt", sample.id), kept)
+            check_words(samples, self.method, self.data)
 
     def _positions(self, start: int, stop: int | None) -> Iterator[tuple[int, int]]:
         steps = itertools.count(start) if stop is None else range(start, stop)
@@ -209,6 +208,23 @@ class Preparer:
         while self._held > self.memory:
             self._held -= self._conditions.popitem(last=False)[1].num_bytes
         return conditions
+
+
+def check_words(samples: Sequence[Sample], method: Method, data: DataConfig) -> None:
+    """Raise NoWords that names all images for which the method finds no prompt."""
+    kept, wordless, reason = data.model_copy(update={"caption_dropout": 0.0}), [], ""
+    for sample in samples:
+        if sample.caption is None or not data.use_captions:
+            try:
+                method.prompt(sample, numpy_rng("prompt", sample.id), kept)
+            except NoWords as error:
+                wordless.append(sample.uri)
+                reason = reason or str(error)
+    if len(wordless) == 1:
+        raise NoWords(reason)
+    if wordless:
+        more = f", and {len(wordless) - WORDLESS_TOLD} more" if len(wordless) > WORDLESS_TOLD else ""
+        raise NoWords(f"{reason}\n  {len(wordless)} such images: {', '.join(wordless[:WORDLESS_TOLD])}{more}")
 
 
 def to_samples(index: Index) -> list[Sample]:

@@ -18,6 +18,7 @@ from dreamfleet.datasets.masks import PictureDraw, cut_picture, read_mask
 from dreamfleet.datasets.plan import Draw
 from dreamfleet.datasets.storage import read_uri
 from dreamfleet.trainers.encoding import Encoded, encode_index, read_cut, to_tensors
+from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.sd.model import StableDiffusion
 
 if TYPE_CHECKING:
@@ -184,18 +185,19 @@ def streams(index: Index, data: DataConfig) -> bool:
 
 
 def load_pictures(
-    index: Index, model: StableDiffusion, data: DataConfig, *, seed: int, rank: int = 0, world: int = 1
+    index: Index, model: StableDiffusion, data: DataConfig, *, seed: int, place: Place | None = None
 ) -> Pictures:
     """Make the source of an index's pictures: streamed when large, else read into memory and encoded to latents.
 
     Latents are not cached where crops are random or ``data.cache_latents`` is off.
 
-    The encoding is shared by the workers: each does every ``world``-th picture.
+    The ranks of ``place`` share the encoding.
     """
+    place = place or Place()
     shown = Shown(index, data, seed)
     if streams(index, data):
         return StreamedPixels(index, shown, cell=model.vae_factor)
     if not (data.center_crop and data.cache_latents):
-        return ResidentPixels(index, shown, cell=model.vae_factor)
+        return place.on_every_rank(lambda: ResidentPixels(index, shown, cell=model.vae_factor))
     mirrored = (False, True) if data.random_flip else (False,)
-    return ResidentLatents(encode_index(index, model, data, mirrored=mirrored, rank=rank, world=world), shown)
+    return ResidentLatents(encode_index(index, model, data, mirrored=mirrored, place=place), shown)

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dreamfleet.datasets.errors import UserError
+from dreamfleet.datasets.folder import ImageFolder
 from dreamfleet.datasets.sets import load_concepts
-from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import build_method, check_resolution
-from dreamfleet.trainers.class_pictures import list_pictures
 from dreamfleet.trainers.counts import Counts, Pass
 from dreamfleet.trainers.encoding import encode_batch
 from dreamfleet.trainers.engine import DTYPES
@@ -87,7 +86,7 @@ def count_pictures(recipe: Recipe, method: Method) -> int | None:
     """Count the pictures of a recipe, class pictures too; None when there are none where it says."""
     try:
         folders = [concept.instance_data_dir for concept in load_concepts(recipe.data)]
-        found = sum(len(list_pictures(Storage(folder))) for folder in folders)
+        found = sum(len(ImageFolder(folder).images) for folder in folders)
     except UserError:
         return None
     if not found:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dreamfleet.datasets.errors import DataError, ModelError, RecipeError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.conflicts import require_runnable
+from dreamfleet.trainers.paths import local_paths
 from dreamfleet.trainers.scaling import (
     ScalingConfig,
     WorkerShare,
@@ -74,7 +75,7 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
         )
     folders = [Storage(concept.instance_data_dir) for concept in load_concepts(recipe.data)]
     if all(_is_small(folder) for folder in folders):
-        load_sets(recipe.data, verify=False, known=known_files(recipe.data))
+        load_sets(recipe.data, verify=False, known=known_files(recipe.data), apart=recipe.apart)
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
         model = getattr(recipe.model, name)
         if model and os.path.isabs(model) and not os.path.exists(model):
@@ -110,26 +111,6 @@ def this_machine() -> dict[str, float]:
     if gpus := torch.cuda.device_count():
         resources["GPU"] = float(gpus)
     return resources
-
-
-def local_paths(recipe: Recipe) -> list[str]:
-    """List the files and folders on disk that the workers of a run read."""
-    found: list[str] = []
-
-    def walk(value: Any) -> None:
-        if isinstance(value, dict):
-            for inner in value.values():
-                walk(inner)
-        elif isinstance(value, list):
-            for inner in value:
-                walk(inner)
-        elif isinstance(value, str) and value.startswith("/") and os.path.exists(value):
-            found.append(value)
-
-    sections = recipe.model_dump(mode="json")
-    for name in ("method", "model", "data", "engine", "validation"):
-        walk(sections[name])
-    return list(dict.fromkeys(found))
 
 
 def refuse_here(scaling: ScalingConfig) -> None:

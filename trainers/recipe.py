@@ -13,6 +13,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, SerializeA
 from dreamfleet.datasets.captions import TEMPLATE_SETS
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.left_out import HELD_OUT
 from dreamfleet.datasets.section import Section, as_list
 from dreamfleet.trainers.conflicts import find_conflicts
 from dreamfleet.trainers.engine_section import EngineConfig
@@ -58,6 +59,12 @@ class Recipe(Section):
     def run_name(self) -> str:
         """The run's name: the last part of ``output_dir``."""
         return self.output_dir.rstrip("/").rpartition("/")[2]
+
+    @property
+    def apart(self) -> dict[str, str]:
+        """The folders of a run that hold images it does not train on, and what they hold."""
+        places = {self.output_dir: "the run's output_dir"}
+        return places | ({self.validation.holdout: HELD_OUT} if self.validation.holdout else {})
 
     def to_yaml(self) -> str:
         """Write the recipe as YAML that :func:`load_recipe` reads back to the same recipe."""

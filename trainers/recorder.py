@@ -5,29 +5,31 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
-import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from dreamfleet.datasets.errors import RunFailed
-from dreamfleet.datasets.index import Index, build_index
+from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.json_text import json_text
+from dreamfleet.datasets.sets import load_held_out
 from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.agreement import share_index
 from dreamfleet.trainers.assemble import Parts
 from dreamfleet.trainers.best import BestCheckpoint
 from dreamfleet.trainers.checkpoint import Checkpoints, find_not_finite
 from dreamfleet.trainers.clock import Clock
 from dreamfleet.trainers.encoding import read_pixels
 from dreamfleet.trainers.loop import Hooks, diverged
-from dreamfleet.trainers.methods.base import Base
 from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.methods.seeing import SeeingMethod
 from dreamfleet.trainers.metrics import Metrics, logged_figures
 from dreamfleet.trainers.place import Place
+from dreamfleet.trainers.provenance import artefact_metadata, provenance, run_identity
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.sd.fidelity import MOST_REAL
 from dreamfleet.trainers.summary import Summary
@@ -60,6 +62,8 @@ class Recorder:
     ):
         self.engine_reason, self.checkpoints, self.clock = engine_reason, checkpoints, clock
         self.recipe, self.parts, self.place, self.run = recipe, parts, place, run
+        # Ranks in lockstep all compute everything.
+        self.sharing = Place(device=place.device) if parts.engine.lockstep else place
         self.start_step, self.on_progress = start_step, on_progress
         self.saved = start_step or None  # the step of the newest whole checkpoint, the same on every rank
         self.best = BestCheckpoint(
@@ -68,38 +72,45 @@ class Recorder:
         self.metrics: Metrics | None = None
         self.held_out: HeldOutLoss | HeldOutPictures | None = None
         self.judge: Judge | None = None
+        self.real = parts.sets.instances  # images that previews are compared with
         self.figures: dict[str, float] = {}
 
     def open(self) -> None:
         """Write recipe and real pictures, measure and draw the untuned model."""
         validation, parts, data = self.recipe.validation, self.parts, self.recipe.data
         if parts.apart is not None and isinstance(parts.method, SeeingMethod):
-            self.held_out = HeldOutPictures(parts.apart, method=parts.method, max_pixels=data.max_pixels)
-        elif validation.holdout:
+            self.held_out = HeldOutPictures(
+                parts.apart, method=parts.method, max_pixels=data.max_pixels, place=self.sharing
+            )
+        elif folder := validation.holdout:
+            self.real = share_index(self.place, lambda: load_held_out(folder, data))
             self.held_out = HeldOutLoss(
-                validation.holdout,
+                self.real,
                 method=parts.method,
                 data=data,
                 count=validation.holdout_timesteps,
-                rank=self.place.rank,
-                world=self.place.world,
+                place=self.sharing,
             )
-        if self.place.leads:
-            if scores := [name for name in validation.metrics if name != "loss" and not validation.prompts]:
-                log.warning(
-                    "validation.metrics: no %s, as it measures previews; name some validation.prompts",
-                    ", ".join(scores),
-                )
-            head = provenance(self.recipe, self.parts, self.engine_reason)
-            self.run.write_text("recipe.yaml", head + self.recipe.to_yaml())
-            self.metrics = Metrics(self.run, start_step=self.start_step, report_to=self.recipe.report_to)
-            self.best.recall(self.run)
-            if self.start_step == 0:
-                self._write_real_pictures()
+        self.place.on_rank_0(self._begin)
         if self.start_step == 0 and validation.sample_at_first:
             if figures := self.validate(0):
                 self.log({"step": 0, **figures})
             self.sample(0)
+
+    def _begin(self) -> None:
+        """Write the recipe and the real images, and open the metrics."""
+        validation = self.recipe.validation
+        if scores := [name for name in validation.metrics if name != "loss" and not validation.prompts]:
+            log.warning(
+                "validation.metrics: no %s, as it measures previews; name some validation.prompts",
+                ", ".join(scores),
+            )
+        head = provenance(self.recipe, self.parts, self.engine_reason)
+        self.run.write_text("recipe.yaml", head + self.recipe.to_yaml())
+        self.metrics = Metrics(self.run, start_step=self.start_step, report_to=self.recipe.report_to)
+        self.best.recall(self.run)
+        if self.start_step == 0:
+            self._write_real_pictures()
 
     def hooks(self, should_stop: Callable[[], bool]) -> Hooks:
         """Return what the loop calls."""
@@ -127,29 +138,30 @@ class Recorder:
             return
         # Every rank: an engine that shards gathers here.
         learned, engine = self.parts.engine.learned(), self.parts.engine.state()
-        bad = find_not_finite({"learned": learned, "engine": engine}) if self.place.leads else None
-        if bad := self.place.told(bad):
-            raise RunFailed(diverged(f"{bad} is no longer finite after step {step}", self.saved))
-        if self.place.leads:
-            self.checkpoints.save(
-                step,
-                learned=learned,
-                engine=engine,
-                meta={
-                    "method": self.recipe.method.name,
-                    "workers": self.place.world,
-                    "steps_before": self.parts.method.steps_before,
-                    "seconds": self.clock.lap(),
-                    **run_identity(self.recipe, self.parts),
-                    "versions": versions(),
-                },
-            )
-            self.flush()
+        self.place.on_rank_0(lambda: self._write_checkpoint(step, learned, engine))
         self.saved = step
-        self.place.wait()
+
+    def _write_checkpoint(self, step: int, learned: dict[str, Tensor], engine: dict[str, Any]) -> None:
+        """Write a checkpoint, and the metrics up to it."""
+        if bad := find_not_finite({"learned": learned, "engine": engine}):
+            raise RunFailed(diverged(f"{bad} is no longer finite after step {step}", self.saved))
+        self.checkpoints.save(
+            step,
+            learned=learned,
+            engine=engine,
+            meta={
+                "method": self.recipe.method.name,
+                "workers": self.place.world,
+                "steps_before": self.parts.method.steps_before,
+                "seconds": self.clock.lap(),
+                **run_identity(self.recipe, self.parts),
+                "versions": versions(),
+            },
+        )
+        self.flush()
 
     def validate(self, step: int) -> dict[str, float]:
-        """Measure the held-out images; every rank calls, as the weights may be sharded, rank 0 gets the figures.
+        """Measure the held-out images; every rank calls, measures its share, and gets the figures.
 
         The checkpoint of the lowest held-out loss is kept beside the newest ones: it is saved here when it is not
         due anyway.
@@ -158,26 +170,29 @@ class Recorder:
         if held_out is None:
             return {}
         figures = engine.evaluate(lambda: held_out.figures(engine))
-        loss = figures["holdout_loss"] if figures and self.place.leads else math.inf
+        loss = figures["holdout_loss"]
         if self.place.told(step > 0 and self.best.is_beaten_by(loss)):
             before = self.best.replace(loss, step)
             self.save(step)
-            if self.place.leads:
-                self.best.let_go(before, newest=step)
-        return figures if figures and self.place.leads else {}
+            self.place.on_rank_0(lambda: self.best.let_go(before, newest=step))
+        return figures
 
     def sample(self, step: int) -> None:
-        """Draw the preview grid of a step; every rank calls, as the weights may be sharded, rank 0 writes it."""
-        from dreamfleet.trainers.sd.sample import picture_grid
-
+        """Draw the preview grid of a step; every rank calls and draws its share, rank 0 writes it."""
         validation = self.recipe.validation
         if not validation.prompts:
             return
         parts, size = self.parts, self.recipe.data.resolution
-        drawn = parts.engine.evaluate(lambda: draw_previews(parts.method, parts.engine, validation, size))
-        if drawn is None or not self.place.leads:
-            return
-        pictures, cells = drawn
+        pictures, cells = parts.engine.evaluate(
+            lambda: draw_previews(parts.method, parts.engine, validation, size, place=self.sharing)
+        )
+        self.place.on_rank_0(lambda: self._write_previews(step, pictures, cells))
+
+    def _write_previews(self, step: int, pictures: list[Image.Image], cells: list[dict[str, Any]]) -> None:
+        """Score previews where that is wanted, and write them."""
+        from dreamfleet.trainers.sd.sample import picture_grid
+
+        validation = self.recipe.validation
         if wants_judge(validation):
             figures = self._judge().score(pictures, cells)
             self.figures.update(figures)
@@ -193,18 +208,19 @@ class Recorder:
         """Export, write the summary and the report on rank 0; every rank calls, as the weights may be gathered."""
         if summary.exit_reason == "completed":
             with self.parts.engine.whole():
-                if self.place.leads:
-                    summary.exports = self._export(step)
-        if not self.place.leads:
-            return
+                summary.exports = self.place.on_rank_0(lambda: self._export(step))
+        self.place.on_rank_0(lambda: self._close(summary))
+
+    def _close(self, summary: Summary) -> None:
+        """Write the summary and the report."""
+        from dreamfleet.trainers.report import write_report
+
         # A run that had nothing left to do measured nothing now: its figures are those that were logged.
         summary.figures = {**logged_figures(self.run), **summary.figures, **self.figures}
         summary.wall_seconds = summary.start_up_seconds + summary.train_seconds + self.clock.since_lap()
         self.run.write_text("summary.json", json_text(dataclasses.asdict(summary), indent=1))
         if self.metrics is not None:
             self.metrics.close()
-        from dreamfleet.trainers.report import write_report
-
         write_report(self.run)
 
     def _export(self, step: int) -> list[str]:
@@ -237,11 +253,8 @@ class Recorder:
         if self.judge is None:
             from dreamfleet.trainers.score import words_to_strip
 
-            holdout = self.recipe.validation.holdout
-            index = build_index(holdout) if holdout else self.parts.sets.instances
-            self.judge = Judge(
-                self.recipe.validation, real=self._real_pictures(index), strip=words_to_strip(self.recipe)
-            )
+            real = self._real_pictures(self.real)
+            self.judge = Judge(self.recipe.validation, real=real, strip=words_to_strip(self.recipe))
         return self.judge
 
     def _real_pictures(self, index: Index) -> list[Image.Image]:
@@ -256,50 +269,3 @@ class Recorder:
 
         pictures = self._real_pictures(self.parts.sets.instances)[:12]
         self._write_picture("samples/real.png", picture_grid(pictures, min(6, len(pictures))))
-
-
-def run_identity(recipe: Recipe, parts: Parts) -> dict[str, Any]:
-    """Return what must stay the same for a resumed run to equal one that never stopped."""
-    return {
-        "dataset_hash": parts.sets.instances.content_hash,
-        "base_model_hash": parts.method.base.content_hash,
-        "global_batch": parts.global_batch,
-        "seed": recipe.train.seed,
-    }
-
-
-def provenance(recipe: Recipe, parts: Parts, engine_reason: str) -> str:
-    """Return the comment lines on top of a run's recipe.yaml: versions, dataset, base model, why this engine."""
-    lines = [f"{name} {number}" for name, number in versions().items()]
-    return (
-        f"# {', '.join(lines)}\n"
-        f"# dataset {parts.sets.instances.content_hash} ({len(parts.sets.instances)} pictures)\n"
-        f"# base model {' '.join(filter(None, parts.method.base[:2]))}\n"
-        f"# engine {recipe.engine.words} ({' '.join(engine_reason.split())})\n"
-    )
-
-
-def artefact_metadata(recipe: Recipe, step: int, *, dataset_hash: str, base: Base) -> dict[str, str]:
-    """Return what is written into every artefact, as strings: recipe, steps, dataset and base model hashes."""
-    told = recipe.model_dump(mode="json")
-    # Artefacts are passed on, and whose disk the pictures lay on is nobody's business.
-    told = _without_folders(told)
-    return {
-        "dreamfleet_version": versions().get("dreamfleet", "unknown"),
-        "dreamfleet_method": recipe.method.name,
-        "dreamfleet_step": str(step),
-        "dreamfleet_recipe": json_text(told),
-        "dreamfleet_dataset_hash": dataset_hash,
-        "dreamfleet_base_model": Path(base.name).name,
-        "dreamfleet_base_model_hash": base.content_hash,
-    }
-
-
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_folders(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(inner) for inner in value]
-    if isinstance(value, str) and (value.startswith("/") or "://" in value):
-        return value.rstrip("/").rpartition("/")[2]
-    return value

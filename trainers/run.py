@@ -11,13 +11,15 @@ import torch
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.agreement import compare
 from dreamfleet.trainers.assemble import Parts, assemble
 from dreamfleet.trainers.checkpoint import Checkpoint, Checkpoints
 from dreamfleet.trainers.clock import Clock
 from dreamfleet.trainers.loop import train
 from dreamfleet.trainers.place import Place
+from dreamfleet.trainers.provenance import run_identity
 from dreamfleet.trainers.recipe import Recipe
-from dreamfleet.trainers.recorder import Recorder, run_identity
+from dreamfleet.trainers.recorder import Recorder
 from dreamfleet.trainers.sd.device import TRAINING, on_device
 from dreamfleet.trainers.settle import settle_engine
 from dreamfleet.trainers.summary import Summary
@@ -180,11 +182,20 @@ def _run(
 def newest_checkpoint(checkpoints: Checkpoints, place: Place) -> Checkpoint | None:
     """Read the newest checkpoint that rank 0 finds whole, on every rank; None when there is none.
 
-    A file that one rank cannot read must not make it go on from another step than the others.
+    Raises CheckpointError on every rank when one of them cannot read it, StorageError when one reads another.
     """
-    found = checkpoints.load_latest() if place.leads else None
-    step = place.told(found.step if found else None)
-    return found if place.leads or step is None else checkpoints.load(step)
+    kept: list[Checkpoint | None] = []
+
+    def find() -> int | None:
+        kept.append(checkpoints.load_latest())
+        return kept[0].step if kept[0] is not None else None
+
+    step = place.on_rank_0(find)
+    if step is None:
+        return None
+    found = place.on_every_rank(lambda: kept[0] if kept else checkpoints.load(step))
+    compare({f"the checkpoint of step {step}": place.on_every_rank(lambda: checkpoints.digest(step))}, place)
+    return found
 
 
 def _restore(found: Checkpoint, recipe: Recipe, parts: Parts, place: Place) -> int:

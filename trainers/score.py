@@ -179,7 +179,10 @@ def _score_run_folder(
     if place:
         real_pictures = _read_folder(Storage(place))[0]
     else:
-        real_pictures = [_read(uri) for uri in load_sets(recipe.data).instances.column("uri")[:MOST_REAL]]
+        real_pictures = [
+            _read(uri)
+            for uri in load_sets(recipe.data, apart=recipe.apart).instances.column("uri")[:MOST_REAL]
+        ]
     judges = _Judges(clip or validation.clip, dino or validation.dino)
     scores = judges.score(pictures, asked, real_pictures, strip=words_to_strip(recipe))
     figures = _summary(run).get("figures")

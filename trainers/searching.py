@@ -163,7 +163,8 @@ class SearchConfig(Section):
     max_concurrent_trials: int | None = Field(None, ge=1, description="unset: as many as the machines hold")
     resources_per_trial: dict[str, float] | None = Field(
         None,
-        description="Ray resources of a trial, e.g. `{CPU: 1, GPU: 0.5}`; unset: a GPU, else a share of the CPUs",
+        description="Ray resources of a trial, e.g. `{CPU: 1, GPU: 0.5}`, half a card and its memory; "
+        "unset: a GPU, else a share of the CPUs",
     )
     points_to_evaluate: list[dict[str, Annotated[Value, BeforeValidator(_read_number)]]] = Field(
         [], description="points that are tried first, one value for every key of `space`"

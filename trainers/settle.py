@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dreamfleet.datasets.errors import ModelError, ResourceError, UserError
+from dreamfleet.datasets.errors import ResourceError, UserError
 from dreamfleet.trainers.deepspeed_file import with_deepspeed_file
 from dreamfleet.trainers.memory import CUDA_CONTEXT, GIB
 from dreamfleet.trainers.methods.base import discover
@@ -27,7 +27,8 @@ def settle_engine(recipe: Recipe, place: Place) -> tuple[Recipe, str]:
     CPU it stays torch alone, with nothing planned. ``engine.gpu_memory`` is also enforced. Raises ResourceError when no
     setting fits.
     """
-    recipe = with_deepspeed_file(recipe)
+    read = recipe
+    recipe = place.on_rank_0(lambda: with_deepspeed_file(read))
     if place.device.type != "cuda":
         return recipe, "as the recipe says" if recipe.engine.zero_stage != "auto" else "no GPU"
     card = limit_card(place.device, recipe.engine.gpu_limit, place.gpu_share)
@@ -39,26 +40,10 @@ def settle_engine(recipe: Recipe, place: Place) -> tuple[Recipe, str]:
 
 
 def choose_engine(recipe: Recipe, place: Place, *, gpu_memory: int, host_memory: int) -> tuple[Recipe, str]:
-    """Decide on rank 0 for everybody; a model that cannot be planned is trained by torch alone."""
+    """Decide on rank 0 for all ranks; a model that cannot be planned is trained by torch alone."""
     if (reason := discover()[recipe.method.name].no_plan) is not None:
         return recipe, f"not planned: {recipe.method.name} {reason}"
-    decided: tuple[dict[str, str | int | bool], str] | ResourceError | None = None
-    if place.leads:
-        try:
-            decided = _decide(recipe, place.world, gpu_memory, host_memory)
-        except ModelError as error:
-            decided = {}, f"not planned: {error}"
-        except ResourceError as error:  # everybody must hear of it
-            decided = error
-        except Exception as error:  # noqa: BLE001 - a fault of the planner's, such as an operator without a fake kernel
-            why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            log.warning("the memory of this run cannot be planned (%s): torch alone trains it", why)
-            decided = {}, f"not planned: {why}"
-    decided = place.told(decided)
-    if isinstance(decided, ResourceError):
-        raise decided
-    assert decided is not None
-    settings, reason = decided
+    settings, reason = place.on_rank_0(lambda: _decide(recipe, place.world, gpu_memory, host_memory))
     if place.leads:
         log.info("engine: %s", reason)
     update = {key.removeprefix("engine."): value for key, value in settings.items()}
@@ -77,7 +62,11 @@ def _decide(
             recipe, gpu_memory=gpu_memory, host_memory=host_memory, world=world, workers_per_host=per_host
         )
     except UserError as error:
-        raise ModelError(str(error)) from error
+        return {}, f"not planned: {error}"
+    except Exception as error:  # noqa: BLE001 - a fault of the planner's, such as an operator without a fake kernel
+        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        log.warning("the memory of this run cannot be planned (%s): torch alone trains it", why)
+        return {}, f"not planned: {why}"
     if made.chosen is None:
         raise ResourceError(f"engine.zero_stage: auto: {tell_nothing_fits(made, recipe)}")
     chosen, larger = made.chosen, made.estimates[: made.estimates.index(made.chosen)]

@@ -45,6 +45,12 @@ def speed_up(unet: nn.Module | None, config: EngineConfig, device: torch.device)
                 module.compile(backend=config.dynamo_backend)
 
 
+def forget_compiled(config: EngineConfig) -> None:
+    """Let go of compiled blocks: torch's caches would keep the model for the rest of the process."""
+    if config.torch_compile:
+        torch._dynamo.reset()
+
+
 def ask_all(flag: bool, device: torch.device) -> Callable[[], bool]:
     """Start asking whether any rank raised the flag; the result tells, waiting for the answer but not for later work.
 

@@ -23,7 +23,6 @@ from dreamfleet.datasets.errors import DataError, ModelError, StorageError
 from dreamfleet.datasets.images import open_picture
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.datasets.tags import (
-    Caption,
     Edit,
     edit_caption,
     escape_brackets,
@@ -35,6 +34,7 @@ from dreamfleet.datasets.tags import (
 MODEL_FILE, TAGS_FILE = "model.onnx", "selected_tags.csv"
 GENERAL, COPYRIGHT, CHARACTER, RATING = 0, 3, 4, 9  # categories in selected_tags.csv
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # the first one there is
+LARGEST_SQUARE = 2**14  # pixels a side; larger pictures are shrunk to it first
 EXISTING = ("ignore", "replace", "append", "prepend")
 
 
@@ -118,6 +118,9 @@ class Tagger:
 
 def square_of(image: Image.Image, side: int) -> np.ndarray:
     """Lay an RGB picture in the middle of a white square, shrunk to `side` -> float32 [side,side,3], BGR, 0 to 255."""
+    if max(image.size) > LARGEST_SQUARE:  # a strip would make a square of gigabytes
+        image = image.copy()
+        image.thumbnail((LARGEST_SQUARE, LARGEST_SQUARE), Image.Resampling.BOX)
     length = max(*image.size, side)
     square = Image.new("RGB", (length, length), "white")
     square.paste(image, ((length - image.width) // 2, (length - image.height) // 2))
@@ -173,6 +176,7 @@ def caption_folder(
     *,
     out: str | None = None,
     batch_size: int = 8,
+    caption_column: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Captioned:
     """Caption the pictures of a folder: in place (.txt beside each), or into the folder `out`.
@@ -180,26 +184,28 @@ def caption_folder(
     With `existing: ignore`, and into `out`, each batch is written at once, so that the same again goes on where it
     stopped. Changes to captions that are there are written at the end, after a copy as write_captions makes it.
     """
-    storage, target = Storage(folder), Storage(out if out is not None else folder)
-    captions = read_captions(storage)
+    there = read_captions(folder, caption_column)
+    files, before = there.files, there.texts
+    target = Storage(out) if out is not None else files.storage
+    file_of = files.text_file if out is None else files.new_text_file
     written = set(target.list("", True)) if out is not None else set()
-    done = {name for name in captions if _text_file(name) in written}
+    done = {name for name in before if file_of(name) in written}
     if how.existing == "ignore":
-        done |= {name for name, one in captions.items() if one.text is not None}
-    pending = [name for name in captions if name not in done]
+        done |= {name for name, text in before.items() if text is not None}
+    pending = [name for name in before if name not in done]
     made: dict[str, str] = {}
     failed: dict[str, str] = {}
     at_once = out is not None or how.existing == "ignore"
-    for name, found in _tag_all(storage, pending, tagger, how, batch_size):
+    for name, found in _tag_all(files.storage, pending, tagger, how, batch_size):
         if isinstance(found, Exception):
-            failed[name] = str(found).removeprefix(f"{storage.path(name)}: ")
+            failed[name] = str(found).removeprefix(f"{files.storage.path(name)}: ")
         else:
-            made[name] = _merged(captions[name], found, how.existing)
+            made[name] = _merged(before[name], found, how.existing)
             if at_once:
-                target.write_text(_text_file(name), made[name] + "\n")
+                target.write_text(file_of(name), made[name] + "\n")
         if progress is not None:
             progress(len(made) + len(failed), len(pending))
-    backup = None if at_once or not made else write_captions(storage, captions, made, None)
+    backup = None if at_once or not made else write_captions(there, made, None)
     if failed and not made:
         name, reason = next(iter(failed.items()))
         raise DataError(f"not one of {len(failed)} pictures could be read; {name}: {reason}")
@@ -227,21 +233,17 @@ def _tag_all(
                     yield name, image
 
 
-def _merged(before: Caption, tags: list[str], existing: str) -> str:
-    if existing not in ("append", "prepend") or not before.text:
+def _merged(before: str | None, tags: list[str], existing: str) -> str:
+    if existing not in ("append", "prepend") or not before:
         return ", ".join(tags)
     edit = Edit(add=tuple(tags)) if existing == "append" else Edit(prepend=tuple(tags))
-    return edit_caption(before.text, edit)
+    return edit_caption(before, edit)
 
 
 def _written(name: str, score: float, how: Tagging) -> str:
     text = with_spaces(name) if how.spaces else name
     text = escape_brackets(text) if how.escape else text
     return f"({text}:{score:.3f})" if how.confidence else text
-
-
-def _text_file(name: str) -> str:
-    return os.path.splitext(name)[0] + ".txt"
 
 
 @contextmanager

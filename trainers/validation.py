@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from pydantic import AliasChoices, BeforeValidator, Field
 
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import RecipeError, ResourceError, UserError
-from dreamfleet.datasets.index import Index, build_index
+from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.keyed import numpy_rng
 from dreamfleet.datasets.plan import Draw
 from dreamfleet.datasets.section import Section, as_list
@@ -25,13 +26,15 @@ from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.methods.seeing import SeeingMethod
 from dreamfleet.trainers.picture_feed import PictureReader
 from dreamfleet.trainers.pictures import Shown
+from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.sd.noise import draw_noise
 from dreamfleet.trainers.sd.prompt_lines import Shot, draw_shots, shot_of
 from dreamfleet.trainers.sd.prompt_syntax import split_tags, words_alone
 
 log = logging.getLogger(__name__)
 
-HELD_OUT_BATCH = 32  # pictures that are measured at once
+HELD_OUT_BATCH = 32  # images that are measured at once
+DRAWN_AT_ONCE = 4  # previews
 
 
 class ValidationConfig(Section):
@@ -65,29 +68,41 @@ class ValidationConfig(Section):
 
 
 class HeldOutLoss:
-    """The loss on pictures the run never trains on, with the same noise and timesteps every time it is measured.
+    """The loss on images the run never trains on, with the same noise and timesteps every time it is measured.
 
     Comparable between steps, runs and learning rates, unlike the training loss, whose noise differs at every step.
-    The idea is EveryDream2trainer's validation.
+    The idea is EveryDream2trainer's validation. Each rank measures every ``world``-th image by itself, so the mean is
+    the same on any number of ranks.
     """
 
-    def __init__(self, folder: str, *, method: Method, data: DataConfig, count: int, rank: int, world: int):
-        index = build_index(folder, caption_extension=data.caption_extension, max_pixels=data.max_pixels)
+    def __init__(
+        self, index: Index, *, method: Method, data: DataConfig, count: int, place: Place | None = None
+    ):
+        self.place = place = place or Place()
         model, self.method = method.model, method
-        encoded = encode_index(index, model, data, rank=rank, world=world)
-        samples = to_samples(index)
-        self.ids, total = [sample.id for sample in samples], model.scheduler.config.num_train_timesteps
+        total = model.scheduler.config.num_train_timesteps
         self.timesteps = torch.tensor([int((j + 0.5) * total / count) for j in range(count)])
+        rows = place.share(len(index))
+        captions = index.column("caption")
+        mine = index.take(rows, [captions[row] for row in rows])
+        encoded = place.on_every_rank(lambda: encode_index(mine, model, data))
+        samples = to_samples(mine)
+        self.ids = [sample.id for sample in samples]
         self.latents = [mean * model.vae.config.scaling_factor for mean in encoded.mean]
         self.masks = encoded.mask or [torch.ones(1, *mean.shape[1:]) for mean in encoded.mean]
         fixed = data.model_copy(update={"caption_dropout": 0.0, "tag_dropout": 0.0, "shuffle_tags": False})
-        shown = Shown(index, data.model_copy(update={"center_crop": True, "random_flip": False}), 0)
+        shown = Shown(mine, data.model_copy(update={"center_crop": True, "random_flip": False}), 0)
         self.time_ids = shown.time_ids([Draw(row, 0) for row in range(len(samples))])
         self.prompts = [method.prompt(s, numpy_rng("holdout", s.id), fixed) for s in samples]
 
-    @torch.no_grad()
     def measure(self, engine: Engine) -> float:
-        """Return the mean loss over pictures and timesteps, without SNR weights."""
+        """Return the mean loss over images and timesteps, without SNR weights; the same on every rank."""
+        mine = self.place.on_every_rank(lambda: self._measure_mine(engine))
+        return float(torch.stack(self.place.collect(mine)).double().mean())
+
+    @torch.no_grad()
+    def _measure_mine(self, engine: Engine) -> list[torch.Tensor]:
+        """Return the losses ``[count]`` of each of this rank's images, on the CPU."""
         losses, count = [], len(self.timesteps)
         prepare = Preparer(self.method)
         with evaluating(self.method), engine.autocast():
@@ -104,7 +119,7 @@ class HeldOutLoss:
                     "prompts": [prompt] * count,
                 }
                 losses.append(self.method.sample_losses(prepare(engine.place(batch))))
-        return float(torch.stack(losses).double().mean())
+        return [loss.cpu() for loss in losses]
 
     def figures(self, engine: Engine) -> dict[str, float]:
         """Return the loss by its name in the figures."""
@@ -112,20 +127,30 @@ class HeldOutLoss:
 
 
 class HeldOutPictures:
-    """The pictures that a method set apart itself, measured its own way; read anew each time."""
+    """The images that a method set apart itself, measured its own way; read anew each time, by each rank its share."""
 
-    def __init__(self, index: Index, *, method: SeeingMethod, max_pixels: int):
-        self.method, self._read = method, PictureReader(index, max_pixels=max_pixels)
+    def __init__(self, index: Index, *, method: SeeingMethod, max_pixels: int, place: Place | None = None):
+        self.method, self.place = method, place or Place()
+        self._read = PictureReader(index, max_pixels=max_pixels)
+
+    def figures(self, engine: Engine) -> dict[str, float]:
+        """Return the method's figures of its images, ``holdout_loss`` among them; the same on every rank."""
+        measured = self.place.collect(self.place.on_every_rank(lambda: self._measure_mine(engine)))
+        return self.method.summarise(
+            {name: torch.cat([one[name] for one in measured]) for name in measured[0]}
+        )
 
     @torch.no_grad()
-    def figures(self, engine: Engine) -> dict[str, float]:
-        """Return the method's figures of its pictures, ``holdout_loss`` among them."""
+    def _measure_mine(self, engine: Engine) -> list[dict[str, torch.Tensor]]:
+        """Return what was measured in each of this rank's batches, which are the same for any number of ranks."""
         rows = range(len(self._read))
-        chunks = (rows[start : start + HELD_OUT_BATCH] for start in rows[::HELD_OUT_BATCH])
+        batches = [rows[start : start + HELD_OUT_BATCH] for start in rows[::HELD_OUT_BATCH]]
+        found = []
         with evaluating(self.method), engine.autocast():
-            return self.method.examine(
-                engine.place(self.method.see([self._read(row) for row in chunk])) for chunk in chunks
-            )
+            for number in self.place.share(len(batches)):
+                batch = self.method.see([self._read(row) for row in batches[number]])
+                found.append(self.method.examine(engine.place(batch)))
+        return [{name: values.cpu() for name, values in one.items()} for one in found]
 
 
 def preview_shots(config: ValidationConfig, resolution: int) -> list[Shot]:
@@ -161,48 +186,51 @@ def check_previews(method: Method, config: ValidationConfig, resolution: int) ->
 
 
 def draw_previews(
-    method: Method, engine: Engine, config: ValidationConfig, resolution: int
+    method: Method, engine: Engine, config: ValidationConfig, resolution: int, *, place: Place | None = None
 ) -> tuple[list[Image.Image], list[dict[str, Any]]]:
-    """Draw ``num_images`` pictures of every prompt at fixed seeds; returns them with prompt, seed and cell of each.
+    """Draw ``num_images`` images of every prompt at fixed seeds; rank 0 gets them, with prompt, seed and cell of each.
 
-    The weights are those the method holds: within ``engine.evaluate`` the averaged ones.
+    The weights are those the method holds: within ``engine.evaluate`` the averaged ones. Every rank draws some of the
+    batches, which are the same for any number of ranks, so the images are too.
     """
-    rows = preview_shots(config, resolution)
-    shots = [
-        (row, column, replace(shot, seed=shot.seed + column))
-        for row, shot in enumerate(rows)
-        for column in range(config.num_images)
-    ]
-    with evaluating(method), engine.autocast():
-        pictures = draw_shots(
-            method.model, [shot for *_, shot in shots], plain=config.plain_prompts, encode=method.encode
+    place = place or Place()
+    shots: list[Shot] = []
+    cells: list[dict[str, Any]] = []
+    for row, shot in enumerate(preview_shots(config, resolution)):
+        for column in range(config.num_images):
+            shots.append(replace(shot, seed=shot.seed + column))
+            sides = {"width": shot.width, "height": shot.height}
+            cells.append(
+                {"prompt": shot.prompt, "seed": shots[-1].seed, "row": row, "column": column, **sides}
+            )
+    batches = [shots[start : start + DRAWN_AT_ONCE] for start in range(0, len(shots), DRAWN_AT_ONCE)]
+
+    def draw(batch: list[Shot]) -> list[Image.Image]:
+        return draw_shots(
+            method.model, batch, plain=config.plain_prompts, batch_size=DRAWN_AT_ONCE, encode=method.encode
         )
-    cells: list[dict[str, Any]] = [
-        {
-            "prompt": shot.prompt,
-            "seed": shot.seed,
-            "row": row,
-            "column": column,
-            "width": picture.width,
-            "height": picture.height,
-        }
-        for (row, column, shot), picture in zip(shots, pictures, strict=True)
-    ]
-    return pictures, cells
+
+    def draw_mine() -> list[list[Image.Image]]:
+        with evaluating(method), engine.autocast():
+            return [draw(batches[number]) for number in place.share(len(batches))]
+
+    drawn = place.collect(place.on_every_rank(draw_mine), everywhere=False)
+    return list(itertools.chain.from_iterable(drawn)), cells
 
 
 @contextmanager
 def evaluating(method: Method) -> Iterator[None]:
     """Within this context the method and its model are in eval mode: nothing is dropped out."""
-    modules = [method, *method.model.modules().values()]
-    modes = [module.training for module in modules]
-    for module in modules:
-        module.eval()
+    parts = [method, *method.model.modules().values()]
+    # Of every module: dropout and gradient checkpointing may be on in some layers of a part alone.
+    modes = {module: module.training for part in parts for module in part.modules()}
+    for part in parts:
+        part.eval()
     try:
         yield
     finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.train(mode)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 class Judge:

@@ -16,7 +16,6 @@ from dreamfleet.trainers.engine import Engine
 from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.methods.hypernetwork import HypernetworkMethod
 from dreamfleet.trainers.methods.textual_inversion import TextualInversion
-from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.sd.formats.embedding import read_embedding
 from dreamfleet.trainers.sd.formats.optimizer_file import (
@@ -72,16 +71,6 @@ def write_optimizer_state(recipe: Recipe, found: Checkpoint, artefact: Path) -> 
         eps=options.adam_epsilon,
         weight_decay=options.adam_weight_decay,
     )
-
-
-def agreed(moments: dict[str, AdamState], place: Place) -> dict[str, AdamState]:
-    """Return the moments where every worker has found them, else none: the workers' weights would part."""
-    found = place.union([bool(moments)])
-    if len(found) > 1 and place.leads:
-        log.warning(
-            "the .optim beside what the run goes on from is not on every machine: the optimizer starts anew"
-        )
-    return moments if found == [True] else {}
 
 
 def take_over(engine: Engine, moments: Mapping[str, AdamState], weights: Mapping[str, Tensor]) -> None:

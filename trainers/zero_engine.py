@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -16,15 +15,18 @@ from dreamfleet.trainers.engine import Engine, T, check_optimizer
 from dreamfleet.trainers.methods.base import Batch, Loss
 from dreamfleet.trainers.methods.fits import check_fits
 from dreamfleet.trainers.optim import OptimizerConfig, make_optimizer
+from dreamfleet.trainers.process_group import lone_group
 from dreamfleet.trainers.zero_setup import (
+    destroy_group,
     import_deepspeed,
-    join_group,
     make_cpu_adam,
     stdout_to_stderr,
     zero_config,
 )
-from dreamfleet.trainers.zero_shards import MOMENTS, Shards
+from dreamfleet.trainers.zero_shards import MOMENTS, Shards, owners
 from dreamfleet.trainers.zero_swap import SwapFolder, SwappedShards, build_swapping
+
+Convert = Callable[[nn.Parameter, Tensor], Tensor]
 
 
 class ZeroEngine(Engine):
@@ -44,13 +46,15 @@ class ZeroEngine(Engine):
         swaps = "nvme" in (self.config.offload_optimizer_device, self.config.offload_param_device)
         self.shapes = {name: param.shape for name, param in self.params.items()}
         self.deepspeed = import_deepspeed(self.device)
-        self.owns_group = join_group(self.device)
+        self.held.enter_context(lone_group(self.device, destroy=destroy_group))
         plain = make_optimizer(self.groups, optimizer)
         self.saved_groups = plain.state_dict()["param_groups"]
         self.optimizer = make_cpu_adam(plain) if self.offloads else plain
         if swaps:
             build_swapping()
         self.folder = SwapFolder(self.config.nvme_path or "") if swaps else None
+        if self.folder is not None:
+            self.held.callback(self.folder.close)
         # DeepSpeed's 16-bit modes round every weight of the module before they make fp32 ones from it.
         rounds = self.stage > 0 and self.dtype != torch.float32
         # A rounded weight is a new tensor, so the exact one need not be copied to be kept.
@@ -60,7 +64,7 @@ class ZeroEngine(Engine):
             if rounds or not param.requires_grad
         }
         sharded = [self.method, *self.method.loss_parts.values()]
-        held: Iterable[nn.Module] = _owners(sharded) if self.stage == 3 else [self.method]
+        held: Iterable[nn.Module] = owners(sharded) if self.stage == 3 else [self.method]
         model, mine = _Computing(held, self.autocast), set(self.method.parameters())
         self.passed = [param for param in model.parameters() if param not in mine]
         config = zero_config(
@@ -76,6 +80,7 @@ class ZeroEngine(Engine):
             if self.stage == 3:
                 self._shard(model, config)
             self.engine, *_ = self.deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
+        self.held.callback(self.engine.destroy)
         for param in self.method.parameters(recurse=False) if self.stage == 3 else ():
             # A word's vectors are used by the text encoder, whether or not the method's own forward is running.
             self.deepspeed.zero.register_external_parameter(model, param)
@@ -119,18 +124,19 @@ class ZeroEngine(Engine):
         if self.offloads:
             inner.reset_cpu_buffers()
 
-    def evaluate(self, action: Callable[[], T]) -> T | None:
+    def evaluate(self, action: Callable[[], T]) -> T:
         if self.stage == 3:
             return self._evaluate_together(action)
         if self.ema is None:
-            return action() if self.leads else None
-        with self._lent(lambda param, value: value.to(self.device, param.dtype)):
-            return action() if self.leads else None
+            return action()
+        with self._lent(lambda param, value: value.to(self.device, param.dtype), everywhere=True):
+            return action()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        # On the host: a card with room for a part of the weights is the usual case.
-        with self._lent(lambda param, value: value.cpu()):
+        with self._lent(
+            lambda param, value: value.cpu()
+        ):  # a card often has room for a part of the weights only
             yield
 
     def learned(self) -> dict[str, Tensor]:
@@ -174,13 +180,6 @@ class ZeroEngine(Engine):
         if self.dtype == torch.float16 and "scaler" in state:
             self._load_scaler(state["scaler"])
 
-    def close(self) -> None:
-        self.engine.destroy()
-        if self.folder is not None:
-            self.folder.close()
-        if self.owns_group:
-            self.deepspeed.comm.destroy_process_group()
-
     def _shard(self, model: nn.Module, config: dict[str, Any]) -> None:
         """Shard the weights one by one, each as wide as it computes: a card without room for all of them will do."""
         for param in model.parameters():
@@ -214,27 +213,23 @@ class ZeroEngine(Engine):
 
     def _collect(self) -> dict[str, Tensor]:
         """Gather one parameter after the other into rank 0's host memory; the others keep nothing."""
-        whole = {}
-        for name in self.params:
-            value = self.shards.gather(name)
-            if self.leads:
-                whole[name] = value.cpu()
-        return whole
+        gathered = ((name, self.shards.gather(name)) for name in self.params)
+        return {name: value.cpu() for name, value in gathered if self.leads}
 
     @contextmanager
-    def _lent(self, convert: Callable[[nn.Parameter, Tensor], Tensor]) -> Iterator[None]:
-        """Give rank 0's parameters whole tensors of their own for a while."""
+    def _lent(self, convert: Convert, *, everywhere: bool = False) -> Iterator[None]:
+        """Give rank 0's parameters (or those of every rank) whole tensors of their own for a while."""
         lent: dict[nn.Parameter, Tensor] = {}
         with self._averages():
             for name, param in self.params.items():
                 value = self.shards.gather(name)
-                if self.leads:
+                if self.leads or everywhere:
                     lent[param] = convert(param, value)
         for param in self.passed:
             with self.deepspeed.zero.GatheredParameters([param]):
-                if self.leads:
+                if self.leads or everywhere:
                     lent[param] = convert(param, param.data.clone())
-        if self.leads:
+        if self.leads or everywhere:
             lent |= {param: convert(param, value) for param, value in self.frozen.items()}
         kept = {param: param.data for param in lent}
         try:
@@ -259,19 +254,28 @@ class ZeroEngine(Engine):
         # Stage 0 clips without telling the norm.
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None])
         scaler = self.engine.torch_autocast_z0_gradscaler
-        return norm / scaler.get_scale() if scaler is not None else norm
+        return (
+            norm / scaler._get_scale_async() if scaler is not None else norm
+        )  # get_scale() would wait for it
 
     def _scaler_state(self) -> dict[str, Any]:
         if self.stage == 0:
             return self.engine.torch_autocast_z0_gradscaler.state_dict()
         fresh = torch.amp.GradScaler(self.device.type).state_dict()
-        return {**fresh, "scale": float(self.engine.optimizer.loss_scale)}
+        scaler = self.engine.optimizer.loss_scaler
+        # Steps since an overflow: torch starts anew where the scale grows, DeepSpeed goes on, and grows a step later.
+        since = scaler.cur_iter - scaler.last_overflow_iter - 1
+        counted = {"_growth_tracker": since % scaler.scale_window, "since_overflow": since}
+        return {**fresh, **counted, "scale": float(scaler.cur_scale)}
 
     def _load_scaler(self, saved: dict[str, Any]) -> None:
         if self.stage == 0:
             self.engine.torch_autocast_z0_gradscaler.load_state_dict(saved)
         else:
-            self.engine.optimizer.loss_scaler.cur_scale = saved["scale"]
+            scaler = self.engine.optimizer.loss_scaler
+            scaler.cur_scale = saved["scale"]
+            since = saved.get("since_overflow", saved["_growth_tracker"])
+            scaler.last_overflow_iter = scaler.cur_iter - 1 - since
 
 
 class _Computing(nn.Module):
@@ -285,15 +289,3 @@ class _Computing(nn.Module):
         """Return what ``action`` computes."""
         with self.autocast():
             return action()
-
-
-def _owners(roots: Iterable[nn.Module]) -> list[nn.Module]:
-    """List the outermost modules with parameters of their own, each once: a LoRA's are in the method and the U-Net."""
-
-    def walk(module: nn.Module) -> Iterator[nn.Module]:
-        if module._parameters:
-            yield module
-        else:
-            yield from itertools.chain.from_iterable(map(walk, module.children()))
-
-    return list(dict.fromkeys(itertools.chain.from_iterable(map(walk, roots))))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -127,3 +128,15 @@ class Shards:
             kept = flat.detach().clone()
             flat.data.copy_(other)
             other.copy_(kept)
+
+
+def owners(roots: Iterable[nn.Module]) -> list[nn.Module]:
+    """List the outermost modules with parameters of their own, each once: a LoRA's are in the method and the U-Net."""
+
+    def walk(module: nn.Module) -> Iterator[nn.Module]:
+        if module._parameters:
+            yield module
+        else:
+            yield from itertools.chain.from_iterable(map(walk, module.children()))
+
+    return list(dict.fromkeys(itertools.chain.from_iterable(map(walk, roots))))

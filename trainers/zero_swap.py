@@ -66,7 +66,8 @@ def build_swapping() -> None:
             builder.NAME,
             builder.load,
             what="engine: offload to nvme compiles DeepSpeed's asynchronous I/O",
-            needs="g++, ninja and libaio (apt-get install g++ libaio-dev; pip install ninja)",
+            needs="g++, ninja and libaio (apt-get install g++ libaio-dev; pip install ninja), and a machine with a GPU "
+            "the CUDA toolkit (nvcc, found by CUDA_HOME)",
             instead="offload to cpu",
         )
 

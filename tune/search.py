@@ -13,7 +13,8 @@ from dreamfleet.datasets.errors import DataError, RecipeError, ResourceError, Ru
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.hold import Stop, claimed, stop_on_signal
 from dreamfleet.trainers.launch import run_in_thread
-from dreamfleet.trainers.preflight import check_inputs, local_paths, this_machine
+from dreamfleet.trainers.paths import local_paths
+from dreamfleet.trainers.preflight import check_inputs, this_machine
 from dreamfleet.trainers.progress import Display
 from dreamfleet.trainers.ray_session import check_machines, ray_session, starts_private_ray
 from dreamfleet.trainers.recipe import Recipe, load_recipe

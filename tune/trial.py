@@ -143,7 +143,7 @@ class TrialRun:
                     on_progress=self._look_at,
                 )
             except (UserError, RunFailed) as error:
-                log.error("%s", error)
+                log.error("%s", str(error))  # the error itself holds the whole run, by its traceback
                 raise
         if self.is_stopped:
             write_end(run, dataclasses.replace(summary, exit_reason=STOPPED))

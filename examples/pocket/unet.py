@@ -33,6 +33,7 @@ from dreamfleet.trainers.loop import Hooks, Schedule, train
 from dreamfleet.trainers.methods.base import Batch, Method, MethodConfig, ParamGroup, Setting
 from dreamfleet.trainers.metrics import Metrics
 from dreamfleet.trainers.optim import OptimizerConfig
+from dreamfleet.trainers.process_group import leave_group
 from dreamfleet.trainers.sd.model import StableDiffusion
 from dreamfleet.trainers.sd.noise import draw_noise
 
@@ -228,8 +229,9 @@ def run_worker(rank: int, world: int) -> None:
         start_step=start,
         hooks=Hooks(log=log, save=save, should_stop=lambda: bool(stopping)),
     )
+    engine.close()
     if world > 1:
-        torch.distributed.destroy_process_group()
+        leave_group()
 
 
 def load_unet() -> UNet2DConditionModel:

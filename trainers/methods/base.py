@@ -170,7 +170,7 @@ class Method(nn.Module):
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
         """Choose the prompt a sample is trained with; ``rng`` is keyed by (seed, epoch, sample id).
 
-        The default is the picture's caption, else its set's prompt, else the words of its file name.
+        The default is the image's caption, else its set's prompt.
         """
         return captions.make_caption(
             sample.caption,

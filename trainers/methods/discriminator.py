@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -209,21 +209,25 @@ class DiscriminatorTraining(SeeingMethod):
         logits_NK, labels_N = self._ask(batch), batch["labels"]
         smoothing = self.config.label_smoothing
         per_sample = F.cross_entropy(logits_NK, labels_N, label_smoothing=smoothing, reduction="none")
-        per_sample = per_sample * self._weights[0].to(labels_N.device)[labels_N]
+        self._weights[0] = self._weights[0].to(labels_N.device)  # once: each copy would make the step wait
+        per_sample = per_sample * self._weights[0][labels_N]
         right = (logits_NK.detach().argmax(dim=1) == labels_N).float().mean()
         return Loss(per_sample.mean(), per_sample.detach(), {"train_accuracy": right})
 
-    def examine(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return the mean loss, the share of pictures put into their class, and that of each class."""
-        losses, right, labels = [], [], []
-        for batch in batches:
-            logits_NK = self._ask(batch)
-            losses.append(F.cross_entropy(logits_NK, batch["labels"], reduction="none").cpu())
-            right.append((logits_NK.argmax(dim=1) == batch["labels"]).float().cpu())
-            labels.append(batch["labels"].cpu())
-        right_N, labels_N = torch.cat(right), torch.cat(labels)
+    def examine(self, batch: Batch) -> dict[str, Tensor]:
+        """Return each image's loss, whether it was put into its class, and that class."""
+        logits_NK, labels_N = self._ask(batch), batch["labels"]
         return {
-            "holdout_loss": float(torch.cat(losses).double().mean()),
+            "loss": F.cross_entropy(logits_NK, labels_N, reduction="none"),
+            "right": (logits_NK.argmax(dim=1) == labels_N).float(),
+            "label": labels_N,
+        }
+
+    def summarise(self, measured: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the mean loss, the share of images put into their class, and that of each class."""
+        right_N, labels_N = measured["right"], measured["label"]
+        return {
+            "holdout_loss": float(measured["loss"].double().mean()),
             "accuracy": float(right_N.mean()),
             **{
                 f"accuracy/{name}": float(right_N[labels_N == number].mean())

@@ -84,10 +84,17 @@ class DreamBooth(Method):
         return part_groups(self.learning)
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
-        """Use the picture's caption, else the concept's prompt; ``[filewords]`` in that is the caption."""
+        """Use the image's caption, else the concept's prompt; ``[filewords]`` in that is the caption."""
         concept = self.setting.concepts[sample.concept]
         prompt = concept.class_prompt if sample.role == "class" else concept.instance_prompt
-        return captions.make_caption(sample.caption, prompt=prompt, rng=rng, config=data)
+        return captions.make_caption(
+            sample.caption,
+            prompt=prompt,
+            file_name=sample.file_name,
+            rng=rng,
+            config=data,
+            of_subject=sample.role != "class",
+        )
 
     def export(self, order: Export) -> list[Path]:
         """Write the tuned model as a folder and a single file, or a LoRA in two layouts: see `export_tuned`."""

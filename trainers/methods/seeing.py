@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from PIL import Image
+from torch import Tensor
 
 from dreamfleet.datasets.decode import Fit
 from dreamfleet.datasets.fitting import as_it_is
@@ -40,6 +41,13 @@ class SeeingMethod(Method):
         """Split the pictures into those to train on and those to measure with; usually all, and None."""
         return instances, None
 
-    def examine(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Measure the pictures that were set apart: figures by name, ``holdout_loss`` among them."""
+    def examine(self, batch: Batch) -> dict[str, Tensor]:
+        """Measure images that were set apart: values ``[N]`` by name."""
+        raise NotImplementedError
+
+    def summarise(self, measured: Mapping[str, Tensor]) -> dict[str, float]:
+        """Turn the values of all images that were set apart, in order and on the CPU, into the figures to log.
+
+        ``holdout_loss`` is among them.
+        """
         raise NotImplementedError

@@ -55,12 +55,16 @@ def on_device(device: torch.device | str | None = None, *, remedies: str) -> Ite
     """Do a piece of work on ``device`` (None: :func:`best_device`), which is given with its number.
 
     On a GPU: it is the current one meanwhile, running out of its memory is explained by ``remedies``, and afterwards,
-    whether the work succeeded or failed, the memory is given back and no limit stays. Raises ResourceError where there
-    is no such GPU.
+    whether the work succeeded or failed, the memory is given back and no limit stays. On any device, the frames of an
+    error keep nothing alive. Raises ResourceError where there is no such GPU.
     """
     device = best_device() if device is None else numbered(device)
     if device.type != "cuda":
-        yield device
+        try:
+            yield device
+        except BaseException as error:
+            _forget_frames(error)
+            raise
         return
     if device.index >= (there := torch.cuda.device_count()):
         raise ResourceError(

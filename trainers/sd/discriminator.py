@@ -55,8 +55,9 @@ class Discriminator:
         """
         size, mean, std = self.preprocessing.resize, self.preprocessing.mean, self.preprocessing.std
         resized_N3SS = F.interpolate(pixels_N3HW.float(), size=size, mode="bicubic", align_corners=True)
-        mean_3, std_3 = (resized_N3SS.new_tensor(values)[:, None, None] for values in (mean, std))
-        entering = (resized_N3SS * 0.5 + 0.5 - mean_3) / std_3
+        # Channel by channel, with numbers: tensors of them would be copied to the device in every step.
+        planes = zip(resized_N3SS.unbind(1), mean, std, strict=True)
+        entering = torch.stack([(plane * 0.5 + 0.5 - m) / s for plane, m, s in planes], dim=1)
         return self.network(pixel_values=entering).logits.float().softmax(dim=-1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,8 @@ from dreamfleet.trainers.sd.model_files import (
     vae_fingerprint,
 )
 
+# More at once is no faster on a GPU, and at 512 px it would set a run's peak memory.
+VAE_PIXELS = 8 * 256**2
 ALL_PARTS = ("unet", "vae", "text_encoder")  # the text encoder of SDXL is two
 
 
@@ -169,15 +171,17 @@ class StableDiffusion:
 
     def encode_pictures(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Encode pixels ``[B, 3, H, W]`` in [-1, 1] -> mean and std of the unscaled latents ``[B, C, h, w]``."""
-        with self._vae_precision():
+        with self._exact():
             posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return posterior.mean.float(), posterior.std.float()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents ``[B, C, h, w]`` -> pixels ``[B, 3, H, W]`` in about [-1, 1]."""
-        with self._vae_precision():
+        at_once = max(1, VAE_PIXELS // (latents[0, 0].numel() * self.vae_factor**2))
+        with self._exact():
             scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-            return self.vae.decode(scaled, return_dict=False)[0].float()
+            parts = [self.vae.decode(part, return_dict=False)[0] for part in scaled.split(at_once)]
+            return torch.cat(parts).float()
 
     def freeze(self) -> None:
         """Put every part in eval mode with no gradients; a method then switches on what learns."""
@@ -195,28 +199,21 @@ class StableDiffusion:
         """Move the parts, casting those without learning parameters to ``dtype`` (half precision saves memory).
 
         Of a part in which LoRA's matrices learn, all but these. One that learns whole goes to ``home`` where given, and
-        so do the ``sharded``. SDXL's VAE stays as it is under float16, whose range its activations leave.
+        so do the ``sharded``. The VAE keeps its precision: latents must not depend on what a run computes in.
         """
         for name, part in self.modules().items():
             learns, adapted = any(p.requires_grad for p in part.parameters()), lora.has_adapters(part)
             waits = home is not None and (name in sharded or (learns and not adapted))
-            wide = name == "vae" and self._vae_needs_range and dtype == torch.float16
+            wide = name == "vae"
             if adapted and dtype is not None:
                 lora.cast_frozen(part, dtype)
             # In one go, so that no card has to hold what is frozen in float32.
             part.to(home if waits else device, None if learns or wide else dtype)
         return self
 
-    @property
-    def _vae_needs_range(self) -> bool:
-        # Of SD 1.x and 2.x diffusers' config says so too, for no reason but its default.
-        return self.is_sdxl and bool(self.vae.config.get("force_upcast", True))
-
-    def _vae_precision(self) -> AbstractContextManager[Any]:
-        """Return the context that the VAE runs in: no autocast around it narrows SDXL's in float32."""
-        if self._vae_needs_range and self.vae.dtype == torch.float32:
-            return torch.autocast(self.vae.device.type, enabled=False)
-        return nullcontext()
+    def _exact(self) -> AbstractContextManager[Any]:
+        """Return the context that the VAE runs in: no autocast around it narrows what it computes."""
+        return torch.autocast(self.vae.device.type, enabled=False)
 
 
 def load_model(config: ModelConfig, needs: Collection[str] = ALL_PARTS) -> StableDiffusion:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dreamfleet.datasets.keyed import key
@@ -15,8 +16,10 @@ from dreamfleet.trainers.sd.sample import generate
 if TYPE_CHECKING:
     from dreamfleet.trainers.sd.model import StableDiffusion
 
-_OURS = re.compile(r"\d{6}\.png")
-_PICTURE = re.compile(r"(?i).*\.(png|jpe?g|webp|bmp)")
+
+def generated_name(number: int) -> str:
+    """Return the file name of a generated class image."""
+    return f"{number:06d}.png"
 
 
 def class_image_key(
@@ -40,30 +43,23 @@ def generate_class_images(
     model: StableDiffusion,
     prompt: str,
     *,
+    numbers: Sequence[int],
     storage: Storage,
-    num: int,
-    rank: int = 0,
-    world: int = 1,
     seed: int = 0,
     batch_size: int = 4,
     steps: int = 25,
     guidance_scale: float = 7.5,
     resolution: int | None = None,
     scheduler: str = "ddim",
-) -> int:
-    """Draw the missing ones of `num` pictures of `prompt` into `storage`; returns how many this rank drew.
+) -> None:
+    """Draw images of `prompt` into `storage`, `resolution` pixels a side.
 
-    Picture i is `{i:06d}.png`, comes from a seed of its own, and is drawn by rank i mod world: any number of
-    workers makes the same set, and a set cut short is continued. Pictures of other names (the user's own) count
-    towards `num`. `resolution` is pixels a side.
+    Number i is `{i:06d}.png` and has a seed of its own.
     """
-    names = set(storage.list())
-    own = sum(1 for name in names if _PICTURE.fullmatch(name) and not _OURS.fullmatch(name))
-    missing = [i for i in range(rank, num - own, world) if f"{i:06d}.png" not in names]
     # Neighbours: a CPU generator keeps 32 bits of a seed, of which hashes would come twice.
     first_seed = key("class image", seed) % 2**31
-    for start in range(0, len(missing), max(1, batch_size)):
-        part = missing[start : start + max(1, batch_size)]
+    for start in range(0, len(numbers), batch_size):
+        part = numbers[start : start + batch_size]
         pictures = generate(
             model,
             [prompt] * len(part),
@@ -79,5 +75,4 @@ def generate_class_images(
         for i, picture in zip(part, pictures, strict=True):
             buffer = io.BytesIO()
             picture.save(buffer, "PNG")
-            storage.write_bytes(f"{i:06d}.png", buffer.getvalue())
-    return len(missing)
+            storage.write_bytes(generated_name(i), buffer.getvalue())

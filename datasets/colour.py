@@ -1,0 +1,79 @@
+"""Colours as every viewer shows them: an image's embedded profile converted to sRGB."""
+
+from __future__ import annotations
+
+import io
+import logging
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+log = logging.getLogger(__name__)
+
+SAME_WITHIN = 2  # of 255: a profile that changes no colour by more is sRGB itself, under whatever name
+_SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # of profiles -> Pillow's modes
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """Convert an image of mode RGB, L or CMYK to sRGB by the profile it carries; without one it is taken for sRGB.
+
+    CMYK without a profile is converted by Pillow's formula. A broken profile, or one for another kind of image, counts
+    as none, as in a browser.
+    """
+    made: Image.Image
+    mode, transform = _conversion(image.info.get("icc_profile"), image.mode)
+    made = image.convert("RGB") if transform is None else transform.apply(image.convert(mode))
+    made.info = {}  # saved with its old profile, it would be converted again
+    return made
+
+
+def profile_name(data: bytes) -> str:
+    """Return the name of an image's colour profile, without decoding the image; "" where it has none that counts."""
+    with Image.open(io.BytesIO(data)) as image:
+        profile, mode = image.info.get("icc_profile"), image.mode
+    mode = "L" if mode in ("1", "LA", "La", "I") or mode.startswith("I;16") else mode
+    if _conversion(profile, mode if mode in _SPACES.values() else "RGB")[1] is None:
+        return ""
+    from PIL import ImageCms
+
+    return ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile))).strip() or "unnamed"
+
+
+def _conversion(profile: object, mode: str) -> tuple[str, Any]:
+    """Return the mode that a profile is for and what converts from it; grey images may have a profile for RGB."""
+    if isinstance(profile, bytes) and profile:
+        for fitting in ("L", "RGB") if mode == "L" else (mode,):
+            if (transform := _transform(profile, fitting)) is not None:
+                return fitting, transform
+    return mode, None
+
+
+@lru_cache(maxsize=64)
+def _transform(profile: bytes, mode: str) -> Any:
+    """Return what converts an image of a mode by a profile; None where nothing is to convert."""
+    from PIL import ImageCms
+
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if _SPACES.get(source.profile.xcolor_space.strip()) != mode:
+            return None
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        if mode == "CMYK":
+            return transform
+        cube = _colours(mode)
+        plain, made = (np.asarray(one, np.int16) for one in (cube.convert("RGB"), transform.apply(cube)))
+        return transform if np.abs(plain - made).max() > SAME_WITHIN else None
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError, AttributeError) as error:
+        log.debug("a colour profile that cannot be used: %s", error)
+        return None
+
+
+def _colours(mode: str) -> Image.Image:
+    """Return an image of all greys, or of 9 x 9 x 9 colours."""
+    if mode == "L":
+        return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    steps = np.linspace(0, 255, 9).astype(np.uint8)
+    cube = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1)
+    return Image.fromarray(cube.reshape(27, 27, 3))

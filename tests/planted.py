@@ -1,0 +1,35 @@
+"""Secrets that tests plant in the environment, and a search of everything that Ray leaves for them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+PLANTED = "planted-7d1c0"
+SECRETS = {
+    "AWS_ACCESS_KEY_ID": PLANTED,
+    "AWS_SECRET_ACCESS_KEY": PLANTED,
+    "AWS_SESSION_TOKEN": PLANTED,
+    "AWS_SECURITY_TOKEN": PLANTED,
+    "AWS_ENDPOINT_URL_S3": f"http://me:{PLANTED}@127.0.0.1:9",
+    "HF_TOKEN": PLANTED,
+    "WANDB_API_KEY": PLANTED,
+    "HTTPS_PROXY": f"http://me:{PLANTED}@proxy.invalid:3128",
+    "https_proxy": f"http://me:{PLANTED}@proxy.invalid:3128",
+}
+
+
+def find_planted(*folders: Path) -> list[str]:
+    """List the files below folders, and the processes by command line and environment, that hold what was planted."""
+    needle, found = PLANTED.encode(), []
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    for process in Path("/proc").glob("[0-9]*"):
+        if int(process.name) != os.getpid():
+            files += [process / "cmdline", process / "environ"]
+    for file in files:
+        try:
+            if needle in file.read_bytes():
+                found.append(str(file))
+        except OSError:  # a process that has ended, or is another user's
+            continue
+    return found

@@ -1,0 +1,77 @@
+"""Process groups end after the reducers that use them, however a run ends; and a hang ends with all stacks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import group_ends
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from dreamfleet.trainers import check, zero_engine
+from dreamfleet.trainers.process_group import lone_group
+from dreamfleet.trainers.recipe import build_recipe
+
+LONGEST = 240  # seconds, after which a process that hangs is ended
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of the two ranks saw of every end."""
+    folder = tmp_path_factory.mktemp("ends")
+    ranks = subprocess.run(
+        [sys.executable, group_ends.__file__, str(folder)], capture_output=True, text=True, timeout=LONGEST
+    )
+    assert ranks.returncode == 0, ranks.stderr
+    return [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in range(group_ends.WORLD)]
+
+
+@pytest.mark.parametrize("how", group_ends.ENDS)
+def test_no_reducer_is_left_when_a_worker_has_ended(how: str, seen: list[dict[str, Any]]) -> None:
+    errors = {"completed": "NoneType", "is interrupted": "KeyboardInterrupt"}
+    for rank in seen:
+        assert rank[how] == {"error": errors.get(how, "RuntimeError"), "made": 2, "left": 0}
+
+
+def test_a_group_ends_after_a_reducer_that_an_error_keeps() -> None:
+    def train() -> None:
+        module = DistributedDataParallel(torch.nn.Linear(3, 3))
+        made.extend([weakref.ref(module.reducer), weakref.ref(module.logger)])
+        module(torch.ones(2, 3)).sum().backward()
+        raise RuntimeError("planted")
+
+    made: list[weakref.ref[Any]] = []
+    with pytest.raises(RuntimeError, match="planted") as kept, lone_group():
+        train()
+    assert kept.tb is not None and not dist.is_initialized()
+    assert [reference() for reference in made] == [None, None]
+
+
+def test_a_group_that_was_there_stays(lone_group: None) -> None:
+    from dreamfleet.trainers import process_group
+
+    with process_group.lone_group():
+        pass
+    assert dist.is_initialized()
+
+
+@pytest.mark.parametrize("place", ["make_optimizer", "zero_config"])
+def test_an_engine_that_cannot_be_built_leaves_no_group(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MemoryError("planted")
+
+    monkeypatch.setattr(zero_engine, place, fail)
+    recipe = build_recipe(tiny.make_recipe(tmp_path, engine={"zero_stage": 1}))
+    with pytest.raises(MemoryError, match="planted"):
+        check.check_run(recipe)
+    assert not dist.is_initialized()
