@@ -24,12 +24,8 @@ from dreamfleet.trainers.cached_pictures import leave_out_bad, open_latents, ser
 from dreamfleet.trainers.class_pictures import gather_class_images
 from dreamfleet.trainers.conflicts import require_runnable
 from dreamfleet.trainers.engine import DTYPES, Engine, TorchEngine
-<<<<<<< HEAD
-from dreamfleet.trainers.feed import Feed, Preparer, to_samples
-=======
 from dreamfleet.trainers.feed import Feed, Preparer, check_words, to_samples
 from dreamfleet.trainers.findings import log_findings
->>>>>>> main
 from dreamfleet.trainers.loop import Schedule
 from dreamfleet.trainers.methods.base import Batch, Method, Setting, discover
 from dreamfleet.trainers.methods.seeing import SeeingMethod
@@ -41,12 +37,8 @@ from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.schedule import last_step
 from dreamfleet.trainers.sd.model import StableDiffusion, load_model
 from dreamfleet.trainers.train_section import USUAL_CHECKPOINTING_STEPS
-<<<<<<< HEAD
 from dreamfleet.trainers.validation import check_previews
-from dreamfleet.trainers.webui_optimizer import agreed, take_over
-=======
 from dreamfleet.trainers.webui_optimizer import take_over
->>>>>>> main
 from dreamfleet.trainers.zero_engine import ZeroEngine
 
 log = logging.getLogger(__name__)
@@ -133,19 +125,10 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
     sets, method, cache = load_inputs(recipe, place)
     method.require_formats(recipe.train.export_formats or ())
     model = method.model
-<<<<<<< HEAD
-    if cache := open_latents(recipe.data, model):
-        sets = replace(sets, instances=leave_out_bad(sets.instances, cache, recipe.data))
-    if place.leads:
-        for bad in sets.instances.bad:
-            log.warning("left out %s: %s", bad.uri, bad.reason)
     warning = method.check_prompts(to_samples(sets.instances), recipe.data)
     if warning and place.leads:
         log.warning("%s", warning)
-    moments = agreed(method.start(), place) if begins else {}
-=======
     moments = place.on_every_rank(method.start) if begins else {}
->>>>>>> main
     weights = {name: tensor.clone() for name, tensor in method.state().items()} if moments else {}
     check_resolution(recipe, model)
     check_previews(method, recipe.validation, recipe.data.resolution)
