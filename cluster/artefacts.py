@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dreamfleet.cluster.drawn import Row
+    from dreamfleet.trainers.sd.prompt_lines import Shot
     from dreamfleet.trainers.sd.prompt_tags import Shelves
 
 EMBEDDINGS = (".pt", ".bin", ".png", ".webp", ".avif", ".jxl")  # files that are never a whole model
@@ -97,19 +98,14 @@ def draw_grid(
     """
     from dreamfleet.cluster.drawn import Settings, drawn_text, require_place, write_pictures
     from dreamfleet.trainers.sd.infotext import plain_sampler
-    from dreamfleet.trainers.sd.prompt_lines import Shot, read_prompts, shot_of
+    from dreamfleet.trainers.sd.prompt_lines import Shot
     from dreamfleet.trainers.sd.prompt_tags import HypernetworkShelf, LoraShelf, Shelves
 
     require_place(out, out_dir)
     usual = Shot(
         "", negative_prompt, seed, steps, guidance_scale, plain_sampler(scheduler), width=width, height=height
     )
-    shots = [replace(usual, prompt=prompt) for prompt in prompts]
-    if prompt_file is not None:
-        lines = read_prompts([prompt_file], is_file=True)
-        shots += [shot_of(line, usual) for line in lines]
-    if not shots:
-        raise UserError("there is nothing to draw: give --prompt, or --prompt-file")
+    shots = _shots(usual, prompts, prompt_file)
     settings = Settings(embeddings, aesthetic.entries() if aesthetic else {}, plain_prompts)
     shelves = Shelves(HypernetworkShelf(hypernetworks, hypernetwork_dir), LoraShelf(loras, lora_dir))
     arranged = [shelves.arrange(shot.prompt, plain=plain_prompts) for shot in shots]
@@ -128,6 +124,18 @@ def draw_grid(
         {"prompt": prompt, "seed": shot.seed, **_gain(model, shot.prompt)}
         for prompt, (shot, _) in zip(asked, rows, strict=True)
     ]
+
+
+def _shots(usual: Shot, prompts: Sequence[str], prompt_file: str | None) -> list[Shot]:
+    """List what to draw: the prompts as they are, and those of a file with their own options."""
+    from dreamfleet.trainers.sd.prompt_lines import read_prompts, shot_of
+
+    shots = [replace(usual, prompt=prompt) for prompt in prompts]
+    if prompt_file is not None:
+        shots += [shot_of(line, usual) for line in read_prompts([prompt_file], is_file=True)]
+    if not shots:
+        raise UserError("there is nothing to draw: give --prompt, or --prompt-file")
+    return shots
 
 
 def _draw(model: StableDiffusion, shelves: Shelves, rows: Sequence[Row], *, plain: bool) -> list[Image]:

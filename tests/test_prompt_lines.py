@@ -144,15 +144,16 @@ def templated(workplace: Path, name: str, templates: list[str], word: str = "sks
 def test_templates_without_the_word_are_refused(
     workplace: Path, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    cats = tiny.make_pictures(tmp_path / "cats", 2, captions=True)
     for templates in (["a photo"], ["a sksa"], ["[filewords]", "a cat"]):
         with pytest.raises(RecipeError, match="no template uses 'sks'"):
-            templated(workplace, name, templates)
+            templated(workplace, name, templates, data__instance_data_dir=str(cats))
     templated(workplace, name, ["a photo", "a [name]", "cat"])
     assert "2 of 3 templates do not use 'sks'" in caplog.text
     pictures = tiny.make_pictures(tmp_path / "captioned", 3)
     for number, picture in enumerate(sorted(pictures.glob("*.png"))):
         picture.with_suffix(".txt").write_text(["a cat", "my SKS toy", "the [name]"][number])
-    templated(workplace, name, ["[filewords]"], data={"instance_data_dir": str(pictures)})
+    templated(workplace, name, ["[filewords]"], data__instance_data_dir=str(pictures))
     assert "1 of 3 captions do not use 'sks'" in caplog.text
 
 

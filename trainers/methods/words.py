@@ -120,7 +120,7 @@ def _file_words(sample: Sample, data: Any) -> str:
     """Return what ``[filewords]`` of a picture may say, all lines of its caption at once."""
     if sample.caption and data.use_captions:
         return " ".join(filter(None, (data.caption_prefix, sample.caption, data.caption_suffix)))
-    return captions.caption_from_filename(sample.file_name)
+    return captions.caption_from_filename(sample.file_name) if data.caption_from_filename else ""
 
 
 def export_word(vectors: Sequence[Tensor], order: Export, *, word: str, model: StableDiffusion) -> list[Path]:
