@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -157,7 +156,7 @@ def stop(job_id: JobId, address: ServerAddress = None, verbose: Verbose = False)
     print(f"{job_id} {job.state}")
 
 
-def _parse(ctx: typer.Context, command: list[str]) -> tuple[str, Path, list[str], list[str]]:
+def _parse(ctx: typer.Context, command: list[str]) -> tuple[str, str, list[str], list[str]]:
     """Read ``train RECIPE key=value --option`` as that command itself would: (name, recipe, overrides, options)."""
     from dreamfleet.datasets.errors import RecipeError
 

@@ -23,6 +23,7 @@ from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers import progress, ray_session
 from dreamfleet.trainers.hold import claimed, stop_on_signal
 from dreamfleet.trainers.launch import fit
+from dreamfleet.trainers.pace import Pace
 from dreamfleet.trainers.paths import local_paths
 from dreamfleet.trainers.preflight import check_inputs
 from dreamfleet.trainers.progress import Display, RunTail, log_to_run, watch_for_stop
@@ -36,7 +37,7 @@ class Terminal(io.StringIO):
 
 
 def line(step: int, **more: Any) -> dict[str, Any]:
-    return {"step": step, "loss": 1.0 / step, "images_per_second": 4.0, **more}
+    return {"step": step, "loss": 1.0 / step, "images_per_second": 4.0, "step_seconds": 0.5, **more}
 
 
 def test_plain_lines_are_few_and_the_last_step_is_always_shown() -> None:
@@ -48,8 +49,45 @@ def test_plain_lines_are_few_and_the_last_step_is_always_shown() -> None:
     display.close()
     shown = stream.getvalue().splitlines()
     assert len(shown) == 2
-    assert shown[0].startswith("step 1/100  loss 1.0000  4 pictures/s")
+    assert shown[0].startswith("step 1/100  loss 1.0000  4 images/s")
     assert shown[1].startswith("step 100/100")
+
+
+def test_rate_and_time_left_are_those_of_many_steps_not_of_one_that_saved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream, seconds = io.StringIO(), [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: seconds[0])
+    display = Display(total=1000, stream=stream)
+    display.show(line(1, step_seconds=30.0, images_per_second=0.1))  # the warm-up counts once there is more
+    for step in range(2, 20):
+        seconds[0] += progress.SECONDS_BETWEEN_LINES
+        display.show(line(step))
+    seconds[0] += progress.SECONDS_BETWEEN_LINES
+    display.show(line(20, step_seconds=5.0, images_per_second=0.4))
+    shown = stream.getvalue().splitlines()
+    assert "left" not in shown[0] and "4 images/s" in shown[1] and "8:19 left" in shown[1]
+    assert "2.71 images/s" in shown[-1]
+
+
+def test_saves_and_previews_are_counted_once_a_minute_has_shown_what_they_take() -> None:
+    pace = Pace()
+    for step in range(1, 61):
+        pace.add(line(step), now=step * 0.5)
+    assert pace.seconds_left(10, now=30.0) == pytest.approx(5.0)
+    for step in range(61, 200):
+        pace.add(line(step), now=step * 2.0)  # as long again, and twice that, for what is no training
+    assert pace.seconds_left(10, now=398.0) == pytest.approx(20.0, rel=0.01)
+    assert pace.images_per_second == pytest.approx(4.0)
+    pace.add(line(5, images_per_second=8.0), now=500.0)  # from a checkpoint, on another machine
+    assert pace.images_per_second == 8.0 and pace.seconds_left(10, now=500.0) is None
+
+
+def test_the_rate_follows_a_change_of_speed_within_its_window() -> None:
+    pace = Pace()
+    for step in range(1, 200):
+        pace.add(line(step, images_per_second=4.0 if step < 100 else 1.0), now=0.0)
+    assert pace.images_per_second == pytest.approx(1.0, rel=0.05)
 
 
 def test_a_terminal_gets_one_bar() -> None:
