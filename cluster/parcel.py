@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamfleet.datasets.errors import RecipeError, StorageError
+from dreamfleet.datasets.left_out import is_utf8
 from dreamfleet.datasets.sets import load_class_images, load_concepts
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.paths import SECTIONS, is_path, named_paths
@@ -165,7 +166,9 @@ class _Loading:
             place = f"inputs/{number}-{os.path.basename(path)}"
         if os.path.isdir(path):
             found = {
-                f"{place}/{name}": os.path.join(path, name) for name in Storage(path).list(recursive=True)
+                f"{place}/{name}": os.path.join(path, name)
+                for name in Storage(path).list(recursive=True)
+                if is_utf8(name)  # others are used by no run, and no archive holds them
             }
         else:
             found = {place: path, **_beside(place, path)}
