@@ -24,7 +24,7 @@ from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.sd.device import explained_memory
 from dreamfleet.trainers.sd.pipeline_folder import save_pipeline
-from dreamfleet.trainers.zero_setup import sole_builder, zero_config
+from dreamfleet.trainers.zero_setup import build_op, sole_builder, zero_config
 from dreamfleet.trainers.zero_swap import SwapFolder
 
 HERE = Path(__file__).parent
@@ -222,6 +222,22 @@ def test_without_a_compiler_offload_is_refused_with_the_way_out(tmp_path: Path) 
         [sys.executable, "-c", code], env=bare, capture_output=True, text=True, check=False, timeout=300
     )
     assert "apt-get install g++" in ended.stdout, ended.stderr[-2000:]
+
+
+def test_ops_are_compiled_without_debugging_symbols(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Builder:
+        NAME = "an_op"
+
+        def cxx_args(self) -> list[str]:
+            return ["-O3", "-g", "-Wall"]
+
+        def load(self, *, verbose: bool) -> None:
+            seen.extend(self.cxx_args())
+
+    seen: list[str] = []
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    build_op(Builder(), what="", needs="", instead="")
+    assert seen == ["-O3", "-Wall"]
 
 
 def test_what_a_killed_compiler_left_behind_stops_nobody(
