@@ -10,7 +10,7 @@ LAYERS = ("datasets", "trainers/sd", "trainers/methods", "trainers", "tune", "cl
 HEAVY = {  # library -> the folders and files that may import it
     "ray": (
         "cluster/", "tune/", "datasets/stream.py", "datasets/cache.py",
-        "trainers/worker.py", "trainers/launch.py", "trainers/ray_session.py",
+        "trainers/worker.py", "trainers/launch.py", "trainers/machines.py", "trainers/ray_session.py",
     ),
     "deepspeed": ("trainers/zero_",),
     "diffusers": ("trainers/sd/", "trainers/methods/"),
