@@ -188,9 +188,9 @@ class Method(nn.Module):
         """Turn prompts into ids ``[B, T]``, 77 a chunk; ``[B, 2, T]`` for SDXL's two text encoders."""
         return self.model.tokenize(prompts)
 
-    def encode(self, prompts: Sequence[str], ids: Tensor) -> Condition:
-        """Encode the texts of prompts, and their ids, as this method's artefact makes them read."""
-        return self.model.condition(ids)
+    def encode(self, prompts: Sequence[str], ids: Tensor | None = None) -> Condition:
+        """Encode texts as this method's artefact makes them read; literal ones where their ids are not given."""
+        return self.model.read(prompts) if ids is None else self.model.condition(ids)
 
     def forward(self, batch: Batch) -> Loss:
         """Compute the loss of a batch; the default is the noise loss weighted per sample (see ``batch_loss``)."""
