@@ -57,7 +57,7 @@ test: $(VENV)/.installed-test ## every test of this machine, servers included (P
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.installed-test ## the tests without servers and compilers: under three minutes on two cores
-	$(BIN)/python -m pytest -m "not cluster and not s3 and not slow and not simulated_gpu and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m "not cluster and not s3 and not slow and not simulated_gpu and not gpu" $(PYTEST_ARGS)
 
 check: lint types layers ## lint, types and import rules
 
