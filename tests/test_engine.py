@@ -261,13 +261,13 @@ def test_encoded_prompts_are_remembered_within_their_memory(tmp_path: Path) -> N
         return prepare({**batch, "prompts": list(prompts)})["context"]
 
     first = context("a", "b")
-    assert torch.equal(first, encode(["a", "b"]).context) and asked == [["a", "b"]]
+    assert torch.equal(first, read(["a", "b"]).context) and asked == [["a", "b"]]
     assert torch.equal(context("b", "a", "b"), first[[1, 0, 1]]) and len(asked) == 1
     context("a", "c")  # b was used last before them, so it is what goes
     context("c", "a")
     assert asked == [["a", "b"], ["c"]]
     context("b")
     assert asked[2:] == [["b"]]
-    assert torch.equal(context("d", "e", "f"), encode(["d", "e", "f"]).context), (
+    assert torch.equal(context("d", "e", "f"), read(["d", "e", "f"]).context), (
         "a batch may need more than is kept"
     )

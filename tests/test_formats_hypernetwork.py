@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,28 @@ def test_what_a_file_leaves_out_is_filled_in_as_webui_does(tmp_path: Path) -> No
     assert read.network.structure.dropout_structure == (0, 0.3, 0.3, 0)
 
 
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("name", ["glu", "threshold", "multiheadattention", "of another webui"])
+def test_one_layer_has_no_activation_whatever_its_name(
+    name: str, dropout: bool, norm: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(2)
+    linear, after = torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)
+    module = {f"linear.0.{key}": tensor for key, tensor in linear.state_dict().items()}
+    module |= {f"linear.1.{key}": tensor for key, tensor in after.state_dict().items()} if norm else {}
+    data = {8: (module, module), "layer_structure": [1, 1], "activation_func": name, "activate_output": False}
+    data |= {"is_layer_norm": norm, "use_dropout": dropout, "weight_initialization": "of another webui"}
+    read = read_hypernetwork(save_pickle(data, tmp_path / "a.pt"))
+    x = torch.randn(1, 3, 8)
+    change = after(linear(x)) if norm else linear(x)
+    assert torch.allclose(read.network.keys(x), x + change, atol=1e-6)
+    again = read_hypernetwork(write_hypernetwork(replace(read, name="b"), tmp_path / "b.pt"))
+    assert torch.equal(again.network.values(x), read.network.values(x))
+
+
 def test_what_is_no_hypernetwork_says_so(tmp_path: Path) -> None:
-    fine, small = weights(8), weights(8, inner=3)
+    fine, small, one = weights(8), weights(8, inner=3), {"linear.0.weight": torch.ones(8, 8)}
     cases: list[tuple[Any, str]] = [
         ({"string_to_param": {"*": torch.ones(1, 8)}}, "no hypernetwork"),
         (torch.ones(2), "no hypernetwork"),
@@ -153,7 +174,7 @@ def test_what_is_no_hypernetwork_says_so(tmp_path: Path) -> None:
         ({8: (fine, fine), "layer_structure": "1, 2, 1"}, "list of numbers"),
         ({8: (fine, fine), "activation_func": "glu"}, "choose from linear, relu"),
         ({8: (fine, fine), "activation_func": 3}, "must be text"),
-        ({8: (fine, fine), "weight_initialization": "Uniform"}, "choose from Normal"),
+        ({8: (one, one), "layer_structure": [1, 1], "activation_func": "glu"}, "choose from linear, relu"),
         ({8: (fine, fine), "dropout_structure": [0, 1, 0]}, "rate in"),
         ({8: (fine, fine), "dropout_structure": [0]}, "rate in"),
         ({8: (fine, fine), "is_layer_norm": torch.ones(3)}, "true or false"),

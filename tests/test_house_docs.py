@@ -13,6 +13,7 @@ PAGES = [
     "CHANGELOG.md",
     "docs/architecture.md",
     "docs/dependencies.md",
+    "docs/formats.md",
 ]
 
 

@@ -106,6 +106,7 @@ def test_the_recipe_chooses_widths_strength_and_words(workplace: Path) -> None:
         ({"enable_sizes": [32, 768]}, r"\[768\].*\[16, 32\]"),
         ({"layer_structure": "1, 2"}, "first .*last"),
         ({"activation_func": "reul"}, "linear, relu"),
+        ({"activation_func": "reul", "layer_structure": "1, 1"}, "linear, relu"),
         ({"weight_init": "Uniform"}, "XavierUniform"),
         ({"dropout_structure": [0, 0.3, 0]}, "use_dropout"),
         ({"use_dropout": True, "dropout_structure": "0, 0.3"}, "ends with 0"),

@@ -36,7 +36,7 @@ def describe(name: str, *, run_name: str, recipe: Mapping[str, Any]) -> Hint:
             (
                 Use(
                     "diffusers",
-                    '`StableDiffusionPipeline.from_pretrained("exports/diffusers", safety_checker=None)`',
+                    '`DiffusionPipeline.from_pretrained("exports/diffusers")`, with transformers 4 or 5',
                 ),
                 Use(
                     "dreamfleet", "`dreamfleet sample --model exports/diffusers --prompt ... --out grid.png`"
@@ -164,5 +164,7 @@ def _embedding(name: str, stem: str, suffix: str, kind: str, method: Mapping[str
         )
         return Hint(f"{what}, for diffusers.", (Use("diffusers", load), ours))
     if suffix in ("png", "webp", "avif", "jxl"):
+        if suffix == "jxl":
+            webui = Use("webui", f"{webui.text}, once `pillow_jxl` is imported in it (docs/formats.md)")
         return Hint(f"{what} inside a picture; pass it on as a picture.", (webui, ours))
     return Hint(f"{what}, in webui's format.", (webui, ours))

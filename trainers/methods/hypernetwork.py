@@ -36,6 +36,7 @@ from dreamfleet.trainers.sd.hypernetwork import (
     context_widths,
     derived_dropout,
     load_hypernetwork,
+    require_activation,
     set_hypernetworks,
 )
 from dreamfleet.trainers.sd.model import StableDiffusion
@@ -105,6 +106,7 @@ class HypernetworkConfig(MethodConfig):
             raise ValueError("dropout_structure needs use_dropout: true; without it nothing is dropped")
         if self.dropout_structure and (self.dropout_structure[0] or self.dropout_structure[-1]):
             raise ValueError("dropout_structure starts and ends with 0: input and output are never dropped")
+        require_activation(self.activation_func)
         self.structure()
         return self
 

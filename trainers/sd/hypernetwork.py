@@ -48,7 +48,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "softmin": partial(nn.Softmin, 0),
     "logsoftmax": partial(nn.LogSoftmax, 0),
     "softmax2d": nn.Softmax2d,
-}  # The webui also lists glu, multiheadattention and threshold, and fails to run any of them.
+}  # The webui also lists glu, multiheadattention and threshold, which run nowhere between two layers.
 MOST_LAYERS = 32  # and the largest multiplier of a width: bounds on what a stranger's file makes us build
 DERIVED_DROPOUT = 0.3
 
@@ -76,8 +76,10 @@ class Structure:
                 f"layer_structure {list(layers)[:MOST_LAYERS]}: give 2 to {MOST_LAYERS} multiples of the width, the "
                 "first and the last 1, such as 1, 2, 1"
             )
-        if self.activation_func not in ACTIVATIONS:
-            raise UserError(f"activation_func {self.activation_func!r}: choose from {', '.join(ACTIVATIONS)}")
+        if (
+            len(layers) > 2 or self.activate_output
+        ):  # else there is none, whatever the name: so the webui reads files
+            require_activation(self.activation_func)
         if self.weight_init not in get_args(WeightInit):
             raise UserError(
                 f"weight_init {self.weight_init!r}: choose from {', '.join(get_args(WeightInit))}"
@@ -87,6 +89,12 @@ class Structure:
                 f"dropout_structure {list(dropout)[:MOST_LAYERS]}: give a rate in [0, 1) for each of the {len(layers)} "
                 "entries of layer_structure, such as 0, 0.3, 0"
             )
+
+
+def require_activation(name: str) -> None:
+    """Raise UserError for an activation that no MLP can have."""
+    if name not in ACTIVATIONS:
+        raise UserError(f"activation_func {name!r}: choose from {', '.join(ACTIVATIONS)}")
 
 
 def derived_dropout(num_entries: int, *, last_layer: bool = False) -> tuple[float, ...]:

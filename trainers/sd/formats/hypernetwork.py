@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from dreamfleet.trainers.sd.formats.pickles import (
     save_pickle,
     text_entries,
 )
-from dreamfleet.trainers.sd.hypernetwork import Hypernetwork, Structure, derived_dropout
+from dreamfleet.trainers.sd.hypernetwork import Hypernetwork, Structure, WeightInit, derived_dropout
 
 SUFFIX = ".pt"
 
@@ -161,10 +161,13 @@ def _structure(data: Mapping[Any, Any]) -> Structure:
         dropout = (0,) * len(layers)
         if _flag(data, "use_dropout", False):
             dropout = derived_dropout(len(layers), last_layer=_flag(data, "last_layer_dropout", False))
+    init: Any = _text(data, "weight_initialization", "Normal")
     return Structure(
         layer_structure=layers,
         activation_func=_text(data, "activation_func", "linear"),
-        weight_init=_text(data, "weight_initialization", "Normal"),  # type: ignore[arg-type]  # checked there
+        weight_init=init
+        if init in get_args(WeightInit)
+        else "Normal",  # how weights began that are there now
         add_layer_norm=_flag(data, "is_layer_norm", False),
         activate_output=_flag(data, "activate_output", True),
         dropout_structure=dropout[: len(layers)],
