@@ -128,7 +128,7 @@ def cache_latents(
                 recipe.model,
                 encoder_hash=model.encoder_hash,
                 device="cuda" if share.uses_gpu else "cpu",
-                gpu_share=share.gpu_share,
+                gpu_share=min(1.0, share.resources.get("GPU", 1.0)),
                 threads=share.threads if pool else None,
             )
             tried = 0
