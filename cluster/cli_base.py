@@ -8,7 +8,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -76,7 +75,9 @@ def _show_version(value: bool) -> None:
         raise typer.Exit
 
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).", show_default=False)]
+RecipePath = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe (YAML), here or s3://.", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY.PATH=VALUE", help="Changes to the recipe.", show_default=False),
@@ -85,6 +86,14 @@ Address = Annotated[
     str | None,
     typer.Option(
         help="Head node of a Ray cluster, HOST:6379; else RAY_ADDRESS; else a private Ray here.",
+        show_default=False,
+    ),
+]
+Shared = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="A folder all machines of the cluster see under this name; repeatable.",
         show_default=False,
     ),
 ]
@@ -165,9 +174,9 @@ def _tell(ctx: typer.Context, message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def how_to_resume(command: str, recipe: Path, overrides: Sequence[str] | None) -> str:
+def how_to_resume(command: str, recipe: str, overrides: Sequence[str] | None) -> str:
     """Write what the person types to go on with a run or search that was interrupted."""
-    typed = " ".join([f"dreamfleet {command}", str(recipe), *(overrides or ()), "--resume"])
+    typed = " ".join([f"dreamfleet {command}", recipe, *(overrides or ()), "--resume"])
     return os.environ.get(RESUME_WITH, typed)
 
 

@@ -219,11 +219,11 @@ class DataConfig(Section):
         """The same section with its folders made absolute, relative ones starting at `folder`."""
         concepts = self.concepts_list
         if isinstance(concepts, str):
-            concepts = _absolute(concepts, folder)
+            concepts = absolute_path(concepts, folder)
         elif concepts is not None:
             concepts = [concept_with_absolute_paths(concept, folder) for concept in concepts]
         places = {
-            name: _absolute(getattr(self, name), folder)
+            name: absolute_path(getattr(self, name), folder)
             for name in ("instance_data_dir", "class_data_dir", "train_data_dir", "mask_dir", "cache_dir")
             if getattr(self, name) is not None
         }
@@ -232,16 +232,17 @@ class DataConfig(Section):
 
 def concept_with_absolute_paths(concept: Concept, folder: str) -> Concept:
     """The same concept with its folders made absolute."""
-    places = {"instance_data_dir": _absolute(concept.instance_data_dir, folder)}
+    places = {"instance_data_dir": absolute_path(concept.instance_data_dir, folder)}
     for name in ("class_data_dir", "mask_dir"):
         if (place := getattr(concept, name)) is not None:
-            places[name] = _absolute(place, folder)
+            places[name] = absolute_path(place, folder)
     return concept.model_copy(update=places)
 
 
-def _absolute(path: str, folder: str) -> str:
-    if "://" in path:
-        return path
-    if "://" in folder and not os.path.isabs(os.path.expanduser(path)):
-        return f"{folder.rstrip('/')}/{path}"
-    return os.path.normpath(os.path.join(folder, os.path.expanduser(path)))
+def absolute_path(path: str, folder: str) -> str:
+    """Return a path that starts at ``folder``, on disk or in a bucket; addresses and absolute paths stay."""
+    path = os.path.expanduser(path)
+    if "://" in path or os.path.isabs(path):
+        return path if "://" in path else os.path.normpath(path)
+    scheme, separator, rest = folder.rpartition("://")
+    return f"{scheme}{separator}{os.path.normpath(os.path.join(rest, path))}"

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import yaml
 
+from dreamfleet.datasets.config import absolute_path
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.recipe import build_recipe, load_recipe
 
@@ -235,3 +236,19 @@ def test_what_cannot_go_together_is_told() -> None:
     ]:
         with pytest.raises(RecipeError, match=told):
             build_recipe({**MINIMAL, **change})
+
+
+@pytest.mark.parametrize(
+    ("path", "folder", "whole"),
+    [
+        ("a/b", "/here", "/here/a/b"),
+        ("../a", "/here/deep", "/here/a"),
+        ("/a/./b", "/here", "/a/b"),
+        ("s3://bucket/a", "/here", "s3://bucket/a"),
+        ("a/b", "s3://bucket/runs", "s3://bucket/runs/a/b"),
+        ("../a", "s3://bucket/runs", "s3://bucket/a"),
+        ("/a", "s3://bucket/runs", "/a"),
+    ],
+)
+def test_where_a_relative_path_starts(path: str, folder: str, whole: str) -> None:
+    assert absolute_path(path, folder) == whole

@@ -275,3 +275,7 @@ def test_a_search_into_a_bucket_is_continued_from_there(
     bucket = Storage(address)
     assert all(bucket.exists(name) for name in ("best.yaml", "trials.parquet", "report.html"))
     assert bucket.exists("trials/trial-001/summary.json")
+    assert second.best_recipe is not None
+    assert load_recipe(second.best_recipe).output_dir == f"{address}/best", (
+        "the report says to train it as it is"
+    )

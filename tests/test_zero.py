@@ -26,7 +26,7 @@ from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.sd.device import explained_memory
 from dreamfleet.trainers.sd.pipeline_folder import save_pipeline
 from dreamfleet.trainers.zero_engine import ZeroEngine
-from dreamfleet.trainers.zero_setup import import_deepspeed, sole_builder, zero_config
+from dreamfleet.trainers.zero_setup import build_op, import_deepspeed, sole_builder, zero_config
 from dreamfleet.trainers.zero_swap import SwapFolder, build_swapping
 
 HERE = Path(__file__).parent
@@ -266,6 +266,22 @@ def test_a_loss_scale_goes_on_inside_its_growth_window(before: int) -> None:
         resumed.update_scale(False)
         assert resumed.cur_scale == straight.cur_scale
     assert straight.cur_scale > 2.0**8
+
+
+def test_ops_are_compiled_without_debugging_symbols(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Builder:
+        NAME = "an_op"
+
+        def cxx_args(self) -> list[str]:
+            return ["-O3", "-g", "-Wall"]
+
+        def load(self, *, verbose: bool) -> None:
+            seen.extend(self.cxx_args())
+
+    seen: list[str] = []
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    build_op(Builder(), what="", needs="", instead="")
+    assert seen == ["-O3", "-Wall"]
 
 
 def test_what_a_killed_compiler_left_behind_stops_nobody(

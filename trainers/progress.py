@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from dreamfleet.datasets.errors import StorageError, UserError
 from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.pace import Pace
 
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "run.log"
@@ -34,21 +35,16 @@ class Display:
         self.total = total
         self._bar: Any = None
         self._last_shown = -float("inf")
-        self._last_step = 0
-        self._first: tuple[float, int] | None = None
+        self._pace = Pace()
         self._unshown: dict[str, Any] | None = None
 
     def show(self, line: dict[str, Any]) -> None:
         """Take in one line of metrics (``step``, ``loss``, ``images_per_second``...)."""
         step = int(line.get("step", 0))
         self.total = line.get("total_steps") or self.total
-        if step < self._last_step:  # the workers were restarted from a checkpoint
-            self._first = None
-        self._last_step = step
         if "loss" not in line:  # drawing the untuned model says nothing about how long a step takes
             return
-        if self._first is None:
-            self._first = (time.monotonic(), step)
+        self._pace.add(line, now=time.monotonic())
         if self.stream.isatty():
             self._draw(step, line)
             return
@@ -77,14 +73,16 @@ class Display:
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=self.total, initial=step, file=self.stream, unit="step", dynamic_ncols=True, leave=True
+                total=self.total,
+                initial=step,
+                file=self.stream,
+                dynamic_ncols=True,
+                leave=True,
+                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
             )
         self._bar.total = self.total
         self._bar.n = step
-        speed = line.get("images_per_second")
-        self._bar.set_postfix_str(
-            f"loss {line['loss']:.4f}" + (f", {speed:.3g} pictures/s" if speed else ""), refresh=True
-        )
+        self._bar.set_postfix_str(", ".join(self._words(line)), refresh=True)
 
     def _print_line(self) -> None:
         line, self._unshown = self._unshown, None
@@ -93,18 +91,16 @@ class Display:
         self._last_shown = time.monotonic()
         step = int(line["step"])
         of = f"/{self.total}" if self.total else ""
-        text = f"step {step}{of}  loss {line['loss']:.4f}"
-        if speed := line.get("images_per_second"):
-            text += f"  {speed:.3g} pictures/s"
-        if left := self._seconds_left(step):
-            text += f"  {_clock(left)} left"
-        self.say(text)
+        self.say("  ".join([f"step {step}{of}", *self._words(line)]))
 
-    def _seconds_left(self, step: int) -> float | None:
-        if self.total is None or self._first is None or step <= self._first[1] or step >= self.total:
-            return None
-        began, first_step = self._first
-        return (self.total - step) * (time.monotonic() - began) / (step - first_step)
+    def _words(self, line: dict[str, Any]) -> list[str]:
+        words = [f"loss {line['loss']:.4f}"]
+        if speed := self._pace.images_per_second:
+            words.append(f"{speed:.3g} images/s")
+        left = (self.total or 0) - int(line["step"])
+        if left > 0 and (seconds := self._pace.seconds_left(left, now=time.monotonic())):
+            words.append(f"{_clock(seconds)} left")
+        return words
 
 
 class RunTail:
@@ -137,7 +133,11 @@ class RunTail:
         for text in self._files[METRICS_FILE].new_lines():
             try:
                 self.display.show(json.loads(text))
-            except (ValueError, KeyError):  # a line that is still being written, or of another program
+            except (
+                ValueError,
+                KeyError,
+                TypeError,
+            ):  # a line that is still being written, or of another program
                 continue
 
 

@@ -11,10 +11,11 @@ import yaml
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError
 
 from dreamfleet.datasets.captions import TEMPLATE_SETS
-from dreamfleet.datasets.config import DataConfig
+from dreamfleet.datasets.config import DataConfig, absolute_path
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.left_out import HELD_OUT
 from dreamfleet.datasets.section import Section, as_list
+from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.conflicts import find_conflicts
 from dreamfleet.trainers.engine_section import EngineConfig
 from dreamfleet.trainers.methods.base import MethodConfig, discover
@@ -22,6 +23,7 @@ from dreamfleet.trainers.mistakes import keys_at, nearest, tell
 from dreamfleet.trainers.optim import OptimizerConfig
 from dreamfleet.trainers.scaling import ScalingConfig
 from dreamfleet.trainers.sd.model import POCKET, ModelConfig
+from dreamfleet.trainers.sd.prompt_lines import read_prompts
 from dreamfleet.trainers.searching import SearchConfig, find_mistakes
 from dreamfleet.trainers.train_section import TrainConfig
 from dreamfleet.trainers.validation import ValidationConfig
@@ -86,24 +88,33 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe: defaults < file < ``key.path=value``. Relative paths start at the recipe's folder.
+    """Read a recipe: defaults < file < ``key.path=value``. Relative paths start at the recipe's
+    folder, which may be in a bucket.
 
     Raises RecipeError that lists every mistake with file, key, value and the nearest known key.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"no such recipe: {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error})") from error
+    path = os.fspath(path)
+    folder, text = _read(path)
     try:
         tree = yaml.load(text, _StrictLoader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections (method:, data:, output_dir: ...)")
-    return build_recipe(read_overrides(tree, overrides), source=str(path), folder=str(path.parent.resolve()))
+    return build_recipe(read_overrides(tree, overrides), source=path, folder=folder)
+
+
+def _read(path: str) -> tuple[str, str]:
+    """Return the folder of a recipe, on disk or in a bucket, and its text."""
+    if "://" in path:
+        folder, _, name = path.rpartition("/")
+        return folder, Storage(folder).read_text(name)
+    try:
+        return str(Path(path).parent.resolve()), Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"no such recipe: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error})") from error
 
 
 def read_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -120,7 +131,17 @@ def build_recipe(tree: Mapping[str, Any], *, source: str = "recipe", folder: str
         raise RecipeError(
             f"{source} has {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}:\n  " + "\n  ".join(mistakes)
         )
+    recipe = _with_prompts(recipe, source, folder)
     return recipe if folder is None else _with_absolute_paths(recipe, folder)
+
+
+def _with_prompts(recipe: Recipe, source: str, folder: str | None) -> Recipe:
+    """Put the prompts of files into the recipe, which then needs the files no more."""
+    try:
+        prompts = read_prompts(recipe.validation.prompts, folder=folder)
+    except RecipeError as error:
+        raise RecipeError(f"{source}: validation.prompts:\n  {error}") from error
+    return recipe.model_copy(update={"validation": recipe.validation.model_copy(update={"prompts": prompts})})
 
 
 def _validate(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
@@ -218,9 +239,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
 
 def _with_absolute_paths(recipe: Recipe, folder: str) -> Recipe:
     def absolute(path: str | None) -> str | None:
-        if path is None or "://" in path:
-            return path
-        return os.path.normpath(os.path.join(folder, os.path.expanduser(path)))
+        return None if path is None else absolute_path(path, folder)
 
     def model_path(name: str | None) -> str | None:
         # A hub name looks like a relative path: only what is there counts as one.

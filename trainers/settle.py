@@ -36,6 +36,8 @@ def settle_engine(recipe: Recipe, place: Place) -> tuple[Recipe, str]:
     card = limit_card(place.device, recipe.engine.gpu_limit, place.gpu_share)
     if recipe.engine.zero_stage != "auto":
         return recipe, "as the recipe says"
+    if place.world > 1 and place.gpu_share < 1:
+        return recipe, "workers share a GPU, over which nothing can be sharded"
     return choose_engine(
         recipe, place, gpu_memory=place.union([card])[0], host_memory=place.union([host_memory()])[0]
     )

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -128,8 +128,7 @@ def make_cpu_adam(plain: torch.optim.Optimizer) -> torch.optim.Optimizer:
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
     build_op(
-        "cpu_adam",
-        CPUAdamBuilder().load,
+        CPUAdamBuilder(),
         what="engine.offload_optimizer_device compiles DeepSpeed's CPU Adam",
         needs="a C++ compiler and ninja (apt-get install g++ python3-dev; pip install ninja)",
         instead="engine.offload_optimizer_device: none",
@@ -139,11 +138,14 @@ def make_cpu_adam(plain: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return DeepSpeedCPUAdam(groups, **options, adamw_mode=True)
 
 
-def build_op(op: str, load: Callable[..., Any], *, what: str, needs: str, instead: str) -> None:
+def build_op(builder: Any, *, what: str, needs: str, instead: str) -> None:
     """Load one of DeepSpeed's ops, which compiles it at its first use. Raises ResourceError when it cannot be."""
+    told = builder.cxx_args
+    # Debugging symbols take half of the compiler's time.
+    builder.cxx_args = lambda: [flag for flag in told() if flag != "-g"]
     try:
-        with sole_builder(op), stdout_to_stderr():
-            load(verbose=False)
+        with sole_builder(builder.NAME), stdout_to_stderr():
+            builder.load(verbose=False)
     except Exception as error:  # builders raise whatever they meet: a TypeError where there is no CUDA_HOME
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ResourceError(

@@ -63,8 +63,7 @@ def build_swapping() -> None:
     # Apart, so that what a killed compiler left of either is cleared: the second would build the first unguarded.
     for builder in (PinMemoryBuilder(), AsyncIOBuilder()):
         build_op(
-            builder.NAME,
-            builder.load,
+            builder,
             what="engine: offload to nvme compiles DeepSpeed's asynchronous I/O",
             needs="g++, ninja and libaio (apt-get install g++ libaio-dev; pip install ninja), and a machine with a GPU "
             "the CUDA toolkit (nvcc, found by CUDA_HOME)",

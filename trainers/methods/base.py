@@ -180,6 +180,10 @@ class Method(nn.Module):
             config=data,
         )
 
+    def check_prompts(self, samples: Sequence[Sample], data: Any) -> str | None:
+        """Return what to warn of in a run's prompts. Raises RecipeError where nothing could be learned from them."""
+        return None
+
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Turn prompts into ids ``[B, T]``, 77 a chunk; ``[B, 2, T]`` for SDXL's two text encoders."""
         return self.model.tokenize(prompts)
