@@ -121,7 +121,7 @@ def draw_grid(
     write_pictures(pictures, texts, [shot.seed for shot, _ in rows], out, out_dir, columns=num_images)
     asked = [shot.prompt for shot in shots for _ in range(num_images)]
     return [
-        {"prompt": prompt, "seed": shot.seed, **_gain(model, shot.prompt)}
+        {"prompt": prompt, "seed": shot.seed, **_gain(model, shot, plain=plain_prompts)}
         for prompt, (shot, _) in zip(asked, rows, strict=True)
     ]
 
@@ -234,9 +234,15 @@ def _make_ready(
         aesthetic.apply(model)
 
 
-def _gain(model: StableDiffusion, prompt: str) -> dict[str, Any]:
+def _gain(model: StableDiffusion, shot: Shot, *, plain: bool) -> dict[str, Any]:
+    """Tell how much nearer to the aesthetic vector a prompt was tuned: its first text, where there are several."""
+    from dreamfleet.trainers.sd.prompt_syntax import parse_prompt
+
     encoder = model.encode_prompts
-    cosines = encoder.cosines.get(prompt) if isinstance(encoder, AestheticEncoder) else None
+    if not isinstance(encoder, AestheticEncoder):
+        return {}
+    text = parse_prompt(shot.prompt, shot.steps, plain=plain)[0].schedule[0][1]
+    cosines = encoder.cosines.get(text)
     return {"aesthetic_cosine": [cosines[0], cosines[-1]]} if cosines else {}
 
 

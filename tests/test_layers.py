@@ -92,3 +92,20 @@ def test_long_files_and_functions_have_a_reason() -> None:
                 functions.add(f"{path}::{node.name}")
     assert files == set(LONG_FILES), "split the file, or say in LONG_FILES why not (and drop stale reasons)"
     assert functions == set(LONG_FUNCTIONS), "split the function, or say in LONG_FUNCTIONS why not"
+
+
+def test_process_groups_end_in_one_place() -> None:
+    """Elsewhere one would be destroyed before what uses it: trainers/process_group.py says what happens then."""
+    allowed = {
+        "trainers/process_group.py",
+        "trainers/zero_setup.py",
+        "tests/group_ends.py",
+        "tests/test_layers.py",
+    }
+    calls = {
+        path.relative_to(ROOT).as_posix()
+        for folder in (*FOLDERS, "tests", "benchmarks", "examples")
+        for path in (ROOT / folder).rglob("*.py")
+        if "destroy_process_group" in path.read_text()
+    }
+    assert calls <= allowed, f"end the group with leave_group or lone_group: {sorted(calls - allowed)}"

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.trainers.assemble import assemble
 from dreamfleet.trainers.place import Place
+from dreamfleet.trainers.process_group import leave_group
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker
 
@@ -143,7 +144,7 @@ def main(folder: Path, rank: int) -> None:
         except Exception as error:  # noqa: BLE001 - told to the test
             seen[name] = {"error": type(error).__name__, "told": str(error)}
         Path("seen.json").write_text(json.dumps(seen))
-    dist.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":

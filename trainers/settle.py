@@ -33,7 +33,8 @@ def settle_engine(recipe: Recipe, place: Place) -> tuple[Recipe, str]:
         return recipe, "as the recipe says" if recipe.engine.zero_stage != "auto" else "no GPU"
     if recipe.train.full_bf16:
         _require_equal_gpus(place)
-    card = limit_card(place.device, recipe.engine.gpu_limit, place.gpu_share)
+    limit = recipe.engine.gpu_limit
+    card = place.on_every_rank(lambda: limit_card(place.device, limit, place.gpu_share))
     if recipe.engine.zero_stage != "auto":
         return recipe, "as the recipe says"
     if place.world > 1 and place.gpu_share < 1:
