@@ -109,7 +109,7 @@ def _lines(found: Survey, top: int) -> list[str]:
         if groups:
             lines += ["", f"{title}:", *_some([" = ".join(group) for group in groups])]
     shared = [f"{file}: {', '.join(images)}" for file, images in found.shared.items()]
-    over = [f"{item['place']}: {item['reason']} ({item['count']})" for item in found.skipped]
+    over = [f"{item['place']}: {item['reason']} ({_files(item['files'])})" for item in found.skipped]
     over += [f"other files: {_counts(found.others)}"] if found.others else []
     for title, told in (("one caption for several:", shared), ("passed over:", over)):
         lines += ["", title, *_some(told)] if told else []
@@ -120,6 +120,10 @@ def _lines(found: Survey, top: int) -> list[str]:
 
 def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name}: {count}" for name, count in counts.items())
+
+
+def _files(count: int) -> str:
+    return f"{count} {'file' if count == 1 else 'files'}"
 
 
 def _three(values: tuple[int, int, int]) -> str:

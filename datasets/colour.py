@@ -34,7 +34,8 @@ def profile_name(data: bytes) -> str:
     with Image.open(io.BytesIO(data)) as image:
         profile, mode = image.info.get("icc_profile"), image.mode
     mode = "L" if mode in ("1", "LA", "La", "I") or mode.startswith("I;16") else mode
-    if _conversion(profile, mode if mode in _SPACES.values() else "RGB")[1] is None:
+    transform = _conversion(profile, mode if mode in _SPACES.values() else "RGB")[1]
+    if transform is None or not isinstance(profile, bytes):
         return ""
     from PIL import ImageCms
 

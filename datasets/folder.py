@@ -8,6 +8,7 @@ Endings match in any case, names in either Unicode form.
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -59,7 +60,7 @@ class ImageFolder:
         mask_dir: str | None = None,
         apart: Mapping[str, str] = MappingProxyType({}),
     ):
-        self.storage = place if isinstance(place, Storage) else Storage(place)
+        self.storage = _in_its_unicode_form(place if isinstance(place, Storage) else Storage(place))
         self.bad: list[BadFile] = []
         self.skipped: list[Skipped] = []
         self.others: Counter[str] = Counter()
@@ -257,6 +258,14 @@ class ImageFolder:
                 "The mask of cat.jpg is cat.png or cat.jpg there, in the same subfolder"
             )
         return found
+
+
+def _in_its_unicode_form(storage: Storage) -> Storage:
+    """Return the folder itself or, where only its name in the other Unicode form is there, that one."""
+    if storage.url.isascii() or not is_utf8(storage.url) or storage.exists():
+        return storage
+    forms = [Storage(unicodedata.normalize(form, storage.url)) for form in ("NFC", "NFD")]
+    return next((other for other in forms if other.exists()), storage)
 
 
 def _list(storage: Storage, recursive: bool, bad: list[BadFile]) -> list[str]:

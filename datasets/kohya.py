@@ -7,6 +7,7 @@ import re
 
 from dreamfleet.datasets.config import Concept, DataConfig
 from dreamfleet.datasets.errors import DataError, StorageError
+from dreamfleet.datasets.image_files import PICTURE_SUFFIXES
 from dreamfleet.datasets.left_out import is_system_folder
 from dreamfleet.datasets.storage import Storage
 
@@ -26,6 +27,10 @@ def subsets_of(folder: str) -> list[tuple[str, int, str]]:
     others = [name for name in names if not _REPEATS_AND_NAME.match(name) and not is_system_folder(name)]
     if matched and others:
         log.warning("%s: subfolders without a number in front are left out: %s", folder, ", ".join(others))
+    if matched and (loose := [name for name in storage.list() if name.lower().endswith(PICTURE_SUFFIXES)]):
+        log.warning(
+            "%s: %d images beside the numbered folders are left out: %s ...", folder, len(loose), loose[0]
+        )
     for name, match in matched:
         if int(match[1]) < 1:
             raise DataError(

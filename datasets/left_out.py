@@ -61,7 +61,7 @@ class Skipped(NamedTuple):
 
     place: str
     reason: str
-    count: int
+    files: int
 
 
 class BadFile(NamedTuple):
@@ -179,7 +179,7 @@ def relative_to(folder: Storage, other: Storage) -> str | None:
 def summary(skipped: Sequence[Skipped], most: int = 5) -> str:
     """Write in one line what was passed over: `cats/runs/one (a run of dreamfleet, 3 files), ...`."""
     told = [
-        f"{item.place} ({item.reason}, {item.count} {'file' if item.count == 1 else 'files'})"
+        f"{item.place} ({item.reason}, {item.files} {'file' if item.files == 1 else 'files'})"
         for item in skipped[:most]
     ]
     return ", ".join(told) + (f", and {len(skipped) - most} more" if len(skipped) > most else "")

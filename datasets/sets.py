@@ -54,6 +54,13 @@ def load_sets(
     """
     concepts = load_concepts(data)
     others = places_apart(concepts, apart)
+    if data.caption_column and not any(
+        ImageFolder(one.instance_data_dir, apart=others).tables for one in concepts
+    ):
+        raise DataError(
+            f"data.caption_column {data.caption_column!r} is a column of no table: there is no metadata.jsonl, .csv or "
+            f".parquet in {concepts[0].instance_data_dir}. Leave it out, or put the table there"
+        )
     indexes = [
         build_index(
             concept.instance_data_dir,

@@ -51,7 +51,7 @@ class Survey:
     copies: list[list[str]]
     near: list[list[str]]
     bad: dict[str, str]  # file -> reason
-    skipped: list[dict[str, Any]]  # what is rightly passed over: place, reason, count
+    skipped: list[dict[str, Any]]  # what is rightly passed over: place, reason, files
     others: dict[str, int]  # files that are no images, by ending
     shared: dict[str, list[str]]  # caption file -> the images that all read it
     extreme: dict[

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from dreamfleet.datasets.captions import split_tags
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.folder import ImageFolder
+from dreamfleet.datasets.pairs import composed
 from dreamfleet.datasets.sidecars import Captions
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.datasets.survey import tag_counts
@@ -194,7 +195,7 @@ def _edit_tags(tags: list[str], edit: Edit) -> list[str]:
 
 def _key(tag: str) -> str:
     """Return what tags are compared by."""
-    return with_spaces(tag.replace("\\(", "(").replace("\\)", ")"))
+    return with_spaces(composed(tag).replace("\\(", "(").replace("\\)", ")"))
 
 
 def _matcher(pattern: str) -> Callable[[str], bool]:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from dreamfleet.datasets.errors import DataError, ModelError, StorageError
-from dreamfleet.datasets.images import open_picture
+from dreamfleet.datasets.images import MOST_RESIZED, open_picture
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.datasets.tags import (
     Edit,
@@ -34,7 +34,7 @@ from dreamfleet.datasets.tags import (
 MODEL_FILE, TAGS_FILE = "model.onnx", "selected_tags.csv"
 GENERAL, COPYRIGHT, CHARACTER, RATING = 0, 3, 4, 9  # categories in selected_tags.csv
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # the first one there is
-LARGEST_SQUARE = 2**14  # pixels a side; larger pictures are shrunk to it first
+LARGEST_STRIP = 4096  # pixels of the longer side that pictures of extreme shapes are shrunk to first
 EXISTING = ("ignore", "replace", "append", "prepend")
 
 
@@ -118,9 +118,11 @@ class Tagger:
 
 def square_of(image: Image.Image, side: int) -> np.ndarray:
     """Lay an RGB picture in the middle of a white square, shrunk to `side` -> float32 [side,side,3], BGR, 0 to 255."""
-    if max(image.size) > LARGEST_SQUARE:  # a strip would make a square of gigabytes
+    if max(image.size) > max(
+        LARGEST_STRIP, MOST_RESIZED * min(image.size)
+    ):  # its square would take gigabytes
         image = image.copy()
-        image.thumbnail((LARGEST_SQUARE, LARGEST_SQUARE), Image.Resampling.BOX)
+        image.thumbnail((LARGEST_STRIP, LARGEST_STRIP), Image.Resampling.BOX)
     length = max(*image.size, side)
     square = Image.new("RGB", (length, length), "white")
     square.paste(image, ((length - image.width) // 2, (length - image.height) // 2))
