@@ -12,7 +12,6 @@ import tiny
 from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.assemble import assemble
-from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe, load_recipe
 from dreamfleet.trainers.sd.prompt_lines import Shot, read_prompts, shot_of
@@ -157,6 +156,7 @@ def test_templates_without_the_word_are_refused(
     assert "1 of 3 captions do not use 'sks'" in caplog.text
 
 
-def test_methods_without_a_word_have_nothing_to_warn_of(workplace: Path) -> None:
-    recipe, parts = make(workplace)
-    assert isinstance(parts.method, Method) and parts.method.check_prompts([], recipe.data) is None
+@pytest.mark.parametrize("prompt", ["a photo of [name]", "a {} cat"])
+def test_methods_without_a_word_refuse_a_place_for_one(workplace: Path, prompt: str) -> None:
+    with pytest.raises(RecipeError, match="learns no word"):
+        make(workplace, data__instance_prompt=prompt)

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, Any]], None]
-# Of one collective operation within a step. While rank 0 writes or draws, the others wait in a group of their own
-# (Place.group), so this says how long one rank may be slower than another: torch's compiler and a slow disk count.
-COLLECTIVE_TIMEOUT_SECONDS = 2 * 3600
 
 
 @dataclass(frozen=True)
@@ -140,6 +137,7 @@ def _make_trainer(
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from dreamfleet.trainers.process_group import STEP_TIMEOUT
     from dreamfleet.trainers.worker import RaiseAtOnce, train_worker, worker_environment
 
     class LocalTrainer(TorchTrainer):
@@ -168,7 +166,7 @@ def _make_trainer(
             "waited": time.monotonic() - started,
         },
         torch_config=TorchConfig(
-            backend=share.backend(scaling.num_workers), timeout_s=COLLECTIVE_TIMEOUT_SECONDS
+            backend=share.backend(scaling.num_workers), timeout_s=int(STEP_TIMEOUT.total_seconds())
         ),
         scaling_config=ScalingConfig(
             num_workers=scaling.num_workers,

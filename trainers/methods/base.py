@@ -182,6 +182,12 @@ class Method(nn.Module):
 
     def check_prompts(self, samples: Sequence[Sample], data: Any) -> str | None:
         """Return what to warn of in a run's prompts. Raises RecipeError where nothing could be learned from them."""
+        for prompt in (concept.instance_prompt for concept in self.setting.concepts):
+            if prompt and ("[name]" in prompt or "{}" in prompt):
+                raise RecipeError(
+                    f"data.instance_prompt: {prompt!r} has a place for the name of what is learned, and {self.name} "
+                    "learns no word; write the words themselves, as in 'a photo of sks cat'"
+                )
         return None
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:

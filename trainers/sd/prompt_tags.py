@@ -163,7 +163,7 @@ def read_tag(tag: Tag) -> Named:
     return name.strip(), Strength(*(each for each in strengths if each is not None))
 
 
-def split_multiplier(text: str) -> Named:
+def split_multiplier(text: str) -> tuple[str, float]:
     """Split ``FILE:0.8`` into file and multiplier; a text without one, or with another colon, is a file at 1."""
     head, _, tail = text.rpartition(":")
     multiplier = _number(tail) if head else None
