@@ -22,7 +22,8 @@ from dreamfleet.trainers.sd.pipeline_folder import save_pipeline
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from dreamfleet.cluster.drawn import Row, Settings
+    from dreamfleet.cluster.drawn import Row
+    from dreamfleet.trainers.sd.prompt_lines import Shot
     from dreamfleet.trainers.sd.prompt_tags import Shelves
 
 EMBEDDINGS = (".pt", ".bin", ".png", ".webp", ".avif", ".jxl")  # files that are never a whole model
@@ -80,10 +81,14 @@ def draw_grid(
     height: int | None = None,
     clip_skip: int | None = None,
     max_token_length: int | None = None,
+    prompt_file: str | None = None,
+    plain_prompts: bool = False,
     out_dir: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Write a grid with a row a prompt and a column a seed; return the cells in reading order.
 
+    ``prompts``: in the webui's syntax, or literal where ``plain_prompts``. ``prompt_file``: more of them, one a line,
+    with options of their own as kohya's files have them.
     ``model_name``: pocket, a diffusers folder, a single file, a hub name, or a run folder (its exports are used).
     ``hypernetworks``: files, each with ``:0.8`` where its strength is not 1; prompts name others, in
     ``hypernetwork_dir`` or beside these, as ``<hypernet:NAME:0.8>``. ``loras``: the same, as ``<lora:NAME:0.8>``.
@@ -91,55 +96,56 @@ def draw_grid(
     ``clip_skip`` and ``max_token_length``: as in a recipe's ``model:``; None: the run's, 1 and 75. ``out_dir``: a
     folder for each picture by itself. PNGs say how they were drawn, as the webui's do.
     """
-    from dreamfleet.cluster.drawn import Settings, drawn_texts, require_place, write_pictures
+    from dreamfleet.cluster.drawn import Settings, drawn_text, require_place, write_pictures
     from dreamfleet.trainers.sd.infotext import plain_sampler
+    from dreamfleet.trainers.sd.prompt_lines import Shot
     from dreamfleet.trainers.sd.prompt_tags import HypernetworkShelf, LoraShelf, Shelves
 
     require_place(out, out_dir)
-    more = aesthetic.entries() if aesthetic else {}
-    settings = Settings(steps, plain_sampler(scheduler), guidance_scale, negative_prompt, embeddings, more)
+    usual = Shot(
+        "", negative_prompt, seed, steps, guidance_scale, plain_sampler(scheduler), width=width, height=height
+    )
+    shots = _shots(usual, prompts, prompt_file)
+    settings = Settings(embeddings, aesthetic.entries() if aesthetic else {}, plain_prompts)
     shelves = Shelves(HypernetworkShelf(hypernetworks, hypernetwork_dir), LoraShelf(loras, lora_dir))
-    rows = [shelves.arrange(prompt) for prompt in prompts]
+    arranged = [shelves.arrange(shot.prompt, plain=plain_prompts) for shot in shots]
+    rows = [
+        (replace(shot, prompt=text, seed=shot.seed + column), extras)
+        for shot, (text, extras) in zip(shots, arranged, strict=True)
+        for column in range(num_images)
+    ]
     model = load_with_embeddings(model_name, embeddings)
     _make_ready(model, aesthetic, clip_skip, max_token_length)
-    seeds = range(seed, seed + num_images)
-    pictures = _draw(model, shelves, rows, seeds, settings, width, height)
-    texts = drawn_texts(model, settings, rows, seeds, pictures[0].size)
-    write_pictures(pictures, texts, [*seeds] * len(rows), out, out_dir, columns=num_images)
+    pictures = _draw(model, shelves, rows, plain=plain_prompts)
+    texts = [drawn_text(model, settings, row, picture) for row, picture in zip(rows, pictures, strict=True)]
+    write_pictures(pictures, texts, [shot.seed for shot, _ in rows], out, out_dir, columns=num_images)
+    asked = [shot.prompt for shot in shots for _ in range(num_images)]
     return [
-        {"prompt": prompt, "seed": number, **_gain(model, text)}
-        for prompt, (text, _) in zip(prompts, rows, strict=True)
-        for number in seeds
+        {"prompt": prompt, "seed": shot.seed, **_gain(model, shot, plain=plain_prompts)}
+        for prompt, (shot, _) in zip(asked, rows, strict=True)
     ]
 
 
-def _draw(
-    model: StableDiffusion,
-    shelves: Shelves,
-    rows: Sequence[Row],
-    seeds: Sequence[int],
-    settings: Settings,
-    width: int | None,
-    height: int | None,
-) -> list[Image]:
-    """Draw a picture for each row and seed; rows in a run that name the same extras are drawn together."""
-    from dreamfleet.trainers.sd.sample import generate
+def _shots(usual: Shot, prompts: Sequence[str], prompt_file: str | None) -> list[Shot]:
+    """List what to draw: the prompts as they are, and those of a file with their own options."""
+    from dreamfleet.trainers.sd.prompt_lines import read_prompts, shot_of
+
+    shots = [replace(usual, prompt=prompt) for prompt in prompts]
+    if prompt_file is not None:
+        shots += [shot_of(line, usual) for line in read_prompts([prompt_file], is_file=True)]
+    if not shots:
+        raise UserError("there is nothing to draw: give --prompt, or --prompt-file")
+    return shots
+
+
+def _draw(model: StableDiffusion, shelves: Shelves, rows: Sequence[Row], *, plain: bool) -> list[Image]:
+    """Draw a picture for each row; those in a row that name the same extras are drawn together."""
+    from dreamfleet.trainers.sd.prompt_lines import draw_shots
 
     apply, pictures = shelves.on(model), []
     for extras, group in groupby(rows, key=lambda row: row[1]):
         apply(extras)
-        texts = [text for text, _ in group]
-        pictures += generate(
-            model,
-            [text for text in texts for _ in seeds],
-            seeds=[number for _ in texts for number in seeds],
-            negative_prompt=settings.negative_prompt,
-            steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            scheduler=settings.scheduler,
-            width=width,
-            height=height,
-        )
+        pictures += draw_shots(model, [shot for shot, _ in group], plain=plain)
     return pictures
 
 
@@ -228,9 +234,15 @@ def _make_ready(
         aesthetic.apply(model)
 
 
-def _gain(model: StableDiffusion, prompt: str) -> dict[str, Any]:
+def _gain(model: StableDiffusion, shot: Shot, *, plain: bool) -> dict[str, Any]:
+    """Tell how much nearer to the aesthetic vector a prompt was tuned: its first text, where there are several."""
+    from dreamfleet.trainers.sd.prompt_syntax import parse_prompt
+
     encoder = model.encode_prompts
-    cosines = encoder.cosines.get(prompt) if isinstance(encoder, AestheticEncoder) else None
+    if not isinstance(encoder, AestheticEncoder):
+        return {}
+    text = parse_prompt(shot.prompt, shot.steps, plain=plain)[0].schedule[0][1]
+    cosines = encoder.cosines.get(text)
     return {"aesthetic_cosine": [cosines[0], cosines[-1]]} if cosines else {}
 
 

@@ -19,6 +19,7 @@ from dreamfleet.cluster.cli_base import (
     AsJson,
     Overrides,
     RecipePath,
+    Shared,
     Verbose,
     app,
     how_to_resume,
@@ -35,6 +36,7 @@ def train(
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in output_dir.")
     ] = False,
     address: Address = None,
+    shared: Shared = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -42,7 +44,7 @@ def train(
     with work():
         from dreamfleet.trainers.launch import fit
 
-        result = fit(recipe, overrides=overrides or (), resume=resume, address=address)
+        result = fit(recipe, overrides=overrides or (), resume=resume, address=address, shared=shared or ())
     _print_run(result.run_folder, result.summary, as_json)
     if result.summary.exit_reason == "interrupted":
         again = how_to_resume("train", recipe, overrides)

@@ -112,8 +112,25 @@ def score(
 
 def sample(
     prompt: Annotated[
-        list[str], typer.Option(help="What to draw; repeatable, a row of the grid each.", show_default=False)
-    ],
+        list[str] | None,
+        typer.Option(
+            help="What to draw, in the webui's syntax; repeatable, a row of the grid each.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt-file",
+            "--prompts",
+            help="File of prompts, one a line, with kohya's options: a cat --n blurry --w 512 --h 768 --d 3 --s 30 "
+            "--l 7 --ss euler_a.",
+            show_default=False,
+        ),
+    ] = None,
+    plain_prompts: Annotated[
+        bool, typer.Option("--plain-prompts", help="Prompts are literal text, without the webui's syntax.")
+    ] = False,
     model: Annotated[
         str, typer.Option(help="pocket, a diffusers folder, a run folder, or a single file.")
     ] = "pocket",
@@ -170,7 +187,9 @@ def sample(
     ] = None,
     max_token_length: Annotated[
         int | None,
-        typer.Option(min=75, help="150 or 225: longer prompts, in chunks of 75 tokens.", show_default=False),
+        typer.Option(
+            min=75, help="Pad prompts to 150 or 225 tokens; longer ones get more anyway.", show_default=False
+        ),
     ] = None,
     aesthetic: Annotated[
         str | None,
@@ -212,8 +231,10 @@ def sample(
         )
         cells = draw_grid(
             model,
-            prompt,
+            prompt or [],
             out,
+            prompt_file=prompt_file,
+            plain_prompts=plain_prompts,
             embeddings=embedding or [],
             hypernetworks=hypernetwork or [],
             hypernetwork_dir=hypernetwork_dir,

@@ -89,6 +89,14 @@ Address = Annotated[
         show_default=False,
     ),
 ]
+Shared = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="A folder all machines of the cluster see under this name; repeatable.",
+        show_default=False,
+    ),
+]
 CaptionColumn = Annotated[
     str | None,
     typer.Option(

@@ -7,6 +7,7 @@ from dreamfleet.cluster.cli_base import (
     AsJson,
     Overrides,
     RecipePath,
+    Shared,
     Verbose,
     counting,
     plain,
@@ -21,6 +22,7 @@ def cache(
     recipe: RecipePath,
     overrides: Overrides = None,
     address: Address = None,
+    shared: Shared = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -34,7 +36,7 @@ def cache(
         from dreamfleet.trainers.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or [])
-        made = cache_latents(loaded, address=address, progress=progress)
+        made = cache_latents(loaded, address=address, shared=shared or (), progress=progress)
     if as_json:
         print_json({**plain(made), "pictures_per_second": made.per_second})
         return

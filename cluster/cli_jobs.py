@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dreamfleet.cluster.cli_base import INTERRUPTED, AsJson, Verbose, print_json, work
+from dreamfleet.cluster.cli_base import INTERRUPTED, AsJson, Shared, Verbose, print_json, work
 
 if TYPE_CHECKING:
     from dreamfleet.cluster.jobs import Job, JobServer
@@ -28,14 +28,6 @@ Command = Annotated[
     typer.Argument(
         metavar="COMMAND",
         help="-- train|tune|data cache RECIPE [KEY.PATH=VALUE ...] [--resume]",
-        show_default=False,
-    ),
-]
-Shared = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="FOLDER",
-        help="A folder all machines of the cluster see under this name; repeatable.",
         show_default=False,
     ),
 ]
@@ -86,6 +78,8 @@ def submit(
                 "scaling.num_workers is 0: the head node itself will do the work; 1 or more gives it to workers"
             )
         with job_server(address) as server:
+            for folder in shared or ():  # the job's own paths are to be taken there as well
+                options += ["--shared", folder]
             job_id = send(server, parcel, [name, *options], typed=command, environment=environment, say=_say)
     if as_json:
         print_json({"id": job_id, "address": server.address, "output_dir": loaded.output_dir})
@@ -180,9 +174,9 @@ def _parse(ctx: typer.Context, command: list[str]) -> tuple[str, str, list[str],
             raise RecipeError(
                 "--address behind `--`: the job joins the cluster it is sent to; name that one before the `--`"
             )
-        options.append(parameter.opts[0])
-        if not parameter.is_flag:
-            options.append(str(parsed.params[parameter.name]))
+        value = parsed.params[parameter.name]
+        for one in value if parameter.multiple else [value]:
+            options += [parameter.opts[0], *([] if parameter.is_flag else [str(one)])]
     return name, parsed.params["recipe"], parsed.params["overrides"] or [], options
 
 

@@ -13,6 +13,7 @@ from dreamfleet.cluster.cli_base import (
     AsJson,
     Overrides,
     RecipePath,
+    Shared,
     Verbose,
     how_to_resume,
     plain,
@@ -28,6 +29,7 @@ def tune(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in output_dir.")] = False,
     address: Address = None,
+    shared: Shared = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -38,7 +40,9 @@ def tune(
     with work():
         from dreamfleet.tune.search import search
 
-        result = search(recipe, overrides=overrides or (), resume=resume, address=address)
+        result = search(
+            recipe, overrides=overrides or (), resume=resume, address=address, shared=shared or ()
+        )
     if as_json:
         print_json(plain(result))
     else:

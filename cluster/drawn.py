@@ -13,29 +13,29 @@ from PIL import Image
 
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.exported import negative_beside
 from dreamfleet.trainers.sd.formats.embedding import read_embedding
 from dreamfleet.trainers.sd.infotext import infotext, png_info, sampler_entries
+from dreamfleet.trainers.sd.prompt_lines import Shot
+from dreamfleet.trainers.sd.prompt_syntax import escape, escape_words, strip_comments
 from dreamfleet.trainers.sd.prompt_tags import Extras, HypernetworkShelf, LoraShelf
-from dreamfleet.trainers.sd.prompt_tokens import negative_for
+from dreamfleet.trainers.sd.prompt_tokens import learned_words, negative_for
 from dreamfleet.trainers.sd.sample import picture_grid
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.sd.model import StableDiffusion
 
-Row = tuple[str, Extras]  # a prompt, and the files and strengths of what it is drawn with
+Row = tuple[Shot, Extras]  # a picture, and the files and strengths of what it is drawn with
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How all pictures of a call were drawn. `more`: further entries of the text, as the webui's extensions have."""
+    """What all pictures of a call have in common. `more`: entries of the text that the webui's extensions have."""
 
-    steps: int
-    scheduler: str
-    guidance_scale: float
-    negative_prompt: str
     embeddings: Sequence[str] = ()
     more: Mapping[str, Any] = field(default_factory=dict)
+    plain: bool = False  # prompts are literal
 
 
 def require_place(out: Path, out_dir: Path | None) -> None:
@@ -48,41 +48,29 @@ def require_place(out: Path, out_dir: Path | None) -> None:
         raise UserError(f"--out-dir {out_dir}: a file has this name; give a folder")
 
 
-def drawn_texts(
-    model: StableDiffusion,
-    settings: Settings,
-    rows: Sequence[Row],
-    seeds: Sequence[int],
-    size: tuple[int, int],
-) -> list[str]:
-    """Tell how each picture was drawn, in reading order."""
-    sides = "x".join(map(str, size))
-    return [
-        _drawn_text(model, settings, prompt, extras, Seed=seed, Size=sides)
-        for prompt, extras in rows
-        for seed in seeds
-    ]
-
-
-def _drawn_text(
-    model: StableDiffusion,
-    settings: Settings,
-    prompt: str,
-    extras: Extras,
-    **entries: Any,
-) -> str:
+def drawn_text(model: StableDiffusion, settings: Settings, row: Row, picture: Image.Image) -> str:
     """Tell how a picture was drawn; its hypernetworks and LoRAs as tags of the prompt, where the webui has them."""
-    negative = negative_for(model, prompt, settings.negative_prompt)
+    shot, extras = row
+    zero_snr = bool(model.scheduler.config.get("rescale_betas_zero_snr", False))
+    prompts = (
+        shot.prompt,
+        negative_for(model, shot.prompt, shot.negative_prompt, steps=shot.steps, plain=settings.plain),
+    )
+    if settings.plain:
+        prompt, negative = map(escape, prompts)
+    else:
+        prompt, negative = (escape_words(strip_comments(text), learned_words(model)) for text in prompts)
     tags = "".join(
-        f"<{tag}:{Path(address).stem}:{strength:g}>"
-        for tag, named in zip((HypernetworkShelf.tag, LoraShelf.tag), extras, strict=True)
+        f"<{kind}:{Path(address).stem}:{strength}>"
+        for kind, named in zip((HypernetworkShelf.tags[0], LoraShelf.tags[0]), extras, strict=True)
         for address, strength in named
     )
     told = {
-        "Steps": settings.steps,
-        **sampler_entries(settings.scheduler),
-        "CFG scale": settings.guidance_scale,
-        **entries,
+        "Steps": shot.steps,
+        **sampler_entries(shot.scheduler, zero_snr=zero_snr),
+        "CFG scale": shot.guidance_scale,
+        "Seed": shot.seed,
+        "Size": f"{picture.width}x{picture.height}",
         "Model hash": model.short_hash(),
         "Model": model.short_name,
         "Clip skip": model.clip_skip if model.clip_skip > 1 else None,
@@ -90,7 +78,7 @@ def _drawn_text(
         **settings.more,
         "Version": f"dreamfleet {_version()}",
     }
-    return infotext(f"{prompt} {tags}".strip(), negative, told)
+    return infotext(f"{prompt.strip()} {tags}".strip(), negative.strip(), told)
 
 
 def write_pictures(
@@ -118,14 +106,17 @@ def write_pictures(
 
 
 def _hashes(embeddings: Sequence[str], used_in: str) -> str | None:
-    """Give the used embeddings' names and their files' hashes, by which the webui tells them."""
+    """Give the used embeddings' names and their files' hashes, by which the webui tells them; negatives too."""
     found = []
     for address in embeddings:
-        with Storage(address).local_copy("") as path:
-            name, digest = read_embedding(path).name, hashlib.sha256(path.read_bytes()).hexdigest()
-        if name.lower() in used_in:
-            found.append(f"{name}: {digest[:12]}")
-    return ", ".join(found) or None
+        for place in (Storage(address), negative_beside(address)):
+            if not place.exists():
+                continue
+            with place.local_copy("") as path:
+                name, digest = read_embedding(path).name, hashlib.sha256(path.read_bytes()).hexdigest()
+            if name.lower() in used_in:
+                found.append(f"{name}: {digest[:12]}")
+    return ", ".join(dict.fromkeys(found)) or None
 
 
 def _version() -> str:

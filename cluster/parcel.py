@@ -17,7 +17,7 @@ from dreamfleet.datasets.errors import RecipeError, StorageError
 from dreamfleet.datasets.left_out import is_utf8
 from dreamfleet.datasets.sets import load_class_images, load_concepts
 from dreamfleet.datasets.storage import Storage
-from dreamfleet.trainers.paths import SECTIONS, is_path, named_paths
+from dreamfleet.trainers.paths import SECTIONS, is_path, is_under, named_paths
 from dreamfleet.trainers.preflight import check_inputs
 from dreamfleet.trainers.recipe import START_FILES, WEIGHTS, Recipe, build_recipe
 
@@ -69,13 +69,11 @@ def pack(
     cache that the job makes, which the cluster cannot keep, for files that are not here, and for more than ``limit``
     bytes, naming the largest.
     """
-    folders = [os.path.abspath(os.path.expanduser(folder)) for folder in shared]
     starts = {getattr(recipe.method, name, None) for name in START_FILES} if resume else set()
     gone = {path for path in starts if path and not os.path.exists(path)}
 
     def stays(path: str) -> bool:
-        everywhere = any(path == folder or path.startswith(folder + "/") for folder in folders)
-        return everywhere or "://" in path or path in gone
+        return is_under(path, shared) or "://" in path or path in gone
 
     key, kept = (
         ("data.cache_dir", recipe.data.cache_dir) if makes_cache else ("output_dir", recipe.output_dir)

@@ -7,6 +7,7 @@ from dreamfleet.trainers.scaling import (
     ScalingConfig,
     describe,
     refuse_impossible,
+    refuse_sharding,
     worker_resources,
     workers_that_fit,
 )
@@ -84,3 +85,32 @@ def test_impossible_requests_are_refused_with_figures() -> None:
 def test_resources_are_told_without_bookkeeping() -> None:
     assert describe(GPU_NODE) == "8 CPU, 1 GPU"
     assert describe({}) == "nothing"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "backend", "share"),
+    [
+        (1.0, 2, "nccl", 1.0),
+        (0.5, 2, "gloo", 0.5),
+        (0.5, 1, "nccl", 0.5),
+        (2.0, 2, "nccl", 1.0),
+        (0.0, 2, "gloo", 1.0),
+    ],
+)
+def test_workers_that_share_a_gpu_talk_over_gloo(
+    gpus: float, workers: int, backend: str, share: float
+) -> None:
+    resources = {"CPU": 1, "GPU": gpus}
+    given = worker_resources(
+        scaling(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources), [GPU_NODE]
+    )
+    assert (given.backend(workers), given.gpu_share) == (backend, share)
+
+
+def test_a_model_is_not_sharded_over_one_gpu() -> None:
+    share = worker_resources(scaling(num_workers=2, resources_per_worker={"GPU": 0.5}), [GPU_NODE])
+    two = scaling(num_workers=2)
+    with pytest.raises(ResourceError, match=r"engine\.zero_stage 2 .*0\.5"):
+        refuse_sharding(two, share, zero_stage=2)
+    refuse_sharding(two, share, zero_stage="auto")
+    refuse_sharding(scaling(num_workers=1), share, zero_stage=2)

@@ -20,12 +20,12 @@ import tiny
 from dreamfleet.datasets.environment import to_send
 from dreamfleet.datasets.errors import RecipeError, ResourceError, StorageError
 from dreamfleet.datasets.storage import Storage
-from dreamfleet.trainers import progress, ray_session
+from dreamfleet.trainers import machines, progress, ray_session
 from dreamfleet.trainers.hold import claimed, stop_on_signal
 from dreamfleet.trainers.launch import fit
 from dreamfleet.trainers.pace import Pace
-from dreamfleet.trainers.paths import local_paths
-from dreamfleet.trainers.preflight import check_inputs
+from dreamfleet.trainers.paths import named_paths, shared_paths, written_paths
+from dreamfleet.trainers.preflight import check_inputs, preflight
 from dreamfleet.trainers.progress import Display, RunTail, log_to_run, watch_for_stop
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.worker import worker_environment
@@ -236,7 +236,10 @@ def test_a_run_folder_is_held_by_one_process(tmp_path: Path) -> None:
 
 def test_missing_inputs_are_told_before_workers_start(tmp_path: Path) -> None:
     tree = tiny.make_recipe(tmp_path)
-    assert local_paths(build_recipe(tree)) == [str(tmp_path / "model"), str(tmp_path / "pictures")]
+    assert shared_paths(build_recipe(tree)) == {
+        "model.pretrained_model_name_or_path": [str(tmp_path / "model")],
+        "data.instance_data_dir": [str(tmp_path / "pictures")],
+    }
     check_inputs(build_recipe(tree))
     tree["model"]["pretrained_model_name_or_path"] = str(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="nowhere"):
@@ -283,19 +286,100 @@ def test_no_cluster_at_an_address_is_told_at_once(address: str) -> None:
 
 
 def test_folders_that_machines_do_not_share_are_told(tmp_path: Path) -> None:
-    output = Storage(tmp_path / "run")
     near, far = (ray_session.Node(name, name, {}) for name in ("10.0.0.1", "10.0.0.2"))
-    unseen = ray_session.look_around([str(tmp_path), str(tmp_path / "nowhere")])
-    assert unseen == {"missing": [str(tmp_path / "nowhere")]}
-    marker = output.path(".seen-1")
-    with pytest.raises(StorageError, match=r"not shared.*10\.0\.0\.2"):
-        ray_session._refuse_unshared(
-            [(near, {"missing": []}), (far, {"missing": [marker, "/data"]})], output, ".seen-1"
-        )
+    assert machines.find_missing([str(tmp_path), str(tmp_path / "nowhere")]) == [str(tmp_path / "nowhere")]
+    markers = {"/runs/cat/.seen-1": "output_dir"}
+    with pytest.raises(StorageError, match=r"output_dir /runs/cat is not shared.*10\.0\.0\.2"):
+        machines.refuse_unseen([(near, []), (far, ["/runs/cat/.seen-1", "/data"])], markers)
     with pytest.raises(StorageError, match=r"/data .*10\.0\.0\.2"):
-        ray_session._refuse_unshared(
-            [(near, {"missing": []}), (far, {"missing": ["/data"]})], output, ".seen-1"
+        machines.refuse_unseen([(near, []), (far, ["/data"])], markers)
+
+
+class GrowingCluster(ray_session.RaySession):
+    """An autoscaling cluster of which only the head is there."""
+
+    def nodes(self) -> list[ray_session.Node]:
+        return [ray_session.Node("head", "10.0.0.1", {"CPU": 2.0})]
+
+    def growth_limit(self) -> dict[str, float] | None:
+        return {"CPU": 8.0, "GPU": 4.0}
+
+    def free(self) -> dict[str, float]:
+        return {"CPU": 2.0}
+
+
+def test_local_paths_on_a_cluster_that_grows_need_shared(tmp_path: Path) -> None:
+    """The one machine that is there sees them all; the next one would not."""
+    tree = tiny.make_recipe(tmp_path, scaling={"num_workers": 1, "use_gpu": False})
+    recipe, session = build_recipe(tree), GrowingCluster(private=False, address="10.0.0.1:6379")
+    with pytest.raises(StorageError, match=r"(?s)--shared") as told:
+        preflight(recipe, session, print)
+    for key in ("output_dir", "data.instance_data_dir", "model.pretrained_model_name_or_path"):
+        assert f"{key} {tmp_path}" in str(told.value)
+    with pytest.raises(StorageError, match="output_dir"):
+        preflight(recipe, session, print, shared=[str(tmp_path / "pictures"), str(tmp_path / "model")])
+    assert not (tmp_path / "run").exists(), "nothing was written"
+    preflight(recipe, session, print, shared=[str(tmp_path)])
+    preflight(recipe, session, print, shared=["/"])
+    tree["data"]["instance_data_dir"] = (
+        "/tmp/ray/session_x/runtime_resources/working_dir_files/_ray_pkg_1/inputs"
+    )
+    tree["model"]["pretrained_model_name_or_path"] = "pocket"
+    tree["output_dir"] = "s3://bucket/run"
+    preflight(build_recipe(tree), session, print)  # every machine gets what a job takes along
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"data__class_data_dir": "class"}, "data.class_data_dir"),
+        ({"data__mask_dir": "masks", "data__alpha_mask": True}, "data.mask_dir"),
+        ({"data__cache_dir": "cache"}, "data.cache_dir"),
+        ({"validation": {"holdout": "held"}}, "validation.holdout"),
+        ({"validation": {"clip": "clip"}}, "validation.clip"),
+        ({"engine__deepspeed_config": "ds.json"}, "engine.deepspeed_config"),
+        ({"model__pretrained_vae_model_name_or_path": "vae"}, "model.pretrained_vae_model_name_or_path"),
+        (
+            {
+                "method": {
+                    "name": "textual_inversion",
+                    "placeholder_token": "<x>",
+                    "initial_embedding": "a.pt",
+                }
+            },
+            "method.initial_embedding",
+        ),
+        (
+            {"method": {"name": "dreambooth", "with_prior_preservation": True}},
+            "class images beside output_dir",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_path_of_a_run_is_looked_at(tmp_path: Path, changes: dict[str, Any], key: str) -> None:
+    """Whatever is named outside the shared folder is refused by its key."""
+
+    def outside(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: outside(inner) for name, inner in value.items()}
+        words = ("textual_inversion", "dreambooth", "<x>")
+        return f"/elsewhere/{value}" if isinstance(value, str) and value not in words else value
+
+    shared = [str(tmp_path)]
+    if "beside" in key:
+        shared = [str(tmp_path / name) for name in ("run", "model", "pictures")]
+    recipe = build_recipe(tiny.make_recipe(tmp_path, **{name: outside(v) for name, v in changes.items()}))
+    session = GrowingCluster(private=False, address="10.0.0.1:6379")
+    with pytest.raises(StorageError) as told:
+        machines.check_machines(
+            session, reads=shared_paths(recipe), writes=written_paths(recipe), shared=shared
         )
+    assert f": {key} /" in str(told.value)
+
+
+def test_a_disk_of_each_machine_is_no_shared_path(tmp_path: Path) -> None:
+    recipe = build_recipe(tiny.make_recipe(tmp_path, engine={"nvme_path": "/nvme"}))
+    assert "/nvme" not in str(shared_paths(recipe)) and "/nvme" in str(named_paths(recipe))
 
 
 @pytest.fixture

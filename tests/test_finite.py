@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from typer.testing import CliRunner
 
+from dreamfleet.cluster import cli
 from dreamfleet.datasets.errors import CheckpointError, RunFailed
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.checkpoint import Checkpoints, find_not_finite
@@ -90,6 +94,60 @@ def test_no_state_that_a_step_has_poisoned_is_saved_although_its_loss_was_finite
     with pytest.raises(RunFailed, match=r"no longer finite after step 3.*checkpoint of step 2 "):
         run_worker(build_recipe(tree))
     assert kept_steps(tree) == [1, 2]
+
+
+RANK = """
+import sys
+import torch.distributed as dist
+from dreamfleet.datasets.errors import RunFailed
+from dreamfleet.trainers.engine import TorchEngine
+from dreamfleet.trainers.recipe import load_recipe
+from dreamfleet.trainers.run import run_worker
+
+recipe, meeting, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+whole, calls = TorchEngine.backward, iter(range(99))
+
+def broken(engine, *args, **options):
+    loss = whole(engine, *args, **options)
+    return loss._replace(total=loss.total * float("nan")) if next(calls) == 4 and rank == 1 else loss
+
+TorchEngine.backward = broken
+try:
+    run_worker(load_recipe(recipe), rank=rank, world=2)
+except RunFailed as error:
+    print(error)
+finally:
+    dist.destroy_process_group()
+"""
+
+
+def test_a_loss_of_any_rank_ends_all_of_them_at_the_same_step(tmp_path: Path) -> None:
+    tree = word_tree(tmp_path, **RARELY)
+    recipe = tiny.write_recipe(tmp_path / "r.yaml", tree)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(recipe), str(tmp_path / "meeting"), str(rank)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    for rank in ranks:
+        told, errors = rank.communicate(timeout=300)
+        assert "no longer a number at step 4" in told and "checkpoint of step 3 " in told, errors[-2000:]
+    assert kept_steps(tree) == [1, 2, 3]
+
+
+def test_a_run_that_diverges_by_itself_ends_the_command_with_1_and_keeps_what_is_finite(
+    tmp_path: Path,
+) -> None:
+    changes = {"optimizer__learning_rate": 1e19, "optimizer__max_grad_norm": 0, **RARELY}
+    tree = tiny.make_recipe(tmp_path, method={"name": "dreambooth"}, **changes)
+    result = CliRunner().invoke(cli.app, ["train", str(tiny.write_recipe(tmp_path / "r.yaml", tree))])
+    assert result.exit_code == 1 and "the run failed" in result.stderr and "--resume" in result.stderr
+    assert kept_steps(tree) == [1] and "checkpoint of step 1 " in result.stderr
 
 
 def test_an_interrupted_run_saves_no_poisoned_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,8 @@ def test_a_tokenizer_is_written_in_both_forms_and_both_read_alike(pad: str, tmp_
     assert (tmp_path / "merges.txt").read_text("utf-8").startswith("#version: 0.2\n")
     older = CLIPTokenizer.from_pretrained(tmp_path)
     assert older(TEXTS).input_ids == tokenizer(TEXTS).input_ids
+    both = [json.loads(one.backend_tokenizer.to_str())["model"] for one in (older, tokenizer)]
+    assert (both[0]["vocab"], both[0]["merges"]) == (both[1]["vocab"], both[1]["merges"])
     assert (older.pad_token_id, older.model_max_length) == (tokenizer.pad_token_id, 77)
 
 

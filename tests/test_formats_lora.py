@@ -11,16 +11,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from test_families import load, stock_pipeline
 from tiny_models import tiny_family, tiny_model
 from torch import Tensor
+from typer.testing import CliRunner
 
+from dreamfleet.cluster import cli
 from dreamfleet.datasets.errors import FormatError, ModelError, UserError
 from dreamfleet.trainers.methods.dreambooth import DreamBoothConfig
 from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.methods.whole_model import LORA_FORMATS, export_tuned, learning_parts
 from dreamfleet.trainers.sd.embeddings import install_embedding, remove_embeddings, text_embeddings
-from dreamfleet.trainers.sd.formats.embedding import Embedding
+from dreamfleet.trainers.sd.formats.embedding import Embedding, write_embedding
 from dreamfleet.trainers.sd.formats.lora import (
     DIFFUSERS_FILE,
     LoraFile,
@@ -39,7 +42,7 @@ from dreamfleet.trainers.sd.lora import (
     set_loras,
 )
 from dreamfleet.trainers.sd.lora_targets import choose_layers
-from dreamfleet.trainers.sd.model import StableDiffusion
+from dreamfleet.trainers.sd.model import StableDiffusion, pocket_folder
 from dreamfleet.trainers.sd.pipeline_folder import save_pipeline
 from dreamfleet.trainers.sd.sample import generate
 
@@ -111,6 +114,21 @@ def test_stock_diffusers_and_ours_draw_the_same_from_both_layouts(
         pipeline = stock_pipeline(tmp_path / "model", family)
         pipeline.load_lora_weights(tmp_path, weight_name=path.name)
         assert (draw_stock(pipeline) - expected).abs().max() <= 1, path
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_layers_around_the_blocks_are_still_read_from_files_that_have_them(
+    tmp_path: Path, family: str
+) -> None:
+    model = tiny_family(family)
+    file = tuned(model, targets=["conv_in", "conv_out", "linear_1", "linear_2", "to_q"])
+    ends = {"unet.conv_in", "unet.conv_out", "unet.time_embedding.linear_1"}
+    assert file.layers.keys() >= ends | ({"unet.add_embedding.linear_2"} if family == "sdxl" else set())
+    expected, layers = draw(model), model.unet.config.layers_per_block
+    for path in write_both(file, tmp_path, model):
+        other = tiny_family(family)
+        set_loras(other, [(read_lora(path, layers_per_block=layers), 1.0)])
+        assert (draw(other) - expected).abs().max() <= 1, path
 
 
 def test_kohyas_layout_and_entries(tmp_path: Path) -> None:
@@ -202,6 +220,36 @@ def test_embeddings_in_a_lora_are_words_while_it_is_applied(family: str, tmp_pat
     assert list(table.words) == ["old"]
     remove_embeddings(plain)
     assert torch.equal(plain.tokenize(["a zq b"]), base)
+
+
+def test_a_bundled_embedding_draws_as_its_own_file_does_and_in_prompts_that_name_the_lora_alone(
+    tmp_path: Path,
+) -> None:
+    layer = "lora_unet_mid_block_attentions_0_proj_in"
+    width = load(pocket_folder()).unet.mid_block.attentions[0].proj_in.weight.shape[0]
+    nothing = {"lora_down.weight": torch.zeros(1, width, 1, 1), "lora_up.weight": torch.zeros(width, 1, 1, 1)}
+    vectors = torch.randn(2, 160, generator=torch.Generator().manual_seed(0))
+    tensors = {f"{layer}.{end}": tensor for end, tensor in nothing.items()}
+    tensors["bundle_emb.zq.emb_params"] = vectors
+    write_safetensors(tensors, tmp_path / "look.safetensors")
+    write_embedding(Embedding("zq", vectors), tmp_path / "zq.pt")
+
+    def sample(*options: str) -> list[bytes]:
+        folder = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        arguments = ["sample", "--model", "pocket", "--steps", "1", "--num-images", "1", *options]
+        places = ["--out", str(tmp_path / "grid.png"), "--out-dir", str(folder)]
+        result = CliRunner().invoke(cli.app, [*arguments, *places])
+        assert result.exit_code == 0, result.output
+        return [Image.open(path).tobytes() for path in sorted(folder.iterdir())]
+
+    plain, tagged = "a zq cat", "a zq cat <lora:look:1>"
+    [word] = sample("--embedding", str(tmp_path / "zq.pt"), "--prompt", plain)
+    [bundled] = sample("--lora", str(tmp_path / "look.safetensors"), "--prompt", plain)
+    first, second, third = sample(
+        "--lora-dir", str(tmp_path), "--prompt", plain, "--prompt", tagged, "--prompt", plain
+    )
+    assert bundled == word == second
+    assert first == third != word
 
 
 def test_embeddings_stay_in_a_lora_of_kohyas_layout_and_are_missed_in_diffusers(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -193,19 +192,6 @@ def test_moments_that_do_not_fit_are_named_and_left_aside(
         assert "left aside" in left_aside()
     write_moments(start, fits, [(2, 16)])
     assert "adafactor" in left_aside(optimizer={"name": "adafactor", "learning_rate": 1e-3})
-
-
-def test_moments_that_one_worker_lacks_are_taken_over_by_none(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    class OneOfTwo(Place):
-        def union(self, items: Iterable[Any]) -> list[Any]:
-            return sorted({*items, False})
-
-    recipe = build_recipe(tiny.make_recipe(tmp_path, method=write_start(tmp_path, WORD)))
-    parts = assemble(recipe, OneOfTwo())
-    assert not moments_of(parts) and "every machine" in caplog.text
-    assert torch.equal(parts.method.state()["vectors"], torch.full((2, 16), 0.25))
 
 
 def test_check_tells_of_a_file_that_does_not_fit(tmp_path: Path) -> None:

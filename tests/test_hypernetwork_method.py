@@ -27,8 +27,9 @@ from dreamfleet.trainers.sd.hypernetwork import (
     Structure,
     applied_hypernetworks,
 )
+from dreamfleet.trainers.sd.prompt_syntax import split_tags
 from dreamfleet.trainers.sd.prompt_tags import HypernetworkShelf as Shelf
-from dreamfleet.trainers.sd.prompt_tags import split_multiplier, split_tags
+from dreamfleet.trainers.sd.prompt_tags import LoraShelf, Shelves, read_tag, split_multiplier
 from dreamfleet.trainers.validation import draw_previews
 
 
@@ -121,14 +122,20 @@ def test_a_section_that_cannot_be_says_so(section: dict[str, Any], message: str,
 
 
 def test_tags_and_arguments_are_split_as_webui_does() -> None:
-    assert split_tags("a cat <hypernet:look:0.8>, <hypernet:b c><lora:x:1>", "hypernet") == (
-        "a cat , <lora:x:1>",
-        [("look", 0.8), ("b c", 1.0)],
-    )
-    assert split_tags("a <cat> at 3:1", "hypernet") == ("a <cat> at 3:1", [])
-    for wrong in ("<hypernet:look:much>", "<hypernet:>", "<hypernet:look:nan>", "<hypernet:look:1:2>"):
+    for tag, expected in (
+        ("<hypernet:look:0.8>", ("look", (0.8, 0.8))),
+        ("<lora:b c>", ("b c", (1, 1))),
+        ("<lora:x:0.5:0.7>", ("x", (0.5, 0.7))),
+        ("<lora:x:te=0.5:unet=0.7>", ("x", (0.5, 0.7))),
+        ("<lora:x:unet=0.7>", ("x", (1, 0.7))),
+        ("<lora:x:0.5:te=2>", ("x", (2, 2))),
+        ("<lora:x:0.8:dyn=4>", ("x", (0.8, 0.8))),
+        ("<lora:x:1:1:4>", ("x", (1, 1))),
+    ):
+        assert read_tag(split_tags(tag)[1][0]) == expected, tag
+    for wrong in ("<hypernet:look:much>", "<hypernet: >", "<hypernet:look:nan>", "<hypernet:look:1:x>"):
         with pytest.raises(UserError, match="<hypernet:NAME"):
-            split_tags(wrong, "hypernet")
+            read_tag(split_tags(wrong)[1][0])
     assert split_multiplier("a/look.pt:0.8") == ("a/look.pt", 0.8)
     assert split_multiplier("s3://bucket/look.pt") == ("s3://bucket/look.pt", 1.0)
     assert split_multiplier("s3://bucket/look.pt:-1") == ("s3://bucket/look.pt", -1.0)
@@ -137,9 +144,14 @@ def test_tags_and_arguments_are_split_as_webui_does() -> None:
 def test_names_are_found_among_files_in_the_folder_and_beside_files(workplace: Path, tmp_path: Path) -> None:
     one, two = str(workplace / "one.pt"), str(workplace / "two.pt")
     shelf = Shelf([f"{one}:0.5"])
-    assert shelf.arrange("a cat") == ("a cat", ((one, 0.5),))
-    assert shelf.arrange("a cat <hypernet:two:2>") == ("a cat", ((one, 0.5), (two, 2.0)))
-    assert shelf.arrange("<hypernet:one:2> a cat") == ("a cat", ((one, 2.0),))
+    for prompt, expected in (
+        ("a cat", ((one, (0.5, 0.5)),)),
+        ("a cat <hypernet:two:2>", ((one, (0.5, 0.5)), (two, (2, 2)))),
+        ("<hypernet:one:2> a cat", ((one, (2, 2)),)),
+    ):
+        shelves = Shelves(shelf, LoraShelf())
+        assert shelves.arrange(prompt) == ("a cat", (expected, ()))
+        assert shelves.arrange(prompt, plain=True) == (prompt, (((one, (0.5, 0.5)),), ()))
     assert Shelf(folder=str(workplace)).find("two") == two
     model = tiny_model()
     assert shelf.load(two, model) is shelf.load(two, model)

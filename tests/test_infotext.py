@@ -20,7 +20,7 @@ from dreamfleet.trainers.sd.formats.aesthetic import write_aesthetic
 from dreamfleet.trainers.sd.formats.embedding import Embedding, write_embedding
 from dreamfleet.trainers.sd.formats.hypernetwork import HypernetworkFile, write_hypernetwork
 from dreamfleet.trainers.sd.hypernetwork import Hypernetwork, Structure
-from dreamfleet.trainers.sd.infotext import infotext, plain_sampler, png_info
+from dreamfleet.trainers.sd.infotext import infotext, plain_sampler, png_info, sampler_entries
 from dreamfleet.trainers.sd.model import ModelConfig, load_model
 from dreamfleet.trainers.sd.sample import make_scheduler
 
@@ -158,7 +158,10 @@ def test_one_call_takes_everything_and_tells_it(tmp_path: Path) -> None:
         "a qzx flower <hypernet:oil:0.5><hypernet:ink:0.8>",
     )
     assert negative == "blur: bad, worse, qzx-neg"
-    digest = hashlib.sha256((tmp_path / "qzx.pt").read_bytes()).hexdigest()[:12]
+    digests = [
+        f"{name}: {hashlib.sha256((tmp_path / f'{name}.pt').read_bytes()).hexdigest()[:12]}"
+        for name in ("qzx", "qzx-neg")
+    ]
     expected = {
         "Steps": "2",
         "Sampler": "DPM++ 2M",
@@ -169,7 +172,8 @@ def test_one_call_takes_everything_and_tells_it(tmp_path: Path) -> None:
         "Model hash": model.short_hash(),
         "Model": "pocket",
         "Clip skip": "2",
-        "TI hashes": f"qzx: {digest}",  # vbn is not in the prompt
+        "RNG": "CPU",
+        "TI hashes": ", ".join(digests),  # vbn is not in the prompt
         "Aesthetic embedding": "taste",
         "Aesthetic steps": "1",
         "Aesthetic slerp": "False",
@@ -188,3 +192,57 @@ def test_where_pictures_cannot_go_is_said_first(tmp_path: Path) -> None:
         result = CliRunner().invoke(cli.app, arguments)
         assert result.exit_code != 0 and message in result.output.replace("\n", " ") + str(result.exception)
     assert not (tmp_path / "x.png").exists()
+
+
+def drawn(tmp_path: Path, *arguments: str) -> tuple[str, str, dict[str, str]]:
+    out = tmp_path / "x.png"
+    result = CliRunner().invoke(
+        cli.app, ["sample", "--num-images", "1", "--steps", "1", "--out", str(out), *arguments]
+    )
+    assert result.exit_code == 0, result.output
+    with Image.open(out) as picture:
+        return parsed(picture.info["parameters"])
+
+
+def test_infotexts_say_prompts_as_the_webui_reads_them(tmp_path: Path) -> None:
+    syntax = "a (cat:1.3) AND [dog|b] :0.5"
+    assert drawn(tmp_path, "--prompt", f"{syntax} # mine")[0] == syntax
+    prompt, negative, _ = drawn(
+        tmp_path, "--plain-prompts", "--prompt", syntax, "--negative-prompt", "a <lora:x:1> BREAK"
+    )
+    assert prompt == r"a \(cat:\1.3\) A\ND \[dog\|b\] :\0.5"
+    assert negative == r"a <\lora:x:\1> B\REAK"
+
+
+def test_schedules_are_told_truly() -> None:
+    assert sampler_entries("dpm++")["Schedule type"] == "Karras"
+    assert sampler_entries("ddim") == {
+        "Sampler": "DDIM",
+        "Schedule type": "Automatic",
+        "Noise Schedule": None,
+        "RNG": "CPU",
+    }
+    zero = sampler_entries("dpm++", zero_snr=True)
+    assert (zero["Schedule type"], zero["Noise Schedule"]) == ("SGM Uniform", "Zero Terminal SNR")
+
+
+def test_prompts_come_from_a_file_with_their_own_options(tmp_path: Path) -> None:
+    path = tmp_path / "asked.txt"
+    path.write_text(
+        "# cats\n\na cat --n ugly, (bad) --w 96 --h 64 --d 9 --s 2 --l 3.5 --ss euler_a\n a dog\n"
+    )
+    out = tmp_path / "single"
+    drawn(tmp_path, "--prompts", str(path), "--out-dir", str(out), "--num-images", "2")
+    texts = []
+    for file in sorted(out.iterdir()):
+        with Image.open(file) as picture:
+            texts.append((*parsed(picture.info["parameters"]), picture.size))
+    assert [text[0] for text in texts] == ["a cat"] * 2 + ["a dog"] * 2
+    assert [text[1] for text in texts] == ["ugly, (bad)"] * 2 + [""] * 2
+    assert [text[3] for text in texts] == [(96, 64)] * 2 + [(64, 64)] * 2
+    assert [text[2]["Seed"] for text in texts] == ["9", "10", "0", "1"]
+    told = texts[0][2]
+    assert (told["Steps"], told["CFG scale"], told["Sampler"]) == ("2", "3.5", "Euler a")
+    for wrong in (["--prompts", str(tmp_path / "none.txt")], []):
+        result = CliRunner().invoke(cli.app, ["sample", "--out", str(tmp_path / "x.png"), *wrong])
+        assert result.exit_code == 2

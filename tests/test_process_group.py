@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from dreamfleet.trainers import check, zero_engine
-from dreamfleet.trainers.process_group import lone_group
+from dreamfleet.trainers.place import WAIT, Place
+from dreamfleet.trainers.process_group import STEP_TIMEOUT, lone_group, step_timeouts
 from dreamfleet.trainers.recipe import build_recipe
 
 LONGEST = 240  # seconds, after which a process that hangs is ended
@@ -75,3 +76,16 @@ def test_an_engine_that_cannot_be_built_leaves_no_group(
     with pytest.raises(MemoryError, match="planted"):
         check.check_run(recipe)
     assert not dist.is_initialized()
+
+
+def timeout_of(group: Any) -> Any:
+    return group._get_backend(torch.device("cpu")).options._timeout
+
+
+def test_groups_of_a_library_wait_as_long_as_ours() -> None:
+    with lone_group():
+        patient = Place(world=2).group  # ranks wait here while one of them uploads
+        with step_timeouts():
+            made = dist.new_group(backend="gloo")
+        assert timeout_of(made) == STEP_TIMEOUT
+        assert timeout_of(patient) == WAIT > STEP_TIMEOUT

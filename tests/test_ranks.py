@@ -114,6 +114,7 @@ def test_two_ranks_examine_as_one(folder: Path, seen: list[dict[str, Any]]) -> N
         ("an image differs", "changed/001.png has another content"),
         ("another model", "model.pretrained_model_name_or_path"),
         ("other templates", "method.template_file"),
+        ("moments on one disk", "method.initial_embedding"),
         ("class images on one disk", "class/0"),
     ],
 )

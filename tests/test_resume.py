@@ -281,6 +281,19 @@ def test_a_used_output_dir_and_another_methods_run_are_refused(tmp_path: Path) -
         open_run_folder(build_recipe({**tree, "output_dir": str(tmp_path / "mine")}), resume=False)
 
 
+def test_what_an_attempt_left_that_was_no_run_is_no_hindrance(tmp_path: Path) -> None:
+    recipe = build_recipe(recipe_tree(tmp_path, "run"))
+    left = tmp_path / "run"
+    for folder in ("samples/empty", "checkpoints"):
+        (left / folder).mkdir(parents=True)
+    for name in ("run.log", "STOP", ".seen-0123"):
+        (left / name).write_text("")
+    open_run_folder(recipe, resume=False)
+    (left / "samples/empty/diary.txt").write_text("hello")
+    with pytest.raises(RecipeError, match="no run"):
+        open_run_folder(recipe, resume=False)
+
+
 def test_a_loss_that_is_no_number_ends_the_run_with_the_way_out(tmp_path: Path) -> None:
     tree = recipe_tree(
         tmp_path,

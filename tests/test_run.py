@@ -13,10 +13,12 @@ import tiny
 import yaml
 from servers import S3Server, s3_server  # noqa: F401  (a fixture)
 
-from dreamfleet.datasets.errors import CheckpointError, RecipeError, RunFailed
+from dreamfleet.datasets.errors import CheckpointError, RecipeError, RunFailed, UserError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.check import check_run
 from dreamfleet.trainers.export import export_run
+from dreamfleet.trainers.hold import is_used
+from dreamfleet.trainers.launch import fit
 from dreamfleet.trainers.metrics import Metrics, read_metrics
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker
@@ -178,6 +180,29 @@ def test_a_bucket_gets_training_figures_in_batches_and_validation_rounds_at_once
     metrics.log({"step": 51, "loss": 0.5})
     metrics.close()
     assert bucket.appended[1:] == ['{"step": 51, "loss": 0.5}\n']
+
+
+@pytest.mark.s3
+def test_an_early_mistake_leaves_nothing_in_the_bucket(
+    tmp_path: Path,
+    s3_server: S3Server,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next attempt is not told that the folder is in use."""
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    output = s3_server.new_folder() + "/run"
+    (tmp_path / "file").write_text("no folder")
+    prior = {"name": "dreambooth", "with_prior_preservation": True}
+    changes = {"output_dir": output, "data__class_data_dir": str(tmp_path / "file"), "method": prior}
+    wrong = build_recipe(whole_recipe(tmp_path, **changes))
+    (tmp_path / "pictures/torn.png").write_bytes(b"torn")  # which the run's log tells of
+    for _ in range(2):
+        with pytest.raises(UserError, match=str(tmp_path / "file")):
+            fit(wrong)
+        assert Storage(output).list(recursive=True) == []
+    Storage(output).write_text("run.log", "of a process that was killed")
+    assert not is_used(Storage(output))
 
 
 @pytest.mark.s3

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.trainers.assemble import assemble
 from dreamfleet.trainers.place import Place
+from dreamfleet.trainers.process_group import leave_group
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run_worker
 
@@ -58,7 +59,9 @@ def make_folders(folder: Path) -> None:
         tiny.make_pictures(own / "changed", 4)
         tiny.make_tiny_model(own / "model", seed=rank)
         tiny.make_pictures(own / "class", 5 * rank)
+        (own / "word.pt").write_bytes(b"the same")
         (own / "templates.txt").write_text(f"a photo of [name], {rank}\n")
+    (folder / "rank-0/word.pt.optim").write_bytes(b"of one rank")
     (folder / "rank-1/fewer/002.png").unlink()
     changed = folder / "rank-1/changed/001.png"
     changed.write_bytes(changed.read_bytes()[:-1] + b"\0")  # of the same size
@@ -108,6 +111,13 @@ def situations(folder: Path, place: Place) -> dict[str, Callable[[], Any]]:
         "an image differs": lambda: build(data__instance_data_dir=f"{APART}/changed"),
         "another model": lambda: build(model__pretrained_model_name_or_path=f"{APART}/model"),
         "other templates": lambda: build(method={**word, "template_file": f"{APART}/templates.txt"}),
+        "moments on one disk": lambda: build(
+            method={
+                "name": "textual_inversion",
+                "placeholder_token": "<x>",
+                "initial_embedding": f"{APART}/word.pt",
+            }
+        ),
         "class images on one disk": lambda: build(method=PRIOR, data__class_data_dir=f"{APART}/class"),
         "no data on one disk": lambda: build(data__instance_data_dir=f"{APART}/only-on-1"),
         "a checkpoint on one disk": resume_apart,
@@ -134,7 +144,7 @@ def main(folder: Path, rank: int) -> None:
         except Exception as error:  # noqa: BLE001 - told to the test
             seen[name] = {"error": type(error).__name__, "told": str(error)}
         Path("seen.json").write_text(json.dumps(seen))
-    dist.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":

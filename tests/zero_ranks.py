@@ -153,7 +153,8 @@ def probe(parts: Parts, place: Place) -> dict[str, Any]:
 
     def look() -> dict[str, Any]:
         with torch.no_grad(), parts.engine.autocast():
-            encoded = parts.method.encode(["a photo of sks cat <x>"]).context.float()
+            prompts = ["a photo of sks cat <x>"]
+            encoded = parts.method.encode(prompts, parts.method.tokenize(prompts)).context.float()
             loss = float(parts.method(parts.prepare(parts.feed.batch(60))).total)
             return {"averaged loss": loss, "encoded": encoded}
 

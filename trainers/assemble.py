@@ -37,6 +37,7 @@ from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.schedule import last_step
 from dreamfleet.trainers.sd.model import StableDiffusion, load_model
 from dreamfleet.trainers.train_section import USUAL_CHECKPOINTING_STEPS
+from dreamfleet.trainers.validation import check_previews
 from dreamfleet.trainers.webui_optimizer import take_over
 from dreamfleet.trainers.zero_engine import ZeroEngine
 
@@ -124,9 +125,13 @@ def assemble(recipe: Recipe, place: Place, *, begins: bool = True) -> Parts:
     sets, method, cache = load_inputs(recipe, place)
     method.require_formats(recipe.train.export_formats or ())
     model = method.model
+    warning = method.check_prompts(to_samples(sets.instances), recipe.data)
+    if warning and place.leads:
+        log.warning("%s", warning)
     moments = place.on_every_rank(method.start) if begins else {}
     weights = {name: tensor.clone() for name, tensor in method.state().items()} if moments else {}
     check_resolution(recipe, model)
+    check_previews(method, recipe.validation, recipe.data.resolution)
     apart = None
     if isinstance(method, SeeingMethod):
         chosen, apart = place.on_every_rank(lambda: method.choose(sets.instances))

@@ -132,7 +132,7 @@ class Checkpoints:
                         f"checkpoint {name}: {file} is damaged (its size or sha256 is not the manifest's)"
                     )
             try:
-                found = Checkpoint(
+                loaded = Checkpoint(
                     step=step,
                     learned=safetensors.torch.load_file(paths["learned.safetensors"]),
                     engine=torch.load(paths["engine.pt"], map_location="cpu", weights_only=True),
@@ -140,9 +140,9 @@ class Checkpoints:
                 )
             except Exception as error:  # the hashes were right: it was written wrong
                 raise CheckpointError(f"checkpoint {name} cannot be read: {error}") from error
-        if bad := find_not_finite({"learned": found.learned, "engine": found.engine}):
+        if bad := find_not_finite({"learned": loaded.learned, "engine": loaded.engine}):
             raise CheckpointError(f"checkpoint {name} was saved after the run diverged: {bad} is not finite")
-        return found
+        return loaded
 
     def digest(self, step: int) -> str:
         """Return a hash of a checkpoint's manifest, and so of its files."""

@@ -20,6 +20,7 @@ from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.agreement import share_index
 from dreamfleet.trainers.engine import DTYPES
 from dreamfleet.trainers.methods.base import Method
+from dreamfleet.trainers.paths import generated_folder
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.sd.prior import class_image_key, generate_class_images, generated_name
@@ -89,11 +90,6 @@ def _where_and_how(recipe: Recipe, class_set: ClassSet, method: Method) -> tuple
         return Storage(class_set.folder), options
     name = class_image_key(method.model.content_hash, class_set.prompt, **options)
     return Storage(generated_folder(recipe.output_dir)).child(name), options
-
-
-def generated_folder(output_dir: str) -> str:
-    """Return the folder beside a run's where class images without a ``class_data_dir`` are kept."""
-    return f"{output_dir.rstrip('/').rpartition('/')[0]}/class-images"
 
 
 def _generate(

@@ -20,9 +20,10 @@ from dreamfleet.datasets.latents import encoding_of, open_cache, write_manifest
 from dreamfleet.datasets.sets import load_class_images, load_sets
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.encoding import encode_batch, encode_cuts
+from dreamfleet.trainers.machines import check_machines
 from dreamfleet.trainers.methods.base import discover
 from dreamfleet.trainers.methods.seeing import SeeingMethod
-from dreamfleet.trainers.paths import local_paths
+from dreamfleet.trainers.paths import shared_paths
 from dreamfleet.trainers.preflight import refuse_here, this_machine
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.scaling import WorkerShare, refuse_impossible, worker_resources
@@ -80,12 +81,14 @@ def cache_latents(
     recipe: Recipe,
     *,
     address: str | None = None,
+    shared: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CacheMade:
     """Encode the pictures whose latents are not yet in ``data.cache_dir``; ``progress`` gets (encoded, to encode).
 
     ``scaling.num_workers`` actors encode, with what a worker of a run would have, on the cluster at ``address``, else
-    at RAY_ADDRESS, else on a private one; 0 encodes in this process. What is written stays, whatever ends the call.
+    at RAY_ADDRESS, else on a private one; 0 encodes in this process. ``shared``: folders that all machines see.
+    What is written stays, whatever ends the call.
     Raises UserError for what a user can mend, also when not one picture could be encoded.
     """
     began = time.monotonic()
@@ -106,7 +109,7 @@ def cache_latents(
     made.left_out = {bad.uri: bad.reason for bad in index.bad}
     if missing:
         folder = write_manifest(cache, encoding)
-        with _encoders(recipe, cache, address) as (workers, pool, share):
+        with _encoders(recipe, cache, address, shared) as (workers, pool, share):
             shards = make_shards(missing, workers=workers)
             make_encode = functools.partial(
                 VaeEncoder,
@@ -133,14 +136,14 @@ def cache_latents(
 
 @contextmanager
 def _encoders(
-    recipe: Recipe, cache: Storage, address: str | None
+    recipe: Recipe, cache: Storage, address: str | None, shared: Sequence[str]
 ) -> Iterator[tuple[int, Pool | None, WorkerShare]]:
     """Give how many encode, the pool that they are (None: this process), and what each may use."""
     scaling = recipe.scaling
     if scaling.num_workers == 0:
         yield 1, None, worker_resources(scaling, [this_machine()])
         return
-    from dreamfleet.trainers.ray_session import check_machines, ray_session, starts_private_ray
+    from dreamfleet.trainers.ray_session import ray_session, starts_private_ray
     from dreamfleet.trainers.worker import worker_environment
 
     if starts_private_ray(address):
@@ -149,7 +152,9 @@ def _encoders(
         nodes, limit = [node.resources for node in session.nodes()], session.growth_limit()
         share = worker_resources(scaling, nodes, limit=limit)
         refuse_impossible(scaling, share.resources, nodes, limit=limit)
-        check_machines(session, cache, local_paths(recipe), key="data.cache_dir")
+        check_machines(
+            session, reads=shared_paths(recipe), writes={"data.cache_dir": [cache.path()]}, shared=shared
+        )
         cpus = sum(node.get("CPU", 0.0) for node in nodes)
         # A GPU is fed by all CPUs there are; a CPU that encodes has its hands full anyway, and decodes for itself.
         spare = cpus - scaling.num_workers * share.resources.get("CPU", 0.0) >= 1

@@ -11,6 +11,7 @@ from dreamfleet.trainers.methods.base import MethodConfig
 from dreamfleet.trainers.methods.hypernetwork import HypernetworkConfig
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.sd.aesthetic import apply_aesthetic
+from dreamfleet.trainers.sd.embeddings import NEGATIVE
 from dreamfleet.trainers.sd.formats.aesthetic import holds_aesthetic
 from dreamfleet.trainers.sd.formats.embedding import SUFFIXES, read_embedding
 from dreamfleet.trainers.sd.formats.hypernetwork import holds_hypernetwork
@@ -110,16 +111,21 @@ def teach_word(model: StableDiffusion, address: str, word: str = "") -> str:
 
     A ``NAME-neg`` beside the file is the word's negative, which pictures that use the word are drawn with.
     """
-    from dreamfleet.trainers.sd.embeddings import NEGATIVE, install_embedding, install_negative
+    from dreamfleet.trainers.sd.embeddings import install_embedding, install_negative
 
     with Storage(address).local_copy() as path:
         found = read_embedding(path)
     word = word or found.name
     install_embedding(model, word, found.vectors, found.vectors_2)
-    stem, dot, suffix = address.rpartition(".")
-    beside = Storage(f"{stem}{NEGATIVE}{dot}{suffix}")
+    beside = negative_beside(address)
     if beside.exists():
         with beside.local_copy() as path:
             negative = read_embedding(path)
         install_negative(model, word, negative.vectors, negative.vectors_2)
     return word
+
+
+def negative_beside(address: str) -> Storage:
+    """Return where the negative of an embedding file's word is, if there is one: ``NAME-neg`` beside ``NAME``."""
+    stem, dot, suffix = address.rpartition(".")
+    return Storage(f"{stem}{NEGATIVE}{dot}{suffix}")

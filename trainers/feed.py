@@ -201,7 +201,7 @@ class Preparer:
             if prompt in self._conditions:
                 self._conditions.move_to_end(prompt)
         if missing := list(dict.fromkeys(p for p in prompts if p not in self._conditions)):
-            for prompt, found in zip(missing, self.method.model.read(missing).rows(), strict=True):
+            for prompt, found in zip(missing, self.method.encode(missing).rows(), strict=True):
                 self._conditions[prompt] = found.map(torch.clone)  # a part of a batch would hold all of it
                 self._held += found.num_bytes
         conditions = Condition.cat([self._conditions[prompt] for prompt in prompts])

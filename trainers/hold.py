@@ -14,9 +14,11 @@ from typing import Any
 
 from dreamfleet.datasets.errors import RecipeError, StorageError, UserError
 from dreamfleet.datasets.storage import Storage
+from dreamfleet.trainers.machines import MARKER
 from dreamfleet.trainers.progress import LOG_FILE, STOP_FILE, Display
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LEFTOVERS = (LOG_FILE, STOP_FILE)  # of an attempt that ended before it was a run
 
 logger = logging.getLogger(__name__)
 
@@ -71,17 +73,34 @@ def stop_on_signal(run: Storage, display: Display) -> Iterator[Stop]:
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
+def is_used(folder: Storage) -> bool:
+    """Say whether a folder holds more than what an attempt that ended early may leave: log, marks, empty folders."""
+    if any(name not in LEFTOVERS and not name.startswith(MARKER) for name in folder.list()):
+        return True
+    return any(folder.has_files(name) for name in folder.list_dirs())
+
+
 @contextmanager
 def claimed(run: Storage) -> Iterator[None]:
-    """Hold a run folder for this process, and leave none behind that never became a run.
+    """Hold a run folder for this process, and leave nothing behind in one that never became a run.
 
-    Raises RecipeError when another process trains into it now, StorageError when it cannot be made. Only disks can tell
-    who is there: the folder itself is locked, and the lock ends with the process.
+    Raises RecipeError when another process trains into it now, StorageError when it cannot be made. On a disk the
+    folder itself is locked, and the lock ends with the process. That excludes other processes of this machine; those of
+    another machine that mounts the folder are not seen on every file system, and in a bucket nobody is.
     """
-    if not run.is_local:
-        yield
-        return
-    folder = Path(run.path())
+    with _held(Path(run.path())) if run.is_local else contextlib.nullcontext():
+        try:
+            yield
+        finally:
+            with contextlib.suppress(UserError):  # a bucket that is away
+                if not run.exists("recipe.yaml"):
+                    for name in LEFTOVERS:
+                        run.remove(name)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Lock a folder; one that was made here and is empty at the end is removed."""
     new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,16 +109,11 @@ def claimed(run: Storage) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         _lock(descriptor, folder)
-        try:
-            yield
-        finally:
-            if not (folder / "recipe.yaml").exists():
-                for name in (LOG_FILE, STOP_FILE):
-                    (folder / name).unlink(missing_ok=True)
-                if new:
-                    with contextlib.suppress(OSError):
-                        folder.rmdir()
+        yield
     finally:
+        if new:
+            with contextlib.suppress(OSError):  # it holds a run
+                folder.rmdir()
         os.close(descriptor)
 
 

@@ -44,13 +44,15 @@ def fit(
     overrides: Sequence[str] = (),
     resume: bool = False,
     address: str | None = None,
+    shared: Sequence[str] = (),
     on_progress: Progress | None = None,
 ) -> FitResult:
     """Train what a recipe (or a recipe file) says, and return the summary.
 
     ``scaling.num_workers: 0`` trains inside this process. Otherwise Ray does: the cluster at ``address``, else at
     RAY_ADDRESS, else a private one on this machine, else whatever Ray this process already uses. Workers that die are
-    replaced up to ``scaling.max_failures`` times and go on from the newest valid checkpoint.
+    replaced up to ``scaling.max_failures`` times and go on from the newest valid checkpoint. ``shared`` names folders
+    that all machines of the cluster see; on one that starts machines as needed, local paths must lie in them.
 
     ``on_progress`` gets each logged line of metrics; without it they are shown on stderr. In the main thread, the first
     SIGINT or SIGTERM ends the run after the step in hand with a checkpoint (``summary.exit_reason`` "interrupted"); the
@@ -80,7 +82,7 @@ def fit(
             if recipe.scaling.num_workers == 0:
                 summary = _fit_here(recipe, resume, stop, display, started)
             else:
-                summary = _fit_on_ray(recipe, address, stop, display, started)
+                summary = _fit_on_ray(recipe, address, shared, stop, display, started)
         finally:
             display.close()
     return FitResult(summary, run.path())
@@ -102,7 +104,14 @@ def _fit_here(recipe: Recipe, resume: bool, stop: Stop, display: Display, starte
         )
 
 
-def _fit_on_ray(recipe: Recipe, address: str | None, stop: Stop, display: Display, started: float) -> Summary:
+def _fit_on_ray(
+    recipe: Recipe,
+    address: str | None,
+    shared: Sequence[str],
+    stop: Stop,
+    display: Display,
+    started: float,
+) -> Summary:
     from dreamfleet.trainers.summary import Summary
 
     run = Storage(recipe.output_dir)
@@ -110,7 +119,7 @@ def _fit_on_ray(recipe: Recipe, address: str | None, stop: Stop, display: Displa
         refuse_here(recipe.scaling)
     with ray_session(address, preload=("ray.train.torch",)) as session:
         stop.listen()
-        share = preflight(recipe, session, display.say)
+        share = preflight(recipe, session, display.say, shared=shared)
         # Nothing is reported to Ray Train, so its storage holds a few bookkeeping files that only its controller reads,
         # and the controller lives on this machine: a temporary folder serves buckets and any number of machines.
         with tempfile.TemporaryDirectory(prefix="dreamfleet-ray-", ignore_cleanup_errors=True) as bookkeeping:
@@ -126,8 +135,9 @@ def _make_trainer(
     recipe: Recipe, session: RaySession, share: WorkerShare, bookkeeping: str, started: float
 ) -> Any:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
+    from dreamfleet.trainers.process_group import STEP_TIMEOUT
     from dreamfleet.trainers.worker import RaiseAtOnce, train_worker, worker_environment
 
     class LocalTrainer(TorchTrainer):
@@ -152,8 +162,12 @@ def _make_trainer(
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
             "threads": share.threads,
+            "gpu_share": share.gpu_share,
             "waited": time.monotonic() - started,
         },
+        torch_config=TorchConfig(
+            backend=share.backend(scaling.num_workers), timeout_s=int(STEP_TIMEOUT.total_seconds())
+        ),
         scaling_config=ScalingConfig(
             num_workers=scaling.num_workers,
             use_gpu=share.uses_gpu,

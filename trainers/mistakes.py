@@ -30,7 +30,6 @@ ELSEWHERE = {
     "save_state": _RESUMED,
     "validation_epochs": _EPOCHS,
     "sample_every_n_epochs": _EPOCHS,
-    "sample_prompts": "validation.prompts is a list of them",
     "validation_split": "validation.holdout names a folder of pictures kept out of training",
     "is_reg": "class pictures have a folder of their own: data.class_data_dir",
 }

@@ -19,13 +19,17 @@ class Pace:
     """The speed of the last WINDOW_SECONDS of training, from the logged lines, which leave out saves and previews."""
 
     def __init__(self) -> None:
-        self._restart()
+        self._pieces: deque[_Piece] = deque()
+        self._step: int | None = None
+        self._warms_up = True  # the steps of the first line are slower than any later ones
+        self._began, self._trained = 0.0, 0.0
 
     def add(self, line: dict[str, Any], *, now: float) -> None:
         """Take in a line of metrics; ``now`` is when it was seen, in seconds of any clock that runs evenly."""
         step, seconds = int(line["step"]), line.get("step_seconds")
         if self._step is not None and step <= self._step:  # the run was started again from a checkpoint
-            self._restart()
+            self._pieces.clear()
+            self._step, self._warms_up, self._trained = None, True, 0.0
         before, self._step = self._step, step
         if not seconds:
             return
@@ -57,12 +61,6 @@ class Pace:
         # What saves and previews were seen to take, they go on taking.
         slower = max(1.0, passed / self._trained) if passed >= SETTLED_SECONDS else 1.0
         return slower * steps * self._seconds() / sum(piece.steps for piece in self._pieces)
-
-    def _restart(self) -> None:
-        self._pieces: deque[_Piece] = deque()
-        self._step: int | None = None
-        self._warms_up = True  # the steps of the first line are slower than any later ones
-        self._began, self._trained = 0.0, 0.0
 
     def _seconds(self) -> float:
         return sum(piece.seconds for piece in self._pieces)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dreamfleet.datasets.sets import load_concepts
@@ -56,10 +56,29 @@ def shared_paths(recipe: Recipe) -> PathsByKey:
     return found
 
 
-def local_paths(recipe: Recipe) -> list[str]:
-    """List the files and folders on disk that the workers of a run read, as far as they are there."""
-    paths = [path for found in shared_paths(recipe).values() for path in found if path.startswith("/")]
-    return [path for path in dict.fromkeys(paths) if os.path.exists(path)]
+def written_paths(recipe: Recipe) -> PathsByKey:
+    """List the folders that a run writes to, by key: its own, and those that class images may be generated into."""
+    found = {"output_dir": [recipe.output_dir]}
+    if not getattr(recipe.method, "with_prior_preservation", False):
+        return found
+    for concept in load_concepts(recipe.data):
+        folder = concept.class_data_dir
+        if folder is None:
+            found["class images beside output_dir"] = [generated_folder(recipe.output_dir)]
+        elif "://" in folder or not os.path.exists(folder) or os.access(folder, os.W_OK):
+            found.setdefault("data.class_data_dir", []).append(folder)
+    return found
+
+
+def generated_folder(output_dir: str) -> str:
+    """Return the folder beside a run's where class images without a ``class_data_dir`` are kept."""
+    return f"{output_dir.rstrip('/').rpartition('/')[0]}/class-images"
+
+
+def is_under(path: str, folders: Sequence[str]) -> bool:
+    """Say whether a path is one of the folders, or lies in one."""
+    roots = [os.path.abspath(os.path.expanduser(folder)).rstrip("/") for folder in folders]
+    return any(path == root or path.startswith(f"{root}/") for root in roots)
 
 
 def compared_paths(recipe: Recipe) -> PathsByKey:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dreamfleet.datasets.errors import DataError, ModelError, RecipeError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.conflicts import require_runnable
-from dreamfleet.trainers.paths import local_paths
+from dreamfleet.trainers.machines import check_machines
+from dreamfleet.trainers.paths import shared_paths, written_paths
 from dreamfleet.trainers.scaling import (
     ScalingConfig,
     WorkerShare,
     describe,
     refuse_impossible,
+    refuse_sharding,
     worker_resources,
     workers_that_fit,
 )
@@ -26,19 +28,21 @@ if TYPE_CHECKING:
 MOST_FILES_READ = 1000  # of a folder that is read through before workers start
 
 
-def preflight(recipe: Recipe, session: RaySession, say: Callable[[str], None]) -> WorkerShare:
+def preflight(
+    recipe: Recipe, session: RaySession, say: Callable[[str], None], *, shared: Sequence[str] = ()
+) -> WorkerShare:
     """Decide what each worker gets, refusing at once what the cluster can never give.
 
-    Raises ResourceError or StorageError. Tells through ``say`` when the run has to wait for busy machines.
+    ``shared`` are folders that every machine sees. Raises ResourceError or StorageError. Tells through ``say`` when the
+    run has to wait for busy machines.
     """
-    from dreamfleet.trainers.ray_session import check_machines
-
     nodes = [node.resources for node in session.nodes()]
     limit = session.growth_limit()
     share = worker_resources(recipe.scaling, nodes, limit=limit)
     refuse_impossible(recipe.scaling, share.resources, nodes, limit=limit)
     require_runnable(recipe, has_gpu=share.uses_gpu)
-    check_machines(session, Storage(recipe.output_dir), local_paths(recipe))
+    refuse_sharding(recipe.scaling, share, zero_stage=recipe.engine.zero_stage)
+    check_machines(session, reads=shared_paths(recipe), writes=written_paths(recipe), shared=shared)
     if not session.private:
         missing = not workers_that_fit(
             {name: amount * recipe.scaling.num_workers for name, amount in share.resources.items()},

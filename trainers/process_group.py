@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+# Of one collective operation within a step: how long one rank may be slower than another, as torch's compiler and a
+# slow disk make it. While rank 0 writes or uploads, the others wait in a group of their own (Place.group).
+STEP_TIMEOUT = timedelta(hours=2)
+
+
+@contextmanager
+def step_timeouts() -> Iterator[None]:
+    """Give the groups that are made within this context STEP_TIMEOUT; by default torch gives NCCL's ten minutes."""
+    groups = dist.distributed_c10d._world.pg_map
+    before = set(groups)
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of backends that have no timeout
+        for group in set(groups) - before:
+            dist.distributed_c10d._set_pg_timeout(STEP_TIMEOUT, group)
 
 
 @contextmanager

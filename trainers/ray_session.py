@@ -8,17 +8,14 @@ import os
 import secrets
 import shutil
 import socket
-import sys
 import threading
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from dreamfleet.datasets.environment import environment, secrets_hidden
-from dreamfleet.datasets.errors import ResourceError, StorageError
-from dreamfleet.datasets.storage import Storage
+from dreamfleet.datasets.errors import ResourceError
 
 logger = logging.getLogger(__name__)
 
@@ -134,55 +131,6 @@ def ray_session(address: str | None = None, *, preload: Sequence[str] = ()) -> I
         ray.shutdown()
 
 
-def check_machines(session: RaySession, output: Storage, paths: list[str], key: str = "output_dir") -> None:
-    """Raise unless every machine can run our code and sees the same folders; nothing to check on a single one.
-
-    A marker file in a local ``output`` (``key`` in a recipe) tells a shared folder from one of the same name. ``paths``
-    are what the run reads on disk. Raises StorageError or ResourceError naming the machines.
-    """
-    nodes = session.nodes()
-    if len(nodes) < 2:
-        return
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    marker = None
-    if output.is_local:
-        made = not output.exists()
-        marker = f".seen-{uuid.uuid4().hex}"
-        output.write_text(marker, "")
-        paths = [output.path(marker), *paths]
-    try:
-        look = ray.remote(num_cpus=0, max_retries=0)(look_around)
-        asked = [
-            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(
-                list(paths)
-            )
-            for node in nodes
-        ]
-        seen = []
-        for node, answer in zip(nodes, asked, strict=True):
-            try:
-                seen.append((node, ray.get(answer, timeout=120)))
-            except ray.exceptions.RayError as error:
-                cause = str(error).strip().splitlines()[-1]
-                raise ResourceError(
-                    f"machine {node.address} cannot run dreamfleet ({cause}). Every machine needs the same Python and "
-                    f"the dreamfleet wheel (pip install, or in the image); here it is Python {sys.version.split()[0]}."
-                ) from error
-    finally:
-        if marker is not None:
-            output.remove(marker)
-            if made:
-                shutil.rmtree(output.path(), ignore_errors=True)
-    _refuse_unshared(seen, output, marker, key)
-
-
-def look_around(paths: list[str]) -> dict[str, Any]:
-    """Say, on the machine this runs on, which of ``paths`` are missing there."""
-    return {"missing": [path for path in paths if not os.path.exists(path)]}
-
-
 def _target(address: str | None) -> str:
     return address or os.environ.get("RAY_ADDRESS") or "local"
 
@@ -265,23 +213,6 @@ def _object_store_bytes() -> int | None:
     wanted = int(0.3 * memory)
     smallest = 80 * 2**20  # Ray refuses less than 75 MiB
     return None if wanted < room else max(smallest, int(0.8 * room))
-
-
-def _refuse_unshared(
-    seen: Sequence[tuple[Node, dict[str, Any]]], output: Storage, marker: str | None, key: str = "output_dir"
-) -> None:
-    for path in {path: None for _, answer in seen for path in answer["missing"]}:
-        blind = [node.address for node, answer in seen if path in answer["missing"]]
-        machines = ", ".join(blind[:5]) + (" and more" if len(blind) > 5 else "")
-        if marker is not None and path == output.path(marker):
-            raise StorageError(
-                f"{key} {output.path()} is not shared: {machines} cannot see it. With several machines, "
-                f"set {key} to a folder that all of them mount, or to s3://bucket/prefix."
-            )
-        raise StorageError(
-            f"{path} is missing on {machines}. With several machines, keep it where all of them see it: "
-            "a mounted folder, or s3://bucket/prefix."
-        )
 
 
 def _import_all(names: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from dreamfleet.trainers.mistakes import keys_at, nearest, tell
 from dreamfleet.trainers.optim import OptimizerConfig
 from dreamfleet.trainers.scaling import ScalingConfig
 from dreamfleet.trainers.sd.model import POCKET, ModelConfig
+from dreamfleet.trainers.sd.prompt_lines import read_prompts
 from dreamfleet.trainers.searching import SearchConfig, find_mistakes
 from dreamfleet.trainers.train_section import TrainConfig
 from dreamfleet.trainers.validation import ValidationConfig
@@ -130,7 +131,17 @@ def build_recipe(tree: Mapping[str, Any], *, source: str = "recipe", folder: str
         raise RecipeError(
             f"{source} has {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}:\n  " + "\n  ".join(mistakes)
         )
+    recipe = _with_prompts(recipe, source, folder)
     return recipe if folder is None else _with_absolute_paths(recipe, folder)
+
+
+def _with_prompts(recipe: Recipe, source: str, folder: str | None) -> Recipe:
+    """Put the prompts of files into the recipe, which then needs the files no more."""
+    try:
+        prompts = read_prompts(recipe.validation.prompts, folder=folder)
+    except RecipeError as error:
+        raise RecipeError(f"{source}: validation.prompts:\n  {error}") from error
+    return recipe.model_copy(update={"validation": recipe.validation.model_copy(update={"prompts": prompts})})
 
 
 def _validate(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:

@@ -33,7 +33,13 @@ from dreamfleet.trainers.provenance import artefact_metadata, provenance, run_id
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.sd.fidelity import MOST_REAL
 from dreamfleet.trainers.summary import Summary
-from dreamfleet.trainers.validation import HeldOutLoss, HeldOutPictures, Judge, draw_previews, wants_judge
+from dreamfleet.trainers.validation import (
+    HeldOutLoss,
+    HeldOutPictures,
+    Judge,
+    draw_previews,
+    wants_judge,
+)
 from dreamfleet.trainers.versions import versions
 
 log = logging.getLogger(__name__)
@@ -193,8 +199,7 @@ class Recorder:
             self.log({"step": step, **figures})
         grid = picture_grid(pictures, validation.num_images)
         self._write_picture(f"samples/step-{step:06d}.png", grid)
-        sides = {"width": pictures[0].width, "height": pictures[0].height}
-        lines = [json_text({**cell, **sides}) for cell in cells]
+        lines = [json_text(cell) for cell in cells]
         self.run.write_text(f"samples/step-{step:06d}.jsonl", "\n".join(lines) + "\n")
         if self.metrics is not None:
             self.metrics.log_picture("samples", grid, step)

@@ -15,6 +15,7 @@ from dreamfleet.trainers.agreement import compare
 from dreamfleet.trainers.assemble import Parts, assemble
 from dreamfleet.trainers.checkpoint import Checkpoint, Checkpoints
 from dreamfleet.trainers.clock import Clock
+from dreamfleet.trainers.hold import is_used
 from dreamfleet.trainers.loop import train
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.provenance import run_identity
@@ -35,7 +36,7 @@ def open_run_folder(recipe: Recipe, *, resume: bool) -> Storage:
     another method.
     """
     run = Storage(recipe.output_dir)
-    if not run.has_files():
+    if not is_used(run):
         return run
     if not run.exists("recipe.yaml"):
         raise RecipeError(

@@ -52,6 +52,20 @@ class WorkerShare(NamedTuple):
         """Whether the worker computes on a GPU."""
         return self.resources.get("GPU", 0) > 0
 
+    @property
+    def gpu_share(self) -> float:
+        """The part of a GPU's memory that is the worker's."""
+        return min(1.0, self.resources.get("GPU", 1.0))
+
+    def backend(self, num_workers: int) -> str:
+        """Return the torch.distributed backend: NCCL refuses two ranks on one GPU, which gloo serves through the host.
+
+        Ray may place workers with a part of a GPU each on the same one.
+        """
+        if not self.uses_gpu or (num_workers > 1 and self.gpu_share < 1):
+            return "gloo"
+        return "nccl"
+
 
 def worker_resources(
     scaling: ScalingConfig, nodes: Sequence[Resources], *, limit: Resources | None = None
@@ -128,6 +142,17 @@ def refuse_impossible(
         raise ResourceError(
             f"{wanted} does not fit{under}: the cluster has {len(nodes)} machine{'s' * (len(nodes) != 1)} "
             f"({have}), room for {fits} such worker{'s' * (fits != 1)}. {_way_out(scaling)}"
+        )
+
+
+def refuse_sharding(scaling: ScalingConfig, share: WorkerShare, *, zero_stage: int | str) -> None:
+    """Raise ResourceError where ZeRO was asked for and workers may share a GPU: gloo lacks what it needs there."""
+    workers = scaling.num_workers
+    if zero_stage != "auto" and share.uses_gpu and share.backend(workers) == "gloo":
+        raise ResourceError(
+            f"engine.zero_stage {zero_stage} needs a whole GPU for each of the {workers} workers, and "
+            f"scaling.resources_per_worker gives {_number(share.resources['GPU'])}: set engine.zero_stage: auto, or "
+            "fewer workers with a GPU each"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from dreamfleet.trainers.sd.fidelity import (
     strip_words,
 )
 from dreamfleet.trainers.sd.model import POCKET, ModelConfig, StableDiffusion
-from dreamfleet.trainers.sd.sample import generate
+from dreamfleet.trainers.sd.prompt_lines import Shot, draw_shots, shot_of
+from dreamfleet.trainers.sd.prompt_syntax import words_alone
 
 __all__ = [
     "score_run",
@@ -87,7 +89,7 @@ def score_run(
             prompts = [f"a photo of {word}"]
         if not prompts:
             raise UserError(f"{target} draws what it is asked for: say what with --prompt.")
-        pictures, asked = _draw(drawer, prompts, num_images, seed)
+        pictures, asked = _draw(drawer, [Shot(prompt, seed=seed) for prompt in prompts], num_images)
         kind = "model" if is_model else "artefact"
     else:
         pictures, written = _read_folder(storage)
@@ -154,22 +156,25 @@ def _score_run_folder(
         raise RecipeError(f"{run.path('recipe.yaml')} is not YAML: {error}") from error
     recipe = build_recipe(tree, source=run.path("recipe.yaml"))
     validation = recipe.validation
-    asked = list(prompts or validation.prompts) or _training_prompts(recipe)
+    usual = Shot(
+        "",
+        negative_prompt=validation.negative_prompt,
+        seed=seed,
+        steps=validation.num_inference_steps,
+        guidance_scale=validation.guidance_scale,
+        scheduler=validation.scheduler,
+        width=recipe.data.resolution,
+        height=recipe.data.resolution,
+    )
+    given = [replace(usual, prompt=prompt) for prompt in prompts or []]
+    shots = given or [replace(shot_of(line, usual), seed=seed) for line in validation.prompts]
+    shots = shots or [replace(usual, prompt=prompt) for prompt in _training_prompts(recipe)]
+    plain = validation.plain_prompts
     if artefact:
         model, _ = load_artefact(artefact, recipe.model, recipe.method)
     else:
         model = load_exported(run, recipe)
-    pictures, asked = _draw(
-        model,
-        asked,
-        num_images,
-        seed,
-        size=recipe.data.resolution,
-        steps=validation.num_inference_steps,
-        guidance_scale=validation.guidance_scale,
-        scheduler=validation.scheduler,
-        negative_prompt=validation.negative_prompt,
-    )
+    pictures, asked = _draw(model, shots, num_images, plain=plain)
     place = real or validation.holdout
     if place:
         real_pictures = _read_folder(Storage(place))[0]
@@ -227,18 +232,13 @@ def _training_prompts(recipe: Recipe) -> list[str]:
 
 
 def _draw(
-    model: StableDiffusion,
-    prompts: Sequence[str],
-    num_images: int,
-    seed: int,
-    *,
-    size: int | None = None,
-    **options: Any,
+    model: StableDiffusion, shots: Sequence[Shot], num_images: int, *, plain: bool = False
 ) -> tuple[list[Image.Image], list[str]]:
+    """Draw pictures of every prompt -> them, and the words that each was asked to show."""
     model.to(best_device())
-    asked = [prompt for prompt in prompts for _ in range(num_images)]
-    seeds = [seed + number for _ in prompts for number in range(num_images)]
-    return generate(model, asked, seeds=seeds, width=size, height=size, **options), asked
+    every = [replace(shot, seed=shot.seed + number) for shot in shots for number in range(num_images)]
+    asked = [shot.prompt if plain else words_alone(shot.prompt) for shot in every]
+    return draw_shots(model, every, plain=plain), asked
 
 
 def _read_folder(folder: Storage) -> tuple[list[Image.Image], list[str]]:

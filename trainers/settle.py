@@ -31,9 +31,12 @@ def settle_engine(recipe: Recipe, place: Place) -> tuple[Recipe, str]:
     recipe = place.on_rank_0(lambda: with_deepspeed_file(read))
     if place.device.type != "cuda":
         return recipe, "as the recipe says" if recipe.engine.zero_stage != "auto" else "no GPU"
-    card = limit_card(place.device, recipe.engine.gpu_limit, place.gpu_share)
+    limit = recipe.engine.gpu_limit
+    card = place.on_every_rank(lambda: limit_card(place.device, limit, place.gpu_share))
     if recipe.engine.zero_stage != "auto":
         return recipe, "as the recipe says"
+    if place.world > 1 and place.gpu_share < 1:
+        return recipe, "workers share a GPU, over which nothing can be sharded"
     return choose_engine(
         recipe, place, gpu_memory=place.union([card])[0], host_memory=place.union([host_memory()])[0]
     )

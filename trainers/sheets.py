@@ -117,9 +117,12 @@ def _cells(run: Storage, stem: str) -> list[Cell]:
         json.loads(x) for x in run.read_text(f"{stem}.jsonl").splitlines() if x.strip()
     ]
     shape = (max(x["row"] for x in lines) + 1, max(x["column"] for x in lines) + 1)
+    cell = (max(x["width"] for x in lines), max(x["height"] for x in lines))
     cells = []
     for line in lines:
-        box = _box(grid.size, (line["width"], line["height"]), shape, (line["row"], line["column"]))
+        left, top, *_ = _box(grid.size, cell, shape, (line["row"], line["column"]))
+        left += (cell[0] - line["width"]) // 2  # as the grid places smaller pictures
+        box = (left, top, left + line["width"], top + line["height"])
         scores = {k: float(v) for k, v in (line.get("scores") or {}).items() if isinstance(v, int | float)}
         place = (int(line["row"]), int(line["column"]))
         cells.append(Cell(str(line["prompt"]), int(line["seed"]), *place, scores, grid.crop(box)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,7 +14,7 @@ from PIL import Image
 from pydantic import AliasChoices, BeforeValidator, Field
 
 from dreamfleet.datasets.config import DataConfig
-from dreamfleet.datasets.errors import ResourceError
+from dreamfleet.datasets.errors import RecipeError, ResourceError, UserError
 from dreamfleet.datasets.index import Index
 from dreamfleet.datasets.keyed import numpy_rng
 from dreamfleet.datasets.plan import Draw
@@ -26,6 +28,10 @@ from dreamfleet.trainers.picture_feed import PictureReader
 from dreamfleet.trainers.pictures import Shown
 from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.sd.noise import draw_noise
+from dreamfleet.trainers.sd.prompt_lines import Shot, draw_shots, shot_of
+from dreamfleet.trainers.sd.prompt_syntax import split_tags, words_alone
+
+log = logging.getLogger(__name__)
 
 HELD_OUT_BATCH = 32  # images that are measured at once
 DRAWN_AT_ONCE = 4  # previews
@@ -35,8 +41,12 @@ class ValidationConfig(Section):
     """The ``validation:`` section."""
 
     prompts: Annotated[list[str], BeforeValidator(as_list)] = Field(
-        [], validation_alias=AliasChoices("prompts", "validation_prompts", "validation_prompt")
+        [],
+        validation_alias=AliasChoices("prompts", "validation_prompts", "validation_prompt", "sample_prompts"),
+        description="what previews show, in the webui's syntax; a .txt file's name stands for its lines; with kohya's "
+        "options: a cat --n blurry --w 512 --h 768 --d 3 --s 30 --l 7 --ss euler_a",
     )
+    plain_prompts: bool = Field(False, description="prompts are literal text, without the webui's syntax")
     negative_prompt: str = ""
     steps: int = Field(
         100,
@@ -143,6 +153,38 @@ class HeldOutPictures:
         return [{name: values.cpu() for name, values in one.items()} for one in found]
 
 
+def preview_shots(config: ValidationConfig, resolution: int) -> list[Shot]:
+    """Return what the first picture of each prompt is drawn from and how."""
+    usual = Shot(
+        "",
+        negative_prompt=config.negative_prompt,
+        seed=config.seed,
+        steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        scheduler=config.scheduler,
+        width=resolution,
+        height=resolution,
+    )
+    return [shot_of(line, usual) for line in config.prompts]
+
+
+def check_previews(method: Method, config: ValidationConfig, resolution: int) -> None:
+    """Raise RecipeError for a preview of a size that the model cannot draw, before hours of training."""
+    from dreamfleet.trainers.sd.sample import require_size
+
+    if not config.prompts or method.model.unet is None:
+        return
+    for number, shot in enumerate(preview_shots(config, resolution), start=1):
+        if not config.plain_prompts and (tags := split_tags(shot.prompt)[1]):
+            log.warning(
+                "validation.prompts: previews leave out <%s:...>; they show what is trained", tags[0].kind
+            )
+        try:
+            require_size(method.model, shot.width or resolution, shot.height or resolution)
+        except UserError as error:
+            raise RecipeError(f"validation.prompts, prompt {number} ({shot.prompt}): {error}") from error
+
+
 def draw_previews(
     method: Method, engine: Engine, config: ValidationConfig, resolution: int, *, place: Place | None = None
 ) -> tuple[list[Image.Image], list[dict[str, Any]]]:
@@ -151,29 +193,21 @@ def draw_previews(
     The weights are those the method holds: within ``engine.evaluate`` the averaged ones. Every rank draws some of the
     batches, which are the same for any number of ranks, so the images are too.
     """
-    from dreamfleet.trainers.sd.sample import generate
-
     place = place or Place()
-    cells: list[dict[str, Any]] = [
-        {"prompt": prompt, "seed": config.seed + column, "row": row, "column": column}
-        for row, prompt in enumerate(config.prompts)
-        for column in range(config.num_images)
-    ]
-    batches = [cells[start : start + DRAWN_AT_ONCE] for start in range(0, len(cells), DRAWN_AT_ONCE)]
+    shots: list[Shot] = []
+    cells: list[dict[str, Any]] = []
+    for row, shot in enumerate(preview_shots(config, resolution)):
+        for column in range(config.num_images):
+            shots.append(replace(shot, seed=shot.seed + column))
+            sides = {"width": shot.width, "height": shot.height}
+            cells.append(
+                {"prompt": shot.prompt, "seed": shots[-1].seed, "row": row, "column": column, **sides}
+            )
+    batches = [shots[start : start + DRAWN_AT_ONCE] for start in range(0, len(shots), DRAWN_AT_ONCE)]
 
-    def draw(batch: list[dict[str, Any]]) -> list[Image.Image]:
-        return generate(
-            method.model,
-            [cell["prompt"] for cell in batch],
-            seeds=[cell["seed"] for cell in batch],
-            negative_prompt=config.negative_prompt,
-            steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            scheduler=config.scheduler,
-            width=resolution,
-            height=resolution,
-            batch_size=DRAWN_AT_ONCE,
-            encode=method.encode,
+    def draw(batch: list[Shot]) -> list[Image.Image]:
+        return draw_shots(
+            method.model, batch, plain=config.plain_prompts, batch_size=DRAWN_AT_ONCE, encode=method.encode
         )
 
     def draw_mine() -> list[list[Image.Image]]:
@@ -218,7 +252,9 @@ class Judge:
 
         scores = score_pictures(
             pictures,
-            prompts=[cell["prompt"] for cell in cells],
+            prompts=[
+                cell["prompt"] if self.config.plain_prompts else words_alone(cell["prompt"]) for cell in cells
+            ],
             real=self.real,
             clip=self.clip,
             dino=self.dino,

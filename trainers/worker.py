@@ -22,9 +22,10 @@ PASSED_ON_PREFIXES = ("DREAMFLEET_",)
 def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, Any]:
     """Train as one of the workers that Ray Train started; return rank 0's summary as plain data.
 
-    ``config`` holds ``recipe`` (plain data), ``threads`` and ``waited``; ``sent`` is of environment.to_send. Ray
-    starts the whole group again after a worker died, and tells nobody that it did: a worker therefore always goes on
-    from the newest valid checkpoint in the run folder. For a new run the driver has made sure that there is none.
+    ``config`` holds ``recipe`` (plain data), ``threads``, ``gpu_share`` and ``waited``; ``sent`` is of
+    environment.to_send. Ray starts the whole group again after a worker died, and tells nobody that it did: a worker
+    therefore always goes on from the newest valid checkpoint in the run folder. For a new run the driver has made sure
+    that there is none.
     """
     take_over(sent)
     import ray.train
@@ -45,6 +46,7 @@ def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, A
             rank=rank,
             world=world,
             device=ray.train.torch.get_device(),
+            gpu_share=config["gpu_share"],
             resume=True,
             should_stop=should_stop,
             waited=config["waited"],

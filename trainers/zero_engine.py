@@ -15,7 +15,7 @@ from dreamfleet.trainers.engine import Engine, T, check_optimizer
 from dreamfleet.trainers.methods.base import Batch, Loss
 from dreamfleet.trainers.methods.fits import check_fits
 from dreamfleet.trainers.optim import OptimizerConfig, make_optimizer
-from dreamfleet.trainers.process_group import lone_group
+from dreamfleet.trainers.process_group import lone_group, step_timeouts
 from dreamfleet.trainers.zero_setup import (
     destroy_group,
     import_deepspeed,
@@ -76,7 +76,7 @@ class ZeroEngine(Engine):
             largest=max(param.numel() for param in model.parameters()),
             swap_folder=str(self.folder.path) if self.folder is not None else None,
         )
-        with stdout_to_stderr():
+        with stdout_to_stderr(), step_timeouts():
             if self.stage == 3:
                 self._shard(model, config)
             self.engine, *_ = self.deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)

@@ -18,6 +18,7 @@ from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceErr
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers import wording
+from dreamfleet.trainers.hold import is_used
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.trainers.searching import Point, Value, figures_of, put_point
 
@@ -246,7 +247,7 @@ def open_ledger(recipe: Recipe, *, resume: bool) -> Ledger:
         _refuse_another_search(folder, recipe)
         trials = [Trial(**row) for row in json.loads(folder.read_text(FILE))["trials"]]
         return Ledger(recipe, trials)
-    if folder.has_files():
+    if is_used(folder):
         raise RecipeError(f"{here} is not empty and holds no search; give another output_dir")
     return Ledger(recipe)
 

@@ -13,10 +13,11 @@ from dreamfleet.datasets.errors import DataError, RecipeError, ResourceError, Ru
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.hold import Stop, claimed, stop_on_signal
 from dreamfleet.trainers.launch import run_in_thread
-from dreamfleet.trainers.paths import local_paths
+from dreamfleet.trainers.machines import check_machines
+from dreamfleet.trainers.paths import shared_paths, written_paths
 from dreamfleet.trainers.preflight import check_inputs, this_machine
 from dreamfleet.trainers.progress import Display
-from dreamfleet.trainers.ray_session import check_machines, ray_session, starts_private_ray
+from dreamfleet.trainers.ray_session import ray_session, starts_private_ray
 from dreamfleet.trainers.recipe import Recipe, load_recipe
 from dreamfleet.trainers.scaling import (
     Resources,
@@ -59,13 +60,15 @@ def search(
     overrides: Sequence[str] = (),
     resume: bool = False,
     address: str | None = None,
+    shared: Sequence[str] = (),
     on_progress: Progress | None = None,
 ) -> SearchResult:
     """Do the search that a recipe (or a recipe file) says in its ``search:`` section.
 
     Each trial is an ordinary run in ``output_dir/trials/``, in one process. Beside them lie ``best.yaml``,
     ``trials.parquet`` and ``report.html``. ``resume`` goes on with a search: finished trials stay, interrupted ones
-    continue from their checkpoints, and the points that follow are those that would have followed anyway.
+    continue from their checkpoints, and the points that follow are those that would have followed anyway. ``shared``
+    names folders that all machines of the cluster see.
 
     A trial that fails, for want of memory too, is recorded with its reason and the others go on; a mistake that the
     first trials share ends the search and leaves nothing behind.
@@ -100,7 +103,7 @@ def search(
         ledger.folder.write_text(RECIPE, recipe.to_yaml())
         ledger.save()
         try:
-            _run_trials(ledger, address, stop, display, on_progress)
+            _run_trials(ledger, address, shared, stop, display, on_progress)
         finally:
             if ledger.trials:
                 write_results(ledger)
@@ -169,7 +172,12 @@ def can_share_process(recipe: Recipe, *, uses_gpu: bool) -> bool:
 
 
 def _run_trials(
-    ledger: Ledger, address: str | None, stop: Stop, display: Display, on_progress: Progress | None
+    ledger: Ledger,
+    address: str | None,
+    shared: Sequence[str],
+    stop: Stop,
+    display: Display,
+    on_progress: Progress | None,
 ) -> None:
     from dreamfleet.tune.proposals import Proposals
     from dreamfleet.tune.scribe import Scribe
@@ -186,7 +194,7 @@ def _run_trials(
         stop.listen()
         nodes = [node.resources for node in session.nodes()]
         share, at_once = trial_room(recipe, nodes, limit=session.growth_limit())
-        check_machines(session, ledger.folder, local_paths(recipe))
+        check_machines(session, reads=shared_paths(recipe), writes=written_paths(recipe), shared=shared)
         at_once = min(at_once, proposals.remaining)
         display.say(f"{proposals.remaining} trials, {at_once} at once, {describe(share.resources)} each")
         # Tune's own files are of use to it alone, and only while it runs: our record and the trials' folders are enough
@@ -222,7 +230,7 @@ def _make_tuner(
         figures=ledger.figures,
         threads=share.threads,
         uses_gpu=share.uses_gpu,
-        gpu_share=min(1.0, share.resources.get("GPU", 1.0)),
+        gpu_share=share.gpu_share,
         environment=worker_environment(share.threads),
         sent=to_send(buckets="://" in recipe.to_yaml()),
     )

@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from dreamfleet.trainers import run as run_module
 from dreamfleet.trainers.engine_choices import CHOICES
+from dreamfleet.trainers.process_group import leave_group
 from dreamfleet.trainers.recipe import build_recipe
 
 TEXT = {"name": "dreambooth", "train_text_encoder": True}
@@ -100,7 +101,7 @@ def main() -> None:
             print(json.dumps({"case": name, "error": traceback.format_exc(limit=-12)}), flush=True)
             os._exit(1)  # the other rank may wait for this one for ever
     dist.barrier(device_ids=[rank])
-    dist.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":

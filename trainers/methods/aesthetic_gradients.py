@@ -184,7 +184,7 @@ class AestheticGradients(SeeingMethod):
         return Loss(total, per_sample, {})
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], ids: Tensor) -> Condition:
+    def encode(self, prompts: Sequence[str], ids: Tensor | None = None) -> Condition:
         """Encode texts as tuned towards the mean of the pictures seen so far; plainly before the first."""
         if not self.count:
             return super().encode(prompts, ids)

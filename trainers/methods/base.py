@@ -180,13 +180,23 @@ class Method(nn.Module):
             config=data,
         )
 
+    def check_prompts(self, samples: Sequence[Sample], data: Any) -> str | None:
+        """Return what to warn of in a run's prompts. Raises RecipeError where nothing could be learned from them."""
+        for prompt in (concept.instance_prompt for concept in self.setting.concepts):
+            if prompt and ("[name]" in prompt or "{}" in prompt):
+                raise RecipeError(
+                    f"data.instance_prompt: {prompt!r} has a place for the name of what is learned, and {self.name} "
+                    "learns no word; write the words themselves, as in 'a photo of sks cat'"
+                )
+        return None
+
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Turn prompts into ids ``[B, T]``, 77 a chunk; ``[B, 2, T]`` for SDXL's two text encoders."""
         return self.model.tokenize(prompts)
 
-    def encode(self, prompts: Sequence[str], ids: Tensor) -> Condition:
-        """Encode the texts of prompts, and their ids, as this method's artefact makes them read."""
-        return self.model.condition(ids)
+    def encode(self, prompts: Sequence[str], ids: Tensor | None = None) -> Condition:
+        """Encode texts as this method's artefact makes them read; literal ones where their ids are not given."""
+        return self.model.read(prompts) if ids is None else self.model.condition(ids)
 
     def forward(self, batch: Batch) -> Loss:
         """Compute the loss of a batch; the default is the noise loss weighted per sample (see ``batch_loss``)."""

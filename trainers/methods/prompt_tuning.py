@@ -30,6 +30,7 @@ from dreamfleet.trainers.methods.base import (
 from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.methods.words import (
     WORD_FORMATS,
+    check_templates,
     export_word,
     fill_prompt,
     initial_vectors,
@@ -175,6 +176,10 @@ class PromptTuning(Method):
             ParamGroup("positive", dict(self._positive)),
             ParamGroup("negative", dict(self._negative), self.config.neg_lr_w),
         ]
+
+    def check_prompts(self, samples: Sequence[Sample], data: Any) -> str | None:
+        """Raise RecipeError where no prompt has the word; return a warning where some lack it."""
+        return check_templates(self.model, self._templates, self._word, samples, data)
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
         """Fill a template line drawn for this use of the picture with the placeholder and the picture's caption."""

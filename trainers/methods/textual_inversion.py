@@ -5,6 +5,7 @@ Source: Gal et al. 2022 (arXiv 2208.01618); multi-vector form and initialisation
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -24,6 +25,7 @@ from dreamfleet.trainers.methods.base import (
 from dreamfleet.trainers.methods.exports import Export
 from dreamfleet.trainers.methods.words import (
     WORD_FORMATS,
+    check_templates,
     export_word,
     fill_prompt,
     initial_vectors,
@@ -104,6 +106,10 @@ class TextualInversion(Method):
 
     def groups(self) -> list[ParamGroup]:
         return [ParamGroup("embedding", dict(self._learning))]
+
+    def check_prompts(self, samples: Sequence[Sample], data: Any) -> str | None:
+        """Raise RecipeError where no prompt has the word; return a warning where some lack it."""
+        return check_templates(self.model, self._templates, self.config.placeholder_token, samples, data)
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
         """Fill a template line drawn for this use of the picture with the placeholder and the picture's caption."""

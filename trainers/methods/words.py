@@ -19,7 +19,9 @@ from dreamfleet.trainers.sd.embeddings import token_tables
 from dreamfleet.trainers.sd.formats.embedding import Embedding, read_embedding, write_embedding
 from dreamfleet.trainers.sd.formats.optimizer_file import AdamState, moments_beside
 from dreamfleet.trainers.sd.model import StableDiffusion
+from dreamfleet.trainers.sd.prompt_tokens import place_word, words_in
 
+MARK = "\U000f1fff"  # stands for the word while a template is filled; a private character, which no text has
 WORD_FORMATS = ("pt", "safetensors", "png", "webp", "avif", "jxl", "bin", "kohya")
 
 
@@ -71,15 +73,54 @@ def word_parameters(module: nn.Module, name: str, vectors: Sequence[Tensor]) -> 
 def fill_prompt(
     templates: Sequence[str], word: str, sample: Sample, rng: np.random.Generator, data: Any
 ) -> str:
-    """Fill a template line drawn for this use of a picture with the word and the picture's caption."""
-    return captions.make_caption(
+    """Fill a template line drawn for this use of a picture with the word and the picture's caption.
+
+    The word is set apart from letters beside it, as the tokenizer would not find it among them.
+    """
+    filled = captions.make_caption(
         sample.caption,
         template=captions.choose_template(templates, rng),
-        name=word,
+        name=MARK,
         file_name=sample.file_name,
         rng=rng,
         config=data,
     )
+    return place_word(filled, MARK, word)
+
+
+def check_templates(
+    model: StableDiffusion, templates: Sequence[str], word: str, samples: Sequence[Sample], data: Any
+) -> str | None:
+    """Return what to warn of where some prompts lack the word. Raises RecipeError where none has it."""
+
+    def has_word(template: str, caption: str) -> bool:
+        filled = place_word(captions.fill_template(template, MARK, caption), MARK, word)
+        return word in words_in(model, [filled])
+
+    having = [template for template in templates if has_word(template, "")]
+    lacking = [template for template in templates if template not in having]
+    if having:
+        few = f"{len(lacking)} of {len(templates)} templates do not use {word!r}, and teach it nothing: {lacking[:1]}"
+        return f"{few}. Put [name] into them" if lacking else None
+    told = [
+        _file_words(sample, data) for sample in samples if any("[filewords]" in each for each in templates)
+    ]
+    naming = sum(any(has_word(template, caption) for template in templates) for caption in told)
+    if not naming:
+        raise RecipeError(
+            f"method.template_file: no template uses {word!r}, nor does a caption that one is filled with, so it would "
+            f"learn nothing; put [name] where the word goes, as in 'a photo of [name]' (now: {templates[0]!r})"
+        )
+    if naming < len(told):
+        return f"{len(told) - naming} of {len(told)} captions do not use {word!r}, nor do the templates"
+    return None
+
+
+def _file_words(sample: Sample, data: Any) -> str:
+    """Return what ``[filewords]`` of a picture may say, all lines of its caption at once."""
+    if sample.caption and data.use_captions:
+        return " ".join(filter(None, (data.caption_prefix, sample.caption, data.caption_suffix)))
+    return captions.caption_from_filename(sample.file_name) if data.caption_from_filename else ""
 
 
 def export_word(vectors: Sequence[Tensor], order: Export, *, word: str, model: StableDiffusion) -> list[Path]:

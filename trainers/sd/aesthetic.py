@@ -91,7 +91,7 @@ class AestheticEncoder:
         self._contexts: OrderedDict[tuple[str, int], Tensor] = OrderedDict()  # by prompt and number of tokens
         self._loras = model.loras  # that these were encoded with
 
-    def __call__(self, prompts: Sequence[str], ids_BT: Tensor) -> Condition:
+    def __call__(self, prompts: Sequence[str], ids_BT: Tensor | None = None) -> Condition:
         """Encode texts and their ids for the U-Net."""
         return Condition(self.contexts(prompts, ids_BT))
 

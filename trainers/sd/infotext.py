@@ -38,10 +38,17 @@ def plain_sampler(name: str) -> str:
     return known
 
 
-def sampler_entries(name: str) -> dict[str, str]:
-    """Give the webui's entries for a sampler."""
+def sampler_entries(name: str, *, zero_snr: bool = False) -> dict[str, str | None]:
+    """Give the webui's entries for a sampler; ``zero_snr``: of a model whose noise ends without a signal."""
     plain = plain_sampler(name)
-    return {"Sampler": _WEBUI_NAMES[plain], "Schedule type": _SCHEDULES.get(plain, "Automatic")}
+    # There `sample.make_scheduler` takes steps that are even and begin with the last timestep.
+    schedule = "SGM Uniform" if zero_snr and plain in _SCHEDULES else _SCHEDULES.get(plain, "Automatic")
+    return {
+        "Sampler": _WEBUI_NAMES[plain],
+        "Schedule type": schedule,
+        "Noise Schedule": "Zero Terminal SNR" if zero_snr else None,
+        "RNG": "CPU",
+    }
 
 
 def infotext(prompt: str, negative_prompt: str, entries: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,19 @@ from dreamfleet.trainers.sd.formats.lora_names import STANDARD_LAYERS
 if TYPE_CHECKING:
     from dreamfleet.trainers.sd.model import StableDiffusion
 
-Applied = tuple[LoraFile, float]  # a LoRA and its multiplier
+
+class Strength(NamedTuple):
+    """How strongly a LoRA acts on the text encoders, and on the U-Net."""
+
+    text: float = 1.0
+    unet: float = 1.0
+
+    def __str__(self) -> str:
+        """Write it as in a prompt's tag."""
+        return f"{self.unet:g}" if self.text == self.unet else f"{self.text:g}:{self.unet:g}"
+
+
+Applied = tuple[LoraFile, float | Strength]  # a number is the strength on both
 
 LEARNING = "learning"  # what peft calls the adapter that trains; those for drawing are numbered
 
@@ -69,14 +81,15 @@ def set_loras(model: StableDiffusion, applied: Sequence[Applied]) -> None:
     """
     for part in model.modules().values():
         remove_adapters(part)
-    for number, (file, multiplier) in enumerate(applied):
+    for number, (file, by) in enumerate(applied):
+        strength = by if isinstance(by, Strength) else Strength(by, by)
         for name_of_part, layers in _by_part(model, file).items():
             module, adapter = model.modules()[name_of_part], f"drawing_{number}"
             _inject(module, {name: (m.rank, m.alpha) for name, m in layers.items()}, adapter=adapter)
             for name, layer in adapted(module):
                 if name in layers:
                     _fill(layer, adapter, layers[name])
-                    layer.set_scale(adapter, multiplier)
+                    layer.set_scale(adapter, strength.unet if name_of_part == "unet" else strength.text)
     for part in model.modules().values():
         for _, layer in adapted(part):
             layer.set_adapter(list(layer.lora_A), inference_mode=True)

@@ -59,7 +59,7 @@ class StableDiffusion:
     text_encoder_2: Any = None  # SDXL
     tokenizer_2: Any = None
     zeros_for_empty_prompt: bool = False  # the empty negative prompt is zeros (SDXL base)
-    loras: tuple[tuple[Any, float], ...] = ()  # it draws with: see `lora.set_loras`
+    loras: tuple[tuple[Any, float | lora.Strength], ...] = ()  # it draws with: see `lora.set_loras`
     short_hash: Callable[[], str | None] = lambda: (
         None
     )  # by which the webui tells models: see `model_files.short_hash`

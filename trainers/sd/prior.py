@@ -70,6 +70,7 @@ def generate_class_images(
             width=resolution,
             height=resolution,
             batch_size=len(part),
+            plain=True,  # as the prompt is trained
         )
         for i, picture in zip(part, pictures, strict=True):
             buffer = io.BytesIO()

@@ -179,6 +179,12 @@ def escape(text: str) -> str:
     return re.sub(r"\b(?:A(?=ND\b)|B(?=REAK\b))", lambda match: f"{match[0]}\\", text)
 
 
+def escape_words(prompt: str, words: Iterable[str]) -> str:
+    """Write a prompt so that words with syntax in them, ``[V]``, are read literally by the webui too."""
+    shielded, special = _shielded(prompt, words)
+    return _unshielded(((1, shielded),), special)[0][1]
+
+
 def words_alone(prompt: str) -> str:
     """Return a prompt's words without its syntax, as they are at the last step: what a judge compares with."""
     parts = [part.schedule[-1][1] for part in parse_prompt(prompt, 1)]

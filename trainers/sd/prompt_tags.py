@@ -1,9 +1,9 @@
-"""Files that prompts call by name, as the webui has it: ``<hypernet:NAME:0.8>``, ``<lora:NAME:0.8>``."""
+"""Files that prompts call by name, as in the webui: ``<hypernet:NAME:0.8>``, ``<lora:NAME:TEXT_ENCODER:UNET>``."""
 
 from __future__ import annotations
 
+import logging
 import math
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 from typing import Any, ClassVar
@@ -13,10 +13,13 @@ from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.sd.formats import hypernetwork as hypernetworks
 from dreamfleet.trainers.sd.formats import lora as loras
 from dreamfleet.trainers.sd.hypernetwork import applied_hypernetworks, require_fit, set_hypernetworks
-from dreamfleet.trainers.sd.lora import load_lora, set_loras
+from dreamfleet.trainers.sd.lora import Strength, load_lora, set_loras
 from dreamfleet.trainers.sd.model import StableDiffusion
+from dreamfleet.trainers.sd.prompt_syntax import Tag, split_tags, strip_comments
 
-Named = tuple[str, float]  # a name or an address, and a multiplier
+log = logging.getLogger(__name__)
+
+Named = tuple[str, Strength]  # a name or an address, and how strongly it acts
 
 
 class Shelf:
@@ -26,12 +29,12 @@ class Shelf:
     files, in ``folder`` and beside these files, in this order. Raises UserError for a file that is not there.
     """
 
-    tag: ClassVar[str]  # in prompts
+    tags: ClassVar[tuple[str, ...]]  # in prompts
     option: ClassVar[str]  # of the command line
     suffixes: ClassVar[tuple[str, ...]]
 
     def __init__(self, given: Sequence[str] = (), folder: str | None = None):
-        self.given = [split_multiplier(text) for text in given]
+        self.given = [(name, Strength(by, by)) for name, by in map(split_multiplier, given)]
         for address, _ in self.given:
             if not Storage(address).exists():
                 raise UserError(f"--{self.option} {address}: there is no such file")
@@ -41,15 +44,15 @@ class Shelf:
         self.folders = list(dict.fromkeys([folder, *beside] if folder else beside))
         self._loaded: dict[str, Any] = {}
 
-    def arrange(self, prompt: str) -> tuple[str, tuple[Named, ...]]:
-        """Return a prompt without its tags, and what it is drawn with: address and multiplier, in order.
+    def arrange(self, tags: Sequence[Tag]) -> tuple[Named, ...]:
+        """Return what a prompt with these tags is drawn with: address and strength, in order.
 
-        A file of ``given`` that the prompt names itself has the prompt's multiplier, as in the webui.
+        A file of ``given`` that the prompt names itself has the prompt's strength, as in the webui. Raises UserError
+        for a file that is not there, and for a strength that is no number.
         """
-        text, named = split_tags(prompt, self.tag)
-        asked = [(self.find(name), multiplier) for name, multiplier in named]
+        asked = [(self.find(name), strength) for name, strength in map(read_tag, tags)]
         taken = {address for address, _ in asked}
-        return text, (*(one for one in self.given if one[0] not in taken), *asked)
+        return (*(one for one in self.given if one[0] not in taken), *asked)
 
     def find(self, name: str) -> str:
         """Return the address of the file called ``name``. Raises UserError when there is none."""
@@ -90,7 +93,7 @@ class Shelf:
 class HypernetworkShelf(Shelf):
     """Hypernetworks by name."""
 
-    tag, option, suffixes = "hypernet", "hypernetwork", (hypernetworks.SUFFIX,)
+    tags, option, suffixes = ("hypernet",), "hypernetwork", (hypernetworks.SUFFIX,)
 
     def read(self, path: Path, address: str, model: StableDiffusion) -> Any:
         network = hypernetworks.read_hypernetwork(path).network
@@ -101,7 +104,7 @@ class HypernetworkShelf(Shelf):
 class LoraShelf(Shelf):
     """LoRAs by name."""
 
-    tag, option, suffixes = "lora", "lora", loras.SUFFIXES[:2]
+    tags, option, suffixes = ("lora", "lyco"), "lora", loras.SUFFIXES[:2]
 
     def read(self, path: Path, address: str, model: StableDiffusion) -> Any:
         return load_lora(model, path)
@@ -116,11 +119,20 @@ class Shelves:
     def __init__(self, hypernetworks: HypernetworkShelf, loras: LoraShelf):
         self.hypernetworks, self.loras = hypernetworks, loras
 
-    def arrange(self, prompt: str) -> tuple[str, Extras]:
-        """Return a prompt without its tags, and what it is drawn with."""
-        text, networks = self.hypernetworks.arrange(prompt)
-        text, loras = self.loras.arrange(text)
-        return text, (networks, loras)
+    def arrange(self, prompt: str, *, plain: bool = False) -> tuple[str, Extras]:
+        """Return a prompt without its tags, and what it is drawn with. ``plain``: it is literal, and has none."""
+        if plain:
+            return prompt, self.arrange("")[1]
+        known = (*self.hypernetworks.tags, *self.loras.tags)
+        _, tags = split_tags(strip_comments(prompt))
+        for kind in dict.fromkeys(tag.kind for tag in tags if tag.kind not in known):
+            log.warning("the prompt's <%s:...> is left out: there are <lora:...> and <hypernet:...>", kind)
+        extras = (
+            self.hypernetworks.arrange([tag for tag in tags if tag.kind in self.hypernetworks.tags]),
+            self.loras.arrange([tag for tag in tags if tag.kind in self.loras.tags]),
+        )
+        text, found = split_tags(prompt, known)
+        return text.strip() if found else prompt, extras
 
     def on(self, model: StableDiffusion) -> Callable[[Extras], None]:
         """Return what makes a model draw with these, after those that it has now."""
@@ -128,30 +140,30 @@ class Shelves:
 
         def apply(extras: Extras) -> None:
             networks, loras = extras
-            loaded = [(self.hypernetworks.load(address, model), by) for address, by in networks]
+            loaded = [(self.hypernetworks.load(address, model), by.text) for address, by in networks]
             set_hypernetworks(model.unet, [*own, *loaded])
             set_loras(model, [*own_loras, *((self.loras.load(address, model), by) for address, by in loras)])
 
         return apply
 
 
-def split_tags(prompt: str, tag: str) -> tuple[str, list[Named]]:
-    """Split ``a cat <TAG:NAME:0.8>`` into its text and the names with multipliers, 1 when left out.
+def read_tag(tag: Tag) -> Named:
+    """Read ``<KIND:NAME:TEXT_ENCODER:UNET>`` or ``<KIND:NAME:te=0.5:unet=0.7>``; 1 where nothing is said.
 
-    Raises UserError for a multiplier that is no number.
+    One number is both. Others, such as the webui's ``dyn``, are left out. Raises UserError for what is no number.
     """
-    pattern = re.compile(rf"<{tag}:([^<>]*)>")
-    found = []
-    for match in pattern.finditer(prompt):
-        name, colon, number = match[1].partition(":")
-        multiplier = _number(number) if colon else 1.0
-        if not name.strip() or multiplier is None:
-            raise UserError(f"{match[0]} in a prompt: write <{tag}:NAME:0.8>, a file's name and a number")
-        found.append((name.strip(), multiplier))
-    return (pattern.sub("", prompt).strip(), found) if found else (prompt, found)
+    name, *numbers = tag.positional or [""]
+    text = tag.named.get("te", numbers[0] if numbers else "1")
+    unet = tag.named.get("unet", numbers[1] if len(numbers) > 1 else text)
+    strengths = [_number(each) for each in (text, unet)]
+    if not name.strip() or None in strengths:
+        raise UserError(
+            f"<{tag.kind}:{':'.join(tag.items)}> in a prompt: write <{tag.kind}:NAME:0.8>, a file's name and a number"
+        )
+    return name.strip(), Strength(*(each for each in strengths if each is not None))
 
 
-def split_multiplier(text: str) -> Named:
+def split_multiplier(text: str) -> tuple[str, float]:
     """Split ``FILE:0.8`` into file and multiplier; a text without one, or with another colon, is a file at 1."""
     head, _, tail = text.rpartition(":")
     multiplier = _number(tail) if head else None
