@@ -82,10 +82,8 @@ class Place:
         outcome = _try(work)
         if self.world == 1:
             return outcome.result()
-        failed = outcome.error is not None
-        every = self.gather(
-            (_Outcome(None, outcome.error).packed(), socket.gethostname()) if failed else None
-        )
+        own = None if outcome.error is None else (outcome.packed(), socket.gethostname())
+        every = self.gather(own)
         told = next(((rank, *one) for rank, one in enumerate(every) if one is not None), None)
         if told is None:
             return outcome.result()
@@ -93,6 +91,7 @@ class Place:
         error = outcome.error if rank == self.rank else pickle.loads(packed).error
         if None in every and isinstance(error, UserError | RunFailed):
             raise type(error)(f"{error} (on rank {rank}, {host})") from outcome.error
+        assert error is not None
         raise error
 
     def gather(self, value: T) -> list[T]:
