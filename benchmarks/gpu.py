@@ -34,8 +34,9 @@ OFFLOADS = ("no-offload", "offload-optimizer", "offload-weights")
 def run_case(name: str, *, small: bool) -> dict[str, Any]:
     """Train a case's steps on the card it imitates; returns what was predicted and what was seen."""
     from dreamfleet.trainers.loop import Hooks, Schedule, train
+    from dreamfleet.trainers.sd.device import best_device
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     with tempfile.TemporaryDirectory() as folder:
         recipe = make_recipe(name, Path(folder), small=small)
         told = predict(recipe)

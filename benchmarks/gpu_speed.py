@@ -156,7 +156,9 @@ def best_batch(make: Callable[[int], Step], batches: tuple[int, ...], *, steps: 
 
 def measure_speed(*, small: bool) -> dict[str, Any]:
     """Measure every way at its best batch, then the best beside diffusers' step, alternating."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    from dreamfleet.trainers.sd.device import best_device
+
+    device = best_device()
     batches, steps = (BATCHES[:2], 1) if small else (BATCHES, 10)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dreamfleet.cluster.cli_base import AsJson, Verbose, print_json, work
+from dreamfleet.cluster.cli_base import AsJson, Verbose, local_path, print_json, work
 
 
 def export(
@@ -42,9 +42,14 @@ def export(
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="IN", help="An embedding, a hypernetwork, a LoRA or a model.")
+        Path,
+        typer.Argument(
+            metavar="IN", parser=local_path, help="An embedding, a hypernetwork, a LoRA or a model."
+        ),
     ],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="The same in the format its name says.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", parser=local_path, help="The same in the format its name says.")
+    ],
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -159,11 +164,18 @@ def sample(
         typer.Option(help="Where prompts' <lora:NAME:0.8> are found.", show_default=False),
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="The grid to write; a .png says how it was drawn, as the webui's do.")
+        Path,
+        typer.Option(
+            metavar="PATH",
+            parser=local_path,
+            help="The grid to write; a .png says how it was drawn, as the webui's do.",
+        ),
     ] = Path("grid.png"),
     out_dir: Annotated[
         Path | None,
         typer.Option(
+            metavar="PATH",
+            parser=local_path,
             help="Folder for each picture by itself too: 00000-SEED.png and so on, as in the webui.",
             show_default=False,
         ),

@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -73,6 +74,13 @@ def _show_version(value: bool) -> None:
 
         print(f"dreamfleet {version('dreamfleet')}")
         raise typer.Exit
+
+
+def local_path(text: str) -> Path:
+    """Read an argument that must lie on this machine; an address would silently become a folder named s3:."""
+    if "://" in text:
+        raise typer.BadParameter(f"{text} is an address; give a path on this machine")
+    return Path(text)
 
 
 RecipePath = Annotated[

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dreamfleet.cluster import cli_cache, cli_caption, cli_inspect, cli_prepare, cli_tags
-from dreamfleet.cluster.cli_base import AsJson, Commands, Verbose, print_json, work
+from dreamfleet.cluster.cli_base import AsJson, Commands, Verbose, local_path, print_json, work
 
 data = typer.Typer(
     name="data", cls=Commands, help="Sets of pictures.", no_args_is_help=True, rich_markup_mode=None
@@ -19,12 +19,16 @@ data = typer.Typer(
 
 def label(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="A folder of pictures.", show_default=False)
+        Path,
+        typer.Argument(metavar="FOLDER", parser=local_path, help="A folder of pictures.", show_default=False),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The JSON of classes, gone on with when there; else FOLDER/dataset.json.", show_default=False
+            metavar="PATH",
+            parser=local_path,
+            help="The JSON of classes, gone on with when there; else FOLDER/dataset.json.",
+            show_default=False,
         ),
     ] = None,
     classes: Annotated[str, typer.Option(help="Names of the classes, from number 0 on.")] = "other,good",

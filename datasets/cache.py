@@ -174,7 +174,7 @@ class ShardWriter:
                     bad=[(jobs[number].key, jobs[number].size, reason) for number, reason in bad.items()],
                     precision=self.precision,
                 )
-            except StorageError as error:
+            except UserError as error:  # the cache cannot be written, or a GPU has too little memory
                 failure = str(error)
         told = [("", "")] if not bad else [(jobs[number].uri, reason) for number, reason in bad.items()]
         return {

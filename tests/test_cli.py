@@ -287,3 +287,24 @@ def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> No
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     raise AssertionError(f"{path} did not grow")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("convert", "s3://bucket/word.pt", "word.png"),
+        ("convert", "word.pt", "s3://bucket/word.png"),
+        ("sample", "--prompt", "a cat", "--out", "s3://bucket/grid.png"),
+        ("sample", "--prompt", "a cat", "--out-dir", "s3://bucket/drawn"),
+        ("data", "label", "s3://bucket/pictures"),
+        ("data", "label", "pictures", "--out", "gs://bucket/labels.json"),
+    ],
+)
+def test_an_address_is_refused_where_a_file_of_this_machine_is_meant(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*words)
+    assert result.exit_code == 2
+    assert "bucket" in result.stderr and "address" in result.stderr
+    assert not list(tmp_path.iterdir()), "no folder named s3:"

@@ -17,7 +17,7 @@ import tiny
 import torch
 from servers import S3Server, s3_server  # noqa: F401 - a fixture
 
-from dreamfleet.datasets.errors import DataError
+from dreamfleet.datasets.errors import ModelError
 from dreamfleet.datasets.storage import Storage
 from dreamfleet.trainers.launch import fit
 from dreamfleet.trainers.ray_session import RaySession, ray_session
@@ -248,12 +248,11 @@ def test_a_search_interrupted_and_continued(folder: Path, local_ray: RaySession)
 
 @pytest.mark.cluster
 def test_a_mistake_common_to_all_trials_is_told_once(folder: Path, local_ray: RaySession) -> None:
-    """The pictures kept out of training cannot be read, which shows in the trials only."""
+    """The model's folder holds none, which shows in the trials only."""
     (folder / "broken").mkdir()
-    (folder / "broken" / "a.png").write_text("no picture")
     tree = make_tree(folder, str(folder / "mistaken"), [GOOD, BAD])
-    tree["validation"]["holdout"] = str(folder / "broken")
-    with pytest.raises(DataError, match="broken"):
+    tree["model"]["pretrained_model_name_or_path"] = str(folder / "broken")
+    with pytest.raises(ModelError, match="broken"):
         search(build_recipe(tree))
     assert not (folder / "mistaken").exists(), "what never began leaves nothing behind"
 

@@ -128,7 +128,7 @@ def test_alone_a_run_stops_resumes_and_leaves_nothing(alone: Report, name: str) 
 def test_alone_a_special_case(alone: Report, name: str) -> None:
     told = alone(name)
     assert told["error"] is None, told["error"]
-    check_left(told, leaks=name.startswith("bench-") or "nvme" in name)
+    check_left(told, leaks=name.startswith("bench-"))
 
 
 @pytest.mark.parametrize("name", list(ranks.CASES))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +25,9 @@ from dreamfleet.trainers.place import Place
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.sd.device import explained_memory
 from dreamfleet.trainers.sd.pipeline_folder import save_pipeline
-from dreamfleet.trainers.zero_setup import build_op, sole_builder, zero_config
-from dreamfleet.trainers.zero_swap import SwapFolder
+from dreamfleet.trainers.zero_engine import ZeroEngine
+from dreamfleet.trainers.zero_setup import build_op, import_deepspeed, sole_builder, zero_config
+from dreamfleet.trainers.zero_swap import SwapFolder, build_swapping
 
 HERE = Path(__file__).parent
 SWAPS = pytest.mark.skipif(not HAS_LIBAIO, reason="libaio-dev is not installed: apt-get install libaio-dev")
@@ -222,6 +224,48 @@ def test_without_a_compiler_offload_is_refused_with_the_way_out(tmp_path: Path) 
         [sys.executable, "-c", code], env=bare, capture_output=True, text=True, check=False, timeout=300
     )
     assert "apt-get install g++" in ended.stdout, ended.stderr[-2000:]
+
+
+@pytest.mark.parametrize("error", [TypeError("not NoneType"), Exception("CUDA_HOME does not exist")])
+def test_without_cudas_toolkit_a_disk_is_refused_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    import_deepspeed(torch.device("cpu"))
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from deepspeed.ops.op_builder.pin_memory import PinMemoryBuilder
+
+    def stumble(self: Any, verbose: bool = False) -> None:
+        raise error
+
+    monkeypatch.setattr(PinMemoryBuilder, "load", lambda self, verbose: None)
+    monkeypatch.setattr(AsyncIOBuilder, "load", stumble)
+    with pytest.raises(ResourceError, match=r"CUDA toolkit.*offload to cpu"):
+        build_swapping()
+
+
+@pytest.mark.parametrize("before", range(8))
+def test_a_loss_scale_goes_on_inside_its_growth_window(before: int) -> None:
+    import_deepspeed(torch.device("cpu"))
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    def engine_at(steps: int) -> tuple[Any, Any]:
+        scaler = DynamicLossScaler(2.0**8, 3, 1.0, 1, False)
+        for _ in range(steps):
+            scaler.update_scale(False)
+        engine = object.__new__(ZeroEngine)
+        engine.stage, engine.device = 2, torch.device("cpu")
+        engine.engine = SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler))
+        return engine, scaler
+
+    (saved, straight), (loaded, resumed) = engine_at(before), engine_at(0)
+    state = saved._scaler_state()
+    assert 0 <= state["_growth_tracker"] < 3, "torch reads it too"
+    loaded._load_scaler(state)
+    for _ in range(8):
+        straight.update_scale(False)
+        resumed.update_scale(False)
+        assert resumed.cur_scale == straight.cur_scale
+    assert straight.cur_scale > 2.0**8
 
 
 def test_ops_are_compiled_without_debugging_symbols(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

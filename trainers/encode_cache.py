@@ -27,8 +27,10 @@ from dreamfleet.trainers.paths import shared_paths
 from dreamfleet.trainers.preflight import refuse_here, this_machine
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.scaling import WorkerShare, refuse_impossible, worker_resources
+from dreamfleet.trainers.sd.device import ENCODING, explained_memory, numbered, on_device
 from dreamfleet.trainers.sd.model import StableDiffusion, load_model
 from dreamfleet.trainers.sd.model_config import ModelConfig
+from dreamfleet.trainers.settle import limit_card
 
 
 @dataclass
@@ -52,7 +54,19 @@ class CacheMade:
 class VaeEncoder:
     """Encodes pictures with a model's VAE in float32, whatever a run computes in: one cache then serves them all."""
 
-    def __init__(self, config: ModelConfig, *, encoder_hash: str, device: str, threads: int | None = None):
+    @explained_memory(ENCODING)
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        encoder_hash: str,
+        device: str,
+        gpu_share: float = 1.0,
+        threads: int | None = None,
+    ):
+        place = numbered(device)
+        if place.type == "cuda":
+            limit_card(place, None, gpu_share)
         if threads is not None:
             torch.set_num_threads(threads)
         self.model = load_model(config, {"vae"})
@@ -61,8 +75,9 @@ class VaeEncoder:
                 f"{config.pretrained_model_name_or_path} has another VAE here than on the machine that asked; give "
                 "every machine the same model"
             )
-        self.model.vae.to(device)
+        self.model.vae.to(place)
 
+    @explained_memory(ENCODING)
     def __call__(self, cuts: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
         """Encode pictures as cut_picture gives them, of any sizes."""
         made: list[dict[str, np.ndarray]] = []
@@ -116,15 +131,18 @@ def cache_latents(
                 recipe.model,
                 encoder_hash=model.encoder_hash,
                 device="cuda" if share.uses_gpu else "cpu",
+                gpu_share=min(1.0, share.resources.get("GPU", 1.0)),
                 threads=share.threads if pool else None,
             )
             tried = 0
-            for done in encode_shards(shards, folder, make_encode, data=data, pool=pool):
-                made.encoded += done.encoded
-                made.bytes += done.bytes
-                made.left_out |= done.bad
-                tried += done.tried
-                progress(tried, len(missing))
+            here = share.uses_gpu and pool is None
+            with on_device("cuda" if here else "cpu", remedies=ENCODING):
+                for done in encode_shards(shards, folder, make_encode, data=data, pool=pool):
+                    made.encoded += done.encoded
+                    made.bytes += done.bytes
+                    made.left_out |= done.bad
+                    tried += done.tried
+                    progress(tried, len(missing))
     made.seconds = time.monotonic() - began
     if not made.encoded + made.reused:
         reason = next(iter(made.left_out.items()))

@@ -87,6 +87,10 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
                 f"model.{name}: there is no {model}. Check the path (relative ones start at the recipe)"
             )
     holdout = recipe.validation.holdout
+    if holdout and not Storage(holdout).exists():
+        raise DataError(
+            f"validation.holdout: there is no {holdout}. Check the path (relative ones start at the recipe)"
+        )
     if holdout and _is_small(Storage(holdout)):
         build_index(holdout, max_pixels=recipe.data.max_pixels)
     for name in ("clip", "dino"):

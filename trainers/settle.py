@@ -31,6 +31,8 @@ def settle_engine(recipe: Recipe, place: Place) -> tuple[Recipe, str]:
     recipe = place.on_rank_0(lambda: with_deepspeed_file(read))
     if place.device.type != "cuda":
         return recipe, "as the recipe says" if recipe.engine.zero_stage != "auto" else "no GPU"
+    if recipe.train.full_bf16:
+        _require_equal_gpus(place)
     limit = recipe.engine.gpu_limit
     card = place.on_every_rank(lambda: limit_card(place.device, limit, place.gpu_share))
     if recipe.engine.zero_stage != "auto":
@@ -40,6 +42,17 @@ def settle_engine(recipe: Recipe, place: Place) -> tuple[Recipe, str]:
     return choose_engine(
         recipe, place, gpu_memory=place.union([card])[0], host_memory=place.union([host_memory()])[0]
     )
+
+
+def _require_equal_gpus(place: Place) -> None:
+    """Raise ResourceError where workers have GPUs of different kinds: replicas in bfloat16 would round apart."""
+    # CUDA's generator gives each multiprocessor a part of the random numbers, and kinds differ in their number.
+    names = place.union([torch.cuda.get_device_name(place.device)])
+    if len(names) > 1:
+        raise ResourceError(
+            f"train.full_bf16 rounds weights at random, which GPUs of different kinds ({', '.join(names)}) do "
+            "differently; use workers with equal GPUs, or full_bf16: false"
+        )
 
 
 def choose_engine(recipe: Recipe, place: Place, *, gpu_memory: int, host_memory: int) -> tuple[Recipe, str]:

@@ -26,12 +26,12 @@ class Stepper:
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, seed: int):
         self.optimizer, self.seed = optimizer, seed
-        self._groups, self._numbers, self._parts = {}, {}, []
+        self._groups: dict[nn.Parameter, dict[str, Any]] = {}
+        self._parts: list[list[nn.Parameter]] = []
         for group in optimizer.param_groups:
             self._groups |= dict.fromkeys(group["params"], group)
             self._parts += _split(group["params"])
-        for number, param in enumerate(self._groups):
-            self._numbers[param] = number
+        self._numbers = {param: number for number, param in enumerate(self._groups)}
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def step(self, param: nn.Parameter, step: int) -> None:
@@ -98,7 +98,7 @@ class Stepper:
 
 def _split(params: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Split parameters, in their order, into parts of one type and device, none larger than the largest parameter."""
-    parts = []
+    parts: list[list[nn.Parameter]] = []
     params = list(params)
     most, size = max((param.numel() for param in params), default=0), 0
     for _, alike in itertools.groupby(params, key=lambda param: (param.dtype, param.device)):

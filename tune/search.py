@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dreamfleet.datasets.environment import environment, secrets_hidden, to_send
-from dreamfleet.datasets.errors import DataError, RecipeError, ResourceError, RunFailed, UserError
-from dreamfleet.datasets.storage import Storage
+from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
 from dreamfleet.trainers.hold import Stop, claimed, stop_on_signal
 from dreamfleet.trainers.launch import run_in_thread
 from dreamfleet.trainers.machines import check_machines
@@ -92,11 +91,6 @@ def search(
             "space: {optimizer.learning_rate: {distribution: loguniform, lower: 1.0e-5, upper: 1.0e-2}}}"
         )
     check_inputs(recipe)
-    held_out = recipe.validation.holdout
-    if held_out and not Storage(held_out).exists():
-        raise DataError(
-            f"validation.holdout: there is no {held_out}. Check the path (relative ones start at the recipe)"
-        )
     ledger = open_ledger(recipe, resume=resume)
     display = Display()
     with claimed(ledger.folder), stop_on_signal(ledger.folder, display) as stop:

@@ -42,15 +42,22 @@ LEFT_OUT: dict[Any, str] = {
     ("validation.metrics", "dino"): "needs the weights of a DINO",
     ("model.prediction_type", "sample"): "no samplers draw it",
 }
+#: Sizes that every family's tiny model can draw.
+BUCKETS: Values = {
+    "data.enable_bucket": True,
+    "data.min_bucket_reso": 16,
+    "data.max_bucket_reso": 64,
+    "data.bucket_reso_steps": 16,
+}
 #: What a value needs beside it; FOLDER stands for that of models and pictures.
 NEEDS: dict[Any, Values] = {
     "engine.torch_compile": {"engine.dynamo_backend": "eager"},
     "engine.pin_memory": {"engine.zero_stage": 2, "engine.offload_optimizer_device": "cpu"},
     "engine.overlap_comm": {"engine.zero_stage": 2},
     "optimizer.fused_backward": {"optimizer.max_grad_norm": 0},
-    "data.enable_bucket": {key.replace("__", "."): value for key, value in tiny.SHAPES.items()},
-    "data.alpha_mask": {"data.alpha_mask": True},
-    "data.bucket_no_upscale": {"data.enable_bucket": True, "data.bucket_reso_steps": 8},
+    "data.enable_bucket": BUCKETS,
+    "data.bucket_no_upscale": BUCKETS,
+    "model.rescale_betas_zero_snr": {"model.prediction_type": "v_prediction"},
     "method.with_prior_preservation": {"method.num_class_images": 2},
     "method.lora_target_modules": {"method.lora_rank": 4, "method.lora_dropout": 0.1},
     "method.aesthetic_text_negative": {"method.aesthetic_text": "a dog"},

@@ -26,7 +26,7 @@ def recipe_of(folder: Path, name: str, **changes: Any) -> Recipe:
         "output_dir": str(folder / "runs" / name),
         "train__max_train_steps": 2,
         "train__mixed_precision": "bf16",
-        "scaling": {"num_workers": 2, "use_gpu": True},
+        "scaling": {"num_workers": 2, "use_gpu": True, "max_failures": 0},
         "validation": {"holdout": str(folder / "held"), "holdout_timesteps": 1, "steps": 1},
     }
     return build_recipe(tiny.make_recipe(folder, **{**options, **changes}))
@@ -36,7 +36,7 @@ def train(folder: Path, address: str, name: str, **scaling: Any) -> None:
     """Train on two workers; the summary tells what they computed on."""
     from dreamfleet.trainers.launch import fit
 
-    scaling = {"num_workers": 2, "use_gpu": True, **scaling}
+    scaling = {"num_workers": 2, "use_gpu": True, "max_failures": 0, **scaling}
     found = fit(recipe_of(folder, name, scaling=scaling), address=address, on_progress=lambda line: None)
     assert (found.summary.steps, found.summary.workers) == (2, 2)
     assert found.summary.device == "Simulated GPU", found.summary.device

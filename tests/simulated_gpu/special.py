@@ -180,16 +180,6 @@ def moments_go_on_in_another_layout(folder: Path) -> None:
         assert run_of(folder, "layouts", engine__use_ema=True, **changes).steps == last
 
 
-@special
-def offload_to_nvme_without_cudas_toolkit_is_refused(folder: Path) -> None:
-    from torch.utils import cpp_extension
-
-    assert cpp_extension.CUDA_HOME is None, "this machine has a toolkit"
-    engine = {"zero_stage": 3, "offload_optimizer_device": "nvme", "nvme_path": str(folder / "disk")}
-    with pytest.raises(ResourceError, match=r"CUDA toolkit.*offload to cpu"):
-        run_of(folder, "nvme", engine=engine, train__mixed_precision="fp16")
-
-
 def _benchmark(name: str, folder: Path) -> None:
     import gpu
     from gpu_speed import copy_rates, measure_speed
