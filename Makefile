@@ -57,7 +57,7 @@ test: $(VENV)/.installed-test ## every test of this machine, servers included (P
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.installed-test ## the tests without servers and compilers: under three minutes on two cores
-	$(BIN)/python -m pytest -m "not cluster and not s3 and not slow and not simulated_gpu and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m "not cluster and not s3 and not slow and not simulated_gpu and not gpu" $(PYTEST_ARGS)
 
 test-gpu-matrix: $(VENV)/.installed-test ## every method, family and precision on a simulated GPU (`make test` has every pair of them)
 	DREAMFLEET_GPU_MATRIX=1 $(BIN)/python -m pytest -m simulated_gpu $(PYTEST_ARGS)

@@ -122,6 +122,8 @@ def make_caption(
     if dropped and of_subject:
         return ""
     if template is not None:
+        if words is None and prompt is not None:
+            words = fill_template(prompt, name, "").strip() or None
         if words is None and "[filewords]" in template:
             raise NoWords(f"no caption for [filewords]: image {file_name or '?'}. {_WAY_OUT}")
         return fill_template(template, name, words or "")

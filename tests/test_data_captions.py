@@ -82,6 +82,7 @@ def test_several_lines_are_several_captions():
         ("a cat", {"prompt": "sks, [filewords]"}, "sks, a cat"),
         (None, {"prompt": "a photo of sks dog"}, "a photo of sks dog"),
         (None, {"prompt": "a sks cat [filewords]"}, "a sks cat"),
+        (None, {"template": "photo of [filewords]", "prompt": "a sks cat"}, "photo of a sks cat"),
         ("", {"prompt": "p"}, "p"),
     ],
 )

@@ -205,6 +205,7 @@ def test_nothing_says_how_long_to_train_and_sizes_that_do_not_fit_are_told(tmp_p
 
 # torch's own, while it looks at a block's inputs
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "engine", [{"channels_last": True}, {"torch_compile": True, "dynamo_backend": "aot_eager"}]
 )

@@ -101,6 +101,7 @@ import sys
 import torch.distributed as dist
 from dreamfleet.datasets.errors import RunFailed
 from dreamfleet.trainers.engine import TorchEngine
+from dreamfleet.trainers.process_group import leave_group
 from dreamfleet.trainers.recipe import load_recipe
 from dreamfleet.trainers.run import run_worker
 
@@ -118,7 +119,7 @@ try:
 except RunFailed as error:
     print(error)
 finally:
-    dist.destroy_process_group()
+    leave_group()
 """
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_family, tiny_tokenizer
 
 from dreamfleet.trainers.sd.discriminator import make_network, save_network
-from dreamfleet.trainers.sd.model import pocket_folder
+from dreamfleet.trainers.sd.model import ModelConfig, load_model, pocket_folder
 from dreamfleet.trainers.sd.pipeline_folder import save_part, save_pipeline, save_tokenizer
 
 TEXTS = ["a cat, 12 it's", "Äpfel <|endoftext|>", "", "x" * 90]
@@ -91,6 +91,15 @@ def test_words_that_were_added_to_a_tokenizer_are_told_in_the_form_of_version_4(
     assert "extra_special_tokens" not in config  # a list there ends version 4's reader
     again = type(tokenizer).from_pretrained(tmp_path)
     assert again("a <toy> <x>").input_ids == tokenizer("a <toy> <x>").input_ids
+
+
+def test_a_folder_does_not_tell_where_its_base_model_lay(tmp_path: Path) -> None:
+    save_pipeline(tiny_family("sdxl"), tmp_path / "base")
+    model = load_model(ModelConfig(pretrained_model_name_or_path=str(tmp_path / "base")))
+    save_pipeline(model, tmp_path / "out")
+    texts = [path.read_text("utf-8") for path in (tmp_path / "out").rglob("*.json")]
+    assert len(texts) >= 10
+    assert not [text for text in texts if str(tmp_path) in text or "_name_or_path" in text]
 
 
 def test_the_pocket_model_itself_is_such_a_folder() -> None:

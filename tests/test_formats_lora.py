@@ -87,6 +87,7 @@ def draw_stock(pipeline: Any) -> Tensor:
     return pixels(found.images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "targets"), [("sd1", "locon"), ("sd2", None), ("sdxl", "locon")])
 def test_stock_diffusers_and_ours_draw_the_same_from_both_layouts(
     tmp_path: Path, family: str, targets: Any

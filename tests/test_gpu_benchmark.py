@@ -8,6 +8,8 @@ from types import ModuleType
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def gpu(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:

@@ -47,6 +47,7 @@ def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next((source / "dist").glob("*.whl"))
 
 
+@pytest.mark.slow
 def test_wheel_carries_the_pocket_model(root: Path, wheel: Path) -> None:
     pocket = root / "trainers" / "sd" / "pocket"
     files = [p for p in pocket.rglob("*") if p.is_file()]
@@ -76,6 +77,7 @@ ONLY_INSTALLED = """
 """
 
 
+@pytest.mark.slow
 def test_every_module_imports_from_the_installed_wheel(root: Path, site: Path, tmp_path: Path) -> None:
     code = f"""{ONLY_INSTALLED}
     for name in sys.argv[2].split(","):
@@ -87,6 +89,7 @@ def test_every_module_imports_from_the_installed_wheel(root: Path, site: Path, t
     run_python(code, site, ",".join(modules_of(root)), cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_jobs_take_the_same_files_along_as_the_wheel_has(wheel: Path, site: Path, tmp_path: Path) -> None:
     """Sent from an installation, and from this checkout, which may hold notes beside the code."""
     from dreamfleet.cluster.parcel import write_wheel
@@ -131,6 +134,7 @@ def test_hugging_face_datasets_is_importable_in_a_ray_task(root: Path) -> None:
     run_python("import os\n" + textwrap.dedent(code), cwd=root)
 
 
+@pytest.mark.slow
 def test_the_loop_needs_neither_ray_nor_deepspeed(root: Path, tmp_path: Path) -> None:
     """What a lone GPU machine measures: everything of trainers/ but the two files that speak to Ray."""
     apart = (

@@ -93,7 +93,7 @@ def make_prompts(parts: Parts, steps: int) -> set[str]:
     return {prompt for step in range(steps) for prompt in parts.feed.batch(step)["prompts"]}
 
 
-def test_words_are_captions_then_the_sets_prompt_then_the_file_name(tmp_path: Path) -> None:
+def test_words_are_captions_then_the_sets_prompt_then_the_file_name_on_request(tmp_path: Path) -> None:
     pictures = tiny.make_pictures(tmp_path / "some", 3, captions=True)
     (pictures / "000.txt").unlink()
     (pictures / "001.txt").unlink()
@@ -102,6 +102,10 @@ def test_words_are_captions_then_the_sets_prompt_then_the_file_name(tmp_path: Pa
     with_prompt = assemble(build_recipe(tiny.make_recipe(tmp_path, **options)), Place())
     assert make_prompts(with_prompt, 3) == {"a photo of sks cat", "cat, tag2, round, soft"}
     tree = tiny.make_recipe(tmp_path, **options, data__instance_prompt=None)
+    with pytest.raises(DataError, match=r"000\.png") as caught:
+        assemble(build_recipe(tree), Place())
+    assert "a red house.png" in str(caught.value)  # a file name is no caption by itself
+    tree["data"]["caption_from_filename"] = True
     with pytest.raises(DataError, match=r"000\.png"):
         assemble(build_recipe(tree), Place())
     (pictures / "000.png").unlink()

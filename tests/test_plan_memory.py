@@ -281,6 +281,7 @@ def test_every_worker_of_a_host_counts() -> None:
     assert apart["saving"] - apart["training"] == together["saving"] - together["training"] == 4 * GIB
 
 
+@pytest.mark.slow
 def test_stable_diffusion_15_is_planned_from_its_configs_alone(sd15: Path, tmp_path: Path) -> None:
     recipe = tiny.write_recipe(
         tmp_path / "recipe.yaml", tiny.make_recipe(tmp_path, data__resolution=512, train__train_batch_size=1)

@@ -9,6 +9,7 @@ import socket
 import threading
 import zipfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -218,6 +219,18 @@ def test_a_job_is_sent_with_code_inputs_and_grace_to_save(tmp_path: Path) -> Non
     assert sent["metadata"]["command"] == "train 'my cat.yaml' --resume"
     assert all(isinstance(value, str) for value in sent["metadata"].values())
     assert f"{len(parcel.files)} files" in said[0]
+
+
+def test_the_job_knows_the_shared_folders_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a cluster that grows, a run takes local paths only in these."""
+    client = FakeClient()
+    monkeypatch.setattr(jobs, "job_server", lambda address: nullcontext(JobServer(client, "http://head")))
+    recipe = tiny.write_recipe(tmp_path / "r.yaml", tiny.make_recipe(tmp_path))
+    words = ["--shared", str(tmp_path), "--", "train", str(recipe), "scaling.num_workers=1", "--resume"]
+    result = CliRunner().invoke(app, ["submit", *words, "--shared", "/data", "--shared", "/more"])
+    assert result.exit_code == 0, result.output
+    options = client.submitted["entrypoint"].partition("recipe.yaml ")[2]
+    assert options == f"--resume --shared /data --shared /more --shared {tmp_path}"
 
 
 def test_names_and_commands_of_jobs() -> None:

@@ -165,7 +165,12 @@ class HypernetworkMethod(Method):
             return super().prompt(sample, rng, data)
         template = captions.choose_template(self._templates, rng)
         return captions.make_caption(
-            sample.caption, template=template, file_name=sample.file_name, rng=rng, config=data
+            sample.caption,
+            template=template,
+            prompt=self.setting.concepts[sample.concept].instance_prompt,
+            file_name=sample.file_name,
+            rng=rng,
+            config=data,
         )
 
     def export(self, order: Export) -> list[Path]:

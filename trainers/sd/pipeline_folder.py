@@ -8,7 +8,7 @@ versions read what is written here.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +58,18 @@ def save_part(
 ) -> None:
     """Write the config and the weights of a model of diffusers or transformers, as the versions of both read them.
 
-    All weights are in one file: diffusers before 0.29 reads none that are split. ``more`` are entries that join a
+    All weights are in one file: early versions of diffusers read none that are split. ``more`` are entries that join a
     config of transformers.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(part, "save_config"):  # diffusers'
         part.save_config(folder)
-        write_safetensors(
-            part.state_dict(), folder / "diffusion_pytorch_model.safetensors", dtype=dtype, header=header
-        )
+        _drop(folder / "config.json", ("_name_or_path",))  # the folder it was loaded from
+        path = folder / "diffusion_pytorch_model.safetensors"
+        write_safetensors(part.state_dict(), path, dtype=dtype, header=header)
         return
     config = {**part.config.to_diff_dict(), "architectures": [type(part).__name__], **(more or {})}
-    config.pop("dtype", None)
+    config = {key: value for key, value in config.items() if key not in ("dtype", "_name_or_path")}
     # Also over 16-bit weights: version 5 computes in this precision unless told otherwise, diffusers' parts in float32.
     config["torch_dtype"] = "float32"
     _write_json(folder / "config.json", config)
@@ -94,7 +94,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     if added:
         (folder / "added_tokens.json").write_text(json.dumps(added, ensure_ascii=False), "utf-8")
     path = folder / "tokenizer_config.json"
-    config = {k: v for k, v in json.loads(path.read_text("utf-8")).items() if k not in _OF_THIS_MACHINE}
+    config = _drop(path, _OF_THIS_MACHINE)
     if isinstance(special := config.get("extra_special_tokens"), list):  # version 4 expects a table there
         config["additional_special_tokens"] = special
         del config["extra_special_tokens"]
@@ -116,6 +116,13 @@ def _pipeline(parts: dict[str, Any], *, zeros_for_empty_prompt: bool) -> Any:
     return StableDiffusionPipeline(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
+
+
+def _drop(path: Path, keys: Collection[str]) -> dict[str, Any]:
+    """Take entries out of a JSON file -> what it says now."""
+    kept = {key: value for key, value in json.loads(path.read_text("utf-8")).items() if key not in keys}
+    _write_json(path, kept)
+    return kept
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
