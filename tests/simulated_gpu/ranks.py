@@ -74,6 +74,8 @@ def run_case(name: str, folder: Path, rank: int) -> dict[str, Any]:
         run_module.run_worker(recipe, should_stop=lambda: next(polls, False), **options)
         summary = run_module.run_worker(recipe, resume=True, **options)
     told = {str(one.message)[:300] for one in caught}
+    if "zero" in summary.engine.lower():  # DeepSpeed's stage 3 waits without naming its device
+        told = {text for text in told if not text.startswith("barrier()")}
     words = ("cuda", "nccl", "barrier", "device_id")
     return {
         "steps": summary.steps,
