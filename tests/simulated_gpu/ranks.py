@@ -5,6 +5,7 @@ Both ranks run every case in turn and write a line of JSON for each; an error en
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -85,6 +86,7 @@ def main() -> None:
     """Run the cases named, as one rank."""
     rank, folder, names = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     torch.set_num_threads(1)
+    gc.freeze()
     torch.cuda.set_device(rank)
     run_module.settle_engine = lambda recipe, place: (recipe, "not planned")
     dist.init_process_group(
