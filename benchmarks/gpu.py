@@ -33,10 +33,15 @@ OFFLOADS = ("no-offload", "offload-optimizer", "offload-weights")
 
 def run_case(name: str, *, small: bool) -> dict[str, Any]:
     """Train a case's steps on the card it imitates; returns what was predicted and what was seen."""
-    from dreamfleet.trainers.loop import Hooks, Schedule, train
-    from dreamfleet.trainers.sd.device import best_device
+    from dreamfleet.trainers.sd.device import TRAINING, on_device
 
-    device = best_device()
+    with on_device(remedies=TRAINING) as device:
+        return _run_on(device, name, small=small)
+
+
+def _run_on(device: torch.device, name: str, *, small: bool) -> dict[str, Any]:
+    from dreamfleet.trainers.loop import Hooks, Schedule, train
+
     with tempfile.TemporaryDirectory() as folder:
         recipe = make_recipe(name, Path(folder), small=small)
         told = predict(recipe)

@@ -76,9 +76,9 @@ def _show_version(value: bool) -> None:
         raise typer.Exit
 
 
-def local_path(text: str) -> Path:
+def local_path(text: str | Path) -> Path:
     """Read an argument that must lie on this machine; an address would silently become a folder named s3:."""
-    if "://" in text:
+    if "://" in str(text):
         raise typer.BadParameter(f"{text} is an address; give a path on this machine")
     return Path(text)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,10 +23,12 @@ from simulated_gpu import cases, on_ray, ranks, special
 HERE = Path(__file__).resolve().parent
 WHOLE_MATRIX = "DREAMFLEET_GPU_MATRIX"  # set by `make test-gpu-matrix`
 ROWS = [row.name for row in (cases.all_rows() if os.environ.get(WHOLE_MATRIX) else cases.chosen_rows())]
+LIMIT = 1800  # seconds for the cases of one kind together, on a busy machine
 Report = Callable[[str], dict[str, Any]]
 
 pytestmark = [
     pytest.mark.simulated_gpu,
+    pytest.mark.timeout(LIMIT + 300),  # the first test of a kind waits for all of them
     pytest.mark.skipif(
         simulated_gpu.missing() is not None, reason=f"no simulated GPU: {simulated_gpu.missing()}"
     ),
@@ -40,7 +43,11 @@ def environment(**more: str) -> dict[str, str]:
 
 def lines_of(process: subprocess.Popen[str], log: Path) -> dict[str, dict[str, Any]]:
     """Return what a process wrote, by case; a case without a line gets the end of its log as its error."""
-    written, _ = process.communicate(timeout=1200)
+    try:
+        written, _ = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # faulthandler writes the stacks of all threads
+        written, _ = process.communicate()
     lines = [json.loads(line) for line in written.splitlines() if line.startswith('{"case"')]
     end = {"error": f"exit code {process.returncode}\n{log.read_text()[-3000:]}"}
     return {"": end, **{line["case"]: line for line in lines}}

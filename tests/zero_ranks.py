@@ -153,8 +153,7 @@ def probe(parts: Parts, place: Place) -> dict[str, Any]:
 
     def look() -> dict[str, Any]:
         with torch.no_grad(), parts.engine.autocast():
-            prompts = ["a photo of sks cat <x>"]
-            encoded = parts.method.encode(prompts, parts.method.tokenize(prompts)).context.float()
+            encoded = parts.method.encode(["a photo of sks cat <x>"]).context.float()
             loss = float(parts.method(parts.prepare(parts.feed.batch(60))).total)
             return {"averaged loss": loss, "encoded": encoded}
 

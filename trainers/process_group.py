@@ -63,4 +63,4 @@ def release_reducer(module: Any) -> None:
     Whatever still refers to the module (the frames of an error's traceback do) would keep the reducer for later.
     """
     if isinstance(module, DistributedDataParallel):
-        module.reducer = module.logger = None
+        module.reducer = module.logger = None  # type: ignore[assignment]

@@ -142,6 +142,8 @@ def _line_of(file: str, number: int, function: str) -> str | None:
         short = file.split("site-packages/")[1]
         return None if short.startswith("torch/") else f"[{short}:{number} {function}]"
     path = Path(file).resolve()
+    if path.parent == HERE:  # the simulation's own
+        return None
     return f"{path.relative_to(ROOT)}:{number} {function}" if path.is_relative_to(ROOT) else None
 
 

@@ -5,6 +5,7 @@ Both ranks run every case in turn and write a line of JSON for each; an error en
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -73,6 +74,8 @@ def run_case(name: str, folder: Path, rank: int) -> dict[str, Any]:
         run_module.run_worker(recipe, should_stop=lambda: next(polls, False), **options)
         summary = run_module.run_worker(recipe, resume=True, **options)
     told = {str(one.message)[:300] for one in caught}
+    if "zero" in summary.engine.lower():  # DeepSpeed's stage 3 waits without naming its device
+        told = {text for text in told if not text.startswith("barrier()")}
     words = ("cuda", "nccl", "barrier", "device_id")
     return {
         "steps": summary.steps,
@@ -85,6 +88,7 @@ def main() -> None:
     """Run the cases named, as one rank."""
     rank, folder, names = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     torch.set_num_threads(1)
+    gc.freeze()
     torch.cuda.set_device(rank)
     run_module.settle_engine = lambda recipe, place: (recipe, "not planned")
     dist.init_process_group(

@@ -140,6 +140,7 @@ def run_case(name: str, action: Callable[[], dict[str, Any] | None]) -> dict[str
 def main() -> None:
     """Run the cases named."""
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays: a run collects garbage several times, a third of a second each
     settle = run_module.settle_engine
     with tempfile.TemporaryDirectory() as name:
         parent = Path(name)
