@@ -231,7 +231,8 @@ def test_sample_draws_with_the_word_a_run_learned(trained: tuple[Path, dict[str,
     for reading in ([], ["--max-token-length", "150"], ["--clip-skip", "2"]):
         assert run("sample", "--model", folder / "model", *long, *reading).exit_code == 0
         drawn.append(Image.open(folder / "long.png").tobytes())
-    assert len(set(drawn)) == 3
+    # A long prompt gets the chunks that it needs whether or not more are asked for.
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_convert_and_export(trained: tuple[Path, dict[str, Any]], folder: Path) -> None:

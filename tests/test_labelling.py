@@ -273,7 +273,7 @@ def test_what_cannot_be_labelled_is_told(folder: Path, page: Page, tmp_path: Pat
     for words, message in (
         ([tmp_path / "empty"], "empty"),
         ([tmp_path / "gone"], "not a folder"),
-        (["s3://bucket/pictures"], "not a folder"),
+        (["s3://bucket/pictures"], "address"),
         ([folder, "--classes", "one"], "two"),
         ([folder, "--port", page.server.server_port], str(page.server.server_port)),
     ):
