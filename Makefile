@@ -53,11 +53,14 @@ demo: $(VENV)/.installed ## learn the cat that ships, on a local Ray; pictures a
 	@folder="$(CURDIR)/$(RUN)"; n=1; while [[ -e "$$folder" ]]; do n=$$((n + 1)); folder="$(CURDIR)/$(RUN)-$$n"; done; \
 	$(BIN)/dreamfleet train recipes/demo.yaml "output_dir=$$folder"
 
+# A file's tests stay in one process, as its fixtures start servers. A process that a hang has ended is not started again.
+IN_TWO := -n 2 --dist loadfile --max-worker-restart 0
+
 test: $(VENV)/.installed-test ## every test of this machine, servers included (PYTEST_ARGS="-k plan -x")
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(IN_TWO) $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.installed-test ## the tests without servers and compilers: under three minutes on two cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m "not cluster and not s3 and not slow and not simulated_gpu and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(IN_TWO) -m "not cluster and not s3 and not slow and not simulated_gpu and not gpu" $(PYTEST_ARGS)
 
 test-gpu-matrix: $(VENV)/.installed-test ## every method, family and precision on a simulated GPU (`make test` has every pair of them)
 	DREAMFLEET_GPU_MATRIX=1 $(BIN)/python -m pytest -m simulated_gpu $(PYTEST_ARGS)
