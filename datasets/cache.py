@@ -249,7 +249,9 @@ def _on_ray(
     dataset = dataset.map_batches(
         ShardWriter,
         fn_constructor_kwargs={**options, "make_encode": make_apart},
-        batch_size=None,
+        batch_size=max(
+            map(len, shards)
+        ),  # Ray Data asks for a number beside a GPU: the largest shard is one batch
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=min(pool.actors, len(shards))),
         num_cpus=asked.pop("CPU", 0),

@@ -24,7 +24,7 @@ def find_planted(*folders: Path) -> list[str]:
     needle, found = PLANTED.encode(), []
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
     for process in Path("/proc").glob("[0-9]*"):
-        if int(process.name) != os.getpid():
+        if int(process.name) != os.getpid() and not _is_own_child(process):
             files += [process / "cmdline", process / "environ"]
     for file in files:
         try:
@@ -33,3 +33,12 @@ def find_planted(*folders: Path) -> list[str]:
         except OSError:  # a process that has ended, or is another user's
             continue
     return found
+
+
+def _is_own_child(process: Path) -> bool:
+    """Say whether this process itself started it, and Ray did not: ``git``, say, has the user's environment."""
+    try:
+        status, command = (process / "status").read_text(), (process / "cmdline").read_bytes()
+    except OSError:
+        return True
+    return f"\nPPid:\t{os.getpid()}\n" in status and b"ray" not in command

@@ -145,20 +145,25 @@ def state_of_torch() -> dict[str, Any]:
     }
 
 
+def weights_in_memory() -> dict[int, torch.nn.Parameter]:
+    """Return every weight of this process by its id; of the tests before this one as well."""
+    gc.collect()
+    return {id(thing): thing for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Parameter)}
+
+
 def test_a_failed_trial_leaves_nothing_for_the_next_one(folder: Path) -> None:
     """Actors run one trial after the other: a failed one changes neither torch nor the result of the next."""
     first, _ = make_trial(folder, "fresh")
     expected = [first.next_round() for _ in range(5)]
-    before = state_of_torch()
+    before, known = state_of_torch(), weights_in_memory()
     failing, _ = make_trial(folder, "fails-first", HOPELESS)
     while not failing.next_round().get("done"):
         pass
     failing.stop()
     assert state_of_torch() == before
     failing.thread.join()
-    gc.collect()
-    left = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Parameter)]
-    assert not left, "weights of trials that ended are still in memory"
+    left = weights_in_memory().keys() - known.keys()
+    assert not left, f"{len(left)} weights of the failed trial are still in memory"
     after, _ = make_trial(folder, "after-a-failure")
     assert [after.next_round() for _ in range(5)] == expected
 
