@@ -249,9 +249,7 @@ def _on_ray(
     dataset = dataset.map_batches(
         ShardWriter,
         fn_constructor_kwargs={**options, "make_encode": make_apart},
-        batch_size=max(
-            map(len, shards)
-        ),  # Ray Data asks for a number beside a GPU: the largest shard is one batch
+        batch_size=max(map(len, shards)),  # beside a GPU Ray Data asks for a number: here a whole shard
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=min(pool.actors, len(shards))),
         num_cpus=asked.pop("CPU", 0),

@@ -102,15 +102,15 @@ def test_every_stage_trains_as_torch_does(results: dict[Any, dict[str, Any]], me
     assert found["averaged loss"] == pytest.approx(expected["averaged loss"], rel=close)
     torch.testing.assert_close(found["encoded"], expected["encoded"], rtol=0, atol=0.1 if half else 1e-5)
     # Two steps of Adam at a rate of 1e-3 move a weight by 2e-3; where a gradient is all rounding, either way.
-    # A hypernetwork starts at next to nothing. Of the pocket model's millions of gradients a handful are as small;
-    # their moments, compared below, agree all the same.
+    # A hypernetwork starts at next to nothing. Of the pocket model's millions of gradients a handful are as small, and
+    # the last gradient is that of slightly other weights.
     limit = 6e-3 if half else 2e-3 if large else 2e-4 if method == "hypernetwork" else 5e-6
     ours, theirs = found["final"], expected["final"]
     if large and not half:
         assert share_beyond(2e-4, ours["learned"], theirs["learned"]) < 1e-5
     assert largest_difference(ours["learned"], theirs["learned"]) < limit
     assert largest_difference(average(ours), average(theirs)) < limit
-    assert largest_difference(moments(ours), moments(theirs)) < (1e-3 if half else 1e-7)
+    assert largest_difference(moments(ours), moments(theirs)) < (1e-3 if half else 1e-5 if large else 1e-7)
     assert all(value.dtype == torch.float32 for value in ours["learned"].values())
     assert largest_difference(found["whole"], average(found["saved"])) == 0
     assert largest_difference(found["whole unet"], expected["whole unet"]) < limit
