@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
 
-PLANTED = "planted-7d1c0"
+PLANTED = f"planted-{uuid.uuid4().hex[:12]}"  # of this process: tests of another one plant as well
 SECRETS = {
     "AWS_ACCESS_KEY_ID": PLANTED,
     "AWS_SECRET_ACCESS_KEY": PLANTED,
@@ -29,7 +30,7 @@ def find_planted(*folders: Path) -> list[str]:
     for file in files:
         try:
             if needle in file.read_bytes():
-                found.append(str(file))
+                found.append(_told(file))
         except OSError:  # a process that has ended, or is another user's
             continue
     return found
@@ -42,3 +43,14 @@ def _is_own_child(process: Path) -> bool:
     except OSError:
         return True
     return f"\nPPid:\t{os.getpid()}\n" in status and b"ray" not in command
+
+
+def _told(file: Path) -> str:
+    """Return a file's name, of a process with its command."""
+    if file.parent.parent != Path("/proc"):
+        return str(file)
+    try:
+        words = [(file.parent / name).read_bytes().replace(b"\0", b" ") for name in ("cmdline", "stat")]
+    except OSError:
+        return f"{file} (ended)"
+    return f"{file}: {words!r}"
