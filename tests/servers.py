@@ -40,6 +40,11 @@ class S3Server:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
+    def set_environment(self, patch: pytest.MonkeyPatch) -> None:
+        """Set the variables of :meth:`environment` for as long as the patch lasts."""
+        for name, value in self.environment().items():
+            patch.setenv(name, value)
+
     def new_folder(self) -> str:
         """The address of an empty folder in the bucket all tests share."""
         return f"s3://{SHARED_BUCKET}/{uuid.uuid4().hex[:12]}"

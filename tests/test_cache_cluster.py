@@ -33,8 +33,7 @@ def local_ray(s3_server: S3Server) -> Iterator[Any]:  # noqa: F811
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in s3_server.environment().items():
-            patch.setenv(name, value)  # actors are given it, as they are on a cluster
+        s3_server.set_environment(patch)  # actors are given it, as they are on a cluster
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         yield ray
         ray.shutdown()

@@ -171,8 +171,7 @@ def test_a_run_into_a_bucket(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The workers were started before the credentials were known: each run hands its own to them."""
-    for name, value in s3_server.environment().items():
-        monkeypatch.setenv(name, value)
+    s3_server.set_environment(monkeypatch)
     seen: list[int] = []
     changes = {"output_dir": s3_server.new_folder() + "/run", "scaling__num_workers": 1}
     result = fit(make_recipe(folder, "bucket", **changes), on_progress=lambda line: seen.append(line["step"]))

@@ -46,8 +46,7 @@ def test_from_bucket_to_bucket(
     s3_server: S3Server,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, value in s3_server.environment().items():
-        monkeypatch.setenv(name, value)
+    s3_server.set_environment(monkeypatch)
     began = time.time()
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -249,8 +249,7 @@ def test_buckets_are_prepared_inspected_and_tagged_alike(
     monkeypatch: pytest.MonkeyPatch,
     s3_server: S3Server,  # noqa: F811
 ) -> None:
-    for name, value in s3_server.environment().items():
-        monkeypatch.setenv(name, value)
+    s3_server.set_environment(monkeypatch)
     source, place = write_set(tmp_path / "in"), s3_server.new_folder()
     Storage(f"{place}/in").upload(source)
     here = prepare(str(source), str(tmp_path / "out"), HOW)

@@ -28,8 +28,7 @@ def storage(request, tmp_path, monkeypatch):
 
 @pytest.fixture
 def s3(s3_server, monkeypatch):  # noqa: F811
-    for name, value in s3_server.environment().items():
-        monkeypatch.setenv(name, value)
+    s3_server.set_environment(monkeypatch)
     return s3_server
 
 

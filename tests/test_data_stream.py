@@ -89,8 +89,7 @@ def local_ray(s3_server):  # noqa: F811
 class TestOnRay:
     @pytest.fixture(params=["disk", "s3"])
     def folder(self, request, tmp_path, local_ray, s3_server, monkeypatch):  # noqa: F811
-        for name, value in s3_server.environment().items():
-            monkeypatch.setenv(name, value)
+        s3_server.set_environment(monkeypatch)
         return Storage(tmp_path if request.param == "disk" else s3_server.new_folder())
 
     def test_plan_order_over_several_windows(self, folder):

@@ -414,8 +414,7 @@ def test_a_bucket_is_read_like_a_disk(
     s3_server: S3Server,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, value in s3_server.environment().items():
-        monkeypatch.setenv(name, value)
+    s3_server.set_environment(monkeypatch)
     files: dict[str, str | bytes | None] = {
         "x.jpg": None, "x.png": None, "x.jpg.TXT": "w", "x.txt": "s", f"{NFD}.png": None, f"{NFC}.txt": "a",
         "noending": picture(9), "empty": b"", "@eaDir/b.png": None, **within("runs/one", RUN_FILES),

@@ -189,8 +189,7 @@ def test_an_early_mistake_leaves_nothing_in_the_bucket(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The next attempt is not told that the folder is in use."""
-    for name, value in s3_server.environment().items():
-        monkeypatch.setenv(name, value)
+    s3_server.set_environment(monkeypatch)
     output = s3_server.new_folder() + "/run"
     (tmp_path / "file").write_text("no folder")
     prior = {"name": "dreambooth", "with_prior_preservation": True}
@@ -211,8 +210,7 @@ def test_a_run_that_fails_leaves_its_figures_in_the_bucket(
     s3_server: S3Server,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, value in s3_server.environment().items():
-        monkeypatch.setenv(name, value)
+    s3_server.set_environment(monkeypatch)
     changes = {"optimizer": {"learning_rate": 1e30, "max_grad_norm": 0}, "output_dir": s3_server.new_folder()}
     with pytest.raises(RunFailed, match="number"):
         run_worker(build_recipe(tiny.make_recipe(tmp_path, **changes)))
@@ -225,8 +223,7 @@ def test_a_run_lives_in_a_bucket_and_goes_on_from_it(
     s3_server: S3Server,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, value in s3_server.environment().items():
-        monkeypatch.setenv(name, value)
+    s3_server.set_environment(monkeypatch)
     folder = s3_server.new_folder()
     pictures = Storage(f"{folder}/pictures")
     pictures.upload(tiny.make_pictures(tmp_path / "pictures", 6))

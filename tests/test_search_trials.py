@@ -270,8 +270,7 @@ def test_a_search_into_a_bucket_is_continued_from_there(
     s3_server: S3Server,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, value in s3_server.environment().items():
-        monkeypatch.setenv(name, value)
+    s3_server.set_environment(monkeypatch)
     address = s3_server.new_folder() + "/search"
     first = search(build_recipe(make_tree(folder, address, [GOOD], num_trials=1)))
     second = search(build_recipe(make_tree(folder, address, [GOOD], num_trials=2)), resume=True)
