@@ -82,10 +82,10 @@ types: $(VENV)/.installed-test ## mypy over all folders
 	$(BIN)/mypy build/types/dreamfleet
 
 layers: $(VENV)/.installed-test ## who may import whom
-	$(BIN)/python -m pytest -q --durations=0 tests/test_layers.py
+	$(BIN)/python -m pytest -q --durations=0 tests/repository/test_layers.py
 
 golden: $(VENV)/.installed-test ## rewrite the recorded loss curves; read the diff before you commit it
-	$(BIN)/python tests/golden.py --write
+	$(BIN)/python tests/support/golden.py --write
 
 docs: $(VENV)/.installed ## rewrite docs/recipes.md from the recipe's own models
 	$(BIN)/python docs/write_recipes.py

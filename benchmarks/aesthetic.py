@@ -19,35 +19,35 @@ ROUNDS = 3
 
 def draw(model: Any, prompts: list[str]) -> tuple[list[Any], float]:
     """Draw a picture of each prompt, one at a time as a person does; returns them and the seconds of one."""
-    from dreamfleet.trainers.sd.sample import generate
+    from dreamfleet.trainers.models.sampling.sample import generate
 
     start = time.perf_counter()
-    pictures = [
+    images = [
         generate(model, [prompt], seeds=[0], steps=25, guidance_scale=GUIDANCE, batch_size=1)[0]
         for prompt in prompts
     ]
-    return pictures, (time.perf_counter() - start) / len(prompts)
+    return images, (time.perf_counter() - start) / len(prompts)
 
 
 def measure_steps(
     model: Any, encoder_for: Any, prompts: list[str], real: list[Any], clip: Any
 ) -> dict[str, Any]:
     """Measure every number of steps; 0 is the untouched encoder."""
-    from dreamfleet.trainers.sd.fidelity import score_pictures
+    from dreamfleet.trainers.evaluation.fidelity import score_images
 
     result: dict[str, Any] = {}
     for steps in (0, *STEPS):
         seconds: dict[str, list[float]] = {"plain": [], "new": [], "remembered": []}
         for _ in range(ROUNDS):
             model.encode_prompts = None
-            pictures, taken = draw(model, prompts)
+            images, taken = draw(model, prompts)
             seconds["plain"].append(taken)
             if steps:
                 encoder = model.encode_prompts = encoder_for(steps)
                 for kind in ("new", "remembered"):
-                    pictures, taken = draw(model, prompts)
+                    images, taken = draw(model, prompts)
                     seconds[kind].append(taken)
-        scores = score_pictures(pictures, prompts=prompts, real=real, clip=clip)
+        scores = score_images(images, prompts=prompts, real=real, clip=clip)
         told: dict[str, Any] = {"clip_i": round(scores.clip_i, 4), "clip_t": round(scores.clip_t, 4)}
         if steps:
             gained = [encoder.cosines[prompt] for prompt in prompts]
@@ -70,9 +70,13 @@ def main() -> None:
     """Measure steps and the baked form, and write the figures."""
     import torch
 
-    from dreamfleet.trainers.sd.aesthetic import AestheticEncoder, AestheticSettings, clip_of
-    from dreamfleet.trainers.sd.aesthetic_baked import bake
-    from dreamfleet.trainers.sd.model import ModelConfig, load_model
+    from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
+        AestheticEncoder,
+        AestheticSettings,
+        clip_of,
+    )
+    from dreamfleet.trainers.models.stable_diffusion.aesthetic_export import bake
+    from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, load_model
 
     model = load_model(ModelConfig())
     clip = clip_of(model)

@@ -42,13 +42,13 @@ class Photos(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return BATCH * STEPS
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        picture = ImageOps.exif_transpose(Image.open(self.files[number % len(self.files)])).convert("RGB")
-        factor = SIDE / min(picture.size)
-        picture = picture.resize(
-            (round(picture.width * factor), round(picture.height * factor)), Image.Resampling.BILINEAR
+        image = ImageOps.exif_transpose(Image.open(self.files[number % len(self.files)])).convert("RGB")
+        factor = SIDE / min(image.size)
+        image = image.resize(
+            (round(image.width * factor), round(image.height * factor)), Image.Resampling.BILINEAR
         )
-        left, top = (picture.width - SIDE) // 2, (picture.height - SIDE) // 2
-        pixels = torch.from_numpy(np.array(picture.crop((left, top, left + SIDE, top + SIDE))))
+        left, top = (image.width - SIDE) // 2, (image.height - SIDE) // 2
+        pixels = torch.from_numpy(np.array(image.crop((left, top, left + SIDE, top + SIDE))))
         ids = self.tokenizer(
             self.prompt, truncation=True, padding="max_length", max_length=77, return_tensors="pt"
         ).input_ids[0]
@@ -133,7 +133,7 @@ def unet_alone(parts: Any) -> Block:
 
 def same_losses(parts: Any, recipe: Any) -> float:
     """The largest difference between the script's loss and ours over five batches of the same noise."""
-    from dreamfleet.trainers.encoding import read_pixels
+    from dreamfleet.trainers.batches.vae_encoding import read_pixels
 
     model, uris = parts.model, parts.sets.instances.column("uri")
     ids = model.tokenize([recipe.data.instance_prompt])
@@ -153,9 +153,9 @@ def same_losses(parts: Any, recipe: Any) -> float:
 
 def measure_set(folder: Path) -> dict[str, Any]:
     """Measure both loops on one folder of pictures, in this process, alternating."""
-    from dreamfleet.trainers.assemble import assemble
-    from dreamfleet.trainers.place import Place
+    from dreamfleet.trainers.distributed.context import DistributedContext
     from dreamfleet.trainers.recipe import load_recipe
+    from dreamfleet.trainers.run.build import assemble
 
     recipe = load_recipe(
         ROOT / "recipes/demo.yaml",
@@ -171,7 +171,7 @@ def measure_set(folder: Path) -> dict[str, Any]:
             "validation.prompts=[]",
         ],
     )
-    parts = assemble(recipe, Place())
+    parts = assemble(recipe, DistributedContext())
     waits: list[float] = []
     files = list(parts.sets.instances.column("uri"))
     sides = {

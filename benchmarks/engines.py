@@ -48,11 +48,11 @@ def overrides(steps: int) -> list[str]:
 
 def run_engine(method: str, settings: dict[str, Any], folder: Path, steps: int) -> dict[str, Any]:
     """Train under one engine; returns its losses, held-out loss, seconds a step, and the plan's bytes for two GPUs."""
-    from dreamfleet.datasets.storage import Storage
+    from dreamfleet.datasets.storage.storage import Storage
     from dreamfleet.trainers.launch import fit
-    from dreamfleet.trainers.metrics import read_metrics
-    from dreamfleet.trainers.plan_memory import plan_memory
+    from dreamfleet.trainers.memory.plan import plan_memory
     from dreamfleet.trainers.recipe import load_recipe
+    from dreamfleet.trainers.report.metrics_log import read_metrics
 
     told = [f"{key}={value}" for key, value in settings.items()]
     if "nvme" in settings.values():
@@ -103,8 +103,8 @@ def main() -> None:
     steps = parser.parse_args().steps
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    from dreamfleet.trainers.engine_choices import CHOICES, NVME_CHOICES
-    from dreamfleet.trainers.ray_session import ray_session
+    from dreamfleet.trainers.driver.session import ray_session
+    from dreamfleet.trainers.memory.strategies import CHOICES, NVME_CHOICES
 
     swaps = NVME_CHOICES if AsyncIOBuilder().is_compatible() else ()
     cases = {

@@ -106,7 +106,7 @@ NARROW: dict[str, Tree] = {
 
 def write_configs(family: str, folder: Path, *, small: bool) -> Path:
     """Write a family's published configs as a model folder without weights; ``small`` makes them narrow."""
-    from dreamfleet.trainers.sd.formats.ldm_names import FAMILY_CONFIGS
+    from dreamfleet.trainers.models.formats.ldm_names import FAMILY_CONFIGS
 
     for part, config in FAMILY_CONFIGS[family].items():  # type: ignore[index]
         told = dict(config) | (NARROW.get(part, {}) if small else {})
@@ -157,7 +157,7 @@ def make_recipe(name: str, folder: Path, *, small: bool) -> Any:
 
 def predict(recipe: Any) -> dict[str, Any]:
     """Plan a recipe: what its own engine is predicted to take while it trains, and what would be chosen."""
-    from dreamfleet.trainers.plan_memory import plan_memory
+    from dreamfleet.trainers.memory.plan import plan_memory
 
     made = plan_memory(recipe, gpu_memory=recipe.engine.gpu_limit)
     engine = recipe.engine
@@ -191,7 +191,7 @@ def predict(recipe: Any) -> dict[str, Any]:
 def random_model(recipe: Any, method: str) -> Any:
     """Make a model of the folder's shape, its weights random, in host memory."""
     from dreamfleet.trainers.methods.base import discover
-    from dreamfleet.trainers.sd.shape import model_shape
+    from dreamfleet.trainers.models.stable_diffusion.meta_model import model_shape
 
     model = model_shape(recipe.model, discover()[method].needs)
     generator = torch.Generator().manual_seed(0)
@@ -214,21 +214,21 @@ def build_parts(recipe: Any, device: torch.device, *, settle: bool = True) -> tu
 
     Without ``settle`` the engine is what the recipe says, and ``auto`` torch alone.
     """
-    from dreamfleet.trainers.assemble import build_method
-    from dreamfleet.trainers.engine import DTYPES, TorchEngine
-    from dreamfleet.trainers.place import Place
-    from dreamfleet.trainers.settle import settle_engine
+    from dreamfleet.trainers.distributed.context import DistributedContext
+    from dreamfleet.trainers.engines.torch_engine import DTYPES, TorchEngine
+    from dreamfleet.trainers.memory.engine_selection import settle_engine
+    from dreamfleet.trainers.run.build import build_method
 
     why = ""
     if settle:
-        recipe, why = settle_engine(recipe, Place(device=device))
+        recipe, why = settle_engine(recipe, DistributedContext(device=device))
     half = DTYPES[recipe.train.mixed_precision] if device.type == "cuda" else None
     method = build_method(
         recipe, random_model(recipe, recipe.method.name), concepts=(), device=device, dtype=half
     )
     kind: Any = TorchEngine
     if recipe.engine.zero_stage != "auto":
-        from dreamfleet.trainers.zero_engine import ZeroEngine as kind  # type: ignore[no-redef]
+        from dreamfleet.trainers.engines.zero_engine import ZeroEngine as kind  # type: ignore[no-redef]
     engine = kind(
         method,
         config=recipe.engine,
@@ -242,7 +242,7 @@ def build_parts(recipe: Any, device: torch.device, *, settle: bool = True) -> tu
 
 def synthetic_batch(recipe: Any, method: Any) -> Any:
     """Make a batch of the plan's shapes on the host, filled with noise."""
-    from dreamfleet.trainers.plan_count import make_batch
+    from dreamfleet.trainers.memory.profile import make_batch
 
     batch = make_batch(recipe, method)
     generator = torch.Generator().manual_seed(0)

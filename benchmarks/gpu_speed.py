@@ -156,7 +156,7 @@ def best_batch(make: Callable[[int], Step], batches: tuple[int, ...], *, steps: 
 
 def measure_speed(*, small: bool) -> dict[str, Any]:
     """Measure every way at its best batch, then the best beside diffusers' step, alternating."""
-    from dreamfleet.trainers.sd.device import best_device
+    from dreamfleet.trainers.models.stable_diffusion.device import best_device
 
     device = best_device()
     batches, steps = (BATCHES[:2], 1) if small else (BATCHES, 10)
@@ -187,16 +187,16 @@ def measure_speed(*, small: bool) -> dict[str, Any]:
         for _ in range(2 if small else ROUNDS):
             for side, step in sides.items():
                 times[side].append(seconds_of(step, steps=steps))
-    pictures = {side: round(batch / statistics.median(found), 2) for side, found in times.items()}
+    images = {side: round(batch / statistics.median(found), 2) for side, found in times.items()}
     return {
         "flops_a_picture": flops,
         "matrix_rate_tflops": round(rate / 1e12, 1),
         "ways": ways,
         "best": best,
         "batch": batch,
-        "pictures_per_second": pictures,
-        "over_diffusers_same_step": round(pictures["ours"] / pictures["diffusers, same step"], 3),
-        "over_diffusers_encoding": round(pictures["ours"] / pictures["diffusers, encoding"], 3),
+        "pictures_per_second": images,
+        "over_diffusers_same_step": round(images["ours"] / images["diffusers, same step"], 3),
+        "over_diffusers_encoding": round(images["ours"] / images["diffusers, encoding"], 3),
     }
 
 

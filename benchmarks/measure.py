@@ -23,7 +23,7 @@ def describe_machine() -> dict[str, Any]:
     """Describe the machine the figures come from."""
     import torch
 
-    from dreamfleet.trainers.versions import versions
+    from dreamfleet.trainers.run.versions import versions
 
     model = ""
     if Path("/proc/cpuinfo").exists():

@@ -37,7 +37,7 @@ class Task(NamedTuple):
     """
 
     name: str
-    pictures: Path
+    images: Path
     prompts: list[str]
     plain: list[str]
     real_is: str = ""
@@ -101,17 +101,17 @@ def measure_method(
     task: Task, method: str, way: Way, folder: Path, real: list[Any]
 ) -> tuple[dict[str, Any], list[Any]]:
     """Train one method and score what it draws; returns the figures and a picture of each prompt."""
-    from dreamfleet.datasets.storage import Storage
+    from dreamfleet.datasets.storage.storage import Storage
+    from dreamfleet.trainers.evaluation.score import load_exported
     from dreamfleet.trainers.launch import fit
     from dreamfleet.trainers.recipe import load_recipe
-    from dreamfleet.trainers.score import load_exported
 
     out = folder / task.name / method
     recipe = ROOT / f"recipes/{way.recipe}.yaml"
     overrides = [
         f"output_dir={out}",
-        f"data.instance_data_dir={task.pictures}/train",
-        f"validation.holdout={task.pictures}/holdout",
+        f"data.instance_data_dir={task.images}/train",
+        f"validation.holdout={task.images}/holdout",
         "validation.prompts=[]",
         "validation.metrics=[loss]",
         "scaling.num_workers=0",
@@ -119,7 +119,7 @@ def measure_method(
     ]
     summary = fit(recipe, overrides=overrides).summary
     model = load_exported(Storage(str(out)), load_recipe(recipe, overrides))
-    figures, pictures = score_prompts(model, fill(task.prompts, way.word), task.plain, real)
+    figures, images = score_prompts(model, fill(task.prompts, way.word), task.plain, real)
     sizes = {path.suffix: path.stat().st_size for path in (out / "exports").iterdir() if path.is_file()}
     return {
         **figures,
@@ -127,7 +127,7 @@ def measure_method(
         "steps": summary.steps,
         "train_seconds": round(summary.train_seconds, 1),
         "artefact_bytes": sizes.get(".safetensors", sizes.get(".pt")),
-    }, pictures
+    }, images
 
 
 def fill(prompts: list[str], word: str) -> list[str]:
@@ -137,18 +137,18 @@ def fill(prompts: list[str], word: str) -> list[str]:
 
 def measure_task(task: Task, folder: Path, methods: list[str]) -> dict[str, Any]:
     """Measure the untuned model and every method on one task, and draw the sheet."""
-    from dreamfleet.trainers.sd.clip import load_clip
-    from dreamfleet.trainers.sd.fidelity import score_pictures, spread_of_real
-    from dreamfleet.trainers.sd.model import ModelConfig, load_model
-    from dreamfleet.trainers.sd.sample import picture_grid
+    from dreamfleet.trainers.evaluation.fidelity import score_images, spread_of_real
+    from dreamfleet.trainers.models.sampling.sample import image_grid
+    from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, load_model
+    from dreamfleet.trainers.models.vision.clip import load_clip
 
-    real, clip = read_real(task.pictures / "holdout"), load_clip()
-    said = [path.read_text().strip() for path in sorted((task.pictures / "holdout").glob("*.txt"))]
+    real, clip = read_real(task.images / "holdout"), load_clip()
+    said = [path.read_text().strip() for path in sorted((task.images / "holdout").glob("*.txt"))]
     texts = [f"{task.real_is} {text}".strip() for text in said]
     result: dict[str, Any] = {
         "pictures_to_judge_by": len(real),
         "clip_i_among_real": round(spread_of_real(clip, real), 4),
-        "clip_t_of_real": round(score_pictures(real, prompts=texts, real=real, clip=clip).clip_t, 4),
+        "clip_t_of_real": round(score_images(real, prompts=texts, real=real, clip=clip).clip_t, 4),
     }
     untuned = fill(task.prompts, UNTUNED[task.name])
     result["untuned"], sheet = score_prompts(load_model(ModelConfig()), untuned, task.plain, real)
@@ -156,7 +156,7 @@ def measure_task(task: Task, folder: Path, methods: list[str]) -> dict[str, Any]
         result[method], row = measure_method(task, method, WAYS[task.name][method], folder, real)
         sheet += row
         print(task.name, method, result[method], flush=True)
-    grid = picture_grid([picture.resize((96, 96)) for picture in sheet], len(task.prompts))
+    grid = image_grid([image.resize((96, 96)) for image in sheet], len(task.prompts))
     grid.save(ROOT / f"benchmarks/results/methods-{task.name}.png")
     return result
 

@@ -78,7 +78,7 @@ def main() -> None:
         (folder / "bare.py").write_text(BARE)
         for number in range(ROUNDS):
             done = folder / f"done-{number}"
-            model = str(ROOT / "trainers/sd/pocket")
+            model = str(ROOT / "trainers/models/pocket")
             times["bare_ray"].append(
                 time_to_file(
                     [sys.executable, str(folder / "bare.py"), model, str(done), str(folder / "ray")], done

@@ -23,12 +23,12 @@ def measure(config: dict[str, Any]) -> None:
     """Run alternating blocks inside a Ray Train worker and write the seconds per step of each block."""
     import torch.nn.functional as F
 
-    from dreamfleet.datasets.storage import Storage
-    from dreamfleet.trainers.assemble import assemble
+    from dreamfleet.datasets.storage.storage import Storage
+    from dreamfleet.trainers.distributed.context import DistributedContext
     from dreamfleet.trainers.loop import Hooks, Schedule, train
-    from dreamfleet.trainers.metrics import Metrics
-    from dreamfleet.trainers.place import Place
     from dreamfleet.trainers.recipe import load_recipe
+    from dreamfleet.trainers.report.metrics_log import Metrics
+    from dreamfleet.trainers.run.build import assemble
 
     torch.set_num_threads(config["threads"])
     recipe = load_recipe(
@@ -41,7 +41,7 @@ def measure(config: dict[str, Any]) -> None:
             "validation.prompts=[]",
         ],
     )
-    parts = assemble(recipe, Place())
+    parts = assemble(recipe, DistributedContext())
     model, unet = parts.model, parts.model.unet
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, weight_decay=1e-2)
     ready = [parts.prepare(parts.feed.batch(step)) for step in range(STEPS)]
@@ -86,7 +86,7 @@ def measure(config: dict[str, Any]) -> None:
 
 def main() -> None:
     """Start a local Ray, measure in a Ray Train worker and in this process, write the ratios."""
-    from dreamfleet.trainers.ray_session import ray_session
+    from dreamfleet.trainers.driver.session import ray_session
 
     results = {}
     with tempfile.TemporaryDirectory() as folder:

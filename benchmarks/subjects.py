@@ -55,12 +55,12 @@ def score_prompts(
     model: Any, prompts: list[str], plain: list[str], real: list[Any]
 ) -> tuple[dict[str, float], list[Any]]:
     """Draw every prompt with every seed, and score the pictures by real ones and by what ``plain`` says of each."""
-    from dreamfleet.trainers.sd.clip import load_clip
-    from dreamfleet.trainers.sd.fidelity import score_pictures
-    from dreamfleet.trainers.sd.sample import generate
+    from dreamfleet.trainers.evaluation.fidelity import score_images
+    from dreamfleet.trainers.models.sampling.sample import generate
+    from dreamfleet.trainers.models.vision.clip import load_clip
 
     start = time.perf_counter()
-    pictures = generate(
+    images = generate(
         model,
         [prompt for prompt in prompts for _ in SEEDS],
         seeds=[seed for _ in prompts for seed in SEEDS],
@@ -70,13 +70,13 @@ def score_prompts(
     )
     seconds = time.perf_counter() - start
     told = [text for text in plain for _ in SEEDS]
-    scores = score_pictures(pictures, prompts=told, real=real, clip=load_clip())
+    scores = score_images(images, prompts=told, real=real, clip=load_clip())
     figures = {
         "clip_i": round(scores.clip_i, 4),
         "clip_t": round(scores.clip_t, 4),
-        "seconds_a_picture": round(seconds / len(pictures), 3),
+        "seconds_a_picture": round(seconds / len(images), 3),
     }
-    return figures, pictures[:: len(SEEDS)]
+    return figures, images[:: len(SEEDS)]
 
 
 def read_real(folder: Path) -> list[Any]:
@@ -84,8 +84,8 @@ def read_real(folder: Path) -> list[Any]:
     from PIL import Image
 
     from dreamfleet.datasets.config import DataConfig
-    from dreamfleet.datasets.index import build_index
-    from dreamfleet.trainers.encoding import read_pixels
+    from dreamfleet.datasets.index.index import build_index
+    from dreamfleet.trainers.batches.vae_encoding import read_pixels
 
     data = DataConfig(instance_data_dir=str(folder), resolution=64)
     return [
@@ -96,14 +96,14 @@ def read_real(folder: Path) -> list[Any]:
 
 def measure_subject(name: str, noun: str, train_dir: Path, real_dir: Path, folder: Path) -> dict[str, Any]:
     """Train both methods on one subject and score them beside the untuned model."""
-    from dreamfleet.datasets.storage import Storage
+    from dreamfleet.datasets.storage.storage import Storage
+    from dreamfleet.trainers.evaluation.fidelity import spread_of_real
+    from dreamfleet.trainers.evaluation.score import load_exported
     from dreamfleet.trainers.launch import fit
+    from dreamfleet.trainers.models.sampling.sample import image_grid
+    from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, load_model
+    from dreamfleet.trainers.models.vision.clip import load_clip
     from dreamfleet.trainers.recipe import load_recipe
-    from dreamfleet.trainers.score import load_exported
-    from dreamfleet.trainers.sd.clip import load_clip
-    from dreamfleet.trainers.sd.fidelity import spread_of_real
-    from dreamfleet.trainers.sd.model import ModelConfig, load_model
-    from dreamfleet.trainers.sd.sample import picture_grid
 
     real = read_real(real_dir)
     clip = load_clip()
@@ -144,14 +144,14 @@ def measure_subject(name: str, noun: str, train_dir: Path, real_dir: Path, folde
         }
         sheet += rows
     ROOT.joinpath("benchmarks/results").mkdir(exist_ok=True)
-    grid = picture_grid([picture.resize((96, 96)) for picture in sheet], len(SCENES))
+    grid = image_grid([image.resize((96, 96)) for image in sheet], len(SCENES))
     grid.save(ROOT / f"benchmarks/results/subjects-{name}.png")
     return result
 
 
-def with_captions(pictures: Path, captions: dict[str, str], folder: Path) -> Path:
+def with_captions(images: Path, captions: dict[str, str], folder: Path) -> Path:
     """Copy a folder of pictures and put a caption beside each."""
-    shutil.copytree(pictures, folder, ignore=shutil.ignore_patterns("*.txt"))
+    shutil.copytree(images, folder, ignore=shutil.ignore_patterns("*.txt"))
     for stem, caption in captions.items():
         (folder / f"{stem}.txt").write_text(caption)
     return folder

@@ -12,10 +12,10 @@ from ctypes.util import find_library
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, NamedTuple
 
-from dreamfleet.cluster.connect import has_cluster, machines
+from dreamfleet.cluster.cluster_info import has_cluster, machines
 from dreamfleet.datasets.environment import PROFILES, has_profile, to_send
 from dreamfleet.datasets.errors import UserError
-from dreamfleet.trainers.scaling import describe
+from dreamfleet.trainers.config.scaling import describe
 
 GIB = 2**30
 
@@ -142,7 +142,7 @@ def _shared_memory() -> list[Finding]:
 
 
 def _pocket() -> list[Finding]:
-    from dreamfleet.trainers.sd.model import pocket_folder
+    from dreamfleet.trainers.models.stable_diffusion.model import pocket_folder
 
     folder = pocket_folder()
     if not (folder / "model_index.json").exists():

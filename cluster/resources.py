@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dreamfleet.cluster.connect import machines
+from dreamfleet.cluster.cluster_info import machines
 from dreamfleet.datasets.errors import ResourceError
-from dreamfleet.trainers.scaling import ScalingConfig, describe, refuse_impossible, worker_resources
+from dreamfleet.trainers.config.scaling import ScalingConfig, describe, refuse_impossible, worker_resources
 
 
 def check_resources(scaling: ScalingConfig, address: str | None) -> tuple[str, bool, str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dreamfleet.datasets.config import DataConfig
-    from dreamfleet.datasets.index import Index
+    from dreamfleet.datasets.index.index import Index
 
 Size = tuple[int, int]  # width and height in pixels
 MOST_ENLARGED = 4  # times: beyond that a picture is told of, and left out where nothing is to be enlarged
@@ -69,7 +69,7 @@ def size_without_upscaling(width: int, height: int, *, resolution: int, step: in
     return max(step, width - width % step), max(step, height - height % step)
 
 
-def picture_sizes(index: Index, data: DataConfig) -> list[Size]:
+def image_sizes(index: Index, data: DataConfig) -> list[Size]:
     """List the size in pixels that each picture of an index is shown at: its bucket's, or ``resolution`` squared."""
     if not data.enable_bucket:
         return [(data.resolution, data.resolution)] * len(index)

@@ -11,7 +11,7 @@ import numpy as np
 from dreamfleet.datasets.errors import DataError, StorageError
 
 if TYPE_CHECKING:
-    from dreamfleet.datasets.index import DataConfig
+    from dreamfleet.datasets.index.index import DataConfig
 
 # Textual Inversion's 27 object forms and 19 style forms (arXiv 2208.01618, `ldm/data/personalized*.py`).
 OBJECT_TEMPLATES = (
@@ -173,7 +173,9 @@ def load_templates(name: str) -> tuple[str, ...]:
 
 def load_template_file(path: str) -> tuple[str, ...]:
     """Read a template file: one template a line, blank lines skipped. DataError when it holds none."""
-    from dreamfleet.datasets.storage import read_uri  # here, so that this file stays pure for the rest
+    from dreamfleet.datasets.storage.storage import (
+        read_uri,  # here, so that this file stays pure for the rest
+    )
 
     try:
         text = decode_text(read_uri(path), uri=path)

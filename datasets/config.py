@@ -7,8 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
-from dreamfleet.datasets.images import MAX_PIXELS
-from dreamfleet.datasets.section import Section, as_list
+from dreamfleet.datasets.config_base import Section, as_list
+from dreamfleet.datasets.images.images import MAX_PIXELS
 
 
 def _also(name: str, *others: str) -> AliasChoices:

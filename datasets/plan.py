@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dreamfleet.datasets.errors import DataError
-from dreamfleet.datasets.keyed import numpy_rng
+from dreamfleet.datasets.rng import numpy_rng
 
 
 class Draw(NamedTuple):

@@ -75,7 +75,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def lone_group() -> Iterator[None]:
     """A process group of this process alone, which ends after every DDP module in it."""
-    from dreamfleet.trainers import process_group
+    from dreamfleet.trainers.distributed import process_group
 
     with process_group.lone_group():
         yield

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from dreamfleet.datasets.environment import to_send
 from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
-from dreamfleet.datasets.storage import Storage
-from dreamfleet.trainers.hold import Stop, claimed, stop_on_signal
-from dreamfleet.trainers.preflight import check_inputs, preflight, refuse_here, this_machine
-from dreamfleet.trainers.progress import Display, RunTail, log_to_run, watch_for_stop
-from dreamfleet.trainers.ray_session import RaySession, ray_session, starts_private_ray
-from dreamfleet.trainers.scaling import WorkerShare, worker_resources
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.scaling import WorkerShare, worker_resources
+from dreamfleet.trainers.driver.preflight import check_inputs, preflight, refuse_here, this_machine
+from dreamfleet.trainers.driver.progress import Display, RunTail, log_to_run, watch_for_stop
+from dreamfleet.trainers.driver.session import RaySession, ray_session, starts_private_ray
+from dreamfleet.trainers.run.run_lock import Stop, claimed, stop_on_signal
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.recipe import Recipe
-    from dreamfleet.trainers.summary import Summary
+    from dreamfleet.trainers.run.summary import Summary
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +62,9 @@ def fit(
     run itself failed.
     """
     started = time.monotonic()
-    from dreamfleet.trainers.checkpoint import Checkpoints
     from dreamfleet.trainers.recipe import load_recipe
-    from dreamfleet.trainers.run import open_run_folder
+    from dreamfleet.trainers.run.checkpoint import Checkpoints
+    from dreamfleet.trainers.run.run import open_run_folder
 
     if isinstance(recipe, str | os.PathLike):
         recipe = load_recipe(recipe, list(overrides))
@@ -89,7 +89,7 @@ def fit(
 
 
 def _fit_here(recipe: Recipe, resume: bool, stop: Stop, display: Display, started: float) -> Summary:
-    from dreamfleet.trainers.run import run_worker
+    from dreamfleet.trainers.run.run import run_worker
 
     uses_gpu = worker_resources(recipe.scaling, [this_machine()]).uses_gpu
     run = Storage(recipe.output_dir)
@@ -112,7 +112,7 @@ def _fit_on_ray(
     display: Display,
     started: float,
 ) -> Summary:
-    from dreamfleet.trainers.summary import Summary
+    from dreamfleet.trainers.run.summary import Summary
 
     run = Storage(recipe.output_dir)
     if starts_private_ray(address):  # what this machine lacks can be said before Ray is started
@@ -137,8 +137,8 @@ def _make_trainer(
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from dreamfleet.trainers.process_group import STEP_TIMEOUT
-    from dreamfleet.trainers.worker import RaiseAtOnce, train_worker, worker_environment
+    from dreamfleet.trainers.distributed.process_group import STEP_TIMEOUT
+    from dreamfleet.trainers.driver.worker import RaiseAtOnce, train_worker, worker_environment
 
     class LocalTrainer(TorchTrainer):
         """A TorchTrainer for a Ray that ends with this process: nobody has to clean up behind it."""

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 
 from dreamfleet.datasets.errors import RunFailed
-from dreamfleet.datasets.keyed import key
-from dreamfleet.trainers.engine import Engine
+from dreamfleet.datasets.rng import key
+from dreamfleet.trainers.engines.torch_engine import Engine
 from dreamfleet.trainers.methods.base import Batch, Method
 
 # By chance, as with batches whose captions are all dropped, so many do not follow one another.

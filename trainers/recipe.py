@@ -12,21 +12,21 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, SerializeA
 
 from dreamfleet.datasets.captions import TEMPLATE_SETS
 from dreamfleet.datasets.config import DataConfig, absolute_path
+from dreamfleet.datasets.config_base import Section, as_list
 from dreamfleet.datasets.errors import RecipeError
-from dreamfleet.datasets.left_out import HELD_OUT
-from dreamfleet.datasets.section import Section, as_list
-from dreamfleet.datasets.storage import Storage
-from dreamfleet.trainers.conflicts import find_conflicts
-from dreamfleet.trainers.engine_section import EngineConfig
+from dreamfleet.datasets.index.exclusions import HELD_OUT
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.conflicts import find_conflicts
+from dreamfleet.trainers.config.engine import EngineConfig
+from dreamfleet.trainers.config.scaling import ScalingConfig
+from dreamfleet.trainers.config.search import SearchConfig, find_mistakes
+from dreamfleet.trainers.config.train import TrainConfig
+from dreamfleet.trainers.config.validation_errors import keys_at, nearest, tell
+from dreamfleet.trainers.evaluation.heldout_loss import ValidationConfig
 from dreamfleet.trainers.methods.base import MethodConfig, discover
-from dreamfleet.trainers.mistakes import keys_at, nearest, tell
-from dreamfleet.trainers.optim import OptimizerConfig
-from dreamfleet.trainers.scaling import ScalingConfig
-from dreamfleet.trainers.sd.model import POCKET, ModelConfig
-from dreamfleet.trainers.sd.prompt_lines import read_prompts
-from dreamfleet.trainers.searching import SearchConfig, find_mistakes
-from dreamfleet.trainers.train_section import TrainConfig
-from dreamfleet.trainers.validation import ValidationConfig
+from dreamfleet.trainers.models.sampling.prompt_lines import read_prompts
+from dreamfleet.trainers.models.stable_diffusion.model import POCKET, ModelConfig
+from dreamfleet.trainers.optim.optimizers import OptimizerConfig
 
 WEIGHTS = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 # Keys of methods' sections that name files, and models, which may be on the hub.

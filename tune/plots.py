@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from dreamfleet.trainers import wording
-from dreamfleet.trainers.charts import ticks
+from dreamfleet.trainers.report import formatting
+from dreamfleet.trainers.report.charts import ticks
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def scatter(
 
     across = log_ticks(10**left, 10**right) if log else ticks(left, right)
     labels = "".join(
-        f'<span class="x" style="left:{place(t, high)[0]:.2f}%">{escape(wording.number(t))}</span>'
+        f'<span class="x" style="left:{place(t, high)[0]:.2f}%">{escape(formatting.number(t))}</span>'
         for t in across
     ) + "".join(
         f'<span class="y" style="top:{100 * (high - t) / (high - low):.2f}%"><i>{escape(write(t))}</i></span>'

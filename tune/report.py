@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from html import escape
 
-from dreamfleet.trainers import wording
-from dreamfleet.trainers.charts import Chart, Line, draw
-from dreamfleet.trainers.comparison import SCORES
-from dreamfleet.trainers.report import METHODS, page
-from dreamfleet.trainers.searching import HELD_OUT
-from dreamfleet.tune.ledger import BEST, Ledger, Trial, tell_point, tell_value
+from dreamfleet.trainers.config.search import HELD_OUT
+from dreamfleet.trainers.report import formatting
+from dreamfleet.trainers.report.charts import Chart, Line, draw
+from dreamfleet.trainers.report.comparison import SCORES
+from dreamfleet.trainers.report.report import METHODS, page
 from dreamfleet.tune.plots import Dot, scatter
-from dreamfleet.tune.sheet import axes, picture_sheet
+from dreamfleet.tune.sheet import axes, image_sheet
+from dreamfleet.tune.trial_store import BEST, Ledger, Trial, tell_point, tell_value
 
 NAMED_CURVES = 4  # as many as there are colours
 STATUS = {"stopped": "stopped early", "running": "interrupted"}
@@ -30,7 +30,7 @@ def write_search_report(ledger: Ledger) -> None:
 def render(ledger: Ledger) -> str:
     """Return the report of a search as HTML; links to the trials' own reports are all that it refers to."""
     sections = [
-        _head(ledger), _figures(ledger), picture_sheet(ledger), _charts(ledger), _table(ledger), _recipe(ledger),
+        _head(ledger), _figures(ledger), image_sheet(ledger), _charts(ledger), _table(ledger), _recipe(ledger),
     ]  # fmt: skip
     return page(ledger.recipe.run_name, sections)
 
@@ -44,7 +44,7 @@ def _head(ledger: Ledger) -> str:
     method = METHODS.get(ledger.recipe.method.name, ledger.recipe.method.name)
     counts = Counter(STATUS.get(trial.status, trial.status) for trial in ledger.trials)
     words = [f"{len(ledger.trials)} trials", *(f"{count} {status}" for status, count in counts.most_common())]
-    words.append(f"{wording.seconds(sum(trial.seconds for trial in ledger.trials))} of computing")
+    words.append(f"{formatting.seconds(sum(trial.seconds for trial in ledger.trials))} of computing")
     open_ones = any(not trial.is_over for trial in ledger.trials)
     hint = (
         "<p class='note'>Interrupted. The same command with <code>--resume</code> goes on.</p>"
@@ -65,8 +65,8 @@ def _figures(ledger: Ledger) -> str:
     told = []
     for name in sorted(ledger.figures, key=lambda name: name != metric):
         if (value := best.figure(name)) is not None:
-            note = f"median {wording.number(statistics.median(measured), 4)}" if name == metric else ""
-            told.append((metric_name(name), wording.number(value, 4), note))
+            note = f"median {formatting.number(statistics.median(measured), 4)}" if name == metric else ""
+            told.append((metric_name(name), formatting.number(value, 4), note))
     for path, chosen in best.point.items():
         section, _, key = path.rpartition(".")
         told.append((key, tell_value(chosen), section))
@@ -115,7 +115,7 @@ def _scatter(ledger: Ledger, shown: Sequence[Trial], figure: str) -> str:
         x, y = trial.point[across], trial.figure(figure)
         if isinstance(x, str | bool | None) or y is None:
             continue
-        words = f"{trial.name}: {tell_point(trial.point)}, {wording.number(y, 4)} at step {trial.steps}"
+        words = f"{trial.name}: {tell_point(trial.point)}, {formatting.number(y, 4)} at step {trial.steps}"
         colour = groups.index(trial.point[down]) % NAMED_CURVES if down and groups else 0
         dots.append(Dot(x, min(y, edge), colour, words, trial.status == "stopped", trial is ledger.best))
     name = across.rpartition(".")[2]
@@ -141,7 +141,7 @@ def _writer(values: Sequence[float]) -> Callable[[float], str]:
     spread = max(values, default=0) - min(values, default=0)
     size = max(map(abs, values), default=0)
     digits = max(3, 2 + math.ceil(math.log10(size / spread))) if spread else 4
-    return lambda value: wording.number(value, digits)
+    return lambda value: formatting.number(value, digits)
 
 
 def _edge(metric: str, trials: Sequence[Trial]) -> float:
@@ -167,8 +167,8 @@ def _table(ledger: Ledger) -> str:
     body = ""
     for trial in ledger.ranking():
         cells = [tell_value(trial.point[path]) for path in keys]
-        cells += ["" if (v := trial.figure(name)) is None else wording.number(v, 4) for name in figures]
-        cells += [wording.number(trial.steps), wording.seconds(trial.seconds)]
+        cells += ["" if (v := trial.figure(name)) is None else formatting.number(v, 4) for name in figures]
+        cells += [formatting.number(trial.steps), formatting.seconds(trial.seconds)]
         mark = ' class="best"' if trial is ledger.best else ""
         told = escape(STATUS.get(trial.status, trial.status))
         if trial.error:

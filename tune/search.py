@@ -10,15 +10,8 @@ from typing import Any
 
 from dreamfleet.datasets.environment import environment, secrets_hidden, to_send
 from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
-from dreamfleet.trainers.hold import Stop, claimed, stop_on_signal
-from dreamfleet.trainers.launch import run_in_thread
-from dreamfleet.trainers.machines import check_machines
-from dreamfleet.trainers.paths import shared_paths, written_paths
-from dreamfleet.trainers.preflight import check_inputs, this_machine
-from dreamfleet.trainers.progress import Display
-from dreamfleet.trainers.ray_session import ray_session, starts_private_ray
-from dreamfleet.trainers.recipe import Recipe, load_recipe
-from dreamfleet.trainers.scaling import (
+from dreamfleet.trainers.config.paths import shared_paths, written_paths
+from dreamfleet.trainers.config.scaling import (
     Resources,
     ScalingConfig,
     WorkerShare,
@@ -26,7 +19,23 @@ from dreamfleet.trainers.scaling import (
     worker_resources,
     workers_that_fit,
 )
-from dreamfleet.tune.ledger import BEST, RECIPE, TABLE, Ledger, Trial, error_class, open_ledger, tell_trial
+from dreamfleet.trainers.driver.preflight import check_inputs, this_machine
+from dreamfleet.trainers.driver.progress import Display
+from dreamfleet.trainers.driver.session import ray_session, starts_private_ray
+from dreamfleet.trainers.driver.shared_paths import check_machines
+from dreamfleet.trainers.launch import run_in_thread
+from dreamfleet.trainers.recipe import Recipe, load_recipe
+from dreamfleet.trainers.run.run_lock import Stop, claimed, stop_on_signal
+from dreamfleet.tune.trial_store import (
+    BEST,
+    RECIPE,
+    TABLE,
+    Ledger,
+    Trial,
+    error_class,
+    open_ledger,
+    tell_trial,
+)
 
 # Set while Tune runs.
 TUNE_SWITCHES = {
@@ -173,8 +182,8 @@ def _run_trials(
     display: Display,
     on_progress: Progress | None,
 ) -> None:
-    from dreamfleet.tune.proposals import Proposals
-    from dreamfleet.tune.scribe import Scribe
+    from dreamfleet.tune.algorithm import Proposals
+    from dreamfleet.tune.callback import Scribe
 
     scribe = Scribe(ledger, on_progress or (lambda trial: display.say(tell_trial(trial, ledger.figures))))
     proposals = Proposals(ledger, should_stop=lambda: stop.asked.is_set() or scribe.mistake is not None)
@@ -213,8 +222,8 @@ def _make_tuner(
 ) -> Any:
     from ray import tune
 
-    from dreamfleet.trainers.worker import worker_environment
-    from dreamfleet.tune.halving import make_scheduler
+    from dreamfleet.trainers.driver.worker import worker_environment
+    from dreamfleet.tune.asha import make_scheduler
     from dreamfleet.tune.trial import Shared, TrialActor
 
     recipe = ledger.recipe

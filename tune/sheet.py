@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from dreamfleet.trainers import wording
-from dreamfleet.trainers.searching import Domain, SearchConfig, Value
-from dreamfleet.trainers.sheets import data_uri, mosaic, read_sheets
-from dreamfleet.tune.ledger import Ledger, Trial, tell_value
+from dreamfleet.trainers.config.search import Domain, SearchConfig, Value
+from dreamfleet.trainers.report import formatting
+from dreamfleet.trainers.report.preview_grid import data_uri, mosaic, read_sheets
+from dreamfleet.tune.trial_store import Ledger, Trial, tell_value
 
 MOST_COLUMNS, MOST_ROWS = 6, 5
 LONGEST_SIDE = 320  # pixels of one cell's picture on the page
-PICTURES = 4  # of one trial
+IMAGES = 4  # of one trial
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def make_axis(path: str, domain: Domain, tried: Sequence[Value], most: int) -> A
     unscale: Callable[[float], float] = math.exp if domain.log else float
     width = (scale(upper) - scale(lower)) / most
     edges = [unscale(scale(lower) + k * width) for k in range(most + 1)]
-    labels = [f"{wording.number(a, 2)} – {wording.number(b, 2)}" for a, b in itertools.pairwise(edges)]
+    labels = [f"{formatting.number(a, 2)} – {formatting.number(b, 2)}" for a, b in itertools.pairwise(edges)]
 
     def place(value: Value) -> int:
         assert isinstance(value, int | float)
@@ -60,7 +60,7 @@ def make_axis(path: str, domain: Domain, tried: Sequence[Value], most: int) -> A
     return Axis(path, labels, place)
 
 
-def picture_sheet(ledger: Ledger) -> str:
+def image_sheet(ledger: Ledger) -> str:
     """Return the section that shows the last previews of the best trial in each place."""
     search = ledger.search
     across, down = axes(search)
@@ -77,8 +77,8 @@ def picture_sheet(ledger: Ledger) -> str:
     for row, label in enumerate(rows.labels if rows else [""]):
         cells = ""
         for column in range(len(columns.labels)):
-            cell, has_picture = _cell(ledger, places.get((row, column), []))
-            cells, drawn = cells + cell, drawn + has_picture
+            cell, has_image = _cell(ledger, places.get((row, column), []))
+            cells, drawn = cells + cell, drawn + has_image
         body += f"<tr><th>{escape(label)}</th>{cells}</tr>"
     if not drawn:
         return ""
@@ -98,11 +98,11 @@ def _cell(ledger: Ledger, trials: Sequence[Trial]) -> tuple[str, bool]:
     value = trial.figure(ledger.search.metric)
     assert value is not None
     words = trial.name + (f", best of {len(trials)}" if len(trials) > 1 else "")
-    picture = _previews(ledger, trial)
-    image = f'<img src="{picture}" alt="previews of {escape(trial.name)}" loading="lazy">' if picture else ""
+    image = _previews(ledger, trial)
+    image = f'<img src="{image}" alt="previews of {escape(trial.name)}" loading="lazy">' if image else ""
     mark = ' class="best"' if trial is ledger.best else ""
-    inside = f"{image}<b>{escape(wording.number(value, 4))}</b> <small>{escape(words)}</small>"
-    return f'<td{mark}><a href="{escape(trial.folder)}/report.html">{inside}</a></td>', bool(picture)
+    inside = f"{image}<b>{escape(formatting.number(value, 4))}</b> <small>{escape(words)}</small>"
+    return f'<td{mark}><a href="{escape(trial.folder)}/report.html">{inside}</a></td>', bool(image)
 
 
 def _previews(ledger: Ledger, trial: Trial) -> str | None:
@@ -111,8 +111,8 @@ def _previews(ledger: Ledger, trial: Trial) -> str | None:
         return None
     cells = sheets[-1].cells
     # One of each prompt tells more than four of the first.
-    first = sorted(cells, key=lambda cell: (cell.column, cell.row))[:PICTURES]
+    first = sorted(cells, key=lambda cell: (cell.column, cell.row))[:IMAGES]
     columns = math.ceil(math.sqrt(len(first)))
-    side = min(first[0].picture.width, LONGEST_SIDE // columns)
-    grid = mosaic([cell.picture for cell in first], columns, cell=side, gap=max(1, side // 50))
+    side = min(first[0].image.width, LONGEST_SIDE // columns)
+    grid = mosaic([cell.image for cell in first], columns, cell=side, gap=max(1, side // 50))
     return data_uri(grid, longest=LONGEST_SIDE)

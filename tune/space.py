@@ -11,7 +11,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from dreamfleet.trainers.searching import Domain, Point, SearchConfig, Value
+from dreamfleet.trainers.config.search import Domain, Point, SearchConfig, Value
 
 
 def distributions(search: SearchConfig) -> dict[str, BaseDistribution]:

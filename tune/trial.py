@@ -17,10 +17,10 @@ from ray.tune import Trainable
 from dreamfleet.datasets.environment import take_over
 from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.json_text import json_text
-from dreamfleet.datasets.storage import Storage
-from dreamfleet.trainers.metrics import read_metrics
-from dreamfleet.trainers.progress import log_to_run, watch_for_stop
-from dreamfleet.trainers.summary import Summary
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.driver.progress import log_to_run, watch_for_stop
+from dreamfleet.trainers.report.metrics_log import read_metrics
+from dreamfleet.trainers.run.summary import Summary
 
 STOPPED = "stopped by the scheduler"
 
@@ -120,8 +120,8 @@ class TrialRun:
         import torch
 
         from dreamfleet.trainers.recipe import build_recipe
-        from dreamfleet.trainers.run import run_worker
-        from dreamfleet.tune.ledger import Trial, trial_recipe
+        from dreamfleet.trainers.run.run import run_worker
+        from dreamfleet.tune.trial_store import Trial, trial_recipe
 
         shared = self.shared
         torch.set_num_threads(shared.threads)
@@ -187,7 +187,7 @@ def rounds_of(run: Storage, figures: Sequence[str]) -> list[dict[str, Any]]:
 
 def write_end(run: Storage, summary: Summary) -> None:
     """Write summary and report of a run again, for an ending that the run itself does not know of."""
-    from dreamfleet.trainers.report import write_report
+    from dreamfleet.trainers.report.report import write_report
 
     run.write_text("summary.json", json_text(dataclasses.asdict(summary), indent=1))
     write_report(run)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dreamfleet.trainers.sd.model import ModelConfig, load_model
-from dreamfleet.trainers.sd.sample import generate
+from dreamfleet.trainers.models.sampling.sample import generate
+from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, load_model
 
 HERE = Path(__file__).parent
 THINGS = ("teddy bear", "crown", "croissant", "dolphin", "koala", "jellyfish", "butterfly", "lemon", "snowman",
@@ -21,21 +21,21 @@ def write_others() -> None:
     drawn = generate(
         load_model(ModelConfig()), prompts, seeds=range(len(prompts)), guidance_scale=4.0, batch_size=8
     )
-    for number, picture in enumerate(drawn, 1):
+    for number, image in enumerate(drawn, 1):
         target = HERE / "others" / f"{number:02d}.png"
         target.parent.mkdir(exist_ok=True)
-        picture.save(target, optimize=True)
+        image.save(target, optimize=True)
     others = [f"judge/others/{number:02d}.png" for number in range(1, len(drawn) + 1)]
     for name, cats, ink, drawings in (
         ("train", "cat/train", "ink/train", others[:TRAIN]),
         ("test", "cat/holdout", "ink/holdout", others[TRAIN:]),
     ):
-        labels = dict.fromkeys(_pictures(cats), 1)
-        labels |= dict.fromkeys([*_pictures(ink), *drawings], 0)
+        labels = dict.fromkeys(_images(cats), 1)
+        labels |= dict.fromkeys([*_images(ink), *drawings], 0)
         (HERE / f"{name}.json").write_text(json.dumps(labels, indent=1) + "\n")
 
 
-def _pictures(folder: str) -> list[str]:
+def _images(folder: str) -> list[str]:
     return [f"{folder}/{path.name}" for path in sorted((HERE.parent / folder).glob("*.png"))]
 
 

@@ -88,8 +88,8 @@ def draw_striped(name: str, rng: np.random.Generator, size: int) -> Image.Image:
     ys, xs = np.mgrid[0:size, 0:size]
     along = [xs, ys, (xs + ys) * 0.7071][rng.integers(3)]
     mask = (((along + phase) / period) % 1.0 < 0.5)[..., None]
-    picture = np.where(mask, _shade(COLOURS[name], rng), _shade((245, 245, 245), rng, 3))
-    return Image.fromarray(picture.round().astype(np.uint8))
+    image = np.where(mask, _shade(COLOURS[name], rng), _shade((245, 245, 245), rng, 3))
+    return Image.fromarray(image.round().astype(np.uint8))
 
 
 def draw_checkered(name: str, rng: np.random.Generator, size: int) -> Image.Image:
@@ -97,77 +97,77 @@ def draw_checkered(name: str, rng: np.random.Generator, size: int) -> Image.Imag
     period, shift = size / rng.choice([4, 5, 6]), rng.uniform(0, size, 2)
     ys, xs = np.mgrid[0:size, 0:size]
     mask = ((((xs + shift[0]) // period) + ((ys + shift[1]) // period)) % 2 < 1)[..., None]
-    picture = np.where(mask, _shade(COLOURS[name], rng), _shade((245, 245, 245), rng, 3))
-    return Image.fromarray(picture.round().astype(np.uint8))
+    image = np.where(mask, _shade(COLOURS[name], rng), _shade((245, 245, 245), rng, 3))
+    return Image.fromarray(image.round().astype(np.uint8))
 
 
 def _draw_ground(rng: np.random.Generator, size: int, colours: list[tuple[int, int, int]], level: float):
     """Sky above ground; returns the picture, its pen and the height of the horizon."""
     sky_top, sky_low, ground_far, ground_near = (_shade(colour, rng, 6) for colour in colours)
     horizon = int(size * (level + rng.uniform(-0.05, 0.05)))
-    picture = _blend(sky_top, sky_low, size)
+    image = _blend(sky_top, sky_low, size)
     ground = _blend(ground_far, ground_near, size).crop((0, 0, size, size - horizon))
-    picture.paste(ground, (0, horizon))
-    return picture, ImageDraw.Draw(picture), horizon
+    image.paste(ground, (0, horizon))
+    return image, ImageDraw.Draw(image), horizon
 
 
 def draw_beach(rng: np.random.Generator, size: int) -> Image.Image:
     """Sky, a band of sea and yellow sand."""
     colours = [(110, 190, 245), (190, 230, 250), (240, 215, 150), (225, 190, 120)]
-    picture, pen, horizon = _draw_ground(rng, size, colours, 0.55)
+    image, pen, horizon = _draw_ground(rng, size, colours, 0.55)
     top = horizon - int(size * rng.uniform(0.14, 0.2))
     pen.rectangle((0, top, size, horizon), fill=_fill(_shade((30, 125, 200), rng, 6)))
     pen.line((0, horizon, size, horizon), fill=(250, 250, 250), width=max(1, size // 40))
-    return picture
+    return image
 
 
 def draw_grass(rng: np.random.Generator, size: int) -> Image.Image:
     """A green meadow under a light sky."""
     colours = [(135, 205, 250), (215, 240, 250), (125, 200, 75), (70, 150, 45)]
-    picture, pen, horizon = _draw_ground(rng, size, colours, 0.45)
+    image, pen, horizon = _draw_ground(rng, size, colours, 0.45)
     for _ in range(40):
         x, y = rng.integers(size), rng.integers(horizon, size)
         pen.line(
             (x, y, x, y - size // 20), fill=_fill(_shade((55, 130, 40), rng, 10)), width=max(1, size // 64)
         )
-    return picture
+    return image
 
 
 def draw_snow(rng: np.random.Generator, size: int) -> Image.Image:
     """White ground, a pale sky and falling flakes."""
     colours = [(150, 175, 205), (205, 220, 235), (250, 252, 255), (225, 235, 248)]
-    picture, pen, _ = _draw_ground(rng, size, colours, 0.55)
+    image, pen, _ = _draw_ground(rng, size, colours, 0.55)
     for x, y in rng.integers(0, size, (26, 2)):
         pen.ellipse((x, y, x + size // 32, y + size // 32), fill=(255, 255, 255))
-    return picture
+    return image
 
 
 def draw_desert(rng: np.random.Generator, size: int) -> Image.Image:
     """Orange dunes under a hot sky."""
     colours = [(250, 190, 110), (253, 225, 165), (222, 150, 75), (196, 120, 55)]
-    picture, pen, horizon = _draw_ground(rng, size, colours, 0.55)
+    image, pen, horizon = _draw_ground(rng, size, colours, 0.55)
     for _ in range(2):
         x, half = rng.integers(size), size * rng.uniform(0.3, 0.5)
         box = (x - half, horizon - size * 0.1, x + half, horizon + size * 0.35)
         pen.ellipse(box, fill=_fill(_shade((212, 138, 66), rng, 7)))
-    return picture
+    return image
 
 
 def draw_night(rng: np.random.Generator, size: int) -> Image.Image:
     """A dark sky with stars and a moon."""
-    picture = _blend(_shade((10, 12, 45), rng, 4), _shade((38, 38, 95), rng, 5), size)
-    pen = ImageDraw.Draw(picture)
+    image = _blend(_shade((10, 12, 45), rng, 4), _shade((38, 38, 95), rng, 5), size)
+    pen = ImageDraw.Draw(image)
     for x, y in rng.integers(0, size, (24, 2)):
         pen.ellipse((x, y, x + size // 48, y + size // 48), fill=(245, 240, 200))
     x, y, r = rng.uniform(0.05, 0.85) * size, rng.uniform(0.03, 0.12) * size, 0.13 * size
     pen.ellipse((x, y, x + r, y + r), fill=(250, 240, 190))
-    return picture
+    return image
 
 
 def draw_water(rng: np.random.Generator, size: int) -> Image.Image:
     """Deep blue with light from above, bubbles and weeds."""
-    picture = _blend(_shade((70, 190, 225), rng, 6), _shade((8, 60, 130), rng, 5), size)
-    pen = ImageDraw.Draw(picture)
+    image = _blend(_shade((70, 190, 225), rng, 6), _shade((8, 60, 130), rng, 5), size)
+    pen = ImageDraw.Draw(image)
     for _ in range(9):
         (x, y), r = rng.integers(0, size, 2), size * rng.uniform(0.02, 0.05)
         pen.ellipse((x - r, y - r, x + r, y + r), outline=(190, 235, 250), width=max(1, size // 64))
@@ -175,13 +175,13 @@ def draw_water(rng: np.random.Generator, size: int) -> Image.Image:
         pen.line(
             (x, size, x + 2, size * rng.uniform(0.7, 0.85)), fill=(20, 120, 90), width=max(2, size // 24)
         )
-    return picture
+    return image
 
 
 def draw_city(rng: np.random.Generator, size: int) -> Image.Image:
     """Grey house fronts with lit windows along a street."""
     colours = [(165, 190, 220), (215, 220, 230), (105, 108, 115), (85, 88, 95)]
-    picture, pen, horizon = _draw_ground(rng, size, colours, 0.8)
+    image, pen, horizon = _draw_ground(rng, size, colours, 0.8)
     x = -int(rng.integers(0, size // 8))
     while x < size:
         width, top = int(size * rng.uniform(0.17, 0.26)), int(size * rng.uniform(0.08, 0.4))
@@ -191,13 +191,13 @@ def draw_city(rng: np.random.Generator, size: int) -> Image.Image:
             for wx in range(x + step // 2, x + width - step // 2, step):
                 pen.rectangle((wx, wy, wx + step // 3, wy + step // 3), fill=(250, 225, 130))
         x += width + 1
-    return picture
+    return image
 
 
 def draw_forest(rng: np.random.Generator, size: int) -> Image.Image:
     """Dark green trees with brown trunks."""
     colours = [(95, 150, 100), (65, 120, 75), (70, 95, 45), (55, 75, 35)]
-    picture, pen, horizon = _draw_ground(rng, size, colours, 0.78)
+    image, pen, horizon = _draw_ground(rng, size, colours, 0.78)
     for x in np.sort(rng.uniform(-0.1, 1.0, 7)) * size:
         width, top = size * rng.uniform(0.2, 0.3), size * rng.uniform(0.0, 0.2)
         middle = x + width / 2
@@ -206,13 +206,13 @@ def draw_forest(rng: np.random.Generator, size: int) -> Image.Image:
         )
         crown = [(middle, top), (x, horizon - size * 0.1), (x + width, horizon - size * 0.1)]
         pen.polygon(crown, fill=_fill(_shade((25, 85, 45), rng, 12)))
-    return picture
+    return image
 
 
 def draw_mountains(rng: np.random.Generator, size: int) -> Image.Image:
     """Grey peaks with white tops."""
     colours = [(120, 180, 235), (205, 228, 245), (115, 150, 95), (85, 125, 70)]
-    picture, pen, horizon = _draw_ground(rng, size, colours, 0.78)
+    image, pen, horizon = _draw_ground(rng, size, colours, 0.78)
     for x in np.sort(rng.uniform(-0.25, 0.9, 4)) * size:
         width, top = size * rng.uniform(0.45, 0.65), size * rng.uniform(0.05, 0.3)
         middle, height = x + width / 2, horizon - top
@@ -225,18 +225,18 @@ def draw_mountains(rng: np.random.Generator, size: int) -> Image.Image:
             (middle + width * 0.16, top + height * 0.32),
         ]
         pen.polygon(cap, fill=(248, 250, 253))
-    return picture
+    return image
 
 
 def draw_sky(rng: np.random.Generator, size: int) -> Image.Image:
     """Light blue with white clouds."""
-    picture = _blend(_shade((85, 170, 245), rng, 6), _shade((175, 220, 252), rng, 5), size)
-    pen = ImageDraw.Draw(picture)
+    image = _blend(_shade((85, 170, 245), rng, 6), _shade((175, 220, 252), rng, 5), size)
+    pen = ImageDraw.Draw(image)
     for _ in range(5):
         x, y, r = rng.uniform(0, 1) * size, rng.uniform(0, 1) * size, rng.uniform(0.06, 0.1) * size
         for dx in (-1.2, 0.0, 1.2):
             pen.ellipse((x + dx * r - r, y - r * 0.8, x + dx * r + r, y + r * 0.8), fill=(252, 253, 255))
-    return picture
+    return image
 
 
 def draw_background(key: str, rng: np.random.Generator, size: int = SIZE) -> Image.Image:
@@ -246,7 +246,7 @@ def draw_background(key: str, rng: np.random.Generator, size: int = SIZE) -> Ima
         return draw_plain(name, rng, size)
     painters = {"striped": draw_striped, "checkered": draw_checkered}
     if kind in painters:
-        picture = painters[kind](name, rng, size * 2)
+        image = painters[kind](name, rng, size * 2)
     else:
-        picture = globals()[f"draw_{name}"](rng, size * 2)
-    return picture.resize((size, size), Image.Resampling.BOX)
+        image = globals()[f"draw_{name}"](rng, size * 2)
+    return image.resize((size, size), Image.Resampling.BOX)

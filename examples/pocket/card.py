@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from backgrounds import KEYS
-from clip import embed_pictures, embed_texts, measure_retrieval
+from clip import embed_images, embed_texts, measure_retrieval
 from curves import draw_curves
 from diffusers import StableDiffusionPipeline
 from export import FOLDER
-from pictures import draw_sheet, open_bank, write_caption
+from images import draw_sheet, open_bank, write_caption
 from subjects import CACHE, CAT_FACES, MONKEY_FACES
 from training import pick_device
 from transformers import CLIPModel, CLIPTokenizer
@@ -49,13 +49,13 @@ def generate(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, b
 
 
 def rank_prompts(
-    clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: np.ndarray, prompts: list[str]
+    clip: CLIPModel, tokenizer: CLIPTokenizer, images: np.ndarray, prompts: list[str]
 ) -> np.ndarray:
     """For every picture the place of its own prompt among `AMONG` prompts (0 is first)."""
     rng = np.random.default_rng(6)
-    scores = embed_pictures(clip, pictures) @ embed_texts(clip, tokenizer, prompts).T
+    scores = embed_images(clip, images) @ embed_texts(clip, tokenizer, prompts).T
     ranks = []
-    for row in range(len(pictures)):
+    for row in range(len(images)):
         others = rng.permutation([i for i in range(len(prompts)) if i != row])[: AMONG - 1]
         ranks.append(int((scores[row, others] > scores[row, row]).sum()))
     return np.array(ranks)
@@ -79,13 +79,13 @@ def measure(folder: Path = FOLDER) -> dict[str, Any]:
     clip = CLIPModel.from_pretrained(CACHE / "clip_model", dtype=torch.float32).to(device).eval()
     tokenizer = pipeline.tokenizer
     prompts = draw_prompts(COUNT, seed=7)
-    pictures = generate(pipeline, prompts, seed=1000)
-    ranks = rank_prompts(clip, tokenizer, pictures, prompts)
-    draw_sheet(pictures[:40], 8, zoom=2).save(folder / "samples.png", optimize=True)
+    images = generate(pipeline, prompts, seed=1000)
+    ranks = rank_prompts(clip, tokenizer, images, prompts)
+    draw_sheet(images[:40], 8, zoom=2).save(folder / "samples.png", optimize=True)
     held_out, fresh = open_bank("held_out"), open_bank("fresh")
     return {
-        "psnr_held_out": measure_psnr(pipeline.vae, held_out.pictures),
-        "psnr_fresh": measure_psnr(pipeline.vae, fresh.pictures),
+        "psnr_held_out": measure_psnr(pipeline.vae, held_out.images),
+        "psnr_fresh": measure_psnr(pipeline.vae, fresh.images),
         "retrieval_fresh": measure_retrieval(clip, tokenizer, fresh),
         "retrieval_held_out": measure_retrieval(clip, tokenizer, held_out),
         "generated_top1": float((ranks < 1).mean()),

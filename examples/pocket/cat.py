@@ -10,7 +10,7 @@ import shutil
 
 import numpy as np
 from backgrounds import draw_background, say_background
-from pictures import open_emoji
+from images import open_emoji
 from PIL import Image, ImageFilter
 from subjects import CAT_FACES, ROOT, find_family
 

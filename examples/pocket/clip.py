@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from backgrounds import KEYS
-from pictures import TEMPLATES, Bank, open_bank, write_caption
+from images import TEMPLATES, Bank, open_bank, write_caption
 from subjects import CACHE
 from training import load_average, pick_device, train_stage
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
@@ -48,9 +48,9 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     return model
 
 
-def to_pixels(pictures: np.ndarray, device: torch.device) -> torch.Tensor:
+def to_pixels(images: np.ndarray, device: torch.device) -> torch.Tensor:
     """Bytes to the vision tower's normalised input."""
-    batch = (to_input(pictures, device) + 1) / 2
+    batch = (to_input(images, device) + 1) / 2
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
     return (batch - mean) / std
 
@@ -98,10 +98,10 @@ class Drawer:
         rng = np.random.default_rng([12, step])
         items = self.pick(rng)
         texts = [self.word(bank, index, rng) for bank, index, _, _ in items]
-        pictures = np.stack([bank.pictures[index] for bank, index, _, _ in items])
+        images = np.stack([bank.images[index] for bank, index, _, _ in items])
         dx, dy = rng.integers(-4, 5, 2)
-        pictures = np.pad(pictures, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="edge")
-        pictures = pictures[:, 4 + dy : 68 + dy, 4 + dx : 68 + dx]
+        images = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="edge")
+        images = images[:, 4 + dy : 68 + dy, 4 + dx : 68 + dx]
         tokens = self.tokenizer([text for text, _, _ in texts], padding=True, return_tensors="pt")[
             "input_ids"
         ]
@@ -116,7 +116,7 @@ class Drawer:
         same_subject, same_key = subjects[:, None] == subjects[None], keys[:, None] == keys[None]
         match = (same_subject | ~says_subject) & (same_key | ~says_key)
         batch = {"input_ids": tokens, "position_ids": places[None], "match": match}
-        return {**{k: v.to(device) for k, v in batch.items()}, "pixel_values": to_pixels(pictures, device)}
+        return {**{k: v.to(device) for k, v in batch.items()}, "pixel_values": to_pixels(images, device)}
 
 
 def contrast(logits: torch.Tensor, match: torch.Tensor) -> torch.Tensor:
@@ -143,8 +143,8 @@ def train_clip() -> CLIPModel:
         with torch.autocast(device.type, torch.bfloat16):
             out = model(**batch)
         scale = model.logit_scale.clamp(max=4.6).exp()
-        texts, pictures = out.text_embeds.float(), out.image_embeds.float()
-        logits = scale * texts @ pictures.T
+        texts, images = out.text_embeds.float(), out.image_embeds.float()
+        logits = scale * texts @ images.T
         right = match.gather(1, logits.argmax(1, keepdim=True)).float().mean()
         return contrast(logits, match), {"top1": right.item(), "scale": scale.item()}
 
@@ -165,10 +165,10 @@ def embed_texts(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) ->
 
 
 @torch.no_grad()
-def embed_pictures(model: CLIPModel, pictures: np.ndarray) -> torch.Tensor:
+def embed_images(model: CLIPModel, images: np.ndarray) -> torch.Tensor:
     """Unit vectors of pictures."""
     device = next(model.parameters()).device
-    pooled = model.vision_model(pixel_values=to_pixels(pictures, device)).pooler_output
+    pooled = model.vision_model(pixel_values=to_pixels(images, device)).pooler_output
     return F.normalize(model.visual_projection(pooled), dim=-1)
 
 
@@ -186,7 +186,7 @@ def measure_retrieval(
             if len(chosen) == 50:
                 break
         texts = embed_texts(model, tokenizer, list(chosen))
-        scores = embed_pictures(model, np.stack([bank.pictures[i] for i in chosen.values()])) @ texts.T
+        scores = embed_images(model, np.stack([bank.images[i] for i in chosen.values()])) @ texts.T
         ranks = (scores > scores.diagonal()[:, None]).sum(1)
         hits += [(ranks < 1).float().mean().item(), (ranks < 5).float().mean().item()]
     return {"top1": float(hits[0]) / rounds, "top5": float(hits[1]) / rounds}

@@ -7,7 +7,7 @@ lies a caption that says the thing and nothing of the style.
 from __future__ import annotations
 
 import numpy as np
-from pictures import open_emoji
+from images import open_emoji
 from PIL import Image, ImageFilter
 from subjects import ROOT, WORLD, fetch_packages
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from pictures import open_bank
+from images import open_bank
 from subjects import CACHE
 from training import pick_device
 from vae import to_input
@@ -29,13 +29,13 @@ def _encode(name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     device = pick_device()
     vae = AutoencoderKL.from_pretrained(CACHE / "folder" / "vae", torch_dtype=torch.float32).to(device).eval()
-    pictures = open_bank(name).pictures
-    shape = (len(pictures), 4, 16, 16)
+    images = open_bank(name).images
+    shape = (len(images), 4, 16, 16)
     out = np.lib.format.open_memmap(folder / "latents.npy", "w+", np.float16, shape)
     with torch.no_grad():
-        for at in range(0, len(pictures), BATCH):
+        for at in range(0, len(images), BATCH):
             with torch.autocast(device.type, torch.bfloat16):
-                mean = vae.encode(to_input(pictures[at : at + BATCH], device)).latent_dist.mean
+                mean = vae.encode(to_input(images[at : at + BATCH], device)).latent_dist.mean
             out[at : at + BATCH] = (mean.float() * vae.config.scaling_factor).half().cpu().numpy()
     out.flush()
     spread = float(out[::50].astype(np.float32).std())

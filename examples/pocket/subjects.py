@@ -149,20 +149,20 @@ def _is_family(entry: dict, code: str) -> bool:
 def list_subjects() -> list[Subject]:
     """All subjects in a fixed order: the world (train and held out), then the wide rest."""
     assets, names = fetch_packages()
-    pictures = {_strip_code(path.stem): path for path in sorted(assets.glob("*.webp"))}
+    images = {_strip_code(path.stem): path for path in sorted(assets.glob("*.webp"))}
     codes = sorted(WORLD)
     held = set(random.Random(HELD_OUT_SEED).sample(codes, round(HELD_OUT_SHARE * len(codes))))
     subjects = [
-        Subject(code, WORLD[code], pictures[_strip_code(code)], "held_out" if code in held else "train")
+        Subject(code, WORLD[code], images[_strip_code(code)], "held_out" if code in held else "train")
         for code in codes
     ]
     known = {_strip_code(code) for code in codes}
     for entry in json.loads(names.read_text(encoding="utf-8")):
         code = _strip_code(entry["unified"])
-        wanted = entry["category"] in WIDE_CATEGORIES and code in pictures and code not in known
+        wanted = entry["category"] in WIDE_CATEGORIES and code in images and code not in known
         if wanted and not _is_family(entry, code):
             name = (entry["name"] or entry["short_name"]).lower().replace("-", " ").replace("_", " ")
-            subjects.append(Subject(code, name, pictures[code], "wide"))
+            subjects.append(Subject(code, name, images[code], "wide"))
     return subjects
 
 

@@ -11,11 +11,11 @@ from collections import Counter
 from pathlib import Path
 
 from backgrounds import KEYS, say_background
-from pictures import TEMPLATES, write_caption
+from images import TEMPLATES, write_caption
 from subjects import CACHE, list_subjects
 from transformers import CLIPTokenizer
 
-from dreamfleet.trainers.sd.pipeline_folder import save_tokenizer
+from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_tokenizer
 
 MERGES = 1500
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"

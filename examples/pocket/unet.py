@@ -16,26 +16,26 @@ from backgrounds import KEYS
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from export import build_scheduler, split_clip
+from images import Bank, draw_caption, open_bank
 from latents import open_latents
-from pictures import Bank, draw_caption, open_bank
 from subjects import CACHE, SET_ASIDE
 from training import pick_device
 from transformers import CLIPModel, CLIPTokenizer
 from vae import load_vae
 
-from dreamfleet.datasets.keyed import numpy_rng
 from dreamfleet.datasets.plan import BatchPlan
-from dreamfleet.datasets.storage import Storage
-from dreamfleet.trainers.checkpoint import Checkpoints
-from dreamfleet.trainers.engine import TorchEngine
-from dreamfleet.trainers.engine_section import EngineConfig
+from dreamfleet.datasets.rng import numpy_rng
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.engine import EngineConfig
+from dreamfleet.trainers.distributed.process_group import leave_group
+from dreamfleet.trainers.engines.torch_engine import TorchEngine
 from dreamfleet.trainers.loop import Hooks, Schedule, train
 from dreamfleet.trainers.methods.base import Batch, Method, MethodConfig, ParamGroup, Setting
-from dreamfleet.trainers.metrics import Metrics
-from dreamfleet.trainers.optim import OptimizerConfig
-from dreamfleet.trainers.process_group import leave_group
-from dreamfleet.trainers.sd.model import StableDiffusion
-from dreamfleet.trainers.sd.noise import draw_noise
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.models.stable_diffusion.noise import draw_noise
+from dreamfleet.trainers.optim.optimizers import OptimizerConfig
+from dreamfleet.trainers.report.metrics_log import Metrics
+from dreamfleet.trainers.run.checkpoint import Checkpoints
 
 STEPS = int(os.environ.get("POCKET_STEPS", "9000"))
 # From here on subjects stand upright in the middle, so that noise alone can be told a shape.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from pictures import open_bank
+from images import open_bank
 from subjects import CACHE
 from training import load_average, pick_device, train_stage
 
@@ -36,9 +36,9 @@ def build_vae() -> AutoencoderKL:
     return vae
 
 
-def to_input(pictures: np.ndarray, device: torch.device) -> torch.Tensor:
+def to_input(images: np.ndarray, device: torch.device) -> torch.Tensor:
     """Bytes (n, h, w, 3) to floats in -1..1 (n, 3, h, w)."""
-    batch = torch.from_numpy(np.ascontiguousarray(pictures)).to(device)
+    batch = torch.from_numpy(np.ascontiguousarray(images)).to(device)
     return batch.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
 
 
@@ -50,13 +50,13 @@ def compare_edges(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     ).abs().mean()
 
 
-def measure_psnr(vae: AutoencoderKL, pictures: np.ndarray, batch: int = 50) -> float:
+def measure_psnr(vae: AutoencoderKL, images: np.ndarray, batch: int = 50) -> float:
     """The mean PSNR in dB (peak 255) of pictures sent through the autoencoder."""
     device = next(vae.parameters()).device
     found = []
     with torch.no_grad():
-        for at in range(0, len(pictures), batch):
-            wanted = to_input(pictures[at : at + batch], device)
+        for at in range(0, len(images), batch):
+            wanted = to_input(images[at : at + batch], device)
             made = vae.decode(vae.encode(wanted).latent_dist.mode()).sample.clamp(-1, 1)
             error = (made - wanted).div(2).pow(2).flatten(1).mean(1)
             found.append(-10 * error.clamp_min(1e-10).log10())
@@ -71,7 +71,7 @@ def train_vae() -> AutoencoderKL:
     device = pick_device()
     torch.manual_seed(1)
     vae = build_vae().to(device)
-    narrow, wide = open_bank("narrow").pictures, open_bank("wide").pictures
+    narrow, wide = open_bank("narrow").images, open_bank("wide").images
 
     def compute(model: torch.nn.Module, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         wanted = to_input(_draw(step, narrow, wide), device)
@@ -106,7 +106,7 @@ def tune_decoder() -> AutoencoderKL:
     vae = AutoencoderKL.from_pretrained(CACHE / "folder" / "vae", torch_dtype=torch.float32).to(device)
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
-    narrow, wide = open_bank("narrow").pictures, open_bank("wide").pictures
+    narrow, wide = open_bank("narrow").images, open_bank("wide").images
 
     def compute(model: torch.nn.Module, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         wanted = to_input(_draw(100_000 + step, narrow, wide), device)
@@ -120,7 +120,7 @@ def tune_decoder() -> AutoencoderKL:
 
     vae = train_stage("decoder", vae, compute, DECODER_STEPS, DECODER_RATE)
     vae.save_pretrained(folder)
-    print("decoder: PSNR on held-out subjects", measure_psnr(vae, open_bank("held_out").pictures))
+    print("decoder: PSNR on held-out subjects", measure_psnr(vae, open_bank("held_out").images))
     return vae
 
 
@@ -133,7 +133,7 @@ def load_vae() -> AutoencoderKL:
 
 def save_vae(vae: AutoencoderKL) -> AutoencoderKL:
     """Set the scaling factor by measured latents and write the stage's result."""
-    narrow = open_bank("narrow").pictures
+    narrow = open_bank("narrow").images
     picks = np.sort(np.random.default_rng(3).choice(len(narrow), 2000, replace=False))
     device = next(vae.parameters()).device
     with torch.no_grad():
@@ -144,7 +144,7 @@ def save_vae(vae: AutoencoderKL) -> AutoencoderKL:
     vae.save_pretrained(CACHE / "folder" / "vae")
     print(
         "vae: PSNR on held-out subjects",
-        measure_psnr(vae, open_bank("held_out").pictures),
+        measure_psnr(vae, open_bank("held_out").images),
         vae.config.scaling_factor,
     )
     return vae

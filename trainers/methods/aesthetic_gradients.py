@@ -16,21 +16,15 @@ import torch.nn.functional as F
 from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
-from dreamfleet.datasets.decode import Fit
 from dreamfleet.datasets.errors import ModelError, RecipeError
+from dreamfleet.datasets.images.decode_job import Fit
 from dreamfleet.datasets.json_text import json_text
-from dreamfleet.trainers.methods.base import (
-    Batch,
-    Loss,
-    MethodConfig,
-    ParamGroup,
-    Setting,
-    register,
-)
-from dreamfleet.trainers.methods.exports import Export
-from dreamfleet.trainers.methods.seeing import SeeingMethod, Use
+from dreamfleet.trainers.methods.base import Batch, Loss, MethodConfig, ParamGroup, Setting, register
+from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.methods.image_method import SeeingMethod, Use
 from dreamfleet.trainers.methods.whole_model import export_checkpoints
-from dreamfleet.trainers.sd.aesthetic import (
+from dreamfleet.trainers.models.formats.aesthetic import write_aesthetic
+from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
     AestheticEncoder,
     AestheticSettings,
     Slerp,
@@ -38,11 +32,10 @@ from dreamfleet.trainers.sd.aesthetic import (
     clip_of,
     require_sd1,
 )
-from dreamfleet.trainers.sd.aesthetic_baked import bake
-from dreamfleet.trainers.sd.clip import ClipScorer
-from dreamfleet.trainers.sd.condition import Condition
-from dreamfleet.trainers.sd.formats.aesthetic import write_aesthetic
-from dreamfleet.trainers.sd.model import StableDiffusion
+from dreamfleet.trainers.models.stable_diffusion.aesthetic_export import bake
+from dreamfleet.trainers.models.stable_diffusion.condition import Condition
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.models.vision.clip import ClipScorer
 
 GROUP = "mean"
 
@@ -167,7 +160,7 @@ class AestheticGradients(SeeingMethod):
     def see(self, uses: Sequence[Use]) -> Batch:
         """Make ``clip_pixels [N, 3, S, S]`` and ``counted [N]``, 1 in the first pass over the set, 0 later."""
         return {
-            "clip_pixels": self.clip.preprocessing([use.picture for use in uses]),
+            "clip_pixels": self.clip.preprocessing([use.image for use in uses]),
             "counted": torch.tensor([float(use.epoch == 0 and not use.instead) for use in uses]),
         }
 

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from dreamfleet.datasets import captions
 from dreamfleet.datasets.config import Concept
+from dreamfleet.datasets.config_base import Section
 from dreamfleet.datasets.errors import RecipeError
-from dreamfleet.datasets.section import Section
-from dreamfleet.trainers.methods.exports import Export
+from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.fits import check_fits
-from dreamfleet.trainers.sd.condition import Condition, condition_of
-from dreamfleet.trainers.sd.family import TITLES
-from dreamfleet.trainers.sd.formats.optimizer_file import AdamState
-from dreamfleet.trainers.sd.model import ALL_PARTS, StableDiffusion
-from dreamfleet.trainers.sd.noise import noise_loss
+from dreamfleet.trainers.models.formats.optimizer_file import AdamState
+from dreamfleet.trainers.models.stable_diffusion.condition import Condition, condition_of
+from dreamfleet.trainers.models.stable_diffusion.family import TITLES
+from dreamfleet.trainers.models.stable_diffusion.model import ALL_PARTS, StableDiffusion
+from dreamfleet.trainers.models.stable_diffusion.noise import noise_loss
 
 Batch = dict[str, Any]
 

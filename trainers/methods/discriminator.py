@@ -19,21 +19,14 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dreamfleet.datasets.errors import DataError
-from dreamfleet.datasets.index import Index
-from dreamfleet.datasets.keyed import numpy_rng
-from dreamfleet.datasets.labels import MOST_CLASSES, find_labels, hold_out
-from dreamfleet.trainers.methods.base import (
-    Base,
-    Batch,
-    Loss,
-    MethodConfig,
-    ParamGroup,
-    Setting,
-    register,
-)
-from dreamfleet.trainers.methods.exports import Export
-from dreamfleet.trainers.methods.seeing import SeeingMethod, Use
-from dreamfleet.trainers.sd.discriminator import (
+from dreamfleet.datasets.index.index import Index
+from dreamfleet.datasets.index.labels import MOST_CLASSES, find_labels, hold_out
+from dreamfleet.datasets.rng import numpy_rng
+from dreamfleet.trainers.methods.base import Base, Batch, Loss, MethodConfig, ParamGroup, Setting, register
+from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.methods.image_method import SeeingMethod, Use
+from dreamfleet.trainers.models.formats.convnext import write_convnext
+from dreamfleet.trainers.models.stable_diffusion.discriminator import (
     INPUT_SIZE,
     adapt_network,
     load_discriminator,
@@ -41,8 +34,7 @@ from dreamfleet.trainers.sd.discriminator import (
     make_preprocessing,
     save_network,
 )
-from dreamfleet.trainers.sd.formats.convnext import write_convnext
-from dreamfleet.trainers.sd.model import StableDiffusion
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 
 log = logging.getLogger(__name__)
 
@@ -258,13 +250,13 @@ class DiscriminatorTraining(SeeingMethod):
 
     def _vary(self, use: Use) -> Image.Image:
         """Mirror a picture and vary its colours, as its key says."""
-        picture = ImageOps.mirror(use.picture) if use.mirrored else use.picture
+        image = ImageOps.mirror(use.image) if use.mirrored else use.image
         if use.key is None or not self.config.color_jitter:
-            return picture
+            return image
         rng, spread = numpy_rng("jitter", *use.key), self.config.color_jitter
         for enhancer in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-            picture = enhancer(picture).enhance(float(rng.uniform(1 - spread, 1 + spread)))
-        return picture
+            image = enhancer(image).enhance(float(rng.uniform(1 - spread, 1 + spread)))
+        return image
 
 
 def _hash(network: Any) -> str:

@@ -13,15 +13,8 @@ from pydantic import Field
 
 from dreamfleet.datasets import captions
 from dreamfleet.datasets.errors import RecipeError
-from dreamfleet.trainers.methods.base import (
-    Method,
-    ParamGroup,
-    Prior,
-    Sample,
-    Setting,
-    register,
-)
-from dreamfleet.trainers.methods.exports import Export
+from dreamfleet.trainers.methods.base import Method, ParamGroup, Prior, Sample, Setting, register
+from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.whole_model import (
     WholeModelConfig,
     export_tuned,
@@ -30,7 +23,7 @@ from dreamfleet.trainers.methods.whole_model import (
     possible_formats,
     usual_formats,
 )
-from dreamfleet.trainers.sd.model import StableDiffusion
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 
 
 class DreamBoothConfig(WholeModelConfig):

@@ -13,23 +13,16 @@ from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
 from dreamfleet.datasets import captions
 from dreamfleet.datasets.errors import RecipeError
-from dreamfleet.datasets.storage import Storage
-from dreamfleet.trainers.methods.base import (
-    Method,
-    MethodConfig,
-    ParamGroup,
-    Sample,
-    Setting,
-    register,
-)
-from dreamfleet.trainers.methods.exports import Export
-from dreamfleet.trainers.sd.formats.hypernetwork import (
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.methods.base import Method, MethodConfig, ParamGroup, Sample, Setting, register
+from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.models.formats.hypernetwork import (
     HypernetworkFile,
     read_hypernetwork,
     write_hypernetwork,
 )
-from dreamfleet.trainers.sd.formats.optimizer_file import AdamState, file_hash, moments_beside
-from dreamfleet.trainers.sd.hypernetwork import (
+from dreamfleet.trainers.models.formats.optimizer_file import AdamState, file_hash, moments_beside
+from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
     Hypernetwork,
     Structure,
     WeightInit,
@@ -39,7 +32,7 @@ from dreamfleet.trainers.sd.hypernetwork import (
     require_activation,
     set_hypernetworks,
 )
-from dreamfleet.trainers.sd.model import StableDiffusion
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 
 
 def _split(value: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from dreamfleet.trainers.methods.base import Method, ParamGroup, Setting, register
-from dreamfleet.trainers.methods.exports import Export
+from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.whole_model import (
     WholeModelConfig,
     export_tuned,
@@ -19,7 +19,7 @@ from dreamfleet.trainers.methods.whole_model import (
     possible_formats,
     usual_formats,
 )
-from dreamfleet.trainers.sd.model import StableDiffusion
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 
 
 class NativeConfig(WholeModelConfig):

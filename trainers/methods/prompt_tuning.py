@@ -27,8 +27,7 @@ from dreamfleet.trainers.methods.base import (
     Setting,
     register,
 )
-from dreamfleet.trainers.methods.exports import Export
-from dreamfleet.trainers.methods.words import (
+from dreamfleet.trainers.methods.embedding_common import (
     WORD_FORMATS,
     check_templates,
     export_word,
@@ -36,16 +35,17 @@ from dreamfleet.trainers.methods.words import (
     initial_vectors,
     word_parameters,
 )
-from dreamfleet.trainers.sd.discriminator import Discriminator, load_discriminator
-from dreamfleet.trainers.sd.embeddings import (
+from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.models.stable_diffusion.discriminator import Discriminator, load_discriminator
+from dreamfleet.trainers.models.stable_diffusion.embeddings import (
     NEGATIVE,
     install_embedding,
     install_negative,
 )
-from dreamfleet.trainers.sd.guidance import guided_prediction, parse_guidance
-from dreamfleet.trainers.sd.model import StableDiffusion
-from dreamfleet.trainers.sd.noise import clean_estimate, prediction_loss
-from dreamfleet.trainers.sd.prompt_tokens import place_word
+from dreamfleet.trainers.models.stable_diffusion.guidance import guided_prediction, parse_guidance
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.models.stable_diffusion.noise import clean_estimate, prediction_loss
+from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import place_word
 
 NEGATIVE_NOISE = (
     1e-3  # standard deviation of what tells the negative's vectors from the positive's at the start
@@ -207,7 +207,7 @@ class PromptTuning(Method):
         noisy, predicted = self._predict(batch)
         per_sample = self._noise_losses(batch, predicted, self.setting.snr_gamma)
         extras = {}
-        if judged := self._picture_losses(batch, noisy, predicted):
+        if judged := self._image_losses(batch, noisy, predicted):
             every = {"noise_loss": per_sample, **{name: loss for name, (loss, _) in judged.items()}}
             extras = {name: loss.detach().mean() for name, loss in every.items()}
             if self.config.discriminator_replaces:
@@ -251,7 +251,7 @@ class PromptTuning(Method):
             mask=batch.get("mask"),
         )
 
-    def _picture_losses(
+    def _image_losses(
         self, batch: Batch, noisy: Tensor, predicted: Tensor
     ) -> dict[str, tuple[Tensor, float]]:
         """Decode what the prediction makes of each picture and judge it: losses ``[N]`` and weights, by name.

@@ -14,16 +14,8 @@ import numpy as np
 from pydantic import AliasChoices, Field, model_validator
 
 from dreamfleet.datasets import captions
-from dreamfleet.trainers.methods.base import (
-    Method,
-    MethodConfig,
-    ParamGroup,
-    Sample,
-    Setting,
-    register,
-)
-from dreamfleet.trainers.methods.exports import Export
-from dreamfleet.trainers.methods.words import (
+from dreamfleet.trainers.methods.base import Method, MethodConfig, ParamGroup, Sample, Setting, register
+from dreamfleet.trainers.methods.embedding_common import (
     WORD_FORMATS,
     check_templates,
     export_word,
@@ -32,9 +24,10 @@ from dreamfleet.trainers.methods.words import (
     vectors_from,
     word_parameters,
 )
-from dreamfleet.trainers.sd.embeddings import install_embedding
-from dreamfleet.trainers.sd.formats.optimizer_file import AdamState
-from dreamfleet.trainers.sd.model import StableDiffusion
+from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.models.formats.optimizer_file import AdamState
+from dreamfleet.trainers.models.stable_diffusion.embeddings import install_embedding
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 
 
 class TextualInversionConfig(MethodConfig):

@@ -10,19 +10,19 @@ from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 from torch import nn
 
 from dreamfleet.trainers.methods.base import MethodConfig, ParamGroup
-from dreamfleet.trainers.methods.exports import Export
-from dreamfleet.trainers.sd.formats.lora import (
+from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.models.formats.lora import (
     DIFFUSERS_FILE,
     LoraFile,
     write_diffusers_lora,
     write_kohya_lora,
 )
-from dreamfleet.trainers.sd.formats.lora_header import PREDICTION
-from dreamfleet.trainers.sd.formats.single_file import save_single_file
-from dreamfleet.trainers.sd.lora import add_adapters, learned_layers, merged
-from dreamfleet.trainers.sd.lora_targets import choose_layers
-from dreamfleet.trainers.sd.model import StableDiffusion
-from dreamfleet.trainers.sd.pipeline_folder import save_pipeline
+from dreamfleet.trainers.models.formats.lora_header import PREDICTION
+from dreamfleet.trainers.models.formats.single_file import save_single_file
+from dreamfleet.trainers.models.stable_diffusion.lora import add_adapters, learned_layers, merged
+from dreamfleet.trainers.models.stable_diffusion.lora_targets import choose_layers
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 
 WHOLE_FORMATS = ("diffusers", "safetensors", "ckpt")
 LORA_FORMATS = ("diffusers_lora", "kohya_lora")

@@ -1,0 +1,5 @@
+"""Run the command line as `python -m dreamfleet.cluster.cli`, which is what a job runs."""
+
+from dreamfleet.cluster.cli.program import main
+
+main()

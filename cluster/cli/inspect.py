@@ -1,0 +1,135 @@
+"""The command that looks at image sets as a run would: data inspect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dreamfleet.cluster.cli.base import AsJson, Overrides, Verbose, counting, print_json, work
+
+if TYPE_CHECKING:
+    from dreamfleet.datasets.tools.inspect import Survey
+    from dreamfleet.trainers.recipe import Recipe
+
+SHOWN = 20  # files listed per table; --json has all
+
+
+def inspect(
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER_OR_RECIPE", help="Pictures, here or s3://, or a recipe (YAML).")
+    ],
+    overrides: Overrides = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=8, help="data.resolution, in pixels.", show_default=False)
+    ] = None,
+    buckets: Annotated[bool, typer.Option("--buckets", help="data.enable_bucket.")] = False,
+    top: Annotated[int, typer.Option(min=0, help="How many of the most frequent tags to show.")] = 20,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say what training would see of an image set.
+
+    Sizes and buckets, what is enlarged or cut off, copies, broken files, captions and tags, and what to do about it.
+    Changes such as data.bucket_no_upscale=true work for folders too.
+    """
+    with work(), counting("pictures") as progress:
+        from dreamfleet.datasets.tools.inspect import survey
+
+        changes = list(overrides or [])
+        changes += [f"data.resolution={resolution}"] if resolution is not None else []
+        changes += ["data.enable_bucket=true"] if buckets else []
+        recipe, apart = _what_to_read(folder, changes)
+        name, count = _token_counter(str(recipe.model.pretrained_model_name_or_path))
+        found = survey(
+            recipe.data,
+            count_tokens=count,
+            tokenizer=name,
+            max_tokens=recipe.model.max_token_length,
+            apart=apart,
+            progress=progress,
+        )
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print("\n".join(_lines(found, top)))
+
+
+def _what_to_read(place: str, changes: list[str]) -> tuple[Recipe, dict[str, str]]:
+    """Return the recipe, or one made for a folder, and the folders that hold what it does not train on."""
+    from dreamfleet.datasets.storage.storage import Storage
+    from dreamfleet.trainers.recipe import build_recipe, load_recipe, read_overrides
+
+    if place.endswith((".yaml", ".yml")):
+        recipe = load_recipe(place, changes)
+        return recipe, recipe.apart
+    tree = {
+        "data": {"instance_data_dir": Storage(place).url},
+        "method": {"name": "native"},
+        "output_dir": "-",
+    }
+    return build_recipe(read_overrides(tree, changes), source="data inspect", folder="."), {}
+
+
+def _token_counter(model: str) -> tuple[str, Callable[[str], int]]:
+    from dreamfleet.trainers.models.stable_diffusion.tokenizer_files import token_counter
+
+    return token_counter(model)
+
+
+def _lines(found: Survey, top: int) -> list[str]:
+    rows = [
+        ("pictures", f"{found.pictures} of {found.megapixels:.1f} megapixels"),
+        ("", f"{found.draws} an epoch, with repeats" if found.draws != found.pictures else ""),
+        *[("class", f"{count} in {folder}") for folder, count in found.class_pictures.items()],
+        ("width", _three(found.width)),
+        ("height", _three(found.height)),
+        ("shown at", ", ".join(f"{size}: {count}" for size, count in found.shown_at.items())),
+        (
+            "enlarged",
+            f"{found.enlarged}, up to {found.largest_scale:.2f} times" if found.enlarged else "none",
+        ),
+        ("cut off", f"{found.cut_off:.0%} of a picture on average, {found.most_cut_off:.0%} at most"),
+        ("formats", _counts(found.formats)),
+        ("colours", f"{_counts(found.profiles)}; converted to sRGB" if found.profiles else ""),
+        ("masks", f"{found.masks} as files, {found.transparent} by transparency"),
+        ("turned", f"{found.turned} by EXIF" if found.turned else ""),
+        ("grey", f"{found.grey}" if found.grey else ""),
+        ("captions", f"{found.captioned} of {found.pictures}"),
+    ]
+    if found.captioned:
+        rows.append(("tokens", f"{_three(found.tokens)}; room for {found.max_tokens} ({found.tokenizer})"))
+    lines = [f"{name:<10} {text}".rstrip() for name, text in rows if text]
+    if found.tags and top:
+        shown = list(found.tags.items())[:top]
+        lines += ["", f"tags: {len(found.tags)}, the most frequent:"]
+        lines += [f"  {count:>6}  {tag}" for tag, count in shown]
+    for title, groups in (("copies", found.copies), ("nearly the same", found.near)):
+        if groups:
+            lines += ["", f"{title}:", *_some([" = ".join(group) for group in groups])]
+    shared = [f"{file}: {', '.join(images)}" for file, images in found.shared.items()]
+    over = [f"{item['place']}: {item['reason']} ({_files(item['files'])})" for item in found.skipped]
+    over += [f"other files: {_counts(found.others)}"] if found.others else []
+    for title, told in (("one caption for several:", shared), ("passed over:", over)):
+        lines += ["", title, *_some(told)] if told else []
+    if found.bad:
+        lines += ["", "left out:", *_some([f"{file}: {reason}" for file, reason in found.bad.items()])]
+    return [*lines, "", *([f"! {text}" for text in found.warnings] or ["nothing to mend"])]
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in counts.items())
+
+
+def _files(count: int) -> str:
+    return f"{count} {'file' if count == 1 else 'files'}"
+
+
+def _three(values: tuple[int, int, int]) -> str:
+    return f"{values[0]} to {values[2]}, half of them up to {values[1]}"
+
+
+def _some(lines: list[str]) -> list[str]:
+    more = [f"  and {len(lines) - SHOWN} more (--json has all)"] if len(lines) > SHOWN else []
+    return [f"  {line}" for line in lines[:SHOWN]] + more

@@ -1,0 +1,240 @@
+"""Commands on the jobs of a cluster: submit, jobs, logs, stop."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dreamfleet.cluster.cli.base import INTERRUPTED, AsJson, Shared, Verbose, print_json, work
+
+if TYPE_CHECKING:
+    from dreamfleet.cluster.jobs.client import Job, JobServer
+
+COMMANDS = ("train", "tune", "data cache")
+
+ServerAddress = Annotated[
+    str | None,
+    typer.Option(
+        help="Dashboard of the head node, http://HEAD:8265; else RAY_API_SERVER_ADDRESS; else this machine's.",
+        show_default=False,
+    ),
+]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="A job, as `dreamfleet jobs` names it.")]
+Command = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="COMMAND",
+        help="-- train|tune|data cache RECIPE [KEY.PATH=VALUE ...] [--resume]",
+        show_default=False,
+    ),
+]
+Variables = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY[=VALUE]",
+        help="A variable for the job; KEY alone takes it from here. No secrets: Ray shows and logs it. Repeatable.",
+        show_default=False,
+    ),
+]
+
+
+def submit(
+    ctx: typer.Context,
+    command: Command,
+    address: ServerAddress = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Show what the job prints; exit as the run does.")
+    ] = False,
+    shared: Shared = None,
+    env: Variables = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Send a run to a cluster and print the job's ID.
+
+    Along go the installed dreamfleet, the resolved recipe, and the local pictures, models and other files it names, up
+    to 200 MiB; s3:// addresses and paths under --shared stay as they are. output_dir must be one of those: the job ends
+    with its cluster, the run does not. Submitting again with --resume goes on from its newest checkpoint.
+    """
+    name, recipe, overrides, options = _parse(ctx, command)
+    with work():
+        import os
+
+        from dreamfleet.cluster.jobs.client import job_server
+        from dreamfleet.cluster.jobs.package import check_here, pack
+        from dreamfleet.cluster.jobs.submit import read_environment, send
+        from dreamfleet.trainers.recipe import load_recipe
+
+        loaded = load_recipe(recipe, overrides)
+        makes_cache = name == "data cache"
+        parcel = pack(loaded, shared=shared or (), resume="--resume" in options, makes_cache=makes_cache)
+        environment = read_environment(env or (), os.environ)
+        check_here(loaded, makes_cache=makes_cache)
+        if name != "tune" and loaded.scaling.num_workers == 0:
+            _say(
+                "scaling.num_workers is 0: the head node itself will do the work; 1 or more gives it to workers"
+            )
+        with job_server(address) as server:
+            for folder in shared or ():  # the job's own paths are to be taken there as well
+                options += ["--shared", folder]
+            job_id = send(server, parcel, [name, *options], typed=command, environment=environment, say=_say)
+    if as_json:
+        print_json({"id": job_id, "address": server.address, "output_dir": loaded.output_dir})
+    else:
+        print(job_id, flush=True)
+    _say(f"submitted; see it with: dreamfleet logs {job_id} --follow; end it with: dreamfleet stop {job_id}")
+    if follow:
+        _follow(address, job_id)
+
+
+def jobs(address: ServerAddress = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """List the jobs that were submitted to a cluster."""
+    with work():
+        from dreamfleet.cluster.jobs.client import job_server
+
+        with job_server(address) as server:
+            found = server.jobs()
+    if as_json:
+        print_json([_plain(job) for job in found])
+        return
+    rows = [("ID", "STATE", "STARTED", "TIME", "COMMAND", "OUTPUT_DIR"), *map(_row, found)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    last = {job.metadata["output_dir"]: job for job in found}
+    for job in last.values():  # of those that nobody has gone on with
+        if job.reason:
+            _say(_end(job))
+
+
+def logs(
+    job_id: JobId,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on until the job is over; exit as it does.")
+    ] = False,
+    address: ServerAddress = None,
+    verbose: Verbose = False,
+) -> None:
+    """Print what a job has printed."""
+    if follow:
+        _follow(address, job_id, to_stdout=True)
+        return
+    with work():
+        from dreamfleet.cluster.jobs.client import job_server
+
+        with job_server(address) as server:
+            text, job = server.logs(job_id), server.job(job_id)
+    print(text, end="", flush=True)
+    if job.reason:
+        _say(_end(job))
+
+
+def stop(job_id: JobId, address: ServerAddress = None, verbose: Verbose = False) -> None:
+    """Let a job save a checkpoint and end; wait for it.
+
+    It ends after the step in hand. After 15 minutes Ray kills what is still running.
+    """
+    with work():
+        from dreamfleet.cluster.jobs.client import job_server
+
+        with job_server(address) as server:
+            job = server.job(job_id)
+            if not job.is_over:
+                printed = len(server.logs(job_id))
+                server.stop(job_id)
+                _say(f"stopping {job_id}: it saves a checkpoint and ends")
+                job = _watch(server, job_id, sys.stderr, skip=printed)
+    print(f"{job_id} {job.state}")
+
+
+def _parse(ctx: typer.Context, command: list[str]) -> tuple[str, str, list[str], list[str]]:
+    """Read ``train RECIPE key=value --option`` as that command itself would: (name, recipe, overrides, options)."""
+    from dreamfleet.datasets.errors import RecipeError
+
+    length = 2 if command[0] == "data" else 1
+    name, rest = " ".join(command[:length]), command[length:]
+    assert ctx.parent is not None
+    target: Any = ctx.parent.command
+    if name not in COMMANDS:
+        raise RecipeError(
+            f"submit {name}: a job can train or tune a recipe, or make its cache: dreamfleet submit -- train RECIPE"
+        )
+    for part in name.split():
+        target = target.commands[part]
+    parsed = target.make_context(f"dreamfleet submit -- {name}", list(rest))
+    options: list[str] = []
+    for parameter in target.params:
+        source = parsed.get_parameter_source(parameter.name)
+        if parameter.param_type_name != "option" or source is None or source.name != "COMMANDLINE":
+            continue
+        if parameter.name == "address":
+            raise RecipeError(
+                "--address behind `--`: the job joins the cluster it is sent to; name that one before the `--`"
+            )
+        value = parsed.params[parameter.name]
+        for one in value if parameter.multiple else [value]:
+            options += [parameter.opts[0], *([] if parameter.is_flag else [str(one)])]
+    return name, parsed.params["recipe"], parsed.params["overrides"] or [], options
+
+
+def _follow(address: str | None, job_id: str, *, to_stdout: bool = False) -> None:
+    """Show a job until it is over, then exit as it did; Ctrl-C leaves the job alone."""
+    out = sys.stdout if to_stdout else sys.stderr
+    try:
+        with work():
+            from dreamfleet.cluster.jobs.client import job_server
+
+            with job_server(address) as server:
+                job = _watch(server, job_id, out)
+    except KeyboardInterrupt:
+        _say(
+            f"\nno longer following {job_id}; it goes on. See it with: dreamfleet logs {job_id} --follow; "
+            f"end it with: dreamfleet stop {job_id}"
+        )
+        raise typer.Exit(INTERRUPTED) from None
+    _say(_end(job))
+    if job.exit_code:
+        raise typer.Exit(job.exit_code)
+
+
+def _watch(server: JobServer, job_id: str, out: Any, *, skip: int = 0) -> Job:
+    def write(text: str) -> None:
+        out.write(text)
+        out.flush()
+
+    return server.follow(job_id, write, skip=skip)
+
+
+def _end(job: Job) -> str:
+    """Write how a job ended: its state, why it failed, and what goes on with it."""
+    lines = [f"{job.id} {job.state}" + (f": {job.reason}" if job.reason else "")]
+    if job.reason and job.driver_exit_code is None:  # it has no log that says more
+        lines += job.message.strip().splitlines()[1:]
+    if job.resume:
+        lines.append(f"go on with: {job.resume}")
+    return "\n".join(lines)
+
+
+def _row(job: Job) -> tuple[str, ...]:
+    started = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started)) if job.started else "-"
+    return (job.id, job.state, started, _clock(job), job.metadata["command"], job.metadata["output_dir"])
+
+
+def _clock(job: Job) -> str:
+    if not job.started:
+        return "-"
+    minutes, seconds = divmod(int((job.ended or time.time()) - job.started), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def _plain(job: Job) -> dict[str, Any]:
+    times = {"started": job.started, "ended": job.ended, "exit_code": job.exit_code if job.is_over else None}
+    end = {"reason": job.reason, "resume": job.resume} if job.reason else {}
+    return {"id": job.id, "state": job.state, **times, **end, **job.metadata}
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

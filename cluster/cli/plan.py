@@ -1,0 +1,155 @@
+"""The command that tells memory before a run: plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dreamfleet.cluster.cli.base import AsJson, Overrides, RecipePath, Verbose, print_json, work
+from dreamfleet.trainers.memory.strategies import tell_settings
+
+if TYPE_CHECKING:
+    from dreamfleet.trainers.memory.estimate import Estimate
+    from dreamfleet.trainers.memory.plan import MemoryPlan
+    from dreamfleet.trainers.recipe import Recipe
+
+# Columns of the table: heading, and which of an estimate's lines it adds up.
+COLUMNS = {
+    "weights": ("weights", "gathered", "master"),
+    "frozen": ("frozen",),
+    "gradients": ("gradients",),
+    "optimizer": ("optimizer",),
+    "EMA": ("average",),
+    "activations": ("activations",),
+    "buffers": ("buffers", "text_embeddings"),
+    "CUDA": ("context", "workspace"),
+}
+
+
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(help="Memory of one GPU, such as 12GiB; chooses the engine.", show_default=False),
+    ] = None,
+    host_memory: Annotated[
+        str | None, typer.Option(help="Memory of one machine, such as 64GiB.", show_default=False)
+    ] = None,
+    pcie: Annotated[
+        str,
+        typer.Option(
+            help="What the GPU's slot carries each way; the default is PCIe 4 with 16 lanes, in practice."
+        ),
+    ] = "25GB/s",
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Estimate memory per GPU and host for every engine, and choose.
+
+    From the model's configs alone: no weights are read, nothing is downloaded. Exit code 2 when no engine fits.
+    """
+    with work():
+        from dreamfleet.datasets.errors import ResourceError
+        from dreamfleet.trainers.memory.advice import tell_nothing_fits
+        from dreamfleet.trainers.memory.estimate import parse_size
+        from dreamfleet.trainers.memory.plan import plan_memory
+        from dreamfleet.trainers.recipe import load_recipe
+
+        limits = {
+            "gpu_memory": parse_size(gpu_memory, option="--gpu-memory") if gpu_memory else None,
+            "host_memory": parse_size(host_memory, option="--host-memory") if host_memory else None,
+        }
+        rate = parse_size(pcie.removesuffix("/s"), option="--pcie")
+        loaded = load_recipe(recipe, overrides or [])
+        made = plan_memory(loaded, **limits)
+    if as_json:
+        print_json(made.to_json(rate))
+    else:
+        print("\n".join([*_head(made, loaded), "", *_table(made, rate), "", *_verdict(made, rate)]))
+    if made.limited and made.chosen is None:
+        raise ResourceError(tell_nothing_fits(made, loaded))
+
+
+def _head(made: MemoryPlan, recipe: Recipe) -> list[str]:
+    train = recipe.train
+    parts = ", ".join(f"{name} {_millions(number)}" for name, number in made.parameters.items())
+    settings = [
+        f"{recipe.data.resolution} px",
+        f"batch {train.train_batch_size}",
+        f"precision {train.mixed_precision}",
+        "gradient checkpointing" if train.gradient_checkpointing else "no gradient checkpointing",
+        f"{made.world} worker{'s' * (made.world > 1)}, {made.workers_per_host} a host",
+        "no pictures found to count" if made.pictures is None else f"{made.pictures} pictures",
+    ]
+    return [
+        f"{recipe.method.name}: {_millions(made.counts.total)} parameters learn; {parts}",
+        ", ".join(settings),
+    ]
+
+
+def _table(made: MemoryPlan, rate: int) -> list[str]:
+    headings = ["engine", "GPU", *COLUMNS, "host", "PCIe a step", "GPU's peak"]
+    headings += ["fits"] if made.limited else []
+    rows = [headings, *[_row(one, made, rate) for one in made.estimates]]
+    widths = [max(len(row[place]) for row in rows) for place in range(len(headings))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if rows[1][place][:1].isdigit() else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    marks = ["  "] + ["> " if one is made.chosen else "  " for one in made.estimates]
+    return [mark + line for mark, line in zip(marks, lines, strict=True)]
+
+
+def _row(one: Estimate, made: MemoryPlan, rate: int) -> list[str]:
+    cells = [one.choice.name, _gib(one.gpu_total)]
+    cells += [_gib(sum(one.gpu[line] for line in lines)) for lines in COLUMNS.values()]
+    fits = ["yes" if one.fits(made.gpu_memory, made.host_memory) else "no"] if made.limited else []
+    sent = sum(one.traffic.values())
+    crossing = f"{_gib(sent)}, {one.traffic_seconds(rate):.2f} s" if sent else "0.0"
+    return [*cells, _gib(one.host_total), crossing, one.peak, *fits]
+
+
+def _verdict(made: MemoryPlan, rate: int) -> list[str]:
+    note = (
+        "In GiB. GPU and host: the most at any moment of a run; the columns between add up to a training step.\n"
+        "CUDA's share, and Python's on the host, are assumed; the rest is counted. PCIe: what offload sends in a step, "
+        f"both ways,\nand how long that takes at least at {rate / 1e9:g} GB/s each way (--pcie)."
+    )
+    notes = [note]
+    if any(one.choice.alters for one in made.estimates):
+        notes.append(
+            "The last rows change the run: fused backward has no clipping (optimizer.max_grad_norm: 0); Adafactor and "
+            "bf16 weights\ntrain differently."
+        )
+    notes += [
+        f"{one.choice.name} reads and writes {_gib(one.disk)} GiB of the disk in a step; it needs engine.nvme_path."
+        for one in made.estimates
+        if one.disk
+    ]
+    if not made.limited:
+        return [*notes, "Give --gpu-memory (and --host-memory) to choose."]
+    for one in made.estimates:
+        if one is made.chosen:
+            notes.append(f"Cheapest that fits: {one.choice.name} ({tell_settings(one.choice)})")
+    return notes + [
+        f"Fits as well, without offload: {one.choice.name} ({tell_settings(one.choice)})"
+        for one in made.estimates
+        if one.choice.alters and one.fits(made.gpu_memory, made.host_memory) and not _is_plain(made.chosen)
+    ]
+
+
+def _is_plain(chosen: Estimate | None) -> bool:
+    return chosen is not None and chosen.choice.zero_stage is None
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.1f} M" if number >= 50_000 else str(number)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f}"

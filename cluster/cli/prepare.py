@@ -1,0 +1,105 @@
+"""The command that cuts image sets to size: data prepare."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from dreamfleet.cluster.cli.base import AsJson, CaptionColumn, Verbose, counting, print_json, work
+
+SHOWN = 20
+
+
+def prepare(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="Folder of pictures, here or s3://; read only.")
+    ],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="New folder, here or s3://.")],
+    size: Annotated[str, typer.Option(help="Side in pixels, or WIDTHxHEIGHT.")] = "512",
+    mode: Annotated[str, typer.Option(help="crop, smart, focal, fit, pad, buckets or auto.")] = "crop",
+    focus: Annotated[
+        str, typer.Option(help="Where buckets and auto crop: center, smart or focal.")
+    ] = "center",
+    fill: Annotated[
+        str, typer.Option(help="Bars of pad: a colour (white, #808080), edge or blur.")
+    ] = "white",
+    flip: Annotated[bool, typer.Option("--flip", help="A mirrored copy of each too.")] = False,
+    split_oversized: Annotated[
+        bool, typer.Option("--split-oversized", help="Cut long pictures into several.")
+    ] = False,
+    split_threshold: Annotated[
+        float, typer.Option(help="Split where a crop would keep no more of it.")
+    ] = 0.5,
+    overlap: Annotated[float, typer.Option(help="Part of a piece that the next one shows again.")] = 0.2,
+    format: Annotated[str, typer.Option(help="png, jpg or webp.")] = "png",
+    quality: Annotated[int, typer.Option(help="Of jpg and webp, 1 to 100.")] = 95,
+    name: Annotated[str, typer.Option(help="Pattern of {stem}, {index:05d} and {suffix}.")] = "{stem}",
+    alpha: Annotated[str, typer.Option(help="Transparency: mask (kept as a file) or white.")] = "mask",
+    mask_dir: Annotated[
+        str | None, typer.Option(help="Masks under the pictures' names.", show_default=False)
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
+    caption_column: CaptionColumn = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Cut pictures to size, captions and masks with them.
+
+    crop: the middle. smart: where detail, skin and colour are. focal: where corners are. fit: whole, no bars. pad:
+    whole, with bars. buckets: the size training would choose. auto: the multiples of 64 that cut off least.
+    The same again goes on where it stopped.
+    """
+    with work(), counting("pictures") as progress:
+        from dreamfleet.datasets.images.crops import Cutting
+        from dreamfleet.datasets.tools.prepare import Preparing, prepare
+
+        cutting = Cutting(
+            _size(size), mode, focus, fill, split_oversized, split_threshold=split_threshold, overlap=overlap
+        )
+        how = Preparing(cutting, format, quality, name, flip, alpha)
+        processes = workers or os.cpu_count() or 1
+        made = prepare(
+            source,
+            target,
+            how,
+            workers=processes,
+            mask_dir=mask_dir,
+            progress=progress,
+            caption_column=caption_column,
+        )
+    if as_json:
+        print_json(made)
+    else:
+        _print(made["pictures"], target)
+
+
+def _size(text: str) -> tuple[int, int]:
+    from dreamfleet.datasets.errors import DataError
+
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() for side in sides):
+        raise DataError(f"--size {text!r}: write 512 or 640x512")
+    return int(sides[0]), int(sides[-1])
+
+
+def _print(images: dict[str, Any], target: str) -> None:
+    outputs = [output for entry in images.values() for output in entry["outputs"]]
+    enlarged = sum(output["scale"] > 1 for output in outputs)
+    print(f"prepared   {len(outputs)} pictures from {len(images)} in {target}")
+    print(f"captions   {sum('caption' in output for output in outputs)}")
+    print(f"masks      {sum('mask' in output for output in outputs)}")
+    if enlarged:
+        print(f"enlarged   {enlarged}")
+    left_out = [(name, entry["reason"]) for name, entry in images.items() if "reason" in entry]
+    for name, reason in left_out[:SHOWN]:
+        print(f"left out   {name}: {reason}")
+    if len(left_out) > SHOWN:
+        print(f"left out   {len(left_out) - SHOWN} more (--json has all)")
+    if not outputs:
+        from dreamfleet.datasets.errors import DataError
+
+        sys.stdout.flush()
+        raise DataError(f"not one picture could be prepared into {target}")

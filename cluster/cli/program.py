@@ -1,0 +1,202 @@
+"""The command line `dreamfleet`: its commands, their output and exit codes; heavy imports wait inside.
+
+stdout carries results, stderr the rest. Exit codes: 0 done, 1 the run failed, 2 the user can mend it, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from dreamfleet.cluster.cli import artifacts
+from dreamfleet.cluster.cli import data as cli_data
+from dreamfleet.cluster.cli import jobs as cli_jobs
+from dreamfleet.cluster.cli import plan as cli_plan
+from dreamfleet.cluster.cli import tune as cli_tune
+from dreamfleet.cluster.cli.base import (
+    INTERRUPTED,
+    MENDABLE,
+    Address,
+    AsJson,
+    Overrides,
+    RecipePath,
+    Shared,
+    Verbose,
+    app,
+    how_to_resume,
+    plain,
+    print_json,
+    work,
+)
+
+
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in output_dir.")
+    ] = False,
+    address: Address = None,
+    shared: Shared = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train one run; say where pictures, artefacts and report are."""
+    with work():
+        from dreamfleet.trainers.launch import fit
+
+        result = fit(recipe, overrides=overrides or (), resume=resume, address=address, shared=shared or ())
+    _print_run(result.run_folder, result.summary, as_json)
+    if result.summary.exit_reason == "interrupted":
+        again = how_to_resume("train", recipe, overrides)
+        print(f"interrupted at step {result.summary.steps}, saved; go on with: {again}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED)
+
+
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    address: Address = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Try a recipe without training.
+
+    Files, weights, one synthetic step, one export, and whether the cluster has the resources.
+    """
+    with work():
+        from dreamfleet.cluster.resources import check_resources
+        from dreamfleet.trainers.driver.preflight import this_machine
+        from dreamfleet.trainers.recipe import load_recipe
+        from dreamfleet.trainers.run.dry_run import check_run
+
+        loaded = load_recipe(recipe, overrides or [])
+        device = "cuda" if loaded.scaling.use_gpu and "GPU" in this_machine() else "cpu"
+        lines = [("recipe", True, str(recipe))]
+        lines += [(line.name, line.ok, line.detail) for line in check_run(loaded, device=device)]
+        lines.append(check_resources(loaded.scaling, address))
+    if as_json:
+        print_json([{"name": name, "ok": ok, "detail": detail} for name, ok, detail in lines])
+    else:
+        for name, ok, detail in lines:
+            print(f"{'ok' if ok else 'FAILED':<7} {name:<12} {detail}")
+    if failed := [name for name, ok, _ in lines if not ok]:
+        print(f"dreamfleet: this recipe would not run: {', '.join(failed)}", file=sys.stderr)
+        raise typer.Exit(MENDABLE)
+
+
+def config(
+    recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False, verbose: Verbose = False
+) -> None:
+    """Print the resolved recipe; nothing runs."""
+    with work():
+        from dreamfleet.trainers.recipe import load_recipe
+
+        loaded = load_recipe(recipe, overrides or [])
+    if as_json:
+        print_json(loaded.model_dump(mode="json"))
+    else:
+        print(loaded.to_yaml(), end="")
+
+
+def methods(as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """List the fine-tuning methods a recipe can name."""
+    with work():
+        from dreamfleet.trainers.methods.base import discover
+
+        told = [
+            {
+                "name": name,
+                "description": (method.__doc__ or "").strip().split("\n")[0],
+                "helper_of": method.helper_of,
+            }
+            for name, method in sorted(discover().items(), key=lambda item: bool(item[1].helper_of))
+        ]
+    if as_json:
+        print_json(told)
+        return
+    for line in told:
+        helps = f"Helper of {line['helper_of']}. " if line["helper_of"] else ""
+        print(f"{line['name']:<20} {helps}{line['description']}")
+
+
+def doctor(address: Address = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """Say what this machine, or a cluster, can do."""
+    with work():
+        from dreamfleet.cluster.doctor import examine
+
+        found = examine(address)
+    if as_json:
+        print_json([line._asdict() for line in found])
+    else:
+        for line in found:
+            print(f"{line.state:<8} {line.name:<14} {line.detail}")
+    if any(line.state == "MISSING" for line in found):
+        raise typer.Exit(MENDABLE)
+
+
+for command in (
+    train,
+    cli_tune.tune,
+    artifacts.sample,
+    artifacts.score,
+    cli_plan.plan,
+    check,
+    config,
+    artifacts.export,
+    artifacts.convert,
+    methods,
+    doctor,
+    cli_jobs.jobs,
+    cli_jobs.logs,
+    cli_jobs.stop,
+):
+    app.command()(command)
+app.add_typer(cli_data.data)
+# What follows `--` belongs to the submitted command, options included.
+app.command(context_settings={"allow_interspersed_args": False})(cli_jobs.submit)
+
+
+def main() -> None:
+    """Run the command line (the entry point of the `dreamfleet` program)."""
+    try:
+        app()
+    except SystemExit as error:
+        if error.code == INTERRUPTED:
+            # Threads that still wait for workers would spoil an orderly end; Ray's own processes end with this one.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
+        raise
+
+
+def _print_run(folder: str, summary: Any, as_json: bool) -> None:
+    from dreamfleet.datasets.storage.storage import Storage
+
+    run = Storage(folder)
+    images = [
+        run.path("samples", name)
+        for name in run.list("samples")
+        if name.startswith("step-") and name.endswith(".png")
+    ]
+    artifacts = [run.path("exports", name) for name in summary.exports]
+    report = run.path("report.html")
+    if as_json:
+        print_json(
+            {
+                "run_folder": folder,
+                "exit_reason": summary.exit_reason,
+                "pictures": images,
+                "artefacts": artifacts,
+                "report": report,
+                "summary": plain(summary),
+            }
+        )
+        return
+    rows = [("run", folder), *[("pictures", path) for path in images[-1:]]]
+    rows += [*[("artefact", path) for path in artifacts], ("report", report)]
+    for name, path in rows:
+        print(f"{name:<10} {path}")

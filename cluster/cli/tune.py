@@ -1,0 +1,88 @@
+"""The command on searches: tune."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from dreamfleet.cluster.cli.base import (
+    INTERRUPTED,
+    Address,
+    AsJson,
+    Overrides,
+    RecipePath,
+    Shared,
+    Verbose,
+    how_to_resume,
+    plain,
+    print_json,
+    work,
+)
+
+SHOWN = 5  # trials in the table on stdout; all of them are in the files
+
+
+def tune(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in output_dir.")] = False,
+    address: Address = None,
+    shared: Shared = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Search over recipe keys: many short runs, compared; the recipe's search: section says which.
+
+    Writes best.yaml, which `dreamfleet train` runs as it is, trials.parquet and report.html.
+    """
+    with work():
+        from dreamfleet.tune.search import search
+
+        result = search(
+            recipe, overrides=overrides or (), resume=resume, address=address, shared=shared or ()
+        )
+    if as_json:
+        print_json(plain(result))
+    else:
+        _print_result(result)
+    if result.exit_reason == "interrupted":
+        again = how_to_resume("tune", recipe, overrides)
+        print(f"interrupted, saved; go on with: {again}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED)
+
+
+def _print_result(result: Any) -> None:
+    from dreamfleet.trainers.report import formatting
+    from dreamfleet.tune.trial_store import tell_value
+
+    for name, path in (
+        ("search", result.folder),
+        ("best", result.best_recipe),
+        ("trials", result.table),
+        ("report", result.report),
+    ):
+        if path is not None:
+            print(f"{name:<10} {path}")
+    shown = result.trials[:SHOWN]
+    if not shown:
+        return
+    keys = list(shown[0].point)
+    table = [["trial", *(key.rpartition(".")[2] for key in keys), result.metric, "steps", "time", ""]]
+    for trial in shown:
+        value = trial.figure(result.metric)
+        table.append(
+            [
+                trial.name,
+                *(tell_value(trial.point[key]) for key in keys),
+                "" if value is None else formatting.number(value, 4),
+                str(trial.steps),
+                formatting.seconds(trial.seconds),
+                trial.status,
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    print()
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

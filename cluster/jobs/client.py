@@ -1,0 +1,287 @@
+"""The job server of a Ray cluster: where it is, what it knows of our jobs, and how a job is followed and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shlex
+import signal
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from dreamfleet.datasets.errors import ResourceError, UserError
+from dreamfleet.trainers.driver.session import authentication
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # where `ray dashboard ray_config.yaml` brings a cluster's
+ANSWER_SECONDS = 10.0
+POLL_SECONDS = 1.0
+OURS = "dreamfleet"  # the key in a job's metadata that tells our jobs from others; holds our version
+TOKEN_ADVICE = (
+    "Set RAY_AUTH_TOKEN to the cluster's token, or put it into ~/.ray/auth_token (`ray get-auth-token` shows it on the "
+    "head node)"
+)
+
+# Why a driver may have been killed so, beside by hand.
+SIGNALS = {
+    "SIGKILL": ", as happens on a machine that runs out of memory",
+    **dict.fromkeys(("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT"), ", a crash in compiled code"),
+}
+# Ray's names for the end of a job that had begun and has no exit code.
+DIED = ("JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE")
+
+Write = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as its cluster knows it; times are seconds since 1970."""
+
+    id: str
+    state: str  # PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED
+    metadata: Mapping[str, str]
+    started: float | None = None
+    ended: float | None = None
+    driver_exit_code: int | None = None
+    message: str = ""
+    error_type: str | None = None  # Ray's name for what went wrong
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it will not run any more."""
+        return self.state in ("SUCCEEDED", "FAILED", "STOPPED")
+
+    @property
+    def exit_code(self) -> int:
+        """What the job's end means as an exit code of ours: 0 done, 1 failed, 2 can be mended, 130 stopped."""
+        if self.state == "SUCCEEDED":
+            return 0
+        if self.state == "STOPPED":
+            return 130
+        return self.driver_exit_code if self.driver_exit_code in (2, 130) else 1
+
+    @property
+    def reason(self) -> str | None:
+        """Why it failed, in words; None for a job that did not."""
+        if self.state != "FAILED":
+            return None
+        code = self.driver_exit_code
+        if code is None:
+            told = self.message.strip().partition("\n")[0].rstrip(".") or "the cluster does not say why"
+            return f"its machine or Ray's processes there died: {told}" if self._began else told
+        if code == 130:
+            return "it was interrupted, and saved a checkpoint"
+        number = -code if code < 0 else code - 128  # by Ray, or by a shell between
+        try:
+            name = signal.Signals(number).name
+        except ValueError:
+            return f"it ended with exit code {code}; its log says why"
+        return f"it was killed by {name}{SIGNALS.get(name, '')}"
+
+    @property
+    def resume(self) -> str | None:
+        """The command that goes on with what a failed job had begun; None where there is nothing to go on with."""
+        typed = self.metadata.get("command")
+        if self.state != "FAILED" or not self._began or self.driver_exit_code == 2 or not typed:
+            return None
+        return make_resume_command(shlex.split(typed))
+
+    @property
+    def _began(self) -> bool:
+        return self.driver_exit_code is not None or self.error_type in DIED
+
+
+def make_resume_command(typed: Sequence[str]) -> str:
+    """Write what goes on with a job that was stopped, but for the options of `submit` itself."""
+    again = [word for word in typed if word != "--resume"]
+    ends = [] if typed[0] == "data" else ["--resume"]  # a cache goes on by itself
+    return shlex.join(["dreamfleet", "submit", "...", "--", *again, *ends])
+
+
+class JobServer:
+    """The jobs of one cluster. All methods raise UserErrors that say what to do."""
+
+    def __init__(self, client: Any, address: str):
+        self.client, self.address = client, address
+
+    def submit(
+        self, entrypoint: str, *, job_id: str, runtime_env: dict[str, Any], metadata: dict[str, str]
+    ) -> None:
+        """Upload what the job takes along, unless it is there already, and start it."""
+        with _explained(self.address):
+            self.client.submit_job(
+                entrypoint=entrypoint, submission_id=job_id, runtime_env=runtime_env, metadata=metadata
+            )
+
+    def job(self, job_id: str) -> Job:
+        """Look a job up."""
+        with _explained(self.address, job_id):
+            return _read(self.client.get_job_info(job_id))
+
+    def jobs(self) -> list[Job]:
+        """List the jobs that dreamfleet submitted, oldest first."""
+        with _explained(self.address):
+            found = [_read(details) for details in self.client.list_jobs() if details.submission_id]
+        return sorted((job for job in found if OURS in job.metadata), key=lambda job: job.started or 0)
+
+    def logs(self, job_id: str) -> str:
+        """Return all a job has printed."""
+        with _explained(self.address, job_id):
+            return self.client.get_job_logs(job_id)
+
+    def follow(self, job_id: str, write: Write, *, skip: int = 0) -> Job:
+        """Hand what a job prints to ``write`` until it is over, and return how it ended.
+
+        ``skip`` characters of its log are passed over. A connection that breaks is made anew.
+        """
+        import aiohttp
+
+        unseen = _Unseen(write, skip)
+        while True:
+            try:
+                asyncio.run(self._tail(job_id, unseen))
+            except (OSError, RuntimeError, aiohttp.ClientError):
+                pass  # whatever broke the connection: asking for the job tells whether the cluster is there
+            job = self.job(job_id)
+            if job.is_over:
+                return job
+            time.sleep(POLL_SECONDS)
+
+    def stop(self, job_id: str) -> None:
+        """Ask a job to save and end; it does so in its own time."""
+        with _explained(self.address, job_id):
+            self.client.stop_job(job_id)
+
+    async def _tail(self, job_id: str, unseen: _Unseen) -> None:
+        unseen.rewind()
+        async for text in self.client.tail_job_logs(job_id):
+            unseen.take(text)
+
+
+@contextmanager
+def job_server(address: str | None = None) -> Iterator[JobServer]:
+    """Connect to the job server at ``address``, RAY_API_SERVER_ADDRESS or RAY_ADDRESS, with the token that is set here.
+
+    Raises ResourceError within seconds for an address that is none, does not answer, or refuses the token.
+    """
+    address = job_address(address, os.environ)
+    _knock(address)
+    with authentication(private=False), _told_to_ray(address):
+        from ray.job_submission import JobSubmissionClient
+
+        for name in ("dashboard_sdk", "job.sdk"):  # each upload, each end of a connection
+            logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+        with _explained(address):
+            client = JobSubmissionClient(address)
+        yield JobServer(client, address)
+
+
+def job_address(address: str | None, environment: Mapping[str, str]) -> str:
+    """Choose the job server's address, as Ray's own tools would; ResourceError for one that is none."""
+    address = address or environment.get("RAY_API_SERVER_ADDRESS")
+    if not address:
+        joined = environment.get("RAY_ADDRESS", "")  # Ray's older name for it; also the address runs join
+        address = joined if joined.startswith(("http://", "https://")) else DEFAULT_ADDRESS
+    address = address.rstrip("/")
+    scheme, separator, rest = address.rpartition("://")
+    if scheme in ("http", "https") and rest:
+        return address
+    host = rest.rpartition(":")[0] or rest or "HEAD"
+    what = "of the Ray Client" if separator else "without http://"
+    raise ResourceError(
+        f"{address} is an address {what}. Jobs go to the dashboard's, on port 8265 of the head node: "
+        f"--address http://{host}:8265"
+    )
+
+
+class _Unseen:
+    """Passes on what a log has beyond what was passed on before, however often it is read from its beginning."""
+
+    def __init__(self, write: Write, skip: int):
+        self.write, self.seen, self.position = write, skip, 0
+
+    def rewind(self) -> None:
+        self.position = 0
+
+    def take(self, text: str) -> None:
+        self.position += len(text)
+        new = self.position - self.seen
+        if new > 0:
+            self.write(text[-new:])
+            self.seen = self.position
+
+
+def _read(details: Any) -> Job:
+    def seconds(milliseconds: int | None) -> float | None:
+        return milliseconds / 1000 if milliseconds else None
+
+    return Job(
+        id=details.submission_id or details.job_id,
+        state=str(getattr(details.status, "value", details.status)),
+        metadata=details.metadata or {},
+        started=seconds(details.start_time),
+        ended=seconds(details.end_time),
+        driver_exit_code=details.driver_exit_code,
+        message=details.message or "",
+        error_type=getattr(details, "error_type", None),
+    )
+
+
+def _knock(address: str) -> None:
+    """Raise ResourceError when nobody answers: Ray's client itself would wait for minutes."""
+    try:
+        urllib.request.urlopen(f"{address}/api/version", timeout=ANSWER_SECONDS).close()
+    except urllib.error.HTTPError:
+        pass  # an answer: without a token it is a refusal
+    except (OSError, ValueError) as error:
+        raise _unreachable(address, getattr(error, "reason", error)) from error
+
+
+def _unreachable(address: str, why: object) -> ResourceError:
+    return ResourceError(
+        f"no Ray job server answers at {address} ({why}). Give the head node's dashboard: --address http://HEAD:8265, "
+        f"or RAY_API_SERVER_ADDRESS; `ray dashboard ray_config.yaml` brings it to {DEFAULT_ADDRESS}"
+    )
+
+
+@contextmanager
+def _explained(address: str, job_id: str | None = None) -> Iterator[None]:
+    """Turn the errors of Ray's client into ours."""
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except AuthenticationError as error:
+        raise ResourceError(
+            f"the Ray cluster at {address} did not let this client in: its token is missing here, or another one is "
+            f"set. {TOKEN_ADVICE}; RAY_AUTH_MODE must be 'token' or unset"
+        ) from error
+    except OSError as error:  # requests' errors are
+        raise _unreachable(address, error) from error
+    except RuntimeError as error:
+        if job_id is not None and "status code 404" in str(error):
+            raise UserError(f"{address} knows no job {job_id}; `dreamfleet jobs` lists them") from error
+        last = (
+            str(error).strip(" .\n").rpartition("\n")[2]
+        )  # a traceback of the server ends with what happened
+        raise ResourceError(f"the Ray cluster at {address} refused: {last}") from error
+
+
+@contextmanager
+def _told_to_ray(address: str) -> Iterator[None]:
+    # Ray's client lets RAY_API_SERVER_ADDRESS, and then RAY_ADDRESS, win over the address it is given.
+    name = "RAY_API_SERVER_ADDRESS"
+    before = os.environ.get(name)
+    os.environ[name] = address
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

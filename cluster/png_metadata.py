@@ -1,0 +1,126 @@
+"""What `sample` leaves behind: the grid, single pictures on request, and in each PNG how it was drawn."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from dreamfleet.datasets.errors import UserError
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.artifacts.loading import negative_beside
+from dreamfleet.trainers.models.formats.embedding import read_embedding
+from dreamfleet.trainers.models.sampling.infotext import infotext, png_info, sampler_entries
+from dreamfleet.trainers.models.sampling.prompt_lines import Shot
+from dreamfleet.trainers.models.sampling.prompt_syntax import escape, escape_words, strip_comments
+from dreamfleet.trainers.models.sampling.prompt_tags import Extras, HypernetworkShelf, LoraShelf
+from dreamfleet.trainers.models.sampling.sample import image_grid
+from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import learned_words, negative_for
+
+if TYPE_CHECKING:
+    from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+
+Row = tuple[Shot, Extras]  # a picture, and the files and strengths of what it is drawn with
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all pictures of a call have in common. `more`: entries of the text that the webui's extensions have."""
+
+    embeddings: Sequence[str] = ()
+    more: Mapping[str, Any] = field(default_factory=dict)
+    plain: bool = False  # prompts are literal
+
+
+def require_place(out: Path, out_dir: Path | None) -> None:
+    """Raise UserError where the pictures cannot be written, before any is drawn."""
+    if out.suffix.lower() not in IMAGES:
+        raise UserError(f"--out {out}: name a picture ({', '.join(IMAGES)})")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    if out_dir is not None and out_dir.exists() and not out_dir.is_dir():
+        raise UserError(f"--out-dir {out_dir}: a file has this name; give a folder")
+
+
+def drawn_text(model: StableDiffusion, settings: Settings, row: Row, image: Image.Image) -> str:
+    """Tell how a picture was drawn; its hypernetworks and LoRAs as tags of the prompt, where the webui has them."""
+    shot, extras = row
+    zero_snr = bool(model.scheduler.config.get("rescale_betas_zero_snr", False))
+    prompts = (
+        shot.prompt,
+        negative_for(model, shot.prompt, shot.negative_prompt, steps=shot.steps, plain=settings.plain),
+    )
+    if settings.plain:
+        prompt, negative = map(escape, prompts)
+    else:
+        prompt, negative = (escape_words(strip_comments(text), learned_words(model)) for text in prompts)
+    tags = "".join(
+        f"<{kind}:{Path(address).stem}:{strength}>"
+        for kind, named in zip((HypernetworkShelf.tags[0], LoraShelf.tags[0]), extras, strict=True)
+        for address, strength in named
+    )
+    told = {
+        "Steps": shot.steps,
+        **sampler_entries(shot.scheduler, zero_snr=zero_snr),
+        "CFG scale": shot.guidance_scale,
+        "Seed": shot.seed,
+        "Size": f"{image.width}x{image.height}",
+        "Model hash": model.short_hash(),
+        "Model": model.short_name,
+        "Clip skip": model.clip_skip if model.clip_skip > 1 else None,
+        "TI hashes": _hashes(settings.embeddings, f"{prompt} {negative}".lower()),
+        **settings.more,
+        "Version": f"dreamfleet {_version()}",
+    }
+    return infotext(f"{prompt.strip()} {tags}".strip(), negative.strip(), told)
+
+
+def write_images(
+    images: Sequence[Image.Image],
+    texts: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    out_dir: Path | None,
+    *,
+    columns: int,
+) -> None:
+    """Write the grid, with the text of its first picture as in the webui, and on request each picture by itself.
+
+    Those are `00000-SEED.png` and so on in `out_dir`, as the webui calls them, counting on from what is there.
+    """
+    info: dict[str, Any] = {"pnginfo": png_info(texts[0])} if out.suffix.lower() == ".png" else {}
+    image_grid(images, columns).save(out, **info)
+    if out_dir is None:
+        return
+    out_dir.mkdir(parents=True, exist_ok=True)
+    taken = [int(path.name[:5]) for path in out_dir.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")]
+    start = max(taken, default=-1) + 1
+    for number, (image, text, seed) in enumerate(zip(images, texts, seeds, strict=True), start):
+        image.save(out_dir / f"{number:05d}-{seed}.png", pnginfo=png_info(text))
+
+
+def _hashes(embeddings: Sequence[str], used_in: str) -> str | None:
+    """Give the used embeddings' names and their files' hashes, by which the webui tells them; negatives too."""
+    found = []
+    for address in embeddings:
+        for place in (Storage(address), negative_beside(address)):
+            if not place.exists():
+                continue
+            with place.local_copy("") as path:
+                name, digest = read_embedding(path).name, hashlib.sha256(path.read_bytes()).hexdigest()
+            if name.lower() in used_in:
+                found.append(f"{name}: {digest[:12]}")
+    return ", ".join(dict.fromkeys(found)) or None
+
+
+def _version() -> str:
+    try:
+        return version("dreamfleet")
+    except PackageNotFoundError:  # run from its folder
+        return "0"

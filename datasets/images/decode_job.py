@@ -1,0 +1,81 @@
+"""Decoding the jobs of a picture stream, wherever on the cluster Ray Data runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import numpy as np
+from PIL import Image
+
+from dreamfleet.datasets.environment import take_over
+from dreamfleet.datasets.errors import DataError, StorageError
+from dreamfleet.datasets.images.images import open_image
+from dreamfleet.datasets.index.masks import ImageView, cut_image, read_mask
+from dreamfleet.datasets.storage.storage import read_uri
+
+Fit = Callable[[Image.Image], Image.Image]
+
+
+def decode_batch(
+    batch: dict[str, np.ndarray],
+    *,
+    max_pixels: int,
+    weighted: bool = False,
+    fit: Fit | None = None,
+    sent: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, np.ndarray]:
+    """Read, decode and cut a batch of jobs, each to its own size; with ``fit`` they are made into what it gives.
+
+    "pixels" are bytes, as the pictures of a block may differ in size. "error" says why a picture could not be decoded,
+    "failure" why a file could not be read; "" for the good ones. ``sent`` is of environment.to_send.
+    """
+    take_over(sent)
+    images, heights, errors, failures = [], [], [], []
+    names = ("uri", "mask", "center", "x", "y", "flip", "width", "height")
+    for uri, mask, center, x, y, flip, width, height in zip(*(batch[name] for name in names), strict=True):
+        draw = ImageView(0, None if center else (float(x), float(y)), bool(flip), (int(width), int(height)))
+        pixels, error, failure = None, "", ""
+        try:
+            pixels, error = decode_one(
+                str(uri), draw, mask=str(mask) or None, max_pixels=max_pixels, weighted=weighted, fit=fit
+            )
+        except StorageError as trouble:  # as a value: an exception would come back wrapped in Ray's
+            failure = str(trouble)
+        images.append(b"" if pixels is None else pixels.tobytes())
+        heights.append(0 if pixels is None else len(pixels))
+        errors.append(error)
+        failures.append(failure)
+    return {
+        "position": batch["position"],
+        "pixels": np.array(images, dtype=object),
+        "height": np.array(heights),
+        "error": np.array(errors, dtype=object),
+        "failure": np.array(failures, dtype=object),
+    }
+
+
+def decode_one(
+    uri: str, draw: ImageView, *, mask: str | None, max_pixels: int, weighted: bool, fit: Fit | None = None
+) -> tuple[np.ndarray | None, str]:
+    """Read a picture and cut it as the draw asks, or ``fit`` it -> uint8 [H,W,C], or None and why it cannot be decoded.
+
+    Raises StorageError when the file cannot be read: a disk or bucket in trouble must not change what is learned.
+    """
+    try:
+        if fit is not None:
+            return np.asarray(
+                fit(open_image(read_uri(uri), uri=uri, max_pixels=max_pixels)).convert("RGB")
+            ), ""
+        assert draw.size is not None
+        return cut_image(
+            read_uri(uri),
+            draw,
+            uri=uri,
+            size=draw.size,
+            max_pixels=max_pixels,
+            weighted=weighted,
+            mask=read_mask(mask) if weighted and mask else None,
+        ), ""
+    except DataError as error:
+        return None, str(error)

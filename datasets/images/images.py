@@ -1,0 +1,265 @@
+"""Decode, turn, crop, resize and flip pictures: pure (Pillow and numpy only)."""
+
+from __future__ import annotations
+
+import io
+from typing import NamedTuple
+
+import numpy as np
+from PIL import AvifImagePlugin as _avif  # noqa: F401  (Pillow knows a format once its reader is imported)
+from PIL import Image
+from PIL import Jpeg2KImagePlugin as _jpeg2000  # noqa: F401
+from PIL import TiffImagePlugin as _tiff  # noqa: F401
+from PIL import WebPImagePlugin as _webp  # noqa: F401
+
+from dreamfleet.datasets.errors import DataError
+from dreamfleet.datasets.images.color_profile import to_srgb
+
+# Times the target's pixels that a resized picture may have before its crop. Photographs and panoramas stay below: there
+# the crop follows the resizing, as resizing a part alone gives other last bits.
+MOST_RESIZED = 16
+
+# Pillow refuses more than this by itself (twice its warning limit), so it is the most we can allow.
+MAX_PIXELS = 178_956_970
+
+# No EPS, PDF or FITS: those start other programs or read what is no picture.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION_TAG = 0x0112
+
+
+class Header(NamedTuple):
+    """What a picture says of itself before it is decoded; sizes in pixels after the EXIF turn."""
+
+    width: int
+    height: int
+    format: str
+
+
+class Placed(NamedTuple):
+    """Where a target lies on a picture: what the picture is resized to, left and top of the crop; all in pixels."""
+
+    width: int
+    height: int
+    left: int
+    top: int
+
+
+def open_image(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a picture to sRGB, turned as its EXIF orientation says; transparency is laid over white.
+
+    An embedded colour profile is converted. Animated files give their first frame. 16-bit grey is scaled to 8 bits.
+    Raises DataError, naming `uri`, for what is no picture, is cut short, or has more than `max_pixels` (checked before
+    decoding).
+    """
+    return open_with_alpha(data, uri=uri, max_pixels=max_pixels)[0]
+
+
+def open_with_alpha(
+    data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS
+) -> tuple[Image.Image, Image.Image | None]:
+    """A picture as open_picture gives it, and its opacity: 8-bit grey, 255 = opaque; None when it has none."""
+    with _naming(uri, data), _open(data, uri=uri, max_pixels=max_pixels) as image:
+        image.load()
+        orientation = _orientation(image)
+        rgb, alpha = _to_rgb_and_alpha(image, uri)
+        if orientation in _TURNS:
+            rgb = rgb.transpose(_TURNS[orientation])
+            alpha = alpha.transpose(_TURNS[orientation]) if alpha is not None else None
+        return rgb, alpha
+
+
+def read_header(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Header:
+    """Size after the EXIF turn, without decoding the pixels; DataError as open_picture gives it."""
+    with _naming(uri, data), _open(data, uri=uri, max_pixels=max_pixels) as image:
+        width, height = image.size
+        # A TIFF's size is already turned; a PNG would decode everything to look for late EXIF data.
+        if image.format == "TIFF" or (
+            image.format == "PNG" and b"eXIf" not in data and b"tiff:Orient" not in data
+        ):
+            orientation = 1
+        else:
+            orientation = _orientation(image)
+        if orientation >= 5:
+            width, height = height, width
+        return Header(width, height, str(image.format))
+
+
+def check_image(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> None:
+    """Read every pixel of a picture to find out whether it is whole; DataError when not."""
+    with _naming(uri, data), _open(data, uri=uri, max_pixels=max_pixels) as image:
+        if image.format == "JPEG":  # an eighth of the work, and every byte is still read
+            image.draft("RGB" if image.mode != "L" else "L", (image.width // 8, image.height // 8))
+        image.load()
+        _to_rgb_and_alpha(image.crop((0, 0, 1, 1)) if image.mode not in ("I", "F") else image, uri)
+
+
+def fit_image(
+    image: Image.Image,
+    resolution: int | tuple[int, int],
+    *,
+    center: bool = True,
+    crop_key: tuple[float, float] | None = None,
+    flip: bool = False,
+) -> np.ndarray:
+    """Resize so that the picture just covers the target, crop, flip: uint8 [H,W,3], of a grey one [H,W].
+
+    `resolution` is a side or (width, height) in pixels. `crop_key`, two numbers in [0,1), places the crop
+    (x, y) when `center` is false. The antialiasing Lanczos filter is used both ways.
+    """
+    if image.mode not in ("RGB", "L"):
+        raise AssertionError(f"fit_picture takes RGB and grey pictures, not {image.mode}")
+    target = (resolution, resolution) if isinstance(resolution, int) else resolution
+    placed = place_target(image.size, target, crop_key=None if center else crop_key)
+    image = resize_and_crop(image, placed, target, Image.Resampling.LANCZOS)
+    pixels = np.asarray(image, dtype=np.uint8)
+    if flip:
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def resize_and_crop(
+    image: Image.Image, placed: Placed, target: tuple[int, int], resample: Image.Resampling
+) -> Image.Image:
+    """Resize a picture and cut a target (width, height) from it, as `placed` says.
+
+    Where the resized picture would be far larger than the target, what is cut off is not made at all: a picture of
+    2000 x 1 pixels would take 4 GiB at 512.
+    """
+    covered = (placed.width, placed.height)
+    if covered == image.size:
+        pass
+    elif placed.width * placed.height > MOST_RESIZED * target[0] * target[1]:
+        across, down = image.width / placed.width, image.height / placed.height
+        left, top = placed.left * across, placed.top * down
+        right, bottom = left + target[0] * across, top + target[1] * down
+        box = (left, top, min(right, image.width), min(bottom, image.height))
+        return image.resize(target, resample, box=box)
+    else:
+        image = image.resize(covered, resample)
+    if covered == target:
+        return image
+    return image.crop((placed.left, placed.top, placed.left + target[0], placed.top + target[1]))
+
+
+def place_target(
+    size: tuple[int, int], target: tuple[int, int], *, crop_key: tuple[float, float] | None = None
+) -> Placed:
+    """Work out how fit_picture resizes a picture and where it crops: the middle, or where `crop_key` says.
+
+    Sizes are (width, height); nothing is mirrored yet.
+    """
+    scale = max(target[0] / size[0], target[1] / size[1])
+    width, height = max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
+    spare_x, spare_y = width - target[0], height - target[1]
+    if crop_key is None:
+        return Placed(width, height, spare_x // 2, spare_y // 2)
+    return Placed(width, height, int(crop_key[0] * (spare_x + 1)), int(crop_key[1] * (spare_y + 1)))
+
+
+def to_tensor_range(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [H,W,3] to float32 [3,H,W] in [-1,1], the range the VAE takes."""
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / np.float32(127.5) - np.float32(
+        1
+    )
+
+
+class _naming:
+    """Turn whatever Pillow raises on a broken file into a DataError that names the file."""
+
+    def __init__(self, uri: str, data: bytes) -> None:
+        self.uri = uri
+        self.data = data
+
+    def __enter__(self) -> None:
+        if not self.data:
+            raise DataError(f"{self.uri}: the file is empty (0 bytes)")
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # Pillow's readers raise nearly anything on broken data (struct.error, IndexError, SyntaxError ...).
+        if not isinstance(error, Exception) or isinstance(error, DataError):
+            return
+        raise DataError(f"{self.uri}: {_reason(error, self.data)}") from error
+
+
+def _reason(error: Exception, data: bytes) -> str:
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return f"too large a picture ({error}); at most {MAX_PIXELS:,} pixels are read. Make it smaller"
+    if isinstance(error, Image.UnidentifiedImageError):
+        if data.startswith(b"version https://git-lfs.github.com/spec"):
+            return "a Git LFS pointer, not the picture itself. Run `git lfs pull`"
+        return "not a picture that can be read (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF)"
+    text = str(error) or type(error).__name__
+    if "truncated" in text.lower() or isinstance(error, EOFError):
+        return f"cut short ({text}). Copy or download it again"
+    return f"broken picture ({text})"
+
+
+def _open(data: bytes, *, uri: str, max_pixels: int) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    width, height = image.size
+    if width * height > max_pixels:
+        image.close()
+        raise DataError(
+            f"{uri}: {width} x {height} = {width * height:,} pixels, more than data.max_pixels = "
+            f"{max_pixels:,}. Make the picture smaller, or raise the limit if you trust it"
+        )
+    if not width or not height:
+        raise DataError(f"{uri}: a picture without pixels ({width} x {height})")
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8; 1 where there is none or the EXIF data are broken."""
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # noqa: BLE001  broken EXIF data raise anything; the picture itself is good
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _to_rgb_and_alpha(image: Image.Image, uri: str) -> tuple[Image.Image, Image.Image | None]:
+    mode = image.mode
+    if mode.startswith("I;16") or mode == "I":
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise DataError(
+                f"{uri}: 32-bit whole numbers outside 0..65535. Save it with 8 or 16 bits a channel"
+            )
+        transparent = image.info.get("transparency")
+        alpha = None
+        if isinstance(transparent, int):
+            alpha = Image.fromarray(np.where(grey == transparent, 0, 255).astype(np.uint8))
+        eight_bit = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
+        return _over_white(_in_srgb(eight_bit, image), alpha)
+    if mode == "F":
+        raise DataError(f"{uri}: floating-point pixels have no agreed range. Save it with 8 or 16 bits")
+    if mode in ("PA", "LA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+        straight = image.convert("RGBA")
+        colours = straight.convert("L" if mode in ("LA", "La") else "RGB")
+        return _over_white(_in_srgb(colours, image), straight.getchannel("A"))
+    if mode == "LAB":
+        raise DataError(f"{uri}: colour space LAB. Save it as RGB")
+    return _in_srgb(image if mode in ("RGB", "L", "CMYK") else image.convert("RGB"), image), None
+
+
+def _in_srgb(colours: Image.Image, image: Image.Image) -> Image.Image:
+    """Convert the colours of an image by the profile that came with it."""
+    profile = image.info.get("icc_profile")
+    if profile and colours is not image:
+        colours.info["icc_profile"] = profile
+    return to_srgb(colours)
+
+
+def _over_white(rgb: Image.Image, alpha: Image.Image | None) -> tuple[Image.Image, Image.Image | None]:
+    if alpha is None:
+        return rgb, None
+    return Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha), alpha

@@ -1,0 +1,92 @@
+"""The captions of an image folder, read: from files beside the images, then from metadata tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from dreamfleet.datasets.captions import decode_text
+from dreamfleet.datasets.errors import DataError, StorageError
+from dreamfleet.datasets.index.caption_tables import images_of, read_table
+from dreamfleet.datasets.index.image_folder import ImageFolder
+
+AT_ONCE = 32  # files that are read from a bucket together
+TOLD = 20  # bad files that one message names
+
+
+class Captions:
+    """Reads the caption of each image of a folder; ``column`` of its tables, see read_table."""
+
+    def __init__(self, folder: ImageFolder, column: str | None = None) -> None:
+        self.folder = folder
+        self.column = column
+        self.absent: list[tuple[str, str]] = []  # what a table names and is not there, and the table's place
+        self._table: dict[str, tuple[str, str]] = {}  # image -> (caption, table)
+        self.errors: list[DataError] = []  # of tables
+        for table in folder.tables:
+            try:
+                self._read_table(table)
+            except DataError as error:
+                self.errors.append(error)
+
+    def of(self, image: str) -> str | None:
+        """Return an image's caption, stripped; None when it has none. DataError for a file that is no text."""
+        beside = self.folder.caption_file(image)
+        caption = self._text(beside) if beside is not None else self._table.get(image, ("", ""))[0]
+        return caption.strip() or None
+
+    def of_all(self, images: Sequence[str]) -> list[str | None]:
+        """Return the captions of images, in their order. DataError that names all the files that are no text."""
+        if self.folder.storage.is_local:
+            found = list(map(self.try_of, images))
+        else:  # every answer is waited for: side by side
+            with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="captions") as pool:
+                found = list(pool.map(self.try_of, images))
+        refuse_all([*self.errors, *(one for one in found if isinstance(one, DataError))])
+        return [one for one in found if not isinstance(one, DataError)]
+
+    def file_of(self, image: str) -> str | None:
+        """Return the file, beside the image or a table, that ``of`` reads its caption from; None without one."""
+        beside = self.folder.caption_file(image)
+        return beside if beside is not None or image not in self._table else self._table[image][1]
+
+    def try_of(self, image: str) -> str | DataError | None:
+        """Return an image's caption, or the error that reading it raises."""
+        try:
+            return self.of(image)
+        except DataError as error:
+            return error
+
+    def _text(self, name: str) -> str:
+        storage = self.folder.storage
+        try:
+            return decode_text(storage.read_bytes(name), uri=storage.path(name))
+        except StorageError as error:
+            raise DataError(f"caption: {error}") from error
+
+    def _read_table(self, table: str) -> None:
+        entries = list(read_table(self.folder, table, self.column))
+        absent = []
+        for entry in entries:
+            images = images_of(self.folder, entry.file)
+            for image in images:
+                self._table[image] = entry.caption, table
+            if not images and not self.folder.unreadable.owners(entry.file):
+                absent.append(entry.file)
+        where = self.folder.storage.path(table)
+        if entries and len(absent) == len(entries):
+            raise DataError(
+                f"{where}: none of the {len(entries)} images it names is there, such as {absent[0]}. Its file_name is "
+                "relative to the folder of the table; mend the names, or rename the file if it is no table of captions"
+            )
+        self.absent += [(name, where) for name in absent]
+
+
+def refuse_all(errors: Sequence[DataError]) -> None:
+    """Raise one DataError for several: each file named once."""
+    told = list(dict.fromkeys(map(str, errors)))
+    if len(told) == 1:
+        raise errors[0]
+    if told:
+        more = f"\n  and {len(told) - TOLD} more" if len(told) > TOLD else ""
+        raise DataError(f"{len(told)} captions cannot be read:\n  " + "\n  ".join(told[:TOLD]) + more)

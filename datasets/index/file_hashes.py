@@ -1,0 +1,110 @@
+"""Contents of files that were read before, so that a large set is not read through at the start of every run."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dreamfleet.datasets.config import DataConfig
+from dreamfleet.datasets.errors import DataError
+from dreamfleet.datasets.index.concepts import load_concepts
+from dreamfleet.datasets.index.index import Index, Seen
+from dreamfleet.datasets.storage.disk import explained
+from dreamfleet.datasets.storage.object_store import Bucket
+from dreamfleet.datasets.storage.storage import Storage
+
+FILE = "files.parquet"
+SETTLED_SECONDS = 2.0  # a file as young may change again within one tick of its disk's clock
+
+
+class KnownFiles:
+    """Says what is in a file without reading it, where its stamp is what it was when it was read.
+
+    The stamp is size and time on disk, and the tag that a bucket gives to contents. Kept in ``files.parquet`` of the
+    cache's folder.
+    """
+
+    def __init__(self, cache: Storage, folders: Iterable[str]):
+        self._cache = cache
+        # Before any file is read: one that changes meanwhile has another stamp the next time.
+        self._stamps = {uri: stamp for folder in folders for uri, stamp in stamps_of(Storage(folder)).items()}
+        self._seen = _read(cache)
+
+    def __call__(self, uri: str) -> Seen | None:
+        """Return what is in the file at an address; None where it must be read."""
+        stamp, seen = self._seen.get(uri, ("", None))
+        return seen if seen is not None and stamp == self._stamps.get(uri) else None
+
+    def remember(self, index: Index) -> None:
+        """Keep what an index found, beside what is known of other folders."""
+        found = dict(self._seen)
+        for row in index.rows():
+            if stamp := self._stamps.get(row.uri):
+                found[row.uri] = stamp, Seen(row.sha256, row.width, row.height)
+            if row.mask and row.mask_sha256 and (stamp := self._stamps.get(row.mask)):
+                found[row.mask] = stamp, Seen(row.mask_sha256)
+        if found == self._seen:
+            return
+        columns: dict[str, list[Any]] = {"uri": list(found), "stamp": [stamp for stamp, _ in found.values()]}
+        columns |= {name: [getattr(seen, name) for _, seen in found.values()] for name in Seen._fields}
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table(columns), sink, compression="zstd")
+        self._cache.write_bytes(FILE, sink.getvalue().to_pybytes())
+        self._seen = found
+
+
+def known_files(data: DataConfig) -> KnownFiles | None:
+    """Open what a recipe's cache knows of the folders it names; None without a cache."""
+    if data.cache_dir is None:
+        return None
+    places = [
+        place
+        for one in load_concepts(data)
+        for place in (one.instance_data_dir, one.class_data_dir, one.mask_dir)
+    ]
+    return KnownFiles(Storage(data.cache_dir), {place for place in places if place is not None})
+
+
+def stamps_of(folder: Storage) -> dict[str, str]:
+    """Return the stamp of every file below a folder by its address; files written this moment are left out."""
+    if folder.is_local:
+        found = {}
+        before = time.time() - SETTLED_SECONDS
+        for name in folder.list("", True):
+            path = folder.path(name)
+            with explained("look at", path):
+                status = os.stat(path) if os.path.exists(path) else None
+            if status is not None and status.st_mtime < before:
+                found[path] = f"{status.st_size} {status.st_mtime_ns}"
+        return found
+    bucket = Bucket(folder.scheme, folder.url.partition("://")[2].split("/", 1)[0])
+
+    def look(fs: Any, key: str) -> dict[str, str]:
+        try:
+            entries = fs.find(key, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {f"{folder.scheme}://{name}": str(tag) for name, one in entries.items() if (tag := _tag(one))}
+
+    return bucket.run("list", folder.url, look)
+
+
+def _tag(entry: dict[str, Any]) -> str:
+    tag = entry.get("ETag") or entry.get("etag")
+    return f"{entry['size']} {tag}" if tag else ""
+
+
+def _read(cache: Storage) -> dict[str, tuple[str, Seen]]:
+    if not cache.exists(FILE):
+        return {}
+    try:
+        table = pq.read_table(pa.BufferReader(cache.read_bytes(FILE)))
+        columns = [table.column(name).to_pylist() for name in ("uri", "stamp", *Seen._fields)]
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise DataError(f"{cache.path(FILE)} is broken ({error}). Remove it: it is made again") from error
+    return {uri: (stamp, Seen(*values)) for uri, stamp, *values in zip(*columns, strict=True)}

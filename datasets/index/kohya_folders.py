@@ -1,0 +1,114 @@
+"""kohya's folders: `10_sks dog` holds images that count ten times an epoch, of the prompt `sks dog`."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+from dreamfleet.datasets.config import Concept, DataConfig
+from dreamfleet.datasets.errors import DataError, StorageError
+from dreamfleet.datasets.images.image_formats import IMAGE_SUFFIXES
+from dreamfleet.datasets.index.exclusions import is_system_folder
+from dreamfleet.datasets.storage.storage import Storage
+
+log = logging.getLogger(__name__)
+
+_REPEATS_AND_NAME = re.compile(r"^(\d+)_(.*)$", re.DOTALL)
+
+
+def subsets_of(folder: str) -> list[tuple[str, int, str]]:
+    """kohya's subfolders `10_sks dog`: (address, repeats, name), by name; [] when there are none."""
+    storage = Storage(folder)
+    try:
+        names = storage.list_dirs()
+    except StorageError as error:
+        raise DataError(f"pictures: {error}") from error
+    matched = [(name, match) for name in names if (match := _REPEATS_AND_NAME.match(name))]
+    others = [name for name in names if not _REPEATS_AND_NAME.match(name) and not is_system_folder(name)]
+    if matched and others:
+        log.warning("%s: subfolders without a number in front are left out: %s", folder, ", ".join(others))
+    if matched and (loose := [name for name in storage.list() if name.lower().endswith(IMAGE_SUFFIXES)]):
+        log.warning(
+            "%s: %d images beside the numbered folders are left out: %s ...", folder, len(loose), loose[0]
+        )
+    for name, match in matched:
+        if int(match[1]) < 1:
+            raise DataError(
+                f"{storage.path(name)}: 0 repeats. Begin the folder's name with 1 or more, or move it away"
+            )
+    return [(storage.path(name), int(match[1]), match[2].strip()) for name, match in matched]
+
+
+def refuse_subset(folder: str) -> None:
+    """Raise DataError for one of kohya's folders in place of their parent: its repeats and prompt would be lost."""
+    parent, _, name = Storage(folder).url.rpartition("/")
+    if _REPEATS_AND_NAME.match(name):
+        raise DataError(
+            f"train_data_dir {folder}: {name!r} is one of the folders whose names begin with repeats. Pass its parent, "
+            f"{parent}; for a plain folder that is only called so, set data.instance_data_dir instead"
+        )
+    below = [
+        (inner, name)
+        for inner in Storage(folder).list_dirs()
+        for name in Storage(folder).list_dirs(inner)
+        if _REPEATS_AND_NAME.match(name) and not is_system_folder(inner)
+    ]
+    if below:
+        inner, name = below[0]
+        log.warning(
+            "train_data_dir %s: the repeats and prompt in the name of %s/%s do not count. Pass %s/%s where they should",
+            folder,
+            inner,
+            name,
+            folder,
+            inner,
+        )
+
+
+def kohya_concepts(data: DataConfig, subsets: list[tuple[str, int, str]]) -> list[Concept]:
+    """Return the concepts of numbered folders: their repeats and prompts, and the class folders that fit them."""
+    regs = subsets_of(data.class_data_dir) if data.class_data_dir else []
+    if data.class_data_dir and not regs:
+        if data.class_prompt is None:
+            raise DataError(
+                f"class_data_dir {data.class_data_dir} has no subfolder such as '1_dog', and "
+                "data.class_prompt is not set: the class prompt is not known. Do one of both"
+            )
+        regs = [(data.class_data_dir, 1, data.class_prompt)]
+    concepts = []
+    for folder, repeats, name in subsets:
+        prompt = name or data.instance_prompt
+        class_folder, class_prompt = _class_of(name, regs, alone=len(subsets) == 1)
+        concepts.append(
+            Concept(
+                instance_data_dir=folder,
+                instance_prompt=prompt,
+                class_data_dir=class_folder,
+                class_prompt=class_prompt or data.class_prompt,
+                repeats=repeats,
+                mask_dir=f"{data.mask_dir}/{folder.rpartition('/')[2]}" if data.mask_dir else None,
+            )
+        )
+    unused = [
+        folder for folder, _, _ in regs if folder not in {concept.class_data_dir for concept in concepts}
+    ]
+    if unused:
+        names = ", ".join(name for _, _, name in subsets)
+        raise DataError(
+            f"class folders that belong to no instance folder: {', '.join(unused)}. Name them by the last "
+            f"words of an instance folder ('1_dog' for '10_sks dog'); there are: {names}"
+        )
+    return concepts
+
+
+def _class_of(name: str, regs: list[tuple[str, int, str]], *, alone: bool) -> tuple[str | None, str | None]:
+    """The class folder whose name ends the instance's ("dog" for "sks dog"), the longest; or the only one."""
+    fitting = [reg for reg in regs if f" {name}".endswith(f" {reg[2]}") and reg[2]]
+    if not fitting and len(regs) == 1:
+        fitting = regs
+    if not fitting and alone and regs:
+        fitting = regs[:1]
+    if not fitting:
+        return None, None
+    folder, _, prompt = max(fitting, key=lambda reg: len(reg[2]))
+    return folder, prompt or None

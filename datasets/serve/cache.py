@@ -1,0 +1,291 @@
+"""Encodes the pictures of an index into a cache of latents, by a pool of Ray Data's actors or in this process.
+
+What encodes is handed in: nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from dreamfleet.datasets.buckets import image_sizes
+from dreamfleet.datasets.config import DataConfig
+from dreamfleet.datasets.environment import take_over, to_send
+from dreamfleet.datasets.errors import DataError, RunFailed, StorageError, UserError
+from dreamfleet.datasets.index.index import Index
+from dreamfleet.datasets.index.masks import ImageView, cut_image, read_mask
+from dreamfleet.datasets.serve.latent_files import Key, LatentCache, write_shard
+from dreamfleet.datasets.storage.storage import Storage, read_uri
+
+SHARD_IMAGES = 256
+SHARD_BYTES = 96 * 2**20  # of decoded pixels; Ray Data splits blocks of more than 128 MiB
+SHARDS_A_WORKER = 4  # at least, where there are enough pictures: all are busy to the end, and little is lost
+
+
+class Encode(Protocol):
+    """Turns cut pictures, uint8 [H,W,3], or [H,W,4] with weights, of any sizes, into latents of each by name."""
+
+    def __call__(self, cuts: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
+        """Return `mean` and `std` [C,h,w], and with weights `mask` [1,h,w], of every picture."""
+        ...
+
+
+class Job(NamedTuple):
+    """One picture to encode: what its latents belong to, where it and its mask ("" for none) are, and its size."""
+
+    sha256: str
+    mask_sha256: str
+    flip: bool
+    width: int
+    height: int
+    uri: str
+    mask: str
+
+    @property
+    def key(self) -> Key:
+        """What the latents belong to."""
+        return Key(self.sha256, self.mask_sha256, self.flip)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels that the picture is cut to."""
+        return self.width, self.height
+
+
+class Done(NamedTuple):
+    """What became of a shard: of how many how many were encoded, into what bytes; why others were not, by address."""
+
+    tried: int
+    encoded: int
+    bytes: int
+    bad: dict[str, str]
+
+
+class Pool(NamedTuple):
+    """The actors that encode: how many, what each reserves, its environment; whether others decode for them."""
+
+    actors: int
+    resources: Mapping[str, float]
+    environment: Mapping[str, str]
+    decode_apart: bool
+
+
+def jobs_of(index: Index, data: DataConfig) -> list[Job]:
+    """List what there is to encode of an index, each picture once: copies share their latents."""
+    masks = [sha256 if data.alpha_mask else None for sha256 in index.column("mask_sha256")]
+    every = zip(
+        index.column("sha256"), masks, image_sizes(index, data), index.column("uri"), index.column("mask"),
+        strict=True,
+    )  # fmt: skip
+    flips = (False, True) if data.random_flip else (False,)
+    jobs = [
+        Job(sha256, mask_sha256 or "", flip, *size, uri, mask or "" if mask_sha256 else "")
+        for sha256, mask_sha256, size, uri, mask in every
+        for flip in flips
+    ]
+    return list({job.key: job for job in jobs}.values())
+
+
+def missing_from(cache: LatentCache, jobs: Sequence[Job]) -> list[Job]:
+    """List the jobs whose latents are not in a cache."""
+    return [job for job in jobs if not cache.has(job.key, job.size)]
+
+
+def make_shards(jobs: Sequence[Job], *, workers: int) -> list[list[Job]]:
+    """Split jobs into what is written as one file, pictures of a size side by side."""
+    most = min(SHARD_IMAGES, max(8, -(-len(jobs) // (workers * SHARDS_A_WORKER))))
+    shards: list[list[Job]] = []
+    room = 0
+    for job in sorted(jobs, key=lambda job: (job.size, job.key)):
+        pixels = 4 * job.width * job.height
+        if not shards or len(shards[-1]) == most or pixels > room:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(job)
+        room -= pixels
+    return shards
+
+
+def read_images(batch: Mapping[str, np.ndarray], *, max_pixels: int, weighted: bool) -> dict[str, np.ndarray]:
+    """Read and cut a shard's pictures: adds `pixels` as bytes, `reason` (not decoded) and `failure` (not read)."""
+    pixels, reasons, failures = [], [], []
+    for job in _jobs_in(batch):
+        cut, reason, failure = b"", "", ""
+        try:
+            cut = _cut(job, max_pixels=max_pixels, weighted=weighted).tobytes()
+        except DataError as error:
+            reason = str(error).removeprefix(f"{job.uri}: ")
+        except StorageError as error:  # as a value: an exception would come back wrapped in Ray's
+            failure = str(error)
+        pixels.append(cut)
+        reasons.append(reason)
+        failures.append(failure)
+    added = {"pixels": pixels, "reason": reasons, "failure": failures}
+    return {**batch, **{name: np.array(values, dtype=object) for name, values in added.items()}}
+
+
+class ShardWriter:
+    """Encodes the pictures of shards and writes them: this process, or an actor of the pool."""
+
+    def __init__(
+        self,
+        make_encode: Callable[[], Encode],
+        folder: Storage,
+        *,
+        precision: str,
+        read: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]],
+    ):
+        self.folder, self.precision, self.read = folder, precision, read
+        self._failure = ""
+        try:
+            self._encode = make_encode()
+        except UserError as error:  # as a value, like all that a user can mend
+            self._failure = str(error)
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Encode and write one shard, decoded already or not; gives a row for each picture left out, one at least."""
+        batch = batch if "pixels" in batch else self.read(batch)
+        jobs = _jobs_in(batch)
+        failure = self._failure or next((text for text in batch["failure"] if text), "")
+        bad = {number: str(reason) for number, reason in enumerate(batch["reason"]) if reason}
+        good = [number for number in range(len(jobs)) if number not in bad]
+        size = 0
+        if not failure:
+            cuts = [
+                np.frombuffer(batch["pixels"][number], np.uint8).reshape(
+                    jobs[number].height, jobs[number].width, -1
+                )
+                for number in good
+            ]
+            try:
+                size = write_shard(
+                    self.folder,
+                    [(jobs[number].key, jobs[number].size) for number in good],
+                    self._encode(cuts),
+                    bad=[(jobs[number].key, jobs[number].size, reason) for number, reason in bad.items()],
+                    precision=self.precision,
+                )
+            except UserError as error:  # the cache cannot be written, or a GPU has too little memory
+                failure = str(error)
+        told = [("", "")] if not bad else [(jobs[number].uri, reason) for number, reason in bad.items()]
+        return {
+            "tried": np.array([len(jobs)] + [0] * (len(told) - 1)),
+            "encoded": np.array([len(good)] + [0] * (len(told) - 1)),
+            "bytes": np.array([size] + [0] * (len(told) - 1)),
+            "uri": np.array([uri for uri, _ in told], dtype=object),
+            "reason": np.array([reason for _, reason in told], dtype=object),
+            "failure": np.array([failure] * len(told), dtype=object),
+        }
+
+
+def encode_shards(
+    shards: Sequence[Sequence[Job]],
+    folder: Storage,
+    make_encode: Callable[[], Encode],
+    *,
+    data: DataConfig,
+    pool: Pool | None = None,
+) -> Iterator[Done]:
+    """Encode and write shards, in this process or by a pool of actors; yields what became of each, as it comes.
+
+    Raises UserError when a picture's file cannot be read, the cache not written or the model not loaded, RunFailed when
+    the pool broke. What was yielded is kept.
+    """
+    read = functools.partial(read_images, max_pixels=data.max_pixels, weighted=data.alpha_mask)
+    told: Iterable[Mapping[str, np.ndarray]]
+    options: dict[str, Any] = {"precision": data.cache_precision, "read": read}
+    if pool is None:
+        writer = ShardWriter(make_encode, folder, **options)
+        told = (writer(_columns(shard)) for shard in shards)
+    else:
+        told = _on_ray(shards, pool, read, {"make_encode": make_encode, "folder": folder, **options})
+    for one in told:
+        if failure := next((text for text in one["failure"] if text), ""):
+            raise UserError(str(failure))
+        bad = {str(uri): str(reason) for uri, reason in zip(one["uri"], one["reason"], strict=True) if uri}
+        tried, encoded, size = (int(one[name].sum()) for name in ("tried", "encoded", "bytes"))
+        yield Done(tried, encoded, size, bad)
+
+
+def _on_ray(
+    shards: Sequence[Sequence[Job]], pool: Pool, read: Any, options: Mapping[str, Any]
+) -> Iterator[Mapping[str, np.ndarray]]:
+    import ray.data
+    import ray.exceptions
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # else lines on what we chose, no bars for one
+    tables = [
+        pa.table({name: column.tolist() for name, column in _columns(shard).items()}) for shard in shards
+    ]
+    dataset = ray.data.from_arrow(tables)
+    dataset.context.print_on_execution_start = False
+    dataset.context.enable_progress_bars = False
+    buckets = not options["folder"].is_local or any("://" in job.uri for shard in shards for job in shard)
+    environment, sent = {"env_vars": dict(pool.environment)}, to_send(buckets=buckets)
+
+    # Secrets come along inside of code: Ray shows and logs a runtime environment, and may show arguments.
+    def read_apart(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        take_over(sent)
+        return read(batch)
+
+    def make_apart() -> Encode:  # the first that an actor does
+        take_over(sent)
+        return options["make_encode"]()
+
+    if pool.decode_apart:
+        dataset = dataset.map_batches(
+            read_apart, batch_size=None, batch_format="numpy", num_cpus=1, runtime_env=environment
+        )
+    asked = dict(pool.resources)
+    dataset = dataset.map_batches(
+        ShardWriter,
+        fn_constructor_kwargs={**options, "make_encode": make_apart},
+        batch_size=max(map(len, shards)),  # beside a GPU Ray Data asks for a number: here a whole shard
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=min(pool.actors, len(shards))),
+        num_cpus=asked.pop("CPU", 0),
+        num_gpus=asked.pop("GPU", 0),
+        resources=asked or None,
+        runtime_env=environment,
+    )
+    try:
+        yield from dataset.iter_batches(batch_size=None, batch_format="numpy")
+    except ray.exceptions.RayError as error:
+        # Somewhere in pages of tracebacks, and of advice below them.
+        found = re.findall(r"^(?!ray\.)[\w.]+(?:Error|Exception): .*", str(error), re.MULTILINE)
+        why = found[-1] if found else type(error).__name__
+        raise RunFailed(
+            f"encoding stopped ({why[:300]}). What is encoded is kept: the same command goes on from there"
+        ) from error
+
+
+def _cut(job: Job, *, max_pixels: int, weighted: bool) -> np.ndarray:
+    """Read and cut one picture as training does; StorageError also where it is not what the index saw."""
+    data = read_uri(job.uri)
+    mask = read_mask(job.mask) if job.mask else None
+    seen = hashlib.sha256(data).hexdigest(), hashlib.sha256(mask.data).hexdigest() if mask else ""
+    if seen != (job.sha256, job.mask_sha256):
+        raise StorageError(f"{job.uri} changed while it was being encoded. Run `dreamfleet data cache` again")
+    draw = ImageView(0, None, job.flip, job.size)
+    return cut_image(
+        data, draw, uri=job.uri, size=job.size, max_pixels=max_pixels, weighted=weighted, mask=mask
+    )
+
+
+def _columns(jobs: Sequence[Job]) -> dict[str, np.ndarray]:
+    return {
+        name: np.array(column, dtype=None if name in ("flip", "width", "height") else object)
+        for name, column in zip(Job._fields, zip(*jobs, strict=True), strict=True)
+    }
+
+
+def _jobs_in(batch: Mapping[str, np.ndarray]) -> list[Job]:
+    columns = (batch[name].tolist() for name in Job._fields)
+    return [Job(*values) for values in zip(*columns, strict=True)]

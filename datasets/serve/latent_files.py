@@ -1,0 +1,300 @@
+"""Latents kept on disk or in a bucket as Parquet: what they were made with, which there are, and reading them.
+
+`CACHE/512px-<hash>/manifest.json` says how pictures became latents; each such way has a folder of its own. In it
+`latents/NAME.parquet` holds the latents of a few hundred pictures, and `keys/NAME.parquet` says which. The keys are
+written last: latents without them do not count, so a writer may die at any moment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dreamfleet.datasets.config import DataConfig
+from dreamfleet.datasets.errors import DataError, StorageError
+from dreamfleet.datasets.storage.range_reader import pieces_of
+from dreamfleet.datasets.storage.storage import Storage
+
+VERSION = 2  # of the files, and of how pictures are cut: another number makes all latents anew
+MANIFEST, LATENTS, KEYS = "manifest.json", "latents", "keys"
+GROUP_BYTES = 2**18  # read for one picture at random, at least a picture
+FOOTERS = 1024  # kept in memory, some 80 KB each
+THREADS = 16
+STORED: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "fp16": np.dtype("<f2")}
+TENSORS = ("mean", "std", "mask")
+
+
+class Key(NamedTuple):
+    """What latents belong to: contents of a picture and of its mask ("" where none is used), mirrored or not."""
+
+    sha256: str
+    mask_sha256: str
+    flip: bool
+
+
+class Entry(NamedTuple):
+    """What a cache knows of a key: the size it was encoded at in pixels, and where it lies, or why it could not be."""
+
+    size: tuple[int, int]
+    shard: int
+    row: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """How pictures become latents: the VAE's encoder, the sizes they are cut to, masks, and how exact they are kept."""
+
+    vae: str
+    resolution: int
+    buckets: tuple[tuple[str, Any], ...]  # the keys of the recipe that say which there are; () without
+    alpha_mask: bool
+    precision: str
+    version: int = VERSION
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder that such latents lie in."""
+        text = json.dumps(self.to_json(), sort_keys=True)
+        return f"{self.resolution}px-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as the manifest holds it."""
+        return {**dataclasses.asdict(self), "buckets": dict(self.buckets)}
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """Say where a manifest differs: `resolution 512 (here 768)`."""
+        mine = self.to_json()
+        return [
+            f"{name} {_words(other.get(name))} (here {_words(value)})"
+            for name, value in mine.items()
+            if other.get(name) != value
+        ]
+
+
+def encoding_of(data: DataConfig, vae: str) -> Encoding:
+    """Say how a recipe's pictures become latents with the VAE whose encoder has this hash."""
+    names = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
+    buckets = tuple((name, getattr(data, name)) for name in names) if data.enable_bucket else ()
+    return Encoding(vae, data.resolution, buckets, data.alpha_mask, data.cache_precision)
+
+
+def find_manifests(cache: Storage) -> list[dict[str, Any]]:
+    """Read the manifests of a cache; DataError for one that is broken."""
+    return [found for name in cache.list_dirs() if (found := _manifest(cache.child(name))) is not None]
+
+
+class LatentCache:
+    """The latents of one encoding. Opened for reading; what is written later is not seen."""
+
+    def __init__(self, folder: Storage, encoding: Encoding):
+        self.folder, self.encoding = folder, encoding
+        self.entries: dict[Key, Entry] = {}
+        self._shards: list[tuple[str, int, int]] = []  # name, bytes, rows in a group
+        self._footers: dict[int, Any] = {}
+        self._read_keys()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is kept of a picture."""
+        return TENSORS if self.encoding.alpha_mask else TENSORS[:2]
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(THREADS, thread_name_prefix="latents")
+
+    def has(self, key: Key, size: tuple[int, int]) -> bool:
+        """Say whether the latents of a picture at a size are there."""
+        found = self.entries.get(key)
+        return found is not None and not found.reason and found.size == size
+
+    def read(self, keys: Sequence[Key]) -> list[dict[str, np.ndarray]]:
+        """Read the latents of keys in their order: `mean` and `std` [C,h,w], with masks `mask` [1,h,w]; float32.
+
+        Only the row groups that hold them are read, several at once. StorageError for a broken file.
+        """
+        entries = [self.entries[key] for key in keys]
+        places = [(entry.shard, entry.row // self._shards[entry.shard][2]) for entry in entries]
+        groups = list(dict.fromkeys(places))
+        tables = dict(zip(groups, self._pool.map(self._read_group, groups), strict=True))
+        return [
+            self._unpack(tables[place], entry.row % self._shards[entry.shard][2])
+            for place, entry in zip(places, entries, strict=True)
+        ]
+
+    def read_all(self, keys: Sequence[Key]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """Yield the position and the latents of each key, shard after shard: every file is read once, whole."""
+        wanted: dict[int, list[int]] = {}
+        for position, key in enumerate(keys):
+            wanted.setdefault(self.entries[key].shard, []).append(position)
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="latents") as pool:
+            for start in range(0, len(wanted), THREADS):
+                shards = list(wanted)[start : start + THREADS]
+                for shard, table in zip(shards, pool.map(self._read_shard, shards), strict=True):
+                    for position in wanted[shard]:
+                        yield position, self._unpack(table, self.entries[keys[position]].row)
+
+    def _read_keys(self) -> None:
+        names = [
+            name.removesuffix(".parquet") for name in self.folder.list(KEYS) if name.endswith(".parquet")
+        ]
+        there = set(self.folder.list(LATENTS))
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="latents") as pool:
+            tables = list(pool.map(self._read_keys_of, names))
+        for name, table in zip(names, tables, strict=True):
+            size = int(table.schema.metadata[b"bytes"])
+            if size and (f"{name}.parquet" not in there or self._is_torn(name, size)):
+                continue  # encoded again: removed, or copied in part
+            shard = len(self._shards)
+            self._shards.append((name, size, int(table.schema.metadata[b"rows_per_group"])))
+            for row, one in enumerate(table.to_pylist()):
+                key = Key(one["sha256"], one["mask_sha256"], one["flip"])
+                entry = Entry((one["width"], one["height"]), shard, row, one["reason"])
+                before = self.entries.get(key)
+                if before is None or before.reason:
+                    self.entries[key] = entry
+
+    def _is_torn(self, name: str, size: int) -> bool:
+        return self.folder.is_local and self.folder.size(f"{LATENTS}/{name}.parquet") != size
+
+    def _read_keys_of(self, name: str) -> pa.Table:
+        with _explained(self.folder.path(KEYS, f"{name}.parquet")):
+            return pq.read_table(pa.BufferReader(self.folder.read_bytes(f"{KEYS}/{name}.parquet")))
+
+    def _read_group(self, place: tuple[int, int]) -> pa.Table:
+        shard, group = place
+        name, size, _ = self._shards[shard]
+        rel, footer = f"{LATENTS}/{name}.parquet", self._footers.get(shard)
+        with _explained(self.folder.path(rel)), pieces_of(self.folder, rel, size=size) as source:
+            file = pq.ParquetFile(source, metadata=footer, pre_buffer=True, page_checksum_verification=True)
+            self._footers[shard] = file.metadata
+            if len(self._footers) > FOOTERS:
+                self._footers.pop(next(iter(self._footers)), None)
+            return file.read_row_group(group, use_threads=False)
+
+    def _read_shard(self, shard: int) -> pa.Table:
+        name = self._shards[shard][0]
+        rel = f"{LATENTS}/{name}.parquet"
+        with _explained(self.folder.path(rel)):
+            data = pa.BufferReader(self.folder.read_bytes(rel))
+            return pq.read_table(data, use_threads=False, page_checksum_verification=True)
+
+    def _unpack(self, table: pa.Table, row: int) -> dict[str, np.ndarray]:
+        shape = tuple(table.column("shape")[row].as_py())
+        dtype = STORED[self.encoding.precision]
+        found = {}
+        for name in self.names:
+            is_mask = name == "mask"
+            values = np.frombuffer(
+                table.column(name)[row].as_buffer(), STORED["float32"] if is_mask else dtype
+            )
+            found[name] = values.reshape((1, *shape[1:]) if is_mask else shape).astype(np.float32)
+        return found
+
+
+def open_cache(cache: Storage, encoding: Encoding) -> LatentCache:
+    """Open the latents of an encoding, none where there are none yet. DataError for a manifest that says another."""
+    folder = cache.child(encoding.folder)
+    found = _manifest(folder)
+    if found is not None and (told := encoding.differences(found)):
+        raise DataError(
+            f"{folder.path(MANIFEST)} is of other latents than its folder's name says: {', '.join(told)}. Remove "
+            f"{folder.url} and encode again"
+        )
+    return LatentCache(folder, encoding)
+
+
+def write_manifest(cache: Storage, encoding: Encoding) -> Storage:
+    """Make the folder of an encoding, and return it."""
+    folder = cache.child(encoding.folder)
+    if _manifest(folder) is None:
+        folder.write_text(MANIFEST, json.dumps(encoding.to_json(), indent=1) + "\n")
+    return folder
+
+
+def write_shard(
+    folder: Storage,
+    keys: Sequence[tuple[Key, tuple[int, int]]],
+    latents: Sequence[Mapping[str, np.ndarray]],
+    *,
+    bad: Sequence[tuple[Key, tuple[int, int], str]],
+    precision: str,
+) -> int:
+    """Write the latents of keys, and which could not be encoded and why -> bytes of the latents.
+
+    The name follows from the keys, so that the same work done twice is one file.
+    """
+    rows = [(*key, *size, "") for key, size in keys] + [(*key, *size, reason) for key, size, reason in bad]
+    name = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    size, rows_per_group = 0, 1
+    if latents:
+        columns: dict[str, list[Any]] = {"shape": [list(one["mean"].shape) for one in latents]}
+        for kind in TENSORS:
+            if kind in latents[0]:
+                stored = STORED["float32" if kind == "mask" else precision]
+                columns[kind] = [one[kind].astype(stored).tobytes() for one in latents]
+        table = pa.table(columns)
+        rows_per_group = max(1, GROUP_BYTES * len(latents) // max(1, table.nbytes))
+        size = _write(folder, f"{LATENTS}/{name}.parquet", table, rows_per_group)
+    names = ("sha256", "mask_sha256", "flip", "width", "height", "reason")
+    table = pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
+    told = {"bytes": str(size), "rows_per_group": str(rows_per_group)}
+    _write(folder, f"{KEYS}/{name}.parquet", table.replace_schema_metadata(told), len(rows))
+    return size
+
+
+def _write(folder: Storage, rel: str, table: pa.Table, rows_per_group: int) -> int:
+    sink = pa.BufferOutputStream()
+    # Nothing presses or sorts noise; plain pages are read fastest.
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=rows_per_group,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
+    data = sink.getvalue().to_pybytes()
+    folder.write_bytes(rel, data)
+    return len(data)
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Turn what pyarrow raises on a broken file into a StorageError that names it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        why = str(error).splitlines()[0]
+        raise StorageError(
+            f"{path} is broken ({why}). Remove it and run `dreamfleet data cache` again"
+        ) from error
+
+
+def _manifest(folder: Storage) -> dict[str, Any] | None:
+    if not folder.exists(MANIFEST):
+        return None
+    try:
+        found = json.loads(folder.read_text(MANIFEST))
+    except ValueError as error:
+        raise DataError(f"{folder.path(MANIFEST)} is broken ({error}). Remove {folder.url}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{folder.path(MANIFEST)} is no manifest. Remove {folder.url}")
+    return found
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{name}={inner}" for name, inner in value.items()) or "none"
+    return str(value)

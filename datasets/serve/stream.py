@@ -1,0 +1,248 @@
+"""Pictures for sets too large for memory: decoded by Ray Data on the cluster's CPUs, arriving in plan order."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, Self
+
+import numpy as np
+
+from dreamfleet.datasets.environment import to_send
+from dreamfleet.datasets.errors import DataError, ResourceError, StorageError
+from dreamfleet.datasets.images.decode_job import Fit, decode_batch, decode_one
+from dreamfleet.datasets.images.images import MAX_PIXELS
+from dreamfleet.datasets.index.index import Index
+from dreamfleet.datasets.index.masks import ImageView
+
+log = logging.getLogger(__name__)
+
+WINDOW = 1024  # draws in one Ray Data execution: enough to hide its start, few enough to hold in memory
+ROWS_PER_BLOCK = 16
+READY_BYTES = 256 * 2**20  # of decoded pictures that wait to be taken, in each worker
+POLL_SECONDS = 0.2
+STALL_SECONDS = 120.0
+CLOSE_SECONDS = 2.0
+
+Found = tuple[int, np.ndarray]  # a picture, and its row in the index
+
+
+class ImageStream(Iterator[np.ndarray]):
+    """Decodes pictures of an index on the cluster, for `draws` (may be endless) in exactly their order.
+
+    Yields uint8 [H,W,3] or, `weighted`, [H,W,4] with the fourth channel of cut_picture; `row` is whose came last. Draws
+    without a size are cut to `resolution`. With `fit`, pictures are not cut but made into what it gives, of any size.
+    Close it, or use a `with`.
+
+    Works in windows of `window` draws, one Ray Data execution each, the next one starting while pictures of
+    the last are still waiting to be taken; files are read where they are decoded, from disk or bucket, with
+    `num_cpus` of the cluster's CPUs a task. Ray must be running.
+
+    A picture that cannot be decoded is reported once (`bad`: address and reason) and the next one in index order that
+    can be is used instead, in this and all later draws of it; `replaced` counts those. A file that cannot be read is a
+    StorageError. ResourceError when nothing came for `stall_seconds` and the cluster has no CPU free.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        draws: Iterable[ImageView],
+        *,
+        resolution: int | tuple[int, int],
+        max_pixels: int = MAX_PIXELS,
+        weighted: bool = False,
+        fit: Fit | None = None,
+        window: int = WINDOW,
+        num_cpus: float = 1.0,
+        stall_seconds: float = STALL_SECONDS,
+    ) -> None:
+        self.bad: dict[str, str] = {}
+        self.replaced = 0
+        self.row = -1
+        self._uris: list[str] = index.column("uri")
+        self._masks: list[str | None] = index.column("mask")
+        self._draws = iter(draws)
+        self._resolution = (resolution, resolution) if isinstance(resolution, int) else resolution
+        self._max_pixels = max_pixels
+        self._weighted = weighted
+        self._fit = fit
+        self._window = window
+        self._num_cpus = num_cpus
+        self._stall_seconds = stall_seconds
+        self._instead: dict[int, int] = {}  # bad row -> the row used in its place
+        most = most_ready(self._resolution, window)
+        self._ready: queue.Queue[Found | BaseException | None] = queue.Queue(maxsize=most)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._produce, name="picture-stream", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        item = self._wait()
+        if isinstance(item, tuple):
+            self.row, pixels = item
+            return pixels
+        self.close()
+        if isinstance(item, BaseException):
+            raise item
+        raise StopIteration
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop reading ahead. Pictures not yet taken are lost."""
+        if not self._stop.is_set():
+            self._stop.set()
+            # A thread that waits for Ray Data cannot be woken: it ends with the window, and hands over nothing.
+            self._thread.join(timeout=CLOSE_SECONDS)
+
+    def _wait(self) -> Found | BaseException | None:
+        waited = 0.0
+        while True:
+            try:
+                return self._ready.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                if self._stop.is_set():
+                    return None
+            waited += POLL_SECONDS
+            if waited >= self._stall_seconds:
+                waited = 0.0
+                free = _free_cpus()
+                if free < self._num_cpus:
+                    return ResourceError(
+                        f"no picture for {self._stall_seconds:.0f} s: decoding needs {self._num_cpus} CPU of the "
+                        f"cluster and {free} are free. Leave some (scaling.num_workers, "
+                        "scaling.resources_per_worker), or set data.source: resident"
+                    )
+                log.warning("no picture for %.0f s; still waiting", self._stall_seconds)
+
+    # ---- the thread that reads ahead -------------------------------------------------------------------
+
+    def _produce(self) -> None:
+        try:
+            while not self._stop.is_set() and (window := list(islice(self._draws, self._window))):
+                for found in self._decoded(window):
+                    if not self._hand_over(found):
+                        return
+            self._hand_over(None)
+        except BaseException as error:  # noqa: BLE001  raised again where the pictures are taken
+            self._hand_over(error)
+
+    def _hand_over(self, item: Found | BaseException | None) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._ready.put(item, timeout=POLL_SECONDS)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _decoded(self, window: list[ImageView]) -> Iterator[Found]:
+        rows = [self._instead.get(draw.row, draw.row) for draw in window]
+        self.replaced += sum(row != draw.row for row, draw in zip(rows, window, strict=True))
+        jobs = [
+            self._job(number, row, draw) for number, (row, draw) in enumerate(zip(rows, window, strict=True))
+        ]
+        given = 0
+        for batch in self._batches(jobs):
+            names = ("position", "pixels", "height", "error", "failure")
+            for position, pixels, height, error, failure in zip(*(batch[n] for n in names), strict=True):
+                if failure:
+                    raise StorageError(str(failure))
+                assert position == given, (position, given)  # preserve_order holds
+                if error:
+                    self._note(rows[given], str(error))
+                    self.replaced += rows[given] == window[given].row
+                    yield self._replacement(rows[given], window[given])
+                else:
+                    channels = 4 if self._weighted else 3
+                    yield rows[given], np.frombuffer(pixels, np.uint8).reshape(height, -1, channels)
+                given += 1
+        assert given == len(window), (given, len(window))
+
+    def _batches(self, jobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        import ray.data
+
+        logging.getLogger("ray.data._internal.execution").setLevel(logging.WARNING)  # else a line a window
+        blocks = max(1, -(-len(jobs) // ROWS_PER_BLOCK))
+        dataset = ray.data.from_items(jobs, override_num_blocks=blocks)
+        dataset.context.execution_options.preserve_order = True
+        dataset.context.print_on_execution_start = False
+        dataset.context.enable_progress_bars = False
+        max_pixels, weighted, fit = self._max_pixels, self._weighted, self._fit
+        buckets = any("://" in job["uri"] for job in jobs)
+        sent = to_send(buckets=True) if buckets else {}
+
+        def decode(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            # Not a partial, which would show its arguments; nor a runtime environment, which Ray logs.
+            return decode_batch(batch, max_pixels=max_pixels, weighted=weighted, fit=fit, sent=sent)
+
+        decoded = dataset.map_batches(
+            decode,
+            batch_size=None,
+            batch_format="numpy",
+            num_cpus=self._num_cpus,
+        )
+        yield from decoded.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
+
+    def _replacement(self, bad_row: int, draw: ImageView) -> Found:
+        """The next picture in index order that can be decoded, cropped and mirrored as the draw asks."""
+        for step in range(1, len(self._uris)):
+            row = (bad_row + step) % len(self._uris)
+            if self._uris[row] in self.bad:
+                continue
+            pixels, error = decode_one(
+                self._uris[row],
+                draw._replace(size=self._size(draw)),
+                mask=self._masks[row],
+                max_pixels=self._max_pixels,
+                weighted=self._weighted,
+                fit=self._fit,
+            )
+            if pixels is not None:
+                self._instead[bad_row] = self._instead[draw.row] = row
+                return row, pixels
+            self._note(row, error)
+        raise DataError(f"none of the {len(self._uris)} pictures can be decoded; the last: {error}")
+
+    def _size(self, draw: ImageView) -> tuple[int, int]:
+        return draw.size or self._resolution
+
+    def _job(self, position: int, row: int, draw: ImageView) -> dict[str, Any]:
+        (width, height), (x, y) = self._size(draw), draw.crop or (0.0, 0.0)
+        return {
+            "position": position,
+            "uri": self._uris[row],
+            "mask": self._masks[row] or "",
+            "center": draw.crop is None,
+            "x": x,
+            "y": y,
+            "flip": draw.flip,
+            "width": width,
+            "height": height,
+        }
+
+    def _note(self, row: int, error: str) -> None:
+        if self._uris[row] not in self.bad:
+            self.bad[self._uris[row]] = error
+            log.warning("picture left out, the next in order is used instead: %s", error)
+
+
+def most_ready(size: tuple[int, int], window: int) -> int:
+    """Return how many decoded pictures of a size in pixels may wait: a window, or what fits in READY_BYTES."""
+    return max(1, min(window, READY_BYTES // (size[0] * size[1] * 4)))
+
+
+def _free_cpus() -> float:
+    import ray
+
+    return float(ray.available_resources().get("CPU", 0.0))

@@ -1,0 +1,294 @@
+"""A connection to one bucket of an object store: opened with the machine's own keys, retried, its errors explained."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from dreamfleet.datasets.environment import masked, variable
+from dreamfleet.datasets.errors import StorageError
+from dreamfleet.datasets.storage.disk import as_storage_error
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+SCHEMES = ("s3", "gs")
+# One policy for all requests; botocore and s3fs are told to try once. (aiohttp sends a request again, at once, when the
+# kept connection that it took turns out to be closed.)
+ATTEMPTS = 5
+FIRST_WAIT_SECONDS = 0.25  # four times longer after each further failure
+PATIENCE_SECONDS = 60.0  # after the first failure; no attempt begins later
+CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0  # of one attempt
+_TRANSIENT_STATUS = {429, 500, 502, 503, 504}
+_TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "InternalError"}
+_TRANSIENT_ERRNO = {
+    errno.EBUSY,  # s3fs's translation of 503 SlowDown
+    errno.EREMOTEIO,  # ... of 500 InternalError
+    errno.ETIMEDOUT,
+    errno.ECONNRESET,
+    errno.ECONNREFUSED,
+    errno.EPIPE,
+    errno.EAGAIN,
+}
+# By name, so that botocore, aiohttp and gcsfs need not be imported here.
+_TRANSIENT_KINDS = {
+    "HTTPClientError",
+    "ConnectionError",
+    "ClientPayloadError",
+    "FSTimeoutError",
+    "TimeoutError",
+}
+# An answer that broke off, or stalled, after it had begun: the request itself had succeeded.
+_BROKEN_OFF_KINDS = {
+    "AioReadTimeoutError",
+    "FSTimeoutError",  # fsspec's translation of it
+    "ResponseStreamingError",
+    "ClientPayloadError",
+    "IncompleteReadError",
+}
+_KEYLESS_KINDS = {"NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError"}
+
+
+class Bucket:
+    """Runs requests against one bucket. Not to be pickled: Storage opens a new one on the other machine."""
+
+    def __init__(self, scheme: str, name: str) -> None:
+        self.scheme = scheme
+        self.name = name
+        self._opened: tuple[int, Any] | None = None
+
+    def run(self, verb: str, path: str, action: Callable[[Any, str], T]) -> T:
+        """Give `action(fsspec file system, key)`, begun again where an answer broke off.
+
+        Each request of the action was tried again by itself (see :func:`next_wait`). `verb` and `path` are for the
+        message of the StorageError that all other failures become.
+        """
+        key, attempt, first_failure = path.partition("://")[2], 0, 0.0
+        while True:
+            attempt += 1
+            try:
+                return action(self.file_system(), key)
+            except StorageError:
+                raise
+            except Exception as error:
+                first_failure = first_failure or time.monotonic()
+                wait = next_wait(attempt, time.monotonic() - first_failure)
+                if wait is None or not _is_one_of(error, _BROKEN_OFF_KINDS):
+                    raise StorageError(masked(self._explain(verb, path, error))) from error
+                log.warning("cannot %s %s yet (%s): trying again in %.1f s", verb, path, _kind(error), wait)
+                time.sleep(wait)
+
+    def is_there(self) -> bool:
+        """Say whether the bucket itself exists."""
+        try:
+            self.file_system().ls(self.name, detail=False)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def file_system(self) -> Any:
+        """The fsspec file system of this process: its event loop does not survive a fork."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = (os.getpid(), _open_file_system(self.scheme))
+        return self._opened[1]
+
+    def _explain(self, verb: str, path: str, error: Exception) -> str:
+        endpoint = _endpoint() if self.scheme == "s3" else None
+        where = f" at {endpoint}" if endpoint else ""
+        absent = isinstance(error, (FileNotFoundError, PermissionError)) and self._surely_missing()
+        if absent:  # some servers deny a write to a bucket that is not there
+            return (
+                f"cannot {verb} {path}: bucket {self.name!r} does not exist{where}. "
+                "Create it, or correct its name"
+            )
+        if isinstance(error, FileNotFoundError):
+            return f"cannot {verb} {path}: it does not exist{where}. Check the name"
+        if _is_one_of(error, _KEYLESS_KINDS):
+            return (
+                f"cannot {verb} {path}: no access keys found. Set AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, here (workers are sent them), or give the machines a role"
+            )
+        if isinstance(error, PermissionError):
+            return (
+                f"cannot {verb} {path}: access denied{where}. Check the access keys (wrong or expired?) and "
+                "that they may list, read and write this bucket"
+            )
+        if _is_one_of(error, _TRANSIENT_KINDS) or isinstance(error, (ConnectionError, TimeoutError)):
+            return (
+                f"cannot {verb} {path}: no answer{where or ' from the bucket'} ({_kind(error)}). Check "
+                "AWS_ENDPOINT_URL and the network"
+            )
+        if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:
+            return (
+                f"cannot {verb} {path}: the server{where} kept failing ({error}). It is overloaded or broken: try "
+                "again later"
+            )
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return str(as_storage_error(verb, getattr(error, "filename", None) or path, error))
+        return f"cannot {verb} {path}: {_kind(error)}: {error}"
+
+    def _surely_missing(self) -> bool:
+        try:
+            return not self.is_there()
+        except Exception as error:  # noqa: BLE001  the first error is the one to tell of
+            log.debug("could not look at bucket %s: %s", self.name, _kind(error))
+            return False
+
+
+def next_wait(attempt: int, since_first_failure: float) -> float | None:
+    """Return the seconds to wait after failed attempt number ``attempt`` (from 1); None to give up."""
+    wait = FIRST_WAIT_SECONDS * 4 ** (attempt - 1)
+    return wait if attempt < ATTEMPTS and since_first_failure + wait < PATIENCE_SECONDS else None
+
+
+def parse_address(text: str) -> tuple[str, str]:
+    """Split an address into (scheme, whole address); scheme "" and an absolute path for local ones."""
+    scheme, separator, rest = text.partition("://")
+    if scheme == "file":
+        text, separator = rest, ""
+    if not separator:
+        if not text:
+            raise StorageError("empty path: name a folder or a bucket (s3://bucket/prefix)")
+        return "", os.path.abspath(os.path.expanduser(text))
+    scheme = {"s3a": "s3", "gcs": "gs"}.get(scheme, scheme)
+    if scheme not in SCHEMES:
+        raise StorageError(f"{scheme}:// is not supported: use a local path, s3:// or gs://")
+    bucket = rest.split("/", 1)[0]
+    if "@" in bucket or ":" in bucket:
+        raise StorageError(
+            f"keys inside a {scheme}:// address are not accepted (they would end up in logs): "
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or GOOGLE_APPLICATION_CREDENTIALS"
+        )
+    if not bucket:
+        raise StorageError(f"{text!r} names no bucket: write {scheme}://bucket/prefix")
+    return scheme, f"{scheme}://{rest.rstrip('/')}"
+
+
+def bucket_has(file_system: Any, key: str) -> bool:
+    """Say whether a key is there, or a file below it."""
+    try:
+        return file_system.info(key)["type"] != "directory" or bool(first_file(file_system, key))
+    except FileNotFoundError:
+        return False
+
+
+def first_file(file_system: Any, key: str) -> list[str]:
+    """List a file below a key, at any depth, and look no further; FileNotFoundError without the key."""
+    entries = file_system.ls(key, detail=True)
+    if files := [entry["name"] for entry in entries if _is_file(entry) and entry["name"] != key]:
+        return files[:1]
+    return next(
+        (found for folder in _folders(entries, key) if (found := first_file(file_system, folder))), []
+    )
+
+
+def bucket_files(file_system: Any, key: str, recursive: bool) -> list[str]:
+    """Names of the files below a key, relative to it, sorted; FileNotFoundError when there are none."""
+    if recursive:
+        entries = list(file_system.find(key, detail=True).values())
+    else:
+        entries = file_system.ls(key, detail=True)
+    start = len(key) + 1
+    found = (entry["name"] for entry in entries if _is_file(entry))
+    return sorted(name[start:] for name in found if name.startswith(f"{key}/"))
+
+
+def bucket_folders(file_system: Any, key: str) -> list[str]:
+    """Names of the folders directly below a key with files in them, sorted; FileNotFoundError without the key."""
+    folders = _folders(file_system.ls(key, detail=True), key)
+    return [folder.rsplit("/", 1)[1] for folder in folders if first_file(file_system, folder)]
+
+
+def bucket_size(file_system: Any, key: str) -> int:
+    """Bytes of an object, or of all objects below a key."""
+    info = file_system.info(key)
+    if info["type"] != "directory":
+        return int(info["size"])
+    return sum(int(entry["size"]) for entry in file_system.find(key, detail=True).values())
+
+
+def _is_file(entry: dict[str, Any]) -> bool:
+    """Whether a listed object is content: consoles and Hadoop make empty objects that stand for folders."""
+    return entry["type"] != "directory" and not entry["name"].endswith(("/", "_$folder$"))
+
+
+def _folders(entries: list[dict[str, Any]], key: str) -> list[str]:
+    found = {entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory"}
+    return sorted(found - {key})
+
+
+def _endpoint() -> str | None:
+    return variable("AWS_ENDPOINT_URL_S3") or variable("AWS_ENDPOINT_URL")
+
+
+def _open_file_system(scheme: str) -> Any:
+    import fsspec
+
+    if scheme == "gs":
+        try:
+            return fsspec.filesystem("gs", use_listings_cache=False)
+        except ImportError as error:
+            raise StorageError("gs:// needs the gcsfs package: pip install gcsfs") from error
+    # fsspec keeps one instance per thread and set of arguments: the keys are among the arguments so that a
+    # change of the environment is seen.
+    file_system = fsspec.filesystem(
+        "s3",
+        session=_session(os.getpid(), os.environ.get("AWS_PROFILE")),
+        endpoint_url=_endpoint(),
+        key=variable("AWS_ACCESS_KEY_ID"),
+        secret=variable("AWS_SECRET_ACCESS_KEY"),
+        token=variable("AWS_SESSION_TOKEN"),
+        use_listings_cache=False,
+        config_kwargs={
+            "connect_timeout": CONNECT_SECONDS,
+            "read_timeout": ANSWER_SECONDS,
+            "retries": {"total_max_attempts": 1, "mode": "standard"},
+        },
+    )
+    file_system.retries = 1
+    return file_system
+
+
+@functools.cache  # a session is one of the arguments that fsspec keeps instances by
+def _session(process: int, profile: str | None) -> Any:
+    """Open a session of botocore whose requests follow our policy."""
+    from aiobotocore.session import AioSession
+
+    session = AioSession()
+    session.register("needs-retry.s3", _needs_retry)
+    return session
+
+
+def _needs_retry(
+    *, response: Any, operation: Any, attempts: int, caught_exception: Any, request_dict: Any, **told: Any
+) -> float | None:
+    """Say, as a handler of botocore's for each request, how long to wait before it is sent again; None for not."""
+    if caught_exception is not None:
+        why = _kind(caught_exception)
+        passing = _is_one_of(caught_exception, _TRANSIENT_KINDS)
+    else:
+        status, code = response[0].status_code, response[1].get("Error", {}).get("Code")
+        why = f"{status} {code}"
+        passing = status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES
+    if not passing:
+        return None
+    now = time.monotonic()
+    wait = next_wait(attempts, now - request_dict["context"].setdefault("first_failure", now))
+    if wait is not None:
+        log.warning(
+            "%s %s failed (%s): trying again in %.1f s", operation.name, request_dict["url_path"], why, wait
+        )
+    return wait
+
+
+def _is_one_of(error: BaseException, names: set[str]) -> bool:
+    return any(kind.__name__ in names for kind in type(error).__mro__)
+
+
+def _kind(error: BaseException) -> str:
+    return type(error).__name__

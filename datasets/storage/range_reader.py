@@ -1,0 +1,68 @@
+"""Files that are read in pieces, on disk or in a bucket, as pyarrow wants them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyarrow as pa
+
+from dreamfleet.datasets.storage.disk import explained
+from dreamfleet.datasets.storage.object_store import Bucket
+from dreamfleet.datasets.storage.storage import Storage
+
+
+@contextmanager
+def pieces_of(storage: Storage, rel: str, *, size: int) -> Iterator[pa.NativeFile]:
+    """Open a file of ``size`` bytes for reading pieces of it: mapped on disk, by ranges from a bucket. StorageError."""
+    path = storage.path(rel)
+    if storage.is_local:
+        with explained("read", path):
+            mapped = pa.memory_map(path)
+        with mapped:
+            yield mapped
+        return
+    bucket = Bucket(storage.scheme, path.partition("://")[2].split("/", 1)[0])
+    with pa.PythonFile(_Ranges(bucket, path, size), mode="r") as file:
+        yield file
+
+
+def first_bytes(storage: Storage, rel: str, *, size: int) -> bytes:
+    """Read the beginning of a file, at most ``size`` bytes. StorageError."""
+    if storage.is_local:
+        path = storage.path(rel)
+        with explained("read", path), open(path, "rb") as file:
+            return file.read(size)
+    with pieces_of(storage, rel, size=size) as start:
+        return bytes(start.read(size))
+
+
+class _Ranges(io.RawIOBase):
+    """A file in a bucket: each read is one request for just these bytes."""
+
+    def __init__(self, bucket: Bucket, path: str, size: int):
+        super().__init__()
+        self._bucket, self._path, self._size, self._at = bucket, path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        start, end = self._at, self._size if size < 0 else min(self._size, self._at + size)
+        if start >= end:
+            return b""
+        self._at = end
+        return self._bucket.run(
+            "read", self._path, lambda fs, key: bytes(fs.cat_file(key, start=start, end=end))
+        )

@@ -1,0 +1,203 @@
+"""Captions as lists of tags: added, removed, renamed, put in order; pure text, and the files it is kept in."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from dreamfleet.datasets.captions import split_tags
+from dreamfleet.datasets.errors import DataError
+from dreamfleet.datasets.index.caption_files import Captions
+from dreamfleet.datasets.index.caption_tables import edited_table
+from dreamfleet.datasets.index.file_pairing import composed
+from dreamfleet.datasets.index.image_folder import ImageFolder
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.datasets.tools.inspect import tag_counts
+
+# Faces that are tags; the WD tagger's list, whose underscores stay.
+_FACES = "0_0 (o)_(o) +_+ +_- ._. <o>_<o> <|>_<|> =_= >_< 3_3 6_9 >_o @_@ ^_^ o_o u_u x_x |_| ||_||"
+KAOMOJI = frozenset(_FACES.split())
+BACKUPS = ".tags-before-"  # hidden: no picture or caption is looked for there
+
+_BRACKET = re.compile(r"(?<!\\)([()])")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is done to a caption's tags, in this order; `remove` and the left of `replace` may hold `*`.
+
+    A tag matches whatever its underscores and escaped brackets: `red_hair` is `red hair`.
+    """
+
+    spaces: bool = False  # for underscores, faces excepted
+    replace: tuple[tuple[str, str], ...] = ()
+    remove: tuple[str, ...] = ()
+    add: tuple[str, ...] = ()
+    prepend: tuple[str, ...] = ()
+    dedupe: bool = False
+    sort: bool = False
+    trigger: str = ""  # comes first, once
+    escape: bool = False  # brackets, which mean emphasis in the webui
+
+    @property
+    def changes(self) -> bool:
+        """False for an edit that leaves everything as it is."""
+        return self != Edit()
+
+
+class Captioned(NamedTuple):
+    """The captions of a folder's images, in their order, each None where there is none; ``column`` of its tables."""
+
+    files: ImageFolder
+    texts: dict[str, str | None]
+    column: str | None
+
+
+class Edited(NamedTuple):
+    """What editing a folder did: captions read, pictures without one, tags afterwards, and what changed."""
+
+    captions: int
+    without: int
+    tags: dict[str, int]  # most frequent first
+    changed: dict[str, dict[str, str]]  # picture's name -> "before" and "after"
+    backup: str | None
+
+
+def edit_folder(
+    folder: str,
+    edit: Edit,
+    *,
+    out: str | None = None,
+    dry_run: bool = False,
+    create: bool = False,
+    caption_column: str | None = None,
+) -> Edited:
+    """Edit the captions of a folder in place or, all of them, into the new folder `out`.
+
+    With `create` images without a caption get one too. Raises DataError as read_captions and write_captions do.
+    """
+    captioned = read_captions(folder, caption_column)
+    before = {name: text or "" for name, text in captioned.texts.items() if text is not None or create}
+    after = {name: edit_caption(text, edit) for name, text in before.items()}
+    changed = {name: text for name, text in after.items() if text != before[name]}
+    backup = None
+    if not dry_run and (changed or out is not None):
+        target = None if out is None else Storage(out)
+        backup = write_captions(captioned, changed if target is None else after, target)
+    diff = {name: {"before": before[name], "after": text} for name, text in changed.items()}
+    bare = sum(text is None for text in captioned.texts.values())
+    return Edited(len(before), bare, tag_counts(list(after.values())), diff, backup)
+
+
+def edit_caption(caption: str, edit: Edit) -> str:
+    """Edit the tags of a caption; each of several lines is a caption of its own."""
+    lines = [line for line in caption.splitlines() if line.strip()] or [""]
+    return "\n".join(", ".join(_edit_tags(split_tags(line), edit)) for line in lines)
+
+
+def with_spaces(tag: str) -> str:
+    """Put spaces for underscores, faces such as `>_<` excepted."""
+    return tag if tag in KAOMOJI else tag.replace("_", " ")
+
+
+def escape_brackets(tag: str) -> str:
+    """Put a backslash before round brackets that have none, outside faces."""
+    return tag if tag in KAOMOJI else _BRACKET.sub(r"\\\1", tag)
+
+
+def parse_replacement(text: str) -> tuple[str, str]:
+    """Read `old=new` (or `old=>new` for faces such as `=_=`). DataError for what is neither."""
+    old, found, new = text.partition("=>" if "=>" in text else "=")
+    if not found or not old.strip():
+        raise DataError(f"replace {text!r}: write old=new, or old=>new where a tag holds =")
+    return old.strip(), new.strip()
+
+
+def read_captions(folder: str | Storage, column: str | None = None) -> Captioned:
+    """Read the captions of all images of a folder as training would.
+
+    Raises DataError when there is no folder or no image, and for captions that are no text: all at once.
+    """
+    files = ImageFolder(folder)
+    if not files.images:
+        raise DataError(f"no image in {files.storage.url}. Name a folder of images (.png, .jpg, .webp ...)")
+    texts = Captions(files, column).of_all(files.images)
+    return Captioned(files, dict(zip(files.images, texts, strict=True)), column)
+
+
+def write_captions(captioned: Captioned, changed: dict[str, str], out: Storage | None) -> str | None:
+    """Write changed captions (image's name -> text) where they were, or as .txt files into `out`.
+
+    In place each file is first copied to a hidden folder, whose address is returned. An image without a caption, or
+    with one in a file that other images read as well, gets a file of its own. Raises DataError, before anything is
+    written, for captions in tables other than metadata.jsonl, and for an `out` that is in use.
+    """
+    files, storage = captioned.files, captioned.files.storage
+    if out is not None:
+        if out.list("", True):
+            raise DataError(
+                f"{out.url} is not empty, and nothing there is overwritten. Choose another folder"
+            )
+        for name, text in changed.items():
+            out.write_text(files.new_text_file(name), text + "\n")
+        return None
+    found = Captions(files, captioned.column)
+    tables: dict[str, dict[str, str]] = {}
+    written: dict[str, str] = {}
+    for name, text in changed.items():
+        file = found.file_of(name)
+        if file in files.tables:
+            tables.setdefault(str(file), {})[name] = text
+            continue
+        together = files.readers(file) if file is not None else []
+        same = len(together) > 1 and all(changed.get(other) == text for other in together)
+        written[str(file) if same else files.text_file(name)] = text + "\n"
+    written |= {table: edited_table(files, table, texts, captioned.column) for table, texts in tables.items()}
+    backup = BACKUPS + time.strftime("%Y%m%d-%H%M%S")
+    while storage.exists(backup):
+        backup += "-2"
+    there = set(storage.list("", True))
+    existing = [file for file in written if file in there]
+    for file in existing:
+        storage.write_bytes(f"{backup}/{file}", storage.read_bytes(file))
+    for file, text in written.items():
+        storage.write_text(file, text)
+    return storage.path(backup) if existing else None
+
+
+def _edit_tags(tags: list[str], edit: Edit) -> list[str]:
+    if edit.spaces:
+        tags = [with_spaces(tag) for tag in tags]
+    for old, new in edit.replace:
+        matches = _matcher(old)
+        tags = [after for tag in tags for after in (split_tags(new) if matches(tag) else [tag])]
+    for pattern in edit.remove:
+        matches = _matcher(pattern)
+        tags = [tag for tag in tags if not matches(tag)]
+    if edit.dedupe:
+        firsts: dict[str, str] = {}
+        for tag in tags:
+            firsts.setdefault(_key(tag), tag)
+        tags = list(firsts.values())
+    if edit.sort:
+        tags = sorted(tags, key=lambda tag: (_key(tag).casefold(), tag))
+    there = {_key(tag) for tag in tags}
+    first = [tag for tag in edit.prepend if _key(tag) not in there]
+    last = [tag for tag in edit.add if _key(tag) not in there]
+    tags = [*first, *tags, *last]
+    if edit.trigger:
+        tags = [edit.trigger, *(tag for tag in tags if _key(tag) != _key(edit.trigger))]
+    return [escape_brackets(tag) for tag in tags] if edit.escape else tags
+
+
+def _key(tag: str) -> str:
+    """Return what tags are compared by."""
+    return with_spaces(composed(tag).replace("\\(", "(").replace("\\)", ")"))
+
+
+def _matcher(pattern: str) -> Callable[[str], bool]:
+    expression = re.compile(".*".join(re.escape(part) for part in _key(pattern).split("*")), re.DOTALL)
+    return lambda tag: expression.fullmatch(_key(tag)) is not None

@@ -1,0 +1,401 @@
+"""Submission without a cluster: what a job takes along and is told, where it goes, how its end is understood."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import re
+import socket
+import threading
+import zipfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from dreamfleet.cluster.cli.program import app
+from dreamfleet.cluster.jobs import client as jobs
+from dreamfleet.cluster.jobs.client import Job, JobServer, job_address
+from dreamfleet.cluster.jobs.package import check_here, pack, write_wheel
+from dreamfleet.cluster.jobs.submit import (
+    make_entrypoint,
+    make_job_id,
+    make_resume_command,
+    read_environment,
+    send,
+)
+from dreamfleet.datasets.errors import RecipeError, ResourceError, UserError
+from dreamfleet.trainers.recipe import Recipe, build_recipe, load_recipe
+
+BUCKET = "s3://bucket/run"
+
+
+def make_recipe(folder: Path, **changes: Any) -> Recipe:
+    return build_recipe(tiny.make_recipe(folder, **{"output_dir": BUCKET, **changes}), folder=str(folder))
+
+
+# ---------------------------------------------------------------- the parcel
+
+
+def test_local_files_go_along_and_the_recipe_finds_them(tmp_path: Path) -> None:
+    templates = tmp_path / "words.txt"
+    templates.write_text("a photo of [name]\n")
+    (tmp_path / "more" / "pictures").mkdir(parents=True)
+    tiny.make_images(tmp_path / "more" / "pictures", 2, seed=1, captions=True)
+    recipe = make_recipe(
+        tmp_path,
+        method={"name": "textual_inversion", "placeholder_token": "<cat>", "template_file": str(templates)},
+        validation__holdout=str(tmp_path / "more" / "pictures"),  # a second folder of the same name
+        validation__prompts=["/imagine a cat"],  # no path, though it looks like one
+    )
+    parcel = pack(recipe)
+    assert parcel.recipe.output_dir == BUCKET
+    assert parcel.recipe.data.instance_data_dir == "./inputs/pictures"
+    assert parcel.recipe.validation.holdout == "./inputs/2-pictures"
+    assert parcel.recipe.validation.prompts == ["/imagine a cat"]
+
+    written = parcel.write(tmp_path)
+    assert written.read_bytes() == pack(recipe).write(tmp_path / "more").read_bytes(), (
+        "Ray would upload it again"
+    )
+    there = tmp_path / "there"
+    zipfile.ZipFile(written).extractall(there)
+    read = load_recipe(there / "recipe.yaml")
+    assert read.data.instance_data_dir == str(there / "inputs" / "pictures")
+    assert read.model.pretrained_model_name_or_path == str(there / "inputs" / "model")
+    assert (there / "inputs" / "words.txt").read_text() == templates.read_text()
+    assert sorted(p.name for p in (there / "inputs" / "2-pictures").iterdir()) == [
+        "000.png", "000.txt", "001.png", "001.txt"
+    ]  # fmt: skip
+    for path in (tmp_path / "model").rglob("*.safetensors"):
+        assert (there / "inputs" / path.relative_to(tmp_path)).read_bytes() == path.read_bytes()
+    check_here(read)
+
+
+def test_addresses_names_and_shared_folders_stay(tmp_path: Path) -> None:
+    recipe = make_recipe(
+        tmp_path,
+        model__pretrained_model_name_or_path="some/hub-name",
+        data__instance_data_dir="s3://bucket/cat",
+        data__class_data_dir="/mnt/everywhere/cats",  # only the cluster has it
+        output_dir="/mnt/everywhere/runs/cat",
+    )
+    parcel = pack(recipe, shared=["/mnt/everywhere/"])
+    assert parcel.recipe == recipe
+    assert parcel.files == {}
+    check_here(recipe)  # nothing of it can be seen from here
+
+
+def test_a_concepts_file_is_read_before_it_moves(tmp_path: Path) -> None:
+    tiny.make_images(tmp_path / "set" / "dog", 2)
+    entries = [{"instance_data_dir": "dog", "instance_prompt": "sks dog"}]
+    (tmp_path / "set" / "concepts.json").write_text(json.dumps(entries))
+    data = {"concepts_list": str(tmp_path / "set" / "concepts.json"), "resolution": tiny.RESOLUTION}
+    parcel = pack(make_recipe(tmp_path, data=data))
+    assert [concept.instance_data_dir for concept in parcel.recipe.data.concepts_list or ()] == [
+        "./inputs/dog"
+    ]
+    assert {"inputs/dog/000.png", "inputs/dog/001.png"} < set(parcel.files)
+
+
+def test_too_much_names_the_largest_and_the_ways_out(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    with open(tmp_path / "pictures" / "huge.png", "wb") as file:
+        file.truncate(300 * 2**20)  # takes no room on disk, and is not read
+    with pytest.raises(
+        RecipeError, match=r"data\.instance_data_dir: .*/pictures .*300 MiB.*200 MiB.*s3://.*--shared"
+    ):
+        pack(recipe)
+    pack(recipe, shared=[str(tmp_path / "pictures")])
+
+
+def test_what_the_cluster_could_not_keep_or_find_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"output_dir .*s3://BUCKET/PREFIX.*--shared"):
+        pack(make_recipe(tmp_path, output_dir="runs/cat"))
+    with pytest.raises(RecipeError, match=r"output_dir"):  # a name that merely begins like a shared folder
+        pack(make_recipe(tmp_path, output_dir="/mnt/everywhere2/cat"), shared=["/mnt/everywhere"])
+    with pytest.raises(RecipeError, match=r"validation\.holdout: .*/nowhere/at/all .*--shared /nowhere/at"):
+        pack(make_recipe(tmp_path, validation__holdout="/nowhere/at/all"))
+    changes = {"data__class_data_dir": str(tmp_path / "pictures"), "method__with_prior_preservation": True}
+    with pytest.raises(RecipeError, match=r"class_data_dir .* 6 .*method\.num_class_images.* 100"):
+        pack(make_recipe(tmp_path, **changes))
+    pack(make_recipe(tmp_path, **changes, method__num_class_images=6))
+    here = make_recipe(tmp_path, output_dir="runs/cat", data__cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(RecipeError, match=r"data\.cache_dir .*s3://BUCKET/PREFIX.*--shared"):
+        pack(here, makes_cache=True)
+    kept = make_recipe(tmp_path, output_dir="runs/cat", data__cache_dir="s3://bucket/latents")
+    assert pack(kept, makes_cache=True).recipe.data.cache_dir == "s3://bucket/latents"
+
+
+def test_missing_images_are_told_before_anything_is_sent(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    for image in (tmp_path / "pictures").iterdir():
+        image.unlink()
+    with pytest.raises(UserError, match="pictures"):
+        check_here(recipe)
+
+
+def test_the_wheel_holds_the_running_code_under_a_name_of_its_content(tmp_path: Path) -> None:
+    from dreamfleet.cluster.jobs import package as running
+
+    wheel = write_wheel(tmp_path)
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.testzip() is None
+        names = set(archive.namelist())
+        assert archive.read("dreamfleet/cluster/jobs/package.py") == Path(running.__file__).read_bytes()
+        metadata = archive.read(next(n for n in names if n.endswith("/METADATA"))).decode()
+        record = archive.read(next(n for n in names if n.endswith("/RECORD"))).decode()
+    assert "dreamfleet/trainers/models/pocket/model_index.json" in names
+    assert not [name for name in names if "__pycache__" in name or name.startswith("dreamfleet/tests")]
+    assert "Requires-Dist" not in metadata, "Ray's pip would install another torch and Ray beside it"
+    assert {line.split(",")[0] for line in record.splitlines()} == names
+    (tmp_path / "again").mkdir()
+    again = write_wheel(tmp_path / "again")
+    assert again.name == wheel.name
+    assert again.read_bytes() == wheel.read_bytes()
+
+
+# ---------------------------------------------------------------- the job
+
+
+class FakeClient:
+    """Ray's client with a queue of logs: each connection yields one list of texts, or breaks where an error stands."""
+
+    def __init__(self, *connections: list[str | BaseException], states: list[str] | None = None):
+        self.connections = list(connections)
+        self.states = states or ["SUCCEEDED"]
+        self.submitted: dict[str, Any] = {}
+
+    def submit_job(self, **given: Any) -> None:
+        runtime_env = given["runtime_env"]
+        assert Path(runtime_env["working_dir"]).exists()
+        assert all(Path(wheel).exists() for wheel in runtime_env["py_modules"])
+        self.submitted = given
+
+    def get_job_info(self, job_id: str) -> SimpleNamespace:
+        state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        return details(state, submission_id=job_id)
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        for text in self.connections.pop(0):
+            if isinstance(text, BaseException):
+                raise text
+            yield text
+
+
+def details(state: str = "RUNNING", **more: Any) -> SimpleNamespace:
+    given = {
+        "submission_id": "cat-1", "job_id": None, "status": state, "metadata": {}, "start_time": 1000,
+        "end_time": None, "driver_exit_code": None, "message": None, **more,
+    }  # fmt: skip
+    return SimpleNamespace(**given)
+
+
+def test_a_job_is_sent_with_code_inputs_and_grace_to_save(tmp_path: Path) -> None:
+    client, said = FakeClient(), []
+    parcel = pack(make_recipe(tmp_path))
+    job_id = send(
+        JobServer(client, "http://head:8265"),
+        parcel,
+        ["train", "--resume"],
+        typed=["train", "my cat.yaml", "--resume"],
+        environment={"SECRET": "shh", "TQDM_DISABLE": "0"},
+        say=said.append,
+    )
+    sent = client.submitted
+    assert sent["submission_id"] == job_id
+    assert sent["entrypoint"] == "exec python -m dreamfleet.cluster.cli train recipe.yaml --resume"
+    environment = sent["runtime_env"]["env_vars"]
+    assert int(environment["RAY_JOB_STOP_WAIT_TIME_S"]) >= 600
+    assert environment["DREAMFLEET_RESUME_WITH"] == "dreamfleet submit ... -- train 'my cat.yaml' --resume"
+    assert (environment["SECRET"], environment["TQDM_DISABLE"]) == ("shh", "0")  # the person's own come last
+    assert "shh" not in json.dumps([sent["metadata"], sent["entrypoint"], said])
+    assert sent["metadata"]["output_dir"] == BUCKET
+    assert sent["metadata"]["command"] == "train 'my cat.yaml' --resume"
+    assert all(isinstance(value, str) for value in sent["metadata"].values())
+    assert f"{len(parcel.files)} files" in said[0]
+
+
+def test_the_job_knows_the_shared_folders_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a cluster that grows, a run takes local paths only in these."""
+    client = FakeClient()
+    monkeypatch.setattr(jobs, "job_server", lambda address: nullcontext(JobServer(client, "http://head")))
+    recipe = tiny.write_recipe(tmp_path / "r.yaml", tiny.make_recipe(tmp_path))
+    words = ["--shared", str(tmp_path), "--", "train", str(recipe), "scaling.num_workers=1", "--resume"]
+    result = CliRunner().invoke(app, ["submit", *words, "--shared", "/data", "--shared", "/more"])
+    assert result.exit_code == 0, result.output
+    options = client.submitted["entrypoint"].partition("recipe.yaml ")[2]
+    assert options == f"--resume --shared /data --shared /more --shared {tmp_path}"
+
+
+def test_names_and_commands_of_jobs() -> None:
+    assert make_job_id("my cat/√").startswith("my-cat-")
+    assert make_job_id("run") != make_job_id("run")
+    assert make_entrypoint(["tune"]) == "exec python -m dreamfleet.cluster.cli tune recipe.yaml"
+    cache = ["data cache", "--json"]
+    assert make_entrypoint(cache) == "exec python -m dreamfleet.cluster.cli data cache recipe.yaml --json"
+    assert make_resume_command(["train", "r.yaml"]) == "dreamfleet submit ... -- train r.yaml --resume"
+    assert make_resume_command(["data", "cache", "r.yaml"]) == "dreamfleet submit ... -- data cache r.yaml"
+
+
+def test_variables_are_given_or_taken_from_here_and_never_told() -> None:
+    assert read_environment(["A=1=2", "B"], {"B": "two"}) == {"A": "1=2", "B": "two"}
+    with pytest.raises(RecipeError, match="C is not set"):
+        read_environment(["C"], {})
+    with pytest.raises(RecipeError) as told:
+        read_environment(["not a name=secret"], {})
+    assert "secret" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("state", "driver", "code"),
+    [
+        ("SUCCEEDED", 0, 0),
+        ("STOPPED", None, 130),
+        ("FAILED", 1, 1),
+        ("FAILED", 2, 2),
+        ("FAILED", 130, 130),
+        ("FAILED", 127, 1),  # no python there
+        ("FAILED", None, 1),  # the job never began, or its machine went away
+    ],
+)
+def test_a_job_s_end_as_an_exit_code(state: str, driver: int | None, code: int) -> None:
+    job = Job("cat-1", state, {}, driver_exit_code=driver)
+    assert job.is_over
+    assert job.exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("driver", "error_type", "message", "told", "goes_on"),
+    [
+        (-9, "JOB_ENTRYPOINT_COMMAND_ERROR", "failed", "SIGKILL, as .* memory", True),
+        (137, "JOB_ENTRYPOINT_COMMAND_ERROR", "failed", "SIGKILL", True),  # told by a shell
+        (-11, None, "failed", "SIGSEGV.*compiled", True),
+        (-15, None, "failed", "SIGTERM$", True),
+        (1, None, "failed", "exit code 1", True),
+        (127, None, "failed", "exit code 127", True),
+        (255, None, "failed", "exit code 255", True),
+        (130, None, "failed", "interrupted", True),
+        (2, None, "failed", "exit code 2", False),  # to be mended first
+        (None, "JOB_SUPERVISOR_ACTOR_DIED", "its node died.\nID: 1", "its node died$", True),
+        (None, "RUNTIME_ENV_SETUP_FAILURE", "no such wheel", "no such wheel", False),
+        (None, None, "", "does not say why", False),
+    ],
+)
+def test_why_a_job_failed_and_what_goes_on_with_it(
+    driver: int | None, error_type: str | None, message: str, told: str, goes_on: bool
+) -> None:
+    metadata = {"command": "train 'my cat.yaml' train.seed=1"}
+    job = jobs._read(
+        details("FAILED", metadata=metadata, driver_exit_code=driver, error_type=error_type, message=message)
+    )
+    assert re.search(told, str(job.reason))
+    command = "dreamfleet submit ... -- train 'my cat.yaml' train.seed=1 --resume"
+    assert job.resume == (command if goes_on else None)
+    assert Job("cat-1", "SUCCEEDED", metadata).reason is Job("cat-1", "STOPPED", metadata).resume is None
+    assert Job("not-ours", "FAILED", {}, driver_exit_code=-9).resume is None
+
+
+def test_a_broken_connection_is_made_anew_without_a_line_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0.0)
+    client = FakeClient(
+        ["step 1\n", "step 2\n", RuntimeError("closed")],
+        [ConnectionResetError()],
+        ["step 1\nstep 2\nst", "ep 3\n"],
+        states=["PENDING", "RUNNING", "FAILED"],
+    )
+    shown: list[str] = []
+    job = JobServer(client, "http://head:8265").follow("cat-1", shown.append)
+    assert "".join(shown) == "step 1\nstep 2\nstep 3\n"
+    assert (job.id, job.state) == ("cat-1", "FAILED")
+    shown.clear()
+    JobServer(FakeClient(["old\nnew\n"]), "http://head:8265").follow("cat-1", shown.append, skip=4)
+    assert "".join(shown) == "new\n"
+
+
+# ---------------------------------------------------------------- the way there
+
+
+def test_where_jobs_go() -> None:
+    assert job_address(None, {}) == "http://127.0.0.1:8265"
+    assert job_address(None, {"RAY_ADDRESS": "10.0.0.5:6379"}) == "http://127.0.0.1:8265"
+    assert job_address(None, {"RAY_ADDRESS": "http://a:1"}) == "http://a:1"
+    assert (
+        job_address(None, {"RAY_ADDRESS": "http://a:1", "RAY_API_SERVER_ADDRESS": "https://b/"})
+        == "https://b"
+    )
+    assert job_address("http://c:8265/", {"RAY_API_SERVER_ADDRESS": "http://b:1"}) == "http://c:8265"
+    for wrong in ("10.0.0.5:6379", "ray://10.0.0.5:10001"):
+        with pytest.raises(ResourceError, match=r"--address http://10\.0\.0\.5:8265"):
+            job_address(wrong, {})
+
+
+def test_silence_is_told_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "ANSWER_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with (
+            pytest.raises(ResourceError, match=r"Ray .*timed out"),
+            jobs.job_server(address),
+        ):
+            pass
+    with pytest.raises(ResourceError, match=r"Ray .*refused"), jobs.job_server(address):
+        pass
+
+
+@pytest.fixture
+def web_server() -> Iterator[str]:
+    """Something that speaks HTTP and is no Ray."""
+
+    class NotRay(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(404)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), NotRay) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_web_server_that_is_no_ray_is_told(web_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")  # Ray's own client would go there instead
+    with pytest.raises(ResourceError, match=f"{web_server} .*404"):
+        with jobs.job_server(web_server):
+            pass
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_the_submitted_command_is_read_before_it_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+    recipe = str(tiny.write_recipe(tmp_path / "r.yaml", tiny.make_recipe(tmp_path)))
+
+    def told(*arguments: str) -> str:
+        result = CliRunner().invoke(app, ["submit", *arguments])
+        assert result.exit_code == 2, result.output
+        return result.output
+
+    assert "train or tune" in told("--", "score", recipe)
+    assert "data tags" in told("--", "data", "tags", recipe)
+    assert "No such option: --resume" in told("--", "data", "cache", recipe, "--resume")
+    assert "data.cache_dir" in told("--", "data", "cache", recipe, f"data.cache_dir={tmp_path / 'cache'}")
+    assert "no Ray job server" in told("--", "data", "cache", recipe, "data.cache_dir=s3://b/latents")
+    assert "No such option: --resum" in told("--", "train", recipe, "--resum")
+    assert "before the `--`" in told("--", "train", recipe, "--address", "auto")
+    assert "nowhere.yaml" in told("--", "train", "nowhere.yaml")
+    assert "'max_train_steps'" in told("--", "train", recipe, "train.max_train_step=4")
+    assert "output_dir" in told("--", "train", recipe)
+    assert "NOT_SET" in told("--env", "NOT_SET", "--", "train", recipe, f"output_dir={BUCKET}")
+    # All is well but the cluster; without `--`, too, what follows the command is the command's.
+    assert "no Ray job server" in told("train", recipe, f"output_dir={BUCKET}", "--resume")

@@ -1,0 +1,269 @@
+"""Submission to a real head with token authentication: stop saves, submitting again goes on, ends are told apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from planted import SECRETS, find_planted
+from typer.testing import CliRunner, Result
+
+from dreamfleet.cluster.cli.program import app
+from dreamfleet.trainers.driver import session
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+
+SECRET = "open-sesame"
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head node that takes jobs from who has its token."""
+
+    address: str
+    token: str
+    folder: Path
+
+    def answers(self) -> bool:
+        request = urllib.request.Request(
+            f"{self.address}/api/version", headers={"Authorization": f"Bearer {self.token}"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=5):
+                return True
+        except OSError:
+            return False
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """A head of its own session, ports, temporary and home folder; whoever else runs Ray here is not touched."""
+    port, dashboard, agent, agent_grpc, client = _free_ports(5)
+    folder = tempfile.mkdtemp(prefix="dreamfleet-", dir="/tmp")  # short: sockets lie below it
+    head = Head(f"http://127.0.0.1:{dashboard}", uuid.uuid4().hex * 2, Path(folder))
+    programs = Path(sys.executable).parent  # jobs start `python` and `pip` by name
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "HOME": str(tmp_path_factory.mktemp("home")),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": head.token,
+    }
+    command = [
+        programs / "ray", "start", "--head", "--block", f"--temp-dir={folder}", "--num-cpus=2",
+        "--object-store-memory=100000000", "--node-ip-address=127.0.0.1", f"--port={port}",
+        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+        f"--dashboard-agent-grpc-port={agent_grpc}", f"--ray-client-server-port={client}",
+        "--min-worker-port=0", "--max-worker-port=0",
+    ]  # fmt: skip
+    log = Path(folder) / "start.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        _wait_until(head.answers, process, log)
+        yield head
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(process.pid, number)  # all of Ray but its workers, which end with it
+                process.wait(timeout=5)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def client(head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process as somebody's own machine: the cluster's address and token, and a home without one."""
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", head.token)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head.address)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    yield
+    monkeypatch.undo()
+    session._reread_authentication()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("submit")
+
+
+@pytest.fixture(scope="module")
+def recipe(folder: Path) -> Path:
+    """A run of far more steps than anyone waits for, in a worker of Ray."""
+    tree = tiny.make_recipe(
+        folder,
+        output_dir=str(folder / "runs" / "cat"),
+        scaling__num_workers=1,
+        train__max_train_steps=100_000,
+        train__checkpointing_steps=100_000,
+    )
+    return tiny.write_recipe(folder / "r.yaml", tree)
+
+
+def dreamfleet(*arguments: object) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert SECRET not in result.output
+    return result
+
+
+def submit(recipe: Path, *overrides: str, options: tuple[str, ...] = ()) -> Result:
+    shared = f"--shared={recipe.parent / 'runs'}"
+    return dreamfleet(
+        "submit", shared, "--env", f"PROBE={SECRET}", *options, "--", "train", recipe, *overrides
+    )
+
+
+def test_a_stopped_job_saves_and_submitting_again_goes_on(recipe: Path, head: Head) -> None:
+    run = recipe.parent / "runs" / "cat"
+    sent = submit(recipe)
+    assert sent.exit_code == 0, sent.output
+    job_id = sent.stdout.strip()
+    assert re.fullmatch(r"cat-[0-9a-f]{6}", job_id)
+
+    follower = subprocess.Popen(
+        [sys.executable, "-m", "dreamfleet.cluster.cli", "logs", job_id, "--follow"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert follower.stdout is not None
+    assert next(line for line in follower.stdout if line.startswith("step ")), "no progress was shown"
+    follower.send_signal(signal.SIGINT)
+    _, told = follower.communicate(timeout=60)
+    assert follower.returncode == 130
+    assert "goes on" in told
+
+    rows = {row["id"]: row for row in json.loads(dreamfleet("jobs", "--json").stdout)}
+    assert rows[job_id]["state"] == "RUNNING", "who stops looking does not stop the job"
+    assert rows[job_id]["output_dir"] == str(run)
+    stopped = dreamfleet("stop", job_id)
+    assert stopped.exit_code == 0, stopped.output
+    assert stopped.stdout == f"{job_id} STOPPED\n"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["exit_reason"] == "interrupted"
+    assert (run / "checkpoints" / f"step-{summary['steps']:06d}" / "manifest.json").exists()
+    assert f"dreamfleet submit ... -- train {recipe} --resume" in stopped.stderr
+
+    end = summary["steps"] + 3
+    again = submit(recipe, f"train.max_train_steps={end}", "--resume", options=("--follow",))
+    assert again.exit_code == 0, again.output
+    assert f"step {end}/{end}" in again.stderr
+    resumed = json.loads((run / "summary.json").read_text())
+    assert (resumed["start_step"], resumed["steps"], resumed["workers"]) == (summary["steps"], end, 1)
+    assert resumed["exit_reason"] == "completed"
+    assert (run / "exports" / "cat.safetensors").exists()
+    written = [path.read_text(errors="ignore") for path in run.glob("*.*")]
+    assert not [text for text in written if SECRET in text]
+
+
+def test_a_mistake_only_the_cluster_sees_ends_with_its_exit_code(recipe: Path) -> None:
+    """Follows the test above: its output_dir is in use. The code that says so came as the wheel."""
+    refused = submit(recipe, options=("--follow", "--env", "DREAMFLEET_VERBOSE=1"))
+    assert refused.exit_code == 2
+    assert "--resume" in refused.stderr
+    assert re.search(r"py_modules_files/dreamfleet-[^/]+/dreamfleet/trainers/run\.py", refused.stderr)
+
+    table = dreamfleet("jobs").stdout.splitlines()
+    assert [line.split()[1] for line in table] == ["STATE", "STOPPED", "SUCCEEDED", "FAILED"]
+    job_id = refused.stdout.strip()
+    assert table[-1].startswith(job_id)
+    assert "--resume" in dreamfleet("logs", job_id).stdout
+    assert dreamfleet("logs", job_id, "--follow").exit_code == 2
+    assert dreamfleet("stop", job_id).stdout == f"{job_id} FAILED\n"
+
+
+def test_a_job_whose_driver_is_killed_says_so_and_goes_on(recipe: Path, head: Head) -> None:
+    run = recipe.parent / "runs" / "killed"
+    options = (f"output_dir={run}", "train.checkpointing_steps=1", "train.checkpoints_total_limit=2")
+    job_id = submit(recipe, *options).stdout.strip()
+    deadline = time.monotonic() + 300
+    while not list(run.glob("checkpoints/*/manifest.json")):
+        assert time.monotonic() < deadline, dreamfleet("logs", job_id).output
+        time.sleep(0.5)
+    os.kill(_driver_of(job_id), signal.SIGKILL)
+
+    followed = dreamfleet("logs", job_id, "--follow")
+    assert followed.exit_code == 1
+    command = f"dreamfleet submit ... -- train {recipe} {' '.join(options)} --resume"
+    for told in (followed, dreamfleet("jobs"), dreamfleet("logs", job_id)):
+        assert "SIGKILL" in told.stderr and command in told.stderr, told.output
+    row = json.loads(dreamfleet("jobs", "--json").stdout)[-1]
+    assert (row["id"], row["exit_code"], row["resume"]) == (job_id, 1, command)
+
+    last = max(int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*"))
+    end = submit(recipe, *options, f"train.max_train_steps={last + 2}", "--resume", options=("--follow",))
+    assert end.exit_code == 0, end.output
+    assert "SIGKILL" not in dreamfleet("jobs").stderr, "somebody has gone on with it"
+    assert not find_planted(head.folder, recipe.parent), (
+        "secrets of the client's environment are on the cluster"
+    )
+
+
+def _driver_of(job_id: str) -> int:
+    """Return the process of a job's driver."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command, variables = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if b"dreamfleet.cluster.cli" in command and b"train" in command and job_id.encode() in variables:
+            return int(process.name)
+    raise AssertionError(f"{job_id} has no driver")
+
+
+def test_tokens_and_names_the_cluster_does_not_know(
+    recipe: Path, head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = dreamfleet("logs", "cat-000000")
+    assert unknown.exit_code == 2
+    assert "cat-000000; `dreamfleet jobs`" in unknown.stderr
+    for token in ("0" * 64, None):
+        if token is None:
+            monkeypatch.delenv("RAY_AUTH_TOKEN")
+        else:
+            monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+        refused = submit(recipe)
+        assert refused.exit_code == 2
+        assert "client" in refused.stderr
+        assert "Set RAY_AUTH_TOKEN" in refused.stderr
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text(head.token)
+    assert dreamfleet("jobs").exit_code == 0
+
+
+def _free_ports(count: int) -> list[int]:
+    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in held]
+    for each in held:
+        each.close()
+    return ports
+
+
+def _wait_until(ready: Any, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not ready():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"the head did not start: {log.read_text()[-3000:]}")
+        time.sleep(0.5)

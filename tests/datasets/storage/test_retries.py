@@ -1,0 +1,210 @@
+"""One retry policy for all requests to a bucket: attempts and seconds, against servers that fail in every way."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from dreamfleet.datasets.errors import StorageError
+from dreamfleet.datasets.storage import object_store
+from dreamfleet.datasets.storage.object_store import ATTEMPTS, PATIENCE_SECONDS, next_wait
+from dreamfleet.datasets.storage.storage import Storage
+
+CONTENT = b"in the end"
+LISTING = (
+    b'<?xml version="1.0"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>bucket</Name>'
+    b"<KeyCount>1</KeyCount><IsTruncated>false</IsTruncated><Contents><Key>x/a</Key><Size>10</Size>"
+    b"<LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>e</ETag></Contents></ListBucketResult>"
+)
+
+
+def test_the_policy_is_bounded_in_attempts_and_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    waits = [next_wait(attempt, 0.0) for attempt in range(1, 10)]
+    assert waits == [0.25, 1.0, 4.0, 16.0] + [None] * 5
+    assert next_wait(1, PATIENCE_SECONDS) is None, (
+        "a server that is silent for minutes is not waited for again"
+    )
+
+
+class Server(ThreadingHTTPServer):
+    """An S3 of one object whose ``failures`` first requests go wrong, in the way of ``fail``."""
+
+    daemon_threads = True
+
+    def __init__(self, fail: Callable[[Any], None], failures: float, methods: str):
+        self.seen: list[str] = []
+        self.fail, self.left, self.methods = fail, failures, methods
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a client that has hung up."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+    protocol_version = "HTTP/1.1"
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.seen.append(self.command)
+        if self.command in self.server.methods.split() and self.server.left > 0:
+            self.server.left -= 1
+            self.server.fail(self)
+            return
+        listing = "list-type" in self.path
+        content = LISTING if listing else b"" if body else CONTENT
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", '"e"')
+        self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    do_GET = do_PUT = do_HEAD = do_POST = answer
+
+    def log_message(self, *told: Any) -> None:
+        """Say nothing."""
+
+
+def busy(handler: Handler) -> None:
+    told = (
+        b"" if handler.command == "HEAD" else b"<Error><Code>SlowDown</Code><Message>less</Message></Error>"
+    )
+    handler.send_response(503)
+    handler.send_header("Content-Length", str(len(told)))
+    handler.end_headers()
+    handler.wfile.write(told)
+
+
+def hang_up(handler: Handler) -> None:
+    handler.connection.shutdown(socket.SHUT_RDWR)
+    handler.close_connection = True
+
+
+def say_nothing(handler: Handler) -> None:
+    time.sleep(30)
+
+
+def break_off(handler: Handler) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(CONTENT)))
+    handler.end_headers()
+    handler.wfile.write(CONTENT[:3])
+    handler.wfile.flush()
+    hang_up(handler)
+
+
+def stall(handler: Handler) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(CONTENT)))
+    handler.end_headers()
+    handler.wfile.write(CONTENT[:3])
+    handler.wfile.flush()
+    time.sleep(30)
+
+
+@contextmanager
+def serving(fail: Callable[[Any], None], failures: float, methods: str) -> Iterator[Server]:
+    server = Server(fail, failures, methods)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+            patch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+            for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+                patch.setenv(name, "x")
+            yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy with shorter waits: 5 attempts, 1.2 s after the first failure, 0.5 s for an answer."""
+    monkeypatch.setattr(object_store, "FIRST_WAIT_SECONDS", 0.005)
+    monkeypatch.setattr(object_store, "PATIENCE_SECONDS", 1.2)
+    monkeypatch.setattr(object_store, "ANSWER_SECONDS", 0.5)
+
+
+def read(storage: Storage) -> object:
+    return storage.read_bytes("a")
+
+
+def write(storage: Storage) -> object:
+    return storage.write_bytes("a", CONTENT)
+
+
+def names(storage: Storage) -> object:
+    return storage.list(recursive=True)
+
+
+def fetch(storage: Storage) -> object:
+    with storage.local_copy("a") as path:
+        return path.read_bytes()
+
+
+ACTIONS = [(read, "GET", CONTENT), (write, "PUT", None), (names, "GET", ["a"]), (fetch, "GET", CONTENT)]
+
+
+@pytest.mark.parametrize(
+    ("action", "method", "result"), ACTIONS, ids=lambda value: getattr(value, "__name__", "")
+)
+@pytest.mark.parametrize("fail", [busy, hang_up])
+def test_what_passes_is_tried_again(fail: Any, action: Any, method: str, result: Any) -> None:
+    with serving(fail, ATTEMPTS - 1, method) as server:
+        assert action(Storage("s3://bucket/x")) == result
+    assert server.seen.count(method) == ATTEMPTS, "one more than the failures"
+
+
+@pytest.mark.parametrize(
+    ("action", "method", "result"), ACTIONS, ids=lambda value: getattr(value, "__name__", "")
+)
+@pytest.mark.parametrize("fail", [busy, hang_up])
+def test_what_does_not_pass_is_given_up(fail: Any, action: Any, method: str, result: Any) -> None:
+    with serving(fail, float("inf"), method) as server, pytest.raises(StorageError, match=r"127\.0\.0\.1"):
+        action(Storage("s3://bucket/x"))
+    # aiohttp sends a request again, at once, when a kept connection turns out to be closed.
+    assert ATTEMPTS <= server.seen.count(method) <= (2 * ATTEMPTS if fail is hang_up else ATTEMPTS)
+
+
+@pytest.mark.parametrize("action", [read, fetch])
+@pytest.mark.parametrize("fail", [break_off, stall])
+def test_an_answer_that_breaks_off_is_asked_for_again(fail: Any, action: Any) -> None:
+    with serving(fail, 1, "GET") as server:
+        assert action(Storage("s3://bucket/x")) == CONTENT
+    assert server.seen.count("GET") == 2
+
+
+@pytest.mark.parametrize("fail", [say_nothing, stall])
+@pytest.mark.parametrize("action", [read, names])
+def test_a_silent_server_is_left_in_time(fail: Any, action: Any) -> None:
+    """Two attempts of the default 60 seconds, or five short ones, but never their product."""
+    began = time.monotonic()
+    with serving(fail, float("inf"), "GET HEAD" if fail is say_nothing else "GET") as server:
+        with pytest.raises(StorageError, match="no answer"):
+            action(Storage("s3://bucket/x"))
+        took = time.monotonic() - began
+    assert max(server.seen.count(method) for method in ("GET", "HEAD")) <= ATTEMPTS
+    assert took < 1.2 + 0.5 + 2.0
+
+
+def test_a_refusal_is_not_tried_again() -> None:
+    def refuse(handler: Handler) -> None:
+        handler.send_response(403)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    with serving(refuse, float("inf"), "PUT GET HEAD") as server:
+        with pytest.raises(StorageError, match="denied"):
+            write(Storage("s3://bucket/x"))
+        assert server.seen.count("PUT") == 1

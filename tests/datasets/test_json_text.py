@@ -1,0 +1,109 @@
+"""Every JSON file and output is valid JSON: no NaN, no Infinity, UTF-8."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from dreamfleet.cluster.cli.base import print_json
+from dreamfleet.datasets.json_text import json_text
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.engines.torch_engine import TorchEngine
+from dreamfleet.trainers.recipe import build_recipe
+from dreamfleet.trainers.report.metrics_log import Metrics, read_metrics
+from dreamfleet.trainers.run.recorder import Recorder
+from dreamfleet.trainers.run.run import run_worker
+
+ROOT = Path(__file__).resolve().parents[2]
+# Where JSON is hashed, or is a part of another program's format.
+WRITES_ITSELF = {
+    "datasets/index/index.py", "datasets/index/labels.py", "datasets/json_text.py", "datasets/serve/latent_files.py",
+    "datasets/tools/prepare.py", "trainers/batches/class_image_drawing.py", "trainers/models/sampling/infotext.py",
+    "trainers/models/stable_diffusion/pipeline_folder.py",
+}  # fmt: skip
+
+
+def strict(text: str) -> Any:
+    """Read JSON as a browser does."""
+
+    def refuse(name: str) -> Any:
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_numbers_that_are_not_finite_are_null_and_names_that_are_not_utf8_are_kept() -> None:
+    nan, inf = float("nan"), float("inf")
+    told = {"a": nan, "b": [1.5, -inf, (inf, 2)], "c": {"d": True, "e": None, "f": "ü\udc80"}}
+    text = json_text(told)
+    text.encode("utf-8")
+    assert strict(text) == {
+        "a": None,
+        "b": [1.5, None, [None, 2]],
+        "c": {"d": True, "e": None, "f": "ü\udc80"},
+    }
+    assert "ü" in text
+    with pytest.raises(TypeError):
+        json_text({"a": object()})
+
+
+def test_commands_print_json_that_scripts_can_read(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"loss": float("nan"), "path": Path("x")})
+    assert strict(capsys.readouterr().out) == {"loss": None, "path": "x"}
+
+
+def test_a_step_that_overflowed_is_a_null_in_every_file_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp16 a skipped step has an infinite norm; a held-out loss of a diverging run may be anything."""
+    whole, validate = TorchEngine.step, Recorder.validate
+
+    def overflows(engine: TorchEngine, rates: Any, step: int) -> Any:
+        return whole(engine, rates, step) * float("inf" if step == 2 else 1)
+
+    def diverges(recorder: Recorder, step: int) -> dict[str, float]:
+        recorder.held_out.figures = lambda engine: {"holdout_loss": float("nan")}
+        return validate(recorder, step)
+
+    monkeypatch.setattr(TorchEngine, "step", overflows)
+    monkeypatch.setattr(Recorder, "validate", diverges)
+    holdout = str(tiny.make_images(tmp_path / "holdout", 1))
+    tree = tiny.make_recipe(
+        tmp_path,
+        method={"name": "textual_inversion", "placeholder_token": "<x>", "initializer_token": "cat"},
+        report_to=["tensorboard"],
+        validation={"holdout": holdout, "prompts": ["a cat"], "num_images": 1, "num_inference_steps": 1},
+    )
+    run_worker(build_recipe(tree))
+    run = Path(tree["output_dir"])
+    lines = [strict(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert next(line for line in lines if line["step"] == 2)["grad_norm"] is None
+    assert strict((run / "summary.json").read_text())["figures"]["holdout_loss"] is None
+    for path in [*run.rglob("*.json"), *run.rglob("*.jsonl")]:
+        for text in path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
+            strict(text)
+    assert (run / "report.html").exists()
+
+
+def test_what_an_older_version_wrote_is_read(tmp_path: Path) -> None:
+    run = Storage(str(tmp_path))
+    run.write_text("metrics.jsonl", '{"step": 1, "loss": 1.0, "grad_norm": Infinity}\n{"step": 2, "lo')
+    Metrics(run, start_step=1).close()
+    assert [strict(line) for line in run.read_text("metrics.jsonl").splitlines()] == read_metrics(run)
+    assert read_metrics(run) == [{"step": 1, "loss": 1.0, "grad_norm": None}]
+
+
+def test_json_is_written_in_one_place() -> None:
+    folders = ("cluster", "datasets", "trainers", "tune")
+    found = {
+        str(path.relative_to(ROOT))
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r"\bjson\.dumps?\(", path.read_text())
+    }
+    assert {path for path in found if not path.startswith("trainers/models/formats/")} == WRITES_ITSELF

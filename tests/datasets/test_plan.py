@@ -1,0 +1,153 @@
+"""The batch plan is a pure function of (ids, seed, global batch): no worker count, no order of asking."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dreamfleet.datasets.errors import DataError
+from dreamfleet.datasets.plan import BatchPlan
+from dreamfleet.datasets.rng import key, numpy_rng
+
+
+def test_key_is_pinned_and_tells_parts_apart() -> None:
+    # A changed hash would change every run: this value is part of the determinism users rely on.
+    assert key("noise", 1, "ab") == 7845550034051038017
+    assert key(1) != key("1")
+    assert key("a", "bc") != key("ab", "c")
+    assert 0 <= key("x") < 2**63
+
+
+@given(
+    images=st.integers(1, 9),
+    seed=st.integers(0, 5),
+    batch=st.integers(1, 4),
+    world=st.sampled_from([1, 2, 3]),
+    micros=st.sampled_from([1, 2]),
+    step=st.integers(0, 40),
+)
+def test_workers_share_out_what_one_worker_sees(
+    images: int, seed: int, batch: int, world: int, micros: int, step: int
+) -> None:
+    plan = BatchPlan([0] * images, seed=seed, global_batch=batch * world * micros)
+    whole = plan.draws(step)
+    parts = [
+        draw
+        for micro in range(micros)
+        for rank in range(world)
+        for draw in plan.draws(step, rank=rank, world=world, micro=micro, num_micros=micros)
+    ]
+    assert parts == whole
+
+
+def test_every_epoch_shows_every_image_as_often_as_its_repeats_and_in_another_order() -> None:
+    plan = BatchPlan([0] * 5, seed=3, global_batch=1, repeats=[1, 1, 2, 1, 3])
+    epochs = [[plan.draws(step)[0] for step in range(e * 8, e * 8 + 8)] for e in range(3)]
+    for number, epoch in enumerate(epochs):
+        assert Counter(draw.row for draw in epoch) == {0: 1, 1: 1, 2: 2, 3: 1, 4: 3}
+        assert {draw.epoch for draw in epoch if draw.row == 4} == {
+            3 * number,
+            3 * number + 1,
+            3 * number + 2,
+        }
+    assert len({tuple(draw.row for draw in epoch) for epoch in epochs}) == 3
+
+
+def test_no_draw_ever_repeats_its_noise_key() -> None:
+    plan = BatchPlan([0] * 3, seed=0, global_batch=2, repeats=[1, 2, 1])
+    draws = [draw for step in range(50) for draw in plan.draws(step)]
+    assert len(draws) == len(set(draws))
+
+
+@given(batch=st.integers(1, 6), step=st.integers(0, 30), seed=st.integers(0, 3))
+def test_class_partners_have_their_instances_concept(batch: int, step: int, seed: int) -> None:
+    concepts, classes = [0, 1, 0, 1, 1], [1, 0, 0, 1, 0, 0, 1]
+    plan = BatchPlan(concepts, seed=seed, global_batch=batch, class_concepts=classes)
+    draws, partners = plan.draws(step), plan.class_draws(step)
+    assert [concepts[d.row] for d in draws] == [classes[p.row] for p in partners]
+
+
+def test_class_images_are_each_used_once_before_any_is_used_twice() -> None:
+    plan = BatchPlan([0, 0, 0], seed=1, global_batch=2, class_concepts=[0] * 8)
+    used = [draw for step in range(8) for draw in plan.class_draws(step)]
+    assert Counter(draw.row for draw in used) == dict.fromkeys(range(8), 2)
+    assert [draw.epoch for draw in used] == [0] * 8 + [1] * 8
+
+
+def test_a_concept_without_class_images_and_an_empty_set_are_told() -> None:
+    with pytest.raises(DataError, match=r"concept 1 .*class"):
+        BatchPlan([0, 1], seed=0, global_batch=1, class_concepts=[0, 0])
+    with pytest.raises(DataError, match="no training"):
+        BatchPlan([], seed=0, global_batch=1)
+
+
+@st.composite
+def bucketed(draw: st.DrawFn) -> tuple[list[int], list[int]]:
+    """The bucket and the repeats of one to twelve pictures."""
+    size = draw(st.integers(1, 12))
+    each = st.lists(st.integers(0, 3), min_size=size, max_size=size)
+    return draw(each), [1 + more for more in draw(each)]
+
+
+@given(images=bucketed(), seed=st.integers(0, 3), batch=st.integers(1, 7), step=st.integers(0, 60))
+def test_a_batch_is_of_one_bucket_on_any_number_of_workers(
+    images: tuple[list[int], list[int]], seed: int, batch: int, step: int
+) -> None:
+    buckets, repeats = images
+    plan = BatchPlan([0] * len(buckets), seed=seed, global_batch=batch * 6, repeats=repeats, buckets=buckets)
+    whole = plan.draws(step)
+    assert len(whole) == batch * 6 and len({buckets[draw.row] for draw in whole}) == 1
+    for world, micros in ((2, 3), (3, 1), (1, 6)):
+        parts = [
+            draw
+            for micro in range(micros)
+            for rank in range(world)
+            for draw in plan.draws(step, rank=rank, world=world, micro=micro, num_micros=micros)
+        ]
+        assert parts == whole
+
+
+@given(images=bucketed(), seed=st.integers(0, 3), batch=st.integers(1, 20), epochs=st.integers(1, 6))
+def test_no_bucket_starves_and_none_runs_ahead(
+    images: tuple[list[int], list[int]], seed: int, batch: int, epochs: int
+) -> None:
+    buckets, repeats = images
+    plan = BatchPlan([0] * len(buckets), seed=seed, global_batch=batch, repeats=repeats, buckets=buckets)
+    draws = [draw for step in range(plan.steps_in(epochs)) for draw in plan.draws(step)]
+    assert len(draws) == len(set(draws))  # no noise is used twice
+    used = Counter(draw.row for draw in draws)
+    assert all(used[row] >= epochs * count for row, count in enumerate(repeats))
+    for bucket in set(buckets):
+        rows = [row for row, home in enumerate(buckets) if home == bucket]
+        due = epochs * sum(repeats[row] for row in rows)
+        assert due <= sum(used[row] for row in rows) < due + batch
+
+
+@given(seed=st.integers(0, 3), batch=st.integers(1, 9), step=st.integers(0, 50), images=st.integers(1, 6))
+def test_one_bucket_is_the_plan_without_buckets(seed: int, batch: int, step: int, images: int) -> None:
+    options = {"seed": seed, "global_batch": batch, "repeats": [1 + row % 2 for row in range(images)]}
+    plain = BatchPlan([0] * images, **options)
+    assert BatchPlan([0] * images, buckets=[5] * images, **options).draws(step) == plain.draws(step)
+
+
+def test_buckets_take_turns_in_an_order_drawn_anew_every_epoch() -> None:
+    buckets = [0] * 8 + [1] * 4
+    plan = BatchPlan([0] * 12, seed=0, global_batch=2, buckets=buckets)
+    assert plan.steps_in(1) == 6
+    epochs = [tuple(buckets[plan.draws(step)[0].row] for step in range(e * 6, e * 6 + 6)) for e in range(8)]
+    assert all(Counter(epoch) == {0: 4, 1: 2} for epoch in epochs)
+    assert len(set(epochs)) > 3
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (2, 5), (0.5, 2), (0.1, 1), (4, 10)])
+def test_steps_in_epochs(epochs: float, steps: int) -> None:
+    assert BatchPlan([0] * 5, seed=0, global_batch=2).steps_in(epochs) == steps
+
+
+def test_keyed_rng_does_not_depend_on_what_was_drawn_before() -> None:
+    first = numpy_rng("crop", 1).random(3)
+    numpy_rng("crop", 2).random(100)
+    assert (numpy_rng("crop", 1).random(3) == first).all()

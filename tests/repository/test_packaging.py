@@ -1,0 +1,196 @@
+"""The house stands: the wheel is whole, names do not clash, light modules stay light, the docs are current."""
+
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+FOLDERS = ("cluster", "datasets", "trainers", "tune")
+MEGABYTE = 1_000_000
+
+
+def run_python(code: str, *arguments: str | Path, cwd: Path) -> str:
+    """Run `code` in a Python of its own and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def modules_of(root: Path) -> list[str]:
+    """Dotted names of all modules of the four folders."""
+    files = (p for folder in FOLDERS for p in (root / folder).rglob("*.py"))
+    return sorted("dreamfleet." + ".".join(p.relative_to(root).with_suffix("").parts) for p in files)
+
+
+@pytest.fixture(scope="module")
+def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy of the sources so that earlier build folders cannot lend it files."""
+    import shutil
+
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, source)
+    for name in FOLDERS:
+        shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist"]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return next((source / "dist").glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_wheel_carries_the_pocket_model(root: Path, wheel: Path) -> None:
+    pocket = root / "trainers" / "sd" / "pocket"
+    files = [p for p in pocket.rglob("*") if p.is_file()]
+    assert files, "trainers/models/pocket is empty"
+    assert sum(p.stat().st_size for p in files) <= 24 * MEGABYTE
+    packed = zipfile.ZipFile(wheel).namelist()
+    assert {f"dreamfleet/{p.relative_to(root).as_posix()}" for p in files} <= set(packed)
+    assert not [name for name in packed if name.startswith(("dreamfleet/tests", "tests", "build"))]
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel installed, as pip does it for a user."""
+    target = tmp_path_factory.mktemp("site")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, f"--target={target}", str(wheel)], check=True, capture_output=True, timeout=300)
+    return target
+
+
+# The editable install of this environment must not help out.
+ONLY_INSTALLED = """
+    import importlib, sys
+    from pathlib import Path
+    target = sys.argv[1]
+    sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
+    sys.path[:] = [target, *(p for p in sys.path if "__editable__" not in p)]
+"""
+
+
+@pytest.mark.slow
+def test_every_module_imports_from_the_installed_wheel(root: Path, site: Path, tmp_path: Path) -> None:
+    code = f"""{ONLY_INSTALLED}
+    for name in sys.argv[2].split(","):
+        module = importlib.import_module(name)
+        assert module.__file__.startswith(target), (name, module.__file__)
+    from dreamfleet.cluster import cli
+    assert callable(cli.main)
+    """
+    run_python(code, site, ",".join(modules_of(root)), cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_jobs_take_the_same_files_along_as_the_wheel_has(wheel: Path, site: Path, tmp_path: Path) -> None:
+    """Sent from an installation, and from this checkout, which may hold notes beside the code."""
+    from dreamfleet.cluster.jobs.package import write_wheel
+
+    def code_of(path: str | Path) -> dict[str, bytes]:
+        with zipfile.ZipFile(path) as archive:
+            return {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
+
+    send = "from dreamfleet.cluster.jobs.package import write_wheel\n    print(write_wheel(Path.cwd()))"
+    sent = run_python(f"{ONLY_INSTALLED}    {send}", site, cwd=tmp_path)
+    built = code_of(wheel)
+    assert code_of(sent.strip()) == built
+    (tmp_path / "checkout").mkdir()
+    checkout = code_of(write_wheel(tmp_path / "checkout"))
+    assert {name: checkout.get(name) for name in built} == built
+    assert {name for name in checkout if name.endswith(".py")} <= set(built)
+
+
+def test_hugging_face_datasets_is_importable_from_the_root(root: Path) -> None:
+    """Our folder `datasets/` lies in the current directory and must not shadow the library of that name."""
+    code = """
+        import datasets, dreamfleet.datasets.errors
+        assert hasattr(datasets, "load_dataset"), datasets
+    """
+    run_python(code, cwd=root)
+
+
+@pytest.mark.cluster
+def test_hugging_face_datasets_is_importable_in_a_ray_task(root: Path) -> None:
+    code = """
+        import ray
+
+        @ray.remote
+        def look():
+            import os, datasets, dreamfleet.datasets.errors as ours
+            return os.getcwd(), hasattr(datasets, "load_dataset"), ours.__name__
+
+        ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="ERROR")
+        folder, whole, name = ray.get(look.remote())
+        assert folder == os.getcwd() and whole and name == "dreamfleet.datasets.errors", (folder, whole, name)
+    """
+    run_python("import os\n" + textwrap.dedent(code), cwd=root)
+
+
+@pytest.mark.slow
+def test_the_loop_needs_neither_ray_nor_deepspeed(root: Path, tmp_path: Path) -> None:
+    """What a lone GPU machine measures: everything of trainers/ but the two files that speak to Ray."""
+    apart = (
+        "dreamfleet.cluster",
+        "dreamfleet.tune",
+        "dreamfleet.datasets.serve.stream",
+        "dreamfleet.datasets.serve.cache",
+    )
+    files = (
+        "dreamfleet.trainers.driver.worker",
+        "dreamfleet.trainers.launch",
+        "dreamfleet.trainers.driver.session",
+    )
+    names = [n for n in modules_of(root) if not n.startswith(apart) and n not in files]
+    code = """
+        import importlib, sys
+        class Refuse:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in ("ray", "deepspeed"):
+                    raise ImportError(f"{name} is not to be imported here")
+        sys.meta_path.insert(0, Refuse())
+        for name in sys.argv[1].split(","):
+            importlib.import_module(name)
+    """
+    run_python(code, ",".join(names), cwd=tmp_path)
+
+
+def test_a_recipe_is_read_without_torch(root: Path, tmp_path: Path) -> None:
+    """`dreamfleet --help` answers in under a second: nothing heavy may come with the command line."""
+    code = """
+        import sys
+        import dreamfleet.cluster.cli
+        heavy = {"torch", "ray", "diffusers", "transformers", "deepspeed", "numpy", "PIL", "pyarrow"} & set(sys.modules)
+        assert not heavy, heavy
+    """
+    run_python(code, cwd=tmp_path)
+
+
+def test_constraints_pin_every_dependency(root: Path) -> None:
+    import re
+    import tomllib
+
+    def plain(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~; ]", name)[0]).lower()
+
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(d for e in project["optional-dependencies"].values() for d in e)]
+    lines = (root / "constraints.txt").read_text().splitlines()
+    pins = {plain(line): line for line in lines if line and not line.startswith("#")}
+    assert {plain(name) for name in wanted} <= set(pins)
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in pins.values())
+
+
+def test_pyproject_lists_every_package(root: Path) -> None:
+    """A subpackage left out of the list is missing from the wheel only, where nobody looks."""
+    import tomllib
+
+    listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert {name.rpartition(".")[0] for name in modules_of(root)} <= set(listed)

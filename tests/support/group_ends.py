@@ -1,0 +1,115 @@
+"""Runs of two ranks that end in every way, and what they leave of their process groups; run by test_process_group.py.
+
+The ranks are forked after the imports, which take longer than the runs. Whoever made the group destroys it while it
+still has the error of the run in hand, as Ray Train does, and while something still refers to the engine.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import tiny
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from dreamfleet.trainers.engines.torch_engine import TorchEngine
+from dreamfleet.trainers.methods.dreambooth import DreamBooth
+from dreamfleet.trainers.optim.optimizers import OptimizerConfig
+from dreamfleet.trainers.recipe import build_recipe
+from dreamfleet.trainers.run import build as assemble
+from dreamfleet.trainers.run.run import run_worker
+
+WORLD = 2
+
+
+def fail(*_: Any, **__: Any) -> Any:
+    """Stand for the code that fails."""
+    raise RuntimeError("planted")
+
+
+def interrupt(*_: Any, **__: Any) -> Any:
+    """Stand for Ctrl-C, pressed twice."""
+    raise KeyboardInterrupt
+
+
+#: How a run ends -> what is put in place of which attribute to make it end like that.
+ENDS: dict[str, tuple[Any, str, Callable[..., Any]] | None] = {
+    "completed": None,
+    "fails in the forward pass": (DreamBooth, "forward", fail),
+    "fails inside DDP": (DistributedDataParallel, "_post_forward", fail),
+    "fails in a step": (TorchEngine, "step", fail),
+    "is interrupted": (TorchEngine, "step", interrupt),
+    "fails after the engine was built": (assemble, "make_rates", fail),
+}
+
+
+@contextmanager
+def counted_reducers() -> Iterator[list[weakref.ref[Any]]]:
+    """Give a weak reference to every reducer and logger that DDP makes within this context."""
+    made: list[weakref.ref[Any]] = []
+
+    def counting(kind: Callable[..., Any]) -> Callable[..., Any]:
+        def make(*arguments: Any) -> Any:
+            found = kind(*arguments)
+            made.append(weakref.ref(found))
+            return found
+
+        return make
+
+    with (
+        mock.patch.object(dist, "Reducer", counting(dist.Reducer)),
+        mock.patch.object(dist, "Logger", counting(dist.Logger)),
+    ):
+        yield made
+
+
+def end(how: str, folder: Path, rank: int) -> dict[str, Any]:
+    """Run until it ends as it is told, and destroy the group; say what was left at that moment."""
+    store = f"file://{folder}/store-{list(ENDS).index(how)}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
+    recipe = build_recipe(tiny.make_recipe(folder, output_dir=str(folder / how), train__train_batch_size=1))
+    planted, error = ENDS[how], None
+    engines: list[TorchEngine] = []
+
+    def build(engine: TorchEngine, optimizer: OptimizerConfig, build: Any = TorchEngine._build) -> None:
+        engines.append(engine)
+        build(engine, optimizer)
+
+    with (
+        counted_reducers() as made,
+        mock.patch.object(TorchEngine, "_build", build),
+        mock.patch.object(*planted) if planted else mock.MagicMock(),
+    ):
+        try:
+            run_worker(recipe, rank=rank, world=WORLD)
+        except BaseException as raised:  # noqa: BLE001 - kept, as Ray Train keeps it
+            error = raised
+    left = sum(reference() is not None for reference in made)
+    if not left:  # else this process would hang here, or at its end
+        dist.destroy_process_group()
+    return {"error": type(error).__name__, "made": len(made), "left": left}
+
+
+def main(rank: int, folder: Path) -> None:
+    """Go through every end, and write what was seen."""
+    torch.set_num_threads(1)
+    seen: dict[str, Any] = {}
+    for how in ENDS:
+        seen[how] = end(how, folder, rank)
+        if seen[how]["left"]:
+            break
+    (folder / f"seen-{rank}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    tiny.make_recipe(place)
+    torch.multiprocessing.start_processes(main, args=(place,), nprocs=WORLD, start_method="fork")

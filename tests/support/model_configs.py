@@ -1,0 +1,21 @@
+"""Configurations of published models, without weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dreamfleet.trainers.models.formats.ldm_names import FAMILY_CONFIGS, Family
+
+# Published sizes of Stable Diffusion 1.5's parts.
+SD15 = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
+
+
+def write_configs(folder: Path, family: Family = "sd1", **changes: dict[str, Any]) -> Path:
+    """Write a Stable Diffusion, 1.5 when no family is named, as a diffusers folder without a single weight."""
+    for part, config in FAMILY_CONFIGS[family].items():
+        if part != "scheduler":
+            (folder / part).mkdir(parents=True)
+            (folder / part / "config.json").write_text(json.dumps({**config, **changes.get(part, {})}))
+    return folder

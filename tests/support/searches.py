@@ -1,0 +1,65 @@
+"""Recipes with a search, made-up trials and their folders, for the tests of the search."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dreamfleet.trainers.recipe import Recipe, build_recipe
+from dreamfleet.tune.trial_store import Ledger, Trial
+
+RATES = {"distribution": "loguniform", "lower": 1e-4, "upper": 1e-1}
+VECTORS = {"distribution": "choice", "values": [1, 2, 4]}
+
+
+def make_tree(folder: Path | str = "runs/x", **section: Any) -> dict[str, Any]:
+    space = {"optimizer.learning_rate": RATES, "method.num_vectors": VECTORS}
+    return {
+        "method": {"name": "textual_inversion", "placeholder_token": "<x>"},
+        "data": {"instance_data_dir": "pictures"},
+        "train": {"max_train_steps": 100},
+        "validation": {"holdout": "holdout", "steps": 10},
+        "scaling": {"num_workers": 2},
+        "search": {"space": space, "num_trials": 6, **section},
+        "output_dir": str(folder),
+    }
+
+
+def make_recipe(folder: Path | str = "runs/x", **section: Any) -> Recipe:
+    return build_recipe(make_tree(folder, **section))
+
+
+def loss_at(point: dict[str, Any]) -> float:
+    """A made-up objective with its minimum at 2e-3 and two vectors."""
+    return abs(point["optimizer.learning_rate"] / 2e-3 - 1) + abs(point["method.num_vectors"] - 2)
+
+
+def make_trials(metric: str = "holdout_loss") -> list[Trial]:
+    def trial(number: int, rate: float, vectors: int, status: str, values: list[float]) -> Trial:
+        rounds = [{"step": 10 * k, metric: value} for k, value in enumerate(values)]
+        point = {"optimizer.learning_rate": rate, "method.num_vectors": vectors}
+        return Trial(f"trial-{number:03d}", point, status, rounds, 3.5)
+
+    failed = trial(4, 9e-2, 1, "failed", [])
+    failed.error = "the loss is <no> number"
+    return [
+        trial(0, 1e-3, 1, "completed", [0.9, 0.5, 0.4]),
+        trial(1, 2e-3, 2, "completed", [0.9, 0.4, 0.3]),
+        trial(2, 5e-2, 4, "stopped", [0.9, 0.2]),
+        trial(3, 2e-4, 4, "interrupted", [0.9]),
+        failed,
+    ]
+
+
+def make_searched_folder(folder: Path, **section: Any) -> Ledger:
+    ledger = Ledger(make_recipe(folder, **section), make_trials())
+    for number, trial in enumerate(ledger.trials[:4]):
+        samples = folder / trial.folder / "samples"
+        samples.mkdir(parents=True)
+        Image.new("RGB", (16, 16), (60 * number, 0, 0)).save(samples / "step-000020.png")
+        cell = {"prompt": "a <x>", "seed": 0, "row": 0, "column": 0, "width": 16, "height": 16}
+        (samples / "step-000020.jsonl").write_text(json.dumps(cell))
+    return ledger

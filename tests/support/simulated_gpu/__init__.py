@@ -1,0 +1,169 @@
+"""A simulated CUDA GPU for torch's CPU build: call :func:`install` once, before anything asks for a device.
+
+Tensors on ``cuda`` are real torch tensors of the CUDA device type, with storage, generators, streams and page-locked
+memory of their own; their kernels run on the host over the same bytes. So the code under test takes every branch that
+it takes on a GPU, and what a GPU refuses is refused: mixed devices, a generator of the wrong device, NumPy arrays of
+GPU tensors, operators without a CUDA kernel, CPU tensors over NCCL, two ranks on one device over NCCL, too much memory.
+Every operation that makes the host wait is recorded with the line that asked for it.
+
+It cannot show numbers of real kernels, speed, asynchronous order (nothing overlaps), NCCL, cuDNN, or compiled kernels.
+It needs the version of torch in ``TORCH`` (it uses internal headers), a C++ compiler, and a process of its own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+TORCH = "2.13"
+MEMORY = 80 * 2**30
+CONTEXT = 400 * 2**20  # what a process takes of a device besides its tensors
+#: Operators whose result the host has to know: each waits for everything queued before it.
+WAITING = (
+    "aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::nonzero.out", "aten::masked_select",
+    "aten::masked_select.out", "aten::_unique", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive",
+    "aten::repeat_interleave.Tensor", "aten::bincount", "aten::is_nonzero",
+)  # fmt: skip
+
+ext: Any = None  # the compiled module, once installed
+_busy = threading.local()
+
+
+class Event(NamedTuple):
+    """One recorded event: its kind, what happened, how many bytes, and the lines that led to it, innermost first."""
+
+    kind: str
+    what: str
+    size: int
+    lines: tuple[str, ...]
+
+
+events: list[Event] = []
+
+
+def missing() -> str | None:
+    """Say why no GPU can be simulated here; None where one can."""
+    import torch
+
+    if torch.version.cuda is not None or torch.cuda.is_available():
+        return "this torch has CUDA itself"
+    if not torch.__version__.startswith(f"{TORCH}."):
+        return f"made for torch {TORCH}, this is {torch.__version__}"
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        return "no C++ compiler (apt-get install g++)"
+    return None
+
+
+def install(*, devices: int = 1) -> Any:
+    """Make torch see ``devices`` GPUs of ``MEMORY`` bytes each; compiles the extension where that was not done yet."""
+    global ext
+    if ext is not None:
+        return ext
+    if (reason := missing()) is not None:
+        raise RuntimeError(f"no GPU can be simulated: {reason}")
+    built = build()
+    unchecked, cpu_only = _operators()
+    if not built.install(devices, unchecked, cpu_only, list(WAITING), _record):
+        raise RuntimeError("torch asked for CUDA before the simulated GPU was installed: install it earlier")
+    built.set_total(MEMORY)
+    ext = built
+    from simulated_gpu import patches
+
+    patches.apply(built, devices)
+    return ext
+
+
+def build() -> Any:
+    """Compile (half a minute, once; kept in TORCH_EXTENSIONS_DIR) and load the extension; one process at a time."""
+    from torch.utils.cpp_extension import _get_build_directory, load
+
+    name = "simulated_cuda"
+    folder = Path(_get_build_directory(name, verbose=False))
+    os.environ.setdefault("MAX_JOBS", "1")
+    with (folder / "build.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)  # torch's own mark, left by a builder that was killed
+        source = str(HERE / "simulated_cuda.cpp")
+        return load(name, [source], build_directory=str(folder), extra_cflags=["-O1", "-g0"])
+
+
+@contextmanager
+def recorded() -> Iterator[list[Event]]:
+    """Record what happens within this context; the list that it gives is filled at the end."""
+    start, found = len(events), []
+    ext.record(True)
+    try:
+        yield found
+    finally:
+        ext.finish_copies()
+        ext.record(False)
+        found += events[start:]
+        del events[start:]
+
+
+@contextmanager
+def memory_of(size: int) -> Iterator[None]:
+    """Within this context every device has ``size`` bytes for tensors, whatever it says."""
+    ext.set_total(size)
+    try:
+        yield
+    finally:
+        ext.set_total(MEMORY)
+
+
+def _record(kind: str, what: str, size: int) -> None:
+    if getattr(_busy, "value", False):
+        return
+    _busy.value = True
+    try:
+        lines: list[str] = []
+        frame = sys._getframe().f_back  # None in a thread of autograd's
+        while frame is not None and len(lines) < 6:
+            if line := _line_of(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name):
+                lines.append(line)
+            frame = frame.f_back
+        events.append(Event(kind, what, size, tuple(lines)))
+    finally:
+        _busy.value = False
+
+
+def _line_of(file: str, number: int, function: str) -> str | None:
+    """Name a line of the project or of a library other than torch; None for the others."""
+    if "site-packages/" in file:
+        short = file.split("site-packages/")[1]
+        return None if short.startswith("torch/") else f"[{short}:{number} {function}]"
+    path = Path(file).resolve()
+    if path.parent == HERE:  # the simulation's own
+        return None
+    return f"{path.relative_to(ROOT)}:{number} {function}" if path.is_relative_to(ROOT) else None
+
+
+def _operators() -> tuple[list[str], list[str]]:
+    """Read torch's list of operators: those that check devices themselves, and those without a CUDA kernel."""
+    import torchgen
+    import yaml
+
+    path = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
+    with path.open() as handle:
+        entries = yaml.load(handle, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    by_name = {entry["func"].split("(")[0]: entry for entry in entries}
+    unchecked = [f"aten::{name}" for name, entry in by_name.items() if entry.get("device_check") == "NoCheck"]
+    cpu_only = []
+    for name, entry in by_name.items():
+        parent = entry.get("structured_delegate")
+        dispatch = (by_name[parent] if parent else entry).get("dispatch")
+        if not dispatch:
+            continue  # made of other operators
+        keys = {key.strip() for keys in dispatch for key in keys.split(",")}
+        if "CPU" in keys and not any(key == "CUDA" or key.startswith("Composite") for key in keys):
+            cpu_only.append(f"aten::{name}")
+    return unchecked, cpu_only

@@ -1,0 +1,246 @@
+"""What runs on the simulated GPU, derived from what the project registers; importing this simulates nothing.
+
+A row is a whole run of one method, model family and precision. Options (every switch and choice of the recipe's
+sections and of the methods' own) and engine choices ride along on rows that they go with. A new method, family,
+precision, switch, choice or engine is therefore covered as soon as it exists; what cannot be is in ``LEFT_OUT``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+import tiny
+from method_cases import IMAGES, RATES, SECTIONS
+from tiny_models import FAMILIES
+
+from dreamfleet.datasets.config_base import Section
+from dreamfleet.datasets.errors import UserError
+from dreamfleet.trainers.memory.strategies import ALTERING, CHOICES
+from dreamfleet.trainers.methods.base import discover
+from dreamfleet.trainers.recipe import Recipe, build_recipe
+
+STEPS = 4
+Values = dict[str, Any]  # by dotted key
+
+#: Not run, by key or by key and value, and why.
+LEFT_OUT: dict[Any, str] = {
+    "scaling": "workers are the business of the ranks and of Ray",
+    "train.mixed_precision": "a row's precision",
+    "train.full_bf16": "a row's precision",
+    "engine.zero_stage": "engine choices",
+    "engine.offload_optimizer_device": "engine choices; nvme needs libaio and CUDA's compiler",
+    "engine.offload_param_device": "engine choices",
+    "engine.dynamo_backend": "comes with engine.torch_compile; inductor needs CUDA's compiler",
+    "engine.zero_quantized_weights": "DeepSpeed compiles CUDA kernels for it",
+    "engine.zero_quantized_gradients": "DeepSpeed compiles CUDA kernels for it",
+    ("optimizer.name", "adamw8bit"): "bitsandbytes is an extra",
+    ("data.source", "stream"): "Ray Data streams on CPUs",
+    ("validation.metrics", "dino"): "needs the weights of a DINO",
+    ("model.prediction_type", "sample"): "no samplers draw it",
+}
+#: Sizes that every family's tiny model can draw.
+BUCKETS: Values = {
+    "data.enable_bucket": True,
+    "data.min_bucket_reso": 16,
+    "data.max_bucket_reso": 64,
+    "data.bucket_reso_steps": 16,
+}
+#: What a value needs beside it; FOLDER stands for that of models and pictures.
+NEEDS: dict[Any, Values] = {
+    "engine.torch_compile": {"engine.dynamo_backend": "eager"},
+    "engine.pin_memory": {"engine.zero_stage": 2, "engine.offload_optimizer_device": "cpu"},
+    "engine.overlap_comm": {"engine.zero_stage": 2},
+    "optimizer.fused_backward": {"optimizer.max_grad_norm": 0},
+    "data.enable_bucket": BUCKETS,
+    "data.bucket_no_upscale": BUCKETS,
+    "model.rescale_betas_zero_snr": {"model.prediction_type": "v_prediction"},
+    "method.with_prior_preservation": {"method.num_class_images": 2},
+    "method.lora_target_modules": {"method.lora_rank": 4, "method.lora_dropout": 0.1},
+    "method.aesthetic_text_negative": {"method.aesthetic_text": "a dog"},
+    "method.discriminator_replaces": {"method.discriminator": "FOLDER/judge", "method.rec_loss_w": 0.0},
+    "method.use_dropout": {"method.dropout_structure": [0.0, 0.3, 0.3, 0.0]},
+    ("validation.metrics", "clip_i"): {"validation.metrics": ["loss", "clip_i", "clip_t"]},
+    ("validation.metrics", "clip_t"): {"validation.metrics": ["loss", "clip_i", "clip_t"]},
+}
+#: Values of keys that are neither switches nor choices, but change what a GPU does.
+FURTHER: list[Values] = [
+    {"train.snr_gamma": 5.0},
+    {"train.noise_offset": 0.1},
+    {"train.gradient_accumulation_steps": 2},
+    {"optimizer.max_grad_norm": 0},
+    {"model.clip_skip": 2},
+    {"data.cache_dir": "FOLDER/latents"},
+    {"data.caption_dropout": 0.5},
+]
+#: The pictures of a value, where the usual ones would not do.
+SHAPES = ("data.alpha_mask", "data.enable_bucket", "data.bucket_no_upscale")
+
+
+class Row(NamedTuple):
+    """One run: what it trains in which precision, and the options that ride along."""
+
+    method: str
+    family: str
+    precision: str
+    options: Values = {}  # noqa: RUF012 - never changed
+
+    @property
+    def name(self) -> str:
+        """The row's name; options do not change it."""
+        return f"{self.method}-{self.family}-{self.precision}"
+
+
+def precisions() -> dict[str, Values]:
+    """Return the settings of every precision by its name."""
+    train: Any = Recipe.model_fields["train"].annotation
+    known = get_args(train.model_fields["mixed_precision"].annotation)
+    full = {"train.mixed_precision": "bf16", "train.full_bf16": True}
+    return {**{name: {"train.mixed_precision": name} for name in known}, "full_bf16": full}
+
+
+def refused(row: Row) -> bool:
+    """Say whether the project refuses a combination by design."""
+    return row.method == "aesthetic_gradients" and (row.family != "sd1" or row.precision == "full_bf16")
+
+
+def all_rows() -> list[Row]:
+    """List every combination of method, family and precision that a run may have."""
+    rows = []
+    for name, method in sorted(discover().items()):
+        families = FAMILIES if method.needs else FAMILIES[:1]  # one that loads no Stable Diffusion has none
+        rows += [Row(name, *rest) for rest in itertools.product(families, precisions())]
+    return [row for row in rows if not refused(row)]
+
+
+def chosen_rows() -> list[Row]:
+    """Choose few rows in which every pair of method, family and precision that may be together is together once."""
+    rows = all_rows()
+
+    def pairs(row: Row) -> set[Any]:
+        return set(itertools.combinations(zip(Row._fields[:3], row[:3], strict=True), 2))
+
+    open_pairs, chosen = set().union(*map(pairs, rows)), []
+    while open_pairs:
+        best = max(rows, key=lambda row: len(pairs(row) & open_pairs))
+        open_pairs -= pairs(best)
+        chosen.append(best)
+    return chosen
+
+
+def with_options(rows: list[Row], folder: Path) -> list[Row]:
+    """Let every option ride on one row that it goes with. Raises AssertionError for one that goes with none."""
+    rows = [row._replace(options=_every_format(row, rows[:number])) for number, row in enumerate(rows)]
+    turn = 0
+    for option in [*map(_engine_values, [*CHOICES[1:], *ALTERING]), *FURTHER, *options()]:
+        order = [(turn + step) % len(rows) for step in range(len(rows))]
+        place = next((number for number in order if _goes_with(option, rows[number], folder)), None)
+        assert place is not None, f"no row can have {option}: name it in LEFT_OUT, or what it needs in NEEDS"
+        rows[place] = rows[place]._replace(options={**rows[place].options, **option})
+        turn = place + 1
+    return rows
+
+
+def options() -> Iterator[Values]:
+    """List every switch and choice, with what each needs beside it."""
+    sections: dict[str, list[type[Section]]] = {
+        name: [field.annotation]
+        for name, field in Recipe.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }
+    sections["method"] = [method.Config for _, method in sorted(discover().items())]
+    seen = []
+    for section, configs in sections.items():
+        for name, field in [field for config in configs for field in config.model_fields.items()]:
+            key = f"{section}.{name}"
+            default = (field.default or [None])[0] if isinstance(field.default, list) else field.default
+            for value in _values(field.annotation):
+                is_left_out = {section, key, (key, value)} & LEFT_OUT.keys()
+                if value == default or is_left_out or name == "name" or (key, value) in seen:
+                    continue
+                seen.append((key, value))
+                wanted = [value] if isinstance(field.default, list) else value
+                yield {key: wanted, **NEEDS.get(key, {}), **NEEDS.get((key, value), {})}
+
+
+def tree_of(row: Row, folder: Path, **changes: Any) -> dict[str, Any]:
+    """Write a row as a recipe on the tiny models and pictures under ``folder``."""
+    method = discover()[row.method]
+    images = "shapes" if row.options.keys() & set(SHAPES) else IMAGES.get(row.method, "pictures")
+    tree: dict[str, Any] = {
+        "optimizer__learning_rate": RATES[row.method],
+        "data__instance_data_dir": str(folder / images),
+        "train__max_train_steps": STEPS,
+        "train__log_steps": 100,
+        "output_dir": str(folder / "runs" / row.name),
+        **{key.replace(".", "__"): value for key, value in precisions()[row.precision].items()},
+    }
+    if method.needs:
+        tree |= {
+            "validation__prompts": ["a cat"],
+            "validation__num_images": 1,
+            "validation__num_inference_steps": 2,
+            "validation__holdout": str(folder / "held"),
+            "validation__holdout_timesteps": 2,
+        }
+    placed = {
+        key: value.replace("FOLDER", str(folder)) if isinstance(value, str) else value
+        for key, value in row.options.items()
+    }
+    own = {key.removeprefix("method."): value for key, value in placed.items() if key.startswith("method.")}
+    others = {key.replace(".", "__"): v for key, v in placed.items() if not key.startswith("method.")}
+    return tiny.make_recipe(folder, **tree, **others, **changes, method=SECTIONS[row.method] | own)
+
+
+def _every_format(row: Row, before: Iterable[Row]) -> Values:
+    """Let the first row of each method export in every format."""
+    formats = discover()[row.method].all_formats
+    is_first = row.method not in {other.method for other in before}
+    return {"train.export_formats": list(formats)} if formats and is_first else {}
+
+
+def _engine_values(choice: Any) -> Values:
+    # The precision is the row's: an altering choice for 16-bit weights rides on a row that has them.
+    return {key: value for key, value in choice.settings.items() if not key.startswith("train.")}
+
+
+def _goes_with(option: Values, row: Row, folder: Path) -> bool:
+    """Say whether a row may have an option: no key twice, and the recipe is accepted."""
+    method, taken = discover()[row.method], row.options
+    if any(key in taken and taken[key] != value for key, value in option.items()):
+        return False
+    own = [key.removeprefix("method.") for key in option if key.startswith("method.")]
+    if not set(own) <= method.Config.model_fields.keys():
+        return False
+    # Told by the run itself, not by the recipe.
+    engine = {**taken, **option}
+    if engine.get("engine.channels_last") and engine.get("engine.zero_stage", "auto") not in ("auto", 0):
+        return False
+    if engine.get("engine.torch_compile") and engine.get("engine.zero_stage") == 3:
+        return False
+    if engine.get("data.enable_bucket") and engine.get("method.with_prior_preservation"):
+        return False
+    if row.method == "aesthetic_gradients" and any(
+        key.startswith(("engine.", "optimizer.")) for key in option
+    ):
+        return False
+    try:
+        build_recipe(tree_of(row._replace(options=engine), folder))
+    except UserError:
+        return False
+    return True
+
+
+def _values(annotation: Any) -> list[Any]:
+    """List the values of a switch, of a choice, or of a list of choices; nothing for other fields."""
+    if annotation is bool:
+        return [True, False]
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    if get_origin(annotation) in (Union, types.UnionType, list) or hasattr(annotation, "__metadata__"):
+        found = [value for part in get_args(annotation) for value in _values(part)]
+        return list(dict.fromkeys(found))
+    return []

@@ -1,0 +1,164 @@
+"""Runs cases on the simulated GPU, in a process of its own: ``python -m simulated_gpu.runs CASE...``
+
+Writes a line of JSON for each case: its error, what the host waited for in one step and where, the warnings about
+CUDA, and the bytes left on the device. torch cannot forget a device, hence the process.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import simulated_gpu
+
+if __name__ == "__main__":
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "0,1"}
+    simulated_gpu.install(devices=2)
+
+import tiny
+import torch
+from tiny_models import tiny_family
+
+from dreamfleet.datasets.errors import UserError
+from dreamfleet.trainers.driver.build_cache import cache_latents
+from dreamfleet.trainers.evaluation.score import score_run
+from dreamfleet.trainers.models.stable_diffusion.discriminator import make_network, save_network
+from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
+from dreamfleet.trainers.recipe import build_recipe
+from dreamfleet.trainers.run import run as run_module
+from dreamfleet.trainers.run.run import run_worker
+from simulated_gpu import cases
+from simulated_gpu.special import SPECIAL
+
+WAITS = ("wait", "send", "race")  # kinds of events that hold up a step, or would spoil one
+
+
+class Watch:
+    """Called once a step: records the second step, and stops the run after the third."""
+
+    def __init__(self) -> None:
+        self.polls, self.found = 0, []
+        self._recording: Any = None
+
+    def __call__(self) -> bool:
+        self.polls += 1
+        if self.polls == 2:
+            self._recording = simulated_gpu.recorded()
+            self.found = self._recording.__enter__()
+        elif self.polls == 3:
+            self.end()
+        return self.polls > 3
+
+    def end(self) -> None:
+        """Stop recording."""
+        if self._recording is not None:
+            self._recording.__exit__(None, None, None)
+            self._recording = None
+
+
+def workplace(parent: Path, family: str) -> Path:
+    """Make a folder with a tiny model of a family and pictures, once."""
+    folder = parent / family
+    if folder.exists():
+        return folder
+    if family == "sd1":
+        tiny.make_tiny_model(folder / "model")
+    else:
+        save_pipeline(tiny_family(family), folder / "model")
+    tiny.make_images(folder / "pictures", 6, captions=True)
+    tiny.make_images(folder / "held", 2, seed=5)
+    tiny.make_two_classes(folder / "labelled", 10)
+    tiny.make_shapes(folder / "shapes")
+    network = make_network(depths=[1, 1], hidden_sizes=[8, 16], classes=["bad", "good"], drop_path=0.0)
+    save_network(network, folder / "judge", size=32, dtype=torch.float32, metadata={})
+    return folder
+
+
+def run_row(row: cases.Row, parent: Path) -> dict[str, Any]:
+    """Run a row, stop it, resume it to its end, and score it; makes the cache of latents first that a row may have."""
+    folder, watch = workplace(parent, row.family), Watch()
+    recipe = build_recipe(cases.tree_of(row, folder))
+    # A plan takes seconds on the host and none on the device; a special case has one.
+    run_module.settle_engine = lambda recipe, place: (recipe, "not planned")
+    try:
+        if recipe.data.cache_dir:
+            cache_latents(recipe)
+        run_worker(recipe, device="cuda", should_stop=watch)
+        summary = run_worker(recipe, device="cuda", resume=True)
+        if recipe.validation.prompts:  # its exports draw
+            scores = score_run(recipe.output_dir, num_images=1)
+            assert scores["num_pictures"] > 0 and scores["clip_i"] is not None, scores
+    finally:
+        watch.end()
+        shutil.rmtree(recipe.output_dir, ignore_errors=True)
+    waits: dict[str, int] = {}
+    for event in watch.found:
+        if event.kind in WAITS:
+            where = f"{event.kind}: {event.what} @ {event.lines[0] if event.lines else '?'}"
+            waits[where] = waits.get(where, 0) + 1
+    return {
+        "steps": summary.steps,
+        "exports": summary.exports,
+        "engine": summary.engine,
+        "options": row.options,
+        "waits": waits,
+    }
+
+
+def run_case(name: str, action: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+    """Run a case; tell its error, and what it left behind."""
+    told: dict[str, Any] = {"case": name, "error": None}
+    before, began = simulated_gpu.ext.usage(0)[0], time.monotonic()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            told |= action() or {}
+        except Exception as error:  # noqa: BLE001 - it is what is told
+            kind = "refused: " if isinstance(error, UserError) else ""
+            told["error"] = f"{kind}{type(error).__name__}: {error}\n{traceback.format_exc(limit=-12)}"
+    told["warnings"] = sorted(
+        {str(one.message)[:300] for one in caught if "cuda" in str(one.message).lower()}
+    )
+    gc.collect()
+    told["left"] = simulated_gpu.ext.usage(0)[0] - before
+    told["elsewhere"] = simulated_gpu.ext.has_context(1)
+    told["limited"] = simulated_gpu.ext.limit_of(0) < simulated_gpu.MEMORY
+    return told | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def main() -> None:
+    """Run the cases named."""
+    torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays: a run collects garbage several times, a third of a second each
+    settle = run_module.settle_engine
+    with tempfile.TemporaryDirectory() as name:
+        parent = Path(name)
+        chosen = cases.with_options(cases.chosen_rows(), workplace(parent, "sd1"))
+        rows = {row.name: row for row in [*cases.all_rows(), *chosen]}
+        # Stage 3 last: DeepSpeed changes torch's linear function for the rest of the process, and leaves memory behind.
+        changes = [name for name, row in rows.items() if row.options.get("engine.zero_stage") == 3]
+        for case in sorted(sys.argv[1:], key=lambda name: name in changes):
+            if case in rows:
+                action = functools.partial(run_row, rows[case], parent)
+            else:
+                run_module.settle_engine = settle
+                action = functools.partial(SPECIAL[case], workplace(parent, "sd1"))
+            told = run_case(case, action)
+            if told["error"] and case in rows:
+                told["error"] = f"{rows[case].options}\n{told['error']}"
+            print(json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    main()

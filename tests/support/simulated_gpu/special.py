@@ -1,0 +1,205 @@
+"""Cases on the simulated GPU beside the rows: commands, limits, errors, searches and the benchmark.
+
+Each is a function of a folder with a tiny model and pictures, and raises what is wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from typer.testing import CliRunner
+
+import simulated_gpu
+from dreamfleet.datasets.errors import ResourceError
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.append(str(ROOT / "benchmarks"))
+
+WORD = {"name": "textual_inversion", "placeholder_token": "<thing>", "initializer_token": "cat"}
+LITTLE = 64 * 2**10  # bytes of a GPU: too little for any model
+SPECIAL: dict[str, Callable[[Path], None]] = {}
+
+
+def special(function: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Add a function to the cases, under its name."""
+    SPECIAL[function.__name__.replace("_", "-")] = function
+    return function
+
+
+def run_of(folder: Path, name: str, **changes: Any) -> Any:
+    """Train a recipe on the GPU in a folder of its own."""
+    from dreamfleet.trainers.run.run import run_worker
+
+    return run_worker(recipe_of(folder, name, **changes), device="cuda", resume=True)
+
+
+def recipe_of(folder: Path, name: str, **changes: Any) -> Any:
+    from dreamfleet.trainers.recipe import build_recipe
+
+    options = {"output_dir": str(folder / "runs" / name), "train__max_train_steps": 2, **changes}
+    return build_recipe(tiny.make_recipe(folder, **options))
+
+
+def command(*words: Any) -> Any:
+    """Run a command of the command line in this process."""
+    from dreamfleet.cluster.cli import program
+
+    return CliRunner().invoke(program.app, [str(word) for word in words])
+
+
+def used() -> int:
+    """The bytes in use on the first GPU."""
+    gc.collect()
+    return simulated_gpu.ext.usage(0)[0]
+
+
+@special
+def a_limit_is_planned_by_and_lifted(folder: Path) -> None:
+    summary = run_of(folder, "limited", method=WORD, engine__gpu_memory="20GB")
+    assert "not planned" not in summary.engine
+    assert simulated_gpu.ext.limit_of(0) == simulated_gpu.MEMORY
+    recipe, held = recipe_of(folder, "shared", method=WORD), []
+    from dreamfleet.trainers.run.run import run_worker
+
+    def look() -> bool:
+        held.append(simulated_gpu.ext.limit_of(0))
+        return False
+
+    run_worker(recipe, device="cuda", gpu_share=0.5, should_stop=look)
+    assert 0.49 < held[0] / simulated_gpu.MEMORY < 0.5, "a share of the GPU, less CUDA's context"
+
+
+@special
+def too_little_memory_ends_a_run_and_leaves_nothing(folder: Path) -> None:
+    before = used()
+    with simulated_gpu.memory_of(2 * 2**20):  # room for the model, not for a step
+        with pytest.raises(ResourceError, match=r"train\.gradient_checkpointing") as held:
+            run_of(folder, "too-large", train__train_batch_size=64, data__resolution=64)
+        assert used() <= before, f"{held.value!r} keeps the run alive"
+
+
+@special
+def too_little_memory_is_told_by_every_command(folder: Path) -> None:
+    tree = tiny.make_recipe(folder, output_dir=str(folder / "runs/told"))
+    recipe = tiny.write_recipe(folder / "told.yaml", tree)
+    model = folder / "model"
+    commands: dict[str, list[Any]] = {
+        "check": ["check", recipe],
+        "train": ["train", recipe],
+        "cache": ["data", "cache", recipe, f"data.cache_dir={folder / 'no-latents'}"],
+        "sample": ["sample", "--model", model, "--prompt", "a cat", "--out", folder / "grid.png"],
+        "score": ["score", model, "--prompt", "a cat", "--real", folder / "held", "--clip", "pocket"],
+    }
+    with simulated_gpu.memory_of(LITTLE):
+        for name, words in commands.items():
+            result = command(*words)
+            told = result.output
+            assert result.exit_code == 2, (name, result.exit_code, told)
+            assert "ran out of memory" in told and "Traceback" not in told, (name, told)
+
+
+@special
+def check_tries_a_step_on_the_gpu(folder: Path) -> None:
+    recipe = tiny.write_recipe(folder / "check.yaml", tiny.make_recipe(folder, train__mixed_precision="fp16"))
+    result = command("check", recipe, "--json")
+    assert result.exit_code == 0, result.output
+    assert all(line["ok"] for line in json.loads(result.stdout))
+
+
+@special
+def a_word_draws_on_the_gpu(folder: Path) -> None:
+    run_of(folder, "word", method=WORD, train__export_formats=["pt"])
+    drawn = folder / "drawn.png"
+    word = folder / "runs/word/exports/word.pt"
+    words = ["--embedding", word, "--prompt", "a word", "--num-images", 1, "--steps", 2, "--out", drawn]
+    result = command("sample", "--model", folder / "model", *words)
+    assert result.exit_code == 0 and drawn.exists(), result.output
+
+
+@special
+def trials_leave_nothing_whatever_their_end(folder: Path) -> None:
+    from dreamfleet.tune.trial import Shared, TrialRun
+
+    recipe = recipe_of(
+        folder,
+        "search",
+        train__max_train_steps=3,
+        optimizer__fused_backward=True,
+        optimizer__max_grad_norm=0,
+        validation__holdout=str(folder / "held"),
+        validation__steps=1,
+    )
+    shared = Shared(
+        folder=recipe.output_dir,
+        recipe=recipe.model_dump(mode="json", exclude={"search"}),
+        figures=["holdout_loss"],
+        threads=1,
+        uses_gpu=True,
+        gpu_share=0.5,
+        environment={},
+        sent={},
+    )
+    before = used()
+    for number, (rate, end) in enumerate([(1e38, "failed"), (1e-3, "completed"), (1e-3, "completed")]):
+        trial = TrialRun(shared, f"trial-{number:03d}", {"optimizer.learning_rate": rate}, -1)
+        told: dict[str, Any] = {}
+        while not told.get("done"):
+            told = trial.next_round()
+        trial.stop()
+        assert told["exit_reason"] == end, told
+        assert used() <= before, f"trial {number} left {used() - before} bytes"
+
+
+@special
+def a_cache_holds_the_latents_of_a_run_in_half_precision(folder: Path) -> None:
+    from dreamfleet.trainers.distributed.context import DistributedContext
+    from dreamfleet.trainers.driver.build_cache import cache_latents
+    from dreamfleet.trainers.run.build import assemble
+
+    half = {"train__mixed_precision": "bf16", "train__full_bf16": True}
+    cached = recipe_of(folder, "cached", data__cache_dir=str(folder / "cache"), **half)
+    cache_latents(cached)
+    distributed = DistributedContext(device=torch.device("cuda"))
+    both = [
+        assemble(recipe, distributed).feed.batch(0) for recipe in (cached, recipe_of(folder, "own", **half))
+    ]
+    assert torch.equal(both[0]["latents"], both[1]["latents"])
+
+
+@special
+def moments_go_on_in_another_layout(folder: Path) -> None:
+    for last, channels_last in enumerate((True, False, True), start=1):
+        changes = {"engine__channels_last": channels_last, "train__max_train_steps": last}
+        assert run_of(folder, "layouts", engine__use_ema=True, **changes).steps == last
+
+
+def _benchmark(name: str, folder: Path) -> None:
+    import gpu
+    from gpu_speed import copy_rates, measure_speed
+
+    if name == "speed":
+        assert measure_speed(small=True)["pictures_per_second"]["ours"] > 0
+    elif name == "pcie":
+        assert copy_rates(2**20)["to_gpu_gb_per_s"] > 0
+    else:
+        told = gpu.run_case(name, small=True)
+        assert told["loss"] > 0 and told["peak_allocated_gib"] >= 0 and told["settled"], told
+
+
+def benchmark_cases() -> list[str]:
+    """Name the cases of ``make bench-gpu``."""
+    from gpu_cases import CASES
+
+    return [*CASES, "speed", "pcie"]
+
+
+SPECIAL |= {f"bench-{name}": functools.partial(_benchmark, name) for name in benchmark_cases()}

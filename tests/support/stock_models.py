@@ -1,0 +1,25 @@
+"""Small models of each family, as diffusers saves and loads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, StableDiffusion, load_model
+
+
+def load(folder: Path, **options: Any) -> StableDiffusion:
+    return load_model(ModelConfig(pretrained_model_name_or_path=str(folder), **options))
+
+
+def stock_pipeline(folder: Path, family: str) -> Any:
+    """What a user of diffusers loads."""
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+
+    if family == "sdxl":
+        pipeline: Any = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    else:
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -1,0 +1,116 @@
+"""What each worker gets on machines of any size, and requests that no cluster can fill: arithmetic, no cluster."""
+
+import pytest
+
+from dreamfleet.datasets.errors import ResourceError
+from dreamfleet.trainers.config.scaling import (
+    ScalingConfig,
+    describe,
+    refuse_impossible,
+    refuse_sharding,
+    worker_resources,
+    workers_that_fit,
+)
+
+GPU_NODE = {"CPU": 8.0, "GPU": 1.0, "memory": 1e10, "node:10.0.0.2": 1.0}
+
+
+def scaling(**fields: object) -> ScalingConfig:
+    return ScalingConfig.model_validate(fields)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "workers", "reserved", "threads"),
+    [
+        ([2], 1, 1, 2),  # one CPU stays free for Ray's own tasks, the threads are the whole share
+        ([2], 2, 1, 1),
+        ([1], 2, 0.5, 1),
+        ([2], 3, 0.66, 1),
+        ([16], 2, 7, 8),
+        ([64], 2, 28, 32),
+        ([4, 8], 2, 3, 4),  # 6 each would not fit on the smaller machine
+        ([3, 3, 3], 3, 2, 3),
+    ],
+)
+def test_cpu_workers_share_fairly(cpus: list[int], workers: int, reserved: float, threads: int) -> None:
+    nodes = [{"CPU": float(count)} for count in cpus]
+    share = worker_resources(scaling(num_workers=workers), nodes)
+    assert share.resources == {"CPU": pytest.approx(reserved)}
+    assert share.threads == threads
+    assert not share.uses_gpu
+    assert workers_that_fit(share.resources, nodes) >= workers
+
+
+def test_gpu_workers_leave_cpus_for_decoding() -> None:
+    share = worker_resources(scaling(num_workers=2), [GPU_NODE, GPU_NODE])
+    assert share.resources == {"CPU": 1.0, "GPU": 1.0}
+    assert share.threads == 8
+    assert share.uses_gpu
+
+
+def test_gpus_of_an_autoscaler_count_before_they_are_there() -> None:
+    head = [{"CPU": 0.0}]
+    assert not worker_resources(scaling(), head).uses_gpu
+    assert worker_resources(scaling(num_workers=4), head, limit={"CPU": 32, "GPU": 4}).uses_gpu
+
+
+def test_too_few_gpus_are_an_error_with_ways_out() -> None:
+    with pytest.raises(ResourceError, match=r"scaling\.num_workers=1"):
+        worker_resources(scaling(num_workers=2), [GPU_NODE])
+    with pytest.raises(ResourceError, match="no GPU here"):
+        worker_resources(scaling(use_gpu=True), [{"CPU": 2.0}])
+    assert not worker_resources(scaling(num_workers=2, use_gpu=False), [GPU_NODE]).uses_gpu
+
+
+def test_said_resources_win() -> None:
+    shared = worker_resources(scaling(num_workers=2, resources_per_worker={"GPU": 0.5, "CPU": 2}), [GPU_NODE])
+    assert shared.resources == {"CPU": 2.0, "GPU": 0.5}
+    assert shared.threads == 2
+    assert worker_resources(scaling(cpus_per_worker=3), [{"CPU": 8.0}]).resources == {"CPU": 3.0}
+
+
+def test_impossible_requests_are_refused_with_figures() -> None:
+    nodes = [{"CPU": 4.0}, {"CPU": 4.0}]
+    wants = scaling(num_workers=2, cpus_per_worker=5)
+    with pytest.raises(ResourceError, match=r"2 with 5 CPU .* 2 machines \(4 CPU; 4 CPU\).* 0"):
+        refuse_impossible(wants, {"CPU": 5.0}, nodes)
+    refuse_impossible(scaling(num_workers=2), {"CPU": 4.0}, nodes)
+    with pytest.raises(ResourceError, match="STRICT_PACK"):
+        refuse_impossible(scaling(num_workers=2, placement_strategy="STRICT_PACK"), {"CPU": 4.0}, nodes)
+    with pytest.raises(ResourceError, match="1 GPU"):
+        refuse_impossible(scaling(num_workers=2), {"GPU": 1.0}, [], limit={"GPU": 1})
+    refuse_impossible(scaling(num_workers=2), {"GPU": 1.0}, [], limit={"GPU": 2})
+
+
+def test_resources_are_told_without_bookkeeping() -> None:
+    assert describe(GPU_NODE) == "8 CPU, 1 GPU"
+    assert describe({}) == "nothing"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "backend", "share"),
+    [
+        (1.0, 2, "nccl", 1.0),
+        (0.5, 2, "gloo", 0.5),
+        (0.5, 1, "nccl", 0.5),
+        (2.0, 2, "nccl", 1.0),
+        (0.0, 2, "gloo", 1.0),
+    ],
+)
+def test_workers_that_share_a_gpu_talk_over_gloo(
+    gpus: float, workers: int, backend: str, share: float
+) -> None:
+    resources = {"CPU": 1, "GPU": gpus}
+    given = worker_resources(
+        scaling(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources), [GPU_NODE]
+    )
+    assert (given.backend(workers), given.gpu_share) == (backend, share)
+
+
+def test_a_model_is_not_sharded_over_one_gpu() -> None:
+    share = worker_resources(scaling(num_workers=2, resources_per_worker={"GPU": 0.5}), [GPU_NODE])
+    two = scaling(num_workers=2)
+    with pytest.raises(ResourceError, match=r"engine\.zero_stage 2 .*0\.5"):
+        refuse_sharding(two, share, zero_stage=2)
+    refuse_sharding(two, share, zero_stage="auto")
+    refuse_sharding(scaling(num_workers=1), share, zero_stage=2)

@@ -1,0 +1,187 @@
+"""Every GPU code path on a simulated CUDA device: what that shows, and what it cannot, is in simulated_gpu/__init__.py.
+
+Cases run in processes of their own, one for each kind, and only those that are selected: torch cannot forget a device.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import simulated_gpu
+import tiny
+from simulated_gpu import cases, on_ray, ranks, special
+
+HERE = Path(__file__).resolve().parents[2] / "support"
+WHOLE_MATRIX = "DREAMFLEET_GPU_MATRIX"  # set by `make test-gpu-matrix`
+ROWS = [row.name for row in (cases.all_rows() if os.environ.get(WHOLE_MATRIX) else cases.chosen_rows())]
+LIMIT = 1800  # seconds for the cases of one kind together, on a busy machine
+Report = Callable[[str], dict[str, Any]]
+
+pytestmark = [
+    pytest.mark.simulated_gpu,
+    pytest.mark.timeout(LIMIT + 300),  # the first test of a kind waits for all of them
+    pytest.mark.skipif(
+        simulated_gpu.missing() is not None, reason=f"no simulated GPU: {simulated_gpu.missing()}"
+    ),
+]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment of the processes, which import the project and its tests as this one does."""
+    paths = [str(HERE), *(path for path in sys.path if path)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **more}
+
+
+def lines_of(process: subprocess.Popen[str], log: Path) -> dict[str, dict[str, Any]]:
+    """Return what a process wrote, by case; a case without a line gets the end of its log as its error."""
+    try:
+        written, _ = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # faulthandler writes the stacks of all threads
+        written, _ = process.communicate()
+    lines = [json.loads(line) for line in written.splitlines() if line.startswith('{"case"')]
+    end = {"error": f"exit code {process.returncode}\n{log.read_text()[-3000:]}"}
+    return {"": end, **{line["case"]: line for line in lines}}
+
+
+def start(module: str, *words: str, log: Path, **more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-X", "faulthandler", "-m", f"simulated_gpu.{module}", *words]
+    with log.open("w") as handle:
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=handle,
+            text=True,
+            env=environment(**more),
+            cwd=HERE.parents[1],
+        )
+
+
+def make_workplace(folder: Path) -> Path:
+    tiny.make_recipe(folder)
+    tiny.make_images(folder / "held", 2, seed=5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def names(request: pytest.FixtureRequest) -> dict[str, list[str]]:
+    """The selected cases by the name of their test."""
+    found: dict[str, list[str]] = {}
+    for item in request.session.items:
+        if isinstance(item, pytest.Function) and item.path == Path(__file__) and hasattr(item, "callspec"):
+            found.setdefault(item.originalname, []).append(item.callspec.params["name"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(names: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """What happened in each case of one process with two GPUs."""
+    log = tmp_path_factory.mktemp("alone") / "log"
+    chosen = [name for test, some in names.items() if test.startswith("test_alone") for name in some]
+    told = lines_of(start("runs", *chosen, log=log), log)
+    return lambda name: told.get(name, told[""])
+
+
+@pytest.fixture(scope="module")
+def both(names: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """What happened in each case of two ranks; the first error of either."""
+    folder = make_workplace(tmp_path_factory.mktemp("ranks"))
+    chosen = names["test_two_ranks_train_with_a_gpu_each"]
+    logs = [folder / f"{rank}.log" for rank in range(2)]
+    processes = [start("ranks", str(rank), str(folder), *chosen, log=logs[rank]) for rank in range(2)]
+    try:
+        told = [lines_of(*pair) for pair in zip(processes, logs, strict=True)]
+    finally:
+        for process in processes:
+            process.kill()
+    every = lambda name: [one.get(name, one[""]) for one in told]  # noqa: E731
+    return lambda name: next((one for one in every(name) if one["error"]), every(name)[0])
+
+
+@pytest.fixture(scope="module")
+def ray(names: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """What happened in each case on a Ray cluster."""
+    folder = make_workplace(tmp_path_factory.mktemp("ray"))
+    inject = os.pathsep.join([str(HERE / "simulated_gpu" / "inject"), environment()["PYTHONPATH"]])
+    # A socket's name is limited in length, and pytest's folders are deep.
+    with tempfile.TemporaryDirectory(prefix="df-") as short:
+        log, more = folder / "log", {"PYTHONPATH": inject, "SIMULATED_GPUS": "2", "RAY_TMPDIR": short}
+        told = lines_of(
+            start("on_ray", str(folder), *names["test_ray_gives_workers_gpus"], log=log, **more), log
+        )
+    return lambda name: told.get(name, told[""])
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_alone_a_run_stops_resumes_and_leaves_nothing(alone: Report, name: str) -> None:
+    told = alone(name)
+    assert told["error"] is None, told["error"]
+    assert told["steps"] == cases.STEPS and told["exports"]
+    waits = {where: count for where, count in told["waits"].items() if not may_wait(told, where)}
+    assert not waits, f"a step waits for the GPU: {waits}"
+    check_left(told, leaks="zero-3" in told["engine"].lower())
+
+
+@pytest.mark.parametrize("name", sorted(special.SPECIAL))
+def test_alone_a_special_case(alone: Report, name: str) -> None:
+    told = alone(name)
+    assert told["error"] is None, told["error"]
+    check_left(told, leaks=name.startswith("bench-"))
+
+
+@pytest.mark.parametrize("name", list(ranks.CASES))
+def test_two_ranks_train_with_a_gpu_each(both: Report, name: str) -> None:
+    told = both(name)
+    assert told["error"] is None, told["error"]
+    assert told["steps"] == 3 and not told["warnings"]
+    assert not told["elsewhere"], "a rank used the other's GPU"
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("name", list(on_ray.CASES))
+def test_ray_gives_workers_gpus(ray: Report, name: str) -> None:
+    told = ray(name)
+    assert told["error"] is None, told["error"]
+
+
+def test_options_are_found_by_what_is_registered(tmp_path: Path) -> None:
+    """Every switch and choice, and every engine, rides on a row; a case in point of each kind."""
+    rows = cases.with_options(cases.chosen_rows(), tmp_path)
+    ridden = {(key, str(value)) for row in rows for key, value in row.options.items()}
+    assert {
+        ("engine.channels_last", "True"),
+        ("validation.scheduler", "dpm++"),
+        ("engine.zero_stage", "3"),
+    } <= ridden
+    assert {("method.with_prior_preservation", "True"), ("method.aesthetic_slerp", "tokens")} <= ridden
+    for fields in ((0, 1), (0, 2), (1, 2)):  # every pair that may be together is
+        pairs = {tuple(row[field] for field in fields) for row in cases.all_rows()}
+        assert pairs == {tuple(row[field] for field in fields) for row in rows}
+
+
+def may_wait(told: dict[str, Any], where: str) -> bool:
+    """Say whether a step of a case may wait at a line: in DeepSpeed, and where GradScaler reads for some optimizers."""
+    unfused = "aesthetic" in told["case"] or told["options"].get("optimizer.name") == "adafactor"
+    line = where.rpartition(" @ ")[2]
+    return line.startswith("[deepspeed") or (
+        unfused and "-fp16" in told["case"] and "trainers/engines/torch_engine.py" in line
+    )
+
+
+def check_left(told: dict[str, Any], *, leaks: bool) -> None:
+    """Raise AssertionError where a case left memory or a limit behind, or used another GPU."""
+    assert not told["warnings"]
+    assert not told["elsewhere"], "the other GPU was used"
+    assert not told["limited"], "a limit of memory outlived its run"
+    assert leaks or told["left"] <= 0, (
+        f"{told['left']} bytes stay on the GPU"
+    )  # DeepSpeed leaves cycles behind

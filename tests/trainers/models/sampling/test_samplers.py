@@ -1,0 +1,111 @@
+"""Samplers under the webui's names: noise levels, and pictures by its formulas (k-diffusion's), restated here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from dreamfleet.trainers.models.formats.ldm_names import FAMILY_CONFIGS
+from dreamfleet.trainers.models.sampling.sample import generate, make_scheduler, to_images
+
+SPACINGS = ["leading", "trailing", "linspace"]  # of a model's own config, which the webui knows nothing of
+
+
+def model_with(**changes: Any) -> Any:
+    model = tiny_model(changes.get("prediction_type", "epsilon"))
+    model.scheduler = type(model.scheduler).from_config(model.scheduler.config, **changes)
+    return model
+
+
+def levels(model: Any) -> np.ndarray:
+    """The noise level of each training timestep, as a multiple of the picture."""
+    kept = model.scheduler.alphas_cumprod.double().numpy()
+    return ((1 - kept) / kept) ** 0.5
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("steps", [10, 20, 30])
+def test_euler_a_goes_evenly_from_the_last_timestep_to_the_first(spacing: str, steps: int) -> None:
+    model = model_with(timestep_spacing=spacing)
+    scheduler = make_scheduler(model, "Euler a")
+    scheduler.set_timesteps(steps)
+    at = np.linspace(999, 0, steps)
+    assert np.allclose(scheduler.timesteps, at, atol=1e-3)
+    expected = np.exp(np.interp(at, np.arange(1000), np.log(levels(model))))
+    assert np.allclose(scheduler.sigmas, [*expected, 0], rtol=2e-3)
+    assert float(scheduler.init_noise_sigma) == pytest.approx(levels(model)[-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("name", ["DPM++ 2M", "DPM++ 2M Karras"])
+def test_dpm_has_karras_steps_between_the_first_and_the_last_level(spacing: str, name: str) -> None:
+    model = model_with(timestep_spacing=spacing)
+    scheduler = make_scheduler(model, name)
+    scheduler.set_timesteps(12)
+    last, first = levels(model)[[0, -1]] ** (1 / 7)
+    expected = np.linspace(first, last, 12) ** 7
+    assert np.allclose(scheduler.sigmas, [*expected, 0], rtol=1e-4)
+    assert scheduler.config.algorithm_type == "dpmsolver++"
+
+
+def test_ddim_takes_every_nth_timestep_from_the_second_on() -> None:
+    scheduler = make_scheduler(model_with(), "DDIM")
+    scheduler.set_timesteps(20)
+    assert scheduler.timesteps.tolist() == [step + 1 for step in range(0, 1000, 50)][::-1]
+
+
+@pytest.mark.parametrize("name", ["Euler a", "DPM++ 2M"])
+def test_noise_that_ends_in_nothing_but_noise_is_drawn_from_its_last_timestep(name: str) -> None:
+    model = model_with(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    scheduler = make_scheduler(model, name)
+    scheduler.set_timesteps(10)
+    assert scheduler.timesteps.tolist() == [999 - 100 * step for step in range(10)]
+
+
+def test_published_models_without_a_config_of_their_own_end_where_their_folders_do() -> None:
+    for configs in FAMILY_CONFIGS.values():
+        assert configs["scheduler"]["set_alpha_to_one"] is False
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_euler_a_draws_by_the_webuis_formula(prediction_type: str) -> None:
+    """Ancestral steps: down to less noise than the next level has, and the rest of it anew."""
+    model, steps, scale = model_with(prediction_type=prediction_type, timestep_spacing="leading"), 6, 3.0
+    generator = torch.Generator().manual_seed(11)
+
+    def noise() -> torch.Tensor:
+        return torch.randn((4, 8, 8), generator=generator)[None]
+
+    context = torch.cat([model.read(["b"]).context, model.read(["a cat"]).context])
+    at = np.linspace(999, 0, steps)
+    sigmas = [*np.interp(at, np.arange(1000), levels(model)), 0.0]
+    x = noise() * sigmas[0]
+    with torch.no_grad():
+        for step, sigma, following in zip(at, sigmas, sigmas[1:], strict=False):
+            entering = torch.cat([x, x]) / (sigma**2 + 1) ** 0.5
+            output = model.unet(entering, torch.tensor([step]).float(), context, return_dict=False)[0]
+            away, towards = output.chunk(2)
+            output = away + scale * (towards - away)
+            clean = x - sigma * output
+            if prediction_type == "v_prediction":
+                clean = x / (sigma**2 + 1) - output * sigma / (sigma**2 + 1) ** 0.5
+            up = (following**2 * (sigma**2 - following**2) / sigma**2) ** 0.5
+            down = (following**2 - up**2) ** 0.5
+            x = x + (x - clean) / sigma * (down - sigma) + (noise() * up if following else 0)
+        expected = to_images(model.decode(x.float()))[0]
+    drawn = generate(
+        model,
+        ["a cat"],
+        seeds=[11],
+        negative_prompt="b",
+        steps=steps,
+        guidance_scale=scale,
+        scheduler="Euler a",
+    )[0]
+    assert np.abs(np.asarray(drawn, float) - np.asarray(expected, float)).mean() < 0.05

@@ -1,0 +1,105 @@
+"""Guidance while training: the schedule's text, its values against DreamArtist's formulas, the guided prediction."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import WIDTH, tiny_model
+
+from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.trainers.models.stable_diffusion.condition import Condition
+from dreamfleet.trainers.models.stable_diffusion.guidance import Guidance, guided_prediction, parse_guidance
+
+SCALES = st.floats(0, 1000).map(lambda value: round(value, 4))
+CURVES = {
+    "ln": lambda rate: rate,
+    "cos": lambda rate: math.cos((rate - 1) * math.pi / 2),
+    "cos2": lambda rate: 1 - math.cos(rate * math.pi / 2),
+}
+
+
+@given(low=SCALES, high=SCALES, curve=st.sampled_from(sorted(CURVES)), space=st.sampled_from(["", " ", "  "]))
+def test_a_schedule_reads_back_as_it_was_written(low: float, high: float, curve: str, space: str) -> None:
+    text = f"{space}{low:.4f}{space}-{space}{high:.4f}{space}:{space}{curve}{space}"
+    if low or high:
+        assert parse_guidance(text) == (low, high, curve)
+        assert parse_guidance(f"{low:.4f}-{high:.4f}") == (low, high, "ln")
+    else:
+        with pytest.raises(RecipeError, match="never"):
+            parse_guidance(text)
+
+
+@given(value=SCALES.filter(bool))
+def test_a_fixed_scale_is_the_same_at_every_timestep(value: float) -> None:
+    for written in (f"{value:.4f}", float(f"{value:.4f}")):
+        if "e" not in str(written):
+            found = parse_guidance(written).at(torch.tensor([0, 17, 999]), 1000)
+            assert torch.allclose(found, torch.full((3,), value))
+
+
+@given(text=st.text(alphabet="0123456789.-:,e+ lncos2()_infa", max_size=12) | st.text(max_size=12))
+def test_any_text_is_a_schedule_or_a_clear_error(text: str) -> None:
+    try:
+        found = parse_guidance(text)
+    except RecipeError as error:
+        found, told = None, str(error)
+    if found is None:
+        assert repr(text) in told
+    else:
+        assert all(math.isfinite(value) and value >= 0 for value in found[:2]) and found.curve in CURVES
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "three",
+        "-3",
+        "1.5,3.0",
+        "3:cos",
+        "1-2-3",
+        "1-3:",
+        "1-3:sin",
+        "1-3:rate**2",
+        "1-3:__import__('os')",
+        "nan",
+        "1e400",
+        "٣",
+    ],
+)
+def test_what_is_no_schedule_is_told(text: str) -> None:
+    with pytest.raises(RecipeError, match="number"):
+        parse_guidance(text)
+
+
+@pytest.mark.parametrize("curve", sorted(CURVES))
+def test_each_sample_is_guided_by_its_own_timestep(curve: Any) -> None:
+    timesteps = torch.tensor([0, 250, 500, 999])
+    found = Guidance(1.5, 4.0, curve).at(timesteps, 1000)
+    expected = [1.5 + 2.5 * CURVES[curve](t / 999) for t in timesteps.tolist()]
+    assert torch.allclose(found, torch.tensor(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("scales", [[3.0, 3.0, 3.0], [1.0, 2.0, 5.0], [1.0, 1.0, 1.0]])
+def test_the_guided_prediction_is_each_samples_own(scales: list[float]) -> None:
+    # The original broke on batches with a dynamic scale, and with a scale of 1.
+    unet: Any = tiny_model().unet
+    generator = torch.Generator().manual_seed(0)
+    noisy = torch.randn(3, 4, 8, 8, generator=generator)
+    contexts = torch.randn(3, 2, 77, WIDTH, generator=generator, requires_grad=True)
+    timesteps = torch.tensor([1, 400, 900])
+    found = guided_prediction(unet, noisy, timesteps, Condition(contexts), torch.tensor(scales))
+    for row, scale in enumerate(scales):
+        one, t = noisy[row : row + 1], timesteps[row : row + 1]
+        negative, positive = (unet(one, t, contexts[row, side][None]).sample for side in (0, 1))
+        expected = negative + scale * (positive - negative)
+        assert torch.allclose(found[row], expected[0], atol=1e-4)
+    (gradient,) = torch.autograd.grad(found.square().sum(), contexts)
+    moved = gradient.flatten(2).abs().sum(2) > 1e-4
+    # With a scale of 1 the negative cancels out.
+    assert moved[:, 1].all() and moved[:, 0].tolist() == [scale != 1 for scale in scales]

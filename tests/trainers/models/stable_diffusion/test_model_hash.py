@@ -1,0 +1,81 @@
+"""The hash and the name by which the webui tells base models: of the file, in artifacts and in pictures' texts."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_models import tiny_model
+from typer.testing import CliRunner
+
+from dreamfleet.cluster.cli import program
+from dreamfleet.trainers.methods.base import Setting
+from dreamfleet.trainers.methods.embedding_common import export_word
+from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.methods.hypernetwork import HypernetworkConfig, HypernetworkMethod
+from dreamfleet.trainers.models.formats.embedding import read_embedding
+from dreamfleet.trainers.models.formats.hypernetwork import read_hypernetwork
+from dreamfleet.trainers.models.formats.single_file import save_single_file
+from dreamfleet.trainers.models.stable_diffusion.loading import short_hash
+from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, StableDiffusion, load_model
+from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
+
+
+def load(path: Path) -> StableDiffusion:
+    return load_model(ModelConfig(pretrained_model_name_or_path=str(path)))
+
+
+def sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:10]
+
+
+@pytest.fixture(scope="module", params=[".safetensors", ".ckpt"])
+def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_single_file(tiny_model(), tmp_path_factory.mktemp("models") / f"cat.v1.5{request.param}")
+
+
+def test_artifacts_name_the_base_model_as_the_webui_does(file: Path, tmp_path: Path) -> None:
+    model = load(file)
+    order = Export(tmp_path, "look", formats=("pt", "safetensors", "png"))
+    for path in export_word([torch.ones(2, 32)], order, word="look", model=model):
+        found = read_embedding(path)
+        assert (found.sd_checkpoint, found.sd_checkpoint_name) == (sha(file), "cat.v1.5"), path
+    config = HypernetworkConfig(name="hypernetwork")
+    [path] = HypernetworkMethod(config, model, Setting()).export(Export(tmp_path, "ink"))
+    network = read_hypernetwork(path)
+    assert (network.sd_checkpoint, network.sd_checkpoint_name) == (sha(file), "cat.v1.5")
+
+
+def test_images_tell_the_hash_of_the_file(file: Path, tmp_path: Path) -> None:
+    arguments = ["sample", "--model", str(file), "--prompt", "a cat", "--steps", "1", "--num-images", "1"]
+    result = CliRunner().invoke(program.app, [*arguments, "--out", str(tmp_path / "grid.png")])
+    assert result.exit_code == 0, result.output
+    with Image.open(tmp_path / "grid.png") as image:
+        assert f"Model hash: {sha(file)}, Model: cat.v1.5" in image.info["parameters"]
+
+
+def test_a_folder_is_told_by_its_u_net_and_keeps_dots_in_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "sd-v1.5"
+    save_pipeline(tiny_model(), folder)
+    model = load(folder)
+    assert (model.short_hash(), model.short_name) == (
+        sha(folder / "unet/diffusion_pytorch_model.safetensors"),
+        "sd-v1.5",
+    )
+    shutil.rmtree(folder)
+    assert model.short_hash() is None  # it was moved away while the run went on
+
+
+def test_a_file_that_changed_has_another_hash(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(b"one")
+    first = short_hash(path)
+    path.write_bytes(b"three")
+    assert (first, short_hash(path)) == (
+        hashlib.sha256(b"one").hexdigest()[:10],
+        hashlib.sha256(b"three").hexdigest()[:10],
+    )

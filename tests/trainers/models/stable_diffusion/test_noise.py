@@ -1,0 +1,105 @@
+"""Targets, SNR weights and schedules against diffusers; noise that belongs to its sample alone."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.training_utils import compute_snr
+
+from dreamfleet.datasets.rng import key
+from dreamfleet.trainers.models.stable_diffusion.condition import Condition
+from dreamfleet.trainers.models.stable_diffusion.noise import (
+    draw_noise,
+    make_target,
+    noise_loss,
+    signal_to_noise,
+    snr_weights,
+)
+
+
+def scheduler(kind: str) -> DDPMScheduler:
+    return DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=kind
+    )
+
+
+def test_a_samples_noise_does_not_depend_on_its_batch() -> None:
+    keys = [("instance", 0, 3, "a"), ("instance", 0, 3, "b"), ("instance", 0, 4, "a")]
+    noise, timesteps = draw_noise(keys, (4, 8, 8), num_timesteps=1000)
+    alone, timestep = draw_noise(keys[1:2], (4, 8, 8), num_timesteps=1000)
+    assert torch.equal(noise[1], alone[0]) and timesteps[1] == timestep[0]
+    assert not torch.equal(noise[0], noise[2])
+
+
+def test_keys_that_agree_in_32_bits_draw_different_noise() -> None:
+    seen: dict[int, int] = {}
+    for number in itertools.count():
+        low = key("noise", "x", number) % 2**32  # all that a CPU generator of torch takes in of a seed
+        if low in seen:
+            break
+        seen[low] = number
+    noise, _ = draw_noise([("x", seen[low]), ("x", number)], (4, 8, 8), num_timesteps=1000)
+    correlation = np.corrcoef(noise.flatten(1))[0, 1]
+    assert abs(correlation) < 0.4, (seen[low], number)
+
+
+def test_noise_is_standard_normal_and_timesteps_cover_their_range() -> None:
+    noise, timesteps = draw_noise([("x", i) for i in range(400)], (4, 8, 8), num_timesteps=10)
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    assert set(timesteps.tolist()) == set(range(10))
+
+
+def test_noise_offset_shifts_whole_channels() -> None:
+    keys = [("x", i) for i in range(200)]
+    plain, t = draw_noise(keys, (4, 8, 8), num_timesteps=1000)
+    shifted, t_shifted = draw_noise(keys, (4, 8, 8), num_timesteps=1000, noise_offset=0.1)
+    difference = shifted - plain
+    assert torch.equal(t, t_shifted)
+    assert torch.allclose(difference, difference[..., :1, :1].expand_as(difference), atol=1e-6)
+    assert 0.08 < difference[..., 0, 0].std() < 0.12
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_perfect_prediction_of_the_target_takes_the_noise_out(kind: str) -> None:
+    # The target is right when diffusers' own sampler, given it as the model's output, finds the clean latents.
+    schedule = scheduler(kind)
+    latents, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    for t in (1, 500, 999):
+        timesteps = torch.full((2,), t)
+        noisy = schedule.add_noise(latents, noise, timesteps)
+        found = schedule.step(make_target(schedule, latents, noise, timesteps), t, noisy).pred_original_sample
+        if not schedule.config.clip_sample:
+            assert torch.allclose(found, latents, atol=1e-2)
+        else:
+            assert torch.allclose(found, latents.clamp(-1, 1), atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_snr_weights_are_those_of_diffusers_trainers(kind: str) -> None:
+    schedule, timesteps = scheduler(kind), torch.tensor([0, 10, 500, 999])
+    snr = compute_snr(schedule, timesteps)
+    assert torch.allclose(signal_to_noise(schedule, timesteps), snr)
+    base = torch.stack([snr, 5.0 * torch.ones_like(timesteps)], dim=1).min(dim=1)[0]
+    expected = base / (snr + 1) if kind == "v_prediction" else base / snr
+    assert torch.allclose(snr_weights(schedule, timesteps, 5.0), expected)
+
+
+def test_loss_is_per_sample_and_masked() -> None:
+    class Zero(torch.nn.Module):
+        def forward(self, x, t, context, return_dict=False):
+            return (torch.zeros_like(x),)
+
+    schedule = scheduler("epsilon")
+    noise = torch.ones(3, 4, 8, 8) * torch.tensor([1.0, 2.0, 3.0])[:, None, None, None]
+    common = {"latents": torch.zeros(3, 4, 8, 8), "noise": noise, "timesteps": torch.tensor([1, 2, 3])}
+    loss = noise_loss(Zero(), schedule, **common, condition=Condition(torch.zeros(3, 1, 1)))
+    assert torch.allclose(loss, torch.tensor([1.0, 4.0, 9.0]))
+    mask = torch.zeros(3, 1, 8, 8)
+    mask[..., :4] = 2.0
+    assert torch.allclose(
+        noise_loss(Zero(), schedule, **common, condition=Condition(torch.zeros(3, 1, 1)), mask=mask), loss
+    )

@@ -1,0 +1,167 @@
+"""`data caption`: a tiny ONNX model in the WD tagger's form sees what the real one would, and its words are written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from dreamfleet.cluster.cli import program
+from dreamfleet.datasets.errors import DataError, ModelError
+from dreamfleet.trainers.models.vision.wd_tagger import (
+    Tag,
+    Tagger,
+    Tagging,
+    caption_folder,
+    choose_tags,
+    read_tags,
+    square_of,
+)
+
+SIDE = 16
+# Each tag's probability is how much of a colour the picture has: name, category, channel of BGR.
+TAGS = [
+    ("general", 9, 1),
+    ("explicit", 9, 2),
+    ("blue_sky", 0, 0),
+    (">_<", 0, 1),
+    ("hero_(show)", 4, 2),
+    ("red_hat", 0, 2),
+]
+
+
+def run(*words: Any) -> Any:
+    return CliRunner().invoke(program.app, ["data", "caption", *(str(word) for word in words)])
+
+
+def write_tagger(folder: Path, *, batch: int | str = "N", names: int = len(TAGS)) -> Path:
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    weights = np.zeros((3, len(TAGS)), dtype=np.float32)
+    for number, (_, _, channel) in enumerate(TAGS):
+        weights[channel, number] = 1 / 255
+    nodes = [
+        helper.make_node("ReduceMean", ["input"], ["mean"], axes=[1, 2], keepdims=0),
+        helper.make_node("MatMul", ["mean", "weights"], ["output"]),
+    ]
+    given = helper.make_tensor_value_info("input", TensorProto.FLOAT, [batch, SIDE, SIDE, 3])
+    made = helper.make_tensor_value_info("output", TensorProto.FLOAT, [batch, len(TAGS)])
+    graph = helper.make_graph(nodes, "tagger", [given], [made], [numpy_helper.from_array(weights, "weights")])
+    folder.mkdir(parents=True)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    save(model, str(folder / "model.onnx"))
+    rows = [f"{number},{name},{category},9" for number, (name, category, _) in enumerate(TAGS[:names])]
+    (folder / "selected_tags.csv").write_text("\n".join(["tag_id,name,category,count", *rows]) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tagger(tmp_path_factory.mktemp("tagger") / "wd")
+
+
+def write_set(folder: Path) -> Path:
+    folder.mkdir()
+    for name, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0)), ("yellow", (200, 200, 0))):
+        Image.new("RGB", (SIDE, SIDE), colour).save(folder / f"{name}.png")
+    return folder
+
+
+def test_images_reach_the_model_as_bgr_in_a_white_square() -> None:
+    square = square_of(Image.new("RGB", (8, 4), (10, 20, 30)), SIDE)  # smaller than the side: not enlarged
+    assert square.shape == (SIDE, SIDE, 3) and square.dtype == np.float32
+    assert square[8, 8].tolist() == [30, 20, 10] and square[0, 0].tolist() == [255, 255, 255]
+    assert (square[:, :, 0] == 30).sum() == 32
+    wide = square_of(Image.new("RGB", (64, 32)), SIDE)
+    assert (wide[:, :, 0] == 0).sum() == SIDE * SIDE // 2
+
+
+@pytest.mark.parametrize("batch", ["N", 1])
+def test_outputs_are_probabilities_as_they_come(tmp_path: Path, batch: int | str) -> None:
+    tagger = Tagger(str(write_tagger(tmp_path / "wd", batch=batch) / "model.onnx"))
+    images = [Image.new("RGB", (32, 32), colour) for colour in ((255, 0, 51), (0, 102, 0))]
+    found = tagger.probabilities(images)
+    assert np.allclose(found, [[0, 1, 0.2, 0, 1, 1], [0.4, 0, 0, 0.4, 0, 0]], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("how", "tags"),
+    [
+        ({}, ["red hat", "blue sky"]),
+        ({"character_threshold": 0.7}, ["red hat", "hero (show)", "blue sky"]),
+        ({"general_threshold": 0.3, "sort": True}, [">_<", "blue sky", "red hat"]),
+        ({"exclude": ("red_hat",), "spaces": False}, ["blue_sky"]),
+        ({"exclude": ("red hat",)}, ["red hat", "blue sky"]),  # names as the model has them
+        ({"rating": True}, ["general", "red hat", "blue sky"]),
+        ({"add": ("hero_(show)",), "escape": True}, [r"hero \(show\)", "red hat", "blue sky"]),
+        ({"confidence": True}, ["(red hat:0.800)", "(blue sky:0.500)"]),
+    ],
+)
+def test_which_tags_are_written_and_how(how: dict[str, Any], tags: list[str]) -> None:
+    probabilities = np.array([0.9, 0.1, 0.5, 0.3, 0.75, 0.8], dtype=np.float32)
+    names = [Tag(name, category) for name, category, _ in TAGS]
+    assert choose_tags(probabilities, names, Tagging(**how)) == tags
+
+
+def test_lists_without_categories_begin_with_ratings() -> None:
+    found = read_tags(b"tag_id,name\n1,a\n2,b\n3,c\n4,d\n5,e\n", uri="x")
+    assert [tag.category for tag in found] == [9, 9, 9, 9, 0]
+
+
+def test_captions_are_written_and_the_same_again_does_the_rest(model: Path, tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set")
+    (folder / "red.txt").write_text("mine")
+    (folder / "broken.png").write_bytes(b"x")
+    first = run(folder, "--tagger", model, "--in-place", "--json", "--batch-size", 2)
+    assert first.exit_code == 0, first.output
+    told = json.loads(first.stdout)
+    assert told["captions"] == {"blue.png": "blue sky", "yellow.png": ">_<, red hat"} and told["skipped"] == 1
+    assert list(told["failed"]) == ["broken.png"]
+    assert (folder / "blue.txt").read_text() == "blue sky\n" and (folder / "red.txt").read_text() == "mine"
+    (folder / "blue.txt").unlink()
+    (folder / "broken.png").unlink()
+    again = json.loads(run(folder, "--tagger", model, "--in-place", "--json").stdout)
+    assert list(again["captions"]) == ["blue.png"] and again["skipped"] == 2
+
+
+@pytest.mark.parametrize(
+    ("existing", "text"), [("replace", "red hat"), ("append", "mine, red hat"), ("prepend", "red hat, mine")]
+)
+def test_captions_that_are_there(model: Path, tmp_path: Path, existing: str, text: str) -> None:
+    folder = write_set(tmp_path / "set")
+    (folder / "red.txt").write_text("mine")
+    how = Tagging(existing=existing, exclude=("hero_(show)",))
+    made = caption_folder(str(folder), Tagger(str(model)), how)
+    assert (folder / "red.txt").read_text() == text + "\n" and (
+        folder / "blue.txt"
+    ).read_text() == "blue sky\n"
+    assert made.backup is not None and (Path(made.backup) / "red.txt").read_text() == "mine"
+
+
+def test_captions_go_elsewhere(model: Path, tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set")
+    assert run(folder, "--tagger", model, "--out", tmp_path / "out").exit_code == 0
+    assert not list(folder.glob("*.txt")) and (tmp_path / "out" / "blue.txt").read_text() == "blue sky\n"
+
+
+def test_what_is_no_tagger_is_told(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_set(tmp_path / "set")
+    assert "--in-place" in run(folder, "--tagger", model).stderr
+    result = run(folder, "--tagger", folder, "--in-place")
+    assert result.exit_code == 2 and "model.onnx" in result.stderr
+    with pytest.raises(ModelError, match="2 tags"):
+        Tagger(str(write_tagger(tmp_path / "short", names=2)))
+    (tmp_path / "short" / "model.onnx").write_bytes(b"x")
+    with pytest.raises(ModelError, match="ONNX"):
+        Tagger(str(tmp_path / "short"))
+    with pytest.raises(DataError, match="existing"):
+        Tagging(existing="keep")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ModelError, match=r"dreamfleet\[tag\]"):
+        Tagger(str(model))

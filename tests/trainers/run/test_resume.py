@@ -1,0 +1,270 @@
+"""A run killed at any step and resumed equals one never stopped, bit for bit; damaged checkpoints are passed over."""
+
+from __future__ import annotations
+
+import gc
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from small_runs import assert_same, final_state, recipe_tree
+
+from dreamfleet.datasets.errors import CheckpointError, RecipeError, RunFailed, StorageError
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.launch import fit
+from dreamfleet.trainers.recipe import build_recipe
+from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
+from dreamfleet.trainers.run.recorder import Recorder
+from dreamfleet.trainers.run.run import newest_checkpoint, open_run_folder, run_worker
+from dreamfleet.trainers.run.stopwatch import Clock
+
+TEXTUAL_INVERSION = {"name": "textual_inversion", "placeholder_token": "<x>", "num_vectors": 2}
+
+
+@pytest.mark.parametrize("method", [{"name": "dreambooth", "train_text_encoder": True}, TEXTUAL_INVERSION])
+def test_stopped_twice_and_resumed_equals_never_stopped(tmp_path: Path, method: dict[str, Any]) -> None:
+    straight = recipe_tree(tmp_path, "straight", method=method)
+    run_worker(build_recipe(straight))
+    broken = recipe_tree(tmp_path, "broken", method=method)
+    first = run_worker(build_recipe(broken), should_stop=tiny.Stop(1))
+    assert first.exit_reason == "interrupted" and 0 < first.steps < 6
+    second = run_worker(build_recipe(broken), resume=True, should_stop=tiny.Stop(1))
+    assert second.exit_reason == "interrupted" and first.steps < second.steps < 6
+    third = run_worker(build_recipe(broken), resume=True)
+    assert third.exit_reason == "completed" and third.start_step == second.steps
+    assert_same(final_state(straight), final_state(broken))
+
+
+def test_killed_with_sigkill_and_resumed_equals_never_stopped(tmp_path: Path) -> None:
+    straight, killed = recipe_tree(tmp_path, "straight"), recipe_tree(tmp_path, "killed")
+    run_worker(build_recipe(straight))
+    path = tiny.write_recipe(tmp_path / "killed.yaml", killed)
+    script = (
+        "import os, signal, sys\n"
+        "from dreamfleet.trainers.recipe import load_recipe\n"
+        "from dreamfleet.trainers.run.run import run_worker\n"
+        "polls = iter(range(99))\n"
+        "def kill():\n"
+        "    if next(polls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return False\n"
+        f"run_worker(load_recipe({str(path)!r}), should_stop=kill)\n"
+    )
+    # Threads as here: the order in which a matrix product is summed depends on their number.
+    threads = f"import torch; torch.set_num_threads({torch.get_num_threads()})\n"
+    ended = subprocess.run(
+        [sys.executable, "-c", threads + script], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
+    assert Checkpoints(Storage(killed["output_dir"])).steps() == [2]
+    summary = run_worker(build_recipe(killed), resume=True)
+    assert summary.start_step == 2
+    assert_same(final_state(straight), final_state(killed))
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "killed/metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == sorted(set(steps)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_torn_or_tampered_checkpoint_is_passed_over_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(Storage(str(tmp_path)))
+    for step in (1, 2, 3, 4):
+        checkpoints.save(step, learned={"w": torch.full((3,), float(step))}, engine={}, meta={})
+    folder = tmp_path / "checkpoints"
+    (folder / "step-000004" / "manifest.json").unlink()
+    weights = folder / "step-000003" / "learned.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    (folder / "step-000002" / "engine.pt").unlink()
+    found = checkpoints.load_latest()
+    assert found is not None and found.step == 1
+    assert "learned.safetensors" in caplog.text and "engine.pt" in caplog.text
+
+
+def damage(run: Path, step: int) -> None:
+    weights = run / "checkpoints" / f"step-{step:06d}" / "learned.safetensors"
+    data = weights.read_bytes()
+    weights.unlink()  # who has read it may still look into it
+    weights.write_bytes(data[:-4] + b"\0\0\0\1")
+
+
+def test_a_damaged_checkpoint_is_made_anew_when_its_step_comes_again(tmp_path: Path) -> None:
+    tree = recipe_tree(tmp_path, "run")
+    run_worker(build_recipe(tree))
+    before = final_state(tree)
+    damage(tmp_path / "run", 6)
+    assert run_worker(build_recipe(tree), resume=True).start_step == 4
+    assert_same(final_state(tree), before)
+
+
+def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(Storage(str(tmp_path)), limit=1)
+    checkpoints.save(5, learned={"w": torch.ones(3)}, engine={}, meta={})
+    damage(tmp_path, 5)
+    checkpoints.save(4, learned={"w": torch.ones(3)}, engine={}, meta={})
+    found = checkpoints.load_latest()
+    assert found is not None and found.step == 4
+
+
+@dataclass(frozen=True)
+class RankOne(DistributedContext):
+    """Rank 1 of two, alone: hears from rank 0 what it is told to, and counts how often it listened."""
+
+    rank: int = 1
+    world: int = 2
+    heard: Any = None
+    waits: list[bool] = field(default_factory=list)
+
+    def on_rank_0(self, work: Callable[[], Any]) -> Any:
+        self.waits.append(True)
+        return self.heard
+
+    def on_every_rank(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, value]
+
+
+def test_a_worker_that_comes_late_to_a_save_waits_like_the_others(tmp_path: Path) -> None:
+    """Rank 0 may have written all of it before the others arrive; one that passes by leaves it waiting for ever."""
+    checkpoints, distributed = Checkpoints(Storage(str(tmp_path))), RankOne()
+    checkpoints.save(2, learned={"w": torch.zeros(1)}, engine={}, meta={})
+    engine: Any = SimpleNamespace(learned=dict, state=dict, lockstep=False)
+    parts: Any = SimpleNamespace(engine=engine, sets=SimpleNamespace(instances=None))
+    recipe = build_recipe(recipe_tree(tmp_path, "run"))
+    recorder = Recorder(recipe, parts, distributed, Storage(str(tmp_path)), checkpoints, 0, None, "", Clock())
+    recorder.save(2)
+    assert distributed.waits == [True]
+    recorder.save(2)  # stopped right after it was saved: nobody saves again
+    assert distributed.waits == [True]
+
+
+def test_all_workers_go_on_from_the_checkpoint_that_the_first_one_found(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(Storage(str(tmp_path)))
+    for step in (1, 2):
+        checkpoints.save(step, learned={"w": torch.full((3,), float(step))}, engine={}, meta={})
+    found = newest_checkpoint(checkpoints, RankOne(heard=1))  # rank 0 could not read the second
+    assert found is not None and found.step == 1
+    assert newest_checkpoint(checkpoints, RankOne(heard=None)) is None
+    newest = newest_checkpoint(checkpoints, DistributedContext())
+    assert newest is not None and newest.step == 2
+
+
+def test_nothing_of_a_checkpoint_is_held_while_the_run_goes_on(tmp_path: Path) -> None:
+    tree = recipe_tree(tmp_path, "run")
+    run_worker(build_recipe(tree), should_stop=tiny.Stop(2))
+    held: list[int] = []
+
+    def look() -> bool:
+        held.append(sum(type(thing) is Checkpoint for thing in gc.get_objects()))
+        return False
+
+    assert run_worker(build_recipe(tree), resume=True, should_stop=look).start_step
+    assert held and not any(held)
+
+
+def test_a_resume_with_nothing_to_go_on_from_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = build_recipe(recipe_tree(tmp_path, "run", scaling__num_workers=0))
+    with caplog.at_level("INFO", "dreamfleet"):
+        assert fit(recipe, resume=True).summary.start_step == 0
+        assert "starting at step 0" in caplog.text
+        caplog.clear()
+        assert fit(recipe, resume=True).summary.start_step == 6
+    assert "starting at step 0" not in caplog.text
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_figures(tmp_path: Path) -> None:
+    tree = recipe_tree(tmp_path, "run", method=TEXTUAL_INVERSION)
+    first = run_worker(build_recipe(tree))
+    again = run_worker(build_recipe(tree), resume=True)
+    assert (again.start_step, again.figures["loss"]) == (6, first.figures["loss"])
+    told = json.loads((Path(tree["output_dir"]) / "summary.json").read_text())
+    assert told["figures"]["loss"] == first.figures["loss"]
+
+
+def test_old_checkpoints_go_only_beyond_the_limit(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(Storage(str(tmp_path)), limit=2)
+    for step in (1, 2, 3, 10):
+        checkpoints.save(step, learned={"w": torch.zeros(1)}, engine={}, meta={})
+    assert checkpoints.steps() == [3, 10]
+
+
+def test_a_full_disk_while_saving_is_told_and_leaves_the_earlier_checkpoint() -> None:
+    # Not under tmp_path: pytest cannot clear away a folder that something is mounted in.
+    disk = Path(tempfile.mkdtemp(prefix="dreamfleet-small-disk-"))
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        disk.rmdir()
+        pytest.skip("mounting a small disk needs root")
+    try:
+        checkpoints = Checkpoints(Storage(str(disk)))
+        checkpoints.save(1, learned={"w": torch.zeros(1000)}, engine={}, meta={})
+        with pytest.raises(StorageError, match=r"step 2(.|\n)*step 1"):
+            checkpoints.save(2, learned={"w": torch.zeros(1_000_000)}, engine={}, meta={})
+        with pytest.raises(StorageError, match="saved"):
+            checkpoints.save(3, learned={}, engine={"m": torch.zeros(1_000_000)}, meta={})
+        assert checkpoints.steps() == [1]
+        assert checkpoints.load_latest().step == 1
+        assert not [p for p in disk.rglob("*") if p.is_file() and "step-000001" not in str(p)]
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+        disk.rmdir()
+
+
+def test_a_used_output_dir_and_another_methods_run_are_refused(tmp_path: Path) -> None:
+    tree = recipe_tree(tmp_path, "run", train__max_train_steps=1)
+    recipe = build_recipe(tree)
+    run_worker(recipe)
+    with pytest.raises(RecipeError, match="--resume"):
+        open_run_folder(recipe, resume=False)
+    open_run_folder(recipe, resume=True)
+    other = build_recipe(recipe_tree(tmp_path, "run", method=TEXTUAL_INVERSION))
+    with pytest.raises(CheckpointError, match=r"dreambooth.*textual_inversion"):
+        open_run_folder(other, resume=True)
+    with pytest.raises(CheckpointError, match="dreambooth"):
+        run_worker(other, resume=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "diary.txt").write_text("hello")
+    with pytest.raises(RecipeError, match="no run"):
+        open_run_folder(build_recipe({**tree, "output_dir": str(tmp_path / "mine")}), resume=False)
+
+
+def test_what_an_attempt_left_that_was_no_run_is_no_hindrance(tmp_path: Path) -> None:
+    recipe = build_recipe(recipe_tree(tmp_path, "run"))
+    left = tmp_path / "run"
+    for folder in ("samples/empty", "checkpoints"):
+        (left / folder).mkdir(parents=True)
+    for name in ("run.log", "STOP", ".seen-0123"):
+        (left / name).write_text("")
+    open_run_folder(recipe, resume=False)
+    (left / "samples/empty/diary.txt").write_text("hello")
+    with pytest.raises(RecipeError, match="no run"):
+        open_run_folder(recipe, resume=False)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_the_way_out(tmp_path: Path) -> None:
+    tree = recipe_tree(
+        tmp_path,
+        "run",
+        optimizer__learning_rate=1e30,
+        optimizer__max_grad_norm=0,
+        optimizer__lr_scheduler="constant",
+    )
+    with pytest.raises(RunFailed, match="learning rate"):
+        run_worker(build_recipe(tree))

@@ -1,0 +1,58 @@
+"""What is wrong with a recipe is told before class images are generated, latents encoded or workers started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from dreamfleet.datasets.errors import UserError
+from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.driver.preflight import check_inputs
+from dreamfleet.trainers.launch import fit
+from dreamfleet.trainers.recipe import build_recipe
+from dreamfleet.trainers.run.build import assemble
+
+PRIOR = {"name": "dreambooth", "with_prior_preservation": True, "num_class_images": 2}
+ENDLESS = {"train__max_train_steps": None}
+
+
+def prior_tree(folder: Path, **changes: Any) -> dict[str, Any]:
+    return tiny.make_recipe(folder, method=PRIOR, data__class_data_dir=str(folder / "class"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (ENDLESS, "max_train_steps"),
+        ({"train__mixed_precision": "fp16"}, "fp16"),
+        ({"optimizer__name": "adamw8bit"}, "adamw8bit"),
+        ({"train__export_formats": ["safetensors", "nope"]}, "nope"),
+        ({"data__enable_bucket": True, "data__resolution": 256}, "enable_bucket"),
+        ({"data__resolution": 36}, "resolution"),
+        ({"validation": {"metrics": ["dino"], "prompts": ["a cat"]}}, "dino"),
+    ],
+)
+def test_before_class_images(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        assemble(build_recipe(prior_tree(tmp_path, **changes)), DistributedContext())
+    assert not (tmp_path / "class").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (ENDLESS, "max_train_steps"),
+        ({"validation": {"holdout": "/nowhere/at/all"}}, "/nowhere/at/all"),
+        ({"validation": {"clip": "/nowhere/at/all"}}, "validation.clip"),
+    ],
+)
+def test_before_workers_start(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    recipe = build_recipe(prior_tree(tmp_path, **changes))
+    with pytest.raises(UserError, match=told):
+        check_inputs(recipe)
+    with pytest.raises(UserError, match=told):
+        fit(recipe)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "class").exists()

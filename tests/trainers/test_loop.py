@@ -1,0 +1,182 @@
+"""The loop by itself, around an engine of one number: what it seeds, times, measures and keeps."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.loop import Hooks, Outcome, Schedule, train
+from dreamfleet.trainers.methods.base import Loss
+from dreamfleet.trainers.recipe import build_recipe
+from dreamfleet.trainers.report.metrics_log import read_metrics
+from dreamfleet.trainers.report.report import render
+from dreamfleet.trainers.run.checkpoint import Checkpoints
+from dreamfleet.trainers.run.recorder import Recorder
+from dreamfleet.trainers.run.run import run_worker
+
+
+class Drawing:
+    """An engine whose every backward pass draws a number from the global generator, as dropout does."""
+
+    world, device = 1, torch.device("cpu")
+
+    def __init__(self, num_micros: int = 2):
+        self.num_micros, self.drawn = num_micros, list[float]()
+
+    def agree(self, flag: bool) -> Any:
+        return lambda: flag
+
+    def place(self, batch: Any) -> Any:
+        return batch
+
+    def begin(self, rates: Any, step: int) -> None:
+        pass
+
+    def backward(self, batch: Any, *, last: bool = True) -> Loss:
+        self.drawn.append(float(torch.rand(())))
+        return Loss(torch.ones(()), torch.ones(1), {})
+
+    def step(self, rates: Any, step: int) -> torch.Tensor:
+        return torch.ones(())
+
+    def drop_gradients(self) -> None:
+        self.drawn.pop()  # the rehearsal's
+
+    def mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+
+class Nothing:
+    """A method with nothing to do after a step."""
+
+    def after_step(self, step: int) -> None:
+        pass
+
+
+def loop(engine: Drawing, hooks: Hooks | None = None, *, steps: int = 3, **options: Any) -> Outcome:
+    method: Any = Nothing()
+    anything: Any = engine
+    return train(
+        method,
+        anything,
+        itertools.repeat({"num_instances": 2}),
+        lambda batch: batch,
+        rates={},
+        schedule=Schedule(total=steps, save_every=1, sample_every=100, log_every=1),
+        seed=7,
+        hooks=hooks or Hooks(),
+        **options,
+    )
+
+
+def drawn(**options: Any) -> list[float]:
+    engine = Drawing()
+    loop(engine, **options)
+    return engine.drawn
+
+
+def test_dropout_differs_by_rank_step_and_micro_step_and_repeats_after_a_resume() -> None:
+    straight, other = drawn(), drawn(rank=1)
+    assert len({*straight, *other}) == 12
+    assert drawn(start_step=1) == straight[2:] and drawn(rank=1, start_step=2) == other[4:]
+
+
+def test_the_rate_leaves_saves_and_validation_out() -> None:
+    lines: list[dict[str, Any]] = []
+    hooks = Hooks(log=lines.append, save=lambda step: time.sleep(0.1), sample=lambda step: time.sleep(0.1))
+    outcome = loop(Drawing(), hooks)
+    assert max(line["step_seconds"] for line in lines) < 0.05
+    assert min(line["images_per_second"] for line in lines) > 40
+    assert outcome.figures["images_per_second"] > 40
+
+
+def holdout_tree(folder: Path, **changes: Any) -> dict[str, Any]:
+    holdout = folder / "holdout"
+    if not holdout.exists():
+        tiny.make_images(holdout, 1, seed=5)
+    return tiny.make_recipe(
+        folder,
+        method={"name": "textual_inversion", "placeholder_token": "<x>", "initializer_token": "cat"},
+        validation={"steps": 2, "holdout": str(holdout), "holdout_timesteps": 1},
+        train__max_train_steps=10,
+        **{"train__checkpointing_steps": 5, "train__checkpoints_total_limit": 1, **changes},
+    )
+
+
+def measure(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -> None:
+    """Let the held-out losses of a run be these, by step."""
+    whole = Recorder.validate
+
+    def validate(recorder: Recorder, step: int) -> dict[str, float]:
+        recorder.held_out.figures = lambda engine: {"holdout_loss": losses[step]}
+        return whole(recorder, step)
+
+    monkeypatch.setattr(Recorder, "validate", validate)
+
+
+LOSSES = {0: 0.1, 2: 0.9, 4: 0.5, 6: 0.6, 8: 0.7, 10: 0.8}
+
+
+@pytest.mark.parametrize(
+    ("every", "limit", "losses", "kept", "best"),
+    [
+        (5, 1, LOSSES, [4, 10], 4),  # not due, and older than the limit
+        (2, 1, LOSSES, [4, 10], 4),
+        (2, 2, {**LOSSES, 8: 0.2}, [8, 10], 8),
+        (5, None, LOSSES, [4, 5, 10], 4),  # the one of step 2 was there only while it was the best
+        (5, 1, {**LOSSES, 10: 0.3}, [10], 10),
+        (5, 1, {**LOSSES, 4: float("nan"), 6: float("inf")}, [8, 10], 8),
+        (5, 1, dict.fromkeys(LOSSES, float("nan")), [10], 10),
+    ],
+)
+def test_the_checkpoint_of_the_lowest_held_out_loss_is_kept_and_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    every: int,
+    limit: int | None,
+    losses: dict[int, float],
+    kept: list[int],
+    best: int,
+) -> None:
+    measure(monkeypatch, losses)
+    tree = holdout_tree(tmp_path, train__checkpointing_steps=every, train__checkpoints_total_limit=limit)
+    summary = run_worker(build_recipe(tree))
+    run = Storage(tree["output_dir"])
+    assert Checkpoints(run).steps() == kept
+    assert summary.best_checkpoint == f"step-{best:06d}"
+    assert json.loads(run.read_text("summary.json"))["best_checkpoint"] == summary.best_checkpoint
+    marked = [part for part in render(run).split("<tr>") if "best held-out loss</small>" in part]
+    finite = [value for step, value in losses.items() if step and value < float("inf")]
+    assert len(marked) == bool(finite) and all(f"step-{best:06d}" in part for part in marked)
+
+
+@pytest.mark.parametrize("polls", [3, 4, 7])
+def test_a_resumed_run_remembers_its_best_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, polls: int
+) -> None:
+    measure(monkeypatch, LOSSES)
+    tree = holdout_tree(tmp_path)
+    assert run_worker(build_recipe(tree), should_stop=tiny.Stop(polls)).exit_reason == "interrupted"
+    summary = run_worker(build_recipe(tree), resume=True)
+    assert summary.best_checkpoint == "step-000004"
+    assert Checkpoints(Storage(tree["output_dir"])).steps() == [4, 10]
+
+
+def test_without_the_best_checkpoint_the_best_one_that_is_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure(monkeypatch, LOSSES)
+    tree = holdout_tree(tmp_path, train__checkpointing_steps=2, train__checkpoints_total_limit=None)
+    assert run_worker(build_recipe(tree), should_stop=tiny.Stop(8)).steps == 9
+    run = Storage(tree["output_dir"])
+    Checkpoints(run).drop(4)
+    assert run_worker(build_recipe(tree), resume=True).best_checkpoint == "step-000006"
+    assert 4 in {line["step"] for line in read_metrics(run) if "holdout_loss" in line}

@@ -1,0 +1,162 @@
+"""Latents from a cache in place of the VAE: the one a recipe names, opened, compared with the run, and served."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from dreamfleet.datasets.config import DataConfig
+from dreamfleet.datasets.errors import DataError
+from dreamfleet.datasets.index.index import BadFile, Index
+from dreamfleet.datasets.plan import Draw
+from dreamfleet.datasets.serve.cache import jobs_of, missing_from
+from dreamfleet.datasets.serve.latent_files import (
+    Encoding,
+    Key,
+    LatentCache,
+    encoding_of,
+    find_manifests,
+    open_cache,
+)
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.batches.sources import Images, ResidentLatents, Shown, load_images
+from dreamfleet.trainers.batches.vae_encoding import Encoded
+from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+
+log = logging.getLogger(__name__)
+
+
+class CachedLatents:
+    """Latents read from the cache when their turn comes: for sets too large for one worker's memory."""
+
+    def __init__(self, cache: LatentCache, index: Index, shown: Shown):
+        self.cache, self.shown = cache, shown
+        self._keys = keys_of(index, shown.data)
+
+    def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
+        """Return the posterior of each draw's picture."""
+        keys = [self._keys[draw.row]._replace(flip=self.shown.flips(draw)) for draw in draws]
+        found = self.cache.read(keys)
+        return {
+            name: torch.stack([torch.from_numpy(one[name]) for one in found]) for name in self.cache.names
+        }
+
+
+def open_latents(data: DataConfig, model: StableDiffusion) -> LatentCache | None:
+    """Open the cache that a recipe names, None where it names none.
+
+    Raises DataError for one without latents that were made as this run would make them.
+    """
+    if data.cache_dir is None:
+        return None
+    cache, encoding = Storage(data.cache_dir), encoding_of(data, model.encoder_hash)
+    found = open_cache(cache, encoding)
+    if not found.entries:
+        raise DataError(_why_nothing(cache, encoding))
+    return found
+
+
+def leave_out_bad(index: Index, cache: LatentCache, data: DataConfig) -> Index:
+    """Leave out the pictures that could not be decoded when the cache was made: nothing is decoded to find them."""
+    entries = [cache.entries.get(key) for key in keys_of(index, data)]
+    bad = [
+        BadFile(uri, entry.reason)
+        for uri, entry in zip(index.column("uri"), entries, strict=True)
+        if entry is not None and entry.reason
+    ]
+    kept = [row for row, entry in enumerate(entries) if entry is None or not entry.reason]
+    return Index(
+        index.table.take(pa.array(kept, pa.int64())), bad=sorted([*index.bad, *bad]), skipped=index.skipped
+    )
+
+
+def serve_images(
+    index: Index,
+    model: StableDiffusion,
+    data: DataConfig,
+    *,
+    cache: LatentCache | None,
+    seed: int,
+    distributed: DistributedContext | None = None,
+) -> Images:
+    """Make the source of an index's pictures: the cache where there is one, else what :func:`load_pictures` makes.
+
+    Raises DataError when the cache lacks some, on any of the ranks of ``place``. Class images may be newer than it: the
+    run then encodes them.
+    """
+    distributed = distributed or DistributedContext()
+    if cache is None:
+        return load_images(index, model, data, seed=seed, distributed=distributed)
+    jobs = jobs_of(index, data)
+    # Each rank has opened the cache for itself, and it may have been added to meanwhile.
+    if missing := max(distributed.gather(missing_from(cache, jobs)), key=len):
+        told = (
+            f"{len(missing)} of {len(jobs)} encodings are not in the cache {cache.folder.url}, such as of "
+            f"{missing[0].uri}"
+        )
+        if set(index.column("role")) == {"class"}:
+            if distributed.is_main:
+                log.info("class images: %s; this run encodes them all", told)
+            return load_images(index, model, data, seed=seed, distributed=distributed)
+        raise DataError(
+            f"data.cache_dir: {told}: new, or changed, since it was made. Run `dreamfleet data cache RECIPE`, which "
+            "encodes just these, or leave data.cache_dir out"
+        )
+    shown = Shown(index, data, seed)
+    if reads_lazily(index, model, data, shown):
+        return CachedLatents(cache, index, shown)
+    return ResidentLatents(distributed.on_every_rank(lambda: _load(cache, index, data)), shown)
+
+
+def reads_lazily(index: Index, model: StableDiffusion, data: DataConfig, shown: Shown) -> bool:
+    """Say whether cached latents are read when needed: when asked for, or beyond ``data.resident_limit_mb``."""
+    if data.source != "auto":
+        return data.source == "stream"
+    floats = 2 * model.vae.config.latent_channels + data.alpha_mask
+    cells = sum(width * height for width, height in shown.sizes) // model.vae_factor**2
+    return 4 * floats * cells * (1 + data.random_flip) > data.resident_limit_mb * 2**20
+
+
+def keys_of(index: Index, data: DataConfig) -> list[Key]:
+    """List what the latents of each picture belong to, those of its mirror image aside."""
+    masks = index.column("mask_sha256") if data.alpha_mask else [None] * len(index)
+    return [
+        Key(sha256, mask or "", False) for sha256, mask in zip(index.column("sha256"), masks, strict=True)
+    ]
+
+
+def _load(cache: LatentCache, index: Index, data: DataConfig) -> Encoded:
+    """Read all latents of an index into memory, mirror images behind the others."""
+    flips = (False, True) if data.random_flip else (False,)
+    keys = [key._replace(flip=flip) for flip in flips for key in keys_of(index, data)]
+    kept: dict[str, list[Tensor]] = {name: [torch.empty(0)] * len(keys) for name in cache.names}
+    for position, latents in cache.read_all(keys):
+        for name, values in latents.items():
+            kept[name][position] = torch.from_numpy(values)
+    return Encoded(kept["mean"], kept["std"], kept.get("mask"))
+
+
+def _why_nothing(cache: Storage, encoding: Encoding) -> str:
+    manifests = find_manifests(cache)
+    if not manifests:
+        return (
+            f"data.cache_dir {cache.url} holds no latents yet: run `dreamfleet data cache RECIPE` first, or leave "
+            "data.cache_dir out"
+        )
+    told = min((encoding.differences(manifest) for manifest in manifests), key=len)
+    if not told:
+        return (
+            f"data.cache_dir {cache.url} holds no latents of this run yet: run `dreamfleet data cache RECIPE`, which "
+            "goes on where it was stopped"
+        )
+    nearest = "" if len(manifests) == 1 else f", the nearest of {len(manifests)}"
+    return (
+        f"data.cache_dir {cache.url} holds latents made otherwise{nearest}: {'; '.join(told)}. Run `dreamfleet data "
+        "cache RECIPE` to encode for this run as well (the others stay), set the recipe back, or leave data.cache_dir "
+        "out"
+    )

@@ -1,0 +1,144 @@
+"""The class pictures of prior preservation: those that are there, and generating the missing ones."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dreamfleet.datasets.config import DataConfig
+from dreamfleet.datasets.errors import DataError
+from dreamfleet.datasets.index.concepts import ClassSet, Sets, load_class_images
+from dreamfleet.datasets.index.exclusions import CLASS_IMAGES
+from dreamfleet.datasets.index.index import Index, log_left_out
+from dreamfleet.datasets.json_text import json_text
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.batches.class_image_drawing import (
+    class_image_key,
+    generate_class_images,
+    generated_name,
+)
+from dreamfleet.trainers.config.paths import generated_folder
+from dreamfleet.trainers.distributed.agreement import share_index
+from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.engines.torch_engine import DTYPES
+from dreamfleet.trainers.methods.base import Method
+from dreamfleet.trainers.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+
+def gather_class_images(
+    recipe: Recipe, sets: Sets, method: Method, distributed: DistributedContext
+) -> Index | None:
+    """Return the class images of every concept, generating the missing ones in parallel by all ranks.
+
+    Generated ones lie in ``class_data_dir``, or beside the run folder under a key of everything that
+    shaped them, where the next run with the same key finds them. Rank 0 decides which are missing.
+    """
+    if method.prior is None:
+        return None
+    indexes = [_gather_one(recipe, class_set, method, distributed) for class_set in sets.class_sets]
+    if len(indexes) < len(sets.concepts):
+        raise DataError("prior preservation needs a class_prompt for every concept")
+    return Index.concat(indexes)
+
+
+def _gather_one(
+    recipe: Recipe, class_set: ClassSet, method: Method, distributed: DistributedContext
+) -> Index:
+    """Return the class images of one concept."""
+    prior = method.prior
+    assert prior is not None
+    storage, options = _where_and_how(recipe, class_set, method)
+    missing = distributed.on_rank_0(lambda: find_missing(storage, prior.num_class_images, recipe.data))
+    if missing:
+        if distributed.is_main:
+            log.info("generating %d class images of %r", len(missing), class_set.prompt)
+        _generate(method, class_set.prompt, missing, storage, options, recipe=recipe, distributed=distributed)
+
+    def load() -> Index:
+        index = load_class_images(storage, recipe.data, concept=class_set.concept)
+        assert index is not None  # there before, or generated
+        return index
+
+    index = share_index(distributed, load)
+    if distributed.is_main:
+        log_left_out(index)
+    return index
+
+
+def find_missing(storage: Storage, num: int, data: DataConfig) -> list[int]:
+    """List the numbers of the images to generate until a folder has ``num`` that can be used, whatever their names.
+
+    They are counted by the rule of all image folders (subfolders, every format). No file that is there is written over.
+    """
+    index = load_class_images(storage, data)
+    wanted = max(0, num - (len(index) if index is not None else 0))
+    names = set(storage.list()) if wanted else set()
+    free = (number for number in itertools.count() if generated_name(number) not in names)
+    return list(itertools.islice(free, wanted))
+
+
+def _where_and_how(recipe: Recipe, class_set: ClassSet, method: Method) -> tuple[Storage, dict[str, Any]]:
+    """Return the folder of a concept's class images, and how they are drawn."""
+    prior = method.prior
+    assert prior is not None
+    options: dict[str, Any] = {
+        "seed": recipe.train.seed,
+        "steps": prior.steps,
+        "guidance_scale": prior.guidance_scale,
+        "resolution": recipe.data.resolution,
+    }
+    if class_set.folder is not None:
+        return Storage(class_set.folder), options
+    name = class_image_key(method.model.content_hash, class_set.prompt, **options)
+    return Storage(generated_folder(recipe.output_dir)).child(name), options
+
+
+def _generate(
+    method: Method,
+    prompt: str,
+    missing: list[int],
+    storage: Storage,
+    options: dict[str, Any],
+    *,
+    recipe: Recipe,
+    distributed: DistributedContext,
+) -> None:
+    """Draw the missing images, each rank some of the batches, which are the same for any number of ranks."""
+    assert method.prior is not None
+    size = max(1, method.prior.batch_size)
+    batches = [missing[start : start + size] for start in range(0, len(missing), size)]
+    mine = list(itertools.chain.from_iterable(batches[number] for number in distributed.share(len(batches))))
+
+    def draw() -> None:
+        if distributed.is_main and not storage.exists(CLASS_IMAGES):
+            # Tells every later run that these are no images of its subject.
+            storage.write_text(CLASS_IMAGES, json_text({"prompt": prompt}) + "\n")
+        # With full_bf16 a part may be narrow but for the weights that do not learn.
+        narrow = torch.autocast(distributed.device.type, torch.bfloat16, enabled=recipe.train.full_bf16)
+        with lent_to(distributed.device, method, DTYPES[recipe.train.mixed_precision]), narrow:
+            generate_class_images(
+                method.model, prompt, numbers=mine, storage=storage, batch_size=size, **options
+            )
+
+    distributed.on_every_rank(draw)
+
+
+@contextmanager
+def lent_to(device: torch.device, method: Method, dtype: torch.dtype) -> Iterator[None]:
+    """Within this context what waits on the host is on the device, in ``dtype``; its exact weights stay behind."""
+    every = itertools.chain(method.parameters(), *(part.parameters() for part in method.loss_parts.values()))
+    kept = {param: param.data for param in every if param.device.type != device.type}
+    try:
+        for param in kept:
+            param.data = param.data.to(device=device, dtype=dtype)
+        yield
+    finally:
+        for param, data in kept.items():
+            param.data = data

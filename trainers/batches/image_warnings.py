@@ -1,0 +1,74 @@
+"""Logs, once a run, what a user should know of the images before they are trained on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+
+from dreamfleet.datasets.buckets import Size, most_enlarged
+from dreamfleet.datasets.config import DataConfig
+from dreamfleet.datasets.index.index import Index, log_left_out
+from dreamfleet.trainers.methods.base import Method
+from dreamfleet.trainers.methods.image_method import SeeingMethod
+
+log = logging.getLogger(__name__)
+
+
+def log_findings(index: Index, sizes: Sequence[Size], method: Method, data: DataConfig) -> None:
+    """Log what is left out, images that are enlarged many times, and captions that are cut at the token limit."""
+    log_left_out(index)
+    enlarged, largest, uri = most_enlarged(index, sizes)
+    if enlarged:
+        log.warning(
+            "images enlarged many times: %d, up to %.0f times (%s): remove them, or lower data.resolution",
+            enlarged,
+            largest,
+            uri,
+        )
+    if isinstance(method, SeeingMethod):
+        return
+    tokenizer, most = method.model.tokenizer, method.model.max_token_length
+    count, longest, uri = too_long(
+        captions_of(index, method, data),
+        lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids),
+        most,
+    )
+    if count:
+        log.warning(
+            "captions longer than %d tokens: %d, the longest of %d (%s); the rest of each is cut: shorten them, or set "
+            "model.max_token_length to 150 or 225",
+            most,
+            count,
+            longest,
+            uri,
+        )
+
+
+def captions_of(index: Index, method: Method, data: DataConfig) -> Iterable[tuple[str, str]]:
+    """Yield the address of each image and its longest caption as it is trained with, its set's prompt without one."""
+    prompts = [concept.instance_prompt for concept in method.setting.concepts]
+    columns = (index.column(name) for name in ("uri", "caption", "concept"))
+    for uri, caption, concept in zip(*columns, strict=True):
+        if caption and data.use_captions:
+            line = max(caption.splitlines(), key=len)
+            yield uri, " ".join(part for part in (data.caption_prefix, line, data.caption_suffix) if part)
+        elif prompt := prompts[concept]:
+            yield uri, prompt
+
+
+def too_long(
+    captions: Iterable[tuple[str, str]], count_tokens: Callable[[str], int], most: int
+) -> tuple[int, int, str]:
+    """Return how many captions have more tokens than ``most``, how many the longest has, and whose it is."""
+    known: dict[str, int] = {}
+    found, longest, where = 0, 0, ""
+    for uri, text in captions:
+        if len(text.encode()) <= most:  # no token is shorter than a byte
+            continue
+        if text not in known:
+            known[text] = count_tokens(text)
+        if known[text] > most:
+            found += 1
+            if known[text] > longest:
+                longest, where = known[text], uri
+    return found, longest, where

@@ -1,0 +1,210 @@
+"""Where a feed takes pictures from: encoded once and resident, decoded and resident, or streamed in plan order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from dreamfleet.datasets.buckets import image_sizes
+from dreamfleet.datasets.config import DataConfig
+from dreamfleet.datasets.images.images import place_target
+from dreamfleet.datasets.index.index import BadFile, Index
+from dreamfleet.datasets.index.masks import ImageView, cut_image, read_mask
+from dreamfleet.datasets.plan import Draw
+from dreamfleet.datasets.rng import numpy_rng
+from dreamfleet.datasets.storage.storage import read_uri
+from dreamfleet.trainers.batches.vae_encoding import Encoded, encode_index, read_cut, to_tensors
+from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+
+if TYPE_CHECKING:
+    from dreamfleet.datasets.serve.stream import ImageStream
+
+
+class Images(Protocol):
+    """What a feed asks of a source of pictures."""
+
+    shown: Shown
+
+    def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
+        """Return ``mean`` and ``std`` ``[B, C, h, w]`` of cached latents, or ``pixels`` ``[B, 3, H, W]`` in [-1, 1].
+
+        With ``data.alpha_mask`` also ``mask`` ``[B, 1, h, w]``, the weights. The pictures must be of one size. ``rows``
+        ``[B]`` tells whose they are, where some may stand in for pictures that cannot be decoded.
+        """
+        ...
+
+
+class Shown:
+    """Says how each draw's picture is shown: its bucket's size, where it is cropped, whether it is mirrored.
+
+    Keyed by (seed, epoch, picture id).
+    """
+
+    def __init__(self, index: Index, data: DataConfig, seed: int):
+        self.ids, self.data, self.seed = index.column("id"), data, seed
+        self.sizes = image_sizes(index, data)
+        self.files = list(zip(index.column("width"), index.column("height"), strict=True))
+
+    def time_ids(self, draws: Sequence[Draw], rows: Sequence[int] | None = None) -> Tensor:
+        """Return what SDXL is told of each draw's size ``[B, 6]``; see :class:`Condition`.
+
+        ``rows``: whose pictures are shown, cut as the draws say; None: their own.
+        Top and left of a mirrored picture are those of the crop in the mirror image, as kohya counts them.
+        """
+        rows = rows or [draw.row for draw in draws]
+        told = [self._size_ids(self.of(draw), row) for draw, row in zip(draws, rows, strict=True)]
+        return torch.tensor(told, dtype=torch.float32)
+
+    def _size_ids(self, draw: ImageView, row: int) -> tuple[int, ...]:
+        (file_width, file_height), (width, height) = self.files[row], self.sizes[draw.row]
+        placed = place_target((file_width, file_height), (width, height), crop_key=draw.crop)
+        left = placed.width - width - placed.left if draw.flip else placed.left
+        return file_height, file_width, placed.top, left, height, width
+
+    def of(self, draw: Draw) -> ImageView:
+        """Return how the picture of one draw is cut."""
+        where = ("crop", self.seed, draw.epoch, self.ids[draw.row])
+        crop = None if self.data.center_crop else tuple(numpy_rng(*where).random(2).tolist())
+        return ImageView(draw.row, crop, self.flips(draw), self.sizes[draw.row])
+
+    def flips(self, draw: Draw) -> bool:
+        """Say whether one draw's picture is mirrored."""
+        if not self.data.random_flip:
+            return False
+        return bool(numpy_rng("flip", self.seed, draw.epoch, self.ids[draw.row]).integers(2))
+
+
+class ResidentLatents:
+    """Latents of every picture (and of its mirror image, with flips), encoded once before the first step."""
+
+    def __init__(self, encoded: Encoded, shown: Shown):
+        self.encoded, self.shown = encoded, shown
+
+    def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
+        """Return the posterior of each draw's picture."""
+        half = len(self.shown.ids)
+        rows = [draw.row + half * self.shown.flips(draw) for draw in draws]
+        every = self.encoded._asdict().items()
+        return {name: torch.stack([kept[row] for row in rows]) for name, kept in every if kept is not None}
+
+
+class ResidentPixels:
+    """Encoded picture files kept in memory and decoded per use: for random crops, whose latents cannot be cached."""
+
+    def __init__(self, index: Index, shown: Shown, *, cell: int):
+        self.uris, self.shown, self._cell = index.column("uri"), shown, cell
+        self.files = [read_uri(uri) for uri in self.uris]
+        weighted = shown.data.alpha_mask
+        self.masks = [read_mask(uri) if weighted and uri else None for uri in index.column("mask")]
+
+    def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
+        """Decode, crop and flip each draw's picture as its key says."""
+        data = self.shown.data
+        cuts = [
+            cut_image(
+                self.files[draw.row],
+                self.shown.of(draw),
+                uri=self.uris[draw.row],
+                size=data.resolution,
+                max_pixels=data.max_pixels,
+                weighted=data.alpha_mask,
+                mask=self.masks[draw.row],
+            )
+            for draw in draws
+        ]
+        return to_tensors(cuts, cell=self._cell)
+
+
+class StreamedPixels:
+    """Pictures decoded by Ray Data on the cluster's CPUs, for sets too large for one worker's memory.
+
+    The stream is told all coming draws at once and delivers in that order, so it reads ahead; asked out of turn (a dry
+    run), a picture is decoded here.
+    """
+
+    def __init__(self, index: Index, shown: Shown, *, cell: int):
+        self.index, self.shown, self._cell = index, shown, cell
+        self._stream: ImageStream | None = None
+        self._told: deque[Draw] = deque()  # to the stream, and not taken yet
+
+    def follow(self, draws: Iterable[Draw]) -> None:
+        """Start reading ahead along these draws; :meth:`take` must then ask for exactly them."""
+        from dreamfleet.datasets.serve.stream import ImageStream
+
+        def told() -> Iterator[ImageView]:  # runs in the stream's thread
+            for draw in draws:
+                self._told.append(draw)
+                yield self.shown.of(draw)
+
+        data = self.shown.data
+        self._stream = ImageStream(
+            self.index,
+            told(),
+            resolution=data.resolution,
+            max_pixels=data.max_pixels,
+            weighted=data.alpha_mask,
+        )
+
+    def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
+        """Return the pixels of the next draws of the stream, and whose they are."""
+        if self._stream is None:
+            cuts = [read_cut(self.index, self.shown.of(draw), self.shown.data) for draw in draws]
+            return to_tensors(cuts, cell=self._cell)
+        found = []
+        for draw in draws:
+            found.append((next(self._stream), self._stream.row))
+            assert self._told.popleft() == draw, "the stream was told another order"
+        tensors = to_tensors([cut for cut, _ in found], cell=self._cell)
+        return {**tensors, "rows": torch.tensor([row for _, row in found])}
+
+    @property
+    def bad(self) -> list[BadFile]:
+        """Pictures that could not be decoded so far; others were used in their place."""
+        found = self._stream.bad if self._stream is not None else {}
+        return [BadFile(uri, reason.removeprefix(f"{uri}: ")) for uri, reason in sorted(found.items())]
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        if self._stream is not None:
+            self._stream.close()
+
+
+def streams(index: Index, data: DataConfig) -> bool:
+    """Say whether a set is streamed: when asked for, or when it would not fit ``data.resident_limit_mb``.
+
+    Counted as decoded pictures at ``data.resolution`` (latents of SD 1.x, mean and std, take a twelfth of that).
+    """
+    if data.source != "auto":
+        return data.source == "stream"
+    return len(index) * data.resolution**2 * 3 > data.resident_limit_mb * 2**20
+
+
+def load_images(
+    index: Index,
+    model: StableDiffusion,
+    data: DataConfig,
+    *,
+    seed: int,
+    distributed: DistributedContext | None = None,
+) -> Images:
+    """Make the source of an index's pictures: streamed when large, else read into memory and encoded to latents.
+
+    Latents are not cached where crops are random or ``data.cache_latents`` is off.
+
+    The ranks of ``place`` share the encoding.
+    """
+    distributed = distributed or DistributedContext()
+    shown = Shown(index, data, seed)
+    if streams(index, data):
+        return StreamedPixels(index, shown, cell=model.vae_factor)
+    if not (data.center_crop and data.cache_latents):
+        return distributed.on_every_rank(lambda: ResidentPixels(index, shown, cell=model.vae_factor))
+    mirrored = (False, True) if data.random_flip else (False,)
+    return ResidentLatents(
+        encode_index(index, model, data, mirrored=mirrored, distributed=distributed), shown
+    )

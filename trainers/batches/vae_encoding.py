@@ -1,0 +1,130 @@
+"""Reads pictures as they are shown, and encodes them to latents."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dreamfleet.datasets.buckets import image_sizes
+from dreamfleet.datasets.config import DataConfig
+from dreamfleet.datasets.images.images import fit_image, open_image, to_tensor_range
+from dreamfleet.datasets.index.index import Index
+from dreamfleet.datasets.index.masks import ImageView, cut_image, loss_weights, read_mask
+from dreamfleet.datasets.storage.storage import read_uri
+from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.models.stable_diffusion.model import VAE_PIXELS, StableDiffusion
+
+SHARED_AT_ONCE = 2**24  # numbers of latents that go over the card between workers: 64 MB
+
+
+class Encoded(NamedTuple):
+    """Unscaled latents of pictures, ``[C, h, w]`` each; with ``data.alpha_mask`` their weights, ``[1, h, w]`` each."""
+
+    mean: list[Tensor]
+    std: list[Tensor]
+    mask: list[Tensor] | None
+
+
+def encode_batch(pixels: int) -> int:
+    """Return how many pictures of so many pixels are encoded at once."""
+    return min(8, max(1, VAE_PIXELS // pixels))
+
+
+@torch.no_grad()
+def encode_cuts(cuts: Sequence[np.ndarray], model: StableDiffusion) -> dict[str, Tensor]:
+    """Encode pictures of one size, as cut_picture gives them and as many as :func:`encode_batch` at most, by name.
+
+    The VAE sees as many in any case, the last one again: sums differ in their last bits with the number, and a
+    picture's latents must not depend on what is encoded beside it.
+    """
+    found = to_tensors(cuts, cell=model.vae_factor)
+    pixels = found.pop("pixels")
+    spare = encode_batch(pixels[0, 0].numel()) - len(cuts)
+    padded = torch.cat([pixels, pixels[-1:].expand(spare, -1, -1, -1)])
+    posterior = model.encode_images(padded.to(next(model.vae.parameters()).device))
+    found["mean"], found["std"] = (part[: len(cuts)].cpu() for part in posterior)
+    return found
+
+
+@torch.no_grad()
+def encode_index(
+    index: Index,
+    model: StableDiffusion,
+    data: DataConfig,
+    *,
+    mirrored: Sequence[bool] = (False,),
+    distributed: DistributedContext | None = None,
+) -> Encoded:
+    """Encode every image at its size, ``len(mirrored) * N`` in all, as float32 on the CPU.
+
+    The ranks of ``place`` share the work, and all get the whole result.
+    """
+    distributed = distributed or DistributedContext()
+    device, cell = next(model.vae.parameters()).device, model.vae_factor
+    sizes = image_sizes(index, data)
+    jobs = [ImageView(row, None, flip, size) for flip in mirrored for row, size in enumerate(sizes)]
+    sizes = sizes * len(mirrored)
+    channels = {"mean": model.vae.config.latent_channels, "std": model.vae.config.latent_channels}
+    if data.alpha_mask:
+        channels["mask"] = 1
+    # One tensor for all, so that workers share it in one go, and a view of it for each picture.
+    whole, views = {}, {}
+    for name, num in channels.items():
+        shapes = [(num, height // cell, width // cell) for width, height in sizes]
+        whole[name] = torch.zeros(sum(math.prod(shape) for shape in shapes))
+        parts = whole[name].split([math.prod(shape) for shape in shapes])
+        views[name] = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def encode_mine() -> None:
+        mine = sorted(distributed.share(len(jobs)), key=lambda number: sizes[number])
+        for (width, height), group in itertools.groupby(mine, key=lambda number: sizes[number]):
+            numbers, batch = list(group), encode_batch(width * height)
+            for start in range(0, len(numbers), batch):
+                chunk = numbers[start : start + batch]
+                found = encode_cuts([read_cut(index, jobs[number], data) for number in chunk], model)
+                for name, kept in views.items():
+                    for number, value in zip(chunk, found[name], strict=True):
+                        kept[number].copy_(value)
+
+    distributed.on_every_rank(encode_mine)
+    if distributed.world > 1:  # images of other ranks are zero here, so the sum is exact
+        for part in (part for tensor in whole.values() for part in tensor.split(SHARED_AT_ONCE)):
+            shared = part.to(device)
+            dist.all_reduce(shared)
+            part.copy_(shared)
+    return Encoded(views["mean"], views["std"], views.get("mask"))
+
+
+def read_cut(index: Index, draw: ImageView, data: DataConfig) -> np.ndarray:
+    """Read one use of a picture of an index: uint8 ``[H, W, 3]``, or ``[H, W, 4]`` with ``data.alpha_mask``."""
+    row = index.row(draw.row)
+    return cut_image(
+        read_uri(row.uri),
+        draw,
+        uri=row.uri,
+        size=data.resolution,
+        max_pixels=data.max_pixels,
+        weighted=data.alpha_mask,
+        mask=read_mask(row.mask) if data.alpha_mask and row.mask else None,
+    )
+
+
+def to_tensors(cuts: Sequence[np.ndarray], *, cell: int) -> dict[str, Tensor]:
+    """Turn what cut_picture gives into ``pixels`` ``[B, 3, H, W]`` and, weighted, ``mask`` ``[B, 1, h, w]``."""
+    tensors = {"pixels": torch.stack([torch.from_numpy(to_tensor_range(cut[..., :3])) for cut in cuts])}
+    if cuts[0].shape[-1] == 4:
+        tensors["mask"] = torch.stack([torch.from_numpy(loss_weights(cut[..., 3], cell)) for cut in cuts])
+    return tensors
+
+
+def read_pixels(uri: str, data: DataConfig) -> np.ndarray:
+    """Read the middle of one picture, ``data.resolution`` squared: float32 ``[3, H, W]`` in [-1, 1]."""
+    image = open_image(read_uri(uri), uri=uri, max_pixels=data.max_pixels)
+    return to_tensor_range(fit_image(image, data.resolution))

@@ -1,0 +1,165 @@
+"""The ``engine:`` section of a recipe: what moves the weights, and what it may use."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import AliasChoices, Field, field_validator, model_validator
+
+from dreamfleet.datasets.config_base import Section
+from dreamfleet.datasets.errors import ResourceError
+from dreamfleet.trainers.memory.estimate import parse_size
+
+# Our keys of DeepSpeed's names, handed on as they are where they are set.
+ZERO_KEYS = (
+    "overlap_comm",
+    "reduce_bucket_size",
+    "allgather_bucket_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_gradients",
+)
+
+
+class EngineConfig(Section):
+    """The ``engine:`` section."""
+
+    zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
+        "auto",
+        description="auto: torch alone, and on a GPU too small for it the cheapest setting that fits. 0 to 3: "
+        "DeepSpeed, which shards nothing (0), optimizer states (1), gradients too (2), weights too (3) over the "
+        "workers",
+    )
+    offload_optimizer_device: Literal["none", "cpu", "nvme"] = Field(
+        "none",
+        description="cpu: optimizer states and step in host memory (zero_stage 1 to 3); nvme: the states in files "
+        "(zero_stage 3)",
+    )
+    offload_param_device: Literal["none", "cpu", "nvme"] = Field(
+        "none",
+        description="cpu: weights, frozen ones too, in host memory until a layer needs them (zero_stage 3); nvme: in "
+        "files (16 bits only)",
+    )
+    nvme_path: str | None = Field(
+        None,
+        validation_alias=AliasChoices("nvme_path", "offload_optimizer_nvme_path", "offload_param_nvme_path"),
+        description="a folder on a fast local disk of every machine, for what is offloaded to nvme",
+    )
+    gpu_memory: str | None = Field(
+        None,
+        description="the most a run may take of a GPU, such as 12GiB; also what zero_stage: auto goes by",
+    )
+    pin_memory: bool | None = Field(
+        None, description="page-locked host memory for offload; unset: DeepSpeed's choice, which is true"
+    )
+    overlap_comm: bool | None = Field(None, description="send gradients while backward goes on (DeepSpeed)")
+    reduce_bucket_size: int | None = Field(
+        None,
+        ge=2,
+        description="numbers sent at a time when gradients are added up; unset: 50 million at most",
+    )
+    allgather_bucket_size: int | None = Field(
+        None, ge=2, description="numbers sent at a time when weights are gathered; unset: 50 million at most"
+    )
+    stage3_prefetch_bucket_size: int | None = Field(
+        None, ge=0, description="weights fetched ahead (zero_stage 3)"
+    )
+    stage3_param_persistence_threshold: int | None = Field(
+        None, ge=0, description="smaller tensors stay whole on every worker (zero_stage 3)"
+    )
+    stage3_max_live_parameters: int | None = Field(
+        None, ge=0, description="the most weights that are whole at once (zero_stage 3)"
+    )
+    stage3_max_reuse_distance: int | None = Field(
+        None, ge=0, description="weights that come again sooner are kept whole (zero_stage 3)"
+    )
+    zero_hpz_partition_size: int | None = Field(
+        None,
+        ge=1,
+        description="ZeRO++: workers of one machine that hold the weights once more (zero_stage 3)",
+    )
+    zero_quantized_weights: bool | None = Field(
+        None, description="ZeRO++: weights travel in 8 bits (zero_stage 3, GPU)"
+    )
+    zero_quantized_gradients: bool | None = Field(
+        None, description="ZeRO++: gradients travel in 4 bits (zero_stage 3, GPU)"
+    )
+    deepspeed_config: str | None = Field(
+        None,
+        description="a DeepSpeed JSON of your own: its further keys are handed on, its stage and offload taken; what "
+        "the recipe says already must agree, or be auto",
+    )
+    allow_tf32: bool = Field(True, description="TF32 matrix products on NVIDIA cards")
+    cudnn_benchmark: bool = Field(
+        False, description="let cuDNN try its convolutions and keep the fastest, for every size of picture"
+    )
+    channels_last: bool = Field(False, description="the U-Net's convolutions with the channels innermost")
+    torch_compile: bool = Field(
+        False,
+        description="compile the U-Net's transformer and residual blocks: slow first steps, faster later ones",
+    )
+    dynamo_backend: Literal["inductor", "aot_eager", "eager"] = Field(
+        "inductor", description="what torch_compile compiles with"
+    )
+    use_ema: bool = Field(False, description="keep an average of the weights, and sample and export that")
+    ema_decay: float = Field(0.9999, gt=0, lt=1)
+
+    @field_validator("gpu_memory")
+    @classmethod
+    def _check_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                parse_size(value, option="gpu_memory")
+            except ResourceError as error:
+                raise ValueError(str(error)) from None
+        return value
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> EngineConfig:
+        if self.offload_param_device != "none" and self.zero_stage != 3:
+            raise ValueError(
+                f"offload_param_device: {self.offload_param_device} needs zero_stage: 3, which shards the weights; "
+                "set it, or offload_param_device: none"
+            )
+        if self.offload_optimizer_device != "none" and self.zero_stage in ("auto", 0):
+            raise ValueError(
+                f"offload_optimizer_device: {self.offload_optimizer_device} needs zero_stage: 1, 2 or 3, which shard "
+                "the optimizer; set one (2 suits most models), or offload_optimizer_device: none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_nvme(self) -> EngineConfig:
+        if "nvme" not in (self.offload_optimizer_device, self.offload_param_device):
+            return self
+        if self.zero_stage != 3:
+            raise ValueError("offload to nvme needs zero_stage: 3; set it, or offload to cpu")
+        if self.nvme_path is None or not self.nvme_path.startswith("/"):
+            raise ValueError(
+                f"offload to nvme needs nvme_path, a folder from / on a fast local disk of every machine (here: "
+                f"{self.nvme_path})"
+            )
+        if self.use_ema and self.offload_optimizer_device == "nvme":
+            raise ValueError(
+                "use_ema would read every weight back from the disk at every step; set use_ema: false, or "
+                "offload_optimizer_device: cpu"
+            )
+        return self
+
+    @property
+    def words(self) -> str:
+        """The engine in words: ``torch``, or its stage and what lies where."""
+        if self.zero_stage == "auto":
+            return "torch"
+        moved = {"optimizer": self.offload_optimizer_device, "weights": self.offload_param_device}
+        told = [f"{what} on {device}" for what, device in moved.items() if device != "none"]
+        return ", ".join([f"ZeRO-{self.zero_stage}", *told])
+
+    @property
+    def gpu_limit(self) -> int | None:
+        """``gpu_memory`` in bytes."""
+        return None if self.gpu_memory is None else parse_size(self.gpu_memory, option="gpu_memory")

@@ -1,0 +1,76 @@
+"""The recipe's ``model:`` section, and the noise schedule that it makes of a model's own."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BeforeValidator, Field
+
+from dreamfleet.datasets.config_base import Section
+from dreamfleet.datasets.errors import ModelError
+
+POCKET = "pocket"
+
+
+def _read_parameterization(value: Any) -> Any:
+    # kohya's v_parameterization is a switch.
+    return ("v_prediction" if value else None) if isinstance(value, bool) else value
+
+
+class ModelConfig(Section):
+    """The ``model:`` section: which Stable Diffusion to start from."""
+
+    pretrained_model_name_or_path: str = Field(
+        POCKET, validation_alias=AliasChoices("pretrained_model_name_or_path", "name_or_path", "model_path")
+    )
+    revision: str | None = None
+    variant: str | None = None
+    pretrained_vae_model_name_or_path: str | None = Field(
+        None, validation_alias=AliasChoices("pretrained_vae_model_name_or_path", "vae")
+    )
+    clip_skip: int = Field(
+        1,
+        ge=1,
+        le=12,
+        description="1 = the layer of the text encoder that the family reads, 2 = the one before; in SD 1.x the "
+        "last, in SD 2.x and SDXL the last but one already",
+    )
+    max_token_length: Literal[75, 150, 225] = Field(
+        75,
+        description="tokens of a prompt; 150 and 225 are encoded in chunks of 75, whose contexts then lie side by side",
+    )
+    prediction_type: Annotated[
+        Literal["epsilon", "v_prediction", "sample"] | None, BeforeValidator(_read_parameterization)
+    ] = Field(
+        None,
+        validation_alias=AliasChoices("prediction_type", "v_parameterization"),
+        description="what the U-Net is to predict; when left out, what the model does",
+    )
+    rescale_betas_zero_snr: bool = Field(
+        False,
+        validation_alias=AliasChoices("rescale_betas_zero_snr", "zero_terminal_snr"),
+        description="noise that leaves nothing of a picture at the last timestep (Lin et al. 2023), for truly dark and "
+        "bright ones; needs v_prediction",
+    )
+
+
+def noise_schedule(scheduler: Any, config: ModelConfig, name: str) -> Any:
+    """Change a model's noise schedule as its section says; what samples with it then takes trailing steps.
+
+    Raises ModelError for zero terminal SNR without v-prediction: from noise alone no noise can be told apart.
+    """
+    changes: dict[str, Any] = {}
+    if config.prediction_type is not None:
+        changes["prediction_type"] = config.prediction_type
+    if config.rescale_betas_zero_snr:
+        # Leading steps never reach the last timestep, the one that this is about (section 3.3 there).
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if not changes:
+        return scheduler
+    changed = type(scheduler).from_config(scheduler.config, **changes)
+    if config.rescale_betas_zero_snr and changed.config.prediction_type == "epsilon":
+        raise ModelError(
+            f"model.rescale_betas_zero_snr needs a model that predicts velocity, and {name} predicts noise; set "
+            "model.prediction_type: v_prediction, which it then has to learn (thousands of steps), or leave it out"
+        )
+    return changed

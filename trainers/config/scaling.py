@@ -1,0 +1,218 @@
+"""How many workers a run wants and what each may use: the ``scaling:`` section and pure arithmetic on nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from pydantic import AliasChoices, Field
+
+from dreamfleet.datasets.config_base import Section
+from dreamfleet.datasets.errors import ResourceError
+
+Resources = Mapping[str, float]
+
+# Torch gains little from more threads on one worker's small matrices, and loses when they fight.
+MAX_THREADS = 32
+
+
+class ScalingConfig(Section):
+    """The ``scaling:`` section: workers, their resources, and how often a failed one is replaced."""
+
+    num_workers: int = Field(
+        1,
+        ge=0,
+        validation_alias=AliasChoices("num_workers", "num_processes"),
+        description="training processes; 0 = train inside this process, without Ray",
+    )
+    use_gpu: bool | Literal["auto"] = Field("auto", description="auto = a GPU each when the cluster has any")
+    cpus_per_worker: float | None = Field(
+        None, gt=0, description="CPUs reserved for a worker; unset = a fair share"
+    )
+    resources_per_worker: dict[str, float] | None = Field(
+        None, description="Ray resources of a worker, said outright, e.g. {CPU: 4, GPU: 1}"
+    )
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    max_failures: int = Field(
+        3, ge=-1, description="restarts of the workers after one died; -1 = without limit"
+    )
+    wait_minutes: int = Field(
+        15, ge=1, description="how long workers wait for busy or still booting machines, in minutes"
+    )
+
+
+class WorkerShare(NamedTuple):
+    """What one worker gets: the resources Ray reserves for it, and how many threads torch may run."""
+
+    resources: dict[str, float]
+    threads: int
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether the worker computes on a GPU."""
+        return self.resources.get("GPU", 0) > 0
+
+    @property
+    def gpu_share(self) -> float:
+        """The part of a GPU's memory that is the worker's."""
+        return min(1.0, self.resources.get("GPU", 1.0))
+
+    def backend(self, num_workers: int) -> str:
+        """Return the torch.distributed backend: NCCL refuses two ranks on one GPU, which gloo serves through the host.
+
+        Ray may place workers with a part of a GPU each on the same one.
+        """
+        if not self.uses_gpu or (num_workers > 1 and self.gpu_share < 1):
+            return "gloo"
+        return "nccl"
+
+
+def worker_resources(
+    scaling: ScalingConfig, nodes: Sequence[Resources], *, limit: Resources | None = None
+) -> WorkerShare:
+    """Decide what each worker gets on a cluster whose machines have ``nodes`` (their total resources).
+
+    ``limit`` is the most an autoscaling cluster may grow to: its GPUs count although no machine has one yet.
+
+    A GPU worker reserves one GPU and one CPU: the other CPUs are left to read and decode pictures. A CPU worker
+    reserves a fair share, less about an eighth (a CPU at least, where it has two) so that Ray's own tasks find
+    room; its threads are the whole share. ``resources_per_worker`` and ``cpus_per_worker`` win over both.
+    Raises ResourceError when GPUs are asked for and there are none, or too few.
+    """
+    share = _fair_cpus(nodes, max(1, scaling.num_workers))
+    wanted = dict(scaling.resources_per_worker or {})
+    if "GPU" not in wanted and _wants_gpu(scaling, nodes, limit or {}):
+        wanted["GPU"] = 1.0
+    uses_gpu = wanted.get("GPU", 0) > 0
+    threads = share
+    if "CPU" not in wanted:
+        if scaling.cpus_per_worker is not None:
+            wanted["CPU"] = scaling.cpus_per_worker
+            threads = scaling.cpus_per_worker
+        elif uses_gpu:
+            wanted["CPU"] = min(1.0, share)
+        else:
+            wanted["CPU"] = share if share < 2 else share - max(1, share // 8)
+    else:
+        threads = wanted["CPU"] or share
+    return WorkerShare(
+        {name: amount for name, amount in wanted.items() if amount > 0},
+        min(MAX_THREADS, max(1, int(threads))),
+    )
+
+
+def workers_that_fit(resources: Resources, nodes: Sequence[Resources], strategy: str = "PACK") -> int:
+    """Count how many workers of equal ``resources`` the machines hold at once, were they idle."""
+    rooms = [_room(resources, node) for node in nodes]
+    if not rooms:
+        return 0
+    if strategy == "STRICT_PACK":
+        return max(rooms)
+    if strategy == "STRICT_SPREAD":
+        return sum(1 for room in rooms if room > 0)
+    return sum(rooms)
+
+
+def refuse_impossible(
+    scaling: ScalingConfig,
+    resources: Resources,
+    nodes: Sequence[Resources],
+    *,
+    limit: Resources | None = None,
+) -> None:
+    """Raise ResourceError when the workers can never be placed, since Ray would wait for them forever.
+
+    ``limit`` is the most an autoscaling cluster may grow to (totals by resource); without it the machines that
+    are there now are all there will be.
+    """
+    wanted = f"scaling.num_workers {scaling.num_workers} with {describe(resources)} each"
+    if limit:
+        for name, amount in resources.items():
+            total = amount * scaling.num_workers
+            if total > limit.get(name, 0):
+                raise ResourceError(
+                    f"{wanted} asks for {_number(total)} {name}, but this cluster grows to "
+                    f"{_number(limit.get(name, 0))} {name} at most. {_way_out(scaling)}"
+                )
+        return
+    fits = workers_that_fit(resources, nodes, scaling.placement_strategy)
+    if fits < scaling.num_workers:
+        have = "; ".join(describe(node) for node in nodes) or "no machines"
+        under = f" under {scaling.placement_strategy}" if "STRICT" in scaling.placement_strategy else ""
+        raise ResourceError(
+            f"{wanted} does not fit{under}: the cluster has {len(nodes)} machine{'s' * (len(nodes) != 1)} "
+            f"({have}), room for {fits} such worker{'s' * (fits != 1)}. {_way_out(scaling)}"
+        )
+
+
+def refuse_sharding(scaling: ScalingConfig, share: WorkerShare, *, zero_stage: int | str) -> None:
+    """Raise ResourceError where ZeRO was asked for and workers may share a GPU: gloo lacks what it needs there."""
+    workers = scaling.num_workers
+    if zero_stage != "auto" and share.uses_gpu and share.backend(workers) == "gloo":
+        raise ResourceError(
+            f"engine.zero_stage {zero_stage} needs a whole GPU for each of the {workers} workers, and "
+            f"scaling.resources_per_worker gives {_number(share.resources['GPU'])}: set engine.zero_stage: auto, or "
+            "fewer workers with a GPU each"
+        )
+
+
+def describe(resources: Resources) -> str:
+    """Say resources in words a person reads: ``2 CPU, 1 GPU``; Ray's inner bookkeeping is left out."""
+    shown = [
+        f"{_number(amount)} {name}"
+        for name, amount in sorted(resources.items())
+        if name not in ("memory", "object_store_memory") and not name.startswith("node:")
+    ]
+    return ", ".join(shown) or "nothing"
+
+
+def _wants_gpu(scaling: ScalingConfig, nodes: Sequence[Resources], limit: Resources) -> bool:
+    gpus = max(sum(node.get("GPU", 0) for node in nodes), limit.get("GPU", 0))
+    if scaling.use_gpu == "auto":
+        if not gpus:
+            return False
+        if gpus < scaling.num_workers:
+            raise ResourceError(
+                f"scaling.num_workers {scaling.num_workers} would want a GPU each, but there are {_number(gpus)}. "
+                f"Set scaling.num_workers={int(gpus) or 1}, or scaling.use_gpu=false to train on CPUs, "
+                "or share one GPU with scaling.resources_per_worker='{GPU: 0.5}'."
+            )
+        return True
+    if scaling.use_gpu and not gpus:
+        raise ResourceError(
+            "scaling.use_gpu is true, but there is no GPU here. "
+            "Set scaling.use_gpu=false (or auto), or give --address of a cluster with GPUs."
+        )
+    return bool(scaling.use_gpu)
+
+
+def _fair_cpus(nodes: Sequence[Resources], num_workers: int) -> float:
+    """Return the most whole CPUs each worker can have so that all are placed; a fraction where CPUs are fewer."""
+    cpus = [node.get("CPU", 0.0) for node in nodes]
+    for share in range(int(max(cpus, default=0)), 0, -1):
+        if sum(int(have // share) for have in cpus) >= num_workers:
+            return float(share)
+    total = sum(cpus)
+    # Ray counts resources in ten-thousandths; two decimals rounded down keep the sum below the total.
+    return max(0.01, int(100 * total / num_workers) / 100) if total else 1.0
+
+
+def _room(resources: Resources, node: Resources) -> int:
+    asked = [(name, amount) for name, amount in resources.items() if amount > 0]
+    if not asked:
+        return 1_000_000
+    return min(int((node.get(name, 0.0) + 1e-9) // amount) for name, amount in asked)
+
+
+def _way_out(scaling: ScalingConfig) -> str:
+    if scaling.resources_per_worker:
+        return (
+            "Lower scaling.num_workers or scaling.resources_per_worker, or use a larger cluster (--address)."
+        )
+    if scaling.cpus_per_worker:
+        return "Lower scaling.num_workers or scaling.cpus_per_worker, or use a larger cluster (--address)."
+    return "Lower scaling.num_workers, or use a larger cluster (--address)."
+
+
+def _number(amount: float) -> str:
+    return f"{amount:g}"

@@ -1,0 +1,70 @@
+"""The ``train:`` section."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AliasChoices, BeforeValidator, Field, model_validator
+
+from dreamfleet.datasets.config_base import Section
+
+USUAL_CHECKPOINTING_STEPS = 500
+
+
+class TrainConfig(Section):
+    """The ``train:`` section."""
+
+    max_train_steps: int | None = Field(None, ge=1, description="optimizer steps, on any number of workers")
+    num_train_epochs: float | None = Field(
+        None, gt=0, validation_alias=AliasChoices("num_train_epochs", "max_train_epochs", "epoch")
+    )
+    train_batch_size: int = Field(
+        1, ge=1, validation_alias=AliasChoices("train_batch_size", "batch_size"), description="per worker"
+    )
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    seed: int = Field(0, ge=0)
+    # YAML 1.1 reads a bare no as false.
+    mixed_precision: Annotated[
+        Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
+    ] = "no"
+    full_bf16: bool = Field(
+        False,
+        description="weights in bfloat16 as well, rounded stochastically after each step: half the memory (needs "
+        "mixed_precision: bf16)",
+    )
+    gradient_checkpointing: bool = False
+    snr_gamma: float | None = Field(None, gt=0, validation_alias=AliasChoices("snr_gamma", "min_snr_gamma"))
+    noise_offset: float = Field(0.0, ge=0, validation_alias=AliasChoices("noise_offset", "offset_noise"))
+    checkpointing_steps: int | None = Field(
+        None,
+        ge=1,
+        validation_alias=AliasChoices("checkpointing_steps", "save_every_n_steps"),
+        description="save every so many optimizer steps; None: 500, or what save_every_n_epochs says",
+    )
+    save_every_n_epochs: int | None = Field(
+        None, ge=1, description="save at the ends of every so many epochs, in place of checkpointing_steps"
+    )
+    checkpoints_total_limit: int | None = Field(3, ge=1)
+    log_steps: int = Field(10, ge=1)
+    save_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    export_formats: list[str] | None = Field(None, description="None: the method's usual ones")
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> TrainConfig:
+        for one, other in (
+            ("max_train_steps", "num_train_epochs"),
+            ("checkpointing_steps", "save_every_n_epochs"),
+        ):
+            values = getattr(self, one), getattr(self, other)
+            if None not in values:
+                raise ValueError(
+                    f"{one}: {values[0]} and {other}: {values[1]:g} are both set and say the same thing differently; "
+                    f"keep one (an override takes the other out: train.{one}=null or train.{other}=null)"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> TrainConfig:
+        if self.full_bf16 and self.mixed_precision != "bf16":
+            raise ValueError("full_bf16: true computes in bfloat16; set mixed_precision: bf16 as well")
+        return self

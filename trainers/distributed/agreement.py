@@ -1,0 +1,138 @@
+"""What ranks take from the outside world: made on rank 0 and shared, or compared, so that no rank goes its own way."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from dreamfleet.datasets.errors import StorageError
+from dreamfleet.datasets.index.index import Index
+from dreamfleet.datasets.storage.storage import Storage, read_uri
+from dreamfleet.trainers.distributed.context import DistributedContext
+
+HASHED_WHOLE = 64 * 2**20  # larger files are compared by size and samples
+SAMPLES, SAMPLE_BYTES = 16, 65536
+MOST_HASHED = 256  # files of an index whose contents are compared; of the others the sizes are
+THREADS = 16
+REMEDY = (
+    "With several machines, keep it where all of them see the same: a mounted folder, or s3://bucket/prefix"
+)
+
+
+def share_index(distributed: DistributedContext, build: Callable[[], Index]) -> Index:
+    """Build an index on rank 0, give it to every rank, and make sure that each rank reads the same files."""
+    index = distributed.on_rank_0(build)
+    check_files(index, distributed)
+    return index
+
+
+def check_files(index: Index, distributed: DistributedContext) -> None:
+    """Raise StorageError on every rank unless each of them sees the files that rank 0 indexed.
+
+    Local files are compared by size, up to ``MOST_HASHED`` of them, evenly spread, by content too. Of a bucket's the
+    first is looked for: it is the same bucket, but a rank may lack the way to it.
+    """
+    if distributed.world == 1:
+        return
+    uris = [uri for name in ("uri", "mask") for uri in index.column(name) if uri is not None]
+    hashes = [
+        value for name in ("sha256", "mask_sha256") for value in index.column(name) if value is not None
+    ]
+    local = [number for number, uri in enumerate(uris) if "://" not in uri]
+    sizes = distributed.on_rank_0(lambda: _sizes([uris[number] for number in local]))
+    hashed = local[:: max(1, len(local) // MOST_HASHED)]
+
+    def look() -> None:
+        if distributed.is_main:
+            return
+        for number, ours, theirs in zip(local, _sizes([uris[n] for n in local]), sizes, strict=True):
+            if ours != theirs:
+                what = "cannot be read" if ours is None else f"has {ours} bytes, on rank 0 {theirs}"
+                raise _differs(uris[number], what)
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="compare") as pool:
+            for number, digest in zip(hashed, pool.map(_sha256, [uris[n] for n in hashed]), strict=True):
+                if digest != hashes[number]:
+                    raise _differs(uris[number], "has another content than on rank 0")
+        if far := next((uri for uri in uris if "://" in uri), None):
+            folder, _, name = far.rpartition("/")
+            if not Storage(folder).exists(name):
+                raise _differs(far, "cannot be found")
+
+    distributed.on_every_rank(look)
+
+
+def compare_paths(named: Mapping[str, Sequence[str]], distributed: DistributedContext) -> None:
+    """Raise StorageError on every rank unless the local files and folders, by their keys, are the same on all ranks."""
+    if distributed.world == 1:
+        return
+    local = {f"{key} {path}": path for key, paths in named.items() for path in paths if "://" not in path}
+    compare(
+        distributed.on_every_rank(lambda: {told: hash_path(path) for told, path in local.items()}),
+        distributed,
+    )
+
+
+def compare(found: Mapping[str, str], distributed: DistributedContext) -> None:
+    """Raise StorageError on every rank unless all have found the same hashes; the keys say what of."""
+    every = distributed.gather((socket.gethostname(), dict(found)))
+    first_host, first = every[0]
+    for rank, (host, values) in enumerate(every):
+        for told, value in values.items():
+            if value != first[told]:
+                what = "differs from" if value and first[told] else "is not on both it and"
+                raise StorageError(f"{told}: rank {rank} ({host}) {what} rank 0 ({first_host}). {REMEDY}")
+
+
+def hash_path(path: str) -> str:
+    """Return a hash of a file, or of a folder's files with their names; "" for what is not there."""
+    if not os.path.exists(path):
+        return ""
+    digest = hashlib.sha256()
+    for name, file in _files(Path(path)):
+        size = file.stat().st_size
+        digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
+        with file.open("rb") as handle:
+            if size <= HASHED_WHOLE:
+                digest.update(hashlib.file_digest(handle, "sha256").digest())
+                continue
+            for part in range(SAMPLES):
+                handle.seek(size * part // SAMPLES)
+                digest.update(handle.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _files(path: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the files that count, with names that do not tell where they lie: a file and what is read beside it."""
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
+                yield str(file.relative_to(path)), file
+        return
+    for beside in (path, path.with_name(f"{path.name}.optim"), path.with_suffix(".yaml")):
+        if beside.is_file():
+            yield beside.name, beside
+
+
+def _sizes(paths: Sequence[str]) -> list[int | None]:
+    """Return the files' sizes in bytes; None of those that cannot be read."""
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="compare") as pool:
+        return list(pool.map(_size, paths, chunksize=256))
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size if os.access(path, os.R_OK) else None
+    except OSError:
+        return None
+
+
+def _sha256(path: str) -> str:
+    return hashlib.sha256(read_uri(path)).hexdigest()
+
+
+def _differs(uri: str, what: str) -> StorageError:
+    return StorageError(f"{uri} {what}. {REMEDY}")

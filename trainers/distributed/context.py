@@ -1,0 +1,156 @@
+"""A worker's place among the ranks of its run, and the few collective operations that host code needs."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dreamfleet.datasets.errors import RunFailed, UserError
+from dreamfleet.trainers.models.stable_diffusion.device import explained_memory, numbered
+
+T = TypeVar("T")
+
+# Between steps a rank may wait for another that uploads gigabytes or encodes a hundred thousand images. A rank that
+# died is noticed long before: Ray watches the processes, and gloo their connections.
+WAIT = timedelta(days=1)
+
+
+class OtherRankFailed(RuntimeError):
+    """Another rank raised an error that is no UserError; that rank reports it."""
+
+
+@dataclass(frozen=True)
+class DistributedContext:
+    """The rank of a worker, the number of ranks, and the device it computes on.
+
+    Every method but :meth:`share` must be called by all ranks together. An error inside :meth:`on_rank_0` or
+    :meth:`on_every_rank` is raised on all of them, so no rank is left waiting for one that has gone.
+    """
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    gpu_share: float = 1.0  # of the device's memory, which this worker may fill
+
+    def __post_init__(self) -> None:
+        """Give the device its number."""
+        object.__setattr__(self, "device", numbered(self.device))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which logs and writes."""
+        return self.rank == 0
+
+    @cached_property
+    def group(self) -> Any:
+        """The gloo group of waits and Python objects: NCCL's watchdog would end ranks that wait for long."""
+        return dist.new_group(backend="gloo", timeout=WAIT)
+
+    def wait(self) -> None:
+        """Wait until every rank is here."""
+        if self.world > 1:
+            dist.barrier(group=self.group)
+
+    def on_rank_0(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on rank 0 alone; return its result, or raise its error, on every rank."""
+        outcome = _try(work) if self.is_main else None
+        if self.world > 1:
+            told = [outcome.packed() if outcome is not None else b""]
+            dist.broadcast_object_list(told, src=0, group=self.group)
+            if outcome is None:
+                outcome = pickle.loads(told[0])
+        assert outcome is not None
+        return outcome.result()
+
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's value on every rank."""
+        return self.on_rank_0(lambda: value)
+
+    def on_every_rank(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on every rank; return this rank's result, or raise the lowest failed rank's error on all.
+
+        Where only some ranks failed, the message of a UserError names the first of them and its host.
+        """
+        outcome = _try(work)
+        if self.world == 1:
+            return outcome.result()
+        own = None if outcome.error is None else (outcome.packed(), socket.gethostname())
+        every = self.gather(own)
+        told = next(((rank, *one) for rank, one in enumerate(every) if one is not None), None)
+        if told is None:
+            return outcome.result()
+        rank, packed, host = told
+        error = outcome.error if rank == self.rank else pickle.loads(packed).error
+        if None in every and isinstance(error, UserError | RunFailed):
+            raise type(error)(f"{error} (on rank {rank}, {host})") from outcome.error
+        assert error is not None
+        raise error
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, by rank."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def all_gather_unique(self, items: Iterable[T]) -> list[T]:
+        """Return what any rank has, once each and sorted."""
+        return sorted({item for part in self.gather(list(items)) for item in part})  # type: ignore[type-var]
+
+    def share(self, count: int) -> range:
+        """Return the numbers below ``count`` that fall to this rank: every ``world``-th."""
+        return range(self.rank, count, self.world)
+
+    def collect(self, mine: Sequence[T], *, everywhere: bool = True) -> list[T]:
+        """Put the ranks' results for their shares together, in the order of the numbers; else on rank 0 alone.
+
+        Ranks without the result get an empty list.
+        """
+        if self.world == 1:
+            return list(mine)
+        parts: list[Any] | None = [None] * self.world
+        if everywhere:
+            parts = self.gather(list(mine))
+        else:
+            parts = parts if self.is_main else None
+            dist.gather_object(list(mine), parts, dst=0, group=self.group)
+        if parts is None:
+            return []
+        return [parts[number % self.world][number // self.world] for number in range(sum(map(len, parts)))]
+
+
+class _Outcome(NamedTuple):
+    """What a function returned, or the error it raised."""
+
+    value: Any
+    error: Exception | None = None
+
+    def result(self) -> Any:
+        """Return the value, or raise the error."""
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+    def packed(self) -> bytes:
+        """Pickle the outcome; an error that other ranks cannot report themselves becomes OtherRankFailed."""
+        if self.error is not None and not isinstance(self.error, UserError | RunFailed):
+            told = OtherRankFailed(f"another rank failed: {type(self.error).__name__}: {self.error}")
+            return pickle.dumps(_Outcome(None, told))
+        return pickle.dumps(self)
+
+
+def _try(work: Callable[[], Any]) -> _Outcome:
+    try:
+        with explained_memory():
+            return _Outcome(work())
+    except Exception as error:  # noqa: BLE001 - raised again, on every rank
+        return _Outcome(None, error)

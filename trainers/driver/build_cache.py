@@ -1,0 +1,212 @@
+"""Encodes a recipe's pictures into its cache of latents, by actors on a Ray cluster or in this process."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import numpy as np
+import torch
+
+from dreamfleet.datasets.errors import DataError, ModelError, RecipeError
+from dreamfleet.datasets.index.concepts import load_class_images, load_sets
+from dreamfleet.datasets.index.file_hashes import known_files
+from dreamfleet.datasets.index.index import Index, log_left_out
+from dreamfleet.datasets.serve.cache import Pool, encode_shards, jobs_of, make_shards, missing_from
+from dreamfleet.datasets.serve.latent_files import encoding_of, open_cache, write_manifest
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.batches.vae_encoding import encode_batch, encode_cuts
+from dreamfleet.trainers.config.model_keys import ModelConfig
+from dreamfleet.trainers.config.paths import shared_paths
+from dreamfleet.trainers.config.scaling import WorkerShare, refuse_impossible, worker_resources
+from dreamfleet.trainers.driver.preflight import refuse_here, this_machine
+from dreamfleet.trainers.driver.shared_paths import check_machines
+from dreamfleet.trainers.memory.engine_selection import limit_card
+from dreamfleet.trainers.methods.base import discover
+from dreamfleet.trainers.methods.image_method import SeeingMethod
+from dreamfleet.trainers.models.stable_diffusion.device import ENCODING, explained_memory, numbered, on_device
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
+from dreamfleet.trainers.recipe import Recipe
+
+
+@dataclass
+class CacheMade:
+    """What a call encoded and what was there; mirrored copies count. ``left_out`` says why, by address."""
+
+    cache: str
+    pictures: int
+    encoded: int = 0
+    reused: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def per_second(self) -> float:
+        """Encodings a second, start-up included."""
+        return self.encoded / self.seconds if self.seconds else 0.0
+
+
+class VaeEncoder:
+    """Encodes pictures with a model's VAE in float32, whatever a run computes in: one cache then serves them all."""
+
+    @explained_memory(ENCODING)
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        encoder_hash: str,
+        device: str,
+        gpu_share: float = 1.0,
+        threads: int | None = None,
+    ):
+        place = numbered(device)
+        if place.type == "cuda":
+            limit_card(place, None, gpu_share)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.model = load_model(config, {"vae"})
+        if self.model.encoder_hash != encoder_hash:
+            raise ModelError(
+                f"{config.pretrained_model_name_or_path} has another VAE here than on the machine that asked; give "
+                "every machine the same model"
+            )
+        self.model.vae.to(place)
+
+    @explained_memory(ENCODING)
+    def __call__(self, cuts: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
+        """Encode pictures as cut_picture gives them, of any sizes."""
+        made: list[dict[str, np.ndarray]] = []
+        for shape, group in groupby(cuts, key=lambda cut: cut.shape):
+            same, batch = list(group), encode_batch(shape[0] * shape[1])
+            for start in range(0, len(same), batch):
+                found = encode_cuts(same[start : start + batch], self.model)
+                made += [
+                    {name: values[row].numpy() for name, values in found.items()}
+                    for row in range(len(found["mean"]))
+                ]
+        return made
+
+
+def cache_latents(
+    recipe: Recipe,
+    *,
+    address: str | None = None,
+    shared: Sequence[str] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> CacheMade:
+    """Encode the pictures whose latents are not yet in ``data.cache_dir``; ``progress`` gets (encoded, to encode).
+
+    ``scaling.num_workers`` actors encode, with what a worker of a run would have, on the cluster at ``address``, else
+    at RAY_ADDRESS, else on a private one; 0 encodes in this process. ``shared``: folders that all machines see.
+    What is written stays, whatever ends the call.
+    Raises UserError for what a user can mend, also when not one picture could be encoded.
+    """
+    began = time.monotonic()
+    data = recipe.data
+    if data.cache_dir is None:
+        raise RecipeError(
+            "data.cache_dir says where latents go: set it, such as data.cache_dir=cache/latents"
+        )
+    if issubclass(discover()[recipe.method.name], SeeingMethod):
+        raise RecipeError(f"{recipe.method.name} sees pictures, not latents: there is nothing to cache")
+    model = load_model(recipe.model, {"vae"})
+    _check_sizes(recipe, model)
+    index = _images(recipe)
+    cache, encoding = Storage(data.cache_dir), encoding_of(data, model.encoder_hash)
+    jobs = jobs_of(index, data)
+    missing = missing_from(open_cache(cache, encoding), jobs)
+    made = CacheMade(cache.child(encoding.folder).url, len(index), reused=len(jobs) - len(missing))
+    made.left_out = {bad.uri: bad.reason for bad in index.bad}
+    if missing:
+        folder = write_manifest(cache, encoding)
+        with _encoders(recipe, cache, address, shared) as (workers, pool, share):
+            shards = make_shards(missing, workers=workers)
+            make_encode = functools.partial(
+                VaeEncoder,
+                recipe.model,
+                encoder_hash=model.encoder_hash,
+                device="cuda" if share.uses_gpu else "cpu",
+                gpu_share=min(1.0, share.resources.get("GPU", 1.0)),
+                threads=share.threads if pool else None,
+            )
+            tried = 0
+            here = share.uses_gpu and pool is None
+            with on_device("cuda" if here else "cpu", remedies=ENCODING):
+                for done in encode_shards(shards, folder, make_encode, data=data, pool=pool):
+                    made.encoded += done.encoded
+                    made.bytes += done.bytes
+                    made.left_out |= done.bad
+                    tried += done.tried
+                    progress(tried, len(missing))
+    made.seconds = time.monotonic() - began
+    if not made.encoded + made.reused:
+        reason = next(iter(made.left_out.items()))
+        raise DataError(
+            f"not one of {len(index)} pictures could be encoded, such as {reason[0]}: {reason[1]}"
+        )
+    return made
+
+
+@contextmanager
+def _encoders(
+    recipe: Recipe, cache: Storage, address: str | None, shared: Sequence[str]
+) -> Iterator[tuple[int, Pool | None, WorkerShare]]:
+    """Give how many encode, the pool that they are (None: this process), and what each may use."""
+    scaling = recipe.scaling
+    if scaling.num_workers == 0:
+        yield 1, None, worker_resources(scaling, [this_machine()])
+        return
+    from dreamfleet.trainers.driver.session import ray_session, starts_private_ray
+    from dreamfleet.trainers.driver.worker import worker_environment
+
+    if starts_private_ray(address):
+        refuse_here(scaling)
+    with ray_session(address) as session:
+        nodes, limit = [node.resources for node in session.nodes()], session.growth_limit()
+        share = worker_resources(scaling, nodes, limit=limit)
+        refuse_impossible(scaling, share.resources, nodes, limit=limit)
+        check_machines(
+            session, reads=shared_paths(recipe), writes={"data.cache_dir": [cache.path()]}, shared=shared
+        )
+        cpus = sum(node.get("CPU", 0.0) for node in nodes)
+        # A GPU is fed by all CPUs there are; a CPU that encodes has its hands full anyway, and decodes for itself.
+        spare = cpus - scaling.num_workers * share.resources.get("CPU", 0.0) >= 1
+        pool = Pool(
+            scaling.num_workers,
+            share.resources,
+            worker_environment(share.threads),
+            decode_apart=share.uses_gpu and spare,
+        )
+        yield scaling.num_workers, pool, share
+
+
+def _images(recipe: Recipe) -> Index:
+    """Index what a run would train on, class pictures that are there already included, and keep what was read."""
+    known = known_files(recipe.data)
+    sets = load_sets(recipe.data, verify=False, known=known, apart=recipe.apart)
+    log_left_out(sets.instances)
+    indexes = [sets.instances]
+    if getattr(recipe.method, "with_prior_preservation", False):
+        folders = [one.folder for one in sets.class_sets if one.folder is not None]
+        indexes += [
+            index
+            for folder in folders
+            if (index := load_class_images(folder, recipe.data, verify=False, known=known)) is not None
+        ]
+    index = Index.concat(indexes)
+    if known is not None:
+        known.remember(index)
+    return index
+
+
+def _check_sizes(recipe: Recipe, model: StableDiffusion) -> None:
+    for key in ("resolution", "bucket_reso_steps") if recipe.data.enable_bucket else ("resolution",):
+        if (size := getattr(recipe.data, key)) % model.vae_factor:
+            raise RecipeError(
+                f"data.{key} {size} does not suit {model.folder}: it must be a multiple of {model.vae_factor}"
+            )

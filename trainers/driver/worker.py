@@ -1,0 +1,83 @@
+"""One training process on a Ray cluster: calls run_worker with its rank and device, and listens for the stop mark."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ray.train import UserCallback
+
+from dreamfleet.datasets.environment import take_over
+from dreamfleet.datasets.errors import RunFailed, UserError
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.driver.progress import log_to_run, watch_for_stop
+
+# What a worker needs of the driver's environment; Ray shows and logs it.
+PASSED_ON = ("TORCH_EXTENSIONS_DIR", "TOKENIZERS_PARALLELISM")
+PASSED_ON_PREFIXES = ("DREAMFLEET_",)
+
+
+def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, Any]:
+    """Train as one of the workers that Ray Train started; return rank 0's summary as plain data.
+
+    ``config`` holds ``recipe`` (plain data), ``threads``, ``gpu_share`` and ``waited``; ``sent`` is of
+    environment.to_send. Ray starts the whole group again after a worker died, and tells nobody that it did: a worker
+    therefore always goes on from the newest valid checkpoint in the run folder. For a new run the driver has made sure
+    that there is none.
+    """
+    take_over(sent)
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from dreamfleet.trainers.recipe import build_recipe
+    from dreamfleet.trainers.run.run import run_worker
+
+    torch.set_num_threads(config["threads"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    recipe = build_recipe(config["recipe"])
+    run = Storage(recipe.output_dir)
+    with log_to_run(run, speak=rank == 0), watch_for_stop(run, watch=rank == 0) as should_stop:
+        summary = run_worker(
+            recipe,
+            rank=rank,
+            world=world,
+            device=ray.train.torch.get_device(),
+            gpu_share=config["gpu_share"],
+            resume=True,
+            should_stop=should_stop,
+            waited=config["waited"],
+        )
+    return dataclasses.asdict(summary)
+
+
+def worker_environment(threads: int) -> dict[str, str]:
+    """Return the environment variables of a training worker.
+
+    Ray gives a worker with one reserved CPU a single thread (OMP_NUM_THREADS=1), which slows torch, so the threads
+    are said outright.
+    """
+    passed = {
+        name: value
+        for name, value in os.environ.items()
+        if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)
+    }
+    return passed | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+
+
+class RaiseAtOnce(UserCallback):
+    """Ends the run at the first error that a restart would only repeat; lives in Ray Train's controller.
+
+    Ray Train starts the workers again after any exception. An exception of a callback is not retried: raising the
+    worker's own here brings it to the driver as the cause of a ControllerError, and ends the ranks that wait for the
+    failed one.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raise the error of the lowest rank that met one."""
+        for _, error in sorted(worker_exceptions.items()):
+            if isinstance(error, UserError | RunFailed):
+                raise error

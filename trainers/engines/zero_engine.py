@@ -1,0 +1,291 @@
+"""The engine for models that do not fit: DeepSpeed ZeRO, stages 0 to 3, with offload to host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dreamfleet.datasets.errors import CheckpointError
+from dreamfleet.trainers.distributed.process_group import lone_group, step_timeouts
+from dreamfleet.trainers.engines.torch_engine import Engine, T, check_optimizer
+from dreamfleet.trainers.engines.zero_nvme import SwapFolder, SwappedShards, build_swapping
+from dreamfleet.trainers.engines.zero_setup import (
+    destroy_group,
+    import_deepspeed,
+    make_cpu_adam,
+    stdout_to_stderr,
+    zero_config,
+)
+from dreamfleet.trainers.engines.zero_shards import MOMENTS, Shards, owners
+from dreamfleet.trainers.methods.base import Batch, Loss
+from dreamfleet.trainers.methods.fits import check_fits
+from dreamfleet.trainers.optim.ema import Ema, saved_average
+from dreamfleet.trainers.optim.optimizers import OptimizerConfig, make_optimizer
+
+Convert = Callable[[nn.Parameter, Tensor], Tensor]
+
+
+class ZeroEngine(Engine):
+    """Runs a method under DeepSpeed, which shards optimizer states, gradients and weights over the workers.
+
+    What is saved is whole and by parameter name, in TorchEngine's form, not DeepSpeed's files of each rank: so a run
+    goes on with another number of workers, another stage, or the other engine.
+
+    Stage 3 also shards the frozen parts that gradients pass through, so a U-Net that fits no card can serve a word or a
+    LoRA; every rank then computes whatever has to be computed, previews as well.
+    """
+
+    def _build(self, optimizer: OptimizerConfig) -> None:
+        assert self.config.zero_stage != "auto"
+        self.stage: int = self.config.zero_stage
+        self.offloads = self.config.offload_optimizer_device != "none"
+        swaps = "nvme" in (self.config.offload_optimizer_device, self.config.offload_param_device)
+        self.shapes = {name: param.shape for name, param in self.params.items()}
+        self.deepspeed = import_deepspeed(self.device)
+        self.held.enter_context(lone_group(self.device, destroy=destroy_group))
+        plain = make_optimizer(self.groups, optimizer)
+        self.saved_groups = plain.state_dict()["param_groups"]
+        self.optimizer = make_cpu_adam(plain) if self.offloads else plain
+        if swaps:
+            build_swapping()
+        self.folder = SwapFolder(self.config.nvme_path or "") if swaps else None
+        if self.folder is not None:
+            self.held.callback(self.folder.close)
+        # DeepSpeed's 16-bit modes round every weight of the module before they make fp32 ones from it.
+        rounds = self.stage > 0 and self.dtype != torch.float32
+        # A rounded weight is a new tensor, so the exact one need not be copied to be kept.
+        exact = {
+            param: param.detach().float().cpu() if rounds else param.detach().float().cpu().clone()
+            for param in self.method.parameters()
+            if rounds or not param.requires_grad
+        }
+        sharded = [self.method, *self.method.loss_parts.values()]
+        held: Iterable[nn.Module] = owners(sharded) if self.stage == 3 else [self.method]
+        model, mine = _Computing(held, self.autocast), set(self.method.parameters())
+        self.passed = [param for param in model.parameters() if param not in mine]
+        config = zero_config(
+            self.config,
+            mixed_precision=self.mixed_precision,
+            max_grad_norm=self.max_grad_norm,
+            num_micros=self.num_micros,
+            num_params=sum(shape.numel() for shape in self.shapes.values()),
+            largest=max(param.numel() for param in model.parameters()),
+            swap_folder=str(self.folder.path) if self.folder is not None else None,
+        )
+        with stdout_to_stderr(), step_timeouts():
+            if self.stage == 3:
+                self._shard(model, config)
+            self.engine, *_ = self.deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
+        self.held.callback(self.engine.destroy)
+        for param in self.method.parameters(recurse=False) if self.stage == 3 else ():
+            # A word's vectors are used by the text encoder, whether or not the method's own forward is running.
+            self.deepspeed.zero.register_external_parameter(model, param)
+        kind = SwappedShards if self.config.offload_optimizer_device == "nvme" else Shards
+        self.shards = kind(self.engine, self.params, self.optimizer, stage=self.stage)
+        if rounds:
+            for name, param in self.params.items():
+                self.shards.put(name, exact.pop(param))
+        self.frozen = exact
+        if self.config.use_ema:
+            self.ema = Ema(self._flats(), self.config.ema_decay)
+
+    def backward(self, batch: Batch, *, last: bool = True) -> Loss:
+        self.shards.rest()
+        # DeepSpeed divides by the number of micro-batches, and scales for fp16.
+        self.engine.set_gradient_accumulation_boundary(last)
+        loss = self.engine(lambda: self.method(batch))
+        self.engine.backward(loss.total)
+        return Loss(loss.total.detach(), loss.per_sample.detach(), loss.extras)
+
+    def step(self, rates: dict[str, float], step: int) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates[group["name"]]
+        norm = self._unsharded_norm() if self.stage == 0 else None
+        self.engine.step()
+        if self.ema is not None:
+            self.ema.update(self._flats(), step)
+        return torch.as_tensor(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def drop_gradients(self) -> None:
+        if self.stage == 0:
+            self.engine.zero_grad()
+            return
+        # As DeepSpeed discards a step that overflowed; its count of micro-batches decides whether the next is added.
+        inner = self.engine.optimizer
+        inner.zero_grad()
+        if self.stage < 3:
+            inner.micro_step_id = -1
+            for gradients in (inner.averaged_gradients, inner.all_grad_tensors):
+                gradients.update(dict.fromkeys(gradients))
+        if self.offloads:
+            inner.reset_cpu_buffers()
+
+    def evaluate(self, action: Callable[[], T]) -> T:
+        if self.stage == 3:
+            return self._evaluate_together(action)
+        if self.ema is None:
+            return action()
+        with self._lent(lambda param, value: value.to(self.device, param.dtype), everywhere=True):
+            return action()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        with self._lent(
+            lambda param, value: value.cpu()
+        ):  # a card often has room for a part of the weights only
+            yield
+
+    def learned(self) -> dict[str, Tensor]:
+        return self._collect()
+
+    def load_learned(self, learned: dict[str, Tensor]) -> None:
+        check_fits(self.method.name, self.shapes, learned)
+        for name in self.params:
+            self.shards.put(name, learned[name])
+        self.shards.publish()
+
+    def state(self) -> dict[str, Any]:
+        moments: dict[int, dict[str, Any]] = {}
+        if steps := self.shards.steps:  # none before the first step
+            moments = {number: {"step": torch.tensor(steps)} for number in range(len(self.params))}
+            for moment in MOMENTS:
+                with self.shards.showing(moment):
+                    for number, value in enumerate(self._collect().values()):
+                        moments[number][moment] = value
+        state: dict[str, Any] = {"optimizer": {"state": moments, "param_groups": self.saved_groups}}
+        state["optimizer_name"] = self.optimizer_name
+        if self.ema is not None:
+            with self._averages():
+                state["ema"] = self._collect()
+        if self.dtype == torch.float16:
+            state["scaler"] = self._scaler_state()
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        check_optimizer(self.optimizer_name, state)
+        saved = state["optimizer"]
+        if [group["params"] for group in saved["param_groups"]] != [g["params"] for g in self.saved_groups]:
+            raise CheckpointError("the saved optimizer does not fit this recipe's: it has other parameters")
+        if saved["state"]:
+            self._load_moments(saved["state"])
+        if self.ema is not None:
+            average = saved_average(state)
+            with self._averages():
+                for name in self.params:
+                    self.shards.put(name, average[name])
+        if self.dtype == torch.float16 and "scaler" in state:
+            self._load_scaler(state["scaler"])
+
+    def _shard(self, model: nn.Module, config: dict[str, Any]) -> None:
+        """Shard the weights one by one, each as wide as it computes: a card without room for all of them will do."""
+        for param in model.parameters():
+            param.data = param.data.to(self.dtype)
+        device = self.config.offload_param_device
+        self.deepspeed.zero.Init(
+            module=model,
+            config_dict_or_path=config,
+            dtype=self.dtype,
+            remote_device=None if device == "none" else device,
+            pin_memory=device != "none" and self.config.pin_memory is not False,
+        )
+
+    def _evaluate_together(self, action: Callable[[], T]) -> T:
+        """Run ``action`` on every rank as a forward pass of DeepSpeed's, whose hooks gather each layer's weights."""
+        found: list[T] = []
+        with self._averages():
+            if self.ema is not None:
+                self.shards.publish()
+            self.engine(lambda: found.append(action()))
+        if self.ema is not None:
+            self.shards.publish()
+        return found[0]
+
+    def _averages(self) -> AbstractContextManager[None]:
+        """Within this context the shards hold the averaged weights, where an average is kept."""
+        return nullcontext() if self.ema is None else self.shards.holding(list(self.ema.shadow.values()))
+
+    def _flats(self) -> dict[str, Tensor]:
+        return {str(number): flat for number, flat in enumerate(self.shards.flats)}
+
+    def _collect(self) -> dict[str, Tensor]:
+        """Gather one parameter after the other into rank 0's host memory; the others keep nothing."""
+        gathered = ((name, self.shards.gather(name)) for name in self.params)
+        return {name: value.cpu() for name, value in gathered if self.leads}
+
+    @contextmanager
+    def _lent(self, convert: Convert, *, everywhere: bool = False) -> Iterator[None]:
+        """Give rank 0's parameters (or those of every rank) whole tensors of their own for a while."""
+        lent: dict[nn.Parameter, Tensor] = {}
+        with self._averages():
+            for name, param in self.params.items():
+                value = self.shards.gather(name)
+                if self.leads or everywhere:
+                    lent[param] = convert(param, value)
+        for param in self.passed:
+            with self.deepspeed.zero.GatheredParameters([param]):
+                if self.leads or everywhere:
+                    lent[param] = convert(param, param.data.clone())
+        if self.leads or everywhere:
+            lent |= {param: convert(param, value) for param, value in self.frozen.items()}
+        kept = {param: param.data for param in lent}
+        try:
+            for param, value in lent.items():
+                param.data = value
+            yield
+        finally:
+            for param, value in kept.items():
+                param.data = value
+
+    def _load_moments(self, saved: dict[int, dict[str, Any]]) -> None:
+        steps = float(saved[0]["step"])
+        self.shards.make_moments(
+            lambda flat: int(steps) if self.offloads else torch.tensor(steps, device=flat.device)
+        )
+        for moment in MOMENTS:
+            with self.shards.showing(moment):
+                for number, name in enumerate(self.params):
+                    self.shards.put(name, saved[number][moment])
+
+    def _unsharded_norm(self) -> Tensor:
+        # Stage 0 clips without telling the norm.
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None])
+        scaler = self.engine.torch_autocast_z0_gradscaler
+        return (
+            norm / scaler._get_scale_async() if scaler is not None else norm
+        )  # get_scale() would wait for it
+
+    def _scaler_state(self) -> dict[str, Any]:
+        if self.stage == 0:
+            return self.engine.torch_autocast_z0_gradscaler.state_dict()
+        fresh = torch.amp.GradScaler(self.device.type).state_dict()
+        scaler = self.engine.optimizer.loss_scaler
+        # Steps since an overflow: torch starts anew where the scale grows, DeepSpeed goes on, and grows a step later.
+        since = scaler.cur_iter - scaler.last_overflow_iter - 1
+        counted = {"_growth_tracker": since % scaler.scale_window, "since_overflow": since}
+        return {**fresh, **counted, "scale": float(scaler.cur_scale)}
+
+    def _load_scaler(self, saved: dict[str, Any]) -> None:
+        if self.stage == 0:
+            self.engine.torch_autocast_z0_gradscaler.load_state_dict(saved)
+        else:
+            scaler = self.engine.optimizer.loss_scaler
+            scaler.cur_scale = saved["scale"]
+            since = saved.get("since_overflow", saved["_growth_tracker"])
+            scaler.last_overflow_iter = scaler.cur_iter - 1 - since
+
+
+class _Computing(nn.Module):
+    """The modules that DeepSpeed handles, computing under autocast: it ends one that is entered outside."""
+
+    def __init__(self, held: Iterable[nn.Module], autocast: Callable[[], Any]):
+        super().__init__()
+        self.held, self.autocast = nn.ModuleList(held), autocast
+
+    def forward(self, action: Callable[[], Any]) -> Any:
+        """Return what ``action`` computes."""
+        with self.autocast():
+            return action()

@@ -1,0 +1,120 @@
+"""ZeRO-3 whose optimizer states, or weights too, lie on an NVMe disk: its folder, and its shards."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from torch import Tensor
+
+from dreamfleet.datasets.errors import ResourceError
+from dreamfleet.trainers.engines.zero_setup import build_op
+from dreamfleet.trainers.engines.zero_shards import Shards
+
+log = logging.getLogger(__name__)
+PREFIX = "dreamfleet-swap-"
+
+
+class SwapFolder:
+    """A folder of this process alone under ``engine.nvme_path``, removed when it is closed.
+
+    DeepSpeed names its files by rank alone, so two runs, or two trials of a search, would write into one another's.
+    A process that was killed leaves its folder behind; the next one on that disk removes it.
+    """
+
+    def __init__(self, parent: str):
+        try:
+            Path(parent).mkdir(parents=True, exist_ok=True)
+            # One at a time, or another one would remove ours, not locked yet.
+            with (Path(parent) / f"{PREFIX}gate").open("w") as gate:
+                fcntl.flock(gate, fcntl.LOCK_EX)
+                _sweep(Path(parent))
+                self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+                self._lock: IO[str] | None = (self.path / "lock").open("w")
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise ResourceError(
+                f"engine.nvme_path: {parent} cannot be written on this machine ({error.strerror}); give a folder on a "
+                "fast local disk that every machine has"
+            ) from error
+
+    def close(self) -> None:
+        """Remove the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def build_swapping() -> None:
+    """Compile what reads and writes the disk where that has not been done yet. Raises ResourceError when it cannot be.
+
+    Minutes, once a machine.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from deepspeed.ops.op_builder.pin_memory import PinMemoryBuilder
+
+    # Apart, so that what a killed compiler left of either is cleared: the second would build the first unguarded.
+    for builder in (PinMemoryBuilder(), AsyncIOBuilder()):
+        build_op(
+            builder,
+            what="engine: offload to nvme compiles DeepSpeed's asynchronous I/O",
+            needs="g++, ninja and libaio (apt-get install g++ libaio-dev; pip install ninja), and a machine with a GPU "
+            "the CUDA toolkit (nvcc, found by CUDA_HOME)",
+            instead="offload to cpu",
+        )
+
+
+class SwappedShards(Shards):
+    """The same where the optimizer's weights and moments are in files, and one sub-group of them in memory at a time.
+
+    Going through the parameters in order reads every file once.
+    """
+
+    _here: int | None = None
+    _changed = False
+    _shown: str | None = None
+
+    @contextmanager
+    def showing(self, moment: str) -> Iterator[None]:
+        self._shown = moment
+        try:
+            yield
+        finally:
+            self._shown = None
+
+    def rest(self) -> None:
+        if self._here is None:
+            return
+        if self._changed:
+            self.outer._optimizer_states_and_gradient_swap_out(self._here)
+        else:
+            self.outer._release_swap_buffers(self._here)
+        self._here, self._changed = None, False
+
+    def _wrote(self) -> None:
+        self._changed = True
+
+    def _flat(self, number: int) -> Tensor:
+        flat: Any = self.flats[number]
+        if number != self._here:
+            self.rest()
+            if self.outer._swappable_optimizer_subgroup(number):  # those under a megabyte stay in memory
+                self.outer._optimizer_states_and_gradient_swap_in(number)
+                self._here, self._changed = number, False
+        return flat if self._shown is None else self.inner.state[flat][self._shown]
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the folders of processes that are gone."""
+    for left in parent.glob(f"{PREFIX}*/"):
+        with suppress(BlockingIOError), (left / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            log.warning("removing %s, which a run that was killed left behind", left)
+            shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,185 @@
+"""What DeepSpeed needs before its first step: its JSON, an import that keeps stdout clean, its CPU Adam."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dreamfleet.datasets.errors import ResourceError
+from dreamfleet.trainers.config.deepspeed import handed_on, merged, read_deepspeed_file
+from dreamfleet.trainers.config.engine import ZERO_KEYS, EngineConfig
+from dreamfleet.trainers.memory.strategies import SWAPPED_GROUP
+
+log = logging.getLogger(__name__)
+
+# In elements. DeepSpeed's own 500 million would take 1 GB of the memory that people come to save.
+BUCKET = 50_000_000
+
+
+def zero_config(
+    config: EngineConfig,
+    *,
+    mixed_precision: str,
+    max_grad_norm: float,
+    num_micros: int,
+    num_params: int,
+    largest: int = 0,
+    swap_folder: str | None = None,
+) -> dict[str, Any]:
+    """Translate our settings into DeepSpeed's JSON; ``num_params`` counts the elements that learn.
+
+    ``largest`` is the number of elements of the largest tensor, ``swap_folder`` this process's own on an NVMe disk.
+
+    Stages 1 to 3 use DeepSpeed's own half-precision modes: weights and gradients in 16 bits, and fp32 weights in the
+    sharded optimizer. Stage 0 has no sharded optimizer: fp32 weights under autocast, as in TorchEngine.
+    What a ``deepspeed_config`` says besides lies under ours.
+    Source: https://www.deepspeed.ai/docs/config-json/
+    """
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage:
+        bucket = min(BUCKET, num_params + num_params % 2)  # DeepSpeed refuses odd ones
+        zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    zero |= {key: getattr(config, key) for key in ZERO_KEYS if getattr(config, key) is not None}
+    for part in ("optimizer", "param"):
+        device = getattr(config, f"offload_{part}_device")
+        if device != "none":
+            told_part: dict[str, Any] = {"device": device}
+            told_part |= {} if config.pin_memory is None else {"pin_memory": config.pin_memory}
+            told_part |= {"nvme_path": swap_folder} if device == "nvme" else {}
+            zero[f"offload_{part}"] = told_part
+    told: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # only counts samples for a log of DeepSpeed's that is off
+        "gradient_accumulation_steps": num_micros,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": zero,
+    }
+    if mixed_precision == "fp16" and config.zero_stage:  # the loss scale of torch's GradScaler
+        told["fp16"] = {
+            "enabled": True,
+            "initial_scale_power": 16,
+            "loss_scale_window": 2000,
+            "hysteresis": 1,
+        }
+    elif mixed_precision == "fp16":
+        told["torch_autocast"] = {"enabled": True, "dtype": "float16"}
+    elif mixed_precision == "bf16" and config.zero_stage:
+        told["bf16"] = {"enabled": True}
+    usual: dict[str, Any] = {}
+    if config.offload_optimizer_device == "nvme":
+        usual = {"sub_group_size": SWAPPED_GROUP}
+    if config.offload_param_device == "nvme":  # else a billion weights stay in host memory
+        usual |= {"offload_param": {"max_in_cpu": 0, "buffer_size": largest}}
+    under: dict[str, Any] = {"zero_optimization": usual}
+    if config.deepspeed_config is not None:
+        under = merged(under, handed_on(read_deepspeed_file(config.deepspeed_config)))
+    return merged(under, told)
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed for a device, its log going where ours goes. Raises ResourceError when it is not installed."""
+    # Read once, at the first import; without it, a run on the CPU of a machine with a GPU would get the GPU.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    # DeepSpeed takes the device's number from here.
+    os.environ["LOCAL_RANK"] = (
+        str(device.index or 0) if device.type == "cuda" else os.environ.get("LOCAL_RANK", "0")
+    )
+    try:
+        with stdout_to_stderr():
+            import deepspeed
+    except ImportError as error:
+        raise ResourceError(
+            f"engine.zero_stage needs DeepSpeed, which cannot be imported here ({error}): install it with "
+            "pip install --no-build-isolation deepspeed, or set engine.zero_stage: auto"
+        ) from error
+    # At every gather of weights: DeepSpeed calls torch by names that torch renames.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    own = logging.getLogger("DeepSpeed")
+    own.handlers.clear()  # it writes to stdout, where results go
+    own.propagate = True
+    # The op it would compile for gloo, a minute long, serves inference only.
+    deepspeed.ops.__compatible_ops__ = {}
+    return deepspeed
+
+
+def destroy_group() -> None:
+    """Destroy the process group, and what DeepSpeed remembers of it."""
+    import deepspeed
+
+    (deepspeed.comm if deepspeed.comm.is_initialized() else dist).destroy_process_group()
+
+
+def make_cpu_adam(plain: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Build DeepSpeed's AdamW for offloaded states, with the groups and settings of a plain one.
+
+    Compiles it where that has not been done yet: minutes, once a machine, kept in TORCH_EXTENSIONS_DIR or
+    ``~/.cache/torch_extensions``. Raises ResourceError when it cannot be compiled.
+    """
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    build_op(
+        CPUAdamBuilder(),
+        what="engine.offload_optimizer_device compiles DeepSpeed's CPU Adam",
+        needs="a C++ compiler and ninja (apt-get install g++ python3-dev; pip install ninja)",
+        instead="engine.offload_optimizer_device: none",
+    )
+    groups = [{key: group[key] for key in ("params", "name")} for group in plain.param_groups]
+    options = {key: plain.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}
+    return DeepSpeedCPUAdam(groups, **options, adamw_mode=True)
+
+
+def build_op(builder: Any, *, what: str, needs: str, instead: str) -> None:
+    """Load one of DeepSpeed's ops, which compiles it at its first use. Raises ResourceError when it cannot be."""
+    told = builder.cxx_args
+    # Debugging symbols take half of the compiler's time.
+    builder.cxx_args = lambda: [flag for flag in told() if flag != "-g"]
+    try:
+        with sole_builder(builder.NAME), stdout_to_stderr():
+            builder.load(verbose=False)
+    except Exception as error:  # builders raise whatever they meet: a TypeError where there is no CUDA_HOME
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ResourceError(
+            f"{what} at its first use, which failed ({reason}); every machine needs {needs}, or set {instead}"
+        ) from error
+
+
+@contextmanager
+def sole_builder(op: str) -> Iterator[None]:
+    """Let one process of this machine at a time load a compiled op, and clear what a killed one left.
+
+    torch marks a build by a file, and waits for ever for one whose builder was killed. Our lock ends with its holder,
+    so whoever has it knows that the file is a leftover.
+    """
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory(op, verbose=False))
+    with (folder / "dreamfleet.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        if not (folder / f"{op}.so").exists():
+            log.warning("compiling DeepSpeed's %s, once on this machine: some minutes", op)
+        yield
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Send to stderr what is printed meanwhile, also by compilers: stdout carries results."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

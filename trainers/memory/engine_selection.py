@@ -1,0 +1,131 @@
+"""Settles what a recipe leaves open until the machines are known: how the engine runs, and within how much memory."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from dreamfleet.datasets.errors import ResourceError, UserError
+from dreamfleet.trainers.config.deepspeed import with_deepspeed_file
+from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.memory.estimate import CUDA_CONTEXT, GIB
+from dreamfleet.trainers.methods.base import discover
+from dreamfleet.trainers.models.stable_diffusion.device import numbered
+from dreamfleet.trainers.recipe import Recipe
+
+log = logging.getLogger(__name__)
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def settle_engine(recipe: Recipe, distributed: DistributedContext) -> tuple[Recipe, str]:
+    """Return the recipe as it will run, and why its engine runs so; the same on every worker.
+
+    ``engine.zero_stage: auto`` becomes the cheapest setting that fits the smallest of the workers' GPUs and hosts; on a
+    CPU it stays torch alone, with nothing planned. ``engine.gpu_memory`` is also enforced. Raises ResourceError when no
+    setting fits.
+    """
+    read = recipe
+    recipe = distributed.on_rank_0(lambda: with_deepspeed_file(read))
+    if distributed.device.type != "cuda":
+        return recipe, "as the recipe says" if recipe.engine.zero_stage != "auto" else "no GPU"
+    if recipe.train.full_bf16:
+        _require_equal_gpus(distributed)
+    limit = recipe.engine.gpu_limit
+    card = distributed.on_every_rank(lambda: limit_card(distributed.device, limit, distributed.gpu_share))
+    if recipe.engine.zero_stage != "auto":
+        return recipe, "as the recipe says"
+    if distributed.world > 1 and distributed.gpu_share < 1:
+        return recipe, "workers share a GPU, over which nothing can be sharded"
+    return choose_engine(
+        recipe,
+        distributed,
+        gpu_memory=distributed.all_gather_unique([card])[0],
+        host_memory=distributed.all_gather_unique([host_memory()])[0],
+    )
+
+
+def _require_equal_gpus(distributed: DistributedContext) -> None:
+    """Raise ResourceError where workers have GPUs of different kinds: replicas in bfloat16 would round apart."""
+    # CUDA's generator gives each multiprocessor a part of the random numbers, and kinds differ in their number.
+    names = distributed.all_gather_unique([torch.cuda.get_device_name(distributed.device)])
+    if len(names) > 1:
+        raise ResourceError(
+            f"train.full_bf16 rounds weights at random, which GPUs of different kinds ({', '.join(names)}) do "
+            "differently; use workers with equal GPUs, or full_bf16: false"
+        )
+
+
+def choose_engine(
+    recipe: Recipe, distributed: DistributedContext, *, gpu_memory: int, host_memory: int
+) -> tuple[Recipe, str]:
+    """Decide on rank 0 for all ranks; a model that cannot be planned is trained by torch alone."""
+    if (reason := discover()[recipe.method.name].no_plan) is not None:
+        return recipe, f"not planned: {recipe.method.name} {reason}"
+    settings, reason = distributed.on_rank_0(
+        lambda: _decide(recipe, distributed.world, gpu_memory, host_memory)
+    )
+    if distributed.is_main:
+        log.info("engine: %s", reason)
+    update = {key.removeprefix("engine."): value for key, value in settings.items()}
+    return recipe.model_copy(update={"engine": recipe.engine.model_copy(update=update)}), reason
+
+
+def _decide(
+    recipe: Recipe, world: int, gpu_memory: int, host_memory: int
+) -> tuple[dict[str, str | int | bool], str]:
+    from dreamfleet.trainers.memory.advice import tell_nothing_fits
+    from dreamfleet.trainers.memory.plan import plan_memory
+
+    per_host = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    try:
+        made = plan_memory(
+            recipe, gpu_memory=gpu_memory, host_memory=host_memory, world=world, workers_per_host=per_host
+        )
+    except UserError as error:
+        return {}, f"not planned: {error}"
+    except Exception as error:  # noqa: BLE001 - a fault of the planner's, such as an operator without a fake kernel
+        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        log.warning("the memory of this run cannot be planned (%s): torch alone trains it", why)
+        return {}, f"not planned: {why}"
+    if made.chosen is None:
+        raise ResourceError(f"engine.zero_stage: auto: {tell_nothing_fits(made, recipe)}")
+    chosen, larger = made.chosen, made.estimates[: made.estimates.index(made.chosen)]
+    reason = (
+        f"{chosen.choice.name} needs {chosen.gpu_total / GIB:.1f} of {gpu_memory / GIB:.1f} GiB on the GPU and "
+        f"{chosen.host_total / GIB:.1f} of {host_memory / GIB:.1f} GiB on the host"
+    )
+    if larger:
+        reason += f"; {larger[0].choice.name} would need {larger[0].gpu_total / GIB:.1f} GiB on the GPU"
+    return chosen.choice.settings, reason
+
+
+def limit_card(device: torch.device, limit: int | None, share: float = 1.0) -> int:
+    """Return how much of a GPU a run may take, its CUDA context included, and hold torch to it.
+
+    ``limit`` in bytes (None: none of its own), ``share`` of the card's memory; the smaller counts.
+    """
+    device = numbered(device)
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = min(total, total if limit is None else limit, round(share * total))
+    if allowed <= CUDA_CONTEXT:
+        whose = "engine.gpu_memory" if limit == allowed else f"{share:g} of a GPU"
+        raise ResourceError(
+            f"{whose}: {allowed / GIB:.1f} GiB are less than what CUDA itself takes; give more"
+        )
+    # Always said: torch keeps the limit of an earlier run in this process.
+    fraction = (allowed - CUDA_CONTEXT) / total if allowed < total else 1.0
+    torch.cuda.set_per_process_memory_fraction(fraction, device)
+    return min(allowed, free + CUDA_CONTEXT)  # asking has made the context, which the plan counts
+
+
+def host_memory() -> int:
+    """Return the memory of this machine, or of the container this is."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in map(Path, CGROUP_LIMITS):
+        text = file.read_text().strip() if file.is_file() else ""
+        if text.isdigit():  # else "max"
+            sizes.append(int(text))
+    return min(sizes)

@@ -1,0 +1,86 @@
+"""Plans a run's memory from its recipe: counts it on a model without weights, and estimates every engine choice."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dreamfleet.trainers.memory.estimate import Estimate, cheapest_fit, estimate_all
+from dreamfleet.trainers.memory.inputs import Counts
+from dreamfleet.trainers.memory.profile import count_images, count_run, method_shape, parts_of
+from dreamfleet.trainers.models.stable_diffusion.model import quiet_libraries
+from dreamfleet.trainers.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run needs with every engine, and the cheapest that fits.
+
+    ``parameters`` by part; ``pictures`` None where the recipe's folders could not be read; ``chosen`` None where no
+    limit was given, or nothing fits.
+    """
+
+    parameters: dict[str, int]
+    counts: Counts
+    pictures: int | None
+    world: int
+    workers_per_host: int
+    gpu_memory: int | None
+    host_memory: int | None
+    estimates: list[Estimate]
+    chosen: Estimate | None
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit to choose by."""
+        return self.gpu_memory is not None or self.host_memory is not None
+
+    def to_json(self, pcie: float) -> dict[str, Any]:
+        """Return everything as plain values, sizes in bytes; ``pcie`` is in bytes per second."""
+        plain = asdict(self) | {"pcie_bytes_per_second": pcie}
+        plain["counts"] |= {"learning": self.counts.total, "learning_tensors": len(self.counts.learning)}
+        plain["chosen"] = self.chosen.choice.name if self.chosen else None
+        for told, one in zip(plain["estimates"], self.estimates, strict=True):
+            told |= {"gpu_total": one.gpu_total, "host_total": one.host_total}
+            told["traffic"]["seconds"] = one.traffic_seconds(pcie)
+            told["choice"] |= {"alters": one.choice.alters, "settings": one.choice.settings}
+            told["fits"] = one.fits(self.gpu_memory, self.host_memory)
+        return plain
+
+
+def plan_memory(
+    recipe: Recipe,
+    *,
+    gpu_memory: int | None = None,
+    host_memory: int | None = None,
+    world: int | None = None,
+    workers_per_host: int | None = None,
+) -> MemoryPlan:
+    """Estimate the memory of every engine choice for a recipe, on GPUs, and choose; limits are in bytes.
+
+    ``world`` and ``workers_per_host`` are what the recipe's ``scaling:`` says where they are not given.
+
+    Loads no weights and downloads nothing. Raises ModelError for a model whose shape cannot be told, RecipeError for
+    a resolution it cannot have.
+    """
+    quiet_libraries()
+    method = method_shape(recipe)
+    images = count_images(recipe, method)
+    counts = count_run(recipe, method, images)
+    world = world or max(1, recipe.scaling.num_workers)
+    together = recipe.scaling.placement_strategy == "STRICT_PACK"
+    per_host = workers_per_host or (world if together else 1)
+    estimates = estimate_all(counts, world=world, workers_per_host=per_host)
+    limits = {"gpu_memory": gpu_memory, "host_memory": host_memory}
+    return MemoryPlan(
+        parameters={
+            name: sum(p.numel() for p in part.parameters()) for name, part in parts_of(method).items()
+        },
+        counts=counts,
+        pictures=images,
+        world=world,
+        workers_per_host=per_host,
+        **limits,
+        estimates=estimates,
+        chosen=cheapest_fit(estimates, **limits) if any(limits.values()) else None,
+    )

@@ -1,0 +1,230 @@
+"""Counts what a run is made of, on a model without weights: its tensors, and real passes over fake ones."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dreamfleet.datasets.errors import UserError
+from dreamfleet.datasets.index.concepts import load_concepts
+from dreamfleet.datasets.index.image_folder import ImageFolder
+from dreamfleet.trainers.batches.feed import REMEMBERED
+from dreamfleet.trainers.batches.vae_encoding import encode_batch
+from dreamfleet.trainers.engines.torch_engine import DTYPES
+from dreamfleet.trainers.engines.zero_setup import BUCKET
+from dreamfleet.trainers.memory.inputs import Counts, Pass
+from dreamfleet.trainers.memory.trace import Autocast, fake_mode, trace_inference, trace_step
+from dreamfleet.trainers.methods.base import Batch, Method, discover
+from dreamfleet.trainers.models.stable_diffusion.condition import predict
+from dreamfleet.trainers.models.stable_diffusion.meta_model import empty_condition, model_shape
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.run.build import build_method, check_resolution
+
+PREVIEW_BATCH = 4  # the default of `generate`
+
+
+def count_run(recipe: Recipe, method: Method, images: int | None) -> Counts:
+    """Count a run's tensors on a method whose model is on the meta device."""
+    train, model = recipe.train, method.model
+    learning = [param for group in method.groups() for param in group.params.values()]
+    ids = {id(param) for param in learning}
+    frozen = [tensor for tensor in _tensors(method) if id(tensor) not in ids]
+    mixed = train.mixed_precision != "no"
+    widths = [(param.shape[0], param.numel() // param.shape[0]) for param in learning if param.dim() > 1]
+    mode = fake_mode()
+    there = _faked(method, mode, torch.float32)
+    halved = _faked(method, mode, DTYPES[train.mixed_precision]) if mixed else there
+    with mode:
+        full = _trace_step(recipe, there)
+        half = _trace_step(recipe, halved) if mixed else full
+        encoding, class_drawing = _trace_start(recipe, there)
+        drawing = _trace_previews(recipe, there)
+    return Counts(
+        learning=tuple(param.numel() for param in learning),
+        frozen=_bytes(frozen),
+        passed=sum(
+            p.numel() for part in method.loss_parts.values() for p in part.parameters() if id(p) not in ids
+        ),
+        nvme=recipe.engine.nvme_path is not None,
+        model=sum(4 * p.numel() for part in parts_of(method).values() for p in part.parameters()),
+        full=full,
+        half=half,
+        encoding=encoding,
+        class_drawing=class_drawing,
+        drawing=drawing,
+        bucket=BUCKET,
+        mixed=mixed,
+        optimizer=recipe.optimizer.name,
+        factors=sum(map(sum, widths)) + sum(param.numel() for param in learning if param.dim() <= 1),
+        fused=recipe.optimizer.fused_backward,
+        bf16_weights=train.full_bf16,
+        average=recipe.engine.use_ema,
+        micros=train.gradient_accumulation_steps,
+        text_embeddings=_remembered_bytes(recipe, method, images),
+        latents=_latent_bytes(recipe, model, images),
+    )
+
+
+def method_shape(recipe: Recipe) -> Method:
+    """Build a recipe's method on a model without weights, as a GPU run has it, on the meta device."""
+    kind = discover()[recipe.method.name]
+    if kind.no_plan:
+        raise UserError(f"plan: {kind.name} {kind.no_plan}")
+    model = model_shape(recipe.model, kind.needs)
+    check_resolution(recipe, model)
+    half = DTYPES[recipe.train.mixed_precision]
+    return build_method(recipe, model, concepts=(), device=torch.device("meta"), dtype=half)
+
+
+def count_images(recipe: Recipe, method: Method) -> int | None:
+    """Count the pictures of a recipe, class pictures too; None when there are none where it says."""
+    try:
+        folders = [concept.instance_data_dir for concept in load_concepts(recipe.data)]
+        found = sum(len(ImageFolder(folder).images) for folder in folders)
+    except UserError:
+        return None
+    if not found:
+        return None
+    return found + (method.prior.num_class_images * len(folders) if method.prior else 0)
+
+
+def parts_of(method: Method) -> dict[str, nn.Module]:
+    """Return the model's parts and the method's helpers by name."""
+    return {**method.model.modules(), **method.helpers}
+
+
+def _tensors(method: Method) -> list[Tensor]:
+    """List every tensor of a method, its model and its helpers, each once."""
+    every = nn.ModuleList([*parts_of(method).values(), method])
+    return [*every.parameters(), *every.buffers()]
+
+
+def _faked(method: Method, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> Method:
+    """Copy a method and its model from the meta device to fake tensors, which are as if on the CPU.
+
+    ``dtype`` casts what is in the method's module, as DeepSpeed's half-precision modes do.
+    """
+    inside = {id(param) for param in method.parameters()} if dtype else set()
+    copies: dict[int, Any] = {}
+    with mode:
+        for tensor in _tensors(method):
+            made = torch.empty(tensor.shape, dtype=dtype if id(tensor) in inside else tensor.dtype)
+            is_param = isinstance(tensor, nn.Parameter)
+            copies[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if is_param else made
+    # Whatever refers to a tensor, in a module or beside it, then refers to its copy.
+    return copy.deepcopy(method, copies)
+
+
+def _trace_step(recipe: Recipe, method: Method) -> Pass:
+    def compute_loss(autocast: Autocast) -> Tensor:
+        batch = make_batch(recipe, method)
+        with autocast():
+            return method(batch).total
+
+    return trace_step(
+        compute_loss,
+        params=[param for group in method.groups() for param in group.params.values()],
+        known=_tensors(method),
+        dtype=DTYPES[recipe.train.mixed_precision],
+    )
+
+
+def make_batch(recipe: Recipe, method: Method) -> Batch:
+    """Make a batch of the right shapes; pictures whose latents are not cached are encoded for it."""
+    model, count = method.model, recipe.train.train_batch_size
+    num = count * (2 if method.prior else 1)
+    shape = (num, *_latent_shape(recipe, model))
+    batch: Batch = {
+        "latents": torch.empty(shape),
+        "noise": torch.empty(shape),
+        "timesteps": torch.zeros(num, dtype=torch.long),
+        "weights": torch.ones(num),
+        "num_instances": count,
+    }
+    if not _caches_latents(recipe):
+        with torch.no_grad():
+            mean, std = model.encode_images(torch.empty(num, 3, *[recipe.data.resolution] * 2))
+            batch["latents"] = mean + std
+    told = empty_condition(model, num)._asdict()
+    if method.trains_text:
+        told = {"input_ids": method.tokenize([""] * num), "time_ids": told["time_ids"]}
+    return batch | {name: tensor for name, tensor in told.items() if tensor is not None}
+
+
+def _trace_start(recipe: Recipe, method: Method) -> tuple[int, int]:
+    """Trace what comes before the first step: encoding the pictures, and drawing class pictures."""
+    model, side, prior = method.model, recipe.data.resolution, method.prior
+    encoding = drawing = 0
+    if _caches_latents(recipe) and recipe.data.cache_dir is None:
+        num = encode_batch(side * side)  # as many in any case
+        encoding = trace_inference(
+            lambda: model.encode_images(torch.empty(num, 3, side, side)),
+            known=_tensors(method),
+            dtype=torch.float32,
+        )
+    if prior:
+        drawing = _trace_drawing(recipe, method, prior.batch_size, prior.guidance_scale, torch.float32)
+    return encoding, drawing
+
+
+def _trace_previews(recipe: Recipe, method: Method) -> int:
+    validation = recipe.validation
+    num = min(PREVIEW_BATCH, len(validation.prompts) * validation.num_images)
+    if not num:
+        return 0
+    dtype = DTYPES[recipe.train.mixed_precision]
+    return _trace_drawing(recipe, method, num, validation.guidance_scale, dtype)
+
+
+def _trace_drawing(
+    recipe: Recipe, method: Method, num: int, guidance_scale: float, dtype: torch.dtype
+) -> int:
+    """Trace a step of the sampler and the decoder for ``num`` pictures."""
+    model = method.model
+    shape, entering = _latent_shape(recipe, model), num * (2 if guidance_scale != 1 else 1)
+
+    def draw() -> None:
+        condition = empty_condition(model, entering)
+        condition = condition._replace(context=condition.context.to(model.unet.dtype))
+        noisy = torch.empty(entering, *shape, dtype=model.unet.dtype)
+        predict(model.unet, noisy, torch.zeros((), dtype=torch.long), condition)
+        model.decode(torch.empty(num, *shape))
+
+    return trace_inference(draw, known=_tensors(method), dtype=dtype)
+
+
+def _caches_latents(recipe: Recipe) -> bool:
+    data = recipe.data
+    return data.center_crop and data.cache_latents and data.source != "stream"
+
+
+def _latent_shape(recipe: Recipe, model: StableDiffusion) -> tuple[int, int, int]:
+    side = recipe.data.resolution // model.vae_factor
+    return (model.vae.config.latent_channels, side, side)
+
+
+def _latent_bytes(recipe: Recipe, model: StableDiffusion, images: int | None) -> int:
+    """Return the host bytes of mean and std of every picture's latents, and of its mirror image's."""
+    if not _caches_latents(recipe):
+        return 0
+    copies = 2 if recipe.data.random_flip else 1
+    return (images or 0) * copies * 2 * 4 * math.prod(_latent_shape(recipe, model))
+
+
+def _remembered_bytes(recipe: Recipe, method: Method, images: int | None) -> int:
+    """Bound the encoded prompts that are remembered: one a picture, or all there is room for where prompts vary."""
+    if method.trains_text:
+        return 0
+    data = recipe.data
+    vary = data.shuffle_tags or data.tag_dropout or getattr(recipe.method, "template_file", None)
+    return REMEMBERED if vary else min(REMEMBERED, (images or 0) * empty_condition(method.model, 1).num_bytes)
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,53 @@
+"""Methods that see decoded pictures, where others are given latents and prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from PIL import Image
+from torch import Tensor
+
+from dreamfleet.datasets.images.decode_job import Fit
+from dreamfleet.datasets.images.vision_transform import as_it_is
+from dreamfleet.datasets.index.index import Index
+from dreamfleet.trainers.methods.base import Batch, Method, Sample
+
+
+class Use(NamedTuple):
+    """One use of a decoded picture, in which pass over the set (from 0); ``key``, of its chances, None: as it is."""
+
+    sample: Sample
+    epoch: int
+    image: Image.Image
+    mirrored: bool = False
+    key: tuple[int | str, ...] | None = None
+    instead: bool = False  # another picture, as its own cannot be decoded
+
+
+class SeeingMethod(Method):
+    """A method that makes its batches from decoded pictures; it may set some of them apart to measure with."""
+
+    @property
+    def fit(self) -> Fit:
+        """What may be done to a picture before :meth:`see`, anywhere on the cluster; usually nothing."""
+        return as_it_is
+
+    def see(self, uses: Sequence[Use]) -> Batch:
+        """Turn pictures into a batch on the CPU."""
+        raise NotImplementedError
+
+    def choose(self, instances: Index) -> tuple[Index, Index | None]:
+        """Split the pictures into those to train on and those to measure with; usually all, and None."""
+        return instances, None
+
+    def examine(self, batch: Batch) -> dict[str, Tensor]:
+        """Measure images that were set apart: values ``[N]`` by name."""
+        raise NotImplementedError
+
+    def summarise(self, measured: Mapping[str, Tensor]) -> dict[str, float]:
+        """Turn the values of all images that were set apart, in order and on the CPU, into the figures to log.
+
+        ``holdout_loss`` is among them.
+        """
+        raise NotImplementedError

@@ -1,0 +1,59 @@
+"""Aesthetic vectors as AUTOMATIC1111's aesthetic-gradients extension writes and reads them: a `.pt` of one bare tensor.
+
+Files that were published differ: `[1, P]` or `[P]`, single or half precision, saved from a GPU. All of them are read.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dreamfleet.datasets.errors import FormatError
+from dreamfleet.trainers.models.formats.pickle_writer import is_real, load_pickle, save_pickle
+
+SUFFIX = ".pt"
+
+_LARGEST_WIDTH = 2**14  # CLIP's widest space has 1280
+
+
+def write_aesthetic(vector: Tensor, path: str | os.PathLike[str]) -> Path:
+    """Write a vector, `[1, P]` or `[P]`, as the extension does: `[1, P]`, float32, its length as it is.
+
+    A bare tensor has no room for metadata. Raises FormatError for another suffix, and for a vector nobody can use.
+    """
+    path = Path(path)
+    if path.suffix.lower() != SUFFIX:
+        raise FormatError(f"{path}: an aesthetic vector is written as a {SUFFIX} file.")
+    return save_pickle(_checked(vector.detach(), path), path)
+
+
+def read_aesthetic(path: str | os.PathLike[str]) -> Tensor:
+    """Read a vector `[1, P]`, float32 on the CPU, its length as it is. Raises FormatError for another kind of file."""
+    path = Path(path)
+    found = load_pickle(path)
+    if not is_real(found):
+        raise FormatError(
+            f"{path}: holds no aesthetic vector, which is one bare tensor of real numbers; is it an embedding "
+            "(--embedding) or a hypernetwork (--hypernetwork)?"
+        )
+    return _checked(found.detach(), path)
+
+
+def holds_aesthetic(path: str | os.PathLike[str]) -> bool:
+    """Say whether a file is a `.pt` of one bare tensor. Raises FormatError for no `.pt` at all."""
+    return Path(path).suffix.lower() == SUFFIX and isinstance(load_pickle(path), Tensor)
+
+
+def _checked(vector: Tensor, path: Path) -> Tensor:
+    shape = list(vector.shape)
+    if len(shape) not in (1, 2) or shape[:-1] not in ([], [1]) or not 1 <= shape[-1] <= _LARGEST_WIDTH:
+        raise FormatError(
+            f"{path}: an aesthetic vector has the shape [1, P] or [P], such as [1, 768], not {shape}."
+        )
+    row = vector.float().reshape(1, -1)
+    if not torch.isfinite(row).all() or not row.any():
+        raise FormatError(f"{path}: the vector is zero, or holds NaN or infinite numbers: it points nowhere.")
+    return row

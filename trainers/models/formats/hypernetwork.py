@@ -1,0 +1,222 @@
+"""Hypernetwork files as AUTOMATIC1111's webui writes and reads them, its oldest and NovelAI's included."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from dreamfleet.datasets.errors import FormatError, UserError
+from dreamfleet.trainers.models.formats.pickle_writer import (
+    METADATA_KEY,
+    is_real,
+    load_pickle,
+    require_backed,
+    save_pickle,
+    text_entries,
+)
+from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
+    Hypernetwork,
+    Structure,
+    WeightInit,
+    derived_dropout,
+)
+
+SUFFIX = ".pt"
+
+_MOST_WIDTHS = 32
+_LARGEST_WIDTH = 2**16
+_OLD_NAMES = {f"linear{number}.{part}": f"linear.{number - 1}.{part}"
+              for number in (1, 2) for part in ("weight", "bias")}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HypernetworkFile:
+    """A hypernetwork and what its file says of it.
+
+    `step`: optimizer steps trained. `sd_checkpoint`: short hash (10 hex digits) of the base model, `sd_checkpoint_name`
+    its file stem. `metadata`: text entries that travel with the file. `order`: the widths as the file has them.
+    """
+
+    name: str
+    network: Hypernetwork
+    step: int = 0
+    sd_checkpoint: str | None = None
+    sd_checkpoint_name: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    order: tuple[int, ...] = ()
+
+
+def write_hypernetwork(file: HypernetworkFile, path: str | os.PathLike[str]) -> Path:
+    """Write the webui's `.pt`, float32. Raises FormatError for another suffix, and for weights that are no numbers."""
+    path = Path(path)
+    if path.suffix.lower() != SUFFIX:
+        raise FormatError(f"{path}: a hypernetwork is written as a {SUFFIX} file.")
+    network, structure = file.network, file.network.structure
+    data: dict[Any, Any] = {}
+    for width in network.widths:
+        pair: Any = network.layers[str(width)]
+        data[width] = tuple(
+            {name: tensor.float() for name, tensor in module.state_dict().items()} for module in pair
+        )
+        for weights in data[width]:
+            _require_finite(weights, width, path)
+    data |= {
+        "step": int(file.step),
+        "name": file.name,
+        "layer_structure": list(structure.layer_structure),
+        "activation_func": structure.activation_func,
+        "is_layer_norm": structure.add_layer_norm,
+        "weight_initialization": structure.weight_init,
+        "sd_checkpoint": file.sd_checkpoint,
+        "sd_checkpoint_name": file.sd_checkpoint_name,
+        "activate_output": structure.activate_output,
+        "use_dropout": any(structure.dropout_structure),
+        "dropout_structure": list(structure.dropout_structure),
+        "last_layer_dropout": structure.dropout_structure[-2] != 0,
+        "optional_info": None,
+    }
+    if file.metadata:
+        data[METADATA_KEY] = json.dumps(file.metadata)
+    return save_pickle(data, path)
+
+
+def read_hypernetwork(path: str | os.PathLike[str]) -> HypernetworkFile:
+    """Read a hypernetwork on the CPU, in float32, ready to apply; it is called as its file, as in the webui.
+
+    What old files leave out is filled in as the webui does. Memory stays within a few times the file's size. Raises
+    FormatError for another kind of file.
+    """
+    path = Path(path)
+    data = load_pickle(path)
+    widths = _widths_in(data)
+    if not widths:
+        raise FormatError(
+            f"{path}: holds no hypernetwork: there is no layer width (320, 768 ...) with a pair of modules."
+        )
+    if len(widths) > _MOST_WIDTHS or not all(1 <= width <= _LARGEST_WIDTH for width in widths):
+        raise FormatError(
+            f"{path}: {len(widths)} layer widths from {min(widths)} to {max(widths)} cannot be."
+        )
+    weights = {
+        width: [_weights(part, width, path) for part in _pair(data[width], width, path)] for width in widths
+    }
+    require_backed((t for pair in weights.values() for part in pair for t in part.values()), path)
+    try:
+        with torch.device("meta"):  # only the shapes are needed of what the constructor makes
+            network = Hypernetwork(widths, _structure(data))
+    except UserError as error:
+        raise FormatError(f"{path}: {error}") from error
+    for width, pair in weights.items():
+        for module, part in zip(network.layers[str(width)], pair, strict=True):  # type: ignore[call-overload]
+            _require_shapes(module.state_dict(), part, width, path)
+            _require_finite(part, width, path)
+            module.load_state_dict({name: tensor.float() for name, tensor in part.items()}, assign=True)
+    step, hash_, checkpoint = (data.get(key) for key in ("step", "sd_checkpoint", "sd_checkpoint_name"))
+    return HypernetworkFile(
+        path.stem,
+        network.requires_grad_(False).eval(),
+        step if type(step) is int else 0,
+        hash_ if isinstance(hash_, str) else None,
+        checkpoint if isinstance(checkpoint, str) else None,
+        text_entries(data.get(METADATA_KEY)),
+        tuple(widths),
+    )
+
+
+def holds_hypernetwork(path: str | os.PathLike[str]) -> bool:
+    """Say whether a file is a hypernetwork, told by its layer widths. Raises FormatError for no `.pt` at all."""
+    return Path(path).suffix.lower() == SUFFIX and bool(_widths_in(load_pickle(path)))
+
+
+def _widths_in(data: Any) -> list[int]:
+    # The webui's rule: keys of the very type int; a bool is none.
+    return [key for key in data if type(key) is int] if isinstance(data, dict) else []
+
+
+def _pair(value: Any, width: int, path: Path) -> Any:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise FormatError(f"{path}: width {width} must hold two modules, one for keys and one for values.")
+    return value
+
+
+def _weights(value: Any, width: int, path: Path) -> dict[str, Tensor]:
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: width {width} holds a {type(value).__name__} where weights should be.")
+    found = {}
+    for name, tensor in value.items():
+        if not isinstance(name, str) or not is_real(tensor):
+            raise FormatError(f"{path}: width {width} holds {name!r}, which is no tensor of numbers.")
+        found[_OLD_NAMES.get(name, name)] = tensor.detach()
+    return found
+
+
+def _structure(data: Mapping[Any, Any]) -> Structure:
+    """Read how the MLPs are built; the defaults of what is missing are the webui's loader's."""
+    layers, dropout = _numbers(data, "layer_structure"), _numbers(data, "dropout_structure")
+    if layers is None:
+        layers = (1, 2, 1)
+    if dropout is None:
+        dropout = (0,) * len(layers)
+        if _flag(data, "use_dropout", False):
+            dropout = derived_dropout(len(layers), last_layer=_flag(data, "last_layer_dropout", False))
+    init: Any = _text(data, "weight_initialization", "Normal")
+    return Structure(
+        layer_structure=layers,
+        activation_func=_text(data, "activation_func", "linear"),
+        weight_init=init
+        if init in get_args(WeightInit)
+        else "Normal",  # how weights began that are there now
+        add_layer_norm=_flag(data, "is_layer_norm", False),
+        activate_output=_flag(data, "activate_output", True),
+        dropout_structure=dropout[: len(layers)],
+    )
+
+
+def _numbers(data: Mapping[Any, Any], key: str) -> tuple[float, ...] | None:
+    value = data.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or not all(type(item) in (int, float) for item in value):
+        raise FormatError(f"{key} must be a list of numbers.")
+    return tuple(value)
+
+
+def _flag(data: Mapping[Any, Any], key: str, default: bool) -> bool:
+    value = data.get(key, default)
+    if not isinstance(value, int | None):
+        raise FormatError(f"{key} must be true or false, not a {type(value).__name__}.")
+    return bool(value)
+
+
+def _text(data: Mapping[Any, Any], key: str, default: str) -> str:
+    value = data.get(key)
+    if value is not None and not isinstance(value, str):
+        raise FormatError(f"{key} must be text, not a {type(value).__name__}.")
+    return default if value is None else value
+
+
+def _require_shapes(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], width: int, path: Path
+) -> None:
+    wrong = [name for name in expected.keys() | found.keys()
+             if name not in expected or name not in found or expected[name].shape != found[name].shape]  # fmt: skip
+    if wrong:
+        raise FormatError(
+            f"{path}: the weights of width {width} are not those of its layer_structure and options "
+            f"({', '.join(sorted(wrong)[:4])})."
+        )
+
+
+def _require_finite(weights: Mapping[str, Tensor], width: int, path: Path) -> None:
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise FormatError(
+                f"{path}: {name} of width {width} holds NaN or infinite numbers; its training failed."
+            )

@@ -1,0 +1,206 @@
+"""Renames a Stable Diffusion's parameters between diffusers' parts and the one dict of a single file."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dreamfleet.datasets.errors import FormatError
+from dreamfleet.trainers.models.formats.ldm_names import (
+    NEEDS,
+    OTHER_CHANNELS,
+    PREFIXES,
+    Config,
+    Family,
+    family_of,
+    file_place,
+    parts_of,
+)
+from dreamfleet.trainers.models.formats.text_names import Place, clip_place, openclip_place
+
+_MOST_LAYERS = 200
+_LARGEST_SIZE = 2**20
+_OTHER_KEYS = {
+    "conditioner.embedders.0.model.ln_final.weight": "SDXL's refiner",
+    "depth_model.model.pretrained.act_postprocess3.0.project.0.bias": "a depth model",
+    "embedder.model.ln_final.weight": "an unCLIP model",
+    "edm_mean": "a model with EDM's noise (Playground 2.5)",
+    "cond_stage_model.roberta.embeddings.word_embeddings.weight": "AltDiffusion",
+}
+
+
+class FileState(Mapping[str, Tensor]):
+    """A single file's tensors by name; those that a file keeps joined are joined when asked for, one at a time."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, dict[int, Tensor]] = {}
+
+    def put(self, place: Place, tensor: Tensor) -> None:
+        """Add a parameter, or one third of a joined tensor, without a copy."""
+        self._kept.setdefault(place.name, {})[place.third or 0] = tensor.T if place.transposed else tensor
+
+    def __getitem__(self, name: str) -> Tensor:
+        kept = self._kept[name]
+        return kept[0] if len(kept) == 1 else torch.cat([kept[third] for third in sorted(kept)])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+def to_single_file(states: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, Config]) -> FileState:
+    """Rename the state dicts of `PARTS` to one in the layout of their family; tensors are shared, not copied.
+
+    SD2's text encoder comes with the `text_projection` that OpenCLIP's has and no U-Net reads: without it diffusers up
+    to 0.32 takes 512 for the width of queries, keys and values. Raises FormatError for a parameter that the layout has
+    no name for.
+    """
+    family, file = family_of(configs), FileState()
+    for part in parts_of(family):
+        for key, tensor in states.get(part, {}).items():
+            place = file_place(part, key, configs[part], family)
+            file.put(place, _to_file_shape(part, key, tensor))
+    if family == "sd2" and "text_encoder" in states:
+        place = openclip_place("text_projection.weight").under(PREFIXES[family]["text_encoder"])
+        table = next(t for key, t in states["text_encoder"].items() if "token_embedding" in key)
+        file.put(place, torch.eye(table.shape[1], dtype=table.dtype, device=table.device))
+    return file
+
+
+def from_single_file(
+    state: Mapping[str, Tensor], configs: Mapping[str, Config], *, needs: Collection[str] = NEEDS
+) -> dict[str, dict[str, Tensor]]:
+    """Rename a single file's dict to one state dict a part, with the shapes that `configs` ask for.
+
+    A need for the text encoder is one for both of SDXL's. Raises FormatError naming the part that is missing or does
+    not fit.
+    """
+    family = family_of(configs)
+    states = {}
+    for part in parts_of(family):
+        if part.removesuffix("_2") in needs:
+            wanted = empty_part(part, configs[part]).state_dict()
+            states[part] = {
+                key: _take(state, part, key, list(tensor.shape), configs[part], family)
+                for key, tensor in wanted.items()
+            }
+    return states
+
+
+def family_in(state: Mapping[str, Tensor], path: Path) -> Family:
+    """Tell a file's family by the keys that webui tells them by. Raises FormatError for one that nothing here trains.
+
+    Keys: reference, section 1.5 (webui, modules/sd_models_config.py).
+    """
+    first = state.get("model.diffusion_model.input_blocks.0.0.weight")
+    channels = first.shape[1] if first is not None and first.ndim == 4 else 4
+    other = ""
+    if channels in OTHER_CHANNELS:
+        other = OTHER_CHANNELS[channels]
+    for key, kind in _OTHER_KEYS.items():
+        if key in state:
+            other = kind
+    if other:
+        raise FormatError(
+            f"{path}: {other}, which is not trained or drawn with here; use a text-to-image model."
+        )
+    if "conditioner.embedders.1.model.ln_final.weight" in state:
+        return "sdxl"
+    context = state.get("model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
+    wide = context is not None and context.shape[-1] == 1024
+    return "sd2" if wide or "cond_stage_model.model.ln_final.weight" in state else "sd1"
+
+
+def empty_part(part: str, config: Config) -> nn.Module:
+    """Build a part without memory for its parameters. Raises FormatError for a config that makes no model."""
+    require_sane(config, part)
+    try:
+        with torch.device("meta"):
+            if part == "unet":
+                from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+                module: Any = UNet2DConditionModel.from_config(config)
+            elif part == "vae":
+                from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+                module = AutoencoderKL.from_config(config)
+            else:
+                from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+                kind = CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel
+                module = kind(CLIPTextConfig(**config))
+    except Exception as error:  # a config from a file can be wrong in any way
+        raise FormatError(f"its {part} config makes no model ({error}).") from error
+    for owner in module.modules():
+        if "position_ids" in owner._buffers:
+            owner.position_ids = torch.arange(owner.position_ids.shape[-1])[None]
+    return module
+
+
+def _is_vae_attention(part: str, key: str) -> bool:
+    return part == "vae" and ".attentions." in key and key.endswith("weight") and "group_norm" not in key
+
+
+def _to_file_shape(part: str, key: str, tensor: Tensor) -> Tensor:
+    # LDM's VAE attention is made of 1x1 convolutions, diffusers' of linear layers.
+    return tensor[:, :, None, None] if _is_vae_attention(part, key) and tensor.ndim == 2 else tensor
+
+
+def _take(
+    state: Mapping[str, Tensor], part: str, key: str, shape: list[int], config: Config, family: Family
+) -> Tensor:
+    places = [file_place(part, key, config, family)]
+    if part == "text_encoder":
+        # What converters wrote that took every text encoder for SD1's, or did not know transformers 5's shorter names.
+        prefix = PREFIXES["sdxl" if family == "sdxl" else "sd1"][part]
+        places += [clip_place(key).under(prefix.removesuffix(end)) for end in ("", "text_model.")]
+    place = next((place for place in places if place.name in state), None)
+    if place is None:
+        prefix = PREFIXES[family][part].removesuffix("text_model.")
+        raise FormatError(
+            f"its {part} lacks {places[0].name}; the file was cut, or is of another kind of model."
+            if any(name.startswith(prefix) for name in state)
+            else f"it holds no {part} (no {PREFIXES[family][part]}*); use a file of the whole model."
+        )
+    tensor = _own_part(state[place.name], place, shape)
+    if list(tensor.shape) != shape or not tensor.is_floating_point():
+        raise FormatError(
+            f"{place.name} has shape {list(state[place.name].shape)}, type {tensor.dtype}, which does not fit {shape} "
+            "of the model it says to be; use its diffusers folder."
+        )
+    return tensor
+
+
+def _own_part(tensor: Tensor, place: Place, shape: list[int]) -> Tensor:
+    """Give what a place keeps of a parameter, in `shape` where the file merely writes it in another way."""
+    if place.third is not None and tensor.ndim and len(tensor) == 3 * shape[0]:
+        return tensor.chunk(3)[place.third].clone()  # what is saved later must not share its memory
+    if place.transposed and tensor.ndim == 2:
+        return tensor.T.contiguous()
+    # A linear layer may be written as a 1x1 convolution, and the other way round.
+    if tensor.ndim == 4 and len(shape) == 2 and list(tensor.shape[2:]) == [1, 1]:
+        return tensor[:, :, 0, 0]
+    return tensor[:, :, None, None] if tensor.ndim == 2 and shape[2:] == [1, 1] else tensor
+
+
+def require_sane(config: Config, part: str) -> None:
+    """Refuse configs from files that would take for ever to build: sizes beyond any model's, layers without end."""
+
+    def numbers(value: Any, depth: int) -> list[int | float]:
+        if depth > 3 or isinstance(value, dict):
+            return []
+        if isinstance(value, list | tuple):
+            return [number for item in value[:64] for number in numbers(item, depth + 1)]
+        return [value] if isinstance(value, int | float) else []
+
+    for key, value in config.items():
+        largest = _MOST_LAYERS if "layers" in key else _LARGEST_SIZE
+        too_long = isinstance(value, list | tuple) and len(value) > 64
+        if too_long or any(not abs(number) <= largest for number in numbers(value, 0)):
+            raise FormatError(f"its {part} config makes no model ({key} is beyond any model's).")

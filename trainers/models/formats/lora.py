@@ -1,0 +1,264 @@
+"""LoRA files: read in diffusers' layout and in kohya's, of every age, and written in both.
+
+The layer's change of its weight is ``alpha / rank * up @ down``. Kohya's layout keeps alpha beside the matrices; in
+diffusers' the scale is multiplied into ``up``, so that every version of every reader gets it right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dreamfleet.datasets.errors import FormatError
+from dreamfleet.trainers.models.formats.embedding import Embedding, embedding_in, embedding_tensors
+from dreamfleet.trainers.models.formats.ldm_names import Family
+from dreamfleet.trainers.models.formats.lora_header import PEFT, kohya_entries, own_entries
+from dreamfleet.trainers.models.formats.lora_names import PARTS, STANDARD_LAYERS, kohya_name, layer_of_key
+from dreamfleet.trainers.models.formats.pickle_writer import is_dense, is_real, load_pickle, require_backed
+from dreamfleet.trainers.models.formats.tensor_files import read_safetensors, write_safetensors
+
+logger = logging.getLogger(__name__)
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # what `load_lora_weights(folder)` looks for
+SUFFIXES = (".safetensors", ".pt", ".ckpt", ".bin")
+
+_BUNDLED = "bundle_emb."  # begins the names of embeddings' tensors in a LoRA, as the webui reads them
+
+_WIDTHS: dict[int, Family] = {1024: "sd2", 2048: "sdxl"}  # of the contexts; SD 1.x has 768
+
+
+class Matrices(NamedTuple):
+    """``down`` ``[r, in]`` or ``[r, in, kh, kw]``, ``up`` ``[out, r]`` or ``[out, r, 1, 1]``, and alpha."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """The rank r."""
+        return self.down.shape[0]
+
+
+Layers = Mapping[str, Matrices]  # by part and module: unet.mid_block.attentions.0.proj_in
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA's layers, the text entries of its file, and the embeddings that came with it."""
+
+    name: str
+    layers: dict[str, Matrices]
+    metadata: dict[str, str] = field(default_factory=dict)
+    is_kohyas: bool = False  # the layout it was read in
+    embeddings: tuple[Embedding, ...] = ()
+
+    @property
+    def family(self) -> Family:
+        """The family of models it was made for, told by the width of contexts and the parts it changes."""
+        for layer, (down, _, _) in self.layers.items():
+            if layer.startswith("text_encoder_2.") or ".transformer_blocks.1." in layer:
+                return "sdxl"
+            if layer.endswith(("attn2.to_k", "attn2.to_v")):
+                return _WIDTHS.get(down.shape[1], "sd1")
+        return "sd1"
+
+
+def write_diffusers_lora(file: LoraFile, path: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Write what `load_lora_weights` of diffusers reads; it takes alpha for the rank, so ``up`` carries the scale.
+
+    Its layout has no room for embeddings: a warning names those that are left out.
+    """
+    if file.embeddings:
+        names = ", ".join(embedding.name for embedding in file.embeddings)
+        logger.warning(
+            "%s: the embeddings in %s stay behind, as diffusers reads none there: %s", path, file.name, names
+        )
+    state = {}
+    for layer, (down, up, alpha) in file.layers.items():
+        _require_finite(layer, (down, up), path)
+        state[f"{layer}.lora_A.weight"] = down.float().to(dtype)
+        state[f"{layer}.lora_B.weight"] = (up.float() * (alpha / down.shape[0])).to(dtype)
+    write_safetensors(state, path, header=own_entries(file.metadata))
+    return path
+
+
+def write_kohya_lora(
+    file: LoraFile,
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    family: Family | None = None,
+    unet_config: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write what the webui, ComfyUI and kohya's scripts read, with kohya's ``ss_`` entries in the header.
+
+    ``family`` is guessed from the layers when None; ``unet_config`` is the model's where its U-Net has not SDXL's usual
+    blocks. Raises FormatError for a layer that kohya's layout has no name for.
+    """
+    family = family or file.family
+    state: dict[str, Tensor] = {}
+    for layer, (down, up, alpha) in file.layers.items():
+        _require_finite(layer, (down, up), path)
+        name = kohya_name(layer, sdxl=family == "sdxl", unet_config=unet_config)
+        state[f"{name}.alpha"] = torch.tensor(float(alpha))
+        state[f"{name}.lora_down.weight"] = down.float().to(dtype)
+        state[f"{name}.lora_up.weight"] = up.float().to(dtype)
+    for embedding in file.embeddings:
+        for key, tensor in embedding_tensors(embedding).items():
+            state[f"{_BUNDLED}{embedding.name}.{key}"] = tensor.to(dtype)
+    digest = hashlib.sha256()  # of the bytes that follow the header, as the webui's lists show it
+    for tensor in state.values():
+        content: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(content)
+    header = own_entries(file.metadata) | kohya_entries(file, family)
+    write_safetensors(state, path, header=header | {"sshs_model_hash": digest.hexdigest()})
+    return path
+
+
+def read_lora(path: str | Path, *, layers_per_block: int = STANDARD_LAYERS) -> LoraFile:
+    """Read a LoRA of either layout on the CPU, in float32, with the embeddings in it; it is called as its file.
+
+    ``layers_per_block``: of the model's U-Net, where the file has Stability's names for its blocks. Raises FormatError
+    for another kind of file, and for LoHa, LoKr, DoRA and whatever else is more than two matrices a layer.
+    """
+    path = Path(path)
+    tensors, header = _read_tensors(path)
+    embeddings = _take_embeddings(tensors, path)
+    found: dict[str, dict[str, Tensor]] = {}
+    unknown, twice = [], []
+    for key, tensor in tensors.items():
+        place = layer_of_key(key, layers_per_block=layers_per_block)
+        if place is None:
+            unknown.append(key)
+        elif place[1] in found.setdefault(place[0], {}):
+            twice.append(key)
+        else:
+            found[place[0]][place[1]] = tensor
+    if not any("down" in parts or "up" in parts for parts in found.values()):
+        raise FormatError(f"{path}: holds no LoRA: no key ends in lora_down.weight or lora_A.weight.")
+    for keys, what in ((unknown, "no LoRA of two matrices a layer has"), (twice, "name a layer twice")):
+        if keys:
+            raise FormatError(
+                f"{path}: {len(keys)} keys {what}: {', '.join(map(repr, keys[:4]))}. LoRA and LoCon files can be read, "
+                "LoHa, LoKr and DoRA cannot."
+            )
+    alphas = _PeftAlphas(header, path)
+    layers = {layer: _matrices(layer, parts, alphas, path) for layer, parts in found.items()}
+    return LoraFile(path.stem, layers, header, any(key.startswith("lora_") for key in tensors), embeddings)
+
+
+def holds_lora(path: str | Path) -> bool:
+    """Say whether a file is a LoRA, told by the names in it. Raises FormatError for a damaged file."""
+    path = Path(path)
+    if path.suffix.lower() == ".safetensors":
+        keys = _safetensors_keys(path)
+    elif path.suffix.lower() in SUFFIXES:
+        data = load_pickle(path)
+        keys = [key for key in data if isinstance(key, str)] if isinstance(data, dict) else []
+    else:
+        return False
+    places = [layer_of_key(key) for key in keys]
+    return any(place is not None and place[1] != "alpha" for place in places)
+
+
+def _take_embeddings(tensors: dict[str, Tensor], path: Path) -> tuple[Embedding, ...]:
+    """Take a LoRA's embeddings out of its tensors: ``bundle_emb.NAME.`` and a key of an embedding's file."""
+    bundled: dict[str, dict[str, Any]] = {}
+    for key in [key for key in tensors if key.startswith(_BUNDLED)]:
+        name, _, inner = key.removeprefix(_BUNDLED).partition(".")
+        group, _, word = inner.partition(".")
+        held = bundled.setdefault(name, {})
+        if group == "string_to_param":
+            held.setdefault(group, {})[word] = tensors.pop(key)
+        else:
+            held[inner] = tensors.pop(key)
+    return tuple(embedding_in(held, name, path) for name, held in bundled.items())
+
+
+class _PeftAlphas:
+    """The alphas that diffusers' header entry tells, by layer."""
+
+    def __init__(self, header: Mapping[str, str], path: Path):
+        try:
+            told = json.loads(header.get(PEFT, "{}"))
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{path}: its header is damaged ({error}).") from error
+        self._told: dict[str, Any] = told if isinstance(told, dict) else {}
+        if any(self._told.get(f"{part}.use_dora") is True for part in PARTS):
+            raise FormatError(f"{path}: a DoRA, which cannot be read.")
+
+    def of(self, layer: str, rank: int) -> Any:
+        """Return alpha as it goes with a division by the rank."""
+        part, _, module = layer.partition(".")
+        alpha = self._told.get(f"{part}.lora_alpha", rank)
+        patterns = self._told.get(f"{part}.alpha_pattern")
+        for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+            plain = pattern.removeprefix(
+                "^"
+            )  # peft takes them for expressions; a stranger's are compared as text
+            if f".{module}".endswith(f".{plain}"):
+                alpha = value
+                break
+        scaled = self._told.get(f"{part}.use_rslora") is True and type(alpha) in (int, float)
+        return alpha * math.sqrt(rank) if scaled else alpha
+
+
+def _matrices(layer: str, parts: Mapping[str, Tensor], alphas: _PeftAlphas, path: Path) -> Matrices:
+    if "down" not in parts or "up" not in parts:
+        raise FormatError(
+            f"{path}: the layer {layer} has only {', '.join(sorted(parts))}; down and up belong together."
+        )
+    down, up = parts["down"].float(), parts["up"].float()
+    fits = down.ndim in (2, 4) and up.ndim in (2, 4) and up.shape[1] == down.shape[0]
+    if not fits or not down.numel() or not up.numel() or up.shape[2:].numel() != 1:
+        raise FormatError(
+            f"{path}: the layer {layer} has down {list(down.shape)} and up {list(up.shape)}, which do not go together."
+        )
+    _require_finite(layer, (down, up), path)
+    alpha: Any = parts["alpha"].tolist() if "alpha" in parts else alphas.of(layer, down.shape[0])
+    if isinstance(alpha, list) and len(alpha) == 1:
+        alpha = alpha[0]
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise FormatError(f"{path}: the layer {layer} has an alpha that is no number.")
+    return Matrices(down, up, float(alpha))
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if path.suffix.lower() == ".safetensors":
+        tensors, header = read_safetensors(path)
+    else:
+        data, header = load_pickle(path), {}
+        if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+            raise FormatError(f"{path}: holds no LoRA: a table of named tensors is expected.")
+        tensors = data
+    for key, tensor in tensors.items():
+        is_alpha = is_dense(tensor) and key.endswith("alpha") and tensor.numel() == 1
+        if not (is_alpha or is_real(tensor) or (key.startswith(_BUNDLED) and is_dense(tensor))):
+            raise FormatError(f"{path}: {key!r} is no tensor of numbers that a LoRA holds.")
+    require_backed(tensors.values(), path)
+    return {key: tensor.detach() for key, tensor in tensors.items()}, header
+
+
+def _safetensors_keys(path: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"{path}: not a whole safetensors file ({error}).") from error
+
+
+def _require_finite(layer: str, tensors: tuple[Tensor, ...], path: Path) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise FormatError(f"{path}: the layer {layer} holds NaN or infinite numbers; its training failed.")

@@ -1,0 +1,107 @@
+"""What a single file's header tells: whose model it is, the configs of its parts, and a small tokenizer whole."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dreamfleet.datasets.errors import FormatError, ModelError
+from dreamfleet.trainers.models.formats.ldm_names import PARTS, Config, Family, family_of
+
+if TYPE_CHECKING:
+    from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+
+SD1_TOKENIZER = "openai/clip-vit-large-patch14"
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
+LARGEST_TOKENIZER = 20_000  # tokens; a larger one is SD1's own, which every program has
+
+
+def config_of(module: Any) -> Config:
+    """Give a part's config as plain JSON values, without the paths it was loaded from."""
+    config = module.config
+    full = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(config)
+    full = {
+        key: value for key, value in full.items() if not key.startswith("_") and key != "transformers_version"
+    }
+    return json.loads(json.dumps(full, default=str))
+
+
+def model_header(model: StableDiffusion, configs: Mapping[str, Config], *, title: str) -> dict[str, str]:
+    """Describe the model in text entries: modelspec's, the configs of its parts, a small tokenizer whole."""
+    scheduler = {key: value for key, value in dict(model.scheduler.config).items() if not key.startswith("_")}
+    side = model.resolution
+    header = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": _architecture(model, configs),
+        "modelspec.title": title,
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": "v"
+        if model.prediction_type == "v_prediction"
+        else model.prediction_type,
+    }
+    for part, config in {**configs, "scheduler": scheduler}.items():
+        header[f"dreamfleet.{part}_config"] = json.dumps(config, sort_keys=True)
+    for name in _TOKENIZERS:
+        tokenizer = getattr(model, name)
+        if tokenizer is not None and len(tokenizer) <= LARGEST_TOKENIZER:
+            with tempfile.TemporaryDirectory(prefix="dreamfleet-") as folder:
+                tokenizer.save_pretrained(folder)
+                files = {file.name: file.read_text("utf-8") for file in sorted(Path(folder).glob("*"))}
+            header[f"dreamfleet.{name}"] = json.dumps(files)
+    return header
+
+
+def configs_in(metadata: Mapping[str, str], path: Path) -> dict[str, Config]:
+    """Read the configs that `model_header` wrote. Raises FormatError for damaged ones."""
+    names = {part: f"dreamfleet.{part}_config" for part in (*PARTS, "scheduler")}
+    return {part: _json(metadata[name], path) for part, name in names.items() if name in metadata}
+
+
+def tokenizer_in(metadata: Mapping[str, str], path: Path, family: Family, *, second: bool = False) -> Any:
+    """Give the header's tokenizer, or SD1's from this machine or the hub, which the other families have as well.
+
+    `second`: that of SDXL's second text encoder. Raises ModelError when there is neither.
+    """
+    from transformers import CLIPTokenizer
+
+    if whole := metadata.get("dreamfleet." + _TOKENIZERS[second]):
+        with tempfile.TemporaryDirectory(prefix="dreamfleet-") as folder:
+            try:
+                for name, text in _json(whole, path).items():
+                    (Path(folder) / Path(name).name).write_text(str(text), "utf-8")
+                return CLIPTokenizer.from_pretrained(folder)
+            except Exception as error:  # what a file holds can be wrong in any way
+                raise FormatError(
+                    f"{path}: the tokenizer in its header cannot be loaded ({error})."
+                ) from error
+    try:
+        # OpenCLIP fills a text up with zeros, the id of "!".
+        padding = {"pad_token": "!"} if family == "sd2" or second else {}
+        return CLIPTokenizer.from_pretrained(SD1_TOKENIZER, **padding)
+    except Exception as error:  # network, cache and version errors differ from version to version
+        raise ModelError(
+            f"{path}: a single file holds no tokenizer, and SD1's ({SD1_TOKENIZER}) is neither on this machine nor to "
+            "be had from the hub. Download it once where there is a network, or use the model's diffusers folder."
+        ) from error
+
+
+def _architecture(model: StableDiffusion, configs: Mapping[str, Config]) -> str:
+    velocity = model.prediction_type == "v_prediction"
+    return {
+        "sd1": "stable-diffusion-v1",
+        "sd2": "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512",
+        "sdxl": "stable-diffusion-xl-v1-base",
+    }[family_of(configs)]
+
+
+def _json(text: str, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: its header is damaged ({error}).") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: its header is damaged (expected an object).")
+    return value

@@ -1,0 +1,160 @@
+"""The webui's optimizer files, `NAME.pt.optim` beside an embedding or a hypernetwork: training goes on there from them.
+
+Form: webui, `modules/textual_inversion/textual_inversion.py` and `modules/hypernetworks/hypernetwork.py`: torch's state
+of one AdamW with one parameter group, and a hash that ties it to the file it lies beside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreamfleet.datasets.errors import FormatError, UserError
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.models.formats.pickle_writer import is_real, load_pickle, require_backed, save_pickle
+
+log = logging.getLogger(__name__)
+SUFFIX = ".optim"  # after the other file's whole name
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOST_PARAMETERS = 10_000
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """Adam's memory of one parameter: steps taken, and the moments in its shape."""
+
+    step: float
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+@dataclass(frozen=True)
+class OptimizerFile:
+    """What a `.optim` holds: `states` of the parameters in the webui's order, and the hash of what it belongs to.
+
+    `name`: the optimizer's class, which only hypernetworks' files tell.
+    """
+
+    hash: str
+    states: tuple[AdamState, ...]
+    name: str | None = None
+
+
+def write_optimizer(
+    beside: str | os.PathLike[str],
+    file: OptimizerFile,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> Path:
+    """Write the `.optim` of an embedding's or a hypernetwork's `.pt`.
+
+    The learning rate is left at 0: the webui's own schedule sets it before each step. Raises FormatError for moments
+    that are no numbers.
+    """
+    path = Path(f"{beside}{SUFFIX}")
+    state = {}
+    for number, adam in enumerate(file.states):
+        _check(adam, path)
+        state[number] = {"step": torch.tensor(float(adam.step))} | {
+            moment: getattr(adam, moment).detach().float().cpu() for moment in _MOMENTS
+        }
+    group = {
+        "lr": 0.0,
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "amsgrad": False,
+        "foreach": None,
+        "maximize": False,
+        "capturable": False,
+        "differentiable": False,
+        "fused": None,
+        "params": list(range(len(file.states))),
+    }
+    named = {} if file.name is None else {"optimizer_name": file.name}
+    held = {"hash": file.hash, "optimizer_state_dict": {"state": state, "param_groups": [group]}}
+    return save_pickle({**named, **held}, path)
+
+
+def read_optimizer(path: str | os.PathLike[str], shapes: Sequence[Sequence[int]]) -> OptimizerFile:
+    """Read a `.optim` for parameters of these shapes, in order. Raises FormatError for another kind of file."""
+    path = Path(path)
+    data = load_pickle(path)
+    held = data.get("optimizer_state_dict") if isinstance(data, dict) else None
+    state = held.get("state") if isinstance(held, dict) else None
+    if not isinstance(state, dict) or not isinstance(data.get("hash"), str):
+        raise FormatError(f"{path}: no optimizer file of the webui (no hash with an optimizer_state_dict).")
+    if len(state) > _MOST_PARAMETERS or list(state) != list(range(len(shapes))):
+        raise FormatError(
+            f"{path}: remembers {len(state)} parameters, and {len(shapes)} learn; it belongs to another file."
+        )
+    states = tuple(
+        _adam(entry, list(shape), path) for entry, shape in zip(state.values(), shapes, strict=True)
+    )
+    name = data.get("optimizer_name")
+    return OptimizerFile(data["hash"], states, name if isinstance(name, str) else None)
+
+
+def moments_beside(address: str, *, fits: str, shapes: Sequence[Sequence[int]]) -> tuple[AdamState, ...]:
+    """Read Adam's memory from the `.optim` beside a file, on disk or in a bucket; none where there is none that fits.
+
+    ``fits``: the hash that ties the two. One that is broken or of another file is named and left aside.
+    """
+    beside = f"{address}{SUFFIX}"
+    try:
+        place = Storage(beside)
+        if not place.exists():
+            return ()
+        with place.local_copy() as local:
+            found = read_optimizer(local, shapes)
+        if found.hash != fits:
+            raise FormatError(f"{beside}: belongs to another file than the one it lies beside.")
+        if found.name not in (None, "Adam", "AdamW"):
+            raise FormatError(f"{beside}: was written by {found.name}, whose memory is not Adam's.")
+    except UserError as error:
+        log.warning("left aside, so that the optimizer starts anew: %s", error)
+        return ()
+    return found.states
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """Give the 10 hex digits by which the webui ties a `.optim` to a hypernetwork; embeddings have a checksum."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:10]
+
+
+def _adam(entry: Any, shape: list[int], path: Path) -> AdamState:
+    if not isinstance(entry, dict):
+        raise FormatError(f"{path}: holds a {type(entry).__name__} where a parameter's moments should be.")
+    step = entry.get("step")
+    step = step.item() if is_real(step) and step.numel() == 1 else step
+    if not isinstance(step, int | float) or not 0 <= step < 1e12:
+        raise FormatError(f"{path}: its step is no number of steps.")
+    moments: list[Tensor] = []
+    for name in _MOMENTS:
+        moment = entry.get(name)
+        if not is_real(moment) or list(moment.shape) != shape:
+            raise FormatError(f"{path}: its moments are not Adam's for a parameter of shape {shape}.")
+        require_backed([moment], path)
+        moments.append(moment.detach().float())
+    adam = AdamState(float(step), *moments)
+    _check(adam, path)
+    return adam
+
+
+def _check(adam: AdamState, path: Path) -> None:
+    if not all(torch.isfinite(moment).all() for moment in (adam.exp_avg, adam.exp_avg_sq)):
+        raise FormatError(f"{path}: its moments hold NaN or infinite numbers.")
+    if (adam.exp_avg_sq < 0).any():
+        raise FormatError(f"{path}: its second moments are negative, which squares are not.")

@@ -1,0 +1,186 @@
+"""Files that prompts call by name, as in the webui: ``<hypernet:NAME:0.8>``, ``<lora:NAME:TEXT_ENCODER:UNET>``."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePath
+from typing import Any, ClassVar
+
+from dreamfleet.datasets.errors import UserError
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.models.formats import hypernetwork as hypernetworks
+from dreamfleet.trainers.models.formats import lora as loras
+from dreamfleet.trainers.models.sampling.prompt_syntax import Tag, split_tags, strip_comments
+from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
+    applied_hypernetworks,
+    require_fit,
+    set_hypernetworks,
+)
+from dreamfleet.trainers.models.stable_diffusion.lora import Strength, load_lora, set_loras
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+
+log = logging.getLogger(__name__)
+
+Named = tuple[str, Strength]  # a name or an address, and how strongly it acts
+
+
+class Shelf:
+    """The files of one kind at hand: those that every picture is drawn with, and those that prompts name.
+
+    ``given``: ``FILE`` or ``FILE:MULTIPLIER``, on disk or in a bucket. A prompt's names are looked for among these
+    files, in ``folder`` and beside these files, in this order. Raises UserError for a file that is not there.
+    """
+
+    tags: ClassVar[tuple[str, ...]]  # in prompts
+    option: ClassVar[str]  # of the command line
+    suffixes: ClassVar[tuple[str, ...]]
+
+    def __init__(self, given: Sequence[str] = (), folder: str | None = None):
+        self.given = [(name, Strength(by, by)) for name, by in map(split_multiplier, given)]
+        for address, _ in self.given:
+            if not Storage(address).exists():
+                raise UserError(f"--{self.option} {address}: there is no such file")
+        if folder is not None and not Storage(folder).exists():
+            raise UserError(f"--{self.option}-dir {folder}: there is no such folder")
+        beside = [address.rpartition("/")[0] or "." for address, _ in self.given]
+        self.folders = list(dict.fromkeys([folder, *beside] if folder else beside))
+        self._loaded: dict[str, Any] = {}
+
+    def arrange(self, tags: Sequence[Tag]) -> tuple[Named, ...]:
+        """Return what a prompt with these tags is drawn with: address and strength, in order.
+
+        A file of ``given`` that the prompt names itself has the prompt's strength, as in the webui. Raises UserError
+        for a file that is not there, and for a strength that is no number.
+        """
+        asked = [(self.find(name), strength) for name, strength in map(read_tag, tags)]
+        taken = {address for address, _ in asked}
+        return (*(one for one in self.given if one[0] not in taken), *asked)
+
+    def find(self, name: str) -> str:
+        """Return the address of the file called ``name``. Raises UserError when there is none."""
+        for address, _ in self.given:
+            if _stem(address) == name:
+                return address
+        files = [f"{name}{suffix}" for suffix in self.suffixes]
+        for folder in self.folders:
+            for file in files if name else ():
+                if Storage(folder).exists(file):
+                    return Storage(folder).path(file)
+        if not self.folders:
+            raise UserError(
+                f"the prompt asks for the {self.option} {name!r}: give its file with --{self.option}, or the folder of "
+                f"{' or '.join(files)} with --{self.option}-dir"
+            )
+        there = sorted({_stem(file) for folder in self.folders for file in self._files(folder)})
+        raise UserError(
+            f"the prompt asks for the {self.option} {name!r}, and there is no {' or '.join(files)} in "
+            f"{', '.join(self.folders)}; there are: {', '.join(there) or 'none'}"
+        )
+
+    def load(self, address: str, model: StableDiffusion) -> Any:
+        """Read the file at an address, once. Raises ModelError when it does not go with the model."""
+        if address not in self._loaded:
+            with Storage(address).local_copy() as path:
+                self._loaded[address] = self.read(path, address, model)
+        return self._loaded[address]
+
+    def read(self, path: Path, address: str, model: StableDiffusion) -> Any:
+        """Read a file for a model. Raises FormatError for another kind, ModelError when it does not fit."""
+        raise NotImplementedError
+
+    def _files(self, folder: str) -> list[str]:
+        return [file for file in Storage(folder).list() if file.endswith(self.suffixes)]
+
+
+class HypernetworkShelf(Shelf):
+    """Hypernetworks by name."""
+
+    tags, option, suffixes = ("hypernet",), "hypernetwork", (hypernetworks.SUFFIX,)
+
+    def read(self, path: Path, address: str, model: StableDiffusion) -> Any:
+        network = hypernetworks.read_hypernetwork(path).network
+        require_fit(network, model.unet, address)
+        return network
+
+
+class LoraShelf(Shelf):
+    """LoRAs by name."""
+
+    tags, option, suffixes = ("lora", "lyco"), "lora", loras.SUFFIXES[:2]
+
+    def read(self, path: Path, address: str, model: StableDiffusion) -> Any:
+        return load_lora(model, path)
+
+
+Extras = tuple[tuple[Named, ...], tuple[Named, ...]]  # hypernetworks and LoRAs
+
+
+class Shelves:
+    """Hypernetworks and LoRAs at hand, for prompts with tags of both kinds."""
+
+    def __init__(self, hypernetworks: HypernetworkShelf, loras: LoraShelf):
+        self.hypernetworks, self.loras = hypernetworks, loras
+
+    def arrange(self, prompt: str, *, plain: bool = False) -> tuple[str, Extras]:
+        """Return a prompt without its tags, and what it is drawn with. ``plain``: it is literal, and has none."""
+        if plain:
+            return prompt, self.arrange("")[1]
+        known = (*self.hypernetworks.tags, *self.loras.tags)
+        _, tags = split_tags(strip_comments(prompt))
+        for kind in dict.fromkeys(tag.kind for tag in tags if tag.kind not in known):
+            log.warning("the prompt's <%s:...> is left out: there are <lora:...> and <hypernet:...>", kind)
+        extras = (
+            self.hypernetworks.arrange([tag for tag in tags if tag.kind in self.hypernetworks.tags]),
+            self.loras.arrange([tag for tag in tags if tag.kind in self.loras.tags]),
+        )
+        text, found = split_tags(prompt, known)
+        return text.strip() if found else prompt, extras
+
+    def on(self, model: StableDiffusion) -> Callable[[Extras], None]:
+        """Return what makes a model draw with these, after those that it has now."""
+        own, own_loras = applied_hypernetworks(model.unet), model.loras
+
+        def apply(extras: Extras) -> None:
+            networks, loras = extras
+            loaded = [(self.hypernetworks.load(address, model), by.text) for address, by in networks]
+            set_hypernetworks(model.unet, [*own, *loaded])
+            set_loras(model, [*own_loras, *((self.loras.load(address, model), by) for address, by in loras)])
+
+        return apply
+
+
+def read_tag(tag: Tag) -> Named:
+    """Read ``<KIND:NAME:TEXT_ENCODER:UNET>`` or ``<KIND:NAME:te=0.5:unet=0.7>``; 1 where nothing is said.
+
+    One number is both. Others, such as the webui's ``dyn``, are left out. Raises UserError for what is no number.
+    """
+    name, *numbers = tag.positional or [""]
+    text = tag.named.get("te", numbers[0] if numbers else "1")
+    unet = tag.named.get("unet", numbers[1] if len(numbers) > 1 else text)
+    strengths = [_number(each) for each in (text, unet)]
+    if not name.strip() or None in strengths:
+        raise UserError(
+            f"<{tag.kind}:{':'.join(tag.items)}> in a prompt: write <{tag.kind}:NAME:0.8>, a file's name and a number"
+        )
+    return name.strip(), Strength(*(each for each in strengths if each is not None))
+
+
+def split_multiplier(text: str) -> tuple[str, float]:
+    """Split ``FILE:0.8`` into file and multiplier; a text without one, or with another colon, is a file at 1."""
+    head, _, tail = text.rpartition(":")
+    multiplier = _number(tail) if head else None
+    return (text, 1.0) if multiplier is None else (head, multiplier)
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _stem(address: str) -> str:
+    return PurePath(address).stem

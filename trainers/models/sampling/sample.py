@@ -1,0 +1,233 @@
+"""Draws pictures: a short guided sampling loop in which each picture depends on its own prompt and seed alone."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from dreamfleet.datasets.errors import UserError
+from dreamfleet.trainers.models.sampling.infotext import plain_sampler
+from dreamfleet.trainers.models.sampling.prompt_encoding import Encode, Guide, make_guides
+from dreamfleet.trainers.models.stable_diffusion.condition import Condition, predict, whole_image_ids
+from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import negative_for
+
+if TYPE_CHECKING:
+    from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+
+SchedulerName = Literal["ddim", "euler_a", "dpm++"]
+
+# B pictures, C latent channels, h x w latent cells, T tokens, D their width.
+
+
+@torch.no_grad()
+def generate(
+    model: StableDiffusion,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    negative_prompt: str | Sequence[str] = "",
+    steps: int = 25,
+    guidance_scale: float = 7.5,
+    scheduler: SchedulerName | str = "ddim",
+    width: int | None = None,
+    height: int | None = None,
+    batch_size: int = 4,
+    plain: bool = False,
+    encode: Encode | None = None,
+    device: torch.device | str | None = None,
+) -> list[Image.Image]:
+    """Draw one RGB picture for each prompt and its seed.
+
+    Prompts are in the webui's syntax (`docs/prompts.md`), or literal where `plain`. Picture i is the same, within
+    rounding, in any batch and on any number of workers: its noise comes from a CPU generator of its own. `width` and
+    `height` are pixels (the model's own size when None); `encode` replaces `model.condition`, given texts and ids;
+    `device` is where the model is when None. A guidance scale of 1 skips the negative prompt and half of the work. A
+    learned word that has a negative brings it into the negative prompt. SDXL is told that the picture is whole and of
+    its own size. Raises UserError for sizes or names nobody can draw.
+    """
+    negatives = _negatives(model, prompts, negative_prompt, steps=steps, plain=plain)
+    if len(seeds) != len(prompts):
+        raise UserError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}.")
+    width, height = width or model.resolution, height or model.resolution
+    require_size(model, width, height)
+    unet: Any = model.unet
+    place = torch.device(device) if device is not None else next(unet.parameters()).device
+    images: list[Image.Image] = []
+    for start in range(0, len(prompts), max(1, batch_size)):
+        part = slice(start, start + max(1, batch_size))
+        guides = make_guides(
+            model,
+            prompts[part],
+            negatives[part],
+            steps=steps,
+            guidance_scale=guidance_scale,
+            encode=encode,
+            plain=plain,
+        )
+        latents_BChw = draw_latents(
+            model,
+            guides,
+            generators=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+            size=(height // model.vae_factor, width // model.vae_factor),
+            steps=steps,
+            guidance_scale=guidance_scale,
+            scheduler=make_scheduler(model, scheduler),
+            device=place,
+        )
+        images += to_images(model.decode(latents_BChw))
+    return images
+
+
+@torch.no_grad()
+def draw_latents(
+    model: StableDiffusion,
+    guides: Sequence[Guide],
+    *,
+    generators: list[torch.Generator],
+    size: tuple[int, int],
+    steps: int,
+    guidance_scale: float,
+    scheduler: Any,
+    device: torch.device,
+) -> Tensor:
+    """Run the sampler from each generator's noise -> scaled latents `[B, C, h, w]` in float32.
+
+    Classifier-free guidance (arXiv 2207.12598) towards all parts of a prompt (arXiv 2206.01714):
+    e = e_negative + sum over parts of scale weight (e_part - e_negative).
+    """
+    unet: Any = model.unet
+    scheduler.set_timesteps(steps, device=device)
+    shape = (unet.config.in_channels, *size)
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+    latents_BChw = noise * scheduler.init_noise_sigma
+    sizes = whole_image_ids(size[0] * model.vae_factor, size[1] * model.vae_factor).to(device)
+    options = {"generator": generators} if "Ancestral" in type(scheduler).__name__ else {}
+    for index, timestep in enumerate(scheduler.timesteps):
+        rows = _rows(guides, index)
+        outputs: list[Tensor] = [latents_BChw] * len(rows)
+        lengths = [condition.context.shape[1] for _, condition in rows]
+        for length in dict.fromkeys(lengths):  # prompts of other numbers of chunks make passes of their own
+            chosen = [number for number, each in enumerate(lengths) if each == length]
+            condition = Condition.cat([rows[number][1] for number in chosen])
+            condition = condition._replace(context=condition.context.to(unet.dtype))
+            entered = latents_BChw[[rows[number][0] for number in chosen]]
+            entered = scheduler.scale_model_input(entered, timestep).to(unet.dtype)
+            condition = condition.sized(sizes.expand(len(chosen), -1))
+            for number, output in zip(
+                chosen, predict(unet, entered, timestep, condition).float(), strict=True
+            ):
+                outputs[number] = output
+        guided = torch.stack(_guided(guides, outputs, guidance_scale))
+        latents_BChw = scheduler.step(guided, timestep, latents_BChw, return_dict=False, **options)[0]
+    return latents_BChw
+
+
+def _rows(guides: Sequence[Guide], index: int) -> list[tuple[int, Condition]]:
+    """List what the U-Net is asked at a step, each with its picture's number: all negatives, then all parts."""
+    away = [(number, guide.away.at(index)) for number, guide in enumerate(guides) if guide.away is not None]
+    towards = [(number, timed.at(index)) for number, guide in enumerate(guides) for _, timed in guide.towards]
+    return away + towards
+
+
+def _guided(guides: Sequence[Guide], outputs: Sequence[Tensor], scale: float) -> list[Tensor]:
+    """Combine the outputs of :func:`_rows` to one a picture."""
+    away = iter(outputs)
+    starts = [None if guide.away is None else next(away) for guide in guides]
+    towards = away  # what is left
+    found = []
+    for guide, start in zip(guides, starts, strict=True):
+        if start is None:
+            found.append(next(towards))
+            continue
+        total = start
+        for weight, _ in guide.towards:
+            total = total + scale * weight * (next(towards) - start)
+        found.append(total)
+    return found
+
+
+def make_scheduler(model: StableDiffusion, name: SchedulerName | str) -> Any:
+    """Make the sampler `name`, ours or the webui's, with the model's noise schedule and prediction type (eps or v)."""
+    name = plain_sampler(name)
+    config = model.scheduler.config
+    if name == "ddim":
+        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+        return DDIMScheduler.from_config(config)
+    # The webui's other samplers go evenly from the first timestep to the last, or by Karras' steps between the two,
+    # whatever a model's config says. Noise that ends in nothing but noise needs the last timestep, and no step near it.
+    zero_snr = config.get("rescale_betas_zero_snr", False)
+    spacing = "trailing" if zero_snr else "linspace"
+    if name == "euler_a":
+        from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
+
+        return EulerAncestralDiscreteScheduler.from_config(config, timestep_spacing=spacing)
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler.from_config(
+        config, algorithm_type="dpmsolver++", use_karras_sigmas=not zero_snr, timestep_spacing=spacing
+    )
+
+
+def to_images(pixels_B3HW: Tensor) -> list[Image.Image]:
+    """Turn pixels in about [-1, 1] into RGB pictures."""
+    scaled = ((pixels_B3HW.float() / 2 + 0.5).clamp(0, 1) * 255).round()
+    return [Image.fromarray(array) for array in scaled.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()]
+
+
+def image_grid(
+    images: Sequence[Image.Image], columns: int, *, captions: Sequence[str] | None = None, gap: int = 2
+) -> Image.Image:
+    """Lay pictures out in rows of `columns` on white, `gap` pixels apart, each above its caption where given."""
+    if not images:
+        raise UserError("a grid needs at least one picture.")
+    columns = max(1, min(columns, len(images)))
+    rows = math.ceil(len(images) / columns)
+    width, height = max(p.width for p in images), max(p.height for p in images)
+    texts = list(captions or [])
+    size = max(10, min(18, width // 16))
+    font = ImageFont.load_default(size)
+    wrapped = [textwrap.wrap(text, max(8, int(width / size * 1.9))) for text in texts]
+    band = max((len(lines) for lines in wrapped), default=0) * (size + 4) + (4 if texts else 0)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + band + gap) - gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, image in enumerate(images):
+        left, top = index % columns * (width + gap), index // columns * (height + band + gap)
+        sheet.paste(
+            image.convert("RGB"),
+            (left + (width - image.width) // 2, top + (height - image.height) // 2),
+        )
+        for line, text in enumerate(wrapped[index] if index < len(wrapped) else []):
+            draw.text((left + 2, top + height + 2 + line * (size + 4)), text, fill=(40, 40, 40), font=font)
+    return sheet
+
+
+def _negatives(
+    model: StableDiffusion, prompts: Sequence[str], given: str | Sequence[str], *, steps: int, plain: bool
+) -> list[str]:
+    """Return each prompt's negative prompt, with the negatives of its learned words."""
+    negatives = [given] * len(prompts) if isinstance(given, str) else list(given)
+    if len(negatives) != len(prompts):
+        raise UserError(f"{len(prompts)} prompts need one negative prompt or as many, not {len(negatives)}.")
+    return [
+        negative_for(model, *texts, steps=steps, plain=plain)
+        for texts in zip(prompts, negatives, strict=True)
+    ]
+
+
+def require_size(model: StableDiffusion, width: int, height: int) -> None:
+    """Raise UserError for a size that the model cannot draw."""
+    unet: Any = model.unet
+    step = model.vae_factor * 2 ** (len(unet.config.block_out_channels) - 1)
+    for name, value in (("width", width), ("height", height)):
+        if value < step or value % step:
+            near = max(step, round(value / step) * step)
+            raise UserError(
+                f"{name} {value} does not suit this model: use a multiple of {step}, such as {near}."
+            )

@@ -1,0 +1,254 @@
+"""Aesthetic Gradients at generation: for each prompt, a copy of the text encoder is tuned towards a vector.
+
+Sources: arXiv 2209.12330, github.com/vicgalle/stable-diffusion-aesthetic-gradients, and AUTOMATIC1111's webui extension
+of it, whose knobs these are. B prompts, T tokens, D their width; P the width of CLIP's common space.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dreamfleet.datasets.errors import ModelError, UserError
+from dreamfleet.trainers.models.formats.aesthetic import read_aesthetic
+from dreamfleet.trainers.models.stable_diffusion.condition import Condition
+from dreamfleet.trainers.models.stable_diffusion.model import POCKET, StableDiffusion, pocket_folder
+from dreamfleet.trainers.models.vision.clip import TEXT_PROJECTION, ClipScorer, load_clip
+
+Slerp = Literal["off", "channels", "tokens"]
+# Width of a text encoder -> the CLIP that it is a part of; 160: of models tuned from the pocket.
+CLIPS = {768: "openai/clip-vit-large-patch14", 160: POCKET}
+KEPT_PROMPTS = 256  # encoded prompts that are remembered: 60 MB in SD 1.x
+
+
+@dataclass(frozen=True)
+class AestheticSettings:
+    """How far prompts go towards a vector; the defaults are the extension's. Raises UserError for what cannot be.
+
+    ``weight`` mixes the tuned encoding into the plain one, in a straight line or with ``slerp`` on an arc: over the
+    channels of each token, or over the tokens of each channel as the extension does. ``text`` bends the vector, by
+    ``slerp_angle`` (0: not at all, 1: all the way), towards what a text says, or with ``text_negative`` away from it.
+    """
+
+    steps: int = 5
+    learning_rate: float = 1e-4
+    weight: float = 0.9
+    slerp: Slerp = "off"
+    text: str = ""
+    text_negative: bool = False
+    slerp_angle: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or not 0 <= self.learning_rate < 1:
+            raise UserError(
+                f"aesthetic steps {self.steps} at a learning rate of {self.learning_rate}: give 0 steps or more, and a "
+                "rate from 0 to 1, such as 1e-4"
+            )
+        for name in ("weight", "slerp_angle"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"aesthetic {name} {getattr(self, name)}: give a number from 0 to 1")
+        if self.slerp not in get_args(Slerp):
+            raise UserError(f"aesthetic slerp {self.slerp!r}: choose from {', '.join(get_args(Slerp))}")
+
+
+class AestheticEncoder:
+    """Encodes prompts by a text encoder that is tuned, prompt by prompt, towards a vector ``[1, P]``.
+
+    Each prompt starts from the model's own encoder, so its context depends on nothing but itself; it is made once and
+    remembered. An empty prompt stays as it is, as in the original: guidance then points from the plain to the tuned.
+    Raises ModelError for a vector of another CLIP.
+    """
+
+    def __init__(
+        self,
+        model: StableDiffusion,
+        vector: Tensor,
+        *,
+        clip: ClipScorer,
+        settings: AestheticSettings | None = None,
+    ):
+        self.model, self.clip, self.settings = model, clip, settings or AestheticSettings()
+        self.vector = vector.detach().float().cpu().reshape(1, -1).clone()
+        there = len(clip.text_projection)
+        if self.vector.shape[1] != there:
+            raise ModelError(
+                f"the aesthetic vector has {self.vector.shape[1]} numbers, but {clip.name}'s space has {there}: it was "
+                "made with another CLIP"
+            )
+        self.target = aim(self.vector, clip, self.settings)
+        # prompt -> its cosine with the target before the first and after each step
+        self.cosines: dict[str, list[float]] = {}
+        self._contexts: OrderedDict[tuple[str, int], Tensor] = OrderedDict()  # by prompt and number of tokens
+        self._loras = model.loras  # that these were encoded with
+
+    def __call__(self, prompts: Sequence[str], ids_BT: Tensor | None = None) -> Condition:
+        """Encode texts and their ids for the U-Net."""
+        return Condition(self.contexts(prompts, ids_BT))
+
+    @torch.no_grad()
+    def contexts(self, prompts: Sequence[str], ids_BT: Tensor | None = None) -> Tensor:
+        """Encode prompts ``[B, T, D]``, literal ones where there are no ids."""
+        device = next(self.model.text_encoder.parameters()).device
+        every_BT = (self.model.tokenize(prompts) if ids_BT is None else ids_BT).to(device)
+        if self.model.loras is not self._loras:
+            self._contexts.clear()
+            self._loras = self.model.loras
+        contexts = []
+        for prompt, ids in zip(prompts, every_BT, strict=True):
+            key = (prompt, len(ids))
+            known = self._contexts.get(key)
+            if known is None:
+                known = self._contexts[key] = self._encode(prompt, ids[None])[0]
+            self._contexts.move_to_end(key)
+            contexts.append(known)
+        while len(self._contexts) > KEPT_PROMPTS:
+            self.cosines.pop(self._contexts.popitem(last=False)[0][0], None)
+        return torch.stack(contexts)
+
+    def _encode(self, prompt: str, ids_1T: Tensor) -> Tensor:
+        plain, settings = self.model.encode_text(ids_1T), self.settings
+        if not (prompt.strip() and settings.steps and settings.learning_rate and settings.weight):
+            return plain
+        tuned, self.cosines[prompt] = tune_text_encoder(
+            self.model,
+            ids_1T,
+            self.target.to(ids_1T.device),
+            projection=self.clip.text_projection.to(ids_1T.device),
+            steps=settings.steps,
+            learning_rate=settings.learning_rate,
+        )
+        # By the model itself, so that clip_skip and whatever else it does to texts holds here too.
+        towards = dataclasses.replace(self.model, text_encoder=tuned).encode_text(ids_1T)
+        mixed = mix(plain.float(), towards.float(), settings.weight, settings.slerp)
+        return mixed.to(plain.dtype)
+
+
+def require_sd1(model: StableDiffusion) -> None:
+    """Raise ModelError for a model of another family."""
+    if model.family != "sd1":
+        raise ModelError(
+            f"{model.folder}: Aesthetic Gradients are for Stable Diffusion 1.x, whose text encoder is a whole CLIP's; "
+            "the U-Nets of 2.x and XL read another layer"
+        )
+
+
+def apply_aesthetic(
+    model: StableDiffusion,
+    path: str | os.PathLike[str],
+    settings: AestheticSettings | None = None,
+    clip: str | None = None,
+) -> AestheticEncoder:
+    """Make a model draw with an aesthetic vector file from now on; returns what encodes its prompts.
+
+    ``clip``: folder or name of the CLIP that the text encoder is a part of, found by itself for SD 1.x. Raises
+    FormatError for another kind of file, ModelError for a vector of another CLIP.
+    """
+    require_sd1(model)
+    encoder = AestheticEncoder(model, read_aesthetic(path), clip=clip_of(model, clip), settings=settings)
+    model.encode_prompts = encoder
+    return encoder
+
+
+def clip_of(model: StableDiffusion, name: str | None = None) -> ClipScorer:
+    """Load the CLIP that a model's text encoder is a part of: the named one, else the model's own, else SD 1.x's.
+
+    Raises ModelError when there is none, and when its text tower is not as wide as the model's.
+    """
+    if name is None:
+        folder = pocket_folder() if model.folder == POCKET else Path(model.folder).expanduser()
+        name = model.folder if (folder / TEXT_PROJECTION).is_file() else CLIPS.get(model.context_width)
+    if name is None:
+        raise ModelError(
+            f"{model.folder}: its text encoder, {model.context_width} wide, is of no CLIP known here; name the CLIP "
+            "with method.clip or --aesthetic-clip, as a folder or on the hub"
+        )
+    clip = load_clip(name)
+    if (width := clip.text_projection.shape[1]) != model.context_width:
+        raise ModelError(
+            f"{name}'s text tower is {width} wide, {model.folder}'s {model.context_width}: name the CLIP that this "
+            "model's text encoder is a part of"
+        )
+    return clip
+
+
+def aim(vector_1P: Tensor, clip: ClipScorer, settings: AestheticSettings) -> Tensor:
+    """Return the unit vector ``[1, P]`` that prompts are tuned towards.
+
+    The extension takes the features of ``text`` at their full length, which drowns the vector; here both are units.
+    """
+    vector_1P = F.normalize(vector_1P, dim=-1)
+    if not settings.text.strip():
+        return vector_1P
+    other_1P = clip.text_features([settings.text])
+    if settings.text_negative:
+        other_1P = F.normalize(vector_1P - other_1P, dim=-1)
+    return F.normalize(slerp(vector_1P, other_1P, settings.slerp_angle, dim=-1), dim=-1)
+
+
+def tune_text_encoder(
+    model: StableDiffusion,
+    ids_BT: Tensor,
+    target_1P: Tensor,
+    *,
+    projection: Tensor,
+    steps: int,
+    learning_rate: float,
+) -> tuple[Any, list[float]]:
+    """Tune a copy of the text encoder, in float32, so that CLIP reads the prompts as nearer to the target.
+
+    Adam on minus the mean cosine; ``projection`` ``[P, D]`` is CLIP's, which stays. A prompt of several times 77 tokens
+    counts as that many. Returns the copy, and the cosine before the first and after each step.
+    """
+    encoder: Any = copy.deepcopy(model.text_encoder).float().eval().requires_grad_(True)
+    chunks_NT = ids_BT.reshape(-1, model.tokenizer.model_max_length)
+    ends_N = (chunks_NT == model.tokenizer.eos_token_id).int().argmax(dim=1)
+
+    def cosine() -> Tensor:
+        hidden_NTD = encoder(chunks_NT)[0]
+        pooled_ND = hidden_NTD[torch.arange(len(chunks_NT)), ends_N]
+        return F.cosine_similarity(pooled_ND @ projection.T, target_1P).mean()
+
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=learning_rate)
+    cosines = []
+    with torch.autocast(ids_BT.device.type, enabled=False):
+        with torch.enable_grad():
+            for _ in range(steps):
+                now = cosine()
+                optimizer.zero_grad(set_to_none=True)
+                (-now).backward()
+                optimizer.step()
+                cosines.append(float(now.detach()))
+        with torch.no_grad():
+            cosines.append(float(cosine()))
+    return encoder.requires_grad_(False), cosines
+
+
+def mix(plain_BTD: Tensor, tuned_BTD: Tensor, weight: float, how: Slerp) -> Tensor:
+    """Go from the plain encoding to the tuned one by ``weight``: in a straight line, or on an arc."""
+    if how == "off":
+        return torch.lerp(plain_BTD, tuned_BTD, weight)
+    return slerp(plain_BTD, tuned_BTD, weight, dim=1 if how == "tokens" else -1)
+
+
+def slerp(start: Tensor, end: Tensor, weight: float, *, dim: int) -> Tensor:
+    """Interpolate on the arc between vectors that lie along ``dim``; a straight line where there is no arc.
+
+    As the extension's, which gives NaN for vectors of one direction.
+    """
+    cosine = F.cosine_similarity(start, end, dim=dim).unsqueeze(dim).clamp(-1, 1)
+    angle = torch.acos(cosine)
+    scale = torch.sin(angle)
+    straight = scale < 1e-4
+    scale = torch.where(straight, torch.ones_like(scale), scale)
+    arc = torch.sin((1 - weight) * angle) / scale * start + torch.sin(weight * angle) / scale * end
+    return torch.where(straight, torch.lerp(start, end, weight), arc)

@@ -1,0 +1,196 @@
+"""DreamArtist's discriminator: a ConvNeXt that sorts pictures into classes, made, loaded, saved, and differentiated.
+
+Shape suffixes: N pictures, 3 colours, H W height and width, K classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from dreamfleet.datasets.errors import ModelError
+from dreamfleet.datasets.json_text import json_text
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.models.formats.convnext import SUFFIXES, read_convnext
+from dreamfleet.trainers.models.stable_diffusion.loading import first_line
+from dreamfleet.trainers.models.stable_diffusion.model import quiet_libraries
+from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_part
+from dreamfleet.trainers.models.vision.clip import Preprocessing
+
+INPUT_SIZE = 384  # pixels of a side, where a file does not say
+HEAD_SCALE = 1e-3  # a new head starts this much smaller, as the authors' fine-tuning does
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+_PREPROCESSOR = "preprocessor_config.json"
+
+
+class Discriminator:
+    """A frozen classifier of pictures, asked how likely they are of each class; gradients reach the pictures."""
+
+    def __init__(self, network: Any, preprocessing: Preprocessing, *, name: str):
+        self.network, self.preprocessing, self.name = (
+            network.requires_grad_(False).eval(),
+            preprocessing,
+            name,
+        )
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes it knows."""
+        return int(self.network.config.num_labels)
+
+    def probabilities(self, pixels_N3HW: Tensor) -> Tensor:
+        """Return how likely each class is ``[N, K]`` for pixels in about [-1, 1], float32.
+
+        Resized as the original does it: bicubic, the corners aligned, the whole picture.
+        """
+        size, mean, std = self.preprocessing.resize, self.preprocessing.mean, self.preprocessing.std
+        resized_N3SS = F.interpolate(pixels_N3HW.float(), size=size, mode="bicubic", align_corners=True)
+        # Channel by channel, with numbers: tensors of them would be copied to the device in every step.
+        planes = zip(resized_N3SS.unbind(1), mean, std, strict=True)
+        entering = torch.stack([(plane * 0.5 + 0.5 - m) / s for plane, m, s in planes], dim=1)
+        return self.network(pixel_values=entering).logits.float().softmax(dim=-1)
+
+
+def make_preprocessing(size: int) -> Preprocessing:
+    """Return how a classifier sees files: the whole picture as a square, bicubic, with ImageNet's mean and spread."""
+    return Preprocessing(resize=(size, size), crop=None, mean=_MEAN, std=_STD)
+
+
+def make_network(
+    *, depths: Sequence[int], hidden_sizes: Sequence[int], classes: Sequence[str], drop_path: float
+) -> Any:
+    """Make a ConvNeXt with random weights (torch's generator) and a head for the classes."""
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    config = ConvNextConfig(
+        depths=list(depths),
+        hidden_sizes=list(hidden_sizes),
+        num_stages=len(depths),
+        drop_path_rate=drop_path,
+        layer_norm_eps=1e-6,
+        **_labels(classes),
+    )
+    return _with_small_head(ConvNextForImageClassification(config))
+
+
+def adapt_network(network: Any, *, classes: Sequence[str], drop_path: float) -> Any:
+    """Return a copy that drops paths; with a new head for the classes unless it has one for exactly these."""
+    from transformers import ConvNextForImageClassification
+
+    config = copy.deepcopy(network.config)
+    known = [config.id2label[number] for number in sorted(config.id2label)]
+    config.update({"drop_path_rate": drop_path, **_labels(classes)})
+    adapted, state = ConvNextForImageClassification(config), network.state_dict()
+    if known == list(classes):
+        adapted.load_state_dict(state)
+        return adapted
+    body = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
+    adapted.load_state_dict(body, strict=False)
+    return _with_small_head(adapted)
+
+
+def load_discriminator(name: str) -> Discriminator:
+    """Load a classifier by folder (transformers'), file (the authors' or timm's), hub name, or address in a bucket.
+
+    Raises ModelError for what is not there or is no ConvNeXt, FormatError for a file that holds no whole one.
+    """
+    quiet_libraries()
+    if "://" in name:
+        with Storage(name).local_copy() as path:
+            return _load(path, name)
+    path = Path(name).expanduser()
+    if not path.exists() and (os.path.isabs(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
+        raise ModelError(f"{name}: no such discriminator; give a folder, a .pth file, or a hub name.")
+    return _load(path, name)
+
+
+def save_network(
+    network: Any, folder: Path, *, size: int, dtype: torch.dtype, metadata: dict[str, str]
+) -> None:
+    """Write a folder that transformers' AutoModelForImageClassification and AutoImageProcessor load."""
+    save_part(network, folder, dtype=dtype, header=metadata, more={"image_size": size})
+    how = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": int(Image.Resampling.BICUBIC),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": _MEAN,
+        "image_std": _STD,
+    }
+    (folder / _PREPROCESSOR).write_text(json_text(how, indent=1) + "\n", encoding="utf-8")
+
+
+def _load(path: Path, name: str) -> Discriminator:
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise ModelError(f"{name}: no discriminator; its files end in {', '.join(SUFFIXES)}.")
+        found = read_convnext(path)
+        network = ConvNextForImageClassification(ConvNextConfig(**found.config))
+        network.load_state_dict(found.state)
+        return Discriminator(network, make_preprocessing(INPUT_SIZE), name=name)
+    source: Any = path if path.is_dir() else name
+    try:
+        config, _ = ConvNextConfig.get_config_dict(source)
+        network, told = ConvNextForImageClassification.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # the library raises its own zoo of errors, and the network's
+        raise ModelError(f"{name}: not a discriminator that can be loaded: {first_line(error)}") from error
+    lost = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
+    if config.get("model_type") != "convnext" or lost:
+        why = (
+            f"{lost[0]} does not fit or is missing"
+            if lost
+            else f"a {config.get('model_type')}, not a ConvNeXt"
+        )
+        raise ModelError(f"{name}: not a discriminator that can be loaded: {why}")
+    return Discriminator(network, _read_preprocessing(path, name), name=name)
+
+
+def _read_preprocessing(path: Path, name: str) -> Preprocessing:
+    if not path.is_dir():
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download(name, _PREPROCESSOR)).parent
+    try:
+        told = (
+            json.loads((path / _PREPROCESSOR).read_text("utf-8")) if (path / _PREPROCESSOR).exists() else {}
+        )
+        size = told.get("size", INPUT_SIZE)
+        side = size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
+        plain = make_preprocessing(int(side))
+        mean, std = (
+            tuple(map(float, told.get(f"image_{k}", v))) for k, v in (("mean", _MEAN), ("std", _STD))
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{name}: {_PREPROCESSOR} is not understood ({error!r})") from error
+    return Preprocessing(resize=plain.resize, crop=None, mean=mean, std=std)
+
+
+def _labels(classes: Sequence[str]) -> dict[str, Any]:
+    return {
+        "id2label": dict(enumerate(classes)),
+        "label2id": {name: number for number, name in enumerate(classes)},
+    }
+
+
+def _with_small_head(network: Any) -> Any:
+    with torch.no_grad():
+        for param in network.classifier.parameters():
+            param.mul_(HEAD_SCALE)
+    return network

@@ -1,0 +1,244 @@
+"""Judges pictures with CLIP: unit features of pictures and of texts in one space."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from dreamfleet.datasets.errors import ModelError
+from dreamfleet.datasets.images.vision_transform import Fitting
+from dreamfleet.trainers.models.stable_diffusion.loading import first_line
+from dreamfleet.trainers.models.stable_diffusion.model import POCKET, pocket_folder, quiet_libraries
+
+BATCH = 32
+TEXT_PROJECTION = "text_projection.safetensors"  # beside the towers, in the pocket's layout
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a vision model wants its pictures: what a `preprocessor_config.json` says, done with Pillow and numpy.
+
+    `resize` is the short side (int) or an exact (height, width), both in pixels; `crop` the central (height, width).
+    """
+
+    resize: int | tuple[int, int] | None
+    crop: tuple[int, int] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: int = int(Image.Resampling.BICUBIC)
+
+    @property
+    def fit(self) -> Fitting:
+        """What it does before it normalises."""
+        return Fitting(self.resize, self.crop, self.resample)
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        """Turn pictures into normalised pixels `[N, 3, H, W]`."""
+        arrays = np.stack([np.asarray(self.fit(image)) for image in images])
+        pixels_NHW3 = (arrays.astype(np.float32) / 255 - np.array(self.mean, np.float32)) / np.array(
+            self.std, np.float32
+        )
+        return torch.from_numpy(np.ascontiguousarray(pixels_NHW3.transpose(0, 3, 1, 2)))
+
+
+def read_preprocessing(folder: Path, *, image_size: int) -> Preprocessing:
+    """Read a folder's `preprocessor_config.json`; CLIP's own values, at `image_size` pixels, where there is none."""
+    path = folder / "preprocessor_config.json"
+    try:
+        config = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ModelError(f"{path} is not readable JSON ({error}).") from error
+    crop = None
+    if config.get("do_center_crop", "crop_size" in config or not config):
+        crop = _pair(config.get("crop_size", image_size))
+    return Preprocessing(
+        resize=_resize_of(config.get("size", image_size), path, cropped=crop is not None)
+        if config.get("do_resize", True)
+        else None,
+        crop=crop,
+        mean=tuple(config.get("image_mean", _CLIP_MEAN)),
+        std=tuple(config.get("image_std", _CLIP_STD)),
+        resample=int(config.get("resample", Image.Resampling.BICUBIC)),
+    )
+
+
+class ClipScorer:
+    """A pair of frozen CLIP towers; `name` says which, `logit_scale` is the trained temperature's inverse."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        vision: nn.Module,
+        text: nn.Module,
+        text_projection: Tensor,
+        tokenizer: Any,
+        preprocessing: Preprocessing,
+        logit_scale: float = 100.0,
+    ):
+        self.name, self.logit_scale = name, logit_scale
+        self._vision, self._text = vision.requires_grad_(False).eval(), text.requires_grad_(False).eval()
+        self._text_projection_PD = text_projection.detach().float()
+        self._tokenizer, self.preprocessing = tokenizer, preprocessing
+
+    def to(self, device: torch.device | str) -> ClipScorer:
+        """Move both towers."""
+        self._vision.to(device)
+        self._text.to(device)
+        self._text_projection_PD = self._text_projection_PD.to(device)
+        return self
+
+    @torch.no_grad()
+    def image_features(self, images: Sequence[Image.Image]) -> Tensor:
+        """Embed pictures -> unit rows `[N, P]`, float32 on the CPU."""
+        rows = [
+            self.embed(self.preprocessing(images[start : start + BATCH]).to(_place(self._vision)))
+            for start in range(0, len(images), BATCH)
+        ]
+        return F.normalize(torch.cat(rows), dim=-1).cpu()
+
+    @torch.no_grad()
+    def embed(self, pixels_N3HW: Tensor) -> Tensor:
+        """Embed pixels, as `preprocessing` makes them -> rows `[N, P]` of CLIP's own length, float32."""
+        return self._vision(pixels_N3HW).image_embeds.float()
+
+    @property
+    def text_projection(self) -> Tensor:
+        """What takes the text tower's last token `[D]` to the common space: `[P, D]`, float32."""
+        return self._text_projection_PD
+
+    @torch.no_grad()
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts -> unit rows `[N, P]`, float32 on the CPU; long ones are cut at the model's 77 tokens."""
+        rows = []
+        for start in range(0, len(texts), BATCH):
+            tokens = self._tokenizer(
+                list(texts[start : start + BATCH]),
+                padding="max_length",
+                truncation=True,
+                max_length=self._length,
+                return_tensors="pt",
+            )
+            pooled = self._text(tokens.input_ids.to(_place(self._text))).pooler_output
+            rows.append(pooled.float() @ self._text_projection_PD.T)
+        return F.normalize(torch.cat(rows), dim=-1).cpu()
+
+    @property
+    def _length(self) -> int:
+        config: Any = self._text.config
+        return min(self._tokenizer.model_max_length, config.max_position_embeddings)
+
+
+def load_clip(name: str | Path | None = None) -> ClipScorer:
+    """Load a CLIP by folder, hub name, or "pocket" (also None), the one that ships.
+
+    A folder is a Hugging Face CLIPModel's, or of the pocket's layout: `image_encoder/`, `text_encoder/`, `tokenizer/`
+    and `text_projection.safetensors`. Raises ModelError naming what is missing.
+    """
+    quiet_libraries()
+    name = str(name or POCKET)
+    folder = pocket_folder() if name == POCKET else Path(name).expanduser()
+    if (folder / TEXT_PROJECTION).is_file() or name == POCKET:
+        return _load_towers(folder, name)
+    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ModelError(f"{name}: no such CLIP; give 'pocket', a folder, or a hub name.")
+    return _load_whole(folder, name)
+
+
+def _load_towers(folder: Path, name: str) -> ClipScorer:
+    from safetensors.torch import load_file
+    from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+    try:
+        vision = CLIPVisionModelWithProjection.from_pretrained(
+            folder / "image_encoder", local_files_only=True
+        )
+        text = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        extra = load_file(folder / TEXT_PROJECTION)
+        projection, scale = (
+            extra["text_projection.weight"],
+            float(extra.get("logit_scale", torch.tensor(4.6052))),
+        )
+    except Exception as error:  # each library raises its own errors for a torn or missing file
+        raise ModelError(f"{name}: its CLIP cannot be loaded from {folder}: {first_line(error)}") from error
+    preprocessing = read_preprocessing(folder / "image_encoder", image_size=_image_size(vision.config))
+    return ClipScorer(
+        name=name,
+        vision=vision.float(),
+        text=text.float(),
+        text_projection=projection,
+        tokenizer=tokenizer,
+        preprocessing=preprocessing,
+        logit_scale=float(np.exp(scale)),
+    )
+
+
+class _Vision(nn.Module):
+    """The vision half of a CLIPModel with the face of CLIPVisionModelWithProjection."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.tower, self.projection = model.vision_model, model.visual_projection
+
+    def forward(self, pixels_N3HW: Tensor) -> Any:
+        from transformers.models.clip.modeling_clip import CLIPVisionModelOutput
+
+        return CLIPVisionModelOutput(image_embeds=self.projection(self.tower(pixels_N3HW).pooler_output))
+
+
+def _load_whole(folder: Path, name: str) -> ClipScorer:
+    from transformers import CLIPModel, CLIPTokenizer
+
+    source = folder if folder.is_dir() else name
+    try:
+        model = CLIPModel.from_pretrained(source, torch_dtype=torch.float32)
+        tokenizer = CLIPTokenizer.from_pretrained(source)
+    except Exception as error:  # as above, and the network's
+        raise ModelError(f"{name}: not a CLIP that can be loaded: {first_line(error)}") from error
+    if not folder.is_dir():
+        from huggingface_hub import hf_hub_download
+
+        folder = Path(hf_hub_download(name, "preprocessor_config.json")).parent
+    return ClipScorer(
+        name=name,
+        vision=_Vision(model),
+        text=model.text_model,
+        text_projection=model.text_projection.weight,
+        tokenizer=tokenizer,
+        preprocessing=read_preprocessing(folder, image_size=_image_size(model.config.vision_config)),
+        logit_scale=float(model.logit_scale.detach().exp()),
+    )
+
+
+def _resize_of(size: Any, path: Path, *, cropped: bool) -> int | tuple[int, int]:
+    if isinstance(size, int):  # older files: CLIP's, which is cropped, means the short side, ViT's a square
+        return size if cropped else (size, size)
+    if "shortest_edge" in size:
+        return int(size["shortest_edge"])
+    if "height" in size:
+        return _pair(size)
+    raise ModelError(f"{path}: size {size!r} is not understood; expected shortest_edge, or height and width.")
+
+
+def _image_size(config: Any) -> int:
+    return int(config.image_size)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size["height"]), int(size["width"]))
+
+
+def _place(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

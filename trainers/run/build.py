@@ -1,0 +1,301 @@
+"""Builds the pieces of one run from its recipe: model, method, pictures, plan, feed and engine."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from dreamfleet.datasets.buckets import Size, image_sizes, number_buckets, tell_buckets
+from dreamfleet.datasets.config import Concept
+from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.index.concepts import Sets, load_sets
+from dreamfleet.datasets.index.file_hashes import known_files
+from dreamfleet.datasets.index.index import Index
+from dreamfleet.datasets.plan import BatchPlan
+from dreamfleet.datasets.serve.latent_files import LatentCache
+from dreamfleet.trainers.batches.cached_latents import leave_out_bad, open_latents, serve_images
+from dreamfleet.trainers.batches.class_images import gather_class_images
+from dreamfleet.trainers.batches.feed import Feed, Preparer, check_words, to_samples
+from dreamfleet.trainers.batches.image_feed import ImageFeed
+from dreamfleet.trainers.batches.image_warnings import log_findings
+from dreamfleet.trainers.config.conflicts import require_runnable
+from dreamfleet.trainers.config.paths import compared_paths
+from dreamfleet.trainers.config.train import USUAL_CHECKPOINTING_STEPS
+from dreamfleet.trainers.distributed.agreement import check_files, compare, compare_paths
+from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.engines.torch_engine import DTYPES, Engine, TorchEngine
+from dreamfleet.trainers.engines.zero_engine import ZeroEngine
+from dreamfleet.trainers.evaluation.heldout_loss import check_previews
+from dreamfleet.trainers.loop import Schedule
+from dreamfleet.trainers.methods.base import Batch, Method, Setting, discover
+from dreamfleet.trainers.methods.image_method import SeeingMethod
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
+from dreamfleet.trainers.optim.optimizers import import_adamw8bit, make_rates
+from dreamfleet.trainers.optim.schedules import last_step
+from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.run.webui_optimizer import take_over
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Parts:
+    """The pieces a loop runs on."""
+
+    sets: Sets
+    model: StableDiffusion
+    method: Method
+    engine: Engine
+    feed: Feed | ImageFeed
+    prepare: Callable[[Batch], Batch]
+    rates: dict[str, Callable[[int], float]]
+    schedule: Schedule
+    global_batch: int
+    apart: Index | None = None  # pictures that the method measures with
+
+
+def make_method(recipe: Recipe, sets: Sets | None, device: torch.device) -> Method:
+    """Load the model and build the method on it, on the device."""
+    model = load_model(recipe.model, discover()[recipe.method.name].needs)
+    half = DTYPES[recipe.train.mixed_precision] if device.type == "cuda" else None
+    return build_method(recipe, model, concepts=sets.concepts if sets else (), device=device, dtype=half)
+
+
+def build_method(
+    recipe: Recipe,
+    model: StableDiffusion,
+    *,
+    concepts: Sequence[Concept],
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> Method:
+    """Build the method on a loaded model; parts that learn nothing are cast to ``dtype`` and go to the device.
+
+    What learns goes there too, unless ZeRO shards it: then it waits on the host, where a card too small for it whole
+    does not matter, and only its buffers go ahead. So does what stage 3 shards besides.
+    """
+    setting = Setting(concepts=tuple(concepts), snr_gamma=recipe.train.snr_gamma)
+    method = discover()[recipe.method.name](recipe.method, model, setting)
+    waits = device.type == "cuda" and recipe.engine.zero_stage in (1, 2, 3)
+    home = torch.device("cpu") if waits else device
+    sharded = method.loss_parts if recipe.engine.zero_stage == 3 else {}
+    if recipe.train.full_bf16:
+        for group in method.groups():
+            for param in group.params.values():
+                param.data = param.data.to(torch.bfloat16)
+    model.to(device, dtype, home=home, sharded=sharded)
+    for helper in method.helpers.values():
+        helper.to(device)
+    method.to(home)
+    for module in itertools.chain(method.modules(), *(part.modules() for part in sharded.values())):
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    if recipe.train.gradient_checkpointing:
+        checkpoint_activations(method)
+    return method
+
+
+def checkpoint_activations(method: Method) -> None:
+    """Let the parts that gradients pass through keep no activations of their layers, and compute them again instead."""
+    unet, encoders = method.model.unet, method.model.text_encoders
+    unet.enable_gradient_checkpointing()
+    unet.train()  # diffusers checkpoints in training mode alone, also a frozen U-Net that gradients pass through
+    for encoder in encoders if method.trains_text else ():
+        # transformers 5.23 gave it a new name, and 6 drops the old one.
+        enable = getattr(encoder, "activation_checkpointing_enable", None)
+        (enable or encoder.gradient_checkpointing_enable)()
+        for module in encoder.modules():
+            # So does transformers. Not of the modules inside: a frozen encoder's dropout stays off.
+            module.training = module.training or getattr(module, "gradient_checkpointing", False)
+
+
+def assemble(recipe: Recipe, distributed: DistributedContext, *, begins: bool = True) -> Parts:
+    """Build every piece of a run. Raises the UserErrors of whatever is wrong with recipe, pictures or model.
+
+    ``begins``: the files that the recipe goes on from are read; a checkpoint, if one is loaded next, holds more.
+    """
+    distributed.on_every_rank(lambda: check_machine(recipe, distributed))
+    torch.manual_seed(recipe.train.seed)
+    sets, method, cache = load_inputs(recipe, distributed)
+    method.require_formats(recipe.train.export_formats or ())
+    model = method.model
+    warning = method.check_prompts(to_samples(sets.instances), recipe.data)
+    if warning and distributed.is_main:
+        log.warning("%s", warning)
+    moments = distributed.on_every_rank(method.start) if begins else {}
+    weights = {name: tensor.clone() for name, tensor in method.state().items()} if moments else {}
+    check_resolution(recipe, model)
+    check_previews(method, recipe.validation, recipe.data.resolution)
+    apart = None
+    if isinstance(method, SeeingMethod):
+        chosen, apart = distributed.on_every_rank(lambda: method.choose(sets.instances))
+        compare({"what the labels say": chosen.content_hash}, distributed)
+        sets = replace(sets, instances=chosen)
+    sizes = image_sizes(sets.instances, recipe.data)
+    if distributed.is_main:
+        log_findings(sets.instances, sizes, method, recipe.data)
+    classes = gather_class_images(recipe, sets, method, distributed)
+    train = recipe.train
+    global_batch = distributed.world * train.train_batch_size * train.gradient_accumulation_steps
+    plan = BatchPlan(
+        sets.instances.column("concept"),
+        seed=train.seed,
+        global_batch=global_batch,
+        repeats=sets.instances.column("repeats"),
+        buckets=number_buckets(sizes),
+        class_concepts=classes.column("concept") if classes is not None else (),
+    )
+    if recipe.data.enable_bucket and distributed.is_main:
+        log_buckets(sizes, plan, global_batch)
+    schedule = make_schedule(recipe, plan)
+    feed, prepare = make_feed(recipe, sets.instances, classes, method, plan, distributed, cache)
+    engine = make_engine(recipe, method, distributed)
+    with ExitStack() as undo:
+        undo.callback(engine.close)
+        if moments:
+            take_over(engine, moments, weights)
+        total = schedule.total
+        rates = make_rates(engine.groups, recipe.optimizer, total_steps=total, global_batch=global_batch)
+        undo.pop_all()
+    return Parts(sets, model, method, engine, feed, prepare, rates, schedule, global_batch, apart)
+
+
+def load_inputs(recipe: Recipe, distributed: DistributedContext) -> tuple[Sets, Method, LatentCache | None]:
+    """Load the data, the method on its model, and the cache of latents; the same on every rank."""
+    compare_paths(compared_paths(recipe), distributed)
+    sets = share_sets(recipe, distributed)
+    method = distributed.on_every_rank(lambda: make_method(recipe, sets, distributed.device))
+    model, base = method.model, method.base
+    compare(
+        {f"the base model {base.name}": base.content_hash, "the model's VAE": model.encoder_hash}, distributed
+    )
+    cache = distributed.on_every_rank(lambda: open_latents(recipe.data, model))
+    if cache is not None:
+        kept = distributed.on_rank_0(lambda: leave_out_bad(sets.instances, cache, recipe.data))
+        sets = replace(sets, instances=kept)
+    if not isinstance(method, SeeingMethod):
+        check_words(to_samples(sets.instances), method, recipe.data)  # before class images are generated
+    return sets, method, cache
+
+
+def share_sets(recipe: Recipe, distributed: DistributedContext) -> Sets:
+    """Index the data on rank 0, give the result to every rank, and make sure that each of them sees the same files."""
+
+    def load() -> Sets:
+        known = known_files(recipe.data)
+        return load_sets(recipe.data, verify=False if known else None, known=known, apart=recipe.apart)
+
+    sets = distributed.on_rank_0(load)
+    check_files(sets.instances, distributed)
+    return sets
+
+
+def make_engine(recipe: Recipe, method: Method, distributed: DistributedContext) -> Engine:
+    """Make the engine that the recipe asks for."""
+    return (TorchEngine if recipe.engine.zero_stage == "auto" else ZeroEngine)(
+        method,
+        config=recipe.engine,
+        optimizer=recipe.optimizer,
+        mixed_precision=recipe.train.mixed_precision,
+        device=distributed.device,
+        world=distributed.world,
+        num_micros=recipe.train.gradient_accumulation_steps,
+        seed=recipe.train.seed,
+    )
+
+
+def log_buckets(sizes: Sequence[Size], plan: BatchPlan, global_batch: int) -> None:
+    """Log how many images each bucket has, with a warning when one of them does not fill a batch."""
+    log.info("buckets: %s", tell_buckets(sizes))
+    if plan.smallest_bucket < global_batch:
+        log.warning(
+            "a bucket holds %d images and a batch %d: its batches show images several times. Take a larger "
+            "data.bucket_reso_steps, or fewer images at a time",
+            plan.smallest_bucket,
+            global_batch,
+        )
+
+
+def make_feed(
+    recipe: Recipe,
+    instances: Index,
+    classes: Index | None,
+    method: Method,
+    plan: BatchPlan,
+    distributed: DistributedContext,
+    cache: LatentCache | None = None,
+) -> tuple[Feed | ImageFeed, Callable[[Batch], Batch]]:
+    """Make what gives batches: latents with noise and prompts, or decoded pictures; and what readies them."""
+    train = recipe.train
+    share = {
+        "rank": distributed.rank,
+        "world": distributed.world,
+        "num_micros": train.gradient_accumulation_steps,
+    }
+    if isinstance(method, SeeingMethod):
+        return ImageFeed(
+            plan, instances=instances, method=method, data=recipe.data, **share
+        ), lambda batch: batch
+    where: dict[str, Any] = {"cache": cache, "seed": train.seed, "distributed": distributed}
+    feed = Feed(
+        plan,
+        instances=instances,
+        images=serve_images(instances, method.model, recipe.data, **where),
+        classes=classes,
+        class_images=serve_images(classes, method.model, recipe.data, **where)
+        if classes is not None
+        else None,
+        method=method,
+        data=recipe.data,
+        noise_offset=train.noise_offset,
+        **share,
+    )
+    return feed, Preparer(method)
+
+
+def make_schedule(recipe: Recipe, plan: BatchPlan) -> Schedule:
+    """Work out the number of optimizer steps."""
+    train = recipe.train
+    total = train.max_train_steps or max(1, plan.steps_in(train.num_train_epochs or 0))
+    # A webui schedule string that ends early ends the training, as it does there.
+    end = last_step(recipe.optimizer.learning_rate)
+    total = min(total, end or total)
+    save_at: frozenset[int] = frozenset()
+    if every := train.save_every_n_epochs:
+        ends = map(plan.steps_in, itertools.count(every, every))
+        save_at = frozenset(itertools.takewhile(lambda step: step <= total, ends))
+    return Schedule(
+        total=total,
+        save_every=total if every else train.checkpointing_steps or USUAL_CHECKPOINTING_STEPS,
+        sample_every=recipe.validation.steps,
+        log_every=train.log_steps,
+        save_at=save_at,
+    )
+
+
+def check_machine(recipe: Recipe, distributed: DistributedContext) -> None:
+    """Refuse what this machine cannot do, or what the recipe lacks, before anything is loaded or made."""
+    require_runnable(recipe, has_gpu=distributed.device.type == "cuda")
+    if recipe.optimizer.name == "adamw8bit":
+        import_adamw8bit()
+
+
+def check_resolution(recipe: Recipe, model: StableDiffusion) -> None:
+    """Raise RecipeError when ``data.resolution`` or the buckets are no sizes that the model can draw."""
+    if model.unet is None:  # nothing is drawn
+        return
+    # The U-Net halves the latents at every level but the last.
+    step = model.vae_factor * 2 ** (len(model.unet.config.block_out_channels) - 1)
+    for key in ("resolution", "bucket_reso_steps") if recipe.data.enable_bucket else ("resolution",):
+        size = getattr(recipe.data, key)
+        if size % step:
+            raise RecipeError(
+                f"data.{key} {size} does not suit {model.folder}: it must be a multiple of {step}; "
+                f"the model was made for {model.resolution}"
+            )

@@ -1,0 +1,195 @@
+"""Checkpoints: everything a resume needs, a manifest written last, hashes checked on read, old ones dropped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dreamfleet.datasets.errors import CheckpointError, StorageError
+from dreamfleet.datasets.json_text import json_text
+from dreamfleet.datasets.storage.storage import Storage
+
+log = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Checkpoint:
+    """What was saved after optimizer step ``step``."""
+
+    step: int
+    learned: dict[str, Tensor]
+    engine: dict[str, Any]
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """The ``checkpoints/`` folder of a run, on disk or in a bucket.
+
+    A checkpoint counts only with its manifest, which is written after every file it names, and only while
+    each file has the
+    size and sha256 the manifest says; a torn or changed one is passed over with a warning and the one before is used.
+    """
+
+    def __init__(self, run: Storage, *, limit: int | None = None):
+        self.storage, self.limit = run.child("checkpoints"), limit
+        self.best: int | None = None  # the step whose checkpoint stays, however old it is
+
+    def steps(self) -> list[int]:
+        """List the steps that have a finished checkpoint, oldest first."""
+        found = []
+        for name in self.storage.list_dirs():
+            step = name.removeprefix("step-")
+            if step.isdigit() and self.storage.exists(f"{name}/{MANIFEST}"):
+                found.append(int(step))
+        return sorted(found)
+
+    def save(
+        self, step: int, *, learned: dict[str, Tensor], engine: dict[str, Any], meta: dict[str, Any]
+    ) -> str:
+        """Write the checkpoint of ``step`` and drop those beyond the limit but the best; returns its folder's name.
+
+        The older ones go only after the new one is whole. Raises StorageError (disk full and the like),
+        leaving the earlier ones intact.
+        """
+        name = folder_name(step)
+        writers: dict[str, Callable[[Path], object]] = {
+            "learned.safetensors": lambda path: safetensors.torch.save_file(_plain(learned), path),
+            "engine.pt": lambda path: torch.save(engine, path),
+            "meta.json": lambda path: path.write_text(
+                json_text({**meta, "step": step}, indent=1), encoding="utf-8"
+            ),
+        }
+        try:
+            if self.storage.exists(
+                name
+            ):  # a torn one from before a crash: its manifest must not outlive its files
+                self.storage.remove(name)
+            entries = {file: self._write(f"{name}/{file}", writer) for file, writer in writers.items()}
+            self.storage.write_text(
+                f"{name}/{MANIFEST}", json_text({"step": step, "files": entries}, indent=1)
+            )
+        except StorageError as error:
+            self._remove_quietly(name)
+            earlier = self.steps()
+            kept = (
+                f"; the checkpoint of step {earlier[-1]} is intact, continue with --resume" if earlier else ""
+            )
+            raise StorageError(f"checkpoint of step {step} could not be saved: {error}{kept}") from error
+        self.prune(step)
+        return name
+
+    def prune(self, newest: int) -> None:
+        """Remove what is beyond the limit, counted from the checkpoint of step ``newest``, but never the best."""
+        # Later ones are damaged, or the run would have gone on from them: they do not count.
+        until_now = [step for step in self.steps() if step <= newest]
+        for old in until_now[: -self.limit] if self.limit else []:
+            if old != self.best:
+                self.drop(old)
+
+    def drop(self, step: int) -> None:
+        """Remove the checkpoint of ``step``; one that cannot be removed is left, with a warning."""
+        self._remove_quietly(folder_name(step))
+
+    def load_latest(self) -> Checkpoint | None:
+        """Read the newest whole checkpoint, or None when there is none; passes over damaged ones with a warning."""
+        for step in reversed(self.steps()):
+            try:
+                return self.load(step)
+            except CheckpointError as error:
+                log.warning("%s; trying the one before", error)
+        return None
+
+    def load(self, step: int) -> Checkpoint:
+        """Read the checkpoint of ``step``. Raises CheckpointError when it is not whole."""
+        name = folder_name(step)
+        try:
+            manifest = json.loads(self.storage.read_text(f"{name}/{MANIFEST}"))
+            wanted = {file: (entry["size"], entry["sha256"]) for file, entry in manifest["files"].items()}
+        except (StorageError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"checkpoint {name}: its manifest cannot be read ({error})") from error
+        # From files, not from their bytes: those of a whole model would be held twice.
+        with ExitStack() as stack:
+            paths = {}
+            for file, expected in wanted.items():
+                try:
+                    paths[file] = stack.enter_context(self.storage.local_copy(f"{name}/{file}"))
+                    found = _measure(paths[file])
+                except (StorageError, OSError) as error:
+                    raise CheckpointError(f"checkpoint {name}: {file} cannot be read ({error})") from error
+                if found != expected:
+                    raise CheckpointError(
+                        f"checkpoint {name}: {file} is damaged (its size or sha256 is not the manifest's)"
+                    )
+            try:
+                loaded = Checkpoint(
+                    step=step,
+                    learned=safetensors.torch.load_file(paths["learned.safetensors"]),
+                    engine=torch.load(paths["engine.pt"], map_location="cpu", weights_only=True),
+                    meta=json.loads(paths["meta.json"].read_text(encoding="utf-8")),
+                )
+            except Exception as error:  # the hashes were right: it was written wrong
+                raise CheckpointError(f"checkpoint {name} cannot be read: {error}") from error
+        if bad := find_not_finite({"learned": loaded.learned, "engine": loaded.engine}):
+            raise CheckpointError(f"checkpoint {name} was saved after the run diverged: {bad} is not finite")
+        return loaded
+
+    def digest(self, step: int) -> str:
+        """Return a hash of a checkpoint's manifest, and so of its files."""
+        return hashlib.sha256(self.storage.read_bytes(f"{folder_name(step)}/{MANIFEST}")).hexdigest()
+
+    def _write(self, rel: str, writer: Callable[[Path], object]) -> dict[str, Any]:
+        with self.storage.staging(rel) as path:
+            writer(path)
+            return dict(zip(("size", "sha256"), _measure(path), strict=True))
+
+    def _remove_quietly(self, name: str) -> None:
+        try:
+            self.storage.remove(name)
+        except StorageError as error:
+            log.warning("could not remove the checkpoint %s: %s", name, error)
+
+
+def folder_name(step: int) -> str:
+    """Return the folder of a step's checkpoint."""
+    return f"step-{step:06d}"
+
+
+def find_not_finite(state: Any, name: str = "") -> str | None:
+    """Return the name of a tensor that is not finite everywhere, in nested dicts and lists; None when all are."""
+    flags = dict(_finite_flags(state, name))
+    if not flags:
+        return None
+    home = next(iter(flags.values())).device  # one transfer for all tensors of a device
+    good = torch.stack([flag.to(home) for flag in flags.values()]).tolist()
+    return next((name for name, is_good in zip(flags, good, strict=True) if not is_good), None)
+
+
+def _finite_flags(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        yield name, value.detach().isfinite().all()
+    elif isinstance(value, dict | list | tuple):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _finite_flags(inner, f"{name}.{key}".lstrip("."))
+
+
+def _measure(path: Path) -> tuple[int, str]:
+    """Return a file's size in bytes and its sha256."""
+    with path.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    return path.stat().st_size, digest
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors refuses views and shared memory; a clone only where it is needed
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

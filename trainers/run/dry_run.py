@@ -1,0 +1,123 @@
+"""A dry run: everything a run would do, once and thrown away, so that mistakes show before the cluster is busy."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dreamfleet.datasets.errors import RunFailed, UserError
+from dreamfleet.datasets.index.concepts import load_held_out, load_sets
+from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.loop import peak_memory
+from dreamfleet.trainers.memory.engine_selection import settle_engine
+from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.models.stable_diffusion.device import TRAINING, explained_memory, on_device
+from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.run.build import Parts, assemble
+from dreamfleet.trainers.run.run import open_run_folder
+
+
+class CheckLine(NamedTuple):
+    """One thing that was tried: its name, whether it went well, and what was seen or what to do."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def check_run(recipe: Recipe, *, device: str = "cpu") -> list[CheckLine]:
+    """Try pictures, weights, one training step and one export of a recipe; nothing is left behind.
+
+    Class pictures are not generated here, as that can take hours: the step is tried without the prior.
+    Stops at the first thing that later ones need.
+    """
+    with on_device(device, remedies=TRAINING) as settled:
+        return _check_on(recipe, DistributedContext(device=settled))
+
+
+def _check_on(recipe: Recipe, distributed: DistributedContext) -> list[CheckLine]:
+    lines: list[CheckLine] = []
+    made: list[Parts] = []
+
+    def attempt(name: str, action: Callable[[], str]) -> bool:
+        try:
+            with explained_memory():
+                lines.append(CheckLine(name, True, action()))
+        except (UserError, RunFailed) as error:
+            lines.append(CheckLine(name, False, str(error)))
+        return lines[-1].ok
+
+    def build() -> str:
+        settled, _ = settle_engine(_without_prior(recipe), distributed)
+        made.append(assemble(settled, distributed))
+        base = made[0].method.base
+        return f"{base.name} ({base.words})"
+
+    fine = attempt("output_dir", lambda: _check_output(recipe))
+    fine = attempt("pictures", lambda: _check_images(recipe)) and fine
+    if recipe.validation.holdout:
+        attempt(
+            "holdout", lambda: f"{len(load_held_out(recipe.validation.holdout or '', recipe.data))} pictures"
+        )
+    try:
+        if attempt("model", build) and fine:
+            attempt("step", lambda: _check_step(made[0])) and attempt(
+                "export", lambda: _check_export(recipe, made[0])
+            )
+    finally:
+        for parts in made:
+            parts.engine.close()
+    return lines
+
+
+def _check_output(recipe: Recipe) -> str:
+    run = open_run_folder(recipe, resume=False)
+    run.write_text(".check", "")
+    run.remove(".check")
+    if run.is_local and not any(Path(run.path()).iterdir()):
+        Path(run.path()).rmdir()
+    return f"{recipe.output_dir} can be written"
+
+
+def _check_images(recipe: Recipe) -> str:
+    index = load_sets(recipe.data, apart=recipe.apart).instances
+    bad = "".join(f"\n  left out {file.uri}: {file.reason}" for file in index.bad)
+    return f"{len(index)} pictures{bad}"
+
+
+def _check_step(parts: Parts) -> str:
+    engine = parts.engine
+    rates = {name: rate(0) for name, rate in parts.rates.items()}
+    engine.begin(rates, 1)
+    loss = engine.backward(parts.prepare(engine.place(parts.feed.batch(0))))
+    engine.step(rates, 1)
+    if not torch.isfinite(loss.total):
+        raise RunFailed("the first loss is not a number: the model's weights or the precision do not fit")
+    return f"loss {float(loss.total):.4f}, peak memory {peak_memory(engine.device) / 2**30:.2f} GiB"
+
+
+def _check_export(recipe: Recipe, parts: Parts) -> str:
+    with tempfile.TemporaryDirectory(prefix="dreamfleet-check-") as folder, parts.engine.whole():
+        paths = parts.method.export(
+            Export(
+                Path(folder),
+                recipe.run_name,
+                formats=recipe.train.export_formats or (),
+                step=0,
+                metadata={},
+                precision=recipe.train.save_precision,
+            )
+        )
+        return ", ".join(path.name for path in paths)
+
+
+def _without_prior(recipe: Recipe) -> Recipe:
+    if not getattr(recipe.method, "with_prior_preservation", False):
+        return recipe
+    return recipe.model_copy(
+        update={"method": recipe.method.model_copy(update={"with_prior_preservation": False})}
+    )

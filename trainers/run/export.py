@@ -1,0 +1,91 @@
+"""Artefacts from a finished or stopped run: any of its checkpoints, in any of its method's formats."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dreamfleet.datasets.errors import CheckpointError, RecipeError
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.methods.base import Method
+from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.recipe import Recipe, build_recipe
+from dreamfleet.trainers.run.build import make_method
+from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
+from dreamfleet.trainers.run.provenance import artifact_metadata
+from dreamfleet.trainers.run.webui_optimizer import OPTIM, require_resumable, write_optimizer_state
+
+
+def export_run(target: str, formats: Sequence[str], out: str | None = None) -> list[str]:
+    """Export a run's newest checkpoint, or the one ``target`` names (``RUN/checkpoints/step-000500``).
+
+    ``out`` is a folder or bucket, the run's own ``exports/`` when None. The format ``optim`` stands for ``pt`` and the
+    webui's optimizer file beside it. Returns the addresses written. Raises RecipeError for what is no run,
+    CheckpointError when there is no whole checkpoint.
+    """
+    run, step = find_checkpoint(target)
+    recipe = read_recipe(run)
+    checkpoints = Checkpoints(run)
+    found = checkpoints.load(step) if step is not None else checkpoints.load_latest()
+    if found is None:
+        raise CheckpointError(f"{run.url} has no whole checkpoint to export")
+    method = load_method(recipe, found)
+    forms = [form for form in formats if form != OPTIM]
+    if with_optimizer := OPTIM in formats:
+        require_resumable(recipe, method)
+        forms = list(dict.fromkeys([*forms, "pt"]))
+    place = Storage(out) if out else run.child("exports")
+    with tempfile.TemporaryDirectory(prefix="dreamfleet-export-") as folder:
+        paths = method.export(
+            Export(
+                Path(folder),
+                recipe.run_name,
+                formats=forms,
+                step=found.step,
+                metadata=artifact_metadata(
+                    recipe,
+                    found.step,
+                    dataset_hash=found.meta["dataset_hash"],
+                    base=method.base,
+                ),
+                precision=recipe.train.save_precision,
+            )
+        )
+        if with_optimizer:
+            paths.append(write_optimizer_state(recipe, found, Path(folder) / f"{recipe.run_name}.pt"))
+        for path in paths:
+            place.upload(path, path.name)
+        return [place.path(path.name) for path in paths]
+
+
+def find_checkpoint(target: str) -> tuple[Storage, int | None]:
+    """Split ``RUN`` or ``RUN/checkpoints/step-000500`` into the run folder and the step (None: the newest)."""
+    head, _, last = target.rstrip("/").rpartition("/")
+    if last.startswith("step-") and last.removeprefix("step-").isdigit():
+        return Storage(head.removesuffix("/checkpoints")), int(last.removeprefix("step-"))
+    return Storage(target), None
+
+
+def read_recipe(run: Storage) -> Recipe:
+    """Read the recipe of a run folder."""
+    import yaml
+
+    if not run.exists("recipe.yaml"):
+        raise RecipeError(f"{run.url} is no run folder: there is no recipe.yaml in it")
+    return build_recipe(yaml.safe_load(run.read_text("recipe.yaml")), source=run.path("recipe.yaml"))
+
+
+def load_method(recipe: Recipe, found: Checkpoint) -> Method:
+    """Build the run's method on its base model and put the checkpoint's weights in: the averaged ones where kept."""
+    method = make_method(recipe, None, torch.device("cpu"))
+    method.load_state(found.learned)
+    method.steps_before = found.meta.get("steps_before", 0)
+    if "ema" in found.engine:
+        with torch.no_grad():
+            for group in method.groups():
+                for name, param in group.params.items():
+                    param.data = found.engine["ema"][name].float()  # also where the weights are narrower
+    return method

@@ -1,0 +1,59 @@
+"""Where a run comes from, for its checkpoints, its recipe.yaml and its artifacts: versions, data, base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dreamfleet.datasets.json_text import json_text
+from dreamfleet.trainers.methods.base import Base
+from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.run.build import Parts
+from dreamfleet.trainers.run.versions import versions
+
+
+def run_identity(recipe: Recipe, parts: Parts) -> dict[str, Any]:
+    """Return what must stay the same for a resumed run to equal one that never stopped."""
+    return {
+        "dataset_hash": parts.sets.instances.content_hash,
+        "base_model_hash": parts.method.base.content_hash,
+        "global_batch": parts.global_batch,
+        "seed": recipe.train.seed,
+    }
+
+
+def provenance(recipe: Recipe, parts: Parts, engine_reason: str) -> str:
+    """Return the comment lines on top of a run's recipe.yaml: versions, dataset, base model, why this engine."""
+    lines = [f"{name} {number}" for name, number in versions().items()]
+    return (
+        f"# {', '.join(lines)}\n"
+        f"# dataset {parts.sets.instances.content_hash} ({len(parts.sets.instances)} pictures)\n"
+        f"# base model {' '.join(filter(None, parts.method.base[:2]))}\n"
+        f"# engine {recipe.engine.words} ({' '.join(engine_reason.split())})\n"
+    )
+
+
+def artifact_metadata(recipe: Recipe, step: int, *, dataset_hash: str, base: Base) -> dict[str, str]:
+    """Return what is written into every artefact, as strings: recipe, steps, dataset and base model hashes."""
+    told = recipe.model_dump(mode="json")
+    # Artefacts are passed on, and whose disk the pictures lay on is nobody's business.
+    told = _without_folders(told)
+    return {
+        "dreamfleet_version": versions().get("dreamfleet", "unknown"),
+        "dreamfleet_method": recipe.method.name,
+        "dreamfleet_step": str(step),
+        "dreamfleet_recipe": json_text(told),
+        "dreamfleet_dataset_hash": dataset_hash,
+        "dreamfleet_base_model": Path(base.name).name,
+        "dreamfleet_base_model_hash": base.content_hash,
+    }
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(inner) for inner in value]
+    if isinstance(value, str) and (value.startswith("/") or "://" in value):
+        return value.rstrip("/").rpartition("/")[2]
+    return value

@@ -1,0 +1,34 @@
+"""Says which versions a run was made with: of the packages, and of dreamfleet's own code."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("dreamfleet", "torch", "diffusers", "transformers", "ray", "deepspeed")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what shapes a run's numbers; `commit` where dreamfleet runs from a git checkout."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if commit := git_commit(Path(__file__).resolve().parents[2]):
+        found["commit"] = commit
+    return found
+
+
+def git_commit(checkout: Path) -> str:
+    """Return a checkout's commit, with `-dirty` where files differ from it; "" for a folder that is none."""
+    if not (checkout / ".git").exists():  # an installed wheel may lie inside another project's checkout
+        return ""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,96 @@
+"""Adam's moments across programs: a run's as the webui's `NAME.pt.optim`, and those of one taken over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreamfleet.datasets.errors import CheckpointError, RecipeError
+from dreamfleet.trainers.engines.torch_engine import Engine
+from dreamfleet.trainers.methods.base import Method
+from dreamfleet.trainers.methods.hypernetwork import HypernetworkMethod
+from dreamfleet.trainers.methods.textual_inversion import TextualInversion
+from dreamfleet.trainers.models.formats.embedding import read_embedding
+from dreamfleet.trainers.models.formats.optimizer_file import (
+    AdamState,
+    OptimizerFile,
+    file_hash,
+    write_optimizer,
+)
+from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.run.checkpoint import Checkpoint
+
+log = logging.getLogger(__name__)
+OPTIM = "optim"  # the export format
+
+
+def require_resumable(recipe: Recipe, method: Method) -> None:
+    """Raise RecipeError for a run that the webui has no optimizer file for."""
+    if not isinstance(method, TextualInversion | HypernetworkMethod):
+        raise RecipeError(
+            f"{method.name} has no export format {OPTIM!r}: the webui trains embeddings and hypernetworks only"
+        )
+    if method.model.is_sdxl:
+        raise RecipeError(f"the export format {OPTIM!r} is not for SDXL, which the webui does not train")
+    if recipe.optimizer.name != "adamw":
+        raise RecipeError(
+            f"the export format {OPTIM!r} needs optimizer.name: adamw; the webui reads no moments of "
+            f"{recipe.optimizer.name}"
+        )
+
+
+def write_optimizer_state(recipe: Recipe, found: Checkpoint, artifact: Path) -> Path:
+    """Write the `.optim` beside an exported `.pt`, from the checkpoint that it was exported from.
+
+    Raises CheckpointError for a checkpoint from before the first step.
+    """
+    entries: Mapping[int, Mapping[str, Any]] = found.engine["optimizer"]["state"]
+    if not entries:
+        raise CheckpointError(
+            "the checkpoint is from before the first step: its optimizer remembers nothing yet"
+        )
+    # By parameter in the order of the method's group, which is the webui's: a hypernetwork's widths ascend in its file.
+    states = tuple(
+        AdamState(float(entry["step"]), entry["exp_avg"], entry["exp_avg_sq"])
+        for _, entry in sorted(entries.items())
+    )
+    if isinstance(recipe.method, TextualInversion.Config):
+        file = OptimizerFile(read_embedding(artifact).checksum, states)
+    else:
+        file = OptimizerFile(file_hash(artifact), states, "AdamW")
+    options = recipe.optimizer
+    return write_optimizer(
+        artifact,
+        file,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        weight_decay=options.adam_weight_decay,
+    )
+
+
+def take_over(engine: Engine, moments: Mapping[str, AdamState], weights: Mapping[str, Tensor]) -> None:
+    """Let a new engine's Adam go on from moments, by name; ``weights`` are the whole ones that it was made with.
+
+    Another optimizer than AdamW starts anew.
+    """
+    if engine.optimizer_name != "adamw":
+        log.info("optimizer.name: %s starts anew; moments are taken over by adamw", engine.optimizer_name)
+        return
+    state = engine.state()
+    state["optimizer"]["state"] = {
+        number: {
+            "step": torch.tensor(moments[name].step),
+            "exp_avg": moments[name].exp_avg,
+            "exp_avg_sq": moments[name].exp_avg_sq,
+        }
+        for number, name in enumerate(engine.params)
+    }
+    if "ema" in state:
+        state["ema"] = dict(weights)
+    engine.load_state(state)
+    log.info("the optimizer goes on from moments of %d steps", max(adam.step for adam in moments.values()))
