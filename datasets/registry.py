@@ -1,0 +1,91 @@
+"""Named implementations of an interface: those of this package, and those that installed packages add."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from dreamfleet.datasets.errors import UserError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Implementations of one interface by name; each is imported when it is first asked for.
+
+    ``kind`` is what an error calls an entry ("method"). ``builtin`` maps names to ``"module:attribute"``. ``group`` is
+    the group of Python entry points through which an installed package adds entries, such as ``dreamfleet.methods``;
+    :meth:`register` adds one in this process. A name belongs to one implementation: a second one is refused.
+    """
+
+    def __init__(self, kind: str, *, group: str, builtin: Mapping[str, str]):
+        self.kind, self.group = kind, group
+        self._paths = dict(builtin)
+        self._loaded: dict[str, T] = {}
+        self._searched = False
+
+    def names(self) -> list[str]:
+        """Return the names of all entries: the built-in ones in their order, then the others sorted."""
+        self._search()
+        return list(self._paths)
+
+    def get(self, name: str) -> T:
+        """Return the entry called ``name``. Raises UserError with the nearest name for one that does not exist."""
+        self._search()
+        if name not in self._paths:
+            near = difflib.get_close_matches(name, self._paths, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{self.kind} {name!r} does not exist{hint} (known: {', '.join(self._paths)})")
+        if name not in self._loaded:
+            self._loaded[name] = self._load(name)
+        return self._loaded[name]
+
+    def __contains__(self, name: object) -> bool:
+        self._search()
+        return name in self._paths
+
+    def items(self) -> Iterator[tuple[str, T]]:
+        """Yield every name with its entry, which is imported for it."""
+        for name in self.names():
+            yield name, self.get(name)
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a decorator that adds an entry called ``name`` in this process. Raises ValueError if it is taken."""
+
+        def add(entry: T) -> T:
+            path = f"{getattr(entry, '__module__', '')}:{getattr(entry, '__qualname__', name)}"
+            if self._paths.setdefault(name, path) != path:
+                raise ValueError(f"{self.kind} {name!r} is {self._paths[name]} already")
+            self._loaded[name] = entry
+            return entry
+
+        return add
+
+    def unregister(self, name: str) -> None:
+        """Remove an entry that :meth:`register` added."""
+        self._paths.pop(name, None)
+        self._loaded.pop(name, None)
+
+    def _search(self) -> None:
+        if self._searched:
+            return
+        self._searched = True
+        for point in sorted(entry_points(group=self.group), key=lambda point: point.name):
+            if self._paths.setdefault(point.name, point.value) != point.value:
+                raise UserError(
+                    f"the installed package {point.dist.name if point.dist else '?'} adds a {self.kind} "
+                    f"{point.name!r}, which is {self._paths[point.name]} already; remove or rename one"
+                )
+
+    def _load(self, name: str) -> T:
+        module, _, attribute = self._paths[name].partition(":")
+        try:
+            found = importlib.import_module(module)
+            return getattr(found, attribute)  # type: ignore[no-any-return]
+        except (ImportError, AttributeError) as error:
+            raise UserError(
+                f"{self.kind} {name!r} cannot be loaded from {self._paths[name]}: {error}"
+            ) from error
