@@ -6,7 +6,7 @@ import difflib
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dreamfleet.datasets.errors import UserError
 
@@ -81,11 +81,15 @@ class Registry(Generic[T]):
                 )
 
     def _load(self, name: str) -> T:
-        module, _, attribute = self._paths[name].partition(":")
         try:
-            found = importlib.import_module(module)
-            return getattr(found, attribute)  # type: ignore[no-any-return]
+            return import_attribute(self._paths[name])  # type: ignore[no-any-return]
         except (ImportError, AttributeError) as error:
             raise UserError(
                 f"{self.kind} {name!r} cannot be loaded from {self._paths[name]}: {error}"
             ) from error
+
+
+def import_attribute(path: str) -> Any:
+    """Import what ``"module:attribute"`` names. Raises ImportError or AttributeError if it does not exist."""
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -31,7 +31,7 @@ from dreamfleet.trainers.distributed.agreement import check_files, compare, comp
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.engines.torch_engine import DTYPES, Engine, TorchEngine
 from dreamfleet.trainers.engines.zero_engine import ZeroEngine
-from dreamfleet.trainers.evaluation.heldout_loss import check_previews
+from dreamfleet.trainers.evaluation.previews import check_previews
 from dreamfleet.trainers.loop import Schedule
 from dreamfleet.trainers.methods.base import Batch, Method, Setting, discover
 from dreamfleet.trainers.methods.image_method import SeeingMethod

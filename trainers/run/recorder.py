@@ -18,17 +18,15 @@ from dreamfleet.datasets.index.concepts import load_held_out
 from dreamfleet.datasets.index.index import Index
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.artifacts.usage import describe
 from dreamfleet.trainers.batches.vae_encoding import read_pixels
+from dreamfleet.trainers.config.metrics import preview_metrics
 from dreamfleet.trainers.distributed.agreement import share_index
 from dreamfleet.trainers.distributed.context import DistributedContext
-from dreamfleet.trainers.evaluation.fidelity import MOST_REAL
-from dreamfleet.trainers.evaluation.heldout_loss import (
-    HeldOutImages,
-    HeldOutLoss,
-    Judge,
-    draw_previews,
-    wants_judge,
-)
+from dreamfleet.trainers.evaluation.heldout_loss import HeldOutImages, HeldOutLoss
+from dreamfleet.trainers.evaluation.judge import Judge
+from dreamfleet.trainers.evaluation.previews import draw_previews
+from dreamfleet.trainers.evaluation.score import MOST_REAL, words_to_strip
 from dreamfleet.trainers.loop import Hooks, diverged
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.image_method import SeeingMethod
@@ -193,7 +191,7 @@ class Recorder:
         from dreamfleet.trainers.models.sampling.sample import image_grid
 
         validation = self.recipe.validation
-        if wants_judge(validation):
+        if preview_metrics(validation):
             figures = self._judge().score(images, cells)
             self.figures.update(figures)
             self.log({"step": step, **figures})
@@ -221,7 +219,7 @@ class Recorder:
         self.run.write_text("summary.json", json_text(dataclasses.asdict(summary), indent=1))
         if self.metrics is not None:
             self.metrics.close()
-        write_report(self.run)
+        write_report(self.run, describe=describe)
 
     def _export(self, step: int) -> list[str]:
         with tempfile.TemporaryDirectory(prefix="dreamfleet-export-") as folder:
@@ -251,8 +249,6 @@ class Recorder:
 
     def _judge(self) -> Judge:
         if self.judge is None:
-            from dreamfleet.trainers.evaluation.score import words_to_strip
-
             real = self._real_images(self.real)
             self.judge = Judge(self.recipe.validation, real=real, strip=words_to_strip(self.recipe))
         return self.judge
