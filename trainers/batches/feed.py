@@ -17,7 +17,7 @@ from dreamfleet.datasets.plan import BatchPlan, Draw
 from dreamfleet.datasets.rng import numpy_rng
 from dreamfleet.trainers.batches.sources import Images, ResidentLatents, StreamedPixels
 from dreamfleet.trainers.methods.base import Batch, Method, Sample
-from dreamfleet.trainers.models.stable_diffusion.condition import Condition
+from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.stable_diffusion.device import send
 from dreamfleet.trainers.models.stable_diffusion.noise import draw_noise, keyed_normal
 
