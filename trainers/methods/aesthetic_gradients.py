@@ -17,7 +17,7 @@ from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import ModelError, RecipeError
-from dreamfleet.datasets.images.decode_job import Fit
+from dreamfleet.datasets.images.vision_transform import Fit
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.trainers.methods.base import Batch, Loss, MethodConfig, ParamGroup, Setting, register
 from dreamfleet.trainers.methods.export_request import Export

@@ -137,9 +137,9 @@ def test_exports_read_back_equal(workplace: Path, method_name: str, tmp_path: Pa
             if path.suffix == ".pt":
                 assert torch.equal(read_aesthetic(path), expected["features"] / expected["count"])
         elif method_name == "hypernetwork":
-            from dreamfleet.trainers.models.formats.hypernetwork import read_hypernetwork
+            from dreamfleet.trainers.models.stable_diffusion.hypernetwork import read_network
 
-            found = read_hypernetwork(path).network.state_dict()
+            found = read_network(path).state_dict()
             assert found.keys() == expected.keys()
             assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
         else:

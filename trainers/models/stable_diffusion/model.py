@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from dreamfleet.datasets.errors import ModelError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.model_keys import POCKET, ModelConfig, noise_schedule
+from dreamfleet.trainers.distributed.device import copy_to_device
 from dreamfleet.trainers.models import lora
 from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.formats.ldm_names import Family, family_of
 from dreamfleet.trainers.models.pretrained import pocket_folder, quiet_libraries
 from dreamfleet.trainers.models.stable_diffusion import prompt_tokens
-from dreamfleet.trainers.models.stable_diffusion.device import send
 from dreamfleet.trainers.models.stable_diffusion.loading import (
     SINGLE_FILES,
     download,
@@ -123,7 +123,7 @@ class StableDiffusion:
     def read(self, prompts: Sequence[str]) -> Condition:
         """Tokenise and encode prompts, where the text encoder is."""
         device = next(self.text_encoder.parameters()).device
-        return self.condition(send(self.tokenize(prompts), device))
+        return self.condition(copy_to_device(self.tokenize(prompts), device))
 
     def condition(self, input_ids: Tensor) -> Condition:
         """Encode ids as :meth:`tokenize` gives them; SDXL's sizes are left open (:meth:`Condition.sized`)."""
