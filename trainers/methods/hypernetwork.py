@@ -13,6 +13,7 @@ from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
 from dreamfleet.datasets import captions
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.index import template_files
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.hypernetwork_structure import (
     Structure,
@@ -216,7 +217,7 @@ def load_templates(name: str | None) -> tuple[str, ...]:
     """
     if name is None:
         return ()
-    templates = captions.load_templates(name)
+    templates = template_files.load_templates(name)
     if asking := [template for template in templates if "[name]" in template]:
         raise RecipeError(
             f"method.template_file {name}: {asking[0]!r} asks for the name of what is learnt, and a hypernetwork has "
