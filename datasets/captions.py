@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from dreamfleet.datasets.errors import DataError, StorageError
 
 if TYPE_CHECKING:
-    from dreamfleet.datasets.index.index import DataConfig
+    import numpy as np
+
+    from dreamfleet.datasets.config import DataConfig
 
 # Textual Inversion's 27 object forms and 19 style forms (arXiv 2208.01618, `ldm/data/personalized*.py`).
 OBJECT_TEMPLATES = (

@@ -8,7 +8,10 @@ from typing import Annotated, Literal, Self
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
 from dreamfleet.datasets.config_base import Section, as_list
-from dreamfleet.datasets.images.images import MAX_PIXELS
+
+# Pillow refuses larger images (twice its warning limit).
+MAX_PIXELS = 178_956_970
+MOST_CLASSES = 1000  # of labelled images
 
 
 def _also(name: str, *others: str) -> AliasChoices:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from dreamfleet.datasets.config import Concept, DataConfig
+from dreamfleet.datasets.config import MAX_PIXELS, Concept, DataConfig
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.images.image_formats import holds_embedding
-from dreamfleet.datasets.images.images import MAX_PIXELS, check_image, read_header
+from dreamfleet.datasets.images.images import check_image, read_header
 from dreamfleet.datasets.index.caption_files import Captions, refuse_all
 from dreamfleet.datasets.index.exclusions import BadFile, Skipped, summary
 from dreamfleet.datasets.index.image_folder import CAPTION_EXTENSIONS, ImageFolder

@@ -22,13 +22,7 @@ from dreamfleet.trainers.batches.vae_encoding import read_pixels
 from dreamfleet.trainers.distributed.agreement import share_index
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.evaluation.fidelity import MOST_REAL
-from dreamfleet.trainers.evaluation.heldout_loss import (
-    HeldOutImages,
-    HeldOutLoss,
-    Judge,
-    draw_previews,
-    wants_judge,
-)
+from dreamfleet.trainers.evaluation.heldout_loss import HeldOutImages, HeldOutLoss, Judge, draw_previews
 from dreamfleet.trainers.loop import Hooks, diverged
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.image_method import SeeingMethod
@@ -193,7 +187,7 @@ class Recorder:
         from dreamfleet.trainers.models.sampling.sample import image_grid
 
         validation = self.recipe.validation
-        if wants_judge(validation):
+        if validation.scores_previews:
             figures = self._judge().score(images, cells)
             self.figures.update(figures)
             self.log({"step": step, **figures})

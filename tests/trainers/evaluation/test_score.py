@@ -398,8 +398,9 @@ def test_an_artifact_is_scored_with_its_run_or_with_a_model(tmp_path: Path) -> N
 
 @pytest.mark.usefixtures("by_colour")
 def test_a_hypernetwork_is_scored_with_a_model_when_told_what_to_draw(tmp_path: Path) -> None:
+    from dreamfleet.trainers.config.hypernetwork_structure import Structure
     from dreamfleet.trainers.models.formats.hypernetwork import HypernetworkFile, write_hypernetwork
-    from dreamfleet.trainers.models.stable_diffusion.hypernetwork import Hypernetwork, Structure
+    from dreamfleet.trainers.models.stable_diffusion.hypernetwork import Hypernetwork
 
     model = tiny_model()
     save_pipeline(model, tmp_path / "base")

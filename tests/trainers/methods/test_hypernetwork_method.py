@@ -18,17 +18,14 @@ from typer.testing import CliRunner
 from dreamfleet.cluster.cli import program
 from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.trainers.batches.feed import to_samples
+from dreamfleet.trainers.config.hypernetwork_structure import Structure
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.evaluation.heldout_loss import draw_previews
 from dreamfleet.trainers.models.formats.hypernetwork import HypernetworkFile, write_hypernetwork
 from dreamfleet.trainers.models.sampling.prompt_syntax import split_tags
 from dreamfleet.trainers.models.sampling.prompt_tags import HypernetworkShelf as Shelf
 from dreamfleet.trainers.models.sampling.prompt_tags import LoraShelf, Shelves, read_tag, split_multiplier
-from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
-    Hypernetwork,
-    Structure,
-    applied_hypernetworks,
-)
+from dreamfleet.trainers.models.stable_diffusion.hypernetwork import Hypernetwork, applied_hypernetworks
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import Parts, assemble
 

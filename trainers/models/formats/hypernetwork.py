@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dreamfleet.datasets.errors import FormatError, UserError
+from dreamfleet.trainers.config.hypernetwork_structure import Structure, WeightInit, derived_dropout
 from dreamfleet.trainers.models.formats.pickle_writer import (
     METADATA_KEY,
     is_real,
@@ -21,12 +22,7 @@ from dreamfleet.trainers.models.formats.pickle_writer import (
     save_pickle,
     text_entries,
 )
-from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
-    Hypernetwork,
-    Structure,
-    WeightInit,
-    derived_dropout,
-)
+from dreamfleet.trainers.models.stable_diffusion.hypernetwork import Hypernetwork
 
 SUFFIX = ".pt"
 

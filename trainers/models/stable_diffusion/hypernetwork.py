@@ -7,100 +7,21 @@ B pictures, T tokens or latent cells, D their width.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import ModelError, UserError
-
-WeightInit = Literal["Normal", "XavierUniform", "XavierNormal", "KaimingUniform", "KaimingNormal"]
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "linear": nn.Identity,
-    "relu": nn.ReLU,
-    "leakyrelu": nn.LeakyReLU,
-    "elu": nn.ELU,
-    "swish": nn.Hardswish,  # so the webui calls it
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-    "celu": nn.CELU,
-    "gelu": nn.GELU,
-    "hardshrink": nn.Hardshrink,
-    "hardsigmoid": nn.Hardsigmoid,
-    "hardswish": nn.Hardswish,
-    "hardtanh": nn.Hardtanh,
-    "logsigmoid": nn.LogSigmoid,
-    "mish": nn.Mish,
-    "prelu": nn.PReLU,
-    "relu6": nn.ReLU6,
-    "rrelu": nn.RReLU,
-    "selu": nn.SELU,
-    "silu": nn.SiLU,
-    "softplus": nn.Softplus,
-    "softshrink": nn.Softshrink,
-    "softsign": nn.Softsign,
-    "tanhshrink": nn.Tanhshrink,
-    # The webui names no dimension; for [B, T, D] torch then takes the first, so pictures of a batch mix.
-    "softmax": partial(nn.Softmax, 0),
-    "softmin": partial(nn.Softmin, 0),
-    "logsoftmax": partial(nn.LogSoftmax, 0),
-    "softmax2d": nn.Softmax2d,
-}  # The webui also lists glu, multiheadattention and threshold, which run nowhere between two layers.
-MOST_LAYERS = 32  # and the largest multiplier of a width: bounds on what a stranger's file makes us build
-DERIVED_DROPOUT = 0.3
+from dreamfleet.trainers.config.hypernetwork_structure import ACTIVATIONS, Structure
 
 
-@dataclass(frozen=True)
-class Structure:
-    """How every MLP of a hypernetwork is built.
-
-    ``layer_structure``: widths as multiples of the context's, from 1 to 1. ``dropout_structure``: the rate after each
-    of these widths; the first is never used. Raises UserError for what nobody can build.
-    """
-
-    layer_structure: tuple[float, ...] = (1, 2, 1)
-    activation_func: str = "linear"
-    weight_init: WeightInit = "Normal"
-    add_layer_norm: bool = False
-    activate_output: bool = False
-    dropout_structure: tuple[float, ...] = (0, 0, 0)
-
-    def __post_init__(self) -> None:
-        layers, dropout = self.layer_structure, self.dropout_structure
-        fits = 2 <= len(layers) <= MOST_LAYERS and all(0 < factor <= MOST_LAYERS for factor in layers)
-        if not fits or layers[0] != 1 or layers[-1] != 1:
-            raise UserError(
-                f"layer_structure {list(layers)[:MOST_LAYERS]}: give 2 to {MOST_LAYERS} multiples of the width, the "
-                "first and the last 1, such as 1, 2, 1"
-            )
-        if (
-            len(layers) > 2 or self.activate_output
-        ):  # else there is none, whatever the name: so the webui reads files
-            require_activation(self.activation_func)
-        if self.weight_init not in get_args(WeightInit):
-            raise UserError(
-                f"weight_init {self.weight_init!r}: choose from {', '.join(get_args(WeightInit))}"
-            )
-        if len(dropout) != len(layers) or not all(0 <= rate < 1 for rate in dropout):
-            raise UserError(
-                f"dropout_structure {list(dropout)[:MOST_LAYERS]}: give a rate in [0, 1) for each of the {len(layers)} "
-                "entries of layer_structure, such as 0, 0.3, 0"
-            )
-
-
-def require_activation(name: str) -> None:
-    """Raise UserError for an activation that no MLP can have."""
-    if name not in ACTIVATIONS:
-        raise UserError(f"activation_func {name!r}: choose from {', '.join(ACTIVATIONS)}")
-
-
-def derived_dropout(num_entries: int, *, last_layer: bool = False) -> tuple[float, ...]:
-    """Return the drop-out structure that the webui makes up where only "use dropout" was said."""
-    inner = [DERIVED_DROPOUT] * max(0, num_entries - 3)
-    return (0, *inner, DERIVED_DROPOUT if last_layer else 0, 0)[:num_entries]
+def _activation(name: str) -> nn.Module:
+    """Make an activation of a structure; the webui names no dimension, so softmax and the like take the first."""
+    kind = getattr(nn, ACTIVATIONS[name])
+    made: nn.Module = kind(0) if kind in (nn.Softmax, nn.Softmin, nn.LogSoftmax) else kind()
+    return made
 
 
 class HypernetworkModule(nn.Module):
@@ -116,7 +37,7 @@ class HypernetworkModule(nn.Module):
             layers.append(nn.Linear(entering, leaving))
             activated = number < len(sizes) - 1 or structure.activate_output
             if structure.activation_func != "linear" and activated:
-                layers.append(ACTIVATIONS[structure.activation_func]())
+                layers.append(_activation(structure.activation_func))
             if structure.add_layer_norm:
                 layers.append(nn.LayerNorm(leaving))
             if rate := structure.dropout_structure[number]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from dreamfleet.trainers.config.model_keys import POCKET
+from dreamfleet.trainers.config.model import POCKET
 
 POCKET_FOLDER = Path(__file__).parents[1] / "pocket"
 

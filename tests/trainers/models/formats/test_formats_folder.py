@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_family, tiny_tokenizer
 
+from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.models.stable_diffusion.discriminator import make_network, save_network
-from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, load_model, pocket_folder
+from dreamfleet.trainers.models.stable_diffusion.model import load_model, pocket_folder
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import (
     save_part,
     save_pipeline,

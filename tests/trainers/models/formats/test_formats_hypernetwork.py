@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from webui_safety import assert_webui_safe
 
 from dreamfleet.datasets.errors import FormatError
+from dreamfleet.trainers.config.hypernetwork_structure import Structure
 from dreamfleet.trainers.models.formats.hypernetwork import (
     HypernetworkFile,
     holds_hypernetwork,
@@ -22,7 +23,7 @@ from dreamfleet.trainers.models.formats.hypernetwork import (
     write_hypernetwork,
 )
 from dreamfleet.trainers.models.formats.pickle_writer import load_pickle, save_pickle
-from dreamfleet.trainers.models.stable_diffusion.hypernetwork import Hypernetwork, Structure
+from dreamfleet.trainers.models.stable_diffusion.hypernetwork import Hypernetwork
 
 KEYS = {
     "step", "name", "layer_structure", "activation_func", "is_layer_norm", "weight_initialization", "sd_checkpoint",

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from dreamfleet.cluster.cli import program
 from dreamfleet.datasets.errors import FormatError, ModelError, UserError
-from dreamfleet.trainers.methods.dreambooth import DreamBoothConfig
+from dreamfleet.trainers.config.methods.dreambooth import DreamBoothConfig
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.whole_model import LORA_FORMATS, export_tuned, learning_parts
 from dreamfleet.trainers.models.formats.embedding import Embedding, write_embedding
