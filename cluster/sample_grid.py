@@ -12,6 +12,7 @@ from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.artifacts.loading import LARGEST_EMBEDDING, teach_word
 from dreamfleet.trainers.config.model import ModelConfig
+from dreamfleet.trainers.distributed.device import DRAWING, best_device, on_device
 from dreamfleet.trainers.models.formats import aesthetic as aesthetics
 from dreamfleet.trainers.models.formats import hypernetwork, lora
 from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
@@ -19,7 +20,6 @@ from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
     AestheticSettings,
     apply_aesthetic,
 )
-from dreamfleet.trainers.models.stable_diffusion.device import DRAWING, best_device, on_device
 from dreamfleet.trainers.models.stable_diffusion.loading import SINGLE_FILES
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline

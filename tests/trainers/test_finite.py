@@ -100,10 +100,10 @@ RANK = """
 import sys
 import torch.distributed as dist
 from dreamfleet.datasets.errors import RunFailed
-from dreamfleet.trainers.engine import TorchEngine
-from dreamfleet.trainers.process_group import leave_group
+from dreamfleet.trainers.engines.torch_engine import TorchEngine
+from dreamfleet.trainers.distributed.process_group import leave_group
 from dreamfleet.trainers.recipe import load_recipe
-from dreamfleet.trainers.run import run_worker
+from dreamfleet.trainers.run.run import run_worker
 
 recipe, meeting, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)

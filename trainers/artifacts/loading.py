@@ -11,15 +11,15 @@ from dreamfleet.trainers.config.methods.aesthetic_gradients import AestheticGrad
 from dreamfleet.trainers.config.methods.hypernetwork import HypernetworkConfig
 from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.methods.aesthetic_gradients import settings_of
+from dreamfleet.trainers.models.embeddings import NEGATIVE
 from dreamfleet.trainers.models.formats.aesthetic import holds_aesthetic
 from dreamfleet.trainers.models.formats.embedding import SUFFIXES, read_embedding
 from dreamfleet.trainers.models.formats.hypernetwork import holds_hypernetwork
 from dreamfleet.trainers.models.formats.lora import DIFFUSERS_FILE, holds_lora
+from dreamfleet.trainers.models.lora import apply_lora
 from dreamfleet.trainers.models.stable_diffusion.aesthetic import apply_aesthetic
-from dreamfleet.trainers.models.stable_diffusion.embeddings import NEGATIVE
 from dreamfleet.trainers.models.stable_diffusion.hypernetwork import load_hypernetwork
 from dreamfleet.trainers.models.stable_diffusion.loading import SINGLE_FILES
-from dreamfleet.trainers.models.stable_diffusion.lora import apply_lora
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
 from dreamfleet.trainers.recipe import Recipe
 
@@ -121,7 +121,7 @@ def teach_word(model: StableDiffusion, address: str, word: str = "") -> str:
 
     A ``NAME-neg`` beside the file is the word's negative, which pictures that use the word are drawn with.
     """
-    from dreamfleet.trainers.models.stable_diffusion.embeddings import install_embedding, install_negative
+    from dreamfleet.trainers.models.embeddings import install_embedding, install_negative
 
     with Storage(address).local_copy() as path:
         found = read_embedding(path)

@@ -18,6 +18,7 @@ from dreamfleet.datasets.storage.storage import Storage, read_uri
 from dreamfleet.trainers.artifacts.loading import ARTIFACTS, load_artifact, load_exported
 from dreamfleet.trainers.config.model import POCKET, ModelConfig
 from dreamfleet.trainers.config.prompt_lines import Shot, shot_of
+from dreamfleet.trainers.distributed.device import DRAWING, best_device, on_device
 from dreamfleet.trainers.evaluation.fidelity import (
     MOST_REAL,
     Scores,
@@ -30,7 +31,6 @@ from dreamfleet.trainers.evaluation.fidelity import (
 )
 from dreamfleet.trainers.models.sampling.draw_shots import draw_shots
 from dreamfleet.trainers.models.sampling.prompt_syntax import words_alone
-from dreamfleet.trainers.models.stable_diffusion.device import DRAWING, best_device, on_device
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.vision.clip import load_clip
 from dreamfleet.trainers.models.vision.dino import load_dino

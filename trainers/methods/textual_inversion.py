@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamfleet.datasets import captions
+from dreamfleet.datasets.index.template_files import load_templates
 from dreamfleet.trainers.config.methods.textual_inversion import TextualInversionConfig
 from dreamfleet.trainers.methods.base import Method, ParamGroup, Sample, Setting
 from dreamfleet.trainers.methods.embedding_common import (
@@ -25,8 +25,8 @@ from dreamfleet.trainers.methods.embedding_common import (
     word_parameters,
 )
 from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.models.embeddings import install_embedding
 from dreamfleet.trainers.models.formats.optimizer_file import AdamState
-from dreamfleet.trainers.models.stable_diffusion.embeddings import install_embedding
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 
 
@@ -41,7 +41,7 @@ class TextualInversion(Method):
         start = initial_vectors(model, config.initializer_token, config.num_vectors)
         self._learning = word_parameters(self, "vectors", start)
         install_embedding(model, config.placeholder_token, *self._learning.values())
-        self._templates = captions.load_templates(config.template_file or config.learnable_property)
+        self._templates = load_templates(config.template_file or config.learnable_property)
 
     @property
     def trains_text(self) -> bool:

@@ -187,8 +187,6 @@ def test_pickled_storage_works(storage):
 
 
 def test_index_of_images(storage):
-    image = (Path(__file__).parent / "test_data_index.py").exists()
-    assert image
     from image_files import image as make
 
     for seed in range(4):

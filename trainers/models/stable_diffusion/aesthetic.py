@@ -22,9 +22,10 @@ from torch import Tensor
 from dreamfleet.datasets.errors import ModelError, UserError
 from dreamfleet.trainers.config.methods.aesthetic_gradients import Slerp
 from dreamfleet.trainers.config.model import POCKET
+from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.formats.aesthetic import read_aesthetic
-from dreamfleet.trainers.models.stable_diffusion.condition import Condition
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, pocket_folder
+from dreamfleet.trainers.models.pretrained import pocket_folder
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.vision.clip import TEXT_PROJECTION, ClipScorer, load_clip
 
 # Width of a text encoder -> the CLIP that it is a part of; 160: of models tuned from the pocket.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dreamfleet.trainers.config.guidance import Guidance
-from dreamfleet.trainers.models.stable_diffusion.condition import Condition, predict
+from dreamfleet.trainers.models.condition import Condition, predict
 
 
 def guidance_at(guidance: Guidance, timesteps: Tensor, num_timesteps: int) -> Tensor:

@@ -11,17 +11,15 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from dreamfleet.datasets.errors import ModelError, UserError
+from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.config.hypernetwork_structure import ACTIVATIONS, Structure
+from dreamfleet.trainers.models.formats.hypernetwork import HypernetworkFile, read_hypernetwork
 
-
-def _activation(name: str) -> nn.Module:
-    """Make an activation of a structure; the webui names no dimension, so softmax and the like take the first."""
-    kind = getattr(nn, ACTIVATIONS[name])
-    made: nn.Module = kind(0) if kind in (nn.Softmax, nn.Softmin, nn.LogSoftmax) else kind()
-    return made
+# The webui gives no dimension; torch then takes the first of [B, T, D], which mixes the images of a batch.
+_DIMENSION = {"softmax": 0, "softmin": 0, "logsoftmax": 0}
 
 
 class HypernetworkModule(nn.Module):
@@ -30,14 +28,12 @@ class HypernetworkModule(nn.Module):
     def __init__(self, width: int, structure: Structure):
         super().__init__()
         layers: list[nn.Module] = []
-        sizes = [int(width * factor) for factor in structure.layer_structure]
-        if min(sizes) < 1:
-            raise UserError(f"layer_structure {list(structure.layer_structure)}: width {width} shrinks to 0")
-        for number, (entering, leaving) in enumerate(pairwise(sizes), start=1):
+        for number, (entering, leaving) in enumerate(pairwise(structure.sizes(width)), start=1):
             layers.append(nn.Linear(entering, leaving))
-            activated = number < len(sizes) - 1 or structure.activate_output
-            if structure.activation_func != "linear" and activated:
-                layers.append(_activation(structure.activation_func))
+            if structure.is_activated(number):
+                name = structure.activation_func
+                options = {"dim": _DIMENSION[name]} if name in _DIMENSION else {}
+                layers.append(getattr(nn, ACTIVATIONS[name])(**options))
             if structure.add_layer_norm:
                 layers.append(nn.LayerNorm(leaving))
             if rate := structure.dropout_structure[number]:
@@ -67,10 +63,26 @@ class Hypernetwork(nn.Module):
             }
         )
 
+    @classmethod
+    def from_file(cls, file: HypernetworkFile) -> Hypernetwork:
+        """Build the frozen hypernetwork of a file, in evaluation mode."""
+        with torch.device("meta"):  # the file's tensors take the place of the parameters
+            network = cls(file.weights, file.structure)
+        for width, pair in file.weights.items():
+            for module, part in zip(network.layers[str(width)], pair, strict=True):  # type: ignore[call-overload]
+                module.load_state_dict(part, assign=True)
+        return network.requires_grad_(False).eval()
+
     @property
     def widths(self) -> list[int]:
-        """The widths of contexts that it changes."""
+        """The widths of contexts that it changes, ascending."""
         return [int(width) for width in self.layers]
+
+    def to_file(self, name: str, **entries: Any) -> HypernetworkFile:
+        """Return what a file called ``name`` holds of it; ``entries`` are the fields of the file that describe it."""
+        pairs: Any = {width: self.layers[str(width)] for width in self.widths}
+        weights = {width: (keys.state_dict(), values.state_dict()) for width, (keys, values) in pairs.items()}
+        return HypernetworkFile(name, self.structure, weights, **entries)
 
     def keys(self, context: Tensor, multiplier: float = 1.0) -> Tensor:
         """Change what keys are made of ``[B, T, D]``; a width it has no layers for stays as it is."""
@@ -169,12 +181,15 @@ def load_hypernetwork(pipe: Any, path: str | os.PathLike[str], multiplier: float
     and the like, which set other attention processors. Raises FormatError for another kind of file, ModelError for a
     hypernetwork with no layers for this model.
     """
-    from dreamfleet.trainers.models.formats.hypernetwork import read_hypernetwork
+    network = read_network(path)
+    require_fit(network, pipe.unet, str(path))
+    set_hypernetworks(pipe.unet, [*applied_hypernetworks(pipe.unet), (network, multiplier)])
+    return network
 
-    found = read_hypernetwork(path)
-    require_fit(found.network, pipe.unet, str(path))
-    set_hypernetworks(pipe.unet, [*applied_hypernetworks(pipe.unet), (found.network, multiplier)])
-    return found.network
+
+def read_network(path: str | os.PathLike[str]) -> Hypernetwork:
+    """Read a hypernetwork file as a frozen module on the CPU. Raises FormatError for another kind of file."""
+    return Hypernetwork.from_file(read_hypernetwork(path))
 
 
 def unload_hypernetworks(pipe: Any) -> None:

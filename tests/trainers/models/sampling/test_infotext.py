@@ -21,7 +21,7 @@ from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.config.samplers import plain_sampler
 from dreamfleet.trainers.models.formats.aesthetic import write_aesthetic
 from dreamfleet.trainers.models.formats.embedding import Embedding, write_embedding
-from dreamfleet.trainers.models.formats.hypernetwork import HypernetworkFile, write_hypernetwork
+from dreamfleet.trainers.models.formats.hypernetwork import write_hypernetwork
 from dreamfleet.trainers.models.sampling.infotext import infotext, png_info, sampler_entries
 from dreamfleet.trainers.models.sampling.sample import make_scheduler
 from dreamfleet.trainers.models.stable_diffusion.hypernetwork import Hypernetwork
@@ -118,7 +118,7 @@ def test_one_call_takes_everything_and_tells_it(tmp_path: Path) -> None:
     for name in ("ink", "oil"):
         torch.manual_seed(len(name))
         network = Hypernetwork([width], Structure(weight_init="XavierNormal"))
-        write_hypernetwork(HypernetworkFile(name, network), tmp_path / f"{name}.pt")
+        write_hypernetwork(network.to_file(name), tmp_path / f"{name}.pt")
     write_aesthetic(torch.randn(1, model.text_encoder.config.projection_dim), tmp_path / "taste.pt")
     arguments = [
         "sample",

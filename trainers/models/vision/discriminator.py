@@ -23,9 +23,7 @@ from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.methods.discriminator import INPUT_SIZE
 from dreamfleet.trainers.models.formats.convnext import SUFFIXES, read_convnext
-from dreamfleet.trainers.models.stable_diffusion.loading import first_line
-from dreamfleet.trainers.models.stable_diffusion.model import quiet_libraries
-from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_part
+from dreamfleet.trainers.models.pretrained import first_line, quiet_libraries, save_part
 from dreamfleet.trainers.models.vision.clip import Preprocessing
 
 HEAD_SCALE = 1e-3  # a new head starts this much smaller, as the authors' fine-tuning does
