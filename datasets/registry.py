@@ -81,15 +81,28 @@ class Registry(Generic[T]):
                 )
 
     def _load(self, name: str) -> T:
+        return load_attribute(self._paths[name], what=f"{self.kind} {name!r}")  # type: ignore[no-any-return]
+
+
+class EntryName:
+    """A pydantic validator for the name of an entry; the documentation lists the names of its ``registry``."""
+
+    def __init__(self, registry: Registry[Any]):
+        self.registry = registry
+
+    def __call__(self, name: str) -> str:
+        """Return the name. Raises ValueError if there is no such entry or it cannot be loaded."""
         try:
-            return import_attribute(self._paths[name])  # type: ignore[no-any-return]
-        except (ImportError, AttributeError) as error:
-            raise UserError(
-                f"{self.kind} {name!r} cannot be loaded from {self._paths[name]}: {error}"
-            ) from error
+            self.registry.get(name)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return name
 
 
-def import_attribute(path: str) -> Any:
-    """Import what ``"module:attribute"`` names. Raises ImportError or AttributeError if it does not exist."""
+def load_attribute(path: str, *, what: str) -> Any:
+    """Import ``"module:attribute"``. Raises UserError naming ``what`` cannot be loaded, from where and why."""
     module, _, attribute = path.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{what} cannot be loaded from {path}: {error}") from error

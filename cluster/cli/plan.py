@@ -52,8 +52,8 @@ def plan(
     """
     with work():
         from dreamfleet.datasets.errors import ResourceError
+        from dreamfleet.trainers.config.units import parse_size
         from dreamfleet.trainers.memory.advice import tell_nothing_fits
-        from dreamfleet.trainers.memory.estimate import parse_size
         from dreamfleet.trainers.memory.plan import plan_memory
         from dreamfleet.trainers.recipe import load_recipe
 

@@ -8,7 +8,7 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from dreamfleet.datasets.config_base import Section
 from dreamfleet.datasets.errors import ResourceError
-from dreamfleet.trainers.memory.estimate import parse_size
+from dreamfleet.trainers.config.units import parse_size
 
 # Our keys of DeepSpeed's names, handed on as they are where they are set.
 ZERO_KEYS = (

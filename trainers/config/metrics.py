@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dreamfleet.datasets.registry import Registry
-
-if TYPE_CHECKING:
-    from dreamfleet.trainers.config.validation import ValidationConfig
 
 HELD_OUT = "holdout_loss"
 # What a metric may need -> what provides it in a recipe. `real` and `clip` have defaults: the training images, the
@@ -95,11 +92,6 @@ def image_metrics() -> dict[str, Metric]:
 def metrics_by_figure() -> dict[str, Metric]:
     """Return all metrics by their keys in ``metrics.jsonl``."""
     return {metric.figure or name: metric for name, metric in METRICS.items()}
-
-
-def preview_metrics(validation: ValidationConfig) -> list[str]:
-    """List the metrics that a run computes from its previews, in the registry's order; none without prompts."""
-    return [name for name in image_metrics() if validation.prompts and name in validation.metrics]
 
 
 def is_higher_better(figure: str) -> bool:

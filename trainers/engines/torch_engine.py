@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.trainers.config.engine import EngineConfig
+from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.distributed.device import copy_to_device
 from dreamfleet.trainers.distributed.process_group import release_reducer
 from dreamfleet.trainers.engines.performance import ask_all, forget_compiled, speed_up
 from dreamfleet.trainers.methods.base import Batch, Loss, Method
 from dreamfleet.trainers.optim.ema import Ema, saved_average
-from dreamfleet.trainers.optim.optimizers import OptimizerConfig, make_optimizer
+from dreamfleet.trainers.optim.optimizers import make_optimizer
 from dreamfleet.trainers.optim.stochastic_rounding import Stepper, laid_out_like, restore_states
 
 T = TypeVar("T")

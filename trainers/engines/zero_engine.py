@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import CheckpointError
+from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.distributed.process_group import lone_group, step_timeouts
 from dreamfleet.trainers.engines.torch_engine import Engine, T, check_optimizer
 from dreamfleet.trainers.engines.zero_nvme import SwapFolder, SwappedShards, build_swapping
@@ -24,7 +25,7 @@ from dreamfleet.trainers.engines.zero_shards import MOMENTS, Shards, owners
 from dreamfleet.trainers.methods.base import Batch, Loss
 from dreamfleet.trainers.methods.fits import check_fits
 from dreamfleet.trainers.optim.ema import Ema, saved_average
-from dreamfleet.trainers.optim.optimizers import OptimizerConfig, make_optimizer
+from dreamfleet.trainers.optim.optimizers import make_optimizer
 
 Convert = Callable[[nn.Parameter, Tensor], Tensor]
 

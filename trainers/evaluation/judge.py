@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from dreamfleet.datasets.errors import UserError
-from dreamfleet.datasets.registry import import_attribute
-from dreamfleet.trainers.config.metrics import Metric, image_metrics, preview_metrics
+from dreamfleet.datasets.registry import load_attribute
+from dreamfleet.trainers.config.metrics import Metric, image_metrics
 from dreamfleet.trainers.config.validation import ValidationConfig
 from dreamfleet.trainers.evaluation.fidelity import ScoredImages, strip_words
 from dreamfleet.trainers.models.sampling.prompt_syntax import words_alone
@@ -63,7 +63,9 @@ def score_images(
 
 
 def _compute(name: str, metric: Metric, scored: ScoredImages) -> torch.Tensor:
-    compute = import_attribute(metric.compute) if isinstance(metric.compute, str) else metric.compute
+    compute = metric.compute
+    if isinstance(compute, str):
+        compute = load_attribute(compute, what=f"metric {name!r}")
     assert compute is not None
     values = torch.as_tensor(compute(scored), dtype=torch.float32)
     if values.shape != (len(scored.images),):
@@ -79,7 +81,7 @@ class Judge:
 
     def __init__(self, config: ValidationConfig, *, real: list[Image.Image], strip: Mapping[str, str]):
         self.config, self.real, self.strip = config, real, strip
-        self.metrics = preview_metrics(config)
+        self.metrics = config.preview_metrics
         needs = {need for name in self.metrics for need in image_metrics()[name].needs}
         self.clip = load_clip(config.clip) if "clip" in needs else None
         self.dino = load_dino(config.dino) if "dino" in needs and config.dino else None

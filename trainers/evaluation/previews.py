@@ -10,12 +10,13 @@ from typing import Any
 from PIL import Image
 
 from dreamfleet.datasets.errors import RecipeError, UserError
+from dreamfleet.trainers.config.prompt_lines import Shot, shot_of
 from dreamfleet.trainers.config.validation import ValidationConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.engines.torch_engine import Engine
 from dreamfleet.trainers.evaluation.eval_mode import eval_mode
 from dreamfleet.trainers.methods.base import Method
-from dreamfleet.trainers.models.sampling.prompt_lines import Shot, draw_shots, shot_of
+from dreamfleet.trainers.models.sampling.draw_shots import draw_shots
 from dreamfleet.trainers.models.sampling.prompt_syntax import split_tags
 from dreamfleet.trainers.models.sampling.sample import require_size
 

@@ -19,7 +19,7 @@ from dreamfleet.trainers.engines.torch_engine import DTYPES
 from dreamfleet.trainers.engines.zero_setup import BUCKET
 from dreamfleet.trainers.memory.inputs import Counts, Pass
 from dreamfleet.trainers.memory.trace import Autocast, fake_mode, trace_inference, trace_step
-from dreamfleet.trainers.methods.base import Batch, Method, discover
+from dreamfleet.trainers.methods.base import Batch, Method, method_class
 from dreamfleet.trainers.models.condition import predict
 from dreamfleet.trainers.models.stable_diffusion.meta_model import empty_condition, model_shape
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
@@ -73,10 +73,9 @@ def count_run(recipe: Recipe, method: Method, images: int | None) -> Counts:
 
 def method_shape(recipe: Recipe) -> Method:
     """Build a recipe's method on a model without weights, as a GPU run has it, on the meta device."""
-    kind = discover()[recipe.method.name]
-    if kind.no_plan:
-        raise UserError(f"plan: {kind.name} {kind.no_plan}")
-    model = model_shape(recipe.model, kind.needs)
+    if recipe.method.no_plan:
+        raise UserError(f"plan: {recipe.method.name} {recipe.method.no_plan}")
+    model = model_shape(recipe.model, method_class(recipe.method).needs)
     check_resolution(recipe, model)
     half = DTYPES[recipe.train.mixed_precision]
     return build_method(recipe, model, concepts=(), device=torch.device("meta"), dtype=half)

@@ -12,11 +12,11 @@ from typing import Any
 
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.metrics import metrics_by_figure
 
 FILE = "metrics.jsonl"
 # Between two writings of training figures to a bucket, where each writes the whole file.
 BUCKET_SECONDS = 10.0
-SUMMARISED = ("loss", "holdout_loss", "clip_i", "clip_t", "dino", "accuracy")
 
 
 class Metrics:
@@ -102,10 +102,11 @@ def read_metrics(run: Storage) -> list[dict[str, Any]]:
 
 
 def logged_figures(run: Storage) -> dict[str, float]:
-    """Return the figures of a run folder that were logged last, each by its name."""
+    """Return the last logged value of each figure that a run's summary reports."""
+    summarised = {"loss", "accuracy", *metrics_by_figure()}
     found: dict[str, float] = {}
     for line in read_metrics(run):
-        found |= {name: value for name, value in line.items() if name in SUMMARISED}
+        found |= {name: value for name, value in line.items() if name in summarised}
     return found
 
 

@@ -25,6 +25,7 @@ from dreamfleet.trainers.batches.feed import Feed, Preparer, check_words, to_sam
 from dreamfleet.trainers.batches.image_feed import ImageFeed
 from dreamfleet.trainers.batches.image_warnings import log_findings
 from dreamfleet.trainers.config.conflicts import require_runnable
+from dreamfleet.trainers.config.learning_rate import last_step
 from dreamfleet.trainers.config.paths import compared_paths
 from dreamfleet.trainers.config.train import USUAL_CHECKPOINTING_STEPS
 from dreamfleet.trainers.distributed.agreement import check_files, compare, compare_paths
@@ -33,11 +34,10 @@ from dreamfleet.trainers.engines.torch_engine import DTYPES, Engine, TorchEngine
 from dreamfleet.trainers.engines.zero_engine import ZeroEngine
 from dreamfleet.trainers.evaluation.previews import check_previews
 from dreamfleet.trainers.loop import Schedule
-from dreamfleet.trainers.methods.base import Batch, Method, Setting, discover
+from dreamfleet.trainers.methods.base import Batch, Method, Setting, method_class
 from dreamfleet.trainers.methods.image_method import SeeingMethod
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
 from dreamfleet.trainers.optim.optimizers import import_adamw8bit, make_rates
-from dreamfleet.trainers.optim.schedules import last_step
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.webui_optimizer import take_over
 
@@ -62,7 +62,7 @@ class Parts:
 
 def make_method(recipe: Recipe, sets: Sets | None, device: torch.device) -> Method:
     """Load the model and build the method on it, on the device."""
-    model = load_model(recipe.model, discover()[recipe.method.name].needs)
+    model = load_model(recipe.model, method_class(recipe.method).needs)
     half = DTYPES[recipe.train.mixed_precision] if device.type == "cuda" else None
     return build_method(recipe, model, concepts=sets.concepts if sets else (), device=device, dtype=half)
 
@@ -81,7 +81,7 @@ def build_method(
     does not matter, and only its buffers go ahead. So does what stage 3 shards besides.
     """
     setting = Setting(concepts=tuple(concepts), snr_gamma=recipe.train.snr_gamma)
-    method = discover()[recipe.method.name](recipe.method, model, setting)
+    method = method_class(recipe.method)(recipe.method, model, setting)
     waits = device.type == "cuda" and recipe.engine.zero_stage in (1, 2, 3)
     home = torch.device("cpu") if waits else device
     sharded = method.loss_parts if recipe.engine.zero_stage == 3 else {}

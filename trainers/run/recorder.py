@@ -20,7 +20,7 @@ from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.artifacts.usage import describe
 from dreamfleet.trainers.batches.vae_encoding import read_pixels
-from dreamfleet.trainers.config.metrics import preview_metrics
+from dreamfleet.trainers.config.metrics import image_metrics
 from dreamfleet.trainers.distributed.agreement import share_index
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.evaluation.heldout_loss import HeldOutImages, HeldOutLoss
@@ -98,7 +98,9 @@ class Recorder:
     def _begin(self) -> None:
         """Write the recipe and the real images, and open the metrics."""
         validation = self.recipe.validation
-        if scores := [name for name in validation.metrics if name != "loss" and not validation.prompts]:
+        if scores := [
+            name for name in image_metrics() if name in validation.metrics and not validation.prompts
+        ]:
             log.warning(
                 "validation.metrics: no %s, as it measures previews; name some validation.prompts",
                 ", ".join(scores),
@@ -191,7 +193,7 @@ class Recorder:
         from dreamfleet.trainers.models.sampling.sample import image_grid
 
         validation = self.recipe.validation
-        if preview_metrics(validation):
+        if validation.preview_metrics:
             figures = self._judge().score(images, cells)
             self.figures.update(figures)
             self.log({"step": step, **figures})

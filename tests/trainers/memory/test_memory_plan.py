@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 from dreamfleet.cluster.cli import program
 from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.trainers.batches.feed import REMEMBERED
+from dreamfleet.trainers.config.units import parse_size
 from dreamfleet.trainers.engines.torch_engine import TorchEngine
-from dreamfleet.trainers.memory.estimate import GIB, cheapest_fit, estimate, estimate_all, parse_size
+from dreamfleet.trainers.memory.estimate import GIB, cheapest_fit, estimate, estimate_all
 from dreamfleet.trainers.memory.inputs import Counts, Pass
 from dreamfleet.trainers.memory.strategies import CHOICES, EngineChoice
 from dreamfleet.trainers.memory.trace import precision

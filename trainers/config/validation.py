@@ -1,0 +1,48 @@
+"""The ``validation:`` section."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field
+
+from dreamfleet.datasets.config_base import Section, as_list
+from dreamfleet.datasets.registry import EntryName
+from dreamfleet.trainers.config.metrics import METRICS, image_metrics
+
+
+class ValidationConfig(Section):
+    """The ``validation:`` section."""
+
+    prompts: Annotated[list[str], BeforeValidator(as_list)] = Field(
+        [],
+        validation_alias=AliasChoices("prompts", "validation_prompts", "validation_prompt", "sample_prompts"),
+        description="what previews show, in the webui's syntax; a .txt file's name stands for its lines; with kohya's "
+        "options: a cat --n blurry --w 512 --h 768 --d 3 --s 30 --l 7 --ss euler_a",
+    )
+    plain_prompts: bool = Field(False, description="prompts are literal text, without the webui's syntax")
+    negative_prompt: str = ""
+    steps: int = Field(
+        100,
+        ge=1,
+        validation_alias=AliasChoices("steps", "validation_steps", "sample_every_n_steps"),
+        description="every so many optimizer steps",
+    )
+    sample_at_first: bool = Field(True, description="also before the first step: the untuned model")
+    num_images: int = Field(4, ge=1, validation_alias=AliasChoices("num_images", "num_validation_images"))
+    num_inference_steps: int = Field(25, ge=1)
+    guidance_scale: float = Field(7.5, ge=1)
+    scheduler: Literal["ddim", "euler_a", "dpm++"] = "ddim"
+    seed: int = Field(0, ge=0, validation_alias=AliasChoices("seed", "validation_seed"))
+    holdout: str | None = Field(None, description="folder of pictures kept out of training")
+    holdout_timesteps: int = Field(8, ge=1, description="timesteps per held-out picture, evenly spread")
+    metrics: list[Annotated[str, AfterValidator(EntryName(METRICS))]] = Field(
+        ["loss"], description="what is measured: [metrics](#metrics)"
+    )
+    clip: str | None = Field(None, description="CLIP folder for clip_i and clip_t; None: the pocket model's")
+    dino: str | None = Field(None, description="folder of a DINO ViT for the dino metric")
+
+    @property
+    def preview_metrics(self) -> list[str]:
+        """The metrics that are computed from previews, in the registry's order; none without prompts."""
+        return [name for name in image_metrics() if self.prompts and name in self.metrics]
