@@ -33,7 +33,7 @@ OFFLOADS = ("no-offload", "offload-optimizer", "offload-weights")
 
 def run_case(name: str, *, small: bool) -> dict[str, Any]:
     """Train a case's steps on the card it imitates; returns what was predicted and what was seen."""
-    from dreamfleet.trainers.models.stable_diffusion.device import TRAINING, on_device
+    from dreamfleet.trainers.distributed.device import TRAINING, on_device
 
     with on_device(remedies=TRAINING) as device:
         return _run_on(device, name, small=small)

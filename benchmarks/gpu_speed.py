@@ -156,7 +156,7 @@ def best_batch(make: Callable[[int], Step], batches: tuple[int, ...], *, steps: 
 
 def measure_speed(*, small: bool) -> dict[str, Any]:
     """Measure every way at its best batch, then the best beside diffusers' step, alternating."""
-    from dreamfleet.trainers.models.stable_diffusion.device import best_device
+    from dreamfleet.trainers.distributed.device import best_device
 
     device = best_device()
     batches, steps = (BATCHES[:2], 1) if small else (BATCHES, 10)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.artifacts.loading import LARGEST_EMBEDDING, teach_word
+from dreamfleet.trainers.distributed.device import DRAWING, best_device, on_device
 from dreamfleet.trainers.models.formats import aesthetic as aesthetics
 from dreamfleet.trainers.models.formats import hypernetwork, lora
 from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
@@ -18,7 +19,6 @@ from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
     AestheticSettings,
     apply_aesthetic,
 )
-from dreamfleet.trainers.models.stable_diffusion.device import DRAWING, best_device, on_device
 from dreamfleet.trainers.models.stable_diffusion.loading import SINGLE_FILES
 from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, StableDiffusion, load_model
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
@@ -208,7 +208,7 @@ def convert_artifact(source: Path, target: Path) -> Path:
     if target.suffix.lower() in SINGLE_FILES:
         import torch
 
-        from dreamfleet.trainers.models.formats.single_file import save_single_file
+        from dreamfleet.trainers.models.stable_diffusion.single_file import save_single_file
 
         save_single_file(model, target, dtype=torch.float32, metadata={})
     elif not target.suffix:

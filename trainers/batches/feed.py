@@ -16,9 +16,9 @@ from dreamfleet.datasets.index.index import BadFile, Index
 from dreamfleet.datasets.plan import BatchPlan, Draw
 from dreamfleet.datasets.rng import numpy_rng
 from dreamfleet.trainers.batches.sources import Images, ResidentLatents, StreamedPixels
+from dreamfleet.trainers.distributed.device import copy_to_device
 from dreamfleet.trainers.methods.base import Batch, Method, Sample
-from dreamfleet.trainers.models.stable_diffusion.condition import Condition
-from dreamfleet.trainers.models.stable_diffusion.device import send
+from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.stable_diffusion.noise import draw_noise, keyed_normal
 
 # Bytes of encoded prompts on the device: some 4,500 of SD 1.x in 16 bits, 1,700 of SDXL.
@@ -188,7 +188,7 @@ class Preparer:
             batch["latents"] = latents * self.method.model.vae.config.scaling_factor
         prompts = batch.pop("prompts")
         if self.method.trains_text:
-            batch["input_ids"] = send(self.method.tokenize(prompts), device)
+            batch["input_ids"] = copy_to_device(self.method.tokenize(prompts), device)
         else:
             condition = self._encode(prompts)
             batch["context"] = condition.context

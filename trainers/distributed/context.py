@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dreamfleet.datasets.errors import RunFailed, UserError
-from dreamfleet.trainers.models.stable_diffusion.device import explained_memory, numbered
+from dreamfleet.trainers.distributed.device import explain_out_of_memory, with_index
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ class DistributedContext:
 
     def __post_init__(self) -> None:
         """Give the device its number."""
-        object.__setattr__(self, "device", numbered(self.device))
+        object.__setattr__(self, "device", with_index(self.device))
 
     @property
     def is_main(self) -> bool:
@@ -150,7 +150,7 @@ class _Outcome(NamedTuple):
 
 def _try(work: Callable[[], Any]) -> _Outcome:
     try:
-        with explained_memory():
+        with explain_out_of_memory():
             return _Outcome(work())
     except Exception as error:  # noqa: BLE001 - raised again, on every rank
         return _Outcome(None, error)

@@ -23,12 +23,12 @@ from dreamfleet.trainers.batches.vae_encoding import encode_batch, encode_cuts
 from dreamfleet.trainers.config.model_keys import ModelConfig
 from dreamfleet.trainers.config.paths import shared_paths
 from dreamfleet.trainers.config.scaling import WorkerShare, refuse_impossible, worker_resources
+from dreamfleet.trainers.distributed.device import ENCODING, explain_out_of_memory, on_device, with_index
 from dreamfleet.trainers.driver.preflight import refuse_here, this_machine
 from dreamfleet.trainers.driver.shared_paths import check_machines
 from dreamfleet.trainers.memory.engine_selection import limit_card
 from dreamfleet.trainers.methods.base import discover
 from dreamfleet.trainers.methods.image_method import SeeingMethod
-from dreamfleet.trainers.models.stable_diffusion.device import ENCODING, explained_memory, numbered, on_device
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
 from dreamfleet.trainers.recipe import Recipe
 
@@ -54,7 +54,7 @@ class CacheMade:
 class VaeEncoder:
     """Encodes pictures with a model's VAE in float32, whatever a run computes in: one cache then serves them all."""
 
-    @explained_memory(ENCODING)
+    @explain_out_of_memory(ENCODING)
     def __init__(
         self,
         config: ModelConfig,
@@ -64,7 +64,7 @@ class VaeEncoder:
         gpu_share: float = 1.0,
         threads: int | None = None,
     ):
-        place = numbered(device)
+        place = with_index(device)
         if place.type == "cuda":
             limit_card(place, None, gpu_share)
         if threads is not None:
@@ -77,7 +77,7 @@ class VaeEncoder:
             )
         self.model.vae.to(place)
 
-    @explained_memory(ENCODING)
+    @explain_out_of_memory(ENCODING)
     def __call__(self, cuts: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
         """Encode pictures as cut_picture gives them, of any sizes."""
         made: list[dict[str, np.ndarray]] = []

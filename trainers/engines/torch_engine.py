@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.trainers.config.engine import EngineConfig
+from dreamfleet.trainers.distributed.device import copy_to_device
 from dreamfleet.trainers.distributed.process_group import release_reducer
 from dreamfleet.trainers.engines.performance import ask_all, forget_compiled, speed_up
 from dreamfleet.trainers.methods.base import Batch, Loss, Method
-from dreamfleet.trainers.models.stable_diffusion.device import send
 from dreamfleet.trainers.optim.ema import Ema, saved_average
 from dreamfleet.trainers.optim.optimizers import OptimizerConfig, make_optimizer
 from dreamfleet.trainers.optim.stochastic_rounding import Stepper, laid_out_like, restore_states
@@ -73,7 +73,7 @@ class Engine(ABC):
     def place(self, batch: Batch) -> Batch:
         """Move a batch's tensors to the device."""
         return {
-            name: send(value, self.device) if isinstance(value, Tensor) else value
+            name: copy_to_device(value, self.device) if isinstance(value, Tensor) else value
             for name, value in batch.items()
         }
 

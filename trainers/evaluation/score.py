@@ -16,6 +16,7 @@ from dreamfleet.datasets.index.concepts import load_concepts, load_sets
 from dreamfleet.datasets.index.index import build_index
 from dreamfleet.datasets.storage.storage import Storage, read_uri
 from dreamfleet.trainers.artifacts.loading import ARTIFACTS, load_artifact, load_exported
+from dreamfleet.trainers.distributed.device import DRAWING, best_device, on_device
 from dreamfleet.trainers.evaluation.fidelity import (
     MOST_REAL,
     Scores,
@@ -28,7 +29,6 @@ from dreamfleet.trainers.evaluation.fidelity import (
 )
 from dreamfleet.trainers.models.sampling.prompt_lines import Shot, draw_shots, shot_of
 from dreamfleet.trainers.models.sampling.prompt_syntax import words_alone
-from dreamfleet.trainers.models.stable_diffusion.device import DRAWING, best_device, on_device
 from dreamfleet.trainers.models.stable_diffusion.model import POCKET, ModelConfig, StableDiffusion
 from dreamfleet.trainers.models.vision.clip import load_clip
 from dreamfleet.trainers.models.vision.dino import load_dino

@@ -11,9 +11,9 @@ import torch
 from dreamfleet.datasets.errors import ResourceError, UserError
 from dreamfleet.trainers.config.deepspeed import with_deepspeed_file
 from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.distributed.device import with_index
 from dreamfleet.trainers.memory.estimate import CUDA_CONTEXT, GIB
 from dreamfleet.trainers.methods.base import discover
-from dreamfleet.trainers.models.stable_diffusion.device import numbered
 from dreamfleet.trainers.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def limit_card(device: torch.device, limit: int | None, share: float = 1.0) -> i
 
     ``limit`` in bytes (None: none of its own), ``share`` of the card's memory; the smaller counts.
     """
-    device = numbered(device)
+    device = with_index(device)
     free, total = torch.cuda.mem_get_info(device)
     allowed = min(total, total if limit is None else limit, round(share * total))
     if allowed <= CUDA_CONTEXT:

@@ -12,9 +12,9 @@ import torch
 from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.index.concepts import load_held_out, load_sets
 from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.distributed.device import TRAINING, explain_out_of_memory, on_device
 from dreamfleet.trainers.loop import peak_memory
 from dreamfleet.trainers.memory.engine_selection import settle_engine
-from dreamfleet.trainers.models.stable_diffusion.device import TRAINING, explained_memory, on_device
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.build import Parts, assemble
 from dreamfleet.trainers.run.export import write_artifacts
@@ -45,7 +45,7 @@ def _check_on(recipe: Recipe, distributed: DistributedContext) -> list[CheckLine
 
     def attempt(name: str, action: Callable[[], str]) -> bool:
         try:
-            with explained_memory():
+            with explain_out_of_memory():
                 lines.append(CheckLine(name, True, action()))
         except (UserError, RunFailed) as error:
             lines.append(CheckLine(name, False, str(error)))

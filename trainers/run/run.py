@@ -14,9 +14,9 @@ from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.distributed.agreement import compare
 from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.distributed.device import TRAINING, on_device
 from dreamfleet.trainers.loop import Hooks, Outcome, train
 from dreamfleet.trainers.memory.engine_selection import settle_engine
-from dreamfleet.trainers.models.stable_diffusion.device import TRAINING, on_device
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.build import Parts, assemble
 from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints

@@ -20,10 +20,10 @@ from zero_ranks import HAS_LIBAIO, RESUMED, RUNS
 from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceError
 from dreamfleet.trainers.config.engine import EngineConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.distributed.device import explain_out_of_memory
 from dreamfleet.trainers.engines.zero_engine import ZeroEngine
 from dreamfleet.trainers.engines.zero_nvme import SwapFolder, build_swapping
 from dreamfleet.trainers.engines.zero_setup import build_op, import_deepspeed, sole_builder, zero_config
-from dreamfleet.trainers.models.stable_diffusion.device import explained_memory
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import assemble
@@ -355,5 +355,8 @@ def test_check_tries_the_engine(tmp_path: Path) -> None:
 
 
 def test_a_gpu_without_room_is_a_mistake_with_a_way_out() -> None:
-    with pytest.raises(ResourceError, match=r"offload_optimizer_device: cpu.*--resume"), explained_memory():
+    with (
+        pytest.raises(ResourceError, match=r"offload_optimizer_device: cpu.*--resume"),
+        explain_out_of_memory(),
+    ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more")

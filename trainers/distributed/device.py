@@ -32,10 +32,10 @@ _OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CU
 
 def best_device() -> torch.device:
     """Return the current GPU, or the CPU of a machine without one."""
-    return numbered("cuda" if torch.cuda.is_available() else "cpu")
+    return with_index("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def numbered(device: torch.device | str) -> torch.device:
+def with_index(device: torch.device | str) -> torch.device:
     """Return ``device`` with its number: several functions of torch refuse a bare ``cuda``."""
     device = torch.device(device)
     if device.type != "cuda" or device.index is not None:
@@ -43,7 +43,7 @@ def numbered(device: torch.device | str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
 
 
-def send(value: Tensor, device: torch.device) -> Tensor:
+def copy_to_device(value: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to the device; to a GPU without making the host wait, which takes page-locked memory."""
     if device.type == "cuda" and value.device.type == "cpu":
         value = value.contiguous().pin_memory()  # an expanded tensor cannot be page-locked as it is
@@ -58,7 +58,7 @@ def on_device(device: torch.device | str | None = None, *, remedies: str) -> Ite
     whether the work succeeded or failed, the memory is given back and no limit stays. On any device, the frames of an
     error keep nothing alive. Raises ResourceError where there is no such GPU.
     """
-    device = best_device() if device is None else numbered(device)
+    device = best_device() if device is None else with_index(device)
     if device.type != "cuda":
         try:
             yield device
@@ -73,7 +73,7 @@ def on_device(device: torch.device | str | None = None, *, remedies: str) -> Ite
     _give_back(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        with explained_memory(remedies), torch.cuda.device(device):
+        with explain_out_of_memory(remedies), torch.cuda.device(device):
             yield device
     except BaseException as error:
         _forget_frames(error)
@@ -83,7 +83,7 @@ def on_device(device: torch.device | str | None = None, *, remedies: str) -> Ite
 
 
 @contextmanager
-def explained_memory(remedies: str = TRAINING) -> Iterator[None]:
+def explain_out_of_memory(remedies: str = TRAINING) -> Iterator[None]:
     """Turn a GPU's running out of memory into a ResourceError that says what takes less."""
     try:
         yield
