@@ -57,47 +57,47 @@ LONG_FUNCTIONS = {  # over 60 lines: file::function -> why
     "datasets/index/index.py::build_index": "a third is its signature; the rest is one pass in order",
 }
 PENDING = {  # found when the rule was written; to be resolved, then this goes
-    "datasets/buckets.py imports datasets/index/index.py of a higher layer",  # noqa: E501
-    "datasets/captions.py imports datasets/index/index.py of a higher layer",  # noqa: E501
-    "datasets/captions.py imports datasets/storage/storage.py of a higher layer",  # noqa: E501
-    "datasets/config.py imports datasets/images/images.py of a higher layer",  # noqa: E501
-    "datasets/images/decode_job.py imports datasets/index/masks.py of a higher layer",  # noqa: E501
-    "datasets/images/pixel_statistics.py imports datasets/index/index.py of a higher layer",  # noqa: E501
+    "datasets/buckets.py imports datasets/index/index.py of a higher layer",
+    "datasets/captions.py imports datasets/index/index.py of a higher layer",
+    "datasets/captions.py imports datasets/storage/storage.py of a higher layer",
+    "datasets/config.py imports datasets/images/images.py of a higher layer",
+    "datasets/images/decode_job.py imports datasets/index/masks.py of a higher layer",
+    "datasets/images/pixel_statistics.py imports datasets/index/index.py of a higher layer",
     "import cycle: datasets/captions.py, datasets/index/caption_files.py, datasets/index/caption_tables.py, datasets/index/exclusions.py, datasets/index/image_folder.py, datasets/index/index.py, datasets/index/masks.py, datasets/storage/range_reader.py, datasets/storage/storage.py",  # noqa: E501
-    "import cycle: trainers/config/conflicts.py, trainers/config/search.py, trainers/recipe.py",  # noqa: E501
-    "import cycle: trainers/models/formats/hypernetwork.py, trainers/models/stable_diffusion/hypernetwork.py",  # noqa: E501
-    "import cycle: trainers/models/formats/lora.py, trainers/models/formats/lora_header.py",  # noqa: E501
+    "import cycle: trainers/config/conflicts.py, trainers/config/search.py, trainers/recipe.py",
+    "import cycle: trainers/models/formats/hypernetwork.py, trainers/models/stable_diffusion/hypernetwork.py",
+    "import cycle: trainers/models/formats/lora.py, trainers/models/formats/lora_header.py",
     "import cycle: trainers/models/formats/model_header.py, trainers/models/formats/single_file.py, trainers/models/stable_diffusion/condition.py, trainers/models/stable_diffusion/embeddings.py, trainers/models/stable_diffusion/lora.py, trainers/models/stable_diffusion/model.py, trainers/models/stable_diffusion/prompt_tokens.py",  # noqa: E501
-    "trainers/artifacts/loading.py imports trainers/methods/aesthetic_gradients.py of a higher layer",  # noqa: E501
-    "trainers/artifacts/loading.py imports trainers/methods/base.py of a higher layer",  # noqa: E501
-    "trainers/artifacts/loading.py imports trainers/methods/hypernetwork.py of a higher layer",  # noqa: E501
-    "trainers/config/conflicts.py imports trainers/recipe.py of a higher layer",  # noqa: E501
-    "trainers/config/deepspeed.py imports trainers/recipe.py of a higher layer",  # noqa: E501
-    "trainers/config/engine.py imports trainers/memory/estimate.py of a higher layer",  # noqa: E501
-    "trainers/config/paths.py imports trainers/recipe.py of a higher layer",  # noqa: E501
-    "trainers/config/search.py imports trainers/evaluation/heldout_loss.py of a higher layer",  # noqa: E501
-    "trainers/config/search.py imports trainers/recipe.py of a higher layer",  # noqa: E501
-    "trainers/distributed/context.py imports trainers/models/stable_diffusion/device.py of a higher layer",  # noqa: E501
-    "trainers/engines/zero_setup.py imports trainers/memory/strategies.py of a higher layer",  # noqa: E501
-    "trainers/memory/profile.py imports trainers/run/build.py of a higher layer",  # noqa: E501
+    "trainers/artifacts/loading.py imports trainers/methods/aesthetic_gradients.py of a higher layer",
+    "trainers/artifacts/loading.py imports trainers/methods/base.py of a higher layer",
+    "trainers/artifacts/loading.py imports trainers/methods/hypernetwork.py of a higher layer",
+    "trainers/config/conflicts.py imports trainers/recipe.py of a higher layer",
+    "trainers/config/deepspeed.py imports trainers/recipe.py of a higher layer",
+    "trainers/config/engine.py imports trainers/memory/estimate.py of a higher layer",
+    "trainers/config/paths.py imports trainers/recipe.py of a higher layer",
+    "trainers/config/search.py imports trainers/evaluation/heldout_loss.py of a higher layer",
+    "trainers/config/search.py imports trainers/recipe.py of a higher layer",
+    "trainers/distributed/context.py imports trainers/models/stable_diffusion/device.py of a higher layer",
+    "trainers/engines/zero_setup.py imports trainers/memory/strategies.py of a higher layer",
+    "trainers/memory/profile.py imports trainers/run/build.py of a higher layer",
     "trainers/models/formats/hypernetwork.py imports trainers/models/stable_diffusion/hypernetwork.py of a higher layer",  # noqa: E501
-    "trainers/models/formats/model_header.py imports trainers/models/stable_diffusion/model.py of a higher layer",  # noqa: E501
-    "trainers/models/formats/single_file.py imports trainers/models/stable_diffusion/model.py of a higher layer",  # noqa: E501
+    "trainers/models/formats/model_header.py imports trainers/models/stable_diffusion/model.py of a higher layer",
+    "trainers/models/formats/single_file.py imports trainers/models/stable_diffusion/model.py of a higher layer",
     "trainers/models/stable_diffusion/prompt_tokens.py imports trainers/models/sampling/prompt_syntax.py of a higher layer",  # noqa: E501
-    "trainers/models/vision/clip.py imports trainers/models/stable_diffusion/loading.py of a higher layer",  # noqa: E501
-    "trainers/models/vision/clip.py imports trainers/models/stable_diffusion/model.py of a higher layer",  # noqa: E501
-    "trainers/models/vision/dino.py imports trainers/models/stable_diffusion/loading.py of a higher layer",  # noqa: E501
-    "trainers/models/vision/dino.py imports trainers/models/stable_diffusion/model.py of a higher layer",  # noqa: E501
-    "trainers/optim/optimizers.py imports trainers/methods/base.py of a higher layer",  # noqa: E501
-    "trainers/recipe.py imports trainers/evaluation/heldout_loss.py of a higher layer",  # noqa: E501
-    "trainers/recipe.py imports trainers/methods/base.py of a higher layer",  # noqa: E501
-    "trainers/recipe.py imports trainers/models/sampling/prompt_lines.py of a higher layer",  # noqa: E501
-    "trainers/recipe.py imports trainers/models/stable_diffusion/model.py of a higher layer",  # noqa: E501
-    "trainers/recipe.py imports trainers/optim/optimizers.py of a higher layer",  # noqa: E501
-    "trainers/report/metrics_log.py imports torch",  # noqa: E501
-    "trainers/report/report.py imports trainers/artifacts/usage.py of a higher layer",  # noqa: E501
-    "trainers/run/run_lock.py imports trainers/driver/progress.py of a higher layer",  # noqa: E501
-    "trainers/run/run_lock.py imports trainers/driver/shared_paths.py of a higher layer",  # noqa: E501
+    "trainers/models/vision/clip.py imports trainers/models/stable_diffusion/loading.py of a higher layer",
+    "trainers/models/vision/clip.py imports trainers/models/stable_diffusion/model.py of a higher layer",
+    "trainers/models/vision/dino.py imports trainers/models/stable_diffusion/loading.py of a higher layer",
+    "trainers/models/vision/dino.py imports trainers/models/stable_diffusion/model.py of a higher layer",
+    "trainers/optim/optimizers.py imports trainers/methods/base.py of a higher layer",
+    "trainers/recipe.py imports trainers/evaluation/heldout_loss.py of a higher layer",
+    "trainers/recipe.py imports trainers/methods/base.py of a higher layer",
+    "trainers/recipe.py imports trainers/models/sampling/prompt_lines.py of a higher layer",
+    "trainers/recipe.py imports trainers/models/stable_diffusion/model.py of a higher layer",
+    "trainers/recipe.py imports trainers/optim/optimizers.py of a higher layer",
+    "trainers/report/metrics_log.py imports torch",
+    "trainers/report/report.py imports trainers/artifacts/usage.py of a higher layer",
+    "trainers/run/run_lock.py imports trainers/driver/progress.py of a higher layer",
+    "trainers/run/run_lock.py imports trainers/driver/shared_paths.py of a higher layer",
 }
 # torch.distributed.destroy_process_group: elsewhere a group could end before its users.
 END_GROUPS = {
