@@ -14,7 +14,7 @@ from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 from dreamfleet.datasets import captions
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.methods.base import Method, MethodConfig, ParamGroup, Sample, Setting, register
+from dreamfleet.trainers.methods.base import Method, MethodConfig, Sample, Setting, register
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.formats.hypernetwork import (
     HypernetworkFile,
@@ -33,6 +33,7 @@ from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
     set_hypernetworks,
 )
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
 def _split(value: Any) -> Any:

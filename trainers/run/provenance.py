@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamfleet.datasets.json_text import json_text
+from dreamfleet.trainers.config.engines import engine_spec
 from dreamfleet.trainers.methods.base import Base
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.build import Parts
@@ -29,7 +30,7 @@ def provenance(recipe: Recipe, parts: Parts, engine_reason: str) -> str:
         f"# {', '.join(lines)}\n"
         f"# dataset {parts.sets.instances.content_hash} ({len(parts.sets.instances)} pictures)\n"
         f"# base model {' '.join(filter(None, parts.method.base[:2]))}\n"
-        f"# engine {recipe.engine.words} ({' '.join(engine_reason.split())})\n"
+        f"# engine {engine_spec(recipe.engine).summary(recipe.engine)} ({' '.join(engine_reason.split())})\n"
     )
 
 

@@ -137,7 +137,7 @@ class Recorder:
         if step == self.saved:
             return
         # Every rank: an engine that shards gathers here.
-        learned, engine = self.parts.engine.learned(), self.parts.engine.state()
+        learned, engine = self.parts.engine.weights(), self.parts.engine.state()
         self.distributed.on_rank_0(lambda: self._write_checkpoint(step, learned, engine))
         self.saved = step
 
@@ -207,7 +207,7 @@ class Recorder:
     def close(self, summary: Summary, step: int) -> None:
         """Export, write the summary and the report on rank 0; every rank calls, as the weights may be gathered."""
         if summary.exit_reason == "completed":
-            with self.parts.engine.whole():
+            with self.parts.engine.full_weights():
                 summary.exports = self.distributed.on_rank_0(lambda: self._export(step))
         self.distributed.on_rank_0(lambda: self._close(summary))
 

@@ -11,6 +11,7 @@ import torch
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.engines import engine_spec
 from dreamfleet.trainers.distributed.agreement import compare
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, on_device
@@ -178,7 +179,7 @@ def _run(
         base_model=parts.method.base.name,
         base_model_hash=parts.method.base.content_hash,
         versions=versions(),
-        engine=f"{recipe.engine.words} ({engine_reason})",
+        engine=f"{engine_spec(recipe.engine).summary(recipe.engine)} ({engine_reason})",
     )
     recorder.close(summary, outcome.step)
     distributed.wait()
@@ -214,7 +215,7 @@ def _restore(found: Checkpoint, recipe: Recipe, parts: Parts, distributed: Distr
             f"the checkpoint of step {found.step} is of {name}, this recipe is for {recipe.method.name}"
         )
     try:
-        parts.engine.load_learned(found.learned)
+        parts.engine.load_weights(found.learned)
         parts.engine.load_state(found.engine)
         parts.method.steps_before = found.meta.get("steps_before", 0)
     except RecipeError as error:
