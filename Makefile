@@ -14,7 +14,7 @@ FOLDERS := cluster datasets trainers tune
 PYTEST_ARGS ?=
 RUN ?= runs/demo
 
-.PHONY: help install install-test demo test test-fast test-gpu-matrix check lint types layers format golden docs wheel pocket bench bench-gpu gpu-bundle clean
+.PHONY: help install install-test demo test test-fast test-gpu-matrix check lint types layers format golden structure recipes docs wheel pocket bench bench-gpu gpu-bundle clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -87,7 +87,10 @@ layers: $(VENV)/.installed-test ## who may import whom
 golden: $(VENV)/.installed-test ## rewrite the recorded loss curves; read the diff before you commit it
 	$(BIN)/python tests/support/golden.py --write
 
-docs: $(VENV)/.installed ## rewrite docs/recipes.md from the recipe's own models
+structure: $(VENV)/.installed ## files, packages, import levels, cycles and lines; updates the diagram of docs/architecture.md
+	$(BIN)/python docs/structure.py --write
+
+recipes: $(VENV)/.installed ## rewrite docs/recipes.md from the recipe's own models
 	$(BIN)/python docs/write_recipes.py
 
 wheel: $(VENV)/.installed-test ## dist/dreamfleet-*.whl, the pocket model inside

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dreamfleet.datasets.config import DataConfig
-    from dreamfleet.datasets.index.index import Index
 
 Size = tuple[int, int]  # width and height in pixels
 MOST_ENLARGED = 4  # times: beyond that a picture is told of, and left out where nothing is to be enlarged
@@ -69,30 +68,29 @@ def size_without_upscaling(width: int, height: int, *, resolution: int, step: in
     return max(step, width - width % step), max(step, height - height % step)
 
 
-def image_sizes(index: Index, data: DataConfig) -> list[Size]:
-    """List the size in pixels that each picture of an index is shown at: its bucket's, or ``resolution`` squared."""
+def training_sizes(originals: Sequence[Size], data: DataConfig) -> list[Size]:
+    """Return the size in pixels that each image is trained at: its bucket's, or ``resolution`` squared."""
     if not data.enable_bucket:
-        return [(data.resolution, data.resolution)] * len(index)
+        return [(data.resolution, data.resolution)] * len(originals)
     step = data.bucket_reso_steps
-    pairs = list(zip(index.column("width"), index.column("height"), strict=True))
     if data.bucket_no_upscale:
         found = {
-            pair: size_without_upscaling(*pair, resolution=data.resolution, step=step) for pair in set(pairs)
+            pair: size_without_upscaling(*pair, resolution=data.resolution, step=step)
+            for pair in set(originals)
         }
     else:
         sizes = bucket_sizes(
             data.resolution, smallest=data.min_bucket_reso, largest=data.max_bucket_reso, step=step
         )
-        found = {pair: nearest_size(*pair, sizes) for pair in set(pairs)}
-    return [found[pair] for pair in pairs]
+        found = {pair: nearest_size(*pair, sizes) for pair in set(originals)}
+    return [found[pair] for pair in originals]
 
 
-def most_enlarged(index: Index, sizes: Sequence[Size]) -> tuple[int, float, str]:
-    """Say how many pictures are enlarged more than MOST_ENLARGED times, how much the most is, and of which it is."""
-    sides = zip(index.column("width"), index.column("height"), strict=True)
-    scales = [max(to[0] / width, to[1] / height) for (width, height), to in zip(sides, sizes, strict=True)]
+def most_enlarged(originals: Sequence[Size], sizes: Sequence[Size]) -> tuple[int, float, int]:
+    """Return how many images are enlarged more than MOST_ENLARGED times, the largest factor, and that image's row."""
+    scales = [max(to[0] / size[0], to[1] / size[1]) for size, to in zip(originals, sizes, strict=True)]
     worst = max(range(len(scales)), key=scales.__getitem__)
-    return sum(scale > MOST_ENLARGED for scale in scales), scales[worst], index.row(worst).uri
+    return sum(scale > MOST_ENLARGED for scale in scales), scales[worst], worst
 
 
 def number_buckets(sizes: Sequence[Size]) -> list[int]:

@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from dreamfleet.datasets.errors import DataError, StorageError
+from dreamfleet.datasets.errors import DataError
 
 if TYPE_CHECKING:
-    from dreamfleet.datasets.index.index import DataConfig
+    import numpy as np
+
+    from dreamfleet.datasets.config import DataConfig
 
 # Textual Inversion's 27 object forms and 19 style forms (arXiv 2208.01618, `ldm/data/personalized*.py`).
 OBJECT_TEMPLATES = (
@@ -166,29 +166,6 @@ def fill_template(template: str, name: str, filewords: str) -> str:
     return filled.replace("{}", name)
 
 
-def load_templates(name: str) -> tuple[str, ...]:
-    """Return the prompt templates of a set (object, style_filewords, ...) or of a file."""
-    return TEMPLATE_SETS.get(name) or load_template_file(name)
-
-
-def load_template_file(path: str) -> tuple[str, ...]:
-    """Read a template file: one template a line, blank lines skipped. DataError when it holds none."""
-    from dreamfleet.datasets.storage.storage import (
-        read_uri,  # here, so that this file stays pure for the rest
-    )
-
-    try:
-        text = decode_text(read_uri(path), uri=path)
-    except StorageError as error:
-        raise DataError(f"template file: {error}") from error
-    templates = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not templates:
-        raise DataError(
-            f"template file {path} is empty: write one template a line, such as 'a photo of [name]'"
-        )
-    return templates
-
-
 def split_tags(caption: str) -> list[str]:
     """The comma-separated tags of a caption, stripped, empty ones left out."""
     return [tag.strip() for tag in caption.split(",") if tag.strip()]
@@ -224,21 +201,3 @@ def caption_from_filename(file_name: str) -> str:
     if "." in stem.lstrip("."):
         stem = stem.rsplit(".", 1)[0]
     return _LEADING_NUMBER.sub("", stem)
-
-
-def decode_text(data: bytes, *, uri: str) -> str:
-    """Decode UTF-8, with or without byte order mark; DataError naming file, byte and remedy."""
-    guess = ""
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data:
-        guess = " (it looks like UTF-16)"
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{uri} is not UTF-8 text{guess}: byte {data[error.start]:#04x} at position {error.start}, "
-            f"line {line}. Save it again as UTF-8"
-        ) from error
-    if guess:  # UTF-16 of English without its mark is valid UTF-8, with a zero behind every letter
-        raise DataError(f"{uri} is not UTF-8 text{guess}: it holds zero bytes. Save it again as UTF-8")
-    return text

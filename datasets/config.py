@@ -8,7 +8,9 @@ from typing import Annotated, Literal, Self
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
 from dreamfleet.datasets.config_base import Section, as_list
-from dreamfleet.datasets.images.images import MAX_PIXELS
+
+# Pillow refuses larger images itself (twice its warning limit), so this is the largest limit that has an effect.
+MAX_PIXELS = 178_956_970
 
 
 def _also(name: str, *others: str) -> AliasChoices:

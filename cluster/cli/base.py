@@ -16,7 +16,6 @@ from typer.core import TyperGroup
 
 FAILED, MENDABLE, INTERRUPTED = 1, 2, 130
 SECONDS_BETWEEN_LINES = 10.0
-RESUME_WITH = "DREAMFLEET_RESUME_WITH"  # set inside a job: what its sender has to type to go on
 
 
 class Commands(TyperGroup):
@@ -185,6 +184,8 @@ def _tell(ctx: typer.Context, message: str) -> None:
 def how_to_resume(command: str, recipe: str, overrides: Sequence[str] | None) -> str:
     """Write what the person types to go on with a run or search that was interrupted."""
     typed = " ".join([f"dreamfleet {command}", recipe, *(overrides or ()), "--resume"])
+    from dreamfleet.cluster.jobs.client import RESUME_WITH
+
     return os.environ.get(RESUME_WITH, typed)
 
 

@@ -21,6 +21,9 @@ from dreamfleet.trainers.driver.session import authentication
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # where `ray dashboard ray_config.yaml` brings a cluster's
 ANSWER_SECONDS = 10.0
 POLL_SECONDS = 1.0
+RESUME_WITH = (
+    "DREAMFLEET_RESUME_WITH"  # set in a job's environment: the command that resumes it after a failure
+)
 OURS = "dreamfleet"  # the key in a job's metadata that tells our jobs from others; holds our version
 TOKEN_ADVICE = (
     "Set RAY_AUTH_TOKEN to the cluster's token, or put it into ~/.ray/auth_token (`ray get-auth-token` shows it on the "

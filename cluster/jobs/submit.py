@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from dreamfleet.cluster.cli.base import RESUME_WITH
-from dreamfleet.cluster.jobs.client import OURS, JobServer, make_resume_command
+from dreamfleet.cluster.jobs.client import OURS, RESUME_WITH, JobServer, make_resume_command
 from dreamfleet.cluster.jobs.package import MIB, RECIPE_FILE, Parcel, write_wheel
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.recipe import Recipe

@@ -16,6 +16,8 @@ IMAGE_SUFFIXES = (
     ".avif",
     ".apng",
 )
+MASK_ENDING = ".mask.png"  # of the mask that lies beside an image
+ATTENTION_ENDING = "_att"  # of the stem of a DreamArtist attention map
 # Images, raw photographs and videos to a person, not to this program: reported instead of being passed over in silence.
 UNREADABLE_SUFFIXES = (
     ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".psd", ".psb", ".xcf", ".kra", ".ai", ".eps",

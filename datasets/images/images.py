@@ -12,15 +12,13 @@ from PIL import Jpeg2KImagePlugin as _jpeg2000  # noqa: F401
 from PIL import TiffImagePlugin as _tiff  # noqa: F401
 from PIL import WebPImagePlugin as _webp  # noqa: F401
 
+from dreamfleet.datasets.config import MAX_PIXELS
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.images.color_profile import to_srgb
 
 # Times the target's pixels that a resized picture may have before its crop. Photographs and panoramas stay below: there
 # the crop follows the resizing, as resizing a part alone gives other last bits.
 MOST_RESIZED = 16
-
-# Pillow refuses more than this by itself (twice its warning limit), so it is the most we can allow.
-MAX_PIXELS = 178_956_970
 
 # No EPS, PDF or FITS: those start other programs or read what is no picture.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from PIL import Image
 
 from dreamfleet.datasets.images.images import Placed, resize_and_crop
+
+Fit = Callable[[Image.Image], Image.Image]  # what a method does with an image before its model sees it
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from dreamfleet.datasets.captions import decode_text
+from dreamfleet.datasets.decode_text import decode_text
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.index.caption_tables import images_of, read_table
 from dreamfleet.datasets.index.image_folder import ImageFolder

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from dreamfleet.datasets.captions import decode_text
+from dreamfleet.datasets.decode_text import decode_text
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.index.image_folder import ImageFolder
 from dreamfleet.datasets.json_text import json_text

@@ -10,14 +10,13 @@ from types import MappingProxyType
 from pydantic import ValidationError
 
 from dreamfleet.datasets.buckets import MOST_ENLARGED
-from dreamfleet.datasets.captions import decode_text
 from dreamfleet.datasets.config import Concept, DataConfig, concept_with_absolute_paths
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.index.exclusions import CLASS, MASKS, TRAINED_ON, BadFile
 from dreamfleet.datasets.index.image_folder import ImageFolder
 from dreamfleet.datasets.index.index import Index, Known, build_index
 from dreamfleet.datasets.index.kohya_folders import kohya_concepts, refuse_subset, subsets_of
-from dreamfleet.datasets.storage.storage import Storage, read_uri
+from dreamfleet.datasets.storage.storage import Storage, read_text
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ def _large_enough(index: Index, data: DataConfig) -> Index:
     if not (data.enable_bucket and data.bucket_no_upscale):
         return index
     least = data.bucket_reso_steps / MOST_ENLARGED
-    sides = list(zip(index.column("width"), index.column("height"), strict=True))
+    sides = index.sizes()
     kept = [row for row, size in enumerate(sides) if min(size) >= least]
     if len(kept) == len(index):
         return index
@@ -185,7 +184,7 @@ def load_concepts(data: DataConfig) -> list[Concept]:
 def _read_concepts_file(path: str) -> list[Concept]:
     """ShivamShrirao's concepts_list.json; its relative folders start at the file's own."""
     try:
-        entries = json.loads(decode_text(read_uri(path), uri=path))
+        entries = json.loads(read_text(path))
     except StorageError as error:
         raise DataError(f"concepts_list: {error}") from error
     except json.JSONDecodeError as error:

@@ -6,8 +6,7 @@ import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-MASK_ENDING = ".mask.png"
-ATTENTION_ENDING = "_att"  # of a stem
+from dreamfleet.datasets.images.image_formats import ATTENTION_ENDING, MASK_ENDING
 
 
 class Pairs:

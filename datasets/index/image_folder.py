@@ -18,6 +18,7 @@ from types import MappingProxyType
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.images.image_formats import (
     IMAGE_SUFFIXES,
+    MASK_ENDING,
     OTHER_ENDINGS,
     UNREADABLE_SUFFIXES,
     format_of,
@@ -35,7 +36,7 @@ from dreamfleet.datasets.index.exclusions import (
     is_utf8,
     printable,
 )
-from dreamfleet.datasets.index.file_pairing import MASK_ENDING, Pairs, composed, masks_beside
+from dreamfleet.datasets.index.file_pairing import Pairs, composed, masks_beside
 from dreamfleet.datasets.storage.range_reader import first_bytes
 from dreamfleet.datasets.storage.storage import Storage
 

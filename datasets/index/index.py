@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from dreamfleet.datasets.config import Concept, DataConfig
+from dreamfleet.datasets.config import MAX_PIXELS, Concept, DataConfig
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.images.image_formats import holds_embedding
-from dreamfleet.datasets.images.images import MAX_PIXELS, check_image, read_header
+from dreamfleet.datasets.images.images import check_image, read_header
+from dreamfleet.datasets.images.masks import open_mask, read_mask
 from dreamfleet.datasets.index.caption_files import Captions, refuse_all
 from dreamfleet.datasets.index.exclusions import BadFile, Skipped, summary
 from dreamfleet.datasets.index.image_folder import CAPTION_EXTENSIONS, ImageFolder
-from dreamfleet.datasets.index.masks import open_mask, read_mask
 from dreamfleet.datasets.storage.storage import Storage
 
 __all__ = ["BadFile", "Concept", "DataConfig", "Index", "Row", "build_index"]
@@ -102,6 +102,10 @@ class Index:
     def column(self, name: str) -> list[Any]:
         """One column as a list."""
         return self.table.column(name).to_pylist()
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Return the width and height of every image in pixels."""
+        return list(zip(self.column("width"), self.column("height"), strict=True))
 
     def take(self, numbers: Sequence[int], captions: Sequence[str | None]) -> Index:
         """The pictures in some rows, in this order, with these captions in place of their own."""

@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from dreamfleet.datasets.captions import decode_text
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.index.file_pairing import same_name
 from dreamfleet.datasets.index.index import Index
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.rng import key
-from dreamfleet.datasets.storage.storage import Storage, read_uri
+from dreamfleet.datasets.storage.storage import Storage, read_text
 
 LABELS_FILE = "dataset.json"  # in the folder of pictures, where nothing else is said
 MOST_CLASSES = 1000
@@ -24,7 +23,7 @@ HELD_OUT_SHARE = 5  # at most every so many-th picture of a class is held out
 def read_labels(uri: str) -> dict[str, int]:
     """Read a JSON of labels, on disk or in a bucket. Raises DataError, naming it, for anything else."""
     try:
-        return parse_labels(decode_text(read_uri(uri), uri=uri), uri)
+        return parse_labels(read_text(uri), uri)
     except StorageError as error:
         raise DataError(f"labels: {error}") from error
 

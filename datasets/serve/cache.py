@@ -15,12 +15,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
-from dreamfleet.datasets.buckets import image_sizes
+from dreamfleet.datasets.buckets import training_sizes
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.environment import take_over, to_send
 from dreamfleet.datasets.errors import DataError, RunFailed, StorageError, UserError
+from dreamfleet.datasets.images.masks import ImageView, cut_image, read_mask
 from dreamfleet.datasets.index.index import Index
-from dreamfleet.datasets.index.masks import ImageView, cut_image, read_mask
 from dreamfleet.datasets.serve.latent_files import Key, LatentCache, write_shard
 from dreamfleet.datasets.storage.storage import Storage, read_uri
 
@@ -81,7 +81,7 @@ def jobs_of(index: Index, data: DataConfig) -> list[Job]:
     """List what there is to encode of an index, each picture once: copies share their latents."""
     masks = [sha256 if data.alpha_mask else None for sha256 in index.column("mask_sha256")]
     every = zip(
-        index.column("sha256"), masks, image_sizes(index, data), index.column("uri"), index.column("mask"),
+        index.column("sha256"), masks, training_sizes(index.sizes(), data), index.column("uri"), index.column("mask"),
         strict=True,
     )  # fmt: skip
     flips = (False, True) if data.random_flip else (False,)

@@ -11,12 +11,13 @@ from typing import Any, Self
 
 import numpy as np
 
+from dreamfleet.datasets.config import MAX_PIXELS
 from dreamfleet.datasets.environment import to_send
 from dreamfleet.datasets.errors import DataError, ResourceError, StorageError
-from dreamfleet.datasets.images.decode_job import Fit, decode_batch, decode_one
-from dreamfleet.datasets.images.images import MAX_PIXELS
+from dreamfleet.datasets.images.masks import ImageView
+from dreamfleet.datasets.images.vision_transform import Fit
 from dreamfleet.datasets.index.index import Index
-from dreamfleet.datasets.index.masks import ImageView
+from dreamfleet.datasets.serve.decode_job import decode_batch, decode_one
 
 log = logging.getLogger(__name__)
 

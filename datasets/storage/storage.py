@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dreamfleet.datasets.captions import decode_text
+from dreamfleet.datasets.decode_text import decode_text
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.storage.disk import (
     appearing,
@@ -296,3 +296,8 @@ def read_uri(uri: str) -> bytes:
     """Read the file at an absolute local path or bucket address; StorageError as Storage gives it."""
     folder, _, name = uri.rpartition("/")
     return Storage(folder or "/").read_bytes(name)
+
+
+def read_text(uri: str) -> str:
+    """Read the UTF-8 file at a local path or bucket address. Raises StorageError, or DataError for other text."""
+    return decode_text(read_uri(uri), uri=uri)

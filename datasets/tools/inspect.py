@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from dreamfleet.datasets.buckets import image_sizes
+from dreamfleet.datasets.buckets import training_sizes
 from dreamfleet.datasets.captions import split_tags
 from dreamfleet.datasets.config import DataConfig
-from dreamfleet.datasets.images.pixel_statistics import copies, look_at_all, near_copies
 from dreamfleet.datasets.index.concepts import Sets, load_class_images, load_sets, places_apart
 from dreamfleet.datasets.index.image_folder import ImageFolder
+from dreamfleet.datasets.tools.pixel_statistics import copies, look_at_all, near_copies
 
 NEARLY_ALL_CUT_OFF = 0.9  # of one picture
 MUCH_CUT_OFF = 0.2  # part of a picture that the crop takes away, on average
@@ -86,7 +86,7 @@ def survey(
         for one in sets.concepts
     ]
     looks = list(look_at_all(rows, data.max_pixels, progress))
-    sizes = image_sizes(sets.instances, data)
+    sizes = training_sizes(sets.instances.sizes(), data)
     pairs = list(zip(rows, sizes, strict=True))
     scales = [max(size[0] / row.width, size[1] / row.height) for row, size in pairs]
     losses = [

@@ -14,11 +14,11 @@ from PIL import Image
 
 from dreamfleet.datasets.buckets import (
     bucket_sizes,
-    image_sizes,
     nearest_size,
     number_buckets,
     size_without_upscaling,
     tell_buckets,
+    training_sizes,
 )
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import RecipeError
@@ -99,13 +99,13 @@ def test_sizes_of_an_index_and_their_numbers(tmp_path: Path) -> None:
     index = build_index(str(tmp_path))
     by_name = {Path(uri).stem: number for number, uri in enumerate(index.column("uri"))}
     data = DataConfig(instance_data_dir="x", enable_bucket=True)
-    sizes = image_sizes(index, data)
+    sizes = training_sizes(index.sizes(), data)
     assert [sizes[by_name[name]] for name in "abcd"] == [(576, 448), (448, 576), (512, 512), (576, 448)]
     assert [number_buckets(sizes)[by_name[name]] for name in "abcd"] == [2, 0, 1, 2]
     assert tell_buckets(sizes) == "448x576: 1, 512x512: 1, 576x448: 2"
-    smaller = image_sizes(index, data.model_copy(update={"bucket_no_upscale": True}))
+    smaller = training_sizes(index.sizes(), data.model_copy(update={"bucket_no_upscale": True}))
     assert [smaller[by_name[name]] for name in "abcd"] == [(512, 384), (384, 512), (448, 448), (64, 64)]
-    assert set(image_sizes(index, DataConfig(instance_data_dir="x"))) == {(512, 512)}
+    assert set(training_sizes(index.sizes(), DataConfig(instance_data_dir="x"))) == {(512, 512)}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from dreamfleet.datasets.captions import (
     choose_caption,
     drop_tags,
     fill_template,
-    load_template_file,
     make_caption,
     shuffle_tags,
 )
@@ -172,17 +171,3 @@ def test_the_separator_says_what_stays_in_front_and_behind():
     )
     bare = DataConfig(instance_data_dir="x", keep_tokens_separator="|||")
     assert make_caption("a, b ||| c", rng=rng(), config=bare) == "a, b, c"
-
-
-def test_template_file(tmp_path):
-    path = tmp_path / "t.txt"
-    path.write_bytes(b"\xef\xbb\xbfa photo of [name]\r\n\r\n  [filewords]  \n")
-    assert load_template_file(str(path)) == ("a photo of [name]", "[filewords]")
-    path.write_text("\n \n")
-    with pytest.raises(DataError, match="is empty"):
-        load_template_file(str(path))
-    path.write_bytes(b"caf\xe9 [name]")
-    with pytest.raises(DataError, match=r"0xe9 .*3, line 1"):
-        load_template_file(str(path))
-    with pytest.raises(DataError, match="does not exist"):
-        load_template_file(str(tmp_path / "none.txt"))

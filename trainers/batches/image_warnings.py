@@ -17,13 +17,13 @@ log = logging.getLogger(__name__)
 def log_findings(index: Index, sizes: Sequence[Size], method: Method, data: DataConfig) -> None:
     """Log what is left out, images that are enlarged many times, and captions that are cut at the token limit."""
     log_left_out(index)
-    enlarged, largest, uri = most_enlarged(index, sizes)
+    enlarged, largest, row = most_enlarged(index.sizes(), sizes)
     if enlarged:
         log.warning(
             "images enlarged many times: %d, up to %.0f times (%s): remove them, or lower data.resolution",
             enlarged,
             largest,
-            uri,
+            index.row(row).uri,
         )
     if isinstance(method, SeeingMethod):
         return

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from dreamfleet.datasets.buckets import image_sizes
+from dreamfleet.datasets.buckets import training_sizes
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.images.images import place_target
+from dreamfleet.datasets.images.masks import ImageView, cut_image, read_mask
 from dreamfleet.datasets.index.index import BadFile, Index
-from dreamfleet.datasets.index.masks import ImageView, cut_image, read_mask
 from dreamfleet.datasets.plan import Draw
 from dreamfleet.datasets.rng import numpy_rng
 from dreamfleet.datasets.storage.storage import read_uri
@@ -47,8 +47,8 @@ class Shown:
 
     def __init__(self, index: Index, data: DataConfig, seed: int):
         self.ids, self.data, self.seed = index.column("id"), data, seed
-        self.sizes = image_sizes(index, data)
-        self.files = list(zip(index.column("width"), index.column("height"), strict=True))
+        self.sizes = training_sizes(index.sizes(), data)
+        self.files = index.sizes()
 
     def time_ids(self, draws: Sequence[Draw], rows: Sequence[int] | None = None) -> Tensor:
         """Return what SDXL is told of each draw's size ``[B, 6]``; see :class:`Condition`.

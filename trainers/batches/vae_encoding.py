@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dreamfleet.datasets.buckets import image_sizes
+from dreamfleet.datasets.buckets import training_sizes
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.images.images import fit_image, open_image, to_tensor_range
+from dreamfleet.datasets.images.masks import ImageView, cut_image, loss_weights, read_mask
 from dreamfleet.datasets.index.index import Index
-from dreamfleet.datasets.index.masks import ImageView, cut_image, loss_weights, read_mask
 from dreamfleet.datasets.storage.storage import read_uri
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.models.stable_diffusion.model import VAE_PIXELS, StableDiffusion
@@ -68,7 +68,7 @@ def encode_index(
     """
     distributed = distributed or DistributedContext()
     device, cell = next(model.vae.parameters()).device, model.vae_factor
-    sizes = image_sizes(index, data)
+    sizes = training_sizes(index.sizes(), data)
     jobs = [ImageView(row, None, flip, size) for flip in mirrored for row, size in enumerate(sizes)]
     sizes = sizes * len(mirrored)
     channels = {"mean": model.vae.config.latent_channels, "std": model.vae.config.latent_channels}

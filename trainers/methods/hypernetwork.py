@@ -13,23 +13,25 @@ from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
 from dreamfleet.datasets import captions
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.index import template_files
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.hypernetwork_structure import (
+    Structure,
+    WeightInit,
+    derived_dropout,
+    require_activation,
+)
 from dreamfleet.trainers.methods.base import Method, MethodConfig, Sample, Setting, register
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.formats.hypernetwork import (
-    HypernetworkFile,
     read_hypernetwork,
     write_hypernetwork,
 )
 from dreamfleet.trainers.models.formats.optimizer_file import AdamState, file_hash, moments_beside
 from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
     Hypernetwork,
-    Structure,
-    WeightInit,
     context_widths,
-    derived_dropout,
     load_hypernetwork,
-    require_activation,
     set_hypernetworks,
 )
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
@@ -169,9 +171,8 @@ class HypernetworkMethod(Method):
 
     def export(self, order: Export) -> list[Path]:
         """Write ``NAME.pt``, as the webui does: in full precision, whatever the order says."""
-        file = HypernetworkFile(
-            name=order.name,
-            network=self.network,
+        file = self.network.to_file(
+            order.name,
             step=self.steps_before + order.step,
             sd_checkpoint=self.model.short_hash(),
             sd_checkpoint_name=self.model.short_name,
@@ -190,22 +191,22 @@ def _go_on(network: Hypernetwork, path: str) -> tuple[int, dict[str, AdamState]]
     """
     with Storage(path).local_copy() as local:
         found, digest = read_hypernetwork(local), file_hash(local)
-    theirs, ours = found.network.structure, network.structure
+    theirs, ours = found.structure, network.structure
     told = [
         f"{name}: {getattr(theirs, name)}"
         for name in ("layer_structure", "activation_func", "add_layer_norm", "activate_output")
         if getattr(theirs, name) != getattr(ours, name)
     ]
-    if found.network.widths != network.widths:
-        told.append(f"enable_sizes: {found.network.widths}")
+    if (widths := sorted(found.weights)) != network.widths:
+        told.append(f"enable_sizes: {widths}")
     if told:
         raise RecipeError(
             f"method.initial_hypernetwork: {path} is built otherwise than this run's; set " + ", ".join(told)
         )
-    network.load_state_dict(found.network.state_dict())
+    network.load_state_dict(Hypernetwork.from_file(found).state_dict())
     ours_named = dict(network.named_parameters())
     # The webui's optimizer has them in the order of the file.
-    names = [name for width in found.order for name in ours_named if name.startswith(f"layers.{width}.")]
+    names = [name for width in found.weights for name in ours_named if name.startswith(f"layers.{width}.")]
     moments = moments_beside(path, fits=digest, shapes=[list(ours_named[name].shape) for name in names])
     return found.step, dict(zip(names, moments, strict=True)) if moments else {}
 
@@ -217,7 +218,7 @@ def load_templates(name: str | None) -> tuple[str, ...]:
     """
     if name is None:
         return ()
-    templates = captions.load_templates(name)
+    templates = template_files.load_templates(name)
     if asking := [template for template in templates if "[name]" in template]:
         raise RecipeError(
             f"method.template_file {name}: {asking[0]!r} asks for the name of what is learnt, and a hypernetwork has "

@@ -8,8 +8,7 @@ from typing import NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from dreamfleet.datasets.images.decode_job import Fit
-from dreamfleet.datasets.images.vision_transform import as_it_is
+from dreamfleet.datasets.images.vision_transform import Fit, as_it_is
 from dreamfleet.datasets.index.index import Index
 from dreamfleet.trainers.methods.base import Batch, Method, Sample
 

@@ -15,8 +15,8 @@ import torch
 from pydantic import AfterValidator, AliasChoices, Field, model_validator
 from torch import Tensor, nn
 
-from dreamfleet.datasets import captions
 from dreamfleet.datasets.errors import ModelError
+from dreamfleet.datasets.index.template_files import load_templates
 from dreamfleet.trainers.methods.base import (
     Batch,
     Loss,
@@ -35,8 +35,7 @@ from dreamfleet.trainers.methods.embedding_common import (
     word_parameters,
 )
 from dreamfleet.trainers.methods.export_request import Export
-from dreamfleet.trainers.models.stable_diffusion.discriminator import Discriminator, load_discriminator
-from dreamfleet.trainers.models.stable_diffusion.embeddings import (
+from dreamfleet.trainers.models.embeddings import (
     NEGATIVE,
     install_embedding,
     install_negative,
@@ -45,6 +44,7 @@ from dreamfleet.trainers.models.stable_diffusion.guidance import guided_predicti
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.stable_diffusion.noise import clean_estimate, prediction_loss
 from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import place_word
+from dreamfleet.trainers.models.vision.discriminator import Discriminator, load_discriminator
 from dreamfleet.trainers.optim.param_group import ParamGroup
 
 NEGATIVE_NOISE = (
@@ -158,7 +158,7 @@ class PromptTuning(Method):
         self._word, self._guidance = config.placeholder_token, parse_guidance(config.cfg_scale)
         install_embedding(model, self._word, *self._positive.values())
         install_negative(model, self._word, *self._negative.values())
-        self._templates = captions.load_templates(config.template_file)
+        self._templates = load_templates(config.template_file)
         self._judges: list[Discriminator] = []
         if config.discriminator is not None:
             self._judges.append(_load_judge(config.discriminator, config.discriminator_class))

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import AliasChoices, Field, model_validator
 
-from dreamfleet.datasets import captions
+from dreamfleet.datasets.index.template_files import load_templates
 from dreamfleet.trainers.methods.base import Method, MethodConfig, Sample, Setting, register
 from dreamfleet.trainers.methods.embedding_common import (
     WORD_FORMATS,
@@ -25,8 +25,8 @@ from dreamfleet.trainers.methods.embedding_common import (
     word_parameters,
 )
 from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.models.embeddings import install_embedding
 from dreamfleet.trainers.models.formats.optimizer_file import AdamState
-from dreamfleet.trainers.models.stable_diffusion.embeddings import install_embedding
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.optim.param_group import ParamGroup
 
@@ -82,7 +82,7 @@ class TextualInversion(Method):
         start = initial_vectors(model, config.initializer_token, config.num_vectors)
         self._learning = word_parameters(self, "vectors", start)
         install_embedding(model, config.placeholder_token, *self._learning.values())
-        self._templates = captions.load_templates(config.template_file or config.learnable_property)
+        self._templates = load_templates(config.template_file or config.learnable_property)
 
     @property
     def trains_text(self) -> bool:

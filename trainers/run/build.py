@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dreamfleet.datasets.buckets import Size, image_sizes, number_buckets, tell_buckets
+from dreamfleet.datasets.buckets import Size, number_buckets, tell_buckets, training_sizes
 from dreamfleet.datasets.index.concepts import Sets, load_sets
 from dreamfleet.datasets.index.file_hashes import known_files
 from dreamfleet.datasets.index.index import Index
@@ -89,7 +89,7 @@ def assemble(recipe: Recipe, distributed: DistributedContext, *, begins: bool = 
         chosen, apart = distributed.on_every_rank(lambda: method.choose(sets.instances))
         compare({"what the labels say": chosen.content_hash}, distributed)
         sets = replace(sets, instances=chosen)
-    sizes = image_sizes(sets.instances, recipe.data)
+    sizes = training_sizes(sets.instances.sizes(), recipe.data)
     if distributed.is_main:
         log_findings(sets.instances, sizes, method, recipe.data)
     classes = gather_class_images(recipe, sets, method, distributed)

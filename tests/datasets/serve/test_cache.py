@@ -450,7 +450,7 @@ def test_latents_come_back_in_any_order_from_many_row_groups(tmp_path: Path) -> 
 
 
 def cuts_of(jobs: Sequence[Any]) -> list[np.ndarray]:
-    from dreamfleet.datasets.index.masks import ImageView, cut_image
+    from dreamfleet.datasets.images.masks import ImageView, cut_image
 
     return [
         cut_image(

@@ -9,9 +9,9 @@ from image_files import image, put
 from servers import s3_server  # noqa: F401  (a fixture)
 
 from dreamfleet.datasets.errors import DataError, ResourceError, StorageError
-from dreamfleet.datasets.images.decode_job import decode_batch
 from dreamfleet.datasets.images.images import fit_image, open_image
 from dreamfleet.datasets.index.index import Index, build_index
+from dreamfleet.datasets.serve.decode_job import decode_batch
 from dreamfleet.datasets.serve.stream import READY_BYTES, WINDOW, ImageStream, ImageView, most_ready
 from dreamfleet.datasets.storage.storage import Storage, read_uri
 

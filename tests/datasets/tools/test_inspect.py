@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from dreamfleet.cluster.cli import program
 from dreamfleet.datasets.config import DataConfig
-from dreamfleet.datasets.images.pixel_statistics import Look, difference_hash, near_copies
 from dreamfleet.datasets.index.index import Row
 from dreamfleet.datasets.tools.inspect import survey, tag_counts
+from dreamfleet.datasets.tools.pixel_statistics import Look, difference_hash, near_copies
 
 
 def run(*words: Any) -> Any:

@@ -398,8 +398,9 @@ def test_an_artifact_is_scored_with_its_run_or_with_a_model(tmp_path: Path) -> N
 
 @pytest.mark.usefixtures("by_colour")
 def test_a_hypernetwork_is_scored_with_a_model_when_told_what_to_draw(tmp_path: Path) -> None:
-    from dreamfleet.trainers.models.formats.hypernetwork import HypernetworkFile, write_hypernetwork
-    from dreamfleet.trainers.models.stable_diffusion.hypernetwork import Hypernetwork, Structure
+    from dreamfleet.trainers.config.hypernetwork_structure import Structure
+    from dreamfleet.trainers.models.formats.hypernetwork import write_hypernetwork
+    from dreamfleet.trainers.models.stable_diffusion.hypernetwork import Hypernetwork
 
     model = tiny_model()
     save_pipeline(model, tmp_path / "base")
@@ -407,7 +408,7 @@ def test_a_hypernetwork_is_scored_with_a_model_when_told_what_to_draw(tmp_path: 
     with torch.no_grad():
         for weights in network.parameters():
             weights.normal_()
-    path = write_hypernetwork(HypernetworkFile(name="h", network=network), tmp_path / "h.pt")
+    path = write_hypernetwork(network.to_file("h"), tmp_path / "h.pt")
     base = str(tmp_path / "base")
     with pytest.raises(UserError, match="--prompt"):
         score_run(path, model=base)

@@ -126,7 +126,7 @@ def test_exports_read_back_equal(workplace: Path, method_name: str, tmp_path: Pa
             part = "negative" if path.stem.endswith("-neg") else "positive"
             assert torch.allclose(read_embedding(path).vectors, expected[part], atol=1e-6), path
         elif method_name == "discriminator":
-            from dreamfleet.trainers.models.stable_diffusion.discriminator import load_discriminator
+            from dreamfleet.trainers.models.vision.discriminator import load_discriminator
 
             found = load_discriminator(str(path)).network.state_dict()
             assert found.keys() == expected.keys()
@@ -137,9 +137,9 @@ def test_exports_read_back_equal(workplace: Path, method_name: str, tmp_path: Pa
             if path.suffix == ".pt":
                 assert torch.equal(read_aesthetic(path), expected["features"] / expected["count"])
         elif method_name == "hypernetwork":
-            from dreamfleet.trainers.models.formats.hypernetwork import read_hypernetwork
+            from dreamfleet.trainers.models.stable_diffusion.hypernetwork import read_network
 
-            found = read_hypernetwork(path).network.state_dict()
+            found = read_network(path).state_dict()
             assert found.keys() == expected.keys()
             assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
         else:

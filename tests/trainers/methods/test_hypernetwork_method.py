@@ -18,15 +18,15 @@ from typer.testing import CliRunner
 from dreamfleet.cluster.cli import program
 from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.trainers.batches.feed import to_samples
+from dreamfleet.trainers.config.hypernetwork_structure import Structure
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.evaluation.heldout_loss import draw_previews
-from dreamfleet.trainers.models.formats.hypernetwork import HypernetworkFile, write_hypernetwork
+from dreamfleet.trainers.models.formats.hypernetwork import write_hypernetwork
 from dreamfleet.trainers.models.sampling.prompt_syntax import split_tags
 from dreamfleet.trainers.models.sampling.prompt_tags import HypernetworkShelf as Shelf
 from dreamfleet.trainers.models.sampling.prompt_tags import LoraShelf, Shelves, read_tag, split_multiplier
 from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
     Hypernetwork,
-    Structure,
     applied_hypernetworks,
 )
 from dreamfleet.trainers.recipe import build_recipe
@@ -39,7 +39,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hypernetworks")
     tiny.make_recipe(folder)
     for name in ("one", "two"):
-        write_hypernetwork(HypernetworkFile(name, Hypernetwork([WIDTH], Structure())), folder / f"{name}.pt")
+        write_hypernetwork(Hypernetwork([WIDTH], Structure()).to_file(name), folder / f"{name}.pt")
     return folder
 
 

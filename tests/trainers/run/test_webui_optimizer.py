@@ -134,8 +134,9 @@ def test_a_run_goes_on_from_a_hypernetwork(tmp_path: Path) -> None:
     folder = run(tmp_path, on, optimizer__learning_rate=0.0)
     first, second = read_hypernetwork(start), read_hypernetwork(folder / "exports" / "run.pt")
     assert (first.step, second.step) == (3, 6)
-    weights = second.network.state_dict()
-    assert all(torch.equal(weights[name], tensor) for name, tensor in first.network.state_dict().items())
+    for width, pair in first.weights.items():
+        for before, after in zip(pair, second.weights[width], strict=True):
+            assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     tree = tiny.make_recipe(
         tmp_path, method=on | {"add_layer_norm": True}, output_dir=str(tmp_path / "other")
     )

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dreamfleet.datasets.errors import FormatError, UserError
+from dreamfleet.trainers.config.hypernetwork_structure import Structure, WeightInit, derived_dropout
 from dreamfleet.trainers.models.formats.pickle_writer import (
     METADATA_KEY,
     is_real,
@@ -21,14 +23,11 @@ from dreamfleet.trainers.models.formats.pickle_writer import (
     save_pickle,
     text_entries,
 )
-from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
-    Hypernetwork,
-    Structure,
-    WeightInit,
-    derived_dropout,
-)
 
 SUFFIX = ".pt"
+
+Weights = Mapping[str, Tensor]  # state dict of one MLP: linear.0.weight, linear.0.bias ...
+Pair = tuple[Weights, Weights]  # of the keys' MLP and of the values'
 
 _MOST_WIDTHS = 32
 _LARGEST_WIDTH = 2**16
@@ -38,33 +37,31 @@ _OLD_NAMES = {f"linear{number}.{part}": f"linear.{number - 1}.{part}"
 
 @dataclass(frozen=True)
 class HypernetworkFile:
-    """A hypernetwork and what its file says of it.
+    """The content of a hypernetwork file.
 
-    `step`: optimizer steps trained. `sd_checkpoint`: short hash (10 hex digits) of the base model, `sd_checkpoint_name`
-    its file stem. `metadata`: text entries that travel with the file. `order`: the widths as the file has them.
+    ``weights``: the two MLPs of each context width, in the file's order. ``step``: optimizer steps trained.
+    ``sd_checkpoint``: short hash (10 hex digits) of the base model, ``sd_checkpoint_name`` its file stem.
+    ``metadata``: text entries that travel with the file.
     """
 
     name: str
-    network: Hypernetwork
+    structure: Structure
+    weights: Mapping[int, Pair]
     step: int = 0
     sd_checkpoint: str | None = None
     sd_checkpoint_name: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
-    order: tuple[int, ...] = ()
 
 
 def write_hypernetwork(file: HypernetworkFile, path: str | os.PathLike[str]) -> Path:
-    """Write the webui's `.pt`, float32. Raises FormatError for another suffix, and for weights that are no numbers."""
+    """Write the webui's `.pt` in float32. Raises FormatError for another suffix, and for NaN or infinite weights."""
     path = Path(path)
     if path.suffix.lower() != SUFFIX:
         raise FormatError(f"{path}: a hypernetwork is written as a {SUFFIX} file.")
-    network, structure = file.network, file.network.structure
+    structure = file.structure
     data: dict[Any, Any] = {}
-    for width in network.widths:
-        pair: Any = network.layers[str(width)]
-        data[width] = tuple(
-            {name: tensor.float() for name, tensor in module.state_dict().items()} for module in pair
-        )
+    for width, pair in sorted(file.weights.items()):
+        data[width] = tuple({name: tensor.float() for name, tensor in part.items()} for part in pair)
         for weights in data[width]:
             _require_finite(weights, width, path)
     data |= {
@@ -88,9 +85,9 @@ def write_hypernetwork(file: HypernetworkFile, path: str | os.PathLike[str]) -> 
 
 
 def read_hypernetwork(path: str | os.PathLike[str]) -> HypernetworkFile:
-    """Read a hypernetwork on the CPU, in float32, ready to apply; it is called as its file, as in the webui.
+    """Read a hypernetwork file on the CPU in float32; its name is the file's stem, as in the webui.
 
-    What old files leave out is filled in as the webui does. Memory stays within a few times the file's size. Raises
+    Entries that old files lack get the webui's defaults. Memory stays within a few times the file's size. Raises
     FormatError for another kind of file.
     """
     path = Path(path)
@@ -104,34 +101,38 @@ def read_hypernetwork(path: str | os.PathLike[str]) -> HypernetworkFile:
         raise FormatError(
             f"{path}: {len(widths)} layer widths from {min(widths)} to {max(widths)} cannot be."
         )
-    weights = {
+    stored = {
         width: [_weights(part, width, path) for part in _pair(data[width], width, path)] for width in widths
     }
-    require_backed((t for pair in weights.values() for part in pair for t in part.values()), path)
+    require_backed((t for pair in stored.values() for part in pair for t in part.values()), path)
     try:
-        with torch.device("meta"):  # only the shapes are needed of what the constructor makes
-            network = Hypernetwork(widths, _structure(data))
+        structure = _structure(data)
+        shapes = {width: _shapes(width, structure) for width in widths}
     except UserError as error:
         raise FormatError(f"{path}: {error}") from error
-    for width, pair in weights.items():
-        for module, part in zip(network.layers[str(width)], pair, strict=True):  # type: ignore[call-overload]
-            _require_shapes(module.state_dict(), part, width, path)
+    weights = {}
+    for width, (keys, values) in stored.items():
+        for part in (keys, values):
+            _require_shapes(shapes[width], part, width, path)
             _require_finite(part, width, path)
-            module.load_state_dict({name: tensor.float() for name, tensor in part.items()}, assign=True)
+        weights[width] = (
+            {name: keys[name].float() for name in shapes[width]},
+            {name: values[name].float() for name in shapes[width]},
+        )
     step, hash_, checkpoint = (data.get(key) for key in ("step", "sd_checkpoint", "sd_checkpoint_name"))
     return HypernetworkFile(
         path.stem,
-        network.requires_grad_(False).eval(),
+        structure,
+        weights,
         step if type(step) is int else 0,
         hash_ if isinstance(hash_, str) else None,
         checkpoint if isinstance(checkpoint, str) else None,
         text_entries(data.get(METADATA_KEY)),
-        tuple(widths),
     )
 
 
 def holds_hypernetwork(path: str | os.PathLike[str]) -> bool:
-    """Say whether a file is a hypernetwork, told by its layer widths. Raises FormatError for no `.pt` at all."""
+    """Return whether a file is a hypernetwork: it has layer widths as keys. Raises FormatError for a damaged `.pt`."""
     return Path(path).suffix.lower() == SUFFIX and bool(_widths_in(load_pickle(path)))
 
 
@@ -170,9 +171,8 @@ def _structure(data: Mapping[Any, Any]) -> Structure:
     return Structure(
         layer_structure=layers,
         activation_func=_text(data, "activation_func", "linear"),
-        weight_init=init
-        if init in get_args(WeightInit)
-        else "Normal",  # how weights began that are there now
+        # Only describes how training started; the weights are in the file.
+        weight_init=init if init in get_args(WeightInit) else "Normal",
         add_layer_norm=_flag(data, "is_layer_norm", False),
         activate_output=_flag(data, "activate_output", True),
         dropout_structure=dropout[: len(layers)],
@@ -202,11 +202,28 @@ def _text(data: Mapping[Any, Any], key: str, default: str) -> str:
     return default if value is None else value
 
 
-def _require_shapes(
-    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], width: int, path: Path
-) -> None:
+def _shapes(width: int, structure: Structure) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of one MLP's weights; activations and dropout count in the names, as in the webui."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    place = 0
+    for number, (entering, leaving) in enumerate(pairwise(structure.sizes(width)), start=1):
+        shapes[f"linear.{place}.weight"], shapes[f"linear.{place}.bias"] = (leaving, entering), (leaving,)
+        place += 1
+        if structure.is_activated(number):
+            if structure.activation_func == "prelu":  # the one activation with a parameter
+                shapes[f"linear.{place}.weight"] = (1,)
+            place += 1
+        if structure.add_layer_norm:
+            shapes[f"linear.{place}.weight"] = shapes[f"linear.{place}.bias"] = (leaving,)
+            place += 1
+        if structure.dropout_structure[number]:
+            place += 1
+    return shapes
+
+
+def _require_shapes(expected: Mapping[str, tuple[int, ...]], found: Weights, width: int, path: Path) -> None:
     wrong = [name for name in expected.keys() | found.keys()
-             if name not in expected or name not in found or expected[name].shape != found[name].shape]  # fmt: skip
+             if name not in expected or name not in found or expected[name] != found[name].shape]  # fmt: skip
     if wrong:
         raise FormatError(
             f"{path}: the weights of width {width} are not those of its layer_structure and options "
@@ -214,7 +231,7 @@ def _require_shapes(
         )
 
 
-def _require_finite(weights: Mapping[str, Tensor], width: int, path: Path) -> None:
+def _require_finite(weights: Weights, width: int, path: Path) -> None:
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise FormatError(

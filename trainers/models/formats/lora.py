@@ -120,7 +120,13 @@ def write_kohya_lora(
     for tensor in state.values():
         content: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         digest.update(content)
-    header = own_entries(file.metadata) | kohya_entries(file, family)
+    header = own_entries(file.metadata) | kohya_entries(
+        file.metadata,
+        name=file.name,
+        family=family,
+        ranks=[(matrices.rank, matrices.alpha) for matrices in file.layers.values()],
+        has_convolutions=any(matrices.down.shape[2:].numel() > 1 for matrices in file.layers.values()),
+    )
     write_safetensors(state, path, header=header | {"sshs_model_hash": digest.hexdigest()})
     return path
 

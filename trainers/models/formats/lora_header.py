@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 from dreamfleet.trainers.models.formats.ldm_names import Family
-
-if TYPE_CHECKING:
-    from dreamfleet.trainers.models.formats.lora import LoraFile
 
 PREDICTION = "modelspec.prediction_type"  # in both layouts: "v" or "epsilon"
 PEFT = "lora_adapter_metadata"  # diffusers': peft's config of each part
@@ -39,27 +35,38 @@ def own_entries(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key not in _PASSING}
 
 
-def kohya_entries(file: LoraFile, family: Family) -> dict[str, str]:
-    """Return the entries that kohya's scripts, the webui and ComfyUI show or read."""
-    velocity = is_for_velocity(file.metadata)
-    rank, alpha = Counter((m.rank, m.alpha) for m in file.layers.values()).most_common(1)[0][0]
-    told = {
+def kohya_entries(
+    metadata: Mapping[str, str],
+    *,
+    name: str,
+    family: Family,
+    ranks: Sequence[tuple[int, float]],
+    has_convolutions: bool,
+) -> dict[str, str]:
+    """Return the entries that kohya's scripts, the webui and ComfyUI show or read.
+
+    ``metadata``: the file's own entries. ``ranks``: rank and alpha of every layer; the header has room for the most
+    common pair. ``has_convolutions``: whether a layer has a kernel larger than 1 x 1.
+    """
+    velocity = is_for_velocity(metadata)
+    rank, alpha = Counter(ranks).most_common(1)[0][0]
+    entries = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(alpha),
         "ss_base_model_version": _VERSIONS[family][velocity],
         "ss_v2": str(family == "sd2"),
-        "ss_output_name": file.name,
+        "ss_output_name": name,
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{_ARCHITECTURES[family][velocity]}/lora",
-        "modelspec.title": file.name,
+        "modelspec.title": name,
     }
-    if any(matrices.down.shape[2:].numel() > 1 for matrices in file.layers.values()):
-        told["ss_network_args"] = json.dumps({"conv_dim": str(rank), "conv_alpha": str(alpha)})
+    if has_convolutions:
+        entries["ss_network_args"] = json.dumps({"conv_dim": str(rank), "conv_alpha": str(alpha)})
     for ours, theirs in (("dreamfleet_base_model", "ss_sd_model_name"), ("dreamfleet_step", "ss_steps")):
-        if ours in file.metadata:
-            told[theirs] = file.metadata[ours]
-    return told
+        if ours in metadata:
+            entries[theirs] = metadata[ours]
+    return entries
 
 
 def is_for_velocity(metadata: Mapping[str, str]) -> bool:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from dreamfleet.datasets.captions import decode_text
 from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.trainers.models.sampling.infotext import plain_sampler
 
@@ -112,11 +111,11 @@ def _lines_of(name: str, folder: str | None) -> list[tuple[str, str]]:
     """Read a file of prompts: each line's name and text, without blank lines and those that begin with ``#``."""
     import os
 
-    from dreamfleet.datasets.storage.storage import read_uri
+    from dreamfleet.datasets.storage.storage import read_text
 
     address = name if "://" in name else os.path.abspath(os.path.join(folder or "", os.path.expanduser(name)))
     try:
-        text = decode_text(read_uri(address), uri=address)
+        text = read_text(address)
     except UserError as error:
         raise RecipeError(f"the prompts in {name}: {error}") from error
     numbered = enumerate(text.splitlines(), start=1)

@@ -12,13 +12,14 @@ from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.models.formats import hypernetwork as hypernetworks
 from dreamfleet.trainers.models.formats import lora as loras
+from dreamfleet.trainers.models.lora import Strength, load_lora, set_loras
 from dreamfleet.trainers.models.sampling.prompt_syntax import Tag, split_tags, strip_comments
 from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
     applied_hypernetworks,
+    read_network,
     require_fit,
     set_hypernetworks,
 )
-from dreamfleet.trainers.models.stable_diffusion.lora import Strength, load_lora, set_loras
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class HypernetworkShelf(Shelf):
     tags, option, suffixes = ("hypernet",), "hypernetwork", (hypernetworks.SUFFIX,)
 
     def read(self, path: Path, address: str, model: StableDiffusion) -> Any:
-        network = hypernetworks.read_hypernetwork(path).network
+        network = read_network(path)
         require_fit(network, model.unet, address)
         return network
 

@@ -7,100 +7,19 @@ B pictures, T tokens or latent cells, D their width.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from dreamfleet.datasets.errors import ModelError, UserError
+from dreamfleet.datasets.errors import ModelError
+from dreamfleet.trainers.config.hypernetwork_structure import ACTIVATIONS, Structure
+from dreamfleet.trainers.models.formats.hypernetwork import HypernetworkFile, read_hypernetwork
 
-WeightInit = Literal["Normal", "XavierUniform", "XavierNormal", "KaimingUniform", "KaimingNormal"]
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "linear": nn.Identity,
-    "relu": nn.ReLU,
-    "leakyrelu": nn.LeakyReLU,
-    "elu": nn.ELU,
-    "swish": nn.Hardswish,  # so the webui calls it
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-    "celu": nn.CELU,
-    "gelu": nn.GELU,
-    "hardshrink": nn.Hardshrink,
-    "hardsigmoid": nn.Hardsigmoid,
-    "hardswish": nn.Hardswish,
-    "hardtanh": nn.Hardtanh,
-    "logsigmoid": nn.LogSigmoid,
-    "mish": nn.Mish,
-    "prelu": nn.PReLU,
-    "relu6": nn.ReLU6,
-    "rrelu": nn.RReLU,
-    "selu": nn.SELU,
-    "silu": nn.SiLU,
-    "softplus": nn.Softplus,
-    "softshrink": nn.Softshrink,
-    "softsign": nn.Softsign,
-    "tanhshrink": nn.Tanhshrink,
-    # The webui names no dimension; for [B, T, D] torch then takes the first, so pictures of a batch mix.
-    "softmax": partial(nn.Softmax, 0),
-    "softmin": partial(nn.Softmin, 0),
-    "logsoftmax": partial(nn.LogSoftmax, 0),
-    "softmax2d": nn.Softmax2d,
-}  # The webui also lists glu, multiheadattention and threshold, which run nowhere between two layers.
-MOST_LAYERS = 32  # and the largest multiplier of a width: bounds on what a stranger's file makes us build
-DERIVED_DROPOUT = 0.3
-
-
-@dataclass(frozen=True)
-class Structure:
-    """How every MLP of a hypernetwork is built.
-
-    ``layer_structure``: widths as multiples of the context's, from 1 to 1. ``dropout_structure``: the rate after each
-    of these widths; the first is never used. Raises UserError for what nobody can build.
-    """
-
-    layer_structure: tuple[float, ...] = (1, 2, 1)
-    activation_func: str = "linear"
-    weight_init: WeightInit = "Normal"
-    add_layer_norm: bool = False
-    activate_output: bool = False
-    dropout_structure: tuple[float, ...] = (0, 0, 0)
-
-    def __post_init__(self) -> None:
-        layers, dropout = self.layer_structure, self.dropout_structure
-        fits = 2 <= len(layers) <= MOST_LAYERS and all(0 < factor <= MOST_LAYERS for factor in layers)
-        if not fits or layers[0] != 1 or layers[-1] != 1:
-            raise UserError(
-                f"layer_structure {list(layers)[:MOST_LAYERS]}: give 2 to {MOST_LAYERS} multiples of the width, the "
-                "first and the last 1, such as 1, 2, 1"
-            )
-        if (
-            len(layers) > 2 or self.activate_output
-        ):  # else there is none, whatever the name: so the webui reads files
-            require_activation(self.activation_func)
-        if self.weight_init not in get_args(WeightInit):
-            raise UserError(
-                f"weight_init {self.weight_init!r}: choose from {', '.join(get_args(WeightInit))}"
-            )
-        if len(dropout) != len(layers) or not all(0 <= rate < 1 for rate in dropout):
-            raise UserError(
-                f"dropout_structure {list(dropout)[:MOST_LAYERS]}: give a rate in [0, 1) for each of the {len(layers)} "
-                "entries of layer_structure, such as 0, 0.3, 0"
-            )
-
-
-def require_activation(name: str) -> None:
-    """Raise UserError for an activation that no MLP can have."""
-    if name not in ACTIVATIONS:
-        raise UserError(f"activation_func {name!r}: choose from {', '.join(ACTIVATIONS)}")
-
-
-def derived_dropout(num_entries: int, *, last_layer: bool = False) -> tuple[float, ...]:
-    """Return the drop-out structure that the webui makes up where only "use dropout" was said."""
-    inner = [DERIVED_DROPOUT] * max(0, num_entries - 3)
-    return (0, *inner, DERIVED_DROPOUT if last_layer else 0, 0)[:num_entries]
+# The webui gives no dimension; torch then takes the first of [B, T, D], which mixes the images of a batch.
+_DIMENSION = {"softmax": 0, "softmin": 0, "logsoftmax": 0}
 
 
 class HypernetworkModule(nn.Module):
@@ -109,14 +28,12 @@ class HypernetworkModule(nn.Module):
     def __init__(self, width: int, structure: Structure):
         super().__init__()
         layers: list[nn.Module] = []
-        sizes = [int(width * factor) for factor in structure.layer_structure]
-        if min(sizes) < 1:
-            raise UserError(f"layer_structure {list(structure.layer_structure)}: width {width} shrinks to 0")
-        for number, (entering, leaving) in enumerate(pairwise(sizes), start=1):
+        for number, (entering, leaving) in enumerate(pairwise(structure.sizes(width)), start=1):
             layers.append(nn.Linear(entering, leaving))
-            activated = number < len(sizes) - 1 or structure.activate_output
-            if structure.activation_func != "linear" and activated:
-                layers.append(ACTIVATIONS[structure.activation_func]())
+            if structure.is_activated(number):
+                name = structure.activation_func
+                options = {"dim": _DIMENSION[name]} if name in _DIMENSION else {}
+                layers.append(getattr(nn, ACTIVATIONS[name])(**options))
             if structure.add_layer_norm:
                 layers.append(nn.LayerNorm(leaving))
             if rate := structure.dropout_structure[number]:
@@ -146,10 +63,26 @@ class Hypernetwork(nn.Module):
             }
         )
 
+    @classmethod
+    def from_file(cls, file: HypernetworkFile) -> Hypernetwork:
+        """Build the frozen hypernetwork of a file, in evaluation mode."""
+        with torch.device("meta"):  # the file's tensors take the place of the parameters
+            network = cls(file.weights, file.structure)
+        for width, pair in file.weights.items():
+            for module, part in zip(network.layers[str(width)], pair, strict=True):  # type: ignore[call-overload]
+                module.load_state_dict(part, assign=True)
+        return network.requires_grad_(False).eval()
+
     @property
     def widths(self) -> list[int]:
-        """The widths of contexts that it changes."""
+        """The widths of contexts that it changes, ascending."""
         return [int(width) for width in self.layers]
+
+    def to_file(self, name: str, **entries: Any) -> HypernetworkFile:
+        """Return what a file called ``name`` holds of it; ``entries`` are the fields of the file that describe it."""
+        pairs: Any = {width: self.layers[str(width)] for width in self.widths}
+        weights = {width: (keys.state_dict(), values.state_dict()) for width, (keys, values) in pairs.items()}
+        return HypernetworkFile(name, self.structure, weights, **entries)
 
     def keys(self, context: Tensor, multiplier: float = 1.0) -> Tensor:
         """Change what keys are made of ``[B, T, D]``; a width it has no layers for stays as it is."""
@@ -248,12 +181,15 @@ def load_hypernetwork(pipe: Any, path: str | os.PathLike[str], multiplier: float
     and the like, which set other attention processors. Raises FormatError for another kind of file, ModelError for a
     hypernetwork with no layers for this model.
     """
-    from dreamfleet.trainers.models.formats.hypernetwork import read_hypernetwork
+    network = read_network(path)
+    require_fit(network, pipe.unet, str(path))
+    set_hypernetworks(pipe.unet, [*applied_hypernetworks(pipe.unet), (network, multiplier)])
+    return network
 
-    found = read_hypernetwork(path)
-    require_fit(found.network, pipe.unet, str(path))
-    set_hypernetworks(pipe.unet, [*applied_hypernetworks(pipe.unet), (found.network, multiplier)])
-    return found.network
+
+def read_network(path: str | os.PathLike[str]) -> Hypernetwork:
+    """Read a hypernetwork file as a frozen module on the CPU. Raises FormatError for another kind of file."""
+    return Hypernetwork.from_file(read_hypernetwork(path))
 
 
 def unload_hypernetworks(pipe: Any) -> None:

@@ -46,7 +46,7 @@ from dreamfleet.trainers.models.formats.single_file import (
     save_single_file,
 )
 from dreamfleet.trainers.models.formats.tensor_files import read_safetensors
-from dreamfleet.trainers.models.stable_diffusion.model import quiet_libraries
+from dreamfleet.trainers.models.pretrained import quiet_libraries
 
 WORD = Embedding("fuzz", torch.linspace(-1, 1, 24).reshape(3, 8), 7, "0123456789", "base", {"a": "b"})
 WEBUI = {

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from webui_safety import assert_webui_safe
 
 from dreamfleet.datasets.errors import FormatError
+from dreamfleet.trainers.config.hypernetwork_structure import Structure
 from dreamfleet.trainers.models.formats.hypernetwork import (
     HypernetworkFile,
     holds_hypernetwork,
@@ -22,7 +23,7 @@ from dreamfleet.trainers.models.formats.hypernetwork import (
     write_hypernetwork,
 )
 from dreamfleet.trainers.models.formats.pickle_writer import load_pickle, save_pickle
-from dreamfleet.trainers.models.stable_diffusion.hypernetwork import Hypernetwork, Structure
+from dreamfleet.trainers.models.stable_diffusion.hypernetwork import Hypernetwork
 
 KEYS = {
     "step", "name", "layer_structure", "activation_func", "is_layer_norm", "weight_initialization", "sd_checkpoint",
@@ -33,7 +34,13 @@ KEYS = {
 def make_file(**options: Any) -> HypernetworkFile:
     torch.manual_seed(0)
     network = Hypernetwork([8, 12], Structure(**options))
-    return HypernetworkFile("look", network, 200, "0123456789", "pocket", {"recipe": "a: [1]\nb: ü"})
+    return network.to_file(
+        "look",
+        step=200,
+        sd_checkpoint="0123456789",
+        sd_checkpoint_name="pocket",
+        metadata={"recipe": "a: [1]\nb: ü"},
+    )
 
 
 def weights(width: int, *, inner: int | None = None, names: tuple[str, str] = ("linear1", "linear2")) -> Any:
@@ -64,13 +71,14 @@ def test_what_is_written_reads_back_equal_and_passes_webuis_checks(
     path = write_hypernetwork(written, tmp_path / "look.pt")
     assert_webui_safe(path)
     read = read_hypernetwork(path)
-    assert read.network.structure == written.network.structure
+    assert read.structure == written.structure
     assert (read.name, read.step, read.sd_checkpoint, read.sd_checkpoint_name, read.metadata) == (
         "look", 200, "0123456789", "pocket", written.metadata,
     )  # fmt: skip
-    mine, theirs = written.network.state_dict(), read.network.state_dict()
+    network = Hypernetwork.from_file(read)
+    mine, theirs = Hypernetwork.from_file(written).state_dict(), network.state_dict()
     assert list(mine) == list(theirs) and all(torch.equal(mine[name], theirs[name]) for name in mine)
-    assert not read.network.training and not any(p.requires_grad for p in read.network.parameters())
+    assert not network.training and not any(p.requires_grad for p in network.parameters())
     assert holds_hypernetwork(path)
 
 
@@ -97,13 +105,13 @@ def test_old_forms_are_read_with_webuis_defaults(tmp_path: Path) -> None:
         path = tmp_path / f"nai{number}.pt"
         torch.save(bare, path, _use_new_zipfile_serialization=zipped)
         read = read_hypernetwork(path)
-        assert (read.name, read.step, read.network.widths) == (f"nai{number}", 0, [8, 12])
-        assert read.network.structure == Structure(activate_output=True)
+        assert (read.name, read.step, list(read.weights)) == (f"nai{number}", 0, [8, 12])
+        assert read.structure == Structure(activate_output=True)
         x = torch.randn(2, 5, 12)
         old = bare[12][1]
         by_hand = x @ old["linear1.weight"].T + old["linear1.bias"]
         by_hand = x + by_hand @ old["linear2.weight"].T + old["linear2.bias"]
-        assert torch.allclose(read.network.values(x), by_hand, atol=1e-4)
+        assert torch.allclose(Hypernetwork.from_file(read).values(x), by_hand, atol=1e-4)
 
 
 def test_what_a_file_leaves_out_is_filled_in_as_webui_does(tmp_path: Path) -> None:
@@ -111,11 +119,11 @@ def test_what_a_file_leaves_out_is_filled_in_as_webui_does(tmp_path: Path) -> No
     half = {name: tensor.half() for name, tensor in module.items()}
     path = save_pickle({8: (half, half), "activation_func": "relu", "step": 7}, tmp_path / "a.pt")
     read = read_hypernetwork(path)
-    assert read.step == 7 and read.network.structure.activate_output
+    assert read.step == 7 and read.structure.activate_output
     x = torch.randn(1, 3, 8)
     change = (x @ half["linear.0.weight"].float().T + half["linear.0.bias"].float()).relu()
     change = (change @ half["linear.2.weight"].float().T + half["linear.2.bias"].float()).relu()
-    assert torch.allclose(read.network.keys(x), x + change, atol=1e-5)
+    assert torch.allclose(Hypernetwork.from_file(read).keys(x), x + change, atol=1e-5)
     deep = Hypernetwork([8], Structure(layer_structure=(1, 2, 2, 1), dropout_structure=(0, 0.3, 0.3, 0)))
     state = deep.layers["8"][0].state_dict()  # type: ignore[index]
     data = {
@@ -125,7 +133,7 @@ def test_what_a_file_leaves_out_is_filled_in_as_webui_does(tmp_path: Path) -> No
         "last_layer_dropout": True,
     }
     read = read_hypernetwork(save_pickle(data, tmp_path / "b.pt"))
-    assert read.network.structure.dropout_structure == (0, 0.3, 0.3, 0)
+    assert read.structure.dropout_structure == (0, 0.3, 0.3, 0)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -143,9 +151,9 @@ def test_one_layer_has_no_activation_whatever_its_name(
     read = read_hypernetwork(save_pickle(data, tmp_path / "a.pt"))
     x = torch.randn(1, 3, 8)
     change = after(linear(x)) if norm else linear(x)
-    assert torch.allclose(read.network.keys(x), x + change, atol=1e-6)
+    assert torch.allclose(Hypernetwork.from_file(read).keys(x), x + change, atol=1e-6)
     again = read_hypernetwork(write_hypernetwork(replace(read, name="b"), tmp_path / "b.pt"))
-    assert torch.equal(again.network.values(x), read.network.values(x))
+    assert torch.equal(Hypernetwork.from_file(again).values(x), Hypernetwork.from_file(read).values(x))
 
 
 def test_what_is_no_hypernetwork_says_so(tmp_path: Path) -> None:
@@ -189,7 +197,7 @@ def test_what_is_no_hypernetwork_says_so(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"\.pt"):
         write_hypernetwork(make_file(), tmp_path / "a.safetensors")
     broken = make_file()
-    torch.nn.init.constant_(next(broken.network.parameters()), torch.inf)
+    broken.weights[8][0]["linear.0.weight"].fill_(torch.inf)
     with pytest.raises(FormatError, match="failed"):
         write_hypernetwork(broken, tmp_path / "look.pt")
 
@@ -221,9 +229,9 @@ def test_small_files_cannot_ask_for_much_memory(tmp_path: Path) -> None:
 
 
 def check(path: Path) -> None:
-    found = read_hypernetwork(path)
-    for width in found.network.widths:
-        assert found.network.keys(torch.zeros(1, 2, width)).shape == (1, 2, width)
+    network = Hypernetwork.from_file(read_hypernetwork(path))
+    for width in network.widths:
+        assert network.keys(torch.zeros(1, 2, width)).shape == (1, 2, width)
 
 
 NUMBERS = SCALARS | TENSORS

@@ -156,7 +156,7 @@ def test_half_precision_and_header(tmp_path: Path) -> None:
 
 
 def test_learned_words_stay_out_of_the_file(tmp_path: Path) -> None:
-    from dreamfleet.trainers.models.stable_diffusion.embeddings import install_embedding
+    from dreamfleet.trainers.models.embeddings import install_embedding
 
     model = tiny_model()
     plain = load_file(save_single_file(model, tmp_path / "a.safetensors"))

@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 
 from dreamfleet.cluster.cli import program
 from dreamfleet.datasets.errors import UserError
+from dreamfleet.trainers.config.hypernetwork_structure import Structure
 from dreamfleet.trainers.models.formats.aesthetic import write_aesthetic
 from dreamfleet.trainers.models.formats.embedding import Embedding, write_embedding
-from dreamfleet.trainers.models.formats.hypernetwork import HypernetworkFile, write_hypernetwork
+from dreamfleet.trainers.models.formats.hypernetwork import write_hypernetwork
 from dreamfleet.trainers.models.sampling.infotext import infotext, plain_sampler, png_info, sampler_entries
 from dreamfleet.trainers.models.sampling.sample import make_scheduler
-from dreamfleet.trainers.models.stable_diffusion.hypernetwork import Hypernetwork, Structure
+from dreamfleet.trainers.models.stable_diffusion.hypernetwork import Hypernetwork
 from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, load_model
 
 
@@ -115,7 +116,7 @@ def test_one_call_takes_everything_and_tells_it(tmp_path: Path) -> None:
     for name in ("ink", "oil"):
         torch.manual_seed(len(name))
         network = Hypernetwork([width], Structure(weight_init="XavierNormal"))
-        write_hypernetwork(HypernetworkFile(name, network), tmp_path / f"{name}.pt")
+        write_hypernetwork(network.to_file(name), tmp_path / f"{name}.pt")
     write_aesthetic(torch.randn(1, model.text_encoder.config.projection_dim), tmp_path / "taste.pt")
     arguments = [
         "sample",

@@ -18,16 +18,14 @@ from tiny_models import WIDTH, tiny_model
 from torch import Tensor
 
 from dreamfleet.datasets.errors import ModelError
-from dreamfleet.trainers.models.formats.hypernetwork import HypernetworkFile, write_hypernetwork
+from dreamfleet.trainers.config.hypernetwork_structure import ACTIVATIONS, Structure, derived_dropout
+from dreamfleet.trainers.models.formats.hypernetwork import write_hypernetwork
 from dreamfleet.trainers.models.formats.ldm_names import SD1_CONFIGS
 from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
-    ACTIVATIONS,
     Hypernetwork,
     HypernetworkModule,
-    Structure,
     applied_hypernetworks,
     context_widths,
-    derived_dropout,
     load_hypernetwork,
     set_hypernetworks,
     unload_hypernetworks,
@@ -143,7 +141,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, (name, width) in enumerate([("one", WIDTH), ("two", WIDTH), ("other", 48)]):
         torch.manual_seed(seed)
         network = Hypernetwork([width], Structure((1, 2, 1), "relu", "XavierNormal"))
-        write_hypernetwork(HypernetworkFile(name, network), folder / f"{name}.pt")
+        write_hypernetwork(network.to_file(name), folder / f"{name}.pt")
     return folder
 
 

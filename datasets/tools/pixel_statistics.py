@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from dreamfleet.datasets.config import MAX_PIXELS
 from dreamfleet.datasets.images.color_profile import profile_name
-from dreamfleet.datasets.images.images import MAX_PIXELS, open_with_alpha
+from dreamfleet.datasets.images.images import open_with_alpha
 from dreamfleet.datasets.index.index import Row
 from dreamfleet.datasets.storage.storage import read_uri
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import numpy as np
-from PIL import Image
 
 from dreamfleet.datasets.environment import take_over
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.images.images import open_image
-from dreamfleet.datasets.index.masks import ImageView, cut_image, read_mask
+from dreamfleet.datasets.images.masks import ImageView, cut_image, read_mask
+from dreamfleet.datasets.images.vision_transform import Fit
 from dreamfleet.datasets.storage.storage import read_uri
-
-Fit = Callable[[Image.Image], Image.Image]
 
 
 def decode_batch(

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageChops
 
-from dreamfleet.datasets.images.images import MAX_PIXELS, fit_image, open_with_alpha
-from dreamfleet.datasets.index.file_pairing import ATTENTION_ENDING
+from dreamfleet.datasets.config import MAX_PIXELS
+from dreamfleet.datasets.images.image_formats import ATTENTION_ENDING
+from dreamfleet.datasets.images.images import fit_image, open_with_alpha
 from dreamfleet.datasets.storage.storage import read_uri
 
 OPAQUE = 255

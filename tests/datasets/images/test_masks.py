@@ -16,8 +16,8 @@ from PIL import Image
 
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import DataError
+from dreamfleet.datasets.images.masks import ImageView, Mask, cut_image, loss_weights
 from dreamfleet.datasets.index.index import build_index
-from dreamfleet.datasets.index.masks import ImageView, Mask, cut_image, loss_weights
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import assemble
