@@ -129,5 +129,6 @@ def find_refused(sections: Mapping[str, Any], reasons: Mapping[str, str], *, by:
             continue
         default = type(section).model_fields[key].get_default(call_default_factory=True)
         if (value := getattr(section, key)) != default:
-            found.append(f"{path}: {value} does not go with {by}, {reason}; leave it out")
+            shown = path if value is True else f"{path}: {value}"
+            found.append(f"{shown} does not go with {by}, {reason}; leave it out")
     return found

@@ -110,6 +110,6 @@ def test_workers_that_share_a_gpu_talk_over_gloo(
 def test_a_model_is_not_sharded_over_one_gpu() -> None:
     share = worker_resources(scaling(num_workers=2, resources_per_worker={"GPU": 0.5}), [GPU_NODE])
     two = scaling(num_workers=2)
-    with pytest.raises(ResourceError, match=r"engine\.zero_stage 2 .*0\.5"):
+    with pytest.raises(ResourceError, match=r"engine\.zero_stage: 2 .*0\.5"):
         refuse_shared_gpus(two, share, engine="engine.zero_stage: 2")
     refuse_shared_gpus(scaling(num_workers=1), share, engine="engine.zero_stage: 2")

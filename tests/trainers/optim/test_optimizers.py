@@ -143,7 +143,7 @@ def test_stepping_inside_backward_is_the_same_step(tmp_path: Path, name: str, me
         assert all(param.grad is None for param in fused.engine.params.values())
     for key, value in plain.engine.weights().items():
         assert torch.equal(value, fused.engine.weights()[key]), key
-    with pytest.raises(RuntimeError, match="begun"):
+    with pytest.raises(RuntimeError, match="begin_step"):
         fused.engine.step(dict.fromkeys(fused.rates, 1e-3), 4)
 
 
