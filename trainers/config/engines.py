@@ -129,6 +129,5 @@ def find_refused(sections: Mapping[str, Any], reasons: Mapping[str, str], *, by:
             continue
         default = type(section).model_fields[key].get_default(call_default_factory=True)
         if (value := getattr(section, key)) != default:
-            shown = path if value is True else f"{path}: {value}"
-            found.append(f"{shown} does not go with {by}, {reason}; leave it out")
+            found.append(f"{path}: {value} does not go with {by}, {reason}; leave it out")
     return found

@@ -44,8 +44,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Parts:
-    """The pieces a loop runs on."""
+    """The parts of one run, on one rank."""
 
+    recipe: Recipe
+    distributed: DistributedContext
     sets: Sets
     model: StableDiffusion
     method: Method
@@ -55,7 +57,7 @@ class Parts:
     rates: dict[str, Callable[[int], float]]
     schedule: Schedule
     global_batch: int
-    apart: Index | None = None  # pictures that the method measures with
+    held_out: Index | None = None  # images that the method set apart to evaluate on
 
 
 def make_method(recipe: Recipe, sets: Sets | None, device: torch.device) -> Method:
@@ -84,9 +86,9 @@ def assemble(recipe: Recipe, distributed: DistributedContext, *, begins: bool = 
     weights = {name: tensor.clone() for name, tensor in method.state().items()} if moments else {}
     check_resolution(recipe, model)
     check_previews(method, recipe.validation, recipe.data.resolution)
-    apart = None
+    held_out = None
     if isinstance(method, SeeingMethod):
-        chosen, apart = distributed.on_every_rank(lambda: method.choose(sets.instances))
+        chosen, held_out = distributed.on_every_rank(lambda: method.choose(sets.instances))
         compare({"what the labels say": chosen.content_hash}, distributed)
         sets = replace(sets, instances=chosen)
     sizes = training_sizes(sets.instances.sizes(), recipe.data)
@@ -115,7 +117,20 @@ def assemble(recipe: Recipe, distributed: DistributedContext, *, begins: bool = 
         total = schedule.total
         rates = make_rates(engine.groups, recipe.optimizer, total_steps=total, global_batch=global_batch)
         undo.pop_all()
-    return Parts(sets, model, method, engine, feed, prepare, rates, schedule, global_batch, apart)
+    return Parts(
+        recipe,
+        distributed,
+        sets,
+        model,
+        method,
+        engine,
+        feed,
+        prepare,
+        rates,
+        schedule,
+        global_batch,
+        held_out,
+    )
 
 
 def load_inputs(recipe: Recipe, distributed: DistributedContext) -> tuple[Sets, Method, LatentCache | None]:

@@ -267,7 +267,7 @@ def test_the_average_of_bfloat16_weights_is_exported_in_full(tmp_path: Path) -> 
         ({"optimizer": FUSED, "engine__zero_stage": 2}, "engine.zero_stage: 2"),
         ({"optimizer": FUSED, "train__mixed_precision": "fp16"}, "back"),
         ({"train__full_bf16": True}, "mixed_precision: bf16"),
-        ({**NARROW, "engine__zero_stage": 2}, "full_bf16 .*engine.zero_stage"),
+        ({**NARROW, "engine__zero_stage": 2}, "full_bf16: .*engine.zero_stage"),
         ({"optimizer": {"name": "adafactor"}, "engine__zero_stage": 1}, "adafactor"),
     ],
 )

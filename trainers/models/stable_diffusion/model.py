@@ -250,7 +250,7 @@ def _load_folder(folder: Path, name: str, config: ModelConfig, needs: Collection
 
 
 def _load_single_file(path: Path, name: str, config: ModelConfig, needs: Collection[str]) -> StableDiffusion:
-    from dreamfleet.trainers.models.formats.single_file import load_single_file
+    from dreamfleet.trainers.models.stable_diffusion.single_file import load_single_file
 
     return _as_configured(load_single_file(path, name=name, needs=needs), path, config)
 

@@ -17,11 +17,8 @@ from dreamfleet.datasets.errors import FormatError, ModelError, StorageError
 from dreamfleet.trainers.models.formats.layout import empty_part, from_single_file, to_single_file
 from dreamfleet.trainers.models.formats.ldm_names import SD1_CONFIGS, file_place
 from dreamfleet.trainers.models.formats.pickle_writer import save_pickle
-from dreamfleet.trainers.models.formats.single_file import (
-    load_single_file,
-    load_single_file_parts,
-    save_single_file,
-)
+from dreamfleet.trainers.models.formats.single_file import load_single_file_parts
+from dreamfleet.trainers.models.stable_diffusion.single_file import load_single_file, save_single_file
 
 
 def sd1_on_meta() -> dict[str, dict[str, torch.Tensor]]:
