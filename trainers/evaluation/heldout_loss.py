@@ -14,7 +14,7 @@ from dreamfleet.trainers.batches.sources import Shown
 from dreamfleet.trainers.batches.vae_encoding import encode_index
 from dreamfleet.trainers.config.metrics import HELD_OUT
 from dreamfleet.trainers.distributed.context import DistributedContext
-from dreamfleet.trainers.engines.torch_engine import Engine
+from dreamfleet.trainers.engines.base import Engine
 from dreamfleet.trainers.evaluation.eval_mode import eval_mode
 from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.methods.image_method import SeeingMethod
@@ -80,7 +80,7 @@ class HeldOutLoss:
                     "time_ids": time_ids.expand(count, -1),
                     "prompts": [prompt] * count,
                 }
-                losses.append(self.method.sample_losses(prepare(engine.place(batch))))
+                losses.append(self.method.sample_losses(prepare(engine.to_device(batch))))
         return [loss.cpu() for loss in losses]
 
     def figures(self, engine: Engine) -> dict[str, float]:
@@ -120,5 +120,5 @@ class HeldOutImages:
         with eval_mode(self.method), engine.autocast():
             for number in self.distributed.share(len(batches)):
                 batch = self.method.see([self._read(row) for row in batches[number]])
-                found.append(self.method.examine(engine.place(batch)))
+                found.append(self.method.examine(engine.to_device(batch)))
         return [{name: values.cpu() for name, values in one.items()} for one in found]

@@ -13,7 +13,7 @@ from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.trainers.config.prompt_lines import Shot, shot_of
 from dreamfleet.trainers.config.validation import ValidationConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
-from dreamfleet.trainers.engines.torch_engine import Engine
+from dreamfleet.trainers.engines.base import Engine
 from dreamfleet.trainers.evaluation.eval_mode import eval_mode
 from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.models.sampling.draw_shots import draw_shots

@@ -93,11 +93,11 @@ def test_an_unknown_metric_is_an_error_with_the_nearest_name(tmp_path: Path) -> 
 def test_a_metric_must_return_one_number_per_image() -> None:
     METRICS.register("wrong")(Metric("wrong", "Returns too few values.", lambda scored: [1.0]))
     try:
-        with pytest.raises(UserError, match="'wrong'.*2 images"):
+        with pytest.raises(UserError, match=r"'wrong'.*2 images"):
             score_images(list(map(tiny_image, range(2))), metrics=["wrong"], prompts=["a"])
     finally:
         METRICS.unregister("wrong")
-    with pytest.raises(ValueError, match="needs.*known"):
+    with pytest.raises(ValueError, match=r"needs.*known"):
         Metric("typo", "Needs something unknown.", None, needs=("clipp",))
 
 
