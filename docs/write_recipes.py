@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import AliasChoices, BaseModel
 from pydantic.fields import FieldInfo
 
+from dreamfleet.trainers.config.engines import ENGINES
 from dreamfleet.trainers.methods.base import discover
 from dreamfleet.trainers.recipe import Recipe
 
@@ -207,6 +208,8 @@ def write() -> str:
         if isinstance(section, type) and issubclass(section, BaseModel) and name != "method":
             parts += [f"\n## {name}\n", table(section, name)]
             nested |= inner_models(section)
+        if name == "engine":
+            parts += engines()
     parts.append("\n## method\n\n`name` chooses the method; the other keys are its own.")
     for name, method in sorted(discover().items()):
         parts += [f"\n### {name}\n\n{summary(method)}\n", table(method.Config, name)]
@@ -214,6 +217,17 @@ def write() -> str:
     for name, model in nested.items():
         parts += [f"\n## {name}\n\n{summary(model)}\n", table(model, name)]
     return "\n".join(parts) + "\n"
+
+
+def engines() -> list[str]:
+    """List the engines that ``engine.name`` selects, and the options of those that have some."""
+    lines = [f"- `{name}`: {summary(engine)}" for name, engine in ENGINES.items()]
+    options = [
+        f"\n### Options of {name}\n\n" + table(engine.Options, name)
+        for name, engine in ENGINES.items()
+        if engine.Options.model_fields
+    ]
+    return ["\n`name` selects the engine:\n", *lines, *options]
 
 
 def inner_models(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
