@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dreamfleet.datasets.errors import ModelError, RecipeError
 from dreamfleet.datasets.images.vision_transform import Fit
 from dreamfleet.datasets.json_text import json_text
-from dreamfleet.trainers.methods.base import Batch, Loss, MethodConfig, ParamGroup, Setting, register
+from dreamfleet.trainers.methods.base import Batch, Loss, MethodConfig, Setting, register
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.image_method import SeeingMethod, Use
 from dreamfleet.trainers.methods.whole_model import export_checkpoints
@@ -36,6 +36,7 @@ from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
 from dreamfleet.trainers.models.stable_diffusion.aesthetic_export import bake
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.vision.clip import ClipScorer
+from dreamfleet.trainers.optim.param_group import ParamGroup
 
 GROUP = "mean"
 

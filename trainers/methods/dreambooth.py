@@ -13,7 +13,7 @@ from pydantic import Field
 
 from dreamfleet.datasets import captions
 from dreamfleet.datasets.errors import RecipeError
-from dreamfleet.trainers.methods.base import Method, ParamGroup, Prior, Sample, Setting, register
+from dreamfleet.trainers.methods.base import Method, Prior, Sample, Setting, register
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.whole_model import (
     WholeModelConfig,
@@ -24,6 +24,7 @@ from dreamfleet.trainers.methods.whole_model import (
     usual_formats,
 )
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
 class DreamBoothConfig(WholeModelConfig):

@@ -21,7 +21,7 @@ from dreamfleet.trainers.config.hypernetwork_structure import (
     derived_dropout,
     require_activation,
 )
-from dreamfleet.trainers.methods.base import Method, MethodConfig, ParamGroup, Sample, Setting, register
+from dreamfleet.trainers.methods.base import Method, MethodConfig, Sample, Setting, register
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.formats.hypernetwork import (
     read_hypernetwork,
@@ -35,6 +35,7 @@ from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
     set_hypernetworks,
 )
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
 def _split(value: Any) -> Any:

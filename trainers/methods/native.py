@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from dreamfleet.trainers.methods.base import Method, ParamGroup, Setting, register
+from dreamfleet.trainers.methods.base import Method, Setting, register
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.whole_model import (
     WholeModelConfig,
@@ -20,6 +20,7 @@ from dreamfleet.trainers.methods.whole_model import (
     usual_formats,
 )
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
 class NativeConfig(WholeModelConfig):

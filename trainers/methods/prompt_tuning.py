@@ -22,7 +22,6 @@ from dreamfleet.trainers.methods.base import (
     Loss,
     Method,
     MethodConfig,
-    ParamGroup,
     Sample,
     Setting,
     register,
@@ -46,6 +45,7 @@ from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.stable_diffusion.noise import clean_estimate, prediction_loss
 from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import place_word
 from dreamfleet.trainers.models.vision.discriminator import Discriminator, load_discriminator
+from dreamfleet.trainers.optim.param_group import ParamGroup
 
 NEGATIVE_NOISE = (
     1e-3  # standard deviation of what tells the negative's vectors from the positive's at the start

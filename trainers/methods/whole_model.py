@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 from torch import nn
 
-from dreamfleet.trainers.methods.base import MethodConfig, ParamGroup
+from dreamfleet.trainers.methods.base import MethodConfig
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.formats.lora import (
     DIFFUSERS_FILE,
@@ -23,6 +23,7 @@ from dreamfleet.trainers.models.stable_diffusion.lora_targets import choose_laye
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 from dreamfleet.trainers.models.stable_diffusion.single_file import save_single_file
+from dreamfleet.trainers.optim.param_group import ParamGroup
 
 WHOLE_FORMATS = ("diffusers", "safetensors", "ckpt")
 LORA_FORMATS = ("diffusers_lora", "kohya_lora")

@@ -10,8 +10,8 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model
 
 from dreamfleet.datasets.config_base import Section
 from dreamfleet.datasets.errors import ResourceError
-from dreamfleet.trainers.methods.base import ParamGroup
 from dreamfleet.trainers.optim.adafactor import Adafactor
+from dreamfleet.trainers.optim.param_group import ParamGroup
 from dreamfleet.trainers.optim.schedules import (
     POLYNOMIAL_END,
     make_multiplier,

@@ -11,8 +11,8 @@ import torch
 from diffusers.optimization import SchedulerType, get_scheduler
 
 from dreamfleet.datasets.errors import RecipeError
-from dreamfleet.trainers.methods.base import ParamGroup
 from dreamfleet.trainers.optim.optimizers import OptimizerConfig, make_rates
+from dreamfleet.trainers.optim.param_group import ParamGroup
 from dreamfleet.trainers.optim.schedules import (
     SCHEDULES,
     last_step,
