@@ -23,6 +23,7 @@ from dreamfleet.trainers.batches.feed import Feed, check_words, to_samples
 from dreamfleet.trainers.batches.image_feed import ImageFeed
 from dreamfleet.trainers.batches.image_warnings import log_buckets, log_findings
 from dreamfleet.trainers.config.conflicts import require_runnable
+from dreamfleet.trainers.config.learning_rate import last_step
 from dreamfleet.trainers.config.paths import compared_paths
 from dreamfleet.trainers.config.train import USUAL_CHECKPOINTING_STEPS
 from dreamfleet.trainers.distributed.agreement import check_files, compare, compare_paths
@@ -30,12 +31,11 @@ from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.engines.base import DTYPES, Engine, engine_class
 from dreamfleet.trainers.evaluation.heldout_loss import check_previews
 from dreamfleet.trainers.loop import Schedule
-from dreamfleet.trainers.methods.base import Batch, Method, discover
+from dreamfleet.trainers.methods.base import Batch, Method, method_class
 from dreamfleet.trainers.methods.build import build_method, check_resolution
 from dreamfleet.trainers.methods.image_method import SeeingMethod
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
 from dreamfleet.trainers.optim.optimizers import import_adamw8bit, make_rates
-from dreamfleet.trainers.optim.schedules import last_step
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.webui_optimizer import take_over
 
@@ -62,7 +62,7 @@ class Parts:
 
 def make_method(recipe: Recipe, sets: Sets | None, device: torch.device) -> Method:
     """Load the model, build the method on it, and let the recipe's engine move both to the device."""
-    model = load_model(recipe.model, discover()[recipe.method.name].needs)
+    model = load_model(recipe.model, method_class(recipe.method).needs)
     method = build_method(recipe, model, concepts=sets.concepts if sets else ())
     dtype = DTYPES[recipe.train.mixed_precision] if device.type == "cuda" else None
     engine_class(recipe.engine).place_model(method, recipe.engine, device=device, dtype=dtype)
