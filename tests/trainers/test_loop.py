@@ -31,13 +31,13 @@ class Drawing:
     def __init__(self, num_micros: int = 2):
         self.num_micros, self.drawn = num_micros, list[float]()
 
-    def agree(self, flag: bool) -> Any:
+    def any_rank(self, flag: bool) -> Any:
         return lambda: flag
 
-    def place(self, batch: Any) -> Any:
+    def to_device(self, batch: Any) -> Any:
         return batch
 
-    def begin(self, rates: Any, step: int) -> None:
+    def begin_step(self, rates: Any, step: int) -> None:
         pass
 
     def backward(self, batch: Any, *, last: bool = True) -> Loss:

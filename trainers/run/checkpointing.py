@@ -59,7 +59,7 @@ class Checkpointing:
         if step == self.saved:
             return
         # On every rank: an engine that shards gathers here.
-        learned, engine = self.parts.engine.learned(), self.parts.engine.state()
+        learned, engine = self.parts.engine.weights(), self.parts.engine.state()
         self.parts.distributed.on_rank_0(lambda: self._write(step, learned, engine))
         self.saved = step
 

@@ -92,8 +92,8 @@ def _check_images(recipe: Recipe) -> str:
 def _check_step(parts: Parts) -> str:
     engine = parts.engine
     rates = {name: rate(0) for name, rate in parts.rates.items()}
-    engine.begin(rates, 1)
-    loss = engine.backward(parts.prepare(engine.place(parts.feed.batch(0))))
+    engine.begin_step(rates, 1)
+    loss = engine.backward(parts.prepare(engine.to_device(parts.feed.batch(0))))
     engine.step(rates, 1)
     if not torch.isfinite(loss.total):
         raise RunFailed("the first loss is not a number: the model's weights or the precision do not fit")
@@ -102,7 +102,7 @@ def _check_step(parts: Parts) -> str:
 
 def _check_export(parts: Parts) -> str:
     dataset_hash = parts.sets.instances.content_hash
-    with tempfile.TemporaryDirectory(prefix="dreamfleet-check-") as folder, parts.engine.whole():
+    with tempfile.TemporaryDirectory(prefix="dreamfleet-check-") as folder, parts.engine.full_weights():
         paths = write_artifacts(parts.recipe, parts.method, Path(folder), step=0, dataset_hash=dataset_hash)
         return ", ".join(path.name for path in paths)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamfleet.datasets.json_text import json_text
+from dreamfleet.trainers.config.engines import engine_spec
 from dreamfleet.trainers.methods.base import Base
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.build import Parts
@@ -25,11 +26,12 @@ def run_identity(parts: Parts) -> dict[str, Any]:
 def provenance(parts: Parts, engine_reason: str) -> str:
     """Return the comment lines at the top of a run's recipe.yaml: versions, dataset, base model, engine."""
     lines = [f"{name} {number}" for name, number in versions().items()]
+    engine = engine_spec(parts.recipe.engine).summary(parts.recipe.engine)
     return (
         f"# {', '.join(lines)}\n"
         f"# dataset {parts.sets.instances.content_hash} ({len(parts.sets.instances)} pictures)\n"
         f"# base model {' '.join(filter(None, parts.method.base[:2]))}\n"
-        f"# engine {parts.recipe.engine.words} ({' '.join(engine_reason.split())})\n"
+        f"# engine {engine} ({' '.join(engine_reason.split())})\n"
     )
 
 

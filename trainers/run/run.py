@@ -12,6 +12,7 @@ import torch
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.engines import engine_spec
 from dreamfleet.trainers.distributed.agreement import compare
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, on_device
@@ -190,7 +191,7 @@ def _summarise(parts: Parts, outcome: Outcome, checkpointing: Checkpointing, eng
         base_model=base.name,
         base_model_hash=base.content_hash,
         versions=versions(),
-        engine=f"{recipe.engine.words} ({engine_reason})",
+        engine=f"{engine_spec(recipe.engine).summary(recipe.engine)} ({engine_reason})",
     )
 
 
@@ -212,7 +213,7 @@ def _finish(parts: Parts, recorder: Recorder, summary: Summary, clock: Clock) ->
         recorder.close(summary)
 
     if summary.exit_reason == "completed":
-        with parts.engine.whole():  # on every rank: sharded weights are gathered
+        with parts.engine.full_weights():  # on every rank: sharded weights are gathered
             summary.exports = distributed.on_rank_0(export)
     distributed.on_rank_0(close)
     distributed.wait()
@@ -249,7 +250,7 @@ def _restore(found: Checkpoint, parts: Parts) -> int:
             f"the checkpoint of step {found.step} is of {name}, this recipe is for {recipe.method.name}"
         )
     try:
-        parts.engine.load_learned(found.learned)
+        parts.engine.load_weights(found.learned)
         parts.engine.load_state(found.engine)
         parts.method.steps_before = found.meta.get("steps_before", 0)
     except RecipeError as error:

@@ -28,11 +28,7 @@ from dreamfleet.datasets.index.labels import (
 from dreamfleet.trainers.artifacts.usage import describe
 from dreamfleet.trainers.driver.preflight import check_inputs
 from dreamfleet.trainers.memory.profile import method_shape
-from dreamfleet.trainers.models.vision.discriminator import (
-    load_discriminator,
-    make_network,
-    save_network,
-)
+from dreamfleet.trainers.models.vision.discriminator import load_discriminator, make_network, save_network
 from dreamfleet.trainers.recipe import build_recipe, load_recipe
 from dreamfleet.trainers.run.build import DistributedContext, Parts, assemble
 from dreamfleet.trainers.run.run import run_worker

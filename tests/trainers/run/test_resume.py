@@ -141,7 +141,7 @@ def test_a_worker_that_comes_late_to_a_save_waits_like_the_others(tmp_path: Path
     """Rank 0 may have written all of it before the others arrive; one that passes by leaves it waiting for ever."""
     checkpoints, distributed = Checkpoints(Storage(str(tmp_path))), RankOne()
     checkpoints.save(2, learned={"w": torch.zeros(1)}, engine={}, meta={})
-    engine: Any = SimpleNamespace(learned=dict, state=dict, lockstep=False)
+    engine: Any = SimpleNamespace(weights=dict, state=dict, lockstep=False)
     parts: Any = SimpleNamespace(engine=engine, distributed=distributed)
     checkpointing = Checkpointing(parts, checkpoints, Clock())
     checkpointing.save(2)
