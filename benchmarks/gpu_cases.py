@@ -190,10 +190,10 @@ def predict(recipe: Any) -> dict[str, Any]:
 
 def random_model(recipe: Any, method: str) -> Any:
     """Make a model of the folder's shape, its weights random, in host memory."""
-    from dreamfleet.trainers.methods.base import discover
+    from dreamfleet.trainers.methods.base import method_class
     from dreamfleet.trainers.models.stable_diffusion.meta_model import model_shape
 
-    model = model_shape(recipe.model, discover()[method].needs)
+    model = model_shape(recipe.model, method_class(method).needs)
     generator = torch.Generator().manual_seed(0)
     for part in model.modules().values():
         part.to_empty(device="cpu")

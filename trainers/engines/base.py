@@ -14,11 +14,11 @@ from torch import Tensor
 from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.trainers.config.engine import EngineConfig
 from dreamfleet.trainers.config.engines import ENGINES, EngineSpec, engine_name, find_refused
+from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.distributed.device import copy_to_device
 from dreamfleet.trainers.engines.performance import apply_options, release_compiled, start_any_rank
 from dreamfleet.trainers.methods.base import Batch, Loss, Method
 from dreamfleet.trainers.optim.ema import Ema
-from dreamfleet.trainers.optim.optimizers import OptimizerConfig
 
 T = TypeVar("T")
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

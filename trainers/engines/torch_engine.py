@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.trainers.config.engines import TorchSpec
+from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.distributed.process_group import release_reducer
 from dreamfleet.trainers.engines.base import Engine, T, check_optimizer
 from dreamfleet.trainers.methods.base import Batch, Loss
 from dreamfleet.trainers.optim.ema import Ema, saved_average
-from dreamfleet.trainers.optim.optimizers import OptimizerConfig, make_optimizer
+from dreamfleet.trainers.optim.optimizers import make_optimizer
 from dreamfleet.trainers.optim.stochastic_rounding import Stepper, laid_out_like, restore_states
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dreamfleet.datasets.errors import CheckpointError
 from dreamfleet.trainers.config.engine import EngineConfig
 from dreamfleet.trainers.config.engines import ZeroSpec
+from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.distributed.process_group import lone_group, step_timeouts
 from dreamfleet.trainers.engines.base import Engine, T, check_optimizer, move_method
 from dreamfleet.trainers.engines.zero_nvme import SwapFolder, SwappedShards, build_swapping
@@ -26,7 +27,7 @@ from dreamfleet.trainers.engines.zero_shards import MOMENTS, Shards, owners
 from dreamfleet.trainers.methods.base import Batch, Loss, Method
 from dreamfleet.trainers.methods.fits import check_fits
 from dreamfleet.trainers.optim.ema import Ema, saved_average
-from dreamfleet.trainers.optim.optimizers import OptimizerConfig, make_optimizer
+from dreamfleet.trainers.optim.optimizers import make_optimizer
 
 Convert = Callable[[nn.Parameter, Tensor], Tensor]
 

@@ -13,7 +13,6 @@ from dreamfleet.trainers.config.deepspeed import with_deepspeed_file
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import with_index
 from dreamfleet.trainers.memory.estimate import CUDA_CONTEXT, GIB
-from dreamfleet.trainers.methods.base import discover
 from dreamfleet.trainers.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ def choose_engine(
     recipe: Recipe, distributed: DistributedContext, *, gpu_memory: int, host_memory: int
 ) -> tuple[Recipe, str]:
     """Decide on rank 0 for all ranks; a model that cannot be planned is trained by torch alone."""
-    if (reason := discover()[recipe.method.name].no_plan) is not None:
+    if (reason := recipe.method.no_plan) is not None:
         return recipe, f"not planned: {recipe.method.name} {reason}"
     settings, reason = distributed.on_rank_0(
         lambda: _decide(recipe, distributed.world, gpu_memory, host_memory)

@@ -8,7 +8,7 @@ import torch
 
 from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import RecipeError
-from dreamfleet.trainers.methods.base import Method, Setting, discover
+from dreamfleet.trainers.methods.base import Method, Setting, method_class
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.recipe import Recipe
 
@@ -16,7 +16,7 @@ from dreamfleet.trainers.recipe import Recipe
 def build_method(recipe: Recipe, model: StableDiffusion, *, concepts: Sequence[Concept]) -> Method:
     """Build the method on a model, with the recipe's weight type and activation checkpointing; moves nothing."""
     setting = Setting(concepts=tuple(concepts), snr_gamma=recipe.train.snr_gamma)
-    method = discover()[recipe.method.name](recipe.method, model, setting)
+    method = method_class(recipe.method)(recipe.method, model, setting)
     if recipe.train.full_bf16:
         for group in method.groups():
             for param in group.params.values():

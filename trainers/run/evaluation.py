@@ -14,13 +14,7 @@ from dreamfleet.trainers.batches.vae_encoding import read_pixels
 from dreamfleet.trainers.distributed.agreement import share_index
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.evaluation.fidelity import MOST_REAL
-from dreamfleet.trainers.evaluation.heldout_loss import (
-    HeldOutImages,
-    HeldOutLoss,
-    Judge,
-    draw_previews,
-    wants_judge,
-)
+from dreamfleet.trainers.evaluation.heldout_loss import HeldOutImages, HeldOutLoss, Judge, draw_previews
 from dreamfleet.trainers.methods.image_method import SeeingMethod
 from dreamfleet.trainers.run.build import Parts
 from dreamfleet.trainers.run.recorder import Recorder
@@ -95,7 +89,7 @@ class Evaluation:
 
     def _write_previews(self, step: int, images: list[Image.Image], cells: list[dict[str, Any]]) -> None:
         validation = self.parts.recipe.validation
-        if wants_judge(validation):
+        if validation.scores_previews:
             self.recorder.log_scores(step, self._load_judge().score(images, cells))
         name = f"samples/step-{step:06d}"
         self.recorder.write_grid(f"{name}.png", images, columns=validation.num_images, step=step)

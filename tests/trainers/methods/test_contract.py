@@ -11,10 +11,11 @@ import torch
 from method_cases import IMAGES, RATES, SECTIONS, fixed_batches, snapshot
 
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.trainers.config.method import METHODS
+from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
-from dreamfleet.trainers.methods.base import discover
 from dreamfleet.trainers.methods.export_request import Export
-from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, load_model
+from dreamfleet.trainers.models.stable_diffusion.model import load_model
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import Parts, assemble
 
@@ -30,7 +31,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=sorted(discover()))
+@pytest.fixture(params=sorted(METHODS.names()))
 def method_name(request: pytest.FixtureRequest) -> str:
     """Each registered method; one without an entry in SECTIONS fails here, so that a new one cannot be forgotten."""
     assert request.param in SECTIONS, f"add a tiny section for {request.param} to SECTIONS"

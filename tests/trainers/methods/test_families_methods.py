@@ -16,7 +16,7 @@ from stock_models import load, stock_pipeline
 from tiny_models import FAMILIES, tiny_family
 
 from dreamfleet.datasets.errors import ModelError
-from dreamfleet.trainers.methods.base import discover
+from dreamfleet.trainers.config.method import METHODS
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.embeddings import install_embedding, install_negative
 from dreamfleet.trainers.models.formats.embedding import read_embedding
@@ -28,7 +28,9 @@ from dreamfleet.trainers.run.build import DistributedContext, Parts, assemble
 from dreamfleet.trainers.run.dry_run import check_run
 
 OTHERS = [family for family in FAMILIES if family != "sd1"]  # which test_methods.py has
-GRADIENT = sorted(set(discover()) - {"aesthetic_gradients", "discriminator"})  # that train Stable Diffusion
+GRADIENT = sorted(
+    set(METHODS.names()) - {"aesthetic_gradients", "discriminator"}
+)  # that train Stable Diffusion
 
 
 @pytest.fixture(scope="module", params=OTHERS)

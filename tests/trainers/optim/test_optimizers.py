@@ -16,9 +16,10 @@ import torch
 from engine_parts import make_parts, take_step
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError
+from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.engines.torch_engine import TorchEngine
 from dreamfleet.trainers.optim.adafactor import Adafactor
-from dreamfleet.trainers.optim.optimizers import OptimizerConfig, make_optimizer
+from dreamfleet.trainers.optim.optimizers import make_optimizer
 from dreamfleet.trainers.optim.param_group import ParamGroup
 from dreamfleet.trainers.optim.stochastic_rounding import Stepper, round_stochastically
 from dreamfleet.trainers.recipe import build_recipe
