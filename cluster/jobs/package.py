@@ -187,7 +187,7 @@ class _LocalFiles:
         path, (size, key) = max(self._sizes.items(), key=lambda item: item[1][0])
         raise RecipeError(
             f"{key}: {path} has {size / MIB:.0f} MiB, and the files of a job may have {limit / MIB:.0f} MiB (this one: "
-            f"{total / MIB:.0f}). Copy it to a bucket and use its s3:// URL, or, if all machines of the cluster have it "
+            f"{total / MIB:.0f}). Copy it to a bucket and use its s3:// URL, or, if all machines have it "
             f"under that name, add --shared {path}"
         )
 
