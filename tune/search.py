@@ -26,7 +26,8 @@ from dreamfleet.trainers.driver.session import ray_session, starts_private_ray
 from dreamfleet.trainers.driver.shared_paths import check_machines
 from dreamfleet.trainers.launch import run_in_thread
 from dreamfleet.trainers.recipe import Recipe, load_recipe
-from dreamfleet.trainers.run.run_lock import Stop, claimed, stop_on_signal
+from dreamfleet.trainers.run.run_folder import locked
+from dreamfleet.trainers.run.signals import Stop, stop_on_signal
 from dreamfleet.tune.trial_store import (
     BEST,
     RECIPE,
@@ -103,7 +104,7 @@ def search(
     check_inputs(recipe)
     ledger = open_ledger(recipe, resume=resume)
     display = Display()
-    with claimed(ledger.folder), stop_on_signal(ledger.folder, display) as stop:
+    with locked(ledger.folder), stop_on_signal(ledger.folder, display.say) as stop:
         ledger.folder.write_text(RECIPE, recipe.to_yaml())
         ledger.save()
         try:
@@ -113,7 +114,7 @@ def search(
                 write_results(ledger)
             else:
                 ledger.forget()
-    return _result(ledger, interrupted=stop.asked.is_set())
+    return _result(ledger, interrupted=stop.requested.is_set())
 
 
 def write_results(ledger: Ledger) -> None:
@@ -190,7 +191,7 @@ def _run_trials(
     from dreamfleet.tune.callback import Scribe
 
     scribe = Scribe(ledger, on_progress or (lambda trial: display.say(tell_trial(trial, ledger.figures))))
-    proposals = Proposals(ledger, should_stop=lambda: stop.asked.is_set() or scribe.mistake is not None)
+    proposals = Proposals(ledger, should_stop=lambda: stop.requested.is_set() or scribe.mistake is not None)
     scribe.planned = proposals.total
     if not proposals.remaining:
         return
