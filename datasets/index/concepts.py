@@ -15,7 +15,7 @@ from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.index.exclusions import CLASS, MASKS, TRAINED_ON, BadFile
 from dreamfleet.datasets.index.image_folder import ImageFolder
 from dreamfleet.datasets.index.index import Index, Known, build_index
-from dreamfleet.datasets.index.kohya_folders import kohya_concepts, refuse_subset, subsets_of
+from dreamfleet.datasets.index.sources import FOLDER, ScanOptions, find_source, one_concept
 from dreamfleet.datasets.storage.storage import Storage, read_text
 
 
@@ -53,24 +53,16 @@ def load_sets(
     """
     concepts = load_concepts(data)
     others = places_apart(concepts, apart)
-    if data.caption_column and not any(
-        ImageFolder(one.instance_data_dir, apart=others).tables for one in concepts
-    ):
-        raise DataError(
-            f"data.caption_column {data.caption_column!r} is a column of no table: there is no metadata.jsonl, .csv or "
-            f".parquet in {concepts[0].instance_data_dir}. Leave it out, or put the table there"
-        )
+    if data.caption_column:
+        _require_table(data.caption_column, concepts, others)
     indexes = [
         build_index(
             concept.instance_data_dir,
+            ScanOptions(data.caption_extension, data.caption_column, concept.mask_dir, excluded=others),
             concept=number,
-            caption_extension=data.caption_extension,
-            caption_column=data.caption_column,
-            max_pixels=data.max_pixels,
             repeats=concept.repeats * data.repeats,
+            max_pixels=data.max_pixels,
             verify=verify,
-            apart=others,
-            mask_dir=concept.mask_dir,
             known=known,
         )
         for number, concept in enumerate(concepts)
@@ -81,6 +73,18 @@ def load_sets(
         if concept.class_prompt is not None
     ]
     return Sets(_large_enough(Index.concat(indexes), data), class_sets, concepts)
+
+
+def _require_table(column: str, concepts: Sequence[Concept], others: Mapping[str, str]) -> None:
+    """Raise DataError when the concepts are all folders and none has a table that could have the column."""
+    urls = [concept.instance_data_dir for concept in concepts]
+    if all(find_source(url).name == FOLDER for url in urls) and not any(
+        ImageFolder(url, apart=others).tables for url in urls
+    ):
+        raise DataError(
+            f"data.caption_column {column!r} is a column of no table: there is no metadata.jsonl, .csv or .parquet in "
+            f"{urls[0]}. Leave it out, or put the table there"
+        )
 
 
 def places_apart(concepts: Sequence[Concept], apart: Mapping[str, str]) -> dict[str, str]:
@@ -97,20 +101,14 @@ def load_class_images(
     known: Known | None = None,
 ) -> Index | None:
     """Index the class images of a folder by the rule of all images, subfolders too; None where there are none yet."""
-    storage = folder if isinstance(folder, Storage) else Storage(folder)
+    url = folder.url if isinstance(folder, Storage) else folder
     concepts = load_concepts(data)
     others = {**_places(concepts, "mask_dir", MASKS), **_places(concepts, "instance_data_dir", TRAINED_ON)}
-    if not storage.exists() or not ImageFolder(storage, apart=others).images:
+    options = ScanOptions(data.caption_extension, excluded=others)
+    if not find_source(url).count(url, options):
         return None
     return build_index(
-        storage,
-        concept=concept,
-        role="class",
-        caption_extension=data.caption_extension,
-        max_pixels=data.max_pixels,
-        verify=verify,
-        apart=others,
-        known=known,
+        url, options, concept=concept, role="class", max_pixels=data.max_pixels, verify=verify, known=known
     )
 
 
@@ -118,7 +116,7 @@ def load_held_out(folder: str, data: DataConfig) -> Index:
     """Index the held-out images of a recipe; folders of training images inside are passed over."""
     others = _places(load_concepts(data), "instance_data_dir", TRAINED_ON)
     return build_index(
-        folder, caption_extension=data.caption_extension, max_pixels=data.max_pixels, apart=others
+        folder, ScanOptions(data.caption_extension, excluded=others), max_pixels=data.max_pixels
     )
 
 
@@ -155,30 +153,16 @@ def _places(concepts: Sequence[Concept], key: str, what: str) -> dict[str, str]:
 def load_concepts(data: DataConfig) -> list[Concept]:
     """The concepts a `data:` section describes, in order: their numbers are positions in this list."""
     if isinstance(data.concepts_list, str):
+        source = find_source(data.concepts_list)
+        if source.name != FOLDER:
+            return source.concepts(data.concepts_list, data)
         return _read_concepts_file(data.concepts_list)
     if data.concepts_list is not None:
         return list(data.concepts_list)
     if data.train_data_dir is not None:
-        subsets = subsets_of(data.train_data_dir)
-        if subsets:
-            return kohya_concepts(data, subsets)
-        refuse_subset(data.train_data_dir)
-    folder = data.instance_data_dir or data.train_data_dir
-    assert folder is not None  # DataConfig checked it
-    if data.class_data_dir is not None and data.class_prompt is None:
-        raise DataError(
-            f"class_data_dir {data.class_data_dir} without class_prompt: {folder} has no subfolders such as "
-            "'10_sks dog', so the class prompt is not known. Set data.class_prompt"
-        )
-    return [
-        Concept(
-            instance_data_dir=folder,
-            instance_prompt=data.instance_prompt,
-            class_data_dir=data.class_data_dir,
-            class_prompt=data.class_prompt,
-            mask_dir=data.mask_dir,
-        )
-    ]
+        return find_source(data.train_data_dir).concepts(data.train_data_dir, data)
+    assert data.instance_data_dir is not None  # DataConfig checked it
+    return [one_concept(data.instance_data_dir, data)]
 
 
 def _read_concepts_file(path: str) -> list[Concept]:

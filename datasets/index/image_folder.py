@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import cached_property
 from types import MappingProxyType
 
+from dreamfleet.datasets.config import CAPTION_EXTENSIONS
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.images.image_formats import (
     IMAGE_SUFFIXES,
@@ -40,7 +41,6 @@ from dreamfleet.datasets.index.file_pairing import Pairs, composed, masks_beside
 from dreamfleet.datasets.storage.range_reader import first_bytes
 from dreamfleet.datasets.storage.storage import Storage
 
-CAPTION_EXTENSIONS = (".txt", ".caption")
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SNIFFED = 256  # files without a known ending that are looked into, at most
 HEAD = 32  # bytes of each

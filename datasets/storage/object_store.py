@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SCHEMES = ("s3", "gs")
+_OTHER_NAMES = {"s3a": "s3", "gcs": "gs"}
 # One policy for all requests; botocore and s3fs are told to try once. (aiohttp sends a request again, at once, when the
 # kept connection that it took turns out to be closed.)
 ATTEMPTS = 5
@@ -146,6 +147,12 @@ def next_wait(attempt: int, since_first_failure: float) -> float | None:
     return wait if attempt < ATTEMPTS and since_first_failure + wait < PATIENCE_SECONDS else None
 
 
+def is_address(text: str) -> bool:
+    """Return whether a text is a local path or has the scheme of a storage that is supported."""
+    scheme, separator, _ = text.partition("://")
+    return not separator or scheme in ("file", *SCHEMES, *_OTHER_NAMES)
+
+
 def parse_address(text: str) -> tuple[str, str]:
     """Split an address into (scheme, whole address); scheme "" and an absolute path for local ones."""
     scheme, separator, rest = text.partition("://")
@@ -155,7 +162,7 @@ def parse_address(text: str) -> tuple[str, str]:
         if not text:
             raise StorageError("empty path: name a folder or a bucket (s3://bucket/prefix)")
         return "", os.path.abspath(os.path.expanduser(text))
-    scheme = {"s3a": "s3", "gcs": "gs"}.get(scheme, scheme)
+    scheme = _OTHER_NAMES.get(scheme, scheme)
     if scheme not in SCHEMES:
         raise StorageError(f"{scheme}:// is not supported: use a local path, s3:// or gs://")
     bucket = rest.split("/", 1)[0]
