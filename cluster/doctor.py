@@ -142,7 +142,7 @@ def _shared_memory() -> list[Finding]:
 
 
 def _pocket() -> list[Finding]:
-    from dreamfleet.trainers.models.stable_diffusion.model import pocket_folder
+    from dreamfleet.trainers.models.pretrained import pocket_folder
 
     folder = pocket_folder()
     if not (folder / "model_index.json").exists():

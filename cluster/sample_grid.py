@@ -208,7 +208,7 @@ def convert_artifact(source: Path, target: Path) -> Path:
     if target.suffix.lower() in SINGLE_FILES:
         import torch
 
-        from dreamfleet.trainers.models.formats.single_file import save_single_file
+        from dreamfleet.trainers.models.stable_diffusion.single_file import save_single_file
 
         save_single_file(model, target, dtype=torch.float32, metadata={})
     elif not target.suffix:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 from vae import load_vae
 
-from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_part, save_tokenizer
+from dreamfleet.trainers.models.pretrained import save_part, save_tokenizer
 
 FOLDER = ROOT / "trainers" / "sd" / "pocket"
 LIMIT_BYTES = 24_000_000

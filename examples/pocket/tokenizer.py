@@ -15,7 +15,7 @@ from images import TEMPLATES, write_caption
 from subjects import CACHE, list_subjects
 from transformers import CLIPTokenizer
 
-from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_tokenizer
+from dreamfleet.trainers.models.pretrained import save_tokenizer
 
 MERGES = 1500
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"

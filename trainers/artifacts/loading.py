@@ -9,15 +9,15 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.methods.aesthetic_gradients import AestheticGradientsConfig
 from dreamfleet.trainers.methods.base import MethodConfig
 from dreamfleet.trainers.methods.hypernetwork import HypernetworkConfig
+from dreamfleet.trainers.models.embeddings import NEGATIVE
 from dreamfleet.trainers.models.formats.aesthetic import holds_aesthetic
 from dreamfleet.trainers.models.formats.embedding import SUFFIXES, read_embedding
 from dreamfleet.trainers.models.formats.hypernetwork import holds_hypernetwork
 from dreamfleet.trainers.models.formats.lora import DIFFUSERS_FILE, holds_lora
+from dreamfleet.trainers.models.lora import apply_lora
 from dreamfleet.trainers.models.stable_diffusion.aesthetic import apply_aesthetic
-from dreamfleet.trainers.models.stable_diffusion.embeddings import NEGATIVE
 from dreamfleet.trainers.models.stable_diffusion.hypernetwork import load_hypernetwork
 from dreamfleet.trainers.models.stable_diffusion.loading import SINGLE_FILES
-from dreamfleet.trainers.models.stable_diffusion.lora import apply_lora
 from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, StableDiffusion, load_model
 from dreamfleet.trainers.recipe import Recipe
 
@@ -111,7 +111,7 @@ def teach_word(model: StableDiffusion, address: str, word: str = "") -> str:
 
     A ``NAME-neg`` beside the file is the word's negative, which pictures that use the word are drawn with.
     """
-    from dreamfleet.trainers.models.stable_diffusion.embeddings import install_embedding, install_negative
+    from dreamfleet.trainers.models.embeddings import install_embedding, install_negative
 
     with Storage(address).local_copy() as path:
         found = read_embedding(path)

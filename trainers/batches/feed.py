@@ -18,7 +18,7 @@ from dreamfleet.datasets.rng import numpy_rng
 from dreamfleet.trainers.batches.sources import Images, ResidentLatents, StreamedPixels
 from dreamfleet.trainers.distributed.device import copy_to_device
 from dreamfleet.trainers.methods.base import Batch, Method, Sample
-from dreamfleet.trainers.models.stable_diffusion.condition import Condition
+from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.stable_diffusion.noise import draw_noise, keyed_normal
 
 # Bytes of encoded prompts on the device: some 4,500 of SD 1.x in 16 bits, 1,700 of SDXL.

@@ -8,7 +8,7 @@ from typing import Any
 from dreamfleet.trainers.memory.estimate import Estimate, cheapest_fit, estimate_all
 from dreamfleet.trainers.memory.inputs import Counts
 from dreamfleet.trainers.memory.profile import count_images, count_run, method_shape, parts_of
-from dreamfleet.trainers.models.stable_diffusion.model import quiet_libraries
+from dreamfleet.trainers.models.pretrained import quiet_libraries
 from dreamfleet.trainers.recipe import Recipe
 
 

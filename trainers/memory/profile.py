@@ -20,7 +20,7 @@ from dreamfleet.trainers.engines.zero_setup import BUCKET
 from dreamfleet.trainers.memory.inputs import Counts, Pass
 from dreamfleet.trainers.memory.trace import Autocast, fake_mode, trace_inference, trace_step
 from dreamfleet.trainers.methods.base import Batch, Method, discover
-from dreamfleet.trainers.models.stable_diffusion.condition import predict
+from dreamfleet.trainers.models.condition import predict
 from dreamfleet.trainers.models.stable_diffusion.meta_model import empty_condition, model_shape
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.recipe import Recipe

@@ -23,6 +23,7 @@ from dreamfleet.trainers.methods.base import Batch, Loss, MethodConfig, ParamGro
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.image_method import SeeingMethod, Use
 from dreamfleet.trainers.methods.whole_model import export_checkpoints
+from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.formats.aesthetic import write_aesthetic
 from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
     AestheticEncoder,
@@ -33,7 +34,6 @@ from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
     require_sd1,
 )
 from dreamfleet.trainers.models.stable_diffusion.aesthetic_export import bake
-from dreamfleet.trainers.models.stable_diffusion.condition import Condition
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.vision.clip import ClipScorer
 

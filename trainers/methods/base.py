@@ -19,8 +19,8 @@ from dreamfleet.datasets.config_base import Section
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.fits import check_fits
+from dreamfleet.trainers.models.condition import Condition, condition_of
 from dreamfleet.trainers.models.formats.optimizer_file import AdamState
-from dreamfleet.trainers.models.stable_diffusion.condition import Condition, condition_of
 from dreamfleet.trainers.models.stable_diffusion.family import TITLES
 from dreamfleet.trainers.models.stable_diffusion.model import ALL_PARTS, StableDiffusion
 from dreamfleet.trainers.models.stable_diffusion.noise import noise_loss

@@ -26,7 +26,8 @@ from dreamfleet.trainers.methods.base import Base, Batch, Loss, MethodConfig, Pa
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.image_method import SeeingMethod, Use
 from dreamfleet.trainers.models.formats.convnext import write_convnext
-from dreamfleet.trainers.models.stable_diffusion.discriminator import (
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.models.vision.discriminator import (
     INPUT_SIZE,
     adapt_network,
     load_discriminator,
@@ -34,7 +35,6 @@ from dreamfleet.trainers.models.stable_diffusion.discriminator import (
     make_preprocessing,
     save_network,
 )
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 
 log = logging.getLogger(__name__)
 

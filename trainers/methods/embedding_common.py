@@ -15,9 +15,9 @@ from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.methods.base import Sample
 from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.models.embeddings import token_tables
 from dreamfleet.trainers.models.formats.embedding import Embedding, read_embedding, write_embedding
 from dreamfleet.trainers.models.formats.optimizer_file import AdamState, moments_beside
-from dreamfleet.trainers.models.stable_diffusion.embeddings import token_tables
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import place_word, words_in
 

@@ -36,8 +36,7 @@ from dreamfleet.trainers.methods.embedding_common import (
     word_parameters,
 )
 from dreamfleet.trainers.methods.export_request import Export
-from dreamfleet.trainers.models.stable_diffusion.discriminator import Discriminator, load_discriminator
-from dreamfleet.trainers.models.stable_diffusion.embeddings import (
+from dreamfleet.trainers.models.embeddings import (
     NEGATIVE,
     install_embedding,
     install_negative,
@@ -46,6 +45,7 @@ from dreamfleet.trainers.models.stable_diffusion.guidance import guided_predicti
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.stable_diffusion.noise import clean_estimate, prediction_loss
 from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import place_word
+from dreamfleet.trainers.models.vision.discriminator import Discriminator, load_discriminator
 
 NEGATIVE_NOISE = (
     1e-3  # standard deviation of what tells the negative's vectors from the positive's at the start

@@ -25,8 +25,8 @@ from dreamfleet.trainers.methods.embedding_common import (
     word_parameters,
 )
 from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.models.embeddings import install_embedding
 from dreamfleet.trainers.models.formats.optimizer_file import AdamState
-from dreamfleet.trainers.models.stable_diffusion.embeddings import install_embedding
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 
 

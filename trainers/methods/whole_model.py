@@ -18,11 +18,11 @@ from dreamfleet.trainers.models.formats.lora import (
     write_kohya_lora,
 )
 from dreamfleet.trainers.models.formats.lora_header import PREDICTION
-from dreamfleet.trainers.models.formats.single_file import save_single_file
-from dreamfleet.trainers.models.stable_diffusion.lora import add_adapters, learned_layers, merged
+from dreamfleet.trainers.models.lora import add_adapters, learned_layers, merged
 from dreamfleet.trainers.models.stable_diffusion.lora_targets import choose_layers
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
+from dreamfleet.trainers.models.stable_diffusion.single_file import save_single_file
 
 WHOLE_FORMATS = ("diffusers", "safetensors", "ckpt")
 LORA_FORMATS = ("diffusers_lora", "kohya_lora")

@@ -33,8 +33,8 @@ from tiny_models import tiny_family
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.trainers.driver.build_cache import cache_latents
 from dreamfleet.trainers.evaluation.score import score_run
-from dreamfleet.trainers.models.stable_diffusion.discriminator import make_network, save_network
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
+from dreamfleet.trainers.models.vision.discriminator import make_network, save_network
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run as run_module
 from dreamfleet.trainers.run.run import run_worker

@@ -327,7 +327,7 @@ def recipe_of(tmp_path: Path, model: Path, real: Path, **method: Any) -> dict[st
 @pytest.mark.usefixtures("by_colour")
 @pytest.mark.parametrize("form", ["diffusers", ".safetensors"])
 def test_a_dreambooth_run_is_scored_by_its_exports(form: str, tmp_path: Path) -> None:
-    from dreamfleet.trainers.models.formats.single_file import save_single_file
+    from dreamfleet.trainers.models.stable_diffusion.single_file import save_single_file
 
     real = save_all(tmp_path / "real", plain(RED, GREEN))
     run = tmp_path / "my-run"

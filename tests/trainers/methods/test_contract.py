@@ -126,7 +126,7 @@ def test_exports_read_back_equal(workplace: Path, method_name: str, tmp_path: Pa
             part = "negative" if path.stem.endswith("-neg") else "positive"
             assert torch.allclose(read_embedding(path).vectors, expected[part], atol=1e-6), path
         elif method_name == "discriminator":
-            from dreamfleet.trainers.models.stable_diffusion.discriminator import load_discriminator
+            from dreamfleet.trainers.models.vision.discriminator import load_discriminator
 
             found = load_discriminator(str(path)).network.state_dict()
             assert found.keys() == expected.keys()

@@ -28,7 +28,7 @@ from dreamfleet.datasets.index.labels import (
 from dreamfleet.trainers.artifacts.usage import describe
 from dreamfleet.trainers.driver.preflight import check_inputs
 from dreamfleet.trainers.memory.profile import method_shape
-from dreamfleet.trainers.models.stable_diffusion.discriminator import (
+from dreamfleet.trainers.models.vision.discriminator import (
     load_discriminator,
     make_network,
     save_network,

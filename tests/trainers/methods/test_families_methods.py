@@ -18,10 +18,10 @@ from tiny_models import FAMILIES, tiny_family
 from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.methods.base import discover
 from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.models.embeddings import install_embedding, install_negative
 from dreamfleet.trainers.models.formats.embedding import read_embedding
 from dreamfleet.trainers.models.formats.hypernetwork import read_hypernetwork
 from dreamfleet.trainers.models.sampling.sample import generate
-from dreamfleet.trainers.models.stable_diffusion.embeddings import install_embedding, install_negative
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import DistributedContext, Parts, assemble

@@ -6,13 +6,10 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dreamfleet.datasets.errors import FormatError, ModelError
 from dreamfleet.trainers.models.formats.ldm_names import PARTS, Config, Family, family_of
-
-if TYPE_CHECKING:
-    from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 
 SD1_TOKENIZER = "openai/clip-vit-large-patch14"
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -29,24 +26,32 @@ def config_of(module: Any) -> Config:
     return json.loads(json.dumps(full, default=str))
 
 
-def model_header(model: StableDiffusion, configs: Mapping[str, Config], *, title: str) -> dict[str, str]:
-    """Describe the model in text entries: modelspec's, the configs of its parts, a small tokenizer whole."""
-    scheduler = {key: value for key, value in dict(model.scheduler.config).items() if not key.startswith("_")}
-    side = model.resolution
+def model_header(
+    configs: Mapping[str, Config],
+    *,
+    scheduler: Mapping[str, Any],
+    tokenizers: Mapping[str, Any],
+    resolution: int,
+    title: str,
+) -> dict[str, str]:
+    """Return the text entries of a model: modelspec's, the configs of its parts, a small tokenizer as a whole.
+
+    ``scheduler``: the config of the noise schedule. ``tokenizers``: by name (``tokenizer``, ``tokenizer_2``).
+    ``resolution``: pixels of a side.
+    """
+    prediction = scheduler["prediction_type"]
     header = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": _architecture(model, configs),
+        "modelspec.architecture": _architecture(family_of(configs), velocity=prediction == "v_prediction"),
         "modelspec.title": title,
-        "modelspec.resolution": f"{side}x{side}",
-        "modelspec.prediction_type": "v"
-        if model.prediction_type == "v_prediction"
-        else model.prediction_type,
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
     }
-    for part, config in {**configs, "scheduler": scheduler}.items():
+    schedule = {key: value for key, value in scheduler.items() if not key.startswith("_")}
+    for part, config in {**configs, "scheduler": schedule}.items():
         header[f"dreamfleet.{part}_config"] = json.dumps(config, sort_keys=True)
-    for name in _TOKENIZERS:
-        tokenizer = getattr(model, name)
-        if tokenizer is not None and len(tokenizer) <= LARGEST_TOKENIZER:
+    for name, tokenizer in tokenizers.items():
+        if len(tokenizer) <= LARGEST_TOKENIZER:
             with tempfile.TemporaryDirectory(prefix="dreamfleet-") as folder:
                 tokenizer.save_pretrained(folder)
                 files = {file.name: file.read_text("utf-8") for file in sorted(Path(folder).glob("*"))}
@@ -88,13 +93,12 @@ def tokenizer_in(metadata: Mapping[str, str], path: Path, family: Family, *, sec
         ) from error
 
 
-def _architecture(model: StableDiffusion, configs: Mapping[str, Config]) -> str:
-    velocity = model.prediction_type == "v_prediction"
+def _architecture(family: Family, *, velocity: bool) -> str:
     return {
         "sd1": "stable-diffusion-v1",
         "sd2": "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512",
         "sdxl": "stable-diffusion-xl-v1-base",
-    }[family_of(configs)]
+    }[family]
 
 
 def _json(text: str, path: Path) -> dict[str, Any]:

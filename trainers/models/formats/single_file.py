@@ -1,8 +1,8 @@
-"""Stable Diffusion in one file: diffusers' parts under the key names of LDM and webui, and back.
+"""Stable Diffusion's parts in one file: diffusers' state dicts under the key names of LDM and the webui, and back.
 
-Three layouts, one a family: `model.diffusion_model.` (U-Net) and `first_stage_model.` (VAE) in each, and the text
-encoders in transformers' own names (SD1, SDXL's first) or OpenCLIP's (SD2, SDXL's second). Names follow from the
-numbers of blocks and layers in the configs, so that unusual shapes, such as the pocket model's, convert too; their
+Three layouts, one per family: `model.diffusion_model.` (U-Net) and `first_stage_model.` (VAE) in each, and the text
+encoders under transformers' own names (SD1, SDXL's first) or OpenCLIP's (SD2, SDXL's second). The names follow from
+the numbers of blocks and layers in the configs, so unusual shapes, such as the pocket model's, convert too; their
 configs and small tokenizers travel in the file.
 """
 
@@ -12,29 +12,20 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dreamfleet.datasets.errors import FormatError, ModelError
-from dreamfleet.trainers.models.formats.layout import (
-    empty_part,
-    family_in,
-    from_single_file,
-    require_sane,
-    to_single_file,
-)
+from dreamfleet.datasets.errors import FormatError
+from dreamfleet.trainers.models.formats.layout import family_in, from_single_file, to_single_file
 from dreamfleet.trainers.models.formats.ldm_names import (
     FAMILY_CONFIGS,
     NEEDS,
-    PARTS,
     SD2_BASE_CONFIGS,
     Config,
     family_of,
-    parts_of,
 )
-from dreamfleet.trainers.models.formats.model_header import config_of, configs_in, model_header, tokenizer_in
+from dreamfleet.trainers.models.formats.model_header import configs_in
 from dreamfleet.trainers.models.formats.original_config import write_original_config
 from dreamfleet.trainers.models.formats.pickle_writer import (
     is_dense,
@@ -42,12 +33,9 @@ from dreamfleet.trainers.models.formats.pickle_writer import (
     require_backed,
     save_pickle,
 )
-from dreamfleet.trainers.models.formats.prediction import prediction_marks, predicts_velocity, told_schedule
+from dreamfleet.trainers.models.formats.prediction import prediction_marks, told_schedule
 from dreamfleet.trainers.models.formats.tensor_files import read_safetensors, to_dtype, write_safetensors
 from dreamfleet.trainers.models.formats.text_names import Place
-
-if TYPE_CHECKING:
-    from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 
 
 @dataclass(frozen=True)
@@ -59,36 +47,34 @@ class SingleFileParts:
     metadata: dict[str, str]
 
 
-def save_single_file(
-    model: StableDiffusion,
+def write_single_file(
+    states: Mapping[str, Mapping[str, Tensor]],
     path: str | os.PathLike[str],
     *,
+    configs: Mapping[str, Config],
+    scheduler: Mapping[str, object],
+    header: Mapping[str, str],
     dtype: torch.dtype | None = None,
-    metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the whole model as `.safetensors` or `.ckpt` in webui's key layout, in `dtype` (each part's own when None).
+    """Write a model's state dicts as `.safetensors` or `.ckpt` in the webui's key layout.
 
-    A `.safetensors` is written tensor by tensor, so no second copy of the model is held. `metadata` joins the header.
-    Where the U-Net does not predict noise, a same-named `.yaml` beside the file says so, which the webui reads, and in
-    an SDXL's file empty tensors, which ComfyUI reads.
+    ``states``: by part, under diffusers' names, as ``configs``. ``scheduler``: the noise schedule's config. ``dtype``:
+    None keeps each tensor's own. A `.safetensors` is written tensor by tensor, so no second copy of the model is held.
+    Where the U-Net does not predict noise, a `.yaml` of the same name is written beside the file, which the webui
+    reads, and an SDXL file gets empty tensors, which ComfyUI reads. Raises FormatError for another suffix.
     """
     path = Path(path)
-    parts = model.modules()
-    configs = {part: config_of(module) for part, module in parts.items()}
-    if missing := [part for part in parts_of(family_of(configs)) if part not in parts]:
-        raise ModelError(f"{path}: a single file needs the whole model; {', '.join(missing)} not loaded.")
-    state = to_single_file({part: module.state_dict() for part, module in parts.items()}, configs)
-    for name, mark in prediction_marks(model.scheduler.config, family_of(configs)).items():
+    state = to_single_file(states, configs)
+    for name, mark in prediction_marks(scheduler, family_of(configs)).items():
         state.put(Place(name), mark)
-    header = {**model_header(model, configs, title=path.stem), **(metadata or {})}
     if path.suffix == ".ckpt":
         converted = {key: to_dtype(tensor, dtype) for key, tensor in state.items()}
-        save_pickle({"state_dict": converted, "dreamfleet": header}, path)
+        save_pickle({"state_dict": converted, "dreamfleet": dict(header)}, path)
     elif path.suffix == ".safetensors":
         write_safetensors(state, path, dtype=dtype, header=header)
     else:
         raise FormatError(f"{path}: a single file ends in .safetensors or .ckpt.")
-    write_original_config(path, configs, model.scheduler.config)
+    write_original_config(path, configs, scheduler)
     return path
 
 
@@ -134,64 +120,6 @@ def configs_for(
     if family == "sd2" and "prediction_type" not in told:
         del scheduler["prediction_type"]
     return {**published, **found, "scheduler": scheduler}
-
-
-def load_single_file(
-    path: str | os.PathLike[str], *, name: str | None = None, needs: Collection[str] = NEEDS
-) -> StableDiffusion:
-    """Load a model from a single file, in float32 on the CPU; its `content_hash` is left empty.
-
-    Raises FormatError as `load_single_file_parts`, ModelError when SD1's tokenizer is not on this machine.
-    """
-    from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
-
-    parts = load_single_file_parts(path, needs=needs)
-    modules: dict[str, Any] = dict.fromkeys(PARTS)
-    for part, state in parts.states.items():
-        module = empty_part(part, parts.configs[part])
-        while state:  # one by one, so that a half-precision file is never held twice in full precision
-            key, tensor = state.popitem()
-            _assign(module, key, tensor.float())
-        modules[part] = module.eval()
-    scheduler = dict(parts.configs["scheduler"])
-    if "prediction_type" not in scheduler and modules["unet"] is not None:
-        _settle_prediction(modules["unet"], scheduler)
-    family, where = family_of(parts.configs), Path(path)
-    if family == "sdxl":
-        modules["tokenizer_2"] = tokenizer_in(parts.metadata, where, family, second=True)
-        modules["zeros_for_empty_prompt"] = True  # as the webui draws with every SDXL
-    return StableDiffusion(
-        tokenizer=tokenizer_in(parts.metadata, where, family),
-        scheduler=_noise_of(scheduler, where),
-        folder=name or str(path),
-        content_hash="",
-        **modules,
-    )
-
-
-def _noise_of(config: Config, path: Path) -> Any:
-    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-
-    try:
-        require_sane(config, "scheduler")
-        scheduler = DDPMScheduler.from_config(config)
-        if scheduler.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
-            raise ValueError(f"nothing predicts {scheduler.config.prediction_type!r}")
-    except Exception as error:  # a config from a file can be wrong in any way
-        raise FormatError(f"{path}: its scheduler config makes no noise schedule ({error}).") from error
-    return scheduler
-
-
-def _settle_prediction(unet: Any, scheduler: Config) -> None:
-    # Nothing in the file or beside it tells: a trial does, and with it which of the two published models this is.
-    velocity = predicts_velocity(unet)
-    scheduler["prediction_type"] = "v_prediction" if velocity else "epsilon"
-    unet.register_to_config(sample_size=96 if velocity else 64)
-
-
-def _assign(module: nn.Module, key: str, tensor: Tensor) -> None:
-    owner_name, _, leaf = key.rpartition(".")
-    setattr(module.get_submodule(owner_name), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:

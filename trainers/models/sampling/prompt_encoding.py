@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.sampling.prompt_syntax import Schedule, parse_negative, parse_prompt, text_at
-from dreamfleet.trainers.models.stable_diffusion.condition import Condition
 from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import learned_words, tokenize_weighted
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.models.formats import hypernetwork as hypernetworks
 from dreamfleet.trainers.models.formats import lora as loras
+from dreamfleet.trainers.models.lora import Strength, load_lora, set_loras
 from dreamfleet.trainers.models.sampling.prompt_syntax import Tag, split_tags, strip_comments
 from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
     applied_hypernetworks,
@@ -19,7 +20,6 @@ from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
     require_fit,
     set_hypernetworks,
 )
-from dreamfleet.trainers.models.stable_diffusion.lora import Strength, load_lora, set_loras
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 
 log = logging.getLogger(__name__)

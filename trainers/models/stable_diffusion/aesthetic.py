@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamfleet.datasets.errors import ModelError, UserError
+from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.formats.aesthetic import read_aesthetic
-from dreamfleet.trainers.models.stable_diffusion.condition import Condition
-from dreamfleet.trainers.models.stable_diffusion.model import POCKET, StableDiffusion, pocket_folder
+from dreamfleet.trainers.models.pretrained import pocket_folder
+from dreamfleet.trainers.models.stable_diffusion.model import POCKET, StableDiffusion
 from dreamfleet.trainers.models.vision.clip import TEXT_PROJECTION, ClipScorer, load_clip
 
 Slerp = Literal["off", "channels", "tokens"]

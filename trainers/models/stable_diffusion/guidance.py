@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dreamfleet.datasets.errors import RecipeError
-from dreamfleet.trainers.models.stable_diffusion.condition import Condition, predict
+from dreamfleet.trainers.models.condition import Condition, predict
 
 Curve = Literal["ln", "cos", "cos2"]
 

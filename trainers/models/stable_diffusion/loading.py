@@ -13,6 +13,7 @@ import torch
 
 from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.config.model_keys import ModelConfig
+from dreamfleet.trainers.models.pretrained import first_line
 from dreamfleet.trainers.models.stable_diffusion.family import Configs, is_sdxl, refuse_other_families
 
 SINGLE_FILES = (".safetensors", ".ckpt")  # the endings of whole models in one file
@@ -156,11 +157,6 @@ def vae_fingerprint(vae: Any) -> str:
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.float().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, or its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _read_configs(folder: Path) -> Configs:

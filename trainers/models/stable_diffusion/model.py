@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,9 +16,11 @@ from dreamfleet.datasets.errors import ModelError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.model_keys import POCKET, ModelConfig, noise_schedule
 from dreamfleet.trainers.distributed.device import copy_to_device
+from dreamfleet.trainers.models import lora
+from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.formats.ldm_names import Family, family_of
-from dreamfleet.trainers.models.stable_diffusion import lora, prompt_tokens
-from dreamfleet.trainers.models.stable_diffusion.condition import Condition
+from dreamfleet.trainers.models.pretrained import pocket_folder, quiet_libraries
+from dreamfleet.trainers.models.stable_diffusion import prompt_tokens
 from dreamfleet.trainers.models.stable_diffusion.loading import (
     SINGLE_FILES,
     download,
@@ -32,11 +33,6 @@ from dreamfleet.trainers.models.stable_diffusion.loading import (
 # More at once is no faster on a GPU, and at 512 px it would set a run's peak memory.
 VAE_PIXELS = 8 * 256**2
 ALL_PARTS = ("unet", "vae", "text_encoder")  # the text encoder of SDXL is two
-
-
-def pocket_folder() -> Path:
-    """Return the folder of the small base model that ships with dreamfleet."""
-    return Path(__file__).parents[1] / "pocket"
 
 
 @dataclass
@@ -239,19 +235,6 @@ def load_model(config: ModelConfig, needs: Collection[str] = ALL_PARTS) -> Stabl
     return _load_path(download(name, config), name, config, needs)
 
 
-def quiet_libraries() -> None:
-    """Keep diffusers' and transformers' bars and notices (one per loaded part) out of a run's own lines."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
-    if not torch.cuda.is_available():
-        # Saving a model makes accelerate import DeepSpeed, which tells stdout that it found no GPU unless told so.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
 def _load_path(path: Path, name: str, config: ModelConfig, needs: Collection[str]) -> StableDiffusion:
     if path.is_dir():
         return _load_folder(path, name, config, needs)
@@ -267,7 +250,7 @@ def _load_folder(folder: Path, name: str, config: ModelConfig, needs: Collection
 
 
 def _load_single_file(path: Path, name: str, config: ModelConfig, needs: Collection[str]) -> StableDiffusion:
-    from dreamfleet.trainers.models.formats.single_file import load_single_file
+    from dreamfleet.trainers.models.stable_diffusion.single_file import load_single_file
 
     return _as_configured(load_single_file(path, name=name, needs=needs), path, config)
 

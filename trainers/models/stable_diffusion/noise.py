@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamfleet.datasets.rng import numpy_rng
-from dreamfleet.trainers.models.stable_diffusion.condition import Condition, predict
+from dreamfleet.trainers.models.condition import Condition, predict
 
 SampleKey = tuple[int | str, ...]
 

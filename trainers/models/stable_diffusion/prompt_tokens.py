@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dreamfleet.trainers.models.embeddings import SplicedEmbedding, spliced_table
 from dreamfleet.trainers.models.sampling.prompt_syntax import (
     BREAK,
     Piece,
@@ -18,7 +19,6 @@ from dreamfleet.trainers.models.sampling.prompt_syntax import (
     parse_prompt,
     strip_comments,
 )
-from dreamfleet.trainers.models.stable_diffusion.embeddings import SplicedEmbedding, spliced_table
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion

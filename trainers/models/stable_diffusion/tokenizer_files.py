@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dreamfleet.trainers.config.model_keys import POCKET
-
-POCKET_FOLDER = Path(__file__).parents[1] / "pocket"
+from dreamfleet.trainers.models.pretrained import pocket_folder
 
 
 def token_counter(model: str) -> tuple[str, Callable[[str], int]]:
@@ -22,7 +21,7 @@ def token_counter(model: str) -> tuple[str, Callable[[str], int]]:
     if model != POCKET and folder.is_dir():
         name = f"counted by {model}"
     else:
-        folder = POCKET_FOLDER / "tokenizer"
+        folder = pocket_folder() / "tokenizer"
         name = "counted by the pocket model's tokenizer" + (
             "" if model == POCKET else ": CLIP's own counts fewer"
         )

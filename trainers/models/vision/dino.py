@@ -12,8 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dreamfleet.datasets.errors import ModelError
-from dreamfleet.trainers.models.stable_diffusion.loading import first_line
-from dreamfleet.trainers.models.stable_diffusion.model import quiet_libraries
+from dreamfleet.trainers.models.pretrained import first_line, quiet_libraries
 from dreamfleet.trainers.models.vision.clip import BATCH, Preprocessing, read_preprocessing
 
 

@@ -18,7 +18,7 @@ from webui_safety import assert_webui_safe
 
 from dreamfleet.datasets.errors import FormatError, ModelError
 from dreamfleet.trainers.models.formats.convnext import read_convnext, write_convnext
-from dreamfleet.trainers.models.stable_diffusion.discriminator import (
+from dreamfleet.trainers.models.vision.discriminator import (
     load_discriminator,
     make_network,
     make_preprocessing,

@@ -31,14 +31,11 @@ from dreamfleet.trainers.models.formats.model_header import config_of
 from dreamfleet.trainers.models.formats.original_config import schedule_beside, write_original_config
 from dreamfleet.trainers.models.formats.pickle_writer import load_pickle, save_pickle
 from dreamfleet.trainers.models.formats.prediction import predicts_velocity
-from dreamfleet.trainers.models.formats.single_file import (
-    load_single_file,
-    load_single_file_parts,
-    save_single_file,
-)
+from dreamfleet.trainers.models.formats.single_file import load_single_file_parts
 from dreamfleet.trainers.models.formats.tensor_files import write_safetensors
 from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, load_model
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
+from dreamfleet.trainers.models.stable_diffusion.single_file import load_single_file, save_single_file
 
 States = dict[str, dict[str, torch.Tensor]]
 

@@ -40,13 +40,10 @@ from dreamfleet.trainers.models.formats.model_header import tokenizer_in
 from dreamfleet.trainers.models.formats.optimizer_file import read_optimizer
 from dreamfleet.trainers.models.formats.original_config import schedule_beside
 from dreamfleet.trainers.models.formats.pickle_writer import load_pickle, save_pickle
-from dreamfleet.trainers.models.formats.single_file import (
-    load_single_file,
-    load_single_file_parts,
-    save_single_file,
-)
+from dreamfleet.trainers.models.formats.single_file import load_single_file_parts
 from dreamfleet.trainers.models.formats.tensor_files import read_safetensors
-from dreamfleet.trainers.models.stable_diffusion.model import quiet_libraries
+from dreamfleet.trainers.models.pretrained import quiet_libraries
+from dreamfleet.trainers.models.stable_diffusion.single_file import load_single_file, save_single_file
 
 WORD = Embedding("fuzz", torch.linspace(-1, 1, 24).reshape(3, 8), 7, "0123456789", "base", {"a": "b"})
 WEBUI = {

@@ -22,6 +22,11 @@ from dreamfleet.datasets.errors import FormatError, ModelError, UserError
 from dreamfleet.trainers.methods.dreambooth import DreamBoothConfig
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.whole_model import LORA_FORMATS, export_tuned, learning_parts
+from dreamfleet.trainers.models.embeddings import (
+    install_embedding,
+    remove_embeddings,
+    text_embeddings,
+)
 from dreamfleet.trainers.models.formats.embedding import Embedding, write_embedding
 from dreamfleet.trainers.models.formats.lora import (
     DIFFUSERS_FILE,
@@ -34,15 +39,11 @@ from dreamfleet.trainers.models.formats.lora import (
 )
 from dreamfleet.trainers.models.formats.lora_names import kohya_name, layer_of_key
 from dreamfleet.trainers.models.formats.tensor_files import read_safetensors, write_safetensors
+from dreamfleet.trainers.models.lora import add_adapters, learned_layers, merged, set_loras
+from dreamfleet.trainers.models.pretrained import pocket_folder
 from dreamfleet.trainers.models.sampling.sample import generate
-from dreamfleet.trainers.models.stable_diffusion.embeddings import (
-    install_embedding,
-    remove_embeddings,
-    text_embeddings,
-)
-from dreamfleet.trainers.models.stable_diffusion.lora import add_adapters, learned_layers, merged, set_loras
 from dreamfleet.trainers.models.stable_diffusion.lora_targets import choose_layers
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, pocket_folder
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 
 QUERY = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"

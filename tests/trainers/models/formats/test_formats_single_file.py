@@ -17,11 +17,8 @@ from dreamfleet.datasets.errors import FormatError, ModelError, StorageError
 from dreamfleet.trainers.models.formats.layout import empty_part, from_single_file, to_single_file
 from dreamfleet.trainers.models.formats.ldm_names import SD1_CONFIGS, file_place
 from dreamfleet.trainers.models.formats.pickle_writer import save_pickle
-from dreamfleet.trainers.models.formats.single_file import (
-    load_single_file,
-    load_single_file_parts,
-    save_single_file,
-)
+from dreamfleet.trainers.models.formats.single_file import load_single_file_parts
+from dreamfleet.trainers.models.stable_diffusion.single_file import load_single_file, save_single_file
 
 
 def sd1_on_meta() -> dict[str, dict[str, torch.Tensor]]:
@@ -156,7 +153,7 @@ def test_half_precision_and_header(tmp_path: Path) -> None:
 
 
 def test_learned_words_stay_out_of_the_file(tmp_path: Path) -> None:
-    from dreamfleet.trainers.models.stable_diffusion.embeddings import install_embedding
+    from dreamfleet.trainers.models.embeddings import install_embedding
 
     model = tiny_model()
     plain = load_file(save_single_file(model, tmp_path / "a.safetensors"))

@@ -17,8 +17,8 @@ from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.batches.class_image_drawing import class_image_key, generate_class_images
 from dreamfleet.trainers.batches.class_images import find_missing
+from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.sampling.sample import generate, image_grid
-from dreamfleet.trainers.models.stable_diffusion.condition import Condition
 
 SCHEDULERS = ["ddim", "euler_a", "dpm++"]
 PROMPTS = ["a cat", "two dogs", "a red apple", "the sea", "a cat"]

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from dreamfleet.datasets.errors import ModelError, UserError
+from dreamfleet.trainers.models.embeddings import install_embedding
 from dreamfleet.trainers.models.formats.aesthetic import write_aesthetic
 from dreamfleet.trainers.models.formats.lora import LoraFile, Matrices
+from dreamfleet.trainers.models.lora import set_loras
 from dreamfleet.trainers.models.sampling.sample import generate
 from dreamfleet.trainers.models.stable_diffusion import aesthetic
 from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
@@ -30,8 +32,6 @@ from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
     tune_text_encoder,
 )
 from dreamfleet.trainers.models.stable_diffusion.aesthetic_export import bake
-from dreamfleet.trainers.models.stable_diffusion.embeddings import install_embedding
-from dreamfleet.trainers.models.stable_diffusion.lora import set_loras
 from dreamfleet.trainers.models.stable_diffusion.model import POCKET, ModelConfig, StableDiffusion, load_model
 from dreamfleet.trainers.models.vision.clip import ClipScorer
 

@@ -21,9 +21,9 @@ from dreamfleet.datasets.images.images import fit_image
 from dreamfleet.datasets.index.index import build_index
 from dreamfleet.datasets.plan import Draw
 from dreamfleet.trainers.batches.sources import Shown
+from dreamfleet.trainers.models.condition import Condition, whole_image_ids
+from dreamfleet.trainers.models.embeddings import install_embedding
 from dreamfleet.trainers.models.sampling.sample import generate
-from dreamfleet.trainers.models.stable_diffusion.condition import Condition, whole_image_ids
-from dreamfleet.trainers.models.stable_diffusion.embeddings import install_embedding
 from dreamfleet.trainers.models.stable_diffusion.noise import noise_loss
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import WIDTH, tiny_model
 
 from dreamfleet.datasets.errors import RecipeError
-from dreamfleet.trainers.models.stable_diffusion.condition import Condition
+from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.stable_diffusion.guidance import Guidance, guided_prediction, parse_guidance
 
 SCALES = st.floats(0, 1000).map(lambda value: round(value, 4))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.memory.trace import Ledger
-from dreamfleet.trainers.models.stable_diffusion.embeddings import (
+from dreamfleet.trainers.models.embeddings import (
     install_embedding,
     remove_embeddings,
     text_embeddings,

@@ -19,10 +19,10 @@ from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.hypernetwork import HypernetworkConfig, HypernetworkMethod
 from dreamfleet.trainers.models.formats.embedding import read_embedding
 from dreamfleet.trainers.models.formats.hypernetwork import read_hypernetwork
-from dreamfleet.trainers.models.formats.single_file import save_single_file
 from dreamfleet.trainers.models.stable_diffusion.loading import short_hash
 from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, StableDiffusion, load_model
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
+from dreamfleet.trainers.models.stable_diffusion.single_file import save_single_file
 
 
 def load(path: Path) -> StableDiffusion:

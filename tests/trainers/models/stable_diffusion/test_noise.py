@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from dreamfleet.datasets.rng import key
-from dreamfleet.trainers.models.stable_diffusion.condition import Condition
+from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.stable_diffusion.noise import (
     draw_noise,
     make_target,

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import ModelError
+from dreamfleet.trainers.models.embeddings import lend_embeddings
 from dreamfleet.trainers.models.formats.lora import LoraFile, Matrices, read_lora
 from dreamfleet.trainers.models.formats.lora_names import STANDARD_LAYERS
-from dreamfleet.trainers.models.stable_diffusion.embeddings import lend_embeddings
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion

@@ -22,9 +22,7 @@ from dreamfleet.datasets.errors import ModelError
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.models.formats.convnext import SUFFIXES, read_convnext
-from dreamfleet.trainers.models.stable_diffusion.loading import first_line
-from dreamfleet.trainers.models.stable_diffusion.model import quiet_libraries
-from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_part
+from dreamfleet.trainers.models.pretrained import first_line, quiet_libraries, save_part
 from dreamfleet.trainers.models.vision.clip import Preprocessing
 
 INPUT_SIZE = 384  # pixels of a side, where a file does not say

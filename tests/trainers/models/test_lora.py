@@ -24,7 +24,7 @@ from dreamfleet.trainers.memory.estimate import CHOICES, estimate
 from dreamfleet.trainers.memory.profile import count_run, method_shape
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.formats.lora import DIFFUSERS_FILE, read_lora
-from dreamfleet.trainers.models.stable_diffusion.lora import adapted, set_loras
+from dreamfleet.trainers.models.lora import adapted, set_loras
 from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, load_model
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import Parts
