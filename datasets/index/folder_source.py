@@ -33,7 +33,8 @@ class FolderSource(Source):
         """
         files = _open(url, options)
         captions = Captions(files, options.caption_column)
-        texts = captions.of_all(files.images)
+        names = sorted(files.images)
+        texts = captions.of_all(names)
         missing = [
             BadFile(f"{files.storage.url}/{name}", f"named in {table}, but does not exist")
             for name, table in captions.absent
@@ -41,7 +42,7 @@ class FolderSource(Source):
         return Listing(
             images=[
                 SourceImage(files.storage.path(name), caption, mask=files.masks.get(name))
-                for name, caption in zip(files.images, texts, strict=True)
+                for name, caption in zip(names, texts, strict=True)
             ],
             bad=files.bad + missing,
             skipped=files.skipped,

@@ -38,7 +38,6 @@ from dreamfleet.datasets.index.exclusions import (
     printable,
 )
 from dreamfleet.datasets.index.file_pairing import Pairs, composed, masks_beside
-from dreamfleet.datasets.storage.range_reader import first_bytes
 from dreamfleet.datasets.storage.storage import Storage
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -204,7 +203,7 @@ class ImageFolder:
             if ending not in OTHER_ENDINGS and looked < SNIFFED:
                 looked += 1
                 with suppress(StorageError, OSError, ValueError):
-                    kind = format_of(first_bytes(self.storage, name, size=HEAD))
+                    kind = format_of(self.storage.read_bytes(name, end=HEAD))
             if kind:
                 told = f"ending {ending}" if ending else "no ending"
                 self.bad.append(

@@ -1,6 +1,6 @@
 """Image sources: the interface behind the URLs of a recipe's `data:` section, and the registry of implementations.
 
-A folder on disk or in a bucket is the built-in source. An installed package adds others, such as a format of shards or a
+A folder on disk or in a bucket is the built-in source. An installed package adds others, such as a shard format or a
 table of URLs, through the entry-point group `dreamfleet.sources`; its source is used for every URL that it matches.
 """
 
@@ -59,7 +59,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class ScanOptions:
-    """Keys of the `data:` section that a source may follow, and ``excluded``: folders to skip, each with its content."""
+    """Keys of the `data:` section that a source may follow, and ``excluded``: folders to skip and what they contain."""
 
     caption_extension: Sequence[str] = CAPTION_EXTENSIONS
     caption_column: str | None = None
@@ -86,7 +86,10 @@ class Source(ABC):
 
     @abstractmethod
     def scan(self, url: str, options: ScanOptions) -> Listing:
-        """List the images at ``url`` without reading them. Raises DataError when the source itself is unusable."""
+        """List the images at ``url`` without reading them, in an order that is the same on every machine.
+
+        Raises DataError when the source itself is unusable.
+        """
 
     def read(self, uri: str) -> bytes:
         """Return the bytes of an image file or mask that :meth:`scan` listed. Raises StorageError."""
@@ -126,7 +129,8 @@ def find_source(url: str) -> Source:
     if not is_address(url):
         names = [name for name in SOURCES.names() if name != FOLDER]
         raise DataError(
-            f"{url}: no source reads {url.partition('://')[0]}:// URLs. Use a folder, s3:// or gs://, or install the package that adds the source (installed: {', '.join(names) or 'none'})"
+            f"{url}: no source reads {url.partition('://')[0]}:// URLs. Use a folder, s3:// or gs://, or install the "
+            f"package that adds the source (installed: {', '.join(names) or 'none'})"
         )
     found = {name: _instance(kind, name) for name, kind in SOURCES.items() if name != FOLDER}
     matching = [name for name, source in found.items() if source.matches(url)]

@@ -12,7 +12,7 @@ from typing import Any
 from dreamfleet.datasets.buckets import training_sizes
 from dreamfleet.datasets.captions import split_tags
 from dreamfleet.datasets.config import DataConfig
-from dreamfleet.datasets.index.concepts import Sets, load_class_images, load_sets
+from dreamfleet.datasets.index.sets import Sets, load_class_images, load_sets
 from dreamfleet.datasets.tools.pixel_statistics import copies, look_at_all, near_copies
 
 NEARLY_ALL_CUT_OFF = 0.9  # of one picture

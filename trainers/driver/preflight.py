@@ -64,9 +64,10 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
 
     Sets of up to a thousand files on a disk are read through as a worker would; buckets and larger sets are left to it.
     """
-    from dreamfleet.datasets.index.concepts import load_concepts, load_sets
+    from dreamfleet.datasets.index.concepts import load_concepts
     from dreamfleet.datasets.index.file_hashes import known_files
     from dreamfleet.datasets.index.index import build_index
+    from dreamfleet.datasets.index.sets import load_sets
     from dreamfleet.datasets.serve.latent_files import find_manifests
     from dreamfleet.trainers.config.deepspeed import with_deepspeed_file
     from dreamfleet.trainers.recipe import METHOD_FILES, METHOD_MODELS, START_FILES

@@ -12,8 +12,9 @@ from PIL import Image
 
 from dreamfleet.datasets.errors import DataError, RecipeError, UserError
 from dreamfleet.datasets.images.images import open_image
-from dreamfleet.datasets.index.concepts import load_concepts, load_sets
+from dreamfleet.datasets.index.concepts import load_concepts
 from dreamfleet.datasets.index.index import build_index
+from dreamfleet.datasets.index.sets import load_sets
 from dreamfleet.datasets.index.sources import ScanOptions, read_image_file
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.artifacts.loading import ARTIFACTS, load_artifact, load_exported

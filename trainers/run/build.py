@@ -14,9 +14,9 @@ import torch
 from dreamfleet.datasets.buckets import Size, number_buckets, tell_buckets, training_sizes
 from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import RecipeError
-from dreamfleet.datasets.index.concepts import Sets, load_sets
 from dreamfleet.datasets.index.file_hashes import known_files
 from dreamfleet.datasets.index.index import Index
+from dreamfleet.datasets.index.sets import Sets, load_sets
 from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.serve.latent_files import LatentCache
 from dreamfleet.trainers.batches.cached_latents import leave_out_bad, open_latents, serve_images

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from dreamfleet.datasets.errors import RunFailed
-from dreamfleet.datasets.index.concepts import load_held_out
 from dreamfleet.datasets.index.index import Index
+from dreamfleet.datasets.index.sets import load_held_out
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.batches.vae_encoding import read_pixels

@@ -17,8 +17,8 @@ from PIL import Image
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.images.masks import ImageView, Mask, cut_image, loss_weights
-from dreamfleet.datasets.index.sources import ScanOptions
 from dreamfleet.datasets.index.index import build_index
+from dreamfleet.datasets.index.sources import ScanOptions
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import assemble
@@ -136,7 +136,13 @@ def test_masks_are_found_and_are_no_images(masked: Path) -> None:
     before = both.content_hash
     Image.new("L", (40, 40), 10).save(masked / "masks" / "deep" / "b.jpg")
     assert (
-        len({alone.content_hash, before, build_index(folder, ScanOptions(mask_dir=str(masked / "masks"))).content_hash})
+        len(
+            {
+                alone.content_hash,
+                before,
+                build_index(folder, ScanOptions(mask_dir=str(masked / "masks"))).content_hash,
+            }
+        )
         == 3
     )
     # Without its picture, a file of that name is a picture.

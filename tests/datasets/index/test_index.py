@@ -12,8 +12,8 @@ from image_files import image, put
 
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.index import index as index_module
-from dreamfleet.datasets.index.sources import ScanOptions
 from dreamfleet.datasets.index.index import Index, build_index, log_left_out
+from dreamfleet.datasets.index.sources import ScanOptions
 from dreamfleet.datasets.storage.storage import Storage
 
 
@@ -225,7 +225,10 @@ def test_sidecars_and_their_order(tmp_path):
         "d.png": "with the whole name",
         "e.png": None,
     }
-    assert by_name(build_index(str(tmp_path), ScanOptions(caption_extension=[".caption"])))["a.png"] == "from caption"
+    assert (
+        by_name(build_index(str(tmp_path), ScanOptions(caption_extension=[".caption"])))["a.png"]
+        == "from caption"
+    )
 
 
 def test_metadata_tables(tmp_path):

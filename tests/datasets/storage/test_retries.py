@@ -14,7 +14,7 @@ import pytest
 
 from dreamfleet.datasets.errors import StorageError
 from dreamfleet.datasets.storage import object_store
-from dreamfleet.datasets.storage.object_store import ATTEMPTS, PATIENCE_SECONDS, next_wait
+from dreamfleet.datasets.storage.retry import ATTEMPTS, PATIENCE_SECONDS, next_wait
 from dreamfleet.datasets.storage.storage import Storage
 
 CONTENT = b"in the end"
