@@ -70,13 +70,14 @@ def main() -> None:
     """Measure steps and the baked form, and write the figures."""
     import torch
 
+    from dreamfleet.trainers.config.model import ModelConfig
     from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
         AestheticEncoder,
         AestheticSettings,
         clip_of,
     )
     from dreamfleet.trainers.models.stable_diffusion.aesthetic_export import bake
-    from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, load_model
+    from dreamfleet.trainers.models.stable_diffusion.model import load_model
 
     model = load_model(ModelConfig())
     clip = clip_of(model)

@@ -137,9 +137,10 @@ def fill(prompts: list[str], word: str) -> list[str]:
 
 def measure_task(task: Task, folder: Path, methods: list[str]) -> dict[str, Any]:
     """Measure the untuned model and every method on one task, and draw the sheet."""
+    from dreamfleet.trainers.config.model import ModelConfig
     from dreamfleet.trainers.evaluation.fidelity import score_images, spread_of_real
     from dreamfleet.trainers.models.sampling.sample import image_grid
-    from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, load_model
+    from dreamfleet.trainers.models.stable_diffusion.model import load_model
     from dreamfleet.trainers.models.vision.clip import load_clip
 
     real, clip = read_real(task.images / "holdout"), load_clip()

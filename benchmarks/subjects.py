@@ -97,11 +97,12 @@ def read_real(folder: Path) -> list[Any]:
 def measure_subject(name: str, noun: str, train_dir: Path, real_dir: Path, folder: Path) -> dict[str, Any]:
     """Train both methods on one subject and score them beside the untuned model."""
     from dreamfleet.datasets.storage.storage import Storage
+    from dreamfleet.trainers.config.model import ModelConfig
     from dreamfleet.trainers.evaluation.fidelity import spread_of_real
     from dreamfleet.trainers.evaluation.score import load_exported
     from dreamfleet.trainers.launch import fit
     from dreamfleet.trainers.models.sampling.sample import image_grid
-    from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, load_model
+    from dreamfleet.trainers.models.stable_diffusion.model import load_model
     from dreamfleet.trainers.models.vision.clip import load_clip
     from dreamfleet.trainers.recipe import load_recipe
 

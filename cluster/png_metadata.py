@@ -14,9 +14,9 @@ from PIL import Image
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.artifacts.loading import negative_beside
+from dreamfleet.trainers.config.prompt_lines import Shot
 from dreamfleet.trainers.models.formats.embedding import read_embedding
 from dreamfleet.trainers.models.sampling.infotext import infotext, png_info, sampler_entries
-from dreamfleet.trainers.models.sampling.prompt_lines import Shot
 from dreamfleet.trainers.models.sampling.prompt_syntax import escape, escape_words, strip_comments
 from dreamfleet.trainers.models.sampling.prompt_tags import Extras, HypernetworkShelf, LoraShelf
 from dreamfleet.trainers.models.sampling.sample import image_grid

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.artifacts.loading import LARGEST_EMBEDDING, teach_word
+from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.distributed.device import DRAWING, best_device, on_device
 from dreamfleet.trainers.models.formats import aesthetic as aesthetics
 from dreamfleet.trainers.models.formats import hypernetwork, lora
@@ -20,14 +21,14 @@ from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
     apply_aesthetic,
 )
 from dreamfleet.trainers.models.stable_diffusion.loading import SINGLE_FILES
-from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, StableDiffusion, load_model
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dreamfleet.cluster.png_metadata import Row
-    from dreamfleet.trainers.models.sampling.prompt_lines import Shot
+    from dreamfleet.trainers.config.prompt_lines import Shot
     from dreamfleet.trainers.models.sampling.prompt_tags import Shelves
 
 EMBEDDINGS = (".pt", ".bin", ".png", ".webp", ".avif", ".jxl")  # files that are never a whole model
@@ -101,8 +102,8 @@ def draw_grid(
     folder for each picture by itself. PNGs say how they were drawn, as the webui's do.
     """
     from dreamfleet.cluster.png_metadata import Settings, drawn_text, require_place, write_images
-    from dreamfleet.trainers.models.sampling.infotext import plain_sampler
-    from dreamfleet.trainers.models.sampling.prompt_lines import Shot
+    from dreamfleet.trainers.config.prompt_lines import Shot
+    from dreamfleet.trainers.config.samplers import plain_sampler
     from dreamfleet.trainers.models.sampling.prompt_tags import HypernetworkShelf, LoraShelf, Shelves
 
     require_place(out, out_dir)
@@ -132,7 +133,7 @@ def draw_grid(
 
 def _shots(usual: Shot, prompts: Sequence[str], prompt_file: str | None) -> list[Shot]:
     """List what to draw: the prompts as they are, and those of a file with their own options."""
-    from dreamfleet.trainers.models.sampling.prompt_lines import read_prompts, shot_of
+    from dreamfleet.trainers.config.prompt_lines import read_prompts, shot_of
 
     shots = [replace(usual, prompt=prompt) for prompt in prompts]
     if prompt_file is not None:
@@ -144,7 +145,7 @@ def _shots(usual: Shot, prompts: Sequence[str], prompt_file: str | None) -> list
 
 def _draw(model: StableDiffusion, shelves: Shelves, rows: Sequence[Row], *, plain: bool) -> list[Image]:
     """Draw a picture for each row; those in a row that name the same extras are drawn together."""
-    from dreamfleet.trainers.models.sampling.prompt_lines import draw_shots
+    from dreamfleet.trainers.models.sampling.draw_shots import draw_shots
 
     apply, images = shelves.on(model), []
     for extras, group in groupby(rows, key=lambda row: row[1]):

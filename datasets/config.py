@@ -12,6 +12,7 @@ from dreamfleet.datasets.config_base import Section, as_list
 # Pillow refuses larger images itself (twice its warning limit), so this is the largest limit that has an effect.
 MAX_PIXELS = 178_956_970
 CAPTION_EXTENSIONS = (".txt", ".caption")
+MOST_CLASSES = 1000  # of labelled images
 
 
 def _also(name: str, *others: str) -> AliasChoices:

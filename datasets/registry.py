@@ -6,7 +6,7 @@ import difflib
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dreamfleet.datasets.errors import UserError
 
@@ -81,11 +81,13 @@ class Registry(Generic[T]):
                 )
 
     def _load(self, name: str) -> T:
-        module, _, attribute = self._paths[name].partition(":")
-        try:
-            found = importlib.import_module(module)
-            return getattr(found, attribute)  # type: ignore[no-any-return]
-        except (ImportError, AttributeError) as error:
-            raise UserError(
-                f"{self.kind} {name!r} cannot be loaded from {self._paths[name]}: {error}"
-            ) from error
+        return load_attribute(self._paths[name], what=f"{self.kind} {name!r}")  # type: ignore[no-any-return]
+
+
+def load_attribute(path: str, *, what: str) -> Any:
+    """Import ``"module:attribute"``. Raises UserError naming ``what`` cannot be loaded, from where and why."""
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{what} cannot be loaded from {path}: {error}") from error

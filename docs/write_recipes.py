@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import AliasChoices, BaseModel
 from pydantic.fields import FieldInfo
 
-from dreamfleet.trainers.methods.base import discover
+from dreamfleet.trainers.config.method import METHODS
 from dreamfleet.trainers.recipe import Recipe
 
 PAGE = Path(__file__).with_name("recipes.md")
@@ -208,9 +208,9 @@ def write() -> str:
             parts += [f"\n## {name}\n", table(section, name)]
             nested |= inner_models(section)
     parts.append("\n## method\n\n`name` chooses the method; the other keys are its own.")
-    for name, method in sorted(discover().items()):
-        parts += [f"\n### {name}\n\n{summary(method)}\n", table(method.Config, name)]
-        nested |= inner_models(method.Config)
+    for name, method in METHODS.items():
+        parts += [f"\n### {name}\n\n{method.summary}\n", table(method, name)]
+        nested |= inner_models(method)
     for name, model in nested.items():
         parts += [f"\n## {name}\n\n{summary(model)}\n", table(model, name)]
     return "\n".join(parts) + "\n"

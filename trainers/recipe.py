@@ -18,15 +18,16 @@ from dreamfleet.datasets.index.exclusions import HELD_OUT
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.conflicts import find_conflicts
 from dreamfleet.trainers.config.engine import EngineConfig
+from dreamfleet.trainers.config.engines import find_refused
+from dreamfleet.trainers.config.method import METHODS, MethodConfig
+from dreamfleet.trainers.config.model import POCKET, ModelConfig
+from dreamfleet.trainers.config.optimizer import OptimizerConfig
+from dreamfleet.trainers.config.prompt_lines import read_prompts
 from dreamfleet.trainers.config.scaling import ScalingConfig
 from dreamfleet.trainers.config.search import SearchConfig, find_mistakes
 from dreamfleet.trainers.config.train import TrainConfig
+from dreamfleet.trainers.config.validation import ValidationConfig
 from dreamfleet.trainers.config.validation_errors import keys_at, nearest, tell
-from dreamfleet.trainers.evaluation.heldout_loss import ValidationConfig
-from dreamfleet.trainers.methods.base import MethodConfig, discover
-from dreamfleet.trainers.models.sampling.prompt_lines import read_prompts
-from dreamfleet.trainers.models.stable_diffusion.model import POCKET, ModelConfig
-from dreamfleet.trainers.optim.optimizers import OptimizerConfig
 
 WEIGHTS = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 # Keys of methods' sections that name files, and models, which may be on the hub.
@@ -147,24 +148,24 @@ def _with_prompts(recipe: Recipe, source: str, folder: str | None) -> Recipe:
 def _validate(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
     tree = dict(tree)
     method = tree.get("method")
-    methods = discover()
     mistakes: list[str] = []
     config = None
-    if isinstance(method, str) and method in methods:
+    if isinstance(method, str) and method in METHODS:
         mistakes.append(f"method: a section; write method: {{name: {method}}}")
         tree.pop("method")
-    elif not isinstance(method, Mapping) or method.get("name") not in methods:
+    elif not isinstance(method, Mapping) or method.get("name") not in METHODS:
         given = method.get("name") if isinstance(method, Mapping) else method
+        known = METHODS.names()
         mistakes.append(
-            f"method.name: {given!r} is no method{nearest(str(given), methods)}; known: {', '.join(methods)}"
+            f"method.name: {given!r} is no method{nearest(str(given), known)}; known: {', '.join(known)}"
         )
         tree.pop("method", None)
     else:
         try:
-            config = methods[method["name"]].Config.model_validate(dict(method))
+            config = METHODS.get(method["name"]).model_validate(dict(method))
             tree["method"] = config
         except ValidationError as error:
-            mistakes += tell(error, methods[method["name"]].Config, homes=_homes(method), prefix="method")
+            mistakes += tell(error, METHODS.get(method["name"]), homes=_homes(method), prefix="method")
             tree.pop("method")
     recipe = None
     try:
@@ -174,7 +175,7 @@ def _validate(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
         told = tell(error, Recipe, homes=_homes(method))
         mistakes += [line for line in told if had_method or not line.startswith("method:")]
     if recipe is not None and config is not None:
-        mistakes += _refused(recipe, methods[config.name].refused)
+        mistakes += find_refused(dict(recipe), config.refused, by=config.name)
     if recipe is not None:
         mistakes += find_conflicts(recipe)
     if recipe is not None and recipe.search is not None:
@@ -193,22 +194,9 @@ def _homes(method: Any) -> dict[str, str]:
 def _model_at(method: Any, path: Sequence[str]) -> tuple[type[BaseModel], Sequence[str]]:
     """Return the model to look a path up in, and the rest of the path: a method's keys are in its own model."""
     name = method.get("name") if isinstance(method, Mapping) else None
-    if path[:1] and path[0] == "method" and name in discover():
-        return discover()[name].Config, path[1:]
+    if path[:1] and path[0] == "method" and isinstance(name, str) and name in METHODS:
+        return METHODS.get(name), path[1:]
     return Recipe, path
-
-
-def _refused(recipe: Recipe, reasons: Mapping[str, str]) -> list[str]:
-    """Tell of keys that are set and must not be, with this method."""
-    told = []
-    for path, reason in reasons.items():
-        section, _, key = path.partition(".")
-        part = getattr(recipe, section)
-        if (value := getattr(part, key)) != type(part).model_fields[key].get_default(
-            call_default_factory=True
-        ):
-            told.append(f"{path}: {value} does not go with {recipe.method.name}, {reason}; leave it out")
-    return told
 
 
 def _override(tree: dict[str, Any], text: str) -> None:

@@ -52,8 +52,8 @@ def plan(
     """
     with work():
         from dreamfleet.datasets.errors import ResourceError
+        from dreamfleet.trainers.config.units import parse_size
         from dreamfleet.trainers.memory.advice import tell_nothing_fits
-        from dreamfleet.trainers.memory.estimate import parse_size
         from dreamfleet.trainers.memory.plan import plan_memory
         from dreamfleet.trainers.recipe import load_recipe
 
@@ -144,7 +144,7 @@ def _verdict(made: MemoryPlan, rate: int) -> list[str]:
 
 
 def _is_plain(chosen: Estimate | None) -> bool:
-    return chosen is not None and chosen.choice.zero_stage is None
+    return chosen is not None and chosen.choice.engine == "torch"
 
 
 def _millions(number: int) -> str:

@@ -105,15 +105,15 @@ def config(
 def methods(as_json: AsJson = False, verbose: Verbose = False) -> None:
     """List the fine-tuning methods a recipe can name."""
     with work():
-        from dreamfleet.trainers.methods.base import discover
+        from dreamfleet.trainers.config.method import METHODS
 
         told = [
             {
                 "name": name,
-                "description": (method.__doc__ or "").strip().split("\n")[0],
+                "description": method.summary,
                 "helper_of": method.helper_of,
             }
-            for name, method in sorted(discover().items(), key=lambda item: bool(item[1].helper_of))
+            for name, method in sorted(METHODS.items(), key=lambda item: bool(item[1].helper_of))
         ]
     if as_json:
         print_json(told)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
+from dreamfleet.datasets.config import MOST_CLASSES
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.index.file_pairing import same_name
 from dreamfleet.datasets.index.index import Index
@@ -17,7 +18,6 @@ from dreamfleet.datasets.storage.object_store import is_address
 from dreamfleet.datasets.storage.storage import Storage, read_text
 
 LABELS_FILE = "dataset.json"  # in the folder of pictures, where nothing else is said
-MOST_CLASSES = 1000
 HELD_OUT_SHARE = 5  # at most every so many-th picture of a class is held out
 
 

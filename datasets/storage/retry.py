@@ -1,8 +1,8 @@
 """The retry policy for storage requests over the network: which failures are transient, how long to wait. Pure.
 
 S3 follows it in full: botocore and s3fs are configured for one attempt each. Google Cloud Storage keeps gcsfs's own
-retries of single requests, and follows the policy where an answer breaks off. Downloads from the Hugging Face hub follow
-huggingface_hub's policy. aiohttp resends a request at once when a kept-alive connection turns out to be closed.
+retries of single requests, and follows the policy where an answer breaks off. Downloads from the Hugging Face hub
+follow huggingface_hub's policy. aiohttp resends a request at once when a kept-alive connection turns out to be closed.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class Storage:
         return not self.scheme
 
     def path(self, *parts: str) -> str:
-        """Return the address of `parts` joined to this folder. Raises StorageError for a name that leaves the folder."""
+        """Return the address of `parts` below this folder. Raises StorageError for a name that leaves it."""
         clean = [inside(part).strip("/") for part in parts if part.strip("/")]
         return os.path.join(self.url, *clean) if self.is_local else "/".join([self.url, *clean])
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.models.sampling.sample import generate
-from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, load_model
+from dreamfleet.trainers.models.stable_diffusion.model import load_model
 
 HERE = Path(__file__).parent
 THINGS = ("teddy bear", "crown", "croissant", "dolphin", "koala", "jellyfish", "butterfly", "lemon", "snowman",

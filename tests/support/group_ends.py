@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.engines.torch_engine import TorchEngine
 from dreamfleet.trainers.methods.dreambooth import DreamBooth
-from dreamfleet.trainers.optim.optimizers import OptimizerConfig
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import build as assemble
 from dreamfleet.trainers.run.run import run_worker

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, StableDiffusion, load_model
+from dreamfleet.trainers.config.model import ModelConfig
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
 
 
 def load(folder: Path, **options: Any) -> StableDiffusion:

@@ -8,7 +8,7 @@ from pathlib import Path
 import golden
 import pytest
 
-from dreamfleet.trainers.methods.base import discover
+from dreamfleet.trainers.config.method import METHODS
 
 
 @pytest.mark.parametrize("name", sorted(golden.RUNS))
@@ -20,4 +20,4 @@ def test_curve_is_the_kept_one(name: str, tmp_path: Path) -> None:
 
 def test_every_method_has_a_curve() -> None:
     covered = {run["method"]["name"] for run in golden.RUNS.values()}
-    assert covered == set(discover())
+    assert covered == set(METHODS.names())

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from dreamfleet.datasets.errors import FormatError, UserError
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.methods.aesthetic_gradients import AestheticGradientsConfig
-from dreamfleet.trainers.methods.base import MethodConfig
-from dreamfleet.trainers.methods.hypernetwork import HypernetworkConfig
+from dreamfleet.trainers.config.method import MethodConfig
+from dreamfleet.trainers.config.methods.aesthetic_gradients import AestheticGradientsConfig
+from dreamfleet.trainers.config.methods.hypernetwork import HypernetworkConfig
+from dreamfleet.trainers.config.model import ModelConfig
+from dreamfleet.trainers.methods.aesthetic_gradients import settings_of
 from dreamfleet.trainers.models.embeddings import NEGATIVE
 from dreamfleet.trainers.models.formats.aesthetic import holds_aesthetic
 from dreamfleet.trainers.models.formats.embedding import SUFFIXES, read_embedding
@@ -18,7 +20,7 @@ from dreamfleet.trainers.models.lora import apply_lora
 from dreamfleet.trainers.models.stable_diffusion.aesthetic import apply_aesthetic
 from dreamfleet.trainers.models.stable_diffusion.hypernetwork import load_hypernetwork
 from dreamfleet.trainers.models.stable_diffusion.loading import SINGLE_FILES
-from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, StableDiffusion, load_model
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
 from dreamfleet.trainers.recipe import Recipe
 
 ARTIFACTS = (*SUFFIXES, ".ckpt")
@@ -40,7 +42,7 @@ def load_exported(run: Storage, recipe: Recipe) -> StableDiffusion:
         if (name := f"{recipe.run_name}.pt") in files:
             model = load_model(recipe.model)
             with run.local_copy(f"exports/{name}") as path:
-                recipe.method.apply(model, path)
+                _apply(recipe.method, model, path)
             return model
     elif word := getattr(recipe.method, "placeholder_token", None):
         for suffix in SUFFIXES:
@@ -87,7 +89,7 @@ def load_artifact(
             return model, teach_word(model, address, getattr(method, "placeholder_token", ""))
         model = load_model(base)
         if isinstance(method, HypernetworkConfig | AestheticGradientsConfig):
-            method.apply(model, path)
+            _apply(method, model, path)
         elif hypernetwork:
             load_hypernetwork(model, path)
         elif aesthetic:
@@ -95,6 +97,14 @@ def load_artifact(
         else:
             apply_lora(model, path)
         return model, ""
+
+
+def _apply(method: MethodConfig, model: StableDiffusion, path: Path) -> None:
+    """Make a model draw with an exported file, as the previews of its run do."""
+    if isinstance(method, HypernetworkConfig):
+        load_hypernetwork(model, path, method.multiplier)
+    elif isinstance(method, AestheticGradientsConfig):
+        apply_aesthetic(model, path, settings_of(method), method.clip)
 
 
 def _is_whole(path: Path) -> bool:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from dreamfleet.datasets.config_base import Section
-from dreamfleet.trainers.evaluation.heldout_loss import wants_judge
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.recipe import Recipe
@@ -181,7 +180,7 @@ def figures_of(recipe: Recipe) -> list[str]:
     """List the figures a validation round measures, by their names in ``metrics.jsonl``."""
     validation = recipe.validation
     held_out = [HELD_OUT] if validation.holdout else list(recipe.method.figures)
-    return held_out + [name for name in SCORES if wants_judge(validation) and name in validation.metrics]
+    return held_out + [name for name in SCORES if validation.scores_previews and name in validation.metrics]
 
 
 def put_point(tree: Mapping[str, Any], point: Point) -> dict[str, Any]:

@@ -20,14 +20,14 @@ from dreamfleet.datasets.serve.cache import Pool, encode_shards, jobs_of, make_s
 from dreamfleet.datasets.serve.latent_files import encoding_of, open_cache, write_manifest
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.batches.vae_encoding import encode_batch, encode_cuts
-from dreamfleet.trainers.config.model_keys import ModelConfig
+from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.config.paths import shared_paths
 from dreamfleet.trainers.config.scaling import WorkerShare, refuse_impossible, worker_resources
 from dreamfleet.trainers.distributed.device import ENCODING, explain_out_of_memory, on_device, with_index
 from dreamfleet.trainers.driver.preflight import refuse_here, this_machine
 from dreamfleet.trainers.driver.shared_paths import check_machines
 from dreamfleet.trainers.memory.engine_selection import limit_card
-from dreamfleet.trainers.methods.base import discover
+from dreamfleet.trainers.methods.base import method_class
 from dreamfleet.trainers.methods.image_method import SeeingMethod
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
 from dreamfleet.trainers.recipe import Recipe
@@ -112,7 +112,7 @@ def cache_latents(
         raise RecipeError(
             "data.cache_dir says where latents go: set it, such as data.cache_dir=cache/latents"
         )
-    if issubclass(discover()[recipe.method.name], SeeingMethod):
+    if issubclass(method_class(recipe.method), SeeingMethod):
         raise RecipeError(f"{recipe.method.name} sees pictures, not latents: there is nothing to cache")
     model = load_model(recipe.model, {"vae"})
     _check_sizes(recipe, model)

@@ -7,14 +7,12 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
-from pydantic import AliasChoices, BeforeValidator, Field
 
 from dreamfleet.datasets.config import DataConfig
-from dreamfleet.datasets.config_base import Section, as_list
 from dreamfleet.datasets.errors import RecipeError, ResourceError, UserError
 from dreamfleet.datasets.index.index import Index
 from dreamfleet.datasets.plan import Draw
@@ -23,11 +21,13 @@ from dreamfleet.trainers.batches.feed import Preparer, to_samples
 from dreamfleet.trainers.batches.image_feed import ImageReader
 from dreamfleet.trainers.batches.sources import Shown
 from dreamfleet.trainers.batches.vae_encoding import encode_index
+from dreamfleet.trainers.config.prompt_lines import Shot, shot_of
+from dreamfleet.trainers.config.validation import ValidationConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
-from dreamfleet.trainers.engines.torch_engine import Engine
+from dreamfleet.trainers.engines.base import Engine
 from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.methods.image_method import SeeingMethod
-from dreamfleet.trainers.models.sampling.prompt_lines import Shot, draw_shots, shot_of
+from dreamfleet.trainers.models.sampling.draw_shots import draw_shots
 from dreamfleet.trainers.models.sampling.prompt_syntax import split_tags, words_alone
 from dreamfleet.trainers.models.stable_diffusion.noise import draw_noise
 
@@ -35,36 +35,6 @@ log = logging.getLogger(__name__)
 
 HELD_OUT_BATCH = 32  # images that are measured at once
 DRAWN_AT_ONCE = 4  # previews
-
-
-class ValidationConfig(Section):
-    """The ``validation:`` section."""
-
-    prompts: Annotated[list[str], BeforeValidator(as_list)] = Field(
-        [],
-        validation_alias=AliasChoices("prompts", "validation_prompts", "validation_prompt", "sample_prompts"),
-        description="what previews show, in the webui's syntax; a .txt file's name stands for its lines; with kohya's "
-        "options: a cat --n blurry --w 512 --h 768 --d 3 --s 30 --l 7 --ss euler_a",
-    )
-    plain_prompts: bool = Field(False, description="prompts are literal text, without the webui's syntax")
-    negative_prompt: str = ""
-    steps: int = Field(
-        100,
-        ge=1,
-        validation_alias=AliasChoices("steps", "validation_steps", "sample_every_n_steps"),
-        description="every so many optimizer steps",
-    )
-    sample_at_first: bool = Field(True, description="also before the first step: the untuned model")
-    num_images: int = Field(4, ge=1, validation_alias=AliasChoices("num_images", "num_validation_images"))
-    num_inference_steps: int = Field(25, ge=1)
-    guidance_scale: float = Field(7.5, ge=1)
-    scheduler: Literal["ddim", "euler_a", "dpm++"] = "ddim"
-    seed: int = Field(0, ge=0, validation_alias=AliasChoices("seed", "validation_seed"))
-    holdout: str | None = Field(None, description="folder of pictures kept out of training")
-    holdout_timesteps: int = Field(8, ge=1, description="timesteps per held-out picture, evenly spread")
-    metrics: list[Literal["loss", "clip_i", "clip_t", "dino"]] = Field(["loss"])
-    clip: str | None = Field(None, description="CLIP folder for clip_i and clip_t; None: the pocket model's")
-    dino: str | None = Field(None, description="folder of a DINO ViT for the dino metric")
 
 
 class HeldOutLoss:
@@ -124,7 +94,7 @@ class HeldOutLoss:
                     "time_ids": time_ids.expand(count, -1),
                     "prompts": [prompt] * count,
                 }
-                losses.append(self.method.sample_losses(prepare(engine.place(batch))))
+                losses.append(self.method.sample_losses(prepare(engine.to_device(batch))))
         return [loss.cpu() for loss in losses]
 
     def figures(self, engine: Engine) -> dict[str, float]:
@@ -164,7 +134,7 @@ class HeldOutImages:
         with evaluating(self.method), engine.autocast():
             for number in self.distributed.share(len(batches)):
                 batch = self.method.see([self._read(row) for row in batches[number]])
-                found.append(self.method.examine(engine.place(batch)))
+                found.append(self.method.examine(engine.to_device(batch)))
         return [{name: values.cpu() for name, values in one.items()} for one in found]
 
 
@@ -284,8 +254,3 @@ class Judge:
         for cell, found in zip(cells, scores.pictures, strict=True):
             cell["scores"] = {name: round(found[name], 4) for name in wanted}
         return {name: getattr(scores, name) for name in wanted}
-
-
-def wants_judge(config: ValidationConfig) -> bool:
-    """Say whether previews are to be scored."""
-    return bool(config.prompts) and bool(set(config.metrics) - {"loss"})

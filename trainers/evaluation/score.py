@@ -18,6 +18,8 @@ from dreamfleet.datasets.index.sets import load_sets
 from dreamfleet.datasets.index.sources import ScanOptions, read_image_file
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.artifacts.loading import ARTIFACTS, load_artifact, load_exported
+from dreamfleet.trainers.config.model import POCKET, ModelConfig
+from dreamfleet.trainers.config.prompt_lines import Shot, shot_of
 from dreamfleet.trainers.distributed.device import DRAWING, best_device, on_device
 from dreamfleet.trainers.evaluation.fidelity import (
     MOST_REAL,
@@ -29,9 +31,9 @@ from dreamfleet.trainers.evaluation.fidelity import (
     spread_of_real,
     strip_words,
 )
-from dreamfleet.trainers.models.sampling.prompt_lines import Shot, draw_shots, shot_of
+from dreamfleet.trainers.models.sampling.draw_shots import draw_shots
 from dreamfleet.trainers.models.sampling.prompt_syntax import words_alone
-from dreamfleet.trainers.models.stable_diffusion.model import POCKET, ModelConfig, StableDiffusion
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.vision.clip import load_clip
 from dreamfleet.trainers.models.vision.dino import load_dino
 from dreamfleet.trainers.recipe import Recipe, build_recipe

@@ -13,7 +13,6 @@ from dreamfleet.trainers.config.deepspeed import with_deepspeed_file
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import with_index
 from dreamfleet.trainers.memory.estimate import CUDA_CONTEXT, GIB
-from dreamfleet.trainers.methods.base import discover
 from dreamfleet.trainers.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -30,12 +29,12 @@ def settle_engine(recipe: Recipe, distributed: DistributedContext) -> tuple[Reci
     read = recipe
     recipe = distributed.on_rank_0(lambda: with_deepspeed_file(read))
     if distributed.device.type != "cuda":
-        return recipe, "as the recipe says" if recipe.engine.zero_stage != "auto" else "no GPU"
+        return recipe, "no GPU" if recipe.engine.is_auto else "as the recipe says"
     if recipe.train.full_bf16:
         _require_equal_gpus(distributed)
     limit = recipe.engine.gpu_limit
     card = distributed.on_every_rank(lambda: limit_card(distributed.device, limit, distributed.gpu_share))
-    if recipe.engine.zero_stage != "auto":
+    if not recipe.engine.is_auto:
         return recipe, "as the recipe says"
     if distributed.world > 1 and distributed.gpu_share < 1:
         return recipe, "workers share a GPU, over which nothing can be sharded"
@@ -62,7 +61,7 @@ def choose_engine(
     recipe: Recipe, distributed: DistributedContext, *, gpu_memory: int, host_memory: int
 ) -> tuple[Recipe, str]:
     """Decide on rank 0 for all ranks; a model that cannot be planned is trained by torch alone."""
-    if (reason := discover()[recipe.method.name].no_plan) is not None:
+    if (reason := recipe.method.no_plan) is not None:
         return recipe, f"not planned: {recipe.method.name} {reason}"
     settings, reason = distributed.on_rank_0(
         lambda: _decide(recipe, distributed.world, gpu_memory, host_memory)

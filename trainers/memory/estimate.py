@@ -6,13 +6,12 @@ Sources: Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054), section 3; DeepSpeed 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dreamfleet.datasets.errors import ResourceError
+from dreamfleet.trainers.config.deepspeed import SWAPPED_GROUP
 from dreamfleet.trainers.memory.inputs import Counts
-from dreamfleet.trainers.memory.strategies import ALTERING, CHOICES, NVME_CHOICES, SWAPPED_GROUP, EngineChoice
+from dreamfleet.trainers.memory.strategies import ALTERING, CHOICES, NVME_CHOICES, EngineChoice
 
 GIB = 2**30
 # Not counted but assumed: what a process takes before its first tensor. The GPU's part is the CUDA context with the
@@ -165,16 +164,6 @@ def traffic(counts: Counts, choice: EngineChoice, world: int) -> dict[str, int]:
         fetches = 2 * counts.micros if counts.total + counts.passed > REUSE_DISTANCE // 2 else 1
         to_gpu += width * fetches * _part(counts.total + counts.passed, world)
     return {"to_host": to_host, "to_gpu": to_gpu}
-
-
-def parse_size(text: str, *, option: str) -> int:
-    """Read ``12GiB``, ``24GB``, ``8192MiB`` or ``12G`` (GiB) as bytes. Raises ResourceError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)\s*", text, re.IGNORECASE)
-    if not match or not match[2] or float(match[1]) == 0:
-        raise ResourceError(f"{option} {text!r} is no size of memory; write it like 12GiB, 24GB or 8192MiB")
-    number, prefix, binary, unit = match.groups()
-    base = 1000 if unit and not binary else 1024
-    return int(float(number) * base ** ("kmgt".index(prefix.lower()) + 1))
 
 
 def _gpu_lines(counts: Counts, choice: EngineChoice, world: int) -> dict[str, int]:

@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import ModelError, RecipeError
 from dreamfleet.datasets.images.vision_transform import Fit
 from dreamfleet.datasets.json_text import json_text
-from dreamfleet.trainers.methods.base import Batch, Loss, MethodConfig, ParamGroup, Setting, register
+from dreamfleet.trainers.config.methods.aesthetic_gradients import AestheticGradientsConfig
+from dreamfleet.trainers.methods.base import Batch, Loss, Setting
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.image_method import SeeingMethod, Use
 from dreamfleet.trainers.methods.whole_model import export_checkpoints
@@ -28,61 +28,15 @@ from dreamfleet.trainers.models.formats.aesthetic import write_aesthetic
 from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
     AestheticEncoder,
     AestheticSettings,
-    Slerp,
-    apply_aesthetic,
     clip_of,
     require_sd1,
 )
 from dreamfleet.trainers.models.stable_diffusion.aesthetic_export import bake
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.vision.clip import ClipScorer
+from dreamfleet.trainers.optim.param_group import ParamGroup
 
 GROUP = "mean"
-
-
-class AestheticGradientsConfig(MethodConfig):
-    """The ``method:`` section of Aesthetic Gradients; all but ``clip`` says how previews are drawn."""
-
-    name: Literal["aesthetic_gradients"] = "aesthetic_gradients"
-    clip: str | None = Field(
-        None,
-        description="the CLIP that the model's text encoder is a part of, a folder or a hub name; when left out the "
-        "model's own, or for SD 1.x openai/clip-vit-large-patch14",
-    )
-    aesthetic_steps: int = Field(
-        5, ge=0, le=1000, description="steps a prompt's copy of the text encoder is tuned when drawn"
-    )
-    aesthetic_lr: float = Field(1e-4, ge=0, lt=1, description="Adam's learning rate of these steps")
-    aesthetic_weight: float = Field(0.9, ge=0, le=1, description="share of the tuned encoding")
-    aesthetic_slerp: Slerp = Field(
-        "off", description="mix on an arc: over a token's channels, or as the webui's extension over tokens"
-    )
-    aesthetic_text: str = Field(
-        "",
-        validation_alias=AliasChoices("aesthetic_text", "aesthetic_imgs_text"),
-        description="a text that the vector is bent towards",
-    )
-    aesthetic_text_negative: bool = Field(False, description="bend it away from the text")
-    aesthetic_slerp_angle: float = Field(0.1, ge=0, le=1, description="how far it is bent; 1: all the way")
-    baked_prompts: list[str] = Field(
-        [], description="prompts that the text encoder of the diffusers export is tuned over, all at once"
-    )
-
-    def apply(self, model: StableDiffusion, path: Path) -> None:
-        """Make a model draw with an exported file, as this run's previews do."""
-        apply_aesthetic(model, path, self.settings(), self.clip)
-
-    def settings(self) -> AestheticSettings:
-        """Return how prompts are tuned."""
-        return AestheticSettings(
-            steps=self.aesthetic_steps,
-            learning_rate=self.aesthetic_lr,
-            weight=self.aesthetic_weight,
-            slerp=self.aesthetic_slerp,
-            text=self.aesthetic_text,
-            text_negative=self.aesthetic_text_negative,
-            slerp_angle=self.aesthetic_slerp_angle,
-        )
 
 
 class Summation(torch.optim.Optimizer):
@@ -99,7 +53,6 @@ class Summation(torch.optim.Optimizer):
                 param -= param.grad
 
 
-@register
 class AestheticGradients(SeeingMethod):
     """Teach a taste: the mean CLIP vector of a set; prompts are tuned towards it when drawn. Kilobytes, slower drawing.
 
@@ -107,18 +60,8 @@ class AestheticGradients(SeeingMethod):
     change nothing. So the vector is the plain mean, for any batch size, any number of workers and after any resume.
     """
 
-    name: ClassVar[str] = "aesthetic_gradients"
-    Config = AestheticGradientsConfig
     formats = ("pt",)
     all_formats = ("pt", "diffusers")
-    refused: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(("engine.zero_stage", "engine.use_ema"), "which adds up a mean of its own"),
-        "data.cache_dir": "which sees pictures, not latents",
-    }
-    no_plan = (
-        "trains no weights; its steps need what CLIP needs to see train.train_batch_size pictures, and drawing four "
-        "copies of the text encoder"
-    )
 
     def __init__(self, config: AestheticGradientsConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)
@@ -183,7 +126,7 @@ class AestheticGradients(SeeingMethod):
             return super().encode(prompts, ids)
         vector = self.vector.cpu()
         if not self._encoders or not torch.equal(self._encoders[0].vector, vector):
-            settings = self.config.settings()
+            settings = settings_of(self.config)
             self._encoders = [AestheticEncoder(self.model, vector, clip=self.clip, settings=settings)]
         return self._encoders[0](prompts, ids)
 
@@ -205,9 +148,22 @@ class AestheticGradients(SeeingMethod):
                 self.vector,
                 self.config.baked_prompts,
                 clip=self.clip,
-                settings=self.config.settings(),
+                settings=settings_of(self.config),
             )
             model = replace(self.model, text_encoder=baked.text_encoder)
             paths += export_checkpoints(model, replace(order, formats=(form,)))
             (paths[-1] / "baked.json").write_text(json_text(baked.figures(), indent=1))
         return paths
+
+
+def settings_of(config: AestheticGradientsConfig) -> AestheticSettings:
+    """Return how prompts are tuned, as the section says."""
+    return AestheticSettings(
+        steps=config.aesthetic_steps,
+        learning_rate=config.aesthetic_lr,
+        weight=config.aesthetic_weight,
+        slerp=config.aesthetic_slerp,
+        text=config.aesthetic_text,
+        text_negative=config.aesthetic_text_negative,
+        slerp_angle=config.aesthetic_slerp_angle,
+    )

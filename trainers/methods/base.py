@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -15,8 +13,9 @@ from torch import Tensor, nn
 
 from dreamfleet.datasets import captions
 from dreamfleet.datasets.config import Concept
-from dreamfleet.datasets.config_base import Section
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.registry import load_attribute
+from dreamfleet.trainers.config.method import METHODS, MethodConfig
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.fits import check_fits
 from dreamfleet.trainers.models.condition import Condition, condition_of
@@ -24,6 +23,7 @@ from dreamfleet.trainers.models.formats.optimizer_file import AdamState
 from dreamfleet.trainers.models.stable_diffusion.family import TITLES
 from dreamfleet.trainers.models.stable_diffusion.model import ALL_PARTS, StableDiffusion
 from dreamfleet.trainers.models.stable_diffusion.noise import noise_loss
+from dreamfleet.trainers.optim.param_group import ParamGroup
 
 Batch = dict[str, Any]
 
@@ -34,14 +34,6 @@ class Loss(NamedTuple):
     total: Tensor
     per_sample: Tensor
     extras: dict[str, Tensor]
-
-
-class ParamGroup(NamedTuple):
-    """Learning parameters under one name; ``scale`` multiplies the recipe's learning rate."""
-
-    name: str
-    params: dict[str, nn.Parameter]
-    scale: float = 1.0
 
 
 class Sample(NamedTuple):
@@ -86,13 +78,6 @@ class Setting:
     snr_gamma: float | None = None
 
 
-class MethodConfig(Section):
-    """Base of the methods' own recipe sections; ``figures`` are what it measures on pictures it sets apart itself."""
-
-    figures: ClassVar[tuple[str, ...]] = ()
-    name: str
-
-
 class Method(nn.Module):
     """One way to fine-tune Stable Diffusion.
 
@@ -102,20 +87,20 @@ class Method(nn.Module):
     (DDP, DeepSpeed) never touches frozen parts.
     """
 
-    name: ClassVar[str]
-    Config: ClassVar[type[MethodConfig]] = MethodConfig
     needs: ClassVar[Collection[str]] = ALL_PARTS
     #: names of the files an export writes when the recipe does not say
     formats: tuple[str, ...] = ()
     all_formats: tuple[str, ...] = ()
-    refused: ClassVar[Mapping[str, str]] = {}  # keys of the recipe that must stay at their defaults: why
-    no_plan: ClassVar[str | None] = None  # why `plan` cannot count its memory
-    helper_of: ClassVar[str | None] = None  # the method that what it makes is for
 
     def __init__(self, config: Any, model: StableDiffusion, setting: Setting):
         super().__init__()
         self.config, self.setting, self._model = config, setting, [model]
         self.steps_before = 0  # that what the run goes on from was trained; checkpoints keep it
+
+    @property
+    def name(self) -> str:
+        """The method's name in recipes."""
+        return str(self.config.name)
 
     @property
     def model(self) -> StableDiffusion:
@@ -265,20 +250,8 @@ class Method(nn.Module):
                 )
 
 
-_REGISTRY: dict[str, type[Method]] = {}
-
-
-def register(cls: type[Method]) -> type[Method]:
-    """Enter a method in the registry under its ``name``."""
-    if _REGISTRY.get(cls.name, cls).__qualname__ != cls.__qualname__:
-        raise ValueError(f"two methods are called {cls.name!r}")
-    _REGISTRY[cls.name] = cls
-    return cls
-
-
-def discover() -> dict[str, type[Method]]:
-    """Import every file beside this one and return the methods by name."""
-    package = __name__.rpartition(".")[0]
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        importlib.import_module(f"{package}.{module.name}")
-    return dict(sorted(_REGISTRY.items()))
+def method_class(config: MethodConfig | str) -> type[Method]:
+    """Return the class of a method, given its name or its recipe section."""
+    section = METHODS.get(config) if isinstance(config, str) else type(config)
+    found: type[Method] = load_attribute(section.implementation, what=f"method {section.__name__}")
+    return found

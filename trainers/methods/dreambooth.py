@@ -6,17 +6,16 @@ Source: Ruiz et al. 2022 (arXiv 2208.12242); prior preservation is its equation 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from dreamfleet.datasets import captions
 from dreamfleet.datasets.errors import RecipeError
-from dreamfleet.trainers.methods.base import Method, ParamGroup, Prior, Sample, Setting, register
+from dreamfleet.trainers.config.methods.dreambooth import DreamBoothConfig
+from dreamfleet.trainers.methods.base import Method, Prior, Sample, Setting
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.whole_model import (
-    WholeModelConfig,
     export_tuned,
     learning_parts,
     part_groups,
@@ -24,26 +23,11 @@ from dreamfleet.trainers.methods.whole_model import (
     usual_formats,
 )
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
-class DreamBoothConfig(WholeModelConfig):
-    """The ``method:`` section of DreamBooth."""
-
-    name: Literal["dreambooth"] = "dreambooth"
-    with_prior_preservation: bool = False
-    prior_loss_weight: float = Field(1.0, ge=0)
-    num_class_images: int = Field(100, ge=1, description="per concept; missing ones are generated")
-    sample_batch_size: int = Field(4, ge=1, description="class pictures generated at a time")
-    prior_generation_steps: int = Field(50, ge=1, description="sampler steps of a generated class picture")
-    prior_generation_guidance: float = Field(7.5, ge=1)
-
-
-@register
 class DreamBooth(Method):
     """Teach the model a subject: all of the U-Net learns, details are kept. A whole new checkpoint."""
-
-    name: ClassVar[str] = "dreambooth"
-    Config = DreamBoothConfig
 
     def __init__(self, config: DreamBoothConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)

@@ -7,12 +7,11 @@ is buckets, tags, long prompts, masks, noise schedules and averages: other secti
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
 
-from dreamfleet.trainers.methods.base import Method, ParamGroup, Setting, register
+from dreamfleet.trainers.config.methods.native import NativeConfig
+from dreamfleet.trainers.methods.base import Method, Setting
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.whole_model import (
-    WholeModelConfig,
     export_tuned,
     learning_parts,
     part_groups,
@@ -20,20 +19,11 @@ from dreamfleet.trainers.methods.whole_model import (
     usual_formats,
 )
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
-class NativeConfig(WholeModelConfig):
-    """The ``method:`` section of native training."""
-
-    name: Literal["native"] = "native"
-
-
-@register
 class Native(Method):
     """Teach the model a whole set of captioned pictures: all of the U-Net learns. A whole new checkpoint."""
-
-    name: ClassVar[str] = "native"
-    Config = NativeConfig
 
     def __init__(self, config: NativeConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)

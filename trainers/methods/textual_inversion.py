@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any
 
 import numpy as np
-from pydantic import AliasChoices, Field, model_validator
 
 from dreamfleet.datasets.index.template_files import load_templates
-from dreamfleet.trainers.methods.base import Method, MethodConfig, ParamGroup, Sample, Setting, register
+from dreamfleet.trainers.config.methods.textual_inversion import TextualInversionConfig
+from dreamfleet.trainers.methods.base import Method, Sample, Setting
 from dreamfleet.trainers.methods.embedding_common import (
     WORD_FORMATS,
     check_templates,
@@ -28,51 +28,12 @@ from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.embeddings import install_embedding
 from dreamfleet.trainers.models.formats.optimizer_file import AdamState
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
-class TextualInversionConfig(MethodConfig):
-    """The ``method:`` section of Textual Inversion."""
-
-    name: Literal["textual_inversion"] = "textual_inversion"
-    placeholder_token: str = Field(
-        min_length=1, validation_alias=AliasChoices("placeholder_token", "token_string", "trigger_word")
-    )
-    initializer_token: str = Field(
-        "", validation_alias=AliasChoices("initializer_token", "init_word", "initialization_text")
-    )
-    num_vectors: int = Field(
-        1,
-        ge=1,
-        le=75,
-        validation_alias=AliasChoices("num_vectors", "num_vectors_per_token", "vectors_per_token"),
-    )
-    initial_embedding: str | None = Field(
-        None,
-        description="an embedding's file to go on from, of num_vectors vectors; its steps count on in what is "
-        "exported, and a webui `.optim` beside it that fits brings Adam's moments; not read again once there is a "
-        "checkpoint",
-    )
-    learnable_property: Literal["object", "style"] = "object"
-    template_file: str | None = Field(
-        None,
-        description="a prompt a line, with [name] and [filewords]; or a set's name: object, style_filewords",
-    )
-
-    @model_validator(mode="after")
-    def _check_start(self) -> Self:
-        if self.initial_embedding and self.initializer_token:
-            raise ValueError(
-                "initial_embedding and initializer_token both say where the vectors start; give one"
-            )
-        return self
-
-
-@register
 class TextualInversion(Method):
     """Teach a new word: n vectors learn, the model stays as it is. Kilobytes, combines with anything."""
 
-    name: ClassVar[str] = "textual_inversion"
-    Config = TextualInversionConfig
     formats = ("pt", "safetensors", "png")
     all_formats = WORD_FORMATS
 

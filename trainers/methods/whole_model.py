@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 from torch import nn
 
-from dreamfleet.trainers.methods.base import MethodConfig, ParamGroup
+from dreamfleet.trainers.config.methods.whole_model import WholeModelConfig
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.formats.lora import (
     DIFFUSERS_FILE,
@@ -23,62 +21,10 @@ from dreamfleet.trainers.models.stable_diffusion.lora_targets import choose_laye
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 from dreamfleet.trainers.models.stable_diffusion.single_file import save_single_file
+from dreamfleet.trainers.optim.param_group import ParamGroup
 
 WHOLE_FORMATS = ("diffusers", "safetensors", "ckpt")
 LORA_FORMATS = ("diffusers_lora", "kohya_lora")
-
-_TARGET_SETS = ("all-linear", "locon")
-
-
-def _split(value: Any) -> Any:
-    if isinstance(value, str) and value not in _TARGET_SETS:
-        return [part.strip() for part in value.split(",")]
-    return value
-
-
-class WholeModelConfig(MethodConfig):
-    """What the ``method:`` sections of methods that tune the model itself have in common."""
-
-    train_text_encoder: bool = Field(False, description="the text encoder learns as well; SDXL's two")
-    lora_rank: int | None = Field(
-        None,
-        ge=1,
-        validation_alias=AliasChoices("lora_rank", "rank", "network_dim"),
-        description="learn a LoRA of this rank, 4 to 128, in place of whole weights: a file of megabytes",
-    )
-    lora_alpha: float | None = Field(
-        None,
-        gt=0,
-        validation_alias=AliasChoices("lora_alpha", "network_alpha"),
-        description="its changes are multiplied by lora_alpha / lora_rank; when left out the rank, as in diffusers",
-    )
-    lora_dropout: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        validation_alias=AliasChoices("lora_dropout", "network_dropout"),
-        description="share of a layer's input that its LoRA does not see in a training step",
-    )
-    lora_target_modules: (
-        Annotated[
-            Literal["all-linear", "locon"] | Annotated[tuple[str, ...], Field(min_length=1)],
-            BeforeValidator(_split),
-        ]
-        | None
-    ) = Field(
-        None,
-        description="layers that get one; when left out attention's to_q, to_k, to_v, to_out.0 (text encoder: q_proj, "
-        "k_proj, v_proj, out_proj). all-linear: every linear layer and 1 x 1 convolution of the blocks; locon: all "
-        "their convolutions too; or the ends of names. Layers around the blocks (conv_in, conv_out, time_embedding, "
-        "add_embedding) must be named: other programs pass over them",
-    )
-
-    @model_validator(mode="after")
-    def _check_lora(self) -> Self:
-        given = [key for key in ("lora_alpha", "lora_dropout", "lora_target_modules") if getattr(self, key)]
-        if given and self.lora_rank is None:
-            raise ValueError(f"{given[0]} needs lora_rank, such as 8; without it whole weights learn")
-        return self
 
 
 def usual_formats(config: WholeModelConfig) -> tuple[str, ...]:

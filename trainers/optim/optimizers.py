@@ -3,126 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model_validator
 
-from dreamfleet.datasets.config_base import Section
 from dreamfleet.datasets.errors import ResourceError
-from dreamfleet.trainers.methods.base import ParamGroup
+from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.optim.adafactor import Adafactor
-from dreamfleet.trainers.optim.schedules import (
-    POLYNOMIAL_END,
-    make_multiplier,
-    make_rate,
-    parse_rules,
-    parse_webui_schedule,
-)
-
-
-def _read_number(value: Any) -> Any:
-    # YAML 1.1 reads 1e-5 as text (it wants 1.0e-5), and so would a union of float and str.
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _check_rate(value: float | str) -> float | str:
-    if isinstance(value, str):
-        parse_webui_schedule(value)
-    elif value < 0:
-        raise ValueError("a learning rate cannot be negative")
-    return value
-
-
-def _check_rules(value: str) -> str:
-    parse_rules(value)
-    return value
-
-
-Rate = Annotated[float | str, BeforeValidator(_read_number), AfterValidator(_check_rate)]
-
-
-class OptimizerConfig(Section):
-    """The ``optimizer:`` section."""
-
-    # kohya's optimizer_type knows no case: AdamW8bit.
-    name: Annotated[
-        Literal["adamw", "adamw8bit", "adafactor"],
-        BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value),
-    ] = Field("adamw", validation_alias=AliasChoices("name", "optimizer_type"))
-    fused_backward: bool = Field(
-        False,
-        validation_alias=AliasChoices("fused_backward", "fused_backward_pass"),
-        description="step inside backward, where each gradient ends as soon as it is there: one GPU, no accumulation, "
-        "max_grad_norm: 0",
-    )
-    learning_rate: Rate = Field(5e-6, validation_alias=AliasChoices("learning_rate", "unet_lr", "lr"))
-    text_encoder_lr: Rate | None = Field(
-        None,
-        validation_alias=AliasChoices("text_encoder_lr", "learning_rate_te", "learning_rate_te1"),
-        description="the text encoder's own rate, where it learns; None: learning_rate",
-    )
-    text_encoder_2_lr: Rate | None = Field(
-        None,
-        validation_alias=AliasChoices("text_encoder_2_lr", "learning_rate_te2"),
-        description="that of SDXL's second text encoder; None: text_encoder_lr",
-    )
-    lr_scheduler: Literal[
-        "constant",
-        "constant_with_warmup",
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "piecewise_constant",
-    ] = "constant"
-    lr_warmup_steps: int = Field(0, ge=0, description="optimizer steps, whatever the number of workers")
-    lr_num_cycles: float = Field(
-        1,
-        gt=0,
-        validation_alias=AliasChoices("lr_num_cycles", "lr_scheduler_num_cycles"),
-        description="how often cosine_with_restarts runs; cosine is half a cosine whatever this says, as in diffusers",
-    )
-    lr_power: float = Field(1.0, gt=0, validation_alias=AliasChoices("lr_power", "lr_scheduler_power"))
-    lr_rules: Annotated[str, AfterValidator(_check_rules)] = Field(
-        "1.0",
-        validation_alias=AliasChoices("lr_rules", "step_rules"),
-        description="piecewise_constant: '1:10,0.1:20,0.005'",
-    )
-    scale_lr: bool = Field(False, description="multiply by workers x batch x accumulation, as diffusers does")
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_weight_decay: float = Field(1e-2, ge=0)
-    adam_epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
-
-    @model_validator(mode="after")
-    def _check_fused(self) -> OptimizerConfig:
-        if self.fused_backward and self.max_grad_norm:
-            raise ValueError(
-                "fused_backward: true uses up every gradient before the norm of all is known, so there is no clipping; "
-                "set max_grad_norm: 0 (adafactor clips its updates by itself), or fused_backward: false"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_schedule(self) -> OptimizerConfig:
-        if isinstance(self.learning_rate, str) and self.lr_scheduler != "constant":
-            raise ValueError(
-                "a schedule string as learning_rate needs lr_scheduler: constant; give one or the other"
-            )
-        rates = (self.learning_rate, self.text_encoder_lr, self.text_encoder_2_lr)
-        if self.scale_lr and any(isinstance(rate, str) for rate in rates):
-            raise ValueError("scale_lr does not go with a schedule string; write the rates you mean")
-        if self.lr_scheduler == "polynomial" and float(self.learning_rate) <= POLYNOMIAL_END:
-            raise ValueError(
-                f"lr_scheduler: polynomial ends at a rate of {POLYNOMIAL_END:g}, as in diffusers, and learning_rate "
-                f"{self.learning_rate} is not above it; take linear"
-            )
-        return self
+from dreamfleet.trainers.optim.param_group import ParamGroup
+from dreamfleet.trainers.optim.schedules import make_multiplier, make_rate
 
 
 def make_optimizer(groups: list[ParamGroup], config: OptimizerConfig) -> torch.optim.Optimizer:

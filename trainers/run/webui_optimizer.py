@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError
-from dreamfleet.trainers.engines.torch_engine import Engine
+from dreamfleet.trainers.config.methods.textual_inversion import TextualInversionConfig
+from dreamfleet.trainers.engines.base import Engine
 from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.methods.hypernetwork import HypernetworkMethod
 from dreamfleet.trainers.methods.textual_inversion import TextualInversion
@@ -59,7 +60,7 @@ def write_optimizer_state(recipe: Recipe, found: Checkpoint, artifact: Path) -> 
         AdamState(float(entry["step"]), entry["exp_avg"], entry["exp_avg_sq"])
         for _, entry in sorted(entries.items())
     )
-    if isinstance(recipe.method, TextualInversion.Config):
+    if isinstance(recipe.method, TextualInversionConfig):
         file = OptimizerFile(read_embedding(artifact).checksum, states)
     else:
         file = OptimizerFile(file_hash(artifact), states, "AdamW")

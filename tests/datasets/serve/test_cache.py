@@ -26,7 +26,7 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.batches.cached_latents import CachedLatents
 from dreamfleet.trainers.batches.sources import ResidentLatents
 from dreamfleet.trainers.batches.vae_encoding import encode_cuts, to_tensors
-from dreamfleet.trainers.config.model_keys import ModelConfig
+from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.driver.build_cache import CacheMade, cache_latents
 from dreamfleet.trainers.launch import fit

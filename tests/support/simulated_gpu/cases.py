@@ -19,8 +19,9 @@ from tiny_models import FAMILIES
 
 from dreamfleet.datasets.config_base import Section
 from dreamfleet.datasets.errors import UserError
+from dreamfleet.trainers.config.method import METHODS
 from dreamfleet.trainers.memory.strategies import ALTERING, CHOICES
-from dreamfleet.trainers.methods.base import discover
+from dreamfleet.trainers.methods.base import method_class
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 
 STEPS = 4
@@ -110,8 +111,10 @@ def refused(row: Row) -> bool:
 def all_rows() -> list[Row]:
     """List every combination of method, family and precision that a run may have."""
     rows = []
-    for name, method in sorted(discover().items()):
-        families = FAMILIES if method.needs else FAMILIES[:1]  # one that loads no Stable Diffusion has none
+    for name in METHODS.names():
+        families = (
+            FAMILIES if method_class(name).needs else FAMILIES[:1]
+        )  # one that loads no Stable Diffusion has none
         rows += [Row(name, *rest) for rest in itertools.product(families, precisions())]
     return [row for row in rows if not refused(row)]
 
@@ -151,7 +154,7 @@ def options() -> Iterator[Values]:
         for name, field in Recipe.model_fields.items()
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
     }
-    sections["method"] = [method.Config for _, method in sorted(discover().items())]
+    sections["method"] = [method for _, method in METHODS.items()]
     seen = []
     for section, configs in sections.items():
         for name, field in [field for config in configs for field in config.model_fields.items()]:
@@ -168,7 +171,7 @@ def options() -> Iterator[Values]:
 
 def tree_of(row: Row, folder: Path, **changes: Any) -> dict[str, Any]:
     """Write a row as a recipe on the tiny models and pictures under ``folder``."""
-    method = discover()[row.method]
+    method = method_class(row.method)
     images = "shapes" if row.options.keys() & set(SHAPES) else IMAGES.get(row.method, "pictures")
     tree: dict[str, Any] = {
         "optimizer__learning_rate": RATES[row.method],
@@ -197,7 +200,7 @@ def tree_of(row: Row, folder: Path, **changes: Any) -> dict[str, Any]:
 
 def _every_format(row: Row, before: Iterable[Row]) -> Values:
     """Let the first row of each method export in every format."""
-    formats = discover()[row.method].all_formats
+    formats = method_class(row.method).all_formats
     is_first = row.method not in {other.method for other in before}
     return {"train.export_formats": list(formats)} if formats and is_first else {}
 
@@ -209,11 +212,11 @@ def _engine_values(choice: Any) -> Values:
 
 def _goes_with(option: Values, row: Row, folder: Path) -> bool:
     """Say whether a row may have an option: no key twice, and the recipe is accepted."""
-    method, taken = discover()[row.method], row.options
+    taken = row.options
     if any(key in taken and taken[key] != value for key, value in option.items()):
         return False
     own = [key.removeprefix("method.") for key in option if key.startswith("method.")]
-    if not set(own) <= method.Config.model_fields.keys():
+    if not set(own) <= METHODS.get(row.method).model_fields.keys():
         return False
     # Told by the run itself, not by the recipe.
     engine = {**taken, **option}

@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 from dreamfleet.cluster.cli import program
 from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.trainers.batches.feed import REMEMBERED
+from dreamfleet.trainers.config.units import parse_size
 from dreamfleet.trainers.engines.torch_engine import TorchEngine
-from dreamfleet.trainers.memory.estimate import GIB, cheapest_fit, estimate, estimate_all, parse_size
+from dreamfleet.trainers.memory.estimate import GIB, cheapest_fit, estimate, estimate_all
 from dreamfleet.trainers.memory.inputs import Counts, Pass
 from dreamfleet.trainers.memory.strategies import CHOICES, EngineChoice
 from dreamfleet.trainers.memory.trace import precision
@@ -50,7 +51,7 @@ def test_lines_equal_what_a_run_in_bfloat16_with_adafactor_holds(tmp_path: Path)
     engine = parts.engine
     assert isinstance(engine, TorchEngine)
     rates = dict.fromkeys(parts.rates, 1e-3)
-    engine.begin(rates, 1)
+    engine.begin_step(rates, 1)
     engine.backward(parts.prepare(parts.feed.batch(0)))
     engine.step(rates, 1)
     learning = list(engine.params.values())

@@ -11,10 +11,11 @@ import torch
 from method_cases import IMAGES, RATES, SECTIONS, fixed_batches, snapshot
 
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.trainers.config.method import METHODS
+from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
-from dreamfleet.trainers.methods.base import discover
 from dreamfleet.trainers.methods.export_request import Export
-from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, load_model
+from dreamfleet.trainers.models.stable_diffusion.model import load_model
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import Parts, assemble
 
@@ -30,7 +31,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=sorted(discover()))
+@pytest.fixture(params=sorted(METHODS.names()))
 def method_name(request: pytest.FixtureRequest) -> str:
     """Each registered method; one without an entry in SECTIONS fails here, so that a new one cannot be forgotten."""
     assert request.param in SECTIONS, f"add a tiny section for {request.param} to SECTIONS"
@@ -55,7 +56,7 @@ def test_twenty_steps_on_one_image_lower_the_loss_and_touch_only_what_learns(
     before, learned = snapshot(parts), {name: t.clone() for name, t in parts.method.state().items()}
     losses = []
     for batch, step in zip(fixed_batches(parts), range(20), strict=False):
-        loss = parts.engine.backward(parts.prepare(parts.engine.place(batch)))
+        loss = parts.engine.backward(parts.prepare(parts.engine.to_device(batch)))
         assert torch.isfinite(loss.total) and loss.per_sample.shape == (1,)
         parts.engine.step({name: rate(step) for name, rate in parts.rates.items()}, step + 1)
         losses.append(float(loss.total))
@@ -78,7 +79,7 @@ def test_every_vector_of_an_embedding_trains(workplace: Path) -> None:
     # diffusers #4450 trained the first of several vectors only
     parts = make_parts(workplace, "textual_inversion")
     before = parts.method.vectors.detach().clone()
-    parts.engine.backward(parts.prepare(parts.engine.place(parts.feed.batch(0))))
+    parts.engine.backward(parts.prepare(parts.engine.to_device(parts.feed.batch(0))))
     parts.engine.step({"embedding": 0.1}, 1)
     assert ((parts.method.vectors - before).abs().sum(1) > 0).all()
 

@@ -25,10 +25,7 @@ from dreamfleet.trainers.models.formats.hypernetwork import write_hypernetwork
 from dreamfleet.trainers.models.sampling.prompt_syntax import split_tags
 from dreamfleet.trainers.models.sampling.prompt_tags import HypernetworkShelf as Shelf
 from dreamfleet.trainers.models.sampling.prompt_tags import LoraShelf, Shelves, read_tag, split_multiplier
-from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
-    Hypernetwork,
-    applied_hypernetworks,
-)
+from dreamfleet.trainers.models.stable_diffusion.hypernetwork import Hypernetwork, applied_hypernetworks
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import Parts, assemble
 

@@ -19,17 +19,14 @@ from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.index.index import build_index
 from dreamfleet.trainers.artifacts.usage import describe
 from dreamfleet.trainers.batches.feed import to_samples
+from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.evaluation.heldout_loss import HeldOutLoss, draw_previews
 from dreamfleet.trainers.memory.profile import count_run, method_shape
-from dreamfleet.trainers.models.embeddings import (
-    install_embedding,
-    install_negative,
-    remove_embeddings,
-)
+from dreamfleet.trainers.models.embeddings import install_embedding, install_negative, remove_embeddings
 from dreamfleet.trainers.models.formats.embedding import read_embedding
 from dreamfleet.trainers.models.sampling.sample import generate
-from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, load_model
+from dreamfleet.trainers.models.stable_diffusion.model import load_model
 from dreamfleet.trainers.models.stable_diffusion.noise import make_target
 from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import negative_for
 from dreamfleet.trainers.recipe import build_recipe

@@ -15,11 +15,7 @@ from dreamfleet.trainers.driver.preflight import check_inputs
 from dreamfleet.trainers.engines.torch_engine import TorchEngine
 from dreamfleet.trainers.memory.profile import count_run, method_shape
 from dreamfleet.trainers.models.formats.convnext import write_convnext
-from dreamfleet.trainers.models.vision.discriminator import (
-    load_discriminator,
-    make_network,
-    save_network,
-)
+from dreamfleet.trainers.models.vision.discriminator import load_discriminator, make_network, save_network
 from dreamfleet.trainers.recipe import build_recipe, load_recipe
 from dreamfleet.trainers.run.build import DistributedContext, Parts, assemble
 

@@ -19,13 +19,14 @@ from typer.testing import CliRunner
 from dreamfleet.cluster.cli import program
 from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.evaluation.score import load_exported
 from dreamfleet.trainers.memory.estimate import CHOICES, estimate
 from dreamfleet.trainers.memory.profile import count_run, method_shape
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.formats.lora import DIFFUSERS_FILE, read_lora
 from dreamfleet.trainers.models.lora import adapted, set_loras
-from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, load_model
+from dreamfleet.trainers.models.stable_diffusion.model import load_model
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import Parts
 from dreamfleet.trainers.run.export import export_run
@@ -72,7 +73,7 @@ def test_the_first_step_is_the_base_models_and_only_matrices_change(tmp_path: Pa
     assert set(learned) == {name for name in learned if name.endswith(("lora_A.weight", "lora_B.weight"))}
     losses = []
     for batch, step in zip(fixed_batches(parts), range(20), strict=False):
-        loss = parts.engine.backward(parts.prepare(parts.engine.place(batch)))
+        loss = parts.engine.backward(parts.prepare(parts.engine.to_device(batch)))
         losses.append(float(loss.total))
         parts.engine.step({name: rate(step) for name, rate in parts.rates.items()}, step + 1)
     assert losses[-1] < losses[0] * 0.995, losses

@@ -12,30 +12,11 @@ from typing import Any
 
 from PIL import PngImagePlugin
 
-from dreamfleet.datasets.errors import UserError
+from dreamfleet.trainers.config.samplers import plain_sampler
 
 KEY = "parameters"  # of the text chunk in a PNG
 _WEBUI_NAMES = {"ddim": "DDIM", "euler_a": "Euler a", "dpm++": "DPM++ 2M"}
 _SCHEDULES = {"dpm++": "Karras"}
-_ALIASES = {
-    "ddim": "ddim",
-    "euler a": "euler_a",
-    "euler_a": "euler_a",
-    "euler ancestral": "euler_a",
-    "dpm++": "dpm++",
-    "dpm++ 2m": "dpm++",
-    "dpm++ 2m karras": "dpm++",
-}
-
-
-def plain_sampler(name: str) -> str:
-    """Give our name of a sampler, `ddim`, `euler_a` or `dpm++`, also called as in the webui. Raises UserError."""
-    if (known := _ALIASES.get(name.strip().lower())) is None:
-        raise UserError(
-            f"no sampler is called {name!r}; there are ddim, euler_a and dpm++, or as the webui calls them DDIM, "
-            "Euler a and DPM++ 2M Karras."
-        )
-    return known
 
 
 def sampler_entries(name: str, *, zero_snr: bool = False) -> dict[str, str | None]:

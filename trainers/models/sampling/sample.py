@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dreamfleet.datasets.errors import UserError
+from dreamfleet.trainers.config.samplers import plain_sampler
 from dreamfleet.trainers.models.condition import Condition, predict, whole_image_ids
-from dreamfleet.trainers.models.sampling.infotext import plain_sampler
 from dreamfleet.trainers.models.sampling.prompt_encoding import Encode, Guide, make_guides
 from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import negative_for
 

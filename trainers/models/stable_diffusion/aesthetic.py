@@ -13,20 +13,21 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dreamfleet.datasets.errors import ModelError, UserError
+from dreamfleet.trainers.config.methods.aesthetic_gradients import Slerp
+from dreamfleet.trainers.config.model import POCKET
 from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.formats.aesthetic import read_aesthetic
 from dreamfleet.trainers.models.pretrained import pocket_folder
-from dreamfleet.trainers.models.stable_diffusion.model import POCKET, StableDiffusion
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.vision.clip import TEXT_PROJECTION, ClipScorer, load_clip
 
-Slerp = Literal["off", "channels", "tokens"]
 # Width of a text encoder -> the CLIP that it is a part of; 160: of models tuned from the pocket.
 CLIPS = {768: "openai/clip-vit-large-patch14", 160: POCKET}
 KEPT_PROMPTS = 256  # encoded prompts that are remembered: 60 MB in SD 1.x

@@ -6,58 +6,27 @@ Source: DreamArtist (arXiv 2211.11337; webui extension, `scripts/dream_artist/cp
 from __future__ import annotations
 
 import math
-import re
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.trainers.config.guidance import Guidance
 from dreamfleet.trainers.models.condition import Condition, predict
 
-Curve = Literal["ln", "cos", "cos2"]
 
-_NUMBER = r"(\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})"
-_TEXT = re.compile(rf"\s*{_NUMBER}\s*(?:-\s*{_NUMBER}\s*(?::\s*(ln|cos|cos2)\s*)?)?", re.ASCII)
+def guidance_at(guidance: Guidance, timesteps: Tensor, num_timesteps: int) -> Tensor:
+    """Return the scale of each sample ``[B]`` at its timestep.
 
-
-class Guidance(NamedTuple):
-    """How strongly a prediction is guided: ``low`` at timestep 0, ``high`` at the last one."""
-
-    low: float
-    high: float
-    curve: Curve = "ln"
-
-    def at(self, timesteps: Tensor, num_timesteps: int) -> Tensor:
-        """Return the scale of each sample ``[B]`` at its timestep.
-
-        With rate = t / (T - 1): ``ln`` rises with the rate, ``cos`` with cos((rate - 1) pi / 2), which is fast at
-        first, ``cos2`` with 1 - cos(rate pi / 2), which is slow at first.
-        """
-        rate = timesteps.float() / max(1, num_timesteps - 1)
-        if self.curve == "cos":
-            rate = torch.cos((rate - 1) * math.pi / 2)
-        elif self.curve == "cos2":
-            rate = 1 - torch.cos(rate * math.pi / 2)
-        return self.low + (self.high - self.low) * rate
-
-
-def parse_guidance(value: float | str) -> Guidance:
-    """Read a fixed scale, ``3.0``, or one that goes with the timestep: ``1.5-3.0``, ``1.0-3.0:cos``.
-
-    Raises RecipeError for anything else, and for a scale of 0 throughout, which trains the negative alone.
+    With rate = t / (T - 1): ``ln`` rises with the rate, ``cos`` with cos((rate - 1) pi / 2), which is fast at
+    first, ``cos2`` with 1 - cos(rate pi / 2), which is slow at first.
     """
-    match = _TEXT.fullmatch(str(value))
-    if match is None:
-        raise RecipeError(
-            f"{value!r} is no guidance: write a number such as 3.0, or low-high with an optional curve "
-            "(ln, cos or cos2), such as 1.5-3.0:cos"
-        )
-    low, high, curve = match.groups()
-    guidance = Guidance(float(low), float(high or low), cast(Curve, curve or "ln"))
-    if not (guidance.low or guidance.high):
-        raise RecipeError(f"{value!r}: with a guidance of 0 the positive vectors would never learn; try 3.0")
-    return guidance
+    rate = timesteps.float() / max(1, num_timesteps - 1)
+    if guidance.curve == "cos":
+        rate = torch.cos((rate - 1) * math.pi / 2)
+    elif guidance.curve == "cos2":
+        rate = 1 - torch.cos(rate * math.pi / 2)
+    return guidance.low + (guidance.high - guidance.low) * rate
 
 
 def guided_prediction(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dreamfleet.datasets.errors import ModelError
-from dreamfleet.trainers.config.model_keys import ModelConfig
+from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.models.pretrained import first_line
 from dreamfleet.trainers.models.stable_diffusion.family import Configs, is_sdxl, refuse_other_families
 

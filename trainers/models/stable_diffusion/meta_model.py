@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dreamfleet.datasets.errors import FormatError, ModelError, StorageError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.model import POCKET, ModelConfig
 from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.formats.layout import empty_part, from_single_file
 from dreamfleet.trainers.models.formats.ldm_names import FAMILY_CONFIGS, Config, family_of
@@ -20,7 +21,7 @@ from dreamfleet.trainers.models.formats.single_file import configs_for
 from dreamfleet.trainers.models.pretrained import pocket_folder
 from dreamfleet.trainers.models.stable_diffusion.family import is_sdxl, refuse_other_families
 from dreamfleet.trainers.models.stable_diffusion.loading import WEIGHTS
-from dreamfleet.trainers.models.stable_diffusion.model import ALL_PARTS, POCKET, ModelConfig, StableDiffusion
+from dreamfleet.trainers.models.stable_diffusion.model import ALL_PARTS, StableDiffusion
 
 NUM_TOKENS = 77  # of a prompt; CLIP's context length
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import ModelError
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.config.model_keys import POCKET, ModelConfig, noise_schedule
+from dreamfleet.trainers.config.model import POCKET, ModelConfig
 from dreamfleet.trainers.distributed.device import copy_to_device
 from dreamfleet.trainers.models import lora
 from dreamfleet.trainers.models.condition import Condition
@@ -29,6 +29,7 @@ from dreamfleet.trainers.models.stable_diffusion.loading import (
     short_hash,
     vae_fingerprint,
 )
+from dreamfleet.trainers.models.stable_diffusion.noise_schedule import noise_schedule
 
 # More at once is no faster on a GPU, and at 512 px it would set a run's peak memory.
 VAE_PIXELS = 8 * 256**2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from dreamfleet.trainers.config.model_keys import POCKET
+from dreamfleet.trainers.config.model import POCKET
 from dreamfleet.trainers.models.pretrained import pocket_folder
 
 

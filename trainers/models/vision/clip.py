@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import ModelError
 from dreamfleet.datasets.images.vision_transform import Fitting
+from dreamfleet.trainers.config.model import POCKET
 from dreamfleet.trainers.models.pretrained import first_line, pocket_folder, quiet_libraries
-from dreamfleet.trainers.models.stable_diffusion.model import POCKET
 
 BATCH = 32
 TEXT_PROJECTION = "text_projection.safetensors"  # beside the towers, in the pocket's layout

@@ -21,11 +21,11 @@ from torch import Tensor
 from dreamfleet.datasets.errors import ModelError
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.methods.discriminator import INPUT_SIZE
 from dreamfleet.trainers.models.formats.convnext import SUFFIXES, read_convnext
 from dreamfleet.trainers.models.pretrained import first_line, quiet_libraries, save_part
 from dreamfleet.trainers.models.vision.clip import Preprocessing
 
-INPUT_SIZE = 384  # pixels of a side, where a file does not say
 HEAD_SCALE = 1e-3  # a new head starts this much smaller, as the authors' fine-tuning does
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 _PREPROCESSOR = "preprocessor_config.json"

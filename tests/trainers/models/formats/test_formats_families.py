@@ -15,6 +15,7 @@ from tiny_models import tiny_family, tiny_model
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from dreamfleet.datasets.errors import FormatError
+from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.models.formats.layout import FileState, empty_part, from_single_file, to_single_file
 from dreamfleet.trainers.models.formats.ldm_names import (
     FAMILY_CONFIGS,
@@ -33,7 +34,7 @@ from dreamfleet.trainers.models.formats.pickle_writer import load_pickle, save_p
 from dreamfleet.trainers.models.formats.prediction import predicts_velocity
 from dreamfleet.trainers.models.formats.single_file import load_single_file_parts
 from dreamfleet.trainers.models.formats.tensor_files import write_safetensors
-from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, load_model
+from dreamfleet.trainers.models.stable_diffusion.model import load_model
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 from dreamfleet.trainers.models.stable_diffusion.single_file import load_single_file, save_single_file
 

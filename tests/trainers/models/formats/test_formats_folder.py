@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_family, tiny_tokenizer
 
+from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.models.pretrained import pocket_folder, save_part, save_tokenizer
-from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, load_model
+from dreamfleet.trainers.models.stable_diffusion.model import load_model
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 from dreamfleet.trainers.models.vision.discriminator import make_network, save_network
 

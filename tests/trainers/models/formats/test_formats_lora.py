@@ -19,14 +19,10 @@ from typer.testing import CliRunner
 
 from dreamfleet.cluster.cli import program
 from dreamfleet.datasets.errors import FormatError, ModelError, UserError
-from dreamfleet.trainers.methods.dreambooth import DreamBoothConfig
+from dreamfleet.trainers.config.methods.dreambooth import DreamBoothConfig
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.whole_model import LORA_FORMATS, export_tuned, learning_parts
-from dreamfleet.trainers.models.embeddings import (
-    install_embedding,
-    remove_embeddings,
-    text_embeddings,
-)
+from dreamfleet.trainers.models.embeddings import install_embedding, remove_embeddings, text_embeddings
 from dreamfleet.trainers.models.formats.embedding import Embedding, write_embedding
 from dreamfleet.trainers.models.formats.lora import (
     DIFFUSERS_FILE,

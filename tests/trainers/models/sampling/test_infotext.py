@@ -17,13 +17,15 @@ from typer.testing import CliRunner
 from dreamfleet.cluster.cli import program
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.trainers.config.hypernetwork_structure import Structure
+from dreamfleet.trainers.config.model import ModelConfig
+from dreamfleet.trainers.config.samplers import plain_sampler
 from dreamfleet.trainers.models.formats.aesthetic import write_aesthetic
 from dreamfleet.trainers.models.formats.embedding import Embedding, write_embedding
 from dreamfleet.trainers.models.formats.hypernetwork import write_hypernetwork
-from dreamfleet.trainers.models.sampling.infotext import infotext, plain_sampler, png_info, sampler_entries
+from dreamfleet.trainers.models.sampling.infotext import infotext, png_info, sampler_entries
 from dreamfleet.trainers.models.sampling.sample import make_scheduler
 from dreamfleet.trainers.models.stable_diffusion.hypernetwork import Hypernetwork
-from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, load_model
+from dreamfleet.trainers.models.stable_diffusion.model import load_model
 
 
 def parsed(text: str) -> tuple[str, str, dict[str, str]]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from dreamfleet.datasets.errors import ModelError, UserError
+from dreamfleet.trainers.config.model import POCKET, ModelConfig
 from dreamfleet.trainers.models.embeddings import install_embedding
 from dreamfleet.trainers.models.formats.aesthetic import write_aesthetic
 from dreamfleet.trainers.models.formats.lora import LoraFile, Matrices
@@ -32,7 +33,7 @@ from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
     tune_text_encoder,
 )
 from dreamfleet.trainers.models.stable_diffusion.aesthetic_export import bake
-from dreamfleet.trainers.models.stable_diffusion.model import POCKET, ModelConfig, StableDiffusion, load_model
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
 from dreamfleet.trainers.models.vision.clip import ClipScorer
 
 FAST = AestheticSettings(steps=3, learning_rate=1e-2)

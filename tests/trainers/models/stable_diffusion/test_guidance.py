@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tiny_models import WIDTH, tiny_model
 
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.trainers.config.guidance import Guidance, parse_guidance
 from dreamfleet.trainers.models.condition import Condition
-from dreamfleet.trainers.models.stable_diffusion.guidance import Guidance, guided_prediction, parse_guidance
+from dreamfleet.trainers.models.stable_diffusion.guidance import guidance_at, guided_prediction
 
 SCALES = st.floats(0, 1000).map(lambda value: round(value, 4))
 CURVES = {
@@ -38,7 +39,7 @@ def test_a_schedule_reads_back_as_it_was_written(low: float, high: float, curve:
 def test_a_fixed_scale_is_the_same_at_every_timestep(value: float) -> None:
     for written in (f"{value:.4f}", float(f"{value:.4f}")):
         if "e" not in str(written):
-            found = parse_guidance(written).at(torch.tensor([0, 17, 999]), 1000)
+            found = guidance_at(parse_guidance(written), torch.tensor([0, 17, 999]), 1000)
             assert torch.allclose(found, torch.full((3,), value))
 
 
@@ -80,7 +81,7 @@ def test_what_is_no_schedule_is_told(text: str) -> None:
 @pytest.mark.parametrize("curve", sorted(CURVES))
 def test_each_sample_is_guided_by_its_own_timestep(curve: Any) -> None:
     timesteps = torch.tensor([0, 250, 500, 999])
-    found = Guidance(1.5, 4.0, curve).at(timesteps, 1000)
+    found = guidance_at(Guidance(1.5, 4.0, curve), timesteps, 1000)
     expected = [1.5 + 2.5 * CURVES[curve](t / 999) for t in timesteps.tolist()]
     assert torch.allclose(found, torch.tensor(expected), atol=1e-5)
 

@@ -10,10 +10,10 @@ from model_configs import SD15, write_configs
 from tiny_models import tiny_model
 
 from dreamfleet.datasets.errors import ModelError
+from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.models.formats.ldm_names import Family
 from dreamfleet.trainers.models.stable_diffusion.hypernetwork import context_widths
 from dreamfleet.trainers.models.stable_diffusion.meta_model import empty_condition, model_shape
-from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig
 from dreamfleet.trainers.models.stable_diffusion.single_file import save_single_file
 
 

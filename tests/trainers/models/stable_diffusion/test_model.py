@@ -11,13 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from dreamfleet.datasets.errors import ModelError
+from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.memory.trace import Ledger
-from dreamfleet.trainers.models.embeddings import (
-    install_embedding,
-    remove_embeddings,
-    text_embeddings,
-)
-from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, StableDiffusion, load_model
+from dreamfleet.trainers.models.embeddings import install_embedding, remove_embeddings, text_embeddings
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 
 

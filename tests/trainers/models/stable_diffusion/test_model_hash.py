@@ -13,14 +13,16 @@ from tiny_models import tiny_model
 from typer.testing import CliRunner
 
 from dreamfleet.cluster.cli import program
+from dreamfleet.trainers.config.methods.hypernetwork import HypernetworkConfig
+from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.methods.base import Setting
 from dreamfleet.trainers.methods.embedding_common import export_word
 from dreamfleet.trainers.methods.export_request import Export
-from dreamfleet.trainers.methods.hypernetwork import HypernetworkConfig, HypernetworkMethod
+from dreamfleet.trainers.methods.hypernetwork import HypernetworkMethod
 from dreamfleet.trainers.models.formats.embedding import read_embedding
 from dreamfleet.trainers.models.formats.hypernetwork import read_hypernetwork
 from dreamfleet.trainers.models.stable_diffusion.loading import short_hash
-from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, StableDiffusion, load_model
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 from dreamfleet.trainers.models.stable_diffusion.single_file import save_single_file
 

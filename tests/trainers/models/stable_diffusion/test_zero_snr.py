@@ -11,10 +11,11 @@ import tiny
 import torch
 
 from dreamfleet.datasets.errors import ModelError
+from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.sampling.sample import generate, make_scheduler
-from dreamfleet.trainers.models.stable_diffusion.model import ModelConfig, StableDiffusion, load_model
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
 from dreamfleet.trainers.models.stable_diffusion.noise import make_target, snr_weights
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import Parts, assemble

@@ -5,16 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from dreamfleet.datasets.errors import RecipeError, UserError
-from dreamfleet.trainers.models.sampling.infotext import plain_sampler
+from dreamfleet.trainers.config.samplers import plain_sampler
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+    pass
 
 ENDINGS = (".txt",)  # of the files that hold prompts
 
@@ -82,29 +79,6 @@ def read_prompts(given: Sequence[str], *, folder: str | None = None, is_file: bo
     if mistakes:
         raise RecipeError("\n  ".join(mistakes))
     return lines
-
-
-def draw_shots(model: StableDiffusion, shots: Sequence[Shot], **options: Any) -> list[Image]:
-    """Draw pictures in order, neighbours that are drawn alike in batches; ``options``: of :func:`sample.generate`."""
-    from dreamfleet.trainers.models.sampling.sample import generate
-
-    images: list[Image] = []
-    for _, group in groupby(shots, key=lambda shot: shot.together):
-        alike = list(group)
-        first = alike[0]
-        images += generate(
-            model,
-            [shot.prompt for shot in alike],
-            seeds=[shot.seed for shot in alike],
-            negative_prompt=[shot.negative_prompt for shot in alike],
-            steps=first.steps,
-            guidance_scale=first.guidance_scale,
-            scheduler=first.scheduler,
-            width=first.width,
-            height=first.height,
-            **options,
-        )
-    return images
 
 
 def _lines_of(name: str, folder: str | None) -> list[tuple[str, str]]:

@@ -1,0 +1,44 @@
+"""The ``validation:`` section."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AliasChoices, BeforeValidator, Field
+
+from dreamfleet.datasets.config_base import Section, as_list
+
+
+class ValidationConfig(Section):
+    """The ``validation:`` section."""
+
+    prompts: Annotated[list[str], BeforeValidator(as_list)] = Field(
+        [],
+        validation_alias=AliasChoices("prompts", "validation_prompts", "validation_prompt", "sample_prompts"),
+        description="what previews show, in the webui's syntax; a .txt file's name stands for its lines; with kohya's "
+        "options: a cat --n blurry --w 512 --h 768 --d 3 --s 30 --l 7 --ss euler_a",
+    )
+    plain_prompts: bool = Field(False, description="prompts are literal text, without the webui's syntax")
+    negative_prompt: str = ""
+    steps: int = Field(
+        100,
+        ge=1,
+        validation_alias=AliasChoices("steps", "validation_steps", "sample_every_n_steps"),
+        description="every so many optimizer steps",
+    )
+    sample_at_first: bool = Field(True, description="also before the first step: the untuned model")
+    num_images: int = Field(4, ge=1, validation_alias=AliasChoices("num_images", "num_validation_images"))
+    num_inference_steps: int = Field(25, ge=1)
+    guidance_scale: float = Field(7.5, ge=1)
+    scheduler: Literal["ddim", "euler_a", "dpm++"] = "ddim"
+    seed: int = Field(0, ge=0, validation_alias=AliasChoices("seed", "validation_seed"))
+    holdout: str | None = Field(None, description="folder of pictures kept out of training")
+    holdout_timesteps: int = Field(8, ge=1, description="timesteps per held-out picture, evenly spread")
+    metrics: list[Literal["loss", "clip_i", "clip_t", "dino"]] = Field(["loss"])
+    clip: str | None = Field(None, description="CLIP folder for clip_i and clip_t; None: the pocket model's")
+    dino: str | None = Field(None, description="folder of a DINO ViT for the dino metric")
+
+    @property
+    def scores_previews(self) -> bool:
+        """Whether previews are scored."""
+        return bool(self.prompts) and bool(set(self.metrics) - {"loss"})
