@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from dreamfleet.datasets.errors import RunFailed, UserError
-from dreamfleet.datasets.index.concepts import load_held_out, load_sets
+from dreamfleet.datasets.index.sets import load_held_out, load_sets
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, explain_out_of_memory, on_device
 from dreamfleet.trainers.loop import peak_memory
