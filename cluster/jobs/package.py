@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from dreamfleet.datasets.errors import RecipeError, StorageError
-from dreamfleet.datasets.index.concepts import load_class_images, load_concepts
+from dreamfleet.datasets.index.concepts import load_concepts
 from dreamfleet.datasets.index.exclusions import is_utf8
+from dreamfleet.datasets.index.sets import load_class_images
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.paths import SECTIONS, is_path, is_under, named_paths
 from dreamfleet.trainers.driver.preflight import check_inputs

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from dreamfleet.datasets.buckets import number_buckets, training_sizes
-from dreamfleet.datasets.index.concepts import Sets, load_sets
 from dreamfleet.datasets.index.file_hashes import known_files
 from dreamfleet.datasets.index.index import Index
+from dreamfleet.datasets.index.sets import Sets, load_sets
 from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.serve.latent_files import LatentCache
 from dreamfleet.trainers.batches.build import build_feed
