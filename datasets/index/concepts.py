@@ -10,12 +10,13 @@ from types import MappingProxyType
 from pydantic import ValidationError
 
 from dreamfleet.datasets.buckets import MOST_ENLARGED
-from dreamfleet.datasets.config import Concept, DataConfig, concept_with_absolute_paths
+from dreamfleet.datasets.config import Concept, DataConfig
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.index.exclusions import CLASS, MASKS, TRAINED_ON, BadFile
 from dreamfleet.datasets.index.image_folder import ImageFolder
 from dreamfleet.datasets.index.index import Index, Known, build_index
 from dreamfleet.datasets.index.kohya_folders import kohya_concepts, refuse_subset, subsets_of
+from dreamfleet.datasets.path_field import resolve_paths
 from dreamfleet.datasets.storage.storage import Storage, read_text
 
 
@@ -44,7 +45,7 @@ def load_sets(
     known: Known | None = None,
     apart: Mapping[str, str] = MappingProxyType({}),
 ) -> Sets:
-    """Index all images a recipe names; its paths are absolute already (`data.with_absolute_paths`).
+    """Index all images a recipe names; its paths are absolute already.
 
     A row's repeats are its concept's (kohya: the folder name's) times `data.repeats`. Class images are named, not
     indexed: they may not exist yet. Files that `known` tells of are not read. Folders inside the image folders that
@@ -200,7 +201,7 @@ def _read_concepts_file(path: str) -> list[Concept]:
     concepts = []
     for number, entry in enumerate(entries):
         try:
-            concepts.append(concept_with_absolute_paths(Concept.model_validate(entry), folder))
+            concepts.append(resolve_paths(Concept.model_validate(entry), folder))
         except ValidationError as error:
             told = "; ".join(
                 f"{'.'.join(str(part) for part in item['loc']) or 'entry'}: {item['msg']}"
