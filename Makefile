@@ -106,7 +106,7 @@ docs: pages site ## rewrite the generated pages and build the documentation site
 # mkdocstrings reads the sources through the links that mypy is shown.
 site: links $(VENV)/.installed-docs ## the documentation site in build/site; a broken link, anchor or reference fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo "build/site/index.html"
+	@echo "the site: build/site/index.html; with search: $(BIN)/python -m http.server --directory build/site"
 
 wheel: $(VENV)/.installed-test ## dist/dreamfleet-*.whl, the pocket model inside
 	rm -rf build/lib build/bdist.*

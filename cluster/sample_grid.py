@@ -169,7 +169,7 @@ def load_with_embeddings(name: str, embeddings: Sequence[str] = ()) -> StableDif
 
 def load_named(name: str) -> StableDiffusion:
     """Load what a person calls a model: pocket, a folder, a file, a hub name, or a run."""
-    from dreamfleet.trainers.evaluation.score import load_exported
+    from dreamfleet.trainers.artifacts.loading import load_exported
     from dreamfleet.trainers.run.export import read_recipe
 
     path = Path(name).expanduser()

@@ -1,5 +1,6 @@
 """The pages are current: generated parts, links, and the files, commands, options and functions that they name."""
 
+import ast
 import re
 import runpy
 import shlex
@@ -43,6 +44,21 @@ def test_files_named_in_backticks_exist(root: Path, pages: dict[Path, str]) -> N
         for path in re.findall(rf"`((?:{FOLDERS})/[\w./-]+)`", text)
         if not (root / path).exists()
     ]
+    assert not missing
+
+
+def test_functions_named_in_the_pages_exist(root: Path, pages: dict[Path, str]) -> None:
+    """`path/file.py:name` and `path/file.py:Class.method` are definitions of that file."""
+    named = {found for text in pages.values() for found in re.findall(r"`([\w/]+\.py):([\w.]+)`", text)}
+    assert len(named) > 10
+    missing = []
+    for file, name in named:
+        scope: Any = ast.parse((root / file).read_text(encoding="utf-8")) if (root / file).exists() else None
+        for part in name.split("."):
+            scope = next(
+                (node for node in getattr(scope, "body", ()) if getattr(node, "name", "") == part), None
+            )
+        missing += [f"{file}:{name}"] * (scope is None)
     assert not missing
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dreamfleet.datasets.errors import DataError, ModelError, RecipeError, UserError
 from dreamfleet.datasets.path_field import NamedPath
+from dreamfleet.datasets.storage.object_store import is_address
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.conflicts import require_runnable
 from dreamfleet.trainers.config.engines import engine_spec
@@ -66,9 +67,10 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
 
     Sets of up to a thousand files on a disk are read through as a worker would; buckets and larger sets are left to it.
     """
-    from dreamfleet.datasets.index.concepts import load_concepts, load_sets
+    from dreamfleet.datasets.index.concepts import load_concepts
     from dreamfleet.datasets.index.file_hashes import known_files
     from dreamfleet.datasets.index.index import build_index
+    from dreamfleet.datasets.index.sets import load_sets
     from dreamfleet.datasets.serve.latent_files import find_manifests
     from dreamfleet.trainers.config.deepspeed import with_deepspeed_file
 
@@ -79,14 +81,13 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
             f"data.cache_dir {recipe.data.cache_dir} holds no latents yet: run `dreamfleet data cache RECIPE` first, "
             "or leave data.cache_dir out"
         )
-    folders = [Storage(concept.instance_data_dir) for concept in load_concepts(recipe.data)]
-    if all(_is_small(folder) for folder in folders):
+    if all(_is_small(concept.instance_data_dir) for concept in load_concepts(recipe.data)):
         load_sets(recipe.data, verify=False, known=known_files(recipe.data), apart=recipe.apart)
     for named in recipe.paths:
         if not (begun and named.field.is_start):
             check_exists(named)
     holdout = recipe.validation.holdout
-    if holdout and _is_small(Storage(holdout)):
+    if holdout and _is_small(holdout):
         build_index(holdout, max_pixels=recipe.data.max_pixels)
 
 
@@ -94,7 +95,7 @@ def check_exists(named: NamedPath) -> None:
     """Raise UserError for a path of a recipe that must exist on this machine, or in its bucket, and does not."""
     key, path, field = named
     if field.kind == "images":
-        is_missing = field.must_exist and not Storage(path).exists()
+        is_missing = field.must_exist and is_address(path) and not Storage(path).exists()
     else:
         is_missing = field.must_exist and os.path.isabs(path) and not os.path.exists(path)
     if is_missing:
@@ -104,7 +105,10 @@ def check_exists(named: NamedPath) -> None:
         )
 
 
-def _is_small(folder: Storage) -> bool:
+def _is_small(url: str) -> bool:
+    if not is_address(url):
+        return False
+    folder = Storage(url)
     return folder.is_local and (not folder.exists() or len(folder.list(recursive=True)) <= MOST_FILES_READ)
 
 

@@ -15,12 +15,12 @@ from dreamfleet.datasets.index.concepts import load_concepts
 from dreamfleet.datasets.path_field import by_key, is_under, list_paths
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.run.run_folder import MARKER_PREFIX
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.driver.session import Node, RaySession
 
 PACKAGES = "/runtime_resources/working_dir_files/"  # where Ray unpacks a job's files, on each machine that needs them
-MARKER = ".seen-"
 MOST_TOLD = 5
 PathsByKey = Mapping[str, Sequence[str]]
 
@@ -150,7 +150,7 @@ def _ask(nodes: Sequence[Node], paths: Sequence[str]) -> list[tuple[Node, list[s
 @contextmanager
 def _marked(folder: Storage) -> Iterator[str]:
     """Give the path of a marker file in a folder, which is left as it was found."""
-    made, marker = not folder.exists(), f"{MARKER}{uuid.uuid4().hex}"
+    made, marker = not folder.exists(), f"{MARKER_PREFIX}{uuid.uuid4().hex}"
     folder.write_text(marker, "")
     try:
         yield folder.path(marker)

@@ -13,7 +13,7 @@ from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.prompt_lines import Shot, read_prompts, shot_of
 from dreamfleet.trainers.distributed.context import DistributedContext
-from dreamfleet.trainers.evaluation.heldout_loss import check_previews, draw_previews
+from dreamfleet.trainers.evaluation.previews import check_previews, draw_previews
 from dreamfleet.trainers.models.sampling.sample import image_grid
 from dreamfleet.trainers.recipe import build_recipe, load_recipe
 from dreamfleet.trainers.report.preview_grid import read_sheets

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from dreamfleet.cluster.cli import program
 from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.artifacts.loading import load_exported
 from dreamfleet.trainers.config.model import ModelConfig
-from dreamfleet.trainers.evaluation.score import load_exported
 from dreamfleet.trainers.memory.estimate import CHOICES, estimate
 from dreamfleet.trainers.memory.profile import count_run, method_shape
 from dreamfleet.trainers.methods.export_request import Export
