@@ -42,7 +42,7 @@ def preflight(
     limit = session.growth_limit()
     share = worker_resources(recipe.scaling, nodes, limit=limit)
     refuse_impossible(recipe.scaling, share.resources, nodes, limit=limit)
-    require_runnable(recipe, has_gpu=share.uses_gpu)
+    require_runnable(recipe.train, recipe.optimizer, has_gpu=share.uses_gpu)
     engine = engine_spec(recipe.engine)
     if engine.needs_whole_gpu:
         refuse_shared_gpus(recipe.scaling, share, engine=engine.setting(recipe.engine))
@@ -72,10 +72,9 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
     from dreamfleet.datasets.index.index import build_index
     from dreamfleet.datasets.index.sets import load_sets
     from dreamfleet.datasets.serve.latent_files import find_manifests
-    from dreamfleet.trainers.config.deepspeed import with_deepspeed_file
 
-    require_runnable(recipe)
-    with_deepspeed_file(recipe)
+    require_runnable(recipe.train, recipe.optimizer)
+    recipe.with_deepspeed_file()
     if recipe.data.cache_dir and not find_manifests(Storage(recipe.data.cache_dir)):
         raise DataError(
             f"data.cache_dir {recipe.data.cache_dir} holds no latents yet: run `dreamfleet data cache RECIPE` first, "
