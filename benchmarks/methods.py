@@ -102,7 +102,7 @@ def measure_method(
 ) -> tuple[dict[str, Any], list[Any]]:
     """Train one method and score what it draws; returns the figures and a picture of each prompt."""
     from dreamfleet.datasets.storage.storage import Storage
-    from dreamfleet.trainers.evaluation.score import load_exported
+    from dreamfleet.trainers.artifacts.loading import load_exported
     from dreamfleet.trainers.launch import fit
     from dreamfleet.trainers.recipe import load_recipe
 

@@ -97,9 +97,9 @@ def read_real(folder: Path) -> list[Any]:
 def measure_subject(name: str, noun: str, train_dir: Path, real_dir: Path, folder: Path) -> dict[str, Any]:
     """Train both methods on one subject and score them beside the untuned model."""
     from dreamfleet.datasets.storage.storage import Storage
+    from dreamfleet.trainers.artifacts.loading import load_exported
     from dreamfleet.trainers.config.model import ModelConfig
     from dreamfleet.trainers.evaluation.fidelity import spread_of_real
-    from dreamfleet.trainers.evaluation.score import load_exported
     from dreamfleet.trainers.launch import fit
     from dreamfleet.trainers.models.sampling.sample import image_grid
     from dreamfleet.trainers.models.stable_diffusion.model import load_model

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.artifacts.loading import negative_beside
+from dreamfleet.trainers.artifacts.embedding import negative_of
 from dreamfleet.trainers.config.prompt_lines import Shot
 from dreamfleet.trainers.models.formats.embedding import read_embedding
 from dreamfleet.trainers.models.sampling.infotext import infotext, png_info, sampler_entries
@@ -109,7 +109,7 @@ def _hashes(embeddings: Sequence[str], used_in: str) -> str | None:
     """Give the used embeddings' names and their files' hashes, by which the webui tells them; negatives too."""
     found = []
     for address in embeddings:
-        for place in (Storage(address), negative_beside(address)):
+        for place in (Storage(address), negative_of(address)):
             if not place.exists():
                 continue
             with place.local_copy("") as path:

@@ -10,19 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.artifacts.loading import LARGEST_EMBEDDING, teach_word
+from dreamfleet.trainers.artifacts.embedding import EmbeddingKind
+from dreamfleet.trainers.artifacts.kind import detect_kind
 from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.distributed.device import DRAWING, best_device, on_device
-from dreamfleet.trainers.models.formats import aesthetic as aesthetics
-from dreamfleet.trainers.models.formats import hypernetwork, lora
 from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
     AestheticEncoder,
     AestheticSettings,
     apply_aesthetic,
 )
-from dreamfleet.trainers.models.stable_diffusion.loading import SINGLE_FILES
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
-from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,8 +27,6 @@ if TYPE_CHECKING:
     from dreamfleet.cluster.png_metadata import Row
     from dreamfleet.trainers.config.prompt_lines import Shot
     from dreamfleet.trainers.models.sampling.prompt_tags import Shelves
-
-EMBEDDINGS = (".pt", ".bin", ".png", ".webp", ".avif", ".jxl")  # files that are never a whole model
 
 
 @dataclass(frozen=True)
@@ -163,13 +158,14 @@ def load_with_embeddings(name: str, embeddings: Sequence[str] = ()) -> StableDif
     for path in embeddings:
         if "://" not in path and not Path(path).expanduser().is_file():
             raise UserError(f"--embedding {path}: there is no such file")
-        teach_word(model, path)
+        with Storage(path).local_copy() as local:
+            EmbeddingKind().load_into(model, local, address=path)
     return model
 
 
 def load_named(name: str) -> StableDiffusion:
     """Load what a person calls a model: pocket, a folder, a file, a hub name, or a run."""
-    from dreamfleet.trainers.evaluation.score import load_exported
+    from dreamfleet.trainers.artifacts.loading import load_exported
     from dreamfleet.trainers.run.export import read_recipe
 
     path = Path(name).expanduser()
@@ -184,49 +180,14 @@ def load_named(name: str) -> StableDiffusion:
 def convert_artifact(source: Path, target: Path) -> Path:
     """Write ``source`` in the format that the name of ``target`` says.
 
-    Raises UserError for a pair that nobody converts, and for a target that exists.
+    Raises FormatError for a source of no known kind, UserError for a format that its kind does not have and for a
+    target that exists.
     """
     if not source.exists():
         raise UserError(f"there is no {source}")
     if target.exists():
         raise UserError(f"{target} exists already; give another name")
-    if hypernetwork.holds_hypernetwork(source):  # an old form becomes one that every webui reads
-        known = hypernetwork.read_hypernetwork(source)
-        return hypernetwork.write_hypernetwork(replace(known, name=target.stem), target)
-    if aesthetics.holds_aesthetic(source):
-        # Any published form becomes [1, P], which the extension's slerp needs.
-        return aesthetics.write_aesthetic(aesthetics.read_aesthetic(source), target)
-    if source.suffix.lower() in (".safetensors", ".pt") and lora.holds_lora(source):
-        return _convert_lora(source, target)
-    if _is_embedding(source, target):
-        from dreamfleet.trainers.models.formats.embedding import read_embedding, write_embedding
-
-        found = read_embedding(source)
-        if target.suffix.lower() == ".pt" and target.stem != found.name:
-            found = read_embedding(source, target.stem)  # webui calls an embedding by its file's name
-        return write_embedding(found, target)
-    model = load_model(ModelConfig(pretrained_model_name_or_path=str(source)))
-    if target.suffix.lower() in SINGLE_FILES:
-        import torch
-
-        from dreamfleet.trainers.models.stable_diffusion.single_file import save_single_file
-
-        save_single_file(model, target, dtype=torch.float32, metadata={})
-    elif not target.suffix:
-        save_pipeline(model, target)
-    else:
-        raise UserError(
-            f"a model cannot become {target.name}: name a folder (diffusers), a .safetensors or a .ckpt file"
-        )
-    return target
-
-
-def _convert_lora(source: Path, target: Path) -> Path:
-    """Write a LoRA in the other one of its two layouts."""
-    if target.suffix.lower() != ".safetensors":
-        raise UserError(f"a LoRA cannot become {target.name}: name a .safetensors file")
-    found = replace(lora.read_lora(source), name=target.stem)
-    return (lora.write_diffusers_lora if found.is_kohyas else lora.write_kohya_lora)(found, target)
+    return detect_kind(source).convert(source, target)
 
 
 def _make_ready(
@@ -249,11 +210,3 @@ def _gain(model: StableDiffusion, shot: Shot, *, plain: bool) -> dict[str, Any]:
     text = parse_prompt(shot.prompt, shot.steps, plain=plain)[0].schedule[0][1]
     cosines = encoder.cosines.get(text)
     return {"aesthetic_cosine": [cosines[0], cosines[-1]]} if cosines else {}
-
-
-def _is_embedding(source: Path, target: Path) -> bool:
-    suffixes = {source.suffix.lower(), target.suffix.lower()}
-    if suffixes & set(EMBEDDINGS):
-        return True
-    small = source.is_file() and source.stat().st_size < LARGEST_EMBEDDING
-    return small and suffixes == {".safetensors"}

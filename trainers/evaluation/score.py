@@ -15,7 +15,7 @@ from dreamfleet.datasets.images.images import open_image
 from dreamfleet.datasets.index.concepts import load_concepts, load_sets
 from dreamfleet.datasets.index.index import build_index
 from dreamfleet.datasets.storage.storage import Storage, read_uri
-from dreamfleet.trainers.artifacts.loading import ARTIFACTS, load_artifact, load_exported
+from dreamfleet.trainers.artifacts.loading import folder_kind, is_artifact_name, load_artifact, load_exported
 from dreamfleet.trainers.config.model import POCKET, ModelConfig
 from dreamfleet.trainers.config.prompt_lines import Shot, shot_of
 from dreamfleet.trainers.distributed.device import DRAWING, best_device, on_device
@@ -45,7 +45,6 @@ __all__ = [
     "dino_i",
     "spread_of_real",
     "strip_words",
-    "load_exported",
     "words_to_strip",
 ]
 
@@ -77,8 +76,8 @@ def score_run(
         raise UserError(
             f"{target}: there is nothing to score; give a run folder, a model or a folder of pictures."
         )
-    is_model = storage.exists("model_index.json")
-    is_artifact = is_model or str(target).lower().endswith(ARTIFACTS)
+    folder = folder_kind(storage)
+    is_artifact = folder is not None or is_artifact_name(str(target))
     run = _run_around(storage) if is_artifact else storage
     if run.exists("recipe.yaml"):
         artifact = storage.url if is_artifact else None
@@ -92,7 +91,7 @@ def score_run(
         if not prompts:
             raise UserError(f"{target} draws what it is asked for: say what with --prompt.")
         images, asked = _draw(drawer, [Shot(prompt, seed=seed) for prompt in prompts], num_images)
-        kind = "model" if is_model else "artefact"
+        kind = "model" if folder else "artefact"
     else:
         images, written = _read_folder(storage)
         asked = list(prompts) if prompts else written

@@ -18,7 +18,9 @@ from typing import Any, TypeGuard
 
 import yaml
 
+from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.artifacts.kind import Usage
 from dreamfleet.trainers.artifacts.usage import describe
 from dreamfleet.trainers.report import formatting
 from dreamfleet.trainers.report.charts import Chart, Line, draw, smooth
@@ -258,12 +260,15 @@ def _artifacts(pages: Pages) -> str:
     for name in map(str, names):
         if not run.exists(f"exports/{name}"):
             continue
-        hint = describe(name, run_name=pages.name, recipe=pages.recipe)
-        uses = "".join(f"<li><b>{escape(x.program)}</b> {_code(x.text)}</li>" for x in hint.uses)
+        try:
+            usage = describe(name, run_name=pages.name, recipe=pages.recipe)
+        except UserError as error:
+            usage = Usage(str(error), ())
+        uses = "".join(f"<li><b>{escape(x.program)}</b> {_code(x.text)}</li>" for x in usage.uses)
         size = formatting.size(run.size(f"exports/{name}"))
         items.append(
             f'<article class="artefact"><h3><code>{escape(name)}</code> <small>{size}</small></h3>'
-            f"<p>{escape(hint.what)}</p><ul>{uses}</ul></article>"
+            f"<p>{escape(usage.what)}</p><ul>{uses}</ul></article>"
         )
     where = f"<p class='note'>in <code>{escape(run.path('exports'))}</code></p>" if items else ""
     return f"<section><h2>Artefacts</h2>{where}{''.join(items)}</section>" if items else ""
