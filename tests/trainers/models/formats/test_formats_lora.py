@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawing import generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -37,7 +38,6 @@ from dreamfleet.trainers.models.formats.lora_names import kohya_name, layer_of_k
 from dreamfleet.trainers.models.formats.tensor_files import read_safetensors, write_safetensors
 from dreamfleet.trainers.models.lora import add_adapters, learned_layers, merged, set_loras
 from dreamfleet.trainers.models.pretrained import pocket_folder
-from dreamfleet.trainers.models.sampling.sample import generate
 from dreamfleet.trainers.models.stable_diffusion.lora_targets import choose_layers
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawing import generate
 from PIL import Image
 from tiny_models import WIDTH, tiny_family, tiny_model
 
 from dreamfleet.trainers.models.embeddings import install_embedding, install_negative
 from dreamfleet.trainers.models.sampling.prompt_encoding import emphasise, make_guides
 from dreamfleet.trainers.models.sampling.prompt_syntax import attention
-from dreamfleet.trainers.models.sampling.sample import generate
 from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import (
     Words,
     chunk_pieces,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawing import generate
 from PIL import Image
 from tiny_models import tiny_model
 
@@ -18,7 +19,7 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.batches.class_image_drawing import class_image_key, generate_class_images
 from dreamfleet.trainers.batches.class_images import find_missing
 from dreamfleet.trainers.models.condition import Condition
-from dreamfleet.trainers.models.sampling.sample import generate, image_grid
+from dreamfleet.trainers.models.sampling.sample import image_grid
 
 SCHEDULERS = ["ddim", "euler_a", "dpm++"]
 PROMPTS = ["a cat", "two dogs", "a red apple", "the sea", "a cat"]
