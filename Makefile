@@ -14,7 +14,7 @@ FOLDERS := cluster datasets trainers tune
 PYTEST_ARGS ?=
 RUN ?= runs/demo
 
-.PHONY: help install install-test demo test test-fast test-gpu-matrix check lint types layers format golden structure recipes docs wheel pocket bench bench-gpu gpu-bundle clean
+.PHONY: help install install-test demo test test-fast test-gpu-matrix check lint types layers format links golden structure pages site docs wheel pocket bench bench-gpu gpu-bundle clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -40,6 +40,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	DS_BUILD_OPS=0 PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) --no-build-isolation --editable '.[docs]'
 	@touch $@
 
 install: $(VENV)/.installed ## .venv with dreamfleet and what it needs
@@ -76,10 +80,12 @@ format: $(VENV)/.installed-test ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 # mypy does not follow the editable mapping: it is shown a tree of links in which the folders lie under their name.
-types: $(VENV)/.installed-test ## mypy over all folders
+types: links $(VENV)/.installed-test ## mypy over all folders
+	$(BIN)/mypy build/types/dreamfleet
+
+links:
 	@mkdir -p build/types/dreamfleet
 	@for f in $(FOLDERS); do ln -sfn ../../../$$f build/types/dreamfleet/$$f; done
-	$(BIN)/mypy build/types/dreamfleet
 
 layers: $(VENV)/.installed-test ## who may import whom
 	$(BIN)/python -m pytest -q --durations=0 tests/repository/test_layers.py
@@ -87,11 +93,20 @@ layers: $(VENV)/.installed-test ## who may import whom
 golden: $(VENV)/.installed-test ## rewrite the recorded loss curves; read the diff before you commit it
 	$(BIN)/python tests/support/golden.py --write
 
-structure: $(VENV)/.installed ## files, packages, import levels, cycles and lines; updates the diagram of docs/architecture.md
-	$(BIN)/python docs/structure.py --write
+structure: $(VENV)/.installed ## print files, packages, import levels, cycles and lines of code
+	$(BIN)/python docs/structure.py
 
-recipes: $(VENV)/.installed ## rewrite docs/recipes.md from the recipe's own models
+pages: $(VENV)/.installed ## rewrite the generated pages: recipe reference, package diagram, examples of docs/extending.md
 	$(BIN)/python docs/write_recipes.py
+	$(BIN)/python docs/structure.py --write
+	$(BIN)/python docs/write_examples.py
+
+docs: pages site ## rewrite the generated pages and build the documentation site
+
+# mkdocstrings reads the sources through the links that mypy is shown.
+site: links $(VENV)/.installed-docs ## the documentation site in build/site; a broken link, anchor or reference fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "the site: build/site/index.html; with search: $(BIN)/python -m http.server --directory build/site"
 
 wheel: $(VENV)/.installed-test ## dist/dreamfleet-*.whl, the pocket model inside
 	rm -rf build/lib build/bdist.*

@@ -215,20 +215,17 @@ def build_parts(recipe: Any, device: torch.device, *, settle: bool = True) -> tu
     Without ``settle`` the engine is what the recipe says, and ``auto`` torch alone.
     """
     from dreamfleet.trainers.distributed.context import DistributedContext
-    from dreamfleet.trainers.engines.torch_engine import DTYPES, TorchEngine
+    from dreamfleet.trainers.engines.base import DTYPES, engine_class
     from dreamfleet.trainers.memory.engine_selection import settle_engine
-    from dreamfleet.trainers.run.build import build_method
+    from dreamfleet.trainers.methods.build import build_method
 
     why = ""
     if settle:
         recipe, why = settle_engine(recipe, DistributedContext(device=device))
     half = DTYPES[recipe.train.mixed_precision] if device.type == "cuda" else None
-    method = build_method(
-        recipe, random_model(recipe, recipe.method.name), concepts=(), device=device, dtype=half
-    )
-    kind: Any = TorchEngine
-    if recipe.engine.zero_stage != "auto":
-        from dreamfleet.trainers.engines.zero_engine import ZeroEngine as kind  # type: ignore[no-redef]
+    method = build_method(recipe, random_model(recipe, recipe.method.name), concepts=())
+    kind = engine_class(recipe.engine)
+    kind.place_model(method, recipe.engine, device=device, dtype=half)
     engine = kind(
         method,
         config=recipe.engine,

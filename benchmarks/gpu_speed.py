@@ -68,7 +68,9 @@ def ours(
     recipe = make_recipe("no-offload", folder, small=small)
     recipe = recipe.model_copy(
         update={
-            "engine": recipe.engine.model_copy(update={"zero_stage": "auto", "gpu_memory": None, **engine}),
+            "engine": recipe.engine.model_copy(
+                update={"name": "torch", "zero_stage": "auto", "gpu_memory": None, **engine}
+            ),
             "train": recipe.train.model_copy(
                 update={"gradient_checkpointing": False, "train_batch_size": batch_size}
             ),
@@ -81,8 +83,8 @@ def ours(
 
     def step() -> None:
         done[0] += 1
-        trainer.begin(rates, done[0])
-        trainer.backward(trainer.place(batch))
+        trainer.begin_step(rates, done[0])
+        trainer.backward(trainer.to_device(batch))
         trainer.step(rates, done[0])
 
     return step, method

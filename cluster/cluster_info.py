@@ -1,4 +1,4 @@
-"""A look at a cluster without starting a run: its machines by address, or this machine where there is none."""
+"""Return the machines of a cluster, or this machine if there is no cluster, without starting a run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from dreamfleet.trainers.driver.session import ray_session
 
 
 def has_cluster(address: str | None) -> bool:
-    """Whether a cluster was named: by ``address`` or by RAY_ADDRESS."""
+    """Return whether ``address`` or RAY_ADDRESS names a cluster."""
     return (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
 
 
 def machines(address: str | None) -> tuple[dict[str, Mapping[str, float]], dict[str, float] | None]:
-    """Return the resources of each machine by its address, and the most an autoscaling cluster grows to.
+    """Return the resources of each machine by its address, and the limits of an autoscaling cluster (else None).
 
-    Without a cluster, that is this machine as a private Ray would see it, without starting one. Raises ResourceError
-    when no cluster answers.
+    Without a cluster, returns this machine's resources as a private Ray would have them, without starting one. Raises
+    ResourceError if the cluster does not answer.
     """
     if not has_cluster(address):
         return {"this machine": this_machine()}, None

@@ -17,6 +17,7 @@ import networkx as nx
 
 FOLDERS = ("datasets", "trainers", "tune", "cluster")
 COUNTED = (*FOLDERS, "benchmarks", "examples", "docs")
+STYLE = '%%{init: {"flowchart": {"nodeSpacing": 20, "rankSpacing": 40}}}%%'
 BLOCK = re.compile(r"```mermaid\n.*?```", re.S)
 
 
@@ -80,18 +81,20 @@ def levels(graph: nx.DiGraph) -> int:
 
 
 def diagram(graph: nx.DiGraph) -> str:
-    """Return the Mermaid source of the package graph: an arrow for each import that no other arrows imply."""
+    """Return the Mermaid source of the package graph: an arrow for each import that other arrows do not imply."""
     reduced = nx.transitive_reduction(graph)
     identifiers = {name: re.sub(r"\W", "_", name) for name in sorted(graph)}
-    lines = ["flowchart TD"]
+    lines = [STYLE, "flowchart TD"]
     for folder in reversed(FOLDERS):
-        lines.append(f'    subgraph {folder}_folder["{folder}/"]')
-        for name, identifier in identifiers.items():
-            if name.split("/")[0] == folder:
-                label = name.partition("/")[2] or "files of the folder itself"
-                lines.append(f'        {identifier}["{label}"]')
-        lines.append("    end")
-    lines += [f"    {identifiers[a]} --> {identifiers[b]}" for a, b in sorted(reduced.edges)]
+        boxes = [
+            f'{identifier}["{name.partition("/")[2] or "*.py"}"]'
+            for name, identifier in identifiers.items()
+            if name.split("/")[0] == folder
+        ]
+        lines.append(f'    subgraph {folder}_folder["{folder}/"]\n        {"; ".join(boxes)}\n    end')
+    for name, identifier in identifiers.items():
+        if targets := sorted(identifiers[target] for target in reduced[name]):
+            lines.append(f"    {identifier} --> {' & '.join(targets)}")
     return "\n".join(lines) + "\n"
 
 

@@ -12,7 +12,7 @@ import torch
 
 from dreamfleet.datasets.errors import RunFailed
 from dreamfleet.datasets.rng import key
-from dreamfleet.trainers.engines.torch_engine import Engine
+from dreamfleet.trainers.engines.base import Engine
 from dreamfleet.trainers.methods.base import Batch, Method
 
 # By chance, as with batches whose captions are all dropped, so many do not follow one another.
@@ -84,13 +84,13 @@ def train(
     """
     watch = _Watch(engine, schedule, start_step, hooks.saved)
     meter = _Meter(engine)
-    stop_asked = engine.agree(False)
+    stop_asked = engine.any_rank(False)
     for step in range(start_step, schedule.total):
         if stop_asked():
             watch.require_finite(step)
             hooks.save(step)
             return Outcome(step, "interrupted", meter.figures)
-        stop_asked = engine.agree(hooks.should_stop())
+        stop_asked = engine.any_rank(hooks.should_stop())
         # Whatever still draws from the global generator (dropout) repeats exactly after a resume, and differs by rank.
         torch.manual_seed(key("step", seed, step, rank))
         now = {name: rate(step) for name, rate in rates.items()}
@@ -99,8 +99,8 @@ def train(
             if step == start_step and micro == 0:
                 _rehearse(engine, prepare, batch)
             if micro == 0:
-                engine.begin(now, step + 1)
-            loss = engine.backward(prepare(engine.place(batch)), last=micro == engine.num_micros - 1)
+                engine.begin_step(now, step + 1)
+            loss = engine.backward(prepare(engine.to_device(batch)), last=micro == engine.num_micros - 1)
             watch.see_loss(loss.total)
             meter.add(loss, batch)
         norm = engine.step(now, step + 1)
@@ -129,7 +129,7 @@ def _rehearse(engine: Engine, prepare: Callable[[Batch], Batch], batch: Batch) -
     # also lets DDP settle its buckets, so that the first step after a resume sums gradients in the same order.
     devices = [engine.device] if engine.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # a resumed run rehearses where the straight one did not
-        engine.backward(prepare(engine.place(batch)))
+        engine.backward(prepare(engine.to_device(batch)))
     engine.drop_gradients()
 
 

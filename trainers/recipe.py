@@ -18,6 +18,7 @@ from dreamfleet.datasets.index.exclusions import HELD_OUT
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.conflicts import find_conflicts
 from dreamfleet.trainers.config.engine import EngineConfig
+from dreamfleet.trainers.config.engines import find_refused
 from dreamfleet.trainers.config.method import METHODS, MethodConfig
 from dreamfleet.trainers.config.model import POCKET, ModelConfig
 from dreamfleet.trainers.config.optimizer import OptimizerConfig
@@ -174,7 +175,7 @@ def _validate(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
         told = tell(error, Recipe, homes=_homes(method))
         mistakes += [line for line in told if had_method or not line.startswith("method:")]
     if recipe is not None and config is not None:
-        mistakes += _refused(recipe, config.refused)
+        mistakes += find_refused(dict(recipe), config.refused, by=config.name)
     if recipe is not None:
         mistakes += find_conflicts(recipe)
     if recipe is not None and recipe.search is not None:
@@ -196,19 +197,6 @@ def _model_at(method: Any, path: Sequence[str]) -> tuple[type[BaseModel], Sequen
     if path[:1] and path[0] == "method" and isinstance(name, str) and name in METHODS:
         return METHODS.get(name), path[1:]
     return Recipe, path
-
-
-def _refused(recipe: Recipe, reasons: Mapping[str, str]) -> list[str]:
-    """Tell of keys that are set and must not be, with this method."""
-    told = []
-    for path, reason in reasons.items():
-        section, _, key = path.partition(".")
-        part = getattr(recipe, section)
-        if (value := getattr(part, key)) != type(part).model_fields[key].get_default(
-            call_default_factory=True
-        ):
-            told.append(f"{path}: {value} does not go with {recipe.method.name}, {reason}; leave it out")
-    return told
 
 
 def _override(tree: dict[str, Any], text: str) -> None:

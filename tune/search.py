@@ -10,6 +10,7 @@ from typing import Any
 
 from dreamfleet.datasets.environment import environment, secrets_hidden, to_send
 from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
+from dreamfleet.trainers.config.engines import engine_spec
 from dreamfleet.trainers.config.paths import shared_paths, written_paths
 from dreamfleet.trainers.config.scaling import (
     Resources,
@@ -170,8 +171,11 @@ def can_share_process(recipe: Recipe, *, uses_gpu: bool) -> bool:
     """
     engine, search = recipe.engine, recipe.search
     assert search is not None
-    plain = engine.zero_stage == "auto" and engine.deepspeed_config is None and not engine.torch_compile
-    return plain and not uses_gpu and not any(path.startswith("engine.") for path in search.space)
+    return (
+        engine_spec(engine).shares_process(engine)
+        and not uses_gpu
+        and not any(path.startswith("engine.") for path in search.space)
+    )
 
 
 def _run_trials(

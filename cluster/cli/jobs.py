@@ -70,7 +70,7 @@ def submit(
 
         loaded = load_recipe(recipe, overrides)
         makes_cache = name == "data cache"
-        parcel = pack(loaded, shared=shared or (), resume="--resume" in options, makes_cache=makes_cache)
+        package = pack(loaded, shared=shared or (), resume="--resume" in options, makes_cache=makes_cache)
         environment = read_environment(env or (), os.environ)
         check_here(loaded, makes_cache=makes_cache)
         if name != "tune" and loaded.scaling.num_workers == 0:
@@ -80,7 +80,9 @@ def submit(
         with job_server(address) as server:
             for folder in shared or ():  # the job's own paths are to be taken there as well
                 options += ["--shared", folder]
-            job_id = send(server, parcel, [name, *options], typed=command, environment=environment, say=_say)
+            job_id = send(
+                server, package, [name, *options], typed=command, environment=environment, report=_say
+            )
     if as_json:
         print_json({"id": job_id, "address": server.address, "output_dir": loaded.output_dir})
     else:

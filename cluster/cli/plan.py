@@ -144,7 +144,7 @@ def _verdict(made: MemoryPlan, rate: int) -> list[str]:
 
 
 def _is_plain(chosen: Estimate | None) -> bool:
-    return chosen is not None and chosen.choice.zero_stage is None
+    return chosen is not None and chosen.choice.engine == "torch"
 
 
 def _millions(number: int) -> str:

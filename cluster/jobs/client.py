@@ -1,4 +1,4 @@
-"""The job server of a Ray cluster: where it is, what it knows of our jobs, and how a job is followed and stopped."""
+"""Client of a Ray cluster's job server: submit, list, follow and stop jobs, and read why one failed."""
 
 from __future__ import annotations
 
@@ -18,24 +18,28 @@ from typing import Any
 from dreamfleet.datasets.errors import ResourceError, UserError
 from dreamfleet.trainers.driver.session import authentication
 
-DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # where `ray dashboard ray_config.yaml` brings a cluster's
+DEFAULT_ADDRESS = (
+    "http://127.0.0.1:8265"  # where `ray dashboard ray_config.yaml` forwards a cluster's dashboard
+)
 ANSWER_SECONDS = 10.0
 POLL_SECONDS = 1.0
 RESUME_WITH = (
     "DREAMFLEET_RESUME_WITH"  # set in a job's environment: the command that resumes it after a failure
 )
-OURS = "dreamfleet"  # the key in a job's metadata that tells our jobs from others; holds our version
+OURS = (
+    "dreamfleet"  # key in the metadata of jobs that dreamfleet submitted; its value is dreamfleet's version
+)
 TOKEN_ADVICE = (
     "Set RAY_AUTH_TOKEN to the cluster's token, or put it into ~/.ray/auth_token (`ray get-auth-token` shows it on the "
     "head node)"
 )
 
-# Why a driver may have been killed so, beside by hand.
+# The usual cause of a signal, unless a person sent it.
 SIGNALS = {
     "SIGKILL": ", as happens on a machine that runs out of memory",
     **dict.fromkeys(("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT"), ", a crash in compiled code"),
 }
-# Ray's names for the end of a job that had begun and has no exit code.
+# Ray's error types of a job whose driver had started and has no exit code.
 DIED = ("JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE")
 
 Write = Callable[[str], None]
@@ -43,7 +47,7 @@ Write = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Job:
-    """A job as its cluster knows it; times are seconds since 1970."""
+    """State of a job on its cluster; times are in seconds since 1970."""
 
     id: str
     state: str  # PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED
@@ -52,16 +56,16 @@ class Job:
     ended: float | None = None
     driver_exit_code: int | None = None
     message: str = ""
-    error_type: str | None = None  # Ray's name for what went wrong
+    error_type: str | None = None  # Ray's name of the failure
 
     @property
     def is_over(self) -> bool:
-        """Whether it will not run any more."""
+        """Whether the job has ended."""
         return self.state in ("SUCCEEDED", "FAILED", "STOPPED")
 
     @property
     def exit_code(self) -> int:
-        """What the job's end means as an exit code of ours: 0 done, 1 failed, 2 can be mended, 130 stopped."""
+        """Exit code for the job's end: 0 done, 1 failed, 2 the user can fix it, 130 stopped."""
         if self.state == "SUCCEEDED":
             return 0
         if self.state == "STOPPED":
@@ -70,16 +74,16 @@ class Job:
 
     @property
     def reason(self) -> str | None:
-        """Why it failed, in words; None for a job that did not."""
+        """Why the job failed, as text; None if it did not."""
         if self.state != "FAILED":
             return None
         code = self.driver_exit_code
         if code is None:
-            told = self.message.strip().partition("\n")[0].rstrip(".") or "the cluster does not say why"
-            return f"its machine or Ray's processes there died: {told}" if self._began else told
+            cause = self.message.strip().partition("\n")[0].rstrip(".") or "the cluster does not say why"
+            return f"its machine or Ray's processes on it died: {cause}" if self._began else cause
         if code == 130:
             return "it was interrupted, and saved a checkpoint"
-        number = -code if code < 0 else code - 128  # by Ray, or by a shell between
+        number = -code if code < 0 else code - 128  # negative from Ray, above 128 from a shell
         try:
             name = signal.Signals(number).name
         except ValueError:
@@ -88,7 +92,7 @@ class Job:
 
     @property
     def resume(self) -> str | None:
-        """The command that goes on with what a failed job had begun; None where there is nothing to go on with."""
+        """The command that resumes a failed job; None if there is nothing to resume."""
         typed = self.metadata.get("command")
         if self.state != "FAILED" or not self._began or self.driver_exit_code == 2 or not typed:
             return None
@@ -100,14 +104,14 @@ class Job:
 
 
 def make_resume_command(typed: Sequence[str]) -> str:
-    """Write what goes on with a job that was stopped, but for the options of `submit` itself."""
+    """Return the command that resumes a stopped job, without the options of `submit` itself."""
     again = [word for word in typed if word != "--resume"]
-    ends = [] if typed[0] == "data" else ["--resume"]  # a cache goes on by itself
+    ends = [] if typed[0] == "data" else ["--resume"]  # a cache needs no option to continue
     return shlex.join(["dreamfleet", "submit", "...", "--", *again, *ends])
 
 
 class JobServer:
-    """The jobs of one cluster. All methods raise UserErrors that say what to do."""
+    """The jobs of one cluster. All methods raise UserError with a remedy."""
 
     def __init__(self, client: Any, address: str):
         self.client, self.address = client, address
@@ -115,69 +119,69 @@ class JobServer:
     def submit(
         self, entrypoint: str, *, job_id: str, runtime_env: dict[str, Any], metadata: dict[str, str]
     ) -> None:
-        """Upload what the job takes along, unless it is there already, and start it."""
+        """Upload the job's files, unless the cluster has them already, and start the job."""
         with _explained(self.address):
             self.client.submit_job(
                 entrypoint=entrypoint, submission_id=job_id, runtime_env=runtime_env, metadata=metadata
             )
 
     def job(self, job_id: str) -> Job:
-        """Look a job up."""
+        """Return the state of a job."""
         with _explained(self.address, job_id):
             return _read(self.client.get_job_info(job_id))
 
     def jobs(self) -> list[Job]:
-        """List the jobs that dreamfleet submitted, oldest first."""
+        """Return the jobs that dreamfleet submitted, oldest first."""
         with _explained(self.address):
             found = [_read(details) for details in self.client.list_jobs() if details.submission_id]
         return sorted((job for job in found if OURS in job.metadata), key=lambda job: job.started or 0)
 
     def logs(self, job_id: str) -> str:
-        """Return all a job has printed."""
+        """Return everything a job has printed."""
         with _explained(self.address, job_id):
             return self.client.get_job_logs(job_id)
 
     def follow(self, job_id: str, write: Write, *, skip: int = 0) -> Job:
-        """Hand what a job prints to ``write`` until it is over, and return how it ended.
+        """Pass the output of a job to ``write`` until it ends, and return its final state.
 
-        ``skip`` characters of its log are passed over. A connection that breaks is made anew.
+        The first ``skip`` characters of its log are skipped. A broken connection is opened again.
         """
         import aiohttp
 
-        unseen = _Unseen(write, skip)
+        output = _NewOutput(write, skip)
         while True:
             try:
-                asyncio.run(self._tail(job_id, unseen))
+                asyncio.run(self._tail(job_id, output))
             except (OSError, RuntimeError, aiohttp.ClientError):
-                pass  # whatever broke the connection: asking for the job tells whether the cluster is there
+                pass  # the next request shows whether the cluster still answers
             job = self.job(job_id)
             if job.is_over:
                 return job
             time.sleep(POLL_SECONDS)
 
     def stop(self, job_id: str) -> None:
-        """Ask a job to save and end; it does so in its own time."""
+        """Ask a job to save a checkpoint and end; return without waiting."""
         with _explained(self.address, job_id):
             self.client.stop_job(job_id)
 
-    async def _tail(self, job_id: str, unseen: _Unseen) -> None:
-        unseen.rewind()
+    async def _tail(self, job_id: str, output: _NewOutput) -> None:
+        output.rewind()
         async for text in self.client.tail_job_logs(job_id):
-            unseen.take(text)
+            output.write(text)
 
 
 @contextmanager
 def job_server(address: str | None = None) -> Iterator[JobServer]:
-    """Connect to the job server at ``address``, RAY_API_SERVER_ADDRESS or RAY_ADDRESS, with the token that is set here.
+    """Connect to the job server at ``address``, RAY_API_SERVER_ADDRESS or RAY_ADDRESS, with the token of this machine.
 
-    Raises ResourceError within seconds for an address that is none, does not answer, or refuses the token.
+    Raises ResourceError within seconds for an address that is invalid, does not answer, or refuses the token.
     """
     address = job_address(address, os.environ)
-    _knock(address)
-    with authentication(private=False), _told_to_ray(address):
+    _check_answer(address)
+    with authentication(private=False), _address_for_ray(address):
         from ray.job_submission import JobSubmissionClient
 
-        for name in ("dashboard_sdk", "job.sdk"):  # each upload, each end of a connection
+        for name in ("dashboard_sdk", "job.sdk"):  # they log each upload and each closed connection
             logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
         with _explained(address):
             client = JobSubmissionClient(address)
@@ -185,38 +189,38 @@ def job_server(address: str | None = None) -> Iterator[JobServer]:
 
 
 def job_address(address: str | None, environment: Mapping[str, str]) -> str:
-    """Choose the job server's address, as Ray's own tools would; ResourceError for one that is none."""
+    """Choose the job server's address as Ray's own tools do. Raises ResourceError for an invalid one."""
     address = address or environment.get("RAY_API_SERVER_ADDRESS")
     if not address:
-        joined = environment.get("RAY_ADDRESS", "")  # Ray's older name for it; also the address runs join
+        joined = environment.get("RAY_ADDRESS", "")  # Ray's older name for it; runs join this address too
         address = joined if joined.startswith(("http://", "https://")) else DEFAULT_ADDRESS
     address = address.rstrip("/")
     scheme, separator, rest = address.rpartition("://")
     if scheme in ("http", "https") and rest:
         return address
     host = rest.rpartition(":")[0] or rest or "HEAD"
-    what = "of the Ray Client" if separator else "without http://"
+    kind = "of the Ray Client" if separator else "without http://"
     raise ResourceError(
-        f"{address} is an address {what}. Jobs go to the dashboard's, on port 8265 of the head node: "
+        f"{address} is an address {kind}. Jobs are submitted to the dashboard, on port 8265 of the head node: "
         f"--address http://{host}:8265"
     )
 
 
-class _Unseen:
-    """Passes on what a log has beyond what was passed on before, however often it is read from its beginning."""
+class _NewOutput:
+    """Passes on only the part of a log that was not passed on before, even if it is read again from its beginning."""
 
     def __init__(self, write: Write, skip: int):
-        self.write, self.seen, self.position = write, skip, 0
+        self._write, self.written, self.position = write, skip, 0
 
     def rewind(self) -> None:
         self.position = 0
 
-    def take(self, text: str) -> None:
+    def write(self, text: str) -> None:
         self.position += len(text)
-        new = self.position - self.seen
+        new = self.position - self.written
         if new > 0:
-            self.write(text[-new:])
-            self.seen = self.position
+            self._write(text[-new:])
+            self.written = self.position
 
 
 def _read(details: Any) -> Job:
@@ -235,12 +239,12 @@ def _read(details: Any) -> Job:
     )
 
 
-def _knock(address: str) -> None:
-    """Raise ResourceError when nobody answers: Ray's client itself would wait for minutes."""
+def _check_answer(address: str) -> None:
+    """Raise ResourceError if nothing answers; Ray's own client would wait for minutes."""
     try:
         urllib.request.urlopen(f"{address}/api/version", timeout=ANSWER_SECONDS).close()
     except urllib.error.HTTPError:
-        pass  # an answer: without a token it is a refusal
+        pass  # an answer; without a token it is a refusal
     except (OSError, ValueError) as error:
         raise _unreachable(address, getattr(error, "reason", error)) from error
 
@@ -248,36 +252,34 @@ def _knock(address: str) -> None:
 def _unreachable(address: str, why: object) -> ResourceError:
     return ResourceError(
         f"no Ray job server answers at {address} ({why}). Give the head node's dashboard: --address http://HEAD:8265, "
-        f"or RAY_API_SERVER_ADDRESS; `ray dashboard ray_config.yaml` brings it to {DEFAULT_ADDRESS}"
+        f"or RAY_API_SERVER_ADDRESS; `ray dashboard ray_config.yaml` forwards it to {DEFAULT_ADDRESS}"
     )
 
 
 @contextmanager
 def _explained(address: str, job_id: str | None = None) -> Iterator[None]:
-    """Turn the errors of Ray's client into ours."""
+    """Raise the errors of Ray's client as UserErrors."""
     from ray.exceptions import AuthenticationError
 
     try:
         yield
     except AuthenticationError as error:
         raise ResourceError(
-            f"the Ray cluster at {address} did not let this client in: its token is missing here, or another one is "
-            f"set. {TOKEN_ADVICE}; RAY_AUTH_MODE must be 'token' or unset"
+            f"the Ray cluster at {address} refused this client: its token is missing on this machine, or differs. "
+            f"{TOKEN_ADVICE}; RAY_AUTH_MODE must be 'token' or unset"
         ) from error
-    except OSError as error:  # requests' errors are
+    except OSError as error:  # the errors of requests are OSErrors
         raise _unreachable(address, error) from error
     except RuntimeError as error:
         if job_id is not None and "status code 404" in str(error):
-            raise UserError(f"{address} knows no job {job_id}; `dreamfleet jobs` lists them") from error
-        last = (
-            str(error).strip(" .\n").rpartition("\n")[2]
-        )  # a traceback of the server ends with what happened
+            raise UserError(f"{address} has no job {job_id}; `dreamfleet jobs` lists them") from error
+        last = str(error).strip(" .\n").rpartition("\n")[2]  # the error line of a traceback of the server
         raise ResourceError(f"the Ray cluster at {address} refused: {last}") from error
 
 
 @contextmanager
-def _told_to_ray(address: str) -> Iterator[None]:
-    # Ray's client lets RAY_API_SERVER_ADDRESS, and then RAY_ADDRESS, win over the address it is given.
+def _address_for_ray(address: str) -> Iterator[None]:
+    # Ray's client prefers RAY_API_SERVER_ADDRESS, and then RAY_ADDRESS, to its argument.
     name = "RAY_API_SERVER_ADDRESS"
     before = os.environ.get(name)
     os.environ[name] = address

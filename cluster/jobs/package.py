@@ -1,4 +1,4 @@
-"""What goes along with a job: the running dreamfleet as a wheel, the resolved recipe, and the local files it names."""
+"""Package a job: the running dreamfleet as a wheel, the resolved recipe, and the local files that it names."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from dreamfleet.trainers.driver.preflight import check_inputs
 from dreamfleet.trainers.recipe import START_FILES, WEIGHTS, Recipe, build_recipe
 
 MIB = 2**20
-# Ray keeps every package in the head's memory and refuses half a GiB; pictures that make more belong in a bucket.
-MAX_PARCEL_BYTES = 200 * MIB
+# Ray keeps every package in the head node's memory and refuses 512 MiB; larger image sets belong in a bucket.
+MAX_PACKAGE_BYTES = 200 * MIB
 RECIPE_FILE = "recipe.yaml"
 WHEEL_PACKAGES = ("cluster", "datasets", "trainers", "tune")
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same files give the same archive, which Ray then uploads once
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # equal files give equal archives, which Ray uploads once
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """A recipe whose local paths start at the parcel, and the files that lie there: name in it -> file here."""
+class Package:
+    """A recipe whose local paths are relative to the package, and its files: path in the package -> local path."""
 
     recipe: Recipe
     files: dict[str, str]
 
     @property
     def size(self) -> int:
-        """Bytes of the files."""
+        """Total size of the files in bytes."""
         return sum(os.path.getsize(file) for file in self.files.values())
 
     def write(self, folder: Path) -> Path:
-        """Write the parcel as a zip into ``folder``."""
-        path = folder / "parcel.zip"
+        """Write the package as a zip file into ``folder`` and return its path."""
+        path = folder / "package.zip"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
             archive.writestr(zipfile.ZipInfo(RECIPE_FILE, _EPOCH), self.recipe.to_yaml())
             for name, file in sorted(self.files.items()):
@@ -58,16 +58,15 @@ def pack(
     *,
     shared: Sequence[str] = (),
     resume: bool = False,
-    limit: int = MAX_PARCEL_BYTES,
+    limit: int = MAX_PACKAGE_BYTES,
     makes_cache: bool = False,
-) -> Parcel:
-    """Decide what a recipe's job takes along; reads names and sizes, writes nothing.
+) -> Package:
+    """Choose the files that a recipe's job needs; reads names and sizes, writes nothing.
 
-    Addresses (``s3://``) and paths under ``shared``, folders that every machine of the cluster sees under the same
-    name, stay as they are. Every other local file or folder the recipe names goes along, with what is read beside it;
-    with ``resume``, not the file that a run went on from, if it is gone. Raises RecipeError for an ``output_dir``, or a
-    cache that the job makes, which the cluster cannot keep, for files that are not here, and for more than ``limit``
-    bytes, naming the largest.
+    URLs (``s3://``) and paths under ``shared``, folders that every machine of the cluster mounts under the same name,
+    are not changed. Every other local file or folder that the recipe names is packaged, with the files that belong to
+    it; with ``resume``, a missing start file of the run is not an error. Raises RecipeError for a local ``output_dir`` (or
+    a local cache that the job writes), for missing files, and for more than ``limit`` bytes, with the largest path.
     """
     starts = {getattr(recipe.method, name, None) for name in START_FILES} if resume else set()
     gone = {path for path in starts if path and not os.path.exists(path)}
@@ -80,36 +79,38 @@ def pack(
     )
     if kept is not None and not stays(kept):
         raise RecipeError(
-            f"{key} {kept} is a folder of this machine, and the job runs on others. Give {key}=s3://BUCKET/PREFIX, or, "
-            f"when every machine of the cluster has that folder (NFS, or a cluster of one machine), say so: "
+            f"{key} {kept} is a folder of this machine, and the job runs on others. Use {key}=s3://BUCKET/PREFIX, or, if "
+            f"every machine of the cluster has that folder (NFS, or a cluster of one machine), "
             f"--shared {os.path.dirname(kept)}"
         )
     sections = recipe.model_dump(mode="json")
     concepts = sections["data"]["concepts_list"]
-    if isinstance(concepts, str) and not stays(concepts):  # its folders start at the file, which would move
+    if isinstance(concepts, str) and not stays(
+        concepts
+    ):  # its folders are relative to the file, which would move
         sections["data"]["concepts_list"] = [c.model_dump(mode="json") for c in load_concepts(recipe.data)]
-    loading = _Loading(stays)
+    local = _LocalFiles(stays)
     for name in SECTIONS:
-        sections[name] = loading.take(sections[name], name)
-    loading.refuse_more_than(limit)
+        sections[name] = local.take(sections[name], name)
+    local.refuse_more_than(limit)
     if not makes_cache:
         _refuse_missing_class_images(recipe, stays)
-    return Parcel(build_recipe(sections), loading.files)
+    return Package(build_recipe(sections), local.files)
 
 
 def check_here(recipe: Recipe, *, makes_cache: bool = False) -> None:
-    """Look at pictures and model as a run would, where they are here to be looked at: a job takes minutes to tell."""
-    if makes_cache:  # there is none yet
+    """Check images and model as a run does, if all of them are on this machine: a job takes minutes to fail."""
+    if makes_cache:  # the cache does not exist yet
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": None})})
     if all(os.path.exists(path) for paths in named_paths(recipe).values() for path in paths):
         check_inputs(recipe)
 
 
 def write_wheel(folder: Path) -> Path:
-    """Write the dreamfleet that is running, from a checkout or installed, as a wheel into ``folder``.
+    """Write the running dreamfleet, from a checkout or installed, as a wheel into ``folder`` and return its path.
 
-    Its name carries a hash of the content: Ray takes a wheel it already has under a name for the same. It asks for no
-    other packages: Ray installs it with pip into a folder of its own, and pip would put another torch and Ray there.
+    The file name contains a hash of the content, because Ray treats wheels of equal names as equal. The wheel declares no
+    dependencies, because Ray installs it with pip into a separate folder, where pip would install another torch and Ray.
     """
     files = {name: path.read_bytes() for name, path in _code().items()}
     digest = hashlib.sha256()
@@ -131,17 +132,17 @@ def write_wheel(folder: Path) -> Path:
     return path
 
 
-class _Loading:
-    """Collects the local files of a recipe's sections and puts their places in the parcel into the recipe."""
+class _LocalFiles:
+    """Collects the local files of a recipe's sections and replaces their paths by those in the package."""
 
     def __init__(self, stays: Callable[[str], bool]):
         self.stays = stays
         self.files: dict[str, str] = {}
-        self._places: dict[str, str] = {}  # path here -> place in the parcel
-        self._sizes: dict[str, tuple[int, str]] = {}  # path here -> bytes, key in the recipe
+        self._places: dict[str, str] = {}  # local path -> path in the package
+        self._sizes: dict[str, tuple[int, str]] = {}  # local path -> bytes, recipe key
 
     def take(self, value: Any, key: str) -> Any:
-        """Return ``value`` with the local paths in it replaced, as deep as it goes."""
+        """Return ``value`` with all local paths in it replaced, at any depth."""
         if isinstance(value, dict):
             return {name: self.take(inner, f"{key}.{name}") for name, inner in value.items()}
         if isinstance(value, list):
@@ -155,8 +156,8 @@ class _Loading:
     def _load(self, path: str, key: str) -> str:
         if not os.path.exists(path):
             raise RecipeError(
-                f"{key}: there is no {path} here. When it is on the cluster, under the same name on every machine, say "
-                f"so: --shared {os.path.dirname(path)}"
+                f"{key}: {path} does not exist on this machine. If every machine of the cluster has it under that "
+                f"name, add --shared {os.path.dirname(path)}"
             )
         place, number = f"inputs/{os.path.basename(path)}", 1
         while f"./{place}" in self._places.values():
@@ -166,7 +167,7 @@ class _Loading:
             found = {
                 f"{place}/{name}": os.path.join(path, name)
                 for name in Storage(path).list(recursive=True)
-                if is_utf8(name)  # others are used by no run, and no archive holds them
+                if is_utf8(name)  # a run ignores other names, and an archive cannot hold them
             }
         else:
             found = {place: path, **_beside(place, path)}
@@ -174,7 +175,7 @@ class _Loading:
             self._sizes[path] = (sum(os.path.getsize(file) for file in found.values()), key)
         except OSError as error:
             raise StorageError(
-                f"{key}: {error.filename} cannot be read: {error.strerror}. Mend or remove it"
+                f"{key}: {error.filename} cannot be read: {error.strerror}. Fix or remove it"
             ) from error
         self.files.update(found)
         return f"./{place}"
@@ -185,14 +186,14 @@ class _Loading:
             return
         path, (size, key) = max(self._sizes.items(), key=lambda item: item[1][0])
         raise RecipeError(
-            f"{key}: {path} has {size / MIB:.0f} MiB, and a job takes {limit / MIB:.0f} MiB along at most (here "
-            f"{total / MIB:.0f} in all). Put it into a bucket and write its s3:// address, or, when every machine of "
-            f"the cluster has it under the same name, say so: --shared {path}"
+            f"{key}: {path} has {size / MIB:.0f} MiB, and the files of a job may have {limit / MIB:.0f} MiB (this one: "
+            f"{total / MIB:.0f}). Copy it to a bucket and use its s3:// URL, or, if all machines have it "
+            f"under that name, add --shared {path}"
         )
 
 
 def _beside(place: str, path: str) -> dict[str, str]:
-    """Return what is read beside a file: a model's config, and the optimizer's state of what a run goes on from."""
+    """Return the files that belong to a file: the config of a model, and the optimizer state of a start file."""
     (stem, _), (there, suffix) = os.path.splitext(path), os.path.splitext(place)
     pairs = {f"{place}.optim": f"{path}.optim"}
     if suffix in WEIGHTS:
@@ -201,7 +202,7 @@ def _beside(place: str, path: str) -> dict[str, str]:
 
 
 def _refuse_missing_class_images(recipe: Recipe, stays: Callable[[str], bool]) -> None:
-    """Raise RecipeError where class pictures would be generated into the parcel, which each machine has for itself."""
+    """Raise RecipeError if class images would be generated into the package, of which each machine has its own copy."""
     elsewhere = isinstance(recipe.data.concepts_list, str) and stays(recipe.data.concepts_list)
     if elsewhere or not getattr(recipe.method, "with_prior_preservation", False):
         return
@@ -214,19 +215,19 @@ def _refuse_missing_class_images(recipe: Recipe, stays: Callable[[str], bool]) -
         here = len(found) if found is not None else 0
         if here < wanted:
             raise RecipeError(
-                f"class_data_dir {folder} has {here} pictures, method.num_class_images is {wanted}: the others would "
-                "be generated into a copy that ends with the job. Leave class_data_dir out (they then lie beside "
-                "output_dir), give an s3:// address, or fewer num_class_images"
+                f"class_data_dir {folder} has {here} images, method.num_class_images is {wanted}: the others would be "
+                "generated into a copy that is deleted with the job. Remove class_data_dir (the images are then kept "
+                "beside output_dir), use an s3:// URL, or reduce num_class_images"
             )
 
 
 def _code() -> dict[str, Path]:
-    """Return the files of the running dreamfleet, by their name in a wheel."""
+    """Return the files of the running dreamfleet by their name in a wheel."""
     files = {}
     for package in WHEEL_PACKAGES:
         spec = find_spec(f"dreamfleet.{package}")
         assert spec is not None and spec.submodule_search_locations is not None
-        # An editable installation lists a finder beside the folder.
+        # An editable installation also lists a finder, which is no folder.
         root = Path(next(place for place in spec.submodule_search_locations if os.path.isdir(place)))
         for path in sorted(root.rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:

@@ -32,9 +32,10 @@ from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.distributed.process_group import leave_group
 from dreamfleet.trainers.engines.torch_engine import TorchEngine
 from dreamfleet.trainers.loop import Hooks, Schedule, train
-from dreamfleet.trainers.methods.base import Batch, Method, ParamGroup, Setting
+from dreamfleet.trainers.methods.base import Batch, Method, Setting
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.stable_diffusion.noise import draw_noise
+from dreamfleet.trainers.optim.param_group import ParamGroup
 from dreamfleet.trainers.report.metrics_log import Metrics
 from dreamfleet.trainers.run.checkpoint import Checkpoints
 

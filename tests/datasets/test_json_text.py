@@ -16,7 +16,7 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.engines.torch_engine import TorchEngine
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.report.metrics_log import Metrics, read_metrics
-from dreamfleet.trainers.run.recorder import Recorder
+from dreamfleet.trainers.run.evaluation import Evaluation
 from dreamfleet.trainers.run.run import run_worker
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,17 +61,14 @@ def test_a_step_that_overflowed_is_a_null_in_every_file_of_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In fp16 a skipped step has an infinite norm; a held-out loss of a diverging run may be anything."""
-    whole, validate = TorchEngine.step, Recorder.validate
+    nan = float("nan")
+    whole = TorchEngine.step
 
     def overflows(engine: TorchEngine, rates: Any, step: int) -> Any:
         return whole(engine, rates, step) * float("inf" if step == 2 else 1)
 
-    def diverges(recorder: Recorder, step: int) -> dict[str, float]:
-        recorder.held_out.figures = lambda engine: {"holdout_loss": float("nan")}
-        return validate(recorder, step)
-
     monkeypatch.setattr(TorchEngine, "step", overflows)
-    monkeypatch.setattr(Recorder, "validate", diverges)
+    monkeypatch.setattr(Evaluation, "measure", lambda evaluation: {"holdout_loss": nan})
     holdout = str(tiny.make_images(tmp_path / "holdout", 1))
     tree = tiny.make_recipe(
         tmp_path,

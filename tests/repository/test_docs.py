@@ -1,53 +1,90 @@
-"""The pages are current: links lead somewhere, commands exist, docs/recipes.md is what the models say."""
+"""The pages are current: generated parts, links, and the files, commands, options and functions that they name."""
 
+import ast
 import re
 import runpy
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-PAGES = [
-    "README.md",
-    "CONTRIBUTING.md",
-    "NOTES.md",
-    "CHANGELOG.md",
-    "docs/architecture.md",
-    "docs/dependencies.md",
-    "docs/formats.md",
-]
+FOLDERS = "cluster|datasets|trainers|tune|tests|docs|recipes|examples|benchmarks"
+
+
+@pytest.fixture(scope="module")
+def pages(root: Path) -> dict[Path, str]:
+    """The text of every Markdown page of the root and of docs/."""
+    return {
+        page: page.read_text(encoding="utf-8") for page in [*root.glob("*.md"), *root.glob("docs/**/*.md")]
+    }
 
 
 def test_recipes_page_is_current(root: Path) -> None:
     page = runpy.run_path(str(root / "docs" / "write_recipes.py"))
-    assert (root / "docs" / "recipes.md").read_text() == page["write"](), "run `make docs`"
+    assert (root / "docs" / "recipes.md").read_text() == page["write"](), "run `make pages`"
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_links_lead_somewhere(root: Path, name: str) -> None:
-    page = root / name
-    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
-    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+def test_links_lead_somewhere(pages: dict[Path, str]) -> None:
+    missing = [
+        f"{page.name}: {link}"
+        for page, text in pages.items()
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+        if "://" not in link and not (page.parent / link).exists()
+    ]
     assert not missing
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_files_named_in_backticks_exist(root: Path, name: str) -> None:
-    """Only for paths that start with one of our folders; `datasets/x.py` renamed must be renamed in the pages."""
-    named = re.findall(
-        r"`((?:cluster|datasets|trainers|tune|tests|docs|recipes|examples)/[\w./-]+)`",
-        (root / name).read_text(),
-    )
-    assert not [path for path in named if not (root / path).exists()]
+def test_files_named_in_backticks_exist(root: Path, pages: dict[Path, str]) -> None:
+    """Only paths that start with one of our folders; the history may name files that are gone."""
+    missing = [
+        f"{page.name}: {path}"
+        for page, text in pages.items()
+        if page.name not in ("CHANGELOG.md", "NOTES.md")
+        for path in re.findall(rf"`((?:{FOLDERS})/[\w./-]+)`", text)
+        if not (root / path).exists()
+    ]
+    assert not missing
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_commands_of_the_pages_exist(root: Path, name: str) -> None:
+def test_functions_named_in_the_pages_exist(root: Path, pages: dict[Path, str]) -> None:
+    """`path/file.py:name` and `path/file.py:Class.method` are definitions of that file."""
+    named = {found for text in pages.values() for found in re.findall(r"`([\w/]+\.py):([\w.]+)`", text)}
+    assert len(named) > 10
+    missing = []
+    for file, name in named:
+        scope: Any = ast.parse((root / file).read_text(encoding="utf-8")) if (root / file).exists() else None
+        for part in name.split("."):
+            scope = next(
+                (node for node in getattr(scope, "body", ()) if getattr(node, "name", "") == part), None
+            )
+        missing += [f"{file}:{name}"] * (scope is None)
+    assert not missing
+
+
+def test_commands_of_the_pages_exist(root: Path, pages: dict[Path, str]) -> None:
+    """Each `dreamfleet` command in a page is one, with every option of it that a code block uses."""
     import typer.main
 
     from dreamfleet.cluster.cli.program import app
 
-    text = (root / name).read_text()
-    known = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-    assert set(re.findall(r"(?:^|`)dreamfleet ([a-z]+)\b", text, re.M)) <= known
+    program: Any = typer.main.get_command(app)
     targets = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"(?:^|`)make ([a-z-]+)\b", text, re.M)) <= targets
+    wrong = []
+    for page, text in pages.items():
+        wrong += [
+            f"{page.name}: make {t}"
+            for t in re.findall(r"(?:^|`)make ([a-z-]+)\b", text, re.M)
+            if t not in targets
+        ]
+        for line in re.findall(r"(?:^|`)dreamfleet ([a-z][^`\n]*)", text.replace("\\\n", " "), re.M):
+            typed = shlex.split(re.sub(r"['\"\[\]]", " ", line), comments=True)
+            command = program
+            while typed and typed[0] in getattr(command, "commands", ()):
+                command = command.commands[typed.pop(0)]
+            known = {name for option in command.params for name in option.opts} | {"--help"}
+            unknown = [x for x in typed[: typed.index("--") if "--" in typed else None] if x.startswith("--")]
+            if command is program and not line.startswith("--"):
+                wrong.append(f"{page.name}: dreamfleet {line}")
+            wrong += [f"{page.name}: dreamfleet {line}: {x}" for x in unknown if x.split("=")[0] not in known]
+    assert not wrong, "\n".join(wrong)

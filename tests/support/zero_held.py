@@ -53,7 +53,7 @@ def compare(folder: Path, choice: EngineChoice, mixed_precision: str, **changes:
     before = held_bytes()
     parts = assemble(recipe, DistributedContext())
     try:
-        parts.engine.backward(parts.prepare(parts.engine.place(parts.feed.batch(0))))
+        parts.engine.backward(parts.prepare(parts.engine.to_device(parts.feed.batch(0))))
         parts.engine.step(dict.fromkeys(parts.rates, 1e-3), 1)
         held = held_bytes() - before
     finally:

@@ -160,7 +160,7 @@ def probe(parts: Parts, distributed: DistributedContext) -> dict[str, Any]:
             return {"averaged loss": loss, "encoded": encoded}
 
     found = parts.engine.evaluate(look) or {}
-    with parts.engine.whole():
+    with parts.engine.full_weights():
         if distributed.is_main:
             found["whole"] = {name: value.clone() for name, value in parts.method.state().items()}
             found["whole unet"] = {
@@ -179,7 +179,7 @@ def kept_share(parts: Parts) -> float:
 
 def snapshot(parts: Parts) -> dict[str, Any]:
     """Return what a checkpoint would hold, as a copy."""
-    return copy.deepcopy({"learned": parts.engine.learned(), "state": parts.engine.state()})
+    return copy.deepcopy({"learned": parts.engine.weights(), "state": parts.engine.state()})
 
 
 def train(
@@ -207,7 +207,7 @@ def resume(
     parts = make_parts(folder, engine, distributed, **(changes or {"method": DREAMBOOTH}))
     found = [copy.deepcopy(saved)]
     dist.broadcast_object_list(found)  # every rank of a run reads it
-    parts.engine.load_learned(found[0]["learned"])
+    parts.engine.load_weights(found[0]["learned"])
     parts.engine.load_state(found[0]["state"])
     figures = take_steps(parts, HALF, STEPS)
     final, swapped = (
@@ -251,7 +251,7 @@ def grow(
             source = results["dreambooth", name]
             parts = make_parts(folder, {}, alone, method=DREAMBOOTH)
             saved = copy.deepcopy(source["saved"])
-            parts.engine.load_learned(saved["learned"])
+            parts.engine.load_weights(saved["learned"])
             parts.engine.load_state(saved["state"])
             figures = take_steps(parts, HALF, STEPS)
             results["shrunk", name] = {**figures, "final": snapshot(parts), "straight": source}

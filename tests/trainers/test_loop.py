@@ -19,7 +19,7 @@ from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.report.metrics_log import read_metrics
 from dreamfleet.trainers.report.report import render
 from dreamfleet.trainers.run.checkpoint import Checkpoints
-from dreamfleet.trainers.run.recorder import Recorder
+from dreamfleet.trainers.run.evaluation import Evaluation
 from dreamfleet.trainers.run.run import run_worker
 
 
@@ -31,13 +31,13 @@ class Drawing:
     def __init__(self, num_micros: int = 2):
         self.num_micros, self.drawn = num_micros, list[float]()
 
-    def agree(self, flag: bool) -> Any:
+    def any_rank(self, flag: bool) -> Any:
         return lambda: flag
 
-    def place(self, batch: Any) -> Any:
+    def to_device(self, batch: Any) -> Any:
         return batch
 
-    def begin(self, rates: Any, step: int) -> None:
+    def begin_step(self, rates: Any, step: int) -> None:
         pass
 
     def backward(self, batch: Any, *, last: bool = True) -> Loss:
@@ -113,13 +113,8 @@ def holdout_tree(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def measure(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -> None:
     """Let the held-out losses of a run be these, by step."""
-    whole = Recorder.validate
-
-    def validate(recorder: Recorder, step: int) -> dict[str, float]:
-        recorder.held_out.figures = lambda engine: {"holdout_loss": losses[step]}
-        return whole(recorder, step)
-
-    monkeypatch.setattr(Recorder, "validate", validate)
+    coming = iter(losses.values())
+    monkeypatch.setattr(Evaluation, "measure", lambda evaluation: {"holdout_loss": next(coming)})
 
 
 LOSSES = {0: 0.1, 2: 0.9, 4: 0.5, 6: 0.6, 8: 0.7, 10: 0.8}

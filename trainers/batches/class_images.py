@@ -25,7 +25,7 @@ from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.config.paths import generated_folder
 from dreamfleet.trainers.distributed.agreement import share_index
 from dreamfleet.trainers.distributed.context import DistributedContext
-from dreamfleet.trainers.engines.torch_engine import DTYPES
+from dreamfleet.trainers.engines.base import DTYPES
 from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.recipe import Recipe
 

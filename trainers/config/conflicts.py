@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dreamfleet.datasets.errors import RecipeError, ResourceError
+from pydantic import ValidationError
+
+from dreamfleet.datasets.errors import RecipeError, ResourceError, UserError
+from dreamfleet.trainers.config.engines import engine_spec, find_refused
+from dreamfleet.trainers.config.validation_errors import tell
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.recipe import Recipe
@@ -13,13 +17,8 @@ if TYPE_CHECKING:
 def find_conflicts(recipe: Recipe) -> list[str]:
     """List what does not go together, each with the way out."""
     train, optimizer, engine = recipe.train, recipe.optimizer, recipe.engine
-    zero, workers = engine.zero_stage != "auto", recipe.scaling.num_workers
+    workers = recipe.scaling.num_workers
     found = {
-        f"optimizer.name: {optimizer.name} does not go with engine.zero_stage, which shards the states of adamw; use "
-        "adamw, or engine.zero_stage: auto": zero and optimizer.name != "adamw",
-        "train.full_bf16 does not go with engine.zero_stage, whose stages keep float32 weights in the optimizer and "
-        "compute with 16 bits anyway; set full_bf16: false, or engine.zero_stage: auto": zero
-        and train.full_bf16,
         "engine.channels_last does not go with optimizer.name: adamw8bit, which lays every weight out anew at its "
         "first step; set channels_last: false, or use adamw": engine.channels_last
         and optimizer.name == "adamw8bit",
@@ -37,7 +36,6 @@ def find_conflicts(recipe: Recipe) -> list[str]:
             train.gradient_accumulation_steps > 1
         ),
         f"scaling.num_workers: {workers} (one at most)": workers > 1,
-        f"engine.zero_stage: {engine.zero_stage} (auto)": zero,
         "train.mixed_precision: fp16 (bf16 or no), as a step that overflowed could not be taken back": (
             train.mixed_precision == "fp16"
         ),
@@ -47,7 +45,20 @@ def find_conflicts(recipe: Recipe) -> list[str]:
             f"optimizer.fused_backward: true steps inside backward and does not go with {what}": is_so
             for what, is_so in fused.items()
         }
-    return [told for told, is_so in found.items() if is_so]
+    return [*_engine_conflicts(recipe), *(told for told, is_so in found.items() if is_so)]
+
+
+def _engine_conflicts(recipe: Recipe) -> list[str]:
+    """List the keys that the recipe's engine does not support, and wrong keys of its options."""
+    engine = recipe.engine
+    try:
+        spec = engine_spec(engine)
+        spec.Options.model_validate(engine.options)
+    except UserError as error:
+        return [f"engine.name: {error}"]
+    except ValidationError as error:
+        return tell(error, spec.Options, homes={}, prefix="engine.options")
+    return find_refused(dict(recipe), spec.refused(engine), by=spec.setting(engine))
 
 
 def require_runnable(recipe: Recipe, *, has_gpu: bool | None = None) -> None:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from dreamfleet.trainers.recipe import Recipe
 
 Tree = dict[str, Any]
+#: Elements of a communication buffer. DeepSpeed's default of 500 million would take 1 GB of the memory to be saved.
+BUCKET = 50_000_000
+#: With optimizer states on NVMe: elements in host memory at a time, at 16 bytes each. DeepSpeed's default is a billion.
+SWAPPED_GROUP = 100_000_000
 OFFLOADS = {"offload_optimizer": "offload_optimizer_device", "offload_param": "offload_param_device"}
 #: Blocks that the recipe has its own words for; where they agree they need not be handed on.
 OWNED = (

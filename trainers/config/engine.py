@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
@@ -28,6 +28,17 @@ ZERO_KEYS = (
 class EngineConfig(Section):
     """The ``engine:`` section."""
 
+    name: str = Field(
+        "auto",
+        exclude_if=lambda name: name == "auto",
+        description="auto: torch, or zero where zero_stage or deepspeed_config is given; torch; zero; or the engine of "
+        "an installed package",
+    )
+    options: dict[str, Any] = Field(
+        {},
+        exclude_if=lambda options: not options,
+        description="settings of an engine from an installed package, under that engine's own keys",
+    )
     zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
         "auto",
         description="auto: torch alone, and on a GPU too small for it the cheapest setting that fits. 0 to 3: "
@@ -150,14 +161,22 @@ class EngineConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_name(self) -> EngineConfig:
+        staged = self.zero_stage != "auto" or self.deepspeed_config is not None
+        if self.name == "zero" and not staged:
+            raise ValueError("name: zero needs zero_stage: 0, 1, 2 or 3; set one, or name: auto")
+        if self.name not in ("auto", "zero") and staged:
+            raise ValueError(
+                f"zero_stage and deepspeed_config configure the engine zero, and name is {self.name}; set name: auto, "
+                "or leave them out"
+            )
+        return self
+
     @property
-    def words(self) -> str:
-        """The engine in words: ``torch``, or its stage and what lies where."""
-        if self.zero_stage == "auto":
-            return "torch"
-        moved = {"optimizer": self.offload_optimizer_device, "weights": self.offload_param_device}
-        told = [f"{what} on {device}" for what, device in moved.items() if device != "none"]
-        return ", ".join([f"ZeRO-{self.zero_stage}", *told])
+    def is_auto(self) -> bool:
+        """Whether the memory plan may choose a ZeRO stage on a GPU."""
+        return self.name == "auto" and self.zero_stage == "auto"
 
     @property
     def gpu_limit(self) -> int | None:

@@ -145,14 +145,13 @@ def refuse_impossible(
         )
 
 
-def refuse_sharding(scaling: ScalingConfig, share: WorkerShare, *, zero_stage: int | str) -> None:
-    """Raise ResourceError where ZeRO was asked for and workers may share a GPU: gloo lacks what it needs there."""
-    workers = scaling.num_workers
-    if zero_stage != "auto" and share.uses_gpu and share.backend(workers) == "gloo":
+def refuse_shared_gpus(scaling: ScalingConfig, share: WorkerShare, *, engine: str) -> None:
+    """Raise ResourceError where workers may share a GPU; ``engine`` is the setting that needs one for each worker."""
+    if share.uses_gpu and share.backend(scaling.num_workers) == "gloo":
         raise ResourceError(
-            f"engine.zero_stage {zero_stage} needs a whole GPU for each of the {workers} workers, and "
-            f"scaling.resources_per_worker gives {_number(share.resources['GPU'])}: set engine.zero_stage: auto, or "
-            "fewer workers with a GPU each"
+            f"{engine} needs a whole GPU for each of the {scaling.num_workers} workers, and "
+            f"scaling.resources_per_worker gives {_number(share.resources['GPU'])}: use the engine torch "
+            "(engine.zero_stage: auto, engine.name: auto), or fewer workers with a GPU each"
         )
 
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 from dreamfleet.datasets.errors import DataError, ModelError, RecipeError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.conflicts import require_runnable
+from dreamfleet.trainers.config.engines import engine_spec
 from dreamfleet.trainers.config.paths import shared_paths, written_paths
 from dreamfleet.trainers.config.scaling import (
     ScalingConfig,
     WorkerShare,
     describe,
     refuse_impossible,
-    refuse_sharding,
+    refuse_shared_gpus,
     worker_resources,
     workers_that_fit,
 )
@@ -41,7 +42,9 @@ def preflight(
     share = worker_resources(recipe.scaling, nodes, limit=limit)
     refuse_impossible(recipe.scaling, share.resources, nodes, limit=limit)
     require_runnable(recipe, has_gpu=share.uses_gpu)
-    refuse_sharding(recipe.scaling, share, zero_stage=recipe.engine.zero_stage)
+    engine = engine_spec(recipe.engine)
+    if engine.needs_whole_gpu:
+        refuse_shared_gpus(recipe.scaling, share, engine=engine.setting(recipe.engine))
     check_machines(session, reads=shared_paths(recipe), writes=written_paths(recipe), shared=shared)
     if not session.private:
         missing = not workers_that_fit(

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import CheckpointError
+from dreamfleet.trainers.config.engine import EngineConfig
+from dreamfleet.trainers.config.engines import ZeroSpec
 from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.distributed.process_group import lone_group, step_timeouts
-from dreamfleet.trainers.engines.torch_engine import Engine, T, check_optimizer
+from dreamfleet.trainers.engines.base import Engine, T, check_optimizer, move_method
 from dreamfleet.trainers.engines.zero_nvme import SwapFolder, SwappedShards, build_swapping
 from dreamfleet.trainers.engines.zero_setup import (
     destroy_group,
@@ -22,7 +24,7 @@ from dreamfleet.trainers.engines.zero_setup import (
     zero_config,
 )
 from dreamfleet.trainers.engines.zero_shards import MOMENTS, Shards, owners
-from dreamfleet.trainers.methods.base import Batch, Loss
+from dreamfleet.trainers.methods.base import Batch, Loss, Method
 from dreamfleet.trainers.methods.fits import check_fits
 from dreamfleet.trainers.optim.ema import Ema, saved_average
 from dreamfleet.trainers.optim.optimizers import make_optimizer
@@ -30,7 +32,7 @@ from dreamfleet.trainers.optim.optimizers import make_optimizer
 Convert = Callable[[nn.Parameter, Tensor], Tensor]
 
 
-class ZeroEngine(Engine):
+class ZeroEngine(ZeroSpec, Engine):
     """Runs a method under DeepSpeed, which shards optimizer states, gradients and weights over the workers.
 
     What is saved is whole and by parameter name, in TorchEngine's form, not DeepSpeed's files of each rank: so a run
@@ -40,6 +42,28 @@ class ZeroEngine(Engine):
     LoRA; every rank then computes whatever has to be computed, previews as well.
     """
 
+    @classmethod
+    def place_model(
+        cls, method: Method, config: EngineConfig, *, device: torch.device, dtype: torch.dtype | None
+    ) -> None:
+        """Move a method to the device, except what a stage above 0 shards: that waits in host memory.
+
+        So a GPU without room for the unsharded weights is enough. Stage 3 also shards frozen parts that gradients pass
+        through.
+        """
+        waits = device.type == "cuda" and config.zero_stage != 0
+        move_method(
+            method,
+            device,
+            dtype,
+            trained_on=torch.device("cpu") if waits else device,
+            sharded=method.loss_parts if config.zero_stage == 3 else (),
+        )
+
+    @property
+    def lockstep(self) -> bool:
+        return self.stage == 3
+
     def _build(self, optimizer: OptimizerConfig) -> None:
         assert self.config.zero_stage != "auto"
         self.stage: int = self.config.zero_stage
@@ -47,7 +71,7 @@ class ZeroEngine(Engine):
         swaps = "nvme" in (self.config.offload_optimizer_device, self.config.offload_param_device)
         self.shapes = {name: param.shape for name, param in self.params.items()}
         self.deepspeed = import_deepspeed(self.device)
-        self.held.enter_context(lone_group(self.device, destroy=destroy_group))
+        self.resources.enter_context(lone_group(self.device, destroy=destroy_group))
         plain = make_optimizer(self.groups, optimizer)
         self.saved_groups = plain.state_dict()["param_groups"]
         self.optimizer = make_cpu_adam(plain) if self.offloads else plain
@@ -55,7 +79,7 @@ class ZeroEngine(Engine):
             build_swapping()
         self.folder = SwapFolder(self.config.nvme_path or "") if swaps else None
         if self.folder is not None:
-            self.held.callback(self.folder.close)
+            self.resources.callback(self.folder.close)
         # DeepSpeed's 16-bit modes round every weight of the module before they make fp32 ones from it.
         rounds = self.stage > 0 and self.dtype != torch.float32
         # A rounded weight is a new tensor, so the exact one need not be copied to be kept.
@@ -81,7 +105,7 @@ class ZeroEngine(Engine):
             if self.stage == 3:
                 self._shard(model, config)
             self.engine, *_ = self.deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
-        self.held.callback(self.engine.destroy)
+        self.resources.callback(self.engine.destroy)
         for param in self.method.parameters(recurse=False) if self.stage == 3 else ():
             # A word's vectors are used by the text encoder, whether or not the method's own forward is running.
             self.deepspeed.zero.register_external_parameter(model, param)
@@ -134,19 +158,19 @@ class ZeroEngine(Engine):
             return action()
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def full_weights(self) -> Iterator[None]:
         with self._lent(
             lambda param, value: value.cpu()
         ):  # a card often has room for a part of the weights only
             yield
 
-    def learned(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         return self._collect()
 
-    def load_learned(self, learned: dict[str, Tensor]) -> None:
-        check_fits(self.method.name, self.shapes, learned)
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        check_fits(self.method.name, self.shapes, weights)
         for name in self.params:
-            self.shards.put(name, learned[name])
+            self.shards.put(name, weights[name])
         self.shards.publish()
 
     def state(self) -> dict[str, Any]:
@@ -215,7 +239,7 @@ class ZeroEngine(Engine):
     def _collect(self) -> dict[str, Tensor]:
         """Gather one parameter after the other into rank 0's host memory; the others keep nothing."""
         gathered = ((name, self.shards.gather(name)) for name in self.params)
-        return {name: value.cpu() for name, value in gathered if self.leads}
+        return {name: value.cpu() for name, value in gathered if self.is_main}
 
     @contextmanager
     def _lent(self, convert: Convert, *, everywhere: bool = False) -> Iterator[None]:
@@ -224,13 +248,13 @@ class ZeroEngine(Engine):
         with self._averages():
             for name, param in self.params.items():
                 value = self.shards.gather(name)
-                if self.leads or everywhere:
+                if self.is_main or everywhere:
                     lent[param] = convert(param, value)
         for param in self.passed:
             with self.deepspeed.zero.GatheredParameters([param]):
-                if self.leads or everywhere:
+                if self.is_main or everywhere:
                     lent[param] = convert(param, param.data.clone())
-        if self.leads or everywhere:
+        if self.is_main or everywhere:
             lent |= {param: convert(param, value) for param, value in self.frozen.items()}
         kept = {param: param.data for param in lent}
         try:

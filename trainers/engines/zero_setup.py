@@ -16,14 +16,10 @@ import torch
 import torch.distributed as dist
 
 from dreamfleet.datasets.errors import ResourceError
-from dreamfleet.trainers.config.deepspeed import handed_on, merged, read_deepspeed_file
+from dreamfleet.trainers.config.deepspeed import BUCKET, SWAPPED_GROUP, handed_on, merged, read_deepspeed_file
 from dreamfleet.trainers.config.engine import ZERO_KEYS, EngineConfig
-from dreamfleet.trainers.memory.strategies import SWAPPED_GROUP
 
 log = logging.getLogger(__name__)
-
-# In elements. DeepSpeed's own 500 million would take 1 GB of the memory that people come to save.
-BUCKET = 50_000_000
 
 
 def zero_config(

@@ -24,7 +24,7 @@ from dreamfleet.trainers.batches.vae_encoding import encode_index
 from dreamfleet.trainers.config.prompt_lines import Shot, shot_of
 from dreamfleet.trainers.config.validation import ValidationConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
-from dreamfleet.trainers.engines.torch_engine import Engine
+from dreamfleet.trainers.engines.base import Engine
 from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.methods.image_method import SeeingMethod
 from dreamfleet.trainers.models.sampling.draw_shots import draw_shots
@@ -94,7 +94,7 @@ class HeldOutLoss:
                     "time_ids": time_ids.expand(count, -1),
                     "prompts": [prompt] * count,
                 }
-                losses.append(self.method.sample_losses(prepare(engine.place(batch))))
+                losses.append(self.method.sample_losses(prepare(engine.to_device(batch))))
         return [loss.cpu() for loss in losses]
 
     def figures(self, engine: Engine) -> dict[str, float]:
@@ -134,7 +134,7 @@ class HeldOutImages:
         with evaluating(self.method), engine.autocast():
             for number in self.distributed.share(len(batches)):
                 batch = self.method.see([self._read(row) for row in batches[number]])
-                found.append(self.method.examine(engine.place(batch)))
+                found.append(self.method.examine(engine.to_device(batch)))
         return [{name: values.cpu() for name, values in one.items()} for one in found]
 
 

@@ -29,12 +29,12 @@ def settle_engine(recipe: Recipe, distributed: DistributedContext) -> tuple[Reci
     read = recipe
     recipe = distributed.on_rank_0(lambda: with_deepspeed_file(read))
     if distributed.device.type != "cuda":
-        return recipe, "as the recipe says" if recipe.engine.zero_stage != "auto" else "no GPU"
+        return recipe, "no GPU" if recipe.engine.is_auto else "as the recipe says"
     if recipe.train.full_bf16:
         _require_equal_gpus(distributed)
     limit = recipe.engine.gpu_limit
     card = distributed.on_every_rank(lambda: limit_card(distributed.device, limit, distributed.gpu_share))
-    if recipe.engine.zero_stage != "auto":
+    if not recipe.engine.is_auto:
         return recipe, "as the recipe says"
     if distributed.world > 1 and distributed.gpu_share < 1:
         return recipe, "workers share a GPU, over which nothing can be sharded"

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dreamfleet.trainers.config.deepspeed import SWAPPED_GROUP
 from dreamfleet.trainers.memory.inputs import Counts
-from dreamfleet.trainers.memory.strategies import ALTERING, CHOICES, NVME_CHOICES, SWAPPED_GROUP, EngineChoice
+from dreamfleet.trainers.memory.strategies import ALTERING, CHOICES, NVME_CHOICES, EngineChoice
 
 GIB = 2**30
 # Not counted but assumed: what a process takes before its first tensor. The GPU's part is the CUDA context with the

@@ -15,16 +15,17 @@ from dreamfleet.datasets.index.concepts import load_concepts
 from dreamfleet.datasets.index.image_folder import ImageFolder
 from dreamfleet.trainers.batches.feed import REMEMBERED
 from dreamfleet.trainers.batches.vae_encoding import encode_batch
-from dreamfleet.trainers.engines.torch_engine import DTYPES
-from dreamfleet.trainers.engines.zero_setup import BUCKET
+from dreamfleet.trainers.config.deepspeed import BUCKET
+from dreamfleet.trainers.config.engines import engine_spec
+from dreamfleet.trainers.engines.base import DTYPES, move_method
 from dreamfleet.trainers.memory.inputs import Counts, Pass
 from dreamfleet.trainers.memory.trace import Autocast, fake_mode, trace_inference, trace_step
 from dreamfleet.trainers.methods.base import Batch, Method, method_class
+from dreamfleet.trainers.methods.build import build_method, check_resolution
 from dreamfleet.trainers.models.condition import predict
 from dreamfleet.trainers.models.stable_diffusion.meta_model import empty_condition, model_shape
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.recipe import Recipe
-from dreamfleet.trainers.run.build import build_method, check_resolution
 
 PREVIEW_BATCH = 4  # the default of `generate`
 
@@ -75,10 +76,16 @@ def method_shape(recipe: Recipe) -> Method:
     """Build a recipe's method on a model without weights, as a GPU run has it, on the meta device."""
     if recipe.method.no_plan:
         raise UserError(f"plan: {recipe.method.name} {recipe.method.no_plan}")
+    engine = engine_spec(recipe.engine)
+    if engine.no_plan:
+        raise UserError(
+            f"plan: {engine.setting(recipe.engine)} {engine.no_plan}; set engine.name: auto to plan for torch and ZeRO"
+        )
     model = model_shape(recipe.model, method_class(recipe.method).needs)
     check_resolution(recipe, model)
-    half = DTYPES[recipe.train.mixed_precision]
-    return build_method(recipe, model, concepts=(), device=torch.device("meta"), dtype=half)
+    method = build_method(recipe, model, concepts=())
+    move_method(method, torch.device("meta"), DTYPES[recipe.train.mixed_precision])
+    return method
 
 
 def count_images(recipe: Recipe, method: Method) -> int | None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: With states on NVMe, the elements in host memory at a time, at 16 bytes each. DeepSpeed's own is a billion.
-SWAPPED_GROUP = 100_000_000
-
 
 @dataclass(frozen=True)
 class EngineChoice:
@@ -25,6 +22,11 @@ class EngineChoice:
     optimizer: str | None = None
     fused_backward: bool = False
     bf16_weights: bool = False
+
+    @property
+    def engine(self) -> str:
+        """The name of the engine."""
+        return "torch" if self.zero_stage is None else "zero"
 
     @property
     def alters(self) -> bool:

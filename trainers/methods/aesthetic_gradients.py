@@ -19,7 +19,7 @@ from dreamfleet.datasets.errors import ModelError, RecipeError
 from dreamfleet.datasets.images.vision_transform import Fit
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.trainers.config.methods.aesthetic_gradients import AestheticGradientsConfig
-from dreamfleet.trainers.methods.base import Batch, Loss, ParamGroup, Setting
+from dreamfleet.trainers.methods.base import Batch, Loss, Setting
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.image_method import SeeingMethod, Use
 from dreamfleet.trainers.methods.whole_model import export_checkpoints
@@ -34,6 +34,7 @@ from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
 from dreamfleet.trainers.models.stable_diffusion.aesthetic_export import bake
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.vision.clip import ClipScorer
+from dreamfleet.trainers.optim.param_group import ParamGroup
 
 GROUP = "mean"
 

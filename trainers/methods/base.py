@@ -23,6 +23,7 @@ from dreamfleet.trainers.models.formats.optimizer_file import AdamState
 from dreamfleet.trainers.models.stable_diffusion.family import TITLES
 from dreamfleet.trainers.models.stable_diffusion.model import ALL_PARTS, StableDiffusion
 from dreamfleet.trainers.models.stable_diffusion.noise import noise_loss
+from dreamfleet.trainers.optim.param_group import ParamGroup
 
 Batch = dict[str, Any]
 
@@ -33,14 +34,6 @@ class Loss(NamedTuple):
     total: Tensor
     per_sample: Tensor
     extras: dict[str, Tensor]
-
-
-class ParamGroup(NamedTuple):
-    """Learning parameters under one name; ``scale`` multiplies the recipe's learning rate."""
-
-    name: str
-    params: dict[str, nn.Parameter]
-    scale: float = 1.0
 
 
 class Sample(NamedTuple):

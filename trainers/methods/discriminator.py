@@ -22,7 +22,7 @@ from dreamfleet.datasets.index.index import Index
 from dreamfleet.datasets.index.labels import find_labels, hold_out
 from dreamfleet.datasets.rng import numpy_rng
 from dreamfleet.trainers.config.methods.discriminator import DiscriminatorConfig
-from dreamfleet.trainers.methods.base import Base, Batch, Loss, ParamGroup, Setting
+from dreamfleet.trainers.methods.base import Base, Batch, Loss, Setting
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.image_method import SeeingMethod, Use
 from dreamfleet.trainers.models.formats.convnext import write_convnext
@@ -34,6 +34,7 @@ from dreamfleet.trainers.models.vision.discriminator import (
     make_preprocessing,
     save_network,
 )
+from dreamfleet.trainers.optim.param_group import ParamGroup
 
 log = logging.getLogger(__name__)
 

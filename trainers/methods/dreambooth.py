@@ -13,7 +13,7 @@ import numpy as np
 from dreamfleet.datasets import captions
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.config.methods.dreambooth import DreamBoothConfig
-from dreamfleet.trainers.methods.base import Method, ParamGroup, Prior, Sample, Setting
+from dreamfleet.trainers.methods.base import Method, Prior, Sample, Setting
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.whole_model import (
     export_tuned,
@@ -23,6 +23,7 @@ from dreamfleet.trainers.methods.whole_model import (
     usual_formats,
 )
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
 class DreamBooth(Method):

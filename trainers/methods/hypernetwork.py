@@ -15,7 +15,7 @@ from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.index import template_files
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.methods.hypernetwork import HypernetworkConfig
-from dreamfleet.trainers.methods.base import Method, ParamGroup, Sample, Setting
+from dreamfleet.trainers.methods.base import Method, Sample, Setting
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.formats.hypernetwork import read_hypernetwork, write_hypernetwork
 from dreamfleet.trainers.models.formats.optimizer_file import AdamState, file_hash, moments_beside
@@ -25,6 +25,7 @@ from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
     set_hypernetworks,
 )
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
 class HypernetworkMethod(Method):

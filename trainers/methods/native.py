@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dreamfleet.trainers.config.methods.native import NativeConfig
-from dreamfleet.trainers.methods.base import Method, ParamGroup, Setting
+from dreamfleet.trainers.methods.base import Method, Setting
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.whole_model import (
     export_tuned,
@@ -19,6 +19,7 @@ from dreamfleet.trainers.methods.whole_model import (
     usual_formats,
 )
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
 class Native(Method):

@@ -18,7 +18,7 @@ from dreamfleet.datasets.errors import ModelError
 from dreamfleet.datasets.index.template_files import load_templates
 from dreamfleet.trainers.config.guidance import parse_guidance
 from dreamfleet.trainers.config.methods.prompt_tuning import PromptTuningConfig
-from dreamfleet.trainers.methods.base import Batch, Loss, Method, ParamGroup, Sample, Setting
+from dreamfleet.trainers.methods.base import Batch, Loss, Method, Sample, Setting
 from dreamfleet.trainers.methods.embedding_common import (
     WORD_FORMATS,
     check_templates,
@@ -35,6 +35,7 @@ from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.stable_diffusion.noise import clean_estimate, prediction_loss
 from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import place_word
 from dreamfleet.trainers.models.vision.discriminator import Discriminator, load_discriminator
+from dreamfleet.trainers.optim.param_group import ParamGroup
 
 NEGATIVE_NOISE = (
     1e-3  # standard deviation of what tells the negative's vectors from the positive's at the start

@@ -14,7 +14,7 @@ import numpy as np
 
 from dreamfleet.datasets.index.template_files import load_templates
 from dreamfleet.trainers.config.methods.textual_inversion import TextualInversionConfig
-from dreamfleet.trainers.methods.base import Method, ParamGroup, Sample, Setting
+from dreamfleet.trainers.methods.base import Method, Sample, Setting
 from dreamfleet.trainers.methods.embedding_common import (
     WORD_FORMATS,
     check_templates,
@@ -28,6 +28,7 @@ from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.embeddings import install_embedding
 from dreamfleet.trainers.models.formats.optimizer_file import AdamState
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
 class TextualInversion(Method):

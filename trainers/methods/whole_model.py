@@ -8,7 +8,6 @@ from pathlib import Path
 from torch import nn
 
 from dreamfleet.trainers.config.methods.whole_model import WholeModelConfig
-from dreamfleet.trainers.methods.base import ParamGroup
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.formats.file_names import DIFFUSERS_LORA
 from dreamfleet.trainers.models.formats.lora import (
@@ -22,6 +21,7 @@ from dreamfleet.trainers.models.stable_diffusion.lora_targets import choose_laye
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 from dreamfleet.trainers.models.stable_diffusion.single_file import save_single_file
+from dreamfleet.trainers.optim.param_group import ParamGroup
 
 WHOLE_FORMATS = ("diffusers", "safetensors", "ckpt")
 LORA_FORMATS = ("diffusers_lora", "kohya_lora")

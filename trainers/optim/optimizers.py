@@ -9,8 +9,8 @@ import torch
 
 from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.trainers.config.optimizer import OptimizerConfig
-from dreamfleet.trainers.methods.base import ParamGroup
 from dreamfleet.trainers.optim.adafactor import Adafactor
+from dreamfleet.trainers.optim.param_group import ParamGroup
 from dreamfleet.trainers.optim.schedules import make_multiplier, make_rate
 
 

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 
 from dreamfleet.datasets.buckets import Size, number_buckets, tell_buckets, training_sizes
-from dreamfleet.datasets.config import Concept
-from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.index.concepts import Sets, load_sets
 from dreamfleet.datasets.index.file_hashes import known_files
 from dreamfleet.datasets.index.index import Index
@@ -30,11 +28,11 @@ from dreamfleet.trainers.config.paths import compared_paths
 from dreamfleet.trainers.config.train import USUAL_CHECKPOINTING_STEPS
 from dreamfleet.trainers.distributed.agreement import check_files, compare, compare_paths
 from dreamfleet.trainers.distributed.context import DistributedContext
-from dreamfleet.trainers.engines.torch_engine import DTYPES, Engine, TorchEngine
-from dreamfleet.trainers.engines.zero_engine import ZeroEngine
+from dreamfleet.trainers.engines.base import DTYPES, Engine, engine_class
 from dreamfleet.trainers.evaluation.heldout_loss import check_previews
 from dreamfleet.trainers.loop import Schedule
-from dreamfleet.trainers.methods.base import Batch, Method, Setting, method_class
+from dreamfleet.trainers.methods.base import Batch, Method, method_class
+from dreamfleet.trainers.methods.build import build_method, check_resolution
 from dreamfleet.trainers.methods.image_method import SeeingMethod
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
 from dreamfleet.trainers.optim.optimizers import import_adamw8bit, make_rates
@@ -46,8 +44,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Parts:
-    """The pieces a loop runs on."""
+    """The parts of one run, on one rank."""
 
+    recipe: Recipe
+    distributed: DistributedContext
     sets: Sets
     model: StableDiffusion
     method: Method
@@ -57,62 +57,16 @@ class Parts:
     rates: dict[str, Callable[[int], float]]
     schedule: Schedule
     global_batch: int
-    apart: Index | None = None  # pictures that the method measures with
+    held_out: Index | None = None  # images that the method set apart to evaluate on
 
 
 def make_method(recipe: Recipe, sets: Sets | None, device: torch.device) -> Method:
-    """Load the model and build the method on it, on the device."""
+    """Load the model, build the method on it, and let the recipe's engine move both to the device."""
     model = load_model(recipe.model, method_class(recipe.method).needs)
-    half = DTYPES[recipe.train.mixed_precision] if device.type == "cuda" else None
-    return build_method(recipe, model, concepts=sets.concepts if sets else (), device=device, dtype=half)
-
-
-def build_method(
-    recipe: Recipe,
-    model: StableDiffusion,
-    *,
-    concepts: Sequence[Concept],
-    device: torch.device,
-    dtype: torch.dtype | None,
-) -> Method:
-    """Build the method on a loaded model; parts that learn nothing are cast to ``dtype`` and go to the device.
-
-    What learns goes there too, unless ZeRO shards it: then it waits on the host, where a card too small for it whole
-    does not matter, and only its buffers go ahead. So does what stage 3 shards besides.
-    """
-    setting = Setting(concepts=tuple(concepts), snr_gamma=recipe.train.snr_gamma)
-    method = method_class(recipe.method)(recipe.method, model, setting)
-    waits = device.type == "cuda" and recipe.engine.zero_stage in (1, 2, 3)
-    home = torch.device("cpu") if waits else device
-    sharded = method.loss_parts if recipe.engine.zero_stage == 3 else {}
-    if recipe.train.full_bf16:
-        for group in method.groups():
-            for param in group.params.values():
-                param.data = param.data.to(torch.bfloat16)
-    model.to(device, dtype, home=home, sharded=sharded)
-    for helper in method.helpers.values():
-        helper.to(device)
-    method.to(home)
-    for module in itertools.chain(method.modules(), *(part.modules() for part in sharded.values())):
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
-    if recipe.train.gradient_checkpointing:
-        checkpoint_activations(method)
+    method = build_method(recipe, model, concepts=sets.concepts if sets else ())
+    dtype = DTYPES[recipe.train.mixed_precision] if device.type == "cuda" else None
+    engine_class(recipe.engine).place_model(method, recipe.engine, device=device, dtype=dtype)
     return method
-
-
-def checkpoint_activations(method: Method) -> None:
-    """Let the parts that gradients pass through keep no activations of their layers, and compute them again instead."""
-    unet, encoders = method.model.unet, method.model.text_encoders
-    unet.enable_gradient_checkpointing()
-    unet.train()  # diffusers checkpoints in training mode alone, also a frozen U-Net that gradients pass through
-    for encoder in encoders if method.trains_text else ():
-        # transformers 5.23 gave it a new name, and 6 drops the old one.
-        enable = getattr(encoder, "activation_checkpointing_enable", None)
-        (enable or encoder.gradient_checkpointing_enable)()
-        for module in encoder.modules():
-            # So does transformers. Not of the modules inside: a frozen encoder's dropout stays off.
-            module.training = module.training or getattr(module, "gradient_checkpointing", False)
 
 
 def assemble(recipe: Recipe, distributed: DistributedContext, *, begins: bool = True) -> Parts:
@@ -132,9 +86,9 @@ def assemble(recipe: Recipe, distributed: DistributedContext, *, begins: bool = 
     weights = {name: tensor.clone() for name, tensor in method.state().items()} if moments else {}
     check_resolution(recipe, model)
     check_previews(method, recipe.validation, recipe.data.resolution)
-    apart = None
+    held_out = None
     if isinstance(method, SeeingMethod):
-        chosen, apart = distributed.on_every_rank(lambda: method.choose(sets.instances))
+        chosen, held_out = distributed.on_every_rank(lambda: method.choose(sets.instances))
         compare({"what the labels say": chosen.content_hash}, distributed)
         sets = replace(sets, instances=chosen)
     sizes = training_sizes(sets.instances.sizes(), recipe.data)
@@ -163,7 +117,20 @@ def assemble(recipe: Recipe, distributed: DistributedContext, *, begins: bool = 
         total = schedule.total
         rates = make_rates(engine.groups, recipe.optimizer, total_steps=total, global_batch=global_batch)
         undo.pop_all()
-    return Parts(sets, model, method, engine, feed, prepare, rates, schedule, global_batch, apart)
+    return Parts(
+        recipe,
+        distributed,
+        sets,
+        model,
+        method,
+        engine,
+        feed,
+        prepare,
+        rates,
+        schedule,
+        global_batch,
+        held_out,
+    )
 
 
 def load_inputs(recipe: Recipe, distributed: DistributedContext) -> tuple[Sets, Method, LatentCache | None]:
@@ -197,8 +164,8 @@ def share_sets(recipe: Recipe, distributed: DistributedContext) -> Sets:
 
 
 def make_engine(recipe: Recipe, method: Method, distributed: DistributedContext) -> Engine:
-    """Make the engine that the recipe asks for."""
-    return (TorchEngine if recipe.engine.zero_stage == "auto" else ZeroEngine)(
+    """Build the engine that the recipe names."""
+    return engine_class(recipe.engine)(
         method,
         config=recipe.engine,
         optimizer=recipe.optimizer,
@@ -284,18 +251,3 @@ def check_machine(recipe: Recipe, distributed: DistributedContext) -> None:
     require_runnable(recipe, has_gpu=distributed.device.type == "cuda")
     if recipe.optimizer.name == "adamw8bit":
         import_adamw8bit()
-
-
-def check_resolution(recipe: Recipe, model: StableDiffusion) -> None:
-    """Raise RecipeError when ``data.resolution`` or the buckets are no sizes that the model can draw."""
-    if model.unet is None:  # nothing is drawn
-        return
-    # The U-Net halves the latents at every level but the last.
-    step = model.vae_factor * 2 ** (len(model.unet.config.block_out_channels) - 1)
-    for key in ("resolution", "bucket_reso_steps") if recipe.data.enable_bucket else ("resolution",):
-        size = getattr(recipe.data, key)
-        if size % step:
-            raise RecipeError(
-                f"data.{key} {size} does not suit {model.folder}: it must be a multiple of {step}; "
-                f"the model was made for {model.resolution}"
-            )

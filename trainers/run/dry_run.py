@@ -15,9 +15,9 @@ from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, explain_out_of_memory, on_device
 from dreamfleet.trainers.loop import peak_memory
 from dreamfleet.trainers.memory.engine_selection import settle_engine
-from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.build import Parts, assemble
+from dreamfleet.trainers.run.export import write_artifacts
 from dreamfleet.trainers.run.run import open_run_folder
 
 
@@ -66,7 +66,7 @@ def _check_on(recipe: Recipe, distributed: DistributedContext) -> list[CheckLine
     try:
         if attempt("model", build) and fine:
             attempt("step", lambda: _check_step(made[0])) and attempt(
-                "export", lambda: _check_export(recipe, made[0])
+                "export", lambda: _check_export(made[0])
             )
     finally:
         for parts in made:
@@ -92,26 +92,18 @@ def _check_images(recipe: Recipe) -> str:
 def _check_step(parts: Parts) -> str:
     engine = parts.engine
     rates = {name: rate(0) for name, rate in parts.rates.items()}
-    engine.begin(rates, 1)
-    loss = engine.backward(parts.prepare(engine.place(parts.feed.batch(0))))
+    engine.begin_step(rates, 1)
+    loss = engine.backward(parts.prepare(engine.to_device(parts.feed.batch(0))))
     engine.step(rates, 1)
     if not torch.isfinite(loss.total):
         raise RunFailed("the first loss is not a number: the model's weights or the precision do not fit")
     return f"loss {float(loss.total):.4f}, peak memory {peak_memory(engine.device) / 2**30:.2f} GiB"
 
 
-def _check_export(recipe: Recipe, parts: Parts) -> str:
-    with tempfile.TemporaryDirectory(prefix="dreamfleet-check-") as folder, parts.engine.whole():
-        paths = parts.method.export(
-            Export(
-                Path(folder),
-                recipe.run_name,
-                formats=recipe.train.export_formats or (),
-                step=0,
-                metadata={},
-                precision=recipe.train.save_precision,
-            )
-        )
+def _check_export(parts: Parts) -> str:
+    dataset_hash = parts.sets.instances.content_hash
+    with tempfile.TemporaryDirectory(prefix="dreamfleet-check-") as folder, parts.engine.full_weights():
+        paths = write_artifacts(parts.recipe, parts.method, Path(folder), step=0, dataset_hash=dataset_hash)
         return ", ".join(path.name for path in paths)
 
 

@@ -39,26 +39,52 @@ def export_run(target: str, formats: Sequence[str], out: str | None = None) -> l
         forms = list(dict.fromkeys([*forms, "pt"]))
     place = Storage(out) if out else run.child("exports")
     with tempfile.TemporaryDirectory(prefix="dreamfleet-export-") as folder:
-        paths = method.export(
-            Export(
-                Path(folder),
-                recipe.run_name,
-                formats=forms,
-                step=found.step,
-                metadata=artifact_metadata(
-                    recipe,
-                    found.step,
-                    dataset_hash=found.meta["dataset_hash"],
-                    base=method.base,
-                ),
-                precision=recipe.train.save_precision,
-            )
+        paths = write_artifacts(
+            recipe,
+            method,
+            Path(folder),
+            formats=forms,
+            step=found.step,
+            dataset_hash=found.meta["dataset_hash"],
         )
         if with_optimizer:
             paths.append(write_optimizer_state(recipe, found, Path(folder) / f"{recipe.run_name}.pt"))
         for path in paths:
             place.upload(path, path.name)
         return [place.path(path.name) for path in paths]
+
+
+def export_artifacts(
+    recipe: Recipe, method: Method, storage: Storage, *, step: int, dataset_hash: str
+) -> list[str]:
+    """Write a run's artifacts into ``storage`` in the formats that its recipe names; return their names."""
+    with tempfile.TemporaryDirectory(prefix="dreamfleet-export-") as folder:
+        paths = write_artifacts(recipe, method, Path(folder), step=step, dataset_hash=dataset_hash)
+        for path in paths:
+            storage.upload(path, path.name)
+        return [path.name for path in paths]
+
+
+def write_artifacts(
+    recipe: Recipe,
+    method: Method,
+    folder: Path,
+    *,
+    step: int,
+    dataset_hash: str,
+    formats: Sequence[str] | None = None,
+) -> list[Path]:
+    """Write artifacts into a local folder, in the recipe's formats unless ``formats`` are given; return their paths."""
+    return method.export(
+        Export(
+            folder,
+            recipe.run_name,
+            formats=recipe.train.export_formats or () if formats is None else formats,
+            step=step,
+            metadata=artifact_metadata(recipe, step, dataset_hash=dataset_hash, base=method.base),
+            precision=recipe.train.save_precision,
+        )
+    )
 
 
 def find_checkpoint(target: str) -> tuple[Storage, int | None]:

@@ -6,30 +6,32 @@ from pathlib import Path
 from typing import Any
 
 from dreamfleet.datasets.json_text import json_text
+from dreamfleet.trainers.config.engines import engine_spec
 from dreamfleet.trainers.methods.base import Base
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.build import Parts
 from dreamfleet.trainers.run.versions import versions
 
 
-def run_identity(recipe: Recipe, parts: Parts) -> dict[str, Any]:
-    """Return what must stay the same for a resumed run to equal one that never stopped."""
+def run_identity(parts: Parts) -> dict[str, Any]:
+    """Return what must stay the same for a resumed run to equal an uninterrupted one."""
     return {
         "dataset_hash": parts.sets.instances.content_hash,
         "base_model_hash": parts.method.base.content_hash,
         "global_batch": parts.global_batch,
-        "seed": recipe.train.seed,
+        "seed": parts.recipe.train.seed,
     }
 
 
-def provenance(recipe: Recipe, parts: Parts, engine_reason: str) -> str:
-    """Return the comment lines on top of a run's recipe.yaml: versions, dataset, base model, why this engine."""
+def provenance(parts: Parts, engine_reason: str) -> str:
+    """Return the comment lines at the top of a run's recipe.yaml: versions, dataset, base model, engine."""
     lines = [f"{name} {number}" for name, number in versions().items()]
+    engine = engine_spec(parts.recipe.engine).summary(parts.recipe.engine)
     return (
         f"# {', '.join(lines)}\n"
         f"# dataset {parts.sets.instances.content_hash} ({len(parts.sets.instances)} pictures)\n"
         f"# base model {' '.join(filter(None, parts.method.base[:2]))}\n"
-        f"# engine {recipe.engine.words} ({' '.join(engine_reason.split())})\n"
+        f"# engine {engine} ({' '.join(engine_reason.split())})\n"
     )
 
 

@@ -5,20 +5,25 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import torch
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.engines import engine_spec
 from dreamfleet.trainers.distributed.agreement import compare
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, on_device
-from dreamfleet.trainers.loop import train
+from dreamfleet.trainers.loop import Hooks, Outcome, train
 from dreamfleet.trainers.memory.engine_selection import settle_engine
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.build import Parts, assemble
 from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
+from dreamfleet.trainers.run.checkpointing import Checkpointing
+from dreamfleet.trainers.run.evaluation import Evaluation
+from dreamfleet.trainers.run.export import export_artifacts
 from dreamfleet.trainers.run.provenance import run_identity
 from dreamfleet.trainers.run.recorder import Recorder
 from dreamfleet.trainers.run.run_lock import is_used
@@ -69,96 +74,104 @@ def run_worker(
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     waited: float = 0.0,
 ) -> Summary:
-    """Do a whole run on this worker; every worker of the run calls it with the same recipe.
+    """Train a whole run on this worker; every worker of the run calls it with the same recipe.
 
-    ``gpu_share``: the part of the device's memory that the run may fill, where others use it as well. ``waited``:
-    the seconds that passed before this worker had its turn, for the start-up figure. Returns the same summary on every
+    ``gpu_share``: the share of the device's memory that the run may fill, where other processes use it as well.
+    ``waited``: the seconds before this worker was started, for the start-up figure. Returns the same summary on every
     rank.
     """
     clock = Clock(waited)
     with on_device(device, remedies=TRAINING) as settled:
-        return _run_whole(
-            recipe,
-            DistributedContext(rank, world, settled, gpu_share),
-            resume=resume,
-            clock=clock,
-            should_stop=should_stop,
-            on_progress=on_progress,
-        )
+        distributed = DistributedContext(rank, world, settled, gpu_share)
+        checkpoints = Checkpoints(Storage(recipe.output_dir), limit=recipe.train.checkpoints_total_limit)
+        found = newest_checkpoint(checkpoints, distributed) if resume else None
+        recipe, engine_reason = settle_engine(recipe, distributed)
+        parts = assemble(recipe, distributed, begins=found is None)
+        with closing(parts.engine):
+            start_step = _restore(found, parts) if found else 0
+            clock.resume(found.meta.get("seconds", {}) if found else {})
+            del found  # three times as large as the trainable parameters
+            recorder = Recorder(parts, Storage(recipe.output_dir), on_progress=on_progress)
+            checkpointing = Checkpointing(
+                parts, checkpoints, clock, start_step=start_step, after_save=recorder.flush
+            )
+            evaluation = Evaluation(parts, recorder)
+            _open(recorder, checkpointing, evaluation, engine_reason)
+            hooks = _make_hooks(recorder, checkpointing, evaluation, should_stop)
+            clock.ready()
+            outcome = _train(parts, start_step, hooks, recorder)
+            summary = _summarise(parts, outcome, checkpointing, engine_reason)
+            _finish(parts, recorder, summary, clock)
+    return summary
 
 
-def _run_whole(
-    recipe: Recipe,
-    distributed: DistributedContext,
-    *,
-    resume: bool,
-    clock: Clock,
+def _open(
+    recorder: Recorder, checkpointing: Checkpointing, evaluation: Evaluation, engine_reason: str
+) -> None:
+    """Start the run folder; of a new run evaluate the untuned model."""
+    parts, start_step = recorder.parts, checkpointing.start_step
+
+    def begin() -> None:
+        recorder.open(start_step, engine_reason=engine_reason)
+        checkpointing.recall_best(recorder.run)
+        if start_step == 0:
+            evaluation.write_real_images()
+
+    parts.distributed.on_rank_0(begin)
+    if start_step == 0 and parts.recipe.validation.sample_at_first:
+        if figures := evaluation.measure():
+            recorder.log({"step": 0, **figures})
+        evaluation.draw(0)
+
+
+def _make_hooks(
+    recorder: Recorder,
+    checkpointing: Checkpointing,
+    evaluation: Evaluation,
     should_stop: Callable[[], bool],
-    on_progress: Callable[[dict[str, Any]], None] | None,
-) -> Summary:
-    checkpoints = Checkpoints(Storage(recipe.output_dir), limit=recipe.train.checkpoints_total_limit)
-    found = newest_checkpoint(checkpoints, distributed) if resume else None
-    recipe, engine_reason = settle_engine(recipe, distributed)
-    parts = assemble(recipe, distributed, begins=found is None)
-    try:
-        start_step = _restore(found, recipe, parts, distributed) if found else 0
-        clock.resume(found.meta.get("seconds", {}) if found else {})
-        del found  # as large as what learns, three times over
-        return _run(
-            recipe,
-            parts,
-            distributed,
-            checkpoints,
-            start_step,
-            engine_reason=engine_reason,
-            clock=clock,
-            should_stop=should_stop,
-            on_progress=on_progress,
-        )
-    finally:
-        parts.engine.close()
+) -> Hooks:
+    def validate(step: int) -> dict[str, float]:
+        if figures := evaluation.measure():
+            checkpointing.keep_best(step, figures["holdout_loss"])
+        return figures
 
-
-def _run(
-    recipe: Recipe,
-    parts: Parts,
-    distributed: DistributedContext,
-    checkpoints: Checkpoints,
-    start_step: int,
-    *,
-    engine_reason: str,
-    clock: Clock,
-    should_stop: Callable[[], bool],
-    on_progress: Callable[[dict[str, Any]], None] | None,
-) -> Summary:
-    run = Storage(recipe.output_dir)
-    recorder = Recorder(
-        recipe, parts, distributed, run, checkpoints, start_step, on_progress, engine_reason, clock
+    return Hooks(
+        log=recorder.log,
+        save=checkpointing.save,
+        sample=evaluation.draw,
+        validate=validate,
+        should_stop=should_stop,
+        saved=lambda: checkpointing.saved,
     )
-    recorder.open()
-    clock.ready()
+
+
+def _train(parts: Parts, start_step: int, hooks: Hooks, recorder: Recorder) -> Outcome:
     try:
-        outcome = train(
+        return train(
             parts.method,
             parts.engine,
             parts.feed.stream(start_step, parts.schedule.total),
             parts.prepare,
             rates=parts.rates,
             schedule=parts.schedule,
-            seed=recipe.train.seed,
+            seed=parts.recipe.train.seed,
             start_step=start_step,
-            rank=distributed.rank,
-            hooks=recorder.hooks(should_stop),
+            rank=parts.distributed.rank,
+            hooks=hooks,
         )
     finally:
-        recorder.flush()  # also what a run that fails has measured
-    seconds = clock.lap()
-    summary = Summary(
+        recorder.flush()  # a run that fails keeps its metrics too
+
+
+def _summarise(parts: Parts, outcome: Outcome, checkpointing: Checkpointing, engine_reason: str) -> Summary:
+    recipe, distributed, base = parts.recipe, parts.distributed, parts.method.base
+    seconds = checkpointing.clock.lap()
+    return Summary(
         run=recipe.run_name,
         method=recipe.method.name,
         exit_reason=outcome.exit_reason,
         steps=outcome.step,
-        start_step=start_step,
+        start_step=checkpointing.start_step,
         images_seen=outcome.step * parts.global_batch,
         workers=distributed.world,
         global_batch=parts.global_batch,
@@ -169,20 +182,41 @@ def _run(
         start_up_seconds=seconds["start_up"],
         train_seconds=seconds["train"],
         figures=outcome.figures,
-        best_checkpoint=recorder.best.name,
+        best_checkpoint=checkpointing.best,
         bad_files=[
             bad._asdict()
             for bad in distributed.all_gather_unique([*parts.sets.instances.bad, *parts.feed.bad])
         ],
         dataset_hash=parts.sets.instances.content_hash,
-        base_model=parts.method.base.name,
-        base_model_hash=parts.method.base.content_hash,
+        base_model=base.name,
+        base_model_hash=base.content_hash,
         versions=versions(),
-        engine=f"{recipe.engine.words} ({engine_reason})",
+        engine=f"{engine_spec(recipe.engine).summary(recipe.engine)} ({engine_reason})",
     )
-    recorder.close(summary, outcome.step)
+
+
+def _finish(parts: Parts, recorder: Recorder, summary: Summary, clock: Clock) -> None:
+    """Export the artifacts of a completed run; write the summary and the report."""
+    distributed = parts.distributed
+
+    def export() -> list[str]:
+        return export_artifacts(
+            parts.recipe,
+            parts.method,
+            recorder.run.child("exports"),
+            step=summary.steps,
+            dataset_hash=summary.dataset_hash,
+        )
+
+    def close() -> None:
+        summary.wall_seconds = summary.start_up_seconds + summary.train_seconds + clock.since_lap()
+        recorder.close(summary)
+
+    if summary.exit_reason == "completed":
+        with parts.engine.full_weights():  # on every rank: sharded weights are gathered
+            summary.exports = distributed.on_rank_0(export)
+    distributed.on_rank_0(close)
     distributed.wait()
-    return summary
 
 
 def newest_checkpoint(checkpoints: Checkpoints, distributed: DistributedContext) -> Checkpoint | None:
@@ -207,26 +241,28 @@ def newest_checkpoint(checkpoints: Checkpoints, distributed: DistributedContext)
     return found
 
 
-def _restore(found: Checkpoint, recipe: Recipe, parts: Parts, distributed: DistributedContext) -> int:
+def _restore(found: Checkpoint, parts: Parts) -> int:
+    """Load a checkpoint into a run's parts; return its step. Raises CheckpointError for one of another recipe."""
+    recipe, is_main = parts.recipe, parts.distributed.is_main
     name = found.meta.get("method")
     if name != recipe.method.name:
         raise CheckpointError(
             f"the checkpoint of step {found.step} is of {name}, this recipe is for {recipe.method.name}"
         )
     try:
-        parts.engine.load_learned(found.learned)
+        parts.engine.load_weights(found.learned)
         parts.engine.load_state(found.engine)
         parts.method.steps_before = found.meta.get("steps_before", 0)
     except RecipeError as error:
         raise CheckpointError(f"the checkpoint of step {found.step} does not fit: {error}") from error
-    now = run_identity(recipe, parts)
+    now = run_identity(parts)
     changed = [key for key, value in now.items() if found.meta.get(key, value) != value]
-    if changed and distributed.is_main:
+    if changed and is_main:
         log.warning(
             "continuing from step %d although %s changed: the run goes on, but not as if it had never stopped",
             found.step,
             ", ".join(changed),
         )
-    if distributed.is_main:
+    if is_main:
         log.info("continuing from step %d", found.step)
     return found.step

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.trainers.config.methods.textual_inversion import TextualInversionConfig
-from dreamfleet.trainers.engines.torch_engine import Engine
+from dreamfleet.trainers.engines.base import Engine
 from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.methods.hypernetwork import HypernetworkMethod
 from dreamfleet.trainers.methods.textual_inversion import TextualInversion

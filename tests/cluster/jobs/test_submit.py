@@ -1,4 +1,4 @@
-"""Submission without a cluster: what a job takes along and is told, where it goes, how its end is understood."""
+"""Submission without a cluster: the package of a job, its metadata, the server's address and the exit code."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def make_recipe(folder: Path, **changes: Any) -> Recipe:
     return build_recipe(tiny.make_recipe(folder, **{"output_dir": BUCKET, **changes}), folder=str(folder))
 
 
-# ---------------------------------------------------------------- the parcel
+# ---------------------------------------------------------------- the package
 
 
-def test_local_files_go_along_and_the_recipe_finds_them(tmp_path: Path) -> None:
+def test_local_files_are_packaged_and_the_recipe_finds_them(tmp_path: Path) -> None:
     templates = tmp_path / "words.txt"
     templates.write_text("a photo of [name]\n")
     (tmp_path / "more" / "pictures").mkdir(parents=True)
@@ -53,13 +53,13 @@ def test_local_files_go_along_and_the_recipe_finds_them(tmp_path: Path) -> None:
         validation__holdout=str(tmp_path / "more" / "pictures"),  # a second folder of the same name
         validation__prompts=["/imagine a cat"],  # no path, though it looks like one
     )
-    parcel = pack(recipe)
-    assert parcel.recipe.output_dir == BUCKET
-    assert parcel.recipe.data.instance_data_dir == "./inputs/pictures"
-    assert parcel.recipe.validation.holdout == "./inputs/2-pictures"
-    assert parcel.recipe.validation.prompts == ["/imagine a cat"]
+    package = pack(recipe)
+    assert package.recipe.output_dir == BUCKET
+    assert package.recipe.data.instance_data_dir == "./inputs/pictures"
+    assert package.recipe.validation.holdout == "./inputs/2-pictures"
+    assert package.recipe.validation.prompts == ["/imagine a cat"]
 
-    written = parcel.write(tmp_path)
+    written = package.write(tmp_path)
     assert written.read_bytes() == pack(recipe).write(tmp_path / "more").read_bytes(), (
         "Ray would upload it again"
     )
@@ -77,7 +77,7 @@ def test_local_files_go_along_and_the_recipe_finds_them(tmp_path: Path) -> None:
     check_here(read)
 
 
-def test_addresses_names_and_shared_folders_stay(tmp_path: Path) -> None:
+def test_urls_hub_names_and_shared_folders_are_not_packaged(tmp_path: Path) -> None:
     recipe = make_recipe(
         tmp_path,
         model__pretrained_model_name_or_path="some/hub-name",
@@ -85,25 +85,25 @@ def test_addresses_names_and_shared_folders_stay(tmp_path: Path) -> None:
         data__class_data_dir="/mnt/everywhere/cats",  # only the cluster has it
         output_dir="/mnt/everywhere/runs/cat",
     )
-    parcel = pack(recipe, shared=["/mnt/everywhere/"])
-    assert parcel.recipe == recipe
-    assert parcel.files == {}
-    check_here(recipe)  # nothing of it can be seen from here
+    package = pack(recipe, shared=["/mnt/everywhere/"])
+    assert package.recipe == recipe
+    assert package.files == {}
+    check_here(recipe)  # none of it can be checked on this machine
 
 
-def test_a_concepts_file_is_read_before_it_moves(tmp_path: Path) -> None:
+def test_a_concepts_file_is_resolved_before_packaging(tmp_path: Path) -> None:
     tiny.make_images(tmp_path / "set" / "dog", 2)
     entries = [{"instance_data_dir": "dog", "instance_prompt": "sks dog"}]
     (tmp_path / "set" / "concepts.json").write_text(json.dumps(entries))
     data = {"concepts_list": str(tmp_path / "set" / "concepts.json"), "resolution": tiny.RESOLUTION}
-    parcel = pack(make_recipe(tmp_path, data=data))
-    assert [concept.instance_data_dir for concept in parcel.recipe.data.concepts_list or ()] == [
+    package = pack(make_recipe(tmp_path, data=data))
+    assert [concept.instance_data_dir for concept in package.recipe.data.concepts_list or ()] == [
         "./inputs/dog"
     ]
-    assert {"inputs/dog/000.png", "inputs/dog/001.png"} < set(parcel.files)
+    assert {"inputs/dog/000.png", "inputs/dog/001.png"} < set(package.files)
 
 
-def test_too_much_names_the_largest_and_the_ways_out(tmp_path: Path) -> None:
+def test_a_package_over_the_limit_names_the_largest_path_and_remedies(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path)
     with open(tmp_path / "pictures" / "huge.png", "wb") as file:
         file.truncate(300 * 2**20)  # takes no room on disk, and is not read
@@ -114,10 +114,10 @@ def test_too_much_names_the_largest_and_the_ways_out(tmp_path: Path) -> None:
     pack(recipe, shared=[str(tmp_path / "pictures")])
 
 
-def test_what_the_cluster_could_not_keep_or_find_is_refused(tmp_path: Path) -> None:
+def test_local_outputs_and_missing_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"output_dir .*s3://BUCKET/PREFIX.*--shared"):
         pack(make_recipe(tmp_path, output_dir="runs/cat"))
-    with pytest.raises(RecipeError, match=r"output_dir"):  # a name that merely begins like a shared folder
+    with pytest.raises(RecipeError, match=r"output_dir"):  # only a prefix of the name is shared
         pack(make_recipe(tmp_path, output_dir="/mnt/everywhere2/cat"), shared=["/mnt/everywhere"])
     with pytest.raises(RecipeError, match=r"validation\.holdout: .*/nowhere/at/all .*--shared /nowhere/at"):
         pack(make_recipe(tmp_path, validation__holdout="/nowhere/at/all"))
@@ -132,7 +132,7 @@ def test_what_the_cluster_could_not_keep_or_find_is_refused(tmp_path: Path) -> N
     assert pack(kept, makes_cache=True).recipe.data.cache_dir == "s3://bucket/latents"
 
 
-def test_missing_images_are_told_before_anything_is_sent(tmp_path: Path) -> None:
+def test_missing_images_are_reported_before_anything_is_sent(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path)
     for image in (tmp_path / "pictures").iterdir():
         image.unlink()
@@ -140,7 +140,7 @@ def test_missing_images_are_told_before_anything_is_sent(tmp_path: Path) -> None
         check_here(recipe)
 
 
-def test_the_wheel_holds_the_running_code_under_a_name_of_its_content(tmp_path: Path) -> None:
+def test_the_wheel_holds_the_running_code_and_is_named_by_its_content(tmp_path: Path) -> None:
     from dreamfleet.cluster.jobs import package as running
 
     wheel = write_wheel(tmp_path)
@@ -196,16 +196,16 @@ def details(state: str = "RUNNING", **more: Any) -> SimpleNamespace:
     return SimpleNamespace(**given)
 
 
-def test_a_job_is_sent_with_code_inputs_and_grace_to_save(tmp_path: Path) -> None:
-    client, said = FakeClient(), []
-    parcel = pack(make_recipe(tmp_path))
+def test_a_job_is_sent_with_code_inputs_and_time_to_save(tmp_path: Path) -> None:
+    client, reported = FakeClient(), []
+    package = pack(make_recipe(tmp_path))
     job_id = send(
         JobServer(client, "http://head:8265"),
-        parcel,
+        package,
         ["train", "--resume"],
         typed=["train", "my cat.yaml", "--resume"],
         environment={"SECRET": "shh", "TQDM_DISABLE": "0"},
-        say=said.append,
+        report=reported.append,
     )
     sent = client.submitted
     assert sent["submission_id"] == job_id
@@ -213,16 +213,19 @@ def test_a_job_is_sent_with_code_inputs_and_grace_to_save(tmp_path: Path) -> Non
     environment = sent["runtime_env"]["env_vars"]
     assert int(environment["RAY_JOB_STOP_WAIT_TIME_S"]) >= 600
     assert environment["DREAMFLEET_RESUME_WITH"] == "dreamfleet submit ... -- train 'my cat.yaml' --resume"
-    assert (environment["SECRET"], environment["TQDM_DISABLE"]) == ("shh", "0")  # the person's own come last
-    assert "shh" not in json.dumps([sent["metadata"], sent["entrypoint"], said])
+    assert (environment["SECRET"], environment["TQDM_DISABLE"]) == (
+        "shh",
+        "0",
+    )  # the user's values take precedence
+    assert "shh" not in json.dumps([sent["metadata"], sent["entrypoint"], reported])
     assert sent["metadata"]["output_dir"] == BUCKET
     assert sent["metadata"]["command"] == "train 'my cat.yaml' --resume"
     assert all(isinstance(value, str) for value in sent["metadata"].values())
-    assert f"{len(parcel.files)} files" in said[0]
+    assert f"{len(package.files)} files" in reported[0]
 
 
-def test_the_job_knows_the_shared_folders_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a cluster that grows, a run takes local paths only in these."""
+def test_the_job_gets_the_shared_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an autoscaling cluster, a run accepts local paths only in these."""
     client = FakeClient()
     monkeypatch.setattr(jobs, "job_server", lambda address: nullcontext(JobServer(client, "http://head")))
     recipe = tiny.write_recipe(tmp_path / "r.yaml", tiny.make_recipe(tmp_path))
@@ -243,13 +246,13 @@ def test_names_and_commands_of_jobs() -> None:
     assert make_resume_command(["data", "cache", "r.yaml"]) == "dreamfleet submit ... -- data cache r.yaml"
 
 
-def test_variables_are_given_or_taken_from_here_and_never_told() -> None:
+def test_variables_are_given_or_taken_from_the_environment_and_never_shown() -> None:
     assert read_environment(["A=1=2", "B"], {"B": "two"}) == {"A": "1=2", "B": "two"}
     with pytest.raises(RecipeError, match="C is not set"):
         read_environment(["C"], {})
-    with pytest.raises(RecipeError) as told:
+    with pytest.raises(RecipeError) as caught:
         read_environment(["not a name=secret"], {})
-    assert "secret" not in str(told.value)
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -260,48 +263,48 @@ def test_variables_are_given_or_taken_from_here_and_never_told() -> None:
         ("FAILED", 1, 1),
         ("FAILED", 2, 2),
         ("FAILED", 130, 130),
-        ("FAILED", 127, 1),  # no python there
-        ("FAILED", None, 1),  # the job never began, or its machine went away
+        ("FAILED", 127, 1),  # no python on the machine
+        ("FAILED", None, 1),  # the job never started, or its machine died
     ],
 )
-def test_a_job_s_end_as_an_exit_code(state: str, driver: int | None, code: int) -> None:
+def test_exit_code_of_a_job(state: str, driver: int | None, code: int) -> None:
     job = Job("cat-1", state, {}, driver_exit_code=driver)
     assert job.is_over
     assert job.exit_code == code
 
 
 @pytest.mark.parametrize(
-    ("driver", "error_type", "message", "told", "goes_on"),
+    ("driver", "error_type", "message", "reason", "resumable"),
     [
         (-9, "JOB_ENTRYPOINT_COMMAND_ERROR", "failed", "SIGKILL, as .* memory", True),
-        (137, "JOB_ENTRYPOINT_COMMAND_ERROR", "failed", "SIGKILL", True),  # told by a shell
+        (137, "JOB_ENTRYPOINT_COMMAND_ERROR", "failed", "SIGKILL", True),  # as a shell reports it
         (-11, None, "failed", "SIGSEGV.*compiled", True),
         (-15, None, "failed", "SIGTERM$", True),
         (1, None, "failed", "exit code 1", True),
         (127, None, "failed", "exit code 127", True),
         (255, None, "failed", "exit code 255", True),
         (130, None, "failed", "interrupted", True),
-        (2, None, "failed", "exit code 2", False),  # to be mended first
+        (2, None, "failed", "exit code 2", False),  # the user has to fix something first
         (None, "JOB_SUPERVISOR_ACTOR_DIED", "its node died.\nID: 1", "its node died$", True),
         (None, "RUNTIME_ENV_SETUP_FAILURE", "no such wheel", "no such wheel", False),
         (None, None, "", "does not say why", False),
     ],
 )
-def test_why_a_job_failed_and_what_goes_on_with_it(
-    driver: int | None, error_type: str | None, message: str, told: str, goes_on: bool
+def test_reason_and_resume_command_of_a_failed_job(
+    driver: int | None, error_type: str | None, message: str, reason: str, resumable: bool
 ) -> None:
     metadata = {"command": "train 'my cat.yaml' train.seed=1"}
     job = jobs._read(
         details("FAILED", metadata=metadata, driver_exit_code=driver, error_type=error_type, message=message)
     )
-    assert re.search(told, str(job.reason))
+    assert re.search(reason, str(job.reason))
     command = "dreamfleet submit ... -- train 'my cat.yaml' train.seed=1 --resume"
-    assert job.resume == (command if goes_on else None)
+    assert job.resume == (command if resumable else None)
     assert Job("cat-1", "SUCCEEDED", metadata).reason is Job("cat-1", "STOPPED", metadata).resume is None
     assert Job("not-ours", "FAILED", {}, driver_exit_code=-9).resume is None
 
 
-def test_a_broken_connection_is_made_anew_without_a_line_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_following_reconnects_without_repeating_output(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "POLL_SECONDS", 0.0)
     client = FakeClient(
         ["step 1\n", "step 2\n", RuntimeError("closed")],
@@ -318,10 +321,10 @@ def test_a_broken_connection_is_made_anew_without_a_line_twice(monkeypatch: pyte
     assert "".join(shown) == "new\n"
 
 
-# ---------------------------------------------------------------- the way there
+# ---------------------------------------------------------------- the address
 
 
-def test_where_jobs_go() -> None:
+def test_job_address() -> None:
     assert job_address(None, {}) == "http://127.0.0.1:8265"
     assert job_address(None, {"RAY_ADDRESS": "10.0.0.5:6379"}) == "http://127.0.0.1:8265"
     assert job_address(None, {"RAY_ADDRESS": "http://a:1"}) == "http://a:1"
@@ -335,9 +338,9 @@ def test_where_jobs_go() -> None:
             job_address(wrong, {})
 
 
-def test_silence_is_told_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_is_reported_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "ANSWER_SECONDS", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and never answers
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with (
             pytest.raises(ResourceError, match=r"Ray .*timed out"),
@@ -350,7 +353,7 @@ def test_silence_is_told_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture
 def web_server() -> Iterator[str]:
-    """Something that speaks HTTP and is no Ray."""
+    """An HTTP server that is not Ray."""
 
     class NotRay(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -365,7 +368,7 @@ def web_server() -> Iterator[str]:
         server.shutdown()
 
 
-def test_a_web_server_that_is_no_ray_is_told(web_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_web_server_that_is_not_ray_is_reported(web_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")  # Ray's own client would go there instead
     with pytest.raises(ResourceError, match=f"{web_server} .*404"):
         with jobs.job_server(web_server):
@@ -375,27 +378,27 @@ def test_a_web_server_that_is_no_ray_is_told(web_server: str, monkeypatch: pytes
 # ---------------------------------------------------------------- the command line
 
 
-def test_the_submitted_command_is_read_before_it_is_sent(
+def test_the_submitted_command_is_validated_before_it_is_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
     recipe = str(tiny.write_recipe(tmp_path / "r.yaml", tiny.make_recipe(tmp_path)))
 
-    def told(*arguments: str) -> str:
+    def error(*arguments: str) -> str:
         result = CliRunner().invoke(app, ["submit", *arguments])
         assert result.exit_code == 2, result.output
         return result.output
 
-    assert "train or tune" in told("--", "score", recipe)
-    assert "data tags" in told("--", "data", "tags", recipe)
-    assert "No such option: --resume" in told("--", "data", "cache", recipe, "--resume")
-    assert "data.cache_dir" in told("--", "data", "cache", recipe, f"data.cache_dir={tmp_path / 'cache'}")
-    assert "no Ray job server" in told("--", "data", "cache", recipe, "data.cache_dir=s3://b/latents")
-    assert "No such option: --resum" in told("--", "train", recipe, "--resum")
-    assert "before the `--`" in told("--", "train", recipe, "--address", "auto")
-    assert "nowhere.yaml" in told("--", "train", "nowhere.yaml")
-    assert "'max_train_steps'" in told("--", "train", recipe, "train.max_train_step=4")
-    assert "output_dir" in told("--", "train", recipe)
-    assert "NOT_SET" in told("--env", "NOT_SET", "--", "train", recipe, f"output_dir={BUCKET}")
-    # All is well but the cluster; without `--`, too, what follows the command is the command's.
-    assert "no Ray job server" in told("train", recipe, f"output_dir={BUCKET}", "--resume")
+    assert "train or tune" in error("--", "score", recipe)
+    assert "data tags" in error("--", "data", "tags", recipe)
+    assert "No such option: --resume" in error("--", "data", "cache", recipe, "--resume")
+    assert "data.cache_dir" in error("--", "data", "cache", recipe, f"data.cache_dir={tmp_path / 'cache'}")
+    assert "no Ray job server" in error("--", "data", "cache", recipe, "data.cache_dir=s3://b/latents")
+    assert "No such option: --resum" in error("--", "train", recipe, "--resum")
+    assert "before the `--`" in error("--", "train", recipe, "--address", "auto")
+    assert "nowhere.yaml" in error("--", "train", "nowhere.yaml")
+    assert "'max_train_steps'" in error("--", "train", recipe, "train.max_train_step=4")
+    assert "output_dir" in error("--", "train", recipe)
+    assert "NOT_SET" in error("--env", "NOT_SET", "--", "train", recipe, f"output_dir={BUCKET}")
+    # Only the cluster is missing; options after the command belong to it, also without `--`.
+    assert "no Ray job server" in error("train", recipe, f"output_dir={BUCKET}", "--resume")

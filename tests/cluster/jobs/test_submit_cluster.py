@@ -1,4 +1,4 @@
-"""Submission to a real head with token authentication: stop saves, submitting again goes on, ends are told apart."""
+"""Submission to a real head node with token authentication: stop, resume, failures and exit codes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SECRET = "open-sesame"
 
 @dataclass(frozen=True)
 class Head:
-    """A head node that takes jobs from who has its token."""
+    """A head node that accepts jobs of clients with its token."""
 
     address: str
     token: str
@@ -53,9 +53,11 @@ class Head:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """A head of its own session, ports, temporary and home folder; whoever else runs Ray here is not touched."""
+    """A head node with its own session, ports and folders; other Ray clusters on this machine are not affected."""
     port, dashboard, agent, agent_grpc, client = _free_ports(5)
-    folder = tempfile.mkdtemp(prefix="dreamfleet-", dir="/tmp")  # short: sockets lie below it
+    folder = tempfile.mkdtemp(
+        prefix="dreamfleet-", dir="/tmp"
+    )  # short, since the path of a socket is limited
     head = Head(f"http://127.0.0.1:{dashboard}", uuid.uuid4().hex * 2, Path(folder))
     programs = Path(sys.executable).parent  # jobs start `python` and `pip` by name
     environment = {
@@ -83,7 +85,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     finally:
         for number in (signal.SIGTERM, signal.SIGKILL):
             try:
-                os.killpg(process.pid, number)  # all of Ray but its workers, which end with it
+                os.killpg(process.pid, number)  # the workers end with the other processes of Ray
                 process.wait(timeout=5)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
@@ -92,7 +94,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 @pytest.fixture(autouse=True)
 def client(head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process as somebody's own machine: the cluster's address and token, and a home without one."""
+    """Give this process the cluster's address and token, and a home folder without a token."""
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN", head.token)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head.address)
@@ -111,7 +113,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(folder: Path) -> Path:
-    """A run of far more steps than anyone waits for, in a worker of Ray."""
+    """A run of more steps than a test waits for, on one Ray worker."""
     tree = tiny.make_recipe(
         folder,
         output_dir=str(folder / "runs" / "cat"),
@@ -135,7 +137,7 @@ def submit(recipe: Path, *overrides: str, options: tuple[str, ...] = ()) -> Resu
     )
 
 
-def test_a_stopped_job_saves_and_submitting_again_goes_on(recipe: Path, head: Head) -> None:
+def test_a_stopped_job_saves_and_is_resumed(recipe: Path, head: Head) -> None:
     run = recipe.parent / "runs" / "cat"
     sent = submit(recipe)
     assert sent.exit_code == 0, sent.output
@@ -151,12 +153,12 @@ def test_a_stopped_job_saves_and_submitting_again_goes_on(recipe: Path, head: He
     assert follower.stdout is not None
     assert next(line for line in follower.stdout if line.startswith("step ")), "no progress was shown"
     follower.send_signal(signal.SIGINT)
-    _, told = follower.communicate(timeout=60)
+    _, message = follower.communicate(timeout=60)
     assert follower.returncode == 130
-    assert "goes on" in told
+    assert job_id in message
 
     rows = {row["id"]: row for row in json.loads(dreamfleet("jobs", "--json").stdout)}
-    assert rows[job_id]["state"] == "RUNNING", "who stops looking does not stop the job"
+    assert rows[job_id]["state"] == "RUNNING", "Ctrl-C while following must not stop the job"
     assert rows[job_id]["output_dir"] == str(run)
     stopped = dreamfleet("stop", job_id)
     assert stopped.exit_code == 0, stopped.output
@@ -178,12 +180,12 @@ def test_a_stopped_job_saves_and_submitting_again_goes_on(recipe: Path, head: He
     assert not [text for text in written if SECRET in text]
 
 
-def test_a_mistake_only_the_cluster_sees_ends_with_its_exit_code(recipe: Path) -> None:
-    """Follows the test above: its output_dir is in use. The code that says so came as the wheel."""
+def test_an_error_on_the_cluster_ends_with_its_exit_code(recipe: Path) -> None:
+    """Needs the run of the test above: its output_dir exists. The error comes from the code in the wheel."""
     refused = submit(recipe, options=("--follow", "--env", "DREAMFLEET_VERBOSE=1"))
     assert refused.exit_code == 2
     assert "--resume" in refused.stderr
-    assert re.search(r"py_modules_files/dreamfleet-[^/]+/dreamfleet/trainers/run\.py", refused.stderr)
+    assert re.search(r"py_modules_files/dreamfleet-[^/]+/dreamfleet/trainers/run/", refused.stderr)
 
     table = dreamfleet("jobs").stdout.splitlines()
     assert [line.split()[1] for line in table] == ["STATE", "STOPPED", "SUCCEEDED", "FAILED"]
@@ -194,7 +196,7 @@ def test_a_mistake_only_the_cluster_sees_ends_with_its_exit_code(recipe: Path) -
     assert dreamfleet("stop", job_id).stdout == f"{job_id} FAILED\n"
 
 
-def test_a_job_whose_driver_is_killed_says_so_and_goes_on(recipe: Path, head: Head) -> None:
+def test_a_job_whose_driver_is_killed_reports_it_and_is_resumed(recipe: Path, head: Head) -> None:
     run = recipe.parent / "runs" / "killed"
     options = (f"output_dir={run}", "train.checkpointing_steps=1", "train.checkpoints_total_limit=2")
     job_id = submit(recipe, *options).stdout.strip()
@@ -207,18 +209,16 @@ def test_a_job_whose_driver_is_killed_says_so_and_goes_on(recipe: Path, head: He
     followed = dreamfleet("logs", job_id, "--follow")
     assert followed.exit_code == 1
     command = f"dreamfleet submit ... -- train {recipe} {' '.join(options)} --resume"
-    for told in (followed, dreamfleet("jobs"), dreamfleet("logs", job_id)):
-        assert "SIGKILL" in told.stderr and command in told.stderr, told.output
+    for shown in (followed, dreamfleet("jobs"), dreamfleet("logs", job_id)):
+        assert "SIGKILL" in shown.stderr and command in shown.stderr, shown.output
     row = json.loads(dreamfleet("jobs", "--json").stdout)[-1]
     assert (row["id"], row["exit_code"], row["resume"]) == (job_id, 1, command)
 
     last = max(int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*"))
     end = submit(recipe, *options, f"train.max_train_steps={last + 2}", "--resume", options=("--follow",))
     assert end.exit_code == 0, end.output
-    assert "SIGKILL" not in dreamfleet("jobs").stderr, "somebody has gone on with it"
-    assert not find_planted(head.folder, recipe.parent), (
-        "secrets of the client's environment are on the cluster"
-    )
+    assert "SIGKILL" not in dreamfleet("jobs").stderr, "the run was resumed"
+    assert not find_planted(head.folder, recipe.parent), "the client's secrets reached the cluster"
 
 
 def _driver_of(job_id: str) -> int:
@@ -233,7 +233,7 @@ def _driver_of(job_id: str) -> int:
     raise AssertionError(f"{job_id} has no driver")
 
 
-def test_tokens_and_names_the_cluster_does_not_know(
+def test_unknown_jobs_and_tokens_are_refused(
     recipe: Path, head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unknown = dreamfleet("logs", "cat-000000")

@@ -13,8 +13,8 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.config.learning_rate import last_step, parse_rules, parse_webui_schedule
 from dreamfleet.trainers.config.optimizer import OptimizerConfig
-from dreamfleet.trainers.methods.base import ParamGroup
 from dreamfleet.trainers.optim.optimizers import make_rates
+from dreamfleet.trainers.optim.param_group import ParamGroup
 from dreamfleet.trainers.optim.schedules import SCHEDULES, make_multiplier, make_rate
 from dreamfleet.trainers.recipe import build_recipe, load_recipe
 

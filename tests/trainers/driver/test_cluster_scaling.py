@@ -7,7 +7,7 @@ from dreamfleet.trainers.config.scaling import (
     ScalingConfig,
     describe,
     refuse_impossible,
-    refuse_sharding,
+    refuse_shared_gpus,
     worker_resources,
     workers_that_fit,
 )
@@ -110,7 +110,6 @@ def test_workers_that_share_a_gpu_talk_over_gloo(
 def test_a_model_is_not_sharded_over_one_gpu() -> None:
     share = worker_resources(scaling(num_workers=2, resources_per_worker={"GPU": 0.5}), [GPU_NODE])
     two = scaling(num_workers=2)
-    with pytest.raises(ResourceError, match=r"engine\.zero_stage 2 .*0\.5"):
-        refuse_sharding(two, share, zero_stage=2)
-    refuse_sharding(two, share, zero_stage="auto")
-    refuse_sharding(scaling(num_workers=1), share, zero_stage=2)
+    with pytest.raises(ResourceError, match=r"engine\.zero_stage: 2 .*0\.5"):
+        refuse_shared_gpus(two, share, engine="engine.zero_stage: 2")
+    refuse_shared_gpus(scaling(num_workers=1), share, engine="engine.zero_stage: 2")

@@ -206,10 +206,10 @@ def test_options_for_speed_change_no_number_and_no_name(tmp_path: Path, engine: 
         assert block._compiled_call_impl is not None
     for step in range(2):
         assert take_step(fast, step) == pytest.approx(take_step(plain, step), rel=1e-5)
-    ours, theirs = fast.engine.learned(), plain.engine.learned()
+    ours, theirs = fast.engine.weights(), plain.engine.weights()
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(value, ours[name], atol=2e-4) for name, value in theirs.items())
-    with fast.engine.whole():
+    with fast.engine.full_weights():
         assert all(param.is_contiguous() for param in fast.engine.params.values())
         paths = fast.method.export(Export(tmp_path, "fast", step=2, metadata={}, precision="fp32"))
     from safetensors.torch import load_file

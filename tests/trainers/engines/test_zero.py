@@ -329,19 +329,19 @@ def test_a_process_of_its_own_trains_resumes_and_refuses_what_does_not_fit(tmp_p
     small = assemble(build_recipe(make_tree(tmp_path)), DistributedContext())
     small.engine.backward(small.prepare(small.feed.batch(0)))
     small.engine.step({"unet": 1e-3}, 1)
-    learned, state = small.engine.learned(), small.engine.state()
+    learned, state = small.engine.weights(), small.engine.state()
     small.engine.close()
     assert not torch.distributed.is_initialized()
     both = {"name": "dreambooth", "train_text_encoder": True}
     large = assemble(build_recipe(make_tree(tmp_path, method=both)), DistributedContext())
     with pytest.raises(RecipeError, match="other parameters"):
-        large.engine.load_learned(learned)
+        large.engine.load_weights(learned)
     with pytest.raises(CheckpointError, match="does not fit"):
         large.engine.load_state(state)
     large.engine.close()
     averaging = assemble(build_recipe(make_tree(tmp_path, engine__use_ema=True)), DistributedContext())
-    averaging.engine.load_learned(learned)
-    assert largest_difference(averaging.engine.learned(), learned) == 0
+    averaging.engine.load_weights(learned)
+    assert largest_difference(averaging.engine.weights(), learned) == 0
     with pytest.raises(CheckpointError, match="without an average"):
         averaging.engine.load_state(state)
     averaging.engine.close()

@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from dreamfleet.datasets.errors import RecipeError, ResourceError
-from dreamfleet.trainers.config.deepspeed import with_deepspeed_file
+from dreamfleet.trainers.config.deepspeed import BUCKET, with_deepspeed_file
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.driver.preflight import check_inputs
-from dreamfleet.trainers.engines.zero_setup import BUCKET, zero_config
+from dreamfleet.trainers.engines.zero_setup import zero_config
 from dreamfleet.trainers.memory import engine_selection, plan
 from dreamfleet.trainers.memory.inputs import Counts, Pass
 from dreamfleet.trainers.recipe import Recipe, build_recipe, load_recipe

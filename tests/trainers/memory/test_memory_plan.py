@@ -51,7 +51,7 @@ def test_lines_equal_what_a_run_in_bfloat16_with_adafactor_holds(tmp_path: Path)
     engine = parts.engine
     assert isinstance(engine, TorchEngine)
     rates = dict.fromkeys(parts.rates, 1e-3)
-    engine.begin(rates, 1)
+    engine.begin_step(rates, 1)
     engine.backward(parts.prepare(parts.feed.batch(0)))
     engine.step(rates, 1)
     learning = list(engine.params.values())

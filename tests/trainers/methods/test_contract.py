@@ -55,7 +55,7 @@ def test_twenty_steps_on_one_image_lower_the_loss_and_touch_only_what_learns(
     before, learned = snapshot(parts), {name: t.clone() for name, t in parts.method.state().items()}
     losses = []
     for batch, step in zip(fixed_batches(parts), range(20), strict=False):
-        loss = parts.engine.backward(parts.prepare(parts.engine.place(batch)))
+        loss = parts.engine.backward(parts.prepare(parts.engine.to_device(batch)))
         assert torch.isfinite(loss.total) and loss.per_sample.shape == (1,)
         parts.engine.step({name: rate(step) for name, rate in parts.rates.items()}, step + 1)
         losses.append(float(loss.total))
@@ -78,7 +78,7 @@ def test_every_vector_of_an_embedding_trains(workplace: Path) -> None:
     # diffusers #4450 trained the first of several vectors only
     parts = make_parts(workplace, "textual_inversion")
     before = parts.method.vectors.detach().clone()
-    parts.engine.backward(parts.prepare(parts.engine.place(parts.feed.batch(0))))
+    parts.engine.backward(parts.prepare(parts.engine.to_device(parts.feed.batch(0))))
     parts.engine.step({"embedding": 0.1}, 1)
     assert ((parts.method.vectors - before).abs().sum(1) > 0).all()
 

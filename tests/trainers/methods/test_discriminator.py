@@ -129,14 +129,14 @@ def test_folders_and_two_jsons_split_as_they_say(workplace: Path, tmp_path: Path
     by_folder = make_parts(workplace, data__instance_data_dir=str(tmp_path / "sorted"))
     by_json = make_parts(workplace)
     assert by_folder.sets.instances.content_hash == by_json.sets.instances.content_hash
-    assert by_json.apart is not None and len(by_json.apart) == 8 and len(by_json.sets.instances) == 32
+    assert by_json.held_out is not None and len(by_json.held_out) == 8 and len(by_json.sets.instances) == 32
     names = sorted(labels)
     write_labels(str(tmp_path / "train.json"), {name: labels[name] for name in names[:20]})
     write_labels(str(tmp_path / "test.json"), {name: labels[name] for name in names[15:25]})
     jsons = {"labels": str(tmp_path / "train.json"), "test_labels": str(tmp_path / "test.json")}
     split = make_parts(workplace, jsons)
     seen = [Path(uri).name for uri in split.sets.instances.column("uri")]
-    assert sorted(seen) == names[:15] and split.apart is not None and len(split.apart) == 10
+    assert sorted(seen) == names[:15] and split.held_out is not None and len(split.held_out) == 10
     assert set(split.sets.instances.column("caption")) == {"warm", "cold"}
 
 
@@ -196,7 +196,7 @@ def test_balanced_classes_count_alike(workplace: Path, tmp_path: Path) -> None:
     section = {"labels": str(tmp_path / "l.json"), "holdout_per_class": 0, "balance_classes": True}
     parts = make_parts(workplace, section, train__train_batch_size=24)
     batch = parts.feed.batch(0)
-    assert parts.apart is None and torch.bincount(batch["labels"]).tolist() == [20, 4]
+    assert parts.held_out is None and torch.bincount(batch["labels"]).tolist() == [20, 4]
     losses = parts.method(batch).per_sample
     share = [float(losses[batch["labels"] == number].sum()) for number in (0, 1)]
     assert share[0] == pytest.approx(share[1], rel=0.05), (

@@ -56,7 +56,7 @@ def make_parts(workplace: Path, name: str, **changes: Any) -> Parts:
 def train(parts: Parts, steps: range, *, fixed: bool = False) -> list[float]:
     losses = []
     for step in steps:
-        batch = parts.prepare(parts.engine.place(parts.feed.batch(0 if fixed else step)))
+        batch = parts.prepare(parts.engine.to_device(parts.feed.batch(0 if fixed else step)))
         loss = parts.engine.backward(batch)
         assert torch.isfinite(loss.total)
         parts.engine.step({name: rate(step) for name, rate in parts.rates.items()}, step + 1)
@@ -88,7 +88,7 @@ def test_stop_and_resume_is_a_straight_run(workplace: Path, name: str) -> None:
     first = make_parts(workplace, name, **changes)
     assert train(first, range(2)) == losses[:2]
     second = make_parts(workplace, name, **changes)
-    second.engine.load_learned({key: tensor.clone() for key, tensor in first.engine.learned().items()})
+    second.engine.load_weights({key: tensor.clone() for key, tensor in first.engine.weights().items()})
     second.engine.load_state(first.engine.state())
     assert train(second, range(2, 4)) == losses[2:]
     found, expected = second.method.state(), straight.method.state()

@@ -74,7 +74,7 @@ def test_the_first_step_is_the_base_models_and_only_matrices_change(tmp_path: Pa
     assert set(learned) == {name for name in learned if name.endswith(("lora_A.weight", "lora_B.weight"))}
     losses = []
     for batch, step in zip(fixed_batches(parts), range(20), strict=False):
-        loss = parts.engine.backward(parts.prepare(parts.engine.place(batch)))
+        loss = parts.engine.backward(parts.prepare(parts.engine.to_device(batch)))
         losses.append(float(loss.total))
         parts.engine.step({name: rate(step) for name, rate in parts.rates.items()}, step + 1)
     assert losses[-1] < losses[0] * 0.995, losses

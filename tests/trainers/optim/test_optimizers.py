@@ -18,9 +18,9 @@ from engine_parts import make_parts, take_step
 from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.engines.torch_engine import TorchEngine
-from dreamfleet.trainers.methods.base import ParamGroup
 from dreamfleet.trainers.optim.adafactor import Adafactor
 from dreamfleet.trainers.optim.optimizers import make_optimizer
+from dreamfleet.trainers.optim.param_group import ParamGroup
 from dreamfleet.trainers.optim.stochastic_rounding import Stepper, round_stochastically
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import Parts
@@ -35,8 +35,8 @@ NARROW: dict[str, Any] = {"train__mixed_precision": "bf16", "train__full_bf16": 
 def step_inside(parts: Parts, step: int) -> tuple[float, float]:
     """Take a step as the loop does, told before backward; returns loss and gradient norm."""
     rates = dict.fromkeys(parts.rates, 1e-3)
-    parts.engine.begin(rates, step + 1)
-    loss = parts.engine.backward(parts.prepare(parts.engine.place(parts.feed.batch(step))))
+    parts.engine.begin_step(rates, step + 1)
+    loss = parts.engine.backward(parts.prepare(parts.engine.to_device(parts.feed.batch(step))))
     return float(loss.total), float(parts.engine.step(rates, step + 1))
 
 
@@ -135,16 +135,16 @@ def test_bfloat16_weights_step_together_as_alone(name: str) -> None:
 def test_stepping_inside_backward_is_the_same_step(tmp_path: Path, name: str, method: dict[str, Any]) -> None:
     plain = make_parts(tmp_path, method=method, optimizer={**NO_CLIPPING, "name": name})
     fused = make_parts(tmp_path, method=method, optimizer={**FUSED, "name": name})
-    start = copy.deepcopy(fused.engine.learned())
+    start = copy.deepcopy(fused.engine.weights())
     fused.engine.backward(fused.prepare(fused.feed.batch(9)))  # the rehearsal before the first step
-    assert all(torch.equal(value, start[key]) for key, value in fused.engine.learned().items())
+    assert all(torch.equal(value, start[key]) for key, value in fused.engine.weights().items())
     for step in range(3):
         (loss, norm), (other, other_norm) = step_inside(fused, step), step_inside(plain, step)
         assert loss == other and norm == pytest.approx(other_norm, rel=1e-5)
         assert all(param.grad is None for param in fused.engine.params.values())
-    for key, value in plain.engine.learned().items():
-        assert torch.equal(value, fused.engine.learned()[key]), key
-    with pytest.raises(RuntimeError, match="begun"):
+    for key, value in plain.engine.weights().items():
+        assert torch.equal(value, fused.engine.weights()[key]), key
+    with pytest.raises(RuntimeError, match="begin_step"):
         fused.engine.step(dict.fromkeys(fused.rates, 1e-3), 4)
 
 
@@ -169,13 +169,13 @@ def test_moments_take_the_layout_of_their_weights(tmp_path: Path, before: bool) 
         take_step(straight, step)
         take_step(saved, step)
     resumed = make_parts(tmp_path, engine={"channels_last": not before, "use_ema": True})
-    resumed.engine.load_learned(saved.engine.learned())
-    resumed.engine.load_state({**saved.engine.state(), "ema": saved.engine.learned()})
+    resumed.engine.load_weights(saved.engine.weights())
+    resumed.engine.load_state({**saved.engine.state(), "ema": saved.engine.weights()})
     for step in range(2, 5):
         take_step(straight, step)
         take_step(resumed, step)
-    for name, value in straight.engine.learned().items():
-        torch.testing.assert_close(resumed.engine.learned()[name], value, rtol=0, atol=3e-4)  # unpaired: 1e-3
+    for name, value in straight.engine.weights().items():
+        torch.testing.assert_close(resumed.engine.weights()[name], value, rtol=0, atol=3e-4)  # unpaired: 1e-3
     engine = resumed.engine
     assert isinstance(engine, TorchEngine) and engine.ema is not None
     for name, param in engine.params.items():
@@ -254,7 +254,7 @@ def test_the_average_of_bfloat16_weights_is_exported_in_full(tmp_path: Path) -> 
     assert isinstance(engine, TorchEngine) and engine.ema is not None
     live = param.detach().clone()
     assert engine.evaluate(lambda: param.dtype) == torch.bfloat16
-    with engine.whole():
+    with engine.full_weights():
         assert torch.equal(param, engine.ema.shadow[name]) and param.dtype == torch.float32
     assert torch.equal(param, live) and param.dtype == torch.bfloat16
 
@@ -268,7 +268,7 @@ def test_the_average_of_bfloat16_weights_is_exported_in_full(tmp_path: Path) -> 
         ({"optimizer": FUSED, "engine__zero_stage": 2}, "engine.zero_stage: 2"),
         ({"optimizer": FUSED, "train__mixed_precision": "fp16"}, "back"),
         ({"train__full_bf16": True}, "mixed_precision: bf16"),
-        ({**NARROW, "engine__zero_stage": 2}, "full_bf16 .*engine.zero_stage"),
+        ({**NARROW, "engine__zero_stage": 2}, "full_bf16: .*engine.zero_stage"),
         ({"optimizer": {"name": "adafactor"}, "engine__zero_stage": 1}, "adafactor"),
     ],
 )

@@ -25,7 +25,7 @@ from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.launch import fit
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
-from dreamfleet.trainers.run.recorder import Recorder
+from dreamfleet.trainers.run.checkpointing import Checkpointing
 from dreamfleet.trainers.run.run import newest_checkpoint, open_run_folder, run_worker
 from dreamfleet.trainers.run.stopwatch import Clock
 
@@ -141,13 +141,12 @@ def test_a_worker_that_comes_late_to_a_save_waits_like_the_others(tmp_path: Path
     """Rank 0 may have written all of it before the others arrive; one that passes by leaves it waiting for ever."""
     checkpoints, distributed = Checkpoints(Storage(str(tmp_path))), RankOne()
     checkpoints.save(2, learned={"w": torch.zeros(1)}, engine={}, meta={})
-    engine: Any = SimpleNamespace(learned=dict, state=dict, lockstep=False)
-    parts: Any = SimpleNamespace(engine=engine, sets=SimpleNamespace(instances=None))
-    recipe = build_recipe(recipe_tree(tmp_path, "run"))
-    recorder = Recorder(recipe, parts, distributed, Storage(str(tmp_path)), checkpoints, 0, None, "", Clock())
-    recorder.save(2)
+    engine: Any = SimpleNamespace(weights=dict, state=dict, lockstep=False)
+    parts: Any = SimpleNamespace(engine=engine, distributed=distributed)
+    checkpointing = Checkpointing(parts, checkpoints, Clock())
+    checkpointing.save(2)
     assert distributed.waits == [True]
-    recorder.save(2)  # stopped right after it was saved: nobody saves again
+    checkpointing.save(2)  # stopped right after it was saved: nobody saves again
     assert distributed.waits == [True]
 
 

@@ -1,0 +1,133 @@
+"""The engines by name, which of them a recipe runs, and what each supports. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from dreamfleet.datasets.config_base import Section
+from dreamfleet.datasets.registry import Registry
+from dreamfleet.trainers.config.engine import EngineConfig
+
+
+class EngineSpec:
+    """What an engine supports, known before torch is imported; every engine class derives from it.
+
+    The class methods take the recipe's ``engine:`` section, because the answer may depend on it. The defaults describe
+    an engine that accepts every option of a recipe.
+    """
+
+    #: The keys of ``engine.options`` and their types; an engine without options has none.
+    Options: ClassVar[type[Section]] = Section
+    #: Why ``dreamfleet plan`` cannot estimate the memory of a run; None: it can.
+    no_plan: ClassVar[str | None] = "computes in a way that the memory plan does not model"
+    #: Whether each worker needs a whole GPU: workers that share one use gloo, which lacks operations.
+    needs_whole_gpu: ClassVar[bool] = False
+
+    @classmethod
+    def refused(cls, config: EngineConfig) -> Mapping[str, str]:
+        """Return the recipe keys that must keep their defaults with this engine, each with the reason."""
+        return {}
+
+    @classmethod
+    def shares_process(cls, config: EngineConfig) -> bool:
+        """Return whether several trials of a search may run one after the other in one process."""
+        return False
+
+    @classmethod
+    def summary(cls, config: EngineConfig) -> str:
+        """Return the engine and its main settings in a few words, for reports and logs."""
+        return config.name
+
+    @classmethod
+    def setting(cls, config: EngineConfig) -> str:
+        """Return the key and value of the recipe that select this engine, for error messages."""
+        return f"engine.name: {config.name}"
+
+
+class TorchSpec(EngineSpec):
+    """The engine that uses torch alone: one device, or DDP on several."""
+
+    no_plan = None
+
+    @classmethod
+    def shares_process(cls, config: EngineConfig) -> bool:
+        return not config.torch_compile  # compiled blocks keep memory
+
+    @classmethod
+    def summary(cls, config: EngineConfig) -> str:
+        return "torch"
+
+
+class ZeroSpec(EngineSpec):
+    """DeepSpeed's ZeRO, which shards optimizer states, gradients and weights over the workers."""
+
+    no_plan = None
+    needs_whole_gpu = True
+
+    @classmethod
+    def refused(cls, config: EngineConfig) -> Mapping[str, str]:
+        refused = {
+            "optimizer.name": "which shards the states of adamw only",
+            "optimizer.fused_backward": "which steps after the whole backward pass",
+            "train.full_bf16": "whose stages keep float32 weights in the optimizer and compute in 16 bits anyway",
+        }
+        if config.zero_stage != 0:
+            refused["engine.channels_last"] = "which stores the weights in flat buffers"
+        if config.zero_stage == 3:
+            refused["engine.torch_compile"] = "which gathers and releases weights between the blocks"
+        return refused
+
+    @classmethod
+    def summary(cls, config: EngineConfig) -> str:
+        offloaded = {"optimizer": config.offload_optimizer_device, "weights": config.offload_param_device}
+        parts = [f"{what} on {device}" for what, device in offloaded.items() if device != "none"]
+        return ", ".join([f"ZeRO-{config.zero_stage}", *parts])
+
+    @classmethod
+    def setting(cls, config: EngineConfig) -> str:
+        return "engine.deepspeed_config" if config.is_auto else f"engine.zero_stage: {config.zero_stage}"
+
+
+#: Engine classes by name; an installed package adds one through the entry-point group ``dreamfleet.engines``.
+ENGINES: Registry[type[EngineSpec]] = Registry(
+    "engine",
+    group="dreamfleet.engines",
+    builtin={
+        "torch": "dreamfleet.trainers.engines.torch_engine:TorchEngine",
+        "zero": "dreamfleet.trainers.engines.zero_engine:ZeroEngine",
+    },
+)
+
+
+def engine_name(config: EngineConfig) -> str:
+    """Return the name of the engine that a recipe runs.
+
+    ``engine.name: auto`` is ``zero`` where a ZeRO stage or a DeepSpeed file is given, else ``torch``, until
+    ``settle_engine`` has planned the memory of a GPU.
+    """
+    if config.name != "auto":
+        return config.name
+    return "torch" if config.zero_stage == "auto" and config.deepspeed_config is None else "zero"
+
+
+def engine_spec(config: EngineConfig) -> type[EngineSpec]:
+    """Return what the engine of a recipe supports; imports torch only for engines of other packages.
+
+    Raises UserError for an engine that does not exist.
+    """
+    name = engine_name(config)
+    return {"torch": TorchSpec, "zero": ZeroSpec}.get(name) or ENGINES.get(name)
+
+
+def find_refused(sections: Mapping[str, Any], reasons: Mapping[str, str], *, by: str) -> list[str]:
+    """Return an error for each ``section.key`` in ``reasons`` that is not at its default in ``sections``."""
+    found = []
+    for path, reason in reasons.items():
+        name, _, key = path.partition(".")
+        if (section := sections.get(name)) is None:
+            continue
+        default = type(section).model_fields[key].get_default(call_default_factory=True)
+        if (value := getattr(section, key)) != default:
+            found.append(f"{path}: {value} does not go with {by}, {reason}; leave it out")
+    return found

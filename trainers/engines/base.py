@@ -1,0 +1,202 @@
+"""The interface of an engine: it places a method's parameters, computes gradients and steps the optimizer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dreamfleet.datasets.config_base import Section
+from dreamfleet.datasets.errors import CheckpointError, RecipeError, UserError
+from dreamfleet.trainers.config.engine import EngineConfig
+from dreamfleet.trainers.config.engines import ENGINES, EngineSpec, engine_name, find_refused
+from dreamfleet.trainers.config.optimizer import OptimizerConfig
+from dreamfleet.trainers.distributed.device import copy_to_device
+from dreamfleet.trainers.engines.performance import apply_options, release_compiled, start_any_rank
+from dreamfleet.trainers.methods.base import Batch, Loss, Method
+from dreamfleet.trainers.optim.ema import Ema
+
+T = TypeVar("T")
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Engine(EngineSpec, ABC):
+    """Trains one method with one optimizer on this worker's device.
+
+    Gradients are averaged over workers and micro-batches, so the same global batch gives the same step on any number of
+    workers. Every rank must call each method, except :meth:`to_device`, :meth:`autocast` and :meth:`drop_gradients`.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        *,
+        config: EngineConfig,
+        optimizer: OptimizerConfig,
+        mixed_precision: str,
+        device: torch.device,
+        world: int = 1,
+        num_micros: int = 1,
+        seed: int = 0,
+    ):
+        if refused := find_refused({"engine": config}, self.refused(config), by=self.setting(config)):
+            raise RecipeError("\n  ".join(refused))
+        self.options: Section = self.Options.model_validate(config.options)
+        self.seed, self.optimizer_name = seed, optimizer.name
+        self.method, self.config, self.device, self.world = method, config, device, world
+        self.num_micros, self.max_grad_norm = num_micros, optimizer.max_grad_norm
+        self.is_main = world == 1 or dist.get_rank() == 0
+        self.mixed_precision, self.dtype = mixed_precision, DTYPES[mixed_precision]
+        apply_options(method.model.unet, config, device)
+        self.groups = [group for group in method.groups() if group.params]
+        self.params = {name: param for group in self.groups for name, param in group.params.items()}
+        self.ema: Ema | None = None
+        self.resources = ExitStack()  # released by close(), last in first out
+        self.resources.callback(release_compiled, config)
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self._build(optimizer)
+            undo.pop_all()
+
+    @classmethod
+    def place_model(
+        cls,
+        method: Method,
+        config: EngineConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Move a method and its model to the device before the engine is built.
+
+        Parts without trainable parameters are cast to ``dtype`` (None: they keep their precision).
+        """
+        move_method(method, device, dtype)
+
+    @abstractmethod
+    def _build(self, optimizer: OptimizerConfig) -> None:
+        """Build the optimizer and whatever wraps the method."""
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether each forward pass is a collective operation, so that all ranks must compute the same passes."""
+        return False
+
+    def to_device(self, batch: Batch) -> Batch:
+        """Copy a batch's tensors to the device."""
+        return {
+            name: copy_to_device(value, self.device) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
+
+    def autocast(self) -> Any:
+        """Return the context in which forward passes run."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def begin_step(self, rates: dict[str, float], step: int) -> None:
+        """Announce optimizer step ``step`` (from 1) and its learning rates, before its first :meth:`backward`."""
+
+    @abstractmethod
+    def backward(self, batch: Batch, *, last: bool = True) -> Loss:
+        """Run forward and backward of one micro-batch; ``last``: :meth:`step` follows."""
+
+    @abstractmethod
+    def step(self, rates: dict[str, float], step: int) -> Tensor:
+        """Clip, step the optimizer with one learning rate per group, update the average; return the gradient norm."""
+
+    @abstractmethod
+    def drop_gradients(self) -> None:
+        """Discard every gradient since the last step."""
+
+    @abstractmethod
+    def evaluate(self, action: Callable[[], T]) -> T:
+        """Run ``action`` on every rank with the averaged weights in the method (without EMA: its weights).
+
+        Ranks may compute different things, unless the engine is in :attr:`lockstep`.
+        """
+
+    @abstractmethod
+    def full_weights(self) -> AbstractContextManager[None]:
+        """Within this context rank 0's model holds those weights unsharded, in full precision; it need not compute."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """Return the trained weights by name on rank 0, unsharded and in full precision."""
+
+    @abstractmethod
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Load what :meth:`weights` returned. Raises RecipeError when names or shapes differ."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Return on rank 0 what a resume needs besides the weights; every engine reads the state of every other."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Load what :meth:`state` returned. Raises CheckpointError when it does not fit this run."""
+
+    def close(self) -> None:
+        """Release everything the engine holds besides memory; it cannot be used again."""
+        self.resources.close()
+
+    def any_rank(self, flag: bool) -> Callable[[], bool]:
+        """Start asking whether any rank raised the flag; call the result for the answer, equal on every rank."""
+        if self.world == 1:
+            return lambda: flag
+        return start_any_rank(flag, self.device)
+
+    def mean_over_ranks(self, values: Tensor) -> Tensor:
+        """Average a tensor of figures over the workers, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+            values /= self.world
+        return values
+
+
+def engine_class(config: EngineConfig) -> type[Engine]:
+    """Return the engine class of a recipe. Raises UserError for one that does not exist, or is no Engine."""
+    name = engine_name(config)
+    found = ENGINES.get(name)
+    if not (isinstance(found, type) and issubclass(found, Engine)):
+        raise UserError(f"engine.name: {name} is {found!r}, which is no subclass of dreamfleet's Engine")
+    return found
+
+
+def move_method(
+    method: Method,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    trained_on: torch.device | None = None,
+    sharded: Collection[str] = (),
+) -> None:
+    """Move a method, its helpers and its model; parts without trainable parameters are cast to ``dtype``.
+
+    Trainable parameters, and the parts of ``method.loss_parts`` named in ``sharded``, go to ``trained_on`` (None:
+    ``device``); their buffers always go to ``device``.
+    """
+    home = device if trained_on is None else trained_on
+    method.model.to(device, dtype, home=home, sharded=sharded)
+    for helper in method.helpers.values():
+        helper.to(device)
+    method.to(home)
+    for root in (method, *(method.loss_parts[name] for name in sharded)):
+        for module in root.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+
+
+def check_optimizer(name: str, state: dict[str, Any]) -> None:
+    """Raise CheckpointError when a checkpoint was saved with another optimizer, whose states do not fit this one."""
+    saved = state.get("optimizer_name", name)
+    if saved != name:
+        raise CheckpointError(
+            f"the checkpoint was saved with optimizer.name: {saved}, and this recipe has {name}; set {saved} to resume"
+        )

@@ -1,0 +1,113 @@
+"""Measures a run's held-out images and draws its previews."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from PIL import Image
+
+from dreamfleet.datasets.index.concepts import load_held_out
+from dreamfleet.datasets.index.index import Index
+from dreamfleet.datasets.json_text import json_text
+from dreamfleet.trainers.batches.vae_encoding import read_pixels
+from dreamfleet.trainers.distributed.agreement import share_index
+from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.evaluation.fidelity import MOST_REAL
+from dreamfleet.trainers.evaluation.heldout_loss import HeldOutImages, HeldOutLoss, Judge, draw_previews
+from dreamfleet.trainers.methods.image_method import SeeingMethod
+from dreamfleet.trainers.run.build import Parts
+from dreamfleet.trainers.run.recorder import Recorder
+
+log = logging.getLogger(__name__)
+
+
+class Evaluation:
+    """Held-out loss and preview images of a run; every rank calls each method and does its share.
+
+    Raises the UserErrors of held-out images that cannot be read.
+    """
+
+    def __init__(self, parts: Parts, recorder: Recorder):
+        self.parts, self.recorder = parts, recorder
+        recipe, distributed = parts.recipe, parts.distributed
+        # Ranks that work in lockstep all compute everything.
+        self.sharing = DistributedContext(device=distributed.device) if parts.engine.lockstep else distributed
+        self.real = parts.sets.instances  # the images that previews are compared with
+        self.held_out: HeldOutLoss | HeldOutImages | None = None
+        self._judge: Judge | None = None
+        validation = recipe.validation
+        if distributed.is_main and not validation.prompts and set(validation.metrics) - {"loss"}:
+            log.warning(
+                "validation.metrics: no %s without validation.prompts, as previews are what it measures",
+                ", ".join(name for name in validation.metrics if name != "loss"),
+            )
+        if parts.held_out is not None and isinstance(parts.method, SeeingMethod):
+            self.held_out = HeldOutImages(
+                parts.held_out,
+                method=parts.method,
+                max_pixels=recipe.data.max_pixels,
+                distributed=self.sharing,
+            )
+        elif folder := validation.holdout:
+            self.real = share_index(distributed, lambda: load_held_out(folder, recipe.data))
+            self.held_out = HeldOutLoss(
+                self.real,
+                method=parts.method,
+                data=recipe.data,
+                count=validation.holdout_timesteps,
+                distributed=self.sharing,
+            )
+
+    def write_real_images(self) -> None:
+        """Write ``samples/real.png``, training images in a grid; on rank 0."""
+        images = self._load_real(self.parts.sets.instances)[:12]
+        self.recorder.write_grid("samples/real.png", images, columns=min(6, len(images)))
+
+    def measure(self) -> dict[str, float]:
+        """Return the figures of the held-out images, ``holdout_loss`` among them; {} without such images."""
+        held_out, engine = self.held_out, self.parts.engine
+        if held_out is None:
+            return {}
+        return engine.evaluate(lambda: held_out.figures(engine))
+
+    def draw(self, step: int) -> None:
+        """Draw the preview grid of a step; rank 0 writes it, with scores where the recipe names metrics."""
+        parts, validation = self.parts, self.parts.recipe.validation
+        if not validation.prompts:
+            return
+        images, cells = parts.engine.evaluate(
+            lambda: draw_previews(
+                parts.method,
+                parts.engine,
+                validation,
+                parts.recipe.data.resolution,
+                distributed=self.sharing,
+            )
+        )
+        parts.distributed.on_rank_0(lambda: self._write_previews(step, images, cells))
+
+    def _write_previews(self, step: int, images: list[Image.Image], cells: list[dict[str, Any]]) -> None:
+        validation = self.parts.recipe.validation
+        if validation.scores_previews:
+            self.recorder.log_scores(step, self._load_judge().score(images, cells))
+        name = f"samples/step-{step:06d}"
+        self.recorder.write_grid(f"{name}.png", images, columns=validation.num_images, step=step)
+        self.recorder.run.write_text(f"{name}.jsonl", "\n".join(map(json_text, cells)) + "\n")
+
+    def _load_judge(self) -> Judge:
+        if self._judge is None:
+            from dreamfleet.trainers.evaluation.score import words_to_strip
+
+            recipe = self.parts.recipe
+            self._judge = Judge(
+                recipe.validation, real=self._load_real(self.real), strip=words_to_strip(recipe)
+            )
+        return self._judge
+
+    def _load_real(self, index: Index) -> list[Image.Image]:
+        arrays = [
+            (read_pixels(uri, self.parts.recipe.data).transpose(1, 2, 0) + 1) * 127.5
+            for uri in index.column("uri")[:MOST_REAL]
+        ]
+        return [Image.fromarray(array.round().clip(0, 255).astype("uint8")) for array in arrays]
