@@ -56,7 +56,7 @@ def score_prompts(
 ) -> tuple[dict[str, float], list[Any]]:
     """Draw every prompt with every seed, and score the pictures by real ones and by what ``plain`` says of each."""
     from dreamfleet.trainers.config.image_request import requests_for
-    from dreamfleet.trainers.evaluation.fidelity import score_images
+    from dreamfleet.trainers.evaluation.judge import score_images
     from dreamfleet.trainers.models.sampling.sample import generate
     from dreamfleet.trainers.models.vision.clip import load_clip
 
@@ -75,8 +75,8 @@ def score_prompts(
     told = [text for text in plain for _ in SEEDS]
     scores = score_images(images, prompts=told, real=real, clip=load_clip())
     figures = {
-        "clip_i": round(scores.clip_i, 4),
-        "clip_t": round(scores.clip_t, 4),
+        "clip_i": round(scores.means["clip_i"], 4),
+        "clip_t": round(scores.means["clip_t"], 4),
         "seconds_a_picture": round(seconds / len(images), 3),
     }
     return figures, images[:: len(SEEDS)]

@@ -18,7 +18,7 @@ from ray.tune.search.optuna import OptunaSearch
 from dreamfleet.datasets.rng import key
 from dreamfleet.trainers.config.search import Point, SearchConfig
 from dreamfleet.tune.space import distributions, grid
-from dreamfleet.tune.trial_store import Ledger, Trial
+from dreamfleet.tune.trial_store import Trial, TrialStore
 
 STUDY = "dreamfleet"
 
@@ -54,16 +54,16 @@ class KeyedSampler(optuna.samplers.BaseSampler):
         return self.own.sample_independent(study, trial, param_name, param_distribution)
 
 
-class Proposals(OptunaSearch):
+class SearchAlgorithm(OptunaSearch):
     """Gives Ray Tune a trial after the other: those that were interrupted, those that were asked for, then new draws.
 
     ``should_stop()`` ends the search: what runs then is left to end by itself.
     """
 
-    def __init__(self, ledger: Ledger, *, should_stop: Callable[[], bool] = lambda: False):
-        search = ledger.search
-        self.ledger, self.should_stop = ledger, should_stop
-        self.unfinished = [trial for trial in ledger.trials if not trial.is_over]
+    def __init__(self, store: TrialStore, *, should_stop: Callable[[], bool] = lambda: False):
+        search = store.search
+        self.store, self.should_stop = store, should_stop
+        self.unfinished = [trial for trial in store.trials if not trial.is_over]
         planned = planned_points(search)
         self.total = search.num_trials or len(planned)
         if search.algorithm == "grid":
@@ -73,10 +73,10 @@ class Proposals(OptunaSearch):
         study = optuna.create_study(
             storage=storage, study_name=STUDY, direction="maximize" if search.maximise else "minimize"
         )
-        for trial in ledger.trials:
+        for trial in store.trials:
             if trial.is_over:
                 study.add_trial(_past(trial, search))
-        for point in [trial.point for trial in self.unfinished] + planned[len(ledger.trials) :]:
+        for point in [trial.point for trial in self.unfinished] + planned[len(store.trials) :]:
             study.enqueue_trial(point)
         super().__init__(
             distributions(search),
@@ -90,14 +90,14 @@ class Proposals(OptunaSearch):
     @property
     def remaining(self) -> int:
         """How many trials are still to be run, interrupted ones among them."""
-        return len(self.unfinished) + max(0, self.total - len(self.ledger.trials))
+        return len(self.unfinished) + max(0, self.total - len(self.store.trials))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the next trial's ``name``, ``point`` and ``told`` (the step of its last round), or FINISHED."""
         if self.should_stop() or not self.remaining:
             return Searcher.FINISHED
         point = super().suggest(trial_id)
-        trial = self.unfinished.pop(0) if self.unfinished else self.ledger.add(point)
+        trial = self.unfinished.pop(0) if self.unfinished else self.store.add(point)
         assert trial.point == point, "the study hands out what it was given, in that order"
         return {"name": trial.name, "point": point, "told": trial.rounds[-1]["step"] if trial.rounds else -1}
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
-from dreamfleet.tune.trial_store import Ledger
+from dreamfleet.tune.trial_store import TrialStore
 
 NO_END = 10**9  # a trial that has come to its last step ends by itself, with its artefacts written
 
 
-class Halving(ASHAScheduler):
+class Asha(ASHAScheduler):
     """ASHA by our names of the trials: one that goes on is the one from before, and keeps the rungs that it passed."""
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
@@ -32,12 +32,12 @@ class Halving(ASHAScheduler):
         super().on_trial_remove(tune_controller, _named(trial))
 
 
-def make_scheduler(ledger: Ledger) -> Any:
+def make_scheduler(store: TrialStore) -> Any:
     """Return the scheduler that the search asks for; ASHA measures time in optimizer steps."""
-    recipe, search = ledger.recipe, ledger.search
+    recipe, search = store.recipe, store.search
     if search.scheduler == "none":
         return FIFOScheduler()
-    halving = Halving(
+    asha = Asha(
         time_attr="step",
         metric=search.metric,
         mode="max" if search.maximise else "min",
@@ -45,12 +45,12 @@ def make_scheduler(ledger: Ledger) -> Any:
         reduction_factor=search.reduction_factor,
         max_t=NO_END,
     )
-    for trial in ledger.trials:
+    for trial in store.trials:
         before = SimpleNamespace(config={"name": trial.name})
-        halving.on_trial_add(None, before)
+        asha.on_trial_add(None, before)
         for figures in trial.rounds:
-            halving.on_trial_result(None, before, figures)
-    return halving
+            asha.on_trial_result(None, before, figures)
+    return asha
 
 
 def _named(trial: Any) -> Any:

@@ -9,18 +9,18 @@ from ray.tune import Callback
 
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.trainers.driver.progress import STOP_FILE
-from dreamfleet.tune.trial_store import Ledger, Trial, common_mistake
+from dreamfleet.tune.trial_store import Trial, TrialStore, common_error
 
 
-class Scribe(Callback):
+class StoreCallback(Callback):
     """Keeps the record while trials run; lives in the driver.
 
     ``on_progress`` gets every trial that changed. ``mistake`` is an error that all trials of the ``planned`` ones would
     meet: the search ends there.
     """
 
-    def __init__(self, ledger: Ledger, on_progress: Callable[[Trial], None]):
-        self.ledger, self.on_progress = ledger, on_progress
+    def __init__(self, store: TrialStore, on_progress: Callable[[Trial], None]):
+        self.store, self.on_progress = store, on_progress
         self.mistake: UserError | None = None
         self.planned = 1
         self._seconds_before: dict[str, float] = {}
@@ -41,7 +41,7 @@ class Scribe(Callback):
         if "error" in result:
             self._fail(row, result["error"], result["kind"])
             return
-        row.add_round({name: result[name] for name in ("step", *self.ledger.figures) if name in result})
+        row.add_round({name: result[name] for name in ("step", *self.store.figures) if name in result})
         if reason := result.get("exit_reason"):
             row.status = reason
         elif result["done"]:
@@ -55,19 +55,19 @@ class Scribe(Callback):
         self._fail(self._row(trial), f"its process died: {lines[-1]}", "RunFailed")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # As for Proposals: Tune's own copy of this is never read.
+        # As for SearchAlgorithm: Tune's own copy of this is never read.
         return (object, ())
 
     def _fail(self, row: Trial, error: str, kind: str) -> None:
         row.status, row.error, row.kind = "failed", error, kind
-        if self.mistake is None and (mistake := common_mistake(self.ledger.trials, self.planned)):
+        if self.mistake is None and (mistake := common_error(self.store.trials, self.planned)):
             self.mistake = mistake
-            self.ledger.folder.write_text(STOP_FILE, "")
+            self.store.folder.write_text(STOP_FILE, "")
         self._note(row)
 
     def _row(self, trial: Any) -> Trial:
-        return self.ledger.trial(trial.config["name"])
+        return self.store.trial(trial.config["name"])
 
     def _note(self, row: Trial) -> None:
-        self.ledger.save()
+        self.store.save()
         self.on_progress(row)

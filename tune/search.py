@@ -31,11 +31,11 @@ from dreamfleet.tune.trial_store import (
     BEST,
     RECIPE,
     TABLE,
-    Ledger,
     Trial,
+    TrialStore,
     error_class,
-    open_ledger,
-    tell_trial,
+    format_trial,
+    open_store,
 )
 
 # Set while Tune runs.
@@ -101,32 +101,32 @@ def search(
             "space: {optimizer.learning_rate: {distribution: loguniform, lower: 1.0e-5, upper: 1.0e-2}}}"
         )
     check_inputs(recipe)
-    ledger = open_ledger(recipe, resume=resume)
+    store = open_store(recipe, resume=resume)
     display = Display()
-    with claimed(ledger.folder), stop_on_signal(ledger.folder, display) as stop:
-        ledger.folder.write_text(RECIPE, recipe.to_yaml())
-        ledger.save()
+    with claimed(store.folder), stop_on_signal(store.folder, display) as stop:
+        store.folder.write_text(RECIPE, recipe.to_yaml())
+        store.save()
         try:
-            _run_trials(ledger, address, shared, stop, display, on_progress)
+            _run_trials(store, address, shared, stop, display, on_progress)
         finally:
-            if ledger.trials:
-                write_results(ledger)
+            if store.trials:
+                write_results(store)
             else:
-                ledger.forget()
-    return _result(ledger, interrupted=stop.asked.is_set())
+                store.forget()
+    return _result(store, interrupted=stop.asked.is_set())
 
 
-def write_results(ledger: Ledger) -> None:
+def write_results(store: TrialStore) -> None:
     """Write everything that a search leaves beside its trials, from what is known now."""
     from dreamfleet.tune.report import write_search_report
 
-    for trial in ledger.trials:
+    for trial in store.trials:
         if trial.status == "running":
             trial.status = "interrupted"
-    ledger.save()
-    ledger.write_table()
-    ledger.write_best()
-    write_search_report(ledger)
+    store.save()
+    store.write_table()
+    store.write_best()
+    write_search_report(store)
 
 
 def trial_room(
@@ -179,22 +179,26 @@ def can_share_process(recipe: Recipe, *, uses_gpu: bool) -> bool:
 
 
 def _run_trials(
-    ledger: Ledger,
+    store: TrialStore,
     address: str | None,
     shared: Sequence[str],
     stop: Stop,
     display: Display,
     on_progress: Progress | None,
 ) -> None:
-    from dreamfleet.tune.algorithm import Proposals
-    from dreamfleet.tune.callback import Scribe
+    from dreamfleet.tune.algorithm import SearchAlgorithm
+    from dreamfleet.tune.callback import StoreCallback
 
-    scribe = Scribe(ledger, on_progress or (lambda trial: display.say(tell_trial(trial, ledger.figures))))
-    proposals = Proposals(ledger, should_stop=lambda: stop.asked.is_set() or scribe.mistake is not None)
-    scribe.planned = proposals.total
-    if not proposals.remaining:
+    callback = StoreCallback(
+        store, on_progress or (lambda trial: display.say(format_trial(trial, store.figures)))
+    )
+    algorithm = SearchAlgorithm(
+        store, should_stop=lambda: stop.asked.is_set() or callback.mistake is not None
+    )
+    callback.planned = algorithm.total
+    if not algorithm.remaining:
         return
-    recipe = ledger.recipe
+    recipe = store.recipe
     if starts_private_ray(address):  # what this machine lacks can be said before Ray is started
         trial_room(recipe, [this_machine()])
     with ray_session(address, preload=("ray.tune",)) as session, environment(TUNE_SWITCHES):
@@ -202,27 +206,27 @@ def _run_trials(
         nodes = [node.resources for node in session.nodes()]
         share, at_once = trial_room(recipe, nodes, limit=session.growth_limit())
         check_machines(session, reads=shared_paths(recipe), writes=written_paths(recipe), shared=shared)
-        at_once = min(at_once, proposals.remaining)
-        display.say(f"{proposals.remaining} trials, {at_once} at once, {describe(share.resources)} each")
+        at_once = min(at_once, algorithm.remaining)
+        display.say(f"{algorithm.remaining} trials, {at_once} at once, {describe(share.resources)} each")
         # Tune's own files are of use to it alone, and only while it runs: our record and the trials' folders are enough
         # to go on from, on disks and in buckets.
         with tempfile.TemporaryDirectory(prefix="dreamfleet-tune-", ignore_cleanup_errors=True) as files:
-            tuner = _make_tuner(ledger, share, at_once, proposals, scribe, files)
+            tuner = _make_tuner(store, share, at_once, algorithm, callback, files)
             with (
                 secrets_hidden()
             ):  # Tune copies AWS keys into its actors' runtime environment, which Ray logs
                 outcome = run_in_thread(tuner.fit, name="ray-tune-fit")
-    if scribe.mistake is not None:
-        if not any(trial.rounds for trial in ledger.trials):
-            ledger.trials.clear()
-        raise scribe.mistake
+    if callback.mistake is not None:
+        if not any(trial.rounds for trial in store.trials):
+            store.trials.clear()
+        raise callback.mistake
     if outcome.error is not None:
         last = str(outcome.error).strip().splitlines()[-1]
         raise RunFailed(f"Ray Tune failed: {last}") from outcome.error
 
 
 def _make_tuner(
-    ledger: Ledger, share: WorkerShare, at_once: int, proposals: Any, scribe: Any, files: str
+    store: TrialStore, share: WorkerShare, at_once: int, algorithm: Any, callback: Any, files: str
 ) -> Any:
     from ray import tune
 
@@ -230,11 +234,11 @@ def _make_tuner(
     from dreamfleet.tune.asha import make_scheduler
     from dreamfleet.tune.trial import Shared, TrialActor
 
-    recipe = ledger.recipe
+    recipe = store.recipe
     shared = Shared(
         folder=recipe.output_dir,
         recipe=recipe.model_dump(mode="json", exclude={"search"}),
-        figures=ledger.figures,
+        figures=store.figures,
         threads=share.threads,
         uses_gpu=share.uses_gpu,
         gpu_share=share.gpu_share,
@@ -246,16 +250,16 @@ def _make_tuner(
             tune.with_parameters(TrialActor, shared=shared), tune.PlacementGroupFactory([share.resources])
         ),
         tune_config=tune.TuneConfig(
-            search_alg=proposals,
-            scheduler=make_scheduler(ledger),
-            num_samples=-1,  # the proposals end the search
+            search_alg=algorithm,
+            scheduler=make_scheduler(store),
+            num_samples=-1,  # the algorithm end the search
             max_concurrent_trials=at_once,
             reuse_actors=can_share_process(recipe, uses_gpu=share.uses_gpu),
         ),
         run_config=tune.RunConfig(
             name="search",
             storage_path=files,
-            callbacks=[scribe],
+            callbacks=[callback],
             # Of a trial whose process or machine died; errors of the trial itself come as its last round.
             failure_config=tune.FailureConfig(max_failures=recipe.scaling.max_failures),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -264,10 +268,10 @@ def _make_tuner(
     )
 
 
-def _result(ledger: Ledger, *, interrupted: bool) -> SearchResult:
-    folder, ranking = ledger.folder, ledger.ranking()
-    failed = [trial for trial in ledger.trials if trial.status == "failed"]
-    if failed and len(failed) == len(ledger.trials):
+def _result(store: TrialStore, *, interrupted: bool) -> SearchResult:
+    folder, ranking = store.folder, store.ranking()
+    failed = [trial for trial in store.trials if trial.status == "failed"]
+    if failed and len(failed) == len(store.trials):
         first = failed[0]
         error = (
             error_class(first) if all(issubclass(error_class(t), UserError) for t in failed) else RunFailed
@@ -279,10 +283,10 @@ def _result(ledger: Ledger, *, interrupted: bool) -> SearchResult:
     return SearchResult(
         exit_reason="interrupted" if interrupted else "completed",
         trials=ranking,
-        best=ledger.best,
-        metric=ledger.search.metric,
+        best=store.best,
+        metric=store.search.metric,
         folder=folder.path(),
-        best_recipe=folder.path(BEST) if ledger.best else None,
+        best_recipe=folder.path(BEST) if store.best else None,
         table=folder.path(TABLE),
         report=folder.path("report.html"),
     )

@@ -187,7 +187,8 @@ def rounds_of(run: Storage, figures: Sequence[str]) -> list[dict[str, Any]]:
 
 def write_end(run: Storage, summary: Summary) -> None:
     """Write summary and report of a run again, for an ending that the run itself does not know of."""
+    from dreamfleet.trainers.artifacts.usage import describe
     from dreamfleet.trainers.report.report import write_report
 
     run.write_text("summary.json", json_text(dataclasses.asdict(summary), indent=1))
-    write_report(run)
+    write_report(run, describe=describe)

@@ -81,7 +81,7 @@ class Trial:
         self.rounds = [*kept, figures]
 
 
-class Ledger:
+class TrialStore:
     """The trials of a search, saved as they change; ``figures`` are what a validation round measures."""
 
     def __init__(self, recipe: Recipe, trials: Sequence[Trial] = ()):
@@ -157,7 +157,7 @@ class Ledger:
     def write_best(self) -> None:
         """Write ``best.yaml``: the recipe with the best trial's values, to be trained as it is."""
         if self.best is not None:
-            told = f"{self.best.name}, {tell_point(self.best.point)}"
+            told = f"{self.best.name}, {format_point(self.best.point)}"
             head = f"# The best of {len(self.trials)} trials by {self.search.metric}: {told}\n"
             chosen = trial_recipe(self.recipe, self.best.point, self.folder.path("best"), alone=False)
             self.folder.write_text(BEST, head + chosen.to_yaml())
@@ -168,7 +168,7 @@ def error_class(trial: Trial) -> type[Exception]:
     return getattr(errors, trial.kind) if trial.kind else RunFailed
 
 
-def common_mistake(trials: Sequence[Trial], planned: int) -> UserError | None:
+def common_error(trials: Sequence[Trial], planned: int) -> UserError | None:
     """Return the error that all trials would meet: the user's to mend, and met alike by the first ones.
 
     ``planned`` is how many trials the search has. None while any trial has measured something.
@@ -184,14 +184,14 @@ def common_mistake(trials: Sequence[Trial], planned: int) -> UserError | None:
     return kind(first.error)
 
 
-def tell_trial(trial: Trial, figures: Sequence[str]) -> str:
+def format_trial(trial: Trial, figures: Sequence[str]) -> str:
     """Write a line on how a trial is doing."""
     last = trial.rounds[-1] if trial.rounds else {}
     measured = [
         f"{name} {formatting.number(last[name], 4)}" for name in figures if last.get(name) is not None
     ]
     words = "  ".join(
-        [trial.name, tell_point(trial.point), *([f"step {trial.steps}"] if trial.rounds else []), *measured]
+        [trial.name, format_point(trial.point), *([f"step {trial.steps}"] if trial.rounds else []), *measured]
     )
     if trial.status == "running":
         return words
@@ -200,12 +200,12 @@ def tell_trial(trial: Trial, figures: Sequence[str]) -> str:
     )
 
 
-def tell_point(point: Point) -> str:
+def format_point(point: Point) -> str:
     """Write a point for people: learning_rate 0.0012, num_vectors 2."""
-    return ", ".join(f"{path.rpartition('.')[2]} {tell_value(value)}" for path, value in point.items())
+    return ", ".join(f"{path.rpartition('.')[2]} {format_value(value)}" for path, value in point.items())
 
 
-def tell_value(value: Value) -> str:
+def format_value(value: Value) -> str:
     """Write one searched value for people."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return formatting.number(value)
@@ -233,7 +233,7 @@ def trial_recipe(recipe: Recipe, point: Point, output_dir: str, *, alone: bool =
     return build_recipe(tree, source=f"trial of {point}")
 
 
-def open_ledger(recipe: Recipe, *, resume: bool) -> Ledger:
+def open_store(recipe: Recipe, *, resume: bool) -> TrialStore:
     """Return the record of the search in ``output_dir``: an empty one, or with ``resume`` the one that lies there.
 
     Raises RecipeError for a folder that is in use and not to be continued, CheckpointError for a search of something
@@ -248,10 +248,10 @@ def open_ledger(recipe: Recipe, *, resume: bool) -> Ledger:
             )
         _refuse_another_search(folder, recipe)
         trials = [Trial(**row) for row in json.loads(folder.read_text(FILE))["trials"]]
-        return Ledger(recipe, trials)
+        return TrialStore(recipe, trials)
     if is_used(folder):
         raise RecipeError(f"{here} is not empty and holds no search; give another output_dir")
-    return Ledger(recipe)
+    return TrialStore(recipe)
 
 
 def _refuse_another_search(folder: Storage, recipe: Recipe) -> None:
@@ -277,9 +277,9 @@ def _differences(before: Any, now: Any, path: str = "") -> list[str]:
             for key in keys
             for x in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
         ]
-    return [] if _without_parcel(before) == _without_parcel(now) else [path]
+    return [] if _without_package_path(before) == _without_package_path(now) else [path]
 
 
-def _without_parcel(value: Any) -> Any:
+def _without_package_path(value: Any) -> Any:
     # Ray unpacks what a submitted job takes along into a folder named after all of it, the recipe included.
     return _PARCEL.sub("", value) if isinstance(value, str) else value

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from dreamfleet.datasets.errors import RecipeError, ResourceError, UserError
 from dreamfleet.trainers.config.engines import engine_spec, find_refused
+from dreamfleet.trainers.config.metrics import METRICS, NEEDS
 from dreamfleet.trainers.config.validation_errors import tell
 
 if TYPE_CHECKING:
@@ -27,10 +28,11 @@ def find_conflicts(recipe: Recipe) -> list[str]:
         "data.enable_bucket does not go with prior preservation: class pictures would have to be of their instances' "
         "sizes; set enable_bucket: false, or method.with_prior_preservation: false": recipe.data.enable_bucket
         and getattr(recipe.method, "with_prior_preservation", False),
-        "validation.metrics: dino needs validation.dino, the folder of a DINO ViT": "dino"
-        in recipe.validation.metrics
-        and not recipe.validation.dino,
     }
+    for name in recipe.validation.metrics:
+        found[f"validation.metrics: {name} needs {NEEDS['dino']}"] = (
+            "dino" in METRICS.get(name).needs and not recipe.validation.dino
+        )
     fused = {
         f"train.gradient_accumulation_steps: {train.gradient_accumulation_steps} (it must be 1)": (
             train.gradient_accumulation_steps > 1

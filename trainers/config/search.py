@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from dreamfleet.datasets.config_base import Section
+from dreamfleet.trainers.config.metrics import HELD_OUT, NEEDS, is_higher_better, metrics_by_figure
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.recipe import Recipe
 
 MOST_CORNERS = 256  # combinations of the keys' ends that are validated when a recipe is read
-HELD_OUT = "holdout_loss"
-SCORES = ("clip_i", "clip_t", "dino")
 # What a trial may not differ in, and why.
 YARDSTICK = "trials that are measured differently cannot be compared"
 REFUSED = {
@@ -173,14 +172,14 @@ class SearchConfig(Section):
     @property
     def maximise(self) -> bool:
         """Whether more of the metric is better."""
-        return self.mode == "max" if self.mode else self.metric != HELD_OUT
+        return self.mode == "max" if self.mode else is_higher_better(self.metric)
 
 
 def figures_of(recipe: Recipe) -> list[str]:
     """List the figures a validation round measures, by their names in ``metrics.jsonl``."""
     validation = recipe.validation
     held_out = [HELD_OUT] if validation.holdout else list(recipe.method.figures)
-    return held_out + [name for name in SCORES if validation.scores_previews and name in validation.metrics]
+    return held_out + validation.preview_metrics
 
 
 def put_point(tree: Mapping[str, Any], point: Point) -> dict[str, Any]:
@@ -272,13 +271,14 @@ def _wrong_metric(recipe: Recipe, search: SearchConfig) -> Iterator[str]:
     measured = figures_of(recipe)
     if search.metric in measured:
         return
+    known = metrics_by_figure()
     if search.metric == HELD_OUT:
-        way = "give validation.holdout, a folder of pictures kept out of training"
-    elif search.metric in SCORES:
+        way = f"give {NEEDS['holdout']}"
+    elif search.metric in known:
         way = f"name it in validation.metrics, and give validation.prompts for the previews it scores ({search.metric})"
     else:
-        near = difflib.get_close_matches(search.metric, [HELD_OUT, *SCORES], n=1, cutoff=0.5)
-        way = f"did you mean {near[0]!r}?" if near else f"known: {', '.join([HELD_OUT, *SCORES])}"
+        near = difflib.get_close_matches(search.metric, known, n=1, cutoff=0.5)
+        way = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
     now = f"measures {', '.join(measured)}" if measured else "measures nothing"
     yield f"search.metric: validation {now}, not {search.metric!r}; {way}"
 

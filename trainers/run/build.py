@@ -29,7 +29,7 @@ from dreamfleet.trainers.config.train import USUAL_CHECKPOINTING_STEPS
 from dreamfleet.trainers.distributed.agreement import check_files, compare, compare_paths
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.engines.base import DTYPES, Engine, engine_class
-from dreamfleet.trainers.evaluation.heldout_loss import check_previews
+from dreamfleet.trainers.evaluation.previews import check_previews
 from dreamfleet.trainers.loop import Schedule
 from dreamfleet.trainers.methods.base import Batch, Method, method_class
 from dreamfleet.trainers.methods.build import build_method, check_resolution

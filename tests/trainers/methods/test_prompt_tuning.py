@@ -22,7 +22,8 @@ from dreamfleet.trainers.artifacts.usage import describe
 from dreamfleet.trainers.batches.feed import to_samples
 from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
-from dreamfleet.trainers.evaluation.heldout_loss import HeldOutLoss, draw_previews
+from dreamfleet.trainers.evaluation.heldout_loss import HeldOutLoss
+from dreamfleet.trainers.evaluation.previews import draw_previews
 from dreamfleet.trainers.memory.profile import count_run, method_shape
 from dreamfleet.trainers.models.embeddings import install_embedding, install_negative, remove_embeddings
 from dreamfleet.trainers.models.formats.embedding import read_embedding
