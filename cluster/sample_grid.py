@@ -158,7 +158,8 @@ def draw_grid(request: GridRequest) -> list[dict[str, Any]]:
     model.clip_skip = request.clip_skip or model.clip_skip
     model.max_token_length = request.max_token_length or model.max_token_length
     model.to(best_device())
-    for artifact in (*([aesthetic] if aesthetic else []), *others):
+    applied: list[Aesthetic | OtherArtifact] = [*([aesthetic] if aesthetic else []), *others]
+    for artifact in applied:
         artifact.apply(model)
     images = _generate_rows(model, shelves, rows)
     texts = [image_text(model, settings, row, image) for row, image in zip(rows, images, strict=True)]
