@@ -11,6 +11,7 @@ from dreamfleet.datasets.config_base import Section, as_list
 
 # Pillow refuses larger images itself (twice its warning limit), so this is the largest limit that has an effect.
 MAX_PIXELS = 178_956_970
+CAPTION_EXTENSIONS = (".txt", ".caption")
 MOST_CLASSES = 1000  # of labelled images
 
 
@@ -61,7 +62,9 @@ class DataConfig(Section):
     train_data_dir: str | None = Field(default=None, min_length=1)
     concepts_list: list[Concept] | str | None = None
 
-    caption_extension: Annotated[list[str], BeforeValidator(as_list)] = Field(default=[".txt", ".caption"])
+    caption_extension: Annotated[list[str], BeforeValidator(as_list)] = Field(
+        default=list(CAPTION_EXTENSIONS)
+    )
     caption_column: str | None = Field(
         default=None,
         min_length=1,

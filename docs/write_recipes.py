@@ -12,6 +12,7 @@ from pydantic import AliasChoices, BaseModel
 from pydantic.fields import FieldInfo
 
 from dreamfleet.datasets.registry import EntryName
+from dreamfleet.trainers.config.engines import ENGINES
 from dreamfleet.trainers.config.method import METHODS
 from dreamfleet.trainers.config.metrics import METRICS, NEEDS
 from dreamfleet.trainers.recipe import Recipe
@@ -211,8 +212,10 @@ def write() -> str:
         if isinstance(section, type) and issubclass(section, BaseModel) and name != "method":
             parts += [f"\n## {name}\n", table(section, name)]
             nested |= inner_models(section)
-            if name == "validation":
-                parts.append(metrics_table())
+        if name == "validation":
+            parts.append(metrics_table())
+        if name == "engine":
+            parts += engines()
     parts.append("\n## method\n\n`name` chooses the method; the other keys are its own.")
     for name, method in METHODS.items():
         parts += [f"\n### {name}\n\n{method.summary}\n", table(method, name)]
@@ -236,6 +239,17 @@ def metrics_table() -> str:
             f"| `{name}` | `{metric.figure or name}` | {better} | {metric.title}. {metric.note} | {needs} |"
         )
     return "\n".join(rows)
+
+
+def engines() -> list[str]:
+    """List the engines that ``engine.name`` selects, and the options of those that have some."""
+    lines = [f"- `{name}`: {summary(engine)}" for name, engine in ENGINES.items()]
+    options = [
+        f"\n### Options of {name}\n\n" + table(engine.Options, name)
+        for name, engine in ENGINES.items()
+        if engine.Options.model_fields
+    ]
+    return ["\n`name` selects the engine:\n", *lines, *options]
 
 
 def inner_models(model: type[BaseModel]) -> dict[str, type[BaseModel]]:

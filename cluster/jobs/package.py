@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from dreamfleet.datasets.errors import RecipeError, StorageError
-from dreamfleet.datasets.index.concepts import load_class_images, load_concepts
+from dreamfleet.datasets.index.concepts import load_concepts
 from dreamfleet.datasets.index.exclusions import is_utf8
+from dreamfleet.datasets.index.sets import load_class_images
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.paths import SECTIONS, is_path, is_under, named_paths
 from dreamfleet.trainers.driver.preflight import check_inputs
@@ -65,8 +66,8 @@ def pack(
 
     URLs (``s3://``) and paths under ``shared``, folders that every machine of the cluster mounts under the same name,
     are not changed. Every other local file or folder that the recipe names is packaged, with the files that belong to
-    it; with ``resume``, a missing start file of the run is not an error. Raises RecipeError for a local ``output_dir`` (or
-    a local cache that the job writes), for missing files, and for more than ``limit`` bytes, with the largest path.
+    it; with ``resume``, a missing start file is not an error. Raises RecipeError for a local ``output_dir`` (or a local
+    cache that the job writes), for missing files, and for more than ``limit`` bytes, naming the largest path.
     """
     starts = {getattr(recipe.method, name, None) for name in START_FILES} if resume else set()
     gone = {path for path in starts if path and not os.path.exists(path)}
@@ -79,9 +80,8 @@ def pack(
     )
     if kept is not None and not stays(kept):
         raise RecipeError(
-            f"{key} {kept} is a folder of this machine, and the job runs on others. Use {key}=s3://BUCKET/PREFIX, or, if "
-            f"every machine of the cluster has that folder (NFS, or a cluster of one machine), "
-            f"--shared {os.path.dirname(kept)}"
+            f"{key} {kept} is a folder of this machine; the job runs on others. Use {key}=s3://BUCKET/PREFIX, or add "
+            f"--shared {os.path.dirname(kept)} if every machine of the cluster has that folder (NFS, or one machine)"
         )
     sections = recipe.model_dump(mode="json")
     concepts = sections["data"]["concepts_list"]
@@ -109,8 +109,8 @@ def check_here(recipe: Recipe, *, makes_cache: bool = False) -> None:
 def write_wheel(folder: Path) -> Path:
     """Write the running dreamfleet, from a checkout or installed, as a wheel into ``folder`` and return its path.
 
-    The file name contains a hash of the content, because Ray treats wheels of equal names as equal. The wheel declares no
-    dependencies, because Ray installs it with pip into a separate folder, where pip would install another torch and Ray.
+    The file name contains a hash of the content, because Ray treats wheels of equal names as equal. The wheel declares
+    no dependencies, because Ray installs it with pip into a separate folder, which would get another torch and Ray.
     """
     files = {name: path.read_bytes() for name, path in _code().items()}
     digest = hashlib.sha256()

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WRITES_ITSELF = {
     "datasets/index/index.py", "datasets/index/labels.py", "datasets/json_text.py", "datasets/serve/latent_files.py",
     "datasets/tools/prepare.py", "trainers/batches/class_image_drawing.py", "trainers/models/sampling/infotext.py",
-    "trainers/models/stable_diffusion/pipeline_folder.py",
+    "trainers/models/pretrained.py",
 }  # fmt: skip
 
 

@@ -11,9 +11,9 @@ import torch
 
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import DataError
-from dreamfleet.datasets.index.concepts import ClassSet, Sets, load_class_images
 from dreamfleet.datasets.index.exclusions import CLASS_IMAGES
 from dreamfleet.datasets.index.index import Index, log_left_out
+from dreamfleet.datasets.index.sets import ClassSet, Sets, load_class_images
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.batches.class_image_drawing import (

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,8 +11,9 @@ from torch import Tensor
 from dreamfleet.datasets.captions import NoWords
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.index.index import BadFile, Index
-from dreamfleet.datasets.plan import BatchPlan, Draw
+from dreamfleet.datasets.plan import Draw
 from dreamfleet.datasets.rng import numpy_rng
+from dreamfleet.trainers.batches.plan_share import PlanShare, prepare_ahead
 from dreamfleet.trainers.batches.sources import Images, ResidentLatents, StreamedPixels
 from dreamfleet.trainers.distributed.device import copy_to_device
 from dreamfleet.trainers.methods.base import Batch, Method, Sample
@@ -35,7 +34,7 @@ class Feed:
 
     def __init__(
         self,
-        plan: BatchPlan,
+        share: PlanShare,
         *,
         instances: Index,
         images: Images,
@@ -44,17 +43,15 @@ class Feed:
         noise_offset: float = 0.0,
         classes: Index | None = None,
         class_images: Images | None = None,
-        rank: int = 0,
-        world: int = 1,
-        num_micros: int = 1,
     ):
-        self.plan, self.method, self.data, self.noise_offset = plan, method, data, noise_offset
-        self.rank, self.world, self.num_micros = rank, world, num_micros
-        self._halves = [(to_samples(instances), images, plan.draws)]
+        self.share, self.plan, self.method = share, share.plan, method
+        self.data, self.noise_offset = data, noise_offset
+        self._halves = [(to_samples(instances), images)]
         if classes is not None and class_images is not None:
-            self._halves.append((to_samples(classes), class_images, plan.class_draws))
+            self._halves.append((to_samples(classes), class_images))
         self._num_timesteps = method.model.scheduler.config.num_train_timesteps
-        self._check_words()
+        for samples, _ in self._halves:
+            check_words(samples, method, data)  # now, not at the step that shows such an image
 
     def batch(self, step: int, micro: int = 0) -> Batch:
         """Make the batch of one micro-step, on the CPU: instance rows first, then their class partners.
@@ -64,8 +61,8 @@ class Feed:
         ``time_ids [N, 6]``.
         """
         parts, keys, prompts, num_instances = [], [], [], 0
-        for samples, images, draws_of in self._halves:
-            draws = draws_of(step, rank=self.rank, world=self.world, micro=micro, num_micros=self.num_micros)
+        for half, (samples, images) in enumerate(self._halves):
+            draws = self.share.draws(step, micro, classes=half > 0)
             num_instances = num_instances or len(draws)
             keys += [self._key(samples[draw.row], draw) for draw in draws]
             part = images.take(draws)
@@ -94,51 +91,28 @@ class Feed:
 
         Where pictures must be decoded, ``ahead`` batches are made in a thread.
         """
-        for _, images, draws_of in self._halves:
+        for half, (_, images) in enumerate(self._halves):
             if isinstance(images, StreamedPixels):
-                images.follow(self._draws(start_step, stop_step, draws_of))
-        positions = self._positions(start_step, stop_step)
-        if all(isinstance(images, ResidentLatents) for _, images, _ in self._halves):
-            # A fifth of a millisecond a batch: not worth a thread, whose mere presence makes OpenMP on a machine of few
-            # cores put its own threads to sleep between operations (measured: steps of 212 ms instead of 101).
-            for step, micro in positions:
-                yield self.batch(step, micro)
+                images.follow(self.share.all_draws(start_step, stop_step, classes=half > 0))
+        positions = self.share.positions(start_step, stop_step)
+        if all(isinstance(images, ResidentLatents) for _, images in self._halves):
+            # A batch takes 0.2 ms: not worth a thread. On a machine of few cores a second thread makes OpenMP put its
+            # own threads to sleep between operations (measured: steps of 212 ms instead of 101).
+            yield from (self.batch(*position) for position in positions)
             return
-        pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
-        pending: deque[Future[Batch]] = deque()
-        try:
-            while True:
-                for step, micro in itertools.islice(positions, ahead - len(pending)):
-                    pending.append(pool.submit(self.batch, step, micro))
-                if not pending:
-                    return
-                yield pending.popleft().result()
-        finally:
-            for _, images, _ in self._halves:
-                if isinstance(images, StreamedPixels):
-                    images.close()
-            pool.shutdown(wait=True, cancel_futures=True)
+        yield from prepare_ahead(self.batch, positions, ahead=ahead, close=self._close_streams)
 
     @property
     def bad(self) -> list[BadFile]:
         """Pictures this rank met on the way that could not be decoded."""
-        sources = [images for _, images, _ in self._halves if isinstance(images, StreamedPixels)]
-        return [bad for images in sources for bad in images.bad]
+        return [bad for images in self._streams() for bad in images.bad]
 
-    def _check_words(self) -> None:
-        """Raise DataError for images without words now, not at the step they come up in."""
-        for samples, _, _ in self._halves:
-            check_words(samples, self.method, self.data)
+    def _streams(self) -> list[StreamedPixels]:
+        return [images for _, images in self._halves if isinstance(images, StreamedPixels)]
 
-    def _positions(self, start: int, stop: int | None) -> Iterator[tuple[int, int]]:
-        steps = itertools.count(start) if stop is None else range(start, stop)
-        return ((step, micro) for step in steps for micro in range(self.num_micros))
-
-    def _draws(self, start: int, stop: int | None, draws_of: Callable[..., list[Draw]]) -> Iterator[Draw]:
-        for step, micro in self._positions(start, stop):
-            yield from draws_of(
-                step, rank=self.rank, world=self.world, micro=micro, num_micros=self.num_micros
-            )
+    def _close_streams(self) -> None:
+        for images in self._streams():
+            images.close()
 
     def _key(self, sample: Sample, draw: Draw) -> tuple[int | str, ...]:
         return (sample.role, self.plan.seed, draw.epoch, sample.id)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from dreamfleet.datasets.config_base import Section
+from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.registry import Registry
 from dreamfleet.trainers.config.engine import EngineConfig
 
@@ -114,10 +115,13 @@ def engine_name(config: EngineConfig) -> str:
 def engine_spec(config: EngineConfig) -> type[EngineSpec]:
     """Return what the engine of a recipe supports; imports torch only for engines of other packages.
 
-    Raises UserError for an engine that does not exist.
+    Raises UserError for a name that is no engine.
     """
     name = engine_name(config)
-    return {"torch": TorchSpec, "zero": ZeroSpec}.get(name) or ENGINES.get(name)
+    found: Any = {"torch": TorchSpec, "zero": ZeroSpec}.get(name) or ENGINES.get(name)
+    if not (isinstance(found, type) and issubclass(found, EngineSpec)):
+        raise UserError(f"{name} is {found!r}, which is no subclass of trainers.engines.base.Engine")
+    return found
 
 
 def find_refused(sections: Mapping[str, Any], reasons: Mapping[str, str], *, by: str) -> list[str]:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from dreamfleet.datasets.errors import DataError, ModelError, RecipeError
-from dreamfleet.datasets.index.concepts import load_class_images, load_sets
 from dreamfleet.datasets.index.file_hashes import known_files
 from dreamfleet.datasets.index.index import Index, log_left_out
+from dreamfleet.datasets.index.sets import load_class_images, load_sets
 from dreamfleet.datasets.serve.cache import Pool, encode_shards, jobs_of, make_shards, missing_from
 from dreamfleet.datasets.serve.latent_files import encoding_of, open_cache, write_manifest
 from dreamfleet.datasets.storage.storage import Storage

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dreamfleet.datasets.errors import DataError, ModelError, RecipeError
+from dreamfleet.datasets.storage.object_store import is_address
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.conflicts import require_runnable
 from dreamfleet.trainers.config.engines import engine_spec
@@ -66,9 +67,10 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
 
     Sets of up to a thousand files on a disk are read through as a worker would; buckets and larger sets are left to it.
     """
-    from dreamfleet.datasets.index.concepts import load_concepts, load_sets
+    from dreamfleet.datasets.index.concepts import load_concepts
     from dreamfleet.datasets.index.file_hashes import known_files
     from dreamfleet.datasets.index.index import build_index
+    from dreamfleet.datasets.index.sets import load_sets
     from dreamfleet.datasets.serve.latent_files import find_manifests
     from dreamfleet.trainers.config.deepspeed import with_deepspeed_file
     from dreamfleet.trainers.recipe import METHOD_FILES, METHOD_MODELS, START_FILES
@@ -80,8 +82,7 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
             f"data.cache_dir {recipe.data.cache_dir} holds no latents yet: run `dreamfleet data cache RECIPE` first, "
             "or leave data.cache_dir out"
         )
-    folders = [Storage(concept.instance_data_dir) for concept in load_concepts(recipe.data)]
-    if all(_is_small(folder) for folder in folders):
+    if all(_is_small(concept.instance_data_dir) for concept in load_concepts(recipe.data)):
         load_sets(recipe.data, verify=False, known=known_files(recipe.data), apart=recipe.apart)
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
         model = getattr(recipe.model, name)
@@ -90,11 +91,11 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
                 f"model.{name}: there is no {model}. Check the path (relative ones start at the recipe)"
             )
     holdout = recipe.validation.holdout
-    if holdout and not Storage(holdout).exists():
+    if holdout and is_address(holdout) and not Storage(holdout).exists():
         raise DataError(
             f"validation.holdout: there is no {holdout}. Check the path (relative ones start at the recipe)"
         )
-    if holdout and _is_small(Storage(holdout)):
+    if holdout and _is_small(holdout):
         build_index(holdout, max_pixels=recipe.data.max_pixels)
     for name in ("clip", "dino"):
         model = getattr(recipe.validation, name)
@@ -110,7 +111,10 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
             )
 
 
-def _is_small(folder: Storage) -> bool:
+def _is_small(url: str) -> bool:
+    if not is_address(url):
+        return False
+    folder = Storage(url)
     return folder.is_local and (not folder.exists() or len(folder.list(recursive=True)) <= MOST_FILES_READ)
 
 

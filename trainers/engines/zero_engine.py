@@ -33,7 +33,7 @@ Convert = Callable[[nn.Parameter, Tensor], Tensor]
 
 
 class ZeroEngine(ZeroSpec, Engine):
-    """Runs a method under DeepSpeed, which shards optimizer states, gradients and weights over the workers.
+    """Trains a method under DeepSpeed, which shards optimizer states, gradients and weights over the workers.
 
     What is saved is whole and by parameter name, in TorchEngine's form, not DeepSpeed's files of each rank: so a run
     goes on with another number of workers, another stage, or the other engine.

@@ -12,9 +12,11 @@ from PIL import Image
 
 from dreamfleet.datasets.errors import DataError, RecipeError, UserError
 from dreamfleet.datasets.images.images import open_image
-from dreamfleet.datasets.index.concepts import load_concepts, load_sets
+from dreamfleet.datasets.index.concepts import load_concepts
 from dreamfleet.datasets.index.index import build_index
-from dreamfleet.datasets.storage.storage import Storage, read_uri
+from dreamfleet.datasets.index.sets import load_sets
+from dreamfleet.datasets.index.sources import ScanOptions, read_image_file
+from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.artifacts.loading import folder_kind, is_artifact_name, load_artifact, load_exported
 from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.config.metrics import image_metrics
@@ -215,13 +217,13 @@ def _generate(
 
 def _read_folder(folder: Storage) -> tuple[list[Image.Image], list[str]]:
     """Read a folder's images in the order of their names, and their captions if every image has one."""
-    rows = sorted(build_index(folder, recursive=False).rows(), key=lambda row: row.uri)
+    rows = sorted(build_index(folder, ScanOptions(recursive=False)).rows(), key=lambda row: row.uri)
     captions = [row.caption for row in rows if row.caption is not None]
     return [_read(row.uri) for row in rows], captions if len(captions) == len(rows) else []
 
 
 def _read(uri: str) -> Image.Image:
-    return open_image(read_uri(uri), uri=uri)
+    return open_image(read_image_file(uri), uri=uri)
 
 
 def _by_prompt(images: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

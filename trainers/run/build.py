@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
-from dreamfleet.datasets.buckets import Size, number_buckets, tell_buckets, training_sizes
-from dreamfleet.datasets.index.concepts import Sets, load_sets
+from dreamfleet.datasets.buckets import number_buckets, training_sizes
 from dreamfleet.datasets.index.file_hashes import known_files
 from dreamfleet.datasets.index.index import Index
+from dreamfleet.datasets.index.sets import Sets, load_sets
 from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.serve.latent_files import LatentCache
-from dreamfleet.trainers.batches.cached_latents import leave_out_bad, open_latents, serve_images
+from dreamfleet.trainers.batches.build import build_feed
+from dreamfleet.trainers.batches.cached_latents import leave_out_bad, open_latents
 from dreamfleet.trainers.batches.class_images import gather_class_images
-from dreamfleet.trainers.batches.feed import Feed, Preparer, check_words, to_samples
+from dreamfleet.trainers.batches.feed import Feed, check_words, to_samples
 from dreamfleet.trainers.batches.image_feed import ImageFeed
-from dreamfleet.trainers.batches.image_warnings import log_findings
+from dreamfleet.trainers.batches.image_warnings import log_buckets, log_findings
 from dreamfleet.trainers.config.conflicts import require_runnable
 from dreamfleet.trainers.config.learning_rate import last_step
 from dreamfleet.trainers.config.paths import compared_paths
@@ -106,9 +106,11 @@ def assemble(recipe: Recipe, distributed: DistributedContext, *, begins: bool = 
         class_concepts=classes.column("concept") if classes is not None else (),
     )
     if recipe.data.enable_bucket and distributed.is_main:
-        log_buckets(sizes, plan, global_batch)
+        log_buckets(sizes, plan.smallest_bucket, global_batch)
     schedule = make_schedule(recipe, plan)
-    feed, prepare = make_feed(recipe, sets.instances, classes, method, plan, distributed, cache)
+    feed, prepare = build_feed(
+        recipe, method, plan, distributed, instances=sets.instances, classes=classes, cache=cache
+    )
     engine = make_engine(recipe, method, distributed)
     with ExitStack() as undo:
         undo.callback(engine.close)
@@ -175,55 +177,6 @@ def make_engine(recipe: Recipe, method: Method, distributed: DistributedContext)
         num_micros=recipe.train.gradient_accumulation_steps,
         seed=recipe.train.seed,
     )
-
-
-def log_buckets(sizes: Sequence[Size], plan: BatchPlan, global_batch: int) -> None:
-    """Log how many images each bucket has, with a warning when one of them does not fill a batch."""
-    log.info("buckets: %s", tell_buckets(sizes))
-    if plan.smallest_bucket < global_batch:
-        log.warning(
-            "a bucket holds %d images and a batch %d: its batches show images several times. Take a larger "
-            "data.bucket_reso_steps, or fewer images at a time",
-            plan.smallest_bucket,
-            global_batch,
-        )
-
-
-def make_feed(
-    recipe: Recipe,
-    instances: Index,
-    classes: Index | None,
-    method: Method,
-    plan: BatchPlan,
-    distributed: DistributedContext,
-    cache: LatentCache | None = None,
-) -> tuple[Feed | ImageFeed, Callable[[Batch], Batch]]:
-    """Make what gives batches: latents with noise and prompts, or decoded pictures; and what readies them."""
-    train = recipe.train
-    share = {
-        "rank": distributed.rank,
-        "world": distributed.world,
-        "num_micros": train.gradient_accumulation_steps,
-    }
-    if isinstance(method, SeeingMethod):
-        return ImageFeed(
-            plan, instances=instances, method=method, data=recipe.data, **share
-        ), lambda batch: batch
-    where: dict[str, Any] = {"cache": cache, "seed": train.seed, "distributed": distributed}
-    feed = Feed(
-        plan,
-        instances=instances,
-        images=serve_images(instances, method.model, recipe.data, **where),
-        classes=classes,
-        class_images=serve_images(classes, method.model, recipe.data, **where)
-        if classes is not None
-        else None,
-        method=method,
-        data=recipe.data,
-        noise_offset=train.noise_offset,
-        **share,
-    )
-    return feed, Preparer(method)
 
 
 def make_schedule(recipe: Recipe, plan: BatchPlan) -> Schedule:

@@ -7,8 +7,8 @@ from typing import Any
 
 from PIL import Image
 
-from dreamfleet.datasets.index.concepts import load_held_out
 from dreamfleet.datasets.index.index import Index
+from dreamfleet.datasets.index.sets import load_held_out
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.trainers.batches.vae_encoding import read_pixels
 from dreamfleet.trainers.config.metrics import image_metrics

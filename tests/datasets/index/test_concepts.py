@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from dreamfleet.datasets.config import Concept, DataConfig
 from dreamfleet.datasets.errors import DataError
-from dreamfleet.datasets.index.concepts import ClassSet, load_concepts, load_sets
+from dreamfleet.datasets.index.concepts import load_concepts
+from dreamfleet.datasets.index.sets import ClassSet, load_sets
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from dreamfleet.datasets.serve.cache import encode_shards, jobs_of, make_shards
 from dreamfleet.datasets.serve.latent_files import encoding_of, open_cache, write_manifest
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.batches.cached_latents import CachedLatents
+from dreamfleet.trainers.batches.plan_share import PlanShare
 from dreamfleet.trainers.batches.sources import ResidentLatents
 from dreamfleet.trainers.batches.vae_encoding import encode_cuts, to_tensors
 from dreamfleet.trainers.config.model import ModelConfig
@@ -170,9 +171,9 @@ def test_any_rank_reads_its_share(tmp_path: Path) -> None:
         parts = assemble(recipe_of(tmp_path, data__source=source), DistributedContext())
         feed = parts.feed
         whole = feed.batch(0)["latents"]
-        feed.world = 2
         shares = []
-        for feed.rank in (0, 1):
+        for rank in (0, 1):
+            feed.share = PlanShare(feed.plan, rank=rank, world=2)
             shares.append(feed.batch(0)["latents"])
         assert torch.equal(torch.cat(shares), whole)
 

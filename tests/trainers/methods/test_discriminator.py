@@ -26,6 +26,7 @@ from dreamfleet.datasets.index.labels import (
     write_labels,
 )
 from dreamfleet.trainers.artifacts.usage import describe
+from dreamfleet.trainers.batches.plan_share import PlanShare
 from dreamfleet.trainers.driver.preflight import check_inputs
 from dreamfleet.trainers.memory.profile import method_shape
 from dreamfleet.trainers.models.vision.discriminator import load_discriminator, make_network, save_network
@@ -183,7 +184,7 @@ def test_colours_and_mirrors_are_keyed_and_spare_what_is_measured(workplace: Pat
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_workers_share_the_images(rank: int, workplace: Path) -> None:
     alone, half = make_parts(workplace).feed, make_parts(workplace, train__train_batch_size=4).feed
-    half.rank, half.world, half.plan = rank, 2, alone.plan
+    half.share = PlanShare(alone.plan, rank=rank, world=2)
     whole, mine = alone.batch(1), half.batch(1)
     for name in ("pixels", "labels"):
         assert torch.equal(mine[name], whole[name][4 * rank : 4 * rank + 4])

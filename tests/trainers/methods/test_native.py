@@ -13,6 +13,7 @@ from small_runs import assert_same, final_state, recipe_tree
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.batches.feed import Feed
+from dreamfleet.trainers.batches.plan_share import PlanShare
 from dreamfleet.trainers.batches.sources import load_images
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.models.formats.tensor_files import read_safetensors
@@ -57,13 +58,11 @@ def test_two_workers_share_out_what_one_sees(tmp_path: Path) -> None:
 
     def feed_of(rank: int) -> Feed:
         return Feed(
-            parts.feed.plan,
+            PlanShare(parts.feed.plan, rank=rank, world=2),
             instances=parts.sets.instances,
             images=load_images(parts.sets.instances, parts.model, recipe.data, seed=7),
             method=parts.method,
             data=recipe.data,
-            rank=rank,
-            world=2,
         )
 
     ranks = [feed_of(0), feed_of(1)]

@@ -1,0 +1,147 @@
+"""An engine from outside this project: registered in the process, and by an installed package."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from dreamfleet.datasets.errors import RecipeError, UserError
+from dreamfleet.trainers.config.engines import ENGINES
+from dreamfleet.trainers.memory.plan import plan_memory
+from dreamfleet.trainers.recipe import build_recipe
+from dreamfleet.trainers.run.dry_run import check_run
+from dreamfleet.trainers.run.run import run_worker
+
+ROOT = Path(__file__).parents[3]
+EXAMPLE = ROOT / "docs" / "examples" / "toy_engine.py"
+
+
+@pytest.fixture
+def toy() -> Iterator[Any]:
+    spec = importlib.util.spec_from_file_location("toy_engine", EXAMPLE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module.ToyEngine
+    ENGINES.unregister("toy")
+
+
+def toy_tree(folder: Path, **changes: Any) -> dict[str, Any]:
+    engine = {"name": "toy", "options": {"gradient_norm": 0.5}}
+    return tiny.make_recipe(folder, engine=engine, train__checkpointing_steps=2, **changes)
+
+
+def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:
+    (file,) = (run / "checkpoints" / f"step-{step:06d}").glob("learned*")
+    from safetensors.torch import load_file
+
+    return load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+
+
+def test_it_trains_resumes_and_exports_like_an_engine_of_this_project(
+    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms: list[float] = []
+    step = toy.step
+
+    def watched(engine: Any, rates: dict[str, float], number: int) -> torch.Tensor:
+        optimizer_step = engine.optimizer.step
+
+        def scaled() -> None:
+            norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in engine.params.values()])))
+            optimizer_step()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.optimizer, "step", scaled)
+            return step(engine, rates, number)
+
+    monkeypatch.setattr(toy, "step", watched)
+    whole = run_worker(build_recipe(toy_tree(tmp_path)))
+    assert whole.steps == 4 and whole.exports and "toy" in whole.engine
+    assert norms == pytest.approx([0.5] * 4, rel=1e-4)
+    half = toy_tree(tmp_path, output_dir=str(tmp_path / "half"), train__max_train_steps=2)
+    run_worker(build_recipe(half))
+    half["train"]["max_train_steps"] = 4
+    assert run_worker(build_recipe(half), resume=True).start_step == 2
+    straight, resumed = weights_of(tmp_path / "run", 4), weights_of(tmp_path / "half", 4)
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
+
+
+def test_a_dry_run_tries_it_and_the_plan_says_that_it_cannot(toy: Any, tmp_path: Path) -> None:
+    recipe = build_recipe(toy_tree(tmp_path))
+    assert all(line.ok for line in check_run(recipe))
+    with pytest.raises(UserError, match=r"engine\.name: toy .*memory plan"):
+        plan_memory(recipe)
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"name": "tpy"}, r"engine\.name: engine 'tpy' .*'toy'"),
+        ({"name": "toy", "options": {"gradient_nrm": 1}}, r"engine\.options\.gradient_nrm: .*gradient_norm"),
+        (
+            {"name": "toy", "options": {"gradient_norm": 0}},
+            r"engine\.options\.gradient_norm: .*greater than 0",
+        ),
+        ({"name": "toy", "zero_stage": 2}, "zero_stage"),
+        ({"name": "toy", "use_ema": True}, r"engine\.use_ema: True .*engine\.name: toy"),
+        ({"name": "torch", "options": {"gradient_norm": 1}}, r"engine\.options\.gradient_norm"),
+        ({"name": "zero"}, "zero_stage"),
+    ],
+)
+def test_what_it_does_not_take_is_an_error_of_the_recipe(
+    toy: Any, tmp_path: Path, engine: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        build_recipe(tiny.make_recipe(tmp_path, engine=engine))
+
+
+def test_what_is_registered_must_be_an_engine(tmp_path: Path) -> None:
+    ENGINES.register("broken")(dict)  # type: ignore[type-var]
+    try:
+        with pytest.raises(UserError, match=r"engine\.name: .*broken"):
+            build_recipe(tiny.make_recipe(tmp_path, engine={"name": "broken"}))
+    finally:
+        ENGINES.unregister("broken")
+
+
+def test_an_installed_package_adds_it_to_the_command_line_and_the_docs(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    info = site / "toy_engine-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "toy_engine.py").write_text(EXAMPLE.read_text())
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-engine\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[dreamfleet.engines]\ntoy = toy_engine:ToyEngine\n")
+    recipe = tiny.write_recipe(tmp_path / "toy.yaml", toy_tree(tmp_path))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(site)])}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
+        )
+
+    command = ("-m", "dreamfleet.cluster.cli")
+    trained = run(*command, "train", str(recipe))
+    assert trained.returncode == 0, trained.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["engine"].startswith("toy (")
+    assert "name: toy" in (tmp_path / "run" / "recipe.yaml").read_text()
+    planned = run(*command, "plan", str(recipe))
+    assert planned.returncode == 2 and "engine.name: toy" in planned.stderr
+    page = run(
+        "-c",
+        f"import sys; sys.path.insert(0, {str(ROOT / 'docs')!r}); import write_recipes as w; print(w.write())",
+    )
+    assert page.returncode == 0, page.stderr
+    assert "`toy`" in page.stdout and "gradient_norm" in page.stdout

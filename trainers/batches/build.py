@@ -1,0 +1,48 @@
+"""Builds what supplies a run with batches: a feed, and the preparation of its batches on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dreamfleet.datasets.index.index import Index
+from dreamfleet.datasets.plan import BatchPlan
+from dreamfleet.datasets.serve.latent_files import LatentCache
+from dreamfleet.trainers.batches.cached_latents import serve_images
+from dreamfleet.trainers.batches.feed import Feed, Preparer
+from dreamfleet.trainers.batches.image_feed import ImageFeed
+from dreamfleet.trainers.batches.plan_share import PlanShare
+from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.methods.base import Batch, Method
+from dreamfleet.trainers.methods.image_method import SeeingMethod
+from dreamfleet.trainers.recipe import Recipe
+
+
+def build_feed(
+    recipe: Recipe,
+    method: Method,
+    plan: BatchPlan,
+    distributed: DistributedContext,
+    *,
+    instances: Index,
+    classes: Index | None = None,
+    cache: LatentCache | None = None,
+) -> tuple[Feed | ImageFeed, Callable[[Batch], Batch]]:
+    """Return the feed of batches (latents with noise and prompts, or decoded images) and what prepares one."""
+    share = PlanShare(
+        plan, distributed.rank, distributed.world, num_micros=recipe.train.gradient_accumulation_steps
+    )
+    if isinstance(method, SeeingMethod):
+        return ImageFeed(share, instances=instances, method=method, data=recipe.data), lambda batch: batch
+    options: dict[str, Any] = {"cache": cache, "seed": recipe.train.seed, "distributed": distributed}
+    feed = Feed(
+        share,
+        method=method,
+        data=recipe.data,
+        noise_offset=recipe.train.noise_offset,
+        instances=instances,
+        images=serve_images(instances, method.model, recipe.data, **options),
+        classes=classes,
+        class_images=None if classes is None else serve_images(classes, method.model, recipe.data, **options),
+    )
+    return feed, Preparer(method)
