@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import lock_descriptor
+
 from dreamfleet.datasets.errors import RecipeError, StorageError, UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.driver.progress import LOG_FILE, STOP_FILE, Display
@@ -118,13 +120,12 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _lock(descriptor: int, folder: Path) -> None:
-    import fcntl
-
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        locked = lock_descriptor(descriptor, blocking=False)
+    except OSError as error:  # some network file systems have no locks
+        logger.debug("%s cannot be locked: %s", folder, error)
+        return
+    if not locked:
         raise RecipeError(
             f"output_dir {folder}: another process is training into it right now; wait for it, or give another"
-        ) from None
-    except OSError as error:  # some network disks lock nothing
-        logger.debug("%s cannot be locked: %s", folder, error)
+        )
