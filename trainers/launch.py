@@ -19,7 +19,8 @@ from dreamfleet.trainers.config.scaling import WorkerShare, worker_resources
 from dreamfleet.trainers.driver.preflight import check_inputs, preflight, refuse_here, this_machine
 from dreamfleet.trainers.driver.progress import Display, RunTail, log_to_run, watch_for_stop
 from dreamfleet.trainers.driver.session import RaySession, ray_session, starts_private_ray
-from dreamfleet.trainers.run.run_lock import Stop, claimed, stop_on_signal
+from dreamfleet.trainers.run.run_folder import locked, open_run_folder
+from dreamfleet.trainers.run.signals import Stop, stop_on_signal
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.recipe import Recipe
@@ -64,7 +65,6 @@ def fit(
     started = time.monotonic()
     from dreamfleet.trainers.recipe import load_recipe
     from dreamfleet.trainers.run.checkpoint import Checkpoints
-    from dreamfleet.trainers.run.run import open_run_folder
 
     if isinstance(recipe, str | os.PathLike):
         recipe = load_recipe(recipe, list(overrides))
@@ -77,7 +77,7 @@ def fit(
     if resume and not Checkpoints(run).steps():
         logger.info("no checkpoint in %s: starting at step 0", run.path("checkpoints"))
     display = _Silent(on_progress) if on_progress else Display(total=recipe.train.max_train_steps)
-    with claimed(run), stop_on_signal(run, display) as stop:
+    with locked(run), stop_on_signal(run, display.say) as stop:
         try:
             if recipe.scaling.num_workers == 0:
                 summary = _fit_here(recipe, resume, stop, display, started)
@@ -98,7 +98,7 @@ def _fit_here(recipe: Recipe, resume: bool, stop: Stop, display: Display, starte
             recipe,
             device="cuda" if uses_gpu else "cpu",
             resume=resume,
-            should_stop=lambda: stop.asked.is_set() or marked(),
+            should_stop=lambda: stop.requested.is_set() or marked(),
             on_progress=display.show,
             waited=time.monotonic() - started,
         )

@@ -8,7 +8,7 @@ from typing import Any
 from ray.tune import Callback
 
 from dreamfleet.datasets.errors import UserError
-from dreamfleet.trainers.driver.progress import STOP_FILE
+from dreamfleet.trainers.run.run_folder import STOP_FILE
 from dreamfleet.tune.trial_store import Trial, TrialStore, common_error
 
 

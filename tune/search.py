@@ -26,7 +26,8 @@ from dreamfleet.trainers.driver.session import ray_session, starts_private_ray
 from dreamfleet.trainers.driver.shared_paths import check_machines
 from dreamfleet.trainers.launch import run_in_thread
 from dreamfleet.trainers.recipe import Recipe, load_recipe
-from dreamfleet.trainers.run.run_lock import Stop, claimed, stop_on_signal
+from dreamfleet.trainers.run.run_folder import locked
+from dreamfleet.trainers.run.signals import Stop, stop_on_signal
 from dreamfleet.tune.trial_store import (
     BEST,
     RECIPE,
@@ -103,7 +104,7 @@ def search(
     check_inputs(recipe)
     store = open_store(recipe, resume=resume)
     display = Display()
-    with claimed(store.folder), stop_on_signal(store.folder, display) as stop:
+    with locked(store.folder), stop_on_signal(store.folder, display.say) as stop:
         store.folder.write_text(RECIPE, recipe.to_yaml())
         store.save()
         try:
@@ -113,7 +114,7 @@ def search(
                 write_results(store)
             else:
                 store.forget()
-    return _result(store, interrupted=stop.asked.is_set())
+    return _result(store, interrupted=stop.requested.is_set())
 
 
 def write_results(store: TrialStore) -> None:
@@ -193,7 +194,7 @@ def _run_trials(
         store, on_progress or (lambda trial: display.say(format_trial(trial, store.figures)))
     )
     algorithm = SearchAlgorithm(
-        store, should_stop=lambda: stop.asked.is_set() or callback.mistake is not None
+        store, should_stop=lambda: stop.requested.is_set() or callback.mistake is not None
     )
     callback.planned = algorithm.total
     if not algorithm.remaining:

@@ -20,7 +20,7 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.search import Point, Value, figures_of, put_point
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.trainers.report import formatting
-from dreamfleet.trainers.run.run_lock import is_used
+from dreamfleet.trainers.run.run_folder import is_used
 
 FILE = "trials.json"
 TABLE = "trials.parquet"

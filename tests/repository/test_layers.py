@@ -83,8 +83,6 @@ PENDING: set[str] = {  # found when the rule was written; to be resolved, then t
     "trainers/recipe.py imports trainers/models/sampling/prompt_lines.py of a higher layer",
     "trainers/recipe.py imports trainers/models/stable_diffusion/model.py of a higher layer",
     "trainers/recipe.py imports trainers/optim/optimizers.py of a higher layer",
-    "trainers/run/run_lock.py imports trainers/driver/progress.py of a higher layer",
-    "trainers/run/run_lock.py imports trainers/driver/shared_paths.py of a higher layer",
 }
 # torch.distributed.destroy_process_group: elsewhere a group could end before its users.
 END_GROUPS = {

@@ -15,10 +15,7 @@ from typing import Any, TextIO
 from dreamfleet.datasets.errors import StorageError, UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.driver.throughput import Pace
-
-METRICS_FILE = "metrics.jsonl"
-LOG_FILE = "run.log"
-STOP_FILE = "STOP"  # put there by the driver (or by hand): the run saves a checkpoint and ends
+from dreamfleet.trainers.run.run_folder import LOG_FILE, METRICS_FILE, STOP_FILE
 
 LOCAL_LOOK_SECONDS = 0.5
 BUCKET_LOOK_SECONDS = 10.0

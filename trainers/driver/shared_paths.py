@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from dreamfleet.datasets.errors import ResourceError, StorageError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.paths import PathsByKey, is_under
+from dreamfleet.trainers.run.run_folder import MARKER_PREFIX
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.driver.session import Node, RaySession
 
 PACKAGES = "/runtime_resources/working_dir_files/"  # where Ray unpacks a job's files, on each machine that needs them
-MARKER = ".seen-"
 MOST_TOLD = 5
 
 
@@ -124,7 +124,7 @@ def _ask(nodes: Sequence[Node], paths: Sequence[str]) -> list[tuple[Node, list[s
 @contextmanager
 def _marked(folder: Storage) -> Iterator[str]:
     """Give the path of a marker file in a folder, which is left as it was found."""
-    made, marker = not folder.exists(), f"{MARKER}{uuid.uuid4().hex}"
+    made, marker = not folder.exists(), f"{MARKER_PREFIX}{uuid.uuid4().hex}"
     folder.write_text(marker, "")
     try:
         yield folder.path(marker)

@@ -18,7 +18,7 @@ from dreamfleet.trainers.memory.engine_selection import settle_engine
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.build import Parts, assemble
 from dreamfleet.trainers.run.export import write_artifacts
-from dreamfleet.trainers.run.run import open_run_folder
+from dreamfleet.trainers.run.run_folder import open_run_folder
 
 
 class CheckLine(NamedTuple):

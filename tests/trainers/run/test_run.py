@@ -21,7 +21,7 @@ from dreamfleet.trainers.report.metrics_log import MetricsLog, read_metrics
 from dreamfleet.trainers.run.dry_run import check_run
 from dreamfleet.trainers.run.export import export_run
 from dreamfleet.trainers.run.run import run_worker
-from dreamfleet.trainers.run.run_lock import is_used
+from dreamfleet.trainers.run.run_folder import is_used
 from dreamfleet.trainers.run.versions import git_commit
 
 FILES = {
