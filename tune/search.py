@@ -11,7 +11,6 @@ from typing import Any
 from dreamfleet.datasets.environment import environment, secrets_hidden, to_send
 from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
 from dreamfleet.trainers.config.engines import engine_spec
-from dreamfleet.trainers.config.paths import shared_paths, written_paths
 from dreamfleet.trainers.config.scaling import (
     Resources,
     ScalingConfig,
@@ -23,7 +22,7 @@ from dreamfleet.trainers.config.scaling import (
 from dreamfleet.trainers.driver.preflight import check_inputs, this_machine
 from dreamfleet.trainers.driver.progress import Display
 from dreamfleet.trainers.driver.session import ray_session, starts_private_ray
-from dreamfleet.trainers.driver.shared_paths import check_machines
+from dreamfleet.trainers.driver.shared_paths import check_machines, shared_paths, written_paths
 from dreamfleet.trainers.launch import run_in_thread
 from dreamfleet.trainers.recipe import Recipe, load_recipe
 from dreamfleet.trainers.run.run_folder import locked

@@ -6,9 +6,10 @@ import json
 
 from pydantic import ValidationError
 
-from dreamfleet.datasets.config import Concept, DataConfig, concept_with_absolute_paths
+from dreamfleet.datasets.config import Concept, DataConfig
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.index.sources import FOLDER, find_source, one_concept
+from dreamfleet.datasets.path_field import resolve_paths
 from dreamfleet.datasets.storage.storage import read_text
 
 
@@ -46,7 +47,7 @@ def _read_concepts_file(path: str) -> list[Concept]:
     concepts = []
     for number, entry in enumerate(entries):
         try:
-            concepts.append(concept_with_absolute_paths(Concept.model_validate(entry), folder))
+            concepts.append(resolve_paths(Concept.model_validate(entry), folder))
         except ValidationError as error:
             told = "; ".join(
                 f"{'.'.join(str(part) for part in item['loc']) or 'entry'}: {item['msg']}"

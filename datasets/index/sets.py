@@ -42,7 +42,7 @@ def load_sets(
     known: Known | None = None,
     apart: Mapping[str, str] = MappingProxyType({}),
 ) -> Sets:
-    """Index all images a recipe names; its paths are absolute already (`data.with_absolute_paths`).
+    """Index all images a recipe names; its paths are absolute already.
 
     A row's repeats are its concept's (kohya: the folder name's) times `data.repeats`. Class images are named, not
     indexed: they may not exist yet. Files that `known` tells of are not read. Folders inside the image folders that

@@ -67,7 +67,6 @@ PENDING: set[str] = {  # found when the rule was written; to be resolved, then t
     "trainers/config/conflicts.py imports trainers/recipe.py of a higher layer",
     "trainers/config/deepspeed.py imports trainers/recipe.py of a higher layer",
     "trainers/config/engine.py imports trainers/memory/estimate.py of a higher layer",
-    "trainers/config/paths.py imports trainers/recipe.py of a higher layer",
     "trainers/config/search.py imports trainers/evaluation/heldout_loss.py of a higher layer",
     "trainers/config/search.py imports trainers/recipe.py of a higher layer",
     "trainers/engines/zero_setup.py imports trainers/memory/strategies.py of a higher layer",

@@ -22,7 +22,6 @@ from dreamfleet.trainers.batches.class_image_drawing import (
     generate_class_images,
     generated_name,
 )
-from dreamfleet.trainers.config.paths import generated_folder
 from dreamfleet.trainers.distributed.agreement import share_index
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.engines.base import DTYPES
@@ -97,7 +96,7 @@ def _where_and_how(recipe: Recipe, class_set: ClassSet, method: Method) -> tuple
     if class_set.folder is not None:
         return Storage(class_set.folder), options
     name = class_image_key(method.model.content_hash, class_set.prompt, **options)
-    return Storage(generated_folder(recipe.output_dir)).child(name), options
+    return Storage(recipe.class_images_dir).child(name), options
 
 
 def _generate(

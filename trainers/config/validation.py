@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field
 
 from dreamfleet.datasets.config_base import Section, as_list
+from dreamfleet.datasets.path_field import PathField
 from dreamfleet.datasets.registry import EntryName
 from dreamfleet.trainers.config.metrics import METRICS, image_metrics
 
@@ -34,13 +35,19 @@ class ValidationConfig(Section):
     guidance_scale: float = Field(7.5, ge=1)
     scheduler: Literal["ddim", "euler_a", "dpm++"] = "ddim"
     seed: int = Field(0, ge=0, validation_alias=AliasChoices("seed", "validation_seed"))
-    holdout: str | None = Field(None, description="folder of pictures kept out of training")
+    holdout: Annotated[str | None, PathField("images", compared=False)] = Field(
+        None, description="folder of pictures kept out of training"
+    )
     holdout_timesteps: int = Field(8, ge=1, description="timesteps per held-out picture, evenly spread")
     metrics: list[Annotated[str, AfterValidator(EntryName(METRICS))]] = Field(
         ["loss"], description="what is measured: [metrics](#metrics)"
     )
-    clip: str | None = Field(None, description="CLIP folder for clip_i and clip_t; None: the pocket model's")
-    dino: str | None = Field(None, description="folder of a DINO ViT for the dino metric")
+    clip: Annotated[str | None, PathField("model")] = Field(
+        None, description="CLIP folder for clip_i and clip_t; None: the pocket model's"
+    )
+    dino: Annotated[str | None, PathField("model")] = Field(
+        None, description="folder of a DINO ViT for the dino metric"
+    )
 
     @property
     def preview_metrics(self) -> list[str]:

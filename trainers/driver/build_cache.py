@@ -21,11 +21,10 @@ from dreamfleet.datasets.serve.latent_files import encoding_of, open_cache, writ
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.batches.vae_encoding import encode_batch, encode_cuts
 from dreamfleet.trainers.config.model import ModelConfig
-from dreamfleet.trainers.config.paths import shared_paths
 from dreamfleet.trainers.config.scaling import WorkerShare, refuse_impossible, worker_resources
 from dreamfleet.trainers.distributed.device import ENCODING, explain_out_of_memory, on_device, with_index
 from dreamfleet.trainers.driver.preflight import require_room_here, this_machine
-from dreamfleet.trainers.driver.shared_paths import check_machines
+from dreamfleet.trainers.driver.shared_paths import check_machines, shared_paths
 from dreamfleet.trainers.memory.engine_selection import limit_card
 from dreamfleet.trainers.methods.base import method_class
 from dreamfleet.trainers.methods.image_method import SeeingMethod

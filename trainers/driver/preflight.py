@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from dreamfleet.datasets.errors import DataError, ModelError, RecipeError
+from dreamfleet.datasets.errors import DataError, ModelError, RecipeError, UserError
+from dreamfleet.datasets.path_field import NamedPath
 from dreamfleet.datasets.storage.object_store import is_address
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.conflicts import require_runnable
 from dreamfleet.trainers.config.engines import engine_spec
-from dreamfleet.trainers.config.paths import shared_paths, written_paths
 from dreamfleet.trainers.config.scaling import (
     ScalingConfig,
     WorkerShare,
@@ -21,7 +21,7 @@ from dreamfleet.trainers.config.scaling import (
     worker_resources,
     workers_that_fit,
 )
-from dreamfleet.trainers.driver.shared_paths import check_machines
+from dreamfleet.trainers.driver.shared_paths import check_machines, shared_paths, written_paths
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.driver.session import RaySession
@@ -72,7 +72,6 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
     from dreamfleet.datasets.index.sets import load_sets
     from dreamfleet.datasets.serve.latent_files import find_manifests
     from dreamfleet.trainers.config.deepspeed import with_deepspeed_file
-    from dreamfleet.trainers.recipe import METHOD_FILES, METHOD_MODELS, START_FILES
 
     require_runnable(recipe)
     with_deepspeed_file(recipe)
@@ -83,31 +82,26 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
         )
     if all(_is_small(concept.instance_data_dir) for concept in load_concepts(recipe.data)):
         load_sets(recipe.data, verify=False, known=known_files(recipe.data), apart=recipe.apart)
-    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
-        model = getattr(recipe.model, name)
-        if model and os.path.isabs(model) and not os.path.exists(model):
-            raise ModelError(
-                f"model.{name}: there is no {model}. Check the path (relative ones start at the recipe)"
-            )
+    for named in recipe.paths:
+        if not (begun and named.field.is_start):
+            check_exists(named)
     holdout = recipe.validation.holdout
-    if holdout and is_address(holdout) and not Storage(holdout).exists():
-        raise DataError(
-            f"validation.holdout: there is no {holdout}. Check the path (relative ones start at the recipe)"
-        )
     if holdout and _is_small(holdout):
         build_index(holdout, max_pixels=recipe.data.max_pixels)
-    for name in ("clip", "dino"):
-        model = getattr(recipe.validation, name)
-        if model and os.path.isabs(model) and not os.path.exists(model):
-            raise ModelError(
-                f"validation.{name}: there is no {model}. Check the path (relative ones start at the recipe)"
-            )
-    for name in (*METHOD_FILES, *METHOD_MODELS):
-        place = None if begun and name in START_FILES else getattr(recipe.method, name, None)
-        if place and os.path.isabs(place) and not os.path.exists(place):
-            raise RecipeError(
-                f"method.{name}: there is no {place}. Check the path (relative ones start at the recipe)"
-            )
+
+
+def check_exists(named: NamedPath) -> None:
+    """Raise UserError for a path of a recipe that must exist on this machine, or in its bucket, and does not."""
+    key, path, field = named
+    if field.kind == "images":
+        is_missing = field.must_exist and is_address(path) and not Storage(path).exists()
+    else:
+        is_missing = field.must_exist and os.path.isabs(path) and not os.path.exists(path)
+    if is_missing:
+        kinds: dict[str, type[UserError]] = {"model": ModelError, "images": DataError}
+        raise kinds.get(field.kind, RecipeError)(
+            f"{key}: {path} does not exist. Check the path; a relative one starts at the recipe's folder"
+        )
 
 
 def _is_small(url: str) -> bool:

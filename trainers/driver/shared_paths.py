@@ -11,8 +11,10 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from dreamfleet.datasets.errors import ResourceError, StorageError
+from dreamfleet.datasets.index.concepts import load_concepts
+from dreamfleet.datasets.path_field import by_key, is_under, list_paths
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.config.paths import PathsByKey, is_under
+from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.run_folder import MARKER_PREFIX
 
 if TYPE_CHECKING:
@@ -20,6 +22,30 @@ if TYPE_CHECKING:
 
 PACKAGES = "/runtime_resources/working_dir_files/"  # where Ray unpacks the files of a job, on every machine
 MAX_LISTED = 5  # paths or machines that an error names
+PathsByKey = Mapping[str, Sequence[str]]
+
+
+def shared_paths(recipe: Recipe) -> dict[str, list[str]]:
+    """Return the paths that every machine must see, by key, including the folders in a file of concepts."""
+    paths = [named for named in recipe.paths if not named.field.per_machine]
+    if isinstance(recipe.data.concepts_list, str):
+        for concept in load_concepts(recipe.data):
+            paths += list_paths(concept, prefix="data.concepts_list.")
+    return by_key(paths)
+
+
+def written_paths(recipe: Recipe) -> dict[str, list[str]]:
+    """Return the folders that a run writes, by key: its own, and those of class images that it may generate."""
+    found = {"output_dir": [recipe.output_dir]}
+    if not getattr(recipe.method, "with_prior_preservation", False):
+        return found
+    for concept in load_concepts(recipe.data):
+        folder = concept.class_data_dir
+        if folder is None:
+            found["class images beside output_dir"] = [recipe.class_images_dir]
+        elif "://" in folder or not os.path.exists(folder) or os.access(folder, os.W_OK):
+            found.setdefault("data.class_data_dir", []).append(folder)
+    return found
 
 
 def check_machines(

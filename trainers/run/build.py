@@ -14,6 +14,7 @@ from dreamfleet.datasets.buckets import number_buckets, training_sizes
 from dreamfleet.datasets.index.file_hashes import known_files
 from dreamfleet.datasets.index.index import Index
 from dreamfleet.datasets.index.sets import Sets, load_sets
+from dreamfleet.datasets.path_field import by_key
 from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.serve.latent_files import LatentCache
 from dreamfleet.trainers.batches.build import build_feed
@@ -24,7 +25,6 @@ from dreamfleet.trainers.batches.image_feed import ImageFeed
 from dreamfleet.trainers.batches.image_warnings import log_buckets, log_findings
 from dreamfleet.trainers.config.conflicts import require_runnable
 from dreamfleet.trainers.config.learning_rate import last_step
-from dreamfleet.trainers.config.paths import compared_paths
 from dreamfleet.trainers.config.train import USUAL_CHECKPOINTING_STEPS
 from dreamfleet.trainers.distributed.agreement import check_files, compare, compare_paths
 from dreamfleet.trainers.distributed.context import DistributedContext
@@ -137,7 +137,7 @@ def assemble(recipe: Recipe, distributed: DistributedContext, *, begins: bool = 
 
 def load_inputs(recipe: Recipe, distributed: DistributedContext) -> tuple[Sets, Method, LatentCache | None]:
     """Load the data, the method on its model, and the cache of latents; the same on every rank."""
-    compare_paths(compared_paths(recipe), distributed)
+    compare_paths(by_key(named for named in recipe.paths if named.field.compared), distributed)
     sets = share_sets(recipe, distributed)
     method = distributed.on_every_rank(lambda: make_method(recipe, sets, distributed.device))
     model, base = method.model, method.base

@@ -17,12 +17,12 @@ import tiny
 from dreamfleet.datasets.environment import to_send
 from dreamfleet.datasets.errors import ResourceError, StorageError
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.config.paths import named_paths, shared_paths, written_paths
 from dreamfleet.trainers.driver import progress
 from dreamfleet.trainers.driver import session as ray_session
 from dreamfleet.trainers.driver import shared_paths as machines
 from dreamfleet.trainers.driver.preflight import check_inputs, preflight
 from dreamfleet.trainers.driver.progress import Display, RunTail, log_to_run, watch_for_stop
+from dreamfleet.trainers.driver.shared_paths import shared_paths, written_paths
 from dreamfleet.trainers.driver.throughput import Pace
 from dreamfleet.trainers.driver.worker import worker_environment
 from dreamfleet.trainers.launch import fit
@@ -318,7 +318,7 @@ def test_every_path_of_a_run_is_looked_at(tmp_path: Path, changes: dict[str, Any
 
 def test_a_disk_of_each_machine_is_no_shared_path(tmp_path: Path) -> None:
     recipe = build_recipe(tiny.make_recipe(tmp_path, engine={"nvme_path": "/nvme"}))
-    assert "/nvme" not in str(shared_paths(recipe)) and "/nvme" in str(named_paths(recipe))
+    assert "/nvme" not in str(shared_paths(recipe)) and "/nvme" in str(recipe.paths)
 
 
 @pytest.fixture
