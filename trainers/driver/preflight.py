@@ -1,4 +1,4 @@
-"""What is looked at before workers start: pictures, model, and whether the machines can do what the recipe asks."""
+"""Checks before workers start: inputs that are missing, and resources that the machines lack."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     from dreamfleet.trainers.driver.session import RaySession
     from dreamfleet.trainers.recipe import Recipe
 
-MOST_FILES_READ = 1000  # of a folder that is read through before workers start
+MAX_FILES = 1000  # larger folders are not indexed before workers start
 
 
 def preflight(
     recipe: Recipe, session: RaySession, say: Callable[[str], None], *, shared: Sequence[str] = ()
 ) -> WorkerShare:
-    """Decide what each worker gets, refusing at once what the cluster can never give.
+    """Return the resources of each worker; ``say`` gets a line if the run has to wait for busy machines.
 
-    ``shared`` are folders that every machine sees. Raises ResourceError or StorageError. Tells through ``say`` when the
-    run has to wait for busy machines.
+    ``shared`` are folders that every machine sees. Raises ResourceError for what the cluster can never provide,
+    StorageError for files that machines do not share.
     """
     nodes = [node.resources for node in session.nodes()]
     limit = session.growth_limit()
@@ -61,11 +61,10 @@ def preflight(
 
 
 def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
-    """Raise at once for pictures or a model that are not there: starting workers takes half a minute.
+    """Raise UserError for missing images or models, before workers start, which takes half a minute.
 
-    ``begun``: the run has a checkpoint, so that the file it went on from may be gone.
-
-    Sets of up to a thousand files on a disk are read through as a worker would; buckets and larger sets are left to it.
+    ``begun``: the run has a checkpoint, so the file that it started from may be missing. Local folders of up to
+    MAX_FILES files are indexed as a worker indexes them; workers check larger folders and buckets.
     """
     from dreamfleet.datasets.index.concepts import load_concepts
     from dreamfleet.datasets.index.file_hashes import known_files
@@ -108,11 +107,11 @@ def _is_small(url: str) -> bool:
     if not is_address(url):
         return False
     folder = Storage(url)
-    return folder.is_local and (not folder.exists() or len(folder.list(recursive=True)) <= MOST_FILES_READ)
+    return folder.is_local and (not folder.exists() or len(folder.list(recursive=True)) <= MAX_FILES)
 
 
 def this_machine() -> dict[str, float]:
-    """Return the resources that a private Ray finds on this machine, at most."""
+    """Return the resources of this machine as a private Ray would count them."""
     import torch
 
     resources = {"CPU": float(os.cpu_count() or 1)}
@@ -121,7 +120,7 @@ def this_machine() -> dict[str, float]:
     return resources
 
 
-def refuse_here(scaling: ScalingConfig) -> None:
-    """Raise ResourceError when this machine alone cannot hold the workers: Ray need not be started to know."""
+def require_room_here(scaling: ScalingConfig) -> None:
+    """Raise ResourceError if this machine alone has no room for the workers, without starting Ray."""
     here = [this_machine()]
     refuse_impossible(scaling, worker_resources(scaling, here).resources, here)
