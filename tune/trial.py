@@ -130,7 +130,7 @@ class TrialRun:
         search = Storage(shared.folder)
         run = search.child(Trial(self.name, self.point).folder)
         recipe = trial_recipe(build_recipe(shared.recipe), self.point, run.path())
-        with log_to_run(run, speak=True), watch_for_stop(search) as is_interrupted:
+        with log_to_run(run, verbose=True), watch_for_stop(search) as is_interrupted:
             try:
                 summary = run_worker(
                     recipe,

@@ -17,7 +17,7 @@ from dreamfleet.datasets import errors
 from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceError, RunFailed, UserError
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.config.search import Point, Value, figures_of, put_point
+from dreamfleet.trainers.config.search import Point, Value, put_point
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.trainers.report import formatting
 from dreamfleet.trainers.run.run_folder import is_used
@@ -88,7 +88,7 @@ class TrialStore:
         assert recipe.search is not None
         self.recipe, self.search = recipe, recipe.search
         self.folder = Storage(recipe.output_dir)
-        self.figures = figures_of(recipe)
+        self.figures = recipe.figures
         self.trials = list(trials)
 
     def add(self, point: Point) -> Trial:
