@@ -1,4 +1,4 @@
-"""The training loop, the only one: batch, forward, backward, step, after_step, measure, save, sample, report."""
+"""The training loop, the only one: batch, forward, backward, step, measure, save, sample, report."""
 
 from __future__ import annotations
 
@@ -105,7 +105,6 @@ def train(
             meter.add(loss, batch)
         norm = engine.step(now, step + 1)
         watch.see_norm(norm)
-        method.after_step(step + 1)
         done = step + 1
         logs, saves, samples = schedule.logs_at(done), schedule.saves_at(done), schedule.samples_at(done)
         if logs or saves or samples:

@@ -57,8 +57,7 @@ class Drawing:
 class Nothing:
     """A method with nothing to do after a step."""
 
-    def after_step(self, step: int) -> None:
-        pass
+    pass
 
 
 def loop(engine: Drawing, hooks: Hooks | None = None, *, steps: int = 3, **options: Any) -> Outcome:

@@ -20,8 +20,9 @@ from dreamfleet.trainers.config.engines import engine_spec
 from dreamfleet.trainers.engines.base import DTYPES, move_method
 from dreamfleet.trainers.memory.inputs import Counts, Pass
 from dreamfleet.trainers.memory.trace import Autocast, fake_mode, trace_inference, trace_step
-from dreamfleet.trainers.methods.base import Batch, Method, method_class
+from dreamfleet.trainers.methods.base import Batch, method_class
 from dreamfleet.trainers.methods.build import build_method, check_resolution
+from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.models.condition import predict
 from dreamfleet.trainers.models.stable_diffusion.meta_model import empty_condition, model_shape
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
@@ -30,7 +31,7 @@ from dreamfleet.trainers.recipe import Recipe
 PREVIEW_BATCH = 4  # the default of `generate`
 
 
-def count_run(recipe: Recipe, method: Method, images: int | None) -> Counts:
+def count_run(recipe: Recipe, method: DiffusionMethod, images: int | None) -> Counts:
     """Count a run's tensors on a method whose model is on the meta device."""
     train, model = recipe.train, method.model
     learning = [param for group in method.groups() for param in group.params.values()]
@@ -72,7 +73,7 @@ def count_run(recipe: Recipe, method: Method, images: int | None) -> Counts:
     )
 
 
-def method_shape(recipe: Recipe) -> Method:
+def method_shape(recipe: Recipe) -> DiffusionMethod:
     """Build a recipe's method on a model without weights, as a GPU run has it, on the meta device."""
     if recipe.method.no_plan:
         raise UserError(f"plan: {recipe.method.name} {recipe.method.no_plan}")
@@ -84,11 +85,15 @@ def method_shape(recipe: Recipe) -> Method:
     model = model_shape(recipe.model, method_class(recipe.method).needs)
     check_resolution(recipe, model)
     method = build_method(recipe, model, concepts=())
+    if not isinstance(method, DiffusionMethod):
+        raise UserError(
+            f"plan: the memory of {method.name}, which trains no diffusion model, cannot be computed"
+        )
     move_method(method, torch.device("meta"), DTYPES[recipe.train.mixed_precision])
     return method
 
 
-def count_images(recipe: Recipe, method: Method) -> int | None:
+def count_images(recipe: Recipe, method: DiffusionMethod) -> int | None:
     """Count the pictures of a recipe, class pictures too; None when there are none where it says."""
     try:
         urls = [concept.instance_data_dir for concept in load_concepts(recipe.data)]
@@ -100,18 +105,20 @@ def count_images(recipe: Recipe, method: Method) -> int | None:
     return found + (method.prior.num_class_images * len(urls) if method.prior else 0)
 
 
-def parts_of(method: Method) -> dict[str, nn.Module]:
+def parts_of(method: DiffusionMethod) -> dict[str, nn.Module]:
     """Return the model's parts and the method's helpers by name."""
     return {**method.model.modules(), **method.helpers}
 
 
-def _tensors(method: Method) -> list[Tensor]:
+def _tensors(method: DiffusionMethod) -> list[Tensor]:
     """List every tensor of a method, its model and its helpers, each once."""
     every = nn.ModuleList([*parts_of(method).values(), method])
     return [*every.parameters(), *every.buffers()]
 
 
-def _faked(method: Method, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> Method:
+def _faked(
+    method: DiffusionMethod, mode: FakeTensorMode, dtype: torch.dtype | None = None
+) -> DiffusionMethod:
     """Copy a method and its model from the meta device to fake tensors, which are as if on the CPU.
 
     ``dtype`` casts what is in the method's module, as DeepSpeed's half-precision modes do.
@@ -127,7 +134,7 @@ def _faked(method: Method, mode: FakeTensorMode, dtype: torch.dtype | None = Non
     return copy.deepcopy(method, copies)
 
 
-def _trace_step(recipe: Recipe, method: Method) -> Pass:
+def _trace_step(recipe: Recipe, method: DiffusionMethod) -> Pass:
     def compute_loss(autocast: Autocast) -> Tensor:
         batch = make_batch(recipe, method)
         with autocast():
@@ -141,7 +148,7 @@ def _trace_step(recipe: Recipe, method: Method) -> Pass:
     )
 
 
-def make_batch(recipe: Recipe, method: Method) -> Batch:
+def make_batch(recipe: Recipe, method: DiffusionMethod) -> Batch:
     """Make a batch of the right shapes; pictures whose latents are not cached are encoded for it."""
     model, count = method.model, recipe.train.train_batch_size
     num = count * (2 if method.prior else 1)
@@ -163,7 +170,7 @@ def make_batch(recipe: Recipe, method: Method) -> Batch:
     return batch | {name: tensor for name, tensor in told.items() if tensor is not None}
 
 
-def _trace_start(recipe: Recipe, method: Method) -> tuple[int, int]:
+def _trace_start(recipe: Recipe, method: DiffusionMethod) -> tuple[int, int]:
     """Trace what comes before the first step: encoding the pictures, and drawing class pictures."""
     model, side, prior = method.model, recipe.data.resolution, method.prior
     encoding = drawing = 0
@@ -179,7 +186,7 @@ def _trace_start(recipe: Recipe, method: Method) -> tuple[int, int]:
     return encoding, drawing
 
 
-def _trace_previews(recipe: Recipe, method: Method) -> int:
+def _trace_previews(recipe: Recipe, method: DiffusionMethod) -> int:
     validation = recipe.validation
     num = min(PREVIEW_BATCH, len(validation.prompts) * validation.num_images)
     if not num:
@@ -189,7 +196,7 @@ def _trace_previews(recipe: Recipe, method: Method) -> int:
 
 
 def _trace_drawing(
-    recipe: Recipe, method: Method, num: int, guidance_scale: float, dtype: torch.dtype
+    recipe: Recipe, method: DiffusionMethod, num: int, guidance_scale: float, dtype: torch.dtype
 ) -> int:
     """Trace a step of the sampler and the decoder for ``num`` pictures."""
     model = method.model
@@ -223,7 +230,7 @@ def _latent_bytes(recipe: Recipe, model: StableDiffusion, images: int | None) ->
     return (images or 0) * copies * 2 * 4 * math.prod(_latent_shape(recipe, model))
 
 
-def _remembered_bytes(recipe: Recipe, method: Method, images: int | None) -> int:
+def _remembered_bytes(recipe: Recipe, method: DiffusionMethod, images: int | None) -> int:
     """Bound the encoded prompts that are remembered: one a picture, or all there is room for where prompts vary."""
     if method.trains_text:
         return 0

@@ -9,6 +9,7 @@ import torch
 from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.methods.base import Method, Setting, method_class
+from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.recipe import Recipe
 
@@ -29,9 +30,10 @@ def build_method(recipe: Recipe, model: StableDiffusion, *, concepts: Sequence[C
 def checkpoint_activations(method: Method) -> None:
     """Let the parts that gradients pass through recompute their layers' activations in the backward pass."""
     unet, encoders = method.model.unet, method.model.text_encoders
+    trains_text = isinstance(method, DiffusionMethod) and method.trains_text
     unet.enable_gradient_checkpointing()
     unet.train()  # diffusers checkpoints in training mode only, also a frozen U-Net that gradients pass through
-    for encoder in encoders if method.trains_text else ():
+    for encoder in encoders if trains_text else ():
         # transformers 5.23 renamed the method, and version 6 drops the old name.
         enable = getattr(encoder, "activation_checkpointing_enable", None)
         (enable or encoder.gradient_checkpointing_enable)()
