@@ -13,7 +13,7 @@ import torch
 from dreamfleet.datasets.errors import RunFailed
 from dreamfleet.datasets.rng import key
 from dreamfleet.trainers.engines.base import Engine
-from dreamfleet.trainers.methods.base import Batch, Method
+from dreamfleet.trainers.methods.base import Batch
 
 # By chance, as with batches whose captions are all dropped, so many do not follow one another.
 STEPS_WITHOUT_GRADIENT = 20
@@ -65,7 +65,6 @@ class Schedule:
 
 
 def train(
-    method: Method,
     engine: Engine,
     batches: Iterator[Batch],
     prepare: Callable[[Batch], Batch],

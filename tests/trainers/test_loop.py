@@ -54,17 +54,9 @@ class Drawing:
         return values
 
 
-class Nothing:
-    """A method with nothing to do after a step."""
-
-    pass
-
-
 def loop(engine: Drawing, hooks: Hooks | None = None, *, steps: int = 3, **options: Any) -> Outcome:
-    method: Any = Nothing()
     anything: Any = engine
     return train(
-        method,
         anything,
         itertools.repeat({"num_instances": 2}),
         lambda batch: batch,
