@@ -48,8 +48,8 @@ class Page:
             connection.close()
 
     def press(self, action: str, number: int | None = None) -> dict[str, Any]:
-        request = {"action": action, "at": self.view["at"], "class": number}
-        status, content, _ = self.ask("POST", f"/{self.server.token}/act", json.dumps(request).encode())
+        body = {"action": action, "at": self.view["at"], "class": number}
+        status, content, _ = self.ask("POST", f"/{self.server.token}/act", json.dumps(body).encode())
         assert status == 200, content
         self.view = json.loads(content)
         return self.view
@@ -140,7 +140,7 @@ def test_a_broken_or_foreign_file_is_reported_and_not_modified(text: str, folder
 
 
 @pytest.mark.parametrize(
-    ("request", "status"),
+    ("body", "status"),
     [
         (b'{"action": "label", "at": 0, "class": 2}', 409),
         (b'{"action": "label", "at": 0, "class": null}', 409),
@@ -157,8 +157,8 @@ def test_a_broken_or_foreign_file_is_reported_and_not_modified(text: str, folder
         (b" " * 5000, 413),
     ],
 )
-def test_invalid_requests_change_nothing(request: bytes, status: int, page: Page, folder: Path) -> None:
-    found, content, _ = page.ask("POST", f"/{page.server.token}/act", request)
+def test_invalid_requests_change_nothing(body: bytes, status: int, page: Page, folder: Path) -> None:
+    found, content, _ = page.ask("POST", f"/{page.server.token}/act", body)
     assert found == status and json.loads(content)["error"]
     assert not (folder / "dataset.json").exists()
 
