@@ -19,11 +19,12 @@ ROUNDS = 3
 
 def draw(model: Any, prompts: list[str]) -> tuple[list[Any], float]:
     """Draw a picture of each prompt, one at a time as a person does; returns them and the seconds of one."""
+    from dreamfleet.trainers.config.image_request import ImageRequest
     from dreamfleet.trainers.models.sampling.sample import generate
 
     start = time.perf_counter()
     images = [
-        generate(model, [prompt], seeds=[0], steps=25, guidance_scale=GUIDANCE, batch_size=1)[0]
+        generate(model, [ImageRequest(prompt, guidance_scale=GUIDANCE)], batch_size=1)[0]
         for prompt in prompts
     ]
     return images, (time.perf_counter() - start) / len(prompts)
@@ -33,7 +34,7 @@ def measure_steps(
     model: Any, encoder_for: Any, prompts: list[str], real: list[Any], clip: Any
 ) -> dict[str, Any]:
     """Measure every number of steps; 0 is the untouched encoder."""
-    from dreamfleet.trainers.evaluation.fidelity import score_images
+    from dreamfleet.trainers.evaluation.judge import score_images
 
     result: dict[str, Any] = {}
     for steps in (0, *STEPS):
@@ -48,7 +49,10 @@ def measure_steps(
                     images, taken = draw(model, prompts)
                     seconds[kind].append(taken)
         scores = score_images(images, prompts=prompts, real=real, clip=clip)
-        told: dict[str, Any] = {"clip_i": round(scores.clip_i, 4), "clip_t": round(scores.clip_t, 4)}
+        told: dict[str, Any] = {
+            "clip_i": round(scores.means["clip_i"], 4),
+            "clip_t": round(scores.means["clip_t"], 4),
+        }
         if steps:
             gained = [encoder.cosines[prompt] for prompt in prompts]
             told |= {

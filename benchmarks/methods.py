@@ -102,7 +102,7 @@ def measure_method(
 ) -> tuple[dict[str, Any], list[Any]]:
     """Train one method and score what it draws; returns the figures and a picture of each prompt."""
     from dreamfleet.datasets.storage.storage import Storage
-    from dreamfleet.trainers.evaluation.score import load_exported
+    from dreamfleet.trainers.artifacts.loading import load_exported
     from dreamfleet.trainers.launch import fit
     from dreamfleet.trainers.recipe import load_recipe
 
@@ -138,7 +138,8 @@ def fill(prompts: list[str], word: str) -> list[str]:
 def measure_task(task: Task, folder: Path, methods: list[str]) -> dict[str, Any]:
     """Measure the untuned model and every method on one task, and draw the sheet."""
     from dreamfleet.trainers.config.model import ModelConfig
-    from dreamfleet.trainers.evaluation.fidelity import score_images, spread_of_real
+    from dreamfleet.trainers.evaluation.fidelity import spread_of_real
+    from dreamfleet.trainers.evaluation.judge import score_images
     from dreamfleet.trainers.models.sampling.sample import image_grid
     from dreamfleet.trainers.models.stable_diffusion.model import load_model
     from dreamfleet.trainers.models.vision.clip import load_clip
@@ -149,7 +150,7 @@ def measure_task(task: Task, folder: Path, methods: list[str]) -> dict[str, Any]
     result: dict[str, Any] = {
         "pictures_to_judge_by": len(real),
         "clip_i_among_real": round(spread_of_real(clip, real), 4),
-        "clip_t_of_real": round(score_images(real, prompts=texts, real=real, clip=clip).clip_t, 4),
+        "clip_t_of_real": round(score_images(real, prompts=texts, real=real, clip=clip).means["clip_t"], 4),
     }
     untuned = fill(task.prompts, UNTUNED[task.name])
     result["untuned"], sheet = score_prompts(load_model(ModelConfig()), untuned, task.plain, real)

@@ -22,7 +22,7 @@ METHODS = {"textual_inversion": 2 * STEPS, "prompt_tuning": STEPS}
 def train_one(method: str, seed: int, folder: Path, real: list[Any]) -> tuple[dict[str, Any], list[Any]]:
     """Train a method on the one picture with a seed, and score it; returns figures and a picture of each scene."""
     from dreamfleet.datasets.storage.storage import Storage
-    from dreamfleet.trainers.evaluation.score import load_exported
+    from dreamfleet.trainers.artifacts.loading import load_exported
     from dreamfleet.trainers.launch import fit
     from dreamfleet.trainers.recipe import load_recipe
 

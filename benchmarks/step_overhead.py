@@ -27,7 +27,7 @@ def measure(config: dict[str, Any]) -> None:
     from dreamfleet.trainers.distributed.context import DistributedContext
     from dreamfleet.trainers.loop import Hooks, Schedule, train
     from dreamfleet.trainers.recipe import load_recipe
-    from dreamfleet.trainers.report.metrics_log import Metrics
+    from dreamfleet.trainers.report.metrics_log import MetricsLog
     from dreamfleet.trainers.run.build import assemble
 
     torch.set_num_threads(config["threads"])
@@ -45,7 +45,7 @@ def measure(config: dict[str, Any]) -> None:
     model, unet = parts.model, parts.model.unet
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, weight_decay=1e-2)
     ready = [parts.prepare(parts.feed.batch(step)) for step in range(STEPS)]
-    metrics = Metrics(Storage(config["folder"]))
+    metrics = MetricsLog(Storage(config["folder"]))
 
     def bare() -> float:
         start = time.perf_counter()

@@ -55,25 +55,28 @@ def score_prompts(
     model: Any, prompts: list[str], plain: list[str], real: list[Any]
 ) -> tuple[dict[str, float], list[Any]]:
     """Draw every prompt with every seed, and score the pictures by real ones and by what ``plain`` says of each."""
-    from dreamfleet.trainers.evaluation.fidelity import score_images
+    from dreamfleet.trainers.config.image_request import requests_for
+    from dreamfleet.trainers.evaluation.judge import score_images
     from dreamfleet.trainers.models.sampling.sample import generate
     from dreamfleet.trainers.models.vision.clip import load_clip
 
     start = time.perf_counter()
     images = generate(
         model,
-        [prompt for prompt in prompts for _ in SEEDS],
-        seeds=[seed for _ in prompts for seed in SEEDS],
-        steps=STEPS,
-        guidance_scale=GUIDANCE,
+        requests_for(
+            [prompt for prompt in prompts for _ in SEEDS],
+            [seed for _ in prompts for seed in SEEDS],
+            steps=STEPS,
+            guidance_scale=GUIDANCE,
+        ),
         batch_size=10,
     )
     seconds = time.perf_counter() - start
     told = [text for text in plain for _ in SEEDS]
     scores = score_images(images, prompts=told, real=real, clip=load_clip())
     figures = {
-        "clip_i": round(scores.clip_i, 4),
-        "clip_t": round(scores.clip_t, 4),
+        "clip_i": round(scores.means["clip_i"], 4),
+        "clip_t": round(scores.means["clip_t"], 4),
         "seconds_a_picture": round(seconds / len(images), 3),
     }
     return figures, images[:: len(SEEDS)]
@@ -97,9 +100,9 @@ def read_real(folder: Path) -> list[Any]:
 def measure_subject(name: str, noun: str, train_dir: Path, real_dir: Path, folder: Path) -> dict[str, Any]:
     """Train both methods on one subject and score them beside the untuned model."""
     from dreamfleet.datasets.storage.storage import Storage
+    from dreamfleet.trainers.artifacts.loading import load_exported
     from dreamfleet.trainers.config.model import ModelConfig
     from dreamfleet.trainers.evaluation.fidelity import spread_of_real
-    from dreamfleet.trainers.evaluation.score import load_exported
     from dreamfleet.trainers.launch import fit
     from dreamfleet.trainers.models.sampling.sample import image_grid
     from dreamfleet.trainers.models.stable_diffusion.model import load_model

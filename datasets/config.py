@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Literal, Self
 
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
 from dreamfleet.datasets.config_base import Section, as_list
+from dreamfleet.datasets.path_field import PathField
 
 # Pillow refuses larger images itself (twice its warning limit), so this is the largest limit that has an effect.
 MAX_PIXELS = 178_956_970
+CAPTION_EXTENSIONS = (".txt", ".caption")
 MOST_CLASSES = 1000  # of labelled images
+
+
+# Images are checked and compared when they are indexed.
+ImageDir = Annotated[str, PathField("images", must_exist=False, compared=False), Field(min_length=1)]
 
 
 def _also(name: str, *others: str) -> AliasChoices:
@@ -21,13 +26,13 @@ def _also(name: str, *others: str) -> AliasChoices:
 class Concept(Section):
     """One subject: its pictures, its prompt, and the pictures and prompt of its class."""
 
-    instance_data_dir: str = Field(min_length=1)
+    instance_data_dir: ImageDir
     instance_prompt: str | None = None
-    class_data_dir: str | None = Field(default=None, min_length=1)
+    class_data_dir: ImageDir | None = None
     class_prompt: str | None = None
     repeats: int = Field(default=1, ge=1, validation_alias=_also("repeats", "num_repeats"))
-    mask_dir: str | None = Field(
-        default=None, min_length=1, validation_alias=_also("mask_dir", "conditioning_data_dir", "mask_path")
+    mask_dir: ImageDir | None = Field(
+        default=None, validation_alias=_also("mask_dir", "conditioning_data_dir", "mask_path")
     )
 
     @model_validator(mode="after")
@@ -48,20 +53,22 @@ class DataConfig(Section):
     A picture's own caption is used before `instance_prompt`, unless `use_captions` is false.
     """
 
-    instance_data_dir: str | None = Field(
-        default=None, min_length=1, validation_alias=_also("instance_data_dir", "image_dir")
+    instance_data_dir: ImageDir | None = Field(
+        default=None, validation_alias=_also("instance_data_dir", "image_dir")
     )
     instance_prompt: str | None = Field(
         default=None, validation_alias=_also("instance_prompt", "class_tokens", "trigger_word")
     )
-    class_data_dir: str | None = Field(
-        default=None, min_length=1, validation_alias=_also("class_data_dir", "reg_data_dir")
+    class_data_dir: ImageDir | None = Field(
+        default=None, validation_alias=_also("class_data_dir", "reg_data_dir")
     )
     class_prompt: str | None = None
-    train_data_dir: str | None = Field(default=None, min_length=1)
-    concepts_list: list[Concept] | str | None = None
+    train_data_dir: ImageDir | None = None
+    concepts_list: Annotated[list[Concept] | str | None, PathField("file")] = None
 
-    caption_extension: Annotated[list[str], BeforeValidator(as_list)] = Field(default=[".txt", ".caption"])
+    caption_extension: Annotated[list[str], BeforeValidator(as_list)] = Field(
+        default=list(CAPTION_EXTENSIONS)
+    )
     caption_column: str | None = Field(
         default=None,
         min_length=1,
@@ -124,9 +131,8 @@ class DataConfig(Section):
         "DreamArtist's attention map (NAME_att.png: black 0, mid-grey 1, white 5), else by its alpha channel; mean 1, "
         "so a picture that is opaque everywhere counts as ever",
     )
-    mask_dir: str | None = Field(
+    mask_dir: ImageDir | None = Field(
         default=None,
-        min_length=1,
         validation_alias=_also("mask_dir", "conditioning_data_dir", "mask_path"),
         description="folder of masks under the pictures' names: grey, white counts",
     )
@@ -134,7 +140,7 @@ class DataConfig(Section):
     source: Literal["auto", "resident", "stream"] = "auto"
     resident_limit_mb: int = Field(default=4096, ge=1)
     cache_latents: bool = True
-    cache_dir: str | None = Field(
+    cache_dir: Annotated[str | None, PathField("folder", must_exist=False, compared=False)] = Field(
         default=None,
         min_length=1,
         description="folder or s3:// address of latents that `dreamfleet data cache` encoded: the run reads them and "
@@ -217,35 +223,3 @@ class DataConfig(Section):
         if not self.cache_latents:
             raise ValueError("cache_dir with cache_latents: false: leave one of them out")
         return self
-
-    def with_absolute_paths(self, folder: str) -> DataConfig:
-        """The same section with its folders made absolute, relative ones starting at `folder`."""
-        concepts = self.concepts_list
-        if isinstance(concepts, str):
-            concepts = absolute_path(concepts, folder)
-        elif concepts is not None:
-            concepts = [concept_with_absolute_paths(concept, folder) for concept in concepts]
-        places = {
-            name: absolute_path(getattr(self, name), folder)
-            for name in ("instance_data_dir", "class_data_dir", "train_data_dir", "mask_dir", "cache_dir")
-            if getattr(self, name) is not None
-        }
-        return self.model_copy(update={**places, "concepts_list": concepts})
-
-
-def concept_with_absolute_paths(concept: Concept, folder: str) -> Concept:
-    """The same concept with its folders made absolute."""
-    places = {"instance_data_dir": absolute_path(concept.instance_data_dir, folder)}
-    for name in ("class_data_dir", "mask_dir"):
-        if (place := getattr(concept, name)) is not None:
-            places[name] = absolute_path(place, folder)
-    return concept.model_copy(update=places)
-
-
-def absolute_path(path: str, folder: str) -> str:
-    """Return a path that starts at ``folder``, on disk or in a bucket; addresses and absolute paths stay."""
-    path = os.path.expanduser(path)
-    if "://" in path or os.path.isabs(path):
-        return path if "://" in path else os.path.normpath(path)
-    scheme, separator, rest = folder.rpartition("://")
-    return f"{scheme}{separator}{os.path.normpath(os.path.join(rest, path))}"

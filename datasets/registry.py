@@ -84,6 +84,21 @@ class Registry(Generic[T]):
         return load_attribute(self._paths[name], what=f"{self.kind} {name!r}")  # type: ignore[no-any-return]
 
 
+class EntryName:
+    """A pydantic validator for the name of an entry; the documentation lists the names of its ``registry``."""
+
+    def __init__(self, registry: Registry[Any]):
+        self.registry = registry
+
+    def __call__(self, name: str) -> str:
+        """Return the name. Raises ValueError if there is no such entry or it cannot be loaded."""
+        try:
+            self.registry.get(name)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return name
+
+
 def load_attribute(path: str, *, what: str) -> Any:
     """Import ``"module:attribute"``. Raises UserError naming ``what`` cannot be loaded, from where and why."""
     module, _, attribute = path.partition(":")

@@ -11,8 +11,10 @@ from typing import Any
 from pydantic import AliasChoices, BaseModel
 from pydantic.fields import FieldInfo
 
+from dreamfleet.datasets.registry import EntryName
 from dreamfleet.trainers.config.engines import ENGINES
 from dreamfleet.trainers.config.method import METHODS
+from dreamfleet.trainers.config.metrics import METRICS, NEEDS
 from dreamfleet.trainers.recipe import Recipe
 
 PAGE = Path(__file__).with_name("recipes.md")
@@ -102,7 +104,6 @@ MEANINGS = {
     "validation.guidance_scale": "of the previews",
     "validation.scheduler": "sampler of the previews",
     "validation.seed": "of the first preview of a prompt; the next ones count up",
-    "validation.metrics": "what is measured",
     "scaling.placement_strategy": "how Ray spreads workers over machines",
     "method.name": "the method",
     "dreambooth.train_text_encoder": "the text encoder learns as well",
@@ -126,6 +127,9 @@ def type_words(annotation: Any) -> str:
     """Write a type as a reader of recipes would say it."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
+        for rule in arguments[1:]:
+            if isinstance(check := getattr(rule, "func", None), EntryName):
+                return ", ".join(f"`{name}`" for name in check.registry.names())
         return type_words(arguments[0])
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(type_words(a) for a in arguments if a is not type(None)))
@@ -208,6 +212,8 @@ def write() -> str:
         if isinstance(section, type) and issubclass(section, BaseModel) and name != "method":
             parts += [f"\n## {name}\n", table(section, name)]
             nested |= inner_models(section)
+        if name == "validation":
+            parts.append(metrics_table())
         if name == "engine":
             parts += engines()
     parts.append("\n## method\n\n`name` chooses the method; the other keys are its own.")
@@ -217,6 +223,22 @@ def write() -> str:
     for name, model in nested.items():
         parts += [f"\n## {name}\n\n{summary(model)}\n", table(model, name)]
     return "\n".join(parts) + "\n"
+
+
+def metrics_table() -> str:
+    """Return the section on the registered metrics."""
+    rows = [
+        "\n### metrics\n\nOther metrics are added by [installed packages](extending.md).\n",
+        "| `validation.metrics` | `search.metric` | better | measures | needs |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, metric in METRICS.items():
+        better = "higher" if metric.higher_is_better else "lower"
+        needs = "; ".join(NEEDS[need] for need in metric.needs)
+        rows.append(
+            f"| `{name}` | `{metric.figure or name}` | {better} | {metric.title}. {metric.note} | {needs} |"
+        )
+    return "\n".join(rows)
 
 
 def engines() -> list[str]:

@@ -10,32 +10,25 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError
 
-from dreamfleet.datasets.captions import TEMPLATE_SETS
-from dreamfleet.datasets.config import DataConfig, absolute_path
+from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.config_base import Section, as_list
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.index.exclusions import HELD_OUT
+from dreamfleet.datasets.path_field import NamedPath, PathField, list_paths, resolve_paths
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.conflicts import find_conflicts
+from dreamfleet.trainers.config.deepspeed import merge_deepspeed_file
 from dreamfleet.trainers.config.engine import EngineConfig
 from dreamfleet.trainers.config.engines import find_refused
 from dreamfleet.trainers.config.method import METHODS, MethodConfig
-from dreamfleet.trainers.config.model import POCKET, ModelConfig
+from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.config.prompt_lines import read_prompts
 from dreamfleet.trainers.config.scaling import ScalingConfig
-from dreamfleet.trainers.config.search import SearchConfig, find_mistakes
+from dreamfleet.trainers.config.search import SearchConfig, figures_of, find_search_errors
 from dreamfleet.trainers.config.train import TrainConfig
 from dreamfleet.trainers.config.validation import ValidationConfig
 from dreamfleet.trainers.config.validation_errors import keys_at, nearest, tell
-
-WEIGHTS = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
-# Keys of methods' sections that name files, and models, which may be on the hub.
-START_FILES = ("initial_embedding", "initial_hypernetwork")  # which a run with a checkpoint does without
-METHOD_FILES, METHOD_MODELS = (
-    ("template_file", "labels", "test_labels", *START_FILES),
-    ("clip", "discriminator", "convnext"),
-)
 
 
 class Recipe(Section):
@@ -50,7 +43,7 @@ class Recipe(Section):
     validation: ValidationConfig = ValidationConfig()
     scaling: ScalingConfig = ScalingConfig()
     search: SearchConfig | None = Field(None, description="for `dreamfleet tune`")
-    output_dir: str = Field(
+    output_dir: Annotated[str, PathField("folder", must_exist=False, is_output=True)] = Field(
         min_length=1, description="folder or s3:// address; its last part names the artefacts"
     )
     report_to: Annotated[list[Literal["tensorboard"]], BeforeValidator(as_list)] = Field(
@@ -67,6 +60,28 @@ class Recipe(Section):
         """The folders of a run that hold images it does not train on, and what they hold."""
         places = {self.output_dir: "the run's output_dir"}
         return places | ({self.validation.holdout: HELD_OUT} if self.validation.holdout else {})
+
+    @property
+    def paths(self) -> list[NamedPath]:
+        """The absolute paths and URLs that the run reads, with their keys."""
+        return [named for named in list_paths(self) if not named.field.is_output]
+
+    @property
+    def class_images_dir(self) -> str:
+        """The folder beside the run's where generated class images without a ``class_data_dir`` are kept."""
+        return f"{self.output_dir.rstrip('/').rpartition('/')[0]}/class-images"
+
+    @property
+    def figures(self) -> list[str]:
+        """What a validation round measures, by the names in ``metrics.jsonl``."""
+        return figures_of(self.validation, self.method)
+
+    def with_deepspeed_file(self) -> Recipe:
+        """Return the recipe with the stage and offload of ``engine.deepspeed_config``. Raises RecipeError."""
+        engine = merge_deepspeed_file(
+            self.engine, train=self.train, optimizer=self.optimizer, scaling=self.scaling
+        )
+        return self.model_copy(update={"engine": engine})
 
     def to_yaml(self) -> str:
         """Write the recipe as YAML that :func:`load_recipe` reads back to the same recipe."""
@@ -133,7 +148,7 @@ def build_recipe(tree: Mapping[str, Any], *, source: str = "recipe", folder: str
             f"{source} has {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}:\n  " + "\n  ".join(mistakes)
         )
     recipe = _with_prompts(recipe, source, folder)
-    return recipe if folder is None else _with_absolute_paths(recipe, folder)
+    return recipe if folder is None else resolve_paths(recipe, folder)
 
 
 def _with_prompts(recipe: Recipe, source: str, folder: str | None) -> Recipe:
@@ -177,9 +192,23 @@ def _validate(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
     if recipe is not None and config is not None:
         mistakes += find_refused(dict(recipe), config.refused, by=config.name)
     if recipe is not None:
-        mistakes += find_conflicts(recipe)
+        mistakes += find_conflicts(
+            method=recipe.method,
+            data=recipe.data,
+            train=recipe.train,
+            optimizer=recipe.optimizer,
+            engine=recipe.engine,
+            validation=recipe.validation,
+            scaling=recipe.scaling,
+        )
     if recipe is not None and recipe.search is not None:
-        mistakes += find_mistakes(recipe, lambda changed: _validate(changed)[1])
+        mistakes += find_search_errors(
+            recipe.search,
+            recipe,
+            figures=recipe.figures,
+            max_train_steps=recipe.train.max_train_steps,
+            validate=lambda changed: _validate(changed)[1],
+        )
     return recipe, mistakes
 
 
@@ -223,44 +252,3 @@ def _override(tree: dict[str, Any], text: str) -> None:
         node[last] = yaml.safe_load(value) if value else ""
     except yaml.YAMLError as error:
         raise RecipeError(f"override {text!r}: the value is not YAML ({error}); put it in quotes") from error
-
-
-def _with_absolute_paths(recipe: Recipe, folder: str) -> Recipe:
-    def absolute(path: str | None) -> str | None:
-        return None if path is None else absolute_path(path, folder)
-
-    def model_path(name: str | None) -> str | None:
-        # A hub name looks like a relative path: only what is there counts as one.
-        if name in (None, POCKET):
-            return name
-        local = absolute(name)
-        explicit = name.startswith((".", "~", "/")) or name.endswith(WEIGHTS)
-        return local if explicit or (local and os.path.exists(local)) else name
-
-    model, validation = recipe.model, recipe.validation
-    updates: dict[str, Any] = {
-        "data": recipe.data.with_absolute_paths(folder),
-        "model": model.model_copy(
-            update={
-                "pretrained_model_name_or_path": model_path(model.pretrained_model_name_or_path),
-                "pretrained_vae_model_name_or_path": model_path(model.pretrained_vae_model_name_or_path),
-            }
-        ),
-        "validation": validation.model_copy(
-            update={name: absolute(getattr(validation, name)) for name in ("holdout", "clip", "dino")}
-        ),
-        "engine": recipe.engine.model_copy(
-            update={"deepspeed_config": absolute(recipe.engine.deepspeed_config)}
-        ),
-        "output_dir": absolute(recipe.output_dir),
-    }
-    method = {
-        name: value if value in TEMPLATE_SETS else absolute(value)
-        for name in METHOD_FILES
-        if (value := getattr(recipe.method, name, None))
-    }
-    method |= {
-        name: model_path(value) for name in METHOD_MODELS if (value := getattr(recipe.method, name, None))
-    }
-    updates["method"] = recipe.method.model_copy(update=method)
-    return recipe.model_copy(update=updates)

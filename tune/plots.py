@@ -1,26 +1,25 @@
-"""A scatter plot for the search's report, in the report's own style: inline SVG that stretches, labels in HTML."""
+"""A scatter plot for a search's report, laid out for the ``chart`` macro of the run report's templates."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 
 from dreamfleet.trainers.report import formatting
-from dreamfleet.trainers.report.charts import ticks
+from dreamfleet.trainers.report.charts import SIDE, Mark, Plot, dot, ticks
 
 
 @dataclass(frozen=True)
 class Dot:
-    """One trial: where it lies, its colour (0 to 3), what it is, whether it ended early, and whether it is the best."""
+    """One trial in a scatter plot; ``colour`` is 0 to 3."""
 
     x: float
     y: float
     colour: int
-    words: str
-    pale: bool
-    ringed: bool
+    label: str
+    is_pale: bool
+    is_ringed: bool
 
 
 def scatter(
@@ -31,43 +30,39 @@ def scatter(
     *,
     log: bool,
     write: Callable[[float], str],
-) -> str:
-    """Return a scatter plot as an HTML figure; ``x`` is on a logarithmic scale with ``log``, ``write`` is for ``y``."""
+) -> Plot | None:
+    """Place dots and ticks, ``x`` on a logarithmic scale if ``log``; ``write`` formats ``y``. None without dots."""
     if not dots:
-        return ""
+        return None
     scale = math.log10 if log else float
     left, right = _widened([scale(dot.x) for dot in dots])
     low, high = _widened([dot.y for dot in dots])
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        return 100 * (scale(x) - left) / (right - left), 100 * (high - y) / (high - low)
+    def across(x: float) -> float:
+        return (scale(x) - left) / (right - left)
 
-    across = log_ticks(10**left, 10**right) if log else ticks(left, right)
-    labels = "".join(
-        f'<span class="x" style="left:{place(t, high)[0]:.2f}%">{escape(formatting.number(t))}</span>'
-        for t in across
-    ) + "".join(
-        f'<span class="y" style="top:{100 * (high - t) / (high - low):.2f}%"><i>{escape(write(t))}</i></span>'
-        for t in ticks(low, high)
-    )
-    marks = ""
-    for dot in sorted(dots, key=lambda dot: dot.ringed):
-        x, y = place(dot.x, dot.y)
-        ring = f'<path class="ring" d="M{x:.2f} {y:.2f}h0"/>' if dot.ringed else ""
-        pale = " pale" if dot.pale else ""
-        words = f"<title>{escape(dot.words)}</title>"
-        marks += f'{ring}<path class="dot c{dot.colour}{pale}" d="M{x:.2f} {y:.2f}h0">{words}</path>'
-    words = f"<p>{escape(note)}</p>" if note else ""
-    keys = "".join(f'<span class="key c{n % 4}">{escape(name)}</span>' for n, name in enumerate(legend))
-    return (
-        f'<figure class="chart"><figcaption><h3>{escape(title)}</h3>{keys}{words}</figcaption>'
-        f'<div class="plot still">{labels}<svg viewBox="0 0 100 100" preserveAspectRatio="none">{marks}</svg></div>'
-        "</figure>"
+    def down(y: float) -> float:
+        return (high - y) / (high - low)
+
+    marks = []
+    for one in sorted(dots, key=lambda one: one.is_ringed):
+        path = dot(SIDE * across(one.x), SIDE * down(one.y))
+        if one.is_ringed:
+            marks.append(Mark("ring", path))
+        marks.append(Mark(f"dot c{one.colour}{' pale' if one.is_pale else ''}", path, one.label))
+    x_ticks = log_ticks(10**left, 10**right) if log else ticks(left, right)
+    return Plot(
+        title,
+        note,
+        legend=[(name, number % 4) for number, name in enumerate(legend)],
+        x_ticks=[(100 * across(t), formatting.number(t)) for t in x_ticks],
+        y_ticks=[(100 * down(t), write(t)) for t in ticks(low, high)],
+        marks=marks,
     )
 
 
 def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """List round values within [low, high]: 1, 2 and 5 times the powers of ten, or the powers alone where many."""
+    """Return round values within [low, high]: 1, 2 and 5 times powers of ten, or fewer per power if over ``most``."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 2, 5), (1, 3), (1,)):
         found = [value for p in powers for f in factors if low <= (value := f * 10.0**p) <= high]

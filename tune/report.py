@@ -1,191 +1,162 @@
-"""Writes a search's report.html: the trials, what they measured, and what they drew, in one file."""
+"""Writes a search's report.html: its trials, their measurements and previews, in one self-contained file."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-from dreamfleet.trainers.config.search import HELD_OUT
+from dreamfleet.trainers.config.metrics import HELD_OUT, figure_title
 from dreamfleet.trainers.report import formatting
-from dreamfleet.trainers.report.charts import Chart, Line, draw
-from dreamfleet.trainers.report.comparison import SCORES
-from dreamfleet.trainers.report.report import METHODS, page
+from dreamfleet.trainers.report.charts import Chart, Line, Plot, lay_out
+from dreamfleet.trainers.report.html import environment
+from dreamfleet.trainers.report.report import method_title
 from dreamfleet.tune.plots import Dot, scatter
-from dreamfleet.tune.sheet import axes, image_sheet
-from dreamfleet.tune.trial_store import BEST, Ledger, Trial, tell_point, tell_value
+from dreamfleet.tune.sheet import LONGEST_SIDE, axes, image_sheet
+from dreamfleet.tune.trial_store import BEST, Trial, TrialStore, format_point, format_value
 
-NAMED_CURVES = 4  # as many as there are colours
+TEMPLATES = Path(__file__).with_name("templates")
+NAMED_CURVES = 4  # the number of colours
 STATUS = {"stopped": "stopped early", "running": "interrupted"}
-NAMES = {HELD_OUT: "held-out loss", **SCORES}
 
 
-def write_search_report(ledger: Ledger) -> None:
+def write_search_report(store: TrialStore) -> None:
     """Write ``report.html`` into the folder of a search."""
-    ledger.folder.write_text("report.html", render(ledger))
+    store.folder.write_text("report.html", render(store))
 
 
-def render(ledger: Ledger) -> str:
-    """Return the report of a search as HTML; links to the trials' own reports are all that it refers to."""
-    sections = [
-        _head(ledger), _figures(ledger), image_sheet(ledger), _charts(ledger), _table(ledger), _recipe(ledger),
-    ]  # fmt: skip
-    return page(ledger.recipe.run_name, sections)
+def render(store: TrialStore) -> str:
+    """Return the report of a search as HTML; it refers to nothing but the trials' own reports."""
+    ranking = store.ranking()
+    measured = [trial for trial in ranking if trial.figure(store.search.metric) is not None]
+    return environment(TEMPLATES).get_template("search.html").render(
+        title=store.recipe.run_name,
+        method=method_title(store.recipe.method.name),
+        facts=_facts(store),
+        is_interrupted=any(not trial.is_over for trial in store.trials),
+        metric=store.search.metric,
+        best=store.best,
+        best_recipe=store.folder.path(BEST),
+        figures=_figures(store, measured),
+        sheet=image_sheet(store),
+        longest_side=LONGEST_SIDE,
+        plots=list(_plots(store, measured)),
+        columns=_columns(store),
+        trials=[_row(store, trial) for trial in ranking],
+        recipe_text=store.recipe.to_yaml(),
+    )  # fmt: skip
 
 
-def metric_name(metric: str) -> str:
-    """Write a figure's name for people."""
-    return NAMES.get(metric, metric)
+def _facts(store: TrialStore) -> list[str]:
+    counts = Counter(STATUS.get(trial.status, trial.status) for trial in store.trials)
+    return [
+        f"{len(store.trials)} trials",
+        *(f"{count} {status}" for status, count in counts.most_common()),
+        f"{formatting.seconds(sum(trial.seconds for trial in store.trials))} of compute time",
+    ]
 
 
-def _head(ledger: Ledger) -> str:
-    method = METHODS.get(ledger.recipe.method.name, ledger.recipe.method.name)
-    counts = Counter(STATUS.get(trial.status, trial.status) for trial in ledger.trials)
-    words = [f"{len(ledger.trials)} trials", *(f"{count} {status}" for status, count in counts.most_common())]
-    words.append(f"{formatting.seconds(sum(trial.seconds for trial in ledger.trials))} of computing")
-    open_ones = any(not trial.is_over for trial in ledger.trials)
-    hint = (
-        "<p class='note'>Interrupted. The same command with <code>--resume</code> goes on.</p>"
-        if open_ones
-        else ""
-    )
-    return (
-        f'<header><p class="over">Search · {escape(method)}</p><h1>{escape(ledger.recipe.run_name)}</h1>'
-        f"<p>{escape(' · '.join(words))}</p>{hint}</header>"
-    )
-
-
-def _figures(ledger: Ledger) -> str:
-    best, metric = ledger.best, ledger.search.metric
+def _figures(store: TrialStore, measured: Sequence[Trial]) -> list[tuple[str, str, str]]:
+    """List (name, value, note) of the best trial's figures and of its point."""
+    best, metric = store.best, store.search.metric
     if best is None:
-        return ""
-    measured = [value for trial in ledger.trials if (value := trial.figure(metric)) is not None]
-    told = []
-    for name in sorted(ledger.figures, key=lambda name: name != metric):
+        return []
+    median = statistics.median(value for trial in measured if (value := trial.figure(metric)) is not None)
+    cards = []
+    for name in sorted(store.figures, key=lambda name: name != metric):
         if (value := best.figure(name)) is not None:
-            note = f"median {formatting.number(statistics.median(measured), 4)}" if name == metric else ""
-            told.append((metric_name(name), formatting.number(value, 4), note))
+            note = f"median {formatting.number(median, 4)}" if name == metric else ""
+            cards.append((figure_title(name), formatting.number(value, 4), note))
     for path, chosen in best.point.items():
         section, _, key = path.rpartition(".")
-        told.append((key, tell_value(chosen), section))
-    cards = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><small>{escape(note)}</small></div>"
-        for name, value, note in told
-    )
-    command = f"dreamfleet train {ledger.folder.path(BEST)}"
-    where = f"It is {escape(best.name)}; its recipe is written out: <code>{escape(command)}</code>"
-    return f'<section><h2>The best trial</h2><p class="note">{where}</p><dl class="figures">{cards}</dl></section>'
+        cards.append((key, format_value(chosen), section))
+    return cards
 
 
-def _charts(ledger: Ledger) -> str:
-    shown = [trial for trial in ledger.ranking() if trial.figure(ledger.search.metric) is not None]
+def _plots(store: TrialStore, shown: Sequence[Trial]) -> Iterator[Plot]:
+    """Yield the curves of the metric, and a scatter plot of every figure."""
     if not shown:
-        return ""
-    metric = ledger.search.metric
-    others = [name for name in ledger.figures if name != metric]
-    charts = _curves(ledger, shown) + "".join(_scatter(ledger, shown, name) for name in [metric, *others])
-    return f'<section><h2>What they measured</h2><div class="charts">{charts}</div></section>'
+        return
+    metric = store.search.metric
+    others = [name for name in store.figures if name != metric]
+    for plot in (_curves(metric, shown), *(_scatter(store, shown, name) for name in [metric, *others])):
+        if plot is not None:
+            yield plot
 
 
-def _curves(ledger: Ledger, shown: Sequence[Trial]) -> str:
-    metric = ledger.search.metric
-    edge = _edge(metric, shown)
+def _curves(metric: str, shown: Sequence[Trial]) -> Plot | None:
+    limit = _upper_limit(metric, shown)
     lines = []
-    for place, trial in enumerate(shown):
-        points = [(float(r["step"]), min(r[metric], edge)) for r in trial.rounds if metric in r]
-        kind = "dots" if place < NAMED_CURVES else "faint"
-        lines.append(Line(f"{trial.name} ({tell_point(trial.point)})", points, kind, place % NAMED_CURVES))
-    write = _writer([value for line in lines for _, value in line.points])
-    note = f"The best {NAMED_CURVES} in colour." if len(shown) > NAMED_CURVES else ""
+    for rank, trial in enumerate(shown):
+        points = [(float(r["step"]), min(r[metric], limit)) for r in trial.rounds if metric in r]
+        kind = "dots" if rank < NAMED_CURVES else "faint"
+        lines.append(Line(f"{trial.name} ({format_point(trial.point)})", points, kind, rank % NAMED_CURVES))
+    write = _formatter([value for line in lines for _, value in line.points])
+    note = f"The best {NAMED_CURVES} are coloured." if len(shown) > NAMED_CURVES else ""
     chart = Chart(f"{_title(metric)} of the trials", lines, note, write=write)
-    return draw(chart, last_step=max(trial.steps for trial in shown))
+    return lay_out(chart, last_step=max(trial.steps for trial in shown))
 
 
-def _scatter(ledger: Ledger, shown: Sequence[Trial], figure: str) -> str:
-    """Plot a figure of the trials' last rounds over the key that runs across the picture sheet."""
-    across, down = axes(ledger.search)
+def _scatter(store: TrialStore, shown: Sequence[Trial], figure: str) -> Plot | None:
+    """Plot a figure of the trials' last rounds over the key of the image sheet's columns."""
+    across, down = axes(store.search)
     groups = sorted({trial.point[down] for trial in shown}, key=str) if down else []
-    if not down or not ledger.search.space[down].values:
+    if not down or not store.search.space[down].values:
         groups = []
-    edge = _edge(figure, shown)
+    limit = _upper_limit(figure, shown)
     dots = []
     for trial in shown:
         x, y = trial.point[across], trial.figure(figure)
         if isinstance(x, str | bool | None) or y is None:
             continue
-        words = f"{trial.name}: {tell_point(trial.point)}, {formatting.number(y, 4)} at step {trial.steps}"
+        label = f"{trial.name}: {format_point(trial.point)}, {formatting.number(y, 4)} at step {trial.steps}"
         colour = groups.index(trial.point[down]) % NAMED_CURVES if down and groups else 0
-        dots.append(Dot(x, min(y, edge), colour, words, trial.status == "stopped", trial is ledger.best))
-    name = across.rpartition(".")[2]
+        dots.append(Dot(x, min(y, limit), colour, label, trial.status == "stopped", trial is store.best))
     return scatter(
-        f"{_title(figure)} by {name}",
-        "At each trial's last round. Ringed: the best trial; pale: stopped early."
-        if figure == ledger.search.metric
+        f"{_title(figure)} by {across.rpartition('.')[2]}",
+        "At the last round of each trial. The best trial is ringed; trials that were stopped early are pale."
+        if figure == store.search.metric
         else "",
         dots,
-        [f"{str(down).rpartition('.')[2]} {tell_value(group)}" for group in groups],
-        log=ledger.search.space[across].log,
-        write=_writer([dot.y for dot in dots]),
+        [f"{str(down).rpartition('.')[2]} {format_value(group)}" for group in groups],
+        log=store.search.space[across].log,
+        write=_formatter([dot.y for dot in dots]),
     )
 
 
-def _title(metric: str) -> str:
-    name = metric_name(metric)
-    return name[0].upper() + name[1:]
+def _title(figure: str) -> str:
+    title = figure_title(figure)
+    return title[0].upper() + title[1:]
 
 
-def _writer(values: Sequence[float]) -> Callable[[float], str]:
-    # Trials may lie so close together that they differ in the fifth digit only.
+def _formatter(values: Sequence[float]) -> Callable[[float], str]:
+    """Return a function that writes values with enough digits to tell them apart."""
     spread = max(values, default=0) - min(values, default=0)
     size = max(map(abs, values), default=0)
     digits = max(3, 2 + math.ceil(math.log10(size / spread))) if spread else 4
     return lambda value: formatting.number(value, digits)
 
 
-def _edge(metric: str, trials: Sequence[Trial]) -> float:
-    # A trial whose loss has run away must not flatten the others; scores cannot run away.
-    values = [value for trial in trials if (value := trial.figure(metric)) is not None]
-    if metric != HELD_OUT or not values:
+def _upper_limit(figure: str, trials: Sequence[Trial]) -> float:
+    """Return the value at which a plot is cut, so that a diverged loss does not flatten the other trials."""
+    values = [value for trial in trials if (value := trial.figure(figure)) is not None]
+    if figure != HELD_OUT or not values:
         return math.inf
     best, middle = min(values), statistics.median(values)
     return middle + 3 * (middle - best) if middle > best else math.inf
 
 
-def _table(ledger: Ledger) -> str:
-    keys, figures = list(ledger.search.space), ledger.figures
-    names = [
-        "trial",
-        *(path.rpartition(".")[2] for path in keys),
-        *(metric_name(name) for name in figures),
-        "steps",
-        "time",
-        "",
-    ]
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    body = ""
-    for trial in ledger.ranking():
-        cells = [tell_value(trial.point[path]) for path in keys]
-        cells += ["" if (v := trial.figure(name)) is None else formatting.number(v, 4) for name in figures]
-        cells += [formatting.number(trial.steps), formatting.seconds(trial.seconds)]
-        mark = ' class="best"' if trial is ledger.best else ""
-        told = escape(STATUS.get(trial.status, trial.status))
-        if trial.error:
-            told = f'<span title="{escape(trial.error)}">{told}: {escape(trial.error[:80])}</span>'
-        body += (
-            f'<tr{mark}><td><a href="{escape(trial.folder)}/report.html">{escape(trial.name)}</a></td>'
-            + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-            + f"<td class='state-of'>{told}</td></tr>"
-        )
-    return (
-        "<section><h2>All trials</h2><div class='wide' tabindex='0'><table class='trials'>"
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>"
-    )
+def _columns(store: TrialStore) -> list[str]:
+    keys = [path.rpartition(".")[2] for path in store.search.space]
+    return ["trial", *keys, *map(figure_title, store.figures), "steps", "time", ""]
 
 
-def _recipe(ledger: Ledger) -> str:
-    return (
-        "<section><h2>Recipe</h2><details><summary>search.yaml, as it was resolved</summary>"
-        f"<pre>{escape(ledger.recipe.to_yaml())}</pre></details></section>"
-    )
+def _row(store: TrialStore, trial: Trial) -> tuple[Trial, list[str], Any]:
+    """Return a trial with the values of its columns and its status."""
+    values = [format_value(trial.point[path]) for path in store.search.space]
+    values += ["" if (v := trial.figure(name)) is None else formatting.number(v, 4) for name in store.figures]
+    values += [formatting.number(trial.steps), formatting.seconds(trial.seconds)]
+    return trial, values, STATUS.get(trial.status, trial.status)

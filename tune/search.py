@@ -1,4 +1,4 @@
-"""Runs a search: trials by Ray Tune on a local Ray or a cluster, their record, and what comes out of them."""
+"""Runs a hyperparameter search: trials by Ray Tune on a local Ray or a cluster, and the search's result files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 from dreamfleet.datasets.environment import environment, secrets_hidden, to_send
 from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
 from dreamfleet.trainers.config.engines import engine_spec
-from dreamfleet.trainers.config.paths import shared_paths, written_paths
 from dreamfleet.trainers.config.scaling import (
     Resources,
     ScalingConfig,
@@ -23,27 +22,28 @@ from dreamfleet.trainers.config.scaling import (
 from dreamfleet.trainers.driver.preflight import check_inputs, this_machine
 from dreamfleet.trainers.driver.progress import Display
 from dreamfleet.trainers.driver.session import ray_session, starts_private_ray
-from dreamfleet.trainers.driver.shared_paths import check_machines
+from dreamfleet.trainers.driver.shared_paths import check_machines, shared_paths, written_paths
 from dreamfleet.trainers.launch import run_in_thread
 from dreamfleet.trainers.recipe import Recipe, load_recipe
-from dreamfleet.trainers.run.run_lock import Stop, claimed, stop_on_signal
+from dreamfleet.trainers.run.run_folder import locked
+from dreamfleet.trainers.run.signals import Stop, stop_on_signal
 from dreamfleet.tune.trial_store import (
     BEST,
     RECIPE,
     TABLE,
-    Ledger,
     Trial,
+    TrialStore,
     error_class,
-    open_ledger,
-    tell_trial,
+    format_trial,
+    open_store,
 )
 
-# Set while Tune runs.
+# Environment variables while Tune runs.
 TUNE_SWITCHES = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no result files of its own beside ours
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # how a trial failed is told without the metric
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # we tell them
-    "RAY_AIR_NEW_OUTPUT": "0",  # its newer output prints tables even when it is told to be silent
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no result files beside ours
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial reports its error without the metric
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # we print them
+    "RAY_AIR_NEW_OUTPUT": "0",  # the newer output prints tables at verbose=0 too
 }
 
 Progress = Callable[[Trial], None]
@@ -51,7 +51,7 @@ Progress = Callable[[Trial], None]
 
 @dataclass(frozen=True)
 class SearchResult:
-    """How a search ended, its trials from the best to the worst, and where everything is."""
+    """Exit reason, trials from the best to the worst, and the files of a search."""
 
     exit_reason: str  # completed or interrupted
     trials: list[Trial]
@@ -72,71 +72,71 @@ def search(
     shared: Sequence[str] = (),
     on_progress: Progress | None = None,
 ) -> SearchResult:
-    """Do the search that a recipe (or a recipe file) says in its ``search:`` section.
+    """Run the search in the ``search:`` section of a recipe or a recipe file.
 
-    Each trial is an ordinary run in ``output_dir/trials/``, in one process. Beside them lie ``best.yaml``,
-    ``trials.parquet`` and ``report.html``. ``resume`` goes on with a search: finished trials stay, interrupted ones
-    continue from their checkpoints, and the points that follow are those that would have followed anyway. ``shared``
-    names folders that all machines of the cluster see.
+    Each trial is an ordinary run in ``output_dir/trials/``, in one process. The search writes ``best.yaml``,
+    ``trials.parquet`` and ``report.html`` into ``output_dir``. ``resume`` continues a search: finished trials are kept,
+    interrupted ones continue from their checkpoints, and the next points are the same as without the interruption.
+    ``shared`` names folders that all machines of the cluster can access.
 
-    A trial that fails, for want of memory too, is recorded with its reason and the others go on; a mistake that the
-    first trials share ends the search and leaves nothing behind.
+    A trial that fails, also for lack of memory, is recorded with its error and the others continue. A UserError that
+    the first trials share ends the search and removes its files.
 
-    ``on_progress`` gets a trial when it starts, after each of its validation rounds, and when it is over; without it a
-    line each is written to stderr. In the main thread, SIGINT and SIGTERM let the running trials save and end the
+    ``on_progress`` receives a trial when it starts, after each validation round, and when it ends; by default a line is
+    written to stderr. In the main thread, SIGINT and SIGTERM make the running trials save a checkpoint and end the
     search (``exit_reason`` "interrupted").
 
-    Raises UserError for what the user can mend, also when every trial failed by it, and RunFailed when every trial
+    Raises UserError for errors that the user can fix, also if every trial failed with one, and RunFailed if every trial
     failed otherwise.
     """
     if isinstance(recipe, str | os.PathLike):
         recipe = load_recipe(recipe, list(overrides))
     elif overrides:
         raise RecipeError(
-            "overrides change a recipe file; this recipe is an object already: change the object"
+            "overrides change a recipe file; this recipe is an object: change the object instead"
         )
     if recipe.search is None:
         raise RecipeError(
-            "this recipe has no search: section; write one (docs/recipes.md#search), such as {num_trials: 12, "
+            "this recipe has no search: section; add one (docs/recipes.md#search), such as {num_trials: 12, "
             "space: {optimizer.learning_rate: {distribution: loguniform, lower: 1.0e-5, upper: 1.0e-2}}}"
         )
     check_inputs(recipe)
-    ledger = open_ledger(recipe, resume=resume)
+    store = open_store(recipe, resume=resume)
     display = Display()
-    with claimed(ledger.folder), stop_on_signal(ledger.folder, display) as stop:
-        ledger.folder.write_text(RECIPE, recipe.to_yaml())
-        ledger.save()
+    with locked(store.folder), stop_on_signal(store.folder, display.say) as stop:
+        store.folder.write_text(RECIPE, recipe.to_yaml())
+        store.save()
         try:
-            _run_trials(ledger, address, shared, stop, display, on_progress)
+            _run_trials(store, address, shared, stop, display, on_progress)
         finally:
-            if ledger.trials:
-                write_results(ledger)
+            if store.trials:
+                write_results(store)
             else:
-                ledger.forget()
-    return _result(ledger, interrupted=stop.asked.is_set())
+                store.remove()
+    return _result(store, interrupted=stop.requested.is_set())
 
 
-def write_results(ledger: Ledger) -> None:
-    """Write everything that a search leaves beside its trials, from what is known now."""
+def write_results(store: TrialStore) -> None:
+    """Write the result files of a search from the trials so far."""
     from dreamfleet.tune.report import write_search_report
 
-    for trial in ledger.trials:
+    for trial in store.trials:
         if trial.status == "running":
             trial.status = "interrupted"
-    ledger.save()
-    ledger.write_table()
-    ledger.write_best()
-    write_search_report(ledger)
+    store.save()
+    store.write_table()
+    store.write_best()
+    write_search_report(store)
 
 
 def trial_room(
     recipe: Recipe, nodes: Sequence[Resources], *, limit: Resources | None = None
 ) -> tuple[WorkerShare, int]:
-    """Decide what each trial gets and how many run at once on machines with ``nodes`` (their total resources).
+    """Return the resources of a trial and the number of concurrent trials on machines with the resources ``nodes``.
 
-    Unless ``search.resources_per_trial`` says it, a trial gets a GPU where there are any, else a fair share of the
-    CPUs among ``search.max_concurrent_trials``, else one CPU. ``limit`` is the most an autoscaling cluster may grow to.
-    Raises ResourceError when no machine can hold a trial.
+    Without ``search.resources_per_trial`` a trial gets one GPU if there are any, else an equal share of the CPUs among
+    ``search.max_concurrent_trials``, else one CPU. ``limit`` is the maximum size of an autoscaling cluster. Raises
+    ResourceError if a trial fits on no machine.
     """
     search = recipe.search
     assert search is not None
@@ -157,17 +157,17 @@ def trial_room(
         have = "; ".join(describe(machine) for machine in machines) or "none"
         raise ResourceError(
             f"a trial with {describe(share.resources)} fits on no machine ({have}). "
-            "Lower search.resources_per_trial, or use a larger cluster (--address)."
+            "Lower search.resources_per_trial, or use a larger cluster (--address)"
         )
     return share, min(fits, search.max_concurrent_trials or fits)
 
 
 def can_share_process(recipe: Recipe, *, uses_gpu: bool) -> bool:
-    """Say whether trials run one after the other in the same process, which saves importing torch for each.
+    """Return whether successive trials share a process, which saves the imports of each.
 
-    DeepSpeed and compiled blocks leave memory and a process group behind, so trials that may come to use either have a
-    process each: also on a GPU, where ``zero_stage: auto`` may choose DeepSpeed, and where a failed trial's memory
-    would be missing in the next.
+    DeepSpeed and compiled blocks leave memory and a process group behind, so trials that may use either run in separate
+    processes. So do trials on a GPU, where ``zero_stage: auto`` may select DeepSpeed and where the memory of a failed
+    trial would be missing for the next.
     """
     engine, search = recipe.engine, recipe.search
     assert search is not None
@@ -179,50 +179,52 @@ def can_share_process(recipe: Recipe, *, uses_gpu: bool) -> bool:
 
 
 def _run_trials(
-    ledger: Ledger,
+    store: TrialStore,
     address: str | None,
     shared: Sequence[str],
     stop: Stop,
     display: Display,
     on_progress: Progress | None,
 ) -> None:
-    from dreamfleet.tune.algorithm import Proposals
-    from dreamfleet.tune.callback import Scribe
+    from dreamfleet.tune.algorithm import SearchAlgorithm
+    from dreamfleet.tune.callback import StoreCallback
 
-    scribe = Scribe(ledger, on_progress or (lambda trial: display.say(tell_trial(trial, ledger.figures))))
-    proposals = Proposals(ledger, should_stop=lambda: stop.asked.is_set() or scribe.mistake is not None)
-    scribe.planned = proposals.total
-    if not proposals.remaining:
+    callback = StoreCallback(
+        store, on_progress or (lambda trial: display.say(format_trial(trial, store.figures)))
+    )
+    algorithm = SearchAlgorithm(
+        store, should_stop=lambda: stop.requested.is_set() or callback.error is not None
+    )
+    callback.planned = algorithm.total
+    if not algorithm.remaining:
         return
-    recipe = ledger.recipe
-    if starts_private_ray(address):  # what this machine lacks can be said before Ray is started
+    recipe = store.recipe
+    if starts_private_ray(address):  # missing resources are an error before Ray is started
         trial_room(recipe, [this_machine()])
     with ray_session(address, preload=("ray.tune",)) as session, environment(TUNE_SWITCHES):
         stop.listen()
         nodes = [node.resources for node in session.nodes()]
         share, at_once = trial_room(recipe, nodes, limit=session.growth_limit())
         check_machines(session, reads=shared_paths(recipe), writes=written_paths(recipe), shared=shared)
-        at_once = min(at_once, proposals.remaining)
-        display.say(f"{proposals.remaining} trials, {at_once} at once, {describe(share.resources)} each")
-        # Tune's own files are of use to it alone, and only while it runs: our record and the trials' folders are enough
-        # to go on from, on disks and in buckets.
+        at_once = min(at_once, algorithm.remaining)
+        display.say(f"{algorithm.remaining} trials, {at_once} at once, {describe(share.resources)} each")
+        # Tune alone reads its files, while it runs; a search is resumed from the trial store and the trials' folders.
         with tempfile.TemporaryDirectory(prefix="dreamfleet-tune-", ignore_cleanup_errors=True) as files:
-            tuner = _make_tuner(ledger, share, at_once, proposals, scribe, files)
-            with (
-                secrets_hidden()
-            ):  # Tune copies AWS keys into its actors' runtime environment, which Ray logs
+            tuner = _make_tuner(store, share, at_once, algorithm, callback, files)
+            # Tune copies AWS keys into its actors' runtime environment, which Ray logs.
+            with secrets_hidden():
                 outcome = run_in_thread(tuner.fit, name="ray-tune-fit")
-    if scribe.mistake is not None:
-        if not any(trial.rounds for trial in ledger.trials):
-            ledger.trials.clear()
-        raise scribe.mistake
+    if callback.error is not None:
+        if not any(trial.rounds for trial in store.trials):
+            store.trials.clear()
+        raise callback.error
     if outcome.error is not None:
         last = str(outcome.error).strip().splitlines()[-1]
         raise RunFailed(f"Ray Tune failed: {last}") from outcome.error
 
 
 def _make_tuner(
-    ledger: Ledger, share: WorkerShare, at_once: int, proposals: Any, scribe: Any, files: str
+    store: TrialStore, share: WorkerShare, at_once: int, algorithm: Any, callback: Any, files: str
 ) -> Any:
     from ray import tune
 
@@ -230,11 +232,11 @@ def _make_tuner(
     from dreamfleet.tune.asha import make_scheduler
     from dreamfleet.tune.trial import Shared, TrialActor
 
-    recipe = ledger.recipe
+    recipe = store.recipe
     shared = Shared(
         folder=recipe.output_dir,
         recipe=recipe.model_dump(mode="json", exclude={"search"}),
-        figures=ledger.figures,
+        figures=store.figures,
         threads=share.threads,
         uses_gpu=share.uses_gpu,
         gpu_share=share.gpu_share,
@@ -246,17 +248,17 @@ def _make_tuner(
             tune.with_parameters(TrialActor, shared=shared), tune.PlacementGroupFactory([share.resources])
         ),
         tune_config=tune.TuneConfig(
-            search_alg=proposals,
-            scheduler=make_scheduler(ledger),
-            num_samples=-1,  # the proposals end the search
+            search_alg=algorithm,
+            scheduler=make_scheduler(store),
+            num_samples=-1,  # the algorithm ends the search
             max_concurrent_trials=at_once,
             reuse_actors=can_share_process(recipe, uses_gpu=share.uses_gpu),
         ),
         run_config=tune.RunConfig(
             name="search",
             storage_path=files,
-            callbacks=[scribe],
-            # Of a trial whose process or machine died; errors of the trial itself come as its last round.
+            callbacks=[callback],
+            # For a trial whose process or machine died; a trial reports its own errors in its last round.
             failure_config=tune.FailureConfig(max_failures=recipe.scaling.max_failures),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
@@ -264,10 +266,10 @@ def _make_tuner(
     )
 
 
-def _result(ledger: Ledger, *, interrupted: bool) -> SearchResult:
-    folder, ranking = ledger.folder, ledger.ranking()
-    failed = [trial for trial in ledger.trials if trial.status == "failed"]
-    if failed and len(failed) == len(ledger.trials):
+def _result(store: TrialStore, *, interrupted: bool) -> SearchResult:
+    folder, ranking = store.folder, store.ranking()
+    failed = [trial for trial in store.trials if trial.status == "failed"]
+    if failed and len(failed) == len(store.trials):
         first = failed[0]
         error = (
             error_class(first) if all(issubclass(error_class(t), UserError) for t in failed) else RunFailed
@@ -279,10 +281,10 @@ def _result(ledger: Ledger, *, interrupted: bool) -> SearchResult:
     return SearchResult(
         exit_reason="interrupted" if interrupted else "completed",
         trials=ranking,
-        best=ledger.best,
-        metric=ledger.search.metric,
+        best=store.best,
+        metric=store.search.metric,
         folder=folder.path(),
-        best_recipe=folder.path(BEST) if ledger.best else None,
+        best_recipe=folder.path(BEST) if store.best else None,
         table=folder.path(TABLE),
         report=folder.path("report.html"),
     )

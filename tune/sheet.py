@@ -1,4 +1,4 @@
-"""The picture sheet of a search: what trials drew, one searched key from left to right, another from top to bottom."""
+"""The image sheet of a search: previews of its trials, one searched key across and another down."""
 
 from __future__ import annotations
 
@@ -6,34 +6,53 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from PIL import Image
 
 from dreamfleet.trainers.config.search import Domain, SearchConfig, Value
 from dreamfleet.trainers.report import formatting
-from dreamfleet.trainers.report.preview_grid import data_uri, mosaic, read_sheets
-from dreamfleet.tune.trial_store import Ledger, Trial, tell_value
+from dreamfleet.trainers.report.preview_grid import mosaic, read_sheets
+from dreamfleet.tune.trial_store import Trial, TrialStore, format_value
 
 MOST_COLUMNS, MOST_ROWS = 6, 5
-LONGEST_SIDE = 320  # pixels of one cell's picture on the page
+LONGEST_SIDE = 320  # pixels of one cell's image on the page
 IMAGES = 4  # of one trial
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A searched key cut into places: each has a label and says which values belong to it."""
+    """A searched key divided into bins: ``labels`` of the bins, and ``bin`` maps a value to the number of its bin."""
 
     path: str
     labels: Sequence[str]
-    place: Callable[[Value], int]
+    bin: Callable[[Value], int]
 
     @property
     def name(self) -> str:
-        """The key's last part."""
+        """The last part of the key."""
         return self.path.rpartition(".")[2]
 
 
+@dataclass(frozen=True)
+class Cell:
+    """The best trial of one cell, how many trials fall into it, and its last previews."""
+
+    trial: Trial
+    count: int
+    image: Image.Image | None
+
+
+@dataclass(frozen=True)
+class ImageSheet:
+    """A table of cells; ``rows`` holds a label and the cells of each row, None for an empty cell."""
+
+    across: Axis
+    down: Axis | None
+    rows: Sequence[tuple[str, Sequence[Cell | None]]]
+
+
 def axes(search: SearchConfig) -> tuple[str, str | None]:
-    """Choose the keys that run across and down: the first range and the first choice, else the first two."""
+    """Return the keys for columns and rows: the first range and the first choice, else the first two keys."""
     ranges = [path for path, domain in search.space.items() if domain.values is None]
     across = next(iter(ranges or search.space))
     others = [path for path in search.space if path != across]
@@ -42,10 +61,10 @@ def axes(search: SearchConfig) -> tuple[str, str | None]:
 
 
 def make_axis(path: str, domain: Domain, tried: Sequence[Value], most: int) -> Axis:
-    """Cut a key into the values that were tried, or into equal parts of its range where those are many."""
+    """Return a bin for each tried value, or ``most`` equal bins of a range of which more values were tried."""
     values = [v for v in domain.values if v in tried] if domain.values is not None else sorted(set(tried))  # type: ignore[type-var]
     if len(values) <= most or domain.values is not None:
-        return Axis(path, [tell_value(value) for value in values], values.index)
+        return Axis(path, [format_value(value) for value in values], values.index)
     lower, upper = domain.range()
     scale: Callable[[float], float] = math.log if domain.log else float
     unscale: Callable[[float], float] = math.exp if domain.log else float
@@ -53,66 +72,47 @@ def make_axis(path: str, domain: Domain, tried: Sequence[Value], most: int) -> A
     edges = [unscale(scale(lower) + k * width) for k in range(most + 1)]
     labels = [f"{formatting.number(a, 2)} – {formatting.number(b, 2)}" for a, b in itertools.pairwise(edges)]
 
-    def place(value: Value) -> int:
+    def bin_of(value: Value) -> int:
         assert isinstance(value, int | float)
         return min(most - 1, max(0, int((scale(value) - scale(lower)) / width)))
 
-    return Axis(path, labels, place)
+    return Axis(path, labels, bin_of)
 
 
-def image_sheet(ledger: Ledger) -> str:
-    """Return the section that shows the last previews of the best trial in each place."""
-    search = ledger.search
-    across, down = axes(search)
-    shown = [trial for trial in ledger.ranking() if trial.figure(search.metric) is not None]
-    columns = make_axis(across, search.space[across], [t.point[across] for t in shown], MOST_COLUMNS)
-    rows = make_axis(down, search.space[down], [t.point[down] for t in shown], MOST_ROWS) if down else None
-    places: dict[tuple[int, int], list[Trial]] = {}
-    for trial in shown:
-        row = rows.place(trial.point[rows.path]) if rows else 0
-        places.setdefault((row, columns.place(trial.point[across])), []).append(trial)
-    head = "".join(f"<th>{escape(label)}</th>" for label in columns.labels)
-    body = ""
-    drawn = 0
-    for row, label in enumerate(rows.labels if rows else [""]):
-        cells = ""
-        for column in range(len(columns.labels)):
-            cell, has_image = _cell(ledger, places.get((row, column), []))
-            cells, drawn = cells + cell, drawn + has_image
-        body += f"<tr><th>{escape(label)}</th>{cells}</tr>"
-    if not drawn:
-        return ""
-    corner = f"{escape(columns.name)}&nbsp;→" + (f"<br>{escape(rows.name)}&nbsp;↓" if rows else "")
-    note = "Where several trials fall into one place, the best of them is shown. The best of all is outlined."
-    return (
-        f"<section><h2>What they drew</h2><p class='note'>{note}</p><div class='wide' tabindex='0'>"
-        f"<table class='sheet'><thead><tr><th>{corner}</th>{head}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div></section>"
+def image_sheet(store: TrialStore) -> ImageSheet | None:
+    """Return the last previews of the best trial of each cell; None if no trial has previews."""
+    search = store.search
+    key_across, key_down = axes(search)
+    shown = [trial for trial in store.ranking() if trial.figure(search.metric) is not None]
+    across = make_axis(
+        key_across, search.space[key_across], [t.point[key_across] for t in shown], MOST_COLUMNS
     )
+    down = None
+    if key_down:
+        down = make_axis(key_down, search.space[key_down], [t.point[key_down] for t in shown], MOST_ROWS)
+    cells: dict[tuple[int, int], list[Trial]] = {}
+    for trial in shown:
+        row = down.bin(trial.point[down.path]) if down else 0
+        cells.setdefault((row, across.bin(trial.point[across.path])), []).append(trial)
+    rows = [
+        (label, [_cell(store, cells.get((row, column), [])) for column in range(len(across.labels))])
+        for row, label in enumerate(down.labels if down else [""])
+    ]
+    if not any(cell and cell.image for _, row_cells in rows for cell in row_cells):
+        return None
+    return ImageSheet(across, down, rows)
 
 
-def _cell(ledger: Ledger, trials: Sequence[Trial]) -> tuple[str, bool]:
-    if not trials:
-        return "<td class='empty'></td>", False
-    trial = trials[0]
-    value = trial.figure(ledger.search.metric)
-    assert value is not None
-    words = trial.name + (f", best of {len(trials)}" if len(trials) > 1 else "")
-    image = _previews(ledger, trial)
-    image = f'<img src="{image}" alt="previews of {escape(trial.name)}" loading="lazy">' if image else ""
-    mark = ' class="best"' if trial is ledger.best else ""
-    inside = f"{image}<b>{escape(formatting.number(value, 4))}</b> <small>{escape(words)}</small>"
-    return f'<td{mark}><a href="{escape(trial.folder)}/report.html">{inside}</a></td>', bool(image)
+def _cell(store: TrialStore, trials: Sequence[Trial]) -> Cell | None:
+    return Cell(trials[0], len(trials), _previews(store, trials[0])) if trials else None
 
 
-def _previews(ledger: Ledger, trial: Trial) -> str | None:
-    sheets = read_sheets(ledger.folder.child(trial.folder), 2)
+def _previews(store: TrialStore, trial: Trial) -> Image.Image | None:
+    sheets = read_sheets(store.folder.child(trial.folder), 2)
     if not sheets:
         return None
-    cells = sheets[-1].cells
-    # One of each prompt tells more than four of the first.
-    first = sorted(cells, key=lambda cell: (cell.column, cell.row))[:IMAGES]
+    # One image of each prompt is more informative than four of the first prompt.
+    first = sorted(sheets[-1].cells, key=lambda cell: (cell.column, cell.row))[:IMAGES]
     columns = math.ceil(math.sqrt(len(first)))
     side = min(first[0].image.width, LONGEST_SIDE // columns)
-    grid = mosaic([cell.image for cell in first], columns, cell=side, gap=max(1, side // 50))
-    return data_uri(grid, longest=LONGEST_SIDE)
+    return mosaic([cell.image for cell in first], columns, cell=side, gap=max(1, side // 50))

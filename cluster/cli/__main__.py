@@ -2,4 +2,5 @@
 
 from dreamfleet.cluster.cli.program import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -58,6 +58,7 @@ def inspect(
 
 def _what_to_read(place: str, changes: list[str]) -> tuple[Recipe, dict[str, str]]:
     """Return the recipe, or one made for a folder, and the folders that hold what it does not train on."""
+    from dreamfleet.datasets.storage.object_store import is_address
     from dreamfleet.datasets.storage.storage import Storage
     from dreamfleet.trainers.recipe import build_recipe, load_recipe, read_overrides
 
@@ -65,7 +66,7 @@ def _what_to_read(place: str, changes: list[str]) -> tuple[Recipe, dict[str, str
         recipe = load_recipe(place, changes)
         return recipe, recipe.apart
     tree = {
-        "data": {"instance_data_dir": Storage(place).url},
+        "data": {"instance_data_dir": Storage(place).url if is_address(place) else place},
         "method": {"name": "native"},
         "output_dir": "-",
     }

@@ -55,7 +55,7 @@ def tune(
 
 def _print_result(result: Any) -> None:
     from dreamfleet.trainers.report import formatting
-    from dreamfleet.tune.trial_store import tell_value
+    from dreamfleet.tune.trial_store import format_value
 
     for name, path in (
         ("search", result.folder),
@@ -75,7 +75,7 @@ def _print_result(result: Any) -> None:
         table.append(
             [
                 trial.name,
-                *(tell_value(trial.point[key]) for key in keys),
+                *(format_value(trial.point[key]) for key in keys),
                 "" if value is None else formatting.number(value, 4),
                 str(trial.steps),
                 formatting.seconds(trial.seconds),

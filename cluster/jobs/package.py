@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from dreamfleet.datasets.errors import RecipeError, StorageError
-from dreamfleet.datasets.index.concepts import load_class_images, load_concepts
+from dreamfleet.datasets.index.concepts import load_concepts
 from dreamfleet.datasets.index.exclusions import is_utf8
+from dreamfleet.datasets.index.sets import load_class_images
+from dreamfleet.datasets.path_field import MODEL_SUFFIXES, NamedPath, is_under, map_paths
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.config.paths import SECTIONS, is_path, is_under, named_paths
 from dreamfleet.trainers.driver.preflight import check_inputs
-from dreamfleet.trainers.recipe import START_FILES, WEIGHTS, Recipe, build_recipe
+from dreamfleet.trainers.recipe import Recipe
 
 MIB = 2**20
 # Ray keeps every package in the head node's memory and refuses 512 MiB; larger image sets belong in a bucket.
@@ -65,52 +65,47 @@ def pack(
 
     URLs (``s3://``) and paths under ``shared``, folders that every machine of the cluster mounts under the same name,
     are not changed. Every other local file or folder that the recipe names is packaged, with the files that belong to
-    it; with ``resume``, a missing start file of the run is not an error. Raises RecipeError for a local ``output_dir`` (or
-    a local cache that the job writes), for missing files, and for more than ``limit`` bytes, with the largest path.
+    it; with ``resume``, a missing start file is not an error. Raises RecipeError for a local ``output_dir`` (or a local
+    cache that the job writes), for missing files, and for more than ``limit`` bytes, naming the largest path.
     """
-    starts = {getattr(recipe.method, name, None) for name in START_FILES} if resume else set()
-    gone = {path for path in starts if path and not os.path.exists(path)}
 
     def stays(path: str) -> bool:
-        return is_under(path, shared) or "://" in path or path in gone
+        return is_under(path, shared) or "://" in path
 
     key, kept = (
         ("data.cache_dir", recipe.data.cache_dir) if makes_cache else ("output_dir", recipe.output_dir)
     )
     if kept is not None and not stays(kept):
         raise RecipeError(
-            f"{key} {kept} is a folder of this machine, and the job runs on others. Use {key}=s3://BUCKET/PREFIX, or, if "
-            f"every machine of the cluster has that folder (NFS, or a cluster of one machine), "
-            f"--shared {os.path.dirname(kept)}"
+            f"{key} {kept} is a folder of this machine; the job runs on others. Use {key}=s3://BUCKET/PREFIX, or add "
+            f"--shared {os.path.dirname(kept)} if every machine of the cluster has that folder (NFS, or one machine)"
         )
-    sections = recipe.model_dump(mode="json")
-    concepts = sections["data"]["concepts_list"]
-    if isinstance(concepts, str) and not stays(
-        concepts
-    ):  # its folders are relative to the file, which would move
-        sections["data"]["concepts_list"] = [c.model_dump(mode="json") for c in load_concepts(recipe.data)]
-    local = _LocalFiles(stays)
-    for name in SECTIONS:
-        sections[name] = local.take(sections[name], name)
+    local = _LocalFiles(stays, resume=resume)
+    packed = recipe
+    if isinstance(recipe.data.concepts_list, str) and not stays(recipe.data.concepts_list):
+        # Its folders are relative to the file, which the package moves.
+        data = recipe.data.model_copy(update={"concepts_list": load_concepts(recipe.data)})
+        packed = recipe.model_copy(update={"data": data})
+    packed = map_paths(packed, local.take)
     local.refuse_more_than(limit)
     if not makes_cache:
         _refuse_missing_class_images(recipe, stays)
-    return Package(build_recipe(sections), local.files)
+    return Package(packed, local.files)
 
 
 def check_here(recipe: Recipe, *, makes_cache: bool = False) -> None:
     """Check images and model as a run does, if all of them are on this machine: a job takes minutes to fail."""
     if makes_cache:  # the cache does not exist yet
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": None})})
-    if all(os.path.exists(path) for paths in named_paths(recipe).values() for path in paths):
+    if all(os.path.exists(named.path) for named in recipe.paths if not named.field.per_machine):
         check_inputs(recipe)
 
 
 def write_wheel(folder: Path) -> Path:
     """Write the running dreamfleet, from a checkout or installed, as a wheel into ``folder`` and return its path.
 
-    The file name contains a hash of the content, because Ray treats wheels of equal names as equal. The wheel declares no
-    dependencies, because Ray installs it with pip into a separate folder, where pip would install another torch and Ray.
+    The file name contains a hash of the content, because Ray treats wheels of equal names as equal. The wheel declares
+    no dependencies, because Ray installs it with pip into a separate folder, which would get another torch and Ray.
     """
     files = {name: path.read_bytes() for name, path in _code().items()}
     digest = hashlib.sha256()
@@ -133,25 +128,24 @@ def write_wheel(folder: Path) -> Path:
 
 
 class _LocalFiles:
-    """Collects the local files of a recipe's sections and replaces their paths by those in the package."""
+    """Collects the local files that a recipe names and returns their paths in the package."""
 
-    def __init__(self, stays: Callable[[str], bool]):
-        self.stays = stays
+    def __init__(self, stays: Callable[[str], bool], *, resume: bool):
+        self.stays, self.resume = stays, resume
         self.files: dict[str, str] = {}
         self._places: dict[str, str] = {}  # local path -> path in the package
         self._sizes: dict[str, tuple[int, str]] = {}  # local path -> bytes, recipe key
 
-    def take(self, value: Any, key: str) -> Any:
-        """Return ``value`` with all local paths in it replaced, at any depth."""
-        if isinstance(value, dict):
-            return {name: self.take(inner, f"{key}.{name}") for name, inner in value.items()}
-        if isinstance(value, list):
-            return [self.take(inner, key) for inner in value]
-        if not is_path(value, key) or self.stays(value):
-            return value
-        if value not in self._places:
-            self._places[value] = self._load(value, key)
-        return self._places[value]
+    def take(self, named: NamedPath) -> str:
+        """Return the path in the package of a local path that the job reads; other paths are not changed."""
+        path, field = named.path, named.field
+        if field.is_output or field.per_machine or not os.path.isabs(path) or self.stays(path):
+            return path
+        if self.resume and field.is_start and not os.path.exists(path):
+            return path
+        if path not in self._places:
+            self._places[path] = self._load(path, named.key)
+        return self._places[path]
 
     def _load(self, path: str, key: str) -> str:
         if not os.path.exists(path):
@@ -196,7 +190,7 @@ def _beside(place: str, path: str) -> dict[str, str]:
     """Return the files that belong to a file: the config of a model, and the optimizer state of a start file."""
     (stem, _), (there, suffix) = os.path.splitext(path), os.path.splitext(place)
     pairs = {f"{place}.optim": f"{path}.optim"}
-    if suffix in WEIGHTS:
+    if suffix in MODEL_SUFFIXES:
         pairs[f"{there}.yaml"] = f"{stem}.yaml"
     return {name: file for name, file in pairs.items() if os.path.isfile(file)}
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageChops
 
 from dreamfleet.datasets.config import MAX_PIXELS
-from dreamfleet.datasets.images.image_formats import ATTENTION_ENDING
 from dreamfleet.datasets.images.images import fit_image, open_with_alpha
-from dreamfleet.datasets.storage.storage import read_uri
 
 OPAQUE = 255
 # DreamArtist's attention maps: black is no weight, mid-grey (127) one, white five; times 51 to fit in a byte.
@@ -35,12 +32,6 @@ class ImageView(NamedTuple):
     crop: tuple[float, float] | None = None
     flip: bool = False
     size: tuple[int, int] | None = None
-
-
-def read_mask(uri: str) -> Mask:
-    """Read a mask's file. Raises StorageError."""
-    stem = os.path.splitext(uri)[0]
-    return Mask(read_uri(uri), stem.endswith(ATTENTION_ENDING))
 
 
 def cut_image(

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from dreamfleet.datasets.errors import DataError
+from dreamfleet.datasets.storage.object_store import is_address
 from dreamfleet.datasets.storage.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -147,6 +148,8 @@ def inside_of(folder: Storage, apart: Mapping[str, str]) -> dict[str, str]:
     """
     found = {}
     for address, what in apart.items():
+        if not is_address(address):
+            continue  # of another source, never inside a folder
         place = relative_to(folder, Storage(address))
         if place == "" and what == TRAINED_ON:
             continue

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,12 +12,10 @@ from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.index.concepts import load_concepts
 from dreamfleet.datasets.index.index import Index, Seen
-from dreamfleet.datasets.storage.disk import explained
-from dreamfleet.datasets.storage.object_store import Bucket
+from dreamfleet.datasets.index.sources import find_source
 from dreamfleet.datasets.storage.storage import Storage
 
 FILE = "files.parquet"
-SETTLED_SECONDS = 2.0  # a file as young may change again within one tick of its disk's clock
 
 
 class KnownFiles:
@@ -29,10 +25,10 @@ class KnownFiles:
     cache's folder.
     """
 
-    def __init__(self, cache: Storage, folders: Iterable[str]):
+    def __init__(self, cache: Storage, urls: Iterable[str]):
         self._cache = cache
         # Before any file is read: one that changes meanwhile has another stamp the next time.
-        self._stamps = {uri: stamp for folder in folders for uri, stamp in stamps_of(Storage(folder)).items()}
+        self._stamps = {uri: stamp for url in urls for uri, stamp in find_source(url).stamps(url).items()}
         self._seen = _read(cache)
 
     def __call__(self, uri: str) -> Seen | None:
@@ -68,35 +64,6 @@ def known_files(data: DataConfig) -> KnownFiles | None:
         for place in (one.instance_data_dir, one.class_data_dir, one.mask_dir)
     ]
     return KnownFiles(Storage(data.cache_dir), {place for place in places if place is not None})
-
-
-def stamps_of(folder: Storage) -> dict[str, str]:
-    """Return the stamp of every file below a folder by its address; files written this moment are left out."""
-    if folder.is_local:
-        found = {}
-        before = time.time() - SETTLED_SECONDS
-        for name in folder.list("", True):
-            path = folder.path(name)
-            with explained("look at", path):
-                status = os.stat(path) if os.path.exists(path) else None
-            if status is not None and status.st_mtime < before:
-                found[path] = f"{status.st_size} {status.st_mtime_ns}"
-        return found
-    bucket = Bucket(folder.scheme, folder.url.partition("://")[2].split("/", 1)[0])
-
-    def look(fs: Any, key: str) -> dict[str, str]:
-        try:
-            entries = fs.find(key, detail=True)
-        except FileNotFoundError:
-            return {}
-        return {f"{folder.scheme}://{name}": str(tag) for name, one in entries.items() if (tag := _tag(one))}
-
-    return bucket.run("list", folder.url, look)
-
-
-def _tag(entry: dict[str, Any]) -> str:
-    tag = entry.get("ETag") or entry.get("etag")
-    return f"{entry['size']} {tag}" if tag else ""
 
 
 def _read(cache: Storage) -> dict[str, tuple[str, Seen]]:

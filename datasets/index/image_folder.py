@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import cached_property
 from types import MappingProxyType
 
+from dreamfleet.datasets.config import CAPTION_EXTENSIONS
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.images.image_formats import (
     IMAGE_SUFFIXES,
@@ -37,10 +38,8 @@ from dreamfleet.datasets.index.exclusions import (
     printable,
 )
 from dreamfleet.datasets.index.file_pairing import Pairs, composed, masks_beside
-from dreamfleet.datasets.storage.range_reader import first_bytes
 from dreamfleet.datasets.storage.storage import Storage
 
-CAPTION_EXTENSIONS = (".txt", ".caption")
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SNIFFED = 256  # files without a known ending that are looked into, at most
 HEAD = 32  # bytes of each
@@ -204,7 +203,7 @@ class ImageFolder:
             if ending not in OTHER_ENDINGS and looked < SNIFFED:
                 looked += 1
                 with suppress(StorageError, OSError, ValueError):
-                    kind = format_of(first_bytes(self.storage, name, size=HEAD))
+                    kind = format_of(self.storage.read_bytes(name, end=HEAD))
             if kind:
                 told = f"ending {ending}" if ending else "no ending"
                 self.bad.append(

@@ -6,27 +6,33 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from dreamfleet.datasets.config import MAX_PIXELS, Concept, DataConfig
+from dreamfleet.datasets.config import MAX_PIXELS
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.images.image_formats import holds_embedding
 from dreamfleet.datasets.images.images import check_image, read_header
-from dreamfleet.datasets.images.masks import open_mask, read_mask
-from dreamfleet.datasets.index.caption_files import Captions, refuse_all
+from dreamfleet.datasets.images.masks import open_mask
 from dreamfleet.datasets.index.exclusions import BadFile, Skipped, summary
-from dreamfleet.datasets.index.image_folder import CAPTION_EXTENSIONS, ImageFolder
+from dreamfleet.datasets.index.sources import (
+    Listing,
+    ScanOptions,
+    SourceImage,
+    find_source,
+    read_image_file,
+    read_mask,
+)
+from dreamfleet.datasets.storage.object_store import is_address
 from dreamfleet.datasets.storage.storage import Storage
-
-__all__ = ["BadFile", "Concept", "DataConfig", "Index", "Row", "build_index"]
 
 log = logging.getLogger(__name__)
 
+_DEFAULTS = ScanOptions()
 VERIFY_LIMIT = 2000  # up to so many images are decoded at index time, to find those cut short
 LOGGED = 20  # bad files that are logged one by one
 SCHEMA = pa.schema(
@@ -84,6 +90,8 @@ class Index:
         self.table = table
         self.bad = list(bad)
         self.skipped = list(skipped)  # files that are rightly passed over
+        self.others: Counter[str] = Counter()  # other files, by ending
+        self.shared: dict[str, list[str]] = {}  # caption file -> the images that share it
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -130,70 +138,63 @@ class Index:
         rows = [(position, row) for position, index in enumerate(indexes) for row in index.rows()]
         rows.sort(key=lambda item: (item[1].sha256[:16], item[0], _copy_number(item[1].id)))
         bad = [bad for index in indexes for bad in index.bad]
-        return _assemble([row for _, row in rows], bad, [one for index in indexes for one in index.skipped])
+        made = _assemble([row for _, row in rows], bad, [one for index in indexes for one in index.skipped])
+        for index in indexes:
+            made.others += index.others
+            made.shared |= index.shared
+        return made
 
 
 def build_index(
-    folder: Storage | str,
+    place: Storage | str | os.PathLike[str],
+    options: ScanOptions = _DEFAULTS,
     *,
     concept: int = 0,
     role: str = "instance",
-    caption_extension: Sequence[str] = CAPTION_EXTENSIONS,
-    caption_column: str | None = None,
-    recursive: bool = True,
-    max_pixels: int = MAX_PIXELS,
     repeats: int = 1,
+    max_pixels: int = MAX_PIXELS,
     verify: bool | None = None,
-    apart: Mapping[str, str] = MappingProxyType({}),
-    mask_dir: str | None = None,
     known: Known | None = None,
 ) -> Index:
-    """Index the images of a folder on disk or in a bucket.
+    """Index the images at a URL: a folder on disk or in a bucket, or what another source reads.
 
-    Which files belong together is :class:`ImageFolder`'s to say. Each file is read once, by a pool of threads, unless
-    ``known(address)`` says what is in it. With ``verify`` (None: up to 2000 images) every pixel is decoded, so that an
-    image cut short is found now. Bad images, and those whose mask is bad, are listed in ``.bad`` and left out.
-    ``apart`` names folders that hold something else, and what.
+    Each file is read once, by a pool of threads, unless the source lists its hash and size or ``known(uri)`` returns
+    them. With ``verify`` (None: up to 2000 images) every image is decoded completely, so that a truncated file is found
+    now. Images that cannot be used, and those with such a mask, are listed in ``.bad`` and left out.
 
-    Raises DataError, naming the folder, what is wrong and the remedy, when the folder is not there or holds no usable
-    image, and one that names all captions that are not UTF-8 and all tables that are broken.
+    Raises DataError, naming the URL, the problem and the remedy, when there is no usable image or the source itself is
+    unusable; see :meth:`Source.scan`.
     """
-    files = ImageFolder(
-        folder, recursive=recursive, caption_extension=caption_extension, mask_dir=mask_dir, apart=apart
-    )
-    storage, bad = files.storage, files.bad
-    check = len(files.images) <= VERIFY_LIMIT if verify is None else verify
-    captions = Captions(files, caption_column)
+    url = place.url if isinstance(place, Storage) else os.fspath(place)
+    if is_address(url):
+        url = Storage(url).url
+    listing = find_source(url).scan(url, options)
+    check = len(listing.images) <= VERIFY_LIMIT if verify is None else verify
 
-    def look(name: str) -> Row | BadFile | DataError:
-        uri, mask = storage.path(name), files.masks.get(name)
-        caption = captions.try_of(name)
-        if isinstance(caption, DataError):
-            return caption
+    def inspect(image: SourceImage) -> Row | BadFile:
         try:
-            found = None if known is None or check else _recall(known, uri, mask, max_pixels)
-            seen, weights = found or _look_inside(storage, name, mask, max_pixels=max_pixels, check=check)
+            found = None if check else _recall(image, known, max_pixels)
+            seen, mask = found or _read(image, max_pixels=max_pixels, check=check)
         except (DataError, StorageError) as error:
-            return BadFile(uri, str(error).removeprefix(f"{uri}: "))
+            return BadFile(image.uri, str(error).removeprefix(f"{image.uri}: "))
         sha256 = seen.sha256
-        row = Row(sha256[:16], uri, seen.width, seen.height, caption, sha256, concept, role, repeats)
-        return row if weights is None else row._replace(mask=mask, mask_sha256=weights.sha256)
+        row = Row(
+            sha256[:16], image.uri, seen.width, seen.height, image.caption, sha256, concept, role, repeats
+        )
+        return row if mask is None else row._replace(mask=image.mask, mask_sha256=mask.sha256)
 
-    workers = min(32, 2 * (os.cpu_count() or 1) if storage.is_local else 32, max(1, len(files.images)))
+    processors = 32 if "://" in url else 2 * (os.cpu_count() or 1)
+    workers = min(32, processors, max(1, len(listing.images)))
     with ThreadPoolExecutor(workers, thread_name_prefix="index") as pool:
-        found = list(pool.map(look, files.images))
-    refuse_all([*captions.errors, *(item for item in found if isinstance(item, DataError))])
+        found = list(pool.map(inspect, listing.images))
     rows = [item for item in found if isinstance(item, Row)]
-    bad += [item for item in found if isinstance(item, BadFile)]
-    bad += [
-        BadFile(f"{storage.url}/{name}", f"named in {where}, but not there")
-        for name, where in captions.absent
-    ]
-    bad.sort()
+    listing.bad = sorted([*listing.bad, *(item for item in found if isinstance(item, BadFile))])
     if not rows:
-        raise DataError(_nothing_usable(files))
-    rows.sort(key=lambda row: (row.sha256[:16], row.uri[len(storage.url) :]))
-    return _assemble(rows, bad, files.skipped)
+        raise DataError(_nothing_usable(url, listing))
+    rows.sort(key=lambda row: row.sha256[:16])  # copies keep the order of the listing
+    index = _assemble(rows, listing.bad, listing.skipped)
+    index.others, index.shared = listing.others, listing.shared
+    return index
 
 
 def log_left_out(index: Index) -> None:
@@ -206,29 +207,33 @@ def log_left_out(index: Index) -> None:
         log.info("passed over %s", summary(index.skipped))
 
 
-def _look_inside(
-    storage: Storage, name: str, mask: str | None, *, max_pixels: int, check: bool
-) -> tuple[Seen, Seen | None]:
-    """Read a picture, and its mask where it has one. Raises DataError for a bad one of both, and StorageError."""
-    uri = storage.path(name)
-    data, mask_file = storage.read_bytes(name), read_mask(mask) if mask else None
+def _read(image: SourceImage, *, max_pixels: int, check: bool) -> tuple[Seen, Seen | None]:
+    """Read an image and its mask. Raises DataError when either cannot be used, and StorageError."""
+    uri = image.uri
+    data, mask = read_image_file(uri), read_mask(image.mask) if image.mask else None
     header = read_header(data, uri=uri, max_pixels=max_pixels)
     if holds_embedding(data):
         raise DataError(f"{uri}: an embedding that is stored as an image. Move it out of the folder")
     if check:
         check_image(data, uri=uri, max_pixels=max_pixels)
-    if mask_file is not None:
-        open_mask(mask_file, uri=f"its mask {mask}", max_pixels=max_pixels)
+    if mask is not None:
+        open_mask(mask, uri=f"its mask {image.mask}", max_pixels=max_pixels)
     seen = Seen(hashlib.sha256(data).hexdigest(), header.width, header.height)
-    return seen, Seen(hashlib.sha256(mask_file.data).hexdigest()) if mask_file is not None else None
+    if image.sha256 and image.sha256 != seen.sha256:
+        raise DataError(
+            f"{uri}: its content has another sha256 than the source lists ({image.sha256[:16]}...)"
+        )
+    return seen, Seen(hashlib.sha256(mask.data).hexdigest()) if mask is not None else None
 
 
-def _recall(known: Known, uri: str, mask: str | None, max_pixels: int) -> tuple[Seen, Seen | None] | None:
-    """Return what is known of a picture and its mask; None where one of them must be read."""
-    seen, weights = known(uri), known(mask) if mask else None
-    if seen is None or (mask and weights is None) or seen.width * seen.height > max_pixels:
+def _recall(image: SourceImage, known: Known | None, max_pixels: int) -> tuple[Seen, Seen | None] | None:
+    """Return what is known of an image and its mask without reading them; None where one of them must be read."""
+    listed = Seen(image.sha256, image.width, image.height), Seen(image.mask_sha256)
+    seen = listed[0] if all(listed[0]) else known(image.uri) if known else None
+    mask = listed[1] if image.mask_sha256 else known(image.mask) if known and image.mask else None
+    if seen is None or (image.mask and mask is None) or seen.width * seen.height > max_pixels:
         return None
-    return seen, weights
+    return seen, mask
 
 
 def _assemble(rows: Sequence[Row], bad: Sequence[BadFile], skipped: Sequence[Skipped] = ()) -> Index:
@@ -249,17 +254,18 @@ def _copy_number(row_id: str) -> int:
     return int(row_id.partition("-")[2] or 0)
 
 
-def _nothing_usable(files: ImageFolder) -> str:
-    place, bad = files.storage.url, files.bad
-    over = f"; passed over: {summary(files.skipped)}" if files.skipped else ""
-    if bad:
+def _nothing_usable(url: str, listing: Listing) -> str:
+    over = f"; passed over: {summary(listing.skipped)}" if listing.skipped else ""
+    if listing.bad:
         return (
-            f"no usable image in {place}: {len(bad)} found and all bad: {_some(bad)}{over}. Replace or convert them, "
-            "or name another folder"
+            f"no usable image in {url}: {len(listing.bad)} found and all bad: {_some(listing.bad)}{over}. Replace or "
+            "convert them, or name another folder"
         )
-    count = files.others.total()
+    count = listing.others.total()
     held = f"{count} other files" if count else "nothing else" if over else "nothing at all"
-    return f"no image in {place}: it holds {held}{over}. Put images (.png, .jpg ...) there, or name another folder"
+    return (
+        f"no image in {url}: it holds {held}{over}. Put images (.png, .jpg ...) there, or name another folder"
+    )
 
 
 def _some(bad: Sequence[BadFile], most: int = 3) -> str:

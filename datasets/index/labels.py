@@ -14,6 +14,7 @@ from dreamfleet.datasets.index.file_pairing import same_name
 from dreamfleet.datasets.index.index import Index
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.rng import key
+from dreamfleet.datasets.storage.object_store import is_address
 from dreamfleet.datasets.storage.storage import Storage, read_text
 
 LABELS_FILE = "dataset.json"  # in the folder of pictures, where nothing else is said
@@ -72,16 +73,19 @@ def find_labels(index: Index, folders: Sequence[str], labels: str | None = None)
 
     ``labels`` names the JSON; without it each folder's own ``dataset.json`` counts, else subfolders 0, 1, ...
     """
-    storages = [Storage(folder) for folder in folders]
+    roots = [Storage(folder) if is_address(folder) else None for folder in folders]
     if labels is not None:
         tables: list[dict[str, int] | None] = [_by_name(read_labels(labels))] * len(folders)
     else:
         tables = [
-            _by_name(read_labels(s.path(LABELS_FILE))) if s.exists(LABELS_FILE) else None for s in storages
+            _by_name(read_labels(root.path(LABELS_FILE))) if root and root.exists(LABELS_FILE) else None
+            for root in roots
         ]
     found = {}
     for row, (uri, place) in enumerate(zip(index.column("uri"), index.column("concept"), strict=True)):
-        label = label_of(same_name(uri.removeprefix(storages[place].url + "/")), tables[place])
+        root = roots[place]
+        name = uri.removeprefix(f"{root.url if root else folders[place]}/")
+        label = label_of(same_name(name), tables[place])
         if label is not None:
             found[row] = label
     return found

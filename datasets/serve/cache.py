@@ -19,10 +19,11 @@ from dreamfleet.datasets.buckets import training_sizes
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.environment import take_over, to_send
 from dreamfleet.datasets.errors import DataError, RunFailed, StorageError, UserError
-from dreamfleet.datasets.images.masks import ImageView, cut_image, read_mask
+from dreamfleet.datasets.images.masks import ImageView, cut_image
 from dreamfleet.datasets.index.index import Index
+from dreamfleet.datasets.index.sources import read_image_file, read_mask
 from dreamfleet.datasets.serve.latent_files import Key, LatentCache, write_shard
-from dreamfleet.datasets.storage.storage import Storage, read_uri
+from dreamfleet.datasets.storage.storage import Storage
 
 SHARD_IMAGES = 256
 SHARD_BYTES = 96 * 2**20  # of decoded pixels; Ray Data splits blocks of more than 128 MiB
@@ -268,7 +269,7 @@ def _on_ray(
 
 def _cut(job: Job, *, max_pixels: int, weighted: bool) -> np.ndarray:
     """Read and cut one picture as training does; StorageError also where it is not what the index saw."""
-    data = read_uri(job.uri)
+    data = read_image_file(job.uri)
     mask = read_mask(job.mask) if job.mask else None
     seen = hashlib.sha256(data).hexdigest(), hashlib.sha256(mask.data).hexdigest() if mask else ""
     if seen != (job.sha256, job.mask_sha256):

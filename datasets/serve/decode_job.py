@@ -10,9 +10,9 @@ import numpy as np
 from dreamfleet.datasets.environment import take_over
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.images.images import open_image
-from dreamfleet.datasets.images.masks import ImageView, cut_image, read_mask
+from dreamfleet.datasets.images.masks import ImageView, cut_image
 from dreamfleet.datasets.images.vision_transform import Fit
-from dreamfleet.datasets.storage.storage import read_uri
+from dreamfleet.datasets.index.sources import read_image_file, read_mask
 
 
 def decode_batch(
@@ -63,11 +63,11 @@ def decode_one(
     try:
         if fit is not None:
             return np.asarray(
-                fit(open_image(read_uri(uri), uri=uri, max_pixels=max_pixels)).convert("RGB")
+                fit(open_image(read_image_file(uri), uri=uri, max_pixels=max_pixels)).convert("RGB")
             ), ""
         assert draw.size is not None
         return cut_image(
-            read_uri(uri),
+            read_image_file(uri),
             draw,
             uri=uri,
             size=draw.size,

@@ -13,44 +13,22 @@ from typing import Any, TypeVar
 from dreamfleet.datasets.environment import masked, variable
 from dreamfleet.datasets.errors import StorageError
 from dreamfleet.datasets.storage.disk import as_storage_error
+from dreamfleet.datasets.storage.retry import (
+    TRANSIENT_ERRNO,
+    is_broken_off,
+    is_one_of,
+    is_transient,
+    is_transient_answer,
+    kind_of,
+    next_wait,
+)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SCHEMES = ("s3", "gs")
-# One policy for all requests; botocore and s3fs are told to try once. (aiohttp sends a request again, at once, when the
-# kept connection that it took turns out to be closed.)
-ATTEMPTS = 5
-FIRST_WAIT_SECONDS = 0.25  # four times longer after each further failure
-PATIENCE_SECONDS = 60.0  # after the first failure; no attempt begins later
+_OTHER_NAMES = {"s3a": "s3", "gcs": "gs"}
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0  # of one attempt
-_TRANSIENT_STATUS = {429, 500, 502, 503, 504}
-_TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "InternalError"}
-_TRANSIENT_ERRNO = {
-    errno.EBUSY,  # s3fs's translation of 503 SlowDown
-    errno.EREMOTEIO,  # ... of 500 InternalError
-    errno.ETIMEDOUT,
-    errno.ECONNRESET,
-    errno.ECONNREFUSED,
-    errno.EPIPE,
-    errno.EAGAIN,
-}
-# By name, so that botocore, aiohttp and gcsfs need not be imported here.
-_TRANSIENT_KINDS = {
-    "HTTPClientError",
-    "ConnectionError",
-    "ClientPayloadError",
-    "FSTimeoutError",
-    "TimeoutError",
-}
-# An answer that broke off, or stalled, after it had begun: the request itself had succeeded.
-_BROKEN_OFF_KINDS = {
-    "AioReadTimeoutError",
-    "FSTimeoutError",  # fsspec's translation of it
-    "ResponseStreamingError",
-    "ClientPayloadError",
-    "IncompleteReadError",
-}
 _KEYLESS_KINDS = {"NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError"}
 
 
@@ -78,12 +56,12 @@ class Bucket:
             except Exception as error:
                 first_failure = first_failure or time.monotonic()
                 wait = next_wait(attempt, time.monotonic() - first_failure)
-                if wait is None or not _is_one_of(error, _BROKEN_OFF_KINDS):
+                if wait is None or not is_broken_off(error):
                     raise StorageError(masked(self._explain(verb, path, error))) from error
-                log.warning("cannot %s %s yet (%s): trying again in %.1f s", verb, path, _kind(error), wait)
+                log.warning("cannot %s %s yet (%s): trying again in %.1f s", verb, path, kind_of(error), wait)
                 time.sleep(wait)
 
-    def is_there(self) -> bool:
+    def exists(self) -> bool:
         """Say whether the bucket itself exists."""
         try:
             self.file_system().ls(self.name, detail=False)
@@ -108,7 +86,7 @@ class Bucket:
             )
         if isinstance(error, FileNotFoundError):
             return f"cannot {verb} {path}: it does not exist{where}. Check the name"
-        if _is_one_of(error, _KEYLESS_KINDS):
+        if is_one_of(error, _KEYLESS_KINDS):
             return (
                 f"cannot {verb} {path}: no access keys found. Set AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, here (workers are sent them), or give the machines a role"
@@ -118,32 +96,32 @@ class Bucket:
                 f"cannot {verb} {path}: access denied{where}. Check the access keys (wrong or expired?) and "
                 "that they may list, read and write this bucket"
             )
-        if _is_one_of(error, _TRANSIENT_KINDS) or isinstance(error, (ConnectionError, TimeoutError)):
+        if is_transient(error) or isinstance(error, (ConnectionError, TimeoutError)):
             return (
-                f"cannot {verb} {path}: no answer{where or ' from the bucket'} ({_kind(error)}). Check "
+                f"cannot {verb} {path}: no answer{where or ' from the bucket'} ({kind_of(error)}). Check "
                 "AWS_ENDPOINT_URL and the network"
             )
-        if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:
+        if isinstance(error, OSError) and error.errno in TRANSIENT_ERRNO:
             return (
                 f"cannot {verb} {path}: the server{where} kept failing ({error}). It is overloaded or broken: try "
                 "again later"
             )
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return str(as_storage_error(verb, getattr(error, "filename", None) or path, error))
-        return f"cannot {verb} {path}: {_kind(error)}: {error}"
+        return f"cannot {verb} {path}: {kind_of(error)}: {error}"
 
     def _surely_missing(self) -> bool:
         try:
-            return not self.is_there()
+            return not self.exists()
         except Exception as error:  # noqa: BLE001  the first error is the one to tell of
-            log.debug("could not look at bucket %s: %s", self.name, _kind(error))
+            log.debug("could not look at bucket %s: %s", self.name, kind_of(error))
             return False
 
 
-def next_wait(attempt: int, since_first_failure: float) -> float | None:
-    """Return the seconds to wait after failed attempt number ``attempt`` (from 1); None to give up."""
-    wait = FIRST_WAIT_SECONDS * 4 ** (attempt - 1)
-    return wait if attempt < ATTEMPTS and since_first_failure + wait < PATIENCE_SECONDS else None
+def is_address(text: str) -> bool:
+    """Return whether a text is a local path or has the scheme of a storage that is supported."""
+    scheme, separator, _ = text.partition("://")
+    return not separator or scheme in ("file", *SCHEMES, *_OTHER_NAMES)
 
 
 def parse_address(text: str) -> tuple[str, str]:
@@ -155,7 +133,7 @@ def parse_address(text: str) -> tuple[str, str]:
         if not text:
             raise StorageError("empty path: name a folder or a bucket (s3://bucket/prefix)")
         return "", os.path.abspath(os.path.expanduser(text))
-    scheme = {"s3a": "s3", "gcs": "gs"}.get(scheme, scheme)
+    scheme = _OTHER_NAMES.get(scheme, scheme)
     if scheme not in SCHEMES:
         raise StorageError(f"{scheme}:// is not supported: use a local path, s3:// or gs://")
     bucket = rest.split("/", 1)[0]
@@ -169,10 +147,15 @@ def parse_address(text: str) -> tuple[str, str]:
     return scheme, f"{scheme}://{rest.rstrip('/')}"
 
 
+def is_folder(file_system: Any, key: str) -> bool:
+    """Return whether a key is a prefix of other keys and no object. Raises FileNotFoundError when it is neither."""
+    return bool(file_system.info(key)["type"] == "directory")
+
+
 def bucket_has(file_system: Any, key: str) -> bool:
     """Say whether a key is there, or a file below it."""
     try:
-        return file_system.info(key)["type"] != "directory" or bool(first_file(file_system, key))
+        return not is_folder(file_system, key) or bool(first_file(file_system, key))
     except FileNotFoundError:
         return False
 
@@ -265,30 +248,24 @@ def _session(process: int, profile: str | None) -> Any:
 
 
 def _needs_retry(
-    *, response: Any, operation: Any, attempts: int, caught_exception: Any, request_dict: Any, **told: Any
+    *, response: Any, operation: Any, attempts: int, caught_exception: Any, request_dict: Any, **others: Any
 ) -> float | None:
-    """Say, as a handler of botocore's for each request, how long to wait before it is sent again; None for not."""
+    """Return the seconds to wait before a request is sent again, None for not at all: botocore's retry handler."""
     if caught_exception is not None:
-        why = _kind(caught_exception)
-        passing = _is_one_of(caught_exception, _TRANSIENT_KINDS)
+        reason, transient = kind_of(caught_exception), is_transient(caught_exception)
     else:
         status, code = response[0].status_code, response[1].get("Error", {}).get("Code")
-        why = f"{status} {code}"
-        passing = status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES
-    if not passing:
+        reason, transient = f"{status} {code}", is_transient_answer(status, code)
+    if not transient:
         return None
     now = time.monotonic()
     wait = next_wait(attempts, now - request_dict["context"].setdefault("first_failure", now))
     if wait is not None:
         log.warning(
-            "%s %s failed (%s): trying again in %.1f s", operation.name, request_dict["url_path"], why, wait
+            "%s %s failed (%s): trying again in %.1f s",
+            operation.name,
+            request_dict["url_path"],
+            reason,
+            wait,
         )
     return wait
-
-
-def _is_one_of(error: BaseException, names: set[str]) -> bool:
-    return any(kind.__name__ in names for kind in type(error).__mro__)
-
-
-def _kind(error: BaseException) -> str:
-    return type(error).__name__

@@ -28,16 +28,6 @@ def pieces_of(storage: Storage, rel: str, *, size: int) -> Iterator[pa.NativeFil
         yield file
 
 
-def first_bytes(storage: Storage, rel: str, *, size: int) -> bytes:
-    """Read the beginning of a file, at most ``size`` bytes. StorageError."""
-    if storage.is_local:
-        path = storage.path(rel)
-        with explained("read", path), open(path, "rb") as file:
-            return file.read(size)
-    with pieces_of(storage, rel, size=size) as start:
-        return bytes(start.read(size))
-
-
 class _Ranges(io.RawIOBase):
     """A file in a bucket: each read is one request for just these bytes."""
 

@@ -1,4 +1,4 @@
-"""List, read and write files on a local disk or in a bucket (s3://, gs://) through one face."""
+"""One interface to list, read and write files on a local disk or in a bucket (s3://, gs://)."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from dreamfleet.datasets.storage.object_store import (
     bucket_has,
     bucket_size,
     first_file,
+    is_folder,
     parse_address,
 )
 
@@ -38,14 +39,14 @@ T = TypeVar("T")
 
 
 class Storage:
-    """A folder on disk or a prefix in a bucket; every other path is relative to it.
+    """A folder on disk or a prefix in a bucket; the paths that its methods take are relative to it.
 
-    Local paths are made absolute at once (Ray workers change directory). Buckets are `s3://bucket/prefix`
-    and `gs://bucket/prefix`; the S3 endpoint comes from `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`, keys
-    from the environment or the machine's role, never from the URL. An instance can be pickled: the
-    other machine opens its own connection with its own keys. One writer a file is assumed.
+    Local paths are made absolute at once, since Ray workers change directory. Buckets are `s3://bucket/prefix` and
+    `gs://bucket/prefix`; the S3 endpoint comes from `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`, keys from the
+    environment or the machine's role, never from the URL. A pickled instance opens its own connection, with the keys of
+    the machine that loads it. A file must have one writer at a time.
 
-    All methods raise StorageError, which says what to do about it; file-not-found included.
+    All methods raise StorageError with a remedy, also for a file that does not exist.
     """
 
     def __init__(self, url: str | os.PathLike[str] | Storage) -> None:
@@ -57,38 +58,36 @@ class Storage:
 
     @property
     def is_local(self) -> bool:
-        """True for a folder on this machine's file system."""
+        """True for a folder in this machine's file system."""
         return not self.scheme
 
     def path(self, *parts: str) -> str:
-        """Join `parts` to the address of this storage; StorageError for a name that leads out of it."""
+        """Return the address of `parts` below this folder. Raises StorageError for a name that leaves it."""
         clean = [inside(part).strip("/") for part in parts if part.strip("/")]
-        if self.is_local:
-            return os.path.join(self.url, *clean)
-        return "/".join([self.url, *clean])
+        return os.path.join(self.url, *clean) if self.is_local else "/".join([self.url, *clean])
 
     def child(self, *parts: str) -> Storage:
-        """The storage of a folder inside this one."""
+        """Return the storage of a subfolder."""
         child = Storage(self.path(*parts))
         child._connection = self._connection
         return child
 
     def exists(self, rel: str = "") -> bool:
-        """Say whether a file or a folder is there (in a bucket a folder is there when a file is in it)."""
+        """Return whether a file or folder exists; in a bucket a folder exists when it contains a file."""
         path = self.path(rel)
         if self.is_local:
-            with explained("look at", path):
+            with explained("check", path):
                 return os.path.exists(path)
-        return self._on_bucket("look at", rel, bucket_has)
+        return self._on_bucket("check", rel, bucket_has)
 
     def has_files(self, rel: str = "") -> bool:
-        """Say whether a file lies in a folder, at any depth: empty folders are nothing."""
+        """Return whether a folder contains a file at any depth."""
         if self.is_local:
             return next(walk(self.path(rel), True, None), None) is not None
-        return bool(self._if_there("list", rel, first_file))
+        return bool(self._if_exists("list", rel, first_file))
 
     def size(self, rel: str = "") -> int:
-        """Bytes of a file, or of all files under a folder."""
+        """Return the size in bytes of a file, or of all files below a folder."""
         if self.is_local:
             path = self.path(rel)
             with explained("read", path):
@@ -102,19 +101,19 @@ class Storage:
         *,
         on_error: Callable[[str, StorageError], None] | None = None,
     ) -> builtins.list[str]:
-        """Names of the files in a folder, relative to it, sorted, `/` between parts; [] when it is absent.
+        """Return the names of the files in a folder, relative to it with `/`, sorted; [] when it does not exist.
 
-        Links to folders are followed, loops of them are not. `on_error(folder, error)` gets subfolders that
-        cannot be listed; without it they raise StorageError.
+        Links to folders are followed, except in loops. `on_error(folder, error)` receives subfolders that cannot be
+        listed; without it they raise StorageError.
         """
         if self.is_local:
             return sorted(walk(self.path(rel), recursive, on_error))
-        return self._if_there("list", rel, lambda fs, key: bucket_files(fs, key, recursive))
+        return self._if_exists("list", rel, lambda fs, key: bucket_files(fs, key, recursive))
 
     def list_dirs(self, rel: str = "") -> builtins.list[str]:
-        """Names of the folders directly inside a folder, sorted; [] when it is absent.
+        """Return the names of the direct subfolders, sorted; [] when the folder does not exist.
 
-        A bucket has no folders, only markers of them: there, those with a file in them.
+        In a bucket only those that contain a file count: other folders are no more than markers.
         """
         if self.is_local:
             path = self.path(rel)
@@ -123,20 +122,25 @@ class Storage:
                     return []
                 with os.scandir(path) as entries:
                     return sorted(entry.name for entry in entries if entry.is_dir())
-        return self._if_there("list", rel, bucket_folders)
+        return self._if_exists("list", rel, bucket_folders)
 
     # ---- read ----------------------------------------------------------------------------------------
 
-    def read_bytes(self, rel: str = "") -> bytes:
-        """Read a whole file."""
+    def read_bytes(self, rel: str = "", *, start: int = 0, end: int | None = None) -> bytes:
+        """Read a file, or its bytes from ``start`` up to ``end``; fewer where the file ends earlier."""
+        if end is not None and end <= start:
+            return b""
         if self.is_local:
             path = self.path(rel)
             with explained("read", path), open(path, "rb") as file:
-                return file.read()
-        return self._on_bucket("read", rel, lambda fs, key: bytes(fs.cat_file(key)))
+                file.seek(start)
+                return file.read(-1 if end is None else end - start)
+        return self._on_bucket(
+            "read", rel, lambda fs, key: bytes(fs.cat_file(key, start=start or None, end=end))
+        )
 
     def read_text(self, rel: str = "") -> str:
-        """Read a whole UTF-8 file (a byte order mark is dropped)."""
+        """Read a UTF-8 file; a byte order mark is dropped."""
         try:
             return decode_text(self.read_bytes(rel), uri=self.path(rel))
         except DataError as error:
@@ -144,7 +148,7 @@ class Storage:
 
     @contextmanager
     def local_copy(self, rel: str = "") -> Iterator[Path]:
-        """Give a local path of a file or folder: itself on disk, else a copy that vanishes afterwards."""
+        """Yield a local path of a file or folder: on disk its own, else that of a copy that is removed afterwards."""
         if self.is_local:
             path = self.path(rel)
             if not os.path.exists(path):
@@ -157,34 +161,21 @@ class Storage:
             yield target
 
     def download(self, rel: str, local_path: str | os.PathLike[str]) -> None:
-        """Copy a file or a folder to a local path; each file appears whole or not at all."""
+        """Copy a file or a folder to a local path; each file appears complete or not at all."""
         target = os.path.abspath(os.fspath(local_path))
-        if self.is_local:
-            source = self.path(rel)
-            if os.path.isdir(source):
-                for name in self.child(rel).list("", recursive=True):
-                    copy_file(os.path.join(source, name), os.path.join(target, name))
-            else:
-                copy_file(source, target)
+        path = self.path(rel)
+        if not (os.path.isdir(path) if self.is_local else self._on_bucket("read", rel, is_folder)):
+            self._copy_to(target, rel)
             return
-
-        def fetch(fs: Any, key: str) -> None:
-            if fs.info(key)["type"] != "directory":
-                with appearing(target, durable=False) as temporary:
-                    fs.get_file(key, temporary)
-                return
-            os.makedirs(target, exist_ok=True)
-            for name in self.child(rel).list("", recursive=True):
-                local = os.path.join(target, *inside(name).split("/"))
-                with appearing(local, durable=False) as temporary:
-                    fs.get_file(f"{key}/{name}", temporary)
-
-        self._on_bucket("read", rel, fetch)
+        os.makedirs(target, exist_ok=True)
+        folder = self.child(rel)
+        for name in folder.list("", recursive=True):
+            folder._copy_to(os.path.join(target, *inside(name).split("/")), name)
 
     # ---- write ---------------------------------------------------------------------------------------
 
     def write_bytes(self, rel: str, data: bytes) -> None:
-        """Write a whole file: afterwards it is there completely, or as it was before."""
+        """Write a file: afterwards it is complete, or as it was before."""
         if self.is_local:
             path = self.path(rel)
             with explained("write", path), appearing(path) as temporary, open(temporary, "wb") as file:
@@ -193,15 +184,15 @@ class Storage:
         self._on_bucket("write", rel, lambda fs, key: fs.pipe_file(key, data))
 
     def write_text(self, rel: str, text: str) -> None:
-        """Write a whole UTF-8 file, atomically as write_bytes does."""
+        """Write a UTF-8 file, atomically as write_bytes does."""
         self.write_bytes(rel, text.encode("utf-8"))
         self._appended.pop(rel, None)
 
     def append_text(self, rel: str, text: str) -> None:
-        """Add text to the end of a file.
+        """Append text to a file.
 
-        A bucket has no append: the whole object is written again from a kept buffer, so this is for logs of
-        a few megabytes with one writer.
+        A bucket cannot append: the whole object is written again from a buffer in memory, so this is for logs of a few
+        megabytes with one writer.
         """
         if self.is_local:
             path = self.path(rel)
@@ -218,9 +209,9 @@ class Storage:
 
     @contextmanager
     def staging(self, rel: str) -> Iterator[Path]:
-        """Give a local path to write a large file to; it takes its place in the storage at the end.
+        """Yield a local path to write a large file to, which is moved into the storage when the block ends.
 
-        When the block raises, nothing is left behind and what was there before stays.
+        When the block raises, nothing is left behind and an earlier file stays as it was.
         """
         if self.is_local:
             path = self.path(rel)
@@ -234,28 +225,27 @@ class Storage:
             self.upload(temporary_file, rel)
 
     def upload(self, local_path: str | os.PathLike[str], rel: str = "") -> None:
-        """Copy a local file or folder into the storage; each file appears whole or not at all."""
+        """Copy a local file or folder into the storage; each file appears complete or not at all."""
         source = os.path.abspath(os.fspath(local_path))
         if os.path.isdir(source):
             for name in Storage(source).list("", recursive=True):
                 self.upload(os.path.join(source, name), "/".join(part for part in (rel, name) if part))
-            return
-        if self.is_local:
+        elif self.is_local:
             copy_file(source, self.path(rel))
-            return
-        if not os.path.exists(source):
+        elif not os.path.exists(source):
             raise as_storage_error("read", source, FileNotFoundError(errno.ENOENT, "No such file"))
-        self._on_bucket("write", rel, lambda fs, key: fs.put_file(source, key))
+        else:
+            self._on_bucket("write", rel, lambda fs, key: fs.put_file(source, key))
 
     def remove(self, rel: str) -> None:
-        """Remove a file or a whole folder; what is not there needs no removing."""
+        """Remove a file or a whole folder, if it exists."""
         self._appended.pop(rel, None)
         if self.is_local:
             path = self.path(rel)
             with explained("remove", path):
                 remove_tree(path)
             return
-        self._if_there("remove", rel, lambda fs, key: fs.rm(key, recursive=True) or [])
+        self._if_exists("remove", rel, lambda fs, key: fs.rm(key, recursive=True) or [])
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
@@ -269,23 +259,30 @@ class Storage:
     def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
         return Storage, (self.url,)
 
+    def _copy_to(self, target: str, rel: str) -> None:
+        if self.is_local:
+            copy_file(self.path(rel), target)
+            return
+        with explained("write", target), appearing(target, durable=False) as temporary:
+            self._on_bucket("read", rel, lambda fs, key: fs.get_file(key, temporary))
+
     def _on_bucket(self, verb: str, rel: str, action: Callable[[Any, str], T]) -> T:
-        """Run `action(file system, key)` with the bucket's retries and explanations."""
+        """Run `action(file system, key)` with the bucket's retries and error messages."""
         if self._connection is None:
             self._connection = Bucket(self.scheme, self.url.partition("://")[2].split("/", 1)[0])
         return self._connection.run(verb, self.path(rel), action)
 
-    def _if_there(
+    def _if_exists(
         self, verb: str, rel: str, action: Callable[[Any, str], builtins.list[str]]
     ) -> builtins.list[str]:
-        """Run `action`; [] where there is nothing, and the error where the whole bucket is not there."""
+        """Run `action`; return [] when nothing is found, but raise when the whole bucket does not exist."""
 
         def act(fs: Any, key: str) -> builtins.list[str]:
             try:
                 return action(fs, key)
             except FileNotFoundError as error:
                 assert self._connection is not None
-                if not self._connection.is_there():
+                if not self._connection.exists():
                     raise FileNotFoundError(errno.ENOENT, "No such bucket") from error
                 return []
 
@@ -293,7 +290,7 @@ class Storage:
 
 
 def read_uri(uri: str) -> bytes:
-    """Read the file at an absolute local path or bucket address; StorageError as Storage gives it."""
+    """Read the file at an absolute local path or bucket address. Raises StorageError."""
     folder, _, name = uri.rpartition("/")
     return Storage(folder or "/").read_bytes(name)
 

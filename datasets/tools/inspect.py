@@ -12,8 +12,7 @@ from typing import Any
 from dreamfleet.datasets.buckets import training_sizes
 from dreamfleet.datasets.captions import split_tags
 from dreamfleet.datasets.config import DataConfig
-from dreamfleet.datasets.index.concepts import Sets, load_class_images, load_sets, places_apart
-from dreamfleet.datasets.index.image_folder import ImageFolder
+from dreamfleet.datasets.index.sets import Sets, load_class_images, load_sets
 from dreamfleet.datasets.tools.pixel_statistics import copies, look_at_all, near_copies
 
 NEARLY_ALL_CUT_OFF = 0.9  # of one picture
@@ -80,11 +79,6 @@ def survey(
     """
     sets = load_sets(data, verify=True, apart=apart)
     rows = sets.instances.rows()
-    others = places_apart(sets.concepts, apart)
-    folders = [
-        ImageFolder(one.instance_data_dir, caption_extension=data.caption_extension, apart=others)
-        for one in sets.concepts
-    ]
     looks = list(look_at_all(rows, data.max_pixels, progress))
     sizes = training_sizes(sets.instances.sizes(), data)
     pairs = list(zip(rows, sizes, strict=True))
@@ -123,8 +117,8 @@ def survey(
         near=near,
         bad={item.uri: item.reason for item in sets.instances.bad},
         skipped=[item._asdict() for item in sets.instances.skipped],
-        others=dict(sum((one.others for one in folders), Counter()).most_common()),
-        shared={one.storage.path(file): images for one in folders for file, images in one.shared().items()},
+        others=dict(sets.instances.others.most_common()),
+        shared=sets.instances.shared,
         extreme={
             row.uri: f"{row.width} x {row.height} pixels, {loss:.0%} cut off, the rest enlarged {scale:.1f} times"
             for (row, _), scale, loss in zip(pairs, scales, losses, strict=True)

@@ -15,7 +15,7 @@ from dreamfleet.datasets.config import MAX_PIXELS
 from dreamfleet.datasets.images.color_profile import profile_name
 from dreamfleet.datasets.images.images import open_with_alpha
 from dreamfleet.datasets.index.index import Row
-from dreamfleet.datasets.storage.storage import read_uri
+from dreamfleet.datasets.index.sources import read_image_file
 
 ORIENTATION_TAG = 0x0112
 GREY_WITHIN = 3  # the channels of a grey picture differ by no more, of 255
@@ -70,7 +70,7 @@ def look_at_all(
     """Decode images, several at once -> what each tells, in their order."""
 
     def look(row: Row) -> Look:
-        return look_at(read_uri(row.uri), uri=row.uri, max_pixels=max_pixels)
+        return look_at(read_image_file(row.uri), uri=row.uri, max_pixels=max_pixels)
 
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="survey") as pool:
         for done, found in enumerate(pool.map(look, rows), 1):

@@ -18,13 +18,15 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from dreamfleet.datasets.config import CAPTION_EXTENSIONS
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.images.crops import Cut, Cutting, draw_cut, plan_cuts
 from dreamfleet.datasets.images.image_formats import MASK_ENDING
 from dreamfleet.datasets.images.images import open_with_alpha
-from dreamfleet.datasets.images.masks import open_mask, read_mask
+from dreamfleet.datasets.images.masks import open_mask
 from dreamfleet.datasets.index.caption_files import Captions
-from dreamfleet.datasets.index.image_folder import CAPTION_EXTENSIONS, ImageFolder
+from dreamfleet.datasets.index.image_folder import ImageFolder
+from dreamfleet.datasets.index.sources import read_mask
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
 

@@ -14,9 +14,10 @@ from dreamfleet.datasets.config_base import Section
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.config.engine import EngineConfig
 from dreamfleet.trainers.config.engines import ENGINES
+from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.engines.base import Engine, check_optimizer
 from dreamfleet.trainers.methods.base import Batch, Loss
-from dreamfleet.trainers.optim.optimizers import OptimizerConfig, make_optimizer
+from dreamfleet.trainers.optim.optimizers import make_optimizer
 
 T = TypeVar("T")
 

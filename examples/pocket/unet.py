@@ -36,7 +36,7 @@ from dreamfleet.trainers.methods.base import Batch, Method, Setting
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.stable_diffusion.noise import draw_noise
 from dreamfleet.trainers.optim.param_group import ParamGroup
-from dreamfleet.trainers.report.metrics_log import Metrics
+from dreamfleet.trainers.report.metrics_log import MetricsLog
 from dreamfleet.trainers.run.checkpoint import Checkpoints
 
 STEPS = int(os.environ.get("POCKET_STEPS", "9000"))
@@ -209,7 +209,7 @@ def run_worker(rank: int, world: int) -> None:
     )
     if last:
         engine.load_state(last.engine)
-    metrics = Metrics(run, start_step=start) if rank == 0 else None
+    metrics = MetricsLog(run, start_step=start) if rank == 0 else None
 
     def log(line: dict[str, Any]) -> None:
         if metrics:

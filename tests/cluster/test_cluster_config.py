@@ -1,4 +1,4 @@
-"""`ray_config.yaml` as Ray's own reader takes it, on AWS and on premises, and what its comments promise."""
+"""`ray_config.yaml` is accepted by Ray's own reader, for AWS and local machines, and its comments are true."""
 
 import re
 import tomllib
@@ -13,7 +13,7 @@ KINDS = ("aws", "local")
 
 @pytest.fixture
 def configs(root: Path) -> dict[str, dict[str, Any]]:
-    """The configuration as it stands, and the commented one at its end, by provider."""
+    """The configuration and the commented one at its end, by provider."""
     text = (root / "ray_config.yaml").read_text()
     commented = text[text.index("\n#\n# cluster_name:") :].splitlines()
     uncommented = "\n".join(re.sub("^# ?", "", line) for line in commented)
@@ -23,18 +23,18 @@ def configs(root: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ray_accepts_it(configs: dict[str, dict[str, Any]], kind: str) -> None:
-    # Private, but the only reader there is; ray is pinned in constraints.txt.
+    # A private module, but the only reader; ray is pinned in constraints.txt.
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     prepared = prepare_config(configs[kind])
     validate_config(prepared)
     assert prepared["max_workers"] == {"aws": 4, "local": 2}[kind]
-    with pytest.raises(Exception, match="worker_number"):  # the reader does look
+    with pytest.raises(Exception, match="worker_number"):  # the reader rejects unknown keys
         validate_config(prepare_config({**configs[kind], "worker_number": 3}))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_machine_asks_for_the_token(configs: dict[str, dict[str, Any]], kind: str) -> None:
+def test_every_machine_requires_the_token(configs: dict[str, dict[str, Any]], kind: str) -> None:
     config = configs[kind]
     for role in ("head", "worker"):
         *_, start = config[f"{role}_start_ray_commands"]

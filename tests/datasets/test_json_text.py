@@ -15,7 +15,7 @@ from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.engines.torch_engine import TorchEngine
 from dreamfleet.trainers.recipe import build_recipe
-from dreamfleet.trainers.report.metrics_log import Metrics, read_metrics
+from dreamfleet.trainers.report.metrics_log import MetricsLog, read_metrics
 from dreamfleet.trainers.run.evaluation import Evaluation
 from dreamfleet.trainers.run.run import run_worker
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WRITES_ITSELF = {
     "datasets/index/index.py", "datasets/index/labels.py", "datasets/json_text.py", "datasets/serve/latent_files.py",
     "datasets/tools/prepare.py", "trainers/batches/class_image_drawing.py", "trainers/models/sampling/infotext.py",
-    "trainers/models/stable_diffusion/pipeline_folder.py",
+    "trainers/models/pretrained.py",
 }  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def test_a_step_that_overflowed_is_a_null_in_every_file_of_a_run(
 def test_what_an_older_version_wrote_is_read(tmp_path: Path) -> None:
     run = Storage(str(tmp_path))
     run.write_text("metrics.jsonl", '{"step": 1, "loss": 1.0, "grad_norm": Infinity}\n{"step": 2, "lo')
-    Metrics(run, start_step=1).close()
+    MetricsLog(run, start_step=1)
     assert [strict(line) for line in run.read_text("metrics.jsonl").splitlines()] == read_metrics(run)
     assert read_metrics(run) == [{"step": 1, "loss": 1.0, "grad_norm": None}]
 

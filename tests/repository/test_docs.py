@@ -20,9 +20,39 @@ def pages(root: Path) -> dict[Path, str]:
     }
 
 
-def test_recipes_page_is_current(root: Path) -> None:
-    page = runpy.run_path(str(root / "docs" / "write_recipes.py"))
-    assert (root / "docs" / "recipes.md").read_text() == page["write"](), "run `make pages`"
+def test_generated_parts_are_current(root: Path) -> None:
+    """The recipe reference equals the models, the diagram the imports, the examples the files."""
+    script = {
+        name: runpy.run_path(str(root / "docs" / f"{name}.py"))
+        for name in ("write_recipes", "structure", "write_examples")
+    }
+    page = {
+        name: (root / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        for name in ("recipes", "architecture", "extending")
+    }
+    assert page["recipes"] == script["write_recipes"]["write"](), "run `make pages`"
+    structure = script["structure"]
+    graph = structure["packages"](structure["read_imports"](root))
+    if not structure["cycles"](graph):
+        assert page["architecture"] == structure["write_diagram"](page["architecture"], graph), (
+            "run `make pages`"
+        )
+    assert page["extending"] == script["write_examples"]["write"](), "run `make pages`"
+
+
+def test_the_readme_is_short_and_the_same_in_chinese(root: Path) -> None:
+    english, chinese = ((root / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
+    assert english.count("\n") < 200
+    for pattern in (
+        r"^(?:dreamfleet|make) [^#\n]*",
+        r"^\| `\w+`",
+        r"\]\((?:docs|benchmarks|examples|trainers)/[^)]*\)",
+    ):
+        found = [
+            sorted({text.strip() for text in re.findall(pattern, page, re.M)}) for page in (english, chinese)
+        ]
+        assert [text.replace("methods.zh", "methods") for text in found[1]] == found[0]
+    assert len(re.findall("^#+ ", english, re.M)) == len(re.findall("^#+ ", chinese, re.M))
 
 
 def test_links_lead_somewhere(pages: dict[Path, str]) -> None:

@@ -1,4 +1,4 @@
-"""A test that hangs fails within its timeout with the stacks of all threads, whatever it holds."""
+"""A test that hangs fails within its timeout with the stacks of all threads, even if it holds the GIL."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_after(): pass
 
 
 def run_pytest(folder: Path, root: Path, hang: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    """Run a file whose second test hangs, under this project's settings; return what came of it, and after how long."""
+    """Run a file whose second test hangs with this project's settings; return the process and its seconds."""
     conftest = (root / "tests/conftest.py").read_text()
     (folder / "conftest.py").write_text(conftest.replace("GRACE = 15", "GRACE = 1"))
     (folder / "test_it.py").write_text(SOURCE.format(hang=hang))
@@ -42,16 +42,14 @@ def run_pytest(folder: Path, root: Path, hang: str) -> tuple[subprocess.Complete
     return ended, time.monotonic() - began
 
 
-@pytest.mark.parametrize(
-    "library", ["PyDLL", "CDLL"]
-)  # with the GIL held: Python's own threads stand still; without
+@pytest.mark.parametrize("library", ["PyDLL", "CDLL"])  # with and without the GIL held
 def test_a_deadlock_in_c_ends_pytest_with_all_stacks(library: str, tmp_path: Path, root: Path) -> None:
     hang = f"m = ctypes.create_string_buffer(64); [ctypes.{library}(None).pthread_mutex_lock(m) for _ in range(2)]"
     ended, seconds = run_pytest(tmp_path, root, hang)
     assert ended.returncode == 1 and seconds < 60, ended.stdout + ended.stderr
     assert "Timeout (" in ended.stderr and "in test_hangs" in ended.stderr
-    assert ended.stderr.count("(most recent call first)") >= 2  # the bystander too
-    assert "passed" not in ended.stdout  # nothing that looks like a good end
+    assert ended.stderr.count("(most recent call first)") >= 2  # also of the second thread
+    assert "passed" not in ended.stdout  # must not look successful
 
 
 def test_a_hang_in_python_fails_its_test_alone(tmp_path: Path, root: Path) -> None:

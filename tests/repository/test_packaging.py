@@ -1,4 +1,4 @@
-"""The house stands: the wheel is whole, names do not clash, light modules stay light, the docs are current."""
+"""The package: the wheel is complete, names do not clash, and light modules import nothing heavy."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ MEGABYTE = 1_000_000
 
 
 def run_python(code: str, *arguments: str | Path, cwd: Path) -> str:
-    """Run `code` in a Python of its own and return what it printed."""
+    """Run `code` in a new Python process and return its output."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
         cwd=cwd,
@@ -26,14 +26,14 @@ def run_python(code: str, *arguments: str | Path, cwd: Path) -> str:
 
 
 def modules_of(root: Path) -> list[str]:
-    """Dotted names of all modules of the four folders."""
+    """Return the dotted names of all modules of the four folders."""
     files = (p for folder in FOLDERS for p in (root / folder).rglob("*.py"))
     return sorted("dreamfleet." + ".".join(p.relative_to(root).with_suffix("").parts) for p in files)
 
 
 @pytest.fixture(scope="module")
 def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of the sources so that earlier build folders cannot lend it files."""
+    """The wheel, built from a copy of the sources without earlier build folders."""
     import shutil
 
     source = tmp_path_factory.mktemp("source")
@@ -48,8 +48,8 @@ def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_wheel_carries_the_pocket_model(root: Path, wheel: Path) -> None:
-    pocket = root / "trainers" / "sd" / "pocket"
+def test_wheel_contains_the_pocket_model(root: Path, wheel: Path) -> None:
+    pocket = root / "trainers" / "models" / "pocket"
     files = [p for p in pocket.rglob("*") if p.is_file()]
     assert files, "trainers/models/pocket is empty"
     assert sum(p.stat().st_size for p in files) <= 24 * MEGABYTE
@@ -58,16 +58,24 @@ def test_wheel_carries_the_pocket_model(root: Path, wheel: Path) -> None:
     assert not [name for name in packed if name.startswith(("dreamfleet/tests", "tests", "build"))]
 
 
+@pytest.mark.slow
+def test_wheel_contains_the_templates_of_the_reports(root: Path, wheel: Path) -> None:
+    templates = [*root.glob("trainers/report/templates/*"), *root.glob("tune/templates/*")]
+    assert len(templates) >= 5
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"dreamfleet/{path.relative_to(root).as_posix()}" for path in templates} <= packed
+
+
 @pytest.fixture(scope="module")
 def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel installed, as pip does it for a user."""
+    """A folder into which pip installed the wheel."""
     target = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
     subprocess.run([*pip, f"--target={target}", str(wheel)], check=True, capture_output=True, timeout=300)
     return target
 
 
-# The editable install of this environment must not help out.
+# Takes the editable install of this environment off the path.
 ONLY_INSTALLED = """
     import importlib, sys
     from pathlib import Path
@@ -90,8 +98,8 @@ def test_every_module_imports_from_the_installed_wheel(root: Path, site: Path, t
 
 
 @pytest.mark.slow
-def test_jobs_take_the_same_files_along_as_the_wheel_has(wheel: Path, site: Path, tmp_path: Path) -> None:
-    """Sent from an installation, and from this checkout, which may hold notes beside the code."""
+def test_jobs_contain_the_same_files_as_the_wheel(wheel: Path, site: Path, tmp_path: Path) -> None:
+    """Both when sent from an installation and from this checkout, which may hold other files beside the code."""
     from dreamfleet.cluster.jobs.package import write_wheel
 
     def code_of(path: str | Path) -> dict[str, bytes]:
@@ -109,7 +117,7 @@ def test_jobs_take_the_same_files_along_as_the_wheel_has(wheel: Path, site: Path
 
 
 def test_hugging_face_datasets_is_importable_from_the_root(root: Path) -> None:
-    """Our folder `datasets/` lies in the current directory and must not shadow the library of that name."""
+    """Our folder `datasets/` in the current directory must not hide the library of that name."""
     code = """
         import datasets, dreamfleet.datasets.errors
         assert hasattr(datasets, "load_dataset"), datasets
@@ -123,20 +131,20 @@ def test_hugging_face_datasets_is_importable_in_a_ray_task(root: Path) -> None:
         import ray
 
         @ray.remote
-        def look():
+        def find():
             import os, datasets, dreamfleet.datasets.errors as ours
             return os.getcwd(), hasattr(datasets, "load_dataset"), ours.__name__
 
         ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="ERROR")
-        folder, whole, name = ray.get(look.remote())
-        assert folder == os.getcwd() and whole and name == "dreamfleet.datasets.errors", (folder, whole, name)
+        folder, complete, name = ray.get(find.remote())
+        assert folder == os.getcwd() and complete and name == "dreamfleet.datasets.errors", (folder, complete, name)
     """
     run_python("import os\n" + textwrap.dedent(code), cwd=root)
 
 
 @pytest.mark.slow
 def test_the_loop_needs_neither_ray_nor_deepspeed(root: Path, tmp_path: Path) -> None:
-    """What a lone GPU machine measures: everything of trainers/ but the two files that speak to Ray."""
+    """A GPU machine without Ray can import all of trainers/ except the files that start Ray or its workers."""
     apart = (
         "dreamfleet.cluster",
         "dreamfleet.tune",
@@ -154,7 +162,7 @@ def test_the_loop_needs_neither_ray_nor_deepspeed(root: Path, tmp_path: Path) ->
         class Refuse:
             def find_spec(self, name, path=None, target=None):
                 if name.split(".")[0] in ("ray", "deepspeed"):
-                    raise ImportError(f"{name} is not to be imported here")
+                    raise ImportError(f"{name} must not be imported")
         sys.meta_path.insert(0, Refuse())
         for name in sys.argv[1].split(","):
             importlib.import_module(name)
@@ -162,8 +170,8 @@ def test_the_loop_needs_neither_ray_nor_deepspeed(root: Path, tmp_path: Path) ->
     run_python(code, ",".join(names), cwd=tmp_path)
 
 
-def test_a_recipe_is_read_without_torch(root: Path, tmp_path: Path) -> None:
-    """`dreamfleet --help` answers in under a second: nothing heavy may come with the command line."""
+def test_the_command_line_imports_nothing_heavy(root: Path, tmp_path: Path) -> None:
+    """`dreamfleet --help` takes less than a second."""
     code = """
         import sys
         import dreamfleet.cluster.cli
@@ -189,7 +197,7 @@ def test_constraints_pin_every_dependency(root: Path) -> None:
 
 
 def test_pyproject_lists_every_package(root: Path) -> None:
-    """A subpackage left out of the list is missing from the wheel only, where nobody looks."""
+    """A package that is not listed is missing from the wheel only."""
     import tomllib
 
     listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]

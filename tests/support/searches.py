@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from dreamfleet.trainers.recipe import Recipe, build_recipe
-from dreamfleet.tune.trial_store import Ledger, Trial
+from dreamfleet.tune.trial_store import Trial, TrialStore
 
 RATES = {"distribution": "loguniform", "lower": 1e-4, "upper": 1e-1}
 VECTORS = {"distribution": "choice", "values": [1, 2, 4]}
@@ -54,12 +54,12 @@ def make_trials(metric: str = "holdout_loss") -> list[Trial]:
     ]
 
 
-def make_searched_folder(folder: Path, **section: Any) -> Ledger:
-    ledger = Ledger(make_recipe(folder, **section), make_trials())
-    for number, trial in enumerate(ledger.trials[:4]):
+def make_searched_folder(folder: Path, **section: Any) -> TrialStore:
+    store = TrialStore(make_recipe(folder, **section), make_trials())
+    for number, trial in enumerate(store.trials[:4]):
         samples = folder / trial.folder / "samples"
         samples.mkdir(parents=True)
         Image.new("RGB", (16, 16), (60 * number, 0, 0)).save(samples / "step-000020.png")
         cell = {"prompt": "a <x>", "seed": 0, "row": 0, "column": 0, "width": 16, "height": 16}
         (samples / "step-000020.jsonl").write_text(json.dumps(cell))
-    return ledger
+    return store

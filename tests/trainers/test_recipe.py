@@ -9,8 +9,8 @@ import pytest
 import tiny
 import yaml
 
-from dreamfleet.datasets.config import absolute_path
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.path_field import absolute_path
 from dreamfleet.trainers.recipe import build_recipe, load_recipe
 
 MINIMAL: dict[str, Any] = {

@@ -10,46 +10,45 @@ from searches import make_recipe, make_searched_folder, make_trials
 
 from dreamfleet.tune.plots import log_ticks
 from dreamfleet.tune.report import render
-from dreamfleet.tune.trial_store import Ledger, Trial
+from dreamfleet.tune.trial_store import Trial, TrialStore
 
 
 def test_the_report_shows_the_trials_and_what_they_drew(tmp_path: Path) -> None:
     page = render(make_searched_folder(tmp_path / "my-search"))
     assert "my-search" in page and "2 completed" in page and "--resume" in page
-    sheet = page[page.index("table class='sheet'") : page.index("</table>")]
-    rows = sheet.split("<tr>")[2:]
-    assert [row[4 : row.index("</th>")] for row in rows] == ["1", "2", "4"]
+    sheet = page[page.index('table class="sheet"') : page.index("</table>")]
+    assert re.findall(r"<tr><th>(\d)</th>", sheet) == ["1", "2", "4"]
     assert sheet.count("<img") == 3  # two that ran to their end, one that was stopped
     assert sheet.count('class="best"') == 1 and "trial-001" in sheet.split('class="best"')[1]
-    table = page[page.index("table class='trials'") :]
+    table = page[page.index('table class="trials"') :]
     assert table.count("<tr") == 6 and "the loss is &lt;no&gt; number" in table
     assert "trials/trial-001/report.html" in table
     assert "http" not in page.replace("http://www.w3.org", "")
 
 
 def test_the_sheet_puts_many_rates_into_bins(tmp_path: Path) -> None:
-    ledger = make_searched_folder(tmp_path / "s")
+    store = make_searched_folder(tmp_path / "s")
     for number in range(20):
         rate = 1e-4 * 10 ** (3 * number / 20)
         rounds = [{"step": 20, "holdout_loss": 1.0}]
         point = {"optimizer.learning_rate": rate, "method.num_vectors": 1}
-        ledger.trials.append(Trial(f"more-{number}", point, "completed", rounds))
-    page = render(ledger)
+        store.trials.append(Trial(f"more-{number}", point, "completed", rounds))
+    page = render(store)
     head = page[page.index("<thead>") : page.index("</thead>")]
     assert head.count("<th>") == 7 and "1e-4 – 3.2e-4" in head and "best of 4" in page
 
 
 def test_the_report_of_a_search_that_measured_nothing(tmp_path: Path) -> None:
-    ledger = Ledger(make_recipe(tmp_path / "s"), make_trials()[4:])
-    page = render(ledger)
-    assert "1 failed" in page and "table class='sheet'" not in page
-    assert "0 trials" in render(Ledger(make_recipe(tmp_path / "s")))
+    store = TrialStore(make_recipe(tmp_path / "s"), make_trials()[4:])
+    page = render(store)
+    assert "1 failed" in page and 'table class="sheet"' not in page
+    assert "0 trials" in render(TrialStore(make_recipe(tmp_path / "s")))
 
 
 def test_a_runaway_loss_does_not_flatten_the_others(tmp_path: Path) -> None:
-    ledger = make_searched_folder(tmp_path / "s")
-    ledger.trials[2].rounds[-1]["holdout_loss"] = 1e6
-    ticks = re.findall(r'class="y" style="[^"]*"><i>([^<]*)<', render(ledger))
+    store = make_searched_folder(tmp_path / "s")
+    store.trials[2].rounds[-1]["holdout_loss"] = 1e6
+    ticks = re.findall(r'class="y" style="[^"]*"><i>([^<]*)<', render(store))
     assert ticks and all(float(tick) < 2 for tick in ticks)
 
 
@@ -58,12 +57,10 @@ def test_words_are_a_row_of_their_own(tmp_path: Path) -> None:
         "optimizer.lr_scheduler": {"distribution": "choice", "values": ["constant", "cosine"]},
         "data.random_flip": {"distribution": "choice", "values": [True, False]},
     }
-    ledger = make_searched_folder(tmp_path / "s", space=space)
-    for trial, word in zip(
-        ledger.trials, ("constant", "cosine", "constant", "cosine", "cosine"), strict=True
-    ):
+    store = make_searched_folder(tmp_path / "s", space=space)
+    for trial, word in zip(store.trials, ("constant", "cosine", "constant", "cosine", "cosine"), strict=True):
         trial.point = {"optimizer.lr_scheduler": word, "data.random_flip": word == "cosine"}
-    page = render(ledger)
+    page = render(store)
     assert "lr_scheduler&nbsp;→" in page and "random_flip&nbsp;↓" in page
 
 

@@ -9,8 +9,8 @@ from PIL import Image
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.images.images import open_image
 from dreamfleet.datasets.index.index import BadFile, Index
+from dreamfleet.datasets.index.sources import read_image_file
 from dreamfleet.datasets.plan import Draw
-from dreamfleet.datasets.storage.storage import read_uri
 from dreamfleet.trainers.batches.feed import to_samples
 from dreamfleet.trainers.batches.plan_share import PlanShare, prepare_ahead
 from dreamfleet.trainers.batches.sources import Shown
@@ -30,7 +30,7 @@ class ImageReader:
     def __call__(self, row: int) -> Use:
         """Return the picture of a row as it is."""
         sample = self.samples[row]
-        image = open_image(read_uri(sample.uri), uri=sample.uri, max_pixels=self.max_pixels)
+        image = open_image(read_image_file(sample.uri), uri=sample.uri, max_pixels=self.max_pixels)
         return Use(sample, 0, image)
 
 

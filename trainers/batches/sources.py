@@ -12,11 +12,11 @@ from torch import Tensor
 from dreamfleet.datasets.buckets import training_sizes
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.images.images import place_target
-from dreamfleet.datasets.images.masks import ImageView, cut_image, read_mask
+from dreamfleet.datasets.images.masks import ImageView, cut_image
 from dreamfleet.datasets.index.index import BadFile, Index
+from dreamfleet.datasets.index.sources import read_image_file, read_mask
 from dreamfleet.datasets.plan import Draw
 from dreamfleet.datasets.rng import numpy_rng
-from dreamfleet.datasets.storage.storage import read_uri
 from dreamfleet.trainers.batches.vae_encoding import Encoded, encode_index, read_cut, to_tensors
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
@@ -98,7 +98,7 @@ class ResidentPixels:
 
     def __init__(self, index: Index, shown: Shown, *, cell: int):
         self.uris, self.shown, self._cell = index.column("uri"), shown, cell
-        self.files = [read_uri(uri) for uri in self.uris]
+        self.files = [read_image_file(uri) for uri in self.uris]
         weighted = shown.data.alpha_mask
         self.masks = [read_mask(uri) if weighted and uri else None for uri in index.column("mask")]
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from dreamfleet.datasets.buckets import training_sizes
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.images.images import fit_image, open_image, to_tensor_range
-from dreamfleet.datasets.images.masks import ImageView, cut_image, loss_weights, read_mask
+from dreamfleet.datasets.images.masks import ImageView, cut_image, loss_weights
 from dreamfleet.datasets.index.index import Index
-from dreamfleet.datasets.storage.storage import read_uri
+from dreamfleet.datasets.index.sources import read_image_file, read_mask
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.models.stable_diffusion.model import VAE_PIXELS, StableDiffusion
 
@@ -106,7 +106,7 @@ def read_cut(index: Index, draw: ImageView, data: DataConfig) -> np.ndarray:
     """Read one use of a picture of an index: uint8 ``[H, W, 3]``, or ``[H, W, 4]`` with ``data.alpha_mask``."""
     row = index.row(draw.row)
     return cut_image(
-        read_uri(row.uri),
+        read_image_file(row.uri),
         draw,
         uri=row.uri,
         size=data.resolution,
@@ -126,5 +126,5 @@ def to_tensors(cuts: Sequence[np.ndarray], *, cell: int) -> dict[str, Tensor]:
 
 def read_pixels(uri: str, data: DataConfig) -> np.ndarray:
     """Read the middle of one picture, ``data.resolution`` squared: float32 ``[3, H, W]`` in [-1, 1]."""
-    image = open_image(read_uri(uri), uri=uri, max_pixels=data.max_pixels)
+    image = open_image(read_image_file(uri), uri=uri, max_pixels=data.max_pixels)
     return to_tensor_range(fit_image(image, data.resolution))

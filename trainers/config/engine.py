@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from dreamfleet.datasets.config_base import Section
 from dreamfleet.datasets.errors import ResourceError
+from dreamfleet.datasets.path_field import PathField
 from dreamfleet.trainers.config.units import parse_size
 
 # Our keys of DeepSpeed's names, handed on as they are where they are set.
@@ -55,7 +56,9 @@ class EngineConfig(Section):
         description="cpu: weights, frozen ones too, in host memory until a layer needs them (zero_stage 3); nvme: in "
         "files (16 bits only)",
     )
-    nvme_path: str | None = Field(
+    nvme_path: Annotated[
+        str | None, PathField("folder", must_exist=False, compared=False, per_machine=True)
+    ] = Field(
         None,
         validation_alias=AliasChoices("nvme_path", "offload_optimizer_nvme_path", "offload_param_nvme_path"),
         description="a folder on a fast local disk of every machine, for what is offloaded to nvme",
@@ -99,7 +102,7 @@ class EngineConfig(Section):
     zero_quantized_gradients: bool | None = Field(
         None, description="ZeRO++: gradients travel in 4 bits (zero_stage 3, GPU)"
     )
-    deepspeed_config: str | None = Field(
+    deepspeed_config: Annotated[str | None, PathField("file")] = Field(
         None,
         description="a DeepSpeed JSON of your own: its further keys are handed on, its stage and offload taken; what "
         "the recipe says already must agree, or be auto",

@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BeforeValidator, Field
 
 from dreamfleet.datasets.config_base import Section
+from dreamfleet.datasets.path_field import PathField
 
 POCKET = "pocket"
+HUB_MODEL = PathField("model", hub=True, names=(POCKET,))
 
 
 def _read_parameterization(value: Any) -> Any:
@@ -19,12 +21,12 @@ def _read_parameterization(value: Any) -> Any:
 class ModelConfig(Section):
     """The ``model:`` section: which Stable Diffusion to start from."""
 
-    pretrained_model_name_or_path: str = Field(
+    pretrained_model_name_or_path: Annotated[str, HUB_MODEL] = Field(
         POCKET, validation_alias=AliasChoices("pretrained_model_name_or_path", "name_or_path", "model_path")
     )
     revision: str | None = None
     variant: str | None = None
-    pretrained_vae_model_name_or_path: str | None = Field(
+    pretrained_vae_model_name_or_path: Annotated[str | None, HUB_MODEL] = Field(
         None, validation_alias=AliasChoices("pretrained_vae_model_name_or_path", "vae")
     )
     clip_skip: int = Field(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, BeforeValidator, Field
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field
 
 from dreamfleet.datasets.config_base import Section, as_list
+from dreamfleet.datasets.path_field import PathField
+from dreamfleet.datasets.registry import EntryName
+from dreamfleet.trainers.config.metrics import METRICS, image_metrics
 
 
 class ValidationConfig(Section):
@@ -32,13 +35,21 @@ class ValidationConfig(Section):
     guidance_scale: float = Field(7.5, ge=1)
     scheduler: Literal["ddim", "euler_a", "dpm++"] = "ddim"
     seed: int = Field(0, ge=0, validation_alias=AliasChoices("seed", "validation_seed"))
-    holdout: str | None = Field(None, description="folder of pictures kept out of training")
+    holdout: Annotated[str | None, PathField("images", compared=False)] = Field(
+        None, description="folder of pictures kept out of training"
+    )
     holdout_timesteps: int = Field(8, ge=1, description="timesteps per held-out picture, evenly spread")
-    metrics: list[Literal["loss", "clip_i", "clip_t", "dino"]] = Field(["loss"])
-    clip: str | None = Field(None, description="CLIP folder for clip_i and clip_t; None: the pocket model's")
-    dino: str | None = Field(None, description="folder of a DINO ViT for the dino metric")
+    metrics: list[Annotated[str, AfterValidator(EntryName(METRICS))]] = Field(
+        ["loss"], description="what is measured: [metrics](#metrics)"
+    )
+    clip: Annotated[str | None, PathField("model")] = Field(
+        None, description="CLIP folder for clip_i and clip_t; None: the pocket model's"
+    )
+    dino: Annotated[str | None, PathField("model")] = Field(
+        None, description="folder of a DINO ViT for the dino metric"
+    )
 
     @property
-    def scores_previews(self) -> bool:
-        """Whether previews are scored."""
-        return bool(self.prompts) and bool(set(self.metrics) - {"loss"})
+    def preview_metrics(self) -> list[str]:
+        """The metrics that are computed from previews, in the registry's order; none without prompts."""
+        return [name for name in image_metrics() if self.prompts and name in self.metrics]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from dreamfleet.datasets.errors import StorageError
 from dreamfleet.datasets.index.index import Index
-from dreamfleet.datasets.storage.storage import Storage, read_uri
+from dreamfleet.datasets.index.sources import can_read
+from dreamfleet.datasets.storage.storage import read_uri
 from dreamfleet.trainers.distributed.context import DistributedContext
 
 HASHED_WHOLE = 64 * 2**20  # larger files are compared by size and samples
@@ -57,10 +58,9 @@ def check_files(index: Index, distributed: DistributedContext) -> None:
             for number, digest in zip(hashed, pool.map(_sha256, [uris[n] for n in hashed]), strict=True):
                 if digest != hashes[number]:
                     raise _differs(uris[number], "has another content than on rank 0")
-        if far := next((uri for uri in uris if "://" in uri), None):
-            folder, _, name = far.rpartition("/")
-            if not Storage(folder).exists(name):
-                raise _differs(far, "cannot be found")
+        far = next((uri for uri in uris if "://" in uri), None)
+        if far is not None and not can_read(far):
+            raise _differs(far, "cannot be found")
 
     distributed.on_every_rank(look)
 

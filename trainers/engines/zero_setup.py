@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 
 from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.trainers.config.deepspeed import BUCKET, SWAPPED_GROUP, handed_on, merged, read_deepspeed_file
@@ -157,8 +157,7 @@ def sole_builder(op: str) -> Iterator[None]:
     from torch.utils.cpp_extension import _get_build_directory
 
     folder = Path(_get_build_directory(op, verbose=False))
-    with (folder / "dreamfleet.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with FileLock(folder / "dreamfleet.lock", fallback_to_soft=False):
         (folder / "lock").unlink(missing_ok=True)
         if not (folder / f"{op}.so").exists():
             log.warning("compiling DeepSpeed's %s, once on this machine: some minutes", op)

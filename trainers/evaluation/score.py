@@ -1,4 +1,4 @@
-"""Scores a run, an artefact or a folder of pictures: finds or draws the pictures, and says how true they are."""
+"""Scores a run, an artifact or a folder of images: finds or generates the images and computes every metric."""
 
 from __future__ import annotations
 
@@ -12,42 +12,28 @@ from PIL import Image
 
 from dreamfleet.datasets.errors import DataError, RecipeError, UserError
 from dreamfleet.datasets.images.images import open_image
-from dreamfleet.datasets.index.concepts import load_concepts, load_sets
+from dreamfleet.datasets.index.concepts import load_concepts
 from dreamfleet.datasets.index.index import build_index
-from dreamfleet.datasets.storage.storage import Storage, read_uri
-from dreamfleet.trainers.artifacts.loading import ARTIFACTS, load_artifact, load_exported
+from dreamfleet.datasets.index.sets import load_sets
+from dreamfleet.datasets.index.sources import ScanOptions, read_image_file
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.artifacts.loading import folder_kind, is_artifact_name, load_artifact, load_exported
+from dreamfleet.trainers.config.image_request import ImageRequest
+from dreamfleet.trainers.config.metrics import image_metrics
 from dreamfleet.trainers.config.model import POCKET, ModelConfig
-from dreamfleet.trainers.config.prompt_lines import Shot, shot_of
+from dreamfleet.trainers.config.prompt_lines import parse_prompt_line
 from dreamfleet.trainers.distributed.device import DRAWING, best_device, on_device
-from dreamfleet.trainers.evaluation.fidelity import (
-    MOST_REAL,
-    Scores,
-    clip_i,
-    clip_t,
-    dino_i,
-    score_images,
-    spread_of_real,
-    strip_words,
-)
-from dreamfleet.trainers.models.sampling.draw_shots import draw_shots
+from dreamfleet.trainers.evaluation.fidelity import spread_of_real
+from dreamfleet.trainers.evaluation.judge import score_images
+from dreamfleet.trainers.evaluation.previews import default_request
 from dreamfleet.trainers.models.sampling.prompt_syntax import words_alone
+from dreamfleet.trainers.models.sampling.sample import generate
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.vision.clip import load_clip
 from dreamfleet.trainers.models.vision.dino import load_dino
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 
-__all__ = [
-    "score_run",
-    "score_images",
-    "Scores",
-    "clip_i",
-    "clip_t",
-    "dino_i",
-    "spread_of_real",
-    "strip_words",
-    "load_exported",
-    "words_to_strip",
-]
+MOST_REAL = 64  # training images that generated ones are compared with
 
 
 @on_device(remedies=DRAWING)
@@ -62,23 +48,23 @@ def score_run(
     seed: int = 0,
     model: str = POCKET,
 ) -> dict[str, Any]:
-    """Score a run folder, an artefact, or a folder of pictures; the result can be written as JSON.
+    """Score a run folder, an artifact, or a folder of images; the result can be written as JSON.
 
-    A run: its exports draw `num_images` pictures of every prompt (the recipe's validation prompts unless given),
-    which are compared with the held-out pictures, or 64 training ones where none are held out. An artefact in a run's
-    `exports/`: the same, drawn with that artefact. Any other (a whole model, or what `model` draws with in addition):
-    with `prompts` and `real` given. A folder of pictures: compared with `real`, and with `prompts` or those written
-    beside the pictures (captions, metadata.jsonl). CLIP is the recipe's, else the pocket's.
+    A run: its exports generate ``num_images`` images of every prompt (the recipe's validation prompts by default),
+    which are compared with the held-out images, or with 64 training images if none are held out. An artifact in a run's
+    ``exports/``: the same, generated with that artifact. Any other artifact (a whole model, or one that ``model``
+    loads): ``prompts`` and ``real`` have to be given. A folder of images: compared with ``real``, and with ``prompts``
+    or the captions beside the images (text files, metadata.jsonl). ``clip`` defaults to the recipe's CLIP, then the
+    pocket's.
 
-    Raises UserError, and its kinds, for what is missing.
+    Every registered metric is computed if what it needs is given, else its value is None. Raises UserError, or a
+    subclass, for what is missing.
     """
     storage = Storage(target)
     if not storage.exists():
-        raise UserError(
-            f"{target}: there is nothing to score; give a run folder, a model or a folder of pictures."
-        )
-    is_model = storage.exists("model_index.json")
-    is_artifact = is_model or str(target).lower().endswith(ARTIFACTS)
+        raise UserError(f"{target}: nothing to score; give a run folder, a model or a folder of images")
+    folder = folder_kind(storage)
+    is_artifact = folder is not None or is_artifact_name(str(target))
     run = _run_around(storage) if is_artifact else storage
     if run.exists("recipe.yaml"):
         artifact = storage.url if is_artifact else None
@@ -86,55 +72,50 @@ def score_run(
     word = ""
     if is_artifact:
         base = ModelConfig.model_validate({"pretrained_model_name_or_path": model})
-        drawer, word = load_artifact(storage.url, base)
+        tuned, word = load_artifact(storage.url, base)
         if word and not prompts:
             prompts = [f"a photo of {word}"]
         if not prompts:
-            raise UserError(f"{target} draws what it is asked for: say what with --prompt.")
-        images, asked = _draw(drawer, [Shot(prompt, seed=seed) for prompt in prompts], num_images)
-        kind = "model" if is_model else "artefact"
+            raise UserError(f"{target} is a model: name the prompts to generate images of with --prompt")
+        requests = [ImageRequest(prompt, seed=seed) for prompt in prompts]
+        images, shown = _generate(tuned, requests, num_images)
+        kind = "model" if folder else "artefact"
     else:
-        images, written = _read_folder(storage)
-        asked = list(prompts) if prompts else written
+        images, captions = _read_folder(storage)
+        shown = list(prompts) if prompts else captions
         kind = "pictures"
-    judged_by = _Judges(clip, dino)
-    real_images = _read_folder(Storage(real))[0] if real else None
-    scores = judged_by.score(images, asked, real_images, strip={word: ""} if word else ())
+    real_images = _read_folder(Storage(real))[0] if real else []
+    scores = _score(images, shown, real_images, clip=clip, dino=dino, strip={word: ""} if word else ())
     return {"target": str(target), "kind": kind, **scores}
 
 
-class _Judges:
-    """The models that score, on a GPU where there is one."""
-
-    def __init__(self, clip: str | None, dino: str | None):
-        device = best_device()
-        self.clip = load_clip(clip).to(device)
-        self.dino = load_dino(dino).to(device) if dino else None
-
-    def score(
-        self,
-        images: Sequence[Image.Image],
-        prompts: Sequence[str],
-        real: Sequence[Image.Image] | None,
-        *,
-        strip: Mapping[str, str] | Sequence[str],
-    ) -> dict[str, Any]:
-        found = score_images(images, prompts=prompts, real=real, clip=self.clip, dino=self.dino, strip=strip)
-        told: dict[str, Any] = {
-            "clip_i": found.clip_i,
-            "clip_t": found.clip_t,
-            "dino": found.dino,
-            "num_pictures": found.num_pictures,
-            "num_real": found.num_real,
-            "clip": found.clip,
-            "dino_model": found.dino_model,
-        }
-        if real:
-            told["clip_i_among_real"] = spread_of_real(self.clip, real)
-            if self.dino is not None:
-                told["dino_among_real"] = spread_of_real(self.dino, real)
-        told["prompts"] = _by_prompt(found.pictures)
-        return told
+def _score(
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    real: Sequence[Image.Image],
+    *,
+    clip: str | None,
+    dino: str | None,
+    strip: Mapping[str, str] | Sequence[str],
+) -> dict[str, Any]:
+    """Return the figures of images in the order in which they are reported."""
+    device = best_device()
+    by_clip = load_clip(clip).to(device)
+    by_dino = load_dino(dino).to(device) if dino else None
+    scores = score_images(images, prompts=prompts, real=real, clip=by_clip, dino=by_dino, strip=strip)
+    figures: dict[str, Any] = {
+        **{name: scores.means.get(name) for name in image_metrics()},
+        "num_pictures": len(images),
+        "num_real": len(real),
+        "clip": by_clip.name,
+        "dino_model": by_dino.name if by_dino else None,
+    }
+    if real:
+        figures["clip_i_among_real"] = spread_of_real(by_clip, real)
+        if by_dino is not None:
+            figures["dino_among_real"] = spread_of_real(by_dino, real)
+    figures["prompts"] = _by_prompt(scores.images)
+    return figures
 
 
 def _score_run_folder(
@@ -156,62 +137,55 @@ def _score_run_folder(
         raise RecipeError(f"{run.path('recipe.yaml')} is not YAML: {error}") from error
     recipe = build_recipe(tree, source=run.path("recipe.yaml"))
     validation = recipe.validation
-    usual = Shot(
-        "",
-        negative_prompt=validation.negative_prompt,
-        seed=seed,
-        steps=validation.num_inference_steps,
-        guidance_scale=validation.guidance_scale,
-        scheduler=validation.scheduler,
-        width=recipe.data.resolution,
-        height=recipe.data.resolution,
-    )
-    given = [replace(usual, prompt=prompt) for prompt in prompts or []]
-    shots = given or [replace(shot_of(line, usual), seed=seed) for line in validation.prompts]
-    shots = shots or [replace(usual, prompt=prompt) for prompt in _training_prompts(recipe)]
-    plain = validation.plain_prompts
+    default = replace(default_request(validation, recipe.data.resolution), seed=seed)
+    requests = [replace(parse_prompt_line(line, default), seed=seed) for line in validation.prompts]
+    if prompts or not requests:
+        requests = [replace(default, prompt=prompt) for prompt in prompts or _training_prompts(recipe)]
     if artifact:
         model, _ = load_artifact(artifact, recipe.model, recipe.method)
     else:
         model = load_exported(run, recipe)
-    images, asked = _draw(model, shots, num_images, plain=plain)
-    place = real or validation.holdout
-    if place:
-        real_images = _read_folder(Storage(place))[0]
+    images, shown = _generate(model, requests, num_images)
+    if folder := real or validation.holdout:
+        real_images = _read_folder(Storage(folder))[0]
     else:
-        real_images = [
-            _read(uri)
-            for uri in load_sets(recipe.data, apart=recipe.apart).instances.column("uri")[:MOST_REAL]
-        ]
-    judges = _Judges(clip or validation.clip, dino or validation.dino)
-    scores = judges.score(images, asked, real_images, strip=words_to_strip(recipe))
+        trained_on = load_sets(recipe.data, apart=recipe.apart).instances
+        real_images = [_read(uri) for uri in trained_on.column("uri")[:MOST_REAL]]
+    scores = _score(
+        images,
+        shown,
+        real_images,
+        clip=clip or validation.clip,
+        dino=dino or validation.dino,
+        strip=words_to_strip(recipe),
+    )
     figures = _summary(run).get("figures")
     held_out = figures.get("holdout_loss") if isinstance(figures, dict) else None
     return {
         "target": artifact or run.url,
         "kind": "artefact" if artifact else "run",
         "method": recipe.method.name,
-        "real": place or "training pictures",
+        "real": folder or "training pictures",
         **scores,
         "holdout_loss": held_out,
     }
 
 
 def _run_around(artifact: Storage) -> Storage:
-    """Return the folder of the run whose `exports/` hold an artefact; for any other, the folder two above."""
+    """Return the run folder whose ``exports/`` holds an artifact; for any other artifact, the folder it is in."""
     folder = artifact.url.rstrip("/").rpartition("/")[0]
-    above, _, name = folder.rpartition("/")
-    return Storage(above if name == "exports" and above else folder)
+    parent, _, name = folder.rpartition("/")
+    return Storage(parent if name == "exports" and parent else folder)
 
 
 def words_to_strip(recipe: Recipe) -> dict[str, str]:
-    """Name the words a run made up, and what says the same to CLIP: a placeholder's initializer, nothing for "sks"."""
+    """Return the words that a run made up and their replacement for CLIP: a placeholder's initializer, "" for "sks"."""
     word = getattr(recipe.method, "placeholder_token", None)
     if word:
         return {word: str(getattr(recipe.method, "initializer_token", "") or "")}
     try:
         concepts = load_concepts(recipe.data)
-    except (DataError, UserError):  # the pictures may be gone by now
+    except (DataError, UserError):  # the training images may have been removed since
         concepts = []
     strip = {}
     for concept in concepts:
@@ -227,29 +201,29 @@ def _training_prompts(recipe: Recipe) -> list[str]:
         return [f"a photo of {word}"]
     found = [concept.instance_prompt for concept in load_concepts(recipe.data) if concept.instance_prompt]
     if not found:
-        raise UserError("the recipe has no validation.prompts to draw; give some with --prompt.")
+        raise UserError("the recipe has no validation.prompts; give some with --prompt")
     return found
 
 
-def _draw(
-    model: StableDiffusion, shots: Sequence[Shot], num_images: int, *, plain: bool = False
+def _generate(
+    model: StableDiffusion, requests: Sequence[ImageRequest], num_images: int
 ) -> tuple[list[Image.Image], list[str]]:
-    """Draw pictures of every prompt -> them, and the words that each was asked to show."""
+    """Generate ``num_images`` images of every prompt; return them with the prompt of each, without its syntax."""
     model.to(best_device())
-    every = [replace(shot, seed=shot.seed + number) for shot in shots for number in range(num_images)]
-    asked = [shot.prompt if plain else words_alone(shot.prompt) for shot in every]
-    return draw_shots(model, every, plain=plain), asked
+    every = [each for request in requests for each in request.columns(num_images)]
+    shown = [each.prompt if each.plain else words_alone(each.prompt) for each in every]
+    return generate(model, every), shown
 
 
 def _read_folder(folder: Storage) -> tuple[list[Image.Image], list[str]]:
-    """Read a folder's pictures in the order of their names, and their captions where every one has one."""
-    rows = sorted(build_index(folder, recursive=False).rows(), key=lambda row: row.uri)
+    """Read a folder's images in the order of their names, and their captions if every image has one."""
+    rows = sorted(build_index(folder, ScanOptions(recursive=False)).rows(), key=lambda row: row.uri)
     captions = [row.caption for row in rows if row.caption is not None]
     return [_read(row.uri) for row in rows], captions if len(captions) == len(rows) else []
 
 
 def _read(uri: str) -> Image.Image:
-    return open_image(read_uri(uri), uri=uri)
+    return open_image(read_image_file(uri), uri=uri)
 
 
 def _by_prompt(images: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -261,7 +235,7 @@ def _by_prompt(images: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         {"prompt": prompt, "num_pictures": len(entries)}
         | {
             name: sum(entry[name] for entry in entries) / len(entries)
-            for name in ("clip_i", "clip_t", "dino")
+            for name in image_metrics()
             if name in entries[0]
         }
         for prompt, entries in groups.items()

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.index.concepts import load_concepts
-from dreamfleet.datasets.index.image_folder import ImageFolder
+from dreamfleet.datasets.index.sources import ScanOptions, find_source
 from dreamfleet.trainers.batches.feed import REMEMBERED
 from dreamfleet.trainers.batches.vae_encoding import encode_batch
 from dreamfleet.trainers.config.deepspeed import BUCKET
@@ -91,13 +91,13 @@ def method_shape(recipe: Recipe) -> Method:
 def count_images(recipe: Recipe, method: Method) -> int | None:
     """Count the pictures of a recipe, class pictures too; None when there are none where it says."""
     try:
-        folders = [concept.instance_data_dir for concept in load_concepts(recipe.data)]
-        found = sum(len(ImageFolder(folder).images) for folder in folders)
+        urls = [concept.instance_data_dir for concept in load_concepts(recipe.data)]
+        found = sum(find_source(url).count(url, ScanOptions()) for url in urls)
     except UserError:
         return None
     if not found:
         return None
-    return found + (method.prior.num_class_images * len(folders) if method.prior else 0)
+    return found + (method.prior.num_class_images * len(urls) if method.prior else 0)
 
 
 def parts_of(method: Method) -> dict[str, nn.Module]:

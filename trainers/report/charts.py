@@ -1,22 +1,22 @@
-"""Line charts for the report: inline SVG that stretches with the page, labels in HTML so that text never does."""
+"""Charts of a report: lines and dots laid out for the ``chart`` macro of the templates."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from html import escape
 
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.trainers.report import formatting
 
-MOST_POINTS = 500  # more than a screen shows
+MOST_POINTS = 500  # of a line; a screen shows no more
+SIDE = 1000  # of the square in which marks are placed
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve. `kind`: "plain", "faint" (raw values behind a smooth line) or "dots" (few measured points)."""
+    """One curve. ``kind``: "plain", "faint" (raw values behind a smooth line) or "dots" (few measured points)."""
 
     name: str
     points: Sequence[Point]
@@ -26,7 +26,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A titled set of curves over the optimizer steps."""
+    """A titled set of curves over the optimizer steps. ``write`` formats a value."""
 
     title: str
     lines: Sequence[Line]
@@ -35,8 +35,33 @@ class Chart:
     write: Callable[[float], str] = field(default=formatting.number)
 
 
+@dataclass(frozen=True)
+class Mark:
+    """One SVG path: its CSS classes, its coordinates (0 to 1000 on both axes), and a tooltip."""
+
+    style: str
+    path: str
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A chart laid out: positions of ticks in per cent, names and colours of the legend, and the marks.
+
+    ``values`` is JSON for the script that shows values under the pointer; None for a plot without it.
+    """
+
+    title: str
+    note: str
+    legend: Sequence[tuple[str, int]]
+    x_ticks: Sequence[tuple[float, str]]
+    y_ticks: Sequence[tuple[float, str]]
+    marks: Sequence[Mark]
+    values: str | None = None
+
+
 def smooth(points: Sequence[Point], window: float = 0.06) -> list[Point]:
-    """Smooth a curve by an exponential average over about `window` of its length, unbiased at the start."""
+    """Return a curve's exponential moving average over about ``window`` of its length, unbiased at the start."""
     keep = 1 - 1 / max(1.0, window * len(points))
     total = weight = 0.0
     smoothed = []
@@ -47,7 +72,7 @@ def smooth(points: Sequence[Point], window: float = 0.06) -> list[Point]:
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """List about `count` round values that lie within [low, high]."""
+    """Return about ``count`` round values within [low, high]."""
     if not high > low:
         return [low]
     raw = (high - low) / count
@@ -57,65 +82,52 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [round(k * width, 12) for k in range(first, math.floor(high / width + 1e-9) + 1)]
 
 
-def draw(chart: Chart, *, last_step: float) -> str:
-    """Return a chart as an HTML figure; points that are no numbers are left out."""
+def dot(x: float, y: float) -> str:
+    """Return the path of a dot: a line of length 0 with round ends, which stays round in a stretched SVG."""
+    return f"M{x:.1f} {y:.1f}h0"
+
+
+def lay_out(chart: Chart, *, last_step: float) -> Plot | None:
+    """Place a chart's curves and ticks. Values that are not finite are left out; None if nothing remains."""
     lines = [Line(x.name, _thinned(_finite(x.points)), x.kind, x.colour) for x in chart.lines]
     lines = [line for line in lines if line.points]
     if not lines:
-        return ""
+        return None
     low, high = _range(lines, chart.from_zero)
     width = last_step or 1
 
-    def place(point: Point) -> tuple[float, float]:
-        # A spike of the raw curve ends at the edge.
-        return 1000 * point[0] / width, 1000 * min(1.0, max(0.0, 1 - (point[1] - low) / (high - low)))
+    def place(point: Point) -> Point:
+        # Outliers of the raw curve end at the edge.
+        return SIDE * point[0] / width, SIDE * min(1.0, max(0.0, 1 - (point[1] - low) / (high - low)))
 
-    y_ticks = "".join(
-        f'<span class="y" style="top:{place((0, t))[1] / 10:.2f}%"><i>{escape(chart.write(t))}</i></span>'
-        for t in ticks(low, high)
-    )
-    steps = [t for t in ticks(0, width, 4) if t == int(t)]
-    x_ticks = "".join(
-        f'<span class="x" style="left:{100 * t / width:.2f}%">{escape(formatting.number(t))}</span>'
-        for t in steps
-    )
-    paths = "".join(_path(line, place) for line in lines)
     named = [line for line in lines if line.kind != "faint"]
-    legend = (
-        "".join(f'<span class="key c{x.colour}">{escape(x.name)}</span>' for x in named)
-        if len(named) > 1
-        else ""
-    )
-    told = [
-        {
-            "name": line.name,
-            "points": [[s, chart.write(v)] for s, v in line.points],
-        }
+    curves = [
+        {"name": line.name, "points": [[step, chart.write(value)] for step, value in line.points]}
         for line in named
     ]
-    data = escape(json_text({"last": width, "lines": told}))
-    note = f"<p>{escape(chart.note)}</p>" if chart.note else ""
-    return (
-        f'<figure class="chart"><figcaption><h3>{escape(chart.title)}</h3>{legend}{note}</figcaption>'
-        f'<div class="plot" data-chart="{data}">{y_ticks}{x_ticks}'
-        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{paths}</svg></div></figure>'
+    return Plot(
+        chart.title,
+        chart.note,
+        legend=[(line.name, line.colour) for line in named] if len(named) > 1 else [],
+        x_ticks=[(100 * t / width, formatting.number(t)) for t in ticks(0, width) if t == int(t)],
+        y_ticks=[(place((0, t))[1] / 10, chart.write(t)) for t in ticks(low, high)],
+        marks=[mark for line in lines for mark in _marks(line, [place(point) for point in line.points])],
+        values=json_text({"last": width, "lines": curves}),
     )
 
 
-def _path(line: Line, place: Callable[[Point], tuple[float, float]]) -> str:
-    spots = [place(point) for point in line.points]
-    route = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in spots)
-    curve = f'<path class="{line.kind} c{line.colour}" d="{route}"/>' if len(spots) > 1 else ""
-    if (
-        line.kind == "dots" or len(spots) == 1
-    ):  # a line of no length with round ends stays round when stretched
-        dots = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in spots)
-        curve += f'<path class="dot c{line.colour}" d="{dots}"/>'
-    return curve
+def _marks(line: Line, points: Sequence[Point]) -> list[Mark]:
+    marks = []
+    if len(points) > 1:
+        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        marks.append(Mark(f"{line.kind} c{line.colour}", path))
+    if line.kind == "dots" or len(points) == 1:
+        marks.append(Mark(f"dot c{line.colour}", "".join(dot(x, y) for x, y in points)))
+    return marks
 
 
 def _range(lines: Sequence[Line], from_zero: bool) -> tuple[float, float]:
-    # A few spikes of the raw curve must not flatten the rest: they may leave the picture.
+    # Outliers of a raw curve may lie outside, so that they do not flatten the rest.
     values = sorted(v for line in lines if line.kind != "faint" for _, v in line.points)
     raw = sorted(v for line in lines if line.kind == "faint" for _, v in line.points)
     if raw:

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 from PIL import Image
@@ -104,11 +103,6 @@ def data_uri(image: Image.Image, *, longest: int) -> str:
     small = max(image.size) <= 160  # lossy blocks would show
     image.save(buffer, "WEBP", lossless=small, quality=80 if small else 86)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def image_tag(image: Image.Image, words: str, *, longest: int) -> str:
-    """Return an `<img>` with the picture inside it and `words` for those who cannot see it."""
-    return f'<img src="{data_uri(image, longest=longest)}" alt="{escape(words)}" loading="lazy">'
 
 
 def _cells(run: Storage, stem: str) -> list[Cell]:

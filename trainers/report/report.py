@@ -1,7 +1,7 @@
-"""Writes report.html: what a run learned, in one file that needs nothing else.
+"""Writes report.html: the results of a run in one self-contained file.
 
-The page is made from the run folder alone, so it can be written again at any time, also for a run that was stopped
-or is still going; what is not there yet is left out.
+The page is made from the run folder alone, so it can be written at any time, also while a run is in progress or after
+it was stopped; what is missing is left out.
 """
 
 from __future__ import annotations
@@ -10,35 +10,37 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from html import escape
-from pathlib import Path
 from typing import Any, TypeGuard
 
 import yaml
 
+from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.artifacts.usage import describe
+from dreamfleet.trainers.config.metrics import HELD_OUT, METRICS, figure_title, image_metrics
 from dreamfleet.trainers.report import formatting
-from dreamfleet.trainers.report.charts import Chart, Line, draw, smooth
-from dreamfleet.trainers.report.comparison import SCORE_NOTES, SCORES, compare, over_time
+from dreamfleet.trainers.report.charts import Chart, Line, Point, lay_out, smooth
+from dreamfleet.trainers.report.comparison import LONGEST_SIDE, compare, over_time
+from dreamfleet.trainers.report.html import environment
 from dreamfleet.trainers.report.metrics_log import read_metrics
 from dreamfleet.trainers.report.preview_grid import Sheet, read_real, read_sheets
 
 log = logging.getLogger(__name__)
 MOST_SHEETS = 16
-ACCURACY = "accuracy/"  # and a class: its figure
+ACCURACY = "accuracy/"  # + class name: that class's accuracy
 METHODS = {
     "dreambooth": "DreamBooth",
     "textual_inversion": "Textual Inversion",
     "native": "Native fine-tuning",
 }
+# (file name in exports/, run_name=, recipe=) -> an object with `what` and `uses`, each of a `program` and a `text`.
+Describe = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Pages:
-    """What a run folder holds, read once."""
+class RunFolder:
+    """The contents of a run folder, read once."""
 
     run: Storage
     name: str
@@ -49,66 +51,61 @@ class Pages:
     sheets: list[Sheet]
 
     @property
-    def method(self) -> str:
-        """The method's name as people write it."""
-        name = str(self.summary.get("method") or _get(self.recipe, "method", "name") or "")
-        return METHODS.get(name, name.replace("_", " ").capitalize())
-
-    @property
     def last_step(self) -> int:
-        """The last optimizer step anything is known of."""
+        """The last optimizer step that any file mentions."""
         steps = [int(line.get("step", 0)) for line in self.metrics]
         return max([int(self.summary.get("steps") or 0), *steps, *(sheet.step for sheet in self.sheets)])
 
-    def curve(self, key: str) -> list[tuple[float, float]]:
-        """The logged values of a figure over the steps."""
+    def curve(self, key: str) -> list[Point]:
+        """Return the logged values of a figure over the steps."""
         found = ((line.get("step", 0), line.get(key)) for line in self.metrics)
         return [(float(step), float(v)) for step, v in found if _is_number(v)]
 
 
-def write_report(run: Storage) -> None:
-    """Write `report.html` into a run folder from what lies there."""
-    run.write_text("report.html", render(run))
+def write_report(run: Storage, *, describe: Describe) -> None:
+    """Write ``report.html`` into a run folder; ``describe`` explains the files in ``exports/``."""
+    run.write_text("report.html", render(run, describe=describe))
 
 
-def render(run: Storage) -> str:
-    """Return the report of a run folder as HTML without any reference to the outside."""
-    pages = _read(run)
-    resolution = _get(pages.recipe, "data", "resolution")
+def render(run: Storage, *, describe: Describe) -> str:
+    """Return the report of a run folder as HTML without references to other files."""
+    folder = _read(run)
+    resolution = _get(folder.recipe, "data", "resolution")
     real = read_real(run, resolution if isinstance(resolution, int) else None)
-    sections = [
-        _head(pages), _figures(pages), compare(pages.sheets, real), over_time(pages.sheets), _curves(pages),
-        _timings(pages), _artifacts(pages), _checkpoints(pages), _left_out(pages), _recipe(pages),
-    ]  # fmt: skip
-    return page(pages.name, sections)
+    return environment().get_template("report.html").render(
+        **_head(folder),
+        **_timings(folder),
+        longest_side=LONGEST_SIDE,
+        figures=_figures(folder),
+        comparison=compare(folder.sheets, real),
+        real=real,
+        over_time=over_time(folder.sheets),
+        plots=[plot for chart in _charts(folder) if (plot := lay_out(chart, last_step=folder.last_step))],
+        artifacts=_artifacts(folder, describe),
+        exports=run.path("exports"),
+        checkpoints=_checkpoints(folder),
+        skipped=[(x.get("uri"), x.get("reason")) for x in folder.summary.get("bad_files") or []],
+        recipe_text=folder.recipe_text,
+    )  # fmt: skip
 
 
-def page(title: str, sections: Iterable[str]) -> str:
-    """Join sections to a whole page that needs nothing else; empty ones are left out."""
-    here = Path(__file__)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)} · dreamfleet</title>\n"
-        f"<style>{here.with_suffix('.css').read_text()}</style></head>\n<body><main>\n"
-        + "\n".join(section for section in sections if section)
-        + f"\n</main>\n<script>{here.with_suffix('.js').read_text()}</script></body></html>\n"
-    )
+def method_title(name: str) -> str:
+    """Return a method's name as its authors write it."""
+    return METHODS.get(name, name.replace("_", " ").capitalize())
 
 
-def _read(run: Storage) -> Pages:
+def _read(run: Storage) -> RunFolder:
     recipe_text = _text(run, "recipe.yaml")
     try:
         recipe = yaml.safe_load(recipe_text)
         summary = json.loads(_text(run, "summary.json") or "{}")
     except (yaml.YAMLError, ValueError) as error:
-        log.warning("the report of %s is written without recipe and summary: %s", run.url, error)
+        log.warning("the report of %s lacks recipe and summary, which cannot be read: %s", run.url, error)
         recipe, summary = {}, {}
     recipe, summary = (x if isinstance(x, dict) else {} for x in (recipe, summary))
     name = str(summary.get("run") or run.url.rstrip("/").rpartition("/")[2])
     metrics = [line for line in read_metrics(run) if isinstance(line, dict)]
-    return Pages(run, name, recipe, recipe_text, summary, metrics, read_sheets(run, MOST_SHEETS))
+    return RunFolder(run, name, recipe, recipe_text, summary, metrics, read_sheets(run, MOST_SHEETS))
 
 
 def _text(run: Storage, rel: str) -> str:
@@ -121,183 +118,134 @@ def _get(tree: Any, *keys: str) -> Any:
     return tree
 
 
-def _head(pages: Pages) -> str:
-    reason = pages.summary.get("exit_reason")
-    state = {"completed": "completed", "interrupted": "stopped early", None: "in progress"}.get(
-        reason, str(reason)
-    )
-    steps = formatting.number(pages.last_step)
-    words = [f"{steps} optimizer step{'s' if pages.last_step != 1 else ''}"]
-    if images := pages.summary.get("images_seen"):
-        words.append(f"{formatting.number(images)} pictures shown")
-    if workers := pages.summary.get("workers"):
-        words.append(
-            f"{workers} worker{'s' if workers != 1 else ''} on {pages.summary.get('device') or 'cpu'}"
-        )
-    if wall := pages.summary.get("wall_seconds"):
-        words.append(formatting.seconds(wall))
-    hint = ""
-    if reason == "interrupted":
-        hint = "<p class='note'>Stopped before its last step. The same command with <code>--resume</code> goes on.</p>"
-    return (
-        f'<header><p class="over">{escape(pages.method)} <span class="state">{escape(state)}</span></p>'
-        f"<h1>{escape(pages.name)}</h1><p>{escape(' · '.join(words))}</p>{hint}</header>"
-    )
+def _head(folder: RunFolder) -> dict[str, Any]:
+    summary, steps = folder.summary, folder.last_step
+    reason = summary.get("exit_reason")
+    states = {"completed": "completed", "interrupted": "stopped early", None: "in progress"}
+    facts = [f"{formatting.number(steps)} optimizer step{'s' if steps != 1 else ''}"]
+    if images := summary.get("images_seen"):
+        facts.append(f"{formatting.number(images)} images seen")
+    if workers := summary.get("workers"):
+        facts.append(f"{workers} worker{'s' if workers != 1 else ''} on {summary.get('device') or 'cpu'}")
+    if wall := summary.get("wall_seconds"):
+        facts.append(formatting.seconds(wall))
+    return {
+        "title": folder.name,
+        "method": method_title(str(summary.get("method") or _get(folder.recipe, "method", "name") or "")),
+        "state": states.get(reason, str(reason)),
+        "facts": facts,
+        "is_interrupted": reason == "interrupted",
+    }
 
 
-def _figures(pages: Pages) -> str:
-    told: list[tuple[str, str, str]] = []
-    held_out = pages.curve("holdout_loss")
+def _figures(folder: RunFolder) -> list[tuple[str, str, str]]:
+    """List (name, value, note) of the figures at the top of the page."""
+    cards: list[tuple[str, str, str]] = []
+    held_out = folder.curve(HELD_OUT)
     if held_out:
         note = f"base {formatting.number(held_out[0][1])}" if held_out[0][0] == 0 < held_out[-1][0] else ""
-        told.append(("held-out loss", formatting.number(held_out[-1][1]), note))
-    if accuracy := pages.curve("accuracy"):
-        told.append(("held-out accuracy", formatting.share(accuracy[-1][1]), "pictures in their class"))
-    if loss := smooth(pages.curve("loss")):
-        told.append(("training loss", formatting.number(loss[-1][1]), "smoothed"))
-    figures = {**(_get(pages.summary, "figures") or {}), **(_get(pages.summary, "scores") or {})}
+        cards.append((figure_title(HELD_OUT), formatting.number(held_out[-1][1]), note))
+    if accuracy := folder.curve("accuracy"):
+        cards.append(("held-out accuracy", formatting.share(accuracy[-1][1]), "images classified correctly"))
+    if loss := smooth(folder.curve("loss")):
+        cards.append(("training loss", formatting.number(loss[-1][1]), "smoothed"))
+    figures = {**(_get(folder.summary, "figures") or {}), **(_get(folder.summary, "scores") or {})}
+    scores = image_metrics()
     for key, value in figures.items():
-        if key in SCORES and _is_number(value):
-            before = [v for step, v in pages.curve(key) if step == 0]
-            told.append(
-                (
-                    SCORES[key],
-                    formatting.number(value),
-                    f"base {formatting.number(before[0])}" if before else "",
-                )
-            )
+        if key in scores and _is_number(value):
+            before = [v for step, v in folder.curve(key) if step == 0]
+            note = f"base {formatting.number(before[0])}" if before else ""
+            cards.append((scores[key].title, formatting.number(value), note))
     if _is_number(speed := figures.get("images_per_second")):
-        told.append(("pictures / s", formatting.number(speed), "all workers"))
+        cards.append(("images / s", formatting.number(speed), "all workers"))
     if _is_number(memory := figures.get("peak_memory_bytes")):
-        told.append(("peak memory", formatting.size(memory), "of one worker"))
+        cards.append(("peak memory", formatting.size(memory), "of one worker"))
     if _is_number(wait := figures.get("data_wait_fraction")):
-        told.append(("waiting for data", formatting.share(wait), "of training"))
-    cards = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><small>{escape(note)}</small></div>"
-        for name, value, note in told
-    )
-    return f'<dl class="figures">{cards}</dl>' if cards else ""
+        cards.append(("waiting for data", formatting.share(wait), "of training time"))
+    return cards
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _curves(pages: Pages) -> str:
-    loss = pages.curve("loss")
-    rates: dict[str, list[tuple[float, float]]] = {}
-    for line in pages.metrics:
+def _charts(folder: RunFolder) -> list[Chart]:
+    loss = folder.curve("loss")
+    rates: dict[str, list[Point]] = {}
+    for line in folder.metrics:
         for group, rate in (line.get("lr") or {}).items():
             if _is_number(rate):
                 rates.setdefault(str(group), []).append((float(line["step"]), float(rate)))
     parts = [("instance_loss", "subject"), ("prior_loss", "class")]
-    classes = list(dict.fromkeys(k for line in pages.metrics for k in line if k.startswith(ACCURACY)))
-    charts = [
+    classes = list(dict.fromkeys(k for line in folder.metrics for k in line if k.startswith(ACCURACY)))
+    accuracies = [
+        Line(key.removeprefix(ACCURACY), folder.curve(key), colour=1 + n % 3) for n, key in enumerate(classes)
+    ]
+    speed = folder.curve("images_per_second")
+    return [
         Chart("Training loss", [Line("every log", loss, "faint"), Line("smoothed", smooth(loss))]),
         Chart(
             "Held-out loss",
-            [Line("held-out loss", pages.curve("holdout_loss"), "dots", 1)],
-            "The same noise and timesteps each time, on pictures that are not trained on.",
+            [Line("held-out loss", folder.curve(HELD_OUT), "dots", 1)],
+            METRICS.get("loss").note,
         ),
+        Chart("Held-out accuracy", [Line("all", folder.curve("accuracy"), "dots"), *accuracies]),
         Chart(
-            "Held-out accuracy",
-            [
-                Line("all", pages.curve("accuracy"), "dots"),
-                *(
-                    Line(key.removeprefix(ACCURACY), pages.curve(key), colour=1 + n % 3)
-                    for n, key in enumerate(classes)
-                ),
-            ],
-        ),
-        Chart(
-            "Loss on subject and class pictures",
-            [Line(name, smooth(pages.curve(key)), colour=n) for n, (key, name) in enumerate(parts)],
+            "Loss on subject and class images",
+            [Line(name, smooth(folder.curve(key)), colour=n) for n, (key, name) in enumerate(parts)],
         ),
         *(
-            Chart(SCORES[key], [Line(SCORES[key], pages.curve(key), "dots", 2)], note)
-            for key, note in SCORE_NOTES.items()
+            Chart(metric.title, [Line(metric.title, folder.curve(name), "dots", 2)], metric.note)
+            for name, metric in image_metrics().items()
         ),
         Chart(
             "Learning rate",
             [Line(k, v, colour=n % 4) for n, (k, v) in enumerate(rates.items())],
             from_zero=True,
         ),
-        Chart(
-            "Pictures a second", [Line("pictures a second", pages.curve("images_per_second"))], from_zero=True
-        ),
+        Chart("Images per second", [Line("images per second", speed)], from_zero=True),
     ]
-    drawn = [text for chart in charts if (text := draw(chart, last_step=pages.last_step))]
-    return f'<section><h2>Curves</h2><div class="charts">{"".join(drawn)}</div></section>' if drawn else ""
 
 
-def _timings(pages: Pages) -> str:
-    summary = pages.summary
-    whole, start, train = (summary.get(k) for k in ("wall_seconds", "start_up_seconds", "train_seconds"))
-    if not all(_is_number(x) for x in (whole, start, train)) or not whole:
-        return ""
-    parts = [
+def _timings(folder: RunFolder) -> dict[str, Any]:
+    keys = ("wall_seconds", "start_up_seconds", "train_seconds")
+    whole, start, train = (folder.summary.get(key) for key in keys)
+    if not (_is_number(whole) and _is_number(start) and _is_number(train) and whole):
+        return {"phases": []}
+    phases = [
         ("start and first previews", start),
         ("training, previews and checkpoints", train),
-        ("export", max(0.0, whole - start - train)),
+        ("export", whole - start - train),
     ]
-    bar = "".join(f'<i class="c{n}" style="flex:{max(0.0, s):.3f}"></i>' for n, (_, s) in enumerate(parts))
-    rows = [
-        (f'<span class="key c{n}">{escape(name)}</span>', formatting.seconds(s))
-        for n, (name, s) in enumerate(parts)
-    ]
-    if times := [v for _, v in pages.curve("step_seconds")]:
-        rows.append(("one optimizer step (median)", formatting.seconds(statistics.median(times))))
-    rows.append(("altogether", formatting.seconds(whole)))
-    return f'<section><h2>Time</h2><div class="share" aria-hidden="true">{bar}</div>{_table(rows)}</section>'
+    times = [seconds for _, seconds in folder.curve("step_seconds")]
+    return {
+        "phases": [(name, max(0.0, seconds)) for name, seconds in phases],
+        "step_seconds": statistics.median(times) if times else None,
+        "wall_seconds": whole,
+    }
 
 
-def _artifacts(pages: Pages) -> str:
-    run, known = pages.run, pages.summary.get("exports")
+def _artifacts(folder: RunFolder, describe: Describe) -> list[tuple[str, int, Any]]:
+    run, known = folder.run, folder.summary.get("exports")
     names = known if isinstance(known, list) else [*run.list_dirs("exports"), *run.list("exports")]
-    items = []
-    for name in map(str, names):
-        if not run.exists(f"exports/{name}"):
-            continue
-        hint = describe(name, run_name=pages.name, recipe=pages.recipe)
-        uses = "".join(f"<li><b>{escape(x.program)}</b> {_code(x.text)}</li>" for x in hint.uses)
-        size = formatting.size(run.size(f"exports/{name}"))
-        items.append(
-            f'<article class="artefact"><h3><code>{escape(name)}</code> <small>{size}</small></h3>'
-            f"<p>{escape(hint.what)}</p><ul>{uses}</ul></article>"
-        )
-    where = f"<p class='note'>in <code>{escape(run.path('exports'))}</code></p>" if items else ""
-    return f"<section><h2>Artefacts</h2>{where}{''.join(items)}</section>" if items else ""
+
+    def explain(name: str) -> Any:
+        try:
+            return describe(name, run_name=folder.name, recipe=folder.recipe)
+        except UserError as error:  # of an unknown kind: the report says so
+            return {"what": str(error), "uses": []}
+
+    return [
+        (name, run.size(f"exports/{name}"), explain(name))
+        for name in map(str, names)
+        if run.exists(f"exports/{name}")
+    ]
 
 
-def _checkpoints(pages: Pages) -> str:
-    run, best, rows = pages.run, pages.summary.get("best_checkpoint"), []
-    measured = {f"step-{int(step):06d}" for step, _ in pages.curve("holdout_loss")}
-    for name in sorted(run.list_dirs("checkpoints")):
-        mark = " <small>best held-out loss</small>" if name == best and name in measured else ""
-        rows.append((f"<code>{escape(name)}</code>{mark}", formatting.size(run.size(f"checkpoints/{name}"))))
-    return f"<section><h2>Checkpoints</h2>{_table(rows)}</section>" if rows else ""
-
-
-def _left_out(pages: Pages) -> str:
-    bad = pages.summary.get("bad_files") or []
-    rows = [(f"<code>{escape(str(x.get('uri')))}</code>", escape(str(x.get("reason")))) for x in bad]
-    return f"<section><h2>Pictures left out</h2>{_table(rows, kind='wordy')}</section>" if rows else ""
-
-
-def _recipe(pages: Pages) -> str:
-    if not pages.recipe_text:
-        return ""
-    return (
-        "<section><h2>Recipe</h2><details><summary>recipe.yaml, as it was resolved</summary>"
-        f"<pre>{escape(pages.recipe_text)}</pre></details></section>"
-    )
-
-
-def _table(rows: Iterable[tuple[str, str]], kind: str = "plain") -> str:
-    lines = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in rows)
-    return f'<table class="{kind}">{lines}</table>'
-
-
-def _code(text: str) -> str:
-    """Escape a sentence and set what stands in backticks as code."""
-    return "".join(f"<code>{escape(p)}</code>" if n % 2 else escape(p) for n, p in enumerate(text.split("`")))
+def _checkpoints(folder: RunFolder) -> list[tuple[str, int, bool]]:
+    run, best = folder.run, folder.summary.get("best_checkpoint")
+    measured = {f"step-{int(step):06d}" for step, _ in folder.curve(HELD_OUT)}
+    return [
+        (name, run.size(f"checkpoints/{name}"), name == best and name in measured)
+        for name in sorted(run.list_dirs("checkpoints"))
+    ]

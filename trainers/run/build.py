@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from dreamfleet.datasets.buckets import number_buckets, training_sizes
-from dreamfleet.datasets.index.concepts import Sets, load_sets
 from dreamfleet.datasets.index.file_hashes import known_files
 from dreamfleet.datasets.index.index import Index
+from dreamfleet.datasets.index.sets import Sets, load_sets
+from dreamfleet.datasets.path_field import by_key
 from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.serve.latent_files import LatentCache
 from dreamfleet.trainers.batches.build import build_feed
@@ -24,12 +25,11 @@ from dreamfleet.trainers.batches.image_feed import ImageFeed
 from dreamfleet.trainers.batches.image_warnings import log_buckets, log_findings
 from dreamfleet.trainers.config.conflicts import require_runnable
 from dreamfleet.trainers.config.learning_rate import last_step
-from dreamfleet.trainers.config.paths import compared_paths
 from dreamfleet.trainers.config.train import USUAL_CHECKPOINTING_STEPS
 from dreamfleet.trainers.distributed.agreement import check_files, compare, compare_paths
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.engines.base import DTYPES, Engine, engine_class
-from dreamfleet.trainers.evaluation.heldout_loss import check_previews
+from dreamfleet.trainers.evaluation.previews import check_previews
 from dreamfleet.trainers.loop import Schedule
 from dreamfleet.trainers.methods.base import Batch, Method, method_class
 from dreamfleet.trainers.methods.build import build_method, check_resolution
@@ -137,7 +137,7 @@ def assemble(recipe: Recipe, distributed: DistributedContext, *, begins: bool = 
 
 def load_inputs(recipe: Recipe, distributed: DistributedContext) -> tuple[Sets, Method, LatentCache | None]:
     """Load the data, the method on its model, and the cache of latents; the same on every rank."""
-    compare_paths(compared_paths(recipe), distributed)
+    compare_paths(by_key(named for named in recipe.paths if named.field.compared), distributed)
     sets = share_sets(recipe, distributed)
     method = distributed.on_every_rank(lambda: make_method(recipe, sets, distributed.device))
     model, base = method.model, method.base
@@ -201,6 +201,6 @@ def make_schedule(recipe: Recipe, plan: BatchPlan) -> Schedule:
 
 def check_machine(recipe: Recipe, distributed: DistributedContext) -> None:
     """Refuse what this machine cannot do, or what the recipe lacks, before anything is loaded or made."""
-    require_runnable(recipe, has_gpu=distributed.device.type == "cuda")
+    require_runnable(recipe.train, recipe.optimizer, has_gpu=distributed.device.type == "cuda")
     if recipe.optimizer.name == "adamw8bit":
         import_adamw8bit()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from dreamfleet.datasets.errors import RunFailed, UserError
-from dreamfleet.datasets.index.concepts import load_held_out, load_sets
+from dreamfleet.datasets.index.sets import load_held_out, load_sets
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, explain_out_of_memory, on_device
 from dreamfleet.trainers.loop import peak_memory
@@ -18,7 +18,7 @@ from dreamfleet.trainers.memory.engine_selection import settle_engine
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.build import Parts, assemble
 from dreamfleet.trainers.run.export import write_artifacts
-from dreamfleet.trainers.run.run import open_run_folder
+from dreamfleet.trainers.run.run_folder import open_run_folder
 
 
 class CheckLine(NamedTuple):

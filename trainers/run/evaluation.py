@@ -7,14 +7,17 @@ from typing import Any
 
 from PIL import Image
 
-from dreamfleet.datasets.index.concepts import load_held_out
 from dreamfleet.datasets.index.index import Index
+from dreamfleet.datasets.index.sets import load_held_out
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.trainers.batches.vae_encoding import read_pixels
+from dreamfleet.trainers.config.metrics import image_metrics
 from dreamfleet.trainers.distributed.agreement import share_index
 from dreamfleet.trainers.distributed.context import DistributedContext
-from dreamfleet.trainers.evaluation.fidelity import MOST_REAL
-from dreamfleet.trainers.evaluation.heldout_loss import HeldOutImages, HeldOutLoss, Judge, draw_previews
+from dreamfleet.trainers.evaluation.heldout_loss import HeldOutImages, HeldOutLoss
+from dreamfleet.trainers.evaluation.judge import Judge
+from dreamfleet.trainers.evaluation.previews import draw_previews
+from dreamfleet.trainers.evaluation.score import MOST_REAL, words_to_strip
 from dreamfleet.trainers.methods.image_method import SeeingMethod
 from dreamfleet.trainers.run.build import Parts
 from dreamfleet.trainers.run.recorder import Recorder
@@ -37,11 +40,9 @@ class Evaluation:
         self.held_out: HeldOutLoss | HeldOutImages | None = None
         self._judge: Judge | None = None
         validation = recipe.validation
-        if distributed.is_main and not validation.prompts and set(validation.metrics) - {"loss"}:
-            log.warning(
-                "validation.metrics: no %s without validation.prompts, as previews are what it measures",
-                ", ".join(name for name in validation.metrics if name != "loss"),
-            )
+        scores = [name for name in image_metrics() if name in validation.metrics]
+        if distributed.is_main and scores and not validation.prompts:
+            log.warning("validation.metrics: no %s, as previews need validation.prompts", ", ".join(scores))
         if parts.held_out is not None and isinstance(parts.method, SeeingMethod):
             self.held_out = HeldOutImages(
                 parts.held_out,
@@ -89,7 +90,7 @@ class Evaluation:
 
     def _write_previews(self, step: int, images: list[Image.Image], cells: list[dict[str, Any]]) -> None:
         validation = self.parts.recipe.validation
-        if validation.scores_previews:
+        if validation.preview_metrics:
             self.recorder.log_scores(step, self._load_judge().score(images, cells))
         name = f"samples/step-{step:06d}"
         self.recorder.write_grid(f"{name}.png", images, columns=validation.num_images, step=step)
@@ -97,8 +98,6 @@ class Evaluation:
 
     def _load_judge(self) -> Judge:
         if self._judge is None:
-            from dreamfleet.trainers.evaluation.score import words_to_strip
-
             recipe = self.parts.recipe
             self._judge = Judge(
                 recipe.validation, real=self._load_real(self.real), strip=words_to_strip(recipe)

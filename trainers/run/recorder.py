@@ -12,10 +12,11 @@ from PIL import Image
 
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.report.metrics_log import Metrics, logged_figures
+from dreamfleet.trainers.report.metrics_log import MetricsLog, logged_figures
 from dreamfleet.trainers.run.build import Parts
 from dreamfleet.trainers.run.provenance import provenance
 from dreamfleet.trainers.run.summary import Summary
+from dreamfleet.trainers.run.tensorboard import TensorBoard
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,8 @@ class Recorder:
         self, parts: Parts, run: Storage, *, on_progress: Callable[[dict[str, Any]], None] | None = None
     ):
         self.parts, self.run, self.on_progress = parts, run, on_progress
-        self.metrics: Metrics | None = None
+        self.metrics: MetricsLog | None = None
+        self.board: TensorBoard | None = None
         self.scores: dict[str, float] = {}  # of the newest previews
 
     def open(self, start_step: int, *, engine_reason: str) -> None:
@@ -35,12 +37,16 @@ class Recorder:
         recipe = self.parts.recipe
         head = provenance(self.parts, engine_reason)
         self.run.write_text("recipe.yaml", head + recipe.to_yaml())
-        self.metrics = Metrics(self.run, start_step=start_step, report_to=recipe.report_to)
+        self.metrics = MetricsLog(self.run, start_step=start_step)
+        if "tensorboard" in recipe.report_to:
+            self.board = TensorBoard(self.run, start_step=start_step)
 
     def log(self, line: dict[str, Any]) -> None:
         """Write a line of metrics."""
         if self.metrics is not None:
             self.metrics.log(line)
+            if self.board is not None:
+                self.board.log(line)
             if self.on_progress is not None:
                 self.on_progress({**line, "total_steps": self.parts.schedule.total})
 
@@ -53,6 +59,8 @@ class Recorder:
         """Write every line logged so far to the run folder."""
         if self.metrics is not None:
             self.metrics.flush()
+        if self.board is not None:
+            self.board.flush()
 
     def write_grid(
         self, name: str, images: Sequence[Image.Image], *, columns: int, step: int | None = None
@@ -63,16 +71,18 @@ class Recorder:
         grid, buffer = image_grid(images, columns), io.BytesIO()
         grid.save(buffer, "PNG")
         self.run.write_bytes(name, buffer.getvalue())
-        if self.metrics is not None and step is not None:
-            self.metrics.log_image("samples", grid, step)
+        if self.board is not None and step is not None:
+            self.board.log_image("samples", grid, step)
 
     def close(self, summary: Summary) -> None:
         """Write ``summary.json`` and ``report.html``."""
+        from dreamfleet.trainers.artifacts.usage import describe
         from dreamfleet.trainers.report.report import write_report
 
         # A resumed run that had nothing left to do measured nothing in this session: its figures are the logged ones.
         summary.figures = {**logged_figures(self.run), **summary.figures, **self.scores}
         self.run.write_text("summary.json", json_text(dataclasses.asdict(summary), indent=1))
-        if self.metrics is not None:
-            self.metrics.close()
-        write_report(self.run)
+        self.flush()
+        if self.board is not None:
+            self.board.close()
+        write_report(self.run, describe=describe)

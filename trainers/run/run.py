@@ -26,40 +26,11 @@ from dreamfleet.trainers.run.evaluation import Evaluation
 from dreamfleet.trainers.run.export import export_artifacts
 from dreamfleet.trainers.run.provenance import run_identity
 from dreamfleet.trainers.run.recorder import Recorder
-from dreamfleet.trainers.run.run_lock import is_used
 from dreamfleet.trainers.run.stopwatch import Clock
 from dreamfleet.trainers.run.summary import Summary
 from dreamfleet.trainers.run.versions import versions
 
 log = logging.getLogger(__name__)
-
-
-def open_run_folder(recipe: Recipe, *, resume: bool) -> Storage:
-    """Return the run folder, refusing one in use unless ``resume``.
-
-    Raises RecipeError for a folder that holds something else or another run, CheckpointError for a run of
-    another method.
-    """
-    run = Storage(recipe.output_dir)
-    if not is_used(run):
-        return run
-    if not run.exists("recipe.yaml"):
-        raise RecipeError(
-            f"output_dir {recipe.output_dir} is not empty and holds no run; give another output_dir"
-        )
-    if not resume:
-        raise RecipeError(
-            f"output_dir {recipe.output_dir} holds a run already; continue it with --resume, or give another output_dir"
-        )
-    import yaml
-
-    before = yaml.safe_load(run.read_text("recipe.yaml"))["method"]["name"]
-    if before != recipe.method.name:
-        raise CheckpointError(
-            f"output_dir {recipe.output_dir} holds a run of {before}, and this recipe is for {recipe.method.name}; "
-            f"give another output_dir"
-        )
-    return run
 
 
 def run_worker(

@@ -18,6 +18,7 @@ from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.images.masks import ImageView, Mask, cut_image, loss_weights
 from dreamfleet.datasets.index.index import build_index
+from dreamfleet.datasets.index.sources import ScanOptions
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import assemble
@@ -122,7 +123,7 @@ def test_attention_maps_come_after_masks_and_are_no_images(masked: Path) -> None
         Image.new("RGB", (40, 40), (len(name), 60, ord(name[0]))).save(deep / name)
     index = build_index(str(masked / "pictures"))
     assert masks_of(index) == {"a": "a.mask.png", "b": "b_att.jpg", "c_att": None}
-    both = build_index(str(masked / "pictures"), mask_dir=str(masked / "masks"))
+    both = build_index(str(masked / "pictures"), ScanOptions(mask_dir=str(masked / "masks")))
     assert masks_of(both) == {"a": "a.mask.png", "b": "b.jpg", "c_att": None}
 
 
@@ -130,12 +131,18 @@ def test_masks_are_found_and_are_no_images(masked: Path) -> None:
     folder = str(masked / "pictures")
     alone = build_index(folder)
     assert masks_of(alone) == {"a": "a.mask.png", "b": None}
-    both = build_index(folder, mask_dir=str(masked / "masks"))
+    both = build_index(folder, ScanOptions(mask_dir=str(masked / "masks")))
     assert masks_of(both) == {"a": "a.mask.png", "b": "b.jpg"}
     before = both.content_hash
     Image.new("L", (40, 40), 10).save(masked / "masks" / "deep" / "b.jpg")
     assert (
-        len({alone.content_hash, before, build_index(folder, mask_dir=str(masked / "masks")).content_hash})
+        len(
+            {
+                alone.content_hash,
+                before,
+                build_index(folder, ScanOptions(mask_dir=str(masked / "masks"))).content_hash,
+            }
+        )
         == 3
     )
     # Without its picture, a file of that name is a picture.
@@ -146,12 +153,12 @@ def test_masks_are_found_and_are_no_images(masked: Path) -> None:
 def test_masks_that_cannot_be_used_are_told(masked: Path) -> None:
     folder = str(masked / "pictures")
     with pytest.raises(DataError, match=r"mask_dir: .*nowhere does not exist"):
-        build_index(folder, mask_dir=str(masked / "nowhere"))
+        build_index(folder, ScanOptions(mask_dir=str(masked / "nowhere")))
     with pytest.raises(DataError, match=r"none of the 1 "):
-        build_index(str(masked), mask_dir=str(masked / "masks"))
+        build_index(str(masked), ScanOptions(mask_dir=str(masked / "masks")))
     (masked / "other").mkdir()
     with pytest.raises(DataError, match=r"none of the 0 "):
-        build_index(folder, mask_dir=str(masked / "other"))
+        build_index(folder, ScanOptions(mask_dir=str(masked / "other")))
     (masked / "pictures" / "deep" / "a.mask.png").write_bytes(b"no picture")
     index = build_index(folder)
     assert masks_of(index) == {"b": None}

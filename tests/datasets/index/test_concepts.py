@@ -9,7 +9,9 @@ from pydantic import ValidationError
 
 from dreamfleet.datasets.config import Concept, DataConfig
 from dreamfleet.datasets.errors import DataError
-from dreamfleet.datasets.index.concepts import ClassSet, load_concepts, load_sets
+from dreamfleet.datasets.index.concepts import load_concepts
+from dreamfleet.datasets.index.sets import ClassSet, load_sets
+from dreamfleet.datasets.path_field import resolve_paths
 
 
 @pytest.mark.parametrize(
@@ -76,16 +78,13 @@ def test_section_is_frozen_and_returns_what_was_put_in():
 
 def test_paths_start_at_the_recipe(tmp_path):
     config = DataConfig(concepts_list=[{"instance_data_dir": "cat"}, {"instance_data_dir": "s3://b/dog"}])
-    made = config.with_absolute_paths(str(tmp_path))
+    made = resolve_paths(config, str(tmp_path))
     assert [concept.instance_data_dir for concept in made.concepts_list] == [f"{tmp_path}/cat", "s3://b/dog"]
     config = DataConfig(instance_data_dir="../cat", class_data_dir="/abs", class_prompt="c")
-    made = config.with_absolute_paths("/recipes/here")
+    made = resolve_paths(config, "/recipes/here")
     assert (made.instance_data_dir, made.class_data_dir) == ("/recipes/cat", "/abs")
-    assert (
-        DataConfig(instance_data_dir="cat").with_absolute_paths("s3://b/r").instance_data_dir
-        == "s3://b/r/cat"
-    )
-    assert DataConfig(concepts_list="c.json").with_absolute_paths("/r").concepts_list == "/r/c.json"
+    assert resolve_paths(DataConfig(instance_data_dir="cat"), "s3://b/r").instance_data_dir == "s3://b/r/cat"
+    assert resolve_paths(DataConfig(concepts_list="c.json"), "/r").concepts_list == "/r/c.json"
 
 
 def test_one_subject(tmp_path):
@@ -130,7 +129,7 @@ def test_concepts_inline_and_from_a_file(tmp_path):
         },
     ]
     path = put(tmp_path, "concepts_list.json", json.dumps(entries))
-    inline = DataConfig(concepts_list=entries).with_absolute_paths(str(tmp_path))
+    inline = resolve_paths(DataConfig(concepts_list=entries), str(tmp_path))
     for config in (inline, DataConfig(concepts_list=str(path))):
         sets = load_sets(config)
         assert [concept.instance_prompt for concept in sets.concepts] == ["sks cat", "zwx dog"]

@@ -21,10 +21,11 @@ from dreamfleet.cluster.cli import program
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.index.caption_files import Captions
-from dreamfleet.datasets.index.concepts import load_class_images, load_held_out, load_sets
 from dreamfleet.datasets.index.image_folder import ImageFolder
 from dreamfleet.datasets.index.index import build_index
 from dreamfleet.datasets.index.labels import find_labels
+from dreamfleet.datasets.index.sets import load_class_images, load_held_out, load_sets
+from dreamfleet.datasets.index.sources import ScanOptions
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.recipe import build_recipe, load_recipe
@@ -95,7 +96,7 @@ def test_tables_of_parquet_and_other_columns(tmp_path: Path) -> None:
         DataError, match=r"metadata\.parquet.*description.*text or caption or prompt.*caption_column"
     ):
         build_index(str(tmp_path))
-    assert build_index(str(tmp_path), caption_column="Description").column("caption") == ["a"]
+    assert build_index(str(tmp_path), ScanOptions(caption_column="Description")).column("caption") == ["a"]
     shown = run("data", "inspect", tmp_path)
     assert shown.exit_code == 2 and "description" in shown.stderr
     assert "captions   1 of 1" in run("data", "inspect", tmp_path, "data.caption_column=description").stdout

@@ -13,6 +13,7 @@ from image_files import image, put
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.index import index as index_module
 from dreamfleet.datasets.index.index import Index, build_index, log_left_out
+from dreamfleet.datasets.index.sources import ScanOptions
 from dreamfleet.datasets.storage.storage import Storage
 
 
@@ -84,7 +85,7 @@ def test_subfolders_hidden_files_and_other_files(tmp_path):
     index = build_index(str(tmp_path))
     assert sorted(by_name(index)) == ["a.png", "b.JPG"]
     assert index.bad == []
-    assert sorted(by_name(build_index(str(tmp_path), recursive=False))) == ["a.png"]
+    assert sorted(by_name(build_index(str(tmp_path), ScanOptions(recursive=False)))) == ["a.png"]
 
 
 def test_wrong_file_endings_are_no_obstacle(tmp_path):
@@ -224,7 +225,10 @@ def test_sidecars_and_their_order(tmp_path):
         "d.png": "with the whole name",
         "e.png": None,
     }
-    assert by_name(build_index(str(tmp_path), caption_extension=[".caption"]))["a.png"] == "from caption"
+    assert (
+        by_name(build_index(str(tmp_path), ScanOptions(caption_extension=[".caption"])))["a.png"]
+        == "from caption"
+    )
 
 
 def test_metadata_tables(tmp_path):

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from dreamfleet.datasets.errors import StorageError
-from dreamfleet.datasets.storage import object_store
-from dreamfleet.datasets.storage.object_store import ATTEMPTS, PATIENCE_SECONDS, next_wait
+from dreamfleet.datasets.storage import object_store, retry
+from dreamfleet.datasets.storage.retry import ATTEMPTS, PATIENCE_SECONDS, next_wait
 from dreamfleet.datasets.storage.storage import Storage
 
 CONTENT = b"in the end"
@@ -131,8 +131,8 @@ def serving(fail: Callable[[Any], None], failures: float, methods: str) -> Itera
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """The policy with shorter waits: 5 attempts, 1.2 s after the first failure, 0.5 s for an answer."""
-    monkeypatch.setattr(object_store, "FIRST_WAIT_SECONDS", 0.005)
-    monkeypatch.setattr(object_store, "PATIENCE_SECONDS", 1.2)
+    monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.005)
+    monkeypatch.setattr(retry, "PATIENCE_SECONDS", 1.2)
     monkeypatch.setattr(object_store, "ANSWER_SECONDS", 0.5)
 
 

@@ -12,7 +12,7 @@ from servers import S3Server, s3_server  # noqa: F401  (a fixture)
 
 from dreamfleet.datasets.errors import StorageError
 from dreamfleet.datasets.index.index import build_index
-from dreamfleet.datasets.storage import object_store
+from dreamfleet.datasets.storage import retry
 from dreamfleet.datasets.storage.storage import Storage, read_uri
 
 
@@ -350,7 +350,7 @@ def test_no_keys(s3, monkeypatch, tmp_path):
 
 @pytest.mark.s3
 def test_no_server_is_told_soon(s3, monkeypatch):
-    monkeypatch.setattr(object_store, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StorageError, match=r"http://127\.0\.0\.1:9 .*AWS_ENDPOINT_URL"):
         Storage("s3://bucket/x").read_bytes("a")
@@ -376,7 +376,7 @@ def test_survives_a_fork(s3):
 def test_a_login_inside_an_endpoint_is_never_told(monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "x")
-    monkeypatch.setattr(object_store, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:hush@127.0.0.1:9")
     with pytest.raises(StorageError, match=r"127\.0\.0\.1:9") as told:
         Storage("s3://bucket/x").read_bytes("a")

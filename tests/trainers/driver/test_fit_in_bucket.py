@@ -11,7 +11,7 @@ import tiny
 from servers import S3Server, s3_server  # noqa: F401 - a fixture
 
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.evaluation.score import load_exported
+from dreamfleet.trainers.artifacts.loading import load_exported
 from dreamfleet.trainers.launch import fit
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.trainers.report.metrics_log import read_metrics

@@ -6,9 +6,6 @@ import io
 import json
 import logging
 import os
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,19 +15,18 @@ import pytest
 import tiny
 
 from dreamfleet.datasets.environment import to_send
-from dreamfleet.datasets.errors import RecipeError, ResourceError, StorageError
+from dreamfleet.datasets.errors import ResourceError, StorageError
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.config.paths import named_paths, shared_paths, written_paths
 from dreamfleet.trainers.driver import progress
 from dreamfleet.trainers.driver import session as ray_session
 from dreamfleet.trainers.driver import shared_paths as machines
 from dreamfleet.trainers.driver.preflight import check_inputs, preflight
 from dreamfleet.trainers.driver.progress import Display, RunTail, log_to_run, watch_for_stop
+from dreamfleet.trainers.driver.shared_paths import shared_paths, written_paths
 from dreamfleet.trainers.driver.throughput import Pace
 from dreamfleet.trainers.driver.worker import worker_environment
 from dreamfleet.trainers.launch import fit
 from dreamfleet.trainers.recipe import build_recipe
-from dreamfleet.trainers.run.run_lock import claimed, stop_on_signal
 
 
 class Terminal(io.StringIO):
@@ -109,7 +105,7 @@ def test_the_tail_shows_what_is_new_also_after_a_restart(tmp_path: Path) -> None
     run.append_text("metrics.jsonl", json.dumps(line(1)) + "\n")
     stream = io.StringIO()
     with RunTail(run, Display(stream=stream)):
-        with log_to_run(run, speak=True):
+        with log_to_run(run, verbose=True):
             import logging
 
             logging.getLogger("dreamfleet.trainers.run.run").warning("3 pictures were left out")
@@ -119,7 +115,7 @@ def test_the_tail_shows_what_is_new_also_after_a_restart(tmp_path: Path) -> None
     assert "WARNING 3 pictures were left out" in shown
     assert "step 2  loss 0.5000" in shown
     assert "step 1 " not in shown
-    tail = progress._Growing(run, "metrics.jsonl")
+    tail = progress._NewLines(run, "metrics.jsonl")
     run.write_text("metrics.jsonl", json.dumps(line(1)) + "\n")  # a restarted run writes it anew
     assert tail.new_lines() == []
     run.append_text("metrics.jsonl", "{}\n")
@@ -171,70 +167,10 @@ def test_a_bucket_in_trouble_does_not_have_its_warnings_written_into_itself(
 ) -> None:
     monkeypatch.setattr(logging, "raiseExceptions", False)
     run = AwayBucket(tmp_path)
-    with log_to_run(run, speak=True):
+    with log_to_run(run, verbose=True):
         logging.getLogger("dreamfleet.trainers").info("step 1")
         logging.getLogger("dreamfleet.trainers").info("step 2")
     assert run.tries == 2
-
-
-def test_the_first_signal_marks_and_the_second_interrupts(tmp_path: Path) -> None:
-    run = Storage(tmp_path)
-    run.write_text("STOP", "left over")
-    before = signal.getsignal(signal.SIGINT)
-
-    def be_interrupted() -> None:
-        with stop_on_signal(run, Display(stream=io.StringIO())) as stop:
-            assert not run.exists("STOP")
-            signal.raise_signal(signal.SIGTERM)
-            assert stop.asked.is_set()
-            assert _eventually(lambda: run.exists("STOP"))
-            signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        be_interrupted()
-    assert signal.getsignal(signal.SIGINT) is before
-    assert run.exists("STOP"), "workers that outlive the driver would go on"
-
-
-class Said(Display):
-    """Remembers what it was told to say."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-
-def test_a_stop_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("a file where the folder should be")
-    display = Said()
-    with stop_on_signal(Storage(tmp_path / "run"), display) as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert _eventually(lambda: len(display.said) == 2)
-        assert stop.asked.is_set() and "cannot write" in display.said[1]
-
-
-def test_a_run_folder_is_held_by_one_process(tmp_path: Path) -> None:
-    run = Storage(tmp_path / "run")
-    code = "import sys; from dreamfleet.trainers.run.run_lock import claimed\n"
-    code += "from dreamfleet.datasets.storage.storage import Storage\n"
-    code += "with claimed(Storage(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, run.path()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout is not None
-    assert other.stdout.readline() == "held\n"
-    with pytest.raises(RecipeError, match="another process"), claimed(run):
-        pass
-    other.kill()  # the lock ends with the process, however that ends
-    other.communicate()
-    with claimed(run):
-        pass
-    with claimed(Storage(tmp_path / "other")):
-        pass
-    assert not (tmp_path / "other").exists(), "a folder that never became a run is not left behind"
 
 
 def test_missing_inputs_are_told_before_workers_start(tmp_path: Path) -> None:
@@ -382,7 +318,7 @@ def test_every_path_of_a_run_is_looked_at(tmp_path: Path, changes: dict[str, Any
 
 def test_a_disk_of_each_machine_is_no_shared_path(tmp_path: Path) -> None:
     recipe = build_recipe(tiny.make_recipe(tmp_path, engine={"nvme_path": "/nvme"}))
-    assert "/nvme" not in str(shared_paths(recipe)) and "/nvme" in str(named_paths(recipe))
+    assert "/nvme" not in str(shared_paths(recipe)) and "/nvme" in str(recipe.paths)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from transformers.models.clip.modeling_clip import CLIPAttention
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceError
 from dreamfleet.trainers.batches.feed import Preparer
-from dreamfleet.trainers.evaluation.heldout_loss import evaluating
+from dreamfleet.trainers.evaluation.eval_mode import eval_mode
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import Parts
@@ -87,7 +87,7 @@ def test_gradient_checkpointing_computes_every_layer_of_the_text_encoder_twice(
     for step in range(2):
         once = layer_calls(plain, step)
         assert once > 0 and layer_calls(saving, step) == 2 * once
-        with evaluating(saving.method):
+        with eval_mode(saving.method):
             assert not any(module.training for module in saving.model.text_encoder.modules())
     for name, tensor in plain.method.state().items():
         assert torch.allclose(tensor, saving.method.state()[name], atol=1e-5), name

@@ -17,16 +17,16 @@ from tiny_models import tiny_model, tiny_text_encoder, tiny_tokenizer
 
 from dreamfleet.datasets.errors import DataError, ModelError, UserError
 from dreamfleet.trainers.evaluation import score as score_module
-from dreamfleet.trainers.evaluation.score import (
+from dreamfleet.trainers.evaluation.fidelity import (
+    ScoredImages,
     clip_i,
     clip_t,
-    dino_i,
-    score_images,
-    score_run,
+    dino,
     spread_of_real,
     strip_words,
-    words_to_strip,
 )
+from dreamfleet.trainers.evaluation.judge import score_images
+from dreamfleet.trainers.evaluation.score import score_run, words_to_strip
 from dreamfleet.trainers.models.formats.embedding import Embedding, write_embedding
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 from dreamfleet.trainers.models.vision.clip import ClipScorer, load_clip, read_preprocessing
@@ -61,37 +61,32 @@ HALF = 2**-0.5
 
 def test_definitions_of_the_paper() -> None:
     clip: Any = ByColour()
-    assert clip_i(clip, plain(RED, YELLOW), plain(RED, GREEN)) == pytest.approx((1 + 0 + HALF + HALF) / 4)
-    assert dino_i(clip, plain(RED), plain(YELLOW)) == pytest.approx(HALF)
-    assert clip_t(clip, plain(RED, YELLOW), ["a red sks", "a green cat"]) == pytest.approx((1 + HALF) / 2)
+    pairs = ScoredImages(plain(RED, YELLOW), real=plain(RED, GREEN), clip=clip)
+    assert clip_i(pairs).tolist() == pytest.approx([(1 + 0) / 2, (HALF + HALF) / 2])
+    assert dino(ScoredImages(plain(RED), real=plain(YELLOW), dino=clip)).tolist() == pytest.approx([HALF])
+    prompted = ScoredImages(plain(RED, YELLOW), ["a red sks", "a green cat"], clip=clip)
+    assert clip_t(prompted).tolist() == pytest.approx([1, HALF])
     assert spread_of_real(clip, plain(RED, GREEN, YELLOW)) == pytest.approx((0 + HALF + HALF) / 3)
     assert spread_of_real(clip, plain(RED)) is None
 
 
-def test_scores_tell_every_image() -> None:
+def test_scores_of_every_image_and_their_means() -> None:
     clip: Any = ByColour()
+    images, real = plain(RED, YELLOW), plain(RED, GREEN)
     scores = score_images(
-        plain(RED, YELLOW),
-        prompts=["red qzx", "green qzx"],
-        real=plain(RED, GREEN),
-        clip=clip,
-        dino=clip,
-        strip=["qzx"],
+        images, prompts=["red qzx", "green qzx"], real=real, clip=clip, dino=clip, strip=["qzx"]
     )
-    assert (scores.clip_i, scores.dino) == (
-        pytest.approx((1 + 2 * HALF) / 4),
-        pytest.approx((1 + 2 * HALF) / 4),
-    )
-    assert scores.clip_t == pytest.approx((1 + HALF) / 2)
-    assert [entry["clip_t"] for entry in scores.pictures] == [pytest.approx(1), pytest.approx(HALF)]
-    assert (scores.num_pictures, scores.num_real, scores.clip, scores.dino_model) == (
-        2,
-        2,
-        "by colour",
-        "by colour",
-    )
-    only_text = score_images(plain(RED, GREEN), prompts=["red"], clip=clip)
-    assert (only_text.clip_i, only_text.dino, only_text.clip_t) == (None, None, pytest.approx(0.5))
+    fidelity = pytest.approx((1 + 2 * HALF) / 4)
+    assert scores.means == {"clip_i": fidelity, "clip_t": pytest.approx((1 + HALF) / 2), "dino": fidelity}
+    assert [image["clip_t"] for image in scores.images] == [pytest.approx(1), pytest.approx(HALF)]
+    assert [image["prompt"] for image in scores.images] == ["red qzx", "green qzx"]
+    chosen = score_images(images, metrics=["clip_t"], prompts=["red"], real=real, clip=clip)
+    assert chosen.means.keys() == {"clip_t"}
+
+
+def test_only_metrics_whose_needs_are_given_are_computed() -> None:
+    clip: Any = ByColour()
+    assert score_images(plain(RED, GREEN), prompts=["red"], clip=clip).means == {"clip_t": pytest.approx(0.5)}
     with pytest.raises(UserError, match=r"real (picture|image)"):
         score_images(plain(RED), clip=clip)
     with pytest.raises(UserError, match=r"no (picture|image)"):
@@ -271,7 +266,7 @@ def test_the_pocket_clip_tells_subject_and_background(root: Path) -> None:
     if not cats:
         pytest.skip("no example pictures")
     assert isinstance(clip, ClipScorer)
-    assert clip_i(clip, cats, cats) > 0
+    assert clip_i(ScoredImages(cats, real=cats, clip=clip)).mean() > 0
     assert score_run(root / "examples/cat/holdout", real=str(root / "examples/cat/train"))["num_real"] == 6
 
 

@@ -20,7 +20,7 @@ from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.trainers.batches.feed import to_samples
 from dreamfleet.trainers.config.hypernetwork_structure import Structure
 from dreamfleet.trainers.distributed.context import DistributedContext
-from dreamfleet.trainers.evaluation.heldout_loss import draw_previews
+from dreamfleet.trainers.evaluation.previews import draw_previews
 from dreamfleet.trainers.models.formats.hypernetwork import write_hypernetwork
 from dreamfleet.trainers.models.sampling.prompt_syntax import split_tags
 from dreamfleet.trainers.models.sampling.prompt_tags import HypernetworkShelf as Shelf

@@ -19,14 +19,14 @@ import tiny
 import torch
 from small_runs import assert_same, final_state, recipe_tree
 
-from dreamfleet.datasets.errors import CheckpointError, RecipeError, RunFailed, StorageError
+from dreamfleet.datasets.errors import RunFailed, StorageError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.launch import fit
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
 from dreamfleet.trainers.run.checkpointing import Checkpointing
-from dreamfleet.trainers.run.run import newest_checkpoint, open_run_folder, run_worker
+from dreamfleet.trainers.run.run import newest_checkpoint, run_worker
 from dreamfleet.trainers.run.stopwatch import Clock
 
 TEXTUAL_INVERSION = {"name": "textual_inversion", "placeholder_token": "<x>", "num_vectors": 2}
@@ -224,37 +224,6 @@ def test_a_full_disk_while_saving_is_told_and_leaves_the_earlier_checkpoint() ->
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
         disk.rmdir()
-
-
-def test_a_used_output_dir_and_another_methods_run_are_refused(tmp_path: Path) -> None:
-    tree = recipe_tree(tmp_path, "run", train__max_train_steps=1)
-    recipe = build_recipe(tree)
-    run_worker(recipe)
-    with pytest.raises(RecipeError, match="--resume"):
-        open_run_folder(recipe, resume=False)
-    open_run_folder(recipe, resume=True)
-    other = build_recipe(recipe_tree(tmp_path, "run", method=TEXTUAL_INVERSION))
-    with pytest.raises(CheckpointError, match=r"dreambooth.*textual_inversion"):
-        open_run_folder(other, resume=True)
-    with pytest.raises(CheckpointError, match="dreambooth"):
-        run_worker(other, resume=True)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "diary.txt").write_text("hello")
-    with pytest.raises(RecipeError, match="no run"):
-        open_run_folder(build_recipe({**tree, "output_dir": str(tmp_path / "mine")}), resume=False)
-
-
-def test_what_an_attempt_left_that_was_no_run_is_no_hindrance(tmp_path: Path) -> None:
-    recipe = build_recipe(recipe_tree(tmp_path, "run"))
-    left = tmp_path / "run"
-    for folder in ("samples/empty", "checkpoints"):
-        (left / folder).mkdir(parents=True)
-    for name in ("run.log", "STOP", ".seen-0123"):
-        (left / name).write_text("")
-    open_run_folder(recipe, resume=False)
-    (left / "samples/empty/diary.txt").write_text("hello")
-    with pytest.raises(RecipeError, match="no run"):
-        open_run_folder(recipe, resume=False)
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_the_way_out(tmp_path: Path) -> None:

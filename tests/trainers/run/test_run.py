@@ -17,11 +17,11 @@ from dreamfleet.datasets.errors import CheckpointError, RecipeError, RunFailed, 
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.launch import fit
 from dreamfleet.trainers.recipe import build_recipe
-from dreamfleet.trainers.report.metrics_log import Metrics, read_metrics
+from dreamfleet.trainers.report.metrics_log import MetricsLog, read_metrics
 from dreamfleet.trainers.run.dry_run import check_run
 from dreamfleet.trainers.run.export import export_run
 from dreamfleet.trainers.run.run import run_worker
-from dreamfleet.trainers.run.run_lock import is_used
+from dreamfleet.trainers.run.run_folder import is_used
 from dreamfleet.trainers.run.versions import git_commit
 
 FILES = {
@@ -171,14 +171,14 @@ class BucketOfAppends(Storage):
 def test_a_bucket_gets_training_figures_in_batches_and_validation_rounds_at_once(tmp_path: Path) -> None:
     """A bucket has no append: every writing sends all lines again."""
     bucket = BucketOfAppends(tmp_path)
-    metrics = Metrics(bucket)
+    metrics = MetricsLog(bucket)
     for step in range(1, 51):
         metrics.log({"step": step, "loss": 0.5})
     assert bucket.appended == []
     metrics.log({"step": 50, "holdout_loss": 0.4})
     assert [text.count("\n") for text in bucket.appended] == [51]
     metrics.log({"step": 51, "loss": 0.5})
-    metrics.close()
+    metrics.flush()
     assert bucket.appended[1:] == ['{"step": 51, "loss": 0.5}\n']
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AliasChoices, Field
 
 from dreamfleet.trainers.config.method import MethodConfig
+from dreamfleet.trainers.config.model import HUB_MODEL
 
 Slerp = Literal["off", "channels", "tokens"]
 
@@ -28,9 +29,10 @@ class AestheticGradientsConfig(MethodConfig):
         "trains no weights; its steps need what CLIP needs to see train.train_batch_size pictures, and drawing four "
         "copies of the text encoder"
     )
+    artifacts: ClassVar[tuple[str, ...]] = ("aesthetic", "checkpoint")
 
     name: Literal["aesthetic_gradients"] = "aesthetic_gradients"
-    clip: str | None = Field(
+    clip: Annotated[str | None, HUB_MODEL] = Field(
         None,
         description="the CLIP that the model's text encoder is a part of, a folder or a hub name; when left out the "
         "model's own, or for SD 1.x openai/clip-vit-large-patch14",

@@ -8,7 +8,9 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from dreamfleet.datasets.config import MOST_CLASSES
+from dreamfleet.datasets.path_field import PathField
 from dreamfleet.trainers.config.method import MethodConfig
+from dreamfleet.trainers.config.model import HUB_MODEL
 
 INPUT_SIZE = 384  # pixels of a side, where a file does not say
 
@@ -35,18 +37,20 @@ class DiscriminatorConfig(MethodConfig):
     helper_of: ClassVar[str | None] = "prompt_tuning"
 
     figures: ClassVar[tuple[str, ...]] = ("holdout_loss", "accuracy")
+    artifacts: ClassVar[tuple[str, ...]] = ("classifier",)
+
     name: Literal["discriminator"] = "discriminator"
     classes: list[Annotated[str, Field(min_length=1)]] = Field(
         min_length=2,
         max_length=MOST_CLASSES,
         description="names of the classes, from number 0 on: [other, good]",
     )
-    labels: str | None = Field(
+    labels: Annotated[str | None, PathField("file")] = Field(
         None,
         description="JSON {file name: class number}, as `dreamfleet data label` writes it; when left out dataset.json "
         "in the folder of pictures, else subfolders 0, 1, ...",
     )
-    test_labels: str | None = Field(
+    test_labels: Annotated[str | None, PathField("file")] = Field(
         None,
         description="JSON of the pictures that are held out; when left out some are, by holdout_per_class",
     )
@@ -55,7 +59,7 @@ class DiscriminatorConfig(MethodConfig):
         ge=0,
         description="pictures held out of each class, a fifth of them at most, to measure accuracy with",
     )
-    convnext: str | None = Field(
+    convnext: Annotated[str | None, HUB_MODEL] = Field(
         None,
         description="classifier to start from: a folder, a hub name such as facebook/convnext-tiny-384-22k-1k, a .pth; "
         "when left out random weights",

@@ -6,6 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
+from dreamfleet.datasets.captions import TEMPLATE_SETS
+from dreamfleet.datasets.path_field import PathField
 from dreamfleet.trainers.config.hypernetwork_structure import (
     Structure,
     WeightInit,
@@ -29,6 +31,7 @@ class HypernetworkConfig(MethodConfig):
     summary: ClassVar[str] = (
         "Teach a style: MLPs before attention's keys and values learn, the model stays. Megabytes, any strength."
     )
+    artifacts: ClassVar[tuple[str, ...]] = ("hypernetwork",)
 
     name: Literal["hypernetwork"] = "hypernetwork"
     enable_sizes: Annotated[tuple[int, ...], BeforeValidator(_split)] | None = Field(
@@ -66,13 +69,13 @@ class HypernetworkConfig(MethodConfig):
         validation_alias=AliasChoices("multiplier", "scale"),
         description="strength it is trained and previewed at; draw with the same",
     )
-    initial_hypernetwork: str | None = Field(
+    initial_hypernetwork: Annotated[str | None, PathField("file", is_start=True)] = Field(
         None,
         description="a hypernetwork's file to go on from, built as this section says; its steps count on in what is "
         "exported, and a webui `.optim` beside it that fits brings Adam's moments; not read again once there is a "
         "checkpoint",
     )
-    template_file: str | None = Field(
+    template_file: Annotated[str | None, PathField("file", names=TEMPLATE_SETS)] = Field(
         None,
         description="a prompt a line, with [filewords]; or a set's name: hypernetwork, filewords. When left out, the "
         "picture's caption, else data.instance_prompt",

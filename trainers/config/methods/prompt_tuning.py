@@ -6,8 +6,11 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, AliasChoices, Field, model_validator
 
+from dreamfleet.datasets.captions import TEMPLATE_SETS
+from dreamfleet.datasets.path_field import PathField
 from dreamfleet.trainers.config.guidance import parse_guidance
 from dreamfleet.trainers.config.method import MethodConfig
+from dreamfleet.trainers.config.model import HUB_MODEL
 
 
 def _check_guidance(value: float | str) -> float | str:
@@ -22,6 +25,7 @@ class PromptTuningConfig(MethodConfig):
     summary: ClassVar[str] = (
         "Teach a new word and what to steer away from, from one picture: vectors for the prompt and its negative."
     )
+    artifacts: ClassVar[tuple[str, ...]] = ("embedding",)
 
     name: Literal["prompt_tuning"] = "prompt_tuning"
     placeholder_token: str = Field(
@@ -60,7 +64,7 @@ class PromptTuningConfig(MethodConfig):
         description="weight of the reconstruction loss: the estimated picture, decoded, against the real one; 0.01 "
         "to 1, and more memory",
     )
-    discriminator: str | None = Field(
+    discriminator: Annotated[str | None, HUB_MODEL] = Field(
         None,
         description="a classifier that judges the estimated picture, decoded: what method discriminator exports, "
         "DreamArtist's .pth, a ConvNeXt on the hub; more memory",
@@ -72,7 +76,7 @@ class PromptTuningConfig(MethodConfig):
     discriminator_replaces: bool = Field(
         False, description="learn from the discriminator's loss alone, as DreamArtist does"
     )
-    template_file: str = Field(
+    template_file: Annotated[str, PathField("file", names=TEMPLATE_SETS)] = Field(
         "subject",
         description="a prompt a line, with [name] and [filewords]; or a set's name: style, subject_filewords",
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AliasChoices, Field, model_validator
 
+from dreamfleet.datasets.captions import TEMPLATE_SETS
+from dreamfleet.datasets.path_field import PathField
 from dreamfleet.trainers.config.method import MethodConfig
 
 
@@ -16,6 +18,7 @@ class TextualInversionConfig(MethodConfig):
     summary: ClassVar[str] = (
         "Teach a new word: n vectors learn, the model stays as it is. Kilobytes, combines with anything."
     )
+    artifacts: ClassVar[tuple[str, ...]] = ("embedding",)
 
     name: Literal["textual_inversion"] = "textual_inversion"
     placeholder_token: str = Field(
@@ -30,14 +33,14 @@ class TextualInversionConfig(MethodConfig):
         le=75,
         validation_alias=AliasChoices("num_vectors", "num_vectors_per_token", "vectors_per_token"),
     )
-    initial_embedding: str | None = Field(
+    initial_embedding: Annotated[str | None, PathField("file", is_start=True)] = Field(
         None,
         description="an embedding's file to go on from, of num_vectors vectors; its steps count on in what is "
         "exported, and a webui `.optim` beside it that fits brings Adam's moments; not read again once there is a "
         "checkpoint",
     )
     learnable_property: Literal["object", "style"] = "object"
-    template_file: str | None = Field(
+    template_file: Annotated[str | None, PathField("file", names=TEMPLATE_SETS)] = Field(
         None,
         description="a prompt a line, with [name] and [filewords]; or a set's name: object, style_filewords",
     )

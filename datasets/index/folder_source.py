@@ -1,0 +1,105 @@
+"""The built-in source: a folder of images on disk or in a bucket, also one with kohya's numbered subfolders."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from dreamfleet.datasets.config import Concept, DataConfig
+from dreamfleet.datasets.index.caption_files import Captions
+from dreamfleet.datasets.index.exclusions import BadFile
+from dreamfleet.datasets.index.image_folder import ImageFolder
+from dreamfleet.datasets.index.kohya_folders import kohya_concepts, refuse_subset, subsets_of
+from dreamfleet.datasets.index.sources import Listing, ScanOptions, Source, SourceImage, one_concept
+from dreamfleet.datasets.storage.disk import explained
+from dreamfleet.datasets.storage.object_store import Bucket
+from dreamfleet.datasets.storage.storage import Storage
+
+SETTLED_SECONDS = 2.0  # a file as young may change again within one tick of its disk's clock
+
+
+class FolderSource(Source):
+    """Reads folders; :class:`ImageFolder` decides which files belong together."""
+
+    def matches(self, url: str) -> bool:
+        """Return True: what no other source reads is a folder."""
+        return True
+
+    def scan(self, url: str, options: ScanOptions) -> Listing:
+        """List a folder's images with their captions and masks.
+
+        Raises DataError for a folder that does not exist, and one error for all captions and tables that are broken.
+        """
+        files = _open(url, options)
+        captions = Captions(files, options.caption_column)
+        names = sorted(files.images)
+        texts = captions.of_all(names)
+        missing = [
+            BadFile(f"{files.storage.url}/{name}", f"named in {table}, but does not exist")
+            for name, table in captions.absent
+        ]
+        return Listing(
+            images=[
+                SourceImage(files.storage.path(name), caption, mask=files.masks.get(name))
+                for name, caption in zip(names, texts, strict=True)
+            ],
+            bad=files.bad + missing,
+            skipped=files.skipped,
+            others=files.others,
+            shared={files.storage.path(file): images for file, images in files.shared().items()},
+        )
+
+    def concepts(self, url: str, data: DataConfig) -> list[Concept]:
+        """Return a concept for each of kohya's numbered subfolders; for a folder without them, one."""
+        if subsets := subsets_of(url):
+            return kohya_concepts(data, subsets)
+        refuse_subset(url)
+        return [one_concept(url, data)]
+
+    def stamps(self, url: str) -> dict[str, str]:
+        """Return the stamps of all files below a folder."""
+        return stamps_of(Storage(url))
+
+    def count(self, url: str, options: ScanOptions) -> int:
+        """Count the images without reading captions; 0 for a folder that does not exist."""
+        return len(_open(url, options).images) if Storage(url).exists() else 0
+
+
+def _open(url: str, options: ScanOptions) -> ImageFolder:
+    return ImageFolder(
+        url,
+        recursive=options.recursive,
+        caption_extension=options.caption_extension,
+        mask_dir=options.mask_dir,
+        apart=options.excluded,
+    )
+
+
+def stamps_of(folder: Storage) -> dict[str, str]:
+    """Return the stamp of every file below a folder by its address; files written this moment are left out."""
+    if folder.is_local:
+        found = {}
+        before = time.time() - SETTLED_SECONDS
+        for name in folder.list("", True):
+            path = folder.path(name)
+            with explained("look at", path):
+                status = os.stat(path) if os.path.exists(path) else None
+            if status is not None and status.st_mtime < before:
+                found[path] = f"{status.st_size} {status.st_mtime_ns}"
+        return found
+    bucket = Bucket(folder.scheme, folder.url.partition("://")[2].split("/", 1)[0])
+
+    def look(fs: Any, key: str) -> dict[str, str]:
+        try:
+            entries = fs.find(key, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {f"{folder.scheme}://{name}": str(tag) for name, one in entries.items() if (tag := _tag(one))}
+
+    return bucket.run("list", folder.url, look)
+
+
+def _tag(entry: dict[str, Any]) -> str:
+    tag = entry.get("ETag") or entry.get("etag")
+    return f"{entry['size']} {tag}" if tag else ""

@@ -1,0 +1,148 @@
+"""Indexes everything a recipe's `data:` section names: training images, class images, held-out images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from dreamfleet.datasets.buckets import MOST_ENLARGED
+from dreamfleet.datasets.config import Concept, DataConfig
+from dreamfleet.datasets.errors import DataError
+from dreamfleet.datasets.index.concepts import load_concepts
+from dreamfleet.datasets.index.exclusions import CLASS, MASKS, TRAINED_ON, BadFile
+from dreamfleet.datasets.index.image_folder import ImageFolder
+from dreamfleet.datasets.index.index import Index, Known, build_index
+from dreamfleet.datasets.index.sources import FOLDER, ScanOptions, find_source
+from dreamfleet.datasets.storage.storage import Storage
+
+
+@dataclass(frozen=True)
+class ClassSet:
+    """The class pictures of one concept: where they are, or None while they are still to be generated."""
+
+    concept: int
+    folder: str | None
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Sets:
+    """What a run trains on. `concepts[i]` describes the rows of `instances` whose concept is i."""
+
+    instances: Index
+    class_sets: list[ClassSet]
+    concepts: list[Concept]
+
+
+def load_sets(
+    data: DataConfig,
+    *,
+    verify: bool | None = None,
+    known: Known | None = None,
+    apart: Mapping[str, str] = MappingProxyType({}),
+) -> Sets:
+    """Index all images a recipe names; its paths are absolute already.
+
+    A row's repeats are its concept's (kohya: the folder name's) times `data.repeats`. Class images are named, not
+    indexed: they may not exist yet. Files that `known` tells of are not read. Folders inside the image folders that
+    hold something else are passed over: class images, masks, and those of `apart` (address -> what they hold). Raises
+    DataError, as build_index does.
+    """
+    concepts = load_concepts(data)
+    others = places_apart(concepts, apart)
+    if data.caption_column:
+        _require_table(data.caption_column, concepts, others)
+    indexes = [
+        build_index(
+            concept.instance_data_dir,
+            ScanOptions(data.caption_extension, data.caption_column, concept.mask_dir, excluded=others),
+            concept=number,
+            repeats=concept.repeats * data.repeats,
+            max_pixels=data.max_pixels,
+            verify=verify,
+            known=known,
+        )
+        for number, concept in enumerate(concepts)
+    ]
+    class_sets = [
+        ClassSet(number, concept.class_data_dir, concept.class_prompt)
+        for number, concept in enumerate(concepts)
+        if concept.class_prompt is not None
+    ]
+    return Sets(_large_enough(Index.concat(indexes), data), class_sets, concepts)
+
+
+def _require_table(column: str, concepts: Sequence[Concept], others: Mapping[str, str]) -> None:
+    """Raise DataError when the concepts are all folders and none has a table that could have the column."""
+    urls = [concept.instance_data_dir for concept in concepts]
+    if all(find_source(url).name == FOLDER for url in urls) and not any(
+        ImageFolder(url, apart=others).tables for url in urls
+    ):
+        raise DataError(
+            f"data.caption_column {column!r} is a column of no table: there is no metadata.jsonl, .csv or .parquet in "
+            f"{urls[0]}. Leave it out, or put the table there"
+        )
+
+
+def places_apart(concepts: Sequence[Concept], apart: Mapping[str, str]) -> dict[str, str]:
+    """Return the folders that hold something else than a recipe's training images, and what."""
+    return {**_places(concepts, "mask_dir", MASKS), **_places(concepts, "class_data_dir", CLASS), **apart}
+
+
+def load_class_images(
+    folder: Storage | str,
+    data: DataConfig,
+    *,
+    concept: int = 0,
+    verify: bool | None = None,
+    known: Known | None = None,
+) -> Index | None:
+    """Index the class images of a folder by the rule of all images, subfolders too; None where there are none yet."""
+    url = folder.url if isinstance(folder, Storage) else folder
+    concepts = load_concepts(data)
+    others = {**_places(concepts, "mask_dir", MASKS), **_places(concepts, "instance_data_dir", TRAINED_ON)}
+    options = ScanOptions(data.caption_extension, excluded=others)
+    if not find_source(url).count(url, options):
+        return None
+    return build_index(
+        url, options, concept=concept, role="class", max_pixels=data.max_pixels, verify=verify, known=known
+    )
+
+
+def load_held_out(folder: str, data: DataConfig) -> Index:
+    """Index the held-out images of a recipe; folders of training images inside are passed over."""
+    others = _places(load_concepts(data), "instance_data_dir", TRAINED_ON)
+    return build_index(
+        folder, ScanOptions(data.caption_extension, excluded=others), max_pixels=data.max_pixels
+    )
+
+
+def _large_enough(index: Index, data: DataConfig) -> Index:
+    """Leave out images that buckets without enlarging cannot show: a side is less than a quarter of a step."""
+    if not (data.enable_bucket and data.bucket_no_upscale):
+        return index
+    least = data.bucket_reso_steps / MOST_ENLARGED
+    sides = index.sizes()
+    kept = [row for row, size in enumerate(sides) if min(size) >= least]
+    if len(kept) == len(index):
+        return index
+    bad = [
+        BadFile(
+            index.row(row).uri,
+            f"{size[0]} x {size[1]} pixels: data.bucket_no_upscale enlarges nothing, and a side is below a quarter of "
+            f"data.bucket_reso_steps {data.bucket_reso_steps}. Lower those, or remove the image",
+        )
+        for row, size in enumerate(sides)
+        if min(size) < least
+    ]
+    if not kept:
+        raise DataError(f"no usable image: {bad[0].uri}: {bad[0].reason}")
+    captions = index.column("caption")
+    large = index.take(kept, [captions[row] for row in kept])
+    large.bad = sorted([*index.bad, *bad])
+    return large
+
+
+def _places(concepts: Sequence[Concept], key: str, what: str) -> dict[str, str]:
+    return {place: what for concept in concepts if (place := getattr(concept, key)) is not None}

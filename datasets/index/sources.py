@@ -1,0 +1,194 @@
+"""Image sources: the interface behind the URLs of a recipe's `data:` section, and the registry of implementations.
+
+A folder on disk or in a bucket is the built-in source. An installed package adds others, such as a shard format or a
+table of URLs, through the entry-point group `dreamfleet.sources`; its source is used for every URL that it matches.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+from dreamfleet.datasets.config import CAPTION_EXTENSIONS, Concept, DataConfig
+from dreamfleet.datasets.errors import DataError, StorageError
+from dreamfleet.datasets.images.image_formats import ATTENTION_ENDING
+from dreamfleet.datasets.images.masks import Mask
+from dreamfleet.datasets.index.exclusions import BadFile, Skipped
+from dreamfleet.datasets.registry import Registry
+from dreamfleet.datasets.storage.object_store import is_address
+from dreamfleet.datasets.storage.storage import Storage, read_uri
+
+FOLDER = "folder"  # the source of every URL that no other one matches
+
+
+class SourceImage(NamedTuple):
+    """One image that a source lists. What is not known without reading the image is left out.
+
+    ``uri`` is a local path, a bucket address, or ``NAME://...`` for what the source called NAME reads itself: a byte
+    range of a shard, for example. ``sha256`` is the hash of the image file's bytes. ``width`` and ``height`` are in
+    pixels after the EXIF rotation. ``mask`` is a URI of the same kind.
+    """
+
+    uri: str
+    caption: str | None = None
+    sha256: str = ""
+    width: int = 0
+    height: int = 0
+    mask: str | None = None
+    mask_sha256: str = ""
+
+
+@dataclass
+class Listing:
+    """What a source contains: its images, files that cannot be used and why, files left out on purpose.
+
+    ``others`` counts files that are no images, by ending; ``shared`` maps a caption file to the images that share it.
+    """
+
+    images: list[SourceImage]
+    bad: list[BadFile] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    shared: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """Keys of the `data:` section that a source may follow, and ``excluded``: folders to skip and what they contain."""
+
+    caption_extension: Sequence[str] = CAPTION_EXTENSIONS
+    caption_column: str | None = None
+    mask_dir: str | None = None
+    recursive: bool = True
+    excluded: Mapping[str, str] = field(default_factory=dict)
+
+
+class Source(ABC):
+    """A kind of image set. Subclasses take no arguments; one instance per process serves all URLs.
+
+    ``matches`` and ``scan`` run in the process that builds the index, ``read`` also in workers on other machines.
+    ``name`` is the name it is registered under.
+    """
+
+    name: str
+
+    @abstractmethod
+    def matches(self, url: str) -> bool:
+        """Return whether this source reads ``url``, an absolute path or address that may not exist.
+
+        A source called NAME need not match ``NAME://...``: it always reads those URLs.
+        """
+
+    @abstractmethod
+    def scan(self, url: str, options: ScanOptions) -> Listing:
+        """List the images at ``url`` without reading them, in an order that is the same on every machine.
+
+        Raises DataError when the source itself is unusable.
+        """
+
+    def read(self, uri: str) -> bytes:
+        """Return the bytes of an image file or mask that :meth:`scan` listed. Raises StorageError."""
+        return read_uri(uri)
+
+    def concepts(self, url: str, data: DataConfig) -> list[Concept]:
+        """Return the subjects at ``data.train_data_dir`` or in ``data.concepts_list``: one, unless overridden."""
+        return [one_concept(url, data)]
+
+    def stamps(self, url: str) -> dict[str, str]:
+        """Return by URI what changes with a file's content and is known without reading it, such as size and time.
+
+        With ``data.cache_dir`` a file whose stamp is unchanged is not read again. Needed only for images whose hash and
+        size are not listed.
+        """
+        return {}
+
+    def count(self, url: str, options: ScanOptions) -> int:
+        """Return the number of images at ``url``."""
+        return len(self.scan(url, options).images)
+
+
+SOURCES: Registry[type[Source]] = Registry(
+    "source",
+    group="dreamfleet.sources",
+    builtin={FOLDER: "dreamfleet.datasets.index.folder_source:FolderSource"},
+)
+
+
+def find_source(url: str) -> Source:
+    """Return the source that reads a URL: by its scheme, else the only one that matches, else the folder source.
+
+    Raises DataError for an unknown scheme, and when several sources match.
+    """
+    if own := _named_in(url):
+        return own
+    if not is_address(url):
+        names = [name for name in SOURCES.names() if name != FOLDER]
+        raise DataError(
+            f"{url}: no source reads {url.partition('://')[0]}:// URLs. Use a folder, s3:// or gs://, or install the "
+            f"package that adds the source (installed: {', '.join(names) or 'none'})"
+        )
+    found = {name: _instance(kind, name) for name, kind in SOURCES.items() if name != FOLDER}
+    matching = [name for name, source in found.items() if source.matches(url)]
+    if len(matching) > 1:
+        raise DataError(f"{url} is matched by several sources: {', '.join(matching)}. Uninstall all but one")
+    return found[matching[0]] if matching else _instance(SOURCES.get(FOLDER), FOLDER)
+
+
+def read_image_file(uri: str) -> bytes:
+    """Return the bytes of an image file or mask by the URI in an index, in any process. Raises StorageError."""
+    own = _named_in(uri)
+    return read_uri(uri) if own is None else own.read(uri)
+
+
+def read_mask(uri: str) -> Mask:
+    """Read a mask by the URI in an index. Raises StorageError."""
+    return Mask(read_image_file(uri), os.path.splitext(uri)[0].endswith(ATTENTION_ENDING))
+
+
+def can_read(uri: str) -> bool:
+    """Return whether this machine can read the file at a URI of an index. Raises StorageError as a bucket does."""
+    own = _named_in(uri)
+    if own is None:
+        folder, _, name = uri.rpartition("/")
+        return Storage(folder or "/").exists(name)
+    try:
+        own.read(uri)
+    except StorageError:
+        return False
+    return True
+
+
+def one_concept(url: str, data: DataConfig) -> Concept:
+    """Return the single subject of a `data:` section whose images are at ``url``."""
+    if data.class_data_dir is not None and data.class_prompt is None:
+        raise DataError(
+            f"class_data_dir {data.class_data_dir} without class_prompt: {url} has no subfolders such as '10_sks dog', "
+            "so the class prompt is unknown. Set data.class_prompt"
+        )
+    return Concept(
+        instance_data_dir=url,
+        instance_prompt=data.instance_prompt,
+        class_data_dir=data.class_data_dir,
+        class_prompt=data.class_prompt,
+        mask_dir=data.mask_dir,
+    )
+
+
+def _named_in(url: str) -> Source | None:
+    """Return the source whose name is the scheme of a URL."""
+    scheme = url.partition("://")[0]
+    if is_address(url) or scheme == FOLDER or scheme not in SOURCES:
+        return None
+    return _instance(SOURCES.get(scheme), scheme)
+
+
+@lru_cache
+def _instance(kind: type[Source], name: str) -> Source:
+    source = kind()
+    source.name = name
+    return source

@@ -1,0 +1,23 @@
+"""Eval mode of a method and its model, for measurements between training steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dreamfleet.trainers.methods.base import Method
+
+
+@contextmanager
+def eval_mode(method: Method) -> Iterator[None]:
+    """Put a method and its model into eval mode (no dropout) within this context and restore each module's mode."""
+    parts = [method, *method.model.modules().values()]
+    # Per module, as dropout and gradient checkpointing may be on in some layers of a part only.
+    modes = {module: module.training for part in parts for module in part.modules()}
+    for part in parts:
+        part.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

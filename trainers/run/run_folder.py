@@ -1,0 +1,110 @@
+"""Opens, checks and locks run folders; names of the files that a run keeps beside its results."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import lock_descriptor
+
+from dreamfleet.datasets.errors import CheckpointError, RecipeError, StorageError, UserError
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.recipe import Recipe
+
+METRICS_FILE = "metrics.jsonl"
+LOG_FILE = "run.log"
+STOP_FILE = "STOP"  # written by the driver or by hand: the run saves a checkpoint and ends
+MARKER_PREFIX = ".seen-"  # of files that test whether machines share a folder
+LEFTOVERS = (LOG_FILE, STOP_FILE)  # what an attempt that failed before it became a run may leave
+
+logger = logging.getLogger(__name__)
+
+
+def is_used(folder: Storage) -> bool:
+    """Return whether a folder holds more than a failed start leaves: log, stop file, markers, empty folders."""
+    if any(name not in LEFTOVERS and not name.startswith(MARKER_PREFIX) for name in folder.list()):
+        return True
+    return any(folder.has_files(name) for name in folder.list_dirs())
+
+
+def open_run_folder(recipe: Recipe, *, resume: bool) -> Storage:
+    """Return the run folder of a recipe; one that holds a run only with ``resume``.
+
+    Raises RecipeError if the folder holds something else or a run that is not to be resumed, CheckpointError if it
+    holds a run of another method.
+    """
+    run = Storage(recipe.output_dir)
+    if not is_used(run):
+        return run
+    if not run.exists("recipe.yaml"):
+        raise RecipeError(
+            f"output_dir {recipe.output_dir} is not empty and holds no run; use another output_dir"
+        )
+    if not resume:
+        raise RecipeError(
+            f"output_dir {recipe.output_dir} holds a run already; continue it with --resume, or use another output_dir"
+        )
+    import yaml
+
+    before = yaml.safe_load(run.read_text("recipe.yaml"))["method"]["name"]
+    if before != recipe.method.name:
+        raise CheckpointError(
+            f"output_dir {recipe.output_dir} holds a run of {before}, and this recipe is for {recipe.method.name}; "
+            f"use another output_dir"
+        )
+    return run
+
+
+@contextmanager
+def locked(run: Storage) -> Iterator[None]:
+    """Lock a run folder for this process; remove it, or the leftovers in it, if it did not become a run.
+
+    Raises RecipeError if another process trains into the folder, StorageError if it cannot be created. A local folder
+    is locked itself (no lock file), until the process ends. The lock excludes processes of this machine; whether it
+    excludes other machines that mount the folder depends on the file system. Buckets are not locked.
+    """
+    with _locked_on_disk(Path(run.path())) if run.is_local else contextlib.nullcontext():
+        try:
+            yield
+        finally:
+            with contextlib.suppress(UserError):  # the bucket cannot be reached
+                if not run.exists("recipe.yaml"):
+                    for name in LEFTOVERS:
+                        run.remove(name)
+
+
+@contextmanager
+def _locked_on_disk(folder: Path) -> Iterator[None]:
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"output_dir {folder} cannot be created: {error.strerror}; use another output_dir"
+        ) from error
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # not empty: it holds a run
+                folder.rmdir()
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        locked = lock_descriptor(descriptor, blocking=False)
+    except OSError as error:  # some network file systems support no locks
+        logger.debug("%s cannot be locked: %s", folder, error)
+        return
+    if not locked:
+        raise RecipeError(
+            f"output_dir {folder}: another process is training into it now; wait until it ends, or use another "
+            "output_dir"
+        )
