@@ -19,11 +19,12 @@ ROUNDS = 3
 
 def draw(model: Any, prompts: list[str]) -> tuple[list[Any], float]:
     """Draw a picture of each prompt, one at a time as a person does; returns them and the seconds of one."""
+    from dreamfleet.trainers.config.image_request import ImageRequest
     from dreamfleet.trainers.models.sampling.sample import generate
 
     start = time.perf_counter()
     images = [
-        generate(model, [prompt], seeds=[0], steps=25, guidance_scale=GUIDANCE, batch_size=1)[0]
+        generate(model, [ImageRequest(prompt, guidance_scale=GUIDANCE)], batch_size=1)[0]
         for prompt in prompts
     ]
     return images, (time.perf_counter() - start) / len(prompts)

@@ -55,6 +55,7 @@ def score_prompts(
     model: Any, prompts: list[str], plain: list[str], real: list[Any]
 ) -> tuple[dict[str, float], list[Any]]:
     """Draw every prompt with every seed, and score the pictures by real ones and by what ``plain`` says of each."""
+    from dreamfleet.trainers.config.image_request import requests_for
     from dreamfleet.trainers.evaluation.judge import score_images
     from dreamfleet.trainers.models.sampling.sample import generate
     from dreamfleet.trainers.models.vision.clip import load_clip
@@ -62,10 +63,12 @@ def score_prompts(
     start = time.perf_counter()
     images = generate(
         model,
-        [prompt for prompt in prompts for _ in SEEDS],
-        seeds=[seed for _ in prompts for seed in SEEDS],
-        steps=STEPS,
-        guidance_scale=GUIDANCE,
+        requests_for(
+            [prompt for prompt in prompts for _ in SEEDS],
+            [seed for _ in prompts for seed in SEEDS],
+            steps=STEPS,
+            guidance_scale=GUIDANCE,
+        ),
         batch_size=10,
     )
     seconds = time.perf_counter() - start

@@ -22,6 +22,8 @@ class MethodConfig(Section):
     no_plan: ClassVar[str | None] = None
     #: the method that uses what this one trains
     helper_of: ClassVar[str | None] = None
+    #: kinds of artifacts that it exports, of ``trainers.artifacts``; the preferred one to generate images with first
+    artifacts: ClassVar[tuple[str, ...]] = ()
     #: metrics measured on images that the method itself holds out
     figures: ClassVar[tuple[str, ...]] = ()
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from dreamfleet.datasets.errors import ResourceError
+from dreamfleet.trainers.engines import deepspeed_internals as internals
 from dreamfleet.trainers.engines.zero_setup import build_op
 from dreamfleet.trainers.engines.zero_shards import Shards
 
@@ -32,12 +33,11 @@ class SwapFolder:
         try:
             Path(parent).mkdir(parents=True, exist_ok=True)
             # One at a time, or another one would remove ours, not locked yet.
-            with (Path(parent) / f"{PREFIX}gate").open("w") as gate:
-                fcntl.flock(gate, fcntl.LOCK_EX)
+            with _lock_of(Path(parent) / f"{PREFIX}gate"):
                 _sweep(Path(parent))
                 self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-                self._lock: IO[str] | None = (self.path / "lock").open("w")
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
+                self._lock = _lock_of(self.path / "lock")
+                self._lock.acquire()
         except OSError as error:
             raise ResourceError(
                 f"engine.nvme_path: {parent} cannot be written on this machine ({error.strerror}); give a folder on a "
@@ -46,9 +46,8 @@ class SwapFolder:
 
     def close(self) -> None:
         """Remove the folder."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        if self._lock.is_locked:
+            self._lock.release()
             shutil.rmtree(self.path, ignore_errors=True)
 
 
@@ -92,10 +91,7 @@ class SwappedShards(Shards):
     def rest(self) -> None:
         if self._here is None:
             return
-        if self._changed:
-            self.outer._optimizer_states_and_gradient_swap_out(self._here)
-        else:
-            self.outer._release_swap_buffers(self._here)
+        internals.swap_out(self.outer, self._here, changed=self._changed)
         self._here, self._changed = None, False
 
     def _wrote(self) -> None:
@@ -105,8 +101,8 @@ class SwappedShards(Shards):
         flat: Any = self.flats[number]
         if number != self._here:
             self.rest()
-            if self.outer._swappable_optimizer_subgroup(number):  # those under a megabyte stay in memory
-                self.outer._optimizer_states_and_gradient_swap_in(number)
+            if internals.is_swapped(self.outer, number):
+                internals.swap_in(self.outer, number)
                 self._here, self._changed = number, False
         return flat if self._shown is None else self.inner.state[flat][self._shown]
 
@@ -114,7 +110,11 @@ class SwappedShards(Shards):
 def _sweep(parent: Path) -> None:
     """Remove the folders of processes that are gone."""
     for left in parent.glob(f"{PREFIX}*/"):
-        with suppress(BlockingIOError), (left / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(Timeout), _lock_of(left / "lock").acquire(blocking=False):
             log.warning("removing %s, which a run that was killed left behind", left)
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _lock_of(path: Path) -> FileLock:
+    """Return a lock that ends with its process, and that any thread of the process may release."""
+    return FileLock(path, thread_local=False, fallback_to_soft=False)

@@ -28,7 +28,8 @@ from dreamfleet.trainers.methods.embedding_common import (
     word_parameters,
 )
 from dreamfleet.trainers.methods.export_request import Export
-from dreamfleet.trainers.models.embeddings import NEGATIVE, install_embedding, install_negative
+from dreamfleet.trainers.models.embeddings import install_embedding, install_negative
+from dreamfleet.trainers.models.formats.file_names import NEGATIVE
 from dreamfleet.trainers.models.stable_diffusion.guidance import guidance_at, guided_prediction
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.stable_diffusion.noise import clean_estimate, prediction_loss

@@ -9,8 +9,8 @@ from torch import nn
 
 from dreamfleet.trainers.config.methods.whole_model import WholeModelConfig
 from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.models.formats.file_names import DIFFUSERS_LORA
 from dreamfleet.trainers.models.formats.lora import (
-    DIFFUSERS_FILE,
     LoraFile,
     write_diffusers_lora,
     write_kohya_lora,
@@ -90,7 +90,7 @@ def export_tuned(config: WholeModelConfig, model: StableDiffusion, order: Export
     file = LoraFile(order.name, learned_layers(model), metadata)
     paths = []
     if "diffusers_lora" in forms:
-        paths.append(write_diffusers_lora(file, order.folder / DIFFUSERS_FILE, dtype=order.dtype))
+        paths.append(write_diffusers_lora(file, order.folder / DIFFUSERS_LORA, dtype=order.dtype))
     if "kohya_lora" in forms:
         path = order.folder / f"{order.name}.safetensors"
         blocks = dict(model.unet.config)

@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 
 import yaml
 
+from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.metrics import HELD_OUT, METRICS, figure_title, image_metrics
 from dreamfleet.trainers.report import formatting
@@ -227,8 +228,15 @@ def _timings(folder: RunFolder) -> dict[str, Any]:
 def _artifacts(folder: RunFolder, describe: Describe) -> list[tuple[str, int, Any]]:
     run, known = folder.run, folder.summary.get("exports")
     names = known if isinstance(known, list) else [*run.list_dirs("exports"), *run.list("exports")]
+
+    def explain(name: str) -> Any:
+        try:
+            return describe(name, run_name=folder.name, recipe=folder.recipe)
+        except UserError as error:  # of an unknown kind: the report says so
+            return {"what": str(error), "uses": []}
+
     return [
-        (name, run.size(f"exports/{name}"), describe(name, run_name=folder.name, recipe=folder.recipe))
+        (name, run.size(f"exports/{name}"), explain(name))
         for name in map(str, names)
         if run.exists(f"exports/{name}")
     ]

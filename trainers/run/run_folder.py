@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import lock_descriptor
+
 from dreamfleet.datasets.errors import CheckpointError, RecipeError, StorageError, UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.recipe import Recipe
@@ -96,14 +98,13 @@ def _locked_on_disk(folder: Path) -> Iterator[None]:
 
 
 def _lock(descriptor: int, folder: Path) -> None:
-    import fcntl
-
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        locked = lock_descriptor(descriptor, blocking=False)
+    except OSError as error:  # some network file systems support no locks
+        logger.debug("%s cannot be locked: %s", folder, error)
+        return
+    if not locked:
         raise RecipeError(
             f"output_dir {folder}: another process is training into it now; wait until it ends, or use another "
             "output_dir"
-        ) from None
-    except OSError as error:  # some network file systems support no locks
-        logger.debug("%s cannot be locked: %s", folder, error)
+        )

@@ -12,7 +12,6 @@ It needs the version of torch in ``TORCH`` (it uses internal headers), a C++ com
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import sys
@@ -21,6 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from filelock import FileLock
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -89,8 +90,7 @@ def build() -> Any:
     name = "simulated_cuda"
     folder = Path(_get_build_directory(name, verbose=False))
     os.environ.setdefault("MAX_JOBS", "1")
-    with (folder / "build.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with FileLock(folder / "build.lock"):
         (folder / "lock").unlink(missing_ok=True)  # torch's own mark, left by a builder that was killed
         source = str(HERE / "simulated_cuda.cpp")
         return load(name, [source], build_directory=str(folder), extra_cflags=["-O1", "-g0"])

@@ -320,6 +320,23 @@ def test_a_folder_on_disk_is_this_process_own_and_what_a_killed_one_left_goes(tm
         SwapFolder(str(blocked))
 
 
+def test_the_folder_of_another_process_is_removed_only_when_that_process_is_gone(tmp_path: Path) -> None:
+    code = "import sys; from dreamfleet.trainers.engines.zero_nvme import SwapFolder\n"
+    code += "folder = SwapFolder(sys.argv[1]); print(folder.path, flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    held = Path(other.stdout.readline().strip())
+    assert held.parent == tmp_path
+    SwapFolder(str(tmp_path)).close()
+    assert held.is_dir()
+    other.kill()
+    other.communicate()
+    SwapFolder(str(tmp_path)).close()
+    assert not held.exists()
+
+
 def make_tree(folder: Path, **changes: Any) -> dict[str, Any]:
     return tiny.make_recipe(folder, **{"engine": {"zero_stage": 2}, **changes})
 

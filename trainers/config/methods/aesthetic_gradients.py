@@ -29,6 +29,7 @@ class AestheticGradientsConfig(MethodConfig):
         "trains no weights; its steps need what CLIP needs to see train.train_batch_size pictures, and drawing four "
         "copies of the text encoder"
     )
+    artifacts: ClassVar[tuple[str, ...]] = ("aesthetic", "checkpoint")
 
     name: Literal["aesthetic_gradients"] = "aesthetic_gradients"
     clip: Annotated[str | None, HUB_MODEL] = Field(

@@ -37,6 +37,8 @@ class DiscriminatorConfig(MethodConfig):
     helper_of: ClassVar[str | None] = "prompt_tuning"
 
     figures: ClassVar[tuple[str, ...]] = ("holdout_loss", "accuracy")
+    artifacts: ClassVar[tuple[str, ...]] = ("classifier",)
+
     name: Literal["discriminator"] = "discriminator"
     classes: list[Annotated[str, Field(min_length=1)]] = Field(
         min_length=2,

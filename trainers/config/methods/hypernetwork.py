@@ -31,6 +31,7 @@ class HypernetworkConfig(MethodConfig):
     summary: ClassVar[str] = (
         "Teach a style: MLPs before attention's keys and values learn, the model stays. Megabytes, any strength."
     )
+    artifacts: ClassVar[tuple[str, ...]] = ("hypernetwork",)
 
     name: Literal["hypernetwork"] = "hypernetwork"
     enable_sizes: Annotated[tuple[int, ...], BeforeValidator(_split)] | None = Field(

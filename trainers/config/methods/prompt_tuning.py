@@ -25,6 +25,7 @@ class PromptTuningConfig(MethodConfig):
     summary: ClassVar[str] = (
         "Teach a new word and what to steer away from, from one picture: vectors for the prompt and its negative."
     )
+    artifacts: ClassVar[tuple[str, ...]] = ("embedding",)
 
     name: Literal["prompt_tuning"] = "prompt_tuning"
     placeholder_token: str = Field(

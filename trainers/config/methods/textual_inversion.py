@@ -18,6 +18,7 @@ class TextualInversionConfig(MethodConfig):
     summary: ClassVar[str] = (
         "Teach a new word: n vectors learn, the model stays as it is. Kilobytes, combines with anything."
     )
+    artifacts: ClassVar[tuple[str, ...]] = ("embedding",)
 
     name: Literal["textual_inversion"] = "textual_inversion"
     placeholder_token: str = Field(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
@@ -19,6 +19,8 @@ def _split(value: Any) -> Any:
 
 class WholeModelConfig(MethodConfig):
     """What the ``method:`` sections of methods that tune the model itself have in common."""
+
+    artifacts: ClassVar[tuple[str, ...]] = ("checkpoint", "lora")
 
     train_text_encoder: bool = Field(False, description="the text encoder learns as well; SDXL's two")
     lora_rank: int | None = Field(
