@@ -17,6 +17,7 @@ from dreamfleet.datasets.index.exclusions import HELD_OUT
 from dreamfleet.datasets.path_field import NamedPath, PathField, list_paths, resolve_paths
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.conflicts import find_conflicts
+from dreamfleet.trainers.config.deepspeed import merge_deepspeed_file
 from dreamfleet.trainers.config.engine import EngineConfig
 from dreamfleet.trainers.config.engines import find_refused
 from dreamfleet.trainers.config.method import METHODS, MethodConfig
@@ -24,7 +25,7 @@ from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.config.prompt_lines import read_prompts
 from dreamfleet.trainers.config.scaling import ScalingConfig
-from dreamfleet.trainers.config.search import SearchConfig, find_mistakes
+from dreamfleet.trainers.config.search import SearchConfig, figures_of, find_search_errors
 from dreamfleet.trainers.config.train import TrainConfig
 from dreamfleet.trainers.config.validation import ValidationConfig
 from dreamfleet.trainers.config.validation_errors import keys_at, nearest, tell
@@ -69,6 +70,18 @@ class Recipe(Section):
     def class_images_dir(self) -> str:
         """The folder beside the run's where generated class images without a ``class_data_dir`` are kept."""
         return f"{self.output_dir.rstrip('/').rpartition('/')[0]}/class-images"
+
+    @property
+    def figures(self) -> list[str]:
+        """What a validation round measures, by the names in ``metrics.jsonl``."""
+        return figures_of(self.validation, self.method)
+
+    def with_deepspeed_file(self) -> Recipe:
+        """Return the recipe with the stage and offload of ``engine.deepspeed_config``. Raises RecipeError."""
+        engine = merge_deepspeed_file(
+            self.engine, train=self.train, optimizer=self.optimizer, scaling=self.scaling
+        )
+        return self.model_copy(update={"engine": engine})
 
     def to_yaml(self) -> str:
         """Write the recipe as YAML that :func:`load_recipe` reads back to the same recipe."""
@@ -179,9 +192,23 @@ def _validate(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
     if recipe is not None and config is not None:
         mistakes += find_refused(dict(recipe), config.refused, by=config.name)
     if recipe is not None:
-        mistakes += find_conflicts(recipe)
+        mistakes += find_conflicts(
+            method=recipe.method,
+            data=recipe.data,
+            train=recipe.train,
+            optimizer=recipe.optimizer,
+            engine=recipe.engine,
+            validation=recipe.validation,
+            scaling=recipe.scaling,
+        )
     if recipe is not None and recipe.search is not None:
-        mistakes += find_mistakes(recipe, lambda changed: _validate(changed)[1])
+        mistakes += find_search_errors(
+            recipe.search,
+            recipe,
+            figures=recipe.figures,
+            max_train_steps=recipe.train.max_train_steps,
+            validate=lambda changed: _validate(changed)[1],
+        )
     return recipe, mistakes
 
 

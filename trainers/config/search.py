@@ -6,16 +6,15 @@ import copy
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from dreamfleet.datasets.config_base import Section
+from dreamfleet.trainers.config.method import MethodConfig
 from dreamfleet.trainers.config.metrics import HELD_OUT, NEEDS, is_higher_better, metrics_by_figure
-
-if TYPE_CHECKING:
-    from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.config.validation import ValidationConfig
 
 MOST_CORNERS = 256  # combinations of the keys' ends that are validated when a recipe is read
 # What a trial may not differ in, and why.
@@ -175,10 +174,9 @@ class SearchConfig(Section):
         return self.mode == "max" if self.mode else is_higher_better(self.metric)
 
 
-def figures_of(recipe: Recipe) -> list[str]:
-    """List the figures a validation round measures, by their names in ``metrics.jsonl``."""
-    validation = recipe.validation
-    held_out = [HELD_OUT] if validation.holdout else list(recipe.method.figures)
+def figures_of(validation: ValidationConfig, method: MethodConfig) -> list[str]:
+    """Return the figures that a validation round measures, by their names in ``metrics.jsonl``."""
+    held_out = [HELD_OUT] if validation.holdout else list(method.figures)
     return held_out + validation.preview_metrics
 
 
@@ -194,14 +192,24 @@ def put_point(tree: Mapping[str, Any], point: Point) -> dict[str, Any]:
     return changed
 
 
-def find_mistakes(recipe: Recipe, validate: Callable[[Mapping[str, Any]], list[str]]) -> list[str]:
-    """List what is wrong with a recipe's ``search:`` section beside the rest of the recipe.
+def find_search_errors(
+    search: SearchConfig,
+    recipe: Section,
+    *,
+    figures: Sequence[str],
+    max_train_steps: int | None,
+    validate: Callable[[Mapping[str, Any]], list[str]],
+) -> list[str]:
+    """Return the errors of a ``search:`` section given the recipe that it is in.
 
-    ``validate`` lists the mistakes of a recipe given as a plain tree; what trials may get is put through it.
+    ``figures``: what a validation round of the recipe measures (:func:`figures_of`). ``validate`` returns the errors of
+    a recipe given as a plain tree; it is called with values that trials may get.
     """
-    search = recipe.search
-    assert search is not None
-    mistakes = [*_wrong_keys(recipe, search), *_wrong_metric(recipe, search), *_wrong_numbers(recipe, search)]
+    mistakes = [
+        *_wrong_keys(search, recipe),
+        *_wrong_metric(search, figures),
+        *_wrong_numbers(search, max_train_steps),
+    ]
     if mistakes:
         return mistakes
     tree = recipe.model_dump(mode="json", exclude={"search"})
@@ -231,7 +239,7 @@ def _corners(search: SearchConfig) -> Iterator[Point]:
         yield dict(zip(search.space, values, strict=True))
 
 
-def _wrong_keys(recipe: Recipe, search: SearchConfig) -> Iterator[str]:
+def _wrong_keys(search: SearchConfig, recipe: Section) -> Iterator[str]:
     known = _keys(recipe)
     own = [name for name, meant in known.items() if name == meant and not _refusal(name)]
     for path, domain in search.space.items():
@@ -267,8 +275,7 @@ def _refusal(path: str) -> str | None:
     return REFUSED.get(path) or REFUSED.get(section)
 
 
-def _wrong_metric(recipe: Recipe, search: SearchConfig) -> Iterator[str]:
-    measured = figures_of(recipe)
+def _wrong_metric(search: SearchConfig, measured: Sequence[str]) -> Iterator[str]:
     if search.metric in measured:
         return
     known = metrics_by_figure()
@@ -283,10 +290,9 @@ def _wrong_metric(recipe: Recipe, search: SearchConfig) -> Iterator[str]:
     yield f"search.metric: validation {now}, not {search.metric!r}; {way}"
 
 
-def _wrong_numbers(recipe: Recipe, search: SearchConfig) -> Iterator[str]:
+def _wrong_numbers(search: SearchConfig, steps: int | None) -> Iterator[str]:
     if search.num_trials is None and search.algorithm != "grid":
         yield "search.num_trials: missing; say how many trials (only a grid has a number of its own)"
-    steps = recipe.train.max_train_steps
     if steps and search.grace_period and search.grace_period > steps:
         yield f"search.grace_period: {search.grace_period} is more than train.max_train_steps {steps}"
     for name, amount in (search.resources_per_trial or {}).items():

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from dreamfleet.datasets.errors import ResourceError, UserError
-from dreamfleet.trainers.config.deepspeed import with_deepspeed_file
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import with_index
 from dreamfleet.trainers.memory.estimate import CUDA_CONTEXT, GIB
@@ -27,7 +26,7 @@ def settle_engine(recipe: Recipe, distributed: DistributedContext) -> tuple[Reci
     setting fits.
     """
     read = recipe
-    recipe = distributed.on_rank_0(lambda: with_deepspeed_file(read))
+    recipe = distributed.on_rank_0(read.with_deepspeed_file)
     if distributed.device.type != "cuda":
         return recipe, "no GPU" if recipe.engine.is_auto else "as the recipe says"
     if recipe.train.full_bf16:
