@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.registry import load_attribute
+from dreamfleet.trainers.artifacts.kind import ARTIFACTS
 from dreamfleet.trainers.config.method import METHODS, MethodConfig
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.formats.optimizer_file import AdamState
@@ -73,8 +74,6 @@ class Method(nn.Module):
     needs: ClassVar[Collection[str]] = ALL_PARTS  # parts of the model that are loaded
     #: export formats written by default
     formats: tuple[str, ...] = ()
-    #: export formats that `train.export_formats` and `dreamfleet export` accept
-    all_formats: tuple[str, ...] = ()
 
     def __init__(self, config: Any, model: StableDiffusion, setting: Setting):
         super().__init__()
@@ -87,6 +86,11 @@ class Method(nn.Module):
     def name(self) -> str:
         """The method's name in recipes."""
         return str(self.config.name)
+
+    @property
+    def all_formats(self) -> tuple[str, ...]:
+        """The formats that an export can write: those of the artifact kinds that the recipe section names."""
+        return tuple(form for kind in self.config.artifacts for form in ARTIFACTS.get(kind).formats)
 
     @property
     def model(self) -> StableDiffusion:

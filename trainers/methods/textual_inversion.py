@@ -17,7 +17,6 @@ from dreamfleet.trainers.config.methods.textual_inversion import TextualInversio
 from dreamfleet.trainers.methods.base import Sample, Setting
 from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.methods.embedding_common import (
-    WORD_FORMATS,
     check_templates,
     export_word,
     fill_prompt,
@@ -36,7 +35,6 @@ class TextualInversion(DiffusionMethod):
     """Teach a new word: n vectors learn, the model stays as it is. Kilobytes, combines with anything."""
 
     formats = ("pt", "safetensors", "png")
-    all_formats = WORD_FORMATS
 
     def __init__(self, config: TextualInversionConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)
