@@ -16,7 +16,7 @@ import torch.distributed as dist
 from filelock import FileLock
 
 from dreamfleet.datasets.errors import ResourceError
-from dreamfleet.trainers.config.deepspeed import BUCKET, SWAPPED_GROUP, handed_on, merged, read_deepspeed_file
+from dreamfleet.trainers.config.deepspeed import BUCKET, SWAPPED_GROUP, merged, passed_on, read_deepspeed_file
 from dreamfleet.trainers.config.engine import ZERO_KEYS, EngineConfig
 from dreamfleet.trainers.engines import deepspeed_internals as internals
 
@@ -79,7 +79,7 @@ def zero_config(
         defaults |= {"offload_param": {"max_in_cpu": 0, "buffer_size": largest}}
     under: dict[str, Any] = {"zero_optimization": defaults}
     if config.deepspeed_config is not None:
-        under = merged(under, handed_on(read_deepspeed_file(config.deepspeed_config)))
+        under = merged(under, passed_on(read_deepspeed_file(config.deepspeed_config)))
     return merged(under, settings)
 
 
