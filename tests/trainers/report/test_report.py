@@ -13,7 +13,7 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.artifacts.usage import describe
 from dreamfleet.trainers.report import formatting
 from dreamfleet.trainers.report.charts import Chart, Line, lay_out, smooth, ticks
-from dreamfleet.trainers.report.preview_grid import read_real, read_sheets
+from dreamfleet.trainers.report.preview_grid import read_preview_grids, read_real_images
 from dreamfleet.trainers.report.report import render as render_page
 from dreamfleet.trainers.report.report import write_report
 
@@ -150,15 +150,15 @@ def test_user_text_is_escaped(run: Storage) -> None:
 
 
 def test_cells_are_cut_where_they_lie(run: Storage) -> None:
-    sheets = read_sheets(run, most=5)
-    assert [sheet.step for sheet in sheets] == [0, 50, 100]
-    for sheet in sheets:
-        for cell in sheet.cells:
+    grids = read_preview_grids(run, most=5)
+    assert [grid.step for grid in grids] == [0, 50, 100]
+    for grid in grids:
+        for cell in grid.cells:
             assert cell.image.size == (SIZE, SIZE)
             assert cell.image.getpixel((0, 0)) == (0, 0, 0)
-            assert cell.image.getpixel((SIZE - 1, SIZE - 1)) == colour(sheet.step, cell.row, cell.column)
-    assert [sheet.step for sheet in read_sheets(run, most=2)] == [0, 100]
-    real = read_real(run, SIZE)
+            assert cell.image.getpixel((SIZE - 1, SIZE - 1)) == colour(grid.step, cell.row, cell.column)
+    assert [grid.step for grid in read_preview_grids(run, most=2)] == [0, 100]
+    real = read_real_images(run, SIZE)
     assert [p.getpixel((5, 5)) for p in real] == [(200, 10, 10)] * 3 + [
         (10, 200, 10)
     ]  # not the two empty places
