@@ -20,7 +20,7 @@ class Running:
 def test_a_trial_without_memory_is_recorded_and_the_search_continues(tmp_path: Path) -> None:
     store = TrialStore(make_recipe(tmp_path), make_trials()[:2])
     for trial in store.trials:
-        trial.status, trial.rounds = "one", []
+        trial.status, trial.rounds = "running", []
     lines: list[str] = []
     callback = StoreCallback(store, lambda trial: lines.append(format_trial(trial, ["holdout_loss"])))
     callback.planned = 6
@@ -41,4 +41,4 @@ def test_a_trial_without_memory_is_recorded_and_the_search_continues(tmp_path: P
     assert "ran out of memory" in lines[2]
     (tmp_path / "search.yaml").write_text(store.recipe.to_yaml())
     read = open_store(store.recipe, resume=True).trials
-    assert [(trial.status, trial.kind) for trial in read] == [("failed", "ResourceError"), ("one", None)]
+    assert [(trial.status, trial.kind) for trial in read] == [("failed", "ResourceError"), ("running", None)]
