@@ -25,7 +25,7 @@ class EmbeddingKind(ArtifactKind):
 
     name: ClassVar[str] = "embedding"
     suffixes: ClassVar[tuple[str, ...]] = EMBEDDINGS
-    formats: ClassVar[tuple[str, ...]] = ("pt", "safetensors", "bin", "png", "webp", "avif", "jxl", "kohya")
+    formats: ClassVar[tuple[str, ...]] = ("pt", "safetensors", "png", "webp", "avif", "jxl", "bin", "kohya")
     option: ClassVar[str] = "embedding"
 
     def matches(self, path: Path) -> bool:

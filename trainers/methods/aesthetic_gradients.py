@@ -61,7 +61,6 @@ class AestheticGradients(SeeingMethod):
     """
 
     formats = ("pt",)
-    all_formats = ("pt", "diffusers")
 
     def __init__(self, config: AestheticGradientsConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)
@@ -71,6 +70,10 @@ class AestheticGradients(SeeingMethod):
         self.count = nn.Parameter(torch.zeros(1))
         self._clips: list[ClipScorer] = []
         self._encoders: list[AestheticEncoder] = []
+
+    @property
+    def all_formats(self) -> tuple[str, ...]:
+        return ("pt", "diffusers")
 
     @property
     def clip(self) -> ClipScorer:

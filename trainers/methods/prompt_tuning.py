@@ -20,7 +20,6 @@ from dreamfleet.trainers.config.guidance import parse_guidance
 from dreamfleet.trainers.config.methods.prompt_tuning import PromptTuningConfig
 from dreamfleet.trainers.methods.base import Batch, Loss, Method, Sample, Setting
 from dreamfleet.trainers.methods.embedding_common import (
-    WORD_FORMATS,
     check_templates,
     export_word,
     fill_prompt,
@@ -46,7 +45,6 @@ class PromptTuning(Method):
     """Teach a new word and what to steer away from, from one picture: vectors for the prompt and its negative."""
 
     formats = ("pt", "safetensors")
-    all_formats = WORD_FORMATS
 
     def __init__(self, config: PromptTuningConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)
