@@ -23,7 +23,7 @@ from dreamfleet.trainers.batches.feed import to_samples
 from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.evaluation.heldout_loss import HeldOutLoss
-from dreamfleet.trainers.evaluation.previews import draw_previews
+from dreamfleet.trainers.evaluation.previews import generate_previews
 from dreamfleet.trainers.memory.profile import count_run, method_shape
 from dreamfleet.trainers.models.embeddings import install_embedding, install_negative, remove_embeddings
 from dreamfleet.trainers.models.formats.embedding import read_embedding
@@ -219,7 +219,7 @@ def test_previews_and_the_held_out_loss_are_guided(workplace: Path) -> None:
     )
 
     def look() -> tuple[float, bytes]:
-        images, _ = draw_previews(parts.method, parts.engine, config.validation, tiny.RESOLUTION)
+        images, _ = generate_previews(parts.method, parts.engine, config.validation, tiny.RESOLUTION)
         return held_out.measure(parts.engine), images[0].tobytes()
 
     before = look()
