@@ -16,9 +16,8 @@ from dreamfleet.datasets.registry import load_attribute
 from dreamfleet.trainers.artifacts.kind import ARTIFACTS
 from dreamfleet.trainers.config.method import METHODS, MethodConfig
 from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.models.family import COMPONENTS, DiffusionModel
 from dreamfleet.trainers.models.formats.optimizer_file import AdamState
-from dreamfleet.trainers.models.stable_diffusion.family import TITLES
-from dreamfleet.trainers.models.stable_diffusion.model import ALL_PARTS, StableDiffusion
 from dreamfleet.trainers.optim.param_group import ParamGroup
 
 Batch = dict[str, Any]
@@ -71,16 +70,15 @@ class Method(nn.Module):
     ``parameters()`` are the trainable ones, and a wrapper (DDP, DeepSpeed) does not touch frozen parts.
     """
 
-    needs: ClassVar[Collection[str]] = ALL_PARTS  # parts of the model that are loaded
+    needs: ClassVar[Collection[str]] = COMPONENTS  # components of the model that are loaded
     #: export formats written by default
     formats: tuple[str, ...] = ()
 
-    def __init__(self, config: Any, model: StableDiffusion, setting: Setting):
+    def __init__(self, config: Any, model: DiffusionModel, setting: Setting):
         super().__init__()
+        model.require_support(config.name)
         self.config, self.setting, self._model = config, setting, [model]
-        self.steps_before = (
-            0  # steps that the file which the run starts from was trained; kept in checkpoints
-        )
+        self.steps_before = 0  # steps of the file that the run starts from; kept in checkpoints
 
     @property
     def name(self) -> str:
@@ -93,7 +91,7 @@ class Method(nn.Module):
         return tuple(form for kind in self.config.artifacts for form in ARTIFACTS.get(kind).formats)
 
     @property
-    def model(self) -> StableDiffusion:
+    def model(self) -> DiffusionModel:
         """The model that is trained or sampled from."""
         return self._model[0]
 
@@ -101,7 +99,7 @@ class Method(nn.Module):
     def base(self) -> Base:
         """What the training starts from; the model by default."""
         model = self.model
-        words = f"{TITLES[model.family]}, {model.prediction_type}, {model.resolution} px"
+        words = f"{model.title}, {model.prediction_type}, {model.resolution} px"
         return Base(model.folder, model.content_hash, words)
 
     @property

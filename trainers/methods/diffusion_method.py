@@ -12,8 +12,7 @@ from dreamfleet.datasets import captions
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.methods.base import Batch, Loss, Method, Sample
-from dreamfleet.trainers.models.condition import Condition, condition_of
-from dreamfleet.trainers.models.stable_diffusion.noise import noise_loss
+from dreamfleet.trainers.models.condition import Condition
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,7 @@ class DiffusionMethod(Method):
 
     @property
     def loss_parts(self) -> dict[str, nn.Module]:
-        model = self.model
-        encoders = {"text_encoder": model.text_encoder, "text_encoder_2": model.text_encoder_2}
-        parts = {"unet": model.unet, **(encoders if self.trains_text else {})}
-        return {name: part for name, part in parts.items() if part is not None}
+        return self.model.trainable_parts(text=self.trains_text)
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: DataConfig) -> str:
         """Return the prompt that a sample is trained with; ``rng`` is keyed by (seed, epoch, sample id)."""
@@ -78,20 +74,11 @@ class DiffusionMethod(Method):
 
     def encode(self, prompts: Sequence[str], ids: Tensor | None = None) -> Condition:
         """Encode prompts as sampling with the exported artifact does; literal text without token ``ids``."""
-        return self.model.read(prompts) if ids is None else self.model.condition(ids)
+        return self.model.encode(prompts) if ids is None else self.model.encode_tokens(ids)
 
     def sample_losses(self, batch: Batch, *, snr_gamma: float | None = None) -> Tensor:
         """Compute the noise loss of each sample ``[N]``, of training and of held-out images."""
-        return noise_loss(
-            self.model.unet,
-            self.model.scheduler,
-            latents=batch["latents"],
-            noise=batch["noise"],
-            timesteps=batch["timesteps"],
-            condition=condition_of(self.model, batch),
-            snr_gamma=snr_gamma,
-            mask=batch.get("mask"),
-        )
+        return self.model.denoising_loss(batch, snr_gamma=snr_gamma)
 
     def forward(self, batch: Batch) -> Loss:
         """Compute the weighted noise loss: ``sum(weights * loss) / num_instances``.

@@ -35,7 +35,7 @@ from dreamfleet.trainers.methods.base import Batch, Method, method_class
 from dreamfleet.trainers.methods.build import build_method, check_resolution
 from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod, require_diffusion
 from dreamfleet.trainers.methods.image_method import ImageMethod
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
+from dreamfleet.trainers.models.family import DiffusionModel, load_model
 from dreamfleet.trainers.optim.optimizers import import_adamw8bit, make_rates
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.webui_optimizer import take_over
@@ -50,7 +50,7 @@ class Parts:
     recipe: Recipe
     distributed: DistributedContext
     sets: Sets
-    model: StableDiffusion
+    model: DiffusionModel
     method: Method
     engine: Engine
     feed: Feed | ImageFeed
