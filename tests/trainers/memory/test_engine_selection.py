@@ -100,7 +100,7 @@ def test_a_share_of_a_card_is_a_limit_as_well(sd15: Recipe, monkeypatch: pytest.
     assert held == [pytest.approx(7.5 / 80)]
     limited = sd15.model_copy(update={"engine": sd15.engine.model_copy(update={"gpu_memory": "40GiB"})})
     assert "of 8.0 GiB" in engine_selection.settle_engine(limited, tenth)[1], "the smaller counts"
-    with pytest.raises(ResourceError, match=r"0.005 of a GPU.*less than what CUDA"):
+    with pytest.raises(ResourceError, match=r"0.005 of a GPU.*less than the CUDA"):
         engine_selection.settle_engine(sd15, DistributedContext(device=torch.device("cuda"), gpu_share=0.005))
 
 
