@@ -142,7 +142,7 @@ def main(folder: Path, rank: int) -> None:
         try:
             seen[name] = {"value": go()}
         except Exception as error:  # noqa: BLE001 - told to the test
-            seen[name] = {"error": type(error).__name__, "told": str(error)}
+            seen[name] = {"error": type(error).__name__, "message": str(error)}
         Path("seen.json").write_text(json.dumps(seen))
     leave_group()
 
