@@ -42,11 +42,11 @@ def seen(folder: Path) -> list[dict[str, Any]]:
         for rank in (0, 1)
     ]
     try:
-        told = [rank.communicate(timeout=LONGEST)[0] for rank in ranks]
+        output = [rank.communicate(timeout=LONGEST)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], told
+    assert [rank.returncode for rank in ranks] == [0, 0], output
     return [json.loads((folder / f"rank-{rank}/seen.json").read_text()) for rank in (0, 1)]
 
 
@@ -57,11 +57,11 @@ def test_rank_0_decides_for_all(seen: list[dict[str, Any]]) -> None:
 
 def test_an_error_on_one_rank_is_raised_on_all(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
-        assert rank["mistake on rank 0"] == {"error": "DataError", "told": "no such image"}
-        assert rank["mistake on rank 1"]["error"] == "DataError"
-        assert "a torn image (on rank 1, " in rank["mistake on rank 1"]["told"]
+        assert rank["error on rank 0"] == {"error": "DataError", "message": "no such image"}
+        assert rank["error on rank 1"]["error"] == "DataError"
+        assert "a torn image (on rank 1, " in rank["error on rank 1"]["message"]
     assert [rank["fault on rank 0"]["error"] for rank in seen] == ["KeyError", "OtherRankFailed"]
-    assert "a bug" in seen[1]["fault on rank 0"]["told"]
+    assert "a bug" in seen[1]["fault on rank 0"]["message"]
 
 
 def test_results_of_shares_are_collected_in_order(seen: list[dict[str, Any]]) -> None:
@@ -111,7 +111,7 @@ def test_two_ranks_evaluate_like_one(folder: Path, seen: list[dict[str, Any]]) -
     ("situation", "named"),
     [
         ("an image is missing", "fewer/002.png cannot be read"),
-        ("an image differs", "changed/001.png has another content"),
+        ("an image differs", "changed/001.png has different content"),
         ("another model", "model.pretrained_model_name_or_path"),
         ("other templates", "method.template_file"),
         ("moments on one disk", "method.initial_embedding"),
@@ -123,17 +123,17 @@ def test_different_files_are_an_error_on_all_ranks(
 ) -> None:
     for rank in seen:
         assert rank[situation].get("error") == "StorageError", rank[situation]
-        assert named in rank[situation]["told"] and "rank 1" in rank[situation]["told"]
+        assert named in rank[situation]["message"] and "rank 1" in rank[situation]["message"]
     assert seen[0][situation] == seen[1][situation]
 
 
 def test_missing_data_on_rank_0_is_an_error_on_all_ranks(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
         assert rank["no data on one disk"]["error"] == "DataError"
-        assert "only-on-1" in rank["no data on one disk"]["told"]
+        assert "only-on-1" in rank["no data on one disk"]["message"]
 
 
 def test_a_checkpoint_missing_on_one_rank_is_an_error_on_all_ranks(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
         assert rank["a checkpoint on one disk"]["error"] == "CheckpointError"
-        assert "step-000002" in rank["a checkpoint on one disk"]["told"]
+        assert "step-000002" in rank["a checkpoint on one disk"]["message"]
