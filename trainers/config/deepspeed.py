@@ -1,4 +1,4 @@
-"""Reads ``engine.deepspeed_config``, a DeepSpeed JSON file, and merges it with the recipe."""
+"""A DeepSpeed JSON of the user's own, beside the recipe: what it may say, and what the recipe says already."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BUCKET = 50_000_000
 #: With optimizer states on NVMe: elements in host memory at a time, at 16 bytes each. DeepSpeed's default is a billion.
 SWAPPED_GROUP = 100_000_000
 OFFLOADS = {"offload_optimizer": "offload_optimizer_device", "offload_param": "offload_param_device"}
-#: Keys that the recipe decides; they must agree with it and are not passed on.
+#: Blocks that the recipe has its own words for; where they agree they need not be handed on.
 OWNED = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -33,17 +33,17 @@ OWNED = (
 
 
 def read_deepspeed_file(path: str) -> Tree:
-    """Return a DeepSpeed JSON file without the values "auto", with which accelerate leaves them to the script.
+    """Read a DeepSpeed JSON; what is "auto" there, accelerate's word for "as the script says", is left out.
 
-    Raises RecipeError if it is not a JSON object.
+    Raises RecipeError when it is no JSON object.
     """
     folder, _, name = path.rpartition("/")
     try:
         tree = json.loads(Storage(folder or "/").read_text(name))
     except (StorageError, ValueError) as error:
-        raise RecipeError(f"engine.deepspeed_config: {path} is not readable JSON ({error})") from error
+        raise RecipeError(f"engine.deepspeed_config: {path} is no readable JSON ({error})") from error
     if not isinstance(tree, dict):
-        raise RecipeError(f"engine.deepspeed_config: {path} is not a JSON object")
+        raise RecipeError(f"engine.deepspeed_config: {path} is no config: a JSON object is expected")
     return _without_auto(tree)
 
 
@@ -59,37 +59,48 @@ def merge_deepspeed_file(
         return engine
     tree = read_deepspeed_file(path)
     mistakes = [
-        f"{key}: {found!r} in the file, and {ours}: {value!r} in the recipe"
+        f"{key}: {found!r} there, and {ours}: {value!r} in the recipe"
         for key, ours, value in _wanted(train, optimizer, scaling)
         if (found := _at(tree, key)) is not None and found != value
     ]
-    keys: dict[str, tuple[str, str | None]] = {
-        "stage": ("zero_stage", "auto")
-    }  # theirs: ours, and its default
-    for block, device in OFFLOADS.items():
-        keys[f"{block}.device"] = (device, "none")
-        keys |= {f"{block}.{key}": (key, None) for key in ("pin_memory", "nvme_path")}
-    keys |= {key: (key, None) for key in ZERO_KEYS}
     update: Tree = {}
-    for key, (ours, default) in keys.items():
-        found, value = _at(tree, f"zero_optimization.{key}"), getattr(engine, ours)
+    stage = _at(tree, "zero_optimization.stage")
+    places: list[tuple[str, str, str | None, Any]] = [
+        ("zero_optimization.stage", "zero_stage", "auto", stage)
+    ]
+    for block, ours in OFFLOADS.items():
+        places.append(
+            (
+                f"zero_optimization.{block}.device",
+                ours,
+                "none",
+                _at(tree, f"zero_optimization.{block}.device"),
+            )
+        )
+        places += [
+            (f"zero_optimization.{block}.{key}", key, None, _at(tree, f"zero_optimization.{block}.{key}"))
+            for key in ("pin_memory", "nvme_path")
+        ]
+    places += [
+        (f"zero_optimization.{key}", key, None, _at(tree, f"zero_optimization.{key}")) for key in ZERO_KEYS
+    ]
+    for key, ours, unset, found in places:
+        value = getattr(engine, ours)
         if found is None or found == value:
             continue
-        if value != default or update.get(ours, found) != found:
-            mistakes.append(
-                f"zero_optimization.{key}: {found!r} in the file, and engine.{ours}: {value!r} in the recipe"
-            )
+        if value != unset or update.get(ours, found) != found:
+            mistakes.append(f"{key}: {found!r} there, and engine.{ours}: {value!r} in the recipe")
         update[ours] = found
     if mistakes:
         raise RecipeError(
-            f"engine.deepspeed_config: {path} contradicts the recipe; leave these keys out of the file, or set them to "
-            f'"auto":\n  ' + "\n  ".join(mistakes)
+            f"engine.deepspeed_config: {path} says other than the recipe; leave those keys out of the file, or write "
+            f'"auto" there:\n  ' + "\n  ".join(mistakes)
         )
     try:
         settled = EngineConfig.model_validate({**engine.model_dump(), **update})
     except ValidationError as error:
-        messages = "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())
-        raise RecipeError(f"engine.deepspeed_config: {path}: {messages}") from error
+        told = "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())
+        raise RecipeError(f"engine.deepspeed_config: {path}: {told}") from error
     if settled.zero_stage == "auto":
         raise RecipeError(
             f"engine.deepspeed_config: {path} sets no zero_optimization.stage, and engine.zero_stage is auto: set one"
@@ -97,8 +108,8 @@ def merge_deepspeed_file(
     return settled
 
 
-def passed_on(tree: Mapping[str, Any]) -> Tree:
-    """Return the part of a file that is passed on to DeepSpeed: everything that the recipe does not decide."""
+def handed_on(tree: Mapping[str, Any]) -> Tree:
+    """Return what of a file goes to DeepSpeed as it is: all but what the recipe decides."""
     rest = {key: value for key, value in tree.items() if key not in OWNED}
     zero = dict(rest.pop("zero_optimization", {}))
     for key in ("stage", *ZERO_KEYS):
@@ -111,7 +122,7 @@ def passed_on(tree: Mapping[str, Any]) -> Tree:
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
-    """Merge two trees recursively; values of ``over`` take precedence."""
+    """Lay one tree over another, block by block."""
     both = dict(under)
     for key, value in over.items():
         below = both.get(key)
@@ -122,7 +133,7 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
 def _wanted(
     train: TrainConfig, optimizer: OptimizerConfig, scaling: ScalingConfig
 ) -> list[tuple[str, str, Any]]:
-    """Return the values that the recipe decides: the file's key, the recipe's key, the value."""
+    """Return what the recipe decides: the file's key, the recipe's, and its value."""
     workers = max(1, scaling.num_workers)
     whole = workers * train.train_batch_size * train.gradient_accumulation_steps
     precision = train.mixed_precision

@@ -1,4 +1,4 @@
-"""The ``engine:`` section of a recipe: which engine trains, and its settings."""
+"""The ``engine:`` section of a recipe: what moves the weights, and what it may use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.datasets.path_field import PathField
 from dreamfleet.trainers.config.units import parse_size
 
-#: Keys with DeepSpeed's names, which are passed on unchanged if they are set.
+# Our keys of DeepSpeed's names, handed on as they are where they are set.
 ZERO_KEYS = (
     "overlap_comm",
     "reduce_bucket_size",
@@ -42,85 +42,84 @@ class EngineConfig(Section):
     )
     zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
         "auto",
-        description="auto: torch alone, or on a GPU too small for it the cheapest choice that fits. 0 to 3: DeepSpeed, "
-        "which shards nothing (0), optimizer states (1), gradients too (2), weights too (3) over the workers",
+        description="auto: torch alone, and on a GPU too small for it the cheapest setting that fits. 0 to 3: "
+        "DeepSpeed, which shards nothing (0), optimizer states (1), gradients too (2), weights too (3) over the "
+        "workers",
     )
     offload_optimizer_device: Literal["none", "cpu", "nvme"] = Field(
         "none",
-        description="cpu: optimizer states and optimizer step in host memory (zero_stage 1 to 3); nvme: the states "
-        "in files (zero_stage 3)",
+        description="cpu: optimizer states and step in host memory (zero_stage 1 to 3); nvme: the states in files "
+        "(zero_stage 3)",
     )
     offload_param_device: Literal["none", "cpu", "nvme"] = Field(
         "none",
-        description="cpu: weights, frozen ones too, in host memory until a layer needs them (zero_stage 3); nvme: "
-        "in files (16 bits only)",
+        description="cpu: weights, frozen ones too, in host memory until a layer needs them (zero_stage 3); nvme: in "
+        "files (16 bits only)",
     )
     nvme_path: Annotated[
         str | None, PathField("folder", must_exist=False, compared=False, per_machine=True)
     ] = Field(
         None,
         validation_alias=AliasChoices("nvme_path", "offload_optimizer_nvme_path", "offload_param_nvme_path"),
-        description="a folder on a fast local disk of every machine, for offload to nvme",
+        description="a folder on a fast local disk of every machine, for what is offloaded to nvme",
     )
     gpu_memory: str | None = Field(
         None,
-        description="limit of GPU memory, such as 12GiB; zero_stage: auto chooses within it",
+        description="the most a run may take of a GPU, such as 12GiB; also what zero_stage: auto goes by",
     )
     pin_memory: bool | None = Field(
-        None, description="page-locked host memory for offload; unset: DeepSpeed's default, true"
+        None, description="page-locked host memory for offload; unset: DeepSpeed's choice, which is true"
     )
-    overlap_comm: bool | None = Field(None, description="send gradients during the backward pass (DeepSpeed)")
+    overlap_comm: bool | None = Field(None, description="send gradients while backward goes on (DeepSpeed)")
     reduce_bucket_size: int | None = Field(
         None,
         ge=2,
-        description="elements per message when gradients are reduced; unset: at most 50 million",
+        description="numbers sent at a time when gradients are added up; unset: 50 million at most",
     )
     allgather_bucket_size: int | None = Field(
-        None, ge=2, description="elements per message when weights are gathered; unset: at most 50 million"
+        None, ge=2, description="numbers sent at a time when weights are gathered; unset: 50 million at most"
     )
     stage3_prefetch_bucket_size: int | None = Field(
-        None, ge=0, description="elements of weights to prefetch (zero_stage 3)"
+        None, ge=0, description="weights fetched ahead (zero_stage 3)"
     )
     stage3_param_persistence_threshold: int | None = Field(
-        None, ge=0, description="smaller tensors are not sharded (zero_stage 3)"
+        None, ge=0, description="smaller tensors stay whole on every worker (zero_stage 3)"
     )
     stage3_max_live_parameters: int | None = Field(
-        None, ge=0, description="maximum of gathered weights, in elements (zero_stage 3)"
+        None, ge=0, description="the most weights that are whole at once (zero_stage 3)"
     )
     stage3_max_reuse_distance: int | None = Field(
-        None, ge=0, description="weights used again within so many elements stay gathered (zero_stage 3)"
+        None, ge=0, description="weights that come again sooner are kept whole (zero_stage 3)"
     )
     zero_hpz_partition_size: int | None = Field(
         None,
         ge=1,
-        description="ZeRO++: workers of one machine that share a second copy of the weights (zero_stage 3)",
+        description="ZeRO++: workers of one machine that hold the weights once more (zero_stage 3)",
     )
     zero_quantized_weights: bool | None = Field(
-        None, description="ZeRO++: weights are sent in 8 bits (zero_stage 3, GPU)"
+        None, description="ZeRO++: weights travel in 8 bits (zero_stage 3, GPU)"
     )
     zero_quantized_gradients: bool | None = Field(
-        None, description="ZeRO++: gradients are sent in 4 bits (zero_stage 3, GPU)"
+        None, description="ZeRO++: gradients travel in 4 bits (zero_stage 3, GPU)"
     )
     deepspeed_config: Annotated[str | None, PathField("file")] = Field(
         None,
-        description="path of a DeepSpeed JSON file: its stage and offload settings are used, other keys passed on; "
-        "keys that the recipe also sets must agree, or be auto",
+        description="a DeepSpeed JSON of your own: its further keys are handed on, its stage and offload taken; what "
+        "the recipe says already must agree, or be auto",
     )
-    allow_tf32: bool = Field(True, description="TF32 matrix products on NVIDIA GPUs")
+    allow_tf32: bool = Field(True, description="TF32 matrix products on NVIDIA cards")
     cudnn_benchmark: bool = Field(
-        False, description="let cuDNN measure its convolutions and keep the fastest, for each image size"
+        False, description="let cuDNN try its convolutions and keep the fastest, for every size of picture"
     )
-    channels_last: bool = Field(False, description="channels-last memory format for the U-Net")
+    channels_last: bool = Field(False, description="the U-Net's convolutions with the channels innermost")
     torch_compile: bool = Field(
         False,
-        description="compile the U-Net's transformer and residual blocks: the first steps are slow, later ones faster",
+        description="compile the U-Net's transformer and residual blocks: slow first steps, faster later ones",
     )
     dynamo_backend: Literal["inductor", "aot_eager", "eager"] = Field(
-        "inductor", description="backend of torch_compile"
+        "inductor", description="what torch_compile compiles with"
     )
-    use_ema: bool = Field(
-        False, description="average the weights, and use the average for previews and exports"
-    )
+    use_ema: bool = Field(False, description="keep an average of the weights, and sample and export that")
     ema_decay: float = Field(0.9999, gt=0, lt=1)
 
     @field_validator("gpu_memory")

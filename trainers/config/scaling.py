@@ -1,4 +1,4 @@
-"""The ``scaling:`` section: number of workers, and the resources of each, calculated from those of the machines."""
+"""How many workers a run wants and what each may use: the ``scaling:`` section and pure arithmetic on nodes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dreamfleet.datasets.errors import ResourceError
 
 Resources = Mapping[str, float]
 
-# More threads gain little on a worker's small matrices, and slow each other down.
+# Torch gains little from more threads on one worker's small matrices, and loses when they fight.
 MAX_THREADS = 32
 
 
@@ -23,24 +23,26 @@ class ScalingConfig(Section):
         1,
         ge=0,
         validation_alias=AliasChoices("num_workers", "num_processes"),
-        description="training processes; 0 = train in this process, without Ray",
+        description="training processes; 0 = train inside this process, without Ray",
     )
-    use_gpu: bool | Literal["auto"] = Field(
-        "auto", description="auto = one GPU per worker if the cluster has GPUs"
-    )
+    use_gpu: bool | Literal["auto"] = Field("auto", description="auto = a GPU each when the cluster has any")
     cpus_per_worker: float | None = Field(
-        None, gt=0, description="CPUs reserved for each worker; unset = an equal share"
+        None, gt=0, description="CPUs reserved for a worker; unset = a fair share"
     )
     resources_per_worker: dict[str, float] | None = Field(
-        None, description="Ray resources of each worker, such as {CPU: 4, GPU: 1}"
+        None, description="Ray resources of a worker, said outright, e.g. {CPU: 4, GPU: 1}"
     )
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    max_failures: int = Field(3, ge=-1, description="restarts of the workers after one died; -1 = no limit")
-    wait_minutes: int = Field(15, ge=1, description="minutes to wait for busy or booting machines")
+    max_failures: int = Field(
+        3, ge=-1, description="restarts of the workers after one died; -1 = without limit"
+    )
+    wait_minutes: int = Field(
+        15, ge=1, description="how long workers wait for busy or still booting machines, in minutes"
+    )
 
 
 class WorkerShare(NamedTuple):
-    """The resources that Ray reserves for one worker, and the number of torch's threads."""
+    """What one worker gets: the resources Ray reserves for it, and how many threads torch may run."""
 
     resources: dict[str, float]
     threads: int
@@ -52,14 +54,13 @@ class WorkerShare(NamedTuple):
 
     @property
     def gpu_share(self) -> float:
-        """The share of a GPU's memory that the worker may use."""
+        """The part of a GPU's memory that is the worker's."""
         return min(1.0, self.resources.get("GPU", 1.0))
 
     def backend(self, num_workers: int) -> str:
-        """Return the torch.distributed backend.
+        """Return the torch.distributed backend: NCCL refuses two ranks on one GPU, which gloo serves through the host.
 
-        Ray may place workers with a share of a GPU each on the same GPU. NCCL rejects two ranks on one GPU; gloo
-        accepts them and copies through the host.
+        Ray may place workers with a part of a GPU each on the same one.
         """
         if not self.uses_gpu or (num_workers > 1 and self.gpu_share < 1):
             return "gloo"
@@ -69,14 +70,14 @@ class WorkerShare(NamedTuple):
 def worker_resources(
     scaling: ScalingConfig, nodes: Sequence[Resources], *, limit: Resources | None = None
 ) -> WorkerShare:
-    """Return the resources of each worker on a cluster of machines with the total resources ``nodes``.
+    """Decide what each worker gets on a cluster whose machines have ``nodes`` (their total resources).
 
-    ``limit``: the maximum that an autoscaling cluster may grow to; its GPUs count even if no machine has one yet.
+    ``limit`` is the most an autoscaling cluster may grow to: its GPUs count although no machine has one yet.
 
-    A GPU worker reserves one GPU and one CPU; the other CPUs read and decode images. A CPU worker reserves an equal
-    share less about an eighth (at least one CPU, if it has two), which is left to Ray's tasks; its threads are the
-    whole share. ``resources_per_worker`` and ``cpus_per_worker`` take precedence. Raises ResourceError if GPUs are
-    requested and missing or too few.
+    A GPU worker reserves one GPU and one CPU: the other CPUs are left to read and decode pictures. A CPU worker
+    reserves a fair share, less about an eighth (a CPU at least, where it has two) so that Ray's own tasks find
+    room; its threads are the whole share. ``resources_per_worker`` and ``cpus_per_worker`` win over both.
+    Raises ResourceError when GPUs are asked for and there are none, or too few.
     """
     share = _fair_cpus(nodes, max(1, scaling.num_workers))
     wanted = dict(scaling.resources_per_worker or {})
@@ -101,7 +102,7 @@ def worker_resources(
 
 
 def workers_that_fit(resources: Resources, nodes: Sequence[Resources], strategy: str = "PACK") -> int:
-    """Return how many workers with these ``resources`` fit on the machines at once, if they are idle."""
+    """Count how many workers of equal ``resources`` the machines hold at once, were they idle."""
     rooms = [_room(resources, node) for node in nodes]
     if not rooms:
         return 0
@@ -119,10 +120,10 @@ def refuse_impossible(
     *,
     limit: Resources | None = None,
 ) -> None:
-    """Raise ResourceError if the workers can never be placed; Ray would wait for them forever.
+    """Raise ResourceError when the workers can never be placed, since Ray would wait for them forever.
 
-    ``limit``: the maximum that an autoscaling cluster may grow to (totals by resource); without it, the cluster stays
-    as it is.
+    ``limit`` is the most an autoscaling cluster may grow to (totals by resource); without it the machines that
+    are there now are all there will be.
     """
     wanted = f"scaling.num_workers {scaling.num_workers} with {describe(resources)} each"
     if limit:
@@ -131,7 +132,7 @@ def refuse_impossible(
             if total > limit.get(name, 0):
                 raise ResourceError(
                     f"{wanted} asks for {_number(total)} {name}, but this cluster grows to "
-                    f"{_number(limit.get(name, 0))} {name} at most. {_remedy(scaling)}"
+                    f"{_number(limit.get(name, 0))} {name} at most. {_way_out(scaling)}"
                 )
         return
     fits = workers_that_fit(resources, nodes, scaling.placement_strategy)
@@ -140,12 +141,12 @@ def refuse_impossible(
         under = f" under {scaling.placement_strategy}" if "STRICT" in scaling.placement_strategy else ""
         raise ResourceError(
             f"{wanted} does not fit{under}: the cluster has {len(nodes)} machine{'s' * (len(nodes) != 1)} "
-            f"({have}), room for {fits} such worker{'s' * (fits != 1)}. {_remedy(scaling)}"
+            f"({have}), room for {fits} such worker{'s' * (fits != 1)}. {_way_out(scaling)}"
         )
 
 
 def refuse_shared_gpus(scaling: ScalingConfig, share: WorkerShare, *, engine: str) -> None:
-    """Raise ResourceError if workers may share a GPU; ``engine`` is the setting that needs a GPU for each worker."""
+    """Raise ResourceError where workers may share a GPU; ``engine`` is the setting that needs one for each worker."""
     if share.uses_gpu and share.backend(scaling.num_workers) == "gloo":
         raise ResourceError(
             f"{engine} needs a whole GPU for each of the {scaling.num_workers} workers, and "
@@ -155,7 +156,7 @@ def refuse_shared_gpus(scaling: ScalingConfig, share: WorkerShare, *, engine: st
 
 
 def describe(resources: Resources) -> str:
-    """Return resources as text, such as ``2 CPU, 1 GPU``, without those that Ray uses internally."""
+    """Say resources in words a person reads: ``2 CPU, 1 GPU``; Ray's inner bookkeeping is left out."""
     shown = [
         f"{_number(amount)} {name}"
         for name, amount in sorted(resources.items())
@@ -171,7 +172,7 @@ def _wants_gpu(scaling: ScalingConfig, nodes: Sequence[Resources], limit: Resour
             return False
         if gpus < scaling.num_workers:
             raise ResourceError(
-                f"scaling.num_workers {scaling.num_workers} needs a GPU for each, but there are {_number(gpus)}. "
+                f"scaling.num_workers {scaling.num_workers} would want a GPU each, but there are {_number(gpus)}. "
                 f"Set scaling.num_workers={int(gpus) or 1}, or scaling.use_gpu=false to train on CPUs, "
                 "or share one GPU with scaling.resources_per_worker='{GPU: 0.5}'."
             )
@@ -185,13 +186,13 @@ def _wants_gpu(scaling: ScalingConfig, nodes: Sequence[Resources], limit: Resour
 
 
 def _fair_cpus(nodes: Sequence[Resources], num_workers: int) -> float:
-    """Return the most whole CPUs per worker with which all workers fit; a fraction if there are fewer CPUs."""
+    """Return the most whole CPUs each worker can have so that all are placed; a fraction where CPUs are fewer."""
     cpus = [node.get("CPU", 0.0) for node in nodes]
     for share in range(int(max(cpus, default=0)), 0, -1):
         if sum(int(have // share) for have in cpus) >= num_workers:
             return float(share)
     total = sum(cpus)
-    # Ray counts in ten-thousandths; two decimals, rounded down, keep the sum below the total.
+    # Ray counts resources in ten-thousandths; two decimals rounded down keep the sum below the total.
     return max(0.01, int(100 * total / num_workers) / 100) if total else 1.0
 
 
@@ -202,7 +203,7 @@ def _room(resources: Resources, node: Resources) -> int:
     return min(int((node.get(name, 0.0) + 1e-9) // amount) for name, amount in asked)
 
 
-def _remedy(scaling: ScalingConfig) -> str:
+def _way_out(scaling: ScalingConfig) -> str:
     if scaling.resources_per_worker:
         return (
             "Lower scaling.num_workers or scaling.resources_per_worker, or use a larger cluster (--address)."

@@ -115,7 +115,7 @@ class SearchConfig(Section):
         description="figure that trials are compared by: `holdout_loss`, or one of `validation.metrics`",
     )
     mode: Literal["min", "max"] | None = Field(
-        None, description="unset: the direction in which the metric is better"
+        None, description="unset: `min` for the loss, `max` for scores"
     )
     scheduler: Literal["asha", "none"] = Field(
         "asha", description="`asha` stops trials that lag behind, at validation rounds"

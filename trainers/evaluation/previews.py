@@ -46,7 +46,7 @@ def preview_requests(config: ValidationConfig, resolution: int) -> list[ImageReq
 
 def check_previews(method: Method, config: ValidationConfig, resolution: int) -> None:
     """Raise RecipeError for a preview of a size that the model cannot generate."""
-    if not config.prompts or method.model.unet is None:
+    if not config.prompts or method.model.denoiser is None:
         return
     for number, request in enumerate(preview_requests(config, resolution), start=1):
         if not config.plain_prompts and (tags := split_tags(request.prompt)[1]):

@@ -26,10 +26,10 @@ from dreamfleet.trainers.evaluation.heldout_loss import HeldOutLoss
 from dreamfleet.trainers.evaluation.previews import generate_previews
 from dreamfleet.trainers.memory.profile import count_run, method_shape
 from dreamfleet.trainers.models.embeddings import install_embedding, install_negative, remove_embeddings
+from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.models.formats.embedding import read_embedding
-from dreamfleet.trainers.models.stable_diffusion.model import load_model
+from dreamfleet.trainers.models.sampling.prompt_encoding import negative_for
 from dreamfleet.trainers.models.stable_diffusion.noise import make_target
-from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import negative_for
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import Parts, assemble
 
