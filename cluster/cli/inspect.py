@@ -47,7 +47,7 @@ def inspect(
             count_tokens=count,
             tokenizer=name,
             max_tokens=recipe.model.max_token_length,
-            apart=apart,
+            excluded=apart,
             progress=progress,
         )
     if as_json:

@@ -1,6 +1,6 @@
-"""What a person answers who gives pictures their classes: where they are, what they said, the file it is kept in.
+"""The state of a labelling session: images, their classes, undo, and the JSON file of labels.
 
-Keys and file are DreamArtist's (pixivAI's `labeler.py`): a digit is the class, `a` goes back, `d` skips.
+Keys and file format are those of DreamArtist (pixivAI's `labeler.py`): a digit is the class, `a` goes back, `d` skips.
 """
 
 from __future__ import annotations
@@ -20,60 +20,64 @@ from dreamfleet.datasets.index.image_folder import ImageFolder
 from dreamfleet.datasets.index.labels import read_labels, write_labels
 from dreamfleet.datasets.storage.storage import Storage
 
-LONGEST_SIDE = 1600  # pixels; larger pictures are shrunk for the page
+LONGEST_SIDE = 1600  # pixels; larger images are shrunk for the page
 ACTIONS = ("show", "label", "back", "skip", "undo", "open")
 
 
 class Labelling:
-    """The pictures of a folder and their classes; every answer is in the JSON before it is told.
+    """The images of a folder and their classes; every label is saved before :meth:`act` returns.
 
-    Raises DataError for a folder without pictures and for a JSON that holds something else, which stays as it is.
+    Raises DataError for a folder without images, and for an existing file that has no labels, which is not changed.
     """
 
     def __init__(self, folder: str, out: str, classes: Sequence[str]):
         storage = Storage(folder)
         if not storage.is_local or not os.path.isdir(storage.url):
-            raise DataError(f"{folder}: not a folder of this machine. Copy the pictures here to label them")
+            raise DataError(
+                f"{folder}: not a folder of this machine. Copy the images to this machine to label them"
+            )
         self.root, self.out = storage.url, os.path.abspath(os.path.expanduser(out))
         files = ImageFolder(storage)
         self.names = files.images
         if not self.names:
             raise DataError(
-                f"no picture in {folder}. Put pictures (.png, .jpg, .webp ...) there, or name another folder"
+                f"no image in {folder}. Put images (.png, .jpg, .webp ...) there, or name another folder"
             )
         self.labels = _on_disk(read_labels(self.out), files.pairs) if os.path.exists(self.out) else {}
         most = max([len(classes) - 1, *self.labels.values()])
         self.classes = [*classes, *(f"class {number}" for number in range(len(classes), most + 1))]
         self.unreadable: dict[str, str] = {}
-        self._done: list[tuple[int, int | None]] = []  # answers to take back: picture, and its class before
-        self._stamp, self._lock = self._look(), threading.RLock()
+        self._done: list[
+            tuple[int, int | None]
+        ] = []  # labels that can be undone: image, and its earlier class
+        self._stamp, self._lock = self._file_stamp(), threading.RLock()
         self.image = lru_cache(maxsize=8)(self._render)
 
     def act(self, action: str, at: int | None, number: int | None) -> dict[str, Any]:
-        """Do what a key or button says with the picture at a place; returns what the page then shows.
+        """Perform the action of a key or button on image number ``at``; returns the new state of the page.
 
-        Raises UserError for what makes no sense, StorageError when the answer cannot be written.
+        Raises UserError for an invalid action, StorageError when the label cannot be saved.
         """
         with self._lock:
             if action not in ACTIONS:
                 raise UserError(f"no such action: {action!r}")
-            place = self._open(0) if at is None else at
+            place = self._next_open(0) if at is None else at
             if not 0 <= place <= len(self.names):
-                raise UserError(f"no picture at place {place}")
+                raise UserError(f"no image at place {place}")
             if action == "label":
-                place = self._answer(place, number)
+                place = self._label(place, number)
             elif action == "undo" and self._done:
                 place, before = self._done[-1]
                 self._write(place, before)
                 self._done.pop()
             elif action == "open":
-                place = self._open(place + 1)
+                place = self._next_open(place + 1)
             elif action in ("back", "skip"):
                 place = min(place + 1, len(self.names)) if action == "skip" else place - 1
             return self._view(self._readable(place, -1 if action == "back" else 1))
 
     def report(self) -> dict[str, Any]:
-        """Return what came of it: the file, how many pictures of each class, and which could not be read."""
+        """Return the result: the file, the number of images of each class, and the unreadable images."""
         own = [self.labels[name] for name in self.names if name in self.labels]
         counts = Counter(own)
         return {
@@ -85,7 +89,7 @@ class Labelling:
         }
 
     def _render(self, place: int) -> tuple[bytes, str]:
-        """Return a picture as the page shows it: turned upright, shrunk where large; and its media type."""
+        """Return an image for the page, upright and shrunk if it is large, and its media type."""
         name = self.names[place]
         path = os.path.join(self.root, name)
         image = open_image(Storage(self.root).read_bytes(name), uri=path)
@@ -95,7 +99,7 @@ class Labelling:
         image.save(stream, "PNG" if small else "JPEG", **({} if small else {"quality": 92}))
         return stream.getvalue(), "image/png" if small else "image/jpeg"
 
-    def _answer(self, place: int, number: int | None) -> int:
+    def _label(self, place: int, number: int | None) -> int:
         if number is None or not 0 <= number < len(self.classes) or place == len(self.names):
             raise UserError(f"no such class: {number}")
         before = self.labels.get(self.names[place])
@@ -104,18 +108,18 @@ class Labelling:
         return place + 1
 
     def _write(self, place: int, number: int | None) -> None:
-        if self._look() != self._stamp:
+        if self._file_stamp() != self._stamp:
             raise UserError(
-                f"{self.out} was changed by another program, and this answer is not in it. End this command and "
-                "start it again: it goes on from the file"
+                f"{self.out} was changed by another program, and this label is not saved. Stop this command and "
+                "start it again to continue from the file"
             )
         changed = {name: label for name, label in self.labels.items() if name != self.names[place]}
         if number is not None:
             changed[self.names[place]] = number
         write_labels(self.out, changed)
-        self.labels, self._stamp = changed, self._look()
+        self.labels, self._stamp = changed, self._file_stamp()
 
-    def _look(self) -> tuple[int, int] | None:
+    def _file_stamp(self) -> tuple[int, int] | None:
         try:
             found = os.stat(self.out)
         except FileNotFoundError:
@@ -124,8 +128,8 @@ class Labelling:
             raise StorageError(f"{self.out}: cannot be read ({error.strerror})") from error
         return found.st_mtime_ns, found.st_size
 
-    def _open(self, start: int) -> int:
-        """Return the next picture without a class, from a place on and round; the end when there is none."""
+    def _next_open(self, start: int) -> int:
+        """Return the next unlabelled image from ``start`` on, wrapping around; the end if there is none."""
         count = len(self.names)
         for step in range(count):
             place = (start + step) % count
@@ -135,7 +139,7 @@ class Labelling:
         return count
 
     def _readable(self, place: int, direction: int) -> int:
-        """Return the first place from here, in a direction, whose picture can be read; remembers those that cannot."""
+        """Return the first readable image from ``place`` in a direction, and record unreadable ones."""
         while 0 <= place < len(self.names):
             try:
                 self.image(place)
@@ -146,17 +150,17 @@ class Labelling:
         return self._readable(0, 1) if place < 0 else place
 
     def _view(self, place: int) -> dict[str, Any]:
-        told, ended = self.report(), place == len(self.names)
+        report, ended = self.report(), place == len(self.names)
         name = None if ended else self.names[place]
         return {
             "at": place,
             "name": name,
             "label": None if name is None else self.labels.get(name),
-            "pictures": told["pictures"],
-            "total": told["pictures"] - len(self.unreadable),
-            "labelled": told["labelled"],
+            "pictures": report["pictures"],
+            "total": report["pictures"] - len(self.unreadable),
+            "labelled": report["labelled"],
             "classes": self.classes,
-            "counts": list(told["classes"].values()),
+            "counts": list(report["classes"].values()),
             "unreadable": list(self.unreadable),
             "can_back": place > 0,
             "can_undo": bool(self._done),
@@ -164,5 +168,5 @@ class Labelling:
 
 
 def _on_disk(labels: dict[str, int], pairs: Pairs) -> dict[str, int]:
-    """Return the labels under the names that the images have on this disk, whatever Unicode form wrote them."""
+    """Return the labels by the names of the images on this disk, which may differ in Unicode form."""
     return {next(iter(pairs.named(name)), name): label for name, label in labels.items()}

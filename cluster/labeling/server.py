@@ -1,4 +1,4 @@
-"""Serves the labelling page (`label.html`) on this machine alone, to who has its token; nothing but the pictures."""
+"""Serves the labelling page (`label.html`) and the images on the loopback interface, to holders of a token only."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dreamfleet.cluster.labeling.labels import Labelling
 from dreamfleet.datasets.errors import DataError, ResourceError, StorageError, UserError
 from dreamfleet.datasets.json_text import json_text
 
-HERE = "127.0.0.1"
-MOST_BYTES = 4096  # of a question
+LOOPBACK = "127.0.0.1"
+MOST_BYTES = 4096  # of a request
 
 
 class LabelServer(ThreadingHTTPServer):
-    """Serves the page on this machine alone, to whoever has the token in its address."""
+    """Serves the page on the loopback interface; the URL contains the token."""
 
     daemon_threads = True
 
@@ -32,19 +32,19 @@ class LabelServer(ThreadingHTTPServer):
         )
         self.page = Path(__file__).with_name("label.html").read_text("utf-8").replace("NONCE", self.nonce)
         try:
-            super().__init__((HERE, port), _Handler)
+            super().__init__((LOOPBACK, port), _Handler)
         except OSError as error:
             raise ResourceError(
-                f"port {port} cannot be had ({error.strerror}); give another --port, or none"
+                f"port {port} cannot be opened ({error.strerror}); use another --port, or omit it"
             ) from error
 
     @property
     def url(self) -> str:
-        """The page's address."""
-        return f"http://{HERE}:{self.server_port}/{self.token}/"
+        """The URL of the page."""
+        return f"http://{LOOPBACK}:{self.server_port}/{self.token}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Pass over a browser that went away in the middle; anything else is told."""
+        """Ignore a browser that closed the connection; print any other error."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
@@ -52,30 +52,30 @@ class LabelServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: LabelServer
     server_version, sys_version = "dreamfleet", ""
-    timeout = 60  # seconds that a connection may stay silent
+    timeout = 60  # seconds of inactivity before a connection is closed
 
     def do_GET(self) -> None:
-        place = self._asked()
+        place = self._path()
         if place == "":
             self._send(HTTPStatus.OK, self.server.page.encode(), "text/html; charset=utf-8")
-        elif place is not None and place.startswith("picture/"):
-            self._send_image(place.removeprefix("picture/"))
+        elif place is not None and place.startswith("image/"):
+            self._send_image(place.removeprefix("image/"))
         elif place is not None:
-            self._refuse(HTTPStatus.NOT_FOUND, "nothing here")
+            self._refuse(HTTPStatus.NOT_FOUND, "not found")
 
     def do_POST(self) -> None:
-        place = self._asked()
+        place = self._path()
         if place is None:
             return
         if place != "act":
-            self._refuse(HTTPStatus.NOT_FOUND, "nothing here")
+            self._refuse(HTTPStatus.NOT_FOUND, "not found")
             return
-        if self.headers.get_content_type() != "application/json":  # a form of another page sends no JSON
-            self._refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "JSON is expected")
+        if self.headers.get_content_type() != "application/json":  # forms of other sites cannot send JSON
+            self._refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the request must be JSON")
             return
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()) or int(length) > MOST_BYTES:
-            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {MOST_BYTES} bytes are expected")
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request has at most {MOST_BYTES} bytes")
             return
         try:
             asked = json.loads(self.rfile.read(int(length)))
@@ -83,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
             if not all(value is None or type(value) is int for value in (at, number)):
                 raise ValueError(f"{at!r}, {number!r}")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            self._refuse(HTTPStatus.BAD_REQUEST, "not understood")
+            self._refuse(HTTPStatus.BAD_REQUEST, "invalid request")
             return
         try:
             view = self.server.labelling.act(action, at, number)
@@ -93,20 +93,20 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(HTTPStatus.OK, json_text(view).encode(), "application/json")
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing: the token is in every line."""
+        """Log nothing, because every line would contain the token."""
 
-    def _asked(self) -> str | None:
-        """Return what is asked for, behind the token; None when the question was refused."""
+    def _path(self) -> str | None:
+        """Return the path after the token; None if the request was refused."""
         port = self.server.server_port
-        known = {f"{host}:{port}" for host in (HERE, "localhost")}
-        # Another site's name that points here, or another site's page.
+        known = {f"{host}:{port}" for host in (LOOPBACK, "localhost")}
+        # Refuses DNS rebinding (a foreign host name that resolves to this machine) and pages of other origins.
         origin = self.headers.get("Origin")
         if self.headers.get("Host") not in known or (origin and origin.removeprefix("http://") not in known):
-            self._refuse(HTTPStatus.FORBIDDEN, "asked under another name")
+            self._refuse(HTTPStatus.FORBIDDEN, "the host or origin is not allowed")
             return None
         token, slash, place = self.path.partition("?")[0].removeprefix("/").partition("/")
         if not slash or not hmac.compare_digest(token.encode(), self.server.token.encode()):
-            self._refuse(HTTPStatus.NOT_FOUND, "nothing here; the whole address is needed, with its token")
+            self._refuse(HTTPStatus.NOT_FOUND, "not found; open the full URL with its token")
             return None
         return place
 
@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not (number.isascii() and number.isdigit() and len(number) < 10) or int(number) >= len(
             labelling.names
         ):
-            self._refuse(HTTPStatus.NOT_FOUND, "no such picture")
+            self._refuse(HTTPStatus.NOT_FOUND, "no such image")
             return
         try:
             content, kind = labelling.image(int(number))

@@ -187,7 +187,7 @@ def _encoders(
 def _images(recipe: Recipe) -> Index:
     """Index what a run would train on, class pictures that are there already included, and keep what was read."""
     known = known_files(recipe.data)
-    sets = load_sets(recipe.data, verify=False, known=known, apart=recipe.apart)
+    sets = load_sets(recipe.data, verify=False, known=known, excluded=recipe.apart)
     log_left_out(sets.instances)
     indexes = [sets.instances]
     if getattr(recipe.method, "with_prior_preservation", False):

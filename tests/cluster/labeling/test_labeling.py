@@ -1,4 +1,4 @@
-"""The page for giving pictures their classes: what its keys do, what it serves to whom, and the file it keeps."""
+"""The labelling page: keys, access control, and the file of labels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dreamfleet.datasets.errors import DataError, ResourceError, UserError
 
 
 class Page:
-    """A browser's half: asks the server as the page's script does."""
+    """Sends the requests of the page's script."""
 
     def __init__(self, server: LabelServer):
         self.server, self.view = server, {"at": None}
@@ -57,7 +57,7 @@ class Page:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Four pictures, one of them in a folder below, and one that cannot be read."""
+    """Four images, one of them in a subfolder, and an unreadable file."""
     tiny.make_images(tmp_path / "p", 3)
     tiny.make_images(tmp_path / "p" / "sea", 1, seed=9)
     (tmp_path / "p" / "001x.png").write_bytes(b"no picture")
@@ -83,10 +83,10 @@ def saved(folder: Path) -> dict[str, int]:
     return json.loads((folder / "dataset.json").read_text())
 
 
-# ---- what the keys do ----------------------------------------------------------------------------------------
+# ---- keys ----------------------------------------------------------------------------------------
 
 
-def test_digits_answer_and_every_answer_is_in_the_file(page: Page, folder: Path) -> None:
+def test_digit_keys_label_and_save(page: Page, folder: Path) -> None:
     assert page.press("show")["name"] == "000.png" and not (folder / "dataset.json").exists()
     view = page.press("label", 1)
     assert saved(folder) == {"000.png": 1} and view["name"] == "001.png" and view["counts"] == [0, 1]
@@ -105,7 +105,7 @@ def test_back_and_undo(page: Page, folder: Path) -> None:
     for number in (1, 1, 0):
         page.press("label", number)
     assert page.press("back")["name"] == "002.png" and page.view["label"] == 0
-    assert page.press("back")["name"] == "001.png", "the unreadable one between is passed over"
+    assert page.press("back")["name"] == "001.png", "the unreadable image between is skipped"
     page.press("label", 0)
     assert saved(folder)["001.png"] == 0
     assert page.press("undo")["name"] == "001.png" and saved(folder)["001.png"] == 1 == page.view["label"]
@@ -115,7 +115,7 @@ def test_back_and_undo(page: Page, folder: Path) -> None:
     assert page.press("undo")["name"] == "000.png" == page.press("back")["name"] and not page.view["can_back"]
 
 
-def test_an_existing_file_is_gone_on_with(page: Page, folder: Path) -> None:
+def test_an_existing_file_is_continued(page: Page, folder: Path) -> None:
     before = {"000.png": 0, "elsewhere.png": 3}
     (folder / "dataset.json").write_text(json.dumps(before))
     again = Labelling(str(folder), str(folder / "dataset.json"), ["other", "good"])
@@ -132,7 +132,7 @@ def test_an_existing_file_is_gone_on_with(page: Page, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ['{"000.png": 1', '{"name": "other file"}', "[]", ""])
-def test_a_torn_or_foreign_file_is_told_and_left_as_it_is(text: str, folder: Path) -> None:
+def test_invalid_label_files_are_refused_and_not_changed(text: str, folder: Path) -> None:
     (folder / "dataset.json").write_text(text)
     result = CliRunner().invoke(program.app, ["data", "label", str(folder), "--no-browser"])
     assert result.exit_code == 2 and "dataset.json" in result.output
@@ -157,16 +157,16 @@ def test_a_torn_or_foreign_file_is_told_and_left_as_it_is(text: str, folder: Pat
         (b" " * 5000, 413),
     ],
 )
-def test_what_makes_no_sense_changes_nothing(asked: bytes, status: int, page: Page, folder: Path) -> None:
+def test_invalid_requests_change_nothing(asked: bytes, status: int, page: Page, folder: Path) -> None:
     found, content, _ = page.ask("POST", f"/{page.server.token}/act", asked)
     assert found == status and json.loads(content)["error"]
     assert not (folder / "dataset.json").exists()
 
 
-# ---- what is served, and to whom -----------------------------------------------------------------------------
+# ---- requests -----------------------------------------------------------------------------
 
 
-def test_the_page_needs_nothing_from_elsewhere(page: Page) -> None:
+def test_the_page_loads_nothing_external(page: Page) -> None:
     status, content, headers = page.ask("GET", f"/{page.server.token}/")
     text = content.decode()
     assert status == 200 and "text/html" in headers["Content-Type"]
@@ -179,18 +179,18 @@ def test_the_page_needs_nothing_from_elsewhere(page: Page) -> None:
     assert "alt=" in text and 'role="status"' in text and ":focus-visible" in text
 
 
-def test_only_who_has_the_token_is_served(page: Page, folder: Path) -> None:
+def test_the_token_is_required(page: Page, folder: Path) -> None:
     token = page.server.token
     assert len(token) >= 32 and page.server.server_address[0] == "127.0.0.1"
     body = b'{"action": "label", "at": 0, "class": 1}'
     for path in ("", "wrong", token[:-1], token + "x", token.swapcase(), "%2e%2e"):
-        assert page.ask("GET", f"/{path}/")[0] == page.ask("GET", f"/{path}/picture/0")[0] == 404
+        assert page.ask("GET", f"/{path}/")[0] == page.ask("GET", f"/{path}/image/0")[0] == 404
         assert page.ask("POST", f"/{path}/act", body)[0] == 404
     assert page.ask("GET", f"/{token}")[0] == 404
     assert not (folder / "dataset.json").exists()
 
 
-def test_no_other_name_or_page_may_ask(page: Page, folder: Path) -> None:
+def test_other_hosts_and_origins_are_refused(page: Page, folder: Path) -> None:
     token, port = page.server.token, page.server.server_port
     body = b'{"action": "label", "at": 0, "class": 1}'
     for host in ("evil.example", f"evil.example:{port}", "127.0.0.1", f"127.0.0.1:{port + 1}", ""):
@@ -211,20 +211,20 @@ def test_no_other_name_or_page_may_ask(page: Page, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "place",
-    ["picture/../../secret.png", "picture/..%2f..%2fsecret.png", "picture//etc/passwd", "picture/5", "picture/-1",
-     "picture/%C2%B2", "picture/000.png", "picture/", "picture/0/", "picture/00000000001", "dataset.json",
+    ["image/../../secret.png", "image/..%2f..%2fsecret.png", "image//etc/passwd", "image/5", "image/-1",
+     "image/%C2%B2", "image/000.png", "image/", "image/0/", "image/00000000001", "dataset.json",
      "../", "act"],
 )  # fmt: skip
-def test_nothing_but_the_images_is_served(place: str, page: Page) -> None:
+def test_only_images_are_served(place: str, page: Page) -> None:
     status, content, _ = page.ask("GET", f"/{page.server.token}/{place}")
     assert status == 404 and json.loads(content)["error"]
 
 
-def test_images_are_upright_shrunk_and_broken_ones_named(tmp_path: Path) -> None:
+def test_images_are_rotated_shrunk_and_broken_ones_listed(tmp_path: Path) -> None:
     large = Image.new("RGB", (3200, 800), "red")
     large.paste("blue", (0, 0, 1600, 800))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned to the right
+    exif[0x0112] = 6  # rotated to the right
     large.save(tmp_path / "a.jpg", exif=exif)
     (tmp_path / "b.png").write_bytes(b"no picture")
     labelling = Labelling(str(tmp_path), str(tmp_path / "l.json"), ["x", "y"])
@@ -239,7 +239,7 @@ def test_images_are_upright_shrunk_and_broken_ones_named(tmp_path: Path) -> None
 # ---- the command ---------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_ends_the_command_with_the_file_whole(folder: Path) -> None:
+def test_ctrl_c_ends_the_command_with_a_complete_file(folder: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -263,12 +263,16 @@ def test_ctrl_c_ends_the_command_with_the_file_whole(folder: Path) -> None:
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=30)
     assert process.returncode == 0
-    told = json.loads(out)
-    assert told["labelled"] == 1 and told["classes"] == {"other": 0, "good": 1} and told["pictures"] == 5
+    reported = json.loads(out)
+    assert (
+        reported["labelled"] == 1
+        and reported["classes"] == {"other": 0, "good": 1}
+        and reported["pictures"] == 5
+    )
     assert saved(folder) == {"000.png": 1}
 
 
-def test_what_cannot_be_labelled_is_told(folder: Path, page: Page, tmp_path: Path) -> None:
+def test_invalid_input_of_label_is_refused(folder: Path, page: Page, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for words, message in (
         ([tmp_path / "empty"], "empty"),
