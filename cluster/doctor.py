@@ -1,4 +1,4 @@
-"""Looks at this machine (and a cluster) the way a run would, and says in lines what is there, odd or missing."""
+"""Check this machine (and a cluster) for what a run needs, and report what is present, unusual or missing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GIB = 2**30
 
 
 class Finding(NamedTuple):
-    """One line: ok, note (worth knowing) or MISSING (a run would fail)."""
+    """One line of the report: ok, note (worth knowing) or MISSING (a run would fail)."""
 
     name: str
     state: Literal["ok", "note", "MISSING"]
@@ -29,8 +29,8 @@ class Finding(NamedTuple):
 
 
 def examine(address: str | None = None) -> list[Finding]:
-    """Examine this machine, and the cluster at ``address`` or RAY_ADDRESS when there is one. Never shows a secret."""
-    looks: list[Callable[[], list[Finding]]] = [
+    """Check this machine, and the cluster at ``address`` or RAY_ADDRESS if there is one. Never shows a secret."""
+    checks: list[Callable[[], list[Finding]]] = [
         _python,
         _torch,
         _packages,
@@ -41,7 +41,7 @@ def examine(address: str | None = None) -> list[Finding]:
         _bucket_credentials,
         _sent_to_workers,
     ]
-    found = [line for look in looks for line in look()]
+    found = [line for check in checks for line in check()]
     return [*found, *_cluster(address)]
 
 
@@ -58,8 +58,8 @@ def _torch() -> list[Finding]:
 
     lines = [Finding("torch", "ok", torch.__version__)]
     if not torch.cuda.is_available():
-        why = "torch was built for CPUs" if torch.version.cuda is None else "no GPU or driver is seen"
-        return [*lines, Finding("gpu", "note", f"none ({why}): runs use the CPU")]
+        reason = "torch was built for CPUs" if torch.version.cuda is None else "no GPU or driver found"
+        return [*lines, Finding("gpu", "note", f"none ({reason}): runs use the CPU")]
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
         detail = f"{facts.name}, {facts.total_memory / GIB:.0f} GiB, CUDA {torch.version.cuda}"
@@ -101,7 +101,7 @@ def _libaio() -> Finding:
 
 
 def _package(name: str, absent: Literal["note", "MISSING"], advice: str) -> Finding:
-    # Found, not imported: importing all of them takes half a minute on a busy machine.
+    # Not imported: importing all of them takes half a minute on a busy machine.
     try:
         if importlib.util.find_spec(name) is not None:
             return Finding(name, "ok", version(name))
@@ -134,7 +134,7 @@ def _shared_memory() -> list[Finding]:
     try:
         room = shutil.disk_usage("/dev/shm").free
     except OSError:
-        return [Finding("/dev/shm", "note", "absent: Ray keeps its objects on disk, which is slow")]
+        return [Finding("/dev/shm", "note", "absent: Ray stores its objects on disk, which is slow")]
     if room < GIB:
         advice = "small: large sets are slow; in Docker start with --shm-size=2g or more"
         return [Finding("/dev/shm", "note", f"{room / GIB:.2f} GiB, {advice}")]
@@ -159,15 +159,15 @@ def _bucket_credentials() -> list[Finding]:
     file = os.path.exists(
         os.path.expanduser(os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"))
     )
-    endpoint = " with an endpoint of its own" if os.environ.get("AWS_ENDPOINT_URL") else ""
+    endpoint = ", custom endpoint" if os.environ.get("AWS_ENDPOINT_URL") else ""
     if keys:
         return [Finding("s3", "ok", f"credentials in the environment{endpoint}")]
     if profile is not None:
         if not has_profile(profile):
-            told = f"AWS_PROFILE is {profile}, which no file here defines: s3:// will not work"
-            return [Finding("s3", "MISSING", told)]
+            missing = f"AWS_PROFILE is {profile}, which no file on this machine defines: s3:// will not work"
+            return [Finding("s3", "MISSING", missing)]
         return [
-            Finding("s3", "ok", f"credentials of profile {profile}, whose keys workers are sent{endpoint}")
+            Finding("s3", "ok", f"credentials of profile {profile}, whose keys are sent to workers{endpoint}")
         ]
     if file:
         return [Finding("s3", "ok", f"credentials in a file{endpoint}")]
@@ -175,13 +175,13 @@ def _bucket_credentials() -> list[Finding]:
         Finding(
             "s3",
             "note",
-            "no credentials here: s3:// works only where the machine has a role of its own",
+            "no credentials: s3:// works only if the machine has a role",
         )
     ]
 
 
 def _sent_to_workers() -> list[Finding]:
-    """Name the variables that workers are sent in memory; their values are shown nowhere."""
+    """Name the variables that are sent to workers in memory; their values are never shown."""
     names = sorted(to_send(buckets=False))
     return [Finding("sent to workers", "ok", ", ".join(names))] if names else []
 

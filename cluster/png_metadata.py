@@ -13,8 +13,8 @@ from PIL import Image
 
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.artifacts.loading import negative_beside
-from dreamfleet.trainers.config.prompt_lines import Shot
+from dreamfleet.trainers.artifacts.embedding import negative_of
+from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.models.formats.embedding import read_embedding
 from dreamfleet.trainers.models.sampling.infotext import infotext, png_info, sampler_entries
 from dreamfleet.trainers.models.sampling.prompt_syntax import escape, escape_words, strip_comments
@@ -25,7 +25,7 @@ from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import learned_wo
 if TYPE_CHECKING:
     from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 
-Row = tuple[Shot, Extras]  # a picture, and the files and strengths of what it is drawn with
+Row = tuple[ImageRequest, Extras]  # an image, and the files and strengths of its hypernetworks and LoRAs
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -35,10 +35,9 @@ class Settings:
 
     embeddings: Sequence[str] = ()
     more: Mapping[str, Any] = field(default_factory=dict)
-    plain: bool = False  # prompts are literal
 
 
-def require_place(out: Path, out_dir: Path | None) -> None:
+def require_writable(out: Path, out_dir: Path | None) -> None:
     """Raise UserError where the pictures cannot be written, before any is drawn."""
     if out.suffix.lower() not in IMAGES:
         raise UserError(f"--out {out}: name a picture ({', '.join(IMAGES)})")
@@ -48,15 +47,17 @@ def require_place(out: Path, out_dir: Path | None) -> None:
         raise UserError(f"--out-dir {out_dir}: a file has this name; give a folder")
 
 
-def drawn_text(model: StableDiffusion, settings: Settings, row: Row, image: Image.Image) -> str:
+def image_text(model: StableDiffusion, settings: Settings, row: Row, image: Image.Image) -> str:
     """Tell how a picture was drawn; its hypernetworks and LoRAs as tags of the prompt, where the webui has them."""
-    shot, extras = row
+    request, extras = row
     zero_snr = bool(model.scheduler.config.get("rescale_betas_zero_snr", False))
     prompts = (
-        shot.prompt,
-        negative_for(model, shot.prompt, shot.negative_prompt, steps=shot.steps, plain=settings.plain),
+        request.prompt,
+        negative_for(
+            model, request.prompt, request.negative_prompt, steps=request.steps, plain=request.plain
+        ),
     )
-    if settings.plain:
+    if request.plain:
         prompt, negative = map(escape, prompts)
     else:
         prompt, negative = (escape_words(strip_comments(text), learned_words(model)) for text in prompts)
@@ -66,10 +67,10 @@ def drawn_text(model: StableDiffusion, settings: Settings, row: Row, image: Imag
         for address, strength in named
     )
     told = {
-        "Steps": shot.steps,
-        **sampler_entries(shot.scheduler, zero_snr=zero_snr),
-        "CFG scale": shot.guidance_scale,
-        "Seed": shot.seed,
+        "Steps": request.steps,
+        **sampler_entries(request.scheduler, zero_snr=zero_snr),
+        "CFG scale": request.guidance_scale,
+        "Seed": request.seed,
         "Size": f"{image.width}x{image.height}",
         "Model hash": model.short_hash(),
         "Model": model.short_name,
@@ -109,7 +110,7 @@ def _hashes(embeddings: Sequence[str], used_in: str) -> str | None:
     """Give the used embeddings' names and their files' hashes, by which the webui tells them; negatives too."""
     found = []
     for address in embeddings:
-        for place in (Storage(address), negative_beside(address)):
+        for place in (Storage(address), negative_of(address)):
             if not place.exists():
                 continue
             with place.local_copy("") as path:

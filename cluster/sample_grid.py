@@ -1,175 +1,193 @@
-"""What `sample` and `convert` do: find the model behind a name, draw with it, write it in another format."""
+"""Generates the grid of `dreamfleet sample`: any model, with any artifacts, for every prompt and seed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.artifacts.loading import LARGEST_EMBEDDING, teach_word
-from dreamfleet.trainers.config.model import ModelConfig
+from dreamfleet.trainers.artifacts.embedding import EmbeddingKind
+from dreamfleet.trainers.artifacts.kind import ArtifactKind
+from dreamfleet.trainers.artifacts.loading import kind_of, load_exported
+from dreamfleet.trainers.config.image_request import ImageRequest
+from dreamfleet.trainers.config.model import POCKET, ModelConfig
+from dreamfleet.trainers.config.prompt_lines import parse_prompt_line, read_prompts
 from dreamfleet.trainers.distributed.device import DRAWING, best_device, on_device
-from dreamfleet.trainers.models.formats import aesthetic as aesthetics
-from dreamfleet.trainers.models.formats import hypernetwork, lora
+from dreamfleet.trainers.models.sampling.prompt_syntax import parse_prompt
+from dreamfleet.trainers.models.sampling.prompt_tags import (
+    HypernetworkShelf,
+    LoraShelf,
+    Shelves,
+    split_multiplier,
+)
+from dreamfleet.trainers.models.sampling.sample import generate
 from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
     AestheticEncoder,
     AestheticSettings,
     apply_aesthetic,
 )
-from dreamfleet.trainers.models.stable_diffusion.loading import SINGLE_FILES
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
-from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dreamfleet.cluster.png_metadata import Row
-    from dreamfleet.trainers.config.prompt_lines import Shot
-    from dreamfleet.trainers.models.sampling.prompt_tags import Shelves
-
-EMBEDDINGS = (".pt", ".bin", ".png", ".webp", ".avif", ".jxl")  # files that are never a whole model
 
 
 @dataclass(frozen=True)
 class Aesthetic:
-    """An aesthetic vector's file, on disk or in a bucket, and how prompts are tuned towards it."""
+    """An aesthetic vector file, on disk or in a bucket, and how prompts are tuned towards it."""
 
     path: str
     settings: AestheticSettings
     clip: str | None = None
 
     def apply(self, model: StableDiffusion) -> None:
-        """Make a model draw with it. Raises UserError for a file that is not there."""
+        """Tune the model's prompts towards the vector. Raises UserError for a missing file."""
         if not Storage(self.path).exists():
             raise UserError(f"--aesthetic {self.path}: there is no such file")
         with Storage(self.path).local_copy() as path:
             apply_aesthetic(model, path, self.settings, self.clip)
 
     def entries(self) -> dict[str, Any]:
-        """Tell the settings under the names of the webui's extension."""
-        told = self.settings
+        """Return the settings as entries of the PNG's text, named as the webui's extension names them."""
+        settings = self.settings
         return {
             "Aesthetic embedding": Path(self.path).stem,
-            "Aesthetic LR": told.learning_rate,
-            "Aesthetic weight": told.weight,
-            "Aesthetic steps": told.steps,
-            "Aesthetic slerp": told.slerp != "off",
-            "Aesthetic text": told.text or None,
-            "Aesthetic text negative": told.text_negative if told.text else None,
-            "Aesthetic slerp angle": told.slerp_angle if told.text else None,
+            "Aesthetic LR": settings.learning_rate,
+            "Aesthetic weight": settings.weight,
+            "Aesthetic steps": settings.steps,
+            "Aesthetic slerp": settings.slerp != "off",
+            "Aesthetic text": settings.text or None,
+            "Aesthetic text negative": settings.text_negative if settings.text else None,
+            "Aesthetic slerp angle": settings.slerp_angle if settings.text else None,
         }
 
 
-@on_device(remedies=DRAWING)
-def draw_grid(
-    model_name: str,
-    prompts: Sequence[str],
-    out: Path,
-    *,
-    embeddings: Sequence[str] = (),
-    hypernetworks: Sequence[str] = (),
-    hypernetwork_dir: str | None = None,
-    loras: Sequence[str] = (),
-    lora_dir: str | None = None,
-    aesthetic: Aesthetic | None = None,
-    negative_prompt: str = "",
-    num_images: int = 4,
-    seed: int = 0,
-    steps: int = 25,
-    guidance_scale: float = 7.5,
-    scheduler: str = "ddim",
-    width: int | None = None,
-    height: int | None = None,
-    clip_skip: int | None = None,
-    max_token_length: int | None = None,
-    prompt_file: str | None = None,
-    plain_prompts: bool = False,
-    out_dir: Path | None = None,
-) -> list[dict[str, Any]]:
-    """Write a grid with a row a prompt and a column a seed; return the cells in reading order.
+@dataclass(frozen=True)
+class OtherArtifact:
+    """An artifact of a kind that has no option of its own, and its strength."""
 
-    ``prompts``: in the webui's syntax, or literal where ``plain_prompts``. ``prompt_file``: more of them, one a line,
-    with options of their own as kohya's files have them.
-    ``model_name``: pocket, a diffusers folder, a single file, a hub name, or a run folder (its exports are used).
-    ``hypernetworks``: files, each with ``:0.8`` where its strength is not 1; prompts name others, in
-    ``hypernetwork_dir`` or beside these, as ``<hypernet:NAME:0.8>``. ``loras``: the same, as ``<lora:NAME:0.8>``.
-    ``aesthetic``: a vector that prompts are tuned towards; the cells then tell the cosine with it before and after.
-    ``clip_skip`` and ``max_token_length``: as in a recipe's ``model:``; None: the run's, 1 and 75. ``out_dir``: a
-    folder for each picture by itself. PNGs say how they were drawn, as the webui's do.
+    kind: ArtifactKind
+    address: str
+    strength: float
+
+    def apply(self, model: StableDiffusion) -> None:
+        """Load it into a model."""
+        with Storage(self.address).local_copy() as path:
+            self.kind.load_into(model, path, address=self.address, strength=self.strength)
+
+
+@dataclass(frozen=True)
+class GridRequest:
+    """What `dreamfleet sample` generates: a row per prompt, a column per seed.
+
+    ``model``: pocket, a diffusers folder, a single file, a hub name, or a run folder, whose exports are used.
+    ``defaults``: the options of every image; a line of ``prompt_file`` may replace some, in kohya's form.
+    ``artifacts``, ``hypernetworks`` and ``loras``: addresses, each with ``:0.8`` where its strength is not 1; the kind
+    of an ``artifacts`` entry is detected. Prompts name hypernetworks and LoRAs in the folders, or beside the given
+    files, as ``<hypernet:NAME:0.8>`` and ``<lora:NAME:0.8>``. ``clip_skip`` and ``max_token_length``: as in a recipe's
+    ``model:``; None keeps the model's. ``out_dir``: a folder for the single images.
     """
-    from dreamfleet.cluster.png_metadata import Settings, drawn_text, require_place, write_images
-    from dreamfleet.trainers.config.prompt_lines import Shot
-    from dreamfleet.trainers.config.samplers import plain_sampler
-    from dreamfleet.trainers.models.sampling.prompt_tags import HypernetworkShelf, LoraShelf, Shelves
 
-    require_place(out, out_dir)
-    usual = Shot(
-        "", negative_prompt, seed, steps, guidance_scale, plain_sampler(scheduler), width=width, height=height
+    out: Path
+    model: str = POCKET
+    prompts: Sequence[str] = ()
+    prompt_file: str | None = None
+    defaults: ImageRequest = field(default_factory=ImageRequest)
+    num_images: int = 4
+    embeddings: Sequence[str] = ()
+    hypernetworks: Sequence[str] = ()
+    hypernetwork_dir: str | None = None
+    loras: Sequence[str] = ()
+    lora_dir: str | None = None
+    aesthetic: str | None = None
+    aesthetic_settings: AestheticSettings = field(default_factory=AestheticSettings)
+    aesthetic_clip: str | None = None
+    artifacts: Sequence[str] = ()
+    clip_skip: int | None = None
+    max_token_length: int | None = None
+    out_dir: Path | None = None
+
+    def images(self) -> list[ImageRequest]:
+        """Return the first image of each row. Raises UserError where there is no prompt."""
+        requests = [replace(self.defaults, prompt=prompt) for prompt in self.prompts]
+        if self.prompt_file is not None:
+            lines = read_prompts([self.prompt_file], is_file=True)
+            requests += [parse_prompt_line(line, self.defaults) for line in lines]
+        if not requests:
+            raise UserError("there is nothing to generate: give --prompt, or --prompt-file")
+        return requests
+
+
+@on_device(remedies=DRAWING)
+def draw_grid(request: GridRequest) -> list[dict[str, Any]]:
+    """Write the grid, whose PNG records how it was generated; return its cells in reading order.
+
+    With an aesthetic vector the cells also have the prompt's cosine with it, before and after tuning.
+    """
+    from dreamfleet.cluster.png_metadata import Settings, image_text, require_writable, write_images
+
+    require_writable(request.out, request.out_dir)
+    request, others = _assign_artifacts(request)
+    vector = request.aesthetic
+    aesthetic = Aesthetic(vector, request.aesthetic_settings, request.aesthetic_clip) if vector else None
+    first_images = request.images()
+    settings = Settings(
+        request.embeddings,
+        {
+            **(aesthetic.entries() if aesthetic else {}),
+            **{f"Artifact {Path(other.address).stem}": other.strength for other in others},
+        },
     )
-    shots = _shots(usual, prompts, prompt_file)
-    settings = Settings(embeddings, aesthetic.entries() if aesthetic else {}, plain_prompts)
-    shelves = Shelves(HypernetworkShelf(hypernetworks, hypernetwork_dir), LoraShelf(loras, lora_dir))
-    arranged = [shelves.arrange(shot.prompt, plain=plain_prompts) for shot in shots]
+    shelves = Shelves(
+        HypernetworkShelf(request.hypernetworks, request.hypernetwork_dir),
+        LoraShelf(request.loras, request.lora_dir),
+    )
+    arranged = [shelves.arrange(image.prompt, plain=image.plain) for image in first_images]
     rows = [
-        (replace(shot, prompt=text, seed=shot.seed + column), extras)
-        for shot, (text, extras) in zip(shots, arranged, strict=True)
-        for column in range(num_images)
+        (replace(image, prompt=text), extras)
+        for first, (text, extras) in zip(first_images, arranged, strict=True)
+        for image in first.columns(request.num_images)
     ]
-    model = load_with_embeddings(model_name, embeddings)
-    _make_ready(model, aesthetic, clip_skip, max_token_length)
-    images = _draw(model, shelves, rows, plain=plain_prompts)
-    texts = [drawn_text(model, settings, row, image) for row, image in zip(rows, images, strict=True)]
-    write_images(images, texts, [shot.seed for shot, _ in rows], out, out_dir, columns=num_images)
-    asked = [shot.prompt for shot in shots for _ in range(num_images)]
+    model = load_with_embeddings(request.model, request.embeddings)
+    model.clip_skip = request.clip_skip or model.clip_skip
+    model.max_token_length = request.max_token_length or model.max_token_length
+    model.to(best_device())
+    applied: list[Aesthetic | OtherArtifact] = [*([aesthetic] if aesthetic else []), *others]
+    for artifact in applied:
+        artifact.apply(model)
+    images = _generate_rows(model, shelves, rows)
+    texts = [image_text(model, settings, row, image) for row, image in zip(rows, images, strict=True)]
+    seeds = [image.seed for image, _ in rows]
+    write_images(images, texts, seeds, request.out, request.out_dir, columns=request.num_images)
+    asked = [image.prompt for image in first_images for _ in range(request.num_images)]
     return [
-        {"prompt": prompt, "seed": shot.seed, **_gain(model, shot, plain=plain_prompts)}
-        for prompt, (shot, _) in zip(asked, rows, strict=True)
+        {"prompt": prompt, "seed": image.seed, **_aesthetic_gain(model, image)}
+        for prompt, (image, _) in zip(asked, rows, strict=True)
     ]
-
-
-def _shots(usual: Shot, prompts: Sequence[str], prompt_file: str | None) -> list[Shot]:
-    """List what to draw: the prompts as they are, and those of a file with their own options."""
-    from dreamfleet.trainers.config.prompt_lines import read_prompts, shot_of
-
-    shots = [replace(usual, prompt=prompt) for prompt in prompts]
-    if prompt_file is not None:
-        shots += [shot_of(line, usual) for line in read_prompts([prompt_file], is_file=True)]
-    if not shots:
-        raise UserError("there is nothing to draw: give --prompt, or --prompt-file")
-    return shots
-
-
-def _draw(model: StableDiffusion, shelves: Shelves, rows: Sequence[Row], *, plain: bool) -> list[Image]:
-    """Draw a picture for each row; those in a row that name the same extras are drawn together."""
-    from dreamfleet.trainers.models.sampling.draw_shots import draw_shots
-
-    apply, images = shelves.on(model), []
-    for extras, group in groupby(rows, key=lambda row: row[1]):
-        apply(extras)
-        images += draw_shots(model, [shot for shot, _ in group], plain=plain)
-    return images
 
 
 def load_with_embeddings(name: str, embeddings: Sequence[str] = ()) -> StableDiffusion:
-    """Load the model behind a name (a run folder stands for its exports), and teach it the words of embedding files.
+    """Load the model behind a name (a run folder stands for its exports), and install the words of embedding files.
 
-    A ``NAME-neg`` beside a file is the word's negative, which pictures that use the word are drawn with.
+    ``NAME-neg`` beside a file holds the word's negative, which joins the negative prompt of images that use the word.
     """
     model = load_named(name)
-    for path in embeddings:
-        if "://" not in path and not Path(path).expanduser().is_file():
-            raise UserError(f"--embedding {path}: there is no such file")
-        teach_word(model, path)
+    for address in embeddings:
+        if "://" not in address and not Path(address).expanduser().is_file():
+            raise UserError(f"--embedding {address}: there is no such file")
+        with Storage(address).local_copy() as path:
+            EmbeddingKind().load_into(model, path, address=address)
     return model
 
 
 def load_named(name: str) -> StableDiffusion:
-    """Load what a person calls a model: pocket, a folder, a file, a hub name, or a run."""
-    from dreamfleet.trainers.artifacts.loading import load_exported
+    """Load the model that ``--model`` names: pocket, a folder, a file, a hub name, or a run."""
     from dreamfleet.trainers.run.export import read_recipe
 
     path = Path(name).expanduser()
@@ -181,79 +199,49 @@ def load_named(name: str) -> StableDiffusion:
     return load_model(ModelConfig(pretrained_model_name_or_path=place.path()))
 
 
-def convert_artifact(source: Path, target: Path) -> Path:
-    """Write ``source`` in the format that the name of ``target`` says.
+def _assign_artifacts(request: GridRequest) -> tuple[GridRequest, list[OtherArtifact]]:
+    """Detect the kinds of ``--artifact`` files; return the request with each under its kind's option, and the others.
 
-    Raises UserError for a pair that nobody converts, and for a target that exists.
+    Raises FormatError for an unknown kind, UserError for a missing file, for a strength that the kind does not have,
+    and for a second artifact where the option takes one.
     """
-    if not source.exists():
-        raise UserError(f"there is no {source}")
-    if target.exists():
-        raise UserError(f"{target} exists already; give another name")
-    if hypernetwork.holds_hypernetwork(source):  # an old form becomes one that every webui reads
-        known = hypernetwork.read_hypernetwork(source)
-        return hypernetwork.write_hypernetwork(replace(known, name=target.stem), target)
-    if aesthetics.holds_aesthetic(source):
-        # Any published form becomes [1, P], which the extension's slerp needs.
-        return aesthetics.write_aesthetic(aesthetics.read_aesthetic(source), target)
-    if source.suffix.lower() in (".safetensors", ".pt") and lora.holds_lora(source):
-        return _convert_lora(source, target)
-    if _is_embedding(source, target):
-        from dreamfleet.trainers.models.formats.embedding import read_embedding, write_embedding
-
-        found = read_embedding(source)
-        if target.suffix.lower() == ".pt" and target.stem != found.name:
-            found = read_embedding(source, target.stem)  # webui calls an embedding by its file's name
-        return write_embedding(found, target)
-    model = load_model(ModelConfig(pretrained_model_name_or_path=str(source)))
-    if target.suffix.lower() in SINGLE_FILES:
-        import torch
-
-        from dreamfleet.trainers.models.stable_diffusion.single_file import save_single_file
-
-        save_single_file(model, target, dtype=torch.float32, metadata={})
-    elif not target.suffix:
-        save_pipeline(model, target)
-    else:
-        raise UserError(
-            f"a model cannot become {target.name}: name a folder (diffusers), a .safetensors or a .ckpt file"
-        )
-    return target
+    lists = {name: list(getattr(request, f"{name}s")) for name in ("embedding", "hypernetwork", "lora")}
+    single: dict[str, str] = {}
+    others = []
+    for text in request.artifacts:
+        address, strength = (text, 1.0) if Storage(text).exists() else split_multiplier(text)
+        if not Storage(address).exists():
+            raise UserError(f"--artifact {address}: there is no such file")
+        kind = kind_of(address)
+        if strength != 1 and not kind.has_strength:
+            raise UserError(f"--artifact {text}: an artifact of the kind {kind.name} has no strength")
+        if kind.option in lists:
+            lists[kind.option].append(text if kind.has_strength else address)
+        elif kind.option in ("aesthetic", "model"):
+            default = POCKET if kind.option == "model" else None
+            if kind.option in single or getattr(request, kind.option) != default:
+                raise UserError(f"--artifact {address}: one {kind.option} can be used at a time")
+            single[kind.option] = address
+        else:
+            others.append(OtherArtifact(kind, address, strength))
+    plural = {f"{name}s": found for name, found in lists.items()}
+    return replace(request, **plural, **single), others  # type: ignore[arg-type]
 
 
-def _convert_lora(source: Path, target: Path) -> Path:
-    """Write a LoRA in the other one of its two layouts."""
-    if target.suffix.lower() != ".safetensors":
-        raise UserError(f"a LoRA cannot become {target.name}: name a .safetensors file")
-    found = replace(lora.read_lora(source), name=target.stem)
-    return (lora.write_diffusers_lora if found.is_kohyas else lora.write_kohya_lora)(found, target)
+def _generate_rows(model: StableDiffusion, shelves: Shelves, rows: Sequence[Row]) -> list[Image]:
+    """Generate an image for each row; neighbours with the same hypernetworks and LoRAs are generated together."""
+    apply, images = shelves.on(model), []
+    for extras, group in groupby(rows, key=lambda row: row[1]):
+        apply(extras)
+        images += generate(model, [image for image, _ in group])
+    return images
 
 
-def _make_ready(
-    model: StableDiffusion, aesthetic: Aesthetic | None, clip_skip: int | None, max_token_length: int | None
-) -> None:
-    model.clip_skip = clip_skip or model.clip_skip
-    model.max_token_length = max_token_length or model.max_token_length
-    model.to(best_device())
-    if aesthetic:
-        aesthetic.apply(model)
-
-
-def _gain(model: StableDiffusion, shot: Shot, *, plain: bool) -> dict[str, Any]:
-    """Tell how much nearer to the aesthetic vector a prompt was tuned: its first text, where there are several."""
-    from dreamfleet.trainers.models.sampling.prompt_syntax import parse_prompt
-
+def _aesthetic_gain(model: StableDiffusion, image: ImageRequest) -> dict[str, Any]:
+    """Return the cosine of a prompt with the aesthetic vector before and after tuning; of its first text of several."""
     encoder = model.encode_prompts
     if not isinstance(encoder, AestheticEncoder):
         return {}
-    text = parse_prompt(shot.prompt, shot.steps, plain=plain)[0].schedule[0][1]
+    text = parse_prompt(image.prompt, image.steps, plain=image.plain)[0].schedule[0][1]
     cosines = encoder.cosines.get(text)
     return {"aesthetic_cosine": [cosines[0], cosines[-1]]} if cosines else {}
-
-
-def _is_embedding(source: Path, target: Path) -> bool:
-    suffixes = {source.suffix.lower(), target.suffix.lower()}
-    if suffixes & set(EMBEDDINGS):
-        return True
-    small = source.is_file() and source.stat().st_size < LARGEST_EMBEDDING
-    return small and suffixes == {".safetensors"}

@@ -1,4 +1,4 @@
-"""Starts a run, here or on Ray, watches it, and brings back how it ended."""
+"""Starts a run in this process or on Ray, shows its progress and returns its summary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dreamfleet.datasets.environment import to_send
 from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.scaling import WorkerShare, worker_resources
-from dreamfleet.trainers.driver.preflight import check_inputs, preflight, refuse_here, this_machine
+from dreamfleet.trainers.driver.preflight import check_inputs, preflight, require_room_here, this_machine
 from dreamfleet.trainers.driver.progress import Display, RunTail, log_to_run, watch_for_stop
 from dreamfleet.trainers.driver.session import RaySession, ray_session, starts_private_ray
 from dreamfleet.trainers.run.run_folder import locked, open_run_folder
@@ -33,7 +33,7 @@ Progress = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class FitResult:
-    """How a run ended, and where its folder is."""
+    """The summary of a run, and its folder."""
 
     summary: Summary
     run_folder: str
@@ -48,19 +48,19 @@ def fit(
     shared: Sequence[str] = (),
     on_progress: Progress | None = None,
 ) -> FitResult:
-    """Train what a recipe (or a recipe file) says, and return the summary.
+    """Train a recipe (an object or a recipe file with ``overrides``), and return its summary.
 
-    ``scaling.num_workers: 0`` trains inside this process. Otherwise Ray does: the cluster at ``address``, else at
-    RAY_ADDRESS, else a private one on this machine, else whatever Ray this process already uses. Workers that die are
-    replaced up to ``scaling.max_failures`` times and go on from the newest valid checkpoint. ``shared`` names folders
-    that all machines of the cluster see; on one that starts machines as needed, local paths must lie in them.
+    ``scaling.num_workers: 0`` trains in this process. Otherwise the run uses Ray: the cluster that this process is
+    connected to, else the one at ``address``, else at RAY_ADDRESS, else a private one on this machine. Workers that
+    die are replaced up to ``scaling.max_failures`` times, and resume from the newest valid checkpoint. ``shared`` names
+    folders that all machines of the cluster see; if the cluster starts machines on demand, local paths must lie in
+    them.
 
-    ``on_progress`` gets each logged line of metrics; without it they are shown on stderr. In the main thread, the first
-    SIGINT or SIGTERM ends the run after the step in hand with a checkpoint (``summary.exit_reason`` "interrupted"); the
-    second raises KeyboardInterrupt at once.
+    ``on_progress`` gets each logged line of metrics; without it, progress is shown on stderr. In the main thread, the
+    first SIGINT or SIGTERM ends the run after the current step with a checkpoint (``summary.exit_reason``
+    "interrupted"), and the second raises KeyboardInterrupt.
 
-    Raises UserError for what the user can mend (before Ray is started wherever that can be told), RunFailed when the
-    run itself failed.
+    Raises UserError for what the user can fix, before Ray is started wherever possible, and RunFailed if the run fails.
     """
     started = time.monotonic()
     from dreamfleet.trainers.recipe import load_recipe
@@ -70,7 +70,7 @@ def fit(
         recipe = load_recipe(recipe, list(overrides))
     elif overrides:
         raise RecipeError(
-            "overrides change a recipe file; this recipe is an object already: change the object"
+            "overrides apply to a recipe file, and this recipe is an object: change the object instead"
         )
     check_inputs(recipe, begun=resume and bool(Checkpoints(Storage(recipe.output_dir)).steps()))
     run = open_run_folder(recipe, resume=resume)
@@ -93,7 +93,7 @@ def _fit_here(recipe: Recipe, resume: bool, stop: Stop, display: Display, starte
 
     uses_gpu = worker_resources(recipe.scaling, [this_machine()]).uses_gpu
     run = Storage(recipe.output_dir)
-    with log_to_run(run, speak=True), watch_for_stop(run) as marked:
+    with log_to_run(run, verbose=True), watch_for_stop(run) as marked:
         return run_worker(
             recipe,
             device="cuda" if uses_gpu else "cpu",
@@ -115,13 +115,13 @@ def _fit_on_ray(
     from dreamfleet.trainers.run.summary import Summary
 
     run = Storage(recipe.output_dir)
-    if starts_private_ray(address):  # what this machine lacks can be said before Ray is started
-        refuse_here(recipe.scaling)
+    if starts_private_ray(address):
+        require_room_here(recipe.scaling)
     with ray_session(address, preload=("ray.train.torch",)) as session:
         stop.listen()
         share = preflight(recipe, session, display.say, shared=shared)
-        # Nothing is reported to Ray Train, so its storage holds a few bookkeeping files that only its controller reads,
-        # and the controller lives on this machine: a temporary folder serves buckets and any number of machines.
+        # Ray Train's storage holds a few files that only its controller reads, as nothing is reported to it, and the
+        # controller runs on this machine: a temporary folder is enough, also for buckets and many machines.
         with tempfile.TemporaryDirectory(prefix="dreamfleet-ray-", ignore_cleanup_errors=True) as bookkeeping:
             trainer = _make_trainer(recipe, session, share, bookkeeping, started)
             with RunTail(run, display):
@@ -141,10 +141,10 @@ def _make_trainer(
     from dreamfleet.trainers.driver.worker import RaiseAtOnce, train_worker, worker_environment
 
     class LocalTrainer(TorchTrainer):
-        """A TorchTrainer for a Ray that ends with this process: nobody has to clean up behind it."""
+        """A TorchTrainer for a private Ray, which needs no cleaning up: it ends with this process."""
 
         def _create_default_callbacks(self) -> list[Any]:
-            # The cleaner is a process of its own (seconds of start-up) and complains each second without a dashboard.
+            # The cleaner is a separate process: seconds of start-up, and a warning every second without a dashboard.
             return [
                 callback
                 for callback in super()._create_default_callbacks()
@@ -154,7 +154,7 @@ def _make_trainer(
     scaling, sent = recipe.scaling, to_send(buckets="://" in recipe.to_yaml())
 
     def loop(config: dict[str, Any]) -> dict[str, Any]:
-        # Secrets come along inside: Ray shows and logs a worker's environment, and may export the loop's config.
+        # Secrets travel in this closure: Ray displays and logs a worker's environment, and may export the config.
         return train_worker(config, sent)
 
     return (LocalTrainer if session.private else TorchTrainer)(
@@ -175,12 +175,12 @@ def _make_trainer(
             placement_strategy=scaling.placement_strategy,
         ),
         run_config=RunConfig(
-            # Ray resumes a run of the same name by itself; our checkpoints decide that, so no name comes twice.
+            # Unique, as Ray resumes a run of the same name; here the run folder's checkpoints decide that.
             name=f"{recipe.run_name}-{uuid.uuid4().hex[:12]}",
             storage_path=bookkeeping,
             failure_config=FailureConfig(
                 max_failures=scaling.max_failures,
-                # One such failure is a minute's wait for machines; Ray's own limit is none.
+                # Each such failure is a minute of waiting for machines; Ray's default is no limit.
                 controller_failure_limit=scaling.wait_minutes,
             ),
             callbacks=[RaiseAtOnce()],
@@ -192,31 +192,31 @@ def _make_trainer(
 
 @dataclass
 class Outcome:
-    """What a function returned or raised."""
+    """The result or the exception of a function."""
 
     value: Any = None
     error: Exception | None = None
 
 
 def run_in_thread(work: Callable[[], Any], *, name: str) -> Outcome:
-    """Run Ray's ``fit`` in a thread, so that signals stay ours (Ray's handlers abort without a checkpoint)."""
+    """Run ``work`` in a thread, where Ray installs no signal handlers; its handlers end a run without a checkpoint."""
     outcome = Outcome()
 
     def run() -> None:
         try:
             outcome.value = work()
-        except Exception as error:  # noqa: BLE001 - handed to the thread that waits, whatever it is
+        except Exception as error:  # noqa: BLE001 - passed to the waiting thread
             outcome.error = error
 
     thread = threading.Thread(target=run, daemon=True, name=name)
     thread.start()
     while thread.is_alive():
-        thread.join(0.2)  # without an end, a signal's handler would not get its turn
+        thread.join(0.2)  # with a timeout, as signal handlers run only between calls
     return outcome
 
 
 def _explain(error: Exception, session: RaySession, recipe: Recipe) -> Exception:
-    """Turn Ray Train's error into ours: the worker's own where there is one, else what kept failing."""
+    """Return the error to raise for Ray Train's: the worker's UserError or RunFailed, else one that describes it."""
     from ray.train import ControllerError, WorkerGroupError
 
     cause: BaseException | None = error
@@ -233,7 +233,7 @@ def _explain(error: Exception, session: RaySession, recipe: Recipe) -> Exception
         lines = str(first).strip().splitlines() or [type(first).__name__]
         return RunFailed(
             f"worker {rank} failed {recipe.scaling.max_failures + 1} times (scaling.max_failures), the last time with "
-            f"{type(first).__name__}: {lines[0]}{where} What is saved can be continued with --resume."
+            f"{type(first).__name__}: {lines[0]}{where} Continue from the newest checkpoint with --resume."
         )
     if isinstance(error, ControllerError) and "Startup" in type(error.controller_failure).__name__:
         return ResourceError(
@@ -244,7 +244,7 @@ def _explain(error: Exception, session: RaySession, recipe: Recipe) -> Exception
 
 
 class _Silent(Display):
-    """Hands the lines to a function instead of showing them."""
+    """Passes metrics to a function instead of showing them."""
 
     def __init__(self, on_progress: Progress):
         super().__init__()

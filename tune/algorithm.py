@@ -1,7 +1,8 @@
-"""Which point comes next: Optuna behind Ray Tune's OptunaSearch, without any state but the trials themselves.
+"""The search algorithm: Optuna behind Ray Tune's OptunaSearch, with the recorded trials as its only state.
 
-The study is made anew from the trials each time a search starts, and the draw of trial n depends on the seed, n and the
-trials so far alone. So a search goes on as if it had never stopped, on any machine and with nothing pickled in between.
+Optuna's study is rebuilt from the recorded trials whenever a search starts, and the point of trial n depends only on
+the seed, n and the trials so far. A resumed search therefore tries the same points as one that was never interrupted,
+on any machine and without pickled state.
 """
 
 from __future__ import annotations
@@ -24,40 +25,40 @@ STUDY = "dreamfleet"
 
 
 class KeyedSampler(optuna.samplers.BaseSampler):
-    """Draws each trial with a sampler of its own, seeded by (seed, number of the trial)."""
+    """Samples each trial with a new sampler from ``make``, seeded by (seed, number of the trial)."""
 
     def __init__(self, make: Callable[[int], optuna.samplers.BaseSampler], seed: int):
         self.make, self.seed = make, seed
-        self.own = make(seed)
+        self.current = make(seed)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Take a fresh sampler for the trial."""
-        self.own = self.make(key("proposal", self.seed, trial.number) % 2**32)
-        self.own.before_trial(study, trial)
+        """Make the sampler of a trial."""
+        self.current = self.make(key("proposal", self.seed, trial.number) % 2**32)
+        self.current.before_trial(study, trial)
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """Ask the trial's sampler."""
-        return self.own.infer_relative_search_space(study, trial)
+        """Delegate to the trial's sampler."""
+        return self.current.infer_relative_search_space(study, trial)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Ask the trial's sampler."""
-        return self.own.sample_relative(study, trial, search_space)
+        """Delegate to the trial's sampler."""
+        return self.current.sample_relative(study, trial, search_space)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """Ask the trial's sampler."""
-        return self.own.sample_independent(study, trial, param_name, param_distribution)
+        """Delegate to the trial's sampler."""
+        return self.current.sample_independent(study, trial, param_name, param_distribution)
 
 
 class SearchAlgorithm(OptunaSearch):
-    """Gives Ray Tune a trial after the other: those that were interrupted, those that were asked for, then new draws.
+    """Proposes trials to Ray Tune: first the interrupted ones, then the given points, then samples.
 
-    ``should_stop()`` ends the search: what runs then is left to end by itself.
+    When ``should_stop()`` is true it proposes no more; running trials continue to their end.
     """
 
     def __init__(self, store: TrialStore, *, should_stop: Callable[[], bool] = lambda: False):
@@ -75,7 +76,7 @@ class SearchAlgorithm(OptunaSearch):
         )
         for trial in store.trials:
             if trial.is_over:
-                study.add_trial(_past(trial, search))
+                study.add_trial(_frozen(trial, search))
         for point in [trial.point for trial in self.unfinished] + planned[len(store.trials) :]:
             study.enqueue_trial(point)
         super().__init__(
@@ -89,43 +90,44 @@ class SearchAlgorithm(OptunaSearch):
 
     @property
     def remaining(self) -> int:
-        """How many trials are still to be run, interrupted ones among them."""
+        """The number of trials still to run, including interrupted ones."""
         return len(self.unfinished) + max(0, self.total - len(self.store.trials))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Return the next trial's ``name``, ``point`` and ``told`` (the step of its last round), or FINISHED."""
+        """Return the arguments of the next trial's ``TrialRun``, or FINISHED."""
         if self.should_stop() or not self.remaining:
             return Searcher.FINISHED
         point = super().suggest(trial_id)
         trial = self.unfinished.pop(0) if self.unfinished else self.store.add(point)
-        assert trial.point == point, "the study hands out what it was given, in that order"
-        return {"name": trial.name, "point": point, "told": trial.rounds[-1]["step"] if trial.rounds else -1}
+        assert trial.point == point, "a study returns enqueued points in their order"
+        last_step = trial.rounds[-1]["step"] if trial.rounds else -1
+        return {"name": trial.name, "point": point, "last_step": last_step}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Pass over a round: Optuna would use it for pruning, which is the scheduler's part here."""
+        """Ignore a round: Optuna would use it for pruning, which the scheduler does here."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Save nothing: the trials are the state."""
+        """Save nothing: the recorded trials are the state."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Tune pickles what it is given, for a resume of its own that is not used here.
+        # Tune pickles its search algorithm for its own resume, which is not used here.
         return (object, ())
 
 
 def planned_points(search: SearchConfig) -> list[Point]:
-    """List the points that are known beforehand, in their order."""
+    """Return the points that are known in advance, in their order."""
     return [*search.points_to_evaluate, *(grid(search) if search.algorithm == "grid" else [])]
 
 
 def _sampler(search: SearchConfig, total: int) -> Callable[[int], optuna.samplers.BaseSampler]:
     if search.algorithm != "optuna":
         return lambda seed: optuna.samplers.RandomSampler(seed)
-    # Optuna draws ten at random before it learns, which would be all there is of a small search.
+    # By default TPE samples the first ten trials at random, which may be all trials of a small search.
     startup = min(10, max(3, total // 3))
     return lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
 
 
-def _past(trial: Trial, search: SearchConfig) -> FrozenTrial:
+def _frozen(trial: Trial, search: SearchConfig) -> FrozenTrial:
     value = trial.figure(search.metric)
     return optuna.trial.create_trial(
         params=dict(trial.point),

@@ -1,4 +1,4 @@
-"""The scheduler that stops lagging trials: Ray Tune's ASHA, told of the trials from before an interruption."""
+"""The scheduler that stops trials early: Ray Tune's ASHA, restored from the recorded trials."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from dreamfleet.tune.trial_store import TrialStore
 
-NO_END = 10**9  # a trial that has come to its last step ends by itself, with its artefacts written
+UNLIMITED = 10**9  # steps; a trial ends at its own last step, after it has written its artifacts
 
 
 class Asha(ASHAScheduler):
-    """ASHA by our names of the trials: one that goes on is the one from before, and keeps the rungs that it passed."""
+    """ASHA that identifies trials by our names, so that a resumed trial keeps the rungs it has passed."""
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Take in a trial."""
+        """Add a trial."""
         super().on_trial_add(tune_controller, _named(trial))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Decide after a round whether the trial goes on."""
+        """Return whether a trial continues after a round."""
         return super().on_trial_result(tune_controller, _named(trial), result)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Note a trial that ended."""
+        """Record the end of a trial."""
         super().on_trial_complete(tune_controller, _named(trial), result)
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """Forget a trial that never ran."""
+        """Remove a trial that never ran."""
         super().on_trial_remove(tune_controller, _named(trial))
 
 
 def make_scheduler(store: TrialStore) -> Any:
-    """Return the scheduler that the search asks for; ASHA measures time in optimizer steps."""
+    """Return the scheduler that ``search.scheduler`` names, with the rounds recorded so far; its unit is one step."""
     recipe, search = store.recipe, store.search
     if search.scheduler == "none":
         return FIFOScheduler()
@@ -43,13 +43,13 @@ def make_scheduler(store: TrialStore) -> Any:
         mode="max" if search.maximise else "min",
         grace_period=search.grace_period or recipe.validation.steps,
         reduction_factor=search.reduction_factor,
-        max_t=NO_END,
+        max_t=UNLIMITED,
     )
     for trial in store.trials:
-        before = SimpleNamespace(config={"name": trial.name})
-        asha.on_trial_add(None, before)
+        recorded = SimpleNamespace(config={"name": trial.name})
+        asha.on_trial_add(None, recorded)
         for figures in trial.rounds:
-            asha.on_trial_result(None, before, figures)
+            asha.on_trial_result(None, recorded, figures)
     return asha
 
 

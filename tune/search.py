@@ -1,4 +1,4 @@
-"""Runs a search: trials by Ray Tune on a local Ray or a cluster, their record, and what comes out of them."""
+"""Runs a hyperparameter search: trials by Ray Tune on a local Ray or a cluster, and the search's result files."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from dreamfleet.tune.trial_store import (
     open_store,
 )
 
-# Set while Tune runs.
+# Environment variables while Tune runs.
 TUNE_SWITCHES = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no result files of its own beside ours
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # how a trial failed is told without the metric
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # we tell them
-    "RAY_AIR_NEW_OUTPUT": "0",  # its newer output prints tables even when it is told to be silent
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no result files beside ours
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial reports its error without the metric
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # we print them
+    "RAY_AIR_NEW_OUTPUT": "0",  # the newer output prints tables at verbose=0 too
 }
 
 Progress = Callable[[Trial], None]
@@ -51,7 +51,7 @@ Progress = Callable[[Trial], None]
 
 @dataclass(frozen=True)
 class SearchResult:
-    """How a search ended, its trials from the best to the worst, and where everything is."""
+    """Exit reason, trials from the best to the worst, and the files of a search."""
 
     exit_reason: str  # completed or interrupted
     trials: list[Trial]
@@ -72,32 +72,32 @@ def search(
     shared: Sequence[str] = (),
     on_progress: Progress | None = None,
 ) -> SearchResult:
-    """Do the search that a recipe (or a recipe file) says in its ``search:`` section.
+    """Run the search in the ``search:`` section of a recipe or a recipe file.
 
-    Each trial is an ordinary run in ``output_dir/trials/``, in one process. Beside them lie ``best.yaml``,
-    ``trials.parquet`` and ``report.html``. ``resume`` goes on with a search: finished trials stay, interrupted ones
-    continue from their checkpoints, and the points that follow are those that would have followed anyway. ``shared``
-    names folders that all machines of the cluster see.
+    Each trial is an ordinary run in ``output_dir/trials/``, in one process. The search writes ``best.yaml``,
+    ``trials.parquet`` and ``report.html`` into ``output_dir``. ``resume`` continues a search: finished trials are kept,
+    interrupted ones continue from their checkpoints, and the next points are the same as without the interruption.
+    ``shared`` names folders that all machines of the cluster can access.
 
-    A trial that fails, for want of memory too, is recorded with its reason and the others go on; a mistake that the
-    first trials share ends the search and leaves nothing behind.
+    A trial that fails, also for lack of memory, is recorded with its error and the others continue. A UserError that
+    the first trials share ends the search and removes its files.
 
-    ``on_progress`` gets a trial when it starts, after each of its validation rounds, and when it is over; without it a
-    line each is written to stderr. In the main thread, SIGINT and SIGTERM let the running trials save and end the
+    ``on_progress`` receives a trial when it starts, after each validation round, and when it ends; by default a line is
+    written to stderr. In the main thread, SIGINT and SIGTERM make the running trials save a checkpoint and end the
     search (``exit_reason`` "interrupted").
 
-    Raises UserError for what the user can mend, also when every trial failed by it, and RunFailed when every trial
+    Raises UserError for errors that the user can fix, also if every trial failed with one, and RunFailed if every trial
     failed otherwise.
     """
     if isinstance(recipe, str | os.PathLike):
         recipe = load_recipe(recipe, list(overrides))
     elif overrides:
         raise RecipeError(
-            "overrides change a recipe file; this recipe is an object already: change the object"
+            "overrides change a recipe file; this recipe is an object: change the object instead"
         )
     if recipe.search is None:
         raise RecipeError(
-            "this recipe has no search: section; write one (docs/recipes.md#search), such as {num_trials: 12, "
+            "this recipe has no search: section; add one (docs/recipes.md#search), such as {num_trials: 12, "
             "space: {optimizer.learning_rate: {distribution: loguniform, lower: 1.0e-5, upper: 1.0e-2}}}"
         )
     check_inputs(recipe)
@@ -112,12 +112,12 @@ def search(
             if store.trials:
                 write_results(store)
             else:
-                store.forget()
+                store.remove()
     return _result(store, interrupted=stop.requested.is_set())
 
 
 def write_results(store: TrialStore) -> None:
-    """Write everything that a search leaves beside its trials, from what is known now."""
+    """Write the result files of a search from the trials so far."""
     from dreamfleet.tune.report import write_search_report
 
     for trial in store.trials:
@@ -132,11 +132,11 @@ def write_results(store: TrialStore) -> None:
 def trial_room(
     recipe: Recipe, nodes: Sequence[Resources], *, limit: Resources | None = None
 ) -> tuple[WorkerShare, int]:
-    """Decide what each trial gets and how many run at once on machines with ``nodes`` (their total resources).
+    """Return the resources of a trial and the number of concurrent trials on machines with the resources ``nodes``.
 
-    Unless ``search.resources_per_trial`` says it, a trial gets a GPU where there are any, else a fair share of the
-    CPUs among ``search.max_concurrent_trials``, else one CPU. ``limit`` is the most an autoscaling cluster may grow to.
-    Raises ResourceError when no machine can hold a trial.
+    Without ``search.resources_per_trial`` a trial gets one GPU if there are any, else an equal share of the CPUs among
+    ``search.max_concurrent_trials``, else one CPU. ``limit`` is the maximum size of an autoscaling cluster. Raises
+    ResourceError if a trial fits on no machine.
     """
     search = recipe.search
     assert search is not None
@@ -157,17 +157,17 @@ def trial_room(
         have = "; ".join(describe(machine) for machine in machines) or "none"
         raise ResourceError(
             f"a trial with {describe(share.resources)} fits on no machine ({have}). "
-            "Lower search.resources_per_trial, or use a larger cluster (--address)."
+            "Lower search.resources_per_trial, or use a larger cluster (--address)"
         )
     return share, min(fits, search.max_concurrent_trials or fits)
 
 
 def can_share_process(recipe: Recipe, *, uses_gpu: bool) -> bool:
-    """Say whether trials run one after the other in the same process, which saves importing torch for each.
+    """Return whether successive trials share a process, which saves the imports of each.
 
-    DeepSpeed and compiled blocks leave memory and a process group behind, so trials that may come to use either have a
-    process each: also on a GPU, where ``zero_stage: auto`` may choose DeepSpeed, and where a failed trial's memory
-    would be missing in the next.
+    DeepSpeed and compiled blocks leave memory and a process group behind, so trials that may use either run in separate
+    processes. So do trials on a GPU, where ``zero_stage: auto`` may select DeepSpeed and where the memory of a failed
+    trial would be missing for the next.
     """
     engine, search = recipe.engine, recipe.search
     assert search is not None
@@ -193,13 +193,13 @@ def _run_trials(
         store, on_progress or (lambda trial: display.say(format_trial(trial, store.figures)))
     )
     algorithm = SearchAlgorithm(
-        store, should_stop=lambda: stop.requested.is_set() or callback.mistake is not None
+        store, should_stop=lambda: stop.requested.is_set() or callback.error is not None
     )
     callback.planned = algorithm.total
     if not algorithm.remaining:
         return
     recipe = store.recipe
-    if starts_private_ray(address):  # what this machine lacks can be said before Ray is started
+    if starts_private_ray(address):  # missing resources are an error before Ray is started
         trial_room(recipe, [this_machine()])
     with ray_session(address, preload=("ray.tune",)) as session, environment(TUNE_SWITCHES):
         stop.listen()
@@ -208,18 +208,16 @@ def _run_trials(
         check_machines(session, reads=shared_paths(recipe), writes=written_paths(recipe), shared=shared)
         at_once = min(at_once, algorithm.remaining)
         display.say(f"{algorithm.remaining} trials, {at_once} at once, {describe(share.resources)} each")
-        # Tune's own files are of use to it alone, and only while it runs: our record and the trials' folders are enough
-        # to go on from, on disks and in buckets.
+        # Tune alone reads its files, while it runs; a search is resumed from the trial store and the trials' folders.
         with tempfile.TemporaryDirectory(prefix="dreamfleet-tune-", ignore_cleanup_errors=True) as files:
             tuner = _make_tuner(store, share, at_once, algorithm, callback, files)
-            with (
-                secrets_hidden()
-            ):  # Tune copies AWS keys into its actors' runtime environment, which Ray logs
+            # Tune copies AWS keys into its actors' runtime environment, which Ray logs.
+            with secrets_hidden():
                 outcome = run_in_thread(tuner.fit, name="ray-tune-fit")
-    if callback.mistake is not None:
+    if callback.error is not None:
         if not any(trial.rounds for trial in store.trials):
             store.trials.clear()
-        raise callback.mistake
+        raise callback.error
     if outcome.error is not None:
         last = str(outcome.error).strip().splitlines()[-1]
         raise RunFailed(f"Ray Tune failed: {last}") from outcome.error
@@ -252,7 +250,7 @@ def _make_tuner(
         tune_config=tune.TuneConfig(
             search_alg=algorithm,
             scheduler=make_scheduler(store),
-            num_samples=-1,  # the algorithm end the search
+            num_samples=-1,  # the algorithm ends the search
             max_concurrent_trials=at_once,
             reuse_actors=can_share_process(recipe, uses_gpu=share.uses_gpu),
         ),
@@ -260,7 +258,7 @@ def _make_tuner(
             name="search",
             storage_path=files,
             callbacks=[callback],
-            # Of a trial whose process or machine died; errors of the trial itself come as its last round.
+            # For a trial whose process or machine died; a trial reports its own errors in its last round.
             failure_config=tune.FailureConfig(max_failures=recipe.scaling.max_failures),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,

@@ -1,4 +1,4 @@
-"""A searched key's values as Optuna draws them, and as a grid: pure functions of ``search.space``."""
+"""The search space as Optuna distributions and as a grid."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dreamfleet.trainers.config.search import Domain, Point, SearchConfig, Value
 
 
 def distributions(search: SearchConfig) -> dict[str, BaseDistribution]:
-    """Return the space in Optuna's terms."""
+    """Return an Optuna distribution for every key."""
     return {path: _distribution(domain) for path, domain in search.space.items()}
 
 
 def grid(search: SearchConfig) -> list[Point]:
-    """List every point of the grid, the last key changing fastest."""
+    """Return every point of the grid; the last key changes fastest."""
     axes = [_axis(domain) for domain in search.space.values()]
     return [dict(zip(search.space, values, strict=True)) for values in itertools.product(*axes)]
 
@@ -37,12 +37,12 @@ def _distribution(domain: Domain) -> BaseDistribution:
 def _axis(domain: Domain) -> list[Value]:
     if domain.values is not None:
         return list(domain.values)
-    assert domain.num is not None  # as the recipe's own check says of a grid
+    assert domain.num is not None  # checked with the recipe
     lower, upper = domain.range()
     places = [k / (domain.num - 1) for k in range(domain.num)]
     if domain.log:
         spread = [lower * (upper / lower) ** place for place in places]
     else:
         spread = [lower + (upper - lower) * place for place in places]
-    spread[-1] = upper  # as it was written, whatever the rounding above made of it
+    spread[-1] = upper  # exactly the recipe's value, without the rounding error above
     return list(dict.fromkeys(round(v) for v in spread)) if domain.whole else list(spread)

@@ -1,4 +1,4 @@
-"""One trial in a process of its own: an ordinary run that waits at each validation round for the scheduler's word."""
+"""One trial of a search: an ordinary run that waits for the scheduler's decision after each validation round."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Shared:
-    """What all trials of a search have in common."""
+    """The settings that all trials of a search share."""
 
-    folder: str  # of the search: its stop mark ends every trial
-    recipe: dict[str, Any]  # plain data
-    figures: Sequence[str]  # what a validation round measures
+    folder: str  # of the search; its stop file ends every trial
+    recipe: dict[str, Any]  # as plain data
+    figures: Sequence[str]  # of a validation round
     threads: int
     uses_gpu: bool
-    gpu_share: float  # the part of a GPU that is a trial's
+    gpu_share: float  # the fraction of a GPU that a trial may use
     environment: Mapping[str, str]
-    sent: Mapping[str, str]  # of environment.to_send; comes through Ray's memory and is written nowhere
+    sent: Mapping[str, str]  # from environment.to_send; passed through Ray's memory and written nowhere
 
 
 class TrialActor(Trainable):
-    """Runs trials for Ray Tune, one after the other: what was imported for the first serves the next ones too."""
+    """Runs trials for Ray Tune, one after the other, so that later trials need no imports."""
 
     def setup(self, config: dict[str, Any], *, shared: Shared) -> None:
-        """Begin the first trial; ``config`` is what TrialRun takes."""
+        """Prepare the first trial; ``config`` holds the arguments of TrialRun."""
         os.environ.update(shared.environment)
         take_over(shared.sent)
         self.shared = shared
         self.run = TrialRun(shared, **config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """End the trial before, if the scheduler has stopped it, and begin another."""
+        """End the previous trial if the scheduler stopped it, and prepare another."""
         self.run.stop()
         self.run = TrialRun(self.shared, **new_config)
         return True
@@ -62,41 +62,41 @@ class TrialActor(Trainable):
         return self.run.next_round()
 
     def cleanup(self) -> None:
-        """End the trial in hand."""
+        """End the current trial."""
         self.run.stop()
 
 
 class TrialRun:
-    """A run in a thread that stops after each validation round until it is told to go on.
+    """A run in a thread that pauses after each validation round until :meth:`next_round` or :meth:`stop`.
 
-    ``told`` is the step of the last round that is known already, from before an interruption; -1 for none.
+    ``last_step`` is the step of the last round that was reported before an interruption; -1 for none.
     """
 
-    def __init__(self, shared: Shared, name: str, point: dict[str, Any], told: int):
-        self.shared, self.name, self.point, self.told = shared, name, point, told
+    def __init__(self, shared: Shared, name: str, point: dict[str, Any], last_step: int):
+        self.shared, self.name, self.point, self.last_step = shared, name, point, last_step
         self.rounds: queue.SimpleQueue[dict[str, Any] | Exception] = queue.SimpleQueue()
         self.answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self.news = True  # whether metrics.jsonl may hold a round that was not told
+        self.has_news = True  # whether metrics.jsonl may hold a round that was not reported
         self.is_stopped = False
         self.thread = threading.Thread(target=self._work, daemon=True, name=f"trial-{name}")
 
     def next_round(self) -> dict[str, Any]:
-        """Return the next round: ``step``, figures, and ``done`` with an ``exit_reason`` once there is no more.
+        """Return the next round: ``step``, figures, and in the last round ``done`` and ``exit_reason``.
 
-        A failure of the run itself is such a last round too, with ``error`` and ``kind``. Raises what is neither the
-        user's to mend nor the run's own doing.
+        A run that fails returns a last round with ``error`` and ``kind``. Raises errors that are neither a UserError
+        nor a RunFailed nor a lack of memory.
         """
         if self.thread.ident is None:
             self.thread.start()
         else:
             self.answers.put(False)
-        told = self.rounds.get()
-        if isinstance(told, Exception):
-            raise told
-        return told
+        found = self.rounds.get()
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def stop(self) -> None:
-        """End the run, unless it has ended: it saves a checkpoint and writes its summary and report."""
+        """End the run if it is in progress: it saves a checkpoint and writes its summary and report."""
         if self.thread.is_alive():
             self.answers.put(True)
         if self.thread.ident is not None:
@@ -106,15 +106,13 @@ class TrialRun:
         try:
             self.rounds.put(self._train())
         except (UserError, RunFailed) as error:
-            self.rounds.put(
-                {"error": str(error), "kind": type(error).__name__, "exit_reason": "failed", "done": True}
-            )
-        except Exception as error:  # noqa: BLE001 - handed to the thread that waits, whatever it is
+            self.rounds.put(_failed(str(error), type(error).__name__))
+        except Exception as error:  # noqa: BLE001 - passed to the waiting thread, whatever it is
             if not _is_out_of_memory(error):
                 self.rounds.put(error)
                 return
-            told = f"the machine's memory was used up ({str(error).splitlines()[0] if str(error) else 'MemoryError'})"
-            self.rounds.put({"error": told, "kind": "ResourceError", "exit_reason": "failed", "done": True})
+            first_line = str(error).splitlines()[0] if str(error) else "MemoryError"
+            self.rounds.put(_failed(f"the machine ran out of memory ({first_line})", "ResourceError"))
 
     def _train(self) -> dict[str, Any]:
         import torch
@@ -125,59 +123,65 @@ class TrialRun:
 
         shared = self.shared
         torch.set_num_threads(shared.threads)
-        gc.collect()  # what the trial before has left
+        gc.collect()  # the previous trial's objects
         if shared.uses_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         search = Storage(shared.folder)
         run = search.child(Trial(self.name, self.point).folder)
         recipe = trial_recipe(build_recipe(shared.recipe), self.point, run.path())
-        with log_to_run(run, speak=True), watch_for_stop(search) as marked:
+        with log_to_run(run, verbose=True), watch_for_stop(search) as is_interrupted:
             try:
                 summary = run_worker(
                     recipe,
                     device="cuda" if shared.uses_gpu else "cpu",
                     gpu_share=shared.gpu_share,
                     resume=True,
-                    should_stop=lambda: self._ask(run) or marked(),
-                    on_progress=self._look_at,
+                    should_stop=lambda: self._should_stop(run) or is_interrupted(),
+                    on_progress=self._note_news,
                 )
             except (UserError, RunFailed) as error:
-                log.error("%s", str(error))  # the error itself holds the whole run, by its traceback
+                log.error(
+                    "%s", str(error)
+                )  # not the error itself, whose traceback keeps the whole run in memory
                 raise
         if self.is_stopped:
             write_end(run, dataclasses.replace(summary, exit_reason=STOPPED))
         *before, last = rounds_of(run, shared.figures) or [{"step": 0}]
         for figures in before:
-            self._tell(figures)
+            self._report(figures)
         return {**last, "exit_reason": summary.exit_reason, "done": True}
 
-    def _look_at(self, line: dict[str, Any]) -> None:
-        self.news = self.news or any(name in line for name in self.shared.figures)
+    def _note_news(self, line: dict[str, Any]) -> None:
+        self.has_news = self.has_news or any(name in line for name in self.shared.figures)
 
-    def _ask(self, run: Storage) -> bool:
-        """Tell what was measured since the last time; say whether the scheduler wants the run to end."""
-        if self.news and not self.is_stopped:
-            self.news = False
+    def _should_stop(self, run: Storage) -> bool:
+        """Report new rounds and return whether the scheduler stops the run."""
+        if self.has_news and not self.is_stopped:
+            self.has_news = False
             for figures in rounds_of(run, self.shared.figures):
-                self._tell(figures)
+                self._report(figures)
         return self.is_stopped
 
-    def _tell(self, figures: dict[str, Any]) -> None:
-        if self.is_stopped or figures["step"] <= self.told:
+    def _report(self, figures: dict[str, Any]) -> None:
+        if self.is_stopped or figures["step"] <= self.last_step:
             return
-        self.told = figures["step"]
+        self.last_step = figures["step"]
         self.rounds.put(figures)
         self.is_stopped = self.answers.get()
 
 
+def _failed(error: str, kind: str) -> dict[str, Any]:
+    return {"error": error, "kind": kind, "exit_reason": "failed", "done": True}
+
+
 def _is_out_of_memory(error: Exception) -> bool:
-    # torch's allocator for the host raises a bare RuntimeError.
+    # torch's allocator for host memory raises a plain RuntimeError.
     return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def rounds_of(run: Storage, figures: Sequence[str]) -> list[dict[str, Any]]:
-    """List the validation rounds of a run from its metrics: ``step`` and figures, in their order."""
+    """Return the validation rounds in a run's metrics, ``step`` and figures, in the order of their steps."""
     rounds: dict[int, dict[str, Any]] = {}
     for line in read_metrics(run):
         if found := {name: line[name] for name in figures if line.get(name) is not None}:
@@ -186,7 +190,7 @@ def rounds_of(run: Storage, figures: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def write_end(run: Storage, summary: Summary) -> None:
-    """Write summary and report of a run again, for an ending that the run itself does not know of."""
+    """Rewrite the summary and the report of a run whose exit reason the run itself does not know."""
     from dreamfleet.trainers.artifacts.usage import describe
     from dreamfleet.trainers.report.report import write_report
 

@@ -59,7 +59,7 @@ def convert(
     forms. LoRA: .safetensors, from kohya's layout to diffusers' or back. Models: diffusers folder, .safetensors, .ckpt.
     """
     with work():
-        from dreamfleet.cluster.sample_grid import convert_artifact
+        from dreamfleet.trainers.artifacts.conversion import convert_artifact
 
         written = convert_artifact(source, target)
     _print_paths([str(written)], as_json)
@@ -163,6 +163,14 @@ def sample(
         str | None,
         typer.Option(help="Where prompts' <lora:NAME:0.8> are found.", show_default=False),
     ] = None,
+    artifact: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Artifact of any kind, F or F:0.8, whose kind is detected; also kinds that installed packages add; "
+            "repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path,
         typer.Option(
@@ -229,42 +237,49 @@ def sample(
 ) -> None:
     """Draw a grid of pictures with any model or run."""
     with work():
-        from dreamfleet.cluster.sample_grid import Aesthetic, draw_grid
+        from dreamfleet.cluster.sample_grid import GridRequest, draw_grid
+        from dreamfleet.trainers.config.image_request import ImageRequest
+        from dreamfleet.trainers.config.samplers import plain_sampler
         from dreamfleet.trainers.models.stable_diffusion.aesthetic import AestheticSettings
 
-        settings = AestheticSettings(
-            steps=aesthetic_steps,
-            learning_rate=aesthetic_lr,
-            weight=aesthetic_weight,
-            slerp=aesthetic_slerp,  # type: ignore[arg-type]  # checked there
-            text=aesthetic_text,
-            text_negative=aesthetic_text_negative,
-            slerp_angle=aesthetic_slerp_angle,
-        )
-        cells = draw_grid(
-            model,
-            prompt or [],
-            out,
+        request = GridRequest(
+            out=out,
+            out_dir=out_dir,
+            model=model,
+            prompts=prompt or [],
             prompt_file=prompt_file,
-            plain_prompts=plain_prompts,
+            num_images=num_images,
+            defaults=ImageRequest(
+                negative_prompt=negative_prompt,
+                seed=seed,
+                steps=steps,
+                guidance_scale=guidance_scale,
+                scheduler=plain_sampler(scheduler),
+                width=width,
+                height=height,
+                plain=plain_prompts,
+            ),
             embeddings=embedding or [],
             hypernetworks=hypernetwork or [],
             hypernetwork_dir=hypernetwork_dir,
             loras=lora or [],
             lora_dir=lora_dir,
-            aesthetic=Aesthetic(aesthetic, settings, aesthetic_clip) if aesthetic else None,
-            negative_prompt=negative_prompt,
-            num_images=num_images,
-            seed=seed,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            scheduler=scheduler,
-            width=width,
-            height=height,
+            aesthetic=aesthetic,
+            aesthetic_settings=AestheticSettings(
+                steps=aesthetic_steps,
+                learning_rate=aesthetic_lr,
+                weight=aesthetic_weight,
+                slerp=aesthetic_slerp,  # type: ignore[arg-type]  # checked by the class
+                text=aesthetic_text,
+                text_negative=aesthetic_text_negative,
+                slerp_angle=aesthetic_slerp_angle,
+            ),
+            aesthetic_clip=aesthetic_clip,
+            artifacts=artifact or [],
             clip_skip=clip_skip,
             max_token_length=max_token_length,
-            out_dir=out_dir,
         )
+        cells = draw_grid(request)
     if as_json:
         print_json({"out": str(out), "pictures": cells})
     else:

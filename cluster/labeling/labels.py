@@ -1,4 +1,4 @@
-"""The state of a labelling session: images, their classes, undo, and the JSON file of labels.
+"""The state of labelling a folder of images: the current image, the labels, and the JSON file that holds them.
 
 Keys and file format are those of DreamArtist (pixivAI's `labeler.py`): a digit is the class, `a` goes back, `d` skips.
 """
@@ -20,14 +20,14 @@ from dreamfleet.datasets.index.image_folder import ImageFolder
 from dreamfleet.datasets.index.labels import read_labels, write_labels
 from dreamfleet.datasets.storage.storage import Storage
 
-LONGEST_SIDE = 1600  # pixels; larger images are shrunk for the page
+LONGEST_SIDE = 1600  # pixels; larger images are scaled down for the page
 ACTIONS = ("show", "label", "back", "skip", "undo", "open")
 
 
 class Labelling:
-    """The images of a folder and their classes; every label is saved before :meth:`act` returns.
+    """The images of a folder and their classes; each label is written to the JSON file before it is confirmed.
 
-    Raises DataError for a folder without images, and for an existing file that has no labels, which is not changed.
+    Raises DataError for a folder without images and for a JSON file of another kind, which is not modified.
     """
 
     def __init__(self, folder: str, out: str, classes: Sequence[str]):
@@ -41,43 +41,41 @@ class Labelling:
         self.names = files.images
         if not self.names:
             raise DataError(
-                f"no image in {folder}. Put images (.png, .jpg, .webp ...) there, or name another folder"
+                f"{folder} has no images. Add some (.png, .jpg, .webp ...), or name another folder"
             )
         self.labels = _on_disk(read_labels(self.out), files.pairs) if os.path.exists(self.out) else {}
         most = max([len(classes) - 1, *self.labels.values()])
         self.classes = [*classes, *(f"class {number}" for number in range(len(classes), most + 1))]
         self.unreadable: dict[str, str] = {}
-        self._done: list[
-            tuple[int, int | None]
-        ] = []  # labels that can be undone: image, and its earlier class
-        self._stamp, self._lock = self._file_stamp(), threading.RLock()
+        self._done: list[tuple[int, int | None]] = []  # for undo: position of the image, and its class before
+        self._stamp, self._lock = self._file_state(), threading.RLock()
         self.image = lru_cache(maxsize=8)(self._render)
 
     def act(self, action: str, at: int | None, number: int | None) -> dict[str, Any]:
-        """Perform the action of a key or button on image number ``at``; returns the new state of the page.
+        """Apply the action of a key or button to the image at position ``at``; return what the page shows next.
 
-        Raises UserError for an invalid action, StorageError when the label cannot be saved.
+        Raises UserError for an invalid action, StorageError when the label cannot be written.
         """
         with self._lock:
             if action not in ACTIONS:
                 raise UserError(f"no such action: {action!r}")
-            place = self._next_open(0) if at is None else at
+            place = self._open(0) if at is None else at
             if not 0 <= place <= len(self.names):
-                raise UserError(f"no image at place {place}")
+                raise UserError(f"no image at position {place}")
             if action == "label":
-                place = self._label(place, number)
+                place = self._answer(place, number)
             elif action == "undo" and self._done:
                 place, before = self._done[-1]
                 self._write(place, before)
                 self._done.pop()
             elif action == "open":
-                place = self._next_open(place + 1)
+                place = self._open(place + 1)
             elif action in ("back", "skip"):
                 place = min(place + 1, len(self.names)) if action == "skip" else place - 1
             return self._view(self._readable(place, -1 if action == "back" else 1))
 
     def report(self) -> dict[str, Any]:
-        """Return the result: the file, the number of images of each class, and the unreadable images."""
+        """Return the file, the number of images of each class, and the images that cannot be read."""
         own = [self.labels[name] for name in self.names if name in self.labels]
         counts = Counter(own)
         return {
@@ -89,7 +87,7 @@ class Labelling:
         }
 
     def _render(self, place: int) -> tuple[bytes, str]:
-        """Return an image for the page, upright and shrunk if it is large, and its media type."""
+        """Return an image as the page shows it (upright, scaled down if large) and its media type."""
         name = self.names[place]
         path = os.path.join(self.root, name)
         image = open_image(Storage(self.root).read_bytes(name), uri=path)
@@ -99,7 +97,7 @@ class Labelling:
         image.save(stream, "PNG" if small else "JPEG", **({} if small else {"quality": 92}))
         return stream.getvalue(), "image/png" if small else "image/jpeg"
 
-    def _label(self, place: int, number: int | None) -> int:
+    def _answer(self, place: int, number: int | None) -> int:
         if number is None or not 0 <= number < len(self.classes) or place == len(self.names):
             raise UserError(f"no such class: {number}")
         before = self.labels.get(self.names[place])
@@ -108,18 +106,18 @@ class Labelling:
         return place + 1
 
     def _write(self, place: int, number: int | None) -> None:
-        if self._file_stamp() != self._stamp:
+        if self._file_state() != self._stamp:
             raise UserError(
-                f"{self.out} was changed by another program, and this label is not saved. Stop this command and "
-                "start it again to continue from the file"
+                f"{self.out} was changed by another program, and does not contain this label. Restart this "
+                "command: it continues from the file"
             )
         changed = {name: label for name, label in self.labels.items() if name != self.names[place]}
         if number is not None:
             changed[self.names[place]] = number
         write_labels(self.out, changed)
-        self.labels, self._stamp = changed, self._file_stamp()
+        self.labels, self._stamp = changed, self._file_state()
 
-    def _file_stamp(self) -> tuple[int, int] | None:
+    def _file_state(self) -> tuple[int, int] | None:
         try:
             found = os.stat(self.out)
         except FileNotFoundError:
@@ -128,8 +126,8 @@ class Labelling:
             raise StorageError(f"{self.out}: cannot be read ({error.strerror})") from error
         return found.st_mtime_ns, found.st_size
 
-    def _next_open(self, start: int) -> int:
-        """Return the next unlabelled image from ``start`` on, wrapping around; the end if there is none."""
+    def _open(self, start: int) -> int:
+        """Return the position of the next image without a class, searching cyclically; the end if there is none."""
         count = len(self.names)
         for step in range(count):
             place = (start + step) % count
@@ -139,7 +137,7 @@ class Labelling:
         return count
 
     def _readable(self, place: int, direction: int) -> int:
-        """Return the first readable image from ``place`` in a direction, and record unreadable ones."""
+        """Return the first position from ``place`` whose image can be read; record those that cannot."""
         while 0 <= place < len(self.names):
             try:
                 self.image(place)
@@ -156,7 +154,7 @@ class Labelling:
             "at": place,
             "name": name,
             "label": None if name is None else self.labels.get(name),
-            "pictures": report["pictures"],
+            "images": report["pictures"],
             "total": report["pictures"] - len(self.unreadable),
             "labelled": report["labelled"],
             "classes": self.classes,
@@ -168,5 +166,5 @@ class Labelling:
 
 
 def _on_disk(labels: dict[str, int], pairs: Pairs) -> dict[str, int]:
-    """Return the labels by the names of the images on this disk, which may differ in Unicode form."""
+    """Return the labels under the names of the images on this disk, which may have another Unicode form."""
     return {next(iter(pairs.named(name)), name): label for name, label in labels.items()}

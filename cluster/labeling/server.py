@@ -1,4 +1,4 @@
-"""Serves the labelling page (`label.html`) and the images on the loopback interface, to holders of a token only."""
+"""Serve the labelling page (`label.html`) and its images on the loopback interface, to clients with the token."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dreamfleet.datasets.errors import DataError, ResourceError, StorageError, U
 from dreamfleet.datasets.json_text import json_text
 
 LOOPBACK = "127.0.0.1"
-MOST_BYTES = 4096  # of a request
+MAX_REQUEST_BYTES = 4096
 
 
 class LabelServer(ThreadingHTTPServer):
-    """Serves the page on the loopback interface; the URL contains the token."""
+    """Serves the page on the loopback interface, to clients with the token in the URL."""
 
     daemon_threads = True
 
@@ -35,16 +35,16 @@ class LabelServer(ThreadingHTTPServer):
             super().__init__((LOOPBACK, port), _Handler)
         except OSError as error:
             raise ResourceError(
-                f"port {port} cannot be opened ({error.strerror}); use another --port, or omit it"
+                f"port {port} is not available ({error.strerror}); use another --port, or none"
             ) from error
 
     @property
     def url(self) -> str:
-        """The URL of the page."""
+        """The URL of the page, with its token."""
         return f"http://{LOOPBACK}:{self.server_port}/{self.token}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore a browser that closed the connection; print any other error."""
+        """Ignore a browser that closed the connection; log any other error."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
@@ -52,10 +52,10 @@ class LabelServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: LabelServer
     server_version, sys_version = "dreamfleet", ""
-    timeout = 60  # seconds of inactivity before a connection is closed
+    timeout = 60  # seconds that a connection may stay silent
 
     def do_GET(self) -> None:
-        place = self._path()
+        place = self._requested_path()
         if place == "":
             self._send(HTTPStatus.OK, self.server.page.encode(), "text/html; charset=utf-8")
         elif place is not None and place.startswith("image/"):
@@ -64,22 +64,22 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.NOT_FOUND, "not found")
 
     def do_POST(self) -> None:
-        place = self._path()
+        place = self._requested_path()
         if place is None:
             return
         if place != "act":
             self._refuse(HTTPStatus.NOT_FOUND, "not found")
             return
-        if self.headers.get_content_type() != "application/json":  # forms of other sites cannot send JSON
-            self._refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the request must be JSON")
+        if self.headers.get_content_type() != "application/json":  # a form of another site cannot send JSON
+            self._refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "JSON expected")
             return
         length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdigit()) or int(length) > MOST_BYTES:
-            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request has at most {MOST_BYTES} bytes")
+        if not (length.isascii() and length.isdigit()) or int(length) > MAX_REQUEST_BYTES:
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {MAX_REQUEST_BYTES} bytes expected")
             return
         try:
-            asked = json.loads(self.rfile.read(int(length)))
-            action, at, number = asked["action"], asked.get("at"), asked.get("class")
+            request = json.loads(self.rfile.read(int(length)))
+            action, at, number = request["action"], request.get("at"), request.get("class")
             if not all(value is None or type(value) is int for value in (at, number)):
                 raise ValueError(f"{at!r}, {number!r}")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -93,20 +93,20 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(HTTPStatus.OK, json_text(view).encode(), "application/json")
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing, because every line would contain the token."""
+        """Log nothing: every line would contain the token."""
 
-    def _path(self) -> str | None:
+    def _requested_path(self) -> str | None:
         """Return the path after the token; None if the request was refused."""
         port = self.server.server_port
         known = {f"{host}:{port}" for host in (LOOPBACK, "localhost")}
-        # Refuses DNS rebinding (a foreign host name that resolves to this machine) and pages of other origins.
+        # Refuses DNS rebinding (a foreign host name) and requests of other sites' pages.
         origin = self.headers.get("Origin")
         if self.headers.get("Host") not in known or (origin and origin.removeprefix("http://") not in known):
-            self._refuse(HTTPStatus.FORBIDDEN, "the host or origin is not allowed")
+            self._refuse(HTTPStatus.FORBIDDEN, "wrong host or origin")
             return None
         token, slash, place = self.path.partition("?")[0].removeprefix("/").partition("/")
         if not slash or not hmac.compare_digest(token.encode(), self.server.token.encode()):
-            self._refuse(HTTPStatus.NOT_FOUND, "not found; open the full URL with its token")
+            self._refuse(HTTPStatus.NOT_FOUND, "not found; the complete URL with its token is needed")
             return None
         return place
 

@@ -1,10 +1,11 @@
-"""Writes what is no cat to `examples/judge/others/`, things the pocket model draws, and the labels of both."""
+"""Writes `examples/judge/others/`, objects sampled from the pocket model that are no cats, and the labels of both."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from dreamfleet.trainers.config.image_request import requests_for
 from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.models.sampling.sample import generate
 from dreamfleet.trainers.models.stable_diffusion.model import load_model
@@ -17,11 +18,10 @@ TRAIN = 16  # of the others; the rest is held out
 
 
 def write_others() -> None:
-    """Draw twice as many pictures as there are things, and write the labels of all that are used."""
+    """Draw twice as many images as there are things, and write the labels of all that are used."""
     prompts = [f"a {THINGS[n % len(THINGS)]} {PLACES[n % len(PLACES)]}" for n in range(2 * len(THINGS))]
-    drawn = generate(
-        load_model(ModelConfig()), prompts, seeds=range(len(prompts)), guidance_scale=4.0, batch_size=8
-    )
+    requests = requests_for(prompts, range(len(prompts)), guidance_scale=4.0)
+    drawn = generate(load_model(ModelConfig()), requests, batch_size=8)
     for number, image in enumerate(drawn, 1):
         target = HERE / "others" / f"{number:02d}.png"
         target.parent.mkdir(exist_ok=True)

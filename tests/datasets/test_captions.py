@@ -100,7 +100,7 @@ def test_file_names_are_captions_only_with_the_option():
     assert make_caption("its own", config=asked, **named) == "its own"
     filled = make_caption(None, template="[name], [filewords]", name="sks", config=asked, **named)
     assert filled == "sks, a blue cat"
-    with pytest.raises(NoCaption, match="no words"):
+    with pytest.raises(NoCaption, match="no caption"):
         make_caption(None, config=asked, file_name="0001.png", rng=rng())
 
 

@@ -58,6 +58,14 @@ def test_wheel_contains_the_pocket_model(root: Path, wheel: Path) -> None:
     assert not [name for name in packed if name.startswith(("dreamfleet/tests", "tests", "build"))]
 
 
+@pytest.mark.slow
+def test_wheel_contains_the_templates_of_the_reports(root: Path, wheel: Path) -> None:
+    templates = [*root.glob("trainers/report/templates/*"), *root.glob("tune/templates/*")]
+    assert len(templates) >= 5
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"dreamfleet/{path.relative_to(root).as_posix()}" for path in templates} <= packed
+
+
 @pytest.fixture(scope="module")
 def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder into which pip installed the wheel."""

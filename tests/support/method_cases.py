@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import tiny
@@ -54,6 +55,19 @@ RATES = {
 
 # Pictures to learn from, where one alone teaches nothing.
 IMAGES = {"discriminator": "labelled"}
+
+
+State = dict[str, torch.Tensor]
+
+# The tensors of an exported file, named as its artifact kind reads them back, where the method's state has other names.
+EXPORTED: dict[str, Callable[[State, Path], State]] = {
+    "aesthetic_gradients": lambda state, path: (
+        {"vector": state["features"] / state["count"]} if path.suffix == ".pt" else {}
+    ),
+    "prompt_tuning": lambda state, path: {
+        "vectors": state["negative" if path.stem.endswith("-neg") else "positive"]
+    },
+}
 
 
 def fixed_batches(parts: Parts) -> Iterator[dict[str, Any]]:

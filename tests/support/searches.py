@@ -1,4 +1,4 @@
-"""Recipes with a search, made-up trials and their folders, for the tests of the search."""
+"""Recipes with a search, invented trials and their folders, for the tests of the search."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_recipe(folder: Path | str = "runs/x", **section: Any) -> Recipe:
 
 
 def loss_at(point: dict[str, Any]) -> float:
-    """A made-up objective with its minimum at 2e-3 and two vectors."""
+    """An objective function with its minimum at 2e-3 and two vectors."""
     return abs(point["optimizer.learning_rate"] / 2e-3 - 1) + abs(point["method.num_vectors"] - 2)
 
 

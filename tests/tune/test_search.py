@@ -168,7 +168,7 @@ def test_a_trial_that_does_not_fit_is_recorded_and_the_search_goes_on(tmp_path: 
     callback.on_trial_result(
         0, [], second, {"step": 10, "holdout_loss": 0.5, "done": False, "time_total_s": 2.0}
     )
-    assert callback.mistake is None and not (tmp_path / "STOP").exists()
+    assert callback.error is None and not (tmp_path / "STOP").exists()
     assert "ran out of memory" in told[2]
     (tmp_path / "search.yaml").write_text(store.recipe.to_yaml())
     read = open_store(store.recipe, resume=True).trials

@@ -76,7 +76,7 @@ def make_recipe(folder: Path, name: str, rates: list[float], **section: Any) -> 
 # ---- one trial, without Ray -----------------------------------------------------------------------------------------
 
 
-def make_trial(folder: Path, name: str, rate: float = GOOD, told: int = -1) -> tuple[TrialRun, Storage]:
+def make_trial(folder: Path, name: str, rate: float = GOOD, last_step: int = -1) -> tuple[TrialRun, Storage]:
     recipe = make_recipe(folder, name, [rate])
     shared = Shared(
         folder=recipe.output_dir,
@@ -89,7 +89,9 @@ def make_trial(folder: Path, name: str, rate: float = GOOD, told: int = -1) -> t
         sent={},
     )
     point = {"optimizer.learning_rate": rate, "method.num_vectors": 2}
-    return TrialRun(shared, "trial-000", point, told), Storage(recipe.output_dir).child("trials/trial-000")
+    return TrialRun(shared, "trial-000", point, last_step), Storage(recipe.output_dir).child(
+        "trials/trial-000"
+    )
 
 
 def test_a_trial_tells_its_rounds_and_ends_as_a_whole_run(folder: Path) -> None:
@@ -111,7 +113,7 @@ def test_a_stopped_trial_leaves_a_valid_folder_and_can_go_on(folder: Path) -> No
     summary = json.loads(run.read_text("summary.json"))
     assert summary["exit_reason"] == STOPPED and STOPPED in run.read_text("report.html")
     assert run.list_dirs("checkpoints") and run.exists("samples/step-000010.png")
-    again, _ = make_trial(folder, "stopped", told=10)
+    again, _ = make_trial(folder, "stopped", last_step=10)
     rounds = [again.next_round() for _ in range(3)]
     assert [told["step"] for told in rounds] == [20, 30, 40]
     assert json.loads(run.read_text("summary.json"))["start_step"] == 11

@@ -7,10 +7,12 @@ import io
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dreamfleet.datasets.rng import key
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.models.sampling.sample import generate
 
 if TYPE_CHECKING:
@@ -22,57 +24,45 @@ def generated_name(number: int) -> str:
     return f"{number:06d}.png"
 
 
-def class_image_key(
-    content_hash: str,
-    prompt: str,
-    *,
-    seed: int,
-    steps: int,
-    guidance_scale: float,
-    resolution: int,
-    scheduler: str = "ddim",
-) -> str:
-    """Name the folder for pictures of `prompt`: readable, and different whenever what shapes them differs."""
-    shaped_by = [content_hash, prompt, seed, steps, float(guidance_scale), resolution, scheduler]
+def class_image_key(content_hash: str, request: ImageRequest) -> str:
+    """Return the folder name for images of a request: readable, and different whenever the images would differ.
+
+    ``content_hash``: of the model that generates them. ``request``: with the seed of the whole set.
+    """
+    shaped_by = [
+        content_hash,
+        request.prompt,
+        request.seed,
+        request.steps,
+        float(request.guidance_scale),
+        request.width,
+        request.scheduler,
+    ]
     digest = hashlib.sha256(json.dumps(shaped_by, ensure_ascii=False).encode()).hexdigest()[:12]
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].rstrip("-")
+    words = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:40].rstrip("-")
     return f"{words or 'class'}-{digest}"
 
 
 def generate_class_images(
     model: StableDiffusion,
-    prompt: str,
+    request: ImageRequest,
     *,
     numbers: Sequence[int],
     storage: Storage,
-    seed: int = 0,
     batch_size: int = 4,
-    steps: int = 25,
-    guidance_scale: float = 7.5,
-    resolution: int | None = None,
-    scheduler: str = "ddim",
 ) -> None:
-    """Draw images of `prompt` into `storage`, `resolution` pixels a side.
+    """Generate images of ``request`` into ``storage``; image i is ``{i:06d}.png`` and has its own seed.
 
-    Number i is `{i:06d}.png` and has a seed of its own.
+    ``request``: with the seed of the whole set.
     """
-    # Neighbours: a CPU generator keeps 32 bits of a seed, of which hashes would come twice.
-    first_seed = key("class image", seed) % 2**31
+    # Consecutive seeds: a CPU generator keeps 32 bits of a seed, so hashed seeds could collide.
+    first_seed = key("class image", request.seed) % 2**31
     for start in range(0, len(numbers), batch_size):
         part = numbers[start : start + batch_size]
         images = generate(
-            model,
-            [prompt] * len(part),
-            seeds=[first_seed + i for i in part],
-            steps=steps,
-            guidance_scale=guidance_scale,
-            scheduler=scheduler,
-            width=resolution,
-            height=resolution,
-            batch_size=len(part),
-            plain=True,  # as the prompt is trained
+            model, [replace(request, seed=first_seed + number) for number in part], batch_size=len(part)
         )
-        for i, image in zip(part, images, strict=True):
+        for number, image in zip(part, images, strict=True):
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
-            storage.write_bytes(generated_name(i), buffer.getvalue())
+            storage.write_bytes(generated_name(number), buffer.getvalue())

@@ -6,7 +6,6 @@ import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -22,6 +21,7 @@ from dreamfleet.trainers.batches.class_image_drawing import (
     generate_class_images,
     generated_name,
 )
+from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.distributed.agreement import share_index
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.engines.base import DTYPES
@@ -53,12 +53,12 @@ def _gather_one(
     """Return the class images of one concept."""
     prior = method.prior
     assert prior is not None
-    storage, options = _where_and_how(recipe, class_set, method)
+    storage, request = _where_and_how(recipe, class_set, method)
     missing = distributed.on_rank_0(lambda: find_missing(storage, prior.num_class_images, recipe.data))
     if missing:
         if distributed.is_main:
             log.info("generating %d class images of %r", len(missing), class_set.prompt)
-        _generate(method, class_set.prompt, missing, storage, options, recipe=recipe, distributed=distributed)
+        _generate(method, request, missing, storage, recipe=recipe, distributed=distributed)
 
     def load() -> Index:
         index = load_class_images(storage, recipe.data, concept=class_set.concept)
@@ -83,28 +83,31 @@ def find_missing(storage: Storage, num: int, data: DataConfig) -> list[int]:
     return list(itertools.islice(free, wanted))
 
 
-def _where_and_how(recipe: Recipe, class_set: ClassSet, method: Method) -> tuple[Storage, dict[str, Any]]:
-    """Return the folder of a concept's class images, and how they are drawn."""
+def _where_and_how(recipe: Recipe, class_set: ClassSet, method: Method) -> tuple[Storage, ImageRequest]:
+    """Return the folder of a concept's class images, and the request that generates them."""
     prior = method.prior
     assert prior is not None
-    options: dict[str, Any] = {
-        "seed": recipe.train.seed,
-        "steps": prior.steps,
-        "guidance_scale": prior.guidance_scale,
-        "resolution": recipe.data.resolution,
-    }
+    resolution = recipe.data.resolution
+    request = ImageRequest(
+        class_set.prompt,
+        seed=recipe.train.seed,
+        steps=prior.steps,
+        guidance_scale=prior.guidance_scale,
+        width=resolution,
+        height=resolution,
+        plain=True,  # as the prompt is trained
+    )
     if class_set.folder is not None:
-        return Storage(class_set.folder), options
-    name = class_image_key(method.model.content_hash, class_set.prompt, **options)
-    return Storage(recipe.class_images_dir).child(name), options
+        return Storage(class_set.folder), request
+    name = class_image_key(method.model.content_hash, request)
+    return Storage(recipe.class_images_dir).child(name), request
 
 
 def _generate(
     method: Method,
-    prompt: str,
+    request: ImageRequest,
     missing: list[int],
     storage: Storage,
-    options: dict[str, Any],
     *,
     recipe: Recipe,
     distributed: DistributedContext,
@@ -118,13 +121,11 @@ def _generate(
     def draw() -> None:
         if distributed.is_main and not storage.exists(CLASS_IMAGES):
             # Tells every later run that these are no images of its subject.
-            storage.write_text(CLASS_IMAGES, json_text({"prompt": prompt}) + "\n")
+            storage.write_text(CLASS_IMAGES, json_text({"prompt": request.prompt}) + "\n")
         # With full_bf16 a part may be narrow but for the weights that do not learn.
         narrow = torch.autocast(distributed.device.type, torch.bfloat16, enabled=recipe.train.full_bf16)
         with lent_to(distributed.device, method, DTYPES[recipe.train.mixed_precision]), narrow:
-            generate_class_images(
-                method.model, prompt, numbers=mine, storage=storage, batch_size=size, **options
-            )
+            generate_class_images(method.model, request, numbers=mine, storage=storage, batch_size=size)
 
     distributed.on_every_rank(draw)
 

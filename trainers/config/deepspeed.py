@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
 from dreamfleet.datasets.errors import RecipeError, StorageError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.engine import ZERO_KEYS, EngineConfig
-
-if TYPE_CHECKING:
-    from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.config.optimizer import OptimizerConfig
+from dreamfleet.trainers.config.scaling import ScalingConfig
+from dreamfleet.trainers.config.train import TrainConfig
 
 Tree = dict[str, Any]
 #: Elements of a communication buffer. DeepSpeed's default of 500 million would take 1 GB of the memory to be saved.
@@ -47,18 +47,20 @@ def read_deepspeed_file(path: str) -> Tree:
     return _without_auto(tree)
 
 
-def with_deepspeed_file(recipe: Recipe) -> Recipe:
-    """Return the recipe with the stage and the offload of its ``engine.deepspeed_config``.
+def merge_deepspeed_file(
+    engine: EngineConfig, *, train: TrainConfig, optimizer: OptimizerConfig, scaling: ScalingConfig
+) -> EngineConfig:
+    """Return the ``engine:`` section with the stage and the offload settings of its ``deepspeed_config`` file.
 
-    Raises RecipeError naming every key of the file that says other than the recipe.
+    Raises RecipeError naming every key of the file that contradicts the recipe.
     """
-    path = recipe.engine.deepspeed_config
+    path = engine.deepspeed_config
     if path is None:
-        return recipe
+        return engine
     tree = read_deepspeed_file(path)
     mistakes = [
         f"{key}: {found!r} there, and {ours}: {value!r} in the recipe"
-        for key, ours, value in _wanted(recipe)
+        for key, ours, value in _wanted(train, optimizer, scaling)
         if (found := _at(tree, key)) is not None and found != value
     ]
     update: Tree = {}
@@ -83,7 +85,7 @@ def with_deepspeed_file(recipe: Recipe) -> Recipe:
         (f"zero_optimization.{key}", key, None, _at(tree, f"zero_optimization.{key}")) for key in ZERO_KEYS
     ]
     for key, ours, unset, found in places:
-        value = getattr(recipe.engine, ours)
+        value = getattr(engine, ours)
         if found is None or found == value:
             continue
         if value != unset or update.get(ours, found) != found:
@@ -95,15 +97,15 @@ def with_deepspeed_file(recipe: Recipe) -> Recipe:
             f'"auto" there:\n  ' + "\n  ".join(mistakes)
         )
     try:
-        engine = EngineConfig.model_validate({**recipe.engine.model_dump(), **update})
+        settled = EngineConfig.model_validate({**engine.model_dump(), **update})
     except ValidationError as error:
         told = "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())
         raise RecipeError(f"engine.deepspeed_config: {path}: {told}") from error
-    if engine.zero_stage == "auto":
+    if settled.zero_stage == "auto":
         raise RecipeError(
             f"engine.deepspeed_config: {path} sets no zero_optimization.stage, and engine.zero_stage is auto: set one"
         )
-    return recipe.model_copy(update={"engine": engine})
+    return settled
 
 
 def handed_on(tree: Mapping[str, Any]) -> Tree:
@@ -128,10 +130,11 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
     return both
 
 
-def _wanted(recipe: Recipe) -> list[tuple[str, str, Any]]:
-    """List what the recipe decides: the file's key, the recipe's, and its value."""
-    train, optimizer = recipe.train, recipe.optimizer
-    workers = max(1, recipe.scaling.num_workers)
+def _wanted(
+    train: TrainConfig, optimizer: OptimizerConfig, scaling: ScalingConfig
+) -> list[tuple[str, str, Any]]:
+    """Return what the recipe decides: the file's key, the recipe's, and its value."""
+    workers = max(1, scaling.num_workers)
     whole = workers * train.train_batch_size * train.gradient_accumulation_steps
     precision = train.mixed_precision
     betas = [optimizer.adam_beta1, optimizer.adam_beta2]

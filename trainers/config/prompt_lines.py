@@ -4,43 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 from dreamfleet.datasets.errors import RecipeError, UserError
+from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.config.samplers import plain_sampler
-
-if TYPE_CHECKING:
-    pass
 
 ENDINGS = (".txt",)  # of the files that hold prompts
 
 
-@dataclass(frozen=True)
-class Shot:
-    """One picture to draw: its prompt and how. None: the model's own size."""
-
-    prompt: str
-    negative_prompt: str = ""
-    seed: int = 0
-    steps: int = 25
-    guidance_scale: float = 7.5
-    scheduler: str = "ddim"
-    width: int | None = None
-    height: int | None = None
-
-    @property
-    def together(self) -> tuple[Any, ...]:
-        """What pictures must have in common to be drawn in one batch."""
-        return self.steps, self.guidance_scale, self.scheduler, self.width, self.height
-
-    def told(self) -> dict[str, Any]:
-        """Return how it is drawn, by name, but for its prompt and seed."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("prompt", "seed")}
-
-
-def shot_of(line: str, usual: Shot) -> Shot:
-    """Read a prompt with options; what it does not say is as ``usual``. Raises UserError naming what it cannot read.
+def parse_prompt_line(line: str, defaults: ImageRequest) -> ImageRequest:
+    """Parse a prompt with options over ``defaults``. Raises UserError naming the option that cannot be read.
 
     ``--n`` negative prompt, ``--w`` and ``--h`` pixels, ``--d`` seed, ``--s`` steps, ``--l`` guidance scale, ``--ss``
     sampler.
@@ -56,7 +31,7 @@ def shot_of(line: str, usual: Shot) -> Shot:
             changes[name] = read(value.strip())
         except (ValueError, UserError) as error:
             raise UserError(f"--{letter} {value.strip() or 'without a value'}: {error}") from None
-    return replace(usual, prompt=prompt.strip(), **changes)
+    return replace(defaults, prompt=prompt.strip(), **changes)
 
 
 def read_prompts(given: Sequence[str], *, folder: str | None = None, is_file: bool = False) -> list[str]:
@@ -73,7 +48,7 @@ def read_prompts(given: Sequence[str], *, folder: str | None = None, is_file: bo
         for where, line in named:
             lines.append(line)
             try:
-                shot_of(line, Shot(""))
+                parse_prompt_line(line, ImageRequest())
             except UserError as error:
                 mistakes.append(f"{where}: {error}")
     if mistakes:

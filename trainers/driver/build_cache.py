@@ -1,4 +1,4 @@
-"""Encodes a recipe's pictures into its cache of latents, by actors on a Ray cluster or in this process."""
+"""Encodes the images of a recipe into its latent cache, with actors on a Ray cluster or in this process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dreamfleet.trainers.batches.vae_encoding import encode_batch, encode_cuts
 from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.config.scaling import WorkerShare, refuse_impossible, worker_resources
 from dreamfleet.trainers.distributed.device import ENCODING, explain_out_of_memory, on_device, with_index
-from dreamfleet.trainers.driver.preflight import refuse_here, this_machine
+from dreamfleet.trainers.driver.preflight import require_room_here, this_machine
 from dreamfleet.trainers.driver.shared_paths import check_machines, shared_paths
 from dreamfleet.trainers.memory.engine_selection import limit_card
 from dreamfleet.trainers.methods.base import method_class
@@ -34,7 +34,7 @@ from dreamfleet.trainers.recipe import Recipe
 
 @dataclass
 class CacheMade:
-    """What a call encoded and what was there; mirrored copies count. ``left_out`` says why, by address."""
+    """How many latents were encoded and reused, mirrored images included; ``left_out`` has a reason by image."""
 
     cache: str
     pictures: int
@@ -46,12 +46,12 @@ class CacheMade:
 
     @property
     def per_second(self) -> float:
-        """Encodings a second, start-up included."""
+        """Encoded latents per second, start-up included."""
         return self.encoded / self.seconds if self.seconds else 0.0
 
 
 class VaeEncoder:
-    """Encodes pictures with a model's VAE in float32, whatever a run computes in: one cache then serves them all."""
+    """Encodes images with a model's VAE, in float32, so that one cache serves runs of every precision."""
 
     @explain_out_of_memory(ENCODING)
     def __init__(
@@ -63,9 +63,9 @@ class VaeEncoder:
         gpu_share: float = 1.0,
         threads: int | None = None,
     ):
-        place = with_index(device)
-        if place.type == "cuda":
-            limit_card(place, None, gpu_share)
+        target = with_index(device)
+        if target.type == "cuda":
+            limit_card(target, None, gpu_share)
         if threads is not None:
             torch.set_num_threads(threads)
         self.model = load_model(config, {"vae"})
@@ -74,11 +74,11 @@ class VaeEncoder:
                 f"{config.pretrained_model_name_or_path} has another VAE here than on the machine that asked; give "
                 "every machine the same model"
             )
-        self.model.vae.to(place)
+        self.model.vae.to(target)
 
     @explain_out_of_memory(ENCODING)
     def __call__(self, cuts: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
-        """Encode pictures as cut_picture gives them, of any sizes."""
+        """Encode images of any sizes, as ``cut_image`` returns them; return latents by name for each."""
         made: list[dict[str, np.ndarray]] = []
         for shape, group in groupby(cuts, key=lambda cut: cut.shape):
             same, batch = list(group), encode_batch(shape[0] * shape[1])
@@ -98,21 +98,21 @@ def cache_latents(
     shared: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CacheMade:
-    """Encode the pictures whose latents are not yet in ``data.cache_dir``; ``progress`` gets (encoded, to encode).
+    """Encode the images whose latents ``data.cache_dir`` lacks; ``progress`` gets (encoded, to encode).
 
-    ``scaling.num_workers`` actors encode, with what a worker of a run would have, on the cluster at ``address``, else
-    at RAY_ADDRESS, else on a private one; 0 encodes in this process. ``shared``: folders that all machines see.
-    What is written stays, whatever ends the call.
-    Raises UserError for what a user can mend, also when not one picture could be encoded.
+    ``scaling.num_workers`` actors encode, each with the resources of a training worker, on the cluster at ``address``,
+    else at RAY_ADDRESS, else on a private one; with 0, this process does. ``shared``: folders that all machines see.
+    Written latents are kept if the call is interrupted. Raises UserError for what the user can fix, also if no image
+    could be encoded.
     """
     began = time.monotonic()
     data = recipe.data
     if data.cache_dir is None:
         raise RecipeError(
-            "data.cache_dir says where latents go: set it, such as data.cache_dir=cache/latents"
+            "data.cache_dir, the folder of the latent cache, is not set: set it, such as data.cache_dir=cache/latents"
         )
     if issubclass(method_class(recipe.method), SeeingMethod):
-        raise RecipeError(f"{recipe.method.name} sees pictures, not latents: there is nothing to cache")
+        raise RecipeError(f"{recipe.method.name} trains on images, not on latents: there is nothing to cache")
     model = load_model(recipe.model, {"vae"})
     _check_sizes(recipe, model)
     index = _images(recipe)
@@ -145,9 +145,7 @@ def cache_latents(
     made.seconds = time.monotonic() - began
     if not made.encoded + made.reused:
         reason = next(iter(made.left_out.items()))
-        raise DataError(
-            f"not one of {len(index)} pictures could be encoded, such as {reason[0]}: {reason[1]}"
-        )
+        raise DataError(f"none of {len(index)} images could be encoded, such as {reason[0]}: {reason[1]}")
     return made
 
 
@@ -155,7 +153,7 @@ def cache_latents(
 def _encoders(
     recipe: Recipe, cache: Storage, address: str | None, shared: Sequence[str]
 ) -> Iterator[tuple[int, Pool | None, WorkerShare]]:
-    """Give how many encode, the pool that they are (None: this process), and what each may use."""
+    """Yield the number of encoders, their pool (None: this process encodes), and the resources of each."""
     scaling = recipe.scaling
     if scaling.num_workers == 0:
         yield 1, None, worker_resources(scaling, [this_machine()])
@@ -164,7 +162,7 @@ def _encoders(
     from dreamfleet.trainers.driver.worker import worker_environment
 
     if starts_private_ray(address):
-        refuse_here(scaling)
+        require_room_here(scaling)
     with ray_session(address) as session:
         nodes, limit = [node.resources for node in session.nodes()], session.growth_limit()
         share = worker_resources(scaling, nodes, limit=limit)
@@ -173,7 +171,7 @@ def _encoders(
             session, reads=shared_paths(recipe), writes={"data.cache_dir": [cache.path()]}, shared=shared
         )
         cpus = sum(node.get("CPU", 0.0) for node in nodes)
-        # A GPU is fed by all CPUs there are; a CPU that encodes has its hands full anyway, and decodes for itself.
+        # Other CPUs decode images for GPU encoders; CPU encoders decode for themselves, as they are the bottleneck.
         spare = cpus - scaling.num_workers * share.resources.get("CPU", 0.0) >= 1
         pool = Pool(
             scaling.num_workers,
@@ -185,9 +183,9 @@ def _encoders(
 
 
 def _images(recipe: Recipe) -> Index:
-    """Index what a run would train on, class pictures that are there already included, and keep what was read."""
+    """Index the images that a run trains on, existing class images included, and store the file hashes."""
     known = known_files(recipe.data)
-    sets = load_sets(recipe.data, verify=False, known=known, excluded=recipe.apart)
+    sets = load_sets(recipe.data, verify=False, known=known, excluded=recipe.excluded_folders)
     log_left_out(sets.instances)
     indexes = [sets.instances]
     if getattr(recipe.method, "with_prior_preservation", False):

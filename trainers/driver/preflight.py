@@ -1,4 +1,4 @@
-"""What is looked at before workers start: pictures, model, and whether the machines can do what the recipe asks."""
+"""Checks before workers start: inputs that are missing, and resources that the machines lack."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
     from dreamfleet.trainers.driver.session import RaySession
     from dreamfleet.trainers.recipe import Recipe
 
-MOST_FILES_READ = 1000  # of a folder that is read through before workers start
+MAX_FILES = 1000  # larger folders are not indexed before workers start
 
 
 def preflight(
     recipe: Recipe, session: RaySession, say: Callable[[str], None], *, shared: Sequence[str] = ()
 ) -> WorkerShare:
-    """Decide what each worker gets, refusing at once what the cluster can never give.
+    """Return the resources of each worker; ``say`` gets a line if the run has to wait for busy machines.
 
-    ``shared`` are folders that every machine sees. Raises ResourceError or StorageError. Tells through ``say`` when the
-    run has to wait for busy machines.
+    ``shared`` are folders that every machine sees. Raises ResourceError for what the cluster can never provide,
+    StorageError for files that machines do not share.
     """
     nodes = [node.resources for node in session.nodes()]
     limit = session.growth_limit()
     share = worker_resources(recipe.scaling, nodes, limit=limit)
     refuse_impossible(recipe.scaling, share.resources, nodes, limit=limit)
-    require_runnable(recipe, has_gpu=share.uses_gpu)
+    require_runnable(recipe.train, recipe.optimizer, has_gpu=share.uses_gpu)
     engine = engine_spec(recipe.engine)
     if engine.needs_whole_gpu:
         refuse_shared_gpus(recipe.scaling, share, engine=engine.setting(recipe.engine))
@@ -61,28 +61,26 @@ def preflight(
 
 
 def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
-    """Raise at once for pictures or a model that are not there: starting workers takes half a minute.
+    """Raise UserError for missing images or models, before workers start, which takes half a minute.
 
-    ``begun``: the run has a checkpoint, so that the file it went on from may be gone.
-
-    Sets of up to a thousand files on a disk are read through as a worker would; buckets and larger sets are left to it.
+    ``begun``: the run has a checkpoint, so the file that it started from may be missing. Local folders of up to
+    MAX_FILES files are indexed as a worker indexes them; workers check larger folders and buckets.
     """
     from dreamfleet.datasets.index.concepts import load_concepts
     from dreamfleet.datasets.index.file_hashes import known_files
     from dreamfleet.datasets.index.index import build_index
     from dreamfleet.datasets.index.sets import load_sets
     from dreamfleet.datasets.serve.latent_files import find_manifests
-    from dreamfleet.trainers.config.deepspeed import with_deepspeed_file
 
-    require_runnable(recipe)
-    with_deepspeed_file(recipe)
+    require_runnable(recipe.train, recipe.optimizer)
+    recipe.with_deepspeed_file()
     if recipe.data.cache_dir and not find_manifests(Storage(recipe.data.cache_dir)):
         raise DataError(
             f"data.cache_dir {recipe.data.cache_dir} holds no latents yet: run `dreamfleet data cache RECIPE` first, "
             "or leave data.cache_dir out"
         )
     if all(_is_small(concept.instance_data_dir) for concept in load_concepts(recipe.data)):
-        load_sets(recipe.data, verify=False, known=known_files(recipe.data), excluded=recipe.apart)
+        load_sets(recipe.data, verify=False, known=known_files(recipe.data), excluded=recipe.excluded_folders)
     for named in recipe.paths:
         if not (begun and named.field.is_start):
             check_exists(named)
@@ -99,8 +97,9 @@ def check_exists(named: NamedPath) -> None:
     else:
         is_missing = field.must_exist and os.path.isabs(path) and not os.path.exists(path)
     if is_missing:
-        kinds: dict[str, type[UserError]] = {"model": ModelError, "images": DataError}
-        raise kinds.get(field.kind, RecipeError)(
+        errors: dict[str, type[UserError]] = {"model": ModelError, "images": DataError}
+        error = RecipeError if key.startswith("method.") else errors.get(field.kind, RecipeError)
+        raise error(
             f"{key}: {path} does not exist. Check the path; a relative one starts at the recipe's folder"
         )
 
@@ -109,11 +108,11 @@ def _is_small(url: str) -> bool:
     if not is_address(url):
         return False
     folder = Storage(url)
-    return folder.is_local and (not folder.exists() or len(folder.list(recursive=True)) <= MOST_FILES_READ)
+    return folder.is_local and (not folder.exists() or len(folder.list(recursive=True)) <= MAX_FILES)
 
 
 def this_machine() -> dict[str, float]:
-    """Return the resources that a private Ray finds on this machine, at most."""
+    """Return the resources of this machine as a private Ray would count them."""
     import torch
 
     resources = {"CPU": float(os.cpu_count() or 1)}
@@ -122,7 +121,7 @@ def this_machine() -> dict[str, float]:
     return resources
 
 
-def refuse_here(scaling: ScalingConfig) -> None:
-    """Raise ResourceError when this machine alone cannot hold the workers: Ray need not be started to know."""
+def require_room_here(scaling: ScalingConfig) -> None:
+    """Raise ResourceError if this machine alone has no room for the workers, without starting Ray."""
     here = [this_machine()]
     refuse_impossible(scaling, worker_resources(scaling, here).resources, here)

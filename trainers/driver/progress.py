@@ -1,4 +1,4 @@
-"""What the person at the driver sees of a run: a bar on a terminal, plain lines elsewhere, warnings as they come."""
+"""Progress of a run on the driver's stderr: a bar on a terminal, plain lines elsewhere, log messages in between."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.driver.throughput import Pace
 from dreamfleet.trainers.run.run_folder import LOG_FILE, METRICS_FILE, STOP_FILE
 
-LOCAL_LOOK_SECONDS = 0.5
-BUCKET_LOOK_SECONDS = 10.0
+# How often the driver reads the metrics and the log of a run
+LOCAL_READ_SECONDS = 0.5
+BUCKET_READ_SECONDS = 10.0
 SECONDS_BETWEEN_LINES = 10.0
+# How often a worker looks for the stop file
 LOCAL_POLL_SECONDS = 0.2
 BUCKET_POLL_SECONDS = 5.0
 
 
 class Display:
-    """Shows steps, loss and speed on ``stream``: one tqdm bar where it is a terminal, else a line every ten seconds."""
+    """Shows steps, loss and speed on ``stream``: one tqdm bar on a terminal, else a line every ten seconds."""
 
     def __init__(self, *, total: int | None = None, stream: TextIO | None = None):
         self.stream = stream or sys.stderr
@@ -36,10 +38,10 @@ class Display:
         self._unshown: dict[str, Any] | None = None
 
     def show(self, line: dict[str, Any]) -> None:
-        """Take in one line of metrics (``step``, ``loss``, ``images_per_second``...)."""
+        """Show one line of metrics (``step``, ``loss``, ``images_per_second``...)."""
         step = int(line.get("step", 0))
         self.total = line.get("total_steps") or self.total
-        if "loss" not in line:  # drawing the untuned model says nothing about how long a step takes
+        if "loss" not in line:  # figures of a validation round
             return
         self._pace.add(line, now=time.monotonic())
         if self.stream.isatty():
@@ -50,7 +52,7 @@ class Display:
             self._print_line()
 
     def say(self, text: str) -> None:
-        """Print a line of its own, above the bar where there is one."""
+        """Print one line of text, above the bar if there is one."""
         if self._bar is not None:
             self._bar.clear()
         print(text, file=self.stream, flush=True)
@@ -58,7 +60,7 @@ class Display:
             self._bar.refresh()
 
     def close(self) -> None:
-        """Show what is left and end the bar."""
+        """Print the newest line if it is not shown yet, and end the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -79,7 +81,7 @@ class Display:
             )
         self._bar.total = self.total
         self._bar.n = step
-        self._bar.set_postfix_str(", ".join(self._words(line)), refresh=True)
+        self._bar.set_postfix_str(", ".join(self._format(line)), refresh=True)
 
     def _print_line(self) -> None:
         line, self._unshown = self._unshown, None
@@ -88,25 +90,25 @@ class Display:
         self._last_shown = time.monotonic()
         step = int(line["step"])
         of = f"/{self.total}" if self.total else ""
-        self.say("  ".join([f"step {step}{of}", *self._words(line)]))
+        self.say("  ".join([f"step {step}{of}", *self._format(line)]))
 
-    def _words(self, line: dict[str, Any]) -> list[str]:
-        words = [f"loss {line['loss']:.4f}"]
+    def _format(self, line: dict[str, Any]) -> list[str]:
+        parts = [f"loss {line['loss']:.4f}"]
         if speed := self._pace.images_per_second:
-            words.append(f"{speed:.3g} images/s")
+            parts.append(f"{speed:.3g} images/s")
         left = (self.total or 0) - int(line["step"])
         if left > 0 and (seconds := self._pace.seconds_left(left, now=time.monotonic())):
-            words.append(f"{_clock(seconds)} left")
-        return words
+            parts.append(f"{_clock(seconds)} left")
+        return parts
 
 
 class RunTail:
-    """Follows the metrics and the log of a run folder that other processes write, and shows what is new."""
+    """Shows the new lines of a run's metrics and log, which other processes write."""
 
     def __init__(self, run: Storage, display: Display):
         self.display = display
-        self._files = {METRICS_FILE: _Growing(run, METRICS_FILE), LOG_FILE: _Growing(run, LOG_FILE)}
-        self._pause = LOCAL_LOOK_SECONDS if run.is_local else BUCKET_LOOK_SECONDS
+        self._files = {METRICS_FILE: _NewLines(run, METRICS_FILE), LOG_FILE: _NewLines(run, LOG_FILE)}
+        self._pause = LOCAL_READ_SECONDS if run.is_local else BUCKET_READ_SECONDS
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True, name="run-tail")
 
@@ -117,32 +119,28 @@ class RunTail:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join(timeout=30)
-        self._look()
+        self._show_new()
         self.display.close()
 
     def _follow(self) -> None:
         while not self._done.wait(self._pause):
-            self._look()
+            self._show_new()
 
-    def _look(self) -> None:
+    def _show_new(self) -> None:
         for text in self._files[LOG_FILE].new_lines():
             self.display.say(text)
         for text in self._files[METRICS_FILE].new_lines():
             try:
                 self.display.show(json.loads(text))
-            except (
-                ValueError,
-                KeyError,
-                TypeError,
-            ):  # a line that is still being written, or of another program
-                continue
+            except (ValueError, KeyError, TypeError):
+                continue  # not one of our lines
 
 
 @contextmanager
-def log_to_run(run: Storage, *, speak: bool) -> Iterator[None]:
-    """Write what dreamfleet's loggers say to ``run.log`` of the run folder, from where the driver shows it."""
+def log_to_run(run: Storage, *, verbose: bool) -> Iterator[None]:
+    """Write log messages of dreamfleet to ``run.log`` of the run folder; without ``verbose`` errors only."""
     project = logging.getLogger("dreamfleet")
-    project.setLevel(logging.INFO if speak else logging.ERROR)
+    project.setLevel(logging.INFO if verbose else logging.ERROR)
     handler = _RunLog(run)
     project.addHandler(handler)
     try:
@@ -153,29 +151,28 @@ def log_to_run(run: Storage, *, speak: bool) -> Iterator[None]:
 
 @contextmanager
 def watch_for_stop(run: Storage, *, watch: bool = True) -> Iterator[Callable[[], bool]]:
-    """Give a cheap ``should_stop()``: whether somebody has put the stop mark in the run folder.
+    """Yield a cheap ``should_stop()``: whether the run folder holds the stop file.
 
-    A file on disk is looked for at most five times a second; in a bucket, a thread looks every five seconds.
+    On a disk it checks at most five times a second; for a bucket a thread checks every five seconds. Without ``watch``
+    it returns False.
     """
     if not watch:
         yield lambda: False
     elif run.is_local:
-        yield _LocalMark(run.path(STOP_FILE))
+        yield _LocalStopFile(run.path(STOP_FILE))
     else:
         seen, done = threading.Event(), threading.Event()
 
-        def look() -> None:
+        def poll() -> None:
             while not done.wait(BUCKET_POLL_SECONDS):
                 try:
                     if run.exists(STOP_FILE):
                         seen.set()
                         return
-                except (
-                    UserError
-                ) as error:  # the bucket is away for a moment; saving will tell if it stays away
-                    logging.getLogger(__name__).debug("stop mark not readable: %s", error)
+                except UserError as error:  # if the bucket stays unreachable, saving will fail
+                    logging.getLogger(__name__).debug("cannot look for the stop file: %s", error)
 
-        thread = threading.Thread(target=look, daemon=True, name="watch-for-stop")
+        thread = threading.Thread(target=poll, daemon=True, name="watch-for-stop")
         thread.start()
         try:
             yield seen.is_set
@@ -183,8 +180,8 @@ def watch_for_stop(run: Storage, *, watch: bool = True) -> Iterator[Callable[[],
             done.set()
 
 
-class _Growing:
-    """Gives the whole lines added to a file since it was last asked, starting from its present end."""
+class _NewLines:
+    """Reads the complete lines added to a file since the last call, starting at its end when this is created."""
 
     def __init__(self, run: Storage, name: str):
         self.run, self.name = run, name
@@ -204,7 +201,7 @@ class _Growing:
                 return data[offset:]
             with open(self.run.path(self.name), "rb") as file:
                 size = file.seek(0, 2)
-                # A resumed run writes the file anew without the lines after its checkpoint.
+                # A resumed run rewrites the file without the lines after its checkpoint.
                 self.offset = offset = min(offset, size)
                 file.seek(offset)
                 return file.read()
@@ -218,17 +215,17 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-class _LocalMark:
-    """Looks for a file, at most every LOCAL_POLL_SECONDS."""
+class _LocalStopFile:
+    """Checks whether a file exists, at most every LOCAL_POLL_SECONDS."""
 
     def __init__(self, path: str):
-        self.path, self.next_look = path, 0.0
+        self.path, self.next_check = path, 0.0
 
     def __call__(self) -> bool:
         now = time.monotonic()
-        if now < self.next_look:
+        if now < self.next_check:
             return False
-        self.next_look = now + LOCAL_POLL_SECONDS
+        self.next_check = now + LOCAL_POLL_SECONDS
         return os.path.exists(self.path)
 
 
@@ -241,12 +238,12 @@ class _RunLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if (
             self.is_writing
-        ):  # a bucket in trouble warns of that; to write it down would meet the same trouble, and so on
+        ):  # writing to a failing bucket logs a warning, which would be written to that bucket
             return
         self.is_writing = True
         try:
             self.run.append_text(LOG_FILE, self.format(record).replace("\n", "\n  ") + "\n")
-        except Exception:  # noqa: BLE001 - what logging asks of every handler
+        except Exception:  # noqa: BLE001 - a handler must not raise
             self.handleError(record)
         finally:
             self.is_writing = False

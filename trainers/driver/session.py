@@ -1,4 +1,4 @@
-"""The Ray cluster a run uses: a private local one or an address, kept quiet, and checked before work starts."""
+"""Connects to the Ray cluster at an address, or starts a private one on this machine."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from dreamfleet.datasets.errors import ResourceError
 
 logger = logging.getLogger(__name__)
 
-# Ray's own switches, set where the user has not: no usage reports, no re-creation of a `uv run` environment in
-# every worker, and answers from the workers every half second instead of every two (it shortens every start and end).
-QUIET = {
+# Ray's settings, unless the user has set them: no usage reports, no re-creation of a `uv run` environment in every
+# worker, and health checks every half second instead of every two, which shortens every start and end.
+RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-# On a cluster of our own nothing reads Train's metrics and no cloud takes machines away; each would cost a process.
-QUIET_LOCAL = {"RAY_TRAIN_METRICS_ENABLED": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+# On a private cluster nothing reads Train's metrics and no cloud preempts machines; each of these costs a process.
+PRIVATE_RAY_SETTINGS = {"RAY_TRAIN_METRICS_ENABLED": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Node:
 class RaySession:
     """A connection to Ray."""
 
-    private: bool  # started by this process and ending with it
+    private: bool  # started by this process, and ends with it
     address: str
 
     def nodes(self) -> list[Node]:
-        """List the living machines."""
+        """Return the running machines."""
         import ray
 
         return [
@@ -59,21 +59,21 @@ class RaySession:
         ]
 
     def growth_limit(self) -> dict[str, float] | None:
-        """Return the most an autoscaling cluster may grow to, by resource; None for a fixed set of machines."""
-        # The one place where Ray keeps it; Ray Train itself reads it there.
+        """Return the maximal resources of an autoscaling cluster; None for a fixed set of machines."""
+        # Ray Train reads it from there too; there is no public function.
         from ray._private.state import state
 
         return state.get_max_resources_from_cluster_config()
 
     def free(self) -> dict[str, float]:
-        """Return what nobody uses at this moment, summed over the machines."""
+        """Return the unused resources, summed over the machines."""
         import ray
 
         return ray.available_resources()
 
     @property
     def log_folder(self) -> str | None:
-        """Where a private cluster keeps the logs of its processes."""
+        """Folder of the logs of a private cluster's processes; None for another cluster."""
         if not self.private:
             return None
         import ray
@@ -82,7 +82,7 @@ class RaySession:
 
 
 def starts_private_ray(address: str | None) -> bool:
-    """Whether ray_session(address) would start a Ray of its own."""
+    """Return whether ``ray_session(address)`` would start a private Ray."""
     import ray
 
     return not ray.is_initialized() and _target(address) == "local"
@@ -90,13 +90,13 @@ def starts_private_ray(address: str | None) -> bool:
 
 @contextmanager
 def ray_session(address: str | None = None, *, preload: Sequence[str] = ()) -> Iterator[RaySession]:
-    """Connect to ``address``, else to RAY_ADDRESS, else start a private Ray on this machine; leave it at the end.
+    """Connect to ``address``, else to RAY_ADDRESS, else start a private Ray on this machine; disconnect at the end.
 
-    A Ray that this process already uses is used as it is and left running; after KeyboardInterrupt ours is left too.
-    ``preload`` names modules that are imported while Ray starts, which takes as long. Raises ResourceError when there
-    is no cluster at the address.
+    If this process is already connected to Ray, that connection is used and kept. After KeyboardInterrupt Ray is not
+    shut down either. The modules in ``preload`` are imported while Ray starts, which takes about as long. Raises
+    ResourceError if there is no cluster at the address.
     """
-    for name, value in QUIET.items():
+    for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     import ray
 
@@ -105,13 +105,16 @@ def ray_session(address: str | None = None, *, preload: Sequence[str] = ()) -> I
         yield RaySession(private=started_here, address=ray.get_runtime_context().gcs_address)
         return
     target = _target(address)
-    # Imports run in the thread, not ray.init: Linux ends Ray's processes together with the *thread* that started them.
+    # The imports run in a thread, not ray.init: Linux ends Ray's processes with the *thread* that started them.
     importing = threading.Thread(target=_import_all, args=(preload,), daemon=True)
     importing.start()
-    with authentication(private=target == "local"), environment(QUIET_LOCAL if target == "local" else {}):
+    with (
+        authentication(private=target == "local"),
+        environment(PRIVATE_RAY_SETTINGS if target == "local" else {}),
+    ):
         try:
             if target == "local":
-                with secrets_hidden():  # every process of Ray's inherits the environment
+                with secrets_hidden():  # all processes of Ray inherit the environment
                     context = ray.init(
                         address="local",
                         object_store_memory=_object_store_bytes(),
@@ -123,8 +126,8 @@ def ray_session(address: str | None = None, *, preload: Sequence[str] = ()) -> I
             importing.join()
             yield RaySession(private=target == "local", address=context.address_info.get("address") or target)
         except BaseException as error:
-            # Left in a hurry, another thread may still wait for Ray, and Ray ends the whole process when that thread
-            # finds it shut down. It ends with the process anyway.
+            # After an interrupt another thread may still wait for Ray, and Ray ends the whole process when that thread
+            # finds it shut down. Ray ends with the process anyway.
             if not isinstance(error, KeyboardInterrupt):
                 ray.shutdown()
             raise
@@ -139,47 +142,47 @@ _QUIET_INIT: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.
 
 
 def _join(target: str) -> Any:
-    """Connect to a cluster that is already there."""
+    """Connect to a running cluster."""
     import ray
 
-    way_out = "Give the address of its head node (--address HOST:6379), or leave it out for a local Ray."
+    remedy = "Give the address of its head node (--address HOST:6379), or leave it out for a local Ray."
     if "://" in target:
         raise ResourceError(
-            f"{target} is not an address a training run can join. {way_out} "
+            f"{target} is not an address a training run can join. {remedy} "
             "For http:// addresses use `dreamfleet submit`."
         )
     if target != "auto":
         host, _, port = target.rpartition(":")
         try:
-            # Ray itself would try for a minute and print a page.
+            # Ray would try for a minute and print a page of messages.
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         except (OSError, ValueError) as error:
-            raise ResourceError(f"no Ray cluster answers at {target} ({error}). {way_out}") from error
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # a refused client would print a line a second
+            raise ResourceError(f"no Ray cluster answers at {target} ({error}). {remedy}") from error
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # a refused client prints a line every second
     try:
         return ray.init(address=target, **_QUIET_INIT)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         first = str(error).strip().splitlines()[0].rstrip(".")
         raise ResourceError(
-            f"cannot join the Ray cluster at {target}: {first}. {way_out} A cluster with token authentication needs "
+            f"cannot join the Ray cluster at {target}: {first}. {remedy} A cluster with token authentication needs "
             "RAY_AUTH_TOKEN, or its token in ~/.ray/auth_token."
         ) from error
 
 
 @contextmanager
 def authentication(*, private: bool) -> Iterator[None]:
-    """Set RAY_AUTH_MODE outright where the user has not, for Ray's default differs between 2.59, 2.60 and 2.61.
+    """Set RAY_AUTH_MODE unless the user has: Ray's default differs between 2.59, 2.60 and 2.61.
 
-    A private Ray listens on the machine's network address, and whoever reaches an open one can run code there: it gets
-    a token of its own, made for this run and kept in the environment, so that no file in the home folder changes how a
-    later `ray start` behaves. A cluster we join decides for itself; a client that has a token is let in by both kinds.
+    A private Ray listens on the machine's network address, and anyone who reaches an open one can run code: it gets a
+    new token, kept in the environment, so that no file in the home folder affects a later `ray start`. Clusters with
+    and without authentication both accept a client with a token.
     """
     if "RAY_AUTH_MODE" in os.environ:
         yield
         return
     ours = {"RAY_AUTH_MODE": "token"}
     if private:
-        ours["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # or the person's own, where one is set
+        ours["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # replaced by the user's token if there is one
     elif not _has_token():
         ours["RAY_AUTH_MODE"] = "disabled"
     try:
@@ -197,14 +200,14 @@ def _has_token() -> bool:
 
 
 def _reread_authentication() -> None:
-    # Ray reads the mode when it is imported and the token when first used, and keeps both.
-    raylet = importlib.import_module("ray._raylet")  # compiled: nothing in it is typed
+    # Ray reads the mode when it is imported and the token when it is first used, and caches both.
+    raylet = importlib.import_module("ray._raylet")  # compiled, without type information
     raylet.Config.initialize("")
     raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _object_store_bytes() -> int | None:
-    """Return a size for the object store that fits in /dev/shm; None where Ray's own choice does."""
+    """Return an object store size that fits into /dev/shm; None if Ray's default fits."""
     try:
         room = shutil.disk_usage("/dev/shm").free
     except OSError:

@@ -1,4 +1,4 @@
-"""Whether all machines of a cluster, also those that are still to come, see the files a run reads and writes."""
+"""Checks that all machines of a cluster, also those that an autoscaler adds, see the files of a run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from dreamfleet.trainers.run.run_folder import MARKER_PREFIX
 if TYPE_CHECKING:
     from dreamfleet.trainers.driver.session import Node, RaySession
 
-PACKAGES = "/runtime_resources/working_dir_files/"  # where Ray unpacks a job's files, on each machine that needs them
-MOST_TOLD = 5
+PACKAGES = "/runtime_resources/working_dir_files/"  # where Ray unpacks the files of a job, on every machine
+MAX_LISTED = 5  # paths or machines that an error names
 PathsByKey = Mapping[str, Sequence[str]]
 
 
@@ -55,12 +55,12 @@ def check_machines(
     writes: PathsByKey,
     shared: Sequence[str] = (),
 ) -> None:
-    """Raise unless every machine can run our code and sees the same files; nothing to check on a single fixed one.
+    """Check that every machine can run dreamfleet and sees the same files; a single fixed machine always does.
 
-    ``reads`` and ``writes`` are paths and addresses by their keys in the recipe. Where an autoscaler starts machines,
-    local ones are taken only under one of the ``shared`` folders, which the person vouches for. Machines that are there
-    are asked; a marker file in each folder that is written to tells a shared one from another of the same name. Raises
-    StorageError or ResourceError naming the machines.
+    ``reads`` and ``writes`` are paths and addresses by their keys in the recipe. If an autoscaler starts machines,
+    local paths must lie under one of the ``shared`` folders, which the user declares. Each running machine checks
+    whether the paths exist; a marker file in every folder that is written to distinguishes a shared folder from another
+    of the same name. Raises StorageError or ResourceError naming the machines.
     """
     if session.growth_limit() is not None:
         refuse_local(
@@ -84,7 +84,7 @@ def check_machines(
 
 
 def refuse_local(named: PathsByKey, shared: Sequence[str]) -> None:
-    """Raise StorageError for paths that a machine started by an autoscaler would look for on its own disk."""
+    """Raise StorageError for local paths, which a machine that an autoscaler starts would look for on its own disk."""
     local = {
         f"{key} {path}": path
         for key, paths in named.items()
@@ -92,20 +92,19 @@ def refuse_local(named: PathsByKey, shared: Sequence[str]) -> None:
         if "://" not in path and PACKAGES not in path and not is_under(path, shared)
     }
     if local:
-        told = list(local)
-        more = f" and {len(told) - MOST_TOLD} more" if len(told) > MOST_TOLD else ""
+        more = f" and {len(local) - MAX_LISTED} more" if len(local) > MAX_LISTED else ""
         raise StorageError(
-            f"this cluster starts machines when they are needed, and each has a disk of its own: "
-            f"{', '.join(told[:MOST_TOLD])}{more} would not be the same there. Use s3://BUCKET/PREFIX, or, when every "
-            f"machine mounts the folder under this name, say so: --shared {os.path.dirname(next(iter(local.values())))}"
+            f"this cluster starts machines on demand, and they do not see local files: "
+            f"{', '.join(list(local)[:MAX_LISTED])}{more}. Use s3://BUCKET/PREFIX, or, if every machine mounts the "
+            f"folder under this name, add --shared {os.path.dirname(next(iter(local.values())))}"
         )
 
 
 def refuse_unseen(seen: Sequence[tuple[Node, Sequence[str]]], markers: Mapping[str, str]) -> None:
-    """Raise StorageError for a path that a machine is missing; ``markers`` tells the keys of folders written to."""
+    """Raise StorageError for a path that a machine lacks; ``markers`` maps marker files to their folders' keys."""
     for path in {path: None for _, missing in seen for path in missing}:
         blind = [node.address for node, missing in seen if path in missing]
-        machines = ", ".join(blind[:MOST_TOLD]) + (" and more" if len(blind) > MOST_TOLD else "")
+        machines = ", ".join(blind[:MAX_LISTED]) + (" and more" if len(blind) > MAX_LISTED else "")
         if path in markers:
             raise StorageError(
                 f"{markers[path]} {os.path.dirname(path)} is not shared: {machines} cannot see it. With several "
@@ -118,18 +117,18 @@ def refuse_unseen(seen: Sequence[tuple[Node, Sequence[str]]], markers: Mapping[s
 
 
 def find_missing(paths: Sequence[str]) -> list[str]:
-    """List the paths that are missing on the machine this runs on."""
+    """Return the paths that do not exist on this machine."""
     return [path for path in paths if not os.path.exists(path)]
 
 
 def _ask(nodes: Sequence[Node], paths: Sequence[str]) -> list[tuple[Node, list[str]]]:
-    """Ask every machine which of the paths it is missing."""
+    """Return the missing paths of every machine, found by a task on each."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    look = ray.remote(num_cpus=0, max_retries=0)(find_missing)
+    task = ray.remote(num_cpus=0, max_retries=0)(find_missing)
     asked = [
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(
             list(paths)
         )
         for node in nodes
@@ -149,12 +148,12 @@ def _ask(nodes: Sequence[Node], paths: Sequence[str]) -> list[tuple[Node, list[s
 
 @contextmanager
 def _marked(folder: Storage) -> Iterator[str]:
-    """Give the path of a marker file in a folder, which is left as it was found."""
-    made, marker = not folder.exists(), f"{MARKER_PREFIX}{uuid.uuid4().hex}"
+    """Yield the path of a new marker file in a folder; remove it, and a folder created for it, at the end."""
+    is_new, marker = not folder.exists(), f"{MARKER_PREFIX}{uuid.uuid4().hex}"
     folder.write_text(marker, "")
     try:
         yield folder.path(marker)
     finally:
         folder.remove(marker)
-        if made:
+        if is_new:
             shutil.rmtree(folder.path(), ignore_errors=True)

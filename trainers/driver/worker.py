@@ -1,4 +1,4 @@
-"""One training process on a Ray cluster: calls run_worker with its rank and device, and listens for the stop mark."""
+"""One training process on a Ray cluster: calls run_worker with its rank and device, and watches the stop file."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.driver.progress import log_to_run, watch_for_stop
 
-# What a worker needs of the driver's environment; Ray shows and logs it.
+# Environment variables that workers get from the driver. Ray displays and logs them: no secrets.
 PASSED_ON = ("TORCH_EXTENSIONS_DIR", "TOKENIZERS_PARALLELISM")
 PASSED_ON_PREFIXES = ("DREAMFLEET_",)
 
 
 def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, Any]:
-    """Train as one of the workers that Ray Train started; return rank 0's summary as plain data.
+    """Train as one of the workers that Ray Train started; return the run's summary as plain data.
 
-    ``config`` holds ``recipe`` (plain data), ``threads``, ``gpu_share`` and ``waited``; ``sent`` is of
-    environment.to_send. Ray starts the whole group again after a worker died, and tells nobody that it did: a worker
-    therefore always goes on from the newest valid checkpoint in the run folder. For a new run the driver has made sure
-    that there is none.
+    ``config`` holds ``recipe`` (plain data), ``threads``, ``gpu_share`` and ``waited``; ``sent`` is the result of
+    ``environment.to_send``. Ray restarts the whole group after a worker died, without saying so: a worker therefore
+    always resumes from the newest valid checkpoint in the run folder. For a new run the driver has checked that there
+    is none.
     """
     take_over(sent)
     import ray.train
@@ -40,7 +40,7 @@ def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, A
     rank, world = context.get_world_rank(), context.get_world_size()
     recipe = build_recipe(config["recipe"])
     run = Storage(recipe.output_dir)
-    with log_to_run(run, speak=rank == 0), watch_for_stop(run, watch=rank == 0) as should_stop:
+    with log_to_run(run, verbose=rank == 0), watch_for_stop(run, watch=rank == 0) as should_stop:
         summary = run_worker(
             recipe,
             rank=rank,
@@ -57,8 +57,8 @@ def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, A
 def worker_environment(threads: int) -> dict[str, str]:
     """Return the environment variables of a training worker.
 
-    Ray gives a worker with one reserved CPU a single thread (OMP_NUM_THREADS=1), which slows torch, so the threads
-    are said outright.
+    Ray gives a worker with one reserved CPU a single thread (OMP_NUM_THREADS=1), which slows torch: so the number of
+    threads is set explicitly.
     """
     passed = {
         name: value
@@ -69,15 +69,15 @@ def worker_environment(threads: int) -> dict[str, str]:
 
 
 class RaiseAtOnce(UserCallback):
-    """Ends the run at the first error that a restart would only repeat; lives in Ray Train's controller.
+    """Ends the run at the first error that a restart would repeat; runs in Ray Train's controller.
 
-    Ray Train starts the workers again after any exception. An exception of a callback is not retried: raising the
-    worker's own here brings it to the driver as the cause of a ControllerError, and ends the ranks that wait for the
-    failed one.
+    Ray Train restarts the workers after any exception of theirs, but not after an exception of a callback. Raising the
+    worker's exception here brings it to the driver as the cause of a ControllerError, and ends the ranks that wait for
+    the failed one.
     """
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raise the error of the lowest rank that met one."""
+        """Raise the error of the lowest rank that has one."""
         for _, error in sorted(worker_exceptions.items()):
             if isinstance(error, UserError | RunFailed):
                 raise error

@@ -14,6 +14,7 @@ from dreamfleet.trainers.config.engine import EngineConfig
 from dreamfleet.trainers.config.engines import ZeroSpec
 from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.distributed.process_group import lone_group, step_timeouts
+from dreamfleet.trainers.engines import deepspeed_internals as internals
 from dreamfleet.trainers.engines.base import Engine, T, check_optimizer, move_method
 from dreamfleet.trainers.engines.zero_nvme import SwapFolder, SwappedShards, build_swapping
 from dreamfleet.trainers.engines.zero_setup import (
@@ -139,15 +140,9 @@ class ZeroEngine(ZeroSpec, Engine):
         if self.stage == 0:
             self.engine.zero_grad()
             return
-        # As DeepSpeed discards a step that overflowed; its count of micro-batches decides whether the next is added.
-        inner = self.engine.optimizer
-        inner.zero_grad()
-        if self.stage < 3:
-            inner.micro_step_id = -1
-            for gradients in (inner.averaged_gradients, inner.all_grad_tensors):
-                gradients.update(dict.fromkeys(gradients))
-        if self.offloads:
-            inner.reset_cpu_buffers()
+        internals.discard_gradients(
+            internals.zero_optimizer(self.engine), stage=self.stage, offloads=self.offloads
+        )
 
     def evaluate(self, action: Callable[[], T]) -> T:
         if self.stage == 3:
@@ -278,29 +273,30 @@ class ZeroEngine(ZeroSpec, Engine):
     def _unsharded_norm(self) -> Tensor:
         # Stage 0 clips without telling the norm.
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None])
-        scaler = self.engine.torch_autocast_z0_gradscaler
+        scaler = internals.grad_scaler(self.engine)
         return (
             norm / scaler._get_scale_async() if scaler is not None else norm
         )  # get_scale() would wait for it
 
     def _scaler_state(self) -> dict[str, Any]:
         if self.stage == 0:
-            return self.engine.torch_autocast_z0_gradscaler.state_dict()
+            state: dict[str, Any] = internals.grad_scaler(self.engine).state_dict()
+            return state
         fresh = torch.amp.GradScaler(self.device.type).state_dict()
-        scaler = self.engine.optimizer.loss_scaler
-        # Steps since an overflow: torch starts anew where the scale grows, DeepSpeed goes on, and grows a step later.
-        since = scaler.cur_iter - scaler.last_overflow_iter - 1
-        counted = {"_growth_tracker": since % scaler.scale_window, "since_overflow": since}
-        return {**fresh, **counted, "scale": float(scaler.cur_scale)}
+        scale, since, window = internals.read_loss_scale(internals.zero_optimizer(self.engine))
+        # torch counts from zero again when the scale grows; DeepSpeed goes on counting, and grows a step later.
+        counted = {"_growth_tracker": since % window, "since_overflow": since}
+        return {**fresh, **counted, "scale": scale}
 
     def _load_scaler(self, saved: dict[str, Any]) -> None:
         if self.stage == 0:
-            self.engine.torch_autocast_z0_gradscaler.load_state_dict(saved)
+            internals.grad_scaler(self.engine).load_state_dict(saved)
         else:
-            scaler = self.engine.optimizer.loss_scaler
-            scaler.cur_scale = saved["scale"]
-            since = saved.get("since_overflow", saved["_growth_tracker"])
-            scaler.last_overflow_iter = scaler.cur_iter - 1 - since
+            internals.write_loss_scale(
+                internals.zero_optimizer(self.engine),
+                saved["scale"],
+                since_overflow=saved.get("since_overflow", saved["_growth_tracker"]),
+            )
 
 
 class _Computing(nn.Module):

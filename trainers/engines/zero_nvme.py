@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from dreamfleet.datasets.errors import ResourceError
+from dreamfleet.trainers.engines import deepspeed_internals as internals
 from dreamfleet.trainers.engines.zero_setup import build_op
 from dreamfleet.trainers.engines.zero_shards import Shards
 
@@ -90,10 +91,7 @@ class SwappedShards(Shards):
     def rest(self) -> None:
         if self._here is None:
             return
-        if self._changed:
-            self.outer._optimizer_states_and_gradient_swap_out(self._here)
-        else:
-            self.outer._release_swap_buffers(self._here)
+        internals.swap_out(self.outer, self._here, changed=self._changed)
         self._here, self._changed = None, False
 
     def _wrote(self) -> None:
@@ -103,8 +101,8 @@ class SwappedShards(Shards):
         flat: Any = self.flats[number]
         if number != self._here:
             self.rest()
-            if self.outer._swappable_optimizer_subgroup(number):  # those under a megabyte stay in memory
-                self.outer._optimizer_states_and_gradient_swap_in(number)
+            if internals.is_swapped(self.outer, number):
+                internals.swap_in(self.outer, number)
                 self._here, self._changed = number, False
         return flat if self._shown is None else self.inner.state[flat][self._shown]
 

@@ -18,6 +18,7 @@ from filelock import FileLock
 from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.trainers.config.deepspeed import BUCKET, SWAPPED_GROUP, handed_on, merged, read_deepspeed_file
 from dreamfleet.trainers.config.engine import ZERO_KEYS, EngineConfig
+from dreamfleet.trainers.engines import deepspeed_internals as internals
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +103,7 @@ def import_deepspeed(device: torch.device) -> Any:
     own = logging.getLogger("DeepSpeed")
     own.handlers.clear()  # it writes to stdout, where results go
     own.propagate = True
-    # The op it would compile for gloo, a minute long, serves inference only.
-    deepspeed.ops.__compatible_ops__ = {}
+    internals.skip_op_probing(deepspeed)
     return deepspeed
 
 
@@ -136,9 +136,7 @@ def make_cpu_adam(plain: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 def build_op(builder: Any, *, what: str, needs: str, instead: str) -> None:
     """Load one of DeepSpeed's ops, which compiles it at its first use. Raises ResourceError when it cannot be."""
-    told = builder.cxx_args
-    # Debugging symbols take half of the compiler's time.
-    builder.cxx_args = lambda: [flag for flag in told() if flag != "-g"]
+    internals.build_without_debug_symbols(builder)
     try:
         with sole_builder(builder.NAME), stdout_to_stderr():
             builder.load(verbose=False)

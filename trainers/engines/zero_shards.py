@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dreamfleet.trainers.engines import deepspeed_internals as internals
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -25,14 +27,10 @@ class Shards:
     def __init__(
         self, engine: Any, params: Mapping[str, nn.Parameter], inner: torch.optim.Optimizer, *, stage: int
     ):
-        self.outer, self.inner, self.params = engine.optimizer, inner, params
-        self.stage, self.rank = stage, engine.global_rank
+        self.outer, self.inner, self.params = internals.zero_optimizer(engine), inner, params
+        self.stage, self.rank = stage, internals.rank_of(engine)
         self.flats: Sequence[Tensor] = (
-            list(params.values())
-            if stage == 0
-            else self.outer.single_partition_of_fp32_groups
-            if stage < 3
-            else self.outer.fp32_partitioned_groups_flat
+            internals.fp32_partitions(self.outer, stage=stage) if stage else list(params.values())
         )
 
     def gather(self, name: str) -> Tensor:
@@ -41,7 +39,7 @@ class Shards:
         if self.stage == 0:
             return param.detach().float().clone()
         if self.stage == 3:
-            return self.outer._fp32_state_allgather(param, self._part(param))
+            return internals.gather_fp32(self.outer, param, self._part(param))
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(param).detach()
@@ -67,13 +65,11 @@ class Shards:
         if self.stage == 3:
             for number in range(len(self.flats)):
                 self._flat(number)
-                self.outer._reassign_or_swap_out_partitioned_parameters(number)
+                internals.publish_partition(self.outer, number)
             self.rest()
-            if small := self.outer.persistent_parameters:  # whole on every rank
-                small[0].partition(small)
-                small[0].all_gather(small)
+            internals.publish_persistent(self.outer)
         elif self.stage:
-            self.outer.update_lp_params()
+            internals.publish_all(self.outer)
 
     @property
     def steps(self) -> float:
@@ -120,8 +116,8 @@ class Shards:
 
     def _part(self, param: nn.Parameter) -> Tensor:
         """Return this rank's part of a parameter under stage 3, within its sub-group's tensor."""
-        number, start, length = self.outer.grad_position[self.outer.get_param_id(param)]
-        return self._flat(number).detach().narrow(0, start, int(length))
+        number, start, length = internals.partition_position(self.outer, param)
+        return self._flat(number).detach().narrow(0, start, length)
 
     @torch.no_grad()
     def _exchange(self, others: Sequence[Tensor]) -> None:

@@ -17,16 +17,17 @@ from dreamfleet.datasets.index.index import build_index
 from dreamfleet.datasets.index.sets import load_sets
 from dreamfleet.datasets.index.sources import ScanOptions, read_image_file
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.artifacts.loading import ARTIFACTS, load_artifact, load_exported
+from dreamfleet.trainers.artifacts.loading import folder_kind, is_artifact_name, load_artifact, load_exported
+from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.config.metrics import image_metrics
 from dreamfleet.trainers.config.model import POCKET, ModelConfig
-from dreamfleet.trainers.config.prompt_lines import Shot, shot_of
+from dreamfleet.trainers.config.prompt_lines import parse_prompt_line
 from dreamfleet.trainers.distributed.device import DRAWING, best_device, on_device
 from dreamfleet.trainers.evaluation.fidelity import spread_of_real
 from dreamfleet.trainers.evaluation.judge import score_images
-from dreamfleet.trainers.evaluation.previews import default_shot
-from dreamfleet.trainers.models.sampling.draw_shots import draw_shots
+from dreamfleet.trainers.evaluation.previews import default_request
 from dreamfleet.trainers.models.sampling.prompt_syntax import words_alone
+from dreamfleet.trainers.models.sampling.sample import generate
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.vision.clip import load_clip
 from dreamfleet.trainers.models.vision.dino import load_dino
@@ -62,8 +63,8 @@ def score_run(
     storage = Storage(target)
     if not storage.exists():
         raise UserError(f"{target}: nothing to score; give a run folder, a model or a folder of images")
-    is_model = storage.exists("model_index.json")
-    is_artifact = is_model or str(target).lower().endswith(ARTIFACTS)
+    folder = folder_kind(storage)
+    is_artifact = folder is not None or is_artifact_name(str(target))
     run = _run_around(storage) if is_artifact else storage
     if run.exists("recipe.yaml"):
         artifact = storage.url if is_artifact else None
@@ -76,8 +77,9 @@ def score_run(
             prompts = [f"a photo of {word}"]
         if not prompts:
             raise UserError(f"{target} is a model: name the prompts to generate images of with --prompt")
-        images, shown = _generate(tuned, [Shot(prompt, seed=seed) for prompt in prompts], num_images)
-        kind = "model" if is_model else "artefact"
+        requests = [ImageRequest(prompt, seed=seed) for prompt in prompts]
+        images, shown = _generate(tuned, requests, num_images)
+        kind = "model" if folder else "artefact"
     else:
         images, captions = _read_folder(storage)
         shown = list(prompts) if prompts else captions
@@ -135,20 +137,19 @@ def _score_run_folder(
         raise RecipeError(f"{run.path('recipe.yaml')} is not YAML: {error}") from error
     recipe = build_recipe(tree, source=run.path("recipe.yaml"))
     validation = recipe.validation
-    usual = replace(default_shot(validation, recipe.data.resolution), seed=seed)
-    given = [replace(usual, prompt=prompt) for prompt in prompts or []]
-    shots = given or [replace(shot_of(line, usual), seed=seed) for line in validation.prompts]
-    shots = shots or [replace(usual, prompt=prompt) for prompt in _training_prompts(recipe)]
-    plain = validation.plain_prompts
+    default = replace(default_request(validation, recipe.data.resolution), seed=seed)
+    requests = [replace(parse_prompt_line(line, default), seed=seed) for line in validation.prompts]
+    if prompts or not requests:
+        requests = [replace(default, prompt=prompt) for prompt in prompts or _training_prompts(recipe)]
     if artifact:
         model, _ = load_artifact(artifact, recipe.model, recipe.method)
     else:
         model = load_exported(run, recipe)
-    images, shown = _generate(model, shots, num_images, plain=plain)
+    images, shown = _generate(model, requests, num_images)
     if folder := real or validation.holdout:
         real_images = _read_folder(Storage(folder))[0]
     else:
-        trained_on = load_sets(recipe.data, excluded=recipe.apart).instances
+        trained_on = load_sets(recipe.data, excluded=recipe.excluded_folders).instances
         real_images = [_read(uri) for uri in trained_on.column("uri")[:MOST_REAL]]
     scores = _score(
         images,
@@ -205,13 +206,13 @@ def _training_prompts(recipe: Recipe) -> list[str]:
 
 
 def _generate(
-    model: StableDiffusion, shots: Sequence[Shot], num_images: int, *, plain: bool = False
+    model: StableDiffusion, requests: Sequence[ImageRequest], num_images: int
 ) -> tuple[list[Image.Image], list[str]]:
     """Generate ``num_images`` images of every prompt; return them with the prompt of each, without its syntax."""
     model.to(best_device())
-    every = [replace(shot, seed=shot.seed + number) for shot in shots for number in range(num_images)]
-    shown = [shot.prompt if plain else words_alone(shot.prompt) for shot in every]
-    return draw_shots(model, every, plain=plain), shown
+    every = [each for request in requests for each in request.columns(num_images)]
+    shown = [each.prompt if each.plain else words_alone(each.prompt) for each in every]
+    return generate(model, every), shown
 
 
 def _read_folder(folder: Storage) -> tuple[list[Image.Image], list[str]]:

@@ -27,9 +27,9 @@ from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.formats.aesthetic import write_aesthetic
 from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
     AestheticEncoder,
-    AestheticSettings,
     clip_of,
     require_sd1,
+    settings_of,
 )
 from dreamfleet.trainers.models.stable_diffusion.aesthetic_export import bake
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
@@ -61,7 +61,6 @@ class AestheticGradients(SeeingMethod):
     """
 
     formats = ("pt",)
-    all_formats = ("pt", "diffusers")
 
     def __init__(self, config: AestheticGradientsConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)
@@ -71,6 +70,10 @@ class AestheticGradients(SeeingMethod):
         self.count = nn.Parameter(torch.zeros(1))
         self._clips: list[ClipScorer] = []
         self._encoders: list[AestheticEncoder] = []
+
+    @property
+    def all_formats(self) -> tuple[str, ...]:
+        return ("pt", "diffusers")
 
     @property
     def clip(self) -> ClipScorer:
@@ -154,16 +157,3 @@ class AestheticGradients(SeeingMethod):
             paths += export_checkpoints(model, replace(order, formats=(form,)))
             (paths[-1] / "baked.json").write_text(json_text(baked.figures(), indent=1))
         return paths
-
-
-def settings_of(config: AestheticGradientsConfig) -> AestheticSettings:
-    """Return how prompts are tuned, as the section says."""
-    return AestheticSettings(
-        steps=config.aesthetic_steps,
-        learning_rate=config.aesthetic_lr,
-        weight=config.aesthetic_weight,
-        slerp=config.aesthetic_slerp,
-        text=config.aesthetic_text,
-        text_negative=config.aesthetic_text_negative,
-        slerp_angle=config.aesthetic_slerp_angle,
-    )

@@ -15,6 +15,7 @@ from dreamfleet.datasets import captions
 from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.registry import load_attribute
+from dreamfleet.trainers.artifacts.kind import ARTIFACTS
 from dreamfleet.trainers.config.method import METHODS, MethodConfig
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.fits import check_fits
@@ -88,9 +89,8 @@ class Method(nn.Module):
     """
 
     needs: ClassVar[Collection[str]] = ALL_PARTS
-    #: names of the files an export writes when the recipe does not say
+    #: the formats that an export writes by default
     formats: tuple[str, ...] = ()
-    all_formats: tuple[str, ...] = ()
 
     def __init__(self, config: Any, model: StableDiffusion, setting: Setting):
         super().__init__()
@@ -101,6 +101,11 @@ class Method(nn.Module):
     def name(self) -> str:
         """The method's name in recipes."""
         return str(self.config.name)
+
+    @property
+    def all_formats(self) -> tuple[str, ...]:
+        """The formats that an export can write: those of the artifact kinds that the recipe section names."""
+        return tuple(form for kind in self.config.artifacts for form in ARTIFACTS.get(kind).formats)
 
     @property
     def model(self) -> StableDiffusion:

@@ -47,7 +47,6 @@ class DiscriminatorTraining(SeeingMethod):
 
     needs = ()
     formats = ("transformers",)
-    all_formats = ("transformers", "pth")
 
     def __init__(self, config: DiscriminatorConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)

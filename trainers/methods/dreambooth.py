@@ -38,7 +38,11 @@ class DreamBooth(Method):
                     "for every concept"
                 )
         self.learning = learning_parts(model, config)
-        self.formats, self.all_formats = usual_formats(config), possible_formats(config)
+        self.formats = usual_formats(config)
+
+    @property
+    def all_formats(self) -> tuple[str, ...]:
+        return possible_formats(self.config)
 
     @property
     def trains_text(self) -> bool:

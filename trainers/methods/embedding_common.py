@@ -22,7 +22,6 @@ from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import place_word, words_in
 
 MARK = "\U000f1fff"  # stands for the word while a template is filled; a private character, which no text has
-WORD_FORMATS = ("pt", "safetensors", "png", "webp", "avif", "jxl", "bin", "kohya")
 
 
 def initial_vectors(model: StableDiffusion, text: str, num_vectors: int) -> list[Tensor]:

@@ -32,7 +32,6 @@ class HypernetworkMethod(Method):
     """Teach a style: MLPs before attention's keys and values learn, the model stays. Megabytes, any strength."""
 
     formats = ("pt",)
-    all_formats = ("pt",)
 
     def __init__(self, config: HypernetworkConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)

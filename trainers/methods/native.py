@@ -28,7 +28,11 @@ class Native(Method):
     def __init__(self, config: NativeConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)
         self.learning = learning_parts(model, config)
-        self.formats, self.all_formats = usual_formats(config), possible_formats(config)
+        self.formats = usual_formats(config)
+
+    @property
+    def all_formats(self) -> tuple[str, ...]:
+        return possible_formats(self.config)
 
     @property
     def trains_text(self) -> bool:

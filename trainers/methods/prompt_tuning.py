@@ -20,7 +20,6 @@ from dreamfleet.trainers.config.guidance import parse_guidance
 from dreamfleet.trainers.config.methods.prompt_tuning import PromptTuningConfig
 from dreamfleet.trainers.methods.base import Batch, Loss, Method, Sample, Setting
 from dreamfleet.trainers.methods.embedding_common import (
-    WORD_FORMATS,
     check_templates,
     export_word,
     fill_prompt,
@@ -28,7 +27,8 @@ from dreamfleet.trainers.methods.embedding_common import (
     word_parameters,
 )
 from dreamfleet.trainers.methods.export_request import Export
-from dreamfleet.trainers.models.embeddings import NEGATIVE, install_embedding, install_negative
+from dreamfleet.trainers.models.embeddings import install_embedding, install_negative
+from dreamfleet.trainers.models.formats.file_names import NEGATIVE
 from dreamfleet.trainers.models.stable_diffusion.guidance import guidance_at, guided_prediction
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.stable_diffusion.noise import clean_estimate, prediction_loss
@@ -45,7 +45,6 @@ class PromptTuning(Method):
     """Teach a new word and what to steer away from, from one picture: vectors for the prompt and its negative."""
 
     formats = ("pt", "safetensors")
-    all_formats = WORD_FORMATS
 
     def __init__(self, config: PromptTuningConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)

@@ -16,7 +16,6 @@ from dreamfleet.datasets.index.template_files import load_templates
 from dreamfleet.trainers.config.methods.textual_inversion import TextualInversionConfig
 from dreamfleet.trainers.methods.base import Method, Sample, Setting
 from dreamfleet.trainers.methods.embedding_common import (
-    WORD_FORMATS,
     check_templates,
     export_word,
     fill_prompt,
@@ -35,7 +34,6 @@ class TextualInversion(Method):
     """Teach a new word: n vectors learn, the model stays as it is. Kilobytes, combines with anything."""
 
     formats = ("pt", "safetensors", "png")
-    all_formats = WORD_FORMATS
 
     def __init__(self, config: TextualInversionConfig, model: StableDiffusion, setting: Setting):
         super().__init__(config, model, setting)

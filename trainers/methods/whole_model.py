@@ -9,12 +9,8 @@ from torch import nn
 
 from dreamfleet.trainers.config.methods.whole_model import WholeModelConfig
 from dreamfleet.trainers.methods.export_request import Export
-from dreamfleet.trainers.models.formats.lora import (
-    DIFFUSERS_FILE,
-    LoraFile,
-    write_diffusers_lora,
-    write_kohya_lora,
-)
+from dreamfleet.trainers.models.formats.file_names import DIFFUSERS_LORA
+from dreamfleet.trainers.models.formats.lora import LoraFile, write_diffusers_lora, write_kohya_lora
 from dreamfleet.trainers.models.formats.lora_header import PREDICTION
 from dreamfleet.trainers.models.lora import add_adapters, learned_layers, merged
 from dreamfleet.trainers.models.stable_diffusion.lora_targets import choose_layers
@@ -90,7 +86,7 @@ def export_tuned(config: WholeModelConfig, model: StableDiffusion, order: Export
     file = LoraFile(order.name, learned_layers(model), metadata)
     paths = []
     if "diffusers_lora" in forms:
-        paths.append(write_diffusers_lora(file, order.folder / DIFFUSERS_FILE, dtype=order.dtype))
+        paths.append(write_diffusers_lora(file, order.folder / DIFFUSERS_LORA, dtype=order.dtype))
     if "kohya_lora" in forms:
         path = order.folder / f"{order.name}.safetensors"
         blocks = dict(model.unet.config)

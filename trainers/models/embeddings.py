@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import ModelError
+from dreamfleet.trainers.models.formats.file_names import NEGATIVE
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.models.formats.embedding import Embedding
     from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
-
-NEGATIVE = "-neg"  # ends the name of the vectors that go into the negative prompt
 
 
 class SplicedEmbedding(nn.Module):

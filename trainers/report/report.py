@@ -16,7 +16,9 @@ from typing import Any, TypeGuard
 
 import yaml
 
+from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.method import method_title
 from dreamfleet.trainers.config.metrics import HELD_OUT, METRICS, figure_title, image_metrics
 from dreamfleet.trainers.report import formatting
 from dreamfleet.trainers.report.charts import Chart, Line, Point, lay_out, smooth
@@ -28,11 +30,6 @@ from dreamfleet.trainers.report.preview_grid import Sheet, read_real, read_sheet
 log = logging.getLogger(__name__)
 MOST_SHEETS = 16
 ACCURACY = "accuracy/"  # + class name: that class's accuracy
-METHODS = {
-    "dreambooth": "DreamBooth",
-    "textual_inversion": "Textual Inversion",
-    "native": "Native fine-tuning",
-}
 # (file name in exports/, run_name=, recipe=) -> an object with `what` and `uses`, each of a `program` and a `text`.
 Describe = Callable[..., Any]
 
@@ -86,11 +83,6 @@ def render(run: Storage, *, describe: Describe) -> str:
         skipped=[(x.get("uri"), x.get("reason")) for x in folder.summary.get("bad_files") or []],
         recipe_text=folder.recipe_text,
     )  # fmt: skip
-
-
-def method_title(name: str) -> str:
-    """Return a method's name as its authors write it."""
-    return METHODS.get(name, name.replace("_", " ").capitalize())
 
 
 def _read(run: Storage) -> RunFolder:
@@ -227,8 +219,15 @@ def _timings(folder: RunFolder) -> dict[str, Any]:
 def _artifacts(folder: RunFolder, describe: Describe) -> list[tuple[str, int, Any]]:
     run, known = folder.run, folder.summary.get("exports")
     names = known if isinstance(known, list) else [*run.list_dirs("exports"), *run.list("exports")]
+
+    def explain(name: str) -> Any:
+        try:
+            return describe(name, run_name=folder.name, recipe=folder.recipe)
+        except UserError as error:  # of an unknown kind: the report says so
+            return {"what": str(error), "uses": []}
+
     return [
-        (name, run.size(f"exports/{name}"), describe(name, run_name=folder.name, recipe=folder.recipe))
+        (name, run.size(f"exports/{name}"), explain(name))
         for name in map(str, names)
         if run.exists(f"exports/{name}")
     ]

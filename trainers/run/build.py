@@ -158,7 +158,7 @@ def share_sets(recipe: Recipe, distributed: DistributedContext) -> Sets:
 
     def load() -> Sets:
         known = known_files(recipe.data)
-        return load_sets(recipe.data, verify=False if known else None, known=known, excluded=recipe.apart)
+        return load_sets(recipe.data, verify=False if known else None, known=known, excluded=recipe.excluded_folders)
 
     sets = distributed.on_rank_0(load)
     check_files(sets.instances, distributed)
@@ -201,6 +201,6 @@ def make_schedule(recipe: Recipe, plan: BatchPlan) -> Schedule:
 
 def check_machine(recipe: Recipe, distributed: DistributedContext) -> None:
     """Refuse what this machine cannot do, or what the recipe lacks, before anything is loaded or made."""
-    require_runnable(recipe, has_gpu=distributed.device.type == "cuda")
+    require_runnable(recipe.train, recipe.optimizer, has_gpu=distributed.device.type == "cuda")
     if recipe.optimizer.name == "adamw8bit":
         import_adamw8bit()

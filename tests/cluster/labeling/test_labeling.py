@@ -1,4 +1,4 @@
-"""The labelling page: keys, access control, and the file of labels."""
+"""The labelling page: its keys, its file, and which requests it serves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dreamfleet.datasets.errors import DataError, ResourceError, UserError
 
 
 class Page:
-    """Sends the requests of the page's script."""
+    """A client that sends the requests of the page's script."""
 
     def __init__(self, server: LabelServer):
         self.server, self.view = server, {"at": None}
@@ -48,8 +48,8 @@ class Page:
             connection.close()
 
     def press(self, action: str, number: int | None = None) -> dict[str, Any]:
-        asked = {"action": action, "at": self.view["at"], "class": number}
-        status, content, _ = self.ask("POST", f"/{self.server.token}/act", json.dumps(asked).encode())
+        body = {"action": action, "at": self.view["at"], "class": number}
+        status, content, _ = self.ask("POST", f"/{self.server.token}/act", json.dumps(body).encode())
         assert status == 200, content
         self.view = json.loads(content)
         return self.view
@@ -57,10 +57,10 @@ class Page:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Four images, one of them in a subfolder, and an unreadable file."""
+    """Four images, one of them in a subfolder, and one that cannot be read."""
     tiny.make_images(tmp_path / "p", 3)
     tiny.make_images(tmp_path / "p" / "sea", 1, seed=9)
-    (tmp_path / "p" / "001x.png").write_bytes(b"no picture")
+    (tmp_path / "p" / "001x.png").write_bytes(b"not an image")
     (tmp_path / "p" / ".hidden.png").write_bytes(b"")
     (tmp_path / "secret.png").write_bytes((tmp_path / "p" / "000.png").read_bytes())
     return tmp_path / "p"
@@ -83,10 +83,10 @@ def saved(folder: Path) -> dict[str, int]:
     return json.loads((folder / "dataset.json").read_text())
 
 
-# ---- keys ----------------------------------------------------------------------------------------
+# ---- the keys ---------------------------------------------------------------------------------------------
 
 
-def test_digit_keys_label_and_save(page: Page, folder: Path) -> None:
+def test_digits_label_and_every_label_is_in_the_file(page: Page, folder: Path) -> None:
     assert page.press("show")["name"] == "000.png" and not (folder / "dataset.json").exists()
     view = page.press("label", 1)
     assert saved(folder) == {"000.png": 1} and view["name"] == "001.png" and view["counts"] == [0, 1]
@@ -132,7 +132,7 @@ def test_an_existing_file_is_continued(page: Page, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ['{"000.png": 1', '{"name": "other file"}', "[]", ""])
-def test_invalid_label_files_are_refused_and_not_changed(text: str, folder: Path) -> None:
+def test_a_broken_or_foreign_file_is_reported_and_not_modified(text: str, folder: Path) -> None:
     (folder / "dataset.json").write_text(text)
     result = CliRunner().invoke(program.app, ["data", "label", str(folder), "--no-browser"])
     assert result.exit_code == 2 and "dataset.json" in result.output
@@ -140,7 +140,7 @@ def test_invalid_label_files_are_refused_and_not_changed(text: str, folder: Path
 
 
 @pytest.mark.parametrize(
-    ("asked", "status"),
+    ("body", "status"),
     [
         (b'{"action": "label", "at": 0, "class": 2}', 409),
         (b'{"action": "label", "at": 0, "class": null}', 409),
@@ -157,16 +157,16 @@ def test_invalid_label_files_are_refused_and_not_changed(text: str, folder: Path
         (b" " * 5000, 413),
     ],
 )
-def test_invalid_requests_change_nothing(asked: bytes, status: int, page: Page, folder: Path) -> None:
-    found, content, _ = page.ask("POST", f"/{page.server.token}/act", asked)
+def test_invalid_requests_change_nothing(body: bytes, status: int, page: Page, folder: Path) -> None:
+    found, content, _ = page.ask("POST", f"/{page.server.token}/act", body)
     assert found == status and json.loads(content)["error"]
     assert not (folder / "dataset.json").exists()
 
 
-# ---- requests -----------------------------------------------------------------------------
+# ---- the server ---------------------------------------------------------------------------------------------
 
 
-def test_the_page_loads_nothing_external(page: Page) -> None:
+def test_the_page_loads_nothing_from_other_hosts(page: Page) -> None:
     status, content, headers = page.ask("GET", f"/{page.server.token}/")
     text = content.decode()
     assert status == 200 and "text/html" in headers["Content-Type"]
@@ -179,7 +179,7 @@ def test_the_page_loads_nothing_external(page: Page) -> None:
     assert "alt=" in text and 'role="status"' in text and ":focus-visible" in text
 
 
-def test_the_token_is_required(page: Page, folder: Path) -> None:
+def test_only_clients_with_the_token_are_served(page: Page, folder: Path) -> None:
     token = page.server.token
     assert len(token) >= 32 and page.server.server_address[0] == "127.0.0.1"
     body = b'{"action": "label", "at": 0, "class": 1}'
@@ -220,13 +220,13 @@ def test_only_images_are_served(place: str, page: Page) -> None:
     assert status == 404 and json.loads(content)["error"]
 
 
-def test_images_are_rotated_shrunk_and_broken_ones_listed(tmp_path: Path) -> None:
+def test_images_are_upright_scaled_and_broken_ones_named(tmp_path: Path) -> None:
     large = Image.new("RGB", (3200, 800), "red")
     large.paste("blue", (0, 0, 1600, 800))
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated to the right
     large.save(tmp_path / "a.jpg", exif=exif)
-    (tmp_path / "b.png").write_bytes(b"no picture")
+    (tmp_path / "b.png").write_bytes(b"not an image")
     labelling = Labelling(str(tmp_path), str(tmp_path / "l.json"), ["x", "y"])
     content, kind = labelling.image(0)
     shown = Image.open(io.BytesIO(content)).convert("RGB")
@@ -263,21 +263,19 @@ def test_ctrl_c_ends_the_command_with_a_complete_file(folder: Path) -> None:
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=30)
     assert process.returncode == 0
-    reported = json.loads(out)
+    report = json.loads(out)
     assert (
-        reported["labelled"] == 1
-        and reported["classes"] == {"other": 0, "good": 1}
-        and reported["pictures"] == 5
+        report["labelled"] == 1 and report["classes"] == {"other": 0, "good": 1} and report["pictures"] == 5
     )
     assert saved(folder) == {"000.png": 1}
 
 
-def test_invalid_input_of_label_is_refused(folder: Path, page: Page, tmp_path: Path) -> None:
+def test_errors_of_the_command(folder: Path, page: Page, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for words, message in (
         ([tmp_path / "empty"], "empty"),
         ([tmp_path / "gone"], "not a folder"),
-        (["s3://bucket/pictures"], "address"),
+        (["s3://bucket/images"], "address"),
         ([folder, "--classes", "one"], "two"),
         ([folder, "--port", page.server.server_port], str(page.server.server_port)),
     ):

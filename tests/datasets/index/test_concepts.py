@@ -46,7 +46,7 @@ def test_other_projects_names(given, field, value):
         ),
         ({"instance_data_dir": "a", "class_data_dir": "b"}, "class_data_dir 'b' without class_prompt"),
         ({"concepts_list": []}, "concepts_list"),
-        ({"concepts_list": "x.json", "instance_prompt": "p"}, "instance_prompt beside concepts_list"),
+        ({"concepts_list": "x.json", "instance_prompt": "p"}, "instance_prompt together with concepts_list"),
         (
             {"instance_data_dir": "a", "caption_extension": "txt"},
             "caption_extension 'txt'",

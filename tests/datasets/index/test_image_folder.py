@@ -101,7 +101,7 @@ def test_tables_of_parquet_and_other_columns(tmp_path: Path) -> None:
     assert shown.exit_code == 2 and "description" in shown.stderr
     assert "captions   1 of 1" in run("data", "inspect", tmp_path, "data.caption_column=description").stdout
     (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match=r"metadata\.parquet is no Parquet"):
+    with pytest.raises(DataError, match=r"metadata\.parquet is not a readable Parquet"):
         build_index(str(tmp_path))
 
 
@@ -354,7 +354,7 @@ def test_held_out_and_class_images_inside_the_set(tmp_path: Path) -> None:
             "output_dir": str(tmp_path / "out"),
         }
     )  # fmt: skip
-    sets = load_sets(recipe.data, apart=recipe.apart)
+    sets = load_sets(recipe.data, excluded=recipe.excluded_folders)
     assert [Path(uri).name for uri in sets.instances.column("uri")] == ["a.png"]
     reported = {Path(item.place).name: item.reason for item in sets.instances.skipped}
     assert set(reported) == {"hold", "class", "out"} and "held-out" in reported["hold"]
@@ -477,7 +477,7 @@ def test_kohya_subfolder_instead_of_its_parent_is_refused(
     )
     recipe.write_text("\n".join((*sections, "output_dir: out")))
     shown = run("train", recipe, "scaling.num_workers=0")
-    assert shown.exit_code == 2 and f"Pass its parent, {(tmp_path / images).parent}" in shown.stderr
+    assert shown.exit_code == 2 and f"Use its parent, {(tmp_path / images).parent}" in shown.stderr
     above = load_recipe(recipe, [f"data.train_data_dir={tmp_path}"])
     if "/" in images:  # two levels above them
         load_sets(above.data)

@@ -125,7 +125,7 @@ def test_bad_images_are_listed_and_good_ones_indexed(tmp_path, caplog):
     assert list(by_name(index)) == ["good.png"]
     reasons = {Path(item.uri).name: item.reason for item in index.bad}
     assert sorted(reasons) == ["big.png", "cut.png", "phone.heic", "text.jpg", "zero.png"]
-    assert "cut short" in reasons["cut.png"]
+    assert "truncated" in reasons["cut.png"]
     assert "empty" in reasons["zero.png"]
     assert "max_pixels" in reasons["big.png"]
     assert "Convert" in reasons["phone.heic"]
@@ -150,7 +150,7 @@ def test_truncated_images_pass_only_without_verification(tmp_path, monkeypatch):
         ({"a.md": b"x", "b.md": b"x"}, r"no (picture|image) in .*: .*2 other files"),
         (
             {"a.png": b"", "b.png": b"x"},
-            r"no usable .*: 2 found .*a\.png: .*empty",
+            r"no usable .*: all 2 found .*a\.png: .*empty",
         ),
     ],
 )

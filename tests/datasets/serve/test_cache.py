@@ -366,7 +366,7 @@ def test_unreadable_images_are_named_and_left_out(tmp_path: Path) -> None:
     for encoded in (6, 0):
         made = cache_latents(recipe)
         assert made.encoded == encoded
-        assert {Path(uri).name: "cut short" in why for uri, why in made.left_out.items()} == {
+        assert {Path(uri).name: "truncated" in why for uri, why in made.left_out.items()} == {
             "cut.png": True,
             "note.jpg": False,
         }

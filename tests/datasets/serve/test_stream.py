@@ -55,7 +55,7 @@ def test_a_batch_is_decoded_without_ray(tmp_path):
     got = decode_batch(batch, max_pixels=10_000)
     for row, error in enumerate(got["error"]):
         if "cut.png" in index.row(row).uri:
-            assert "cut short" in error
+            assert "truncated" in error
         else:
             assert error == ""
             draw = ImageView(row, (0.9, 0.1) if row == 1 else None, row == 1)

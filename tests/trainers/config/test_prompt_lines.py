@@ -11,7 +11,8 @@ import tiny
 
 from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.config.prompt_lines import Shot, read_prompts, shot_of
+from dreamfleet.trainers.config.image_request import ImageRequest
+from dreamfleet.trainers.config.prompt_lines import parse_prompt_line, read_prompts
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.evaluation.previews import check_previews, draw_previews
 from dreamfleet.trainers.models.sampling.sample import image_grid
@@ -29,13 +30,13 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_options_are_kohyas() -> None:
-    usual = Shot("", negative_prompt="bad", seed=5, width=64)
+    usual = ImageRequest("", negative_prompt="bad", seed=5, width=64)
     line = "a (cat:1.3) -- really --n ugly, bad --w 96 --h 128 --d 7 --s 30 --l 7.5 --ss k_euler_a"
-    assert shot_of(line, usual) == Shot(
+    assert parse_prompt_line(line, usual) == ImageRequest(
         "a (cat:1.3) -- really", "ugly, bad", 7, 30, 7.5, "euler_a", width=96, height=128
     )
-    assert shot_of("a cat", usual) == Shot("a cat", "bad", 5, width=64)
-    assert shot_of("--n ugly", usual).prompt == ""
+    assert parse_prompt_line("a cat", usual) == ImageRequest("a cat", "bad", 5, width=64)
+    assert parse_prompt_line("--n ugly", usual).prompt == ""
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_options_are_kohyas() -> None:
 )
 def test_options_that_cannot_be_read_are_named(line: str, named: str) -> None:
     with pytest.raises(UserError, match=named):
-        shot_of(line, Shot(""))
+        parse_prompt_line(line, ImageRequest(""))
 
 
 def test_files_stand_for_their_lines(tmp_path: Path) -> None:

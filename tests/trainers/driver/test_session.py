@@ -105,7 +105,7 @@ def test_the_tail_shows_what_is_new_also_after_a_restart(tmp_path: Path) -> None
     run.append_text("metrics.jsonl", json.dumps(line(1)) + "\n")
     stream = io.StringIO()
     with RunTail(run, Display(stream=stream)):
-        with log_to_run(run, speak=True):
+        with log_to_run(run, verbose=True):
             import logging
 
             logging.getLogger("dreamfleet.trainers.run.run").warning("3 pictures were left out")
@@ -115,7 +115,7 @@ def test_the_tail_shows_what_is_new_also_after_a_restart(tmp_path: Path) -> None
     assert "WARNING 3 pictures were left out" in shown
     assert "step 2  loss 0.5000" in shown
     assert "step 1 " not in shown
-    tail = progress._Growing(run, "metrics.jsonl")
+    tail = progress._NewLines(run, "metrics.jsonl")
     run.write_text("metrics.jsonl", json.dumps(line(1)) + "\n")  # a restarted run writes it anew
     assert tail.new_lines() == []
     run.append_text("metrics.jsonl", "{}\n")
@@ -167,7 +167,7 @@ def test_a_bucket_in_trouble_does_not_have_its_warnings_written_into_itself(
 ) -> None:
     monkeypatch.setattr(logging, "raiseExceptions", False)
     run = AwayBucket(tmp_path)
-    with log_to_run(run, speak=True):
+    with log_to_run(run, verbose=True):
         logging.getLogger("dreamfleet.trainers").info("step 1")
         logging.getLogger("dreamfleet.trainers").info("step 2")
     assert run.tries == 2

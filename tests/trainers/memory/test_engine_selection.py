@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from dreamfleet.datasets.errors import RecipeError, ResourceError
-from dreamfleet.trainers.config.deepspeed import BUCKET, with_deepspeed_file
+from dreamfleet.trainers.config.deepspeed import BUCKET
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.driver.preflight import check_inputs
 from dreamfleet.trainers.engines.zero_setup import zero_config
@@ -165,10 +165,10 @@ AGREES: dict[str, Any] = {
 
 
 def test_a_file_sets_stage_and_offload_and_hands_the_rest_on(tmp_path: Path) -> None:
-    recipe = with_deepspeed_file(with_file(tmp_path, AGREES))
+    recipe = with_file(tmp_path, AGREES).with_deepspeed_file()
     engine = recipe.engine
     assert (engine.zero_stage, engine.offload_optimizer_device, engine.pin_memory) == (2, "cpu", False)
-    assert with_deepspeed_file(recipe) == recipe, "settled once is settled"
+    assert recipe.with_deepspeed_file() == recipe, "settled once is settled"
     told = zero_config(engine, mixed_precision="no", max_grad_norm=1.0, num_micros=3, num_params=10)
     assert told == {
         "train_micro_batch_size_per_gpu": 1,
@@ -188,7 +188,7 @@ def test_a_file_sets_stage_and_offload_and_hands_the_rest_on(tmp_path: Path) -> 
 def test_a_file_names_the_disk_and_its_own_groups_win(tmp_path: Path) -> None:
     block = {"device": "nvme", "nvme_path": "/fast", "buffer_count": 6}
     tree = {"zero_optimization": {"stage": 3, "sub_group_size": 5, "offload_optimizer": block}}
-    engine = with_deepspeed_file(with_file(tmp_path, tree)).engine
+    engine = with_file(tmp_path, tree).with_deepspeed_file().engine
     assert (engine.offload_optimizer_device, engine.nvme_path) == ("nvme", "/fast")
     told = zero_config(
         engine, mixed_precision="no", max_grad_norm=1.0, num_micros=1, num_params=10, swap_folder="/fast/own"
@@ -197,7 +197,7 @@ def test_a_file_names_the_disk_and_its_own_groups_win(tmp_path: Path) -> None:
     assert told["offload_optimizer"] == {"device": "nvme", "nvme_path": "/fast/own", "buffer_count": 6}
     tree["zero_optimization"]["offload_param"] = {**block, "nvme_path": "/slow"}
     with pytest.raises(RecipeError, match="nvme_path: '/slow'"):
-        with_deepspeed_file(with_file(tmp_path, tree, train__mixed_precision="bf16"))
+        with_file(tmp_path, tree, train__mixed_precision="bf16").with_deepspeed_file()
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from method_cases import IMAGES, RATES, SECTIONS, fixed_batches, snapshot
+from method_cases import EXPORTED, IMAGES, RATES, SECTIONS, fixed_batches, snapshot
 
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.trainers.artifacts.kind import detect_kind
 from dreamfleet.trainers.config.method import METHODS
-from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.methods.export_request import Export
-from dreamfleet.trainers.models.stable_diffusion.model import load_model
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import Parts, assemble
 
@@ -117,41 +116,15 @@ def test_exports_read_back_equal(workplace: Path, method_name: str, tmp_path: Pa
     assert paths and all(path.exists() for path in paths)
     paths = [file for path in paths for file in (path.iterdir() if path.name == "kohya" else [path])]
     for path in paths:
-        if method_name == "textual_inversion":
-            from dreamfleet.trainers.models.formats.embedding import read_embedding
-
-            assert torch.allclose(read_embedding(path).vectors, expected["vectors"], atol=1e-6), path
-        elif method_name == "prompt_tuning":
-            from dreamfleet.trainers.models.formats.embedding import read_embedding
-
-            part = "negative" if path.stem.endswith("-neg") else "positive"
-            assert torch.allclose(read_embedding(path).vectors, expected[part], atol=1e-6), path
-        elif method_name == "discriminator":
-            from dreamfleet.trainers.models.vision.discriminator import load_discriminator
-
-            found = load_discriminator(str(path)).network.state_dict()
-            assert found.keys() == expected.keys()
-            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), path
-        elif method_name == "aesthetic_gradients":
-            from dreamfleet.trainers.models.formats.aesthetic import read_aesthetic
-
-            if path.suffix == ".pt":
-                assert torch.equal(read_aesthetic(path), expected["features"] / expected["count"])
-        elif method_name == "hypernetwork":
-            from dreamfleet.trainers.models.stable_diffusion.hypernetwork import read_network
-
-            found = read_network(path).state_dict()
-            assert found.keys() == expected.keys()
-            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-        else:
-            model = load_model(ModelConfig(pretrained_model_name_or_path=str(path)))
-            found = {
-                f"{part}.{name}": tensor
-                for part, module in model.modules().items()
-                for name, tensor in module.state_dict().items()
-            }
-            for name, tensor in expected.items():
-                assert torch.equal(found[name], tensor), (path, name)
+        kind = detect_kind(path)
+        assert kind.name in METHODS.get(method_name).artifacts
+        found, wanted = (
+            kind.read_back(path),
+            EXPORTED.get(method_name, lambda state, path: state)(expected, path),
+        )
+        assert wanted.keys() <= found.keys(), path
+        for name, tensor in wanted.items():
+            assert torch.equal(found[name], tensor), (path, name)
 
 
 def test_an_unknown_export_format_is_told(workplace: Path, method_name: str, tmp_path: Path) -> None:

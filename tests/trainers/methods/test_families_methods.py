@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from drawing import generate
 from method_cases import RATES, SECTIONS
 from stock_models import load, stock_pipeline
 from tiny_models import FAMILIES, tiny_family
@@ -21,7 +22,6 @@ from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.embeddings import install_embedding, install_negative
 from dreamfleet.trainers.models.formats.embedding import read_embedding
 from dreamfleet.trainers.models.formats.hypernetwork import read_hypernetwork
-from dreamfleet.trainers.models.sampling.sample import generate
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import DistributedContext, Parts, assemble

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from drawing import generate
 from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
@@ -26,7 +27,6 @@ from dreamfleet.trainers.evaluation.previews import draw_previews
 from dreamfleet.trainers.memory.profile import count_run, method_shape
 from dreamfleet.trainers.models.embeddings import install_embedding, install_negative, remove_embeddings
 from dreamfleet.trainers.models.formats.embedding import read_embedding
-from dreamfleet.trainers.models.sampling.sample import generate
 from dreamfleet.trainers.models.stable_diffusion.model import load_model
 from dreamfleet.trainers.models.stable_diffusion.noise import make_target
 from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import negative_for

@@ -24,7 +24,8 @@ from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.memory.estimate import CHOICES, estimate
 from dreamfleet.trainers.memory.profile import count_run, method_shape
 from dreamfleet.trainers.methods.export_request import Export
-from dreamfleet.trainers.models.formats.lora import DIFFUSERS_FILE, read_lora
+from dreamfleet.trainers.models.formats.file_names import DIFFUSERS_LORA
+from dreamfleet.trainers.models.formats.lora import read_lora
 from dreamfleet.trainers.models.lora import adapted, set_loras
 from dreamfleet.trainers.models.stable_diffusion.model import load_model
 from dreamfleet.trainers.recipe import build_recipe
@@ -93,7 +94,7 @@ def test_stopped_and_resumed_equals_never_stopped_with_small_checkpoints(tmp_pat
     learned, engine = final_state(straight)
     assert all(".lora_" in name for name in learned) and learned.keys() == engine["ema"].keys()
     run, recipe = Storage(straight["output_dir"]), build_recipe(straight)
-    assert sorted(run.list("exports")) == [DIFFUSERS_FILE, "straight.safetensors"]
+    assert sorted(run.list("exports")) == [DIFFUSERS_LORA, "straight.safetensors"]
 
     # What is exported is the averaged weights, in every form the same.
     drawn = load_exported(run, recipe)
@@ -124,9 +125,9 @@ def test_alpha_is_right_in_both_layouts_and_the_run_goes_on_after_a_merged_expor
         Export(tmp_path, "cat", formats=parts.method.all_formats, step=3, metadata={}, precision="fp32")
     )
     assert torch.equal(predicted(parts.model), expected)
-    for path in (tmp_path / DIFFUSERS_FILE, tmp_path / "cat.safetensors"):
+    for path in (tmp_path / DIFFUSERS_LORA, tmp_path / "cat.safetensors"):
         found = read_lora(path)
-        assert {m.alpha for m in found.layers.values()} == ({4.0} if path.name == DIFFUSERS_FILE else {6.0})
+        assert {m.alpha for m in found.layers.values()} == ({4.0} if path.name == DIFFUSERS_LORA else {6.0})
         model = load_model(ModelConfig(pretrained_model_name_or_path=str(tmp_path / "model")))
         set_loras(model, [(found, 1.0)])
         assert torch.allclose(predicted(model), expected, atol=1e-5)
@@ -237,7 +238,7 @@ def test_a_run_samples_by_file_and_by_name_converts_scores_and_reports(tmp_path:
     tree = tiny.make_recipe(tmp_path, method=method, optimizer__learning_rate=3e-2)
     assert command("train", tiny.write_recipe(tmp_path / "r.yaml", tree)).exit_code == 0
     run, model = tmp_path / "run", tmp_path / "model"
-    kohya, theirs = run / "exports" / "run.safetensors", run / "exports" / DIFFUSERS_FILE
+    kohya, theirs = run / "exports" / "run.safetensors", run / "exports" / DIFFUSERS_LORA
     report = (run / "report.html").read_text()
     assert "--lora exports/run.safetensors:0.8" in report and "&lt;lora:run:1&gt;" in report
 

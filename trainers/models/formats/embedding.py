@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dreamfleet.datasets.errors import FormatError
 from dreamfleet.trainers.models.formats import image_embedding
+from dreamfleet.trainers.models.formats.file_names import EMBEDDING_IMAGES, EMBEDDINGS
 from dreamfleet.trainers.models.formats.pickle_writer import (
     METADATA_KEY,
     is_real,
@@ -24,8 +25,6 @@ from dreamfleet.trainers.models.formats.pickle_writer import (
     text_entries,
 )
 from dreamfleet.trainers.models.formats.tensor_files import read_safetensors, write_safetensors
-
-SUFFIXES = (".pt", ".bin", ".safetensors", *image_embedding.SUFFIXES)
 
 _PREFIX = "dreamfleet."  # of our fields in a safetensors header, apart from the metadata itself
 _KEYS_WITHOUT_NAME = ("emb_params", "clip_l", "clip_g", "*", "")
@@ -75,11 +74,11 @@ def write_embedding(
     path = Path(path)
     suffix = path.suffix.lower()
     _check(embedding, path)
-    if suffix in image_embedding.SUFFIXES:
+    if suffix in EMBEDDING_IMAGES:
         held = _to_pair(embedding) or _to_webui(embedding)
         return image_embedding.write_image_embedding(held, path, image=image, caption=_card(embedding))
-    if suffix not in SUFFIXES:
-        raise FormatError(f"{path}: an embedding is written as one of {', '.join(SUFFIXES)}.")
+    if suffix not in EMBEDDINGS:
+        raise FormatError(f"{path}: an embedding is written as one of {', '.join(EMBEDDINGS)}.")
     # `.safetensors` and `.bin` hold one tensor, whose key webui ignores: there the inner name may be the word that the
     # vectors were trained under, which is what diffusers loads them as.
     if suffix == ".pt" and path.stem != embedding.name:
@@ -106,7 +105,7 @@ def read_embedding(path: str | os.PathLike[str], name: str | None = None) -> Emb
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix in image_embedding.SUFFIXES:
+    if suffix in EMBEDDING_IMAGES:
         held = image_embedding.read_image_embedding(path)
         found = _from_pair(held, path) or _from_webui(held, path, name_from_file=False)
     elif suffix == ".safetensors":
@@ -114,7 +113,7 @@ def read_embedding(path: str | os.PathLike[str], name: str | None = None) -> Emb
     elif suffix in (".pt", ".bin"):
         found = _recognise(load_pickle(path), path, named=name is not None)
     else:
-        raise FormatError(f"{path}: an embedding is read from one of {', '.join(SUFFIXES)}.")
+        raise FormatError(f"{path}: an embedding is read from one of {', '.join(EMBEDDINGS)}.")
     if name is not None:
         found = replace(found, name=name)
     _check(found, path)

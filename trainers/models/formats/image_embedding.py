@@ -28,10 +28,10 @@ from dreamfleet.datasets.errors import FormatError
 from dreamfleet.datasets.storage.disk import as_storage_error
 from dreamfleet.trainers.models.formats import lossless_image
 from dreamfleet.trainers.models.formats.embedding_card import captioned, plain_card
+from dreamfleet.trainers.models.formats.file_names import EMBEDDING_IMAGES, LOSSLESS_IMAGES
 from dreamfleet.trainers.models.formats.pickle_writer import replacing
 
 TEXT_KEY = "sd-ti-embedding"
-SUFFIXES = (".png", ".webp", *lossless_image.SUFFIXES)
 
 MAX_PIXELS = 64_000_000  # of a picture that is read; 75 vectors beside a 4K picture need a tenth
 MAX_JSON_BYTES = 32_000_000  # inflated; 75 vectors of 1024 numbers need 2 MB
@@ -56,12 +56,12 @@ def write_image_embedding(
     """Write a picture that carries `data`, the dict of a webui `.pt`, in both carriers.
 
     `picture` is what people see (a plain card when None); `caption` is a title and up to three footers drawn on it.
-    Raises FormatError for a format that is none of SUFFIXES or needs a package that is not there, and StorageError
-    when the disk refuses.
+    Raises FormatError for a format that is none of EMBEDDING_IMAGES or needs a package that is not installed, and
+    StorageError for a failed write.
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
+    if suffix not in EMBEDDING_IMAGES:
         raise FormatError(
             f"{path}: an image embedding cannot be a {suffix or 'file without suffix'}; write a .png."
         )
@@ -209,7 +209,7 @@ def _carried_by_pixels(image: Image.Image) -> bytes | None:
 
 def _encode(pixels_HW3: Pixels, suffix: str, payload: bytes, where: str) -> bytes:
     """Write the picture as ``suffix`` says; a PNG's text carries the payload too."""
-    if suffix in lossless_image.SUFFIXES:
+    if suffix in LOSSLESS_IMAGES:
         return lossless_image.encode(pixels_HW3, suffix, where)
     options = dict(_SAVE_OPTIONS[suffix])
     if suffix == ".png":

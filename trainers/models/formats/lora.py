@@ -24,11 +24,14 @@ from dreamfleet.trainers.models.formats.ldm_names import Family
 from dreamfleet.trainers.models.formats.lora_header import PEFT, kohya_entries, own_entries
 from dreamfleet.trainers.models.formats.lora_names import PARTS, STANDARD_LAYERS, kohya_name, layer_of_key
 from dreamfleet.trainers.models.formats.pickle_writer import is_dense, is_real, load_pickle, require_backed
-from dreamfleet.trainers.models.formats.tensor_files import read_safetensors, write_safetensors
+from dreamfleet.trainers.models.formats.tensor_files import (
+    read_safetensors,
+    safetensors_names,
+    write_safetensors,
+)
 
 logger = logging.getLogger(__name__)
 
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # what `load_lora_weights(folder)` looks for
 SUFFIXES = (".safetensors", ".pt", ".ckpt", ".bin")
 
 _BUNDLED = "bundle_emb."  # begins the names of embeddings' tensors in a LoRA, as the webui reads them
@@ -167,7 +170,7 @@ def holds_lora(path: str | Path) -> bool:
     """Say whether a file is a LoRA, told by the names in it. Raises FormatError for a damaged file."""
     path = Path(path)
     if path.suffix.lower() == ".safetensors":
-        keys = _safetensors_keys(path)
+        keys = safetensors_names(path)
     elif path.suffix.lower() in SUFFIXES:
         data = load_pickle(path)
         keys = [key for key in data if isinstance(key, str)] if isinstance(data, dict) else []
@@ -253,16 +256,6 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise FormatError(f"{path}: {key!r} is no tensor of numbers that a LoRA holds.")
     require_backed(tensors.values(), path)
     return {key: tensor.detach() for key, tensor in tensors.items()}, header
-
-
-def _safetensors_keys(path: Path) -> list[str]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise FormatError(f"{path}: not a whole safetensors file ({error}).") from error
 
 
 def _require_finite(layer: str, tensors: tuple[Tensor, ...], path: Path) -> None:

@@ -18,8 +18,6 @@ from PIL import Image
 
 from dreamfleet.datasets.errors import FormatError
 
-SUFFIXES = (".avif", ".jxl")  # that are written here
-
 _CODESTREAM = b"\xff\x0a"
 _CONTAINER = b"\x00\x00\x00\x0cJXL \x0d\x0a\x87\x0a"
 _SIDE_BITS = (9, 13, 18, 30)
@@ -27,7 +25,7 @@ _RATIOS = ((1, 1), (6, 5), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))  # width to 
 
 
 def encode(pixels_HW3: NDArray[np.uint8], suffix: str, where: str) -> bytes:
-    """Write a picture as one of SUFFIXES, every value kept. Raises FormatError saying what to install."""
+    """Write a picture as one of LOSSLESS_IMAGES, every value kept. Raises FormatError saying what to install."""
     codecs = _imagecodecs(where)
     if suffix == ".jxl":
         return bytes(codecs.jpegxl_encode(pixels_HW3, lossless=True))

@@ -78,6 +78,17 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
+def safetensors_names(path: Path) -> list[str]:
+    """Return the names of a file's tensors from its header. Raises FormatError for a damaged file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"{path}: not a whole safetensors file ({error}).") from error
+
+
 def to_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Give the tensor on the CPU, dense, and in `dtype` where it holds floating-point numbers."""
     return tensor.detach().to(dtype=dtype if tensor.is_floating_point() else None, device="cpu").contiguous()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.sampling.prompt_syntax import Schedule, parse_negative, parse_prompt, text_at
 from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import learned_words, tokenize_weighted
@@ -45,23 +46,18 @@ class Guide(NamedTuple):
 
 
 def make_guides(
-    model: StableDiffusion,
-    prompts: Sequence[str],
-    negatives: Sequence[str],
-    *,
-    steps: int,
-    guidance_scale: float,
-    encode: Encode | None = None,
-    plain: bool = False,
+    model: StableDiffusion, batch: Sequence[ImageRequest], *, encode: Encode | None = None
 ) -> list[Guide]:
-    """Encode what each picture is drawn with. ``plain``: prompts and negative prompts are literal."""
+    """Encode the prompts and negative prompts of requests that share their sampling options."""
     words = learned_words(model)
-    parsed = [parse_prompt(prompt, steps, words, plain=plain) for prompt in prompts]
+    steps, plain = batch[0].steps, batch[0].plain
+    negatives = [request.negative_prompt for request in batch]
+    parsed = [parse_prompt(request.prompt, steps, words, plain=plain) for request in batch]
     schedules = [part.schedule for parts in parsed for part in parts]
     found = iter(encode_schedules(model, schedules, encode))
     towards = [_of_one_length([(part.weight, next(found)) for part in parts]) for parts in parsed]
     guides = [Guide(each, None) for each in towards]
-    guided = [guidance_scale != 1 or not guide.is_plain for guide in guides]
+    guided = [batch[0].guidance_scale != 1 or not guide.is_plain for guide in guides]
     away = {}
     for text in dict.fromkeys(text for text, needed in zip(negatives, guided, strict=True) if needed):
         schedule = parse_negative(text, steps, words, plain=plain)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -12,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dreamfleet.datasets.errors import UserError
+from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.config.samplers import plain_sampler
 from dreamfleet.trainers.models.condition import Condition, predict, whole_image_ids
 from dreamfleet.trainers.models.sampling.prompt_encoding import Encode, Guide, make_guides
@@ -28,86 +31,54 @@ SchedulerName = Literal["ddim", "euler_a", "dpm++"]
 @torch.no_grad()
 def generate(
     model: StableDiffusion,
-    prompts: Sequence[str],
+    requests: Sequence[ImageRequest],
     *,
-    seeds: Sequence[int],
-    negative_prompt: str | Sequence[str] = "",
-    steps: int = 25,
-    guidance_scale: float = 7.5,
-    scheduler: SchedulerName | str = "ddim",
-    width: int | None = None,
-    height: int | None = None,
     batch_size: int = 4,
-    plain: bool = False,
     encode: Encode | None = None,
     device: torch.device | str | None = None,
 ) -> list[Image.Image]:
-    """Draw one RGB picture for each prompt and its seed.
+    """Generate one RGB image for each request, in order; neighbours with the same options share a batch.
 
-    Prompts are in the webui's syntax (`docs/prompts.md`), or literal where `plain`. Picture i is the same, within
-    rounding, in any batch and on any number of workers: its noise comes from a CPU generator of its own. `width` and
-    `height` are pixels (the model's own size when None); `encode` replaces `model.condition`, given texts and ids;
-    `device` is where the model is when None. A guidance scale of 1 skips the negative prompt and half of the work. A
-    learned word that has a negative brings it into the negative prompt. SDXL is told that the picture is whole and of
-    its own size. Raises UserError for sizes or names nobody can draw.
+    An image is the same, within rounding, in any batch and on any number of workers: its noise comes from a CPU
+    generator with its own seed. ``encode`` replaces ``model.condition``, given texts and ids; ``device`` defaults to
+    the model's. A learned word's negative joins the negative prompt. SDXL's size conditioning says that the image is
+    uncropped and of its own size. Raises UserError for sizes that the model cannot generate.
     """
-    negatives = _negatives(model, prompts, negative_prompt, steps=steps, plain=plain)
-    if len(seeds) != len(prompts):
-        raise UserError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}.")
-    width, height = width or model.resolution, height or model.resolution
-    require_size(model, width, height)
+    for request in requests:
+        require_size(model, request.width or model.resolution, request.height or model.resolution)
     unet: Any = model.unet
-    place = torch.device(device) if device is not None else next(unet.parameters()).device
+    target = torch.device(device) if device is not None else next(unet.parameters()).device
     images: list[Image.Image] = []
-    for start in range(0, len(prompts), max(1, batch_size)):
-        part = slice(start, start + max(1, batch_size))
-        guides = make_guides(
-            model,
-            prompts[part],
-            negatives[part],
-            steps=steps,
-            guidance_scale=guidance_scale,
-            encode=encode,
-            plain=plain,
-        )
-        latents_BChw = draw_latents(
-            model,
-            guides,
-            generators=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
-            size=(height // model.vae_factor, width // model.vae_factor),
-            steps=steps,
-            guidance_scale=guidance_scale,
-            scheduler=make_scheduler(model, scheduler),
-            device=place,
-        )
-        images += to_images(model.decode(latents_BChw))
+    for _, group in groupby(requests, key=lambda request: request.batch_key):
+        alike = [with_negatives(model, request) for request in group]
+        for start in range(0, len(alike), max(1, batch_size)):
+            batch = alike[start : start + max(1, batch_size)]
+            guides = make_guides(model, batch, encode=encode)
+            images += to_images(model.decode(sample_latents(model, guides, batch, device=target)))
     return images
 
 
 @torch.no_grad()
-def draw_latents(
-    model: StableDiffusion,
-    guides: Sequence[Guide],
-    *,
-    generators: list[torch.Generator],
-    size: tuple[int, int],
-    steps: int,
-    guidance_scale: float,
-    scheduler: Any,
-    device: torch.device,
+def sample_latents(
+    model: StableDiffusion, guides: Sequence[Guide], batch: Sequence[ImageRequest], *, device: torch.device
 ) -> Tensor:
-    """Run the sampler from each generator's noise -> scaled latents `[B, C, h, w]` in float32.
+    """Run the sampler from each request's noise -> scaled latents ``[B, C, h, w]`` in float32.
 
-    Classifier-free guidance (arXiv 2207.12598) towards all parts of a prompt (arXiv 2206.01714):
-    e = e_negative + sum over parts of scale weight (e_part - e_negative).
+    ``batch``: requests with the same options. Classifier-free guidance (arXiv 2207.12598) towards all parts of a
+    prompt (arXiv 2206.01714): e = e_negative + sum over parts of scale weight (e_part - e_negative).
     """
+    options = batch[0]
+    scheduler = make_scheduler(model, options.scheduler)
+    scheduler.set_timesteps(options.steps, device=device)
+    width, height = options.width or model.resolution, options.height or model.resolution
+    size = (height // model.vae_factor, width // model.vae_factor)
+    generators = [torch.Generator().manual_seed(request.seed) for request in batch]
     unet: Any = model.unet
-    scheduler.set_timesteps(steps, device=device)
     shape = (unet.config.in_channels, *size)
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     latents_BChw = noise * scheduler.init_noise_sigma
     sizes = whole_image_ids(size[0] * model.vae_factor, size[1] * model.vae_factor).to(device)
-    options = {"generator": generators} if "Ancestral" in type(scheduler).__name__ else {}
+    noise_source = {"generator": generators} if "Ancestral" in type(scheduler).__name__ else {}
     for index, timestep in enumerate(scheduler.timesteps):
         rows = _rows(guides, index)
         outputs: list[Tensor] = [latents_BChw] * len(rows)
@@ -123,8 +94,8 @@ def draw_latents(
                 chosen, predict(unet, entered, timestep, condition).float(), strict=True
             ):
                 outputs[number] = output
-        guided = torch.stack(_guided(guides, outputs, guidance_scale))
-        latents_BChw = scheduler.step(guided, timestep, latents_BChw, return_dict=False, **options)[0]
+        guided = torch.stack(_guided(guides, outputs, options.guidance_scale))
+        latents_BChw = scheduler.step(guided, timestep, latents_BChw, return_dict=False, **noise_source)[0]
     return latents_BChw
 
 
@@ -208,17 +179,12 @@ def image_grid(
     return sheet
 
 
-def _negatives(
-    model: StableDiffusion, prompts: Sequence[str], given: str | Sequence[str], *, steps: int, plain: bool
-) -> list[str]:
-    """Return each prompt's negative prompt, with the negatives of its learned words."""
-    negatives = [given] * len(prompts) if isinstance(given, str) else list(given)
-    if len(negatives) != len(prompts):
-        raise UserError(f"{len(prompts)} prompts need one negative prompt or as many, not {len(negatives)}.")
-    return [
-        negative_for(model, *texts, steps=steps, plain=plain)
-        for texts in zip(prompts, negatives, strict=True)
-    ]
+def with_negatives(model: StableDiffusion, request: ImageRequest) -> ImageRequest:
+    """Return the request with the negatives of its prompt's learned words in the negative prompt."""
+    negative = negative_for(
+        model, request.prompt, request.negative_prompt, steps=request.steps, plain=request.plain
+    )
+    return replace(request, negative_prompt=negative)
 
 
 def require_size(model: StableDiffusion, width: int, height: int) -> None:

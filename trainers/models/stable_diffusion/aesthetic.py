@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamfleet.datasets.errors import ModelError, UserError
-from dreamfleet.trainers.config.methods.aesthetic_gradients import Slerp
+from dreamfleet.trainers.config.methods.aesthetic_gradients import AestheticGradientsConfig, Slerp
 from dreamfleet.trainers.config.model import POCKET
 from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.formats.aesthetic import read_aesthetic
@@ -133,6 +133,19 @@ class AestheticEncoder:
         towards = dataclasses.replace(self.model, text_encoder=tuned).encode_text(ids_1T)
         mixed = mix(plain.float(), towards.float(), settings.weight, settings.slerp)
         return mixed.to(plain.dtype)
+
+
+def settings_of(config: AestheticGradientsConfig) -> AestheticSettings:
+    """Return how the ``method:`` section says that prompts are tuned."""
+    return AestheticSettings(
+        steps=config.aesthetic_steps,
+        learning_rate=config.aesthetic_lr,
+        weight=config.aesthetic_weight,
+        slerp=config.aesthetic_slerp,
+        text=config.aesthetic_text,
+        text_negative=config.aesthetic_text_negative,
+        slerp_angle=config.aesthetic_slerp_angle,
+    )
 
 
 def require_sd1(model: StableDiffusion) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawing import generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,8 +25,8 @@ from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.whole_model import LORA_FORMATS, export_tuned, learning_parts
 from dreamfleet.trainers.models.embeddings import install_embedding, remove_embeddings, text_embeddings
 from dreamfleet.trainers.models.formats.embedding import Embedding, write_embedding
+from dreamfleet.trainers.models.formats.file_names import DIFFUSERS_LORA
 from dreamfleet.trainers.models.formats.lora import (
-    DIFFUSERS_FILE,
     LoraFile,
     Matrices,
     holds_lora,
@@ -37,7 +38,6 @@ from dreamfleet.trainers.models.formats.lora_names import kohya_name, layer_of_k
 from dreamfleet.trainers.models.formats.tensor_files import read_safetensors, write_safetensors
 from dreamfleet.trainers.models.lora import add_adapters, learned_layers, merged, set_loras
 from dreamfleet.trainers.models.pretrained import pocket_folder
-from dreamfleet.trainers.models.sampling.sample import generate
 from dreamfleet.trainers.models.stable_diffusion.lora_targets import choose_layers
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
@@ -59,7 +59,7 @@ def tuned(model: StableDiffusion, *, targets: Any = None, rank: int = 4, alpha: 
 def write_both(file: LoraFile, folder: Path, model: StableDiffusion, **options: Any) -> list[Path]:
     family, config = "sdxl" if model.is_sdxl else None, dict(model.unet.config)
     return [
-        write_diffusers_lora(file, folder / DIFFUSERS_FILE, **options),
+        write_diffusers_lora(file, folder / DIFFUSERS_LORA, **options),
         write_kohya_lora(file, folder / "look.safetensors", family=family, unet_config=config, **options),  # type: ignore[arg-type]  # it is a family
     ]
 
@@ -172,7 +172,7 @@ def test_an_export_says_what_it_was_made_for_as_kohya_does(
     told = read_safetensors(paths[1])[1]
     assert (told["ss_base_model_version"], told["modelspec.architecture"]) == (version, architecture)
     # Also after it went through diffusers' layout, and where only kohya's entries tell.
-    theirs = write_diffusers_lora(read_lora(paths[1]), tmp_path / DIFFUSERS_FILE)
+    theirs = write_diffusers_lora(read_lora(paths[1]), tmp_path / DIFFUSERS_LORA)
     again = write_kohya_lora(read_lora(theirs), tmp_path / "again.safetensors", family=model.family)
     assert read_safetensors(again)[1]["ss_base_model_version"] == version
     bare = replace(read_lora(paths[1]), metadata={"ss_base_model_version": version})
@@ -254,7 +254,7 @@ def test_embeddings_stay_in_a_lora_of_kohyas_layout_and_are_missed_in_diffusers(
     file = replace(tuned(tiny_model()), embeddings=(word,))
     found = read_lora(write_kohya_lora(file, tmp_path / "look.safetensors"))
     assert torch.equal(found.embeddings[0].vectors, word.vectors)
-    assert not read_lora(write_diffusers_lora(found, tmp_path / DIFFUSERS_FILE)).embeddings
+    assert not read_lora(write_diffusers_lora(found, tmp_path / DIFFUSERS_LORA)).embeddings
     assert "zq" in caplog.text
 
 
@@ -277,7 +277,7 @@ def test_a_lora_with_a_broken_embedding_says_so(bundle: dict[str, Tensor], tmp_p
 def test_a_layout_becomes_the_other_and_keeps_alpha_and_entries(tmp_path: Path) -> None:
     file = tuned(tiny_model())
     kohya = read_lora(write_kohya_lora(file, tmp_path / "look.safetensors"))
-    theirs = read_lora(write_diffusers_lora(kohya, tmp_path / DIFFUSERS_FILE))
+    theirs = read_lora(write_diffusers_lora(kohya, tmp_path / DIFFUSERS_LORA))
     again = read_lora(write_kohya_lora(theirs, tmp_path / "again.safetensors"))
     for layer, (down, up, alpha) in file.layers.items():
         assert torch.equal(kohya.layers[layer].down, down) and kohya.layers[layer].alpha == alpha

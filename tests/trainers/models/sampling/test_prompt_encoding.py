@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawing import generate
 from PIL import Image
 from tiny_models import WIDTH, tiny_family, tiny_model
 
+from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.models.embeddings import install_embedding, install_negative
 from dreamfleet.trainers.models.sampling.prompt_encoding import emphasise, make_guides
 from dreamfleet.trainers.models.sampling.prompt_syntax import attention
-from dreamfleet.trainers.models.sampling.sample import generate
 from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import (
     Words,
     chunk_pieces,
@@ -120,7 +121,7 @@ def test_weights_restore_the_mean_of_their_chunk() -> None:
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_conditions_are_weighted_by_encoder(family: str) -> None:
     model = tiny_family(family)
-    (guide,) = make_guides(model, ["a (cat:1.5) b"], [""], steps=2, guidance_scale=1)
+    (guide,) = make_guides(model, [ImageRequest("a (cat:1.5) b", "", steps=2, guidance_scale=1)])
     plain = model.read(["a cat b"])
     weights = torch.ones(77)
     ids, spread = tokenize_weighted(model, ["a (cat:1.5) b"])
@@ -144,7 +145,7 @@ def test_conditions_are_weighted_by_encoder(family: str) -> None:
 
 
 def test_long_prompts_take_as_many_chunks_as_they_need(model: Any) -> None:
-    (guide,) = make_guides(model, ["a BREAK b AND c"], ["x"], steps=2, guidance_scale=7)
+    (guide,) = make_guides(model, [ImageRequest("a BREAK b AND c", "x", steps=2, guidance_scale=7)])
     (_, both), (_, short) = guide.towards
     assert both.at(0).context.shape == short.at(0).context.shape == (1, 154, WIDTH)
     assert torch.allclose(both.at(0).context[0, 77:], model.read(["b"]).context[0], atol=1e-6)
@@ -201,7 +202,7 @@ def test_images_of_different_syntax_are_the_same_in_any_batch(model: Any) -> Non
 
 
 def test_conditions_follow_the_steps(model: Any) -> None:
-    (guide,) = make_guides(model, ["[a:b:2] AND [c|d]"], ["[x::1]"], steps=4, guidance_scale=7)
+    (guide,) = make_guides(model, [ImageRequest("[a:b:2] AND [c|d]", "[x::1]", steps=4, guidance_scale=7)])
     (_, edited), (_, alternating) = guide.towards
     assert guide.away is not None
     for timed, texts in ((edited, "aaab"), (alternating, "ccdc"), (guide.away, ["x", "x", "", ""])):
@@ -248,7 +249,7 @@ def test_plain_prompts_are_literal(model: Any) -> None:
         "at 16:9",
         "a | b\\",
     ):
-        (guide,) = make_guides(model, [text], [text], steps=3, guidance_scale=2, plain=True)
+        (guide,) = make_guides(model, [ImageRequest(text, text, steps=3, guidance_scale=2, plain=True)])
         assert guide.away is not None and len(guide.towards) == 1
         for timed in (guide.towards[0][1], guide.away):
             assert torch.equal(timed.at(2).context, model.read([text]).context), text

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawing import generate
 from tiny_models import tiny_model
 
 from dreamfleet.trainers.models.formats.ldm_names import FAMILY_CONFIGS
-from dreamfleet.trainers.models.sampling.sample import generate, make_scheduler, to_images
+from dreamfleet.trainers.models.sampling.sample import make_scheduler, to_images
 
 SPACINGS = ["leading", "trailing", "linspace"]  # of a model's own config, which the webui knows nothing of
 

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from drawing import generate
 from PIL import Image
 
 from dreamfleet.datasets.errors import ModelError, UserError
@@ -20,7 +21,6 @@ from dreamfleet.trainers.models.embeddings import install_embedding
 from dreamfleet.trainers.models.formats.aesthetic import write_aesthetic
 from dreamfleet.trainers.models.formats.lora import LoraFile, Matrices
 from dreamfleet.trainers.models.lora import set_loras
-from dreamfleet.trainers.models.sampling.sample import generate
 from dreamfleet.trainers.models.stable_diffusion import aesthetic
 from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
     AestheticEncoder,

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from drawing import generate
 from PIL import Image
 from stock_models import load, stock_pipeline
 from tiny_models import FAMILIES, WIDTH, WIDTH_2, tiny_family, tiny_text_encoder
@@ -23,7 +24,6 @@ from dreamfleet.datasets.plan import Draw
 from dreamfleet.trainers.batches.sources import Shown
 from dreamfleet.trainers.models.condition import Condition, whole_image_ids
 from dreamfleet.trainers.models.embeddings import install_embedding
-from dreamfleet.trainers.models.sampling.sample import generate
 from dreamfleet.trainers.models.stable_diffusion.noise import noise_loss
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 

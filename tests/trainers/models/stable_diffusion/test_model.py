@@ -80,8 +80,7 @@ def test_a_model_is_saved_in_half_precision_without_a_second_copy_in_full(
 
 def test_saved_pipeline_loads_in_stock_diffusers_and_draws_the_same(folder: Path, tmp_path: Path) -> None:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-
-    from dreamfleet.trainers.models.sampling.sample import generate
+    from drawing import generate
 
     model = load(folder)
     install_embedding(model, "<x>", torch.zeros(1, 16))

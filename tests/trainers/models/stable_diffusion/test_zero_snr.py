@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from drawing import generate
 
 from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.methods.export_request import Export
-from dreamfleet.trainers.models.sampling.sample import generate, make_scheduler
+from dreamfleet.trainers.models.sampling.sample import make_scheduler
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
 from dreamfleet.trainers.models.stable_diffusion.noise import make_target, snr_weights
 from dreamfleet.trainers.recipe import build_recipe

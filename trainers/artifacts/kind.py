@@ -1,0 +1,146 @@
+"""The interface of an artifact kind, and the registry through which every command finds the kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dreamfleet.datasets.errors import FormatError, UserError
+from dreamfleet.datasets.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dreamfleet.trainers.config.method import MethodConfig
+    from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+
+
+@dataclass(frozen=True)
+class Use:
+    """How one program uses an artifact. Code in ``text`` stands in backticks."""
+
+    program: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an artifact is, in one sentence, and how programs use it."""
+
+    what: str
+    uses: tuple[Use, ...]
+
+
+class ArtifactKind:
+    """One kind of file or folder that a run exports and that `sample`, `score`, `convert` and `report.html` accept.
+
+    A subclass sets the attributes and implements the methods it needs; the module that defines it must import without
+    torch (heavy imports go into the methods). Registered in ``ARTIFACTS``, by the entry-point group
+    ``dreamfleet.artifacts`` from other packages; a method's recipe section lists the names of the kinds it exports in
+    ``artifacts``.
+    """
+
+    #: name in the registry; also what messages call the kind
+    name: ClassVar[str]
+    #: endings of its files, in lower case with the dot
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    #: a file that every folder of this kind contains; None where the kind has no folders
+    marker: ClassVar[str | None] = None
+    #: names that ``dreamfleet export --format`` has for it
+    formats: ClassVar[tuple[str, ...]] = ()
+    #: the option of ``dreamfleet sample`` that takes it
+    option: ClassVar[str] = "artifact"
+    #: whether ``FILE:0.8`` has a meaning: the artifact is applied at a strength
+    has_strength: ClassVar[bool] = False
+    #: whether it is a whole model, loaded in place of a base model
+    is_model: ClassVar[bool] = False
+
+    def matches(self, path: Path) -> bool:
+        """Return whether a local file or folder is of this kind, judged by its content.
+
+        May raise FormatError with the reason where only this kind could be meant; the reason is shown if no other
+        kind matches.
+        """
+        raise NotImplementedError
+
+    def load_into(
+        self,
+        model: StableDiffusion,
+        path: Path,
+        *,
+        address: str,
+        strength: float | None = None,
+        method: MethodConfig | None = None,
+    ) -> str:
+        """Make ``model`` generate with the artifact; return the word that prompts use it by, or "".
+
+        ``path``: a local copy. ``address``: where the artifact lies, on disk or in a bucket. ``strength``: None where
+        none was given. ``method``: the recipe section of the run that exported it, where known.
+        """
+        raise UserError(f"{address}: a {self.name} generates no images")
+
+    def usage(self, name: str, *, run_name: str, method: Mapping[str, Any]) -> Usage | None:
+        """Return how programs use ``exports/NAME`` of a run; None where a file of that name is not of this kind.
+
+        ``method``: the run's ``method:`` section as it stands in the recipe file.
+        """
+        raise NotImplementedError
+
+    def exported_names(self, run_name: str, method: Mapping[str, Any]) -> Sequence[str]:
+        """Return the names in a run's ``exports/`` to generate images with, the preferred one first."""
+        return [f"{run_name}{suffix}" for suffix in self.suffixes]
+
+    def read_back(self, path: Path) -> dict[str, Tensor]:
+        """Return the tensors of an artifact, named as in the state of the method that exports it."""
+        raise NotImplementedError
+
+    def convert(self, source: Path, target: Path) -> Path:
+        """Write ``source`` in the format that the suffix of ``target`` names. Raises UserError for another suffix."""
+        raise self.cannot_become(target, self.suffixes)
+
+    def cannot_become(self, target: Path, suffixes: Sequence[str]) -> UserError:
+        """Return the error for a target that this kind has no format for."""
+        return UserError(
+            f"an artifact of the kind {self.name} cannot become {target.name}: name a file that ends in "
+            f"{', '.join(suffixes)}"
+        )
+
+
+_PACKAGE = "dreamfleet.trainers.artifacts"
+BUILTIN = {  # asked in this order, and after those that others register
+    "hypernetwork": f"{_PACKAGE}.hypernetwork:HypernetworkKind",
+    "aesthetic": f"{_PACKAGE}.aesthetic:AestheticKind",
+    "lora": f"{_PACKAGE}.lora:LoraKind",
+    "embedding": f"{_PACKAGE}.embedding:EmbeddingKind",
+    "classifier": f"{_PACKAGE}.classifier:ClassifierKind",
+    "checkpoint": f"{_PACKAGE}.checkpoint:CheckpointKind",
+}
+ARTIFACTS: Registry[type[ArtifactKind]] = Registry(
+    "artifact kind", group="dreamfleet.artifacts", builtin=BUILTIN
+)
+
+
+def kinds() -> Iterator[ArtifactKind]:
+    """Yield every kind, those from outside the package first, as their ``matches`` are the more specific ones."""
+    for name in sorted(ARTIFACTS.names(), key=lambda name: name in BUILTIN):
+        yield ARTIFACTS.get(name)()
+
+
+def detect_kind(path: Path, *, address: str | None = None) -> ArtifactKind:
+    """Return the kind of a local file or folder. Raises FormatError naming the known kinds where none matches.
+
+    ``address``: what messages call it, where ``path`` is a copy.
+    """
+    reasons = []
+    for kind in kinds():
+        try:
+            if kind.matches(path):
+                return kind
+        except FormatError as error:
+            reasons.append(str(error))
+    raise FormatError(
+        f"{address or path}: no artifact of a known kind ({', '.join(ARTIFACTS.names())})"
+        + "".join(f"; {reason}" for reason in reasons[:1])
+    )
