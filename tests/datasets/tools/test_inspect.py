@@ -80,9 +80,9 @@ def test_all_properties_of_a_set_are_reported(tmp_path: Path) -> None:
         "bucket_no_upscale",
         "alpha_mask",
         "1 copy",
-        "grey picture",
+        "grey image",
         "more than 3 tokens",
-        "without words",
+        "without caption",
         "2 files cannot be used",
     ):
         assert word in message, word

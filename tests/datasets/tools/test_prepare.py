@@ -194,7 +194,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="both"):
         prepare(str(source), str(tmp_path / "other"), dataclasses.replace(HOW, name="{stem}x"))
     (source / "a.jpg").rename(source / "a-flip.jpg")
-    with pytest.raises(DataError, match=r"cut.*flip"):
+    with pytest.raises(DataError, match=r"crop.*flip"):
         prepare(str(source), str(tmp_path / "other"), HOW)
     assert not (tmp_path / "other").exists()
 
