@@ -16,14 +16,15 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.artifacts.embedding import negative_of
 from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.models.formats.embedding import read_embedding
+from dreamfleet.trainers.models.learned_words import learned_words
 from dreamfleet.trainers.models.sampling.infotext import infotext, png_info, sampler_entries
+from dreamfleet.trainers.models.sampling.prompt_encoding import negative_for
 from dreamfleet.trainers.models.sampling.prompt_syntax import escape, escape_words, strip_comments
 from dreamfleet.trainers.models.sampling.prompt_tags import Extras, HypernetworkShelf, LoraShelf
 from dreamfleet.trainers.models.sampling.sample import image_grid
-from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import learned_words, negative_for
 
 if TYPE_CHECKING:
-    from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+    from dreamfleet.trainers.models.family import DiffusionModel
 
 Row = tuple[ImageRequest, Extras]  # an image, and the files and strengths of its hypernetworks and LoRAs
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
@@ -47,10 +48,9 @@ def require_writable(out: Path, out_dir: Path | None) -> None:
         raise UserError(f"--out-dir {out_dir}: a file has this name; give a folder")
 
 
-def image_text(model: StableDiffusion, settings: Settings, row: Row, image: Image.Image) -> str:
+def image_text(model: DiffusionModel, settings: Settings, row: Row, image: Image.Image) -> str:
     """Tell how a picture was drawn; its hypernetworks and LoRAs as tags of the prompt, where the webui has them."""
     request, extras = row
-    zero_snr = bool(model.scheduler.config.get("rescale_betas_zero_snr", False))
     prompts = (
         request.prompt,
         negative_for(
@@ -68,7 +68,7 @@ def image_text(model: StableDiffusion, settings: Settings, row: Row, image: Imag
     )
     told = {
         "Steps": request.steps,
-        **sampler_entries(request.scheduler, zero_snr=zero_snr),
+        **sampler_entries(request.scheduler, zero_snr=model.ends_in_noise),
         "CFG scale": request.guidance_scale,
         "Seed": request.seed,
         "Size": f"{image.width}x{image.height}",

@@ -26,9 +26,9 @@ from dreamfleet.trainers.distributed.device import DRAWING, best_device, on_devi
 from dreamfleet.trainers.evaluation.fidelity import spread_of_real
 from dreamfleet.trainers.evaluation.judge import score_images
 from dreamfleet.trainers.evaluation.previews import default_request
+from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.models.sampling.prompt_syntax import words_alone
 from dreamfleet.trainers.models.sampling.sample import generate
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.vision.clip import load_clip
 from dreamfleet.trainers.models.vision.dino import load_dino
 from dreamfleet.trainers.recipe import Recipe, build_recipe
@@ -206,7 +206,7 @@ def _training_prompts(recipe: Recipe) -> list[str]:
 
 
 def _generate(
-    model: StableDiffusion, requests: Sequence[ImageRequest], num_images: int
+    model: DiffusionModel, requests: Sequence[ImageRequest], num_images: int
 ) -> tuple[list[Image.Image], list[str]]:
     """Generate ``num_images`` images of every prompt; return them with the prompt of each, without its syntax."""
     model.to(best_device())
