@@ -218,7 +218,7 @@ def test_a_deepspeed_file_sets_nvme_path_and_group_size(tmp_path: Path) -> None:
             r"stage: 2 .*engine.zero_stage: 3",
         ),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, {}, "needs zero_stage: 3"),
-        ({"steps_per_print": 1}, {}, "sets no zero_optimization.stage"),
+        ({"steps_per_print": 1}, {}, "no zero_optimization.stage"),
         ([], {}, "JSON object"),
     ],
 )
