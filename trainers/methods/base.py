@@ -142,10 +142,12 @@ class Method(nn.Module):
     def export(self, order: Export) -> list[Path]:
         """Write the artifacts in the requested formats, or in the default ones; return their paths.
 
-        Raises RecipeError for a format that this method does not have.
+        Without requested formats those of :attr:`formats` that the model supports are written. Raises RecipeError for a
+        format that the method or the model does not have.
         """
         self.require_formats(order.formats)
-        return self.write(replace(order, formats=order.formats or self.formats))
+        usual = tuple(form for form in self.formats if form not in self.model.unsupported)
+        return self.write(replace(order, formats=order.formats or usual))
 
     def write(self, order: Export) -> list[Path]:
         """Write the artifacts in ``order.formats`` into ``order.folder``; return their paths."""
@@ -158,6 +160,8 @@ class Method(nn.Module):
                 raise RecipeError(
                     f"{self.name} has no export format {chosen!r}; it has: {', '.join(self.all_formats)}"
                 )
+            if reason := self.model.unsupported.get(chosen):
+                raise RecipeError(f"train.export_formats: {chosen}: {reason}")
 
 
 def check_fits(method: str, shapes: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:

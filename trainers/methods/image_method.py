@@ -8,7 +8,7 @@ from typing import NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from dreamfleet.datasets.images.vision_transform import Fit, as_it_is
+from dreamfleet.datasets.images.vision_transform import Fit, unchanged
 from dreamfleet.datasets.index.index import Index
 from dreamfleet.trainers.methods.base import Batch, Method, Sample
 
@@ -29,8 +29,8 @@ class ImageMethod(Method):
 
     @property
     def fit(self) -> Fit:
-        """What may be done to a picture before :meth:`collate`, anywhere on the cluster; usually nothing."""
-        return as_it_is
+        """What the decoder may do to an image, such as shrinking it, before :meth:`collate`; nothing by default."""
+        return unchanged
 
     def collate(self, uses: Sequence[Use]) -> Batch:
         """Turn pictures into a batch on the CPU."""
