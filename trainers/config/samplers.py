@@ -1,4 +1,4 @@
-"""The samplers' names, ours and the webui's."""
+"""Sampler names, dreamfleet's and the webui's."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _ALIASES = {
 
 
 def plain_sampler(name: str) -> str:
-    """Give our name of a sampler, `ddim`, `euler_a` or `dpm++`, also called as in the webui. Raises UserError."""
+    """Return dreamfleet's name of a sampler, given that or the webui's. Raises UserError for an unknown one."""
     if (known := _ALIASES.get(name.strip().lower())) is None:
         raise UserError(
-            f"no sampler is called {name!r}; there are ddim, euler_a and dpm++, or as the webui calls them DDIM, "
-            "Euler a and DPM++ 2M Karras."
+            f"sampler {name!r} does not exist (known: ddim, euler_a, dpm++; the webui's DDIM, Euler a, "
+            "DPM++ 2M Karras)"
         )
     return known

@@ -264,7 +264,9 @@ def test_ctrl_c_ends_the_command_with_a_complete_file(folder: Path) -> None:
         out, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     report = json.loads(out)
-    assert report["labelled"] == 1 and report["classes"] == {"other": 0, "good": 1} and report["pictures"] == 5
+    assert (
+        report["labelled"] == 1 and report["classes"] == {"other": 0, "good": 1} and report["pictures"] == 5
+    )
     assert saved(folder) == {"000.png": 1}
 
 

@@ -13,7 +13,7 @@ from tiny_models import WIDTH, tiny_family, tiny_model
 
 from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.models.embeddings import install_embedding, install_negative
-from dreamfleet.trainers.models.sampling.prompt_encoding import emphasise, make_guides
+from dreamfleet.trainers.models.sampling.prompt_encoding import apply_weights, make_guides
 from dreamfleet.trainers.models.sampling.prompt_syntax import attention
 from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import (
     Words,
@@ -106,12 +106,12 @@ def test_odd_letters_match_no_other_word(model: Any) -> None:
 def test_weights_restore_the_mean_of_their_chunk() -> None:
     context = torch.tensor([[[1.0, 3.0], [2.0, 2.0], [4.0, 0.0], [1.0, 1.0]]])
     weights = torch.tensor([[1.0, 2.0, 1.0, 1.0]])
-    found = emphasise(context, weights, torch.ones(1), chunk=2)
+    found = apply_weights(context, weights, torch.ones(1), chunk=2)
     # The first chunk's mean is 2, after weighting 3: the result is multiplied by 2 / 3. The second has no weights.
     expected = torch.tensor([[[2 / 3, 2.0], [8 / 3, 8 / 3], [4.0, 0.0], [1.0, 1.0]]])
     assert torch.allclose(found, expected) and torch.equal(found[:, 2:], context[:, 2:])
     twice = torch.cat([context, context])
-    shared = emphasise(twice, torch.cat([weights, torch.ones(1, 4)]), torch.tensor([1.0, 3.0]), chunk=2)
+    shared = apply_weights(twice, torch.cat([weights, torch.ones(1, 4)]), torch.tensor([1.0, 3.0]), chunk=2)
     # Over one text at weight 2 and three without: means 2 and 9 / 4.
     assert torch.allclose(shared[0, 1], torch.full((2,), 4 * 8 / 9)) and shared[1, 1, 0] == pytest.approx(
         16 / 9
@@ -138,7 +138,7 @@ def test_conditions_are_weighted_by_encoder(family: str) -> None:
         start += encoder.config.hidden_size
         wide = part * weights[:, None]
         expected.append(wide * part.mean() / wide.mean())
-    found = guide.towards[0][1].at(0)
+    found = guide.positive[0][1].at(0)
     assert torch.allclose(found.context, torch.cat(expected, dim=-1), atol=1e-4)
     if family == "sdxl":
         assert torch.equal(found.pooled, plain.pooled)
@@ -146,12 +146,12 @@ def test_conditions_are_weighted_by_encoder(family: str) -> None:
 
 def test_long_prompts_take_as_many_chunks_as_they_need(model: Any) -> None:
     (guide,) = make_guides(model, [ImageRequest("a BREAK b AND c", "x", steps=2, guidance_scale=7)])
-    (_, both), (_, short) = guide.towards
+    (_, both), (_, short) = guide.positive
     assert both.at(0).context.shape == short.at(0).context.shape == (1, 154, WIDTH)
     assert torch.allclose(both.at(0).context[0, 77:], model.read(["b"]).context[0], atol=1e-6)
     last = model.read(["c"]).context[0, -1]  # shorter parts repeat their last token
     assert torch.allclose(short.at(0).context[0, 77:], last.expand(77, -1), atol=1e-6)
-    assert guide.away is not None and guide.away.at(0).context.shape == (1, 77, WIDTH)
+    assert guide.negative is not None and guide.negative.at(0).context.shape == (1, 77, WIDTH)
 
 
 def draw(model: Any, *prompts: str, **options: Any) -> list[Image.Image]:
@@ -203,9 +203,9 @@ def test_images_of_different_syntax_are_the_same_in_any_batch(model: Any) -> Non
 
 def test_conditions_follow_the_steps(model: Any) -> None:
     (guide,) = make_guides(model, [ImageRequest("[a:b:2] AND [c|d]", "[x::1]", steps=4, guidance_scale=7)])
-    (_, edited), (_, alternating) = guide.towards
-    assert guide.away is not None
-    for timed, texts in ((edited, "aaab"), (alternating, "ccdc"), (guide.away, ["x", "x", "", ""])):
+    (_, edited), (_, alternating) = guide.positive
+    assert guide.negative is not None
+    for timed, texts in ((edited, "aaab"), (alternating, "ccdc"), (guide.negative, ["x", "x", "", ""])):
         for index, text in enumerate(texts):
             assert torch.allclose(timed.at(index).context, model.read([text]).context, atol=1e-6), (
                 index,
@@ -250,8 +250,8 @@ def test_plain_prompts_are_literal(model: Any) -> None:
         "a | b\\",
     ):
         (guide,) = make_guides(model, [ImageRequest(text, text, steps=3, guidance_scale=2, plain=True)])
-        assert guide.away is not None and len(guide.towards) == 1
-        for timed in (guide.towards[0][1], guide.away):
+        assert guide.negative is not None and len(guide.positive) == 1
+        for timed in (guide.positive[0][1], guide.negative):
             assert torch.equal(timed.at(2).context, model.read([text]).context), text
 
 

@@ -11,12 +11,12 @@ from dreamfleet.trainers.models.sampling.prompt_syntax import (
     escape,
     parse_negative,
     parse_prompt,
+    plain_text,
     schedule,
     split_and,
     split_tags,
     strip_comments,
     text_at,
-    words_alone,
 )
 
 W, S = 1.1, 1 / 1.1  # of a pair of brackets
@@ -238,7 +238,7 @@ def test_whatever_is_typed_is_read_and_escapes_to_itself() -> None:
         for part in parse_prompt(text, 4):
             assert 1 <= len(part.schedule) <= 4 and part.schedule[-1][0] == 4
             assert all(attention(said) for _, said in part.schedule)
-        words_alone(text)
+        plain_text(text)
         (plain,) = parse_prompt(text, 4, plain=True)
         assert attention(plain.schedule[0][1]) == [(text, 1.0)], text
         if "#" not in text:  # what the infotext of a plain prompt says is read as that prompt
@@ -258,4 +258,4 @@ def test_deep_and_long_prompts_are_read_quickly() -> None:
 
 def test_a_judge_reads_the_words_alone() -> None:
     prompt = "a (photo:1.3) of [a cat:sks dog:0.5], [best] <lora:x:1> BREAK on the beach AND at \\(night\\) :0.7 # x"
-    assert words_alone(prompt) == "a photo of sks dog, best on the beach, at (night)"
+    assert plain_text(prompt) == "a photo of sks dog, best on the beach, at (night)"
