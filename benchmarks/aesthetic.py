@@ -1,8 +1,8 @@
-"""What Aesthetic Gradients cost when pictures are drawn, and what each step gains: cosine, CLIP-I, CLIP-T, seconds.
+"""The cost of Aesthetic Gradients when sampling, and the gain of each step: cosine, CLIP-I, CLIP-T, seconds.
 
-The vector of the cat that ships, on the pocket model with its own CLIP: ten scenes, one picture of each, drawn without
-and with the vector, alternating; a tuned prompt is drawn once as new and once as remembered. Beside it the baked form,
-one encoder tuned over all ten prompts.
+The vector of the shipped cat on the pocket model with its own CLIP: ten scenes, one image of each, sampled alternately
+without and with the vector; a tuned prompt is sampled once as new and once from memory. The merged form, one encoder
+tuned over all ten prompts, is measured too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROUNDS = 3
 
 
 def draw(model: Any, prompts: list[str]) -> tuple[list[Any], float]:
-    """Draw a picture of each prompt, one at a time as a person does; returns them and the seconds of one."""
+    """Sample one image of each prompt, one at a time; return the images and the seconds of one."""
     from dreamfleet.trainers.config.image_request import ImageRequest
     from dreamfleet.trainers.models.sampling.sample import generate
 
@@ -33,7 +33,7 @@ def draw(model: Any, prompts: list[str]) -> tuple[list[Any], float]:
 def measure_steps(
     model: Any, encoder_for: Any, prompts: list[str], real: list[Any], clip: Any
 ) -> dict[str, Any]:
-    """Measure every number of steps; 0 is the untouched encoder."""
+    """Measure every number of steps; 0 is the untuned encoder."""
     from dreamfleet.trainers.evaluation.judge import score_images
 
     result: dict[str, Any] = {}
@@ -49,29 +49,29 @@ def measure_steps(
                     images, taken = draw(model, prompts)
                     seconds[kind].append(taken)
         scores = score_images(images, prompts=prompts, real=real, clip=clip)
-        told: dict[str, Any] = {
+        record: dict[str, Any] = {
             "clip_i": round(scores.means["clip_i"], 4),
             "clip_t": round(scores.means["clip_t"], 4),
         }
         if steps:
             gained = [encoder.cosines[prompt] for prompt in prompts]
-            told |= {
+            record |= {
                 "cosine_before": round(sum(one[0] for one in gained) / len(gained), 4),
                 "cosine_after": round(sum(one[-1] for one in gained) / len(gained), 4),
             }
-            told["cosine_a_step"] = round((told["cosine_after"] - told["cosine_before"]) / steps, 4)
-        told |= {
+            record["cosine_a_step"] = round((record["cosine_after"] - record["cosine_before"]) / steps, 4)
+        record |= {
             f"seconds_a_picture_{kind}": spread([round(s, 3) for s in times])
             for kind, times in seconds.items()
             if times
         }
-        result[str(steps)] = told
-        print(steps, told, flush=True)
+        result[str(steps)] = record
+        print(steps, record, flush=True)
     return result
 
 
 def main() -> None:
-    """Measure steps and the baked form, and write the figures."""
+    """Measure the steps and the merged form, and write the figures."""
     import torch
 
     from dreamfleet.trainers.config.model import ModelConfig

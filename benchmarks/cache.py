@@ -1,9 +1,10 @@
-"""Seconds to the first step with latents that `dreamfleet data cache` encoded and without, and what they cost to make.
+"""Seconds to the first step with latents that `dreamfleet data cache` encoded and without, and the cost of encoding.
 
-Some hundreds of photos, made from those of the DreamBooth dataset (cut, turned a little and mirrored, JPEG of 512 px;
-nothing is kept), on the pocket model, without Ray. Each run is a process of its own: train to its first step with the
-cache, then without, alternating; then pictures a second of 60 steps where latents are resident, are read from the cache
-when needed, and where each picture is decoded and encoded at each use, which is what a set needs that does not fit.
+Some hundreds of photos, made from those of the DreamBooth dataset (cropped, slightly rotated and mirrored, JPEG of 512
+px; nothing is kept), on the pocket model, without Ray. Each run is a separate process: it trains to its first step
+with the cache, then without, alternately. Then images per second of 60 steps if latents are resident, if they are read
+from the cache when needed, and if each image is decoded and encoded at each use, as for a set that does not fit into
+memory.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ DREAMFLEET = [sys.executable, "-m", "dreamfleet.cluster.cli"]
 
 
 def make_photos(folder: Path) -> None:
-    """Write photos that differ from one another: random cuts of real ones, turned a little, every other mirrored."""
+    """Write different photos: random crops of real ones, slightly rotated, every other one mirrored."""
     folder.mkdir()
     files, rng = sorted(DREAMBENCH.glob("*/*.jpg")), np.random.default_rng(0)
     for number in range(PHOTOS):
@@ -48,7 +49,7 @@ def make_photos(folder: Path) -> None:
 
 
 def write_recipe(folder: Path, side: int) -> Path:
-    """Write a recipe of native training on the photos, whose cache lies beside them."""
+    """Write a recipe of native training on the photos, with the cache beside them."""
     recipe = {
         "method": {"name": "native"},
         "data": {
@@ -73,18 +74,18 @@ def write_recipe(folder: Path, side: int) -> Path:
 
 
 def cpu_seconds() -> float:
-    """Return the CPU time of all processes that ended so far: what other people's work on the machine cannot change."""
+    """Return the CPU time of all ended child processes, which other load on the machine does not change."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def loss_of(run: Path) -> float:
-    """Read the first loss of a run."""
+    """Return the first loss of a run."""
     return float(json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"])
 
 
 def measure_side(folder: Path, side: int) -> dict[str, Any]:
-    """Make the cache of one resolution, and train to the first step with it and without."""
+    """Build the cache of one resolution, and train to the first step with it and without."""
     recipe = str(write_recipe(folder, side))
     made = json.loads(
         subprocess.run(
@@ -125,7 +126,7 @@ def measure_side(folder: Path, side: int) -> dict[str, Any]:
 
 
 def measure_steps(folder: Path) -> dict[str, Any]:
-    """Measure pictures a second of the three ways to come by latents, alternating."""
+    """Measure images per second of the three sources of latents, alternately."""
     recipe = str(write_recipe(folder, SIDES[0]))
     ways = {
         "resident": ["data.source=resident"],
@@ -156,7 +157,7 @@ def measure_steps(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure all."""
+    """Measure everything."""
     if not DREAMBENCH.is_dir():
         sys.exit(f"no photos at {DREAMBENCH}: set DREAMBENCH to the DreamBooth dataset's folder")
     with tempfile.TemporaryDirectory() as name:

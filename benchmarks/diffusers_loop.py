@@ -1,14 +1,14 @@
-"""Pictures per second against the loop of diffusers' train_dreambooth.py, alternating, and the same losses
-for one noise.
+"""Images per second compared with the loop of diffusers' train_dreambooth.py, alternating, and equal losses for equal
+noise.
 
-The other side does what that script does in every step, with accelerate around it: pictures are opened, turned, resized
+The other side does what that script does in every step, with accelerate around it: images are opened, rotated, resized
 and cropped and the prompt tokenised at every access, the VAE encodes, the text encoder encodes, noise is drawn with
 randn_like, the loss is read for the progress bar. The script itself needs torchvision, which has no build for a CPU
-torch; Pillow does its transforms. Ours serves pictures and text from what it encoded once. Batch 4, 64 px, the pocket
-model, on the pictures that ship (256 px PNG) and, where the dataset is at hand, on real photos (640 px JPEG).
+torch; Pillow does its transforms. Our loop uses images and text that were encoded once. Batch 4, 64 px, the pocket
+model, on the shipped images (256 px PNG) and, if the dataset is available, on real photos (640 px JPEG).
 
 ``unet_step_milliseconds`` is forward, backward, clip and optimizer of the U-Net alone, on ready latents: no loop of
-this model can go below that, so ``ratio_at_most`` is the best any loop could reach beside diffusers'.
+this model can be faster, so ``ratio_at_most`` is the best ratio that any loop could reach.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Block = Callable[[], float]
 
 
 class Photos(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """What the script's DreamBoothDataset does, with Pillow in place of torchvision."""
+    """The script's DreamBoothDataset, with Pillow instead of torchvision."""
 
     def __init__(self, files: list[str], tokenizer: Any, prompt: str):
         self.files, self.tokenizer, self.prompt = files, tokenizer, prompt
@@ -56,7 +56,7 @@ class Photos(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 def theirs(model: Any, files: list[str], prompt: str) -> Block:
-    """The script's loop over one block of steps; returns pictures per second."""
+    """Run the script's loop over one block of steps; return images per second."""
     from accelerate import Accelerator
     from diffusers.optimization import get_scheduler
 
@@ -91,7 +91,7 @@ def theirs(model: Any, files: list[str], prompt: str) -> Block:
 
 
 def ours(parts: Any, waits: list[float]) -> Block:
-    """Our loop over one block of steps, a new place in the plan each time; returns pictures per second."""
+    """Run our loop over one block of steps, at a new position in the plan each time; return images per second."""
     from dreamfleet.trainers.loop import Hooks, Schedule, train
 
     starts: Iterator[int] = iter(range(0, 10**6, 100))
@@ -117,7 +117,7 @@ def ours(parts: Any, waits: list[float]) -> Block:
 
 
 def unet_alone(parts: Any) -> Block:
-    """The U-Net's step on one ready batch; returns pictures per second."""
+    """Run the U-Net's step on one ready batch; return images per second."""
     batch = parts.prepare(parts.feed.batch(0))
     rates = dict.fromkeys(parts.rates, 0.0)
 
@@ -132,7 +132,7 @@ def unet_alone(parts: Any) -> Block:
 
 
 def same_losses(parts: Any, recipe: Any) -> float:
-    """The largest difference between the script's loss and ours over five batches of the same noise."""
+    """Return the largest difference between the script's loss and ours over five batches of equal noise."""
     from dreamfleet.trainers.batches.vae_encoding import read_pixels
 
     model, uris = parts.model, parts.sets.instances.column("uri")
@@ -152,7 +152,7 @@ def same_losses(parts: Any, recipe: Any) -> float:
 
 
 def measure_set(folder: Path) -> dict[str, Any]:
-    """Measure both loops on one folder of pictures, in this process, alternating."""
+    """Measure both loops on one folder of images, in this process, alternately."""
     from dreamfleet.trainers.distributed.context import DistributedContext
     from dreamfleet.trainers.recipe import load_recipe
     from dreamfleet.trainers.run.build import assemble
@@ -199,7 +199,7 @@ def measure_set(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure the sets that are at hand."""
+    """Measure the available sets."""
     sets = {"shipped_256px_png": ROOT / "examples/cat/train"}
     if (DREAMBENCH / "duck_toy").is_dir():
         sets["photos_640px_jpeg"] = DREAMBENCH / "duck_toy"

@@ -1,8 +1,10 @@
-"""Every engine on the pocket model: two workers under one local Ray, the same steps, their losses beside torch's.
+"""Every engine on the pocket model: two workers under one local Ray, the same steps, their losses compared with
+torch's.
 
-DreamBooth of U-Net and text encoder under every ZeRO stage and offload, then a word on a frozen model, which stage 3
-alone shards. A CPU shows that the curves are equal and what each engine's own work costs; it saves no memory and has no
-PCIe, so the bytes are those that `dreamfleet plan` tells for GPUs. NVMe is left out where libaio is missing.
+DreamBooth of U-Net and text encoder under every ZeRO stage and offload, then Textual Inversion on a frozen model,
+which only stage 3 shards. A CPU shows that the curves are equal and the overhead of each engine; it saves no memory
+and has no PCIe, so the bytes are those that `dreamfleet plan` estimates for GPUs. NVMe is skipped if libaio is
+missing.
 
     python benchmarks/engines.py [--steps 12]
 """
@@ -27,14 +29,14 @@ WORD = {
 
 
 def overrides(steps: int) -> list[str]:
-    """Return what every run changes of the recipe: few steps, each of them logged, no pictures."""
+    """Return the recipe changes of every run: few steps, each of them logged, no images."""
     return [
         f"train.max_train_steps={steps}",
         "train.log_steps=1",
         f"train.checkpointing_steps={steps}",
         "train.export_formats=[]",
         "optimizer.lr_warmup_steps=0",
-        # At its own rates the pocket model's gradients are so steep that a difference in the last bits doubles one.
+        # At the recipe's learning rates the pocket model amplifies a difference in the last bits to a factor of two.
         "optimizer.learning_rate=1e-5",
         "optimizer.text_encoder_lr=1e-6",
         "validation.prompts=[]",
@@ -47,21 +49,21 @@ def overrides(steps: int) -> list[str]:
 
 
 def run_engine(method: str, settings: dict[str, Any], folder: Path, steps: int) -> dict[str, Any]:
-    """Train under one engine; returns its losses, held-out loss, seconds a step, and the plan's bytes for two GPUs."""
+    """Train with one engine; return losses, held-out loss, seconds per step, and the estimated bytes for two GPUs."""
     from dreamfleet.datasets.storage.storage import Storage
     from dreamfleet.trainers.launch import fit
     from dreamfleet.trainers.memory.plan import plan_memory
     from dreamfleet.trainers.recipe import load_recipe
     from dreamfleet.trainers.report.metrics_log import read_metrics
 
-    told = [f"{key}={value}" for key, value in settings.items()]
+    changes = [f"{key}={value}" for key, value in settings.items()]
     if "nvme" in settings.values():
-        told.append(f"engine.nvme_path={folder}/nvme")
+        changes.append(f"engine.nvme_path={folder}/nvme")
     if method == "word":
-        told += [f"method={WORD}", "data.instance_prompt=null", "optimizer.learning_rate=5e-3"]
+        changes += [f"method={WORD}", "data.instance_prompt=null", "optimizer.learning_rate=5e-3"]
     recipe = load_recipe(
         ROOT / "recipes/cat-dreambooth-zero.yaml",
-        [*overrides(steps), *told, f"output_dir={folder}/{len(list(folder.iterdir()))}"],
+        [*overrides(steps), *changes, f"output_dir={folder}/{len(list(folder.iterdir()))}"],
     )
     fit(recipe)
     lines = read_metrics(Storage(recipe.output_dir))
@@ -78,7 +80,7 @@ def run_engine(method: str, settings: dict[str, Any], folder: Path, steps: int) 
     return {
         "losses": [line["loss"] for line in lines if "loss" in line],
         "holdout_loss": [line["holdout_loss"] for line in lines if "holdout_loss" in line][-1],
-        # The first still fills caches and records the order of DeepSpeed's layers.
+        # The first one fills caches and records the order of DeepSpeed's layers.
         "seconds_a_step": statistics.median(
             [line["step_seconds"] for line in lines if "step_seconds" in line][3:]
         ),
@@ -87,13 +89,13 @@ def run_engine(method: str, settings: dict[str, Any], folder: Path, steps: int) 
 
 
 def compare(runs: dict[str, dict[str, Any]]) -> None:
-    """Say beside each run how far its curve and its seconds are from torch's."""
+    """Add to each run the difference of its curve and seconds from torch's."""
     plain = runs["torch"]
-    for told in runs.values():
-        pairs = zip(told["losses"], plain["losses"], strict=True)
-        told["largest_relative_difference"] = max(abs(ours / theirs - 1) for ours, theirs in pairs)
-        told["seconds_over_torch"] = round(told["seconds_a_step"] / plain["seconds_a_step"], 2)
-        told["losses"] = [round(loss, 6) for loss in told["losses"]]
+    for run in runs.values():
+        pairs = zip(run["losses"], plain["losses"], strict=True)
+        run["largest_relative_difference"] = max(abs(ours / theirs - 1) for ours, theirs in pairs)
+        run["seconds_over_torch"] = round(run["seconds_a_step"] / plain["seconds_a_step"], 2)
+        run["losses"] = [round(loss, 6) for loss in run["losses"]]
 
 
 def main() -> None:

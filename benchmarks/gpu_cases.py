@@ -16,7 +16,7 @@ Tree = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe on a card: ``pixels`` a side, ``card`` in GiB, what it shows in ``words``, and the recipe's sections."""
+    """A recipe for a GPU: ``pixels`` per side, ``card`` in GiB, a description (``words``), and the sections."""
 
     family: str
     pixels: int
@@ -109,22 +109,22 @@ def write_configs(family: str, folder: Path, *, small: bool) -> Path:
     from dreamfleet.trainers.models.formats.ldm_names import FAMILY_CONFIGS
 
     for part, config in FAMILY_CONFIGS[family].items():  # type: ignore[index]
-        told = dict(config) | (NARROW.get(part, {}) if small else {})
+        adapted = dict(config) | (NARROW.get(part, {}) if small else {})
         if small and part == "unet" and family == "sd1":
-            told |= {
+            adapted |= {
                 "down_block_types": ["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"],
                 "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2,
             }
         if small and part == "unet" and family == "sdxl":
-            told["transformer_layers_per_block"] = [1, 1, 1]
+            adapted["transformer_layers_per_block"] = [1, 1, 1]
         if small and part == "vae":
-            told |= {
+            adapted |= {
                 "down_block_types": ["DownEncoderBlock2D"] * 2,
                 "up_block_types": ["UpDecoderBlock2D"] * 2,
             }
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         (folder / part).mkdir(parents=True, exist_ok=True)
-        (folder / part / name).write_text(json.dumps(told))
+        (folder / part / name).write_text(json.dumps(adapted))
     return folder
 
 
@@ -156,7 +156,7 @@ def make_recipe(name: str, folder: Path, *, small: bool) -> Any:
 
 
 def predict(recipe: Any) -> dict[str, Any]:
-    """Plan a recipe: what its own engine is predicted to take while it trains, and what would be chosen."""
+    """Estimate a recipe: the memory of its own engine while it trains, and the engine that would be chosen."""
     from dreamfleet.trainers.memory.plan import plan_memory
 
     made = plan_memory(recipe, gpu_memory=recipe.engine.gpu_limit)
@@ -189,7 +189,7 @@ def predict(recipe: Any) -> dict[str, Any]:
 
 
 def random_model(recipe: Any, method: str) -> Any:
-    """Make a model of the folder's shape, its weights random, in host memory."""
+    """Make a model of the folder's architecture with random weights in host memory."""
     from dreamfleet.trainers.methods.base import method_class
     from dreamfleet.trainers.models.stable_diffusion.meta_model import model_shape
 
@@ -210,9 +210,9 @@ def random_model(recipe: Any, method: str) -> Any:
 
 
 def build_parts(recipe: Any, device: torch.device, *, settle: bool = True) -> tuple[Any, Any, Any, str]:
-    """Build a recipe's method on random weights, its engine and one batch; returns why the engine is that one.
+    """Build a recipe's method on random weights, its engine and one batch; return also the reason for the engine.
 
-    Without ``settle`` the engine is what the recipe says, and ``auto`` torch alone.
+    Without ``settle`` the engine is the recipe's, and ``auto`` is torch alone.
     """
     from dreamfleet.trainers.distributed.context import DistributedContext
     from dreamfleet.trainers.engines.base import DTYPES, engine_class

@@ -1,4 +1,6 @@
-"""Pictures per second and model FLOP utilisation of SD 1.5's U-Net on a GPU, beside the loop of diffusers' script."""
+"""Images per second and model FLOP utilisation of SD 1.5's U-Net on a GPU, compared with the loop of diffusers'
+script.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,13 @@ Step = Callable[[], None]
 
 
 def wait() -> None:
-    """Wait for the GPU, where there is one."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def seconds_of(step: Step, *, steps: int) -> float:
-    """Time some steps in a row; returns the seconds of one."""
+    """Time some consecutive steps; return the seconds of one."""
     wait()
     start = time.perf_counter()
     for _ in range(steps):
@@ -48,7 +50,7 @@ def matrix_rate(side: int, device: torch.device) -> float:
 
 
 def copy_rates(size: int = 2**30) -> dict[str, Any]:
-    """Measure copies between page-locked host memory and the GPU, each way, in GB/s."""
+    """Measure copies between page-locked host memory and the GPU in each direction, in GB/s."""
     if not torch.cuda.is_available():
         return {}
     host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
@@ -64,7 +66,7 @@ def copy_rates(size: int = 2**30) -> dict[str, Any]:
 def ours(
     batch_size: int, folder: Path, device: torch.device, *, small: bool, **engine: bool
 ) -> tuple[Step, Any]:
-    """Build our step of native training on ready latents; returns it and the method."""
+    """Build our step of native training on ready latents; return it and the method."""
     recipe = make_recipe("no-offload", folder, small=small)
     recipe = recipe.model_copy(
         update={
@@ -112,12 +114,12 @@ def theirs(batch_size: int, folder: Path, device: torch.device, *, small: bool, 
                     model.vae.encode(pixels.to(device)).latent_dist.sample() * model.vae.config.scaling_factor
                 )
                 context = model.text_encoder(ids.to(device))[0]
-        ready, told = latents.to(device), context.to(device)
+        ready, encoded = latents.to(device), context.to(device)
         noise = torch.randn_like(ready)
         timesteps = torch.randint(0, 1000, (batch_size,), device=device)
         noisy = model.scheduler.add_noise(ready, noise, timesteps)
         with torch.autocast(device.type, kind):
-            predicted = unet(noisy, timesteps, told).sample
+            predicted = unet(noisy, timesteps, encoded).sample
         loss = F.mse_loss(predicted.float(), noise.float())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
@@ -138,7 +140,7 @@ def flops_of(step: Step) -> int:
 
 
 def best_batch(make: Callable[[int], Step], batches: tuple[int, ...], *, steps: int) -> dict[str, Any]:
-    """Find the batch size with the most pictures a second, up to where memory ends."""
+    """Find the batch size with the most images per second, up to the limit of memory."""
     found: dict[str, Any] = {"batch": 0, "pictures_per_second": 0.0}
     for batch in batches:
         try:
@@ -149,7 +151,7 @@ def best_batch(make: Callable[[int], Step], batches: tuple[int, ...], *, steps: 
         except torch.cuda.OutOfMemoryError:
             break
         finally:
-            step = None  # type: ignore[assignment]  # its tensors must go before the next is built
+            step = None  # type: ignore[assignment]  # free its tensors before the next one is built
             _forget()
         if rate > found["pictures_per_second"]:
             found = {"batch": batch, "pictures_per_second": round(rate, 2)}
@@ -157,7 +159,7 @@ def best_batch(make: Callable[[int], Step], batches: tuple[int, ...], *, steps: 
 
 
 def measure_speed(*, small: bool) -> dict[str, Any]:
-    """Measure every way at its best batch, then the best beside diffusers' step, alternating."""
+    """Measure each variant at its best batch, then the best one and diffusers' step, alternately."""
     from dreamfleet.trainers.distributed.device import best_device
 
     device = best_device()
@@ -171,7 +173,7 @@ def measure_speed(*, small: bool) -> dict[str, Any]:
             if small and "torch_compile" in options:
                 continue  # a minute of compiling
             ways[way] = best_batch(
-                lambda batch, told=options: ours(batch, folder, device, small=small, **told)[0],
+                lambda batch, chosen=options: ours(batch, folder, device, small=small, **chosen)[0],
                 batches,
                 steps=steps,
             )

@@ -1,4 +1,4 @@
-"""What every benchmark here needs: the machine in words, medians with their spread, and results written as JSON."""
+"""Helpers of the benchmarks: the description of the machine, medians with their spread, and results as JSON."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def describe_machine() -> dict[str, Any]:
 
 def write_result(name: str, result: dict[str, Any], *, how: str) -> None:
     """Print a result and write it to ``results/NAME.json`` with the machine and the command that repeats it."""
-    told = {"what": name, "repeat": how, "machine": describe_machine(), **result}
+    record = {"what": name, "repeat": how, "machine": describe_machine(), **result}
     RESULTS.mkdir(exist_ok=True)
-    text = json.dumps(told, indent=1, ensure_ascii=False)
+    text = json.dumps(record, indent=1, ensure_ascii=False)
     (RESULTS / f"{name}.json").write_text(text + "\n")
     print(text)

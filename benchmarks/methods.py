@@ -1,9 +1,9 @@
-"""The six methods on a subject and on a style: CLIP-I, CLIP-T, held-out loss, seconds, size, and a sheet of pictures.
+"""The six methods on a subject and on a style: CLIP-I, CLIP-T, held-out loss, seconds, size, and a sheet of images.
 
-Subject: the cat that ships, judged by its four held-out pictures over ten scenes. Style: the ink drawings that ship,
-judged by six drawings of other things, over ten things that no training picture shows. Each method runs its recipe
-`recipes/cat-*.yaml`; for the style only what a style needs is changed (`WAYS` below). Five seeds a prompt, drawn at
-the same guidance; CLIP is the pocket model's own.
+Subject: the shipped cat in ten scenes, compared with its four held-out images. Style: the shipped ink drawings, on ten
+objects that no training image shows, compared with six drawings of other objects. Each method runs its recipe
+`recipes/cat-*.yaml`; for the style only the necessary keys are changed (`WAYS` below). Five seeds per prompt, sampled
+with the same guidance; CLIP is the pocket model's own.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ THINGS = [
 
 
 class Task(NamedTuple):
-    """What is taught: where its pictures lie, and what to draw: ``{}`` is where a method's word goes.
+    """A subject or style: the folder of its images, and its prompts, in which ``{}`` stands for a method's word.
 
-    ``real_is`` begins what is said of the real pictures; their captions end it.
+    ``real_is`` starts the descriptions of the real images; their captions complete it.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Task(NamedTuple):
 
 
 class Way(NamedTuple):
-    """How a method learns one task: its recipe, the word it is called by, what the recipe says otherwise."""
+    """How a method is trained on one task: its recipe, the word in prompts, and the changed keys."""
 
     recipe: str
     word: str
@@ -100,7 +100,7 @@ WAYS = {
 def measure_method(
     task: Task, method: str, way: Way, folder: Path, real: list[Any]
 ) -> tuple[dict[str, Any], list[Any]]:
-    """Train one method and score what it draws; returns the figures and a picture of each prompt."""
+    """Train one method and score its samples; return the figures and an image of each prompt."""
     from dreamfleet.datasets.storage.storage import Storage
     from dreamfleet.trainers.artifacts.loading import load_exported
     from dreamfleet.trainers.launch import fit
@@ -131,12 +131,12 @@ def measure_method(
 
 
 def fill(prompts: list[str], word: str) -> list[str]:
-    """Put a method's word into the prompts."""
+    """Insert a method's word into the prompts."""
     return [prompt.format(word).strip() for prompt in prompts]
 
 
 def measure_task(task: Task, folder: Path, methods: list[str]) -> dict[str, Any]:
-    """Measure the untuned model and every method on one task, and draw the sheet."""
+    """Measure the untuned model and every method on one task, and write the sheet."""
     from dreamfleet.trainers.config.model import ModelConfig
     from dreamfleet.trainers.evaluation.fidelity import spread_of_real
     from dreamfleet.trainers.evaluation.judge import score_images

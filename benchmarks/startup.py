@@ -1,7 +1,7 @@
-"""Seconds from the command to the first training step: bare Ray, ours through Ray Train, ours in-process; and --help.
+"""Seconds from the command to the first training step: bare Ray, dreamfleet on Ray, dreamfleet in-process; and --help.
 
-Bare Ray is the least a person can write: ``ray.init``, a TorchTrainer with one worker that imports torch
-and diffusers, loads the pocket model and takes one step. Each side is a process of its own; they alternate.
+Bare Ray is the minimal program: ``ray.init``, a TorchTrainer with one worker that imports torch and diffusers, loads
+the pocket model and takes one step. Each side is a separate process; they alternate.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ if __name__ == "__main__":
 
 
 def time_to_file(command: list[str], done: Path) -> float:
-    """Start a command and return the seconds until ``done`` has something in it; waits for the command to end."""
+    """Start a command and return the seconds until ``done`` is not empty; wait for the command to end."""
     start = time.perf_counter()
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)

@@ -1,7 +1,8 @@
-"""Step time through Ray Train and our loop against a bare torch loop of the same step, alternating in one process.
+"""Step time through Ray Train and our loop compared with a bare torch loop of the same step, alternating in one
+process.
 
-Both sides train the pocket model's U-Net at 64 px, batch 8, on the same latents, noise and text; the bare one is what a
-person would write: forward, backward, clip, step. Ours adds the feed, the engine, metrics and the stop mark.
+Both sides train the pocket model's U-Net at 64 px, batch 8, on the same latents, noise and text; the bare one is
+minimal: forward, backward, clip, step. Ours adds the feed, the engine, metrics and the check for a stop request.
 """
 
 from __future__ import annotations
@@ -67,13 +68,13 @@ def measure(config: dict[str, Any]) -> None:
             parts.feed.stream(first),
             parts.prepare,
             rates=parts.rates,
-            # One step more than is timed: the first rehearses, which a run does once and a block must not count.
+            # One step more than is timed: a run computes its first batch twice, which a block must not count.
             schedule=Schedule(total=first + STEPS + 1, save_every=10**9, sample_every=10**9, log_every=10),
             seed=0,
             start_step=first,
             hooks=Hooks(log=metrics.log, should_stop=lambda: stamps.append(time.perf_counter()) or False),
         )
-        # should_stop is asked at the beginning of every step
+        # should_stop is called at the beginning of every step
         return (time.perf_counter() - stamps[1]) / STEPS
 
     bare(), ours(0)

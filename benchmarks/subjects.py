@@ -1,8 +1,8 @@
-"""Untuned, Textual Inversion and DreamBooth on the same subject: CLIP-I to real pictures, CLIP-T over ten new scenes.
+"""Untuned, Textual Inversion and DreamBooth on the same subject: CLIP-I to real images, CLIP-T over ten new scenes.
 
-The subjects: the cat that ships, judged by its four held-out pictures, and ``duck_toy`` of the DreamBooth dataset (real
-photos, judged by the same photos as in the paper), which is skipped where the dataset is not at hand
-(DREAMBENCH=folder). CLIP is the pocket model's own. Five seeds a prompt; the sheet shows the first of them.
+The subjects: the shipped cat, compared with its four held-out images, and ``duck_toy`` of the DreamBooth dataset (real
+photos, compared with the same photos as in the paper), which is skipped if the dataset is not available
+(DREAMBENCH=folder). CLIP is the pocket model's own. Five seeds per prompt; the sheet shows the first.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SCENES = [
     "under water",
 ]
 SEEDS = range(5)
-# What is behind the subject in each training photo; the cat's captions lie beside its pictures.
+# The background of each training photo; the cat's captions are beside its images.
 CAPTIONS = {
     "duck_toy": {
         "00": "on a black background",
@@ -45,7 +45,7 @@ STEPS, GUIDANCE = 25, float(os.environ.get("GUIDANCE", 1.5))
 
 
 def score_model(model: Any, word: str, noun: str, real: list[Any]) -> tuple[dict[str, float], list[Any]]:
-    """Draw every scene with every seed and score the pictures; returns the figures and a picture of each scene."""
+    """Sample every scene with every seed and score the images; return the figures and an image of each scene."""
     return score_prompts(
         model, [f"a {word} {scene}" for scene in SCENES], [f"a {noun} {scene}" for scene in SCENES], real
     )
@@ -54,7 +54,7 @@ def score_model(model: Any, word: str, noun: str, real: list[Any]) -> tuple[dict
 def score_prompts(
     model: Any, prompts: list[str], plain: list[str], real: list[Any]
 ) -> tuple[dict[str, float], list[Any]]:
-    """Draw every prompt with every seed, and score the pictures by real ones and by what ``plain`` says of each."""
+    """Sample every prompt with every seed, and score the images by real ones and by the descriptions ``plain``."""
     from dreamfleet.trainers.config.image_request import requests_for
     from dreamfleet.trainers.evaluation.judge import score_images
     from dreamfleet.trainers.models.sampling.sample import generate
@@ -72,8 +72,8 @@ def score_prompts(
         batch_size=10,
     )
     seconds = time.perf_counter() - start
-    told = [text for text in plain for _ in SEEDS]
-    scores = score_images(images, prompts=told, real=real, clip=load_clip())
+    descriptions = [text for text in plain for _ in SEEDS]
+    scores = score_images(images, prompts=descriptions, real=real, clip=load_clip())
     figures = {
         "clip_i": round(scores.means["clip_i"], 4),
         "clip_t": round(scores.means["clip_t"], 4),
@@ -83,7 +83,7 @@ def score_prompts(
 
 
 def read_real(folder: Path) -> list[Any]:
-    """Read the pictures to judge by, at the model's size."""
+    """Read the real images at the model's size."""
     from PIL import Image
 
     from dreamfleet.datasets.config import DataConfig
@@ -98,7 +98,7 @@ def read_real(folder: Path) -> list[Any]:
 
 
 def measure_subject(name: str, noun: str, train_dir: Path, real_dir: Path, folder: Path) -> dict[str, Any]:
-    """Train both methods on one subject and score them beside the untuned model."""
+    """Train both methods on one subject and score them and the untuned model."""
     from dreamfleet.datasets.storage.storage import Storage
     from dreamfleet.trainers.artifacts.loading import load_exported
     from dreamfleet.trainers.config.model import ModelConfig
@@ -154,7 +154,7 @@ def measure_subject(name: str, noun: str, train_dir: Path, real_dir: Path, folde
 
 
 def with_captions(images: Path, captions: dict[str, str], folder: Path) -> Path:
-    """Copy a folder of pictures and put a caption beside each."""
+    """Copy a folder of images with a caption file beside each."""
     shutil.copytree(images, folder, ignore=shutil.ignore_patterns("*.txt"))
     for stem, caption in captions.items():
         (folder / f"{stem}.txt").write_text(caption)
@@ -162,7 +162,7 @@ def with_captions(images: Path, captions: dict[str, str], folder: Path) -> Path:
 
 
 def main() -> None:
-    """Measure the subjects that are at hand."""
+    """Measure the available subjects."""
     subjects = {"cat": ("cat face", ROOT / "examples/cat/train", ROOT / "examples/cat/holdout")}
     if (DREAMBENCH / "duck_toy").is_dir():
         subjects["duck_toy"] = ("duck", DREAMBENCH / "duck_toy", DREAMBENCH / "duck_toy")

@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
+from pydantic.fields import FieldInfo
+
 from dreamfleet.datasets.config_base import Section
 
 MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
@@ -59,7 +61,7 @@ def map_paths(section: S, change: Callable[[NamedPath], str], *, prefix: str = "
     """Return a copy of a section, and of the sections in it, with every value of a path field changed."""
     values = {name: getattr(section, name) for name in type(section).model_fields}
     changed = {
-        name: _map_value(values[name], _marker(field), change, prefix + name)
+        name: _map_value(values[name], path_marker(field), change, prefix + name)
         for name, field in type(section).model_fields.items()
     }
     return section.model_copy(update={name: new for name, new in changed.items() if new != values[name]})
@@ -91,6 +93,14 @@ def by_key(paths: Iterable[NamedPath]) -> dict[str, list[str]]:
     return found
 
 
+def path_marker(field: FieldInfo) -> PathField | None:
+    """Return the marker of a field, anywhere in its type: ``Annotated[str, ...] | None`` has it inside."""
+    return next(
+        (item for item in (*field.metadata, *_metadata(field.annotation)) if isinstance(item, PathField)),
+        None,
+    )
+
+
 def absolute_path(path: str, folder: str) -> str:
     """Return a path that starts at ``folder``, on disk or in a bucket; URLs and absolute paths are only normalised."""
     path = os.path.expanduser(path)
@@ -114,14 +124,6 @@ def _map_value(value: Any, field: PathField | None, change: Callable[[NamedPath]
     if isinstance(value, dict):
         return {name: _map_value(inner, field, change, f"{key}.{name}") for name, inner in value.items()}
     return change(NamedPath(key, value, field)) if field and value and isinstance(value, str) else value
-
-
-def _marker(field: Any) -> PathField | None:
-    """Return the marker of a field, anywhere in its type: ``Annotated[str, ...] | None`` has it inside."""
-    return next(
-        (item for item in (*field.metadata, *_metadata(field.annotation)) if isinstance(item, PathField)),
-        None,
-    )
 
 
 def _metadata(annotation: Any) -> Iterator[Any]:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dreamfleet.trainers.config.method import method_title
 from dreamfleet.trainers.config.metrics import HELD_OUT, figure_title
 from dreamfleet.trainers.report import formatting
 from dreamfleet.trainers.report.charts import Chart, Line, Plot, lay_out
 from dreamfleet.trainers.report.html import environment
-from dreamfleet.trainers.report.report import method_title
 from dreamfleet.tune.plots import Dot, scatter
 from dreamfleet.tune.sheet import LONGEST_SIDE, axes, image_sheet
 from dreamfleet.tune.trial_store import BEST, Trial, TrialStore, format_point, format_value

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dreamfleet.cluster.cli.base import AsJson, Overrides, RecipePath, Verbose, print_json, work
-from dreamfleet.trainers.memory.strategies import tell_settings
+from dreamfleet.trainers.memory.strategies import format_overrides
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.memory.estimate import Estimate
@@ -53,7 +53,7 @@ def plan(
     with work():
         from dreamfleet.datasets.errors import ResourceError
         from dreamfleet.trainers.config.units import parse_size
-        from dreamfleet.trainers.memory.advice import tell_nothing_fits
+        from dreamfleet.trainers.memory.advice import explain_no_fit
         from dreamfleet.trainers.memory.plan import plan_memory
         from dreamfleet.trainers.recipe import load_recipe
 
@@ -69,7 +69,7 @@ def plan(
     else:
         print("\n".join([*_head(made, loaded), "", *_table(made, rate), "", *_verdict(made, rate)]))
     if made.limited and made.chosen is None:
-        raise ResourceError(tell_nothing_fits(made, loaded))
+        raise ResourceError(explain_no_fit(made, loaded))
 
 
 def _head(made: MemoryPlan, recipe: Recipe) -> list[str]:
@@ -135,9 +135,9 @@ def _verdict(made: MemoryPlan, rate: int) -> list[str]:
         return [*notes, "Give --gpu-memory (and --host-memory) to choose."]
     for one in made.estimates:
         if one is made.chosen:
-            notes.append(f"Cheapest that fits: {one.choice.name} ({tell_settings(one.choice)})")
+            notes.append(f"Cheapest that fits: {one.choice.name} ({format_overrides(one.choice)})")
     return notes + [
-        f"Fits as well, without offload: {one.choice.name} ({tell_settings(one.choice)})"
+        f"Fits as well, without offload: {one.choice.name} ({format_overrides(one.choice)})"
         for one in made.estimates
         if one.choice.alters and one.fits(made.gpu_memory, made.host_memory) and not _is_plain(made.chosen)
     ]

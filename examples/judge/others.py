@@ -1,4 +1,4 @@
-"""Writes what is no cat to `examples/judge/others/`, things the pocket model draws, and the labels of both."""
+"""Writes `examples/judge/others/`, objects sampled from the pocket model that are no cats, and the labels of both."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRAIN = 16  # of the others; the rest is held out
 
 
 def write_others() -> None:
-    """Draw twice as many pictures as there are things, and write the labels of all that are used."""
+    """Draw twice as many images as there are things, and write the labels of all that are used."""
     prompts = [f"a {THINGS[n % len(THINGS)]} {PLACES[n % len(PLACES)]}" for n in range(2 * len(THINGS))]
     requests = requests_for(prompts, range(len(prompts)), guidance_scale=4.0)
     drawn = generate(load_model(ModelConfig()), requests, batch_size=8)

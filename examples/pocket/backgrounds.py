@@ -1,7 +1,7 @@
-"""Draws the backgrounds of the pocket model's world: plain colours, two patterns and simple scenes.
+"""Draws the backgrounds of the pocket model: plain colours, two patterns and simple scenes.
 
 Every background is known by a key (`plain:blue`, `striped:red`, `scene:beach`) and by the words that a caption
-says about it, so that the text encoder can be taught to tell the subject from what is behind it.
+says about it, so that the text encoder can be taught to tell the subject from its background.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SIZE = 64
 
 
 def say_background(key: str) -> str:
-    """The words that a caption uses for a background."""
+    """Return the words that a caption uses for a background."""
     kind, name = key.split(":")
     if kind == "scene":
         return SCENES[name]
@@ -102,7 +102,7 @@ def draw_checkered(name: str, rng: np.random.Generator, size: int) -> Image.Imag
 
 
 def _draw_ground(rng: np.random.Generator, size: int, colours: list[tuple[int, int, int]], level: float):
-    """Sky above ground; returns the picture, its pen and the height of the horizon."""
+    """Sky above ground; returns the image, its pen and the height of the horizon."""
     sky_top, sky_low, ground_far, ground_near = (_shade(colour, rng, 6) for colour in colours)
     horizon = int(size * (level + rng.uniform(-0.05, 0.05)))
     image = _blend(sky_top, sky_low, size)

@@ -26,7 +26,7 @@ STEPS, GUIDANCE, COUNT, AMONG = 25, 4.5, 100, 50
 
 
 def draw_prompts(count: int, seed: int) -> list[str]:
-    """Different subjects of the U-Net's world, each on a background drawn with the training's weights."""
+    """Different subjects of the U-Net's training data, each on a background drawn with the training's weights."""
     rng = np.random.default_rng(seed)
     bank = open_bank("narrow")
     rows = choose_rows(bank)
@@ -37,7 +37,7 @@ def draw_prompts(count: int, seed: int) -> list[str]:
 
 
 def generate(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, batch: int = 25) -> np.ndarray:
-    """One picture per prompt, by the stock pipeline."""
+    """One image per prompt, by the stock pipeline."""
     pipeline.set_progress_bar_config(disable=True)
     made = []
     for at in range(0, len(prompts), batch):
@@ -51,7 +51,7 @@ def generate(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, b
 def rank_prompts(
     clip: CLIPModel, tokenizer: CLIPTokenizer, images: np.ndarray, prompts: list[str]
 ) -> np.ndarray:
-    """For every picture the place of its own prompt among `AMONG` prompts (0 is first)."""
+    """For every image the rank of its own prompt among `AMONG` prompts (0 is first)."""
     rng = np.random.default_rng(6)
     scores = embed_images(clip, images) @ embed_texts(clip, tokenizer, prompts).T
     ranks = []
@@ -109,7 +109,7 @@ def sum_hours() -> dict[str, float]:
     }
     lines, last, seconds = read_log("unet"), 0, 0.0
     for line in lines:
-        # A resumed run logs its first step alone: weigh every line by the steps it stands for.
+        # A resumed run logs its first step alone: weight every line by its number of steps.
         seconds += line["step_seconds"] * max(0, line["step"] - last)
         last = line["step"]
     return {**hours, "unet": seconds / 3600}
@@ -153,7 +153,7 @@ def write_card(folder: Path = FOLDER) -> None:
 
 
 def read_named() -> str:
-    """What a person's look at the sheet found; written by hand, since no program can say it."""
+    """What a person saw on the sheet, written by hand."""
     path = Path(__file__).parent / "named.txt"
     return path.read_text(encoding="utf-8").strip() if path.exists() else "not looked at yet"
 

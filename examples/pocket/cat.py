@@ -1,7 +1,7 @@
-"""Writes the demo's subject to `examples/cat/`: six pictures of a cat to train with, four to judge by, and one alone.
+"""Writes the demo's subject to `examples/cat/`: six images of a cat to train with, four to evaluate on, and one alone.
 
 All ten come from the held-out family of cat faces, one expression each, on ten different backgrounds. Beside each
-lies a caption that says what is not the cat.
+is a caption that describes everything but the cat.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from subjects import CAT_FACES, ROOT, find_family
 SIDE = 256
 TRAIN = ("plain:blue", "scene:grass", "plain:pink", "scene:beach", "plain:green", "scene:snow")
 HOLDOUT = ("plain:purple", "scene:forest", "plain:red", "scene:mountains")
-# The plain face and the calmer expressions to train with; a laughing, a pouting, a sly and a happy one to judge by.
+# The plain face and the calmer expressions to train with; a laughing, a pouting, a sly and a happy one to evaluate on.
 ORDER = (0, 3, 4, 6, 8, 9, 1, 7, 5, 2)
 
 

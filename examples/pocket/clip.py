@@ -1,6 +1,6 @@
 """Trains the pocket model's CLIP: a text and a vision tower that tell subject and background apart.
 
-Half of the batches are grids of subjects and backgrounds, where every picture shares its subject with seven
+Half of the batches are grids of subjects and backgrounds, where every image shares its subject with seven
 others and its background with fifteen: only a caption's full meaning picks the right one there.
 """
 
@@ -22,7 +22,7 @@ GRID = (16, 8)  # subjects x backgrounds
 BATCH = GRID[0] * GRID[1]
 WIDTH = 160
 PROJECTION = 128
-# Of the composed pictures, measured; the image processor says the same.
+# Of the composed images, measured; the image processor says the same.
 MEAN, STD = (0.64, 0.57, 0.54), (0.3, 0.25, 0.28)
 
 
@@ -56,7 +56,7 @@ def to_pixels(images: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 class Drawer:
-    """Draws batches: pictures with captions that may leave out the subject or the background."""
+    """Draws batches: images with captions that may leave out the subject or the background."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         self.banks = {"narrow": open_bank("narrow"), "wide": open_bank("wide")}
@@ -69,7 +69,7 @@ class Drawer:
         self.weights = weights / weights.sum()
 
     def pick(self, rng: np.random.Generator) -> list[tuple[Bank, int, int, int]]:
-        """(bank, picture, subject, background) of a batch; wide subjects are numbered after the narrow ones."""
+        """(bank, image, subject, background) of a batch; wide subjects are numbered after the narrow ones."""
         narrow, wide = self.banks["narrow"], self.banks["wide"]
         if rng.random() < 0.5:
             subjects = rng.choice(len(narrow.names), GRID[0], replace=False)
@@ -94,7 +94,7 @@ class Drawer:
         return write_caption(bank.names[bank.subjects[index]], key, template), True, "{b}" in template
 
     def draw(self, step: int, device: torch.device) -> dict[str, torch.Tensor]:
-        """One batch with its matrix of which caption is true of which picture."""
+        """One batch with its matrix of which caption is true of which image."""
         rng = np.random.default_rng([12, step])
         items = self.pick(rng)
         texts = [self.word(bank, index, rng) for bank, index, _, _ in items]
@@ -105,7 +105,7 @@ class Drawer:
         tokens = self.tokenizer([text for text, _, _ in texts], padding=True, return_tensors="pt")[
             "input_ids"
         ]
-        # Causal towers learn only the places that texts reach: move a tenth of the batches along.
+        # Causal towers learn only the positions that texts reach: shift a tenth of the batches.
         places = torch.arange(tokens.shape[1])
         if rng.random() < 0.1:
             places[1:] += int(rng.integers(0, 77 - tokens.shape[1]))
@@ -166,7 +166,7 @@ def embed_texts(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) ->
 
 @torch.no_grad()
 def embed_images(model: CLIPModel, images: np.ndarray) -> torch.Tensor:
-    """Unit vectors of pictures."""
+    """Unit vectors of images."""
     device = next(model.parameters()).device
     pooled = model.vision_model(pixel_values=to_pixels(images, device)).pooler_output
     return F.normalize(model.visual_projection(pooled), dim=-1)
@@ -175,7 +175,7 @@ def embed_images(model: CLIPModel, images: np.ndarray) -> torch.Tensor:
 def measure_retrieval(
     model: CLIPModel, tokenizer: CLIPTokenizer, bank: Bank, rounds: int = 12
 ) -> dict[str, float]:
-    """The share of pictures whose own caption ranks first, and among the first five, of 50 different ones."""
+    """The share of images whose own caption ranks first, and among the first five, of 50 different ones."""
     rng = np.random.default_rng(5)
     hits = np.zeros(2)
     for _ in range(rounds):

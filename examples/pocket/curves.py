@@ -1,4 +1,4 @@
-"""Draws the stages' loss curves as one small picture, without a plotting library."""
+"""Draws the stages' loss curves as one small image, without a plotting library."""
 
 from __future__ import annotations
 

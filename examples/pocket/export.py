@@ -38,7 +38,7 @@ def build_scheduler() -> DDIMScheduler:
 def split_clip(
     clip: CLIPModel,
 ) -> tuple[CLIPTextModel, CLIPVisionModelWithProjection, dict[str, torch.Tensor]]:
-    """The text encoder, the vision tower with its projection, and what joins them."""
+    """The text encoder, the vision tower with its projection, and the matrices that join them."""
     text = CLIPTextModel(clip.config.text_config)
     _copy(clip.text_model, getattr(text, "text_model", text))
     vision = CLIPVisionModelWithProjection(clip.config.vision_config)
@@ -75,7 +75,7 @@ def write_folder(folder: Path, clip: CLIPModel, vae: AutoencoderKL, unet: UNet2D
     _write_json(folder / "model_index.json", _describe_pipeline())
     for path in folder.rglob("*"):
         if path.is_file():
-            path.chmod(0o644)  # safetensors writes for the owner alone
+            path.chmod(0o644)  # safetensors creates files that only the owner can read
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"export: {size / 1e6:.2f} MB in {folder}")
     if size > LIMIT_BYTES:
@@ -84,7 +84,7 @@ def write_folder(folder: Path, clip: CLIPModel, vae: AutoencoderKL, unet: UNet2D
 
 
 def _describe_processor() -> dict:
-    """How a picture becomes the vision tower's input."""
+    """How an image becomes the vision tower's input."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,

@@ -1,7 +1,7 @@
-"""Composes the pocket model's training pictures: an emoji on a background, with a caption that says both.
+"""Composes the pocket model's training images: an emoji on a background, with a caption that names both.
 
-Run as a stage of `build.py` it writes two banks to the cache, `narrow` (the U-Net's world) and `wide` (further
-emoji for the VAE and CLIP), each a memory-mapped uint8 array of 64 px pictures with a JSON table beside it.
+Run as a stage of `build.py` it writes two banks to the cache, `narrow` (the U-Net's subjects) and `wide` (further
+emoji for the VAE and CLIP), each a memory-mapped uint8 array of 64 px images with a JSON table beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from subjects import CACHE, SET_ASIDE, Subject, list_subjects
 
 VIEWS = {"narrow": 320, "steady": 96, "wide": 24, "held_out": 40, "fresh": 4}
 STEADY_SEED = 5
-# Written signs would be mirrored by a flip.
+# A flip would mirror text.
 NO_FLIP = ("bus", "ambulance", "red pepper")
 TEMPLATES = (
     ("a {s} {b}", 5),
@@ -37,7 +37,7 @@ _PLURALS = ("pancakes", "grapes", "cherries", "blueberries", "french fries", "pa
 
 @dataclass(frozen=True)
 class Bank:
-    """A folder of composed pictures: `pictures.npy`, and for each its subject, background and caption."""
+    """A folder of composed images: `pictures.npy`, and for each its subject, background and caption."""
 
     images: np.ndarray
     subjects: np.ndarray
@@ -87,7 +87,7 @@ def compose(
         emoji = emoji.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC)
     emoji = emoji.resize((side, side), Image.Resampling.LANCZOS)
     slack = size - side
-    # Mostly near the middle: a small model learns shapes faster where they stand still.
+    # Mostly near the middle: a small model learns shapes faster in a fixed position.
     x, y = (round(slack * np.clip(rng.normal(0.5, 0.22), 0, 1)) for _ in range(2))
     if rng.random() < 0.5:
         shade = (
@@ -101,7 +101,7 @@ def compose(
 
 
 def compose_steady(emoji: Image.Image, key: str, rng: np.random.Generator, size: int = SIZE) -> Image.Image:
-    """Place an emoji upright in the middle: what the U-Net finishes on, so that noise alone shows it a shape."""
+    """Place an emoji upright in the middle: the last part of the U-Net's training, in which it learns shapes."""
     canvas = draw_background(key, rng, size)
     side = round(size * rng.uniform(0.8, 0.88))
     emoji = emoji.resize((side, side), Image.Resampling.LANCZOS)
@@ -111,7 +111,7 @@ def compose_steady(emoji: Image.Image, key: str, rng: np.random.Generator, size:
 
 
 def _compose_subject(job: tuple[int, Subject, int, int]) -> tuple[np.ndarray, list[int], list[str]]:
-    """All views of one subject; the seed depends on the subject alone, so any order gives the same pictures."""
+    """All views of one subject; the seed depends on the subject alone, so any order gives the same images."""
     index, subject, views, seed = job
     rng = np.random.default_rng([seed, index])
     emoji = open_emoji(subject.path).resize((128, 128), Image.Resampling.LANCZOS)
@@ -182,7 +182,7 @@ def write_images() -> None:
 
 
 def draw_sheet(images: np.ndarray, columns: int, zoom: int = 1) -> Image.Image:
-    """Pictures in rows, for looking at."""
+    """Images in rows, for a person to inspect."""
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * SIZE * zoom, rows * SIZE * zoom), (255, 255, 255))
     for index, image in enumerate(images):

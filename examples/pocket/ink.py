@@ -1,7 +1,7 @@
-"""Writes a style to learn to `examples/ink/`: things the pocket model knows, as blue ink on cream paper.
+"""Writes a style to learn to `examples/ink/`: objects of the pocket model's training data, as blue ink on cream paper.
 
-Outlines are inked, shadows hatched; twelve pictures to train with and six, of other things, to judge by. Beside each
-lies a caption that says the thing and nothing of the style.
+Outlines are inked, shadows hatched; twelve images to train with and six, of other things, to evaluate on. Beside each
+is a caption that names the object and not the style.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HATCHES = (
 
 
 def draw_ink(emoji: Image.Image) -> Image.Image:
-    """Draw a picture with alpha as ink on paper: lines where it changes, hatching where it is dark."""
+    """Draw an image with alpha as ink on paper: lines where it changes, hatching where it is dark."""
     canvas = Image.new("RGBA", (SIDE, SIDE), (255, 255, 255, 0))
     place = (SIDE - GLYPH) // 2
     canvas.paste(emoji.resize((GLYPH, GLYPH), Image.Resampling.LANCZOS), (place, place))

@@ -1,6 +1,6 @@
-"""Chooses the pocket model's world: which emoji it learns, under which names, and which it never sees.
+"""Chooses the pocket model's training data: which emoji it learns, under which names, and which are held out.
 
-Pictures are named by their code point in `@lobehub/fluent-emoji-3d`; names come from
+Images are named by their code point in `@lobehub/fluent-emoji-3d`; names come from
 `emoji-datasource-google`, replaced here by plainer words where those read badly. The world is narrow on
 purpose: a few hundred subjects that a person can name at 64 pixels, with a thousand views each, teach a small
 U-Net shapes, where thousands of subjects with a few dozen views teach it colours only.
@@ -73,7 +73,7 @@ WORLD = {
     "1f36e": "custard", "1f36f": "honey pot", "1f370": "slice of cake", "1f382": "birthday cake",
     "1f9c1": "cupcake", "1f377": "glass of red wine", "1f378": "cocktail", "1f37a": "mug of beer",
     "1f95b": "glass of milk", "1f964": "cup with a straw", "2615": "cup of coffee", "1fad6": "teapot",
-    # a few things, so that prompts can leave the zoo
+    # a few things, other than animals and food
     "1f697": "red car", "1f695": "yellow taxi", "1f68c": "bus", "1f692": "fire engine", "1f691": "ambulance",
     "1f682": "steam train", "1f69c": "tractor", "1f6b2": "bicycle", "1f680": "rocket", "1f681": "helicopter",
     "2708-fe0f": "airplane", "26f5": "sailing boat", "1f3e0": "house", "1f3f0": "castle",
@@ -98,14 +98,14 @@ SET_ASIDE = frozenset((
 ))
 # fmt: on
 
-# Whole categories that widen the VAE's and CLIP's eyes beyond the U-Net's world.
+# Whole categories that widen the training of VAE and CLIP beyond the U-Net's subjects.
 WIDE_CATEGORIES = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects",
                    "Smileys & Emotion")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One emoji: its picture's file, the words for it, and whether training may see it."""
+    """One emoji: its image's file, the words for it, and its part of the training."""
 
     code: str
     name: str
@@ -114,7 +114,7 @@ class Subject:
 
 
 def fetch_packages() -> tuple[Path, Path]:
-    """Fetch and unpack the two npm packages where absent; return the picture folder and emoji.json."""
+    """Fetch and unpack the two npm packages where absent; return the image folder and emoji.json."""
     found = []
     for kind, spec in PACKAGES.items():
         folder = CACHE / "npm" / kind
@@ -136,7 +136,7 @@ def _strip_code(code: str) -> str:
 
 
 def _is_family(entry: dict, code: str) -> bool:
-    """Is this entry one of the families that no training sees?"""
+    """Return whether this entry is of a family that is held out of all training."""
     name = f"{entry['name'] or ''} {entry['short_name']}".lower()
     return (
         code in CAT_FACES
@@ -167,6 +167,6 @@ def list_subjects() -> list[Subject]:
 
 
 def find_family(codes: tuple[str, ...]) -> list[Path]:
-    """The pictures of a held-out family, for the demo and the tests only."""
+    """The images of a held-out family, for the demo and the tests only."""
     assets, _ = fetch_packages()
     return [assets / f"{code}.webp" for code in codes]

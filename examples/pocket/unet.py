@@ -40,7 +40,7 @@ from dreamfleet.trainers.report.metrics_log import MetricsLog
 from dreamfleet.trainers.run.checkpoint import Checkpoints
 
 STEPS = int(os.environ.get("POCKET_STEPS", "9000"))
-# From here on subjects stand upright in the middle, so that noise alone can be told a shape.
+# From here on subjects stand upright in the middle, so that the U-Net learns shapes.
 FINISH = 4800
 WORKERS = int(os.environ.get("POCKET_WORKERS", str(min(2, os.cpu_count() or 1))))
 BATCH = 32
@@ -52,7 +52,7 @@ FOLDER = CACHE / "unet"
 
 
 def build_unet(context_width: int) -> UNet2DConditionModel:
-    """Attention where pictures have 8 x 8 and 4 x 4 cells; 16 x 16 has convolutions only, for speed."""
+    """Attention where images have 8 x 8 and 4 x 4 cells; 16 x 16 has convolutions only, for speed."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -68,7 +68,7 @@ def build_unet(context_width: int) -> UNet2DConditionModel:
 
 
 class Pretraining(Method):
-    """Teaches a whole U-Net from nothing: the plain noise loss over captioned latents."""
+    """Teaches a whole U-Net from scratch: the plain noise loss over captioned latents."""
 
     name = "pocket_pretraining"
 
@@ -101,7 +101,7 @@ def choose_rows(bank: Bank) -> np.ndarray:
 
 
 class Batches:
-    """Batch `step` of the run: a function of the step alone, so that a resumed run goes on with the same ones."""
+    """Batch `step` of the run: a function of the step alone, so that a resumed run continues with the same ones."""
 
     def __init__(self, model: StableDiffusion, device: torch.device, rank: int = 0, world: int = 1) -> None:
         self.model, self.device, self.rank, self.world = model, device, rank, world
@@ -191,7 +191,7 @@ def run_worker(rank: int, world: int) -> None:
     # Fused attention has a slow backward pass on CPUs.
     model.unet.set_attn_processor(AttnProcessor())
     model.to(device)
-    # No min-SNR weights: for the velocity they all but leave out the noisy half, where shapes are decided.
+    # No min-SNR weights: for the velocity they almost remove the noisy half, where shapes are decided.
     method = Pretraining(model, Setting())
     run = Storage(str(FOLDER))
     checkpoints, start = Checkpoints(run, limit=2), 0

@@ -1,4 +1,4 @@
-"""Trains the pocket model's autoencoder: 64 px pictures to 16 x 16 x 4 latents and back."""
+"""Trains the pocket model's autoencoder: 64 px images to 16 x 16 x 4 latents and back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DECODER_RATE = 6e-4
 
 
 def build_vae() -> AutoencoderKL:
-    """Factor 4, about 1.3 million parameters; no attention: faces need edges, not far relations."""
+    """Factor 4, about 1.3 million parameters; no attention: faces need edges, not global context."""
     vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -31,7 +31,7 @@ def build_vae() -> AutoencoderKL:
         sample_size=64,
         mid_block_add_attention=False,
     )
-    # Latents start with little noise: a decoder that sees noise of their own size learns nothing for long.
+    # Latents start with little noise: a decoder that sees noise of their own size does not learn for a long time.
     torch.nn.init.constant_(vae.quant_conv.bias[4:].data, -6.0)
     return vae
 
@@ -51,7 +51,7 @@ def compare_edges(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def measure_psnr(vae: AutoencoderKL, images: np.ndarray, batch: int = 50) -> float:
-    """The mean PSNR in dB (peak 255) of pictures sent through the autoencoder."""
+    """The mean PSNR in dB (peak 255) of images sent through the autoencoder."""
     device = next(vae.parameters()).device
     found = []
     with torch.no_grad():
@@ -90,7 +90,7 @@ def train_vae() -> AutoencoderKL:
 
 
 def _draw(step: int, narrow: np.ndarray, wide: np.ndarray) -> np.ndarray:
-    """The pictures of one step: three quarters from the U-Net's world."""
+    """The images of one step: three quarters from the U-Net's subjects."""
     rng = np.random.default_rng([11, step])
     n = BATCH * 3 // 4
     picks = narrow[np.sort(rng.integers(len(narrow), size=n))]
@@ -125,7 +125,7 @@ def tune_decoder() -> AutoencoderKL:
 
 
 def load_vae() -> AutoencoderKL:
-    """The autoencoder as far as it is: with the tuned decoder when that exists."""
+    """The autoencoder as trained so far: with the tuned decoder when that exists."""
     tuned = CACHE / "folder" / "vae_tuned"
     source = tuned if (tuned / "config.json").exists() else CACHE / "folder" / "vae"
     return AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32).eval()

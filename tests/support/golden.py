@@ -1,14 +1,18 @@
-"""Short seeded loss curves of every method, kept in tests/golden/; ``--write`` makes them anew."""
+"""Short seeded loss curves of every method, recorded in tests/golden/; ``--write`` records them again."""
 
 from __future__ import annotations
 
 import json
+import math
+import platform
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tiny
+import torch
 from tiny_models import tiny_family
 
 from dreamfleet.trainers.distributed.context import DistributedContext
@@ -17,7 +21,11 @@ from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import assemble
 
 FOLDER = Path(__file__).parents[1] / "golden"
+PROCESSOR = FOLDER / "processor_kind.json"
 STEPS = 12
+DIGITS = 6  # of a loss after the decimal point, in the recorded curves
+#: Other threads and vector widths order sums differently; a changed formula moves a curve far more.
+OTHER_PROCESSOR = 2e-3
 RUNS: dict[str, dict[str, Any]] = {
     "aesthetic_gradients": {"method": {"name": "aesthetic_gradients"}},
     "discriminator": {
@@ -102,17 +110,53 @@ def compute_curve(name: str, folder: Path) -> list[float]:
     return losses
 
 
+def read_curve(name: str) -> list[float]:
+    """Return the recorded losses of the run called ``name``."""
+    curve: list[float] = json.loads((FOLDER / f"{name}.json").read_text())
+    return curve
+
+
+def processor_kind() -> dict[str, str | int]:
+    """Return what decides the order of torch's sums: processor, instructions, torch's version, threads."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().split("\n\n")[0].splitlines() if info.exists() else []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return {
+        "machine": platform.machine(),
+        "processor": " ".join(fields.get(key, "") for key in ("model name", "cpu family", "model")).strip(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def find_difference(curve: Sequence[float], recorded: Sequence[float], *, same_processor: bool) -> str | None:
+    """Return where a curve differs from the recorded one; None where it does not.
+
+    On the recording processor every recorded digit must be equal; elsewhere losses may differ by OTHER_PROCESSOR.
+    """
+    for step, (loss, expected) in enumerate(zip(curve, recorded, strict=True)):
+        rounded = round(loss, DIGITS)
+        equal = (
+            rounded == expected if same_processor else math.isclose(loss, expected, rel_tol=OTHER_PROCESSOR)
+        )
+        if not equal:
+            return f"step {step}: {rounded}, recorded {expected}"
+    return None
+
+
 def main() -> None:
-    """Write or compare the curves."""
+    """Record the curves, or print how far they differ from the recorded ones."""
     for name in RUNS:
         with tempfile.TemporaryDirectory() as folder:
             curve = compute_curve(name, Path(folder))
-        path = FOLDER / f"{name}.json"
         if "--write" in sys.argv:
-            FOLDER.mkdir(exist_ok=True)
-            path.write_text(json.dumps([round(loss, 6) for loss in curve], indent=1) + "\n")
-        kept = json.loads(path.read_text())
-        print(name, "largest difference", max(abs(a - b) for a, b in zip(curve, kept, strict=True)))
+            FOLDER.mkdir(parents=True, exist_ok=True)
+            rounded = [round(loss, DIGITS) for loss in curve]
+            (FOLDER / f"{name}.json").write_text(json.dumps(rounded, indent=1) + "\n")
+            PROCESSOR.write_text(json.dumps(processor_kind(), indent=1) + "\n")
+        recorded = read_curve(name)
+        print(name, "largest difference", max(abs(a - b) for a, b in zip(curve, recorded, strict=True)))
 
 
 if __name__ == "__main__":

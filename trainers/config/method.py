@@ -1,4 +1,4 @@
-"""The base of the methods' recipe sections, and the registry of methods."""
+"""The base class of the methods' recipe sections, and the registry of methods."""
 
 from __future__ import annotations
 
@@ -10,21 +10,29 @@ from dreamfleet.datasets.registry import Registry
 
 
 class MethodConfig(Section):
-    """Base of the methods' own ``method:`` sections; loads without torch, unlike the method that it configures."""
+    """Base of the ``method:`` sections: a method's options, and what has to be known about it without importing torch.
+
+    A method of another package is a subclass of this with its ``implementation``, registered in :data:`METHODS` or
+    named by an entry point ``NAME = package.module:SectionClass`` of the group ``dreamfleet.methods``.
+    """
 
     #: ``"module:class"`` of the method, a subclass of ``trainers.methods.base.Method``
     implementation: ClassVar[str]
-    #: one sentence for `dreamfleet methods` and the recipe reference
+    #: the method's name for people; by default its name in recipes with a capital
+    display_name: ClassVar[str] = ""
+    #: what it trains and what it exports, in a sentence or two for `dreamfleet methods` and the recipe reference
     summary: ClassVar[str] = ""
-    #: keys of the recipe that must stay at their defaults -> the reason
+    #: keys of the recipe that must keep their defaults -> the reason, a clause such as "which trains no U-Net"
     refused: ClassVar[Mapping[str, str]] = {}
-    #: why `plan` cannot compute the memory; None where it can
+    #: its own keys that a search may not change -> the reason
+    not_searched: ClassVar[Mapping[str, str]] = {}
+    #: why `dreamfleet plan` cannot compute its memory; None if it can
     no_plan: ClassVar[str | None] = None
-    #: the method that uses what this one trains
+    #: the method that uses what this one exports; None for methods of their own purpose
     helper_of: ClassVar[str | None] = None
     #: kinds of artifacts that it exports, of ``trainers.artifacts``; the preferred one to generate images with first
     artifacts: ClassVar[tuple[str, ...]] = ()
-    #: metrics measured on images that the method itself holds out
+    #: figures in ``metrics.jsonl`` that it measures on images which it holds out itself
     figures: ClassVar[tuple[str, ...]] = ()
 
     name: str
@@ -44,3 +52,9 @@ METHODS: Registry[type[MethodConfig]] = Registry(
         "textual_inversion": f"{_SECTIONS}.textual_inversion:TextualInversionConfig",
     },
 )
+
+
+def method_title(name: str) -> str:
+    """Return a method's name for people, also for a method that is not installed here."""
+    title = METHODS.get(name).display_name if name in METHODS else ""
+    return title or name.replace("_", " ").capitalize()

@@ -7,11 +7,12 @@ import difflib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from dreamfleet.datasets.config_base import Section
+from dreamfleet.datasets.path_field import path_marker
 from dreamfleet.trainers.config.method import MethodConfig
 from dreamfleet.trainers.config.metrics import HELD_OUT, NEEDS, is_higher_better, metrics_by_figure
 from dreamfleet.trainers.config.validation import ValidationConfig
@@ -27,10 +28,6 @@ REFUSED = {
     "validation": YARDSTICK,
     "model": YARDSTICK + "; make a search for each model",
     "method.name": YARDSTICK + "; make a search for each method",
-    "method.template_file": "files are not searched",
-    "method.labels": YARDSTICK,
-    "method.test_labels": YARDSTICK,
-    "method.holdout_per_class": YARDSTICK,
     "data": YARDSTICK,
 }
 # The parts of `data` that the measure does not depend on.
@@ -239,40 +236,49 @@ def _corners(search: SearchConfig) -> Iterator[Point]:
         yield dict(zip(search.space, values, strict=True))
 
 
+class _Key(NamedTuple):
+    """A key of the recipe, such as ``train.seed``, and why it cannot be searched (None: it can)."""
+
+    name: str
+    refusal: str | None
+
+
 def _wrong_keys(search: SearchConfig, recipe: Section) -> Iterator[str]:
     known = _keys(recipe)
-    own = [name for name, meant in known.items() if name == meant and not _refusal(name)]
+    searchable = [name for name, key in known.items() if name == key.name and not key.refusal]
     for path, domain in search.space.items():
         where = f"search.space.{path}"
         if path not in known:
-            near = difflib.get_close_matches(path, own, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(path, searchable, n=1, cutoff=0.5)
             yield f"{where}: no key of this recipe" + (f"; did you mean {near[0]!r}?" if near else "")
-        elif known[path] != path:
-            yield f"{where}: write it as {known[path]!r} here"
-        elif reason := _refusal(path):
+        elif known[path].name != path:
+            yield f"{where}: write it as {known[path].name!r} here"
+        elif reason := known[path].refusal:
             yield f"{where}: cannot be searched: {reason}"
         elif search.algorithm == "grid" and domain.values is None and domain.num is None:
             yield f"{where}: a grid needs num, the number of values between lower and upper"
 
 
-def _keys(section: Section, prefix: str = "") -> dict[str, str]:
-    """Map every name that a recipe's values go by (other projects' names too) to our own."""
-    found: dict[str, str] = {}
+def _keys(section: Section, prefix: str = "") -> dict[str, _Key]:
+    """Return the keys of a recipe by all their names, the aliases of other projects included."""
+    found: dict[str, _Key] = {}
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, Section) and name != "search":
             found |= _keys(value, f"{prefix}{name}.")
             continue
-        for choice in [name, *getattr(field.validation_alias, "choices", [])]:
-            found[f"{prefix}{choice}"] = prefix + name
+        refusal = REFUSED.get(prefix + name) or REFUSED.get((prefix or name).rstrip("."))
+        if prefix == "data." and name in AUGMENTATIONS:
+            refusal = None
+        elif isinstance(section, MethodConfig):
+            marker = path_marker(field)
+            is_file = marker is not None and marker.kind == "file" and not marker.is_start
+            refusal = (
+                refusal or section.not_searched.get(name) or ("files are not searched" if is_file else None)
+            )
+        for alias in [name, *getattr(field.validation_alias, "choices", [])]:
+            found[f"{prefix}{alias}"] = _Key(prefix + name, refusal)
     return found
-
-
-def _refusal(path: str) -> str | None:
-    section, _, key = path.partition(".")
-    if section == "data" and key in AUGMENTATIONS:
-        return None
-    return REFUSED.get(path) or REFUSED.get(section)
 
 
 def _wrong_metric(search: SearchConfig, measured: Sequence[str]) -> Iterator[str]:

@@ -1,19 +1,19 @@
-"""What is told when no engine choice fits: what each would need, and what to change."""
+"""The error message when no engine choice fits: what each needs, and which settings need less."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from dreamfleet.trainers.memory.estimate import Estimate
-from dreamfleet.trainers.memory.strategies import tell_settings
+from dreamfleet.trainers.memory.strategies import format_overrides
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.memory.plan import MemoryPlan
     from dreamfleet.trainers.recipe import Recipe
 
 
-def tell_nothing_fits(made: MemoryPlan, recipe: Recipe) -> str:
-    """Say which limits were too small for what, and which settings of the recipe may help."""
+def explain_no_fit(made: MemoryPlan, recipe: Recipe) -> str:
+    """Return which limits are too small for what, and which settings of the recipe may help."""
     smallest = min((one for one in made.estimates if not one.choice.alters), key=lambda one: one.gpu_total)
     limits = [
         f"{_gib(limit)} GiB {where}"
@@ -27,35 +27,35 @@ def tell_nothing_fits(made: MemoryPlan, recipe: Recipe) -> str:
     return (
         f"no engine choice fits {' and '.join(limits)}: the smallest on the GPU, {smallest.choice.name}, needs "
         f"{_gib(smallest.gpu_total)} GiB there and {_gib(smallest.host_total)} GiB on the host. What may help: "
-        f"{', '.join(_ways_out(smallest, made, recipe))}. What each needs: {needs}"
+        f"{', '.join(_remedies(smallest, made, recipe))}. What each needs: {needs}"
     )
 
 
-def _ways_out(smallest: Estimate, made: MemoryPlan, recipe: Recipe) -> list[str]:
-    """List the settings that would lower the highest moment of a run, of those not made yet."""
+def _remedies(smallest: Estimate, made: MemoryPlan, recipe: Recipe) -> list[str]:
+    """Return the settings that would lower the maximum of a run, except those already made."""
     train, moment = recipe.train, smallest.peak
     altering = [
         one for one in made.estimates if one.choice.alters and one.fits(made.gpu_memory, made.host_memory)
     ]
-    ways = {
-        **{f"{tell_settings(one.choice)} ({one.choice.name}, which fits)": True for one in altering[:1]},
+    remedies = {
+        **{f"{format_overrides(one.choice)} ({one.choice.name}, which fits)": True for one in altering[:1]},
         "train.mixed_precision=bf16": train.mixed_precision == "no",
         "train.gradient_checkpointing=true": moment == "training" and not train.gradient_checkpointing,
         "train.train_batch_size=1": moment == "training" and train.train_batch_size > 1,
-        "data.cache_latents=false (several pictures are encoded at once)": moment == "starting"
+        "data.cache_latents=false (several images are encoded at once)": moment == "starting"
         and recipe.data.cache_latents,
         "method.sample_batch_size=1": moment == "starting"
         and getattr(recipe.method, "with_prior_preservation", False),
         "validation.num_images=1": moment == "previews" and recipe.validation.num_images > 1,
         "engine.use_ema=false": recipe.engine.use_ema,
-        "engine.nvme_path, a folder on a fast local disk, for what the host has no room for": any(
+        "engine.nvme_path, a folder on a fast local disk, for what does not fit in host memory": any(
             one.fits(made.gpu_memory, None) for one in made.estimates if not one.choice.alters
         )
         and not made.counts.nvme,
         f"data.resolution below {recipe.data.resolution}": True,
         "more workers": made.world == 1,
     }
-    return [way for way, is_open in ways.items() if is_open]
+    return [remedy for remedy, applies in remedies.items() if applies]
 
 
 def _gib(size: int) -> str:

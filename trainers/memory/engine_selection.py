@@ -1,4 +1,4 @@
-"""Settles what a recipe leaves open until the machines are known: how the engine runs, and within how much memory."""
+"""Decides, once the machines are known, which engine a run uses and how much GPU memory it may take."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 
 def settle_engine(recipe: Recipe, distributed: DistributedContext) -> tuple[Recipe, str]:
-    """Return the recipe as it will run, and why its engine runs so; the same on every worker.
+    """Return the recipe with the engine decided, and the reason; equal on every worker.
 
-    ``engine.zero_stage: auto`` becomes the cheapest setting that fits the smallest of the workers' GPUs and hosts; on a
-    CPU it stays torch alone, with nothing planned. ``engine.gpu_memory`` is also enforced. Raises ResourceError when no
-    setting fits.
+    ``engine.zero_stage: auto`` becomes the cheapest choice that fits the smallest of the workers' GPUs and hosts; on a
+    CPU it stays torch alone. ``engine.gpu_memory`` is enforced. Raises ResourceError when no choice fits.
     """
-    read = recipe
-    recipe = distributed.on_rank_0(read.with_deepspeed_file)
+    recipe = distributed.on_rank_0(recipe.with_deepspeed_file)
     if distributed.device.type != "cuda":
         return recipe, "no GPU" if recipe.engine.is_auto else "as the recipe says"
     if recipe.train.full_bf16:
@@ -36,7 +34,7 @@ def settle_engine(recipe: Recipe, distributed: DistributedContext) -> tuple[Reci
     if not recipe.engine.is_auto:
         return recipe, "as the recipe says"
     if distributed.world > 1 and distributed.gpu_share < 1:
-        return recipe, "workers share a GPU, over which nothing can be sharded"
+        return recipe, "workers share a GPU, so nothing can be sharded over them"
     return choose_engine(
         recipe,
         distributed,
@@ -46,8 +44,8 @@ def settle_engine(recipe: Recipe, distributed: DistributedContext) -> tuple[Reci
 
 
 def _require_equal_gpus(distributed: DistributedContext) -> None:
-    """Raise ResourceError where workers have GPUs of different kinds: replicas in bfloat16 would round apart."""
-    # CUDA's generator gives each multiprocessor a part of the random numbers, and kinds differ in their number.
+    """Raise ResourceError for workers with different GPUs, where bfloat16 replicas would be rounded differently."""
+    # CUDA's random numbers depend on the number of multiprocessors.
     names = distributed.all_gather_unique([torch.cuda.get_device_name(distributed.device)])
     if len(names) > 1:
         raise ResourceError(
@@ -59,7 +57,7 @@ def _require_equal_gpus(distributed: DistributedContext) -> None:
 def choose_engine(
     recipe: Recipe, distributed: DistributedContext, *, gpu_memory: int, host_memory: int
 ) -> tuple[Recipe, str]:
-    """Decide on rank 0 for all ranks; a model that cannot be planned is trained by torch alone."""
+    """Choose the engine on rank 0 for all ranks; a run that cannot be planned is trained by torch alone."""
     if (reason := recipe.method.no_plan) is not None:
         return recipe, f"not planned: {recipe.method.name} {reason}"
     settings, reason = distributed.on_rank_0(
@@ -74,7 +72,7 @@ def choose_engine(
 def _decide(
     recipe: Recipe, world: int, gpu_memory: int, host_memory: int
 ) -> tuple[dict[str, str | int | bool], str]:
-    from dreamfleet.trainers.memory.advice import tell_nothing_fits
+    from dreamfleet.trainers.memory.advice import explain_no_fit
     from dreamfleet.trainers.memory.plan import plan_memory
 
     per_host = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -86,10 +84,10 @@ def _decide(
         return {}, f"not planned: {error}"
     except Exception as error:  # noqa: BLE001 - a fault of the planner's, such as an operator without a fake kernel
         why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        log.warning("the memory of this run cannot be planned (%s): torch alone trains it", why)
+        log.warning("the memory of this run cannot be planned (%s); it is trained by torch alone", why)
         return {}, f"not planned: {why}"
     if made.chosen is None:
-        raise ResourceError(f"engine.zero_stage: auto: {tell_nothing_fits(made, recipe)}")
+        raise ResourceError(f"engine.zero_stage: auto: {explain_no_fit(made, recipe)}")
     chosen, larger = made.chosen, made.estimates[: made.estimates.index(made.chosen)]
     reason = (
         f"{chosen.choice.name} needs {chosen.gpu_total / GIB:.1f} of {gpu_memory / GIB:.1f} GiB on the GPU and "
@@ -101,9 +99,10 @@ def _decide(
 
 
 def limit_card(device: torch.device, limit: int | None, share: float = 1.0) -> int:
-    """Return how much of a GPU a run may take, its CUDA context included, and hold torch to it.
+    """Limit torch's memory on a GPU and return the limit in bytes, CUDA context included.
 
-    ``limit`` in bytes (None: none of its own), ``share`` of the card's memory; the smaller counts.
+    The limit is the smaller of ``limit`` in bytes (None: no limit) and ``share`` of the GPU's memory. Raises
+    ResourceError for one that the CUDA context alone exceeds.
     """
     device = with_index(device)
     free, total = torch.cuda.mem_get_info(device)
@@ -111,16 +110,16 @@ def limit_card(device: torch.device, limit: int | None, share: float = 1.0) -> i
     if allowed <= CUDA_CONTEXT:
         whose = "engine.gpu_memory" if limit == allowed else f"{share:g} of a GPU"
         raise ResourceError(
-            f"{whose}: {allowed / GIB:.1f} GiB are less than what CUDA itself takes; give more"
+            f"{whose}: {allowed / GIB:.1f} GiB is less than the CUDA context alone uses; give more"
         )
-    # Always said: torch keeps the limit of an earlier run in this process.
+    # Set in any case: torch keeps the limit of an earlier run in this process.
     fraction = (allowed - CUDA_CONTEXT) / total if allowed < total else 1.0
     torch.cuda.set_per_process_memory_fraction(fraction, device)
-    return min(allowed, free + CUDA_CONTEXT)  # asking has made the context, which the plan counts
+    return min(allowed, free + CUDA_CONTEXT)  # mem_get_info created the context, which the plan counts
 
 
 def host_memory() -> int:
-    """Return the memory of this machine, or of the container this is."""
+    """Return the memory in bytes of this machine, or of the container that the process runs in."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for file in map(Path, CGROUP_LIMITS):
         text = file.read_text().strip() if file.is_file() else ""

@@ -1,7 +1,7 @@
-"""Where the memory of a run goes, per GPU and per host, for every engine: arithmetic on counts alone.
+"""Memory of a run per GPU and per host for every engine choice: arithmetic on counts.
 
 Sources: Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054), section 3; DeepSpeed 0.19's ``stage_1_and_2.py`` and
-``stage3.py`` for the copies and buffers beside what the paper counts.
+``stage3.py`` for copies and buffers that the paper does not count.
 """
 
 from __future__ import annotations
@@ -14,28 +14,29 @@ from dreamfleet.trainers.memory.inputs import Counts
 from dreamfleet.trainers.memory.strategies import ALTERING, CHOICES, NVME_CHOICES, EngineChoice
 
 GIB = 2**30
-# Not counted but assumed: what a process takes before its first tensor. The GPU's part is the CUDA context with the
-# kernels of torch, cuBLAS and cuDNN; the host's is Python with torch, diffusers and Ray (0.5 GiB) and CUDA's libraries.
+# Assumed, not counted: what a process uses before its first tensor. On the GPU: the CUDA context with the kernels of
+# torch, cuBLAS and cuDNN. On the host: Python with torch, diffusers and Ray (0.5 GiB) and CUDA's libraries.
 CUDA_CONTEXT = GIB // 2
 KERNEL_WORKSPACE = GIB // 4
 HOST_PROCESS = 3 * GIB // 2
 
-# DeepSpeed's defaults, in elements: how far ahead stage 3 keeps weights that come again, and fetches; stage 0's sends.
+# DeepSpeed's defaults, in elements: stage 3 keeps gathered weights that are used again within REUSE_DISTANCE and
+# fetches PREFETCH_BUCKET ahead; stage 0 sends gradients in buckets of REDUCE_BUCKET.
 REUSE_DISTANCE, PREFETCH_BUCKET, REDUCE_BUCKET = 1_000_000_000, 50_000_000, 500_000_000
-# The 8-bit optimizer keeps small tensors whole, and a scale for every block of the others (bitsandbytes, AdamW8bit).
+# bitsandbytes' AdamW8bit keeps tensors below SMALL_8BIT elements in float32; the others have a scale per BLOCK_8BIT.
 SMALL_8BIT, BLOCK_8BIT = 4096, 256
-# Bytes an element beside state and gradient while one tensor is stepped: Adafactor's update; for a bfloat16 weight its
-# wide copy, the wide gradient, and the update or the random bits.
+# Bytes per element beside state and gradient while one tensor is stepped: Adafactor's update; for a bfloat16 weight its
+# float32 copy, the float32 gradient, and the update or the random bits.
 ADAFACTOR_STEP, NARROW_STEP = 4, 12
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The bytes of one choice: named lines in a training step, and the totals at other moments of a run.
+    """The bytes of one choice: lines of a training step, and totals at each moment of a run.
 
-    ``gpu`` and ``host`` are one worker's lines while it trains; ``gpu_moments`` one GPU's totals, ``host_moments``
-    those of the host that rank 0 is on, all its workers together. ``traffic``: what offload sends in a step over PCIe;
-    ``disk``: what it reads and writes of an NVMe disk.
+    ``gpu`` and ``host``: one worker's lines while it trains. ``gpu_moments``: totals of one GPU. ``host_moments``:
+    totals of rank 0's host with all its workers. ``traffic``: bytes per step that offload moves over PCIe. ``disk``:
+    bytes per step that it reads and writes on an NVMe disk.
     """
 
     choice: EngineChoice
@@ -48,7 +49,7 @@ class Estimate:
 
     @property
     def gpu_total(self) -> int:
-        """The most that a GPU holds at any moment."""
+        """The maximum on a GPU over all moments."""
         return max(self.gpu_moments.values())
 
     @property
@@ -58,82 +59,86 @@ class Estimate:
 
     @property
     def host_total(self) -> int:
-        """The most that a host holds at any moment."""
+        """The maximum on a host over all moments."""
         return max(self.host_moments.values())
 
     def traffic_seconds(self, bytes_per_second: float) -> float:
-        """Return what a step's traffic takes at least; both directions go at once."""
+        """Return the least time of a step's traffic; both directions run at once."""
         return max(self.traffic.values()) / bytes_per_second
 
     def fits(self, gpu_memory: int | None, host_memory: int | None) -> bool:
-        """Say whether it stays within both limits (None: no limit)."""
+        """Return whether it stays within both limits (None: no limit)."""
         return (gpu_memory is None or self.gpu_total <= gpu_memory) and (
             host_memory is None or self.host_total <= host_memory
         )
 
 
 def estimate_all(counts: Counts, *, world: int = 1, workers_per_host: int = 1) -> list[Estimate]:
-    """Estimate every choice open to these counts, cheapest first; those that alter the run come last.
+    """Estimate every choice that these counts allow, cheapest first, then those that change the training.
 
-    ZeRO shards AdamW alone, with float32 weights, outside of backward; altering choices are for one GPU.
+    ZeRO supports AdamW with float32 weights, stepped after backward. The choices that change the training need one GPU
+    and no gradient accumulation.
     """
-    plain = counts.optimizer == "adamw" and not counts.fused and not counts.bf16_weights
-    zero = [*CHOICES[1:], *(NVME_CHOICES if counts.nvme else ())]
-    choices = [CHOICES[0], *(zero if plain else [])]
+    choices = [CHOICES[0]]
+    if counts.optimizer == "adamw" and not counts.fused and not counts.bf16_weights:
+        choices += [*CHOICES[1:], *(NVME_CHOICES if counts.nvme else ())]
     if world == 1 and not counts.accumulates:
-        # Narrow weights were traced only where the recipe computes in 16 bits.
-        open_ = [choice for choice in ALTERING if counts.mixed or not choice.bf16_weights]
-        choices += [choice for choice in open_ if counts.under(choice) != counts]
+        # bf16 weights were traced only where the recipe computes in 16 bits.
+        allowed = [choice for choice in ALTERING if counts.mixed or not choice.bf16_weights]
+        choices += [choice for choice in allowed if counts.under(choice) != counts]
     return [estimate(counts, choice, world=world, workers_per_host=workers_per_host) for choice in choices]
 
 
 def cheapest_fit(
     estimates: Sequence[Estimate], *, gpu_memory: int | None, host_memory: int | None = None
 ) -> Estimate | None:
-    """Return the first that fits and alters nothing, None when none does; :func:`estimate_all` orders them."""
+    """Return the first estimate of :func:`estimate_all` that fits and does not change the training, or None."""
     fitting = (one for one in estimates if one.fits(gpu_memory, host_memory))
     return next((one for one in fitting if not one.choice.alters), None)
 
 
 def estimate(counts: Counts, choice: EngineChoice, *, world: int = 1, workers_per_host: int = 1) -> Estimate:
-    """Estimate one choice for ``world`` workers, one GPU each."""
+    """Estimate one choice for ``world`` workers with one GPU each."""
     counts = counts.under(choice)
-    gpu, host = _gpu_lines(counts, choice, world), _host_lines(counts, choice, world)
+    run = _Run(counts, choice, world)
+    gpu, host, total = run.gpu_lines(), run.host_lines(), run.total
     passing = gpu["activations"] + gpu["gradients"] + gpu["buffers"]
     resting = sum(gpu.values()) - passing
-    idle = resting + (gpu["gradients"] + gpu["buffers"] if _keeps_gradients(choice, world) else 0)
-    stage, total, width = choice.zero_stage, counts.total, _width(counts, choice)
-    # Averaged weights are lent to the model beside its own; stage 3 exchanges them in place, and torch lends the
+    idle = resting + (gpu["gradients"] + gpu["buffers"] if run.keeps_gradients else 0)
+    # Averaged weights are put beside the model's own for previews. Stage 3 exchanges them in place, and torch uses the
     # average itself where it is as wide as the weights.
-    lends = counts.average and stage != 3 and (stage is not None or counts.bf16_weights)
-    # Rank 0 gathers ZeRO's states whole; torch alone copies the weights, and the states one tensor at a time.
-    saved = width * total if stage is None else (4 + 8 + 4 * counts.average) * total
+    copies_average = counts.average and run.stage != 3 and (not run.is_torch or counts.bf16_weights)
+    # For a checkpoint, rank 0 gathers ZeRO's states unsharded; torch copies the weights, and one state at a time.
+    saved = run.width * total if run.is_torch else (4 + 8 + 4 * counts.average) * total
     training = workers_per_host * sum(host.values())
+    exported = 0 if run.is_torch else 4 * total + (run.stage == 3) * run.width * counts.passed
     return Estimate(
         choice,
         gpu,
         {
-            "starting": CUDA_CONTEXT + KERNEL_WORKSPACE + gpu["frozen"] + _starting(counts, choice),
+            "starting": CUDA_CONTEXT + KERNEL_WORKSPACE + gpu["frozen"] + run.starting(),
             "training": resting + passing,
-            "optimizer step": resting + gpu["gradients"] + _step_buffers(counts, choice, world),
-            "previews": idle + lends * width * total + counts.drawing if counts.drawing else 0,
+            "optimizer step": resting + gpu["gradients"] + run.step_buffers(),
+            "previews": idle + copies_average * run.width * total + counts.drawing if counts.drawing else 0,
         },
         host,
         {
             "starting": workers_per_host * (host["process"] + counts.model),
             "training": training,
             "saving": training + saved,
-            "exporting": training + (stage is not None) * 4 * total + (stage == 3) * width * counts.passed,
+            "exporting": training + exported,
         },
-        traffic(counts, choice, world),
-        # Weights, moments and gradients are read, and all but the gradients written back; these were written before.
-        32 * _part(total, world) if choice.nvme else 0,
+        run.traffic(),
+        # Weights, moments and gradients are read; gradients were written before, the others are written back.
+        32 * run.part if choice.nvme else 0,
     )
 
 
 def optimizer_bytes(learning: Sequence[int], name: str = "adamw", factors: int = 0) -> int:
-    """Return the bytes of an optimizer's states: Adam's two moments, a byte each in ``adamw8bit``'s large tensors;
-    ``adafactor``'s ``factors``; and step counts."""
+    """Return the bytes of an optimizer's states and step counts for tensors of these sizes in elements.
+
+    ``adamw`` has two moments in float32, ``adamw8bit`` two of a byte in its large tensors, ``adafactor`` ``factors``.
+    """
     if name == "adamw":
         return sum(8 * numel + 4 for numel in learning)
     if name == "adafactor":
@@ -143,143 +148,131 @@ def optimizer_bytes(learning: Sequence[int], name: str = "adamw", factors: int =
     )
 
 
-def traffic(counts: Counts, choice: EngineChoice, world: int) -> dict[str, int]:
-    """Return the bytes that offload sends in an optimizer step of one worker: ``to_host`` and ``to_gpu``.
+class _Run:
+    """A run's counts under one choice, for ``world`` workers."""
 
-    Gradients go out in float32, widened before they leave; a sum that waits for further micro-batches goes to and fro
-    as wide as the weights. Stage 3 sends it in any case, and sends it back to widen it. Stepped weights come back as
-    wide as they compute; those kept on the host, frozen ones too, come for the forward pass, and for the backward pass
-    again where more of them lie between than stage 3 keeps.
-    """
-    part, width = _part(counts.total, world), _width(counts, choice)
-    to_host = to_gpu = 0
-    if choice.offload_optimizer:
-        # Sums that are added to, on the GPU.
-        again = counts.micros if choice.zero_stage == 3 else counts.micros - 1
-        to_host += (width * (counts.micros if again else 0) + 4) * part
-        to_gpu += width * again * part
-        to_gpu += 0 if choice.offload_param else width * part
-    if choice.offload_param:
-        to_host += 0 if choice.offload_optimizer else width * part
-        fetches = 2 * counts.micros if counts.total + counts.passed > REUSE_DISTANCE // 2 else 1
-        to_gpu += width * fetches * _part(counts.total + counts.passed, world)
-    return {"to_host": to_host, "to_gpu": to_gpu}
+    def __init__(self, counts: Counts, choice: EngineChoice, world: int):
+        self.counts, self.choice, self.world = counts, choice, world
+        self.is_torch, self.stage = choice.zero_stage is None, choice.zero_stage or 0
+        self.total, self.largest = counts.total, max(counts.learning)
+        self.part = self._part(self.total)  # trained elements per worker
+        self.sharded = self.total + (counts.passed if self.stage == 3 else 0)
+        # Bytes of a weight that the model computes with: ZeRO's half-precision modes keep 16 bits.
+        self.width = 2 if counts.bf16_weights or (counts.mixed and self.stage) else 4
+        # DDP's buckets outlive the step, and stage 3 allocates gradients and buffers once.
+        self.keeps_gradients = self.stage == 3 or (self.is_torch and world > 1)
 
+    def gpu_lines(self) -> dict[str, int]:
+        """Return the bytes on a GPU in a training step."""
+        counts, choice, width = self.counts, self.choice, self.width
+        weights, gathered, frozen = width * self.total, 0, counts.frozen
+        if self.stage == 3:
+            weights = 0 if choice.offload_param else width * self._part(self.sharded)
+            frozen -= width * counts.passed
+            if choice.offload_param or self.world > 1:  # one worker computes with its own weights
+                gathered = width * min(self.sharded, REUSE_DISTANCE // 2 + PREFETCH_BUCKET)
+        optimizer, master = optimizer_bytes(counts.learning, counts.optimizer, counts.factors), 0
+        if self.stage:
+            on_gpu = 0 if choice.offload_optimizer else self.part
+            master, optimizer = (
+                4 * on_gpu,
+                8 * on_gpu,
+            )  # DeepSpeed steps a copy of the weights even in float32
+        step = counts.half if width == 2 else counts.full
+        buffers = width * min(counts.bucket, self.total) if self.stage else 0
+        if choice.offload_optimizer and self.stage < 3:
+            buffers += width * self.largest
+        if counts.fused:  # one gradient at a time
+            gradients = width * self.largest
+            together = step.activations + gradients
+            buffers += self._torch_step()
+        else:
+            # The part of the gradients that stays on this GPU until the step.
+            share = 1.0 if self.stage < 2 else 0.0 if choice.offload_optimizer else 1 / self.world
+            gradients = round(share * width * self.total)
+            accumulates = counts.accumulates or self.keeps_gradients
+            together = step.peak(width * self.total, share, accumulates=accumulates)
+        averaged = counts.average and not choice.offload_optimizer
+        return {
+            "weights": weights,
+            "gathered": gathered,
+            "master": master,
+            "frozen": frozen,
+            "gradients": gradients,
+            "optimizer": optimizer,
+            "average": averaged * 4 * (self.part if self.stage else self.total),
+            "activations": together - gradients,
+            "buffers": buffers,
+            "text_embeddings": counts.text_embeddings,
+            "context": CUDA_CONTEXT,
+            "workspace": KERNEL_WORKSPACE,
+        }
 
-def _gpu_lines(counts: Counts, choice: EngineChoice, world: int) -> dict[str, int]:
-    stage, total, part = choice.zero_stage or 0, counts.total, _part(counts.total, world)
-    width = _width(counts, choice)
-    weights, gathered, frozen = width * total, 0, counts.frozen
-    if stage == 3:
-        sharded = total + counts.passed
-        weights = 0 if choice.offload_param else width * _part(sharded, world)
-        frozen -= width * counts.passed
-        if choice.offload_param or world > 1:  # with one worker stage 3 lends its own weights
-            gathered = width * min(sharded, REUSE_DISTANCE // 2 + PREFETCH_BUCKET)
-    optimizer, master = optimizer_bytes(counts.learning, counts.optimizer, counts.factors), 0
-    if stage:
-        on_gpu = 0 if choice.offload_optimizer else part
-        master, optimizer = 4 * on_gpu, 8 * on_gpu  # DeepSpeed steps on a copy of the weights even in float32
-    share = _gradient_share(choice, world)
-    step = counts.half if width == 2 else counts.full
-    if counts.fused:  # one gradient at a time
-        gradients = width * max(counts.learning)
-        together = step.activations + gradients
-    else:
-        gradients = round(share * width * total)
-        together = step.peak(
-            width * total, share, accumulates=counts.accumulates or _keeps_gradients(choice, world)
-        )
-    buffers = width * min(counts.bucket, total) if stage else 0
-    if choice.offload_optimizer and stage < 3:
-        buffers += width * max(counts.learning)
-    if counts.fused:
-        buffers += _one_step(counts)
-    return {
-        "weights": weights,
-        "gathered": gathered,
-        "master": master,
-        "frozen": frozen,
-        "gradients": gradients,
-        "optimizer": optimizer,
-        "average": 0 if not counts.average or choice.offload_optimizer else 4 * (part if stage else total),
-        "activations": together - gradients,
-        "buffers": buffers,
-        "text_embeddings": counts.text_embeddings,
-        "context": CUDA_CONTEXT,
-        "workspace": KERNEL_WORKSPACE,
-    }
+    def host_lines(self) -> dict[str, int]:
+        """Return the bytes in host memory in a training step."""
+        counts, width = self.counts, self.width
+        lines = {"process": HOST_PROCESS, "latents": counts.latents}
+        if self.choice.offload_param:
+            lines["weights"] = width * self._part(self.total + counts.passed)
+        if not self.choice.offload_optimizer:
+            return lines
+        # Stages 1 and 2 copy weights back through a buffer, stage 3 gradients in; accumulation keeps a sum besides.
+        staging = width * self.part * (2 if counts.accumulates and self.stage != 3 else 1)
+        held = self.part
+        if self.choice.nvme:  # one sub-group at a time, which ends with a tensor
+            held = min(self.part, SWAPPED_GROUP + self._part(self.largest))
+        return lines | {
+            "master": 4 * held,
+            "optimizer": 8 * held,
+            "gradients": 4 * held,
+            "staging": staging + width * self.largest,
+            "average": counts.average * 4 * self.part,
+        }
 
+    def traffic(self) -> dict[str, int]:
+        """Return the bytes that offload moves in one optimizer step of one worker.
 
-def _host_lines(counts: Counts, choice: EngineChoice, world: int) -> dict[str, int]:
-    lines = {"process": HOST_PROCESS, "latents": counts.latents}
-    part, width = _part(counts.total, world), _width(counts, choice)
-    if choice.offload_param:
-        lines["weights"] = width * _part(counts.total + counts.passed, world)
-    if not choice.offload_optimizer:
-        return lines
-    # Stages 1 and 2 stage weights on their way back, 3 gradients on their way in; accumulation keeps a sum besides.
-    staging = width * part * (2 if counts.accumulates and choice.zero_stage != 3 else 1)
-    held = part
-    if choice.nvme:  # one sub-group of them, which ends with a tensor
-        held = min(part, SWAPPED_GROUP + _part(max(counts.learning), world))
-    return lines | {
-        "master": 4 * held,
-        "optimizer": 8 * held,
-        "gradients": 4 * held,
-        "staging": staging + width * max(counts.learning),
-        "average": 4 * part if counts.average else 0,
-    }
+        Gradients go to the host in float32. A sum over micro-batches goes back and forth in the precision of the
+        weights; stage 3 sends it in any case. Stepped weights return in the precision that they compute in. Weights on
+        the host, frozen ones too, are fetched for the forward pass, and again for the backward pass where stage 3
+        cannot keep them so long.
+        """
+        counts, part, width = self.counts, self.part, self.width
+        to_host = to_gpu = 0
+        if self.choice.offload_optimizer:
+            sums = counts.micros if self.stage == 3 else counts.micros - 1
+            to_host += (width * (counts.micros if sums else 0) + 4) * part
+            to_gpu += width * (sums + (not self.choice.offload_param)) * part
+        if self.choice.offload_param:
+            used = self.total + counts.passed
+            to_host += 0 if self.choice.offload_optimizer else width * part
+            to_gpu += width * (2 * counts.micros if used > REUSE_DISTANCE // 2 else 1) * self._part(used)
+        return {"to_host": to_host, "to_gpu": to_gpu}
 
+    def step_buffers(self) -> int:
+        """Return the bytes of an optimizer step beside states and gradients: flat copies, also in float32."""
+        if self.choice.offload_optimizer:
+            return 0
+        if self.is_torch:
+            return self._torch_step()
+        if self.stage == 0:  # gradients that are sent to the other workers
+            return 4 * min(self.total, REDUCE_BUCKET) if self.world > 1 else 0
+        return (self.width * (self.stage < 3) + 4 * self.counts.mixed) * self.part
 
-def _step_buffers(counts: Counts, choice: EngineChoice, world: int) -> int:
-    """Return what the optimizer step holds beside states and gradients: copies end to end, and in float32."""
-    if choice.offload_optimizer:
-        return 0
-    if choice.zero_stage is None:
-        return _one_step(counts)
-    if choice.zero_stage == 0:  # the gradients on their way to the other workers
-        return 4 * min(counts.total, REDUCE_BUCKET) if world > 1 else 0
-    part = _part(counts.total, world)
-    flat = _width(counts, choice) * part if choice.zero_stage < 3 else 0
-    return flat + (4 * part if counts.mixed else 0)
+    def starting(self) -> int:
+        """Return the bytes beside the frozen parts before the first step.
 
+        What ZeRO shards stays in host memory, except while class images are generated.
+        """
+        counts, weights = self.counts, self.width * self.sharded
+        drawing = weights + counts.class_drawing if counts.class_drawing else 0
+        return max(drawing, counts.encoding + (0 if self.stage else weights))
 
-def _one_step(counts: Counts) -> int:
-    """Return what torch's step of the largest tensor holds beside its state and gradient."""
-    if counts.bf16_weights:
-        return NARROW_STEP * max(counts.learning)
-    return ADAFACTOR_STEP * max(counts.learning) if counts.optimizer == "adafactor" else 0
+    def _torch_step(self) -> int:
+        """Return the bytes that torch's step of the largest tensor needs beside its state and gradient."""
+        if self.counts.bf16_weights:
+            return NARROW_STEP * self.largest
+        return ADAFACTOR_STEP * self.largest if self.counts.optimizer == "adafactor" else 0
 
-
-def _starting(counts: Counts, choice: EngineChoice) -> int:
-    """Return what is held beside the frozen parts before the first step.
-
-    What ZeRO shards waits on the host, but to draw class pictures; then it comes as wide as it computes.
-    """
-    sharded = counts.total + (counts.passed if choice.zero_stage == 3 else 0)
-    weights = _width(counts, choice) * sharded
-    drawing = weights + counts.class_drawing if counts.class_drawing else 0
-    return max(drawing, counts.encoding + (0 if choice.zero_stage else weights))
-
-
-def _width(counts: Counts, choice: EngineChoice) -> int:
-    """Return the bytes of a weight that the model computes with: ZeRO's half-precision modes keep 16 bits."""
-    return 2 if counts.bf16_weights or (counts.mixed and choice.zero_stage) else 4
-
-
-def _gradient_share(choice: EngineChoice, world: int) -> float:
-    """Return which part of the gradients stays on this GPU until the step."""
-    stage = choice.zero_stage or 0
-    if stage < 2:
-        return 1.0
-    return 0.0 if choice.offload_optimizer else 1 / world
-
-
-def _keeps_gradients(choice: EngineChoice, world: int) -> bool:
-    # DDP's buckets outlive the step, and stage 3 allocates gradients and buffers once.
-    return choice.zero_stage == 3 or (choice.zero_stage is None and world > 1)
-
-
-def _part(total: int, world: int) -> int:
-    return -(-total // world)
+    def _part(self, elements: int) -> int:
+        return -(-elements // self.world)

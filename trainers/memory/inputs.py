@@ -1,4 +1,4 @@
-"""What a run is made of, in numbers and bytes: what a plan counts, and its arithmetic works on."""
+"""The sizes of a run that a memory plan counts and calculates with."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dreamfleet.trainers.memory.strategies import EngineChoice
 
 @dataclass(frozen=True)
 class Pass:
-    """Bytes that forward and backward of one micro-batch hold, beside the model.
+    """Bytes that forward and backward of one micro-batch use beside the model.
 
-    ``held``: between forward and backward. ``activations``: the most at any moment, gradients of weights aside.
-    ``together``: the most of activations and gradients at any moment, when there were no gradients before: these come
-    as activations go. ``casts``: of ``activations``, autocast's low-precision copies of the learning weights.
+    ``held``: between forward and backward. ``activations``: the maximum without gradients of weights. ``together``: the
+    maximum of activations and gradients, with no gradients before: they grow while activations are freed. ``casts``:
+    autocast's low-precision copies of the trainable weights, a part of ``activations``.
     """
 
     held: int
@@ -22,10 +22,10 @@ class Pass:
     casts: int = 0
 
     def peak(self, gradients: int, share: float, *, accumulates: bool) -> int:
-        """Bound activations and the ``share`` of the ``gradients`` that this worker keeps, at their worst moment.
+        """Return an upper bound of activations plus the ``share`` of the ``gradients`` that this worker keeps.
 
-        With gradients left from an earlier micro-batch both are whole at once. Otherwise A + share * G is a mean
-        of A and A + G at every moment, so it stays below the same mean of their peaks.
+        With gradients of an earlier micro-batch (``accumulates``), both have their full size at once. Otherwise
+        A + share * G is a mean of A and A + G at every moment, so it stays below the same mean of their maxima.
         """
         if accumulates:
             return self.activations + round(share * gradients)
@@ -34,16 +34,16 @@ class Pass:
 
 @dataclass(frozen=True)
 class Counts:
-    """What one worker's run is made of, counted without loading anything; sizes in bytes, on the GPU unless said.
+    """One worker's run in numbers, counted without loading weights; in bytes on the GPU unless stated otherwise.
 
-    ``learning``: elements of each learning tensor; ``factors``: means that Adafactor keeps of all their squares.
-    ``frozen``: parts that do not learn, and buffers; ``passed``: elements of those that gradients pass through, which
-    stage 3 shards; ``nvme``: whether there is a disk to offload to. ``full``: a pass with the learning weights in
-    float32, ``half``: in 16 bits, where ``mixed`` (DeepSpeed's half-precision modes) or ``bf16_weights``. ``fused``:
-    steps inside backward. ``model``: the whole model in float32, as it is first loaded. ``encoding``: encoding pictures
-    before the first step; ``class_drawing``: drawing class pictures then; ``drawing``: drawing previews. ``latents``:
-    resident latents, on the host. ``bucket``: elements of the buffers that ZeRO sends from. ``micros``: batches to a
-    step.
+    ``learning``: elements of each trainable tensor; ``factors``: means of squares that Adafactor keeps of them.
+    ``frozen``: parameters that are not trained, and buffers; ``passed``: elements of those that gradients pass through,
+    which stage 3 shards. ``nvme``: whether the recipe names a disk for offload. ``full``: a pass with trainable weights
+    in float32; ``half``: in 16 bits, for ``mixed`` (DeepSpeed's half-precision modes) and ``bf16_weights``. ``fused``:
+    optimizer steps inside backward. ``average``: an average of the weights is kept. ``model``: the whole model in
+    float32, as loaded. ``encoding``, ``class_drawing``: encoding the images, generating class images before the first
+    step; ``drawing``: generating previews. ``text_embeddings``: cached encoded prompts. ``latents``: resident latents
+    on the host. ``bucket``: elements of ZeRO's communication buffers. ``micros``: micro-batches per step.
     """
 
     learning: tuple[int, ...]
@@ -69,16 +69,16 @@ class Counts:
 
     @property
     def total(self) -> int:
-        """How many numbers learn."""
+        """Number of trainable elements."""
         return sum(self.learning)
 
     @property
     def accumulates(self) -> bool:
-        """Whether gradients wait for those of further micro-batches."""
+        """Whether gradients are summed over several micro-batches."""
         return self.micros > 1
 
     def under(self, choice: EngineChoice) -> Counts:
-        """Return the counts with what a choice changes of the recipe."""
+        """Return the counts with the changes that a choice makes to the recipe."""
         return replace(
             self,
             optimizer=choice.optimizer or self.optimizer,

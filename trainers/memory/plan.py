@@ -1,4 +1,4 @@
-"""Plans a run's memory from its recipe: counts it on a model without weights, and estimates every engine choice."""
+"""Plans a run's memory from its recipe: counts sizes on a model without weights and estimates every engine choice."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dreamfleet.trainers.recipe import Recipe
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a run needs with every engine, and the cheapest that fits.
+    """The memory of a run under every engine choice, and the cheapest that fits.
 
-    ``parameters`` by part; ``pictures`` None where the recipe's folders could not be read; ``chosen`` None where no
-    limit was given, or nothing fits.
+    ``parameters``: elements by model part. ``pictures``: number of images, None if the recipe's folders cannot be read.
+    ``chosen``: None if no limit is given or nothing fits.
     """
 
     parameters: dict[str, int]
@@ -32,19 +32,19 @@ class MemoryPlan:
 
     @property
     def limited(self) -> bool:
-        """Whether there is a limit to choose by."""
+        """Whether there is a limit to choose within."""
         return self.gpu_memory is not None or self.host_memory is not None
 
     def to_json(self, pcie: float) -> dict[str, Any]:
-        """Return everything as plain values, sizes in bytes; ``pcie`` is in bytes per second."""
+        """Return the plan as plain values, sizes in bytes; ``pcie`` is in bytes per second."""
         plain = asdict(self) | {"pcie_bytes_per_second": pcie}
         plain["counts"] |= {"learning": self.counts.total, "learning_tensors": len(self.counts.learning)}
         plain["chosen"] = self.chosen.choice.name if self.chosen else None
-        for told, one in zip(plain["estimates"], self.estimates, strict=True):
-            told |= {"gpu_total": one.gpu_total, "host_total": one.host_total}
-            told["traffic"]["seconds"] = one.traffic_seconds(pcie)
-            told["choice"] |= {"alters": one.choice.alters, "settings": one.choice.settings}
-            told["fits"] = one.fits(self.gpu_memory, self.host_memory)
+        for entry, one in zip(plain["estimates"], self.estimates, strict=True):
+            entry |= {"gpu_total": one.gpu_total, "host_total": one.host_total}
+            entry["traffic"]["seconds"] = one.traffic_seconds(pcie)
+            entry["choice"] |= {"alters": one.choice.alters, "settings": one.choice.settings}
+            entry["fits"] = one.fits(self.gpu_memory, self.host_memory)
         return plain
 
 
@@ -56,12 +56,11 @@ def plan_memory(
     world: int | None = None,
     workers_per_host: int | None = None,
 ) -> MemoryPlan:
-    """Estimate the memory of every engine choice for a recipe, on GPUs, and choose; limits are in bytes.
+    """Estimate every engine choice for a recipe on GPUs, and choose the cheapest within the limits in bytes.
 
-    ``world`` and ``workers_per_host`` are what the recipe's ``scaling:`` says where they are not given.
-
-    Loads no weights and downloads nothing. Raises ModelError for a model whose shape cannot be told, RecipeError for
-    a resolution it cannot have.
+    ``world`` and ``workers_per_host`` default to the recipe's ``scaling:``. Loads no weights and downloads nothing.
+    Raises ModelError for a model whose shape is unknown, RecipeError for a resolution that it cannot compute, UserError
+    for a method or engine that cannot be planned.
     """
     quiet_libraries()
     method = method_shape(recipe)

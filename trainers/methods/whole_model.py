@@ -10,11 +10,7 @@ from torch import nn
 from dreamfleet.trainers.config.methods.whole_model import WholeModelConfig
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.formats.file_names import DIFFUSERS_LORA
-from dreamfleet.trainers.models.formats.lora import (
-    LoraFile,
-    write_diffusers_lora,
-    write_kohya_lora,
-)
+from dreamfleet.trainers.models.formats.lora import LoraFile, write_diffusers_lora, write_kohya_lora
 from dreamfleet.trainers.models.formats.lora_header import PREDICTION
 from dreamfleet.trainers.models.lora import add_adapters, learned_layers, merged
 from dreamfleet.trainers.models.stable_diffusion.lora_targets import choose_layers

@@ -18,6 +18,7 @@ import yaml
 
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.method import method_title
 from dreamfleet.trainers.config.metrics import HELD_OUT, METRICS, figure_title, image_metrics
 from dreamfleet.trainers.report import formatting
 from dreamfleet.trainers.report.charts import Chart, Line, Point, lay_out, smooth
@@ -29,11 +30,6 @@ from dreamfleet.trainers.report.preview_grid import Sheet, read_real, read_sheet
 log = logging.getLogger(__name__)
 MOST_SHEETS = 16
 ACCURACY = "accuracy/"  # + class name: that class's accuracy
-METHODS = {
-    "dreambooth": "DreamBooth",
-    "textual_inversion": "Textual Inversion",
-    "native": "Native fine-tuning",
-}
 # (file name in exports/, run_name=, recipe=) -> an object with `what` and `uses`, each of a `program` and a `text`.
 Describe = Callable[..., Any]
 
@@ -87,11 +83,6 @@ def render(run: Storage, *, describe: Describe) -> str:
         skipped=[(x.get("uri"), x.get("reason")) for x in folder.summary.get("bad_files") or []],
         recipe_text=folder.recipe_text,
     )  # fmt: skip
-
-
-def method_title(name: str) -> str:
-    """Return a method's name as its authors write it."""
-    return METHODS.get(name, name.replace("_", " ").capitalize())
 
 
 def _read(run: Storage) -> RunFolder:

@@ -1,4 +1,4 @@
-"""The ``method:`` section of aesthetic_gradients."""
+"""The ``method:`` section of Aesthetic Gradients."""
 
 from __future__ import annotations
 
@@ -14,44 +14,53 @@ Slerp = Literal["off", "channels", "tokens"]
 
 
 class AestheticGradientsConfig(MethodConfig):
-    """The ``method:`` section of Aesthetic Gradients; all but ``clip`` says how previews are drawn."""
+    """The options of Aesthetic Gradients; all but ``clip`` set how previews are generated."""
 
     implementation: ClassVar[str] = "dreamfleet.trainers.methods.aesthetic_gradients:AestheticGradients"
     summary: ClassVar[str] = (
-        "Teach a taste: the mean CLIP vector of a set; prompts are tuned towards it when drawn. Kilobytes, "
-        "slower drawing."
+        "Learns the mean CLIP vector of a set of images; when images are generated, the text encoder is tuned towards "
+        "it for each prompt. Kilobytes; slower generation."
     )
     refused: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys(("engine.zero_stage", "engine.use_ema"), "which adds up a mean of its own"),
-        "data.cache_dir": "which sees pictures, not latents",
+        **dict.fromkeys(
+            ("engine.zero_stage", "engine.use_ema"), "which sums a mean with an optimizer of its own"
+        ),
+        "data.cache_dir": "which trains on images, not latents",
     }
     no_plan: ClassVar[str | None] = (
-        "trains no weights; its steps need what CLIP needs to see train.train_batch_size pictures, and drawing four "
-        "copies of the text encoder"
+        "trains no weights: a step needs the memory of CLIP on train.train_batch_size images, and generation that of "
+        "four copies of the text encoder"
     )
     artifacts: ClassVar[tuple[str, ...]] = ("aesthetic", "checkpoint")
 
     name: Literal["aesthetic_gradients"] = "aesthetic_gradients"
     clip: Annotated[str | None, HUB_MODEL] = Field(
         None,
-        description="the CLIP that the model's text encoder is a part of, a folder or a hub name; when left out the "
-        "model's own, or for SD 1.x openai/clip-vit-large-patch14",
+        description="the CLIP model that the text encoder belongs to, a folder or a hub name; default: the model's "
+        "own, "
+        "or openai/clip-vit-large-patch14 for SD 1.x",
     )
     aesthetic_steps: int = Field(
-        5, ge=0, le=1000, description="steps a prompt's copy of the text encoder is tuned when drawn"
+        5, ge=0, le=1000, description="tuning steps of the text encoder's copy for each prompt"
     )
-    aesthetic_lr: float = Field(1e-4, ge=0, lt=1, description="Adam's learning rate of these steps")
-    aesthetic_weight: float = Field(0.9, ge=0, le=1, description="share of the tuned encoding")
+    aesthetic_lr: float = Field(1e-4, ge=0, lt=1, description="learning rate of these steps (Adam)")
+    aesthetic_weight: float = Field(
+        0.9, ge=0, le=1, description="weight of the tuned encoding in the mix with the original one"
+    )
     aesthetic_slerp: Slerp = Field(
-        "off", description="mix on an arc: over a token's channels, or as the webui's extension over tokens"
+        "off",
+        description="spherical instead of linear mixing: over each token's channels, or over tokens as in the webui's "
+        "extension",
     )
     aesthetic_text: str = Field(
         "",
         validation_alias=AliasChoices("aesthetic_text", "aesthetic_imgs_text"),
-        description="a text that the vector is bent towards",
+        description="a text whose CLIP vector the mean is rotated towards",
     )
-    aesthetic_text_negative: bool = Field(False, description="bend it away from the text")
-    aesthetic_slerp_angle: float = Field(0.1, ge=0, le=1, description="how far it is bent; 1: all the way")
+    aesthetic_text_negative: bool = Field(False, description="rotate away from the text instead")
+    aesthetic_slerp_angle: float = Field(
+        0.1, ge=0, le=1, description="fraction of the angle to the text that it is rotated by"
+    )
     baked_prompts: list[str] = Field(
-        [], description="prompts that the text encoder of the diffusers export is tuned over, all at once"
+        [], description="prompts over which the text encoder of the diffusers export is tuned, all at once"
     )

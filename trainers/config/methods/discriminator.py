@@ -1,4 +1,4 @@
-"""The ``method:`` section of discriminator."""
+"""The ``method:`` section of the discriminator."""
 
 from __future__ import annotations
 
@@ -12,27 +12,30 @@ from dreamfleet.datasets.path_field import PathField
 from dreamfleet.trainers.config.method import MethodConfig
 from dreamfleet.trainers.config.model import HUB_MODEL
 
-INPUT_SIZE = 384  # pixels of a side, where a file does not say
+INPUT_SIZE = 384  # pixels of a side, if a file does not set it
 
 
 class DiscriminatorConfig(MethodConfig):
-    """The ``method:`` section of the discriminator."""
+    """The options of the discriminator."""
 
     implementation: ClassVar[str] = "dreamfleet.trainers.methods.discriminator:DiscriminatorTraining"
     summary: ClassVar[str] = (
-        "Teach a classifier from labelled pictures which are good; prompt tuning learns from its judgement."
+        "Trains a ConvNeXt image classifier on labelled images; prompt tuning can use it as a loss."
     )
     refused: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys(("validation.prompts", "data.enable_bucket"), "which draws no pictures"),
-        "validation.holdout": "which holds out what method.test_labels or method.holdout_per_class says",
-        "data.alpha_mask": "which sees whole pictures",
-        "data.cache_dir": "which sees pictures, not latents",
-        "train.gradient_checkpointing": "whose ConvNeXt has none",
-        **dict.fromkeys(("train.snr_gamma", "train.noise_offset"), "which knows no noise"),
+        **dict.fromkeys(("validation.prompts", "data.enable_bucket"), "which generates no images"),
+        "validation.holdout": "which holds out images by method.test_labels or method.holdout_per_class",
+        "data.alpha_mask": "which trains on whole images",
+        "data.cache_dir": "which trains on images, not latents",
+        "train.gradient_checkpointing": "whose ConvNeXt does not support it",
+        **dict.fromkeys(("train.snr_gamma", "train.noise_offset"), "which adds no noise"),
+    }
+    not_searched: ClassVar[Mapping[str, str]] = {
+        "holdout_per_class": "trials that are measured differently cannot be compared"
     }
     no_plan: ClassVar[str | None] = (
         "loads no Stable Diffusion; a ConvNeXt-Tiny of 28 million parameters takes 0.4 GiB with AdamW, and about "
-        "0.3 GiB for each picture of 384 pixels in train.train_batch_size"
+        "0.3 GiB for each image of 384 pixels in train.train_batch_size"
     )
     helper_of: ClassVar[str | None] = "prompt_tuning"
 
@@ -43,59 +46,64 @@ class DiscriminatorConfig(MethodConfig):
     classes: list[Annotated[str, Field(min_length=1)]] = Field(
         min_length=2,
         max_length=MOST_CLASSES,
-        description="names of the classes, from number 0 on: [other, good]",
+        description="names of the classes, in the order of their numbers from 0: [other, good]",
     )
     labels: Annotated[str | None, PathField("file")] = Field(
         None,
-        description="JSON {file name: class number}, as `dreamfleet data label` writes it; when left out dataset.json "
-        "in the folder of pictures, else subfolders 0, 1, ...",
+        description="JSON file {file name: class number}, as `dreamfleet data label` writes it; default: dataset.json "
+        "in "
+        "the image folder, else subfolders 0, 1, ...",
     )
     test_labels: Annotated[str | None, PathField("file")] = Field(
         None,
-        description="JSON of the pictures that are held out; when left out some are, by holdout_per_class",
+        description="JSON file of the images that are held out; default: some are chosen, see holdout_per_class",
     )
     holdout_per_class: int = Field(
         50,
         ge=0,
-        description="pictures held out of each class, a fifth of them at most, to measure accuracy with",
+        description="images held out of each class to measure accuracy, at most a fifth of the class",
     )
     convnext: Annotated[str | None, HUB_MODEL] = Field(
         None,
-        description="classifier to start from: a folder, a hub name such as facebook/convnext-tiny-384-22k-1k, a .pth; "
-        "when left out random weights",
+        description="classifier to start from: a folder, a hub name such as facebook/convnext-tiny-384-22k-1k or a "
+        ".pth "
+        "file; default: random weights",
     )
     depths: list[Annotated[int, Field(ge=1, le=100)]] = Field(
-        [3, 3, 9, 3], min_length=1, max_length=6, description="blocks of each stage, of random weights"
+        [3, 3, 9, 3], min_length=1, max_length=6, description="blocks of each stage, for random weights"
     )
     hidden_sizes: list[Annotated[int, Field(ge=4, le=4096)]] = Field(
         [96, 192, 384, 768],
         min_length=1,
         max_length=6,
-        description="channels of each stage, of random weights",
+        description="channels of each stage, for random weights",
     )
     drop_path: float = Field(
-        0.5, ge=0, lt=1, description="chance of the last block to be passed by; earlier less"
+        0.5,
+        ge=0,
+        lt=1,
+        description="stochastic depth: probability of skipping the last block; smaller for earlier blocks",
     )
     input_size: int = Field(
-        INPUT_SIZE, ge=8, le=2048, description="pixels of a side that it sees pictures at, whole, as a square"
+        INPUT_SIZE, ge=8, le=2048, description="pixels of a side; whole images are resized to this square"
     )
     color_jitter: float = Field(
-        0.2, ge=0, lt=1, description="brightness, contrast and saturation vary by up to this share"
+        0.2, ge=0, lt=1, description="brightness, contrast and saturation vary by up to this fraction"
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="share of the truth given to all classes alike"
+        0.0, ge=0, lt=1, description="probability spread evenly over all classes in the target"
     )
-    balance_classes: bool = Field(False, description="weigh rare classes up, so that all count alike")
+    balance_classes: bool = Field(False, description="weight the loss so that all classes count equally")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len(set(self.classes)) < len(self.classes):
-            raise ValueError(f"classes: {self.classes} holds a name twice")
+            raise ValueError(f"classes: {self.classes} contains a name twice")
         if len(self.depths) != len(self.hidden_sizes):
-            raise ValueError("depths and hidden_sizes: give one number of each a stage")
+            raise ValueError("depths and hidden_sizes: give one number of each per stage")
         smallest = 4 * 2 ** (len(self.depths) - 1)
         if self.input_size < smallest:
             raise ValueError(
-                f"input_size {self.input_size}: this many stages need {smallest} pixels at least"
+                f"input_size {self.input_size}: {len(self.depths)} stages need at least {smallest} pixels"
             )
         return self

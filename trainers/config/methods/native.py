@@ -1,4 +1,4 @@
-"""The ``method:`` section of native."""
+"""The ``method:`` section of native training."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dreamfleet.trainers.config.methods.whole_model import WholeModelConfig
 
 
 class NativeConfig(WholeModelConfig):
-    """The ``method:`` section of native training."""
+    """The options of native training."""
 
     implementation: ClassVar[str] = "dreamfleet.trainers.methods.native:Native"
+    display_name: ClassVar[str] = "Native fine-tuning"
     summary: ClassVar[str] = (
-        "Teach the model a whole set of captioned pictures: all of the U-Net learns. A whole new checkpoint."
+        "Trains the whole U-Net, or a LoRA, on a set of captioned images. A full checkpoint."
     )
 
     name: Literal["native"] = "native"

@@ -1,4 +1,4 @@
-"""The ``method:`` section of textual_inversion."""
+"""The ``method:`` section of Textual Inversion."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from dreamfleet.trainers.config.method import MethodConfig
 
 
 class TextualInversionConfig(MethodConfig):
-    """The ``method:`` section of Textual Inversion."""
+    """The options of Textual Inversion."""
 
+    display_name: ClassVar[str] = "Textual Inversion"
     implementation: ClassVar[str] = "dreamfleet.trainers.methods.textual_inversion:TextualInversion"
     summary: ClassVar[str] = (
-        "Teach a new word: n vectors learn, the model stays as it is. Kilobytes, combines with anything."
+        "Trains the vectors of a new word; the model is not changed. Kilobytes, combines with everything."
     )
     artifacts: ClassVar[tuple[str, ...]] = ("embedding",)
 
@@ -35,20 +36,21 @@ class TextualInversionConfig(MethodConfig):
     )
     initial_embedding: Annotated[str | None, PathField("file", is_start=True)] = Field(
         None,
-        description="an embedding's file to go on from, of num_vectors vectors; its steps count on in what is "
-        "exported, and a webui `.optim` beside it that fits brings Adam's moments; not read again once there is a "
-        "checkpoint",
+        description="an embedding file to continue from, with num_vectors vectors; exports continue its step count, "
+        "and "
+        "a matching webui `.optim` file beside it provides Adam's moments; not read when the run has a checkpoint",
     )
     learnable_property: Literal["object", "style"] = "object"
     template_file: Annotated[str | None, PathField("file", names=TEMPLATE_SETS)] = Field(
         None,
-        description="a prompt a line, with [name] and [filewords]; or a set's name: object, style_filewords",
+        description="a file with one prompt per line, with [name] and [filewords], or a built-in set: object, "
+        "style_filewords",
     )
 
     @model_validator(mode="after")
     def _check_start(self) -> Self:
         if self.initial_embedding and self.initializer_token:
             raise ValueError(
-                "initial_embedding and initializer_token both say where the vectors start; give one"
+                "initial_embedding and initializer_token both set where the vectors start; give one"
             )
         return self

@@ -1,4 +1,4 @@
-"""What the ``method:`` sections of methods that tune the model itself have in common."""
+"""Options shared by the methods that train the model itself."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ def _split(value: Any) -> Any:
 
 
 class WholeModelConfig(MethodConfig):
-    """What the ``method:`` sections of methods that tune the model itself have in common."""
+    """Options shared by the methods that train the model itself, whole or with a LoRA."""
 
     artifacts: ClassVar[tuple[str, ...]] = ("checkpoint", "lora")
 
-    train_text_encoder: bool = Field(False, description="the text encoder learns as well; SDXL's two")
+    train_text_encoder: bool = Field(False, description="also train the text encoder (both of SDXL)")
     lora_rank: int | None = Field(
         None,
         ge=1,
         validation_alias=AliasChoices("lora_rank", "rank", "network_dim"),
-        description="learn a LoRA of this rank, 4 to 128, in place of whole weights: a file of megabytes",
+        description="train a LoRA of this rank, usually 4 to 128, instead of the full weights; a file of megabytes",
     )
     lora_alpha: float | None = Field(
         None,
         gt=0,
         validation_alias=AliasChoices("lora_alpha", "network_alpha"),
-        description="its changes are multiplied by lora_alpha / lora_rank; when left out the rank, as in diffusers",
+        description="the LoRA is scaled by lora_alpha / lora_rank; default: the rank, as in diffusers",
     )
     lora_dropout: float = Field(
         0.0,
         ge=0,
         lt=1,
         validation_alias=AliasChoices("lora_dropout", "network_dropout"),
-        description="share of a layer's input that its LoRA does not see in a training step",
+        description="dropout probability of a layer's input to its LoRA",
     )
     lora_target_modules: (
         Annotated[
@@ -50,15 +50,17 @@ class WholeModelConfig(MethodConfig):
         | None
     ) = Field(
         None,
-        description="layers that get one; when left out attention's to_q, to_k, to_v, to_out.0 (text encoder: q_proj, "
-        "k_proj, v_proj, out_proj). all-linear: every linear layer and 1 x 1 convolution of the blocks; locon: all "
-        "their convolutions too; or the ends of names. Layers around the blocks (conv_in, conv_out, time_embedding, "
-        "add_embedding) must be named: other programs pass over them",
+        description="layers that get a LoRA: the ends of their names, or a set. Default: attention's to_q, to_k, to_v, "
+        "to_out.0 (text encoder: q_proj, k_proj, v_proj, out_proj). all-linear: every linear layer and 1 x 1 "
+        "convolution of the blocks; locon: all convolutions as well. Layers outside the blocks (conv_in, conv_out, "
+        "time_embedding, add_embedding) must be named, because other programs ignore them",
     )
 
     @model_validator(mode="after")
     def _check_lora(self) -> Self:
         given = [key for key in ("lora_alpha", "lora_dropout", "lora_target_modules") if getattr(self, key)]
         if given and self.lora_rank is None:
-            raise ValueError(f"{given[0]} needs lora_rank, such as 8; without it whole weights learn")
+            raise ValueError(
+                f"{given[0]} needs lora_rank, such as 8; without it the full weights are trained"
+            )
         return self
