@@ -112,7 +112,7 @@ def test_the_recipe_chooses_widths_strength_and_words(workplace: Path) -> None:
         ({"activation_func": "reul", "layer_structure": "1, 1"}, "linear, relu"),
         ({"weight_init": "Uniform"}, "XavierUniform"),
         ({"dropout_structure": [0, 0.3, 0]}, "use_dropout"),
-        ({"use_dropout": True, "dropout_structure": "0, 0.3"}, "ends with 0"),
+        ({"use_dropout": True, "dropout_structure": "0, 0.3"}, "end with 0"),
         ({"use_dropout": True, "dropout_structure": "0, 0.3, 0, 0"}, "3 entries"),
         ({"multiplier": 0}, "greater than 0"),
         ({"template_file": "style"}, "no word"),
