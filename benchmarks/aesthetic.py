@@ -40,11 +40,11 @@ def measure_steps(
     for steps in (0, *STEPS):
         seconds: dict[str, list[float]] = {"plain": [], "new": [], "remembered": []}
         for _ in range(ROUNDS):
-            model.encode_prompts = None
+            model.prompt_encoder = None
             images, taken = draw(model, prompts)
             seconds["plain"].append(taken)
             if steps:
-                encoder = model.encode_prompts = encoder_for(steps)
+                encoder = model.prompt_encoder = encoder_for(steps)
                 for kind in ("new", "remembered"):
                     images, taken = draw(model, prompts)
                     seconds[kind].append(taken)
@@ -75,13 +75,13 @@ def main() -> None:
     import torch
 
     from dreamfleet.trainers.config.model import ModelConfig
+    from dreamfleet.trainers.models.family import load_model
     from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
         AestheticEncoder,
         AestheticSettings,
         clip_of,
     )
     from dreamfleet.trainers.models.stable_diffusion.aesthetic_export import bake
-    from dreamfleet.trainers.models.stable_diffusion.model import load_model
 
     model = load_model(ModelConfig())
     clip = clip_of(model)
@@ -94,7 +94,7 @@ def main() -> None:
         return AestheticEncoder(model, vector, clip=clip, settings=AestheticSettings(steps=steps))
 
     result = measure_steps(model, encoder_for, prompts, real, clip)
-    model.encode_prompts = None
+    model.prompt_encoder = None
     baked = {
         str(steps): {
             name: round(value, 4)

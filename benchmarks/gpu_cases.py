@@ -191,9 +191,9 @@ def predict(recipe: Any) -> dict[str, Any]:
 def random_model(recipe: Any, method: str) -> Any:
     """Make a model of the folder's architecture with random weights in host memory."""
     from dreamfleet.trainers.methods.base import method_class
-    from dreamfleet.trainers.models.stable_diffusion.meta_model import model_shape
+    from dreamfleet.trainers.models.family import load_shape
 
-    model = model_shape(recipe.model, method_class(method).needs)
+    model = load_shape(recipe.model, method_class(method).needs)
     generator = torch.Generator().manual_seed(0)
     for part in model.modules().values():
         part.to_empty(device="cpu")

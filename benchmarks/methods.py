@@ -140,8 +140,8 @@ def measure_task(task: Task, folder: Path, methods: list[str]) -> dict[str, Any]
     from dreamfleet.trainers.config.model import ModelConfig
     from dreamfleet.trainers.evaluation.fidelity import spread_of_real
     from dreamfleet.trainers.evaluation.judge import score_images
+    from dreamfleet.trainers.models.family import load_model
     from dreamfleet.trainers.models.sampling.sample import image_grid
-    from dreamfleet.trainers.models.stable_diffusion.model import load_model
     from dreamfleet.trainers.models.vision.clip import load_clip
 
     real, clip = read_real(task.images / "holdout"), load_clip()

@@ -104,8 +104,8 @@ def measure_subject(name: str, noun: str, train_dir: Path, real_dir: Path, folde
     from dreamfleet.trainers.config.model import ModelConfig
     from dreamfleet.trainers.evaluation.fidelity import spread_of_real
     from dreamfleet.trainers.launch import fit
+    from dreamfleet.trainers.models.family import load_model
     from dreamfleet.trainers.models.sampling.sample import image_grid
-    from dreamfleet.trainers.models.stable_diffusion.model import load_model
     from dreamfleet.trainers.models.vision.clip import load_clip
     from dreamfleet.trainers.recipe import load_recipe
 

@@ -16,14 +16,15 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.artifacts.embedding import negative_of
 from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.models.formats.embedding import read_embedding
+from dreamfleet.trainers.models.learned_words import learned_words
 from dreamfleet.trainers.models.sampling.infotext import infotext, png_info, sampler_entries
+from dreamfleet.trainers.models.sampling.prompt_encoding import negative_for
 from dreamfleet.trainers.models.sampling.prompt_syntax import escape, escape_words, strip_comments
 from dreamfleet.trainers.models.sampling.prompt_tags import AppliedFiles, HypernetworkFiles, LoraFiles
 from dreamfleet.trainers.models.sampling.sample import image_grid
-from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import learned_words, negative_for
 
 if TYPE_CHECKING:
-    from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+    from dreamfleet.trainers.models.family import DiffusionModel
 
 Row = tuple[
     ImageRequest, AppliedFiles
@@ -49,10 +50,9 @@ def require_writable(out: Path, out_dir: Path | None) -> None:
         raise UserError(f"--out-dir {out_dir}: a file has this name; give a folder")
 
 
-def image_text(model: StableDiffusion, settings: Settings, row: Row, image: Image.Image) -> str:
+def image_text(model: DiffusionModel, settings: Settings, row: Row, image: Image.Image) -> str:
     """Return the text of an image; hypernetworks and LoRAs are tags of the prompt, as in the webui."""
     request, extras = row
-    zero_snr = bool(model.scheduler.config.get("rescale_betas_zero_snr", False))
     prompts = (
         request.prompt,
         negative_for(
@@ -70,7 +70,7 @@ def image_text(model: StableDiffusion, settings: Settings, row: Row, image: Imag
     )
     entries = {
         "Steps": request.steps,
-        **sampler_entries(request.scheduler, zero_snr=zero_snr),
+        **sampler_entries(request.scheduler, zero_snr=model.ends_in_noise),
         "CFG scale": request.guidance_scale,
         "Seed": request.seed,
         "Size": f"{image.width}x{image.height}",

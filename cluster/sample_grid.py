@@ -17,6 +17,7 @@ from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.config.model import POCKET, ModelConfig
 from dreamfleet.trainers.config.prompt_lines import parse_prompt_line, read_prompts
 from dreamfleet.trainers.distributed.device import DRAWING, best_device, on_device
+from dreamfleet.trainers.models.family import DiffusionModel, load_model
 from dreamfleet.trainers.models.sampling.prompt_syntax import parse_prompt
 from dreamfleet.trainers.models.sampling.prompt_tags import (
     HypernetworkFiles,
@@ -30,7 +31,6 @@ from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
     AestheticSettings,
     apply_aesthetic,
 )
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,7 +46,7 @@ class Aesthetic:
     settings: AestheticSettings
     clip: str | None = None
 
-    def apply(self, model: StableDiffusion) -> None:
+    def apply(self, model: DiffusionModel) -> None:
         """Tune the model's prompts towards the vector. Raises UserError for a missing file."""
         if not Storage(self.path).exists():
             raise UserError(f"--aesthetic {self.path}: there is no such file")
@@ -76,7 +76,7 @@ class OtherArtifact:
     address: str
     strength: float
 
-    def apply(self, model: StableDiffusion) -> None:
+    def apply(self, model: DiffusionModel) -> None:
         """Load it into a model."""
         with Storage(self.address).local_copy() as path:
             self.kind.load_into(model, path, address=self.address, strength=self.strength)
@@ -172,7 +172,7 @@ def draw_grid(request: GridRequest) -> list[dict[str, Any]]:
     ]
 
 
-def load_with_embeddings(name: str, embeddings: Sequence[str] = ()) -> StableDiffusion:
+def load_with_embeddings(name: str, embeddings: Sequence[str] = ()) -> DiffusionModel:
     """Load the model behind a name (a run folder stands for its exports), and install the words of embedding files.
 
     ``NAME-neg`` beside a file holds the word's negative, which joins the negative prompt of images that use the word.
@@ -186,7 +186,7 @@ def load_with_embeddings(name: str, embeddings: Sequence[str] = ()) -> StableDif
     return model
 
 
-def load_named(name: str) -> StableDiffusion:
+def load_named(name: str) -> DiffusionModel:
     """Load the model that ``--model`` names: pocket, a folder, a file, a hub name, or a run."""
     from dreamfleet.trainers.run.export import read_recipe
 
@@ -228,7 +228,7 @@ def _assign_artifacts(request: GridRequest) -> tuple[GridRequest, list[OtherArti
     return replace(request, **plural, **single), others  # type: ignore[arg-type]
 
 
-def _generate_rows(model: StableDiffusion, prompt_files: PromptFiles, rows: Sequence[Row]) -> list[Image]:
+def _generate_rows(model: DiffusionModel, prompt_files: PromptFiles, rows: Sequence[Row]) -> list[Image]:
     """Generate an image for each row; neighbours with the same hypernetworks and LoRAs are generated together."""
     apply, images = prompt_files.bind(model), []
     for extras, group in groupby(rows, key=lambda row: row[1]):
@@ -237,9 +237,9 @@ def _generate_rows(model: StableDiffusion, prompt_files: PromptFiles, rows: Sequ
     return images
 
 
-def _aesthetic_gain(model: StableDiffusion, image: ImageRequest) -> dict[str, Any]:
+def _aesthetic_gain(model: DiffusionModel, image: ImageRequest) -> dict[str, Any]:
     """Return the cosine of a prompt with the aesthetic vector before and after tuning; of its first text of several."""
-    encoder = model.encode_prompts
+    encoder = model.prompt_encoder
     if not isinstance(encoder, AestheticEncoder):
         return {}
     text = parse_prompt(image.prompt, image.steps, plain=image.plain)[0].schedule[0][1]

@@ -1,4 +1,4 @@
-"""Settings every test shares: a quiet, offline, local world, an end to every hang, and GPU tests that need a GPU."""
+"""Settings of all tests: offline, quiet, no configured cluster, a limit on hangs, and GPU tests only with a GPU."""
 
 import faulthandler
 import os
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Read when the libraries are first imported, in this process and in the processes tests start.
+# Read when the libraries are first imported, in this process and in processes that tests start.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -22,12 +22,12 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads cost more than they give
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads only slow tiny models down
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
-os.environ.pop("RAY_ADDRESS", None)  # a test never joins a cluster that happens to be configured here
+os.environ.pop("RAY_ADDRESS", None)  # a test must not join a cluster that is configured here
 
 
-# A shell has what it starts in the background ignore Ctrl-C, and whatever that starts: several tests press it.
+# A shell makes background processes and their children ignore SIGINT, which several tests send.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -37,7 +37,7 @@ _STDERR = pytest.StashKey[int]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the terminal for the stacks of a hang: during a test, stderr is captured."""
+    """Keep the terminal's stderr for the stacks of a hang, because stderr is captured during a test."""
     config.stash[_STDERR] = os.dup(sys.__stderr__.fileno() if sys.__stderr__ else 2)
 
 
@@ -63,7 +63,7 @@ def _has_gpu() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` where there is none."""
+    """Skip the tests marked `gpu` if there is no GPU."""
     if _has_gpu():
         return
     skip = pytest.mark.skip(reason="no NVIDIA GPU on this machine")
@@ -89,7 +89,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_ray_is_left_running() -> Iterator[None]:
-    """A Ray left over from one file of tests would be met by the next one: end it, and say so."""
+    """End a Ray that a file of tests left running, which the next file would join, and fail."""
     yield
     if ray := sys.modules.get("ray"):
         left = ray.is_initialized()

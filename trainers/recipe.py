@@ -1,4 +1,4 @@
-"""The recipe: one YAML file a run, its sections composed, every mistake told at once."""
+"""The recipe: one YAML file for each run. Composes the sections and reports all errors together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, SerializeA
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.config_base import Section, as_list
 from dreamfleet.datasets.errors import RecipeError
-from dreamfleet.datasets.index.exclusions import HELD_OUT
+from dreamfleet.datasets.index import exclusions
 from dreamfleet.datasets.path_field import NamedPath, PathField, list_paths, resolve_paths
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.conflicts import find_conflicts
@@ -21,18 +21,20 @@ from dreamfleet.trainers.config.deepspeed import merge_deepspeed_file
 from dreamfleet.trainers.config.engine import EngineConfig
 from dreamfleet.trainers.config.engines import find_refused
 from dreamfleet.trainers.config.method import METHODS, MethodConfig
+from dreamfleet.trainers.config.metrics import HELD_OUT
 from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.config.prompt_lines import read_prompts
 from dreamfleet.trainers.config.scaling import ScalingConfig
-from dreamfleet.trainers.config.search import SearchConfig, figures_of, find_search_errors
+from dreamfleet.trainers.config.search import SearchConfig
+from dreamfleet.trainers.config.search_check import find_search_errors
 from dreamfleet.trainers.config.train import TrainConfig
 from dreamfleet.trainers.config.validation import ValidationConfig
-from dreamfleet.trainers.config.validation_errors import keys_at, nearest, tell
+from dreamfleet.trainers.config.validation_errors import explain, keys_at, nearest
 
 
 class Recipe(Section):
-    """One run: what learns, from what, how, on how many machines, and where to."""
+    """One run: its method, model, data, training options, engine, workers and output folder."""
 
     method: SerializeAsAny[MethodConfig]
     model: ModelConfig = ModelConfig()
@@ -44,7 +46,7 @@ class Recipe(Section):
     scaling: ScalingConfig = ScalingConfig()
     search: SearchConfig | None = Field(None, description="for `dreamfleet tune`")
     output_dir: Annotated[str, PathField("folder", must_exist=False, is_output=True)] = Field(
-        min_length=1, description="folder or s3:// address; its last part names the artefacts"
+        min_length=1, description="folder or s3:// URL; its last part is the name of the artifacts"
     )
     report_to: Annotated[list[Literal["tensorboard"]], BeforeValidator(as_list)] = Field(
         ["tensorboard"], validation_alias=AliasChoices("report_to", "log_with")
@@ -57,9 +59,9 @@ class Recipe(Section):
 
     @property
     def apart(self) -> dict[str, str]:
-        """The folders of a run that hold images it does not train on, and what they hold."""
-        places = {self.output_dir: "the run's output_dir"}
-        return places | ({self.validation.holdout: HELD_OUT} if self.validation.holdout else {})
+        """Folders with images that the run does not train on -> a description of their content."""
+        folders = {self.output_dir: "the run's output_dir"}
+        return folders | ({self.validation.holdout: exclusions.HELD_OUT} if self.validation.holdout else {})
 
     @property
     def paths(self) -> list[NamedPath]:
@@ -68,35 +70,39 @@ class Recipe(Section):
 
     @property
     def class_images_dir(self) -> str:
-        """The folder beside the run's where generated class images without a ``class_data_dir`` are kept."""
+        """The folder beside the run's for generated class images without a ``class_data_dir``."""
         return f"{self.output_dir.rstrip('/').rpartition('/')[0]}/class-images"
 
     @property
     def figures(self) -> list[str]:
-        """What a validation round measures, by the names in ``metrics.jsonl``."""
-        return figures_of(self.validation, self.method)
+        """The figures that a validation round measures, by their names in ``metrics.jsonl``."""
+        held_out = [HELD_OUT] if self.validation.holdout else list(self.method.figures)
+        return held_out + self.validation.preview_metrics
 
     def with_deepspeed_file(self) -> Recipe:
-        """Return the recipe with the stage and offload of ``engine.deepspeed_config``. Raises RecipeError."""
+        """Return the recipe with the stage and offload of ``engine.deepspeed_config``.
+
+        Raises RecipeError if the file contradicts the recipe.
+        """
         engine = merge_deepspeed_file(
             self.engine, train=self.train, optimizer=self.optimizer, scaling=self.scaling
         )
         return self.model_copy(update={"engine": engine})
 
     def to_yaml(self) -> str:
-        """Write the recipe as YAML that :func:`load_recipe` reads back to the same recipe."""
+        """Return the recipe as YAML, from which :func:`load_recipe` reads an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one section, as YAML does; PyYAML alone forgets the first."""
+    """Rejects a key that is given twice in one section, as YAML requires; PyYAML alone drops the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if key.value in seen and isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(
-                    problem=f"{key.value!r} stands twice in one section; keep one",
+                    problem=f"{key.value!r} is given twice in one section; keep one",
                     problem_mark=key.start_mark,
                 )
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
@@ -104,10 +110,10 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe: defaults < file < ``key.path=value``. Relative paths start at the recipe's
-    folder, which may be in a bucket.
+    """Load a recipe: defaults < file < ``key.path=value`` overrides.
 
-    Raises RecipeError that lists every mistake with file, key, value and the nearest known key.
+    Relative paths start at the recipe's folder, which may be in a bucket. Raises RecipeError that lists all errors,
+    each with file, key, value and the nearest known key.
     """
     path = os.fspath(path)
     folder, text = _read(path)
@@ -134,25 +140,28 @@ def _read(path: str) -> tuple[str, str]:
 
 
 def read_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Write ``key.path=value`` changes into a plain mapping, and return it. RecipeError for what is no change."""
+    """Apply ``key.path=value`` overrides to a plain mapping and return it. Raises RecipeError for a malformed one."""
     for override in overrides:
         _override(tree, override)
     return tree
 
 
 def build_recipe(tree: Mapping[str, Any], *, source: str = "recipe", folder: str | None = None) -> Recipe:
-    """Validate a plain mapping. ``folder`` makes relative paths absolute; None leaves them."""
-    recipe, mistakes = _validate(tree)
-    if recipe is None or mistakes:
+    """Validate a plain mapping. Relative paths start at ``folder``; with None they are not changed.
+
+    Raises RecipeError that lists all errors.
+    """
+    recipe, errors = _validate(tree)
+    if recipe is None or errors:
         raise RecipeError(
-            f"{source} has {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}:\n  " + "\n  ".join(mistakes)
+            f"{source} has {len(errors)} error{'s' * (len(errors) > 1)}:\n  " + "\n  ".join(errors)
         )
     recipe = _with_prompts(recipe, source, folder)
     return recipe if folder is None else resolve_paths(recipe, folder)
 
 
 def _with_prompts(recipe: Recipe, source: str, folder: str | None) -> Recipe:
-    """Put the prompts of files into the recipe, which then needs the files no more."""
+    """Replace the names of prompt files by the prompts in them, so that the run does not need the files."""
     try:
         prompts = read_prompts(recipe.validation.prompts, folder=folder)
     except RecipeError as error:
@@ -161,59 +170,51 @@ def _with_prompts(recipe: Recipe, source: str, folder: str | None) -> Recipe:
 
 
 def _validate(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
+    """Return the recipe of a plain tree, None if it has none, and all errors."""
     tree = dict(tree)
-    method = tree.get("method")
-    mistakes: list[str] = []
-    config = None
-    if isinstance(method, str) and method in METHODS:
-        mistakes.append(f"method: a section; write method: {{name: {method}}}")
-        tree.pop("method")
-    elif not isinstance(method, Mapping) or method.get("name") not in METHODS:
-        given = method.get("name") if isinstance(method, Mapping) else method
+    method = tree.pop("method", None)
+    errors: list[str] = []
+    name = method.get("name") if isinstance(method, Mapping) else method
+    if not isinstance(name, str) or name not in METHODS:
         known = METHODS.names()
-        mistakes.append(
-            f"method.name: {given!r} is no method{nearest(str(given), known)}; known: {', '.join(known)}"
+        errors.append(
+            f"method.name: method {name!r} does not exist{nearest(str(name), known)}; known: {', '.join(known)}"
         )
-        tree.pop("method", None)
+    elif not isinstance(method, Mapping):
+        errors.append(f"method: a section; write method: {{name: {name}}}")
     else:
         try:
-            config = METHODS.get(method["name"]).model_validate(dict(method))
-            tree["method"] = config
+            tree["method"] = METHODS.get(name).model_validate(dict(method))
         except ValidationError as error:
-            mistakes += tell(error, METHODS.get(method["name"]), homes=_homes(method), prefix="method")
-            tree.pop("method")
-    recipe = None
+            errors += explain(error, METHODS.get(name), homes=_homes(method), prefix="method")
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        had_method = config is not None
-        told = tell(error, Recipe, homes=_homes(method))
-        mistakes += [line for line in told if had_method or not line.startswith("method:")]
-    if recipe is not None and config is not None:
-        mistakes += find_refused(dict(recipe), config.refused, by=config.name)
-    if recipe is not None:
-        mistakes += find_conflicts(
-            method=recipe.method,
-            data=recipe.data,
-            train=recipe.train,
-            optimizer=recipe.optimizer,
-            engine=recipe.engine,
-            validation=recipe.validation,
-            scaling=recipe.scaling,
-        )
-    if recipe is not None and recipe.search is not None:
-        mistakes += find_search_errors(
+        lines = explain(error, Recipe, homes=_homes(method))
+        return None, errors + [line for line in lines if "method" in tree or not line.startswith("method:")]
+    errors += find_refused(dict(recipe), recipe.method.refused, by=recipe.method.name)
+    errors += find_conflicts(
+        method=recipe.method,
+        data=recipe.data,
+        train=recipe.train,
+        optimizer=recipe.optimizer,
+        engine=recipe.engine,
+        validation=recipe.validation,
+        scaling=recipe.scaling,
+    )
+    if recipe.search is not None:
+        errors += find_search_errors(
             recipe.search,
             recipe,
             figures=recipe.figures,
             max_train_steps=recipe.train.max_train_steps,
             validate=lambda changed: _validate(changed)[1],
         )
-    return recipe, mistakes
+    return recipe, errors
 
 
 def _homes(method: Any) -> dict[str, str]:
-    """Say of every key which section has it, the first one of several; a key outside sections has itself."""
+    """Return the section of every key, the first one of several; a key outside sections maps to itself."""
     homes = {key: key for key in keys_at(Recipe, ())}
     for section in reversed(Recipe.model_fields):
         homes |= dict.fromkeys(keys_at(*_model_at(method, (section,))), section)
@@ -221,7 +222,7 @@ def _homes(method: Any) -> dict[str, str]:
 
 
 def _model_at(method: Any, path: Sequence[str]) -> tuple[type[BaseModel], Sequence[str]]:
-    """Return the model to look a path up in, and the rest of the path: a method's keys are in its own model."""
+    """Return the model in which to look a path up, and the rest of the path: a method has a model of its own."""
     name = method.get("name") if isinstance(method, Mapping) else None
     if path[:1] and path[0] == "method" and isinstance(name, str) and name in METHODS:
         return METHODS.get(name), path[1:]
@@ -235,7 +236,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
     node, last = tree, path.strip()
     parts: list[str] = []
     while "." in last:
-        # The keys of search.space hold dots themselves.
+        # The keys of search.space contain dots.
         part = next((key for key in node if last.startswith(f"{key}.")), last.partition(".")[0])
         last = last[len(part) + 1 :]
         if node.get(part) is None:
@@ -244,7 +245,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
         if not isinstance(node, dict):
             raise RecipeError(f"override {text!r}: {part} is a value, not a section")
         parts.append(part)
-    # The key may stand in the file under another of its names.
+    # The file may have the key under one of its other names.
     for names in keys_at(*_model_at(tree.get("method"), parts)).values():
         for name in names if last in names else ():
             node.pop(name, None)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dreamfleet.trainers.config.search import Domain, SearchConfig, Value
 from dreamfleet.trainers.report import formatting
-from dreamfleet.trainers.report.preview_grid import mosaic, read_sheets
+from dreamfleet.trainers.report.preview_grid import mosaic, read_preview_grids
 from dreamfleet.tune.trial_store import Trial, TrialStore, format_value
 
 MOST_COLUMNS, MOST_ROWS = 6, 5
@@ -108,11 +108,11 @@ def _cell(store: TrialStore, trials: Sequence[Trial]) -> Cell | None:
 
 
 def _previews(store: TrialStore, trial: Trial) -> Image.Image | None:
-    sheets = read_sheets(store.folder.child(trial.folder), 2)
-    if not sheets:
+    grids = read_preview_grids(store.folder.child(trial.folder), 2)
+    if not grids:
         return None
     # One image of each prompt is more informative than four of the first prompt.
-    first = sorted(sheets[-1].cells, key=lambda cell: (cell.column, cell.row))[:IMAGES]
+    first = sorted(grids[-1].cells, key=lambda cell: (cell.column, cell.row))[:IMAGES]
     columns = math.ceil(math.sqrt(len(first)))
     side = min(first[0].image.width, LONGEST_SIDE // columns)
     return mosaic([cell.image for cell in first], columns, cell=side, gap=max(1, side // 50))

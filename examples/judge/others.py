@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dreamfleet.trainers.config.image_request import requests_for
 from dreamfleet.trainers.config.model import ModelConfig
+from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.models.sampling.sample import generate
-from dreamfleet.trainers.models.stable_diffusion.model import load_model
 
 HERE = Path(__file__).parent
 THINGS = ("teddy bear", "crown", "croissant", "dolphin", "koala", "jellyfish", "butterfly", "lemon", "snowman",

@@ -34,7 +34,6 @@ from dreamfleet.trainers.engines.torch_engine import TorchEngine
 from dreamfleet.trainers.loop import Hooks, Schedule, train
 from dreamfleet.trainers.methods.base import Batch, Method, Setting
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
-from dreamfleet.trainers.models.stable_diffusion.noise import draw_noise
 from dreamfleet.trainers.optim.param_group import ParamGroup
 from dreamfleet.trainers.report.metrics_log import MetricsLog
 from dreamfleet.trainers.run.checkpoint import Checkpoints
@@ -119,7 +118,7 @@ class Batches:
         draws = plan.draws(step, rank=self.rank, world=self.world)
         rows = [int(chosen[draw.row]) for draw in draws]
         keys = [(name, SEED, draw.epoch, row) for draw, row in zip(draws, rows, strict=True)]
-        noise, timesteps = draw_noise(keys, (4, 16, 16), num_timesteps=1000)
+        noise, timesteps = self.model.draw_noise(keys, (4, 16, 16))
         prompts = [
             self._word(bank, row, numpy_rng("prompt", *key)) for row, key in zip(rows, keys, strict=True)
         ]

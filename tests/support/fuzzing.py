@@ -1,4 +1,4 @@
-"""Feeds readers of files from strangers with broken ones: no crash, no hang, no memory beyond a bound."""
+"""Property tests of file readers with broken files: no crash, no hang, no memory beyond a limit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ JSON = st.recursive(
 def changed(
     valid: dict[Any, Any], values: st.SearchStrategy[Any] = VALUES
 ) -> st.SearchStrategy[dict[Any, Any]]:
-    """Draw a valid dict with some entries replaced, added or missing."""
+    """Draw a valid dict with some entries replaced, added or removed."""
     names = st.sampled_from(list(valid))
     return st.builds(
         lambda changes, missing: {
@@ -53,20 +53,20 @@ def changed(
 
 
 def torch_files(objects: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
-    """Draw what torch writes of these objects, as a zip or the older stream."""
+    """Draw the file that torch writes of these objects, as a zip or in the older format."""
 
     return st.builds(saved, objects, st.booleans())
 
 
 def saved(value: Any, zipped: bool = True) -> bytes:
-    """What torch writes of an object."""
+    """Return the bytes that torch writes of an object."""
     stream = io.BytesIO()
     torch.save(value, stream, _use_new_zipfile_serialization=zipped)
     return stream.getvalue()
 
 
 def damaged(whole: bytes, head: int = 1500) -> st.SearchStrategy[bytes]:
-    """Draw a file with a few bytes changed, most of them in its first `head` bytes, some cut short or doubled."""
+    """Draw a file with a few changed bytes, most of them in its first `head` bytes; some files are cut or doubled."""
     return damage(whole, head).map(lambda done: apply_damage(whole, done))
 
 
@@ -74,7 +74,7 @@ Damage = tuple[list[tuple[int, bytes]], int, str]
 
 
 def damage(whole: bytes, head: int = 1500) -> st.SearchStrategy[Damage]:
-    """Draw what `apply_damage` does to a file."""
+    """Draw the arguments of `apply_damage`."""
     places = st.integers(0, len(whole) - 1) | st.integers(0, min(head, len(whole)) - 1)
     patches = st.lists(st.tuples(places, st.binary(min_size=1, max_size=9)), max_size=4)
     return st.tuples(patches, places, st.sampled_from(["whole", "whole", "cut", "doubled"]))
@@ -90,7 +90,7 @@ def apply_damage(whole: bytes, done: Damage) -> bytes:
 
 
 def peak_memory() -> int:
-    """Bytes of memory this process has had at most."""
+    """Return the peak memory of this process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -104,10 +104,10 @@ def assert_survives(
     examples: int = 60,
     some_are_read: bool = True,
 ) -> None:
-    """Read every drawn content as the file `path`: it is read, or one of our errors names the file.
+    """Read every drawn content as the file `path`: it must load, or raise one of our errors that names the file.
 
-    `make` turns what is drawn into the file's bytes: a large file is not drawn whole. Some must be refused and, where a
-    valid file is among them, some read: else nothing was tried.
+    `make` converts the drawn value into the file's bytes, so that a large file need not be drawn. Some files must be
+    refused and, if valid files are among them, some must load; otherwise nothing was tested.
     """
     before, outcomes = peak_memory(), []
 

@@ -16,7 +16,6 @@ import torch
 from tiny_models import tiny_family
 
 from dreamfleet.trainers.distributed.context import DistributedContext
-from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import assemble
 
@@ -98,7 +97,7 @@ def compute_curve(name: str, folder: Path) -> list[float]:
     if changes.pop("shapes", False):
         changes |= {**tiny.SHAPES, "data__instance_data_dir": str(tiny.make_shapes(folder / "shapes"))}
     if family := changes.pop("family", None):
-        save_pipeline(tiny_family(family), folder / "model")
+        tiny_family(family).save_folder(folder / "model")
     if changes.pop("labelled", False):
         changes["data__instance_data_dir"] = str(tiny.make_two_classes(folder / "labelled", 9))
     parts = assemble(build_recipe(tiny.make_recipe(folder, **changes)), DistributedContext())

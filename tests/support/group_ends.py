@@ -1,7 +1,8 @@
-"""Runs of two ranks that end in every way, and what they leave of their process groups; run by test_process_group.py.
+"""Runs of two ranks that end in every way, and the state of their process groups afterwards; run by
+test_process_group.py.
 
-The ranks are forked after the imports, which take longer than the runs. Whoever made the group destroys it while it
-still has the error of the run in hand, as Ray Train does, and while something still refers to the engine.
+The ranks are forked after the imports, which take longer than the runs. The creator of the group destroys it while it
+still holds the error of the run, as Ray Train does, and while the engine is still referenced.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ WORLD = 2
 
 
 def fail(*_: Any, **__: Any) -> Any:
-    """Stand for the code that fails."""
+    """Raise an error in place of the code that fails."""
     raise RuntimeError("planted")
 
 
 def interrupt(*_: Any, **__: Any) -> Any:
-    """Stand for Ctrl-C, pressed twice."""
+    """Raise KeyboardInterrupt, as Ctrl-C pressed twice does."""
     raise KeyboardInterrupt
 
 
@@ -53,7 +54,7 @@ ENDS: dict[str, tuple[Any, str, Callable[..., Any]] | None] = {
 
 @contextmanager
 def counted_reducers() -> Iterator[list[weakref.ref[Any]]]:
-    """Give a weak reference to every reducer and logger that DDP makes within this context."""
+    """Return weak references to all reducers and loggers that DDP makes within this context."""
     made: list[weakref.ref[Any]] = []
 
     def counting(kind: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,7 +73,7 @@ def counted_reducers() -> Iterator[list[weakref.ref[Any]]]:
 
 
 def end(how: str, folder: Path, rank: int) -> dict[str, Any]:
-    """Run until it ends as it is told, and destroy the group; say what was left at that moment."""
+    """Run to the given end, and destroy the group; return which objects still existed then."""
     store = f"file://{folder}/store-{list(ENDS).index(how)}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
     recipe = build_recipe(tiny.make_recipe(folder, output_dir=str(folder / how), train__train_batch_size=1))
@@ -99,7 +100,7 @@ def end(how: str, folder: Path, rank: int) -> dict[str, Any]:
 
 
 def main(rank: int, folder: Path) -> None:
-    """Go through every end, and write what was seen."""
+    """Run every kind of end, and write the results."""
     torch.set_num_threads(1)
     seen: dict[str, Any] = {}
     for how in ENDS:

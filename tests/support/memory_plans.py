@@ -1,4 +1,4 @@
-"""Counts a run for a plan of memory, and a real step of it."""
+"""Measures a run for the memory estimate, and a real step of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Secrets that tests plant in the environment, and a search of everything that Ray leaves for them."""
+"""Secrets that tests set in the environment, and a search for them in everything that Ray leaves behind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ SECRETS = {
 
 
 def find_planted(*folders: Path) -> list[str]:
-    """List the files below folders, and the processes by command line and environment, that hold what was planted."""
+    """Return the files below folders, and the processes by command line and environment, that contain a planted
+    secret.
+    """
     needle, found = PLANTED.encode(), []
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
     for process in Path("/proc").glob("[0-9]*"):
@@ -37,7 +39,7 @@ def find_planted(*folders: Path) -> list[str]:
 
 
 def _is_own_child(process: Path) -> bool:
-    """Say whether this process itself started it, and Ray did not: ``git``, say, has the user's environment."""
+    """Return whether this process started it, and not Ray: ``git``, for example, inherits the environment."""
     try:
         status, command = (process / "status").read_text(), (process / "cmdline").read_bytes()
     except OSError:

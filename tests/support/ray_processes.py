@@ -10,7 +10,7 @@ from servers import S3Server, s3_server  # noqa: F401 - a fixture
 
 
 def worker_processes() -> list[int]:
-    """The training workers among the processes below this one: Ray writes what a process is over its command line."""
+    """Return the training workers among the child processes; Ray writes a worker's role into its command line."""
     parents: dict[int, int] = {}
     names: dict[int, str] = {}
     for entry in Path("/proc").iterdir():

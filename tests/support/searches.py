@@ -1,4 +1,4 @@
-"""Recipes with a search, made-up trials and their folders, for the tests of the search."""
+"""Recipes of searches, trials with made-up results, and their folders."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tiny
 from PIL import Image
 
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.tune.trial_store import Trial, TrialStore
 
+# Learning rates of trials that are trained; the loss of the last one soon is no longer finite.
+GOOD, BAD, HOPELESS = 1e-3, 5.0, 1e38
 RATES = {"distribution": "loguniform", "lower": 1e-4, "upper": 1e-1}
 VECTORS = {"distribution": "choice", "values": [1, 2, 4]}
 
@@ -19,7 +22,7 @@ def make_tree(folder: Path | str = "runs/x", **section: Any) -> dict[str, Any]:
     space = {"optimizer.learning_rate": RATES, "method.num_vectors": VECTORS}
     return {
         "method": {"name": "textual_inversion", "placeholder_token": "<x>"},
-        "data": {"instance_data_dir": "pictures"},
+        "data": {"instance_data_dir": "images"},
         "train": {"max_train_steps": 100},
         "validation": {"holdout": "holdout", "steps": 10},
         "scaling": {"num_workers": 2},
@@ -28,12 +31,49 @@ def make_tree(folder: Path | str = "runs/x", **section: Any) -> dict[str, Any]:
     }
 
 
+def make_trained_tree(folder: Path, output_dir: str, rates: list[float], **section: Any) -> dict[str, Any]:
+    space = {
+        "optimizer.learning_rate": {"distribution": "choice", "values": rates},
+        "method.num_vectors": {"distribution": "choice", "values": [1, 2]},
+    }
+    tree = tiny.make_recipe(
+        folder,
+        output_dir=output_dir,
+        method={"name": "textual_inversion", "placeholder_token": "<x>", "initializer_token": "cat"},
+        data__instance_prompt=None,
+        data__class_prompt=None,
+        train__max_train_steps=40,
+        train__checkpointing_steps=10,
+        validation={
+            "holdout": str(folder / "holdout"),
+            "holdout_timesteps": 2,
+            "steps": 10,
+            "prompts": ["a <x>"],
+            "num_images": 1,
+            "num_inference_steps": 2,
+        },
+        scaling={"num_workers": 1, "use_gpu": False},
+    )
+    search = {
+        "algorithm": "grid",
+        "reduction_factor": 2,
+        "max_concurrent_trials": 2,
+        "space": space,
+        **section,
+    }
+    return {**tree, "search": search}
+
+
+def make_trained_recipe(folder: Path, name: str, rates: list[float], **section: Any) -> Recipe:
+    return build_recipe(make_trained_tree(folder, str(folder / name), rates, **section))
+
+
 def make_recipe(folder: Path | str = "runs/x", **section: Any) -> Recipe:
     return build_recipe(make_tree(folder, **section))
 
 
 def loss_at(point: dict[str, Any]) -> float:
-    """A made-up objective with its minimum at 2e-3 and two vectors."""
+    """Return an artificial objective whose minimum is at learning rate 2e-3 and two vectors."""
     return abs(point["optimizer.learning_rate"] / 2e-3 - 1) + abs(point["method.num_vectors"] - 2)
 
 

@@ -24,14 +24,14 @@ SHARED_BUCKET = "tests"
 
 @dataclass(frozen=True)
 class S3Server:
-    """A running S3 server: its address, the stems of its keys, and room for tests."""
+    """A running S3 server: its address, the prefixes of its keys, and folders for tests."""
 
     endpoint: str
     key: str
     secret: str
 
     def environment(self) -> dict[str, str]:
-        """What a process needs in its environment to use it."""
+        """Return the environment variables that a process needs to use the server."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": f"{self.key}-user",
@@ -41,16 +41,16 @@ class S3Server:
         }
 
     def set_environment(self, patch: pytest.MonkeyPatch) -> None:
-        """Set the variables of :meth:`environment` for as long as the patch lasts."""
+        """Set the variables of :meth:`environment` until the patch is undone."""
         for name, value in self.environment().items():
             patch.setenv(name, value)
 
     def new_folder(self) -> str:
-        """The address of an empty folder in the bucket all tests share."""
+        """Return the address of an empty folder in the shared bucket."""
         return f"s3://{SHARED_BUCKET}/{uuid.uuid4().hex[:12]}"
 
     def new_bucket(self, name: str | None = None) -> str:
-        """Make a bucket and give its name. The server spends volumes on each: new_folder is mostly enough."""
+        """Create a bucket and return its name. Each one takes server volumes; use new_folder where possible."""
         import s3fs
 
         name = name or f"test-{uuid.uuid4().hex[:12]}"
@@ -130,7 +130,7 @@ def _wait_until_ready(server: S3Server, process: subprocess.Popen[bytes], log: P
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that are free together with the one 10,000 above (SeaweedFS takes both, for HTTP and gRPC)."""
+    """Return free ports whose port + 10,000 is free too (SeaweedFS uses both, for HTTP and gRPC)."""
     found: list[int] = []
     held: list[socket.socket] = []
     try:

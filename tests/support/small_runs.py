@@ -1,4 +1,4 @@
-"""Small runs in this process, and what two of them must agree in."""
+"""Small runs in this process, and the comparison of two of them."""
 
 from __future__ import annotations
 

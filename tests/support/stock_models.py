@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from dreamfleet.trainers.config.model import ModelConfig
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
+from dreamfleet.trainers.models.family import DiffusionModel, load_model
 
 
-def load(folder: Path, **options: Any) -> StableDiffusion:
+def load(folder: Path, **options: Any) -> DiffusionModel:
     return load_model(ModelConfig(pretrained_model_name_or_path=str(folder), **options))
 
 

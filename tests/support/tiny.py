@@ -1,4 +1,4 @@
-"""A random Stable Diffusion of a few thousand parameters, pictures and recipes for tests: seconds, no downloads."""
+"""A random Stable Diffusion of a few thousand parameters, images and recipes for tests that take seconds offline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 RESOLUTION = 32
 
 
-#: The ``method:`` section of a discriminator of seconds, for the pictures of `make_two_classes`.
+#: The ``method:`` section of a discriminator that trains in seconds, for the images of `make_two_classes`.
 DISCRIMINATOR: dict[str, Any] = {
     "name": "discriminator",
     "classes": ["warm", "cold"],
@@ -91,7 +91,9 @@ def make_tiny_model(folder: Path, *, prediction_type: str = "epsilon", seed: int
 
 
 def make_tiny_clip(folder: Path, text_config: Any) -> None:
-    """Write what makes a model's text encoder a CLIP, in the pocket's layout: vision tower and text projection."""
+    """Write the files that complete a model's text encoder to a CLIP, in the pocket layout: vision tower and
+    projection.
+    """
     from safetensors.torch import save_file
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -126,7 +128,7 @@ def make_tiny_tokenizer(folder: Path) -> Any:
 
 
 def make_images(folder: Path, count: int, *, seed: int = 0, captions: bool = False, size: int = 48) -> Path:
-    """Write ``count`` smooth coloured PNGs, different from one another."""
+    """Write ``count`` different smooth coloured PNGs."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for number in range(count):
@@ -138,7 +140,7 @@ def make_images(folder: Path, count: int, *, seed: int = 0, captions: bool = Fal
 
 
 def make_shapes(folder: Path) -> Path:
-    """Write nine pictures of three shapes, each with tags as its caption and transparent in its right half."""
+    """Write nine images of three shapes, each with tags as its caption and a transparent right half."""
     make_images(folder, 9, captions=True)
     for number, (width, height) in enumerate([(48, 48), (72, 40), (40, 72)] * 3):
         with Image.open(folder / f"{number:03d}.png") as image:
@@ -151,7 +153,7 @@ def make_shapes(folder: Path) -> Path:
 
 
 def make_two_classes(folder: Path, count: int, *, size: int = 40) -> Path:
-    """Write smooth pictures, reddish (class 0) and bluish (class 1) in turn, and their labels, `dataset.json`."""
+    """Write smooth images, alternately reddish (class 0) and bluish (class 1), and their labels, `dataset.json`."""
     make_images(folder, count, seed=1, size=size)
     labels = {f"{number:03d}.png": number % 2 for number in range(count)}
     for name, label in labels.items():
@@ -162,7 +164,7 @@ def make_two_classes(folder: Path, count: int, *, size: int = 40) -> Path:
     return folder
 
 
-# What the pictures of `make_shapes` need to be shown whole and weighed: buckets 24 x 40, 32 x 32 and 40 x 24.
+# What the images of `make_shapes` need to be used uncropped and weighted: buckets 24 x 40, 32 x 32 and 40 x 24.
 SHAPES: dict[str, Any] = {
     "data__enable_bucket": True,
     "data__min_bucket_reso": 16,
@@ -173,7 +175,7 @@ SHAPES: dict[str, Any] = {
 
 
 def make_recipe(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Return a plain DreamBooth recipe on a tiny model and six pictures under ``folder``; dotted keys change it."""
+    """Return a plain DreamBooth recipe on a tiny model and six images under ``folder``; dotted keys change it."""
     model = folder / "model"
     if not model.exists():
         make_tiny_model(model)
@@ -218,7 +220,7 @@ def write_recipe(path: Path, tree: dict[str, Any]) -> Path:
 
 
 class Stop:
-    """Asks a run to stop after it was polled ``polls`` times (once a step)."""
+    """Requests a stop after ``polls`` polls (one per step)."""
 
     def __init__(self, polls: int):
         self.left = polls

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, StableDiffusionXL
 
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they give, far more on a busy machine
 
@@ -89,7 +89,8 @@ def tiny_family(family: str, seed: int = 0) -> StableDiffusion:
             vae, tokenizer = tiny_vae(), tiny_tokenizer(pad_token="!")
             text_encoder = tiny_text_encoder(hidden_act="gelu")
     scheduler = tiny_schedule("v_prediction" if family == "sd2-v" else "epsilon")
-    model = StableDiffusion(tokenizer, text_encoder, unet, vae, scheduler, family, "0123456789", **second)
+    kind = StableDiffusionXL if second else StableDiffusion
+    model = kind(tokenizer, text_encoder, unet, vae, scheduler, family, "0123456789", **second)
     model.freeze()
     return model
 

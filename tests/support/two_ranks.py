@@ -1,6 +1,6 @@
-"""One of two ranks that go through every situation of test_ranks.py, in one start; writes what it saw as JSON.
+"""One of two ranks that run every case of test_ranks.py, after one start; writes the results as JSON.
 
-Each rank works in a folder of its own, so ``/proc/self/cwd/x`` is a path with another file on each: two machines whose
+Each rank has its own working folder, so ``/proc/self/cwd/x`` is a path with another file on each: two machines whose
 disks differ.
 """
 
@@ -36,7 +36,7 @@ DISCRIMINATOR = {**tiny.DISCRIMINATOR, "holdout_per_class": 17}  # two batches o
 
 
 def whole_recipe(folder: Path, run: str, *, batch: int, **changes: Any) -> dict[str, Any]:
-    """Return a run with previews in several batches, held-out images and class images, all of them shared out."""
+    """Return a run with previews in several batches, held-out images and class images, all of them distributed."""
     validation = {
         "prompts": ["a sks cat", "a cat"],
         "num_images": 3,
@@ -49,7 +49,7 @@ def whole_recipe(folder: Path, run: str, *, batch: int, **changes: Any) -> dict[
 
 
 def make_folders(folder: Path) -> None:
-    """Write the model and the images that both ranks see, and one folder for each rank with what differs."""
+    """Write the model and the images that both ranks see, and for each rank a folder with the differing files."""
     tiny.make_recipe(folder)
     tiny.make_images(folder / "holdout", 3, seed=5)
     tiny.make_two_classes(folder / "two", 44)
@@ -68,7 +68,7 @@ def make_folders(folder: Path) -> None:
 
 
 def situations(folder: Path, distributed: DistributedContext) -> dict[str, Callable[[], Any]]:
-    """Return what to go through, by name."""
+    """Return the cases by name."""
 
     def build(**changes: Any) -> None:
         parts = assemble(build_recipe(tiny.make_recipe(folder, **changes)), distributed)
@@ -125,7 +125,7 @@ def situations(folder: Path, distributed: DistributedContext) -> dict[str, Calla
 
 
 def main(folder: Path, rank: int) -> None:
-    """Go through every situation and write the outcomes."""
+    """Run every case and write the outcomes."""
     os.chdir(folder / f"rank-{rank}")
     if rank == 1:
         tiny.make_images(Path("only-on-1"), 2)

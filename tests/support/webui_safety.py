@@ -31,7 +31,7 @@ GLOBALS = {
 
 
 def objections(path: Path, names: str) -> list[str]:
-    """Say what a webui with this list of zip names would object to (reference, section 0)."""
+    """Return what a webui with this list of zip names would refuse (reference, section 0)."""
     with zipfile.ZipFile(path) as archive:
         found = [name for name in archive.namelist() if not re.fullmatch(rf"[^/]+/({names})", name)]
         pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]

@@ -1,7 +1,7 @@
-"""Counts what a process holds under every ZeRO choice, beside what the plan predicts; run by test_plan_memory.py.
+"""Measures the memory a process holds under every ZeRO setting, and the estimate; run by test_plan_memory.py.
 
-In a process of its own, as DeepSpeed leaves traces in the one that imports it. Prints one JSON object: choice and
-precision -> [bytes held, bytes predicted].
+It needs a separate process, because DeepSpeed leaves traces in the process that imports it. Prints one JSON object:
+setting and precision -> [bytes held, bytes estimated].
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dreamfleet.trainers.run.build import assemble
 
 
 def held_bytes() -> int:
-    """Add up every tensor of the process, found by the garbage collector, whatever DeepSpeed calls it."""
+    """Return the bytes of all tensors of the process, found by the garbage collector, whatever DeepSpeed calls them."""
     gc.collect()
     # By their true type: asking a lazy module for its class would import it.
     tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
@@ -43,7 +43,7 @@ POCKET = {
 
 
 def compare(folder: Path, choice: EngineChoice, mixed_precision: str, **changes: Any) -> tuple[int, int]:
-    """Take a step under a choice; return what stays held between steps, and what was predicted."""
+    """Take a step under a setting; return the bytes held between steps, and the estimate."""
     engine = {key.removeprefix("engine."): value for key, value in choice.settings.items()}
     if choice.nvme:
         engine["nvme_path"] = str(folder / "nvme")

@@ -1,7 +1,7 @@
 """One rank of a group that trains the same few steps under every engine; run by test_zero.py, once for all its tests.
 
-Starting a rank takes longer than its training, so all engines are made one after the other in the same processes.
-Rank 0 writes what each of them did to ``results.pt``.
+Starting a rank takes longer than its training, so all engines run one after the other in the same processes. Rank 0
+writes their results to ``results.pt``.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "bf16 pocket": {**POCKET, "train__mixed_precision": "bf16"},
     "bf16 pocket word": {**POCKET, "method": TEXTUAL_INVERSION, "train__mixed_precision": "bf16"},
 }
-#: Who goes on from whose checkpoint, among the DreamBooth runs.
+#: Which DreamBooth run resumes from which checkpoint.
 RESUMED = [
     ("zero 0", "zero 0"),
     ("zero 1", "zero 1"),
@@ -106,7 +106,7 @@ RESUMED = [
 def make_parts(
     folder: Path, engine: dict[str, Any], distributed: DistributedContext, **changes: Any
 ) -> Parts:
-    """Build a run of this group on the tiny model: accumulation, clipping, a rate for each part, an average."""
+    """Build a run of this group on the tiny model: accumulation, clipping, a learning rate for each part, EMA."""
     averages = {} if "pocket" in str(changes) else {"use_ema": True, "ema_decay": 0.9}
     if "nvme" in engine.values():
         (folder / "groups.json").write_text('{"zero_optimization": {"sub_group_size": 600000}}')
@@ -129,13 +129,13 @@ def make_parts(
 
 
 def take_steps(parts: Parts, start: int, end: int) -> dict[str, list[float]]:
-    """Train as the loop does, the rehearsal before the first step included, and return losses and gradient norms."""
+    """Train as the loop does, including the discarded first batch, and return losses and gradient norms."""
     engine, losses, norms = parts.engine, [], []
 
     def backward(step: int, micro: int, last: bool) -> torch.Tensor:
         return engine.backward(parts.prepare(parts.feed.batch(step, micro)), last=last).total
 
-    # Other pictures than the first step's, as the end of a step and as a part of one: none of it may be left.
+    # Other images than the first step's, as the end of a step and as a part of one: none of it may remain.
     backward(50, 0, last=True)
     engine.drop_gradients()
     backward(51, 0, last=False)
@@ -171,23 +171,23 @@ def probe(parts: Parts, distributed: DistributedContext) -> dict[str, Any]:
 
 
 def kept_share(parts: Parts) -> float:
-    """Return which share of the U-Net's weights this rank keeps between two uses."""
+    """Return the share of the U-Net's weights that this rank keeps between two uses."""
     params = list(parts.model.unet.parameters())
     kept = sum(getattr(param, "ds_tensor", param).numel() for param in params)
     return kept / sum(getattr(param, "ds_numel", param.numel()) for param in params)
 
 
 def snapshot(parts: Parts) -> dict[str, Any]:
-    """Return what a checkpoint would hold, as a copy."""
+    """Return a copy of what a checkpoint would hold."""
     return copy.deepcopy({"learned": parts.engine.weights(), "state": parts.engine.state()})
 
 
 def train(
     folder: Path, engine: dict[str, Any], distributed: DistributedContext, **changes: Any
 ) -> dict[str, Any]:
-    """Train from the start, with a checkpoint and previews on the way."""
+    """Train from the start, with a checkpoint and previews in between."""
     parts = make_parts(folder, engine, distributed, **changes)
-    probe(parts, distributed)  # a run draws and measures before its first step
+    probe(parts, distributed)  # a run samples and evaluates before its first step
     first = take_steps(parts, 0, HALF)
     saved, seen = snapshot(parts), probe(parts, distributed)
     rest = take_steps(parts, HALF, STEPS)
@@ -203,7 +203,7 @@ def resume(
     saved: dict[str, Any],
     **changes: Any,
 ) -> dict[str, Any]:
-    """Go on from a checkpoint that rank 0 has."""
+    """Resume from a checkpoint that rank 0 has."""
     parts = make_parts(folder, engine, distributed, **(changes or {"method": DREAMBOOTH}))
     found = [copy.deepcopy(saved)]
     dist.broadcast_object_list(found)  # every rank of a run reads it
@@ -219,7 +219,7 @@ def resume(
 
 
 def round_trip(stage: int) -> dict[str, Any]:
-    """Put odd-sized parameters into shards, which needs padding with two ranks, and gather them again."""
+    """Shard parameters of odd sizes, which need padding on two ranks, and gather them again."""
     layer = nn.Linear(5, 3)
     config = EngineConfig(zero_stage=stage)
     told = zero_config(config, mixed_precision="no", max_grad_norm=0.0, num_micros=1, num_params=18)
@@ -241,7 +241,7 @@ def round_trip(stage: int) -> dict[str, Any]:
 def grow(
     folder: Path, distributed: DistributedContext, results: dict[tuple[str, ...], dict[str, Any]]
 ) -> None:
-    """Go on with two workers where one stopped, and with one where two did; the global batch stays."""
+    """Resume with two workers where one stopped, and with one where two did; the global batch is unchanged."""
     alone = DistributedContext()
     one = train(folder, {}, alone, method=DREAMBOOTH) if distributed.is_main else {"saved": {}}
     for name in ("torch", "zero 2"):
@@ -258,7 +258,7 @@ def grow(
 
 
 def main(folder: Path, rank: int, world: int) -> None:
-    """Train under every engine, and go on from one another's checkpoints."""
+    """Train with every engine, and resume from each other's checkpoints."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     torch.set_num_threads(1)
     distributed = DistributedContext(rank, world)

@@ -37,7 +37,7 @@ def test_all_mistakes_come_at_once_with_the_nearest_key(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     told = str(caught.value)
-    assert str(path) in told and "5 mistakes" in told
+    assert str(path) in told and "5 errors" in told
     assert told_of(told, "method.train_text_encodr: unknown", "'train_text_encoder'")
     assert told_of(told, "optimizer.learning_rte: unknown", "'learning_rate'")
     assert "optimizer.lr_warmup_steps:" in told and "'many'" in told

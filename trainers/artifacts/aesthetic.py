@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dreamfleet.trainers.config.method import MethodConfig
-    from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+    from dreamfleet.trainers.models.family import DiffusionModel
 
 
 class AestheticKind(ArtifactKind):
@@ -30,7 +30,7 @@ class AestheticKind(ArtifactKind):
 
     def load_into(
         self,
-        model: StableDiffusion,
+        model: DiffusionModel,
         path: Path,
         *,
         address: str,

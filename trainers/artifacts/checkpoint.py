@@ -67,7 +67,7 @@ class CheckpointKind(ArtifactKind):
 
     def read_back(self, path: Path) -> dict[str, Tensor]:
         from dreamfleet.trainers.config.model import ModelConfig
-        from dreamfleet.trainers.models.stable_diffusion.model import load_model
+        from dreamfleet.trainers.models.family import load_model
 
         model = load_model(ModelConfig(pretrained_model_name_or_path=str(path)))
         return {
@@ -81,9 +81,7 @@ class CheckpointKind(ArtifactKind):
         import torch
 
         from dreamfleet.trainers.config.model import ModelConfig
-        from dreamfleet.trainers.models.stable_diffusion.model import load_model
-        from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
-        from dreamfleet.trainers.models.stable_diffusion.single_file import save_single_file
+        from dreamfleet.trainers.models.family import load_model
 
         if target.suffix and target.suffix.lower() not in self.suffixes:
             raise UserError(
@@ -91,7 +89,7 @@ class CheckpointKind(ArtifactKind):
             )
         model = load_model(ModelConfig(pretrained_model_name_or_path=str(source)))
         if target.suffix:
-            save_single_file(model, target, dtype=torch.float32, metadata={})
+            model.save_file(target, dtype=torch.float32, metadata={})
         else:
-            save_pipeline(model, target)
+            model.save_folder(target)
         return target

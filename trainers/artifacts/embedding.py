@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dreamfleet.trainers.config.method import MethodConfig
-    from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+    from dreamfleet.trainers.models.family import DiffusionModel
 
 MAX_BYTES = 16 * 2**20  # of a .safetensors file; the smallest Stable Diffusion is larger
 
@@ -41,7 +41,7 @@ class EmbeddingKind(ArtifactKind):
 
     def load_into(
         self,
-        model: StableDiffusion,
+        model: DiffusionModel,
         path: Path,
         *,
         address: str,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dreamfleet.trainers.config.method import MethodConfig
-    from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+    from dreamfleet.trainers.models.family import DiffusionModel
 
 
 class HypernetworkKind(ArtifactKind):
@@ -33,7 +33,7 @@ class HypernetworkKind(ArtifactKind):
 
     def load_into(
         self,
-        model: StableDiffusion,
+        model: DiffusionModel,
         path: Path,
         *,
         address: str,

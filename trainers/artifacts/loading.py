@@ -7,11 +7,11 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.artifacts.kind import ARTIFACTS, ArtifactKind, detect_kind, kinds
 from dreamfleet.trainers.config.method import MethodConfig
 from dreamfleet.trainers.config.model import ModelConfig
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
+from dreamfleet.trainers.models.family import DiffusionModel, load_model
 from dreamfleet.trainers.recipe import Recipe
 
 
-def load_exported(run: Storage, recipe: Recipe) -> StableDiffusion:
+def load_exported(run: Storage, recipe: Recipe) -> DiffusionModel:
     """Load the model of a run's exports: the tuned one, or the recipe's base model with the run's artifact.
 
     Raises UserError when the run has no export that generates images.
@@ -30,7 +30,7 @@ def load_exported(run: Storage, recipe: Recipe) -> StableDiffusion:
 
 def load_artifact(
     address: str, base: ModelConfig, method: MethodConfig | None = None
-) -> tuple[StableDiffusion, str]:
+) -> tuple[DiffusionModel, str]:
     """Load a whole model, or ``base`` with an artifact -> the model, and the artifact's word in prompts or "".
 
     ``method``: the recipe section of the run that exported it, with its word, strength and the like. Raises FormatError
@@ -60,7 +60,7 @@ def is_artifact_name(name: str) -> bool:
 
 def _load(
     kind: ArtifactKind, address: str, base: ModelConfig, method: MethodConfig | None
-) -> tuple[StableDiffusion, str]:
+) -> tuple[DiffusionModel, str]:
     if kind.is_model:
         return load_model(base.model_copy(update={"pretrained_model_name_or_path": address})), ""
     with Storage(address).local_copy() as path:

@@ -26,7 +26,7 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.batches.sources import Images, ResidentLatents, Shown, load_images
 from dreamfleet.trainers.batches.vae_encoding import Encoded
 from dreamfleet.trainers.distributed.context import DistributedContext
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.models.family import DiffusionModel
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class CachedLatents:
         }
 
 
-def open_latents(data: DataConfig, model: StableDiffusion) -> LatentCache | None:
+def open_latents(data: DataConfig, model: DiffusionModel) -> LatentCache | None:
     """Open the cache that a recipe names, None where it names none.
 
     Raises DataError for one without latents that were made as this run would make them.
@@ -77,7 +77,7 @@ def leave_out_bad(index: Index, cache: LatentCache, data: DataConfig) -> Index:
 
 def serve_images(
     index: Index,
-    model: StableDiffusion,
+    model: DiffusionModel,
     data: DataConfig,
     *,
     cache: LatentCache | None,
@@ -113,11 +113,11 @@ def serve_images(
     return ResidentLatents(distributed.on_every_rank(lambda: _load(cache, index, data)), shown)
 
 
-def reads_lazily(index: Index, model: StableDiffusion, data: DataConfig, shown: Shown) -> bool:
+def reads_lazily(index: Index, model: DiffusionModel, data: DataConfig, shown: Shown) -> bool:
     """Say whether cached latents are read when needed: when asked for, or beyond ``data.resident_limit_mb``."""
     if data.source != "auto":
         return data.source == "stream"
-    floats = 2 * model.vae.config.latent_channels + data.alpha_mask
+    floats = 2 * model.latent_channels + data.alpha_mask
     cells = sum(width * height for width, height in shown.sizes) // model.vae_factor**2
     return 4 * floats * cells * (1 + data.random_flip) > data.resident_limit_mb * 2**20
 

@@ -16,7 +16,7 @@ from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.models.sampling.sample import generate
 
 if TYPE_CHECKING:
-    from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+    from dreamfleet.trainers.models.family import DiffusionModel
 
 
 def generated_name(number: int) -> str:
@@ -44,7 +44,7 @@ def class_image_key(content_hash: str, request: ImageRequest) -> str:
 
 
 def generate_class_images(
-    model: StableDiffusion,
+    model: DiffusionModel,
     request: ImageRequest,
     *,
     numbers: Sequence[int],

@@ -18,7 +18,7 @@ from dreamfleet.trainers.batches.sources import Images, ResidentLatents, Streame
 from dreamfleet.trainers.distributed.device import copy_to_device
 from dreamfleet.trainers.methods.base import Batch, Method, Sample
 from dreamfleet.trainers.models.condition import Condition
-from dreamfleet.trainers.models.stable_diffusion.noise import draw_noise, keyed_normal
+from dreamfleet.trainers.models.keyed_noise import keyed_normal
 
 # Bytes of encoded prompts on the device: some 4,500 of SD 1.x in 16 bits, 1,700 of SDXL.
 REMEMBERED = 512 * 2**20
@@ -49,7 +49,6 @@ class Feed:
         self._halves = [(to_samples(instances), images)]
         if classes is not None and class_images is not None:
             self._halves.append((to_samples(classes), class_images))
-        self._num_timesteps = method.model.scheduler.config.num_train_timesteps
         for samples, _ in self._halves:
             check_words(samples, method, data)  # now, not at the step that shows such an image
 
@@ -68,7 +67,7 @@ class Feed:
             part = images.take(draws)
             rows = part.pop("rows").tolist() if "rows" in part else [draw.row for draw in draws]
             prompts += [self._prompt(samples[row], draw) for row, draw in zip(rows, draws, strict=True)]
-            if self.method.model.is_sdxl:
+            if self.method.model.uses_time_ids:
                 part["time_ids"] = images.shown.time_ids(draws, rows)
             parts.append(part)
         batch: Batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -76,10 +75,10 @@ class Feed:
             shape = tuple(batch["mean"].shape[1:])
             batch["latents"] = self._sample_latents(batch.pop("mean"), batch.pop("std"), keys)
         else:
-            shape = self._latent_shape(batch["pixels"])
+            shape = self.method.model.latent_shape(*batch["pixels"].shape[2:])
             batch["latent_noise"] = self._latent_noise(keys, shape)
-        batch["noise"], batch["timesteps"] = draw_noise(
-            keys, shape, num_timesteps=self._num_timesteps, noise_offset=self.noise_offset
+        batch["noise"], batch["timesteps"] = self.method.model.draw_noise(
+            keys, shape, noise_offset=self.noise_offset
         )
         weights = torch.ones(len(keys))
         if self.method.prior is not None:
@@ -127,14 +126,8 @@ class Feed:
         chosen = [(k[0], k[1], 0, k[3]) for k in keys] if how == "once" else keys
         return torch.stack([keyed_normal(shape, "latent", *parts) for parts in chosen])
 
-    def _latent_shape(self, pixels: Tensor) -> tuple[int, ...]:
-        model = self.method.model
-        height, width = pixels.shape[2:]
-        return model.vae.config.latent_channels, height // model.vae_factor, width // model.vae_factor
-
     def _sample_latents(self, mean: Tensor, std: Tensor, keys: Sequence[tuple[int | str, ...]]) -> Tensor:
-        scale = self.method.model.vae.config.scaling_factor
-        return (mean + std * self._latent_noise(keys, tuple(mean.shape[1:]))) * scale
+        return self.method.model.scale_latents(mean + std * self._latent_noise(keys, tuple(mean.shape[1:])))
 
 
 class Preparer:
@@ -158,16 +151,12 @@ class Preparer:
         device = batch["noise"].device
         if "pixels" in batch:
             mean, std = self.method.model.encode_images(batch.pop("pixels"))
-            latents = mean + std * batch.pop("latent_noise")
-            batch["latents"] = latents * self.method.model.vae.config.scaling_factor
+            batch["latents"] = self.method.model.scale_latents(mean + std * batch.pop("latent_noise"))
         prompts = batch.pop("prompts")
         if self.method.trains_text:
             batch["input_ids"] = copy_to_device(self.method.tokenize(prompts), device)
         else:
-            condition = self._encode(prompts)
-            batch["context"] = condition.context
-            if condition.pooled is not None:
-                batch["pooled"] = condition.pooled
+            batch |= self._encode(prompts).entries()
         return batch
 
     def _encode(self, prompts: Sequence[str]) -> Condition:

@@ -27,7 +27,9 @@ def log_findings(index: Index, sizes: Sequence[Size], method: Method, data: Data
         )
     if isinstance(method, SeeingMethod):
         return
-    tokenizer, most = method.model.tokenizer, method.model.max_token_length
+    if not method.model.tokenizers:
+        return
+    tokenizer, most = method.model.tokenizers[0], method.model.max_token_length
     count, longest, uri = too_long(
         captions_of(index, method, data),
         lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids),

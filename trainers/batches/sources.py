@@ -19,7 +19,7 @@ from dreamfleet.datasets.plan import Draw
 from dreamfleet.datasets.rng import numpy_rng
 from dreamfleet.trainers.batches.vae_encoding import Encoded, encode_index, read_cut, to_tensors
 from dreamfleet.trainers.distributed.context import DistributedContext
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.models.family import DiffusionModel
 
 if TYPE_CHECKING:
     from dreamfleet.datasets.serve.stream import ImageStream
@@ -186,7 +186,7 @@ def streams(index: Index, data: DataConfig) -> bool:
 
 def load_images(
     index: Index,
-    model: StableDiffusion,
+    model: DiffusionModel,
     data: DataConfig,
     *,
     seed: int,

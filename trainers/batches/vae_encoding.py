@@ -19,7 +19,7 @@ from dreamfleet.datasets.images.masks import ImageView, cut_image, loss_weights
 from dreamfleet.datasets.index.index import Index
 from dreamfleet.datasets.index.sources import read_image_file, read_mask
 from dreamfleet.trainers.distributed.context import DistributedContext
-from dreamfleet.trainers.models.stable_diffusion.model import VAE_PIXELS, StableDiffusion
+from dreamfleet.trainers.models.family import VAE_PIXELS, DiffusionModel
 
 SHARED_AT_ONCE = 2**24  # numbers of latents that go over the card between workers: 64 MB
 
@@ -38,7 +38,7 @@ def encode_batch(pixels: int) -> int:
 
 
 @torch.no_grad()
-def encode_cuts(cuts: Sequence[np.ndarray], model: StableDiffusion) -> dict[str, Tensor]:
+def encode_cuts(cuts: Sequence[np.ndarray], model: DiffusionModel) -> dict[str, Tensor]:
     """Encode pictures of one size, as cut_picture gives them and as many as :func:`encode_batch` at most, by name.
 
     The VAE sees as many in any case, the last one again: sums differ in their last bits with the number, and a
@@ -56,7 +56,7 @@ def encode_cuts(cuts: Sequence[np.ndarray], model: StableDiffusion) -> dict[str,
 @torch.no_grad()
 def encode_index(
     index: Index,
-    model: StableDiffusion,
+    model: DiffusionModel,
     data: DataConfig,
     *,
     mirrored: Sequence[bool] = (False,),
@@ -71,7 +71,7 @@ def encode_index(
     sizes = training_sizes(index.sizes(), data)
     jobs = [ImageView(row, None, flip, size) for flip in mirrored for row, size in enumerate(sizes)]
     sizes = sizes * len(mirrored)
-    channels = {"mean": model.vae.config.latent_channels, "std": model.vae.config.latent_channels}
+    channels = {"mean": model.latent_channels, "std": model.latent_channels}
     if data.alpha_mask:
         channels["mask"] = 1
     # One tensor for all, so that workers share it in one go, and a view of it for each picture.

@@ -17,7 +17,7 @@ from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.config.scaling import ScalingConfig
 from dreamfleet.trainers.config.train import TrainConfig
 from dreamfleet.trainers.config.validation import ValidationConfig
-from dreamfleet.trainers.config.validation_errors import tell
+from dreamfleet.trainers.config.validation_errors import explain
 
 
 def find_conflicts(
@@ -79,7 +79,7 @@ def _engine_conflicts(engine: EngineConfig, sections: Mapping[str, Section]) -> 
     except UserError as error:
         return [f"engine.name: {error}"]
     except ValidationError as error:
-        return tell(error, spec.Options, homes={}, prefix="engine.options")
+        return explain(error, spec.Options, homes={}, prefix="engine.options")
     return find_refused(sections, spec.refused(engine), by=spec.setting(engine))
 
 

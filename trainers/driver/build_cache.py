@@ -28,7 +28,7 @@ from dreamfleet.trainers.driver.shared_paths import check_machines, shared_paths
 from dreamfleet.trainers.memory.engine_selection import limit_card
 from dreamfleet.trainers.methods.base import method_class
 from dreamfleet.trainers.methods.image_method import SeeingMethod
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
+from dreamfleet.trainers.models.family import DiffusionModel, load_model
 from dreamfleet.trainers.recipe import Recipe
 
 
@@ -201,7 +201,7 @@ def _images(recipe: Recipe) -> Index:
     return index
 
 
-def _check_sizes(recipe: Recipe, model: StableDiffusion) -> None:
+def _check_sizes(recipe: Recipe, model: DiffusionModel) -> None:
     for key in ("resolution", "bucket_reso_steps") if recipe.data.enable_bucket else ("resolution",):
         if (size := getattr(recipe.data, key)) % model.vae_factor:
             raise RecipeError(

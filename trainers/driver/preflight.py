@@ -97,8 +97,9 @@ def check_exists(named: NamedPath) -> None:
     else:
         is_missing = field.must_exist and os.path.isabs(path) and not os.path.exists(path)
     if is_missing:
-        kinds: dict[str, type[UserError]] = {"model": ModelError, "images": DataError}
-        raise kinds.get(field.kind, RecipeError)(
+        errors: dict[str, type[UserError]] = {"model": ModelError, "images": DataError}
+        error = RecipeError if key.startswith("method.") else errors.get(field.kind, RecipeError)
+        raise error(
             f"{key}: {path} does not exist. Check the path; a relative one starts at the recipe's folder"
         )
 

@@ -51,7 +51,7 @@ class Engine(EngineSpec, ABC):
         self.num_micros, self.max_grad_norm = num_micros, optimizer.max_grad_norm
         self.is_main = world == 1 or dist.get_rank() == 0
         self.mixed_precision, self.dtype = mixed_precision, DTYPES[mixed_precision]
-        apply_options(method.model.unet, config, device)
+        apply_options(method.model, config, device)
         self.groups = [group for group in method.groups() if group.params]
         self.params = {name: param for group in self.groups for name, param in group.params.items()}
         self.ema: Ema | None = None

@@ -6,16 +6,13 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from dreamfleet.trainers.config.engine import EngineConfig
-
-#: Classes of the U-Net's repeated blocks. Compiled block by block, each class is compiled once.
-BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
+from dreamfleet.trainers.models.family import DiffusionModel
 
 
-def apply_options(unet: nn.Module | None, config: EngineConfig, device: torch.device) -> None:
-    """Apply the ``engine:`` section's performance options to this process and the U-Net (None: there is none).
+def apply_options(model: DiffusionModel, config: EngineConfig, device: torch.device) -> None:
+    """Apply the ``engine:`` section's performance options to this process and the model's denoiser, if it is loaded.
 
     Modules are changed in place, so parameters, their names and checkpoints stay as they are.
     """
@@ -23,13 +20,14 @@ def apply_options(unet: nn.Module | None, config: EngineConfig, device: torch.de
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         torch.backends.cudnn.allow_tf32 = config.allow_tf32
         torch.backends.cudnn.benchmark = config.cudnn_benchmark
-    if unet is None:
+    denoiser = model.denoiser
+    if denoiser is None:
         return
     if config.channels_last:
-        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not annotated
+        denoiser.to(memory_format=torch.channels_last)
     if config.torch_compile:
-        for module in unet.modules():
-            if type(module).__name__ in BLOCKS:
+        for module in denoiser.modules():
+            if type(module).__name__ in model.block_classes:
                 module.compile(backend=config.dynamo_backend)
 
 

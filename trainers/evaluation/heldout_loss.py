@@ -18,7 +18,6 @@ from dreamfleet.trainers.engines.base import Engine
 from dreamfleet.trainers.evaluation.eval_mode import eval_mode
 from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.methods.image_method import SeeingMethod
-from dreamfleet.trainers.models.stable_diffusion.noise import draw_noise
 
 BATCH = 32  # images that a method measures at once
 
@@ -42,15 +41,14 @@ class HeldOutLoss:
     ):
         self.distributed = distributed = distributed or DistributedContext()
         model, self.method = method.model, method
-        total = model.scheduler.config.num_train_timesteps
-        self.timesteps = torch.tensor([int((j + 0.5) * total / count) for j in range(count)])
+        self.timesteps = model.even_timesteps(count)
         rows = distributed.share(len(index))
         captions = index.column("caption")
         mine = index.take(rows, [captions[row] for row in rows])
         encoded = distributed.on_every_rank(lambda: encode_index(mine, model, data))
         samples = to_samples(mine)
         self.ids = [sample.id for sample in samples]
-        self.latents = [mean * model.vae.config.scaling_factor for mean in encoded.mean]
+        self.latents = [model.scale_latents(mean) for mean in encoded.mean]
         self.masks = encoded.mask or [torch.ones(1, *mean.shape[1:]) for mean in encoded.mean]
         fixed = data.model_copy(update={"caption_dropout": 0.0, "tag_dropout": 0.0, "shuffle_tags": False})
         shown = Shown(mine, data.model_copy(update={"center_crop": True, "random_flip": False}), 0)
@@ -74,7 +72,7 @@ class HeldOutLoss:
                 keys = [("holdout", 0, j, image) for j in range(count)]
                 batch = {
                     "latents": latents.expand(count, -1, -1, -1),
-                    "noise": draw_noise(keys, tuple(latents.shape), num_timesteps=1)[0],
+                    "noise": self.method.model.draw_noise(keys, tuple(latents.shape))[0],
                     "mask": mask.expand(count, -1, -1, -1),
                     "timesteps": self.timesteps,
                     "time_ids": time_ids.expand(count, -1),

@@ -46,7 +46,7 @@ def preview_requests(config: ValidationConfig, resolution: int) -> list[ImageReq
 
 def check_previews(method: Method, config: ValidationConfig, resolution: int) -> None:
     """Raise RecipeError for a preview of a size that the model cannot generate."""
-    if not config.prompts or method.model.unet is None:
+    if not config.prompts or method.model.denoiser is None:
         return
     for number, request in enumerate(preview_requests(config, resolution), start=1):
         if not config.plain_prompts and (tags := split_tags(request.prompt)[1]):
@@ -60,7 +60,7 @@ def check_previews(method: Method, config: ValidationConfig, resolution: int) ->
             raise RecipeError(f"validation.prompts, prompt {number} ({request.prompt}): {error}") from error
 
 
-def draw_previews(
+def generate_previews(
     method: Method,
     engine: Engine,
     config: ValidationConfig,
@@ -90,12 +90,12 @@ def draw_previews(
     ]
     batches = [requests[start : start + BATCH] for start in range(0, len(requests), BATCH)]
 
-    def draw_mine() -> list[list[Image.Image]]:
+    def generate_share() -> list[list[Image.Image]]:
         with eval_mode(method), engine.autocast():
             return [
                 generate(method.model, batches[number], batch_size=BATCH, encode=method.encode)
                 for number in distributed.share(len(batches))
             ]
 
-    drawn = distributed.collect(distributed.on_every_rank(draw_mine), everywhere=False)
-    return list(itertools.chain.from_iterable(drawn)), cells
+    images = distributed.collect(distributed.on_every_rank(generate_share), everywhere=False)
+    return list(itertools.chain.from_iterable(images)), cells

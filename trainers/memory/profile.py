@@ -22,9 +22,7 @@ from dreamfleet.trainers.memory.inputs import Counts, Pass
 from dreamfleet.trainers.memory.trace import Autocast, fake_mode, trace_inference, trace_step
 from dreamfleet.trainers.methods.base import Batch, Method, method_class
 from dreamfleet.trainers.methods.build import build_method, check_resolution
-from dreamfleet.trainers.models.condition import predict
-from dreamfleet.trainers.models.stable_diffusion.meta_model import empty_condition, model_shape
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.models.family import DiffusionModel, load_shape
 from dreamfleet.trainers.recipe import Recipe
 
 PREVIEW_BATCH = 4  # the default of `generate`
@@ -81,7 +79,7 @@ def method_shape(recipe: Recipe) -> Method:
         raise UserError(
             f"plan: {engine.setting(recipe.engine)} {engine.no_plan}; set engine.name: auto to plan for torch and ZeRO"
         )
-    model = model_shape(recipe.model, method_class(recipe.method).needs)
+    model = load_shape(recipe.model, method_class(recipe.method).needs)
     check_resolution(recipe, model)
     method = build_method(recipe, model, concepts=())
     move_method(method, torch.device("meta"), DTYPES[recipe.train.mixed_precision])
@@ -149,7 +147,7 @@ def make_batch(recipe: Recipe, method: Method) -> Batch:
     batch: Batch = {
         "latents": torch.empty(shape),
         "noise": torch.empty(shape),
-        "timesteps": torch.zeros(num, dtype=torch.long),
+        "timesteps": model.even_timesteps(1).repeat(num),
         "weights": torch.ones(num),
         "num_instances": count,
     }
@@ -157,10 +155,11 @@ def make_batch(recipe: Recipe, method: Method) -> Batch:
         with torch.no_grad():
             mean, std = model.encode_images(torch.empty(num, 3, *[recipe.data.resolution] * 2))
             batch["latents"] = mean + std
-    told = empty_condition(model, num)._asdict()
+    entries = model.empty_condition(num).entries()
     if method.trains_text:
-        told = {"input_ids": method.tokenize([""] * num), "time_ids": told["time_ids"]}
-    return batch | {name: tensor for name, tensor in told.items() if tensor is not None}
+        sizes = {name: tensor for name, tensor in entries.items() if name == "time_ids"}
+        entries = {"input_ids": method.tokenize([""] * num), **sizes}
+    return batch | entries
 
 
 def _trace_start(recipe: Recipe, method: Method) -> tuple[int, int]:
@@ -196,10 +195,11 @@ def _trace_drawing(
     shape, entering = _latent_shape(recipe, model), num * (2 if guidance_scale != 1 else 1)
 
     def draw() -> None:
-        condition = empty_condition(model, entering)
-        condition = condition._replace(context=condition.context.to(model.unet.dtype))
-        noisy = torch.empty(entering, *shape, dtype=model.unet.dtype)
-        predict(model.unet, noisy, torch.zeros((), dtype=torch.long), condition)
+        dtype = model.denoiser_dtype
+        condition = model.empty_condition(entering)
+        condition = condition._replace(context=condition.context.to(dtype))
+        noisy = torch.empty(entering, *shape, dtype=dtype)
+        model.predict(noisy, model.even_timesteps(1)[0], condition)
         model.decode(torch.empty(num, *shape))
 
     return trace_inference(draw, known=_tensors(method), dtype=dtype)
@@ -210,12 +210,11 @@ def _caches_latents(recipe: Recipe) -> bool:
     return data.center_crop and data.cache_latents and data.source != "stream"
 
 
-def _latent_shape(recipe: Recipe, model: StableDiffusion) -> tuple[int, int, int]:
-    side = recipe.data.resolution // model.vae_factor
-    return (model.vae.config.latent_channels, side, side)
+def _latent_shape(recipe: Recipe, model: DiffusionModel) -> tuple[int, int, int]:
+    return model.latent_shape(recipe.data.resolution, recipe.data.resolution)
 
 
-def _latent_bytes(recipe: Recipe, model: StableDiffusion, images: int | None) -> int:
+def _latent_bytes(recipe: Recipe, model: DiffusionModel, images: int | None) -> int:
     """Return the host bytes of mean and std of every picture's latents, and of its mirror image's."""
     if not _caches_latents(recipe):
         return 0
@@ -229,7 +228,7 @@ def _remembered_bytes(recipe: Recipe, method: Method, images: int | None) -> int
         return 0
     data = recipe.data
     vary = data.shuffle_tags or data.tag_dropout or getattr(recipe.method, "template_file", None)
-    return REMEMBERED if vary else min(REMEMBERED, (images or 0) * empty_condition(method.model, 1).num_bytes)
+    return REMEMBERED if vary else min(REMEMBERED, (images or 0) * method.model.empty_condition(1).num_bytes)
 
 
 def _bytes(tensors: list[Tensor]) -> int:

@@ -24,6 +24,7 @@ from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.image_method import SeeingMethod, Use
 from dreamfleet.trainers.methods.whole_model import export_checkpoints
 from dreamfleet.trainers.models.condition import Condition
+from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.models.formats.aesthetic import write_aesthetic
 from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
     AestheticEncoder,
@@ -62,11 +63,10 @@ class AestheticGradients(SeeingMethod):
 
     formats = ("pt",)
 
-    def __init__(self, config: AestheticGradientsConfig, model: StableDiffusion, setting: Setting):
+    def __init__(self, config: AestheticGradientsConfig, model: DiffusionModel, setting: Setting):
         super().__init__(config, model, setting)
-        require_sd1(model)
         # Both in batches: sums over pictures, divided by the global batch.
-        self.features = nn.Parameter(torch.zeros(1, model.text_encoder.config.projection_dim))
+        self.features = nn.Parameter(torch.zeros(1, self.model.text_encoder.config.projection_dim))
         self.count = nn.Parameter(torch.zeros(1))
         self._clips: list[ClipScorer] = []
         self._encoders: list[AestheticEncoder] = []
@@ -74,6 +74,11 @@ class AestheticGradients(SeeingMethod):
     @property
     def all_formats(self) -> tuple[str, ...]:
         return ("pt", "diffusers")
+
+    @property
+    def model(self) -> StableDiffusion:
+        """The model, which is Stable Diffusion 1.x."""
+        return require_sd1(self._model[0])
 
     @property
     def clip(self) -> ClipScorer:

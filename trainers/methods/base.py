@@ -19,11 +19,9 @@ from dreamfleet.trainers.artifacts.kind import ARTIFACTS
 from dreamfleet.trainers.config.method import METHODS, MethodConfig
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.fits import check_fits
-from dreamfleet.trainers.models.condition import Condition, condition_of
+from dreamfleet.trainers.models.condition import Condition
+from dreamfleet.trainers.models.family import COMPONENTS, DiffusionModel
 from dreamfleet.trainers.models.formats.optimizer_file import AdamState
-from dreamfleet.trainers.models.stable_diffusion.family import TITLES
-from dreamfleet.trainers.models.stable_diffusion.model import ALL_PARTS, StableDiffusion
-from dreamfleet.trainers.models.stable_diffusion.noise import noise_loss
 from dreamfleet.trainers.optim.param_group import ParamGroup
 
 Batch = dict[str, Any]
@@ -88,12 +86,13 @@ class Method(nn.Module):
     (DDP, DeepSpeed) never touches frozen parts.
     """
 
-    needs: ClassVar[Collection[str]] = ALL_PARTS
+    needs: ClassVar[Collection[str]] = COMPONENTS
     #: the formats that an export writes by default
     formats: tuple[str, ...] = ()
 
-    def __init__(self, config: Any, model: StableDiffusion, setting: Setting):
+    def __init__(self, config: Any, model: DiffusionModel, setting: Setting):
         super().__init__()
+        model.require_support(config.name)
         self.config, self.setting, self._model = config, setting, [model]
         self.steps_before = 0  # that what the run goes on from was trained; checkpoints keep it
 
@@ -108,7 +107,7 @@ class Method(nn.Module):
         return tuple(form for kind in self.config.artifacts for form in ARTIFACTS.get(kind).formats)
 
     @property
-    def model(self) -> StableDiffusion:
+    def model(self) -> DiffusionModel:
         """The Stable Diffusion being fine-tuned."""
         return self._model[0]
 
@@ -120,10 +119,7 @@ class Method(nn.Module):
     @property
     def loss_parts(self) -> dict[str, nn.Module]:
         """The model's parts that gradients pass through, learning or not, by name: what a sharding engine shards."""
-        model = self.model
-        encoders = {"text_encoder": model.text_encoder, "text_encoder_2": model.text_encoder_2}
-        parts = {"unet": model.unet, **(encoders if self.trains_text else {})}
-        return {name: part for name, part in parts.items() if part is not None}
+        return self.model.trainable_parts(text=self.trains_text)
 
     @property
     def prior(self) -> Prior | None:
@@ -134,7 +130,7 @@ class Method(nn.Module):
     def base(self) -> Base:
         """What it starts from: the model."""
         model = self.model
-        words = f"{TITLES[model.family]}, {model.prediction_type}, {model.resolution} px"
+        words = f"{model.title}, {model.prediction_type}, {model.resolution} px"
         return Base(model.folder, model.content_hash, words)
 
     @property
@@ -186,7 +182,7 @@ class Method(nn.Module):
 
     def encode(self, prompts: Sequence[str], ids: Tensor | None = None) -> Condition:
         """Encode texts as this method's artefact makes them read; literal ones where their ids are not given."""
-        return self.model.read(prompts) if ids is None else self.model.condition(ids)
+        return self.model.encode(prompts) if ids is None else self.model.encode_tokens(ids)
 
     def forward(self, batch: Batch) -> Loss:
         """Compute the loss of a batch; the default is the noise loss weighted per sample (see ``batch_loss``)."""
@@ -194,16 +190,7 @@ class Method(nn.Module):
 
     def sample_losses(self, batch: Batch, *, snr_gamma: float | None = None) -> Tensor:
         """Compute the noise loss of each sample ``[N]``: what training lowers, and what held-out pictures measure."""
-        return noise_loss(
-            self.model.unet,
-            self.model.scheduler,
-            latents=batch["latents"],
-            noise=batch["noise"],
-            timesteps=batch["timesteps"],
-            condition=condition_of(self.model, batch),
-            snr_gamma=snr_gamma,
-            mask=batch.get("mask"),
-        )
+        return self.model.denoising_loss(batch, snr_gamma=snr_gamma)
 
     def batch_loss(self, batch: Batch) -> Loss:
         """Weigh the noise loss: ``sum(weights * loss) / num_instances``.

@@ -25,8 +25,8 @@ from dreamfleet.trainers.config.methods.discriminator import DiscriminatorConfig
 from dreamfleet.trainers.methods.base import Base, Batch, Loss, Setting
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.image_method import SeeingMethod, Use
+from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.models.formats.convnext import write_convnext
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.vision.discriminator import (
     adapt_network,
     load_discriminator,
@@ -48,7 +48,7 @@ class DiscriminatorTraining(SeeingMethod):
     needs = ()
     formats = ("transformers",)
 
-    def __init__(self, config: DiscriminatorConfig, model: StableDiffusion, setting: Setting):
+    def __init__(self, config: DiscriminatorConfig, model: DiffusionModel, setting: Setting):
         super().__init__(config, model, setting)
         self._start = ""
         if config.convnext is None:

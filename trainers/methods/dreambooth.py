@@ -22,14 +22,14 @@ from dreamfleet.trainers.methods.whole_model import (
     possible_formats,
     usual_formats,
 )
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
 class DreamBooth(Method):
     """Teach the model a subject: all of the U-Net learns, details are kept. A whole new checkpoint."""
 
-    def __init__(self, config: DreamBoothConfig, model: StableDiffusion, setting: Setting):
+    def __init__(self, config: DreamBoothConfig, model: DiffusionModel, setting: Setting):
         super().__init__(config, model, setting)
         for concept in setting.concepts:
             if config.with_prior_preservation and not concept.class_prompt:

@@ -16,15 +16,15 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.methods.base import Sample
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.embeddings import token_tables
+from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.models.formats.embedding import Embedding, read_embedding, write_embedding
 from dreamfleet.trainers.models.formats.optimizer_file import AdamState, moments_beside
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
-from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import place_word, words_in
+from dreamfleet.trainers.models.learned_words import place_word, words_in
 
 MARK = "\U000f1fff"  # stands for the word while a template is filled; a private character, which no text has
 
 
-def initial_vectors(model: StableDiffusion, text: str, num_vectors: int) -> list[Tensor]:
+def initial_vectors(model: DiffusionModel, text: str, num_vectors: int) -> list[Tensor]:
     """Return the starting vectors ``[n, D]`` in each text encoder: the rows of the text's tokens.
 
     Each token serves an equal run of vectors: vector i copies token floor(i * tokens / n), as webui does; more tokens
@@ -33,7 +33,7 @@ def initial_vectors(model: StableDiffusion, text: str, num_vectors: int) -> list
     tables = [table.detach().float() for table in token_tables(model)]
     if not text.strip():
         return [torch.zeros_like(table[:1]).repeat(num_vectors, 1) for table in tables]
-    ids = model.tokenizer(text, add_special_tokens=False).input_ids[:num_vectors]
+    ids = model.tokenizers[0](text, add_special_tokens=False).input_ids[:num_vectors]
     if not ids:
         raise RecipeError(f"method.initializer_token: {text!r} has no token in this model's vocabulary")
     rows = [ids[i * len(ids) // num_vectors] for i in range(num_vectors)]
@@ -41,7 +41,7 @@ def initial_vectors(model: StableDiffusion, text: str, num_vectors: int) -> list
 
 
 def vectors_from(
-    model: StableDiffusion, path: str, num_vectors: int
+    model: DiffusionModel, path: str, num_vectors: int
 ) -> tuple[list[Tensor], int, tuple[AdamState, ...]]:
     """Read the vectors ``[n, D]`` in each text encoder to go on from, the steps they were trained, and their moments.
 
@@ -88,7 +88,7 @@ def fill_prompt(
 
 
 def check_templates(
-    model: StableDiffusion, templates: Sequence[str], word: str, samples: Sequence[Sample], data: Any
+    model: DiffusionModel, templates: Sequence[str], word: str, samples: Sequence[Sample], data: Any
 ) -> str | None:
     """Return what to warn of where some prompts lack the word. Raises RecipeError where none has it."""
 
@@ -122,7 +122,7 @@ def _file_words(sample: Sample, data: Any) -> str:
     return captions.caption_from_filename(sample.file_name) if data.caption_from_filename else ""
 
 
-def export_word(vectors: Sequence[Tensor], order: Export, *, word: str, model: StableDiffusion) -> list[Path]:
+def export_word(vectors: Sequence[Tensor], order: Export, *, word: str, model: DiffusionModel) -> list[Path]:
     """Write ``NAME.FORMAT`` for every format, kohya's as ``kohya/NAME.safetensors``; returns the paths.
 
     ``vectors``: those in each text encoder.

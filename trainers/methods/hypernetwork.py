@@ -17,6 +17,7 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.methods.hypernetwork import HypernetworkConfig
 from dreamfleet.trainers.methods.base import Method, Sample, Setting
 from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.models.formats.hypernetwork import read_hypernetwork, write_hypernetwork
 from dreamfleet.trainers.models.formats.optimizer_file import AdamState, file_hash, moments_beside
 from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
@@ -24,7 +25,6 @@ from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
     context_widths,
     set_hypernetworks,
 )
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
@@ -33,16 +33,16 @@ class HypernetworkMethod(Method):
 
     formats = ("pt",)
 
-    def __init__(self, config: HypernetworkConfig, model: StableDiffusion, setting: Setting):
+    def __init__(self, config: HypernetworkConfig, model: DiffusionModel, setting: Setting):
         super().__init__(config, model, setting)
-        there = context_widths(model.unet)
+        there = context_widths(model.denoiser)
         widths = config.enable_sizes or there
         if missing := sorted(set(widths) - set(there)):
             raise RecipeError(
                 f"method.enable_sizes: {model.folder} has no contexts of {missing}, only of {there}"
             )
         self.network = Hypernetwork(widths, config.structure())
-        set_hypernetworks(model.unet, [(self.network, config.multiplier)])
+        set_hypernetworks(model.denoiser, [(self.network, config.multiplier)])
         self._templates = load_templates(config.template_file)
 
     def start(self) -> dict[str, AdamState]:

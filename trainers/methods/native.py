@@ -18,14 +18,14 @@ from dreamfleet.trainers.methods.whole_model import (
     possible_formats,
     usual_formats,
 )
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
 class Native(Method):
     """Teach the model a whole set of captioned pictures: all of the U-Net learns. A whole new checkpoint."""
 
-    def __init__(self, config: NativeConfig, model: StableDiffusion, setting: Setting):
+    def __init__(self, config: NativeConfig, model: DiffusionModel, setting: Setting):
         super().__init__(config, model, setting)
         self.learning = learning_parts(model, config)
         self.formats = usual_formats(config)

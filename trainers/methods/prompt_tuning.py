@@ -28,11 +28,10 @@ from dreamfleet.trainers.methods.embedding_common import (
 )
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.embeddings import install_embedding, install_negative
+from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.models.formats.file_names import NEGATIVE
+from dreamfleet.trainers.models.learned_words import place_word
 from dreamfleet.trainers.models.stable_diffusion.guidance import guidance_at, guided_prediction
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
-from dreamfleet.trainers.models.stable_diffusion.noise import clean_estimate, prediction_loss
-from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import place_word
 from dreamfleet.trainers.models.vision.discriminator import Discriminator, load_discriminator
 from dreamfleet.trainers.optim.param_group import ParamGroup
 
@@ -46,7 +45,7 @@ class PromptTuning(Method):
 
     formats = ("pt", "safetensors")
 
-    def __init__(self, config: PromptTuningConfig, model: StableDiffusion, setting: Setting):
+    def __init__(self, config: PromptTuningConfig, model: DiffusionModel, setting: Setting):
         super().__init__(config, model, setting)
         positive = initial_vectors(model, config.initializer_token, config.num_vectors)
         negative = initial_vectors(model, config.initializer_token, config.num_vectors_neg)
@@ -130,24 +129,16 @@ class PromptTuning(Method):
     def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the noised latents and the guided prediction, each ``[N, C, H, W]``."""
         model, timesteps = self.model, batch["timesteps"]
-        noisy = model.scheduler.add_noise(batch["latents"], batch["noise"], timesteps)
+        noisy = model.add_noise(batch["latents"], batch["noise"], timesteps)
         ids = batch["input_ids"]
-        pairs = model.condition(ids.flatten(0, 1)).map(lambda tensor: tensor.unflatten(0, ids.shape[:2]))
+        pairs = model.encode_tokens(ids.flatten(0, 1)).map(lambda tensor: tensor.unflatten(0, ids.shape[:2]))
         if "time_ids" in batch:  # both sides of a pair are of the same picture
-            pairs = pairs.sized(batch["time_ids"][:, None].expand(-1, 2, -1))
-        scale = guidance_at(self._guidance, timesteps, model.scheduler.config.num_train_timesteps)
-        return noisy, guided_prediction(model.unet, noisy, timesteps, pairs, scale)
+            pairs = pairs.with_sizes(batch["time_ids"][:, None].expand(-1, 2, -1))
+        scale = guidance_at(self._guidance, model.noise_level(timesteps))
+        return noisy, guided_prediction(model, noisy, timesteps, pairs, scale)
 
     def _noise_losses(self, batch: Batch, predicted: Tensor, snr_gamma: float | None) -> Tensor:
-        return prediction_loss(
-            self.model.scheduler,
-            predicted,
-            latents=batch["latents"],
-            noise=batch["noise"],
-            timesteps=batch["timesteps"],
-            snr_gamma=snr_gamma,
-            mask=batch.get("mask"),
-        )
+        return self.model.loss(predicted, batch, snr_gamma=snr_gamma)
 
     def _image_losses(
         self, batch: Batch, noisy: Tensor, predicted: Tensor
@@ -162,7 +153,7 @@ class PromptTuning(Method):
         found: dict[str, tuple[Tensor, float]] = {}
         if not config.rec_loss_w and not self._judges:
             return found
-        pixels = model.decode(clean_estimate(model.scheduler, predicted, noisy, batch["timesteps"]))
+        pixels = model.decode(model.clean_estimate(predicted, noisy, batch["timesteps"]))
         if config.rec_loss_w:
             with torch.no_grad():
                 real = model.decode(batch["latents"])

@@ -25,8 +25,8 @@ from dreamfleet.trainers.methods.embedding_common import (
 )
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.embeddings import install_embedding
+from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.models.formats.optimizer_file import AdamState
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
@@ -35,7 +35,7 @@ class TextualInversion(Method):
 
     formats = ("pt", "safetensors", "png")
 
-    def __init__(self, config: TextualInversionConfig, model: StableDiffusion, setting: Setting):
+    def __init__(self, config: TextualInversionConfig, model: DiffusionModel, setting: Setting):
         super().__init__(config, model, setting)
         start = initial_vectors(model, config.initializer_token, config.num_vectors)
         self._learning = word_parameters(self, "vectors", start)

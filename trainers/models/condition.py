@@ -1,26 +1,23 @@
-"""What a U-Net is told beside the noised latents: the prompt's encoding and, in SDXL, its summary and sizes.
+"""The inputs of a denoiser besides the noised latents: the encoded prompt and, in some families, image sizes.
 
-Source: Podell et al. 2023 (arXiv 2307.01952), section 2.2, for the sizes.
-B samples, T tokens, D their width, P the summary's width.
+Source of the sizes: Podell et al. 2023 (arXiv 2307.01952), section 2.2.
+B samples, T tokens, D width of a token, P width of the pooled encoding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
-
 
 class Condition(NamedTuple):
-    """``context`` ``[B, T, D]``; ``pooled`` ``[B, P]`` and ``time_ids`` ``[B, 6]`` in SDXL, else None.
+    """``context`` ``[B, T, D]``, and where the family uses them ``pooled`` ``[B, P]`` and ``time_ids`` ``[B, 6]``.
 
-    ``time_ids`` are height and width of the file's picture, top and left of the crop, height and width of what is left,
-    in pixels; they are known where a picture is, not where its prompt is encoded.
+    ``time_ids`` are in pixels: height and width of the image file, top and left of the crop, height and width of the
+    crop. They belong to the image, so they are added where the image is known, not where the prompt is encoded.
     """
 
     context: Tensor
@@ -28,50 +25,41 @@ class Condition(NamedTuple):
     time_ids: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Condition:
-        """Return it with every tensor changed alike: moved, repeated, split."""
+        """Return the condition with ``change`` applied to every tensor."""
         others = (change(tensor) if tensor is not None else None for tensor in self[1:])
         return Condition(change(self.context), *others)
 
-    def sized(self, time_ids: Tensor | None) -> Condition:
-        """Return it with these sizes, where it is of a model that is told sizes."""
-        return self if self.pooled is None else self._replace(time_ids=time_ids)
+    def with_sizes(self, time_ids: Tensor) -> Condition:
+        """Return the condition with these ``time_ids`` ``[B, 6]``."""
+        return self._replace(time_ids=time_ids)
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of all of it."""
+        """Bytes of all tensors together."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self if tensor is not None)
 
     def rows(self) -> list[Condition]:
-        """Take the samples apart, each with a first dimension of 1."""
+        """Split the batch into samples, each with a first dimension of 1."""
         each = [[None] * len(self.context) if tensor is None else tensor.split(1) for tensor in self]
         return [Condition(*row) for row in zip(*each, strict=True)]
 
+    def entries(self) -> dict[str, Tensor]:
+        """Return the tensors by name, as a batch holds them."""
+        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
+
+    @staticmethod
+    def in_batch(batch: Mapping[str, Any]) -> Condition:
+        """Return the condition whose entries are in a batch."""
+        return Condition(batch["context"], batch.get("pooled"), batch.get("time_ids"))
+
     @staticmethod
     def cat(parts: Sequence[Condition]) -> Condition:
-        """Put samples after one another."""
+        """Concatenate conditions along the batch dimension."""
         contexts, *others = zip(*parts, strict=True)
         joined = (torch.cat(tensors) if tensors[0] is not None else None for tensors in others)
         return Condition(torch.cat(contexts), *joined)
 
 
-def condition_of(model: StableDiffusion, batch: dict[str, Any]) -> Condition:
-    """Return what the U-Net is told in a batch, encoding the prompts where the text side learns."""
-    if "context" in batch:
-        found = Condition(batch["context"], batch.get("pooled"))
-    else:
-        found = model.condition(batch["input_ids"])
-    return found.sized(batch.get("time_ids"))
-
-
-def predict(unet: Any, noisy_BCHW: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-    """Run a U-Net ``[B, C, H, W]`` under a condition, in the precision that it computes in."""
-    options = {}
-    if condition.pooled is not None:
-        added = {"text_embeds": condition.pooled, "time_ids": condition.time_ids}
-        options["added_cond_kwargs"] = added
-    return unet(noisy_BCHW, timesteps, condition.context, return_dict=False, **options)[0]
-
-
 def whole_image_ids(height: int, width: int) -> Tensor:
-    """Return the ``time_ids`` ``[1, 6]`` of a picture that was neither resized nor cropped, as pictures are drawn."""
+    """Return the ``time_ids`` ``[1, 6]`` of an image that was neither resized nor cropped, as for sampling."""
     return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)

@@ -1,4 +1,7 @@
-"""Placeholder words that stand for n learned vectors, spliced into the input of the text encoder, of SDXL's both."""
+"""Placeholder words that stand for n learned vectors, spliced into the token tables of the text encoders.
+
+The functions take a model of any family whose text encoders have a token table, as those of transformers do.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.models.formats.file_names import NEGATIVE
 
 if TYPE_CHECKING:
+    from dreamfleet.trainers.models.family import DiffusionModel
     from dreamfleet.trainers.models.formats.embedding import Embedding
-    from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 
 
 class SplicedEmbedding(nn.Module):
-    """A token table with rows appended: ids from ``vocab_size`` on read the learned vectors.
+    """A token table with rows appended: ids from ``vocab_size`` on refer to the learned vectors.
 
-    The vectors are Parameters of their own, so training them leaves every row of the table bit-equal, and an optimizer
+    The vectors are parameters of their own. Training them leaves every row of the table bit-equal, and an optimizer
     holds states for kilobytes instead of the whole table.
     """
 
@@ -27,20 +30,20 @@ class SplicedEmbedding(nn.Module):
         super().__init__()
         self.table = table
         self.words: dict[str, nn.Parameter] = {}
-        # Kept apart: where an engine shards parameters, the vectors are empty between uses.
+        # Kept separately: an engine that shards parameters leaves the vectors empty between uses.
         self.counts: dict[str, int] = {}
-        #: the word that belongs into the negative prompt of whoever uses a word
+        #: word -> the word that belongs in the negative prompt of an image whose prompt has it
         self.negatives: dict[str, str] = {}
-        #: words that came with a LoRA and leave with it
+        #: words that belong to an applied LoRA and are removed with it
         self.lent: set[str] = set()
 
     @property
     def weight(self) -> Tensor:
-        """The untouched token table ``[vocab_size, D]``."""
+        """The unchanged token table ``[vocab_size, D]``."""
         return self.table.weight
 
     def splice(self, word: str, vectors: nn.Parameter) -> None:
-        """Append ``vectors`` ``[n, D]`` as the meaning of ``word``; replaces an earlier meaning of the same width."""
+        """Append ``vectors`` ``[n, D]`` as the meaning of ``word``, in place of an earlier one of the same width."""
         self.words[word], self.counts[word] = vectors, len(vectors)
 
     def ids(self, word: str) -> range:
@@ -59,50 +62,50 @@ class SplicedEmbedding(nn.Module):
             return self.table(input_ids)
         is_learned = input_ids >= vocab
         base_BTD = self.table(input_ids.masked_fill(is_learned, 0))
-        # In no module tree, so an encoder that was moved after its words were installed has not moved them.
+        # The vectors are in no module tree, so they stay behind if the encoder is moved after they were spliced in.
         rows = torch.cat([vectors.to(base_BTD.device) for vectors in self.words.values()])
         learned_BTD = rows[(input_ids - vocab).clamp(min=0)].to(base_BTD.dtype)
         return torch.where(is_learned[..., None], learned_BTD, base_BTD)
 
 
-def text_embeddings(text_encoder: Any) -> Any:
-    """Return the module that holds ``token_embedding``; transformers 5 dropped its ``text_model`` level."""
-    return getattr(text_encoder, "text_model", text_encoder).embeddings
-
-
 def spliced_table(text_encoder: Any) -> Any:
-    """Return a text encoder's token table: a :class:`SplicedEmbedding` where it was taught words."""
-    return text_embeddings(text_encoder).token_embedding
+    """Return a text encoder's token table: a :class:`SplicedEmbedding` if it has learned words."""
+    return _holder(text_encoder).token_embedding
 
 
-def token_tables(model: StableDiffusion) -> list[Tensor]:
+def spliced_tables(model: DiffusionModel) -> list[SplicedEmbedding]:
+    """Return the token tables that have learned words, one for each text encoder, or none."""
+    tables = map(spliced_table, model.text_encoders)
+    return [table for table in tables if isinstance(table, SplicedEmbedding)]
+
+
+def token_tables(model: DiffusionModel) -> list[Tensor]:
     """Return the token table ``[vocab_size, D]`` of each text encoder."""
-    return [text_embeddings(encoder).token_embedding.weight for encoder in model.text_encoders]
+    return [spliced_table(encoder).weight for encoder in model.text_encoders]
 
 
 def install_embedding(
-    model: StableDiffusion, word: str, vectors: Tensor, vectors_2: Tensor | None = None
+    model: DiffusionModel, word: str, vectors: Tensor, vectors_2: Tensor | None = None
 ) -> None:
-    """Teach ``model`` that ``word`` in a prompt means ``vectors`` ``[n, D]``.
+    """Make ``word`` in a prompt stand for ``vectors`` ``[n, D]``; ``vectors_2`` are those of a second text encoder.
 
-    ``vectors_2`` are SDXL's, in its second encoder. Parameters are used as they are, so that they can learn; other
-    tensors are copied. Raises ModelError for vectors of another family.
+    Parameters are used as they are, so that they can train; other tensors are copied. Raises ModelError for vectors of
+    another model family.
     """
     given = [vectors] if vectors_2 is None else [vectors, vectors_2]
     widths = [table.shape[1] for table in token_tables(model)]
-    if [tensor.shape[1:] for tensor in given] != [(width,) for width in widths] or len(
-        set(map(len, given))
-    ) > 1:
+    fits = [tensor.shape[1:] for tensor in given] == [(width,) for width in widths]
+    if not fits or len(set(map(len, given))) > 1:
         shapes = " and ".join(str(list(tensor.shape)) for tensor in given)
-        wanted = " and ".join(f"[n, {width}]" for width in widths)
+        wanted = " and ".join(f"[n, {width}]" for width in widths) or "no embeddings"
         raise ModelError(
-            f"the embedding {word!r} has shape {shapes}, but {model.folder} reads {wanted}; it was made for another "
+            f"the embedding {word!r} has shape {shapes}, but {model.folder} takes {wanted}; it was made for another "
             "family of models"
         )
     if not word.strip():
         raise ModelError("an embedding needs a word that stands for it in prompts")
     for encoder, tensor in zip(model.text_encoders, given, strict=True):
-        holder = text_embeddings(encoder)
+        holder = _holder(encoder)
         if not isinstance(holder.token_embedding, SplicedEmbedding):
             holder.token_embedding = SplicedEmbedding(holder.token_embedding)
         parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach().clone())
@@ -110,23 +113,23 @@ def install_embedding(
 
 
 def install_negative(
-    model: StableDiffusion, word: str, vectors: Tensor, vectors_2: Tensor | None = None
+    model: DiffusionModel, word: str, vectors: Tensor, vectors_2: Tensor | None = None
 ) -> None:
-    """Teach ``model`` the negative of an installed word under the name ``WORD-neg``, as DreamArtist calls it.
+    """Install the negative of an installed word under the name ``WORD-neg``, as DreamArtist calls it.
 
-    :func:`prompt_tokens.negative_for` then puts it into negative prompts.
+    Sampling then adds it to the negative prompt of prompts with the word.
     """
     negative = f"{word}{NEGATIVE}"
     install_embedding(model, negative, vectors, vectors_2)
-    text_embeddings(model.text_encoder).token_embedding.negatives[word] = negative
+    spliced_table(model.text_encoders[0]).negatives[word] = negative
 
 
-def lend_embeddings(model: StableDiffusion, embeddings: Iterable[Embedding]) -> None:
-    """Teach ``model`` words for a time, in place of those lent before; a word that it knows keeps its meaning.
+def lend_embeddings(model: DiffusionModel, embeddings: Iterable[Embedding]) -> None:
+    """Install words temporarily, in place of those lent before; a word that the model has keeps its meaning.
 
-    Raises ModelError for vectors of another family.
+    Raises ModelError for vectors of another model family.
     """
-    for holder in map(text_embeddings, model.text_encoders):
+    for holder in map(_holder, model.text_encoders):
         spliced = holder.token_embedding
         if isinstance(spliced, SplicedEmbedding):
             for word in spliced.lent:
@@ -134,21 +137,25 @@ def lend_embeddings(model: StableDiffusion, embeddings: Iterable[Embedding]) -> 
             spliced.lent.clear()
             if not spliced.words:
                 holder.token_embedding = spliced.table
-    for embedding in embeddings:
-        tables = [text_embeddings(encoder).token_embedding for encoder in model.text_encoders]
-        if any(embedding.name in getattr(table, "words", ()) for table in tables):
+    for embedding in embeddings if model.text_encoders else ():
+        if any(embedding.name in table.words for table in spliced_tables(model)):
             continue
-        place = tables[0].weight.device
+        device = model.text_device
         second = embedding.vectors_2
         install_embedding(
-            model, embedding.name, embedding.vectors.to(place), None if second is None else second.to(place)
+            model, embedding.name, embedding.vectors.to(device), None if second is None else second.to(device)
         )
-        for encoder in model.text_encoders:
-            text_embeddings(encoder).token_embedding.lent.add(embedding.name)
+        for table in spliced_tables(model):
+            table.lent.add(embedding.name)
 
 
-def remove_embeddings(model: StableDiffusion) -> None:
-    """Give the text encoders their own token tables back."""
-    for holder in map(text_embeddings, model.text_encoders):
+def remove_embeddings(model: DiffusionModel) -> None:
+    """Restore the text encoders' own token tables."""
+    for holder in map(_holder, model.text_encoders):
         if isinstance(holder.token_embedding, SplicedEmbedding):
             holder.token_embedding = holder.token_embedding.table
+
+
+def _holder(text_encoder: Any) -> Any:
+    """Return the module that has ``token_embedding``; transformers 5 dropped its ``text_model`` level."""
+    return getattr(text_encoder, "text_model", text_encoder).embeddings

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dreamfleet.trainers.config.metrics import figure_title
 from dreamfleet.trainers.report import formatting
-from dreamfleet.trainers.report.preview_grid import Cell, Sheet, mosaic
+from dreamfleet.trainers.report.preview_grid import Cell, PreviewGrid, mosaic
 
 MOST_CELLS = 9  # images of one prompt in one panel
 LONGEST_SIDE = 384  # pixels of an image on the page
@@ -38,30 +38,30 @@ class Comparison:
     prompts: Sequence[Prompt]
 
 
-def compare(sheets: Sequence[Sheet], real: Sequence[Image.Image]) -> Comparison | None:
+def compare(grids: Sequence[PreviewGrid], real: Sequence[Image.Image]) -> Comparison | None:
     """Arrange previews and real images for the comparison; None without previews."""
-    if not sheets:
+    if not grids:
         return None
-    first, last = sheets[0], sheets[-1]
+    first, last = grids[0], grids[-1]
     base = first if first.step == 0 and last.step > 0 else None
-    tuned = [sheet for sheet in sheets if sheet is not base]
+    tuned = [grid for grid in grids if grid is not base]
     texts = list(dict.fromkeys(cell.prompt for cell in sorted(last.cells, key=lambda c: c.row)))
     columns = math.ceil(math.sqrt(min(MOST_CELLS, max(len(last.of(text)) for text in texts))))
-    grid = None
+    real_grid = None
     if real:
         size = min(real[0].width, LONGEST_SIDE)
-        grid = mosaic(real[: columns**2], columns, cell=size, gap=max(1, size // 50))
+        real_grid = mosaic(real[: columns**2], columns, cell=size, gap=max(1, size // 50))
     prompts = [
         Prompt(
             text,
             _mean_scores(tuned[-1].of(text)),
             base.of(text)[:MOST_CELLS] if base else None,
-            [sheet.of(text)[:MOST_CELLS] for sheet in tuned],
+            [grid.of(text)[:MOST_CELLS] for grid in tuned],
         )
         for text in texts
     ]
     titles = ["base"] * bool(base) + ["tuned"] + ["real"] * bool(real)
-    return Comparison(titles, [sheet.step for sheet in tuned], columns, grid, prompts)
+    return Comparison(titles, [grid.step for grid in tuned], columns, real_grid, prompts)
 
 
 def _mean_scores(cells: Sequence[Cell]) -> str:
@@ -74,11 +74,11 @@ def _mean_scores(cells: Sequence[Cell]) -> str:
     )
 
 
-def over_time(sheets: Sequence[Sheet]) -> dict[str, list[tuple[int, Cell]]]:
+def over_time(grids: Sequence[PreviewGrid]) -> dict[str, list[tuple[int, Cell]]]:
     """Return the first image of each prompt at every step; nothing for fewer than three steps."""
-    if len(sheets) < 3:
+    if len(grids) < 3:
         return {}
     return {
-        prompt: [(sheet.step, cells[0]) for sheet in sheets if (cells := sheet.of(prompt))]
-        for prompt in dict.fromkeys(cell.prompt for cell in sheets[-1].cells)
+        prompt: [(grid.step, cells[0]) for grid in grids if (cells := grid.of(prompt))]
+        for prompt in dict.fromkeys(cell.prompt for cell in grids[-1].cells)
     }

@@ -1,4 +1,4 @@
-"""Numbers written for people: durations, sizes, losses, learning rates."""
+"""Numbers formatted for people: durations, sizes, losses, learning rates."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def seconds(value: float) -> str:
-    """Write a duration: 0.42 s, 12 s, 3 min 05 s, 2 h 10 min, 3 d 4 h."""
+    """Format a duration: 0.42 s, 12 s, 3 min 05 s, 2 h 10 min, 3 d 4 h."""
     if not math.isfinite(value):
         return "?"
     if value < 10:
@@ -22,7 +22,7 @@ def seconds(value: float) -> str:
 
 
 def size(count: float) -> str:
-    """Write a number of bytes: 512 B, 4.2 kB, 23.4 MB, 1.7 GB (powers of 1000, as disks are sold)."""
+    """Format a number of bytes: 512 B, 4.2 kB, 23.4 MB, 1.7 GB (powers of 1000)."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 999.5:
@@ -32,7 +32,7 @@ def size(count: float) -> str:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """Write a figure with so many significant digits: 1 234, 0.0831, 5e-6, 12.5."""
+    """Format a number with ``digits`` significant digits: 1 234, 0.0831, 5e-6, 12.5."""
     if isinstance(value, bool) or not math.isfinite(value):
         return str(value)
     if value < 0:
@@ -50,7 +50,7 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def share(value: float) -> str:
-    """Write a fraction as per cent: 0.4 %, 12 %, 100 %."""
+    """Format a fraction as per cent: 0.4 %, 12 %, 100 %."""
     percent = value * 100
     if 0 < percent < 0.05:
         return "< 0.1 %"

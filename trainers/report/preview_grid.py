@@ -1,4 +1,4 @@
-"""Reads a run's preview grids back as single pictures, and packs pictures into an HTML page."""
+"""Preview grids of a run: reading their images back, and embedding images into an HTML page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture of a grid: what it was drawn from, how it scored, and the picture."""
+    """One image of a preview grid, with its prompt, seed, position and scores."""
 
     prompt: str
     seed: int
@@ -33,43 +33,43 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Sheet:
+class PreviewGrid:
     """The preview grid of one step."""
 
     step: int
     cells: list[Cell]
 
     def of(self, prompt: str) -> list[Cell]:
-        """List the cells of a prompt from left to right."""
+        """Return the cells of a prompt from left to right."""
         return sorted((cell for cell in self.cells if cell.prompt == prompt), key=lambda c: (c.row, c.column))
 
 
-def read_sheets(run: Storage, most: int) -> list[Sheet]:
-    """Read the preview grids in `samples/`, at most so many, evenly spread, first and last among them."""
+def read_preview_grids(run: Storage, most: int) -> list[PreviewGrid]:
+    """Read at most ``most`` preview grids in ``samples/``, evenly spread and including the first and the last."""
     names = [m for name in run.list("samples") if (m := re.fullmatch(r"(step-(\d+))\.png", name))]
     names.sort(key=lambda match: int(match[2]))
     if len(names) > most:
         names = [names[round(i * (len(names) - 1) / (most - 1))] for i in range(most)]
-    sheets = []
+    grids = []
     for match in names:
         try:
             cells = _cells(run, f"samples/{match[1]}")
         except (UserError, OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("the report leaves out samples/%s: %s", match[0], error)
+            log.warning("the report skips samples/%s: %s", match[0], error)
             continue
         if cells:
-            sheets.append(Sheet(int(match[2]), cells))
-    return sheets
+            grids.append(PreviewGrid(int(match[2]), cells))
+    return grids
 
 
-def read_real(run: Storage, size: int | None) -> list[Image.Image]:
-    """Read the training pictures that `samples/real.png` shows, as squares of `size` pixels."""
+def read_real_images(run: Storage, size: int | None) -> list[Image.Image]:
+    """Read the training images in ``samples/real.png``, squares of ``size`` pixels."""
     if not run.exists("samples/real.png"):
         return []
     try:
         grid = _image(run, "samples/real.png")
     except (UserError, OSError, ValueError) as error:
-        log.warning("the report leaves out samples/real.png: %s", error)
+        log.warning("the report skips samples/real.png: %s", error)
         return []
     if not size or size > min(grid.size):
         return [grid]
@@ -77,30 +77,30 @@ def read_real(run: Storage, size: int | None) -> list[Image.Image]:
     boxes = [
         _box(grid.size, (size, size), (rows, columns), (r, c)) for r in range(rows) for c in range(columns)
     ]
-    cuts = [grid.crop(box) for box in boxes]
+    images = [grid.crop(box) for box in boxes]
     return [
-        cut for cut in cuts if cut.getcolors(1) is None
-    ]  # places that the last row leaves empty have one colour
+        image for image in images if image.getcolors(1) is None
+    ]  # empty cells of the last row have one colour
 
 
 def mosaic(images: Sequence[Image.Image], columns: int, *, cell: int, gap: int) -> Image.Image:
-    """Join the pictures in a grid of `columns` with transparent gaps; the last row may be short."""
+    """Return the images in a grid of square cells with transparent gaps; ``cell`` and ``gap`` are pixels."""
     rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGBA", (columns * (cell + gap) - gap, rows * (cell + gap) - gap))
+    grid = Image.new("RGBA", (columns * (cell + gap) - gap, rows * (cell + gap) - gap))
     for n, image in enumerate(images):
         place = (n % columns * (cell + gap), n // columns * (cell + gap))
-        sheet.paste(image.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS), place)
-    return sheet
+        grid.paste(image.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS), place)
+    return grid
 
 
 def data_uri(image: Image.Image, *, longest: int) -> str:
-    """Pack a picture as a WebP data URI, made smaller when a side is over `longest` pixels."""
+    """Return an image as a WebP data URI, resized if a side is over ``longest`` pixels."""
     shrink = longest / max(image.size)
     if shrink < 1:
         size = (max(1, round(image.width * shrink)), max(1, round(image.height * shrink)))
         image = image.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    small = max(image.size) <= 160  # lossy blocks would show
+    small = max(image.size) <= 160  # compression artifacts would be visible
     image.save(buffer, "WEBP", lossless=small, quality=80 if small else 86)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
@@ -115,7 +115,7 @@ def _cells(run: Storage, stem: str) -> list[Cell]:
     cells = []
     for line in lines:
         left, top, *_ = _box(grid.size, cell, shape, (line["row"], line["column"]))
-        left += (cell[0] - line["width"]) // 2  # as the grid places smaller pictures
+        left += (cell[0] - line["width"]) // 2  # smaller images are centred
         box = (left, top, left + line["width"], top + line["height"])
         scores = {k: float(v) for k, v in (line.get("scores") or {}).items() if isinstance(v, int | float)}
         place = (int(line["row"]), int(line["column"]))
@@ -126,7 +126,7 @@ def _cells(run: Storage, stem: str) -> list[Cell]:
 def _box(
     grid: tuple[int, int], cell: tuple[int, int], shape: tuple[int, int], place: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    # Cells are evenly spread; what they leave over is the gap between them, the same on both axes where both have one.
+    # Cells are evenly spaced; the gap between them is equal on both axes.
     gaps = [
         (grid[axis] - shape[1 - axis] * cell[axis]) / (shape[1 - axis] - 1) if shape[1 - axis] > 1 else 0.0
         for axis in (0, 1)

@@ -25,10 +25,10 @@ from dreamfleet.trainers.report.charts import Chart, Line, Point, lay_out, smoot
 from dreamfleet.trainers.report.comparison import LONGEST_SIDE, compare, over_time
 from dreamfleet.trainers.report.html import environment
 from dreamfleet.trainers.report.metrics_log import read_metrics
-from dreamfleet.trainers.report.preview_grid import Sheet, read_real, read_sheets
+from dreamfleet.trainers.report.preview_grid import PreviewGrid, read_preview_grids, read_real_images
 
 log = logging.getLogger(__name__)
-MOST_SHEETS = 16
+MOST_GRIDS = 16
 ACCURACY = "accuracy/"  # + class name: that class's accuracy
 # (file name in exports/, run_name=, recipe=) -> an object with `what` and `uses`, each of a `program` and a `text`.
 Describe = Callable[..., Any]
@@ -44,13 +44,13 @@ class RunFolder:
     recipe_text: str
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
-    sheets: list[Sheet]
+    grids: list[PreviewGrid]
 
     @property
     def last_step(self) -> int:
         """The last optimizer step that any file mentions."""
         steps = [int(line.get("step", 0)) for line in self.metrics]
-        return max([int(self.summary.get("steps") or 0), *steps, *(sheet.step for sheet in self.sheets)])
+        return max([int(self.summary.get("steps") or 0), *steps, *(grid.step for grid in self.grids)])
 
     def curve(self, key: str) -> list[Point]:
         """Return the logged values of a figure over the steps."""
@@ -67,15 +67,15 @@ def render(run: Storage, *, describe: Describe) -> str:
     """Return the report of a run folder as HTML without references to other files."""
     folder = _read(run)
     resolution = _get(folder.recipe, "data", "resolution")
-    real = read_real(run, resolution if isinstance(resolution, int) else None)
+    real = read_real_images(run, resolution if isinstance(resolution, int) else None)
     return environment().get_template("report.html").render(
         **_head(folder),
         **_timings(folder),
         longest_side=LONGEST_SIDE,
         figures=_figures(folder),
-        comparison=compare(folder.sheets, real),
+        comparison=compare(folder.grids, real),
         real=real,
-        over_time=over_time(folder.sheets),
+        over_time=over_time(folder.grids),
         plots=[plot for chart in _charts(folder) if (plot := lay_out(chart, last_step=folder.last_step))],
         artifacts=_artifacts(folder, describe),
         exports=run.path("exports"),
@@ -96,7 +96,7 @@ def _read(run: Storage) -> RunFolder:
     recipe, summary = (x if isinstance(x, dict) else {} for x in (recipe, summary))
     name = str(summary.get("run") or run.url.rstrip("/").rpartition("/")[2])
     metrics = [line for line in read_metrics(run) if isinstance(line, dict)]
-    return RunFolder(run, name, recipe, recipe_text, summary, metrics, read_sheets(run, MOST_SHEETS))
+    return RunFolder(run, name, recipe, recipe_text, summary, metrics, read_preview_grids(run, MOST_GRIDS))
 
 
 def _text(run: Storage, rel: str) -> str:

@@ -34,7 +34,7 @@ from dreamfleet.trainers.loop import Schedule
 from dreamfleet.trainers.methods.base import Batch, Method, method_class
 from dreamfleet.trainers.methods.build import build_method, check_resolution
 from dreamfleet.trainers.methods.image_method import SeeingMethod
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
+from dreamfleet.trainers.models.family import DiffusionModel, load_model
 from dreamfleet.trainers.optim.optimizers import import_adamw8bit, make_rates
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.webui_optimizer import take_over
@@ -49,7 +49,7 @@ class Parts:
     recipe: Recipe
     distributed: DistributedContext
     sets: Sets
-    model: StableDiffusion
+    model: DiffusionModel
     method: Method
     engine: Engine
     feed: Feed | ImageFeed

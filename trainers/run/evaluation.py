@@ -16,7 +16,7 @@ from dreamfleet.trainers.distributed.agreement import share_index
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.evaluation.heldout_loss import HeldOutImages, HeldOutLoss
 from dreamfleet.trainers.evaluation.judge import Judge
-from dreamfleet.trainers.evaluation.previews import draw_previews
+from dreamfleet.trainers.evaluation.previews import generate_previews
 from dreamfleet.trainers.evaluation.score import MOST_REAL, words_to_strip
 from dreamfleet.trainers.methods.image_method import SeeingMethod
 from dreamfleet.trainers.run.build import Parts
@@ -78,7 +78,7 @@ class Evaluation:
         if not validation.prompts:
             return
         images, cells = parts.engine.evaluate(
-            lambda: draw_previews(
+            lambda: generate_previews(
                 parts.method,
                 parts.engine,
                 validation,

@@ -36,8 +36,8 @@ def require_resumable(recipe: Recipe, method: Method) -> None:
         raise RecipeError(
             f"{method.name} has no export format {OPTIM!r}: the webui trains embeddings and hypernetworks only"
         )
-    if method.model.is_sdxl:
-        raise RecipeError(f"the export format {OPTIM!r} is not for SDXL, which the webui does not train")
+    if reason := method.model.unsupported.get(OPTIM):
+        raise RecipeError(f"the export format {OPTIM!r} is not available for {method.model.title}: {reason}")
     if recipe.optimizer.name != "adamw":
         raise RecipeError(
             f"the export format {OPTIM!r} needs optimizer.name: adamw; the webui reads no moments of "

@@ -31,7 +31,7 @@ from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.driver.build_cache import CacheMade, cache_latents
 from dreamfleet.trainers.launch import fit
-from dreamfleet.trainers.models.stable_diffusion.model import load_model
+from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.trainers.run.build import assemble
 from dreamfleet.trainers.run.run import run_worker
@@ -442,7 +442,7 @@ def test_latents_come_back_in_any_order_from_many_row_groups(tmp_path: Path) -> 
     assert found.has(jobs[0].key, (400, 400)) and not found.has(jobs[0].key, (400, 392))
     order = np.random.default_rng(0).permutation(80).tolist()
     expected = dict(zip(order, Flat()(cuts_of([jobs[number] for number in order])), strict=True))
-    read = found.read([jobs[number].key for number in order])
+    read = found.encode([jobs[number].key for number in order])
     every = dict(found.read_all([jobs[number].key for number in order]))
     for position, number in enumerate(order):
         for name in ("mean", "std"):

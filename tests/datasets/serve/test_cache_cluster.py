@@ -20,7 +20,7 @@ from dreamfleet.datasets.serve.cache import Pool, encode_shards, jobs_of, make_s
 from dreamfleet.datasets.serve.latent_files import LatentCache, encoding_of, open_cache, write_manifest
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.driver.build_cache import VaeEncoder, cache_latents
-from dreamfleet.trainers.models.stable_diffusion.model import load_model
+from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.trainers.run.run import run_worker
 

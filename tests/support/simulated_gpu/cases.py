@@ -1,8 +1,8 @@
-"""What runs on the simulated GPU, derived from what the project registers; importing this simulates nothing.
+"""The cases for the simulated GPU, derived from the registries; importing this simulates nothing.
 
 A row is a whole run of one method, model family and precision. Options (every switch and choice of the recipe's
-sections and of the methods' own) and engine choices ride along on rows that they go with. A new method, family,
-precision, switch, choice or engine is therefore covered as soon as it exists; what cannot be is in ``LEFT_OUT``.
+sections and of the methods' sections) and engine choices are distributed over rows that accept them. A new method,
+family, precision, switch, choice or engine is therefore covered as soon as it exists; exceptions are in ``LEFT_OUT``.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ SHAPES = ("data.alpha_mask", "data.enable_bucket", "data.bucket_no_upscale")
 
 
 class Row(NamedTuple):
-    """One run: what it trains in which precision, and the options that ride along."""
+    """One run: its method, family and precision, and the options added to it."""
 
     method: str
     family: str
@@ -104,12 +104,12 @@ def precisions() -> dict[str, Values]:
 
 
 def refused(row: Row) -> bool:
-    """Say whether the project refuses a combination by design."""
+    """Return whether the project refuses a combination by design."""
     return row.method == "aesthetic_gradients" and (row.family != "sd1" or row.precision == "full_bf16")
 
 
 def all_rows() -> list[Row]:
-    """List every combination of method, family and precision that a run may have."""
+    """Return every valid combination of method, family and precision."""
     rows = []
     for name in METHODS.names():
         families = (
@@ -120,7 +120,7 @@ def all_rows() -> list[Row]:
 
 
 def chosen_rows() -> list[Row]:
-    """Choose few rows in which every pair of method, family and precision that may be together is together once."""
+    """Choose few rows that contain every valid pair of method, family and precision."""
     rows = all_rows()
 
     def pairs(row: Row) -> set[Any]:
@@ -135,7 +135,7 @@ def chosen_rows() -> list[Row]:
 
 
 def with_options(rows: list[Row], folder: Path) -> list[Row]:
-    """Let every option ride on one row that it goes with. Raises AssertionError for one that goes with none."""
+    """Add every option to one row that accepts it. Raises AssertionError for an option that no row accepts."""
     rows = [row._replace(options=_every_format(row, rows[:number])) for number, row in enumerate(rows)]
     turn = 0
     for option in [*map(_engine_values, [*CHOICES[1:], *ALTERING]), *FURTHER, *options()]:
@@ -148,7 +148,7 @@ def with_options(rows: list[Row], folder: Path) -> list[Row]:
 
 
 def options() -> Iterator[Values]:
-    """List every switch and choice, with what each needs beside it."""
+    """Return every switch and choice, with the keys that each one needs."""
     sections: dict[str, list[type[Section]]] = {
         name: [field.annotation]
         for name, field in Recipe.model_fields.items()
@@ -170,7 +170,7 @@ def options() -> Iterator[Values]:
 
 
 def tree_of(row: Row, folder: Path, **changes: Any) -> dict[str, Any]:
-    """Write a row as a recipe on the tiny models and pictures under ``folder``."""
+    """Return a row as a recipe on the tiny models and images under ``folder``."""
     method = method_class(row.method)
     images = "shapes" if row.options.keys() & set(SHAPES) else IMAGES.get(row.method, "pictures")
     tree: dict[str, Any] = {
@@ -211,7 +211,7 @@ def _engine_values(choice: Any) -> Values:
 
 
 def _goes_with(option: Values, row: Row, folder: Path) -> bool:
-    """Say whether a row may have an option: no key twice, and the recipe is accepted."""
+    """Return whether a row accepts an option: no duplicate key, and a valid recipe."""
     taken = row.options
     if any(key in taken and taken[key] != value for key, value in option.items()):
         return False
@@ -238,7 +238,7 @@ def _goes_with(option: Values, row: Row, folder: Path) -> bool:
 
 
 def _values(annotation: Any) -> list[Any]:
-    """List the values of a switch, of a choice, or of a list of choices; nothing for other fields."""
+    """Return the values of a switch, of a choice, or of a list of choices; nothing for other fields."""
     if annotation is bool:
         return [True, False]
     if get_origin(annotation) is Literal:

@@ -33,7 +33,7 @@ def recipe_of(folder: Path, name: str, **changes: Any) -> Recipe:
 
 
 def train(folder: Path, address: str, name: str, **scaling: Any) -> None:
-    """Train on two workers; the summary tells what they computed on."""
+    """Train on two workers; the summary has their devices."""
     from dreamfleet.trainers.launch import fit
 
     scaling = {"num_workers": 2, "use_gpu": True, "max_failures": 0, **scaling}
@@ -43,12 +43,12 @@ def train(folder: Path, address: str, name: str, **scaling: Any) -> None:
 
 
 def train_on_two(folder: Path, address: str) -> None:
-    """Two workers with a GPU each."""
+    """Train on two workers with a GPU each."""
     train(folder, address, "two")
 
 
 def train_on_halves(folder: Path, address: str) -> None:
-    """Two workers that share a GPU, which NCCL refuses."""
+    """Train on two workers that share a GPU, which NCCL refuses."""
     train(
         folder,
         address,
@@ -59,7 +59,7 @@ def train_on_halves(folder: Path, address: str) -> None:
 
 
 def cache(folder: Path, address: str) -> None:
-    """Two actors encode, each on a GPU of its own."""
+    """Encode with two actors, each on its own GPU."""
     from dreamfleet.trainers.driver.build_cache import cache_latents
 
     made = cache_latents(recipe_of(folder, "cache", data__cache_dir=str(folder / "cache")), address=address)
@@ -67,7 +67,7 @@ def cache(folder: Path, address: str) -> None:
 
 
 def search(folder: Path, address: str) -> None:
-    """Trials with half a GPU each, one of which fails."""
+    """Search with half a GPU per trial; one trial fails."""
     from dreamfleet.tune.search import search as search_for
 
     rates = {"distribution": "choice", "values": [1e-3, 1e38]}
@@ -92,7 +92,7 @@ CASES: dict[str, Callable[[Path, str], None]] = {
 
 
 def main() -> None:
-    """Run the cases named."""
+    """Run the named cases."""
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -179,7 +179,7 @@ def _patch_streams(ext: Any) -> None:
 
 
 def _patch_storages(ext: Any) -> None:
-    """Move storages to the device by tensors: torch's own way was compiled for CPUs alone."""
+    """Move storages to the device through tensors, because torch's own code was compiled for CPUs only."""
     kind = torch.UntypedStorage
     clone, to = kind.clone, kind.to
 
@@ -210,7 +210,7 @@ def _patch_storages(ext: Any) -> None:
 
 
 def _patch_tensor_types() -> None:
-    """Make torch.cuda.FloatTensor and its kind, which DeepSpeed still calls."""
+    """Add torch.cuda.FloatTensor and the like, which DeepSpeed still calls."""
 
     def maker(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
         def make(*given: Any) -> torch.Tensor:
@@ -229,7 +229,7 @@ def _patch_tensor_types() -> None:
 
 
 def _patch_distributed(ext: Any) -> None:
-    """Make ``nccl`` a backend for CUDA tensors, and let ``gloo`` take them too: both run over the CPU's Gloo."""
+    """Make ``nccl`` a backend for CUDA tensors, and let ``gloo`` accept them too: both run over the CPU's Gloo."""
     import torch.distributed as dist
     from torch.distributed import distributed_c10d as c10d
 
@@ -247,7 +247,7 @@ def _patch_distributed(ext: Any) -> None:
             return isinstance(one, ext.Collectives)
 
     class ProcessGroupNCCL(metaclass=Kind):
-        """Gloo underneath; one rank for each device."""
+        """Gloo internally; one rank per device."""
 
         def __new__(cls, store: Any, rank: int, size: int, options: Any = None, timeout: Any = None) -> Any:
             ext.touch(ext.get_device())

@@ -85,7 +85,7 @@ def run_case(name: str, folder: Path, rank: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the cases named, as one rank."""
+    """Run the named cases as one rank."""
     rank, folder, names = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     torch.set_num_threads(1)
     gc.freeze()

@@ -33,7 +33,6 @@ from tiny_models import tiny_family
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.trainers.driver.build_cache import cache_latents
 from dreamfleet.trainers.evaluation.score import score_run
-from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 from dreamfleet.trainers.models.vision.discriminator import make_network, save_network
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run as run_module
@@ -75,7 +74,7 @@ def workplace(parent: Path, family: str) -> Path:
     if family == "sd1":
         tiny.make_tiny_model(folder / "model")
     else:
-        save_pipeline(tiny_family(family), folder / "model")
+        tiny_family(family).save_folder(folder / "model")
     tiny.make_images(folder / "pictures", 6, captions=True)
     tiny.make_images(folder / "held", 2, seed=5)
     tiny.make_two_classes(folder / "labelled", 10)

@@ -1,6 +1,6 @@
-"""Cases on the simulated GPU beside the rows: commands, limits, errors, searches and the benchmark.
+"""Cases on the simulated GPU in addition to the rows: commands, limits, errors, searches and the benchmark.
 
-Each is a function of a folder with a tiny model and pictures, and raises what is wrong.
+Each is a function of a folder with a tiny model and images, and raises an error if something is wrong.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ SPECIAL: dict[str, Callable[[Path], None]] = {}
 
 
 def special(function: Callable[[Path], None]) -> Callable[[Path], None]:
-    """Add a function to the cases, under its name."""
+    """Register a function as a case under its name."""
     SPECIAL[function.__name__.replace("_", "-")] = function
     return function
 
 
 def run_of(folder: Path, name: str, **changes: Any) -> Any:
-    """Train a recipe on the GPU in a folder of its own."""
+    """Train a recipe on the GPU in a separate folder."""
     from dreamfleet.trainers.run.run import run_worker
 
     return run_worker(recipe_of(folder, name, **changes), device="cuda", resume=True)
@@ -57,7 +57,7 @@ def command(*words: Any) -> Any:
 
 
 def used() -> int:
-    """The bytes in use on the first GPU."""
+    """Return the bytes in use on the first GPU."""
     gc.collect()
     return simulated_gpu.ext.usage(0)[0]
 
@@ -196,7 +196,7 @@ def _benchmark(name: str, folder: Path) -> None:
 
 
 def benchmark_cases() -> list[str]:
-    """Name the cases of ``make bench-gpu``."""
+    """Return the names of the cases of ``make bench-gpu``."""
     from gpu_cases import CASES
 
     return [*CASES, "speed", "pcie"]

@@ -21,7 +21,6 @@ from dreamfleet.trainers.models.formats.embedding import Embedding, write_embedd
 from dreamfleet.trainers.models.formats.hypernetwork import write_hypernetwork
 from dreamfleet.trainers.models.formats.lora import LoraFile, Matrices, write_kohya_lora
 from dreamfleet.trainers.models.stable_diffusion.hypernetwork import Hypernetwork
-from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 from dreamfleet.trainers.models.vision.discriminator import make_network, save_network
 
 
@@ -44,7 +43,7 @@ def make_lora(folder: Path) -> Path:
 
 
 def make_checkpoint(folder: Path) -> Path:
-    save_pipeline(tiny_model(), folder / "diffusers")
+    tiny_model().save_folder(folder / "diffusers")
     return folder / "diffusers"
 
 

@@ -22,7 +22,6 @@ from dreamfleet.datasets.plan import Draw
 from dreamfleet.trainers.batches.sources import Shown, StreamedPixels
 from dreamfleet.trainers.batches.vae_encoding import read_pixels
 from dreamfleet.trainers.distributed.context import DistributedContext
-from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import assemble
 from dreamfleet.trainers.run.run import run_worker
@@ -120,7 +119,7 @@ def test_a_image_that_went_bad_is_replaced_and_told(tmp_path: Path, local_ray: N
 
 @pytest.mark.cluster
 def test_a_image_in_anothers_place_has_its_own_sizes_and_caption(tmp_path: Path, local_ray: None) -> None:
-    save_pipeline(tiny_family("sdxl"), tmp_path / "model")
+    tiny_family("sdxl").save_folder(tmp_path / "model")
     folder = tmp_path / "pictures"
     folder.mkdir()
     sizes = [(40, 48), (44, 64), (52, 40), (56, 60)]

@@ -14,10 +14,10 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.config.prompt_lines import parse_prompt_line, read_prompts
 from dreamfleet.trainers.distributed.context import DistributedContext
-from dreamfleet.trainers.evaluation.previews import check_previews, draw_previews
+from dreamfleet.trainers.evaluation.previews import check_previews, generate_previews
 from dreamfleet.trainers.models.sampling.sample import image_grid
 from dreamfleet.trainers.recipe import build_recipe, load_recipe
-from dreamfleet.trainers.report.preview_grid import read_sheets
+from dreamfleet.trainers.report.preview_grid import read_preview_grids
 from dreamfleet.trainers.run.build import assemble
 
 
@@ -88,7 +88,7 @@ def test_previews_of_different_sizes(workplace: Path, tmp_path: Path) -> None:
     recipe, parts = make(
         workplace, validation={"prompts": prompts, "num_images": 2, "num_inference_steps": 1}
     )
-    images, cells = draw_previews(parts.method, parts.engine, recipe.validation, 32)
+    images, cells = generate_previews(parts.method, parts.engine, recipe.validation, 32)
     assert [image.size for image in images] == [(64, 32)] * 2 + [(32, 32)] * 2
     assert [(cell["prompt"], cell["seed"]) for cell in cells] == [
         ("a cat", 3),
@@ -100,8 +100,8 @@ def test_previews_of_different_sizes(workplace: Path, tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
     image_grid(images, 2).save(tmp_path / "samples" / "step-000001.png")
     run.write_text("samples/step-000001.jsonl", "\n".join(json.dumps(cell) for cell in cells))
-    (sheet,) = read_sheets(run, 9)
-    assert [cell.image.tobytes() for cell in sheet.cells] == [image.tobytes() for image in images]
+    (grid,) = read_preview_grids(run, 9)
+    assert [cell.image.tobytes() for cell in grid.cells] == [image.tobytes() for image in images]
     wide = recipe.validation.model_copy(update={"prompts": ["fine", "a cat --w 41"]})
     with pytest.raises(RecipeError, match=r"prompt 2 .*multiple of"):
         check_previews(parts.method, wide, 32)

@@ -24,7 +24,6 @@ from dreamfleet.trainers.distributed.device import explain_out_of_memory
 from dreamfleet.trainers.engines.zero_engine import ZeroEngine
 from dreamfleet.trainers.engines.zero_nvme import SwapFolder, build_swapping
 from dreamfleet.trainers.engines.zero_setup import build_op, import_deepspeed, sole_builder, zero_config
-from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import assemble
 from dreamfleet.trainers.run.dry_run import check_run
@@ -39,7 +38,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, dict[str, Any
     """What two processes did under every engine; starting them once serves all tests of this file."""
     folder = tmp_path_factory.mktemp("zero")
     tiny.make_recipe(folder)  # both ranks read the models
-    save_pipeline(tiny_family("sdxl"), folder / "sdxl")
+    tiny_family("sdxl").save_folder(folder / "sdxl")
     command = [sys.executable, str(HERE / "zero_ranks.py"), str(folder)]
     with ExitStack() as stack:
         logs = [stack.enter_context((folder / f"{rank}.log").open("w")) for rank in range(2)]

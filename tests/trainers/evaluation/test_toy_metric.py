@@ -18,7 +18,6 @@ import yaml
 
 from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.trainers.config.metrics import METRICS, Metric
-from dreamfleet.trainers.config.search import figures_of
 from dreamfleet.trainers.evaluation.judge import score_images
 from dreamfleet.trainers.evaluation.score import score_run
 from dreamfleet.trainers.recipe import build_recipe
@@ -71,7 +70,7 @@ def test_a_search_minimises_a_registered_metric_whose_lower_values_are_better(tm
     search = {"space": {"optimizer.learning_rate": rate}, "num_trials": 2, "metric": "brightness"}
     recipe = build_recipe(make_tree(tmp_path) | {"search": search})
     assert recipe.search is not None and not recipe.search.maximise
-    assert figures_of(recipe) == ["brightness"]
+    assert recipe.figures == ["brightness"]
     tree = make_tree(tmp_path) | {"search": search}
     tree["validation"]["metrics"] = ["loss"]
     with pytest.raises(RecipeError, match=r"search\.metric.*validation\.metrics"):

@@ -19,8 +19,8 @@ from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.memory.profile import method_shape
 from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.models.formats.aesthetic import read_aesthetic
-from dreamfleet.trainers.models.stable_diffusion.model import load_model
 from dreamfleet.trainers.models.vision.clip import load_clip
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import Parts, assemble

@@ -22,7 +22,6 @@ from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.embeddings import install_embedding, install_negative
 from dreamfleet.trainers.models.formats.embedding import read_embedding
 from dreamfleet.trainers.models.formats.hypernetwork import read_hypernetwork
-from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import DistributedContext, Parts, assemble
 from dreamfleet.trainers.run.dry_run import check_run
@@ -37,7 +36,7 @@ GRADIENT = sorted(
 def workplace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model of a family, after which the folder is called, and pictures."""
     folder = tmp_path_factory.mktemp("families") / request.param
-    save_pipeline(tiny_family(request.param), folder / "model")
+    tiny_family(request.param).save_folder(folder / "model")
     tiny.make_images(folder / "one", 1, size=56)
     return folder
 
@@ -181,7 +180,7 @@ def test_aesthetic_gradients_stay_with_sd1(workplace: Path) -> None:
 
 
 def test_each_text_encoder_has_a_rate_and_only_what_is_read_learns(tmp_path: Path) -> None:
-    save_pipeline(tiny_family("sdxl"), tmp_path / "model")
+    tiny_family("sdxl").save_folder(tmp_path / "model")
     tiny.make_images(tmp_path / "one", 1)
     rates = {"optimizer__learning_rate": 1e-3, "optimizer__text_encoder_lr": 1e-4}
     parts = make_parts(tmp_path, "dreambooth", **rates, optimizer__learning_rate_te2=1e-5)
@@ -201,7 +200,7 @@ def test_each_text_encoder_has_a_rate_and_only_what_is_read_learns(tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["dreambooth", "hypernetwork", "textual_inversion"])
 def test_a_plan_of_sdxl_holds_what_a_real_step_does(tmp_path: Path, name: str) -> None:
-    save_pipeline(tiny_family("sdxl"), tmp_path / "model")
+    tiny_family("sdxl").save_folder(tmp_path / "model")
     changes = {"method": SECTIONS[name], "train__train_batch_size": 4}
     parts, counted = engine_parts.make_parts(tmp_path, **changes), plans.count(tmp_path, **changes)
     batch = parts.prepare(parts.feed.batch(0))  # what is remembered of its prompts is counted apart
@@ -213,7 +212,7 @@ def test_a_plan_of_sdxl_holds_what_a_real_step_does(tmp_path: Path, name: str) -
 
 @pytest.mark.parametrize("family", ["sd2-v", "sdxl"])
 def test_zero_terminal_snr_goes_through_a_run(tmp_path: Path, family: str) -> None:
-    save_pipeline(tiny_family(family), tmp_path / "model")
+    tiny_family(family).save_folder(tmp_path / "model")
     tree = tiny.make_recipe(tmp_path, method={"name": "native"}, train__snr_gamma=5.0)
     tree["model"] |= {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     parts = assemble(build_recipe(tree), DistributedContext())
@@ -232,7 +231,7 @@ def test_zero_terminal_snr_goes_through_a_run(tmp_path: Path, family: str) -> No
 
 
 def test_class_images_of_sdxl_train_with_their_own_sizes(tmp_path: Path) -> None:
-    save_pipeline(tiny_family("sdxl"), tmp_path / "model")
+    tiny_family("sdxl").save_folder(tmp_path / "model")
     section = {"name": "dreambooth", "with_prior_preservation": True, "num_class_images": 4}
     classes = tiny.make_images(tmp_path / "class", 4, size=64)
     parts = make_parts_of_six(tmp_path, method=section, data__class_data_dir=str(classes))

@@ -20,7 +20,7 @@ from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.trainers.batches.feed import to_samples
 from dreamfleet.trainers.config.hypernetwork_structure import Structure
 from dreamfleet.trainers.distributed.context import DistributedContext
-from dreamfleet.trainers.evaluation.previews import draw_previews
+from dreamfleet.trainers.evaluation.previews import generate_previews
 from dreamfleet.trainers.models.formats.hypernetwork import write_hypernetwork
 from dreamfleet.trainers.models.sampling.prompt_syntax import split_tags
 from dreamfleet.trainers.models.sampling.prompt_tags import (
@@ -81,7 +81,7 @@ def test_nothing_is_dropped_while_validating(workplace: Path) -> None:
     validation = {"prompts": ["a cat"], "num_images": 1, "num_inference_steps": 1}
     parts = make_parts(workplace, method=dropping, validation=validation)
     config = build_recipe(tiny.make_recipe(workplace, validation=validation)).validation
-    drawn = [draw_previews(parts.method, parts.engine, config, tiny.RESOLUTION)[0][0] for _ in range(2)]
+    drawn = [generate_previews(parts.method, parts.engine, config, tiny.RESOLUTION)[0][0] for _ in range(2)]
     assert drawn[0].tobytes() == drawn[1].tobytes()
     assert parts.method.training and parts.method.network.training
 

@@ -23,13 +23,13 @@ from dreamfleet.trainers.batches.feed import to_samples
 from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.evaluation.heldout_loss import HeldOutLoss
-from dreamfleet.trainers.evaluation.previews import draw_previews
+from dreamfleet.trainers.evaluation.previews import generate_previews
 from dreamfleet.trainers.memory.profile import count_run, method_shape
 from dreamfleet.trainers.models.embeddings import install_embedding, install_negative, remove_embeddings
+from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.models.formats.embedding import read_embedding
-from dreamfleet.trainers.models.stable_diffusion.model import load_model
+from dreamfleet.trainers.models.sampling.prompt_encoding import negative_for
 from dreamfleet.trainers.models.stable_diffusion.noise import make_target
-from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import negative_for
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import Parts, assemble
 
@@ -219,7 +219,7 @@ def test_previews_and_the_held_out_loss_are_guided(workplace: Path) -> None:
     )
 
     def look() -> tuple[float, bytes]:
-        images, _ = draw_previews(parts.method, parts.engine, config.validation, tiny.RESOLUTION)
+        images, _ = generate_previews(parts.method, parts.engine, config.validation, tiny.RESOLUTION)
         return held_out.measure(parts.engine), images[0].tobytes()
 
     before = look()

@@ -24,10 +24,11 @@ from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.memory.estimate import CHOICES, estimate
 from dreamfleet.trainers.memory.profile import count_run, method_shape
 from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.models.adapters import adapted
+from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.models.formats.file_names import DIFFUSERS_LORA
 from dreamfleet.trainers.models.formats.lora import read_lora
-from dreamfleet.trainers.models.lora import adapted, set_loras
-from dreamfleet.trainers.models.stable_diffusion.model import load_model
+from dreamfleet.trainers.models.lora import set_loras
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import Parts
 from dreamfleet.trainers.run.export import export_run
@@ -46,7 +47,7 @@ def predicted(model: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 4, 8, 8, generator=generator)
     with torch.no_grad():
-        context = model.read(["a photo of sks cat"]).context
+        context = model.encode(["a photo of sks cat"]).context
         return model.unet(latents, torch.tensor([500]), context, return_dict=False)[0]
 
 

@@ -5,7 +5,7 @@ R texts, B images, T tokens, D their width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,11 +13,18 @@ from torch import Tensor
 
 from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.models.condition import Condition
-from dreamfleet.trainers.models.sampling.prompt_syntax import Schedule, parse_negative, parse_prompt, text_at
-from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import learned_words, tokenize_weighted
+from dreamfleet.trainers.models.learned_words import learned_negatives, learned_words, words_in
+from dreamfleet.trainers.models.sampling.prompt_syntax import (
+    Schedule,
+    attention,
+    parse_negative,
+    parse_prompt,
+    strip_comments,
+    text_at,
+)
 
 if TYPE_CHECKING:
-    from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+    from dreamfleet.trainers.models.family import DiffusionModel
 
 Encode = Callable[[Sequence[str], Tensor], Condition]  # of texts and their ids
 
@@ -46,7 +53,7 @@ class Guide(NamedTuple):
 
 
 def make_guides(
-    model: StableDiffusion, batch: Sequence[ImageRequest], *, encode: Encode | None = None
+    model: DiffusionModel, batch: Sequence[ImageRequest], *, encode: Encode | None = None
 ) -> list[Guide]:
     """Encode the prompts and negative prompts of requests that share their sampling options."""
     words = learned_words(model)
@@ -74,13 +81,15 @@ def make_guides(
 
 
 def encode_schedules(
-    model: StableDiffusion, schedules: Sequence[Schedule], encode: Encode | None = None
+    model: DiffusionModel, schedules: Sequence[Schedule], encode: Encode | None = None
 ) -> list[ScheduledCondition]:
     """Encode the texts of schedules, those of equal length together; all texts of a schedule get one length."""
-    read: Encode = encode or model.encode_prompts or (lambda _, ids: model.condition(ids))
-    device = next(model.text_encoder.parameters()).device
+    read: Encode = encode or model.prompt_encoder or (lambda _, ids: model.encode_tokens(ids))
+    device = model.text_device
     texts = [list(dict.fromkeys(text for _, text in schedule)) for schedule in schedules]
-    tokens = [tokenize_weighted(model, each, model.num_chunks) for each in texts]
+    tokens = [
+        model.tokenize_weighted([attention(text) for text in each], least=model.num_chunks) for each in texts
+    ]
     lengths = [ids.shape[-1] for ids, _ in tokens]
     found: dict[int, ScheduledCondition] = {}
     for length in dict.fromkeys(lengths):
@@ -97,41 +106,19 @@ def encode_schedules(
     return [found[number] for number in range(len(schedules))]
 
 
-def apply_weights(context_RTD: Tensor, weights_RT: Tensor, shares_R: Tensor, *, chunk: int = 77) -> Tensor:
-    """Multiply tokens by their weights and restore the mean of each chunk over all texts, as the webui does.
-
-    ``shares_R``: how often each text counts. Chunks without weights are unchanged, bit for bit.
-    """
-    parts = []
-    for part, weights in zip(context_RTD.split(chunk, dim=1), weights_RT.split(chunk, dim=1), strict=True):
-        if bool((weights != 1).any()):
-            before, wide = part.float(), part.float() * weights[..., None]
-            shares = shares_R / shares_R.sum()
-            mean, changed = ((each.mean((1, 2)) * shares).sum() for each in (before, wide))
-            part = (wide * torch.where(changed == 0, 1.0, mean / changed)).to(part.dtype)
-        parts.append(part)
-    return torch.cat(parts, dim=1)
-
-
 def _weighted(
-    model: StableDiffusion,
+    model: DiffusionModel,
     rows: Sequence[Condition],
     weights: Sequence[Sequence[float]],
     shares: Sequence[int],
 ) -> list[Condition]:
-    """Apply attention weights to one schedule's texts; the means of SDXL's two encoders are restored separately."""
+    """Apply attention weights to one schedule's texts."""
     if all(weight == 1 for row in weights for weight in row):
         return list(rows)
     whole = Condition.cat(rows)
     weights_RT = torch.tensor(weights, device=whole.context.device)
     shares_R = torch.tensor(shares, dtype=torch.float32, device=whole.context.device)
-    widths = [encoder.config.hidden_size for encoder in model.text_encoders]
-    length = model.tokenizer.model_max_length
-    sides = [
-        apply_weights(side, weights_RT, shares_R, chunk=length)
-        for side in whole.context.split(widths, dim=-1)
-    ]
-    return whole._replace(context=torch.cat(sides, dim=-1)).rows()
+    return model.weigh_tokens(whole, weights_RT, shares_R).rows()
 
 
 def _pad_to_longest(
@@ -151,3 +138,27 @@ def _pad_to_longest(
         (weight, scheduled._replace(conditions=[filled(each) for each in scheduled.conditions]))
         for weight, scheduled in parts
     ]
+
+
+def negative_for(
+    model: DiffusionModel, prompt: str, negative_prompt: str, *, steps: int = 25, plain: bool = False
+) -> str:
+    """Return the negative prompt with the negatives of the learned words in ``prompt`` appended.
+
+    Negatives that it already has are not repeated. ``steps``: sampling steps; ``plain``: both prompts are literal.
+    """
+    negatives = learned_negatives(model)
+    if not negatives:
+        return negative_prompt
+    known = learned_words(model)
+    parts = parse_prompt(prompt, steps, known, plain=plain)
+    used = words_in(model, _literals(part.schedule for part in parts))
+    named = words_in(model, _literals([parse_negative(negative_prompt, steps, known, plain=plain)]))
+    missing = [other for word, other in negatives.items() if word in used and other not in named]
+    if missing and not plain:
+        negative_prompt = strip_comments(negative_prompt).rstrip()  # a comment at its end would swallow them
+    return ", ".join([*([negative_prompt] if negative_prompt.strip() else []), *missing])
+
+
+def _literals(schedules: Iterable[Schedule]) -> Iterator[str]:
+    return (piece.text for texts in schedules for _, text in texts for piece in attention(text))

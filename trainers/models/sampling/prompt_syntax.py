@@ -11,6 +11,8 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
+from dreamfleet.trainers.models.prompt_pieces import BREAK, Piece
+
 ROUND, SQUARE = 1.1, 1 / 1.1  # weight factors of a pair of brackets without a number
 
 Schedule = tuple[tuple[int, str], ...]  # texts in order, each with the number of its last step
@@ -21,16 +23,6 @@ class Part(NamedTuple):
 
     weight: float
     schedule: Schedule
-
-
-class Piece(NamedTuple):
-    """A piece of text with one attention weight."""
-
-    text: str
-    weight: float = 1.0
-
-
-BREAK = Piece("BREAK", -1.0)  # the text after it starts a new chunk of 75 tokens
 
 
 class Tag(NamedTuple):

@@ -10,9 +10,11 @@ from typing import Any, ClassVar
 
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.models.adapters import Strength
+from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.models.formats import hypernetwork as hypernetworks
 from dreamfleet.trainers.models.formats import lora as loras
-from dreamfleet.trainers.models.lora import Strength, load_lora, set_loras
+from dreamfleet.trainers.models.lora import load_lora, set_loras
 from dreamfleet.trainers.models.sampling.prompt_syntax import Tag, split_tags, strip_comments
 from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
     applied_hypernetworks,
@@ -20,7 +22,6 @@ from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
     require_fit,
     set_hypernetworks,
 )
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 
 log = logging.getLogger(__name__)
 
@@ -80,14 +81,14 @@ class TaggedFiles:
             f"{', '.join(self.folders)}; there are: {', '.join(present) or 'none'}"
         )
 
-    def load(self, address: str, model: StableDiffusion) -> Any:
+    def load(self, address: str, model: DiffusionModel) -> Any:
         """Return the file at an address, read once. Raises ModelError if it does not fit the model."""
         if address not in self._loaded:
             with Storage(address).local_copy() as path:
                 self._loaded[address] = self.read(path, address, model)
         return self._loaded[address]
 
-    def read(self, path: Path, address: str, model: StableDiffusion) -> Any:
+    def read(self, path: Path, address: str, model: DiffusionModel) -> Any:
         """Read a file for a model. Raises FormatError for another kind, ModelError if it does not fit."""
         raise NotImplementedError
 
@@ -100,9 +101,9 @@ class HypernetworkFiles(TaggedFiles):
 
     tags, option, suffixes = ("hypernet",), "hypernetwork", (hypernetworks.SUFFIX,)
 
-    def read(self, path: Path, address: str, model: StableDiffusion) -> Any:
+    def read(self, path: Path, address: str, model: DiffusionModel) -> Any:
         network = read_network(path)
-        require_fit(network, model.unet, address)
+        require_fit(network, model.denoiser, address)
         return network
 
 
@@ -111,7 +112,7 @@ class LoraFiles(TaggedFiles):
 
     tags, option, suffixes = ("lora", "lyco"), "lora", loras.SUFFIXES[:2]
 
-    def read(self, path: Path, address: str, model: StableDiffusion) -> Any:
+    def read(self, path: Path, address: str, model: DiffusionModel) -> Any:
         return load_lora(model, path)
 
 
@@ -139,14 +140,14 @@ class PromptFiles:
         text, found = split_tags(prompt, known)
         return text.strip() if found else prompt, extras
 
-    def bind(self, model: StableDiffusion) -> Callable[[AppliedFiles], None]:
+    def bind(self, model: DiffusionModel) -> Callable[[AppliedFiles], None]:
         """Return a function that applies files to a model, after those that it has now."""
-        own, own_loras = applied_hypernetworks(model.unet), model.loras
+        own, own_loras = applied_hypernetworks(model.denoiser), model.loras
 
         def apply(extras: AppliedFiles) -> None:
             networks, loras = extras
             loaded = [(self.hypernetworks.load(address, model), by.text) for address, by in networks]
-            set_hypernetworks(model.unet, [*own, *loaded])
+            set_hypernetworks(model.denoiser, [*own, *loaded])
             set_loras(model, [*own_loras, *((self.loras.load(address, model), by) for address, by in loras)])
 
         return apply

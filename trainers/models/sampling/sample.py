@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -16,12 +16,11 @@ from torch import Tensor
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.config.samplers import plain_sampler
-from dreamfleet.trainers.models.condition import Condition, predict, whole_image_ids
-from dreamfleet.trainers.models.sampling.prompt_encoding import Encode, Guide, make_guides
-from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import negative_for
+from dreamfleet.trainers.models.condition import Condition, whole_image_ids
+from dreamfleet.trainers.models.sampling.prompt_encoding import Encode, Guide, make_guides, negative_for
 
 if TYPE_CHECKING:
-    from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+    from dreamfleet.trainers.models.family import DiffusionModel
 
 SchedulerName = Literal["ddim", "euler_a", "dpm++"]
 
@@ -30,7 +29,7 @@ SchedulerName = Literal["ddim", "euler_a", "dpm++"]
 
 @torch.no_grad()
 def generate(
-    model: StableDiffusion,
+    model: DiffusionModel,
     requests: Sequence[ImageRequest],
     *,
     batch_size: int = 4,
@@ -40,14 +39,13 @@ def generate(
     """Generate one RGB image for each request, in order; neighbours with the same options share a batch.
 
     An image is the same, within rounding, in any batch and on any number of workers: its noise comes from a CPU
-    generator with its own seed. ``encode`` replaces ``model.condition``, given texts and ids; ``device`` defaults to
+    generator with its seed. ``encode`` replaces ``model.encode_tokens``, given texts and ids; ``device`` defaults to
     the model's. A learned word's negative joins the negative prompt. SDXL's size conditioning says that the image is
     uncropped and of its own size. Raises UserError for sizes that the model cannot generate.
     """
     for request in requests:
         require_size(model, request.width or model.resolution, request.height or model.resolution)
-    unet: Any = model.unet
-    target = torch.device(device) if device is not None else next(unet.parameters()).device
+    target = torch.device(device) if device is not None else next(model.denoiser.parameters()).device
     images: list[Image.Image] = []
     for _, group in groupby(requests, key=lambda request: request.batch_key):
         alike = [with_negatives(model, request) for request in group]
@@ -60,7 +58,7 @@ def generate(
 
 @torch.no_grad()
 def sample_latents(
-    model: StableDiffusion, guides: Sequence[Guide], batch: Sequence[ImageRequest], *, device: torch.device
+    model: DiffusionModel, guides: Sequence[Guide], batch: Sequence[ImageRequest], *, device: torch.device
 ) -> Tensor:
     """Run the sampler from each request's noise -> scaled latents ``[B, C, h, w]`` in float32.
 
@@ -68,16 +66,14 @@ def sample_latents(
     prompt (arXiv 2206.01714): e = e_negative + sum over parts of scale weight (e_part - e_negative).
     """
     options = batch[0]
-    scheduler = make_scheduler(model, options.scheduler)
+    scheduler = model.make_sampler(plain_sampler(options.scheduler))
     scheduler.set_timesteps(options.steps, device=device)
     width, height = options.width or model.resolution, options.height or model.resolution
-    size = (height // model.vae_factor, width // model.vae_factor)
     generators = [torch.Generator().manual_seed(request.seed) for request in batch]
-    unet: Any = model.unet
-    shape = (unet.config.in_channels, *size)
+    shape, dtype = model.latent_shape(height, width), model.denoiser_dtype
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     latents_BChw = noise * scheduler.init_noise_sigma
-    sizes = whole_image_ids(size[0] * model.vae_factor, size[1] * model.vae_factor).to(device)
+    sizes = whole_image_ids(height, width).to(device)
     noise_source = {"generator": generators} if "Ancestral" in type(scheduler).__name__ else {}
     for index, timestep in enumerate(scheduler.timesteps):
         rows = _rows(guides, index)
@@ -86,12 +82,13 @@ def sample_latents(
         for length in dict.fromkeys(lengths):  # one pass per number of chunks
             chosen = [number for number, each in enumerate(lengths) if each == length]
             condition = Condition.cat([rows[number][1] for number in chosen])
-            condition = condition._replace(context=condition.context.to(unet.dtype))
+            condition = condition._replace(context=condition.context.to(dtype))
             entered = latents_BChw[[rows[number][0] for number in chosen]]
-            entered = scheduler.scale_model_input(entered, timestep).to(unet.dtype)
-            condition = condition.sized(sizes.expand(len(chosen), -1))
+            entered = scheduler.scale_model_input(entered, timestep).to(dtype)
+            if model.uses_time_ids:
+                condition = condition.with_sizes(sizes.expand(len(chosen), -1))
             for number, output in zip(
-                chosen, predict(unet, entered, timestep, condition).float(), strict=True
+                chosen, model.predict(entered, timestep, condition).float(), strict=True
             ):
                 outputs[number] = output
         guided = torch.stack(_guided(guides, outputs, options.guidance_scale))
@@ -128,29 +125,6 @@ def _guided(guides: Sequence[Guide], outputs: Sequence[Tensor], scale: float) ->
     return found
 
 
-def make_scheduler(model: StableDiffusion, name: SchedulerName | str) -> Any:
-    """Return the sampler `name` with the model's noise schedule and prediction type (eps or v)."""
-    name = plain_sampler(name)
-    config = model.scheduler.config
-    if name == "ddim":
-        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-        return DDIMScheduler.from_config(config)
-    # The webui's other samplers use even steps from the first timestep to the last, or Karras' steps between the two,
-    # whatever a model's config says. Zero terminal SNR needs the last timestep, and no step near it.
-    zero_snr = config.get("rescale_betas_zero_snr", False)
-    spacing = "trailing" if zero_snr else "linspace"
-    if name == "euler_a":
-        from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
-
-        return EulerAncestralDiscreteScheduler.from_config(config, timestep_spacing=spacing)
-    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-
-    return DPMSolverMultistepScheduler.from_config(
-        config, algorithm_type="dpmsolver++", use_karras_sigmas=not zero_snr, timestep_spacing=spacing
-    )
-
-
 def to_images(pixels_B3HW: Tensor) -> list[Image.Image]:
     """Return RGB images from pixels in about [-1, 1]."""
     scaled = ((pixels_B3HW.float() / 2 + 0.5).clamp(0, 1) * 255).round()
@@ -184,7 +158,7 @@ def image_grid(
     return sheet
 
 
-def with_negatives(model: StableDiffusion, request: ImageRequest) -> ImageRequest:
+def with_negatives(model: DiffusionModel, request: ImageRequest) -> ImageRequest:
     """Return the request with the negatives of its prompt's learned words in the negative prompt."""
     negative = negative_for(
         model, request.prompt, request.negative_prompt, steps=request.steps, plain=request.plain
@@ -192,10 +166,9 @@ def with_negatives(model: StableDiffusion, request: ImageRequest) -> ImageReques
     return replace(request, negative_prompt=negative)
 
 
-def require_size(model: StableDiffusion, width: int, height: int) -> None:
+def require_size(model: DiffusionModel, width: int, height: int) -> None:
     """Raise UserError for a size that the model cannot generate."""
-    unet: Any = model.unet
-    step = model.vae_factor * 2 ** (len(unet.config.block_out_channels) - 1)
+    step = model.size_multiple
     for name, value in (("width", width), ("height", height)):
         if value < step or value % step:
             near = max(step, round(value / step) * step)

@@ -23,6 +23,7 @@ from dreamfleet.datasets.errors import ModelError, UserError
 from dreamfleet.trainers.config.methods.aesthetic_gradients import AestheticGradientsConfig, Slerp
 from dreamfleet.trainers.config.model import POCKET
 from dreamfleet.trainers.models.condition import Condition
+from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.models.formats.aesthetic import read_aesthetic
 from dreamfleet.trainers.models.pretrained import pocket_folder
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
@@ -148,17 +149,18 @@ def settings_of(config: AestheticGradientsConfig) -> AestheticSettings:
     )
 
 
-def require_sd1(model: StableDiffusion) -> None:
-    """Raise ModelError for a model of another family."""
-    if model.family != "sd1":
+def require_sd1(model: DiffusionModel) -> StableDiffusion:
+    """Return the model if it is Stable Diffusion 1.x. Raises ModelError for any other."""
+    model.require_support("aesthetic_gradients")
+    if not isinstance(model, StableDiffusion):
         raise ModelError(
-            f"{model.folder}: Aesthetic Gradients are for Stable Diffusion 1.x, whose text encoder is a whole CLIP's; "
-            "the U-Nets of 2.x and XL read another layer"
+            f"{model.folder}: Aesthetic Gradients are for Stable Diffusion 1.x, not {model.title}"
         )
+    return model
 
 
 def apply_aesthetic(
-    model: StableDiffusion,
+    model: DiffusionModel,
     path: str | os.PathLike[str],
     settings: AestheticSettings | None = None,
     clip: str | None = None,
@@ -168,9 +170,9 @@ def apply_aesthetic(
     ``clip``: folder or name of the CLIP that the text encoder is a part of, found by itself for SD 1.x. Raises
     FormatError for another kind of file, ModelError for a vector of another CLIP.
     """
-    require_sd1(model)
+    model = require_sd1(model)
     encoder = AestheticEncoder(model, read_aesthetic(path), clip=clip_of(model, clip), settings=settings)
-    model.encode_prompts = encoder
+    model.prompt_encoder = encoder
     return encoder
 
 

@@ -6,22 +6,21 @@ Source: DreamArtist (arXiv 2211.11337; webui extension, `scripts/dream_artist/cp
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dreamfleet.trainers.config.guidance import Guidance
-from dreamfleet.trainers.models.condition import Condition, predict
+from dreamfleet.trainers.models.condition import Condition
+from dreamfleet.trainers.models.family import DiffusionModel
 
 
-def guidance_at(guidance: Guidance, timesteps: Tensor, num_timesteps: int) -> Tensor:
-    """Return the scale of each sample ``[B]`` at its timestep.
+def guidance_at(guidance: Guidance, rate: Tensor) -> Tensor:
+    """Return the scale of each sample ``[B]`` at its noise level ``rate`` ``[B]``, from 0 to 1.
 
-    With rate = t / (T - 1): ``ln`` rises with the rate, ``cos`` with cos((rate - 1) pi / 2), which is fast at
-    first, ``cos2`` with 1 - cos(rate pi / 2), which is slow at first.
+    ``ln`` rises with the rate, ``cos`` with cos((rate - 1) pi / 2), which rises fast at first, ``cos2`` with
+    1 - cos(rate pi / 2), which rises slowly at first.
     """
-    rate = timesteps.float() / max(1, num_timesteps - 1)
     if guidance.curve == "cos":
         rate = torch.cos((rate - 1) * math.pi / 2)
     elif guidance.curve == "cos2":
@@ -30,14 +29,13 @@ def guidance_at(guidance: Guidance, timesteps: Tensor, num_timesteps: int) -> Te
 
 
 def guided_prediction(
-    unet: Any, noisy_BCHW: Tensor, timesteps: Tensor, pairs: Condition, scale_B: Tensor
+    model: DiffusionModel, noisy_BCHW: Tensor, timesteps: Tensor, pairs: Condition, scale_B: Tensor
 ) -> Tensor:
     """Predict ``negative + scale (positive - negative)`` ``[B, C, H, W]`` in one pass, with gradients to both.
 
     ``pairs`` holds each sample's negative and positive condition: a second dimension of 2 in every tensor.
     """
-    both = predict(
-        unet,
+    both = model.predict(
         torch.cat([noisy_BCHW, noisy_BCHW]),
         torch.cat([timesteps, timesteps]),
         pairs.map(lambda tensor: tensor.transpose(0, 1).flatten(0, 1)),

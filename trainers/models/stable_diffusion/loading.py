@@ -1,23 +1,27 @@
-"""Finds Stable Diffusion's parts on disk or on the hub, and loads them from a diffusers folder."""
+"""Load Stable Diffusion from a diffusers folder, a single file, the hub or a bucket."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dreamfleet.datasets.errors import ModelError
-from dreamfleet.trainers.config.model import ModelConfig
-from dreamfleet.trainers.models.pretrained import first_line
-from dreamfleet.trainers.models.stable_diffusion.family import Configs, is_sdxl, refuse_other_families
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.model import POCKET, ModelConfig
+from dreamfleet.trainers.models.formats.ldm_names import Config
+from dreamfleet.trainers.models.pretrained import first_line, pocket_folder
+from dreamfleet.trainers.models.stable_diffusion import meta_model
+from dreamfleet.trainers.models.stable_diffusion.fingerprints import fingerprint, short_hash, vae_fingerprint
+from dreamfleet.trainers.models.stable_diffusion.model import PARTS, SINGLE_FILES, StableDiffusion, make_model
+from dreamfleet.trainers.models.stable_diffusion.noise_schedule import noise_schedule
+from dreamfleet.trainers.models.stable_diffusion.single_file import load_single_file
+from dreamfleet.trainers.models.stable_diffusion.variants import parts_needed, require_supported
 
-SINGLE_FILES = (".safetensors", ".ckpt")  # the endings of whole models in one file
-WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # the last in SDXL only
 _CONFIGS = {
     "tokenizer": "tokenizer_config.json",
     "tokenizer_2": "tokenizer_config.json",
@@ -25,12 +29,56 @@ _CONFIGS = {
 }
 
 
-def load_folder_parts(folder: Path, name: str, config: ModelConfig, needs: Collection[str]) -> dict[str, Any]:
-    """Load the parts in ``needs`` of a diffusers folder in float32, its tokenizers and its noise schedule.
+class StableDiffusionFamily:
+    """Loads Stable Diffusion 1.x, 2.x and XL. It is the default family, so its errors name what is wrong."""
 
-    In SDXL a need for the text encoder is one for both. Raises ModelError naming the missing or broken part, or a
-    family that no method trains.
-    """
+    def recognises(self, config: ModelConfig) -> bool:
+        return True
+
+    def load(self, config: ModelConfig, needs: Collection[str]) -> StableDiffusion:
+        """Load the components in ``needs`` in float32, frozen.
+
+        Raises ModelError naming the model and its missing or broken part.
+        """
+        name = config.pretrained_model_name_or_path
+        if not needs:
+            return make_model("sd1", {}, scheduler=None, name=name)
+        if name == POCKET:
+            return _load_path(pocket_folder(), name, config, needs)
+        if "://" in name:
+            with Storage(name).local_copy() as local:
+                model = _load_path(local, name, config, needs)
+                digest = model.short_hash()  # now, while the local copy exists
+                model.hash_file = lambda: digest
+                return model
+        path = Path(name).expanduser()
+        return _load_path(path if path.exists() else _download(name, config), name, config, needs)
+
+    def load_shape(self, config: ModelConfig, needs: Collection[str]) -> StableDiffusion:
+        return meta_model.load_shape(config, needs)
+
+
+FAMILY = StableDiffusionFamily()
+
+
+def _load_path(path: Path, name: str, config: ModelConfig, needs: Collection[str]) -> StableDiffusion:
+    """Load a model and apply the recipe's ``model:`` section to it."""
+    if path.is_dir():
+        model = _load_folder(path, name, config, needs)
+    elif path.suffix in SINGLE_FILES:
+        model = load_single_file(path, name=name, needs=parts_needed("sd1", needs))
+    else:
+        raise ModelError(f"{name}: not a model; expected a diffusers folder, a .safetensors or a .ckpt file")
+    model.content_hash, model.encoder_hash = fingerprint(path, PARTS), vae_fingerprint(model.vae)
+    model.hash_file = partial(short_hash, path)
+    model.clip_skip, model.max_token_length = config.clip_skip, config.max_token_length
+    model.scheduler = noise_schedule(model.scheduler, config, model.folder)
+    model.freeze()
+    return model
+
+
+def _load_folder(folder: Path, name: str, config: ModelConfig, needs: Collection[str]) -> StableDiffusion:
+    """Load the components in ``needs`` of a diffusers folder, its tokenizers and its noise schedule."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -45,38 +93,37 @@ def load_folder_parts(folder: Path, name: str, config: ModelConfig, needs: Colle
         "tokenizer_2": CLIPTokenizer,
         "scheduler": DDPMScheduler,
     }
-    configs = _read_configs(folder)
-    refuse_other_families(configs, name)
-    wanted = [*needs, "tokenizer", "scheduler"]
-    if is_sdxl(configs):
-        wanted += ["tokenizer_2", *(["text_encoder_2"] if "text_encoder" in needs else [])]
+    family = require_supported(_read_configs(folder), name)
+    wanted = [*parts_needed(family, needs), "tokenizer", "scheduler"]
+    if family == "sdxl":
+        wanted.append("tokenizer_2")
     _require_parts(folder, name, wanted)
 
     def load(part: str, root: Path, **options: Any) -> Any:
         try:
             return classes[part].from_pretrained(root, local_files_only=True, **options)
-        except Exception as error:  # each library raises its own zoo of errors for a torn file or config
+        except Exception as error:  # each library has many error classes for a damaged file or config
             raise ModelError(f"{name}: the part {part!r} cannot be loaded: {first_line(error)}") from error
 
     whole: dict[str, Any] = {"torch_dtype": torch.float32}
     variant = {"variant": config.variant} if config.variant else {}
-    parts = {}
-    for part in wanted:
-        options = {**whole, **variant} if part in WEIGHTS else {}
-        parts[part] = load(part, folder / part, **options)
+    parts = {
+        part: load(part, folder / part, **({**whole, **variant} if part in PARTS else {})) for part in wanted
+    }
     if config.pretrained_vae_model_name_or_path and "vae" in needs:
         other = Path(config.pretrained_vae_model_name_or_path)
         if not other.is_dir():
             raise ModelError(f"model.pretrained_vae_model_name_or_path: no such folder: {other}")
         parts["vae"] = load("vae", other / "vae" if (other / "vae").is_dir() else other, **whole)
-    if is_sdxl(configs):
+    model = make_model(family, parts, scheduler=parts["scheduler"], name=name)
+    if family == "sdxl":
         index = _read_json(folder / "model_index.json")
-        parts["zeros_for_empty_prompt"] = bool(index.get("force_zeros_for_empty_prompt", True))
-    return parts
+        model.zeros_for_empty_prompt = bool(index.get("force_zeros_for_empty_prompt", True))
+    return model
 
 
-def download(name: str, config: ModelConfig) -> Path:
-    """Fetch the parts of a hub's model -> its folder in the cache. Raises ModelError for what is no hub name."""
+def _download(name: str, config: ModelConfig) -> Path:
+    """Download the parts of a hub model and return their folder in the cache."""
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith(SINGLE_FILES)
     if looks_like_path:
         raise ModelError(
@@ -86,82 +133,20 @@ def download(name: str, config: ModelConfig) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    patterns = [f"{part}/*" for part in (*WEIGHTS, *_CONFIGS)] + ["model_index.json"]
+    patterns = [f"{part}/*" for part in (*PARTS, *_CONFIGS)] + ["model_index.json"]
     try:
         return Path(snapshot_download(name, revision=config.revision, allow_patterns=patterns))
-    except Exception as error:  # network, auth and not-found errors differ from version to version
+    except Exception as error:  # network, authorisation and not-found errors differ between versions
         raise ModelError(
-            f"the model {name!r} (--model, or model.pretrained_model_name_or_path in a recipe) is no local folder and "
-            f"the hub did not give it ({first_line(error)}); download it where there is a network, or set HF_TOKEN "
-            "if it is gated"
+            f"the model {name!r} (--model, or model.pretrained_model_name_or_path in a recipe) is not a local folder, "
+            f"and cannot be downloaded from the hub ({first_line(error)}); download it where there is a network, or "
+            "set HF_TOKEN if it is gated"
         ) from error
 
 
-def fingerprint(path: Path) -> str:
-    """Return 10 hex digits that differ between models: a hash of samples of a file, or of a folder's parts."""
-    # Sampled, not whole: hashing the 4 GB of SD 1.5 would cost longer than loading it.
-    digest = hashlib.sha256()
-    files = (
-        [path]
-        if path.is_file()
-        else [f for n in WEIGHTS for f in sorted((path / n).glob("*")) if f.is_file()]
-    )
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.parent.name if path.is_dir() else ''}/{file.name}:{size}".encode())
-        with file.open("rb") as handle:
-            for part in range(16):
-                handle.seek(size * part // 16)
-                digest.update(handle.read(65536))
-    return digest.hexdigest()[:10]
-
-
-def short_hash(path: Path) -> str | None:
-    """Return the first 10 hex digits of a model file's sha256, by which the webui tells models apart.
-
-    Of a diffusers folder those of its U-Net's weights (of all its files in order); None where there is nothing to read.
-    """
-    if path.is_file():
-        files = [path]
-    else:
-        weights = path / "unet"
-        files = sorted(weights.glob("*.safetensors")) or sorted(weights.glob("*.bin"))
-    try:
-        stamps = tuple((str(file), (s := file.stat()).st_size, s.st_mtime_ns) for file in files)
-        return _sha256(stamps)[:10] if stamps else None
-    except OSError:
-        return None
-
-
-@functools.lru_cache(maxsize=8)
-def _sha256(stamps: tuple[tuple[str, int, int], ...]) -> str:
-    # Some seconds for the gigabytes of a model, so once a process; a file that changed has another stamp.
-    digest = hashlib.sha256()
-    for file, _, _ in stamps:
-        with open(file, "rb") as handle:
-            while block := handle.read(2**22):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def vae_fingerprint(vae: Any) -> str:
-    """Return 16 hex digits over what latents depend on: the weights of a VAE's encoder, two settings; "" without one.
-
-    Decoders may differ: those of VAEs that were trained on for better faces do.
-    """
-    if vae is None:
-        return ""
-    digest = hashlib.sha256(f"{vae.config.act_fn} {vae.config.norm_num_groups}".encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        if name.startswith(("encoder.", "quant_conv.")):
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.float().cpu().contiguous().numpy())
-    return digest.hexdigest()[:16]
-
-
-def _read_configs(folder: Path) -> Configs:
-    # Torn ones count as there: _require_parts tells about them.
-    files = {part: folder / part / "config.json" for part in WEIGHTS}
+def _read_configs(folder: Path) -> Mapping[str, Config]:
+    # A damaged config counts as present here; _require_parts reports it.
+    files = {part: folder / part / "config.json" for part in PARTS}
     return {part: _read_json(file) for part, file in files.items() if file.is_file()}
 
 
@@ -179,9 +164,9 @@ def _require_parts(folder: Path, name: str, parts: Sequence[str]) -> None:
         if not wanted.is_file():
             raise ModelError(
                 f"{name}: the part {part!r} is missing ({wanted} not found); a Stable Diffusion folder has unet/, "
-                "vae/, text_encoder/, tokenizer/ and scheduler/, and SDXL's text_encoder_2/ and tokenizer_2/ too"
+                "vae/, text_encoder/, tokenizer/ and scheduler/, and for SDXL text_encoder_2/ and tokenizer_2/"
             )
-        if part in WEIGHTS and not [*wanted.parent.glob("*.safetensors"), *wanted.parent.glob("*.bin")]:
+        if part in PARTS and not [*wanted.parent.glob("*.safetensors"), *wanted.parent.glob("*.bin")]:
             raise ModelError(f"{name}: the part {part!r} has a config.json but no weights in {wanted.parent}")
         try:
             json.loads(wanted.read_text())

@@ -1,20 +1,17 @@
-"""Which layers of a model get LoRA's matrices."""
+"""The layers of Stable Diffusion that get LoRA matrices."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from torch import nn
 
 from dreamfleet.datasets.errors import RecipeError
 
-if TYPE_CHECKING:
-    from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
-
 Targets = Literal["all-linear", "locon"] | Sequence[str] | None
 
-# The projections of attention: what diffusers' scripts adapt.
+# The projections of attention, which diffusers' scripts adapt.
 _ATTENTION = {
     "unet": ("to_q", "to_k", "to_v", "to_out.0"),
     "text": ("q_proj", "k_proj", "v_proj", "out_proj"),
@@ -22,48 +19,50 @@ _ATTENTION = {
 
 
 def choose_layers(
-    model: StableDiffusion, targets: Targets, *, parts: Sequence[str], unread: Sequence[nn.Module] = ()
+    parts: Mapping[str, nn.Module], targets: Targets, *, unread: Sequence[nn.Module] = (), name: str
 ) -> dict[str, list[str]]:
-    """Choose the modules of each part that get matrices, by name.
+    """Return the layers of each part that get LoRA matrices, by name.
 
     ``targets``: None for the projections of attention; ``all-linear`` for every linear layer and 1 x 1 convolution of
-    the blocks, ``locon`` for every convolution there too; or the ends of names, which leave the text encoders their
-    projections unless they name some of theirs. ``unread`` modules, which no loss depends on, get none. Raises
-    RecipeError for an end that no name has.
+    the blocks; ``locon`` for their other convolutions too; or endings of layer names, which leave the text encoders the
+    projections of attention unless an ending matches one of their layers. ``unread`` modules, which the loss does not
+    depend on, get none. ``name``: of the model. Raises RecipeError for an ending that no layer name has.
     """
     skipped = {id(module) for parent in unread for module in parent.modules()}
     chosen: dict[str, list[str]] = {}
-    for part in parts:
+    for part, root in parts.items():
+        is_unet = part == "unet"
         possible = {
-            name: module
-            for name, module in model.modules()[part].named_modules()
+            layer: module
+            for layer, module in root.named_modules()
             if isinstance(module, nn.Linear | nn.Conv2d)
             and id(module) not in skipped
-            # Of a text encoder only its layers: the second one's last projection is no layer of a LoRA of kohya's.
-            and (part == "unet" or ".layers." in name)
+            # In a text encoder only its layers: kohya's LoRA files have no name for the second encoder's projection.
+            and (is_unet or ".layers." in layer)
         }
-        usual = _ATTENTION["unet" if part == "unet" else "text"]
+        usual = _ATTENTION["unet" if is_unet else "text"]
         if isinstance(targets, str):
-            inside = {name: module for name, module in possible.items() if part != "unet" or _in_block(name)}
-            ends = [name for name, module in inside.items() if targets == "locon" or _is_linear(module)]
+            inside = {layer: module for layer, module in possible.items() if not is_unet or _in_block(layer)}
+            ends = [layer for layer, module in inside.items() if targets == "locon" or _is_linear(module)]
         else:
-            own = targets is not None and (part == "unet" or any(_ends(name, targets) for name in possible))
+            own = targets is not None and (is_unet or any(_ends(layer, targets) for layer in possible))
             ends = list(targets if own and targets is not None else usual)
-        chosen[part] = [name for name in possible if _ends(name, ends)]
+        chosen[part] = [layer for layer in possible if _ends(layer, ends)]
     if targets is not None and not isinstance(targets, str):
-        every = [name for names in chosen.values() for name in names]
-        if missing := [end for end in targets if not any(_ends(name, [end]) for name in every)]:
+        every = [layer for layers in chosen.values() for layer in layers]
+        if missing := [end for end in targets if not any(_ends(layer, [end]) for layer in every)]:
             raise RecipeError(
-                f"method.lora_target_modules: {model.folder} has no layer whose name ends in {', '.join(missing)}; the "
-                "usual ones are to_q, to_k, to_v, to_out.0, others ff.net.0.proj, ff.net.2, proj_in, proj_out, conv1, "
-                "conv2, or all-linear, or locon"
+                f"method.lora_target_modules: {name} has no layer whose name ends in {', '.join(missing)}; the usual "
+                "ones are to_q, to_k, to_v, to_out.0, others ff.net.0.proj, ff.net.2, proj_in, proj_out, conv1, conv2, "
+                "or all-linear, or locon"
             )
     return chosen
 
 
 def _in_block(name: str) -> bool:
-    # Around the blocks lie conv_in, conv_out and the embeddings of time and sizes: kohya's scripts adapt none of these,
-    # and drop them from a file in silence, as diffusers 0.32 does (kohya-ss/sd-scripts, networks/lora.py, LoRANetwork).
+    # Outside of the blocks are conv_in, conv_out and the embeddings of time and sizes. kohya's scripts adapt none of
+    # them and silently drop them from a file, as diffusers 0.32 does (kohya-ss/sd-scripts, networks/lora.py,
+    # LoRANetwork).
     return name.startswith(("down_blocks.", "mid_block.", "up_blocks."))
 
 

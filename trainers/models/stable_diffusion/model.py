@@ -1,44 +1,45 @@
-"""Stable Diffusion's parts: loading them from a folder, a hub name, a single file or a bucket, and saving them."""
+"""Stable Diffusion 1.x, 2.x and XL: their parts, text and image encoding, noise schedule, and files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import ModelError
-from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.config.model import POCKET, ModelConfig
-from dreamfleet.trainers.distributed.device import copy_to_device
-from dreamfleet.trainers.models import lora
 from dreamfleet.trainers.models.condition import Condition
-from dreamfleet.trainers.models.formats.ldm_names import Family, family_of
-from dreamfleet.trainers.models.pretrained import pocket_folder, quiet_libraries
+from dreamfleet.trainers.models.embeddings import remove_embeddings
+from dreamfleet.trainers.models.family import VAE_PIXELS, DiffusionModel, PromptEncoder
+from dreamfleet.trainers.models.formats.ldm_names import Family, family_of, parts_of
+from dreamfleet.trainers.models.formats.lora import LoraFile, read_lora, write_kohya_lora
+from dreamfleet.trainers.models.formats.lora_names import STANDARD_LAYERS
+from dreamfleet.trainers.models.formats.model_header import config_of, model_header
+from dreamfleet.trainers.models.formats.single_file import write_single_file
+from dreamfleet.trainers.models.learned_words import words_of
+from dreamfleet.trainers.models.prompt_pieces import Piece
 from dreamfleet.trainers.models.stable_diffusion import prompt_tokens
-from dreamfleet.trainers.models.stable_diffusion.loading import (
-    SINGLE_FILES,
-    download,
-    fingerprint,
-    load_folder_parts,
-    short_hash,
-    vae_fingerprint,
-)
-from dreamfleet.trainers.models.stable_diffusion.noise_schedule import noise_schedule
+from dreamfleet.trainers.models.stable_diffusion.lora_targets import Targets, choose_layers
+from dreamfleet.trainers.models.stable_diffusion.noise import clean_estimate, make_target, snr_weights
+from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
+from dreamfleet.trainers.models.stable_diffusion.samplers import make_sampler
+from dreamfleet.trainers.models.stable_diffusion.variants import TITLES, UNSUPPORTED
 
-# More at once is no faster on a GPU, and at 512 px it would set a run's peak memory.
-VAE_PIXELS = 8 * 256**2
-ALL_PARTS = ("unet", "vae", "text_encoder")  # the text encoder of SDXL is two
+SINGLE_FILES = (".safetensors", ".ckpt")  # suffixes of whole models in one file
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # the last in SDXL only
 
 
 @dataclass
-class StableDiffusion:
-    """The loaded parts of one model (None: not loaded), and the few things every method does with them."""
+class StableDiffusion(DiffusionModel):
+    """Stable Diffusion 1.x or 2.x, which differ in their configs alone; parts that are not loaded are None."""
+
+    denoiser_name: ClassVar[str] = "unet"
+    block_classes: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock", "ResnetBlock2D")
 
     tokenizer: Any
     text_encoder: Any
@@ -47,41 +48,25 @@ class StableDiffusion:
     scheduler: Any
     folder: str
     content_hash: str
-    encoder_hash: str = ""  # of the VAE's encoder, whole and in float32: what latents depend on
+    encoder_hash: str = ""
     clip_skip: int = 1
     max_token_length: int = 75
-    encode_prompts: Callable[[Sequence[str], Tensor], Condition] | None = (
-        None  # of texts and ids, to draw with
-    )
-    text_encoder_2: Any = None  # SDXL
-    tokenizer_2: Any = None
-    zeros_for_empty_prompt: bool = False  # the empty negative prompt is zeros (SDXL base)
-    loras: tuple[tuple[Any, float | lora.Strength], ...] = ()  # it draws with: see `lora.set_loras`
-    short_hash: Callable[[], str | None] = lambda: (
-        None
-    )  # by which the webui tells models: see `model_files.short_hash`
+    prompt_encoder: PromptEncoder | None = None
+    zeros_for_empty_prompt: bool = False
+    loras: tuple[Any, ...] = ()
+    hash_file: Callable[[], str | None] = lambda: None  # reads the model's files
 
-    @property
-    def short_name(self) -> str:
-        """The last part of its name, without the suffix of a model file, as the webui calls it."""
-        name = self.folder.rstrip("/").rpartition("/")[2]
-        return Path(name).stem if name.lower().endswith(SINGLE_FILES) else name
-
-    @property
-    def is_sdxl(self) -> bool:
-        """Whether the U-Net is also told a summary of the prompt and the picture's sizes."""
-        return self.tokenizer_2 is not None
+    # Identity and parts
 
     @property
     def family(self) -> Family:
-        """Stable Diffusion 1.x, 2.x or XL, told by the text encoders, which must be loaded."""
+        """``sd1``, ``sd2`` or ``sdxl``, as file formats call them; from the text encoders, which must be loaded."""
         names = ("text_encoder", "text_encoder_2")
         return family_of({n: e.config.to_dict() for n, e in zip(names, self.text_encoders, strict=False)})
 
     @property
-    def text_encoders(self) -> list[Any]:
-        """The text encoder, or SDXL's two."""
-        return [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
+    def title(self) -> str:
+        return TITLES[self.family]
 
     @property
     def prediction_type(self) -> str:
@@ -89,55 +74,106 @@ class StableDiffusion:
         return self.scheduler.config.prediction_type
 
     @property
-    def num_chunks(self) -> int:
-        """Chunks of 75 tokens in a prompt."""
-        return self.max_token_length // 75
+    def unsupported(self) -> Mapping[str, str]:
+        return UNSUPPORTED[self.family]
+
+    @property
+    def short_name(self) -> str:
+        """Last component of the name without the suffix of a model file, as the webui calls the model."""
+        name = super().short_name
+        return Path(name).stem if name.lower().endswith(SINGLE_FILES) else name
+
+    def short_hash(self) -> str | None:
+        return self.hash_file()
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {name: part for name in PARTS if (part := getattr(self, name, None)) is not None}
+
+    @property
+    def denoiser(self) -> Any:
+        return self.unet
+
+    @property
+    def denoiser_dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        return [] if self.text_encoder is None else [self.text_encoder]
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        return [self.tokenizer]
+
+    def unread_layers(self) -> list[nn.Module]:
+        return self._skipped_layers(self.clip_skip - 1)
+
+    def _skipped_layers(self, count: int) -> list[nn.Module]:
+        layers = list(self._text_body.encoder.layers)
+        return layers[len(layers) - count :]
+
+    @property
+    def _text_body(self) -> Any:
+        return getattr(
+            self.text_encoder, "text_model", self.text_encoder
+        )  # transformers 5 dropped this level
+
+    # Images and latents
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae.config.latent_channels
 
     @property
     def vae_factor(self) -> int:
-        """Pixels per latent cell, along each side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
+    def size_multiple(self) -> int:
+        # The U-Net halves the latents at every level but the last.
+        return self.vae_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    @property
     def resolution(self) -> int:
-        """The side in pixels that the U-Net was trained at."""
         size = self.unet.config.sample_size
         return (size if isinstance(size, int) else size[0]) * self.vae_factor
 
-    @property
-    def context_width(self) -> int:
-        """Width D of a prompt's tokens: the text encoder's, the sum of SDXL's two."""
-        return sum(encoder.config.hidden_size for encoder in self.text_encoders)
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        with self._without_autocast():
+            posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        return posterior.mean.float(), posterior.std.float()
 
-    def modules(self) -> dict[str, nn.Module]:
-        """Return the loaded parts by name."""
-        names = ("unet", "vae", "text_encoder", "text_encoder_2")
-        return {name: part for name in names if (part := getattr(self, name)) is not None}
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        return latents * self.vae.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        at_once = max(1, VAE_PIXELS // (latents[0, 0].numel() * self.vae_factor**2))
+        with self._without_autocast():
+            scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+            parts = [self.vae.decode(part, return_dict=False)[0] for part in scaled.split(at_once)]
+            return torch.cat(parts).float()
+
+    def _without_autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.vae.device.type, enabled=False)
+
+    # Prompts
 
     def tokenize(self, prompts: Sequence[str], swap: Mapping[str, str] | None = None) -> Tensor:
-        """Turn literal prompts into ids ``[B, T]``, T = 77 a chunk, knowing the words of installed embeddings.
+        """Return token ids ``[B, T]`` of literal prompts, T = 77 per chunk; learned words have ids of their own."""
+        return prompt_tokens.tokenize(words_of(self, swap), prompts, self.num_chunks)
 
-        ``[B, 2, T]`` for SDXL, whose two tokenizers pad differently. ``swap``: words to read as others.
-        """
-        return prompt_tokens.tokenize(self, prompts, swap)
+    def tokenize_weighted(
+        self, texts: Sequence[Sequence[Piece]], *, least: int = 1
+    ) -> tuple[Tensor, list[list[float]]]:
+        return prompt_tokens.tokenize_weighted(words_of(self), texts, least)
 
-    def read(self, prompts: Sequence[str]) -> Condition:
-        """Tokenise and encode prompts, where the text encoder is."""
-        device = next(self.text_encoder.parameters()).device
-        return self.condition(copy_to_device(self.tokenize(prompts), device))
-
-    def condition(self, input_ids: Tensor) -> Condition:
-        """Encode ids as :meth:`tokenize` gives them; SDXL's sizes are left open (:meth:`Condition.sized`)."""
-        if not self.is_sdxl:
-            return Condition(self.encode_text(input_ids))
-        ids_BT, ids_2_BT = input_ids.unbind(1)
-        context_2, pooled = self._encode_second(ids_2_BT)
-        return Condition(torch.cat([self._encode_first(ids_BT), context_2], dim=-1), pooled)
+    def encode_tokens(self, input_ids: Tensor) -> Condition:
+        return Condition(self.encode_text(input_ids))
 
     def encode_text(self, input_ids: Tensor) -> Tensor:
-        """Encode ids of SD 1.x or 2.x ``[B, T]`` -> context ``[B, T, D]``, each chunk of 77 by itself.
+        """Encode ids ``[B, T]`` -> context ``[B, T, D]``, each chunk of 77 tokens separately.
 
-        ``clip_skip`` layers from the end. SD 2's encoder comes with the layers that it is to have, so 1 is right there.
+        The layer is ``clip_skip`` from the end; SD 2's encoder is published without its last layer.
         """
         batch, tokens = input_ids.shape
         input_ids = input_ids.reshape(-1, self.tokenizer.model_max_length)
@@ -145,123 +181,192 @@ class StableDiffusion:
             context = self.text_encoder(input_ids)[0]
         else:
             hidden = self.text_encoder(input_ids, output_hidden_states=True).hidden_states[-self.clip_skip]
-            context = getattr(self.text_encoder, "text_model", self.text_encoder).final_layer_norm(hidden)
+            context = self._text_body.final_layer_norm(hidden)
         return context.reshape(batch, tokens, -1)
 
+    def weigh_tokens(self, condition: Condition, weights: Tensor, shares: Tensor) -> Condition:
+        """Apply attention weights ``[B, T]``; the encodings of each text encoder keep a mean of their own."""
+        widths = [encoder.config.hidden_size for encoder in self.text_encoders]
+        chunk = self.tokenizer.model_max_length
+        sides = [
+            prompt_tokens.emphasise(side, weights, shares, chunk=chunk)
+            for side in condition.context.split(widths, dim=-1)
+        ]
+        return condition._replace(context=torch.cat(sides, dim=-1))
+
+    @property
+    def context_width(self) -> int:
+        """Width D of an encoded token: the sum of the text encoders' widths."""
+        return sum(encoder.config.hidden_size for encoder in self.text_encoders)
+
+    def empty_condition(self, num: int) -> Condition:
+        tokens = self.tokenizer.model_max_length * self.num_chunks
+        return Condition(torch.empty(num, tokens, self.context_width, dtype=self.text_encoder.dtype))
+
+    # Diffusion
+
+    @property
+    def num_timesteps(self) -> int:
+        """Timesteps of the noise schedule, usually 1000."""
+        return self.scheduler.config.num_train_timesteps
+
+    def draw_timestep(self, rng: np.random.Generator) -> int:
+        return int(rng.integers(self.num_timesteps))
+
+    def even_timesteps(self, count: int) -> Tensor:
+        return torch.tensor([int((j + 0.5) * self.num_timesteps / count) for j in range(count)])
+
+    def noise_level(self, timesteps: Tensor) -> Tensor:
+        return timesteps.float() / max(1, self.num_timesteps - 1)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return self.scheduler.add_noise(latents, noise, timesteps)
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        return self.unet(noisy, timesteps, condition.context, return_dict=False)[0]
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return make_target(self.scheduler, latents, noise, timesteps)
+
+    def clean_estimate(self, predicted: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        return clean_estimate(self.scheduler, predicted, noisy, timesteps)
+
+    def loss_weights(self, timesteps: Tensor, snr_gamma: float) -> Tensor:
+        return snr_weights(self.scheduler, timesteps, snr_gamma)
+
+    def make_sampler(self, name: str) -> Any:
+        return make_sampler(name, self.scheduler.config)
+
+    @property
+    def ends_in_noise(self) -> bool:
+        return bool(self.scheduler.config.get("rescale_betas_zero_snr", False))
+
+    # Files
+
+    def save_folder(self, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write the folder that ``StableDiffusionPipeline`` loads; learned words are removed from the encoders."""
+        remove_embeddings(self)
+        save_pipeline(
+            self.modules(),
+            folder,
+            tokenizers=self._named_tokenizers(),
+            scheduler=self.scheduler,
+            zeros_for_empty_prompt=self.zeros_for_empty_prompt,
+            dtype=dtype,
+        )
+
+    def save_file(
+        self, path: Path, *, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
+    ) -> Path:
+        """Write the whole model in the webui's key layout; see `formats.single_file.write_single_file`.
+
+        ``metadata`` joins the header of a `.safetensors`.
+        """
+        parts = self.modules()
+        configs = {part: config_of(module) for part, module in parts.items()}
+        if missing := [part for part in parts_of(family_of(configs)) if part not in parts]:
+            raise ModelError(f"{path}: a single file needs the whole model; {', '.join(missing)} not loaded.")
+        header = model_header(
+            configs,
+            scheduler=self.scheduler.config,
+            tokenizers=self._named_tokenizers(),
+            resolution=self.resolution,
+            title=path.stem,
+        )
+        return write_single_file(
+            {part: module.state_dict() for part, module in parts.items()},
+            path,
+            configs=configs,
+            scheduler=self.scheduler.config,
+            header={**header, **(metadata or {})},
+            dtype=dtype,
+        )
+
+    def _named_tokenizers(self) -> dict[str, Any]:
+        return dict(zip(("tokenizer", "tokenizer_2"), self.tokenizers, strict=False))
+
+    def lora_layers(
+        self, targets: Targets, *, parts: Sequence[str], unread: Sequence[nn.Module] = ()
+    ) -> dict[str, list[str]]:
+        modules = self.modules()
+        return choose_layers(
+            {part: modules[part] for part in parts}, targets, unread=unread, name=self.folder
+        )
+
+    def read_lora(self, path: Path) -> LoraFile:
+        # Files with Stability's block names are read by the number of layers in a block.
+        layers = self.unet.config.layers_per_block
+        return read_lora(path, layers_per_block=layers if isinstance(layers, int) else STANDARD_LAYERS)
+
+    def write_kohya_lora(self, file: LoraFile, path: Path, *, dtype: torch.dtype) -> Path:
+        config = dict(self.unet.config)
+        return write_kohya_lora(file, path, dtype=dtype, family=self.family, unet_config=config)
+
+
+@dataclass
+class StableDiffusionXL(StableDiffusion):
+    """SDXL base: two text encoders, whose tokens are concatenated, and a U-Net that also takes image sizes."""
+
+    uses_time_ids: ClassVar[bool] = True
+
+    text_encoder_2: Any = None
+    tokenizer_2: Any = None
+
+    @property
+    def family(self) -> Family:
+        return "sdxl"
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        return [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        return [self.tokenizer, self.tokenizer_2]
+
+    def unread_layers(self) -> list[nn.Module]:
+        """Return the first encoder's skipped layers and norm; the pooled encoding reads all layers of the second."""
+        return [*self._skipped_layers(self.clip_skip), self._text_body.final_layer_norm]
+
+    def encode_tokens(self, input_ids: Tensor) -> Condition:
+        """Encode ids ``[B, 2, T]``, one row for each tokenizer, as they pad differently."""
+        ids_BT, ids_2_BT = input_ids.unbind(1)
+        context_2, pooled = self._encode_second(ids_2_BT)
+        return Condition(torch.cat([self._encode_first(ids_BT), context_2], dim=-1), pooled)
+
     def _encode_first(self, ids_BT: Tensor) -> Tensor:
-        """Encode for SDXL by its first encoder: the layer before the last, without the final norm."""
+        """Encode by the first encoder: the layer before the last, without the final norm."""
         chunks = ids_BT.reshape(-1, self.tokenizer.model_max_length)
         hidden = self.text_encoder(chunks, output_hidden_states=True).hidden_states
         return hidden[-1 - self.clip_skip].reshape(*ids_BT.shape, -1)
 
     def _encode_second(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode for SDXL by its second encoder -> tokens ``[B, T, D]``, and the first chunk's summary ``[B, P]``."""
+        """Encode by the second encoder -> tokens ``[B, T, D]``, and the first chunk's pooled encoding ``[B, P]``."""
         chunks = ids_BT.reshape(-1, self.tokenizer_2.model_max_length)
         encoder = self.text_encoder_2
         found = encoder.text_model(chunks, output_hidden_states=True)
-        # Not its own pooled output: with SDXL's config that takes the highest id for the end, so a learned word.
+        # Not its own pooled output: with SDXL's config that takes the highest id, a learned word's, for the end.
         each = len(chunks) // len(ids_BT)
         first, last = chunks[::each], found.last_hidden_state[::each]
         ends = (first == self.tokenizer_2.eos_token_id).int().argmax(dim=-1)
         pooled = encoder.text_projection(last[torch.arange(len(last), device=last.device), ends])
         return found.hidden_states[-1 - self.clip_skip].reshape(*ids_BT.shape, -1), pooled
 
-    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode pixels ``[B, 3, H, W]`` in [-1, 1] -> mean and std of the unscaled latents ``[B, C, h, w]``."""
-        with self._exact():
-            posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        return posterior.mean.float(), posterior.std.float()
+    def empty_condition(self, num: int) -> Condition:
+        context = super().empty_condition(num).context
+        pooled = torch.empty(num, self.text_encoder_2.config.projection_dim, dtype=context.dtype)
+        return Condition(context, pooled, torch.zeros(num, 6))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode scaled latents ``[B, C, h, w]`` -> pixels ``[B, 3, H, W]`` in about [-1, 1]."""
-        at_once = max(1, VAE_PIXELS // (latents[0, 0].numel() * self.vae_factor**2))
-        with self._exact():
-            scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-            parts = [self.vae.decode(part, return_dict=False)[0] for part in scaled.split(at_once)]
-            return torch.cat(parts).float()
-
-    def freeze(self) -> None:
-        """Put every part in eval mode with no gradients; a method then switches on what learns."""
-        for part in self.modules().values():
-            part.requires_grad_(False).eval()
-
-    def to(
-        self,
-        device: torch.device | str,
-        dtype: torch.dtype | None = None,
-        *,
-        home: Any = None,
-        sharded: Collection[str] = (),
-    ) -> StableDiffusion:
-        """Move the parts, casting those without learning parameters to ``dtype`` (half precision saves memory).
-
-        Of a part in which LoRA's matrices learn, all but these. One that learns whole goes to ``home`` where given, and
-        so do the ``sharded``. The VAE keeps its precision: latents must not depend on what a run computes in.
-        """
-        for name, part in self.modules().items():
-            learns, adapted = any(p.requires_grad for p in part.parameters()), lora.has_adapters(part)
-            waits = home is not None and (name in sharded or (learns and not adapted))
-            wide = name == "vae"
-            if adapted and dtype is not None:
-                lora.cast_frozen(part, dtype)
-            # In one go, so that no card has to hold what is frozen in float32.
-            part.to(home if waits else device, None if learns or wide else dtype)
-        return self
-
-    def _exact(self) -> AbstractContextManager[Any]:
-        """Return the context that the VAE runs in: no autocast around it narrows what it computes."""
-        return torch.autocast(self.vae.device.type, enabled=False)
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        added = {"text_embeds": condition.pooled, "time_ids": condition.time_ids}
+        return self.unet(noisy, timesteps, condition.context, return_dict=False, added_cond_kwargs=added)[0]
 
 
-def load_model(config: ModelConfig, needs: Collection[str] = ALL_PARTS) -> StableDiffusion:
-    """Load the parts in ``needs`` in float32, frozen.
-
-    Raises ModelError naming the folder and the missing or broken part.
-    """
-    quiet_libraries()
-    name = config.pretrained_model_name_or_path
-    if not needs:
-        return StableDiffusion(None, None, None, None, None, folder=name, content_hash="")
-    if name == POCKET:
-        return _load_folder(pocket_folder(), name, config, needs)
-    if "://" in name:
-        with Storage(name).local_copy() as local:
-            model = _load_path(local, name, config, needs)
-            digest = model.short_hash()  # now, while the file is here
-            model.short_hash = lambda: digest
-            return model
-    path = Path(name).expanduser()
-    if path.exists():
-        return _load_path(path, name, config, needs)
-    return _load_path(download(name, config), name, config, needs)
-
-
-def _load_path(path: Path, name: str, config: ModelConfig, needs: Collection[str]) -> StableDiffusion:
-    if path.is_dir():
-        return _load_folder(path, name, config, needs)
-    if path.suffix in SINGLE_FILES:
-        return _load_single_file(path, name, config, needs)
-    raise ModelError(f"{name}: not a model; expected a diffusers folder, a .safetensors or a .ckpt file")
-
-
-def _load_folder(folder: Path, name: str, config: ModelConfig, needs: Collection[str]) -> StableDiffusion:
-    parts: dict[str, Any] = dict.fromkeys(ALL_PARTS) | load_folder_parts(folder, name, config, needs)
-    model = StableDiffusion(**parts, folder=name, content_hash="")
-    return _as_configured(model, folder, config)
-
-
-def _load_single_file(path: Path, name: str, config: ModelConfig, needs: Collection[str]) -> StableDiffusion:
-    from dreamfleet.trainers.models.stable_diffusion.single_file import load_single_file
-
-    return _as_configured(load_single_file(path, name=name, needs=needs), path, config)
-
-
-def _as_configured(model: StableDiffusion, path: Path, config: ModelConfig) -> StableDiffusion:
-    """Make a loaded model what the recipe's section says, frozen."""
-    model.content_hash, model.encoder_hash = fingerprint(path), vae_fingerprint(model.vae)
-    model.short_hash = partial(short_hash, path)
-    model.clip_skip = config.clip_skip
-    model.max_token_length = config.max_token_length
-    model.scheduler = noise_schedule(model.scheduler, config, model.folder)
-    model.freeze()
-    return model
+def make_model(family: Family, parts: Mapping[str, Any], *, scheduler: Any, name: str) -> StableDiffusion:
+    """Return a model of its family's class from loaded parts and tokenizers; parts that are missing are None."""
+    first = {part: parts.get(part) for part in ("tokenizer", "text_encoder", "unet", "vae")}
+    common: dict[str, Any] = {**first, "scheduler": scheduler, "folder": name, "content_hash": ""}
+    if family != "sdxl":
+        return StableDiffusion(**common)
+    common |= {part: parts.get(part) for part in ("text_encoder_2", "tokenizer_2")}
+    return StableDiffusionXL(**common, zeros_for_empty_prompt=True)

@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from dreamfleet.trainers.models import embeddings
 from dreamfleet.trainers.models.pretrained import save_part, save_tokenizer
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 
 
-def save_pipeline(model: StableDiffusion, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+def save_pipeline(
+    modules: Mapping[str, nn.Module],
+    folder: Path,
+    *,
+    tokenizers: Mapping[str, Any],
+    scheduler: Any,
+    zeros_for_empty_prompt: bool,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write a folder that ``StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)`` loads.
 
-    Of an SDXL, one that ``StableDiffusionXLPipeline`` loads. Weights are cast to ``dtype`` one by one while they are
-    written (each part keeps its own when None).
+    With ``tokenizer_2`` it is one for ``StableDiffusionXLPipeline``. Weights are cast to ``dtype`` one by one while
+    they are written (None: each part keeps its own).
     """
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-    embeddings.remove_embeddings(model)
-    noise = DDIMScheduler.from_config(model.scheduler.config)
-    tokenizers = {"tokenizer": model.tokenizer, "tokenizer_2": model.tokenizer_2}
-    tokenizers = {name: tokenizer for name, tokenizer in tokenizers.items() if tokenizer is not None}
-    parts: dict[str, Any] = {**model.modules(), **tokenizers, "scheduler": noise}
-    _pipeline(parts, zeros_for_empty_prompt=model.zeros_for_empty_prompt).save_config(folder)
-    noise.save_pretrained(folder / "scheduler")
-    for name, part in model.modules().items():
+    schedule = DDIMScheduler.from_config(scheduler.config)
+    parts: dict[str, Any] = {**modules, **tokenizers, "scheduler": schedule}
+    _pipeline(parts, zeros_for_empty_prompt=zeros_for_empty_prompt).save_config(folder)
+    schedule.save_pretrained(folder / "scheduler")
+    for name, part in modules.items():
         save_part(part, folder / name, dtype=dtype)
     for name, tokenizer in tokenizers.items():
         save_tokenizer(tokenizer, folder / name)
 
 
 def _pipeline(parts: dict[str, Any], *, zeros_for_empty_prompt: bool) -> Any:
-    """Make diffusers' pipeline of the parts, which knows what its index says."""
+    """Return diffusers' pipeline of the parts, which writes the index file."""
     if "tokenizer_2" in parts:
         from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
             StableDiffusionXLPipeline,

@@ -1,17 +1,17 @@
 "use strict";
-// The slider shows the tuned pictures of one step.
+// The slider selects the step of the tuned images.
 for (const slider of document.querySelectorAll("input[data-steps]")) {
   const steps = slider.dataset.steps.split(",");
   const frames = document.querySelectorAll(".panel [data-frame]");
-  const words = slider.closest("label").querySelector("output");
+  const output = slider.closest("label").querySelector("output");
   slider.addEventListener("input", () => {
-    words.textContent = steps[slider.value];
+    output.textContent = steps[slider.value];
     for (const frame of frames) {
       if (frame.parentElement.dataset.role === "tuned") frame.hidden = frame.dataset.frame !== slider.value;
     }
   });
 }
-// Under the pointer (or finger) a chart tells its values.
+// A chart shows its values under the pointer or the finger.
 for (const plot of document.querySelectorAll("[data-chart]")) {
   const { last, lines } = JSON.parse(plot.dataset.chart);
   const rule = plot.appendChild(document.createElement("b"));
@@ -23,8 +23,8 @@ for (const plot of document.querySelectorAll("[data-chart]")) {
     const near = (points) => points.reduce((a, b) => (Math.abs(b[0] - wanted) < Math.abs(a[0] - wanted) ? b : a));
     const found = lines.map((line) => [line.name, near(line.points)]);
     const step = found.reduce((a, b) => (Math.abs(b[1][0] - wanted) < Math.abs(a[1][0] - wanted) ? b : a))[1][0];
-    const told = found.filter(([, point]) => point[0] === step);
-    tip.textContent = `step ${step}: ` + told.map(([n, p]) => (lines.length > 1 ? `${n} ${p[1]}` : p[1])).join(", ");
+    const shown = found.filter(([, point]) => point[0] === step);
+    tip.textContent = `step ${step}: ` + shown.map(([n, p]) => (lines.length > 1 ? `${n} ${p[1]}` : p[1])).join(", ");
     const left = (100 * step) / last;
     rule.style.left = `${left}%`;
     tip.style.left = `${left}%`;

@@ -16,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from dreamfleet.datasets.errors import FormatError
 from dreamfleet.trainers.config.model import ModelConfig
+from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.models.formats.layout import FileState, empty_part, from_single_file, to_single_file
 from dreamfleet.trainers.models.formats.ldm_names import (
     FAMILY_CONFIGS,
@@ -34,9 +35,7 @@ from dreamfleet.trainers.models.formats.pickle_writer import load_pickle, save_p
 from dreamfleet.trainers.models.formats.prediction import predicts_velocity
 from dreamfleet.trainers.models.formats.single_file import load_single_file_parts
 from dreamfleet.trainers.models.formats.tensor_files import write_safetensors
-from dreamfleet.trainers.models.stable_diffusion.model import load_model
-from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
-from dreamfleet.trainers.models.stable_diffusion.single_file import load_single_file, save_single_file
+from dreamfleet.trainers.models.stable_diffusion.single_file import load_single_file
 
 States = dict[str, dict[str, torch.Tensor]]
 
@@ -189,15 +188,15 @@ def test_a_round_trip_is_bit_equal_and_diffusers_agrees(family: Family, tmp_path
 def test_a_model_round_trips_through_a_single_file(family: str, suffix: str, tmp_path: Path) -> None:
     model = tiny_family(family)
     read = load_model(
-        ModelConfig(pretrained_model_name_or_path=str(save_single_file(model, tmp_path / f"x{suffix}")))
+        ModelConfig(pretrained_model_name_or_path=str(model.save_file(tmp_path / f"x{suffix}")))
     )
-    assert read.is_sdxl == (family == "sdxl") and read.prediction_type == model.prediction_type
+    assert read.uses_time_ids == (family == "sdxl") and read.prediction_type == model.prediction_type
     assert read.modules().keys() == model.modules().keys()
     for part, module in model.modules().items():
         assert_equal({part: read.modules()[part].state_dict()}, {part: module.state_dict()})
     ids = model.tokenize(["a cat, on the beach"])
     assert torch.equal(read.tokenize(["a cat, on the beach"]), ids)
-    assert torch.equal(read.condition(ids).context, model.condition(ids).context)
+    assert torch.equal(read.encode_tokens(ids).context, model.encode_tokens(ids).context)
 
 
 def test_the_stock_sdxl_pipeline_loads_the_file(tmp_path: Path) -> None:
@@ -210,8 +209,8 @@ def test_the_stock_sdxl_pipeline_loads_the_file(tmp_path: Path) -> None:
     )
     torch.manual_seed(1)
     model.text_encoder_2 = CLIPTextModelWithProjection(config).eval()
-    path = save_single_file(model, tmp_path / "x.safetensors")
-    save_pipeline(model, tmp_path / "folder")
+    path = model.save_file(tmp_path / "x.safetensors")
+    model.save_folder(tmp_path / "folder")
     pipeline = StableDiffusionXLPipeline.from_single_file(
         str(path), config=str(tmp_path / "folder"), local_files_only=True, add_watermarker=False
     )
@@ -235,7 +234,7 @@ def test_an_sdxl_that_predicts_velocity_is_marked_for_comfyui(
 ) -> None:
     model = tiny_family(family)
     model.scheduler = type(model.scheduler).from_config(model.scheduler.config, **changes)
-    path = save_single_file(model, tmp_path / f"x{suffix}")
+    path = model.save_file(tmp_path / f"x{suffix}")
     state = load_file(path) if suffix == ".safetensors" else load_pickle(path)["state_dict"]
     assert {name for name in state if "." not in name} == marks
     assert all(state[name].shape == (0,) for name in marks)
@@ -249,7 +248,7 @@ def test_an_sdxl_that_predicts_velocity_is_marked_for_comfyui(
 
 def test_an_sd2_file_has_the_projection_that_diffusers_splits_by(tmp_path: Path) -> None:
     model = tiny_family("sd2")
-    state = load_file(save_single_file(model, tmp_path / "x.safetensors", dtype=torch.float16))
+    state = load_file(model.save_file(tmp_path / "x.safetensors", dtype=torch.float16))
     projection = state["cond_stage_model.model.text_projection"]
     width = model.text_encoder.config.hidden_size
     assert (projection.shape, projection.dtype) == ((width, width), torch.float16)
@@ -382,9 +381,9 @@ def test_the_yaml_has_what_the_webui_needs(family: Family, prediction: str, tmp_
 
 def test_the_prediction_is_found_in_header_yaml_or_keys(tmp_path: Path) -> None:
     model = tiny_model("v_prediction")
-    path = save_single_file(model, tmp_path / "cat.safetensors")
+    path = model.save_file(tmp_path / "cat.safetensors")
     assert (tmp_path / "cat.yaml").is_file()
-    assert not save_single_file(tiny_model(), tmp_path / "plain.safetensors").with_suffix(".yaml").exists()
+    assert not tiny_model().save_file(tmp_path / "plain.safetensors").with_suffix(".yaml").exists()
     with safe_open(path, framework="pt") as file:
         header = {key: value for key, value in file.metadata().items() if "scheduler" not in key}
     state = load_file(path)

@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 from tiny_models import tiny_family, tiny_tokenizer
 
 from dreamfleet.trainers.config.model import ModelConfig
+from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.models.pretrained import pocket_folder, save_part, save_tokenizer
-from dreamfleet.trainers.models.stable_diffusion.model import load_model
-from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 from dreamfleet.trainers.models.vision.discriminator import make_network, save_network
 
 TEXTS = ["a cat, 12 it's", "Äpfel <|endoftext|>", "", "x" * 90]
@@ -32,7 +31,7 @@ def test_text_encoders_have_version_4_names_and_load_bit_equal_in_5(
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     model = tiny_family(family)
-    save_pipeline(model, tmp_path, dtype=dtype)
+    model.save_folder(tmp_path, dtype=dtype)
     for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
         if (part := getattr(model, name)) is None:
             continue
@@ -56,7 +55,7 @@ def test_a_half_precision_folder_generates_with_stock_diffusers_without_a_dtype(
 ) -> None:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-    save_pipeline(tiny_family(family), tmp_path, dtype=torch.float16)
+    tiny_family(family).save_folder(tmp_path, dtype=torch.float16)
     more = {} if family == "sdxl" else {"safety_checker": None}
     pipeline = DiffusionPipeline.from_pretrained(tmp_path, **more)
     pipeline.set_progress_bar_config(disable=True)
@@ -96,9 +95,9 @@ def test_added_tokens_are_written_in_the_form_of_version_4(tmp_path: Path) -> No
 
 
 def test_a_folder_does_not_contain_the_path_of_its_base_model(tmp_path: Path) -> None:
-    save_pipeline(tiny_family("sdxl"), tmp_path / "base")
+    tiny_family("sdxl").save_folder(tmp_path / "base")
     model = load_model(ModelConfig(pretrained_model_name_or_path=str(tmp_path / "base")))
-    save_pipeline(model, tmp_path / "out")
+    model.save_folder(tmp_path / "out")
     texts = [path.read_text("utf-8") for path in (tmp_path / "out").rglob("*.json")]
     assert len(texts) >= 10
     assert not [text for text in texts if str(tmp_path) in text or "_name_or_path" in text]

@@ -43,7 +43,7 @@ from dreamfleet.trainers.models.formats.pickle_writer import load_pickle, save_p
 from dreamfleet.trainers.models.formats.single_file import load_single_file_parts
 from dreamfleet.trainers.models.formats.tensor_files import read_safetensors
 from dreamfleet.trainers.models.pretrained import quiet_libraries
-from dreamfleet.trainers.models.stable_diffusion.single_file import load_single_file, save_single_file
+from dreamfleet.trainers.models.stable_diffusion.single_file import load_single_file
 
 WORD = Embedding("fuzz", torch.linspace(-1, 1, 24).reshape(3, 8), 7, "0123456789", "base", {"a": "b"})
 WEBUI = {
@@ -218,7 +218,7 @@ CONFIG_VALUES = JSON | st.sampled_from(
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quiet_libraries()
-    return save_single_file(tiny_model(), tmp_path_factory.mktemp("model") / "whole.safetensors")
+    return tiny_model().save_file(tmp_path_factory.mktemp("model") / "whole.safetensors")
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler"])

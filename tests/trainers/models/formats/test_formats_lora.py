@@ -23,7 +23,8 @@ from dreamfleet.datasets.errors import FormatError, ModelError, UserError
 from dreamfleet.trainers.config.methods.dreambooth import DreamBoothConfig
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.whole_model import LORA_FORMATS, export_tuned, learning_parts
-from dreamfleet.trainers.models.embeddings import install_embedding, remove_embeddings, text_embeddings
+from dreamfleet.trainers.models.embeddings import install_embedding, remove_embeddings, spliced_table
+from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.models.formats.embedding import Embedding, write_embedding
 from dreamfleet.trainers.models.formats.file_names import DIFFUSERS_LORA
 from dreamfleet.trainers.models.formats.lora import (
@@ -36,28 +37,26 @@ from dreamfleet.trainers.models.formats.lora import (
 )
 from dreamfleet.trainers.models.formats.lora_names import kohya_name, layer_of_key
 from dreamfleet.trainers.models.formats.tensor_files import read_safetensors, write_safetensors
-from dreamfleet.trainers.models.lora import add_adapters, learned_layers, merged, set_loras
+from dreamfleet.trainers.models.lora import add_adapters, merged, set_loras, trained_layers
 from dreamfleet.trainers.models.pretrained import pocket_folder
-from dreamfleet.trainers.models.stable_diffusion.lora_targets import choose_layers
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
-from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 
 QUERY = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
-def tuned(model: StableDiffusion, *, targets: Any = None, rank: int = 4, alpha: float = 6.0) -> LoraFile:
+def tuned(model: DiffusionModel, *, targets: Any = None, rank: int = 4, alpha: float = 6.0) -> LoraFile:
     """Add adapters that change a model's images, and return them as a file."""
     parts = [part for part in model.modules() if part != "vae"]
-    learning = add_adapters(model, choose_layers(model, targets, parts=parts), rank=rank, alpha=alpha)
+    learning = add_adapters(model, model.lora_layers(targets, parts=parts), rank=rank, alpha=alpha)
     torch.manual_seed(1)
     with torch.no_grad():
         for param in learning.parameters():
             param.add_(0.1 * torch.randn_like(param))
-    return LoraFile("look", learned_layers(model), {"dreamfleet_step": "7", "dreamfleet_base_model": "tiny"})
+    return LoraFile("look", trained_layers(model), {"dreamfleet_step": "7", "dreamfleet_base_model": "tiny"})
 
 
-def write_both(file: LoraFile, folder: Path, model: StableDiffusion, **options: Any) -> list[Path]:
-    family, config = "sdxl" if model.is_sdxl else None, dict(model.unet.config)
+def write_both(file: LoraFile, folder: Path, model: DiffusionModel, **options: Any) -> list[Path]:
+    config = dict(model.denoiser.config)
+    family: Any = "sdxl" if model.uses_time_ids else None
     return [
         write_diffusers_lora(file, folder / DIFFUSERS_LORA, **options),
         write_kohya_lora(file, folder / "look.safetensors", family=family, unet_config=config, **options),  # type: ignore[arg-type]  # it is a family
@@ -68,7 +67,7 @@ def pixels(images: list[Any]) -> Tensor:
     return torch.stack([torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).float() for p in images])
 
 
-def draw(model: StableDiffusion) -> Tensor:
+def draw(model: DiffusionModel) -> Tensor:
     options = {"seeds": [3], "steps": 4, "guidance_scale": 3.0, "negative_prompt": "b"}
     return pixels(generate(model, ["a cat"], **options))  # type: ignore[arg-type]
 
@@ -86,7 +85,7 @@ def draw_stock(pipeline: Any) -> Tensor:
 def test_stock_diffusers_generates_equal_images_from_both_layouts(
     tmp_path: Path, family: str, targets: Any
 ) -> None:
-    save_pipeline(tiny_family(family), tmp_path / "model")
+    tiny_family(family).save_folder(tmp_path / "model")
     model = load(tmp_path / "model")
     base = draw(model)
     file = tuned(model, targets=targets)
@@ -94,7 +93,7 @@ def test_stock_diffusers_generates_equal_images_from_both_layouts(
     assert (expected - base).abs().mean() > 1  # otherwise the test is void
     with merged(model):
         assert (draw(model) - expected).abs().max() <= 1
-    layers = model.unet.config.layers_per_block
+    layers = model.denoiser.config.layers_per_block
     for path in write_both(file, tmp_path, model):
         assert holds_lora(path)
         found = read_lora(path, layers_per_block=layers)
@@ -117,7 +116,7 @@ def test_layers_outside_the_blocks_are_read(tmp_path: Path, family: str) -> None
     file = tuned(model, targets=["conv_in", "conv_out", "linear_1", "linear_2", "to_q"])
     ends = {"unet.conv_in", "unet.conv_out", "unet.time_embedding.linear_1"}
     assert file.layers.keys() >= ends | ({"unet.add_embedding.linear_2"} if family == "sdxl" else set())
-    expected, layers = draw(model), model.unet.config.layers_per_block
+    expected, layers = draw(model), model.denoiser.config.layers_per_block
     for path in write_both(file, tmp_path, model):
         other = tiny_family(family)
         set_loras(other, [(read_lora(path, layers_per_block=layers), 1.0)])
@@ -202,13 +201,13 @@ def test_bundled_embeddings_are_words_while_the_lora_is_applied(family: str, tmp
     assert {embedding.name for embedding in found.embeddings} == names
     plain = tiny_family(family)
     base = plain.tokenize(["a zq b"])
-    install_embedding(plain, "old", torch.zeros(1, 32), torch.zeros(1, 40) if plain.is_sdxl else None)
+    install_embedding(plain, "old", torch.zeros(1, 32), torch.zeros(1, 40) if plain.uses_time_ids else None)
     set_loras(plain, [(found, 1.0)])
-    ids, table = plain.tokenize(["a zq b"]), text_embeddings(plain.text_encoder).token_embedding
-    assert int((ids >= 90).sum()) == (4 if plain.is_sdxl else 2)
+    ids, table = plain.tokenize(["a zq b"]), spliced_table(plain.text_encoders[0])
+    assert int((ids >= 90).sum()) == (4 if plain.uses_time_ids else 2)
     assert torch.equal(table.words["zq"], torch.ones(2, 32))
     assert torch.equal(table.words["old"], torch.zeros(1, 32))  # the user's word
-    assert torch.isfinite(plain.condition(ids).context).all()
+    assert torch.isfinite(plain.encode_tokens(ids).context).all()
     set_loras(plain, [])
     assert list(table.words) == ["old"]
     remove_embeddings(plain)

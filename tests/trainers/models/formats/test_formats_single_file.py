@@ -18,7 +18,7 @@ from dreamfleet.trainers.models.formats.layout import empty_part, from_single_fi
 from dreamfleet.trainers.models.formats.ldm_names import SD1_CONFIGS, file_place
 from dreamfleet.trainers.models.formats.pickle_writer import save_pickle
 from dreamfleet.trainers.models.formats.single_file import load_single_file_parts
-from dreamfleet.trainers.models.stable_diffusion.single_file import load_single_file, save_single_file
+from dreamfleet.trainers.models.stable_diffusion.single_file import load_single_file
 
 
 def sd1_on_meta() -> dict[str, dict[str, torch.Tensor]]:
@@ -114,7 +114,7 @@ def equal_states(one: torch.nn.Module, two: torch.nn.Module) -> bool:
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_an_unusual_model_round_trips(suffix: str, tmp_path: Path) -> None:
     model = tiny_model("v_prediction")
-    path = save_single_file(model, tmp_path / f"cat{suffix}", metadata={"recipe": "x: 1"})
+    path = model.save_file(tmp_path / f"cat{suffix}", metadata={"recipe": "x: 1"})
     if suffix == ".ckpt":
         assert_webui_safe(path)
     read = load_single_file(path, name="cat")
@@ -133,7 +133,7 @@ def test_an_unusual_model_round_trips(suffix: str, tmp_path: Path) -> None:
 
 def test_half_precision_and_header(tmp_path: Path) -> None:
     model = tiny_model()
-    path = save_single_file(model, tmp_path / "cat.safetensors", dtype=torch.float16, metadata={"steps": "5"})
+    path = model.save_file(tmp_path / "cat.safetensors", dtype=torch.float16, metadata={"steps": "5"})
     tensors = load_file(path)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     weight = model.unet.conv_in.weight
@@ -156,14 +156,14 @@ def test_learned_words_are_not_written(tmp_path: Path) -> None:
     from dreamfleet.trainers.models.embeddings import install_embedding
 
     model = tiny_model()
-    plain = load_file(save_single_file(model, tmp_path / "a.safetensors"))
+    plain = load_file(model.save_file(tmp_path / "a.safetensors"))
     install_embedding(model, "qzx", torch.ones(2, 32))
-    assert load_file(save_single_file(model, tmp_path / "b.safetensors")).keys() == plain.keys()
+    assert load_file(model.save_file(tmp_path / "b.safetensors")).keys() == plain.keys()
 
 
 def test_text_encoder_keys_without_text_model_are_accepted(tmp_path: Path) -> None:
     model = tiny_model()
-    path = save_single_file(model, tmp_path / "a.safetensors")
+    path = model.save_file(tmp_path / "a.safetensors")
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
     state = {
@@ -192,7 +192,7 @@ def test_other_models_are_rejected(tmp_path: Path) -> None:
             load_single_file(save_pickle({"state_dict": state}, tmp_path / "x.ckpt"))
     with pytest.raises(FormatError, match="no model"):
         load_single_file(save_pickle([1], tmp_path / "x.ckpt"))
-    good = save_single_file(tiny_model(), tmp_path / "good.safetensors")
+    good = tiny_model().save_file(tmp_path / "good.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(good.read_bytes()[:-100])
     with pytest.raises(FormatError, match="safetensors"):
         load_single_file(tmp_path / "cut.safetensors")
@@ -216,7 +216,7 @@ def test_an_incomplete_model_is_not_saved(tmp_path: Path) -> None:
     model = tiny_model()
     model.vae = None
     with pytest.raises(ModelError, match="vae"):
-        save_single_file(model, tmp_path / "a.safetensors")
+        model.save_file(tmp_path / "a.safetensors")
     with pytest.raises(FormatError, match="no name"):
         file_place("unet", "class_embedding.linear_1.weight", SD1_CONFIGS["unet"], "sd1")
     with pytest.raises(FormatError, match="no name"):

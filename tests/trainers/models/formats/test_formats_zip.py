@@ -48,7 +48,7 @@ def directory(path: Path) -> tuple[bytes, list[tuple[str, int, int, bytes]], int
 
 
 def objections_of_old_torch(path: Path) -> list[str]:
-    """Return the entries that the reader of torch up to 2.3 (miniz 2.1) finds beyond the file, by their 32-bit fields."""
+    """Return the entries that the reader of torch up to 2.3 (miniz 2.1) finds beyond the file by 32-bit fields."""
     _, entries, size = directory(path)
     return [name for name, whole, offset, _ in entries if whole != 0xFFFFFFFF and offset + 30 + whole > size]
 

@@ -19,13 +19,12 @@ from dreamfleet.datasets.errors import UserError
 from dreamfleet.trainers.config.hypernetwork_structure import Structure
 from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.config.samplers import plain_sampler
+from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.models.formats.aesthetic import write_aesthetic
 from dreamfleet.trainers.models.formats.embedding import Embedding, write_embedding
 from dreamfleet.trainers.models.formats.hypernetwork import write_hypernetwork
 from dreamfleet.trainers.models.sampling.infotext import infotext, png_info, sampler_entries
-from dreamfleet.trainers.models.sampling.sample import make_scheduler
 from dreamfleet.trainers.models.stable_diffusion.hypernetwork import Hypernetwork
-from dreamfleet.trainers.models.stable_diffusion.model import load_model
 
 
 def parsed(text: str) -> tuple[str, str, dict[str, str]]:
@@ -73,7 +72,7 @@ def test_text_of_any_language_round_trips_through_a_png(tmp_path: Path) -> None:
 def test_webui_sampler_names_are_accepted(name: str, plain: str) -> None:
     assert plain_sampler(name) == plain
     model = tiny_model()
-    assert type(make_scheduler(model, name)) is type(make_scheduler(model, plain))
+    assert type(model.make_sampler(plain_sampler(name))) is type(model.make_sampler(plain))
 
 
 def test_an_unknown_sampler_is_an_error() -> None:
@@ -95,7 +94,7 @@ def test_samplers_equal_diffusers(name: str) -> None:
             **noise, use_karras_sigmas=True, steps_offset=1
         ),
     }[name]()
-    ours = make_scheduler(tiny_model(), name)
+    ours = tiny_model().make_sampler(plain_sampler(name))
     ends = []
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(7)

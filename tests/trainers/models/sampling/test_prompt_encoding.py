@@ -13,18 +13,10 @@ from tiny_models import WIDTH, tiny_family, tiny_model
 
 from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.models.embeddings import install_embedding, install_negative
-from dreamfleet.trainers.models.sampling.prompt_encoding import apply_weights, make_guides
+from dreamfleet.trainers.models.learned_words import Words, count_tokens, place_word, words_in
+from dreamfleet.trainers.models.sampling.prompt_encoding import make_guides, negative_for
 from dreamfleet.trainers.models.sampling.prompt_syntax import attention
-from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import (
-    Words,
-    chunk_pieces,
-    count_tokens,
-    negative_for,
-    place_word,
-    tokenize,
-    tokenize_weighted,
-    words_in,
-)
+from dreamfleet.trainers.models.stable_diffusion.prompt_tokens import chunk_pieces, emphasise
 
 
 @pytest.fixture
@@ -106,12 +98,12 @@ def test_unusual_letters_match_no_other_word(model: Any) -> None:
 def test_weights_restore_the_mean_of_their_chunk() -> None:
     context = torch.tensor([[[1.0, 3.0], [2.0, 2.0], [4.0, 0.0], [1.0, 1.0]]])
     weights = torch.tensor([[1.0, 2.0, 1.0, 1.0]])
-    found = apply_weights(context, weights, torch.ones(1), chunk=2)
+    found = emphasise(context, weights, torch.ones(1), chunk=2)
     # The first chunk's mean is 2, after weighting 3: the result is multiplied by 2 / 3. The second has no weights.
     expected = torch.tensor([[[2 / 3, 2.0], [8 / 3, 8 / 3], [4.0, 0.0], [1.0, 1.0]]])
     assert torch.allclose(found, expected) and torch.equal(found[:, 2:], context[:, 2:])
     twice = torch.cat([context, context])
-    shared = apply_weights(twice, torch.cat([weights, torch.ones(1, 4)]), torch.tensor([1.0, 3.0]), chunk=2)
+    shared = emphasise(twice, torch.cat([weights, torch.ones(1, 4)]), torch.tensor([1.0, 3.0]), chunk=2)
     # Over one text at weight 2 and three without: means 2 and 9 / 4.
     assert torch.allclose(shared[0, 1], torch.full((2,), 4 * 8 / 9)) and shared[1, 1, 0] == pytest.approx(
         16 / 9
@@ -122,11 +114,11 @@ def test_weights_restore_the_mean_of_their_chunk() -> None:
 def test_conditions_are_weighted_by_encoder(family: str) -> None:
     model = tiny_family(family)
     (guide,) = make_guides(model, [ImageRequest("a (cat:1.5) b", "", steps=2, guidance_scale=1)])
-    plain = model.read(["a cat b"])
+    plain = model.encode(["a cat b"])
     weights = torch.ones(77)
-    ids, spread = tokenize_weighted(model, ["a (cat:1.5) b"])
+    ids, spread = model.tokenize_weighted([attention("a (cat:1.5) b")])
     side = ids[0, 0] if family == "sdxl" else ids[0]
-    cat = tokenize(model, ["cat"])
+    cat = model.tokenize(["cat"])
     length = (
         int((cat[0, 0] if family == "sdxl" else cat[0]).eq(model.tokenizer.eos_token_id).int().argmax()) - 1
     )
@@ -148,8 +140,8 @@ def test_long_prompts_get_more_chunks(model: Any) -> None:
     (guide,) = make_guides(model, [ImageRequest("a BREAK b AND c", "x", steps=2, guidance_scale=7)])
     (_, both), (_, short) = guide.positive
     assert both.at(0).context.shape == short.at(0).context.shape == (1, 154, WIDTH)
-    assert torch.allclose(both.at(0).context[0, 77:], model.read(["b"]).context[0], atol=1e-6)
-    last = model.read(["c"]).context[0, -1]  # shorter parts repeat their last token
+    assert torch.allclose(both.at(0).context[0, 77:], model.encode(["b"]).context[0], atol=1e-6)
+    last = model.encode(["c"]).context[0, -1]  # shorter parts repeat their last token
     assert torch.allclose(short.at(0).context[0, 77:], last.expand(77, -1), atol=1e-6)
     assert guide.negative is not None and guide.negative.at(0).context.shape == (1, 77, WIDTH)
 
@@ -207,7 +199,7 @@ def test_conditions_follow_the_steps(model: Any) -> None:
     assert guide.negative is not None
     for timed, texts in ((edited, "aaab"), (alternating, "ccdc"), (guide.negative, ["x", "x", "", ""])):
         for index, text in enumerate(texts):
-            assert torch.allclose(timed.at(index).context, model.read([text]).context, atol=1e-6), (
+            assert torch.allclose(timed.at(index).context, model.encode([text]).context, atol=1e-6), (
                 index,
                 text,
             )
@@ -225,12 +217,10 @@ def test_guidance_sums_the_parts(model: Any, monkeypatch: pytest.MonkeyPatch) ->
             self.outputs.append(output)
             return self.inner.step(output, *args, **options)
 
-    from dreamfleet.trainers.models.sampling import sample
-
     found = {}
     for prompt, scale in [("cat", 1.0), ("dog", 1.0), ("x", 1.0), ("cat :0.5 AND dog :2", 3.0)]:
-        recorded = Recorded(sample.make_scheduler(model, "ddim"))
-        monkeypatch.setattr(sample, "make_scheduler", lambda *_, made=recorded: made)
+        recorded = Recorded(model.make_sampler("ddim"))
+        monkeypatch.setattr(model, "make_sampler", lambda _, made=recorded: made)
         draw(model, prompt, guidance_scale=scale, negative_prompt="x", steps=1)
         monkeypatch.undo()
         found[prompt] = recorded.outputs[0]
@@ -252,7 +242,7 @@ def test_plain_prompts_are_literal(model: Any) -> None:
         (guide,) = make_guides(model, [ImageRequest(text, text, steps=3, guidance_scale=2, plain=True)])
         assert guide.negative is not None and len(guide.positive) == 1
         for timed in (guide.positive[0][1], guide.negative):
-            assert torch.equal(timed.at(2).context, model.read([text]).context), text
+            assert torch.equal(timed.at(2).context, model.encode([text]).context), text
 
 
 def test_negatives_of_learned_words_are_added_with_any_syntax(model: Any) -> None:

@@ -110,7 +110,7 @@ def test_encoder_sizes_and_negative_prompts(model: Any) -> None:
     def encode(prompts: Sequence[str], ids: torch.Tensor) -> Condition:
         asked.append(list(prompts))
         assert torch.equal(ids, model.tokenize(prompts))
-        return model.read(["x"] * len(prompts))
+        return model.encode(["x"] * len(prompts))
 
     wide = generate(model, ["a", "b"], seeds=[1, 1], steps=2, width=64, height=48, encode=encode)
     assert [image.size for image in wide] == [(64, 48)] * 2

@@ -10,8 +10,9 @@ import torch
 from drawing import generate
 from tiny_models import tiny_model
 
+from dreamfleet.trainers.config.samplers import plain_sampler
 from dreamfleet.trainers.models.formats.ldm_names import FAMILY_CONFIGS
-from dreamfleet.trainers.models.sampling.sample import make_scheduler, to_images
+from dreamfleet.trainers.models.sampling.sample import to_images
 
 SPACINGS = ["leading", "trailing", "linspace"]  # from a model's config, which the webui ignores
 
@@ -32,7 +33,7 @@ def levels(model: Any) -> np.ndarray:
 @pytest.mark.parametrize("steps", [10, 20, 30])
 def test_euler_a_has_even_steps_from_the_last_timestep_to_the_first(spacing: str, steps: int) -> None:
     model = model_with(timestep_spacing=spacing)
-    scheduler = make_scheduler(model, "Euler a")
+    scheduler = model.make_sampler(plain_sampler("Euler a"))
     scheduler.set_timesteps(steps)
     at = np.linspace(999, 0, steps)
     assert np.allclose(scheduler.timesteps, at, atol=1e-3)
@@ -45,7 +46,7 @@ def test_euler_a_has_even_steps_from_the_last_timestep_to_the_first(spacing: str
 @pytest.mark.parametrize("name", ["DPM++ 2M", "DPM++ 2M Karras"])
 def test_dpm_has_karras_steps_between_first_and_last_level(spacing: str, name: str) -> None:
     model = model_with(timestep_spacing=spacing)
-    scheduler = make_scheduler(model, name)
+    scheduler = model.make_sampler(plain_sampler(name))
     scheduler.set_timesteps(12)
     last, first = levels(model)[[0, -1]] ** (1 / 7)
     expected = np.linspace(first, last, 12) ** 7
@@ -54,7 +55,7 @@ def test_dpm_has_karras_steps_between_first_and_last_level(spacing: str, name: s
 
 
 def test_ddim_uses_every_nth_timestep_from_the_second() -> None:
-    scheduler = make_scheduler(model_with(), "DDIM")
+    scheduler = model_with().make_sampler(plain_sampler("DDIM"))
     scheduler.set_timesteps(20)
     assert scheduler.timesteps.tolist() == [step + 1 for step in range(0, 1000, 50)][::-1]
 
@@ -64,7 +65,7 @@ def test_zero_snr_starts_at_the_last_timestep(name: str) -> None:
     model = model_with(
         prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
     )
-    scheduler = make_scheduler(model, name)
+    scheduler = model.make_sampler(plain_sampler(name))
     scheduler.set_timesteps(10)
     assert scheduler.timesteps.tolist() == [999 - 100 * step for step in range(10)]
 
@@ -83,7 +84,7 @@ def test_euler_a_follows_the_webui_formula(prediction_type: str) -> None:
     def noise() -> torch.Tensor:
         return torch.randn((4, 8, 8), generator=generator)[None]
 
-    context = torch.cat([model.read(["b"]).context, model.read(["a cat"]).context])
+    context = torch.cat([model.encode(["b"]).context, model.encode(["a cat"]).context])
     at = np.linspace(999, 0, steps)
     sigmas = [*np.interp(at, np.arange(1000), levels(model)), 0.0]
     x = noise() * sigmas[0]

@@ -18,6 +18,7 @@ from PIL import Image
 from dreamfleet.datasets.errors import ModelError, UserError
 from dreamfleet.trainers.config.model import POCKET, ModelConfig
 from dreamfleet.trainers.models.embeddings import install_embedding
+from dreamfleet.trainers.models.family import DiffusionModel, load_model
 from dreamfleet.trainers.models.formats.aesthetic import write_aesthetic
 from dreamfleet.trainers.models.formats.lora import LoraFile, Matrices
 from dreamfleet.trainers.models.lora import set_loras
@@ -33,7 +34,6 @@ from dreamfleet.trainers.models.stable_diffusion.aesthetic import (
     tune_text_encoder,
 )
 from dreamfleet.trainers.models.stable_diffusion.aesthetic_export import bake
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
 from dreamfleet.trainers.models.vision.clip import ClipScorer
 
 FAST = AestheticSettings(steps=3, learning_rate=1e-2)
@@ -46,12 +46,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def model(folder: Path) -> StableDiffusion:
+def model(folder: Path) -> DiffusionModel:
     return load_model(ModelConfig(pretrained_model_name_or_path=str(folder)))
 
 
 @pytest.fixture
-def clip(model: StableDiffusion) -> ClipScorer:
+def clip(model: DiffusionModel) -> ClipScorer:
     return clip_of(model)
 
 
@@ -61,17 +61,17 @@ def vector() -> torch.Tensor:
 
 
 def make_encoder(
-    model: StableDiffusion, vector: torch.Tensor, clip: ClipScorer, **changes: Any
+    model: DiffusionModel, vector: torch.Tensor, clip: ClipScorer, **changes: Any
 ) -> AestheticEncoder:
     return AestheticEncoder(model, vector, clip=clip, settings=replace(FAST, **changes))
 
 
-def plain(model: StableDiffusion, prompts: Sequence[str] = PROMPTS) -> torch.Tensor:
+def plain(model: DiffusionModel, prompts: Sequence[str] = PROMPTS) -> torch.Tensor:
     return model.encode_text(model.tokenize(prompts))
 
 
 def test_each_step_goes_towards_the_vector_and_the_model_stays(
-    model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor
+    model: DiffusionModel, clip: ClipScorer, vector: torch.Tensor
 ) -> None:
     before = {name: tensor.clone() for name, tensor in model.text_encoder.state_dict().items()}
     encoder = make_encoder(model, vector, clip)
@@ -88,7 +88,7 @@ def test_each_step_goes_towards_the_vector_and_the_model_stays(
 
 
 def test_a_prompt_depends_on_itself_alone_and_is_tuned_once(
-    model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    model: DiffusionModel, clip: ClipScorer, vector: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = make_encoder(model, vector, clip).contexts(PROMPTS)
     encoder = make_encoder(model, vector, clip)
@@ -101,7 +101,7 @@ def test_a_prompt_depends_on_itself_alone_and_is_tuned_once(
     assert list(encoder.cosines) == PROMPTS[1:], "the least recently used is forgotten"
 
 
-def test_a_lora_that_comes_is_heard(model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor) -> None:
+def test_a_lora_that_comes_is_heard(model: DiffusionModel, clip: ClipScorer, vector: torch.Tensor) -> None:
     """A prompt's tag is not a part of its text, which encodings are remembered by."""
     other = replace(model, text_encoder=copy.deepcopy(model.text_encoder))
     encoder = make_encoder(other, vector, clip)
@@ -118,21 +118,21 @@ def test_a_lora_that_comes_is_heard(model: StableDiffusion, clip: ClipScorer, ve
 
 @pytest.mark.parametrize("nothing", [{"steps": 0}, {"learning_rate": 0.0}, {"weight": 0.0}])
 def test_nothing_to_do_gives_the_plain_encoding(
-    nothing: dict[str, Any], model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor
+    nothing: dict[str, Any], model: DiffusionModel, clip: ClipScorer, vector: torch.Tensor
 ) -> None:
     assert torch.allclose(
         make_encoder(model, vector, clip, **nothing).contexts(PROMPTS), plain(model), atol=1e-6
     )
 
 
-def test_an_empty_prompt_stays_plain(model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor) -> None:
+def test_an_empty_prompt_stays_plain(model: DiffusionModel, clip: ClipScorer, vector: torch.Tensor) -> None:
     context = make_encoder(model, vector, clip).contexts(["", "a cat"])
     assert torch.allclose(context[0], plain(model, [""])[0], atol=1e-6)
     assert not torch.allclose(context[1], plain(model, ["a cat"])[0], atol=1e-3)
 
 
 def test_clip_skip_and_learned_words_are_honoured(
-    model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor
+    model: DiffusionModel, clip: ClipScorer, vector: torch.Tensor
 ) -> None:
     last = make_encoder(model, vector, clip, weight=1.0).contexts(["a cat"])
     model.clip_skip = 2
@@ -163,7 +163,7 @@ def test_clip_skip_and_learned_words_are_honoured(
 
 
 def test_a_long_prompt_is_tuned_by_all_of_its_chunks(
-    model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor
+    model: DiffusionModel, clip: ClipScorer, vector: torch.Tensor
 ) -> None:
     model.max_token_length = 150
     encoder = make_encoder(model, vector, clip)
@@ -176,7 +176,7 @@ def test_a_long_prompt_is_tuned_by_all_of_its_chunks(
 
 
 def clip_chunk_cosine(
-    model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor, prompt: str, chunk: int
+    model: DiffusionModel, clip: ClipScorer, vector: torch.Tensor, prompt: str, chunk: int
 ) -> float:
     """The cosine of a vector and one chunk of 77 tokens, as the text tower alone sees it."""
     ids = model.tokenize([prompt])[:, 77 * chunk : 77 * (chunk + 1)]
@@ -231,7 +231,7 @@ def test_settings_that_cannot_be_say_so(wrong: dict[str, Any], message: str) -> 
         AestheticSettings(**wrong)
 
 
-def test_another_clip_is_refused(model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor) -> None:
+def test_another_clip_is_refused(model: DiffusionModel, clip: ClipScorer, vector: torch.Tensor) -> None:
     with pytest.raises(ModelError, match=r"768 .* 8"):
         AestheticEncoder(model, torch.ones(1, 768), clip=clip)
     with pytest.raises(ModelError, match="160"):
@@ -242,7 +242,7 @@ def test_another_clip_is_refused(model: StableDiffusion, clip: ClipScorer, vecto
 
 
 def test_baked_over_one_prompt_it_is_the_per_prompt_form(
-    model: StableDiffusion, clip: ClipScorer, vector: torch.Tensor
+    model: DiffusionModel, clip: ClipScorer, vector: torch.Tensor
 ) -> None:
     settings = replace(FAST, weight=1.0)
     one = bake(model, vector, ["a cat", "", "a cat"], clip=clip, settings=settings)
@@ -257,7 +257,7 @@ def test_baked_over_one_prompt_it_is_the_per_prompt_form(
         bake(model, vector, [""], clip=clip, settings=FAST)
 
 
-def test_images_are_drawn_with_it(model: StableDiffusion, vector: torch.Tensor, tmp_path: Path) -> None:
+def test_images_are_drawn_with_it(model: DiffusionModel, vector: torch.Tensor, tmp_path: Path) -> None:
     def draw() -> Image.Image:
         return generate(model, ["a cat"], seeds=[0], steps=2, guidance_scale=7.5)[0]
 

@@ -24,8 +24,6 @@ from dreamfleet.datasets.plan import Draw
 from dreamfleet.trainers.batches.sources import Shown
 from dreamfleet.trainers.models.condition import Condition, whole_image_ids
 from dreamfleet.trainers.models.embeddings import install_embedding
-from dreamfleet.trainers.models.stable_diffusion.noise import noise_loss
-from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 
 PROMPTS = ["a cat, on the sea", "", "zebra " * 40]
 
@@ -34,7 +32,7 @@ PROMPTS = ["a cat, on the sea", "", "zebra " * 40]
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SDXL as a diffusers folder."""
     folder = tmp_path_factory.mktemp("sdxl") / "model"
-    save_pipeline(tiny_family("sdxl"), folder)
+    tiny_family("sdxl").save_folder(folder)
     return folder
 
 
@@ -44,7 +42,7 @@ def test_sdxl_is_told_what_diffusers_pipeline_tells_it(sdxl: Path, clip_skip: in
     context, _, pooled, _ = pipeline.encode_prompt(
         PROMPTS, do_classifier_free_guidance=False, clip_skip=None if clip_skip == 1 else clip_skip - 1
     )
-    found = model.read(PROMPTS)
+    found = model.encode(PROMPTS)
     assert found.context.shape == (3, 77, WIDTH + WIDTH_2) and found.time_ids is None
     assert torch.equal(found.context, context) and torch.equal(found.pooled, pooled)
     ids = pipeline._get_add_time_ids(
@@ -68,17 +66,17 @@ def test_the_loss_of_sdxl_is_a_plain_loops(sdxl: Path) -> None:
             added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes},
         ).sample
         expected = F.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))
-        told = model.read(["a cat", "the sea"]).sized(sizes)
-        common = {"latents": latents, "noise": noise, "timesteps": timesteps}
-        found = noise_loss(model.unet, model.scheduler, **common, condition=told)
-        moved = noise_loss(model.unet, model.scheduler, **common, condition=told.sized(sizes.flip(0)))
+        condition = model.encode(["a cat", "the sea"])
+        batch = {"latents": latents, "noise": noise, "timesteps": timesteps, **condition.entries()}
+        found = model.denoising_loss({**batch, "time_ids": sizes})
+        moved = model.denoising_loss({**batch, "time_ids": sizes.flip(0)})
     assert torch.allclose(found, expected, rtol=1e-6)
     assert not torch.allclose(moved, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_are_those_of_diffusers_pipeline(tmp_path: Path, family: str) -> None:
-    save_pipeline(tiny_family(family), tmp_path / "model")
+    tiny_family(family).save_folder(tmp_path / "model")
     model, pipeline = load(tmp_path / "model"), stock_pipeline(tmp_path / "model", family)
     assert model.modules().keys() == tiny_family(family).modules().keys()
     for negative in ("ugly", None):
@@ -97,11 +95,11 @@ def test_long_prompts_of_sdxl_are_chunks_of_both_encoders(sdxl: Path) -> None:
     long, short = load(sdxl, max_token_length=150), load(sdxl)
     ids = long.tokenize(["a" * 100, "cat"])
     assert ids.shape == (2, 2, 154)
-    found = long.condition(ids)
+    found = long.encode_tokens(ids)
     assert found.context.shape == (2, 154, WIDTH + WIDTH_2)
     for chunk, text in enumerate(("a" * 100, None)):
         part = ids[:1, :, 77 * chunk : 77 * (chunk + 1)]
-        alone = short.condition(part)
+        alone = short.encode_tokens(part)
         assert torch.allclose(found.context[0, 77 * chunk : 77 * (chunk + 1)], alone.context[0], atol=1e-6)
         assert torch.allclose(found.pooled[0], alone.pooled[0], atol=1e-6) == (text is not None)
 
@@ -111,15 +109,15 @@ def test_a_learned_word_does_not_move_the_summary_of_a_prompt(sdxl: Path) -> Non
     model = load(sdxl)
     old = tiny_text_encoder(second=True, hidden_act="gelu", bos_token_id=0, eos_token_id=2, pad_token_id=1)
     old.load_state_dict(model.text_encoder_2.state_dict())
-    plain = model.read(["a cat"]).pooled
+    plain = model.encode(["a cat"]).pooled
     model.text_encoder_2 = old.eval().requires_grad_(False)
-    assert torch.allclose(model.read(["a cat"]).pooled, plain, atol=1e-6)
+    assert torch.allclose(model.encode(["a cat"]).pooled, plain, atol=1e-6)
     table = old.text_model.embeddings.token_embedding.weight
     known = [model.tokenizer("c", add_special_tokens=False).input_ids[0]]
     first = model.text_encoder.embeddings.token_embedding.weight[known]
     install_embedding(model, "<x>", first, table[known])
     # A word of a known token's own vectors is that token.
-    one, other = model.read(["a c"]), model.read(["a <x>"])
+    one, other = model.encode(["a c"]), model.encode(["a <x>"])
     assert torch.allclose(one.pooled, other.pooled, atol=1e-6)
     assert torch.allclose(one.context[:, :4], other.context[:, :4], atol=1e-6)
 
@@ -190,11 +188,12 @@ def test_sizes_are_those_of_the_image_as_it_is_cut(tmp_path: Path, changes: dict
 
 def test_conditions_are_put_together_and_taken_apart() -> None:
     one = Condition(torch.ones(2, 3, 4), torch.zeros(2, 5))
-    both = Condition.cat([one, one.map(lambda tensor: tensor + 1)]).sized(torch.zeros(4, 6))
+    both = Condition.cat([one, one.map(lambda tensor: tensor + 1)]).with_sizes(torch.zeros(4, 6))
     assert both.context.shape == (4, 3, 4) and both.time_ids is not None
     rows = both.rows()
     assert len(rows) == 4 and rows[2].pooled.tolist() == [[1.0] * 5]
-    assert Condition(torch.ones(1, 3, 4)).sized(torch.zeros(1, 6)).time_ids is None
+    assert both.entries().keys() == {"context", "pooled", "time_ids"}
+    assert Condition.in_batch(one.entries()) == one
 
 
 @pytest.mark.parametrize(
@@ -239,7 +238,7 @@ def test_a_folder_of_images_is_held_out_with_its_sizes(tmp_path: Path) -> None:
     from dreamfleet.trainers.recipe import build_recipe
     from dreamfleet.trainers.run.build import DistributedContext, assemble
 
-    save_pipeline(tiny_family("sdxl"), tmp_path / "model")
+    tiny_family("sdxl").save_folder(tmp_path / "model")
     parts = assemble(build_recipe(tiny.make_recipe(tmp_path)), DistributedContext())
     asked = []
     parts.method.model.unet.register_forward_pre_hook(

@@ -39,7 +39,7 @@ def test_a_schedule_reads_back_as_it_was_written(low: float, high: float, curve:
 def test_a_fixed_scale_is_the_same_at_every_timestep(value: float) -> None:
     for written in (f"{value:.4f}", float(f"{value:.4f}")):
         if "e" not in str(written):
-            found = guidance_at(parse_guidance(written), torch.tensor([0, 17, 999]), 1000)
+            found = guidance_at(parse_guidance(written), torch.tensor([0.0, 0.017, 1.0]))
             assert torch.allclose(found, torch.full((3,), value))
 
 
@@ -81,7 +81,7 @@ def test_what_is_no_schedule_is_told(text: str) -> None:
 @pytest.mark.parametrize("curve", sorted(CURVES))
 def test_each_sample_is_guided_by_its_own_timestep(curve: Any) -> None:
     timesteps = torch.tensor([0, 250, 500, 999])
-    found = guidance_at(Guidance(1.5, 4.0, curve), timesteps, 1000)
+    found = guidance_at(Guidance(1.5, 4.0, curve), tiny_model().noise_level(timesteps))
     expected = [1.5 + 2.5 * CURVES[curve](t / 999) for t in timesteps.tolist()]
     assert torch.allclose(found, torch.tensor(expected), atol=1e-5)
 
@@ -89,12 +89,13 @@ def test_each_sample_is_guided_by_its_own_timestep(curve: Any) -> None:
 @pytest.mark.parametrize("scales", [[3.0, 3.0, 3.0], [1.0, 2.0, 5.0], [1.0, 1.0, 1.0]])
 def test_the_guided_prediction_is_each_samples_own(scales: list[float]) -> None:
     # The original broke on batches with a dynamic scale, and with a scale of 1.
-    unet: Any = tiny_model().unet
+    model = tiny_model()
+    unet: Any = model.unet
     generator = torch.Generator().manual_seed(0)
     noisy = torch.randn(3, 4, 8, 8, generator=generator)
     contexts = torch.randn(3, 2, 77, WIDTH, generator=generator, requires_grad=True)
     timesteps = torch.tensor([1, 400, 900])
-    found = guided_prediction(unet, noisy, timesteps, Condition(contexts), torch.tensor(scales))
+    found = guided_prediction(model, noisy, timesteps, Condition(contexts), torch.tensor(scales))
     for row, scale in enumerate(scales):
         one, t = noisy[row : row + 1], timesteps[row : row + 1]
         negative, positive = (unet(one, t, contexts[row, side][None]).sample for side in (0, 1))

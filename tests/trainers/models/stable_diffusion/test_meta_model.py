@@ -11,28 +11,27 @@ from tiny_models import tiny_model
 
 from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.config.model import ModelConfig
+from dreamfleet.trainers.models.family import load_shape
 from dreamfleet.trainers.models.formats.ldm_names import Family
 from dreamfleet.trainers.models.stable_diffusion.hypernetwork import context_widths
-from dreamfleet.trainers.models.stable_diffusion.meta_model import empty_condition, model_shape
-from dreamfleet.trainers.models.stable_diffusion.single_file import save_single_file
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    shape = model_shape(ModelConfig(pretrained_model_name_or_path=str(folder)))
+    shape = load_shape(ModelConfig(pretrained_model_name_or_path=str(folder)))
     return {name: sum(p.numel() for p in part.parameters()) for name, part in shape.modules().items()}
 
 
 def test_a_single_file_is_planned_from_its_header(tmp_path: Path) -> None:
     model = tiny_model()
-    path = save_single_file(model, tmp_path / "model.safetensors")
-    shape = model_shape(ModelConfig(pretrained_model_name_or_path=str(path)))
+    path = model.save_file(tmp_path / "model.safetensors")
+    shape = load_shape(ModelConfig(pretrained_model_name_or_path=str(path)))
     for name, part in model.modules().items():
         known = {key: tensor.shape for key, tensor in part.state_dict().items()}
         assert {k: t.shape for k, t in shape.modules()[name].state_dict().items()} == known, name
     assert all(p.device.type == "meta" for part in shape.modules().values() for p in part.parameters())
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ModelError, match="safetensors"):
-        model_shape(ModelConfig(pretrained_model_name_or_path=str(path)))
+        load_shape(ModelConfig(pretrained_model_name_or_path=str(path)))
 
 
 def test_every_family_has_its_size(tmp_path: Path) -> None:
@@ -41,17 +40,17 @@ def test_every_family_has_its_size(tmp_path: Path) -> None:
     assert second == {**SD15, "unet": 865_910_724, "text_encoder": 340_387_840}
     xl = {**SD15, "unet": 2_567_463_684, "text_encoder_2": 694_659_840}
     assert sizes(write_configs(tmp_path / "sdxl", "sdxl")) == xl
-    assert model_shape(ModelConfig()).context_width == 160
+    assert load_shape(ModelConfig()).context_width == 160
 
 
 @pytest.mark.parametrize(
     ("family", "width", "side"), [("sd1", 768, 512), ("sd2", 1024, 768), ("sdxl", 2048, 1024)]
 )
 def test_every_family_has_its_widths(tmp_path: Path, family: Family, width: int, side: int) -> None:
-    model = model_shape(ModelConfig(pretrained_model_name_or_path=str(write_configs(tmp_path / "m", family))))
+    model = load_shape(ModelConfig(pretrained_model_name_or_path=str(write_configs(tmp_path / "m", family))))
     assert (model.context_width, model.resolution) == (width, side)
     assert max(context_widths(model.unet)) == max(width, 1280) and width in context_widths(model.unet)
-    told = empty_condition(model, 3)
+    told = model.empty_condition(3)
     assert told.context.shape == (3, 77, width)
     assert (told.pooled is None) == (family != "sdxl") and (
         told.pooled is None or told.pooled.shape == (3, 1280)
@@ -71,7 +70,7 @@ def test_models_that_cannot_be_planned_are_told(
 ) -> None:
     folder = write_configs(tmp_path / name, **changes)
     with pytest.raises(ModelError, match=told):
-        model_shape(ModelConfig(pretrained_model_name_or_path=str(folder)))
+        load_shape(ModelConfig(pretrained_model_name_or_path=str(folder)))
 
 
 @pytest.mark.parametrize(
@@ -79,20 +78,20 @@ def test_models_that_cannot_be_planned_are_told(
     [
         ("someone/never-downloaded", "downloads nothing"),
         ("{tmp}/model.ckpt", "dreamfleet convert"),
-        ("{tmp}/absent.safetensors", "there is no"),
+        ("{tmp}/absent.safetensors", "does not exist"),
         ("{tmp}", "no unet/config.json"),
     ],
 )
 def test_models_that_are_not_here_are_told(tmp_path: Path, name: str, told: str) -> None:
     with pytest.raises(ModelError, match=told):
-        model_shape(ModelConfig(pretrained_model_name_or_path=name.format(tmp=tmp_path)))
+        load_shape(ModelConfig(pretrained_model_name_or_path=name.format(tmp=tmp_path)))
 
 
 def test_a_folder_without_a_part_is_told(tmp_path: Path) -> None:
     folder = write_configs(tmp_path / "part")
     (folder / "vae/config.json").unlink()
     with pytest.raises(ModelError, match=r"'vae' .*config"):
-        model_shape(ModelConfig(pretrained_model_name_or_path=str(folder)))
+        load_shape(ModelConfig(pretrained_model_name_or_path=str(folder)))
     (folder / "vae/config.json").write_text("[1]")
     with pytest.raises(ModelError, match="JSON object"):
-        model_shape(ModelConfig(pretrained_model_name_or_path=str(folder)))
+        load_shape(ModelConfig(pretrained_model_name_or_path=str(folder)))

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.memory.trace import Ledger
-from dreamfleet.trainers.models.embeddings import install_embedding, remove_embeddings, text_embeddings
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
-from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
+from dreamfleet.trainers.models.embeddings import install_embedding, remove_embeddings, spliced_table
+from dreamfleet.trainers.models.family import DiffusionModel, load_model
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def load(path: Path, **options: object) -> StableDiffusion:
+def load(path: Path, **options: object) -> DiffusionModel:
     return load_model(ModelConfig(pretrained_model_name_or_path=str(path), **options))
 
 
@@ -71,7 +70,7 @@ def test_a_model_is_saved_in_half_precision_without_a_second_copy_in_full(
     whole = sum(p.numel() * p.element_size() for part in model.modules().values() for p in part.parameters())
     known = [p for part in model.modules().values() for p in (*part.parameters(), *part.buffers())]
     with Ledger(known=known) as ledger:
-        save_pipeline(model, tmp_path / "out", dtype=torch.float16)
+        model.save_folder(tmp_path / "out", dtype=torch.float16)
     assert ledger.peak < 0.6 * whole
     saved = load_file(tmp_path / "out/unet/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(saved[name], tensor.half()) for name, tensor in before.items())
@@ -84,7 +83,7 @@ def test_saved_pipeline_loads_in_stock_diffusers_and_draws_the_same(folder: Path
 
     model = load(folder)
     install_embedding(model, "<x>", torch.zeros(1, 16))
-    save_pipeline(model, tmp_path / "out")
+    model.save_folder(tmp_path / "out")
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "out", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
@@ -104,7 +103,7 @@ def test_saved_pipeline_loads_in_stock_diffusers_and_draws_the_same(folder: Path
 def test_an_embedding_takes_n_places_and_leaves_the_table_alone(folder: Path) -> None:
     model = load(folder)
     plain = model.tokenize(["a <x> cat"])
-    table = text_embeddings(model.text_encoder).token_embedding.weight.clone()
+    table = spliced_table(model.text_encoder).weight.clone()
     install_embedding(model, "<x>", torch.randn(3, 16))
     install_embedding(model, "<x>-neg", torch.randn(2, 16))
     vocab = len(table)
@@ -114,7 +113,7 @@ def test_an_embedding_takes_n_places_and_leaves_the_table_alone(folder: Path) ->
     assert ids[1, 1:3].tolist() == [vocab + 3, vocab + 4]
     assert ids[2, 2:5].tolist() == ids[0, 2:5].tolist()
     assert vocab not in ids[3].tolist()
-    assert torch.equal(text_embeddings(model.text_encoder).token_embedding.weight, table)
+    assert torch.equal(spliced_table(model.text_encoder).weight, table)
     assert model.encode_text(ids).shape == (4, 77, 16)
     remove_embeddings(model)
     assert torch.equal(model.tokenize(["a <x> cat"]), plain)

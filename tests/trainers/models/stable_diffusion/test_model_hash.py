@@ -19,15 +19,13 @@ from dreamfleet.trainers.methods.base import Setting
 from dreamfleet.trainers.methods.embedding_common import export_word
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.hypernetwork import HypernetworkMethod
+from dreamfleet.trainers.models.family import DiffusionModel, load_model
 from dreamfleet.trainers.models.formats.embedding import read_embedding
 from dreamfleet.trainers.models.formats.hypernetwork import read_hypernetwork
-from dreamfleet.trainers.models.stable_diffusion.loading import short_hash
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
-from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
-from dreamfleet.trainers.models.stable_diffusion.single_file import save_single_file
+from dreamfleet.trainers.models.stable_diffusion.fingerprints import short_hash
 
 
-def load(path: Path) -> StableDiffusion:
+def load(path: Path) -> DiffusionModel:
     return load_model(ModelConfig(pretrained_model_name_or_path=str(path)))
 
 
@@ -37,7 +35,7 @@ def sha(path: Path) -> str:
 
 @pytest.fixture(scope="module", params=[".safetensors", ".ckpt"])
 def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_single_file(tiny_model(), tmp_path_factory.mktemp("models") / f"cat.v1.5{request.param}")
+    return tiny_model().save_file(tmp_path_factory.mktemp("models") / f"cat.v1.5{request.param}")
 
 
 def test_artifacts_name_the_base_model_as_the_webui_does(file: Path, tmp_path: Path) -> None:
@@ -62,7 +60,7 @@ def test_images_tell_the_hash_of_the_file(file: Path, tmp_path: Path) -> None:
 
 def test_a_folder_is_told_by_its_u_net_and_keeps_dots_in_its_name(tmp_path: Path) -> None:
     folder = tmp_path / "sd-v1.5"
-    save_pipeline(tiny_model(), folder)
+    tiny_model().save_folder(folder)
     model = load(folder)
     assert (model.short_hash(), model.short_name) == (
         sha(folder / "unet/diffusion_pytorch_model.safetensors"),

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.training_utils import compute_snr
+from tiny_models import tiny_model
 
 from dreamfleet.datasets.rng import key
-from dreamfleet.trainers.models.condition import Condition
-from dreamfleet.trainers.models.stable_diffusion.noise import (
-    draw_noise,
-    make_target,
-    noise_loss,
-    signal_to_noise,
-    snr_weights,
-)
+from dreamfleet.trainers.models.keyed_noise import draw_noise
+from dreamfleet.trainers.models.stable_diffusion.noise import make_target, signal_to_noise, snr_weights
 
 
 def scheduler(kind: str) -> DDPMScheduler:
@@ -27,10 +23,14 @@ def scheduler(kind: str) -> DDPMScheduler:
     )
 
 
+def below(count: int) -> Callable[[np.random.Generator], int]:
+    return lambda rng: int(rng.integers(count))
+
+
 def test_a_samples_noise_does_not_depend_on_its_batch() -> None:
     keys = [("instance", 0, 3, "a"), ("instance", 0, 3, "b"), ("instance", 0, 4, "a")]
-    noise, timesteps = draw_noise(keys, (4, 8, 8), num_timesteps=1000)
-    alone, timestep = draw_noise(keys[1:2], (4, 8, 8), num_timesteps=1000)
+    noise, timesteps = draw_noise(keys, (4, 8, 8), draw_timestep=below(1000))
+    alone, timestep = draw_noise(keys[1:2], (4, 8, 8), draw_timestep=below(1000))
     assert torch.equal(noise[1], alone[0]) and timesteps[1] == timestep[0]
     assert not torch.equal(noise[0], noise[2])
 
@@ -42,21 +42,21 @@ def test_keys_that_agree_in_32_bits_draw_different_noise() -> None:
         if low in seen:
             break
         seen[low] = number
-    noise, _ = draw_noise([("x", seen[low]), ("x", number)], (4, 8, 8), num_timesteps=1000)
+    noise, _ = draw_noise([("x", seen[low]), ("x", number)], (4, 8, 8), draw_timestep=below(1000))
     correlation = np.corrcoef(noise.flatten(1))[0, 1]
     assert abs(correlation) < 0.4, (seen[low], number)
 
 
 def test_noise_is_standard_normal_and_timesteps_cover_their_range() -> None:
-    noise, timesteps = draw_noise([("x", i) for i in range(400)], (4, 8, 8), num_timesteps=10)
+    noise, timesteps = draw_noise([("x", i) for i in range(400)], (4, 8, 8), draw_timestep=below(10))
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     assert set(timesteps.tolist()) == set(range(10))
 
 
 def test_noise_offset_shifts_whole_channels() -> None:
     keys = [("x", i) for i in range(200)]
-    plain, t = draw_noise(keys, (4, 8, 8), num_timesteps=1000)
-    shifted, t_shifted = draw_noise(keys, (4, 8, 8), num_timesteps=1000, noise_offset=0.1)
+    plain, t = draw_noise(keys, (4, 8, 8), draw_timestep=below(1000))
+    shifted, t_shifted = draw_noise(keys, (4, 8, 8), draw_timestep=below(1000), noise_offset=0.1)
     difference = shifted - plain
     assert torch.equal(t, t_shifted)
     assert torch.allclose(difference, difference[..., :1, :1].expand_as(difference), atol=1e-6)
@@ -89,17 +89,14 @@ def test_snr_weights_are_those_of_diffusers_trainers(kind: str) -> None:
 
 
 def test_loss_is_per_sample_and_masked() -> None:
-    class Zero(torch.nn.Module):
-        def forward(self, x, t, context, return_dict=False):
-            return (torch.zeros_like(x),)
-
-    schedule = scheduler("epsilon")
+    model = tiny_model()
     noise = torch.ones(3, 4, 8, 8) * torch.tensor([1.0, 2.0, 3.0])[:, None, None, None]
-    common = {"latents": torch.zeros(3, 4, 8, 8), "noise": noise, "timesteps": torch.tensor([1, 2, 3])}
-    loss = noise_loss(Zero(), schedule, **common, condition=Condition(torch.zeros(3, 1, 1)))
-    assert torch.allclose(loss, torch.tensor([1.0, 4.0, 9.0]))
+    batch = {"latents": torch.zeros(3, 4, 8, 8), "noise": noise, "timesteps": torch.tensor([1, 2, 3])}
+    predicted = torch.zeros(3, 4, 8, 8)
+    assert torch.allclose(model.loss(predicted, batch), torch.tensor([1.0, 4.0, 9.0]))
     mask = torch.zeros(3, 1, 8, 8)
     mask[..., :4] = 2.0
-    assert torch.allclose(
-        noise_loss(Zero(), schedule, **common, condition=Condition(torch.zeros(3, 1, 1)), mask=mask), loss
-    )
+    masked = model.loss(predicted, {**batch, "mask": mask})
+    assert torch.allclose(masked, torch.tensor([1.0, 4.0, 9.0]))
+    weighted = model.loss(predicted, batch, snr_gamma=5.0)
+    assert torch.allclose(weighted, masked * snr_weights(model.scheduler, batch["timesteps"], 5.0))

@@ -15,8 +15,7 @@ from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.methods.export_request import Export
-from dreamfleet.trainers.models.sampling.sample import make_scheduler
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, load_model
+from dreamfleet.trainers.models.family import DiffusionModel, load_model
 from dreamfleet.trainers.models.stable_diffusion.noise import make_target, snr_weights
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import Parts, assemble
@@ -28,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def load(folder: Path, **options: Any) -> StableDiffusion:
+def load(folder: Path, **options: Any) -> DiffusionModel:
     return load_model(ModelConfig(pretrained_model_name_or_path=str(folder), **options))
 
 
@@ -56,7 +55,7 @@ def test_noise_prediction_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["ddim", "euler_a", "dpm++"])
 def test_sampling_begins_at_the_last_timestep(folder: Path, name: str) -> None:
     model = load(folder, **ZERO)
-    scheduler = make_scheduler(model, name)
+    scheduler = model.make_sampler(name)
     scheduler.set_timesteps(5)
     assert scheduler.config.timestep_spacing == "trailing"
     assert [round(float(step)) for step in scheduler.timesteps] == [999, 799, 599, 399, 199]

@@ -1,0 +1,141 @@
+"""LoRA adapters in the layers of one module, by peft: inserted, listed, filled, folded into the weights, removed.
+
+Source: Hu et al. 2021 (arXiv 2106.09685).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dreamfleet.trainers.models.formats.lora import Matrices
+
+
+class Strength(NamedTuple):
+    """Strength of a LoRA in the text encoders, and in the denoiser."""
+
+    text: float = 1.0
+    denoiser: float = 1.0
+
+    def __str__(self) -> str:
+        """Return the strength as a prompt's tag has it."""
+        same = self.text == self.denoiser
+        return f"{self.denoiser:g}" if same else f"{self.text:g}:{self.denoiser:g}"
+
+
+def has_adapters(part: nn.Module) -> bool:
+    """Return whether peft wrapped any of a part's layers."""
+    return hasattr(part, "peft_config")
+
+
+def adapted(part: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the layers of a part that have adapters, by name."""
+    if has_adapters(part):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for name, module in part.named_modules():
+            if isinstance(module, BaseTunerLayer):
+                yield name, module
+
+
+def insert_adapters(
+    part: Any, layers: Mapping[str, tuple[int, float]], *, adapter: str, dropout: float = 0.0
+) -> None:
+    """Wrap the named layers; ``layers``: rank and alpha of each. ``lora_A`` starts normal with deviation 1 / rank."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if not layers:
+        return
+    if has_adapters(part):
+        del part.peft_config  # peft warns about a second adapter, and finds the wrapped layers without it
+    rank, alpha = next(iter(layers.values()))
+    inject_adapter_in_model(
+        LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # a fraction works as well
+            lora_dropout=dropout,
+            target_modules=list(layers),
+            rank_pattern={f"^{name}": r for name, (r, _) in layers.items() if r != rank},
+            alpha_pattern={f"^{name}": a for name, (_, a) in layers.items() if a != alpha},
+            init_lora_weights="gaussian",
+        ),
+        part,
+        adapter_name=adapter,
+    )
+
+
+def remove_adapters(part: Any) -> None:
+    """Restore a part's own layers, their weights unchanged."""
+    for name, layer in list(adapted(part)):
+        _replace(part, name, layer.get_base_layer())
+    if has_adapters(part):
+        del part.peft_config
+
+
+def adapter_tree(part: nn.Module, adapter: str) -> nn.Module:
+    """Return a module that holds an adapter's submodules alone, dropout included, under the part's names."""
+    root = nn.Module()
+    for name, layer in adapted(part):
+        node = root
+        for piece in name.split("."):
+            if piece not in dict(node.named_children()):
+                node.add_module(piece, nn.Module())
+            node = node.get_submodule(piece)
+        for kind in ("lora_A", "lora_B", "lora_dropout"):
+            node.add_module(kind, getattr(layer, kind)[adapter])
+    return root
+
+
+def fill_adapter(layer: Any, adapter: str, matrices: Matrices) -> None:
+    """Copy matrices into a layer's adapter."""
+    with torch.no_grad():
+        layer.lora_A[adapter].weight.copy_(matrices.down)
+        layer.lora_B[adapter].weight.copy_(matrices.up)
+
+
+def fit_matrices(matrices: Matrices, module: nn.Module) -> Matrices | None:
+    """Return the matrices in the shapes of a layer's adapter, None if they do not fit.
+
+    Files store the matrices of 1 x 1 convolutions in two ways.
+    """
+    down, up, alpha = matrices
+    if not isinstance(module, nn.Linear | nn.Conv2d):
+        return None
+    leaving, entering, *kernel = module.weight.shape
+    if down.numel() != len(down) * entering * int(torch.Size(kernel).numel()) or up.shape[0] != leaving:
+        return None
+    ones = [1] * len(kernel)
+    return Matrices(down.reshape(-1, entering, *kernel), up.reshape(leaving, -1, *ones), alpha)
+
+
+def fold_adapter(part: nn.Module, name: str, layer: Any) -> Callable[[], None]:
+    """Replace a wrapped layer by its own module with the adapters added to the weight; return the undo function."""
+    base = layer.get_base_layer()
+    weight: Tensor = base.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        for adapter in layer.active_adapters:
+            weight.copy_(weight.float() + layer.get_delta_weight(adapter).to(weight.device, torch.float32))
+    _replace(part, name, base)
+
+    def undo() -> None:
+        with torch.no_grad():
+            weight.copy_(kept)
+        _replace(part, name, layer)
+
+    return undo
+
+
+def cast_frozen(part: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parameters of a part that do not train; its adapters stay in full precision."""
+    for param in part.parameters():
+        if not param.requires_grad and param.is_floating_point():
+            param.data = param.data.to(dtype)
+
+
+def _replace(part: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(part.get_submodule(parent), last, module)
