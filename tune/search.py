@@ -107,7 +107,9 @@ def search(
         store.folder.write_text(RECIPE, recipe.to_yaml())
         store.save()
         try:
-            _run_trials(store, address, shared, stop, display, on_progress)
+            _run_trials(
+                store, stop=stop, display=display, address=address, shared=shared, on_progress=on_progress
+            )
         finally:
             if store.trials:
                 write_results(store)
@@ -180,10 +182,11 @@ def can_share_process(recipe: Recipe, *, uses_gpu: bool) -> bool:
 
 def _run_trials(
     store: TrialStore,
-    address: str | None,
-    shared: Sequence[str],
+    *,
     stop: Stop,
     display: Display,
+    address: str | None,
+    shared: Sequence[str],
     on_progress: Progress | None,
 ) -> None:
     from dreamfleet.tune.algorithm import SearchAlgorithm
@@ -210,7 +213,9 @@ def _run_trials(
         display.say(f"{algorithm.remaining} trials, {at_once} at once, {describe(share.resources)} each")
         # Tune alone reads its files, while it runs; a search is resumed from the trial store and the trials' folders.
         with tempfile.TemporaryDirectory(prefix="dreamfleet-tune-", ignore_cleanup_errors=True) as files:
-            tuner = _make_tuner(store, share, at_once, algorithm, callback, files)
+            tuner = _make_tuner(
+                store, share=share, at_once=at_once, algorithm=algorithm, callback=callback, files=files
+            )
             # Tune copies AWS keys into its actors' runtime environment, which Ray logs.
             with secrets_hidden():
                 outcome = run_in_thread(tuner.fit, name="ray-tune-fit")
@@ -224,7 +229,7 @@ def _run_trials(
 
 
 def _make_tuner(
-    store: TrialStore, share: WorkerShare, at_once: int, algorithm: Any, callback: Any, files: str
+    store: TrialStore, *, share: WorkerShare, at_once: int, algorithm: Any, callback: Any, files: str
 ) -> Any:
     from ray import tune
 

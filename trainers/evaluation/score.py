@@ -68,13 +68,22 @@ def score_run(
     run = _run_around(storage) if is_artifact else storage
     if run.exists("recipe.yaml"):
         artifact = storage.url if is_artifact else None
-        return _score_run_folder(run, clip, dino, real, prompts, num_images, seed, artifact=artifact)
-    word = ""
+        return _score_run_folder(
+            run,
+            artifact=artifact,
+            clip=clip,
+            dino=dino,
+            real=real,
+            prompts=prompts,
+            num_images=num_images,
+            seed=seed,
+        )
+    placeholder = ""
     if is_artifact:
         base = ModelConfig.model_validate({"pretrained_model_name_or_path": model})
-        tuned, word = load_artifact(storage.url, base)
-        if word and not prompts:
-            prompts = [f"a photo of {word}"]
+        tuned, placeholder = load_artifact(storage.url, base)
+        if placeholder and not prompts:
+            prompts = [f"a photo of {placeholder}"]
         if not prompts:
             raise UserError(f"{target} is a model: name the prompts to generate images of with --prompt")
         requests = [ImageRequest(prompt, seed=seed) for prompt in prompts]
@@ -85,7 +94,9 @@ def score_run(
         shown = list(prompts) if prompts else captions
         kind = "pictures"
     real_images = _read_folder(Storage(real))[0] if real else []
-    scores = _score(images, shown, real_images, clip=clip, dino=dino, strip={word: ""} if word else ())
+    scores = _score(
+        images, shown, real_images, clip=clip, dino=dino, strip={placeholder: ""} if placeholder else ()
+    )
     return {"target": str(target), "kind": kind, **scores}
 
 
@@ -120,14 +131,14 @@ def _score(
 
 def _score_run_folder(
     run: Storage,
+    *,
+    artifact: str | None,
     clip: str | None,
     dino: str | None,
     real: str | None,
     prompts: Sequence[str] | None,
     num_images: int,
     seed: int,
-    *,
-    artifact: str | None,
 ) -> dict[str, Any]:
     import yaml
 
@@ -149,7 +160,7 @@ def _score_run_folder(
     if folder := real or validation.holdout:
         real_images = _read_folder(Storage(folder))[0]
     else:
-        trained_on = load_sets(recipe.data, apart=recipe.apart).instances
+        trained_on = load_sets(recipe.data, excluded=recipe.excluded_folders).instances
         real_images = [_read(uri) for uri in trained_on.column("uri")[:MOST_REAL]]
     scores = _score(
         images,
@@ -180,9 +191,9 @@ def _run_around(artifact: Storage) -> Storage:
 
 def words_to_strip(recipe: Recipe) -> dict[str, str]:
     """Return the words that a run made up and their replacement for CLIP: a placeholder's initializer, "" for "sks"."""
-    word = getattr(recipe.method, "placeholder_token", None)
-    if word:
-        return {word: str(getattr(recipe.method, "initializer_token", "") or "")}
+    placeholder = getattr(recipe.method, "placeholder_token", None)
+    if placeholder:
+        return {placeholder: str(getattr(recipe.method, "initializer_token", "") or "")}
     try:
         concepts = load_concepts(recipe.data)
     except (DataError, UserError):  # the training images may have been removed since
@@ -196,9 +207,9 @@ def words_to_strip(recipe: Recipe) -> dict[str, str]:
 
 
 def _training_prompts(recipe: Recipe) -> list[str]:
-    word = getattr(recipe.method, "placeholder_token", None)
-    if word:
-        return [f"a photo of {word}"]
+    placeholder = getattr(recipe.method, "placeholder_token", None)
+    if placeholder:
+        return [f"a photo of {placeholder}"]
     found = [concept.instance_prompt for concept in load_concepts(recipe.data) if concept.instance_prompt]
     if not found:
         raise UserError("the recipe has no validation.prompts; give some with --prompt")

@@ -29,7 +29,7 @@ def test_definitions_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "words", "left"),
+    ("prompt", "words", "stripped"),
     [
         ("a sks cat on the beach", ["sks"], "a cat on the beach"),
         ("A SKS cat, sks", ["sks"], "A cat,"),
@@ -40,5 +40,5 @@ def test_definitions_of_the_paper() -> None:
         ("as  it   is", [], "as  it   is"),
     ],
 )
-def test_words_clip_cannot_know_are_stripped(prompt: str, words: Any, left: str) -> None:
-    assert strip_words(prompt, words) == left
+def test_words_clip_cannot_know_are_stripped(prompt: str, words: Any, stripped: str) -> None:
+    assert strip_words(prompt, words) == stripped

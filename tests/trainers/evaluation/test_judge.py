@@ -28,9 +28,9 @@ def test_scores_of_every_image_and_their_means() -> None:
 def test_only_metrics_whose_needs_are_given_are_computed() -> None:
     clip: Any = ColourScorer()
     assert score_images(plain(RED, GREEN), prompts=["red"], clip=clip).means == {"clip_t": pytest.approx(0.5)}
-    with pytest.raises(UserError, match=r"real (picture|image)"):
+    with pytest.raises(UserError, match="real image"):
         score_images(plain(RED), clip=clip)
-    with pytest.raises(UserError, match=r"no (picture|image)"):
+    with pytest.raises(UserError, match="no images"):
         score_images([], prompts=["a"], clip=clip)
     with pytest.raises(UserError, match=r"3 .*prompt"):
         score_images(plain(RED, RED, RED), prompts=["a", "b"], clip=clip)
