@@ -1,4 +1,4 @@
-"""Sampler names, dreamfleet's and the webui's."""
+"""Names of the samplers: ours and the webui's."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ _ALIASES = {
 
 
 def plain_sampler(name: str) -> str:
-    """Return dreamfleet's name of a sampler, given that or the webui's. Raises UserError for an unknown one."""
+    """Return a sampler's name, `ddim`, `euler_a` or `dpm++`, given that or its name in the webui.
+
+    Raises UserError for an unknown sampler.
+    """
     if (known := _ALIASES.get(name.strip().lower())) is None:
         raise UserError(
-            f"sampler {name!r} does not exist (known: ddim, euler_a, dpm++; the webui's DDIM, Euler a, "
-            "DPM++ 2M Karras)"
+            f"sampler {name!r} does not exist; known: ddim, euler_a and dpm++, or by the webui's names DDIM, "
+            "Euler a and DPM++ 2M Karras."
         )
     return known
