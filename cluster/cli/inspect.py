@@ -40,14 +40,14 @@ def inspect(
         changes = list(overrides or [])
         changes += [f"data.resolution={resolution}"] if resolution is not None else []
         changes += ["data.enable_bucket=true"] if buckets else []
-        recipe, apart = _what_to_read(folder, changes)
+        recipe, excluded = _what_to_read(folder, changes)
         name, count = _token_counter(str(recipe.model.pretrained_model_name_or_path))
         found = survey(
             recipe.data,
             count_tokens=count,
             tokenizer=name,
             max_tokens=recipe.model.max_token_length,
-            apart=apart,
+            excluded=excluded,
             progress=progress,
         )
     if as_json:
@@ -64,7 +64,7 @@ def _what_to_read(place: str, changes: list[str]) -> tuple[Recipe, dict[str, str
 
     if place.endswith((".yaml", ".yml")):
         recipe = load_recipe(place, changes)
-        return recipe, recipe.apart
+        return recipe, recipe.excluded_folders
     tree = {
         "data": {"instance_data_dir": Storage(place).url if is_address(place) else place},
         "method": {"name": "native"},
@@ -112,7 +112,7 @@ def _lines(found: Survey, top: int) -> list[str]:
     shared = [f"{file}: {', '.join(images)}" for file, images in found.shared.items()]
     over = [f"{item['place']}: {item['reason']} ({_files(item['files'])})" for item in found.skipped]
     over += [f"other files: {_counts(found.others)}"] if found.others else []
-    for title, told in (("one caption for several:", shared), ("passed over:", over)):
+    for title, told in (("one caption for several:", shared), ("skipped:", over)):
         lines += ["", title, *_some(told)] if told else []
     if found.bad:
         lines += ["", "left out:", *_some([f"{file}: {reason}" for file, reason in found.bad.items()])]

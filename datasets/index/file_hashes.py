@@ -1,4 +1,4 @@
-"""Contents of files that were read before, so that a large set is not read through at the start of every run."""
+"""Hashes and sizes of files that were read before, so that a large set is not read at the start of every run."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ FILE = "files.parquet"
 
 
 class KnownFiles:
-    """Says what is in a file without reading it, where its stamp is what it was when it was read.
+    """Returns the hash and size of an image file without reading it, if its stamp is unchanged since it was read.
 
-    The stamp is size and time on disk, and the tag that a bucket gives to contents. Kept in ``files.parquet`` of the
-    cache's folder.
+    A stamp is size and modification time on disk, and the ETag in a bucket; see :meth:`Source.stamps`. Stored in
+    ``files.parquet`` in the folder of the latent cache.
     """
 
     def __init__(self, cache: Storage, urls: Iterable[str]):
         self._cache = cache
-        # Before any file is read: one that changes meanwhile has another stamp the next time.
+        # Taken before any file is read: a file that changes meanwhile has another stamp the next time.
         self._stamps = {uri: stamp for url in urls for uri, stamp in find_source(url).stamps(url).items()}
         self._seen = _read(cache)
 
     def __call__(self, uri: str) -> Seen | None:
-        """Return what is in the file at an address; None where it must be read."""
+        """Return hash and size of the file at a URI; None if it must be read."""
         stamp, seen = self._seen.get(uri, ("", None))
         return seen if seen is not None and stamp == self._stamps.get(uri) else None
 
     def remember(self, index: Index) -> None:
-        """Keep what an index found, beside what is known of other folders."""
+        """Add the files of an index, and save."""
         found = dict(self._seen)
         for row in index.rows():
             if stamp := self._stamps.get(row.uri):
@@ -55,7 +55,7 @@ class KnownFiles:
 
 
 def known_files(data: DataConfig) -> KnownFiles | None:
-    """Open what a recipe's cache knows of the folders it names; None without a cache."""
+    """Load the known files of the sources that a recipe names; None without a cache."""
     if data.cache_dir is None:
         return None
     places = [
@@ -73,5 +73,7 @@ def _read(cache: Storage) -> dict[str, tuple[str, Seen]]:
         table = pq.read_table(pa.BufferReader(cache.read_bytes(FILE)))
         columns = [table.column(name).to_pylist() for name in ("uri", "stamp", *Seen._fields)]
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise DataError(f"{cache.path(FILE)} is broken ({error}). Remove it: it is made again") from error
+        raise DataError(
+            f"{cache.path(FILE)} is broken ({error}). Remove it; it will be written again"
+        ) from error
     return {uri: (stamp, Seen(*values)) for uri, stamp, *values in zip(*columns, strict=True)}

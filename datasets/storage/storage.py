@@ -18,7 +18,7 @@ from dreamfleet.datasets.storage.disk import (
     as_storage_error,
     copy_file,
     explained,
-    full_disk_told,
+    explains_full_disk,
     inside,
     remove_tree,
     tree_size,
@@ -215,12 +215,12 @@ class Storage:
         """
         if self.is_local:
             path = self.path(rel)
-            with explained("write", path), appearing(path) as temporary, full_disk_told(path):
+            with explained("write", path), appearing(path) as temporary, explains_full_disk(path):
                 yield Path(temporary)
             return
         with tempfile.TemporaryDirectory(prefix="dreamfleet-") as folder:
             temporary_file = Path(folder) / rel.rsplit("/", 1)[-1]
-            with explained("write", str(temporary_file)), full_disk_told(str(temporary_file)):
+            with explained("write", str(temporary_file)), explains_full_disk(str(temporary_file)):
                 yield temporary_file
             self.upload(temporary_file, rel)
 

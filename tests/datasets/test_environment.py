@@ -21,7 +21,7 @@ from dreamfleet.tune.search import search
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
-    """Give a function that makes this process's environment that of another machine, with nothing but what it says."""
+    """Return a function that sets this process's environment to that of another machine."""
     before = dict(os.environ)
 
     def become(home: Path = tmp_path, **values: str) -> None:
@@ -55,11 +55,11 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
         ("RAY_AUTH_TOKEN", "x", False),
     ],
 )
-def test_what_counts_as_a_secret(name: str, value: str, secret: bool) -> None:
+def test_is_secret(name: str, value: str, secret: bool) -> None:
     assert is_secret(name, value) is secret
 
 
-def test_secrets_are_hidden_and_still_found(machine: Callable[..., None]) -> None:
+def test_hidden_secrets_are_returned_by_variable(machine: Callable[..., None]) -> None:
     machine(HF_TOKEN="hush", AWS_ACCESS_KEY_ID="id", LANG="C")
     with secrets_hidden():
         with secrets_hidden():
@@ -72,7 +72,7 @@ def test_secrets_are_hidden_and_still_found(machine: Callable[..., None]) -> Non
     assert variable("AWS_ACCESS_KEY_ID") == "id"
 
 
-def test_what_belongs_to_one_machine_is_not_sent(machine: Callable[..., None]) -> None:
+def test_machine_specific_variables_are_not_sent(machine: Callable[..., None]) -> None:
     machine(
         AWS_ACCESS_KEY_ID="id",
         AWS_ENDPOINT_URL="http://store",
@@ -91,7 +91,7 @@ def test_what_belongs_to_one_machine_is_not_sent(machine: Callable[..., None]) -
     assert to_send(buckets=True) == hub | {"AWS_ACCESS_KEY_ID": "id", "AWS_ENDPOINT_URL": "http://store"}
 
 
-def test_a_login_to_the_hub_is_sent(machine: Callable[..., None], tmp_path: Path) -> None:
+def test_the_hub_token_of_a_login_is_sent(machine: Callable[..., None], tmp_path: Path) -> None:
     (tmp_path / ".cache/huggingface").mkdir(parents=True)
     (tmp_path / ".cache/huggingface/token").write_text("hush\n")
     machine()
@@ -112,7 +112,7 @@ def write_profiles(home: Path) -> None:
     )
 
 
-def test_keys_of_a_profile_are_sent_to_machines_that_lack_it(
+def test_keys_of_a_profile_are_sent_to_machines_without_it(
     machine: Callable[..., None], tmp_path: Path
 ) -> None:
     write_profiles(tmp_path)
@@ -137,11 +137,11 @@ def test_keys_of_a_profile_are_sent_to_machines_that_lack_it(
         "AWS_ENDPOINT_URL_S3": "https://store.example",
     }
     machine(AWS_ACCESS_KEY_ID="theirs")
-    take_over(sent)  # this machine has the profile: it renews keys there
+    take_over(sent)  # this machine has the profile, which renews keys
     assert os.environ["AWS_PROFILE"] == "mine" and "AWS_ACCESS_KEY_ID" not in os.environ
 
 
-def test_an_endpoint_of_the_environment_wins_over_the_profile(
+def test_the_endpoint_variable_has_priority_over_the_profile(
     machine: Callable[..., None], tmp_path: Path
 ) -> None:
     write_profiles(tmp_path)
@@ -150,7 +150,7 @@ def test_an_endpoint_of_the_environment_wins_over_the_profile(
     assert sent["AWS_ENDPOINT_URL"] == "http://store" and "AWS_ENDPOINT_URL_S3" not in sent
 
 
-def test_a_machine_keeps_what_it_sets_itself(machine: Callable[..., None], tmp_path: Path) -> None:
+def test_variables_set_on_a_machine_are_kept(machine: Callable[..., None], tmp_path: Path) -> None:
     sent = {
         "HF_TOKEN": "sent",
         "HF_ENDPOINT": "http://mirror",
@@ -174,7 +174,7 @@ def test_a_machine_keeps_what_it_sets_itself(machine: Callable[..., None], tmp_p
     assert os.environ["HTTPS_PROXY"] == "http://sent" and os.environ["HF_TOKEN"] == "sent"
 
 
-# ---- everything that a command leaves --------------------------------------------------------------------------------
+# ---- files and processes of commands --------------------------------------------------------------------------------
 
 
 @pytest.mark.cluster
@@ -182,7 +182,7 @@ def test_a_machine_keeps_what_it_sets_itself(machine: Callable[..., None], tmp_p
 def test_no_command_that_uses_ray_leaks_a_secret(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run, a search and a cache on one private Ray: all its files, and all processes while they work."""
+    """A run, a search and a cache on a private Ray: checks all its files, and all processes meanwhile."""
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     temporary, home = tmp_path_factory.mktemp("t"), tmp_path_factory.mktemp("h")
@@ -206,7 +206,7 @@ def test_no_command_that_uses_ray_leaks_a_secret(
         ray_files = Path(session.log_folder).parent
         kept = (ray_files, tmp_path, temporary)
 
-        def look(told: Any) -> None:
+        def look(message: Any) -> None:
             looks.append(find_planted(*kept))
 
         fit(build_recipe(tiny.make_recipe(tmp_path, **options, output_dir=str(run))), on_progress=look)

@@ -64,7 +64,7 @@ def test_a_key_of_another_section_or_program_is_told_where_it_belongs(tmp_path: 
     told = str(caught.value)
     assert told_of(told, "max_train_steps: unknown", "train:")
     assert told_of(told, "train.learning_rate: unknown", "optimizer:")
-    assert told_of(told, "train.output_dir: unknown", "itself")
+    assert told_of(told, "train.output_dir: unknown", "outside the sections")
     assert told_of(told, "train.use_8bit_adam: unknown", "optimizer.name: adamw8bit")
     assert told_of(told, "optimizer.unet_lr: ", "'learning_rate'")
     with pytest.raises(RecipeError, match=r"write method: \{name: dreambooth\}"):

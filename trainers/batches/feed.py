@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dreamfleet.datasets.captions import NoWords
+from dreamfleet.datasets.captions import NoCaption
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.index.index import BadFile, Index
 from dreamfleet.datasets.plan import Draw
@@ -174,20 +174,22 @@ class Preparer:
 
 
 def check_words(samples: Sequence[Sample], method: Method, data: DataConfig) -> None:
-    """Raise NoWords that names all images for which the method finds no prompt."""
+    """Raise NoCaption that names all images for which the method finds no prompt."""
     kept, wordless, reason = data.model_copy(update={"caption_dropout": 0.0}), [], ""
     for sample in samples:
         if sample.caption is None or not data.use_captions:
             try:
                 method.prompt(sample, numpy_rng("prompt", sample.id), kept)
-            except NoWords as error:
+            except NoCaption as error:
                 wordless.append(sample.uri)
                 reason = reason or str(error)
     if len(wordless) == 1:
-        raise NoWords(reason)
+        raise NoCaption(reason)
     if wordless:
         more = f", and {len(wordless) - WORDLESS_TOLD} more" if len(wordless) > WORDLESS_TOLD else ""
-        raise NoWords(f"{reason}\n  {len(wordless)} such images: {', '.join(wordless[:WORDLESS_TOLD])}{more}")
+        raise NoCaption(
+            f"{reason}\n  {len(wordless)} such images: {', '.join(wordless[:WORDLESS_TOLD])}{more}"
+        )
 
 
 def to_samples(index: Index) -> list[Sample]:

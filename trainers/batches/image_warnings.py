@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
-from dreamfleet.datasets.buckets import Size, most_enlarged, tell_buckets
+from dreamfleet.datasets.buckets import Size, describe_buckets, most_enlarged
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.index.index import Index, log_left_out
 from dreamfleet.trainers.methods.base import Method
@@ -48,7 +48,7 @@ def log_findings(index: Index, sizes: Sequence[Size], method: Method, data: Data
 
 def log_buckets(sizes: Sequence[Size], smallest_bucket: int, global_batch: int) -> None:
     """Log how many images each bucket has, with a warning when one of them does not fill a batch."""
-    log.info("buckets: %s", tell_buckets(sizes))
+    log.info("buckets: %s", describe_buckets(sizes))
     if smallest_bucket < global_batch:
         log.warning(
             "a bucket holds %d images and a batch %d: its batches show images several times. Take a larger "

@@ -1,4 +1,4 @@
-"""What cannot run: settings that exclude one another, told when a recipe is read, and what a run lacks, told first."""
+"""Settings that cannot be combined, reported when a recipe is loaded, and settings that a run needs."""
 
 from __future__ import annotations
 
@@ -31,44 +31,43 @@ def find_conflicts(
     scaling: ScalingConfig,
 ) -> list[str]:
     """Return an error for each combination of settings that cannot run, with the remedy."""
-    workers = scaling.num_workers
-    found = {
-        "engine.channels_last does not go with optimizer.name: adamw8bit, which lays every weight out anew at its "
-        "first step; set channels_last: false, or use adamw": engine.channels_last
-        and optimizer.name == "adamw8bit",
-        "engine.offload_param_device: nvme keeps weights in 16 bits; set train.mixed_precision: bf16, or "
-        "offload_param_device: cpu": engine.offload_param_device == "nvme" and train.mixed_precision == "no",
-        "data.enable_bucket does not go with prior preservation: class pictures would have to be of their instances' "
-        "sizes; set enable_bucket: false, or method.with_prior_preservation: false": data.enable_bucket
-        and getattr(method, "with_prior_preservation", False),
-    }
-    for name in validation.metrics:
-        found[f"validation.metrics: {name} needs {NEEDS['dino']}"] = (
-            "dino" in METRICS.get(name).needs and not validation.dino
+    sections = {"method": method, "data": data, "train": train, "optimizer": optimizer, "engine": engine}
+    found = _engine_conflicts(engine, {**sections, "validation": validation, "scaling": scaling})
+    if engine.channels_last and optimizer.name == "adamw8bit":
+        found.append(
+            "engine.channels_last cannot be combined with optimizer.name: adamw8bit, whose first step changes the memory "
+            "format of every weight; set channels_last: false, or use adamw"
         )
+    if engine.offload_param_device == "nvme" and train.mixed_precision == "no":
+        found.append(
+            "engine.offload_param_device: nvme keeps weights in 16 bits; set train.mixed_precision: bf16, or "
+            "offload_param_device: cpu"
+        )
+    if data.enable_bucket and getattr(method, "with_prior_preservation", False):
+        found.append(
+            "data.enable_bucket cannot be combined with prior preservation: class images would need the sizes of their "
+            "instance images; set enable_bucket: false, or method.with_prior_preservation: false"
+        )
+    found += [
+        f"validation.metrics: {name} needs {NEEDS['dino']}"
+        for name in validation.metrics
+        if "dino" in METRICS.get(name).needs and not validation.dino
+    ]
     fused = {
         f"train.gradient_accumulation_steps: {train.gradient_accumulation_steps} (it must be 1)": (
             train.gradient_accumulation_steps > 1
         ),
-        f"scaling.num_workers: {workers} (one at most)": workers > 1,
-        "train.mixed_precision: fp16 (bf16 or no), as a step that overflowed could not be taken back": (
+        f"scaling.num_workers: {scaling.num_workers} (it must be 0 or 1)": scaling.num_workers > 1,
+        "train.mixed_precision: fp16 (use bf16 or no), because a step that overflowed cannot be undone": (
             train.mixed_precision == "fp16"
         ),
     }
-    if optimizer.fused_backward:
-        found |= {
-            f"optimizer.fused_backward: true steps inside backward and does not go with {what}": is_so
-            for what, is_so in fused.items()
-        }
-    sections = {
-        "data": data,
-        "train": train,
-        "optimizer": optimizer,
-        "engine": engine,
-        "validation": validation,
-    }
-    sections |= {"method": method, "scaling": scaling}
-    return [*_engine_conflicts(engine, sections), *(told for told, is_so in found.items() if is_so)]
+    found += [
+        f"optimizer.fused_backward: true steps during the backward pass and cannot be combined with {setting}"
+        for setting, is_set in fused.items()
+        if optimizer.fused_backward and is_set
+    ]
+    return found
 
 
 def _engine_conflicts(engine: EngineConfig, sections: Mapping[str, Section]) -> list[str]:
@@ -91,7 +90,7 @@ def require_runnable(train: TrainConfig, optimizer: OptimizerConfig, *, has_gpu:
     """
     if train.max_train_steps is None and train.num_train_epochs is None:
         raise RecipeError(
-            "train: nothing says how long to train; set max_train_steps (optimizer steps) or num_train_epochs"
+            "train: the length of the training is not set; set max_train_steps (optimizer steps) or num_train_epochs"
         )
     if has_gpu is False:
         if train.mixed_precision == "fp16":

@@ -1,4 +1,4 @@
-"""A DeepSpeed JSON of the user's own, beside the recipe: what it may say, and what the recipe says already."""
+"""The user's DeepSpeed JSON file: which of its keys are used, and which must agree with the recipe."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dreamfleet.trainers.config.scaling import ScalingConfig
 from dreamfleet.trainers.config.train import TrainConfig
 
 Tree = dict[str, Any]
-#: Elements of a communication buffer. DeepSpeed's default of 500 million would take 1 GB of the memory to be saved.
+#: Elements of a communication buffer. DeepSpeed's default of 500 million would use 1 GB of the memory to be saved.
 BUCKET = 50_000_000
 #: With optimizer states on NVMe: elements in host memory at a time, at 16 bytes each. DeepSpeed's default is a billion.
 SWAPPED_GROUP = 100_000_000
 OFFLOADS = {"offload_optimizer": "offload_optimizer_device", "offload_param": "offload_param_device"}
-#: Blocks that the recipe has its own words for; where they agree they need not be handed on.
+#: Keys that the recipe sets itself; if they agree, they are not passed on.
 OWNED = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -33,17 +33,17 @@ OWNED = (
 
 
 def read_deepspeed_file(path: str) -> Tree:
-    """Read a DeepSpeed JSON; what is "auto" there, accelerate's word for "as the script says", is left out.
+    """Read a DeepSpeed JSON file, without the values "auto", by which accelerate means the script's own.
 
-    Raises RecipeError when it is no JSON object.
+    Raises RecipeError if it is not a JSON object.
     """
     folder, _, name = path.rpartition("/")
     try:
         tree = json.loads(Storage(folder or "/").read_text(name))
     except (StorageError, ValueError) as error:
-        raise RecipeError(f"engine.deepspeed_config: {path} is no readable JSON ({error})") from error
+        raise RecipeError(f"engine.deepspeed_config: {path} cannot be read as JSON ({error})") from error
     if not isinstance(tree, dict):
-        raise RecipeError(f"engine.deepspeed_config: {path} is no config: a JSON object is expected")
+        raise RecipeError(f"engine.deepspeed_config: {path} must contain a JSON object")
     return _without_auto(tree)
 
 
@@ -58,58 +58,46 @@ def merge_deepspeed_file(
     if path is None:
         return engine
     tree = read_deepspeed_file(path)
-    mistakes = [
-        f"{key}: {found!r} there, and {ours}: {value!r} in the recipe"
-        for key, ours, value in _wanted(train, optimizer, scaling)
+    errors = [
+        f"{key}: {found!r} in the file, {name}: {value!r} in the recipe"
+        for key, name, value in _recipe_values(train, optimizer, scaling)
         if (found := _at(tree, key)) is not None and found != value
     ]
+    # Key in zero_optimization, key in the recipe, the recipe's value that means unset.
+    keys: list[tuple[str, str, str | None]] = [("stage", "zero_stage", "auto")]
+    for block, name in OFFLOADS.items():
+        keys += [(f"{block}.device", name, "none"), (f"{block}.pin_memory", "pin_memory", None)]
+        keys.append((f"{block}.nvme_path", "nvme_path", None))
+    keys += [(key, key, None) for key in ZERO_KEYS]
     update: Tree = {}
-    stage = _at(tree, "zero_optimization.stage")
-    places: list[tuple[str, str, str | None, Any]] = [
-        ("zero_optimization.stage", "zero_stage", "auto", stage)
-    ]
-    for block, ours in OFFLOADS.items():
-        places.append(
-            (
-                f"zero_optimization.{block}.device",
-                ours,
-                "none",
-                _at(tree, f"zero_optimization.{block}.device"),
-            )
-        )
-        places += [
-            (f"zero_optimization.{block}.{key}", key, None, _at(tree, f"zero_optimization.{block}.{key}"))
-            for key in ("pin_memory", "nvme_path")
-        ]
-    places += [
-        (f"zero_optimization.{key}", key, None, _at(tree, f"zero_optimization.{key}")) for key in ZERO_KEYS
-    ]
-    for key, ours, unset, found in places:
-        value = getattr(engine, ours)
+    for key, name, unset in keys:
+        found, value = _at(tree, f"zero_optimization.{key}"), getattr(engine, name)
         if found is None or found == value:
             continue
-        if value != unset or update.get(ours, found) != found:
-            mistakes.append(f"{key}: {found!r} there, and engine.{ours}: {value!r} in the recipe")
-        update[ours] = found
-    if mistakes:
+        if value != unset or update.get(name, found) != found:
+            errors.append(
+                f"zero_optimization.{key}: {found!r} in the file, engine.{name}: {value!r} in the recipe"
+            )
+        update[name] = found
+    if errors:
         raise RecipeError(
-            f"engine.deepspeed_config: {path} says other than the recipe; leave those keys out of the file, or write "
-            f'"auto" there:\n  ' + "\n  ".join(mistakes)
+            f"engine.deepspeed_config: {path} contradicts the recipe; remove these keys from the file, or set them to "
+            f'"auto" there:\n  ' + "\n  ".join(errors)
         )
     try:
-        settled = EngineConfig.model_validate({**engine.model_dump(), **update})
+        merged = EngineConfig.model_validate({**engine.model_dump(), **update})
     except ValidationError as error:
-        told = "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())
-        raise RecipeError(f"engine.deepspeed_config: {path}: {told}") from error
-    if settled.zero_stage == "auto":
+        reasons = "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())
+        raise RecipeError(f"engine.deepspeed_config: {path}: {reasons}") from error
+    if merged.zero_stage == "auto":
         raise RecipeError(
-            f"engine.deepspeed_config: {path} sets no zero_optimization.stage, and engine.zero_stage is auto: set one"
+            f"engine.deepspeed_config: {path} has no zero_optimization.stage, and engine.zero_stage is auto; set one"
         )
-    return settled
+    return merged
 
 
-def handed_on(tree: Mapping[str, Any]) -> Tree:
-    """Return what of a file goes to DeepSpeed as it is: all but what the recipe decides."""
+def passed_on(tree: Mapping[str, Any]) -> Tree:
+    """Return the keys of a file that are passed to DeepSpeed unchanged: all but those that the recipe sets."""
     rest = {key: value for key, value in tree.items() if key not in OWNED}
     zero = dict(rest.pop("zero_optimization", {}))
     for key in ("stage", *ZERO_KEYS):
@@ -121,19 +109,21 @@ def handed_on(tree: Mapping[str, Any]) -> Tree:
     return {**rest, "zero_optimization": zero}
 
 
-def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
-    """Lay one tree over another, block by block."""
+def merge_trees(under: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
+    """Return ``under`` updated with ``over``, recursively."""
     both = dict(under)
     for key, value in over.items():
         below = both.get(key)
-        both[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+        both[key] = (
+            merge_trees(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+        )
     return both
 
 
-def _wanted(
+def _recipe_values(
     train: TrainConfig, optimizer: OptimizerConfig, scaling: ScalingConfig
 ) -> list[tuple[str, str, Any]]:
-    """Return what the recipe decides: the file's key, the recipe's, and its value."""
+    """Return what the recipe sets: the key in the file, the key in the recipe, and the value."""
     workers = max(1, scaling.num_workers)
     whole = workers * train.train_batch_size * train.gradient_accumulation_steps
     precision = train.mixed_precision

@@ -1,4 +1,4 @@
-"""The ``engine:`` section of a recipe: what moves the weights, and what it may use."""
+"""The ``engine:`` section of a recipe: how the parameters are trained, sharded and offloaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.datasets.path_field import PathField
 from dreamfleet.trainers.config.units import parse_size
 
-# Our keys of DeepSpeed's names, handed on as they are where they are set.
+# Keys with DeepSpeed's names, which are passed to it where they are set.
 ZERO_KEYS = (
     "overlap_comm",
     "reduce_bucket_size",
@@ -42,85 +42,96 @@ class EngineConfig(Section):
     )
     zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
         "auto",
-        description="auto: torch alone, and on a GPU too small for it the cheapest setting that fits. 0 to 3: "
-        "DeepSpeed, which shards nothing (0), optimizer states (1), gradients too (2), weights too (3) over the "
-        "workers",
+        description="auto: torch alone, or the cheapest setting that fits if the GPU is too small for that. 0 to 3: "
+        "DeepSpeed, which shards nothing (0), the optimizer states (1), also the gradients (2), also the weights (3) over "
+        "the workers",
     )
     offload_optimizer_device: Literal["none", "cpu", "nvme"] = Field(
         "none",
-        description="cpu: optimizer states and step in host memory (zero_stage 1 to 3); nvme: the states in files "
-        "(zero_stage 3)",
+        description="cpu: optimizer states and optimizer step in host memory (zero_stage 1 to 3); nvme: the states in "
+        "files (zero_stage 3)",
     )
     offload_param_device: Literal["none", "cpu", "nvme"] = Field(
         "none",
-        description="cpu: weights, frozen ones too, in host memory until a layer needs them (zero_stage 3); nvme: in "
-        "files (16 bits only)",
+        description="cpu: weights, including frozen ones, in host memory until a layer needs them (zero_stage 3); nvme: "
+        "in files (16 bits only)",
     )
     nvme_path: Annotated[
         str | None, PathField("folder", must_exist=False, compared=False, per_machine=True)
     ] = Field(
         None,
         validation_alias=AliasChoices("nvme_path", "offload_optimizer_nvme_path", "offload_param_nvme_path"),
-        description="a folder on a fast local disk of every machine, for what is offloaded to nvme",
+        description="a folder on a fast local disk of every machine, for offloading to nvme",
     )
     gpu_memory: str | None = Field(
         None,
-        description="the most a run may take of a GPU, such as 12GiB; also what zero_stage: auto goes by",
+        description="limit of GPU memory for the run, such as 12GiB; zero_stage: auto plans for it",
     )
     pin_memory: bool | None = Field(
-        None, description="page-locked host memory for offload; unset: DeepSpeed's choice, which is true"
+        None, description="page-locked host memory for offloading; default: DeepSpeed's, which is true"
     )
-    overlap_comm: bool | None = Field(None, description="send gradients while backward goes on (DeepSpeed)")
+    overlap_comm: bool | None = Field(
+        None, description="reduce gradients during the backward pass (DeepSpeed)"
+    )
     reduce_bucket_size: int | None = Field(
         None,
         ge=2,
-        description="numbers sent at a time when gradients are added up; unset: 50 million at most",
+        description="elements per message when gradients are reduced; default: at most 50 million",
     )
     allgather_bucket_size: int | None = Field(
-        None, ge=2, description="numbers sent at a time when weights are gathered; unset: 50 million at most"
+        None, ge=2, description="elements per message when weights are gathered; default: at most 50 million"
     )
     stage3_prefetch_bucket_size: int | None = Field(
-        None, ge=0, description="weights fetched ahead (zero_stage 3)"
+        None, ge=0, description="elements of weights that are prefetched (zero_stage 3)"
     )
     stage3_param_persistence_threshold: int | None = Field(
-        None, ge=0, description="smaller tensors stay whole on every worker (zero_stage 3)"
+        None, ge=0, description="tensors with fewer elements are not sharded (zero_stage 3)"
     )
     stage3_max_live_parameters: int | None = Field(
-        None, ge=0, description="the most weights that are whole at once (zero_stage 3)"
+        None, ge=0, description="upper limit of gathered weights, in elements (zero_stage 3)"
     )
     stage3_max_reuse_distance: int | None = Field(
-        None, ge=0, description="weights that come again sooner are kept whole (zero_stage 3)"
+        None,
+        ge=0,
+        description="weights that are used again within so many elements stay gathered (zero_stage 3)",
     )
     zero_hpz_partition_size: int | None = Field(
         None,
         ge=1,
-        description="ZeRO++: workers of one machine that hold the weights once more (zero_stage 3)",
+        description="ZeRO++: size of the group of workers on one machine that keeps a second copy of the weights "
+        "(zero_stage 3)",
     )
     zero_quantized_weights: bool | None = Field(
-        None, description="ZeRO++: weights travel in 8 bits (zero_stage 3, GPU)"
+        None, description="ZeRO++: weights are sent in 8 bits (zero_stage 3, GPU)"
     )
     zero_quantized_gradients: bool | None = Field(
-        None, description="ZeRO++: gradients travel in 4 bits (zero_stage 3, GPU)"
+        None, description="ZeRO++: gradients are sent in 4 bits (zero_stage 3, GPU)"
     )
     deepspeed_config: Annotated[str | None, PathField("file")] = Field(
         None,
-        description="a DeepSpeed JSON of your own: its further keys are handed on, its stage and offload taken; what "
-        "the recipe says already must agree, or be auto",
+        description="your own DeepSpeed JSON file: its stage and offload settings are used and other keys passed on; keys "
+        "that the recipe sets must agree, or be auto",
     )
-    allow_tf32: bool = Field(True, description="TF32 matrix products on NVIDIA cards")
+    allow_tf32: bool = Field(True, description="TF32 matrix products on NVIDIA GPUs")
     cudnn_benchmark: bool = Field(
-        False, description="let cuDNN try its convolutions and keep the fastest, for every size of picture"
+        False,
+        description="let cuDNN measure its convolution algorithms and use the fastest, for each image size",
     )
-    channels_last: bool = Field(False, description="the U-Net's convolutions with the channels innermost")
+    channels_last: bool = Field(
+        False, description="the channels-last memory format for the U-Net's convolutions"
+    )
     torch_compile: bool = Field(
         False,
-        description="compile the U-Net's transformer and residual blocks: slow first steps, faster later ones",
+        description="compile the U-Net's transformer and residual blocks: the first steps are slow, later ones faster",
     )
     dynamo_backend: Literal["inductor", "aot_eager", "eager"] = Field(
-        "inductor", description="what torch_compile compiles with"
+        "inductor", description="backend of torch_compile"
     )
-    use_ema: bool = Field(False, description="keep an average of the weights, and sample and export that")
-    ema_decay: float = Field(0.9999, gt=0, lt=1)
+    use_ema: bool = Field(
+        False,
+        description="keep an exponential moving average of the weights, and use it for previews and exports",
+    )
+    ema_decay: float = Field(0.9999, gt=0, lt=1, description="decay of that average per step")
 
     @field_validator("gpu_memory")
     @classmethod
@@ -151,10 +162,10 @@ class EngineConfig(Section):
         if "nvme" not in (self.offload_optimizer_device, self.offload_param_device):
             return self
         if self.zero_stage != 3:
-            raise ValueError("offload to nvme needs zero_stage: 3; set it, or offload to cpu")
+            raise ValueError("offloading to nvme needs zero_stage: 3; set it, or offload to cpu")
         if self.nvme_path is None or not self.nvme_path.startswith("/"):
             raise ValueError(
-                f"offload to nvme needs nvme_path, a folder from / on a fast local disk of every machine (here: "
+                f"offloading to nvme needs nvme_path, an absolute folder on a fast local disk of every machine (here: "
                 f"{self.nvme_path})"
             )
         if self.use_ema and self.offload_optimizer_device == "nvme":

@@ -1,4 +1,4 @@
-"""Learning rates and their rules as text: diffusers' ``1:10,0.1:20`` and the webui's ``0.005:100, 1e-3:1000``."""
+"""Learning-rate schedules as text: diffusers' ``1:10,0.1:20,0.005`` and the webui's ``0.005:100, 1e-3:1000``."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import math
 
 from dreamfleet.datasets.errors import RecipeError
 
-POLYNOMIAL_END = 1e-7  # the learning rate that diffusers' polynomial ends at
+POLYNOMIAL_END = 1e-7  # final learning rate of diffusers' polynomial schedule
 
 
 def parse_rules(text: str) -> list[tuple[float, int | None]]:
     """Parse diffusers' ``"1:10,0.1:20,0.005"`` into (multiplier, end) pairs: 1 before step 10, 0.1 before step 20, ...
 
-    Raises ValueError for text that holds anything else; the last piece alone has no end, None.
+    Only the last piece has no end (None). Raises ValueError for other text.
     """
     *items, last = text.split(",")
     try:
@@ -32,9 +32,9 @@ def parse_rules(text: str) -> list[tuple[float, int | None]]:
 
 
 def parse_webui_schedule(text: str) -> list[tuple[float, int | None]]:
-    """Parse webui's ``"0.005:100, 1e-3:1000, 1e-5"`` into (rate, last step) pairs; None or -1 means to the end.
+    """Parse webui's ``"0.005:100, 1e-3:1000, 1e-5"`` into (rate, last step) pairs; no step or -1 means to the end (None).
 
-    Raises RecipeError for text that is no schedule or whose steps do not grow.
+    Raises RecipeError for text that is no schedule or whose steps do not increase.
     """
     pieces: list[tuple[float, int | None]] = []
     for item in text.split(","):
@@ -53,11 +53,11 @@ def parse_webui_schedule(text: str) -> list[tuple[float, int | None]]:
     ends = [end for _, end in pieces if end is not None]
     if ends != sorted(set(ends)) or any(end is None for _, end in pieces[:-1]):
         raise RecipeError(
-            f"learning rate {text!r}: the steps must grow, and only the last piece may be without one"
+            f"learning rate {text!r}: the steps must grow, and only the last piece may have none"
         )
     return pieces
 
 
 def last_step(rate: float | str) -> int | None:
-    """Return the step a webui schedule string ends at, where training stops; None for one without an end."""
+    """Return the last step of a webui schedule string, where training stops; None if it has no end."""
     return parse_webui_schedule(rate)[-1][1] if isinstance(rate, str) else None

@@ -1,4 +1,4 @@
-"""The recipe's ``model:`` section, and the noise schedule that it makes of a model's own."""
+"""The ``model:`` section of a recipe."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ HUB_MODEL = PathField("model", hub=True, names=(POCKET,))
 
 
 def _read_parameterization(value: Any) -> Any:
-    # kohya's v_parameterization is a switch.
+    # kohya's v_parameterization is a boolean.
     return ("v_prediction" if value else None) if isinstance(value, bool) else value
 
 
 class ModelConfig(Section):
-    """The ``model:`` section: which Stable Diffusion to start from."""
+    """The ``model:`` section: the base model and how it is used."""
 
     pretrained_model_name_or_path: Annotated[str, HUB_MODEL] = Field(
         POCKET, validation_alias=AliasChoices("pretrained_model_name_or_path", "name_or_path", "model_path")
@@ -33,23 +33,23 @@ class ModelConfig(Section):
         1,
         ge=1,
         le=12,
-        description="1 = the layer of the text encoder that the family reads, 2 = the one before; in SD 1.x the "
-        "last, in SD 2.x and SDXL the last but one already",
+        description="layer of the text encoder that is used: 1 = the family's own, 2 = the one before. The family's own "
+        "is the last layer in SD 1.x, the second to last in SD 2.x and SDXL",
     )
     max_token_length: Literal[75, 150, 225] = Field(
         75,
-        description="tokens of a prompt; 150 and 225 are encoded in chunks of 75, whose contexts then lie side by side",
+        description="tokens of a prompt; 150 and 225 are encoded in chunks of 75, whose outputs are concatenated",
     )
     prediction_type: Annotated[
         Literal["epsilon", "v_prediction", "sample"] | None, BeforeValidator(_read_parameterization)
     ] = Field(
         None,
         validation_alias=AliasChoices("prediction_type", "v_parameterization"),
-        description="what the U-Net is to predict; when left out, what the model does",
+        description="what the U-Net predicts; default: the model's own",
     )
     rescale_betas_zero_snr: bool = Field(
         False,
         validation_alias=AliasChoices("rescale_betas_zero_snr", "zero_terminal_snr"),
-        description="noise that leaves nothing of a picture at the last timestep (Lin et al. 2023), for truly dark and "
-        "bright ones; needs v_prediction",
+        description="zero signal-to-noise ratio at the last timestep (Lin et al. 2023), for truly dark and bright images; "
+        "needs v_prediction",
     )

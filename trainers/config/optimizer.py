@@ -1,4 +1,4 @@
-"""The ``optimizer:`` section."""
+"""The ``optimizer:`` section of a recipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dreamfleet.trainers.config.learning_rate import POLYNOMIAL_END, parse_rules
 
 
 def _read_number(value: Any) -> Any:
-    # YAML 1.1 reads 1e-5 as text (it wants 1.0e-5), and so would a union of float and str.
+    # YAML 1.1 reads 1e-5 as text (only 1.0e-5 is a number), and so would a union of float and str.
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -35,9 +35,9 @@ Rate = Annotated[float | str, BeforeValidator(_read_number), AfterValidator(_che
 
 
 class OptimizerConfig(Section):
-    """The ``optimizer:`` section."""
+    """The ``optimizer:`` section: optimizer, learning rates and their schedule."""
 
-    # kohya's optimizer_type knows no case: AdamW8bit.
+    # kohya's optimizer_type is case-insensitive: AdamW8bit.
     name: Annotated[
         Literal["adamw", "adamw8bit", "adafactor"],
         BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value),
@@ -45,19 +45,19 @@ class OptimizerConfig(Section):
     fused_backward: bool = Field(
         False,
         validation_alias=AliasChoices("fused_backward", "fused_backward_pass"),
-        description="step inside backward, where each gradient ends as soon as it is there: one GPU, no accumulation, "
-        "max_grad_norm: 0",
+        description="update each parameter during the backward pass and free its gradient at once; needs one worker, no "
+        "gradient accumulation and max_grad_norm: 0",
     )
     learning_rate: Rate = Field(5e-6, validation_alias=AliasChoices("learning_rate", "unet_lr", "lr"))
     text_encoder_lr: Rate | None = Field(
         None,
         validation_alias=AliasChoices("text_encoder_lr", "learning_rate_te", "learning_rate_te1"),
-        description="the text encoder's own rate, where it learns; None: learning_rate",
+        description="learning rate of the text encoder, if it is trained; default: learning_rate",
     )
     text_encoder_2_lr: Rate | None = Field(
         None,
         validation_alias=AliasChoices("text_encoder_2_lr", "learning_rate_te2"),
-        description="that of SDXL's second text encoder; None: text_encoder_lr",
+        description="learning rate of SDXL's second text encoder; default: text_encoder_lr",
     )
     lr_scheduler: Literal[
         "constant",
@@ -68,12 +68,12 @@ class OptimizerConfig(Section):
         "polynomial",
         "piecewise_constant",
     ] = "constant"
-    lr_warmup_steps: int = Field(0, ge=0, description="optimizer steps, whatever the number of workers")
+    lr_warmup_steps: int = Field(0, ge=0, description="optimizer steps, for any number of workers")
     lr_num_cycles: float = Field(
         1,
         gt=0,
         validation_alias=AliasChoices("lr_num_cycles", "lr_scheduler_num_cycles"),
-        description="how often cosine_with_restarts runs; cosine is half a cosine whatever this says, as in diffusers",
+        description="cycles of cosine_with_restarts; cosine is always half a period, as in diffusers",
     )
     lr_power: float = Field(1.0, gt=0, validation_alias=AliasChoices("lr_power", "lr_scheduler_power"))
     lr_rules: Annotated[str, AfterValidator(_check_rules)] = Field(
@@ -81,19 +81,22 @@ class OptimizerConfig(Section):
         validation_alias=AliasChoices("lr_rules", "step_rules"),
         description="piecewise_constant: '1:10,0.1:20,0.005'",
     )
-    scale_lr: bool = Field(False, description="multiply by workers x batch x accumulation, as diffusers does")
+    scale_lr: bool = Field(
+        False,
+        description="multiply the rates by workers x train_batch_size x gradient_accumulation_steps, as diffusers does",
+    )
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_weight_decay: float = Field(1e-2, ge=0)
     adam_epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0: no clipping")
 
     @model_validator(mode="after")
     def _check_fused(self) -> OptimizerConfig:
         if self.fused_backward and self.max_grad_norm:
             raise ValueError(
-                "fused_backward: true uses up every gradient before the norm of all is known, so there is no clipping; "
-                "set max_grad_norm: 0 (adafactor clips its updates by itself), or fused_backward: false"
+                "fused_backward: true frees each gradient before the norm of all is known, so it cannot clip; set "
+                "max_grad_norm: 0 (adafactor clips its own updates), or fused_backward: false"
             )
         return self
 
@@ -101,14 +104,14 @@ class OptimizerConfig(Section):
     def _check_schedule(self) -> OptimizerConfig:
         if isinstance(self.learning_rate, str) and self.lr_scheduler != "constant":
             raise ValueError(
-                "a schedule string as learning_rate needs lr_scheduler: constant; give one or the other"
+                "a schedule string as learning_rate needs lr_scheduler: constant; use one or the other"
             )
         rates = (self.learning_rate, self.text_encoder_lr, self.text_encoder_2_lr)
         if self.scale_lr and any(isinstance(rate, str) for rate in rates):
-            raise ValueError("scale_lr does not go with a schedule string; write the rates you mean")
+            raise ValueError("scale_lr cannot be combined with a schedule string; write the final rates")
         if self.lr_scheduler == "polynomial" and float(self.learning_rate) <= POLYNOMIAL_END:
             raise ValueError(
                 f"lr_scheduler: polynomial ends at a rate of {POLYNOMIAL_END:g}, as in diffusers, and learning_rate "
-                f"{self.learning_rate} is not above it; take linear"
+                f"{self.learning_rate} is not above it; use linear"
             )
         return self

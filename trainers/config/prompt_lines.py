@@ -1,4 +1,4 @@
-"""Prompts with options, one a line, as kohya's files have them: ``a cat --n blurry --w 512 --d 3 --s 30 --l 7``."""
+"""Prompts with options, one per line, as in kohya's files: ``a cat --n blurry --w 512 --d 3 --s 30 --l 7``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.config.samplers import plain_sampler
 
-ENDINGS = (".txt",)  # of the files that hold prompts
+SUFFIXES = (".txt",)  # of prompt files
 
 
 def parse_prompt_line(line: str, defaults: ImageRequest) -> ImageRequest:
@@ -35,29 +35,29 @@ def parse_prompt_line(line: str, defaults: ImageRequest) -> ImageRequest:
 
 
 def read_prompts(given: Sequence[str], *, folder: str | None = None, is_file: bool = False) -> list[str]:
-    """Put the lines of a file in place of its name, and check all lines: prompts with options.
+    """Replace the names of prompt files by their lines, and check the options of all prompts.
 
-    A text that ends with ``.txt`` names a file, or any that ``is_file``; relative ones start at ``folder``.
+    Text that ends with ``.txt`` is a file name, with ``is_file`` any text; relative names start at ``folder``.
     Raises RecipeError naming each file, line and option that cannot be read.
     """
-    lines, mistakes = [], []
+    lines, errors = [], []
     for number, text in enumerate(given, start=1):
         named = [(f"prompt {number}", text)]
-        if is_file or (text.strip().lower().endswith(ENDINGS) and "\n" not in text):
+        if is_file or (text.strip().lower().endswith(SUFFIXES) and "\n" not in text):
             named = _lines_of(text.strip(), folder)
         for where, line in named:
             lines.append(line)
             try:
                 parse_prompt_line(line, ImageRequest())
             except UserError as error:
-                mistakes.append(f"{where}: {error}")
-    if mistakes:
-        raise RecipeError("\n  ".join(mistakes))
+                errors.append(f"{where}: {error}")
+    if errors:
+        raise RecipeError("\n  ".join(errors))
     return lines
 
 
 def _lines_of(name: str, folder: str | None) -> list[tuple[str, str]]:
-    """Read a file of prompts: each line's name and text, without blank lines and those that begin with ``#``."""
+    """Read a prompt file: the position and text of each line, without blank lines and lines that start with ``#``."""
     import os
 
     from dreamfleet.datasets.storage.storage import read_text
@@ -74,7 +74,7 @@ def _lines_of(name: str, folder: str | None) -> list[tuple[str, str]]:
         if line.strip() and not line.lstrip().startswith("#")
     ]
     if not lines:
-        raise RecipeError(f"{address} holds no prompt: write one a line")
+        raise RecipeError(f"{address} contains no prompt: write one per line")
     return lines
 
 

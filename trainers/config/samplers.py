@@ -1,4 +1,4 @@
-"""The samplers' names, ours and the webui's."""
+"""Names of the samplers: ours and the webui's."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ _ALIASES = {
 
 
 def plain_sampler(name: str) -> str:
-    """Give our name of a sampler, `ddim`, `euler_a` or `dpm++`, also called as in the webui. Raises UserError."""
+    """Return a sampler's name, `ddim`, `euler_a` or `dpm++`, given that or its name in the webui.
+
+    Raises UserError for an unknown sampler.
+    """
     if (known := _ALIASES.get(name.strip().lower())) is None:
         raise UserError(
-            f"no sampler is called {name!r}; there are ddim, euler_a and dpm++, or as the webui calls them DDIM, "
+            f"sampler {name!r} does not exist; known: ddim, euler_a and dpm++, or by the webui's names DDIM, "
             "Euler a and DPM++ 2M Karras."
         )
     return known

@@ -1,4 +1,4 @@
-"""How many workers a run wants and what each may use: the ``scaling:`` section and pure arithmetic on nodes."""
+"""The ``scaling:`` section: the workers of a run and their resources, computed from those of the cluster's nodes."""
 
 from __future__ import annotations
 
@@ -12,55 +12,55 @@ from dreamfleet.datasets.errors import ResourceError
 
 Resources = Mapping[str, float]
 
-# Torch gains little from more threads on one worker's small matrices, and loses when they fight.
+# More threads hardly speed up one worker's small matrices, and slow it down where they compete.
 MAX_THREADS = 32
 
 
 class ScalingConfig(Section):
-    """The ``scaling:`` section: workers, their resources, and how often a failed one is replaced."""
+    """The ``scaling:`` section: workers, their resources, and how often failed ones are restarted."""
 
     num_workers: int = Field(
         1,
         ge=0,
         validation_alias=AliasChoices("num_workers", "num_processes"),
-        description="training processes; 0 = train inside this process, without Ray",
+        description="number of training processes; 0 = train in this process, without Ray",
     )
-    use_gpu: bool | Literal["auto"] = Field("auto", description="auto = a GPU each when the cluster has any")
+    use_gpu: bool | Literal["auto"] = Field(
+        "auto", description="auto = a GPU for each worker if the cluster has any"
+    )
     cpus_per_worker: float | None = Field(
-        None, gt=0, description="CPUs reserved for a worker; unset = a fair share"
+        None, gt=0, description="CPUs reserved for a worker; default: an equal share"
     )
     resources_per_worker: dict[str, float] | None = Field(
-        None, description="Ray resources of a worker, said outright, e.g. {CPU: 4, GPU: 1}"
+        None, description="Ray resources of a worker, such as {CPU: 4, GPU: 1}"
     )
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    max_failures: int = Field(
-        3, ge=-1, description="restarts of the workers after one died; -1 = without limit"
-    )
+    max_failures: int = Field(3, ge=-1, description="restarts of the workers after one failed; -1 = no limit")
     wait_minutes: int = Field(
-        15, ge=1, description="how long workers wait for busy or still booting machines, in minutes"
+        15, ge=1, description="minutes that workers wait for busy machines and for machines that are starting"
     )
 
 
 class WorkerShare(NamedTuple):
-    """What one worker gets: the resources Ray reserves for it, and how many threads torch may run."""
+    """The resources that Ray reserves for one worker, and the number of its torch threads."""
 
     resources: dict[str, float]
     threads: int
 
     @property
     def uses_gpu(self) -> bool:
-        """Whether the worker computes on a GPU."""
+        """Whether the worker uses a GPU."""
         return self.resources.get("GPU", 0) > 0
 
     @property
     def gpu_share(self) -> float:
-        """The part of a GPU's memory that is the worker's."""
+        """The worker's fraction of a GPU's memory."""
         return min(1.0, self.resources.get("GPU", 1.0))
 
     def backend(self, num_workers: int) -> str:
-        """Return the torch.distributed backend: NCCL refuses two ranks on one GPU, which gloo serves through the host.
+        """Return the torch.distributed backend: NCCL rejects two ranks on one GPU, gloo communicates through the host.
 
-        Ray may place workers with a part of a GPU each on the same one.
+        Ray may place workers with a fraction of a GPU on the same one.
         """
         if not self.uses_gpu or (num_workers > 1 and self.gpu_share < 1):
             return "gloo"
@@ -70,14 +70,14 @@ class WorkerShare(NamedTuple):
 def worker_resources(
     scaling: ScalingConfig, nodes: Sequence[Resources], *, limit: Resources | None = None
 ) -> WorkerShare:
-    """Decide what each worker gets on a cluster whose machines have ``nodes`` (their total resources).
+    """Return the resources of each worker on a cluster whose machines have ``nodes`` (their total resources).
 
-    ``limit`` is the most an autoscaling cluster may grow to: its GPUs count although no machine has one yet.
+    ``limit``: the maximum to which an autoscaling cluster may grow; its GPUs count even if no machine has one yet.
 
-    A GPU worker reserves one GPU and one CPU: the other CPUs are left to read and decode pictures. A CPU worker
-    reserves a fair share, less about an eighth (a CPU at least, where it has two) so that Ray's own tasks find
-    room; its threads are the whole share. ``resources_per_worker`` and ``cpus_per_worker`` win over both.
-    Raises ResourceError when GPUs are asked for and there are none, or too few.
+    A GPU worker reserves one GPU and one CPU; the other CPUs read and decode images. A CPU worker reserves an equal
+    share less about an eighth (at least one CPU, if it has two) for Ray's own tasks; its threads are the whole share.
+    ``resources_per_worker`` and ``cpus_per_worker`` override both. Raises ResourceError if GPUs are requested and there
+    are none, or too few.
     """
     share = _fair_cpus(nodes, max(1, scaling.num_workers))
     wanted = dict(scaling.resources_per_worker or {})
@@ -102,7 +102,7 @@ def worker_resources(
 
 
 def workers_that_fit(resources: Resources, nodes: Sequence[Resources], strategy: str = "PACK") -> int:
-    """Count how many workers of equal ``resources`` the machines hold at once, were they idle."""
+    """Return how many workers with these ``resources`` fit on the machines, if they are idle."""
     rooms = [_room(resources, node) for node in nodes]
     if not rooms:
         return 0
@@ -120,10 +120,9 @@ def refuse_impossible(
     *,
     limit: Resources | None = None,
 ) -> None:
-    """Raise ResourceError when the workers can never be placed, since Ray would wait for them forever.
+    """Raise ResourceError if the workers can never be placed, because Ray would wait for them forever.
 
-    ``limit`` is the most an autoscaling cluster may grow to (totals by resource); without it the machines that
-    are there now are all there will be.
+    ``limit``: the maximum to which an autoscaling cluster may grow (totals by resource); None: it does not grow.
     """
     wanted = f"scaling.num_workers {scaling.num_workers} with {describe(resources)} each"
     if limit:
@@ -131,8 +130,8 @@ def refuse_impossible(
             total = amount * scaling.num_workers
             if total > limit.get(name, 0):
                 raise ResourceError(
-                    f"{wanted} asks for {_number(total)} {name}, but this cluster grows to "
-                    f"{_number(limit.get(name, 0))} {name} at most. {_way_out(scaling)}"
+                    f"{wanted} needs {_number(total)} {name}, but this cluster grows to "
+                    f"at most {_number(limit.get(name, 0))} {name}. {_remedy(scaling)}"
                 )
         return
     fits = workers_that_fit(resources, nodes, scaling.placement_strategy)
@@ -141,7 +140,7 @@ def refuse_impossible(
         under = f" under {scaling.placement_strategy}" if "STRICT" in scaling.placement_strategy else ""
         raise ResourceError(
             f"{wanted} does not fit{under}: the cluster has {len(nodes)} machine{'s' * (len(nodes) != 1)} "
-            f"({have}), room for {fits} such worker{'s' * (fits != 1)}. {_way_out(scaling)}"
+            f"({have}), room for {fits} such worker{'s' * (fits != 1)}. {_remedy(scaling)}"
         )
 
 
@@ -156,7 +155,7 @@ def refuse_shared_gpus(scaling: ScalingConfig, share: WorkerShare, *, engine: st
 
 
 def describe(resources: Resources) -> str:
-    """Say resources in words a person reads: ``2 CPU, 1 GPU``; Ray's inner bookkeeping is left out."""
+    """Return resources as text for people, ``2 CPU, 1 GPU``, without Ray's internal ones."""
     shown = [
         f"{_number(amount)} {name}"
         for name, amount in sorted(resources.items())
@@ -172,27 +171,27 @@ def _wants_gpu(scaling: ScalingConfig, nodes: Sequence[Resources], limit: Resour
             return False
         if gpus < scaling.num_workers:
             raise ResourceError(
-                f"scaling.num_workers {scaling.num_workers} would want a GPU each, but there are {_number(gpus)}. "
+                f"scaling.num_workers {scaling.num_workers} need a GPU each, but the cluster has {_number(gpus)}. "
                 f"Set scaling.num_workers={int(gpus) or 1}, or scaling.use_gpu=false to train on CPUs, "
                 "or share one GPU with scaling.resources_per_worker='{GPU: 0.5}'."
             )
         return True
     if scaling.use_gpu and not gpus:
         raise ResourceError(
-            "scaling.use_gpu is true, but there is no GPU here. "
-            "Set scaling.use_gpu=false (or auto), or give --address of a cluster with GPUs."
+            "scaling.use_gpu is true, but the cluster has no GPU. "
+            "Set scaling.use_gpu=false (or auto), or connect to a cluster with GPUs (--address)."
         )
     return bool(scaling.use_gpu)
 
 
 def _fair_cpus(nodes: Sequence[Resources], num_workers: int) -> float:
-    """Return the most whole CPUs each worker can have so that all are placed; a fraction where CPUs are fewer."""
+    """Return the largest number of whole CPUs with which all workers fit; a fraction if there are fewer CPUs."""
     cpus = [node.get("CPU", 0.0) for node in nodes]
     for share in range(int(max(cpus, default=0)), 0, -1):
         if sum(int(have // share) for have in cpus) >= num_workers:
             return float(share)
     total = sum(cpus)
-    # Ray counts resources in ten-thousandths; two decimals rounded down keep the sum below the total.
+    # Ray counts resources in units of 0.0001; two decimals, rounded down, keep the sum below the total.
     return max(0.01, int(100 * total / num_workers) / 100) if total else 1.0
 
 
@@ -203,7 +202,7 @@ def _room(resources: Resources, node: Resources) -> int:
     return min(int((node.get(name, 0.0) + 1e-9) // amount) for name, amount in asked)
 
 
-def _way_out(scaling: ScalingConfig) -> str:
+def _remedy(scaling: ScalingConfig) -> str:
     if scaling.resources_per_worker:
         return (
             "Lower scaling.num_workers or scaling.resources_per_worker, or use a larger cluster (--address)."

@@ -1,4 +1,4 @@
-"""The ``search:`` section: which recipe keys are searched over which values, how, and by what trials are compared."""
+"""The ``search:`` section: the searched keys and their values, the algorithm, and the metric that compares trials."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dreamfleet.datasets.config_base import Section
 from dreamfleet.trainers.config.metrics import HELD_OUT, is_higher_better
 
 Value = bool | int | float | str | None
-Point = dict[str, Value]  # one value for each searched key, by its dotted name
+Point = dict[str, Value]  # a value for each searched key, such as optimizer.learning_rate
 
 
 def _read_number(value: Any) -> Any:
-    # YAML 1.1 reads 1e-4 as text (it wants 1.0e-4).
+    # YAML 1.1 reads 1e-4 as text (only 1.0e-4 is a number).
     number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value.strip())
     return float(value) if number else value
 
@@ -26,14 +26,14 @@ class Domain(Section):
     """The values of one searched key."""
 
     distribution: Literal["uniform", "loguniform", "randint", "lograndint", "choice"] = Field(
-        description="Ray Tune's names; `randint` and `lograndint` draw whole numbers"
+        description="names as in Ray Tune; `randint` and `lograndint` draw whole numbers"
     )
     lower: float | None = Field(None, description="smallest value of a range")
-    upper: float | None = Field(None, description="largest value of a range, itself included")
+    upper: float | None = Field(None, description="largest value of a range, inclusive")
     values: list[Annotated[Value, BeforeValidator(_read_number)]] | None = Field(
         None, description="the values of `choice`"
     )
-    num: int | None = Field(None, ge=2, description="with `algorithm: grid`: so many values of a range")
+    num: int | None = Field(None, ge=2, description="with `algorithm: grid`: number of values of a range")
 
     @model_validator(mode="after")
     def _check(self) -> Domain:
@@ -41,26 +41,26 @@ class Domain(Section):
             if not self.values or (self.lower, self.upper, self.num) != (None, None, None):
                 raise ValueError("choice takes values: [...] and nothing else")
             if len(set(map(repr, self.values))) < len(self.values):
-                raise ValueError(f"values {self.values} holds one of them twice")
+                raise ValueError(f"values {self.values} contains one of them twice")
             return self
         if self.lower is None or self.upper is None or self.values is not None:
             raise ValueError(f"{self.distribution} takes lower and upper (values are for choice)")
         if self.upper <= self.lower:
-            raise ValueError(f"upper {self.upper:g} must be over lower {self.lower:g}")
+            raise ValueError(f"upper {self.upper:g} must be above lower {self.lower:g}")
         if self.log and self.lower <= 0:
-            raise ValueError(f"{self.distribution} needs a lower over 0 (got {self.lower:g})")
+            raise ValueError(f"{self.distribution} needs a lower above 0 (got {self.lower:g})")
         if self.whole and (self.lower % 1 or self.upper % 1):
-            raise ValueError(f"{self.distribution} goes from one whole number to another")
+            raise ValueError(f"{self.distribution} needs whole numbers as lower and upper")
         return self
 
     @property
     def log(self) -> bool:
-        """Whether values are spread evenly over their logarithm."""
+        """Whether values are distributed evenly in their logarithm."""
         return self.distribution in ("loguniform", "lograndint")
 
     @property
     def whole(self) -> bool:
-        """Whether values are drawn from the whole numbers of a range."""
+        """Whether values are whole numbers."""
         return self.distribution in ("randint", "lograndint")
 
     def range(self) -> tuple[float, float]:
@@ -69,7 +69,7 @@ class Domain(Section):
         return self.lower, self.upper
 
     def contains(self, value: Value) -> bool:
-        """Say whether a search over this domain may come to the value."""
+        """Return whether a search over this domain can reach the value."""
         if self.values is not None:
             return any(value == own and type(value) is type(own) for own in self.values)
         lower, upper = self.range()
@@ -78,13 +78,17 @@ class Domain(Section):
         return not self.whole or value % 1 == 0
 
     def probes(self) -> list[Value]:
-        """List the values whose validity stands for all: every choice, or the ends of a range and one inside."""
+        """Return values whose validity implies that of all: every choice, or the ends of a range and a value inside."""
         if self.values is not None:
             return list(self.values)
         lower, upper = self.range()
         if self.whole:
             return [int(lower), int(upper)]
-        return [lower, upper, lower + 0.38 * (upper - lower)]  # not whole: a key of whole numbers refuses it
+        return [
+            lower,
+            upper,
+            lower + 0.38 * (upper - lower),
+        ]  # not whole, so a key of whole numbers rejects it
 
 
 def _flatten(space: Any) -> Any:
@@ -101,50 +105,58 @@ def _flatten(space: Any) -> Any:
 
 
 class SearchConfig(Section):
-    """The ``search:`` section: what `dreamfleet tune` tries, and how it decides."""
+    """The ``search:`` section: what `dreamfleet tune` searches, and how."""
 
     space: Annotated[dict[str, Domain], BeforeValidator(_flatten)] = Field(
-        min_length=1, description="searched keys by their dotted name, such as `optimizer.learning_rate`"
+        min_length=1, description="searched keys, such as `optimizer.learning_rate`, and their values"
     )
-    num_trials: int | None = Field(None, ge=1, description="how many trials; unset with `grid`: every point")
+    num_trials: int | None = Field(
+        None, ge=1, description="number of trials; default with `grid`: every point"
+    )
     algorithm: Literal["optuna", "random", "grid"] = Field(
-        "optuna", description="`optuna`: its TPE sampler, which learns from the trials so far"
+        "optuna", description="`optuna`: its TPE sampler, which uses the results of earlier trials"
     )
     metric: str = Field(
         HELD_OUT,
-        description="figure that trials are compared by: `holdout_loss`, or one of `validation.metrics`",
+        description="figure by which trials are compared: `holdout_loss`, or one of `validation.metrics`",
     )
     mode: Literal["min", "max"] | None = Field(
-        None, description="unset: `min` for the loss, `max` for scores"
+        None, description="default: `min` for the loss, `max` for scores"
     )
     scheduler: Literal["asha", "none"] = Field(
-        "asha", description="`asha` stops trials that lag behind, at validation rounds"
+        "asha", description="`asha` stops trials with poor results at validation rounds"
     )
     grace_period: int | None = Field(
-        None, ge=1, description="optimizer steps before `asha` stops a trial; unset: one validation round"
+        None,
+        ge=1,
+        description="optimizer steps before `asha` may stop a trial; default: one validation round",
     )
     reduction_factor: float = Field(
-        4, gt=1, description="`asha` lets the best 1 of so many go on at each rung"
+        4, gt=1, description="`asha` continues the best 1 of this many trials at each rung"
     )
-    max_concurrent_trials: int | None = Field(None, ge=1, description="unset: as many as the machines hold")
+    max_concurrent_trials: int | None = Field(
+        None, ge=1, description="default: as many as fit on the cluster"
+    )
     resources_per_trial: dict[str, float] | None = Field(
         None,
-        description="Ray resources of a trial, e.g. `{CPU: 1, GPU: 0.5}`, half a card and its memory; "
-        "unset: a GPU, else a share of the CPUs",
+        description="Ray resources of a trial, such as `{CPU: 1, GPU: 0.5}` for half a GPU and half its memory; "
+        "default: a GPU, or a share of the CPUs",
     )
     points_to_evaluate: list[dict[str, Annotated[Value, BeforeValidator(_read_number)]]] = Field(
-        [], description="points that are tried first, one value for every key of `space`"
+        [], description="points that are tried first, with a value for every key of `space`"
     )
-    seed: int = Field(0, ge=0, description="of the points; the trials themselves share `train.seed`")
+    seed: int = Field(
+        0, ge=0, description="seed of the sampled points; the trials themselves share `train.seed`"
+    )
 
     @property
     def maximise(self) -> bool:
-        """Whether more of the metric is better."""
+        """Whether a higher value of the metric is better."""
         return self.mode == "max" if self.mode else is_higher_better(self.metric)
 
 
 def put_point(tree: Mapping[str, Any], point: Point) -> dict[str, Any]:
-    """Return a copy of a recipe's plain tree with the point's values in it."""
+    """Return a copy of a recipe's plain tree with the values of the point."""
     changed = copy.deepcopy(dict(tree))
     for path, value in point.items():
         *parents, last = path.split(".")

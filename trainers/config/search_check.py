@@ -50,33 +50,33 @@ def find_search_errors(
     ``figures``: what a validation round of the recipe measures. ``validate`` returns the errors of
     a recipe given as a plain tree; it is called with values that trials may get.
     """
-    mistakes = [
+    errors = [
         *_wrong_keys(search, recipe),
         *_wrong_metric(search, figures),
         *_wrong_numbers(search, max_train_steps),
     ]
-    if mistakes:
-        return mistakes
+    if errors:
+        return errors
     tree = recipe.model_dump(mode="json", exclude={"search"})
     for path, domain in search.space.items():
         for value in domain.probes():
-            mistakes += [f"search.space.{m}" for m in validate(put_point(tree, {path: value}))]
-    if mistakes:
-        return list(dict.fromkeys(mistakes))
+            errors += [f"search.space.{error}" for error in validate(put_point(tree, {path: value}))]
+    if errors:
+        return list(dict.fromkeys(errors))
     for number, point in enumerate(search.points_to_evaluate):
         where = f"search.points_to_evaluate.{number}"
         if point.keys() != search.space.keys():
-            mistakes.append(f"{where}: give one value for each of {', '.join(search.space)}")
-        mistakes += [
-            f"{where}: {path} {value!r} lies outside search.space"
+            errors.append(f"{where}: give one value for each of {', '.join(search.space)}")
+        errors += [
+            f"{where}: {path} {value!r} is outside search.space"
             for path, value in point.items()
             if path in search.space and not search.space[path].contains(value)
         ]
     for point in itertools.islice(_corners(search), MAX_CORNERS):
         if wrong := validate(put_point(tree, point)):
-            told = ", ".join(f"{path} {value}" for path, value in point.items())
-            return [*mistakes, f"search.space: {told} do not go together: {wrong[0]}"]
-    return mistakes
+            values = ", ".join(f"{path} {value}" for path, value in point.items())
+            return [*errors, f"search.space: {values} cannot be combined: {wrong[0]}"]
+    return errors
 
 
 def _corners(search: SearchConfig) -> Iterator[Point]:
@@ -134,9 +134,9 @@ def _wrong_metric(search: SearchConfig, measured: Sequence[str]) -> Iterator[str
         return
     known = metrics_by_figure()
     if search.metric == HELD_OUT:
-        way = f"give {NEEDS['holdout']}"
+        way = f"set {NEEDS['holdout']}"
     elif search.metric in known:
-        way = f"name it in validation.metrics, and give validation.prompts for the previews it scores ({search.metric})"
+        way = "add it to validation.metrics, and set validation.prompts for the previews that it scores"
     else:
         near = difflib.get_close_matches(search.metric, known, n=1, cutoff=0.5)
         way = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
@@ -146,7 +146,7 @@ def _wrong_metric(search: SearchConfig, measured: Sequence[str]) -> Iterator[str
 
 def _wrong_numbers(search: SearchConfig, steps: int | None) -> Iterator[str]:
     if search.num_trials is None and search.algorithm != "grid":
-        yield "search.num_trials: missing; say how many trials (only a grid has a number of its own)"
+        yield "search.num_trials: missing; set the number of trials (only a grid has one of its own)"
     if steps and search.grace_period and search.grace_period > steps:
         yield f"search.grace_period: {search.grace_period} is more than train.max_train_steps {steps}"
     for name, amount in (search.resources_per_trial or {}).items():

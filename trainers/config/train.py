@@ -1,4 +1,4 @@
-"""The ``train:`` section."""
+"""The ``train:`` section of a recipe."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ USUAL_CHECKPOINTING_STEPS = 500
 
 
 class TrainConfig(Section):
-    """The ``train:`` section."""
+    """The ``train:`` section: length, batches, precision, loss options, checkpoints and exports."""
 
-    max_train_steps: int | None = Field(None, ge=1, description="optimizer steps, on any number of workers")
+    max_train_steps: int | None = Field(None, ge=1, description="optimizer steps, for any number of workers")
     num_train_epochs: float | None = Field(
         None, gt=0, validation_alias=AliasChoices("num_train_epochs", "max_train_epochs", "epoch")
     )
@@ -23,13 +23,13 @@ class TrainConfig(Section):
     )
     gradient_accumulation_steps: int = Field(1, ge=1)
     seed: int = Field(0, ge=0)
-    # YAML 1.1 reads a bare no as false.
+    # YAML 1.1 reads an unquoted no as false.
     mixed_precision: Annotated[
         Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
     ] = "no"
     full_bf16: bool = Field(
         False,
-        description="weights in bfloat16 as well, rounded stochastically after each step: half the memory (needs "
+        description="also keep the weights in bfloat16, rounded stochastically after each step: half the memory (needs "
         "mixed_precision: bf16)",
     )
     gradient_checkpointing: bool = False
@@ -39,15 +39,15 @@ class TrainConfig(Section):
         None,
         ge=1,
         validation_alias=AliasChoices("checkpointing_steps", "save_every_n_steps"),
-        description="save every so many optimizer steps; None: 500, or what save_every_n_epochs says",
+        description="optimizer steps between checkpoints; default: 500, or save_every_n_epochs",
     )
     save_every_n_epochs: int | None = Field(
-        None, ge=1, description="save at the ends of every so many epochs, in place of checkpointing_steps"
+        None, ge=1, description="epochs between checkpoints, instead of checkpointing_steps"
     )
     checkpoints_total_limit: int | None = Field(3, ge=1)
     log_steps: int = Field(10, ge=1)
     save_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    export_formats: list[str] | None = Field(None, description="None: the method's usual ones")
+    export_formats: list[str] | None = Field(None, description="default: the method's usual formats")
 
     @model_validator(mode="after")
     def _check_pairs(self) -> TrainConfig:
@@ -58,8 +58,8 @@ class TrainConfig(Section):
             values = getattr(self, one), getattr(self, other)
             if None not in values:
                 raise ValueError(
-                    f"{one}: {values[0]} and {other}: {values[1]:g} are both set and say the same thing differently; "
-                    f"keep one (an override takes the other out: train.{one}=null or train.{other}=null)"
+                    f"{one}: {values[0]} and {other}: {values[1]:g} are both set; "
+                    f"keep one (an override removes the other: train.{one}=null or train.{other}=null)"
                 )
         return self
 

@@ -1,4 +1,4 @@
-"""Sizes of memory as text."""
+"""Memory sizes as text."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dreamfleet.datasets.errors import ResourceError
 
 
 def parse_size(text: str, *, option: str) -> int:
-    """Read ``12GiB``, ``24GB``, ``8192MiB`` or ``12G`` (GiB) as bytes. Raises ResourceError for anything else."""
+    """Return the bytes of ``12GiB``, ``24GB``, ``8192MiB`` or ``12G`` (GiB). Raises ResourceError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)\s*", text, re.IGNORECASE)
     if not match or not match[2] or float(match[1]) == 0:
-        raise ResourceError(f"{option} {text!r} is no size of memory; write it like 12GiB, 24GB or 8192MiB")
+        raise ResourceError(f"{option} {text!r} is no memory size; write it like 12GiB, 24GB or 8192MiB")
     number, prefix, binary, unit = match.groups()
     base = 1000 if unit and not binary else 1024
     return int(float(number) * base ** ("kmgt".index(prefix.lower()) + 1))

@@ -1,4 +1,4 @@
-"""The ``validation:`` section."""
+"""The ``validation:`` section of a recipe."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dreamfleet.trainers.config.metrics import METRICS, image_metrics
 
 
 class ValidationConfig(Section):
-    """The ``validation:`` section."""
+    """The ``validation:`` section: held-out images, preview images and metrics."""
 
     prompts: Annotated[list[str], BeforeValidator(as_list)] = Field(
         [],
         validation_alias=AliasChoices("prompts", "validation_prompts", "validation_prompt", "sample_prompts"),
-        description="what previews show, in the webui's syntax; a .txt file's name stands for its lines; with kohya's "
-        "options: a cat --n blurry --w 512 --h 768 --d 3 --s 30 --l 7 --ss euler_a",
+        description="prompts of the preview images, in the webui's syntax, or the name of a .txt file with one prompt per "
+        "line; with kohya's options: a cat --n blurry --w 512 --h 768 --d 3 --s 30 --l 7 --ss euler_a",
     )
     plain_prompts: bool = Field(False, description="prompts are literal text, without the webui's syntax")
     negative_prompt: str = ""
@@ -27,23 +27,25 @@ class ValidationConfig(Section):
         100,
         ge=1,
         validation_alias=AliasChoices("steps", "validation_steps", "sample_every_n_steps"),
-        description="every so many optimizer steps",
+        description="optimizer steps between validation rounds",
     )
-    sample_at_first: bool = Field(True, description="also before the first step: the untuned model")
+    sample_at_first: bool = Field(
+        True, description="also generate previews before the first step, with the untrained model"
+    )
     num_images: int = Field(4, ge=1, validation_alias=AliasChoices("num_images", "num_validation_images"))
     num_inference_steps: int = Field(25, ge=1)
     guidance_scale: float = Field(7.5, ge=1)
     scheduler: Literal["ddim", "euler_a", "dpm++"] = "ddim"
     seed: int = Field(0, ge=0, validation_alias=AliasChoices("seed", "validation_seed"))
     holdout: Annotated[str | None, PathField("images", compared=False)] = Field(
-        None, description="folder of pictures kept out of training"
+        None, description="folder of images that are not trained on"
     )
-    holdout_timesteps: int = Field(8, ge=1, description="timesteps per held-out picture, evenly spread")
+    holdout_timesteps: int = Field(8, ge=1, description="timesteps per held-out image, evenly spaced")
     metrics: list[Annotated[str, AfterValidator(EntryName(METRICS))]] = Field(
         ["loss"], description="what is measured: [metrics](#metrics)"
     )
     clip: Annotated[str | None, PathField("model")] = Field(
-        None, description="CLIP folder for clip_i and clip_t; None: the pocket model's"
+        None, description="CLIP folder for clip_i and clip_t; default: the pocket model's CLIP"
     )
     dino: Annotated[str | None, PathField("model")] = Field(
         None, description="folder of a DINO ViT for the dino metric"

@@ -185,7 +185,7 @@ def _encoders(
 def _images(recipe: Recipe) -> Index:
     """Index the images that a run trains on, existing class images included, and store the file hashes."""
     known = known_files(recipe.data)
-    sets = load_sets(recipe.data, verify=False, known=known, apart=recipe.apart)
+    sets = load_sets(recipe.data, verify=False, known=known, excluded=recipe.excluded_folders)
     log_left_out(sets.instances)
     indexes = [sets.instances]
     if getattr(recipe.method, "with_prior_preservation", False):

@@ -16,7 +16,13 @@ import torch.distributed as dist
 from filelock import FileLock
 
 from dreamfleet.datasets.errors import ResourceError
-from dreamfleet.trainers.config.deepspeed import BUCKET, SWAPPED_GROUP, handed_on, merged, read_deepspeed_file
+from dreamfleet.trainers.config.deepspeed import (
+    BUCKET,
+    SWAPPED_GROUP,
+    merge_trees,
+    passed_on,
+    read_deepspeed_file,
+)
 from dreamfleet.trainers.config.engine import ZERO_KEYS, EngineConfig
 from dreamfleet.trainers.engines import deepspeed_internals as internals
 
@@ -78,8 +84,8 @@ def zero_config(
         usual |= {"offload_param": {"max_in_cpu": 0, "buffer_size": largest}}
     under: dict[str, Any] = {"zero_optimization": usual}
     if config.deepspeed_config is not None:
-        under = merged(under, handed_on(read_deepspeed_file(config.deepspeed_config)))
-    return merged(under, told)
+        under = merge_trees(under, passed_on(read_deepspeed_file(config.deepspeed_config)))
+    return merge_trees(under, told)
 
 
 def import_deepspeed(device: torch.device) -> Any:

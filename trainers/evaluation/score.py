@@ -160,7 +160,7 @@ def _score_run_folder(
     if folder := real or validation.holdout:
         real_images = _read_folder(Storage(folder))[0]
     else:
-        trained_on = load_sets(recipe.data, apart=recipe.apart).instances
+        trained_on = load_sets(recipe.data, excluded=recipe.excluded_folders).instances
         real_images = [_read(uri) for uri in trained_on.column("uri")[:MOST_REAL]]
     scores = _score(
         images,

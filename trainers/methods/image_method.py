@@ -8,7 +8,7 @@ from typing import NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from dreamfleet.datasets.images.vision_transform import Fit, as_it_is
+from dreamfleet.datasets.images.vision_transform import Fit, unchanged
 from dreamfleet.datasets.index.index import Index
 from dreamfleet.trainers.methods.base import Batch, Method, Sample
 
@@ -30,7 +30,7 @@ class SeeingMethod(Method):
     @property
     def fit(self) -> Fit:
         """What may be done to a picture before :meth:`see`, anywhere on the cluster; usually nothing."""
-        return as_it_is
+        return unchanged
 
     def see(self, uses: Sequence[Use]) -> Batch:
         """Turn pictures into a batch on the CPU."""

@@ -158,7 +158,9 @@ def share_sets(recipe: Recipe, distributed: DistributedContext) -> Sets:
 
     def load() -> Sets:
         known = known_files(recipe.data)
-        return load_sets(recipe.data, verify=False if known else None, known=known, apart=recipe.apart)
+        return load_sets(
+            recipe.data, verify=False if known else None, known=known, excluded=recipe.excluded_folders
+        )
 
     sets = distributed.on_rank_0(load)
     check_files(sets.instances, distributed)

@@ -84,7 +84,7 @@ def _check_output(recipe: Recipe) -> str:
 
 
 def _check_images(recipe: Recipe) -> str:
-    index = load_sets(recipe.data, apart=recipe.apart).instances
+    index = load_sets(recipe.data, excluded=recipe.excluded_folders).instances
     bad = "".join(f"\n  left out {file.uri}: {file.reason}" for file in index.bad)
     return f"{len(index)} pictures{bad}"
 

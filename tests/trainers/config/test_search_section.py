@@ -32,8 +32,8 @@ from dreamfleet.trainers.recipe import build_recipe, load_recipe
             {"space": {"method.num_vectors": {"distribution": "uniform", "lower": 1, "upper": 5}}},
             "valid integer",
         ),
-        ({"space": {"optimizer.learning_rate": {**RATES, "upper": 1e-4}}}, "must be over lower 0.0001"),
-        ({"space": {"optimizer.learning_rate": {**RATES, "lower": 0}}}, "needs a lower over 0"),
+        ({"space": {"optimizer.learning_rate": {**RATES, "upper": 1e-4}}}, "must be above lower 0.0001"),
+        ({"space": {"optimizer.learning_rate": {**RATES, "lower": 0}}}, "needs a lower above 0"),
         ({"space": {"optimizer.learning_rate": {**RATES, "lowr": 1}}}, "did you mean 'lower'?"),
         ({"space": {"method.num_vectors": {**VECTORS, "values": [2, 2]}}}, "twice"),
         ({"space": {"method.num_vectors": {**VECTORS, "lower": 1}}}, "choice takes values"),
@@ -48,7 +48,7 @@ from dreamfleet.trainers.recipe import build_recipe, load_recipe
         ({"points_to_evaluate": [{"method.num_vectors": 1}]}, "one value"),
         (
             {"points_to_evaluate": [{"method.num_vectors": 3, "optimizer.learning_rate": 1}]},
-            "method.num_vectors 3 lies outside",
+            "method.num_vectors 3 is outside",
         ),
         (
             {
@@ -57,7 +57,7 @@ from dreamfleet.trainers.recipe import build_recipe, load_recipe
                     "optimizer.lr_scheduler": {"distribution": "choice", "values": ["constant", "cosine"]},
                 }
             },
-            "together",
+            "cannot be combined",
         ),
     ],
 )  # fmt: skip

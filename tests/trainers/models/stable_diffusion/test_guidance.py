@@ -31,7 +31,7 @@ def test_a_schedule_reads_back_as_it_was_written(low: float, high: float, curve:
         assert parse_guidance(text) == (low, high, curve)
         assert parse_guidance(f"{low:.4f}-{high:.4f}") == (low, high, "ln")
     else:
-        with pytest.raises(RecipeError, match="never"):
+        with pytest.raises(RecipeError, match="not trained"):
             parse_guidance(text)
 
 
