@@ -1,4 +1,4 @@
-"""What `sample` leaves behind: the grid, single pictures on request, and in each PNG how it was drawn."""
+"""What `sample` leaves behind: the grid, single images on request, and in each PNG how it was drawn."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 @dataclass(frozen=True)
 class Settings:
-    """What all pictures of a call have in common. `more`: entries of the text that the webui's extensions have."""
+    """What all images of a call have in common. `more`: entries of the text that the webui's extensions have."""
 
     embeddings: Sequence[str] = ()
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
 def require_writable(out: Path, out_dir: Path | None) -> None:
-    """Raise UserError where the pictures cannot be written, before any is drawn."""
+    """Raise UserError where the images cannot be written, before any is drawn."""
     if out.suffix.lower() not in IMAGES:
         raise UserError(f"--out {out}: name a picture ({', '.join(IMAGES)})")
     if not out.parent.is_dir():
@@ -49,7 +49,7 @@ def require_writable(out: Path, out_dir: Path | None) -> None:
 
 
 def image_text(model: DiffusionModel, settings: Settings, row: Row, image: Image.Image) -> str:
-    """Tell how a picture was drawn; its hypernetworks and LoRAs as tags of the prompt, where the webui has them."""
+    """Tell how an image was drawn; its hypernetworks and LoRAs as tags of the prompt, where the webui has them."""
     request, extras = row
     prompts = (
         request.prompt,
@@ -91,7 +91,7 @@ def write_images(
     *,
     columns: int,
 ) -> None:
-    """Write the grid, with the text of its first picture as in the webui, and on request each picture by itself.
+    """Write the grid, with the text of its first image as in the webui, and on request each image by itself.
 
     Those are `00000-SEED.png` and so on in `out_dir`, as the webui calls them, counting on from what is there.
     """

@@ -29,7 +29,7 @@ def export(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a run's artefacts in other formats.
+    """Write a run's artifacts in other formats.
 
     From the newest checkpoint of a run, or from the one given.
     """
@@ -90,9 +90,9 @@ def score(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure pictures: true to subject, true to prompts.
+    """Measure images: true to subject, true to prompts.
 
-    CLIP-I and DINO compare with real pictures, CLIP-T with the prompts.
+    CLIP-I and DINO compare with real images, CLIP-T with the prompts.
     """
     with work():
         from dreamfleet.trainers.evaluation.score import score_run
@@ -235,7 +235,7 @@ def sample(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Draw a grid of pictures with any model or run."""
+    """Draw a grid of images with any model or run."""
     with work():
         from dreamfleet.cluster.sample_grid import GridRequest, draw_grid
         from dreamfleet.trainers.config.image_request import ImageRequest

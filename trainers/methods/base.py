@@ -36,7 +36,7 @@ class Loss(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One picture of the index, as a method sees it when it chooses the prompt."""
+    """One image of the index, as a method sees it when it chooses the prompt."""
 
     id: str
     caption: str | None
@@ -46,7 +46,7 @@ class Sample(NamedTuple):
 
     @property
     def file_name(self) -> str:
-        """The last part of the picture's address."""
+        """The last part of the image's address."""
         return self.uri.rpartition("/")[2]
 
 
@@ -60,7 +60,7 @@ class Base(NamedTuple):
 
 @dataclass(frozen=True)
 class Prior:
-    """Prior preservation: how many class pictures a concept needs, how they are drawn, what their loss weighs."""
+    """Prior preservation: how many class images a concept needs, how they are drawn, what their loss weighs."""
 
     num_class_images: int
     loss_weight: float
@@ -123,7 +123,7 @@ class Method(nn.Module):
 
     @property
     def prior(self) -> Prior | None:
-        """How the class pictures of prior preservation are made and weighed; None for methods without it."""
+        """How the class images of prior preservation are made and weighed; None for methods without it."""
         return None
 
     @property
@@ -181,7 +181,7 @@ class Method(nn.Module):
         return self.model.tokenize(prompts)
 
     def encode(self, prompts: Sequence[str], ids: Tensor | None = None) -> Condition:
-        """Encode texts as this method's artefact makes them read; literal ones where their ids are not given."""
+        """Encode texts as this method's artifact makes them read; literal ones where their ids are not given."""
         return self.model.encode(prompts) if ids is None else self.model.encode_tokens(ids)
 
     def forward(self, batch: Batch) -> Loss:
@@ -189,13 +189,13 @@ class Method(nn.Module):
         return self.batch_loss(batch)
 
     def sample_losses(self, batch: Batch, *, snr_gamma: float | None = None) -> Tensor:
-        """Compute the noise loss of each sample ``[N]``: what training lowers, and what held-out pictures measure."""
+        """Compute the noise loss of each sample ``[N]``: what training lowers, and what held-out images measure."""
         return self.model.denoising_loss(batch, snr_gamma=snr_gamma)
 
     def batch_loss(self, batch: Batch) -> Loss:
         """Weigh the noise loss: ``sum(weights * loss) / num_instances``.
 
-        With class pictures in the batch that is mean(instance) + prior_loss_weight * mean(class), the
+        With class images in the batch that is mean(instance) + prior_loss_weight * mean(class), the
         DreamBooth paper's equation 2, right for any batch size. min-SNR weights, when on, apply to both halves.
         """
         per_sample = self.sample_losses(batch, snr_gamma=self.setting.snr_gamma)
@@ -225,7 +225,7 @@ class Method(nn.Module):
                 tensor.copy_(state[name])
 
     def export(self, order: Export) -> list[Path]:
-        """Write the artefacts other programs read; returns the paths written."""
+        """Write the artifacts other programs read; returns the paths written."""
         raise NotImplementedError
 
     def settled(self, order: Export) -> Export:

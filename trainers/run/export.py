@@ -1,4 +1,4 @@
-"""Artefacts from a finished or stopped run: any of its checkpoints, in any of its method's formats."""
+"""Artifacts from a finished or stopped run: any of its checkpoints, in any of its method's formats."""
 
 from __future__ import annotations
 

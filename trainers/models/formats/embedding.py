@@ -49,7 +49,7 @@ class Embedding:
 
     @property
     def checksum(self) -> str:
-        """The 4 hex digits by which webui tells embeddings apart in picture infotexts; of `vectors` alone."""
+        """The 4 hex digits by which webui tells embeddings apart in image infotexts; of `vectors` alone."""
         result = 0
         for value in (self.vectors.float().cpu().reshape(-1) * 100).tolist():
             result = (result * 281 ^ int(value) * 997) & 0xFFFFFFFF

@@ -1,4 +1,4 @@
-"""The caption of image embeddings: a name, the base model, vectors and steps, drawn over a picture as in the webui."""
+"""The caption of image embeddings: a name, the base model, vectors and steps, drawn over an image as in the webui."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SMALLEST_SIDE = 512  # pixels: smaller previews are enlarged so that the captio
 
 
 def plain_card() -> Image.Image:
-    """Give what an image embedding shows when no picture is given."""
+    """Give what an image embedding shows when no image is given."""
     rows = np.linspace(1, 0, _SMALLEST_SIDE)[:, None, None]
     shade = np.array([70, 96, 140]) * rows + np.array([40, 44, 62]) * (1 - rows)
     return Image.fromarray(np.broadcast_to(shade, (_SMALLEST_SIDE, _SMALLEST_SIDE, 3)).astype(np.uint8))

@@ -1,9 +1,9 @@
-"""Pictures that carry a Textual Inversion embedding, in a PNG text chunk and in pixels beside the picture.
+"""Images that carry a Textual Inversion embedding, in a PNG text chunk and in pixels beside the image.
 
 The form is AUTOMATIC1111 webui's: the text chunk survives only in PNG; the pixel blocks survive any lossless
 format. Both hold the JSON of the webui `.pt` dict, tensors written as `{"TORCHTENSOR": nested list}`.
 
-Shapes: H, W height and width of the whole picture in pixels; K columns of one block of hidden nibbles.
+Shapes: H, W height and width of the whole image in pixels; K columns of one block of hidden nibbles.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dreamfleet.trainers.models.formats.pickle_writer import replacing
 
 TEXT_KEY = "sd-ti-embedding"
 
-MAX_PIXELS = 64_000_000  # of a picture that is read; 75 vectors beside a 4K picture need a tenth
+MAX_PIXELS = 64_000_000  # of an image that is read; 75 vectors beside a 4K image need a tenth
 MAX_JSON_BYTES = 32_000_000  # inflated; 75 vectors of 1024 numbers need 2 MB
 MAX_JSON_DEPTH = 16  # the webui dict has 5
 
@@ -53,7 +53,7 @@ def write_image_embedding(
     image: Image.Image | None = None,
     caption: Sequence[str] = (),
 ) -> Path:
-    """Write a picture that carries `data`, the dict of a webui `.pt`, in both carriers.
+    """Write an image that carries `data`, the dict of a webui `.pt`, in both carriers.
 
     `picture` is what people see (a plain card when None); `caption` is a title and up to three footers drawn on it.
     Raises FormatError for a format that is none of EMBEDDING_IMAGES or needs a package that is not installed, and
@@ -80,9 +80,9 @@ def write_image_embedding(
 
 
 def read_image_embedding(source: str | os.PathLike[str] | bytes) -> dict[str, Any]:
-    """Read the dict that a picture carries: text chunk first, then pixels. Tensors come back as float32.
+    """Read the dict that an image carries: text chunk first, then pixels. Tensors come back as float32.
 
-    Raises FormatError when the picture carries none, is damaged, or is larger than an embedding can be.
+    Raises FormatError when the image carries none, is damaged, or is larger than an embedding can be.
     """
     where = "this picture" if isinstance(source, bytes) else str(source)
     if isinstance(source, bytes):
@@ -167,7 +167,7 @@ def _from_json(payload: bytes, where: str) -> dict[str, Any]:
 
 
 def _hide(image_HW3: Pixels, payload: bytes, *, decoration: NDArray[np.float32]) -> Pixels:
-    """Put the payload's low nibbles in columns left of the picture, its high nibbles right of it."""
+    """Put the payload's low nibbles in columns left of the image, its high nibbles right of it."""
     height = image_HW3.shape[0]
     packed = np.frombuffer(zlib.compress(payload, 9), dtype=np.uint8)
     size = len(packed) + height - len(packed) % height
@@ -184,7 +184,7 @@ def _hide(image_HW3: Pixels, payload: bytes, *, decoration: NDArray[np.float32])
 
 
 def _carried_by_pixels(image: Image.Image) -> bytes | None:
-    """Give the payload hidden in the picture's pixels; None when there is none or it did not survive."""
+    """Give the payload hidden in the image's pixels; None when there is none or it did not survive."""
     pixels_HW3 = np.asarray(image.convert("RGB"))
     bright_HW = np.asarray((pixels_HW3 > 0).all(axis=2))
     rows, columns = np.flatnonzero(bright_HW.any(axis=1)), np.flatnonzero(bright_HW.any(axis=0))
@@ -208,7 +208,7 @@ def _carried_by_pixels(image: Image.Image) -> bytes | None:
 
 
 def _encode(pixels_HW3: Pixels, suffix: str, payload: bytes, where: str) -> bytes:
-    """Write the picture as ``suffix`` says; a PNG's text carries the payload too."""
+    """Write the image as ``suffix`` says; a PNG's text carries the payload too."""
     if suffix in LOSSLESS_IMAGES:
         return lossless_image.encode(pixels_HW3, suffix, where)
     options = dict(_SAVE_OPTIONS[suffix])
@@ -242,7 +242,7 @@ def _open(content: bytes, where: str) -> Image.Image:
         raise
     except UnidentifiedImageError as error:
         raise FormatError(f"{where}: not a picture that can be read.") from error
-    except Exception as error:  # a broken picture fails in any way Pillow's decoders can
+    except Exception as error:  # a broken image fails in any way Pillow's decoders can
         raise FormatError(f"{where}: the picture is damaged ({_first_line(error)}).") from error
     return image
 

@@ -1,4 +1,4 @@
-"""AVIF and JPEG XL pictures without loss, by imagecodecs: Pillow has no JPEG XL, and its AVIF is never exact.
+"""AVIF and JPEG XL images without loss, by imagecodecs: Pillow has no JPEG XL, and its AVIF is never exact.
 
 An AVIF keeps every value only as it is (the identity matrix, ITU-T H.273, instead of YUV; 4:4:4; 8 bits, lossless);
 Pillow reads that back. A JPEG XL's size is told before anything is decoded (ISO/IEC 18181-1, SizeHeader, and 18181-2,
@@ -25,7 +25,7 @@ _RATIOS = ((1, 1), (6, 5), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))  # width to 
 
 
 def encode(pixels_HW3: NDArray[np.uint8], suffix: str, where: str) -> bytes:
-    """Write a picture as one of LOSSLESS_IMAGES, every value kept. Raises FormatError saying what to install."""
+    """Write an image as one of LOSSLESS_IMAGES, every value kept. Raises FormatError saying what to install."""
     codecs = _imagecodecs(where)
     if suffix == ".jxl":
         return bytes(codecs.jpegxl_encode(pixels_HW3, lossless=True))
@@ -35,9 +35,9 @@ def encode(pixels_HW3: NDArray[np.uint8], suffix: str, where: str) -> bytes:
 
 
 def decode_jxl(content: bytes, size: tuple[int, int], where: str) -> Image.Image:
-    """Read a JPEG XL's first picture, of width and height ``size``, in RGB or RGBA.
+    """Read a JPEG XL's first image, of width and height ``size``, in RGB or RGBA.
 
-    Raises FormatError without imagecodecs and for a picture of another form, and RuntimeError for a damaged one.
+    Raises FormatError without imagecodecs and for an image of another form, and RuntimeError for a damaged one.
     """
     codecs, (width, height) = _imagecodecs(where), size
     for channels in (3, 4):

@@ -46,7 +46,7 @@ def predicts_velocity(unet: Any) -> bool:
     """Try whether Stable Diffusion 2's U-Net predicts velocity, as the webui does.
 
     At the last timestep what enters is nearly all noise: one that predicts noise gives about the same back, one that
-    predicts velocity nearly the negative picture (webui, modules/sd_models_config.py, sd2's v-parameterization).
+    predicts velocity nearly the negative image (webui, modules/sd_models_config.py, sd2's v-parameterization).
     """
     side = 2 ** (len(unet.config.block_out_channels) - 1)
     latents = torch.full((1, unet.config.in_channels, side, side), 0.5, dtype=unet.dtype)

@@ -1,4 +1,4 @@
-"""How a picture was drawn, as the text that AUTOMATIC1111's webui writes into a PNG's `parameters` and reads back.
+"""How an image was drawn, as the text that AUTOMATIC1111's webui writes into a PNG's `parameters` and reads back.
 
 Form (webui, `modules/processing.py` and `modules/infotext_utils.py`): the prompt, a line `Negative prompt: ...`, and a
 last line of `Key: value` pairs, where a value with a comma, a colon or a line break is a JSON string.

@@ -1,6 +1,6 @@
-"""Encodes what pictures are drawn with: each prompt's conditions by step, weighted, and those of its negative prompt.
+"""Encodes what images are drawn with: each prompt's conditions by step, weighted, and those of its negative prompt.
 
-R texts, B pictures, T tokens, D their width.
+R texts, B images, T tokens, D their width.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Timed(NamedTuple):
 
 
 class Guide(NamedTuple):
-    """What one picture is drawn with: where to, each with a weight, and what away from (None: no guidance)."""
+    """What one image is drawn with: where to, each with a weight, and what away from (None: no guidance)."""
 
     towards: Sequence[tuple[float, Timed]]
     away: Timed | None

@@ -29,7 +29,7 @@ Named = tuple[str, Strength]  # a name or an address, and how strongly it acts
 
 
 class Shelf:
-    """The files of one kind at hand: those that every picture is drawn with, and those that prompts name.
+    """The files of one kind at hand: those that every image is drawn with, and those that prompts name.
 
     ``given``: ``FILE`` or ``FILE:MULTIPLIER``, on disk or in a bucket. A prompt's names are looked for among these
     files, in ``folder`` and beside these files, in this order. Raises UserError for a file that is not there.

@@ -1,4 +1,4 @@
-"""Draws pictures: a short guided sampling loop in which each picture depends on its own prompt and seed alone."""
+"""Draws images: a short guided sampling loop in which each image depends on its own prompt and seed alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SchedulerName = Literal["ddim", "euler_a", "dpm++"]
 
-# B pictures, C latent channels, h x w latent cells, T tokens, D their width.
+# B images, C latent channels, h x w latent cells, T tokens, D their width.
 
 
 @torch.no_grad()
@@ -97,14 +97,14 @@ def sample_latents(
 
 
 def _rows(guides: Sequence[Guide], index: int) -> list[tuple[int, Condition]]:
-    """List what the U-Net is asked at a step, each with its picture's number: all negatives, then all parts."""
+    """List what the U-Net is asked at a step, each with its image's number: all negatives, then all parts."""
     away = [(number, guide.away.at(index)) for number, guide in enumerate(guides) if guide.away is not None]
     towards = [(number, timed.at(index)) for number, guide in enumerate(guides) for _, timed in guide.towards]
     return away + towards
 
 
 def _guided(guides: Sequence[Guide], outputs: Sequence[Tensor], scale: float) -> list[Tensor]:
-    """Combine the outputs of :func:`_rows` to one a picture."""
+    """Combine the outputs of :func:`_rows` to one an image."""
     away = iter(outputs)
     starts = [None if guide.away is None else next(away) for guide in guides]
     towards = away  # what is left
@@ -121,7 +121,7 @@ def _guided(guides: Sequence[Guide], outputs: Sequence[Tensor], scale: float) ->
 
 
 def to_images(pixels_B3HW: Tensor) -> list[Image.Image]:
-    """Turn pixels in about [-1, 1] into RGB pictures."""
+    """Turn pixels in about [-1, 1] into RGB images."""
     scaled = ((pixels_B3HW.float() / 2 + 0.5).clamp(0, 1) * 255).round()
     return [Image.fromarray(array) for array in scaled.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()]
 
@@ -129,7 +129,7 @@ def to_images(pixels_B3HW: Tensor) -> list[Image.Image]:
 def image_grid(
     images: Sequence[Image.Image], columns: int, *, captions: Sequence[str] | None = None, gap: int = 2
 ) -> Image.Image:
-    """Lay pictures out in rows of `columns` on white, `gap` pixels apart, each above its caption where given."""
+    """Lay images out in rows of `columns` on white, `gap` pixels apart, each above its caption where given."""
     if not images:
         raise UserError("a grid needs at least one picture.")
     columns = max(1, min(columns, len(images)))

@@ -1,4 +1,4 @@
-"""Embeddings: every file form there and back, webui's numbers, hostile pictures, diffusers' own loader."""
+"""Embeddings: every file form there and back, webui's numbers, hostile images, diffusers' own loader."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def test_embedding_safetensors(pair: bool, tmp_path: Path) -> None:
 
 
 def carried(payload: bytes, how: str) -> bytes:
-    """A picture that carries these bytes in its text chunk, or in its pixels."""
+    """An image that carries these bytes in its text chunk, or in its pixels."""
     image, options = np.full((64, 48, 3), 90, dtype=np.uint8), {}
     if how == "png text":
         options["pnginfo"] = PngImagePlugin.PngInfo()

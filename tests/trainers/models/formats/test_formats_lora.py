@@ -44,7 +44,7 @@ QUERY = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 def tuned(model: DiffusionModel, *, targets: Any = None, rank: int = 4, alpha: float = 6.0) -> LoraFile:
-    """Give a model adapters that change its pictures, and return them as a file."""
+    """Give a model adapters that change its images, and return them as a file."""
     parts = [part for part in model.modules() if part != "vae"]
     learning = add_adapters(model, model.lora_layers(targets, parts=parts), rank=rank, alpha=alpha)
     torch.manual_seed(1)

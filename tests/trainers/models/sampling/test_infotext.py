@@ -1,4 +1,4 @@
-"""How pictures were drawn, as the webui writes and reads it; samplers under its names; one call with everything."""
+"""How images were drawn, as the webui writes and reads it; samplers under its names; one call with everything."""
 
 from __future__ import annotations
 

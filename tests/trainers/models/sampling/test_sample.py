@@ -1,4 +1,4 @@
-"""Sampling: the same pictures in any batch, agreement with diffusers' pipeline, guidance, grids, class pictures."""
+"""Sampling: the same images in any batch, agreement with diffusers' pipeline, guidance, grids, class images."""
 
 from __future__ import annotations
 

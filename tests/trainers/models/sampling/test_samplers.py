@@ -1,4 +1,4 @@
-"""Samplers under the webui's names: noise levels, and pictures by its formulas (k-diffusion's), restated here."""
+"""Samplers under the webui's names: noise levels, and images by its formulas (k-diffusion's), restated here."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def model_with(**changes: Any) -> Any:
 
 
 def levels(model: Any) -> np.ndarray:
-    """The noise level of each training timestep, as a multiple of the picture."""
+    """The noise level of each training timestep, as a multiple of the image."""
     kept = model.scheduler.alphas_cumprod.double().numpy()
     return ((1 - kept) / kept) ** 0.5
 
