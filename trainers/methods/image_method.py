@@ -1,4 +1,4 @@
-"""Methods that see decoded images, where others are given latents and prompts."""
+"""Methods that see decoded pictures, where others are given latents and prompts."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from dreamfleet.trainers.methods.base import Batch, Method, Sample
 
 
 class Use(NamedTuple):
-    """One use of a decoded image, in which pass over the set (from 0); ``key``, of its chances, None: as it is."""
+    """One use of a decoded picture, in which pass over the set (from 0); ``key``, of its chances, None: as it is."""
 
     sample: Sample
     epoch: int
     image: Image.Image
     mirrored: bool = False
     key: tuple[int | str, ...] | None = None
-    instead: bool = False  # another image, as its own cannot be decoded
+    instead: bool = False  # another picture, as its own cannot be decoded
 
 
-class SeeingMethod(Method):
-    """A method that makes its batches from decoded images; it may set some of them apart to measure with."""
+class ImageMethod(Method):
+    """A method that makes its batches from decoded pictures; it may set some of them apart to measure with."""
 
     @property
     def fit(self) -> Fit:
-        """What may be done to an image before :meth:`see`, anywhere on the cluster; usually nothing."""
+        """What the decoder may do to an image, such as shrinking it, before :meth:`collate`; nothing by default."""
         return unchanged
 
-    def see(self, uses: Sequence[Use]) -> Batch:
-        """Turn images into a batch on the CPU."""
+    def collate(self, uses: Sequence[Use]) -> Batch:
+        """Turn pictures into a batch on the CPU."""
         raise NotImplementedError
 
-    def choose(self, instances: Index) -> tuple[Index, Index | None]:
-        """Split the images into those to train on and those to measure with; usually all, and None."""
+    def split(self, instances: Index) -> tuple[Index, Index | None]:
+        """Split the pictures into those to train on and those to measure with; usually all, and None."""
         return instances, None
 
-    def examine(self, batch: Batch) -> dict[str, Tensor]:
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
         """Measure images that were set apart: values ``[N]`` by name."""
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""Native training: the model learns on from captioned images, as it was trained in the first place.
+"""Native training: the model learns on from captioned pictures, as it was trained in the first place.
 
 Source: Rombach et al. 2022 (arXiv 2112.10752); naifu-diffusion and kohya's `fine_tune.py` for what is around it. That
 is buckets, tags, long prompts, masks, noise schedules and averages: other sections' keys, which serve every method.
@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dreamfleet.trainers.config.methods.native import NativeConfig
-from dreamfleet.trainers.methods.base import Method, Setting
+from dreamfleet.trainers.methods.base import Setting
+from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.whole_model import (
     export_tuned,
@@ -22,8 +23,8 @@ from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
-class Native(Method):
-    """Teach the model a whole set of captioned images: all of the U-Net learns. A whole new checkpoint."""
+class Native(DiffusionMethod):
+    """Teach the model a whole set of captioned pictures: all of the U-Net learns. A whole new checkpoint."""
 
     def __init__(self, config: NativeConfig, model: DiffusionModel, setting: Setting):
         super().__init__(config, model, setting)
@@ -41,6 +42,6 @@ class Native(Method):
     def groups(self) -> list[ParamGroup]:
         return part_groups(self.learning)
 
-    def export(self, order: Export) -> list[Path]:
+    def write(self, order: Export) -> list[Path]:
         """Write the tuned model as a folder and a single file, or a LoRA in two layouts: see `export_tuned`."""
-        return export_tuned(self.config, self.model, self.settled(order))
+        return export_tuned(self.config, self.model, order)
