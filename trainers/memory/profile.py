@@ -1,4 +1,4 @@
-"""Counts what a run is made of, on a model without weights: its tensors, and real passes over fake ones."""
+"""Counts the sizes of a run on a model without weights: its tensors, and passes over fake tensors."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ PREVIEW_BATCH = 4  # the default of `generate`
 def count_run(recipe: Recipe, method: Method, images: int | None) -> Counts:
     """Count a run's tensors on a method whose model is on the meta device."""
     train, model = recipe.train, method.model
-    learning = [param for group in method.groups() for param in group.params.values()]
-    ids = {id(param) for param in learning}
+    trainable = [param for group in method.groups() for param in group.params.values()]
+    ids = {id(param) for param in trainable}
     frozen = [tensor for tensor in _tensors(method) if id(tensor) not in ids]
     mixed = train.mixed_precision != "no"
-    widths = [(param.shape[0], param.numel() // param.shape[0]) for param in learning if param.dim() > 1]
+    widths = [(param.shape[0], param.numel() // param.shape[0]) for param in trainable if param.dim() > 1]
     mode = fake_mode()
-    there = _faked(method, mode, torch.float32)
-    halved = _faked(method, mode, DTYPES[train.mixed_precision]) if mixed else there
+    faked = _to_fake(method, mode, torch.float32)
+    halved = _to_fake(method, mode, DTYPES[train.mixed_precision]) if mixed else faked
     with mode:
-        full = _trace_step(recipe, there)
+        full = _trace_step(recipe, faked)
         half = _trace_step(recipe, halved) if mixed else full
-        encoding, class_drawing = _trace_start(recipe, there)
-        drawing = _trace_previews(recipe, there)
+        encoding, class_drawing = _trace_start(recipe, faked)
+        drawing = _trace_previews(recipe, faked)
     return Counts(
-        learning=tuple(param.numel() for param in learning),
+        learning=tuple(param.numel() for param in trainable),
         frozen=_bytes(frozen),
         passed=sum(
             p.numel() for part in method.loss_parts.values() for p in part.parameters() if id(p) not in ids
@@ -60,7 +60,7 @@ def count_run(recipe: Recipe, method: Method, images: int | None) -> Counts:
         bucket=BUCKET,
         mixed=mixed,
         optimizer=recipe.optimizer.name,
-        factors=sum(map(sum, widths)) + sum(param.numel() for param in learning if param.dim() <= 1),
+        factors=sum(map(sum, widths)) + sum(param.numel() for param in trainable if param.dim() <= 1),
         fused=recipe.optimizer.fused_backward,
         bf16_weights=train.full_bf16,
         average=recipe.engine.use_ema,
@@ -87,7 +87,7 @@ def method_shape(recipe: Recipe) -> Method:
 
 
 def count_images(recipe: Recipe, method: Method) -> int | None:
-    """Count the pictures of a recipe, class pictures too; None when there are none where it says."""
+    """Count the images of a recipe, class images too; None if its folders have none."""
     try:
         urls = [concept.instance_data_dir for concept in load_concepts(recipe.data)]
         found = sum(find_source(url).count(url, ScanOptions()) for url in urls)
@@ -104,15 +104,15 @@ def parts_of(method: Method) -> dict[str, nn.Module]:
 
 
 def _tensors(method: Method) -> list[Tensor]:
-    """List every tensor of a method, its model and its helpers, each once."""
+    """Return every tensor of a method, its model and its helpers, each once."""
     every = nn.ModuleList([*parts_of(method).values(), method])
     return [*every.parameters(), *every.buffers()]
 
 
-def _faked(method: Method, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> Method:
-    """Copy a method and its model from the meta device to fake tensors, which are as if on the CPU.
+def _to_fake(method: Method, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> Method:
+    """Copy a method and its model from the meta device to fake CPU tensors.
 
-    ``dtype`` casts what is in the method's module, as DeepSpeed's half-precision modes do.
+    ``dtype`` casts the parameters inside the method's module, as DeepSpeed's half-precision modes do.
     """
     inside = {id(param) for param in method.parameters()} if dtype else set()
     copies: dict[int, Any] = {}
@@ -121,7 +121,7 @@ def _faked(method: Method, mode: FakeTensorMode, dtype: torch.dtype | None = Non
             made = torch.empty(tensor.shape, dtype=dtype if id(tensor) in inside else tensor.dtype)
             is_param = isinstance(tensor, nn.Parameter)
             copies[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if is_param else made
-    # Whatever refers to a tensor, in a module or beside it, then refers to its copy.
+    # Every reference to a tensor, in a module or elsewhere, becomes one to its copy.
     return copy.deepcopy(method, copies)
 
 
@@ -140,7 +140,7 @@ def _trace_step(recipe: Recipe, method: Method) -> Pass:
 
 
 def make_batch(recipe: Recipe, method: Method) -> Batch:
-    """Make a batch of the right shapes; pictures whose latents are not cached are encoded for it."""
+    """Make a batch of a run's shapes; images without cached latents are encoded for it."""
     model, count = method.model, recipe.train.train_batch_size
     num = count * (2 if method.prior else 1)
     shape = (num, *_latent_shape(recipe, model))
@@ -163,11 +163,11 @@ def make_batch(recipe: Recipe, method: Method) -> Batch:
 
 
 def _trace_start(recipe: Recipe, method: Method) -> tuple[int, int]:
-    """Trace what comes before the first step: encoding the pictures, and drawing class pictures."""
+    """Return the memory of encoding the images and of generating class images, before the first step."""
     model, side, prior = method.model, recipe.data.resolution, method.prior
     encoding = drawing = 0
     if _caches_latents(recipe) and recipe.data.cache_dir is None:
-        num = encode_batch(side * side)  # as many in any case
+        num = encode_batch(side * side)  # also for fewer images
         encoding = trace_inference(
             lambda: model.encode_images(torch.empty(num, 3, side, side)),
             known=_tensors(method),
@@ -190,7 +190,7 @@ def _trace_previews(recipe: Recipe, method: Method) -> int:
 def _trace_drawing(
     recipe: Recipe, method: Method, num: int, guidance_scale: float, dtype: torch.dtype
 ) -> int:
-    """Trace a step of the sampler and the decoder for ``num`` pictures."""
+    """Return the memory of one sampler step and of the decoder for ``num`` images."""
     model = method.model
     shape, entering = _latent_shape(recipe, model), num * (2 if guidance_scale != 1 else 1)
 
@@ -215,7 +215,7 @@ def _latent_shape(recipe: Recipe, model: DiffusionModel) -> tuple[int, int, int]
 
 
 def _latent_bytes(recipe: Recipe, model: DiffusionModel, images: int | None) -> int:
-    """Return the host bytes of mean and std of every picture's latents, and of its mirror image's."""
+    """Return the host bytes of mean and std of every image's latents, and of the mirrored image's."""
     if not _caches_latents(recipe):
         return 0
     copies = 2 if recipe.data.random_flip else 1
@@ -223,7 +223,7 @@ def _latent_bytes(recipe: Recipe, model: DiffusionModel, images: int | None) -> 
 
 
 def _remembered_bytes(recipe: Recipe, method: Method, images: int | None) -> int:
-    """Bound the encoded prompts that are remembered: one a picture, or all there is room for where prompts vary."""
+    """Return an upper bound of cached encoded prompts: one per image, or the full cache where prompts vary."""
     if method.trains_text:
         return 0
     data = recipe.data

@@ -229,9 +229,13 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def settled(self, order: Export) -> Export:
-        """Return the order with the formats to write. Raises RecipeError for one this method does not have."""
+        """Return the order with the formats to write; by default those that the model supports.
+
+        Raises RecipeError for a format that the method or the model does not have.
+        """
         self.require_formats(order.formats)
-        return replace(order, formats=order.formats or self.formats)
+        usual = tuple(form for form in self.formats if form not in self.model.unsupported)
+        return replace(order, formats=order.formats or usual)
 
     def require_formats(self, formats: Sequence[str]) -> None:
         """Raise RecipeError for an export format this method does not have."""
@@ -240,6 +244,8 @@ class Method(nn.Module):
                 raise RecipeError(
                     f"{self.name} has no export format {chosen!r}; it has: {', '.join(self.all_formats)}"
                 )
+            if reason := self.model.unsupported.get(chosen):
+                raise RecipeError(f"train.export_formats: {chosen}: {reason}")
 
 
 def method_class(config: MethodConfig | str) -> type[Method]:

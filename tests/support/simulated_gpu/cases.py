@@ -218,20 +218,15 @@ def _goes_with(option: Values, row: Row, folder: Path) -> bool:
     own = [key.removeprefix("method.") for key in option if key.startswith("method.")]
     if not set(own) <= METHODS.get(row.method).model_fields.keys():
         return False
-    # Told by the run itself, not by the recipe.
-    engine = {**taken, **option}
-    if engine.get("engine.channels_last") and engine.get("engine.zero_stage", "auto") not in ("auto", 0):
-        return False
-    if engine.get("engine.torch_compile") and engine.get("engine.zero_stage") == 3:
-        return False
-    if engine.get("data.enable_bucket") and engine.get("method.with_prior_preservation"):
+    both = {**taken, **option}
+    if both.get("data.enable_bucket") and both.get("method.with_prior_preservation"):
         return False
     if row.method == "aesthetic_gradients" and any(
         key.startswith(("engine.", "optimizer.")) for key in option
     ):
         return False
     try:
-        build_recipe(tree_of(row._replace(options=engine), folder))
+        build_recipe(tree_of(row._replace(options=both), folder))
     except UserError:
         return False
     return True
