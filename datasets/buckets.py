@@ -1,8 +1,8 @@
-"""Aspect-ratio buckets: which size each picture is shown at, so that wide and tall ones need no square crop. Pure.
+"""Aspect-ratio buckets: the size each image is trained at, so that wide and tall images need no square crop. Pure.
 
-NovelAI's algorithm (2022; naifu's `arb`) under kohya's keys and with kohya's arithmetic (sd-scripts,
-`library/model_util.py::make_bucket_resolutions` and `library/train_util.py::BucketManager.select_bucket`): a picture
-goes to the same bucket as there.
+NovelAI's algorithm (2022; naifu's `arb`) with kohya's keys and arithmetic (sd-scripts,
+`library/model_util.py::make_bucket_resolutions` and `library/train_util.py::BucketManager.select_bucket`): an image is
+in the same bucket as there.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from dreamfleet.datasets.config import DataConfig
 
 Size = tuple[int, int]  # width and height in pixels
-MOST_ENLARGED = 4  # times: beyond that a picture is told of, and left out where nothing is to be enlarged
+MOST_ENLARGED = 4  # factor; images enlarged more are reported, or left out with bucket_no_upscale
 
 
 @lru_cache
 def bucket_sizes(resolution: int, *, smallest: int, largest: int, step: int) -> tuple[Size, ...]:
-    """List the sizes there are, sorted: for every side the longest other side within the area, and the square.
+    """Return the bucket sizes, sorted: for every side the longest other side within the area, and the square.
 
-    Sides go in steps from ``smallest`` to ``largest``, the area up to ``resolution`` squared.
+    Sides are multiples of ``step`` from ``smallest`` to ``largest``; the area is at most ``resolution`` squared.
     """
     area = resolution * resolution
     square = resolution // step * step
@@ -37,7 +37,7 @@ def bucket_sizes(resolution: int, *, smallest: int, largest: int, step: int) -> 
 
 
 def nearest_size(width: int, height: int, sizes: Sequence[Size]) -> Size:
-    """Choose the size for a picture: its own where it is one of them, else the one of the nearest aspect ratio."""
+    """Return the bucket size for an image: its own if it is one of them, else that of the nearest aspect ratio."""
     if (width, height) in sizes:
         return width, height
     aspect = width / height
@@ -45,10 +45,10 @@ def nearest_size(width: int, height: int, sizes: Sequence[Size]) -> Size:
 
 
 def size_without_upscaling(width: int, height: int, *, resolution: int, step: int) -> Size:
-    """Choose the largest size in steps inside a picture, of at most about ``resolution`` squared: nothing is enlarged.
+    """Return the largest size in multiples of ``step`` inside an image, of at most about ``resolution`` squared pixels.
 
-    Only a picture with a side below one step, there or after shrinking, is enlarged to one step and cropped; those that
-    would have to be enlarged more than MOST_ENLARGED times are left out before.
+    No image is enlarged, except one with a side below one step, before or after shrinking: it is enlarged to one step
+    and cropped. Images that would be enlarged more than MOST_ENLARGED times have been left out before.
     """
     aspect, area = width / height, resolution * resolution
     shrink = min(1.0, resolution / math.sqrt(width * height))
@@ -56,7 +56,7 @@ def size_without_upscaling(width: int, height: int, *, resolution: int, step: in
         other = max(step, int(min(max(width, height) * shrink, area / step)) // step * step)
         return (other, step) if width > height else (step, other)
     if width * height > area:
-        # Shrunk to the area with one side in steps: of the two ways, the one that keeps the aspect ratio better.
+        # Shrink to the area with one side a multiple of the step: of both ways, the one that changes the aspect less.
         by_width = _round_to(math.sqrt(area * aspect), step)
         by_height = _round_to(area / math.sqrt(area * aspect), step)
         error_by_width = abs(by_width / _round_to(by_width / aspect, step) - aspect)
@@ -94,19 +94,19 @@ def most_enlarged(originals: Sequence[Size], sizes: Sequence[Size]) -> tuple[int
 
 
 def number_buckets(sizes: Sequence[Size]) -> list[int]:
-    """Number the sizes in use, smallest width first -> the bucket of each picture."""
+    """Return the bucket number of each image; buckets are the sizes in use, numbered by width, then height."""
     numbers = {size: number for number, size in enumerate(sorted(set(sizes)))}
     return [numbers[size] for size in sizes]
 
 
-def tell_buckets(sizes: Sequence[Size]) -> str:
-    """Write how many pictures each bucket holds: `448x576: 12, 512x512: 30`."""
+def describe_buckets(sizes: Sequence[Size]) -> str:
+    """Return the number of images in each bucket as text: `448x576: 12, 512x512: 30`."""
     return ", ".join(
         f"{width}x{height}: {count}" for (width, height), count in sorted(Counter(sizes).items())
     )
 
 
 def _round_to(value: float, step: int) -> int:
-    # kohya's rounding: to whole pixels, then down to steps, which must not be 0.
+    # kohya's rounding: to whole pixels, then down to a multiple of the step, but never to 0.
     whole = int(value + 0.5)
     return max(step, whole - whole % step)

@@ -1,4 +1,7 @@
-"""Words for pictures: templates, captions, tag shuffle and drop-out; pure, seeded by the given generator."""
+"""Builds the caption an image is trained with: templates, prompts, tag shuffling and dropout.
+
+Pure, given a generator.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,7 @@ STYLE_TEMPLATES = (
     "a weird painting in the style of [name]",
     "a large painting in the style of [name]",
 )
-# The names of the webui's template files, and diffusers' `learnable_property`.
+# Named after the webui's template files and diffusers' `learnable_property`.
 TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
     "object": OBJECT_TEMPLATES,
     "subject": OBJECT_TEMPLATES,
@@ -80,14 +83,14 @@ TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
     "none": ("picture",),
 }
 
-_WAY_OUT = (
+_REMEDY = (
     "Set data.instance_prompt, put a .txt file with the caption beside each image (`dreamfleet data caption` writes "
     "them), or set data.caption_from_filename: true"
 )
 _LEADING_NUMBER = re.compile(r"^[-\d]+\s*")  # the webui's rule
 
 
-class NoWords(DataError):
+class NoCaption(DataError):
     """An image that has neither a caption nor a prompt."""
 
 
@@ -102,15 +105,15 @@ def make_caption(
     config: DataConfig,
     of_subject: bool = True,
 ) -> str:
-    """Return the words one image is trained with, once.
+    """Return the text that one use of an image is trained with.
 
-    `caption` is the image's own (or None), `prompt` its set's (`instance_prompt`), `template` a line with `[name]` and
-    `[filewords]`. In this order: a template is filled; a prompt that holds `[filewords]` is filled; the caption,
-    between prefix and suffix, tags shuffled and dropped as `config` says; the prompt. `[filewords]` is the caption.
-    With `config.caption_from_filename` the words of `file_name` are the caption of an image without one. With
-    `config.caption_dropout` the result is "" that often. The prefix and all other options are for the subject alone:
-    class images (not `of_subject`) keep their captions. Always draws the same random numbers first, so that one choice
-    does not disturb another. Raises NoWords.
+    `caption` is the image's own (or None), `prompt` that of its concept (`instance_prompt`), `template` a line with
+    `[name]` and `[filewords]`, which stands for the caption. The first of these that applies is used: the template,
+    filled; a prompt that contains `[filewords]`, filled; the caption with prefix and suffix, its tags shuffled and
+    dropped according to `config`; the prompt. With `config.caption_from_filename`, an image without a caption takes it
+    from `file_name`. With probability `config.caption_dropout` the result is "". Class images (not `of_subject`) keep
+    their captions: no option changes them. The same random numbers are always drawn first, so that one option does not
+    change the effect of another. Raises NoCaption.
     """
     dropped = rng.random() < config.caption_dropout
     words = choose_caption(caption, rng) if caption and config.use_captions else None
@@ -125,30 +128,32 @@ def make_caption(
         if words is None and prompt is not None:
             words = fill_template(prompt, name, "").strip() or None
         if words is None and "[filewords]" in template:
-            raise NoWords(f"no caption for [filewords]: image {file_name or '?'}. {_WAY_OUT}")
+            raise NoCaption(f"[filewords] has no caption to stand for: image {file_name or '?'}. {_REMEDY}")
         return fill_template(template, name, words or "")
     if prompt is not None and words is None:
         words = fill_template(prompt, name, "").strip()
     elif prompt is not None and "[filewords]" in prompt:
         words = fill_template(prompt, name, words or "")
     if not words:
-        raise NoWords(f"no words: image {file_name or '?'} has no caption and its set no prompt. {_WAY_OUT}")
+        raise NoCaption(
+            f"no caption: image {file_name or '?'} has none, and its concept no prompt. {_REMEDY}"
+        )
     return words
 
 
 def process_tags(caption: str, rng: np.random.Generator, config: DataConfig) -> str:
-    """Shuffle and drop a caption's comma-separated tags as `config` says, in front and behind some staying."""
+    """Shuffle and drop the comma-separated tags of a caption, except those that `config` keeps in place."""
     separator = config.keep_tokens_separator
     first, found, rest = caption.partition(separator) if separator else (caption, "", "")
     if not found:
-        return _loosen(caption, rng, config, keep=config.keep_tokens)
+        return _shuffle_and_drop(caption, rng, config, keep=config.keep_tokens)
     middle, _, last = rest.partition(separator)
-    parts = (first, _loosen(middle, rng, config, keep=0), last)
+    parts = (first, _shuffle_and_drop(middle, rng, config, keep=0), last)
     return ", ".join(tag for part in parts for tag in split_tags(part))
 
 
 def choose_caption(caption: str, rng: np.random.Generator) -> str:
-    """One of a caption's lines: several lines are several captions of the same picture."""
+    """Return one line of a caption at random: several lines are alternative captions of the image."""
     lines = [line.strip() for line in caption.splitlines() if line.strip()]
     if len(lines) < 2:
         return lines[0] if lines else ""
@@ -156,44 +161,44 @@ def choose_caption(caption: str, rng: np.random.Generator) -> str:
 
 
 def choose_template(templates: Sequence[str], rng: np.random.Generator) -> str:
-    """One of the templates, each as likely."""
+    """Return one of the templates, all equally likely."""
     return templates[int(rng.integers(len(templates)))]
 
 
 def fill_template(template: str, name: str, filewords: str) -> str:
-    """Put words for `[filewords]`, then `[name]` (the webui's order) and `{}` (the paper's placeholder)."""
+    """Replace `[filewords]`, then `[name]` (the webui's order) and `{}` (the paper's placeholder)."""
     filled = template.replace("[filewords]", filewords).replace("[name]", name)
     return filled.replace("{}", name)
 
 
 def split_tags(caption: str) -> list[str]:
-    """The comma-separated tags of a caption, stripped, empty ones left out."""
+    """Return the comma-separated tags of a caption, stripped, without empty ones."""
     return [tag.strip() for tag in caption.split(",") if tag.strip()]
 
 
 def shuffle_tags(caption: str, rng: np.random.Generator, keep_tokens: int = 0) -> str:
-    """Shuffle comma-separated tags, the first `keep_tokens` staying in front."""
+    """Shuffle comma-separated tags; the first `keep_tokens` stay in front."""
     tags = split_tags(caption)
     kept, rest = tags[:keep_tokens], tags[keep_tokens:]
     return ", ".join(kept + [rest[i] for i in rng.permutation(len(rest))])
 
 
 def drop_tags(caption: str, rng: np.random.Generator, rate: float, keep_tokens: int = 0) -> str:
-    """Leave out each comma-separated tag with probability `rate`, never the first `keep_tokens`."""
+    """Drop each comma-separated tag with probability `rate`, but never the first `keep_tokens`."""
     tags = split_tags(caption)
     kept, rest = tags[:keep_tokens], tags[keep_tokens:]
     draws = rng.random(len(rest))
     return ", ".join(kept + [tag for tag, draw in zip(rest, draws, strict=True) if draw >= rate])
 
 
-def _loosen(caption: str, rng: np.random.Generator, config: DataConfig, *, keep: int) -> str:
+def _shuffle_and_drop(caption: str, rng: np.random.Generator, config: DataConfig, *, keep: int) -> str:
     if config.tag_dropout > 0:
         caption = drop_tags(caption, rng, config.tag_dropout, keep)
     return shuffle_tags(caption, rng, keep) if config.shuffle_tags else caption
 
 
 def caption_from_filename(file_name: str) -> str:
-    """The webui's rule: the stem without leading digits and dashes.
+    """Return the caption in a file name by the webui's rule: the stem without leading digits and dashes.
 
     `01-a red apple.png` gives `a red apple`.
     """

@@ -1,4 +1,4 @@
-"""The recipe's `data:` section: where the pictures and words are and how they are shown."""
+"""The recipe's `data:` section: where images and captions are, and how images are cropped, batched and cached."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _also(name: str, *others: str) -> AliasChoices:
 
 
 class Concept(Section):
-    """One subject: its pictures, its prompt, and the pictures and prompt of its class."""
+    """One subject: its images and prompt, and the images and prompt of its class."""
 
     instance_data_dir: ImageDir
     instance_prompt: str | None = None
@@ -39,18 +39,19 @@ class Concept(Section):
     def _class_has_prompt(self) -> Self:
         if self.class_data_dir and not self.class_prompt:
             raise ValueError(
-                f"class_data_dir {self.class_data_dir!r} without class_prompt: say what its pictures show, "
+                f"class_data_dir {self.class_data_dir!r} without class_prompt: set it to a description of its images, "
                 "such as class_prompt: 'a photo of a dog'"
             )
         return self
 
 
 class DataConfig(Section):
-    """Exactly one of `instance_data_dir`, `train_data_dir`, `concepts_list` names the pictures.
+    """Exactly one of `instance_data_dir`, `train_data_dir`, `concepts_list` names the images.
 
-    `train_data_dir` is kohya's layout (`10_sks dog/` = repeats and prompt; then `class_data_dir`, also
-    spelled `reg_data_dir`, holds `1_dog/`) or a plain folder with a metadata table or caption files.
-    A picture's own caption is used before `instance_prompt`, unless `use_captions` is false.
+    Each is a folder, a bucket address, or a URL that a source of an installed package reads. `train_data_dir` has
+    kohya's layout (`10_sks dog/` is repeats and prompt; `class_data_dir`, also spelled `reg_data_dir`, then contains
+    `1_dog/`), or is a plain folder with a metadata table or caption files. An image's own caption has priority over
+    `instance_prompt`, unless `use_captions` is false.
     """
 
     instance_data_dir: ImageDir | None = Field(
@@ -72,25 +73,25 @@ class DataConfig(Section):
     caption_column: str | None = Field(
         default=None,
         min_length=1,
-        description="column of metadata.jsonl, .csv or .parquet that holds the captions; when left out text, "
-        "caption or prompt",
+        description="column of metadata.jsonl, .csv or .parquet with the captions; default: the first of text, caption "
+        "and prompt",
     )
     caption_from_filename: bool = Field(
         default=False,
-        description="an image without a caption gets the words of its file name: `01-a red apple.png` is `a red apple`",
+        description="take missing captions from file names: that of `01-a red apple.png` is `a red apple`",
     )
     use_captions: bool = True
     caption_prefix: str = Field(
         default="",
-        description="words in front of every caption, and a space; class images get none of these options",
+        description="text before every caption, separated by a space; these options do not apply to class images",
     )
-    caption_suffix: str = Field(default="", description="a space, and words behind every caption")
+    caption_suffix: str = Field(default="", description="text after every caption, separated by a space")
     shuffle_tags: bool = Field(default=False, validation_alias=_also("shuffle_tags", "shuffle_caption"))
     keep_tokens: int = Field(default=0, ge=0)
     keep_tokens_separator: str = Field(
         default="",
-        description="such as |||: the tags before the first one, and behind a second one, are neither shuffled nor "
-        "dropped; captions without it go by keep_tokens",
+        description="such as |||: the tags before the first one, and after a second one, are neither shuffled nor "
+        "dropped; captions without it follow keep_tokens",
     )
     tag_dropout: float = Field(
         default=0.0,
@@ -113,28 +114,28 @@ class DataConfig(Section):
 
     enable_bucket: bool = Field(
         default=False,
-        description="keep the pictures' shapes: each goes to the bucket of the nearest aspect ratio, about resolution "
-        "squared pixels large, and every batch is of one bucket",
+        description="aspect-ratio bucketing: an image is trained in the bucket of the nearest aspect ratio, "
+        "of about resolution squared pixels, and every batch is from one bucket",
     )
     min_bucket_reso: int = Field(default=256, ge=8, description="shortest side of a bucket")
     max_bucket_reso: int = Field(default=1024, ge=8, description="longest side of a bucket")
     bucket_reso_steps: int = Field(default=64, ge=8, description="sides are multiples of this")
     bucket_no_upscale: bool = Field(
         default=False,
-        description="no picture is enlarged: buckets of any size up to the pictures' own, without the two limits",
+        description="never enlarge an image: buckets have any size up to that of the images, without the two limits",
     )
 
     alpha_mask: bool = Field(
         default=False,
         validation_alias=_also("alpha_mask", "masked_loss", "use_weight", "use_att_map"),
-        description="weigh the loss over each picture by its mask (in mask_dir, or NAME.mask.png), else by "
-        "DreamArtist's attention map (NAME_att.png: black 0, mid-grey 1, white 5), else by its alpha channel; mean 1, "
-        "so a picture that is opaque everywhere counts as ever",
+        description="weight the loss over each image by its mask (in mask_dir, or NAME.mask.png), else by "
+        "DreamArtist's attention map (NAME_att.png: black 0, mid-grey 1, white 5), else by its alpha channel; the mean "
+        "weight is 1, so an opaque image trains as without this option",
     )
     mask_dir: ImageDir | None = Field(
         default=None,
         validation_alias=_also("mask_dir", "conditioning_data_dir", "mask_path"),
-        description="folder of masks under the pictures' names: grey, white counts",
+        description="folder of masks with the names of the images: greyscale, white has full weight",
     )
 
     source: Literal["auto", "resident", "stream"] = "auto"
@@ -143,27 +144,27 @@ class DataConfig(Section):
     cache_dir: Annotated[str | None, PathField("folder", must_exist=False, compared=False)] = Field(
         default=None,
         min_length=1,
-        description="folder or s3:// address of latents that `dreamfleet data cache` encoded: the run reads them and "
-        "decodes no picture",
+        description="folder or s3:// address of latents that `dreamfleet data cache` encoded: the run reads these "
+        "instead of decoding images",
     )
     cache_precision: Literal["float32", "fp16"] = Field(
         default="float32",
-        description="of the latents in cache_dir; float32 gives the losses of a run that encodes itself, fp16 takes "
-        "half the room",
+        description="of the latents in cache_dir; float32 gives the same losses as a run without a cache, fp16 takes "
+        "half the space",
     )
     latent_sampling: Literal["random", "once", "deterministic"] = Field(
         default="random", validation_alias=_also("latent_sampling", "latent_sampling_method")
     )
 
     @model_validator(mode="after")
-    def _one_place(self) -> Self:
+    def _one_source(self) -> Self:
         places = ("instance_data_dir", "train_data_dir", "concepts_list")
         given = [name for name in places if getattr(self, name) is not None]
         if len(given) != 1:
-            what = "no pictures are named" if not given else f"{' and '.join(given)} are both set"
+            what = "no images are given" if not given else f"{' and '.join(given)} are both set"
             raise ValueError(
                 f"{what}: set exactly one of instance_data_dir (one subject), train_data_dir (kohya folders "
-                "or captioned pictures), concepts_list (several subjects)"
+                "or captioned images), concepts_list (several subjects)"
             )
         if self.concepts_list is not None:
             if not self.concepts_list:
@@ -171,10 +172,12 @@ class DataConfig(Section):
             for_one = ("instance_prompt", "class_data_dir", "class_prompt", "mask_dir")
             extra = [name for name in for_one if getattr(self, name) is not None]
             if extra:
-                raise ValueError(f"{', '.join(extra)} beside concepts_list: write it inside each concept")
+                raise ValueError(
+                    f"{', '.join(extra)} together with concepts_list: set it in each concept instead"
+                )
         if self.instance_data_dir and self.class_data_dir and not self.class_prompt:
             raise ValueError(
-                f"class_data_dir {self.class_data_dir!r} without class_prompt: say what its pictures show, "
+                f"class_data_dir {self.class_data_dir!r} without class_prompt: set it to a description of its images, "
                 "such as class_prompt: 'a photo of a dog'"
             )
         return self
@@ -185,7 +188,7 @@ class DataConfig(Section):
             raise ValueError("caption_extension is empty: write '.txt', or use_captions: false")
         for extension in self.caption_extension:
             if not extension.startswith(".") or "/" in extension:
-                raise ValueError(f"caption_extension {extension!r} is not a file ending: write '.txt'")
+                raise ValueError(f"caption_extension {extension!r} is not a file extension: write '.txt'")
         return self
 
     @model_validator(mode="after")
@@ -195,7 +198,7 @@ class DataConfig(Section):
         if not self.min_bucket_reso <= self.resolution <= self.max_bucket_reso:
             raise ValueError(
                 f"enable_bucket: resolution {self.resolution} is not between min_bucket_reso {self.min_bucket_reso} "
-                f"and max_bucket_reso {self.max_bucket_reso}; set those around it, such as a half and twice"
+                f"and max_bucket_reso {self.max_bucket_reso}; set limits around it, such as half and twice of it"
             )
         for name in ("min_bucket_reso", "max_bucket_reso"):
             if getattr(self, name) % self.bucket_reso_steps:
@@ -208,7 +211,7 @@ class DataConfig(Section):
     def _masks_are_used(self) -> Self:
         concepts = self.concepts_list if isinstance(self.concepts_list, list) else []
         if not self.alpha_mask and (self.mask_dir or any(concept.mask_dir for concept in concepts)):
-            raise ValueError("mask_dir without alpha_mask: set alpha_mask: true, or leave mask_dir out")
+            raise ValueError("mask_dir without alpha_mask: set alpha_mask: true, or remove mask_dir")
         return self
 
     @model_validator(mode="after")
@@ -217,9 +220,9 @@ class DataConfig(Section):
             return self
         if not self.center_crop:
             raise ValueError(
-                "cache_dir with center_crop: false: a picture cropped anew at every use has no latents to keep; set "
-                "center_crop: true (enable_bucket keeps shapes), or leave cache_dir out"
+                "cache_dir with center_crop: false: an image that is cropped differently at every use has no latents "
+                "to cache; set center_crop: true (enable_bucket keeps aspect ratios), or remove cache_dir"
             )
         if not self.cache_latents:
-            raise ValueError("cache_dir with cache_latents: false: leave one of them out")
+            raise ValueError("cache_dir with cache_latents: false: remove one of them")
         return self

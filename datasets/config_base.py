@@ -1,4 +1,4 @@
-"""The base of every recipe section: frozen, strict keys, no value ever changed by a check."""
+"""The base class of every recipe section: frozen, with strict keys."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """One section of a recipe.
 
-    Unknown keys are errors, instances are immutable and hashable where their fields are. Other
-    projects' names come in through `Field(validation_alias=AliasChoices("our_name", "their_name"))`;
-    our own name is always accepted too. Numbers may come as text from `key=value` overrides that were
-    parsed as YAML, so `1e-4` (text in YAML 1.1) still reads as a float; NaN and infinity are refused.
+    Unknown keys are errors. Instances are immutable, and hashable if their fields are. Names of other projects are
+    declared with `Field(validation_alias=AliasChoices("our_name", "their_name"))`. Numbers may be text, since `1e-4` in
+    a `key=value` override is text in YAML 1.1; NaN and infinity are refused.
     """
 
     model_config = ConfigDict(
@@ -28,5 +27,5 @@ class Section(BaseModel):
 
 
 def as_list(value: Any) -> Any:
-    """Take a text for a list of it, before a list's values are checked."""
+    """Return a single text as a list of one; for use before validation."""
     return [value] if isinstance(value, str) else value

@@ -1,7 +1,7 @@
-"""Environment variables: which ones other machines need, which ones are secrets, and how both are kept out of logs.
+"""Environment variables that other machines need, and secrets, which must not appear in logs.
 
 Ray copies variables of the driver into runtime environments, whose values it logs on every machine, and into the
-processes that it starts. So secrets travel inside pickled functions, and are hidden from Ray while it copies.
+processes that it starts. So secrets are sent inside pickled functions, and are hidden from Ray while it copies.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ log = logging.getLogger(__name__)
 
 AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")
 PROFILES = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE")
-# A role, or a file, of one machine: another machine has its own or none.
-_OF_ONE_MACHINE = re.compile(
+# Roles and files of one machine: another machine has its own, or none.
+_MACHINE_SPECIFIC = re.compile(
     r"AWS_(CONTAINER_|ROLE_|WEB_IDENTITY_|EXECUTION_ENV|CONFIG_FILE|SHARED_CREDENTIALS_FILE|CA_BUNDLE|(DEFAULT_)?PROFILE)"
 )
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 HUB = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-# Files and folders: of use where they exist.
+# Files and folders, set on machines where they exist.
 PATHS = (
     "HF_HOME",
     "HF_HUB_CACHE",
@@ -46,34 +46,39 @@ _SECRET_WORDS = {
     "CREDENTIAL",
     "CREDENTIALS",
 }
-_WHERE_NOT_WHAT = ("_FILE", "_PATH", "_DIR", "_URI")  # the variable names a place
+_LOCATION_SUFFIXES = (
+    "_FILE",
+    "_PATH",
+    "_DIR",
+    "_URI",
+)  # of variables that name where a secret is, not the secret
 _LOGIN_IN_ADDRESS = re.compile(r"://[^/\s@]+@")
 
-# os.environ belongs to the whole process, and so does what is taken out of it for a while.
+# os.environ is global to the process, and so are the variables that are temporarily removed from it.
 _hidden: dict[str, str] = {}
 _hiders = 0
 _lock = threading.Lock()
 
 
 def is_secret(name: str, value: str) -> bool:
-    """Say whether a variable holds a secret: by its name, or by a login inside an address. Ray's own do not count."""
+    """Return whether a variable is a secret, by its name or a login in a URL. Ray's own variables never are."""
     if name.startswith(("RAY_", "DREAMFLEET_")):
         return False
     if _LOGIN_IN_ADDRESS.search(value):
         return True
-    return not name.upper().endswith(_WHERE_NOT_WHAT) and not _SECRET_WORDS.isdisjoint(
+    return not name.upper().endswith(_LOCATION_SUFFIXES) and not _SECRET_WORDS.isdisjoint(
         name.upper().split("_")
     )
 
 
 def masked(text: str) -> str:
-    """Return a text for people without the logins inside addresses."""
+    """Return a text with the logins in URLs masked."""
     return _LOGIN_IN_ADDRESS.sub("://***@", text)
 
 
 @contextmanager
 def secrets_hidden() -> Iterator[None]:
-    """Take secrets out of os.environ while Ray copies from it; :func:`variable` finds them still."""
+    """Remove secrets from os.environ while Ray copies it; :func:`variable` still returns them."""
     global _hiders
     with _lock:
         _hiders += 1
@@ -93,7 +98,7 @@ def secrets_hidden() -> Iterator[None]:
 
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set the variables that are not set, for as long as the block runs."""
+    """Set variables that are not set, for the duration of the block."""
     added = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -104,39 +109,39 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def variable(name: str) -> str | None:
-    """Return a variable of this process, also one that is hidden for a while."""
+    """Return a variable of this process, also one that is hidden by :func:`secrets_hidden`."""
     return os.environ.get(name) or _hidden.get(name)
 
 
-def to_send(*, buckets: bool) -> dict[str, str]:
-    """Return what other machines need of this environment, secrets among it: for memory alone, never for a log.
+def variables_to_send(*, buckets: bool) -> dict[str, str]:
+    """Return the variables of this environment that other machines need, with secrets: never log the result.
 
-    That is proxies, the hub's token and settings, and with ``buckets`` the settings of AWS. A profile, or a login to
-    the hub, is a file of this machine: its keys are sent.
+    These are proxies, the hub's token and settings, and with ``buckets`` the settings of AWS. AWS profiles and hub
+    logins are files of this machine; their keys are sent instead.
     """
     with _lock:
         here = {**_hidden, **os.environ}
     names = [*HUB, *PATHS, *PROXIES, *(name.lower() for name in PROXIES)]
     sent = {name: here[name] for name in names if here.get(name)}
     for name in list(sent):
-        # A tunnel of this machine leads nowhere on others.
+        # A proxy on this machine's loopback address cannot be reached from others.
         if name.upper() in PROXIES[:3] and _is_loopback(sent[name]) and not is_secret(name, sent[name]):
             del sent[name]
     if "HF_TOKEN" not in sent and (token := _stored_token(here)):
         sent["HF_TOKEN"] = token
     if buckets:
-        sent |= {n: v for n, v in here.items() if n.startswith("AWS_") and not _OF_ONE_MACHINE.match(n)}
+        sent |= {n: v for n, v in here.items() if n.startswith("AWS_") and not _MACHINE_SPECIFIC.match(n)}
         if "AWS_ACCESS_KEY_ID" not in sent:
             sent = _of_profile() | sent
     return sent
 
 
-def take_over(sent: Mapping[str, str]) -> None:
-    """Set what :func:`to_send` gave, on the machine it was sent to.
+def apply_variables(sent: Mapping[str, str]) -> None:
+    """Set the variables that :func:`variables_to_send` returned, on the machine they were sent to.
 
-    What this machine sets itself stays, proxies all or none, and paths are taken over where they exist. Keys and
-    settings of AWS replace this machine's, all together: the run's bucket was opened with them. A profile's keys are
-    not used where the machine has the profile, which may renew them.
+    Variables that this machine sets keep their values (proxies: all or none), and paths are set only if they exist.
+    The AWS keys and settings replace those of this machine as a whole, since the run's bucket was opened with them. If
+    the machine has the profile that the keys come from, the profile is used instead, since it may renew them.
     """
     others = {name: value for name, value in sent.items() if not name.startswith("AWS_") or name in PATHS}
     own_proxies = any(os.environ.get(name) or os.environ.get(name.lower()) for name in PROXIES)
@@ -158,7 +163,7 @@ def take_over(sent: Mapping[str, str]) -> None:
 
 
 def has_profile(name: str) -> bool:
-    """Say whether a file of this machine defines a profile of AWS."""
+    """Return whether an AWS profile is defined in a file of this machine."""
     return name in _session().available_profiles
 
 
@@ -168,7 +173,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def _stored_token(here: Mapping[str, str]) -> str | None:
-    """Return the token that `hf auth login` wrote, which huggingface_hub would read here."""
+    """Return the token written by `hf auth login`, as huggingface_hub finds it."""
     if here.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").lower() in ("1", "true", "yes", "on"):
         return None
     cache = here.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -181,7 +186,7 @@ def _stored_token(here: Mapping[str, str]) -> str | None:
 
 
 def _of_profile() -> dict[str, str]:
-    """Return keys, region and endpoint of the profile in use; nothing where keys do not come from a file."""
+    """Return keys, region and endpoint of the active profile; nothing if the keys do not come from a file."""
     files = ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"), ("AWS_CONFIG_FILE", "~/.aws/config")
     if not any(os.path.exists(os.path.expanduser(os.environ.get(name) or usual)) for name, usual in files):
         return {}
@@ -201,12 +206,12 @@ def _of_profile() -> dict[str, str]:
             "AWS_ENDPOINT_URL_S3": None if variable("AWS_ENDPOINT_URL") else _endpoint_of(session),
             "AWS_PROFILE": session.profile or "default",
         }
-    except Exception as error:  # noqa: BLE001 - botocore's errors have no common class; buckets tell it better
-        log.debug("no keys to send of the AWS profile: %s", type(error).__name__)
+    except Exception as error:  # noqa: BLE001 - botocore's errors share no class, and opening the bucket reports them better
+        log.debug("no keys could be read from the AWS profile: %s", type(error).__name__)
         return {}
     if keys.token:
         log.warning(
-            "the keys of AWS profile %s are temporary: machines that lack the profile cannot renew them during the run",
+            "the keys of AWS profile %s are temporary; machines without the profile cannot renew them during the run",
             named["AWS_PROFILE"],
         )
     return {name: str(value) for name, value in named.items() if value}

@@ -1,16 +1,16 @@
-"""The errors a user can meet: each names what, where and the way out."""
+"""Exceptions with messages for users: each names what is wrong, where, and the remedy."""
 
 
 class UserError(ValueError):
-    """Something the user can mend: printed as one message without a traceback, exit code 2."""
+    """An error that the user can fix: printed as one message without a traceback, exit code 2."""
 
 
 class RecipeError(UserError):
-    """A recipe, or an override of it, says something that cannot be run."""
+    """A recipe, or an override of it, that cannot be run."""
 
 
 class DataError(UserError):
-    """Pictures or captions that cannot be used."""
+    """Images or captions that cannot be used."""
 
 
 class StorageError(UserError):
@@ -22,16 +22,16 @@ class ModelError(UserError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is torn, tampered with, or belongs to another run."""
+    """A checkpoint that is incomplete, was modified, or belongs to another run."""
 
 
 class ResourceError(UserError):
-    """The machine or cluster cannot give what the run asks for."""
+    """The machine or cluster lacks resources that the run needs."""
 
 
 class FormatError(UserError):
-    """A file of the right name with the wrong inside."""
+    """A file whose content is not of the expected format."""
 
 
 class RunFailed(RuntimeError):
-    """The run itself failed (the loss became NaN, a worker kept dying): exit code 1."""
+    """The run itself failed, such as by a loss of NaN or a worker that keeps dying: exit code 1."""

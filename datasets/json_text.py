@@ -1,4 +1,4 @@
-"""Writes JSON that every reader takes: numbers that are not finite become null, as JSON has no name for them."""
+"""Writes JSON that every parser accepts: numbers that are not finite become null, since JSON cannot express them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def json_text(value: Any, *, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
-    """Write a value as JSON that can be encoded as UTF-8; ``default`` converts what JSON does not know.
+    """Return a value as JSON that can be encoded as UTF-8; ``default`` converts types that JSON does not have.
 
-    NaN and infinities become null. Bytes of a file name that are not UTF-8 (surrogates in Python's text) are escaped,
-    and read back as they were.
+    NaN and infinities become null. Bytes of a file name that are not UTF-8 (surrogates in a Python string) are escaped
+    so that they are read back unchanged.
     """
     text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, default=default, allow_nan=False)
     return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -1,15 +1,15 @@
-"""The batch plan: which pictures make up step k, decided from (ids, seed, global batch) alone.
+"""The batch plan: which images form step k, decided by (ids, seed, global batch) alone.
 
-The run is one endless stream of draws: epoch after epoch, each a permutation of every picture (with its
-repeats) keyed by (seed, epoch). Step k owns positions ``[k*G, (k+1)*G)``; a rank takes its slice of them. Nothing
-here depends on the number of workers, so 1 and N workers with the same global batch see the same pictures, and a
-position in the data is one number, the step.
+A run is an endless sequence of draws: epoch after epoch, each a permutation of all images (with their repeats) keyed
+by (seed, epoch). Step k owns positions ``[k*G, (k+1)*G)``; a rank takes its slice of them. Nothing depends on the
+number of workers: 1 and N workers with the same global batch use the same images, and the position in the data is one
+number, the step.
 
-With buckets every bucket has such a stream of its own, and a step belongs to one of them: a global batch is of one
-size. In epochs 0 to e-1 a bucket of n draws has ``ceil(e*n/G)`` turns, shuffled within each epoch. So no draw is
-dropped and none is added to fill a batch: what a batch needs beyond its epoch it takes from the bucket's next one,
-which is shorter by as much. After e epochs every picture was used e times at least, and no bucket is ahead by a whole
-batch.
+With aspect-ratio buckets, every bucket has its own sequence, and a step belongs to one bucket: all images of a global
+batch have the same size. In epochs 0 to e-1 a bucket of n draws has ``ceil(e*n/G)`` turns, shuffled within each
+epoch. No draw is dropped, and none is added to fill a batch: a batch that reaches past its epoch takes the missing
+draws from the bucket's next epoch, which is shorter by as many. After e epochs every image was used at least e times,
+and no bucket is ahead by a whole batch.
 """
 
 from __future__ import annotations
@@ -27,18 +27,17 @@ from dreamfleet.datasets.rng import numpy_rng
 
 
 class Draw(NamedTuple):
-    """One use of one picture: its row in the index and how often (epochs) it was due before."""
+    """One use of an image: its row in the index and the number of its earlier uses."""
 
     row: int
     epoch: int
 
 
 class BatchPlan:
-    """Says which draws make up each step, for instance pictures and, with prior preservation, their class partners.
+    """Returns the draws of each step: of instance images and, with prior preservation, of their class partners.
 
-    ``concepts[i]`` is the concept of instance row i, ``repeats[i]`` how often an epoch shows it and ``buckets[i]`` the
-    bucket it is in (one for all when left out). ``class_concepts[j]`` is the concept of class row j; leave it empty
-    for runs without prior preservation.
+    ``concepts[i]`` is the concept of instance row i, ``repeats[i]`` its uses per epoch and ``buckets[i]`` its bucket
+    (default: one for all). ``class_concepts[j]`` is the concept of class row j; empty without prior preservation.
     """
 
     def __init__(
@@ -52,15 +51,13 @@ class BatchPlan:
         class_concepts: Sequence[int] = (),
     ):
         if not len(concepts):
-            raise DataError(
-                "there are no training pictures to plan batches from; check data.instance_data_dir"
-            )
+            raise DataError("there are no training images; check data.instance_data_dir")
         if global_batch < 1:
             raise ValueError(f"global batch must be at least 1, got {global_batch}")
         self.seed, self.global_batch = seed, global_batch
         counts = np.ones(len(concepts), np.int64) if repeats is None else np.asarray(repeats, np.int64)
         self._rows = np.repeat(np.arange(len(concepts)), counts)
-        # k-th repeat of a picture within one epoch: its own noise, so the draw's epoch counts uses, not passes.
+        # Each repeat within an epoch has its own noise, so a draw's epoch counts uses, not passes over the data.
         self._uses = np.concatenate([np.arange(count) for count in counts])
         self._repeats = counts
         self._concepts = np.asarray(concepts, np.int64)
@@ -73,9 +70,9 @@ class BatchPlan:
         missing = [c for c, rows in self._classes.items() if not len(rows)]
         if self.has_classes and missing:
             raise DataError(
-                f"concept {missing[0]} has no class pictures; prior preservation needs some for every concept"
+                f"concept {missing[0]} has no class images; prior preservation needs at least one per concept"
             )
-        assert not (self.has_classes and len(self._slots) > 1), "partners would be of other sizes"
+        assert not (self.has_classes and len(self._slots) > 1), "class partners would have other sizes"
         self._order = lru_cache(maxsize=4 * len(self._slots))(self._epoch_order)
         self._turns = lru_cache(maxsize=4)(self._epoch_turns)
         self._class_order = lru_cache(maxsize=16)(self._epoch_class_order)
@@ -84,23 +81,23 @@ class BatchPlan:
 
     @property
     def epoch_length(self) -> int:
-        """How many draws one epoch has: the pictures times their repeats."""
+        """The number of draws in an epoch: the sum of the repeats of all images."""
         return len(self._rows)
 
     @property
     def smallest_bucket(self) -> int:
-        """How many draws an epoch has in the bucket with the fewest."""
+        """The number of draws per epoch in the smallest bucket."""
         return min(len(slots) for slots in self._slots)
 
     def steps_in(self, epochs: float) -> int:
-        """Return the optimizer steps that ``epochs`` passes over the pictures take, rounded up in every bucket."""
+        """Return the number of optimizer steps in ``epochs`` passes over the images, rounded up in every bucket."""
         exact = Fraction(epochs).limit_denominator(10**6)
         return sum(self._turns_before(bucket, exact) for bucket in range(len(self._slots)))
 
     def draws(
         self, step: int, *, rank: int = 0, world: int = 1, micro: int = 0, num_micros: int = 1
     ) -> list[Draw]:
-        """List the instance draws of ``step`` that fall to one rank in one micro-step (all of them by default)."""
+        """Return the instance draws of ``step`` for one rank and one micro-step (default: all of the step)."""
         bucket, turn = self._turn(step)
         return [
             self._draw(bucket, position) for position in self._positions(turn, rank, world, micro, num_micros)
@@ -109,7 +106,7 @@ class BatchPlan:
     def class_draws(
         self, step: int, *, rank: int = 0, world: int = 1, micro: int = 0, num_micros: int = 1
     ) -> list[Draw]:
-        """List the class partners of the same positions as :meth:`draws`: same length, same concept, row by row."""
+        """Return the class partners of what :meth:`draws` returns: as many, and each of the same concept."""
         if not self.has_classes:
             return []
         return [
@@ -120,7 +117,7 @@ class BatchPlan:
         size, rest = divmod(self.global_batch, world * num_micros)
         if rest:
             raise ValueError(
-                f"a global batch of {self.global_batch} does not split over {world} workers x {num_micros} micro-steps"
+                f"global batch {self.global_batch} cannot be divided among {world} workers x {num_micros} micro-batches"
             )
         start = turn * self.global_batch + (micro * world + rank) * size
         return range(start, start + size)
@@ -129,10 +126,10 @@ class BatchPlan:
         return -(-epochs * len(self._slots[bucket]) // self.global_batch)  # rounded up
 
     def _turn(self, step: int) -> tuple[int, int]:
-        """Return the bucket of a step, and how many steps were the same bucket's before."""
+        """Return the bucket of a step, and the number of earlier steps of that bucket."""
         if len(self._slots) == 1:
             return 0, step
-        # Rounding up makes epochs begin up to one step a bucket later than they would.
+        # Rounding up delays the start of an epoch by up to one step per bucket.
         first = max(0, (step - len(self._slots)) * self.global_batch // self.epoch_length)
         last = step * self.global_batch // self.epoch_length
         epoch = first + bisect_right(range(first, last + 1), step, key=self.steps_in) - 1
@@ -156,7 +153,7 @@ class BatchPlan:
         return numpy_rng("class order", self.seed, concept, epoch).permutation(self._classes[concept])
 
     def _epoch_class_places(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the concept of each of an epoch's draws, and how many of the same came before it there."""
+        """Return the concept of each draw of an epoch, and the number of earlier draws of that concept in the epoch."""
         concepts = self._concepts[self._rows[self._order(0, epoch)]]
         grouped = np.argsort(concepts, kind="stable")
         before = np.empty_like(concepts)
@@ -170,7 +167,7 @@ class BatchPlan:
         return Draw(row, int(epoch * self._repeats[row] + self._uses[slot]))
 
     def _class_draw(self, position: int) -> Draw:
-        # The partner is the concept's n-th class picture, n = how many draws of this concept came before.
+        # The partner is the concept's n-th class image, where n counts the earlier draws of the concept.
         epoch, offset = divmod(position, self.epoch_length)
         concepts, before = self._class_places(epoch)
         concept = int(concepts[offset])

@@ -58,7 +58,7 @@ class Recipe(Section):
         return self.output_dir.rstrip("/").rpartition("/")[2]
 
     @property
-    def apart(self) -> dict[str, str]:
+    def excluded_folders(self) -> dict[str, str]:
         """Folders with images that the run does not train on -> a description of their content."""
         folders = {self.output_dir: "the run's output_dir"}
         return folders | ({self.validation.holdout: exclusions.HELD_OUT} if self.validation.holdout else {})

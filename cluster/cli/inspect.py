@@ -43,14 +43,14 @@ def inspect(
         changes = list(overrides or [])
         changes += [f"data.resolution={resolution}"] if resolution is not None else []
         changes += ["data.enable_bucket=true"] if buckets else []
-        recipe, apart = _read_input(folder, changes)
+        recipe, excluded = _read_input(folder, changes)
         name, count = _token_counter(str(recipe.model.pretrained_model_name_or_path))
         found = survey(
             recipe.data,
             count_tokens=count,
             tokenizer=name,
             max_tokens=recipe.model.max_token_length,
-            apart=apart,
+            excluded=excluded,
             progress=progress,
         )
     if as_json:
@@ -67,7 +67,7 @@ def _read_input(place: str, changes: list[str]) -> tuple[Recipe, dict[str, str]]
 
     if place.endswith((".yaml", ".yml")):
         recipe = load_recipe(place, changes)
-        return recipe, recipe.apart
+        return recipe, recipe.excluded_folders
     tree = {
         "data": {"instance_data_dir": Storage(place).url if is_address(place) else place},
         "method": {"name": "native"},

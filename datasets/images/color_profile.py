@@ -1,4 +1,4 @@
-"""Colours as every viewer shows them: an image's embedded profile converted to sRGB."""
+"""Converts images with an embedded colour profile to sRGB."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from PIL import Image
 
 log = logging.getLogger(__name__)
 
-SAME_WITHIN = 2  # of 255: a profile that changes no colour by more is sRGB itself, under whatever name
-_SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # of profiles -> Pillow's modes
+SAME_WITHIN = 2  # of 255; a profile that changes no colour by more is treated as sRGB
+_SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # colour space of a profile -> Pillow's mode
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
-    """Convert an image of mode RGB, L or CMYK to sRGB by the profile it carries; without one it is taken for sRGB.
+    """Convert an image of mode RGB, L or CMYK to sRGB by its embedded profile; without a profile it is taken as sRGB.
 
-    CMYK without a profile is converted by Pillow's formula. A broken profile, or one for another kind of image, counts
-    as none, as in a browser.
+    CMYK without a profile is converted by Pillow's formula. A broken profile, or one for another colour space, is
+    ignored, as browsers do.
     """
     made: Image.Image
     mode, transform = _conversion(image.info.get("icc_profile"), image.mode)
     made = image.convert("RGB") if transform is None else transform.apply(image.convert(mode))
-    made.info = {}  # saved with its old profile, it would be converted again
+    made.info = {}  # otherwise saving keeps the profile, and loading converts again
     return made
 
 
 def profile_name(data: bytes) -> str:
-    """Return the name of an image's colour profile, without decoding the image; "" where it has none that counts."""
+    """Return the name of an image's colour profile without decoding the image; "" without a profile that has effect."""
     with Image.open(io.BytesIO(data)) as image:
         profile, mode = image.info.get("icc_profile"), image.mode
     mode = "L" if mode in ("1", "LA", "La", "I") or mode.startswith("I;16") else mode
@@ -43,17 +43,17 @@ def profile_name(data: bytes) -> str:
 
 
 def _conversion(profile: object, mode: str) -> tuple[str, Any]:
-    """Return the mode that a profile is for and what converts from it; grey images may have a profile for RGB."""
+    """Return the mode that a profile is for and its conversion to sRGB; grey images may have a profile for RGB."""
     if isinstance(profile, bytes) and profile:
-        for fitting in ("L", "RGB") if mode == "L" else (mode,):
-            if (transform := _transform(profile, fitting)) is not None:
-                return fitting, transform
+        for candidate in ("L", "RGB") if mode == "L" else (mode,):
+            if (transform := _transform(profile, candidate)) is not None:
+                return candidate, transform
     return mode, None
 
 
 @lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> Any:
-    """Return what converts an image of a mode by a profile; None where nothing is to convert."""
+    """Return the conversion of a mode by a profile to sRGB; None when it would change nothing."""
     from PIL import ImageCms
 
     try:
@@ -67,7 +67,7 @@ def _transform(profile: bytes, mode: str) -> Any:
         plain, made = (np.asarray(one, np.int16) for one in (cube.convert("RGB"), transform.apply(cube)))
         return transform if np.abs(plain - made).max() > SAME_WITHIN else None
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError, AttributeError) as error:
-        log.debug("a colour profile that cannot be used: %s", error)
+        log.debug("ignored a colour profile: %s", error)
         return None
 
 

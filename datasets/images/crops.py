@@ -1,4 +1,4 @@
-"""How a picture is brought to a size: which boxes are cut from it, and what fills the rest. Pure."""
+"""Plans and makes crops of images for `data prepare`: boxes, target sizes, padding. Pure."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.images.smart_crop import FOCUSES, place_box
 
 MODES = ("crop", "smart", "focal", "fit", "pad", "buckets", "auto")
-# The webui's auto-sized crop at 512: sides from 384 to 768, an area of at most 640 squared, aspects that differ by 0.1.
+# The webui's auto-sized crop at 512: sides from 384 to 768, at most 640 squared pixels, aspect error at most 0.1.
 AUTO_SIDES, AUTO_AREA, AUTO_ERROR, STEP = (0.75, 1.5), 1.25, 0.1, 64
-BLUR = 1 / 16  # radius of the blurred background, of the longer side
+BLUR = 1 / 16  # blur radius of the background, as a fraction of the longer side
 
 
 @dataclass(frozen=True)
 class Cutting:
-    """How pictures are cut: `size` in pixels; the mode; where crops lie; what fills bars; which are split.
+    """Options of cropping; `size` is in pixels.
 
-    `crop` covers the size and cuts the rest off (`smart` and `focal`: at what draws the eye), `fit` keeps the whole
-    picture inside the size, `pad` adds bars of `fill` (a colour, `edge` or `blur`), `buckets` crops to the bucket that
-    training would choose, `auto` to the multiples of 64 that cut off least. With `split` a picture of which a crop
-    would keep no more than `split_threshold` is cut into several that overlap by `overlap`.
+    Mode `crop` covers the size and crops the rest (`smart` and `focal`: around the salient part), `fit` keeps the whole
+    image inside the size, `pad` adds bars of `fill` (a colour, `edge` or `blur`), `buckets` crops to the bucket that
+    training would use, `auto` to the multiples of 64 with the least loss. With `split`, an image of which a crop would
+    keep at most `split_threshold` is cut into several crops that overlap by `overlap`.
     """
 
     size: Size
@@ -42,31 +42,31 @@ class Cutting:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise DataError(f"mode {self.mode!r} is not known; one of {', '.join(MODES)}")
+            raise DataError(f"mode {self.mode!r} does not exist; use one of {', '.join(MODES)}")
         if self.focus not in FOCUSES:
-            raise DataError(f"focus {self.focus!r} is not known; one of {', '.join(FOCUSES)}")
+            raise DataError(f"focus {self.focus!r} does not exist; use one of {', '.join(FOCUSES)}")
         if not 0 <= self.overlap <= 0.9 or not 0 < self.split_threshold <= 1:
-            raise DataError("overlap is from 0 to 0.9, the threshold for splitting above 0 and at most 1")
+            raise DataError("the overlap must be from 0 to 0.9, the split threshold above 0 and at most 1")
         if min(self.size) < 8 or max(self.size) > 8192:
-            raise DataError(f"size {self.size[0]}x{self.size[1]}: sides are from 8 to 8192 pixels")
+            raise DataError(f"size {self.size[0]}x{self.size[1]}: sides must be from 8 to 8192 pixels")
         if self.fill not in ("edge", "blur"):
             try:
                 ImageColor.getrgb(self.fill)
             except ValueError as error:
-                raise DataError(
-                    f"fill {self.fill!r}: write edge, blur or a colour such as #808080"
-                ) from error
+                raise DataError(f"fill {self.fill!r}: use edge, blur or a colour such as #808080") from error
         side = self.size[0]
         if self.mode in ("buckets", "auto") and side != self.size[1]:
-            raise DataError(f"mode {self.mode} takes one number as size, the side of a square of that area")
+            raise DataError(
+                f"mode {self.mode} takes a single number as size: the side of a square of that area"
+            )
         if self.mode == "buckets" and not self.smallest <= side <= self.largest:
             raise DataError(
-                f"size {side} is not between the buckets' sides {self.smallest} and {self.largest}"
+                f"size {side} is not between the limits of bucket sides, {self.smallest} and {self.largest}"
             )
 
 
 class Cut(NamedTuple):
-    """A box (left, top, right, bottom) of a picture in pixels, the size it is scaled to, and the canvas it lies on."""
+    """A box (left, top, right, bottom) in pixels, the size it is scaled to, and the canvas it is centred on."""
 
     box: tuple[float, float, float, float]
     size: Size
@@ -74,7 +74,7 @@ class Cut(NamedTuple):
 
 
 def plan_cuts(image: Image.Image, how: Cutting) -> list[Cut]:
-    """List what is cut from an RGB picture; [] when no size of mode `auto` fits its shape."""
+    """Return the crops of an RGB image; [] when mode `auto` has no size for its aspect ratio."""
     width, height = image.size
     if how.mode in ("fit", "pad"):
         scale = min(how.size[0] / width, how.size[1] / height)
@@ -95,7 +95,7 @@ def plan_cuts(image: Image.Image, how: Cutting) -> list[Cut]:
     box = (min(width, target[0] / scale), min(height, target[1] / scale))
     if (
         how.split and how.mode in ("crop", "smart", "focal") and scale <= MOST_ENLARGED
-    ):  # else thousands of a line
+    ):  # a line of pixels would give thousands
         kept = min(box[0] / width, box[1] / height)
         if kept < 1 and kept <= how.split_threshold:
             return _split(image.size, box, target, how.overlap)
@@ -104,7 +104,7 @@ def plan_cuts(image: Image.Image, how: Cutting) -> list[Cut]:
 
 
 def auto_size(width: int, height: int, side: int) -> Size | None:
-    """Choose the largest size in steps of 64 of nearly the picture's shape; None where there is none."""
+    """Return the largest size in multiples of 64 of nearly the image's aspect ratio; None if there is none."""
     smallest, largest = (math.ceil(side * part / STEP) * STEP for part in AUTO_SIDES)
     fitting = []
     for w in range(smallest, largest + 1, STEP):
@@ -116,7 +116,7 @@ def auto_size(width: int, height: int, side: int) -> Size | None:
 
 
 def draw_cut(image: Image.Image, cut: Cut, fill: str, *, flip: bool = False) -> Image.Image:
-    """Cut, scale (Lanczos) and lay on the canvas; of a grey picture grey, with black bars."""
+    """Return a crop, scaled (Lanczos) and centred on its canvas; grey images stay grey, with black bars."""
     part = image.resize(cut.size, Image.Resampling.LANCZOS, box=cut.box)
     if cut.canvas != cut.size:
         left, top = (cut.canvas[0] - cut.size[0]) // 2, (cut.canvas[1] - cut.size[1]) // 2
@@ -129,7 +129,7 @@ def draw_cut(image: Image.Image, cut: Cut, fill: str, *, flip: bool = False) -> 
 def _split(whole: Size, box: tuple[float, float], target: Size, overlap: float) -> list[Cut]:
     along = 0 if box[0] < whole[0] else 1
     length, piece = whole[along], box[along]
-    # Without the little that rounding adds, three pieces that fit exactly would become four.
+    # Subtract rounding errors, or three pieces that fit exactly would become four.
     count = math.ceil((length - piece * overlap) / (piece * (1 - overlap)) - 1e-9)
     cuts = []
     for number in range(count):
@@ -141,7 +141,7 @@ def _split(whole: Size, box: tuple[float, float], target: Size, overlap: float) 
 
 
 def _inside(box: tuple[float, float, float, float], whole: Size) -> tuple[float, float, float, float]:
-    """Round to thousandths of a pixel, as the manifest has it, and stay inside the picture."""
+    """Round to thousandths of a pixel, the precision of the manifest, and limit to the image."""
     left, top, right, bottom = (round(value, 3) for value in box)
     return max(0.0, left), max(0.0, top), min(float(whole[0]), right), min(float(whole[1]), bottom)
 

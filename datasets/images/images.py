@@ -1,4 +1,4 @@
-"""Decode, turn, crop, resize and flip pictures: pure (Pillow and numpy only)."""
+"""Decodes, rotates, resizes, crops and flips images. Pure: Pillow and numpy only."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from dreamfleet.datasets.config import MAX_PIXELS
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.images.color_profile import to_srgb
 
-# Times the target's pixels that a resized picture may have before its crop. Photographs and panoramas stay below: there
-# the crop follows the resizing, as resizing a part alone gives other last bits.
+# An image is resized as a whole and then cropped, unless it would have more than this many times the target's pixels.
+# Photographs and panoramas have fewer. (Resizing a part alone differs in the last bits.)
 MOST_RESIZED = 16
 
-# No EPS, PDF or FITS: those start other programs or read what is no picture.
+# Without EPS, PDF and FITS, whose readers start other programs or read other data.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
-_TURNS = {
+_ROTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -35,7 +35,7 @@ _ORIENTATION_TAG = 0x0112
 
 
 class Header(NamedTuple):
-    """What a picture says of itself before it is decoded; sizes in pixels after the EXIF turn."""
+    """The header of an image file; sizes in pixels after the EXIF rotation."""
 
     width: int
     height: int
@@ -43,7 +43,7 @@ class Header(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """Where a target lies on a picture: what the picture is resized to, left and top of the crop; all in pixels."""
+    """The size that an image is resized to, and left and top of the crop; in pixels."""
 
     width: int
     height: int
@@ -52,11 +52,11 @@ class Placed(NamedTuple):
 
 
 def open_image(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a picture to sRGB, turned as its EXIF orientation says; transparency is laid over white.
+    """Decode an image to sRGB, rotated by its EXIF orientation, composited over white where transparent.
 
-    An embedded colour profile is converted. Animated files give their first frame. 16-bit grey is scaled to 8 bits.
-    Raises DataError, naming `uri`, for what is no picture, is cut short, or has more than `max_pixels` (checked before
-    decoding).
+    An embedded colour profile is converted. Of an animation the first frame is used. 16-bit grey is scaled to 8 bits.
+    Raises DataError, naming `uri`, for a file that is not an image, is truncated, or has more than `max_pixels`
+    (checked before decoding).
     """
     return open_with_alpha(data, uri=uri, max_pixels=max_pixels)[0]
 
@@ -64,22 +64,22 @@ def open_image(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Image.
 def open_with_alpha(
     data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS
 ) -> tuple[Image.Image, Image.Image | None]:
-    """A picture as open_picture gives it, and its opacity: 8-bit grey, 255 = opaque; None when it has none."""
-    with _naming(uri, data), _open(data, uri=uri, max_pixels=max_pixels) as image:
+    """Decode an image as open_image does, and its alpha channel: 8-bit grey, 255 is opaque; None without one."""
+    with _named_errors(uri, data), _open(data, uri=uri, max_pixels=max_pixels) as image:
         image.load()
         orientation = _orientation(image)
         rgb, alpha = _to_rgb_and_alpha(image, uri)
-        if orientation in _TURNS:
-            rgb = rgb.transpose(_TURNS[orientation])
-            alpha = alpha.transpose(_TURNS[orientation]) if alpha is not None else None
+        if orientation in _ROTATIONS:
+            rgb = rgb.transpose(_ROTATIONS[orientation])
+            alpha = alpha.transpose(_ROTATIONS[orientation]) if alpha is not None else None
         return rgb, alpha
 
 
 def read_header(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Header:
-    """Size after the EXIF turn, without decoding the pixels; DataError as open_picture gives it."""
-    with _naming(uri, data), _open(data, uri=uri, max_pixels=max_pixels) as image:
+    """Read an image's header without decoding its pixels. Raises DataError as open_image does."""
+    with _named_errors(uri, data), _open(data, uri=uri, max_pixels=max_pixels) as image:
         width, height = image.size
-        # A TIFF's size is already turned; a PNG would decode everything to look for late EXIF data.
+        # A TIFF's size is already rotated; Pillow decodes a whole PNG to find EXIF data behind the pixels.
         if image.format == "TIFF" or (
             image.format == "PNG" and b"eXIf" not in data and b"tiff:Orient" not in data
         ):
@@ -92,9 +92,9 @@ def read_header(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Heade
 
 
 def check_image(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> None:
-    """Read every pixel of a picture to find out whether it is whole; DataError when not."""
-    with _naming(uri, data), _open(data, uri=uri, max_pixels=max_pixels) as image:
-        if image.format == "JPEG":  # an eighth of the work, and every byte is still read
+    """Read every pixel of an image. Raises DataError if it is truncated or broken."""
+    with _named_errors(uri, data), _open(data, uri=uri, max_pixels=max_pixels) as image:
+        if image.format == "JPEG":  # an eighth of the work, though every byte is read
             image.draft("RGB" if image.mode != "L" else "L", (image.width // 8, image.height // 8))
         image.load()
         _to_rgb_and_alpha(image.crop((0, 0, 1, 1)) if image.mode not in ("I", "F") else image, uri)
@@ -108,13 +108,13 @@ def fit_image(
     crop_key: tuple[float, float] | None = None,
     flip: bool = False,
 ) -> np.ndarray:
-    """Resize so that the picture just covers the target, crop, flip: uint8 [H,W,3], of a grey one [H,W].
+    """Resize an image so that it just covers the target, crop and flip it: uint8 [H,W,3], or [H,W] for a grey one.
 
-    `resolution` is a side or (width, height) in pixels. `crop_key`, two numbers in [0,1), places the crop
-    (x, y) when `center` is false. The antialiasing Lanczos filter is used both ways.
+    `resolution` is a side or (width, height) in pixels. `crop_key`, two numbers in [0,1), is the position (x, y) of the
+    crop when `center` is false. The antialiasing Lanczos filter is used for enlarging and shrinking.
     """
     if image.mode not in ("RGB", "L"):
-        raise AssertionError(f"fit_picture takes RGB and grey pictures, not {image.mode}")
+        raise AssertionError(f"fit_image takes RGB and grey images, not {image.mode}")
     target = (resolution, resolution) if isinstance(resolution, int) else resolution
     placed = place_target(image.size, target, crop_key=None if center else crop_key)
     image = resize_and_crop(image, placed, target, Image.Resampling.LANCZOS)
@@ -127,10 +127,10 @@ def fit_image(
 def resize_and_crop(
     image: Image.Image, placed: Placed, target: tuple[int, int], resample: Image.Resampling
 ) -> Image.Image:
-    """Resize a picture and cut a target (width, height) from it, as `placed` says.
+    """Resize an image and crop a target (width, height) from it, as `placed` specifies.
 
-    Where the resized picture would be far larger than the target, what is cut off is not made at all: a picture of
-    2000 x 1 pixels would take 4 GiB at 512.
+    If the resized image would be far larger than the target, only the crop is computed: an image of 2000 x 1 pixels
+    would take 4 GiB at 512.
     """
     covered = (placed.width, placed.height)
     if covered == image.size:
@@ -151,9 +151,9 @@ def resize_and_crop(
 def place_target(
     size: tuple[int, int], target: tuple[int, int], *, crop_key: tuple[float, float] | None = None
 ) -> Placed:
-    """Work out how fit_picture resizes a picture and where it crops: the middle, or where `crop_key` says.
+    """Compute how fit_image resizes an image and where it crops: in the centre, or at `crop_key`.
 
-    Sizes are (width, height); nothing is mirrored yet.
+    Sizes are (width, height), before flipping.
     """
     scale = max(target[0] / size[0], target[1] / size[1])
     width, height = max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
@@ -164,14 +164,14 @@ def place_target(
 
 
 def to_tensor_range(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [H,W,3] to float32 [3,H,W] in [-1,1], the range the VAE takes."""
+    """Convert uint8 [H,W,3] to float32 [3,H,W] in [-1,1], the range of the VAE."""
     return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / np.float32(127.5) - np.float32(
         1
     )
 
 
-class _naming:
-    """Turn whatever Pillow raises on a broken file into a DataError that names the file."""
+class _named_errors:
+    """Turn whatever Pillow raises for a broken file into a DataError that names the file."""
 
     def __init__(self, uri: str, data: bytes) -> None:
         self.uri = uri
@@ -182,7 +182,7 @@ class _naming:
             raise DataError(f"{self.uri}: the file is empty (0 bytes)")
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # Pillow's readers raise nearly anything on broken data (struct.error, IndexError, SyntaxError ...).
+        # For broken data, Pillow's readers raise nearly anything (struct.error, IndexError, SyntaxError ...).
         if not isinstance(error, Exception) or isinstance(error, DataError):
             return
         raise DataError(f"{self.uri}: {_reason(error, self.data)}") from error
@@ -190,15 +190,15 @@ class _naming:
 
 def _reason(error: Exception, data: bytes) -> str:
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return f"too large a picture ({error}); at most {MAX_PIXELS:,} pixels are read. Make it smaller"
+        return f"the image is too large ({error}): at most {MAX_PIXELS:,} pixels are read. Make it smaller"
     if isinstance(error, Image.UnidentifiedImageError):
         if data.startswith(b"version https://git-lfs.github.com/spec"):
-            return "a Git LFS pointer, not the picture itself. Run `git lfs pull`"
-        return "not a picture that can be read (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF)"
+            return "a Git LFS pointer instead of the image. Run `git lfs pull`"
+        return "not an image in a supported format (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF)"
     text = str(error) or type(error).__name__
     if "truncated" in text.lower() or isinstance(error, EOFError):
-        return f"cut short ({text}). Copy or download it again"
-    return f"broken picture ({text})"
+        return f"truncated ({text}). Copy or download it again"
+    return f"broken image ({text})"
 
 
 def _open(data: bytes, *, uri: str, max_pixels: int) -> Image.Image:
@@ -208,18 +208,18 @@ def _open(data: bytes, *, uri: str, max_pixels: int) -> Image.Image:
         image.close()
         raise DataError(
             f"{uri}: {width} x {height} = {width * height:,} pixels, more than data.max_pixels = "
-            f"{max_pixels:,}. Make the picture smaller, or raise the limit if you trust it"
+            f"{max_pixels:,}. Make the image smaller, or raise the limit if you trust it"
         )
     if not width or not height:
-        raise DataError(f"{uri}: a picture without pixels ({width} x {height})")
+        raise DataError(f"{uri}: the image has no pixels ({width} x {height})")
     return image
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1 to 8; 1 where there is none or the EXIF data are broken."""
+    """Return the EXIF orientation, 1 to 8; 1 if there is none or the EXIF data are broken."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # noqa: BLE001  broken EXIF data raise anything; the picture itself is good
+    except Exception:  # noqa: BLE001  broken EXIF data raise anything, and the image may be good
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -229,9 +229,7 @@ def _to_rgb_and_alpha(image: Image.Image, uri: str) -> tuple[Image.Image, Image.
     if mode.startswith("I;16") or mode == "I":
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
-            raise DataError(
-                f"{uri}: 32-bit whole numbers outside 0..65535. Save it with 8 or 16 bits a channel"
-            )
+            raise DataError(f"{uri}: 32-bit integers outside 0..65535. Save it with 8 or 16 bits per channel")
         transparent = image.info.get("transparency")
         alpha = None
         if isinstance(transparent, int):
@@ -239,7 +237,9 @@ def _to_rgb_and_alpha(image: Image.Image, uri: str) -> tuple[Image.Image, Image.
         eight_bit = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
         return _over_white(_in_srgb(eight_bit, image), alpha)
     if mode == "F":
-        raise DataError(f"{uri}: floating-point pixels have no agreed range. Save it with 8 or 16 bits")
+        raise DataError(
+            f"{uri}: floating-point pixels have no defined range. Save it with 8 or 16 bits per channel"
+        )
     if mode in ("PA", "LA", "La", "RGBA", "RGBa") or "transparency" in image.info:
         straight = image.convert("RGBA")
         colours = straight.convert("L" if mode in ("LA", "La") else "RGB")
@@ -250,7 +250,7 @@ def _to_rgb_and_alpha(image: Image.Image, uri: str) -> tuple[Image.Image, Image.
 
 
 def _in_srgb(colours: Image.Image, image: Image.Image) -> Image.Image:
-    """Convert the colours of an image by the profile that came with it."""
+    """Convert colours to sRGB by the profile of the image they come from."""
     profile = image.info.get("icc_profile")
     if profile and colours is not image:
         colours.info["icc_profile"] = profile

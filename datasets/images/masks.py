@@ -1,4 +1,4 @@
-"""How one use of a picture is cut from its file, and with it its loss weights: from an alpha channel or a mask file."""
+"""Crops one use of an image, and its loss weights from an alpha channel or a mask file."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from dreamfleet.datasets.config import MAX_PIXELS
 from dreamfleet.datasets.images.images import fit_image, open_with_alpha
 
 OPAQUE = 255
-# DreamArtist's attention maps: black is no weight, mid-grey (127) one, white five; times 51 to fit in a byte.
+# DreamArtist's attention maps: weight 0 for black, 1 for mid-grey (127), 5 for white; times 51 to fit in a byte.
 ATTENTION_WEIGHTS = [round(51 * (v / 127 if v <= 127 else 1 + 4 * (v - 127) / 128)) for v in range(256)]
 
 
 class Mask(NamedTuple):
-    """A mask's file; in an attention map grey counts as DreamArtist has it, else as it is."""
+    """A mask file; ``is_attention`` selects DreamArtist's mapping of grey values to weights."""
 
     data: bytes
     is_attention: bool = False
 
 
 class ImageView(NamedTuple):
-    """One use of one picture: its row in the index, where to crop (None: the middle), whether to mirror, how large.
+    """One use of an image: its row in the index, the position of the crop (None: centred), and whether it is flipped.
 
-    ``size`` is width and height in pixels; None: what all are cut to.
+    ``size`` is width and height in pixels; None: the size given to :func:`cut_image`.
     """
 
     row: int
@@ -36,7 +36,7 @@ class ImageView(NamedTuple):
 
 def cut_image(
     data: bytes,
-    draw: ImageView,
+    view: ImageView,
     *,
     uri: str,
     size: int | tuple[int, int],
@@ -44,16 +44,16 @@ def cut_image(
     weighted: bool = False,
     mask: Mask | None = None,
 ) -> np.ndarray:
-    """Decode a picture and cut it as a draw asks: uint8 [H,W,3], or [H,W,4] where ``weighted``.
+    """Decode and crop an image as a view specifies: uint8 [H,W,3], or [H,W,4] if ``weighted``.
 
-    The fourth channel is the weight of each pixel, cut in the same way: ``mask`` (grey, white counts, of any size),
-    else the picture's alpha channel, else 255 everywhere. ``size`` is for draws without one. Raises DataError naming
-    ``uri``.
+    The fourth channel has the weight of each pixel, cropped in the same way: from ``mask`` (greyscale of any size,
+    white has full weight), else the image's alpha channel, else 255 everywhere. ``size`` applies to views without
+    one. Raises DataError naming ``uri``.
     """
 
     def cut(image: Image.Image) -> np.ndarray:
         return fit_image(
-            image, draw.size or size, center=draw.crop is None, crop_key=draw.crop, flip=draw.flip
+            image, view.size or size, center=view.crop is None, crop_key=view.crop, flip=view.flip
         )
 
     rgb, weights = open_with_alpha(data, uri=uri, max_pixels=max_pixels)
@@ -69,7 +69,7 @@ def cut_image(
 
 
 def open_mask(mask: Mask, *, uri: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a mask: 8-bit grey, white counts; transparent parts are black. DataError naming ``uri``."""
+    """Decode a mask to 8-bit grey; white has full weight, transparent parts are black. Raises DataError."""
     rgb, alpha = open_with_alpha(mask.data, uri=uri, max_pixels=max_pixels)
     grey = rgb.convert("L")
     if mask.is_attention:
@@ -78,10 +78,10 @@ def open_mask(mask: Mask, *, uri: str, max_pixels: int = MAX_PIXELS) -> Image.Im
 
 
 def loss_weights(pixels: np.ndarray, cell: int) -> np.ndarray:
-    """Average the weights [H,W] over each latent's ``cell`` x ``cell`` pixels -> float32 [1,H/cell,W/cell] of mean 1.
+    """Average weights [H,W] over the ``cell`` x ``cell`` pixels of each latent: float32 [1,H/cell,W/cell] of mean 1.
 
-    Weights that are the same everywhere are 1 everywhere, zeros too. (The webui takes the smallest off first, and so
-    divides 0 by 0 for an opaque picture.)
+    Constant weights become 1 everywhere, also zeros. (The webui subtracts the minimum first, and so divides 0 by 0 for
+    an opaque image.)
     """
     height, width = pixels.shape
     cells = pixels.reshape(height // cell, cell, width // cell, cell).mean((1, 3), dtype=np.float64)

@@ -1,8 +1,9 @@
-"""Where to cut a picture: at what a person would look at. Pure (Pillow and numpy), the same numbers everywhere.
+"""Places crops around the salient part of an image. Pure and deterministic (Pillow and numpy).
 
-``smart`` scores crops by smartcrop.js's published rule (jwagner/smartcrop.js, its defaults; BIRME uses it): detail,
-skin and saturation count, most near the middle and the thirds of the crop, and against it outside. ``focal`` is the
-AUTOMATIC1111 webui's focal point without its face detector: the mean of corners and of the busiest window, 0.5 to 0.15.
+``smart`` scores crops by the rule of jwagner/smartcrop.js with its default values, which BIRME uses too: detail, skin
+and saturation add to the score, most near the centre and the thirds of the crop, and subtract from it outside.
+``focal`` is the focal point of AUTOMATIC1111's webui without its face detector: the mean of the corners' centre and
+of the window with the most entropy, weighted 0.5 to 0.15.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from PIL import Image
 
 FOCUSES = ("center", "smart", "focal")
 
-SHORT_SIDE = 256  # pixels a picture is shrunk to before it is looked at
-MOST_LOOKED_AT = 64 * SHORT_SIDE**2  # pixels; more than that only of shapes beyond 64 to 1
-CELL = 8  # pixels whose scores are taken together
+SHORT_SIDE = 256  # pixels; larger images are shrunk before they are scored
+MAX_SCORED = 64 * SHORT_SIDE**2  # pixels; reached by aspect ratios beyond 64 to 1 only
+CELL = 8  # side in pixels of the cells whose scores are summed
 DETAIL_WEIGHT = 0.2
 SKIN_COLOUR, SKIN_THRESHOLD, SKIN_BIAS, SKIN_WEIGHT = (0.78, 0.57, 0.44), 0.8, 0.01, 1.8
 SKIN_BRIGHTNESS = (0.2, 1.0)
@@ -30,15 +31,16 @@ EDGES_WEIGHT, ENTROPY_WEIGHT, ENTROPY_STEP = 0.5, 0.15, 4
 
 
 def place_box(image: Image.Image, box: tuple[float, float], focus: str = "center") -> tuple[float, float]:
-    """Say where (left, top, in pixels) a box of a width and height inside an RGB picture best lies.
+    """Return the best position (left, top) in pixels of a box (width, height) in an RGB image.
 
-    The box is the largest of its shape, so that it moves along one side only. Equal places go to the middle.
+    The box is the largest of its aspect ratio, so it moves along one side only. Ties go to the position nearest to the
+    centre.
     """
     spare = (max(0.0, image.width - box[0]), max(0.0, image.height - box[1]))
     if focus == "center" or max(spare) < 0.5:
         return spare[0] / 2, spare[1] / 2
     area = image.width * image.height
-    shrink = min(1.0, SHORT_SIDE / min(image.size), (MOST_LOOKED_AT / area) ** 0.5)
+    shrink = min(1.0, SHORT_SIDE / min(image.size), (MAX_SCORED / area) ** 0.5)
     size = (max(1, round(image.width * shrink)), max(1, round(image.height * shrink)))
     small = image.resize(size, Image.Resampling.BOX) if size != image.size else image
     inner = (box[0] * size[0] / image.width, box[1] * size[1] / image.height)
@@ -46,8 +48,8 @@ def place_box(image: Image.Image, box: tuple[float, float], focus: str = "center
     return x * spare[0], y * spare[1]
 
 
-def attention(pixels: np.ndarray) -> np.ndarray:
-    """Score how much each pixel of a picture, uint8 [H,W,3], draws the eye -> float64 [H,W], 0 and up."""
+def saliency(pixels: np.ndarray) -> np.ndarray:
+    """Return the saliency, float64 [H,W] of at least 0, of each pixel of an image, uint8 [H,W,3]."""
     rgb = pixels.astype(np.float64) / 255
     light = rgb @ LUMA
     edge = np.pad(light, 1, mode="edge")
@@ -78,8 +80,8 @@ def _between(values: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
 
 
 def _smart(image: Image.Image, box: tuple[float, float]) -> tuple[float, float]:
-    """Find the best place of a box as shares of the room to move, (0.5, 0.5) the middle."""
-    scores = attention(np.asarray(image))
+    """Return the best position of a box as fractions of the free space; (0.5, 0.5) is the centre."""
+    scores = saliency(np.asarray(image))
     if not scores.any():
         return 0.5, 0.5
     height, width = scores.shape[0] // CELL or 1, scores.shape[1] // CELL or 1
@@ -89,16 +91,16 @@ def _smart(image: Image.Image, box: tuple[float, float]) -> tuple[float, float]:
     np.add.at(cells, (rows[:, None], columns[None, :]), scores)
     inner_width = min(width, max(1, round(box[0] * width / image.width)))
     inner_height = min(height, max(1, round(box[1] * height / image.height)))
-    worth = _importance(inner_width, inner_height)
+    weights = _importance(inner_width, inner_height)
     total = cells.sum()
     found = []
     for y in range(height - inner_height + 1):
         for x in range(width - inner_width + 1):
             part = cells[y : y + inner_height, x : x + inner_width]
-            score = float((part * worth).sum() + OUTSIDE * (total - part.sum()))
+            score = float((part * weights).sum() + OUTSIDE * (total - part.sum()))
             share = (_share(x, width - inner_width), _share(y, height - inner_height))
-            off_middle = abs(share[0] - 0.5) + abs(share[1] - 0.5)
-            found.append((round(score, 9), -off_middle, share))
+            off_centre = abs(share[0] - 0.5) + abs(share[1] - 0.5)
+            found.append((round(score, 9), -off_centre, share))
     return max(found)[2]
 
 
@@ -107,7 +109,7 @@ def _share(place: int, room: int) -> float:
 
 
 def _importance(width: int, height: int) -> np.ndarray:
-    """Say what each cell of a crop counts, [H,W]: most in the middle and along the thirds, below 0 at the rim."""
+    """Return the weight [H,W] of each cell of a crop: high in the centre and on the thirds, negative at the edge."""
     x = np.abs(0.5 - (np.arange(width) + 0.5) / width)[None, :] * 2
     y = np.abs(0.5 - (np.arange(height) + 0.5) / height)[:, None] * 2
     rim = EDGE_WEIGHT * (np.maximum(x - 1 + EDGE_RADIUS, 0) ** 2 + np.maximum(y - 1 + EDGE_RADIUS, 0) ** 2)
@@ -116,12 +118,12 @@ def _importance(width: int, height: int) -> np.ndarray:
 
 
 def _thirds(place: np.ndarray) -> np.ndarray:
-    """Rise to 1 where a place, 0 in the middle and 1 at the rim, lies on a line of thirds."""
+    """Return values that rise to 1 on the lines of thirds; positions are 0 in the centre and 1 at the edge."""
     return np.maximum(0, 1 - ((place - 1 / 3) * 8) ** 2)
 
 
 def _focal(image: Image.Image, box: tuple[float, float]) -> tuple[float, float]:
-    points = [(EDGES_WEIGHT, _corner_middle(image)), (ENTROPY_WEIGHT, _busiest(image, box))]
+    points = [(EDGES_WEIGHT, _corner_centre(image)), (ENTROPY_WEIGHT, _highest_entropy(image, box))]
     known = [(weight, point) for weight, point in points if point is not None]
     whole = sum(weight for weight, _ in known)
     x = sum(weight * point[0] for weight, point in known) / whole
@@ -134,8 +136,8 @@ def _clamped(middle: float, inner: float, outer: int) -> float:
     return min(1.0, max(0.0, (middle - inner / 2) / room)) if room > 0.5 else 0.5
 
 
-def _corner_middle(image: Image.Image) -> tuple[float, float] | None:
-    """Average the strongest corners (Shi and Tomasi's measure), none below: watermarks stand there."""
+def _corner_centre(image: Image.Image) -> tuple[float, float] | None:
+    """Return the mean position of the strongest corners (Shi and Tomasi), without the bottom, where watermarks are."""
     grey = np.asarray(image.convert("L"), dtype=np.float64)
     down, right = np.gradient(grey) if min(grey.shape) > 1 else (np.zeros_like(grey),) * 2
     xx, yy, xy = (_blurred(product) for product in (right * right, down * down, right * down))
@@ -164,8 +166,8 @@ def _blurred(values: Any) -> np.ndarray:
     return (lines[:, :-2] + lines[:, 1:-1] + lines[:, 2:]) / 9
 
 
-def _busiest(image: Image.Image, box: tuple[float, float]) -> tuple[float, float]:
-    """Find the middle of the window of most entropy in the picture of black and white dots."""
+def _highest_entropy(image: Image.Image, box: tuple[float, float]) -> tuple[float, float]:
+    """Return the centre of the window with the most entropy in the dithered image."""
     dots = np.asarray(image.convert("1"), dtype=np.float64)
     sums = np.pad(dots.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     width, height = min(dots.shape[1], round(box[0])), min(dots.shape[0], round(box[1]))

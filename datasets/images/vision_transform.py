@@ -1,4 +1,4 @@
-"""Fitting a picture to what a vision model looks at, with Pillow alone, wherever on the cluster that happens."""
+"""Resizes and crops images to the input of a vision model, with Pillow alone, so that any worker can do it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from PIL import Image
 
 from dreamfleet.datasets.images.images import Placed, resize_and_crop
 
-Fit = Callable[[Image.Image], Image.Image]  # what a method does with an image before its model sees it
+Fit = Callable[[Image.Image], Image.Image]  # prepares an image for a model
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """Scale a picture, then cut out its middle; a fitted picture stays as it is.
+    """Resizes an image and crops its centre; an image of that size is not changed.
 
-    `resize` is the short side (int) or an exact (height, width), both in pixels; `crop` the central (height, width).
+    `resize` is the short side (int) or an exact (height, width); `crop` is (height, width); both in pixels.
     """
 
     resize: int | tuple[int, int] | None
@@ -24,7 +24,7 @@ class Fitting:
     resample: int = int(Image.Resampling.BICUBIC)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """Return the picture fitted, in RGB; black where it is smaller than the crop."""
+        """Return the image resized and cropped, in RGB, padded with black where it is smaller than the crop."""
         image, resample = image.convert("RGB"), Image.Resampling(self.resample)
         if isinstance(self.resize, int):
             short = min(image.size)
@@ -42,6 +42,6 @@ class Fitting:
         return image
 
 
-def as_it_is(image: Image.Image) -> Image.Image:
-    """Return the picture."""
+def unchanged(image: Image.Image) -> Image.Image:
+    """Return the image unchanged."""
     return image

@@ -1,4 +1,4 @@
-"""The captions of an image folder, read: from files beside the images, then from metadata tables."""
+"""Reads the captions of an image folder: from files beside the images, then from metadata tables."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.index.caption_tables import images_of, read_table
 from dreamfleet.datasets.index.image_folder import ImageFolder
 
-AT_ONCE = 32  # files that are read from a bucket together
-TOLD = 20  # bad files that one message names
+CONCURRENT_READS = 32  # of files in a bucket
+LISTED = 20  # bad files that a message lists
 
 
 class Captions:
-    """Reads the caption of each image of a folder; ``column`` of its tables, see read_table."""
+    """The captions of a folder's images; ``column`` is that of its tables, see read_table."""
 
     def __init__(self, folder: ImageFolder, column: str | None = None) -> None:
         self.folder = folder
         self.column = column
-        self.absent: list[tuple[str, str]] = []  # what a table names and is not there, and the table's place
+        self.absent: list[tuple[str, str]] = []  # missing images that a table names, and the table's address
         self._table: dict[str, tuple[str, str]] = {}  # image -> (caption, table)
         self.errors: list[DataError] = []  # of tables
         for table in folder.tables:
@@ -30,28 +30,28 @@ class Captions:
                 self.errors.append(error)
 
     def of(self, image: str) -> str | None:
-        """Return an image's caption, stripped; None when it has none. DataError for a file that is no text."""
+        """Return an image's caption, stripped, or None. Raises DataError for a file that is not text."""
         beside = self.folder.caption_file(image)
         caption = self._text(beside) if beside is not None else self._table.get(image, ("", ""))[0]
         return caption.strip() or None
 
     def of_all(self, images: Sequence[str]) -> list[str | None]:
-        """Return the captions of images, in their order. DataError that names all the files that are no text."""
+        """Return the captions of images in their order. Raises one DataError for all files that are not text."""
         if self.folder.storage.is_local:
             found = list(map(self.try_of, images))
-        else:  # every answer is waited for: side by side
-            with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="captions") as pool:
+        else:  # in parallel, since most of the time is latency
+            with ThreadPoolExecutor(CONCURRENT_READS, thread_name_prefix="captions") as pool:
                 found = list(pool.map(self.try_of, images))
         refuse_all([*self.errors, *(one for one in found if isinstance(one, DataError))])
         return [one for one in found if not isinstance(one, DataError)]
 
     def file_of(self, image: str) -> str | None:
-        """Return the file, beside the image or a table, that ``of`` reads its caption from; None without one."""
+        """Return the file that an image's caption is in, beside the image or a table; None without a caption."""
         beside = self.folder.caption_file(image)
         return beside if beside is not None or image not in self._table else self._table[image][1]
 
     def try_of(self, image: str) -> str | DataError | None:
-        """Return an image's caption, or the error that reading it raises."""
+        """Return an image's caption, or the error of reading it."""
         try:
             return self.of(image)
         except DataError as error:
@@ -76,17 +76,19 @@ class Captions:
         where = self.folder.storage.path(table)
         if entries and len(absent) == len(entries):
             raise DataError(
-                f"{where}: none of the {len(entries)} images it names is there, such as {absent[0]}. Its file_name is "
-                "relative to the folder of the table; mend the names, or rename the file if it is no table of captions"
+                f"{where}: none of the {len(entries)} images it names exists, such as {absent[0]}. A file_name is "
+                "relative to the folder of the table; correct the names, or rename the file if it has no captions"
             )
         self.absent += [(name, where) for name in absent]
 
 
 def refuse_all(errors: Sequence[DataError]) -> None:
-    """Raise one DataError for several: each file named once."""
-    told = list(dict.fromkeys(map(str, errors)))
-    if len(told) == 1:
+    """Raise one DataError for several errors, listing each file once; nothing for none."""
+    messages = list(dict.fromkeys(map(str, errors)))
+    if len(messages) == 1:
         raise errors[0]
-    if told:
-        more = f"\n  and {len(told) - TOLD} more" if len(told) > TOLD else ""
-        raise DataError(f"{len(told)} captions cannot be read:\n  " + "\n  ".join(told[:TOLD]) + more)
+    if messages:
+        more = f"\n  and {len(messages) - LISTED} more" if len(messages) > LISTED else ""
+        raise DataError(
+            f"{len(messages)} captions cannot be read:\n  " + "\n  ".join(messages[:LISTED]) + more
+        )

@@ -1,4 +1,4 @@
-"""Metadata tables of an image folder: captions in metadata.jsonl, .csv and .parquet, read and edited."""
+"""Reads and edits the metadata tables of an image folder: captions in metadata.jsonl, .csv and .parquet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CAPTION_COLUMNS = ("text", "caption", "prompt")
 
 
 class Entry(NamedTuple):
-    """One row of a table: where it stands, the file it names, relative to the folder of images, and its caption."""
+    """One row of a table: its line, the image file it names, relative to the image folder, and the caption."""
 
     line: int
     file: str
@@ -26,10 +26,10 @@ class Entry(NamedTuple):
 
 
 def read_table(folder: ImageFolder, name: str, column: str | None = None) -> Iterator[Entry]:
-    """Read the rows of a table; ``column`` has the captions, by default the first of text, caption and prompt.
+    """Yield the rows of a table; ``column`` has the captions, by default the first of text, caption and prompt.
 
-    Column names match in any case. Raises DataError that names the columns there are and those expected, and for rows
-    that are broken.
+    Column names match in any case. Raises DataError for missing columns, naming those found and those expected, and for
+    broken rows.
     """
     where, place = folder.storage.path(name), name.rpartition("/")[0]
     rows = list(_rows(folder, name))
@@ -37,15 +37,15 @@ def read_table(folder: ImageFolder, name: str, column: str | None = None) -> Ite
     if rows and FILE_COLUMN not in columns:
         line = rows[0][0]
         raise DataError(
-            f'{where}, line {line}: no "{FILE_COLUMN}" among its columns {_listed(columns)}. Write {{"file_name": '
-            '"a.png", "text": "..."}, or rename the file if it is no table of captions'
+            f'{where}, line {line}: no column "{FILE_COLUMN}" among {_listed(columns)}. Write {{"file_name": '
+            '"a.png", "text": "..."}, or rename the file if it is not a table of captions'
         )
     captions = caption_columns(columns, column)
     if rows and not captions:
         expected = f"the column {column!r} of data.caption_column" if column else " or ".join(CAPTION_COLUMNS)
         raise DataError(
-            f"{where}: no captions: it has the columns {_listed(columns)}, expected is {expected}. Set "
-            "data.caption_column to the one that holds them, or rename the file if it is no table of captions"
+            f"{where}: no captions: it has the columns {_listed(columns)}, but {expected} is expected. Set "
+            "data.caption_column to the column of captions, or rename the file if it is not a table of captions"
         )
     for line, row in rows:
         file = row.get(columns[FILE_COLUMN])
@@ -62,7 +62,7 @@ def read_table(folder: ImageFolder, name: str, column: str | None = None) -> Ite
 
 
 def columns_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the columns of a table, in lower case -> as they are written."""
+    """Return the columns of a table: lower-case name -> name as written."""
     found: dict[str, str] = {}
     for row in rows:
         for key in row:
@@ -72,16 +72,16 @@ def columns_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def caption_columns(columns: Mapping[str, str], column: str | None) -> list[str]:
-    """Return the columns that may hold a row's caption, as they are written; the first that does counts."""
+    """Return the columns that may have a row's caption, as written; the first with a value is used."""
     wanted = (column.strip().lower(),) if column else CAPTION_COLUMNS
     return [columns[name] for name in wanted if name in columns]
 
 
 def edited_table(folder: ImageFolder, name: str, texts: Mapping[str, str], column: str | None = None) -> str:
-    """Return a .jsonl table with other captions for some images (by name); DataError for a table of another form."""
+    """Return a .jsonl table with new captions for some images, by name. Raises DataError for other table formats."""
     if not name.lower().endswith(".jsonl"):
         raise DataError(
-            f"{folder.storage.path(name)} is not edited in place: write captions elsewhere with --out"
+            f"{folder.storage.path(name)} cannot be edited in place: write the captions to another folder with --out"
         )
     place, lines = name.rpartition("/")[0], []
     rows = dict(_rows(folder, name))
@@ -104,7 +104,7 @@ def edited_table(folder: ImageFolder, name: str, texts: Mapping[str, str], colum
 
 
 def images_of(folder: ImageFolder, file: str) -> list[str]:
-    """Return the images that a row of a table names, however the writer's system writes paths."""
+    """Return the images that a row of a table names, also with the path separators of another system."""
     return folder.pairs.owners(file) or folder.pairs.owners(file.replace("\\", "/").removeprefix("./"))
 
 
@@ -132,13 +132,13 @@ def _jsonl_rows(text: str, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             entry = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            told = (
+            reason = (
                 f"{error.msg} at column {error.colno}"
                 if isinstance(error, json.JSONDecodeError)
-                else "too deep"
+                else "nested too deeply"
             )
             raise DataError(
-                f"{where}, line {number}: not JSON ({told}). Each line is one object; mend or remove the line"
+                f"{where}, line {number}: not JSON ({reason}). Each line is one object; correct or remove the line"
             ) from error
         if not isinstance(entry, dict):
             raise DataError(
@@ -153,7 +153,7 @@ def _csv_rows(text: str, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for entry in reader:
             yield reader.line_num, entry
     except csv.Error as error:
-        raise DataError(f"{where}, line {reader.line_num}: {error}. Mend or remove the line") from error
+        raise DataError(f"{where}, line {reader.line_num}: {error}. Correct or remove the line") from error
 
 
 def _parquet_rows(folder: ImageFolder, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -164,7 +164,7 @@ def _parquet_rows(folder: ImageFolder, name: str) -> Iterator[tuple[int, dict[st
     try:
         rows = pq.read_table(pa.BufferReader(folder.storage.read_bytes(name))).to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{where} is no Parquet file that can be read ({error}). Write it again") from error
+        raise DataError(f"{where} is not a readable Parquet file ({error}). Write it again") from error
     yield from enumerate(rows, 1)
 
 

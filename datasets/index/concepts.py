@@ -14,7 +14,7 @@ from dreamfleet.datasets.storage.storage import read_text
 
 
 def load_concepts(data: DataConfig) -> list[Concept]:
-    """The concepts a `data:` section describes, in order: their numbers are positions in this list."""
+    """Return the concepts that a `data:` section describes; a concept's number is its position in this list."""
     if isinstance(data.concepts_list, str):
         source = find_source(data.concepts_list)
         if source.name != FOLDER:
@@ -29,7 +29,7 @@ def load_concepts(data: DataConfig) -> list[Concept]:
 
 
 def _read_concepts_file(path: str) -> list[Concept]:
-    """ShivamShrirao's concepts_list.json; its relative folders start at the file's own."""
+    """Read ShivamShrirao's concepts_list.json; relative paths in it start at its folder."""
     try:
         entries = json.loads(read_text(path))
     except StorageError as error:
@@ -37,7 +37,7 @@ def _read_concepts_file(path: str) -> list[Concept]:
     except json.JSONDecodeError as error:
         raise DataError(
             f"concepts_list {path}, line {error.lineno}, column {error.colno}: not JSON "
-            f"({error.msg}). Mend the file"
+            f"({error.msg}). Correct the file"
         ) from error
     if not isinstance(entries, list) or not entries:
         raise DataError(
@@ -49,9 +49,9 @@ def _read_concepts_file(path: str) -> list[Concept]:
         try:
             concepts.append(resolve_paths(Concept.model_validate(entry), folder))
         except ValidationError as error:
-            told = "; ".join(
+            details = "; ".join(
                 f"{'.'.join(str(part) for part in item['loc']) or 'entry'}: {item['msg']}"
                 for item in error.errors()
             )
-            raise DataError(f"concepts_list {path}, concept {number}: {told}") from error
+            raise DataError(f"concepts_list {path}, concept {number}: {details}") from error
     return concepts

@@ -1,7 +1,7 @@
-"""What lies in an image folder and is no training image: system folders, runs, searches, class images, other formats.
+"""Files of an image folder that are not training images: system folders, runs, searches, generated class images.
 
-Folders are recognised by what is in them, not by their names alone: a run by its recipe and figures, class images by
-the file that is written beside them.
+Folders are recognised by their content rather than their name: a run by its recipe and metrics, class images by the
+file that is written beside them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dreamfleet.datasets.storage.storage import Storage
 
 log = logging.getLogger(__name__)
 
-CLASS_IMAGES = "class-images.json"  # written into every folder that class images are generated into
+CLASS_IMAGES = "class-images.json"  # in every folder of generated class images
 
-# What a recipe names folders for.
+# Purposes for which a recipe names folders.
 CLASS, MASKS, TRAINED_ON, HELD_OUT = "class images", "masks", "training images", "held-out images"
 
 RUN = "a run of dreamfleet"
@@ -58,7 +58,7 @@ _OLD_CLASS_IMAGES = re.compile(r"(?:(.*)/)?class-images/[^/]+-[0-9a-f]{12}/\d{6}
 
 
 class Skipped(NamedTuple):
-    """Files that are passed over, and need no mending: their place (an address), why, and how many they are."""
+    """Files that are skipped on purpose: the address of their folder, the reason, and their number."""
 
     place: str
     reason: str
@@ -66,25 +66,25 @@ class Skipped(NamedTuple):
 
 
 class BadFile(NamedTuple):
-    """A file that should be an image of the set, or belong to one, and cannot be used."""
+    """A file that should be an image, or belong to one, but cannot be used."""
 
     uri: str
     reason: str
 
 
 class Folders:
-    """Says of each folder below an image folder why nothing in it is trained on; "" for those that are.
+    """Decides which subfolders of an image folder are skipped, and why.
 
-    ``apart`` are folders that the recipe names for something else, by their place in this one.
+    ``excluded`` are subfolders that the recipe names for something else: relative path -> content.
     """
 
-    def __init__(self, names: Iterable[str], apart: Mapping[str, str]):
+    def __init__(self, names: Iterable[str], excluded: Mapping[str, str]):
         self._marks = _marks(names)
-        self._apart = dict(apart)
+        self._excluded = dict(excluded)
         self._known: dict[str, tuple[str, str]] = {"": ("", "")}
 
     def why(self, folder: str) -> tuple[str, str]:
-        """Return the outermost folder that is left out, and the reason; ("", "") for one that is trained on."""
+        """Return the outermost skipped folder that contains a folder, and the reason; ("", "") if there is none."""
         known = self._known.get(folder)
         if known is None:
             parent, _, last = folder.rpartition("/")
@@ -96,37 +96,37 @@ class Folders:
 
     @property
     def of_root(self) -> str:
-        """What the image folder itself is, where it is a run or a search; else ""."""
-        return _made_by(self._marks.get("", set())).replace(GENERATED, "")
+        """What the image folder itself is, if it is a run or a search; else ""."""
+        return _kind_of(self._marks.get("", set())).replace(GENERATED, "")
 
     def _reason(self, folder: str, last: str) -> str:
-        if folder in self._apart:
-            return self._apart[folder]
+        if folder in self._excluded:
+            return self._excluded[folder]
         if is_system_folder(last):
             return SYSTEM
         if not is_utf8(last):
             return NOT_UTF8
-        return _made_by(self._marks.get(folder, set()))
+        return _kind_of(self._marks.get(folder, set()))
 
 
 def is_system_folder(name: str) -> bool:
-    """Say whether a folder is a hidden one, or one that a system keeps for itself."""
+    """Return whether a folder is hidden, or belongs to an operating or storage system."""
     return name.startswith(".") or name.casefold() in _SYSTEM_FOLDERS
 
 
 def is_system_file(name: str) -> bool:
-    """Say whether a file is a hidden one, such as macOS's `._a.png`, or one that a system keeps for itself."""
+    """Return whether a file is hidden, such as macOS's `._a.png`, or belongs to an operating system."""
     return name.startswith(".") or name.casefold() in _SYSTEM_FILES
 
 
 def is_hidden(name: str) -> bool:
-    """Say whether a file, by its name below a folder, is hidden or in a folder that a system keeps."""
+    """Return whether a file, by its path below a folder, is hidden or in a hidden or system folder."""
     *folders, file = name.split("/")
     return is_system_file(file) or any(map(is_system_folder, folders))
 
 
 def is_utf8(name: str) -> bool:
-    """Say whether a file name, as the operating system gave it, is text."""
+    """Return whether a file name, as returned by the operating system, is valid UTF-8."""
     if name.isascii():
         return True
     try:
@@ -137,31 +137,32 @@ def is_utf8(name: str) -> bool:
 
 
 def printable(text: str) -> str:
-    r"""Write a file name so that it can be printed and read: bytes that are no UTF-8 become `\xe9`."""
+    r"""Return a file name that can be printed: bytes that are not UTF-8 become `\xe9`."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def inside_of(folder: Storage, apart: Mapping[str, str]) -> dict[str, str]:
-    """Return the folders of ``apart`` (address -> what it holds) that lie in a folder, by their place in it.
+def folders_inside(folder: Storage, excluded: Mapping[str, str]) -> dict[str, str]:
+    """Return those of ``excluded`` (address -> content) that are within a folder: relative path -> content.
 
-    Raises DataError where one is the folder itself, but for held-out images: a warning does there.
+    Raises DataError if one is the folder itself; for held-out images a warning is logged instead.
     """
     found = {}
-    for address, what in apart.items():
+    for address, what in excluded.items():
         if not is_address(address):
-            continue  # of another source, never inside a folder
+            continue  # of another source, so not within a folder
         place = relative_to(folder, Storage(address))
         if place == "" and what == TRAINED_ON:
             continue
         if place == "" and what == HELD_OUT:
             log.warning(
-                "%s is trained on and held out: what is measured on it says nothing of new images", address
+                "%s is both trained on and held out: its scores do not measure how the model generalises",
+                address,
             )
             continue
         if place == "":
             raise DataError(
-                f"{folder.url} is named twice: as a folder of training images and as {what}. Give each a folder of its "
-                "own (one inside the other is fine)"
+                f"{folder.url} is named twice: for training images and for {what}. Use separate folders (one may be "
+                "within the other)"
             )
         if place is not None:
             found[place] = what
@@ -169,7 +170,7 @@ def inside_of(folder: Storage, apart: Mapping[str, str]) -> dict[str, str]:
 
 
 def relative_to(folder: Storage, other: Storage) -> str | None:
-    """Return where ``other`` lies in ``folder``, "" where it is the same; None where it lies elsewhere. Links count."""
+    """Return the path of ``other`` within ``folder``, "" if they are the same, else None; links are resolved."""
     pairs = [(folder.url, other.url)]
     if folder.is_local and other.is_local:
         pairs.append((os.path.realpath(folder.url), os.path.realpath(other.url)))
@@ -180,15 +181,15 @@ def relative_to(folder: Storage, other: Storage) -> str | None:
 
 
 def summary(skipped: Sequence[Skipped], most: int = 5) -> str:
-    """Write in one line what was passed over: `cats/runs/one (a run of dreamfleet, 3 files), ...`."""
-    told = [
+    """Return in one line what was skipped: `cats/runs/one (a run of dreamfleet, 3 files), ...`."""
+    parts = [
         f"{item.place} ({item.reason}, {item.files} {'file' if item.files == 1 else 'files'})"
         for item in skipped[:most]
     ]
-    return ", ".join(told) + (f", and {len(skipped) - most} more" if len(skipped) > most else "")
+    return ", ".join(parts) + (f", and {len(skipped) - most} more" if len(skipped) > most else "")
 
 
-def _made_by(marks: set[str]) -> str:
+def _kind_of(marks: set[str]) -> str:
     if "search.yaml" in marks and "trials.json" in marks:
         return SEARCH
     if "recipe.yaml" in marks and marks & {*_RUN_FILES, "checkpoints", "samples"}:
@@ -197,7 +198,7 @@ def _made_by(marks: set[str]) -> str:
 
 
 def _marks(names: Iterable[str]) -> dict[str, set[str]]:
-    """Collect what tells a folder's maker, by folder."""
+    """Return the names of marker files and folders, by the folder they identify."""
     found: dict[str, set[str]] = {}
     for name in names:
         folder, _, file = name.rpartition("/")

@@ -1,4 +1,4 @@
-"""Which image a file beside it belongs to, by names alone: endings in any case, either Unicode form. Pure."""
+"""Matches files to the images they belong to, by names alone: extensions in any case, either Unicode form. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dreamfleet.datasets.images.image_formats import ATTENTION_ENDING, MASK_ENDI
 
 
 class Pairs:
-    """Says which images a file beside them belongs to, by names alone."""
+    """Finds the images that a file beside them belongs to, by names alone."""
 
     def __init__(self, images: Iterable[str]):
         self.images = list(images)
@@ -22,28 +22,28 @@ class Pairs:
             self._stems.setdefault(composed(os.path.splitext(image)[0]), []).append(image)
 
     def named(self, name: str) -> list[str]:
-        """Return the images of a whole name: the very one, else those whose name differs in Unicode form or `.JPG`."""
+        """Return the images of a file name: the exact one, else those that differ in Unicode form or extension case."""
         return [name] if name in self._exact else self._named.get(same_name(name), [])
 
     def owners(self, base: str) -> list[str]:
-        """Return the images that a file called ``base`` and an ending belongs to: of that name, else of that stem."""
+        """Return the images that the file ``base`` + extension belongs to: those of that name, else of that stem."""
         return self.named(base) or self._stems.get(composed(base), [])
 
     def lone(self, image: str) -> bool:
-        """Say whether a file called the image's stem and an ending is the image's alone."""
+        """Return whether no other image has the same stem."""
         return self.owners(os.path.splitext(image)[0]) == [image]
 
 
 def same_name(name: str) -> str:
-    """Return what names of images are compared by: composed, the ending in lower case."""
+    """Return a name in the form in which names are compared: composed, with a lower-case extension."""
     stem, ending = os.path.splitext(name)
     return composed(stem) + ending.lower()
 
 
 def masks_beside(images: Sequence[str]) -> dict[str, list[str]]:
-    """Return those of the pictures that are masks of others, and whose they are: what counts more comes later.
+    """Return the files that are masks of other images, each with its images; later ones have priority.
 
-    `NAME.mask.png` counts more than the attention map `NAME_att.png`, a whole name more than a stem.
+    `NAME.mask.png` has priority over the attention map `NAME_att.png`, a full name over a stem.
     """
     bases = {}
     for name in images:
@@ -62,5 +62,5 @@ def masks_beside(images: Sequence[str]) -> dict[str, list[str]]:
 
 
 def composed(text: str) -> str:
-    """Return a name in the one Unicode form that all are compared in."""
+    """Return a name in composed Unicode form (NFC), in which names are compared."""
     return text if text.isascii() else unicodedata.normalize("NFC", text)

@@ -12,11 +12,11 @@ from dreamfleet.datasets.index.exclusions import BadFile
 from dreamfleet.datasets.index.image_folder import ImageFolder
 from dreamfleet.datasets.index.kohya_folders import kohya_concepts, refuse_subset, subsets_of
 from dreamfleet.datasets.index.sources import Listing, ScanOptions, Source, SourceImage, one_concept
-from dreamfleet.datasets.storage.disk import explained
+from dreamfleet.datasets.storage.disk import explain_errors
 from dreamfleet.datasets.storage.object_store import Bucket
 from dreamfleet.datasets.storage.storage import Storage
 
-SETTLED_SECONDS = 2.0  # a file as young may change again within one tick of its disk's clock
+SETTLED_SECONDS = 2.0  # a younger file may change again without a change of its modification time
 
 
 class FolderSource(Source):
@@ -72,32 +72,32 @@ def _open(url: str, options: ScanOptions) -> ImageFolder:
         recursive=options.recursive,
         caption_extension=options.caption_extension,
         mask_dir=options.mask_dir,
-        apart=options.excluded,
+        excluded=options.excluded,
     )
 
 
 def stamps_of(folder: Storage) -> dict[str, str]:
-    """Return the stamp of every file below a folder by its address; files written this moment are left out."""
+    """Return the stamp of every file below a folder by its address, without files modified in the last seconds."""
     if folder.is_local:
         found = {}
         before = time.time() - SETTLED_SECONDS
         for name in folder.list("", True):
             path = folder.path(name)
-            with explained("look at", path):
+            with explain_errors("check", path):
                 status = os.stat(path) if os.path.exists(path) else None
             if status is not None and status.st_mtime < before:
                 found[path] = f"{status.st_size} {status.st_mtime_ns}"
         return found
     bucket = Bucket(folder.scheme, folder.url.partition("://")[2].split("/", 1)[0])
 
-    def look(fs: Any, key: str) -> dict[str, str]:
+    def find(fs: Any, key: str) -> dict[str, str]:
         try:
             entries = fs.find(key, detail=True)
         except FileNotFoundError:
             return {}
         return {f"{folder.scheme}://{name}": str(tag) for name, one in entries.items() if (tag := _tag(one))}
 
-    return bucket.run("list", folder.url, look)
+    return bucket.run("list", folder.url, find)
 
 
 def _tag(entry: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
-"""Which files of an image folder belong together: each image's caption file and mask, the tables, what is left out.
+"""Assigns the files of an image folder: images, their caption files and masks, tables, and files that are left out.
 
-The one place that knows: the index, captions, tags, masks, labels, `data prepare` and class images all ask it. A file
-belongs to the image whose whole name it carries (`x.jpg.txt` to `x.jpg`), else to the images of its stem (`x.txt`).
-Endings match in any case, names in either Unicode form.
+The index, captions, tags, masks, labels, `data prepare` and class images all use this module. A file belongs to the
+image whose full name it has (`x.jpg.txt` to `x.jpg`), else to the images of its stem (`x.txt`). Extensions match in any
+case, names in either Unicode form.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dreamfleet.datasets.index.exclusions import (
     BadFile,
     Folders,
     Skipped,
-    inside_of,
+    folders_inside,
     is_hidden,
     is_system_file,
     is_utf8,
@@ -41,19 +41,19 @@ from dreamfleet.datasets.index.file_pairing import Pairs, composed, masks_beside
 from dreamfleet.datasets.storage.storage import Storage
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-SNIFFED = 256  # files without a known ending that are looked into, at most
+MAX_SNIFFED = 256  # files of unknown extension whose first bytes are read
 HEAD = 32  # bytes of each
-ORPHANS_TOLD = 10
+LISTED_ORPHANS = 10
 
 
 class ImageFolder:
-    """The files of a folder on disk or in a bucket, sorted into images and what belongs to them.
+    """The images of a folder on disk or in a bucket, and the files that belong to them.
 
-    ``apart``: addresses of folders that hold something else, and what; where they lie inside, they are passed over.
-    ``bad`` are files that should be images and cannot be, ``skipped`` what is passed over rightly, and ``others``
-    counts the rest by ending.
+    ``excluded`` are addresses of folders to skip, with their content. ``bad`` are files that should be images but
+    cannot be used, ``skipped`` files that are left out on purpose, and ``others`` counts all other files by
+    extension.
 
-    Raises DataError when the folder is not there, is a run itself, or is among ``apart``.
+    Raises DataError when the folder does not exist, is a run or a search, or is itself in ``excluded``.
     """
 
     def __init__(
@@ -63,62 +63,65 @@ class ImageFolder:
         recursive: bool = True,
         caption_extension: Sequence[str] = CAPTION_EXTENSIONS,
         mask_dir: str | None = None,
-        apart: Mapping[str, str] = MappingProxyType({}),
+        excluded: Mapping[str, str] = MappingProxyType({}),
     ):
-        self.storage = _in_its_unicode_form(place if isinstance(place, Storage) else Storage(place))
+        self.storage = _existing_unicode_form(place if isinstance(place, Storage) else Storage(place))
         self.bad: list[BadFile] = []
         self.skipped: list[Skipped] = []
         self.others: Counter[str] = Counter()
         if not is_utf8(self.storage.url):
             raise DataError(f"folder {printable(self.storage.url)}: {NOT_UTF8}")
-        apart = apart if mask_dir is None else {mask_dir: MASKS, **apart}
-        names = self._visible(_list(self.storage, recursive, self.bad), apart)
+        excluded = excluded if mask_dir is None else {mask_dir: MASKS, **excluded}
+        names = self._visible(_list(self.storage, recursive, self.bad), excluded)
         self._extensions = tuple(extension.lower() for extension in caption_extension)
         images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
         beside = masks_beside(images)
         plain = {name for name in images if name.lower().endswith(MASK_ENDING)}
-        # Where no image has such a mask, files that are called so are images.
+        # If no image has such a mask, files with such names are images.
         lost = plain - beside.keys() if plain & beside.keys() else set()
-        reason = "a mask (NAME.mask.png) without its image. Rename it if it is none"
+        reason = "a mask (NAME.mask.png) without its image. Rename it if it is an image"
         self.bad += [BadFile(self.storage.path(name), reason) for name in sorted(lost)]
         self.pairs = Pairs(name for name in images if name not in beside and name not in lost)
         self.images = self.pairs.images
         self.masks = self._find_masks(beside, mask_dir)
         self.tables = sorted(
             (name for name in names if name.rpartition("/")[2].lower() in TABLES),
-            key=lambda name: (name.count("/"), name),  # deeper ones are nearer to their images: last
+            key=lambda name: (
+                name.count("/"),
+                name,
+            ),  # deeper tables are nearer to their images, and have priority
         )
         self.unreadable = Pairs(name for name in names if name.lower().endswith(UNREADABLE_SUFFIXES))
         self._captions = self._sort_rest(names, {*images, *self.tables, *self.unreadable.images})
 
     def caption_file(self, image: str) -> str | None:
-        """Return the file that an image's caption is in, by name; None where only a table may have it."""
+        """Return the name of an image's caption file; None if only a table may have the caption."""
         found = self._captions.get(image)
         return min(found)[-1] if found else None
 
     def text_file(self, image: str) -> str:
-        """Return the file that a caption of an image is written to: `x.txt`, or `x.jpg.txt` where it shares its stem.
+        """Return the file to write an image's caption to: `x.txt`, or `x.jpg.txt` if another image has that stem.
 
-        A caption file that is there, and no other image's, is that file.
+        An existing caption file that no other image shares is kept.
         """
-        there = self.caption_file(image)
-        if there is not None and len(self.readers(there)) == 1:
-            return there
+        existing = self.caption_file(image)
+        if existing is not None and len(self.readers(existing)) == 1:
+            return existing
         return self.new_text_file(image)
 
     def new_text_file(self, image: str) -> str:
-        """Return the file that a caption of an image is written to in a folder where there is none yet."""
+        """Return the file to write an image's caption to in a folder without caption files."""
         alone = self.pairs.lone(image) and self._folded_stems[os.path.splitext(image)[0].casefold()] == 1
         return (os.path.splitext(image)[0] if alone else image) + ".txt"
 
     def readers(self, file: str) -> list[str]:
-        """Return the images whose caption is in a file."""
+        """Return the images that take their caption from a file."""
         base = self._base(file)
         owners = self.pairs.owners(base) if base is not None else []
         return [image for image in owners if self.caption_file(image) == file]
 
     def shared(self) -> dict[str, list[str]]:
-        """Return the caption files that several images read, and those images."""
+        """Return the caption files that several images share, each with these images."""
         files: dict[str, list[str]] = {}
         for image in self._captions:
             files.setdefault(str(self.caption_file(image)), []).append(image)
@@ -126,13 +129,13 @@ class ImageFolder:
 
     # ---- what is in the folder ---------------------------------------------------------------------------------------
 
-    def _visible(self, names: Sequence[str], apart: Mapping[str, str]) -> list[str]:
-        """Leave out the folders and files that hold no training images; say so where images may be among them."""
-        folders = Folders(names, inside_of(self.storage, apart))
+    def _visible(self, names: Sequence[str], excluded: Mapping[str, str]) -> list[str]:
+        """Return the names without skipped folders and files; record those that may contain images."""
+        folders = Folders(names, folders_inside(self.storage, excluded))
         if made := folders.of_root:
             what = "its samples/ folder" if made == RUN else "a samples/ folder in it"
             raise DataError(
-                f"{self.storage.url} is {made}, not a folder of images: name {what} if those are meant"
+                f"{self.storage.url} is {made}, not a folder of images; to use its samples, name {what}"
             )
         left: dict[tuple[str, str], list[str]] = {}
         kept: list[str] = []
@@ -150,8 +153,8 @@ class ImageFolder:
         for (folder, reason), files in left.items():
             images = sum(file.lower().endswith(IMAGE_SUFFIXES) for file in files)
             if reason == NOT_UTF8:
-                told = f"folder of {len(files)} files: {NOT_UTF8}"
-                self.bad.append(BadFile(printable(self.storage.path(folder)), told))
+                reason = f"folder of {len(files)} files: {NOT_UTF8}"
+                self.bad.append(BadFile(printable(self.storage.path(folder)), reason))
             elif images:
                 self.skipped.append(Skipped(printable(self.storage.path(folder)), reason, len(files)))
             else:
@@ -161,7 +164,7 @@ class ImageFolder:
     def _sort_rest(
         self, names: Sequence[str], known: set[str]
     ) -> dict[str, list[tuple[bool, int, bool, str]]]:
-        """Sort the files that are neither images nor tables -> image: its caption files, each with its rank."""
+        """Assign the files that are neither images nor tables: image -> its caption files, each with its priority."""
         captions: dict[str, list[tuple[bool, int, bool, str]]] = {}
         orphans: list[str] = []
         unknown: list[str] = []
@@ -184,39 +187,39 @@ class ImageFolder:
         self.bad += [
             BadFile(
                 self.storage.path(name),
-                f"{os.path.splitext(name)[1]} files cannot be read. Convert it to PNG or JPEG, or move it away",
+                f"{os.path.splitext(name)[1]} files are not supported. Convert it to PNG or JPEG, or move it away",
             )
             for name in self.unreadable.images
         ]
         if orphans:
-            some = ", ".join(orphans[:ORPHANS_TOLD]) + (", ..." if len(orphans) > ORPHANS_TOLD else "")
+            some = ", ".join(orphans[:LISTED_ORPHANS]) + (", ..." if len(orphans) > LISTED_ORPHANS else "")
             self.skipped.append(Skipped(self.storage.url, f"captions without an image: {some}", len(orphans)))
-        self._look_into(unknown)
+        self._sniff(unknown)
         return captions
 
-    def _look_into(self, names: Sequence[str]) -> None:
-        """Find images among files of other endings, or of none; count the rest."""
+    def _sniff(self, names: Sequence[str]) -> None:
+        """Find images among files with another extension or without one; count the others."""
         looked = 0
         for name in names:
             ending = os.path.splitext(name)[1].lower()
             kind = None
-            if ending not in OTHER_ENDINGS and looked < SNIFFED:
+            if ending not in OTHER_ENDINGS and looked < MAX_SNIFFED:
                 looked += 1
                 with suppress(StorageError, OSError, ValueError):
                     kind = format_of(self.storage.read_bytes(name, end=HEAD))
             if kind:
-                told = f"ending {ending}" if ending else "no ending"
+                described = f"extension {ending}" if ending else "no extension"
                 self.bad.append(
                     BadFile(
                         self.storage.path(name),
-                        f"a {kind} image with {told}. Rename it to NAME.{kind.lower()}",
+                        f"a {kind} image with {described}. Rename it to NAME.{kind.lower()}",
                     )
                 )
             else:
                 self.others[ending or "no ending"] += 1
 
     def _base(self, name: str) -> str | None:
-        """Return the name without a caption's ending; None for a file that is no caption."""
+        """Return the name without the extension of a caption file; None for other files."""
         for extension in self._extensions:
             if name[-len(extension) :].lower() == extension:
                 return name[: -len(extension)]
@@ -227,18 +230,18 @@ class ImageFolder:
 
     @cached_property
     def _folded_stems(self) -> Counter[str]:
-        """Count the images by stem as disks do that know no upper case."""
+        """Count images by stem as case-insensitive file systems compare them."""
         return Counter(os.path.splitext(image)[0].casefold() for image in self.images)
 
     def _find_masks(self, beside: Mapping[str, list[str]], mask_dir: str | None) -> dict[str, str]:
-        """Say which mask belongs to which image: image's name -> mask's address."""
+        """Return the mask of each image: name of the image -> address of the mask."""
         masks: dict[str, str] = {}
         for name, owners in beside.items():
             masks |= dict.fromkeys(owners, self.storage.path(name))
         return masks | (self._masks_in(Storage(mask_dir)) if mask_dir is not None else {})
 
     def _masks_in(self, folder: Storage) -> dict[str, str]:
-        """Return the masks in a folder of their own: the image's name or stem, of any format."""
+        """Return the masks in ``mask_dir``, which have the name or stem of their image, in any format."""
         try:
             if not folder.exists():
                 raise DataError(f"data.mask_dir: folder {folder.url} does not exist. Check the path")
@@ -254,19 +257,19 @@ class ImageFolder:
             return 2 if self.pairs.named(name) else bool(self.pairs.named(os.path.splitext(name)[0]))
 
         found: dict[str, str] = {}
-        for name in sorted(names, key=closeness):  # the later one stays
+        for name in sorted(names, key=closeness):  # later ones have priority
             owners = self.pairs.named(name) or self.pairs.owners(os.path.splitext(name)[0])
             found |= dict.fromkeys(owners, folder.path(name))
         if not found:
             raise DataError(
-                f"data.mask_dir: none of the {len(names)} images in {folder.url} is called as a training image. "
+                f"data.mask_dir: none of the {len(names)} images in {folder.url} has the name of a training image. "
                 "The mask of cat.jpg is cat.png or cat.jpg there, in the same subfolder"
             )
         return found
 
 
-def _in_its_unicode_form(storage: Storage) -> Storage:
-    """Return the folder itself or, where only its name in the other Unicode form is there, that one."""
+def _existing_unicode_form(storage: Storage) -> Storage:
+    """Return the folder, under the Unicode form of its name that exists."""
     if storage.url.isascii() or not is_utf8(storage.url) or storage.exists():
         return storage
     forms = [Storage(unicodedata.normalize(form, storage.url)) for form in ("NFC", "NFD")]
@@ -274,14 +277,14 @@ def _in_its_unicode_form(storage: Storage) -> Storage:
 
 
 def _list(storage: Storage, recursive: bool, bad: list[BadFile]) -> list[str]:
-    """List the names of all files; subfolders that cannot be listed go to ``bad``."""
+    """Return the names of all files; subfolders that cannot be listed are added to ``bad``."""
     try:
         if not storage.exists():
             raise DataError(
                 f"folder {storage.url} does not exist. Check the path (relative ones start at the recipe)"
             )
         if storage.is_local and not os.path.isdir(storage.url):
-            raise DataError(f"{storage.url} is a file: name the folder of images it is in")
+            raise DataError(f"{storage.url} is a file: give the folder that contains it")
         return storage.list(
             "", recursive, on_error=lambda place, error: bad.append(BadFile(printable(place), str(error)))
         )

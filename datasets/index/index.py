@@ -1,4 +1,4 @@
-"""Folders of images to one Arrow table: stable id, size, caption and hash of each; what is left out is reported."""
+"""Builds the index of a run: an Arrow table with id, size, caption and hash of each image, and what was left out."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ from dreamfleet.datasets.storage.storage import Storage
 log = logging.getLogger(__name__)
 
 _DEFAULTS = ScanOptions()
-VERIFY_LIMIT = 2000  # up to so many images are decoded at index time, to find those cut short
+VERIFY_LIMIT = 2000  # up to so many images are decoded when they are indexed, to find truncated files
 LOGGED = 20  # bad files that are logged one by one
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),  # first 16 hex digits of sha256; "-k" appended for the k-th further copy
-        ("uri", pa.string()),  # absolute path, or address in a bucket
-        ("width", pa.int32()),  # pixels, after the EXIF turn
+        ("uri", pa.string()),  # absolute path, bucket address, or URI of a source
+        ("width", pa.int32()),  # pixels, after the EXIF rotation
         ("height", pa.int32()),
-        ("caption", pa.string()),  # null where the picture has none of its own
+        ("caption", pa.string()),  # null without a caption
         ("sha256", pa.string()),
         ("concept", pa.int32()),
         ("role", pa.string()),  # "instance" or "class"
         ("repeats", pa.int32()),
-        ("mask", pa.string()),  # address of the picture's mask; null where it has none
+        ("mask", pa.string()),  # URI of the image's mask; null without one
         ("mask_sha256", pa.string()),
     ]
 )
 
 
 class Row(NamedTuple):
-    """One picture of an index."""
+    """One image of an index."""
 
     id: str
     uri: str
@@ -68,47 +68,46 @@ class Row(NamedTuple):
     mask_sha256: str | None = None
 
 
-class Seen(NamedTuple):
-    """What was found in a file; sizes in pixels after the EXIF turn, 0 of a mask."""
+class FileInfo(NamedTuple):
+    """Hash and size of a file; sizes in pixels after the EXIF rotation, 0 for a mask."""
 
     sha256: str
     width: int = 0
     height: int = 0
 
 
-Known = Callable[
-    [str], Seen | None
-]  # what is in the file at an address, where that is known without reading it
+# Returns hash and size of the file at a URI if they are known without reading it.
+Known = Callable[[str], FileInfo | None]
 
 
 class Index:
-    """The pictures of one or more folders, sorted by id, whatever their place or listing order."""
+    """The images of one or more sources, sorted by id, independent of their location and listing order."""
 
     def __init__(
         self, table: pa.Table, *, bad: Sequence[BadFile] = (), skipped: Sequence[Skipped] = ()
     ) -> None:
         self.table = table
         self.bad = list(bad)
-        self.skipped = list(skipped)  # files that are rightly passed over
-        self.others: Counter[str] = Counter()  # other files, by ending
+        self.skipped = list(skipped)  # files that are skipped on purpose
+        self.others: Counter[str] = Counter()  # other files, by extension
         self.shared: dict[str, list[str]] = {}  # caption file -> the images that share it
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     def row(self, number: int) -> Row:
-        """The picture in row `number` (0-based)."""
+        """Return the image in row `number` (0-based)."""
         return Row(*(self.table.column(name)[number].as_py() for name in SCHEMA.names))
 
     def rows(self) -> list[Row]:
-        """All pictures, in order."""
+        """Return all images in order."""
         return [
             Row(*values)
             for values in zip(*(column.to_pylist() for column in self.table.columns), strict=True)
         ]
 
     def column(self, name: str) -> list[Any]:
-        """One column as a list."""
+        """Return a column as a list."""
         return self.table.column(name).to_pylist()
 
     def sizes(self) -> list[tuple[int, int]]:
@@ -116,7 +115,7 @@ class Index:
         return list(zip(self.column("width"), self.column("height"), strict=True))
 
     def take(self, numbers: Sequence[int], captions: Sequence[str | None]) -> Index:
-        """The pictures in some rows, in this order, with these captions in place of their own."""
+        """Return an index of some rows, in this order, with other captions."""
         place = SCHEMA.get_field_index("caption")
         taken = self.table.take(pa.array(numbers, pa.int64()))
         captioned = taken.set_column(place, SCHEMA.field(place), pa.array(captions, pa.string()))
@@ -124,7 +123,7 @@ class Index:
 
     @property
     def content_hash(self) -> str:
-        """sha256 (hex) over ids, contents, captions, concepts, roles, repeats and masks; not over places."""
+        """sha256 (hex) of ids, contents, captions, concepts, roles, repeats and masks, but not of locations."""
         digest = hashlib.sha256()
         for row in self.rows():
             seen = [row.id, row.sha256, row.caption, row.concept, row.role, row.repeats]
@@ -134,7 +133,7 @@ class Index:
 
     @staticmethod
     def concat(indexes: Sequence[Index]) -> Index:
-        """One index of several. Copies of a picture across them get further "-k" ids."""
+        """Return one index of several; copies of an image across them get further "-k" ids."""
         rows = [(position, row) for position, index in enumerate(indexes) for row in index.rows()]
         rows.sort(key=lambda item: (item[1].sha256[:16], item[0], _copy_number(item[1].id)))
         bad = [bad for index in indexes for bad in index.bad]
@@ -183,8 +182,8 @@ def build_index(
         )
         return row if mask is None else row._replace(mask=image.mask, mask_sha256=mask.sha256)
 
-    processors = 32 if "://" in url else 2 * (os.cpu_count() or 1)
-    workers = min(32, processors, max(1, len(listing.images)))
+    threads = 32 if "://" in url else 2 * (os.cpu_count() or 1)
+    workers = min(32, threads, max(1, len(listing.images)))
     with ThreadPoolExecutor(workers, thread_name_prefix="index") as pool:
         found = list(pool.map(inspect, listing.images))
     rows = [item for item in found if isinstance(item, Row)]
@@ -198,16 +197,16 @@ def build_index(
 
 
 def log_left_out(index: Index) -> None:
-    """Log what is left out of an index, once and for all: bad files as warnings, the rest in one line."""
+    """Log what is left out of an index: bad files as warnings, skipped files in one line."""
     for file in index.bad[:LOGGED]:
         log.warning("left out %s: %s", file.uri, file.reason)
     if len(index.bad) > LOGGED:
         log.warning("left out %d more files: `dreamfleet data inspect` lists them", len(index.bad) - LOGGED)
     if index.skipped:
-        log.info("passed over %s", summary(index.skipped))
+        log.info("skipped %s", summary(index.skipped))
 
 
-def _read(image: SourceImage, *, max_pixels: int, check: bool) -> tuple[Seen, Seen | None]:
+def _read(image: SourceImage, *, max_pixels: int, check: bool) -> tuple[FileInfo, FileInfo | None]:
     """Read an image and its mask. Raises DataError when either cannot be used, and StorageError."""
     uri = image.uri
     data, mask = read_image_file(uri), read_mask(image.mask) if image.mask else None
@@ -218,17 +217,19 @@ def _read(image: SourceImage, *, max_pixels: int, check: bool) -> tuple[Seen, Se
         check_image(data, uri=uri, max_pixels=max_pixels)
     if mask is not None:
         open_mask(mask, uri=f"its mask {image.mask}", max_pixels=max_pixels)
-    seen = Seen(hashlib.sha256(data).hexdigest(), header.width, header.height)
+    seen = FileInfo(hashlib.sha256(data).hexdigest(), header.width, header.height)
     if image.sha256 and image.sha256 != seen.sha256:
         raise DataError(
             f"{uri}: its content has another sha256 than the source lists ({image.sha256[:16]}...)"
         )
-    return seen, Seen(hashlib.sha256(mask.data).hexdigest()) if mask is not None else None
+    return seen, FileInfo(hashlib.sha256(mask.data).hexdigest()) if mask is not None else None
 
 
-def _recall(image: SourceImage, known: Known | None, max_pixels: int) -> tuple[Seen, Seen | None] | None:
+def _recall(
+    image: SourceImage, known: Known | None, max_pixels: int
+) -> tuple[FileInfo, FileInfo | None] | None:
     """Return what is known of an image and its mask without reading them; None where one of them must be read."""
-    listed = Seen(image.sha256, image.width, image.height), Seen(image.mask_sha256)
+    listed = FileInfo(image.sha256, image.width, image.height), FileInfo(image.mask_sha256)
     seen = listed[0] if all(listed[0]) else known(image.uri) if known else None
     mask = listed[1] if image.mask_sha256 else known(image.mask) if known and image.mask else None
     if seen is None or (image.mask and mask is None) or seen.width * seen.height > max_pixels:
@@ -237,7 +238,7 @@ def _recall(image: SourceImage, known: Known | None, max_pixels: int) -> tuple[S
 
 
 def _assemble(rows: Sequence[Row], bad: Sequence[BadFile], skipped: Sequence[Skipped] = ()) -> Index:
-    """Number copies in the order given (copies side by side), and sort by id."""
+    """Number copies in the order given, in which they are adjacent, and sort by id."""
     numbered: list[Row] = []
     copies = 0
     for row in rows:
@@ -255,19 +256,17 @@ def _copy_number(row_id: str) -> int:
 
 
 def _nothing_usable(url: str, listing: Listing) -> str:
-    over = f"; passed over: {summary(listing.skipped)}" if listing.skipped else ""
+    skipped = f"; skipped: {summary(listing.skipped)}" if listing.skipped else ""
     if listing.bad:
         return (
-            f"no usable image in {url}: {len(listing.bad)} found and all bad: {_some(listing.bad)}{over}. Replace or "
-            "convert them, or name another folder"
+            f"no usable image in {url}: all {len(listing.bad)} found are bad: {_some(listing.bad)}{skipped}. Replace "
+            "or convert them, or name another folder"
         )
     count = listing.others.total()
-    held = f"{count} other files" if count else "nothing else" if over else "nothing at all"
-    return (
-        f"no image in {url}: it holds {held}{over}. Put images (.png, .jpg ...) there, or name another folder"
-    )
+    held = f"{count} other files" if count else "nothing else" if skipped else "nothing at all"
+    return f"no image in {url}: it contains {held}{skipped}. Put images (.png, .jpg ...) there, or name another folder"
 
 
 def _some(bad: Sequence[BadFile], most: int = 3) -> str:
-    told = "; ".join(f"{item.uri}: {item.reason}" for item in bad[:most])
-    return told + (f"; and {len(bad) - most} more" if len(bad) > most else "")
+    listed = "; ".join(f"{item.uri}: {item.reason}" for item in bad[:most])
+    return listed + (f"; and {len(bad) - most} more" if len(bad) > most else "")

@@ -1,4 +1,4 @@
-"""kohya's folders: `10_sks dog` holds images that count ten times an epoch, of the prompt `sks dog`."""
+"""kohya's folder layout: images in `10_sks dog` have 10 repeats per epoch and the prompt `sks dog`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ _REPEATS_AND_NAME = re.compile(r"^(\d+)_(.*)$", re.DOTALL)
 
 
 def subsets_of(folder: str) -> list[tuple[str, int, str]]:
-    """kohya's subfolders `10_sks dog`: (address, repeats, name), by name; [] when there are none."""
+    """Return kohya's subfolders, such as `10_sks dog`, as (address, repeats, name), sorted by name; [] without any."""
     storage = Storage(folder)
     try:
         names = storage.list_dirs()
     except StorageError as error:
-        raise DataError(f"pictures: {error}") from error
+        raise DataError(f"images: {error}") from error
     matched = [(name, match) for name in names if (match := _REPEATS_AND_NAME.match(name))]
     others = [name for name in names if not _REPEATS_AND_NAME.match(name) and not is_system_folder(name)]
     if matched and others:
-        log.warning("%s: subfolders without a number in front are left out: %s", folder, ", ".join(others))
+        log.warning(
+            "%s: subfolders whose names do not begin with a number are left out: %s",
+            folder,
+            ", ".join(others),
+        )
     if matched and (loose := [name for name in storage.list() if name.lower().endswith(IMAGE_SUFFIXES)]):
         log.warning(
             "%s: %d images beside the numbered folders are left out: %s ...", folder, len(loose), loose[0]
@@ -34,18 +38,18 @@ def subsets_of(folder: str) -> list[tuple[str, int, str]]:
     for name, match in matched:
         if int(match[1]) < 1:
             raise DataError(
-                f"{storage.path(name)}: 0 repeats. Begin the folder's name with 1 or more, or move it away"
+                f"{storage.path(name)}: 0 repeats. Let the folder's name begin with at least 1, or move it away"
             )
     return [(storage.path(name), int(match[1]), match[2].strip()) for name, match in matched]
 
 
 def refuse_subset(folder: str) -> None:
-    """Raise DataError for one of kohya's folders in place of their parent: its repeats and prompt would be lost."""
+    """Raise DataError for one of kohya's subfolders given instead of its parent: repeats and prompt would be lost."""
     parent, _, name = Storage(folder).url.rpartition("/")
     if _REPEATS_AND_NAME.match(name):
         raise DataError(
-            f"train_data_dir {folder}: {name!r} is one of the folders whose names begin with repeats. Pass its parent, "
-            f"{parent}; for a plain folder that is only called so, set data.instance_data_dir instead"
+            f"train_data_dir {folder}: {name!r} is a subfolder whose name begins with repeats. Use its parent, "
+            f"{parent}; for a plain folder of that name, set data.instance_data_dir instead"
         )
     below = [
         (inner, name)
@@ -56,7 +60,7 @@ def refuse_subset(folder: str) -> None:
     if below:
         inner, name = below[0]
         log.warning(
-            "train_data_dir %s: the repeats and prompt in the name of %s/%s do not count. Pass %s/%s where they should",
+            "train_data_dir %s: the repeats and prompt in the name of %s/%s are not used. To use them, give %s/%s",
             folder,
             inner,
             name,
@@ -66,13 +70,13 @@ def refuse_subset(folder: str) -> None:
 
 
 def kohya_concepts(data: DataConfig, subsets: list[tuple[str, int, str]]) -> list[Concept]:
-    """Return the concepts of numbered folders: their repeats and prompts, and the class folders that fit them."""
+    """Return the concepts of numbered subfolders: repeats and prompts, and the matching class folders."""
     regs = subsets_of(data.class_data_dir) if data.class_data_dir else []
     if data.class_data_dir and not regs:
         if data.class_prompt is None:
             raise DataError(
                 f"class_data_dir {data.class_data_dir} has no subfolder such as '1_dog', and "
-                "data.class_prompt is not set: the class prompt is not known. Do one of both"
+                "data.class_prompt is not set, so the class prompt is unknown. Add the folder or the prompt"
             )
         regs = [(data.class_data_dir, 1, data.class_prompt)]
     concepts = []
@@ -95,20 +99,20 @@ def kohya_concepts(data: DataConfig, subsets: list[tuple[str, int, str]]) -> lis
     if unused:
         names = ", ".join(name for _, _, name in subsets)
         raise DataError(
-            f"class folders that belong to no instance folder: {', '.join(unused)}. Name them by the last "
-            f"words of an instance folder ('1_dog' for '10_sks dog'); there are: {names}"
+            f"class folders that match no instance folder: {', '.join(unused)}. Name them after the last "
+            f"words of an instance folder ('1_dog' for '10_sks dog'); instance folders: {names}"
         )
     return concepts
 
 
 def _class_of(name: str, regs: list[tuple[str, int, str]], *, alone: bool) -> tuple[str | None, str | None]:
-    """The class folder whose name ends the instance's ("dog" for "sks dog"), the longest; or the only one."""
-    fitting = [reg for reg in regs if f" {name}".endswith(f" {reg[2]}") and reg[2]]
-    if not fitting and len(regs) == 1:
-        fitting = regs
-    if not fitting and alone and regs:
-        fitting = regs[:1]
-    if not fitting:
+    """Return the class folder with the longest name that ends the instance's ("dog" for "sks dog"), or the only one."""
+    matching = [reg for reg in regs if f" {name}".endswith(f" {reg[2]}") and reg[2]]
+    if not matching and len(regs) == 1:
+        matching = regs
+    if not matching and alone and regs:
+        matching = regs[:1]
+    if not matching:
         return None, None
-    folder, _, prompt = max(fitting, key=lambda reg: len(reg[2]))
+    folder, _, prompt = max(matching, key=lambda reg: len(reg[2]))
     return folder, prompt or None

@@ -1,6 +1,6 @@
-"""Labels, a class for each picture: in a JSON `{file name: class}`, or by folders called 0, 1, 2 ...
+"""Class labels of images: in a JSON file `{file name: class}`, or by folders named 0, 1, 2 ...
 
-Both are DreamArtist's forms for its discriminator's pictures (pixivAI's `labeler.py` and `labeler_folder.py`).
+Both are formats of DreamArtist for the images of its discriminator (pixivAI's `labeler.py` and `labeler_folder.py`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dreamfleet.datasets.rng import key
 from dreamfleet.datasets.storage.object_store import is_address
 from dreamfleet.datasets.storage.storage import Storage, read_text
 
-LABELS_FILE = "dataset.json"  # in the folder of pictures, where nothing else is said
-HELD_OUT_SHARE = 5  # at most every so many-th picture of a class is held out
+LABELS_FILE = "dataset.json"  # in the image folder, unless another file is named
+HELD_OUT_SHARE = 5  # at most one in so many images of a class is held out
 
 
 def read_labels(uri: str) -> dict[str, int]:
-    """Read a JSON of labels, on disk or in a bucket. Raises DataError, naming it, for anything else."""
+    """Read a JSON file of labels, on disk or in a bucket. Raises DataError if it is not one."""
     try:
         return parse_labels(read_text(uri), uri)
     except StorageError as error:
@@ -30,34 +30,35 @@ def read_labels(uri: str) -> dict[str, int]:
 
 
 def parse_labels(text: str, uri: str) -> dict[str, int]:
-    """Check the text of a JSON of labels; see :func:`read_labels`."""
+    """Parse and check the text of a JSON file of labels; see :func:`read_labels`."""
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise DataError(f"{uri}: not whole JSON ({error}). Mend it, or name another file") from error
+        raise DataError(f"{uri}: not valid JSON ({error}). Correct it, or name another file") from error
     if not isinstance(found, dict):
         raise DataError(
-            f"{uri}: no labels; they are an object {{file name: class number}}. Name another file"
+            f"{uri}: not a file of labels, which is an object {{file name: class number}}. Name another file"
         )
     for name, number in found.items():
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < MOST_CLASSES:
             raise DataError(
-                f"{uri}: {name!r} has {json.dumps(number)[:40]} for a class, which is a number from 0; "
-                "is this a file of labels? Mend it, or name another"
+                f"{uri}: the class of {name!r} is {json.dumps(number)[:40]}, but must be an integer from 0 to "
+                f"{MOST_CLASSES - 1}. Correct it, or name another file"
             )
     return found
 
 
 def write_labels(path: str, labels: Mapping[str, int]) -> None:
-    """Write a JSON of labels on disk, whole or not at all. Raises StorageError when the disk refuses."""
+    """Write a JSON file of labels atomically. Raises StorageError."""
     folder, _, name = path.rpartition("/")
     Storage(folder or "/").write_text(name, json_text(dict(labels), indent=1) + "\n")
 
 
 def label_of(name: str, labels: Mapping[str, int] | None) -> int | None:
-    """Return the class of a picture, by its name relative to its folder; None for one without.
+    """Return the class of an image by its path relative to the image folder; None without a label.
 
-    ``labels`` may name it whole or by its last part. Without labels the innermost folder that is a number counts.
+    ``labels`` may have its path or its file name. Without ``labels`` the innermost folder whose name is a number is
+    used.
     """
     *folders, last = name.split("/")
     if labels is not None:
@@ -69,9 +70,9 @@ def label_of(name: str, labels: Mapping[str, int] | None) -> int | None:
 
 
 def find_labels(index: Index, folders: Sequence[str], labels: str | None = None) -> dict[int, int]:
-    """Return the class of each labelled row of an index over folders (a row's concept is its folder's place).
+    """Return the class of each labelled row of an index; ``folders[i]`` is the folder of concept i.
 
-    ``labels`` names the JSON; without it each folder's own ``dataset.json`` counts, else subfolders 0, 1, ...
+    ``labels`` names the JSON file; without it each folder's ``dataset.json`` is used, else its subfolders 0, 1, ...
     """
     roots = [Storage(folder) if is_address(folder) else None for folder in folders]
     if labels is not None:
@@ -92,14 +93,14 @@ def find_labels(index: Index, folders: Sequence[str], labels: str | None = None)
 
 
 def _by_name(labels: Mapping[str, int]) -> dict[str, int]:
-    """Return labels by what names are compared by: in either Unicode form, with either slash."""
+    """Return labels with names in the form in which they are compared, with forward slashes."""
     return {same_name(name.replace("\\", "/")): label for name, label in labels.items()}
 
 
 def hold_out(index: Index, labels: Mapping[int, int], per_class: int) -> dict[int, int]:
-    """Choose pictures of each class to measure with, by a hash of their content: the same in every run.
+    """Choose held-out images of each class, by a hash of their content, so that every run chooses the same.
 
-    At most a fifth of a class. Copies of a picture stay together.
+    At most a fifth of a class is chosen. Copies of an image are held out together.
     """
     hashes = index.column("sha256")
     chosen = set()

@@ -19,7 +19,7 @@ from dreamfleet.datasets.storage.storage import Storage
 
 @dataclass(frozen=True)
 class ClassSet:
-    """The class pictures of one concept: where they are, or None while they are still to be generated."""
+    """The class images of one concept: their folder, or None if they are to be generated beside the run."""
 
     concept: int
     folder: str | None
@@ -28,7 +28,7 @@ class ClassSet:
 
 @dataclass(frozen=True)
 class Sets:
-    """What a run trains on. `concepts[i]` describes the rows of `instances` whose concept is i."""
+    """The images of a run. `concepts[i]` describes the rows of `instances` whose concept is i."""
 
     instances: Index
     class_sets: list[ClassSet]
@@ -40,17 +40,17 @@ def load_sets(
     *,
     verify: bool | None = None,
     known: Known | None = None,
-    apart: Mapping[str, str] = MappingProxyType({}),
+    excluded: Mapping[str, str] = MappingProxyType({}),
 ) -> Sets:
-    """Index all images a recipe names; its paths are absolute already.
+    """Index all training images that a recipe names; its paths must be absolute.
 
-    A row's repeats are its concept's (kohya: the folder name's) times `data.repeats`. Class images are named, not
-    indexed: they may not exist yet. Files that `known` tells of are not read. Folders inside the image folders that
-    hold something else are passed over: class images, masks, and those of `apart` (address -> what they hold). Raises
-    DataError, as build_index does.
+    A row's repeats are those of its concept (of kohya's folder name) times `data.repeats`. Class images are named but
+    not indexed, since they may not exist yet. Files in `known` are not read. Folders within the image folders that the
+    recipe names for something else are skipped: class images, masks, and `excluded` (address -> content). Raises
+    DataError as build_index does.
     """
     concepts = load_concepts(data)
-    others = places_apart(concepts, apart)
+    others = excluded_folders(concepts, excluded)
     if data.caption_column:
         _require_table(data.caption_column, concepts, others)
     indexes = [
@@ -77,17 +77,17 @@ def _require_table(column: str, concepts: Sequence[Concept], others: Mapping[str
     """Raise DataError when the concepts are all folders and none has a table that could have the column."""
     urls = [concept.instance_data_dir for concept in concepts]
     if all(find_source(url).name == FOLDER for url in urls) and not any(
-        ImageFolder(url, apart=others).tables for url in urls
+        ImageFolder(url, excluded=others).tables for url in urls
     ):
         raise DataError(
-            f"data.caption_column {column!r} is a column of no table: there is no metadata.jsonl, .csv or .parquet in "
-            f"{urls[0]}. Leave it out, or put the table there"
+            f"data.caption_column {column!r} is set, but there is no metadata.jsonl, .csv or .parquet in {urls[0]}. "
+            "Remove it, or add the table"
         )
 
 
-def places_apart(concepts: Sequence[Concept], apart: Mapping[str, str]) -> dict[str, str]:
-    """Return the folders that hold something else than a recipe's training images, and what."""
-    return {**_places(concepts, "mask_dir", MASKS), **_places(concepts, "class_data_dir", CLASS), **apart}
+def excluded_folders(concepts: Sequence[Concept], excluded: Mapping[str, str]) -> dict[str, str]:
+    """Return the folders that contain other images than a recipe's training images: address -> content."""
+    return {**_places(concepts, "mask_dir", MASKS), **_places(concepts, "class_data_dir", CLASS), **excluded}
 
 
 def load_class_images(
@@ -98,7 +98,7 @@ def load_class_images(
     verify: bool | None = None,
     known: Known | None = None,
 ) -> Index | None:
-    """Index the class images of a folder by the rule of all images, subfolders too; None where there are none yet."""
+    """Index the class images of a folder, with its subfolders, as any image folder; None if there are none yet."""
     url = folder.url if isinstance(folder, Storage) else folder
     concepts = load_concepts(data)
     others = {**_places(concepts, "mask_dir", MASKS), **_places(concepts, "instance_data_dir", TRAINED_ON)}
@@ -111,7 +111,7 @@ def load_class_images(
 
 
 def load_held_out(folder: str, data: DataConfig) -> Index:
-    """Index the held-out images of a recipe; folders of training images inside are passed over."""
+    """Index the held-out images of a recipe; folders of training images within are skipped."""
     others = _places(load_concepts(data), "instance_data_dir", TRAINED_ON)
     return build_index(
         folder, ScanOptions(data.caption_extension, excluded=others), max_pixels=data.max_pixels
@@ -119,7 +119,7 @@ def load_held_out(folder: str, data: DataConfig) -> Index:
 
 
 def _large_enough(index: Index, data: DataConfig) -> Index:
-    """Leave out images that buckets without enlarging cannot show: a side is less than a quarter of a step."""
+    """Leave out images that are too small for buckets without enlarging: a side is below a quarter of a step."""
     if not (data.enable_bucket and data.bucket_no_upscale):
         return index
     least = data.bucket_reso_steps / MOST_ENLARGED
@@ -130,8 +130,8 @@ def _large_enough(index: Index, data: DataConfig) -> Index:
     bad = [
         BadFile(
             index.row(row).uri,
-            f"{size[0]} x {size[1]} pixels: data.bucket_no_upscale enlarges nothing, and a side is below a quarter of "
-            f"data.bucket_reso_steps {data.bucket_reso_steps}. Lower those, or remove the image",
+            f"{size[0]} x {size[1]} pixels: with data.bucket_no_upscale no image is enlarged, and a side is below a "
+            f"quarter of data.bucket_reso_steps {data.bucket_reso_steps}. Lower it, or remove the image",
         )
         for row, size in enumerate(sides)
         if min(size) < least

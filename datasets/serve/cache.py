@@ -1,6 +1,6 @@
-"""Encodes the pictures of an index into a cache of latents, by a pool of Ray Data's actors or in this process.
+"""Encodes the images of an index into a latent cache, with a pool of Ray Data actors or in this process.
 
-What encodes is handed in: nothing here knows a model.
+The encoder is an argument: this module is independent of models.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from dreamfleet.datasets.buckets import training_sizes
 from dreamfleet.datasets.config import DataConfig
-from dreamfleet.datasets.environment import take_over, to_send
+from dreamfleet.datasets.environment import apply_variables, variables_to_send
 from dreamfleet.datasets.errors import DataError, RunFailed, StorageError, UserError
 from dreamfleet.datasets.images.masks import ImageView, cut_image
 from dreamfleet.datasets.index.index import Index
@@ -27,19 +27,21 @@ from dreamfleet.datasets.storage.storage import Storage
 
 SHARD_IMAGES = 256
 SHARD_BYTES = 96 * 2**20  # of decoded pixels; Ray Data splits blocks of more than 128 MiB
-SHARDS_A_WORKER = 4  # at least, where there are enough pictures: all are busy to the end, and little is lost
+SHARDS_A_WORKER = (
+    4  # at least, given enough images, so that all workers stay busy and an interruption costs little
+)
 
 
 class Encode(Protocol):
-    """Turns cut pictures, uint8 [H,W,3], or [H,W,4] with weights, of any sizes, into latents of each by name."""
+    """Encodes cropped images of any sizes, uint8 [H,W,3], or [H,W,4] with weights, to latents."""
 
     def __call__(self, cuts: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
-        """Return `mean` and `std` [C,h,w], and with weights `mask` [1,h,w], of every picture."""
+        """Return for every image `mean` and `std` [C,h,w], and with weights `mask` [1,h,w]."""
         ...
 
 
 class Job(NamedTuple):
-    """One picture to encode: what its latents belong to, where it and its mask ("" for none) are, and its size."""
+    """One image to encode: the key of its latents (hashes, flip), its size, and the URIs of image and mask."""
 
     sha256: str
     mask_sha256: str
@@ -51,17 +53,17 @@ class Job(NamedTuple):
 
     @property
     def key(self) -> Key:
-        """What the latents belong to."""
+        """The key of the latents."""
         return Key(self.sha256, self.mask_sha256, self.flip)
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height in pixels that the picture is cut to."""
+        """Width and height in pixels to which the image is cropped."""
         return self.width, self.height
 
 
 class Done(NamedTuple):
-    """What became of a shard: of how many how many were encoded, into what bytes; why others were not, by address."""
+    """The result of a shard: images tried and encoded, bytes written, and URI -> reason of the others."""
 
     tried: int
     encoded: int
@@ -70,7 +72,7 @@ class Done(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """The actors that encode: how many, what each reserves, its environment; whether others decode for them."""
+    """Actors that encode: their number, resources and environment; with `decode_apart` other tasks decode for them."""
 
     actors: int
     resources: Mapping[str, float]
@@ -79,7 +81,7 @@ class Pool(NamedTuple):
 
 
 def jobs_of(index: Index, data: DataConfig) -> list[Job]:
-    """List what there is to encode of an index, each picture once: copies share their latents."""
+    """Return the images of an index to encode, each once: copies share their latents."""
     masks = [sha256 if data.alpha_mask else None for sha256 in index.column("mask_sha256")]
     every = zip(
         index.column("sha256"), masks, training_sizes(index.sizes(), data), index.column("uri"), index.column("mask"),
@@ -95,12 +97,12 @@ def jobs_of(index: Index, data: DataConfig) -> list[Job]:
 
 
 def missing_from(cache: LatentCache, jobs: Sequence[Job]) -> list[Job]:
-    """List the jobs whose latents are not in a cache."""
+    """Return the jobs whose latents are not in a cache."""
     return [job for job in jobs if not cache.has(job.key, job.size)]
 
 
 def make_shards(jobs: Sequence[Job], *, workers: int) -> list[list[Job]]:
-    """Split jobs into what is written as one file, pictures of a size side by side."""
+    """Divide jobs into shards, each written as one file; images of the same size are adjacent."""
     most = min(SHARD_IMAGES, max(8, -(-len(jobs) // (workers * SHARDS_A_WORKER))))
     shards: list[list[Job]] = []
     room = 0
@@ -115,7 +117,7 @@ def make_shards(jobs: Sequence[Job], *, workers: int) -> list[list[Job]]:
 
 
 def read_images(batch: Mapping[str, np.ndarray], *, max_pixels: int, weighted: bool) -> dict[str, np.ndarray]:
-    """Read and cut a shard's pictures: adds `pixels` as bytes, `reason` (not decoded) and `failure` (not read)."""
+    """Read and crop the images of a shard; adds `pixels` as bytes, `reason` (not decoded) and `failure` (not read)."""
     pixels, reasons, failures = [], [], []
     for job in _jobs_in(batch):
         cut, reason, failure = b"", "", ""
@@ -123,7 +125,7 @@ def read_images(batch: Mapping[str, np.ndarray], *, max_pixels: int, weighted: b
             cut = _cut(job, max_pixels=max_pixels, weighted=weighted).tobytes()
         except DataError as error:
             reason = str(error).removeprefix(f"{job.uri}: ")
-        except StorageError as error:  # as a value: an exception would come back wrapped in Ray's
+        except StorageError as error:  # returned, since Ray would wrap an exception
             failure = str(error)
         pixels.append(cut)
         reasons.append(reason)
@@ -133,7 +135,7 @@ def read_images(batch: Mapping[str, np.ndarray], *, max_pixels: int, weighted: b
 
 
 class ShardWriter:
-    """Encodes the pictures of shards and writes them: this process, or an actor of the pool."""
+    """Encodes and writes shards, in this process or as an actor of the pool."""
 
     def __init__(
         self,
@@ -147,11 +149,11 @@ class ShardWriter:
         self._failure = ""
         try:
             self._encode = make_encode()
-        except UserError as error:  # as a value, like all that a user can mend
+        except UserError as error:  # returned, as all errors that a user can fix
             self._failure = str(error)
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Encode and write one shard, decoded already or not; gives a row for each picture left out, one at least."""
+        """Encode and write one shard, decoding it if necessary; returns a row for each bad image, and at least one."""
         batch = batch if "pixels" in batch else self.read(batch)
         jobs = _jobs_in(batch)
         failure = self._failure or next((text for text in batch["failure"] if text), "")
@@ -175,14 +177,14 @@ class ShardWriter:
                 )
             except UserError as error:  # the cache cannot be written, or a GPU has too little memory
                 failure = str(error)
-        told = [("", "")] if not bad else [(jobs[number].uri, reason) for number, reason in bad.items()]
+        rows = [("", "")] if not bad else [(jobs[number].uri, reason) for number, reason in bad.items()]
         return {
-            "tried": np.array([len(jobs)] + [0] * (len(told) - 1)),
-            "encoded": np.array([len(good)] + [0] * (len(told) - 1)),
-            "bytes": np.array([size] + [0] * (len(told) - 1)),
-            "uri": np.array([uri for uri, _ in told], dtype=object),
-            "reason": np.array([reason for _, reason in told], dtype=object),
-            "failure": np.array([failure] * len(told), dtype=object),
+            "tried": np.array([len(jobs)] + [0] * (len(rows) - 1)),
+            "encoded": np.array([len(good)] + [0] * (len(rows) - 1)),
+            "bytes": np.array([size] + [0] * (len(rows) - 1)),
+            "uri": np.array([uri for uri, _ in rows], dtype=object),
+            "reason": np.array([reason for _, reason in rows], dtype=object),
+            "failure": np.array([failure] * len(rows), dtype=object),
         }
 
 
@@ -194,20 +196,20 @@ def encode_shards(
     data: DataConfig,
     pool: Pool | None = None,
 ) -> Iterator[Done]:
-    """Encode and write shards, in this process or by a pool of actors; yields what became of each, as it comes.
+    """Encode and write shards, in this process or with a pool of actors; yields the result of each as it completes.
 
-    Raises UserError when a picture's file cannot be read, the cache not written or the model not loaded, RunFailed when
-    the pool broke. What was yielded is kept.
+    Raises UserError when a file cannot be read, the cache not written or the model not loaded, and RunFailed when the
+    pool fails. The shards that were yielded remain in the cache.
     """
     read = functools.partial(read_images, max_pixels=data.max_pixels, weighted=data.alpha_mask)
-    told: Iterable[Mapping[str, np.ndarray]]
+    results: Iterable[Mapping[str, np.ndarray]]
     options: dict[str, Any] = {"precision": data.cache_precision, "read": read}
     if pool is None:
         writer = ShardWriter(make_encode, folder, **options)
-        told = (writer(_columns(shard)) for shard in shards)
+        results = (writer(_columns(shard)) for shard in shards)
     else:
-        told = _on_ray(shards, pool, read, {"make_encode": make_encode, "folder": folder, **options})
-    for one in told:
+        results = _on_ray(shards, pool, read, {"make_encode": make_encode, "folder": folder, **options})
+    for one in results:
         if failure := next((text for text in one["failure"] if text), ""):
             raise UserError(str(failure))
         bad = {str(uri): str(reason) for uri, reason in zip(one["uri"], one["reason"], strict=True) if uri}
@@ -221,7 +223,9 @@ def _on_ray(
     import ray.data
     import ray.exceptions
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # else lines on what we chose, no bars for one
+    logging.getLogger("ray.data").setLevel(
+        logging.ERROR
+    )  # else it logs lines about options that are set here
     tables = [
         pa.table({name: column.tolist() for name, column in _columns(shard).items()}) for shard in shards
     ]
@@ -229,15 +233,15 @@ def _on_ray(
     dataset.context.print_on_execution_start = False
     dataset.context.enable_progress_bars = False
     buckets = not options["folder"].is_local or any("://" in job.uri for shard in shards for job in shard)
-    environment, sent = {"env_vars": dict(pool.environment)}, to_send(buckets=buckets)
+    environment, sent = {"env_vars": dict(pool.environment)}, variables_to_send(buckets=buckets)
 
-    # Secrets come along inside of code: Ray shows and logs a runtime environment, and may show arguments.
+    # Secrets are sent inside closures: Ray logs runtime environments, and may show arguments.
     def read_apart(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        take_over(sent)
+        apply_variables(sent)
         return read(batch)
 
-    def make_apart() -> Encode:  # the first that an actor does
-        take_over(sent)
+    def make_apart() -> Encode:  # the first call in an actor
+        apply_variables(sent)
         return options["make_encode"]()
 
     if pool.decode_apart:
@@ -248,7 +252,7 @@ def _on_ray(
     dataset = dataset.map_batches(
         ShardWriter,
         fn_constructor_kwargs={**options, "make_encode": make_apart},
-        batch_size=max(map(len, shards)),  # beside a GPU Ray Data asks for a number: here a whole shard
+        batch_size=max(map(len, shards)),  # with GPUs Ray Data requires a number: here a whole shard
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=min(pool.actors, len(shards))),
         num_cpus=asked.pop("CPU", 0),
@@ -259,16 +263,16 @@ def _on_ray(
     try:
         yield from dataset.iter_batches(batch_size=None, batch_format="numpy")
     except ray.exceptions.RayError as error:
-        # Somewhere in pages of tracebacks, and of advice below them.
+        # The message is buried in pages of tracebacks and advice.
         found = re.findall(r"^(?!ray\.)[\w.]+(?:Error|Exception): .*", str(error), re.MULTILINE)
         why = found[-1] if found else type(error).__name__
         raise RunFailed(
-            f"encoding stopped ({why[:300]}). What is encoded is kept: the same command goes on from there"
+            f"encoding failed ({why[:300]}). Encoded images are kept; run the same command again to continue"
         ) from error
 
 
 def _cut(job: Job, *, max_pixels: int, weighted: bool) -> np.ndarray:
-    """Read and cut one picture as training does; StorageError also where it is not what the index saw."""
+    """Read and crop one image as training does. Raises StorageError also if it changed since it was indexed."""
     data = read_image_file(job.uri)
     mask = read_mask(job.mask) if job.mask else None
     seen = hashlib.sha256(data).hexdigest(), hashlib.sha256(mask.data).hexdigest() if mask else ""

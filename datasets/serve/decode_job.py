@@ -1,4 +1,4 @@
-"""Decoding the jobs of a picture stream, wherever on the cluster Ray Data runs them."""
+"""Reads and decodes the jobs of an image stream, in the tasks of Ray Data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from dreamfleet.datasets.environment import take_over
+from dreamfleet.datasets.environment import apply_variables
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.images.images import open_image
 from dreamfleet.datasets.images.masks import ImageView, cut_image
@@ -23,12 +23,12 @@ def decode_batch(
     fit: Fit | None = None,
     sent: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, np.ndarray]:
-    """Read, decode and cut a batch of jobs, each to its own size; with ``fit`` they are made into what it gives.
+    """Read, decode and crop a batch of jobs, each to its size; with ``fit`` images are processed by it instead.
 
-    "pixels" are bytes, as the pictures of a block may differ in size. "error" says why a picture could not be decoded,
-    "failure" why a file could not be read; "" for the good ones. ``sent`` is of environment.to_send.
+    "pixels" are bytes, since the images of a block may differ in size. "error" is the reason why an image could not be
+    decoded, "failure" why a file could not be read; "" for good images. ``sent`` is from environment.variables_to_send.
     """
-    take_over(sent)
+    apply_variables(sent)
     images, heights, errors, failures = [], [], [], []
     names = ("uri", "mask", "center", "x", "y", "flip", "width", "height")
     for uri, mask, center, x, y, flip, width, height in zip(*(batch[name] for name in names), strict=True):
@@ -38,8 +38,8 @@ def decode_batch(
             pixels, error = decode_one(
                 str(uri), draw, mask=str(mask) or None, max_pixels=max_pixels, weighted=weighted, fit=fit
             )
-        except StorageError as trouble:  # as a value: an exception would come back wrapped in Ray's
-            failure = str(trouble)
+        except StorageError as storage_error:  # returned, since Ray would wrap an exception
+            failure = str(storage_error)
         images.append(b"" if pixels is None else pixels.tobytes())
         heights.append(0 if pixels is None else len(pixels))
         errors.append(error)
@@ -56,9 +56,9 @@ def decode_batch(
 def decode_one(
     uri: str, draw: ImageView, *, mask: str | None, max_pixels: int, weighted: bool, fit: Fit | None = None
 ) -> tuple[np.ndarray | None, str]:
-    """Read a picture and cut it as the draw asks, or ``fit`` it -> uint8 [H,W,C], or None and why it cannot be decoded.
+    """Read an image and crop it, or ``fit`` it: returns uint8 [H,W,C] and "", or None and why it cannot be decoded.
 
-    Raises StorageError when the file cannot be read: a disk or bucket in trouble must not change what is learned.
+    Raises StorageError when the file cannot be read: a failing disk or bucket must not change the training data.
     """
     try:
         if fit is not None:

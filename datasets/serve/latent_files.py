@@ -1,8 +1,8 @@
-"""Latents kept on disk or in a bucket as Parquet: what they were made with, which there are, and reading them.
+"""The latent cache on disk or in a bucket: Parquet files of latents, their keys, and the settings they depend on.
 
-`CACHE/512px-<hash>/manifest.json` says how pictures became latents; each such way has a folder of its own. In it
-`latents/NAME.parquet` holds the latents of a few hundred pictures, and `keys/NAME.parquet` says which. The keys are
-written last: latents without them do not count, so a writer may die at any moment.
+Each encoding has a folder `CACHE/512px-<hash>/`, whose `manifest.json` has its settings. `latents/NAME.parquet` has the
+latents of a few hundred images, and `keys/NAME.parquet` their keys. The keys are written last, and latents without keys
+are ignored, so a writer may be killed at any time.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ import pyarrow.parquet as pq
 
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import DataError, StorageError
-from dreamfleet.datasets.storage.range_reader import pieces_of
+from dreamfleet.datasets.storage.range_reader import open_ranges
 from dreamfleet.datasets.storage.storage import Storage
 
-VERSION = 2  # of the files, and of how pictures are cut: another number makes all latents anew
+VERSION = 2  # of the file format and of cropping; a new version encodes everything again
 MANIFEST, LATENTS, KEYS = "manifest.json", "latents", "keys"
-GROUP_BYTES = 2**18  # read for one picture at random, at least a picture
-FOOTERS = 1024  # kept in memory, some 80 KB each
+GROUP_BYTES = 2**18  # of a row group, the unit of random reads; at least one image
+FOOTERS = 1024  # of Parquet files in memory, some 80 KB each
 THREADS = 16
 STORED: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "fp16": np.dtype("<f2")}
 TENSORS = ("mean", "std", "mask")
 
 
 class Key(NamedTuple):
-    """What latents belong to: contents of a picture and of its mask ("" where none is used), mirrored or not."""
+    """The key of latents: hashes of an image and of its mask ("" without one), and whether the image is flipped."""
 
     sha256: str
     mask_sha256: str
@@ -43,7 +43,7 @@ class Key(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What a cache knows of a key: the size it was encoded at in pixels, and where it lies, or why it could not be."""
+    """An entry of the cache: the size in pixels, and the place of the latents, or the reason why there are none."""
 
     size: tuple[int, int]
     shard: int
@@ -53,49 +53,49 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """How pictures become latents: the VAE's encoder, the sizes they are cut to, masks, and how exact they are kept."""
+    """The settings that latents depend on: the VAE's encoder, the sizes of crops, masks, and the stored precision."""
 
     vae: str
     resolution: int
-    buckets: tuple[tuple[str, Any], ...]  # the keys of the recipe that say which there are; () without
+    buckets: tuple[tuple[str, Any], ...]  # the recipe's keys of aspect-ratio buckets; () without buckets
     alpha_mask: bool
     precision: str
     version: int = VERSION
 
     @property
     def folder(self) -> str:
-        """Name of the folder that such latents lie in."""
+        """Name of the folder of such latents."""
         text = json.dumps(self.to_json(), sort_keys=True)
         return f"{self.resolution}px-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as the manifest holds it."""
+        """Return the settings as in the manifest."""
         return {**dataclasses.asdict(self), "buckets": dict(self.buckets)}
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """Say where a manifest differs: `resolution 512 (here 768)`."""
+        """Return the settings in which a manifest differs: `resolution 512 (here 768)`."""
         mine = self.to_json()
         return [
-            f"{name} {_words(other.get(name))} (here {_words(value)})"
+            f"{name} {_as_text(other.get(name))} (here {_as_text(value)})"
             for name, value in mine.items()
             if other.get(name) != value
         ]
 
 
 def encoding_of(data: DataConfig, vae: str) -> Encoding:
-    """Say how a recipe's pictures become latents with the VAE whose encoder has this hash."""
+    """Return the encoding of a recipe with the VAE whose encoder has this hash."""
     names = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
     buckets = tuple((name, getattr(data, name)) for name in names) if data.enable_bucket else ()
     return Encoding(vae, data.resolution, buckets, data.alpha_mask, data.cache_precision)
 
 
 def find_manifests(cache: Storage) -> list[dict[str, Any]]:
-    """Read the manifests of a cache; DataError for one that is broken."""
+    """Read the manifests of a cache. Raises DataError for a broken one."""
     return [found for name in cache.list_dirs() if (found := _manifest(cache.child(name))) is not None]
 
 
 class LatentCache:
-    """The latents of one encoding. Opened for reading; what is written later is not seen."""
+    """The latents of one encoding, for reading; those written after it was opened are not included."""
 
     def __init__(self, folder: Storage, encoding: Encoding):
         self.folder, self.encoding = folder, encoding
@@ -106,7 +106,7 @@ class LatentCache:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What is kept of a picture."""
+        """Names of the tensors that are stored of each image."""
         return TENSORS if self.encoding.alpha_mask else TENSORS[:2]
 
     @cached_property
@@ -114,14 +114,14 @@ class LatentCache:
         return ThreadPoolExecutor(THREADS, thread_name_prefix="latents")
 
     def has(self, key: Key, size: tuple[int, int]) -> bool:
-        """Say whether the latents of a picture at a size are there."""
+        """Return whether the cache has the latents of an image at a size."""
         found = self.entries.get(key)
         return found is not None and not found.reason and found.size == size
 
     def read(self, keys: Sequence[Key]) -> list[dict[str, np.ndarray]]:
         """Read the latents of keys in their order: `mean` and `std` [C,h,w], with masks `mask` [1,h,w]; float32.
 
-        Only the row groups that hold them are read, several at once. StorageError for a broken file.
+        Only their row groups are read, several in parallel. Raises StorageError for a broken file.
         """
         entries = [self.entries[key] for key in keys]
         places = [(entry.shard, entry.row // self._shards[entry.shard][2]) for entry in entries]
@@ -133,7 +133,7 @@ class LatentCache:
         ]
 
     def read_all(self, keys: Sequence[Key]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """Yield the position and the latents of each key, shard after shard: every file is read once, whole."""
+        """Yield position and latents of each key, shard after shard; every file is read once as a whole."""
         wanted: dict[int, list[int]] = {}
         for position, key in enumerate(keys):
             wanted.setdefault(self.entries[key].shard, []).append(position)
@@ -153,8 +153,8 @@ class LatentCache:
             tables = list(pool.map(self._read_keys_of, names))
         for name, table in zip(names, tables, strict=True):
             size = int(table.schema.metadata[b"bytes"])
-            if size and (f"{name}.parquet" not in there or self._is_torn(name, size)):
-                continue  # encoded again: removed, or copied in part
+            if size and (f"{name}.parquet" not in there or self._is_incomplete(name, size)):
+                continue  # removed or partly copied; will be encoded again
             shard = len(self._shards)
             self._shards.append((name, size, int(table.schema.metadata[b"rows_per_group"])))
             for row, one in enumerate(table.to_pylist()):
@@ -164,7 +164,7 @@ class LatentCache:
                 if before is None or before.reason:
                     self.entries[key] = entry
 
-    def _is_torn(self, name: str, size: int) -> bool:
+    def _is_incomplete(self, name: str, size: int) -> bool:
         return self.folder.is_local and self.folder.size(f"{LATENTS}/{name}.parquet") != size
 
     def _read_keys_of(self, name: str) -> pa.Table:
@@ -175,7 +175,7 @@ class LatentCache:
         shard, group = place
         name, size, _ = self._shards[shard]
         rel, footer = f"{LATENTS}/{name}.parquet", self._footers.get(shard)
-        with _explained(self.folder.path(rel)), pieces_of(self.folder, rel, size=size) as source:
+        with _explained(self.folder.path(rel)), open_ranges(self.folder, rel, size=size) as source:
             file = pq.ParquetFile(source, metadata=footer, pre_buffer=True, page_checksum_verification=True)
             self._footers[shard] = file.metadata
             if len(self._footers) > FOOTERS:
@@ -203,19 +203,19 @@ class LatentCache:
 
 
 def open_cache(cache: Storage, encoding: Encoding) -> LatentCache:
-    """Open the latents of an encoding, none where there are none yet. DataError for a manifest that says another."""
+    """Open the latents of an encoding, which may be empty. Raises DataError if the manifest has other settings."""
     folder = cache.child(encoding.folder)
     found = _manifest(folder)
-    if found is not None and (told := encoding.differences(found)):
+    if found is not None and (different := encoding.differences(found)):
         raise DataError(
-            f"{folder.path(MANIFEST)} is of other latents than its folder's name says: {', '.join(told)}. Remove "
+            f"{folder.path(MANIFEST)} does not match the name of its folder: {', '.join(different)}. Remove "
             f"{folder.url} and encode again"
         )
     return LatentCache(folder, encoding)
 
 
 def write_manifest(cache: Storage, encoding: Encoding) -> Storage:
-    """Make the folder of an encoding, and return it."""
+    """Create the folder of an encoding with its manifest, and return it."""
     folder = cache.child(encoding.folder)
     if _manifest(folder) is None:
         folder.write_text(MANIFEST, json.dumps(encoding.to_json(), indent=1) + "\n")
@@ -230,9 +230,9 @@ def write_shard(
     bad: Sequence[tuple[Key, tuple[int, int], str]],
     precision: str,
 ) -> int:
-    """Write the latents of keys, and which could not be encoded and why -> bytes of the latents.
+    """Write the latents of keys, and the keys of images that could not be encoded with the reason; return the bytes.
 
-    The name follows from the keys, so that the same work done twice is one file.
+    The file name is a hash of the keys, so that a shard written twice is one file.
     """
     rows = [(*key, *size, "") for key, size in keys] + [(*key, *size, reason) for key, size, reason in bad]
     name = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
@@ -248,14 +248,14 @@ def write_shard(
         size = _write(folder, f"{LATENTS}/{name}.parquet", table, rows_per_group)
     names = ("sha256", "mask_sha256", "flip", "width", "height", "reason")
     table = pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
-    told = {"bytes": str(size), "rows_per_group": str(rows_per_group)}
-    _write(folder, f"{KEYS}/{name}.parquet", table.replace_schema_metadata(told), len(rows))
+    metadata = {"bytes": str(size), "rows_per_group": str(rows_per_group)}
+    _write(folder, f"{KEYS}/{name}.parquet", table.replace_schema_metadata(metadata), len(rows))
     return size
 
 
 def _write(folder: Storage, rel: str, table: pa.Table, rows_per_group: int) -> int:
     sink = pa.BufferOutputStream()
-    # Nothing presses or sorts noise; plain pages are read fastest.
+    # Latents are incompressible; plain pages are read fastest.
     pq.write_table(
         table,
         sink,
@@ -272,7 +272,7 @@ def _write(folder: Storage, rel: str, table: pa.Table, rows_per_group: int) -> i
 
 @contextmanager
 def _explained(path: str) -> Iterator[None]:
-    """Turn what pyarrow raises on a broken file into a StorageError that names it."""
+    """Turn what pyarrow raises for a broken file into a StorageError that names it."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
@@ -290,11 +290,11 @@ def _manifest(folder: Storage) -> dict[str, Any] | None:
     except ValueError as error:
         raise DataError(f"{folder.path(MANIFEST)} is broken ({error}). Remove {folder.url}") from error
     if not isinstance(found, dict):
-        raise DataError(f"{folder.path(MANIFEST)} is no manifest. Remove {folder.url}")
+        raise DataError(f"{folder.path(MANIFEST)} is not a manifest. Remove {folder.url}")
     return found
 
 
-def _words(value: Any) -> str:
+def _as_text(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{name}={inner}" for name, inner in value.items()) or "none"
     return str(value)

@@ -1,4 +1,4 @@
-"""Pictures for sets too large for memory: decoded by Ray Data on the cluster's CPUs, arriving in plan order."""
+"""Streams images of sets too large for memory: decoded by Ray Data on the cluster's CPUs, in plan order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from dreamfleet.datasets.config import MAX_PIXELS
-from dreamfleet.datasets.environment import to_send
+from dreamfleet.datasets.environment import variables_to_send
 from dreamfleet.datasets.errors import DataError, ResourceError, StorageError
 from dreamfleet.datasets.images.masks import ImageView
 from dreamfleet.datasets.images.vision_transform import Fit
@@ -21,30 +21,29 @@ from dreamfleet.datasets.serve.decode_job import decode_batch, decode_one
 
 log = logging.getLogger(__name__)
 
-WINDOW = 1024  # draws in one Ray Data execution: enough to hide its start, few enough to hold in memory
+WINDOW = 1024  # draws per Ray Data execution: enough to hide its start-up, few enough for the memory
 ROWS_PER_BLOCK = 16
-READY_BYTES = 256 * 2**20  # of decoded pictures that wait to be taken, in each worker
+READY_BYTES = 256 * 2**20  # of decoded images in the queue of each worker
 POLL_SECONDS = 0.2
 STALL_SECONDS = 120.0
 CLOSE_SECONDS = 2.0
 
-Found = tuple[int, np.ndarray]  # a picture, and its row in the index
+Decoded = tuple[int, np.ndarray]  # row in the index, and pixels
 
 
 class ImageStream(Iterator[np.ndarray]):
-    """Decodes pictures of an index on the cluster, for `draws` (may be endless) in exactly their order.
+    """Decodes images of an index on the cluster, for `draws` (may be endless) in exactly their order.
 
-    Yields uint8 [H,W,3] or, `weighted`, [H,W,4] with the fourth channel of cut_picture; `row` is whose came last. Draws
-    without a size are cut to `resolution`. With `fit`, pictures are not cut but made into what it gives, of any size.
-    Close it, or use a `with`.
+    Yields uint8 [H,W,3] or, if `weighted`, [H,W,4] with the fourth channel of cut_image; `row` is the row of the last
+    one. Draws without a size are cropped to `resolution`. With `fit`, images are processed by it instead of cropped, to
+    any size. Close the stream, or use it in a `with` statement.
 
-    Works in windows of `window` draws, one Ray Data execution each, the next one starting while pictures of
-    the last are still waiting to be taken; files are read where they are decoded, from disk or bucket, with
-    `num_cpus` of the cluster's CPUs a task. Ray must be running.
+    Each window of `window` draws is one Ray Data execution, and the next one starts while images of the last are still
+    in the queue; files are read by the tasks that decode them, each with `num_cpus` CPUs. Ray must be running.
 
-    A picture that cannot be decoded is reported once (`bad`: address and reason) and the next one in index order that
-    can be is used instead, in this and all later draws of it; `replaced` counts those. A file that cannot be read is a
-    StorageError. ResourceError when nothing came for `stall_seconds` and the cluster has no CPU free.
+    An image that cannot be decoded is reported once in `bad` (URI and reason), and the next one in index order is used
+    in its place, in this and all later draws; `replaced` counts those. Raises StorageError for a file that cannot be
+    read, and ResourceError when no image arrives for `stall_seconds` and the cluster has no free CPU.
     """
 
     def __init__(
@@ -73,11 +72,11 @@ class ImageStream(Iterator[np.ndarray]):
         self._window = window
         self._num_cpus = num_cpus
         self._stall_seconds = stall_seconds
-        self._instead: dict[int, int] = {}  # bad row -> the row used in its place
-        most = most_ready(self._resolution, window)
-        self._ready: queue.Queue[Found | BaseException | None] = queue.Queue(maxsize=most)
+        self._substitutes: dict[int, int] = {}  # bad row -> the row used in its place
+        most = queue_length(self._resolution, window)
+        self._ready: queue.Queue[Decoded | BaseException | None] = queue.Queue(maxsize=most)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._produce, name="picture-stream", daemon=True)
+        self._thread = threading.Thread(target=self._produce, name="image-stream", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Self:
@@ -100,13 +99,13 @@ class ImageStream(Iterator[np.ndarray]):
         self.close()
 
     def close(self) -> None:
-        """Stop reading ahead. Pictures not yet taken are lost."""
+        """Stop reading ahead; images in the queue are dropped."""
         if not self._stop.is_set():
             self._stop.set()
-            # A thread that waits for Ray Data cannot be woken: it ends with the window, and hands over nothing.
+            # A thread that waits for Ray Data cannot be interrupted: it ends with its window, and enqueues nothing.
             self._thread.join(timeout=CLOSE_SECONDS)
 
-    def _wait(self) -> Found | BaseException | None:
+    def _wait(self) -> Decoded | BaseException | None:
         waited = 0.0
         while True:
             try:
@@ -120,11 +119,11 @@ class ImageStream(Iterator[np.ndarray]):
                 free = _free_cpus()
                 if free < self._num_cpus:
                     return ResourceError(
-                        f"no picture for {self._stall_seconds:.0f} s: decoding needs {self._num_cpus} CPU of the "
-                        f"cluster and {free} are free. Leave some (scaling.num_workers, "
+                        f"no image for {self._stall_seconds:.0f} s: decoding needs {self._num_cpus} CPU, and the "
+                        f"cluster has {free} free. Reserve fewer for workers (scaling.num_workers, "
                         "scaling.resources_per_worker), or set data.source: resident"
                     )
-                log.warning("no picture for %.0f s; still waiting", self._stall_seconds)
+                log.warning("no image for %.0f s; still waiting", self._stall_seconds)
 
     # ---- the thread that reads ahead -------------------------------------------------------------------
 
@@ -132,13 +131,13 @@ class ImageStream(Iterator[np.ndarray]):
         try:
             while not self._stop.is_set() and (window := list(islice(self._draws, self._window))):
                 for found in self._decoded(window):
-                    if not self._hand_over(found):
+                    if not self._enqueue(found):
                         return
-            self._hand_over(None)
-        except BaseException as error:  # noqa: BLE001  raised again where the pictures are taken
-            self._hand_over(error)
+            self._enqueue(None)
+        except BaseException as error:  # noqa: BLE001  raised again in the consumer
+            self._enqueue(error)
 
-    def _hand_over(self, item: Found | BaseException | None) -> bool:
+    def _enqueue(self, item: Decoded | BaseException | None) -> bool:
         while not self._stop.is_set():
             try:
                 self._ready.put(item, timeout=POLL_SECONDS)
@@ -147,8 +146,8 @@ class ImageStream(Iterator[np.ndarray]):
                 continue
         return False
 
-    def _decoded(self, window: list[ImageView]) -> Iterator[Found]:
-        rows = [self._instead.get(draw.row, draw.row) for draw in window]
+    def _decoded(self, window: list[ImageView]) -> Iterator[Decoded]:
+        rows = [self._substitutes.get(draw.row, draw.row) for draw in window]
         self.replaced += sum(row != draw.row for row, draw in zip(rows, window, strict=True))
         jobs = [
             self._job(number, row, draw) for number, (row, draw) in enumerate(zip(rows, window, strict=True))
@@ -159,7 +158,7 @@ class ImageStream(Iterator[np.ndarray]):
             for position, pixels, height, error, failure in zip(*(batch[n] for n in names), strict=True):
                 if failure:
                     raise StorageError(str(failure))
-                assert position == given, (position, given)  # preserve_order holds
+                assert position == given, (position, given)  # guaranteed by preserve_order
                 if error:
                     self._note(rows[given], str(error))
                     self.replaced += rows[given] == window[given].row
@@ -173,7 +172,9 @@ class ImageStream(Iterator[np.ndarray]):
     def _batches(self, jobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         import ray.data
 
-        logging.getLogger("ray.data._internal.execution").setLevel(logging.WARNING)  # else a line a window
+        logging.getLogger("ray.data._internal.execution").setLevel(
+            logging.WARNING
+        )  # else it logs a line per window
         blocks = max(1, -(-len(jobs) // ROWS_PER_BLOCK))
         dataset = ray.data.from_items(jobs, override_num_blocks=blocks)
         dataset.context.execution_options.preserve_order = True
@@ -181,10 +182,10 @@ class ImageStream(Iterator[np.ndarray]):
         dataset.context.enable_progress_bars = False
         max_pixels, weighted, fit = self._max_pixels, self._weighted, self._fit
         buckets = any("://" in job["uri"] for job in jobs)
-        sent = to_send(buckets=True) if buckets else {}
+        sent = variables_to_send(buckets=True) if buckets else {}
 
         def decode(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            # Not a partial, which would show its arguments; nor a runtime environment, which Ray logs.
+            # A closure, because Ray shows the arguments of a partial and logs runtime environments.
             return decode_batch(batch, max_pixels=max_pixels, weighted=weighted, fit=fit, sent=sent)
 
         decoded = dataset.map_batches(
@@ -195,8 +196,8 @@ class ImageStream(Iterator[np.ndarray]):
         )
         yield from decoded.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
 
-    def _replacement(self, bad_row: int, draw: ImageView) -> Found:
-        """The next picture in index order that can be decoded, cropped and mirrored as the draw asks."""
+    def _replacement(self, bad_row: int, draw: ImageView) -> Decoded:
+        """Return the next image in index order that can be decoded, cropped and flipped like the draw."""
         for step in range(1, len(self._uris)):
             row = (bad_row + step) % len(self._uris)
             if self._uris[row] in self.bad:
@@ -210,10 +211,10 @@ class ImageStream(Iterator[np.ndarray]):
                 fit=self._fit,
             )
             if pixels is not None:
-                self._instead[bad_row] = self._instead[draw.row] = row
+                self._substitutes[bad_row] = self._substitutes[draw.row] = row
                 return row, pixels
             self._note(row, error)
-        raise DataError(f"none of the {len(self._uris)} pictures can be decoded; the last: {error}")
+        raise DataError(f"none of the {len(self._uris)} images can be decoded; the last error: {error}")
 
     def _size(self, draw: ImageView) -> tuple[int, int]:
         return draw.size or self._resolution
@@ -235,11 +236,11 @@ class ImageStream(Iterator[np.ndarray]):
     def _note(self, row: int, error: str) -> None:
         if self._uris[row] not in self.bad:
             self.bad[self._uris[row]] = error
-            log.warning("picture left out, the next in order is used instead: %s", error)
+            log.warning("image left out, the next one is used in its place: %s", error)
 
 
-def most_ready(size: tuple[int, int], window: int) -> int:
-    """Return how many decoded pictures of a size in pixels may wait: a window, or what fits in READY_BYTES."""
+def queue_length(size: tuple[int, int], window: int) -> int:
+    """Return the length of the queue for images of a size in pixels: a window, or what fits in READY_BYTES."""
     return max(1, min(window, READY_BYTES // (size[0] * size[1] * 4)))
 
 

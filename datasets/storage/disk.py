@@ -1,4 +1,4 @@
-"""Local files: written whole or not at all, listed without loops, system errors explained."""
+"""Local files: atomic writes, listings that follow links without loops, system errors with a remedy."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from dreamfleet.datasets.errors import StorageError
 
 log = logging.getLogger(__name__)
 
-_TEMPORARY = re.compile(r"^\..+\.tmp-[0-9a-f]{12}$")  # our unfinished writes, never listed
+_TEMPORARY = re.compile(r"^\..+\.tmp-[0-9a-f]{12}$")  # unfinished writes of this module, never listed
 
 
 @contextmanager
-def explained(verb: str, path: str) -> Iterator[None]:
-    """Turn an operating system error into a StorageError with a way out."""
+def explain_errors(verb: str, path: str) -> Iterator[None]:
+    """Turn an operating system error into a StorageError with a remedy."""
     try:
         yield
     except OSError as error:
         raise as_storage_error(verb, path, error) from error
 
 
-_WAYS_OUT = {
+_REMEDIES = {
     errno.ENOSPC: "the disk is full. Free some space, or choose a folder on another disk "
-    "(what was there before is untouched)",
+    "(earlier files are unchanged)",
     errno.EDQUOT: "your disk quota is used up. Free some space, or choose a folder on another disk",
     errno.ENOENT: "it does not exist. Check the path",
     errno.EACCES: "permission denied. Give this user access (chmod, chown), or choose another folder",
@@ -40,7 +40,7 @@ _WAYS_OUT = {
     errno.ENOTDIR: "a part of the path is a file, not a folder. Choose another path",
     errno.EISDIR: "it is a folder, not a file. Choose another path",
     errno.ENAMETOOLONG: "the name is too long for this file system. Choose a shorter one",
-    errno.ELOOP: "its links point at each other. Mend the links",
+    errno.ELOOP: "its links form a loop. Correct the links",
     errno.EMFILE: "too many open files. Raise the limit (ulimit -n)",
     errno.ESTALE: "the network file system lost it. Mount it again",
     errno.EIO: "the disk reported a failure. Check the disk, or choose another one",
@@ -48,23 +48,23 @@ _WAYS_OUT = {
 
 
 def as_storage_error(verb: str, path: str, error: OSError) -> StorageError:
-    way_out = _WAYS_OUT.get(error.errno or 0, f"{type(error).__name__}: {error.strerror or error}")
-    return StorageError(f"cannot {verb} {path}: {way_out}")
+    remedy = _REMEDIES.get(error.errno or 0, f"{type(error).__name__}: {error.strerror or error}")
+    return StorageError(f"cannot {verb} {path}: {remedy}")
 
 
 def inside(name: str) -> str:
-    """Return a name relative to a folder; StorageError for one that leads out of it.
+    """Return a name relative to a folder unchanged. Raises StorageError for one that leaves the folder.
 
-    Names come from manifests, tables and other people's buckets as well.
+    Names may come from manifests, tables and buckets of other people.
     """
     if ".." in name.split("/"):
-        raise StorageError(f"{name!r} leads out of its folder, and is neither read nor written")
+        raise StorageError(f"{name!r} leaves its folder, and is neither read nor written")
     return name
 
 
 @contextmanager
-def full_disk_told(path: str) -> Iterator[None]:
-    """Make a full disk an OSError where a library (torch, safetensors) hides it in its own error."""
+def explains_full_disk(path: str) -> Iterator[None]:
+    """Raise OSError for a full disk where a library (torch, safetensors) raises an error of its own."""
     try:
         yield
     except Exception as error:
@@ -76,23 +76,23 @@ def full_disk_told(path: str) -> Iterator[None]:
 
 def _as_full_disk(error: Exception, path: str) -> OSError | None:
     text = str(error)
-    told = "No space left" in text or "os error 28" in text
+    reported = "No space left" in text or "os error 28" in text
     torch_failed = "PytorchStreamWriter" in text or "inline_container" in text or "iostream error" in text
-    if told or (torch_failed and shutil.disk_usage(os.path.dirname(path)).free < 1 << 24):
+    if reported or (torch_failed and shutil.disk_usage(os.path.dirname(path)).free < 1 << 24):
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
     return None
 
 
 @contextmanager
-def appearing(path: str, *, durable: bool = True) -> Iterator[str]:
-    """Give a temporary name beside `path` that becomes `path` when the block ends well, and vanishes else.
+def atomic_write(path: str, *, durable: bool = True) -> Iterator[str]:
+    """Yield a temporary name beside `path`, which is renamed to `path` at the end, or removed if the block raises.
 
-    `durable` waits until the disk has it; a copy of something kept elsewhere need not. The files follow the
-    umask (or the folder's default ACL) even where a library does not: a colleague may have to read them.
+    With `durable` the data are synced to the disk; copies of files kept elsewhere do not need it. File modes follow the
+    umask (or the folder's default ACL) even where a library restricts them, so that other users can read the files.
     """
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
-    name = os.fsdecode(os.fsencode(os.path.basename(path))[:200])  # bytes are what file systems count
+    name = os.fsdecode(os.fsencode(os.path.basename(path))[:200])  # file systems limit bytes, not characters
     temporary = os.path.join(folder, f".{name}.tmp-{secrets.token_hex(6)}")
     try:
         yield temporary
@@ -118,16 +118,16 @@ def _files_of(path: str) -> list[str]:
 
 
 def _follow_umask(files: list[str]) -> None:
-    """Open files that a library made for its user alone, as safetensors does, as far as the umask allows."""
-    closed = [name for name in files if not stat.S_IMODE(os.stat(name).st_mode) & 0o077]
-    if not closed:
+    """Give files that a library restricts to their owner, as safetensors does, the mode that the umask allows."""
+    restricted = [name for name in files if not stat.S_IMODE(os.stat(name).st_mode) & 0o077]
+    if not restricted:
         return
-    # A process cannot look its umask up without changing it, for all its threads.
-    probe = f"{closed[0]}-mode"
+    # A process cannot read its umask without changing it for all its threads.
+    probe = f"{restricted[0]}-mode"
     os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     mode = stat.S_IMODE(os.stat(probe).st_mode)
     os.unlink(probe)
-    for name in closed:
+    for name in restricted:
         os.chmod(name, mode)
 
 
@@ -154,22 +154,27 @@ def _unlink_quietly(path: str) -> None:
 
 
 def copy_file(source: str, target: str) -> None:
-    """Copy one file; the copy appears whole or not at all."""
-    with explained("read", source):
-        file = open(source, "rb")  # noqa: SIM115  closed below; opened here so that its errors name the source
-    with file, explained("write", target), appearing(target) as temporary, open(temporary, "wb") as copy:
+    """Copy one file; the copy appears complete or not at all."""
+    with explain_errors("read", source):
+        file = open(source, "rb")  # noqa: SIM115  closed below; opened here so that errors name the source
+    with (
+        file,
+        explain_errors("write", target),
+        atomic_write(target) as temporary,
+        open(temporary, "wb") as copy,
+    ):
         shutil.copyfileobj(file, copy, 1 << 20)
 
 
 def tree_size(path: str) -> int:
-    """Bytes of a file, or of all files under a folder."""
+    """Return the size in bytes of a file, or of all files below a folder."""
     if not os.path.isdir(path):
         return os.path.getsize(path)
     return sum(os.path.getsize(os.path.join(path, name)) for name in walk(path, True, None))
 
 
 def remove_tree(path: str) -> None:
-    """Remove a file, a link or a whole folder; what is not there needs no removing."""
+    """Remove a file, a link or a whole folder, if it exists."""
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     elif os.path.lexists(path):
@@ -177,7 +182,7 @@ def remove_tree(path: str) -> None:
 
 
 def walk(root: str, recursive: bool, on_error: Callable[[str, StorageError], None] | None) -> Iterator[str]:
-    """Names of regular files, and of links that lead nowhere (reading tells what is wrong with those)."""
+    """Yield the names of regular files below a folder, and of dangling links, whose reading raises a clear error."""
     pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while pending:
         rel, above = pending.pop()
@@ -191,13 +196,13 @@ def walk(root: str, recursive: bool, on_error: Callable[[str, StorageError], Non
         except FileNotFoundError:
             continue
         except OSError as error:
-            explained = as_storage_error("list", folder, error)
+            failure = as_storage_error("list", folder, error)
             if on_error is None or not rel:
-                raise explained from error
-            on_error(folder, explained)
+                raise failure from error
+            on_error(folder, failure)
             continue
         here = (status.st_dev, status.st_ino)
-        if here in above:  # a link to a folder we are inside of
+        if here in above:  # a link to one of its own parent folders
             continue
         for entry in entries:
             name = f"{rel}/{entry.name}" if rel else entry.name
@@ -213,6 +218,6 @@ def _kind(entry: os.DirEntry[str]) -> str:
     try:
         if entry.is_dir():
             return "folder"
-        return "file" if entry.is_file() or entry.is_symlink() else "other"  # a pipe would never end
-    except OSError:  # a link to itself, a folder that may be listed and not entered: reading will tell
+        return "file" if entry.is_file() or entry.is_symlink() else "other"  # reading a pipe would never end
+    except OSError:  # a link to itself, or a folder without permission to enter: reading raises a clear error
         return "file"

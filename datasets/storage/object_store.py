@@ -1,4 +1,4 @@
-"""A connection to one bucket of an object store: opened with the machine's own keys, retried, its errors explained."""
+"""A connection to one bucket of an object store, with retries and error messages that name the remedy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _KEYLESS_KINDS = {"NoCredentialsError", "PartialCredentialsError", "TokenRetriev
 
 
 class Bucket:
-    """Runs requests against one bucket. Not to be pickled: Storage opens a new one on the other machine."""
+    """Runs requests against one bucket. Cannot be pickled: each process opens its own, with its own keys."""
 
     def __init__(self, scheme: str, name: str) -> None:
         self.scheme = scheme
@@ -41,10 +41,10 @@ class Bucket:
         self._opened: tuple[int, Any] | None = None
 
     def run(self, verb: str, path: str, action: Callable[[Any, str], T]) -> T:
-        """Give `action(fsspec file system, key)`, begun again where an answer broke off.
+        """Return `action(fsspec file system, key)`; run it again when an answer breaks off.
 
-        Each request of the action was tried again by itself (see :func:`next_wait`). `verb` and `path` are for the
-        message of the StorageError that all other failures become.
+        Single requests within the action are retried as well, by the same policy (:mod:`retry`); those of `gs://` by
+        gcsfs alone. All other failures become a StorageError whose message names `verb` and `path`.
         """
         key, attempt, first_failure = path.partition("://")[2], 0, 0.0
         while True:
@@ -56,13 +56,13 @@ class Bucket:
             except Exception as error:
                 first_failure = first_failure or time.monotonic()
                 wait = next_wait(attempt, time.monotonic() - first_failure)
-                if wait is None or not is_broken_off(error):
+                if wait is None or self.scheme != "s3" or not is_broken_off(error):
                     raise StorageError(masked(self._explain(verb, path, error))) from error
-                log.warning("cannot %s %s yet (%s): trying again in %.1f s", verb, path, kind_of(error), wait)
+                log.warning("cannot %s %s (%s): retrying in %.1f s", verb, path, kind_of(error), wait)
                 time.sleep(wait)
 
     def exists(self) -> bool:
-        """Say whether the bucket itself exists."""
+        """Return whether the bucket itself exists."""
         try:
             self.file_system().ls(self.name, detail=False)
         except FileNotFoundError:
@@ -70,7 +70,7 @@ class Bucket:
         return True
 
     def file_system(self) -> Any:
-        """The fsspec file system of this process: its event loop does not survive a fork."""
+        """Return the fsspec file system of this process: its event loop does not survive a fork."""
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = (os.getpid(), _open_file_system(self.scheme))
         return self._opened[1]
@@ -78,8 +78,8 @@ class Bucket:
     def _explain(self, verb: str, path: str, error: Exception) -> str:
         endpoint = _endpoint() if self.scheme == "s3" else None
         where = f" at {endpoint}" if endpoint else ""
-        absent = isinstance(error, (FileNotFoundError, PermissionError)) and self._surely_missing()
-        if absent:  # some servers deny a write to a bucket that is not there
+        missing = isinstance(error, (FileNotFoundError, PermissionError)) and self._is_missing()
+        if missing:  # some servers answer a write to a missing bucket with access denied
             return (
                 f"cannot {verb} {path}: bucket {self.name!r} does not exist{where}. "
                 "Create it, or correct its name"
@@ -89,12 +89,12 @@ class Bucket:
         if is_one_of(error, _KEYLESS_KINDS):
             return (
                 f"cannot {verb} {path}: no access keys found. Set AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, here (workers are sent them), or give the machines a role"
+                "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, here (workers receive them), or give the machines a role"
             )
         if isinstance(error, PermissionError):
             return (
-                f"cannot {verb} {path}: access denied{where}. Check the access keys (wrong or expired?) and "
-                "that they may list, read and write this bucket"
+                f"cannot {verb} {path}: access denied{where}. Check that the access keys are correct and "
+                "not expired, and that they may list, read and write this bucket"
             )
         if is_transient(error) or isinstance(error, (ConnectionError, TimeoutError)):
             return (
@@ -103,18 +103,18 @@ class Bucket:
             )
         if isinstance(error, OSError) and error.errno in TRANSIENT_ERRNO:
             return (
-                f"cannot {verb} {path}: the server{where} kept failing ({error}). It is overloaded or broken: try "
+                f"cannot {verb} {path}: the server{where} kept failing ({error}). It is overloaded or broken; try "
                 "again later"
             )
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return str(as_storage_error(verb, getattr(error, "filename", None) or path, error))
         return f"cannot {verb} {path}: {kind_of(error)}: {error}"
 
-    def _surely_missing(self) -> bool:
+    def _is_missing(self) -> bool:
         try:
             return not self.exists()
-        except Exception as error:  # noqa: BLE001  the first error is the one to tell of
-            log.debug("could not look at bucket %s: %s", self.name, kind_of(error))
+        except Exception as error:  # noqa: BLE001  the first error is the one to report
+            log.debug("could not list bucket %s: %s", self.name, kind_of(error))
             return False
 
 
@@ -125,13 +125,13 @@ def is_address(text: str) -> bool:
 
 
 def parse_address(text: str) -> tuple[str, str]:
-    """Split an address into (scheme, whole address); scheme "" and an absolute path for local ones."""
+    """Return (scheme, full address) of an address; for a local path the scheme is "" and the path absolute."""
     scheme, separator, rest = text.partition("://")
     if scheme == "file":
         text, separator = rest, ""
     if not separator:
         if not text:
-            raise StorageError("empty path: name a folder or a bucket (s3://bucket/prefix)")
+            raise StorageError("empty path: give a folder or a bucket (s3://bucket/prefix)")
         return "", os.path.abspath(os.path.expanduser(text))
     scheme = _OTHER_NAMES.get(scheme, scheme)
     if scheme not in SCHEMES:
@@ -153,7 +153,7 @@ def is_folder(file_system: Any, key: str) -> bool:
 
 
 def bucket_has(file_system: Any, key: str) -> bool:
-    """Say whether a key is there, or a file below it."""
+    """Return whether a key exists, or a file below it."""
     try:
         return not is_folder(file_system, key) or bool(first_file(file_system, key))
     except FileNotFoundError:
@@ -161,7 +161,7 @@ def bucket_has(file_system: Any, key: str) -> bool:
 
 
 def first_file(file_system: Any, key: str) -> list[str]:
-    """List a file below a key, at any depth, and look no further; FileNotFoundError without the key."""
+    """Return a list of one file below a key, at any depth, or []. Raises FileNotFoundError without the key."""
     entries = file_system.ls(key, detail=True)
     if files := [entry["name"] for entry in entries if _is_file(entry) and entry["name"] != key]:
         return files[:1]
@@ -171,7 +171,7 @@ def first_file(file_system: Any, key: str) -> list[str]:
 
 
 def bucket_files(file_system: Any, key: str, recursive: bool) -> list[str]:
-    """Names of the files below a key, relative to it, sorted; FileNotFoundError when there are none."""
+    """Return the names of the files below a key, relative to it, sorted. Raises FileNotFoundError without any."""
     if recursive:
         entries = list(file_system.find(key, detail=True).values())
     else:
@@ -182,13 +182,13 @@ def bucket_files(file_system: Any, key: str, recursive: bool) -> list[str]:
 
 
 def bucket_folders(file_system: Any, key: str) -> list[str]:
-    """Names of the folders directly below a key with files in them, sorted; FileNotFoundError without the key."""
+    """Return the names of the direct subfolders with files, sorted. Raises FileNotFoundError without the key."""
     folders = _folders(file_system.ls(key, detail=True), key)
     return [folder.rsplit("/", 1)[1] for folder in folders if first_file(file_system, folder)]
 
 
 def bucket_size(file_system: Any, key: str) -> int:
-    """Bytes of an object, or of all objects below a key."""
+    """Return the size in bytes of an object, or of all objects below a key."""
     info = file_system.info(key)
     if info["type"] != "directory":
         return int(info["size"])
@@ -196,7 +196,7 @@ def bucket_size(file_system: Any, key: str) -> int:
 
 
 def _is_file(entry: dict[str, Any]) -> bool:
-    """Whether a listed object is content: consoles and Hadoop make empty objects that stand for folders."""
+    """Return whether a listed object is a file: consoles and Hadoop create empty objects as markers of folders."""
     return entry["type"] != "directory" and not entry["name"].endswith(("/", "_$folder$"))
 
 
@@ -217,8 +217,7 @@ def _open_file_system(scheme: str) -> Any:
             return fsspec.filesystem("gs", use_listings_cache=False)
         except ImportError as error:
             raise StorageError("gs:// needs the gcsfs package: pip install gcsfs") from error
-    # fsspec keeps one instance per thread and set of arguments: the keys are among the arguments so that a
-    # change of the environment is seen.
+    # fsspec caches instances by thread and arguments; with the keys among them, a changed environment has effect.
     file_system = fsspec.filesystem(
         "s3",
         session=_session(os.getpid(), os.environ.get("AWS_PROFILE")),
@@ -237,9 +236,9 @@ def _open_file_system(scheme: str) -> Any:
     return file_system
 
 
-@functools.cache  # a session is one of the arguments that fsspec keeps instances by
+@functools.cache  # the session is one of the arguments by which fsspec caches instances
 def _session(process: int, profile: str | None) -> Any:
-    """Open a session of botocore whose requests follow our policy."""
+    """Open a botocore session whose requests follow the retry policy."""
     from aiobotocore.session import AioSession
 
     session = AioSession()
@@ -262,7 +261,7 @@ def _needs_retry(
     wait = next_wait(attempts, now - request_dict["context"].setdefault("first_failure", now))
     if wait is not None:
         log.warning(
-            "%s %s failed (%s): trying again in %.1f s",
+            "%s %s failed (%s): retrying in %.1f s",
             operation.name,
             request_dict["url_path"],
             reason,

@@ -1,4 +1,4 @@
-"""Files that are read in pieces, on disk or in a bucket, as pyarrow wants them."""
+"""Reads byte ranges of files, on disk or in a bucket, through the file interface of pyarrow."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from contextlib import contextmanager
 
 import pyarrow as pa
 
-from dreamfleet.datasets.storage.disk import explained
+from dreamfleet.datasets.storage.disk import explain_errors
 from dreamfleet.datasets.storage.object_store import Bucket
 from dreamfleet.datasets.storage.storage import Storage
 
 
 @contextmanager
-def pieces_of(storage: Storage, rel: str, *, size: int) -> Iterator[pa.NativeFile]:
-    """Open a file of ``size`` bytes for reading pieces of it: mapped on disk, by ranges from a bucket. StorageError."""
+def open_ranges(storage: Storage, rel: str, *, size: int) -> Iterator[pa.NativeFile]:
+    """Open a file of ``size`` bytes: memory-mapped on disk, by range requests in a bucket. Raises StorageError."""
     path = storage.path(rel)
     if storage.is_local:
-        with explained("read", path):
+        with explain_errors("read", path):
             mapped = pa.memory_map(path)
         with mapped:
             yield mapped
@@ -29,7 +29,7 @@ def pieces_of(storage: Storage, rel: str, *, size: int) -> Iterator[pa.NativeFil
 
 
 class _Ranges(io.RawIOBase):
-    """A file in a bucket: each read is one request for just these bytes."""
+    """A file in a bucket; each read is one range request."""
 
     def __init__(self, bucket: Bucket, path: str, size: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a run would see of its pictures: sizes, crops, copies, captions, and what a person had better mend. No model."""
+"""Surveys the images of a recipe as a run would use them: sizes, crops, copies, captions, and advice. No model."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from dreamfleet.datasets.buckets import training_sizes
 from dreamfleet.datasets.captions import split_tags
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.index.sets import Sets, load_class_images, load_sets
-from dreamfleet.datasets.tools.pixel_statistics import copies, look_at_all, near_copies
+from dreamfleet.datasets.tools.pixel_statistics import copies, examine_all, near_copies
 
-NEARLY_ALL_CUT_OFF = 0.9  # of one picture
-MUCH_CUT_OFF = 0.2  # part of a picture that the crop takes away, on average
+NEARLY_ALL_CUT_OFF = 0.9  # fraction of one image
+MUCH_CUT_OFF = 0.2  # fraction that crops remove, mean over images
 
 Three = tuple[int, int, int]  # smallest, median, largest
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What a run would see. Places are addresses; sizes are in pixels, after the EXIF turn."""
+    """Properties of an image set. Images are named by URI; sizes are in pixels, after the EXIF rotation."""
 
     pictures: int
-    draws: int  # uses of pictures an epoch: repeats counted
+    draws: int  # uses of images per epoch, with repeats
     class_pictures: dict[str, int]
-    megapixels: float  # all pictures together
+    megapixels: float  # of all images
     width: Three
     height: Three
-    shown_at: dict[str, int]  # "512x512" -> pictures
+    shown_at: dict[str, int]  # "512x512" -> images
     enlarged: int
     largest_scale: float
-    cut_off: float  # part of a picture's area, mean over pictures
+    cut_off: float  # fraction of an image's area, mean over images
     most_cut_off: float
     formats: dict[str, int]
     profiles: dict[str, int]  # colour profiles that are converted to sRGB
@@ -43,20 +43,18 @@ class Survey:
     turned: int
     grey: int
     captioned: int
-    tokens: Three  # of the longest caption of each picture
+    tokens: Three  # of the longest caption of each image
     tokenizer: str
     max_tokens: int
     tags: dict[str, int]  # most frequent first
     copies: list[list[str]]
     near: list[list[str]]
     bad: dict[str, str]  # file -> reason
-    skipped: list[dict[str, Any]]  # what is rightly passed over: place, reason, files
-    others: dict[str, int]  # files that are no images, by ending
-    shared: dict[str, list[str]]  # caption file -> the images that all read it
-    extreme: dict[
-        str, str
-    ]  # images of which nearly all is cut off: their size, and how much they are enlarged
-    wordless: list[str]  # images without a caption, where no prompt stands in
+    skipped: list[dict[str, Any]]  # skipped on purpose: place, reason, files
+    others: dict[str, int]  # other files, by extension
+    shared: dict[str, list[str]]  # caption file -> the images that share it
+    extreme: dict[str, str]  # images that are nearly all cut off -> size and enlargement
+    wordless: list[str]  # images without caption and prompt
     warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -70,16 +68,17 @@ def survey(
     count_tokens: Callable[[str], int],
     tokenizer: str = "",
     max_tokens: int = 75,
-    apart: Mapping[str, str] = MappingProxyType({}),
+    excluded: Mapping[str, str] = MappingProxyType({}),
     progress: Callable[[int, int], None] | None = None,
 ) -> Survey:
-    """Read all pictures a recipe's `data:` section names, with the code that training reads them by.
+    """Read all images that a `data:` section names, with the code that training uses.
 
-    ``count_tokens(text)`` measures captions. Raises DataError as a run would, when there is no usable picture.
+    ``count_tokens(text)`` returns the length of a caption. Raises DataError as a run would, for example when there is
+    no usable image.
     """
-    sets = load_sets(data, verify=True, apart=apart)
+    sets = load_sets(data, verify=True, excluded=excluded)
     rows = sets.instances.rows()
-    looks = list(look_at_all(rows, data.max_pixels, progress))
+    facts = list(examine_all(rows, data.max_pixels, progress))
     sizes = training_sizes(sets.instances.sizes(), data)
     pairs = list(zip(rows, sizes, strict=True))
     scales = [max(size[0] / row.width, size[1] / row.height) for row, size in pairs]
@@ -89,7 +88,7 @@ def survey(
     ]
     captions = [row.caption for row in rows if row.caption and data.use_captions]
     lengths = [max(count_tokens(line) for line in caption.splitlines()) for caption in captions]
-    same, near = copies(rows), near_copies(rows, looks)
+    same, near = copies(rows), near_copies(rows, facts)
     found = Survey(
         pictures=len(rows),
         draws=sum(row.repeats for row in rows),
@@ -102,12 +101,12 @@ def survey(
         largest_scale=max(scales),
         cut_off=max(0.0, statistics.fmean(losses)),
         most_cut_off=max(0.0, *losses),
-        formats=dict(Counter(look.format for look in looks).most_common()),
-        profiles=dict(Counter(look.profile for look in looks if look.profile).most_common()),
+        formats=dict(Counter(one.format for one in facts).most_common()),
+        profiles=dict(Counter(one.profile for one in facts if one.profile).most_common()),
         masks=sum(row.mask is not None for row in rows),
-        transparent=sum(look.transparent for look in looks),
-        turned=sum(look.turned for look in looks),
-        grey=sum(look.grey for look in looks),
+        transparent=sum(one.transparent for one in facts),
+        turned=sum(one.turned for one in facts),
+        grey=sum(one.grey for one in facts),
         captioned=len(captions),
         tokens=_three(lengths or [0]),
         tokenizer=tokenizer,
@@ -138,7 +137,7 @@ def survey(
 
 
 def tag_counts(captions: Sequence[str]) -> dict[str, int]:
-    """Count in how many captions each comma-separated tag stands: most frequent first, then by alphabet."""
+    """Count the captions with each comma-separated tag: most frequent first, then alphabetically."""
     counts = Counter(
         tag
         for caption in captions
@@ -158,45 +157,45 @@ def _class_images(data: DataConfig, sets: Sets) -> dict[str, int]:
 
 
 def _warnings(found: Survey, data: DataConfig, sets: Sets, too_long: int) -> Iterator[str]:
-    """Say what is amiss and the way out, the gravest first."""
+    """Yield warnings with a remedy, the most severe first."""
     if found.bad:
-        yield f"{_count(len(found.bad), 'file')} cannot be used: replace or remove what is listed above"
+        yield f"{_count(len(found.bad), 'file')} cannot be used: replace or remove the files listed above"
     if found.enlarged:
         yield (
-            f"{_count(found.enlarged, 'picture')} smaller than what is trained on, enlarged up to "
-            f"{found.largest_scale:.2f} times: use larger ones, a lower data.resolution, or data.enable_bucket with "
+            f"{_count(found.enlarged, 'image')} below the training size, enlarged up to "
+            f"{found.largest_scale:.2f} times: use larger images, a lower data.resolution, or data.enable_bucket with "
             "data.bucket_no_upscale"
         )
     if found.cut_off > MUCH_CUT_OFF:
-        way_out = (
-            "limits nearer to the pictures' shapes" if data.enable_bucket else "data.enable_bucket: true"
+        remedy = (
+            "bucket limits closer to the images' shapes" if data.enable_bucket else "data.enable_bucket: true"
         )
         yield (
-            f"the crop takes {found.cut_off:.0%} of a picture: set {way_out}, or cut them by "
+            f"crops remove {found.cut_off:.0%} of an image on average: set {remedy}, or crop with "
             "`dreamfleet data prepare --mode smart`"
         )
     if found.extreme:
-        place, told = next(iter(found.extreme.items()))
+        place, details = next(iter(found.extreme.items()))
         yield (
-            f"{_count(len(found.extreme), 'picture')} of an extreme shape, such as {place} ({told}): crop by hand, or "
-            "remove"
+            f"{_count(len(found.extreme), 'image')} of an extreme shape, such as {place} ({details}): crop or remove "
+            "them"
         )
     if lone := sum(count == 1 for count in found.shown_at.values()) if data.enable_bucket else 0:
-        yield f"{_count(lone, 'bucket')} of a single picture: its batches repeat it; set larger bucket_reso_steps"
+        yield f"{_count(lone, 'bucket')} of a single image, which its batches repeat: set larger bucket_reso_steps"
     if found.copies:
         extra = sum(len(group) - 1 for group in found.copies)
-        yield f"{_count(extra, 'copy', 'copies')} of another picture: it counts more often; remove them"
+        yield f"{_count(extra, 'copy', 'copies')} of another image, which is used more often: remove them"
     if found.near:
-        yield f"{_count(len(found.near), 'group')} of nearly the same pictures: keep the best of each"
+        yield f"{_count(len(found.near), 'group')} of near duplicates: keep the best of each"
     if found.transparent and not data.alpha_mask:
         yield (
-            f"{_count(found.transparent, 'picture')} with transparent parts, laid over white: data.alpha_mask: true "
-            "keeps those out of the loss"
+            f"{_count(found.transparent, 'image')} with transparent parts, composited over white: data.alpha_mask: "
+            "true excludes these from the loss"
         )
     if found.masks and not data.alpha_mask:
-        yield f"{_count(found.masks, 'mask')} not used: set data.alpha_mask: true"
+        yield f"{_count(found.masks, 'mask')} that are not used: set data.alpha_mask: true"
     if 0 < found.grey < found.pictures:
-        yield f"{_count(found.grey, 'grey picture')} among coloured ones: remove them, or say so in their captions"
+        yield f"{_count(found.grey, 'grey image')} among colour images: remove them, or mention it in their captions"
     yield from _caption_warnings(found, data, sets, too_long)
 
 
@@ -204,15 +203,15 @@ def _caption_warnings(found: Survey, data: DataConfig, sets: Sets, too_long: int
     bare = found.pictures - found.captioned
     if found.wordless:
         yield (
-            f"{_count(len(found.wordless), 'picture')} without words, such as {found.wordless[0]}: write a .txt file "
+            f"{_count(len(found.wordless), 'image')} without caption, such as {found.wordless[0]}: write a .txt file "
             "beside each (`dreamfleet data caption`), or set data.instance_prompt"
         )
     elif bare and found.captioned:
-        yield f"{_count(bare, 'picture')} without a caption of its own: the instance_prompt stands in"
+        yield f"{_count(bare, 'image')} without a caption, trained with the instance_prompt"
     if too_long:
         yield (
-            f"{_count(too_long, 'caption')} of more than {found.max_tokens} tokens, cut there: shorten, or set "
-            "model.max_token_length to 150 or 225"
+            f"{_count(too_long, 'caption')} of more than {found.max_tokens} tokens, which are cut: shorten them, or "
+            "set model.max_token_length to 150 or 225"
         )
 
 

@@ -1,4 +1,4 @@
-"""What the pixels of images tell: format, colour profile, transparency, greys, and which are copies of each other."""
+"""Statistics that need decoded pixels: format, colour profile, transparency, greyscale, and near duplicates."""
 
 from __future__ import annotations
 
@@ -18,43 +18,43 @@ from dreamfleet.datasets.index.index import Row
 from dreamfleet.datasets.index.sources import read_image_file
 
 ORIENTATION_TAG = 0x0112
-GREY_WITHIN = 3  # the channels of a grey picture differ by no more, of 255
-NEAR_BITS = 4  # pictures whose hashes differ in no more of 64 bits are nearly the same
-PAIRS_AT_ONCE = 2**22  # of hashes that are compared: 32 MB
+GREY_WITHIN = 3  # largest difference of the channels of a grey image, of 255
+NEAR_BITS = 4  # largest difference of the hashes of near duplicates, of 64 bits
+PAIRS_AT_ONCE = 2**22  # of hashes, compared in one array operation: 32 MB
 
 
-class Look(NamedTuple):
-    """What the pixels of one picture tell."""
+class PixelFacts(NamedTuple):
+    """Properties of one decoded image."""
 
     format: str
     transparent: bool
     turned: bool
     grey: bool
     hash: int
-    profile: str = ""  # that is converted to sRGB
+    profile: str = ""  # name of a profile that is converted to sRGB
 
 
 def difference_hash(image: Image.Image) -> int:
-    """Hash a picture to 64 bits that stay nearly the same under scaling and compression.
+    """Return a 64-bit perceptual hash, which changes little under scaling and compression.
 
-    The difference hash: whether each cell of an 8 x 8 grid is darker than its right neighbour.
+    The difference hash: one bit for each cell of an 8 x 8 grid, set if its right neighbour is brighter.
     """
     cells = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     bits = (cells[:, 1:] > cells[:, :-1]).reshape(-1)
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-def look_at(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Look:
-    """Decode a picture to tell what its header does not. DataError naming ``uri``."""
+def examine(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> PixelFacts:
+    """Decode an image and return its properties. Raises DataError naming ``uri``."""
     rgb, alpha = open_with_alpha(data, uri=uri, max_pixels=max_pixels)
     small = np.asarray(rgb.resize((64, 64), Image.Resampling.BOX), dtype=np.int16)
     with Image.open(io.BytesIO(data)) as image:
         kind = str(image.format)
         try:
             turned = image.getexif().get(ORIENTATION_TAG, 1) in range(2, 9)
-        except Exception:  # noqa: BLE001  broken EXIF data raise anything; the picture itself is good
+        except Exception:  # noqa: BLE001  broken EXIF data raise anything, and the image may be good
             turned = False
-    return Look(
+    return PixelFacts(
         kind,
         alpha is not None and alpha.getextrema() != (255, 255),
         turned,
@@ -64,41 +64,41 @@ def look_at(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Look:
     )
 
 
-def look_at_all(
+def examine_all(
     rows: Sequence[Row], max_pixels: int, progress: Callable[[int, int], None] | None
-) -> Iterator[Look]:
-    """Decode images, several at once -> what each tells, in their order."""
+) -> Iterator[PixelFacts]:
+    """Yield the properties of images in their order, decoding several in parallel."""
 
-    def look(row: Row) -> Look:
-        return look_at(read_image_file(row.uri), uri=row.uri, max_pixels=max_pixels)
+    def examine_row(row: Row) -> PixelFacts:
+        return examine(read_image_file(row.uri), uri=row.uri, max_pixels=max_pixels)
 
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="survey") as pool:
-        for done, found in enumerate(pool.map(look, rows), 1):
+        for done, found in enumerate(pool.map(examine_row, rows), 1):
             yield found
             if progress is not None:
                 progress(done, len(rows))
 
 
 def copies(rows: Sequence[Row]) -> list[list[str]]:
-    """Group images of the same content."""
+    """Return groups of images with the same content, by URI."""
     places: dict[str, list[str]] = {}
     for row in rows:
         places.setdefault(row.sha256, []).append(row.uri)
     return sorted(sorted(group) for group in places.values() if len(group) > 1)
 
 
-def near_copies(rows: Sequence[Row], looks: Sequence[Look]) -> list[list[str]]:
-    """Group pictures of different files whose hashes differ in a few bits, through any chain of such pairs."""
+def near_copies(rows: Sequence[Row], facts: Sequence[PixelFacts]) -> list[list[str]]:
+    """Return groups of different images, by URI, that are connected by pairs whose hashes differ in few bits."""
     firsts = {row.sha256: number for number, row in reversed(list(enumerate(rows)))}
-    # A flat picture has no differences to hash.
-    members = [number for number in sorted(firsts.values()) if looks[number].hash]
-    # Many a set is of one scene: each hash is compared once, however many pictures have it.
+    # An image of one colour has the hash 0.
+    members = [number for number in sorted(firsts.values()) if facts[number].hash]
+    # Sets of one scene have few distinct hashes: each is compared once, however many images have it.
     hashes, which = np.unique(
-        np.array([looks[number].hash for number in members], dtype=np.uint64), return_inverse=True
+        np.array([facts[number].hash for number in members], dtype=np.uint64), return_inverse=True
     )
     leader = list(range(len(hashes)))
 
-    def lead(number: int) -> int:
+    def find_leader(number: int) -> int:
         while leader[number] != number:
             leader[number] = leader[leader[number]]
             number = leader[number]
@@ -107,11 +107,11 @@ def near_copies(rows: Sequence[Row], looks: Sequence[Look]) -> list[list[str]]:
     at_once = max(1, PAIRS_AT_ONCE // max(1, len(hashes)))
     for start in range(0, len(hashes), at_once):
         block = hashes[start : start + at_once]
-        apart = np.bitwise_count(block[:, None] ^ hashes[None, start:])
-        for one, other in zip(*np.nonzero(apart <= NEAR_BITS), strict=True):
+        distance = np.bitwise_count(block[:, None] ^ hashes[None, start:])
+        for one, other in zip(*np.nonzero(distance <= NEAR_BITS), strict=True):
             if one < other:
-                leader[lead(start + int(other))] = lead(start + int(one))
+                leader[find_leader(start + int(other))] = find_leader(start + int(one))
     groups: dict[int, list[str]] = {}
     for number, member in zip(which.tolist(), members, strict=True):
-        groups.setdefault(lead(number), []).append(rows[member].uri)
+        groups.setdefault(find_leader(number), []).append(rows[member].uri)
     return sorted(sorted(group) for group in groups.values() if len(group) > 1)

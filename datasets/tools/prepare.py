@@ -1,4 +1,4 @@
-"""A folder of pictures to one that is cut to size, with captions and masks, and a record of what came from what."""
+"""Crops a folder of images to size into another folder, with captions and masks, and a record of every output."""
 
 from __future__ import annotations
 
@@ -33,16 +33,17 @@ from dreamfleet.datasets.storage.storage import Storage
 log = logging.getLogger(__name__)
 
 MANIFEST = "prepared.json"
-SAVED_EVERY = 64  # pictures between the first writings of the manifest
+SAVED_EVERY = 64  # images before the manifest is written for the first time
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 FIELDS = ("stem", "index", "suffix")
 
 
 @dataclasses.dataclass(frozen=True)
 class Preparing:
-    """What `data prepare` does with each picture. `name` is a pattern of {stem}, {index} (from 1) and {suffix}.
+    """Options of `data prepare`. `name` is a pattern of {stem}, {index} (from 1) and {suffix}.
 
-    With `flip` a mirrored copy follows each. `alpha`: `mask` keeps transparency as a mask file, `white` forgets it.
+    With `flip` a flipped copy of each output is written. `alpha`: `mask` writes transparency as a mask file, `white`
+    drops it.
     """
 
     cutting: Cutting
@@ -54,16 +55,18 @@ class Preparing:
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
-            raise DataError(f"format {self.format!r} is not known; one of {', '.join(FORMATS)}")
+            raise DataError(f"format {self.format!r} does not exist; use one of {', '.join(FORMATS)}")
         if self.alpha not in ("mask", "white"):
-            raise DataError(f"alpha {self.alpha!r}: mask keeps transparency as a mask file, white forgets it")
+            raise DataError(
+                f"alpha {self.alpha!r}: use mask (write transparency as a mask file) or white (drop it)"
+            )
         if not 1 <= self.quality <= 100:
             raise DataError(f"quality {self.quality} is not between 1 and 100")
         name_of("a.png", 1, self.name)
 
 
 class Job(NamedTuple):
-    """One picture to prepare: its name, the stem of what is written, its mask's address, its caption."""
+    """One image to prepare: its name, the stem of its outputs, its mask's address, its caption."""
 
     name: str
     stem: str
@@ -82,22 +85,23 @@ def prepare(
     mask_dir: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Prepare the pictures of `source` into `target`, with `workers` processes; return the manifest.
+    """Prepare the images of `source` into `target` with `workers` processes, and return the manifest.
 
-    The manifest, `prepared.json` in the target, holds the settings and for every picture its sha256 and what was cut
-    from it, or why nothing was. What it already has, from the same content and settings, is not done again; outputs of
-    pictures that are gone are removed. Captions become .txt files, masks NAME.mask.png, both for every cut.
+    The manifest, `prepared.json` in the target, has the settings and, for every image, its sha256 and its outputs or
+    the reason why there are none. Images whose outputs exist for the same content and settings are not processed
+    again; outputs of images that no longer exist are removed. Every crop has its caption as a .txt file and its mask
+    as NAME.mask.png.
 
-    Raises DataError when there are no pictures, when two would be written under one name, and when the target is not
-    empty and not of an earlier call with the same settings.
+    Raises DataError when there are no images, when two outputs would have the same name, and when the target is neither
+    empty nor the output of an earlier call with the same settings.
     """
     places = Storage(source), Storage(target)
     files = ImageFolder(places[0], caption_extension=caption_extension, mask_dir=mask_dir)
     jobs = _jobs(files, how, caption_column)
     settings = json.loads(json.dumps(dataclasses.asdict(how)))
     before = _earlier(places, settings)
-    there = set(places[1].list("", True))
-    known = {name: one for name, one in before.items() if there.issuperset(files_of(one))}
+    existing = set(places[1].list("", True))
+    known = {name: one for name, one in before.items() if existing.issuperset(files_of(one))}
     entries: dict[str, Any] = dict(before)
 
     def save() -> dict[str, Any]:
@@ -119,27 +123,27 @@ def prepare(
     kept = {file for entry in entries.values() for file in files_of(entry)}
     stale = sorted({file for entry in before.values() for file in files_of(entry)} - kept)
     if stale:
-        log.info("removed %d files whose pictures are gone or changed: %s ...", len(stale), stale[0])
+        log.info("removed %d files whose images were removed or changed: %s ...", len(stale), stale[0])
     for file in stale:
         places[1].remove(file)
     return save()
 
 
 def save_points(total: int) -> Iterator[int]:
-    """Yield after how many pictures the manifest is written: a sixteenth more each time, as all of it is written."""
+    """Yield the numbers of images after which the manifest is written, at growing intervals of a sixteenth."""
     done = 0
     while (done := done + max(SAVED_EVERY, done // 16)) < total:
         yield done
 
 
 def name_of(image: str, index: int, pattern: str) -> str:
-    """Fill a name pattern for a picture, its subfolder kept: `10_cat/a.jpg` with `{index:03d}` -> `10_cat/001`."""
+    """Return an output name by a pattern, in the image's subfolder: `10_cat/a.jpg`, `{index:03d}` -> `10_cat/001`."""
     folder, _, file = image.rpartition("/")
     stem, suffix = os.path.splitext(file)
     try:
         fields = [field for _, field, _, _ in string.Formatter().parse(pattern) if field is not None]
         if unknown := [field for field in fields if field not in FIELDS]:
-            raise DataError(f"name {pattern!r}: {{{unknown[0]}}} is not known; there are {', '.join(FIELDS)}")
+            raise DataError(f"name {pattern!r}: {{{unknown[0]}}} does not exist; use {', '.join(FIELDS)}")
         made = pattern.format(stem=stem, index=index, suffix=suffix.lstrip("."))
     except (ValueError, IndexError) as error:
         raise DataError(f"name {pattern!r}: {error}. Write such as '{{stem}}-{{index:05d}}'") from error
@@ -161,7 +165,7 @@ def _jobs(files: ImageFolder, how: Preparing, caption_column: str | None) -> lis
     captions = Captions(files, caption_column).of_all(files.images)
     jobs = []
     for number, (name, caption) in enumerate(zip(files.images, captions, strict=True), 1):
-        # x.jpg and x.png become x-jpg and x-png where nothing else is said.
+        # By default, x.jpg and x.png become x-jpg and x-png.
         pattern = "{stem}-{suffix}" if how.name == "{stem}" and not files.pairs.lone(name) else how.name
         jobs.append(Job(name, name_of(name, number, pattern), files.masks.get(name), caption))
     _refuse_clashes(jobs, how)
@@ -174,32 +178,32 @@ def _refuse_clashes(jobs: Sequence[Job], how: Preparing) -> None:
         other = owners.setdefault(_folded(job.stem), job.name)
         if other != job.name:
             raise DataError(
-                f"{other} and {job.name} would both become {job.stem}.{how.format}: give a --name that tells them "
-                "apart, such as '{stem}-{suffix}' or '{index:05d}'"
+                f"{other} and {job.name} would both become {job.stem}.{how.format}: use a --name that differs, "
+                "such as '{stem}-{suffix}' or '{index:05d}'"
             )
     for job in jobs:
         origin = re.sub(r"(-\d+)?(-flip)?$", "", _folded(job.stem))
         other = owners.get(origin, job.name)
         if (how.flip or how.cutting.split) and origin != _folded(job.stem) and other != job.name:
             raise DataError(
-                f"{job.name} is called like a cut or a flip of {other}: give another --name, such as '{{index:05d}}'"
+                f"{job.name} has the name of a crop or flip of {other}: use another --name, such as '{{index:05d}}'"
             )
 
 
 def _folded(stem: str) -> str:
-    """Return what names are told apart by on every disk: some know no upper case, some one Unicode form."""
+    """Return a name as the least strict file systems compare it: without case and Unicode form."""
     return unicodedata.normalize("NFC", stem).casefold()
 
 
 def _earlier(places: tuple[Storage, Storage], settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of an earlier call to the same target; DataError when something else is there."""
+    """Return the entries of an earlier call to the same target. Raises DataError if it has other content."""
     source, target = places
     if f"{target.url}/".startswith(f"{source.url}/"):
-        raise DataError(f"the output {target.url} lies in the input {source.url}. Choose a folder elsewhere")
+        raise DataError(f"the output {target.url} is within the input {source.url}. Choose another folder")
     if not target.exists(MANIFEST):
         if target.list("", True):
             raise DataError(
-                f"{target.url} is not empty, and nothing there is overwritten. Choose another folder"
+                f"{target.url} is not empty, and its files are not overwritten. Choose another folder"
             )
         return {}
     try:
@@ -209,7 +213,7 @@ def _earlier(places: tuple[Storage, Storage], settings: dict[str, Any]) -> dict[
         raise DataError(f"{target.path(MANIFEST)} is broken ({error}). Choose another folder") from error
     if before != settings:
         raise DataError(
-            f"{target.url} was prepared with other settings (see {MANIFEST}). Choose another folder, or give the same"
+            f"{target.url} was prepared with other settings (see {MANIFEST}). Use the same, or another folder"
         )
     return entries
 
@@ -219,7 +223,7 @@ def _in_processes(calls: Sequence[tuple[Any, ...]], workers: int) -> Iterator[di
     if workers <= 1:
         yield from map(_prepare_one, calls)
         return
-    # Spawned: a fork of a process whose threads hold a bucket's connection would hang.
+    # Spawned, because a fork of a process with the threads of a bucket connection would hang.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         try:
             yield from pool.map(_prepare_one, calls, chunksize=4)
@@ -251,7 +255,7 @@ def _prepare_one(call: tuple[Storage, Storage, Job, Preparing, dict[str, Any] | 
         weights = weights.resize(image.size, Image.Resampling.BILINEAR)
     cuts = plan_cuts(image, how.cutting)
     if not cuts:
-        entry["reason"] = f"no size fits its shape, {image.width}x{image.height}"
+        entry["reason"] = f"no size fits its aspect ratio, {image.width}x{image.height}"
     for number, cut in enumerate(cuts, 1):
         for flip in (False, True) if how.flip else (False,):
             stem = job.stem + (f"-{number}" if len(cuts) > 1 else "") + ("-flip" if flip else "")

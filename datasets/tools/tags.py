@@ -1,4 +1,4 @@
-"""Captions as lists of tags: added, removed, renamed, put in order; pure text, and the files it is kept in."""
+"""Edits captions as lists of tags (add, remove, rename, sort), and the files they are in."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from dreamfleet.datasets.index.image_folder import ImageFolder
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.datasets.tools.inspect import tag_counts
 
-# Faces that are tags; the WD tagger's list, whose underscores stay.
+# Emoticons that are tags, from the list of the WD tagger; their underscores are kept.
 _FACES = "0_0 (o)_(o) +_+ +_- ._. <o>_<o> <|>_<|> =_= >_< 3_3 6_9 >_o @_@ ^_^ o_o u_u x_x |_| ||_||"
 KAOMOJI = frozenset(_FACES.split())
-BACKUPS = ".tags-before-"  # hidden: no picture or caption is looked for there
+BACKUPS = ".tags-before-"  # hidden, so it is skipped when images and captions are listed
 
 _BRACKET = re.compile(r"(?<!\\)([()])")
 
 
 @dataclass(frozen=True)
 class Edit:
-    """What is done to a caption's tags, in this order; `remove` and the left of `replace` may hold `*`.
+    """Changes of a caption's tags, in this order; `remove` and the left side of `replace` may contain `*`.
 
-    A tag matches whatever its underscores and escaped brackets: `red_hair` is `red hair`.
+    Tags are compared without underscores and escaped brackets: `red_hair` is `red hair`.
     """
 
-    spaces: bool = False  # for underscores, faces excepted
+    spaces: bool = False  # instead of underscores, except in emoticons
     replace: tuple[tuple[str, str], ...] = ()
     remove: tuple[str, ...] = ()
     add: tuple[str, ...] = ()
     prepend: tuple[str, ...] = ()
     dedupe: bool = False
     sort: bool = False
-    trigger: str = ""  # comes first, once
-    escape: bool = False  # brackets, which mean emphasis in the webui
+    trigger: str = ""  # first tag, once
+    escape: bool = False  # brackets, the webui's syntax for emphasis
 
     @property
     def changes(self) -> bool:
-        """False for an edit that leaves everything as it is."""
+        """False for an edit that changes nothing."""
         return self != Edit()
 
 
 class Captioned(NamedTuple):
-    """The captions of a folder's images, in their order, each None where there is none; ``column`` of its tables."""
+    """The captions of a folder's images in their order, None without a caption; ``column`` is that of its tables."""
 
     files: ImageFolder
     texts: dict[str, str | None]
@@ -57,12 +57,12 @@ class Captioned(NamedTuple):
 
 
 class Edited(NamedTuple):
-    """What editing a folder did: captions read, pictures without one, tags afterwards, and what changed."""
+    """The result of editing a folder: captions read, images without one, tags afterwards, and changes."""
 
     captions: int
     without: int
     tags: dict[str, int]  # most frequent first
-    changed: dict[str, dict[str, str]]  # picture's name -> "before" and "after"
+    changed: dict[str, dict[str, str]]  # name of the image -> "before" and "after"
     backup: str | None
 
 
@@ -75,9 +75,9 @@ def edit_folder(
     create: bool = False,
     caption_column: str | None = None,
 ) -> Edited:
-    """Edit the captions of a folder in place or, all of them, into the new folder `out`.
+    """Edit the captions of a folder in place, or write all of them to the new folder `out`.
 
-    With `create` images without a caption get one too. Raises DataError as read_captions and write_captions do.
+    With `create`, images without a caption get one. Raises DataError as read_captions and write_captions do.
     """
     captioned = read_captions(folder, caption_column)
     before = {name: text or "" for name, text in captioned.texts.items() if text is not None or create}
@@ -93,33 +93,33 @@ def edit_folder(
 
 
 def edit_caption(caption: str, edit: Edit) -> str:
-    """Edit the tags of a caption; each of several lines is a caption of its own."""
+    """Return a caption with its tags edited; each of several lines is a separate caption."""
     lines = [line for line in caption.splitlines() if line.strip()] or [""]
     return "\n".join(", ".join(_edit_tags(split_tags(line), edit)) for line in lines)
 
 
 def with_spaces(tag: str) -> str:
-    """Put spaces for underscores, faces such as `>_<` excepted."""
+    """Replace underscores by spaces, except in emoticons such as `>_<`."""
     return tag if tag in KAOMOJI else tag.replace("_", " ")
 
 
 def escape_brackets(tag: str) -> str:
-    """Put a backslash before round brackets that have none, outside faces."""
+    """Add a backslash before round brackets that have none, except in emoticons."""
     return tag if tag in KAOMOJI else _BRACKET.sub(r"\\\1", tag)
 
 
 def parse_replacement(text: str) -> tuple[str, str]:
-    """Read `old=new` (or `old=>new` for faces such as `=_=`). DataError for what is neither."""
+    """Parse `old=new`, or `old=>new` for tags with `=`. Raises DataError for anything else."""
     old, found, new = text.partition("=>" if "=>" in text else "=")
     if not found or not old.strip():
-        raise DataError(f"replace {text!r}: write old=new, or old=>new where a tag holds =")
+        raise DataError(f"replace {text!r}: write old=new, or old=>new if a tag contains =")
     return old.strip(), new.strip()
 
 
 def read_captions(folder: str | Storage, column: str | None = None) -> Captioned:
-    """Read the captions of all images of a folder as training would.
+    """Read the captions of all images of a folder as training does.
 
-    Raises DataError when there is no folder or no image, and for captions that are no text: all at once.
+    Raises DataError when there is no folder or no image, and one error for all captions that are not text.
     """
     files = ImageFolder(folder)
     if not files.images:
@@ -129,17 +129,17 @@ def read_captions(folder: str | Storage, column: str | None = None) -> Captioned
 
 
 def write_captions(captioned: Captioned, changed: dict[str, str], out: Storage | None) -> str | None:
-    """Write changed captions (image's name -> text) where they were, or as .txt files into `out`.
+    """Write changed captions (name of the image -> text) in place, or as .txt files into `out`.
 
-    In place each file is first copied to a hidden folder, whose address is returned. An image without a caption, or
-    with one in a file that other images read as well, gets a file of its own. Raises DataError, before anything is
-    written, for captions in tables other than metadata.jsonl, and for an `out` that is in use.
+    In place, each file is first copied to a hidden folder, whose address is returned. An image without a caption, or
+    with a caption in a file that other images share, gets its own file. Raises DataError, before anything is written,
+    for captions in tables other than metadata.jsonl, and for an `out` that is not empty.
     """
     files, storage = captioned.files, captioned.files.storage
     if out is not None:
         if out.list("", True):
             raise DataError(
-                f"{out.url} is not empty, and nothing there is overwritten. Choose another folder"
+                f"{out.url} is not empty, and its files are not overwritten. Choose another folder"
             )
         for name, text in changed.items():
             out.write_text(files.new_text_file(name), text + "\n")
@@ -159,8 +159,8 @@ def write_captions(captioned: Captioned, changed: dict[str, str], out: Storage |
     backup = BACKUPS + time.strftime("%Y%m%d-%H%M%S")
     while storage.exists(backup):
         backup += "-2"
-    there = set(storage.list("", True))
-    existing = [file for file in written if file in there]
+    files_before = set(storage.list("", True))
+    existing = [file for file in written if file in files_before]
     for file in existing:
         storage.write_bytes(f"{backup}/{file}", storage.read_bytes(file))
     for file, text in written.items():
@@ -184,9 +184,9 @@ def _edit_tags(tags: list[str], edit: Edit) -> list[str]:
         tags = list(firsts.values())
     if edit.sort:
         tags = sorted(tags, key=lambda tag: (_key(tag).casefold(), tag))
-    there = {_key(tag) for tag in tags}
-    first = [tag for tag in edit.prepend if _key(tag) not in there]
-    last = [tag for tag in edit.add if _key(tag) not in there]
+    present = {_key(tag) for tag in tags}
+    first = [tag for tag in edit.prepend if _key(tag) not in present]
+    last = [tag for tag in edit.add if _key(tag) not in present]
     tags = [*first, *tags, *last]
     if edit.trigger:
         tags = [edit.trigger, *(tag for tag in tags if _key(tag) != _key(edit.trigger))]
@@ -194,7 +194,7 @@ def _edit_tags(tags: list[str], edit: Edit) -> list[str]:
 
 
 def _key(tag: str) -> str:
-    """Return what tags are compared by."""
+    """Return a tag in the form in which tags are compared."""
     return with_spaces(composed(tag).replace("\\(", "(").replace("\\)", ")"))
 
 

@@ -1,4 +1,4 @@
-"""Buckets: pictures go where kohya's sd-scripts puts them, and every source of pictures gives batches of one size."""
+"""Buckets: images go where kohya's sd-scripts puts them, and every source of images gives batches of one size."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from PIL import Image
 
 from dreamfleet.datasets.buckets import (
     bucket_sizes,
+    describe_buckets,
     nearest_size,
     number_buckets,
     size_without_upscaling,
-    tell_buckets,
     training_sizes,
 )
 from dreamfleet.datasets.config import DataConfig
@@ -27,7 +27,7 @@ from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import Parts, assemble
 
-# What sd-scripts 48d368f (2026-02) answers: BucketManager(no_upscale, (res, res), min, max, 64).select_bucket(w, h)[0].
+# Results of sd-scripts 48d368f (2026-02): BucketManager(no_upscale, (res, res), min, max, 64).select_bucket(w, h)[0].
 KOHYA = {
     (512, 256, 1024): {
         (512, 512): (512, 512),
@@ -63,13 +63,13 @@ KOHYA_NO_UPSCALE_512 = {
 
 
 @pytest.mark.parametrize("limits", KOHYA)
-def test_images_go_to_kohyas_buckets(limits: tuple[int, int, int]) -> None:
+def test_images_are_in_the_buckets_of_kohya(limits: tuple[int, int, int]) -> None:
     resolution, smallest, largest = limits
     sizes = bucket_sizes(resolution, smallest=smallest, largest=largest, step=64)
     assert {image: nearest_size(*image, sizes) for image in KOHYA[limits]} == KOHYA[limits]
 
 
-def test_without_upscaling_they_go_to_kohyas_buckets_too() -> None:
+def test_buckets_without_upscaling_are_those_of_kohya() -> None:
     found = {p: size_without_upscaling(*p, resolution=512, step=64) for p in KOHYA_NO_UPSCALE_512}
     assert found == KOHYA_NO_UPSCALE_512
 
@@ -79,7 +79,7 @@ def test_without_upscaling_they_go_to_kohyas_buckets_too() -> None:
     height=st.integers(1, 9000),
     resolution=st.integers(4, 16).map(lambda n: n * 64),
 )
-def test_every_image_has_a_bucket_of_its_shape(width: int, height: int, resolution: int) -> None:
+def test_the_bucket_has_the_nearest_aspect_ratio(width: int, height: int, resolution: int) -> None:
     sizes = bucket_sizes(resolution, smallest=resolution // 128 * 64, largest=resolution * 2, step=64)
     chosen = nearest_size(width, height, sizes)
     assert chosen in sizes and all(side % 64 == 0 for side in chosen)
@@ -102,21 +102,21 @@ def test_sizes_of_an_index_and_their_numbers(tmp_path: Path) -> None:
     sizes = training_sizes(index.sizes(), data)
     assert [sizes[by_name[name]] for name in "abcd"] == [(576, 448), (448, 576), (512, 512), (576, 448)]
     assert [number_buckets(sizes)[by_name[name]] for name in "abcd"] == [2, 0, 1, 2]
-    assert tell_buckets(sizes) == "448x576: 1, 512x512: 1, 576x448: 2"
+    assert describe_buckets(sizes) == "448x576: 1, 512x512: 1, 576x448: 2"
     smaller = training_sizes(index.sizes(), data.model_copy(update={"bucket_no_upscale": True}))
     assert [smaller[by_name[name]] for name in "abcd"] == [(512, 384), (384, 512), (448, 448), (64, 64)]
     assert set(training_sizes(index.sizes(), DataConfig(instance_data_dir="x"))) == {(512, 512)}
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"resolution": 128}, "resolution 128 .*min_bucket_reso 256"),
         ({"max_bucket_reso": 1000}, "max_bucket_reso 1000 .*bucket_reso_steps 64"),
     ],
 )
-def test_buckets_that_cannot_be_are_told(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_invalid_bucket_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         DataConfig(instance_data_dir="x", enable_bucket=True, **changes)
     DataConfig(instance_data_dir="x", **changes)
 
@@ -135,7 +135,7 @@ def make_parts(folder: Path, **changes: Any) -> Parts:
 
 
 @pytest.mark.parametrize("how", ["cached", "decoded", "streamed"])
-def test_batches_of_every_source_are_of_one_bucket(tmp_path: Path, how: str) -> None:
+def test_batches_contain_one_bucket_for_every_data_source(tmp_path: Path, how: str) -> None:
     cached = make_parts(tmp_path)
     sources = {
         "cached": {},
@@ -149,7 +149,7 @@ def test_batches_of_every_source_are_of_one_bucket(tmp_path: Path, how: str) -> 
         shape = batch["latents"].shape
         seen.add(tuple(shape[2:]))
         assert batch["noise"].shape == shape and batch["mask"].shape == (2, 1, *shape[2:])
-        # Whatever the source: the same pictures, cut, mirrored and weighed in the same way.
+        # Every data source has the same images, crops, flips and weights.
         expected = cached.prepare(cached.feed.batch(step))
         assert torch.allclose(batch["latents"], expected["latents"], atol=1e-4)
         assert torch.equal(batch["mask"], expected["mask"])
@@ -170,7 +170,7 @@ def test_epochs_count_every_bucket(tmp_path: Path) -> None:
     assert [step for step in range(1, 25) if often.schedule.saves_at(step)] == [9, 18, 24]
 
 
-def test_buckets_that_do_not_suit_the_run_are_told(tmp_path: Path) -> None:
+def test_bucket_settings_that_conflict_with_the_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="bucket_reso_steps 10"):
         make_parts(tmp_path, data__bucket_reso_steps=10, data__min_bucket_reso=20, data__max_bucket_reso=60)
     prior = {"name": "dreambooth", "with_prior_preservation": True}

@@ -7,7 +7,7 @@ from dreamfleet.datasets.captions import (
     OBJECT_TEMPLATES,
     STYLE_TEMPLATES,
     TEMPLATE_SETS,
-    NoWords,
+    NoCaption,
     caption_from_filename,
     choose_caption,
     drop_tags,
@@ -25,7 +25,7 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-def test_templates_all_name_the_word():
+def test_every_template_contains_its_placeholder():
     assert len(OBJECT_TEMPLATES) == 27
     assert len(STYLE_TEMPLATES) == 19
     assert all("[name]" in template for template in OBJECT_TEMPLATES + STYLE_TEMPLATES)
@@ -46,12 +46,12 @@ def test_caption_from_filename_as_the_webui_does(file_name, words):
     assert caption_from_filename(file_name) == words
 
 
-def test_fill_template_puts_words_then_name():
+def test_fill_template_replaces_filewords_then_name():
     assert fill_template("[name] with [filewords]", "sks", "a [name] hat") == "sks with a sks hat"
     assert fill_template("a photo of {}", "sks", "") == "a photo of sks"
 
 
-def test_shuffle_keeps_the_first_and_loses_none():
+def test_shuffling_keeps_the_first_tags_and_drops_none():
     tags = "a, b,c ,, d, e, f, g"
     got = shuffle_tags(tags, rng(), keep_tokens=2)
     assert got.startswith("a, b, ")
@@ -67,7 +67,7 @@ def test_drop_rates():
     assert drop_tags("a, b, c", rng(), 0.0) == "a, b, c"
 
 
-def test_several_lines_are_several_captions():
+def test_lines_are_alternative_captions():
     seen = {choose_caption("one\n\n two \nthree", rng(seed)) for seed in range(30)}
     assert seen == {"one", "two", "three"}
 
@@ -85,26 +85,26 @@ def test_several_lines_are_several_captions():
         ("", {"prompt": "p"}, "p"),
     ],
 )
-def test_where_the_words_come_from(caption, given, expected):
+def test_priority_of_caption_prompt_and_template(caption, given, expected):
     assert make_caption(caption, name="sks", rng=rng(), config=PLAIN, **given) == expected
 
 
-def test_file_names_are_captions_only_where_asked_for():
+def test_file_names_are_captions_only_with_the_option():
     asked = PLAIN.model_copy(update={"caption_from_filename": True})
     named = {"file_name": "01-a blue cat.png", "rng": rng()}
     for given in ({}, {"template": "photo of [name], [filewords]"}):
-        with pytest.raises(NoWords, match="01-a blue cat"):
+        with pytest.raises(NoCaption, match="01-a blue cat"):
             make_caption(None, config=PLAIN, **given, **named)
     assert make_caption(None, config=asked, **named) == "a blue cat"
     assert make_caption(None, prompt="sks", config=asked, **named) == "a blue cat"
     assert make_caption("its own", config=asked, **named) == "its own"
     filled = make_caption(None, template="[name], [filewords]", name="sks", config=asked, **named)
     assert filled == "sks, a blue cat"
-    with pytest.raises(NoWords, match="no words"):
+    with pytest.raises(NoCaption, match="no caption"):
         make_caption(None, config=asked, file_name="0001.png", rng=rng())
 
 
-def test_options_are_for_the_subject_and_not_for_its_class():
+def test_caption_options_do_not_apply_to_class_images():
     config = DataConfig(
         instance_data_dir="x",
         caption_prefix="sks",
@@ -124,7 +124,7 @@ def test_captions_can_be_ignored():
     assert make_caption("a cat", prompt="p", rng=rng(), config=config) == "p"
 
 
-def test_no_words_at_all_is_an_error_with_a_way_out():
+def test_a_missing_caption_is_an_error_with_a_remedy():
     with pytest.raises(DataError, match=r"12\.png.*instance_prompt"):
         make_caption(None, file_name="12.png", rng=rng(), config=PLAIN)
 
@@ -136,7 +136,7 @@ def test_caption_dropout_rate():
     assert abs(made.count("") - 250) < 50
 
 
-def test_tags_are_shuffled_and_dropped_as_the_section_says():
+def test_tags_are_shuffled_and_dropped_by_the_options():
     config = DataConfig(
         instance_data_dir="x", shuffle_caption=True, keep_tokens=1, caption_tag_dropout_rate=0.5
     )
@@ -158,7 +158,7 @@ def test_prefix_and_suffix_are_part_of_the_caption():
     assert make_caption("face, b, c", rng=rng(), config=kept) == "a sks cat face"
 
 
-def test_the_separator_says_what_stays_in_front_and_behind():
+def test_tags_before_and_after_the_separator_stay():
     config = DataConfig(
         instance_data_dir="x", shuffle_caption=True, keep_tokens=3, keep_tokens_separator="|||"
     )

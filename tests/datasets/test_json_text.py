@@ -20,7 +20,7 @@ from dreamfleet.trainers.run.evaluation import Evaluation
 from dreamfleet.trainers.run.run import run_worker
 
 ROOT = Path(__file__).resolve().parents[2]
-# Where JSON is hashed, or is a part of another program's format.
+# Files that hash JSON, or write another program's format.
 WRITES_ITSELF = {
     "datasets/index/index.py", "datasets/index/labels.py", "datasets/json_text.py", "datasets/serve/latent_files.py",
     "datasets/tools/prepare.py", "trainers/batches/class_image_drawing.py", "trainers/models/sampling/infotext.py",
@@ -29,7 +29,7 @@ WRITES_ITSELF = {
 
 
 def strict(text: str) -> Any:
-    """Read JSON as a browser does."""
+    """Parse JSON as strictly as a browser."""
 
     def refuse(name: str) -> Any:
         raise AssertionError(f"{name} is no JSON")
@@ -37,10 +37,10 @@ def strict(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
-def test_numbers_that_are_not_finite_are_null_and_names_that_are_not_utf8_are_kept() -> None:
+def test_non_finite_numbers_are_null_and_non_utf8_names_are_kept() -> None:
     nan, inf = float("nan"), float("inf")
-    told = {"a": nan, "b": [1.5, -inf, (inf, 2)], "c": {"d": True, "e": None, "f": "ü\udc80"}}
-    text = json_text(told)
+    message = {"a": nan, "b": [1.5, -inf, (inf, 2)], "c": {"d": True, "e": None, "f": "ü\udc80"}}
+    text = json_text(message)
     text.encode("utf-8")
     assert strict(text) == {
         "a": None,
@@ -52,15 +52,15 @@ def test_numbers_that_are_not_finite_are_null_and_names_that_are_not_utf8_are_ke
         json_text({"a": object()})
 
 
-def test_commands_print_json_that_scripts_can_read(capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_print_strict_json(capsys: pytest.CaptureFixture[str]) -> None:
     print_json({"loss": float("nan"), "path": Path("x")})
     assert strict(capsys.readouterr().out) == {"loss": None, "path": "x"}
 
 
-def test_a_step_that_overflowed_is_a_null_in_every_file_of_a_run(
+def test_an_overflowed_step_is_null_in_all_files_of_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In fp16 a skipped step has an infinite norm; a held-out loss of a diverging run may be anything."""
+    """In fp16 a skipped step has an infinite gradient norm; the held-out loss of a diverging run may be NaN."""
     nan = float("nan")
     whole = TorchEngine.step
 
@@ -87,7 +87,7 @@ def test_a_step_that_overflowed_is_a_null_in_every_file_of_a_run(
     assert (run / "report.html").exists()
 
 
-def test_what_an_older_version_wrote_is_read(tmp_path: Path) -> None:
+def test_json_of_older_versions_is_read(tmp_path: Path) -> None:
     run = Storage(str(tmp_path))
     run.write_text("metrics.jsonl", '{"step": 1, "loss": 1.0, "grad_norm": Infinity}\n{"step": 2, "lo')
     MetricsLog(run, start_step=1)

@@ -13,7 +13,7 @@ from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.rng import key, numpy_rng
 
 
-def test_key_is_pinned_and_tells_parts_apart() -> None:
+def test_key_is_stable_and_distinguishes_parts() -> None:
     # A changed hash would change every run: this value is part of the determinism users rely on.
     assert key("noise", 1, "ab") == 7845550034051038017
     assert key(1) != key("1")
@@ -29,7 +29,7 @@ def test_key_is_pinned_and_tells_parts_apart() -> None:
     micros=st.sampled_from([1, 2]),
     step=st.integers(0, 40),
 )
-def test_workers_share_out_what_one_worker_sees(
+def test_workers_together_have_the_draws_of_one_worker(
     images: int, seed: int, batch: int, world: int, micros: int, step: int
 ) -> None:
     plan = BatchPlan([0] * images, seed=seed, global_batch=batch * world * micros)
@@ -43,7 +43,7 @@ def test_workers_share_out_what_one_worker_sees(
     assert parts == whole
 
 
-def test_every_epoch_shows_every_image_as_often_as_its_repeats_and_in_another_order() -> None:
+def test_every_epoch_has_all_repeats_in_a_new_order() -> None:
     plan = BatchPlan([0] * 5, seed=3, global_batch=1, repeats=[1, 1, 2, 1, 3])
     epochs = [[plan.draws(step)[0] for step in range(e * 8, e * 8 + 8)] for e in range(3)]
     for number, epoch in enumerate(epochs):
@@ -56,28 +56,28 @@ def test_every_epoch_shows_every_image_as_often_as_its_repeats_and_in_another_or
     assert len({tuple(draw.row for draw in epoch) for epoch in epochs}) == 3
 
 
-def test_no_draw_ever_repeats_its_noise_key() -> None:
+def test_noise_keys_never_repeat() -> None:
     plan = BatchPlan([0] * 3, seed=0, global_batch=2, repeats=[1, 2, 1])
     draws = [draw for step in range(50) for draw in plan.draws(step)]
     assert len(draws) == len(set(draws))
 
 
 @given(batch=st.integers(1, 6), step=st.integers(0, 30), seed=st.integers(0, 3))
-def test_class_partners_have_their_instances_concept(batch: int, step: int, seed: int) -> None:
+def test_class_partners_have_the_concept_of_their_instance(batch: int, step: int, seed: int) -> None:
     concepts, classes = [0, 1, 0, 1, 1], [1, 0, 0, 1, 0, 0, 1]
     plan = BatchPlan(concepts, seed=seed, global_batch=batch, class_concepts=classes)
     draws, partners = plan.draws(step), plan.class_draws(step)
     assert [concepts[d.row] for d in draws] == [classes[p.row] for p in partners]
 
 
-def test_class_images_are_each_used_once_before_any_is_used_twice() -> None:
+def test_every_class_image_is_used_before_any_is_reused() -> None:
     plan = BatchPlan([0, 0, 0], seed=1, global_batch=2, class_concepts=[0] * 8)
     used = [draw for step in range(8) for draw in plan.class_draws(step)]
     assert Counter(draw.row for draw in used) == dict.fromkeys(range(8), 2)
     assert [draw.epoch for draw in used] == [0] * 8 + [1] * 8
 
 
-def test_a_concept_without_class_images_and_an_empty_set_are_told() -> None:
+def test_missing_class_images_and_empty_sets_are_refused() -> None:
     with pytest.raises(DataError, match=r"concept 1 .*class"):
         BatchPlan([0, 1], seed=0, global_batch=1, class_concepts=[0, 0])
     with pytest.raises(DataError, match="no training"):
@@ -86,14 +86,14 @@ def test_a_concept_without_class_images_and_an_empty_set_are_told() -> None:
 
 @st.composite
 def bucketed(draw: st.DrawFn) -> tuple[list[int], list[int]]:
-    """The bucket and the repeats of one to twelve pictures."""
+    """Bucket and repeats of one to twelve images."""
     size = draw(st.integers(1, 12))
     each = st.lists(st.integers(0, 3), min_size=size, max_size=size)
     return draw(each), [1 + more for more in draw(each)]
 
 
 @given(images=bucketed(), seed=st.integers(0, 3), batch=st.integers(1, 7), step=st.integers(0, 60))
-def test_a_batch_is_of_one_bucket_on_any_number_of_workers(
+def test_a_batch_has_one_bucket_for_any_number_of_workers(
     images: tuple[list[int], list[int]], seed: int, batch: int, step: int
 ) -> None:
     buckets, repeats = images
@@ -111,7 +111,7 @@ def test_a_batch_is_of_one_bucket_on_any_number_of_workers(
 
 
 @given(images=bucketed(), seed=st.integers(0, 3), batch=st.integers(1, 20), epochs=st.integers(1, 6))
-def test_no_bucket_starves_and_none_runs_ahead(
+def test_buckets_progress_evenly(
     images: tuple[list[int], list[int]], seed: int, batch: int, epochs: int
 ) -> None:
     buckets, repeats = images
@@ -133,7 +133,7 @@ def test_one_bucket_is_the_plan_without_buckets(seed: int, batch: int, step: int
     assert BatchPlan([0] * images, buckets=[5] * images, **options).draws(step) == plain.draws(step)
 
 
-def test_buckets_take_turns_in_an_order_drawn_anew_every_epoch() -> None:
+def test_the_order_of_buckets_changes_every_epoch() -> None:
     buckets = [0] * 8 + [1] * 4
     plan = BatchPlan([0] * 12, seed=0, global_batch=2, buckets=buckets)
     assert plan.steps_in(1) == 6
@@ -147,7 +147,7 @@ def test_steps_in_epochs(epochs: float, steps: int) -> None:
     assert BatchPlan([0] * 5, seed=0, global_batch=2).steps_in(epochs) == steps
 
 
-def test_keyed_rng_does_not_depend_on_what_was_drawn_before() -> None:
+def test_keyed_rng_does_not_depend_on_earlier_draws() -> None:
     first = numpy_rng("crop", 1).random(3)
     numpy_rng("crop", 2).random(100)
     assert (numpy_rng("crop", 1).random(3) == first).all()

@@ -18,7 +18,7 @@ def registry() -> Registry[object]:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A package as pip installs it, which adds one shape."""
+    """An installed package that adds one shape."""
     (tmp_path / "toy_shapes.py").write_text("class Square: ...\n")
     info = tmp_path / "toy_shapes-1.0.dist-info"
     info.mkdir()
@@ -29,13 +29,13 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("toy_shapes", None)
 
 
-def test_entries_are_imported_when_asked_for(package: Path) -> None:
+def test_entries_are_imported_on_first_use(package: Path) -> None:
     shapes = registry()
     assert shapes.names() == ["path", "square"] and "toy_shapes" not in sys.modules
     assert shapes.get("square").__name__ == "Square" and shapes.get("path") is Path  # type: ignore[attr-defined]
 
 
-def test_an_unknown_name_gets_the_nearest_one() -> None:
+def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(UserError, match=r"'pth'.*'path'"):
         registry().get("pth")
 

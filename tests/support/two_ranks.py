@@ -94,9 +94,9 @@ def situations(folder: Path, distributed: DistributedContext) -> dict[str, Calla
     word = {"name": "textual_inversion", "placeholder_token": "<x>", "initializer_token": "cat"}
     return {
         "value of rank 0": lambda: distributed.on_rank_0(lambda: [distributed.rank]),
-        "mistake on rank 0": lambda: distributed.on_rank_0(fails(0, DataError("no such image"))),
+        "error on rank 0": lambda: distributed.on_rank_0(fails(0, DataError("no such image"))),
         "fault on rank 0": lambda: distributed.on_rank_0(fails(0, KeyError("a bug"))),
-        "mistake on rank 1": lambda: distributed.on_every_rank(fails(1, DataError("a torn image"))),
+        "error on rank 1": lambda: distributed.on_every_rank(fails(1, DataError("a torn image"))),
         "own value": lambda: distributed.on_every_rank(lambda: distributed.rank),
         "order": lambda: distributed.collect([f"{number}" for number in distributed.share(5)]),
         "order on rank 0": lambda: distributed.collect(list(distributed.share(5)), everywhere=False),
@@ -141,8 +141,8 @@ def main(folder: Path, rank: int) -> None:
     for name, go in situations(folder, distributed).items():
         try:
             seen[name] = {"value": go()}
-        except Exception as error:  # noqa: BLE001 - told to the test
-            seen[name] = {"error": type(error).__name__, "told": str(error)}
+        except Exception as error:  # noqa: BLE001 - reported to the test
+            seen[name] = {"error": type(error).__name__, "message": str(error)}
         Path("seen.json").write_text(json.dumps(seen))
     leave_group()
 

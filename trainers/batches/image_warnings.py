@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
-from dreamfleet.datasets.buckets import Size, most_enlarged, tell_buckets
+from dreamfleet.datasets.buckets import Size, describe_buckets, most_enlarged
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.index.index import Index, log_left_out
 from dreamfleet.trainers.methods.base import Method
-from dreamfleet.trainers.methods.image_method import SeeingMethod
+from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
+from dreamfleet.trainers.methods.image_method import ImageMethod
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def log_findings(index: Index, sizes: Sequence[Size], method: Method, data: Data
             largest,
             index.row(row).uri,
         )
-    if isinstance(method, SeeingMethod):
+    if isinstance(method, ImageMethod) or not isinstance(method, DiffusionMethod):
         return
     if not method.model.tokenizers:
         return
@@ -48,7 +49,7 @@ def log_findings(index: Index, sizes: Sequence[Size], method: Method, data: Data
 
 def log_buckets(sizes: Sequence[Size], smallest_bucket: int, global_batch: int) -> None:
     """Log how many images each bucket has, with a warning when one of them does not fill a batch."""
-    log.info("buckets: %s", tell_buckets(sizes))
+    log.info("buckets: %s", describe_buckets(sizes))
     if smallest_bucket < global_batch:
         log.warning(
             "a bucket holds %d images and a batch %d: its batches show images several times. Take a larger "
@@ -58,7 +59,7 @@ def log_buckets(sizes: Sequence[Size], smallest_bucket: int, global_batch: int) 
         )
 
 
-def captions_of(index: Index, method: Method, data: DataConfig) -> Iterable[tuple[str, str]]:
+def captions_of(index: Index, method: DiffusionMethod, data: DataConfig) -> Iterable[tuple[str, str]]:
     """Yield the address of each image and its longest caption as it is trained with, its set's prompt without one."""
     prompts = [concept.instance_prompt for concept in method.setting.concepts]
     columns = (index.column(name) for name in ("uri", "caption", "concept"))

@@ -27,7 +27,7 @@ from dreamfleet.trainers.driver.preflight import require_room_here, this_machine
 from dreamfleet.trainers.driver.shared_paths import check_machines, shared_paths
 from dreamfleet.trainers.memory.engine_selection import limit_card
 from dreamfleet.trainers.methods.base import method_class
-from dreamfleet.trainers.methods.image_method import SeeingMethod
+from dreamfleet.trainers.methods.image_method import ImageMethod
 from dreamfleet.trainers.models.family import DiffusionModel, load_model
 from dreamfleet.trainers.recipe import Recipe
 
@@ -111,7 +111,7 @@ def cache_latents(
         raise RecipeError(
             "data.cache_dir, the folder of the latent cache, is not set: set it, such as data.cache_dir=cache/latents"
         )
-    if issubclass(method_class(recipe.method), SeeingMethod):
+    if issubclass(method_class(recipe.method), ImageMethod):
         raise RecipeError(f"{recipe.method.name} trains on images, not on latents: there is nothing to cache")
     model = load_model(recipe.model, {"vae"})
     _check_sizes(recipe, model)
@@ -185,7 +185,7 @@ def _encoders(
 def _images(recipe: Recipe) -> Index:
     """Index the images that a run trains on, existing class images included, and store the file hashes."""
     known = known_files(recipe.data)
-    sets = load_sets(recipe.data, verify=False, known=known, apart=recipe.apart)
+    sets = load_sets(recipe.data, verify=False, known=known, excluded=recipe.excluded_folders)
     log_left_out(sets.instances)
     indexes = [sets.instances]
     if getattr(recipe.method, "with_prior_preservation", False):

@@ -80,7 +80,7 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
             "or leave data.cache_dir out"
         )
     if all(_is_small(concept.instance_data_dir) for concept in load_concepts(recipe.data)):
-        load_sets(recipe.data, verify=False, known=known_files(recipe.data), apart=recipe.apart)
+        load_sets(recipe.data, verify=False, known=known_files(recipe.data), excluded=recipe.excluded_folders)
     for named in recipe.paths:
         if not (begun and named.field.is_start):
             check_exists(named)

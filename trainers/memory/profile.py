@@ -1,4 +1,4 @@
-"""Counts what a run is made of, on a model without weights: its tensors, and real passes over fake ones."""
+"""Counts the sizes of a run on a model without weights: its tensors, and passes over fake tensors."""
 
 from __future__ import annotations
 
@@ -20,32 +20,33 @@ from dreamfleet.trainers.config.engines import engine_spec
 from dreamfleet.trainers.engines.base import DTYPES, move_method
 from dreamfleet.trainers.memory.inputs import Counts, Pass
 from dreamfleet.trainers.memory.trace import Autocast, fake_mode, trace_inference, trace_step
-from dreamfleet.trainers.methods.base import Batch, Method, method_class
+from dreamfleet.trainers.methods.base import Batch, method_class
 from dreamfleet.trainers.methods.build import build_method, check_resolution
+from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.models.family import DiffusionModel, load_shape
 from dreamfleet.trainers.recipe import Recipe
 
 PREVIEW_BATCH = 4  # the default of `generate`
 
 
-def count_run(recipe: Recipe, method: Method, images: int | None) -> Counts:
+def count_run(recipe: Recipe, method: DiffusionMethod, images: int | None) -> Counts:
     """Count a run's tensors on a method whose model is on the meta device."""
     train, model = recipe.train, method.model
-    learning = [param for group in method.groups() for param in group.params.values()]
-    ids = {id(param) for param in learning}
+    trainable = [param for group in method.groups() for param in group.params.values()]
+    ids = {id(param) for param in trainable}
     frozen = [tensor for tensor in _tensors(method) if id(tensor) not in ids]
     mixed = train.mixed_precision != "no"
-    widths = [(param.shape[0], param.numel() // param.shape[0]) for param in learning if param.dim() > 1]
+    widths = [(param.shape[0], param.numel() // param.shape[0]) for param in trainable if param.dim() > 1]
     mode = fake_mode()
-    there = _faked(method, mode, torch.float32)
-    halved = _faked(method, mode, DTYPES[train.mixed_precision]) if mixed else there
+    faked = _to_fake(method, mode, torch.float32)
+    halved = _to_fake(method, mode, DTYPES[train.mixed_precision]) if mixed else faked
     with mode:
-        full = _trace_step(recipe, there)
+        full = _trace_step(recipe, faked)
         half = _trace_step(recipe, halved) if mixed else full
-        encoding, class_drawing = _trace_start(recipe, there)
-        drawing = _trace_previews(recipe, there)
+        encoding, class_drawing = _trace_start(recipe, faked)
+        drawing = _trace_previews(recipe, faked)
     return Counts(
-        learning=tuple(param.numel() for param in learning),
+        learning=tuple(param.numel() for param in trainable),
         frozen=_bytes(frozen),
         passed=sum(
             p.numel() for part in method.loss_parts.values() for p in part.parameters() if id(p) not in ids
@@ -60,7 +61,7 @@ def count_run(recipe: Recipe, method: Method, images: int | None) -> Counts:
         bucket=BUCKET,
         mixed=mixed,
         optimizer=recipe.optimizer.name,
-        factors=sum(map(sum, widths)) + sum(param.numel() for param in learning if param.dim() <= 1),
+        factors=sum(map(sum, widths)) + sum(param.numel() for param in trainable if param.dim() <= 1),
         fused=recipe.optimizer.fused_backward,
         bf16_weights=train.full_bf16,
         average=recipe.engine.use_ema,
@@ -70,7 +71,7 @@ def count_run(recipe: Recipe, method: Method, images: int | None) -> Counts:
     )
 
 
-def method_shape(recipe: Recipe) -> Method:
+def method_shape(recipe: Recipe) -> DiffusionMethod:
     """Build a recipe's method on a model without weights, as a GPU run has it, on the meta device."""
     if recipe.method.no_plan:
         raise UserError(f"plan: {recipe.method.name} {recipe.method.no_plan}")
@@ -82,12 +83,16 @@ def method_shape(recipe: Recipe) -> Method:
     model = load_shape(recipe.model, method_class(recipe.method).needs)
     check_resolution(recipe, model)
     method = build_method(recipe, model, concepts=())
+    if not isinstance(method, DiffusionMethod):
+        raise UserError(
+            f"plan: the memory of {method.name}, which trains no diffusion model, cannot be computed"
+        )
     move_method(method, torch.device("meta"), DTYPES[recipe.train.mixed_precision])
     return method
 
 
-def count_images(recipe: Recipe, method: Method) -> int | None:
-    """Count the pictures of a recipe, class pictures too; None when there are none where it says."""
+def count_images(recipe: Recipe, method: DiffusionMethod) -> int | None:
+    """Count the images of a recipe, class images too; None if its folders have none."""
     try:
         urls = [concept.instance_data_dir for concept in load_concepts(recipe.data)]
         found = sum(find_source(url).count(url, ScanOptions()) for url in urls)
@@ -98,21 +103,23 @@ def count_images(recipe: Recipe, method: Method) -> int | None:
     return found + (method.prior.num_class_images * len(urls) if method.prior else 0)
 
 
-def parts_of(method: Method) -> dict[str, nn.Module]:
+def parts_of(method: DiffusionMethod) -> dict[str, nn.Module]:
     """Return the model's parts and the method's helpers by name."""
     return {**method.model.modules(), **method.helpers}
 
 
-def _tensors(method: Method) -> list[Tensor]:
-    """List every tensor of a method, its model and its helpers, each once."""
+def _tensors(method: DiffusionMethod) -> list[Tensor]:
+    """Return every tensor of a method, its model and its helpers, each once."""
     every = nn.ModuleList([*parts_of(method).values(), method])
     return [*every.parameters(), *every.buffers()]
 
 
-def _faked(method: Method, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> Method:
-    """Copy a method and its model from the meta device to fake tensors, which are as if on the CPU.
+def _to_fake(
+    method: DiffusionMethod, mode: FakeTensorMode, dtype: torch.dtype | None = None
+) -> DiffusionMethod:
+    """Copy a method and its model from the meta device to fake CPU tensors.
 
-    ``dtype`` casts what is in the method's module, as DeepSpeed's half-precision modes do.
+    ``dtype`` casts the parameters inside the method's module, as DeepSpeed's half-precision modes do.
     """
     inside = {id(param) for param in method.parameters()} if dtype else set()
     copies: dict[int, Any] = {}
@@ -121,11 +128,11 @@ def _faked(method: Method, mode: FakeTensorMode, dtype: torch.dtype | None = Non
             made = torch.empty(tensor.shape, dtype=dtype if id(tensor) in inside else tensor.dtype)
             is_param = isinstance(tensor, nn.Parameter)
             copies[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if is_param else made
-    # Whatever refers to a tensor, in a module or beside it, then refers to its copy.
+    # Every reference to a tensor, in a module or elsewhere, becomes one to its copy.
     return copy.deepcopy(method, copies)
 
 
-def _trace_step(recipe: Recipe, method: Method) -> Pass:
+def _trace_step(recipe: Recipe, method: DiffusionMethod) -> Pass:
     def compute_loss(autocast: Autocast) -> Tensor:
         batch = make_batch(recipe, method)
         with autocast():
@@ -139,8 +146,8 @@ def _trace_step(recipe: Recipe, method: Method) -> Pass:
     )
 
 
-def make_batch(recipe: Recipe, method: Method) -> Batch:
-    """Make a batch of the right shapes; pictures whose latents are not cached are encoded for it."""
+def make_batch(recipe: Recipe, method: DiffusionMethod) -> Batch:
+    """Make a batch of a run's shapes; images without cached latents are encoded for it."""
     model, count = method.model, recipe.train.train_batch_size
     num = count * (2 if method.prior else 1)
     shape = (num, *_latent_shape(recipe, model))
@@ -162,12 +169,12 @@ def make_batch(recipe: Recipe, method: Method) -> Batch:
     return batch | entries
 
 
-def _trace_start(recipe: Recipe, method: Method) -> tuple[int, int]:
-    """Trace what comes before the first step: encoding the pictures, and drawing class pictures."""
+def _trace_start(recipe: Recipe, method: DiffusionMethod) -> tuple[int, int]:
+    """Return the memory of encoding the images and of generating class images, before the first step."""
     model, side, prior = method.model, recipe.data.resolution, method.prior
     encoding = drawing = 0
     if _caches_latents(recipe) and recipe.data.cache_dir is None:
-        num = encode_batch(side * side)  # as many in any case
+        num = encode_batch(side * side)  # also for fewer images
         encoding = trace_inference(
             lambda: model.encode_images(torch.empty(num, 3, side, side)),
             known=_tensors(method),
@@ -178,7 +185,7 @@ def _trace_start(recipe: Recipe, method: Method) -> tuple[int, int]:
     return encoding, drawing
 
 
-def _trace_previews(recipe: Recipe, method: Method) -> int:
+def _trace_previews(recipe: Recipe, method: DiffusionMethod) -> int:
     validation = recipe.validation
     num = min(PREVIEW_BATCH, len(validation.prompts) * validation.num_images)
     if not num:
@@ -188,9 +195,9 @@ def _trace_previews(recipe: Recipe, method: Method) -> int:
 
 
 def _trace_drawing(
-    recipe: Recipe, method: Method, num: int, guidance_scale: float, dtype: torch.dtype
+    recipe: Recipe, method: DiffusionMethod, num: int, guidance_scale: float, dtype: torch.dtype
 ) -> int:
-    """Trace a step of the sampler and the decoder for ``num`` pictures."""
+    """Return the memory of one sampler step and of the decoder for ``num`` images."""
     model = method.model
     shape, entering = _latent_shape(recipe, model), num * (2 if guidance_scale != 1 else 1)
 
@@ -215,15 +222,15 @@ def _latent_shape(recipe: Recipe, model: DiffusionModel) -> tuple[int, int, int]
 
 
 def _latent_bytes(recipe: Recipe, model: DiffusionModel, images: int | None) -> int:
-    """Return the host bytes of mean and std of every picture's latents, and of its mirror image's."""
+    """Return the host bytes of mean and std of every image's latents, and of the mirrored image's."""
     if not _caches_latents(recipe):
         return 0
     copies = 2 if recipe.data.random_flip else 1
     return (images or 0) * copies * 2 * 4 * math.prod(_latent_shape(recipe, model))
 
 
-def _remembered_bytes(recipe: Recipe, method: Method, images: int | None) -> int:
-    """Bound the encoded prompts that are remembered: one a picture, or all there is room for where prompts vary."""
+def _remembered_bytes(recipe: Recipe, method: DiffusionMethod, images: int | None) -> int:
+    """Return an upper bound of cached encoded prompts: one per image, or the full cache where prompts vary."""
     if method.trains_text:
         return 0
     data = recipe.data

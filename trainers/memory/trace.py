@@ -1,8 +1,8 @@
-"""Counts the memory of forward and backward passes without doing them: fake tensors, real autograd, every storage.
+"""Measures the memory of forward and backward passes on fake tensors, with real autograd, storage by storage.
 
-A tensor of FakeTensorMode has a shape, a dtype and a life, but no memory. Run over such tensors, a step keeps and drops
-exactly what the real one keeps and drops, up to what kernels use inside themselves. Attention runs as the CPU's flash
-kernel, which keeps what CUDA's flash and memory-efficient kernels keep.
+A tensor of FakeTensorMode has a shape, a dtype and a lifetime, but no memory. A step on such tensors allocates and
+frees the same storages as a real one, except those inside kernels. Attention runs as the CPU's flash kernel, which
+saves the same tensors as CUDA's flash and memory-efficient kernels.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ class _Held:
 
 
 class Ledger(TorchDispatchMode):
-    """While active, counts the bytes of every storage that is made, until it is freed; real tensors or fake ones.
+    """While active, counts the bytes of every new storage until it is freed, of real and fake tensors.
 
-    ``known`` are the tensors that were there before, ``params`` those whose gradients and casts are told apart.
+    ``known``: existing tensors, which are not counted. ``params``: parameters whose gradients and casts are counted
+    separately.
     """
 
     def __init__(self, *, known: Iterable[Tensor] = (), params: Collection[nn.Parameter] = ()):
@@ -49,7 +50,7 @@ class Ledger(TorchDispatchMode):
         self._hooks = [param.register_post_accumulate_grad_hook(self._mark_gradient) for param in params]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and enter the storages of its results."""
+        """Run an operation and record the storages of its results."""
         result = func(*args, **(kwargs or {}))
         casts = func is torch.ops.aten._to_copy.default and id(args[0]) in self._params
         for value in tree_iter(result):
@@ -65,7 +66,7 @@ class Ledger(TorchDispatchMode):
 
     @property
     def total(self) -> int:
-        """The bytes held now."""
+        """The bytes allocated now."""
         return sum(self.live.values())
 
     def _enter(self, storage: Any, kind: str) -> None:
@@ -95,18 +96,18 @@ class Ledger(TorchDispatchMode):
 
 
 def fake_mode() -> FakeTensorMode:
-    """Make a mode within which new tensors have no memory; tensors of one mode are not known in another."""
+    """Return a mode in which new tensors have no memory; a tensor belongs to the mode that created it."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @contextmanager
 def precision(dtype: torch.dtype) -> Iterator[Autocast]:
-    """Lend a function that makes the autocast of a pass in ``dtype``; within this context it follows CUDA's rules.
+    """Yield a function that returns the autocast of a pass in ``dtype``, with CUDA's rules within this context.
 
-    CUDA keeps normalisation in float32 where the CPU does not (torch docs, "amp", op lists). The rules outlast the
-    autocast: layers that checkpointing runs again in the backward pass must see them too.
+    CUDA runs normalisation in float32 where the CPU does not (torch docs, "amp", op lists). The rules remain after the
+    autocast ends, for layers that checkpointing runs again in the backward pass.
     """
-    hook: Any = _widen_norms  # torch's annotation forgets that a hook may return new arguments
+    hook: Any = _widen_norms  # torch's annotation lacks that a hook may return new arguments
     handle = register_module_forward_pre_hook(hook)
     try:
         yield lambda: nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
@@ -121,10 +122,10 @@ def trace_step(
     known: Iterable[Tensor],
     dtype: torch.dtype,
 ) -> Pass:
-    """Count one forward and backward in ``dtype``; ``known`` are tensors that were there before.
+    """Return the memory of one forward and backward pass in ``dtype``; ``known`` are existing tensors.
 
-    ``compute_loss`` is lent the autocast that its forward pass is to run in. Works on fake tensors (inside a
-    :func:`fake_mode`) and on real ones alike. Gradients are dropped afterwards.
+    ``compute_loss`` gets the autocast for its forward pass. Tensors may be fake (inside a :func:`fake_mode`) or real.
+    Gradients are dropped afterwards.
     """
     with precision(dtype) as autocast, Ledger(known=known, params=params) as ledger:
         loss = compute_loss(autocast)
@@ -137,7 +138,7 @@ def trace_step(
 
 @torch.no_grad()
 def trace_inference(action: Callable[[], Any], *, known: Iterable[Tensor], dtype: torch.dtype) -> int:
-    """Count the most bytes that ``action`` holds at once in ``dtype``, without gradients."""
+    """Return the maximum of bytes that ``action`` allocates at once in ``dtype``, without gradients."""
     with precision(dtype) as autocast, Ledger(known=known) as ledger, autocast():
         action()
     return ledger.peak

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from dreamfleet.datasets.images.vision_transform import Fit, as_it_is
+from dreamfleet.datasets.images.vision_transform import Fit, unchanged
 from dreamfleet.datasets.index.index import Index
 from dreamfleet.trainers.methods.base import Batch, Method, Sample
 
@@ -24,23 +24,23 @@ class Use(NamedTuple):
     instead: bool = False  # another picture, as its own cannot be decoded
 
 
-class SeeingMethod(Method):
+class ImageMethod(Method):
     """A method that makes its batches from decoded pictures; it may set some of them apart to measure with."""
 
     @property
     def fit(self) -> Fit:
-        """What may be done to a picture before :meth:`see`, anywhere on the cluster; usually nothing."""
-        return as_it_is
+        """What the decoder may do to an image, such as shrinking it, before :meth:`collate`; nothing by default."""
+        return unchanged
 
-    def see(self, uses: Sequence[Use]) -> Batch:
+    def collate(self, uses: Sequence[Use]) -> Batch:
         """Turn pictures into a batch on the CPU."""
         raise NotImplementedError
 
-    def choose(self, instances: Index) -> tuple[Index, Index | None]:
+    def split(self, instances: Index) -> tuple[Index, Index | None]:
         """Split the pictures into those to train on and those to measure with; usually all, and None."""
         return instances, None
 
-    def examine(self, batch: Batch) -> dict[str, Tensor]:
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
         """Measure images that were set apart: values ``[N]`` by name."""
         raise NotImplementedError
 

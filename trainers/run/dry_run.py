@@ -30,9 +30,9 @@ class CheckLine(NamedTuple):
 
 
 def check_run(recipe: Recipe, *, device: str = "cpu") -> list[CheckLine]:
-    """Try pictures, weights, one training step and one export of a recipe; nothing is left behind.
+    """Try images, weights, one training step and one export of a recipe; nothing is left behind.
 
-    Class pictures are not generated here, as that can take hours: the step is tried without the prior.
+    Class images are not generated here, as that can take hours: the step is tried without the prior.
     Stops at the first thing that later ones need.
     """
     with on_device(device, remedies=TRAINING) as settled:
@@ -84,7 +84,7 @@ def _check_output(recipe: Recipe) -> str:
 
 
 def _check_images(recipe: Recipe) -> str:
-    index = load_sets(recipe.data, apart=recipe.apart).instances
+    index = load_sets(recipe.data, excluded=recipe.excluded_folders).instances
     bad = "".join(f"\n  left out {file.uri}: {file.reason}" for file in index.bad)
     return f"{len(index)} pictures{bad}"
 

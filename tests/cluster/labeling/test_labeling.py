@@ -105,7 +105,7 @@ def test_back_and_undo(page: Page, folder: Path) -> None:
     for number in (1, 1, 0):
         page.press("label", number)
     assert page.press("back")["name"] == "002.png" and page.view["label"] == 0
-    assert page.press("back")["name"] == "001.png", "the unreadable one between is passed over"
+    assert page.press("back")["name"] == "001.png", "the unreadable image between is skipped"
     page.press("label", 0)
     assert saved(folder)["001.png"] == 0
     assert page.press("undo")["name"] == "001.png" and saved(folder)["001.png"] == 1 == page.view["label"]
@@ -215,7 +215,7 @@ def test_other_hosts_and_origins_are_refused(page: Page, folder: Path) -> None:
      "image/%C2%B2", "image/000.png", "image/", "image/0/", "image/00000000001", "dataset.json",
      "../", "act"],
 )  # fmt: skip
-def test_nothing_but_the_images_is_served(place: str, page: Page) -> None:
+def test_only_images_are_served(place: str, page: Page) -> None:
     status, content, _ = page.ask("GET", f"/{page.server.token}/{place}")
     assert status == 404 and json.loads(content)["error"]
 

@@ -1,4 +1,4 @@
-"""Colour profiles become sRGB, whatever the format and mode of the image."""
+"""Conversion of colour profiles to sRGB, for every format and mode of images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dreamfleet.datasets.images.images import open_image, open_with_alpha
 
 
 def profile(name: str) -> bytes:
-    """Return a colour profile: with the primaries of Adobe RGB, of sRGB under another name, or of another space."""
+    """Return a colour profile with the primaries of Adobe RGB, of sRGB with another name, or for another space."""
     if name == "sRGB":
         return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     if name == "LAB":
@@ -76,7 +76,7 @@ def test_profiles_are_converted_to_srgb(kind: str) -> None:
     plain = open_image(saved(green, kind, **exact), uri="a")
     wide = open_image(saved(green, kind, icc_profile=profile("Adobe"), **exact), uri="a")
     assert plain.getpixel((8, 8)) == pytest.approx((60, 200, 60), abs=3)
-    # Adobe RGB's green is outside sRGB: red is cut to 0 where the same numbers mean more green.
+    # Adobe RGB's green is outside sRGB: red is clipped to 0.
     assert wide.getpixel((8, 8))[0] < 5 and wide.getpixel((8, 8))[1] == pytest.approx(200, abs=4)
     assert "icc_profile" not in wide.info  # saved again, it would be converted twice
     same = open_image(saved(green, kind, icc_profile=profile("sRGB"), **exact), uri="a")
@@ -84,7 +84,7 @@ def test_profiles_are_converted_to_srgb(kind: str) -> None:
 
 
 @pytest.mark.parametrize("broken", [b"junk", b"", profile("LAB"), profile("grey")[:200]])
-def test_profiles_that_cannot_be_used_count_as_none(broken: bytes) -> None:
+def test_unusable_profiles_are_ignored(broken: bytes) -> None:
     image = Image.new("RGB", (8, 8), (10, 200, 30))
     found = open_image(saved(image, icc_profile=broken), uri="a")
     assert found.getpixel((0, 0)) == (10, 200, 30)
@@ -110,7 +110,7 @@ def test_grey_transparent_and_deep_images_with_profiles() -> None:
     assert open_image(saved(ramp), uri="a").getpixel((0, 15)) == (ramp.getpixel((0, 15)),) * 3
 
 
-def test_cmyk_without_a_profile_and_with_an_exif_turn() -> None:
+def test_cmyk_without_profile_and_with_exif_rotation() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     image = Image.new("CMYK", (8, 4), (0, 255, 255, 0))

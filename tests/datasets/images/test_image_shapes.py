@@ -1,4 +1,4 @@
-"""Images of extreme shapes: cropped before they are enlarged, and told of; all others to the last bit as ever."""
+"""Extreme aspect ratios are cropped before they are enlarged; all other crops are unchanged bit for bit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dreamfleet.trainers.models.vision.wd_tagger import square_of
 
 
 @pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (30_000, 3), (3, 30_000)])
-def test_extreme_shapes_take_no_more_memory_than_they_show(size: tuple[int, int]) -> None:
+def test_extreme_aspect_ratios_take_little_memory(size: tuple[int, int]) -> None:
     ramp = np.linspace(0, 255, max(size)).astype(np.uint8)
     pixels = np.broadcast_to(ramp[:, None] if size[1] > size[0] else ramp[None], size[::-1])
     image = Image.merge("RGB", [Image.fromarray(np.ascontiguousarray(pixels))] * 3)
@@ -53,7 +53,7 @@ def test_extreme_shapes_take_no_more_memory_than_they_show(size: tuple[int, int]
 
 
 @pytest.mark.parametrize("size", [(640, 480), (480, 1280), (1000, 100), (100, 1000), (333, 77)])
-def test_other_shapes_are_cut_to_the_last_bit_as_ever(size: tuple[int, int]) -> None:
+def test_crops_of_other_shapes_are_unchanged_bit_for_bit(size: tuple[int, int]) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
     scale = max(64 / size[0], 64 / size[1])
     whole = image.resize(
@@ -63,7 +63,7 @@ def test_other_shapes_are_cut_to_the_last_bit_as_ever(size: tuple[int, int]) -> 
     assert (fit_image(image, 64) == np.asarray(whole.crop((left, top, left + 64, top + 64)))).all()
 
 
-def test_a_part_that_is_resized_alone_is_the_part_of_the_whole() -> None:
+def test_resizing_a_part_equals_cropping_the_resized_image() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 2000, 3), dtype=np.uint8))
     placed = place_target(image.size, (64, 64), crop_key=(0.3, 0.0))
     part = resize_and_crop(image, placed, (64, 64), Image.Resampling.LANCZOS)
@@ -79,7 +79,7 @@ def inspect(folder: Path, *words: Any) -> Any:
     return json.loads(shown.stdout)
 
 
-def test_extreme_shapes_are_told_and_left_out_where_nothing_is_enlarged(tmp_path: Path) -> None:
+def test_extreme_shapes_are_reported_and_left_out_without_upscaling(tmp_path: Path) -> None:
     for name, size in (("strip", (2000, 1)), ("square", (64, 64)), ("small", (40, 90)), ("tiny", (15, 15))):
         Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
     found = inspect(tmp_path, "--resolution", 64)

@@ -1,4 +1,4 @@
-"""Pictures of every kind and every kind of broken picture."""
+"""Decoding of all supported formats, and errors of broken files."""
 
 import io
 import struct
@@ -63,7 +63,7 @@ def test_common_formats_give_the_same_rgb(kind):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_exif_turn_in_all_eight_ways(kind, orientation):
+def test_all_eight_exif_orientations(kind, orientation):
     upright = Image.fromarray(QUADRANTS)
     undo = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -85,7 +85,7 @@ def test_exif_turn_in_all_eight_ways(kind, orientation):
     assert read_header(data, uri="a")[:2] == (30, 20)
 
 
-def test_alpha_is_turned_with_the_image():
+def test_alpha_is_rotated_with_the_image():
     rgba = np.dstack([QUADRANTS, np.full((20, 30), 255, np.uint8)])
     rgba[:10, :15, 3] = 0
     exif = Image.Exif()
@@ -98,7 +98,7 @@ def test_alpha_is_turned_with_the_image():
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_broken_exif_does_not_cost_the_image():
+def test_images_with_broken_exif_are_used():
     data = encode(Image.fromarray(QUADRANTS), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xff\xff\xff")
     assert open_image(data, uri="a").size == (30, 20)
     assert read_header(data, uri="a")[:2] == (30, 20)
@@ -143,7 +143,7 @@ def test_palette_with_and_without_transparency():
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
-def test_alpha_is_laid_over_white(mode):
+def test_alpha_is_composited_over_white(mode):
     colour = (0, 128) if mode == "LA" else (0, 0, 0, 128)
     data = encode(Image.new(mode, (4, 4), colour), "PNG")
     assert abs(int(np.asarray(open_image(data, uri="a"))[0, 0, 0]) - 127) <= 1
@@ -157,7 +157,7 @@ def test_grey_and_bilevel(mode):
 
 
 @pytest.mark.parametrize(("kind", "options"), [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {})])
-def test_animated_gives_its_first_frame(kind, options):
+def test_the_first_frame_of_an_animation_is_used(kind, options):
     frames = [Image.new("RGB", (8, 6), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:], duration=100, **options)
     assert close(np.asarray(open_image(data, uri="a")), np.full((6, 8, 3), (255, 0, 0), np.uint8))
@@ -189,7 +189,7 @@ def test_empty_text_and_lfs_pointer():
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of some of what is broken
-def test_random_bytes_after_a_good_head_never_raise_anything_else():
+def test_random_bytes_after_a_valid_header_raise_only_data_errors():
     rng = np.random.default_rng(0)
     for kind in ("PNG", "JPEG", "GIF", "WEBP", "TIFF"):
         good = bytearray(encode(noise(), kind))
@@ -201,23 +201,23 @@ def test_random_bytes_after_a_good_head_never_raise_anything_else():
                 open_image(bytes(broken), uri="a")
 
 
-def test_postscript_is_never_run():
+def test_postscript_is_refused():
     with pytest.raises(DataError, match=r"not an? (picture|image)"):
         open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n", uri="a.eps")
 
 
-def test_bomb_is_refused_from_its_header():
+def test_decompression_bombs_are_refused_by_their_header():
     before = Image.MAX_IMAGE_PIXELS
     with pytest.raises(DataError, match=r"40 x 40.*data\.max_pixels.*1,599"):
         open_image(encode(Image.new("RGB", (40, 40)), "PNG"), uri="a.png", max_pixels=1599)
     with pytest.raises(DataError, match="too large"):
         open_image(png(60000, 60000, 1, 0, b""), uri="a.png")
-    with pytest.raises(DataError, match="10000 x 8000"):  # no pixel is there to decode: the header decides
+    with pytest.raises(DataError, match="10000 x 8000"):  # refused by the header; the file has no pixels
         check_image(png(10000, 8000, 8, 2, b""), uri="a.png", max_pixels=1_000_000)
     assert before == Image.MAX_IMAGE_PIXELS
 
 
-def test_decoding_in_threads_gives_the_same():
+def test_decoding_in_threads_is_deterministic():
     data = [encode(noise(seed), "JPEG") for seed in range(8)]
     alone = [np.asarray(open_image(item, uri="a")) for item in data]
     with ThreadPoolExecutor(8) as pool:
@@ -226,7 +226,7 @@ def test_decoding_in_threads_gives_the_same():
         np.testing.assert_array_equal(one, other)
 
 
-def test_fit_crops_the_middle_or_where_the_key_says():
+def test_fit_crops_the_centre_or_at_the_key():
     wide = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3)))
     middle = fit_image(wide, 100)
     assert middle.shape == (100, 100, 3)
@@ -240,7 +240,7 @@ def test_fit_crops_the_middle_or_where_the_key_says():
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 301), (301, 7), (64, 64), (65, 64), (1000, 63)])
 @pytest.mark.parametrize("target", [64, (64, 32), (8, 96)])
-def test_fit_always_gives_the_asked_size(size, target):
+def test_fit_returns_the_requested_size(size, target):
     width, height = (target, target) if isinstance(target, int) else target
     got = fit_image(Image.new("RGB", size, (9, 8, 7)), target, center=False, crop_key=(0.3, 0.7))
     assert got.shape == (height, width, 3)

@@ -1,4 +1,4 @@
-"""Masks: found beside pictures or in a folder of their own, cut as their picture is cut, mean 1."""
+"""Masks: found beside images or in a folder of their own, cut as their image is cut, mean 1."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ def with_alpha(alpha: np.ndarray) -> bytes:
     flip=st.booleans(),
     same=st.booleans(),
 )
-def test_weights_have_mean_one_and_lie_where_the_image_lies(alpha: list[int], flip: bool, same: bool) -> None:
-    # 3 x 2 cells of 8 pixels, an opacity each; the webui gives NaN where all are the same.
+def test_weights_have_mean_one_and_are_aligned_with_the_image(
+    alpha: list[int], flip: bool, same: bool
+) -> None:
+    # 3 x 2 cells of 8 pixels with an opacity each; the webui computes NaN if all are equal.
     cells = np.array(alpha if not same else alpha[:1] * 6).reshape(2, 3)
     data = with_alpha(cells.repeat(8, 0).repeat(8, 1))
     cut = cut_image(data, ImageView(0, flip=flip, size=(24, 16)), uri="a", size=1, weighted=True)
@@ -56,8 +58,8 @@ def test_weights_have_mean_one_and_lie_where_the_image_lies(alpha: list[int], fl
         assert weights[0] == pytest.approx(shown / cells.mean(), abs=1e-5)
 
 
-def test_a_mask_is_cut_like_its_image_whatever_its_size() -> None:
-    # Left half white; the picture is wide, so that a crop at the left sees more of it than one at the right.
+def test_a_mask_of_any_size_is_cropped_like_its_image() -> None:
+    # The left half is white; the image is wide, so that a crop at the left has more of it than one at the right.
     image = Image.new("RGB", (64, 32), "red")
     mask = np.zeros((16, 32), np.uint8)
     mask[:, :16] = 255
@@ -74,7 +76,7 @@ def test_a_mask_is_cut_like_its_image_whatever_its_size() -> None:
         assert cut.shape == (32, 32, 4) and (cut[..., :3] == [255, 0, 0]).all()
         shares.append(cut[..., 3].mean() / 255)
     assert shares[0] > 0.9 and shares[1] < 0.1
-    # A mask's transparent parts are black, and a mask goes before the picture's own alpha.
+    # Transparent parts of a mask are black, and a mask has priority over the alpha channel.
     cut = cut_image(
         with_alpha(np.full((8, 8), 255)),
         ImageView(0),
@@ -86,7 +88,7 @@ def test_a_mask_is_cut_like_its_image_whatever_its_size() -> None:
     assert (cut[..., 3] == 0).all()
 
 
-def test_an_attention_map_weighs_as_dreamartist_has_it() -> None:
+def test_weights_of_attention_maps_are_those_of_dreamartist() -> None:
     grey = np.array([[0, 64, 127, 191, 255]], np.uint8).repeat(8, 0).repeat(8, 1)
     cut = cut_image(
         png(Image.new("RGB", (40, 8), "red")),
@@ -102,7 +104,7 @@ def test_an_attention_map_weighs_as_dreamartist_has_it() -> None:
 
 @pytest.fixture
 def masked(tmp_path: Path) -> Path:
-    """Pictures a and b, a mask beside a and one for b in a folder of masks."""
+    """Images a and b, a mask beside a and one for b in a folder of masks."""
     folder = tmp_path / "pictures"
     for name in "ab":
         (folder / "deep").mkdir(parents=True, exist_ok=True)
@@ -117,7 +119,7 @@ def masks_of(index: Any) -> dict[str, str | None]:
     return {Path(row.uri).stem: row.mask and Path(row.mask).name for row in index.rows()}
 
 
-def test_attention_maps_come_after_masks_and_are_no_images(masked: Path) -> None:
+def test_masks_have_priority_over_attention_maps(masked: Path) -> None:
     deep = masked / "pictures" / "deep"
     for name in ("a_att.png", "b_att.jpg", "c_att.png"):
         Image.new("RGB", (40, 40), (len(name), 60, ord(name[0]))).save(deep / name)
@@ -127,7 +129,7 @@ def test_attention_maps_come_after_masks_and_are_no_images(masked: Path) -> None
     assert masks_of(both) == {"a": "a.mask.png", "b": "b.jpg", "c_att": None}
 
 
-def test_masks_are_found_and_are_no_images(masked: Path) -> None:
+def test_masks_are_found_and_not_indexed(masked: Path) -> None:
     folder = str(masked / "pictures")
     alone = build_index(folder)
     assert masks_of(alone) == {"a": "a.mask.png", "b": None}
@@ -145,12 +147,12 @@ def test_masks_are_found_and_are_no_images(masked: Path) -> None:
         )
         == 3
     )
-    # Without its picture, a file of that name is a picture.
+    # Without its image, a file of that name is indexed.
     (masked / "pictures" / "deep" / "a.png").unlink()
     assert masks_of(build_index(folder)) == {"a.mask": None, "b": None}
 
 
-def test_masks_that_cannot_be_used_are_told(masked: Path) -> None:
+def test_unusable_masks_are_reported(masked: Path) -> None:
     folder = str(masked / "pictures")
     with pytest.raises(DataError, match=r"mask_dir: .*nowhere does not exist"):
         build_index(folder, ScanOptions(mask_dir=str(masked / "nowhere")))
@@ -167,7 +169,7 @@ def test_masks_that_cannot_be_used_are_told(masked: Path) -> None:
         DataConfig(instance_data_dir="x", mask_dir="y")
 
 
-def test_a_mask_weighs_the_loss_and_an_opaque_image_counts_as_ever(tmp_path: Path) -> None:
+def test_a_mask_weights_the_loss_and_opaque_images_are_unchanged(tmp_path: Path) -> None:
     images = tiny.make_shapes(tmp_path / "shapes")
     tree = tiny.make_recipe(
         tmp_path, **tiny.SHAPES, data__instance_data_dir=str(images), method={"name": "native"}
@@ -183,7 +185,7 @@ def test_a_mask_weighs_the_loss_and_an_opaque_image_counts_as_ever(tmp_path: Pat
         assert not torch.isclose(parts.method(batch).total, parts.method(without).total, rtol=1e-3)
 
 
-def test_a_held_out_image_is_weighed_as_well(tmp_path: Path) -> None:
+def test_masks_weight_the_held_out_loss(tmp_path: Path) -> None:
     from dreamfleet.trainers.evaluation.heldout_loss import HeldOutLoss
 
     images = tiny.make_shapes(tmp_path / "shapes")

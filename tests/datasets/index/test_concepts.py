@@ -46,7 +46,7 @@ def test_other_projects_names(given, field, value):
         ),
         ({"instance_data_dir": "a", "class_data_dir": "b"}, "class_data_dir 'b' without class_prompt"),
         ({"concepts_list": []}, "concepts_list"),
-        ({"concepts_list": "x.json", "instance_prompt": "p"}, "instance_prompt beside concepts_list"),
+        ({"concepts_list": "x.json", "instance_prompt": "p"}, "instance_prompt together with concepts_list"),
         (
             {"instance_data_dir": "a", "caption_extension": "txt"},
             "caption_extension 'txt'",
@@ -68,7 +68,7 @@ def test_bad_sections_are_refused(given, message):
     assert message in str(caught.value)
 
 
-def test_section_is_frozen_and_returns_what_was_put_in():
+def test_section_is_frozen_and_keeps_its_values():
     config = DataConfig(instance_data_dir="a", resolution=64, caption_extension=[".txt"])
     with pytest.raises(ValidationError):
         config.resolution = 65
@@ -91,7 +91,7 @@ def test_one_subject(tmp_path):
     for seed in range(3):
         put(tmp_path, f"{seed}.png", image(seed))
     put(tmp_path, "1.txt", "its own words")
-    put(tmp_path, "class/other.png", image(9))  # class pictures kept inside are not the subject's
+    put(tmp_path, "class/other.png", image(9))  # class images within the folder are not of the subject
     sets = load_sets(
         DataConfig(
             instance_data_dir=str(tmp_path),
@@ -203,7 +203,7 @@ def test_kohya_class_images_without_subfolders(tmp_path):
         load_sets(DataConfig(**given))
 
 
-def test_kohya_class_folder_that_belongs_to_none(tmp_path):
+def test_kohya_class_folder_without_instance_folder(tmp_path):
     train = kohya(tmp_path, "10_sks dog", "1_sks cat")
     for name in ("1_dog", "1_house"):
         put(tmp_path, f"reg/{name}/r.png", image(7))
@@ -224,7 +224,7 @@ def test_train_data_dir_of_captioned_images(tmp_path):
     assert len(sets.concepts) == 1
 
 
-def test_absent_folder_of_one_concept(tmp_path):
+def test_missing_folder_of_one_concept(tmp_path):
     put(tmp_path, "cat/a.png", image(0))
     config = DataConfig(
         concepts_list=[{"instance_data_dir": f"{tmp_path}/cat"}, {"instance_data_dir": f"{tmp_path}/dgo"}]

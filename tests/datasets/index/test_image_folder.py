@@ -1,4 +1,4 @@
-"""Which files of an image folder belong together, what is passed over, and what is told: one rule for all commands."""
+"""The rules for files of an image folder, which all commands share: pairing, skipped files, reports."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def captions(folder: Path, **how: Any) -> dict[str, str | None]:
 @pytest.mark.parametrize(
     ("files", "found"),
     [
-        # The most specific file wins, whatever the order of endings.
+        # The most specific file has priority over the order of extensions.
         ({"x.jpg": None, "x.png": None, "x.txt": "s", "x.jpg.txt": "w"}, {"x.jpg": "w", "x.png": "s"}),
         ({"x.jpg": None, "x.txt": "s", "x.jpg.caption": "w"}, {"x.jpg": "w"}),
         ({"x.jpg": None, "x.png": None, "x.txt": "both"}, {"x.jpg": "both", "x.png": "both"}),
-        # A file of an image's whole name is that image's alone.
+        # A file with an image's full name belongs to that image only.
         ({"x.jpg": None, "x.jpg.png": None, "x.jpg.txt": "w"}, {"x.jpg": "w", "x.jpg.png": None}),
         ({"a.txt.png": None, "a.png": None, "a.txt": "a"}, {"a.txt.png": None, "a.png": "a"}),
-        # Endings in any case.
+        # Extensions in any case.
         ({"a.JPG": None, "b.png": None, "a.TXT": "a", "b.CAPTION": "b"}, {"a.JPG": "a", "b.png": "b"}),
         ({"a.jpg": None, "a.JPG.Txt": "a"}, {"a.jpg": "a"}),
         ({"a.png": None, "METADATA.JSONL": '{"file_name": "a.PNG", "Text": "a"}'}, {"a.png": "a"}),
@@ -72,13 +72,13 @@ def captions(folder: Path, **how: Any) -> dict[str, str | None]:
         ({f"{NFC}/{NFC}.png": None, f"{NFD}/{NFD}.png.txt": "a"}, {f"{NFC}/{NFC}.png": "a"}),
         ({f"{NFC}.png": None, "metadata.jsonl": json.dumps({"file_name": f"{NFD}.png", "text": "a"})},
          {f"{NFC}.png": "a"}),
-        # What tables of other systems and programs hold.
+        # Tables of other systems and programs.
         ({"s/a.png": None, "metadata.csv": "file_name,prompt\ns\\a.png,a"}, {"s/a.png": "a"}),
         ({"a.png": None, "metadata.jsonl": '{"file_name": "./a.png", "text": ["one", "two"]}'}, {"a.png": "one\ntwo"}),
         ({"a.png": None, "metadata.jsonl": b'\xef\xbb\xbf{"file_name": "a", "text": "a"}'}, {"a.png": "a"}),
     ],
 )  # fmt: skip
-def test_which_caption_is_whose(
+def test_caption_files_are_matched_to_images(
     tmp_path: Path, files: dict[str, str | bytes | None], found: dict[str, str | None]
 ) -> None:
     assert captions(fill(tmp_path, files)) == found
@@ -101,7 +101,7 @@ def test_tables_of_parquet_and_other_columns(tmp_path: Path) -> None:
     assert shown.exit_code == 2 and "description" in shown.stderr
     assert "captions   1 of 1" in run("data", "inspect", tmp_path, "data.caption_column=description").stdout
     (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match=r"metadata\.parquet is no Parquet"):
+    with pytest.raises(DataError, match=r"metadata\.parquet is not a readable Parquet"):
         build_index(str(tmp_path))
 
 
@@ -201,17 +201,17 @@ def test_captions_by_a_model_go_to_files_of_their_own(
     class Names:
         """Tags images by their colour."""
 
-    def told(storage: Any, names: Any, *rest: Any) -> Any:
+    def reported(storage: Any, names: Any, *rest: Any) -> Any:
         return [(name, [f"of {name}"]) for name in names]
 
-    monkeypatch.setattr(wd_tagger, "_tag_all", told)
+    monkeypatch.setattr(wd_tagger, "_tag_all", reported)
     fill(tmp_path / "set", {"x.jpg": None, "x.png": None, "y.png": None, "y.TXT": " "})
     how, model = wd_tagger.Tagging(), Names()
     wd_tagger.caption_folder(str(tmp_path / "set"), model, how, out=str(tmp_path / "out"))  # type: ignore[arg-type]
     assert sorted(os.listdir(tmp_path / "out")) == ["x.jpg.txt", "x.png.txt", "y.txt"]
     wd_tagger.caption_folder(str(tmp_path / "set"), model, how)  # type: ignore[arg-type]
     assert captions(tmp_path / "set") == {name: f"of {name}" for name in ("x.jpg", "x.png", "y.png")}
-    assert not (tmp_path / "set" / "y.txt").exists()  # the empty file that was there
+    assert not (tmp_path / "set" / "y.txt").exists()  # the empty file existed before
     fill(tmp_path / "shared", {"x.jpg": None, "x.png": None, "x.txt": "both"})
     for existing in ("append", "replace"):
         wd_tagger.caption_folder(str(tmp_path / "shared"), model, wd_tagger.Tagging(existing=existing))  # type: ignore[arg-type]
@@ -268,7 +268,7 @@ def test_labels_name_images_in_either_unicode_form(tmp_path: Path) -> None:
     assert sorted(found.values()) == [1, 2]
 
 
-# ---- what is passed over ---------------------------------------------------------------------------------------------
+# ---- skipped files --------------------------------------------------------------------------------------------------
 
 RUN_FILES: dict[str, str | bytes | None] = {
     "recipe.yaml": "x", "metrics.jsonl": "", "samples/step-000000.png": None, "exports/cat.png": None
@@ -322,13 +322,15 @@ def test_folders_that_hold_no_training_images(
         {"lost and found/b.png": None, "recycled paper/b.png": None},
     ],
 )
-def test_folders_are_known_by_what_is_in_them(tmp_path: Path, files: dict[str, str | bytes | None]) -> None:
+def test_folders_are_recognised_by_their_content(
+    tmp_path: Path, files: dict[str, str | bytes | None]
+) -> None:
     fill(tmp_path, files)
     images = [name for name, content in files.items() if content is None]
     assert ImageFolder(str(tmp_path)).images == sorted(images)
 
 
-def test_a_run_is_no_folder_of_images_and_its_samples_are(tmp_path: Path) -> None:
+def test_a_run_folder_is_refused_and_its_samples_are_read(tmp_path: Path) -> None:
     fill(tmp_path, RUN_FILES)
     with pytest.raises(DataError, match="a run of dreamfleet"):
         build_index(str(tmp_path))
@@ -352,13 +354,13 @@ def test_held_out_and_class_images_inside_the_set(tmp_path: Path) -> None:
             "output_dir": str(tmp_path / "out"),
         }
     )  # fmt: skip
-    sets = load_sets(recipe.data, apart=recipe.apart)
+    sets = load_sets(recipe.data, excluded=recipe.excluded_folders)
     assert [Path(uri).name for uri in sets.instances.column("uri")] == ["a.png"]
-    told = {Path(item.place).name: item.reason for item in sets.instances.skipped}
-    assert set(told) == {"hold", "class", "out"} and "held-out" in told["hold"]
+    reported = {Path(item.place).name: item.reason for item in sets.instances.skipped}
+    assert set(reported) == {"hold", "class", "out"} and "held-out" in reported["hold"]
     classes = load_class_images(str(tmp_path / "class"), recipe.data)
     assert classes is not None and len(classes) == 2
-    # The other way round: what is trained on, inside what is held out or of the class.
+    # Conversely, training images within the held-out or class images.
     inner = recipe.data.model_copy(update={"instance_data_dir": str(tmp_path / "hold")})
     assert "b.png" not in [Path(uri).name for uri in load_held_out(str(tmp_path), inner).column("uri")]
     same = recipe.data.model_copy(update={"class_data_dir": str(tmp_path)})
@@ -366,7 +368,7 @@ def test_held_out_and_class_images_inside_the_set(tmp_path: Path) -> None:
         load_sets(same)
 
 
-def test_files_that_should_be_images_are_told(tmp_path: Path) -> None:
+def test_files_that_should_be_images_are_reported(tmp_path: Path) -> None:
     fill(
         tmp_path,
         {
@@ -387,7 +389,7 @@ def test_files_that_should_be_images_are_told(tmp_path: Path) -> None:
     assert "orphan.txt" in shown and ".md: 1" in shown and "hidden and system files: 2" in shown
 
 
-def test_names_that_are_no_text_are_told_and_the_rest_is_used(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_are_reported(tmp_path: Path) -> None:
     root = os.fsencode(tmp_path)
     fill(tmp_path, {"good.png": None, "x.png": None, "dir/y.png": None})
     os.rename(root + b"/x.png", root + b"/caf\xe9.png")
@@ -433,7 +435,7 @@ def test_a_bucket_is_read_like_a_disk(
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_inside_its_data_folder_is_not_trained_on_when_it_goes_on(
+def test_a_resumed_run_within_its_data_folder_is_not_trained_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tree = tiny.make_recipe(tmp_path)
@@ -444,12 +446,12 @@ def test_a_run_inside_its_data_folder_is_not_trained_on_when_it_goes_on(
     with caplog.at_level("INFO"):
         second = run_worker(build_recipe(tree), resume=True)
     assert second.dataset_hash == first.dataset_hash and "dataset_hash changed" not in caplog.text
-    assert sum("passed over" in record.message for record in caplog.records) == 1
+    assert sum(record.message.startswith("skipped ") for record in caplog.records) == 1
     other = run_worker(build_recipe({**tree, "output_dir": str(tmp_path / "two")}))
     assert other.dataset_hash == first.dataset_hash
 
 
-def test_images_without_words_are_all_named_before_anything_is_generated(tmp_path: Path) -> None:
+def test_images_without_caption_are_all_named_before_class_images_are_generated(tmp_path: Path) -> None:
     tree = tiny.make_recipe(tmp_path)
     del tree["data"]["instance_prompt"]
     with pytest.raises(DataError, match=r"(?s)no caption.*such images: .*0\.png") as caught:
@@ -463,7 +465,7 @@ def test_images_without_words_are_all_named_before_anything_is_generated(tmp_pat
 
 
 @pytest.mark.parametrize("images", ["10_sks toy", "img/10_sks toy"])
-def test_kohyas_folder_in_place_of_its_parent(
+def test_kohya_subfolder_instead_of_its_parent_is_refused(
     tmp_path: Path, images: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     fill(tmp_path, {f"{images}/IMG_1.png": None})
@@ -475,16 +477,16 @@ def test_kohyas_folder_in_place_of_its_parent(
     )
     recipe.write_text("\n".join((*sections, "output_dir: out")))
     shown = run("train", recipe, "scaling.num_workers=0")
-    assert shown.exit_code == 2 and f"Pass its parent, {(tmp_path / images).parent}" in shown.stderr
+    assert shown.exit_code == 2 and f"Use its parent, {(tmp_path / images).parent}" in shown.stderr
     above = load_recipe(recipe, [f"data.train_data_dir={tmp_path}"])
     if "/" in images:  # two levels above them
         load_sets(above.data)
-        assert "do not count" in caplog.text
+        assert "are not used" in caplog.text
     else:
         assert load_sets(above.data).concepts[0].repeats == 10
 
 
-def test_captions_over_the_token_limit_and_enlarged_images_are_told_once(
+def test_long_captions_and_enlarged_images_are_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tree = tiny.make_recipe(tmp_path)
@@ -498,7 +500,7 @@ def test_captions_over_the_token_limit_and_enlarged_images_are_told_once(
     assert any("strip.png" in record.message and "enlarged" in record.message for record in caplog.records)
 
 
-def test_options_of_captions_are_not_for_class_images(tmp_path: Path) -> None:
+def test_class_images_ignore_caption_options(tmp_path: Path) -> None:
     tree = tiny.make_recipe(tmp_path)
     fill(tmp_path / "class", {"c.png": None, "c.txt": "another cat, blue", "d.png": None})
     tree["method"] = {"name": "dreambooth", "with_prior_preservation": True, "num_class_images": 2}

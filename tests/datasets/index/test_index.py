@@ -1,4 +1,4 @@
-"""Folders of pictures to an index: ids, captions, and every way a folder can be bad."""
+"""Folders of images to an index: ids, captions, and every way a folder can be bad."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ def test_columns_sizes_and_order(tmp_path):
     assert index.bad == []
 
 
-def test_same_index_wherever_the_folder_lies_and_whatever_order_it_lists(tmp_path, monkeypatch):
+def test_the_index_does_not_depend_on_location_or_listing_order(tmp_path, monkeypatch):
     for seed in range(8):
         put(tmp_path / "a", f"{seed}.png", image(seed % 5))  # three copies among them
         put(tmp_path / "a", f"{seed}.txt", f"caption {seed}")
@@ -50,7 +50,7 @@ def test_same_index_wherever_the_folder_lies_and_whatever_order_it_lists(tmp_pat
     assert sum(name.endswith("-1") for name in one.column("id")) == 3
 
 
-def test_content_hash_sees_captions_and_images(tmp_path):
+def test_content_hash_depends_on_captions_and_images(tmp_path):
     put(tmp_path, "a.png", image(0))
     bare = build_index(str(tmp_path)).content_hash
     put(tmp_path, "a.txt", "words")
@@ -88,12 +88,12 @@ def test_subfolders_hidden_files_and_other_files(tmp_path):
     assert sorted(by_name(build_index(str(tmp_path), ScanOptions(recursive=False)))) == ["a.png"]
 
 
-def test_wrong_file_endings_are_no_obstacle(tmp_path):
+def test_wrong_file_extensions_are_accepted(tmp_path):
     put(tmp_path, "a.jpg", image(0, kind="PNG"))
     assert len(build_index(str(tmp_path))) == 1
 
 
-def test_links_are_followed_and_loops_end(tmp_path):
+def test_links_are_followed_without_loops(tmp_path):
     put(tmp_path / "real", "a.png", image(0))
     put(tmp_path / "set", "b.png", image(1))
     (tmp_path / "set" / "linked").symlink_to(tmp_path / "real")
@@ -108,13 +108,13 @@ def test_links_are_followed_and_loops_end(tmp_path):
     assert sorted(Path(item.uri).name for item in index.bad) == ["gone.png", "self.png"]
 
 
-def test_a_pipe_named_like_a_image_does_not_hang(tmp_path):
+def test_a_pipe_with_an_image_name_does_not_block(tmp_path):
     put(tmp_path, "a.png", image(0))
     os.mkfifo(tmp_path / "b.png")
     assert len(build_index(str(tmp_path))) == 1
 
 
-def test_bad_ones_are_listed_and_good_ones_used(tmp_path, caplog):
+def test_bad_images_are_listed_and_good_ones_indexed(tmp_path, caplog):
     put(tmp_path, "good.png", image(0))
     put(tmp_path, "zero.png", b"")
     put(tmp_path, "text.jpg", "not a picture")
@@ -125,7 +125,7 @@ def test_bad_ones_are_listed_and_good_ones_used(tmp_path, caplog):
     assert list(by_name(index)) == ["good.png"]
     reasons = {Path(item.uri).name: item.reason for item in index.bad}
     assert sorted(reasons) == ["big.png", "cut.png", "phone.heic", "text.jpg", "zero.png"]
-    assert "cut short" in reasons["cut.png"]
+    assert "truncated" in reasons["cut.png"]
     assert "empty" in reasons["zero.png"]
     assert "max_pixels" in reasons["big.png"]
     assert "Convert" in reasons["phone.heic"]
@@ -134,7 +134,7 @@ def test_bad_ones_are_listed_and_good_ones_used(tmp_path, caplog):
     assert all(name in caplog.text for name in reasons)
 
 
-def test_cut_short_images_pass_only_without_verification(tmp_path, monkeypatch):
+def test_truncated_images_pass_only_without_verification(tmp_path, monkeypatch):
     put(tmp_path, "good.png", image(0))
     put(tmp_path, "cut.png", image(1, size=(80, 80))[:3000])
     assert len(build_index(str(tmp_path), verify=False)) == 2
@@ -150,7 +150,7 @@ def test_cut_short_images_pass_only_without_verification(tmp_path, monkeypatch):
         ({"a.md": b"x", "b.md": b"x"}, r"no (picture|image) in .*: .*2 other files"),
         (
             {"a.png": b"", "b.png": b"x"},
-            r"no usable .*: 2 found .*a\.png: .*empty",
+            r"no usable .*: all 2 found .*a\.png: .*empty",
         ),
     ],
 )
@@ -161,7 +161,7 @@ def test_nothing_usable(tmp_path, files, message):
         build_index(str(tmp_path))
 
 
-def test_absent_folder_and_file_instead_of_folder(tmp_path):
+def test_missing_folder_and_file_instead_of_folder(tmp_path):
     with pytest.raises(DataError, match=r"/none does not exist"):
         build_index(str(tmp_path / "none"))
     with pytest.raises(DataError, match="is a file"):
@@ -169,7 +169,7 @@ def test_absent_folder_and_file_instead_of_folder(tmp_path):
 
 
 def test_permissions_denied():
-    """Outside pytest's own folders, which other users cannot enter."""
+    """Not in pytest's folders, which other users cannot enter."""
     folder = Path(tempfile.mkdtemp(prefix="dreamfleet-test-"))
     user = os.geteuid()
     try:
@@ -209,7 +209,7 @@ def test_each_file_is_read_once(tmp_path, monkeypatch):
     assert len(reads) == 10
 
 
-def test_sidecars_and_their_order(tmp_path):
+def test_caption_files_and_their_priority(tmp_path):
     for seed, name in enumerate(("a", "b", "c", "d", "e")):
         put(tmp_path, f"{name}.png", image(seed))
     put(tmp_path, "a.txt", "  from text \n")

@@ -272,7 +272,9 @@ def test_two_workers_read_a_source(
             data__instance_data_dir=str(packed),
             data__center_crop=changes.get("data__center_crop", True),
             train__train_batch_size=batch,
-            scaling={"num_workers": workers},
+            scaling={"num_workers": workers, "resources_per_worker": {"CPU": 0.5}}
+            if workers
+            else {"num_workers": 0},
             **({"data__source": "stream"} if workers and changes else {}),
         )
         recipe = tiny.write_recipe(tmp_path / "recipe.yaml", tree)

@@ -1,4 +1,4 @@
-"""Latents encoded once: a run reads from the cache what it would encode itself, and nothing stale or torn."""
+"""The latent cache: runs read the latents they would encode, and none that are stale or incomplete."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NATIVE = {"method": {"name": "native"}}
 
 
 def recipe_of(folder: Path, **changes: Any) -> Recipe:
-    """A recipe whose cache lies in the folder; ``data__cache_dir=None`` encodes for itself."""
+    """A recipe with a cache in the folder; ``data__cache_dir=None`` encodes during the run."""
     return build_recipe(tiny.make_recipe(folder, **{"data__cache_dir": str(folder / "cache"), **changes}))
 
 
@@ -55,7 +55,7 @@ def counts(made: CacheMade) -> tuple[int, int]:
 
 
 class Flat:
-    """Encodes a picture into its first pixel's colour, everywhere; counts what it is given."""
+    """Encodes an image as a constant, the colour of its first pixel; counts the images."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -70,7 +70,7 @@ class Flat:
         return made
 
 
-# ---- a cached run is the run that encodes itself --------------------------------------------------------------------
+# ---- a cached run equals a run that encodes --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -81,9 +81,7 @@ class Flat:
     ],
     ids=["flips", "buckets-masks-flips"],
 )
-def test_losses_are_equal_bit_for_bit_resident_and_lazily_read(
-    tmp_path: Path, changes: dict[str, Any]
-) -> None:
+def test_cached_losses_are_equal_bit_for_bit(tmp_path: Path, changes: dict[str, Any]) -> None:
     if "data__instance_data_dir" in changes:
         changes = {
             **changes,
@@ -100,7 +98,7 @@ def test_losses_are_equal_bit_for_bit_resident_and_lazily_read(
     assert len(set(sources["own"])) == len(sources["own"])
 
 
-def test_small_sets_are_resident_and_large_ones_read_when_needed(tmp_path: Path) -> None:
+def test_small_sets_are_resident_and_large_ones_read_on_use(tmp_path: Path) -> None:
     cache_latents(recipe_of(tmp_path, data__resolution=64))
 
     def kind(**changes: Any) -> type:
@@ -116,8 +114,8 @@ def test_small_sets_are_resident_and_large_ones_read_when_needed(tmp_path: Path)
     assert kind(**many, data__source="resident") is ResidentLatents
 
 
-def test_the_run_trains_on_what_the_cache_holds(tmp_path: Path) -> None:
-    """Doctored latents come out of the feed: no picture was encoded on the way."""
+def test_a_run_trains_on_the_cached_latents(tmp_path: Path) -> None:
+    """The feed returns modified latents, so no image was encoded."""
     recipe = recipe_of(tmp_path, data__latent_sampling="deterministic")
     cache_latents(recipe)
     (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
@@ -137,14 +135,14 @@ def test_the_run_trains_on_what_the_cache_holds(tmp_path: Path) -> None:
 
 
 class Flat4:
-    """Encodes every picture into threes."""
+    """Encodes every image as the constant 3."""
 
     def __call__(self, cuts: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
         return [dict.fromkeys(("mean", "std"), np.full((4, 8, 8), 3, np.float32)) for _ in cuts]
 
 
 @pytest.mark.parametrize("source", ["auto", "stream"])
-def test_a_resumed_run_is_the_straight_one(tmp_path: Path, source: str) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, source: str) -> None:
     cache_latents(recipe_of(tmp_path))
     straight = losses(recipe_of(tmp_path, output_dir=str(tmp_path / "straight"), data__source=source))
     changes = {"output_dir": str(tmp_path / "halves"), "data__source": source}
@@ -152,8 +150,8 @@ def test_a_resumed_run_is_the_straight_one(tmp_path: Path, source: str) -> None:
     assert losses(recipe_of(tmp_path, **changes)) == straight
 
 
-def test_latents_do_not_depend_on_what_is_encoded_beside_them() -> None:
-    """On a CPU a lone picture of 64 pixels gets other last bits than one among eight."""
+def test_latents_do_not_depend_on_the_rest_of_the_batch() -> None:
+    """On a CPU, the last bits of an image of 64 pixels depend on the batch size."""
     model = load_model(ModelConfig(pretrained_model_name_or_path="pocket"), {"vae"})
     cuts = list(np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8))
     together = encode_cuts(cuts, model)
@@ -206,7 +204,7 @@ def columns_of(file: Path) -> list[dict[str, Any]]:
     return [column for group in pq.read_metadata(file).to_dict()["row_groups"] for column in group["columns"]]
 
 
-def test_class_images_come_along(tmp_path: Path) -> None:
+def test_class_images_are_cached(tmp_path: Path) -> None:
     tiny.make_images(tmp_path / "class", 4, seed=5)
     prior = {
         "method": {"name": "dreambooth", "with_prior_preservation": True, "num_class_images": 4},
@@ -219,7 +217,7 @@ def test_class_images_come_along(tmp_path: Path) -> None:
     assert losses(recipe_of(tmp_path, output_dir=str(tmp_path / "late"), **prior)) == early == own
 
 
-# ---- what is encoded again, and what is not -------------------------------------------------------------------------
+# ---- what is encoded again -------------------------------------------------------------------------
 
 
 def test_only_new_and_changed_images_are_encoded(tmp_path: Path) -> None:
@@ -240,7 +238,7 @@ def test_only_new_and_changed_images_are_encoded(tmp_path: Path) -> None:
     assert counts(cache_latents(recipe_of(tmp_path, data__random_flip=True))) == (7, 7)
 
 
-def test_a_changed_mask_is_a_changed_image(tmp_path: Path) -> None:
+def test_a_changed_mask_is_encoded_again(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, data__alpha_mask=True)
     Image.new("L", (48, 48), 100).save(tiny.make_images(tmp_path / "pictures", 6) / "000.mask.png")
     assert counts(cache_latents(recipe)) == (6, 0)
@@ -252,11 +250,11 @@ def test_a_changed_mask_is_a_changed_image(tmp_path: Path) -> None:
     assert counts(cache_latents(recipe)) == (1, 5)
 
 
-def test_another_model_or_size_is_refused_by_name_and_kept_beside(tmp_path: Path) -> None:
+def test_another_model_or_size_is_refused_and_cached_separately(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path)
     first = cache_latents(recipe)
     other = str(tiny.make_tiny_model(tmp_path / "other", seed=1))
-    for changes, told in (
+    for changes, message in (
         ({"model__pretrained_model_name_or_path": other}, r"vae [0-9a-f]{16} .*[0-9a-f]{16}"),
         ({"data__resolution": 40}, r"resolution 32 .*40"),
         ({"data__alpha_mask": True}, r"alpha_mask False .*True"),
@@ -272,7 +270,7 @@ def test_another_model_or_size_is_refused_by_name_and_kept_beside(tmp_path: Path
         ),
     ):
         changed = recipe_of(tmp_path, **changes)
-        with pytest.raises(DataError, match=rf"{told}.*data cache RECIPE"):
+        with pytest.raises(DataError, match=rf"{message}.*data cache RECIPE"):
             assemble(changed, DistributedContext())
         made = cache_latents(changed)
         assert counts(made) == (6, 0) and made.cache != first.cache
@@ -280,7 +278,7 @@ def test_another_model_or_size_is_refused_by_name_and_kept_beside(tmp_path: Path
     assert counts(cache_latents(recipe)) == (0, 6)
 
 
-def test_only_the_encoder_of_a_vae_counts(tmp_path: Path) -> None:
+def test_the_cache_depends_on_the_vae_encoder_only(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     recipe = recipe_of(tmp_path)
@@ -298,11 +296,11 @@ def test_only_the_encoder_of_a_vae_counts(tmp_path: Path) -> None:
     assert counts(cache_latents(recipe)) == (6, 0)
 
 
-def test_a_folder_under_a_foreign_name_is_refused(tmp_path: Path) -> None:
+def test_a_renamed_cache_folder_is_refused(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path)
     manifest = Path(cache_latents(recipe).cache) / "manifest.json"
-    told = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**told, "vae": "0" * 16}))
+    message = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**message, "vae": "0" * 16}))
     for use in (lambda: assemble(recipe, DistributedContext()), lambda: cache_latents(recipe)):
         with pytest.raises(DataError, match=r"vae 0{16} \(here .*Remove"):
             use()
@@ -311,26 +309,26 @@ def test_a_folder_under_a_foreign_name_is_refused(tmp_path: Path) -> None:
         cache_latents(recipe)
 
 
-def test_interrupted_it_goes_on_from_there(tmp_path: Path) -> None:
-    """Nothing is encoded twice but a shard that was not finished; what is there is whole."""
+def test_an_interrupted_cache_is_continued(tmp_path: Path) -> None:
+    """Only the unfinished shard is encoded again; all files are complete."""
     tiny.make_images(tmp_path / "pictures", 30)
     recipe = recipe_of(tmp_path)
-    told: list[tuple[int, int]] = []
+    message: list[tuple[int, int]] = []
 
     def stop(done: int, total: int) -> None:
-        told.append((done, total))
-        if len(told) == 2:
+        message.append((done, total))
+        if len(message) == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         cache_latents(recipe, progress=stop)
-    assert told == [(8, 30), (16, 30)]
+    assert message == [(8, 30), (16, 30)]
     assert counts(cache_latents(recipe)) == (14, 16)
     own = losses(recipe_of(tmp_path, data__cache_dir=None, output_dir=str(tmp_path / "own")))
     assert losses(recipe) == own
 
 
-def test_torn_and_lost_files_are_made_again(tmp_path: Path) -> None:
+def test_incomplete_and_missing_files_are_written_again(tmp_path: Path) -> None:
     tiny.make_images(tmp_path / "pictures", 24)
     recipe = recipe_of(tmp_path)
     folder = Path(cache_latents(recipe).cache)
@@ -345,7 +343,7 @@ def test_torn_and_lost_files_are_made_again(tmp_path: Path) -> None:
     assemble(recipe, DistributedContext())
 
 
-def test_a_flipped_bit_is_told(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_detected(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path)
     (file,) = Path(cache_latents(recipe).cache).glob("latents/*")
     data = bytearray(file.read_bytes())
@@ -368,7 +366,7 @@ def test_unreadable_images_are_named_and_left_out(tmp_path: Path) -> None:
     for encoded in (6, 0):
         made = cache_latents(recipe)
         assert made.encoded == encoded
-        assert {Path(uri).name: "cut short" in why for uri, why in made.left_out.items()} == {
+        assert {Path(uri).name: "truncated" in why for uri, why in made.left_out.items()} == {
             "cut.png": True,
             "note.jpg": False,
         }
@@ -377,7 +375,7 @@ def test_unreadable_images_are_named_and_left_out(tmp_path: Path) -> None:
     assert [Path(bad["uri"]).name for bad in summary["bad_files"]] == ["cut.png", "note.jpg"]
 
 
-def test_a_image_that_changes_meanwhile_ends_the_call(tmp_path: Path) -> None:
+def test_an_image_that_changes_while_encoding_is_an_error(tmp_path: Path) -> None:
     images = tiny.make_images(tmp_path / "pictures", 2)
     data = DataConfig(instance_data_dir=str(images), resolution=32)
     shards = make_shards(jobs_of(build_index(str(images)), data), workers=1)
@@ -391,8 +389,8 @@ def test_a_image_that_changes_meanwhile_ends_the_call(tmp_path: Path) -> None:
     assert not folder.list("keys")
 
 
-def test_files_that_did_not_change_are_not_read_again(tmp_path: Path) -> None:
-    """A stamp is trusted: a file turned into something else behind its back is told from the others by nothing."""
+def test_unchanged_files_are_not_read_again(tmp_path: Path) -> None:
+    """Stamps are trusted: a file that changes without a change of its stamp is not noticed."""
     images = tiny.make_images(tmp_path / "pictures", 6)
     Image.new("L", (48, 48), 90).save(images / "001.mask.png")
     for file in images.iterdir():
@@ -426,7 +424,7 @@ def test_a_file_that_was_just_written_is_read(tmp_path: Path) -> None:
 # ---- the files ------------------------------------------------------------------------------------------------------
 
 
-def test_latents_come_back_in_any_order_from_many_row_groups(tmp_path: Path) -> None:
+def test_latents_are_read_in_any_order_from_row_groups(tmp_path: Path) -> None:
     images = tiny.make_images(tmp_path / "pictures", 40, size=200)
     data = DataConfig(instance_data_dir=str(images), resolution=400, random_flip=True)
     cache = Storage(tmp_path / "cache")
@@ -461,7 +459,7 @@ def cuts_of(jobs: Sequence[Any]) -> list[np.ndarray]:
     ]
 
 
-def test_shards_hold_one_size_after_the_other_within_their_room() -> None:
+def test_shards_are_ordered_by_size_and_limited_in_bytes() -> None:
     from dreamfleet.datasets.serve.cache import Job
 
     jobs = [Job(f"{n:064d}", "", False, *[(64, 64), (2048, 2048)][n % 2], f"{n}.png", "") for n in range(600)]
@@ -476,7 +474,7 @@ def test_shards_hold_one_size_after_the_other_within_their_room() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"data__center_crop": False}, "crop.*latents"),
         ({"data__cache_latents": False}, "cache_dir .*cache_latents: false"),
@@ -484,12 +482,14 @@ def test_shards_hold_one_size_after_the_other_within_their_room() -> None:
         ({"method": tiny.DISCRIMINATOR}, "data.cache_dir: .*latents"),
     ],
 )
-def test_what_cannot_be_cached_is_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(RecipeError, match=told):
+def test_settings_that_cannot_be_cached_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
         recipe_of(tmp_path, **changes)
 
 
-def test_a_run_before_the_cache_says_what_to_do(tmp_path: Path) -> None:
+def test_a_run_without_its_cache_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no latents.*dreamfleet data cache RECIPE"):
         fit(recipe_of(tmp_path))
     with pytest.raises(RecipeError, match=r"data\.cache_dir"):
@@ -507,11 +507,13 @@ def test_the_command(tmp_path: Path) -> None:
 
     result = run("--json")
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert Path(told["cache"]).parent == tmp_path / "kept/latents"
-    assert (told["pictures"], told["encoded"], told["reused"], told["left_out"]) == (6, 6, 0, {})
-    assert told["bytes"] == sum(file.stat().st_size for file in Path(told["cache"], "latents").iterdir())
-    assert told["pictures_per_second"] == pytest.approx(6 / told["seconds"])
+    message = json.loads(result.stdout)
+    assert Path(message["cache"]).parent == tmp_path / "kept/latents"
+    assert (message["pictures"], message["encoded"], message["reused"], message["left_out"]) == (6, 6, 0, {})
+    assert message["bytes"] == sum(
+        file.stat().st_size for file in Path(message["cache"], "latents").iterdir()
+    )
+    assert message["pictures_per_second"] == pytest.approx(6 / message["seconds"])
     again = run()
     assert again.exit_code == 0 and "reused     6" in again.stdout and "encoded    0" in again.stdout
     wrong = run("data.cache_dir=null")

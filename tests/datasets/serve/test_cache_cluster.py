@@ -61,22 +61,22 @@ def same(first: LatentCache, second: LatentCache) -> bool:
     return all(np.array_equal(one[name], other[name]) for one, other in pairs for name in first.names)
 
 
-def test_actors_encode_what_one_process_does(tmp_path: Path, local_ray: Any) -> None:
+def test_actors_encode_the_same_latents_as_one_process(tmp_path: Path, local_ray: Any) -> None:
     images = tiny.make_images(tmp_path / "pictures", 20)
     (images / "cut.png").write_bytes((images / "001.png").read_bytes()[:200])
     here = recipe_of(tmp_path, data__cache_dir=str(tmp_path / "here"))
     there = recipe_of(tmp_path, data__cache_dir=str(tmp_path / "there"), **ONE_CPU)
-    told: list[tuple[int, int]] = []
-    made = [cache_latents(here), cache_latents(there, progress=lambda *counts: told.append(counts))]
+    message: list[tuple[int, int]] = []
+    made = [cache_latents(here), cache_latents(there, progress=lambda *counts: message.append(counts))]
     assert [(one.encoded, [Path(uri).name for uri in one.left_out]) for one in made] == [
         (40, ["cut.png"])
     ] * 2
-    assert told[-1] == (42, 42) and [done for done, _ in told] == sorted(done for done, _ in told)
+    assert message[-1] == (42, 42) and [done for done, _ in message] == sorted(done for done, _ in message)
     assert same(opened(here), opened(there))
     assert cache_latents(there).reused == 40
 
 
-def test_from_a_bucket_into_a_bucket_and_out_of_it(
+def test_images_and_cache_in_a_bucket(
     tmp_path: Path,
     local_ray: Any,
     s3_server: S3Server,  # noqa: F811
@@ -111,12 +111,12 @@ def test_from_a_bucket_into_a_bucket_and_out_of_it(
     assert runs[0] == runs[1] == runs[2]
 
 
-def test_images_decoded_by_others_and_what_actors_meet(tmp_path: Path, local_ray: Any) -> None:
+def test_decoding_by_other_tasks_and_errors_of_actors(tmp_path: Path, local_ray: Any) -> None:
     recipe = recipe_of(tmp_path, data__cache_dir=str(tmp_path / "apart"))
     index = build_index(str(tmp_path / "pictures"))
     shards = make_shards(jobs_of(index, recipe.data), workers=1)
     model = load_model(recipe.model, {"vae"})
-    apart = Pool(1, {"CPU": 0.5}, {}, decode_apart=True)  # Ray would join stages that ask the same
+    apart = Pool(1, {"CPU": 0.5}, {}, decode_excluded=True)  # Ray would join stages that ask the same
     encoding = encoding_of(recipe.data, model.encoder_hash)
     folder = write_manifest(Storage(str(recipe.data.cache_dir)), encoding)
     asked = functools.partial(VaeEncoder, recipe.model, device="cpu", threads=1)

@@ -1,4 +1,4 @@
-"""Pictures streamed through a real local Ray in plan order, from disk and from S3."""
+"""Streaming of images through a local Ray in plan order, from disk and from S3."""
 
 import itertools
 import time
@@ -12,7 +12,7 @@ from dreamfleet.datasets.errors import DataError, ResourceError, StorageError
 from dreamfleet.datasets.images.images import fit_image, open_image
 from dreamfleet.datasets.index.index import Index, build_index
 from dreamfleet.datasets.serve.decode_job import decode_batch
-from dreamfleet.datasets.serve.stream import READY_BYTES, WINDOW, ImageStream, ImageView, most_ready
+from dreamfleet.datasets.serve.stream import READY_BYTES, WINDOW, ImageStream, ImageView, queue_length
 from dreamfleet.datasets.storage.storage import Storage, read_uri
 
 SIDE = 16
@@ -55,7 +55,7 @@ def test_a_batch_is_decoded_without_ray(tmp_path):
     got = decode_batch(batch, max_pixels=10_000)
     for row, error in enumerate(got["error"]):
         if "cut.png" in index.row(row).uri:
-            assert "cut short" in error
+            assert "truncated" in error
         else:
             assert error == ""
             draw = ImageView(row, (0.9, 0.1) if row == 1 else None, row == 1)
@@ -63,11 +63,11 @@ def test_a_batch_is_decoded_without_ray(tmp_path):
             np.testing.assert_array_equal(pixels, directly(index, draw))
 
 
-def test_images_that_wait_to_be_taken_are_bounded_by_their_size():
-    assert most_ready((64, 64), WINDOW) == WINDOW
+def test_the_queue_of_decoded_images_is_limited_in_bytes():
+    assert queue_length((64, 64), WINDOW) == WINDOW
     for side in (512, 1024, 4096):
-        assert 0.9 * READY_BYTES < most_ready((side, side), WINDOW) * side * side * 4 <= READY_BYTES
-    assert most_ready((16384, 16384), WINDOW) == 1
+        assert 0.9 * READY_BYTES < queue_length((side, side), WINDOW) * side * side * 4 <= READY_BYTES
+    assert queue_length((16384, 16384), WINDOW) == 1
 
 
 @pytest.fixture(scope="module")
@@ -115,17 +115,17 @@ class TestOnRay:
         draws = random_draws(index, 60)
         with ImageStream(index, draws, resolution=SIDE, window=20) as stream:
             got = [(pixels, stream.row) for pixels in stream]
-        for (pixels, told), draw in zip(got, draws, strict=True):
+        for (pixels, reported), draw in zip(got, draws, strict=True):
             row = draw.row
             while row in bad:
                 row = (row + 1) % 7
-            assert told == row
+            assert reported == row
             np.testing.assert_array_equal(pixels, directly(index, draw, row))
         assert stream.replaced == sum(draw.row in bad for draw in draws)
         assert set(stream.bad) == {index.row(row).uri for row in bad}
         assert sum("left out" in record.message for record in caplog.records) == 2
 
-    def test_endless_plan_is_read_only_so_far_ahead(self, folder):
+    def test_an_endless_plan_is_read_ahead_to_a_limit(self, folder):
         folder.write_bytes("a.png", image(0))
         taken = itertools.count()
         last = [0]
@@ -145,7 +145,7 @@ class TestOnRay:
 
 @pytest.mark.cluster
 @pytest.mark.s3
-def test_nothing_decodable_and_a_file_gone(local_ray, tmp_path):
+def test_no_decodable_image_and_a_missing_file(local_ray, tmp_path):
     put(tmp_path, "a.png", image(0))
     put(tmp_path, "b.png", image(1))
     index = build_index(str(tmp_path))
@@ -161,7 +161,7 @@ def test_nothing_decodable_and_a_file_gone(local_ray, tmp_path):
 
 @pytest.mark.cluster
 @pytest.mark.s3
-def test_a_cluster_without_a_free_cpu_is_told(local_ray, tmp_path):
+def test_a_cluster_without_a_free_cpu_is_reported(local_ray, tmp_path):
     @local_ray.remote(num_cpus=2)
     class Hog:
         def here(self):

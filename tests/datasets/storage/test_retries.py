@@ -1,4 +1,4 @@
-"""One retry policy for all requests to a bucket: attempts and seconds, against servers that fail in every way."""
+"""The retry policy for requests to a bucket, with servers that fail in every way."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_policy_is_bounded_in_attempts_and_seconds(monkeypatch: pytest.Monke
 
 
 class Server(ThreadingHTTPServer):
-    """An S3 of one object whose ``failures`` first requests go wrong, in the way of ``fail``."""
+    """An S3 server with one object, whose first ``failures`` requests fail by ``fail``."""
 
     daemon_threads = True
 
@@ -45,7 +45,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a client that has hung up."""
+        """Ignore clients that closed the connection."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -71,18 +71,18 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_PUT = do_HEAD = do_POST = answer
 
-    def log_message(self, *told: Any) -> None:
-        """Say nothing."""
+    def log_message(self, *message: Any) -> None:
+        """Log nothing."""
 
 
 def busy(handler: Handler) -> None:
-    told = (
+    message = (
         b"" if handler.command == "HEAD" else b"<Error><Code>SlowDown</Code><Message>less</Message></Error>"
     )
     handler.send_response(503)
-    handler.send_header("Content-Length", str(len(told)))
+    handler.send_header("Content-Length", str(len(message)))
     handler.end_headers()
-    handler.wfile.write(told)
+    handler.wfile.write(message)
 
 
 def hang_up(handler: Handler) -> None:
@@ -160,7 +160,7 @@ ACTIONS = [(read, "GET", CONTENT), (write, "PUT", None), (names, "GET", ["a"]), 
     ("action", "method", "result"), ACTIONS, ids=lambda value: getattr(value, "__name__", "")
 )
 @pytest.mark.parametrize("fail", [busy, hang_up])
-def test_what_passes_is_tried_again(fail: Any, action: Any, method: str, result: Any) -> None:
+def test_transient_failures_are_retried(fail: Any, action: Any, method: str, result: Any) -> None:
     with serving(fail, ATTEMPTS - 1, method) as server:
         assert action(Storage("s3://bucket/x")) == result
     assert server.seen.count(method) == ATTEMPTS, "one more than the failures"
@@ -170,16 +170,16 @@ def test_what_passes_is_tried_again(fail: Any, action: Any, method: str, result:
     ("action", "method", "result"), ACTIONS, ids=lambda value: getattr(value, "__name__", "")
 )
 @pytest.mark.parametrize("fail", [busy, hang_up])
-def test_what_does_not_pass_is_given_up(fail: Any, action: Any, method: str, result: Any) -> None:
+def test_lasting_failures_are_given_up(fail: Any, action: Any, method: str, result: Any) -> None:
     with serving(fail, float("inf"), method) as server, pytest.raises(StorageError, match=r"127\.0\.0\.1"):
         action(Storage("s3://bucket/x"))
-    # aiohttp sends a request again, at once, when a kept connection turns out to be closed.
+    # aiohttp resends a request at once when a kept-alive connection turns out to be closed.
     assert ATTEMPTS <= server.seen.count(method) <= (2 * ATTEMPTS if fail is hang_up else ATTEMPTS)
 
 
 @pytest.mark.parametrize("action", [read, fetch])
 @pytest.mark.parametrize("fail", [break_off, stall])
-def test_an_answer_that_breaks_off_is_asked_for_again(fail: Any, action: Any) -> None:
+def test_an_answer_that_breaks_off_is_requested_again(fail: Any, action: Any) -> None:
     with serving(fail, 1, "GET") as server:
         assert action(Storage("s3://bucket/x")) == CONTENT
     assert server.seen.count("GET") == 2
@@ -187,8 +187,8 @@ def test_an_answer_that_breaks_off_is_asked_for_again(fail: Any, action: Any) ->
 
 @pytest.mark.parametrize("fail", [say_nothing, stall])
 @pytest.mark.parametrize("action", [read, names])
-def test_a_silent_server_is_left_in_time(fail: Any, action: Any) -> None:
-    """Two attempts of the default 60 seconds, or five short ones, but never their product."""
+def test_a_silent_server_is_given_up_in_time(fail: Any, action: Any) -> None:
+    """At most two attempts of the default 60 seconds, or five short ones."""
     began = time.monotonic()
     with serving(fail, float("inf"), "GET HEAD" if fail is say_nothing else "GET") as server:
         with pytest.raises(StorageError, match="no answer"):
@@ -198,7 +198,7 @@ def test_a_silent_server_is_left_in_time(fail: Any, action: Any) -> None:
     assert took < 1.2 + 0.5 + 2.0
 
 
-def test_a_refusal_is_not_tried_again() -> None:
+def test_a_refusal_is_not_retried() -> None:
     def refuse(handler: Handler) -> None:
         handler.send_response(403)
         handler.send_header("Content-Length", "0")

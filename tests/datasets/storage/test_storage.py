@@ -1,4 +1,4 @@
-"""Files on disk and in a real S3 server, through the same face."""
+"""Files on disk and on a real S3 server, through the same interface."""
 
 import os
 import pickle
@@ -62,8 +62,8 @@ def test_write_read_list_remove(storage):
     assert storage.list("", recursive=True) == ["top"]
 
 
-def test_empty_folders_are_nothing(storage, tmp_path):
-    """Left behind by a deletion, or made by hand: on disk, in a console, by Hadoop."""
+def test_empty_folders_do_not_exist(storage, tmp_path):
+    """Empty folders on disk, and markers made by a console or Hadoop."""
     assert not storage.has_files()
     storage.write_text("gone/below/a.txt", "x")
     assert storage.has_files() and storage.has_files("gone")
@@ -91,7 +91,7 @@ def put_marker(fs, key):
     fs.call_s3("put_object", Bucket=bucket, Key=name, Body=b"")
 
 
-def test_names_with_spaces_and_signs(storage):
+def test_names_with_spaces_and_symbols(storage):
     names = ["10_sks dog/ä #1+2 %41?.png", "a=b&c.txt", "semi;colon.txt"]
     for name in names:
         storage.write_text(name, name)
@@ -99,7 +99,7 @@ def test_names_with_spaces_and_signs(storage):
     assert all(storage.read_text(name) == name for name in names)
 
 
-def test_names_that_lead_out_of_the_folder_are_refused(storage, tmp_path):
+def test_names_that_leave_the_folder_are_refused(storage, tmp_path):
     storage.write_text("in/a.txt", "x")
     inner = storage.child("in")
     for act in (
@@ -109,13 +109,13 @@ def test_names_that_lead_out_of_the_folder_are_refused(storage, tmp_path):
         lambda: inner.child(".."),
         lambda: inner.download("../in", tmp_path / "copy"),
     ):
-        with pytest.raises(StorageError, match="out of its folder"):
+        with pytest.raises(StorageError, match="leaves its folder"):
             act()
     assert storage.list("", recursive=True) == ["in/a.txt"]
     inner.write_text("a..b/..c", "two dots in a name are a name")
 
 
-def test_a_name_as_long_as_the_file_system_takes(tmp_path):
+def test_the_longest_name_of_the_file_system(tmp_path):
     name = "猫" * 83 + ".txt"  # 253 of 255 bytes
     Storage(tmp_path).write_text(name, "x")
     assert Storage(tmp_path).list() == [name]
@@ -149,7 +149,7 @@ def test_upload_download_and_local_copy(storage, tmp_path):
     assert path.exists() == storage.is_local
 
 
-def test_staging_takes_its_place_only_when_whole(storage):
+def test_staged_files_appear_only_when_complete(storage):
     storage.write_text("model.bin", "old")
     staged = storage.staging("model.bin")
     staged.__enter__().write_text("half")
@@ -164,7 +164,7 @@ def test_staging_takes_its_place_only_when_whole(storage):
     assert storage.read_text("model.bin") == "whole"
 
 
-def test_absent_file(storage):
+def test_missing_file(storage):
     storage.write_text("there", "x")
     for act in (storage.read_bytes, storage.size):
         with pytest.raises(StorageError, match=r"nothing\.txt: .*does not exist"):
@@ -203,7 +203,7 @@ def test_index_of_images(storage):
     assert index.content_hash == build_index(storage.path("set")).content_hash
 
 
-# ---- disk alone ------------------------------------------------------------------------------------------
+# ---- disk only ------------------------------------------------------------------------------------------
 
 
 def test_relative_paths_are_made_absolute_at_once(tmp_path, monkeypatch):
@@ -224,7 +224,7 @@ def test_relative_paths_are_made_absolute_at_once(tmp_path, monkeypatch):
         ("s3://key:verysecret@bucket/x", "keys inside"),
     ],
 )
-def test_addresses_that_cannot_be_used(url, message):
+def test_invalid_addresses_are_refused(url, message):
     with pytest.raises(StorageError, match=message) as caught:
         Storage(url)
     assert "verysecret" not in str(caught.value)
@@ -262,7 +262,7 @@ def test_killed_while_writing_leaves_the_old_file(tmp_path):
 
 @pytest.fixture
 def small_disk():
-    """A real file system of 64 KiB, outside the folders that pytest clears away while another run goes on."""
+    """A file system of 64 KiB, not in folders that a concurrent pytest run removes."""
     place = Path(tempfile.mkdtemp(prefix="dreamfleet-small-"))
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True, check=False
@@ -299,7 +299,7 @@ def test_full_disk_hidden_by_a_library(small_disk):
     assert storage.list() == []
 
 
-def test_other_disk_errors_say_what_to_do(tmp_path):
+def test_other_disk_errors_name_the_remedy(tmp_path):
     storage = Storage(tmp_path)
     storage.write_text("file", "x")
     with pytest.raises(StorageError, match="file is in the way"):
@@ -311,7 +311,7 @@ def test_other_disk_errors_say_what_to_do(tmp_path):
         storage.write_text("n" * 300, "x")
 
 
-# ---- buckets alone ---------------------------------------------------------------------------------------
+# ---- buckets only ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.s3
@@ -328,7 +328,7 @@ def test_missing_bucket(s3):
 
 
 @pytest.mark.s3
-def test_wrong_keys_are_told_and_not_shown(s3, monkeypatch):
+def test_wrong_keys_are_reported_and_not_printed(s3, monkeypatch):
     storage = Storage(s3.new_folder())
     storage.write_text("a", "1")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "quite-wrong-secret")
@@ -349,7 +349,7 @@ def test_no_keys(s3, monkeypatch, tmp_path):
 
 
 @pytest.mark.s3
-def test_no_server_is_told_soon(s3, monkeypatch):
+def test_a_missing_server_is_reported_soon(s3, monkeypatch):
     monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StorageError, match=r"http://127\.0\.0\.1:9 .*AWS_ENDPOINT_URL"):
@@ -373,14 +373,14 @@ def test_survives_a_fork(s3):
 
 
 @pytest.mark.s3
-def test_a_login_inside_an_endpoint_is_never_told(monkeypatch):
+def test_a_login_in_an_endpoint_is_never_printed(monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "x")
     monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:hush@127.0.0.1:9")
-    with pytest.raises(StorageError, match=r"127\.0\.0\.1:9") as told:
+    with pytest.raises(StorageError, match=r"127\.0\.0\.1:9") as reported:
         Storage("s3://bucket/x").read_bytes("a")
-    assert "hush" not in str(told.value)
+    assert "hush" not in str(reported.value)
 
 
 @pytest.mark.s3

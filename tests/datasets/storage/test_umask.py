@@ -1,4 +1,4 @@
-"""Every file of a run, an export, a conversion and a prepared set follows the umask, whatever library wrote it."""
+"""Modes of all files of a run, an export, a conversion and a prepared set follow the umask."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tiny
 from typer.testing import CliRunner
 
 from dreamfleet.cluster.cli import program
-from dreamfleet.datasets.storage.disk import appearing
+from dreamfleet.datasets.storage.disk import atomic_write
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.run import run_worker
@@ -77,8 +77,8 @@ def test_a_prepared_set(tmp_path: Path, umask: int) -> None:
     assert_follows(tmp_path / "ready", umask)
 
 
-def test_what_a_library_closes_is_opened_in_folders_too(tmp_path: Path, umask: int) -> None:
-    with appearing(str(tmp_path / "whole")) as temporary:
+def test_modes_that_a_library_restricts_are_corrected_in_folders(tmp_path: Path, umask: int) -> None:
+    with atomic_write(str(tmp_path / "whole")) as temporary:
         os.mkdir(temporary)
         closed = os.open(os.path.join(temporary, "a"), os.O_CREAT | os.O_WRONLY, 0o600)
         os.close(closed)

@@ -18,7 +18,7 @@ from dreamfleet.cluster.cli import program
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.index.index import Row
 from dreamfleet.datasets.tools.inspect import survey, tag_counts
-from dreamfleet.datasets.tools.pixel_statistics import Look, difference_hash, near_copies
+from dreamfleet.datasets.tools.pixel_statistics import PixelFacts, difference_hash, near_copies
 
 
 def run(*words: Any) -> Any:
@@ -26,13 +26,13 @@ def run(*words: Any) -> Any:
 
 
 def image(seed: int, size: tuple[int, int] = (96, 96)) -> Image.Image:
-    """Coloured blobs: smooth, so that they survive compression, and different for each seed."""
+    """Coloured blobs, smooth enough to survive compression, different for each seed."""
     cells = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC)
 
 
 def write_set(folder: Path) -> Path:
-    """Eight usable pictures, each with something to find, and two that are none."""
+    """Eight usable images, each with one property to report, and two broken files."""
     folder.mkdir()
     image(1).save(folder / "plain.png")
     (folder / "copy.png").write_bytes((folder / "plain.png").read_bytes())
@@ -59,7 +59,7 @@ def look(folder: Path, **keys: Any) -> Any:
     return survey(data, count_tokens=lambda text: len(text.split()), max_tokens=3)
 
 
-def test_every_fact_of_a_set_is_found(tmp_path: Path) -> None:
+def test_all_properties_of_a_set_are_reported(tmp_path: Path) -> None:
     found = look(write_set(tmp_path / "set"), repeats=3)
     assert (found.pictures, found.draws) == (8, 24)
     assert found.width == (40, 96, 192)  # turned.jpg is 128 wide after its turn
@@ -75,20 +75,20 @@ def test_every_fact_of_a_set_is_found(tmp_path: Path) -> None:
     ]
     assert [[Path(name).name for name in group] for group in found.near] == [["copy.png", "near.jpg"]]
     assert {Path(name).name for name in found.bad} == {"broken.png", "photo.heic"}
-    told = "\n".join(found.warnings)
+    message = "\n".join(found.warnings)
     for word in (
         "bucket_no_upscale",
         "alpha_mask",
         "1 copy",
-        "grey picture",
+        "grey image",
         "more than 3 tokens",
-        "without words",
+        "without caption",
         "2 files cannot be used",
     ):
-        assert word in told, word
+        assert word in message, word
 
 
-def test_buckets_are_those_of_training_and_cut_less(tmp_path: Path) -> None:
+def test_buckets_are_those_of_training_and_crop_less(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set")
     keys = {"enable_bucket": True, "min_bucket_reso": 32, "max_bucket_reso": 128, "bucket_reso_steps": 16}
     found = look(folder, **keys)
@@ -97,13 +97,13 @@ def test_buckets_are_those_of_training_and_cut_less(tmp_path: Path) -> None:
     assert look(folder, alpha_mask=True).warnings != look(folder).warnings
 
 
-def test_a_clean_set_has_nothing_to_mend(tmp_path: Path) -> None:
+def test_a_clean_set_has_no_warnings(tmp_path: Path) -> None:
     for number in range(3):
         image(number).save(tmp_path / f"{number}.png")
     assert look(tmp_path, instance_prompt="a cat").warnings == []
 
 
-def test_hash_holds_under_scaling_and_compression_and_tells_images_apart() -> None:
+def test_the_hash_survives_scaling_and_compression() -> None:
     first = image(1, (300, 200))
     squeezed = io.BytesIO()
     first.resize((150, 100)).save(squeezed, "JPEG", quality=50)
@@ -112,11 +112,11 @@ def test_hash_holds_under_scaling_and_compression_and_tells_images_apart() -> No
     assert (difference_hash(first) ^ difference_hash(image(2))).bit_count() > 10
 
 
-def test_thousands_of_images_of_one_scene_are_one_group_in_a_moment() -> None:
+def test_near_duplicates_of_thousands_of_images_are_fast() -> None:
     row = Row("", "", 1, 1, None, "", 0, "instance", 1)
     rows = [row._replace(uri=f"{number:05d}", sha256=str(number)) for number in range(20_000)]
     scenes = [0b1110 << 20, 0b1111 << 20, 0b1111 << 40]  # the first two differ in a bit
-    looks = [Look("PNG", False, False, False, scenes[number % 3]) for number in range(len(rows))]
+    looks = [PixelFacts("PNG", False, False, False, scenes[number % 3]) for number in range(len(rows))]
     began = time.process_time()
     near = near_copies(rows, looks)
     assert time.process_time() - began < 5
@@ -124,7 +124,7 @@ def test_thousands_of_images_of_one_scene_are_one_group_in_a_moment() -> None:
     assert near[1] == [one.uri for one in rows[2::3]]
 
 
-def test_tags_count_once_a_caption() -> None:
+def test_tags_are_counted_once_per_caption() -> None:
     assert tag_counts(["a, b, a", "b", "c\nb, c"]) == {"b": 3, "a": 1, "c": 1}
 
 
@@ -144,7 +144,7 @@ def test_command_reads_folders_and_recipes_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [["nowhere"], ["nowhere.yaml"], [".", "resolution=64"]])
-def test_what_cannot_be_inspected_is_told(words: list[str], tmp_path: Path, monkeypatch: Any) -> None:
+def test_invalid_input_of_inspect_is_refused(words: list[str], tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     result = run("data", "inspect", *words)
     assert result.exit_code == 2

@@ -32,7 +32,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def scene(left: int, top: int, size: tuple[int, int], side: int = 40) -> Image.Image:
-    """A detailed, vivid square on a dull ground."""
+    """A detailed, saturated square on a plain background."""
     made = np.full((size[1], size[0], 3), 120, dtype=np.uint8)
     checks = (np.add.outer(np.arange(side) // 4, np.arange(side) // 4) % 2)[:, :, None]
     made[top : top + side, left : left + side] = np.where(checks, (230, 40, 30), (250, 200, 20))
@@ -51,11 +51,11 @@ def test_the_subject_is_inside_the_crop(focus: str, place: int, upright: bool) -
 
 
 @pytest.mark.parametrize("focus", ["center", "smart", "focal"])
-def test_a_flat_image_is_cut_in_the_middle(focus: str) -> None:
+def test_an_image_of_one_colour_is_cropped_in_the_centre(focus: str) -> None:
     assert place_box(Image.new("RGB", (300, 100), "grey"), (100, 100), focus) == (100, 0)
 
 
-def test_skin_draws_the_eye_more_than_as_much_detail() -> None:
+def test_skin_is_more_salient_than_equal_detail() -> None:
     image = np.full((100, 300, 3), 128, dtype=np.uint8)
     dots = (np.random.default_rng(0).random((40, 40, 1)) - 0.5) * 60
     image[30:70, 10:50] = np.clip(np.array((128, 128, 128)) + dots, 0, 255)
@@ -64,7 +64,7 @@ def test_skin_draws_the_eye_more_than_as_much_detail() -> None:
 
 
 @pytest.mark.parametrize("mode", ["crop", "smart", "focal", "pad"])
-def test_these_modes_give_the_size_asked_for(mode: str) -> None:
+def test_modes_return_the_requested_size(mode: str) -> None:
     image = scene(10, 10, (333, 101))
     (cut,) = plan_cuts(image, Cutting((96, 64), mode, fill="edge"))
     assert draw_cut(image, cut, "edge").size == (96, 64)
@@ -127,7 +127,7 @@ def write_set(folder: Path) -> Path:
 HOW = Preparing(Cutting((64, 64), "smart"), flip=True)
 
 
-def test_captions_and_masks_go_along_and_the_input_stays(tmp_path: Path) -> None:
+def test_captions_and_masks_are_copied_and_the_input_is_unchanged(tmp_path: Path) -> None:
     source = write_set(tmp_path / "in")
     before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
     made = prepare(str(source), str(tmp_path / "out"), HOW)
@@ -153,7 +153,7 @@ def test_captions_and_masks_go_along_and_the_input_stays(tmp_path: Path) -> None
     assert "not a" in made["pictures"]["d.png"]["reason"]
 
 
-def test_processes_give_the_same_and_again_does_only_what_is_new(tmp_path: Path) -> None:
+def test_processes_are_deterministic_and_only_new_images_are_processed(tmp_path: Path) -> None:
     source = write_set(tmp_path / "in")
     alone = prepare(str(source), str(tmp_path / "one"), HOW)
     assert prepare(str(source), str(tmp_path / "two"), HOW, workers=2) == alone
@@ -163,8 +163,8 @@ def test_processes_give_the_same_and_again_does_only_what_is_new(tmp_path: Path)
         if (tmp_path / "one" / file).is_file():
             assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     out = tmp_path / "one"
-    (out / "c.txt").write_text("edited by hand")  # stays: its picture is as it was
-    (out / "b.png").unlink()  # lost: made again
+    (out / "c.txt").write_text("edited by hand")  # kept, because its image did not change
+    (out / "b.png").unlink()  # removed, so written again
     (source / "10_cat" / "a.png").unlink()
     (source / "10_cat" / "a.mask.png").unlink()
     again = prepare(str(source), str(out), HOW)
@@ -173,7 +173,7 @@ def test_processes_give_the_same_and_again_does_only_what_is_new(tmp_path: Path)
     assert not list((out / "10_cat").glob("*")) and "10_cat/a.png" not in again["pictures"]
 
 
-def test_writing_the_manifest_of_a_large_set_costs_no_more_a_image() -> None:
+def test_the_cost_of_the_manifest_per_image_is_bounded() -> None:
     for total in (1000, 100_000):
         points = list(save_points(total))
         assert points[0] == 64 and sum(points) < 17 * total
@@ -194,7 +194,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="both"):
         prepare(str(source), str(tmp_path / "other"), dataclasses.replace(HOW, name="{stem}x"))
     (source / "a.jpg").rename(source / "a-flip.jpg")
-    with pytest.raises(DataError, match=r"cut.*flip"):
+    with pytest.raises(DataError, match=r"crop.*flip"):
         prepare(str(source), str(tmp_path / "other"), HOW)
     assert not (tmp_path / "other").exists()
 
@@ -237,7 +237,7 @@ def test_command(tmp_path: Path) -> None:
         ["--size", "64x32", "--mode", "auto"],
     ],
 )
-def test_what_cannot_be_prepared_is_two(words: list[str], tmp_path: Path) -> None:
+def test_invalid_input_of_prepare_exits_with_2(words: list[str], tmp_path: Path) -> None:
     source = write_set(tmp_path / "in")
     result = run("data", "prepare", source, tmp_path / "out", *words)
     assert result.exit_code == 2 and not (tmp_path / "out").exists()
@@ -257,8 +257,8 @@ def test_buckets_are_prepared_inspected_and_tagged_alike(
     there = Storage(f"{place}/out")
     assert there.read_bytes("10_cat/a.mask.png") == (tmp_path / "out" / "10_cat" / "a.mask.png").read_bytes()
     assert prepare(f"{place}/in", f"{place}/out", HOW) == here
-    told = json.loads(run("data", "inspect", f"{place}/out", "--resolution", 64, "--json").stdout)
-    assert told["pictures"] == 6 and told["tags"]["a cat"] == 2
+    message = json.loads(run("data", "inspect", f"{place}/out", "--resolution", 64, "--json").stdout)
+    assert message["pictures"] == 6 and message["tags"]["a cat"] == 2
     edited = run("data", "tags", f"{place}/out", "--trigger", "sks", "--in-place", "--json")
     assert there.read_text("10_cat/a.txt") == "sks, a cat, red\n"
     assert Storage(json.loads(edited.stdout)["backup"]).read_text("10_cat/a.txt") == "a cat, red\n"

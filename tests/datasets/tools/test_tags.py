@@ -53,7 +53,7 @@ def test_edits(edit: Edit, after: str) -> None:
     assert again == after  # done twice is done once
 
 
-def test_each_line_is_a_caption_and_faces_are_tags() -> None:
+def test_each_line_is_a_caption_and_emoticons_are_tags() -> None:
     assert edit_caption("a_b, c\n\nd", Edit(spaces=True, add=("e",))) == "a b, c, e\nd, e"
     assert parse_replacement("=_==>>_<") == ("=_=", ">_<")
     with pytest.raises(DataError, match="old=new"):
@@ -74,24 +74,24 @@ def write_set(folder: Path) -> Path:
     return folder
 
 
-def test_captions_are_edited_where_they_are_and_kept_before(tmp_path: Path) -> None:
+def test_captions_are_edited_in_place_with_a_backup(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set")
     table = (folder / "metadata.jsonl").read_text()
     result = run(folder, "--replace", "cat=tiger", "--underscores-to-spaces", "--in-place", "--json")
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert told["changed"]["a.png"] == {"before": "cat, red_hair", "after": "tiger, red hair"}
+    message = json.loads(result.stdout)
+    assert message["changed"]["a.png"] == {"before": "cat, red_hair", "after": "tiger, red hair"}
     assert (folder / "a.txt").read_text() == "tiger, red hair\n"
     assert (folder / "sub" / "d.png.caption").read_text() == "dog, red hair"  # nothing to change: not written
     first, second = (json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines())
     assert first == {"file_name": "b.png", "text": "tiger, hat", "score": 1} and second["text"] == "not used"
-    backup = Path(told["backup"])
+    backup = Path(message["backup"])
     assert (backup / "a.txt").read_text() == "cat, red_hair"
     assert (backup / "metadata.jsonl").read_text() == table
     assert set(read_captions(str(folder)).texts) == {"a.png", "b.png", "c.jpg", "sub/d.png"}
 
 
-def test_captions_go_elsewhere_and_the_folder_stays(tmp_path: Path) -> None:
+def test_captions_are_written_to_another_folder(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     dry = run(folder, "--add", "solo", "--dry-run")
@@ -110,7 +110,7 @@ def test_without_an_edit_tags_are_listed(tmp_path: Path) -> None:
     assert shown.stdout == "     2  cat\n"
 
 
-def test_what_cannot_be_done_is_told(tmp_path: Path) -> None:
+def test_invalid_edits_are_refused(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set")
     assert "--in-place" in run(folder, "--add", "x").stderr
     assert run(folder, "--replace", "x", "--dry-run").exit_code == 2
@@ -123,7 +123,7 @@ def test_what_cannot_be_done_is_told(tmp_path: Path) -> None:
 
 
 class FarAway(Storage):
-    """A folder whose every answer takes a moment, as a bucket's does."""
+    """A folder with the latency of a bucket."""
 
     is_local = False
 
@@ -138,7 +138,7 @@ class FarAway(Storage):
         return (Path(self.url) / rel).read_bytes()
 
 
-def test_captions_in_a_bucket_are_read_side_by_side(tmp_path: Path) -> None:
+def test_captions_in_a_bucket_are_read_in_parallel(tmp_path: Path) -> None:
     names = [f"{number:03d}.png" for number in range(100)]
     for name in names:
         (tmp_path / name).with_suffix(".txt").write_text(f"caption of {name}")

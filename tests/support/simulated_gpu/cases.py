@@ -50,7 +50,7 @@ BUCKETS: Values = {
     "data.max_bucket_reso": 64,
     "data.bucket_reso_steps": 16,
 }
-#: What a value needs beside it; FOLDER stands for that of models and pictures.
+#: What a value needs beside it; FOLDER stands for that of models and images.
 NEEDS: dict[Any, Values] = {
     "engine.torch_compile": {"engine.dynamo_backend": "eager"},
     "engine.pin_memory": {"engine.zero_stage": 2, "engine.offload_optimizer_device": "cpu"},
@@ -77,7 +77,7 @@ FURTHER: list[Values] = [
     {"data.cache_dir": "FOLDER/latents"},
     {"data.caption_dropout": 0.5},
 ]
-#: The pictures of a value, where the usual ones would not do.
+#: The images of a value, where the usual ones would not do.
 SHAPES = ("data.alpha_mask", "data.enable_bucket", "data.bucket_no_upscale")
 
 
@@ -218,20 +218,15 @@ def _goes_with(option: Values, row: Row, folder: Path) -> bool:
     own = [key.removeprefix("method.") for key in option if key.startswith("method.")]
     if not set(own) <= METHODS.get(row.method).model_fields.keys():
         return False
-    # Told by the run itself, not by the recipe.
-    engine = {**taken, **option}
-    if engine.get("engine.channels_last") and engine.get("engine.zero_stage", "auto") not in ("auto", 0):
-        return False
-    if engine.get("engine.torch_compile") and engine.get("engine.zero_stage") == 3:
-        return False
-    if engine.get("data.enable_bucket") and engine.get("method.with_prior_preservation"):
+    both = {**taken, **option}
+    if both.get("data.enable_bucket") and both.get("method.with_prior_preservation"):
         return False
     if row.method == "aesthetic_gradients" and any(
         key.startswith(("engine.", "optimizer.")) for key in option
     ):
         return False
     try:
-        build_recipe(tree_of(row._replace(options=engine), folder))
+        build_recipe(tree_of(row._replace(options=both), folder))
     except UserError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""Process groups end after the reducers that use them, however a run ends; and a hang ends with all stacks."""
+"""Process groups are destroyed after the reducers that use them, however a run ends; a hang prints all stacks."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from dreamfleet.trainers.engines import zero_engine
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import dry_run
 
-LONGEST = 240  # seconds, after which a process that hangs is ended
+LONGEST = 240  # seconds until a process that hangs is killed
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of the two ranks saw of every end."""
+    """The results of each of the two ranks for every kind of end."""
     folder = tmp_path_factory.mktemp("ends")
     ranks = subprocess.run(
         [sys.executable, group_ends.__file__, str(folder)], capture_output=True, text=True, timeout=LONGEST
@@ -37,13 +37,13 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("how", group_ends.ENDS)
-def test_no_reducer_is_left_when_a_worker_has_ended(how: str, seen: list[dict[str, Any]]) -> None:
+def test_every_reducer_is_freed_however_a_worker_ends(how: str, seen: list[dict[str, Any]]) -> None:
     errors = {"completed": "NoneType", "is interrupted": "KeyboardInterrupt"}
     for rank in seen:
         assert rank[how] == {"error": errors.get(how, "RuntimeError"), "made": 2, "left": 0}
 
 
-def test_a_group_ends_after_a_reducer_that_an_error_keeps() -> None:
+def test_a_group_ends_after_a_reducer_that_a_traceback_keeps() -> None:
     def train() -> None:
         module = DistributedDataParallel(torch.nn.Linear(3, 3))
         made.extend([weakref.ref(module.reducer), weakref.ref(module.logger)])
@@ -57,7 +57,7 @@ def test_a_group_ends_after_a_reducer_that_an_error_keeps() -> None:
     assert [reference() for reference in made] == [None, None]
 
 
-def test_a_group_that_was_there_stays(lone_group: None) -> None:
+def test_an_existing_group_is_kept(lone_group: None) -> None:
     from dreamfleet.trainers.distributed import process_group
 
     with process_group.lone_group():
@@ -83,9 +83,9 @@ def timeout_of(group: Any) -> Any:
     return group._get_backend(torch.device("cpu")).options._timeout
 
 
-def test_groups_of_a_library_wait_as_long_as_ours() -> None:
+def test_groups_created_by_a_library_get_the_step_timeout() -> None:
     with lone_group():
-        patient = DistributedContext(world=2).group  # ranks wait here while one of them uploads
+        patient = DistributedContext(world=2).group  # ranks wait in this group while one of them uploads
         with step_timeouts():
             made = dist.new_group(backend="gloo")
         assert timeout_of(made) == STEP_TIMEOUT

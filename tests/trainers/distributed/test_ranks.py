@@ -1,4 +1,4 @@
-"""Two ranks without Ray: work is shared out with equal results, and no rank decides or fails alone."""
+"""Two ranks without Ray: distributed work gives the results of one rank; decisions and errors reach all ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.report.metrics_log import read_metrics
 from dreamfleet.trainers.run.run import run_worker
 
-LONGEST = 240  # seconds, after which a rank that waits for the other is ended
+LONGEST = 240  # seconds until a rank that waits for the other is killed
 
 pytestmark = pytest.mark.timeout(LONGEST + 60)
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def seen(folder: Path) -> list[dict[str, Any]]:
-    """What each of the two ranks saw in every situation."""
+    """The results of each of the two ranks in every case."""
     ranks = [
         subprocess.Popen(
             [sys.executable, two_ranks.__file__, str(folder), str(rank)],
@@ -42,11 +42,11 @@ def seen(folder: Path) -> list[dict[str, Any]]:
         for rank in (0, 1)
     ]
     try:
-        told = [rank.communicate(timeout=LONGEST)[0] for rank in ranks]
+        output = [rank.communicate(timeout=LONGEST)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], told
+    assert [rank.returncode for rank in ranks] == [0, 0], output
     return [json.loads((folder / f"rank-{rank}/seen.json").read_text()) for rank in (0, 1)]
 
 
@@ -55,23 +55,23 @@ def test_rank_0_decides_for_all(seen: list[dict[str, Any]]) -> None:
     assert [rank["own value"]["value"] for rank in seen] == [0, 1]
 
 
-def test_an_error_of_one_rank_ends_all(seen: list[dict[str, Any]]) -> None:
+def test_an_error_on_one_rank_is_raised_on_all(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
-        assert rank["mistake on rank 0"] == {"error": "DataError", "told": "no such image"}
-        assert rank["mistake on rank 1"]["error"] == "DataError"
-        assert "a torn image (on rank 1, " in rank["mistake on rank 1"]["told"]
+        assert rank["error on rank 0"] == {"error": "DataError", "message": "no such image"}
+        assert rank["error on rank 1"]["error"] == "DataError"
+        assert "a torn image (on rank 1, " in rank["error on rank 1"]["message"]
     assert [rank["fault on rank 0"]["error"] for rank in seen] == ["KeyError", "OtherRankFailed"]
-    assert "a bug" in seen[1]["fault on rank 0"]["told"]
+    assert "a bug" in seen[1]["fault on rank 0"]["message"]
 
 
-def test_shares_are_put_together_in_order(seen: list[dict[str, Any]]) -> None:
+def test_results_of_shares_are_collected_in_order(seen: list[dict[str, Any]]) -> None:
     assert [rank["order"]["value"] for rank in seen] == [["0", "1", "2", "3", "4"]] * 2
     assert [rank["order on rank 0"]["value"] for rank in seen] == [[0, 1, 2, 3, 4], []]
     alone = DistributedContext()
     assert alone.collect(list(alone.share(3))) == [0, 1, 2]
 
 
-def test_two_ranks_draw_and_measure_as_one(folder: Path, seen: list[dict[str, Any]]) -> None:
+def test_two_ranks_generate_and_measure_like_one(folder: Path, seen: list[dict[str, Any]]) -> None:
     assert all("value" in rank["whole run"] for rank in seen), seen
     assert seen[1]["whole run"]["value"] == seen[0]["whole run"]["value"]
     assert "run.safetensors" in seen[1]["whole run"]["value"]["exports"]
@@ -89,7 +89,7 @@ def test_two_ranks_draw_and_measure_as_one(folder: Path, seen: list[dict[str, An
     assert measured[0] == pytest.approx(measured[1], rel=1e-5) and len(measured[0]) == 3
 
 
-def test_two_ranks_examine_as_one(folder: Path, seen: list[dict[str, Any]]) -> None:
+def test_two_ranks_evaluate_like_one(folder: Path, seen: list[dict[str, Any]]) -> None:
     assert all("value" in rank["discriminator"] for rank in seen), seen
     tree = two_ranks.whole_recipe(
         folder,
@@ -111,29 +111,29 @@ def test_two_ranks_examine_as_one(folder: Path, seen: list[dict[str, Any]]) -> N
     ("situation", "named"),
     [
         ("an image is missing", "fewer/002.png cannot be read"),
-        ("an image differs", "changed/001.png has another content"),
+        ("an image differs", "changed/001.png has different content"),
         ("another model", "model.pretrained_model_name_or_path"),
         ("other templates", "method.template_file"),
         ("moments on one disk", "method.initial_embedding"),
         ("class images on one disk", "class/0"),
     ],
 )
-def test_disks_that_differ_are_told_by_all_ranks(
+def test_different_files_are_an_error_on_all_ranks(
     seen: list[dict[str, Any]], situation: str, named: str
 ) -> None:
     for rank in seen:
         assert rank[situation].get("error") == "StorageError", rank[situation]
-        assert named in rank[situation]["told"] and "rank 1" in rank[situation]["told"]
+        assert named in rank[situation]["message"] and "rank 1" in rank[situation]["message"]
     assert seen[0][situation] == seen[1][situation]
 
 
-def test_data_that_rank_0_lacks_is_told_by_all_ranks(seen: list[dict[str, Any]]) -> None:
+def test_missing_data_on_rank_0_is_an_error_on_all_ranks(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
         assert rank["no data on one disk"]["error"] == "DataError"
-        assert "only-on-1" in rank["no data on one disk"]["told"]
+        assert "only-on-1" in rank["no data on one disk"]["message"]
 
 
-def test_a_checkpoint_that_one_rank_lacks_is_told_by_all_ranks(seen: list[dict[str, Any]]) -> None:
+def test_a_checkpoint_missing_on_one_rank_is_an_error_on_all_ranks(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
         assert rank["a checkpoint on one disk"]["error"] == "CheckpointError"
-        assert "step-000002" in rank["a checkpoint on one disk"]["told"]
+        assert "step-000002" in rank["a checkpoint on one disk"]["message"]

@@ -1,4 +1,4 @@
-"""What each worker gets on machines of any size, and requests that no cluster can fill: arithmetic, no cluster."""
+"""The resources of each worker on machines of any size, and requests that no cluster can fill; without a cluster."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def scaling(**fields: object) -> ScalingConfig:
 @pytest.mark.parametrize(
     ("cpus", "workers", "reserved", "threads"),
     [
-        ([2], 1, 1, 2),  # one CPU stays free for Ray's own tasks, the threads are the whole share
+        ([2], 1, 1, 2),  # one CPU is left to Ray's tasks; the threads are the whole share
         ([2], 2, 1, 1),
         ([1], 2, 0.5, 1),
         ([2], 3, 0.66, 1),
@@ -32,7 +32,7 @@ def scaling(**fields: object) -> ScalingConfig:
         ([3, 3, 3], 3, 2, 3),
     ],
 )
-def test_cpu_workers_share_fairly(cpus: list[int], workers: int, reserved: float, threads: int) -> None:
+def test_cpu_workers_get_equal_shares(cpus: list[int], workers: int, reserved: float, threads: int) -> None:
     nodes = [{"CPU": float(count)} for count in cpus]
     share = worker_resources(scaling(num_workers=workers), nodes)
     assert share.resources == {"CPU": pytest.approx(reserved)}
@@ -48,13 +48,13 @@ def test_gpu_workers_leave_cpus_for_decoding() -> None:
     assert share.uses_gpu
 
 
-def test_gpus_of_an_autoscaler_count_before_they_are_there() -> None:
+def test_gpus_of_an_autoscaler_count_before_they_exist() -> None:
     head = [{"CPU": 0.0}]
     assert not worker_resources(scaling(), head).uses_gpu
     assert worker_resources(scaling(num_workers=4), head, limit={"CPU": 32, "GPU": 4}).uses_gpu
 
 
-def test_too_few_gpus_are_an_error_with_ways_out() -> None:
+def test_too_few_gpus_are_an_error_with_remedies() -> None:
     with pytest.raises(ResourceError, match=r"scaling\.num_workers=1"):
         worker_resources(scaling(num_workers=2), [GPU_NODE])
     with pytest.raises(ResourceError, match="no GPU here"):
@@ -62,14 +62,14 @@ def test_too_few_gpus_are_an_error_with_ways_out() -> None:
     assert not worker_resources(scaling(num_workers=2, use_gpu=False), [GPU_NODE]).uses_gpu
 
 
-def test_said_resources_win() -> None:
+def test_explicit_resources_take_precedence() -> None:
     shared = worker_resources(scaling(num_workers=2, resources_per_worker={"GPU": 0.5, "CPU": 2}), [GPU_NODE])
     assert shared.resources == {"CPU": 2.0, "GPU": 0.5}
     assert shared.threads == 2
     assert worker_resources(scaling(cpus_per_worker=3), [{"CPU": 8.0}]).resources == {"CPU": 3.0}
 
 
-def test_impossible_requests_are_refused_with_figures() -> None:
+def test_impossible_requests_are_errors_with_figures() -> None:
     nodes = [{"CPU": 4.0}, {"CPU": 4.0}]
     wants = scaling(num_workers=2, cpus_per_worker=5)
     with pytest.raises(ResourceError, match=r"2 with 5 CPU .* 2 machines \(4 CPU; 4 CPU\).* 0"):
@@ -82,7 +82,7 @@ def test_impossible_requests_are_refused_with_figures() -> None:
     refuse_impossible(scaling(num_workers=2), {"GPU": 1.0}, [], limit={"GPU": 2})
 
 
-def test_resources_are_told_without_bookkeeping() -> None:
+def test_resources_are_described_without_internal_ones() -> None:
     assert describe(GPU_NODE) == "8 CPU, 1 GPU"
     assert describe({}) == "nothing"
 
@@ -97,9 +97,7 @@ def test_resources_are_told_without_bookkeeping() -> None:
         (0.0, 2, "gloo", 1.0),
     ],
 )
-def test_workers_that_share_a_gpu_talk_over_gloo(
-    gpus: float, workers: int, backend: str, share: float
-) -> None:
+def test_workers_that_share_a_gpu_use_gloo(gpus: float, workers: int, backend: str, share: float) -> None:
     resources = {"CPU": 1, "GPU": gpus}
     given = worker_resources(
         scaling(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources), [GPU_NODE]
@@ -107,7 +105,7 @@ def test_workers_that_share_a_gpu_talk_over_gloo(
     assert (given.backend(workers), given.gpu_share) == (backend, share)
 
 
-def test_a_model_is_not_sharded_over_one_gpu() -> None:
+def test_sharding_over_a_shared_gpu_is_an_error() -> None:
     share = worker_resources(scaling(num_workers=2, resources_per_worker={"GPU": 0.5}), [GPU_NODE])
     two = scaling(num_workers=2)
     with pytest.raises(ResourceError, match=r"engine\.zero_stage: 2 .*0\.5"):

@@ -1,6 +1,6 @@
-"""Every GPU code path on a simulated CUDA device: what that shows, and what it cannot, is in simulated_gpu/__init__.py.
+"""Every GPU code path on a simulated CUDA device; simulated_gpu/__init__.py explains what that can and cannot show.
 
-Cases run in processes of their own, one for each kind, and only those that are selected: torch cannot forget a device.
+Cases run in processes of their own, one for each kind, and only those that are selected: torch cannot remove a device.
 """
 
 from __future__ import annotations
@@ -83,78 +83,78 @@ def names(request: pytest.FixtureRequest) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def alone(names: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """What happened in each case of one process with two GPUs."""
-    log = tmp_path_factory.mktemp("alone") / "log"
-    chosen = [name for test, some in names.items() if test.startswith("test_alone") for name in some]
-    told = lines_of(start("runs", *chosen, log=log), log)
-    return lambda name: told.get(name, told[""])
+def one_gpu(names: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """The results of all cases of one process with two GPUs."""
+    log = tmp_path_factory.mktemp("one-gpu") / "log"
+    chosen = [name for test, some in names.items() if test.startswith("test_one_gpu") for name in some]
+    results = lines_of(start("runs", *chosen, log=log), log)
+    return lambda name: results.get(name, results[""])
 
 
 @pytest.fixture(scope="module")
-def both(names: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """What happened in each case of two ranks; the first error of either."""
+def two_ranks(names: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """The results of all cases of two ranks; the first error of either."""
     folder = make_workplace(tmp_path_factory.mktemp("ranks"))
     chosen = names["test_two_ranks_train_with_a_gpu_each"]
     logs = [folder / f"{rank}.log" for rank in range(2)]
     processes = [start("ranks", str(rank), str(folder), *chosen, log=logs[rank]) for rank in range(2)]
     try:
-        told = [lines_of(*pair) for pair in zip(processes, logs, strict=True)]
+        results = [lines_of(*pair) for pair in zip(processes, logs, strict=True)]
     finally:
         for process in processes:
             process.kill()
-    every = lambda name: [one.get(name, one[""]) for one in told]  # noqa: E731
+    every = lambda name: [one.get(name, one[""]) for one in results]  # noqa: E731
     return lambda name: next((one for one in every(name) if one["error"]), every(name)[0])
 
 
 @pytest.fixture(scope="module")
 def ray(names: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """What happened in each case on a Ray cluster."""
+    """The results of all cases on a Ray cluster."""
     folder = make_workplace(tmp_path_factory.mktemp("ray"))
     inject = os.pathsep.join([str(HERE / "simulated_gpu" / "inject"), environment()["PYTHONPATH"]])
-    # A socket's name is limited in length, and pytest's folders are deep.
+    # The length of a socket's name is limited, and pytest's folders have long paths.
     with tempfile.TemporaryDirectory(prefix="df-") as short:
         log, more = folder / "log", {"PYTHONPATH": inject, "SIMULATED_GPUS": "2", "RAY_TMPDIR": short}
-        told = lines_of(
+        results = lines_of(
             start("on_ray", str(folder), *names["test_ray_gives_workers_gpus"], log=log, **more), log
         )
-    return lambda name: told.get(name, told[""])
+    return lambda name: results.get(name, results[""])
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_alone_a_run_stops_resumes_and_leaves_nothing(alone: Report, name: str) -> None:
-    told = alone(name)
-    assert told["error"] is None, told["error"]
-    assert told["steps"] == cases.STEPS and told["exports"]
-    waits = {where: count for where, count in told["waits"].items() if not may_wait(told, where)}
+def test_one_gpu_stops_resumes_and_releases_memory(one_gpu: Report, name: str) -> None:
+    results = one_gpu(name)
+    assert results["error"] is None, results["error"]
+    assert results["steps"] == cases.STEPS and results["exports"]
+    waits = {where: count for where, count in results["waits"].items() if not may_wait(results, where)}
     assert not waits, f"a step waits for the GPU: {waits}"
-    check_left(told, leaks="zero-3" in told["engine"].lower())
+    check_left(results, leaks="zero-3" in results["engine"].lower())
 
 
 @pytest.mark.parametrize("name", sorted(special.SPECIAL))
-def test_alone_a_special_case(alone: Report, name: str) -> None:
-    told = alone(name)
-    assert told["error"] is None, told["error"]
-    check_left(told, leaks=name.startswith("bench-"))
+def test_one_gpu_special_case(one_gpu: Report, name: str) -> None:
+    results = one_gpu(name)
+    assert results["error"] is None, results["error"]
+    check_left(results, leaks=name.startswith("bench-"))
 
 
 @pytest.mark.parametrize("name", list(ranks.CASES))
-def test_two_ranks_train_with_a_gpu_each(both: Report, name: str) -> None:
-    told = both(name)
-    assert told["error"] is None, told["error"]
-    assert told["steps"] == 3 and not told["warnings"]
-    assert not told["elsewhere"], "a rank used the other's GPU"
+def test_two_ranks_train_with_a_gpu_each(two_ranks: Report, name: str) -> None:
+    results = two_ranks(name)
+    assert results["error"] is None, results["error"]
+    assert results["steps"] == 3 and not results["warnings"]
+    assert not results["elsewhere"], "a rank used the other's GPU"
 
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("name", list(on_ray.CASES))
 def test_ray_gives_workers_gpus(ray: Report, name: str) -> None:
-    told = ray(name)
-    assert told["error"] is None, told["error"]
+    results = ray(name)
+    assert results["error"] is None, results["error"]
 
 
-def test_options_are_found_by_what_is_registered(tmp_path: Path) -> None:
-    """Every switch and choice, and every engine, rides on a row; a case in point of each kind."""
+def test_cases_are_derived_from_the_registries(tmp_path: Path) -> None:
+    """Every switch, choice and engine is in a row; checked for one of each kind."""
     rows = cases.with_options(cases.chosen_rows(), tmp_path)
     ridden = {(key, str(value)) for row in rows for key, value in row.options.items()}
     assert {
@@ -163,25 +163,25 @@ def test_options_are_found_by_what_is_registered(tmp_path: Path) -> None:
         ("engine.zero_stage", "3"),
     } <= ridden
     assert {("method.with_prior_preservation", "True"), ("method.aesthetic_slerp", "tokens")} <= ridden
-    for fields in ((0, 1), (0, 2), (1, 2)):  # every pair that may be together is
+    for fields in ((0, 1), (0, 2), (1, 2)):  # every pair that is allowed
         pairs = {tuple(row[field] for field in fields) for row in cases.all_rows()}
         assert pairs == {tuple(row[field] for field in fields) for row in rows}
 
 
-def may_wait(told: dict[str, Any], where: str) -> bool:
-    """Say whether a step of a case may wait at a line: in DeepSpeed, and where GradScaler reads for some optimizers."""
-    unfused = "aesthetic" in told["case"] or told["options"].get("optimizer.name") == "adafactor"
+def may_wait(results: dict[str, Any], where: str) -> bool:
+    """Return whether a step may synchronise at a line: in DeepSpeed, and where GradScaler does for some optimizers."""
+    unfused = "aesthetic" in results["case"] or results["options"].get("optimizer.name") == "adafactor"
     line = where.rpartition(" @ ")[2]
     return line.startswith("[deepspeed") or (
-        unfused and "-fp16" in told["case"] and "trainers/engines/torch_engine.py" in line
+        unfused and "-fp16" in results["case"] and "trainers/engines/torch_engine.py" in line
     )
 
 
-def check_left(told: dict[str, Any], *, leaks: bool) -> None:
-    """Raise AssertionError where a case left memory or a limit behind, or used another GPU."""
-    assert not told["warnings"]
-    assert not told["elsewhere"], "the other GPU was used"
-    assert not told["limited"], "a limit of memory outlived its run"
-    assert leaks or told["left"] <= 0, (
-        f"{told['left']} bytes stay on the GPU"
-    )  # DeepSpeed leaves cycles behind
+def check_left(results: dict[str, Any], *, leaks: bool) -> None:
+    """Raise AssertionError if a case left memory or a limit behind, or used another GPU."""
+    assert not results["warnings"]
+    assert not results["elsewhere"], "the other GPU was used"
+    assert not results["limited"], "a limit of memory outlived its run"
+    assert leaks or results["left"] <= 0, (
+        f"{results['left']} bytes stay on the GPU"
+    )  # DeepSpeed leaves reference cycles

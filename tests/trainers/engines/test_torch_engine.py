@@ -1,4 +1,4 @@
-"""The engine: accumulation is a bigger batch, checkpointing changes nothing, averages and rates are what they say."""
+"""TorchEngine: accumulation, gradient checkpointing, averages, clipping, learning rates, performance options."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dreamfleet.trainers.run.build import Parts
 from dreamfleet.trainers.run.run import run_worker
 
 
-def test_accumulating_two_micro_batches_is_one_batch_of_twice_the_size(tmp_path: Path) -> None:
+def test_two_accumulated_micro_batches_equal_one_batch_of_twice_the_size(tmp_path: Path) -> None:
     whole = make_parts(tmp_path, train__train_batch_size=4)
     parts = make_parts(tmp_path, train__train_batch_size=2, train__gradient_accumulation_steps=2)
     assert whole.global_batch == parts.global_batch == 4
@@ -33,7 +33,7 @@ def test_accumulating_two_micro_batches_is_one_batch_of_twice_the_size(tmp_path:
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_gradient_checkpointing_changes_memory_not_numbers(tmp_path: Path, text: bool) -> None:
+def test_gradient_checkpointing_does_not_change_results(tmp_path: Path, text: bool) -> None:
     method = {"name": "dreambooth", "train_text_encoder": text}
     plain = make_parts(tmp_path, method=method)
     with warnings.catch_warnings(record=True) as warned:
@@ -46,7 +46,7 @@ def test_gradient_checkpointing_changes_memory_not_numbers(tmp_path: Path, text:
         assert take_step(saving, step) == pytest.approx(take_step(plain, step), rel=1e-6)
 
 
-def test_gradient_checkpointing_also_serves_a_frozen_unet(tmp_path: Path) -> None:
+def test_gradient_checkpointing_works_with_a_frozen_unet(tmp_path: Path) -> None:
     method = {"name": "textual_inversion", "placeholder_token": "<x>", "initializer_token": "cat"}
     plain = make_parts(tmp_path, method=method)
     saving = make_parts(tmp_path, method=method, train__gradient_checkpointing=True)
@@ -63,7 +63,7 @@ WORD_METHODS = [
 
 
 def layer_calls(parts: Parts, step: int) -> int:
-    """Count how often a step calls what is inside the layers of the text encoder."""
+    """Return how often a step calls the attention modules of the text encoder."""
     calls: list[int] = []
     inside = [module for module in parts.model.text_encoder.modules() if isinstance(module, CLIPAttention)]
     hooks = [module.register_forward_pre_hook(lambda *_: calls.append(1)) for module in inside]
@@ -77,7 +77,7 @@ def layer_calls(parts: Parts, step: int) -> int:
 def test_gradient_checkpointing_computes_every_layer_of_the_text_encoder_twice(
     tmp_path: Path, method: dict[str, Any]
 ) -> None:
-    """Also after a validation round, and with the dropout of a frozen encoder left off."""
+    """Also after a validation, and without the dropout of a frozen encoder."""
     plain = make_parts(tmp_path, method=method)
     saving = make_parts(tmp_path, method=method, train__gradient_checkpointing=True)
     for parts in (plain, saving):
@@ -93,14 +93,14 @@ def test_gradient_checkpointing_computes_every_layer_of_the_text_encoder_twice(
         assert torch.allclose(tensor, saving.method.state()[name], atol=1e-5), name
 
 
-def test_bf16_trains_near_the_full_precision_curve_with_full_precision_weights(tmp_path: Path) -> None:
+def test_bf16_is_near_the_float32_curve_and_keeps_float32_weights(tmp_path: Path) -> None:
     half, full = make_parts(tmp_path, train__mixed_precision="bf16"), make_parts(tmp_path)
     for step in range(3):
         assert take_step(half, step) == pytest.approx(take_step(full, step), rel=0.05)
     assert all(param.dtype == torch.float32 for param in half.engine.params.values())
 
 
-def test_the_average_follows_the_weights_and_is_lent_and_given_back(tmp_path: Path) -> None:
+def test_the_average_follows_the_weights_and_replaces_them_for_evaluation(tmp_path: Path) -> None:
     parts = make_parts(tmp_path, engine={"use_ema": True, "ema_decay": 0.9})
     name = next(iter(parts.engine.params))
     expected = parts.engine.params[name].detach().clone()
@@ -116,7 +116,7 @@ def test_the_average_follows_the_weights_and_is_lent_and_given_back(tmp_path: Pa
     assert torch.equal(parts.engine.params[name], live)
 
 
-def test_clipping_bounds_the_step_and_nought_switches_it_off(tmp_path: Path) -> None:
+def test_clipping_limits_the_step_and_zero_disables_it(tmp_path: Path) -> None:
     for limit in (1e-3, 0.0):
         parts = make_parts(tmp_path, optimizer__max_grad_norm=limit)
         parts.engine.backward(parts.prepare(parts.feed.batch(0)))
@@ -132,7 +132,7 @@ def test_clipping_bounds_the_step_and_nought_switches_it_off(tmp_path: Path) -> 
         assert seen["norm"] == pytest.approx(limit or float(raw), rel=1e-3)
 
 
-def test_rates_are_per_group_and_scaled_as_told(tmp_path: Path) -> None:
+def test_learning_rates_are_per_group_and_scaled_on_request(tmp_path: Path) -> None:
     parts = make_parts(
         tmp_path,
         method={"name": "dreambooth", "train_text_encoder": True},
@@ -154,7 +154,7 @@ def test_rates_are_per_group_and_scaled_as_told(tmp_path: Path) -> None:
         make_parts(tmp_path, optimizer={"learning_rate": "1e-3:5,1e-4", "scale_lr": True})
 
 
-def test_a_schedule_string_that_ends_ends_the_training(tmp_path: Path) -> None:
+def test_the_end_of_a_schedule_string_ends_the_training(tmp_path: Path) -> None:
     tree = tiny.make_recipe(tmp_path, optimizer__learning_rate="1e-3:2,1e-4:3", train__max_train_steps=50)
     summary = run_worker(build_recipe(tree))
     assert summary.steps == 3 and summary.exit_reason == "completed"
@@ -162,7 +162,7 @@ def test_a_schedule_string_that_ends_ends_the_training(tmp_path: Path) -> None:
     assert [line["lr"]["unet"] for line in lines] == [1e-3, 1e-3, 1e-4]
 
 
-def test_what_this_machine_lacks_is_told(tmp_path: Path) -> None:
+def test_missing_hardware_is_an_error(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(ResourceError, match="fp16 needs a GPU"):
@@ -171,7 +171,7 @@ def test_what_this_machine_lacks_is_told(tmp_path: Path) -> None:
         make_parts(tmp_path, optimizer__name="adamw8bit")
 
 
-def test_an_optimizer_or_average_that_does_not_fit_is_told(tmp_path: Path) -> None:
+def test_an_optimizer_or_average_that_does_not_match_is_an_error(tmp_path: Path) -> None:
     small = make_parts(tmp_path)
     large = make_parts(tmp_path, method={"name": "dreambooth", "train_text_encoder": True})
     take_step(small)
@@ -182,7 +182,7 @@ def test_an_optimizer_or_average_that_does_not_fit_is_told(tmp_path: Path) -> No
         averaging.engine.load_state(small.engine.state())
 
 
-def test_nothing_says_how_long_to_train_and_sizes_that_do_not_fit_are_told(tmp_path: Path) -> None:
+def test_a_missing_length_and_wrong_resolutions_are_errors(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="max_train_steps"):
         make_parts(tmp_path, train__max_train_steps=None)
     assert make_parts(tmp_path, train__max_train_steps=None, train__num_train_epochs=2).schedule.total == 6
@@ -190,13 +190,13 @@ def test_nothing_says_how_long_to_train_and_sizes_that_do_not_fit_are_told(tmp_p
         make_parts(tmp_path, data__resolution=36)
 
 
-# torch's own, while it looks at a block's inputs
+# raised by torch itself while it inspects a block's inputs
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "engine", [{"channels_last": True}, {"torch_compile": True, "dynamo_backend": "aot_eager"}]
 )
-def test_options_for_speed_change_no_number_and_no_name(tmp_path: Path, engine: dict[str, Any]) -> None:
+def test_performance_options_change_neither_results_nor_names(tmp_path: Path, engine: dict[str, Any]) -> None:
     plain, fast = make_parts(tmp_path), make_parts(tmp_path, engine=engine)
     block = next(m for m in fast.model.unet.modules() if type(m).__name__ == "ResnetBlock2D")
     if "channels_last" in engine:
@@ -220,7 +220,7 @@ def test_options_for_speed_change_no_number_and_no_name(tmp_path: Path, engine: 
     assert set(written) == set(plain.model.unet.state_dict())
 
 
-def test_options_for_speed_that_zero_cannot_have_are_told(tmp_path: Path) -> None:
+def test_performance_options_that_zero_does_not_support_are_errors(tmp_path: Path) -> None:
     for engine, told in (
         ({"channels_last": True, "zero_stage": 2}, "channels_last"),
         ({"torch_compile": True, "zero_stage": 3}, "torch_compile"),
@@ -229,7 +229,7 @@ def test_options_for_speed_that_zero_cannot_have_are_told(tmp_path: Path) -> Non
             make_parts(tmp_path, engine=engine)
 
 
-def test_what_learns_stays_at_home_while_the_rest_goes_to_the_device(tmp_path: Path) -> None:
+def test_trained_parts_can_stay_on_the_host(tmp_path: Path) -> None:
     model = make_parts(tmp_path).model
     model.to("meta", torch.bfloat16, home="cpu")
     kept = {name: (next(p.parameters()).device.type, p.dtype) for name, p in model.modules().items()}
@@ -238,7 +238,7 @@ def test_what_learns_stays_at_home_while_the_rest_goes_to_the_device(tmp_path: P
     assert kept["vae"] == ("meta", torch.float32), "latents do not depend on what a run computes in"
 
 
-def test_encoded_prompts_are_remembered_within_their_memory(tmp_path: Path) -> None:
+def test_encoded_prompts_are_cached_up_to_a_limit(tmp_path: Path) -> None:
     parts, asked = make_parts(tmp_path), []
     read = parts.model.read
     parts.model.read = lambda prompts: asked.append(list(prompts)) or read(prompts)  # type: ignore[method-assign,func-returns-value]
@@ -251,7 +251,7 @@ def test_encoded_prompts_are_remembered_within_their_memory(tmp_path: Path) -> N
     first = context("a", "b")
     assert torch.equal(first, read(["a", "b"]).context) and asked == [["a", "b"]]
     assert torch.equal(context("b", "a", "b"), first[[1, 0, 1]]) and len(asked) == 1
-    context("a", "c")  # b was used last before them, so it is what goes
+    context("a", "c")  # b is the least recently used, so it is removed
     context("c", "a")
     assert asked == [["a", "b"], ["c"]]
     context("b")

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine trains as the plain one does, at every stage, and each goes on from the other's checkpoints."""
+"""ZeroEngine trains like TorchEngine at every stage, and each resumes from the other's checkpoints."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from dreamfleet.trainers.run.dry_run import check_run
 
 HERE = Path(__file__).parents[2] / "support"
 SWAPS = pytest.mark.skipif(not HAS_LIBAIO, reason="libaio-dev is not installed: apt-get install libaio-dev")
-COMPILES = 1800  # seconds; CPU Adam is compiled where nobody did before, minutes on a busy machine
+COMPILES = 1800  # seconds; the first use compiles CPU Adam, which takes minutes on a busy machine
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, dict[str, Any]]:
-    """What two processes did under every engine; starting them once serves all tests of this file."""
+    """The results of two processes under every engine; they are started once for all tests of this file."""
     folder = tmp_path_factory.mktemp("zero")
     tiny.make_recipe(folder)  # both ranks read the models
     tiny_family("sdxl").save_folder(folder / "sdxl")
@@ -89,9 +89,9 @@ def average(saved: dict[str, Any]) -> dict[str, torch.Tensor]:
     [pytest.param(*run, marks=[SWAPS] * ("nvme" in run[1])) for run in RUNS if run[1] != "torch"],
 )
 def test_every_stage_trains_as_torch_does(results: dict[Any, dict[str, Any]], method: str, name: str) -> None:
-    """Losses, norms, weights, moments and averages; what previews and exports see; and the form of a checkpoint."""
+    """Compares losses, norms, weights, moments, averages, what previews and exports use, and the checkpoint."""
     expected, found = results[method, "torch"], results[method, name]
-    # DeepSpeed computes with bf16 weights, torch with fp32 ones.
+    # DeepSpeed computes with bfloat16 weights, torch with float32 ones.
     half, large = method.startswith("bf16") and name != "zero 0", "pocket" in method
     close = 5e-3 if half else 1e-5 if large else 1e-6
     assert found["losses"] == pytest.approx(expected["losses"], rel=close)
@@ -100,9 +100,9 @@ def test_every_stage_trains_as_torch_does(results: dict[Any, dict[str, Any]], me
     )
     assert found["averaged loss"] == pytest.approx(expected["averaged loss"], rel=close)
     torch.testing.assert_close(found["encoded"], expected["encoded"], rtol=0, atol=0.1 if half else 1e-5)
-    # Two steps of Adam at a rate of 1e-3 move a weight by 2e-3; where a gradient is all rounding, either way.
-    # A hypernetwork starts at next to nothing. Of the pocket model's millions of gradients a handful are as small, and
-    # the last gradient is that of slightly other weights.
+    # Two steps of Adam at a rate of 1e-3 move a weight by 2e-3, in either direction if its gradient is only rounding
+    # error. That is so for a hypernetwork, whose weights start near zero, and for a few of the pocket model's millions
+    # of gradients; and the last gradient is that of slightly different weights.
     limit = 6e-3 if half else 2e-3 if large else 2e-4 if method == "hypernetwork" else 5e-6
     ours, theirs = found["final"], expected["final"]
     if large and not half:
@@ -113,7 +113,7 @@ def test_every_stage_trains_as_torch_does(results: dict[Any, dict[str, Any]], me
     assert all(value.dtype == torch.float32 for value in ours["learned"].values())
     assert largest_difference(found["whole"], average(found["saved"])) == 0
     assert largest_difference(found["whole unet"], expected["whole unet"]) < limit
-    # Frozen or not, stage 3 leaves each of the two workers half of the U-Net, and some padding.
+    # Frozen or not, stage 3 keeps half of the U-Net, and some padding, on each of the two workers.
     assert found["kept"] == pytest.approx(0.5 if "zero 3" in name else 1.0, rel=0.02)
     groups = [saved["state"]["optimizer"]["param_groups"] for saved in (ours, theirs)]
     assert [group.keys() for group in groups[0]] == [group.keys() for group in groups[1]]
@@ -122,13 +122,13 @@ def test_every_stage_trains_as_torch_does(results: dict[Any, dict[str, Any]], me
 @pytest.mark.slow
 @pytest.mark.timeout(COMPILES)
 @pytest.mark.parametrize(("source", "target"), RESUMED)
-def test_every_engine_goes_on_from_every_checkpoint(
+def test_every_engine_resumes_from_every_checkpoint(
     results: dict[Any, dict[str, Any]], source: str, target: str
 ) -> None:
     straight, found = results["dreambooth", source], results["resumed", source, target]
     exact = (
         source == target and "offload" not in source
-    )  # CPU Adam multiplies its powers of beta step by step
+    )  # CPU Adam calculates its powers of beta step by step
     limit = 0 if exact else 1e-6
     assert abs(found["losses"][0] - straight["losses"][-1]) <= limit
     assert abs(found["norms"][0] - straight["norms"][-1]) <= limit
@@ -141,7 +141,7 @@ def test_every_engine_goes_on_from_every_checkpoint(
 @pytest.mark.slow
 @pytest.mark.timeout(COMPILES)
 @pytest.mark.parametrize("source", ["torch", "zero 3 states on nvme"])
-def test_states_on_disk_go_on_from_a_checkpoint(results: dict[Any, dict[str, Any]], source: str) -> None:
+def test_states_on_disk_resume_from_a_checkpoint(results: dict[Any, dict[str, Any]], source: str) -> None:
     straight, found = results["pocket", source], results["resumed", source, "zero 3 states on nvme"]
     assert found["losses"][0] == straight["losses"][-1]
     assert largest_difference(found["final"]["learned"], straight["final"]["learned"]) <= 2e-5
@@ -154,10 +154,10 @@ def test_states_on_disk_go_on_from_a_checkpoint(results: dict[Any, dict[str, Any
 @pytest.mark.timeout(COMPILES)
 @pytest.mark.parametrize("name", ["torch", "zero 2"])
 @pytest.mark.parametrize("change", ["grown", "shrunk"])
-def test_another_number_of_workers_goes_on_with_the_same_batches(
+def test_another_number_of_workers_resumes_with_the_same_batches(
     results: dict[Any, dict[str, Any]], change: str, name: str
 ) -> None:
-    """One worker's run continued by two of half the batch each, and two workers' by one."""
+    """A run of one worker is resumed by two with half the batch each, and one of two workers by one."""
     found = results[change, name]
     straight = found["straight"]
     assert found["losses"][0] == pytest.approx(straight["losses"][-1], rel=1e-5)
@@ -169,7 +169,7 @@ def test_another_number_of_workers_goes_on_with_the_same_batches(
 @pytest.mark.slow
 @pytest.mark.timeout(COMPILES)
 @pytest.mark.parametrize("stage", ["1", "3"])
-def test_sizes_that_do_not_divide_are_put_and_gathered_whole(
+def test_tensors_that_need_padding_are_written_and_gathered(
     results: dict[Any, dict[str, Any]], stage: str
 ) -> None:
     found = results["round trip", stage]
@@ -203,14 +203,12 @@ def test_deepspeeds_json(case: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_settings_that_exclude_one_another_are_told(
-    tmp_path: Path, engine: dict[str, Any], way_out: str
-) -> None:
+def test_conflicting_settings_are_errors(tmp_path: Path, engine: dict[str, Any], way_out: str) -> None:
     with pytest.raises(RecipeError, match=way_out):
         build_recipe(tiny.make_recipe(tmp_path, engine=engine))
 
 
-def test_what_zero_needs_and_lacks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_requirements_of_zero_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match=r"adamw8bit .*engine\.zero_stage"):
         build_recipe(make_tree(tmp_path, optimizer__name="adamw8bit"))
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not installed
@@ -218,7 +216,7 @@ def test_what_zero_needs_and_lacks_is_told(tmp_path: Path, monkeypatch: pytest.M
         assemble(build_recipe(make_tree(tmp_path)), DistributedContext())
 
 
-def test_without_a_compiler_offload_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_without_a_compiler_offload_is_an_error_with_remedy(tmp_path: Path) -> None:
     code = (
         "import torch\n"
         "from dreamfleet.datasets.errors import ResourceError\n"
@@ -235,24 +233,24 @@ def test_without_a_compiler_offload_is_refused_with_the_way_out(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("error", [TypeError("not NoneType"), Exception("CUDA_HOME does not exist")])
-def test_without_cudas_toolkit_a_disk_is_refused_with_the_way_out(
+def test_without_the_cuda_toolkit_nvme_is_an_error_with_remedy(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     import_deepspeed(torch.device("cpu"))
     from deepspeed.ops.op_builder import AsyncIOBuilder
     from deepspeed.ops.op_builder.pin_memory import PinMemoryBuilder
 
-    def stumble(self: Any, verbose: bool = False) -> None:
+    def fail(self: Any, verbose: bool = False) -> None:
         raise error
 
     monkeypatch.setattr(PinMemoryBuilder, "load", lambda self, verbose: None)
-    monkeypatch.setattr(AsyncIOBuilder, "load", stumble)
+    monkeypatch.setattr(AsyncIOBuilder, "load", fail)
     with pytest.raises(ResourceError, match=r"CUDA toolkit.*offload to cpu"):
         build_swapping()
 
 
 @pytest.mark.parametrize("before", range(8))
-def test_a_loss_scale_goes_on_inside_its_growth_window(before: int) -> None:
+def test_a_loss_scale_resumes_inside_its_growth_window(before: int) -> None:
     import_deepspeed(torch.device("cpu"))
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
@@ -292,18 +290,16 @@ def test_ops_are_compiled_without_debugging_symbols(tmp_path: Path, monkeypatch:
     assert seen == ["-O3", "-Wall"]
 
 
-def test_what_a_killed_compiler_left_behind_stops_nobody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_of_a_killed_compiler_block_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     left = tmp_path / "cpu_adam" / "lock"
     left.parent.mkdir()
-    left.touch()  # torch would wait for it for ever
+    left.touch()  # torch would wait for it forever
     with sole_builder("cpu_adam"):
         assert not left.exists()
 
 
-def test_a_folder_on_disk_is_this_process_own_and_what_a_killed_one_left_goes(tmp_path: Path) -> None:
+def test_a_swap_folder_belongs_to_one_process_and_stale_ones_are_removed(tmp_path: Path) -> None:
     parent = tmp_path / "nvme"
     left = parent / "dreamfleet-swap-dead"
     left.mkdir(parents=True)
@@ -319,7 +315,7 @@ def test_a_folder_on_disk_is_this_process_own_and_what_a_killed_one_left_goes(tm
         SwapFolder(str(blocked))
 
 
-def test_the_folder_of_another_process_is_removed_only_when_that_process_is_gone(tmp_path: Path) -> None:
+def test_the_folder_of_a_running_process_is_not_removed(tmp_path: Path) -> None:
     code = "import sys; from dreamfleet.trainers.engines.zero_nvme import SwapFolder\n"
     code += "folder = SwapFolder(sys.argv[1]); print(folder.path, flush=True); sys.stdin.read()"
     other = subprocess.Popen(
@@ -340,8 +336,8 @@ def make_tree(folder: Path, **changes: Any) -> dict[str, Any]:
     return tiny.make_recipe(folder, **{"engine": {"zero_stage": 2}, **changes})
 
 
-def test_a_process_of_its_own_trains_resumes_and_refuses_what_does_not_fit(tmp_path: Path) -> None:
-    """Without Ray, the engine makes a process group for itself, and ends it."""
+def test_a_single_process_trains_resumes_and_rejects_other_checkpoints(tmp_path: Path) -> None:
+    """Without Ray, the engine creates its own process group, and destroys it."""
     small = assemble(build_recipe(make_tree(tmp_path)), DistributedContext())
     small.engine.backward(small.prepare(small.feed.batch(0)))
     small.engine.step({"unet": 1e-3}, 1)
@@ -370,7 +366,7 @@ def test_check_tries_the_engine(tmp_path: Path) -> None:
     assert not torch.distributed.is_initialized()
 
 
-def test_a_gpu_without_room_is_a_mistake_with_a_way_out() -> None:
+def test_an_out_of_memory_error_names_remedies() -> None:
     with (
         pytest.raises(ResourceError, match=r"offload_optimizer_device: cpu.*--resume"),
         explain_out_of_memory(),

@@ -1,4 +1,4 @@
-"""Whole runs under DeepSpeed: from the command line, and on a local Ray with a worker killed on the way."""
+"""Complete runs under DeepSpeed: from the command line, and on a local Ray with a worker that is killed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dreamfleet.trainers.report.metrics_log import read_metrics
 from dreamfleet.trainers.run.checkpoint import Checkpoints
 from dreamfleet.trainers.run.run import run_worker
 
-pytestmark = pytest.mark.timeout(1800)  # CPU Adam is compiled where nobody did before
+pytestmark = pytest.mark.timeout(1800)  # the first use compiles CPU Adam
 STEPS = 40
 DREAMBOOTH = {"name": "dreambooth", "train_text_encoder": True}
 
@@ -57,7 +57,7 @@ def learned(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_stage_3_from_the_command_line(tmp_path: Path) -> None:
-    """Weights in shards, an average, previews and a half-precision export; stdout carries the summary alone."""
+    """Sharded weights, an average, previews and a half-precision export; stdout has only the summary."""
     tiny.make_images(tmp_path / "holdout", 2, seed=5)
     options = {
         "train__max_train_steps": 4,
@@ -93,8 +93,8 @@ def test_stage_3_from_the_command_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.cluster
-def test_a_killed_worker_of_two_changes_nothing_and_one_goes_on_without_deepspeed(tmp_path: Path) -> None:
-    """Stage 2 with optimizer states in host memory; all of it against one process with the plain engine."""
+def test_a_killed_worker_changes_nothing_and_torch_resumes_the_run(tmp_path: Path) -> None:
+    """Stage 2 with optimizer states in host memory, compared with one process under TorchEngine."""
     alone = make_tree(tmp_path, "alone", train__max_train_steps=STEPS + 3)
     run_worker(build_recipe({**alone, "train": {**alone["train"], "max_train_steps": STEPS}}))
     killed: list[int] = []

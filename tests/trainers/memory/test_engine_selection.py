@@ -1,4 +1,4 @@
-"""What is settled when the machines are known: the engine that fits, and a DeepSpeed JSON of the user's own."""
+"""The engine that is chosen once the machines are known, and DeepSpeed JSON files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GPU = DistributedContext(device=torch.device("cuda"))
 
 @pytest.fixture
 def sd15(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    """A recipe that counts like SD 1.5 in half precision: 0.86 billion weights, 2 GiB of activations."""
+    """A recipe with the counts of SD 1.5 in half precision: 0.86 billion weights, 2 GiB of activations."""
     step = Pass(held=GIB, activations=2 * GIB, together=5 * GIB)
     counts = Counts(
         (860_000_000,), frozen=GIB // 2, model=4 * GIB, full=step, half=step, bucket=BUCKET, mixed=True
@@ -37,8 +37,8 @@ def sd15(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     return build_recipe(tiny.make_recipe(tmp_path, train__mixed_precision="bf16"))
 
 
-def fake_card(monkeypatch: pytest.MonkeyPatch, gib: float, host: float = 64) -> list[float]:
-    """Pretend to have a GPU with ``gib`` free of 80; returns the fractions that torch is held to."""
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, gib: float, host: float = 64) -> list[float]:
+    """Simulate a GPU with ``gib`` of 80 GiB free; return the memory fractions that torch is limited to."""
     held: list[float] = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(gib * GIB), 80 * GIB))
     monkeypatch.setattr(
@@ -51,10 +51,10 @@ def fake_card(monkeypatch: pytest.MonkeyPatch, gib: float, host: float = 64) -> 
 @pytest.mark.parametrize(
     ("gib", "stage", "offload"), [(80, "auto", "none"), (8, 2, "cpu")], ids=["large card", "8 GiB"]
 )
-def test_auto_takes_the_cheapest_that_fits_the_card(
+def test_auto_chooses_the_cheapest_that_fits_the_gpu(
     sd15: Recipe, monkeypatch: pytest.MonkeyPatch, gib: float, stage: Any, offload: str
 ) -> None:
-    held = fake_card(monkeypatch, gib)
+    held = fake_gpu(monkeypatch, gib)
     settled, reason = engine_selection.settle_engine(sd15, GPU)
     assert (settled.engine.zero_stage, settled.engine.offload_optimizer_device) == (stage, offload)
     assert f"of {gib + (0.5 if gib < 80 else 0):.1f} GiB on the GPU" in reason
@@ -62,10 +62,10 @@ def test_auto_takes_the_cheapest_that_fits_the_card(
     assert yaml.safe_load(settled.to_yaml())["engine"]["zero_stage"] == stage
 
 
-def test_a_limit_is_chosen_by_and_enforced_without_the_context(
+def test_a_limit_is_planned_within_and_enforced_without_the_cuda_context(
     sd15: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = fake_card(monkeypatch, 79)
+    held = fake_gpu(monkeypatch, 79)
     limited = sd15.model_copy(update={"engine": sd15.engine.model_copy(update={"gpu_memory": "8GiB"})})
     settled, reason = engine_selection.settle_engine(limited, GPU)
     assert settled.engine.zero_stage == 2 and "of 8.0 GiB" in reason
@@ -76,10 +76,10 @@ def test_a_limit_is_chosen_by_and_enforced_without_the_context(
     )
 
 
-def test_a_fault_of_the_planner_does_not_end_the_run(
+def test_an_error_of_the_planner_does_not_end_the_run(
     sd15: Recipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fake_card(monkeypatch, 8)
+    fake_gpu(monkeypatch, 8)
 
     def fail(recipe: Recipe, method: Any, images: Any) -> Counts:
         raise NotImplementedError("aten::odd has no fake kernel\nmore lines")
@@ -92,22 +92,22 @@ def test_a_fault_of_the_planner_does_not_end_the_run(
     ]
 
 
-def test_a_share_of_a_card_is_a_limit_as_well(sd15: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = fake_card(monkeypatch, 80)
+def test_a_share_of_a_gpu_is_a_limit_as_well(sd15: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = fake_gpu(monkeypatch, 80)
     tenth = DistributedContext(device=torch.device("cuda"), gpu_share=0.1)
     settled, reason = engine_selection.settle_engine(sd15, tenth)
     assert settled.engine.zero_stage == 2 and "of 8.0 GiB on the GPU" in reason
     assert held == [pytest.approx(7.5 / 80)]
     limited = sd15.model_copy(update={"engine": sd15.engine.model_copy(update={"gpu_memory": "40GiB"})})
     assert "of 8.0 GiB" in engine_selection.settle_engine(limited, tenth)[1], "the smaller counts"
-    with pytest.raises(ResourceError, match=r"0.005 of a GPU.*less than what CUDA"):
+    with pytest.raises(ResourceError, match=r"0.005 of a GPU.*less than the CUDA"):
         engine_selection.settle_engine(sd15, DistributedContext(device=torch.device("cuda"), gpu_share=0.005))
 
 
-def test_nothing_that_fits_says_what_each_needs_and_the_ways_out(
+def test_the_error_when_nothing_fits_names_needs_and_remedies(
     sd15: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_card(monkeypatch, 2)
+    fake_gpu(monkeypatch, 2)
     with pytest.raises(ResourceError) as told:
         engine_selection.settle_engine(sd15, GPU)
     for part in (
@@ -116,7 +116,7 @@ def test_nothing_that_fits_says_what_each_needs_and_the_ways_out(
         "data.resolution below 32",
     ):
         assert part in str(told.value)
-    fake_card(monkeypatch, 8, host=4)
+    fake_gpu(monkeypatch, 8, host=4)
     with pytest.raises(ResourceError, match=r"4\.0 GiB"):
         engine_selection.settle_engine(sd15, GPU)
 
@@ -128,16 +128,16 @@ def test_a_cpu_plans_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "# engine torch (no GPU)" in (tmp_path / "run/recipe.yaml").read_text()
 
 
-def test_what_cannot_be_planned_is_trained_by_torch(
+def test_a_run_that_cannot_be_planned_is_trained_by_torch(
     sd15: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_card(monkeypatch, 8)
+    fake_gpu(monkeypatch, 8)
     unknown = sd15.model.model_copy(update={"pretrained_model_name_or_path": str(tmp_path / "model.ckpt")})
     settled, reason = engine_selection.settle_engine(sd15.model_copy(update={"model": unknown}), GPU)
     assert settled.engine.zero_stage == "auto" and "dreamfleet convert" in reason
 
 
-def test_a_size_that_is_none_is_told(tmp_path: Path) -> None:
+def test_an_invalid_memory_size_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"engine\.gpu_memory: .*'lots'"):
         build_recipe(tiny.make_recipe(tmp_path, engine__gpu_memory="lots"))
 
@@ -164,7 +164,7 @@ AGREES: dict[str, Any] = {
 }
 
 
-def test_a_file_sets_stage_and_offload_and_hands_the_rest_on(tmp_path: Path) -> None:
+def test_a_deepspeed_file_sets_stage_and_offload_and_passes_other_keys_on(tmp_path: Path) -> None:
     recipe = with_file(tmp_path, AGREES).with_deepspeed_file()
     engine = recipe.engine
     assert (engine.zero_stage, engine.offload_optimizer_device, engine.pin_memory) == (2, "cpu", False)
@@ -185,7 +185,7 @@ def test_a_file_sets_stage_and_offload_and_hands_the_rest_on(tmp_path: Path) -> 
     }
 
 
-def test_a_file_names_the_disk_and_its_own_groups_win(tmp_path: Path) -> None:
+def test_a_deepspeed_file_sets_nvme_path_and_group_size(tmp_path: Path) -> None:
     block = {"device": "nvme", "nvme_path": "/fast", "buffer_count": 6}
     tree = {"zero_optimization": {"stage": 3, "sub_group_size": 5, "offload_optimizer": block}}
     engine = with_file(tmp_path, tree).with_deepspeed_file().engine
@@ -222,20 +222,20 @@ def test_a_file_names_the_disk_and_its_own_groups_win(tmp_path: Path) -> None:
         ([], {}, "JSON object"),
     ],
 )
-def test_a_file_that_says_other_than_the_recipe_is_told_before_the_run(
+def test_a_deepspeed_file_that_contradicts_the_recipe_is_an_early_error(
     tmp_path: Path, tree: Any, changes: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(RecipeError, match=told):
         check_inputs(with_file(tmp_path, tree, **changes))
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_deepspeed_file_is_an_error(tmp_path: Path) -> None:
     recipe = build_recipe(tiny.make_recipe(tmp_path, engine__deepspeed_config=str(tmp_path / "absent.json")))
     with pytest.raises(RecipeError, match=r"absent\.json .*JSON"):
         check_inputs(recipe)
 
 
-def test_a_job_takes_the_file_along(tmp_path: Path) -> None:
+def test_a_job_packages_the_deepspeed_file(tmp_path: Path) -> None:
     from dreamfleet.cluster.jobs.package import pack
 
     parcel = pack(with_file(tmp_path, AGREES, output_dir="s3://bucket/run"))

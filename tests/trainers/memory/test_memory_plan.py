@@ -1,4 +1,4 @@
-"""The memory plan: counts equal what a run holds, formulas equal the ZeRO paper's, and the command chooses."""
+"""The memory plan: estimates equal the memory of a run and the figures of the ZeRO paper; the command chooses."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def sizes(tensors: Any) -> int:
 SMALL = {"name": "adafactor", "fused_backward": True, "max_grad_norm": 0}
 
 
-def test_lines_equal_what_a_run_in_bfloat16_with_adafactor_holds(tmp_path: Path) -> None:
+def test_estimates_equal_the_memory_of_a_bfloat16_run_with_adafactor(tmp_path: Path) -> None:
     changes = {"optimizer": SMALL, "train__mixed_precision": "bf16", "train__full_bf16": True}
     parts, lines = make_parts(tmp_path, **changes), estimate(count(tmp_path, **changes), PLAIN).gpu
     engine = parts.engine
@@ -61,7 +61,7 @@ def test_lines_equal_what_a_run_in_bfloat16_with_adafactor_holds(tmp_path: Path)
     assert lines["gradients"] == 2 * max(param.numel() for param in learning)
 
 
-def test_choices_that_alter_the_run_are_told_and_not_chosen(tmp_path: Path) -> None:
+def test_choices_that_change_the_training_are_shown_but_not_chosen(tmp_path: Path) -> None:
     counts = simple_counts(mixed=True, factors=2**16)
     estimates = {one.choice.name: one for one in estimate_all(counts)}
     names = [name for name, one in estimates.items() if one.choice.alters]
@@ -77,8 +77,8 @@ def test_choices_that_alter_the_run_are_told_and_not_chosen(tmp_path: Path) -> N
     assert [one.choice.name for one in again] == ["torch"]
 
 
-def test_what_offload_sends_in_a_step() -> None:
-    """Gradients out in float32, weights back in 16 bits; sums go to and fro; see DeepSpeed's sources."""
+def test_the_traffic_of_offload_in_a_step() -> None:
+    """Gradients to the host in float32, weights back in 16 bits, sums in both directions; see DeepSpeed's sources."""
     counts, part = simple_counts(mixed=True), GIB // 2
     sent = {one.choice.name: one.traffic for one in estimate_all(counts, world=2)}
     assert sent["torch"] == sent["ZeRO-3"] == {"to_host": 0, "to_gpu": 0}
@@ -92,7 +92,7 @@ def test_what_offload_sends_in_a_step() -> None:
 
 
 def test_stage_3_shards_the_frozen_parts_that_gradients_pass_through() -> None:
-    """A word on a model of two billion frozen numbers: only what shards them makes it fit a small card."""
+    """An embedding on a model of two billion frozen weights: only sharding these makes it fit a small GPU."""
     counts = simple_counts(learning=(1000,), passed=2 * GIB, frozen=5 * GIB, mixed=True, nvme=True)
     told = {one.choice.name: one for one in estimate_all(counts, world=2)}
     assert told["ZeRO-2"].gpu["frozen"] == 5 * GIB and told["ZeRO-2"].gpu["weights"] == 2000
@@ -101,7 +101,7 @@ def test_stage_3_shards_the_frozen_parts_that_gradients_pass_through() -> None:
     assert shared.gpu["weights"] == 2 * (GIB + 500) and lent.gpu["weights"] == 0
     assert lent.host["weights"] == shared.gpu["weights"] and "weights" not in shared.host
     assert lent.gpu["gathered"] == 2 * 550_000_000, "what DeepSpeed keeps and fetches ahead"
-    # There and back for either pass, as more lies between than is kept; the few that learn come back once.
+    # Fetched for either pass, as stage 3 cannot keep so many; the few trained weights return once.
     assert lent.traffic == {"to_host": 2 * 500, "to_gpu": 2 * 2 * (GIB + 500)}
     starting = told["ZeRO-2"].gpu_moments["starting"] - lent.gpu_moments["starting"]
     assert starting == 4 * GIB, "sharded weights wait on the host"
@@ -126,13 +126,13 @@ def test_states_on_nvme_leave_one_group_on_the_host() -> None:
     assert on_disk.choice.settings["engine.offload_optimizer_device"] == "nvme"
 
 
-def test_prompts_that_vary_fill_the_memory_there_is_for_them(tmp_path: Path) -> None:
+def test_varying_prompts_fill_their_cache(tmp_path: Path) -> None:
     fixed, varied = count(tmp_path), count(tmp_path, data__shuffle_tags=True)
     assert 0 < fixed.text_embeddings < 2**20 and varied.text_embeddings == REMEMBERED
     assert count(tmp_path, method=WORD).text_embeddings == 0, "what learns is encoded anew"
 
 
-def test_what_zero_shards_waits_on_the_host() -> None:
+def test_weights_that_zero_shards_start_on_the_host() -> None:
     counts = simple_counts(encoding=GIB, mixed=True)
     start = {one.choice.name: one.gpu_moments["starting"] for one in estimate_all(counts)}
     assert start["torch"] - start["ZeRO-2"] == 4 * GIB and start["ZeRO-3"] == start["ZeRO-2"]
@@ -141,7 +141,7 @@ def test_what_zero_shards_waits_on_the_host() -> None:
 
 
 @pytest.mark.parametrize("method", [DREAMBOOTH, WORD], ids=["dreambooth", "word"])
-def test_lines_equal_the_bytes_of_every_tensor_a_run_holds(tmp_path: Path, method: dict[str, Any]) -> None:
+def test_estimates_equal_the_bytes_of_all_tensors_of_a_run(tmp_path: Path, method: dict[str, Any]) -> None:
     changes = {"method": method, "engine": {"use_ema": True}}
     parts, lines = make_parts(tmp_path, **changes), estimate(count(tmp_path, **changes), PLAIN).gpu
     engine = parts.engine
@@ -160,13 +160,13 @@ def test_lines_equal_the_bytes_of_every_tensor_a_run_holds(tmp_path: Path, metho
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("method", [DREAMBOOTH, WORD], ids=["dreambooth", "word"])
-def test_a_pass_without_memory_holds_what_a_real_one_does(
+def test_a_fake_pass_allocates_what_a_real_one_does(
     tmp_path: Path, method: dict[str, Any], checkpointing: bool
 ) -> None:
     changes = {"method": method, "train__gradient_checkpointing": checkpointing, "train__train_batch_size": 4}
     parts, fake = make_parts(tmp_path, **changes), count(tmp_path, **changes).full
     assert fake == trace_real_step(parts)
-    # A second count that knows nothing of ours: what autograd says that it saves.
+    # An independent count: the tensors that autograd saves.
     assert fake.held == pytest.approx(saved_bytes(parts), rel=0.05)
 
 
@@ -179,7 +179,7 @@ def saved_bytes(parts: Parts) -> int:
     kept = []
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor)  # or a freed address would be used twice
+        kept.append(tensor)  # so that no address is used twice
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -189,8 +189,8 @@ def saved_bytes(parts: Parts) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # CPU Adam is compiled where nobody did before
-def test_zero_holds_what_is_predicted(tmp_path: Path) -> None:
+@pytest.mark.timeout(1800)  # the first use compiles CPU Adam
+def test_zero_uses_the_estimated_memory(tmp_path: Path) -> None:
     tiny.make_recipe(tmp_path)
     script = Path(__file__).parents[2] / "support" / "zero_held.py"
     done = subprocess.run(
@@ -199,11 +199,14 @@ def test_zero_holds_what_is_predicted(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(done.stdout)
     assert len(results) > 20
-    for name, (held, predicted) in results.items():  # a word's run holds so little that counters show
+    for name, (
+        held,
+        predicted,
+    ) in results.items():  # the run of an embedding is so small that step counters matter
         assert held == pytest.approx(predicted, rel=0.02, abs=30_000), name
 
 
-def test_normalisation_stays_in_full_precision_as_on_a_gpu() -> None:
+def test_normalisation_runs_in_float32_as_on_a_gpu() -> None:
     norm, narrow = torch.nn.GroupNorm(1, 2), torch.ones(1, 2, 4, dtype=torch.bfloat16)
     with precision(torch.bfloat16) as autocast, autocast():
         assert norm(narrow).dtype == torch.float32
@@ -213,7 +216,7 @@ def test_normalisation_stays_in_full_precision_as_on_a_gpu() -> None:
 
 
 @pytest.mark.parametrize(("stage", "gigabytes"), [(None, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
-def test_formulas_give_the_figures_of_the_zero_paper(stage: int | None, gigabytes: float) -> None:
+def test_estimates_equal_the_figures_of_the_zero_paper(stage: int | None, gigabytes: float) -> None:
     """Figure 1 of Rajbhandari et al. 2020: 7.5 billion parameters, mixed precision, Adam, 64 GPUs."""
     nothing = Pass(0, 0, 0)
     counts = Counts((7_500_000_000,), frozen=0, model=0, full=nothing, half=nothing, bucket=0, mixed=True)
@@ -228,17 +231,19 @@ def simple_counts(**changes: Any) -> Counts:
     return Counts(**(counts | changes))
 
 
-def test_gradients_come_as_activations_go_unless_they_stay() -> None:
+def test_gradients_grow_as_activations_are_freed() -> None:
     counts = simple_counts()
     alone, shared = estimate(counts, PLAIN).gpu, estimate(counts, PLAIN, world=2).gpu
-    assert alone["activations"] == 0 and shared["activations"] == GIB  # DDP's buckets are always there
+    assert (
+        alone["activations"] == 0 and shared["activations"] == GIB
+    )  # DDP's buckets are allocated at all times
     kept = estimate(simple_counts(micros=2), PLAIN).gpu
     assert kept["activations"] == GIB and kept["gradients"] == alone["gradients"] == 4 * GIB
     half = estimate(counts, CHOICES[3], world=2).gpu
     assert half["gradients"] == 2 * GIB and half["activations"] + half["gradients"] == 5 * GIB // 2
 
 
-def test_the_cheapest_that_fits_is_chosen_and_none_when_none_does() -> None:
+def test_the_cheapest_that_fits_is_chosen() -> None:
     estimates = estimate_all(simple_counts(), world=1)
     assert [one.choice for one in estimates if not one.choice.alters] == list(CHOICES)
     choose = {limit: cheapest_fit(estimates, gpu_memory=limit * GIB) for limit in (20, 12, 3)}
@@ -283,7 +288,7 @@ def test_stable_diffusion_15_is_planned_from_its_configs_alone(sd15: Path, tmp_p
     assert "engine.zero_stage=2 engine.offload_optimizer_device=cpu" in table.stdout
 
 
-def test_nothing_that_fits_and_no_limit_are_told(tmp_path: Path) -> None:
+def test_the_command_reports_that_nothing_fits_and_a_missing_limit(tmp_path: Path) -> None:
     recipe = str(tiny.write_recipe(tmp_path / "recipe.yaml", tiny.make_recipe(tmp_path)))
     result = CliRunner().invoke(program.app, ["plan", recipe, "--gpu-memory", "100MiB"])
     assert result.exit_code == 2 and "0.1 GiB per GPU" in result.stderr
@@ -316,17 +321,17 @@ def test_sizes_are_read(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["12", "GiB", "-1GiB", "0GiB", "1e3MB", "12 GiB of it"])
-def test_sizes_that_say_nothing_are_refused(text: str) -> None:
+def test_invalid_sizes_are_rejected(text: str) -> None:
     with pytest.raises(ResourceError, match="size"):
         parse_size(text, option="--gpu-memory")
 
 
-def test_more_than_the_weights_is_seen_before_and_after_training(tmp_path: Path) -> None:
+def test_class_images_and_previews_count(tmp_path: Path) -> None:
     quiet = count(tmp_path)
     prior = {"name": "dreambooth", "with_prior_preservation": True}
     drawing = count(tmp_path, validation={"prompts": ["a cat"]}, method=prior, data__random_flip=True)
     assert quiet.drawing == 0 < drawing.drawing and quiet.encoding > 0
-    assert drawing.latents == 2 * quiet.latents  # six pictures and their mirror images
-    assert drawing.full.held > 1.5 * quiet.full.held  # class pictures double the batch
+    assert drawing.latents == 2 * quiet.latents  # six images and their mirrored copies
+    assert drawing.full.held > 1.5 * quiet.full.held  # class images double the batch
     uncached = count(tmp_path, data__cache_latents=False)
     assert uncached.encoding == uncached.latents == 0 < uncached.full.activations

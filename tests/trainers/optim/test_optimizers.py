@@ -1,4 +1,4 @@
-"""Optimizers that take less: Adafactor, steps inside backward, and bfloat16 weights rounded stochastically."""
+"""Optimizers that need less memory: Adafactor, steps inside backward, bfloat16 weights with stochastic rounding."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ NARROW: dict[str, Any] = {"train__mixed_precision": "bf16", "train__full_bf16": 
 
 
 def step_inside(parts: Parts, step: int) -> tuple[float, float]:
-    """Take a step as the loop does, told before backward; returns loss and gradient norm."""
+    """Take a step as the loop does, announced before backward; return loss and gradient norm."""
     rates = dict.fromkeys(parts.rates, 1e-3)
     parts.engine.begin_step(rates, step + 1)
     loss = parts.engine.backward(parts.prepare(parts.engine.to_device(parts.feed.batch(step))))
     return float(loss.total), float(parts.engine.step(rates, step + 1))
 
 
-def test_adafactor_is_transformers_with_kernels_laid_flat() -> None:
+def test_adafactor_equals_that_of_transformers_on_flat_kernels() -> None:
     from transformers.optimization import Adafactor as Theirs
 
     torch.manual_seed(0)
@@ -66,7 +66,7 @@ def test_adafactor_is_transformers_with_kernels_laid_flat() -> None:
     assert kept == 5 + 27 + 1, "a kernel keeps a mean per row and per column, and its step"
 
 
-def test_rounding_keeps_the_mean_and_goes_to_neighbours_only() -> None:
+def test_rounding_preserves_the_mean_and_yields_neighbours() -> None:
     value = torch.tensor([1.0 + 2**-9, -3.0 - 2**-9, 0.5, 0.0]).repeat(20000, 1)
     rounded = value.clone()
     round_stochastically(rounded, torch.Generator().manual_seed(3))
@@ -79,7 +79,7 @@ def test_rounding_keeps_the_mean_and_goes_to_neighbours_only() -> None:
     assert float((rounded[:, 1] != -3.0).float().mean()) == pytest.approx(0.125, abs=0.0095)
 
 
-def test_updates_too_small_for_bfloat16_arrive_on_average_and_repeat() -> None:
+def test_updates_too_small_for_bfloat16_take_effect_on_average() -> None:
     def train(seed: int) -> torch.Tensor:
         param = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
         stepper = Stepper(torch.optim.SGD([param], lr=1e-4), seed=seed)
@@ -89,13 +89,15 @@ def test_updates_too_small_for_bfloat16_arrive_on_average_and_repeat() -> None:
         return param.detach()
 
     moved = train(seed=1)
-    assert float(moved.float().mean()) == pytest.approx(0.99, abs=5e-4)  # to nearest, all would still be 1
+    assert float(moved.float().mean()) == pytest.approx(
+        0.99, abs=5e-4
+    )  # rounded to nearest, all would still be 1
     assert torch.equal(moved, train(seed=1)) and not torch.equal(moved, train(seed=2))
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
-def test_bfloat16_weights_step_together_as_alone(name: str) -> None:
-    """Small weights share a call of the optimizer; each moves as it would by itself, up to its own rounding."""
+def test_bfloat16_weights_stepped_together_equal_those_stepped_alone(name: str) -> None:
+    """Small weights share a call of the optimizer; each changes as if stepped alone, up to its own rounding."""
     torch.manual_seed(0)
     values = [torch.randn(shape) for shape in [(40, 50), (7,), (3, 5, 3, 3), (11, 4), (20, 90)]]
     values[2] = values[2].contiguous(memory_format=torch.channels_last)
@@ -132,7 +134,9 @@ def test_bfloat16_weights_step_together_as_alone(name: str) -> None:
 
 @pytest.mark.parametrize("method", [{"name": "dreambooth"}, LORA], ids=["whole", "lora"])
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
-def test_stepping_inside_backward_is_the_same_step(tmp_path: Path, name: str, method: dict[str, Any]) -> None:
+def test_a_step_inside_backward_equals_a_step_after_it(
+    tmp_path: Path, name: str, method: dict[str, Any]
+) -> None:
     plain = make_parts(tmp_path, method=method, optimizer={**NO_CLIPPING, "name": name})
     fused = make_parts(tmp_path, method=method, optimizer={**FUSED, "name": name})
     start = copy.deepcopy(fused.engine.weights())
@@ -148,7 +152,7 @@ def test_stepping_inside_backward_is_the_same_step(tmp_path: Path, name: str, me
         fused.engine.step(dict.fromkeys(fused.rates, 1e-3), 4)
 
 
-def test_gradients_end_inside_backward(tmp_path: Path) -> None:
+def test_gradients_are_freed_inside_backward(tmp_path: Path) -> None:
     parts = make_parts(tmp_path, optimizer=FUSED)
     params, alive = list(parts.engine.params.values()), []
     for (
@@ -162,8 +166,8 @@ def test_gradients_end_inside_backward(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["to channels last", "from channels last"])
-def test_moments_take_the_layout_of_their_weights(tmp_path: Path, before: bool) -> None:
-    """Fused kernels pair weights and moments by their place in memory."""
+def test_loaded_moments_have_the_layout_of_their_weights(tmp_path: Path, before: bool) -> None:
+    """Fused kernels pair weights and moments by their position in memory."""
     straight, saved = make_parts(tmp_path), make_parts(tmp_path, engine={"channels_last": before})
     for step in range(2):
         take_step(straight, step)
@@ -175,7 +179,9 @@ def test_moments_take_the_layout_of_their_weights(tmp_path: Path, before: bool) 
         take_step(straight, step)
         take_step(resumed, step)
     for name, value in straight.engine.weights().items():
-        torch.testing.assert_close(resumed.engine.weights()[name], value, rtol=0, atol=3e-4)  # unpaired: 1e-3
+        torch.testing.assert_close(
+            resumed.engine.weights()[name], value, rtol=0, atol=3e-4
+        )  # 1e-3 if paired wrongly
     engine = resumed.engine
     assert isinstance(engine, TorchEngine) and engine.ema is not None
     for name, param in engine.params.items():
@@ -183,7 +189,7 @@ def test_moments_take_the_layout_of_their_weights(tmp_path: Path, before: bool) 
         assert {t.stride() for t in kept if t.shape == param.shape} == {param.stride()}
 
 
-def test_a_closed_engine_leaves_nothing_at_its_weights(tmp_path: Path) -> None:
+def test_a_closed_engine_removes_its_hooks(tmp_path: Path) -> None:
     parts = make_parts(tmp_path, optimizer=FUSED)
     engine, param = weakref.ref(parts.engine), next(iter(parts.engine.params.values()))
     parts.engine.close()
@@ -193,8 +199,8 @@ def test_a_closed_engine_leaves_nothing_at_its_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
-def test_bfloat16_weights_train_and_go_on_exactly(tmp_path: Path, name: str) -> None:
-    """Whole runs: near the float32 curve; stopped and resumed bit for bit; saved and exported as they are."""
+def test_bfloat16_weights_train_and_resume_exactly(tmp_path: Path, name: str) -> None:
+    """Complete runs: near the float32 curve, resumed bit for bit, saved and exported in bfloat16."""
     changes = {
         "optimizer": {**FUSED, "name": name, "learning_rate": 2e-4},
         "train__max_train_steps": 6,
@@ -228,7 +234,7 @@ def test_bfloat16_weights_train_and_go_on_exactly(tmp_path: Path, name: str) -> 
     assert curves[0] == pytest.approx(curves[1], rel=0.05)
 
 
-def test_a_lora_in_bfloat16_trains_and_goes_on_exactly(tmp_path: Path) -> None:
+def test_a_lora_in_bfloat16_trains_and_resumes_exactly(tmp_path: Path) -> None:
     recipe = tiny.make_recipe(tmp_path, method=LORA, optimizer=FUSED, train__max_train_steps=6, **NARROW)
     ends = []
     for run, stop in (("straight", iter(())), ("stopped", iter([False] * 3))):
@@ -247,7 +253,7 @@ def test_a_lora_in_bfloat16_trains_and_goes_on_exactly(tmp_path: Path) -> None:
     )
 
 
-def test_the_average_of_bfloat16_weights_is_exported_in_full(tmp_path: Path) -> None:
+def test_the_average_of_bfloat16_weights_is_exported_in_float32(tmp_path: Path) -> None:
     parts = make_parts(tmp_path, optimizer=NO_CLIPPING, engine={"use_ema": True, "ema_decay": 0.9}, **NARROW)
     take_step(parts)
     engine, (name, param) = parts.engine, next(iter(parts.engine.params.items()))
@@ -272,14 +278,12 @@ def test_the_average_of_bfloat16_weights_is_exported_in_full(tmp_path: Path) -> 
         ({"optimizer": {"name": "adafactor"}, "engine__zero_stage": 1}, "adafactor"),
     ],
 )
-def test_what_excludes_one_another_is_told_by_name(
-    tmp_path: Path, changes: dict[str, Any], told: str
-) -> None:
+def test_conflicting_settings_are_errors(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         build_recipe(tiny.make_recipe(tmp_path, **changes))
 
 
-def test_another_optimizers_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_optimizer_is_rejected(tmp_path: Path) -> None:
     parts = make_parts(tmp_path, optimizer={**NO_CLIPPING, "name": "adafactor"})
     take_step(parts)
     with pytest.raises(CheckpointError, match=r"optimizer\.name: adafactor"):

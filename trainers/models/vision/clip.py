@@ -1,4 +1,4 @@
-"""Judges pictures with CLIP: unit features of pictures and of texts in one space."""
+"""Judges images with CLIP: unit features of images and of texts in one space."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.2613
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a vision model wants its pictures: what a `preprocessor_config.json` says, done with Pillow and numpy.
+    """How a vision model wants its images: what a `preprocessor_config.json` says, done with Pillow and numpy.
 
     `resize` is the short side (int) or an exact (height, width), both in pixels; `crop` the central (height, width).
     """
@@ -44,7 +44,7 @@ class Preprocessing:
         return Fitting(self.resize, self.crop, self.resample)
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        """Turn pictures into normalised pixels `[N, 3, H, W]`."""
+        """Turn images into normalised pixels `[N, 3, H, W]`."""
         arrays = np.stack([np.asarray(self.fit(image)) for image in images])
         pixels_NHW3 = (arrays.astype(np.float32) / 255 - np.array(self.mean, np.float32)) / np.array(
             self.std, np.float32
@@ -101,7 +101,7 @@ class ClipScorer:
 
     @torch.no_grad()
     def image_features(self, images: Sequence[Image.Image]) -> Tensor:
-        """Embed pictures -> unit rows `[N, P]`, float32 on the CPU."""
+        """Embed images -> unit rows `[N, P]`, float32 on the CPU."""
         rows = [
             self.embed(self.preprocessing(images[start : start + BATCH]).to(_place(self._vision)))
             for start in range(0, len(images), BATCH)

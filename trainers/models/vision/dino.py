@@ -1,4 +1,4 @@
-"""Judges pictures with DINO: a self-supervised ViT that tells one subject from another of its class."""
+"""Judges images with DINO: a self-supervised ViT that tells one subject from another of its class."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dreamfleet.trainers.models.vision.clip import BATCH, Preprocessing, read_pr
 
 
 class DinoScorer:
-    """A frozen ViT; a picture's features are its class token after the last layer norm (arXiv 2104.14294)."""
+    """A frozen ViT; an image's features are its class token after the last layer norm (arXiv 2104.14294)."""
 
     def __init__(self, *, name: str, model: Any, preprocessing: Preprocessing):
         self.name = name
@@ -30,7 +30,7 @@ class DinoScorer:
 
     @torch.no_grad()
     def image_features(self, images: Sequence[Image.Image]) -> Tensor:
-        """Embed pictures -> unit rows `[N, D]`, float32 on the CPU."""
+        """Embed images -> unit rows `[N, D]`, float32 on the CPU."""
         place = next(self._model.parameters()).device
         rows = [
             self._model(self._preprocessing(images[start : start + BATCH]).to(place)).last_hidden_state[:, 0]

@@ -1,6 +1,6 @@
-"""DreamArtist's discriminator: a ConvNeXt that sorts pictures into classes, made, loaded, saved, and differentiated.
+"""DreamArtist's discriminator: a ConvNeXt that sorts images into classes, made, loaded, saved, and differentiated.
 
-Shape suffixes: N pictures, 3 colours, H W height and width, K classes.
+Shape suffixes: N images, 3 colours, H W height and width, K classes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PREPROCESSOR = "preprocessor_config.json"
 
 
 class Discriminator:
-    """A frozen classifier of pictures, asked how likely they are of each class; gradients reach the pictures."""
+    """A frozen classifier of images, asked how likely they are of each class; gradients reach the images."""
 
     def __init__(self, network: Any, preprocessing: Preprocessing, *, name: str):
         self.network, self.preprocessing, self.name = (
@@ -49,7 +49,7 @@ class Discriminator:
     def probabilities(self, pixels_N3HW: Tensor) -> Tensor:
         """Return how likely each class is ``[N, K]`` for pixels in about [-1, 1], float32.
 
-        Resized as the original does it: bicubic, the corners aligned, the whole picture.
+        Resized as the original does it: bicubic, the corners aligned, the whole image.
         """
         size, mean, std = self.preprocessing.resize, self.preprocessing.mean, self.preprocessing.std
         resized_N3SS = F.interpolate(pixels_N3HW.float(), size=size, mode="bicubic", align_corners=True)
@@ -60,7 +60,7 @@ class Discriminator:
 
 
 def make_preprocessing(size: int) -> Preprocessing:
-    """Return how a classifier sees files: the whole picture as a square, bicubic, with ImageNet's mean and spread."""
+    """Return how a classifier sees files: the whole image as a square, bicubic, with ImageNet's mean and spread."""
     return Preprocessing(resize=(size, size), crop=None, mean=_MEAN, std=_STD)
 
 

@@ -1,7 +1,7 @@
-"""The WD tagger (SmilingWolf's ONNX models) over a folder: pictures in, Danbooru tags out, as captions beside them.
+"""Captions a folder of images with the Danbooru tags of a WD tagger (SmilingWolf's ONNX models).
 
-As AUTOMATIC1111's wd14-tagger has it: the picture in the middle of a white square, BGR, 0 to 255, as it is (no
-normalisation); what comes out are probabilities already.
+Preprocessing follows AUTOMATIC1111's wd14-tagger: the image is centred on a white square, BGR, 0 to 255, without
+normalisation. The outputs of the models are probabilities.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from dreamfleet.datasets.tools.tags import (
 
 MODEL_FILE, TAGS_FILE = "model.onnx", "selected_tags.csv"
 GENERAL, COPYRIGHT, CHARACTER, RATING = 0, 3, 4, 9  # categories in selected_tags.csv
-PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # the first one there is
-LARGEST_STRIP = 4096  # pixels of the longer side that pictures of extreme shapes are shrunk to first
+PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # in order of preference
+LARGEST_STRIP = 4096  # pixels of the longer side, to which images of extreme aspect ratios are shrunk first
 EXISTING = ("ignore", "replace", "append", "prepend")
 
 
 @dataclass(frozen=True)
 class Tagging:
-    """Which tags become the caption, and how they are written. `add` and `exclude` are names as the model has them.
+    """Options of tagging. `add` and `exclude` are names of the model's tags; thresholds are probabilities.
 
-    Thresholds are probabilities. `sort`: by alphabet, else the likeliest first. `existing` says what becomes of
-    captions that are there: `ignore` leaves those pictures alone.
+    `sort` orders tags alphabetically instead of by probability. `existing` decides about images with a caption:
+    `ignore` leaves them unchanged.
     """
 
     general_threshold: float = 0.35
@@ -60,9 +60,9 @@ class Tagging:
     def __post_init__(self) -> None:
         for threshold in (self.general_threshold, self.character_threshold):
             if not 0 < threshold <= 1:
-                raise DataError(f"threshold {threshold} is not above 0 and at most 1")
+                raise DataError(f"threshold {threshold} must be above 0 and at most 1")
         if self.existing not in EXISTING:
-            raise DataError(f"existing {self.existing!r} is not known; one of {', '.join(EXISTING)}")
+            raise DataError(f"existing {self.existing!r} does not exist; use one of {', '.join(EXISTING)}")
 
 
 class Tag(NamedTuple):
@@ -73,18 +73,18 @@ class Tag(NamedTuple):
 
 
 class Captioned(NamedTuple):
-    """What captioning a folder did."""
+    """The result of captioning a folder."""
 
-    captions: dict[str, str]  # written: picture's name -> text
+    captions: dict[str, str]  # written: name of the image -> text
     skipped: int  # had a caption
-    failed: dict[str, str]  # picture's name -> reason
+    failed: dict[str, str]  # name of the image -> reason
     backup: str | None
 
 
 class Tagger:
-    """A model and its tags; `place` is a folder, here or s3://, an .onnx file with its list beside it, or a hub name.
+    """A tagger model and its tags, from a folder, local or s3://, an .onnx file with its tag list, or a hub name.
 
-    Raises ModelError for what is no such model, and when onnxruntime is not installed.
+    Raises ModelError if there is no such model, or onnxruntime is not installed.
     """
 
     def __init__(self, place: str) -> None:
@@ -99,28 +99,30 @@ class Tagger:
                 providers = [name for name in PROVIDERS if name in known]
                 self._session: Any = onnxruntime.InferenceSession(str(model), providers=providers)
             except Exception as error:
-                raise ModelError(f"{model} is no ONNX model that can be run: {error}") from error
+                raise ModelError(f"{model} is not a usable ONNX model: {error}") from error
         self._input = self._session.get_inputs()[0]
         shape, width = self._input.shape, self._session.get_outputs()[0].shape[-1]
         if len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or not isinstance(shape[1], int):
-            raise ModelError(f"{place} takes {shape}; a WD tagger takes [pictures, side, side, 3]")
+            raise ModelError(
+                f"{place} has the input shape {shape}, but a WD tagger has [images, side, side, 3]"
+            )
         if isinstance(width, int) and width != len(self.tags):
-            raise ModelError(f"{place} gives {width} numbers, its {TAGS_FILE} names {len(self.tags)} tags")
+            raise ModelError(f"{place} has {width} outputs, but its {TAGS_FILE} has {len(self.tags)} tags")
         self.side: int = shape[1]
         self._one_by_one = shape[0] == 1
 
     def probabilities(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Judge RGB pictures -> float32 [N,tags], probabilities in the order of `tags`."""
+        """Return the probabilities of RGB images, float32 [N,tags], in the order of `tags`."""
         batch = np.stack([square_of(image, self.side) for image in images])
         parts = [batch[number : number + 1] for number in range(len(batch))] if self._one_by_one else [batch]
         return np.concatenate([self._session.run(None, {self._input.name: part})[0] for part in parts])
 
 
 def square_of(image: Image.Image, side: int) -> np.ndarray:
-    """Lay an RGB picture in the middle of a white square, shrunk to `side` -> float32 [side,side,3], BGR, 0 to 255."""
+    """Centre an RGB image on a white square and scale it: float32 [side,side,3], BGR, 0 to 255."""
     if max(image.size) > max(
         LARGEST_STRIP, MOST_RESIZED * min(image.size)
-    ):  # its square would take gigabytes
+    ):  # the square would take gigabytes
         image = image.copy()
         image.thumbnail((LARGEST_STRIP, LARGEST_STRIP), Image.Resampling.BOX)
     length = max(*image.size, side)
@@ -132,7 +134,7 @@ def square_of(image: Image.Image, side: int) -> np.ndarray:
 
 
 def read_tags(data: bytes, *, uri: str) -> list[Tag]:
-    """Read selected_tags.csv. Lists without categories begin with the four ratings. ModelError for other files."""
+    """Parse selected_tags.csv; lists without categories begin with four ratings. Raises ModelError for other files."""
     try:
         rows = list(csv.DictReader(io.StringIO(data.decode("utf-8"), newline="")))
         tags = [
@@ -140,14 +142,14 @@ def read_tags(data: bytes, *, uri: str) -> list[Tag]:
             for number, row in enumerate(rows)
         ]
     except (UnicodeDecodeError, csv.Error, KeyError, ValueError) as error:
-        raise ModelError(f"{uri} is no list of tags with a column `name`: {error}") from error
+        raise ModelError(f"{uri} is not a tag list with a column `name`: {error}") from error
     if not tags or any(not tag.name for tag in tags):
-        raise ModelError(f"{uri} is no list of tags: it is empty or has nameless rows")
+        raise ModelError(f"{uri} is not a tag list: it is empty or has rows without a name")
     return tags
 
 
 def choose_tags(probabilities: np.ndarray, tags: Sequence[Tag], how: Tagging) -> list[str]:
-    """Write the tags of one picture from its probabilities, [tags]: those above the threshold of their category."""
+    """Return the tags of one image whose probability, in [tags], reaches the threshold of their category."""
     limits = {
         GENERAL: how.general_threshold,
         COPYRIGHT: how.general_threshold,
@@ -181,13 +183,14 @@ def caption_folder(
     caption_column: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Captioned:
-    """Caption the pictures of a folder: in place (.txt beside each), or into the folder `out`.
+    """Caption the images of a folder: in place, in a .txt file beside each, or into the folder `out`.
 
-    With `existing: ignore`, and into `out`, each batch is written at once, so that the same again goes on where it
-    stopped. Changes to captions that are there are written at the end, after a copy as write_captions makes it.
+    With `existing: ignore`, or into `out`, each batch is written immediately, so that running the command again
+    continues after an interruption. Changes of existing captions are written at the end, with a backup as
+    write_captions makes it.
     """
-    there = read_captions(folder, caption_column)
-    files, before = there.files, there.texts
+    captioned = read_captions(folder, caption_column)
+    files, before = captioned.files, captioned.texts
     target = Storage(out) if out is not None else files.storage
     file_of = files.text_file if out is None else files.new_text_file
     written = set(target.list("", True)) if out is not None else set()
@@ -207,10 +210,10 @@ def caption_folder(
                 target.write_text(file_of(name), made[name] + "\n")
         if progress is not None:
             progress(len(made) + len(failed), len(pending))
-    backup = None if at_once or not made else write_captions(there, made, None)
+    backup = None if at_once or not made else write_captions(captioned, made, None)
     if failed and not made:
         name, reason = next(iter(failed.items()))
-        raise DataError(f"not one of {len(failed)} pictures could be read; {name}: {reason}")
+        raise DataError(f"none of the {len(failed)} images could be read; {name}: {reason}")
     return Captioned(made, len(done), failed, backup)
 
 
@@ -250,16 +253,14 @@ def _written(name: str, score: float, how: Tagging) -> str:
 
 @contextmanager
 def _files(place: str) -> Iterator[tuple[Path, Path]]:
-    """Give the local paths of a model and its list of tags."""
+    """Yield the local paths of a model and its tag list."""
     folder, file = place, MODEL_FILE
     if place.endswith(".onnx"):
         folder, _, file = place.rpartition("/")
     storage = Storage(folder or ".")
     if storage.exists(file):
         if not storage.exists(TAGS_FILE):
-            raise ModelError(
-                f"{storage.url} has no {TAGS_FILE}: put the list that belongs to {file} beside it"
-            )
+            raise ModelError(f"{storage.url} has no {TAGS_FILE}: add the tag list of {file}")
         with storage.local_copy(file) as model, storage.local_copy(TAGS_FILE) as tags:
             yield model, tags
         return
@@ -271,6 +272,6 @@ def _files(place: str) -> Iterator[tuple[Path, Path]]:
         found = Path(hf_hub_download(place, MODEL_FILE)), Path(hf_hub_download(place, TAGS_FILE))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"tagger {place}: no such folder here, and the hub did not give it ({error})"
+            f"tagger {place}: there is no such folder, and it cannot be downloaded from the hub ({error})"
         ) from error
     yield found
