@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """CLIP: features of images and of texts in one space, of unit length."""
-=======
-"""Judges images with CLIP: unit features of images and of texts in one space."""
->>>>>>> main
 
 from __future__ import annotations
 
@@ -31,11 +27,7 @@ _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.2613
 
 @dataclass(frozen=True)
 class Preprocessing:
-<<<<<<< HEAD
     """Image preprocessing of a vision model, as its `preprocessor_config.json` states, by Pillow and numpy.
-=======
-    """How a vision model wants its images: what a `preprocessor_config.json` says, done with Pillow and numpy.
->>>>>>> main
 
     `resize` is the short side (int) or an exact (height, width); `crop` the size (height, width) of the central crop;
     both in pixels.
@@ -53,11 +45,7 @@ class Preprocessing:
         return Fitting(self.resize, self.crop, self.resample)
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-<<<<<<< HEAD
         """Return normalised pixels `[N, 3, H, W]`."""
-=======
-        """Turn images into normalised pixels `[N, 3, H, W]`."""
->>>>>>> main
         arrays = np.stack([np.asarray(self.fit(image)) for image in images])
         pixels_NHW3 = (arrays.astype(np.float32) / 255 - np.array(self.mean, np.float32)) / np.array(
             self.std, np.float32
@@ -114,11 +102,7 @@ class ClipScorer:
 
     @torch.no_grad()
     def image_features(self, images: Sequence[Image.Image]) -> Tensor:
-<<<<<<< HEAD
         """Return the features of images as unit rows `[N, P]`, float32 on the CPU."""
-=======
-        """Embed images -> unit rows `[N, P]`, float32 on the CPU."""
->>>>>>> main
         rows = [
             self.embed(self.preprocessing(images[start : start + BATCH]).to(_device_of(self._vision)))
             for start in range(0, len(images), BATCH)

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """DINO: features of a self-supervised ViT, which distinguish subjects of one class."""
-=======
-"""Judges images with DINO: a self-supervised ViT that tells one subject from another of its class."""
->>>>>>> main
 
 from __future__ import annotations
 
@@ -21,11 +17,7 @@ from dreamfleet.trainers.models.vision.clip import BATCH, Preprocessing, read_pr
 
 
 class DinoScorer:
-<<<<<<< HEAD
     """A frozen ViT; features are the class token after the last layer norm (arXiv 2104.14294)."""
-=======
-    """A frozen ViT; an image's features are its class token after the last layer norm (arXiv 2104.14294)."""
->>>>>>> main
 
     def __init__(self, *, name: str, model: Any, preprocessing: Preprocessing):
         self.name = name
@@ -38,13 +30,8 @@ class DinoScorer:
 
     @torch.no_grad()
     def image_features(self, images: Sequence[Image.Image]) -> Tensor:
-<<<<<<< HEAD
         """Return the features of images as unit rows `[N, D]`, float32 on the CPU."""
         device = next(self._model.parameters()).device
-=======
-        """Embed images -> unit rows `[N, D]`, float32 on the CPU."""
-        place = next(self._model.parameters()).device
->>>>>>> main
         rows = [
             self._model(self._preprocessing(images[start : start + BATCH]).to(device)).last_hidden_state[:, 0]
             for start in range(0, len(images), BATCH)

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """DreamArtist's discriminator: a ConvNeXt image classifier that is built, loaded, saved, and differentiated through.
-=======
-"""DreamArtist's discriminator: a ConvNeXt that sorts images into classes, made, loaded, saved, and differentiated.
->>>>>>> main
 
 Shape suffixes: N images, 3 colours, H W height and width, K classes.
 """
@@ -36,11 +32,7 @@ _PREPROCESSOR = "preprocessor_config.json"
 
 
 class Discriminator:
-<<<<<<< HEAD
     """A frozen image classifier that returns class probabilities; gradients flow to the images."""
-=======
-    """A frozen classifier of images, asked how likely they are of each class; gradients reach the images."""
->>>>>>> main
 
     def __init__(self, network: Any, preprocessing: Preprocessing, *, name: str):
         self.network, self.preprocessing, self.name = (
@@ -57,11 +49,7 @@ class Discriminator:
     def probabilities(self, pixels_N3HW: Tensor) -> Tensor:
         """Return the probability of each class ``[N, K]``, float32, for pixels in about [-1, 1].
 
-<<<<<<< HEAD
         The whole image is resized as in the original: bicubic, with aligned corners.
-=======
-        Resized as the original does it: bicubic, the corners aligned, the whole image.
->>>>>>> main
         """
         size, mean, std = self.preprocessing.resize, self.preprocessing.mean, self.preprocessing.std
         resized_N3SS = F.interpolate(pixels_N3HW.float(), size=size, mode="bicubic", align_corners=True)
@@ -72,11 +60,7 @@ class Discriminator:
 
 
 def make_preprocessing(size: int) -> Preprocessing:
-<<<<<<< HEAD
     """Return a classifier's preprocessing of files: the whole image as a square, bicubic, normalised as ImageNet."""
-=======
-    """Return how a classifier sees files: the whole image as a square, bicubic, with ImageNet's mean and spread."""
->>>>>>> main
     return Preprocessing(resize=(size, size), crop=None, mean=_MEAN, std=_STD)
 
 
