@@ -68,9 +68,7 @@ def command(*arguments: Any) -> str:
 @pytest.mark.usefixtures("toy")
 def test_a_registered_method_keeps_the_contract(tmp_path: Path) -> None:
     images = str(tiny.make_images(tmp_path / "one", 1))
-    tree = make_tree(
-        tmp_path, data__instance_data_dir=images, train__train_batch_size=1, optimizer__learning_rate=0.5
-    )
+    tree = make_tree(tmp_path, data__instance_data_dir=images, train__train_batch_size=1)
     check_method(build_recipe(tree), tmp_path)
 
 
@@ -91,7 +89,7 @@ def test_the_command_line_knows_a_registered_method(tmp_path: Path) -> None:
     recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
     recipe.write_text(yaml.safe_dump(make_tree(tmp_path, scaling__num_workers=0)))
     assert f"{NAME:<20} Trains one vector for a new word" in command("methods")
-    assert "anchor_weight: 0.1" in command("config", recipe)
+    assert "anchor_weight: 0.01" in command("config", recipe)
     assert "export" in command("check", recipe)
     assert json.loads(command("plan", recipe, "--json"))["counts"]["learning"] > 0
     command("train", recipe)
