@@ -31,7 +31,7 @@ class AnchoredInversionConfig(MethodConfig):
     placeholder_token: str = Field(min_length=1, description="the new word, as prompts use it")
     initializer_token: str = Field(min_length=1, description="the existing word that the vector starts from")
     anchor_weight: float = Field(
-        0.1, ge=0, description="weight of the squared distance from the existing word"
+        0.01, ge=0, description="weight of the squared distance from the existing word"
     )
 
 
