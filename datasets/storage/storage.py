@@ -74,9 +74,8 @@ class Storage:
 
     def exists(self, rel: str = "") -> bool:
         """Return whether a file or folder exists; in a bucket a folder exists when it contains a file."""
-        path = self.path(rel)
         if self.is_local:
-            with explain_errors("check", path):
+            with explain_errors("check", path := self.path(rel)):
                 return os.path.exists(path)
         return self._on_bucket("check", rel, bucket_has)
 
@@ -89,8 +88,7 @@ class Storage:
     def size(self, rel: str = "") -> int:
         """Return the size in bytes of a file, or of all files below a folder."""
         if self.is_local:
-            path = self.path(rel)
-            with explain_errors("read", path):
+            with explain_errors("read", path := self.path(rel)):
                 return tree_size(path)
         return self._on_bucket("read", rel, bucket_size)
 

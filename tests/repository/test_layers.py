@@ -57,8 +57,6 @@ LONG_FUNCTIONS = {  # over 60 lines: file::function -> why
     "cluster/cli/caption.py::caption": "its signature declares the options and their help",
     "cluster/cli/prepare.py::prepare": "its signature declares the options and their help",
     "cluster/cli/tags.py::tags": "its signature declares the options and their help",
-    "datasets/tools/inspect.py::survey": "one figure a line",
-    "datasets/index/index.py::build_index": "a third is its signature; the rest is one pass in order",
 }
 # torch.distributed.destroy_process_group: elsewhere a group could end before its users.
 END_GROUPS = {
