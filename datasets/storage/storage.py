@@ -114,8 +114,7 @@ class Storage:
         In a bucket only those that contain a file count: other folders are no more than markers.
         """
         if self.is_local:
-            path = self.path(rel)
-            with explain_errors("list", path):
+            with explain_errors("list", path := self.path(rel)):
                 if not os.path.isdir(path):
                     return []
                 with os.scandir(path) as entries:
@@ -243,8 +242,7 @@ class Storage:
         """Remove a file or a whole folder, if it exists."""
         self._appended.pop(rel, None)
         if self.is_local:
-            path = self.path(rel)
-            with explain_errors("remove", path):
+            with explain_errors("remove", path := self.path(rel)):
                 remove_tree(path)
             return
         self._if_exists("remove", rel, lambda fs, key: fs.rm(key, recursive=True) or [])
