@@ -1,4 +1,4 @@
-"""What `sample` leaves behind: the grid, single pictures on request, and in each PNG how it was drawn."""
+"""Writes the images of `dreamfleet sample`: the grid, single images, and in each PNG how it was generated."""
 
 from __future__ import annotations
 
@@ -20,28 +20,30 @@ from dreamfleet.trainers.models.learned_words import learned_words
 from dreamfleet.trainers.models.sampling.infotext import infotext, png_info, sampler_entries
 from dreamfleet.trainers.models.sampling.prompt_encoding import negative_for
 from dreamfleet.trainers.models.sampling.prompt_syntax import escape, escape_words, strip_comments
-from dreamfleet.trainers.models.sampling.prompt_tags import Extras, HypernetworkShelf, LoraShelf
+from dreamfleet.trainers.models.sampling.prompt_tags import AppliedFiles, HypernetworkFiles, LoraFiles
 from dreamfleet.trainers.models.sampling.sample import image_grid
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.models.family import DiffusionModel
 
-Row = tuple[ImageRequest, Extras]  # an image, and the files and strengths of its hypernetworks and LoRAs
+Row = tuple[
+    ImageRequest, AppliedFiles
+]  # an image, and the files and strengths of its hypernetworks and LoRAs
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all pictures of a call have in common. `more`: entries of the text that the webui's extensions have."""
+    """What all images of a call share. `more`: additional entries of the text."""
 
     embeddings: Sequence[str] = ()
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
 def require_writable(out: Path, out_dir: Path | None) -> None:
-    """Raise UserError where the pictures cannot be written, before any is drawn."""
+    """Raise UserError if the images cannot be written, before any is generated."""
     if out.suffix.lower() not in IMAGES:
-        raise UserError(f"--out {out}: name a picture ({', '.join(IMAGES)})")
+        raise UserError(f"--out {out}: name an image file ({', '.join(IMAGES)})")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
     if out_dir is not None and out_dir.exists() and not out_dir.is_dir():
@@ -49,7 +51,7 @@ def require_writable(out: Path, out_dir: Path | None) -> None:
 
 
 def image_text(model: DiffusionModel, settings: Settings, row: Row, image: Image.Image) -> str:
-    """Tell how a picture was drawn; its hypernetworks and LoRAs as tags of the prompt, where the webui has them."""
+    """Return the text of an image; hypernetworks and LoRAs are tags of the prompt, as in the webui."""
     request, extras = row
     prompts = (
         request.prompt,
@@ -63,10 +65,10 @@ def image_text(model: DiffusionModel, settings: Settings, row: Row, image: Image
         prompt, negative = (escape_words(strip_comments(text), learned_words(model)) for text in prompts)
     tags = "".join(
         f"<{kind}:{Path(address).stem}:{strength}>"
-        for kind, named in zip((HypernetworkShelf.tags[0], LoraShelf.tags[0]), extras, strict=True)
+        for kind, named in zip((HypernetworkFiles.tags[0], LoraFiles.tags[0]), extras, strict=True)
         for address, strength in named
     )
-    told = {
+    entries = {
         "Steps": request.steps,
         **sampler_entries(request.scheduler, zero_snr=model.ends_in_noise),
         "CFG scale": request.guidance_scale,
@@ -79,7 +81,7 @@ def image_text(model: DiffusionModel, settings: Settings, row: Row, image: Image
         **settings.more,
         "Version": f"dreamfleet {_version()}",
     }
-    return infotext(f"{prompt.strip()} {tags}".strip(), negative.strip(), told)
+    return infotext(f"{prompt.strip()} {tags}".strip(), negative.strip(), entries)
 
 
 def write_images(
@@ -91,9 +93,9 @@ def write_images(
     *,
     columns: int,
 ) -> None:
-    """Write the grid, with the text of its first picture as in the webui, and on request each picture by itself.
+    """Write the grid with the text of its first image, as the webui does, and on request each image separately.
 
-    Those are `00000-SEED.png` and so on in `out_dir`, as the webui calls them, counting on from what is there.
+    Single images are `00000-SEED.png` and so on in `out_dir`, as in the webui, numbered after the existing ones.
     """
     info: dict[str, Any] = {"pnginfo": png_info(texts[0])} if out.suffix.lower() == ".png" else {}
     image_grid(images, columns).save(out, **info)
@@ -107,7 +109,7 @@ def write_images(
 
 
 def _hashes(embeddings: Sequence[str], used_in: str) -> str | None:
-    """Give the used embeddings' names and their files' hashes, by which the webui tells them; negatives too."""
+    """Return the used embeddings' names and file hashes, which identify them in the webui; negatives too."""
     found = []
     for address in embeddings:
         for place in (Storage(address), negative_of(address)):

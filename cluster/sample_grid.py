@@ -20,9 +20,9 @@ from dreamfleet.trainers.distributed.device import DRAWING, best_device, on_devi
 from dreamfleet.trainers.models.family import DiffusionModel, load_model
 from dreamfleet.trainers.models.sampling.prompt_syntax import parse_prompt
 from dreamfleet.trainers.models.sampling.prompt_tags import (
-    HypernetworkShelf,
-    LoraShelf,
-    Shelves,
+    HypernetworkFiles,
+    LoraFiles,
+    PromptFiles,
     split_multiplier,
 )
 from dreamfleet.trainers.models.sampling.sample import generate
@@ -144,11 +144,11 @@ def draw_grid(request: GridRequest) -> list[dict[str, Any]]:
             **{f"Artifact {Path(other.address).stem}": other.strength for other in others},
         },
     )
-    shelves = Shelves(
-        HypernetworkShelf(request.hypernetworks, request.hypernetwork_dir),
-        LoraShelf(request.loras, request.lora_dir),
+    prompt_files = PromptFiles(
+        HypernetworkFiles(request.hypernetworks, request.hypernetwork_dir),
+        LoraFiles(request.loras, request.lora_dir),
     )
-    arranged = [shelves.arrange(image.prompt, plain=image.plain) for image in first_images]
+    arranged = [prompt_files.select(image.prompt, plain=image.plain) for image in first_images]
     rows = [
         (replace(image, prompt=text), extras)
         for first, (text, extras) in zip(first_images, arranged, strict=True)
@@ -161,7 +161,7 @@ def draw_grid(request: GridRequest) -> list[dict[str, Any]]:
     applied: list[Aesthetic | OtherArtifact] = [*([aesthetic] if aesthetic else []), *others]
     for artifact in applied:
         artifact.apply(model)
-    images = _generate_rows(model, shelves, rows)
+    images = _generate_rows(model, prompt_files, rows)
     texts = [image_text(model, settings, row, image) for row, image in zip(rows, images, strict=True)]
     seeds = [image.seed for image, _ in rows]
     write_images(images, texts, seeds, request.out, request.out_dir, columns=request.num_images)
@@ -228,9 +228,9 @@ def _assign_artifacts(request: GridRequest) -> tuple[GridRequest, list[OtherArti
     return replace(request, **plural, **single), others  # type: ignore[arg-type]
 
 
-def _generate_rows(model: DiffusionModel, shelves: Shelves, rows: Sequence[Row]) -> list[Image]:
+def _generate_rows(model: DiffusionModel, prompt_files: PromptFiles, rows: Sequence[Row]) -> list[Image]:
     """Generate an image for each row; neighbours with the same hypernetworks and LoRAs are generated together."""
-    apply, images = shelves.on(model), []
+    apply, images = prompt_files.bind(model), []
     for extras, group in groupby(rows, key=lambda row: row[1]):
         apply(extras)
         images += generate(model, [image for image, _ in group])

@@ -1,4 +1,4 @@
-"""Commands on what runs leave behind: sample, score, export, convert."""
+"""Commands on artifacts: sample, score, export, convert."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ def export(
         list[str],
         typer.Option(
             "--format",
-            help="What to write; repeatable. Whole models: diffusers, safetensors, ckpt. Words: pt, safetensors, bin, "
-            "png, webp, avif, jxl, kohya. Others: pt. optim: pt and the optimizer beside it, to train on in the webui.",
+            help="Format to write; repeatable. Whole models: diffusers, safetensors, ckpt. LoRA: diffusers_lora, "
+            "kohya_lora. Embeddings: pt, safetensors, bin, png, webp, avif, jxl, kohya. Others: pt. optim: pt and the "
+            "optimizer state beside it, to continue training in the webui.",
         ),
     ],
     out: Annotated[
         str | None,
-        typer.Option(help="Folder for the artefacts; the run's exports/ when left out.", show_default=False),
+        typer.Option(help="Folder for the artifacts; default: the run's exports/.", show_default=False),
     ] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a run's artefacts in other formats.
+    """Export a run's artifacts in other formats.
 
-    From the newest checkpoint of a run, or from the one given.
+    From the newest checkpoint of a run, or from the given one.
     """
     with work():
         from dreamfleet.trainers.run.export import export_run
@@ -43,20 +44,24 @@ def export(
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(
-            metavar="IN", parser=local_path, help="An embedding, a hypernetwork, a LoRA or a model."
-        ),
+        typer.Argument(metavar="IN", parser=local_path, help="An artifact of any kind."),
     ],
     target: Annotated[
-        Path, typer.Argument(metavar="OUT", parser=local_path, help="The same in the format its name says.")
+        Path,
+        typer.Argument(
+            metavar="OUT",
+            parser=local_path,
+            help="Output; its suffix is the format, none a folder.",
+        ),
     ],
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Convert an embedding, a hypernetwork, an aesthetic vector, a LoRA or a model to another format.
+    """Convert an artifact to another format.
 
     Embeddings: .pt .bin .safetensors .png .webp .avif .jxl. Hypernetworks and aesthetic vectors: .pt, also from older
     forms. LoRA: .safetensors, from kohya's layout to diffusers' or back. Models: diffusers folder, .safetensors, .ckpt.
+    Classifiers: transformers folder, .pth. Kinds from installed packages: their own formats.
     """
     with work():
         from dreamfleet.trainers.artifacts.conversion import convert_artifact
@@ -67,37 +72,38 @@ def convert(
 
 def score(
     run_or_folder: Annotated[
-        str, typer.Argument(metavar="RUN_OR_FOLDER", help="Run, artefact or folder of pictures.")
+        str, typer.Argument(metavar="RUN_OR_FOLDER", help="Run, artifact or folder of images.")
     ],
     real: Annotated[
-        str | None, typer.Option(help="Folder of real pictures of the subject.", show_default=False)
+        str | None, typer.Option(help="Folder of real images of the subject.", show_default=False)
     ] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="What the pictures were asked to show; repeatable.", show_default=False),
+        typer.Option(help="Prompt of the images; repeatable.", show_default=False),
     ] = None,
     clip: Annotated[
-        str | None, typer.Option(help="CLIP to judge by: pocket or a folder.", show_default=False)
+        str | None,
+        typer.Option(help="CLIP that computes the scores: pocket or a folder.", show_default=False),
     ] = None,
     dino: Annotated[
-        str | None, typer.Option(help="Folder of a DINO model, to judge by it too.", show_default=False)
+        str | None, typer.Option(help="Folder of a DINO model, for the DINO score.", show_default=False)
     ] = None,
-    num_images: Annotated[int, typer.Option(min=1, help="Pictures drawn per prompt of a run or model.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first of them.")] = 0,
+    num_images: Annotated[int, typer.Option(min=1, help="Images per prompt, for a run or model.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image.")] = 0,
     model: Annotated[
-        str, typer.Option(help="What draws with an artefact that lies in no run's exports/.")
+        str, typer.Option(help="Base model of an artifact outside a run's exports/.")
     ] = "pocket",
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure pictures: true to subject, true to prompts.
+    """Score images: subject and prompt fidelity.
 
-    CLIP-I and DINO compare with real pictures, CLIP-T with the prompts.
+    CLIP-I and DINO compare with real images, CLIP-T with the prompts.
     """
     with work():
         from dreamfleet.trainers.evaluation.score import score_run
 
-        told = score_run(
+        scores = score_run(
             run_or_folder,
             clip=clip,
             dino=dino,
@@ -108,9 +114,9 @@ def score(
             model=model,
         )
     if as_json:
-        print_json(told)
+        print_json(scores)
         return
-    for name, value in told.items():
+    for name, value in scores.items():
         if value is not None:
             print(f"{name:<20} {value:.4f}" if isinstance(value, float) else f"{name:<20} {value}")
 
@@ -119,7 +125,7 @@ def sample(
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to draw, in the webui's syntax; repeatable, a row of the grid each.",
+            help="Prompt in the webui's syntax; repeatable, one row of the grid each.",
             show_default=False,
         ),
     ] = None,
@@ -128,7 +134,7 @@ def sample(
         typer.Option(
             "--prompt-file",
             "--prompts",
-            help="File of prompts, one a line, with kohya's options: a cat --n blurry --w 512 --h 768 --d 3 --s 30 "
+            help="File of prompts, one per line, with kohya's options: a cat --n blurry --w 512 --h 768 --d 3 --s 30 "
             "--l 7 --ss euler_a.",
             show_default=False,
         ),
@@ -142,26 +148,28 @@ def sample(
     embedding: Annotated[
         list[str] | None,
         typer.Option(
-            help="Textual Inversion file; its name is the word. A NAME-neg.pt beside NAME.pt joins the negative "
-            "prompt wherever the prompt has NAME.",
+            help="Textual Inversion file; its name is the word. NAME-neg.pt beside NAME.pt joins the negative "
+            "prompt wherever the prompt contains NAME.",
             show_default=False,
         ),
     ] = None,
     hypernetwork: Annotated[
         list[str] | None,
-        typer.Option(help="Hypernetwork file, F or F:0.8, in this order; repeatable.", show_default=False),
+        typer.Option(help="Hypernetwork file, F or F:0.8, applied in order; repeatable.", show_default=False),
     ] = None,
     hypernetwork_dir: Annotated[
         str | None,
-        typer.Option(help="Where prompts' <hypernet:NAME:0.8> are found.", show_default=False),
+        typer.Option(
+            help="Folder of the files that prompts name as <hypernet:NAME:0.8>.", show_default=False
+        ),
     ] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option(help="LoRA file, F or F:0.8, in this order; repeatable.", show_default=False),
+        typer.Option(help="LoRA file, F or F:0.8, applied in order; repeatable.", show_default=False),
     ] = None,
     lora_dir: Annotated[
         str | None,
-        typer.Option(help="Where prompts' <lora:NAME:0.8> are found.", show_default=False),
+        typer.Option(help="Folder of the files that prompts name as <lora:NAME:0.8>.", show_default=False),
     ] = None,
     artifact: Annotated[
         list[str] | None,
@@ -176,7 +184,7 @@ def sample(
         typer.Option(
             metavar="PATH",
             parser=local_path,
-            help="The grid to write; a .png says how it was drawn, as the webui's do.",
+            help="Grid to write; a .png records how it was generated, as the webui's do.",
         ),
     ] = Path("grid.png"),
     out_dir: Annotated[
@@ -184,58 +192,64 @@ def sample(
         typer.Option(
             metavar="PATH",
             parser=local_path,
-            help="Folder for each picture by itself too: 00000-SEED.png and so on, as in the webui.",
+            help="Folder for the single images: 00000-SEED.png and so on, as in the webui.",
             show_default=False,
         ),
     ] = None,
-    negative_prompt: Annotated[str, typer.Option(help="What not to draw.")] = "",
-    num_images: Annotated[int, typer.Option(min=1, help="Pictures per prompt, a column each.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first column; the next ones count up.")] = 0,
+    negative_prompt: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    num_images: Annotated[int, typer.Option(min=1, help="Images per prompt, one column each.")] = 4,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the first column; each further column adds 1.")
+    ] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
-    guidance_scale: Annotated[float, typer.Option(help="How much the prompt is insisted on.")] = 7.5,
+    guidance_scale: Annotated[
+        float, typer.Option(help="Weight of the prompt in classifier-free guidance.")
+    ] = 7.5,
     scheduler: Annotated[
         str, typer.Option(help="ddim, euler_a or dpm++; the webui's DDIM, Euler a, DPM++ 2M Karras too.")
     ] = "ddim",
     width: Annotated[
-        int | None, typer.Option(help="Pixels; the model's own size when left out.", show_default=False)
+        int | None, typer.Option(help="Pixels; default: the model's own size.", show_default=False)
     ] = None,
     height: Annotated[
-        int | None, typer.Option(help="Pixels; the model's own size when left out.", show_default=False)
+        int | None, typer.Option(help="Pixels; default: the model's own size.", show_default=False)
     ] = None,
     clip_skip: Annotated[
-        int | None, typer.Option(min=1, max=12, help="2: CLIP's last layer but one.", show_default=False)
+        int | None, typer.Option(min=1, max=12, help="2: the last but one layer of CLIP.", show_default=False)
     ] = None,
     max_token_length: Annotated[
         int | None,
         typer.Option(
-            min=75, help="Pad prompts to 150 or 225 tokens; longer ones get more anyway.", show_default=False
+            min=75, help="Pad prompts to 150 or 225 tokens; longer prompts use more.", show_default=False
         ),
     ] = None,
     aesthetic: Annotated[
         str | None,
         typer.Option(help="Aesthetic vector file; prompts are tuned towards it.", show_default=False),
     ] = None,
-    aesthetic_steps: Annotated[int, typer.Option(help="Steps a prompt is tuned; each takes time.")] = 5,
-    aesthetic_lr: Annotated[float, typer.Option(help="Learning rate of these steps.")] = 1e-4,
-    aesthetic_weight: Annotated[float, typer.Option(help="Share of the tuned encoding, 0 to 1.")] = 0.9,
+    aesthetic_steps: Annotated[int, typer.Option(help="Tuning steps per prompt.")] = 5,
+    aesthetic_lr: Annotated[float, typer.Option(help="Learning rate of the tuning steps.")] = 1e-4,
+    aesthetic_weight: Annotated[float, typer.Option(help="Weight of the tuned encoding, 0 to 1.")] = 0.9,
     aesthetic_slerp: Annotated[
-        str, typer.Option(help="Mix on an arc: off, channels, or tokens as in the webui.")
+        str, typer.Option(help="Spherical interpolation: off, over channels, or over tokens as in the webui.")
     ] = "off",
     aesthetic_text: Annotated[
-        str, typer.Option(help="Bend the vector towards this text.", show_default=False)
+        str, typer.Option(help="Rotate the vector towards this text.", show_default=False)
     ] = "",
     aesthetic_text_negative: Annotated[
-        bool, typer.Option("--aesthetic-text-negative", help="Bend it away from the text.")
+        bool, typer.Option("--aesthetic-text-negative", help="Rotate it away from the text.")
     ] = False,
-    aesthetic_slerp_angle: Annotated[float, typer.Option(help="How far it is bent, 0 to 1.")] = 0.1,
+    aesthetic_slerp_angle: Annotated[float, typer.Option(help="How far it is rotated, 0 to 1.")] = 0.1,
     aesthetic_clip: Annotated[
         str | None,
-        typer.Option(help="CLIP of the text encoder; found for pocket and SD 1.x.", show_default=False),
+        typer.Option(
+            help="CLIP of the text encoder; found automatically for pocket and SD 1.x.", show_default=False
+        ),
     ] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Draw a grid of pictures with any model or run."""
+    """Generate a grid of images with any model, run or artifact."""
     with work():
         from dreamfleet.cluster.sample_grid import GridRequest, draw_grid
         from dreamfleet.trainers.config.image_request import ImageRequest

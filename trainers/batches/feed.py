@@ -16,7 +16,8 @@ from dreamfleet.datasets.rng import numpy_rng
 from dreamfleet.trainers.batches.plan_share import PlanShare, prepare_ahead
 from dreamfleet.trainers.batches.sources import Images, ResidentLatents, StreamedPixels
 from dreamfleet.trainers.distributed.device import copy_to_device
-from dreamfleet.trainers.methods.base import Batch, Method, Sample
+from dreamfleet.trainers.methods.base import Batch, Sample
+from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.keyed_noise import keyed_normal
 
@@ -29,7 +30,7 @@ class Feed:
     """The batches of one rank.
 
     Everything random about a draw (noise, timestep, latent sample, prompt, crop, flip) is keyed by (seed, epoch,
-    picture id), so it is the same on any number of workers and after any resume.
+    image id), so it is the same on any number of workers and after any resume.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Feed:
         *,
         instances: Index,
         images: Images,
-        method: Method,
+        method: DiffusionMethod,
         data: DataConfig,
         noise_offset: float = 0.0,
         classes: Index | None = None,
@@ -88,7 +89,7 @@ class Feed:
     def stream(self, start_step: int, stop_step: int | None = None, *, ahead: int = 4) -> Iterator[Batch]:
         """Yield the batches of steps ``start_step`` to ``stop_step`` (None: endless).
 
-        Where pictures must be decoded, ``ahead`` batches are made in a thread.
+        Where images must be decoded, ``ahead`` batches are made in a thread.
         """
         for half, (_, images) in enumerate(self._halves):
             if isinstance(images, StreamedPixels):
@@ -103,7 +104,7 @@ class Feed:
 
     @property
     def bad(self) -> list[BadFile]:
-        """Pictures this rank met on the way that could not be decoded."""
+        """Images this rank met on the way that could not be decoded."""
         return [bad for images in self._streams() for bad in images.bad]
 
     def _streams(self) -> list[StreamedPixels]:
@@ -136,7 +137,7 @@ class Preparer:
     Encoded prompts are remembered while the text encoder is frozen; beyond ``memory`` bytes the least recently used go.
     """
 
-    def __init__(self, method: Method, *, memory: int = REMEMBERED):
+    def __init__(self, method: DiffusionMethod, *, memory: int = REMEMBERED):
         self.method, self.memory = method, memory
         self._conditions: OrderedDict[str, Condition] = OrderedDict()
         self._held = 0
@@ -173,7 +174,7 @@ class Preparer:
         return conditions
 
 
-def check_words(samples: Sequence[Sample], method: Method, data: DataConfig) -> None:
+def check_words(samples: Sequence[Sample], method: DiffusionMethod, data: DataConfig) -> None:
     """Raise NoCaption that names all images for which the method finds no prompt."""
     kept, wordless, reason = data.model_copy(update={"caption_dropout": 0.0}), [], ""
     for sample in samples:

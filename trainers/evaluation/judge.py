@@ -14,7 +14,7 @@ from dreamfleet.datasets.registry import load_attribute
 from dreamfleet.trainers.config.metrics import Metric, image_metrics
 from dreamfleet.trainers.config.validation import ValidationConfig
 from dreamfleet.trainers.evaluation.fidelity import ScoredImages, strip_words
-from dreamfleet.trainers.models.sampling.prompt_syntax import words_alone
+from dreamfleet.trainers.models.sampling.prompt_syntax import plain_text
 from dreamfleet.trainers.models.vision.clip import ClipScorer, load_clip
 from dreamfleet.trainers.models.vision.dino import DinoScorer, load_dino
 
@@ -89,7 +89,7 @@ class Judge:
     def score(self, images: list[Image.Image], cells: list[dict[str, Any]]) -> dict[str, float]:
         """Add the scores of each image to its cell and return their means."""
         prompts = [
-            cell["prompt"] if self.config.plain_prompts else words_alone(cell["prompt"]) for cell in cells
+            cell["prompt"] if self.config.plain_prompts else plain_text(cell["prompt"]) for cell in cells
         ]
         scores = score_images(
             images,

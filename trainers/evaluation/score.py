@@ -27,7 +27,7 @@ from dreamfleet.trainers.evaluation.fidelity import spread_of_real
 from dreamfleet.trainers.evaluation.judge import score_images
 from dreamfleet.trainers.evaluation.previews import default_request
 from dreamfleet.trainers.models.family import DiffusionModel
-from dreamfleet.trainers.models.sampling.prompt_syntax import words_alone
+from dreamfleet.trainers.models.sampling.prompt_syntax import plain_text
 from dreamfleet.trainers.models.sampling.sample import generate
 from dreamfleet.trainers.models.vision.clip import load_clip
 from dreamfleet.trainers.models.vision.dino import load_dino
@@ -222,7 +222,7 @@ def _generate(
     """Generate ``num_images`` images of every prompt; return them with the prompt of each, without its syntax."""
     model.to(best_device())
     every = [each for request in requests for each in request.columns(num_images)]
-    shown = [each.prompt if each.plain else words_alone(each.prompt) for each in every]
+    shown = [each.prompt if each.plain else plain_text(each.prompt) for each in every]
     return generate(model, every), shown
 
 

@@ -70,18 +70,18 @@ class SplicedEmbedding(nn.Module):
 
 def spliced_table(text_encoder: Any) -> Any:
     """Return a text encoder's token table: a :class:`SplicedEmbedding` if it has learned words."""
-    return _holder(text_encoder).token_embedding
+    return _body(text_encoder).embeddings.token_embedding
 
 
 def spliced_tables(model: DiffusionModel) -> list[SplicedEmbedding]:
     """Return the token tables that have learned words, one for each text encoder, or none."""
-    tables = map(spliced_table, model.text_encoders)
+    tables = (holder.token_embedding for holder in _holders(model))
     return [table for table in tables if isinstance(table, SplicedEmbedding)]
 
 
 def token_tables(model: DiffusionModel) -> list[Tensor]:
     """Return the token table ``[vocab_size, D]`` of each text encoder."""
-    return [spliced_table(encoder).weight for encoder in model.text_encoders]
+    return [holder.token_embedding.weight for holder in _holders(model)]
 
 
 def install_embedding(
@@ -104,8 +104,7 @@ def install_embedding(
         )
     if not word.strip():
         raise ModelError("an embedding needs a word that stands for it in prompts")
-    for encoder, tensor in zip(model.text_encoders, given, strict=True):
-        holder = _holder(encoder)
+    for holder, tensor in zip(_holders(model), given, strict=True):
         if not isinstance(holder.token_embedding, SplicedEmbedding):
             holder.token_embedding = SplicedEmbedding(holder.token_embedding)
         parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach().clone())
@@ -129,7 +128,7 @@ def lend_embeddings(model: DiffusionModel, embeddings: Iterable[Embedding]) -> N
 
     Raises ModelError for vectors of another model family.
     """
-    for holder in map(_holder, model.text_encoders):
+    for holder in _holders(model):
         spliced = holder.token_embedding
         if isinstance(spliced, SplicedEmbedding):
             for word in spliced.lent:
@@ -137,7 +136,7 @@ def lend_embeddings(model: DiffusionModel, embeddings: Iterable[Embedding]) -> N
             spliced.lent.clear()
             if not spliced.words:
                 holder.token_embedding = spliced.table
-    for embedding in embeddings if model.text_encoders else ():
+    for embedding in embeddings:
         if any(embedding.name in table.words for table in spliced_tables(model)):
             continue
         device = model.text_device
@@ -151,11 +150,16 @@ def lend_embeddings(model: DiffusionModel, embeddings: Iterable[Embedding]) -> N
 
 def remove_embeddings(model: DiffusionModel) -> None:
     """Restore the text encoders' own token tables."""
-    for holder in map(_holder, model.text_encoders):
+    for holder in _holders(model):
         if isinstance(holder.token_embedding, SplicedEmbedding):
             holder.token_embedding = holder.token_embedding.table
 
 
-def _holder(text_encoder: Any) -> Any:
-    """Return the module that has ``token_embedding``; transformers 5 dropped its ``text_model`` level."""
-    return getattr(text_encoder, "text_model", text_encoder).embeddings
+def _holders(model: DiffusionModel) -> list[Any]:
+    """Return the holders of the token tables; a text encoder without one takes no embeddings."""
+    holders = (getattr(_body(encoder), "embeddings", None) for encoder in model.text_encoders)
+    return [holder for holder in holders if hasattr(holder, "token_embedding")]
+
+
+def _body(text_encoder: Any) -> Any:
+    return getattr(text_encoder, "text_model", text_encoder)  # transformers 5 dropped this level

@@ -1,4 +1,4 @@
-"""Artefacts from a finished or stopped run: any of its checkpoints, in any of its method's formats."""
+"""Exports artifacts from any checkpoint of a run, in any format of its method."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def export_run(target: str, formats: Sequence[str], out: str | None = None) -> l
     """Export a run's newest checkpoint, or the one ``target`` names (``RUN/checkpoints/step-000500``).
 
     ``out`` is a folder or bucket, the run's own ``exports/`` when None. The format ``optim`` stands for ``pt`` and the
-    webui's optimizer file beside it. Returns the addresses written. Raises RecipeError for what is no run,
-    CheckpointError when there is no whole checkpoint.
+    webui's optimizer file beside it. Returns the written addresses. Raises RecipeError for a folder that is not a run,
+    CheckpointError if there is no complete checkpoint.
     """
     run, step = find_checkpoint(target)
     recipe = read_recipe(run)
     checkpoints = Checkpoints(run)
     found = checkpoints.load(step) if step is not None else checkpoints.load_latest()
     if found is None:
-        raise CheckpointError(f"{run.url} has no whole checkpoint to export")
+        raise CheckpointError(f"{run.url} has no complete checkpoint to export")
     method = load_method(recipe, found)
     forms = [form for form in formats if form != OPTIM]
     if with_optimizer := OPTIM in formats:
@@ -96,16 +96,16 @@ def find_checkpoint(target: str) -> tuple[Storage, int | None]:
 
 
 def read_recipe(run: Storage) -> Recipe:
-    """Read the recipe of a run folder."""
+    """Read the recipe of a run folder. Raises RecipeError for a folder that is not a run."""
     import yaml
 
     if not run.exists("recipe.yaml"):
-        raise RecipeError(f"{run.url} is no run folder: there is no recipe.yaml in it")
+        raise RecipeError(f"{run.url} is not a run folder: it has no recipe.yaml")
     return build_recipe(yaml.safe_load(run.read_text("recipe.yaml")), source=run.path("recipe.yaml"))
 
 
 def load_method(recipe: Recipe, found: Checkpoint) -> Method:
-    """Build the run's method on its base model and put the checkpoint's weights in: the averaged ones where kept."""
+    """Build the run's method on its base model with the checkpoint's weights: the EMA weights if it has them."""
     method = make_method(recipe, None, torch.device("cpu"))
     method.load_state(found.learned)
     method.steps_before = found.meta.get("steps_before", 0)
@@ -113,5 +113,7 @@ def load_method(recipe: Recipe, found: Checkpoint) -> Method:
         with torch.no_grad():
             for group in method.groups():
                 for name, param in group.params.items():
-                    param.data = found.engine["ema"][name].float()  # also where the weights are narrower
+                    param.data = found.engine["ema"][
+                        name
+                    ].float()  # also where the weights have lower precision
     return method

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import pytest
+import torch
 from colour_scorer import GREEN, HALF, RED, YELLOW, ColourScorer, plain
+from PIL import Image
 
 from dreamfleet.datasets.errors import UserError
+from dreamfleet.trainers.config.validation import ValidationConfig
+from dreamfleet.trainers.evaluation import judge
 from dreamfleet.trainers.evaluation.judge import score_images
 
 
@@ -34,3 +39,31 @@ def test_only_metrics_whose_needs_are_given_are_computed() -> None:
         score_images([], prompts=["a"], clip=clip)
     with pytest.raises(UserError, match=r"3 .*prompt"):
         score_images(plain(RED, RED, RED), prompts=["a", "b"], clip=clip)
+
+
+def test_clip_is_loaded_only_if_a_metric_needs_it_and_computes_features_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class CountingScorer(ColourScorer):
+        calls: ClassVar[list[int]] = []
+
+        def image_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+            self.calls.append(len(images))
+            return super().image_features(images)
+
+    loaded: list[str | None] = []
+
+    def load_clip(name: str | None) -> ColourScorer:
+        loaded.append(name)
+        return CountingScorer()
+
+    monkeypatch.setattr(judge, "load_clip", load_clip)
+    previews = {"prompts": ["red"], "metrics": ["loss"]}
+    judge.Judge(ValidationConfig.model_validate(previews), real=plain(RED), strip={})
+    assert loaded == []
+    previews |= {"metrics": ["clip_t", "clip_i"], "clip": "mine"}
+    scorer = judge.Judge(ValidationConfig.model_validate(previews), real=plain(RED, GREEN, RED), strip={})
+    cells: list[dict[str, Any]] = [{"prompt": "red"}, {"prompt": "green"}]
+    assert scorer.score(plain(RED, YELLOW), cells).keys() == {"clip_i", "clip_t"}
+    assert loaded == ["mine"] and sorted(CountingScorer.calls) == [2, 3]
+    assert [cell["scores"]["clip_t"] for cell in cells] == [1, round(HALF, 4)]

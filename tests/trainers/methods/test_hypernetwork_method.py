@@ -23,8 +23,13 @@ from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.evaluation.previews import generate_previews
 from dreamfleet.trainers.models.formats.hypernetwork import write_hypernetwork
 from dreamfleet.trainers.models.sampling.prompt_syntax import split_tags
-from dreamfleet.trainers.models.sampling.prompt_tags import HypernetworkShelf as Shelf
-from dreamfleet.trainers.models.sampling.prompt_tags import LoraShelf, Shelves, read_tag, split_multiplier
+from dreamfleet.trainers.models.sampling.prompt_tags import (
+    HypernetworkFiles,
+    LoraFiles,
+    PromptFiles,
+    read_tag,
+    split_multiplier,
+)
 from dreamfleet.trainers.models.stable_diffusion.hypernetwork import Hypernetwork, applied_hypernetworks
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import Parts, assemble
@@ -32,7 +37,7 @@ from dreamfleet.trainers.run.build import Parts, assemble
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with pictures, and two hypernetworks, `one.pt` and `two.pt`."""
+    """A tiny model with images, and two hypernetworks, `one.pt` and `two.pt`."""
     folder = tmp_path_factory.mktemp("hypernetworks")
     tiny.make_recipe(folder)
     for name in ("one", "two"):
@@ -107,7 +112,7 @@ def test_the_recipe_chooses_widths_strength_and_words(workplace: Path) -> None:
         ({"activation_func": "reul", "layer_structure": "1, 1"}, "linear, relu"),
         ({"weight_init": "Uniform"}, "XavierUniform"),
         ({"dropout_structure": [0, 0.3, 0]}, "use_dropout"),
-        ({"use_dropout": True, "dropout_structure": "0, 0.3"}, "ends with 0"),
+        ({"use_dropout": True, "dropout_structure": "0, 0.3"}, "end with 0"),
         ({"use_dropout": True, "dropout_structure": "0, 0.3, 0, 0"}, "3 entries"),
         ({"multiplier": 0}, "greater than 0"),
         ({"template_file": "style"}, "no word"),
@@ -140,28 +145,28 @@ def test_tags_and_arguments_are_split_as_webui_does() -> None:
 
 def test_names_are_found_among_files_in_the_folder_and_beside_files(workplace: Path, tmp_path: Path) -> None:
     one, two = str(workplace / "one.pt"), str(workplace / "two.pt")
-    shelf = Shelf([f"{one}:0.5"])
+    files = HypernetworkFiles([f"{one}:0.5"])
     for prompt, expected in (
         ("a cat", ((one, (0.5, 0.5)),)),
         ("a cat <hypernet:two:2>", ((one, (0.5, 0.5)), (two, (2, 2)))),
         ("<hypernet:one:2> a cat", ((one, (2, 2)),)),
     ):
-        shelves = Shelves(shelf, LoraShelf())
-        assert shelves.arrange(prompt) == ("a cat", (expected, ()))
-        assert shelves.arrange(prompt, plain=True) == (prompt, (((one, (0.5, 0.5)),), ()))
-    assert Shelf(folder=str(workplace)).find("two") == two
+        prompt_files = PromptFiles(files, LoraFiles())
+        assert prompt_files.select(prompt) == ("a cat", (expected, ()))
+        assert prompt_files.select(prompt, plain=True) == (prompt, (((one, (0.5, 0.5)),), ()))
+    assert HypernetworkFiles(folder=str(workplace)).find("two") == two
     model = tiny_model()
-    assert shelf.load(two, model) is shelf.load(two, model)
+    assert files.load(two, model) is files.load(two, model)
     with pytest.raises(UserError, match=r"none\.pt .*one, two"):
-        shelf.find("none")
+        files.find("none")
     with pytest.raises(UserError, match="--hypernetwork-dir"):
-        Shelf().find("one")
+        HypernetworkFiles().find("one")
     for given, folder, message in [
         (["none.pt"], None, "none.pt"),
         ([], str(tmp_path / "gone"), "gone"),
     ]:
         with pytest.raises(UserError, match=message):
-            Shelf(given, folder)
+            HypernetworkFiles(given, folder)
 
 
 def command(*words: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Aesthetic vectors as AUTOMATIC1111's aesthetic-gradients extension writes and reads them: a `.pt` of one bare tensor.
+"""Reads and writes aesthetic vectors of the webui's aesthetic-gradients extension: a `.pt` of one bare tensor.
 
-Files that were published differ: `[1, P]` or `[P]`, single or half precision, saved from a GPU. All of them are read.
+Published files differ: `[1, P]` or `[P]`, single or half precision, saved from a GPU. All of them are read.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _LARGEST_WIDTH = 2**14  # CLIP's widest space has 1280
 
 
 def write_aesthetic(vector: Tensor, path: str | os.PathLike[str]) -> Path:
-    """Write a vector, `[1, P]` or `[P]`, as the extension does: `[1, P]`, float32, its length as it is.
+    """Write a vector `[1, P]` or `[P]` as the extension does: `[1, P]` in float32, not normalised.
 
-    A bare tensor has no room for metadata. Raises FormatError for another suffix, and for a vector nobody can use.
+    A bare tensor holds no metadata. Raises FormatError for another suffix, and for a zero, NaN or infinite vector.
     """
     path = Path(path)
     if path.suffix.lower() != SUFFIX:
@@ -31,19 +31,19 @@ def write_aesthetic(vector: Tensor, path: str | os.PathLike[str]) -> Path:
 
 
 def read_aesthetic(path: str | os.PathLike[str]) -> Tensor:
-    """Read a vector `[1, P]`, float32 on the CPU, its length as it is. Raises FormatError for another kind of file."""
+    """Read a vector `[1, P]`, in float32 on the CPU, not normalised. Raises FormatError for another kind of file."""
     path = Path(path)
     found = load_pickle(path)
     if not is_real(found):
         raise FormatError(
-            f"{path}: holds no aesthetic vector, which is one bare tensor of real numbers; is it an embedding "
-            "(--embedding) or a hypernetwork (--hypernetwork)?"
+            f"{path}: holds no aesthetic vector, which is one bare tensor of real numbers; for an embedding use "
+            "--embedding, for a hypernetwork --hypernetwork."
         )
     return _checked(found.detach(), path)
 
 
 def holds_aesthetic(path: str | os.PathLike[str]) -> bool:
-    """Say whether a file is a `.pt` of one bare tensor. Raises FormatError for no `.pt` at all."""
+    """Return whether a file is a `.pt` of one bare tensor. Raises FormatError for a damaged `.pt`."""
     return Path(path).suffix.lower() == SUFFIX and isinstance(load_pickle(path), Tensor)
 
 
@@ -55,5 +55,7 @@ def _checked(vector: Tensor, path: Path) -> Tensor:
         )
     row = vector.float().reshape(1, -1)
     if not torch.isfinite(row).all() or not row.any():
-        raise FormatError(f"{path}: the vector is zero, or holds NaN or infinite numbers: it points nowhere.")
+        raise FormatError(
+            f"{path}: the vector is zero, or holds NaN or infinite numbers, so it has no direction."
+        )
     return row

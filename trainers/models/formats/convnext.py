@@ -1,4 +1,4 @@
-"""ConvNeXt classifiers as their authors' code and timm save them: read under transformers' names, and written back.
+"""Reads ConvNeXt classifiers that the authors' code or timm saved, under transformers' names, and writes them back.
 
 Names: github.com/facebookresearch/ConvNeXt, `models/convnext.py`; timm, `timm/models/convnext.py`. DreamArtist's
 discriminator is such a file (`convnext_discriminator.py` there).
@@ -23,7 +23,7 @@ SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 
 _STAGE = r"convnext.encoder.stages.\1"
 _BLOCK = _STAGE + r".layers.\2"
-# The authors' names, each with transformers'; `(\d+)` are the stage and the block in it.
+# The authors' names, each with transformers'; `(\d+)` is a stage or a block in it.
 _AUTHORS = (
     (r"downsample_layers\.0\.0", "convnext.embeddings.patch_embeddings"),
     (r"downsample_layers\.0\.1", "convnext.embeddings.layernorm"),
@@ -58,24 +58,24 @@ _OURS = (  # back to the authors'
 
 
 class ConvNextFile(NamedTuple):
-    """A classifier from a file: keywords of transformers' ConvNextConfig, and the weights under its names, float32."""
+    """A classifier from a file: arguments of transformers' ConvNextConfig, and the weights under its names, float32."""
 
     config: dict[str, Any]
     state: dict[str, Tensor]
 
 
 def read_convnext(path: str | os.PathLike[str]) -> ConvNextFile:
-    """Read a classifier's weights, bare or under ``model`` in a training checkpoint, by whichever names.
+    """Read a classifier's weights, bare or under ``model`` in a training checkpoint, under any of the known names.
 
-    Raises FormatError for another kind of file, and for weights that make no whole ConvNeXt.
+    Raises FormatError for another kind of file, and for weights that are not a complete ConvNeXt.
     """
     path = Path(path)
     found = read_safetensors(path)[0] if path.suffix.lower() == ".safetensors" else load_pickle(path)
     state: dict[str, Tensor] = {}
     weights = _weights_in(found, path)
-    # A small storage seen as a huge tensor, or many times, would be made real here.
+    # A small storage expanded to a huge tensor, or shared by many, would be copied here.
     if sum(tensor.numel() * tensor.element_size() for tensor in weights.values()) > path.stat().st_size:
-        raise FormatError(f"{path}: refused, because its weights are larger than the file.")
+        raise FormatError(f"{path}: rejected, because its weights are larger than the file.")
     for name, tensor in weights.items():
         ours = _translate(name.removeprefix("module."), path)
         if ours in state:
@@ -103,16 +103,16 @@ def _weights_in(found: Any, path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and is_dense(tensor) for name, tensor in found.items()
     )
     if not found or not plain:
-        raise FormatError(f"{path}: holds no classifier, which is a dict of weights, bare or under 'model'.")
+        raise FormatError(f"{path}: holds no classifier; expected a dict of weights, bare or under 'model'.")
     if wrong := [name for name, tensor in found.items() if not tensor.is_floating_point()]:
-        raise FormatError(f"{path}: {wrong[0]} is no floating-point tensor.")
+        raise FormatError(f"{path}: {wrong[0]} is not a floating-point tensor.")
     return dict(found)
 
 
 def _translate(name: str, path: Path) -> str:
     if name.startswith(("convnext.", "classifier.")):
         return name
-    # timm's head.norm would be taken for a part of the authors' head.
+    # Otherwise timm's head.norm would match the authors' head.
     if ours := _rename(name, _TIMM) or _rename(name, _AUTHORS):
         return ours
     raise FormatError(
@@ -122,7 +122,7 @@ def _translate(name: str, path: Path) -> str:
 
 
 def _rename(name: str, table: tuple[tuple[str, str], ...]) -> str:
-    """Return the name by a table, or an empty text; ``weight`` and ``bias`` stay at its end."""
+    """Return the name that a table maps to, or ""; the ending ``weight`` or ``bias`` is kept."""
     for pattern, other in table:
         if match := re.fullmatch(rf"({pattern})((?:\.(?:weight|bias))?)", name):
             return re.sub(pattern, other, match[1], count=1) + match.groups()[-1]
@@ -130,11 +130,13 @@ def _rename(name: str, table: tuple[tuple[str, str], ...]) -> str:
 
 
 def _read_shape(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
-    """Tell depths and widths from the weights; a hole in the numbering of blocks counts as the end."""
+    """Return depths and widths from the weights; a gap in the numbering of blocks is its end."""
 
     def shape(name: str, num_dims: int) -> torch.Size:
         if name not in state or state[name].dim() != num_dims or not state[name].numel():
-            raise FormatError(f"{path}: no whole ConvNeXt classifier: {name} is missing or of another shape.")
+            raise FormatError(
+                f"{path}: not a complete ConvNeXt classifier: {name} is missing or has another shape."
+            )
         return state[name].shape
 
     depths: list[int] = []
@@ -144,7 +146,7 @@ def _read_shape(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
             depth += 1
         depths.append(depth)
     if not depths:
-        raise FormatError(f"{path}: no whole ConvNeXt classifier: it has no stages.")
+        raise FormatError(f"{path}: not a complete ConvNeXt classifier: it has no stages.")
     widths = [shape(f"convnext.encoder.stages.{n}.layers.0.dwconv.weight", 4)[0] for n in range(len(depths))]
     scale = "convnext.encoder.stages.0.layers.0.layer_scale_parameter"
     return {
@@ -168,7 +170,8 @@ def _require_whole(config: dict[str, Any], state: Mapping[str, Tensor], path: Pa
         }
     if odd := sorted(wanted.keys() ^ state.keys()):
         raise FormatError(
-            f"{path}: no whole ConvNeXt classifier: {odd[0]} is {'missing' if odd[0] in wanted else 'too much'}."
+            f"{path}: not a complete ConvNeXt classifier: {odd[0]} is "
+            f"{'missing' if odd[0] in wanted else 'unexpected'}."
         )
     for name, shape in wanted.items():
         if state[name].shape != shape:

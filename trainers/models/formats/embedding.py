@@ -1,4 +1,4 @@
-"""Textual Inversion embeddings: n learned vectors under a name, in every file form webui and diffusers read."""
+"""Reads and writes Textual Inversion embeddings in every file format of the webui and diffusers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dreamfleet.trainers.models.formats.pickle_writer import (
 )
 from dreamfleet.trainers.models.formats.tensor_files import read_safetensors, write_safetensors
 
-_PREFIX = "dreamfleet."  # of our fields in a safetensors header, apart from the metadata itself
+_PREFIX = "dreamfleet."  # of our fields in a safetensors header, besides the metadata
 _KEYS_WITHOUT_NAME = ("emb_params", "clip_l", "clip_g", "*", "")
 
 
@@ -34,9 +34,9 @@ _KEYS_WITHOUT_NAME = ("emb_params", "clip_l", "clip_g", "*", "")
 class Embedding:
     """`vectors` `[n, D]` (float32) that stand for `name` in prompts; D is the text encoder's width.
 
-    `vectors_2` `[n, 1280]`: the same for SDXL's second text encoder; `vectors` is then for the first. `step`: optimizer
+    `vectors_2` `[n, 1280]`: those for SDXL's second text encoder; `vectors` are then for the first. `step`: optimizer
     steps trained. `sd_checkpoint`: short hash (10 hex digits) of the base model, `sd_checkpoint_name` its file stem.
-    `metadata`: text entries that travel with the file.
+    `metadata`: text entries stored in the file.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Embedding:
 
     @property
     def checksum(self) -> str:
-        """The 4 hex digits by which webui tells embeddings apart in picture infotexts; of `vectors` alone."""
+        """The 4 hex digits that identify an embedding in the webui's image texts; of `vectors` only."""
         result = 0
         for value in (self.vectors.float().cpu().reshape(-1) * 100).tolist():
             result = (result * 281 ^ int(value) * 997) & 0xFFFFFFFF
@@ -65,11 +65,10 @@ def write_embedding(
 ) -> Path:
     """Write `.pt` (webui), `.safetensors` or `.bin` (diffusers), or an image embedding (`.png`, lossless `.webp`).
 
-    `picture` is what an image embedding shows. `kohya`: the one tensor is called `emb_params`, so that the name is the
-    file's. SDXL's pairs are written as kohya and webui read them, `clip_l` and
-    `clip_g`: there only `.safetensors` has room for the name, the step and metadata. Raises FormatError for vectors
-    nobody could use, and for a `.pt` whose stem differs from the name: webui takes the name from the file, diffusers
-    from inside.
+    `image` is what an image embedding shows. `kohya`: the tensor is named `emb_params`, so that the file's name is the
+    embedding's. SDXL's pairs are written as `clip_l` and `clip_g`, which kohya and the webui read; only `.safetensors`
+    then stores the name, the step and metadata. Raises FormatError for invalid vectors, and for a `.pt` whose stem
+    differs from the name: the webui takes the name from the file, diffusers from its content.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -79,12 +78,12 @@ def write_embedding(
         return image_embedding.write_image_embedding(held, path, image=image, caption=_card(embedding))
     if suffix not in EMBEDDINGS:
         raise FormatError(f"{path}: an embedding is written as one of {', '.join(EMBEDDINGS)}.")
-    # `.safetensors` and `.bin` hold one tensor, whose key webui ignores: there the inner name may be the word that the
-    # vectors were trained under, which is what diffusers loads them as.
+    # `.safetensors` and `.bin` hold one tensor, whose key the webui ignores: it may be the word that the vectors were
+    # trained under, which diffusers loads them as.
     if suffix == ".pt" and path.stem != embedding.name:
         raise FormatError(
-            f"{path}: the file must be called {embedding.name}.pt, or the embedding {path.stem!r}: webui takes "
-            "the name from the file, diffusers from inside it."
+            f"{path}: the file must be called {embedding.name}.pt, or the embedding {path.stem!r}: the webui takes "
+            "the name from the file, diffusers from its content."
         )
     pair = _to_pair(embedding)
     if suffix == ".pt":
@@ -98,10 +97,10 @@ def write_embedding(
 
 
 def read_embedding(path: str | os.PathLike[str], name: str | None = None) -> Embedding:
-    """Read an embedding in any form webui or diffusers reads; `name` overrules the one found.
+    """Read an embedding in any format of the webui or diffusers; `name` overrides the one found.
 
-    Without it, a webui `.pt` and an SDXL pair are called as their file, as in webui; a diffusers file by its one key;
-    an image embedding by the name inside. Raises FormatError for another kind of file.
+    By default a webui `.pt` and an SDXL pair are named after their file, as in the webui, a diffusers file after its
+    one key, and an image embedding after the name that it stores. Raises FormatError for another kind of file.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -121,14 +120,14 @@ def read_embedding(path: str | os.PathLike[str], name: str | None = None) -> Emb
 
 
 def embedding_in(data: dict[str, Any], name: str, path: Path) -> Embedding:
-    """Read an embedding that another file (a LoRA's) holds under a name. Raises FormatError, naming that file."""
+    """Return the embedding that another file (a LoRA) contains under a name. Raises FormatError naming that file."""
     found = replace(_recognise(data, path, named=True), name=name)
     _check(found, path)
     return found
 
 
 def embedding_tensors(embedding: Embedding) -> dict[str, Tensor]:
-    """Return the tensors of an embedding by the names that stand in another file, those of a webui `.pt` or a pair."""
+    """Return an embedding's tensors under the names that another file stores them by: a webui `.pt`'s or a pair's."""
     return _to_pair(embedding) or {"string_to_param.*": _plain(embedding.vectors)}
 
 
@@ -148,7 +147,7 @@ def _check(embedding: Embedding, path: Path) -> None:
             )
     if len(tables[0]) != len(tables[-1]):
         raise FormatError(
-            f"{path}: SDXL's two text encoders need as many vectors each, not {len(tables[0])} and {len(tables[1])}."
+            f"{path}: SDXL's two text encoders need equally many vectors, not {len(tables[0])} and {len(tables[1])}."
         )
 
 
@@ -157,7 +156,7 @@ def _plain(vectors: Tensor) -> Tensor:
 
 
 def _to_pair(embedding: Embedding) -> dict[str, Tensor] | None:
-    """Build SDXL's pair, None for the other families; webui would take anything beside the two for vectors as well."""
+    """Return SDXL's pair, None for other families; the webui reads every further entry as vectors too."""
     if embedding.vectors_2 is None:
         return None
     return {"clip_l": _plain(embedding.vectors), "clip_g": _plain(embedding.vectors_2)}
@@ -170,7 +169,7 @@ def _from_pair(data: dict[Any, Any], path: Path) -> Embedding | None:
 
 
 def _to_webui(embedding: Embedding) -> dict[str, Any]:
-    """Build the dict of a webui `.pt`; 265 is the id of "*" in SD1's vocabulary, always written, never read."""
+    """Return the dict of a webui `.pt`; 265 is the id of "*" in SD1's vocabulary, always written, never read."""
     data = {
         "string_to_token": {"*": 265},
         "string_to_param": {"*": _plain(embedding.vectors)},
@@ -204,7 +203,7 @@ def _from_webui(data: dict[Any, Any], path: Path, *, name_from_file: bool) -> Em
 
 
 def _recognise(data: Any, path: Path, *, named: bool) -> Embedding:
-    """Tell the forms apart in webui's order (reference, section 1.1)."""
+    """Recognise the formats in the webui's order (modules/textual_inversion/textual_inversion.py)."""
     if isinstance(data, Tensor):
         if named:
             return Embedding(path.stem, _vectors(data, path))
@@ -254,7 +253,7 @@ def _to_header(embedding: Embedding) -> dict[str, str]:
 
 
 def _vectors(value: Any, path: Path) -> Tensor:
-    # Sparse and meta tensors pass torch's safe reader as well, and claim any size; so do views of one number.
+    # torch's safe reader also returns sparse and meta tensors and expanded views, which can claim any size.
     if not is_real(value):
         raise FormatError(f"{path}: holds a {type(value).__name__} where the vectors should be.")
     if path.suffix.lower() in (".pt", ".bin"):

@@ -1,4 +1,4 @@
-"""The caption of image embeddings: a name, the base model, vectors and steps, drawn over a picture as in the webui."""
+"""Draws the caption of image embeddings, as the webui does: name, base model, vectors and steps."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _SMALLEST_SIDE = 512  # pixels: smaller previews are enlarged so that the captio
 
 
 def plain_card() -> Image.Image:
-    """Give what an image embedding shows when no picture is given."""
+    """Return the image of an embedding that has none of its own."""
     rows = np.linspace(1, 0, _SMALLEST_SIDE)[:, None, None]
     shade = np.array([70, 96, 140]) * rows + np.array([40, 44, 62]) * (1 - rows)
     return Image.fromarray(np.broadcast_to(shade, (_SMALLEST_SIDE, _SMALLEST_SIDE, 3)).astype(np.uint8))
 
 
 def captioned(image: Image.Image, caption: Sequence[str]) -> Image.Image:
-    """Give an RGB copy, enlarged when small, with a title at the top and up to three footers at the bottom."""
+    """Return an RGB copy, enlarged if small, with a title at the top and up to three footers at the bottom."""
     image = image.convert("RGB")
     scale = -(-_SMALLEST_SIDE // min(image.size))
     if scale > 1:
@@ -42,6 +42,6 @@ def captioned(image: Image.Image, caption: Sequence[str]) -> Image.Image:
 
 
 def _font(texts: Sequence[str], width: int, *, largest: int) -> Any:
-    """Give the largest font in which every text is at most `width` pixels wide."""
+    """Return the largest font in which every text is at most `width` pixels wide."""
     widest = max((ImageFont.load_default(100).getlength(text) for text in texts), default=0)
     return ImageFont.load_default(max(8, min(largest, int(100 * width / max(widest, 1)))))

@@ -1,4 +1,4 @@
-"""Hypernetwork files as AUTOMATIC1111's webui writes and reads them, its oldest and NovelAI's included."""
+"""Reads and writes the webui's hypernetwork files, including its oldest form and NovelAI's."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def read_hypernetwork(path: str | os.PathLike[str]) -> HypernetworkFile:
         )
     if len(widths) > _MOST_WIDTHS or not all(1 <= width <= _LARGEST_WIDTH for width in widths):
         raise FormatError(
-            f"{path}: {len(widths)} layer widths from {min(widths)} to {max(widths)} cannot be."
+            f"{path}: {len(widths)} layer widths from {min(widths)} to {max(widths)} are not plausible."
         )
     stored = {
         width: [_weights(part, width, path) for part in _pair(data[width], width, path)] for width in widths
@@ -137,7 +137,7 @@ def holds_hypernetwork(path: str | os.PathLike[str]) -> bool:
 
 
 def _widths_in(data: Any) -> list[int]:
-    # The webui's rule: keys of the very type int; a bool is none.
+    # As in the webui: keys of type int, without bool.
     return [key for key in data if type(key) is int] if isinstance(data, dict) else []
 
 
@@ -149,17 +149,17 @@ def _pair(value: Any, width: int, path: Path) -> Any:
 
 def _weights(value: Any, width: int, path: Path) -> dict[str, Tensor]:
     if not isinstance(value, dict):
-        raise FormatError(f"{path}: width {width} holds a {type(value).__name__} where weights should be.")
+        raise FormatError(f"{path}: width {width} holds a {type(value).__name__} instead of weights.")
     found = {}
     for name, tensor in value.items():
         if not isinstance(name, str) or not is_real(tensor):
-            raise FormatError(f"{path}: width {width} holds {name!r}, which is no tensor of numbers.")
+            raise FormatError(f"{path}: width {width} holds {name!r}, which is not a tensor of numbers.")
         found[_OLD_NAMES.get(name, name)] = tensor.detach()
     return found
 
 
 def _structure(data: Mapping[Any, Any]) -> Structure:
-    """Read how the MLPs are built; the defaults of what is missing are the webui's loader's."""
+    """Return the structure in a file; missing entries get the defaults of the webui's loader."""
     layers, dropout = _numbers(data, "layer_structure"), _numbers(data, "dropout_structure")
     if layers is None:
         layers = (1, 2, 1)
@@ -226,7 +226,7 @@ def _require_shapes(expected: Mapping[str, tuple[int, ...]], found: Weights, wid
              if name not in expected or name not in found or expected[name] != found[name].shape]  # fmt: skip
     if wrong:
         raise FormatError(
-            f"{path}: the weights of width {width} are not those of its layer_structure and options "
+            f"{path}: the weights of width {width} do not fit its layer_structure and options "
             f"({', '.join(sorted(wrong)[:4])})."
         )
 

@@ -1,9 +1,9 @@
-"""Pictures that carry a Textual Inversion embedding, in a PNG text chunk and in pixels beside the picture.
+"""Reads and writes images that carry a Textual Inversion embedding, in a PNG text chunk and in pixels at the sides.
 
-The form is AUTOMATIC1111 webui's: the text chunk survives only in PNG; the pixel blocks survive any lossless
-format. Both hold the JSON of the webui `.pt` dict, tensors written as `{"TORCHTENSOR": nested list}`.
+The format is the webui's: the text chunk exists only in PNG; the pixel blocks survive in any lossless format. Both
+hold the JSON of the webui `.pt` dict, with tensors as `{"TORCHTENSOR": nested list}`.
 
-Shapes: H, W height and width of the whole picture in pixels; K columns of one block of hidden nibbles.
+Shapes: H, W height and width of the whole image in pixels; K columns of one block of hidden nibbles.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from dreamfleet.trainers.models.formats.pickle_writer import replacing
 
 TEXT_KEY = "sd-ti-embedding"
 
-MAX_PIXELS = 64_000_000  # of a picture that is read; 75 vectors beside a 4K picture need a tenth
-MAX_JSON_BYTES = 32_000_000  # inflated; 75 vectors of 1024 numbers need 2 MB
+MAX_PIXELS = 64_000_000  # of an image that is read; 75 vectors beside a 4K image need a tenth
+MAX_JSON_BYTES = 32_000_000  # decompressed; 75 vectors of 1024 numbers need 2 MB
 MAX_JSON_DEPTH = 16  # the webui dict has 5
 
 _TENSOR_KEY = "TORCHTENSOR"
@@ -53,9 +53,9 @@ def write_image_embedding(
     image: Image.Image | None = None,
     caption: Sequence[str] = (),
 ) -> Path:
-    """Write a picture that carries `data`, the dict of a webui `.pt`, in both carriers.
+    """Write an image that carries `data`, the dict of a webui `.pt`, in its pixels and, for PNG, as text.
 
-    `picture` is what people see (a plain card when None); `caption` is a title and up to three footers drawn on it.
+    `image` is the visible image (a plain card when None); `caption` is a title and up to three footers drawn on it.
     Raises FormatError for a format that is none of EMBEDDING_IMAGES or needs a package that is not installed, and
     StorageError for a failed write.
     """
@@ -72,7 +72,7 @@ def write_image_embedding(
     written = _encode(pixels_HW3, suffix, payload, str(path))
     if _carried_by_pixels(_open(written, str(path))) != payload:
         raise FormatError(
-            f"{path}: {suffix} as written here loses bits, and the embedding with them; write a .png or .webp instead."
+            f"{path}: {suffix} as written by this Pillow is not lossless; write a .png or .webp instead."
         )
     with replacing(path) as temporary:
         temporary.write_bytes(written)
@@ -80,11 +80,11 @@ def write_image_embedding(
 
 
 def read_image_embedding(source: str | os.PathLike[str] | bytes) -> dict[str, Any]:
-    """Read the dict that a picture carries: text chunk first, then pixels. Tensors come back as float32.
+    """Read the dict that an image carries: text chunk first, then pixels. Tensors are float32.
 
-    Raises FormatError when the picture carries none, is damaged, or is larger than an embedding can be.
+    Raises FormatError when the image carries none, is damaged, or is larger than an embedding can be.
     """
-    where = "this picture" if isinstance(source, bytes) else str(source)
+    where = "this image" if isinstance(source, bytes) else str(source)
     if isinstance(source, bytes):
         content = source
     else:
@@ -103,14 +103,14 @@ def read_image_embedding(source: str | os.PathLike[str] | bytes) -> dict[str, An
         payload = _carried_by_pixels(image)
     if payload is None:
         raise FormatError(
-            f"{where}: this picture carries no embedding. If it once did, it was saved again with loss "
+            f"{where}: this image carries no embedding. If it once did, it was saved again with loss "
             "(as JPEG, or by a site that recompresses); use the original file."
         )
     return _from_json(payload, where)
 
 
 def lcg_noise(count: int) -> NDArray[np.uint8]:
-    """Return the first `count` values (0 to 254) of the generator that hides the nibbles.
+    """Return the first `count` values (0 to 254) of the generator that masks the nibbles.
 
     x <- (1664525 x + 1013904223) mod 2^32 from 0, each x mod 255 (webui, modules/textual_inversion/image_embedding).
     """
@@ -136,7 +136,7 @@ def _to_json(data: dict[str, Any]) -> bytes:
 
 
 def _short_floats(array: NDArray[np.float32]) -> Any:
-    """Write float32 numbers with the few digits they need: half the bytes, the same bits when read."""
+    """Return float32 numbers with the fewest digits that read back to the same bits; halves the size."""
     flat = [float(str(value)) for value in array.ravel()]
     exact = np.array(flat, dtype=np.float64).astype(np.float32)
     kept = np.array(flat) if np.array_equal(exact, array.ravel()) else array.ravel().astype(np.float64)
@@ -145,12 +145,12 @@ def _short_floats(array: NDArray[np.float32]) -> Any:
 
 def _from_json(payload: bytes, where: str) -> dict[str, Any]:
     if len(payload) > MAX_JSON_BYTES:
-        raise FormatError(f"{where}: holds {len(payload)} bytes of text, more than an embedding can need.")
+        raise FormatError(f"{where}: holds {len(payload)} bytes of text, more than an embedding needs.")
     levels = np.zeros(256, dtype=np.int32)
     levels[[ord("["), ord("{")]] = 1
     levels[[ord("]"), ord("}")]] = -1
     if np.cumsum(levels[np.frombuffer(payload, dtype=np.uint8)]).max(initial=0) > MAX_JSON_DEPTH:
-        raise FormatError(f"{where}: what it holds is nested too deeply for an embedding.")
+        raise FormatError(f"{where}: its content is nested too deeply for an embedding.")
 
     def restore(value: dict[str, Any]) -> Any:
         if set(value) != {_TENSOR_KEY}:
@@ -160,14 +160,14 @@ def _from_json(payload: bytes, where: str) -> dict[str, Any]:
     try:
         data = json.loads(payload.decode("utf-8"), object_hook=restore)
     except (ValueError, TypeError, OverflowError) as error:
-        raise FormatError(f"{where}: what it holds is not the JSON of an embedding ({error}).") from error
+        raise FormatError(f"{where}: its content is not the JSON of an embedding ({error}).") from error
     if not isinstance(data, dict):
-        raise FormatError(f"{where}: what it holds is not an embedding.")
+        raise FormatError(f"{where}: its content is not an embedding.")
     return data
 
 
 def _hide(image_HW3: Pixels, payload: bytes, *, decoration: NDArray[np.float32]) -> Pixels:
-    """Put the payload's low nibbles in columns left of the picture, its high nibbles right of it."""
+    """Return the image with the payload's low nibbles in columns at its left, the high nibbles at its right."""
     height = image_HW3.shape[0]
     packed = np.frombuffer(zlib.compress(payload, 9), dtype=np.uint8)
     size = len(packed) + height - len(packed) % height
@@ -184,7 +184,7 @@ def _hide(image_HW3: Pixels, payload: bytes, *, decoration: NDArray[np.float32])
 
 
 def _carried_by_pixels(image: Image.Image) -> bytes | None:
-    """Give the payload hidden in the picture's pixels; None when there is none or it did not survive."""
+    """Return the payload in an image's pixels; None if there is none or it is damaged."""
     pixels_HW3 = np.asarray(image.convert("RGB"))
     bright_HW = np.asarray((pixels_HW3 > 0).all(axis=2))
     rows, columns = np.flatnonzero(bright_HW.any(axis=1)), np.flatnonzero(bright_HW.any(axis=0))
@@ -208,7 +208,7 @@ def _carried_by_pixels(image: Image.Image) -> bytes | None:
 
 
 def _encode(pixels_HW3: Pixels, suffix: str, payload: bytes, where: str) -> bytes:
-    """Write the picture as ``suffix`` says; a PNG's text carries the payload too."""
+    """Return the image encoded for ``suffix``; a PNG's text carries the payload too."""
     if suffix in LOSSLESS_IMAGES:
         return lossless_image.encode(pixels_HW3, suffix, where)
     options = dict(_SAVE_OPTIONS[suffix])
@@ -220,7 +220,7 @@ def _encode(pixels_HW3: Pixels, suffix: str, payload: bytes, where: str) -> byte
         Image.fromarray(pixels_HW3).save(written, **options)
     except (KeyError, OSError) as error:
         raise FormatError(
-            f"{where}: this Pillow cannot write {suffix} pictures; write a .png instead."
+            f"{where}: this Pillow cannot write {suffix} images; write a .png instead."
         ) from error
     return written.getvalue()
 
@@ -230,26 +230,26 @@ def _open(content: bytes, where: str) -> Image.Image:
         if lossless_image.is_jxl(content):
             size = lossless_image.size_of(content)
             if size is None:
-                raise FormatError(f"{where}: the picture is damaged (cut short).")
+                raise FormatError(f"{where}: the image is damaged (truncated).")
             _require_size(size, where)
             return lossless_image.decode_jxl(content, size, where)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below is stricter
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
             image = Image.open(io.BytesIO(content))
         _require_size(image.size, where)
         image.load()
     except FormatError:
         raise
     except UnidentifiedImageError as error:
-        raise FormatError(f"{where}: not a picture that can be read.") from error
-    except Exception as error:  # a broken picture fails in any way Pillow's decoders can
-        raise FormatError(f"{where}: the picture is damaged ({_first_line(error)}).") from error
+        raise FormatError(f"{where}: not an image that can be read.") from error
+    except Exception as error:  # Pillow's decoders raise many kinds of exceptions for damaged images
+        raise FormatError(f"{where}: the image is damaged ({_first_line(error)}).") from error
     return image
 
 
 def _require_size(size: tuple[int, int], where: str) -> None:
     if size[0] * size[1] > MAX_PIXELS:
-        raise FormatError(f"{where}: {size[0]}x{size[1]} pixels are more than an embedding can need.")
+        raise FormatError(f"{where}: {size[0]}x{size[1]} pixels are more than an embedding needs.")
 
 
 def _first_line(error: Exception) -> str:
@@ -265,13 +265,13 @@ def _tensors_of(data: Any) -> list[torch.Tensor]:
 
 
 def _greys(vector: NDArray[np.float32]) -> Pixels:
-    """Turn the first vector into the shades of the discs drawn over the nibbles."""
+    """Return the shades of the discs drawn over the nibbles, from the first vector."""
     size = np.abs(vector[:1024])
     return (size / max(float(size.max(initial=0)), 1e-12) * 255).astype(np.uint8)
 
 
 def _discs(columns: int, height: int, greys: Pixels) -> Pixels:
-    """Draw discs of 6 pixels on a lattice of 8, odd rows shifted by 4; only bits 4 to 7 are kept."""
+    """Return discs of 6 pixels on a grid of 8, odd rows shifted by 4; only bits 4 to 7 are kept."""
     sheet = Image.new("L", (columns, height))
     draw = ImageDraw.Draw(sheet)
     count = 0

@@ -1,4 +1,4 @@
-"""Renames a Stable Diffusion's parameters between diffusers' parts and the one dict of a single file."""
+"""Renames Stable Diffusion's parameters between diffusers' parts and the one dict of a single file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _OTHER_KEYS = {
 
 
 class FileState(Mapping[str, Tensor]):
-    """A single file's tensors by name; those that a file keeps joined are joined when asked for, one at a time."""
+    """The tensors of a single file by name; joined tensors are concatenated on access, one at a time."""
 
     def __init__(self) -> None:
         self._kept: dict[str, dict[int, Tensor]] = {}
@@ -55,10 +55,10 @@ class FileState(Mapping[str, Tensor]):
 
 
 def to_single_file(states: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, Config]) -> FileState:
-    """Rename the state dicts of `PARTS` to one in the layout of their family; tensors are shared, not copied.
+    """Return one state dict in the family's layout from the state dicts of `PARTS`; tensors are shared, not copied.
 
-    SD2's text encoder comes with the `text_projection` that OpenCLIP's has and no U-Net reads: without it diffusers up
-    to 0.32 takes 512 for the width of queries, keys and values. Raises FormatError for a parameter that the layout has
+    SD2's text encoder gets OpenCLIP's `text_projection`, which no U-Net reads: without it diffusers up to 0.32 assumes
+    512 as the width of queries, keys and values. Raises FormatError for a parameter that the layout has
     no name for.
     """
     family, file = family_of(configs), FileState()
@@ -76,10 +76,10 @@ def to_single_file(states: Mapping[str, Mapping[str, Tensor]], configs: Mapping[
 def from_single_file(
     state: Mapping[str, Tensor], configs: Mapping[str, Config], *, needs: Collection[str] = NEEDS
 ) -> dict[str, dict[str, Tensor]]:
-    """Rename a single file's dict to one state dict a part, with the shapes that `configs` ask for.
+    """Return one state dict per part from a single file's dict, with the shapes that `configs` define.
 
-    A need for the text encoder is one for both of SDXL's. Raises FormatError naming the part that is missing or does
-    not fit.
+    "text_encoder" in `needs` stands for both of SDXL's. Raises FormatError naming the part that is missing or does not
+    fit.
     """
     family = family_of(configs)
     states = {}
@@ -94,9 +94,9 @@ def from_single_file(
 
 
 def family_in(state: Mapping[str, Tensor], path: Path) -> Family:
-    """Tell a file's family by the keys that webui tells them by. Raises FormatError for one that nothing here trains.
+    """Return a file's family by the keys that the webui checks. Raises FormatError for an unsupported model.
 
-    Keys: reference, section 1.5 (webui, modules/sd_models_config.py).
+    Keys: webui, modules/sd_models_config.py.
     """
     first = state.get("model.diffusion_model.input_blocks.0.0.weight")
     channels = first.shape[1] if first is not None and first.ndim == 4 else 4
@@ -107,9 +107,7 @@ def family_in(state: Mapping[str, Tensor], path: Path) -> Family:
         if key in state:
             other = kind
     if other:
-        raise FormatError(
-            f"{path}: {other}, which is not trained or drawn with here; use a text-to-image model."
-        )
+        raise FormatError(f"{path}: {other}, which is not supported; use a text-to-image model.")
     if "conditioner.embedders.1.model.ln_final.weight" in state:
         return "sdxl"
     context = state.get("model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
@@ -118,7 +116,7 @@ def family_in(state: Mapping[str, Tensor], path: Path) -> Family:
 
 
 def empty_part(part: str, config: Config) -> nn.Module:
-    """Build a part without memory for its parameters. Raises FormatError for a config that makes no model."""
+    """Build a part on the meta device. Raises FormatError for an invalid config."""
     require_sane(config, part)
     try:
         with torch.device("meta"):
@@ -135,7 +133,7 @@ def empty_part(part: str, config: Config) -> nn.Module:
 
                 kind = CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel
                 module = kind(CLIPTextConfig(**config))
-    except Exception as error:  # a config from a file can be wrong in any way
+    except Exception as error:  # a config from a file can raise any exception
         raise FormatError(f"its {part} config makes no model ({error}).") from error
     for owner in module.modules():
         if "position_ids" in owner._buffers:
@@ -148,7 +146,7 @@ def _is_vae_attention(part: str, key: str) -> bool:
 
 
 def _to_file_shape(part: str, key: str, tensor: Tensor) -> Tensor:
-    # LDM's VAE attention is made of 1x1 convolutions, diffusers' of linear layers.
+    # LDM's VAE attention has 1x1 convolutions, diffusers' has linear layers.
     return tensor[:, :, None, None] if _is_vae_attention(part, key) and tensor.ndim == 2 else tensor
 
 
@@ -157,14 +155,14 @@ def _take(
 ) -> Tensor:
     places = [file_place(part, key, config, family)]
     if part == "text_encoder":
-        # What converters wrote that took every text encoder for SD1's, or did not know transformers 5's shorter names.
+        # Names of converters that treat every text encoder as SD1's, or do not know transformers 5's shorter names.
         prefix = PREFIXES["sdxl" if family == "sdxl" else "sd1"][part]
         places += [clip_place(key).under(prefix.removesuffix(end)) for end in ("", "text_model.")]
     place = next((place for place in places if place.name in state), None)
     if place is None:
         prefix = PREFIXES[family][part].removesuffix("text_model.")
         raise FormatError(
-            f"its {part} lacks {places[0].name}; the file was cut, or is of another kind of model."
+            f"its {part} lacks {places[0].name}; the file is truncated, or holds another kind of model."
             if any(name.startswith(prefix) for name in state)
             else f"it holds no {part} (no {PREFIXES[family][part]}*); use a file of the whole model."
         )
@@ -178,19 +176,19 @@ def _take(
 
 
 def _own_part(tensor: Tensor, place: Place, shape: list[int]) -> Tensor:
-    """Give what a place keeps of a parameter, in `shape` where the file merely writes it in another way."""
+    """Return a parameter from where the file stores it, reshaped to `shape` where only the form differs."""
     if place.third is not None and tensor.ndim and len(tensor) == 3 * shape[0]:
-        return tensor.chunk(3)[place.third].clone()  # what is saved later must not share its memory
+        return tensor.chunk(3)[place.third].clone()  # a saved tensor must not share memory
     if place.transposed and tensor.ndim == 2:
         return tensor.T.contiguous()
-    # A linear layer may be written as a 1x1 convolution, and the other way round.
+    # A linear layer may be stored as a 1x1 convolution, and the reverse.
     if tensor.ndim == 4 and len(shape) == 2 and list(tensor.shape[2:]) == [1, 1]:
         return tensor[:, :, 0, 0]
     return tensor[:, :, None, None] if tensor.ndim == 2 and shape[2:] == [1, 1] else tensor
 
 
 def require_sane(config: Config, part: str) -> None:
-    """Refuse configs from files that would take for ever to build: sizes beyond any model's, layers without end."""
+    """Raise FormatError for a config that would take too long to build: excessive sizes or numbers of layers."""
 
     def numbers(value: Any, depth: int) -> list[int | float]:
         if depth > 3 or isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Stable Diffusion's families, and their U-Nets' and VAEs' names in single files, for any number of blocks."""
+"""Defines Stable Diffusion's families, and maps U-Net and VAE parameters to names in single files, for any depth."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Config = dict[str, Any]
 Family = Literal["sd1", "sd2", "sdxl"]
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-NEEDS = PARTS[:3]  # what can be asked for: SDXL's two text encoders come together
+NEEDS = PARTS[:3]  # the parts that can be requested; SDXL's two text encoders are one request
 _UNET_AND_VAE = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
 PREFIXES: dict[Family, dict[str, str]] = {
     "sd1": {**_UNET_AND_VAE, "text_encoder": "cond_stage_model.transformer.text_model."},
@@ -25,10 +25,10 @@ PREFIXES: dict[Family, dict[str, str]] = {
     },
 }
 
-_OPENCLIP = (("sd2", "text_encoder"), ("sdxl", "text_encoder_2"))  # kept in OpenCLIP's layout
+_OPENCLIP = (("sd2", "text_encoder"), ("sdxl", "text_encoder_2"))  # stored in OpenCLIP's layout
 
-# Which ids begin, end and pad a text, as the published configs of these encoders (wrongly) say; the encoder itself goes
-# by the largest id of a text when it reads them.
+# The ids that begin, end and pad a text in the published configs of these encoders, which are wrong; the encoder itself
+# uses the largest id of a text as its end.
 _OLD_TOKEN_IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
 
 SD1_CONFIGS: dict[str, Config] = {
@@ -88,7 +88,7 @@ SD2_CONFIGS: dict[str, Config] = {  # 2.1 at 768 pixels; `SD2_BASE_CONFIGS` is t
         **SD1_CONFIGS["text_encoder"],
         "hidden_size": 1024,
         "intermediate_size": 4096,
-        "num_hidden_layers": 23,  # of OpenCLIP's 24: the last but one is what the U-Net reads
+        "num_hidden_layers": 23,  # of OpenCLIP's 24: the U-Net reads the last but one
         "num_attention_heads": 16,
         "hidden_act": "gelu",
         "projection_dim": 512,
@@ -137,7 +137,7 @@ FAMILY_CONFIGS: dict[Family, dict[str, Config]] = {
     "sdxl": SDXL_CONFIGS,
 }
 
-OTHER_CHANNELS = {  # that enter a U-Net, noised latents and what else lies beside them: which model that is
+OTHER_CHANNELS = {  # input channels of a U-Net (latents and others) -> the kind of model
     5: "a depth-to-image model",
     7: "an upscaler",
     8: "an editing model (InstructPix2Pix)",
@@ -168,21 +168,21 @@ _VAE_MIDDLE = re.compile(r"(\w+)\.mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 
 def family_of(configs: Mapping[str, Config]) -> Family:
-    """Tell a model's family by its parts' configs: which layout single files keep it in."""
+    """Return a model's family, which decides its single-file layout, from the configs of its parts."""
     if "text_encoder_2" in configs or configs.get("unet", {}).get("addition_embed_type") == "text_time":
         return "sdxl"
-    # OpenCLIP's encoders compute with the exact GELU, OpenAI's, which SD1 has, with its quick form.
+    # OpenCLIP's encoders use the exact GELU, OpenAI's (SD1) the quick form.
     text = configs.get("text_encoder", {})
     return "sd2" if text.get("hidden_size") == 1024 or text.get("hidden_act") == "gelu" else "sd1"
 
 
 def parts_of(family: Family) -> tuple[str, ...]:
-    """Give the parts a whole model of a family has."""
+    """Return the parts of a complete model of a family."""
     return tuple(part for part in PARTS if part in PREFIXES[family])
 
 
 def file_place(part: str, key: str, config: Config, family: Family) -> Place:
-    """Say where a single file of this family keeps a parameter of one of `PARTS`.
+    """Return where a single file of this family stores a parameter of one of `PARTS`.
 
     Raises FormatError for a parameter that the layout has no name for.
     """
@@ -196,7 +196,7 @@ def file_place(part: str, key: str, config: Config, family: Family) -> Place:
 
 
 def unet_key(key: str, config: Config) -> str:
-    """Give LDM's name of a parameter of diffusers' `UNet2DConditionModel` with this config."""
+    """Return LDM's name of a parameter of diffusers' `UNet2DConditionModel` with this config."""
     stem, end = key.rsplit(".", 1)
     if stem in _UNET_TOP:
         return f"{_UNET_TOP[stem]}.{end}"
@@ -208,12 +208,12 @@ def unet_key(key: str, config: Config) -> str:
     side, block, kind, index, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
     layers = config["layers_per_block"]
     per_block = [layers] * len(config["block_out_channels"]) if isinstance(layers, int) else list(layers)
-    if side == "down_blocks":  # each block: its layers, then one entry that halves the size
+    if side == "down_blocks":  # each block: its layers, then the downsampling entry
         start = 1 + sum(per_block[:block]) + block
         if kind == "downsamplers":
             return f"input_blocks.{start + per_block[block]}.0.op.{rest.removeprefix('conv.')}"
         place = f"input_blocks.{start + index}"
-    else:  # each block: one layer more; what doubles the size shares the last layer's entry
+    else:  # each block: one more layer; upsampling shares the last layer's entry
         counts = [count + 1 for count in reversed(per_block)]
         start = sum(counts[:block])
         if kind == "upsamplers":
@@ -224,7 +224,7 @@ def unet_key(key: str, config: Config) -> str:
 
 
 def vae_key(key: str, config: Config) -> str:
-    """Give LDM's name of a parameter of diffusers' `AutoencoderKL` with this config."""
+    """Return LDM's name of a parameter of diffusers' `AutoencoderKL` with this config."""
     if match := _VAE_BLOCK.fullmatch(key):
         side, way, block, kind, index, rest = match[1], match[2], int(match[3]), match[4], match[5], match[6]
         if way == "up":

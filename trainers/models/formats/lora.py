@@ -1,7 +1,7 @@
-"""LoRA files: read in diffusers' layout and in kohya's, of every age, and written in both.
+"""Reads and writes LoRA files in diffusers' and kohya's layouts, old and new.
 
-The layer's change of its weight is ``alpha / rank * up @ down``. Kohya's layout keeps alpha beside the matrices; in
-diffusers' the scale is multiplied into ``up``, so that every version of every reader gets it right.
+A layer changes its weight by ``alpha / rank * up @ down``. Kohya's layout stores alpha beside the matrices; in
+diffusers' the scale is multiplied into ``up``, which every version of every reader handles correctly.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".safetensors", ".pt", ".ckpt", ".bin")
 
-_BUNDLED = "bundle_emb."  # begins the names of embeddings' tensors in a LoRA, as the webui reads them
+_BUNDLED = "bundle_emb."  # prefix of embeddings' tensors in a LoRA, as the webui reads them
 
 _WIDTHS: dict[int, Family] = {1024: "sd2", 2048: "sdxl"}  # of the contexts; SD 1.x has 768
 
@@ -57,7 +57,7 @@ Layers = Mapping[str, Matrices]  # by part and module: unet.mid_block.attentions
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA's layers, the text entries of its file, and the embeddings that came with it."""
+    """The content of a LoRA file: layers, text entries, and bundled embeddings."""
 
     name: str
     layers: dict[str, Matrices]
@@ -67,7 +67,7 @@ class LoraFile:
 
     @property
     def family(self) -> Family:
-        """The family of models it was made for, told by the width of contexts and the parts it changes."""
+        """The family of its base model, by the width of contexts and the parts that it changes."""
         for layer, (down, _, _) in self.layers.items():
             if layer.startswith("text_encoder_2.") or ".transformer_blocks.1." in layer:
                 return "sdxl"
@@ -77,14 +77,17 @@ class LoraFile:
 
 
 def write_diffusers_lora(file: LoraFile, path: Path, *, dtype: torch.dtype = torch.float32) -> Path:
-    """Write what `load_lora_weights` of diffusers reads; it takes alpha for the rank, so ``up`` carries the scale.
+    """Write the layout that `load_lora_weights` of diffusers reads; it assumes alpha = rank, so ``up`` is scaled.
 
-    Its layout has no room for embeddings: a warning names those that are left out.
+    This layout holds no embeddings: a warning names those that are left out.
     """
     if file.embeddings:
         names = ", ".join(embedding.name for embedding in file.embeddings)
         logger.warning(
-            "%s: the embeddings in %s stay behind, as diffusers reads none there: %s", path, file.name, names
+            "%s: the embeddings in %s are not written, as diffusers reads none from a LoRA: %s",
+            path,
+            file.name,
+            names,
         )
     state = {}
     for layer, (down, up, alpha) in file.layers.items():
@@ -103,10 +106,10 @@ def write_kohya_lora(
     family: Family | None = None,
     unet_config: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write what the webui, ComfyUI and kohya's scripts read, with kohya's ``ss_`` entries in the header.
+    """Write the layout of the webui, ComfyUI and kohya's scripts, with kohya's ``ss_`` entries in the header.
 
-    ``family`` is guessed from the layers when None; ``unet_config`` is the model's where its U-Net has not SDXL's usual
-    blocks. Raises FormatError for a layer that kohya's layout has no name for.
+    ``family``: derived from the layers when None. ``unet_config``: needed where SDXL's U-Net has unusual blocks.
+    Raises FormatError for a layer that kohya's layout has no name for.
     """
     family = family or file.family
     state: dict[str, Tensor] = {}
@@ -119,7 +122,7 @@ def write_kohya_lora(
     for embedding in file.embeddings:
         for key, tensor in embedding_tensors(embedding).items():
             state[f"{_BUNDLED}{embedding.name}.{key}"] = tensor.to(dtype)
-    digest = hashlib.sha256()  # of the bytes that follow the header, as the webui's lists show it
+    digest = hashlib.sha256()  # of the bytes after the header; the webui shows it in its lists
     for tensor in state.values():
         content: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         digest.update(content)
@@ -135,10 +138,10 @@ def write_kohya_lora(
 
 
 def read_lora(path: str | Path, *, layers_per_block: int = STANDARD_LAYERS) -> LoraFile:
-    """Read a LoRA of either layout on the CPU, in float32, with the embeddings in it; it is called as its file.
+    """Read a LoRA of either layout on the CPU in float32, with its embeddings; it is named after its file.
 
-    ``layers_per_block``: of the model's U-Net, where the file has Stability's names for its blocks. Raises FormatError
-    for another kind of file, and for LoHa, LoKr, DoRA and whatever else is more than two matrices a layer.
+    ``layers_per_block``: of the model's U-Net, for files with Stability's block names. Raises FormatError for another
+    kind of file, and for LoHa, LoKr, DoRA and other forms with more than two matrices per layer.
     """
     path = Path(path)
     tensors, header = _read_tensors(path)
@@ -155,7 +158,10 @@ def read_lora(path: str | Path, *, layers_per_block: int = STANDARD_LAYERS) -> L
             found[place[0]][place[1]] = tensor
     if not any("down" in parts or "up" in parts for parts in found.values()):
         raise FormatError(f"{path}: holds no LoRA: no key ends in lora_down.weight or lora_A.weight.")
-    for keys, what in ((unknown, "no LoRA of two matrices a layer has"), (twice, "name a layer twice")):
+    for keys, what in (
+        (unknown, "are not those of a LoRA with two matrices per layer"),
+        (twice, "name a layer twice"),
+    ):
         if keys:
             raise FormatError(
                 f"{path}: {len(keys)} keys {what}: {', '.join(map(repr, keys[:4]))}. LoRA and LoCon files can be read, "
@@ -167,7 +173,7 @@ def read_lora(path: str | Path, *, layers_per_block: int = STANDARD_LAYERS) -> L
 
 
 def holds_lora(path: str | Path) -> bool:
-    """Say whether a file is a LoRA, told by the names in it. Raises FormatError for a damaged file."""
+    """Return whether a file is a LoRA, by the names of its tensors. Raises FormatError for a damaged file."""
     path = Path(path)
     if path.suffix.lower() == ".safetensors":
         keys = safetensors_names(path)
@@ -181,7 +187,7 @@ def holds_lora(path: str | Path) -> bool:
 
 
 def _take_embeddings(tensors: dict[str, Tensor], path: Path) -> tuple[Embedding, ...]:
-    """Take a LoRA's embeddings out of its tensors: ``bundle_emb.NAME.`` and a key of an embedding's file."""
+    """Remove a LoRA's embeddings (``bundle_emb.NAME.KEY``, keys as in an embedding file) and return them."""
     bundled: dict[str, dict[str, Any]] = {}
     for key in [key for key in tensors if key.startswith(_BUNDLED)]:
         name, _, inner = key.removeprefix(_BUNDLED).partition(".")
@@ -195,7 +201,7 @@ def _take_embeddings(tensors: dict[str, Tensor], path: Path) -> tuple[Embedding,
 
 
 class _PeftAlphas:
-    """The alphas that diffusers' header entry tells, by layer."""
+    """The alphas in diffusers' header entry, by layer."""
 
     def __init__(self, header: Mapping[str, str], path: Path):
         try:
@@ -207,14 +213,14 @@ class _PeftAlphas:
             raise FormatError(f"{path}: a DoRA, which cannot be read.")
 
     def of(self, layer: str, rank: int) -> Any:
-        """Return alpha as it goes with a division by the rank."""
+        """Return the alpha that is divided by the rank."""
         part, _, module = layer.partition(".")
         alpha = self._told.get(f"{part}.lora_alpha", rank)
         patterns = self._told.get(f"{part}.alpha_pattern")
         for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
             plain = pattern.removeprefix(
                 "^"
-            )  # peft takes them for expressions; a stranger's are compared as text
+            )  # peft treats them as expressions; untrusted ones are compared as text
             if f".{module}".endswith(f".{plain}"):
                 alpha = value
                 break
@@ -225,20 +231,20 @@ class _PeftAlphas:
 def _matrices(layer: str, parts: Mapping[str, Tensor], alphas: _PeftAlphas, path: Path) -> Matrices:
     if "down" not in parts or "up" not in parts:
         raise FormatError(
-            f"{path}: the layer {layer} has only {', '.join(sorted(parts))}; down and up belong together."
+            f"{path}: the layer {layer} has only {', '.join(sorted(parts))}; down and up are both needed."
         )
     down, up = parts["down"].float(), parts["up"].float()
     fits = down.ndim in (2, 4) and up.ndim in (2, 4) and up.shape[1] == down.shape[0]
     if not fits or not down.numel() or not up.numel() or up.shape[2:].numel() != 1:
         raise FormatError(
-            f"{path}: the layer {layer} has down {list(down.shape)} and up {list(up.shape)}, which do not go together."
+            f"{path}: the layer {layer} has down {list(down.shape)} and up {list(up.shape)}, which do not match."
         )
     _require_finite(layer, (down, up), path)
     alpha: Any = parts["alpha"].tolist() if "alpha" in parts else alphas.of(layer, down.shape[0])
     if isinstance(alpha, list) and len(alpha) == 1:
         alpha = alpha[0]
     if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise FormatError(f"{path}: the layer {layer} has an alpha that is no number.")
+        raise FormatError(f"{path}: the layer {layer} has an alpha that is not a number.")
     return Matrices(down, up, float(alpha))
 
 
@@ -248,12 +254,12 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     else:
         data, header = load_pickle(path), {}
         if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-            raise FormatError(f"{path}: holds no LoRA: a table of named tensors is expected.")
+            raise FormatError(f"{path}: holds no LoRA; expected a dict of named tensors.")
         tensors = data
     for key, tensor in tensors.items():
         is_alpha = is_dense(tensor) and key.endswith("alpha") and tensor.numel() == 1
         if not (is_alpha or is_real(tensor) or (key.startswith(_BUNDLED) and is_dense(tensor))):
-            raise FormatError(f"{path}: {key!r} is no tensor of numbers that a LoRA holds.")
+            raise FormatError(f"{path}: {key!r} is not a tensor of a LoRA.")
     require_backed(tensors.values(), path)
     return {key: tensor.detach() for key, tensor in tensors.items()}, header
 

@@ -1,4 +1,4 @@
-"""Text entries in the headers of LoRA files: kohya's (``ss_``), modelspec's and ours."""
+"""Text entries in the headers of LoRA files: kohya's (``ss_``), modelspec's and dreamfleet's."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _PASSING = (
     "ss_network_alpha",
     "sshs_model_hash",
     "sshs_legacy_hash",
-)  # true of one file alone
+)  # valid for one file only
 
 
 def own_entries(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the entries that stay true in another layout."""
+    """Return the entries that remain valid in another layout."""
     return {key: value for key, value in metadata.items() if key not in _PASSING}
 
 
@@ -70,7 +70,7 @@ def kohya_entries(
 
 
 def is_for_velocity(metadata: Mapping[str, str]) -> bool:
-    """Say whether a LoRA's entries tell that it was made for a U-Net that predicts velocity."""
+    """Return whether a LoRA's entries say that it was trained on a U-Net that predicts velocity."""
     return (
         metadata.get(PREDICTION) == "v"
         or metadata.get("ss_base_model_version", "").endswith("_v")

@@ -1,8 +1,8 @@
-"""AVIF and JPEG XL pictures without loss, by imagecodecs: Pillow has no JPEG XL, and its AVIF is never exact.
+"""Reads and writes lossless AVIF and JPEG XL images with imagecodecs: Pillow has no JPEG XL, and its AVIF is lossy.
 
-An AVIF keeps every value only as it is (the identity matrix, ITU-T H.273, instead of YUV; 4:4:4; 8 bits, lossless);
-Pillow reads that back. A JPEG XL's size is told before anything is decoded (ISO/IEC 18181-1, SizeHeader, and 18181-2,
-boxes), and it is decoded into memory of that size: a small file could fill the memory otherwise.
+An AVIF is exact only with the identity matrix (ITU-T H.273) instead of YUV, 4:4:4, 8 bits and the lossless option;
+Pillow reads such files. The size of a JPEG XL is read before decoding (ISO/IEC 18181-1, SizeHeader, and 18181-2,
+boxes), and the image is decoded into memory of that size, so that a small file cannot fill the memory.
 
 Shapes: H, W height and width in pixels; C 3 or 4 channels.
 """
@@ -25,37 +25,37 @@ _RATIOS = ((1, 1), (6, 5), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))  # width to 
 
 
 def encode(pixels_HW3: NDArray[np.uint8], suffix: str, where: str) -> bytes:
-    """Write a picture as one of LOSSLESS_IMAGES, every value kept. Raises FormatError saying what to install."""
+    """Encode an image losslessly as one of LOSSLESS_IMAGES. Raises FormatError naming the package to install."""
     codecs = _imagecodecs(where)
     if suffix == ".jxl":
         return bytes(codecs.jpegxl_encode(pixels_HW3, lossless=True))
     best, identity = codecs.AVIF.QUALITY.LOSSLESS, codecs.AVIF.MATRIX_COEFFICIENTS.IDENTITY
-    # libavif's own speed takes fifty times as long, for files an eighth smaller.
+    # libavif's default speed takes fifty times as long for files that are an eighth smaller.
     return bytes(codecs.avif_encode(pixels_HW3, best, speed=8, pixelformat="444", matrix=identity))
 
 
 def decode_jxl(content: bytes, size: tuple[int, int], where: str) -> Image.Image:
-    """Read a JPEG XL's first picture, of width and height ``size``, in RGB or RGBA.
+    """Return the first image of a JPEG XL file in RGB or RGBA; ``size`` is its width and height.
 
-    Raises FormatError without imagecodecs and for a picture of another form, and RuntimeError for a damaged one.
+    Raises FormatError without imagecodecs and for other pixel formats, and RuntimeError for a damaged file.
     """
     codecs, (width, height) = _imagecodecs(where), size
     for channels in (3, 4):
         pixels_HWC = np.zeros((height, width, channels), dtype=np.uint8)
         try:
             return Image.fromarray(codecs.jpegxl_decode(content, 0, out=pixels_HWC))
-        except ValueError:  # another form than that array's: told from the head, before anything is decoded
+        except ValueError:  # another pixel format than the array's; detected from the header, before decoding
             continue
-    raise FormatError(f"{where}: of JPEG XL pictures only those in colour with 8 bits a value are read.")
+    raise FormatError(f"{where}: only JPEG XL images in colour with 8 bits per value are supported.")
 
 
 def is_jxl(content: bytes) -> bool:
-    """Say whether these are a JPEG XL file's bytes."""
+    """Return whether the bytes are those of a JPEG XL file."""
     return content.startswith((_CODESTREAM, _CONTAINER))
 
 
 def size_of(content: bytes) -> tuple[int, int] | None:
-    """Read a JPEG XL file's width and height from its first bytes; None when they are not there."""
+    """Return a JPEG XL file's width and height from its first bytes; None if they are not complete."""
     start = content if content.startswith(_CODESTREAM) else _codestream_in(content)
     bits = int.from_bytes(start[2:18], "little")
 
@@ -80,7 +80,7 @@ def size_of(content: bytes) -> tuple[int, int] | None:
 
 
 def _codestream_in(content: bytes) -> bytes:
-    """Find the first bytes of the codestream among a container's boxes."""
+    """Return the first bytes of the codestream in a container's boxes."""
     place = 0
     while place + 8 <= len(content):
         size, kind = int.from_bytes(content[place : place + 4], "big"), content[place + 4 : place + 8]

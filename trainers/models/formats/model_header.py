@@ -1,4 +1,4 @@
-"""What a single file's header tells: whose model it is, the configs of its parts, and a small tokenizer whole."""
+"""Reads and writes a single file's header: model description, the configs of its parts, small tokenizers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dreamfleet.trainers.models.formats.ldm_names import PARTS, Config, Family, 
 
 SD1_TOKENIZER = "openai/clip-vit-large-patch14"
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
-LARGEST_TOKENIZER = 20_000  # tokens; a larger one is SD1's own, which every program has
+LARGEST_TOKENIZER = 20_000  # tokens; a larger one is SD1's, which every program has
 
 
 def config_of(module: Any) -> Config:
-    """Give a part's config as plain JSON values, without the paths it was loaded from."""
+    """Return a part's config as plain JSON values, without the paths that it was loaded from."""
     config = module.config
     full = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(config)
     full = {
@@ -60,15 +60,15 @@ def model_header(
 
 
 def configs_in(metadata: Mapping[str, str], path: Path) -> dict[str, Config]:
-    """Read the configs that `model_header` wrote. Raises FormatError for damaged ones."""
+    """Return the configs that `model_header` wrote. Raises FormatError for damaged ones."""
     names = {part: f"dreamfleet.{part}_config" for part in (*PARTS, "scheduler")}
     return {part: _json(metadata[name], path) for part, name in names.items() if name in metadata}
 
 
 def tokenizer_in(metadata: Mapping[str, str], path: Path, family: Family, *, second: bool = False) -> Any:
-    """Give the header's tokenizer, or SD1's from this machine or the hub, which the other families have as well.
+    """Return the header's tokenizer, else SD1's, which the other families use too, from this machine or the hub.
 
-    `second`: that of SDXL's second text encoder. Raises ModelError when there is neither.
+    `second`: that of SDXL's second text encoder. Raises ModelError if neither is available.
     """
     from transformers import CLIPTokenizer
 
@@ -78,18 +78,18 @@ def tokenizer_in(metadata: Mapping[str, str], path: Path, family: Family, *, sec
                 for name, text in _json(whole, path).items():
                     (Path(folder) / Path(name).name).write_text(str(text), "utf-8")
                 return CLIPTokenizer.from_pretrained(folder)
-            except Exception as error:  # what a file holds can be wrong in any way
+            except Exception as error:  # the content of a file can raise any exception
                 raise FormatError(
                     f"{path}: the tokenizer in its header cannot be loaded ({error})."
                 ) from error
     try:
-        # OpenCLIP fills a text up with zeros, the id of "!".
+        # OpenCLIP pads with zeros, the id of "!".
         padding = {"pad_token": "!"} if family == "sd2" or second else {}
         return CLIPTokenizer.from_pretrained(SD1_TOKENIZER, **padding)
-    except Exception as error:  # network, cache and version errors differ from version to version
+    except Exception as error:  # errors differ between versions
         raise ModelError(
-            f"{path}: a single file holds no tokenizer, and SD1's ({SD1_TOKENIZER}) is neither on this machine nor to "
-            "be had from the hub. Download it once where there is a network, or use the model's diffusers folder."
+            f"{path}: a single file holds no tokenizer, and SD1's ({SD1_TOKENIZER}) is neither on this machine nor "
+            "available from the hub. Download it once with network access, or use the model's diffusers folder."
         ) from error
 
 

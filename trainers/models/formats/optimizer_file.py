@@ -1,7 +1,8 @@
-"""The webui's optimizer files, `NAME.pt.optim` beside an embedding or a hypernetwork: training goes on there from them.
+"""Reads and writes the webui's optimizer files, `NAME.pt.optim` beside an embedding or a hypernetwork.
 
-Form: webui, `modules/textual_inversion/textual_inversion.py` and `modules/hypernetworks/hypernetwork.py`: torch's state
-of one AdamW with one parameter group, and a hash that ties it to the file it lies beside.
+The webui continues training from them. Format (webui, `modules/textual_inversion/textual_inversion.py` and
+`modules/hypernetworks/hypernetwork.py`): the state of one torch AdamW with one parameter group, and a hash of the file
+that it belongs to.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.models.formats.pickle_writer import is_real, load_pickle, require_backed, save_pickle
 
 log = logging.getLogger(__name__)
-SUFFIX = ".optim"  # after the other file's whole name
+SUFFIX = ".optim"  # appended to the full name of the other file
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MOST_PARAMETERS = 10_000
@@ -30,7 +31,7 @@ _MOST_PARAMETERS = 10_000
 
 @dataclass(frozen=True)
 class AdamState:
-    """Adam's memory of one parameter: steps taken, and the moments in its shape."""
+    """Adam's state of one parameter: steps taken, and the two moments, in the parameter's shape."""
 
     step: float
     exp_avg: Tensor
@@ -39,9 +40,9 @@ class AdamState:
 
 @dataclass(frozen=True)
 class OptimizerFile:
-    """What a `.optim` holds: `states` of the parameters in the webui's order, and the hash of what it belongs to.
+    """The content of a `.optim`: `states` of the parameters in the webui's order, and the hash of the other file.
 
-    `name`: the optimizer's class, which only hypernetworks' files tell.
+    `name`: the optimizer's class, which only files of hypernetworks contain.
     """
 
     hash: str
@@ -59,8 +60,8 @@ def write_optimizer(
 ) -> Path:
     """Write the `.optim` of an embedding's or a hypernetwork's `.pt`.
 
-    The learning rate is left at 0: the webui's own schedule sets it before each step. Raises FormatError for moments
-    that are no numbers.
+    The learning rate is written as 0: the webui's schedule sets it before each step. Raises FormatError for NaN or
+    infinite moments.
     """
     path = Path(f"{beside}{SUFFIX}")
     state = {}
@@ -94,10 +95,12 @@ def read_optimizer(path: str | os.PathLike[str], shapes: Sequence[Sequence[int]]
     held = data.get("optimizer_state_dict") if isinstance(data, dict) else None
     state = held.get("state") if isinstance(held, dict) else None
     if not isinstance(state, dict) or not isinstance(data.get("hash"), str):
-        raise FormatError(f"{path}: no optimizer file of the webui (no hash with an optimizer_state_dict).")
+        raise FormatError(
+            f"{path}: not an optimizer file of the webui (no hash with an optimizer_state_dict)."
+        )
     if len(state) > _MOST_PARAMETERS or list(state) != list(range(len(shapes))):
         raise FormatError(
-            f"{path}: remembers {len(state)} parameters, and {len(shapes)} learn; it belongs to another file."
+            f"{path}: holds the state of {len(state)} parameters, but {len(shapes)} are trained; another file's?"
         )
     states = tuple(
         _adam(entry, list(shape), path) for entry, shape in zip(state.values(), shapes, strict=True)
@@ -107,9 +110,9 @@ def read_optimizer(path: str | os.PathLike[str], shapes: Sequence[Sequence[int]]
 
 
 def moments_beside(address: str, *, fits: str, shapes: Sequence[Sequence[int]]) -> tuple[AdamState, ...]:
-    """Read Adam's memory from the `.optim` beside a file, on disk or in a bucket; none where there is none that fits.
+    """Return Adam's states from the `.optim` beside a file, on disk or in a bucket; None if there is no matching one.
 
-    ``fits``: the hash that ties the two. One that is broken or of another file is named and left aside.
+    ``fits``: the hash of the file. A damaged `.optim`, or one of another file, is ignored with a warning.
     """
     beside = f"{address}{SUFFIX}"
     try:
@@ -121,15 +124,15 @@ def moments_beside(address: str, *, fits: str, shapes: Sequence[Sequence[int]]) 
         if found.hash != fits:
             raise FormatError(f"{beside}: belongs to another file than the one it lies beside.")
         if found.name not in (None, "Adam", "AdamW"):
-            raise FormatError(f"{beside}: was written by {found.name}, whose memory is not Adam's.")
+            raise FormatError(f"{beside}: was written by {found.name}, whose state is not Adam's.")
     except UserError as error:
-        log.warning("left aside, so that the optimizer starts anew: %s", error)
+        log.warning("ignored, so the optimizer starts from scratch: %s", error)
         return ()
     return found.states
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
-    """Give the 10 hex digits by which the webui ties a `.optim` to a hypernetwork; embeddings have a checksum."""
+    """Return the 10 hex digits that link a `.optim` to a hypernetwork in the webui; embeddings have a checksum."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:10]
 
@@ -140,7 +143,7 @@ def _adam(entry: Any, shape: list[int], path: Path) -> AdamState:
     step = entry.get("step")
     step = step.item() if is_real(step) and step.numel() == 1 else step
     if not isinstance(step, int | float) or not 0 <= step < 1e12:
-        raise FormatError(f"{path}: its step is no number of steps.")
+        raise FormatError(f"{path}: its step is not a number of steps.")
     moments: list[Tensor] = []
     for name in _MOMENTS:
         moment = entry.get(name)
@@ -157,4 +160,4 @@ def _check(adam: AdamState, path: Path) -> None:
     if not all(torch.isfinite(moment).all() for moment in (adam.exp_avg, adam.exp_avg_sq)):
         raise FormatError(f"{path}: its moments hold NaN or infinite numbers.")
     if (adam.exp_avg_sq < 0).any():
-        raise FormatError(f"{path}: its second moments are negative, which squares are not.")
+        raise FormatError(f"{path}: its second moments are negative, which squares cannot be.")

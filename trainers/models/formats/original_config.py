@@ -1,7 +1,7 @@
-"""The `.yaml` beside a single file: webui builds the model from it, and so learns what the U-Net predicts.
+"""Reads and writes the `.yaml` beside a single file, from which the webui learns what the U-Net predicts.
 
-The form is that of LDM's configs (CompVis, Stability's version 2) and of SDXL's generative-models. Files of models that
-predict noise need none: webui tells their families by keys.
+The format is that of LDM's configs (CompVis, Stability's version 2) and of SDXL's generative-models. Files of models
+that predict noise need no `.yaml`: the webui recognises their families by keys.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dreamfleet.trainers.models.formats.ldm_names import Config, family_of
 from dreamfleet.trainers.models.formats.pickle_writer import replacing
 
 LARGEST_CONFIG = 50_000  # bytes; published ones have 3000
-MOST_BRACKETS = 500  # PyYAML takes seconds over thousands of nested ones; published configs have 30
-ZERO_SNR = "rescale_betas_zero_snr"  # beside `model:`, where webui does not look: its own switch is a setting
+MOST_BRACKETS = 500  # PyYAML takes seconds for thousands of nested levels; published configs have 30
+ZERO_SNR = "rescale_betas_zero_snr"  # beside `model:`, which the webui ignores: it has a setting for this
 
 _PARAMETERIZATIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 _SCALINGS = {"epsilon": "EpsScaling", "v_prediction": "VScaling"}
@@ -25,9 +25,9 @@ _SCALINGS = {"epsilon": "EpsScaling", "v_prediction": "VScaling"}
 def write_original_config(
     path: Path, configs: Mapping[str, Config], scheduler: Mapping[str, Any]
 ) -> Path | None:
-    """Write the `.yaml` of a single file whose U-Net predicts velocity, or whose noise ends in nothing but noise.
+    """Write the `.yaml` of a single file whose U-Net predicts velocity or whose schedule has zero terminal SNR.
 
-    Returns its path, None where no `.yaml` is needed. `configs` are the whole configs of the parts.
+    Returns its path, or None where no `.yaml` is needed. `configs` are the complete configs of the parts.
     """
     import yaml
 
@@ -48,9 +48,9 @@ def write_original_config(
 
 
 def schedule_beside(path: Path) -> Config:
-    """Read what the `.yaml` beside a single file says of its noise: changes to a scheduler's config.
+    """Return the changes to a scheduler's config that the `.yaml` beside a single file declares.
 
-    Raises FormatError for a `.yaml` that cannot be read: the webui would fail there too.
+    Raises FormatError for a `.yaml` that cannot be read, on which the webui fails too.
     """
     import yaml
 
@@ -59,16 +59,16 @@ def schedule_beside(path: Path) -> Config:
         return {}
     try:
         if beside.stat().st_size > LARGEST_CONFIG:
-            raise FormatError(f"{beside}: too large for a model's config; move it away if it is none.")
+            raise FormatError(f"{beside}: too large for a model's config; move it away if it is not one.")
         text = beside.read_text("utf-8")
         if sum(text.count(each) for each in "[{") > MOST_BRACKETS or "- " * 8 in text:
             raise ValueError("it is nested too deeply")
         tree = yaml.safe_load(text)
-    # A tag such as !!bool on something else fails inside yaml's constructors, each in its own way.
+    # A tag such as !!bool on another value raises various exceptions in yaml's constructors.
     except (OSError, ValueError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise FormatError(
-            f"{beside}: the config beside the model cannot be read ({why}); move it away if it is none."
+            f"{beside}: the config beside the model cannot be read ({why}); move it away if it is not one."
         ) from error
     params = _at(tree, "model", "params")
     changes: Config = {}
@@ -200,7 +200,7 @@ def _unet(package: str, config: Config) -> Config:
         "use_checkpoint": False,
         "legacy": False,
     }
-    # diffusers' attention_head_dim is the number of heads; LDM's later models give their width instead.
+    # diffusers' attention_head_dim is the number of heads; LDM's later configs give the width of a head.
     params |= (
         {"num_heads": heads} if isinstance(heads, int) else {"num_head_channels": channels[0] // heads[0]}
     )
@@ -211,7 +211,7 @@ def _unet(package: str, config: Config) -> Config:
             "spatial_transformer_attn_type": "softmax-xformers",
         }
     else:
-        params["image_size"] = 32  # which LDM's U-Net does not use
+        params["image_size"] = 32  # LDM's U-Net does not use them
     return {"target": f"{package}.modules.diffusionmodules.openaimodel.UNetModel", "params": params}
 
 

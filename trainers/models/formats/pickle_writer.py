@@ -1,8 +1,8 @@
-"""Writes `.pt` and `.ckpt` files that every webui accepts, and reads any of them without running code.
+"""Writes `.pt` and `.ckpt` files that every version of the webui accepts, and reads such files without running code.
 
-AUTOMATIC1111's webui lists the names inside such a file (a zip) and the globals of its pickle, and refuses the whole
-file on one unknown entry. What `torch.save` writes today has names it does not know, so the zip is written by
-`zip_writer.py`, with `data.pkl`, `data/N` and `version` alone: the names that even webui 1.9.4 accepts.
+AUTOMATIC1111's webui checks the names inside such a file (a zip) and the globals of its pickle, and rejects the file
+for one unknown entry. Current versions of `torch.save` write names that it does not know, so `zip_writer.py` writes the
+zip with `data.pkl`, `data/N` and `version` only: the names that webui 1.9.4 and later accept.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.models.formats.zip_writer import ZipWriter
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# The storages webui's checker lets through; bool, int8 and int16 tensors are not among them.
+# The storages that the webui's checker accepts; bool, int8 and int16 tensors are rejected.
 STORABLE_DTYPES = (*FLOAT_DTYPES, torch.int32, torch.int64, torch.uint8)
 
-METADATA_KEY = "dreamfleet"  # an extra entry of our files' dicts, which webui and diffusers pass over
+METADATA_KEY = "dreamfleet"  # an extra entry of our files' dicts, which the webui and diffusers ignore
 
-_PROTOCOL = 2  # what torch.save uses, and the newest that both checkers and weights_only read
-_BYTEARRAY = b"\nbytearray\n"  # as the pickles that torch's safe reader knows name it
+_PROTOCOL = 2  # the protocol of torch.save, and the newest that the webui and weights_only read
+_BYTEARRAY = b"\nbytearray\n"  # the name in pickles that torch's safe reader accepts
 _TENSOR = re.compile(r"/data/\d+$")
-_LARGEST_INT = 2**2000  # beyond it pickle 2 uses an opcode that weights_only does not read
+_LARGEST_INT = 2**2000  # for larger ones pickle 2 uses an opcode that weights_only does not read
 
 
 def save_pickle(obj: Any, path: str | os.PathLike[str]) -> Path:
     """Write `obj` to `path` as a `.pt`/`.ckpt` that webui 1.9.4 and 1.10.1 accept and `weights_only=True` reads.
 
     `obj` may hold None, bool, int, float, str, lists, tuples, dicts and dense tensors of `STORABLE_DTYPES`.
-    Parameters become plain tensors, ordered dicts plain dicts, device tensors CPU tensors, and a view keeps its own
-    elements only. The file appears whole or not at all. Raises FormatError for anything else, naming where it is,
-    and StorageError when the disk refuses.
+    Parameters become plain tensors, ordered dicts plain dicts, device tensors CPU tensors, and a view keeps only its
+    own elements. The file is written atomically. Raises FormatError naming the entry for any other type, and
+    StorageError when writing fails.
     """
     plain = _to_plain(obj, "")
     path = Path(path)
@@ -73,11 +73,11 @@ def save_pickle(obj: Any, path: str | os.PathLike[str]) -> Path:
 
 
 def load_pickle(source: str | os.PathLike[str] | bytes) -> Any:
-    """Read a `.pt`, `.bin` or `.ckpt` (zip or the older stream) on the CPU, running none of its code.
+    """Read a `.pt`, `.bin` or `.ckpt` (zip or the older stream) on the CPU without running code from it.
 
-    Tensors and plain containers come back as they were; bookkeeping objects that older trainers left in their files
-    (Lightning callbacks, numpy numbers) come back empty. Raises FormatError, naming the file, when it is empty, cut
-    short, not such a file, or asks for a global that is not on the list.
+    Tensors and plain containers are restored; other objects that older trainers stored (Lightning callbacks, numpy
+    numbers) are read as empty objects. Raises FormatError naming the file when it is empty, truncated, of another
+    format, or uses a global that is not allowed.
     """
     where = "these bytes" if isinstance(source, bytes) else str(source)
     size = len(source) if isinstance(source, bytes) else _size_of(Path(source))
@@ -86,17 +86,17 @@ def load_pickle(source: str | os.PathLike[str] | bytes) -> Any:
     _require_bounded(source, size, where)
     stream: Any = io.BytesIO(source) if isinstance(source, bytes) else str(source)
     try:
-        # torch warns of pickle protocols that it may not read; what it does not read is told below.
+        # torch warns about pickle protocols; unreadable files raise an error below.
         with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings(action="ignore"):
             return torch.load(stream, map_location="cpu", weights_only=True)
     except OSError as error:
         raise StorageError(f"{where}: cannot be read ({error.strerror or error}).") from error
-    except Exception as error:  # a hostile or broken stream fails in any way torch's reader can
+    except Exception as error:  # a hostile or damaged stream can raise any exception
         raise FormatError(_explain(where, error)) from error
 
 
 def text_entries(value: Any) -> dict[str, str]:
-    """Read the JSON that stands under METADATA_KEY; {} for anything else."""
+    """Return the text entries of the JSON under METADATA_KEY; {} for any other value."""
     try:
         found = json.loads(value) if isinstance(value, str) else {}
     except (ValueError, RecursionError):
@@ -105,16 +105,16 @@ def text_entries(value: Any) -> dict[str, str]:
 
 
 def replacing(path: str | os.PathLike[str]) -> AbstractContextManager[Path]:
-    """Give a temporary path that takes the place of `path` at the end: readers never meet half a file.
+    """Yield a temporary path that replaces `path` at the end, so that readers never see a partial file.
 
-    Makes the folder when it is missing. Raises StorageError when the disk is full or refuses.
+    Creates the folder if it is missing. Raises StorageError when writing fails.
     """
     path = Path(path)
     return Storage(path.parent).staging(path.name)
 
 
 class _Ignored:
-    """Stands in for an object whose content nobody needs: takes any arguments and any state, keeps none."""
+    """Placeholder for an object whose content is not needed: accepts any arguments and state, and keeps none."""
 
     def __init__(self, *arguments: Any) -> None:
         pass
@@ -124,7 +124,7 @@ class _Ignored:
 
 
 class _Parameters(_Ignored):
-    """Stands in for torch's ParameterDict, which the first Textual Inversion files hold: keeps the tensors."""
+    """Placeholder for torch's ParameterDict, which early Textual Inversion files contain: keeps the tensors."""
 
     parameters: dict[str, torch.Tensor]
 
@@ -134,7 +134,7 @@ class _Parameters(_Ignored):
 
 
 def parameters_of(value: Any) -> Any:
-    """Give the dict of tensors inside a ParameterDict that `load_pickle` read; anything else as it is."""
+    """Return the dict of tensors of a ParameterDict that `load_pickle` read, and any other value unchanged."""
     return value.parameters if isinstance(value, _Parameters) else value
 
 
@@ -157,7 +157,7 @@ _HARMLESS: list[Any] = [
 
 
 def _to_plain(value: Any, where: str) -> Any:
-    """Rebuild `value` of the types both checkers know; `where` is the path of keys to it."""
+    """Return `value` rebuilt from the types that the webui accepts; `where` is its path of keys."""
     kind = type(value)
     if value is None or kind in (bool, float, str):
         return value
@@ -175,7 +175,7 @@ def _to_plain(value: Any, where: str) -> Any:
     if kind in (torch.Tensor, torch.nn.Parameter):
         return _to_plain_tensor(value, where)
     raise FormatError(
-        f"{where or 'the object'} is a {kind.__module__}.{kind.__qualname__}, which webui refuses to read from a .pt "
+        f"{where or 'the object'} is a {kind.__module__}.{kind.__qualname__}, which the webui rejects in a .pt "
         "file. Use plain Python numbers, text, lists, dicts and tensors."
     )
 
@@ -185,7 +185,7 @@ def _to_plain_tensor(value: torch.Tensor, where: str) -> torch.Tensor:
         raise FormatError(f"{where or 'the tensor'} is not an ordinary dense tensor with values.")
     if value.dtype not in STORABLE_DTYPES:
         raise FormatError(
-            f"{where or 'the tensor'} has dtype {value.dtype}, which webui refuses to read. "
+            f"{where or 'the tensor'} has dtype {value.dtype}, which the webui rejects. "
             f"Convert it to one of {', '.join(str(dtype).removeprefix('torch.') for dtype in STORABLE_DTYPES)}."
         )
     plain = value.detach().resolve_neg().cpu().contiguous()
@@ -195,20 +195,20 @@ def _to_plain_tensor(value: torch.Tensor, where: str) -> torch.Tensor:
 
 
 def is_dense(value: Any) -> TypeGuard[torch.Tensor]:
-    """Say whether this is a plain tensor in memory: sparse and meta ones pass torch's safe reader as well."""
+    """Return whether a value is a dense tensor in memory; torch's safe reader returns sparse and meta ones too."""
     return isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
 
 
 def is_real(value: Any) -> TypeGuard[torch.Tensor]:
-    """Say whether this is a plain tensor of floating-point numbers."""
+    """Return whether a value is a dense tensor of floating-point numbers."""
     return is_dense(value) and value.dtype in FLOAT_DTYPES
 
 
 def require_backed(tensors: Iterable[torch.Tensor], path: Path) -> None:
-    """Refuse tensors that claim more memory than a file can fill.
+    """Raise FormatError for tensors that would take more memory than a file of this size can hold.
 
-    One may be a view that says "a million times this number": copied, it would take all memory. Two may share theirs,
-    so that a file can honestly give twice its size. Raises FormatError.
+    A tensor may be an expanded view of a single number, which would fill the memory when copied. Two tensors may share
+    their storage, so up to twice the file's size is accepted.
     """
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if claimed > 2 * _size_of(path):
@@ -216,10 +216,10 @@ def require_backed(tensors: Iterable[torch.Tensor], path: Path) -> None:
 
 
 def _require_bounded(source: str | os.PathLike[str] | bytes, size: int, where: str) -> None:
-    """Refuse what would take far more memory than its size.
+    """Raise FormatError for content that would take far more memory than its size.
 
-    A zip that unpacks to more: entries that are compressed or overlap; torch writes neither. A pickle that asks for an
-    empty bytearray of any length, the one call of that kind that torch's safe reader allows.
+    That is a zip with compressed or overlapping entries, which torch never writes, or a pickle that creates a bytearray
+    of a given length, which torch's safe reader allows.
     """
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
@@ -236,15 +236,15 @@ def _require_bounded(source: str | os.PathLike[str] | bytes, size: int, where: s
                     )
     except OSError as error:
         raise StorageError(f"{where}: cannot be read ({error.strerror or error}).") from error
-    except Exception as error:  # zipfile raises its own zoo of errors for a broken directory
-        raise FormatError(f"{where}: the file is cut short or damaged. Copy or export it again.") from error
+    except Exception as error:  # zipfile raises many kinds of errors for a damaged directory
+        raise FormatError(f"{where}: the file is truncated or damaged. Copy or export it again.") from error
     if unpacked > size:
         raise FormatError(
-            f"{where}: refused, because it unpacks to {unpacked} bytes from {size}, as no file of PyTorch does."
+            f"{where}: rejected, because it unpacks to {unpacked} bytes from {size}, as no file of PyTorch does."
         )
     if asks:
         raise FormatError(
-            f"{where}: refused, because it asks for a bytearray, as no model or embedding does."
+            f"{where}: rejected, because it creates a bytearray, as no model or embedding does."
         )
 
 
@@ -264,11 +264,11 @@ def _explain(where: str, error: Exception) -> str:
     if unsafe:
         name = next(group for group in unsafe.groups() if group)
         return (
-            f"{where}: refused, because reading it would call {name}, which can run code. "
+            f"{where}: rejected, because reading it would call {name}, which can run code. "
             "Ask its author for a .safetensors file, or for a .pt with tensors only."
         )
     if isinstance(error, EOFError) or "central directory" in text or "zip archive" in text:
-        return f"{where}: the file is cut short or damaged. Copy or export it again."
+        return f"{where}: the file is truncated or damaged. Copy or export it again."
     return f"{where}: not a PyTorch file that can be read safely ({type(error).__name__})."
 
 

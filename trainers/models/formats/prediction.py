@@ -1,4 +1,4 @@
-"""What a single file's U-Net predicts, noise or velocity: keys do not tell it, other signs do."""
+"""Finds out whether a single file's U-Net predicts noise or velocity, which its keys do not show."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _MODELSPEC = {"v": "v_prediction", "epsilon": "epsilon"}
 _VELOCITY, _ENDS_IN_NOISE = "v_pred", "ztsnr"  # names of empty tensors
 
 
-def told_schedule(state: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> Config:
-    """Read what is said of a file's noise: changes to its family's scheduler config.
+def declared_schedule(state: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> Config:
+    """Return the changes to the family's scheduler config that a file and its companions declare.
 
-    The `.yaml` beside it counts most, then modelspec's entry in its header (kohya's), then the empty tensors `v_pred`
-    and `ztsnr`, which ComfyUI goes by. Raises FormatError for a `.yaml` that cannot be read.
+    In order of precedence: the `.yaml` beside it, modelspec's entry in its header (kohya's), the empty tensors `v_pred`
+    and `ztsnr`, which ComfyUI reads. Raises FormatError for a `.yaml` that cannot be read.
     """
     changes: Config = {}
     if _VELOCITY in state:
@@ -34,7 +34,7 @@ def told_schedule(state: Mapping[str, Tensor], metadata: Mapping[str, str], path
 
 
 def prediction_marks(scheduler: Mapping[str, Any], family: Family) -> dict[str, Tensor]:
-    """Return the empty tensors that tell ComfyUI what an SDXL's U-Net predicts; of other families it reads none."""
+    """Return the empty tensors from which ComfyUI reads an SDXL U-Net's prediction type; it reads none for others."""
     if family != "sdxl" or scheduler["prediction_type"] != "v_prediction":
         return {}
     names = [_VELOCITY, *([_ENDS_IN_NOISE] if scheduler.get(ZERO_SNR) else [])]
@@ -43,10 +43,10 @@ def prediction_marks(scheduler: Mapping[str, Any], family: Family) -> dict[str, 
 
 @torch.no_grad()
 def predicts_velocity(unet: Any) -> bool:
-    """Try whether Stable Diffusion 2's U-Net predicts velocity, as the webui does.
+    """Return whether a Stable Diffusion 2 U-Net predicts velocity, by a trial as in the webui.
 
-    At the last timestep what enters is nearly all noise: one that predicts noise gives about the same back, one that
-    predicts velocity nearly the negative picture (webui, modules/sd_models_config.py, sd2's v-parameterization).
+    At the last timestep the input is nearly all noise: a U-Net that predicts noise returns about its input, one that
+    predicts velocity nearly the negative image (webui, modules/sd_models_config.py, sd2's v-parameterization).
     """
     side = 2 ** (len(unet.config.block_out_channels) - 1)
     latents = torch.full((1, unet.config.in_channels, side, side), 0.5, dtype=unet.dtype)

@@ -33,14 +33,14 @@ from dreamfleet.trainers.models.formats.pickle_writer import (
     require_backed,
     save_pickle,
 )
-from dreamfleet.trainers.models.formats.prediction import prediction_marks, told_schedule
+from dreamfleet.trainers.models.formats.prediction import declared_schedule, prediction_marks
 from dreamfleet.trainers.models.formats.tensor_files import read_safetensors, to_dtype, write_safetensors
 from dreamfleet.trainers.models.formats.text_names import Place
 
 
 @dataclass(frozen=True)
 class SingleFileParts:
-    """What a single file holds: state dicts under diffusers' names, the configs they fit, the header's text entries."""
+    """The content of a single file: state dicts under diffusers' names, their configs, the header's text entries."""
 
     states: dict[str, dict[str, Tensor]]
     configs: dict[str, Config]
@@ -84,7 +84,7 @@ def load_single_file_parts(
     configs: Mapping[str, Config] | None = None,
     needs: Collection[str] = NEEDS,
 ) -> SingleFileParts:
-    """Read a `.safetensors` or `.ckpt`; `configs` overrule the ones in the file or its family's own.
+    """Read a `.safetensors` or `.ckpt`; `configs` override those in the file and the family's defaults.
 
     Raises FormatError for another kind of model, and for parts that are missing or do not fit their config.
     """
@@ -104,16 +104,16 @@ def configs_for(
     path: Path,
     given: Mapping[str, Config] | None = None,
 ) -> dict[str, Config]:
-    """Find the configs of a single file: `given` ones, our header's, and the family's published ones for the rest.
+    """Return the configs of a single file: `given` ones, the header's, and the family's published ones for the rest.
 
-    Of `state` only names and shapes count. A scheduler's config without `prediction_type` means that nothing tells it.
+    Only names and shapes of `state` are used. The scheduler's config has no `prediction_type` where none is declared.
     Raises FormatError for a model of another family.
     """
     found = {**configs_in(metadata, path), **(given or {})}
     family = family_of(found) if found else family_in(state, path)
     if "scheduler" in found:
         return {**FAMILY_CONFIGS[family], **found}
-    told = told_schedule(state, metadata, path)
+    told = declared_schedule(state, metadata, path)
     at_512 = family == "sd2" and told.get("prediction_type") == "epsilon"
     published = SD2_BASE_CONFIGS if at_512 else FAMILY_CONFIGS[family]
     scheduler = {**published["scheduler"], **told}

@@ -1,4 +1,4 @@
-"""Safetensors files: written one tensor at a time, so that a large model is never held twice, and read whole.
+"""Reads safetensors files, and writes them one tensor at a time, so that a large model is never held twice.
 
 Format: github.com/huggingface/safetensors, README, "Format".
 """
@@ -34,16 +34,16 @@ def write_safetensors(
     dtype: torch.dtype | None = None,
     header: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `state`, floating-point tensors in `dtype` (each its own when None), with text entries in the header.
+    """Write `state` with text entries in the header; `dtype` is that of floating-point tensors, None for their own.
 
-    Raises FormatError for a dtype nobody stores models in, StorageError when the disk refuses.
+    Raises FormatError for an unsupported dtype, StorageError when writing fails.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(header or {})}}
     end = 0
     for key, tensor in state.items():
         kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
         if kind not in _DTYPE_NAMES:
-            raise FormatError(f"{path}: {key} has dtype {kind}, which models are not stored in.")
+            raise FormatError(f"{path}: {key} has dtype {kind}, which is not supported.")
         start, end = end, end + tensor.numel() * kind.itemsize
         entries[key] = {
             "dtype": _DTYPE_NAMES[kind],
@@ -74,7 +74,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise as_storage_error("read", str(path), error) from error
     except SafetensorError as error:
         raise FormatError(
-            f"{path}: not a whole safetensors file ({error}). Copy or export it again."
+            f"{path}: not a complete safetensors file ({error}). Copy or export it again."
         ) from error
 
 
@@ -86,9 +86,9 @@ def safetensors_names(path: Path) -> list[str]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return list(file.keys())
     except (OSError, SafetensorError) as error:
-        raise FormatError(f"{path}: not a whole safetensors file ({error}).") from error
+        raise FormatError(f"{path}: not a complete safetensors file ({error}).") from error
 
 
 def to_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Give the tensor on the CPU, dense, and in `dtype` where it holds floating-point numbers."""
+    """Return the tensor on the CPU and contiguous; floating-point ones in `dtype`."""
     return tensor.detach().to(dtype=dtype if tensor.is_floating_point() else None, device="cpu").contiguous()

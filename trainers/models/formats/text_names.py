@@ -1,4 +1,4 @@
-"""Names of text encoders' parameters in single files: transformers' own after `text_model.`, or OpenCLIP's."""
+"""Maps text encoder parameters to their names in single files: transformers' after `text_model.`, or OpenCLIP's."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _LAYER = re.compile(r"encoder\.layers\.(\d+)\.([\w.]+)\.(weight|bias)")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a file keeps a parameter: under `name`, there transposed, or as one `third` of a joined tensor."""
+    """Where a file stores a parameter: under `name`, possibly transposed, or as one `third` of a joined tensor."""
 
     name: str
     third: int | None = None
     transposed: bool = False
 
     def under(self, prefix: str) -> Place:
-        """Give the place with a prefix before its name."""
+        """Return the place with a prefix before its name."""
         return replace(self, name=prefix + self.name)
 
 
 def clip_place(key: str) -> Place:
-    """Give the name after `text_model.`, which transformers 5 dropped and webui and LDM expect."""
+    """Return the name with `text_model.`, which transformers 5 dropped and the webui and LDM expect."""
     plain = plain_text_key(key)
     if not plain.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
         raise FormatError(f"the text encoder's parameter {key!r} has no name in single files.")
@@ -46,7 +46,7 @@ def clip_place(key: str) -> Place:
 
 
 def openclip_place(key: str) -> Place:
-    """Give OpenCLIP's name, where queries, keys and values are one tensor and the projection is no layer."""
+    """Return OpenCLIP's name; there queries, keys and values are one tensor and the projection is a bare tensor."""
     plain = plain_text_key(key)
     if plain == "text_projection.weight":
         return Place("text_projection", transposed=True)
@@ -62,5 +62,5 @@ def openclip_place(key: str) -> Place:
 
 
 def plain_text_key(key: str) -> str:
-    """Give a parameter's name without what wraps it: transformers' `text_model.`, our table of learned words."""
+    """Return a parameter's name without wrappers: transformers' `text_model.`, our table of learned words."""
     return key.removeprefix("text_model.").replace("token_embedding.table.", "token_embedding.")

@@ -1,8 +1,8 @@
-"""Writes the zips that PyTorch's readers of every age open: uncompressed, aligned, in 64-bit form only where needed.
+"""Writes zips that all versions of PyTorch's reader open: uncompressed, aligned, in 64-bit form only where needed.
 
 Python's zipfile writes an offset beyond 2 GiB in zip64's form: 0xFFFFFFFF where the offset belongs, the offset itself
-in an extra field. The reader of PyTorch 2.1 and 2.3 (miniz) takes 0xFFFFFFFF for an offset when it checks that an entry
-lies within the file, so it refuses such files below 4 GiB ("invalid header"). Beyond 4 GiB the check passes.
+in an extra field. The reader of PyTorch 2.1 and 2.3 (miniz) uses 0xFFFFFFFF as the offset when it checks that an entry
+lies within the file, so it rejects such files below 4 GiB ("invalid header"). Above 4 GiB the check passes.
 Format: PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.3.
 """
 
@@ -13,10 +13,10 @@ import zlib
 from typing import IO, NamedTuple
 
 _ALIGNMENT = 64  # bytes: torch reads tensors in place when their data starts at such an offset
-_LARGEST = 0xFFFFFFFE  # that a 32-bit field holds itself
-_ELSEWHERE = 0xFFFFFFFF  # stands in a 32-bit field whose value is in zip64's
+_LARGEST = 0xFFFFFFFE  # the largest value of a 32-bit field
+_ELSEWHERE = 0xFFFFFFFF  # marks a 32-bit field whose value is in the zip64 field
 _MOST_ENTRIES = 0xFFFF
-_DATE = 0x21  # 1980-01-01, for all: the same content gives the same bytes
+_DATE = 0x21  # 1980-01-01 for every entry, so that equal content gives equal bytes
 
 
 class _Entry(NamedTuple):
@@ -27,7 +27,7 @@ class _Entry(NamedTuple):
 
 
 class ZipWriter:
-    """Writes entries one after the other; :meth:`close` writes the directory, without which nothing can be read."""
+    """Writes entries in order; :meth:`close` writes the directory, without which the file cannot be read."""
 
     def __init__(self, file: IO[bytes]):
         self._file, self._entries = file, list[_Entry]()
@@ -58,7 +58,7 @@ class ZipWriter:
 
 
 def local_header(name: bytes, size: int, checksum: int, *, at: int) -> bytes:
-    """Make what stands before an entry's data in a file: the header, the name, and fields up to the alignment."""
+    """Return the bytes before an entry's data: the header, the name, and padding fields up to the alignment."""
     large = size > _LARGEST
     extra = struct.pack("<HHQQ", 1, 16, size, size) if large else b""
     padding = -(at + 30 + len(name) + len(extra)) % _ALIGNMENT

@@ -1,6 +1,6 @@
-"""How a picture was drawn, as the text that AUTOMATIC1111's webui writes into a PNG's `parameters` and reads back.
+"""Writes how an image was generated as the webui does, into the `parameters` text of a PNG.
 
-Form (webui, `modules/processing.py` and `modules/infotext_utils.py`): the prompt, a line `Negative prompt: ...`, and a
+Format (webui, `modules/processing.py`, `modules/infotext_utils.py`): the prompt, a line `Negative prompt: ...`, and a
 last line of `Key: value` pairs, where a value with a comma, a colon or a line break is a JSON string.
 """
 
@@ -20,9 +20,9 @@ _SCHEDULES = {"dpm++": "Karras"}
 
 
 def sampler_entries(name: str, *, zero_snr: bool = False) -> dict[str, str | None]:
-    """Give the webui's entries for a sampler; ``zero_snr``: of a model whose noise ends without a signal."""
+    """Return the webui's entries for a sampler; ``zero_snr``: the model's schedule has zero terminal SNR."""
     plain = plain_sampler(name)
-    # There `sample.make_scheduler` takes steps that are even and begin with the last timestep.
+    # With zero SNR `sample.make_scheduler` uses even steps that begin with the last timestep.
     schedule = "SGM Uniform" if zero_snr and plain in _SCHEDULES else _SCHEDULES.get(plain, "Automatic")
     return {
         "Sampler": _WEBUI_NAMES[plain],
@@ -33,14 +33,14 @@ def sampler_entries(name: str, *, zero_snr: bool = False) -> dict[str, str | Non
 
 
 def infotext(prompt: str, negative_prompt: str, entries: Mapping[str, Any]) -> str:
-    """Write the text; entries that are None are left out."""
-    told = ", ".join(f"{key}: {_quoted(value)}" for key, value in entries.items() if value is not None)
+    """Return the text; entries that are None are left out."""
+    pairs = ", ".join(f"{key}: {_quoted(value)}" for key, value in entries.items() if value is not None)
     negative = f"\nNegative prompt: {negative_prompt}" if negative_prompt else ""
-    return f"{prompt}{negative}\n{told}".strip()
+    return f"{prompt}{negative}\n{pairs}".strip()
 
 
 def png_info(text: str) -> PngImagePlugin.PngInfo:
-    """Put the text where a PNG keeps it."""
+    """Return the text as a PNG's metadata."""
     info = PngImagePlugin.PngInfo()
     info.add_text(KEY, text) if text.isascii() else info.add_itxt(KEY, text)
     return info
@@ -48,4 +48,4 @@ def png_info(text: str) -> PngImagePlugin.PngInfo:
 
 def _quoted(value: Any) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    return json.dumps(text, ensure_ascii=False) if any(sign in text for sign in ",\n:") else text
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",\n:") else text

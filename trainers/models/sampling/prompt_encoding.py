@@ -1,6 +1,6 @@
-"""Encodes what pictures are drawn with: each prompt's conditions by step, weighted, and those of its negative prompt.
+"""Encodes prompts and negative prompts into the conditions of each sampling step, with weights.
 
-R texts, B pictures, T tokens, D their width.
+R texts, B images, T tokens, D their width.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ if TYPE_CHECKING:
 Encode = Callable[[Sequence[str], Tensor], Condition]  # of texts and their ids
 
 
-class Timed(NamedTuple):
-    """A text's conditions, each of one sample, by step."""
+class ScheduledCondition(NamedTuple):
+    """A prompt's conditions by step, each of batch size 1."""
 
     schedule: Schedule
     conditions: Sequence[Condition]  # for each text of the schedule
 
     def at(self, index: int) -> Condition:
-        """Return the condition of the step of this index, from 0."""
+        """Return the condition at a step, counted from 0."""
         return self.conditions[text_at(self.schedule, index)]
 
 
 class Guide(NamedTuple):
-    """What one picture is drawn with: where to, each with a weight, and what away from (None: no guidance)."""
+    """The conditions of one image: weighted positive ones, and the negative one (None: no guidance)."""
 
-    towards: Sequence[tuple[float, Timed]]
-    away: Timed | None
+    positive: Sequence[tuple[float, ScheduledCondition]]
+    negative: ScheduledCondition | None
 
     @property
     def is_plain(self) -> bool:
-        """Whether there is one prompt at full weight, so that a guidance scale of 1 needs no negative prompt."""
-        return len(self.towards) == 1 and self.towards[0][0] == 1
+        """Whether there is one positive condition of weight 1, so that a guidance scale of 1 needs no negative."""
+        return len(self.positive) == 1 and self.positive[0][0] == 1
 
 
 def make_guides(
@@ -62,26 +62,28 @@ def make_guides(
     parsed = [parse_prompt(request.prompt, steps, words, plain=plain) for request in batch]
     schedules = [part.schedule for parts in parsed for part in parts]
     found = iter(encode_schedules(model, schedules, encode))
-    towards = [_of_one_length([(part.weight, next(found)) for part in parts]) for parts in parsed]
-    guides = [Guide(each, None) for each in towards]
+    positives = [_pad_to_longest([(part.weight, next(found)) for part in parts]) for parts in parsed]
+    guides = [Guide(each, None) for each in positives]
     guided = [batch[0].guidance_scale != 1 or not guide.is_plain for guide in guides]
-    away = {}
+    encoded_negatives = {}
     for text in dict.fromkeys(text for text, needed in zip(negatives, guided, strict=True) if needed):
         schedule = parse_negative(text, steps, words, plain=plain)
-        away[text] = encode_schedules(model, [schedule], encode)[0]
-        if model.zeros_for_empty_prompt and not any(said for _, said in schedule):
-            conditions = [condition.map(torch.zeros_like) for condition in away[text].conditions]
-            away[text] = Timed(schedule, conditions)  # as diffusers and the webui have it
+        encoded_negatives[text] = encode_schedules(model, [schedule], encode)[0]
+        if model.zeros_for_empty_prompt and not any(part for _, part in schedule):
+            conditions = [condition.map(torch.zeros_like) for condition in encoded_negatives[text].conditions]
+            encoded_negatives[text] = ScheduledCondition(
+                schedule, conditions
+            )  # as in diffusers and the webui
     return [
-        guide._replace(away=away[text]) if needed else guide
+        guide._replace(negative=encoded_negatives[text]) if needed else guide
         for guide, text, needed in zip(guides, negatives, guided, strict=True)
     ]
 
 
 def encode_schedules(
     model: DiffusionModel, schedules: Sequence[Schedule], encode: Encode | None = None
-) -> list[Timed]:
-    """Encode the texts of schedules, those of equal length in one go; all texts of a schedule get one length."""
+) -> list[ScheduledCondition]:
+    """Encode the texts of schedules, those of equal length together; all texts of a schedule get one length."""
     read: Encode = encode or model.prompt_encoder or (lambda _, ids: model.encode_tokens(ids))
     device = model.text_device
     texts = [list(dict.fromkeys(text for _, text in schedule)) for schedule in schedules]
@@ -89,18 +91,18 @@ def encode_schedules(
         model.tokenize_weighted([attention(text) for text in each], least=model.num_chunks) for each in texts
     ]
     lengths = [ids.shape[-1] for ids, _ in tokens]
-    found: dict[int, Timed] = {}
+    found: dict[int, ScheduledCondition] = {}
     for length in dict.fromkeys(lengths):
         chosen = [number for number, each in enumerate(lengths) if each == length]
         every = [text for number in chosen for text in texts[number]]
         rows = read(every, torch.cat([tokens[number][0] for number in chosen]).to(device)).rows()
         for number in chosen:
             own, rows = rows[: len(texts[number])], rows[len(texts[number]) :]
-            said = [text for _, text in schedules[number]]
-            shares = [said.count(text) for text in texts[number]]
+            used = [text for _, text in schedules[number]]
+            shares = [used.count(text) for text in texts[number]]
             weighted = _weighted(model, own, tokens[number][1], shares)
             of = dict(zip(texts[number], weighted, strict=True))
-            found[number] = Timed(schedules[number], [of[text] for text in said])
+            found[number] = ScheduledCondition(schedules[number], [of[text] for text in used])
     return [found[number] for number in range(len(schedules))]
 
 
@@ -119,9 +121,11 @@ def _weighted(
     return model.weigh_tokens(whole, weights_RT, shares_R).rows()
 
 
-def _of_one_length(parts: Sequence[tuple[float, Timed]]) -> list[tuple[float, Timed]]:
-    """Give all parts of a prompt the length of the longest, by repeating their last token, as the webui does."""
-    longest = max(condition.context.shape[1] for _, timed in parts for condition in timed.conditions)
+def _pad_to_longest(
+    parts: Sequence[tuple[float, ScheduledCondition]],
+) -> list[tuple[float, ScheduledCondition]]:
+    """Extend all parts of a prompt to the longest by repeating their last token, as the webui does."""
+    longest = max(condition.context.shape[1] for _, scheduled in parts for condition in scheduled.conditions)
 
     def filled(condition: Condition) -> Condition:
         missing = longest - condition.context.shape[1]
@@ -131,8 +135,8 @@ def _of_one_length(parts: Sequence[tuple[float, Timed]]) -> list[tuple[float, Ti
         return condition._replace(context=torch.cat([condition.context, last], dim=1))
 
     return [
-        (weight, timed._replace(conditions=[filled(each) for each in timed.conditions]))
-        for weight, timed in parts
+        (weight, scheduled._replace(conditions=[filled(each) for each in scheduled.conditions]))
+        for weight, scheduled in parts
     ]
 
 

@@ -1,7 +1,7 @@
-"""Reads the webui's prompt syntax: comments, tags, AND, prompt editing, alternation, BREAK and attention weights.
+"""Parses the webui's prompt syntax: comments, tags, AND, prompt editing, alternation, BREAK, attention weights.
 
-Pure functions on text; nothing here knows a model. The semantics are those of AUTOMATIC1111's webui 1.10, oddities
-included, as users paste their prompts. `docs/prompts.md` documents them, and the few differences.
+Pure functions on text, independent of any model. The semantics are those of AUTOMATIC1111's webui 1.10 including its
+oddities, because users paste their prompts. `docs/prompts.md` documents them and the few differences.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import NamedTuple
 
 from dreamfleet.trainers.models.prompt_pieces import BREAK, Piece
 
-ROUND, SQUARE = 1.1, 1 / 1.1  # what a pair of brackets without a number multiplies the weight by
+ROUND, SQUARE = 1.1, 1 / 1.1  # weight factors of a pair of brackets without a number
 
 Schedule = tuple[tuple[int, str], ...]  # texts in order, each with the number of its last step
 
 
 class Part(NamedTuple):
-    """One of the texts that AND combines: its weight in the guidance, and what it says until which step."""
+    """One of the texts that AND combines: its weight in the guidance, and its text by step."""
 
     weight: float
     schedule: Schedule
 
 
 class Tag(NamedTuple):
-    """``<KIND:NAME:0.8:te=0.5>``: its kind, and what stands between the colons."""
+    """``<KIND:NAME:0.8:te=0.5>``: its kind, and the items between the colons."""
 
     kind: str
     items: tuple[str, ...]
@@ -44,10 +44,10 @@ class Tag(NamedTuple):
 
 
 def parse_prompt(prompt: str, steps: int, words: Iterable[str] = (), *, plain: bool = False) -> list[Part]:
-    """Parse a prompt: the parts that AND combines, each with its texts by step; comments and tags are left out.
+    """Return the parts of a prompt that AND combines, each with its texts by step, without comments and tags.
 
-    ``words`` are taken literally even where they contain syntax, as a placeholder like ``[V]`` does; ``plain``: so is
-    the whole prompt. What attention weights the texts hold :func:`attention` reads.
+    ``words`` are literal even where they contain syntax, such as the placeholder ``[V]``; ``plain``: the whole prompt
+    is. The texts still hold attention weights, which :func:`attention` parses.
     """
     if plain:
         return [Part(1.0, ((steps, escape(prompt)),))]
@@ -57,7 +57,7 @@ def parse_prompt(prompt: str, steps: int, words: Iterable[str] = (), *, plain: b
 
 
 def parse_negative(prompt: str, steps: int, words: Iterable[str] = (), *, plain: bool = False) -> Schedule:
-    """Parse a negative prompt, which has neither AND nor tags, as in the webui."""
+    """Return the texts of a negative prompt by step; as in the webui, it has neither AND nor tags."""
     if plain:
         return ((steps, escape(prompt)),)
     prompt, words = _shielded(prompt, words)
@@ -65,7 +65,7 @@ def parse_negative(prompt: str, steps: int, words: Iterable[str] = (), *, plain:
 
 
 def strip_comments(prompt: str) -> str:
-    """Remove what stands between ``#`` and the end of its line."""
+    """Remove comments, from ``#`` to the end of the line."""
     if "#" not in prompt:
         return prompt
     whole_lines = re.sub(r"(?:^|\n)#[^\n]*(?:\n|\Z)", "\n", prompt)
@@ -73,7 +73,7 @@ def strip_comments(prompt: str) -> str:
 
 
 def split_tags(prompt: str, kinds: Collection[str] | None = None) -> tuple[str, list[Tag]]:
-    """Split ``a cat <lora:NAME:0.8>`` into its text and its tags: of any kind, or of these ``kinds``."""
+    """Split ``a cat <lora:NAME:0.8>`` into text and tags; of any kind, or of ``kinds``."""
     tags: list[Tag] = []
 
     def take(match: re.Match[str]) -> str:
@@ -86,7 +86,7 @@ def split_tags(prompt: str, kinds: Collection[str] | None = None) -> tuple[str, 
 
 
 def split_and(prompt: str) -> list[tuple[str, float]]:
-    """Split a prompt at AND; each part's weight is the number after its last colon, 1 when there is none."""
+    """Split a prompt at AND; a part's weight is the number after its last colon, 1 by default."""
     found = []
     for part in re.split(r"\bAND\b", prompt):
         number = re.search(r"\s*:\s*([-+]?(?:\d+\.?|\d*\.\d+))\s*\Z", part)
@@ -98,7 +98,7 @@ def split_and(prompt: str) -> list[tuple[str, float]]:
 def schedule(text: str, steps: int) -> Schedule:
     """Resolve prompt editing and alternation: ``a [cat:dog:0.5]`` -> ``((5, "a cat"), (10, "a dog"))`` for 10 steps.
 
-    A text whose syntax is broken by a stray ``|`` or a lone backslash is taken as it is.
+    A text with invalid syntax (a stray ``|`` or a single backslash) is used unchanged.
     """
     try:
         items = _parse_edits(text)
@@ -117,19 +117,18 @@ def schedule(text: str, steps: int) -> Schedule:
 
 
 def text_at(texts: Schedule, index: int) -> int:
-    """Return which text of a schedule the step of this index, from 0, is drawn with.
+    """Return the index of the text that a schedule uses at a step, counted from 0.
 
-    The webui compares its step's index with the number of the last step, so the first text has one step more than it
-    says.
+    The webui compares the step's index with the number of the last step, so the first text gets one more step.
     """
     return next((number for number, (end, _) in enumerate(texts) if index <= end), 0)
 
 
 def attention(text: str) -> list[Piece]:
-    """Split a text into pieces by attention weight: ``a (cat:1.3)`` -> ``a `` at 1 and ``cat`` at 1.3.
+    """Split a text into pieces by attention weight: ``a (cat:1.3)`` -> ``a `` at 1, ``cat`` at 1.3.
 
-    ``( )`` multiplies by 1.1, ``[ ]`` divides by it, a backslash makes brackets literal, and BREAK is a piece of its
-    own. Brackets that are never closed hold to the end.
+    ``( )`` multiplies by 1.1, ``[ ]`` divides by it, a backslash makes brackets literal, and BREAK is a separate piece.
+    Unclosed brackets extend to the end.
     """
     found: list[list[str | float]] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
@@ -145,7 +144,7 @@ def attention(text: str) -> list[Piece]:
         elif token in opened:
             opened[token].append(len(found))
         elif match["weight"] and opened["("]:
-            if weight is None:  # (a:1.2.3) has no weight: these are words
+            if weight is None:  # (a:1.2.3) has no weight; it is text
                 found.append([token[:-1], 1.0])
             close("(", ROUND if weight is None else weight)
         elif token == ")" and opened["("]:
@@ -164,7 +163,7 @@ def attention(text: str) -> list[Piece]:
 
 
 def escape(text: str) -> str:
-    """Write a text so that the webui, and we, read every character of it literally; but for ``#``, which it cannot."""
+    """Escape a text so that the webui and dreamfleet read it literally; ``#`` cannot be escaped."""
     text = re.sub(r"([\\()\[\]|])", r"\\\1", text)
     text = re.sub(r":(\s*)(?=[-+.\d])", r":\1\\", text)
     text = re.sub(r"<(?=\w+:)", r"<\\", text)
@@ -172,20 +171,20 @@ def escape(text: str) -> str:
 
 
 def escape_words(prompt: str, words: Iterable[str]) -> str:
-    """Write a prompt so that words with syntax in them, ``[V]``, are read literally by the webui too."""
+    """Escape the words of a prompt that contain syntax, such as ``[V]``, so that the webui reads them literally."""
     shielded, special = _shielded(prompt, words)
     return _unshielded(((1, shielded),), special)[0][1]
 
 
-def words_alone(prompt: str) -> str:
-    """Return a prompt's words without its syntax, as they are at the last step: what a judge compares with."""
+def plain_text(prompt: str) -> str:
+    """Return a prompt's text at the last step without syntax; CLIP scores compare images with it."""
     parts = [part.schedule[-1][1] for part in parse_prompt(prompt, 1)]
     read = ["".join(" " if piece == BREAK else piece.text for piece in attention(part)) for part in parts]
     return ", ".join(" ".join(text.split()) for text in read if text.strip())
 
 
 _TOKEN = re.compile(
-    r"\\[()\[\]\\]?"  # an escaped bracket or backslash; of any other only the backslash, which goes
+    r"\\[()\[\]\\]?"  # an escaped bracket or backslash; before other characters the backslash is dropped
     r"|[(\[]"
     r"|:\s*(?P<weight>[+-]?[.\d]+)\s*\)"
     r"|[)\]]"
@@ -197,7 +196,7 @@ _STEP = re.compile(r"\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\
 
 
 class _Broken(Exception):
-    """The text is not in the syntax of prompt editing."""
+    """The text is not valid prompt editing syntax."""
 
 
 class _Edit(NamedTuple):
@@ -206,7 +205,7 @@ class _Edit(NamedTuple):
     when: str
 
     def last_step(self, steps: int) -> int:
-        """Return the last step of `before`: a share of all steps where the number has a point. 0: none."""
+        """Return the last step of `before`, 0 for none; a number with a point is a fraction of all steps."""
         value = float(self.when) * (steps if "." in self.when else 1)
         return int(max(0.0, min(float(steps), value)))
 
@@ -219,13 +218,13 @@ _Item = str | _Edit | _Alternation
 
 
 class _Open:
-    """A bracket not yet closed: its parts so far, and the colons or bars between them."""
+    """An open bracket: its parts so far, and the colons or bars between them."""
 
     def __init__(self, bracket: str):
         self.bracket, self.parts, self.separators = bracket, [[]], ""  # type: ignore[var-annotated]
 
     def loose(self) -> list[_Item]:
-        """Return what it holds as plain text. Raises _Broken where there is a bar, which no plain text has."""
+        """Return its content as plain text. Raises _Broken for a bar, which plain text cannot contain."""
         if "|" in self.separators:
             raise _Broken
         items: list[_Item] = [self.bracket]
@@ -234,7 +233,7 @@ class _Open:
         return items
 
     def closed(self) -> list[_Item] | None:
-        """Return what it stands for, the closing bracket read; None where that is nothing but text."""
+        """Return the items of the closed bracket; None if it is only text."""
         parts, separators = self.parts, self.separators
         if self.bracket == "(":
             return None if len(separators) > 1 or "|" in separators else [*self.loose(), ")"]
@@ -250,9 +249,9 @@ class _Open:
 
 
 def _parse_edits(text: str) -> list[_Item]:
-    """Parse prompt editing and alternation in one pass. Raises _Broken for a stray bar or a lone backslash.
+    """Parse prompt editing and alternation in one pass. Raises _Broken for a stray bar or a single backslash.
 
-    Brackets that match nothing are text. So are then all that are open around them, as only whole pairs nest.
+    Unmatched brackets are text, and so are all open brackets around them, as only complete pairs nest.
     """
     items: list[_Item] = []
     stack: list[_Open] = []
@@ -291,21 +290,21 @@ def _parse_edits(text: str) -> list[_Item]:
 
 
 def _at(items: Sequence[_Item], step: int, steps: int) -> str:
-    """Write out what a parsed text says at a step, counted from 1."""
-    waiting, said = list(reversed(items)), []
+    """Return a parsed text at a step, counted from 1."""
+    waiting, texts = list(reversed(items)), []
     while waiting:
         item = waiting.pop()
         if isinstance(item, str):
-            said.append(item)
+            texts.append(item)
         elif isinstance(item, _Edit):
             waiting += reversed(item.before if step <= item.last_step(steps) else item.after)
         else:
             waiting += reversed(item.options[(step - 1) % len(item.options)])
-    return "".join(said)
+    return "".join(texts)
 
 
 def _merged(found: Sequence[Sequence[str | float]]) -> list[Piece]:
-    """Join neighbours of equal weight."""
+    """Join neighbouring pieces of equal weight."""
     pieces: list[Piece] = []
     for text, weight in found:
         if pieces and pieces[-1].weight == weight:
@@ -324,9 +323,7 @@ def _number(text: str | None) -> float | None:
 
 
 _SYNTAX = re.compile(r"[\\()\[\]|:#<>]|\bAND\b|\bBREAK\b")
-_SHIELD = (
-    0xF0000  # private characters, which no prompt has, stand for words with syntax while prompts are parsed
-)
+_SHIELD = 0xF0000  # private characters replace words that contain syntax while prompts are parsed
 
 
 def _shielded(prompt: str, words: Iterable[str]) -> tuple[str, list[str]]:

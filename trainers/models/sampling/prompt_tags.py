@@ -1,4 +1,4 @@
-"""Files that prompts call by name, as in the webui: ``<hypernet:NAME:0.8>``, ``<lora:NAME:TEXT_ENCODER:UNET>``."""
+"""Finds and applies files that prompts name: ``<hypernet:NAME:0.8>``, ``<lora:NAME:TEXT_ENCODER:UNET>``."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
 
 log = logging.getLogger(__name__)
 
-Named = tuple[str, Strength]  # a name or an address, and how strongly it acts
+Named = tuple[str, Strength]  # a name or an address, and its strength
 
 
-class Shelf:
-    """The files of one kind at hand: those that every picture is drawn with, and those that prompts name.
+class TaggedFiles:
+    """The files of one kind: those that apply to every image, and those that prompts name.
 
-    ``given``: ``FILE`` or ``FILE:MULTIPLIER``, on disk or in a bucket. A prompt's names are looked for among these
-    files, in ``folder`` and beside these files, in this order. Raises UserError for a file that is not there.
+    ``given``: ``FILE`` or ``FILE:MULTIPLIER``, on disk or in a bucket, for every image. A name in a prompt is searched
+    among these files, in ``folder`` and in these files' folders, in this order. Raises UserError for a missing file.
     """
 
     tags: ClassVar[tuple[str, ...]]  # in prompts
-    option: ClassVar[str]  # of the command line
+    option: ClassVar[str]  # of `dreamfleet sample`
     suffixes: ClassVar[tuple[str, ...]]
 
     def __init__(self, given: Sequence[str] = (), folder: str | None = None):
@@ -50,18 +50,18 @@ class Shelf:
         self.folders = list(dict.fromkeys([folder, *beside] if folder else beside))
         self._loaded: dict[str, Any] = {}
 
-    def arrange(self, tags: Sequence[Tag]) -> tuple[Named, ...]:
-        """Return what a prompt with these tags is drawn with: address and strength, in order.
+    def select(self, tags: Sequence[Tag]) -> tuple[Named, ...]:
+        """Return address and strength of every file that applies to a prompt with these tags, in order.
 
-        A file of ``given`` that the prompt names itself has the prompt's strength, as in the webui. Raises UserError
-        for a file that is not there, and for a strength that is no number.
+        For a file of ``given`` that the prompt names too, the prompt's strength applies, as in the webui. Raises
+        UserError for a missing file, and for a strength that is not a number.
         """
         asked = [(self.find(name), strength) for name, strength in map(read_tag, tags)]
         taken = {address for address, _ in asked}
         return (*(one for one in self.given if one[0] not in taken), *asked)
 
     def find(self, name: str) -> str:
-        """Return the address of the file called ``name``. Raises UserError when there is none."""
+        """Return the address of the file called ``name``. Raises UserError if there is none."""
         for address, _ in self.given:
             if _stem(address) == name:
                 return address
@@ -72,32 +72,32 @@ class Shelf:
                     return Storage(folder).path(file)
         if not self.folders:
             raise UserError(
-                f"the prompt asks for the {self.option} {name!r}: give its file with --{self.option}, or the folder of "
+                f"the prompt names the {self.option} {name!r}: give its file with --{self.option}, or the folder of "
                 f"{' or '.join(files)} with --{self.option}-dir"
             )
-        there = sorted({_stem(file) for folder in self.folders for file in self._files(folder)})
+        present = sorted({_stem(file) for folder in self.folders for file in self._files(folder)})
         raise UserError(
-            f"the prompt asks for the {self.option} {name!r}, and there is no {' or '.join(files)} in "
-            f"{', '.join(self.folders)}; there are: {', '.join(there) or 'none'}"
+            f"the prompt names the {self.option} {name!r}, and there is no {' or '.join(files)} in "
+            f"{', '.join(self.folders)}; there are: {', '.join(present) or 'none'}"
         )
 
     def load(self, address: str, model: DiffusionModel) -> Any:
-        """Read the file at an address, once. Raises ModelError when it does not go with the model."""
+        """Return the file at an address, read once. Raises ModelError if it does not fit the model."""
         if address not in self._loaded:
             with Storage(address).local_copy() as path:
                 self._loaded[address] = self.read(path, address, model)
         return self._loaded[address]
 
     def read(self, path: Path, address: str, model: DiffusionModel) -> Any:
-        """Read a file for a model. Raises FormatError for another kind, ModelError when it does not fit."""
+        """Read a file for a model. Raises FormatError for another kind, ModelError if it does not fit."""
         raise NotImplementedError
 
     def _files(self, folder: str) -> list[str]:
         return [file for file in Storage(folder).list() if file.endswith(self.suffixes)]
 
 
-class HypernetworkShelf(Shelf):
-    """Hypernetworks by name."""
+class HypernetworkFiles(TaggedFiles):
+    """Hypernetworks."""
 
     tags, option, suffixes = ("hypernet",), "hypernetwork", (hypernetworks.SUFFIX,)
 
@@ -107,8 +107,8 @@ class HypernetworkShelf(Shelf):
         return network
 
 
-class LoraShelf(Shelf):
-    """LoRAs by name."""
+class LoraFiles(TaggedFiles):
+    """LoRAs."""
 
     tags, option, suffixes = ("lora", "lyco"), "lora", loras.SUFFIXES[:2]
 
@@ -116,35 +116,35 @@ class LoraShelf(Shelf):
         return load_lora(model, path)
 
 
-Extras = tuple[tuple[Named, ...], tuple[Named, ...]]  # hypernetworks and LoRAs
+AppliedFiles = tuple[tuple[Named, ...], tuple[Named, ...]]  # hypernetworks, LoRAs
 
 
-class Shelves:
-    """Hypernetworks and LoRAs at hand, for prompts with tags of both kinds."""
+class PromptFiles:
+    """The hypernetworks and LoRAs of prompts with tags of both kinds."""
 
-    def __init__(self, hypernetworks: HypernetworkShelf, loras: LoraShelf):
+    def __init__(self, hypernetworks: HypernetworkFiles, loras: LoraFiles):
         self.hypernetworks, self.loras = hypernetworks, loras
 
-    def arrange(self, prompt: str, *, plain: bool = False) -> tuple[str, Extras]:
-        """Return a prompt without its tags, and what it is drawn with. ``plain``: it is literal, and has none."""
+    def select(self, prompt: str, *, plain: bool = False) -> tuple[str, AppliedFiles]:
+        """Return a prompt without its tags, and the files that apply. ``plain``: the prompt has no tags."""
         if plain:
-            return prompt, self.arrange("")[1]
+            return prompt, self.select("")[1]
         known = (*self.hypernetworks.tags, *self.loras.tags)
         _, tags = split_tags(strip_comments(prompt))
         for kind in dict.fromkeys(tag.kind for tag in tags if tag.kind not in known):
-            log.warning("the prompt's <%s:...> is left out: there are <lora:...> and <hypernet:...>", kind)
+            log.warning("the prompt's <%s:...> is ignored; supported are <lora:...> and <hypernet:...>", kind)
         extras = (
-            self.hypernetworks.arrange([tag for tag in tags if tag.kind in self.hypernetworks.tags]),
-            self.loras.arrange([tag for tag in tags if tag.kind in self.loras.tags]),
+            self.hypernetworks.select([tag for tag in tags if tag.kind in self.hypernetworks.tags]),
+            self.loras.select([tag for tag in tags if tag.kind in self.loras.tags]),
         )
         text, found = split_tags(prompt, known)
         return text.strip() if found else prompt, extras
 
-    def on(self, model: DiffusionModel) -> Callable[[Extras], None]:
-        """Return what makes a model draw with these, after those that it has now."""
+    def bind(self, model: DiffusionModel) -> Callable[[AppliedFiles], None]:
+        """Return a function that applies files to a model, after those that it has now."""
         own, own_loras = applied_hypernetworks(model.denoiser), model.loras
 
-        def apply(extras: Extras) -> None:
+        def apply(extras: AppliedFiles) -> None:
             networks, loras = extras
             loaded = [(self.hypernetworks.load(address, model), by.text) for address, by in networks]
             set_hypernetworks(model.denoiser, [*own, *loaded])
@@ -154,9 +154,10 @@ class Shelves:
 
 
 def read_tag(tag: Tag) -> Named:
-    """Read ``<KIND:NAME:TEXT_ENCODER:UNET>`` or ``<KIND:NAME:te=0.5:unet=0.7>``; 1 where nothing is said.
+    """Parse ``<KIND:NAME:TEXT_ENCODER:UNET>`` or ``<KIND:NAME:te=0.5:unet=0.7>``; strengths are 1 by default.
 
-    One number is both. Others, such as the webui's ``dyn``, are left out. Raises UserError for what is no number.
+    One number applies to both. Other options, such as the webui's ``dyn``, are ignored. Raises UserError for a strength
+    that is not a number.
     """
     name, *numbers = tag.positional or [""]
     text = tag.named.get("te", numbers[0] if numbers else "1")
@@ -170,7 +171,7 @@ def read_tag(tag: Tag) -> Named:
 
 
 def split_multiplier(text: str) -> tuple[str, float]:
-    """Split ``FILE:0.8`` into file and multiplier; a text without one, or with another colon, is a file at 1."""
+    """Split ``FILE:0.8`` into file and multiplier, which is 1 if the text after the last colon is no number."""
     head, _, tail = text.rpartition(":")
     multiplier = _number(tail) if head else None
     return (text, 1.0) if multiplier is None else (head, multiplier)

@@ -1,4 +1,4 @@
-"""Draws pictures: a short guided sampling loop in which each picture depends on its own prompt and seed alone."""
+"""Generates images: a guided sampling loop in which each image depends only on its own request."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SchedulerName = Literal["ddim", "euler_a", "dpm++"]
 
-# B pictures, C latent channels, h x w latent cells, T tokens, D their width.
+# B images, C latent channels, h x w latent cells, T tokens, D their width.
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def sample_latents(
         rows = _rows(guides, index)
         outputs: list[Tensor] = [latents_BChw] * len(rows)
         lengths = [condition.context.shape[1] for _, condition in rows]
-        for length in dict.fromkeys(lengths):  # prompts of other numbers of chunks make passes of their own
+        for length in dict.fromkeys(lengths):  # one pass per number of chunks
             chosen = [number for number, each in enumerate(lengths) if each == length]
             condition = Condition.cat([rows[number][1] for number in chosen])
             condition = condition._replace(context=condition.context.to(dtype))
@@ -97,31 +97,36 @@ def sample_latents(
 
 
 def _rows(guides: Sequence[Guide], index: int) -> list[tuple[int, Condition]]:
-    """List what the U-Net is asked at a step, each with its picture's number: all negatives, then all parts."""
-    away = [(number, guide.away.at(index)) for number, guide in enumerate(guides) if guide.away is not None]
-    towards = [(number, timed.at(index)) for number, guide in enumerate(guides) for _, timed in guide.towards]
-    return away + towards
+    """Return the U-Net's conditions at a step, each with its image's number: all negatives, then all positives."""
+    negatives = [
+        (number, guide.negative.at(index))
+        for number, guide in enumerate(guides)
+        if guide.negative is not None
+    ]
+    positives = [
+        (number, timed.at(index)) for number, guide in enumerate(guides) for _, timed in guide.positive
+    ]
+    return negatives + positives
 
 
 def _guided(guides: Sequence[Guide], outputs: Sequence[Tensor], scale: float) -> list[Tensor]:
-    """Combine the outputs of :func:`_rows` to one a picture."""
-    away = iter(outputs)
-    starts = [None if guide.away is None else next(away) for guide in guides]
-    towards = away  # what is left
+    """Combine the U-Net's outputs for :func:`_rows` into one per image."""
+    remaining = iter(outputs)
+    starts = [None if guide.negative is None else next(remaining) for guide in guides]
     found = []
     for guide, start in zip(guides, starts, strict=True):
         if start is None:
-            found.append(next(towards))
+            found.append(next(remaining))
             continue
         total = start
-        for weight, _ in guide.towards:
-            total = total + scale * weight * (next(towards) - start)
+        for weight, _ in guide.positive:
+            total = total + scale * weight * (next(remaining) - start)
         found.append(total)
     return found
 
 
 def to_images(pixels_B3HW: Tensor) -> list[Image.Image]:
-    """Turn pixels in about [-1, 1] into RGB pictures."""
+    """Return RGB images from pixels in about [-1, 1]."""
     scaled = ((pixels_B3HW.float() / 2 + 0.5).clamp(0, 1) * 255).round()
     return [Image.fromarray(array) for array in scaled.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()]
 
@@ -129,9 +134,9 @@ def to_images(pixels_B3HW: Tensor) -> list[Image.Image]:
 def image_grid(
     images: Sequence[Image.Image], columns: int, *, captions: Sequence[str] | None = None, gap: int = 2
 ) -> Image.Image:
-    """Lay pictures out in rows of `columns` on white, `gap` pixels apart, each above its caption where given."""
+    """Return images in rows of `columns` on white, `gap` pixels apart, each above its caption if given."""
     if not images:
-        raise UserError("a grid needs at least one picture.")
+        raise UserError("a grid needs at least one image.")
     columns = max(1, min(columns, len(images)))
     rows = math.ceil(len(images) / columns)
     width, height = max(p.width for p in images), max(p.height for p in images)
@@ -162,11 +167,11 @@ def with_negatives(model: DiffusionModel, request: ImageRequest) -> ImageRequest
 
 
 def require_size(model: DiffusionModel, width: int, height: int) -> None:
-    """Raise UserError for a size that the model cannot draw."""
+    """Raise UserError for a size that the model cannot generate."""
     step = model.size_multiple
     for name, value in (("width", width), ("height", height)):
         if value < step or value % step:
             near = max(step, round(value / step) * step)
             raise UserError(
-                f"{name} {value} does not suit this model: use a multiple of {step}, such as {near}."
+                f"{name} {value} does not fit this model: use a multiple of {step}, such as {near}."
             )

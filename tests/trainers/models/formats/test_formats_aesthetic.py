@@ -1,4 +1,4 @@
-"""Aesthetic vector files: there and back, webui's checks, every published form, and what hostile files can do."""
+"""Aesthetic vector files: round trips, the webui's checks, every published form, hostile files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def saved(value: Any, *, zipped: bool = True) -> bytes:
     return stream.getvalue()
 
 
-def test_what_is_written_reads_back_equal_and_is_webuis(tmp_path: Path) -> None:
+def test_a_vector_round_trips_in_the_webui_format(tmp_path: Path) -> None:
     path = write_aesthetic(torch.nn.Parameter(VECTOR), tmp_path / "taste.pt")
     assert_webui_safe(path)
     assert torch.equal(read_aesthetic(path), VECTOR)
@@ -40,7 +40,7 @@ def test_what_is_written_reads_back_equal_and_is_webuis(tmp_path: Path) -> None:
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [(1, 768), (768,)])
-def test_every_published_form_is_read(
+def test_published_forms_are_read(
     shape: tuple[int, ...], dtype: torch.dtype, zipped: bool, tmp_path: Path
 ) -> None:
     path = tmp_path / "sac_8plus.pt"
@@ -50,7 +50,7 @@ def test_every_published_form_is_read(
     assert torch.equal(found, VECTOR.to(dtype).float())
 
 
-def test_a_vector_saved_from_a_gpu_is_read_without_one(tmp_path: Path) -> None:
+def test_a_vector_saved_from_a_gpu_is_read_on_the_cpu(tmp_path: Path) -> None:
     content = saved(VECTOR[0], zipped=False)
     assert content.count(b"X\x03\x00\x00\x00cpu") == 1
     (tmp_path / "laion_7plus.pt").write_bytes(
@@ -67,18 +67,18 @@ def test_a_vector_saved_from_a_gpu_is_read_without_one(tmp_path: Path) -> None:
         (torch.tensor(1.0), r"not \[\]"),
         (torch.ones(1, 0), r"not \[1, 0\]"),
         (torch.ones(1).expand(1, 2**30), r"not \[1, 1073741824\]"),
-        (torch.zeros(1, 768), "points nowhere"),
-        (torch.full((768,), float("nan")), "points nowhere"),
+        (torch.zeros(1, 768), "no direction"),
+        (torch.full((768,), float("nan")), "no direction"),
         (torch.ones(768, dtype=torch.int64), "aesthetic"),
         (torch.ones(768).to_sparse(), "aesthetic"),
         ({"string_to_param": {"*": torch.ones(1, 768)}}, "embedding"),
     ],
 )
-def test_anything_else_is_refused(value: Any, message: str, tmp_path: Path) -> None:
+def test_other_content_is_rejected(value: Any, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(saved(value))
     with pytest.raises(FormatError, match=message):
         read_aesthetic(tmp_path / "a.pt")
-    if isinstance(value, torch.Tensor) and "points nowhere" in message:
+    if isinstance(value, torch.Tensor) and "no direction" in message:
         with pytest.raises(FormatError, match=message):
             write_aesthetic(value, tmp_path / "b.pt")
 
@@ -94,10 +94,10 @@ VECTORS = st.builds(
 )
 
 
-def test_no_object_in_a_file_crashes(tmp_path: Path) -> None:
+def test_fuzzed_objects_raise_format_errors(tmp_path: Path) -> None:
     assert_survives(check, tmp_path / "fuzz.pt", torch_files(VECTORS | VALUES), examples=150)
 
 
-def test_no_damage_to_a_file_crashes(tmp_path: Path) -> None:
+def test_damaged_files_raise_format_errors(tmp_path: Path) -> None:
     whole = save_pickle(VECTOR[:, :16].clone(), tmp_path / "a.pt").read_bytes()
     assert_survives(check, tmp_path / "fuzz.pt", damaged(whole), examples=150)

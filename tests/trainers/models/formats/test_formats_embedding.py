@@ -1,4 +1,4 @@
-"""Embeddings: every file form there and back, webui's numbers, hostile pictures, diffusers' own loader."""
+"""Embeddings: round trips in every format, the webui's values, hostile images, diffusers' loader."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def assert_equal(read: Embedding, written: Embedding, *, whole: bool = True) -> 
         )
 
 
-def test_numbers_that_webui_computes() -> None:
+def test_values_equal_the_webuis() -> None:
     assert Embedding("a", torch.arange(8.0)[None] / 10).checksum == "2200"
     assert Embedding("a", torch.tensor([[-0.5, -1.23]])).checksum == f"{_const_hash([-50, -123]):04x}"
     assert lcg_noise(8).tolist() == [253, 242, 127, 44, 157, 27, 239, 133]
@@ -64,7 +64,7 @@ def _const_hash(values: list[int]) -> int:
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".bin", ".png", ".webp", ".avif", ".jxl"])
 @pytest.mark.parametrize("vectors", [1, 5])
-def test_every_form_reads_back_equal(suffix: str, vectors: int, tmp_path: Path) -> None:
+def test_every_format_round_trips(suffix: str, vectors: int, tmp_path: Path) -> None:
     written = embedding(vectors)
     path = write_embedding(written, tmp_path / f"my-cat{suffix}")
     assert_equal(read_embedding(path), written, whole=suffix != ".bin")
@@ -73,7 +73,7 @@ def test_every_form_reads_back_equal(suffix: str, vectors: int, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("height", [64, 96, 600])
-def test_pixels_alone_carry_the_embedding(height: int, tmp_path: Path) -> None:
+def test_the_pixels_alone_carry_the_embedding(height: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(height)
     image = Image.fromarray(rng.integers(0, 256, (height, height // 2, 3), dtype=np.uint8))
     written = embedding(4, 768)
@@ -89,7 +89,7 @@ def test_pixels_alone_carry_the_embedding(height: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".avif", ".jxl"])
-def test_a_image_saved_again_with_loss_is_explained_under_any_name(suffix: str, tmp_path: Path) -> None:
+def test_a_lossy_image_is_explained_under_any_name(suffix: str, tmp_path: Path) -> None:
     good = write_embedding(embedding(), tmp_path / "good.png")
     with Image.open(good) as image:
         for form, options in (
@@ -102,9 +102,9 @@ def test_a_image_saved_again_with_loss_is_explained_under_any_name(suffix: str, 
                 read_embedding(tmp_path / f"my-cat{suffix}")
 
 
-def test_what_a_image_needs_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_image_libraries_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lossless_image, "encode", lambda pixels, *_: _lossy_avif(pixels))
-    with pytest.raises(FormatError, match=r"my-cat\.avif: .*bits.*\.png or \.webp"):
+    with pytest.raises(FormatError, match=r"my-cat\.avif: .*not lossless.*\.png or \.webp"):
         write_embedding(embedding(), tmp_path / "my-cat.avif")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
@@ -125,8 +125,8 @@ def _lossy_avif(pixels: Any) -> bytes:
 
 @pytest.mark.parametrize("suffix", [".avif", ".jxl"])
 @pytest.mark.parametrize("shape", [(1, 1), (77, 33), (256, 512)])
-def test_every_value_of_every_channel_is_kept(suffix: str, shape: tuple[int, int]) -> None:
-    """AVIF is read by Pillow alone, as the webui does; 256 x 512 holds every value of each channel beside others."""
+def test_image_formats_are_lossless(suffix: str, shape: tuple[int, int]) -> None:
+    """AVIF is read by Pillow, as in the webui; 256 x 512 contains every value of each channel."""
     pixels = np.random.default_rng(5).integers(0, 256, (*shape, 3), dtype=np.uint8)
     pixels[:256, :256] = np.stack(np.broadcast_arrays(*np.ogrid[:256, :256], 128), axis=-1)[
         : shape[0], : shape[1]
@@ -140,7 +140,7 @@ def test_every_value_of_every_channel_is_kept(suffix: str, shape: tuple[int, int
     assert np.array_equal(np.asarray(read), pixels)
 
 
-def test_an_embedding_beside_a_photograph_is_the_same_image_in_every_form(tmp_path: Path) -> None:
+def test_a_photograph_is_equal_in_every_format(tmp_path: Path) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     shown = []
     for suffix in (".png", ".webp", ".avif"):
@@ -155,7 +155,7 @@ def test_an_embedding_beside_a_photograph_is_the_same_image_in_every_form(tmp_pa
 
 
 @pytest.mark.parametrize("size", [(40, 24), (256, 256), (300, 200), (517, 33), (1920, 1080), (9000, 40)])
-def test_the_size_of_a_jpeg_xl_is_told_before_it_is_decoded(size: tuple[int, int]) -> None:
+def test_the_size_of_a_jpeg_xl_is_read_before_decoding(size: tuple[int, int]) -> None:
     for container in (False, True):
         content = _jxl(np.full((*size[::-1], 3), 99, dtype=np.uint8), usecontainer=container)
         assert lossless_image.is_jxl(content)
@@ -163,7 +163,7 @@ def test_the_size_of_a_jpeg_xl_is_told_before_it_is_decoded(size: tuple[int, int
     assert lossless_image.size_of(b"\xff\x0a") is None
 
 
-def test_a_huge_jpeg_xl_is_refused_unopened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_huge_jpeg_xl_is_rejected_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     content = _jxl(np.zeros((3000, 3000, 3), dtype=np.uint8))
     monkeypatch.setattr(image_embedding, "MAX_PIXELS", 2999 * 3000)
     monkeypatch.setattr(lossless_image, "decode_jxl", None)
@@ -171,7 +171,7 @@ def test_a_huge_jpeg_xl_is_refused_unopened(monkeypatch: pytest.MonkeyPatch) -> 
         read_image_embedding(content)
 
 
-def test_of_jpeg_xl_only_eight_bits_in_colour_are_read(tmp_path: Path) -> None:
+def test_only_8_bit_colour_jpeg_xl_is_read(tmp_path: Path) -> None:
     with Image.open(write_embedding(embedding(), tmp_path / "my-cat.png")) as image:
         pixels = np.asarray(image.convert("RGBA"))
     (tmp_path / "my-cat.jxl").write_bytes(_jxl(pixels))
@@ -187,8 +187,8 @@ def _jxl(pixels: Any, **options: Any) -> bytes:
     )
 
 
-def test_pixel_block_follows_the_reference_layout(tmp_path: Path) -> None:
-    """Decode by a second implementation, written from the reference's words (section 1.2, part B)."""
+def test_the_pixel_block_has_the_webui_layout(tmp_path: Path) -> None:
+    """Decode with an independent implementation of the webui's format."""
     written = embedding(2, 768)
     path = write_embedding(written, tmp_path / "my-cat.png")
     pixels = np.asarray(Image.open(path).convert("RGB")) & 0x0F
@@ -210,7 +210,7 @@ def test_pixel_block_follows_the_reference_layout(tmp_path: Path) -> None:
     assert json.loads(base64.b64decode(text)) == data
 
 
-def test_webui_pt_has_webuis_keys_and_passes_its_checks(tmp_path: Path) -> None:
+def test_a_pt_has_the_webui_keys_and_passes_its_checks(tmp_path: Path) -> None:
     path = write_embedding(embedding(), tmp_path / "my-cat.pt")
     assert_webui_safe(path)
     data = load_pickle(path)
@@ -226,7 +226,7 @@ def test_webui_pt_has_webuis_keys_and_passes_its_checks(tmp_path: Path) -> None:
     assert_webui_safe(write_embedding(embedding(), tmp_path / "my-cat.bin"))
 
 
-def test_forms_of_other_trainers_are_read(tmp_path: Path) -> None:
+def test_formats_of_other_trainers_are_read(tmp_path: Path) -> None:
     vectors = torch.randn(2, 32)
     forms: dict[str, tuple[Any, str]] = {
         "kohya.pt": ({"emb_params": vectors}, "kohya"),
@@ -245,7 +245,7 @@ def test_forms_of_other_trainers_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".bin", ".png", ".webp"])
-def test_sdxl_pairs_read_back_equal_and_as_webui_reads_them(suffix: str, tmp_path: Path) -> None:
+def test_sdxl_pairs_round_trip_and_suit_the_webui(suffix: str, tmp_path: Path) -> None:
     second = torch.randn(3, 1280, generator=torch.Generator().manual_seed(9))
     written = replace(embedding(3, 768), vectors_2=second)
     path = write_embedding(written, tmp_path / f"my-cat{suffix}")
@@ -259,7 +259,7 @@ def test_sdxl_pairs_read_back_equal_and_as_webui_reads_them(suffix: str, tmp_pat
         held = torch.load(path, weights_only=True)
     else:
         held = read_image_embedding(path)
-    # webui: a plain dict with both keys, every entry of which it moves as a tensor (reference, section 1.1).
+    # The webui expects a dict with both keys and treats every entry as a tensor.
     assert type(held) is dict and held.keys() == {"clip_l", "clip_g"}
     assert all(type(value) is torch.Tensor for value in held.values())
     assert (held["clip_l"].shape, held["clip_g"].shape) == ((3, 768), (3, 1280))
@@ -267,7 +267,7 @@ def test_sdxl_pairs_read_back_equal_and_as_webui_reads_them(suffix: str, tmp_pat
         write_embedding(replace(written, vectors_2=second[:2]), tmp_path / f"other{suffix}")
 
 
-def test_kohyas_form_goes_by_the_files_name(tmp_path: Path) -> None:
+def test_kohya_format_is_named_after_the_file(tmp_path: Path) -> None:
     written = embedding(2, 768)
     path = write_embedding(written, tmp_path / "kohya" / "cat.safetensors", kohya=True)
     assert load_file(path).keys() == {"emb_params"}
@@ -276,7 +276,7 @@ def test_kohyas_form_goes_by_the_files_name(tmp_path: Path) -> None:
     assert load_file(write_embedding(pair, path, kohya=True)).keys() == {"clip_l", "clip_g"}
 
 
-def test_what_is_no_embedding_says_so(tmp_path: Path) -> None:
+def test_other_content_is_rejected(tmp_path: Path) -> None:
     pair = {"clip_l": torch.ones(1, 768), "clip_g": torch.ones(2, 1280)}
     cases: list[tuple[Any, str]] = [
         (pair, "vectors"),
@@ -302,7 +302,7 @@ def test_what_is_no_embedding_says_so(tmp_path: Path) -> None:
             read_embedding(tmp_path / f"missing{suffix}")
 
 
-def test_writing_refuses_what_nobody_could_use(tmp_path: Path) -> None:
+def test_invalid_embeddings_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="my-cat"):
         write_embedding(embedding(), tmp_path / "other.pt")
     with pytest.raises(FormatError, match="NaN"):
@@ -352,7 +352,9 @@ def test_hostile_and_broken_images_raise_format_errors(monkeypatch: pytest.Monke
         read_image_embedding(_with_text(b'{"a": "0123456789"}'))
 
 
-def test_an_inflation_bomb_in_the_pixels_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_in_the_pixels_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     payload = json.dumps({"name": "0" * 3_000_000}).encode()
     canvas = image_embedding._hide(
         np.full((64, 64, 3), 200, np.uint8), payload, decoration=np.ones(4, np.float32)
@@ -363,7 +365,7 @@ def test_an_inflation_bomb_in_the_pixels_is_cut_off(tmp_path: Path, monkeypatch:
         read_image_embedding(tmp_path / "bomb.png")
 
 
-def test_a_lossy_copy_carries_nothing(tmp_path: Path) -> None:
+def test_a_lossy_copy_carries_no_embedding(tmp_path: Path) -> None:
     path = write_embedding(embedding(), tmp_path / "my-cat.png")
     Image.open(path).convert("RGB").save(tmp_path / "copy.webp", quality=95)
     with pytest.raises(FormatError, match="loss"):

@@ -1,4 +1,4 @@
-"""Single files of SD2 and SDXL: full sizes, round trips, diffusers' own readers, and what tells v-prediction."""
+"""Single files of SD2 and SDXL: full sizes, round trips, diffusers' readers, detection of v-prediction."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def assert_equal(read: States, written: States) -> None:
 @pytest.mark.parametrize(
     ("configs", "tensors", "parameters"),
     [
-        # Counts: reference, section 1.5.
+        # Numbers of tensors in the published files.
         (SD1_CONFIGS, {"unet": 686, "vae": 248, "text_encoder": 196}, {"unet": 859.5, "vae": 83.65}),
         (SD2_CONFIGS, {"unet": 686, "vae": 248, "text_encoder": 23 * 16 + 4}, {"unet": 865.9}),
         (SD2_BASE_CONFIGS, {"unet": 686}, {"unet": 865.9}),
@@ -106,7 +106,7 @@ def assert_equal(read: States, written: States) -> None:
         ),
     ],
 )
-def test_published_models_have_their_numbers_and_diffusers_names(
+def test_published_models_have_their_tensor_counts_and_names(
     configs: dict[str, Config], tensors: dict[str, int], parameters: dict[str, float]
 ) -> None:
     from diffusers.loaders import single_file_utils as theirs
@@ -132,7 +132,7 @@ def test_published_models_have_their_numbers_and_diffusers_names(
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-def test_a_round_trip_is_bit_equal_and_diffusers_reads_the_same(family: Family, tmp_path: Path) -> None:
+def test_a_round_trip_is_bit_equal_and_diffusers_agrees(family: Family, tmp_path: Path) -> None:
     from diffusers.loaders import single_file_utils as theirs
 
     configs = small(family)
@@ -160,7 +160,7 @@ def test_a_round_trip_is_bit_equal_and_diffusers_reads_the_same(family: Family, 
     else:
         converted["text_encoder"] = theirs.convert_ldm_clip_checkpoint(dict(file))
         module = SimpleNamespace(config=SimpleNamespace(hidden_size=16))
-        # Theirs splits the joined tensors at the projection's width, which is the encoder's in the real model.
+        # diffusers splits joined tensors at the projection's width, which equals the encoder's in the real model.
         square = {
             **file,
             "conditioner.embedders.1.model.text_projection": torch.zeros(16, 16),
@@ -185,7 +185,7 @@ def test_a_round_trip_is_bit_equal_and_diffusers_reads_the_same(family: Family, 
 
 @pytest.mark.parametrize("family", ["sd2", "sd2-v", "sdxl"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_a_whole_model_comes_back_from_one_file(family: str, suffix: str, tmp_path: Path) -> None:
+def test_a_model_round_trips_through_a_single_file(family: str, suffix: str, tmp_path: Path) -> None:
     model = tiny_family(family)
     read = load_model(
         ModelConfig(pretrained_model_name_or_path=str(model.save_file(tmp_path / f"x{suffix}")))
@@ -199,11 +199,11 @@ def test_a_whole_model_comes_back_from_one_file(family: str, suffix: str, tmp_pa
     assert torch.equal(read.encode_tokens(ids).context, model.encode_tokens(ids).context)
 
 
-def test_the_stock_sdxl_pipeline_opens_the_file(tmp_path: Path) -> None:
+def test_the_stock_sdxl_pipeline_loads_the_file(tmp_path: Path) -> None:
     from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
     model = tiny_family("sdxl")
-    # Its converter splits joined tensors at the projection's width, which is the encoder's in the real SDXL.
+    # diffusers splits joined tensors at the projection's width, which equals the encoder's in the real SDXL.
     config = CLIPTextConfig(
         **{**model.text_encoder_2.config.to_dict(), "projection_dim": model.text_encoder_2.config.hidden_size}
     )
@@ -229,7 +229,7 @@ def test_the_stock_sdxl_pipeline_opens_the_file(tmp_path: Path) -> None:
         ("sd1", {"prediction_type": "v_prediction"}, set()),
     ],
 )
-def test_an_sdxl_that_predicts_velocity_is_marked_as_comfyui_reads_it(
+def test_an_sdxl_that_predicts_velocity_is_marked_for_comfyui(
     family: str, changes: dict[str, Any], marks: set[str], suffix: str, tmp_path: Path
 ) -> None:
     model = tiny_family(family)
@@ -239,14 +239,14 @@ def test_an_sdxl_that_predicts_velocity_is_marked_as_comfyui_reads_it(
     assert {name for name in state if "." not in name} == marks
     assert all(state[name].shape == (0,) for name in marks)
     path.with_suffix(".yaml").unlink(missing_ok=True)
-    save_file(state, tmp_path / "bare.safetensors")  # without our header the marks alone tell
+    save_file(state, tmp_path / "bare.safetensors")  # without our header only the marks remain
     configs = {part: config_of(module) for part, module in model.modules().items()}
     read = load_single_file_parts(tmp_path / "bare.safetensors", configs=configs).configs["scheduler"]
     assert (read.get("prediction_type") == "v_prediction") == bool(marks)
     assert read.get("rescale_betas_zero_snr", False) == ("ztsnr" in marks)
 
 
-def test_an_sd2_file_has_the_projection_by_which_diffusers_splits_joined_tensors(tmp_path: Path) -> None:
+def test_an_sd2_file_has_the_projection_that_diffusers_splits_by(tmp_path: Path) -> None:
     model = tiny_family("sd2")
     state = load_file(model.save_file(tmp_path / "x.safetensors", dtype=torch.float16))
     projection = state["cond_stage_model.model.text_projection"]
@@ -254,14 +254,14 @@ def test_an_sd2_file_has_the_projection_by_which_diffusers_splits_joined_tensors
     assert (projection.shape, projection.dtype) == ((width, width), torch.float16)
     assert torch.equal(
         projection, torch.eye(width, dtype=torch.float16)
-    )  # webui computes with it, for nobody
+    )  # the webui computes with it; nothing uses the result
     joined = state["cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"]
     queries = model.text_encoder.state_dict()["encoder.layers.0.self_attn.q_proj.weight"]
     assert torch.equal(joined[: len(projection)], queries.half())
-    assert width != model.text_encoder.config.projection_dim  # which diffusers 0.32 took without it
+    assert width != model.text_encoder.config.projection_dim  # which diffusers 0.32 uses without it
 
 
-def test_landmarks_of_the_other_families() -> None:
+def test_known_names_of_the_other_families() -> None:
     for family, shapes in {
         "sd2": {
             "cond_stage_model.model.positional_embedding": [77, 1024],
@@ -289,12 +289,12 @@ def test_landmarks_of_the_other_families() -> None:
         assert not any("text_projection.weight" in key for key in file)
 
 
-def test_what_original_files_have_more_is_passed_over(tmp_path: Path) -> None:
+def test_additional_tensors_of_original_files_are_ignored(tmp_path: Path) -> None:
     configs = small("sd2")
     states = filled(configs)
     file = dict(to_single_file(states, configs))
     block = "cond_stage_model.model.transformer.resblocks"
-    file |= {  # OpenCLIP's last layer, which nobody reads, and its head
+    file |= {  # OpenCLIP's unused last layer and head
         key.replace(f"{block}.1.", f"{block}.2."): tensor
         for key, tensor in file.items()
         if f"{block}.1." in key
@@ -305,12 +305,12 @@ def test_what_original_files_have_more_is_passed_over(tmp_path: Path) -> None:
     assert not any(t._is_view() for t in from_single_file(file, configs)["text_encoder"].values())
 
 
-def test_other_writers_ways_are_read(tmp_path: Path) -> None:
+def test_files_of_other_converters_are_read(tmp_path: Path) -> None:
     for family in ("sd2", "sdxl"):
         configs = small(family)  # type: ignore[arg-type]
         states = filled(configs)
         file = dict(to_single_file(states, configs))
-        if family == "sd2":  # a converter that took the text encoder for SD1's
+        if family == "sd2":  # a converter that treats the text encoder as SD1's
             file = {key: t for key, t in file.items() if not key.startswith("cond_stage_model")}
             file |= {f"cond_stage_model.transformer.{key}": t for key, t in states["text_encoder"].items()}
         else:
@@ -321,7 +321,7 @@ def test_other_writers_ways_are_read(tmp_path: Path) -> None:
         assert_equal(from_single_file(file, configs), states)
 
 
-def test_joined_tensors_are_made_one_at_a_time() -> None:
+def test_joined_tensors_are_concatenated_one_at_a_time() -> None:
     configs = small("sdxl")
     states = filled(configs)
     file = to_single_file(states, configs)
@@ -333,9 +333,7 @@ def test_joined_tensors_are_made_one_at_a_time() -> None:
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_yaml_beside_says_what_the_webui_must_know(
-    family: Family, prediction: str, tmp_path: Path
-) -> None:
+def test_the_yaml_has_what_the_webui_needs(family: Family, prediction: str, tmp_path: Path) -> None:
     configs = {
         part: config_of(empty_part(part, config))
         for part, config in FAMILY_CONFIGS[family].items()
@@ -381,7 +379,7 @@ def test_the_yaml_beside_says_what_the_webui_must_know(
         assert ("OpenCLIP" in params["cond_stage_config"]["target"]) == (family == "sd2")
 
 
-def test_what_the_file_predicts_is_told_by_header_yaml_or_keys(tmp_path: Path) -> None:
+def test_the_prediction_is_found_in_header_yaml_or_keys(tmp_path: Path) -> None:
     model = tiny_model("v_prediction")
     path = model.save_file(tmp_path / "cat.safetensors")
     assert (tmp_path / "cat.yaml").is_file()
@@ -390,28 +388,28 @@ def test_what_the_file_predicts_is_told_by_header_yaml_or_keys(tmp_path: Path) -
         header = {key: value for key, value in file.metadata().items() if "scheduler" not in key}
     state = load_file(path)
 
-    def told(**more: Any) -> str | None:
+    def predicted(**more: Any) -> str | None:
         config = load_single_file_parts(tmp_path / "other.safetensors", **more).configs["scheduler"]
         return config.get("prediction_type")
 
     save_file(state, tmp_path / "other.safetensors", metadata=header)
-    assert told() == "v_prediction"  # modelspec's entry
+    assert predicted() == "v_prediction"  # modelspec's entry
     del header["modelspec.prediction_type"]
     save_file(state, tmp_path / "other.safetensors", metadata=header)
-    assert told() == "epsilon"
+    assert predicted() == "epsilon"
     save_file({**state, "v_pred": torch.zeros(0)}, tmp_path / "other.safetensors", metadata=header)
-    assert told() == "v_prediction"
+    assert predicted() == "v_prediction"
     save_file(state, tmp_path / "other.safetensors", metadata=header)
     (tmp_path / "other.yaml").write_text('model: {params: {parameterization: "v"}}')
-    assert told() == "v_prediction"
+    assert predicted() == "v_prediction"
     assert load_single_file(tmp_path / "other.safetensors").prediction_type == "v_prediction"
-    # Our own header knows better than a .yaml that somebody left there.
+    # Our header takes precedence over a stray .yaml.
     (tmp_path / "cat.yaml").write_text("model: {params: {parameterization: eps}}")
     assert load_single_file(path).prediction_type == "v_prediction"
 
 
 @pytest.mark.parametrize("value", ["[v]", "{v: 1}", "3"])
-def test_a_parameterization_that_is_no_word_tells_nothing(value: str, tmp_path: Path) -> None:
+def test_an_invalid_parameterization_is_ignored(value: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(f"model: {{params: {{parameterization: {value}}}}}")
     assert schedule_beside(tmp_path / "x.safetensors") == {}
 
@@ -430,7 +428,7 @@ def test_a_parameterization_that_is_no_word_tells_nothing(value: str, tmp_path: 
     ],
     ids=["cut", "code", "deep", "binary", "date", "bool", "float", "timestamp"],
 )
-def test_a_broken_yaml_beside_is_named(text: str, tmp_path: Path) -> None:
+def test_a_broken_yaml_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_bytes(text.encode("latin-1"))
     with pytest.raises(FormatError, match=r"x\.yaml: "):
         schedule_beside(tmp_path / "x.safetensors")
@@ -439,12 +437,12 @@ def test_a_broken_yaml_beside_is_named(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "3", "model: 3", "model: {params: [1]}", "model: {params: {parameterization: []}}"]
 )
-def test_a_yaml_that_says_nothing_changes_nothing(text: str, tmp_path: Path) -> None:
+def test_a_yaml_without_prediction_changes_nothing(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(text)
     assert schedule_beside(tmp_path / "x.ckpt") == {}
 
 
-def test_sd2_without_a_word_is_tried() -> None:
+def test_the_prediction_of_an_undeclared_sd2_is_tested() -> None:
     class Unet:
         config = SimpleNamespace(block_out_channels=[1] * 4, in_channels=4, cross_attention_dim=1024)
         dtype = torch.float32
@@ -456,11 +454,11 @@ def test_sd2_without_a_word_is_tried() -> None:
             assert (latents.shape, context.shape, int(time)) == ((1, 4, 8, 8), (1, 2, 1024), 999)
             return (torch.full_like(latents, self.answer),)
 
-    assert predicts_velocity(Unet(-0.9))  # about the negative of what entered, and more
+    assert predicts_velocity(Unet(-0.9))  # about the negative of the input, and more
     assert not predicts_velocity(Unet(0.5))
 
 
-def test_a_plain_sd2_file_leaves_the_prediction_open(tmp_path: Path) -> None:
+def test_a_plain_sd2_file_declares_no_prediction(tmp_path: Path) -> None:
     from dreamfleet.trainers.models.formats.single_file import configs_for
 
     file = {"cond_stage_model.model.ln_final.weight": torch.ones(1024)}

@@ -1,4 +1,4 @@
-"""Folders for diffusers: the names, files and entries that transformers 4 needs beside 5."""
+"""Diffusers folders that both transformers 4 and 5 load: names, files and entries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read(path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 @pytest.mark.parametrize("dtype", [None, torch.float16])
-def test_text_encoders_have_the_names_of_transformers_4_and_load_bit_equal_in_5(
+def test_text_encoders_have_version_4_names_and_load_bit_equal_in_5(
     family: str, dtype: torch.dtype | None, tmp_path: Path
 ) -> None:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -41,7 +41,7 @@ def test_text_encoders_have_the_names_of_transformers_4_and_load_bit_equal_in_5(
         assert "text_model.encoder.layers.0.self_attn.q_proj.weight" in written
         config = read(tmp_path / name / "config.json")
         assert (config["torch_dtype"], config["architectures"]) == ("float32", [kind.__name__])
-        assert "dtype" not in config  # which version 4 does not know
+        assert "dtype" not in config  # unknown to version 4
         back, told = kind.from_pretrained(tmp_path / name, output_loading_info=True)
         assert not (told["missing_keys"] or told["unexpected_keys"])
         wanted = {key: t.to(dtype or t.dtype).float() for key, t in part.state_dict().items()}
@@ -50,7 +50,7 @@ def test_text_encoders_have_the_names_of_transformers_4_and_load_bit_equal_in_5(
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_a_half_precision_folder_draws_with_stock_diffusers_that_is_told_no_dtype(
+def test_a_half_precision_folder_generates_with_stock_diffusers_without_a_dtype(
     family: str, tmp_path: Path
 ) -> None:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -64,7 +64,7 @@ def test_a_half_precision_folder_draws_with_stock_diffusers_that_is_told_no_dtyp
 
 
 @pytest.mark.parametrize("pad", ["!", "<|endoftext|>"])
-def test_a_tokenizer_is_written_in_both_forms_and_both_read_alike(pad: str, tmp_path: Path) -> None:
+def test_a_tokenizer_is_written_in_both_forms_with_equal_results(pad: str, tmp_path: Path) -> None:
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(pocket_folder() / "tokenizer", pad_token=pad)
@@ -72,7 +72,7 @@ def test_a_tokenizer_is_written_in_both_forms_and_both_read_alike(pad: str, tmp_
     config = read(tmp_path / "tokenizer_config.json")
     assert (config["pad_token"], config["tokenizer_class"]) == (pad, "CLIPTokenizer")
     assert not {"backend", "is_local", "local_files_only"} & set(config)
-    (tmp_path / "tokenizer.json").unlink()  # which version 4's CLIPTokenizer does not look at
+    (tmp_path / "tokenizer.json").unlink()  # version 4's CLIPTokenizer does not read it
     assert (tmp_path / "merges.txt").read_text("utf-8").startswith("#version: 0.2\n")
     older = CLIPTokenizer.from_pretrained(tmp_path)
     assert older(TEXTS).input_ids == tokenizer(TEXTS).input_ids
@@ -81,7 +81,7 @@ def test_a_tokenizer_is_written_in_both_forms_and_both_read_alike(pad: str, tmp_
     assert (older.pad_token_id, older.model_max_length) == (tokenizer.pad_token_id, 77)
 
 
-def test_words_that_were_added_to_a_tokenizer_are_told_in_the_form_of_version_4(tmp_path: Path) -> None:
+def test_added_tokens_are_written_in_the_form_of_version_4(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<toy>"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<x>"]})
@@ -89,12 +89,12 @@ def test_words_that_were_added_to_a_tokenizer_are_told_in_the_form_of_version_4(
     assert read(tmp_path / "added_tokens.json") == {"<toy>": 90, "<x>": 91}
     config = read(tmp_path / "tokenizer_config.json")
     assert config["additional_special_tokens"] == ["<x>"]
-    assert "extra_special_tokens" not in config  # a list there ends version 4's reader
+    assert "extra_special_tokens" not in config  # a list there makes version 4 fail
     again = type(tokenizer).from_pretrained(tmp_path)
     assert again("a <toy> <x>").input_ids == tokenizer("a <toy> <x>").input_ids
 
 
-def test_a_folder_does_not_tell_where_its_base_model_lay(tmp_path: Path) -> None:
+def test_a_folder_does_not_contain_the_path_of_its_base_model(tmp_path: Path) -> None:
     tiny_family("sdxl").save_folder(tmp_path / "base")
     model = load_model(ModelConfig(pretrained_model_name_or_path=str(tmp_path / "base")))
     model.save_folder(tmp_path / "out")
@@ -103,7 +103,7 @@ def test_a_folder_does_not_tell_where_its_base_model_lay(tmp_path: Path) -> None
     assert not [text for text in texts if str(tmp_path) in text or "_name_or_path" in text]
 
 
-def test_the_pocket_model_itself_is_such_a_folder() -> None:
+def test_the_pocket_model_is_such_a_folder() -> None:
     folder = pocket_folder()
     assert all(key.startswith("text_model.") for key in load_file(folder / "text_encoder/model.safetensors"))
     for part in ("text_encoder", "image_encoder"):
@@ -114,7 +114,7 @@ def test_the_pocket_model_itself_is_such_a_folder() -> None:
     assert "is_local" not in read(folder / "tokenizer/tokenizer_config.json")
 
 
-def test_a_vision_model_without_projection_has_its_level_too(tmp_path: Path) -> None:
+def test_a_vision_model_without_projection_has_version_4_names(tmp_path: Path) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = CLIPVisionConfig(
@@ -126,7 +126,7 @@ def test_a_vision_model_without_projection_has_its_level_too(tmp_path: Path) -> 
     assert not (told["missing_keys"] or told["unexpected_keys"])
 
 
-def test_a_half_precision_discriminator_takes_what_its_image_processor_gives(tmp_path: Path) -> None:
+def test_a_half_precision_classifier_accepts_its_processors_output(tmp_path: Path) -> None:
     from transformers import ConvNextForImageClassification
 
     network = make_network(depths=[1, 1], hidden_sizes=[8, 16], classes=["a", "b"], drop_path=0.0)

@@ -1,4 +1,4 @@
-"""Every reader of files from strangers meets wrong values and damage: one of our errors, quickly, in little memory."""
+"""Fuzzing of every file reader: damaged and hostile files raise our errors, quickly and with little memory."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_embedding_pickles(suffix: str, tmp_path: Path) -> None:
 
 
 def safetensors_files(header: dict[str, Any], data: bytes) -> st.SearchStrategy[bytes]:
-    """Files whose header says wrong things of `data`; JSON of any shape, numbers that no file has."""
+    """Files whose header contradicts `data`: JSON of any shape, impossible numbers."""
     numbers = st.integers(-1, 200) | st.sampled_from([2**31, 2**62, 2**64, 2**70])
     entries = st.fixed_dictionaries(
         {
@@ -121,7 +121,7 @@ def test_embedding_safetensors(pair: bool, tmp_path: Path) -> None:
 
 
 def carried(payload: bytes, how: str) -> bytes:
-    """A picture that carries these bytes in its text chunk, or in its pixels."""
+    """An image that carries these bytes in its text chunk or pixels."""
     image, options = np.full((64, 48, 3), 90, dtype=np.uint8), {}
     if how == "png text":
         options["pnginfo"] = PngImagePlugin.PngInfo()
@@ -171,7 +171,7 @@ VECTOR = torch.ones(4, 4)
 
 
 class Asks:
-    """Pickles as a call."""
+    """An object whose pickle calls a function."""
 
     def __init__(self, call: Callable[..., Any], *arguments: Any):
         self.call, self.arguments = call, arguments
@@ -181,7 +181,7 @@ class Asks:
 
 
 @pytest.mark.parametrize("packing", ["stored", "deflated", "bare"])
-def test_a_small_pickle_cannot_ask_for_memory(packing: str, tmp_path: Path) -> None:
+def test_a_small_pickle_cannot_allocate_much_memory(packing: str, tmp_path: Path) -> None:
     path, before = tmp_path / "bomb.pt", peak_memory()
     for call in (bytearray, torch.FloatTensor, torch.UntypedStorage):
         content = pickle.dumps({"string_to_param": {"*": Asks(call, 2**33)}}, protocol=2)
@@ -198,7 +198,7 @@ def test_a_small_pickle_cannot_ask_for_memory(packing: str, tmp_path: Path) -> N
     assert peak_memory() - before < 2**28
 
 
-def test_views_of_one_number_are_not_copied(tmp_path: Path) -> None:
+def test_expanded_views_are_not_copied(tmp_path: Path) -> None:
     stretched, before = torch.zeros(1, dtype=torch.bfloat16).expand(2**16, 2**16), peak_memory()
     for data in ({"word": stretched}, {**WEBUI, "string_to_param": {"*": stretched}}):
         torch.save(data, tmp_path / "bomb.pt")

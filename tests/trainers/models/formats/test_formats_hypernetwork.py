@@ -1,4 +1,4 @@
-"""Hypernetwork files: there and back, webui's checks and layout, old forms, and what hostile files can do: nothing."""
+"""Hypernetwork files: round trips, the webui's checks and layout, old forms, hostile files."""
 
 from __future__ import annotations
 
@@ -64,9 +64,7 @@ def weights(width: int, *, inner: int | None = None, names: tuple[str, str] = ("
         },
     ],
 )
-def test_what_is_written_reads_back_equal_and_passes_webuis_checks(
-    options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_file_round_trips_and_passes_the_webui_checks(options: dict[str, Any], tmp_path: Path) -> None:
     written = make_file(**options)
     path = write_hypernetwork(written, tmp_path / "look.pt")
     assert_webui_safe(path)
@@ -82,7 +80,7 @@ def test_what_is_written_reads_back_equal_and_passes_webuis_checks(
     assert holds_hypernetwork(path)
 
 
-def test_the_layout_is_webuis(tmp_path: Path) -> None:
+def test_the_layout_is_the_webuis(tmp_path: Path) -> None:
     options = {"layer_structure": (1, 2, 2, 1), "activation_func": "relu", "add_layer_norm": True}
     dropout = {"activate_output": True, "dropout_structure": (0, 0.3, 0.3, 0)}
     path = write_hypernetwork(make_file(**options, **dropout), tmp_path / "look.pt")
@@ -93,13 +91,13 @@ def test_the_layout_is_webuis(tmp_path: Path) -> None:
     assert (data["use_dropout"], data["last_layer_dropout"]) == (True, True)
     for pair in (data[8], data[12]):
         assert type(pair) is tuple and len(pair) == 2 and all(type(module) is dict for module in pair)
-    # Numbered as they stand in the webui's Sequential, where activations and drop-out count.
+    # Numbered as in the webui's Sequential, where activations and dropout count.
     places = {int(name.split(".")[1]) for name in data[8][0]}
     assert places == {0, 2, 4, 6, 8, 10}
     assert data[8][0]["linear.0.weight"].shape == (16, 8)
 
 
-def test_old_forms_are_read_with_webuis_defaults(tmp_path: Path) -> None:
+def test_old_forms_get_the_webui_defaults(tmp_path: Path) -> None:
     bare = {8: (weights(8), weights(8)), 12: [weights(12), weights(12)]}
     for number, zipped in enumerate((True, False)):
         path = tmp_path / f"nai{number}.pt"
@@ -114,8 +112,8 @@ def test_old_forms_are_read_with_webuis_defaults(tmp_path: Path) -> None:
         assert torch.allclose(Hypernetwork.from_file(read).values(x), by_hand, atol=1e-4)
 
 
-def test_what_a_file_leaves_out_is_filled_in_as_webui_does(tmp_path: Path) -> None:
-    module = weights(8, names=("linear.0", "linear.2"))  # an activation stands between, and one at the end
+def test_missing_entries_get_the_webui_defaults(tmp_path: Path) -> None:
+    module = weights(8, names=("linear.0", "linear.2"))  # with an activation between and after them
     half = {name: tensor.half() for name, tensor in module.items()}
     path = save_pickle({8: (half, half), "activation_func": "relu", "step": 7}, tmp_path / "a.pt")
     read = read_hypernetwork(path)
@@ -139,9 +137,7 @@ def test_what_a_file_leaves_out_is_filled_in_as_webui_does(tmp_path: Path) -> No
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("name", ["glu", "threshold", "multiheadattention", "of another webui"])
-def test_one_layer_has_no_activation_whatever_its_name(
-    name: str, dropout: bool, norm: bool, tmp_path: Path
-) -> None:
+def test_a_single_layer_has_no_activation(name: str, dropout: bool, norm: bool, tmp_path: Path) -> None:
     torch.manual_seed(2)
     linear, after = torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)
     module = {f"linear.0.{key}": tensor for key, tensor in linear.state_dict().items()}
@@ -156,7 +152,7 @@ def test_one_layer_has_no_activation_whatever_its_name(
     assert torch.equal(Hypernetwork.from_file(again).values(x), Hypernetwork.from_file(read).values(x))
 
 
-def test_what_is_no_hypernetwork_says_so(tmp_path: Path) -> None:
+def test_other_content_is_rejected(tmp_path: Path) -> None:
     fine, small, one = weights(8), weights(8, inner=3), {"linear.0.weight": torch.ones(8, 8)}
     cases: list[tuple[Any, str]] = [
         ({"string_to_param": {"*": torch.ones(1, 8)}}, "no hypernetwork"),
@@ -165,14 +161,14 @@ def test_what_is_no_hypernetwork_says_so(tmp_path: Path) -> None:
         ({8: fine}, "two modules"),
         ({8: (fine,)}, "two modules"),
         ({8: (fine, [1])}, "holds a list"),
-        ({8: (fine, {"linear1.weight": 1.0})}, "no tensor"),
-        ({8: (fine, fine | {"linear1.weight": torch.ones(16, 8, dtype=torch.int64)})}, "no tensor"),
-        ({8: (fine, small)}, "not those of its layer_structure"),
-        ({8: (fine, fine), "is_layer_norm": True}, "not those of its layer_structure"),
-        ({9: (fine, fine)}, "not those of its layer_structure"),
-        ({0: (fine, fine)}, "cannot be"),
-        ({-8: (fine, fine)}, "cannot be"),
-        ({2**40: (fine, fine)}, "cannot be"),
+        ({8: (fine, {"linear1.weight": 1.0})}, "not a tensor"),
+        ({8: (fine, fine | {"linear1.weight": torch.ones(16, 8, dtype=torch.int64)})}, "not a tensor"),
+        ({8: (fine, small)}, "do not fit its layer_structure"),
+        ({8: (fine, fine), "is_layer_norm": True}, "do not fit its layer_structure"),
+        ({9: (fine, fine)}, "do not fit its layer_structure"),
+        ({0: (fine, fine)}, "not plausible"),
+        ({-8: (fine, fine)}, "not plausible"),
+        ({2**40: (fine, fine)}, "not plausible"),
         (dict.fromkeys(range(1, 99), (fine, fine)), "98 layer widths"),
         ({8: (fine, fine), "layer_structure": [1, 2]}, "first and the last 1"),
         ({8: (fine, fine), "layer_structure": [1, float("nan"), 1]}, "first and the last 1"),
@@ -191,9 +187,9 @@ def test_what_is_no_hypernetwork_says_so(tmp_path: Path) -> None:
     for number, (data, message) in enumerate(cases):
         path = tmp_path / f"{number}.pt"
         torch.save(data, path)
-        with pytest.raises(FormatError, match=message) as told:
+        with pytest.raises(FormatError, match=message) as raised:
             read_hypernetwork(path)
-        assert str(path) in str(told.value), data
+        assert str(path) in str(raised.value), data
     with pytest.raises(FormatError, match=r"\.pt"):
         write_hypernetwork(make_file(), tmp_path / "a.safetensors")
     broken = make_file()
@@ -202,7 +198,7 @@ def test_what_is_no_hypernetwork_says_so(tmp_path: Path) -> None:
         write_hypernetwork(broken, tmp_path / "look.pt")
 
 
-def test_small_files_cannot_ask_for_much_memory(tmp_path: Path) -> None:
+def test_small_files_cannot_allocate_much_memory(tmp_path: Path) -> None:
     """Each of these claims gigabytes from a few kilobytes."""
     fine = weights(8)
     huge = torch.zeros(1).expand(2**15, 2**15)
@@ -211,7 +207,7 @@ def test_small_files_cannot_ask_for_much_memory(tmp_path: Path) -> None:
     for data, message in [
         ({8: (fine, fine | {"linear1.weight": huge})}, "file has"),
         ({8: (shared, shared)}, "file has"),
-        ({8: (fine, fine | {"linear1.weight": meta})}, "no tensor"),
+        ({8: (fine, fine | {"linear1.weight": meta})}, "not a tensor"),
     ]:
         path = tmp_path / "bomb.pt"
         torch.save(data, path)
@@ -259,11 +255,11 @@ FILES = st.builds(
 )
 
 
-def test_no_object_in_a_file_crashes_or_fills_memory(tmp_path: Path) -> None:
+def test_fuzzed_objects_raise_format_errors(tmp_path: Path) -> None:
     assert_survives(check, tmp_path / "fuzz.pt", torch_files(FILES), examples=300)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_no_damage_to_a_file_crashes_or_fills_memory(zipped: bool, tmp_path: Path) -> None:
+def test_damaged_files_raise_format_errors(zipped: bool, tmp_path: Path) -> None:
     whole = saved(load_pickle(write_hypernetwork(make_file(), tmp_path / "a.pt")), zipped)
     assert_survives(check, tmp_path / "fuzz.pt", damaged(whole), examples=300)

@@ -1,4 +1,4 @@
-"""LoRA files: both layouts there and back, stock diffusers draws the same, old forms, and hostile files do nothing."""
+"""LoRA files: round trips in both layouts, equal images in stock diffusers, old forms, hostile files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ QUERY = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 def tuned(model: DiffusionModel, *, targets: Any = None, rank: int = 4, alpha: float = 6.0) -> LoraFile:
-    """Give a model adapters that change its pictures, and return them as a file."""
+    """Add adapters that change a model's images, and return them as a file."""
     parts = [part for part in model.modules() if part != "vae"]
     learning = add_adapters(model, model.lora_layers(targets, parts=parts), rank=rank, alpha=alpha)
     torch.manual_seed(1)
@@ -82,7 +82,7 @@ def draw_stock(pipeline: Any) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "targets"), [("sd1", "locon"), ("sd2", None), ("sdxl", "locon")])
-def test_stock_diffusers_and_ours_draw_the_same_from_both_layouts(
+def test_stock_diffusers_generates_equal_images_from_both_layouts(
     tmp_path: Path, family: str, targets: Any
 ) -> None:
     tiny_family(family).save_folder(tmp_path / "model")
@@ -90,7 +90,7 @@ def test_stock_diffusers_and_ours_draw_the_same_from_both_layouts(
     base = draw(model)
     file = tuned(model, targets=targets)
     expected = draw(model)
-    assert (expected - base).abs().mean() > 1  # or the test would show nothing
+    assert (expected - base).abs().mean() > 1  # otherwise the test is void
     with merged(model):
         assert (draw(model) - expected).abs().max() <= 1
     layers = model.denoiser.config.layers_per_block
@@ -111,9 +111,7 @@ def test_stock_diffusers_and_ours_draw_the_same_from_both_layouts(
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_layers_around_the_blocks_are_still_read_from_files_that_have_them(
-    tmp_path: Path, family: str
-) -> None:
+def test_layers_outside_the_blocks_are_read(tmp_path: Path, family: str) -> None:
     model = tiny_family(family)
     file = tuned(model, targets=["conv_in", "conv_out", "linear_1", "linear_2", "to_q"])
     ends = {"unet.conv_in", "unet.conv_out", "unet.time_embedding.linear_1"}
@@ -125,7 +123,7 @@ def test_layers_around_the_blocks_are_still_read_from_files_that_have_them(
         assert (draw(other) - expected).abs().max() <= 1, path
 
 
-def test_kohyas_layout_and_entries(tmp_path: Path) -> None:
+def test_kohya_layout_and_header_entries(tmp_path: Path) -> None:
     file = tuned(tiny_model())
     path = write_kohya_lora(file, tmp_path / "look.safetensors", dtype=torch.float16)
     tensors, header = read_safetensors(path)
@@ -158,7 +156,7 @@ def test_kohyas_layout_and_entries(tmp_path: Path) -> None:
         ("sdxl", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", "epsilon"),
     ],
 )
-def test_an_export_says_what_it_was_made_for_as_kohya_does(
+def test_an_export_names_its_base_model_as_kohya_does(
     family: str, version: str, architecture: str, prediction: str, tmp_path: Path
 ) -> None:
     model = tiny_family(family)
@@ -170,7 +168,7 @@ def test_an_export_says_what_it_was_made_for_as_kohya_does(
     assert [read_safetensors(path)[1]["modelspec.prediction_type"] for path in paths] == [prediction] * 2
     told = read_safetensors(paths[1])[1]
     assert (told["ss_base_model_version"], told["modelspec.architecture"]) == (version, architecture)
-    # Also after it went through diffusers' layout, and where only kohya's entries tell.
+    # Also after conversion to diffusers' layout, and with kohya's entries only.
     theirs = write_diffusers_lora(read_lora(paths[1]), tmp_path / DIFFUSERS_LORA)
     again = write_kohya_lora(read_lora(theirs), tmp_path / "again.safetensors", family=model.family)
     assert read_safetensors(again)[1]["ss_base_model_version"] == version
@@ -190,7 +188,7 @@ BUNDLES: dict[str, dict[str, Tensor]] = {
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_embeddings_in_a_lora_are_words_while_it_is_applied(family: str, tmp_path: Path) -> None:
+def test_bundled_embeddings_are_words_while_the_lora_is_applied(family: str, tmp_path: Path) -> None:
     model = tiny_family(family)
     file = tuned(model, targets=["q_proj"])
     path = write_kohya_lora(file, tmp_path / "look.safetensors", family=model.family)
@@ -208,7 +206,7 @@ def test_embeddings_in_a_lora_are_words_while_it_is_applied(family: str, tmp_pat
     ids, table = plain.tokenize(["a zq b"]), spliced_table(plain.text_encoders[0])
     assert int((ids >= 90).sum()) == (4 if plain.uses_time_ids else 2)
     assert torch.equal(table.words["zq"], torch.ones(2, 32))
-    assert torch.equal(table.words["old"], torch.zeros(1, 32))  # the word that the user gave
+    assert torch.equal(table.words["old"], torch.zeros(1, 32))  # the user's word
     assert torch.isfinite(plain.encode_tokens(ids).context).all()
     set_loras(plain, [])
     assert list(table.words) == ["old"]
@@ -216,7 +214,7 @@ def test_embeddings_in_a_lora_are_words_while_it_is_applied(family: str, tmp_pat
     assert torch.equal(plain.tokenize(["a zq b"]), base)
 
 
-def test_a_bundled_embedding_draws_as_its_own_file_does_and_in_prompts_that_name_the_lora_alone(
+def test_a_bundled_embedding_equals_its_own_file_in_prompts_that_name_the_lora(
     tmp_path: Path,
 ) -> None:
     layer = "lora_unet_mid_block_attentions_0_proj_in"
@@ -246,7 +244,7 @@ def test_a_bundled_embedding_draws_as_its_own_file_does_and_in_prompts_that_name
     assert first == third != word
 
 
-def test_embeddings_stay_in_a_lora_of_kohyas_layout_and_are_missed_in_diffusers(
+def test_bundled_embeddings_are_kept_in_kohya_layout_and_dropped_with_a_warning_in_diffusers(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     word = Embedding("zq", torch.ones(2, 32))
@@ -266,14 +264,14 @@ def test_embeddings_stay_in_a_lora_of_kohyas_layout_and_are_missed_in_diffusers(
         {"bundle_emb..emb_params": torch.ones(2, 32)},
     ],
 )
-def test_a_lora_with_a_broken_embedding_says_so(bundle: dict[str, Tensor], tmp_path: Path) -> None:
+def test_a_broken_bundled_embedding_is_an_error(bundle: dict[str, Tensor], tmp_path: Path) -> None:
     path = write_kohya_lora(tuned(tiny_model()), tmp_path / "look.safetensors")
     write_safetensors({**read_safetensors(path)[0], **bundle}, path)
     with pytest.raises(FormatError, match=r"look\.safetensors.*embedding"):
         read_lora(path)
 
 
-def test_a_layout_becomes_the_other_and_keeps_alpha_and_entries(tmp_path: Path) -> None:
+def test_conversion_between_layouts_keeps_alpha_and_entries(tmp_path: Path) -> None:
     file = tuned(tiny_model())
     kohya = read_lora(write_kohya_lora(file, tmp_path / "look.safetensors"))
     theirs = read_lora(write_diffusers_lora(kohya, tmp_path / DIFFUSERS_LORA))
@@ -289,7 +287,7 @@ def matrices(rank: int = 2, width: int = 32) -> dict[str, Tensor]:
     return {"down": torch.ones(rank, width), "up": torch.ones(width, rank)}
 
 
-def test_names_of_every_age_and_program_mean_the_same_layer() -> None:
+def test_old_and_new_names_refer_to_the_same_layer() -> None:
     out = QUERY.replace("to_q", "to_out.0")
     text = "text_encoder.text_model.encoder.layers.1.self_attn.q_proj"
     for key, layer, which in [
@@ -334,7 +332,7 @@ def test_names_of_every_age_and_program_mean_the_same_layer() -> None:
         kohya_name("vae.conv_in", sdxl=False)
 
 
-def test_diffusers_entry_tells_alpha(tmp_path: Path) -> None:
+def test_alpha_is_read_from_diffusers_header(tmp_path: Path) -> None:
     pair = matrices()
     state = {f"unet.{QUERY}.lora_A.weight": pair["down"], f"unet.{QUERY}.lora_B.weight": pair["up"]}
     for told, alpha in [
@@ -352,7 +350,7 @@ def test_diffusers_entry_tells_alpha(tmp_path: Path) -> None:
         read_lora(tmp_path / "a.safetensors")
 
 
-def test_what_is_no_lora_or_of_another_model_says_so(tmp_path: Path) -> None:
+def test_other_files_and_loras_of_another_model_are_rejected(tmp_path: Path) -> None:
     name, pair = "lora_unet_" + QUERY.replace(".", "_"), matrices()
     fine = {f"{name}.lora_{which}.weight": tensor for which, tensor in pair.items()}
     cases: list[tuple[dict[str, Any], str]] = [
@@ -361,11 +359,11 @@ def test_what_is_no_lora_or_of_another_model_says_so(tmp_path: Path) -> None:
         (fine | {f"{name}.dora_scale": torch.ones(2)}, "dora_scale.*LoHa, LoKr and DoRA cannot"),
         (fine | {f"unet.{QUERY}.lora_A.weight": pair["down"]}, "name a layer twice"),
         ({f"{name}.lora_up.weight": pair["up"]}, "has only up"),
-        (fine | {f"{name}.lora_down.weight": torch.ones(3, 32)}, "do not go together"),
-        (fine | {f"{name}.lora_down.weight": torch.ones(0, 32)}, "do not go together"),
+        (fine | {f"{name}.lora_down.weight": torch.ones(3, 32)}, "do not match"),
+        (fine | {f"{name}.lora_down.weight": torch.ones(0, 32)}, "do not match"),
         (fine | {f"{name}.lora_down.weight": torch.full((2, 32), torch.nan)}, "training failed"),
-        (fine | {f"{name}.lora_down.weight": torch.ones(2, 32, dtype=torch.int64)}, "no tensor of numbers"),
-        (fine | {f"{name}.alpha": torch.tensor(torch.inf)}, "alpha that is no number"),
+        (fine | {f"{name}.lora_down.weight": torch.ones(2, 32, dtype=torch.int64)}, "not a tensor"),
+        (fine | {f"{name}.alpha": torch.tensor(torch.inf)}, "alpha that is not a number"),
     ]
     for number, (state, message) in enumerate(cases):
         for suffix in (".safetensors", ".pt"):
@@ -374,9 +372,9 @@ def test_what_is_no_lora_or_of_another_model_says_so(tmp_path: Path) -> None:
                 torch.save(state, path)
             else:
                 write_safetensors(state, path)
-            with pytest.raises(FormatError, match=message) as told:
+            with pytest.raises(FormatError, match=message) as raised:
                 read_lora(path)
-            assert str(path) in str(told.value)
+            assert str(path) in str(raised.value)
     torch.save(fine | {f"{name}.lora_down.weight": torch.zeros(1).expand(2**15, 2**15)}, tmp_path / "bomb.pt")
     with pytest.raises(FormatError, match="file has"):
         read_lora(tmp_path / "bomb.pt")
@@ -390,7 +388,7 @@ def test_what_is_no_lora_or_of_another_model_says_so(tmp_path: Path) -> None:
 
 
 def can_read(content: bytes, path: Path) -> bool:
-    """Read a file and say whether it was one; anything but a LoRA or one of our errors is a fault."""
+    """Return whether a file is read as a LoRA; only our errors may be raised."""
     path.write_bytes(content)
     try:
         holds_lora(path)
@@ -417,7 +415,7 @@ PAIR = {
 }
 
 
-def test_no_object_or_damage_in_a_file_crashes(tmp_path: Path) -> None:
+def test_fuzzed_and_damaged_files_raise_our_errors(tmp_path: Path) -> None:
     outcomes = []
     whole = write_kohya_lora(
         LoraFile("a", {"unet.conv_in": Matrices(torch.ones(2, 3), torch.ones(3, 2), 1.0)}),

@@ -1,4 +1,4 @@
-"""Pickle files: webui's rules (re-stated here, both versions), safe reading, and what broken files say."""
+"""Pickle files: the webui's rules (both versions, implemented here), safe reading, errors for broken files."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-def test_the_checker_in_this_file_refuses_what_torch_writes_today(tmp_path: Path) -> None:
+def test_the_checker_rejects_files_of_current_torch(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "plain.pt")
     assert any("format_version" in name for name in objections(tmp_path / "plain.pt", NAMES_1_10_1))
     assert any("byteorder" in name for name in objections(tmp_path / "plain.pt", NAMES_1_9_4))
 
 
-def test_written_file_passes_both_webuis_and_reads_back_equal(tmp_path: Path) -> None:
+def test_a_written_file_passes_both_webui_versions_and_round_trips(tmp_path: Path) -> None:
     path = save_pickle(sample_object(), tmp_path / "my cat.v2.pt")
     assert_webui_safe(path)
     assert same(sample_object(), load_pickle(path))
@@ -115,7 +115,7 @@ def test_parameters_views_and_ordered_dicts_become_plain(tmp_path: Path) -> None
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_webui_refuses_is_refused_at_writing(value: Any, tmp_path: Path) -> None:
+def test_types_that_the_webui_rejects_are_rejected_when_writing(value: Any, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="outer"):
         save_pickle({"outer": [value]}, tmp_path / "a.pt")
     assert list(tmp_path.iterdir()) == []
@@ -126,7 +126,7 @@ class Bomb:
         return (print, ("boom",))
 
 
-def test_code_in_a_pickle_never_runs_and_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_code_in_a_pickle_is_named_and_never_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"a": Bomb()}, tmp_path / "zip.pt")
     torch.save({"a": Bomb()}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     for name in ("zip.pt", "old.pt"):
@@ -135,12 +135,12 @@ def test_code_in_a_pickle_never_runs_and_is_named(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().out == ""
 
 
-def test_broken_files_say_what_is_wrong(tmp_path: Path) -> None:
+def test_broken_files_raise_specific_errors(tmp_path: Path) -> None:
     good = save_pickle({"a": torch.randn(1000)}, tmp_path / "good.pt").read_bytes()
     cases = {
         "empty.pt": (b"", "empty"),
-        "cut.pt": (good[: len(good) // 2], "cut short"),
-        "text.pt": (b"hello there, this is no tensor", "not a PyTorch file|cut short"),
+        "cut.pt": (good[: len(good) // 2], "truncated"),
+        "text.pt": (b"hello there, this is no tensor", "not a PyTorch file|truncated"),
         "html.pt": (b"<html>404</html>" * 20, "not a PyTorch file"),
         "stream.pt": (pickle.dumps({"a": list(range(100))}, protocol=4), "not a PyTorch file"),
     }
@@ -197,7 +197,7 @@ def _write_half(path: Path) -> None:
         raise RuntimeError("half way")
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = save_pickle({"a": 1}, tmp_path / "a.pt")
     with pytest.raises(RuntimeError, match="half way"):
         _write_half(path)
@@ -211,10 +211,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         save_pickle({}, tmp_path / "blocked" / "a.pt")
 
 
-def test_a_pickle_of_another_protocol_is_told_in_one_message(tmp_path: Path) -> None:
+def test_a_pickle_of_another_protocol_is_one_error(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(pickle.dumps({"a": 1}, protocol=4))
-    with pytest.raises(
-        FormatError, match="UnpicklingError"
-    ):  # were torch's warning let out, it would be raised here
+    with pytest.raises(FormatError, match="UnpicklingError"):  # torch's warning would be raised here
         load_pickle(path)

@@ -1,4 +1,4 @@
-"""Single files: SD1's key names against diffusers' own converter, round trips of unusual shapes, refusals."""
+"""Single files: SD1's key names against diffusers' converter, round trips of unusual shapes, errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sd1_on_meta() -> dict[str, dict[str, torch.Tensor]]:
     return {part: dict(empty_part(part, SD1_CONFIGS[part]).state_dict()) for part in parts}
 
 
-def test_sd15_has_exactly_the_names_that_diffusers_reads() -> None:
+def test_sd15_names_equal_those_that_diffusers_reads() -> None:
     from diffusers.loaders import single_file_utils as theirs
 
     states = sd1_on_meta()
@@ -53,7 +53,7 @@ def test_sd15_has_exactly_the_names_that_diffusers_reads() -> None:
     assert {key.removeprefix("text_model.") for key in text} == set(states["text_encoder"])
 
 
-def test_landmarks_of_the_ldm_layout() -> None:
+def test_known_names_of_the_ldm_layout() -> None:
     file = to_single_file(sd1_on_meta(), SD1_CONFIGS)
     shapes = {
         "model.diffusion_model.input_blocks.3.0.op.weight": [320, 320, 3, 3],
@@ -76,7 +76,7 @@ def test_landmarks_of_the_ldm_layout() -> None:
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("attention", [(0, 1, 1), (1, 1, 0, 1), (1, 0)])
-def test_any_number_of_blocks_converts_as_diffusers_reads_it(layers: int, attention: tuple[int, ...]) -> None:
+def test_any_number_of_blocks_converts_as_in_diffusers(layers: int, attention: tuple[int, ...]) -> None:
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
     blocks = len(attention)
@@ -112,7 +112,7 @@ def equal_states(one: torch.nn.Module, two: torch.nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_an_unusual_model_reads_back_equal(suffix: str, tmp_path: Path) -> None:
+def test_an_unusual_model_round_trips(suffix: str, tmp_path: Path) -> None:
     model = tiny_model("v_prediction")
     path = model.save_file(tmp_path / f"cat{suffix}", metadata={"recipe": "x: 1"})
     if suffix == ".ckpt":
@@ -152,7 +152,7 @@ def test_half_precision_and_header(tmp_path: Path) -> None:
     )
 
 
-def test_learned_words_stay_out_of_the_file(tmp_path: Path) -> None:
+def test_learned_words_are_not_written(tmp_path: Path) -> None:
     from dreamfleet.trainers.models.embeddings import install_embedding
 
     model = tiny_model()
@@ -174,7 +174,7 @@ def test_text_encoder_keys_without_text_model_are_accepted(tmp_path: Path) -> No
     assert equal_states(load_single_file(tmp_path / "b.safetensors").text_encoder, model.text_encoder)
 
 
-def test_what_is_no_sd1_says_so(tmp_path: Path) -> None:
+def test_other_models_are_rejected(tmp_path: Path) -> None:
     conv = "model.diffusion_model.input_blocks.0.0.weight"
     cases: list[tuple[dict[str, torch.Tensor], str]] = [
         ({"conditioner.embedders.0.model.ln_final.weight": torch.ones(2)}, "refiner"),
@@ -212,7 +212,7 @@ def test_what_is_no_sd1_says_so(tmp_path: Path) -> None:
             load_single_file(tmp_path / "x.safetensors")
 
 
-def test_a_partly_loaded_model_is_not_saved(tmp_path: Path) -> None:
+def test_an_incomplete_model_is_not_saved(tmp_path: Path) -> None:
     model = tiny_model()
     model.vae = None
     with pytest.raises(ModelError, match="vae"):

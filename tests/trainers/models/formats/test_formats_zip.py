@@ -1,4 +1,4 @@
-"""Zips of any size: where zip64's form stands, told by the rules of the oldest reader in use."""
+"""Zips of any size: where zip64 fields are used, by the rules of the oldest PyTorch reader."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENTRIES = {"a/data.pkl": b"pickle", "a/data/0": bytes(range(256)) * 5, "a/data/1
 
 
 def write_at(path: Path, start: int) -> Path:
-    """Write ENTRIES from an offset on; before it lies a hole, which takes no space on a disk."""
+    """Write ENTRIES from an offset; the hole before it takes no disk space."""
     with open(path, "wb") as file:
         file.seek(start)
         archive = ZipWriter(file)
@@ -29,7 +29,7 @@ def write_at(path: Path, start: int) -> Path:
 
 
 def directory(path: Path) -> tuple[bytes, list[tuple[str, int, int, bytes]], int]:
-    """Read the last bytes, and of each entry its name, the 32-bit size and offset, and its extra field."""
+    """Return the last bytes, and each entry's name, 32-bit size and offset, and extra field."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(0, size - 4096))
@@ -48,13 +48,13 @@ def directory(path: Path) -> tuple[bytes, list[tuple[str, int, int, bytes]], int
 
 
 def objections_of_old_torch(path: Path) -> list[str]:
-    """Say what the reader in torch up to 2.3 (miniz 2.1) finds beyond the file: 32-bit fields, taken as they are."""
+    """Return the entries that the reader of torch up to 2.3 (miniz 2.1) finds beyond the file by 32-bit fields."""
     _, entries, size = directory(path)
     return [name for name, whole, offset, _ in entries if whole != 0xFFFFFFFF and offset + 30 + whole > size]
 
 
 @pytest.mark.parametrize("start", [0, 2 * GIB - 40, 2 * GIB, 3 * GIB, 4 * GIB - 4096])
-def test_below_4_gib_nothing_is_in_zip64s_form(start: int, tmp_path: Path) -> None:
+def test_below_4_gib_no_zip64_field_is_used(start: int, tmp_path: Path) -> None:
     path = write_at(tmp_path / "a.pt", start)
     tail, entries, _ = directory(path)
     assert objections_of_old_torch(path) == []
@@ -64,7 +64,7 @@ def test_below_4_gib_nothing_is_in_zip64s_form(start: int, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("start", [4 * GIB - 1, 4 * GIB, 5 * GIB])
-def test_beyond_4_gib_offsets_are_in_zip64s_form(start: int, tmp_path: Path) -> None:
+def test_above_4_gib_offsets_use_zip64(start: int, tmp_path: Path) -> None:
     path = write_at(tmp_path / "a.pt", start)
     tail, entries, _ = directory(path)
     assert objections_of_old_torch(path) == []
@@ -84,7 +84,7 @@ def assert_readable(path: Path) -> None:
             assert (entry.header_offset + 30 + name + extra) % 64 == 0
 
 
-def test_pythons_own_zips_are_what_old_torch_refuses(tmp_path: Path) -> None:
+def test_old_torch_rejects_zips_of_python(tmp_path: Path) -> None:
     with open(tmp_path / "a.pt", "wb") as file:
         file.seek(3 * GIB)
         with zipfile.ZipFile(file, "w") as archive:
@@ -95,9 +95,7 @@ def test_pythons_own_zips_are_what_old_torch_refuses(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("size", "large"), [(2 * GIB, False), (2**32 - 2, False), (2**32 - 1, True), (5 * GIB, True)]
 )
-def test_an_entry_tells_its_size_in_zip64s_form_only_where_32_bits_do_not_hold_it(
-    size: int, large: bool
-) -> None:
+def test_a_size_uses_zip64_only_beyond_32_bits(size: int, large: bool) -> None:
     header = local_header(b"a/data/0", size, 7, at=128)
     version, _, _, _, _, checksum, stored, whole = struct.unpack_from("<HHHHHIII", header, 4)
     assert (version, checksum, stored == whole) == (45 if large else 20, 7, True)
@@ -107,7 +105,7 @@ def test_an_entry_tells_its_size_in_zip64s_form_only_where_32_bits_do_not_hold_i
     assert (128 + len(header)) % 64 == 0
 
 
-def test_torchs_reader_follows_zip64s_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_reads_zip64_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = {"a": torch.arange(1000.0), "b": torch.ones(3)}
     plain = save_pickle(content, tmp_path / "plain.pt").read_bytes()
     monkeypatch.setattr(zip_writer, "_LARGEST", 0)  # so that all sizes and offsets are too large

@@ -1,4 +1,4 @@
-"""How pictures were drawn, as the webui writes and reads it; samplers under its names; one call with everything."""
+"""Text of generated images in the webui's format, sampler names, and one call with every kind of artifact."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dreamfleet.trainers.models.stable_diffusion.hypernetwork import Hypernetwor
 
 
 def parsed(text: str) -> tuple[str, str, dict[str, str]]:
-    """Read the text by the webui's rule: prompt lines, then `Negative prompt:`, then a line of at least three pairs."""
+    """Parse the text as the webui does: prompt lines, then `Negative prompt:`, then a line of at least three pairs."""
     *lines, last = text.strip().split("\n")
     pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
     assert len(pairs) >= 3
@@ -41,7 +41,7 @@ def parsed(text: str) -> tuple[str, str, dict[str, str]]:
 
 
 @pytest.mark.parametrize("value", ["plain", "a, b", "a: b", 'say "x", y', "two\nlines", "ü, é", 7, 7.5, True])
-def test_values_survive_the_webuis_reading(value: Any) -> None:
+def test_values_round_trip_through_the_webui_parser(value: Any) -> None:
     text = infotext(
         "a cat,\non a mat",
         "bad: hands, (worse:1.2)",
@@ -52,7 +52,7 @@ def test_values_survive_the_webuis_reading(value: Any) -> None:
     assert told == {"Steps": "20", "Odd key-1": str(value), "CFG scale": "7"}
 
 
-def test_text_of_any_language_survives_a_png(tmp_path: Path) -> None:
+def test_text_of_any_language_round_trips_through_a_png(tmp_path: Path) -> None:
     for text in ("a cat", "eine Käte, ein 猫"):
         Image.new("RGB", (4, 4)).save(tmp_path / "x.png", pnginfo=png_info(text))
         with Image.open(tmp_path / "x.png") as image:
@@ -69,19 +69,19 @@ def test_text_of_any_language_survives_a_png(tmp_path: Path) -> None:
         ("dpm++", "dpm++"),
     ],
 )
-def test_samplers_are_known_by_the_webuis_names(name: str, plain: str) -> None:
+def test_webui_sampler_names_are_accepted(name: str, plain: str) -> None:
     assert plain_sampler(name) == plain
     model = tiny_model()
     assert type(model.make_sampler(plain_sampler(name))) is type(model.make_sampler(plain))
 
 
-def test_unknown_samplers_are_named() -> None:
+def test_an_unknown_sampler_is_an_error() -> None:
     with pytest.raises(UserError, match="'UniPC'"):
         plain_sampler("UniPC")
 
 
 @pytest.mark.parametrize("name", ["DDIM", "Euler a", "DPM++ 2M Karras"])
-def test_samplers_step_as_diffusers_own(name: str) -> None:
+def test_samplers_equal_diffusers(name: str) -> None:
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
     from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
@@ -109,7 +109,7 @@ def test_samplers_step_as_diffusers_own(name: str) -> None:
     assert torch.equal(*ends)
 
 
-def test_one_call_takes_everything_and_tells_it(tmp_path: Path) -> None:
+def test_one_call_takes_every_artifact_and_records_it(tmp_path: Path) -> None:
     model = load_model(ModelConfig())
     width = model.context_width
     for name in ("qzx", "qzx-neg", "vbn"):
@@ -184,11 +184,11 @@ def test_one_call_takes_everything_and_tells_it(tmp_path: Path) -> None:
     assert told["Version"].startswith("dreamfleet ")
 
 
-def test_where_images_cannot_go_is_said_first(tmp_path: Path) -> None:
+def test_an_unwritable_output_is_an_error_before_sampling(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for options, message in (
         (["--out-dir", str(tmp_path / "file")], "file"),
-        (["--scheduler", "x"], "no sampler"),
+        (["--scheduler", "x"], "does not exist"),
     ):
         arguments = ["sample", "--prompt", "x", "--out", str(tmp_path / "x.png"), *options]
         result = CliRunner().invoke(program.app, arguments)
@@ -206,7 +206,7 @@ def drawn(tmp_path: Path, *arguments: str) -> tuple[str, str, dict[str, str]]:
         return parsed(image.info["parameters"])
 
 
-def test_infotexts_say_prompts_as_the_webui_reads_them(tmp_path: Path) -> None:
+def test_prompts_are_escaped_for_the_webui(tmp_path: Path) -> None:
     syntax = "a (cat:1.3) AND [dog|b] :0.5"
     assert drawn(tmp_path, "--prompt", f"{syntax} # mine")[0] == syntax
     prompt, negative, _ = drawn(
@@ -216,7 +216,7 @@ def test_infotexts_say_prompts_as_the_webui_reads_them(tmp_path: Path) -> None:
     assert negative == r"a <\lora:x:\1> B\REAK"
 
 
-def test_schedules_are_told_truly() -> None:
+def test_the_recorded_schedule_is_the_used_one() -> None:
     assert sampler_entries("dpm++")["Schedule type"] == "Karras"
     assert sampler_entries("ddim") == {
         "Sampler": "DDIM",
@@ -228,7 +228,7 @@ def test_schedules_are_told_truly() -> None:
     assert (zero["Schedule type"], zero["Noise Schedule"]) == ("SGM Uniform", "Zero Terminal SNR")
 
 
-def test_prompts_come_from_a_file_with_their_own_options(tmp_path: Path) -> None:
+def test_prompt_file_lines_have_their_own_options(tmp_path: Path) -> None:
     path = tmp_path / "asked.txt"
     path.write_text(
         "# cats\n\na cat --n ugly, (bad) --w 96 --h 64 --d 9 --s 2 --l 3.5 --ss euler_a\n a dog\n"

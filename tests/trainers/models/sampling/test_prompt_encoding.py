@@ -1,4 +1,4 @@
-"""What prompts in the webui's syntax are drawn with: chunks of tokens, weighted conditions, guidance by step."""
+"""Encoding of prompts in the webui's syntax: chunks of tokens, weighted conditions, guidance by step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model() -> Any:
 
 
 def chunks(model: Any, text: str) -> list[tuple[int, int]]:
-    """Lay a text out: tokens and learned ids of each chunk."""
+    """Return the number of tokens and of learned ids in each chunk."""
     found = chunk_pieces(Words(model.tokenizer, model.text_encoder), attention(text))
     assert all(len(chunk.ids) == len(chunk.weights) for chunk in found)
     first_learned = len(model.tokenizer)
@@ -56,14 +56,14 @@ def chunks(model: Any, text: str) -> list[tuple[int, int]]:
         (
             "a " * 60 + ", " + "b " * 11 + "sks c",
             [(61, 0), (15, 3)],
-        ),  # what moves takes its learned word along
+        ),  # a moved text keeps its learned word
     ],
 )
 def test_chunks_end_at_break_and_after_commas(model: Any, text: str, expected: list[tuple[int, int]]) -> None:
     assert chunks(model, text) == expected
 
 
-def test_words_are_found_wherever_they_stand(model: Any) -> None:
+def test_learned_words_are_found_anywhere(model: Any) -> None:
     found = [
         "a SKS",
         "sks的照片",
@@ -88,11 +88,11 @@ def test_words_are_found_wherever_they_stand(model: Any) -> None:
     assert all(words_in(model, [text]) for text in placed)
 
 
-def test_odd_letters_match_no_other_word(model: Any) -> None:
+def test_unusual_letters_match_no_other_word(model: Any) -> None:
     for word in ("İx", "ſks", "ǅ"):
         install_embedding(model, word, torch.randn(1, WIDTH))
     for text in ("ix", "İX", "ſKS", "ǆ", "sKs"):
-        words_in(model, [text])  # letters whose cases have other lengths are no error
+        words_in(model, [text])  # letters whose upper case has another length
 
 
 def test_weights_restore_the_mean_of_their_chunk() -> None:
@@ -130,20 +130,20 @@ def test_conditions_are_weighted_by_encoder(family: str) -> None:
         start += encoder.config.hidden_size
         wide = part * weights[:, None]
         expected.append(wide * part.mean() / wide.mean())
-    found = guide.towards[0][1].at(0)
+    found = guide.positive[0][1].at(0)
     assert torch.allclose(found.context, torch.cat(expected, dim=-1), atol=1e-4)
     if family == "sdxl":
         assert torch.equal(found.pooled, plain.pooled)
 
 
-def test_long_prompts_take_as_many_chunks_as_they_need(model: Any) -> None:
+def test_long_prompts_get_more_chunks(model: Any) -> None:
     (guide,) = make_guides(model, [ImageRequest("a BREAK b AND c", "x", steps=2, guidance_scale=7)])
-    (_, both), (_, short) = guide.towards
+    (_, both), (_, short) = guide.positive
     assert both.at(0).context.shape == short.at(0).context.shape == (1, 154, WIDTH)
     assert torch.allclose(both.at(0).context[0, 77:], model.encode(["b"]).context[0], atol=1e-6)
     last = model.encode(["c"]).context[0, -1]  # shorter parts repeat their last token
     assert torch.allclose(short.at(0).context[0, 77:], last.expand(77, -1), atol=1e-6)
-    assert guide.away is not None and guide.away.at(0).context.shape == (1, 77, WIDTH)
+    assert guide.negative is not None and guide.negative.at(0).context.shape == (1, 77, WIDTH)
 
 
 def draw(model: Any, *prompts: str, **options: Any) -> list[Image.Image]:
@@ -155,7 +155,7 @@ def difference(one: Image.Image, other: Image.Image) -> int:
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-def test_prompts_that_say_the_same_draw_the_same(family: str) -> None:
+def test_equivalent_prompts_generate_equal_images(family: str) -> None:
     model = tiny_family(family)
     for one, other in [
         ("[a cat:a dog:0]", "a dog"),
@@ -167,7 +167,7 @@ def test_prompts_that_say_the_same_draw_the_same(family: str) -> None:
         ("(a cat:1.0)", "a cat"),
     ]:
         assert difference(*draw(model, one, other)) <= 1, one
-    strong = {"guidance_scale": 40}  # the tiny model hardly minds; the same prompt gives the same bytes
+    strong = {"guidance_scale": 40}  # the tiny model reacts weakly; equal prompts give equal bytes
     assert difference(*(draw(model, "a cat", **strong)[0] for _ in range(2))) == 0
     plain = draw(model, "a cat", **strong)[0]
     for other in [
@@ -182,12 +182,12 @@ def test_prompts_that_say_the_same_draw_the_same(family: str) -> None:
     assert difference(plain, draw(model, "a cat", negative_prompt="[x|y] (z:1.3)", **strong)[0]) > 0
 
 
-def test_images_of_different_syntax_are_the_same_in_any_batch(model: Any) -> None:
+def test_images_are_equal_in_any_batch(model: Any) -> None:
     prompts = ["a cat", "[a|b] cat AND dog :0.4", "a BREAK (b:1.2) BREAK c", "sks AND a BREAK b", "[a:b:2]"]
     together = draw(model, *prompts, batch_size=5, negative_prompt="ugly BREAK bad")
     for prompt, image in zip(prompts, together, strict=True):
         assert difference(image, draw(model, prompt, negative_prompt="ugly BREAK bad")[0]) <= 1
-    # A guidance scale of 1 needs no negative prompt, but for prompts of several parts or another weight.
+    # A guidance scale of 1 needs no negative prompt, except with several parts or another weight.
     alone = draw(model, *prompts[:2], guidance_scale=1)
     assert difference(alone[0], draw(model, "a cat", guidance_scale=1, negative_prompt="ugly")[0]) == 0
     assert difference(alone[1], draw(model, prompts[1], guidance_scale=1, negative_prompt="ugly")[0]) > 0
@@ -195,9 +195,9 @@ def test_images_of_different_syntax_are_the_same_in_any_batch(model: Any) -> Non
 
 def test_conditions_follow_the_steps(model: Any) -> None:
     (guide,) = make_guides(model, [ImageRequest("[a:b:2] AND [c|d]", "[x::1]", steps=4, guidance_scale=7)])
-    (_, edited), (_, alternating) = guide.towards
-    assert guide.away is not None
-    for timed, texts in ((edited, "aaab"), (alternating, "ccdc"), (guide.away, ["x", "x", "", ""])):
+    (_, edited), (_, alternating) = guide.positive
+    assert guide.negative is not None
+    for timed, texts in ((edited, "aaab"), (alternating, "ccdc"), (guide.negative, ["x", "x", "", ""])):
         for index, text in enumerate(texts):
             assert torch.allclose(timed.at(index).context, model.encode([text]).context, atol=1e-6), (
                 index,
@@ -205,7 +205,7 @@ def test_conditions_follow_the_steps(model: Any) -> None:
             )
 
 
-def test_guidance_adds_the_parts_up(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guidance_sums_the_parts(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     class Recorded:
         def __init__(self, scheduler: Any):
             self.inner, self.outputs = scheduler, []
@@ -240,12 +240,12 @@ def test_plain_prompts_are_literal(model: Any) -> None:
         "a | b\\",
     ):
         (guide,) = make_guides(model, [ImageRequest(text, text, steps=3, guidance_scale=2, plain=True)])
-        assert guide.away is not None and len(guide.towards) == 1
-        for timed in (guide.towards[0][1], guide.away):
+        assert guide.negative is not None and len(guide.positive) == 1
+        for timed in (guide.positive[0][1], guide.negative):
             assert torch.equal(timed.at(2).context, model.encode([text]).context), text
 
 
-def test_negatives_come_along_from_any_syntax(model: Any) -> None:
+def test_negatives_of_learned_words_are_added_with_any_syntax(model: Any) -> None:
     install_negative(model, "sks", torch.randn(2, WIDTH))
     for prompt in ("a (sks:1.3)", "[a|b|sks]", "a AND [x:sks:5]", "[sks::3]", "a BREAK sks"):
         assert negative_for(model, prompt, "ugly # bad") == "ugly, sks-neg", prompt

@@ -1,4 +1,4 @@
-"""The webui's prompt syntax on text alone: which texts at which steps, and with which weights."""
+"""Parsing of the webui's prompt syntax: texts by step and attention weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dreamfleet.trainers.models.sampling.prompt_syntax import (
     escape,
     parse_negative,
     parse_prompt,
+    plain_text,
     schedule,
     split_and,
     split_tags,
     strip_comments,
     text_at,
-    words_alone,
 )
 
 W, S = 1.1, 1 / 1.1  # of a pair of brackets
@@ -65,7 +65,7 @@ AB = tuple((step, "a" if step % 2 else "b") for step in range(1, 11))
         ("[a|[b|c]]", {n: ["a", ["b", "c"][(n - 1) % 2]][(n - 1) % 2] for n in range(1, 11)}),
         ("[(a:1.2)|b]", {n: ["(a:1.2)", "b"][(n - 1) % 2] for n in range(1, 11)}),
         ("[[a:b:3]|c]", {n: ["a" if n <= 3 else "b", "c"][(n - 1) % 2] for n in range(1, 11)}),
-        # Not syntax: it stays as it is.
+        # Not syntax: unchanged.
         ("a [cat] (dog)", {10: "a [cat] (dog)"}),
         ("[cat:dog]", {10: "[cat:dog]"}),
         ("[a:b:c:5]", {10: "[a:b:c:5]"}),
@@ -82,7 +82,7 @@ AB = tuple((step, "a" if step % 2 else "b") for step in range(1, 11))
         ("[x [b:c:3] y", {3: "[x b y", 10: "[x c y"}),
         ("x] [b:c:3]", {3: "x] b", 10: "x] c"}),
         ("x: [b:c:3]", {3: "x: b", 10: "x: c"}),
-        # A stray bar or backslash: the text is no syntax at all.
+        # A stray bar or backslash: the whole text is literal.
         ("a | b [c:d:5]", {10: "a | b [c:d:5]"}),
         ("(a|b) [c:d:5]", {10: "(a|b) [c:d:5]"}),
         ("[a|b:5]", {10: "[a|b:5]"}),
@@ -96,11 +96,11 @@ def test_texts_by_step(text: str, texts: dict[int, str]) -> None:
     assert dict(schedule(text, ALWAYS)) == texts
 
 
-def test_a_text_lasts_through_the_step_of_its_number() -> None:
-    said = [schedule("[a:b:0.5]", 4)[text_at(schedule("[a:b:0.5]", 4), index)][1] for index in range(4)]
-    assert said == ["a", "a", "a", "b"]  # the webui compares steps counted from 0 with ends counted from 1
-    said = [schedule("[a|b]", 5)[text_at(schedule("[a|b]", 5), index)][1] for index in range(5)]
-    assert said == ["a", "a", "b", "a", "b"]
+def test_a_text_includes_the_step_of_its_number() -> None:
+    texts = [schedule("[a:b:0.5]", 4)[text_at(schedule("[a:b:0.5]", 4), index)][1] for index in range(4)]
+    assert texts == ["a", "a", "a", "b"]  # the webui compares steps counted from 0 with ends counted from 1
+    texts = [schedule("[a|b]", 5)[text_at(schedule("[a|b]", 5), index)][1] for index in range(5)]
+    assert texts == ["a", "a", "b", "a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_text_lasts_through_the_step_of_its_number() -> None:
         ("a BREAK", [("a", 1), ("BREAK", -1), ("", 1)]),
         ("(a) BREAK [b]", [("a", W), ("", 1), ("BREAK", -1), ("", 1), ("b", S)]),
         ("aBREAK BREAKb break", [("aBREAK BREAKb break", 1)]),
-        ("(a BREAK b:2)", [("a", 2), ("BREAK", -2), ("b", 2)]),  # words by then, as in the webui
+        ("(a BREAK b:2)", [("a", 2), ("BREAK", -2), ("b", 2)]),  # text at this point, as in the webui
         ("(猫:1.5)的", [("猫", 1.5), ("的", 1)]),
         ("a, (b:1.1), c", [("a, ", 1), ("b", 1.1), (", c", 1)]),
     ],
@@ -187,7 +187,7 @@ def test_tags_and_comments() -> None:
     assert parse_negative("a AND b <x:1>", 3) == ((3, "a AND b <x:1>"),)
 
 
-def test_words_that_look_like_syntax_are_taken_whole() -> None:
+def test_words_with_syntax_are_literal() -> None:
     for word in ("[V]", "(sks)", "<my:cat>", "#1", "a|b", "AND"):
         (part,) = parse_prompt(f"a ({word}:1.3) on the beach", 4, [word, "cat"])
         assert [tuple(piece) for piece in attention(part.schedule[0][1])][1] == (word, 1.3), word
@@ -231,14 +231,14 @@ SIGNS += [
 ]
 
 
-def test_whatever_is_typed_is_read_and_escapes_to_itself() -> None:
+def test_any_text_is_parsed_and_escaping_round_trips() -> None:
     rng = random.Random(0)
     for _ in range(1500):
         text = "".join(rng.choice(SIGNS) for _ in range(rng.randint(1, 12)))
         for part in parse_prompt(text, 4):
             assert 1 <= len(part.schedule) <= 4 and part.schedule[-1][0] == 4
             assert all(attention(said) for _, said in part.schedule)
-        words_alone(text)
+        plain_text(text)
         (plain,) = parse_prompt(text, 4, plain=True)
         assert attention(plain.schedule[0][1]) == [(text, 1.0)], text
         if "#" not in text:  # what the infotext of a plain prompt says is read as that prompt
@@ -246,7 +246,7 @@ def test_whatever_is_typed_is_read_and_escapes_to_itself() -> None:
             assert (back.weight, attention(back.schedule[0][1])) == (1, [(text.strip(), 1.0)]), text
 
 
-def test_deep_and_long_prompts_are_read_quickly() -> None:
+def test_deep_and_long_prompts_are_parsed_quickly() -> None:
     for text in (
         "[" * 3000,
         "(" * 500 + "a" + ")" * 500,
@@ -256,6 +256,6 @@ def test_deep_and_long_prompts_are_read_quickly() -> None:
         assert schedule(text, 4)[-1][0] == 4 and attention(text)
 
 
-def test_a_judge_reads_the_words_alone() -> None:
+def test_plain_text_has_no_syntax() -> None:
     prompt = "a (photo:1.3) of [a cat:sks dog:0.5], [best] <lora:x:1> BREAK on the beach AND at \\(night\\) :0.7 # x"
-    assert words_alone(prompt) == "a photo of sks dog, best on the beach, at (night)"
+    assert plain_text(prompt) == "a photo of sks dog, best on the beach, at (night)"

@@ -1,4 +1,4 @@
-"""Sampling: the same pictures in any batch, agreement with diffusers' pipeline, guidance, grids, class pictures."""
+"""Sampling: equal images in any batch, agreement with diffusers' pipeline, guidance, grids, class images."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def difference(one: Image.Image, two: Image.Image) -> int:
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_a_image_is_a_function_of_its_prompt_and_seed(scheduler: str, prediction_type: str) -> None:
+def test_an_image_depends_on_its_request_only(scheduler: str, prediction_type: str) -> None:
     model = tiny_model(prediction_type)
     options: dict[str, Any] = {"steps": 4, "scheduler": scheduler}
     together = generate(model, PROMPTS, seeds=SEEDS, batch_size=5, **options)
@@ -55,7 +55,7 @@ def test_a_image_is_a_function_of_its_prompt_and_seed(scheduler: str, prediction
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_it_draws_what_diffusers_pipeline_draws(prediction_type: str) -> None:
+def test_images_equal_those_of_the_diffusers_pipeline(prediction_type: str) -> None:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
@@ -88,7 +88,9 @@ def test_it_draws_what_diffusers_pipeline_draws(prediction_type: str) -> None:
         assert max(difference(a, b) for a, b in zip(ours, theirs, strict=True)) <= 1
 
 
-def test_guidance_of_one_runs_the_unet_once_a_image(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guidance_scale_of_1_runs_the_unet_once_per_image(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes: list[int] = []
     forward = type(model.unet).forward
 
@@ -102,7 +104,7 @@ def test_guidance_of_one_runs_the_unet_once_a_image(model: Any, monkeypatch: pyt
     assert sizes == [2, 2, 4, 4]
 
 
-def test_own_encoder_sizes_and_negative_prompts(model: Any) -> None:
+def test_encoder_sizes_and_negative_prompts(model: Any) -> None:
     asked: list[list[str]] = []
 
     def encode(prompts: Sequence[str], ids: torch.Tensor) -> Condition:
@@ -119,7 +121,7 @@ def test_own_encoder_sizes_and_negative_prompts(model: Any) -> None:
     assert not any(p.requires_grad for p in model.unet.parameters())
 
 
-def test_half_precision_draws_nearly_the_same(model: Any) -> None:
+def test_half_precision_images_are_close(model: Any) -> None:
     exact = generate(model, ["a cat"], seeds=[1], steps=3, guidance_scale=3)[0]
     half = generate(tiny_model().to("cpu", torch.bfloat16), ["a cat"], seeds=[1], steps=3, guidance_scale=3)[
         0
@@ -127,7 +129,7 @@ def test_half_precision_draws_nearly_the_same(model: Any) -> None:
     assert np.abs(np.asarray(exact).astype(int) - np.asarray(half).astype(int)).mean() < 6
 
 
-def test_what_cannot_be_drawn_says_so(model: Any) -> None:
+def test_invalid_requests_are_errors(model: Any) -> None:
     for options, message in [
         ({"width": 40}, "multiple of 16"),
         ({"height": 0, "width": 8}, "multiple of 16"),
@@ -152,7 +154,7 @@ def test_grid_places_every_image() -> None:
         image_grid([], 2)
 
 
-def test_a_class_image_depends_on_its_number_alone(model: Any, tmp_path: Path) -> None:
+def test_a_class_image_depends_on_its_number_only(model: Any, tmp_path: Path) -> None:
     request = ImageRequest("a cat", seed=1, steps=2, plain=True)
     one, two = Storage(tmp_path / "one"), Storage(tmp_path / "two")
     generate_class_images(model, request, numbers=range(5), storage=one, batch_size=2)
@@ -164,7 +166,7 @@ def test_a_class_image_depends_on_its_number_alone(model: Any, tmp_path: Path) -
     assert difference(Image.open(one.path(names[0])), Image.open(one.path(names[1]))) > 2
 
 
-def test_class_images_that_are_there_count_by_the_rule_of_all_image_folders(tmp_path: Path) -> None:
+def test_existing_class_images_are_counted(tmp_path: Path) -> None:
     folder, storage = tmp_path / "class", Storage(tmp_path / "class")
     data = DataConfig(
         instance_data_dir=str(tmp_path / "subject"), class_data_dir=str(folder), class_prompt="a cat"
@@ -177,14 +179,14 @@ def test_class_images_that_are_there_count_by_the_rule_of_all_image_folders(tmp_
     assert find_missing(storage, 7, data) == [1, 3]
     for name in ("notes.txt", "._000000.png", "broken.png", "000001.png"):  # none is an image
         (folder / name).write_bytes(b"does not count")
-    assert find_missing(storage, 7, data) == [3, 4]  # the broken one is left as it is
+    assert find_missing(storage, 7, data) == [3, 4]  # the broken file is kept
     (folder / "subject").mkdir()
-    Image.new("RGB", (8, 8)).save(folder / "subject" / "a.png")  # the subject may lie inside
+    Image.new("RGB", (8, 8)).save(folder / "subject" / "a.png")  # the subject's folder may be inside
     inside = data.model_copy(update={"instance_data_dir": str(folder / "subject")})
     assert find_missing(storage, 6, inside) == [3]
 
 
-def test_the_folder_key_follows_everything_that_shapes_the_images() -> None:
+def test_the_folder_key_depends_on_all_options() -> None:
     base = ImageRequest("a Photo of a cat!", guidance_scale=5.0, width=64, height=64)
     first = class_image_key("abc", base)
     assert first.startswith("a-photo-of-a-cat-")

@@ -1,4 +1,4 @@
-"""Samplers under the webui's names: noise levels, and pictures by its formulas (k-diffusion's), restated here."""
+"""Samplers under the webui's names: noise levels, and results of its formulas (k-diffusion's, implemented here)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dreamfleet.trainers.config.samplers import plain_sampler
 from dreamfleet.trainers.models.formats.ldm_names import FAMILY_CONFIGS
 from dreamfleet.trainers.models.sampling.sample import to_images
 
-SPACINGS = ["leading", "trailing", "linspace"]  # of a model's own config, which the webui knows nothing of
+SPACINGS = ["leading", "trailing", "linspace"]  # from a model's config, which the webui ignores
 
 
 def model_with(**changes: Any) -> Any:
@@ -24,14 +24,14 @@ def model_with(**changes: Any) -> Any:
 
 
 def levels(model: Any) -> np.ndarray:
-    """The noise level of each training timestep, as a multiple of the picture."""
+    """Return the noise level of each training timestep relative to the image."""
     kept = model.scheduler.alphas_cumprod.double().numpy()
     return ((1 - kept) / kept) ** 0.5
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("steps", [10, 20, 30])
-def test_euler_a_goes_evenly_from_the_last_timestep_to_the_first(spacing: str, steps: int) -> None:
+def test_euler_a_has_even_steps_from_the_last_timestep_to_the_first(spacing: str, steps: int) -> None:
     model = model_with(timestep_spacing=spacing)
     scheduler = model.make_sampler(plain_sampler("Euler a"))
     scheduler.set_timesteps(steps)
@@ -44,7 +44,7 @@ def test_euler_a_goes_evenly_from_the_last_timestep_to_the_first(spacing: str, s
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", ["DPM++ 2M", "DPM++ 2M Karras"])
-def test_dpm_has_karras_steps_between_the_first_and_the_last_level(spacing: str, name: str) -> None:
+def test_dpm_has_karras_steps_between_first_and_last_level(spacing: str, name: str) -> None:
     model = model_with(timestep_spacing=spacing)
     scheduler = model.make_sampler(plain_sampler(name))
     scheduler.set_timesteps(12)
@@ -54,14 +54,14 @@ def test_dpm_has_karras_steps_between_the_first_and_the_last_level(spacing: str,
     assert scheduler.config.algorithm_type == "dpmsolver++"
 
 
-def test_ddim_takes_every_nth_timestep_from_the_second_on() -> None:
+def test_ddim_uses_every_nth_timestep_from_the_second() -> None:
     scheduler = model_with().make_sampler(plain_sampler("DDIM"))
     scheduler.set_timesteps(20)
     assert scheduler.timesteps.tolist() == [step + 1 for step in range(0, 1000, 50)][::-1]
 
 
 @pytest.mark.parametrize("name", ["Euler a", "DPM++ 2M"])
-def test_noise_that_ends_in_nothing_but_noise_is_drawn_from_its_last_timestep(name: str) -> None:
+def test_zero_snr_starts_at_the_last_timestep(name: str) -> None:
     model = model_with(
         prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
     )
@@ -70,14 +70,14 @@ def test_noise_that_ends_in_nothing_but_noise_is_drawn_from_its_last_timestep(na
     assert scheduler.timesteps.tolist() == [999 - 100 * step for step in range(10)]
 
 
-def test_published_models_without_a_config_of_their_own_end_where_their_folders_do() -> None:
+def test_published_configs_end_at_the_first_timestep() -> None:
     for configs in FAMILY_CONFIGS.values():
         assert configs["scheduler"]["set_alpha_to_one"] is False
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_euler_a_draws_by_the_webuis_formula(prediction_type: str) -> None:
-    """Ancestral steps: down to less noise than the next level has, and the rest of it anew."""
+def test_euler_a_follows_the_webui_formula(prediction_type: str) -> None:
+    """Ancestral steps: denoise below the next level, then add fresh noise up to it."""
     model, steps, scale = model_with(prediction_type=prediction_type, timestep_spacing="leading"), 6, 3.0
     generator = torch.Generator().manual_seed(11)
 
