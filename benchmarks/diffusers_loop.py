@@ -100,7 +100,6 @@ def ours(parts: Any, waits: list[float]) -> Block:
         first = next(starts)
         stamps: list[float] = []
         outcome = train(
-            parts.method,
             parts.engine,
             parts.feed.stream(first),
             parts.prepare,

@@ -63,7 +63,6 @@ def measure(config: dict[str, Any]) -> None:
     def ours(first: int) -> float:
         stamps = []
         train(
-            parts.method,
             parts.engine,
             parts.feed.stream(first),
             parts.prepare,

@@ -1,4 +1,4 @@
-"""The training loop, the only one: batch, forward, backward, step, after_step, measure, save, sample, report."""
+"""The training loop, the only one: batch, forward, backward, step, measure, save, sample, report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from dreamfleet.datasets.errors import RunFailed
 from dreamfleet.datasets.rng import key
 from dreamfleet.trainers.engines.base import Engine
-from dreamfleet.trainers.methods.base import Batch, Method
+from dreamfleet.trainers.methods.base import Batch
 
 # By chance, as with batches whose captions are all dropped, so many do not follow one another.
 STEPS_WITHOUT_GRADIENT = 20
@@ -65,7 +65,6 @@ class Schedule:
 
 
 def train(
-    method: Method,
     engine: Engine,
     batches: Iterator[Batch],
     prepare: Callable[[Batch], Batch],
@@ -105,7 +104,6 @@ def train(
             meter.add(loss, batch)
         norm = engine.step(now, step + 1)
         watch.see_norm(norm)
-        method.after_step(step + 1)
         done = step + 1
         logs, saves, samples = schedule.logs_at(done), schedule.saves_at(done), schedule.samples_at(done)
         if logs or saves or samples:

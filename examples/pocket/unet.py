@@ -32,7 +32,8 @@ from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.distributed.process_group import leave_group
 from dreamfleet.trainers.engines.torch_engine import TorchEngine
 from dreamfleet.trainers.loop import Hooks, Schedule, train
-from dreamfleet.trainers.methods.base import Batch, Method, Setting
+from dreamfleet.trainers.methods.base import Batch, Setting
+from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.optim.param_group import ParamGroup
 from dreamfleet.trainers.report.metrics_log import MetricsLog
@@ -66,7 +67,7 @@ def build_unet(context_width: int) -> UNet2DConditionModel:
     )
 
 
-class Pretraining(Method):
+class Pretraining(DiffusionMethod):
     """Teaches a whole U-Net from scratch: the plain noise loss over captioned latents."""
 
     name = "pocket_pretraining"
@@ -220,7 +221,6 @@ def run_worker(rank: int, world: int) -> None:
             checkpoints.save(step, learned=method.state(), engine=engine.state(), meta={})
 
     train(
-        method,
         engine,
         Batches(model, device, rank, world).stream(start),
         lambda batch: batch,

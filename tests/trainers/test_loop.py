@@ -13,6 +13,7 @@ import tiny
 import torch
 
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.artifacts.usage import describe
 from dreamfleet.trainers.loop import Hooks, Outcome, Schedule, train
 from dreamfleet.trainers.methods.base import Loss
 from dreamfleet.trainers.recipe import build_recipe
@@ -54,18 +55,9 @@ class Drawing:
         return values
 
 
-class Nothing:
-    """A method with nothing to do after a step."""
-
-    def after_step(self, step: int) -> None:
-        pass
-
-
 def loop(engine: Drawing, hooks: Hooks | None = None, *, steps: int = 3, **options: Any) -> Outcome:
-    method: Any = Nothing()
     anything: Any = engine
     return train(
-        method,
         anything,
         itertools.repeat({"num_instances": 2}),
         lambda batch: batch,
@@ -148,7 +140,9 @@ def test_the_checkpoint_of_the_lowest_held_out_loss_is_kept_and_named(
     assert Checkpoints(run).steps() == kept
     assert summary.best_checkpoint == f"step-{best:06d}"
     assert json.loads(run.read_text("summary.json"))["best_checkpoint"] == summary.best_checkpoint
-    marked = [part for part in render(run).split("<tr>") if "best held-out loss</small>" in part]
+    marked = [
+        part for part in render(run, describe=describe).split("<tr>") if "best held-out loss</small>" in part
+    ]
     finite = [value for step, value in losses.items() if step and value < float("inf")]
     assert len(marked) == bool(finite) and all(f"step-{best:06d}" in part for part in marked)
 

@@ -14,7 +14,8 @@ from dreamfleet.trainers.batches.image_feed import ImageFeed
 from dreamfleet.trainers.batches.plan_share import PlanShare
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.methods.base import Batch, Method
-from dreamfleet.trainers.methods.image_method import SeeingMethod
+from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
+from dreamfleet.trainers.methods.image_method import ImageMethod
 from dreamfleet.trainers.recipe import Recipe
 
 
@@ -32,8 +33,9 @@ def build_feed(
     share = PlanShare(
         plan, distributed.rank, distributed.world, num_micros=recipe.train.gradient_accumulation_steps
     )
-    if isinstance(method, SeeingMethod):
+    if isinstance(method, ImageMethod):
         return ImageFeed(share, instances=instances, method=method, data=recipe.data), lambda batch: batch
+    assert isinstance(method, DiffusionMethod)
     options: dict[str, Any] = {"cache": cache, "seed": recipe.train.seed, "distributed": distributed}
     feed = Feed(
         share,

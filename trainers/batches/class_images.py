@@ -25,14 +25,14 @@ from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.distributed.agreement import share_index
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.engines.base import DTYPES
-from dreamfleet.trainers.methods.base import Method
+from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
 
 def gather_class_images(
-    recipe: Recipe, sets: Sets, method: Method, distributed: DistributedContext
+    recipe: Recipe, sets: Sets, method: DiffusionMethod, distributed: DistributedContext
 ) -> Index | None:
     """Return the class images of every concept, generating the missing ones in parallel by all ranks.
 
@@ -48,7 +48,7 @@ def gather_class_images(
 
 
 def _gather_one(
-    recipe: Recipe, class_set: ClassSet, method: Method, distributed: DistributedContext
+    recipe: Recipe, class_set: ClassSet, method: DiffusionMethod, distributed: DistributedContext
 ) -> Index:
     """Return the class images of one concept."""
     prior = method.prior
@@ -83,7 +83,9 @@ def find_missing(storage: Storage, num: int, data: DataConfig) -> list[int]:
     return list(itertools.islice(free, wanted))
 
 
-def _where_and_how(recipe: Recipe, class_set: ClassSet, method: Method) -> tuple[Storage, ImageRequest]:
+def _where_and_how(
+    recipe: Recipe, class_set: ClassSet, method: DiffusionMethod
+) -> tuple[Storage, ImageRequest]:
     """Return the folder of a concept's class images, and the request that generates them."""
     prior = method.prior
     assert prior is not None
@@ -104,7 +106,7 @@ def _where_and_how(recipe: Recipe, class_set: ClassSet, method: Method) -> tuple
 
 
 def _generate(
-    method: Method,
+    method: DiffusionMethod,
     request: ImageRequest,
     missing: list[int],
     storage: Storage,
@@ -131,7 +133,7 @@ def _generate(
 
 
 @contextmanager
-def lent_to(device: torch.device, method: Method, dtype: torch.dtype) -> Iterator[None]:
+def lent_to(device: torch.device, method: DiffusionMethod, dtype: torch.dtype) -> Iterator[None]:
     """Within this context what waits on the host is on the device, in ``dtype``; its exact weights stay behind."""
     every = itertools.chain(method.parameters(), *(part.parameters() for part in method.loss_parts.values()))
     kept = {param: param.data for param in every if param.device.type != device.type}

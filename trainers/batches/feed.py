@@ -16,7 +16,8 @@ from dreamfleet.datasets.rng import numpy_rng
 from dreamfleet.trainers.batches.plan_share import PlanShare, prepare_ahead
 from dreamfleet.trainers.batches.sources import Images, ResidentLatents, StreamedPixels
 from dreamfleet.trainers.distributed.device import copy_to_device
-from dreamfleet.trainers.methods.base import Batch, Method, Sample
+from dreamfleet.trainers.methods.base import Batch, Sample
+from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.keyed_noise import keyed_normal
 
@@ -38,7 +39,7 @@ class Feed:
         *,
         instances: Index,
         images: Images,
-        method: Method,
+        method: DiffusionMethod,
         data: DataConfig,
         noise_offset: float = 0.0,
         classes: Index | None = None,
@@ -136,7 +137,7 @@ class Preparer:
     Encoded prompts are remembered while the text encoder is frozen; beyond ``memory`` bytes the least recently used go.
     """
 
-    def __init__(self, method: Method, *, memory: int = REMEMBERED):
+    def __init__(self, method: DiffusionMethod, *, memory: int = REMEMBERED):
         self.method, self.memory = method, memory
         self._conditions: OrderedDict[str, Condition] = OrderedDict()
         self._held = 0
@@ -173,7 +174,7 @@ class Preparer:
         return conditions
 
 
-def check_words(samples: Sequence[Sample], method: Method, data: DataConfig) -> None:
+def check_words(samples: Sequence[Sample], method: DiffusionMethod, data: DataConfig) -> None:
     """Raise NoCaption that names all images for which the method finds no prompt."""
     kept, wordless, reason = data.model_copy(update={"caption_dropout": 0.0}), [], ""
     for sample in samples:

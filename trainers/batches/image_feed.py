@@ -15,7 +15,7 @@ from dreamfleet.trainers.batches.feed import to_samples
 from dreamfleet.trainers.batches.plan_share import PlanShare, prepare_ahead
 from dreamfleet.trainers.batches.sources import Shown
 from dreamfleet.trainers.methods.base import Batch
-from dreamfleet.trainers.methods.image_method import SeeingMethod, Use
+from dreamfleet.trainers.methods.image_method import ImageMethod, Use
 
 
 class ImageReader:
@@ -41,7 +41,7 @@ class ImageFeed:
     are also made as small as the method sees them.
     """
 
-    def __init__(self, share: PlanShare, *, instances: Index, method: SeeingMethod, data: DataConfig):
+    def __init__(self, share: PlanShare, *, instances: Index, method: ImageMethod, data: DataConfig):
         self.share, self.plan, self.method = share, share.plan, method
         self.instances, self.data = instances, data
         self._read = ImageReader(instances, max_pixels=data.max_pixels)
@@ -86,4 +86,4 @@ class ImageFeed:
         for draw, use in found:
             key = (self.plan.seed, draw.epoch, use.sample.id)
             uses.append(use._replace(epoch=draw.epoch, mirrored=self._shown.flips(draw), key=key))
-        return {**self.method.see(uses), "num_instances": len(uses)}
+        return {**self.method.collate(uses), "num_instances": len(uses)}

@@ -9,7 +9,8 @@ from dreamfleet.datasets.buckets import Size, describe_buckets, most_enlarged
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.index.index import Index, log_left_out
 from dreamfleet.trainers.methods.base import Method
-from dreamfleet.trainers.methods.image_method import SeeingMethod
+from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
+from dreamfleet.trainers.methods.image_method import ImageMethod
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def log_findings(index: Index, sizes: Sequence[Size], method: Method, data: Data
             largest,
             index.row(row).uri,
         )
-    if isinstance(method, SeeingMethod):
+    if isinstance(method, ImageMethod) or not isinstance(method, DiffusionMethod):
         return
     if not method.model.tokenizers:
         return
@@ -58,7 +59,7 @@ def log_buckets(sizes: Sequence[Size], smallest_bucket: int, global_batch: int) 
         )
 
 
-def captions_of(index: Index, method: Method, data: DataConfig) -> Iterable[tuple[str, str]]:
+def captions_of(index: Index, method: DiffusionMethod, data: DataConfig) -> Iterable[tuple[str, str]]:
     """Yield the address of each image and its longest caption as it is trained with, its set's prompt without one."""
     prompts = [concept.instance_prompt for concept in method.setting.concepts]
     columns = (index.column(name) for name in ("uri", "caption", "concept"))

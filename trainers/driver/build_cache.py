@@ -27,7 +27,7 @@ from dreamfleet.trainers.driver.preflight import require_room_here, this_machine
 from dreamfleet.trainers.driver.shared_paths import check_machines, shared_paths
 from dreamfleet.trainers.memory.engine_selection import limit_card
 from dreamfleet.trainers.methods.base import method_class
-from dreamfleet.trainers.methods.image_method import SeeingMethod
+from dreamfleet.trainers.methods.image_method import ImageMethod
 from dreamfleet.trainers.models.family import DiffusionModel, load_model
 from dreamfleet.trainers.recipe import Recipe
 
@@ -111,7 +111,7 @@ def cache_latents(
         raise RecipeError(
             "data.cache_dir, the folder of the latent cache, is not set: set it, such as data.cache_dir=cache/latents"
         )
-    if issubclass(method_class(recipe.method), SeeingMethod):
+    if issubclass(method_class(recipe.method), ImageMethod):
         raise RecipeError(f"{recipe.method.name} trains on images, not on latents: there is nothing to cache")
     model = load_model(recipe.model, {"vae"})
     _check_sizes(recipe, model)

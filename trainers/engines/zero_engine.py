@@ -25,8 +25,7 @@ from dreamfleet.trainers.engines.zero_setup import (
     zero_config,
 )
 from dreamfleet.trainers.engines.zero_shards import MOMENTS, Shards, owners
-from dreamfleet.trainers.methods.base import Batch, Loss, Method
-from dreamfleet.trainers.methods.fits import check_fits
+from dreamfleet.trainers.methods.base import Batch, Loss, Method, check_fits
 from dreamfleet.trainers.optim.ema import Ema, saved_average
 from dreamfleet.trainers.optim.optimizers import make_optimizer
 

@@ -16,8 +16,8 @@ from dreamfleet.trainers.config.metrics import HELD_OUT
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.engines.base import Engine
 from dreamfleet.trainers.evaluation.eval_mode import eval_mode
-from dreamfleet.trainers.methods.base import Method
-from dreamfleet.trainers.methods.image_method import SeeingMethod
+from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
+from dreamfleet.trainers.methods.image_method import ImageMethod
 
 BATCH = 32  # images that a method measures at once
 
@@ -34,7 +34,7 @@ class HeldOutLoss:
         self,
         index: Index,
         *,
-        method: Method,
+        method: DiffusionMethod,
         data: DataConfig,
         count: int,
         distributed: DistributedContext | None = None,
@@ -93,7 +93,7 @@ class HeldOutImages:
         self,
         index: Index,
         *,
-        method: SeeingMethod,
+        method: ImageMethod,
         max_pixels: int,
         distributed: DistributedContext | None = None,
     ):
@@ -117,6 +117,6 @@ class HeldOutImages:
         found = []
         with eval_mode(self.method), engine.autocast():
             for number in self.distributed.share(len(batches)):
-                batch = self.method.see([self._read(row) for row in batches[number]])
-                found.append(self.method.examine(engine.to_device(batch)))
+                batch = self.method.collate([self._read(row) for row in batches[number]])
+                found.append(self.method.evaluate(engine.to_device(batch)))
         return [{name: values.cpu() for name, values in one.items()} for one in found]

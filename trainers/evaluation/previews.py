@@ -15,7 +15,7 @@ from dreamfleet.trainers.config.validation import ValidationConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.engines.base import Engine
 from dreamfleet.trainers.evaluation.eval_mode import eval_mode
-from dreamfleet.trainers.methods.base import Method
+from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.models.sampling.prompt_syntax import split_tags
 from dreamfleet.trainers.models.sampling.sample import generate, require_size
 
@@ -44,7 +44,7 @@ def preview_requests(config: ValidationConfig, resolution: int) -> list[ImageReq
     return [parse_prompt_line(line, default) for line in config.prompts]
 
 
-def check_previews(method: Method, config: ValidationConfig, resolution: int) -> None:
+def check_previews(method: DiffusionMethod, config: ValidationConfig, resolution: int) -> None:
     """Raise RecipeError for a preview of a size that the model cannot generate."""
     if not config.prompts or method.model.denoiser is None:
         return
@@ -61,7 +61,7 @@ def check_previews(method: Method, config: ValidationConfig, resolution: int) ->
 
 
 def generate_previews(
-    method: Method,
+    method: DiffusionMethod,
     engine: Engine,
     config: ValidationConfig,
     resolution: int,

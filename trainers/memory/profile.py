@@ -20,15 +20,16 @@ from dreamfleet.trainers.config.engines import engine_spec
 from dreamfleet.trainers.engines.base import DTYPES, move_method
 from dreamfleet.trainers.memory.inputs import Counts, Pass
 from dreamfleet.trainers.memory.trace import Autocast, fake_mode, trace_inference, trace_step
-from dreamfleet.trainers.methods.base import Batch, Method, method_class
+from dreamfleet.trainers.methods.base import Batch, method_class
 from dreamfleet.trainers.methods.build import build_method, check_resolution
+from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.models.family import DiffusionModel, load_shape
 from dreamfleet.trainers.recipe import Recipe
 
 PREVIEW_BATCH = 4  # the default of `generate`
 
 
-def count_run(recipe: Recipe, method: Method, images: int | None) -> Counts:
+def count_run(recipe: Recipe, method: DiffusionMethod, images: int | None) -> Counts:
     """Count a run's tensors on a method whose model is on the meta device."""
     train, model = recipe.train, method.model
     trainable = [param for group in method.groups() for param in group.params.values()]
@@ -70,7 +71,7 @@ def count_run(recipe: Recipe, method: Method, images: int | None) -> Counts:
     )
 
 
-def method_shape(recipe: Recipe) -> Method:
+def method_shape(recipe: Recipe) -> DiffusionMethod:
     """Build a recipe's method on a model without weights, as a GPU run has it, on the meta device."""
     if recipe.method.no_plan:
         raise UserError(f"plan: {recipe.method.name} {recipe.method.no_plan}")
@@ -82,11 +83,15 @@ def method_shape(recipe: Recipe) -> Method:
     model = load_shape(recipe.model, method_class(recipe.method).needs)
     check_resolution(recipe, model)
     method = build_method(recipe, model, concepts=())
+    if not isinstance(method, DiffusionMethod):
+        raise UserError(
+            f"plan: the memory of {method.name}, which trains no diffusion model, cannot be computed"
+        )
     move_method(method, torch.device("meta"), DTYPES[recipe.train.mixed_precision])
     return method
 
 
-def count_images(recipe: Recipe, method: Method) -> int | None:
+def count_images(recipe: Recipe, method: DiffusionMethod) -> int | None:
     """Count the images of a recipe, class images too; None if its folders have none."""
     try:
         urls = [concept.instance_data_dir for concept in load_concepts(recipe.data)]
@@ -98,18 +103,20 @@ def count_images(recipe: Recipe, method: Method) -> int | None:
     return found + (method.prior.num_class_images * len(urls) if method.prior else 0)
 
 
-def parts_of(method: Method) -> dict[str, nn.Module]:
+def parts_of(method: DiffusionMethod) -> dict[str, nn.Module]:
     """Return the model's parts and the method's helpers by name."""
     return {**method.model.modules(), **method.helpers}
 
 
-def _tensors(method: Method) -> list[Tensor]:
+def _tensors(method: DiffusionMethod) -> list[Tensor]:
     """Return every tensor of a method, its model and its helpers, each once."""
     every = nn.ModuleList([*parts_of(method).values(), method])
     return [*every.parameters(), *every.buffers()]
 
 
-def _to_fake(method: Method, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> Method:
+def _to_fake(
+    method: DiffusionMethod, mode: FakeTensorMode, dtype: torch.dtype | None = None
+) -> DiffusionMethod:
     """Copy a method and its model from the meta device to fake CPU tensors.
 
     ``dtype`` casts the parameters inside the method's module, as DeepSpeed's half-precision modes do.
@@ -125,7 +132,7 @@ def _to_fake(method: Method, mode: FakeTensorMode, dtype: torch.dtype | None = N
     return copy.deepcopy(method, copies)
 
 
-def _trace_step(recipe: Recipe, method: Method) -> Pass:
+def _trace_step(recipe: Recipe, method: DiffusionMethod) -> Pass:
     def compute_loss(autocast: Autocast) -> Tensor:
         batch = make_batch(recipe, method)
         with autocast():
@@ -139,7 +146,7 @@ def _trace_step(recipe: Recipe, method: Method) -> Pass:
     )
 
 
-def make_batch(recipe: Recipe, method: Method) -> Batch:
+def make_batch(recipe: Recipe, method: DiffusionMethod) -> Batch:
     """Make a batch of a run's shapes; images without cached latents are encoded for it."""
     model, count = method.model, recipe.train.train_batch_size
     num = count * (2 if method.prior else 1)
@@ -162,7 +169,7 @@ def make_batch(recipe: Recipe, method: Method) -> Batch:
     return batch | entries
 
 
-def _trace_start(recipe: Recipe, method: Method) -> tuple[int, int]:
+def _trace_start(recipe: Recipe, method: DiffusionMethod) -> tuple[int, int]:
     """Return the memory of encoding the images and of generating class images, before the first step."""
     model, side, prior = method.model, recipe.data.resolution, method.prior
     encoding = drawing = 0
@@ -178,7 +185,7 @@ def _trace_start(recipe: Recipe, method: Method) -> tuple[int, int]:
     return encoding, drawing
 
 
-def _trace_previews(recipe: Recipe, method: Method) -> int:
+def _trace_previews(recipe: Recipe, method: DiffusionMethod) -> int:
     validation = recipe.validation
     num = min(PREVIEW_BATCH, len(validation.prompts) * validation.num_images)
     if not num:
@@ -188,7 +195,7 @@ def _trace_previews(recipe: Recipe, method: Method) -> int:
 
 
 def _trace_drawing(
-    recipe: Recipe, method: Method, num: int, guidance_scale: float, dtype: torch.dtype
+    recipe: Recipe, method: DiffusionMethod, num: int, guidance_scale: float, dtype: torch.dtype
 ) -> int:
     """Return the memory of one sampler step and of the decoder for ``num`` images."""
     model = method.model
@@ -222,7 +229,7 @@ def _latent_bytes(recipe: Recipe, model: DiffusionModel, images: int | None) -> 
     return (images or 0) * copies * 2 * 4 * math.prod(_latent_shape(recipe, model))
 
 
-def _remembered_bytes(recipe: Recipe, method: Method, images: int | None) -> int:
+def _remembered_bytes(recipe: Recipe, method: DiffusionMethod, images: int | None) -> int:
     """Return an upper bound of cached encoded prompts: one per image, or the full cache where prompts vary."""
     if method.trains_text:
         return 0

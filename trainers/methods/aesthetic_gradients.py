@@ -20,8 +20,9 @@ from dreamfleet.datasets.images.vision_transform import Fit
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.trainers.config.methods.aesthetic_gradients import AestheticGradientsConfig
 from dreamfleet.trainers.methods.base import Batch, Loss, Setting
+from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.methods.export_request import Export
-from dreamfleet.trainers.methods.image_method import SeeingMethod, Use
+from dreamfleet.trainers.methods.image_method import ImageMethod, Use
 from dreamfleet.trainers.methods.whole_model import export_checkpoints
 from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.family import DiffusionModel
@@ -54,7 +55,7 @@ class Summation(torch.optim.Optimizer):
                 param -= param.grad
 
 
-class AestheticGradients(SeeingMethod):
+class AestheticGradients(ImageMethod, DiffusionMethod):
     """Teach a taste: the mean CLIP vector of a set; prompts are tuned towards it when drawn. Kilobytes, slower drawing.
 
     One pass over the set adds up CLIP's features of the pictures and their number, each picture once; more passes
@@ -108,7 +109,7 @@ class AestheticGradients(SeeingMethod):
     def fit(self) -> Fit:
         return self.clip.preprocessing.fit
 
-    def see(self, uses: Sequence[Use]) -> Batch:
+    def collate(self, uses: Sequence[Use]) -> Batch:
         """Make ``clip_pixels [N, 3, S, S]`` and ``counted [N]``, 1 in the first pass over the set, 0 later."""
         return {
             "clip_pixels": self.clip.preprocessing([use.image for use in uses]),
@@ -138,14 +139,14 @@ class AestheticGradients(SeeingMethod):
             self._encoders = [AestheticEncoder(self.model, vector, clip=self.clip, settings=settings)]
         return self._encoders[0](prompts, ids)
 
-    def export(self, order: Export) -> list[Path]:
+    def write(self, order: Export) -> list[Path]:
         """Write ``NAME.pt`` as the webui's extension does: the bare vector, in full precision.
 
         On request ``diffusers/``, the model with the vector baked into its text encoder, and in it ``baked.json``: what
         that gives away. Raises RecipeError without ``baked_prompts``.
         """
         paths = []
-        for form in self.settled(order).formats:
+        for form in order.formats:
             if form == "pt":
                 paths.append(write_aesthetic(self.vector, order.folder / f"{order.name}.pt"))
                 continue

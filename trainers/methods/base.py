@@ -1,25 +1,21 @@
-"""What a fine-tuning method is: what learns, its loss, and what comes out; and the registry that finds them."""
+"""The interface of a training method: trainable parameters, loss, checkpoints, exported artifacts."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dreamfleet.datasets import captions
 from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.registry import load_attribute
 from dreamfleet.trainers.artifacts.kind import ARTIFACTS
 from dreamfleet.trainers.config.method import METHODS, MethodConfig
 from dreamfleet.trainers.methods.export_request import Export
-from dreamfleet.trainers.methods.fits import check_fits
-from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.family import COMPONENTS, DiffusionModel
 from dreamfleet.trainers.models.formats.optimizer_file import AdamState
 from dreamfleet.trainers.optim.param_group import ParamGroup
@@ -59,42 +55,30 @@ class Base(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Prior:
-    """Prior preservation: how many class pictures a concept needs, how they are drawn, what their loss weighs."""
-
-    num_class_images: int
-    loss_weight: float
-    steps: int
-    guidance_scale: float
-    batch_size: int
-
-
-@dataclass(frozen=True)
 class Setting:
-    """What a method is told besides its own section: the concepts, and the loss options of ``train:``."""
+    """What a method gets besides its own section: the concepts, and the loss options of ``train:``."""
 
     concepts: tuple[Concept, ...] = ()
     snr_gamma: float | None = None
 
 
 class Method(nn.Module):
-    """One way to fine-tune Stable Diffusion.
+    """A training task: trainable parameters, the loss of a batch, checkpoints and exported artifacts.
 
-    ``forward(batch)`` must compute the loss inside itself: an engine that shards parameters gathers them
-    in forward hooks.
-    The base models hang outside the module tree (in a plain list), so ``parameters()`` is what learns and a wrapper
-    (DDP, DeepSpeed) never touches frozen parts.
+    Subclasses implement ``forward(batch)``, which computes the whole loss (an engine that shards parameters gathers
+    them in forward hooks), :meth:`groups` and :meth:`write`. The model is kept outside the module tree (in a list), so
+    ``parameters()`` are the trainable ones, and a wrapper (DDP, DeepSpeed) does not touch frozen parts.
     """
 
-    needs: ClassVar[Collection[str]] = COMPONENTS
-    #: the formats that an export writes by default
+    needs: ClassVar[Collection[str]] = COMPONENTS  # components of the model that are loaded
+    #: export formats written by default
     formats: tuple[str, ...] = ()
 
     def __init__(self, config: Any, model: DiffusionModel, setting: Setting):
         super().__init__()
         model.require_support(config.name)
         self.config, self.setting, self._model = config, setting, [model]
-        self.steps_before = 0  # that what the run goes on from was trained; checkpoints keep it
+        self.steps_before = 0  # steps of the file that the run starts from; kept in checkpoints
 
     @property
     def name(self) -> str:
@@ -108,116 +92,47 @@ class Method(nn.Module):
 
     @property
     def model(self) -> DiffusionModel:
-        """The Stable Diffusion being fine-tuned."""
+        """The model that is trained or sampled from."""
         return self._model[0]
 
     @property
-    def trains_text(self) -> bool:
-        """Whether the text side learns, so that prompts must be encoded anew in every step."""
-        return False
-
-    @property
-    def loss_parts(self) -> dict[str, nn.Module]:
-        """The model's parts that gradients pass through, learning or not, by name: what a sharding engine shards."""
-        return self.model.trainable_parts(text=self.trains_text)
-
-    @property
-    def prior(self) -> Prior | None:
-        """How the class pictures of prior preservation are made and weighed; None for methods without it."""
-        return None
-
-    @property
     def base(self) -> Base:
-        """What it starts from: the model."""
+        """What the training starts from; the model by default."""
         model = self.model
         words = f"{model.title}, {model.prediction_type}, {model.resolution} px"
         return Base(model.folder, model.content_hash, words)
 
     @property
+    def loss_parts(self) -> dict[str, nn.Module]:
+        """The model's parts that gradients pass through, by name; an engine may shard them."""
+        return {}
+
+    @property
     def helpers(self) -> dict[str, nn.Module]:
-        """Frozen modules besides the model's, by name: outside the module tree, but moved and counted with it."""
+        """Frozen modules besides the model's, by name: moved and counted with the method, outside its module tree."""
         return {}
 
     def optimizer(self) -> torch.optim.Optimizer | None:
-        """Make the optimizer of a method whose steps are no descent; None, as usual: the recipe's."""
+        """Return the method's own optimizer; None, the default, is the recipe's."""
         return None
 
     def start(self) -> dict[str, AdamState]:
-        """Put in what the recipe goes on from besides the model; not called where a checkpoint is loaded.
+        """Load the file that the recipe starts from, if there is one; not called when a checkpoint is resumed.
 
-        Returns Adam's memory of what learns, by name, where that came along.
+        Returns Adam's moments by parameter, if they come with the file.
         """
         return {}
 
     def groups(self) -> list[ParamGroup]:
-        """Return the learning parameters by group, each with what scales its learning rate."""
-        raise NotImplementedError
-
-    def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
-        """Choose the prompt a sample is trained with; ``rng`` is keyed by (seed, epoch, sample id).
-
-        The default is the image's caption, else its set's prompt.
-        """
-        return captions.make_caption(
-            sample.caption,
-            prompt=self.setting.concepts[sample.concept].instance_prompt,
-            file_name=sample.file_name,
-            rng=rng,
-            config=data,
-        )
-
-    def check_prompts(self, samples: Sequence[Sample], data: Any) -> str | None:
-        """Return what to warn of in a run's prompts. Raises RecipeError where nothing could be learned from them."""
-        for prompt in (concept.instance_prompt for concept in self.setting.concepts):
-            if prompt and ("[name]" in prompt or "{}" in prompt):
-                raise RecipeError(
-                    f"data.instance_prompt: {prompt!r} has a place for the name of what is learned, and {self.name} "
-                    "learns no word; write the words themselves, as in 'a photo of sks cat'"
-                )
-        return None
-
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Turn prompts into ids ``[B, T]``, 77 a chunk; ``[B, 2, T]`` for SDXL's two text encoders."""
-        return self.model.tokenize(prompts)
-
-    def encode(self, prompts: Sequence[str], ids: Tensor | None = None) -> Condition:
-        """Encode texts as this method's artefact makes them read; literal ones where their ids are not given."""
-        return self.model.encode(prompts) if ids is None else self.model.encode_tokens(ids)
-
-    def forward(self, batch: Batch) -> Loss:
-        """Compute the loss of a batch; the default is the noise loss weighted per sample (see ``batch_loss``)."""
-        return self.batch_loss(batch)
-
-    def sample_losses(self, batch: Batch, *, snr_gamma: float | None = None) -> Tensor:
-        """Compute the noise loss of each sample ``[N]``: what training lowers, and what held-out pictures measure."""
-        return self.model.denoising_loss(batch, snr_gamma=snr_gamma)
-
-    def batch_loss(self, batch: Batch) -> Loss:
-        """Weigh the noise loss: ``sum(weights * loss) / num_instances``.
-
-        With class pictures in the batch that is mean(instance) + prior_loss_weight * mean(class), the
-        DreamBooth paper's equation 2, right for any batch size. min-SNR weights, when on, apply to both halves.
-        """
-        per_sample = self.sample_losses(batch, snr_gamma=self.setting.snr_gamma)
-        count = batch["num_instances"]
-        total = (per_sample * batch["weights"]).sum() / count
-        extras = {}
-        if len(per_sample) > count:
-            extras = {
-                "instance_loss": per_sample[:count].detach().mean(),
-                "prior_loss": per_sample[count:].detach().mean(),
-            }
-        return Loss(total, per_sample.detach(), extras)
-
-    def after_step(self, step: int) -> None:
-        """Run after each optimizer step; most methods need nothing here."""
+        """Return the trainable parameters by group."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement groups()")
 
     def state(self) -> dict[str, Tensor]:
-        """Return exactly what learns, by name."""
+        """Return the trainable parameters by name."""
         return {name: param.detach() for group in self.groups() for name, param in group.params.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Put back what :meth:`state` gave. Raises RecipeError when names or shapes differ."""
+        """Load what :meth:`state` returned. Raises RecipeError if names or shapes differ."""
         mine = self.state()
         check_fits(self.name, {name: tensor.shape for name, tensor in mine.items()}, state)
         with torch.no_grad():
@@ -225,20 +140,21 @@ class Method(nn.Module):
                 tensor.copy_(state[name])
 
     def export(self, order: Export) -> list[Path]:
-        """Write the artefacts other programs read; returns the paths written."""
-        raise NotImplementedError
+        """Write the artifacts in the requested formats, or in the default ones; return their paths.
 
-    def settled(self, order: Export) -> Export:
-        """Return the order with the formats to write; by default those that the model supports.
-
-        Raises RecipeError for a format that the method or the model does not have.
+        Without requested formats those of :attr:`formats` that the model supports are written. Raises RecipeError for a
+        format that the method or the model does not have.
         """
         self.require_formats(order.formats)
         usual = tuple(form for form in self.formats if form not in self.model.unsupported)
-        return replace(order, formats=order.formats or usual)
+        return self.write(replace(order, formats=order.formats or usual))
+
+    def write(self, order: Export) -> list[Path]:
+        """Write the artifacts in ``order.formats`` into ``order.folder``; return their paths."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement write()")
 
     def require_formats(self, formats: Sequence[str]) -> None:
-        """Raise RecipeError for an export format this method does not have."""
+        """Raise RecipeError for an export format that this method does not have."""
         for chosen in formats:
             if chosen not in self.all_formats:
                 raise RecipeError(
@@ -246,6 +162,20 @@ class Method(nn.Module):
                 )
             if reason := self.model.unsupported.get(chosen):
                 raise RecipeError(f"train.export_formats: {chosen}: {reason}")
+
+
+def check_fits(method: str, shapes: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:
+    """Check that a saved state has these names and shapes. Raises RecipeError naming the first that differs."""
+    if wrong := sorted(shapes.keys() ^ state.keys()):
+        raise RecipeError(
+            f"{method}: the saved state has other parameters than this recipe ({', '.join(wrong[:4])})"
+        )
+    for name, shape in shapes.items():
+        if shape != state[name].shape:
+            raise RecipeError(
+                f"{method}: {name} was saved with shape {list(state[name].shape)}, "
+                f"but this recipe makes {list(shape)}"
+            )
 
 
 def method_class(config: MethodConfig | str) -> type[Method]:

@@ -9,6 +9,7 @@ import torch
 from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.methods.base import Method, Setting, method_class
+from dreamfleet.trainers.methods.diffusion_method import require_diffusion
 from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.recipe import Recipe
 
@@ -22,7 +23,8 @@ def build_method(recipe: Recipe, model: DiffusionModel, *, concepts: Sequence[Co
             for param in group.params.values():
                 param.data = param.data.to(torch.bfloat16)
     if recipe.train.gradient_checkpointing:
-        model.checkpoint_activations(text=method.trains_text)
+        trained = require_diffusion(method, "train.gradient_checkpointing")
+        model.checkpoint_activations(text=trained.trains_text)
     return method
 
 

@@ -24,7 +24,7 @@ from dreamfleet.datasets.rng import numpy_rng
 from dreamfleet.trainers.config.methods.discriminator import DiscriminatorConfig
 from dreamfleet.trainers.methods.base import Base, Batch, Loss, Setting
 from dreamfleet.trainers.methods.export_request import Export
-from dreamfleet.trainers.methods.image_method import SeeingMethod, Use
+from dreamfleet.trainers.methods.image_method import ImageMethod, Use
 from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.models.formats.convnext import write_convnext
 from dreamfleet.trainers.models.vision.discriminator import (
@@ -39,7 +39,7 @@ from dreamfleet.trainers.optim.param_group import ParamGroup
 log = logging.getLogger(__name__)
 
 
-class DiscriminatorTraining(SeeingMethod):
+class DiscriminatorTraining(ImageMethod):
     """Teach a classifier from labelled pictures which are good; prompt tuning learns from its judgement.
 
     A picture's label travels as its caption, the name of its class, so the hash of the data covers it.
@@ -75,7 +75,7 @@ class DiscriminatorTraining(SeeingMethod):
             f"ConvNeXt, {sum(p.numel() for p in self.network.parameters()):,} parameters, {self.config.input_size} px",
         )
 
-    def choose(self, instances: Index) -> tuple[Index, Index | None]:
+    def split(self, instances: Index) -> tuple[Index, Index | None]:
         """Split the labelled pictures; the others are left out. Raises DataError for labels that teach nothing."""
         folders = [concept.instance_data_dir for concept in self.setting.concepts]
         kept = find_labels(instances, folders, self.config.labels)
@@ -103,7 +103,7 @@ class DiscriminatorTraining(SeeingMethod):
             self._weights = [len(kept) / (len(counts) * shares.clamp(min=1).float())]
         return self._named(instances, kept), self._named(instances, tested) if tested else None
 
-    def see(self, uses: Sequence[Use]) -> Batch:
+    def collate(self, uses: Sequence[Use]) -> Batch:
         """Make ``pixels [N, 3, S, S]``, normalised, and ``labels [N]``."""
         return {
             "pixels": self._preprocessing([self._vary(use) for use in uses]),
@@ -123,7 +123,7 @@ class DiscriminatorTraining(SeeingMethod):
         right = (logits_NK.detach().argmax(dim=1) == labels_N).float().mean()
         return Loss(per_sample.mean(), per_sample.detach(), {"train_accuracy": right})
 
-    def examine(self, batch: Batch) -> dict[str, Tensor]:
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
         """Return each image's loss, whether it was put into its class, and that class."""
         logits_NK, labels_N = self._ask(batch), batch["labels"]
         return {
@@ -145,10 +145,10 @@ class DiscriminatorTraining(SeeingMethod):
             },
         }
 
-    def export(self, order: Export) -> list[Path]:
+    def write(self, order: Export) -> list[Path]:
         """Write ``NAME/``, a folder that transformers loads; on request ``NAME.pth`` with the authors' names."""
         paths = []
-        for form in self.settled(order).formats:
+        for form in order.formats:
             path = order.folder / (order.name if form == "transformers" else f"{order.name}.pth")
             if form == "transformers":
                 size = self.config.input_size

@@ -13,7 +13,8 @@ import numpy as np
 from dreamfleet.datasets import captions
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.config.methods.dreambooth import DreamBoothConfig
-from dreamfleet.trainers.methods.base import Method, Prior, Sample, Setting
+from dreamfleet.trainers.methods.base import Sample, Setting
+from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod, Prior
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.whole_model import (
     export_tuned,
@@ -26,7 +27,7 @@ from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
-class DreamBooth(Method):
+class DreamBooth(DiffusionMethod):
     """Teach the model a subject: all of the U-Net learns, details are kept. A whole new checkpoint."""
 
     def __init__(self, config: DreamBoothConfig, model: DiffusionModel, setting: Setting):
@@ -77,6 +78,6 @@ class DreamBooth(Method):
             of_subject=sample.role != "class",
         )
 
-    def export(self, order: Export) -> list[Path]:
+    def write(self, order: Export) -> list[Path]:
         """Write the tuned model as a folder and a single file, or a LoRA in two layouts: see `export_tuned`."""
-        return export_tuned(self.config, self.model, self.settled(order))
+        return export_tuned(self.config, self.model, order)

@@ -15,7 +15,8 @@ from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.index import template_files
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.methods.hypernetwork import HypernetworkConfig
-from dreamfleet.trainers.methods.base import Method, Sample, Setting
+from dreamfleet.trainers.methods.base import Sample, Setting
+from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.models.formats.hypernetwork import read_hypernetwork, write_hypernetwork
@@ -28,7 +29,7 @@ from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
 from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
-class HypernetworkMethod(Method):
+class HypernetworkMethod(DiffusionMethod):
     """Teach a style: MLPs before attention's keys and values learn, the model stays. Megabytes, any strength."""
 
     formats = ("pt",)
@@ -69,7 +70,7 @@ class HypernetworkMethod(Method):
             config=data,
         )
 
-    def export(self, order: Export) -> list[Path]:
+    def write(self, order: Export) -> list[Path]:
         """Write ``NAME.pt``, as the webui does: in full precision, whatever the order says."""
         file = self.network.to_file(
             order.name,
@@ -78,10 +79,7 @@ class HypernetworkMethod(Method):
             sd_checkpoint_name=self.model.short_name,
             metadata=order.metadata,
         )
-        return [
-            write_hypernetwork(file, order.folder / f"{order.name}.{form}")
-            for form in self.settled(order).formats
-        ]
+        return [write_hypernetwork(file, order.folder / f"{order.name}.{form}") for form in order.formats]
 
 
 def _go_on(network: Hypernetwork, path: str) -> tuple[int, dict[str, AdamState]]:

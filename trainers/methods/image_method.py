@@ -24,23 +24,23 @@ class Use(NamedTuple):
     instead: bool = False  # another picture, as its own cannot be decoded
 
 
-class SeeingMethod(Method):
+class ImageMethod(Method):
     """A method that makes its batches from decoded pictures; it may set some of them apart to measure with."""
 
     @property
     def fit(self) -> Fit:
-        """What may be done to a picture before :meth:`see`, anywhere on the cluster; usually nothing."""
+        """What the decoder may do to an image, such as shrinking it, before :meth:`collate`; nothing by default."""
         return unchanged
 
-    def see(self, uses: Sequence[Use]) -> Batch:
+    def collate(self, uses: Sequence[Use]) -> Batch:
         """Turn pictures into a batch on the CPU."""
         raise NotImplementedError
 
-    def choose(self, instances: Index) -> tuple[Index, Index | None]:
+    def split(self, instances: Index) -> tuple[Index, Index | None]:
         """Split the pictures into those to train on and those to measure with; usually all, and None."""
         return instances, None
 
-    def examine(self, batch: Batch) -> dict[str, Tensor]:
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
         """Measure images that were set apart: values ``[N]`` by name."""
         raise NotImplementedError
 

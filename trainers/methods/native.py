@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dreamfleet.trainers.config.methods.native import NativeConfig
-from dreamfleet.trainers.methods.base import Method, Setting
+from dreamfleet.trainers.methods.base import Setting
+from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.whole_model import (
     export_tuned,
@@ -22,7 +23,7 @@ from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
-class Native(Method):
+class Native(DiffusionMethod):
     """Teach the model a whole set of captioned pictures: all of the U-Net learns. A whole new checkpoint."""
 
     def __init__(self, config: NativeConfig, model: DiffusionModel, setting: Setting):
@@ -41,6 +42,6 @@ class Native(Method):
     def groups(self) -> list[ParamGroup]:
         return part_groups(self.learning)
 
-    def export(self, order: Export) -> list[Path]:
+    def write(self, order: Export) -> list[Path]:
         """Write the tuned model as a folder and a single file, or a LoRA in two layouts: see `export_tuned`."""
-        return export_tuned(self.config, self.model, self.settled(order))
+        return export_tuned(self.config, self.model, order)

@@ -18,7 +18,8 @@ from dreamfleet.datasets.errors import ModelError
 from dreamfleet.datasets.index.template_files import load_templates
 from dreamfleet.trainers.config.guidance import parse_guidance
 from dreamfleet.trainers.config.methods.prompt_tuning import PromptTuningConfig
-from dreamfleet.trainers.methods.base import Batch, Loss, Method, Sample, Setting
+from dreamfleet.trainers.methods.base import Batch, Loss, Sample, Setting
+from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.methods.embedding_common import (
     check_templates,
     export_word,
@@ -40,7 +41,7 @@ NEGATIVE_NOISE = (
 )
 
 
-class PromptTuning(Method):
+class PromptTuning(DiffusionMethod):
     """Teach a new word and what to steer away from, from one picture: vectors for the prompt and its negative."""
 
     formats = ("pt", "safetensors")
@@ -114,13 +115,13 @@ class PromptTuning(Method):
         total = (per_sample * batch["weights"]).sum() / batch["num_instances"]
         return Loss(total, per_sample.detach(), extras)
 
-    def export(self, order: Export) -> list[Path]:
+    def write(self, order: Export) -> list[Path]:
         """Write ``NAME.pt`` and ``NAME-neg.pt`` (webui), and the same as ``.safetensors`` (diffusers)."""
         paths = []
         for vectors, ending in ((self._positive, ""), (self._negative, NEGATIVE)):
             paths += export_word(
                 list(vectors.values()),
-                replace(self.settled(order), name=order.name + ending),
+                replace(order, name=order.name + ending),
                 word=self._word + ending,
                 model=self.model,
             )

@@ -14,7 +14,8 @@ import numpy as np
 
 from dreamfleet.datasets.index.template_files import load_templates
 from dreamfleet.trainers.config.methods.textual_inversion import TextualInversionConfig
-from dreamfleet.trainers.methods.base import Method, Sample, Setting
+from dreamfleet.trainers.methods.base import Sample, Setting
+from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.methods.embedding_common import (
     check_templates,
     export_word,
@@ -30,7 +31,7 @@ from dreamfleet.trainers.models.formats.optimizer_file import AdamState
 from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
-class TextualInversion(Method):
+class TextualInversion(DiffusionMethod):
     """Teach a new word: n vectors learn, the model stays as it is. Kilobytes, combines with anything."""
 
     formats = ("pt", "safetensors", "png")
@@ -67,14 +68,14 @@ class TextualInversion(Method):
         """Fill a template line drawn for this use of the picture with the placeholder and the picture's caption."""
         return fill_prompt(self._templates, self.config.placeholder_token, sample, rng, data)
 
-    def export(self, order: Export) -> list[Path]:
+    def write(self, order: Export) -> list[Path]:
         """Write ``NAME.pt`` (webui), ``NAME.safetensors`` (diffusers) and ``NAME.png`` (image embedding).
 
         Of SDXL both tables of a file are under kohya's names, which the webui reads too: ``clip_l`` and ``clip_g``.
         """
         return export_word(
             list(self._learning.values()),
-            replace(self.settled(order), step=self.steps_before + order.step),
+            replace(order, step=self.steps_before + order.step),
             word=self.config.placeholder_token,
             model=self.model,
         )

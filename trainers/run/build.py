@@ -33,7 +33,8 @@ from dreamfleet.trainers.evaluation.previews import check_previews
 from dreamfleet.trainers.loop import Schedule
 from dreamfleet.trainers.methods.base import Batch, Method, method_class
 from dreamfleet.trainers.methods.build import build_method, check_resolution
-from dreamfleet.trainers.methods.image_method import SeeingMethod
+from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod, require_diffusion
+from dreamfleet.trainers.methods.image_method import ImageMethod
 from dreamfleet.trainers.models.family import DiffusionModel, load_model
 from dreamfleet.trainers.optim.optimizers import import_adamw8bit, make_rates
 from dreamfleet.trainers.recipe import Recipe
@@ -79,22 +80,29 @@ def assemble(recipe: Recipe, distributed: DistributedContext, *, begins: bool = 
     sets, method, cache = load_inputs(recipe, distributed)
     method.require_formats(recipe.train.export_formats or ())
     model = method.model
-    warning = method.check_prompts(to_samples(sets.instances), recipe.data)
-    if warning and distributed.is_main:
-        log.warning("%s", warning)
+    if isinstance(method, DiffusionMethod):
+        warning = method.check_prompts(to_samples(sets.instances), recipe.data)
+        if warning and distributed.is_main:
+            log.warning("%s", warning)
     moments = distributed.on_every_rank(method.start) if begins else {}
     weights = {name: tensor.clone() for name, tensor in method.state().items()} if moments else {}
     check_resolution(recipe, model)
-    check_previews(method, recipe.validation, recipe.data.resolution)
+    if recipe.validation.holdout:
+        require_diffusion(method, "validation.holdout")
+    if recipe.validation.prompts:
+        drawing = require_diffusion(method, "validation.prompts")
+        check_previews(drawing, recipe.validation, recipe.data.resolution)
     held_out = None
-    if isinstance(method, SeeingMethod):
-        chosen, held_out = distributed.on_every_rank(lambda: method.choose(sets.instances))
+    if isinstance(method, ImageMethod):
+        chosen, held_out = distributed.on_every_rank(lambda: method.split(sets.instances))
         compare({"what the labels say": chosen.content_hash}, distributed)
         sets = replace(sets, instances=chosen)
     sizes = training_sizes(sets.instances.sizes(), recipe.data)
     if distributed.is_main:
         log_findings(sets.instances, sizes, method, recipe.data)
-    classes = gather_class_images(recipe, sets, method, distributed)
+    classes = None
+    if isinstance(method, DiffusionMethod) and method.prior is not None:
+        classes = gather_class_images(recipe, sets, method, distributed)
     train = recipe.train
     global_batch = distributed.world * train.train_batch_size * train.gradient_accumulation_steps
     plan = BatchPlan(
@@ -148,7 +156,7 @@ def load_inputs(recipe: Recipe, distributed: DistributedContext) -> tuple[Sets, 
     if cache is not None:
         kept = distributed.on_rank_0(lambda: leave_out_bad(sets.instances, cache, recipe.data))
         sets = replace(sets, instances=kept)
-    if not isinstance(method, SeeingMethod):
+    if isinstance(method, DiffusionMethod) and not isinstance(method, ImageMethod):
         check_words(to_samples(sets.instances), method, recipe.data)  # before class images are generated
     return sets, method, cache
 

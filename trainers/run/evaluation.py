@@ -18,7 +18,8 @@ from dreamfleet.trainers.evaluation.heldout_loss import HeldOutImages, HeldOutLo
 from dreamfleet.trainers.evaluation.judge import Judge
 from dreamfleet.trainers.evaluation.previews import generate_previews
 from dreamfleet.trainers.evaluation.score import MOST_REAL, words_to_strip
-from dreamfleet.trainers.methods.image_method import SeeingMethod
+from dreamfleet.trainers.methods.diffusion_method import require_diffusion
+from dreamfleet.trainers.methods.image_method import ImageMethod
 from dreamfleet.trainers.run.build import Parts
 from dreamfleet.trainers.run.recorder import Recorder
 
@@ -43,7 +44,7 @@ class Evaluation:
         scores = [name for name in image_metrics() if name in validation.metrics]
         if distributed.is_main and scores and not validation.prompts:
             log.warning("validation.metrics: no %s, as previews need validation.prompts", ", ".join(scores))
-        if parts.held_out is not None and isinstance(parts.method, SeeingMethod):
+        if parts.held_out is not None and isinstance(parts.method, ImageMethod):
             self.held_out = HeldOutImages(
                 parts.held_out,
                 method=parts.method,
@@ -54,7 +55,7 @@ class Evaluation:
             self.real = share_index(distributed, lambda: load_held_out(folder, recipe.data))
             self.held_out = HeldOutLoss(
                 self.real,
-                method=parts.method,
+                method=require_diffusion(parts.method, "validation.holdout"),
                 data=recipe.data,
                 count=validation.holdout_timesteps,
                 distributed=self.sharing,
@@ -79,7 +80,7 @@ class Evaluation:
             return
         images, cells = parts.engine.evaluate(
             lambda: generate_previews(
-                parts.method,
+                require_diffusion(parts.method, "validation.prompts"),
                 parts.engine,
                 validation,
                 parts.recipe.data.resolution,

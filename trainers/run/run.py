@@ -119,7 +119,6 @@ def _make_hooks(
 def _train(parts: Parts, start_step: int, hooks: Hooks, recorder: Recorder) -> Outcome:
     try:
         return train(
-            parts.method,
             parts.engine,
             parts.feed.stream(start_step, parts.schedule.total),
             parts.prepare,

@@ -59,9 +59,9 @@ class TableInversion(TextualInversion):
 
     formats = ("csv",)
 
-    def export(self, order: Export) -> list[Path]:
+    def write(self, order: Export) -> list[Path]:
         paths = []
-        for form in self.settled(order).formats:
+        for form in order.formats:
             delimiter = {"csv": ",", "tsv": "\t"}[form]
             rows = [delimiter.join(map(str, row)) for row in self.vectors.detach().tolist()]
             paths.append(order.folder / f"{order.name}.{form}")

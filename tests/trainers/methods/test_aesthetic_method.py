@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from dreamfleet.cluster.cli import program
 from dreamfleet.datasets.errors import RecipeError, UserError
+from dreamfleet.trainers.batches.plan_share import PlanShare
 from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.memory.profile import method_shape
@@ -80,7 +81,7 @@ def test_two_workers_share_the_images(rank: int, workplace: Path) -> None:
         build_recipe(recipe_tree(workplace, train__train_batch_size=4)), DistributedContext()
     ).feed
     half = assemble(build_recipe(recipe_tree(workplace)), DistributedContext(rank=0)).feed
-    half.rank, half.world, half.plan = rank, 2, alone.plan
+    half.share = PlanShare(alone.plan, rank=rank, world=2)
     for step in range(2):
         whole, mine = alone.batch(step), half.batch(step)
         for name in ("clip_pixels", "counted"):

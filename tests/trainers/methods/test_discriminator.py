@@ -178,7 +178,7 @@ def test_colours_and_mirrors_are_keyed_and_spare_what_is_measured(workplace: Pat
     parts = make_parts(workplace, section, data__random_flip=True)
     plain = make_parts(workplace, {"color_jitter": 0.0})
     use = parts.feed._read(3)
-    assert torch.equal(parts.method.see([use])["pixels"], plain.method.see([use])["pixels"])
+    assert torch.equal(parts.method.collate([use])["pixels"], plain.method.collate([use])["pixels"])
 
 
 @pytest.mark.parametrize("rank", [0, 1])

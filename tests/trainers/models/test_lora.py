@@ -196,7 +196,7 @@ def test_keys_are_kohyas_too_and_need_a_rank(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"lora_alpha.*lora_rank"):
         build_recipe(tiny.make_recipe(tmp_path, method={"name": "native", "lora_alpha": 4}))
     with pytest.raises(RecipeError, match=r"'pt'.*kohya_lora"):
-        make_parts(tmp_path, method=LORA).method.settled(Export(tmp_path, "x", formats=["pt"]))
+        make_parts(tmp_path, method=LORA).method.export(Export(tmp_path, "x", formats=["pt"]))
     parts = make_parts(tmp_path, method={**LORA, "lora_rank": 2})
     with pytest.raises(RecipeError, match="shape"):
         parts.method.load_state(make_parts(tmp_path, method=LORA).method.state())

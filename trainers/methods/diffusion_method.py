@@ -1,0 +1,107 @@
+"""Methods that train on latents, noise and prompts: what they add to :class:`Method`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+from dreamfleet.datasets import captions
+from dreamfleet.datasets.config import DataConfig
+from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.trainers.methods.base import Batch, Loss, Method, Sample
+from dreamfleet.trainers.models.condition import Condition
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Prior preservation: how many class images a concept needs, how they are generated, the weight of their loss."""
+
+    num_class_images: int
+    loss_weight: float
+    steps: int
+    guidance_scale: float
+    batch_size: int
+
+
+class DiffusionMethod(Method):
+    """A method whose loss is the error of the denoiser's prediction.
+
+    A batch on the device has ``latents, noise [N, C, H, W]``, ``timesteps [N]``, ``weights [N]``, ``num_instances``
+    (class images come after the instances), and either ``input_ids`` (with :attr:`trains_text`) or the entries of the
+    encoded prompts. The defaults train on the image's caption, or on the prompt of its set.
+    """
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether the text encoder or its input is trained, so that prompts must be encoded in every step."""
+        return False
+
+    @property
+    def prior(self) -> Prior | None:
+        """Options of prior preservation; None without it."""
+        return None
+
+    @property
+    def loss_parts(self) -> dict[str, nn.Module]:
+        return self.model.trainable_parts(text=self.trains_text)
+
+    def prompt(self, sample: Sample, rng: np.random.Generator, data: DataConfig) -> str:
+        """Return the prompt that a sample is trained with; ``rng`` is keyed by (seed, epoch, sample id)."""
+        return captions.make_caption(
+            sample.caption,
+            prompt=self.setting.concepts[sample.concept].instance_prompt,
+            file_name=sample.file_name,
+            rng=rng,
+            config=data,
+        )
+
+    def check_prompts(self, samples: Sequence[Sample], data: DataConfig) -> str | None:
+        """Return a warning about a run's prompts, or None. Raises RecipeError if nothing can be learned from them."""
+        for prompt in (concept.instance_prompt for concept in self.setting.concepts):
+            if prompt and ("[name]" in prompt or "{}" in prompt):
+                raise RecipeError(
+                    f"data.instance_prompt: {prompt!r} has a placeholder for a name, but {self.name} learns no word; "
+                    "write a prompt without it, such as 'a photo of sks cat'"
+                )
+        return None
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Return the token ids of prompts ``[B, T]``, 77 per chunk; ``[B, 2, T]`` for two text encoders."""
+        return self.model.tokenize(prompts)
+
+    def encode(self, prompts: Sequence[str], ids: Tensor | None = None) -> Condition:
+        """Encode prompts as sampling with the exported artifact does; literal text without token ``ids``."""
+        return self.model.encode(prompts) if ids is None else self.model.encode_tokens(ids)
+
+    def sample_losses(self, batch: Batch, *, snr_gamma: float | None = None) -> Tensor:
+        """Compute the noise loss of each sample ``[N]``, of training and of held-out images."""
+        return self.model.denoising_loss(batch, snr_gamma=snr_gamma)
+
+    def forward(self, batch: Batch) -> Loss:
+        """Compute the weighted noise loss: ``sum(weights * loss) / num_instances``.
+
+        With class images in the batch that is mean(instance) + prior_loss_weight * mean(class), equation 2 of the
+        DreamBooth paper (arXiv 2208.12242), for every batch size. min-SNR weights apply to both halves.
+        """
+        per_sample = self.sample_losses(batch, snr_gamma=self.setting.snr_gamma)
+        count = batch["num_instances"]
+        total = (per_sample * batch["weights"]).sum() / count
+        extras = {}
+        if len(per_sample) > count:
+            extras = {
+                "instance_loss": per_sample[:count].detach().mean(),
+                "prior_loss": per_sample[count:].detach().mean(),
+            }
+        return Loss(total, per_sample.detach(), extras)
+
+
+def require_diffusion(method: Method, key: str) -> DiffusionMethod:
+    """Return the method as a :class:`DiffusionMethod`. Raises RecipeError naming the key that needs one."""
+    if not isinstance(method, DiffusionMethod):
+        raise RecipeError(
+            f"{key} needs a method that trains a diffusion model, which {method.name} does not; leave it out"
+        )
+    return method
