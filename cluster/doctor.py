@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, NamedTuple
 
 from dreamfleet.cluster.cluster_info import has_cluster, machines
-from dreamfleet.datasets.environment import PROFILES, has_profile, to_send
+from dreamfleet.datasets.environment import PROFILES, has_profile, variables_to_send
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.trainers.config.scaling import describe
 
@@ -182,7 +182,7 @@ def _bucket_credentials() -> list[Finding]:
 
 def _sent_to_workers() -> list[Finding]:
     """Name the variables that are sent to workers in memory; their values are never shown."""
-    names = sorted(to_send(buckets=False))
+    names = sorted(variables_to_send(buckets=False))
     return [Finding("sent to workers", "ok", ", ".join(names))] if names else []
 
 

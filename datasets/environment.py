@@ -113,7 +113,7 @@ def variable(name: str) -> str | None:
     return os.environ.get(name) or _hidden.get(name)
 
 
-def to_send(*, buckets: bool) -> dict[str, str]:
+def variables_to_send(*, buckets: bool) -> dict[str, str]:
     """Return the variables of this environment that other machines need, with secrets: never log the result.
 
     These are proxies, the hub's token and settings, and with ``buckets`` the settings of AWS. AWS profiles and hub
@@ -136,8 +136,8 @@ def to_send(*, buckets: bool) -> dict[str, str]:
     return sent
 
 
-def take_over(sent: Mapping[str, str]) -> None:
-    """Set the variables that :func:`to_send` returned, on the machine they were sent to.
+def apply_variables(sent: Mapping[str, str]) -> None:
+    """Set the variables that :func:`variables_to_send` returned, on the machine they were sent to.
 
     Variables that this machine sets keep their values (proxies: all or none), and paths are set only if they exist.
     The AWS keys and settings replace those of this machine as a whole, since the run's bucket was opened with them. If

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dreamfleet.datasets.environment import to_send
+from dreamfleet.datasets.environment import variables_to_send
 from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.scaling import WorkerShare, worker_resources
@@ -151,7 +151,7 @@ def _make_trainer(
                 if type(callback).__name__ != "PlacementGroupCleanerCallback"
             ]
 
-    scaling, sent = recipe.scaling, to_send(buckets="://" in recipe.to_yaml())
+    scaling, sent = recipe.scaling, variables_to_send(buckets="://" in recipe.to_yaml())
 
     def loop(config: dict[str, Any]) -> dict[str, Any]:
         # Secrets travel in this closure: Ray displays and logs a worker's environment, and may export the config.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dreamfleet.datasets.environment import environment, secrets_hidden, to_send
+from dreamfleet.datasets.environment import environment, secrets_hidden, variables_to_send
 from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
 from dreamfleet.trainers.config.engines import engine_spec
 from dreamfleet.trainers.config.scaling import (
@@ -246,7 +246,7 @@ def _make_tuner(
         uses_gpu=share.uses_gpu,
         gpu_share=share.gpu_share,
         environment=worker_environment(share.threads),
-        sent=to_send(buckets="://" in recipe.to_yaml()),
+        sent=variables_to_send(buckets="://" in recipe.to_yaml()),
     )
     return tune.Tuner(
         tune.with_resources(

@@ -14,7 +14,7 @@ from typing import Any
 
 from ray.tune import Trainable
 
-from dreamfleet.datasets.environment import take_over
+from dreamfleet.datasets.environment import apply_variables
 from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
@@ -38,7 +38,9 @@ class Shared:
     uses_gpu: bool
     gpu_share: float  # the fraction of a GPU that a trial may use
     environment: Mapping[str, str]
-    sent: Mapping[str, str]  # from environment.to_send; passed through Ray's memory and written nowhere
+    sent: Mapping[
+        str, str
+    ]  # from environment.variables_to_send; passed through Ray's memory and written nowhere
 
 
 class TrialActor(Trainable):
@@ -47,7 +49,7 @@ class TrialActor(Trainable):
     def setup(self, config: dict[str, Any], *, shared: Shared) -> None:
         """Prepare the first trial; ``config`` holds the arguments of TrialRun."""
         os.environ.update(shared.environment)
-        take_over(shared.sent)
+        apply_variables(shared.sent)
         self.shared = shared
         self.run = TrialRun(shared, **config)
 

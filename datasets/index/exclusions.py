@@ -141,7 +141,7 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def inside_of(folder: Storage, excluded: Mapping[str, str]) -> dict[str, str]:
+def folders_inside(folder: Storage, excluded: Mapping[str, str]) -> dict[str, str]:
     """Return those of ``excluded`` (address -> content) that are within a folder: relative path -> content.
 
     Raises DataError if one is the folder itself; for held-out images a warning is logged instead.

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.index.concepts import load_concepts
-from dreamfleet.datasets.index.index import Index, Seen
+from dreamfleet.datasets.index.index import FileInfo, Index
 from dreamfleet.datasets.index.sources import find_source
 from dreamfleet.datasets.storage.storage import Storage
 
@@ -31,7 +31,7 @@ class KnownFiles:
         self._stamps = {uri: stamp for url in urls for uri, stamp in find_source(url).stamps(url).items()}
         self._seen = _read(cache)
 
-    def __call__(self, uri: str) -> Seen | None:
+    def __call__(self, uri: str) -> FileInfo | None:
         """Return hash and size of the file at a URI; None if it must be read."""
         stamp, seen = self._seen.get(uri, ("", None))
         return seen if seen is not None and stamp == self._stamps.get(uri) else None
@@ -41,13 +41,13 @@ class KnownFiles:
         found = dict(self._seen)
         for row in index.rows():
             if stamp := self._stamps.get(row.uri):
-                found[row.uri] = stamp, Seen(row.sha256, row.width, row.height)
+                found[row.uri] = stamp, FileInfo(row.sha256, row.width, row.height)
             if row.mask and row.mask_sha256 and (stamp := self._stamps.get(row.mask)):
-                found[row.mask] = stamp, Seen(row.mask_sha256)
+                found[row.mask] = stamp, FileInfo(row.mask_sha256)
         if found == self._seen:
             return
         columns: dict[str, list[Any]] = {"uri": list(found), "stamp": [stamp for stamp, _ in found.values()]}
-        columns |= {name: [getattr(seen, name) for _, seen in found.values()] for name in Seen._fields}
+        columns |= {name: [getattr(seen, name) for _, seen in found.values()] for name in FileInfo._fields}
         sink = pa.BufferOutputStream()
         pq.write_table(pa.table(columns), sink, compression="zstd")
         self._cache.write_bytes(FILE, sink.getvalue().to_pybytes())
@@ -66,14 +66,14 @@ def known_files(data: DataConfig) -> KnownFiles | None:
     return KnownFiles(Storage(data.cache_dir), {place for place in places if place is not None})
 
 
-def _read(cache: Storage) -> dict[str, tuple[str, Seen]]:
+def _read(cache: Storage) -> dict[str, tuple[str, FileInfo]]:
     if not cache.exists(FILE):
         return {}
     try:
         table = pq.read_table(pa.BufferReader(cache.read_bytes(FILE)))
-        columns = [table.column(name).to_pylist() for name in ("uri", "stamp", *Seen._fields)]
+        columns = [table.column(name).to_pylist() for name in ("uri", "stamp", *FileInfo._fields)]
     except (pa.ArrowException, OSError, KeyError) as error:
         raise DataError(
             f"{cache.path(FILE)} is broken ({error}). Remove it; it will be written again"
         ) from error
-    return {uri: (stamp, Seen(*values)) for uri, stamp, *values in zip(*columns, strict=True)}
+    return {uri: (stamp, FileInfo(*values)) for uri, stamp, *values in zip(*columns, strict=True)}

@@ -12,7 +12,7 @@ from dreamfleet.datasets.index.exclusions import BadFile
 from dreamfleet.datasets.index.image_folder import ImageFolder
 from dreamfleet.datasets.index.kohya_folders import kohya_concepts, refuse_subset, subsets_of
 from dreamfleet.datasets.index.sources import Listing, ScanOptions, Source, SourceImage, one_concept
-from dreamfleet.datasets.storage.disk import explained
+from dreamfleet.datasets.storage.disk import explain_errors
 from dreamfleet.datasets.storage.object_store import Bucket
 from dreamfleet.datasets.storage.storage import Storage
 
@@ -83,7 +83,7 @@ def stamps_of(folder: Storage) -> dict[str, str]:
         before = time.time() - SETTLED_SECONDS
         for name in folder.list("", True):
             path = folder.path(name)
-            with explained("check", path):
+            with explain_errors("check", path):
                 status = os.stat(path) if os.path.exists(path) else None
             if status is not None and status.st_mtime < before:
                 found[path] = f"{status.st_size} {status.st_mtime_ns}"

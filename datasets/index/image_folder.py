@@ -31,7 +31,7 @@ from dreamfleet.datasets.index.exclusions import (
     BadFile,
     Folders,
     Skipped,
-    inside_of,
+    folders_inside,
     is_hidden,
     is_system_file,
     is_utf8,
@@ -131,7 +131,7 @@ class ImageFolder:
 
     def _visible(self, names: Sequence[str], excluded: Mapping[str, str]) -> list[str]:
         """Return the names without skipped folders and files; record those that may contain images."""
-        folders = Folders(names, inside_of(self.storage, excluded))
+        folders = Folders(names, folders_inside(self.storage, excluded))
         if made := folders.of_root:
             what = "its samples/ folder" if made == RUN else "a samples/ folder in it"
             raise DataError(

@@ -68,7 +68,7 @@ class Row(NamedTuple):
     mask_sha256: str | None = None
 
 
-class Seen(NamedTuple):
+class FileInfo(NamedTuple):
     """Hash and size of a file; sizes in pixels after the EXIF rotation, 0 for a mask."""
 
     sha256: str
@@ -77,7 +77,7 @@ class Seen(NamedTuple):
 
 
 # Returns hash and size of the file at a URI if they are known without reading it.
-Known = Callable[[str], Seen | None]
+Known = Callable[[str], FileInfo | None]
 
 
 class Index:
@@ -206,7 +206,7 @@ def log_left_out(index: Index) -> None:
         log.info("skipped %s", summary(index.skipped))
 
 
-def _read(image: SourceImage, *, max_pixels: int, check: bool) -> tuple[Seen, Seen | None]:
+def _read(image: SourceImage, *, max_pixels: int, check: bool) -> tuple[FileInfo, FileInfo | None]:
     """Read an image and its mask. Raises DataError when either cannot be used, and StorageError."""
     uri = image.uri
     data, mask = read_image_file(uri), read_mask(image.mask) if image.mask else None
@@ -217,17 +217,19 @@ def _read(image: SourceImage, *, max_pixels: int, check: bool) -> tuple[Seen, Se
         check_image(data, uri=uri, max_pixels=max_pixels)
     if mask is not None:
         open_mask(mask, uri=f"its mask {image.mask}", max_pixels=max_pixels)
-    seen = Seen(hashlib.sha256(data).hexdigest(), header.width, header.height)
+    seen = FileInfo(hashlib.sha256(data).hexdigest(), header.width, header.height)
     if image.sha256 and image.sha256 != seen.sha256:
         raise DataError(
             f"{uri}: its content has another sha256 than the source lists ({image.sha256[:16]}...)"
         )
-    return seen, Seen(hashlib.sha256(mask.data).hexdigest()) if mask is not None else None
+    return seen, FileInfo(hashlib.sha256(mask.data).hexdigest()) if mask is not None else None
 
 
-def _recall(image: SourceImage, known: Known | None, max_pixels: int) -> tuple[Seen, Seen | None] | None:
+def _recall(
+    image: SourceImage, known: Known | None, max_pixels: int
+) -> tuple[FileInfo, FileInfo | None] | None:
     """Return what is known of an image and its mask without reading them; None where one of them must be read."""
-    listed = Seen(image.sha256, image.width, image.height), Seen(image.mask_sha256)
+    listed = FileInfo(image.sha256, image.width, image.height), FileInfo(image.mask_sha256)
     seen = listed[0] if all(listed[0]) else known(image.uri) if known else None
     mask = listed[1] if image.mask_sha256 else known(image.mask) if known and image.mask else None
     if seen is None or (image.mask and mask is None) or seen.width * seen.height > max_pixels:

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from dreamfleet.datasets.buckets import training_sizes
 from dreamfleet.datasets.config import DataConfig
-from dreamfleet.datasets.environment import take_over, to_send
+from dreamfleet.datasets.environment import apply_variables, variables_to_send
 from dreamfleet.datasets.errors import DataError, RunFailed, StorageError, UserError
 from dreamfleet.datasets.images.masks import ImageView, cut_image
 from dreamfleet.datasets.index.index import Index
@@ -233,15 +233,15 @@ def _on_ray(
     dataset.context.print_on_execution_start = False
     dataset.context.enable_progress_bars = False
     buckets = not options["folder"].is_local or any("://" in job.uri for shard in shards for job in shard)
-    environment, sent = {"env_vars": dict(pool.environment)}, to_send(buckets=buckets)
+    environment, sent = {"env_vars": dict(pool.environment)}, variables_to_send(buckets=buckets)
 
     # Secrets are sent inside closures: Ray logs runtime environments, and may show arguments.
     def read_apart(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        take_over(sent)
+        apply_variables(sent)
         return read(batch)
 
     def make_apart() -> Encode:  # the first call in an actor
-        take_over(sent)
+        apply_variables(sent)
         return options["make_encode"]()
 
     if pool.decode_apart:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from dreamfleet.datasets.environment import take_over
+from dreamfleet.datasets.environment import apply_variables
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.images.images import open_image
 from dreamfleet.datasets.images.masks import ImageView, cut_image
@@ -26,9 +26,9 @@ def decode_batch(
     """Read, decode and crop a batch of jobs, each to its size; with ``fit`` images are processed by it instead.
 
     "pixels" are bytes, since the images of a block may differ in size. "error" is the reason why an image could not be
-    decoded, "failure" why a file could not be read; "" for good images. ``sent`` is from environment.to_send.
+    decoded, "failure" why a file could not be read; "" for good images. ``sent`` is from environment.variables_to_send.
     """
-    take_over(sent)
+    apply_variables(sent)
     images, heights, errors, failures = [], [], [], []
     names = ("uri", "mask", "center", "x", "y", "flip", "width", "height")
     for uri, mask, center, x, y, flip, width, height in zip(*(batch[name] for name in names), strict=True):

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from dreamfleet.datasets.config import MAX_PIXELS
-from dreamfleet.datasets.environment import to_send
+from dreamfleet.datasets.environment import variables_to_send
 from dreamfleet.datasets.errors import DataError, ResourceError, StorageError
 from dreamfleet.datasets.images.masks import ImageView
 from dreamfleet.datasets.images.vision_transform import Fit
@@ -182,7 +182,7 @@ class ImageStream(Iterator[np.ndarray]):
         dataset.context.enable_progress_bars = False
         max_pixels, weighted, fit = self._max_pixels, self._weighted, self._fit
         buckets = any("://" in job["uri"] for job in jobs)
-        sent = to_send(buckets=True) if buckets else {}
+        sent = variables_to_send(buckets=True) if buckets else {}
 
         def decode(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             # A closure, because Ray shows the arguments of a partial and logs runtime environments.

@@ -20,7 +20,7 @@ _TEMPORARY = re.compile(r"^\..+\.tmp-[0-9a-f]{12}$")  # unfinished writes of thi
 
 
 @contextmanager
-def explained(verb: str, path: str) -> Iterator[None]:
+def explain_errors(verb: str, path: str) -> Iterator[None]:
     """Turn an operating system error into a StorageError with a remedy."""
     try:
         yield
@@ -84,7 +84,7 @@ def _as_full_disk(error: Exception, path: str) -> OSError | None:
 
 
 @contextmanager
-def appearing(path: str, *, durable: bool = True) -> Iterator[str]:
+def atomic_write(path: str, *, durable: bool = True) -> Iterator[str]:
     """Yield a temporary name beside `path`, which is renamed to `path` at the end, or removed if the block raises.
 
     With `durable` the data are synced to the disk; copies of files kept elsewhere do not need it. File modes follow the
@@ -155,9 +155,14 @@ def _unlink_quietly(path: str) -> None:
 
 def copy_file(source: str, target: str) -> None:
     """Copy one file; the copy appears complete or not at all."""
-    with explained("read", source):
+    with explain_errors("read", source):
         file = open(source, "rb")  # noqa: SIM115  closed below; opened here so that errors name the source
-    with file, explained("write", target), appearing(target) as temporary, open(temporary, "wb") as copy:
+    with (
+        file,
+        explain_errors("write", target),
+        atomic_write(target) as temporary,
+        open(temporary, "wb") as copy,
+    ):
         shutil.copyfileobj(file, copy, 1 << 20)
 
 
@@ -191,10 +196,10 @@ def walk(root: str, recursive: bool, on_error: Callable[[str, StorageError], Non
         except FileNotFoundError:
             continue
         except OSError as error:
-            explained = as_storage_error("list", folder, error)
+            failure = as_storage_error("list", folder, error)
             if on_error is None or not rel:
-                raise explained from error
-            on_error(folder, explained)
+                raise failure from error
+            on_error(folder, failure)
             continue
         here = (status.st_dev, status.st_ino)
         if here in above:  # a link to one of its own parent folders

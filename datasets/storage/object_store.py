@@ -43,8 +43,8 @@ class Bucket:
     def run(self, verb: str, path: str, action: Callable[[Any, str], T]) -> T:
         """Return `action(fsspec file system, key)`; run it again when an answer breaks off.
 
-        Single requests within the action are retried as well, by the same policy (:mod:`retry`). All other failures
-        become a StorageError whose message names `verb` and `path`.
+        Single requests within the action are retried as well, by the same policy (:mod:`retry`); those of `gs://` by
+        gcsfs alone. All other failures become a StorageError whose message names `verb` and `path`.
         """
         key, attempt, first_failure = path.partition("://")[2], 0, 0.0
         while True:
@@ -56,7 +56,7 @@ class Bucket:
             except Exception as error:
                 first_failure = first_failure or time.monotonic()
                 wait = next_wait(attempt, time.monotonic() - first_failure)
-                if wait is None or not is_broken_off(error):
+                if wait is None or self.scheme != "s3" or not is_broken_off(error):
                     raise StorageError(masked(self._explain(verb, path, error))) from error
                 log.warning("cannot %s %s (%s): retrying in %.1f s", verb, path, kind_of(error), wait)
                 time.sleep(wait)

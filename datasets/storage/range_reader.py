@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pyarrow as pa
 
-from dreamfleet.datasets.storage.disk import explained
+from dreamfleet.datasets.storage.disk import explain_errors
 from dreamfleet.datasets.storage.object_store import Bucket
 from dreamfleet.datasets.storage.storage import Storage
 
@@ -18,7 +18,7 @@ def open_ranges(storage: Storage, rel: str, *, size: int) -> Iterator[pa.NativeF
     """Open a file of ``size`` bytes: memory-mapped on disk, by range requests in a bucket. Raises StorageError."""
     path = storage.path(rel)
     if storage.is_local:
-        with explained("read", path):
+        with explain_errors("read", path):
             mapped = pa.memory_map(path)
         with mapped:
             yield mapped

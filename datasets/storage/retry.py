@@ -1,8 +1,9 @@
 """The retry policy for storage requests over the network: which failures are transient, how long to wait. Pure.
 
-S3 follows it in full: botocore and s3fs are configured for one attempt each. Google Cloud Storage keeps gcsfs's own
-retries of single requests, and follows the policy where an answer breaks off. Downloads from the Hugging Face hub
-follow huggingface_hub's policy. aiohttp resends a request at once when a kept-alive connection turns out to be closed.
+S3 follows it: botocore and s3fs are configured for one attempt each. Other services are retried by their own client
+alone, so that attempts never multiply: Google Cloud Storage by gcsfs (6 attempts, which cannot be configured), the
+Hugging Face hub by huggingface_hub. aiohttp resends a request at once when a kept-alive connection turns out to be
+closed. Waits for Ray jobs, Ray nodes and locks are not requests, and have their own deadlines.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 from dreamfleet.datasets.decode_text import decode_text
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.storage.disk import (
-    appearing,
     as_storage_error,
+    atomic_write,
     copy_file,
-    explained,
+    explain_errors,
     explains_full_disk,
     inside,
     remove_tree,
@@ -76,7 +76,7 @@ class Storage:
         """Return whether a file or folder exists; in a bucket a folder exists when it contains a file."""
         path = self.path(rel)
         if self.is_local:
-            with explained("check", path):
+            with explain_errors("check", path):
                 return os.path.exists(path)
         return self._on_bucket("check", rel, bucket_has)
 
@@ -90,7 +90,7 @@ class Storage:
         """Return the size in bytes of a file, or of all files below a folder."""
         if self.is_local:
             path = self.path(rel)
-            with explained("read", path):
+            with explain_errors("read", path):
                 return tree_size(path)
         return self._on_bucket("read", rel, bucket_size)
 
@@ -117,7 +117,7 @@ class Storage:
         """
         if self.is_local:
             path = self.path(rel)
-            with explained("list", path):
+            with explain_errors("list", path):
                 if not os.path.isdir(path):
                     return []
                 with os.scandir(path) as entries:
@@ -132,7 +132,7 @@ class Storage:
             return b""
         if self.is_local:
             path = self.path(rel)
-            with explained("read", path), open(path, "rb") as file:
+            with explain_errors("read", path), open(path, "rb") as file:
                 file.seek(start)
                 return file.read(-1 if end is None else end - start)
         return self._on_bucket(
@@ -178,7 +178,11 @@ class Storage:
         """Write a file: afterwards it is complete, or as it was before."""
         if self.is_local:
             path = self.path(rel)
-            with explained("write", path), appearing(path) as temporary, open(temporary, "wb") as file:
+            with (
+                explain_errors("write", path),
+                atomic_write(path) as temporary,
+                open(temporary, "wb") as file,
+            ):
                 file.write(data)
             return
         self._on_bucket("write", rel, lambda fs, key: fs.pipe_file(key, data))
@@ -196,7 +200,7 @@ class Storage:
         """
         if self.is_local:
             path = self.path(rel)
-            with explained("write", path):
+            with explain_errors("write", path):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 with open(path, "a", encoding="utf-8", newline="") as file:
                     file.write(text)
@@ -215,12 +219,12 @@ class Storage:
         """
         if self.is_local:
             path = self.path(rel)
-            with explained("write", path), appearing(path) as temporary, explains_full_disk(path):
+            with explain_errors("write", path), atomic_write(path) as temporary, explains_full_disk(path):
                 yield Path(temporary)
             return
         with tempfile.TemporaryDirectory(prefix="dreamfleet-") as folder:
             temporary_file = Path(folder) / rel.rsplit("/", 1)[-1]
-            with explained("write", str(temporary_file)), explains_full_disk(str(temporary_file)):
+            with explain_errors("write", str(temporary_file)), explains_full_disk(str(temporary_file)):
                 yield temporary_file
             self.upload(temporary_file, rel)
 
@@ -242,7 +246,7 @@ class Storage:
         self._appended.pop(rel, None)
         if self.is_local:
             path = self.path(rel)
-            with explained("remove", path):
+            with explain_errors("remove", path):
                 remove_tree(path)
             return
         self._if_exists("remove", rel, lambda fs, key: fs.rm(key, recursive=True) or [])
@@ -263,7 +267,7 @@ class Storage:
         if self.is_local:
             copy_file(self.path(rel), target)
             return
-        with explained("write", target), appearing(target, durable=False) as temporary:
+        with explain_errors("write", target), atomic_write(target, durable=False) as temporary:
             self._on_bucket("read", rel, lambda fs, key: fs.get_file(key, temporary))
 
     def _on_bucket(self, verb: str, rel: str, action: Callable[[Any, str], T]) -> T:

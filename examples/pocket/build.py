@@ -1,6 +1,6 @@
 """Builds the pocket model from its two npm packages: `python examples/pocket/build.py [STAGE ...]`.
 
-Stages in order: pictures, tokenizer, vae, clip, latents, decoder, unet, export, card; without a name all of them. Each
+Stages in order: images, tokenizer, vae, clip, latents, decoder, unet, export, card; without a name all of them. Each
 skips what is complete and continues what was interrupted, so that `make pocket` can be interrupted at any time.
 """
 

@@ -11,7 +11,13 @@ import pytest
 import tiny
 from planted import SECRETS, find_planted
 
-from dreamfleet.datasets.environment import is_secret, secrets_hidden, take_over, to_send, variable
+from dreamfleet.datasets.environment import (
+    apply_variables,
+    is_secret,
+    secrets_hidden,
+    variable,
+    variables_to_send,
+)
 from dreamfleet.trainers.driver.build_cache import cache_latents
 from dreamfleet.trainers.driver.session import ray_session
 from dreamfleet.trainers.launch import fit
@@ -66,7 +72,7 @@ def test_hidden_secrets_are_returned_by_variable(machine: Callable[..., None]) -
             assert set(os.environ) == {"HOME", "PATH", "LANG"}
         assert "HF_TOKEN" not in os.environ, "the outer block goes on"
         assert (variable("HF_TOKEN"), variable("LANG"), variable("NOTHING")) == ("hush", "C", None)
-        assert to_send(buckets=True)["AWS_ACCESS_KEY_ID"] == "id"
+        assert variables_to_send(buckets=True)["AWS_ACCESS_KEY_ID"] == "id"
         os.environ["HF_TOKEN"] = "changed since"
     assert (os.environ["HF_TOKEN"], os.environ["AWS_ACCESS_KEY_ID"]) == ("changed since", "id")
     assert variable("AWS_ACCESS_KEY_ID") == "id"
@@ -87,17 +93,20 @@ def test_machine_specific_variables_are_not_sent(machine: Callable[..., None]) -
         SOMETHING_ELSE="stays",
     )
     hub = {"HF_TOKEN": "hush", "http_proxy": "http://proxy:3128", "NO_PROXY": "127.0.0.1"}
-    assert to_send(buckets=False) == hub
-    assert to_send(buckets=True) == hub | {"AWS_ACCESS_KEY_ID": "id", "AWS_ENDPOINT_URL": "http://store"}
+    assert variables_to_send(buckets=False) == hub
+    assert variables_to_send(buckets=True) == hub | {
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_ENDPOINT_URL": "http://store",
+    }
 
 
 def test_the_hub_token_of_a_login_is_sent(machine: Callable[..., None], tmp_path: Path) -> None:
     (tmp_path / ".cache/huggingface").mkdir(parents=True)
     (tmp_path / ".cache/huggingface/token").write_text("hush\n")
     machine()
-    assert to_send(buckets=False) == {"HF_TOKEN": "hush"}
+    assert variables_to_send(buckets=False) == {"HF_TOKEN": "hush"}
     machine(HF_HUB_DISABLE_IMPLICIT_TOKEN="1")
-    assert to_send(buckets=False) == {}
+    assert variables_to_send(buckets=False) == {}
 
 
 def write_profiles(home: Path) -> None:
@@ -117,17 +126,17 @@ def test_keys_of_a_profile_are_sent_to_machines_without_it(
 ) -> None:
     write_profiles(tmp_path)
     machine()
-    assert to_send(buckets=True)["AWS_ACCESS_KEY_ID"] == "id-0"
+    assert variables_to_send(buckets=True)["AWS_ACCESS_KEY_ID"] == "id-0"
     machine(AWS_PROFILE="nowhere")
-    assert to_send(buckets=True) == {}, "the first use of the bucket tells it"
+    assert variables_to_send(buckets=True) == {}, "the first use of the bucket tells it"
     machine(AWS_PROFILE="mine")
-    sent = to_send(buckets=True)
-    assert "AWS_ACCESS_KEY_ID" not in to_send(buckets=False)
+    sent = variables_to_send(buckets=True)
+    assert "AWS_ACCESS_KEY_ID" not in variables_to_send(buckets=False)
 
     machine(
         tmp_path / "another", AWS_PROFILE="theirs", AWS_ACCESS_KEY_ID="theirs", AWS_SECURITY_TOKEN="theirs"
     )
-    take_over(sent)
+    apply_variables(sent)
     taken = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     assert taken == {
         "AWS_ACCESS_KEY_ID": "id-1",
@@ -137,7 +146,7 @@ def test_keys_of_a_profile_are_sent_to_machines_without_it(
         "AWS_ENDPOINT_URL_S3": "https://store.example",
     }
     machine(AWS_ACCESS_KEY_ID="theirs")
-    take_over(sent)  # this machine has the profile, which renews keys
+    apply_variables(sent)  # this machine has the profile, which renews keys
     assert os.environ["AWS_PROFILE"] == "mine" and "AWS_ACCESS_KEY_ID" not in os.environ
 
 
@@ -146,7 +155,7 @@ def test_the_endpoint_variable_has_priority_over_the_profile(
 ) -> None:
     write_profiles(tmp_path)
     machine(AWS_PROFILE="mine", AWS_ENDPOINT_URL="http://store")
-    sent = to_send(buckets=True)
+    sent = variables_to_send(buckets=True)
     assert sent["AWS_ENDPOINT_URL"] == "http://store" and "AWS_ENDPOINT_URL_S3" not in sent
 
 
@@ -161,7 +170,7 @@ def test_variables_set_on_a_machine_are_kept(machine: Callable[..., None], tmp_p
         "AWS_CA_BUNDLE": str(tmp_path / "absent"),
     }
     machine(HF_TOKEN="own", http_proxy="http://own")
-    take_over(sent)
+    apply_variables(sent)
     own = {name: value for name, value in os.environ.items() if name not in ("HOME", "PATH")}
     assert own == {
         "HF_TOKEN": "own",
@@ -170,7 +179,7 @@ def test_variables_set_on_a_machine_are_kept(machine: Callable[..., None], tmp_p
         "SSL_CERT_FILE": str(tmp_path),
     }
     machine()
-    take_over(sent)
+    apply_variables(sent)
     assert os.environ["HTTPS_PROXY"] == "http://sent" and os.environ["HF_TOKEN"] == "sent"
 
 

@@ -53,7 +53,7 @@ RATES = {
 }
 
 
-# Pictures to learn from, where one alone teaches nothing.
+# Images to learn from, where one alone teaches nothing.
 IMAGES = {"discriminator": "labelled"}
 
 
@@ -71,7 +71,7 @@ EXPORTED: dict[str, Callable[[State, Path], State]] = {
 
 
 def fixed_batches(parts: Parts) -> Iterator[dict[str, Any]]:
-    # The same draw again and again: the loss of one picture with one noise must fall.
+    # The same draw again and again: the loss of one image with one noise must fall.
     while True:
         yield parts.feed.batch(0)
 

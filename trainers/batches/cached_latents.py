@@ -39,7 +39,7 @@ class CachedLatents:
         self._keys = keys_of(index, shown.data)
 
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
-        """Return the posterior of each draw's picture."""
+        """Return the posterior of each draw's image."""
         keys = [self._keys[draw.row]._replace(flip=self.shown.flips(draw)) for draw in draws]
         found = self.cache.read(keys)
         return {
@@ -62,7 +62,7 @@ def open_latents(data: DataConfig, model: DiffusionModel) -> LatentCache | None:
 
 
 def leave_out_bad(index: Index, cache: LatentCache, data: DataConfig) -> Index:
-    """Leave out the pictures that could not be decoded when the cache was made: nothing is decoded to find them."""
+    """Leave out the images that could not be decoded when the cache was made: nothing is decoded to find them."""
     entries = [cache.entries.get(key) for key in keys_of(index, data)]
     bad = [
         BadFile(uri, entry.reason)
@@ -84,7 +84,7 @@ def serve_images(
     seed: int,
     distributed: DistributedContext | None = None,
 ) -> Images:
-    """Make the source of an index's pictures: the cache where there is one, else what :func:`load_pictures` makes.
+    """Make the source of an index's images: the cache where there is one, else what :func:`load_pictures` makes.
 
     Raises DataError when the cache lacks some, on any of the ranks of ``place``. Class images may be newer than it: the
     run then encodes them.
@@ -123,7 +123,7 @@ def reads_lazily(index: Index, model: DiffusionModel, data: DataConfig, shown: S
 
 
 def keys_of(index: Index, data: DataConfig) -> list[Key]:
-    """List what the latents of each picture belong to, those of its mirror image aside."""
+    """List what the latents of each image belong to, those of its mirror image aside."""
     masks = index.column("mask_sha256") if data.alpha_mask else [None] * len(index)
     return [
         Key(sha256, mask or "", False) for sha256, mask in zip(index.column("sha256"), masks, strict=True)

@@ -1,4 +1,4 @@
-"""Class pictures for prior preservation: drawn once by the untuned model, shared by every run with the same key."""
+"""Class images for prior preservation: drawn once by the untuned model, shared by every run with the same key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The class pictures of prior preservation: those that are there, and generating the missing ones."""
+"""The class images of prior preservation: those that are there, and generating the missing ones."""
 
 from __future__ import annotations
 

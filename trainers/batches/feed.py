@@ -30,7 +30,7 @@ class Feed:
     """The batches of one rank.
 
     Everything random about a draw (noise, timestep, latent sample, prompt, crop, flip) is keyed by (seed, epoch,
-    picture id), so it is the same on any number of workers and after any resume.
+    image id), so it is the same on any number of workers and after any resume.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Feed:
     def stream(self, start_step: int, stop_step: int | None = None, *, ahead: int = 4) -> Iterator[Batch]:
         """Yield the batches of steps ``start_step`` to ``stop_step`` (None: endless).
 
-        Where pictures must be decoded, ``ahead`` batches are made in a thread.
+        Where images must be decoded, ``ahead`` batches are made in a thread.
         """
         for half, (_, images) in enumerate(self._halves):
             if isinstance(images, StreamedPixels):
@@ -104,7 +104,7 @@ class Feed:
 
     @property
     def bad(self) -> list[BadFile]:
-        """Pictures this rank met on the way that could not be decoded."""
+        """Images this rank met on the way that could not be decoded."""
         return [bad for images in self._streams() for bad in images.bad]
 
     def _streams(self) -> list[StreamedPixels]:

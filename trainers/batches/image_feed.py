@@ -1,4 +1,4 @@
-"""The batches of a method that sees pictures: decoded when their turn comes, ahead, by each worker its share."""
+"""The batches of a method that sees images: decoded when their turn comes, ahead, by each worker its share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dreamfleet.trainers.methods.image_method import ImageMethod, Use
 
 
 class ImageReader:
-    """Decodes the pictures of an index, one when asked."""
+    """Decodes the images of an index, one when asked."""
 
     def __init__(self, index: Index, *, max_pixels: int):
         self.samples, self.max_pixels = to_samples(index), max_pixels
@@ -28,7 +28,7 @@ class ImageReader:
         return len(self.samples)
 
     def __call__(self, row: int) -> Use:
-        """Return the picture of a row as it is."""
+        """Return the image of a row as it is."""
         sample = self.samples[row]
         image = open_image(read_image_file(sample.uri), uri=sample.uri, max_pixels=self.max_pixels)
         return Use(sample, 0, image)
@@ -37,7 +37,7 @@ class ImageReader:
 class ImageFeed:
     """The batches of one rank, in the plan's order; nothing but the coming few is in memory, for any size of set.
 
-    Pictures are decoded by this worker, or with ``data.source: stream`` by Ray Data on the cluster's CPUs, where they
+    Images are decoded by this worker, or with ``data.source: stream`` by Ray Data on the cluster's CPUs, where they
     are also made as small as the method sees them.
     """
 
@@ -50,7 +50,7 @@ class ImageFeed:
 
     @property
     def bad(self) -> list[BadFile]:
-        """Pictures that could not be decoded on the way; the index has left out those that it could tell."""
+        """Images that could not be decoded on the way; the index has left out those that it could tell."""
         return [
             BadFile(uri, reason.removeprefix(f"{uri}: ")) for uri, reason in sorted(self._undecodable.items())
         ]

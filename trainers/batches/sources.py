@@ -1,4 +1,4 @@
-"""Where a feed takes pictures from: encoded once and resident, decoded and resident, or streamed in plan order."""
+"""Where a feed takes images from: encoded once and resident, decoded and resident, or streamed in plan order."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
 
 
 class Images(Protocol):
-    """What a feed asks of a source of pictures."""
+    """What a feed asks of a source of images."""
 
     shown: Shown
 
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
         """Return ``mean`` and ``std`` ``[B, C, h, w]`` of cached latents, or ``pixels`` ``[B, 3, H, W]`` in [-1, 1].
 
-        With ``data.alpha_mask`` also ``mask`` ``[B, 1, h, w]``, the weights. The pictures must be of one size. ``rows``
-        ``[B]`` tells whose they are, where some may stand in for pictures that cannot be decoded.
+        With ``data.alpha_mask`` also ``mask`` ``[B, 1, h, w]``, the weights. The images must be of one size. ``rows``
+        ``[B]`` tells whose they are, where some may stand in for images that cannot be decoded.
         """
         ...
 
 
 class Shown:
-    """Says how each draw's picture is shown: its bucket's size, where it is cropped, whether it is mirrored.
+    """Says how each draw's image is shown: its bucket's size, where it is cropped, whether it is mirrored.
 
-    Keyed by (seed, epoch, picture id).
+    Keyed by (seed, epoch, image id).
     """
 
     def __init__(self, index: Index, data: DataConfig, seed: int):
@@ -53,8 +53,8 @@ class Shown:
     def time_ids(self, draws: Sequence[Draw], rows: Sequence[int] | None = None) -> Tensor:
         """Return what SDXL is told of each draw's size ``[B, 6]``; see :class:`Condition`.
 
-        ``rows``: whose pictures are shown, cut as the draws say; None: their own.
-        Top and left of a mirrored picture are those of the crop in the mirror image, as kohya counts them.
+        ``rows``: whose images are shown, cut as the draws say; None: their own.
+        Top and left of a mirrored image are those of the crop in the mirror image, as kohya counts them.
         """
         rows = rows or [draw.row for draw in draws]
         told = [self._size_ids(self.of(draw), row) for draw, row in zip(draws, rows, strict=True)]
@@ -67,26 +67,26 @@ class Shown:
         return file_height, file_width, placed.top, left, height, width
 
     def of(self, draw: Draw) -> ImageView:
-        """Return how the picture of one draw is cut."""
+        """Return how the image of one draw is cut."""
         where = ("crop", self.seed, draw.epoch, self.ids[draw.row])
         crop = None if self.data.center_crop else tuple(numpy_rng(*where).random(2).tolist())
         return ImageView(draw.row, crop, self.flips(draw), self.sizes[draw.row])
 
     def flips(self, draw: Draw) -> bool:
-        """Say whether one draw's picture is mirrored."""
+        """Say whether one draw's image is mirrored."""
         if not self.data.random_flip:
             return False
         return bool(numpy_rng("flip", self.seed, draw.epoch, self.ids[draw.row]).integers(2))
 
 
 class ResidentLatents:
-    """Latents of every picture (and of its mirror image, with flips), encoded once before the first step."""
+    """Latents of every image (and of its mirror image, with flips), encoded once before the first step."""
 
     def __init__(self, encoded: Encoded, shown: Shown):
         self.encoded, self.shown = encoded, shown
 
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
-        """Return the posterior of each draw's picture."""
+        """Return the posterior of each draw's image."""
         half = len(self.shown.ids)
         rows = [draw.row + half * self.shown.flips(draw) for draw in draws]
         every = self.encoded._asdict().items()
@@ -94,7 +94,7 @@ class ResidentLatents:
 
 
 class ResidentPixels:
-    """Encoded picture files kept in memory and decoded per use: for random crops, whose latents cannot be cached."""
+    """Encoded image files kept in memory and decoded per use: for random crops, whose latents cannot be cached."""
 
     def __init__(self, index: Index, shown: Shown, *, cell: int):
         self.uris, self.shown, self._cell = index.column("uri"), shown, cell
@@ -103,7 +103,7 @@ class ResidentPixels:
         self.masks = [read_mask(uri) if weighted and uri else None for uri in index.column("mask")]
 
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
-        """Decode, crop and flip each draw's picture as its key says."""
+        """Decode, crop and flip each draw's image as its key says."""
         data = self.shown.data
         cuts = [
             cut_image(
@@ -121,10 +121,10 @@ class ResidentPixels:
 
 
 class StreamedPixels:
-    """Pictures decoded by Ray Data on the cluster's CPUs, for sets too large for one worker's memory.
+    """Images decoded by Ray Data on the cluster's CPUs, for sets too large for one worker's memory.
 
     The stream is told all coming draws at once and delivers in that order, so it reads ahead; asked out of turn (a dry
-    run), a picture is decoded here.
+    run), an image is decoded here.
     """
 
     def __init__(self, index: Index, shown: Shown, *, cell: int):
@@ -164,7 +164,7 @@ class StreamedPixels:
 
     @property
     def bad(self) -> list[BadFile]:
-        """Pictures that could not be decoded so far; others were used in their place."""
+        """Images that could not be decoded so far; others were used in their place."""
         found = self._stream.bad if self._stream is not None else {}
         return [BadFile(uri, reason.removeprefix(f"{uri}: ")) for uri, reason in sorted(found.items())]
 
@@ -177,7 +177,7 @@ class StreamedPixels:
 def streams(index: Index, data: DataConfig) -> bool:
     """Say whether a set is streamed: when asked for, or when it would not fit ``data.resident_limit_mb``.
 
-    Counted as decoded pictures at ``data.resolution`` (latents of SD 1.x, mean and std, take a twelfth of that).
+    Counted as decoded images at ``data.resolution`` (latents of SD 1.x, mean and std, take a twelfth of that).
     """
     if data.source != "auto":
         return data.source == "stream"
@@ -192,7 +192,7 @@ def load_images(
     seed: int,
     distributed: DistributedContext | None = None,
 ) -> Images:
-    """Make the source of an index's pictures: streamed when large, else read into memory and encoded to latents.
+    """Make the source of an index's images: streamed when large, else read into memory and encoded to latents.
 
     Latents are not cached where crops are random or ``data.cache_latents`` is off.
 

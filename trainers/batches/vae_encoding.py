@@ -1,4 +1,4 @@
-"""Reads pictures as they are shown, and encodes them to latents."""
+"""Reads images as they are shown, and encodes them to latents."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHARED_AT_ONCE = 2**24  # numbers of latents that go over the card between worke
 
 
 class Encoded(NamedTuple):
-    """Unscaled latents of pictures, ``[C, h, w]`` each; with ``data.alpha_mask`` their weights, ``[1, h, w]`` each."""
+    """Unscaled latents of images, ``[C, h, w]`` each; with ``data.alpha_mask`` their weights, ``[1, h, w]`` each."""
 
     mean: list[Tensor]
     std: list[Tensor]
@@ -33,16 +33,16 @@ class Encoded(NamedTuple):
 
 
 def encode_batch(pixels: int) -> int:
-    """Return how many pictures of so many pixels are encoded at once."""
+    """Return how many images of so many pixels are encoded at once."""
     return min(8, max(1, VAE_PIXELS // pixels))
 
 
 @torch.no_grad()
 def encode_cuts(cuts: Sequence[np.ndarray], model: DiffusionModel) -> dict[str, Tensor]:
-    """Encode pictures of one size, as cut_picture gives them and as many as :func:`encode_batch` at most, by name.
+    """Encode images of one size, as cut_picture gives them and as many as :func:`encode_batch` at most, by name.
 
     The VAE sees as many in any case, the last one again: sums differ in their last bits with the number, and a
-    picture's latents must not depend on what is encoded beside it.
+    image's latents must not depend on what is encoded beside it.
     """
     found = to_tensors(cuts, cell=model.vae_factor)
     pixels = found.pop("pixels")
@@ -74,7 +74,7 @@ def encode_index(
     channels = {"mean": model.latent_channels, "std": model.latent_channels}
     if data.alpha_mask:
         channels["mask"] = 1
-    # One tensor for all, so that workers share it in one go, and a view of it for each picture.
+    # One tensor for all, so that workers share it in one go, and a view of it for each image.
     whole, views = {}, {}
     for name, num in channels.items():
         shapes = [(num, height // cell, width // cell) for width, height in sizes]
@@ -103,7 +103,7 @@ def encode_index(
 
 
 def read_cut(index: Index, draw: ImageView, data: DataConfig) -> np.ndarray:
-    """Read one use of a picture of an index: uint8 ``[H, W, 3]``, or ``[H, W, 4]`` with ``data.alpha_mask``."""
+    """Read one use of an image of an index: uint8 ``[H, W, 3]``, or ``[H, W, 4]`` with ``data.alpha_mask``."""
     row = index.row(draw.row)
     return cut_image(
         read_image_file(row.uri),
@@ -125,6 +125,6 @@ def to_tensors(cuts: Sequence[np.ndarray], *, cell: int) -> dict[str, Tensor]:
 
 
 def read_pixels(uri: str, data: DataConfig) -> np.ndarray:
-    """Read the middle of one picture, ``data.resolution`` squared: float32 ``[3, H, W]`` in [-1, 1]."""
+    """Read the middle of one image, ``data.resolution`` squared: float32 ``[3, H, W]`` in [-1, 1]."""
     image = open_image(read_image_file(uri), uri=uri, max_pixels=data.max_pixels)
     return to_tensor_range(fit_image(image, data.resolution))

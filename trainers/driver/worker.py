@@ -9,7 +9,7 @@ from typing import Any
 
 from ray.train import UserCallback
 
-from dreamfleet.datasets.environment import take_over
+from dreamfleet.datasets.environment import apply_variables
 from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.driver.progress import log_to_run, watch_for_stop
@@ -23,11 +23,11 @@ def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, A
     """Train as one of the workers that Ray Train started; return the run's summary as plain data.
 
     ``config`` holds ``recipe`` (plain data), ``threads``, ``gpu_share`` and ``waited``; ``sent`` is the result of
-    ``environment.to_send``. Ray restarts the whole group after a worker died, without saying so: a worker therefore
+    ``environment.variables_to_send``. Ray restarts the whole group after a worker died, without saying so: a worker therefore
     always resumes from the newest valid checkpoint in the run folder. For a new run the driver has checked that there
     is none.
     """
-    take_over(sent)
+    apply_variables(sent)
     import ray.train
     import ray.train.torch
     import torch

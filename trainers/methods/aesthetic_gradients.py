@@ -1,4 +1,4 @@
-"""Aesthetic Gradients: the mean CLIP vector of a set of pictures, towards which prompts are tuned when they are drawn.
+"""Aesthetic Gradients: the mean CLIP vector of a set of images, towards which prompts are tuned when they are drawn.
 
 Sources: arXiv 2209.12330; the vector is `gen_aesthetic_embeddings.py`'s of its authors and the webui extension's: the
 mean of CLIP's projected image features, neither they nor the mean brought to unit length.
@@ -58,7 +58,7 @@ class Summation(torch.optim.Optimizer):
 class AestheticGradients(ImageMethod, DiffusionMethod):
     """Teach a taste: the mean CLIP vector of a set; prompts are tuned towards it when drawn. Kilobytes, slower drawing.
 
-    One pass over the set adds up CLIP's features of the pictures and their number, each picture once; more passes
+    One pass over the set adds up CLIP's features of the images and their number, each image once; more passes
     change nothing. So the vector is the plain mean, for any batch size, any number of workers and after any resume.
     """
 
@@ -66,7 +66,7 @@ class AestheticGradients(ImageMethod, DiffusionMethod):
 
     def __init__(self, config: AestheticGradientsConfig, model: DiffusionModel, setting: Setting):
         super().__init__(config, model, setting)
-        # Both in batches: sums over pictures, divided by the global batch.
+        # Both in batches: sums over images, divided by the global batch.
         self.features = nn.Parameter(torch.zeros(1, self.model.text_encoder.config.projection_dim))
         self.count = nn.Parameter(torch.zeros(1))
         self._clips: list[ClipScorer] = []
@@ -96,7 +96,7 @@ class AestheticGradients(ImageMethod, DiffusionMethod):
 
     @property
     def vector(self) -> Tensor:
-        """The mean ``[1, P]`` of the pictures seen so far; zeros before the first."""
+        """The mean ``[1, P]`` of the images seen so far; zeros before the first."""
         return self.features.detach() / self.count.detach().clamp(min=torch.finfo(torch.float32).tiny)
 
     def groups(self) -> list[ParamGroup]:
@@ -117,9 +117,9 @@ class AestheticGradients(ImageMethod, DiffusionMethod):
         }
 
     def forward(self, batch: Batch) -> Loss:
-        """Return 1 - cosine of the pictures and the mean so far; its gradient is minus what the batch adds to the sums.
+        """Return 1 - cosine of the images and the mean so far; its gradient is minus what the batch adds to the sums.
 
-        ``batch``: ``clip_pixels`` ``[N, 3, S, S]``, and ``counted`` ``[N]``, 0 for pictures that were seen before.
+        ``batch``: ``clip_pixels`` ``[N, 3, S, S]``, and ``counted`` ``[N]``, 0 for images that were seen before.
         """
         features_NP = self.clip.embed(batch["clip_pixels"])
         per_sample = 1 - F.cosine_similarity(self.vector, features_NP)
@@ -130,7 +130,7 @@ class AestheticGradients(ImageMethod, DiffusionMethod):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], ids: Tensor | None = None) -> Condition:
-        """Encode texts as tuned towards the mean of the pictures seen so far; plainly before the first."""
+        """Encode texts as tuned towards the mean of the images seen so far; plainly before the first."""
         if not self.count:
             return super().encode(prompts, ids)
         vector = self.vector.cpu()

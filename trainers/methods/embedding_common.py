@@ -72,7 +72,7 @@ def word_parameters(module: nn.Module, name: str, vectors: Sequence[Tensor]) -> 
 def fill_prompt(
     templates: Sequence[str], word: str, sample: Sample, rng: np.random.Generator, data: Any
 ) -> str:
-    """Fill a template line drawn for this use of a picture with the word and the picture's caption.
+    """Fill a template line drawn for this use of an image with the word and the image's caption.
 
     The word is set apart from letters beside it, as the tokenizer would not find it among them.
     """
@@ -116,7 +116,7 @@ def check_templates(
 
 
 def _file_words(sample: Sample, data: Any) -> str:
-    """Return what ``[filewords]`` of a picture may say, all lines of its caption at once."""
+    """Return what ``[filewords]`` of an image may say, all lines of its caption at once."""
     if sample.caption and data.use_captions:
         return " ".join(filter(None, (data.caption_prefix, sample.caption, data.caption_suffix)))
     return captions.caption_from_filename(sample.file_name) if data.caption_from_filename else ""

@@ -57,7 +57,7 @@ class HypernetworkMethod(DiffusionMethod):
         return [ParamGroup("hypernetwork", dict(self.network.named_parameters()))]
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
-        """Fill a template line drawn for this use of the picture; without one, its caption or its set's prompt."""
+        """Fill a template line drawn for this use of the image; without one, its caption or its set's prompt."""
         if not self._templates:
             return super().prompt(sample, rng, data)
         template = captions.choose_template(self._templates, rng)

@@ -31,8 +31,8 @@ from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.embeddings import install_embedding, install_negative
 from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.models.formats.file_names import NEGATIVE
+from dreamfleet.trainers.models.guidance import guidance_at, guided_prediction
 from dreamfleet.trainers.models.learned_words import place_word
-from dreamfleet.trainers.models.stable_diffusion.guidance import guidance_at, guided_prediction
 from dreamfleet.trainers.models.vision.discriminator import Discriminator, load_discriminator
 from dreamfleet.trainers.optim.param_group import ParamGroup
 

@@ -1,4 +1,4 @@
-"""Textual Inversion: n new vectors in the text encoder's input learn what a set of pictures has in common.
+"""Textual Inversion: n new vectors in the text encoder's input learn what a set of images has in common.
 
 Source: Gal et al. 2022 (arXiv 2208.01618); multi-vector form and initialisation as in AUTOMATIC1111's webui.
 """
@@ -65,7 +65,7 @@ class TextualInversion(DiffusionMethod):
         return check_templates(self.model, self._templates, self.config.placeholder_token, samples, data)
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
-        """Fill a template line drawn for this use of the picture with the placeholder and the picture's caption."""
+        """Fill a template line drawn for this use of the image with the placeholder and the image's caption."""
         return fill_prompt(self._templates, self.config.placeholder_token, sample, rng, data)
 
     def write(self, order: Export) -> list[Path]:

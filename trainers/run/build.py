@@ -1,4 +1,4 @@
-"""Builds the pieces of one run from its recipe: model, method, pictures, plan, feed and engine."""
+"""Builds the pieces of one run from its recipe: model, method, images, plan, feed and engine."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def make_method(recipe: Recipe, sets: Sets | None, device: torch.device) -> Meth
 
 
 def assemble(recipe: Recipe, distributed: DistributedContext, *, begins: bool = True) -> Parts:
-    """Build every piece of a run. Raises the UserErrors of whatever is wrong with recipe, pictures or model.
+    """Build every piece of a run. Raises the UserErrors of whatever is wrong with recipe, images or model.
 
     ``begins``: the files that the recipe goes on from are read; a checkpoint, if one is loaded next, holds more.
     """

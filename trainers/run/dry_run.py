@@ -30,9 +30,9 @@ class CheckLine(NamedTuple):
 
 
 def check_run(recipe: Recipe, *, device: str = "cpu") -> list[CheckLine]:
-    """Try pictures, weights, one training step and one export of a recipe; nothing is left behind.
+    """Try images, weights, one training step and one export of a recipe; nothing is left behind.
 
-    Class pictures are not generated here, as that can take hours: the step is tried without the prior.
+    Class images are not generated here, as that can take hours: the step is tried without the prior.
     Stops at the first thing that later ones need.
     """
     with on_device(device, remedies=TRAINING) as settled:

@@ -36,9 +36,9 @@ def provenance(parts: Parts, engine_reason: str) -> str:
 
 
 def artifact_metadata(recipe: Recipe, step: int, *, dataset_hash: str, base: Base) -> dict[str, str]:
-    """Return what is written into every artefact, as strings: recipe, steps, dataset and base model hashes."""
+    """Return what is written into every artifact, as strings: recipe, steps, dataset and base model hashes."""
     told = recipe.model_dump(mode="json")
-    # Artefacts are passed on, and whose disk the pictures lay on is nobody's business.
+    # Artifacts are passed on, and whose disk the images lay on is nobody's business.
     told = _without_folders(told)
     return {
         "dreamfleet_version": versions().get("dreamfleet", "unknown"),

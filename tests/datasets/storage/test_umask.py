@@ -13,7 +13,7 @@ import tiny
 from typer.testing import CliRunner
 
 from dreamfleet.cluster.cli import program
-from dreamfleet.datasets.storage.disk import appearing
+from dreamfleet.datasets.storage.disk import atomic_write
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.run import run_worker
@@ -78,7 +78,7 @@ def test_a_prepared_set(tmp_path: Path, umask: int) -> None:
 
 
 def test_modes_that_a_library_restricts_are_corrected_in_folders(tmp_path: Path, umask: int) -> None:
-    with appearing(str(tmp_path / "whole")) as temporary:
+    with atomic_write(str(tmp_path / "whole")) as temporary:
         os.mkdir(temporary)
         closed = os.open(os.path.join(temporary, "a"), os.O_CREAT | os.O_WRONLY, 0o600)
         os.close(closed)

@@ -50,7 +50,7 @@ BUCKETS: Values = {
     "data.max_bucket_reso": 64,
     "data.bucket_reso_steps": 16,
 }
-#: What a value needs beside it; FOLDER stands for that of models and pictures.
+#: What a value needs beside it; FOLDER stands for that of models and images.
 NEEDS: dict[Any, Values] = {
     "engine.torch_compile": {"engine.dynamo_backend": "eager"},
     "engine.pin_memory": {"engine.zero_stage": 2, "engine.offload_optimizer_device": "cpu"},
@@ -77,7 +77,7 @@ FURTHER: list[Values] = [
     {"data.cache_dir": "FOLDER/latents"},
     {"data.caption_dropout": 0.5},
 ]
-#: The pictures of a value, where the usual ones would not do.
+#: The images of a value, where the usual ones would not do.
 SHAPES = ("data.alpha_mask", "data.enable_bucket", "data.bucket_no_upscale")
 
 

@@ -1,4 +1,4 @@
-"""A streamed run is a resident run: the same losses, also after a resume; bad pictures are told, not fatal."""
+"""A streamed run is a resident run: the same losses, also after a resume; bad images are told, not fatal."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_images_may_be_asked_for_while_the_plan_is_still_read(tmp_path: Path, lo
 
 @pytest.mark.cluster
 def test_a_image_that_went_bad_is_replaced_and_told(tmp_path: Path, local_ray: None) -> None:
-    """Sets of thousands are not decoded before the run: a picture cut short is met on the way."""
+    """Sets of thousands are not decoded before the run: an image cut short is met on the way."""
     folder = tiny.make_images(tmp_path / "pictures", 4)
     broken = folder / "002.png"
     data = broken.read_bytes()
@@ -159,7 +159,7 @@ def test_a_image_in_anothers_place_has_its_own_sizes_and_caption(tmp_path: Path,
     ):
         if instead:
             assert ids[:2] == [height, width] and ids[4:] == [32, 32] and prompt == f"picture {after}"
-            assert 0 <= ids[2] <= max(0, round(32 * height / width) - 32)  # the cut lies within the picture
+            assert 0 <= ids[2] <= max(0, round(32 * height / width) - 32)  # the cut lies within the image
             assert 0 <= ids[3] <= max(0, round(32 * width / height) - 32)
         else:
             assert (ids, prompt) == (true_ids, true_prompt)
@@ -168,7 +168,7 @@ def test_a_image_in_anothers_place_has_its_own_sizes_and_caption(tmp_path: Path,
 
 @pytest.mark.cluster
 def test_a_mean_over_streamed_images_is_the_plain_one(tmp_path: Path, local_ray: None) -> None:
-    """Also after a resume; a picture that cannot be decoded counts for nothing, nor does the one in its place."""
+    """Also after a resume; an image that cannot be decoded counts for nothing, nor does the one in its place."""
     from dreamfleet.trainers.models.formats.aesthetic import read_aesthetic
 
     changes = {

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tiny
 
-from dreamfleet.datasets.environment import to_send
+from dreamfleet.datasets.environment import variables_to_send
 from dreamfleet.datasets.errors import ResourceError, StorageError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.driver import progress
@@ -192,7 +192,7 @@ def test_workers_get_threads_and_credentials_where_nothing_is_logged(monkeypatch
     passed = worker_environment(3)
     assert passed["OMP_NUM_THREADS"] == "3"
     assert not {"SOMETHING_ELSE", "AWS_ENDPOINT_URL"} & passed.keys()  # Ray logs what is in here
-    assert to_send(buckets=True)["AWS_ENDPOINT_URL"] == "http://127.0.0.1:1"
+    assert variables_to_send(buckets=True)["AWS_ENDPOINT_URL"] == "http://127.0.0.1:1"
 
 
 def test_a_private_ray_gets_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

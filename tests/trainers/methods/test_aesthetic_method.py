@@ -32,7 +32,7 @@ SECTION = {"name": "aesthetic_gradients", "aesthetic_steps": 3, "aesthetic_lr": 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model and six pictures, shared by the tests."""
+    """A folder with a tiny model and six images, shared by the tests."""
     folder = tmp_path_factory.mktemp("aesthetic")
     tiny.make_recipe(folder)
     return folder

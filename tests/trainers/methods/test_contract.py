@@ -21,7 +21,7 @@ from dreamfleet.trainers.run.build import Parts, assemble
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model and pictures, shared by the tests."""
+    """A folder with a tiny model and images, shared by the tests."""
     folder = tmp_path_factory.mktemp("methods")
     tiny.make_tiny_model(folder / "model")
     tiny.make_images(folder / "pictures", 6)

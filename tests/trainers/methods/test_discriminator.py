@@ -1,4 +1,4 @@
-"""The discriminator: labels in every form, pictures held out, training that repeats exactly, its run and report."""
+"""The discriminator: labels in every form, images held out, training that repeats exactly, its run and report."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SECTION = {**tiny.DISCRIMINATOR, "hidden_sizes": [16, 32], "drop_path": 0.1}
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty pictures of two kinds with their labels, and no model at all."""
+    """Forty images of two kinds with their labels, and no model at all."""
     folder = tmp_path_factory.mktemp("discriminator")
     tiny.make_two_classes(folder / "pictures", 40)
     return folder
@@ -118,7 +118,7 @@ def test_held_out_images_are_the_same_in_every_run_and_copies_stay_together(tmp_
     assert len(hold_out(index, labels, 50)) <= 40 / 5 + 4 and not hold_out(index, labels, 0)
 
 
-# ---- which pictures ------------------------------------------------------------------------------------------
+# ---- which images ------------------------------------------------------------------------------------------
 
 
 def test_folders_and_two_jsons_split_as_they_say(workplace: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ GRADIENT = sorted(
 
 @pytest.fixture(scope="module", params=OTHERS)
 def workplace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model of a family, after which the folder is called, and pictures."""
+    """A tiny model of a family, after which the folder is called, and images."""
     folder = tmp_path_factory.mktemp("families") / request.param
     tiny_family(request.param).save_folder(folder / "model")
     tiny.make_images(folder / "one", 1, size=56)
@@ -207,7 +207,7 @@ def test_a_plan_of_sdxl_holds_what_a_real_step_does(tmp_path: Path, name: str) -
     assert counted.full == plans.trace_real_step(parts)
     if not parts.method.trains_text:
         told = sum(batch[key][0].nbytes for key in ("context", "pooled", "time_ids"))
-        assert counted.text_embeddings == 6 * told  # as many prompts as pictures, at most
+        assert counted.text_embeddings == 6 * told  # as many prompts as images, at most
 
 
 @pytest.mark.parametrize("family", ["sd2-v", "sdxl"])

@@ -37,7 +37,7 @@ from dreamfleet.trainers.run.build import Parts, assemble
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with pictures, and two hypernetworks, `one.pt` and `two.pt`."""
+    """A tiny model with images, and two hypernetworks, `one.pt` and `two.pt`."""
     folder = tmp_path_factory.mktemp("hypernetworks")
     tiny.make_recipe(folder)
     for name in ("one", "two"):

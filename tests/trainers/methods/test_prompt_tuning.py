@@ -1,4 +1,4 @@
-"""Advanced Prompt Tuning: the guided loss for any batch, the negative in every picture drawn, recipe and commands."""
+"""Advanced Prompt Tuning: the guided loss for any batch, the negative in every image drawn, recipe and commands."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SECTION = {"name": "prompt_tuning", "placeholder_token": "<x>", "initializer_tok
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model and six pictures with captions."""
+    """A tiny model and six images with captions."""
     folder = tmp_path_factory.mktemp("prompt-tuning")
     tiny.make_images(folder / "pictures", 6, captions=True)
     tiny.make_recipe(folder)

@@ -24,7 +24,7 @@ SECTION = {"name": "prompt_tuning", "placeholder_token": "<x>", "initializer_tok
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, six pictures, and a tiny discriminator of three classes as folder and as file."""
+    """A tiny model, six images, and a tiny discriminator of three classes as folder and as file."""
     folder = tmp_path_factory.mktemp("judged")
     tiny.make_recipe(folder)
     torch.manual_seed(3)

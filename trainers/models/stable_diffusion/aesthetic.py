@@ -1,7 +1,7 @@
-"""Aesthetic Gradients at generation: for each prompt, a copy of the text encoder is tuned towards a vector.
+"""Aesthetic Gradients while sampling: for each prompt a copy of the text encoder is tuned towards a vector.
 
 Sources: arXiv 2209.12330, github.com/vicgalle/stable-diffusion-aesthetic-gradients, and AUTOMATIC1111's webui extension
-of it, whose knobs these are. B prompts, T tokens, D their width; P the width of CLIP's common space.
+of it, whose options are used here. B prompts, T tokens, D their width; P the width of CLIP's common space.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from dreamfleet.trainers.models.pretrained import pocket_folder
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.vision.clip import TEXT_PROJECTION, ClipScorer, load_clip
 
-# Width of a text encoder -> the CLIP that it is a part of; 160: of models tuned from the pocket.
+# Width of a text encoder -> the CLIP that it belongs to; 160 is the pocket model's width.
 CLIPS = {768: "openai/clip-vit-large-patch14", 160: POCKET}
 KEPT_PROMPTS = 256  # encoded prompts that are remembered: 60 MB in SD 1.x
 
 
 @dataclass(frozen=True)
 class AestheticSettings:
-    """How far prompts go towards a vector; the defaults are the extension's. Raises UserError for what cannot be.
+    """How prompts are tuned towards a vector; defaults are the extension's. Raises UserError for values out of range.
 
-    ``weight`` mixes the tuned encoding into the plain one, in a straight line or with ``slerp`` on an arc: over the
-    channels of each token, or over the tokens of each channel as the extension does. ``text`` bends the vector, by
-    ``slerp_angle`` (0: not at all, 1: all the way), towards what a text says, or with ``text_negative`` away from it.
+    ``weight`` interpolates from the plain encoding to the tuned one, linearly or with ``slerp`` on an arc: over the
+    channels of each token, or over the tokens of each channel as the extension does. ``text`` moves the vector by
+    ``slerp_angle`` (0: not at all, 1: fully) towards the features of a text, with ``text_negative`` away from them.
     """
 
     steps: int = 5
@@ -65,11 +65,11 @@ class AestheticSettings:
 
 
 class AestheticEncoder:
-    """Encodes prompts by a text encoder that is tuned, prompt by prompt, towards a vector ``[1, P]``.
+    """Encodes prompts by a text encoder that is tuned for each prompt towards a vector ``[1, P]``.
 
-    Each prompt starts from the model's own encoder, so its context depends on nothing but itself; it is made once and
-    remembered. An empty prompt stays as it is, as in the original: guidance then points from the plain to the tuned.
-    Raises ModelError for a vector of another CLIP.
+    Tuning starts from the model's own encoder, so an encoding depends on its prompt alone; encodings are cached. The
+    empty prompt is not tuned, as in the original, so guidance points from the untuned to the tuned encoding. Raises
+    ModelError for a vector of another CLIP.
     """
 
     def __init__(
@@ -92,15 +92,15 @@ class AestheticEncoder:
         # prompt -> its cosine with the target before the first and after each step
         self.cosines: dict[str, list[float]] = {}
         self._contexts: OrderedDict[tuple[str, int], Tensor] = OrderedDict()  # by prompt and number of tokens
-        self._loras = model.loras  # that these were encoded with
+        self._loras = model.loras  # the LoRAs that the cached contexts were encoded with
 
     def __call__(self, prompts: Sequence[str], ids_BT: Tensor | None = None) -> Condition:
-        """Encode texts and their ids for the U-Net."""
+        """Encode texts, given with their token ids or literal."""
         return Condition(self.contexts(prompts, ids_BT))
 
     @torch.no_grad()
     def contexts(self, prompts: Sequence[str], ids_BT: Tensor | None = None) -> Tensor:
-        """Encode prompts ``[B, T, D]``, literal ones where there are no ids."""
+        """Return the contexts ``[B, T, D]`` of texts; without ids they are literal prompts."""
         device = next(self.model.text_encoder.parameters()).device
         every_BT = (self.model.tokenize(prompts) if ids_BT is None else ids_BT).to(device)
         if self.model.loras is not self._loras:
@@ -130,14 +130,14 @@ class AestheticEncoder:
             steps=settings.steps,
             learning_rate=settings.learning_rate,
         )
-        # By the model itself, so that clip_skip and whatever else it does to texts holds here too.
+        # By the model itself, so that clip_skip and all else that it does to texts applies here too.
         towards = dataclasses.replace(self.model, text_encoder=tuned).encode_text(ids_1T)
         mixed = mix(plain.float(), towards.float(), settings.weight, settings.slerp)
         return mixed.to(plain.dtype)
 
 
 def settings_of(config: AestheticGradientsConfig) -> AestheticSettings:
-    """Return how the ``method:`` section says that prompts are tuned."""
+    """Return the settings in a recipe's ``method:`` section."""
     return AestheticSettings(
         steps=config.aesthetic_steps,
         learning_rate=config.aesthetic_lr,
@@ -165,9 +165,9 @@ def apply_aesthetic(
     settings: AestheticSettings | None = None,
     clip: str | None = None,
 ) -> AestheticEncoder:
-    """Make a model draw with an aesthetic vector file from now on; returns what encodes its prompts.
+    """Apply an aesthetic vector file to a model when sampling; return its prompt encoder.
 
-    ``clip``: folder or name of the CLIP that the text encoder is a part of, found by itself for SD 1.x. Raises
+    ``clip``: folder or name of the CLIP that the text encoder belongs to; by default SD 1.x's own. Raises
     FormatError for another kind of file, ModelError for a vector of another CLIP.
     """
     model = require_sd1(model)
@@ -177,23 +177,23 @@ def apply_aesthetic(
 
 
 def clip_of(model: StableDiffusion, name: str | None = None) -> ClipScorer:
-    """Load the CLIP that a model's text encoder is a part of: the named one, else the model's own, else SD 1.x's.
+    """Load the CLIP that a model's text encoder belongs to: ``name``, else the model folder's own, else SD 1.x's.
 
-    Raises ModelError when there is none, and when its text tower is not as wide as the model's.
+    Raises ModelError if there is none, or if its text tower has another width than the model's.
     """
     if name is None:
         folder = pocket_folder() if model.folder == POCKET else Path(model.folder).expanduser()
         name = model.folder if (folder / TEXT_PROJECTION).is_file() else CLIPS.get(model.context_width)
     if name is None:
         raise ModelError(
-            f"{model.folder}: its text encoder, {model.context_width} wide, is of no CLIP known here; name the CLIP "
-            "with method.clip or --aesthetic-clip, as a folder or on the hub"
+            f"{model.folder}: its text encoder, {model.context_width} wide, is of no known CLIP; name the CLIP with "
+            " method.clip or --aesthetic-clip, as a folder or on the hub"
         )
     clip = load_clip(name)
     if (width := clip.text_projection.shape[1]) != model.context_width:
         raise ModelError(
             f"{name}'s text tower is {width} wide, {model.folder}'s {model.context_width}: name the CLIP that this "
-            "model's text encoder is a part of"
+            "model's text encoder belongs to"
         )
     return clip
 
@@ -201,7 +201,7 @@ def clip_of(model: StableDiffusion, name: str | None = None) -> ClipScorer:
 def aim(vector_1P: Tensor, clip: ClipScorer, settings: AestheticSettings) -> Tensor:
     """Return the unit vector ``[1, P]`` that prompts are tuned towards.
 
-    The extension takes the features of ``text`` at their full length, which drowns the vector; here both are units.
+    The extension uses the features of ``text`` unnormalised, which outweigh the vector; here both have unit length.
     """
     vector_1P = F.normalize(vector_1P, dim=-1)
     if not settings.text.strip():
@@ -221,10 +221,10 @@ def tune_text_encoder(
     steps: int,
     learning_rate: float,
 ) -> tuple[Any, list[float]]:
-    """Tune a copy of the text encoder, in float32, so that CLIP reads the prompts as nearer to the target.
+    """Tune a copy of the text encoder, in float32, to raise the cosine of the prompts' CLIP features with the target.
 
-    Adam on minus the mean cosine; ``projection`` ``[P, D]`` is CLIP's, which stays. A prompt of several times 77 tokens
-    counts as that many. Returns the copy, and the cosine before the first and after each step.
+    Adam minimises minus the mean cosine; CLIP's ``projection`` ``[P, D]`` is fixed. Each chunk of 77 tokens of a prompt
+    counts as one prompt. Returns the copy, and the cosine before the first and after each step.
     """
     encoder: Any = copy.deepcopy(model.text_encoder).float().eval().requires_grad_(True)
     chunks_NT = ids_BT.reshape(-1, model.tokenizer.model_max_length)
@@ -251,16 +251,16 @@ def tune_text_encoder(
 
 
 def mix(plain_BTD: Tensor, tuned_BTD: Tensor, weight: float, how: Slerp) -> Tensor:
-    """Go from the plain encoding to the tuned one by ``weight``: in a straight line, or on an arc."""
+    """Interpolate from the plain to the tuned encoding by ``weight``, linearly or on an arc."""
     if how == "off":
         return torch.lerp(plain_BTD, tuned_BTD, weight)
     return slerp(plain_BTD, tuned_BTD, weight, dim=1 if how == "tokens" else -1)
 
 
 def slerp(start: Tensor, end: Tensor, weight: float, *, dim: int) -> Tensor:
-    """Interpolate on the arc between vectors that lie along ``dim``; a straight line where there is no arc.
+    """Interpolate spherically between vectors along ``dim``; linearly where they are nearly parallel.
 
-    As the extension's, which gives NaN for vectors of one direction.
+    As in the extension, which returns NaN for parallel vectors.
     """
     cosine = F.cosine_similarity(start, end, dim=dim).unsqueeze(dim).clamp(-1, 1)
     angle = torch.acos(cosine)

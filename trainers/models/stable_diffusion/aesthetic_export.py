@@ -1,4 +1,4 @@
-"""Aesthetic Gradients baked in: one text encoder tuned towards a vector over a list of prompts, for plain diffusers."""
+"""Bake an aesthetic vector into the weights: one text encoder tuned over a list of prompts, for plain diffusers."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from dreamfleet.trainers.models.vision.clip import ClipScorer
 
 @dataclass(frozen=True)
 class Baked:
-    """A tuned text encoder, and what it gives away against tuning for each prompt by itself.
+    """A tuned text encoder, and how closely it approximates tuning for each prompt separately.
 
-    The cosines are means over the prompts. ``difference``: how far its encodings are from those of the per-prompt form,
-    as a share of how far the plain encoder's are; 0: the same, 1: no better than plain.
+    The cosines are means over the prompts. ``difference``: distance of its encodings from those of per-prompt tuning,
+    relative to the distance of the untuned encoder's; 0: equal, 1: no better than untuned.
     """
 
     text_encoder: Any
@@ -36,7 +36,7 @@ class Baked:
     difference: float
 
     def figures(self) -> dict[str, float]:
-        """Return the numbers by name."""
+        """Return the figures by name."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -54,8 +54,8 @@ def bake(
 ) -> Baked:
     """Tune a copy of the text encoder towards a vector ``[1, P]`` over all prompts at once, with the same settings.
 
-    ``weight`` mixes the weights in place of the encodings, always in a straight line. Unlike the per-prompt form it
-    changes the empty prompt as well. Raises UserError for settings or prompts that change nothing.
+    ``weight`` interpolates the weights linearly instead of the encodings. Unlike per-prompt tuning this changes the
+    empty prompt too. Raises UserError for settings or prompts that change nothing.
     """
     prompts = [prompt for prompt in dict.fromkeys(prompts) if prompt.strip()]
     if not (prompts and settings.steps and settings.learning_rate and settings.weight):

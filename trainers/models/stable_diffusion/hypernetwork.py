@@ -1,7 +1,7 @@
-"""Hypernetworks: MLPs on what attention makes its keys and values of; on any U-Net, or in a stock diffusers pipeline.
+"""Hypernetworks: MLPs on the inputs of attention's key and value projections, in any U-Net or diffusers pipeline.
 
-Source: AUTOMATIC1111's webui, `modules/hypernetworks/hypernetwork.py`, whose formulas and names these are.
-B pictures, T tokens or latent cells, D their width.
+Source of the formulas and names: AUTOMATIC1111's webui, `modules/hypernetworks/hypernetwork.py`.
+B images, T tokens or latent cells, D their width.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _DIMENSION = {"softmax": 0, "softmin": 0, "logsoftmax": 0}
 
 
 class HypernetworkModule(nn.Module):
-    """One MLP on contexts of one width: ``x + multiplier * linear(x)``, computed in the MLP's own precision."""
+    """One MLP for contexts of one width: ``x + multiplier * linear(x)``, in the precision of its parameters."""
 
     def __init__(self, width: int, structure: Structure):
         super().__init__()
@@ -38,14 +38,14 @@ class HypernetworkModule(nn.Module):
                 layers.append(nn.LayerNorm(leaving))
             if rate := structure.dropout_structure[number]:
                 layers.append(nn.Dropout(rate))
-        # The names in the file, `linear.0.weight` on, count all of these.
+        # Parameter names in the file, from `linear.0.weight` on, count all of these layers.
         self.linear = nn.Sequential(*layers)
         for layer in layers:
             if isinstance(layer, nn.Linear | nn.LayerNorm):
                 _initialise(layer, structure)
 
     def forward(self, context: Tensor, multiplier: float = 1.0) -> Tensor:
-        """Change a context ``[B, T, D]``; the result has its shape and dtype."""
+        """Return the changed context ``[B, T, D]`` in its own dtype."""
         change = self.linear(context.to(next(self.parameters()).dtype))
         return (context + multiplier * change).to(context.dtype)
 
@@ -85,11 +85,11 @@ class Hypernetwork(nn.Module):
         return HypernetworkFile(name, self.structure, weights, **entries)
 
     def keys(self, context: Tensor, multiplier: float = 1.0) -> Tensor:
-        """Change what keys are made of ``[B, T, D]``; a width it has no layers for stays as it is."""
+        """Return the input of the key projection ``[B, T, D]``; unchanged for a width without layers."""
         return self._change(0, context, multiplier)
 
     def values(self, context: Tensor, multiplier: float = 1.0) -> Tensor:
-        """Change what values are made of ``[B, T, D]``; a width it has no layers for stays as it is."""
+        """Return the input of the value projection ``[B, T, D]``; unchanged for a width without layers."""
         return self._change(1, context, multiplier)
 
     def _change(self, which: int, context: Tensor, multiplier: float) -> Tensor:
@@ -106,9 +106,9 @@ Applied = tuple[Hypernetwork, float]  # a hypernetwork and its multiplier
 
 
 class HypernetworkProcessor:
-    """A diffusers attention processor: another one (SDPA, sliced, xformers) with changed keys and values.
+    """A diffusers attention processor that wraps another one (SDPA, sliced, xformers) and changes keys and values.
 
-    Not an ``nn.Module``, so that the MLPs become no part of the U-Net: its parameters and what is saved stay its own.
+    It is not an ``nn.Module``, so the MLPs do not become part of the U-Net, its parameters or its checkpoints.
     """
 
     def __init__(self, inner: Any, applied: Sequence[Applied]):
@@ -121,13 +121,13 @@ class HypernetworkProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Compute attention as the inner processor does; the queries stay untouched."""
+        """Compute attention by the inner processor; queries are unchanged."""
         changed = _ChangedAttention(attn, self.applied)
         return self.inner(changed, hidden_states, encoder_hidden_states, attention_mask)
 
 
 class _ChangedAttention:
-    """An attention layer that projects changed contexts to keys and values; all else is the layer's own."""
+    """An attention layer that projects changed contexts to keys and values; everything else is the layer's own."""
 
     def __init__(self, attn: Any, applied: Sequence[Applied]):
         self._attn, self._applied = attn, applied
@@ -147,14 +147,14 @@ class _ChangedAttention:
 
 
 def context_widths(unet: Any) -> list[int]:
-    """Find the widths of all contexts in a U-Net: of its own levels (self-attention) and of the text (cross)."""
+    """Return the widths of all contexts in a U-Net: of its levels (self-attention) and of the text (cross)."""
     return sorted({attn.to_k.in_features for attn in _attentions(unet)})
 
 
 def set_hypernetworks(unet: Any, applied: Sequence[Applied]) -> None:
-    """Apply hypernetworks to a U-Net in this order, in place of those that it had; none: as it came.
+    """Apply hypernetworks to a U-Net in this order, in place of those applied before; none restore the U-Net.
 
-    Raises ModelError where its attention was changed in a way that hypernetworks do not go with.
+    Raises ModelError if its attention was modified in a way that hypernetworks cannot be combined with.
     """
     for attn in _attentions(unet):
         inner = attn.processor
@@ -162,24 +162,24 @@ def set_hypernetworks(unet: Any, applied: Sequence[Applied]) -> None:
             inner = inner.inner
         if isinstance(inner, nn.Module) or getattr(attn, "fused_projections", False):
             raise ModelError(
-                f"hypernetworks do not go with {type(inner).__name__} (an IP-Adapter, or fused projections): take "
-                "that off first, with unload_ip_adapter() or unfuse_qkv_projections()"
+                f"hypernetworks cannot be combined with {type(inner).__name__} (an IP-Adapter, or fused projections): "
+                "remove it first, with unload_ip_adapter() or unfuse_qkv_projections()"
             )
         attn.set_processor(HypernetworkProcessor(inner, tuple(applied)) if applied else inner)
 
 
 def applied_hypernetworks(unet: Any) -> list[Applied]:
-    """Return the hypernetworks a U-Net has, in order."""
+    """Return the hypernetworks applied to a U-Net, in order."""
     processors = (attn.processor for attn in _attentions(unet))
     return next((list(one.applied) for one in processors if isinstance(one, HypernetworkProcessor)), [])
 
 
 def load_hypernetwork(pipe: Any, path: str | os.PathLike[str], multiplier: float = 1.0) -> Hypernetwork:
-    """Apply a webui hypernetwork file to a diffusers pipeline, after those that it has; returns it.
+    """Apply a webui hypernetwork file to a diffusers pipeline, in addition to those applied before; return it.
 
-    ``pipe`` is a `StableDiffusionPipeline`, or whatever else has a ``unet``. Call it after `enable_attention_slicing`
-    and the like, which set other attention processors. Raises FormatError for another kind of file, ModelError for a
-    hypernetwork with no layers for this model.
+    ``pipe`` is a `StableDiffusionPipeline`, or any object with a ``unet``. Call this after `enable_attention_slicing`
+    and similar methods, which replace the attention processors. Raises FormatError for another kind of file,
+    ModelError for a hypernetwork without layers for this model.
     """
     network = read_network(path)
     require_fit(network, pipe.unet, str(path))
@@ -193,12 +193,12 @@ def read_network(path: str | os.PathLike[str]) -> Hypernetwork:
 
 
 def unload_hypernetworks(pipe: Any) -> None:
-    """Give a pipeline its own attention back."""
+    """Remove all hypernetworks from a pipeline."""
     set_hypernetworks(pipe.unet, [])
 
 
 def require_fit(network: Hypernetwork, unet: Any, name: str) -> None:
-    """Raise ModelError when none of a hypernetwork's widths is one of the U-Net's contexts."""
+    """Raise ModelError if the U-Net has no context of any of the hypernetwork's widths."""
     if not set(network.widths) & set(context_widths(unet)):
         raise ModelError(
             f"{name} changes contexts of the widths {network.widths}, but this model's are {context_widths(unet)}: "
@@ -217,7 +217,7 @@ def _initialise(layer: nn.Linear | nn.LayerNorm, structure: Structure) -> None:
     slope: Literal["leaky_relu", "relu"] = (
         "leaky_relu" if structure.activation_func == "leakyrelu" else "relu"
     )
-    if how == "Normal" or isinstance(layer, nn.LayerNorm):  # the webui starts a norm's gain near 0 as well
+    if how == "Normal" or isinstance(layer, nn.LayerNorm):  # the webui initialises a norm's gain near 0 too
         nn.init.normal_(weight, std=0.01)
     elif how == "XavierUniform":
         nn.init.xavier_uniform_(weight)

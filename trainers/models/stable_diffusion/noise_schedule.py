@@ -1,4 +1,4 @@
-"""A model's noise schedule, changed as the ``model:`` section says."""
+"""The noise schedule of a model with the changes of the recipe's ``model:`` section."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from dreamfleet.trainers.config.model import ModelConfig
 
 
 def noise_schedule(scheduler: Any, config: ModelConfig, name: str) -> Any:
-    """Change a model's noise schedule as its section says; what samples with it then takes trailing steps.
+    """Return the schedule with the prediction type and zero terminal SNR of the section applied.
 
-    Raises ModelError for zero terminal SNR without v-prediction: from noise alone no noise can be told apart.
+    Source of zero terminal SNR: Lin et al. 2023 (arXiv 2305.08891). Raises ModelError for it without v-prediction: at a
+    timestep of pure noise, predicting the noise carries no information.
     """
     changes: dict[str, Any] = {}
     if config.prediction_type is not None:
         changes["prediction_type"] = config.prediction_type
     if config.rescale_betas_zero_snr:
-        # Leading steps never reach the last timestep, the one that this is about (section 3.3 there).
+        # Samplers with leading steps never reach the last timestep, which this setting is about (section 3.3).
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if not changes:
         return scheduler
@@ -25,6 +26,6 @@ def noise_schedule(scheduler: Any, config: ModelConfig, name: str) -> Any:
     if config.rescale_betas_zero_snr and changed.config.prediction_type == "epsilon":
         raise ModelError(
             f"model.rescale_betas_zero_snr needs a model that predicts velocity, and {name} predicts noise; set "
-            "model.prediction_type: v_prediction, which it then has to learn (thousands of steps), or leave it out"
+            "model.prediction_type: v_prediction, which takes thousands of training steps to learn, or leave it out"
         )
     return changed

@@ -1,4 +1,4 @@
-"""How long a caption is in tokens, by a model's tokenizer where it is on this disk."""
+"""The length of captions in tokens, by the tokenizer of a local model folder."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dreamfleet.trainers.models.pretrained import pocket_folder
 
 
 def token_counter(model: str) -> tuple[str, Callable[[str], int]]:
-    """Return whose tokenizer counts, in words, and a function: text -> its tokens, without start and end.
+    """Return a description of the tokenizer, and a function: text -> number of tokens without start and end.
 
-    A model that is no diffusers folder on this disk is counted by the pocket model's tokenizer, which knows 2000 pieces
-    where CLIP's knows 49 408: its figures are upper limits of CLIP's.
+    For a model that is not a local diffusers folder the pocket model's tokenizer is used. Its vocabulary has 2000
+    entries where CLIP's has 49 408, so its counts are upper limits of CLIP's.
     """
     from transformers import CLIPTokenizer
 

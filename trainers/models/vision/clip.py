@@ -1,4 +1,4 @@
-"""Judges pictures with CLIP: unit features of pictures and of texts in one space."""
+"""CLIP: features of images and of texts in one space, of unit length."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.2613
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a vision model wants its pictures: what a `preprocessor_config.json` says, done with Pillow and numpy.
+    """Image preprocessing of a vision model, as its `preprocessor_config.json` states, by Pillow and numpy.
 
-    `resize` is the short side (int) or an exact (height, width), both in pixels; `crop` the central (height, width).
+    `resize` is the short side (int) or an exact (height, width); `crop` the size (height, width) of the central crop;
+    both in pixels.
     """
 
     resize: int | tuple[int, int] | None
@@ -40,11 +41,11 @@ class Preprocessing:
 
     @property
     def fit(self) -> Fitting:
-        """What it does before it normalises."""
+        """Resizing and cropping, without normalisation."""
         return Fitting(self.resize, self.crop, self.resample)
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        """Turn pictures into normalised pixels `[N, 3, H, W]`."""
+        """Return normalised pixels `[N, 3, H, W]`."""
         arrays = np.stack([np.asarray(self.fit(image)) for image in images])
         pixels_NHW3 = (arrays.astype(np.float32) / 255 - np.array(self.mean, np.float32)) / np.array(
             self.std, np.float32
@@ -53,7 +54,7 @@ class Preprocessing:
 
 
 def read_preprocessing(folder: Path, *, image_size: int) -> Preprocessing:
-    """Read a folder's `preprocessor_config.json`; CLIP's own values, at `image_size` pixels, where there is none."""
+    """Read a folder's `preprocessor_config.json`; without one, return CLIP's own values at `image_size` pixels."""
     path = folder / "preprocessor_config.json"
     try:
         config = json.loads(path.read_text("utf-8")) if path.exists() else {}
@@ -74,7 +75,7 @@ def read_preprocessing(folder: Path, *, image_size: int) -> Preprocessing:
 
 
 class ClipScorer:
-    """A pair of frozen CLIP towers; `name` says which, `logit_scale` is the trained temperature's inverse."""
+    """The two frozen towers of a CLIP; `logit_scale` is the inverse of its trained temperature."""
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class ClipScorer:
         self._tokenizer, self.preprocessing = tokenizer, preprocessing
 
     def to(self, device: torch.device | str) -> ClipScorer:
-        """Move both towers."""
+        """Move both towers to a device and return self."""
         self._vision.to(device)
         self._text.to(device)
         self._text_projection_PD = self._text_projection_PD.to(device)
@@ -101,26 +102,26 @@ class ClipScorer:
 
     @torch.no_grad()
     def image_features(self, images: Sequence[Image.Image]) -> Tensor:
-        """Embed pictures -> unit rows `[N, P]`, float32 on the CPU."""
+        """Return the features of images as unit rows `[N, P]`, float32 on the CPU."""
         rows = [
-            self.embed(self.preprocessing(images[start : start + BATCH]).to(_place(self._vision)))
+            self.embed(self.preprocessing(images[start : start + BATCH]).to(_device_of(self._vision)))
             for start in range(0, len(images), BATCH)
         ]
         return F.normalize(torch.cat(rows), dim=-1).cpu()
 
     @torch.no_grad()
     def embed(self, pixels_N3HW: Tensor) -> Tensor:
-        """Embed pixels, as `preprocessing` makes them -> rows `[N, P]` of CLIP's own length, float32."""
+        """Return the features `[N, P]` of pixels from `preprocessing`, not normalised, float32."""
         return self._vision(pixels_N3HW).image_embeds.float()
 
     @property
     def text_projection(self) -> Tensor:
-        """What takes the text tower's last token `[D]` to the common space: `[P, D]`, float32."""
+        """Projection of the text tower's last token `[D]` to the common space: `[P, D]`, float32."""
         return self._text_projection_PD
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """Embed texts -> unit rows `[N, P]`, float32 on the CPU; long ones are cut at the model's 77 tokens."""
+        """Return the features of texts as unit rows `[N, P]`, float32 on the CPU; texts are cut at 77 tokens."""
         rows = []
         for start in range(0, len(texts), BATCH):
             tokens = self._tokenizer(
@@ -130,7 +131,7 @@ class ClipScorer:
                 max_length=self._length,
                 return_tensors="pt",
             )
-            pooled = self._text(tokens.input_ids.to(_place(self._text))).pooler_output
+            pooled = self._text(tokens.input_ids.to(_device_of(self._text))).pooler_output
             rows.append(pooled.float() @ self._text_projection_PD.T)
         return F.normalize(torch.cat(rows), dim=-1).cpu()
 
@@ -141,10 +142,10 @@ class ClipScorer:
 
 
 def load_clip(name: str | Path | None = None) -> ClipScorer:
-    """Load a CLIP by folder, hub name, or "pocket" (also None), the one that ships.
+    """Load a CLIP from a folder or the hub, or the one that ships ("pocket" or None).
 
-    A folder is a Hugging Face CLIPModel's, or of the pocket's layout: `image_encoder/`, `text_encoder/`, `tokenizer/`
-    and `text_projection.safetensors`. Raises ModelError naming what is missing.
+    A folder is a Hugging Face CLIPModel, or has the pocket's layout: `image_encoder/`, `text_encoder/`, `tokenizer/`
+    and `text_projection.safetensors`. Raises ModelError naming the missing part.
     """
     quiet_libraries()
     name = str(name or POCKET)
@@ -171,7 +172,7 @@ def _load_towers(folder: Path, name: str) -> ClipScorer:
             extra["text_projection.weight"],
             float(extra.get("logit_scale", torch.tensor(4.6052))),
         )
-    except Exception as error:  # each library raises its own errors for a torn or missing file
+    except Exception as error:  # each library has its own errors for a damaged or missing file
         raise ModelError(f"{name}: its CLIP cannot be loaded from {folder}: {first_line(error)}") from error
     preprocessing = read_preprocessing(folder / "image_encoder", image_size=_image_size(vision.config))
     return ClipScorer(
@@ -186,7 +187,7 @@ def _load_towers(folder: Path, name: str) -> ClipScorer:
 
 
 class _Vision(nn.Module):
-    """The vision half of a CLIPModel with the face of CLIPVisionModelWithProjection."""
+    """The vision half of a CLIPModel with the interface of CLIPVisionModelWithProjection."""
 
     def __init__(self, model: Any):
         super().__init__()
@@ -205,7 +206,7 @@ def _load_whole(folder: Path, name: str) -> ClipScorer:
     try:
         model = CLIPModel.from_pretrained(source, torch_dtype=torch.float32)
         tokenizer = CLIPTokenizer.from_pretrained(source)
-    except Exception as error:  # as above, and the network's
+    except Exception as error:  # as above, and network errors
         raise ModelError(f"{name}: not a CLIP that can be loaded: {first_line(error)}") from error
     if not folder.is_dir():
         from huggingface_hub import hf_hub_download
@@ -223,7 +224,9 @@ def _load_whole(folder: Path, name: str) -> ClipScorer:
 
 
 def _resize_of(size: Any, path: Path, *, cropped: bool) -> int | tuple[int, int]:
-    if isinstance(size, int):  # older files: CLIP's, which is cropped, means the short side, ViT's a square
+    if isinstance(
+        size, int
+    ):  # older files: the short side if the image is cropped (CLIP), else a square (ViT)
         return size if cropped else (size, size)
     if "shortest_edge" in size:
         return int(size["shortest_edge"])
@@ -240,5 +243,5 @@ def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size["height"]), int(size["width"]))
 
 
-def _place(module: nn.Module) -> torch.device:
+def _device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device

@@ -1,6 +1,6 @@
-"""DreamArtist's discriminator: a ConvNeXt that sorts pictures into classes, made, loaded, saved, and differentiated.
+"""DreamArtist's discriminator: a ConvNeXt image classifier that is built, loaded, saved, and differentiated through.
 
-Shape suffixes: N pictures, 3 colours, H W height and width, K classes.
+Shape suffixes: N images, 3 colours, H W height and width, K classes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from dreamfleet.trainers.models.formats.convnext import SUFFIXES, read_convnext
 from dreamfleet.trainers.models.pretrained import first_line, quiet_libraries, save_part
 from dreamfleet.trainers.models.vision.clip import Preprocessing
 
-HEAD_SCALE = 1e-3  # a new head starts this much smaller, as the authors' fine-tuning does
+HEAD_SCALE = 1e-3  # a new head's initial weights are scaled by this, as in the authors' fine-tuning
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 _PREPROCESSOR = "preprocessor_config.json"
 
 
 class Discriminator:
-    """A frozen classifier of pictures, asked how likely they are of each class; gradients reach the pictures."""
+    """A frozen image classifier that returns class probabilities; gradients flow to the images."""
 
     def __init__(self, network: Any, preprocessing: Preprocessing, *, name: str):
         self.network, self.preprocessing, self.name = (
@@ -43,31 +43,31 @@ class Discriminator:
 
     @property
     def num_classes(self) -> int:
-        """How many classes it knows."""
+        """Number of classes."""
         return int(self.network.config.num_labels)
 
     def probabilities(self, pixels_N3HW: Tensor) -> Tensor:
-        """Return how likely each class is ``[N, K]`` for pixels in about [-1, 1], float32.
+        """Return the probability of each class ``[N, K]``, float32, for pixels in about [-1, 1].
 
-        Resized as the original does it: bicubic, the corners aligned, the whole picture.
+        The whole image is resized as in the original: bicubic, with aligned corners.
         """
         size, mean, std = self.preprocessing.resize, self.preprocessing.mean, self.preprocessing.std
         resized_N3SS = F.interpolate(pixels_N3HW.float(), size=size, mode="bicubic", align_corners=True)
-        # Channel by channel, with numbers: tensors of them would be copied to the device in every step.
+        # Per channel with Python numbers: tensors of mean and std would be copied to the device in every step.
         planes = zip(resized_N3SS.unbind(1), mean, std, strict=True)
         entering = torch.stack([(plane * 0.5 + 0.5 - m) / s for plane, m, s in planes], dim=1)
         return self.network(pixel_values=entering).logits.float().softmax(dim=-1)
 
 
 def make_preprocessing(size: int) -> Preprocessing:
-    """Return how a classifier sees files: the whole picture as a square, bicubic, with ImageNet's mean and spread."""
+    """Return a classifier's preprocessing of files: the whole image as a square, bicubic, normalised as ImageNet."""
     return Preprocessing(resize=(size, size), crop=None, mean=_MEAN, std=_STD)
 
 
 def make_network(
     *, depths: Sequence[int], hidden_sizes: Sequence[int], classes: Sequence[str], drop_path: float
 ) -> Any:
-    """Make a ConvNeXt with random weights (torch's generator) and a head for the classes."""
+    """Return a ConvNeXt with random weights (from torch's generator) and a head for the classes."""
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
     config = ConvNextConfig(
@@ -82,7 +82,7 @@ def make_network(
 
 
 def adapt_network(network: Any, *, classes: Sequence[str], drop_path: float) -> Any:
-    """Return a copy that drops paths; with a new head for the classes unless it has one for exactly these."""
+    """Return a copy with drop path; its head is new unless it already has exactly these classes."""
     from transformers import ConvNextForImageClassification
 
     config = copy.deepcopy(network.config)
@@ -98,9 +98,9 @@ def adapt_network(network: Any, *, classes: Sequence[str], drop_path: float) -> 
 
 
 def load_discriminator(name: str) -> Discriminator:
-    """Load a classifier by folder (transformers'), file (the authors' or timm's), hub name, or address in a bucket.
+    """Load a classifier from a transformers folder, a file (the authors' or timm's), the hub, or a bucket.
 
-    Raises ModelError for what is not there or is no ConvNeXt, FormatError for a file that holds no whole one.
+    Raises ModelError for one that does not exist or is not a ConvNeXt, FormatError for an incomplete file.
     """
     quiet_libraries()
     if "://" in name:
@@ -144,16 +144,16 @@ def _load(path: Path, name: str) -> Discriminator:
     source: Any = path if path.is_dir() else name
     try:
         config, _ = ConvNextConfig.get_config_dict(source)
-        network, told = ConvNextForImageClassification.from_pretrained(
+        network, report = ConvNextForImageClassification.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True
         )
-    except Exception as error:  # the library raises its own zoo of errors, and the network's
+    except Exception as error:  # the library's many error classes, and network errors
         raise ModelError(f"{name}: not a discriminator that can be loaded: {first_line(error)}") from error
-    lost = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
-    if config.get("model_type") != "convnext" or lost:
+    missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if config.get("model_type") != "convnext" or missing:
         why = (
-            f"{lost[0]} does not fit or is missing"
-            if lost
+            f"{missing[0]} does not fit or is missing"
+            if missing
             else f"a {config.get('model_type')}, not a ConvNeXt"
         )
         raise ModelError(f"{name}: not a discriminator that can be loaded: {why}")
@@ -166,17 +166,17 @@ def _read_preprocessing(path: Path, name: str) -> Preprocessing:
 
         path = Path(hf_hub_download(name, _PREPROCESSOR)).parent
     try:
-        told = (
+        config = (
             json.loads((path / _PREPROCESSOR).read_text("utf-8")) if (path / _PREPROCESSOR).exists() else {}
         )
-        size = told.get("size", INPUT_SIZE)
+        size = config.get("size", INPUT_SIZE)
         side = size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
         plain = make_preprocessing(int(side))
         mean, std = (
-            tuple(map(float, told.get(f"image_{k}", v))) for k, v in (("mean", _MEAN), ("std", _STD))
+            tuple(map(float, config.get(f"image_{k}", v))) for k, v in (("mean", _MEAN), ("std", _STD))
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{name}: {_PREPROCESSOR} is not understood ({error!r})") from error
+        raise ModelError(f"{name}: {_PREPROCESSOR} cannot be read ({error!r})") from error
     return Preprocessing(resize=plain.resize, crop=None, mean=mean, std=std)
 
 

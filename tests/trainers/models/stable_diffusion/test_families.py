@@ -175,7 +175,7 @@ def test_sizes_are_those_of_the_image_as_it_is_cut(tmp_path: Path, changes: dict
         )
         assert cut.shape[:2] == (target_height, target_width)
         scale = max(target_width / width, target_height / height)
-        middle = left + target_width / 2  # in the resized picture, mirrored where the cut is
+        middle = left + target_width / 2  # in the resized image, mirrored where the cut is
         x = round(width * scale) - middle if how.flip else middle
         red, green = cut[
             target_height // 2 - 1 : target_height // 2 + 1, target_width // 2 - 1 : target_width // 2 + 1

@@ -1,4 +1,4 @@
-"""The hash and the name by which the webui tells base models: of the file, in artifacts and in pictures' texts."""
+"""The hash and the name by which the webui tells base models: of the file, in artifacts and in images' texts."""
 
 from __future__ import annotations
 

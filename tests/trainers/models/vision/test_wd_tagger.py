@@ -25,7 +25,7 @@ from dreamfleet.trainers.models.vision.wd_tagger import (
 )
 
 SIDE = 16
-# Each tag's probability is how much of a colour the picture has: name, category, channel of BGR.
+# Each tag's probability is how much of a colour the image has: name, category, channel of BGR.
 TAGS = [
     ("general", 9, 1),
     ("explicit", 9, 2),

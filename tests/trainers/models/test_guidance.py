@@ -14,7 +14,7 @@ from tiny_models import WIDTH, tiny_model
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.config.guidance import Guidance, parse_guidance
 from dreamfleet.trainers.models.condition import Condition
-from dreamfleet.trainers.models.stable_diffusion.guidance import guidance_at, guided_prediction
+from dreamfleet.trainers.models.guidance import guidance_at, guided_prediction
 
 SCALES = st.floats(0, 1000).map(lambda value: round(value, 4))
 CURVES = {
