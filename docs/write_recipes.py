@@ -230,7 +230,9 @@ def write() -> str:
 def metrics_table() -> str:
     """Return the section on the registered metrics."""
     rows = [
-        "\n### metrics\n\nOther metrics are added by [installed packages](extending.md).\n",
+        "\n### metrics\n",
+        "All metrics but `loss` score the previews, so they also need `validation.prompts`.",
+        "Installed packages can [add metrics](extending.md#a-metric).\n",
         "| `validation.metrics` | `search.metric` | better | measures | needs |",
         "| --- | --- | --- | --- | --- |",
     ]
