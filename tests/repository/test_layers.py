@@ -56,7 +56,6 @@ LONG_FUNCTIONS = {  # over 60 lines: file::function -> why
     "cluster/cli/caption.py::caption": "its signature declares the options and their help",
     "cluster/cli/prepare.py::prepare": "its signature declares the options and their help",
     "cluster/cli/tags.py::tags": "its signature declares the options and their help",
-    "datasets/tools/inspect.py::survey": "one figure a line",
     "trainers/evaluation/score.py::score_run": "a third is its signature and docstring; the rest is one pass in order",
     "trainers/run/build.py::assemble": "builds the parts of a run in the only possible order",
 }
