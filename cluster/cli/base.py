@@ -1,4 +1,4 @@
-"""What all commands of `dreamfleet` share: errors told as one message and an exit code, common options, printing."""
+"""Shared parts of the `dreamfleet` commands: error handling, exit codes, common options, printing."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-FAILED, MENDABLE, INTERRUPTED = 1, 2, 130
+FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit codes
 SECONDS_BETWEEN_LINES = 10.0
 
 
 class Commands(TyperGroup):
-    """Turns errors into one message and an exit code; a traceback is shown only when asked for."""
+    """Reports an error as one message and an exit code; prints the traceback only with --verbose."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that was typed."""
+        """Run the command."""
         from dreamfleet.datasets.errors import RunFailed, UserError
 
         try:
             return super().invoke(ctx)
         except UserError as error:
-            _tell(ctx, f"dreamfleet: {error}")
-            raise typer.Exit(MENDABLE) from error
+            _report(ctx, f"dreamfleet: {error}")
+            raise typer.Exit(USER_ERROR) from error
         except RunFailed as error:
-            _tell(ctx, f"dreamfleet: the run failed: {error}")
+            _report(ctx, f"dreamfleet: the run failed: {error}")
             raise typer.Exit(FAILED) from error
         except KeyboardInterrupt as error:
-            _tell(ctx, "dreamfleet: interrupted")
+            _report(ctx, "dreamfleet: interrupted")
             raise typer.Exit(INTERRUPTED) from error
         except BrokenPipeError as error:  # `dreamfleet config R | head`
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is left in the buffer has no reader
@@ -44,9 +44,9 @@ class Commands(TyperGroup):
         except Exception as error:
             if type(error).__module__.startswith(
                 ("typer", "click")
-            ):  # a wrong option: typer shows it, exit code 2
+            ):  # a wrong option: typer reports it with exit code 2
                 raise
-            _tell(ctx, f"dreamfleet: {type(error).__name__}: {error}\n(--verbose shows where)")
+            _report(ctx, f"dreamfleet: {type(error).__name__}: {error}\n(--verbose prints the traceback)")
             raise typer.Exit(FAILED) from error
 
 
@@ -57,7 +57,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: rich alone would take a third of a second
+    rich_markup_mode=None,  # plain help: importing rich takes a third of a second
 )
 
 
@@ -76,23 +76,23 @@ def _show_version(value: bool) -> None:
 
 
 def local_path(text: str | Path) -> Path:
-    """Read an argument that must lie on this machine; an address would silently become a folder named s3:."""
+    """Return an argument as a local path. Raises BadParameter for a URL, which would become a folder named s3:."""
     if "://" in str(text):
         raise typer.BadParameter(f"{text} is an address; give a path on this machine")
     return Path(text)
 
 
 RecipePath = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe (YAML), here or s3://.", show_default=False)
+    str, typer.Argument(metavar="RECIPE", help="A recipe (YAML file), local or s3://.", show_default=False)
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY.PATH=VALUE", help="Changes to the recipe.", show_default=False),
+    typer.Argument(metavar="KEY.PATH=VALUE", help="Values that override the recipe's.", show_default=False),
 ]
 Address = Annotated[
     str | None,
     typer.Option(
-        help="Head node of a Ray cluster, HOST:6379; else RAY_ADDRESS; else a private Ray here.",
+        help="Head node of a Ray cluster, HOST:6379. Default: RAY_ADDRESS, else a private Ray on this machine.",
         show_default=False,
     ),
 ]
@@ -100,14 +100,14 @@ Shared = Annotated[
     list[str] | None,
     typer.Option(
         metavar="FOLDER",
-        help="A folder all machines of the cluster see under this name; repeatable.",
+        help="A folder that all machines of the cluster mount under this path; repeatable.",
         show_default=False,
     ),
 ]
 CaptionColumn = Annotated[
     str | None,
     typer.Option(
-        help="Column of metadata.jsonl, .csv or .parquet with the captions; else text, caption or prompt.",
+        help="Caption column of metadata.jsonl, .csv or .parquet. Default: text, caption or prompt.",
         show_default=False,
     ),
 ]
@@ -129,7 +129,7 @@ def _root(
 
 @contextmanager
 def work() -> Iterator[None]:
-    """Do a command's work with stdout kept for its results: libraries that print or log there go to stderr."""
+    """Redirect stdout to stderr while a command works, so that stdout carries its results only; log to stderr."""
     import logging
 
     handler = logging.StreamHandler(sys.stderr)
@@ -146,9 +146,9 @@ def work() -> Iterator[None]:
 
 @contextmanager
 def counting(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Give a function (done, total) that tells on stderr how far a work is.
+    """Yield a function (done, total) that shows progress on stderr.
 
-    A bar on a terminal, else a line every ten seconds and at the end of what took longer.
+    A bar on a terminal; otherwise a line every ten seconds, and one at the end of work that took longer.
     """
     bar: Any = None
     last = began = time.monotonic()
@@ -175,27 +175,29 @@ def counting(unit: str) -> Iterator[Callable[[int, int], None]]:
             bar.close()
 
 
-def _tell(ctx: typer.Context, message: str) -> None:
+def _report(ctx: typer.Context, message: str) -> None:
     if ctx.meta.get("dreamfleet.verbose") or os.environ.get("DREAMFLEET_VERBOSE"):
         traceback.print_exc(file=sys.stderr)
     print(message, file=sys.stderr)
 
 
-def how_to_resume(command: str, recipe: str, overrides: Sequence[str] | None) -> str:
-    """Write what the person types to go on with a run or search that was interrupted."""
-    typed = " ".join([f"dreamfleet {command}", recipe, *(overrides or ()), "--resume"])
+def resume_command(name: str, recipe: str, overrides: Sequence[str] | None) -> str:
+    """Return the command that continues an interrupted run or search."""
+    command = " ".join([f"dreamfleet {name}", recipe, *(overrides or ()), "--resume"])
     from dreamfleet.cluster.jobs.client import RESUME_WITH
 
-    return os.environ.get(RESUME_WITH, typed)
+    return os.environ.get(RESUME_WITH, command)
 
 
 def print_json(value: Any) -> None:
+    """Print a value as JSON."""
     from dreamfleet.datasets.json_text import json_text
 
     print(json_text(value, indent=1, default=str))
 
 
 def plain(value: Any) -> dict[str, Any]:
+    """Return a dataclass as a dictionary."""
     import dataclasses
 
     return dataclasses.asdict(value)

@@ -1,4 +1,4 @@
-"""The command that encodes pictures once for all runs: data cache."""
+"""The command `data cache`: encodes images once for all runs."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def cache(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Encode a recipe's pictures into data.cache_dir, for every later run to read.
+    """Encode a recipe's images into data.cache_dir, from which later runs read the latents.
 
-    scaling.num_workers actors encode, on GPUs where there are any; 0 encodes in this process. Only pictures that are
-    new, changed, or wanted at another size are encoded; the same again goes on where it stopped.
+    scaling.num_workers actors encode, on GPUs if there are any; 0 encodes in this process. The cache is keyed by file
+    content and size: rerunning the command encodes only new or changed images.
     """
-    with work(), counting("pictures") as progress:
+    with work(), counting("images") as progress:
         from dreamfleet.trainers.driver.build_cache import cache_latents
         from dreamfleet.trainers.recipe import load_recipe
 
@@ -41,12 +41,12 @@ def cache(
         print_json({**plain(made), "pictures_per_second": made.per_second})
         return
     print(f"cache      {made.cache}")
-    print(f"pictures   {made.pictures}")
-    print(f"encoded    {made.encoded} in {made.seconds:.1f} s, {made.per_second:.1f} a second")
+    print(f"images     {made.pictures}")
+    print(f"encoded    {made.encoded} in {made.seconds:.1f} s, {made.per_second:.1f} per second")
     print(f"reused     {made.reused}")
     print(f"bytes      {made.bytes}")
     left_out = list(made.left_out.items())
     for uri, reason in left_out[:SHOWN]:
-        print(f"left out   {uri}: {reason}")
+        print(f"skipped    {uri}: {reason}")
     if len(left_out) > SHOWN:
-        print(f"left out   {len(left_out) - SHOWN} more (--json has all)")
+        print(f"skipped    {len(left_out) - SHOWN} more (all with --json)")

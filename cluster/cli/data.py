@@ -1,4 +1,4 @@
-"""The commands `dreamfleet data ...`: what is done with pictures before a run learns from them."""
+"""The commands `dreamfleet data ...`: preparing image sets for training."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from dreamfleet.cluster.cli import tags as cli_tags
 from dreamfleet.cluster.cli.base import AsJson, Commands, Verbose, local_path, print_json, work
 
 data = typer.Typer(
-    name="data", cls=Commands, help="Sets of pictures.", no_args_is_help=True, rich_markup_mode=None
+    name="data", cls=Commands, help="Prepare image sets.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
 def label(
     folder: Annotated[
         Path,
-        typer.Argument(metavar="FOLDER", parser=local_path, help="A folder of pictures.", show_default=False),
+        typer.Argument(metavar="FOLDER", parser=local_path, help="A folder of images.", show_default=False),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
             metavar="PATH",
             parser=local_path,
-            help="The JSON of classes, gone on with when there; else FOLDER/dataset.json.",
+            help="JSON file of the classes; an existing one is continued. Default: FOLDER/dataset.json.",
             show_default=False,
         ),
     ] = None,
     classes: Annotated[str, typer.Option(help="Names of the classes, from number 0 on.")] = "other,good",
-    port: Annotated[int, typer.Option(help="Port of the page; 0: any that is free.", min=0, max=65535)] = 0,
+    port: Annotated[int, typer.Option(help="Port of the page; 0: any free port.", min=0, max=65535)] = 0,
     browser: Annotated[
         bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")
     ] = True,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Give pictures their classes on a local page, for the discriminator to learn from.
+    """Label images on a local web page, for training the discriminator.
 
-    Keys: a digit is the class, a or left goes back, d or right skips, u undoes, n finds the next one without a class.
-    Every answer is saved at once; Ctrl-C ends it.
+    Keys: a digit sets the class, a or left goes back, d or right skips, u undoes, n jumps to the next image without a
+    class. Every answer is saved immediately; stop with Ctrl-C.
     """
     with work():
         from dreamfleet.cluster.labeling.labels import Labelling
@@ -56,11 +56,12 @@ def label(
 
         names = [name.strip() for name in classes.split(",") if name.strip()]
         if len(names) < 2 or len(set(names)) < len(names):
-            raise UserError(f"--classes {classes!r}: give two different names or more, such as other,good")
+            raise UserError(f"--classes {classes!r}: give at least two different names, such as other,good")
         labelling = Labelling(str(folder), str(out or folder / LABELS_FILE), names)
         server = LabelServer(labelling, port)
         print(
-            f"label the pictures at {server.url}\nCtrl-C ends it; every answer is saved at once", flush=True
+            f"label the images at {server.url}\nEvery answer is saved immediately; stop with Ctrl-C",
+            flush=True,
         )
         if browser:
             _open(server.url)
@@ -75,7 +76,7 @@ def label(
 
 
 def _open(url: str) -> None:
-    """Open the page where there is a desktop; elsewhere a browser would take over the terminal."""
+    """Open the page in a browser if there is a desktop; a text browser would take over the terminal."""
     import webbrowser
 
     if sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
@@ -88,7 +89,7 @@ def _print(found: dict[str, Any], as_json: bool) -> None:
         return
     counts = ", ".join(f"{name} {count}" for name, count in found["classes"].items())
     print(f"labels     {found['labels']}")
-    print(f"labelled   {found['labelled']} of {found['pictures']} pictures: {counts}")
+    print(f"labelled   {found['labelled']} of {found['pictures']} images: {counts}")
     for reason in found["unreadable"].values():
         print(f"unreadable {reason}")
 

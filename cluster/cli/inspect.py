@@ -1,4 +1,4 @@
-"""The command that looks at image sets as a run would: data inspect."""
+"""The command `data inspect`: what a run would make of an image set."""
 
 from __future__ import annotations
 
@@ -13,34 +13,37 @@ if TYPE_CHECKING:
     from dreamfleet.datasets.tools.inspect import Survey
     from dreamfleet.trainers.recipe import Recipe
 
-SHOWN = 20  # files listed per table; --json has all
+SHOWN = 20  # files listed per table; --json lists all
 
 
 def inspect(
     folder: Annotated[
-        str, typer.Argument(metavar="FOLDER_OR_RECIPE", help="Pictures, here or s3://, or a recipe (YAML).")
+        str,
+        typer.Argument(
+            metavar="FOLDER_OR_RECIPE", help="A folder of images, local or s3://, or a recipe (YAML)."
+        ),
     ],
     overrides: Overrides = None,
     resolution: Annotated[
         int | None, typer.Option(min=8, help="data.resolution, in pixels.", show_default=False)
     ] = None,
     buckets: Annotated[bool, typer.Option("--buckets", help="data.enable_bucket.")] = False,
-    top: Annotated[int, typer.Option(min=0, help="How many of the most frequent tags to show.")] = 20,
+    top: Annotated[int, typer.Option(min=0, help="Number of most frequent tags to show.")] = 20,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Say what training would see of an image set.
+    """Report how an image set would be used in training.
 
-    Sizes and buckets, what is enlarged or cut off, copies, broken files, captions and tags, and what to do about it.
-    Changes such as data.bucket_no_upscale=true work for folders too.
+    Sizes and buckets, enlarged and cropped images, duplicates, broken files, captions and tags, with remedies.
+    Overrides such as data.bucket_no_upscale=true also work for folders.
     """
-    with work(), counting("pictures") as progress:
+    with work(), counting("images") as progress:
         from dreamfleet.datasets.tools.inspect import survey
 
         changes = list(overrides or [])
         changes += [f"data.resolution={resolution}"] if resolution is not None else []
         changes += ["data.enable_bucket=true"] if buckets else []
-        recipe, excluded = _what_to_read(folder, changes)
+        recipe, excluded = _read_input(folder, changes)
         name, count = _token_counter(str(recipe.model.pretrained_model_name_or_path))
         found = survey(
             recipe.data,
@@ -56,8 +59,8 @@ def inspect(
         print("\n".join(_lines(found, top)))
 
 
-def _what_to_read(place: str, changes: list[str]) -> tuple[Recipe, dict[str, str]]:
-    """Return the recipe, or one made for a folder, and the folders that hold what it does not train on."""
+def _read_input(place: str, changes: list[str]) -> tuple[Recipe, dict[str, str]]:
+    """Return the recipe, or one made for a folder, and the folders of images that it does not train on."""
     from dreamfleet.datasets.storage.object_store import is_address
     from dreamfleet.datasets.storage.storage import Storage
     from dreamfleet.trainers.recipe import build_recipe, load_recipe, read_overrides
@@ -81,42 +84,44 @@ def _token_counter(model: str) -> tuple[str, Callable[[str], int]]:
 
 def _lines(found: Survey, top: int) -> list[str]:
     rows = [
-        ("pictures", f"{found.pictures} of {found.megapixels:.1f} megapixels"),
-        ("", f"{found.draws} an epoch, with repeats" if found.draws != found.pictures else ""),
+        ("images", f"{found.pictures} of {found.megapixels:.1f} megapixels"),
+        ("", f"{found.draws} per epoch, with repeats" if found.draws != found.pictures else ""),
         *[("class", f"{count} in {folder}") for folder, count in found.class_pictures.items()],
         ("width", _three(found.width)),
         ("height", _three(found.height)),
-        ("shown at", ", ".join(f"{size}: {count}" for size, count in found.shown_at.items())),
+        ("used at", ", ".join(f"{size}: {count}" for size, count in found.shown_at.items())),
         (
             "enlarged",
             f"{found.enlarged}, up to {found.largest_scale:.2f} times" if found.enlarged else "none",
         ),
-        ("cut off", f"{found.cut_off:.0%} of a picture on average, {found.most_cut_off:.0%} at most"),
+        ("cut off", f"{found.cut_off:.0%} of an image on average, {found.most_cut_off:.0%} at most"),
         ("formats", _counts(found.formats)),
         ("colours", f"{_counts(found.profiles)}; converted to sRGB" if found.profiles else ""),
         ("masks", f"{found.masks} as files, {found.transparent} by transparency"),
-        ("turned", f"{found.turned} by EXIF" if found.turned else ""),
+        ("rotated", f"{found.turned} by EXIF" if found.turned else ""),
         ("grey", f"{found.grey}" if found.grey else ""),
         ("captions", f"{found.captioned} of {found.pictures}"),
     ]
     if found.captioned:
-        rows.append(("tokens", f"{_three(found.tokens)}; room for {found.max_tokens} ({found.tokenizer})"))
+        rows.append(
+            ("tokens", f"{_three(found.tokens)}; at most {found.max_tokens} are used ({found.tokenizer})")
+        )
     lines = [f"{name:<10} {text}".rstrip() for name, text in rows if text]
     if found.tags and top:
         shown = list(found.tags.items())[:top]
         lines += ["", f"tags: {len(found.tags)}, the most frequent:"]
         lines += [f"  {count:>6}  {tag}" for tag, count in shown]
-    for title, groups in (("copies", found.copies), ("nearly the same", found.near)):
+    for title, groups in (("duplicates", found.copies), ("near duplicates", found.near)):
         if groups:
             lines += ["", f"{title}:", *_some([" = ".join(group) for group in groups])]
     shared = [f"{file}: {', '.join(images)}" for file, images in found.shared.items()]
     over = [f"{item['place']}: {item['reason']} ({_files(item['files'])})" for item in found.skipped]
     over += [f"other files: {_counts(found.others)}"] if found.others else []
-    for title, told in (("one caption for several:", shared), ("skipped:", over)):
-        lines += ["", title, *_some(told)] if told else []
+    for title, rest in (("one caption for several images:", shared), ("skipped:", over)):
+        lines += ["", title, *_some(rest)] if rest else []
     if found.bad:
-        lines += ["", "left out:", *_some([f"{file}: {reason}" for file, reason in found.bad.items()])]
-    return [*lines, "", *([f"! {text}" for text in found.warnings] or ["nothing to mend"])]
+        lines += ["", "unusable:", *_some([f"{file}: {reason}" for file, reason in found.bad.items()])]
+    return [*lines, "", *([f"! {text}" for text in found.warnings] or ["no problems found"])]
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -128,9 +133,9 @@ def _files(count: int) -> str:
 
 
 def _three(values: tuple[int, int, int]) -> str:
-    return f"{values[0]} to {values[2]}, half of them up to {values[1]}"
+    return f"{values[0]} to {values[2]}, median {values[1]}"
 
 
 def _some(lines: list[str]) -> list[str]:
-    more = [f"  and {len(lines) - SHOWN} more (--json has all)"] if len(lines) > SHOWN else []
+    more = [f"  and {len(lines) - SHOWN} more (all with --json)"] if len(lines) > SHOWN else []
     return [f"  {line}" for line in lines[:SHOWN]] + more

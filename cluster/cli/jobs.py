@@ -1,4 +1,4 @@
-"""Commands on the jobs of a cluster: submit, jobs, logs, stop."""
+"""The commands for jobs on a cluster: submit, jobs, logs, stop."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ COMMANDS = ("train", "tune", "data cache")
 ServerAddress = Annotated[
     str | None,
     typer.Option(
-        help="Dashboard of the head node, http://HEAD:8265; else RAY_API_SERVER_ADDRESS; else this machine's.",
+        help="Dashboard of the head node, http://HEAD:8265. Default: RAY_API_SERVER_ADDRESS, else this machine's.",
         show_default=False,
     ),
 ]
-JobId = Annotated[str, typer.Argument(metavar="ID", help="A job, as `dreamfleet jobs` names it.")]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="ID of a job, as listed by `dreamfleet jobs`.")]
 Command = Annotated[
     list[str],
     typer.Argument(
@@ -35,7 +35,9 @@ Variables = Annotated[
     list[str] | None,
     typer.Option(
         metavar="KEY[=VALUE]",
-        help="A variable for the job; KEY alone takes it from here. No secrets: Ray shows and logs it. Repeatable.",
+        help="An environment variable for the job; KEY alone copies this shell's. No secrets: Ray displays and logs "
+        "it. "
+        "Repeatable.",
         show_default=False,
     ),
 ]
@@ -46,18 +48,18 @@ def submit(
     command: Command,
     address: ServerAddress = None,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Show what the job prints; exit as the run does.")
+        bool, typer.Option("--follow", help="Print the job's output; exit with the run's exit code.")
     ] = False,
     shared: Shared = None,
     env: Variables = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Send a run to a cluster and print the job's ID.
+    """Submit a run to a cluster and print the job's ID.
 
-    Along go the installed dreamfleet, the resolved recipe, and the local pictures, models and other files it names, up
-    to 200 MiB; s3:// addresses and paths under --shared stay as they are. output_dir must be one of those: the job ends
-    with its cluster, the run does not. Submitting again with --resume goes on from its newest checkpoint.
+    Sends the installed dreamfleet, the resolved recipe, and the local images, models and other files that it names, up
+    to 200 MiB. s3:// URLs and paths under --shared are used as they are. output_dir must be one of those, because the
+    run outlives the cluster. Submit again with --resume to continue from the newest checkpoint.
     """
     name, recipe, overrides, options = _parse(ctx, command)
     with work():
@@ -74,26 +76,28 @@ def submit(
         environment = read_environment(env or (), os.environ)
         check_here(loaded, makes_cache=makes_cache)
         if name != "tune" and loaded.scaling.num_workers == 0:
-            _say(
-                "scaling.num_workers is 0: the head node itself will do the work; 1 or more gives it to workers"
+            _print_note(
+                "scaling.num_workers is 0: the run trains on the head node itself; set 1 or more to use workers"
             )
         with job_server(address) as server:
-            for folder in shared or ():  # the job's own paths are to be taken there as well
+            for folder in shared or ():  # the job itself treats these folders as shared, too
                 options += ["--shared", folder]
             job_id = send(
-                server, package, [name, *options], typed=command, environment=environment, report=_say
+                server, package, [name, *options], typed=command, environment=environment, report=_print_note
             )
     if as_json:
         print_json({"id": job_id, "address": server.address, "output_dir": loaded.output_dir})
     else:
         print(job_id, flush=True)
-    _say(f"submitted; see it with: dreamfleet logs {job_id} --follow; end it with: dreamfleet stop {job_id}")
+    _print_note(
+        f"submitted. Follow it with: dreamfleet logs {job_id} --follow; stop it with: dreamfleet stop {job_id}"
+    )
     if follow:
         _follow(address, job_id)
 
 
 def jobs(address: ServerAddress = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
-    """List the jobs that were submitted to a cluster."""
+    """List the jobs of a cluster."""
     with work():
         from dreamfleet.cluster.jobs.client import job_server
 
@@ -107,20 +111,20 @@ def jobs(address: ServerAddress = None, as_json: AsJson = False, verbose: Verbos
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
     last = {job.metadata["output_dir"]: job for job in found}
-    for job in last.values():  # of those that nobody has gone on with
+    for job in last.values():  # failed jobs that were not continued
         if job.reason:
-            _say(_end(job))
+            _print_note(_end(job))
 
 
 def logs(
     job_id: JobId,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Go on until the job is over; exit as it does.")
+        bool, typer.Option("--follow", help="Continue until the job ends; exit with its exit code.")
     ] = False,
     address: ServerAddress = None,
     verbose: Verbose = False,
 ) -> None:
-    """Print what a job has printed."""
+    """Print the output of a job."""
     if follow:
         _follow(address, job_id, to_stdout=True)
         return
@@ -131,13 +135,13 @@ def logs(
             text, job = server.logs(job_id), server.job(job_id)
     print(text, end="", flush=True)
     if job.reason:
-        _say(_end(job))
+        _print_note(_end(job))
 
 
 def stop(job_id: JobId, address: ServerAddress = None, verbose: Verbose = False) -> None:
-    """Let a job save a checkpoint and end; wait for it.
+    """Stop a job after it has saved a checkpoint, and wait for it.
 
-    It ends after the step in hand. After 15 minutes Ray kills what is still running.
+    The job ends after the current step. Ray kills it if it is still running after 15 minutes.
     """
     with work():
         from dreamfleet.cluster.jobs.client import job_server
@@ -147,13 +151,13 @@ def stop(job_id: JobId, address: ServerAddress = None, verbose: Verbose = False)
             if not job.is_over:
                 printed = len(server.logs(job_id))
                 server.stop(job_id)
-                _say(f"stopping {job_id}: it saves a checkpoint and ends")
+                _print_note(f"stopping {job_id} after its checkpoint")
                 job = _watch(server, job_id, sys.stderr, skip=printed)
     print(f"{job_id} {job.state}")
 
 
 def _parse(ctx: typer.Context, command: list[str]) -> tuple[str, str, list[str], list[str]]:
-    """Read ``train RECIPE key=value --option`` as that command itself would: (name, recipe, overrides, options)."""
+    """Parse ``train RECIPE key=value --option`` as that command would: (name, recipe, overrides, options)."""
     from dreamfleet.datasets.errors import RecipeError
 
     length = 2 if command[0] == "data" else 1
@@ -174,7 +178,7 @@ def _parse(ctx: typer.Context, command: list[str]) -> tuple[str, str, list[str],
             continue
         if parameter.name == "address":
             raise RecipeError(
-                "--address behind `--`: the job joins the cluster it is sent to; name that one before the `--`"
+                "--address after `--`: the job runs on the cluster it is submitted to; give --address before the `--`"
             )
         value = parsed.params[parameter.name]
         for one in value if parameter.multiple else [value]:
@@ -183,7 +187,7 @@ def _parse(ctx: typer.Context, command: list[str]) -> tuple[str, str, list[str],
 
 
 def _follow(address: str | None, job_id: str, *, to_stdout: bool = False) -> None:
-    """Show a job until it is over, then exit as it did; Ctrl-C leaves the job alone."""
+    """Print a job's output until it ends, then exit with its exit code; Ctrl-C does not stop the job."""
     out = sys.stdout if to_stdout else sys.stderr
     try:
         with work():
@@ -192,12 +196,12 @@ def _follow(address: str | None, job_id: str, *, to_stdout: bool = False) -> Non
             with job_server(address) as server:
                 job = _watch(server, job_id, out)
     except KeyboardInterrupt:
-        _say(
-            f"\nno longer following {job_id}; it goes on. See it with: dreamfleet logs {job_id} --follow; "
-            f"end it with: dreamfleet stop {job_id}"
+        _print_note(
+            f"\nno longer following {job_id}, which keeps running. Follow it with: dreamfleet logs {job_id} --follow; "
+            f"stop it with: dreamfleet stop {job_id}"
         )
         raise typer.Exit(INTERRUPTED) from None
-    _say(_end(job))
+    _print_note(_end(job))
     if job.exit_code:
         raise typer.Exit(job.exit_code)
 
@@ -211,12 +215,12 @@ def _watch(server: JobServer, job_id: str, out: Any, *, skip: int = 0) -> Job:
 
 
 def _end(job: Job) -> str:
-    """Write how a job ended: its state, why it failed, and what goes on with it."""
+    """Return how a job ended: its state, the reason of a failure, and the command that continues it."""
     lines = [f"{job.id} {job.state}" + (f": {job.reason}" if job.reason else "")]
-    if job.reason and job.driver_exit_code is None:  # it has no log that says more
+    if job.reason and job.driver_exit_code is None:  # there is no log with more detail
         lines += job.message.strip().splitlines()[1:]
     if job.resume:
-        lines.append(f"go on with: {job.resume}")
+        lines.append(f"continue with: {job.resume}")
     return "\n".join(lines)
 
 
@@ -238,5 +242,5 @@ def _plain(job: Job) -> dict[str, Any]:
     return {"id": job.id, "state": job.state, **times, **end, **job.metadata}
 
 
-def _say(text: str) -> None:
+def _print_note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The command that tells memory before a run: plan."""
+"""The command `plan`: the memory of a run, estimated before it starts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dreamfleet.trainers.memory.plan import MemoryPlan
     from dreamfleet.trainers.recipe import Recipe
 
-# Columns of the table: heading, and which of an estimate's lines it adds up.
+# Columns of the table: heading -> the parts of an estimate that it sums.
 COLUMNS = {
     "weights": ("weights", "gathered", "master"),
     "frozen": ("frozen",),
@@ -32,7 +32,10 @@ def plan(
     overrides: Overrides = None,
     gpu_memory: Annotated[
         str | None,
-        typer.Option(help="Memory of one GPU, such as 12GiB; chooses the engine.", show_default=False),
+        typer.Option(
+            help="Memory of one GPU, such as 12GiB; the cheapest engine that fits is chosen.",
+            show_default=False,
+        ),
     ] = None,
     host_memory: Annotated[
         str | None, typer.Option(help="Memory of one machine, such as 64GiB.", show_default=False)
@@ -40,15 +43,15 @@ def plan(
     pcie: Annotated[
         str,
         typer.Option(
-            help="What the GPU's slot carries each way; the default is PCIe 4 with 16 lanes, in practice."
+            help="Transfer rate between GPU and host in each direction; default: PCIe 4 x16 in practice."
         ),
     ] = "25GB/s",
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Estimate memory per GPU and host for every engine, and choose.
+    """Estimate the memory per GPU and host for every engine, and choose one.
 
-    From the model's configs alone: no weights are read, nothing is downloaded. Exit code 2 when no engine fits.
+    Uses the model's configs alone: no weights are read or downloaded. Exit code 2 if no engine fits.
     """
     with work():
         from dreamfleet.datasets.errors import ResourceError
@@ -80,17 +83,17 @@ def _head(made: MemoryPlan, recipe: Recipe) -> list[str]:
         f"batch {train.train_batch_size}",
         f"precision {train.mixed_precision}",
         "gradient checkpointing" if train.gradient_checkpointing else "no gradient checkpointing",
-        f"{made.world} worker{'s' * (made.world > 1)}, {made.workers_per_host} a host",
-        "no pictures found to count" if made.pictures is None else f"{made.pictures} pictures",
+        f"{made.world} worker{'s' * (made.world > 1)}, {made.workers_per_host} per host",
+        "no images found to count" if made.pictures is None else f"{made.pictures} images",
     ]
     return [
-        f"{recipe.method.name}: {_millions(made.counts.total)} parameters learn; {parts}",
+        f"{recipe.method.name}: {_millions(made.counts.total)} trainable parameters; {parts}",
         ", ".join(settings),
     ]
 
 
 def _table(made: MemoryPlan, rate: int) -> list[str]:
-    headings = ["engine", "GPU", *COLUMNS, "host", "PCIe a step", "GPU's peak"]
+    headings = ["engine", "GPU", *COLUMNS, "host", "PCIe per step", "GPU's peak"]
     headings += ["fits"] if made.limited else []
     rows = [headings, *[_row(one, made, rate) for one in made.estimates]]
     widths = [max(len(row[place]) for row in rows) for place in range(len(headings))]
@@ -116,28 +119,29 @@ def _row(one: Estimate, made: MemoryPlan, rate: int) -> list[str]:
 
 def _verdict(made: MemoryPlan, rate: int) -> list[str]:
     note = (
-        "In GiB. GPU and host: the most at any moment of a run; the columns between add up to a training step.\n"
-        "CUDA's share, and Python's on the host, are assumed; the rest is counted. PCIe: what offload sends in a step, "
-        f"both ways,\nand how long that takes at least at {rate / 1e9:g} GB/s each way (--pcie)."
+        "In GiB. GPU and host: the peak of a run; the columns between sum to a training step.\n"
+        "CUDA's memory, and Python's on the host, are assumed; the rest is computed. PCIe: bytes that offloading "
+        "transfers "
+        f"in a step, in both\ndirections, and the least time for that at {rate / 1e9:g} GB/s each way (--pcie)."
     )
     notes = [note]
     if any(one.choice.alters for one in made.estimates):
         notes.append(
-            "The last rows change the run: fused backward has no clipping (optimizer.max_grad_norm: 0); Adafactor and "
-            "bf16 weights\ntrain differently."
+            "The last rows change the training: fused backward cannot clip (optimizer.max_grad_norm: 0); Adafactor and "
+            "bf16 weights\ngive other results."
         )
     notes += [
-        f"{one.choice.name} reads and writes {_gib(one.disk)} GiB of the disk in a step; it needs engine.nvme_path."
+        f"{one.choice.name} reads and writes {_gib(one.disk)} GiB on the disk in each step; it needs engine.nvme_path."
         for one in made.estimates
         if one.disk
     ]
     if not made.limited:
-        return [*notes, "Give --gpu-memory (and --host-memory) to choose."]
+        return [*notes, "Give --gpu-memory (and --host-memory) to choose an engine."]
     for one in made.estimates:
         if one is made.chosen:
             notes.append(f"Cheapest that fits: {one.choice.name} ({format_overrides(one.choice)})")
     return notes + [
-        f"Fits as well, without offload: {one.choice.name} ({format_overrides(one.choice)})"
+        f"Also fits, without offloading: {one.choice.name} ({format_overrides(one.choice)})"
         for one in made.estimates
         if one.choice.alters and one.fits(made.gpu_memory, made.host_memory) and not _is_plain(made.chosen)
     ]

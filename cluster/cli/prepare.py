@@ -1,4 +1,4 @@
-"""The command that cuts image sets to size: data prepare."""
+"""The command `data prepare`: crops and resizes image sets."""
 
 from __future__ import annotations
 
@@ -15,44 +15,46 @@ SHOWN = 20
 
 def prepare(
     source: Annotated[
-        str, typer.Argument(metavar="IN", help="Folder of pictures, here or s3://; read only.")
+        str, typer.Argument(metavar="IN", help="Folder of images, local or s3://; not changed.")
     ],
-    target: Annotated[str, typer.Argument(metavar="OUT", help="New folder, here or s3://.")],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="New folder, local or s3://.")],
     size: Annotated[str, typer.Option(help="Side in pixels, or WIDTHxHEIGHT.")] = "512",
     mode: Annotated[str, typer.Option(help="crop, smart, focal, fit, pad, buckets or auto.")] = "crop",
     focus: Annotated[
-        str, typer.Option(help="Where buckets and auto crop: center, smart or focal.")
+        str, typer.Option(help="Crop position of buckets and auto: center, smart or focal.")
     ] = "center",
     fill: Annotated[
-        str, typer.Option(help="Bars of pad: a colour (white, #808080), edge or blur.")
+        str, typer.Option(help="Filling of pad: a colour (white, #808080), edge or blur.")
     ] = "white",
-    flip: Annotated[bool, typer.Option("--flip", help="A mirrored copy of each too.")] = False,
+    flip: Annotated[bool, typer.Option("--flip", help="Also write a mirrored copy of each image.")] = False,
     split_oversized: Annotated[
-        bool, typer.Option("--split-oversized", help="Cut long pictures into several.")
+        bool, typer.Option("--split-oversized", help="Split elongated images into several.")
     ] = False,
     split_threshold: Annotated[
-        float, typer.Option(help="Split where a crop would keep no more of it.")
+        float, typer.Option(help="Split if a crop would keep at most this fraction of the image.")
     ] = 0.5,
-    overlap: Annotated[float, typer.Option(help="Part of a piece that the next one shows again.")] = 0.2,
+    overlap: Annotated[float, typer.Option(help="Overlap of neighbouring pieces, as a fraction.")] = 0.2,
     format: Annotated[str, typer.Option(help="png, jpg or webp.")] = "png",
-    quality: Annotated[int, typer.Option(help="Of jpg and webp, 1 to 100.")] = 95,
-    name: Annotated[str, typer.Option(help="Pattern of {stem}, {index:05d} and {suffix}.")] = "{stem}",
-    alpha: Annotated[str, typer.Option(help="Transparency: mask (kept as a file) or white.")] = "mask",
+    quality: Annotated[int, typer.Option(help="Quality of jpg and webp, 1 to 100.")] = 95,
+    name: Annotated[
+        str, typer.Option(help="Pattern of file names, with {stem}, {index:05d} and {suffix}.")
+    ] = "{stem}",
+    alpha: Annotated[str, typer.Option(help="Transparency becomes a mask file (mask) or white.")] = "mask",
     mask_dir: Annotated[
-        str | None, typer.Option(help="Masks under the pictures' names.", show_default=False)
+        str | None, typer.Option(help="Folder of masks with the images' names.", show_default=False)
     ] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Number of processes; 0: one per CPU core.")] = 0,
     caption_column: CaptionColumn = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Cut pictures to size, captions and masks with them.
+    """Crop and resize images, together with their captions and masks.
 
-    crop: the middle. smart: where detail, skin and colour are. focal: where corners are. fit: whole, no bars. pad:
-    whole, with bars. buckets: the size training would choose. auto: the multiples of 64 that cut off least.
-    The same again goes on where it stopped.
+    crop: the centre. smart: by detail, skin tones and saturation. focal: by corners. fit: the whole image, without
+    padding. pad: the whole image, padded. buckets: the size that training would choose. auto: the multiples of 64 that
+    crop least. Rerunning the command continues where it stopped.
     """
-    with work(), counting("pictures") as progress:
+    with work(), counting("images") as progress:
         from dreamfleet.datasets.images.crops import Cutting
         from dreamfleet.datasets.tools.prepare import Preparing, prepare
 
@@ -88,18 +90,18 @@ def _size(text: str) -> tuple[int, int]:
 def _print(images: dict[str, Any], target: str) -> None:
     outputs = [output for entry in images.values() for output in entry["outputs"]]
     enlarged = sum(output["scale"] > 1 for output in outputs)
-    print(f"prepared   {len(outputs)} pictures from {len(images)} in {target}")
+    print(f"prepared   {len(outputs)} images from {len(images)} in {target}")
     print(f"captions   {sum('caption' in output for output in outputs)}")
     print(f"masks      {sum('mask' in output for output in outputs)}")
     if enlarged:
         print(f"enlarged   {enlarged}")
     left_out = [(name, entry["reason"]) for name, entry in images.items() if "reason" in entry]
     for name, reason in left_out[:SHOWN]:
-        print(f"left out   {name}: {reason}")
+        print(f"skipped    {name}: {reason}")
     if len(left_out) > SHOWN:
-        print(f"left out   {len(left_out) - SHOWN} more (--json has all)")
+        print(f"skipped    {len(left_out) - SHOWN} more (all with --json)")
     if not outputs:
         from dreamfleet.datasets.errors import DataError
 
         sys.stdout.flush()
-        raise DataError(f"not one picture could be prepared into {target}")
+        raise DataError(f"no image could be prepared into {target}")

@@ -1,6 +1,6 @@
-"""The command line `dreamfleet`: its commands, their output and exit codes; heavy imports wait inside.
+"""The command line `dreamfleet`: its commands, output and exit codes. Heavy imports are inside the commands.
 
-stdout carries results, stderr the rest. Exit codes: 0 done, 1 the run failed, 2 the user can mend it, 130 interrupted.
+Results go to stdout, the rest to stderr. Exit codes: 0 done, 1 the run failed, 2 an error of the user, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dreamfleet.cluster.cli import plan as cli_plan
 from dreamfleet.cluster.cli import tune as cli_tune
 from dreamfleet.cluster.cli.base import (
     INTERRUPTED,
-    MENDABLE,
+    USER_ERROR,
     Address,
     AsJson,
     Overrides,
@@ -26,9 +26,9 @@ from dreamfleet.cluster.cli.base import (
     Shared,
     Verbose,
     app,
-    how_to_resume,
     plain,
     print_json,
+    resume_command,
     work,
 )
 
@@ -37,22 +37,25 @@ def train(
     recipe: RecipePath,
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint in output_dir.")
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint in output_dir.")
     ] = False,
     address: Address = None,
     shared: Shared = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train one run; say where pictures, artefacts and report are."""
+    """Train one run and print the paths of its images, artifacts and report."""
     with work():
         from dreamfleet.trainers.launch import fit
 
         result = fit(recipe, overrides=overrides or (), resume=resume, address=address, shared=shared or ())
     _print_run(result.run_folder, result.summary, as_json)
     if result.summary.exit_reason == "interrupted":
-        again = how_to_resume("train", recipe, overrides)
-        print(f"interrupted at step {result.summary.steps}, saved; go on with: {again}", file=sys.stderr)
+        again = resume_command("train", recipe, overrides)
+        print(
+            f"interrupted at step {result.summary.steps}; a checkpoint is saved. Continue with: {again}",
+            file=sys.stderr,
+        )
         raise typer.Exit(INTERRUPTED)
 
 
@@ -63,9 +66,9 @@ def check(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Try a recipe without training.
+    """Check that a recipe can run, without training.
 
-    Files, weights, one synthetic step, one export, and whether the cluster has the resources.
+    Checks files and weights, runs a synthetic step and an export, and compares the resources with the cluster's.
     """
     with work():
         from dreamfleet.cluster.resources import check_resources
@@ -84,14 +87,14 @@ def check(
         for name, ok, detail in lines:
             print(f"{'ok' if ok else 'FAILED':<7} {name:<12} {detail}")
     if failed := [name for name, ok, _ in lines if not ok]:
-        print(f"dreamfleet: this recipe would not run: {', '.join(failed)}", file=sys.stderr)
-        raise typer.Exit(MENDABLE)
+        print(f"dreamfleet: this recipe cannot run; failed: {', '.join(failed)}", file=sys.stderr)
+        raise typer.Exit(USER_ERROR)
 
 
 def config(
     recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False, verbose: Verbose = False
 ) -> None:
-    """Print the resolved recipe; nothing runs."""
+    """Print the resolved recipe, without running it."""
     with work():
         from dreamfleet.trainers.recipe import load_recipe
 
@@ -103,28 +106,24 @@ def config(
 
 
 def methods(as_json: AsJson = False, verbose: Verbose = False) -> None:
-    """List the fine-tuning methods a recipe can name."""
+    """List the fine-tuning methods, including those of installed packages."""
     with work():
         from dreamfleet.trainers.config.method import METHODS
 
-        told = [
-            {
-                "name": name,
-                "description": method.summary,
-                "helper_of": method.helper_of,
-            }
+        rows = [
+            {"name": name, "description": method.summary, "helper_of": method.helper_of}
             for name, method in sorted(METHODS.items(), key=lambda item: bool(item[1].helper_of))
         ]
     if as_json:
-        print_json(told)
+        print_json(rows)
         return
-    for line in told:
-        helps = f"Helper of {line['helper_of']}. " if line["helper_of"] else ""
-        print(f"{line['name']:<20} {helps}{line['description']}")
+    for row in rows:
+        helps = f"For {row['helper_of']}. " if row["helper_of"] else ""
+        print(f"{row['name']:<20} {helps}{row['description']}")
 
 
 def doctor(address: Address = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
-    """Say what this machine, or a cluster, can do."""
+    """Check what this machine, or a cluster, supports."""
     with work():
         from dreamfleet.cluster.doctor import examine
 
@@ -135,7 +134,7 @@ def doctor(address: Address = None, as_json: AsJson = False, verbose: Verbose = 
         for line in found:
             print(f"{line.state:<8} {line.name:<14} {line.detail}")
     if any(line.state == "MISSING" for line in found):
-        raise typer.Exit(MENDABLE)
+        raise typer.Exit(USER_ERROR)
 
 
 for command in (
@@ -156,7 +155,7 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(cli_data.data)
-# What follows `--` belongs to the submitted command, options included.
+# Everything after `--` belongs to the submitted command, including options.
 app.command(context_settings={"allow_interspersed_args": False})(cli_jobs.submit)
 
 
@@ -166,7 +165,7 @@ def main() -> None:
         app()
     except SystemExit as error:
         if error.code == INTERRUPTED:
-            # Threads that still wait for workers would spoil an orderly end; Ray's own processes end with this one.
+            # Threads may still wait for workers and would block the exit; Ray's processes end with this one.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(INTERRUPTED)
@@ -196,7 +195,7 @@ def _print_run(folder: str, summary: Any, as_json: bool) -> None:
             }
         )
         return
-    rows = [("run", folder), *[("pictures", path) for path in images[-1:]]]
-    rows += [*[("artefact", path) for path in artifacts], ("report", report)]
+    rows = [("run", folder), *[("images", path) for path in images[-1:]]]
+    rows += [*[("artifact", path) for path in artifacts], ("report", report)]
     for name, path in rows:
         print(f"{name:<10} {path}")

@@ -1,4 +1,4 @@
-"""The command that lists and edits tags: data tags."""
+"""The command `data tags`: lists and edits tags."""
 
 from __future__ import annotations
 
@@ -13,41 +13,50 @@ if TYPE_CHECKING:
 
 
 def tags(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Pictures with captions, here or s3://.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="A folder of images with captions, local or s3://.")
+    ],
     add: Annotated[
-        list[str] | None, typer.Option(help="A tag behind; repeatable.", show_default=False)
+        list[str] | None, typer.Option(help="A tag to append; repeatable.", show_default=False)
     ] = None,
     prepend: Annotated[
-        list[str] | None, typer.Option(help="A tag in front; repeatable.", show_default=False)
+        list[str] | None, typer.Option(help="A tag to prepend; repeatable.", show_default=False)
     ] = None,
     remove: Annotated[
-        list[str] | None, typer.Option(help="A tag, * for anything; repeatable.", show_default=False)
+        list[str] | None,
+        typer.Option(help="A tag to remove, with * as wildcard; repeatable.", show_default=False),
     ] = None,
     replace: Annotated[
         list[str] | None,
-        typer.Option(help="OLD=NEW (or OLD=>NEW), * for anything in OLD; repeatable.", show_default=False),
+        typer.Option(
+            help="OLD=NEW (or OLD=>NEW), with * as wildcard in OLD; repeatable.", show_default=False
+        ),
     ] = None,
-    trigger: Annotated[str, typer.Option(help="A word that comes first, once.", show_default=False)] = "",
-    dedupe: Annotated[bool, typer.Option("--dedupe", help="Each tag once.")] = False,
-    sort: Annotated[bool, typer.Option("--sort", help="By alphabet.")] = False,
-    spaces: Annotated[bool, typer.Option("--underscores-to-spaces", help="Faces such as >_< stay.")] = False,
+    trigger: Annotated[str, typer.Option(help="A word that is put first, once.", show_default=False)] = "",
+    dedupe: Annotated[bool, typer.Option("--dedupe", help="Remove repeated tags.")] = False,
+    sort: Annotated[bool, typer.Option("--sort", help="Sort alphabetically.")] = False,
+    spaces: Annotated[
+        bool, typer.Option("--underscores-to-spaces", help="Except in emoticons such as >_<.")
+    ] = False,
     escape: Annotated[bool, typer.Option("--escape-brackets", help=r"( becomes \(.")] = False,
-    create: Annotated[bool, typer.Option("--create", help="Captions for pictures without one too.")] = False,
+    create: Annotated[
+        bool, typer.Option("--create", help="Also create captions for images without one.")
+    ] = False,
     out: Annotated[
-        str | None, typer.Option(help="Write captions into this new folder.", show_default=False)
+        str | None, typer.Option(help="Write the captions into this new folder.", show_default=False)
     ] = None,
     in_place: Annotated[
-        bool, typer.Option("--in-place", help="Write where they were, after a copy.")
+        bool, typer.Option("--in-place", help="Overwrite the captions, after a backup.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change.")] = False,
-    top: Annotated[int, typer.Option(min=1, help="How many tags to list.")] = 100,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the changes only.")] = False,
+    top: Annotated[int, typer.Option(min=1, help="Number of tags to list.")] = 100,
     caption_column: CaptionColumn = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """List the tags of captions with their counts, or edit them.
 
-    Order: spaces, replace, remove, dedupe, sort, prepend, add, trigger, escape. Pictures are not touched.
+    Order: spaces, replace, remove, dedupe, sort, prepend, add, trigger, escape. Images are not changed.
     """
     with work():
         from dreamfleet.datasets.errors import DataError
@@ -65,7 +74,9 @@ def tags(
             escape=escape,
         )
         if edit.changes and (out is not None) + in_place + dry_run != 1:
-            raise DataError("say where edited captions go: one of --in-place, --out FOLDER, --dry-run")
+            raise DataError(
+                "choose where edited captions are written: one of --in-place, --out FOLDER, --dry-run"
+            )
         made = edit_folder(
             folder, edit, out=out, dry_run=dry_run, create=create, caption_column=caption_column
         )
@@ -80,7 +91,7 @@ def tags(
 def _print(made: Edited, dry_run: bool) -> None:
     for name, texts in made.changed.items() if dry_run else ():
         print(f"{name}\n- {texts['before']}\n+ {texts['after']}")
-    told = "would change" if dry_run else "changed"
-    print(f"{told} {len(made.changed)} of {made.captions} captions; {made.without} pictures have none")
+    verb = "would change" if dry_run else "changed"
+    print(f"{verb} {len(made.changed)} of {made.captions} captions; {made.without} images have none")
     if made.backup:
-        print(f"before     {made.backup}")
+        print(f"backup     {made.backup}")

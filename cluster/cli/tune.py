@@ -1,4 +1,4 @@
-"""The command on searches: tune."""
+"""The command `tune`: a search over recipe keys."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from dreamfleet.cluster.cli.base import (
     RecipePath,
     Shared,
     Verbose,
-    how_to_resume,
     plain,
     print_json,
+    resume_command,
     work,
 )
 
-SHOWN = 5  # trials in the table on stdout; all of them are in the files
+SHOWN = 5  # trials in the table on stdout; the files contain all
 
 
 def tune(
     recipe: RecipePath,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in output_dir.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the search in output_dir.")] = False,
     address: Address = None,
     shared: Shared = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Search over recipe keys: many short runs, compared; the recipe's search: section says which.
+    """Search over recipe keys with many short runs, as the recipe's search: section says.
 
-    Writes best.yaml, which `dreamfleet train` runs as it is, trials.parquet and report.html.
+    Writes best.yaml, a recipe for `dreamfleet train`, trials.parquet and report.html.
     """
     with work():
         from dreamfleet.tune.search import search
@@ -48,8 +48,8 @@ def tune(
     else:
         _print_result(result)
     if result.exit_reason == "interrupted":
-        again = how_to_resume("tune", recipe, overrides)
-        print(f"interrupted, saved; go on with: {again}", file=sys.stderr)
+        again = resume_command("tune", recipe, overrides)
+        print(f"interrupted; the search is saved. Continue with: {again}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED)
 
 

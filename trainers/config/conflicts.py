@@ -35,7 +35,8 @@ def find_conflicts(
     found = _engine_conflicts(engine, {**sections, "validation": validation, "scaling": scaling})
     if engine.channels_last and optimizer.name == "adamw8bit":
         found.append(
-            "engine.channels_last cannot be combined with optimizer.name: adamw8bit, whose first step changes the memory "
+            "engine.channels_last cannot be combined with optimizer.name: adamw8bit, whose first step changes the "
+            "memory "
             "format of every weight; set channels_last: false, or use adamw"
         )
     if engine.offload_param_device == "nvme" and train.mixed_precision == "no":

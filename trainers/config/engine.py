@@ -43,7 +43,8 @@ class EngineConfig(Section):
     zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
         "auto",
         description="auto: torch alone, or the cheapest setting that fits if the GPU is too small for that. 0 to 3: "
-        "DeepSpeed, which shards nothing (0), the optimizer states (1), also the gradients (2), also the weights (3) over "
+        "DeepSpeed, which shards nothing (0), the optimizer states (1), also the gradients (2), also the weights (3) "
+        "over "
         "the workers",
     )
     offload_optimizer_device: Literal["none", "cpu", "nvme"] = Field(
@@ -53,7 +54,8 @@ class EngineConfig(Section):
     )
     offload_param_device: Literal["none", "cpu", "nvme"] = Field(
         "none",
-        description="cpu: weights, including frozen ones, in host memory until a layer needs them (zero_stage 3); nvme: "
+        description="cpu: weights, including frozen ones, in host memory until a layer needs them (zero_stage 3); "
+        "nvme: "
         "in files (16 bits only)",
     )
     nvme_path: Annotated[
@@ -109,7 +111,8 @@ class EngineConfig(Section):
     )
     deepspeed_config: Annotated[str | None, PathField("file")] = Field(
         None,
-        description="your own DeepSpeed JSON file: its stage and offload settings are used and other keys passed on; keys "
+        description="your own DeepSpeed JSON file: its stage and offload settings are used and other keys passed on; "
+        "keys "
         "that the recipe sets must agree, or be auto",
     )
     allow_tf32: bool = Field(True, description="TF32 matrix products on NVIDIA GPUs")

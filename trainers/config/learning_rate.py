@@ -32,7 +32,7 @@ def parse_rules(text: str) -> list[tuple[float, int | None]]:
 
 
 def parse_webui_schedule(text: str) -> list[tuple[float, int | None]]:
-    """Parse webui's ``"0.005:100, 1e-3:1000, 1e-5"`` into (rate, last step) pairs; no step or -1 means to the end (None).
+    """Parse webui's ``"0.005:100, 1e-3:1000, 1e-5"`` into (rate, last step) pairs; no step, or -1: to the end (None).
 
     Raises RecipeError for text that is no schedule or whose steps do not increase.
     """

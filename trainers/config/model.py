@@ -33,7 +33,8 @@ class ModelConfig(Section):
         1,
         ge=1,
         le=12,
-        description="layer of the text encoder that is used: 1 = the family's own, 2 = the one before. The family's own "
+        description="layer of the text encoder that is used: 1 = the family's own, 2 = the one before. The family's "
+        "own "
         "is the last layer in SD 1.x, the second to last in SD 2.x and SDXL",
     )
     max_token_length: Literal[75, 150, 225] = Field(
@@ -50,6 +51,7 @@ class ModelConfig(Section):
     rescale_betas_zero_snr: bool = Field(
         False,
         validation_alias=AliasChoices("rescale_betas_zero_snr", "zero_terminal_snr"),
-        description="zero signal-to-noise ratio at the last timestep (Lin et al. 2023), for truly dark and bright images; "
+        description="zero signal-to-noise ratio at the last timestep (Lin et al. 2023), for truly dark and bright "
+        "images; "
         "needs v_prediction",
     )

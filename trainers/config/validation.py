@@ -18,7 +18,8 @@ class ValidationConfig(Section):
     prompts: Annotated[list[str], BeforeValidator(as_list)] = Field(
         [],
         validation_alias=AliasChoices("prompts", "validation_prompts", "validation_prompt", "sample_prompts"),
-        description="prompts of the preview images, in the webui's syntax, or the name of a .txt file with one prompt per "
+        description="prompts of the preview images, in the webui's syntax, or the name of a .txt file with one prompt "
+        "per "
         "line; with kohya's options: a cat --n blurry --w 512 --h 768 --d 3 --s 30 --l 7 --ss euler_a",
     )
     plain_prompts: bool = Field(False, description="prompts are literal text, without the webui's syntax")
