@@ -12,6 +12,7 @@ from pydantic import AliasChoices, BaseModel
 from pydantic.fields import FieldInfo
 
 from dreamfleet.datasets.registry import EntryName
+from dreamfleet.trainers.artifacts.kind import ARTIFACTS
 from dreamfleet.trainers.config.engines import ENGINES
 from dreamfleet.trainers.config.method import METHODS
 from dreamfleet.trainers.config.metrics import METRICS, NEEDS
@@ -181,6 +182,7 @@ def write() -> str:
     for name, method in METHODS.items():
         parts += [f"\n### {name}\n\n{method.summary}\n", table(method, name)]
         nested |= inner_models(method)
+    parts.append(artifacts_table())
     for name, model in nested.items():
         parts += [f"\n## {name}\n\n{summary(model)}\n", table(model, name)]
     return "\n".join(parts) + "\n"
@@ -189,7 +191,9 @@ def write() -> str:
 def metrics_table() -> str:
     """Return the section on the registered metrics."""
     rows = [
-        "\n### metrics\n\nOther metrics are added by [installed packages](extending.md).\n",
+        "\n### metrics\n",
+        "All metrics but `loss` score the previews, so they also need `validation.prompts`.",
+        "Installed packages can [add metrics](extending.md#a-metric).\n",
         "| `validation.metrics` | `search.metric` | better | measures | needs |",
         "| --- | --- | --- | --- | --- |",
     ]
@@ -199,6 +203,24 @@ def metrics_table() -> str:
         rows.append(
             f"| `{name}` | `{metric.figure or name}` | {better} | {metric.title}. {metric.note} | {needs} |"
         )
+    return "\n".join(rows)
+
+
+def artifacts_table() -> str:
+    """Return the section on the registered artifact kinds."""
+    rows = [
+        "\n### Artifacts\n\nThe kinds of artifacts that methods export ([formats](formats.md)). Other kinds are added by "
+        "[installed packages](extending.md).\n",
+        "| kind | artifact | files | methods | `export --format` | `sample` |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, kind in ARTIFACTS.items():
+        files = [f"`{suffix}`" for suffix in kind.suffixes] + (["folder"] if kind.marker else [])
+        methods = [method for method, section in METHODS.items() if name in section.artifacts]
+        formats = [f"`{form}`" for form in kind.formats]
+        option = f"`--{kind.option}`" if kind.option else ""
+        cells = (f"`{name}`", summary(kind), *(", ".join(each) for each in (files, methods, formats)), option)
+        rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 

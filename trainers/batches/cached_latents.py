@@ -84,7 +84,7 @@ def serve_images(
     seed: int,
     distributed: DistributedContext | None = None,
 ) -> Images:
-    """Make the source of an index's images: the cache where there is one, else what :func:`load_pictures` makes.
+    """Make the source of an index's images: the cache where there is one, else what :func:`load_images` makes.
 
     Raises DataError when the cache lacks some, on any of the ranks of ``place``. Class images may be newer than it: the
     run then encodes them.
