@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamfleet.trainers.config.method import method_title
-from dreamfleet.trainers.config.metrics import HELD_OUT, figure_title
+from dreamfleet.trainers.config.metrics import figure_title, is_higher_better
 from dreamfleet.trainers.report import formatting
 from dreamfleet.trainers.report.charts import Chart, Line, Plot, lay_out
 from dreamfleet.trainers.report.html import environment
@@ -143,7 +143,7 @@ def _formatter(values: Sequence[float]) -> Callable[[float], str]:
 def _upper_limit(figure: str, trials: Sequence[Trial]) -> float:
     """Return the value at which a plot is cut, so that a diverged loss does not flatten the other trials."""
     values = [value for trial in trials if (value := trial.figure(figure)) is not None]
-    if figure != HELD_OUT or not values:
+    if is_higher_better(figure) or not values:
         return math.inf
     best, middle = min(values), statistics.median(values)
     return middle + 3 * (middle - best) if middle > best else math.inf

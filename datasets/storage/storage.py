@@ -74,9 +74,8 @@ class Storage:
 
     def exists(self, rel: str = "") -> bool:
         """Return whether a file or folder exists; in a bucket a folder exists when it contains a file."""
-        path = self.path(rel)
         if self.is_local:
-            with explain_errors("check", path):
+            with explain_errors("check", path := self.path(rel)):
                 return os.path.exists(path)
         return self._on_bucket("check", rel, bucket_has)
 
@@ -89,8 +88,7 @@ class Storage:
     def size(self, rel: str = "") -> int:
         """Return the size in bytes of a file, or of all files below a folder."""
         if self.is_local:
-            path = self.path(rel)
-            with explain_errors("read", path):
+            with explain_errors("read", path := self.path(rel)):
                 return tree_size(path)
         return self._on_bucket("read", rel, bucket_size)
 
@@ -116,8 +114,7 @@ class Storage:
         In a bucket only those that contain a file count: other folders are no more than markers.
         """
         if self.is_local:
-            path = self.path(rel)
-            with explain_errors("list", path):
+            with explain_errors("list", path := self.path(rel)):
                 if not os.path.isdir(path):
                     return []
                 with os.scandir(path) as entries:
@@ -245,8 +242,7 @@ class Storage:
         """Remove a file or a whole folder, if it exists."""
         self._appended.pop(rel, None)
         if self.is_local:
-            path = self.path(rel)
-            with explain_errors("remove", path):
+            with explain_errors("remove", path := self.path(rel)):
                 remove_tree(path)
             return
         self._if_exists("remove", rel, lambda fs, key: fs.rm(key, recursive=True) or [])

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from dreamfleet.datasets.buckets import training_sizes
+from dreamfleet.datasets.buckets import Size, training_sizes
 from dreamfleet.datasets.captions import split_tags
 from dreamfleet.datasets.config import DataConfig
+from dreamfleet.datasets.index.index import Row
 from dreamfleet.datasets.index.sets import Sets, load_class_images, load_sets
 from dreamfleet.datasets.tools.pixel_statistics import copies, examine_all, near_copies
 
@@ -80,15 +81,9 @@ def survey(
     rows = sets.instances.rows()
     facts = list(examine_all(rows, data.max_pixels, progress))
     sizes = training_sizes(sets.instances.sizes(), data)
-    pairs = list(zip(rows, sizes, strict=True))
-    scales = [max(size[0] / row.width, size[1] / row.height) for row, size in pairs]
-    losses = [
-        1 - (size[0] * size[1]) / (scale * scale * row.width * row.height)
-        for (row, size), scale in zip(pairs, scales, strict=True)
-    ]
+    scales, losses = _scales_and_losses(rows, sizes)
     captions = [row.caption for row in rows if row.caption and data.use_captions]
     lengths = [max(count_tokens(line) for line in caption.splitlines()) for caption in captions]
-    same, near = copies(rows), near_copies(rows, facts)
     found = Survey(
         pictures=len(rows),
         draws=sum(row.repeats for row in rows),
@@ -112,24 +107,18 @@ def survey(
         tokenizer=tokenizer,
         max_tokens=max_tokens,
         tags=tag_counts(captions),
-        copies=same,
-        near=near,
+        copies=copies(rows),
+        near=near_copies(rows, facts),
         bad={item.uri: item.reason for item in sets.instances.bad},
         skipped=[item._asdict() for item in sets.instances.skipped],
         others=dict(sets.instances.others.most_common()),
         shared=sets.instances.shared,
         extreme={
             row.uri: f"{row.width} x {row.height} pixels, {loss:.0%} cut off, the rest enlarged {scale:.1f} times"
-            for (row, _), scale, loss in zip(pairs, scales, losses, strict=True)
+            for row, scale, loss in zip(rows, scales, losses, strict=True)
             if loss > NEARLY_ALL_CUT_OFF
         },
-        wordless=[
-            row.uri
-            for row in rows
-            if not (row.caption and data.use_captions)
-            and not data.caption_from_filename
-            and not sets.concepts[row.concept].instance_prompt
-        ],
+        wordless=[row.uri for row in rows if not _has_caption(row, data, sets)],
         warnings=[],
     )
     too_long = sum(length > max_tokens for length in lengths)
@@ -144,6 +133,22 @@ def tag_counts(captions: Sequence[str]) -> dict[str, int]:
         for tag in dict.fromkeys(t for line in caption.splitlines() for t in split_tags(line))
     )
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _scales_and_losses(rows: Sequence[Row], sizes: Sequence[Size]) -> tuple[list[float], list[float]]:
+    """Return by how much each image is enlarged, and the fraction of its area that is cropped."""
+    pairs = list(zip(rows, sizes, strict=True))
+    scales = [max(size[0] / row.width, size[1] / row.height) for row, size in pairs]
+    losses = [
+        1 - (size[0] * size[1]) / (scale * scale * row.width * row.height)
+        for (row, size), scale in zip(pairs, scales, strict=True)
+    ]
+    return scales, losses
+
+
+def _has_caption(row: Row, data: DataConfig, sets: Sets) -> bool:
+    own = (row.caption and data.use_captions) or data.caption_from_filename
+    return bool(own or sets.concepts[row.concept].instance_prompt)
 
 
 def _three(values: Sequence[int]) -> Three:

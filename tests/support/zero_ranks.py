@@ -222,12 +222,12 @@ def round_trip(stage: int) -> dict[str, Any]:
     """Shard parameters of odd sizes, which need padding on two ranks, and gather them again."""
     layer = nn.Linear(5, 3)
     config = EngineConfig(zero_stage=stage)
-    told = zero_config(config, mixed_precision="no", max_grad_norm=0.0, num_micros=1, num_params=18)
+    settings = zero_config(config, mixed_precision="no", max_grad_norm=0.0, num_micros=1, num_params=18)
     deepspeed = import_deepspeed(torch.device("cpu"))
     params = dict(layer.named_parameters())
     wanted = {name: torch.arange(1.0, 1 + param.numel()).view_as(param) for name, param in params.items()}
     optimizer = torch.optim.AdamW(layer.parameters())
-    engine, *_ = deepspeed.initialize(model=layer, optimizer=optimizer, config=told)
+    engine, *_ = deepspeed.initialize(model=layer, optimizer=optimizer, config=settings)
     shards = Shards(engine, params, optimizer, stage=stage)
     for name, value in wanted.items():
         shards.put(name, value)

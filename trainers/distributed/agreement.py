@@ -1,4 +1,4 @@
-"""What ranks take from the outside world: made on rank 0 and shared, or compared, so that no rank goes its own way."""
+"""Makes sure that all ranks read the same files: built on rank 0 and shared, or compared by hash."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from dreamfleet.datasets.index.sources import can_read
 from dreamfleet.datasets.storage.storage import read_uri
 from dreamfleet.trainers.distributed.context import DistributedContext
 
-HASHED_WHOLE = 64 * 2**20  # larger files are compared by size and samples
+HASHED_WHOLE = 64 * 2**20  # bytes; larger files are compared by size and samples
 SAMPLES, SAMPLE_BYTES = 16, 65536
-MOST_HASHED = 256  # files of an index whose contents are compared; of the others the sizes are
+MOST_HASHED = 256  # files of an index whose contents are compared; the others are compared by size
 THREADS = 16
 REMEDY = (
-    "With several machines, keep it where all of them see the same: a mounted folder, or s3://bucket/prefix"
+    "With several machines, store it where all of them read the same: a mounted folder, or s3://bucket/prefix"
 )
 
 
 def share_index(distributed: DistributedContext, build: Callable[[], Index]) -> Index:
-    """Build an index on rank 0, give it to every rank, and make sure that each rank reads the same files."""
+    """Build an index on rank 0, send it to every rank, and check that each rank reads the same files."""
     index = distributed.on_rank_0(build)
     check_files(index, distributed)
     return index
 
 
 def check_files(index: Index, distributed: DistributedContext) -> None:
-    """Raise StorageError on every rank unless each of them sees the files that rank 0 indexed.
+    """Raise StorageError on every rank unless each of them reads the files that rank 0 indexed.
 
-    Local files are compared by size, up to ``MOST_HASHED`` of them, evenly spread, by content too. Of a bucket's the
-    first is looked for: it is the same bucket, but a rank may lack the way to it.
+    Local files are compared by size, and up to ``MOST_HASHED`` of them, evenly spread, by content. Of the files in a
+    bucket the first must exist on every rank, as a rank may lack access to it.
     """
     if distributed.world == 1:
         return
@@ -47,48 +47,48 @@ def check_files(index: Index, distributed: DistributedContext) -> None:
     sizes = distributed.on_rank_0(lambda: _sizes([uris[number] for number in local]))
     hashed = local[:: max(1, len(local) // MOST_HASHED)]
 
-    def look() -> None:
+    def compare_files() -> None:
         if distributed.is_main:
             return
         for number, ours, theirs in zip(local, _sizes([uris[n] for n in local]), sizes, strict=True):
             if ours != theirs:
-                what = "cannot be read" if ours is None else f"has {ours} bytes, on rank 0 {theirs}"
+                what = "cannot be read" if ours is None else f"has {ours} bytes, and {theirs} on rank 0"
                 raise _differs(uris[number], what)
         with ThreadPoolExecutor(THREADS, thread_name_prefix="compare") as pool:
             for number, digest in zip(hashed, pool.map(_sha256, [uris[n] for n in hashed]), strict=True):
                 if digest != hashes[number]:
-                    raise _differs(uris[number], "has another content than on rank 0")
+                    raise _differs(uris[number], "has different content on rank 0")
         far = next((uri for uri in uris if "://" in uri), None)
         if far is not None and not can_read(far):
             raise _differs(far, "cannot be found")
 
-    distributed.on_every_rank(look)
+    distributed.on_every_rank(compare_files)
 
 
 def compare_paths(named: Mapping[str, Sequence[str]], distributed: DistributedContext) -> None:
-    """Raise StorageError on every rank unless the local files and folders, by their keys, are the same on all ranks."""
+    """Raise StorageError on every rank unless local files and folders, given by key, are equal on all ranks."""
     if distributed.world == 1:
         return
     local = {f"{key} {path}": path for key, paths in named.items() for path in paths if "://" not in path}
     compare(
-        distributed.on_every_rank(lambda: {told: hash_path(path) for told, path in local.items()}),
+        distributed.on_every_rank(lambda: {name: hash_path(path) for name, path in local.items()}),
         distributed,
     )
 
 
 def compare(found: Mapping[str, str], distributed: DistributedContext) -> None:
-    """Raise StorageError on every rank unless all have found the same hashes; the keys say what of."""
+    """Raise StorageError on every rank unless the hashes, by name, are equal on all ranks."""
     every = distributed.gather((socket.gethostname(), dict(found)))
     first_host, first = every[0]
     for rank, (host, values) in enumerate(every):
-        for told, value in values.items():
-            if value != first[told]:
-                what = "differs from" if value and first[told] else "is not on both it and"
-                raise StorageError(f"{told}: rank {rank} ({host}) {what} rank 0 ({first_host}). {REMEDY}")
+        for name, value in values.items():
+            if value != first[name]:
+                what = "differs from" if value and first[name] else "is not on both it and"
+                raise StorageError(f"{name}: rank {rank} ({host}) {what} rank 0 ({first_host}). {REMEDY}")
 
 
 def hash_path(path: str) -> str:
-    """Return a hash of a file, or of a folder's files with their names; "" for what is not there."""
+    """Return a hash of a file, or of a folder's files with their names; "" if it does not exist."""
     if not os.path.exists(path):
         return ""
     digest = hashlib.sha256()
@@ -106,7 +106,7 @@ def hash_path(path: str) -> str:
 
 
 def _files(path: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the files that count, with names that do not tell where they lie: a file and what is read beside it."""
+    """Yield the files to compare with their relative names: a folder's, or a file and the files read beside it."""
     if path.is_dir():
         for file in sorted(path.rglob("*")):
             if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
@@ -118,7 +118,7 @@ def _files(path: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _sizes(paths: Sequence[str]) -> list[int | None]:
-    """Return the files' sizes in bytes; None of those that cannot be read."""
+    """Return the files' sizes in bytes, None for one that cannot be read."""
     with ThreadPoolExecutor(THREADS, thread_name_prefix="compare") as pool:
         return list(pool.map(_size, paths, chunksize=256))
 

@@ -1,4 +1,4 @@
-"""A worker's place among the ranks of its run, and the few collective operations that host code needs."""
+"""Rank, world size and device of this process, and collective operations on Python objects."""
 
 from __future__ import annotations
 
@@ -19,54 +19,54 @@ from dreamfleet.trainers.distributed.device import explain_out_of_memory, with_i
 T = TypeVar("T")
 
 # Between steps a rank may wait for another that uploads gigabytes or encodes a hundred thousand images. A rank that
-# died is noticed long before: Ray watches the processes, and gloo their connections.
+# died is detected much earlier: Ray monitors the processes, and gloo their connections.
 WAIT = timedelta(days=1)
 
 
 class OtherRankFailed(RuntimeError):
-    """Another rank raised an error that is no UserError; that rank reports it."""
+    """Another rank raised an error that is not a UserError, and reports it."""
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """The rank of a worker, the number of ranks, and the device it computes on.
+    """Rank, world size and device of this process.
 
-    Every method but :meth:`share` must be called by all ranks together. An error inside :meth:`on_rank_0` or
-    :meth:`on_every_rank` is raised on all of them, so no rank is left waiting for one that has gone.
+    All ranks must call every method except :meth:`share` together. An error inside :meth:`on_rank_0` or
+    :meth:`on_every_rank` is raised on all of them, so that no rank waits for one that failed.
     """
 
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    gpu_share: float = 1.0  # of the device's memory, which this worker may fill
+    gpu_share: float = 1.0  # part of the device's memory that this worker may use
 
     def __post_init__(self) -> None:
-        """Give the device its number."""
+        """Add the index to the device."""
         object.__setattr__(self, "device", with_index(self.device))
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which logs and writes."""
+        """Whether this is rank 0, which logs and writes files."""
         return self.rank == 0
 
     @cached_property
     def group(self) -> Any:
-        """The gloo group of waits and Python objects: NCCL's watchdog would end ranks that wait for long."""
+        """The gloo group for waiting and for Python objects: NCCL's watchdog would end ranks that wait long."""
         return dist.new_group(backend="gloo", timeout=WAIT)
 
     def wait(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this."""
         if self.world > 1:
             dist.barrier(group=self.group)
 
     def on_rank_0(self, work: Callable[[], T]) -> T:
-        """Run ``work`` on rank 0 alone; return its result, or raise its error, on every rank."""
+        """Run ``work`` on rank 0; return its result, or raise its error, on every rank."""
         outcome = _try(work) if self.is_main else None
         if self.world > 1:
-            told = [outcome.packed() if outcome is not None else b""]
-            dist.broadcast_object_list(told, src=0, group=self.group)
+            packed = [outcome.packed() if outcome is not None else b""]
+            dist.broadcast_object_list(packed, src=0, group=self.group)
             if outcome is None:
-                outcome = pickle.loads(told[0])
+                outcome = pickle.loads(packed[0])
         assert outcome is not None
         return outcome.result()
 
@@ -77,17 +77,17 @@ class DistributedContext:
     def on_every_rank(self, work: Callable[[], T]) -> T:
         """Run ``work`` on every rank; return this rank's result, or raise the lowest failed rank's error on all.
 
-        Where only some ranks failed, the message of a UserError names the first of them and its host.
+        If only some ranks failed, the message of a UserError names the first of them and its host.
         """
         outcome = _try(work)
         if self.world == 1:
             return outcome.result()
         own = None if outcome.error is None else (outcome.packed(), socket.gethostname())
         every = self.gather(own)
-        told = next(((rank, *one) for rank, one in enumerate(every) if one is not None), None)
-        if told is None:
+        failed = next(((rank, *one) for rank, one in enumerate(every) if one is not None), None)
+        if failed is None:
             return outcome.result()
-        rank, packed, host = told
+        rank, packed, host = failed
         error = outcome.error if rank == self.rank else pickle.loads(packed).error
         if None in every and isinstance(error, UserError | RunFailed):
             raise type(error)(f"{error} (on rank {rank}, {host})") from outcome.error
@@ -95,7 +95,7 @@ class DistributedContext:
         raise error
 
     def gather(self, value: T) -> list[T]:
-        """Return every rank's value, by rank."""
+        """Return the values of all ranks in order of rank."""
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
@@ -103,17 +103,17 @@ class DistributedContext:
         return found
 
     def all_gather_unique(self, items: Iterable[T]) -> list[T]:
-        """Return what any rank has, once each and sorted."""
+        """Return the items of all ranks, each once, sorted."""
         return sorted({item for part in self.gather(list(items)) for item in part})  # type: ignore[type-var]
 
     def share(self, count: int) -> range:
-        """Return the numbers below ``count`` that fall to this rank: every ``world``-th."""
+        """Return this rank's share of the numbers below ``count``: every ``world``-th."""
         return range(self.rank, count, self.world)
 
     def collect(self, mine: Sequence[T], *, everywhere: bool = True) -> list[T]:
-        """Put the ranks' results for their shares together, in the order of the numbers; else on rank 0 alone.
+        """Return the results of all ranks' shares (:meth:`share`) in the order of the numbers.
 
-        Ranks without the result get an empty list.
+        Without ``everywhere`` only rank 0 gets them, and the others an empty list.
         """
         if self.world == 1:
             return list(mine)
@@ -129,7 +129,7 @@ class DistributedContext:
 
 
 class _Outcome(NamedTuple):
-    """What a function returned, or the error it raised."""
+    """The value that a function returned, or the error that it raised."""
 
     value: Any
     error: Exception | None = None
@@ -141,10 +141,10 @@ class _Outcome(NamedTuple):
         return self.value
 
     def packed(self) -> bytes:
-        """Pickle the outcome; an error that other ranks cannot report themselves becomes OtherRankFailed."""
+        """Pickle the outcome; an error that is neither UserError nor RunFailed becomes OtherRankFailed."""
         if self.error is not None and not isinstance(self.error, UserError | RunFailed):
-            told = OtherRankFailed(f"another rank failed: {type(self.error).__name__}: {self.error}")
-            return pickle.dumps(_Outcome(None, told))
+            error = OtherRankFailed(f"another rank failed: {type(self.error).__name__}: {self.error}")
+            return pickle.dumps(_Outcome(None, error))
         return pickle.dumps(self)
 
 
@@ -152,5 +152,5 @@ def _try(work: Callable[[], Any]) -> _Outcome:
     try:
         with explain_out_of_memory():
             return _Outcome(work())
-    except Exception as error:  # noqa: BLE001 - raised again, on every rank
+    except Exception as error:  # noqa: BLE001 - raised again on every rank
         return _Outcome(None, error)

@@ -17,7 +17,7 @@ from dreamfleet.trainers.engines.base import Engine, T, check_optimizer
 from dreamfleet.trainers.methods.base import Batch, Loss
 from dreamfleet.trainers.optim.ema import Ema, saved_average
 from dreamfleet.trainers.optim.optimizers import make_optimizer
-from dreamfleet.trainers.optim.stochastic_rounding import Stepper, laid_out_like, restore_states
+from dreamfleet.trainers.optim.stochastic_rounding import Stepper, copy_in_layout, restore_states
 
 
 class TorchEngine(TorchSpec, Engine):
@@ -116,7 +116,7 @@ class TorchEngine(TorchSpec, Engine):
         if self.ema is not None:
             average = saved_average(state)
             self.ema.shadow = {
-                name: laid_out_like(self.params[name], t.float()) for name, t in average.items()
+                name: copy_in_layout(self.params[name], t.float()) for name, t in average.items()
             }
 
     def _set_rates(self, rates: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""The engine for models that do not fit: DeepSpeed ZeRO, stages 0 to 3, with offload to host memory."""
+"""The engine for models that exceed a GPU: DeepSpeed ZeRO, stages 0 to 3, with offload to host memory or NVMe."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ Convert = Callable[[nn.Parameter, Tensor], Tensor]
 class ZeroEngine(ZeroSpec, Engine):
     """Trains a method under DeepSpeed, which shards optimizer states, gradients and weights over the workers.
 
-    What is saved is whole and by parameter name, in TorchEngine's form, not DeepSpeed's files of each rank: so a run
-    goes on with another number of workers, another stage, or the other engine.
+    Checkpoints hold unsharded tensors by parameter name, as TorchEngine writes them, not DeepSpeed's files per rank. So
+    a run can be resumed with another number of workers, another stage, or the other engine.
 
-    Stage 3 also shards the frozen parts that gradients pass through, so a U-Net that fits no card can serve a word or a
-    LoRA; every rank then computes whatever has to be computed, previews as well.
+    Stage 3 also shards the frozen parts that gradients pass through, so that an embedding or a LoRA can be trained on a
+    U-Net that exceeds a GPU. Every rank then computes every forward pass, previews included.
     """
 
     @classmethod
@@ -80,9 +80,9 @@ class ZeroEngine(ZeroSpec, Engine):
         self.folder = SwapFolder(self.config.nvme_path or "") if swaps else None
         if self.folder is not None:
             self.resources.callback(self.folder.close)
-        # DeepSpeed's 16-bit modes round every weight of the module before they make fp32 ones from it.
+        # DeepSpeed's 16-bit modes round every weight of the module, and derive the float32 weights from the result.
         rounds = self.stage > 0 and self.dtype != torch.float32
-        # A rounded weight is a new tensor, so the exact one need not be copied to be kept.
+        # A rounded weight is a new tensor, so the exact one is kept without a copy.
         exact = {
             param: param.detach().float().cpu() if rounds else param.detach().float().cpu().clone()
             for param in self.method.parameters()
@@ -90,7 +90,7 @@ class ZeroEngine(ZeroSpec, Engine):
         }
         sharded = [self.method, *self.method.loss_parts.values()]
         held: Iterable[nn.Module] = owners(sharded) if self.stage == 3 else [self.method]
-        model, mine = _Computing(held, self.autocast), set(self.method.parameters())
+        model, mine = _Wrapper(held, self.autocast), set(self.method.parameters())
         self.passed = [param for param in model.parameters() if param not in mine]
         config = zero_config(
             self.config,
@@ -107,7 +107,7 @@ class ZeroEngine(ZeroSpec, Engine):
             self.engine, *_ = self.deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
         self.resources.callback(self.engine.destroy)
         for param in self.method.parameters(recurse=False) if self.stage == 3 else ():
-            # A word's vectors are used by the text encoder, whether or not the method's own forward is running.
+            # The text encoder uses an embedding's vectors also outside of the method's own forward.
             self.deepspeed.zero.register_external_parameter(model, param)
         kind = SwappedShards if self.config.offload_optimizer_device == "nvme" else Shards
         self.shards = kind(self.engine, self.params, self.optimizer, stage=self.stage)
@@ -120,7 +120,7 @@ class ZeroEngine(ZeroSpec, Engine):
 
     def backward(self, batch: Batch, *, last: bool = True) -> Loss:
         self.shards.rest()
-        # DeepSpeed divides by the number of micro-batches, and scales for fp16.
+        # DeepSpeed divides by the number of micro-batches and applies the fp16 loss scale.
         self.engine.set_gradient_accumulation_boundary(last)
         loss = self.engine(lambda: self.method(batch))
         self.engine.backward(loss.total)
@@ -148,14 +148,14 @@ class ZeroEngine(ZeroSpec, Engine):
             return self._evaluate_together(action)
         if self.ema is None:
             return action()
-        with self._lent(lambda param, value: value.to(self.device, param.dtype), everywhere=True):
+        with self._unsharded(lambda param, value: value.to(self.device, param.dtype), everywhere=True):
             return action()
 
     @contextmanager
     def full_weights(self) -> Iterator[None]:
-        with self._lent(
+        with self._unsharded(
             lambda param, value: value.cpu()
-        ):  # a card often has room for a part of the weights only
+        ):  # a GPU may have room for a part of the weights only
             yield
 
     def weights(self) -> dict[str, Tensor]:
@@ -169,7 +169,7 @@ class ZeroEngine(ZeroSpec, Engine):
 
     def state(self) -> dict[str, Any]:
         moments: dict[int, dict[str, Any]] = {}
-        if steps := self.shards.steps:  # none before the first step
+        if steps := self.shards.steps:  # there are no moments before the first step
             moments = {number: {"step": torch.tensor(steps)} for number in range(len(self.params))}
             for moment in MOMENTS:
                 with self.shards.showing(moment):
@@ -200,7 +200,7 @@ class ZeroEngine(ZeroSpec, Engine):
             self._load_scaler(state["scaler"])
 
     def _shard(self, model: nn.Module, config: dict[str, Any]) -> None:
-        """Shard the weights one by one, each as wide as it computes: a card without room for all of them will do."""
+        """Shard the weights one by one in the precision they compute in, so that a GPU need not hold all of them."""
         for param in model.parameters():
             param.data = param.data.to(self.dtype)
         device = self.config.offload_param_device
@@ -213,46 +213,46 @@ class ZeroEngine(ZeroSpec, Engine):
         )
 
     def _evaluate_together(self, action: Callable[[], T]) -> T:
-        """Run ``action`` on every rank as a forward pass of DeepSpeed's, whose hooks gather each layer's weights."""
-        found: list[T] = []
+        """Run ``action`` on every rank as a forward pass of DeepSpeed, whose hooks gather each layer's weights."""
+        results: list[T] = []
         with self._averages():
             if self.ema is not None:
                 self.shards.publish()
-            self.engine(lambda: found.append(action()))
+            self.engine(lambda: results.append(action()))
         if self.ema is not None:
             self.shards.publish()
-        return found[0]
+        return results[0]
 
     def _averages(self) -> AbstractContextManager[None]:
-        """Within this context the shards hold the averaged weights, where an average is kept."""
+        """Within this context the shards hold the averaged weights (without EMA: the weights)."""
         return nullcontext() if self.ema is None else self.shards.holding(list(self.ema.shadow.values()))
 
     def _flats(self) -> dict[str, Tensor]:
         return {str(number): flat for number, flat in enumerate(self.shards.flats)}
 
     def _collect(self) -> dict[str, Tensor]:
-        """Gather one parameter after the other into rank 0's host memory; the others keep nothing."""
+        """Gather the parameters one by one into rank 0's host memory; other ranks keep nothing."""
         gathered = ((name, self.shards.gather(name)) for name in self.params)
         return {name: value.cpu() for name, value in gathered if self.is_main}
 
     @contextmanager
-    def _lent(self, convert: Convert, *, everywhere: bool = False) -> Iterator[None]:
-        """Give rank 0's parameters (or those of every rank) whole tensors of their own for a while."""
-        lent: dict[nn.Parameter, Tensor] = {}
+    def _unsharded(self, convert: Convert, *, everywhere: bool = False) -> Iterator[None]:
+        """Within this context rank 0's parameters (or those of every rank) are unsharded tensors."""
+        whole: dict[nn.Parameter, Tensor] = {}
         with self._averages():
             for name, param in self.params.items():
                 value = self.shards.gather(name)
                 if self.is_main or everywhere:
-                    lent[param] = convert(param, value)
+                    whole[param] = convert(param, value)
         for param in self.passed:
             with self.deepspeed.zero.GatheredParameters([param]):
                 if self.is_main or everywhere:
-                    lent[param] = convert(param, param.data.clone())
+                    whole[param] = convert(param, param.data.clone())
         if self.is_main or everywhere:
-            lent |= {param: convert(param, value) for param, value in self.frozen.items()}
-        kept = {param: param.data for param in lent}
+            whole |= {param: convert(param, value) for param, value in self.frozen.items()}
+        kept = {param: param.data for param in whole}
         try:
-            for param, value in lent.items():
+            for param, value in whole.items():
                 param.data = value
             yield
         finally:
@@ -270,7 +270,7 @@ class ZeroEngine(ZeroSpec, Engine):
                     self.shards.put(name, saved[number][moment])
 
     def _unsharded_norm(self) -> Tensor:
-        # Stage 0 clips without telling the norm.
+        # Stage 0 clips without returning the norm.
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None])
         scaler = internals.grad_scaler(self.engine)
         return (
@@ -298,12 +298,12 @@ class ZeroEngine(ZeroSpec, Engine):
             )
 
 
-class _Computing(nn.Module):
-    """The modules that DeepSpeed handles, computing under autocast: it ends one that is entered outside."""
+class _Wrapper(nn.Module):
+    """The modules that DeepSpeed handles; autocast is entered inside, as DeepSpeed ends one entered outside."""
 
-    def __init__(self, held: Iterable[nn.Module], autocast: Callable[[], Any]):
+    def __init__(self, modules: Iterable[nn.Module], autocast: Callable[[], Any]):
         super().__init__()
-        self.held, self.autocast = nn.ModuleList(held), autocast
+        self.held, self.autocast = nn.ModuleList(modules), autocast
 
     def forward(self, action: Callable[[], Any]) -> Any:
         """Return what ``action`` computes."""

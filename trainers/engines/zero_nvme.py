@@ -1,4 +1,4 @@
-"""ZeRO-3 whose optimizer states, or weights too, lie on an NVMe disk: its folder, and its shards."""
+"""ZeRO-3 with optimizer states, or weights too, on an NVMe disk: the swap folder, and access to swapped tensors."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ PREFIX = "dreamfleet-swap-"
 
 
 class SwapFolder:
-    """A folder of this process alone under ``engine.nvme_path``, removed when it is closed.
+    """A folder under ``engine.nvme_path`` that belongs to this process, removed by :meth:`close`.
 
-    DeepSpeed names its files by rank alone, so two runs, or two trials of a search, would write into one another's.
-    A process that was killed leaves its folder behind; the next one on that disk removes it.
+    DeepSpeed names its files by rank only, so two runs or trials would overwrite each other's files. The next process
+    on the disk removes the folder of one that was killed.
     """
 
     def __init__(self, parent: str):
         try:
             Path(parent).mkdir(parents=True, exist_ok=True)
-            # One at a time, or another one would remove ours, not locked yet.
+            # One process at a time, or another would remove this folder before it is locked.
             with _lock_of(Path(parent) / f"{PREFIX}gate"):
-                _sweep(Path(parent))
+                _remove_stale(Path(parent))
                 self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
                 self._lock = _lock_of(self.path / "lock")
                 self._lock.acquire()
@@ -52,14 +52,14 @@ class SwapFolder:
 
 
 def build_swapping() -> None:
-    """Compile what reads and writes the disk where that has not been done yet. Raises ResourceError when it cannot be.
+    """Compile DeepSpeed's asynchronous I/O if this machine has not yet, which takes minutes.
 
-    Minutes, once a machine.
+    Raises ResourceError if it cannot be compiled.
     """
     from deepspeed.ops.op_builder import AsyncIOBuilder
     from deepspeed.ops.op_builder.pin_memory import PinMemoryBuilder
 
-    # Apart, so that what a killed compiler left of either is cleared: the second would build the first unguarded.
+    # Separately, so that files left by a killed compiler are removed for both: the second would build the first.
     for builder in (PinMemoryBuilder(), AsyncIOBuilder()):
         build_op(
             builder,
@@ -71,9 +71,9 @@ def build_swapping() -> None:
 
 
 class SwappedShards(Shards):
-    """The same where the optimizer's weights and moments are in files, and one sub-group of them in memory at a time.
+    """Shards whose weights and moments are in files, with one sub-group of them in memory at a time.
 
-    Going through the parameters in order reads every file once.
+    Accessing the parameters in order reads every file once.
     """
 
     _here: int | None = None
@@ -94,7 +94,7 @@ class SwappedShards(Shards):
         internals.swap_out(self.outer, self._here, changed=self._changed)
         self._here, self._changed = None, False
 
-    def _wrote(self) -> None:
+    def _mark_written(self) -> None:
         self._changed = True
 
     def _flat(self, number: int) -> Tensor:
@@ -107,11 +107,11 @@ class SwappedShards(Shards):
         return flat if self._shown is None else self.inner.state[flat][self._shown]
 
 
-def _sweep(parent: Path) -> None:
-    """Remove the folders of processes that are gone."""
+def _remove_stale(parent: Path) -> None:
+    """Remove the folders of processes that no longer run."""
     for left in parent.glob(f"{PREFIX}*/"):
         with suppress(Timeout), _lock_of(left / "lock").acquire(blocking=False):
-            log.warning("removing %s, which a run that was killed left behind", left)
+            log.warning("removing %s, left by a run that was killed", left)
             shutil.rmtree(left, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed needs before its first step: its JSON, an import that keeps stdout clean, its CPU Adam."""
+"""Sets up DeepSpeed: its JSON configuration, an import that leaves stdout alone, its compiled CPU Adam."""
 
 from __future__ import annotations
 
@@ -39,60 +39,61 @@ def zero_config(
     largest: int = 0,
     swap_folder: str | None = None,
 ) -> dict[str, Any]:
-    """Translate our settings into DeepSpeed's JSON; ``num_params`` counts the elements that learn.
+    """Return DeepSpeed's JSON for the ``engine:`` section.
 
-    ``largest`` is the number of elements of the largest tensor, ``swap_folder`` this process's own on an NVMe disk.
+    ``num_params``: number of trainable elements. ``largest``: elements of the largest tensor. ``swap_folder``: this
+    process's folder on an NVMe disk.
 
-    Stages 1 to 3 use DeepSpeed's own half-precision modes: weights and gradients in 16 bits, and fp32 weights in the
-    sharded optimizer. Stage 0 has no sharded optimizer: fp32 weights under autocast, as in TorchEngine.
-    What a ``deepspeed_config`` says besides lies under ours.
+    Stages 1 to 3 use DeepSpeed's half-precision modes: weights and gradients in 16 bits, float32 weights in the sharded
+    optimizer. Stage 0 has no sharded optimizer: float32 weights under autocast, as in TorchEngine. Other keys of
+    ``deepspeed_config`` are passed on; the recipe's take precedence.
     Source: https://www.deepspeed.ai/docs/config-json/
     """
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.zero_stage:
-        bucket = min(BUCKET, num_params + num_params % 2)  # DeepSpeed refuses odd ones
+        bucket = min(BUCKET, num_params + num_params % 2)  # DeepSpeed rejects odd sizes
         zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     zero |= {key: getattr(config, key) for key in ZERO_KEYS if getattr(config, key) is not None}
     for part in ("optimizer", "param"):
         device = getattr(config, f"offload_{part}_device")
         if device != "none":
-            told_part: dict[str, Any] = {"device": device}
-            told_part |= {} if config.pin_memory is None else {"pin_memory": config.pin_memory}
-            told_part |= {"nvme_path": swap_folder} if device == "nvme" else {}
-            zero[f"offload_{part}"] = told_part
-    told: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # only counts samples for a log of DeepSpeed's that is off
+            block: dict[str, Any] = {"device": device}
+            block |= {} if config.pin_memory is None else {"pin_memory": config.pin_memory}
+            block |= {"nvme_path": swap_folder} if device == "nvme" else {}
+            zero[f"offload_{part}"] = block
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # only used in a DeepSpeed log that is off
         "gradient_accumulation_steps": num_micros,
         "gradient_clipping": max_grad_norm,
         "zero_optimization": zero,
     }
-    if mixed_precision == "fp16" and config.zero_stage:  # the loss scale of torch's GradScaler
-        told["fp16"] = {
+    if mixed_precision == "fp16" and config.zero_stage:  # with the loss scale of torch's GradScaler
+        settings["fp16"] = {
             "enabled": True,
             "initial_scale_power": 16,
             "loss_scale_window": 2000,
             "hysteresis": 1,
         }
     elif mixed_precision == "fp16":
-        told["torch_autocast"] = {"enabled": True, "dtype": "float16"}
+        settings["torch_autocast"] = {"enabled": True, "dtype": "float16"}
     elif mixed_precision == "bf16" and config.zero_stage:
-        told["bf16"] = {"enabled": True}
-    usual: dict[str, Any] = {}
+        settings["bf16"] = {"enabled": True}
+    defaults: dict[str, Any] = {}
     if config.offload_optimizer_device == "nvme":
-        usual = {"sub_group_size": SWAPPED_GROUP}
-    if config.offload_param_device == "nvme":  # else a billion weights stay in host memory
-        usual |= {"offload_param": {"max_in_cpu": 0, "buffer_size": largest}}
-    under: dict[str, Any] = {"zero_optimization": usual}
+        defaults = {"sub_group_size": SWAPPED_GROUP}
+    if config.offload_param_device == "nvme":  # by default a billion weights stay in host memory
+        defaults |= {"offload_param": {"max_in_cpu": 0, "buffer_size": largest}}
+    under: dict[str, Any] = {"zero_optimization": defaults}
     if config.deepspeed_config is not None:
         under = merge_trees(under, passed_on(read_deepspeed_file(config.deepspeed_config)))
-    return merge_trees(under, told)
+    return merge_trees(under, settings)
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed for a device, its log going where ours goes. Raises ResourceError when it is not installed."""
-    # Read once, at the first import; without it, a run on the CPU of a machine with a GPU would get the GPU.
+    """Import DeepSpeed for a device, with its log in this program's log. Raises ResourceError without it."""
+    # DeepSpeed reads it once, at import. Without it, a run on the CPU of a machine with a GPU would use the GPU.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    # DeepSpeed takes the device's number from here.
+    # DeepSpeed takes the device index from LOCAL_RANK.
     os.environ["LOCAL_RANK"] = (
         str(device.index or 0) if device.type == "cuda" else os.environ.get("LOCAL_RANK", "0")
     )
@@ -104,27 +105,27 @@ def import_deepspeed(device: torch.device) -> Any:
             f"engine.zero_stage needs DeepSpeed, which cannot be imported here ({error}): install it with "
             "pip install --no-build-isolation deepspeed, or set engine.zero_stage: auto"
         ) from error
-    # At every gather of weights: DeepSpeed calls torch by names that torch renames.
+    # At every gather DeepSpeed calls torch functions by deprecated names.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     own = logging.getLogger("DeepSpeed")
-    own.handlers.clear()  # it writes to stdout, where results go
+    own.handlers.clear()  # they write to stdout, which is for results
     own.propagate = True
     internals.skip_op_probing(deepspeed)
     return deepspeed
 
 
 def destroy_group() -> None:
-    """Destroy the process group, and what DeepSpeed remembers of it."""
+    """Destroy the process group together with DeepSpeed's record of it."""
     import deepspeed
 
     (deepspeed.comm if deepspeed.comm.is_initialized() else dist).destroy_process_group()
 
 
 def make_cpu_adam(plain: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Build DeepSpeed's AdamW for offloaded states, with the groups and settings of a plain one.
+    """Build DeepSpeed's AdamW for offloaded states, with the groups and settings of the optimizer ``plain``.
 
-    Compiles it where that has not been done yet: minutes, once a machine, kept in TORCH_EXTENSIONS_DIR or
-    ``~/.cache/torch_extensions``. Raises ResourceError when it cannot be compiled.
+    The first call on a machine compiles it, which takes minutes, into TORCH_EXTENSIONS_DIR or
+    ``~/.cache/torch_extensions``. Raises ResourceError if it cannot be compiled.
     """
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from deepspeed.ops.op_builder import CPUAdamBuilder
@@ -141,12 +142,12 @@ def make_cpu_adam(plain: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def build_op(builder: Any, *, what: str, needs: str, instead: str) -> None:
-    """Load one of DeepSpeed's ops, which compiles it at its first use. Raises ResourceError when it cannot be."""
+    """Load a DeepSpeed op, which compiles it at its first use. Raises ResourceError if that fails."""
     internals.build_without_debug_symbols(builder)
     try:
         with sole_builder(builder.NAME), stdout_to_stderr():
             builder.load(verbose=False)
-    except Exception as error:  # builders raise whatever they meet: a TypeError where there is no CUDA_HOME
+    except Exception as error:  # builders raise anything: a TypeError without CUDA_HOME
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ResourceError(
             f"{what} at its first use, which failed ({reason}); every machine needs {needs}, or set {instead}"
@@ -155,10 +156,10 @@ def build_op(builder: Any, *, what: str, needs: str, instead: str) -> None:
 
 @contextmanager
 def sole_builder(op: str) -> Iterator[None]:
-    """Let one process of this machine at a time load a compiled op, and clear what a killed one left.
+    """Let one process of this machine at a time load a compiled op, and remove the lock file of a killed build.
 
-    torch marks a build by a file, and waits for ever for one whose builder was killed. Our lock ends with its holder,
-    so whoever has it knows that the file is a leftover.
+    torch marks a build by a file, and waits forever if its builder was killed. The lock used here ends with its
+    process, so the process that holds it knows that torch's file is stale.
     """
     from torch.utils.cpp_extension import _get_build_directory
 
@@ -172,7 +173,7 @@ def sole_builder(op: str) -> Iterator[None]:
 
 @contextmanager
 def stdout_to_stderr() -> Iterator[None]:
-    """Send to stderr what is printed meanwhile, also by compilers: stdout carries results."""
+    """Redirect stdout to stderr, for compilers as well, because stdout carries results."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)

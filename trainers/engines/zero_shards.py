@@ -1,4 +1,4 @@
-"""The fp32 weights inside a DeepSpeed optimizer: this rank's part of them, gathered whole and put back by name."""
+"""Reads and writes the float32 weights and moments inside a DeepSpeed optimizer by parameter name."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Shards:
-    """Reads and writes the full-precision weights of an engine, whole and by parameter name, at every ZeRO stage.
+    """Reads and writes an engine's full-precision weights, unsharded and by parameter name, at every ZeRO stage.
 
-    ``flats`` are the tensors that DeepSpeed's inner optimizer steps on: the parameters themselves (stage 0), or this
-    rank's part of all parameters of a group, laid end to end (1 to 3). Adam's moments and averaged weights have the
-    same layout, so they are read and written by :meth:`showing` or :meth:`holding` them in the place of the weights.
-    Every rank must call :meth:`gather` and :meth:`put`, for the same parameters in the same order.
+    ``flats`` are the tensors that DeepSpeed's inner optimizer steps: the parameters themselves (stage 0), or this
+    rank's part of all parameters of a group, concatenated (1 to 3). Adam's moments and averaged weights have the same
+    layout; within :meth:`showing` or :meth:`holding` they are read and written in place of the weights. Every rank must
+    call :meth:`gather` and :meth:`put`, for the same parameters in the same order.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Shards:
         )
 
     def gather(self, name: str) -> Tensor:
-        """Return a copy of the whole parameter in float32, on the training device."""
+        """Return an unsharded float32 copy of a parameter on the training device."""
         param: Any = self.params[name]
         if self.stage == 0:
             return param.detach().float().clone()
@@ -45,7 +45,7 @@ class Shards:
         return safe_get_full_fp32_param(param).detach()
 
     def put(self, name: str, value: Tensor) -> None:
-        """Overwrite this rank's part of a parameter in full precision; what the model computes with stays as it is."""
+        """Overwrite this rank's full-precision part of a parameter; the model's own copy changes at :meth:`publish`."""
         param: Any = self.params[name]
         if self.stage == 0:
             param.data.copy_(value)
@@ -53,15 +53,15 @@ class Shards:
             part = self._part(param)
             start = min(self.rank * len(part), value.numel())
             mine = value.flatten()[start : start + len(part)]
-            part[: len(mine)].copy_(mine)  # the rest is padding, as parts are of equal size
-            self._wrote()
+            part[: len(mine)].copy_(mine)  # the rest is padding: parts have equal sizes
+            self._mark_written()
         else:
             from deepspeed.utils import safe_set_full_fp32_param
 
             safe_set_full_fp32_param(param, value)
 
     def publish(self) -> None:
-        """Let what the model computes with follow the full-precision weights, as after a step; every rank calls."""
+        """Copy the full-precision weights into the weights that the model computes with; every rank calls."""
         if self.stage == 3:
             for number in range(len(self.flats)):
                 self._flat(number)
@@ -73,31 +73,31 @@ class Shards:
 
     @property
     def steps(self) -> float:
-        """How many steps the optimizer took since its moments were made."""
-        # A step that fp16 skipped may leave an empty state behind.
+        """Number of steps since the optimizer's moments were created."""
+        # A step that fp16 skipped may leave an empty state.
         return float(self.inner.state.get(self.flats[0], {}).get("step", 0))
 
     def make_moments(self, make_step: Callable[[Tensor], int | Tensor]) -> None:
-        """Give the optimizer moments of nought, to be put: before its first step it has none.
+        """Create zero moments, which the optimizer lacks before its first step, so that they can be overwritten.
 
-        ``make_step`` tells the steps taken, in a tensor of its own each time: optimizers count on in place.
+        ``make_step`` returns the number of steps taken, a new tensor at each call: optimizers increment it in place.
         """
         for number in range(len(self.flats)):
             flat = self._flat(number)
             moments = {name: torch.zeros_like(flat, requires_grad=False) for name in MOMENTS}
             self.inner.state[flat] = {"step": make_step(flat), **moments}
-            self._wrote()
+            self._mark_written()
         self.rest()
 
     @contextmanager
     def showing(self, moment: str) -> Iterator[None]:
-        """Within this context :meth:`gather` and :meth:`put` mean a moment of the optimizer's."""
+        """Within this context :meth:`gather` and :meth:`put` access one of the optimizer's moments."""
         with self.holding([self.inner.state[flat][moment] for flat in self.flats]):
             yield
 
     @contextmanager
     def holding(self, others: Sequence[Tensor]) -> Iterator[None]:
-        """Exchange the contents of ``flats`` and ``others`` for the length of this context."""
+        """Exchange the contents of ``flats`` and ``others`` within this context."""
         self._exchange(others)
         try:
             yield
@@ -105,14 +105,14 @@ class Shards:
             self._exchange(others)
 
     def rest(self) -> None:
-        """Give back the memory of what was read or written last, before the engine goes on."""
+        """Release the memory of the tensor that was read or written last, before training continues."""
 
     def _flat(self, number: int) -> Tensor:
-        """Return what lies in the place of a flat tensor: see :meth:`showing`."""
+        """Return a flat tensor of weights, or of what :meth:`showing` selected."""
         return self.flats[number]
 
-    def _wrote(self) -> None:
-        """Note that what :meth:`_flat` returned last was overwritten."""
+    def _mark_written(self) -> None:
+        """Record that the tensor returned last by :meth:`_flat` was overwritten."""
 
     def _part(self, param: nn.Parameter) -> Tensor:
         """Return this rank's part of a parameter under stage 3, within its sub-group's tensor."""
@@ -128,7 +128,7 @@ class Shards:
 
 
 def owners(roots: Iterable[nn.Module]) -> list[nn.Module]:
-    """List the outermost modules with parameters of their own, each once: a LoRA's are in the method and the U-Net."""
+    """Return the outermost modules with parameters of their own, each once: LoRA's are in the method and the U-Net."""
 
     def walk(module: nn.Module) -> Iterator[nn.Module]:
         if module._parameters:

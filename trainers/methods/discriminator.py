@@ -1,4 +1,4 @@
-"""DreamArtist's discriminator: a ConvNeXt that learns from labelled pictures which are good, for prompt tuning.
+"""DreamArtist's discriminator: a ConvNeXt that learns from labelled images which are good, for prompt tuning.
 
 Source: DreamArtist's `convnext_discriminator.py`; its training is that of ConvNeXt's authors (arXiv 2201.03545).
 """
@@ -40,9 +40,9 @@ log = logging.getLogger(__name__)
 
 
 class DiscriminatorTraining(ImageMethod):
-    """Teach a classifier from labelled pictures which are good; prompt tuning learns from its judgement.
+    """Teach a classifier from labelled images which are good; prompt tuning learns from its judgement.
 
-    A picture's label travels as its caption, the name of its class, so the hash of the data covers it.
+    An image's label travels as its caption, the name of its class, so the hash of the data covers it.
     """
 
     needs = ()
@@ -76,7 +76,7 @@ class DiscriminatorTraining(ImageMethod):
         )
 
     def split(self, instances: Index) -> tuple[Index, Index | None]:
-        """Split the labelled pictures; the others are left out. Raises DataError for labels that teach nothing."""
+        """Split the labelled images; the others are left out. Raises DataError for labels that teach nothing."""
         folders = [concept.instance_data_dir for concept in self.setting.concepts]
         kept = find_labels(instances, folders, self.config.labels)
         if self.config.test_labels:
@@ -87,17 +87,17 @@ class DiscriminatorTraining(ImageMethod):
         for label in {*kept.values(), *tested.values()}:
             if label >= len(self.config.classes):
                 raise DataError(
-                    f"labels: there are pictures of class {label}, but method.classes has names for 0 to "
+                    f"labels: there are images of class {label}, but method.classes has names for 0 to "
                     f"{len(self.config.classes) - 1} only ({', '.join(self.config.classes)}); add its name"
                 )
         counts = Counter(kept.values())
         if len(counts) < 2:
             raise DataError(
-                f"labels: {len(kept)} pictures to train on, of {len(counts)} classes; at least two classes are needed. "
+                f"labels: {len(kept)} images to train on, of {len(counts)} classes; at least two classes are needed. "
                 "Label some with `dreamfleet data label FOLDER`, or name the file with method.labels"
             )
         if unlabelled := len(instances) - len(kept) - len(tested):
-            log.info("left out, as they have no label: %d of %d pictures", unlabelled, len(instances))
+            log.info("left out, as they have no label: %d of %d images", unlabelled, len(instances))
         if self.config.balance_classes:
             shares = torch.tensor([counts.get(number, 0) for number in range(len(self.config.classes))])
             self._weights = [len(kept) / (len(counts) * shares.clamp(min=1).float())]
@@ -114,7 +114,7 @@ class DiscriminatorTraining(ImageMethod):
         return [ParamGroup("discriminator", dict(self.network.named_parameters()))]
 
     def forward(self, batch: Batch) -> Loss:
-        """Compute the cross entropy of each picture's class, weighted where classes are balanced."""
+        """Compute the cross entropy of each image's class, weighted where classes are balanced."""
         logits_NK, labels_N = self._ask(batch), batch["labels"]
         smoothing = self.config.label_smoothing
         per_sample = F.cross_entropy(logits_NK, labels_N, label_smoothing=smoothing, reduction="none")
@@ -166,7 +166,7 @@ class DiscriminatorTraining(ImageMethod):
         return instances.take(rows, [self.config.classes[labels[row]] for row in rows])
 
     def _vary(self, use: Use) -> Image.Image:
-        """Mirror a picture and vary its colours, as its key says."""
+        """Mirror an image and vary its colours, as its key says."""
         image = ImageOps.mirror(use.image) if use.mirrored else use.image
         if use.key is None or not self.config.color_jitter:
             return image

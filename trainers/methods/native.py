@@ -1,4 +1,4 @@
-"""Native training: the model learns on from captioned pictures, as it was trained in the first place.
+"""Native training: the model learns on from captioned images, as it was trained in the first place.
 
 Source: Rombach et al. 2022 (arXiv 2112.10752); naifu-diffusion and kohya's `fine_tune.py` for what is around it. That
 is buckets, tags, long prompts, masks, noise schedules and averages: other sections' keys, which serve every method.
@@ -24,7 +24,7 @@ from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
 class Native(DiffusionMethod):
-    """Teach the model a whole set of captioned pictures: all of the U-Net learns. A whole new checkpoint."""
+    """Teach the model a whole set of captioned images: all of the U-Net learns. A whole new checkpoint."""
 
     def __init__(self, config: NativeConfig, model: DiffusionModel, setting: Setting):
         super().__init__(config, model, setting)

@@ -42,7 +42,7 @@ NEGATIVE_NOISE = (
 
 
 class PromptTuning(DiffusionMethod):
-    """Teach a new word and what to steer away from, from one picture: vectors for the prompt and its negative."""
+    """Teach a new word and what to steer away from, from one image: vectors for the prompt and its negative."""
 
     formats = ("pt", "safetensors")
 
@@ -80,7 +80,7 @@ class PromptTuning(DiffusionMethod):
         return check_templates(self.model, self._templates, self._word, samples, data)
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
-        """Fill a template line drawn for this use of the picture with the placeholder and the picture's caption."""
+        """Fill a template line drawn for this use of the image with the placeholder and the image's caption."""
         return fill_prompt(self._templates, self._word, sample, rng, data)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
@@ -101,7 +101,7 @@ class PromptTuning(DiffusionMethod):
         return self._noise_losses(batch, self._predict(batch)[1], snr_gamma)
 
     def forward(self, batch: Batch) -> Loss:
-        """Compute the noise loss of the guided prediction, plus the weighted losses of the decoded picture."""
+        """Compute the noise loss of the guided prediction, plus the weighted losses of the decoded image."""
         noisy, predicted = self._predict(batch)
         per_sample = self._noise_losses(batch, predicted, self.setting.snr_gamma)
         extras = {}
@@ -133,7 +133,7 @@ class PromptTuning(DiffusionMethod):
         noisy = model.add_noise(batch["latents"], batch["noise"], timesteps)
         ids = batch["input_ids"]
         pairs = model.encode_tokens(ids.flatten(0, 1)).map(lambda tensor: tensor.unflatten(0, ids.shape[:2]))
-        if "time_ids" in batch:  # both sides of a pair are of the same picture
+        if "time_ids" in batch:  # both sides of a pair are of the same image
             pairs = pairs.with_sizes(batch["time_ids"][:, None].expand(-1, 2, -1))
         scale = guidance_at(self._guidance, model.noise_level(timesteps))
         return noisy, guided_prediction(model, noisy, timesteps, pairs, scale)
@@ -144,11 +144,11 @@ class PromptTuning(DiffusionMethod):
     def _image_losses(
         self, batch: Batch, noisy: Tensor, predicted: Tensor
     ) -> dict[str, tuple[Tensor, float]]:
-        """Decode what the prediction makes of each picture and judge it: losses ``[N]`` and weights, by name.
+        """Decode what the prediction makes of each image and judge it: losses ``[N]`` and weights, by name.
 
-        Reconstruction is the mean absolute difference from the picture, in pixels. That is its latents decoded, not the
+        Reconstruction is the mean absolute difference from the image, in pixels. That is its latents decoded, not the
         file: cached latents have no file at hand, and what the VAE itself loses cannot be learned. The discriminator's
-        loss is what lacks to certainty that the picture is of its class.
+        loss is what lacks to certainty that the image is of its class.
         """
         model, config = self.model, self.config
         found: dict[str, tuple[Tensor, float]] = {}

@@ -1,7 +1,7 @@
-"""Adafactor with a given learning rate: the second moments of a matrix kept as their row and column means.
+"""Adafactor with an external learning rate: second moments of a matrix are stored as row and column means.
 
-Source: Shazeer & Stern 2018 (arXiv 1804.04235), algorithm 4 with the rate of the recipe in place of the relative one,
-no first moment, and update clipping at 1; in kohya's words relative_step=False scale_parameter=False.
+Source: Shazeer & Stern 2018 (arXiv 1804.04235), algorithm 4 with the recipe's learning rate in place of the relative
+one, no first moment, and update clipping at 1; kohya's options relative_step=False scale_parameter=False.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-30  # added to squared gradients
-CLIP_THRESHOLD = 1.0  # root mean square of an update at most
+CLIP_THRESHOLD = 1.0  # maximum root mean square of an update
 DECAY = -0.8  # of the second moments: 1 - step ** DECAY
 
 
 class Adafactor(torch.optim.Optimizer):
-    """Adafactor over float32 weights; it never waits for a device.
+    """Adafactor for float32 weights, without synchronisation with the device.
 
-    A tensor of more than two dimensions is laid flat to ``[first, rest]``: factored over the last two, as elsewhere, a
-    3 x 3 convolution would keep two thirds of its moments.
+    A tensor of more than two dimensions is reshaped to ``[first, rest]``. Factored over the last two dimensions, as in
+    other implementations, a 3 x 3 convolution would store two thirds of its moments.
     """
 
     def __init__(self, params: Iterable[Any], *, lr: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # nothing calls a closure
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # closures are not supported
         """Step every parameter that has a gradient."""
         for group in self.param_groups:
             for param in group["params"]:
@@ -52,7 +52,7 @@ class Adafactor(torch.optim.Optimizer):
         if factored:
             row = state["exp_avg_sq_row"].lerp_(squared.mean(dim=1), fresh)
             column = state["exp_avg_sq_col"].lerp_(squared.mean(dim=0), fresh)
-            del squared  # before the update takes as much
+            del squared  # before the update of the same size is allocated
             update = ((row / row.mean()).rsqrt_()[:, None] * column.rsqrt()[None]).mul_(grad)
         else:
             update = state["exp_avg_sq"].lerp_(squared, fresh).rsqrt().mul_(grad)

@@ -1,4 +1,4 @@
-"""The moving average of the learning weights."""
+"""Exponential moving average of the trainable weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dreamfleet.datasets.errors import CheckpointError
 
 
 class Ema:
-    """A moving average of the learning weights in float32, warmed up as diffusers' EMAModel does."""
+    """Moving average of the trainable weights in float32, with the warm-up of diffusers' EMAModel."""
 
     def __init__(self, params: Mapping[str, Tensor], decay: float):
         self.decay = decay
@@ -26,11 +26,11 @@ class Ema:
             torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in params.values()], weight)
             return
         for shadow, param in zip(self.shadow.values(), params.values(), strict=True):
-            shadow.lerp_(param.detach().float(), weight)  # one wide copy at a time
+            shadow.lerp_(param.detach().float(), weight)  # one float32 copy at a time
 
 
 def saved_average(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the averaged weights of a saved engine. Raises CheckpointError when it kept none."""
+    """Return the averaged weights of an engine's saved state. Raises CheckpointError if it has none."""
     if "ema" not in state:
         raise CheckpointError("engine.use_ema is on, but the checkpoint was saved without an average")
     return state["ema"]

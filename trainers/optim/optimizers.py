@@ -1,4 +1,4 @@
-"""The ``optimizer:`` section, and building what it says."""
+"""Builds the optimizer and the learning rates of a recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dreamfleet.trainers.optim.schedules import make_multiplier, make_rate
 
 
 def make_optimizer(groups: list[ParamGroup], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Build the optimizer with one parameter group per method group (empty ones left out).
+    """Build the optimizer with one parameter group per non-empty method group.
 
     Raises ResourceError for the 8-bit optimizer without bitsandbytes.
     """
@@ -34,7 +34,7 @@ def make_optimizer(groups: list[ParamGroup], config: OptimizerConfig) -> torch.o
 
 
 def import_adamw8bit() -> type[torch.optim.Optimizer]:
-    """Return bitsandbytes' 8-bit AdamW. Raises ResourceError where it is not installed."""
+    """Return bitsandbytes' 8-bit AdamW. Raises ResourceError if it is not installed."""
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
@@ -47,8 +47,7 @@ def import_adamw8bit() -> type[torch.optim.Optimizer]:
 def make_rates(
     groups: list[ParamGroup], config: OptimizerConfig, *, total_steps: int, global_batch: int
 ) -> dict[str, Callable[[int], float]]:
-    """Make the learning rate of each group as a function of the optimizer step."""
-
+    """Return the learning rate of each group as a function of the optimizer step (from 0)."""
     scale_all = global_batch if config.scale_lr else 1
     multiplier = make_multiplier(
         config.lr_scheduler,
@@ -66,7 +65,7 @@ def make_rates(
 
 
 def rate_of(group: str, config: OptimizerConfig) -> float | str:
-    """Return a group's learning rate: its own where the recipe has one, else that of what it is a part of."""
+    """Return a group's own learning rate if the recipe has one, else the rate of the next larger part."""
     every, text, second = config.learning_rate, config.text_encoder_lr, config.text_encoder_2_lr
     own = {"text_encoder": [text], "text_encoder_2": [second, text]}.get(group, [])
     return next((rate for rate in own if rate is not None), every)

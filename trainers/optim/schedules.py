@@ -1,4 +1,4 @@
-"""Learning rates as a pure function of the step: no scheduler state to save, none to get out of step on N workers."""
+"""Learning rates as a pure function of the optimizer step, so there is no scheduler state to save or synchronise."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def make_multiplier(
     rules: str = "1.0",
     base_rate: float = 1.0,
 ) -> Callable[[int], float]:
-    """Make the function from optimizer step (from 0) to what multiplies the learning rate: diffusers' names and curves.
+    """Return the multiplier of the learning rate as a function of the optimizer step (from 0), as in diffusers.
 
-    ``total`` counts optimizer steps whatever the number of workers. ``num_cycles`` is how often `cosine_with_restarts`
-    runs through a cosine; `cosine` is always half of one. ``rules``: see :func:`parse_rules`. ``base_rate`` is the rate
-    that is multiplied, of which `polynomial` leaves POLYNOMIAL_END. Raises RecipeError for an unknown name.
+    ``total``: optimizer steps, on any number of workers. ``num_cycles``: cycles of ``cosine_with_restarts``; ``cosine``
+    is always half a cosine. ``rules``: see :func:`parse_rules`. ``base_rate``: the rate that is multiplied, which
+    ``polynomial`` lowers to POLYNOMIAL_END. Raises RecipeError for an unknown name.
     """
     if name == "piecewise_constant":
         *pieces, (last, _) = parse_rules(rules)
         return lambda step: next((value for value, end in pieces if end is not None and step < end), last)
     end = POLYNOMIAL_END / base_rate if name == "polynomial" else 0.0
-    # Each as a function of what has passed after the warm-up, from 0 to 1.
+    # Functions of the elapsed share of the steps after warm-up, from 0 to 1.
     curves: dict[str, Callable[[float], float]] = {
         "constant": lambda passed: 1.0,
         "constant_with_warmup": lambda passed: 1.0,
@@ -52,12 +52,12 @@ def make_multiplier(
     }
     if name not in curves:
         raise RecipeError(f"optimizer.lr_scheduler: unknown {name!r}; known: {', '.join(SCHEDULES)}")
-    curve, rises = curves[name], warmup if name != "constant" else 0
+    curve, warmup = curves[name], warmup if name != "constant" else 0
 
     def at(step: int) -> float:
-        if step < rises:
-            return step / rises
-        return curve((step - rises) / max(1, total - rises))
+        if step < warmup:
+            return step / warmup
+        return curve((step - warmup) / max(1, total - warmup))
 
     return at
 
@@ -67,7 +67,7 @@ def _half_cosine(passed: float) -> float:
 
 
 def make_rate(rate: float | str, multiplier: Callable[[int], float]) -> Callable[[int], float]:
-    """Make the function from optimizer step (from 0) to learning rate; a schedule string stands by itself."""
+    """Return the learning rate as a function of the step (from 0); a webui schedule string ignores the multiplier."""
     if not isinstance(rate, str):
         return lambda step: rate * multiplier(step)
     pieces = parse_webui_schedule(rate)

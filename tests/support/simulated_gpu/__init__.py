@@ -1,12 +1,12 @@
-"""A simulated CUDA GPU for torch's CPU build: call :func:`install` once, before anything asks for a device.
+"""A simulated CUDA GPU for torch's CPU build: call :func:`install` once, before any use of a device.
 
 Tensors on ``cuda`` are real torch tensors of the CUDA device type, with storage, generators, streams and page-locked
 memory of their own; their kernels run on the host over the same bytes. So the code under test takes every branch that
-it takes on a GPU, and what a GPU refuses is refused: mixed devices, a generator of the wrong device, NumPy arrays of
+it takes on a GPU, and what fails on a GPU fails here: mixed devices, a generator of the wrong device, NumPy arrays of
 GPU tensors, operators without a CUDA kernel, CPU tensors over NCCL, two ranks on one device over NCCL, too much memory.
 Every operation that makes the host wait is recorded with the line that asked for it.
 
-It cannot show numbers of real kernels, speed, asynchronous order (nothing overlaps), NCCL, cuDNN, or compiled kernels.
+It cannot show results of real kernels, speed, asynchronous order (nothing overlaps), NCCL, cuDNN, or compiled kernels.
 It needs the version of torch in ``TORCH`` (it uses internal headers), a C++ compiler, and a process of its own.
 """
 
@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 TORCH = "2.13"
 MEMORY = 80 * 2**30
-CONTEXT = 400 * 2**20  # what a process takes of a device besides its tensors
+CONTEXT = 400 * 2**20  # memory of a device that a process uses besides its tensors
 #: Operators whose result the host has to know: each waits for everything queued before it.
 WAITING = (
     "aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::nonzero.out", "aten::masked_select",
@@ -52,7 +52,7 @@ events: list[Event] = []
 
 
 def missing() -> str | None:
-    """Say why no GPU can be simulated here; None where one can."""
+    """Return why no GPU can be simulated here; None if one can."""
     import torch
 
     if torch.version.cuda is not None or torch.cuda.is_available():
@@ -65,7 +65,7 @@ def missing() -> str | None:
 
 
 def install(*, devices: int = 1) -> Any:
-    """Make torch see ``devices`` GPUs of ``MEMORY`` bytes each; compiles the extension where that was not done yet."""
+    """Make torch see ``devices`` GPUs of ``MEMORY`` bytes each; compiles the extension at its first use."""
     global ext
     if ext is not None:
         return ext
@@ -91,14 +91,14 @@ def build() -> Any:
     folder = Path(_get_build_directory(name, verbose=False))
     os.environ.setdefault("MAX_JOBS", "1")
     with FileLock(folder / "build.lock"):
-        (folder / "lock").unlink(missing_ok=True)  # torch's own mark, left by a builder that was killed
+        (folder / "lock").unlink(missing_ok=True)  # torch's lock file, left by a build that was killed
         source = str(HERE / "simulated_cuda.cpp")
         return load(name, [source], build_directory=str(folder), extra_cflags=["-O1", "-g0"])
 
 
 @contextmanager
 def recorded() -> Iterator[list[Event]]:
-    """Record what happens within this context; the list that it gives is filled at the end."""
+    """Record the events within this context; the list that is yielded is filled at its end."""
     start, found = len(events), []
     ext.record(True)
     try:
@@ -112,7 +112,7 @@ def recorded() -> Iterator[list[Event]]:
 
 @contextmanager
 def memory_of(size: int) -> Iterator[None]:
-    """Within this context every device has ``size`` bytes for tensors, whatever it says."""
+    """Within this context every device has ``size`` bytes for tensors, whatever it reports."""
     ext.set_total(size)
     try:
         yield
@@ -126,7 +126,7 @@ def _record(kind: str, what: str, size: int) -> None:
     _busy.value = True
     try:
         lines: list[str] = []
-        frame = sys._getframe().f_back  # None in a thread of autograd's
+        frame = sys._getframe().f_back  # None in an autograd thread
         while frame is not None and len(lines) < 6:
             if line := _line_of(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name):
                 lines.append(line)
@@ -137,7 +137,7 @@ def _record(kind: str, what: str, size: int) -> None:
 
 
 def _line_of(file: str, number: int, function: str) -> str | None:
-    """Name a line of the project or of a library other than torch; None for the others."""
+    """Return a line of the project or of a library other than torch as text; None for others."""
     if "site-packages/" in file:
         short = file.split("site-packages/")[1]
         return None if short.startswith("torch/") else f"[{short}:{number} {function}]"

@@ -106,12 +106,12 @@ def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args=node)
     try:
         for name in sys.argv[2:]:
-            told: dict[str, Any] = {"case": name, "error": None}
+            result: dict[str, Any] = {"case": name, "error": None}
             try:
                 CASES[name](folder, cluster.address)
-            except Exception:  # noqa: BLE001 - it is what is told
-                told["error"] = traceback.format_exc(limit=-8)
-            print(json.dumps(told), flush=True)
+            except Exception:  # noqa: BLE001 - it is reported
+                result["error"] = traceback.format_exc(limit=-8)
+            print(json.dumps(result), flush=True)
     finally:
         ray.shutdown()
         cluster.shutdown()

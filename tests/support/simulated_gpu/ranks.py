@@ -73,13 +73,13 @@ def run_case(name: str, folder: Path, rank: int) -> dict[str, Any]:
         warnings.simplefilter("always")
         run_module.run_worker(recipe, should_stop=lambda: next(polls, False), **options)
         summary = run_module.run_worker(recipe, resume=True, **options)
-    told = {str(one.message)[:300] for one in caught}
+    messages = {str(one.message)[:300] for one in caught}
     if "zero" in summary.engine.lower():  # DeepSpeed's stage 3 waits without naming its device
-        told = {text for text in told if not text.startswith("barrier()")}
+        messages = {text for text in messages if not text.startswith("barrier()")}
     words = ("cuda", "nccl", "barrier", "device_id")
     return {
         "steps": summary.steps,
-        "warnings": sorted(text for text in told if any(word in text.lower() for word in words)),
+        "warnings": sorted(text for text in messages if any(word in text.lower() for word in words)),
         "elsewhere": simulated_gpu.ext.has_context(1 - rank),
     }
 
@@ -101,9 +101,9 @@ def main() -> None:
     for name in names:
         try:
             print(json.dumps({"case": name, "error": None, **run_case(name, folder, rank)}), flush=True)
-        except Exception:  # noqa: BLE001 - it is what is told
+        except Exception:  # noqa: BLE001 - it is reported
             print(json.dumps({"case": name, "error": traceback.format_exc(limit=-12)}), flush=True)
-            os._exit(1)  # the other rank may wait for this one for ever
+            os._exit(1)  # the other rank may wait for this one forever
     dist.barrier(device_ids=[rank])
     leave_group()
 

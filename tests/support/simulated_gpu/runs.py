@@ -40,7 +40,7 @@ from dreamfleet.trainers.run.run import run_worker
 from simulated_gpu import cases
 from simulated_gpu.special import SPECIAL
 
-WAITS = ("wait", "send", "race")  # kinds of events that hold up a step, or would spoil one
+WAITS = ("wait", "send", "race")  # kinds of events that block a step, or corrupt one
 
 
 class Watch:
@@ -67,7 +67,7 @@ class Watch:
 
 
 def workplace(parent: Path, family: str) -> Path:
-    """Make a folder with a tiny model of a family and pictures, once."""
+    """Write a tiny model of a family and its images to a folder, once."""
     folder = parent / family
     if folder.exists():
         return folder
@@ -85,7 +85,7 @@ def workplace(parent: Path, family: str) -> Path:
 
 
 def run_row(row: cases.Row, parent: Path) -> dict[str, Any]:
-    """Run a row, stop it, resume it to its end, and score it; makes the cache of latents first that a row may have."""
+    """Run a row, stop it, resume it to its end, and score it; encodes its cache of latents first, if it has one."""
     folder, watch = workplace(parent, row.family), Watch()
     recipe = build_recipe(cases.tree_of(row, folder))
     # A plan takes seconds on the host and none on the device; a special case has one.
@@ -95,7 +95,7 @@ def run_row(row: cases.Row, parent: Path) -> dict[str, Any]:
             cache_latents(recipe)
         run_worker(recipe, device="cuda", should_stop=watch)
         summary = run_worker(recipe, device="cuda", resume=True)
-        if recipe.validation.prompts:  # its exports draw
+        if recipe.validation.prompts:  # its exports generate images
             scores = score_run(recipe.output_dir, num_images=1)
             assert scores["num_pictures"] > 0 and scores["clip_i"] is not None, scores
     finally:
@@ -116,24 +116,24 @@ def run_row(row: cases.Row, parent: Path) -> dict[str, Any]:
 
 
 def run_case(name: str, action: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
-    """Run a case; tell its error, and what it left behind."""
-    told: dict[str, Any] = {"case": name, "error": None}
+    """Run a case; return its error, and the memory and limits that it left behind."""
+    result: dict[str, Any] = {"case": name, "error": None}
     before, began = simulated_gpu.ext.usage(0)[0], time.monotonic()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            told |= action() or {}
-        except Exception as error:  # noqa: BLE001 - it is what is told
+            result |= action() or {}
+        except Exception as error:  # noqa: BLE001 - it is reported
             kind = "refused: " if isinstance(error, UserError) else ""
-            told["error"] = f"{kind}{type(error).__name__}: {error}\n{traceback.format_exc(limit=-12)}"
-    told["warnings"] = sorted(
+            result["error"] = f"{kind}{type(error).__name__}: {error}\n{traceback.format_exc(limit=-12)}"
+    result["warnings"] = sorted(
         {str(one.message)[:300] for one in caught if "cuda" in str(one.message).lower()}
     )
     gc.collect()
-    told["left"] = simulated_gpu.ext.usage(0)[0] - before
-    told["elsewhere"] = simulated_gpu.ext.has_context(1)
-    told["limited"] = simulated_gpu.ext.limit_of(0) < simulated_gpu.MEMORY
-    return told | {"seconds": round(time.monotonic() - began, 1)}
+    result["left"] = simulated_gpu.ext.usage(0)[0] - before
+    result["elsewhere"] = simulated_gpu.ext.has_context(1)
+    result["limited"] = simulated_gpu.ext.limit_of(0) < simulated_gpu.MEMORY
+    return result | {"seconds": round(time.monotonic() - began, 1)}
 
 
 def main() -> None:
@@ -153,10 +153,10 @@ def main() -> None:
             else:
                 run_module.settle_engine = settle
                 action = functools.partial(SPECIAL[case], workplace(parent, "sd1"))
-            told = run_case(case, action)
-            if told["error"] and case in rows:
-                told["error"] = f"{rows[case].options}\n{told['error']}"
-            print(json.dumps(told), flush=True)
+            result = run_case(case, action)
+            if result["error"] and case in rows:
+                result["error"] = f"{rows[case].options}\n{result['error']}"
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -88,9 +88,9 @@ def too_little_memory_ends_a_run_and_leaves_nothing(folder: Path) -> None:
 
 
 @special
-def too_little_memory_is_told_by_every_command(folder: Path) -> None:
-    tree = tiny.make_recipe(folder, output_dir=str(folder / "runs/told"))
-    recipe = tiny.write_recipe(folder / "told.yaml", tree)
+def too_little_memory_is_an_error_of_every_command(folder: Path) -> None:
+    tree = tiny.make_recipe(folder, output_dir=str(folder / "runs/error"))
+    recipe = tiny.write_recipe(folder / "error.yaml", tree)
     model = folder / "model"
     commands: dict[str, list[Any]] = {
         "check": ["check", recipe],
@@ -102,9 +102,9 @@ def too_little_memory_is_told_by_every_command(folder: Path) -> None:
     with simulated_gpu.memory_of(LITTLE):
         for name, words in commands.items():
             result = command(*words)
-            told = result.output
-            assert result.exit_code == 2, (name, result.exit_code, told)
-            assert "ran out of memory" in told and "Traceback" not in told, (name, told)
+            output = result.output
+            assert result.exit_code == 2, (name, result.exit_code, output)
+            assert "ran out of memory" in output and "Traceback" not in output, (name, output)
 
 
 @special
@@ -151,11 +151,11 @@ def trials_leave_nothing_whatever_their_end(folder: Path) -> None:
     before = used()
     for number, (rate, end) in enumerate([(1e38, "failed"), (1e-3, "completed"), (1e-3, "completed")]):
         trial = TrialRun(shared, f"trial-{number:03d}", {"optimizer.learning_rate": rate}, -1)
-        told: dict[str, Any] = {}
-        while not told.get("done"):
-            told = trial.next_round()
+        line: dict[str, Any] = {}
+        while not line.get("done"):
+            line = trial.next_round()
         trial.stop()
-        assert told["exit_reason"] == end, told
+        assert line["exit_reason"] == end, line
         assert used() <= before, f"trial {number} left {used() - before} bytes"
 
 
@@ -191,8 +191,8 @@ def _benchmark(name: str, folder: Path) -> None:
     elif name == "pcie":
         assert copy_rates(2**20)["to_gpu_gb_per_s"] > 0
     else:
-        told = gpu.run_case(name, small=True)
-        assert told["loss"] > 0 and told["peak_allocated_gib"] >= 0 and told["settled"], told
+        figures = gpu.run_case(name, small=True)
+        assert figures["loss"] > 0 and figures["peak_allocated_gib"] >= 0 and figures["settled"], figures
 
 
 def benchmark_cases() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -124,6 +125,13 @@ def test_a_run_exports_samples_scores_and_reports_a_registered_kind(toy: Any, tm
         )
     finally:
         METHODS.unregister("table_inversion")
+
+
+@pytest.mark.usefixtures("toy")
+def test_the_recipe_reference_lists_a_registered_kind(root: Path) -> None:
+    page = runpy.run_path(str(root / "docs/write_recipes.py"))["write"]()
+    (row,) = [line for line in page.splitlines() if line.startswith("| `table` |")]
+    assert "`.csv`" in row and "`tsv`" in row and "`--artifact`" in row
 
 
 def test_an_installed_package_adds_a_kind(root: Path, tmp_path: Path) -> None:

@@ -107,18 +107,20 @@ def read_hypernetwork(path: str | os.PathLike[str]) -> HypernetworkFile:
     require_backed((t for pair in stored.values() for part in pair for t in part.values()), path)
     try:
         structure = _structure(data)
-        shapes = {width: _shapes(width, structure) for width in widths}
+        # Separate names for each MLP: the pickle writer would store shared strings once, which changes the bytes.
+        shapes = {width: (_shapes(width, structure), _shapes(width, structure)) for width in widths}
     except UserError as error:
         raise FormatError(f"{path}: {error}") from error
     weights = {}
-    for width, (keys, values) in stored.items():
-        for part in (keys, values):
-            _require_shapes(shapes[width], part, width, path)
+    for width, pair in stored.items():
+        for expected, part in zip(shapes[width], pair, strict=True):
+            _require_shapes(expected, part, width, path)
             _require_finite(part, width, path)
-        weights[width] = (
-            {name: keys[name].float() for name in shapes[width]},
-            {name: values[name].float() for name in shapes[width]},
+        keys, values = (
+            {name: part[name].float() for name in expected}
+            for expected, part in zip(shapes[width], pair, strict=True)
         )
+        weights[width] = (keys, values)
     step, hash_, checkpoint = (data.get(key) for key in ("step", "sd_checkpoint", "sd_checkpoint_name"))
     return HypernetworkFile(
         path.stem,

@@ -205,18 +205,18 @@ class _PeftAlphas:
 
     def __init__(self, header: Mapping[str, str], path: Path):
         try:
-            told = json.loads(header.get(PEFT, "{}"))
+            entries = json.loads(header.get(PEFT, "{}"))
         except (ValueError, RecursionError) as error:
             raise FormatError(f"{path}: its header is damaged ({error}).") from error
-        self._told: dict[str, Any] = told if isinstance(told, dict) else {}
-        if any(self._told.get(f"{part}.use_dora") is True for part in PARTS):
+        self._entries: dict[str, Any] = entries if isinstance(entries, dict) else {}
+        if any(self._entries.get(f"{part}.use_dora") is True for part in PARTS):
             raise FormatError(f"{path}: a DoRA, which cannot be read.")
 
     def of(self, layer: str, rank: int) -> Any:
         """Return the alpha that is divided by the rank."""
         part, _, module = layer.partition(".")
-        alpha = self._told.get(f"{part}.lora_alpha", rank)
-        patterns = self._told.get(f"{part}.alpha_pattern")
+        alpha = self._entries.get(f"{part}.lora_alpha", rank)
+        patterns = self._entries.get(f"{part}.alpha_pattern")
         for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
             plain = pattern.removeprefix(
                 "^"
@@ -224,7 +224,7 @@ class _PeftAlphas:
             if f".{module}".endswith(f".{plain}"):
                 alpha = value
                 break
-        scaled = self._told.get(f"{part}.use_rslora") is True and type(alpha) in (int, float)
+        scaled = self._entries.get(f"{part}.use_rslora") is True and type(alpha) in (int, float)
         return alpha * math.sqrt(rank) if scaled else alpha
 
 

@@ -25,8 +25,8 @@ def declared_schedule(state: Mapping[str, Tensor], metadata: Mapping[str, str], 
     changes: Config = {}
     if _VELOCITY in state:
         changes = {"prediction_type": "v_prediction"} | ({ZERO_SNR: True} if _ENDS_IN_NOISE in state else {})
-    if (told := metadata.get("modelspec.prediction_type", "")) in _MODELSPEC:
-        changes["prediction_type"] = _MODELSPEC[told]
+    if (declared := metadata.get("modelspec.prediction_type", "")) in _MODELSPEC:
+        changes["prediction_type"] = _MODELSPEC[declared]
     changes |= schedule_beside(path)
     if changes.get(ZERO_SNR):
         changes["timestep_spacing"] = "trailing"

@@ -113,11 +113,11 @@ def configs_for(
     family = family_of(found) if found else family_in(state, path)
     if "scheduler" in found:
         return {**FAMILY_CONFIGS[family], **found}
-    told = declared_schedule(state, metadata, path)
-    at_512 = family == "sd2" and told.get("prediction_type") == "epsilon"
+    declared = declared_schedule(state, metadata, path)
+    at_512 = family == "sd2" and declared.get("prediction_type") == "epsilon"
     published = SD2_BASE_CONFIGS if at_512 else FAMILY_CONFIGS[family]
-    scheduler = {**published["scheduler"], **told}
-    if family == "sd2" and "prediction_type" not in told:
+    scheduler = {**published["scheduler"], **declared}
+    if family == "sd2" and "prediction_type" not in declared:
         del scheduler["prediction_type"]
     return {**published, **found, "scheduler": scheduler}
 

@@ -51,9 +51,11 @@ class ZipWriter:
                 struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, start)
             )
             self._file.write(struct.pack("<4sIQI", b"PK\6\7", 0, here, 1))
-        told = min(count, _MOST_ENTRIES)
+        stored_count = min(count, _MOST_ENTRIES)
         self._file.write(
-            struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, told, told, _field(size), _field(start), 0)
+            struct.pack(
+                "<4sHHHHIIH", b"PK\5\6", 0, 0, stored_count, stored_count, _field(size), _field(start), 0
+            )
         )
 
 

@@ -332,7 +332,7 @@ def test_hostile_and_broken_images_raise_format_errors(monkeypatch: pytest.Monke
     whole = _png()
     cases = {
         "no embedding": whole,
-        r"not an? (picture|image)": b"plainly no picture",
+        r"not an? image": b"not an image",
         "damaged": whole[:-30],
         "text chunk": _png("***"),
         "nested too deeply": _with_text(b"[" * 100_000),

@@ -348,8 +348,8 @@ def test_the_yaml_has_what_the_webui_needs(family: Family, prediction: str, tmp_
     scheduler["rescale_betas_zero_snr"] = True
     beside = write_original_config(path, configs, scheduler)
     assert beside == tmp_path / "cat.yaml"
-    told = schedule_beside(path)
-    assert told["prediction_type"] == "v_prediction" and told["rescale_betas_zero_snr"] is True
+    changes = schedule_beside(path)
+    assert changes["prediction_type"] == "v_prediction" and changes["rescale_betas_zero_snr"] is True
     tree = yaml.safe_load(beside.read_text("utf-8"))
     params = tree["model"]["params"]
     unet = params["network_config" if family == "sdxl" else "unet_config"]["params"]

@@ -33,7 +33,7 @@ def test_text_encoders_have_version_4_names_and_load_bit_equal_in_5(
     model = tiny_family(family)
     model.save_folder(tmp_path, dtype=dtype)
     for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
-        if (part := getattr(model, name)) is None:
+        if (part := getattr(model, name, None)) is None:
             continue
         written = load_file(tmp_path / name / "model.safetensors")
         top = {key.partition(".")[0] for key in written}
@@ -42,8 +42,8 @@ def test_text_encoders_have_version_4_names_and_load_bit_equal_in_5(
         config = read(tmp_path / name / "config.json")
         assert (config["torch_dtype"], config["architectures"]) == ("float32", [kind.__name__])
         assert "dtype" not in config  # unknown to version 4
-        back, told = kind.from_pretrained(tmp_path / name, output_loading_info=True)
-        assert not (told["missing_keys"] or told["unexpected_keys"])
+        back, loading_info = kind.from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not (loading_info["missing_keys"] or loading_info["unexpected_keys"])
         wanted = {key: t.to(dtype or t.dtype).float() for key, t in part.state_dict().items()}
         assert {k: t.dtype for k, t in back.state_dict().items()} == {k: t.dtype for k, t in wanted.items()}
         assert all(torch.equal(back.state_dict()[key], tensor) for key, tensor in wanted.items())
@@ -122,8 +122,8 @@ def test_a_vision_model_without_projection_has_version_4_names(tmp_path: Path) -
     )
     save_part(CLIPVisionModel(config), tmp_path)
     assert all(key.startswith("vision_model.") for key in load_file(tmp_path / "model.safetensors"))
-    _, told = CLIPVisionModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert not (told["missing_keys"] or told["unexpected_keys"])
+    _, loading_info = CLIPVisionModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not (loading_info["missing_keys"] or loading_info["unexpected_keys"])
 
 
 def test_a_half_precision_classifier_accepts_its_processors_output(tmp_path: Path) -> None:

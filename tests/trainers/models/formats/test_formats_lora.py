@@ -166,8 +166,8 @@ def test_an_export_names_its_base_model_as_kohya_does(
     learning_parts(model, config)
     paths = export_tuned(config, model, Export(tmp_path, "look", formats=LORA_FORMATS))
     assert [read_safetensors(path)[1]["modelspec.prediction_type"] for path in paths] == [prediction] * 2
-    told = read_safetensors(paths[1])[1]
-    assert (told["ss_base_model_version"], told["modelspec.architecture"]) == (version, architecture)
+    entries = read_safetensors(paths[1])[1]
+    assert (entries["ss_base_model_version"], entries["modelspec.architecture"]) == (version, architecture)
     # Also after conversion to diffusers' layout, and with kohya's entries only.
     theirs = write_diffusers_lora(read_lora(paths[1]), tmp_path / DIFFUSERS_LORA)
     again = write_kohya_lora(read_lora(theirs), tmp_path / "again.safetensors", family=model.family)
@@ -335,13 +335,13 @@ def test_old_and_new_names_refer_to_the_same_layer() -> None:
 def test_alpha_is_read_from_diffusers_header(tmp_path: Path) -> None:
     pair = matrices()
     state = {f"unet.{QUERY}.lora_A.weight": pair["down"], f"unet.{QUERY}.lora_B.weight": pair["up"]}
-    for told, alpha in [
+    for entries, alpha in [
         ({}, 2.0),
         ({"unet.lora_alpha": 8}, 8.0),
         ({"unet.lora_alpha": 8, "unet.alpha_pattern": {f"^{QUERY}": 3}}, 3.0),
         ({"unet.lora_alpha": 8, "unet.use_rslora": True}, 8 * 2**0.5),
     ]:
-        header = {"lora_adapter_metadata": json.dumps(told)}
+        header = {"lora_adapter_metadata": json.dumps(entries)}
         write_safetensors(state, tmp_path / "a.safetensors", header=header)
         assert read_lora(tmp_path / "a.safetensors").layers[f"unet.{QUERY}"].alpha == pytest.approx(alpha)
     header = {"lora_adapter_metadata": json.dumps({"unet.use_dora": True})}

@@ -47,9 +47,9 @@ def test_values_round_trip_through_the_webui_parser(value: Any) -> None:
         "bad: hands, (worse:1.2)",
         {"Steps": 20, "Odd key-1": value, "CFG scale": 7.0, "No": None},
     )
-    prompt, negative, told = parsed(text)
+    prompt, negative, entries = parsed(text)
     assert (prompt, negative) == ("a cat,\non a mat", "bad: hands, (worse:1.2)")
-    assert told == {"Steps": "20", "Odd key-1": str(value), "CFG scale": "7"}
+    assert entries == {"Steps": "20", "Odd key-1": str(value), "CFG scale": "7"}
 
 
 def test_text_of_any_language_round_trips_through_a_png(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_one_call_takes_every_artifact_and_records_it(tmp_path: Path) -> None:
             texts[path.name] = image.info["parameters"]
             size = image.size
     assert texts["grid.png"] == texts["00000-5.png"]
-    prompt, negative, told = parsed(texts["00001-6.png"])
+    prompt, negative, entries = parsed(texts["00001-6.png"])
     assert prompt in (
         "a qzx flower <hypernet:ink:0.8><hypernet:oil:0.5>",
         "a qzx flower <hypernet:oil:0.5><hypernet:ink:0.8>",
@@ -180,8 +180,8 @@ def test_one_call_takes_every_artifact_and_records_it(tmp_path: Path) -> None:
         "Aesthetic steps": "1",
         "Aesthetic slerp": "False",
     }
-    assert {key: told[key] for key in expected} == expected
-    assert told["Version"].startswith("dreamfleet ")
+    assert {key: entries[key] for key in expected} == expected
+    assert entries["Version"].startswith("dreamfleet ")
 
 
 def test_an_unwritable_output_is_an_error_before_sampling(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_an_unwritable_output_is_an_error_before_sampling(tmp_path: Path) -> Non
     assert not (tmp_path / "x.png").exists()
 
 
-def drawn(tmp_path: Path, *arguments: str) -> tuple[str, str, dict[str, str]]:
+def sample_text(tmp_path: Path, *arguments: str) -> tuple[str, str, dict[str, str]]:
     out = tmp_path / "x.png"
     result = CliRunner().invoke(
         program.app, ["sample", "--num-images", "1", "--steps", "1", "--out", str(out), *arguments]
@@ -208,8 +208,8 @@ def drawn(tmp_path: Path, *arguments: str) -> tuple[str, str, dict[str, str]]:
 
 def test_prompts_are_escaped_for_the_webui(tmp_path: Path) -> None:
     syntax = "a (cat:1.3) AND [dog|b] :0.5"
-    assert drawn(tmp_path, "--prompt", f"{syntax} # mine")[0] == syntax
-    prompt, negative, _ = drawn(
+    assert sample_text(tmp_path, "--prompt", f"{syntax} # mine")[0] == syntax
+    prompt, negative, _ = sample_text(
         tmp_path, "--plain-prompts", "--prompt", syntax, "--negative-prompt", "a <lora:x:1> BREAK"
     )
     assert prompt == r"a \(cat:\1.3\) A\ND \[dog\|b\] :\0.5"
@@ -234,7 +234,7 @@ def test_prompt_file_lines_have_their_own_options(tmp_path: Path) -> None:
         "# cats\n\na cat --n ugly, (bad) --w 96 --h 64 --d 9 --s 2 --l 3.5 --ss euler_a\n a dog\n"
     )
     out = tmp_path / "single"
-    drawn(tmp_path, "--prompts", str(path), "--out-dir", str(out), "--num-images", "2")
+    sample_text(tmp_path, "--prompts", str(path), "--out-dir", str(out), "--num-images", "2")
     texts = []
     for file in sorted(out.iterdir()):
         with Image.open(file) as image:
@@ -243,8 +243,8 @@ def test_prompt_file_lines_have_their_own_options(tmp_path: Path) -> None:
     assert [text[1] for text in texts] == ["ugly, (bad)"] * 2 + [""] * 2
     assert [text[3] for text in texts] == [(96, 64)] * 2 + [(64, 64)] * 2
     assert [text[2]["Seed"] for text in texts] == ["9", "10", "0", "1"]
-    told = texts[0][2]
-    assert (told["Steps"], told["CFG scale"], told["Sampler"]) == ("2", "3.5", "Euler a")
+    entries = texts[0][2]
+    assert (entries["Steps"], entries["CFG scale"], entries["Sampler"]) == ("2", "3.5", "Euler a")
     for wrong in (["--prompts", str(tmp_path / "none.txt")], []):
         result = CliRunner().invoke(program.app, ["sample", "--out", str(tmp_path / "x.png"), *wrong])
         assert result.exit_code == 2

@@ -237,7 +237,7 @@ def test_any_text_is_parsed_and_escaping_round_trips() -> None:
         text = "".join(rng.choice(SIGNS) for _ in range(rng.randint(1, 12)))
         for part in parse_prompt(text, 4):
             assert 1 <= len(part.schedule) <= 4 and part.schedule[-1][0] == 4
-            assert all(attention(said) for _, said in part.schedule)
+            assert all(attention(text) for _, text in part.schedule)
         plain_text(text)
         (plain,) = parse_prompt(text, 4, plain=True)
         assert attention(plain.schedule[0][1]) == [(text, 1.0)], text

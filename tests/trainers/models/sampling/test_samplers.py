@@ -101,7 +101,7 @@ def test_euler_a_follows_the_webui_formula(prediction_type: str) -> None:
             down = (following**2 - up**2) ** 0.5
             x = x + (x - clean) / sigma * (down - sigma) + (noise() * up if following else 0)
         expected = to_images(model.decode(x.float()))[0]
-    drawn = generate(
+    image = generate(
         model,
         ["a cat"],
         seeds=[11],
@@ -110,4 +110,4 @@ def test_euler_a_follows_the_webui_formula(prediction_type: str) -> None:
         guidance_scale=scale,
         scheduler="Euler a",
     )[0]
-    assert np.abs(np.asarray(drawn, float) - np.asarray(expected, float)).mean() < 0.05
+    assert np.abs(np.asarray(image, float) - np.asarray(expected, float)).mean() < 0.05
