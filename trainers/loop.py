@@ -1,4 +1,4 @@
-"""The training loop, the only one: batch, forward, backward, step, measure, save, sample, report."""
+"""The training loop: batch, forward, backward, optimizer step, metrics, checkpoint, held-out loss, previews."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from dreamfleet.datasets.rng import key
 from dreamfleet.trainers.engines.base import Engine
 from dreamfleet.trainers.methods.base import Batch
 
-# By chance, as with batches whose captions are all dropped, so many do not follow one another.
+# More zero gradients in a row than chance explains, such as batches whose captions are all dropped.
 STEPS_WITHOUT_GRADIENT = 20
 
 
 @dataclass
 class Hooks:
-    """What the loop does to the outside world; each is called on every rank and decides itself who acts."""
+    """Functions that the loop calls, on every rank."""
 
     log: Callable[[dict[str, Any]], None] = lambda line: None
     save: Callable[[int], None] = lambda step: None
@@ -52,15 +52,15 @@ class Schedule:
     save_at: frozenset[int] = frozenset()
 
     def saves_at(self, done: int) -> bool:
-        """Say whether a checkpoint is due after ``done`` steps."""
+        """Return whether a checkpoint is due after ``done`` steps."""
         return done % self.save_every == 0 or done in self.save_at or done == self.total
 
     def logs_at(self, done: int) -> bool:
-        """Say whether a line of figures is due after ``done`` steps."""
+        """Return whether a line of metrics is due after ``done`` steps."""
         return done % self.log_every == 0 or done == self.total or done == 1
 
     def samples_at(self, done: int) -> bool:
-        """Say whether held-out images are measured and previews drawn after ``done`` steps."""
+        """Return whether held-out images are measured and previews generated after ``done`` steps."""
         return done % self.sample_every == 0 or done == self.total
 
 
@@ -78,8 +78,8 @@ def train(
 ) -> Outcome:
     """Train from optimizer step ``start_step`` to ``schedule.total`` or until ``hooks.should_stop``.
 
-    Raises RunFailed when a loss is not finite, before the state that follows it is saved, measured or drawn, and when
-    every gradient is exactly zero.
+    Raises RunFailed if a loss is not finite, before the weights after it are saved or evaluated, and if every gradient
+    is exactly zero.
     """
     watch = _Watch(engine, schedule, start_step, hooks.saved)
     meter = _Meter(engine)
@@ -90,7 +90,7 @@ def train(
             hooks.save(step)
             return Outcome(step, "interrupted", meter.figures)
         stop_asked = engine.any_rank(hooks.should_stop())
-        # Whatever still draws from the global generator (dropout) repeats exactly after a resume, and differs by rank.
+        # Code that draws from the global generator (dropout) repeats exactly after a resume, and differs by rank.
         torch.manual_seed(key("step", seed, step, rank))
         now = {name: rate(step) for name, rate in rates.items()}
         for micro in range(engine.num_micros):
@@ -123,16 +123,16 @@ def train(
 
 
 def _rehearse(engine: Engine, prepare: Callable[[Batch], Batch], batch: Batch) -> None:
-    # Forward and backward once, thrown away: running out of memory shows in the first minute, not at the first save. It
-    # also lets DDP settle its buckets, so that the first step after a resume sums gradients in the same order.
+    # One forward and backward pass whose result is dropped: a lack of memory shows in the first minute. DDP also fixes
+    # its buckets, so that the first step after a resume sums gradients in the same order.
     devices = [engine.device] if engine.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # a resumed run rehearses where the straight one did not
+    with torch.random.fork_rng(devices):  # a resumed run rehearses where an uninterrupted one does not
         engine.backward(prepare(engine.to_device(batch)))
     engine.drop_gradients()
 
 
 class _Watch:
-    """Notes on the device, with no host sync, whether losses stay finite and whether any gradient is not zero."""
+    """Tracks on the device, without host sync, whether losses are finite and whether any gradient is not zero."""
 
     def __init__(self, engine: Engine, schedule: Schedule, start_step: int, saved: Callable[[], int | None]):
         self.engine, self.schedule, self.start_step, self.saved = engine, schedule, start_step, saved
@@ -140,34 +140,34 @@ class _Watch:
         self.moved: torch.Tensor | None = None
 
     def see_loss(self, loss: torch.Tensor) -> None:
-        """Note the loss of one micro-step."""
+        """Track the loss of one micro-step."""
         self.not_finite = torch.maximum(self.not_finite, (~loss.detach().isfinite()).float())
 
     def see_norm(self, norm: torch.Tensor) -> None:
-        """Note the gradient norm of a step; one that overflowed in fp16, and whose step was skipped, is not zero."""
+        """Track the gradient norm of a step; that of a step skipped in fp16 is not zero."""
         self.moved = norm != 0 if self.moved is None else self.moved | (norm != 0)
 
     def require_finite(self, done: int) -> None:
-        """Raise RunFailed on every rank when any loss of any rank was not finite; every rank calls."""
+        """Raise RunFailed on every rank if a loss of any rank was not finite; every rank calls this."""
         if float(self.engine.mean_over_ranks(self.not_finite.clone())) > 0:
             raise RunFailed(diverged(f"the loss is no longer a number at step {done}", self.saved()))
 
     def require_gradient(self, done: int) -> None:
-        """Raise RunFailed when the gradient was exactly zero at every step so far, once that is no coincidence."""
+        """Raise RunFailed if the gradient was exactly zero at every step so far, after STEPS_WITHOUT_GRADIENT steps."""
         steps = done - self.start_step
         whole_run = done == self.schedule.total and self.start_step == 0
         if self.moved is None or (steps < STEPS_WITHOUT_GRADIENT and not whole_run) or bool(self.moved):
             return
         raise RunFailed(
-            f"nothing is learned: the gradient was exactly zero at each of {steps} steps. No loss depends on what "
-            "learns: look whether the prompts hold the placeholder token, whether captions are all dropped "
-            "(data.caption_dropout), whether masks leave out whole images, and, with fp16, whether everything "
-            "underflows (use bf16)"
+            f"nothing is learned: the gradient was exactly zero at each of {steps} steps, so the loss does not depend "
+            "on the trainable parameters. Check whether the prompts contain the placeholder token, whether all captions "
+            "are dropped (data.caption_dropout), whether masks exclude whole images, and, with fp16, whether gradients "
+            "underflow (use bf16)"
         )
 
 
 def diverged(what: str, saved: int | None) -> str:
-    """Say what is no longer finite, how to avoid it, and which checkpoint a resume continues from."""
+    """Return the message of a diverged run: what is not finite, the remedy, and the checkpoint to continue from."""
     good = (
         f"Everything up to the checkpoint of step {saved} is finite: continue from it with --resume (or delete it "
         "to continue from the one before)"
@@ -181,7 +181,7 @@ def diverged(what: str, saved: int | None) -> str:
 
 
 class _Meter:
-    """Adds up losses on the device and reads them only when a line is logged; no host sync in a step."""
+    """Sums losses on the device and reads them when a line is logged, so that steps have no host sync."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -197,27 +197,27 @@ class _Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time within this context (a save, previews) out of the interval."""
+        """Exclude the time within this context (a checkpoint, previews) from the interval."""
         before = time.perf_counter()
         yield
         self.start += time.perf_counter() - before
 
     def wait_for(self, batches: Iterator[Batch]) -> Batch:
-        """Take the next batch, counting the time it makes the step wait."""
+        """Return the next batch, and count the time that the step waits for it."""
         before = time.perf_counter()
         batch = next(batches)
         self.wait += time.perf_counter() - before
         return batch
 
     def add(self, loss: Any, batch: Batch) -> None:
-        """Count one micro-batch."""
+        """Add one micro-batch to the interval."""
         for name, value in {"loss": loss.total, **loss.extras}.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach()
         self.images += batch["num_instances"] * self.engine.world
         self.micros += 1
 
     def read(self, norm: torch.Tensor) -> dict[str, Any]:
-        """Return the interval's figures, averaged over workers, and start the next interval."""
+        """Return the interval's metrics, averaged over workers, and start the next interval."""
         names = list(self.sums)
         values = torch.stack([self.sums[name] for name in names]).float() / self.micros
         line: dict[str, Any] = dict(zip(names, self.engine.mean_over_ranks(values).tolist(), strict=True))
@@ -243,7 +243,7 @@ class _Meter:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes allocated on a GPU so far, or the process's peak resident memory on a CPU."""
+    """Return the peak of allocated bytes on a GPU, or of the process's resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

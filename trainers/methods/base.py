@@ -33,7 +33,7 @@ class Loss(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One picture of the index, as a method sees it when it chooses the prompt."""
+    """One image of the index, from which a method makes the prompt."""
 
     id: str
     caption: str | None
@@ -43,7 +43,7 @@ class Sample(NamedTuple):
 
     @property
     def file_name(self) -> str:
-        """The last part of the picture's address."""
+        """Last component of the image's address."""
         return self.uri.rpartition("/")[2]
 
 

@@ -1,4 +1,4 @@
-"""Methods that see decoded pictures, where others are given latents and prompts."""
+"""Methods that train on decoded images instead of latents and prompts."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from dreamfleet.trainers.methods.base import Batch, Method, Sample
 
 
 class Use(NamedTuple):
-    """One use of a decoded picture, in which pass over the set (from 0); ``key``, of its chances, None: as it is."""
+    """One use of a decoded image in pass ``epoch`` over the set; ``key`` seeds augmentation, None: no augmentation."""
 
     sample: Sample
     epoch: int
     image: Image.Image
     mirrored: bool = False
     key: tuple[int | str, ...] | None = None
-    instead: bool = False  # another picture, as its own cannot be decoded
+    instead: bool = False  # a replacement, as the image itself cannot be decoded
 
 
 class ImageMethod(Method):
-    """A method that makes its batches from decoded pictures; it may set some of them apart to measure with."""
+    """A method that makes batches of decoded images; it may hold out some of them to evaluate on."""
 
     @property
     def fit(self) -> Fit:
@@ -38,15 +38,15 @@ class ImageMethod(Method):
         """Make a batch of images, on the CPU."""
 
     def split(self, instances: Index) -> tuple[Index, Index | None]:
-        """Split the pictures into those to train on and those to measure with; usually all, and None."""
+        """Split the images into those to train on and those to evaluate on; by default all, and None."""
         return instances, None
 
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
-        """Measure images that were set apart: values ``[N]`` by name."""
+        """Evaluate held-out images; return values ``[N]`` by name."""
         raise NotImplementedError
 
     def summarise(self, measured: Mapping[str, Tensor]) -> dict[str, float]:
-        """Turn the values of all images that were set apart, in order and on the CPU, into the figures to log.
+        """Return the figures to log from the values of all held-out images, in order and on the CPU.
 
         ``holdout_loss`` is among them.
         """

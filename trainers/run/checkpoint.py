@@ -1,4 +1,4 @@
-"""Checkpoints: everything a resume needs, a manifest written last, hashes checked on read, old ones dropped."""
+"""Checkpoint files: all that a resume needs, verified by a manifest that is written last."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 
 @dataclass
 class Checkpoint:
-    """What was saved after optimizer step ``step``."""
+    """The state after optimizer step ``step``."""
 
     step: int
     learned: dict[str, Tensor]
@@ -36,17 +36,16 @@ class Checkpoint:
 class Checkpoints:
     """The ``checkpoints/`` folder of a run, on disk or in a bucket.
 
-    A checkpoint counts only with its manifest, which is written after every file it names, and only while
-    each file has the
-    size and sha256 the manifest says; a torn or changed one is passed over with a warning and the one before is used.
+    A checkpoint is valid if it has a manifest, which is written after the files that it names, and if the files have
+    the sizes and hashes of the manifest. Incomplete or changed checkpoints are skipped with a warning.
     """
 
     def __init__(self, run: Storage, *, limit: int | None = None):
         self.storage, self.limit = run.child("checkpoints"), limit
-        self.best: int | None = None  # the step whose checkpoint stays, however old it is
+        self.best: int | None = None  # the step whose checkpoint is kept beyond the limit
 
     def steps(self) -> list[int]:
-        """List the steps that have a finished checkpoint, oldest first."""
+        """Return the steps of the complete checkpoints, oldest first."""
         found = []
         for name in self.storage.list_dirs():
             step = name.removeprefix("step-")
@@ -57,10 +56,10 @@ class Checkpoints:
     def save(
         self, step: int, *, learned: dict[str, Tensor], engine: dict[str, Any], meta: dict[str, Any]
     ) -> str:
-        """Write the checkpoint of ``step`` and drop those beyond the limit but the best; returns its folder's name.
+        """Write the checkpoint of ``step``, remove those beyond the limit except the best; return its folder's name.
 
-        The older ones go only after the new one is whole. Raises StorageError (disk full and the like),
-        leaving the earlier ones intact.
+        Older ones are removed once the new one is complete. Raises StorageError, such as for a full disk, and leaves
+        the earlier ones intact.
         """
         name = folder_name(step)
         writers: dict[str, Callable[[Path], object]] = {
@@ -71,9 +70,8 @@ class Checkpoints:
             ),
         }
         try:
-            if self.storage.exists(
-                name
-            ):  # a torn one from before a crash: its manifest must not outlive its files
+            # An incomplete one from before a crash: its manifest must not outlive its files.
+            if self.storage.exists(name):
                 self.storage.remove(name)
             entries = {file: self._write(f"{name}/{file}", writer) for file, writer in writers.items()}
             self.storage.write_text(
@@ -90,19 +88,19 @@ class Checkpoints:
         return name
 
     def prune(self, newest: int) -> None:
-        """Remove what is beyond the limit, counted from the checkpoint of step ``newest``, but never the best."""
-        # Later ones are damaged, or the run would have gone on from them: they do not count.
+        """Remove checkpoints beyond the limit, counted from the one of step ``newest``, except the best."""
+        # Later ones are damaged, as the run was not resumed from them: they do not count.
         until_now = [step for step in self.steps() if step <= newest]
         for old in until_now[: -self.limit] if self.limit else []:
             if old != self.best:
                 self.drop(old)
 
     def drop(self, step: int) -> None:
-        """Remove the checkpoint of ``step``; one that cannot be removed is left, with a warning."""
+        """Remove the checkpoint of ``step``; log a warning if it cannot be removed."""
         self._remove_quietly(folder_name(step))
 
     def load_latest(self) -> Checkpoint | None:
-        """Read the newest whole checkpoint, or None when there is none; passes over damaged ones with a warning."""
+        """Read the newest valid checkpoint, None without one; skip damaged ones with a warning."""
         for step in reversed(self.steps()):
             try:
                 return self.load(step)
@@ -111,14 +109,14 @@ class Checkpoints:
         return None
 
     def load(self, step: int) -> Checkpoint:
-        """Read the checkpoint of ``step``. Raises CheckpointError when it is not whole."""
+        """Read the checkpoint of ``step``. Raises CheckpointError if it is not valid."""
         name = folder_name(step)
         try:
             manifest = json.loads(self.storage.read_text(f"{name}/{MANIFEST}"))
             wanted = {file: (entry["size"], entry["sha256"]) for file, entry in manifest["files"].items()}
         except (StorageError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"checkpoint {name}: its manifest cannot be read ({error})") from error
-        # From files, not from their bytes: those of a whole model would be held twice.
+        # Read from files, not from bytes, which would hold a whole model in memory twice.
         with ExitStack() as stack:
             paths = {}
             for file, expected in wanted.items():
@@ -138,14 +136,14 @@ class Checkpoints:
                     engine=torch.load(paths["engine.pt"], map_location="cpu", weights_only=True),
                     meta=json.loads(paths["meta.json"].read_text(encoding="utf-8")),
                 )
-            except Exception as error:  # the hashes were right: it was written wrong
+            except Exception as error:  # the hashes match: it was written wrongly
                 raise CheckpointError(f"checkpoint {name} cannot be read: {error}") from error
         if bad := find_not_finite({"learned": loaded.learned, "engine": loaded.engine}):
             raise CheckpointError(f"checkpoint {name} was saved after the run diverged: {bad} is not finite")
         return loaded
 
     def digest(self, step: int) -> str:
-        """Return a hash of a checkpoint's manifest, and so of its files."""
+        """Return the hash of a checkpoint's manifest, which covers its files."""
         return hashlib.sha256(self.storage.read_bytes(f"{folder_name(step)}/{MANIFEST}")).hexdigest()
 
     def _write(self, rel: str, writer: Callable[[Path], object]) -> dict[str, Any]:
@@ -166,7 +164,7 @@ def folder_name(step: int) -> str:
 
 
 def find_not_finite(state: Any, name: str = "") -> str | None:
-    """Return the name of a tensor that is not finite everywhere, in nested dicts and lists; None when all are."""
+    """Return the name of a tensor with infinite or NaN values in nested dicts and lists; None without one."""
     flags = dict(_finite_flags(state, name))
     if not flags:
         return None

@@ -1,4 +1,4 @@
-"""A dry run: everything a run would do, once and thrown away, so that mistakes show before the cluster is busy."""
+"""A dry run: each part of a run once, without keeping results, to find errors before a cluster is used."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dreamfleet.trainers.run.run_folder import open_run_folder
 
 
 class CheckLine(NamedTuple):
-    """One thing that was tried: its name, whether it went well, and what was seen or what to do."""
+    """One check: its name, whether it passed, and a detail or the error."""
 
     name: str
     ok: bool

@@ -1,4 +1,4 @@
-"""How long a run takes: durations measured within a process, never differences of two machines' clocks."""
+"""Durations of a run's phases, measured within one process: clocks of machines differ."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 
 class Clock:
-    """Times a run's start-up and training in seconds, those of the sessions before a resume included.
+    """Measures start-up and training of a run in seconds, including the sessions before a resume.
 
-    ``waited`` is what passed before this process had its turn, as whoever started it measured it.
+    ``waited``: the seconds before this process was started, measured by the process that started it.
     """
 
     def __init__(self, waited: float = 0.0):
@@ -17,12 +17,12 @@ class Clock:
         self._since, self._is_ready = time.monotonic(), False
 
     def resume(self, before: Mapping[str, float]) -> None:
-        """Add the seconds that a checkpoint holds."""
+        """Add the seconds stored in a checkpoint."""
         self.start_up += before.get("start_up", 0.0)
         self.train += before.get("train", 0.0)
 
     def ready(self) -> None:
-        """Note that the start-up is over and training begins."""
+        """End the start-up; training begins."""
         self.lap()
         self._is_ready = True
 

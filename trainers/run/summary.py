@@ -1,4 +1,4 @@
-"""What a run came to: the summary every rank returns and ``summary.json`` holds."""
+"""The summary of a run, which every rank returns and ``summary.json`` contains."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class Summary:
-    """What a run came to; written as ``summary.json``."""
+    """Results of a run; written as ``summary.json``."""
 
     run: str
     method: str

@@ -1,4 +1,4 @@
-"""Says which versions a run was made with: of the packages, and of dreamfleet's own code."""
+"""Versions of the packages and of dreamfleet's code that a run is made with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PACKAGES = ("dreamfleet", "torch", "diffusers", "transformers", "ray", "deepspee
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what shapes a run's numbers; `commit` where dreamfleet runs from a git checkout."""
+    """Return the versions that affect a run's results; ``commit`` if dreamfleet runs from a git checkout."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit(checkout: Path) -> str:
-    """Return a checkout's commit, with `-dirty` where files differ from it; "" for a folder that is none."""
+    """Return a checkout's commit, with ``-dirty`` if files differ from it; "" for a folder that is no checkout."""
     if not (checkout / ".git").exists():  # an installed wheel may lie inside another project's checkout
         return ""
     command = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]

@@ -1,4 +1,4 @@
-"""Adam's moments across programs: a run's as the webui's `NAME.pt.optim`, and those of one taken over."""
+"""Exchange of Adam's moments with the webui: writes `NAME.pt.optim`, and starts an engine from such a file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPTIM = "optim"  # the export format
 
 
 def require_resumable(recipe: Recipe, method: Method) -> None:
-    """Raise RecipeError for a run that the webui has no optimizer file for."""
+    """Raise RecipeError if the webui has no optimizer file for a run."""
     if not isinstance(method, TextualInversion | HypernetworkMethod):
         raise RecipeError(
             f"{method.name} has no export format {OPTIM!r}: the webui trains embeddings and hypernetworks only"
@@ -53,7 +53,7 @@ def write_optimizer_state(recipe: Recipe, found: Checkpoint, artifact: Path) -> 
     entries: Mapping[int, Mapping[str, Any]] = found.engine["optimizer"]["state"]
     if not entries:
         raise CheckpointError(
-            "the checkpoint is from before the first step: its optimizer remembers nothing yet"
+            "the checkpoint is from before the first step: its optimizer has no moments yet"
         )
     # By parameter in the order of the method's group, which is the webui's: a hypernetwork's widths ascend in its file.
     states = tuple(
