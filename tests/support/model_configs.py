@@ -13,7 +13,7 @@ SD15 = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
 
 
 def write_configs(folder: Path, family: Family = "sd1", **changes: dict[str, Any]) -> Path:
-    """Write a Stable Diffusion, 1.5 when no family is named, as a diffusers folder without a single weight."""
+    """Write a Stable Diffusion (1.5 by default) as a diffusers folder of configs, without weights."""
     for part, config in FAMILY_CONFIGS[family].items():
         if part != "scheduler":
             (folder / part).mkdir(parents=True)

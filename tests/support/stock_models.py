@@ -1,4 +1,4 @@
-"""Small models of each family, as diffusers saves and loads them."""
+"""Load saved models by this project and by diffusers' pipelines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def load(folder: Path, **options: Any) -> DiffusionModel:
 
 
 def stock_pipeline(folder: Path, family: str) -> Any:
-    """What a user of diffusers loads."""
+    """Return the diffusers pipeline of a folder."""
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 

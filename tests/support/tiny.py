@@ -112,7 +112,7 @@ def make_tiny_clip(folder: Path, text_config: Any) -> None:
 
 
 def make_tiny_tokenizer(folder: Path) -> Any:
-    """Write a CLIPTokenizer whose words are single bytes and a handful of merges."""
+    """Write a CLIPTokenizer with single bytes and a few merges."""
     from transformers import CLIPTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Tiny random Stable Diffusion models for tests: each family's classes and layout, few and narrow layers."""
+"""Tiny random Stable Diffusion models for tests: the classes and layout of each variant, with few and narrow layers."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ from typing import Any
 
 import torch
 
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, StableDiffusionXL
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.models.stable_diffusion.sdxl import StableDiffusionXL
 
-torch.set_num_threads(1)  # tiny tensors: threads cost more than they give, far more on a busy machine
+torch.set_num_threads(1)  # threads slow tiny tensors down, most of all on a busy machine
 
 WIDTH, WIDTH_2, POOLED = (
     32,
     40,
     24,
-)  # of the text encoder's tokens, of SDXL's second one's, and of its summary
+)  # of the text encoder, of SDXL's second one, and of its pooled output
 FAMILIES = ("sd1", "sd2", "sd2-v", "sdxl")
 
 
 def tiny_tokenizer(**options: Any) -> Any:
-    """A CLIP tokenizer of single characters, 77 tokens long."""
+    """Return a CLIP tokenizer of single characters with a context of 77 tokens."""
     from transformers import CLIPTokenizer
 
     letters = "abcdefghijklmnopqrstuvwxyz0123456789,.-_<>*!"
@@ -29,7 +30,7 @@ def tiny_tokenizer(**options: Any) -> Any:
 
 
 def tiny_text_encoder(vocab_size: int = 90, *, second: bool = False, **options: Any) -> Any:
-    """A text encoder of 3 layers; ``second``: one that sums a prompt up, as SDXL's second does."""
+    """Return a text encoder of 3 layers; ``second``: with a pooled output, like SDXL's second."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -50,7 +51,7 @@ def tiny_text_encoder(vocab_size: int = 90, *, second: bool = False, **options: 
 
 
 def tiny_model(prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusion:
-    """A model of 32 x 32 pixels: U-Net of 3 levels with attention at the inner two, VAE of 3 blocks (factor 4)."""
+    """Return an SD 1 of 32 x 32 pixels: U-Net of 3 levels, attention at the inner two; VAE of 3 blocks (factor 4)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet, vae = tiny_unet(cross_attention_dim=WIDTH), tiny_vae()
@@ -62,7 +63,7 @@ def tiny_model(prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusi
 
 
 def tiny_family(family: str, seed: int = 0) -> StableDiffusion:
-    """A model of a family of `FAMILIES`, with what tells families apart: activations, projections, conditions."""
+    """Return a model of a variant in `FAMILIES`, with its activations, projections and conditions."""
     if family == "sd1":
         return tiny_model(seed=seed)
     second: dict[str, Any] = {}

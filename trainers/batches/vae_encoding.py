@@ -39,7 +39,7 @@ def encode_batch(pixels: int) -> int:
 
 @torch.no_grad()
 def encode_cuts(cuts: Sequence[np.ndarray], model: DiffusionModel) -> dict[str, Tensor]:
-    """Encode images of one size, as cut_picture gives them and as many as :func:`encode_batch` at most, by name.
+    """Encode images of one size, as :func:`read_cut` returns them and as many as :func:`encode_batch` at most, by name.
 
     The VAE sees as many in any case, the last one again: sums differ in their last bits with the number, and a
     image's latents must not depend on what is encoded beside it.
@@ -117,7 +117,7 @@ def read_cut(index: Index, draw: ImageView, data: DataConfig) -> np.ndarray:
 
 
 def to_tensors(cuts: Sequence[np.ndarray], *, cell: int) -> dict[str, Tensor]:
-    """Turn what cut_picture gives into ``pixels`` ``[B, 3, H, W]`` and, weighted, ``mask`` ``[B, 1, h, w]``."""
+    """Stack results of :func:`read_cut`: ``pixels`` ``[B, 3, H, W]`` and, if weighted, ``mask`` ``[B, 1, h, w]``."""
     tensors = {"pixels": torch.stack([torch.from_numpy(to_tensor_range(cut[..., :3])) for cut in cuts])}
     if cuts[0].shape[-1] == 4:
         tensors["mask"] = torch.stack([torch.from_numpy(loss_weights(cut[..., 3], cell)) for cut in cuts])

@@ -22,12 +22,16 @@ class ModelConfig(Section):
     """The ``model:`` section: the base model and how it is used."""
 
     pretrained_model_name_or_path: Annotated[str, HUB_MODEL] = Field(
-        POCKET, validation_alias=AliasChoices("pretrained_model_name_or_path", "name_or_path", "model_path")
+        POCKET,
+        validation_alias=AliasChoices("pretrained_model_name_or_path", "name_or_path", "model_path"),
+        description="`pocket`, a diffusers folder, a hub name, a `.safetensors` or `.ckpt` file",
     )
-    revision: str | None = None
-    variant: str | None = None
+    revision: str | None = Field(None, description="branch, tag or commit of a hub name")
+    variant: str | None = Field(None, description="such as `fp16`, for folders with several variants")
     pretrained_vae_model_name_or_path: Annotated[str | None, HUB_MODEL] = Field(
-        None, validation_alias=AliasChoices("pretrained_vae_model_name_or_path", "vae")
+        None,
+        validation_alias=AliasChoices("pretrained_vae_model_name_or_path", "vae"),
+        description="a VAE that replaces the model's own",
     )
     clip_skip: int = Field(
         1,

@@ -41,7 +41,11 @@ class OptimizerConfig(Section):
     name: Annotated[
         Literal["adamw", "adamw8bit", "adafactor"],
         BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value),
-    ] = Field("adamw", validation_alias=AliasChoices("name", "optimizer_type"))
+    ] = Field(
+        "adamw",
+        validation_alias=AliasChoices("name", "optimizer_type"),
+        description="`adamw8bit` needs a GPU and the extra `gpu`; `adafactor` keeps almost no state",
+    )
     fused_backward: bool = Field(
         False,
         validation_alias=AliasChoices("fused_backward", "fused_backward_pass"),
@@ -49,7 +53,11 @@ class OptimizerConfig(Section):
         "no "
         "gradient accumulation and max_grad_norm: 0",
     )
-    learning_rate: Rate = Field(5e-6, validation_alias=AliasChoices("learning_rate", "unet_lr", "lr"))
+    learning_rate: Rate = Field(
+        5e-6,
+        validation_alias=AliasChoices("learning_rate", "unet_lr", "lr"),
+        description="a number, or the webui's schedule string",
+    )
     text_encoder_lr: Rate | None = Field(
         None,
         validation_alias=AliasChoices("text_encoder_lr", "learning_rate_te", "learning_rate_te1"),
@@ -68,7 +76,7 @@ class OptimizerConfig(Section):
         "cosine_with_restarts",
         "polynomial",
         "piecewise_constant",
-    ] = "constant"
+    ] = Field("constant", description="diffusers' schedules, updated once per optimizer step")
     lr_warmup_steps: int = Field(0, ge=0, description="optimizer steps, for any number of workers")
     lr_num_cycles: float = Field(
         1,
@@ -76,7 +84,12 @@ class OptimizerConfig(Section):
         validation_alias=AliasChoices("lr_num_cycles", "lr_scheduler_num_cycles"),
         description="cycles of cosine_with_restarts; cosine is always half a period, as in diffusers",
     )
-    lr_power: float = Field(1.0, gt=0, validation_alias=AliasChoices("lr_power", "lr_scheduler_power"))
+    lr_power: float = Field(
+        1.0,
+        gt=0,
+        validation_alias=AliasChoices("lr_power", "lr_scheduler_power"),
+        description="power of the polynomial schedule",
+    )
     lr_rules: Annotated[str, AfterValidator(_check_rules)] = Field(
         "1.0",
         validation_alias=AliasChoices("lr_rules", "step_rules"),
@@ -86,10 +99,10 @@ class OptimizerConfig(Section):
         False,
         description="multiply the rates by workers x train_batch_size x gradient_accumulation_steps, as diffusers does",
     )
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_weight_decay: float = Field(1e-2, ge=0)
-    adam_epsilon: float = Field(1e-8, gt=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's beta 1")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's beta 2")
+    adam_weight_decay: float = Field(1e-2, ge=0, description="AdamW's weight decay")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0: no clipping")
 
     @model_validator(mode="after")

@@ -34,7 +34,9 @@ class ScalingConfig(Section):
     resources_per_worker: dict[str, float] | None = Field(
         None, description="Ray resources of a worker, such as {CPU: 4, GPU: 1}"
     )
-    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        "PACK", description="how Ray places workers on machines"
+    )
     max_failures: int = Field(3, ge=-1, description="restarts of the workers after one failed; -1 = no limit")
     wait_minutes: int = Field(
         15, ge=1, description="minutes that workers wait for busy machines and for machines that are starting"

@@ -16,25 +16,43 @@ class TrainConfig(Section):
 
     max_train_steps: int | None = Field(None, ge=1, description="optimizer steps, for any number of workers")
     num_train_epochs: float | None = Field(
-        None, gt=0, validation_alias=AliasChoices("num_train_epochs", "max_train_epochs", "epoch")
+        None,
+        gt=0,
+        validation_alias=AliasChoices("num_train_epochs", "max_train_epochs", "epoch"),
+        description="passes over the images, instead of max_train_steps",
     )
     train_batch_size: int = Field(
         1, ge=1, validation_alias=AliasChoices("train_batch_size", "batch_size"), description="per worker"
     )
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    seed: int = Field(0, ge=0)
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="batches whose gradients are accumulated for one optimizer step"
+    )
+    seed: int = Field(0, ge=0, description="seed of the training; equal seeds give equal runs")
     # YAML 1.1 reads an unquoted no as false.
     mixed_precision: Annotated[
         Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
-    ] = "no"
+    ] = Field("no", description="precision of the computation; the weights stay in float32 (see full_bf16)")
     full_bf16: bool = Field(
         False,
         description="also keep the weights in bfloat16, rounded stochastically after each step: half the memory (needs "
         "mixed_precision: bf16)",
     )
-    gradient_checkpointing: bool = False
-    snr_gamma: float | None = Field(None, gt=0, validation_alias=AliasChoices("snr_gamma", "min_snr_gamma"))
-    noise_offset: float = Field(0.0, ge=0, validation_alias=AliasChoices("noise_offset", "offset_noise"))
+    gradient_checkpointing: bool = Field(
+        False,
+        description="recompute activations in the backward pass: less memory, about a quarter more time",
+    )
+    snr_gamma: float | None = Field(
+        None,
+        gt=0,
+        validation_alias=AliasChoices("snr_gamma", "min_snr_gamma"),
+        description="min-SNR loss weighting (Hang et al. 2023); the paper uses 5",
+    )
+    noise_offset: float = Field(
+        0.0,
+        ge=0,
+        validation_alias=AliasChoices("noise_offset", "offset_noise"),
+        description="noise added per image and channel, about 0.05 for darker and brighter images",
+    )
     checkpointing_steps: int | None = Field(
         None,
         ge=1,
@@ -44,9 +62,13 @@ class TrainConfig(Section):
     save_every_n_epochs: int | None = Field(
         None, ge=1, description="epochs between checkpoints, instead of checkpointing_steps"
     )
-    checkpoints_total_limit: int | None = Field(3, ge=1)
-    log_steps: int = Field(10, ge=1)
-    save_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    checkpoints_total_limit: int | None = Field(
+        3, ge=1, description="checkpoints that are kept; older ones are deleted"
+    )
+    log_steps: int = Field(10, ge=1, description="optimizer steps between log lines")
+    save_precision: Literal["fp32", "fp16", "bf16"] = Field(
+        "fp32", description="precision of exported models"
+    )
     export_formats: list[str] | None = Field(None, description="default: the method's usual formats")
 
     @model_validator(mode="after")

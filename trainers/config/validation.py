@@ -23,7 +23,7 @@ class ValidationConfig(Section):
         "line; with kohya's options: a cat --n blurry --w 512 --h 768 --d 3 --s 30 --l 7 --ss euler_a",
     )
     plain_prompts: bool = Field(False, description="prompts are literal text, without the webui's syntax")
-    negative_prompt: str = ""
+    negative_prompt: str = Field("", description="negative prompt of the previews")
     steps: int = Field(
         100,
         ge=1,
@@ -33,11 +33,21 @@ class ValidationConfig(Section):
     sample_at_first: bool = Field(
         True, description="also generate previews before the first step, with the untrained model"
     )
-    num_images: int = Field(4, ge=1, validation_alias=AliasChoices("num_images", "num_validation_images"))
-    num_inference_steps: int = Field(25, ge=1)
-    guidance_scale: float = Field(7.5, ge=1)
-    scheduler: Literal["ddim", "euler_a", "dpm++"] = "ddim"
-    seed: int = Field(0, ge=0, validation_alias=AliasChoices("seed", "validation_seed"))
+    num_images: int = Field(
+        4,
+        ge=1,
+        validation_alias=AliasChoices("num_images", "num_validation_images"),
+        description="previews per prompt",
+    )
+    num_inference_steps: int = Field(25, ge=1, description="sampler steps of the previews")
+    guidance_scale: float = Field(7.5, ge=1, description="guidance scale of the previews")
+    scheduler: Literal["ddim", "euler_a", "dpm++"] = Field("ddim", description="sampler of the previews")
+    seed: int = Field(
+        0,
+        ge=0,
+        validation_alias=AliasChoices("seed", "validation_seed"),
+        description="seed of each prompt's first preview; the others use the following numbers",
+    )
     holdout: Annotated[str | None, PathField("images", compared=False)] = Field(
         None, description="folder of images that are not trained on"
     )

@@ -23,9 +23,9 @@ def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, A
     """Train as one of the workers that Ray Train started; return the run's summary as plain data.
 
     ``config`` holds ``recipe`` (plain data), ``threads``, ``gpu_share`` and ``waited``; ``sent`` is the result of
-    ``environment.variables_to_send``. Ray restarts the whole group after a worker died, without saying so: a worker therefore
-    always resumes from the newest valid checkpoint in the run folder. For a new run the driver has checked that there
-    is none.
+    ``environment.variables_to_send``. Ray restarts the whole group after a worker died, without saying so: a worker
+    therefore always resumes from the newest valid checkpoint in the run folder. For a new run the driver has checked
+    that there is none.
     """
     apply_variables(sent)
     import ray.train

@@ -87,17 +87,17 @@ class DiscriminatorTraining(ImageMethod):
         for label in {*kept.values(), *tested.values()}:
             if label >= len(self.config.classes):
                 raise DataError(
-                    f"labels: there are pictures of class {label}, but method.classes has names for 0 to "
+                    f"labels: there are images of class {label}, but method.classes has names for 0 to "
                     f"{len(self.config.classes) - 1} only ({', '.join(self.config.classes)}); add its name"
                 )
         counts = Counter(kept.values())
         if len(counts) < 2:
             raise DataError(
-                f"labels: {len(kept)} pictures to train on, of {len(counts)} classes; at least two classes are needed. "
+                f"labels: {len(kept)} images to train on, of {len(counts)} classes; at least two classes are needed. "
                 "Label some with `dreamfleet data label FOLDER`, or name the file with method.labels"
             )
         if unlabelled := len(instances) - len(kept) - len(tested):
-            log.info("left out, as they have no label: %d of %d pictures", unlabelled, len(instances))
+            log.info("left out, as they have no label: %d of %d images", unlabelled, len(instances))
         if self.config.balance_classes:
             shares = torch.tensor([counts.get(number, 0) for number in range(len(self.config.classes))])
             self._weights = [len(kept) / (len(counts) * shares.clamp(min=1).float())]

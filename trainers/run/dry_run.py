@@ -61,7 +61,7 @@ def _check_on(recipe: Recipe, distributed: DistributedContext) -> list[CheckLine
     fine = attempt("pictures", lambda: _check_images(recipe)) and fine
     if recipe.validation.holdout:
         attempt(
-            "holdout", lambda: f"{len(load_held_out(recipe.validation.holdout or '', recipe.data))} pictures"
+            "holdout", lambda: f"{len(load_held_out(recipe.validation.holdout or '', recipe.data))} images"
         )
     try:
         if attempt("model", build) and fine:
@@ -86,7 +86,7 @@ def _check_output(recipe: Recipe) -> str:
 def _check_images(recipe: Recipe) -> str:
     index = load_sets(recipe.data, excluded=recipe.excluded_folders).instances
     bad = "".join(f"\n  left out {file.uri}: {file.reason}" for file in index.bad)
-    return f"{len(index)} pictures{bad}"
+    return f"{len(index)} images{bad}"
 
 
 def _check_step(parts: Parts) -> str:

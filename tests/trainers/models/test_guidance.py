@@ -1,4 +1,4 @@
-"""Guidance while training: the schedule's text, its values against DreamArtist's formulas, the guided prediction."""
+"""Guidance while training: parsing, values against DreamArtist's formulas, and the guided prediction."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CURVES = {
 
 
 @given(low=SCALES, high=SCALES, curve=st.sampled_from(sorted(CURVES)), space=st.sampled_from(["", " ", "  "]))
-def test_a_schedule_reads_back_as_it_was_written(low: float, high: float, curve: str, space: str) -> None:
+def test_a_schedule_is_parsed_as_written(low: float, high: float, curve: str, space: str) -> None:
     text = f"{space}{low:.4f}{space}-{space}{high:.4f}{space}:{space}{curve}{space}"
     if low or high:
         assert parse_guidance(text) == (low, high, curve)
@@ -48,9 +48,9 @@ def test_any_text_is_a_schedule_or_a_clear_error(text: str) -> None:
     try:
         found = parse_guidance(text)
     except RecipeError as error:
-        found, told = None, str(error)
+        found, message = None, str(error)
     if found is None:
-        assert repr(text) in told
+        assert repr(text) in message
     else:
         assert all(math.isfinite(value) and value >= 0 for value in found[:2]) and found.curve in CURVES
 
@@ -73,13 +73,13 @@ def test_any_text_is_a_schedule_or_a_clear_error(text: str) -> None:
         "٣",
     ],
 )
-def test_what_is_no_schedule_is_told(text: str) -> None:
+def test_invalid_schedules_are_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="number"):
         parse_guidance(text)
 
 
 @pytest.mark.parametrize("curve", sorted(CURVES))
-def test_each_sample_is_guided_by_its_own_timestep(curve: Any) -> None:
+def test_each_samples_scale_follows_its_own_timestep(curve: Any) -> None:
     timesteps = torch.tensor([0, 250, 500, 999])
     found = guidance_at(Guidance(1.5, 4.0, curve), tiny_model().noise_level(timesteps))
     expected = [1.5 + 2.5 * CURVES[curve](t / 999) for t in timesteps.tolist()]
@@ -87,8 +87,8 @@ def test_each_sample_is_guided_by_its_own_timestep(curve: Any) -> None:
 
 
 @pytest.mark.parametrize("scales", [[3.0, 3.0, 3.0], [1.0, 2.0, 5.0], [1.0, 1.0, 1.0]])
-def test_the_guided_prediction_is_each_samples_own(scales: list[float]) -> None:
-    # The original broke on batches with a dynamic scale, and with a scale of 1.
+def test_each_sample_has_its_own_guided_prediction(scales: list[float]) -> None:
+    # The original fails for batches with a dynamic scale, and for a scale of 1.
     model = tiny_model()
     unet: Any = model.unet
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""LoRA in a run: only its matrices learn, on every engine alike; resumes, previews, exports and scores draw with it."""
+"""LoRA in a run: only its matrices train, on every engine; resuming, previews, exports and scores use it."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def disturb(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("name", ["dreambooth", "native"])
-def test_the_first_step_is_the_base_models_and_only_matrices_change(tmp_path: Path, name: str) -> None:
+def test_the_first_loss_is_the_base_models_and_only_matrices_change(tmp_path: Path, name: str) -> None:
     method = {**LORA, "name": name, "lora_dropout": 0, "lora_target_modules": "all-linear"}
-    # Checkpointing throws activations away, and a frozen base must not cost the gradients.
+    # Checkpointing discards activations; gradients must reach the matrices through the frozen base all the same.
     options = {"train__train_batch_size": 1, "train__gradient_checkpointing": True}
     parts = make_parts(tmp_path, method=method, optimizer__learning_rate=1e-3, **options)
     untuned = load_model(ModelConfig(pretrained_model_name_or_path=str(tmp_path / "model")))
@@ -85,7 +85,7 @@ def test_the_first_step_is_the_base_models_and_only_matrices_change(tmp_path: Pa
     assert not [name for name, t in parts.method.state().items() if torch.equal(t, learned[name])]
 
 
-def test_stopped_and_resumed_equals_never_stopped_with_small_checkpoints(tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_with_small_checkpoints(tmp_path: Path) -> None:
     straight = recipe_tree(tmp_path, "straight", method=LORA)
     run_worker(build_recipe(straight))
     broken = recipe_tree(tmp_path, "broken", method=LORA)
@@ -97,10 +97,10 @@ def test_stopped_and_resumed_equals_never_stopped_with_small_checkpoints(tmp_pat
     run, recipe = Storage(straight["output_dir"]), build_recipe(straight)
     assert sorted(run.list("exports")) == [DIFFUSERS_LORA, "straight.safetensors"]
 
-    # What is exported is the averaged weights, in every form the same.
-    drawn = load_exported(run, recipe)
-    assert len(drawn.loras) == 1
-    expected = predicted(drawn)
+    # All formats export the averaged weights.
+    exported = load_exported(run, recipe)
+    assert len(exported.loras) == 1
+    expected = predicted(exported)
     untuned = load_model(recipe.model)
     assert not torch.allclose(expected, predicted(untuned), atol=1e-5)
     set_loras(untuned, [(read_lora(run.path("exports", "straight.safetensors")), 1.0)])
@@ -117,7 +117,7 @@ def test_stopped_and_resumed_equals_never_stopped_with_small_checkpoints(tmp_pat
         assert torch.allclose(predicted(merged), expected, atol=1e-5), name
 
 
-def test_alpha_is_right_in_both_layouts_and_the_run_goes_on_after_a_merged_export(tmp_path: Path) -> None:
+def test_alpha_is_right_in_both_layouts_and_training_continues_after_a_merged_export(tmp_path: Path) -> None:
     parts = make_parts(tmp_path, method={**LORA, "lora_dropout": 0})
     disturb(parts)
     parts.model.unet.eval(), parts.model.text_encoder.eval()
@@ -137,7 +137,7 @@ def test_alpha_is_right_in_both_layouts_and_the_run_goes_on_after_a_merged_expor
     assert torch.isfinite(torch.tensor(take_step(parts)))
 
 
-def test_a_base_in_16_bits_leaves_the_matrices_whole(tmp_path: Path) -> None:
+def test_a_base_model_in_16_bits_keeps_the_matrices_in_float32(tmp_path: Path) -> None:
     parts = make_parts(tmp_path, method={**LORA, "lora_dropout": 0}, train__mixed_precision="bf16")
     parts.model.to("cpu", torch.bfloat16)
     for part in (parts.model.unet, parts.model.text_encoder):
@@ -151,14 +151,14 @@ def test_a_base_in_16_bits_leaves_the_matrices_whole(tmp_path: Path) -> None:
     assert all(not torch.equal(t, before[name]) for name, t in parts.method.state().items())
 
 
-def test_what_learns_may_wait_elsewhere_while_a_frozen_base_goes_ahead(tmp_path: Path) -> None:
+def test_trainable_parts_may_stay_on_the_host_while_the_frozen_base_is_moved(tmp_path: Path) -> None:
     for method, waits in ((LORA, False), ({"name": "dreambooth"}, True)):
         model = make_parts(tmp_path, method={**method, "train_text_encoder": False}).model
         model.to("meta", home="cpu")
         assert next(model.unet.parameters()).is_meta != waits and next(model.vae.parameters()).is_meta
 
 
-def test_which_layers_get_one(tmp_path: Path) -> None:
+def test_targets_select_layers(tmp_path: Path) -> None:
     def names(targets: Any, **changes: Any) -> dict[str, set[str]]:
         method = {**LORA, "lora_target_modules": targets}
         parts = make_parts(tmp_path, method=method, **changes)
@@ -171,12 +171,12 @@ def test_which_layers_get_one(tmp_path: Path) -> None:
     usual = names(None)
     assert {name.rpartition("attn")[2][2:] for name in usual["unet"]} == {"to_q", "to_k", "to_v", "to_out.0"}
     assert len(usual["text_encoder"]) == 8
-    # A layer that clip_skip leaves out has no gradient, which stalls DDP.
+    # A layer that clip_skip leaves out gets no gradient, which stalls DDP.
     assert len(names(None, model__clip_skip=2)["text_encoder"]) == 4
     linear, locon = names("all-linear"), names("locon")
     assert usual["unet"] < linear["unet"] < locon["unet"]
     assert len(locon["text_encoder"]) == 12
-    # Around the blocks lie layers that kohya's scripts and diffusers 0.32 pass over in silence.
+    # kohya's scripts and diffusers 0.32 silently ignore layers outside of the blocks.
     blocks = ("down_blocks.", "mid_block.", "up_blocks.")
     assert all(name.startswith(blocks) for name in locon["unet"])
     assert any(name.endswith("conv1") for name in locon["unet"] - linear["unet"])
@@ -189,7 +189,7 @@ def test_which_layers_get_one(tmp_path: Path) -> None:
         names(["to_q", "nonsense"])
 
 
-def test_keys_are_kohyas_too_and_need_a_rank(tmp_path: Path) -> None:
+def test_kohyas_keys_are_accepted_and_need_a_rank(tmp_path: Path) -> None:
     kohyas = {"name": "native", "network_dim": 8, "network_alpha": 4, "network_dropout": 0.5}
     method: Any = build_recipe(tiny.make_recipe(tmp_path, method=kohyas)).method
     assert (method.lora_rank, method.lora_alpha, method.lora_dropout) == (8, 4.0, 0.5)
@@ -202,7 +202,7 @@ def test_keys_are_kohyas_too_and_need_a_rank(tmp_path: Path) -> None:
         parts.method.load_state(make_parts(tmp_path, method=LORA).method.state())
 
 
-def test_a_plan_counts_the_matrices_as_what_learns(tmp_path: Path) -> None:
+def test_a_plan_counts_the_matrices_as_trainable(tmp_path: Path) -> None:
     recipe = build_recipe(tiny.make_recipe(tmp_path, method=LORA, engine={"use_ema": True}))
     parts = make_parts(tmp_path, method=LORA, engine={"use_ema": True})
     counts = count_run(recipe, method_shape(recipe), 6)
@@ -222,7 +222,7 @@ def test_a_plan_counts_the_matrices_as_what_learns(tmp_path: Path) -> None:
     assert lines["optimizer"] == 8 * learning + 4 * len(counts.learning) < theirs["optimizer"]
 
 
-def test_a_run_without_its_exports_is_told(tmp_path: Path) -> None:
+def test_a_run_without_its_exports_is_an_error(tmp_path: Path) -> None:
     recipe = build_recipe(tiny.make_recipe(tmp_path, method=LORA))
     run = Storage(tmp_path / "empty")
     run.write_text("exports/run.ckpt", "")
@@ -244,7 +244,7 @@ def test_a_run_samples_by_file_and_by_name_converts_scores_and_reports(tmp_path:
     assert "--lora exports/run.safetensors:0.8" in report and "&lt;lora:run:1&gt;" in report
 
     def sample(prompt: str, *words: Any) -> Any:
-        out = tmp_path / "drawn.png"
+        out = tmp_path / "exported.png"
         options = ["--num-images", 1, "--steps", 2, "--json", "--out", out]
         result = command("sample", "--prompt", prompt, *words, *options)
         assert result.exit_code == 0, result.output

@@ -23,16 +23,21 @@ class TextualInversionConfig(MethodConfig):
 
     name: Literal["textual_inversion"] = "textual_inversion"
     placeholder_token: str = Field(
-        min_length=1, validation_alias=AliasChoices("placeholder_token", "token_string", "trigger_word")
+        min_length=1,
+        validation_alias=AliasChoices("placeholder_token", "token_string", "trigger_word"),
+        description="the new word: `<my-cat>`",
     )
     initializer_token: str = Field(
-        "", validation_alias=AliasChoices("initializer_token", "init_word", "initialization_text")
+        "",
+        validation_alias=AliasChoices("initializer_token", "init_word", "initialization_text"),
+        description="text from whose vectors training starts: `cat`",
     )
     num_vectors: int = Field(
         1,
         ge=1,
         le=75,
         validation_alias=AliasChoices("num_vectors", "num_vectors_per_token", "vectors_per_token"),
+        description="vectors of the new word",
     )
     initial_embedding: Annotated[str | None, PathField("file", is_start=True)] = Field(
         None,
@@ -40,7 +45,9 @@ class TextualInversionConfig(MethodConfig):
         "and "
         "a matching webui `.optim` file beside it provides Adam's moments; not read when the run has a checkpoint",
     )
-    learnable_property: Literal["object", "style"] = "object"
+    learnable_property: Literal["object", "style"] = Field(
+        "object", description="which built-in templates form the prompts"
+    )
     template_file: Annotated[str | None, PathField("file", names=TEMPLATE_SETS)] = Field(
         None,
         description="a file with one prompt per line, with [name] and [filewords], or a built-in set: object, "

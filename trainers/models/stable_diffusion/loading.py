@@ -17,8 +17,9 @@ from dreamfleet.trainers.models.formats.ldm_names import Config
 from dreamfleet.trainers.models.pretrained import first_line, pocket_folder
 from dreamfleet.trainers.models.stable_diffusion import meta_model
 from dreamfleet.trainers.models.stable_diffusion.fingerprints import fingerprint, short_hash, vae_fingerprint
-from dreamfleet.trainers.models.stable_diffusion.model import PARTS, SINGLE_FILES, StableDiffusion, make_model
+from dreamfleet.trainers.models.stable_diffusion.model import PARTS, SINGLE_FILES, StableDiffusion
 from dreamfleet.trainers.models.stable_diffusion.noise_schedule import noise_schedule
+from dreamfleet.trainers.models.stable_diffusion.sdxl import make_model
 from dreamfleet.trainers.models.stable_diffusion.single_file import load_single_file
 from dreamfleet.trainers.models.stable_diffusion.variants import parts_needed, require_supported
 

@@ -18,7 +18,8 @@ from dreamfleet.trainers.models.formats.layout import empty_part, from_single_fi
 from dreamfleet.trainers.models.formats.ldm_names import FAMILY_CONFIGS, Config
 from dreamfleet.trainers.models.formats.single_file import configs_for
 from dreamfleet.trainers.models.pretrained import pocket_folder
-from dreamfleet.trainers.models.stable_diffusion.model import PARTS, StableDiffusion, make_model
+from dreamfleet.trainers.models.stable_diffusion.model import PARTS, StableDiffusion
+from dreamfleet.trainers.models.stable_diffusion.sdxl import make_model
 from dreamfleet.trainers.models.stable_diffusion.variants import parts_needed, require_supported
 
 NUM_TOKENS = 77  # CLIP's context length

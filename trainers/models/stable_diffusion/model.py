@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x, 2.x and XL: their parts, text and image encoding, noise schedule, and files."""
+"""Stable Diffusion 1.x and 2.x: parts, text and image encoding, noise schedule, and files."""
 
 from __future__ import annotations
 
@@ -301,72 +301,3 @@ class StableDiffusion(DiffusionModel):
     def write_kohya_lora(self, file: LoraFile, path: Path, *, dtype: torch.dtype) -> Path:
         config = dict(self.unet.config)
         return write_kohya_lora(file, path, dtype=dtype, family=self.family, unet_config=config)
-
-
-@dataclass
-class StableDiffusionXL(StableDiffusion):
-    """SDXL base: two text encoders, whose tokens are concatenated, and a U-Net that also takes image sizes."""
-
-    uses_time_ids: ClassVar[bool] = True
-
-    text_encoder_2: Any = None
-    tokenizer_2: Any = None
-
-    @property
-    def family(self) -> Family:
-        return "sdxl"
-
-    @property
-    def text_encoders(self) -> list[Any]:
-        return [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
-
-    @property
-    def tokenizers(self) -> list[Any]:
-        return [self.tokenizer, self.tokenizer_2]
-
-    def unread_layers(self) -> list[nn.Module]:
-        """Return the first encoder's skipped layers and norm; the pooled encoding reads all layers of the second."""
-        return [*self._skipped_layers(self.clip_skip), self._text_body.final_layer_norm]
-
-    def encode_tokens(self, input_ids: Tensor) -> Condition:
-        """Encode ids ``[B, 2, T]``, one row for each tokenizer, as they pad differently."""
-        ids_BT, ids_2_BT = input_ids.unbind(1)
-        context_2, pooled = self._encode_second(ids_2_BT)
-        return Condition(torch.cat([self._encode_first(ids_BT), context_2], dim=-1), pooled)
-
-    def _encode_first(self, ids_BT: Tensor) -> Tensor:
-        """Encode by the first encoder: the layer before the last, without the final norm."""
-        chunks = ids_BT.reshape(-1, self.tokenizer.model_max_length)
-        hidden = self.text_encoder(chunks, output_hidden_states=True).hidden_states
-        return hidden[-1 - self.clip_skip].reshape(*ids_BT.shape, -1)
-
-    def _encode_second(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode by the second encoder -> tokens ``[B, T, D]``, and the first chunk's pooled encoding ``[B, P]``."""
-        chunks = ids_BT.reshape(-1, self.tokenizer_2.model_max_length)
-        encoder = self.text_encoder_2
-        found = encoder.text_model(chunks, output_hidden_states=True)
-        # Not its own pooled output: with SDXL's config that takes the highest id, a learned word's, for the end.
-        each = len(chunks) // len(ids_BT)
-        first, last = chunks[::each], found.last_hidden_state[::each]
-        ends = (first == self.tokenizer_2.eos_token_id).int().argmax(dim=-1)
-        pooled = encoder.text_projection(last[torch.arange(len(last), device=last.device), ends])
-        return found.hidden_states[-1 - self.clip_skip].reshape(*ids_BT.shape, -1), pooled
-
-    def empty_condition(self, num: int) -> Condition:
-        context = super().empty_condition(num).context
-        pooled = torch.empty(num, self.text_encoder_2.config.projection_dim, dtype=context.dtype)
-        return Condition(context, pooled, torch.zeros(num, 6))
-
-    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        added = {"text_embeds": condition.pooled, "time_ids": condition.time_ids}
-        return self.unet(noisy, timesteps, condition.context, return_dict=False, added_cond_kwargs=added)[0]
-
-
-def make_model(family: Family, parts: Mapping[str, Any], *, scheduler: Any, name: str) -> StableDiffusion:
-    """Return a model of its family's class from loaded parts and tokenizers; parts that are missing are None."""
-    first = {part: parts.get(part) for part in ("tokenizer", "text_encoder", "unet", "vae")}
-    common: dict[str, Any] = {**first, "scheduler": scheduler, "folder": name, "content_hash": ""}
-    if family != "sdxl":
-        return StableDiffusion(**common)
-    common |= {part: parts.get(part) for part in ("text_encoder_2", "tokenizer_2")}
-    return StableDiffusionXL(**common, zeros_for_empty_prompt=True)

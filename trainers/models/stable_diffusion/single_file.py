@@ -15,7 +15,8 @@ from dreamfleet.trainers.models.formats.ldm_names import NEEDS, Config, family_o
 from dreamfleet.trainers.models.formats.model_header import tokenizer_in
 from dreamfleet.trainers.models.formats.prediction import predicts_velocity
 from dreamfleet.trainers.models.formats.single_file import load_single_file_parts
-from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion, make_model
+from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
+from dreamfleet.trainers.models.stable_diffusion.sdxl import make_model
 
 
 def load_single_file(

@@ -1,4 +1,4 @@
-"""Aesthetic Gradients at generation: the tune, the mix, the settings, and that a prompt depends on itself alone."""
+"""Aesthetic Gradients while sampling: tuning, interpolation, settings; encodings that depend on one prompt alone."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def plain(model: DiffusionModel, prompts: Sequence[str] = PROMPTS) -> torch.Tens
     return model.encode_text(model.tokenize(prompts))
 
 
-def test_each_step_goes_towards_the_vector_and_the_model_stays(
+def test_each_step_raises_the_cosine_and_the_model_is_unchanged(
     model: DiffusionModel, clip: ClipScorer, vector: torch.Tensor
 ) -> None:
     before = {name: tensor.clone() for name, tensor in model.text_encoder.state_dict().items()}
@@ -87,22 +87,24 @@ def test_each_step_goes_towards_the_vector_and_the_model_stays(
     assert not any(param.requires_grad for param in model.text_encoder.parameters())
 
 
-def test_a_prompt_depends_on_itself_alone_and_is_tuned_once(
+def test_an_encoding_depends_on_its_prompt_alone_and_is_cached(
     model: DiffusionModel, clip: ClipScorer, vector: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = make_encoder(model, vector, clip).contexts(PROMPTS)
     encoder = make_encoder(model, vector, clip)
     assert torch.allclose(encoder.contexts(PROMPTS[1:]), together[1:], atol=1e-6)
     encoder.contexts(PROMPTS[:1])
-    monkeypatch.setattr(aesthetic, "tune_text_encoder", None)  # a second tune would fail
+    monkeypatch.setattr(aesthetic, "tune_text_encoder", None)  # tuning again would fail
     assert torch.allclose(encoder.contexts([*PROMPTS, *PROMPTS]), torch.cat([together, together]), atol=1e-6)
     monkeypatch.setattr(aesthetic, "KEPT_PROMPTS", 1)
     encoder.contexts(PROMPTS)
     assert list(encoder.cosines) == PROMPTS[1:], "the least recently used is forgotten"
 
 
-def test_a_lora_that_comes_is_heard(model: DiffusionModel, clip: ClipScorer, vector: torch.Tensor) -> None:
-    """A prompt's tag is not a part of its text, which encodings are remembered by."""
+def test_a_new_lora_clears_the_cached_encodings(
+    model: DiffusionModel, clip: ClipScorer, vector: torch.Tensor
+) -> None:
+    """A prompt's tag is not part of its text, which is the key of cached encodings."""
     other = replace(model, text_encoder=copy.deepcopy(model.text_encoder))
     encoder = make_encoder(other, vector, clip)
     before = encoder.contexts(PROMPTS)
@@ -117,7 +119,7 @@ def test_a_lora_that_comes_is_heard(model: DiffusionModel, clip: ClipScorer, vec
 
 
 @pytest.mark.parametrize("nothing", [{"steps": 0}, {"learning_rate": 0.0}, {"weight": 0.0}])
-def test_nothing_to_do_gives_the_plain_encoding(
+def test_settings_without_effect_give_the_plain_encoding(
     nothing: dict[str, Any], model: DiffusionModel, clip: ClipScorer, vector: torch.Tensor
 ) -> None:
     assert torch.allclose(
@@ -125,13 +127,13 @@ def test_nothing_to_do_gives_the_plain_encoding(
     )
 
 
-def test_an_empty_prompt_stays_plain(model: DiffusionModel, clip: ClipScorer, vector: torch.Tensor) -> None:
+def test_an_empty_prompt_is_not_tuned(model: DiffusionModel, clip: ClipScorer, vector: torch.Tensor) -> None:
     context = make_encoder(model, vector, clip).contexts(["", "a cat"])
     assert torch.allclose(context[0], plain(model, [""])[0], atol=1e-6)
     assert not torch.allclose(context[1], plain(model, ["a cat"])[0], atol=1e-3)
 
 
-def test_clip_skip_and_learned_words_are_honoured(
+def test_clip_skip_and_learned_words_apply(
     model: DiffusionModel, clip: ClipScorer, vector: torch.Tensor
 ) -> None:
     last = make_encoder(model, vector, clip, weight=1.0).contexts(["a cat"])
@@ -149,7 +151,7 @@ def test_clip_skip_and_learned_words_are_honoured(
     assert torch.allclose(skipped, tuned.final_layer_norm(hidden), atol=1e-5)
     assert not torch.allclose(skipped, last, atol=1e-3)
     install_embedding(model, "thing", torch.ones(2, 16))
-    assert tune_text_encoder(  # a learned word is no part of what is tuned, and warns of nothing
+    assert tune_text_encoder(  # a learned word is not tuned, and causes no warning
         model,
         model.tokenize(["a thing"]),
         F.normalize(vector),
@@ -178,13 +180,13 @@ def test_a_long_prompt_is_tuned_by_all_of_its_chunks(
 def clip_chunk_cosine(
     model: DiffusionModel, clip: ClipScorer, vector: torch.Tensor, prompt: str, chunk: int
 ) -> float:
-    """The cosine of a vector and one chunk of 77 tokens, as the text tower alone sees it."""
+    """The cosine of a vector and one chunk of 77 tokens by the text tower alone."""
     ids = model.tokenize([prompt])[:, 77 * chunk : 77 * (chunk + 1)]
     pooled = model.text_encoder(ids).pooler_output
     return float(F.cosine_similarity(pooled @ clip.text_projection.T, vector))
 
 
-def test_the_vector_is_bent_by_a_text(clip: ClipScorer, vector: torch.Tensor) -> None:
+def test_a_text_moves_the_vector(clip: ClipScorer, vector: torch.Tensor) -> None:
     unit, text = F.normalize(vector), clip.text_features(["a cat"])
 
     def bent(**changes: Any) -> torch.Tensor:
@@ -198,7 +200,7 @@ def test_the_vector_is_bent_by_a_text(clip: ClipScorer, vector: torch.Tensor) ->
     assert towards > float((unit * text).sum()) > away
 
 
-def test_the_mix_is_straight_or_on_an_arc() -> None:
+def test_encodings_are_interpolated_linearly_or_on_an_arc() -> None:
     start, end = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
     assert torch.allclose(mix(start, end, 0.25, "off"), 0.75 * start + 0.25 * end)
     for how, dim in (("channels", -1), ("tokens", 1)):
@@ -226,7 +228,7 @@ def test_the_mix_is_straight_or_on_an_arc() -> None:
         ({"slerp": "sideways"}, "off, channels, tokens"),
     ],
 )
-def test_settings_that_cannot_be_say_so(wrong: dict[str, Any], message: str) -> None:
+def test_settings_out_of_range_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         AestheticSettings(**wrong)
 
@@ -241,7 +243,7 @@ def test_another_clip_is_refused(model: DiffusionModel, clip: ClipScorer, vector
         clip_of(model)
 
 
-def test_baked_over_one_prompt_it_is_the_per_prompt_form(
+def test_baking_over_one_prompt_equals_per_prompt_tuning(
     model: DiffusionModel, clip: ClipScorer, vector: torch.Tensor
 ) -> None:
     settings = replace(FAST, weight=1.0)
@@ -257,16 +259,18 @@ def test_baked_over_one_prompt_it_is_the_per_prompt_form(
         bake(model, vector, [""], clip=clip, settings=FAST)
 
 
-def test_images_are_drawn_with_it(model: DiffusionModel, vector: torch.Tensor, tmp_path: Path) -> None:
-    def draw() -> Image.Image:
+def test_images_are_sampled_with_the_vector(
+    model: DiffusionModel, vector: torch.Tensor, tmp_path: Path
+) -> None:
+    def sample() -> Image.Image:
         return generate(model, ["a cat"], seeds=[0], steps=2, guidance_scale=7.5)[0]
 
-    before = draw()
+    before = sample()
     encoder = apply_aesthetic(model, write_aesthetic(vector, tmp_path / "taste.pt"), FAST)
-    assert draw().tobytes() != before.tobytes() and "a cat" in encoder.cosines
+    assert sample().tobytes() != before.tobytes() and "a cat" in encoder.cosines
 
 
-def test_a_model_tuned_from_the_pocket_is_drawn_with_the_pockets_clip(tmp_path: Path) -> None:
+def test_a_model_tuned_from_the_pocket_uses_the_pockets_clip(tmp_path: Path) -> None:
     pocket = load_model(ModelConfig())
-    pocket.folder = str(tmp_path)  # as a run's exports/diffusers: weights, and no CLIP beside them
+    pocket.folder = str(tmp_path)  # like a run's exports/diffusers, which has no CLIP
     assert clip_of(pocket).name == POCKET

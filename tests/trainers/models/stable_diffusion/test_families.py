@@ -1,4 +1,4 @@
-"""SD 2.x and SDXL beside SD 1.x: what the U-Net is told, against the stock pipeline; and which models are refused."""
+"""SD 2.x and SDXL: the U-Net's inputs against diffusers' pipelines, image sizes, precision, and refused models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("clip_skip", [1, 2])
-def test_sdxl_is_told_what_diffusers_pipeline_tells_it(sdxl: Path, clip_skip: int) -> None:
+def test_sdxls_condition_equals_diffusers_pipelines(sdxl: Path, clip_skip: int) -> None:
     model, pipeline = load(sdxl, clip_skip=clip_skip), stock_pipeline(sdxl, "sdxl")
     context, _, pooled, _ = pipeline.encode_prompt(
         PROMPTS, do_classifier_free_guidance=False, clip_skip=None if clip_skip == 1 else clip_skip - 1
@@ -51,7 +51,7 @@ def test_sdxl_is_told_what_diffusers_pipeline_tells_it(sdxl: Path, clip_skip: in
     assert torch.equal(whole_image_ids(48, 40), ids)
 
 
-def test_the_loss_of_sdxl_is_a_plain_loops(sdxl: Path) -> None:
+def test_sdxls_loss_equals_a_plain_loops(sdxl: Path) -> None:
     model, pipeline = load(sdxl), stock_pipeline(sdxl, "sdxl")
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 2, 4, 8, 8, generator=generator)
@@ -75,7 +75,7 @@ def test_the_loss_of_sdxl_is_a_plain_loops(sdxl: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_images_are_those_of_diffusers_pipeline(tmp_path: Path, family: str) -> None:
+def test_images_equal_diffusers_pipelines(tmp_path: Path, family: str) -> None:
     tiny_family(family).save_folder(tmp_path / "model")
     model, pipeline = load(tmp_path / "model"), stock_pipeline(tmp_path / "model", family)
     assert model.modules().keys() == tiny_family(family).modules().keys()
@@ -91,7 +91,7 @@ def test_images_are_those_of_diffusers_pipeline(tmp_path: Path, family: str) -> 
         assert ours[0].size == (32, 48) and np.abs(apart).max() <= 1, negative
 
 
-def test_long_prompts_of_sdxl_are_chunks_of_both_encoders(sdxl: Path) -> None:
+def test_long_prompts_of_sdxl_are_encoded_in_chunks_by_both_encoders(sdxl: Path) -> None:
     long, short = load(sdxl, max_token_length=150), load(sdxl)
     ids = long.tokenize(["a" * 100, "cat"])
     assert ids.shape == (2, 2, 154)
@@ -104,8 +104,8 @@ def test_long_prompts_of_sdxl_are_chunks_of_both_encoders(sdxl: Path) -> None:
         assert torch.allclose(found.pooled[0], alone.pooled[0], atol=1e-6) == (text is not None)
 
 
-def test_a_learned_word_does_not_move_the_summary_of_a_prompt(sdxl: Path) -> None:
-    # SDXL's published config ends texts at id 2, by which transformers takes the highest id for the end.
+def test_a_learned_word_does_not_change_the_pooled_position(sdxl: Path) -> None:
+    # With SDXL's published config (end id 2) transformers takes the highest id for the end.
     model = load(sdxl)
     old = tiny_text_encoder(second=True, hidden_act="gelu", bos_token_id=0, eos_token_id=2, pad_token_id=1)
     old.load_state_dict(model.text_encoder_2.state_dict())
@@ -116,13 +116,13 @@ def test_a_learned_word_does_not_move_the_summary_of_a_prompt(sdxl: Path) -> Non
     known = [model.tokenizer("c", add_special_tokens=False).input_ids[0]]
     first = model.text_encoder.embeddings.token_embedding.weight[known]
     install_embedding(model, "<x>", first, table[known])
-    # A word of a known token's own vectors is that token.
+    # A word whose vectors are those of a token encodes like the token.
     one, other = model.encode(["a c"]), model.encode(["a <x>"])
     assert torch.allclose(one.pooled, other.pooled, atol=1e-6)
     assert torch.allclose(one.context[:, :4], other.context[:, :4], atol=1e-6)
 
 
-def test_embeddings_of_another_family_are_told(sdxl: Path) -> None:
+def test_embeddings_of_another_family_are_refused(sdxl: Path) -> None:
     model = load(sdxl)
     with pytest.raises(ModelError, match=rf"{WIDTH}\D+{WIDTH_2}\D.*another family"):
         install_embedding(model, "<x>", torch.zeros(1, WIDTH))
@@ -131,7 +131,7 @@ def test_embeddings_of_another_family_are_told(sdxl: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_vae_stays_in_float32_whatever_the_model_computes_in(dtype: torch.dtype) -> None:
+def test_the_vae_stays_in_float32_in_any_precision(dtype: torch.dtype) -> None:
     for family in FAMILIES:
         model = tiny_family(family).to("cpu", dtype)
         assert model.vae.dtype == torch.float32 and model.unet.dtype == dtype
@@ -148,8 +148,8 @@ def test_latents_are_encoded_in_float32_under_autocast(family: str) -> None:
 @pytest.mark.parametrize(
     "changes", [{}, {"center_crop": False, "random_flip": True}, {"enable_bucket": True}]
 )
-def test_sizes_are_those_of_the_image_as_it_is_cut(tmp_path: Path, changes: dict[str, Any]) -> None:
-    # Red grows to the right, green downwards, so that a cut's pixels tell where they come from.
+def test_time_ids_describe_the_crop_of_the_image(tmp_path: Path, changes: dict[str, Any]) -> None:
+    # Red grows to the right, green downwards, so that the pixels of a crop show their position.
     width, height = 96, 64
     ramp = np.zeros((height, width, 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.arange(width)[None] * 2, np.arange(height)[:, None] * 3
@@ -175,7 +175,7 @@ def test_sizes_are_those_of_the_image_as_it_is_cut(tmp_path: Path, changes: dict
         )
         assert cut.shape[:2] == (target_height, target_width)
         scale = max(target_width / width, target_height / height)
-        middle = left + target_width / 2  # in the resized image, mirrored where the cut is
+        middle = left + target_width / 2  # in the resized image, which is mirrored like the crop
         x = round(width * scale) - middle if how.flip else middle
         red, green = cut[
             target_height // 2 - 1 : target_height // 2 + 1, target_width // 2 - 1 : target_width // 2 + 1
@@ -186,7 +186,7 @@ def test_sizes_are_those_of_the_image_as_it_is_cut(tmp_path: Path, changes: dict
     assert len(seen) > 1 if changes.get("random_flip") else len(seen) == 1
 
 
-def test_conditions_are_put_together_and_taken_apart() -> None:
+def test_conditions_are_concatenated_and_split() -> None:
     one = Condition(torch.ones(2, 3, 4), torch.zeros(2, 5))
     both = Condition.cat([one, one.map(lambda tensor: tensor + 1)]).with_sizes(torch.zeros(4, 6))
     assert both.context.shape == (4, 3, 4) and both.time_ids is not None
@@ -197,7 +197,7 @@ def test_conditions_are_put_together_and_taken_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "missing", "told"),
+    ("changes", "missing", "keyword"),
     [
         ({"in_channels": 9}, "", "inpainting.*SDXL"),
         ({"in_channels": 8}, "", r"InstructPix2Pix"),
@@ -208,8 +208,8 @@ def test_conditions_are_put_together_and_taken_apart() -> None:
         ({"class_embed_type": "projection"}, "", r"projection"),
     ],
 )
-def test_other_families_are_refused_by_name(
-    sdxl: Path, tmp_path: Path, changes: dict[str, Any], missing: str, told: str
+def test_other_kinds_of_models_are_refused_by_name(
+    sdxl: Path, tmp_path: Path, changes: dict[str, Any], missing: str, keyword: str
 ) -> None:
     import shutil
 
@@ -219,11 +219,11 @@ def test_other_families_are_refused_by_name(
         shutil.rmtree(folder / missing)
     config = json.loads((folder / "unet/config.json").read_text())
     (folder / "unet/config.json").write_text(json.dumps(config | changes))
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=keyword):
         load(folder)
 
 
-def test_empty_negative_prompts_are_zeros_where_the_model_says_so(sdxl: Path) -> None:
+def test_empty_negative_prompts_are_zeros_if_the_model_config_says_so(sdxl: Path) -> None:
     model = load(sdxl)
     assert model.zeros_for_empty_prompt
     zeros = generate(model, ["a cat"], seeds=[1], steps=2, guidance_scale=5)[0]
@@ -233,7 +233,7 @@ def test_empty_negative_prompts_are_zeros_where_the_model_says_so(sdxl: Path) ->
     ).max()
 
 
-def test_a_folder_of_images_is_held_out_with_its_sizes(tmp_path: Path) -> None:
+def test_held_out_images_have_their_sizes(tmp_path: Path) -> None:
     from dreamfleet.trainers.evaluation.heldout_loss import HeldOutLoss
     from dreamfleet.trainers.recipe import build_recipe
     from dreamfleet.trainers.run.build import DistributedContext, assemble

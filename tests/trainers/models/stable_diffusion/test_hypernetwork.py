@@ -1,4 +1,4 @@
-"""Hypernetworks: webui's formulas restated, every attention processor, a stock diffusers pipeline."""
+"""Hypernetworks: the webui's formulas, every attention processor, and diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FUNCTIONS: dict[str, Any] = {
 
 
 def webui_forward(x: Tensor, weights: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-    """The webui's formula, from the reference's words: walks the numbered layers of one module."""
+    """Compute the webui's formula over the numbered layers of one module."""
     factors, name = options["layer_structure"], options["activation_func"]
     index, out = 0, x
     for i in range(len(factors) - 1):
@@ -63,7 +63,7 @@ def webui_forward(x: Tensor, weights: dict[str, Tensor], options: dict[str, Any]
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
-def test_every_activation_computes_webuis_formula(name: str) -> None:
+def test_every_activation_computes_the_webuis_formula(name: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 5, 8)
     for norm, activated, structure, dropout in [
@@ -79,13 +79,13 @@ def test_every_activation_computes_webuis_formula(name: str) -> None:
         }
         module = HypernetworkModule(8, Structure(weight_init="XavierUniform", **options)).eval()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # softmax without a dimension, as the webui has it
+            warnings.simplefilter("ignore")  # softmax without a dimension, as in the webui
             expected = webui_forward(x, dict(module.state_dict()), options)
         assert torch.allclose(module(x, 0.7), expected, atol=1e-5)
         assert module(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_activations_are_webuis() -> None:
+def test_activations_are_those_of_the_webui() -> None:
     listed = {
         name.lower()
         for name, found in vars(torch.nn.modules.activation).items()
@@ -105,7 +105,7 @@ def test_activations_are_webuis() -> None:
         ("KaimingNormal", "leakyrelu", math.sqrt(2 / 200), "normal"),
     ],
 )
-def test_layers_start_as_webuis_do(init: Any, activation: str, std: float, shape: str) -> None:
+def test_layers_are_initialised_as_in_the_webui(init: Any, activation: str, std: float, shape: str) -> None:
     torch.manual_seed(0)
     layers = HypernetworkModule(200, Structure((1, 2, 1), activation, init, add_layer_norm=True)).linear
     first, norm = layers[0], layers[2]
@@ -116,7 +116,7 @@ def test_layers_start_as_webuis_do(init: Any, activation: str, std: float, shape
     assert edge == pytest.approx(math.sqrt(3), rel=0.01) if shape == "uniform" else edge > 3.5
 
 
-def test_derived_dropout_is_webuis() -> None:
+def test_derived_dropout_is_that_of_the_webui() -> None:
     assert derived_dropout(3) == (0, 0, 0)
     assert derived_dropout(4) == (0, 0.3, 0, 0)
     assert derived_dropout(4, last_layer=True) == (0, 0.3, 0.3, 0)
@@ -160,24 +160,24 @@ def pipe() -> Any:
     return pipeline
 
 
-def draw(pipe: Any) -> Tensor:
+def sample(pipe: Any) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     found = pipe("a cat", num_inference_steps=2, generator=generator, output_type="pt")
     return found.images
 
 
-def test_a_stock_pipeline_takes_one_and_gives_it_back(pipe: Any, files: Path) -> None:
-    plain, own = draw(pipe), {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+def test_a_hypernetwork_is_applied_to_a_diffusers_pipeline_and_removed(pipe: Any, files: Path) -> None:
+    plain, own = sample(pipe), {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
     network = load_hypernetwork(pipe, files / "one.pt", multiplier=0)
-    assert torch.equal(draw(pipe), plain)
+    assert torch.equal(sample(pipe), plain)
     unload_hypernetworks(pipe)
     load_hypernetwork(pipe, str(files / "one.pt"))
-    changed = draw(pipe)
+    changed = sample(pipe)
     assert (changed - plain).abs().max() > 0.01
     assert pipe.unet.state_dict().keys() == own.keys()
     assert all(torch.equal(tensor, own[name]) for name, tensor in pipe.unet.state_dict().items())
     pipe.to(torch.bfloat16)
-    assert torch.isfinite(draw(pipe)).all() and next(network.parameters()).dtype == torch.float32
+    assert torch.isfinite(sample(pipe)).all() and next(network.parameters()).dtype == torch.float32
     pipe.to(torch.float32)
     unload_hypernetworks(pipe)
     assert applied_hypernetworks(pipe.unet) == []
@@ -185,7 +185,7 @@ def test_a_stock_pipeline_takes_one_and_gives_it_back(pipe: Any, files: Path) ->
         load_hypernetwork(pipe, files / "other.pt")
 
 
-def test_several_act_in_order_each_with_its_strength(pipe: Any, files: Path) -> None:
+def test_several_hypernetworks_act_in_order_each_with_its_strength(pipe: Any, files: Path) -> None:
     one, two = load_hypernetwork(pipe, files / "one.pt", 0.5), load_hypernetwork(pipe, files / "two.pt")
     assert applied_hypernetworks(pipe.unet) == [(one, 0.5), (two, 1.0)]
     attn = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
@@ -198,24 +198,24 @@ def test_several_act_in_order_each_with_its_strength(pipe: Any, files: Path) -> 
     ]
     expected = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
     assert torch.allclose(attn(hidden, context), attn.to_out[0](expected), atol=1e-5)
-    forwards = draw(pipe)
+    forwards = sample(pipe)
     set_hypernetworks(pipe.unet, [(two, 1.0), (one, 0.5)])
-    assert (draw(pipe) - forwards).abs().max() > 1e-4
+    assert (sample(pipe) - forwards).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("processor", [AttnProcessor(), SlicedAttnProcessor(slice_size=1)])
-def test_it_wraps_whatever_computes_attention(processor: Any, pipe: Any, files: Path) -> None:
+def test_every_attention_processor_is_wrapped(processor: Any, pipe: Any, files: Path) -> None:
     load_hypernetwork(pipe, files / "one.pt")
-    expected = draw(pipe)
+    expected = sample(pipe)
     unload_hypernetworks(pipe)
     pipe.unet.set_attn_processor(processor)
     load_hypernetwork(pipe, files / "one.pt")
-    assert torch.allclose(draw(pipe), expected, atol=1e-3)
+    assert torch.allclose(sample(pipe), expected, atol=1e-3)
     unload_hypernetworks(pipe)
     assert set(pipe.unet.attn_processors.values()) == {processor}
 
 
-def test_attention_that_it_does_not_go_with_says_so(pipe: Any, files: Path) -> None:
+def test_incompatible_attention_is_refused(pipe: Any, files: Path) -> None:
     pipe.unet.fuse_qkv_projections()
     with pytest.raises(ModelError, match="unfuse_qkv_projections"):
         load_hypernetwork(pipe, files / "one.pt")

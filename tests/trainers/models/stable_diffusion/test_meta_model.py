@@ -1,4 +1,4 @@
-"""A model's shape from configs or a header alone: the known sizes, and clear words where it cannot be told."""
+"""A model's shape from configs or a header: published sizes, and clear errors where it cannot be read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_single_file_is_planned_from_its_header(tmp_path: Path) -> None:
         load_shape(ModelConfig(pretrained_model_name_or_path=str(path)))
 
 
-def test_every_family_has_its_size(tmp_path: Path) -> None:
+def test_every_variant_has_its_published_size(tmp_path: Path) -> None:
     assert sizes(write_configs(tmp_path / "sd1")) == SD15
     second = sizes(write_configs(tmp_path / "sd2", "sd2"))
     assert second == {**SD15, "unet": 865_910_724, "text_encoder": 340_387_840}
@@ -46,35 +46,37 @@ def test_every_family_has_its_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "width", "side"), [("sd1", 768, 512), ("sd2", 1024, 768), ("sdxl", 2048, 1024)]
 )
-def test_every_family_has_its_widths(tmp_path: Path, family: Family, width: int, side: int) -> None:
+def test_every_variant_has_its_widths_and_resolution(
+    tmp_path: Path, family: Family, width: int, side: int
+) -> None:
     model = load_shape(ModelConfig(pretrained_model_name_or_path=str(write_configs(tmp_path / "m", family))))
     assert (model.context_width, model.resolution) == (width, side)
     assert max(context_widths(model.unet)) == max(width, 1280) and width in context_widths(model.unet)
-    told = model.empty_condition(3)
-    assert told.context.shape == (3, 77, width)
-    assert (told.pooled is None) == (family != "sdxl") and (
-        told.pooled is None or told.pooled.shape == (3, 1280)
+    condition = model.empty_condition(3)
+    assert condition.context.shape == (3, 77, width)
+    assert (condition.pooled is None) == (family != "sdxl") and (
+        condition.pooled is None or condition.pooled.shape == (3, 1280)
     )
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "told"),
+    ("name", "changes", "keyword"),
     [
         ("unclip", {"unet": {"class_embed_type": "projection"}}, "prompt"),
         ("inpaint", {"unet": {"in_channels": 9}}, "9 channels .*4"),
         ("torn", {"unet": {"down_block_types": ["Nonsense"]}}, "unet config"),
     ],
 )
-def test_models_that_cannot_be_planned_are_told(
-    tmp_path: Path, name: str, changes: dict[str, Any], told: str
+def test_models_that_cannot_be_planned_are_refused(
+    tmp_path: Path, name: str, changes: dict[str, Any], keyword: str
 ) -> None:
     folder = write_configs(tmp_path / name, **changes)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=keyword):
         load_shape(ModelConfig(pretrained_model_name_or_path=str(folder)))
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "keyword"),
     [
         ("someone/never-downloaded", "downloads nothing"),
         ("{tmp}/model.ckpt", "dreamfleet convert"),
@@ -82,12 +84,12 @@ def test_models_that_cannot_be_planned_are_told(
         ("{tmp}", "no unet/config.json"),
     ],
 )
-def test_models_that_are_not_here_are_told(tmp_path: Path, name: str, told: str) -> None:
-    with pytest.raises(ModelError, match=told):
+def test_models_that_are_not_on_this_machine_are_refused(tmp_path: Path, name: str, keyword: str) -> None:
+    with pytest.raises(ModelError, match=keyword):
         load_shape(ModelConfig(pretrained_model_name_or_path=name.format(tmp=tmp_path)))
 
 
-def test_a_folder_without_a_part_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_a_part_is_refused(tmp_path: Path) -> None:
     folder = write_configs(tmp_path / "part")
     (folder / "vae/config.json").unlink()
     with pytest.raises(ModelError, match=r"'vae' .*config"):

@@ -1,4 +1,4 @@
-"""Loading models: missing and broken parts are named; embeddings are spliced into the right places."""
+"""Loading and saving models: errors name missing and broken parts; embeddings are spliced into the token tables."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_missing_part_is_named(folder: Path, tmp_path: Path, part: str) -> Non
         load(copy)
 
 
-def test_missing_or_torn_weights_and_configs_are_named(folder: Path, tmp_path: Path) -> None:
+def test_missing_or_damaged_weights_and_configs_are_named(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     weights = next((copy / "unet").glob("*.safetensors"))
@@ -52,7 +52,7 @@ def test_missing_or_torn_weights_and_configs_are_named(folder: Path, tmp_path: P
         load(copy)
 
 
-def test_a_model_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_model_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="does not exist"):
         load(tmp_path / "nothing")
     with pytest.raises(ModelError, match="does not exist"):
@@ -62,9 +62,7 @@ def test_a_model_that_is_not_there_is_told(tmp_path: Path) -> None:
         load(tmp_path / "x.txt")
 
 
-def test_a_model_is_saved_in_half_precision_without_a_second_copy_in_full(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_saving_in_half_precision_copies_no_part_as_a_whole(folder: Path, tmp_path: Path) -> None:
     model = load(folder)
     before = {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
     whole = sum(p.numel() * p.element_size() for part in model.modules().values() for p in part.parameters())
@@ -77,7 +75,7 @@ def test_a_model_is_saved_in_half_precision_without_a_second_copy_in_full(
     assert all(torch.equal(model.unet.state_dict()[name], tensor) for name, tensor in before.items())
 
 
-def test_saved_pipeline_loads_in_stock_diffusers_and_draws_the_same(folder: Path, tmp_path: Path) -> None:
+def test_a_saved_pipeline_loads_in_diffusers_and_samples_the_same_image(folder: Path, tmp_path: Path) -> None:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     from drawing import generate
 
@@ -100,7 +98,7 @@ def test_saved_pipeline_loads_in_stock_diffusers_and_draws_the_same(folder: Path
     assert np.abs(np.asarray(theirs, int) - np.asarray(ours, int)).max() <= 1
 
 
-def test_an_embedding_takes_n_places_and_leaves_the_table_alone(folder: Path) -> None:
+def test_an_embedding_takes_n_ids_and_the_token_table_is_unchanged(folder: Path) -> None:
     model = load(folder)
     plain = model.tokenize(["a <x> cat"])
     table = spliced_table(model.text_encoder).weight.clone()
@@ -119,7 +117,7 @@ def test_an_embedding_takes_n_places_and_leaves_the_table_alone(folder: Path) ->
     assert torch.equal(model.tokenize(["a <x> cat"]), plain)
 
 
-def test_a_prompt_of_base_words_reads_the_same_with_an_embedding_installed(folder: Path) -> None:
+def test_a_prompt_without_learned_words_is_encoded_the_same(folder: Path) -> None:
     model = load(folder)
     before_ids = model.tokenize(["a photo of a cat, dog", "", "cat " * 100])
     before = model.encode_text(before_ids)
@@ -128,7 +126,7 @@ def test_a_prompt_of_base_words_reads_the_same_with_an_embedding_installed(folde
     assert torch.equal(ids, before_ids) and torch.equal(model.encode_text(ids), before)
 
 
-def test_too_long_a_prompt_cuts_the_embedding_at_the_end(folder: Path) -> None:
+def test_an_embedding_at_the_end_of_a_long_prompt_is_cut(folder: Path) -> None:
     model = load(folder)
     install_embedding(model, "<x>", torch.randn(4, 16))
     ids = model.tokenize(["cat " * 73 + "<x>"])[0]
@@ -136,12 +134,12 @@ def test_too_long_a_prompt_cuts_the_embedding_at_the_end(folder: Path) -> None:
     assert (ids >= len(model.tokenizer)).sum() == 2
 
 
-def test_an_embedding_of_another_family_is_told(folder: Path) -> None:
+def test_an_embedding_of_another_family_is_refused(folder: Path) -> None:
     with pytest.raises(ModelError, match="another family"):
         install_embedding(load(folder), "<x>", torch.zeros(1, 768))
 
 
-def test_clip_skip_reads_the_layer_before(folder: Path) -> None:
+def test_clip_skip_uses_the_layer_before(folder: Path) -> None:
     ids = load(folder).tokenize(["a cat"])
     one, two = load(folder), load(folder, clip_skip=2)
     hidden = one.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
@@ -150,7 +148,7 @@ def test_clip_skip_reads_the_layer_before(folder: Path) -> None:
     assert not torch.allclose(two.encode_text(ids), one.encode_text(ids), atol=1e-3)
 
 
-def test_long_prompts_are_encoded_in_chunks_of_75_side_by_side(folder: Path) -> None:
+def test_long_prompts_are_encoded_in_chunks_of_75(folder: Path) -> None:
     model, short = load(folder, max_token_length=225), load(folder)
     ids = model.tokenize(["cat " * 100, "cat"])
     assert ids.shape == (2, 231)
@@ -172,5 +170,5 @@ def test_an_embedding_is_not_split_between_chunks(folder: Path) -> None:
     learned = len(model.tokenizer)
     assert (first >= learned).sum() == 0 and second[1:5].tolist() == list(range(learned, learned + 4))
     assert first[74] == first[75] == model.tokenizer.eos_token_id != second[5]
-    # with no chunk left it is cut, as a word is
+    # without a further chunk it is cut, like any word
     assert (model.tokenize(["cat " * 148 + "<x>"])[0] >= learned).sum() == 2

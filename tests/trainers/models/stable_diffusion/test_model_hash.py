@@ -1,4 +1,4 @@
-"""The hash and the name by which the webui tells base models: of the file, in artifacts and in images' texts."""
+"""The hash and name by which the webui identifies base models, in artifacts and in PNG metadata."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_artifacts_name_the_base_model_as_the_webui_does(file: Path, tmp_path: P
     assert (network.sd_checkpoint, network.sd_checkpoint_name) == (sha(file), "cat.v1.5")
 
 
-def test_images_tell_the_hash_of_the_file(file: Path, tmp_path: Path) -> None:
+def test_image_metadata_has_the_hash_of_the_file(file: Path, tmp_path: Path) -> None:
     arguments = ["sample", "--model", str(file), "--prompt", "a cat", "--steps", "1", "--num-images", "1"]
     result = CliRunner().invoke(program.app, [*arguments, "--out", str(tmp_path / "grid.png")])
     assert result.exit_code == 0, result.output
@@ -58,7 +58,7 @@ def test_images_tell_the_hash_of_the_file(file: Path, tmp_path: Path) -> None:
         assert f"Model hash: {sha(file)}, Model: cat.v1.5" in image.info["parameters"]
 
 
-def test_a_folder_is_told_by_its_u_net_and_keeps_dots_in_its_name(tmp_path: Path) -> None:
+def test_a_folders_hash_is_its_u_nets_and_its_name_keeps_dots(tmp_path: Path) -> None:
     folder = tmp_path / "sd-v1.5"
     tiny_model().save_folder(folder)
     model = load(folder)
@@ -67,10 +67,10 @@ def test_a_folder_is_told_by_its_u_net_and_keeps_dots_in_its_name(tmp_path: Path
         "sd-v1.5",
     )
     shutil.rmtree(folder)
-    assert model.short_hash() is None  # it was moved away while the run went on
+    assert model.short_hash() is None  # the folder was moved during the run
 
 
-def test_a_file_that_changed_has_another_hash(tmp_path: Path) -> None:
+def test_a_changed_file_has_another_hash(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     path.write_bytes(b"one")
     first = short_hash(path)

@@ -1,4 +1,4 @@
-"""Targets, SNR weights and schedules against diffusers; noise that belongs to its sample alone."""
+"""Targets and SNR weights against diffusers; noise that depends on its sample alone."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_samples_noise_does_not_depend_on_its_batch() -> None:
 def test_keys_that_agree_in_32_bits_draw_different_noise() -> None:
     seen: dict[int, int] = {}
     for number in itertools.count():
-        low = key("noise", "x", number) % 2**32  # all that a CPU generator of torch takes in of a seed
+        low = key("noise", "x", number) % 2**32  # the bits of a seed that torch's CPU generator uses
         if low in seen:
             break
         seen[low] = number
@@ -64,8 +64,8 @@ def test_noise_offset_shifts_whole_channels() -> None:
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_a_perfect_prediction_of_the_target_takes_the_noise_out(kind: str) -> None:
-    # The target is right when diffusers' own sampler, given it as the model's output, finds the clean latents.
+def test_a_perfect_prediction_of_the_target_removes_the_noise(kind: str) -> None:
+    # The target is right if diffusers' sampler recovers the clean latents from it as the model's output.
     schedule = scheduler(kind)
     latents, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     for t in (1, 500, 999):
@@ -79,7 +79,7 @@ def test_a_perfect_prediction_of_the_target_takes_the_noise_out(kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_snr_weights_are_those_of_diffusers_trainers(kind: str) -> None:
+def test_snr_weights_equal_diffusers_trainers(kind: str) -> None:
     schedule, timesteps = scheduler(kind), torch.tensor([0, 10, 500, 999])
     snr = compute_snr(schedule, timesteps)
     assert torch.allclose(signal_to_noise(schedule, timesteps), snr)

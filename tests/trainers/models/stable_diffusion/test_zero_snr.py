@@ -1,4 +1,4 @@
-"""Zero terminal SNR: the last timestep is noise alone, training sees it, sampling begins there."""
+"""Zero terminal SNR: the last timestep is pure noise, training includes it, sampling starts there."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def load(folder: Path, **options: Any) -> DiffusionModel:
 ZERO = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 
 
-def test_the_last_timestep_is_noise_and_the_first_stays(folder: Path) -> None:
+def test_the_last_timestep_is_pure_noise_and_the_first_is_unchanged(folder: Path) -> None:
     plain, model = (
         load(folder).scheduler,
         load(folder, zero_terminal_snr=True, v_parameterization=True).scheduler,
@@ -53,7 +53,7 @@ def test_noise_prediction_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler_a", "dpm++"])
-def test_sampling_begins_at_the_last_timestep(folder: Path, name: str) -> None:
+def test_sampling_starts_at_the_last_timestep(folder: Path, name: str) -> None:
     model = load(folder, **ZERO)
     scheduler = model.make_sampler(name)
     scheduler.set_timesteps(5)
