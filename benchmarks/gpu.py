@@ -57,7 +57,6 @@ def _run_on(device: torch.device, name: str, *, small: bool) -> dict[str, Any]:
             stamps.append(time.perf_counter())
 
         outcome = train(
-            method,
             engine,
             iter(lambda: dict(batch), None),
             lambda ready: ready,
