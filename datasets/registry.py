@@ -19,10 +19,18 @@ class Registry(Generic[T]):
     ``kind`` is what an error calls an entry ("method"). ``builtin`` maps names to ``"module:attribute"``. ``group`` is
     the group of Python entry points through which an installed package adds entries, such as ``dreamfleet.methods``;
     :meth:`register` adds one in this process. A name belongs to one implementation: a second one is refused.
+    ``find_problem(name, entry)`` returns what is wrong with an entry from outside, None if it is complete.
     """
 
-    def __init__(self, kind: str, *, group: str, builtin: Mapping[str, str]):
-        self.kind, self.group = kind, group
+    def __init__(
+        self,
+        kind: str,
+        *,
+        group: str,
+        builtin: Mapping[str, str],
+        find_problem: Callable[[str, T], str | None] = lambda name, entry: None,
+    ):
+        self.kind, self.group, self.find_problem = kind, group, find_problem
         self._paths = dict(builtin)
         self._loaded: dict[str, T] = {}
         self._searched = False
@@ -59,6 +67,7 @@ class Registry(Generic[T]):
             path = f"{getattr(entry, '__module__', '')}:{getattr(entry, '__qualname__', name)}"
             if self._paths.setdefault(name, path) != path:
                 raise ValueError(f"{self.kind} {name!r} is {self._paths[name]} already")
+            self._check(name, entry)
             self._loaded[name] = entry
             return entry
 
@@ -81,7 +90,13 @@ class Registry(Generic[T]):
                 )
 
     def _load(self, name: str) -> T:
-        return load_attribute(self._paths[name], what=f"{self.kind} {name!r}")  # type: ignore[no-any-return]
+        entry: T = load_attribute(self._paths[name], what=f"{self.kind} {name!r}")
+        self._check(name, entry)
+        return entry
+
+    def _check(self, name: str, entry: T) -> None:
+        if problem := self.find_problem(name, entry):
+            raise UserError(f"{self.kind} {name!r} ({self._paths[name]}): {problem}")
 
 
 class EntryName:

@@ -209,8 +209,8 @@ def metrics_table() -> str:
 def artifacts_table() -> str:
     """Return the section on the registered artifact kinds."""
     rows = [
-        "\n### Artifacts\n\nThe kinds of artifacts that methods export ([formats](formats.md)). Other kinds are added by "
-        "[installed packages](extending.md).\n",
+        "\n### Artifacts\n",
+        "The kinds of artifacts that methods export ([formats](formats.md)). Packages [add](extending.md) others.\n",
         "| kind | artifact | files | methods | `export --format` | `sample` |",
         "| --- | --- | --- | --- | --- | --- |",
     ]

@@ -148,15 +148,15 @@ def _why_nothing(cache: Storage, encoding: Encoding) -> str:
             f"data.cache_dir {cache.url} holds no latents yet: run `dreamfleet data cache RECIPE` first, or leave "
             "data.cache_dir out"
         )
-    told = min((encoding.differences(manifest) for manifest in manifests), key=len)
-    if not told:
+    found = min((encoding.differences(manifest) for manifest in manifests), key=len)
+    if not found:
         return (
             f"data.cache_dir {cache.url} holds no latents of this run yet: run `dreamfleet data cache RECIPE`, which "
-            "goes on where it was stopped"
+            "continues where it was stopped"
         )
     nearest = "" if len(manifests) == 1 else f", the nearest of {len(manifests)}"
     return (
-        f"data.cache_dir {cache.url} holds latents made otherwise{nearest}: {'; '.join(told)}. Run `dreamfleet data "
+        f"data.cache_dir {cache.url} holds latents made otherwise{nearest}: {'; '.join(found)}. Run `dreamfleet data "
         "cache RECIPE` to encode for this run as well (the others stay), set the recipe back, or leave data.cache_dir "
         "out"
     )

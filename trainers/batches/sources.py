@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 
 
 class Images(Protocol):
-    """What a feed asks of a source of images."""
+    """Interface of a source of images, as the feed uses it."""
 
     shown: Shown
 
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
         """Return ``mean`` and ``std`` ``[B, C, h, w]`` of cached latents, or ``pixels`` ``[B, 3, H, W]`` in [-1, 1].
 
-        With ``data.alpha_mask`` also ``mask`` ``[B, 1, h, w]``, the weights. The images must be of one size. ``rows``
-        ``[B]`` tells whose they are, where some may stand in for images that cannot be decoded.
+        With ``data.alpha_mask`` also ``mask`` ``[B, 1, h, w]``, the weights. The images must have one size. ``rows``
+        ``[B]`` are the index rows of the images, if some may replace images that cannot be decoded.
         """
         ...
 
 
 class Shown:
-    """Says how each draw's image is shown: its bucket's size, where it is cropped, whether it is mirrored.
+    """The view of each draw's image: its bucket's size, its crop, and whether it is mirrored.
 
     Keyed by (seed, epoch, image id).
     """
@@ -51,14 +51,14 @@ class Shown:
         self.files = index.sizes()
 
     def time_ids(self, draws: Sequence[Draw], rows: Sequence[int] | None = None) -> Tensor:
-        """Return what SDXL is told of each draw's size ``[B, 6]``; see :class:`Condition`.
+        """Return SDXL's size condition of each draw ``[B, 6]``; see :class:`Condition`.
 
-        ``rows``: whose images are shown, cut as the draws say; None: their own.
-        Top and left of a mirrored image are those of the crop in the mirror image, as kohya counts them.
+        ``rows``: the index rows of the images that are used, cropped by the draws; None: the draws' own.
+        Top and left of a mirrored image are those of the crop in the mirror image, as in kohya's scripts.
         """
         rows = rows or [draw.row for draw in draws]
-        told = [self._size_ids(self.of(draw), row) for draw, row in zip(draws, rows, strict=True)]
-        return torch.tensor(told, dtype=torch.float32)
+        ids = [self._size_ids(self.of(draw), row) for draw, row in zip(draws, rows, strict=True)]
+        return torch.tensor(ids, dtype=torch.float32)
 
     def _size_ids(self, draw: ImageView, row: int) -> tuple[int, ...]:
         (file_width, file_height), (width, height) = self.files[row], self.sizes[draw.row]
@@ -123,42 +123,42 @@ class ResidentPixels:
 class StreamedPixels:
     """Images decoded by Ray Data on the cluster's CPUs, for sets too large for one worker's memory.
 
-    The stream is told all coming draws at once and delivers in that order, so it reads ahead; asked out of turn (a dry
-    run), an image is decoded here.
+    The stream gets all coming draws in advance and delivers images in that order. Without a stream (a
+    dry run), an image is decoded in this process.
     """
 
     def __init__(self, index: Index, shown: Shown, *, cell: int):
         self.index, self.shown, self._cell = index, shown, cell
         self._stream: ImageStream | None = None
-        self._told: deque[Draw] = deque()  # to the stream, and not taken yet
+        self._announced: deque[Draw] = deque()  # draws passed to the stream whose images were not taken yet
 
     def follow(self, draws: Iterable[Draw]) -> None:
         """Start reading ahead along these draws; :meth:`take` must then ask for exactly them."""
         from dreamfleet.datasets.serve.stream import ImageStream
 
-        def told() -> Iterator[ImageView]:  # runs in the stream's thread
+        def announce() -> Iterator[ImageView]:  # runs in the stream's thread
             for draw in draws:
-                self._told.append(draw)
+                self._announced.append(draw)
                 yield self.shown.of(draw)
 
         data = self.shown.data
         self._stream = ImageStream(
             self.index,
-            told(),
+            announce(),
             resolution=data.resolution,
             max_pixels=data.max_pixels,
             weighted=data.alpha_mask,
         )
 
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
-        """Return the pixels of the next draws of the stream, and whose they are."""
+        """Return the pixels of the next draws of the stream, and their index rows."""
         if self._stream is None:
             cuts = [read_cut(self.index, self.shown.of(draw), self.shown.data) for draw in draws]
             return to_tensors(cuts, cell=self._cell)
         found = []
         for draw in draws:
             found.append((next(self._stream), self._stream.row))
-            assert self._told.popleft() == draw, "the stream was told another order"
+            assert self._announced.popleft() == draw, "the stream has another order"
         tensors = to_tensors([cut for cut, _ in found], cell=self._cell)
         return {**tensors, "rows": torch.tensor([row for _, row in found])}
 
@@ -175,7 +175,7 @@ class StreamedPixels:
 
 
 def streams(index: Index, data: DataConfig) -> bool:
-    """Say whether a set is streamed: when asked for, or when it would not fit ``data.resident_limit_mb``.
+    """Return whether a set is streamed: if the recipe says so, or if it exceeds ``data.resident_limit_mb``.
 
     Counted as decoded images at ``data.resolution`` (latents of SD 1.x, mean and std, take a twelfth of that).
     """

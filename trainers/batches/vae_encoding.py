@@ -117,7 +117,7 @@ def read_cut(index: Index, draw: ImageView, data: DataConfig) -> np.ndarray:
 
 
 def to_tensors(cuts: Sequence[np.ndarray], *, cell: int) -> dict[str, Tensor]:
-    """Convert the result of :func:`read_cut` into ``pixels`` ``[B, 3, H, W]`` and, weighted, ``mask`` ``[B, 1, h, w]``."""
+    """Stack results of :func:`read_cut`: ``pixels`` ``[B, 3, H, W]`` and, if weighted, ``mask`` ``[B, 1, h, w]``."""
     tensors = {"pixels": torch.stack([torch.from_numpy(to_tensor_range(cut[..., :3])) for cut in cuts])}
     if cuts[0].shape[-1] == 4:
         tensors["mask"] = torch.stack([torch.from_numpy(loss_weights(cut[..., 3], cell)) for cut in cuts])

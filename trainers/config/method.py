@@ -39,6 +39,21 @@ class MethodConfig(Section):
 
 
 _SECTIONS = "dreamfleet.trainers.config.methods"
+
+
+def find_problem(name: str, section: type[MethodConfig]) -> str | None:
+    """Return what a method's section lacks, None if it is complete."""
+    if not (isinstance(section, type) and issubclass(section, MethodConfig)):
+        return "its section must be a subclass of MethodConfig"
+    for part in ("implementation", "summary", "artifacts"):
+        if not getattr(section, part, None):
+            return f"{section.__name__} does not set {part}"
+    default = section.model_fields["name"].default
+    if default != name:
+        return f'{section.__name__}.name must be Literal["{name}"] = "{name}"'
+    return None
+
+
 METHODS: Registry[type[MethodConfig]] = Registry(
     "method",
     group="dreamfleet.methods",
@@ -51,6 +66,7 @@ METHODS: Registry[type[MethodConfig]] = Registry(
         "prompt_tuning": f"{_SECTIONS}.prompt_tuning:PromptTuningConfig",
         "textual_inversion": f"{_SECTIONS}.textual_inversion:TextualInversionConfig",
     },
+    find_problem=find_problem,
 )
 
 

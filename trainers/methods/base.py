@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamfleet.datasets.config import Concept
-from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.datasets.registry import load_attribute
 from dreamfleet.trainers.artifacts.kind import ARTIFACTS
 from dreamfleet.trainers.config.method import METHODS, MethodConfig
@@ -62,11 +63,11 @@ class Setting:
     snr_gamma: float | None = None
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """A training task: trainable parameters, the loss of a batch, checkpoints and exported artifacts.
 
-    Subclasses implement ``forward(batch)``, which computes the whole loss (an engine that shards parameters gathers
-    them in forward hooks), :meth:`groups` and :meth:`write`. The model is kept outside the module tree (in a list), so
+    Subclasses implement the abstract methods; ``forward`` computes the whole loss, as an engine that shards parameters
+    gathers them in forward hooks. The model is kept outside the module tree (in a list), so
     ``parameters()`` are the trainable ones, and a wrapper (DDP, DeepSpeed) does not touch frozen parts.
     """
 
@@ -123,9 +124,13 @@ class Method(nn.Module):
         """
         return {}
 
+    @abstractmethod
     def groups(self) -> list[ParamGroup]:
         """Return the trainable parameters by group."""
-        raise NotImplementedError(f"{type(self).__name__} does not implement groups()")
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Loss:
+        """Compute the loss of a batch on the device."""
 
     def state(self) -> dict[str, Tensor]:
         """Return the trainable parameters by name."""
@@ -149,9 +154,9 @@ class Method(nn.Module):
         usual = tuple(form for form in self.formats if form not in self.model.unsupported)
         return self.write(replace(order, formats=order.formats or usual))
 
+    @abstractmethod
     def write(self, order: Export) -> list[Path]:
         """Write the artifacts in ``order.formats`` into ``order.folder``; return their paths."""
-        raise NotImplementedError(f"{type(self).__name__} does not implement write()")
 
     def require_formats(self, formats: Sequence[str]) -> None:
         """Raise RecipeError for an export format that this method does not have."""
@@ -179,7 +184,16 @@ def check_fits(method: str, shapes: Mapping[str, torch.Size], state: Mapping[str
 
 
 def method_class(config: MethodConfig | str) -> type[Method]:
-    """Return the class of a method, given its name or its recipe section."""
+    """Return the class of a method, given its name or its recipe section.
+
+    Raises UserError naming what is missing if the class is no complete :class:`Method`.
+    """
     section = METHODS.get(config) if isinstance(config, str) else type(config)
     found: type[Method] = load_attribute(section.implementation, what=f"method {section.__name__}")
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise UserError(
+            f"{section.__name__}.implementation: {section.implementation} is no subclass of Method"
+        )
+    if missing := sorted(found.__abstractmethods__):
+        raise UserError(f"{section.implementation} does not implement {', '.join(missing)}")
     return found

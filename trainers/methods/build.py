@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from dreamfleet.datasets.config import Concept
-from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.trainers.methods.base import Method, Setting, method_class
 from dreamfleet.trainers.methods.diffusion_method import require_diffusion
 from dreamfleet.trainers.models.family import DiffusionModel
@@ -18,6 +18,13 @@ def build_method(recipe: Recipe, model: DiffusionModel, *, concepts: Sequence[Co
     """Build the method on a model, with the recipe's weight type and activation checkpointing; moves nothing."""
     setting = Setting(concepts=tuple(concepts), snr_gamma=recipe.train.snr_gamma)
     method = method_class(recipe.method)(recipe.method, model, setting)
+    if not method.formats:
+        raise UserError(f"method {method.name!r}: {type(method).__name__} sets no formats")
+    if wrong := set(method.formats) - set(method.all_formats):
+        raise UserError(
+            f"method {method.name!r}: formats {', '.join(sorted(wrong))} are not of its artifacts "
+            f"({', '.join(recipe.method.artifacts)}), which have: {', '.join(method.all_formats)}"
+        )
     if recipe.train.full_bf16:
         for group in method.groups():
             for param in group.params.values():

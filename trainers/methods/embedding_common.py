@@ -43,7 +43,7 @@ def initial_vectors(model: DiffusionModel, text: str, num_vectors: int) -> list[
 def vectors_from(
     model: DiffusionModel, path: str, num_vectors: int
 ) -> tuple[list[Tensor], int, tuple[AdamState, ...]]:
-    """Read the vectors ``[n, D]`` in each text encoder to go on from, the steps they were trained, and their moments.
+    """Read the vectors ``[n, D]`` in each text encoder to start from, the steps they were trained, and their moments.
 
     Moments are none where no `.optim` beside the file fits. Raises RecipeError for a file of another number or width.
     """

@@ -47,7 +47,7 @@ class HypernetworkMethod(DiffusionMethod):
         self._templates = load_templates(config.template_file)
 
     def start(self) -> dict[str, AdamState]:
-        """Go on from ``initial_hypernetwork``: its weights and steps, and Adam's moments where they lie beside it."""
+        """Start from ``initial_hypernetwork``: its weights and steps, and Adam's moments if their file is beside it."""
         if self.config.initial_hypernetwork is None:
             return {}
         self.steps_before, moments = _go_on(self.network, self.config.initial_hypernetwork)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -32,9 +33,9 @@ class ImageMethod(Method):
         """What the decoder may do to an image, such as shrinking it, before :meth:`collate`; nothing by default."""
         return unchanged
 
+    @abstractmethod
     def collate(self, uses: Sequence[Use]) -> Batch:
-        """Turn pictures into a batch on the CPU."""
-        raise NotImplementedError
+        """Make a batch of images, on the CPU."""
 
     def split(self, instances: Index) -> tuple[Index, Index | None]:
         """Split the pictures into those to train on and those to measure with; usually all, and None."""

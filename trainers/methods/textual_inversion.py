@@ -48,7 +48,7 @@ class TextualInversion(DiffusionMethod):
         return True
 
     def start(self) -> dict[str, AdamState]:
-        """Go on from ``initial_embedding``: its vectors and steps, and Adam's moments where they lie beside it."""
+        """Start from ``initial_embedding``: its vectors and steps, and Adam's moments if their file is beside it."""
         if self.config.initial_embedding is None:
             return {}
         vectors, self.steps_before, moments = vectors_from(

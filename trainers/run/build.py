@@ -73,7 +73,7 @@ def make_method(recipe: Recipe, sets: Sets | None, device: torch.device) -> Meth
 def assemble(recipe: Recipe, distributed: DistributedContext, *, begins: bool = True) -> Parts:
     """Build every piece of a run. Raises the UserErrors of whatever is wrong with recipe, images or model.
 
-    ``begins``: the files that the recipe goes on from are read; a checkpoint, if one is loaded next, holds more.
+    ``begins``: the files that the recipe starts from are read; a checkpoint, if one is loaded next, holds more.
     """
     distributed.on_every_rank(lambda: check_machine(recipe, distributed))
     torch.manual_seed(recipe.train.seed)

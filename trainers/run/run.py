@@ -229,7 +229,7 @@ def _restore(found: Checkpoint, parts: Parts) -> int:
     changed = [key for key, value in now.items() if found.meta.get(key, value) != value]
     if changed and is_main:
         log.warning(
-            "continuing from step %d although %s changed: the run goes on, but not as if it had never stopped",
+            "continuing from step %d although %s changed: the run continues, but not as if it had never stopped",
             found.step,
             ", ".join(changed),
         )

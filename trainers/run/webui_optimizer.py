@@ -75,7 +75,7 @@ def write_optimizer_state(recipe: Recipe, found: Checkpoint, artifact: Path) -> 
 
 
 def take_over(engine: Engine, moments: Mapping[str, AdamState], weights: Mapping[str, Tensor]) -> None:
-    """Let a new engine's Adam go on from moments, by name; ``weights`` are the whole ones that it was made with.
+    """Set the moments of a new engine's Adam, by name; ``weights`` are the whole ones that it was made with.
 
     Another optimizer than AdamW starts anew.
     """
@@ -94,4 +94,4 @@ def take_over(engine: Engine, moments: Mapping[str, AdamState], weights: Mapping
     if "ema" in state:
         state["ema"] = dict(weights)
     engine.load_state(state)
-    log.info("the optimizer goes on from moments of %d steps", max(adam.step for adam in moments.values()))
+    log.info("the optimizer continues with moments of %d steps", max(adam.step for adam in moments.values()))

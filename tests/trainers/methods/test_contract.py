@@ -1,4 +1,4 @@
-"""The contract every method keeps, over the registry, on a tiny model."""
+"""The contract of the methods, checked for every registered one on a tiny model."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from method_cases import EXPORTED, IMAGES, RATES, SECTIONS, fixed_batches, snapshot
+from method_cases import EXPORTED, IMAGES, RATES, SECTIONS
+from method_contract import check_exports, check_state, check_training, check_unknown_format
 
-from dreamfleet.datasets.errors import RecipeError
-from dreamfleet.trainers.artifacts.kind import detect_kind
 from dreamfleet.trainers.config.method import METHODS
 from dreamfleet.trainers.distributed.context import DistributedContext
-from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import Parts, assemble
 
@@ -48,30 +46,10 @@ def make_parts(workplace: Path, name: str, **changes: Any) -> Parts:
     return assemble(build_recipe(tiny.make_recipe(workplace, **options)), DistributedContext())
 
 
-def test_twenty_steps_on_one_image_lower_the_loss_and_touch_only_what_learns(
+def test_training_lowers_the_loss_and_changes_trainable_parameters_only(
     workplace: Path, method_name: str
 ) -> None:
-    parts = make_parts(workplace, method_name)
-    before, learned = snapshot(parts), {name: t.clone() for name, t in parts.method.state().items()}
-    losses = []
-    for batch, step in zip(fixed_batches(parts), range(20), strict=False):
-        loss = parts.engine.backward(parts.prepare(parts.engine.to_device(batch)))
-        assert torch.isfinite(loss.total) and loss.per_sample.shape == (1,)
-        parts.engine.step({name: rate(step) for name, rate in parts.rates.items()}, step + 1)
-        losses.append(float(loss.total))
-    assert losses[-1] < losses[0] * 0.995, losses
-    mine = {id(p) for group in parts.method.groups() for p in group.params.values()}
-    learning = {
-        f"{part}.{name}"
-        for part, module in parts.model.modules().items()
-        for name, param in module.named_parameters()
-        if id(param) in mine
-    }
-    after = snapshot(parts)
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed <= learning, changed - learning
-    unmoved = [name for name, t in parts.method.state().items() if torch.equal(t, learned[name])]
-    assert not unmoved, unmoved
+    check_training(make_parts(workplace, method_name))
 
 
 def test_every_vector_of_an_embedding_trains(workplace: Path) -> None:
@@ -83,54 +61,17 @@ def test_every_vector_of_an_embedding_trains(workplace: Path) -> None:
     assert ((parts.method.vectors - before).abs().sum(1) > 0).all()
 
 
-def test_state_is_what_learns_and_reads_back(workplace: Path, method_name: str) -> None:
-    parts, other = make_parts(workplace, method_name), make_parts(workplace, method_name)
-    with torch.no_grad():
-        for group in parts.method.groups():
-            for param in group.params.values():
-                param.add_(torch.randn_like(param))
-    other.method.load_state({name: t.clone() for name, t in parts.method.state().items()})
-    batch = parts.prepare(parts.feed.batch(0))
-    assert torch.equal(parts.method(batch).total, other.method(other.prepare(other.feed.batch(0))).total)
-    with pytest.raises(RecipeError, match="other parameters"):
-        other.method.load_state({"nonsense": torch.zeros(1)})
+def test_a_state_reads_back(workplace: Path, method_name: str) -> None:
+    check_state(make_parts(workplace, method_name), make_parts(workplace, method_name))
 
 
-def test_exports_read_back_equal(workplace: Path, method_name: str, tmp_path: Path) -> None:
-    parts = make_parts(workplace, method_name)
-    with torch.no_grad():
-        for group in parts.method.groups():
-            for param in group.params.values():
-                param.add_(0.01)
-    expected = {name: t.clone() for name, t in parts.method.state().items()}
-    paths = parts.method.export(
-        Export(
-            tmp_path,
-            "my-cat",
-            formats=parts.method.all_formats,
-            step=5,
-            metadata={"k": "v"},
-            precision="fp32",
-        )
-    )
-    assert paths and all(path.exists() for path in paths)
-    paths = [file for path in paths for file in (path.iterdir() if path.name == "kohya" else [path])]
-    for path in paths:
-        kind = detect_kind(path)
-        assert kind.name in METHODS.get(method_name).artifacts
-        found, wanted = (
-            kind.read_back(path),
-            EXPORTED.get(method_name, lambda state, path: state)(expected, path),
-        )
-        assert wanted.keys() <= found.keys(), path
-        for name, tensor in wanted.items():
-            assert torch.equal(found[name], tensor), (path, name)
+def test_exports_read_back_exactly(workplace: Path, method_name: str, tmp_path: Path) -> None:
+    exported = EXPORTED.get(method_name, lambda state, path: state)
+    check_exports(make_parts(workplace, method_name), tmp_path, exported=exported)
 
 
-def test_an_unknown_export_format_is_told(workplace: Path, method_name: str, tmp_path: Path) -> None:
-    parts = make_parts(workplace, method_name)
-    with pytest.raises(RecipeError, match="'gguf'"):
-        parts.method.export(Export(tmp_path, "x", formats=["gguf"], step=0, metadata={}, precision="fp32"))
+def test_an_unknown_export_format_is_an_error(workplace: Path, method_name: str, tmp_path: Path) -> None:
+    check_unknown_format(make_parts(workplace, method_name), tmp_path)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
