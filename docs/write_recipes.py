@@ -210,7 +210,7 @@ def artifacts_table() -> str:
     """Return the section on the registered artifact kinds."""
     rows = [
         "\n### Artifacts\n",
-        "The kinds of artifacts that methods export ([formats](formats.md)). Others come from\n[packages](extending.md).\n",
+        "The kinds of artifacts that methods export ([formats](formats.md)). Packages [add](extending.md) others.\n",
         "| kind | artifact | files | methods | `export --format` | `sample` |",
         "| --- | --- | --- | --- | --- | --- |",
     ]

@@ -21,7 +21,7 @@ class ToySource(Source):
         folder = Storage(url.removeprefix("toy://"))
         try:
             entries = json.loads(folder.read_text("toy.json"))
-        except ValueError as error:
+        except json.JSONDecodeError as error:
             raise DataError(f"{folder.path('toy.json')} is not JSON ({error}). Write it again") from error
         images, bad = [], []
         for entry in entries:

@@ -172,7 +172,7 @@ def test_a_cluster_without_a_free_cpu_is_reported(local_ray, tmp_path):
     local_ray.get(hog.here.remote())
     try:
         with (
-            pytest.raises(ResourceError, match=r"1\.0 CPU .*0\.0"),
+            pytest.raises(ResourceError, match=r"1\.0 CPU.*0\.0"),
             ImageStream(
                 build_index(str(tmp_path)), [ImageView(0)], resolution=SIDE, stall_seconds=2
             ) as stream,
