@@ -90,16 +90,17 @@ def _go_on(network: Hypernetwork, path: str) -> tuple[int, dict[str, AdamState]]
     with Storage(path).local_copy() as local:
         found, digest = read_hypernetwork(local), file_hash(local)
     theirs, ours = found.structure, network.structure
-    told = [
+    differences = [
         f"{name}: {getattr(theirs, name)}"
         for name in ("layer_structure", "activation_func", "add_layer_norm", "activate_output")
         if getattr(theirs, name) != getattr(ours, name)
     ]
     if (widths := sorted(found.weights)) != network.widths:
-        told.append(f"enable_sizes: {widths}")
-    if told:
+        differences.append(f"enable_sizes: {widths}")
+    if differences:
         raise RecipeError(
-            f"method.initial_hypernetwork: {path} is built otherwise than this run's; set " + ", ".join(told)
+            f"method.initial_hypernetwork: {path} is built otherwise than this run's; set "
+            + ", ".join(differences)
         )
     network.load_state_dict(Hypernetwork.from_file(found).state_dict())
     ours_named = dict(network.named_parameters())
