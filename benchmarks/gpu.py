@@ -48,7 +48,7 @@ def _run_on(device: torch.device, name: str, *, small: bool) -> dict[str, Any]:
         record = predict(recipe)
         if device.type == "cuda":
             torch.cuda.init()
-        method, engine, batch, why = build_parts(recipe, device)
+        _, engine, batch, why = build_parts(recipe, device)
         stamps: list[float] = []
 
         def stamp(line: dict[str, Any]) -> None:
@@ -57,7 +57,6 @@ def _run_on(device: torch.device, name: str, *, small: bool) -> dict[str, Any]:
             stamps.append(time.perf_counter())
 
         outcome = train(
-            method,
             engine,
             iter(lambda: dict(batch), None),
             lambda ready: ready,
