@@ -1,4 +1,4 @@
-"""Recipes: strict keys, every mistake at once with the nearest known key, aliases, overrides, paths from the recipe."""
+"""Recipes: strict keys, all errors together with the nearest known key, aliases, overrides, paths from the recipe."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MINIMAL: dict[str, Any] = {
 }
 
 
-def told_of(message: str, fault: str, remedy: str) -> bool:
+def names_remedy(message: str, fault: str, remedy: str) -> bool:
     """Whether one line of ``message`` names the fault and then its remedy."""
     return any(fault in line and remedy in line.partition(fault)[2] for line in message.splitlines())
 
 
-def test_all_mistakes_come_at_once_with_the_nearest_key(tmp_path: Path) -> None:
+def test_all_errors_come_at_once_with_the_nearest_key(tmp_path: Path) -> None:
     tree = {
         **MINIMAL,
         "method": {"name": "dreambooth", "train_text_encodr": True},
@@ -36,23 +36,23 @@ def test_all_mistakes_come_at_once_with_the_nearest_key(tmp_path: Path) -> None:
     path = tiny.write_recipe(tmp_path / "r.yaml", tree)
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
-    told = str(caught.value)
-    assert str(path) in told and "5 errors" in told
-    assert told_of(told, "method.train_text_encodr: unknown", "'train_text_encoder'")
-    assert told_of(told, "optimizer.learning_rte: unknown", "'learning_rate'")
-    assert "optimizer.lr_warmup_steps:" in told and "'many'" in told
-    assert "train.max_train_steps:" in told and "(got -1)" in told
-    assert told_of(told, "trian: unknown", "'train'")
+    message = str(caught.value)
+    assert str(path) in message and "5 errors" in message
+    assert names_remedy(message, "method.train_text_encodr: unknown", "'train_text_encoder'")
+    assert names_remedy(message, "optimizer.learning_rte: unknown", "'learning_rate'")
+    assert "optimizer.lr_warmup_steps:" in message and "'many'" in message
+    assert "train.max_train_steps:" in message and "(got -1)" in message
+    assert names_remedy(message, "trian: unknown", "'train'")
 
 
-def test_an_unknown_method_names_the_known_ones_and_still_tells_the_rest() -> None:
+def test_an_unknown_method_names_the_known_ones_and_other_errors_are_reported() -> None:
     with pytest.raises(RecipeError) as caught:
         build_recipe({**MINIMAL, "method": {"name": "dreamboth"}, "nonsense": 1})
-    told = str(caught.value)
-    assert told_of(told, "'dreamboth'", "'dreambooth'") and "nonsense: unknown" in told
+    message = str(caught.value)
+    assert names_remedy(message, "'dreamboth'", "'dreambooth'") and "nonsense: unknown" in message
 
 
-def test_a_key_of_another_section_or_program_is_told_where_it_belongs(tmp_path: Path) -> None:
+def test_a_key_of_another_section_or_program_is_reported_where_it_belongs(tmp_path: Path) -> None:
     tree = {
         **MINIMAL,
         "max_train_steps": 4,
@@ -61,12 +61,12 @@ def test_a_key_of_another_section_or_program_is_told_where_it_belongs(tmp_path: 
     }
     with pytest.raises(RecipeError) as caught:
         build_recipe(tree)
-    told = str(caught.value)
-    assert told_of(told, "max_train_steps: unknown", "train:")
-    assert told_of(told, "train.learning_rate: unknown", "optimizer:")
-    assert told_of(told, "train.output_dir: unknown", "outside the sections")
-    assert told_of(told, "train.use_8bit_adam: unknown", "optimizer.name: adamw8bit")
-    assert told_of(told, "optimizer.unet_lr: ", "'learning_rate'")
+    message = str(caught.value)
+    assert names_remedy(message, "max_train_steps: unknown", "train:")
+    assert names_remedy(message, "train.learning_rate: unknown", "optimizer:")
+    assert names_remedy(message, "train.output_dir: unknown", "outside the sections")
+    assert names_remedy(message, "train.use_8bit_adam: unknown", "optimizer.name: adamw8bit")
+    assert names_remedy(message, "optimizer.unet_lr: ", "'learning_rate'")
     with pytest.raises(RecipeError, match=r"write method: \{name: dreambooth\}"):
         build_recipe({**MINIMAL, "method": "dreambooth"})
     path = tiny.write_recipe(tmp_path / "r.yaml", MINIMAL)
@@ -199,7 +199,7 @@ def test_every_recipe_that_ships_is_valid(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("method: [", "not YAML"),
         ("just words", "mapping"),
@@ -207,14 +207,14 @@ def test_every_recipe_that_ships_is_valid(root: Path) -> None:
         ("method: !!python/object/apply:os.system ['true']", "not YAML"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_told(tmp_path: Path, text: str, told: str) -> None:
+def test_a_file_that_is_no_recipe_is_reported(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(text)
-    with pytest.raises(RecipeError, match=told):
+    with pytest.raises(RecipeError, match=message):
         load_recipe(path)
 
 
-def test_a_recipe_that_is_not_there_or_not_text_is_told(tmp_path: Path) -> None:
+def test_a_recipe_that_is_not_there_or_not_text_is_reported(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no such"):
         load_recipe(tmp_path / "missing.yaml")
     (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00")
@@ -222,8 +222,8 @@ def test_a_recipe_that_is_not_there_or_not_text_is_told(tmp_path: Path) -> None:
         load_recipe(tmp_path / "r.yaml")
 
 
-def test_what_cannot_go_together_is_told() -> None:
-    for change, told in [
+def test_what_cannot_go_together_is_reported() -> None:
+    for change, message in [
         ({"optimizer": {"learning_rate": "0.1:10,0.2", "lr_scheduler": "cosine"}}, "lr_scheduler: constant"),
         ({"optimizer": {"learning_rate": "0.1:10,0.2:5"}}, "grow"),
         ({"optimizer": {"learning_rate": -1}}, "negative"),
@@ -234,7 +234,7 @@ def test_what_cannot_go_together_is_told() -> None:
             r"quotes .*'\[filewords\]'",
         ),
     ]:
-        with pytest.raises(RecipeError, match=told):
+        with pytest.raises(RecipeError, match=message):
             build_recipe({**MINIMAL, **change})
 
 

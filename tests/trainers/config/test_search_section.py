@@ -1,4 +1,4 @@
-"""The recipe's search: section: every mistake is told when the recipe is read."""
+"""The recipe's search: section: all errors are reported when the recipe is read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dreamfleet.trainers.recipe import build_recipe, load_recipe
 
 
 @pytest.mark.parametrize(
-    ("section", "told"),
+    ("section", "message"),
     [
         ({"space": {"optimizer.learning_rte": RATES}}, "did you mean 'optimizer.learning_rate'?"),
         ({"space": {"optimizer.lr": RATES}}, "'optimizer.learning_rate'"),
@@ -61,10 +61,10 @@ from dreamfleet.trainers.recipe import build_recipe, load_recipe
         ),
     ],
 )  # fmt: skip
-def test_mistakes_are_told_when_the_recipe_is_read(section: dict[str, Any], told: str) -> None:
+def test_errors_are_reported_when_the_recipe_is_read(section: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         make_recipe(**section)
-    assert told in str(caught.value) and "search." in str(caught.value)
+    assert message in str(caught.value) and "search." in str(caught.value)
 
 
 def test_a_search_by_held_out_loss_needs_held_out_images() -> None:
