@@ -111,9 +111,7 @@ def check_templates(
             f"learn nothing; put [name] where the word goes, as in 'a photo of [name]' (now: {templates[0]!r})"
         )
     if naming < len(texts):
-        return (
-            f"{len(captions) - naming} of {len(captions)} captions do not use {word!r}, nor do the templates"
-        )
+        return f"{len(texts) - naming} of {len(texts)} captions do not use {word!r}, nor do the templates"
     return None
 
 
