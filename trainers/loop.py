@@ -161,8 +161,8 @@ class _Watch:
         raise RunFailed(
             f"nothing is learned: the gradient was exactly zero at each of {steps} steps, so the loss does not depend "
             "on the trainable parameters. Check whether the prompts contain the placeholder token, whether all "
-            "captions are dropped (data.caption_dropout), whether masks exclude whole images, and, with fp16, whether gradients "
-            "underflow (use bf16)"
+            "captions are dropped (data.caption_dropout), whether masks exclude whole images, and, with "
+            "fp16, whether gradients underflow (use bf16)"
         )
 
 

@@ -95,16 +95,16 @@ def serve_images(
     jobs = jobs_of(index, data)
     # Each rank has opened the cache for itself, and it may have been added to meanwhile.
     if missing := max(distributed.gather(missing_from(cache, jobs)), key=len):
-        told = (
+        summary = (
             f"{len(missing)} of {len(jobs)} encodings are not in the cache {cache.folder.url}, such as of "
             f"{missing[0].uri}"
         )
         if set(index.column("role")) == {"class"}:
             if distributed.is_main:
-                log.info("class images: %s; this run encodes them all", told)
+                log.info("class images: %s; this run encodes them all", summary)
             return load_images(index, model, data, seed=seed, distributed=distributed)
         raise DataError(
-            f"data.cache_dir: {told}: new, or changed, since it was made. Run `dreamfleet data cache RECIPE`, which "
+            f"data.cache_dir: {summary}: new, or changed, since it was made. Run `dreamfleet data cache RECIPE`, which "
             "encodes just these, or leave data.cache_dir out"
         )
     shown = Shown(index, data, seed)

@@ -283,7 +283,7 @@ class ZeroEngine(ZeroSpec, Engine):
             return state
         fresh = torch.amp.GradScaler(self.device.type).state_dict()
         scale, since, window = internals.read_loss_scale(internals.zero_optimizer(self.engine))
-        # torch counts from zero again when the scale grows; DeepSpeed goes on counting, and grows a step later.
+        # torch counts from zero again when the scale grows; DeepSpeed continues counting, and grows a step later.
         counted = {"_growth_tracker": since % window, "since_overflow": since}
         return {**fresh, **counted, "scale": scale}
 

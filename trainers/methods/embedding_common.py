@@ -101,17 +101,17 @@ def check_templates(
     if having:
         few = f"{len(lacking)} of {len(templates)} templates do not use {word!r}, and teach it nothing: {lacking[:1]}"
         return f"{few}. Put [name] into them" if lacking else None
-    used = [
+    texts = [
         _file_words(sample, data) for sample in samples if any("[filewords]" in each for each in templates)
     ]
-    naming = sum(any(has_word(template, caption) for template in templates) for caption in used)
+    naming = sum(any(has_word(template, caption) for template in templates) for caption in texts)
     if not naming:
         raise RecipeError(
             f"method.template_file: no template uses {word!r}, nor does a caption that one is filled with, so it would "
             f"learn nothing; put [name] where the word goes, as in 'a photo of [name]' (now: {templates[0]!r})"
         )
-    if naming < len(used):
-        return f"{len(used) - naming} of {len(used)} captions do not use {word!r}, nor do the templates"
+    if naming < len(texts):
+        return f"{len(texts) - naming} of {len(texts)} captions do not use {word!r}, nor do the templates"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Hypernetwork: trains MLPs on the inputs of the attention's key and value projections; the model is not changed.
+"""Hypernetwork: MLPs on what attention makes its keys and values of learn a look; the model stays as it is.
 
 Source: AUTOMATIC1111's webui, `modules/hypernetworks/hypernetwork.py`, after NovelAI's.
 """
@@ -99,7 +99,7 @@ def _go_on(network: Hypernetwork, path: str) -> tuple[int, dict[str, AdamState]]
         differences.append(f"enable_sizes: {widths}")
     if differences:
         raise RecipeError(
-            f"method.initial_hypernetwork: {path} has another structure than this run; set "
+            f"method.initial_hypernetwork: {path} is built otherwise than this run's; set "
             + ", ".join(differences)
         )
     network.load_state_dict(Hypernetwork.from_file(found).state_dict())

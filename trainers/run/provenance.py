@@ -1,4 +1,4 @@
-"""Provenance of a run for its checkpoints, recipe.yaml and artifacts: versions, data, base model."""
+"""Where a run comes from, for its checkpoints, its recipe.yaml and its artifacts: versions, data, base model."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ def provenance(parts: Parts, engine_reason: str) -> str:
 
 def artifact_metadata(recipe: Recipe, step: int, *, dataset_hash: str, base: Base) -> dict[str, str]:
     """Return what is written into every artifact, as strings: recipe, steps, dataset and base model hashes."""
-    plain = _without_folders(recipe.model_dump(mode="json"))
-    # Without folder names, as artifacts are shared.
+    resolved = recipe.model_dump(mode="json")
+    # Artifacts are passed on, and whose disk the images lay on is nobody's business.
+    resolved = _without_folders(resolved)
     return {
         "dreamfleet_version": versions().get("dreamfleet", "unknown"),
         "dreamfleet_method": recipe.method.name,
         "dreamfleet_step": str(step),
-        "dreamfleet_recipe": json_text(plain),
+        "dreamfleet_recipe": json_text(resolved),
         "dreamfleet_dataset_hash": dataset_hash,
         "dreamfleet_base_model": Path(base.name).name,
         "dreamfleet_base_model_hash": base.content_hash,

@@ -116,7 +116,7 @@ def test_decoding_by_other_tasks_and_errors_of_actors(tmp_path: Path, local_ray:
     index = build_index(str(tmp_path / "pictures"))
     shards = make_shards(jobs_of(index, recipe.data), workers=1)
     model = load_model(recipe.model, {"vae"})
-    apart = Pool(1, {"CPU": 0.5}, {}, decode_excluded=True)  # Ray would join stages that ask the same
+    apart = Pool(1, {"CPU": 0.5}, {}, decode_apart=True)  # Ray would join stages that ask the same
     encoding = encoding_of(recipe.data, model.encoder_hash)
     folder = write_manifest(Storage(str(recipe.data.cache_dir)), encoding)
     asked = functools.partial(VaeEncoder, recipe.model, device="cpu", threads=1)
