@@ -1,4 +1,4 @@
-"""Reads the captions of an image folder: from files beside the images, then from metadata tables."""
+"""Reads the captions of an image folder: from caption files beside the images, otherwise from metadata tables."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.index.caption_tables import images_of, read_table
 from dreamfleet.datasets.index.image_folder import ImageFolder
 
-CONCURRENT_READS = 32  # of files in a bucket
-LISTED = 20  # bad files that a message lists
+CONCURRENT_READS = 32  # caption files read from a bucket at the same time
+LISTED = 20  # maximum number of bad files that a message lists
 
 
 class Captions:
-    """The captions of a folder's images; ``column`` is that of its tables, see read_table."""
+    """The captions of a folder's images; ``column`` names the caption column of its tables, see read_table."""
 
     def __init__(self, folder: ImageFolder, column: str | None = None) -> None:
         self.folder = folder
         self.column = column
-        self.absent: list[tuple[str, str]] = []  # missing images that a table names, and the table's address
+        self.absent: list[tuple[str, str]] = []  # (missing image that a table names, address of the table)
         self._table: dict[str, tuple[str, str]] = {}  # image -> (caption, table)
-        self.errors: list[DataError] = []  # of tables
+        self.errors: list[DataError] = []  # errors found in tables
         for table in folder.tables:
             try:
                 self._read_table(table)
@@ -30,13 +30,13 @@ class Captions:
                 self.errors.append(error)
 
     def of(self, image: str) -> str | None:
-        """Return an image's caption, stripped, or None. Raises DataError for a file that is not text."""
+        """Return an image's caption without surrounding whitespace, or None. Raises DataError if it is not text."""
         beside = self.folder.caption_file(image)
         caption = self._text(beside) if beside is not None else self._table.get(image, ("", ""))[0]
         return caption.strip() or None
 
     def of_all(self, images: Sequence[str]) -> list[str | None]:
-        """Return the captions of images in their order. Raises one DataError for all files that are not text."""
+        """Return the captions of images in order. Raises a single DataError that lists all unreadable captions."""
         if self.folder.storage.is_local:
             found = list(map(self.try_of, images))
         else:  # in parallel, since most of the time is latency
@@ -46,12 +46,12 @@ class Captions:
         return [one for one in found if not isinstance(one, DataError)]
 
     def file_of(self, image: str) -> str | None:
-        """Return the file that an image's caption is in, beside the image or a table; None without a caption."""
+        """Return the name of the caption file or table that contains an image's caption; None without a caption."""
         beside = self.folder.caption_file(image)
         return beside if beside is not None or image not in self._table else self._table[image][1]
 
     def try_of(self, image: str) -> str | DataError | None:
-        """Return an image's caption, or the error of reading it."""
+        """Return an image's caption, or the DataError that reading it raised."""
         try:
             return self.of(image)
         except DataError as error:
@@ -83,7 +83,7 @@ class Captions:
 
 
 def refuse_all(errors: Sequence[DataError]) -> None:
-    """Raise one DataError for several errors, listing each file once; nothing for none."""
+    """Raise a single DataError that lists each distinct error once; do nothing if there are no errors."""
     messages = list(dict.fromkeys(map(str, errors)))
     if len(messages) == 1:
         raise errors[0]

@@ -18,7 +18,7 @@ CAPTION_COLUMNS = ("text", "caption", "prompt")
 
 
 class Entry(NamedTuple):
-    """One row of a table: its line, the image file it names, relative to the image folder, and the caption."""
+    """One row of a table: line number, path of the image file relative to the image folder, and caption."""
 
     line: int
     file: str
@@ -26,10 +26,10 @@ class Entry(NamedTuple):
 
 
 def read_table(folder: ImageFolder, name: str, column: str | None = None) -> Iterator[Entry]:
-    """Yield the rows of a table; ``column`` has the captions, by default the first of text, caption and prompt.
+    """Yield the rows of a table.
 
-    Column names match in any case. Raises DataError for missing columns, naming those found and those expected, and for
-    broken rows.
+    ``column`` is the name of the caption column, by default the first of text, caption and prompt; names match in any
+    case. Raises DataError for invalid rows, and for missing columns with the columns found and those expected.
     """
     where, place = folder.storage.path(name), name.rpartition("/")[0]
     rows = list(_rows(folder, name))
@@ -72,13 +72,16 @@ def columns_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def caption_columns(columns: Mapping[str, str], column: str | None) -> list[str]:
-    """Return the columns that may have a row's caption, as written; the first with a value is used."""
+    """Return the names, as written, of the columns that can hold a caption; a row's first non-null one is used."""
     wanted = (column.strip().lower(),) if column else CAPTION_COLUMNS
     return [columns[name] for name in wanted if name in columns]
 
 
 def edited_table(folder: ImageFolder, name: str, texts: Mapping[str, str], column: str | None = None) -> str:
-    """Return a .jsonl table with new captions for some images, by name. Raises DataError for other table formats."""
+    """Return the text of a .jsonl table with the captions in ``texts`` (image name -> caption) replaced.
+
+    Raises DataError for other table formats.
+    """
     if not name.lower().endswith(".jsonl"):
         raise DataError(
             f"{folder.storage.path(name)} cannot be edited in place: write the captions to another folder with --out"
@@ -104,7 +107,7 @@ def edited_table(folder: ImageFolder, name: str, texts: Mapping[str, str], colum
 
 
 def images_of(folder: ImageFolder, file: str) -> list[str]:
-    """Return the images that a row of a table names, also with the path separators of another system."""
+    """Return the images that a row of a table names; Windows path separators are accepted."""
     return folder.pairs.owners(file) or folder.pairs.owners(file.replace("\\", "/").removeprefix("./"))
 
 

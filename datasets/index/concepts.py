@@ -1,4 +1,4 @@
-"""Lists the subjects (concepts) that a recipe's `data:` section describes. Reads no image."""
+"""Lists the concepts (subjects) that a recipe's `data:` section describes, without reading images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from dreamfleet.datasets.storage.storage import read_text
 
 
 def load_concepts(data: DataConfig) -> list[Concept]:
-    """Return the concepts that a `data:` section describes; a concept's number is its position in this list."""
+    """Return the concepts that a `data:` section describes; the index identifies a concept by its position here.
+
+    Raises DataError for an invalid concepts list.
+    """
     if isinstance(data.concepts_list, str):
         source = find_source(data.concepts_list)
         if source.name != FOLDER:
@@ -29,7 +32,7 @@ def load_concepts(data: DataConfig) -> list[Concept]:
 
 
 def _read_concepts_file(path: str) -> list[Concept]:
-    """Read ShivamShrirao's concepts_list.json; relative paths in it start at its folder."""
+    """Read a concepts_list.json (the format of ShivamShrirao's scripts); its paths are relative to its folder."""
     try:
         entries = json.loads(read_text(path))
     except StorageError as error:

@@ -1,7 +1,7 @@
-"""Files of an image folder that are not training images: system folders, runs, searches, generated class images.
+"""Recognises what to skip in an image folder: system files, runs, searches, generated class images, named folders.
 
-Folders are recognised by their content rather than their name: a run by its recipe and metrics, class images by the
-file that is written beside them.
+Runs, searches and class images are recognised by their content, not by the folder's name: a run by its recipe and
+metrics, class images by the file ``class-images.json`` beside them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dreamfleet.datasets.storage.storage import Storage
 
 log = logging.getLogger(__name__)
 
-CLASS_IMAGES = "class-images.json"  # in every folder of generated class images
+CLASS_IMAGES = "class-images.json"  # present in every folder of generated class images
 
-# Purposes for which a recipe names folders.
+# Purposes for which a recipe can name a folder.
 CLASS, MASKS, TRAINED_ON, HELD_OUT = "class images", "masks", "training images", "held-out images"
 
 RUN = "a run of dreamfleet"
@@ -29,7 +29,7 @@ GENERATED = "class images that dreamfleet generated"
 SYSTEM = "a system folder"
 NOT_UTF8 = "its name is not UTF-8. Rename it"
 
-# Folders of network storage, operating systems and editors: thumbnails, deleted files and copies.
+# Folders that network storage, operating systems and editors create for thumbnails, deleted files and copies.
 _SYSTEM_FOLDERS = frozenset(
     (
         "__macosx",
@@ -58,7 +58,7 @@ _OLD_CLASS_IMAGES = re.compile(r"(?:(.*)/)?class-images/[^/]+-[0-9a-f]{12}/\d{6}
 
 
 class Skipped(NamedTuple):
-    """Files that are skipped on purpose: the address of their folder, the reason, and their number."""
+    """Files that are deliberately skipped: the address of their folder, the reason, and the number of files."""
 
     place: str
     reason: str
@@ -66,7 +66,7 @@ class Skipped(NamedTuple):
 
 
 class BadFile(NamedTuple):
-    """A file that should be an image, or belong to one, but cannot be used."""
+    """A file that should be an image or belong to one but cannot be used, and the reason."""
 
     uri: str
     reason: str
@@ -75,7 +75,7 @@ class BadFile(NamedTuple):
 class Folders:
     """Decides which subfolders of an image folder are skipped, and why.
 
-    ``excluded`` are subfolders that the recipe names for something else: relative path -> content.
+    ``excluded`` maps relative paths of subfolders that the recipe names for another purpose to that purpose.
     """
 
     def __init__(self, names: Iterable[str], excluded: Mapping[str, str]):
@@ -84,7 +84,7 @@ class Folders:
         self._known: dict[str, tuple[str, str]] = {"": ("", "")}
 
     def why(self, folder: str) -> tuple[str, str]:
-        """Return the outermost skipped folder that contains a folder, and the reason; ("", "") if there is none."""
+        """Return the outermost skipped folder that is or contains ``folder``, and the reason; ("", "") if none."""
         known = self._known.get(folder)
         if known is None:
             parent, _, last = folder.rpartition("/")
@@ -96,7 +96,7 @@ class Folders:
 
     @property
     def of_root(self) -> str:
-        """What the image folder itself is, if it is a run or a search; else ""."""
+        """Description of the image folder itself if it is a run or a search, otherwise ""."""
         return _kind_of(self._marks.get("", set())).replace(GENERATED, "")
 
     def _reason(self, folder: str, last: str) -> str:
@@ -110,17 +110,17 @@ class Folders:
 
 
 def is_system_folder(name: str) -> bool:
-    """Return whether a folder is hidden, or belongs to an operating or storage system."""
+    """Return whether a folder is hidden or was created by an operating system or a storage system."""
     return name.startswith(".") or name.casefold() in _SYSTEM_FOLDERS
 
 
 def is_system_file(name: str) -> bool:
-    """Return whether a file is hidden, such as macOS's `._a.png`, or belongs to an operating system."""
+    """Return whether a file is hidden, such as macOS's `._a.png`, or was created by an operating system."""
     return name.startswith(".") or name.casefold() in _SYSTEM_FILES
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file, by its path below a folder, is hidden or in a hidden or system folder."""
+    """Return whether the file at a relative path is hidden, or is in a hidden or system folder."""
     *folders, file = name.split("/")
     return is_system_file(file) or any(map(is_system_folder, folders))
 
@@ -137,19 +137,19 @@ def is_utf8(name: str) -> bool:
 
 
 def printable(text: str) -> str:
-    r"""Return a file name that can be printed: bytes that are not UTF-8 become `\xe9`."""
+    r"""Return a printable form of a file name, with bytes that are not UTF-8 escaped as in `\xe9`."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def folders_inside(folder: Storage, excluded: Mapping[str, str]) -> dict[str, str]:
-    """Return those of ``excluded`` (address -> content) that are within a folder: relative path -> content.
+    """Return the entries of ``excluded`` (address -> purpose) inside a folder, as relative path -> purpose.
 
-    Raises DataError if one is the folder itself; for held-out images a warning is logged instead.
+    Raises DataError if one is the folder itself, except that held-out images only log a warning.
     """
     found = {}
     for address, what in excluded.items():
         if not is_address(address):
-            continue  # of another source, so not within a folder
+            continue  # a URL of another source, which is never inside a folder
         place = relative_to(folder, Storage(address))
         if place == "" and what == TRAINED_ON:
             continue
@@ -170,7 +170,10 @@ def folders_inside(folder: Storage, excluded: Mapping[str, str]) -> dict[str, st
 
 
 def relative_to(folder: Storage, other: Storage) -> str | None:
-    """Return the path of ``other`` within ``folder``, "" if they are the same, else None; links are resolved."""
+    """Return the path of ``other`` relative to ``folder``, "" if they are the same, None if it is outside.
+
+    Symbolic links are resolved.
+    """
     pairs = [(folder.url, other.url)]
     if folder.is_local and other.is_local:
         pairs.append((os.path.realpath(folder.url), os.path.realpath(other.url)))
@@ -181,7 +184,7 @@ def relative_to(folder: Storage, other: Storage) -> str | None:
 
 
 def summary(skipped: Sequence[Skipped], most: int = 5) -> str:
-    """Return in one line what was skipped: `cats/runs/one (a run of dreamfleet, 3 files), ...`."""
+    """Return a one-line summary of skipped files: `cats/runs/one (a run of dreamfleet, 3 files), ...`."""
     parts = [
         f"{item.place} ({item.reason}, {item.files} {'file' if item.files == 1 else 'files'})"
         for item in skipped[:most]
@@ -198,7 +201,7 @@ def _kind_of(marks: set[str]) -> str:
 
 
 def _marks(names: Iterable[str]) -> dict[str, set[str]]:
-    """Return the names of marker files and folders, by the folder they identify."""
+    """Return folder -> names of the marker files and folders that identify its kind."""
     found: dict[str, set[str]] = {}
     for name in names:
         folder, _, file = name.rpartition("/")

@@ -1,4 +1,4 @@
-"""Hashes and sizes of files that were read before, so that a large set is not read at the start of every run."""
+"""Stores hashes and sizes of image files, so that unchanged files are not read again at the start of every run."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ FILE = "files.parquet"
 
 
 class KnownFiles:
-    """Returns the hash and size of an image file without reading it, if its stamp is unchanged since it was read.
+    """Returns the stored hash and size of an image file if its stamp has not changed since the file was read.
 
-    A stamp is size and modification time on disk, and the ETag in a bucket; see :meth:`Source.stamps`. Stored in
-    ``files.parquet`` in the folder of the latent cache.
+    A stamp is the size and modification time of a file on disk, or the size and ETag of an object in a bucket; see
+    :meth:`Source.stamps`. The entries are stored in ``files.parquet`` in the folder of the latent cache.
     """
 
     def __init__(self, cache: Storage, urls: Iterable[str]):
         self._cache = cache
-        # Taken before any file is read: a file that changes meanwhile has another stamp the next time.
+        # Stamps are taken before any file is read: a file that changes after this has another stamp in the next run.
         self._stamps = {uri: stamp for url in urls for uri, stamp in find_source(url).stamps(url).items()}
         self._seen = _read(cache)
 
     def __call__(self, uri: str) -> FileInfo | None:
-        """Return hash and size of the file at a URI; None if it must be read."""
+        """Return the hash and size of the file at a URI; None if it must be read."""
         stamp, seen = self._seen.get(uri, ("", None))
         return seen if seen is not None and stamp == self._stamps.get(uri) else None
 
     def remember(self, index: Index) -> None:
-        """Add the files of an index, and save."""
+        """Add the files of an index and write ``files.parquet`` if anything changed."""
         found = dict(self._seen)
         for row in index.rows():
             if stamp := self._stamps.get(row.uri):
@@ -55,7 +55,10 @@ class KnownFiles:
 
 
 def known_files(data: DataConfig) -> KnownFiles | None:
-    """Load the known files of the sources that a recipe names; None without a cache."""
+    """Load the stored hashes and sizes for the sources that a recipe names; None without ``data.cache_dir``.
+
+    Raises DataError if ``files.parquet`` is damaged.
+    """
     if data.cache_dir is None:
         return None
     places = [

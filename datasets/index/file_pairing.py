@@ -1,4 +1,4 @@
-"""Matches files to the images they belong to, by names alone: extensions in any case, either Unicode form. Pure."""
+"""Matches caption files and masks to images by name: extensions in any case, names in NFC or NFD. Does no I/O."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dreamfleet.datasets.images.image_formats import ATTENTION_ENDING, MASK_ENDI
 
 
 class Pairs:
-    """Finds the images that a file beside them belongs to, by names alone."""
+    """Finds the images that a caption file or mask belongs to, by name."""
 
     def __init__(self, images: Iterable[str]):
         self.images = list(images)
@@ -22,11 +22,11 @@ class Pairs:
             self._stems.setdefault(composed(os.path.splitext(image)[0]), []).append(image)
 
     def named(self, name: str) -> list[str]:
-        """Return the images of a file name: the exact one, else those that differ in Unicode form or extension case."""
+        """Return the image called ``name``, otherwise those that differ only in Unicode form or extension case."""
         return [name] if name in self._exact else self._named.get(same_name(name), [])
 
     def owners(self, base: str) -> list[str]:
-        """Return the images that the file ``base`` + extension belongs to: those of that name, else of that stem."""
+        """Return the images called ``base``, otherwise those with the stem ``base``: a file `base`.EXT is theirs."""
         return self.named(base) or self._stems.get(composed(base), [])
 
     def lone(self, image: str) -> bool:
@@ -35,15 +35,15 @@ class Pairs:
 
 
 def same_name(name: str) -> str:
-    """Return a name in the form in which names are compared: composed, with a lower-case extension."""
+    """Return a name normalised for comparison: composed (NFC), with a lower-case extension."""
     stem, ending = os.path.splitext(name)
     return composed(stem) + ending.lower()
 
 
 def masks_beside(images: Sequence[str]) -> dict[str, list[str]]:
-    """Return the files that are masks of other images, each with its images; later ones have priority.
+    """Return the files that are masks of other images: mask -> its images, in ascending order of priority.
 
-    `NAME.mask.png` has priority over the attention map `NAME_att.png`, a full name over a stem.
+    `NAME.mask.png` has priority over the attention map `NAME_att.png`, and a full name over a stem.
     """
     bases = {}
     for name in images:
@@ -62,5 +62,5 @@ def masks_beside(images: Sequence[str]) -> dict[str, list[str]]:
 
 
 def composed(text: str) -> str:
-    """Return a name in composed Unicode form (NFC), in which names are compared."""
+    """Return a name in composed Unicode form (NFC), for comparisons."""
     return text if text.isascii() else unicodedata.normalize("NFC", text)

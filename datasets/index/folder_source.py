@@ -1,4 +1,4 @@
-"""The built-in source: a folder of images on disk or in a bucket, also one with kohya's numbered subfolders."""
+"""The built-in source: a folder of images on disk or in a bucket, including kohya's layout of numbered subfolders."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from dreamfleet.datasets.storage.disk import explain_errors
 from dreamfleet.datasets.storage.object_store import Bucket
 from dreamfleet.datasets.storage.storage import Storage
 
-SETTLED_SECONDS = 2.0  # a younger file may change again without a change of its modification time
+SETTLED_SECONDS = (
+    2.0  # a more recent file may change again without a new modification time (clock resolution)
+)
 
 
 class FolderSource(Source):
-    """Reads folders; :class:`ImageFolder` decides which files belong together."""
+    """Reads image folders; :class:`ImageFolder` matches captions and masks to images."""
 
     def matches(self, url: str) -> bool:
-        """Return True: what no other source reads is a folder."""
+        """Return True: every URL that no other source matches is treated as a folder."""
         return True
 
     def scan(self, url: str, options: ScanOptions) -> Listing:
         """List a folder's images with their captions and masks.
 
-        Raises DataError for a folder that does not exist, and one error for all captions and tables that are broken.
+        Raises DataError if the folder does not exist, and a single DataError that lists all unreadable captions and
+        tables.
         """
         files = _open(url, options)
         captions = Captions(files, options.caption_column)
@@ -51,14 +54,14 @@ class FolderSource(Source):
         )
 
     def concepts(self, url: str, data: DataConfig) -> list[Concept]:
-        """Return a concept for each of kohya's numbered subfolders; for a folder without them, one."""
+        """Return one concept per numbered subfolder (kohya's layout), or one concept for a folder without them."""
         if subsets := subsets_of(url):
             return kohya_concepts(data, subsets)
         refuse_subset(url)
         return [one_concept(url, data)]
 
     def stamps(self, url: str) -> dict[str, str]:
-        """Return the stamps of all files below a folder."""
+        """Return the stamps of all files in a folder and its subfolders, by address."""
         return stamps_of(Storage(url))
 
     def count(self, url: str, options: ScanOptions) -> int:
@@ -77,7 +80,10 @@ def _open(url: str, options: ScanOptions) -> ImageFolder:
 
 
 def stamps_of(folder: Storage) -> dict[str, str]:
-    """Return the stamp of every file below a folder by its address, without files modified in the last seconds."""
+    """Return address -> stamp of all files in a folder and its subfolders.
+
+    Local files modified in the last :data:`SETTLED_SECONDS` seconds are left out.
+    """
     if folder.is_local:
         found = {}
         before = time.time() - SETTLED_SECONDS

@@ -1,8 +1,8 @@
-"""Assigns the files of an image folder: images, their caption files and masks, tables, and files that are left out.
+"""Classifies the files of an image folder: images, their caption files and masks, metadata tables, other files.
 
-The index, captions, tags, masks, labels, `data prepare` and class images all use this module. A file belongs to the
-image whose full name it has (`x.jpg.txt` to `x.jpg`), else to the images of its stem (`x.txt`). Extensions match in any
-case, names in either Unicode form.
+The index, captions, tags, masks, labels, `data prepare` and class images all use this module. A caption file or mask
+belongs to the image whose full name it contains (`x.jpg.txt` to `x.jpg`), otherwise to the images with its stem
+(`x.txt`). Extensions match in any case, and names in composed and decomposed Unicode form (NFC, NFD).
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from dreamfleet.datasets.index.file_pairing import Pairs, composed, masks_beside
 from dreamfleet.datasets.storage.storage import Storage
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-MAX_SNIFFED = 256  # files of unknown extension whose first bytes are read
-HEAD = 32  # bytes of each
+MAX_SNIFFED = 256  # maximum number of files with an unknown extension whose first bytes are read
+HEAD = 32  # bytes read of each of them
 LISTED_ORPHANS = 10
 
 
 class ImageFolder:
     """The images of a folder on disk or in a bucket, and the files that belong to them.
 
-    ``excluded`` are addresses of folders to skip, with their content. ``bad`` are files that should be images but
-    cannot be used, ``skipped`` files that are left out on purpose, and ``others`` counts all other files by
-    extension.
+    ``excluded`` maps addresses of folders to skip to a description of their content. ``bad`` lists files that should
+    be images but cannot be used, ``skipped`` files that are deliberately left out; ``others`` counts all other files
+    by extension.
 
-    Raises DataError when the folder does not exist, is a run or a search, or is itself in ``excluded``.
+    Raises DataError if the folder does not exist, is a run or a search, or is itself in ``excluded``.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class ImageFolder:
         images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
         beside = masks_beside(images)
         plain = {name for name in images if name.lower().endswith(MASK_ENDING)}
-        # If no image has such a mask, files with such names are images.
+        # NAME.mask.png files are images themselves if none of them matches another image.
         lost = plain - beside.keys() if plain & beside.keys() else set()
         reason = "a mask (NAME.mask.png) without its image. Rename it if it is an image"
         self.bad += [BadFile(self.storage.path(name), reason) for name in sorted(lost)]
@@ -89,20 +89,21 @@ class ImageFolder:
             key=lambda name: (
                 name.count("/"),
                 name,
-            ),  # deeper tables are nearer to their images, and have priority
+            ),  # tables in deeper folders come later and override the captions of those above
         )
         self.unreadable = Pairs(name for name in names if name.lower().endswith(UNREADABLE_SUFFIXES))
         self._captions = self._sort_rest(names, {*images, *self.tables, *self.unreadable.images})
 
     def caption_file(self, image: str) -> str | None:
-        """Return the name of an image's caption file; None if only a table may have the caption."""
+        """Return the name of an image's caption file; None if it has none (a table may contain its caption)."""
         found = self._captions.get(image)
         return min(found)[-1] if found else None
 
     def text_file(self, image: str) -> str:
-        """Return the file to write an image's caption to: `x.txt`, or `x.jpg.txt` if another image has that stem.
+        """Return the name of the file to write an image's caption to.
 
-        An existing caption file that no other image shares is kept.
+        That is its existing caption file if no other image shares it, otherwise `x.txt`, or `x.jpg.txt` if another
+        image has the same stem.
         """
         existing = self.caption_file(image)
         if existing is not None and len(self.readers(existing)) == 1:
@@ -110,27 +111,27 @@ class ImageFolder:
         return self.new_text_file(image)
 
     def new_text_file(self, image: str) -> str:
-        """Return the file to write an image's caption to in a folder without caption files."""
+        """Return the name of an image's caption file in a folder that has no caption files yet."""
         alone = self.pairs.lone(image) and self._folded_stems[os.path.splitext(image)[0].casefold()] == 1
         return (os.path.splitext(image)[0] if alone else image) + ".txt"
 
     def readers(self, file: str) -> list[str]:
-        """Return the images that take their caption from a file."""
+        """Return the images whose caption is read from a file."""
         base = self._base(file)
         owners = self.pairs.owners(base) if base is not None else []
         return [image for image in owners if self.caption_file(image) == file]
 
     def shared(self) -> dict[str, list[str]]:
-        """Return the caption files that several images share, each with these images."""
+        """Return the caption files that several images share: name of the file -> names of the images."""
         files: dict[str, list[str]] = {}
         for image in self._captions:
             files.setdefault(str(self.caption_file(image)), []).append(image)
         return {file: images for file, images in files.items() if len(images) > 1}
 
-    # ---- what is in the folder ---------------------------------------------------------------------------------------
+    # ---- classification of the folder's files ------------------------------------------------------------------------
 
     def _visible(self, names: Sequence[str], excluded: Mapping[str, str]) -> list[str]:
-        """Return the names without skipped folders and files; record those that may contain images."""
+        """Return the names outside of skipped folders; record the skipped folders and files that may be images."""
         folders = Folders(names, folders_inside(self.storage, excluded))
         if made := folders.of_root:
             what = "its samples/ folder" if made == RUN else "a samples/ folder in it"
@@ -164,7 +165,10 @@ class ImageFolder:
     def _sort_rest(
         self, names: Sequence[str], known: set[str]
     ) -> dict[str, list[tuple[bool, int, bool, str]]]:
-        """Assign the files that are neither images nor tables: image -> its caption files, each with its priority."""
+        """Classify the files that are neither images nor tables; return image -> its caption files with priorities.
+
+        The lowest tuple has the highest priority; its last item is the name of the caption file.
+        """
         captions: dict[str, list[tuple[bool, int, bool, str]]] = {}
         orphans: list[str] = []
         unknown: list[str] = []
@@ -198,7 +202,7 @@ class ImageFolder:
         return captions
 
     def _sniff(self, names: Sequence[str]) -> None:
-        """Find images among files with another extension or without one; count the others."""
+        """Report images with a wrong or missing extension as bad files; count all other files."""
         looked = 0
         for name in names:
             ending = os.path.splitext(name)[1].lower()
@@ -230,18 +234,21 @@ class ImageFolder:
 
     @cached_property
     def _folded_stems(self) -> Counter[str]:
-        """Count images by stem as case-insensitive file systems compare them."""
+        """Number of images per stem, compared as on a case-insensitive file system."""
         return Counter(os.path.splitext(image)[0].casefold() for image in self.images)
 
     def _find_masks(self, beside: Mapping[str, list[str]], mask_dir: str | None) -> dict[str, str]:
-        """Return the mask of each image: name of the image -> address of the mask."""
+        """Return the masks: name of the image -> address of its mask."""
         masks: dict[str, str] = {}
         for name, owners in beside.items():
             masks |= dict.fromkeys(owners, self.storage.path(name))
         return masks | (self._masks_in(Storage(mask_dir)) if mask_dir is not None else {})
 
     def _masks_in(self, folder: Storage) -> dict[str, str]:
-        """Return the masks in ``mask_dir``, which have the name or stem of their image, in any format."""
+        """Return the masks in ``mask_dir``: images of any format with the name or stem of the image they mask.
+
+        Raises DataError if the folder does not exist or none of its images matches.
+        """
         try:
             if not folder.exists():
                 raise DataError(f"data.mask_dir: folder {folder.url} does not exist. Check the path")
@@ -269,7 +276,7 @@ class ImageFolder:
 
 
 def _existing_unicode_form(storage: Storage) -> Storage:
-    """Return the folder, under the Unicode form of its name that exists."""
+    """Return the folder with its name in the Unicode form (NFC or NFD) that exists on disk or in the bucket."""
     if storage.url.isascii() or not is_utf8(storage.url) or storage.exists():
         return storage
     forms = [Storage(unicodedata.normalize(form, storage.url)) for form in ("NFC", "NFD")]
@@ -277,7 +284,7 @@ def _existing_unicode_form(storage: Storage) -> Storage:
 
 
 def _list(storage: Storage, recursive: bool, bad: list[BadFile]) -> list[str]:
-    """Return the names of all files; subfolders that cannot be listed are added to ``bad``."""
+    """Return the names of all files; add subfolders that cannot be listed to ``bad``. Raises DataError."""
     try:
         if not storage.exists():
             raise DataError(

@@ -1,4 +1,4 @@
-"""Builds the index of a run: an Arrow table with id, size, caption and hash of each image, and what was left out."""
+"""Builds the index of a run: an Arrow table with id, size, caption and hash of each image, and a list of bad files."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from dreamfleet.datasets.storage.storage import Storage
 log = logging.getLogger(__name__)
 
 _DEFAULTS = ScanOptions()
-VERIFY_LIMIT = 2000  # up to so many images are decoded when they are indexed, to find truncated files
-LOGGED = 20  # bad files that are logged one by one
+VERIFY_LIMIT = 2000  # sets of at most this many images are decoded completely, to find truncated files
+LOGGED = 20  # maximum number of bad files that are logged individually
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),  # first 16 hex digits of sha256; "-k" appended for the k-th further copy
@@ -53,7 +53,7 @@ SCHEMA = pa.schema(
 
 
 class Row(NamedTuple):
-    """One image of an index."""
+    """One image of an index; the fields are the columns of :data:`SCHEMA`."""
 
     id: str
     uri: str
@@ -69,28 +69,28 @@ class Row(NamedTuple):
 
 
 class FileInfo(NamedTuple):
-    """Hash and size of a file; sizes in pixels after the EXIF rotation, 0 for a mask."""
+    """Hash of a file, and its width and height in pixels after the EXIF rotation (0 for a mask)."""
 
     sha256: str
     width: int = 0
     height: int = 0
 
 
-# Returns hash and size of the file at a URI if they are known without reading it.
+# A function that returns the hash and size of the file at a URI, or None if the file must be read for them.
 Known = Callable[[str], FileInfo | None]
 
 
 class Index:
-    """The images of one or more sources, sorted by id, independent of their location and listing order."""
+    """The images of one or more sources, sorted by id. Independent of their location and of the listing order."""
 
     def __init__(
         self, table: pa.Table, *, bad: Sequence[BadFile] = (), skipped: Sequence[Skipped] = ()
     ) -> None:
         self.table = table
         self.bad = list(bad)
-        self.skipped = list(skipped)  # files that are skipped on purpose
-        self.others: Counter[str] = Counter()  # other files, by extension
-        self.shared: dict[str, list[str]] = {}  # caption file -> the images that share it
+        self.skipped = list(skipped)  # files that were deliberately skipped
+        self.others: Counter[str] = Counter()  # extension -> number of other files
+        self.shared: dict[str, list[str]] = {}  # caption file -> images that share it
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -115,7 +115,7 @@ class Index:
         return list(zip(self.column("width"), self.column("height"), strict=True))
 
     def take(self, numbers: Sequence[int], captions: Sequence[str | None]) -> Index:
-        """Return an index of some rows, in this order, with other captions."""
+        """Return an index of the rows ``numbers``, in this order, with their captions replaced by ``captions``."""
         place = SCHEMA.get_field_index("caption")
         taken = self.table.take(pa.array(numbers, pa.int64()))
         captioned = taken.set_column(place, SCHEMA.field(place), pa.array(captions, pa.string()))
@@ -123,7 +123,7 @@ class Index:
 
     @property
     def content_hash(self) -> str:
-        """sha256 (hex) of ids, contents, captions, concepts, roles, repeats and masks, but not of locations."""
+        """SHA-256 (hex) of ids, contents, captions, concepts, roles, repeats and masks, but not of locations."""
         digest = hashlib.sha256()
         for row in self.rows():
             seen = [row.id, row.sha256, row.caption, row.concept, row.role, row.repeats]
@@ -133,7 +133,7 @@ class Index:
 
     @staticmethod
     def concat(indexes: Sequence[Index]) -> Index:
-        """Return one index of several; copies of an image across them get further "-k" ids."""
+        """Return one index of the rows of several; copies of an image in different indexes also get "-k" ids."""
         rows = [(position, row) for position, index in enumerate(indexes) for row in index.rows()]
         rows.sort(key=lambda item: (item[1].sha256[:16], item[0], _copy_number(item[1].id)))
         bad = [bad for index in indexes for bad in index.bad]
@@ -155,13 +155,13 @@ def build_index(
     verify: bool | None = None,
     known: Known | None = None,
 ) -> Index:
-    """Index the images at a URL: a folder on disk or in a bucket, or what another source reads.
+    """Index the images at a URL: a folder on disk or in a bucket, or a URL that another source reads.
 
     Each file is read once, by a pool of threads, unless the source lists its hash and size or ``known(uri)`` returns
-    them. With ``verify`` (None: up to 2000 images) every image is decoded completely, so that a truncated file is found
-    now. Images that cannot be used, and those with such a mask, are listed in ``.bad`` and left out.
+    them. With ``verify`` (None: for at most 2000 images) every image is decoded completely, so that truncated files are
+    found before training. An image is left out and listed in ``.bad`` if it or its mask cannot be used.
 
-    Raises DataError, naming the URL, the problem and the remedy, when there is no usable image or the source itself is
+    Raises DataError with the URL, the problem and the remedy if there is no usable image or the source itself is
     unusable; see :meth:`Source.scan`.
     """
     url = place.url if isinstance(place, Storage) else os.fspath(place)
@@ -197,7 +197,7 @@ def build_index(
 
 
 def log_left_out(index: Index) -> None:
-    """Log what is left out of an index: bad files as warnings, skipped files in one line."""
+    """Log the files that an index leaves out: bad files as warnings, skipped files in one line."""
     for file in index.bad[:LOGGED]:
         log.warning("left out %s: %s", file.uri, file.reason)
     if len(index.bad) > LOGGED:
@@ -207,7 +207,7 @@ def log_left_out(index: Index) -> None:
 
 
 def _read(image: SourceImage, *, max_pixels: int, check: bool) -> tuple[FileInfo, FileInfo | None]:
-    """Read an image and its mask. Raises DataError when either cannot be used, and StorageError."""
+    """Read an image and its mask. Raises DataError if either cannot be used, StorageError if it cannot be read."""
     uri = image.uri
     data, mask = read_image_file(uri), read_mask(image.mask) if image.mask else None
     header = read_header(data, uri=uri, max_pixels=max_pixels)
@@ -228,7 +228,7 @@ def _read(image: SourceImage, *, max_pixels: int, check: bool) -> tuple[FileInfo
 def _recall(
     image: SourceImage, known: Known | None, max_pixels: int
 ) -> tuple[FileInfo, FileInfo | None] | None:
-    """Return what is known of an image and its mask without reading them; None where one of them must be read."""
+    """Return hash and size of an image and of its mask without reading them; None if one of them must be read."""
     listed = FileInfo(image.sha256, image.width, image.height), FileInfo(image.mask_sha256)
     seen = listed[0] if all(listed[0]) else known(image.uri) if known else None
     mask = listed[1] if image.mask_sha256 else known(image.mask) if known and image.mask else None
@@ -238,7 +238,7 @@ def _recall(
 
 
 def _assemble(rows: Sequence[Row], bad: Sequence[BadFile], skipped: Sequence[Skipped] = ()) -> Index:
-    """Number copies in the order given, in which they are adjacent, and sort by id."""
+    """Return an index of rows sorted by id; copies of an image, which must be adjacent, are numbered in this order."""
     numbered: list[Row] = []
     copies = 0
     for row in rows:

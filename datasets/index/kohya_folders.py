@@ -1,4 +1,4 @@
-"""kohya's folder layout: images in `10_sks dog` have 10 repeats per epoch and the prompt `sks dog`."""
+"""Reads kohya's folder layout: images in the subfolder `10_sks dog` get 10 repeats and the prompt `sks dog`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _REPEATS_AND_NAME = re.compile(r"^(\d+)_(.*)$", re.DOTALL)
 
 
 def subsets_of(folder: str) -> list[tuple[str, int, str]]:
-    """Return kohya's subfolders, such as `10_sks dog`, as (address, repeats, name), sorted by name; [] without any."""
+    """Return the numbered subfolders, such as `10_sks dog`, as (address, repeats, name), sorted by folder name.
+
+    Raises DataError for a folder with 0 repeats; logs a warning for images outside of numbered subfolders.
+    """
     storage = Storage(folder)
     try:
         names = storage.list_dirs()
@@ -44,7 +47,10 @@ def subsets_of(folder: str) -> list[tuple[str, int, str]]:
 
 
 def refuse_subset(folder: str) -> None:
-    """Raise DataError for one of kohya's subfolders given instead of its parent: repeats and prompt would be lost."""
+    """Raise DataError if ``folder`` is itself a numbered subfolder: its repeats and prompt would be ignored.
+
+    Logs a warning if the numbered subfolders are one level too deep.
+    """
     parent, _, name = Storage(folder).url.rpartition("/")
     if _REPEATS_AND_NAME.match(name):
         raise DataError(
@@ -70,7 +76,10 @@ def refuse_subset(folder: str) -> None:
 
 
 def kohya_concepts(data: DataConfig, subsets: list[tuple[str, int, str]]) -> list[Concept]:
-    """Return the concepts of numbered subfolders: repeats and prompts, and the matching class folders."""
+    """Return a concept for each numbered subfolder, with its repeats, prompt and matching class folder.
+
+    Raises DataError if the class prompt is unknown or a class folder matches no subfolder.
+    """
     regs = subsets_of(data.class_data_dir) if data.class_data_dir else []
     if data.class_data_dir and not regs:
         if data.class_prompt is None:
@@ -106,7 +115,10 @@ def kohya_concepts(data: DataConfig, subsets: list[tuple[str, int, str]]) -> lis
 
 
 def _class_of(name: str, regs: list[tuple[str, int, str]], *, alone: bool) -> tuple[str | None, str | None]:
-    """Return the class folder with the longest name that ends the instance's ("dog" for "sks dog"), or the only one."""
+    """Return folder and prompt of the class whose name is the longest suffix of ``name``: "dog" for "sks dog".
+
+    Without a match, a single class folder is used, or for a single instance folder (``alone``) the first one.
+    """
     matching = [reg for reg in regs if f" {name}".endswith(f" {reg[2]}") and reg[2]]
     if not matching and len(regs) == 1:
         matching = regs

@@ -1,6 +1,7 @@
-"""Class labels of images: in a JSON file `{file name: class}`, or by folders named 0, 1, 2 ...
+"""Reads and writes class labels of images: a JSON file `{file name: class}`, or subfolders named 0, 1, 2, ...
 
-Both are formats of DreamArtist for the images of its discriminator (pixivAI's `labeler.py` and `labeler_folder.py`).
+Both are DreamArtist's formats for the training images of its discriminator (pixivAI's `labeler.py` and
+`labeler_folder.py`).
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from dreamfleet.datasets.rng import key
 from dreamfleet.datasets.storage.object_store import is_address
 from dreamfleet.datasets.storage.storage import Storage, read_text
 
-LABELS_FILE = "dataset.json"  # in the image folder, unless another file is named
-HELD_OUT_SHARE = 5  # at most one in so many images of a class is held out
+LABELS_FILE = "dataset.json"  # the default labels file, in the image folder
+HELD_OUT_SHARE = 5  # at most 1 / HELD_OUT_SHARE of a class is held out
 
 
 def read_labels(uri: str) -> dict[str, int]:
-    """Read a JSON file of labels, on disk or in a bucket. Raises DataError if it is not one."""
+    """Read a labels file, on disk or in a bucket. Raises DataError if it cannot be read or is not one."""
     try:
         return parse_labels(read_text(uri), uri)
     except StorageError as error:
@@ -30,7 +31,7 @@ def read_labels(uri: str) -> dict[str, int]:
 
 
 def parse_labels(text: str, uri: str) -> dict[str, int]:
-    """Parse and check the text of a JSON file of labels; see :func:`read_labels`."""
+    """Parse and check the text of a labels file; ``uri`` is for error messages. Raises DataError."""
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -49,16 +50,16 @@ def parse_labels(text: str, uri: str) -> dict[str, int]:
 
 
 def write_labels(path: str, labels: Mapping[str, int]) -> None:
-    """Write a JSON file of labels atomically. Raises StorageError."""
+    """Write a labels file atomically. Raises StorageError."""
     folder, _, name = path.rpartition("/")
     Storage(folder or "/").write_text(name, json_text(dict(labels), indent=1) + "\n")
 
 
 def label_of(name: str, labels: Mapping[str, int] | None) -> int | None:
-    """Return the class of an image by its path relative to the image folder; None without a label.
+    """Return the class of an image, given its path relative to the image folder; None without a label.
 
-    ``labels`` may have its path or its file name. Without ``labels`` the innermost folder whose name is a number is
-    used.
+    ``labels`` may contain the path or the file name. If ``labels`` is None, the class is the name of the innermost
+    folder whose name is a number.
     """
     *folders, last = name.split("/")
     if labels is not None:
@@ -70,9 +71,10 @@ def label_of(name: str, labels: Mapping[str, int] | None) -> int | None:
 
 
 def find_labels(index: Index, folders: Sequence[str], labels: str | None = None) -> dict[int, int]:
-    """Return the class of each labelled row of an index; ``folders[i]`` is the folder of concept i.
+    """Return row number -> class for the labelled rows of an index; ``folders[i]`` is the folder of concept i.
 
-    ``labels`` names the JSON file; without it each folder's ``dataset.json`` is used, else its subfolders 0, 1, ...
+    ``labels`` is the address of the labels file. Without it each folder's ``dataset.json`` is used, or, if it has none,
+    its subfolders 0, 1, ...
     """
     roots = [Storage(folder) if is_address(folder) else None for folder in folders]
     if labels is not None:
@@ -93,14 +95,15 @@ def find_labels(index: Index, folders: Sequence[str], labels: str | None = None)
 
 
 def _by_name(labels: Mapping[str, int]) -> dict[str, int]:
-    """Return labels with names in the form in which they are compared, with forward slashes."""
+    """Return the labels with their names normalised for comparison, with forward slashes."""
     return {same_name(name.replace("\\", "/")): label for name, label in labels.items()}
 
 
 def hold_out(index: Index, labels: Mapping[int, int], per_class: int) -> dict[int, int]:
-    """Choose held-out images of each class, by a hash of their content, so that every run chooses the same.
+    """Return the labels of held-out rows: up to ``per_class`` images of each class, chosen by a hash of their content.
 
-    At most a fifth of a class is chosen. Copies of an image are held out together.
+    The choice is therefore the same in every run. At most a fifth of a class is held out, and all copies of an image
+    together.
     """
     hashes = index.column("sha256")
     chosen = set()

@@ -1,4 +1,4 @@
-"""Indexes everything a recipe's `data:` section names: training images, class images, held-out images."""
+"""Indexes the image sets that a recipe's `data:` section names: training images, class images, held-out images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dreamfleet.datasets.storage.storage import Storage
 
 @dataclass(frozen=True)
 class ClassSet:
-    """The class images of one concept: their folder, or None if they are to be generated beside the run."""
+    """The class images of one concept. ``folder`` is None if they are generated beside the run."""
 
     concept: int
     folder: str | None
@@ -28,7 +28,7 @@ class ClassSet:
 
 @dataclass(frozen=True)
 class Sets:
-    """The images of a run. `concepts[i]` describes the rows of `instances` whose concept is i."""
+    """The image sets of a run. `concepts[i]` describes the rows of `instances` whose concept is i."""
 
     instances: Index
     class_sets: list[ClassSet]
@@ -44,10 +44,10 @@ def load_sets(
 ) -> Sets:
     """Index all training images that a recipe names; its paths must be absolute.
 
-    A row's repeats are those of its concept (of kohya's folder name) times `data.repeats`. Class images are named but
-    not indexed, since they may not exist yet. Files in `known` are not read. Folders within the image folders that the
-    recipe names for something else are skipped: class images, masks, and `excluded` (address -> content). Raises
-    DataError as build_index does.
+    The repeats of a row are those of its concept (for example from kohya's folder name) times `data.repeats`. Class
+    images are returned as folders without an index, since they may not exist yet. Files that `known` recognises are not
+    read. Subfolders that the recipe names for another purpose are skipped: class images, masks, and `excluded`
+    (address -> purpose). Raises DataError as build_index does.
     """
     concepts = load_concepts(data)
     others = excluded_folders(concepts, excluded)
@@ -74,7 +74,7 @@ def load_sets(
 
 
 def _require_table(column: str, concepts: Sequence[Concept], others: Mapping[str, str]) -> None:
-    """Raise DataError when the concepts are all folders and none has a table that could have the column."""
+    """Raise DataError if all concepts are plain folders and none of them has a metadata table."""
     urls = [concept.instance_data_dir for concept in concepts]
     if all(find_source(url).name == FOLDER for url in urls) and not any(
         ImageFolder(url, excluded=others).tables for url in urls
@@ -86,7 +86,7 @@ def _require_table(column: str, concepts: Sequence[Concept], others: Mapping[str
 
 
 def excluded_folders(concepts: Sequence[Concept], excluded: Mapping[str, str]) -> dict[str, str]:
-    """Return the folders that contain other images than a recipe's training images: address -> content."""
+    """Return the folders that a recipe names for other purposes than training images: address -> purpose."""
     return {**_places(concepts, "mask_dir", MASKS), **_places(concepts, "class_data_dir", CLASS), **excluded}
 
 
@@ -98,7 +98,7 @@ def load_class_images(
     verify: bool | None = None,
     known: Known | None = None,
 ) -> Index | None:
-    """Index the class images of a folder, with its subfolders, as any image folder; None if there are none yet."""
+    """Index the class images in a folder and its subfolders; None if there are none yet."""
     url = folder.url if isinstance(folder, Storage) else folder
     concepts = load_concepts(data)
     others = {**_places(concepts, "mask_dir", MASKS), **_places(concepts, "instance_data_dir", TRAINED_ON)}
@@ -111,7 +111,7 @@ def load_class_images(
 
 
 def load_held_out(folder: str, data: DataConfig) -> Index:
-    """Index the held-out images of a recipe; folders of training images within are skipped."""
+    """Index the held-out images of a recipe; subfolders with training images are skipped."""
     others = _places(load_concepts(data), "instance_data_dir", TRAINED_ON)
     return build_index(
         folder, ScanOptions(data.caption_extension, excluded=others), max_pixels=data.max_pixels
@@ -119,7 +119,10 @@ def load_held_out(folder: str, data: DataConfig) -> Index:
 
 
 def _large_enough(index: Index, data: DataConfig) -> Index:
-    """Leave out images that are too small for buckets without enlarging: a side is below a quarter of a step."""
+    """Leave out images that are too small for buckets if images are not enlarged (``data.bucket_no_upscale``).
+
+    Those are images with a side below a quarter of ``data.bucket_reso_steps``. Raises DataError if none remains.
+    """
     if not (data.enable_bucket and data.bucket_no_upscale):
         return index
     least = data.bucket_reso_steps / MOST_ENLARGED

@@ -1,7 +1,7 @@
-"""Image sources: the interface behind the URLs of a recipe's `data:` section, and the registry of implementations.
+"""Image sources: the interface that reads the URLs of a recipe's `data:` section, and the registry of sources.
 
-A folder on disk or in a bucket is the built-in source. An installed package adds others, such as a shard format or a
-table of URLs, through the entry-point group `dreamfleet.sources`; its source is used for every URL that it matches.
+The built-in source reads a folder on disk or in a bucket. Installed packages add others, such as a shard format or a
+table of URLs, through the entry-point group `dreamfleet.sources`; a source is used for every URL that it matches.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from dreamfleet.datasets.registry import Registry
 from dreamfleet.datasets.storage.object_store import is_address
 from dreamfleet.datasets.storage.storage import Storage, read_uri
 
-FOLDER = "folder"  # the source of every URL that no other one matches
+FOLDER = "folder"  # the source that reads every URL that no other source matches
 
 
 class SourceImage(NamedTuple):
-    """One image that a source lists. What is not known without reading the image is left out.
+    """One image that a source lists. Hashes and sizes are left empty if they are unknown without reading the image.
 
-    ``uri`` is a local path, a bucket address, or ``NAME://...`` for what the source called NAME reads itself: a byte
-    range of a shard, for example. ``sha256`` is the hash of the image file's bytes. ``width`` and ``height`` are in
-    pixels after the EXIF rotation. ``mask`` is a URI of the same kind.
+    ``uri`` is a local path, a bucket address, or ``NAME://...`` if the source called NAME reads the file itself, for
+    example as a byte range of a shard. ``sha256`` is the hash of the image file's bytes. ``width`` and ``height`` are
+    in pixels after the EXIF rotation. ``mask`` is a URI of the same kind as ``uri``.
     """
 
     uri: str
@@ -45,9 +45,10 @@ class SourceImage(NamedTuple):
 
 @dataclass
 class Listing:
-    """What a source contains: its images, files that cannot be used and why, files left out on purpose.
+    """The content of a source: its images, unusable files with the reason, and deliberately skipped files.
 
-    ``others`` counts files that are no images, by ending; ``shared`` maps a caption file to the images that share it.
+    ``others`` counts files that are not images, by extension. ``shared`` maps a caption file to the images that share
+    it.
     """
 
     images: list[SourceImage]
@@ -59,7 +60,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class ScanOptions:
-    """Keys of the `data:` section that a source may follow, and ``excluded``: folders to skip and what they contain."""
+    """The keys of the `data:` section that affect a scan, and ``excluded``: address of a folder to skip -> purpose."""
 
     caption_extension: Sequence[str] = CAPTION_EXTENSIONS
     caption_column: str | None = None
@@ -69,26 +70,26 @@ class ScanOptions:
 
 
 class Source(ABC):
-    """A kind of image set. Subclasses take no arguments; one instance per process serves all URLs.
+    """Base class of image sources. The constructor takes no arguments; one instance per process serves all URLs.
 
     ``matches`` and ``scan`` run in the process that builds the index, ``read`` also in workers on other machines.
-    ``name`` is the name it is registered under.
+    ``name`` is the name under which the source is registered.
     """
 
     name: str
 
     @abstractmethod
     def matches(self, url: str) -> bool:
-        """Return whether this source reads ``url``, an absolute path or address that may not exist.
+        """Return whether this source reads ``url``, an absolute path or an address, which may not exist.
 
-        A source called NAME need not match ``NAME://...``: it always reads those URLs.
+        The source called NAME reads all ``NAME://...`` URLs, whether it matches them or not.
         """
 
     @abstractmethod
     def scan(self, url: str, options: ScanOptions) -> Listing:
-        """List the images at ``url`` without reading them, in an order that is the same on every machine.
+        """List the images at ``url`` without reading them, in the same order on every machine.
 
-        Raises DataError when the source itself is unusable.
+        Raises DataError if the source itself is unusable.
         """
 
     def read(self, uri: str) -> bytes:
@@ -96,14 +97,14 @@ class Source(ABC):
         return read_uri(uri)
 
     def concepts(self, url: str, data: DataConfig) -> list[Concept]:
-        """Return the subjects at ``data.train_data_dir`` or in ``data.concepts_list``: one, unless overridden."""
+        """Return the concepts at a URL (``data.train_data_dir`` or ``data.concepts_list``); one unless overridden."""
         return [one_concept(url, data)]
 
     def stamps(self, url: str) -> dict[str, str]:
-        """Return by URI what changes with a file's content and is known without reading it, such as size and time.
+        """Return URI -> stamp of the files at ``url``; a stamp changes with the content, such as size and mtime.
 
-        With ``data.cache_dir`` a file whose stamp is unchanged is not read again. Needed only for images whose hash and
-        size are not listed.
+        With ``data.cache_dir`` a file with an unchanged stamp is not read again. Only needed for images whose hash and
+        size :meth:`scan` does not list.
         """
         return {}
 
@@ -120,9 +121,9 @@ SOURCES: Registry[type[Source]] = Registry(
 
 
 def find_source(url: str) -> Source:
-    """Return the source that reads a URL: by its scheme, else the only one that matches, else the folder source.
+    """Return the source that reads a URL: the one named by its scheme, the one that matches, or the folder source.
 
-    Raises DataError for an unknown scheme, and when several sources match.
+    Raises DataError for an unknown scheme, and if several sources match.
     """
     if own := _named_in(url):
         return own
@@ -140,18 +141,18 @@ def find_source(url: str) -> Source:
 
 
 def read_image_file(uri: str) -> bytes:
-    """Return the bytes of an image file or mask by the URI in an index, in any process. Raises StorageError."""
+    """Return the bytes of an image file or mask, given its URI in an index, in any process. Raises StorageError."""
     own = _named_in(uri)
     return read_uri(uri) if own is None else own.read(uri)
 
 
 def read_mask(uri: str) -> Mask:
-    """Read a mask by the URI in an index. Raises StorageError."""
+    """Read a mask, given its URI in an index. Raises StorageError."""
     return Mask(read_image_file(uri), os.path.splitext(uri)[0].endswith(ATTENTION_ENDING))
 
 
 def can_read(uri: str) -> bool:
-    """Return whether this machine can read the file at a URI of an index. Raises StorageError as a bucket does."""
+    """Return whether this machine can read the file at a URI of an index. Raises StorageError if a bucket fails."""
     own = _named_in(uri)
     if own is None:
         folder, _, name = uri.rpartition("/")
@@ -164,7 +165,10 @@ def can_read(uri: str) -> bool:
 
 
 def one_concept(url: str, data: DataConfig) -> Concept:
-    """Return the single subject of a `data:` section whose images are at ``url``."""
+    """Return the concept of a `data:` section with a single subject, whose images are at ``url``.
+
+    Raises DataError if there is a class folder without a class prompt.
+    """
     if data.class_data_dir is not None and data.class_prompt is None:
         raise DataError(
             f"class_data_dir {data.class_data_dir} without class_prompt: {url} has no subfolders such as '10_sks dog', "
@@ -180,7 +184,7 @@ def one_concept(url: str, data: DataConfig) -> Concept:
 
 
 def _named_in(url: str) -> Source | None:
-    """Return the source whose name is the scheme of a URL."""
+    """Return the source whose name is the scheme of a URL; None if there is none."""
     scheme = url.partition("://")[0]
     if is_address(url) or scheme == FOLDER or scheme not in SOURCES:
         return None

@@ -8,12 +8,12 @@ from dreamfleet.datasets.storage.storage import read_text
 
 
 def load_templates(name: str) -> tuple[str, ...]:
-    """Return the prompt templates of a built-in set (object, style_filewords, ...), else those of a file."""
+    """Return the prompt templates of a built-in set (object, style_filewords, ...) or of the file ``name``."""
     return TEMPLATE_SETS.get(name) or load_template_file(name)
 
 
 def load_template_file(path: str) -> tuple[str, ...]:
-    """Read a file with one template per line, skipping blank lines. Raises DataError when there is none."""
+    """Read a file with one template per line, skipping blank lines. Raises DataError if it has no template."""
     try:
         text = read_text(path)
     except StorageError as error:
