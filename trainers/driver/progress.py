@@ -1,4 +1,4 @@
-"""Shows a run's progress and log on the driver's stderr; on workers, writes the log and polls the stop file."""
+"""Shows a run's progress and log on the driver's stderr; on workers, writes the log and polls for a stop."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def _join(target: str) -> Any:
 
 @contextmanager
 def authentication(*, private: bool) -> Iterator[None]:
-    """Set RAY_AUTH_MODE unless the user has: Ray's default differs between 2.59, 2.60 and 2.61.
+    """Set RAY_AUTH_MODE unless the user has set it, as Ray's default differs between 2.59, 2.60 and 2.61.
 
     A private Ray listens on the machine's network address, where anyone could run code without a token, so it
     gets a new one. The token is set in the environment, as a file in the home folder would affect a later

@@ -74,7 +74,7 @@ class Checkpoints:
             ),
         }
         try:
-            # Left by a crash, perhaps. Its manifest must not remain beside new files.
+            # Remove what a crash may have left: its manifest must not remain beside new files.
             if self.storage.exists(name):
                 self.storage.remove(name)
             entries = {file: self._write(f"{name}/{file}", writer) for file, writer in writers.items()}
