@@ -1,4 +1,4 @@
-"""Writes `examples/judge/others/`, objects sampled from the pocket model that are no cats, and the labels of both."""
+"""Writes images of other objects, sampled from the pocket model, to `examples/judge/others/`, and the label files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ HERE = Path(__file__).parent
 THINGS = ("teddy bear", "crown", "croissant", "dolphin", "koala", "jellyfish", "butterfly", "lemon", "snowman",
           "rabbit", "house", "tiger")  # fmt: skip
 PLACES = ("on a blue background", "on the beach", "in the snow", "at night")
-TRAIN = 16  # of the others; the rest is held out
+TRAIN = 16  # number of the other images in the training split; the rest is held out
 
 
 def write_others() -> None:
-    """Draw twice as many images as there are things, and write the labels of all that are used."""
+    """Sample two images per entry of `THINGS`, and write the labels of the training and the test split."""
     prompts = [f"a {THINGS[n % len(THINGS)]} {PLACES[n % len(PLACES)]}" for n in range(2 * len(THINGS))]
     requests = requests_for(prompts, range(len(prompts)), guidance_scale=4.0)
     drawn = generate(load_model(ModelConfig()), requests, batch_size=8)

@@ -1,7 +1,7 @@
-"""Draws the backgrounds of the pocket model: plain colours, two patterns and simple scenes.
+"""Draws the backgrounds of the pocket model's training images: plain colours, two patterns and simple scenes.
 
-Every background is known by a key (`plain:blue`, `striped:red`, `scene:beach`) and by the words that a caption
-says about it, so that the text encoder can be taught to tell the subject from its background.
+Every background has a key (`plain:blue`, `striped:red`, `scene:beach`) and a phrase for captions, so that the
+text encoder can learn to distinguish the subject from its background.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ KEYS = (
     + [f"checkered:{name}" for name in PATTERN_COLOURS]
     + [f"scene:{name}" for name in SCENES]
 )
-# Plain colours most often: they are what captions of a training set can always say.
+# Plain colours have the largest weight, because the captions of most training sets can name them.
 _SHARES = {"plain": 4.0, "striped": 1.0, "checkered": 1.0, "scene": 3.0}
 WEIGHTS = np.array([_SHARES[key.split(":")[0]] for key in KEYS])
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
@@ -50,7 +50,7 @@ SIZE = 64
 
 
 def say_background(key: str) -> str:
-    """Return the words that a caption uses for a background."""
+    """Return the phrase that describes a background in a caption."""
     kind, name = key.split(":")
     if kind == "scene":
         return SCENES[name]
@@ -59,31 +59,31 @@ def say_background(key: str) -> str:
 
 
 def _shade(colour: tuple[int, int, int], rng: np.random.Generator, spread: float = 9.0) -> np.ndarray:
-    """A colour with a little jitter, so that its name means a range and not one value."""
+    """Return an RGB colour (float32, 0 to 255) with random jitter, so that a name covers a range of values."""
     return np.clip(np.array(colour, np.float32) + rng.normal(0, spread, 3), 0, 255)
 
 
 def _blend(top: np.ndarray, bottom: np.ndarray, size: int) -> Image.Image:
-    """A vertical run from one colour to another."""
+    """Return a square image of `size` pixels with a vertical gradient between two RGB colours."""
     ramp = np.linspace(0, 1, size, dtype=np.float32)[:, None, None]
     rows = top[None, None] * (1 - ramp) + bottom[None, None] * ramp
     return Image.fromarray(np.broadcast_to(rows, (size, size, 3)).round().astype(np.uint8))
 
 
 def _fill(colour: np.ndarray) -> tuple[int, int, int]:
-    """A drawing colour for PIL."""
+    """Return a colour as a tuple of integers for PIL."""
     return tuple(round(float(value)) for value in np.clip(colour, 0, 255))  # type: ignore[return-value]
 
 
 def draw_plain(name: str, rng: np.random.Generator, size: int) -> Image.Image:
-    """One named colour, slightly lighter at the top at times."""
+    """Draw a named colour, with a vertical gradient of random strength that is lighter at the top."""
     colour = _shade(COLOURS[name], rng)
     lift = rng.uniform(0, 14)
     return _blend(np.clip(colour + lift, 0, 255), np.clip(colour - lift, 0, 255), size)
 
 
 def draw_striped(name: str, rng: np.random.Generator, size: int) -> Image.Image:
-    """Stripes of a colour and white."""
+    """Draw stripes of a named colour and white."""
     period, phase = size / rng.choice([4, 5, 6]), rng.uniform(0, size)
     ys, xs = np.mgrid[0:size, 0:size]
     along = [xs, ys, (xs + ys) * 0.7071][rng.integers(3)]
@@ -93,7 +93,7 @@ def draw_striped(name: str, rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def draw_checkered(name: str, rng: np.random.Generator, size: int) -> Image.Image:
-    """Squares of a colour and white."""
+    """Draw a checkered pattern of a named colour and white."""
     period, shift = size / rng.choice([4, 5, 6]), rng.uniform(0, size, 2)
     ys, xs = np.mgrid[0:size, 0:size]
     mask = ((((xs + shift[0]) // period) + ((ys + shift[1]) // period)) % 2 < 1)[..., None]
@@ -102,7 +102,7 @@ def draw_checkered(name: str, rng: np.random.Generator, size: int) -> Image.Imag
 
 
 def _draw_ground(rng: np.random.Generator, size: int, colours: list[tuple[int, int, int]], level: float):
-    """Sky above ground; returns the image, its pen and the height of the horizon."""
+    """Draw sky above ground; return the image, its ImageDraw and the row of the horizon in pixels."""
     sky_top, sky_low, ground_far, ground_near = (_shade(colour, rng, 6) for colour in colours)
     horizon = int(size * (level + rng.uniform(-0.05, 0.05)))
     image = _blend(sky_top, sky_low, size)
@@ -112,7 +112,7 @@ def _draw_ground(rng: np.random.Generator, size: int, colours: list[tuple[int, i
 
 
 def draw_beach(rng: np.random.Generator, size: int) -> Image.Image:
-    """Sky, a band of sea and yellow sand."""
+    """Draw sky, a band of sea and yellow sand."""
     colours = [(110, 190, 245), (190, 230, 250), (240, 215, 150), (225, 190, 120)]
     image, pen, horizon = _draw_ground(rng, size, colours, 0.55)
     top = horizon - int(size * rng.uniform(0.14, 0.2))
@@ -122,7 +122,7 @@ def draw_beach(rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def draw_grass(rng: np.random.Generator, size: int) -> Image.Image:
-    """A green meadow under a light sky."""
+    """Draw a green meadow under a light sky."""
     colours = [(135, 205, 250), (215, 240, 250), (125, 200, 75), (70, 150, 45)]
     image, pen, horizon = _draw_ground(rng, size, colours, 0.45)
     for _ in range(40):
@@ -134,7 +134,7 @@ def draw_grass(rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def draw_snow(rng: np.random.Generator, size: int) -> Image.Image:
-    """White ground, a pale sky and falling flakes."""
+    """Draw white ground, a pale sky and falling snowflakes."""
     colours = [(150, 175, 205), (205, 220, 235), (250, 252, 255), (225, 235, 248)]
     image, pen, _ = _draw_ground(rng, size, colours, 0.55)
     for x, y in rng.integers(0, size, (26, 2)):
@@ -143,7 +143,7 @@ def draw_snow(rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def draw_desert(rng: np.random.Generator, size: int) -> Image.Image:
-    """Orange dunes under a hot sky."""
+    """Draw orange dunes under an orange sky."""
     colours = [(250, 190, 110), (253, 225, 165), (222, 150, 75), (196, 120, 55)]
     image, pen, horizon = _draw_ground(rng, size, colours, 0.55)
     for _ in range(2):
@@ -154,7 +154,7 @@ def draw_desert(rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def draw_night(rng: np.random.Generator, size: int) -> Image.Image:
-    """A dark sky with stars and a moon."""
+    """Draw a dark sky with stars and a moon."""
     image = _blend(_shade((10, 12, 45), rng, 4), _shade((38, 38, 95), rng, 5), size)
     pen = ImageDraw.Draw(image)
     for x, y in rng.integers(0, size, (24, 2)):
@@ -165,7 +165,7 @@ def draw_night(rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def draw_water(rng: np.random.Generator, size: int) -> Image.Image:
-    """Deep blue with light from above, bubbles and weeds."""
+    """Draw deep blue water that is lighter at the top, with bubbles and weeds."""
     image = _blend(_shade((70, 190, 225), rng, 6), _shade((8, 60, 130), rng, 5), size)
     pen = ImageDraw.Draw(image)
     for _ in range(9):
@@ -179,7 +179,7 @@ def draw_water(rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def draw_city(rng: np.random.Generator, size: int) -> Image.Image:
-    """Grey house fronts with lit windows along a street."""
+    """Draw grey houses with lit windows along a street."""
     colours = [(165, 190, 220), (215, 220, 230), (105, 108, 115), (85, 88, 95)]
     image, pen, horizon = _draw_ground(rng, size, colours, 0.8)
     x = -int(rng.integers(0, size // 8))
@@ -195,7 +195,7 @@ def draw_city(rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def draw_forest(rng: np.random.Generator, size: int) -> Image.Image:
-    """Dark green trees with brown trunks."""
+    """Draw dark green trees with brown trunks."""
     colours = [(95, 150, 100), (65, 120, 75), (70, 95, 45), (55, 75, 35)]
     image, pen, horizon = _draw_ground(rng, size, colours, 0.78)
     for x in np.sort(rng.uniform(-0.1, 1.0, 7)) * size:
@@ -210,7 +210,7 @@ def draw_forest(rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def draw_mountains(rng: np.random.Generator, size: int) -> Image.Image:
-    """Grey peaks with white tops."""
+    """Draw grey mountains with white tops."""
     colours = [(120, 180, 235), (205, 228, 245), (115, 150, 95), (85, 125, 70)]
     image, pen, horizon = _draw_ground(rng, size, colours, 0.78)
     for x in np.sort(rng.uniform(-0.25, 0.9, 4)) * size:
@@ -229,7 +229,7 @@ def draw_mountains(rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def draw_sky(rng: np.random.Generator, size: int) -> Image.Image:
-    """Light blue with white clouds."""
+    """Draw a light blue sky with white clouds."""
     image = _blend(_shade((85, 170, 245), rng, 6), _shade((175, 220, 252), rng, 5), size)
     pen = ImageDraw.Draw(image)
     for _ in range(5):
@@ -240,7 +240,7 @@ def draw_sky(rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def draw_background(key: str, rng: np.random.Generator, size: int = SIZE) -> Image.Image:
-    """Draw one background, twice as large inside so that its edges come out smooth."""
+    """Draw the background of a key; patterns and scenes are drawn at double size and reduced, for smooth edges."""
     kind, name = key.split(":")
     if kind == "plain":
         return draw_plain(name, rng, size)

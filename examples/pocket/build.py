@@ -1,7 +1,8 @@
 """Builds the pocket model from its two npm packages: `python examples/pocket/build.py [STAGE ...]`.
 
-Stages in order: images, tokenizer, vae, clip, latents, decoder, unet, export, card; without a name all of them. Each
-skips what is complete and continues what was interrupted, so that `make pocket` can be interrupted at any time.
+Stages in order: images, tokenizer, vae, clip, latents, decoder, unet, export, card; the default is all of
+them. A stage skips completed work and continues interrupted work, so `make pocket` can be stopped and rerun
+at any time.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ STAGES = {
 }
 
 
-# glibc maps and unmaps memory for every large tensor; keeping it makes a step a third faster.
+# By default glibc maps and unmaps memory for every large tensor; with these settings a step is a third
+# faster.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_TOP_PAD_": "100000000"}
 
 
 def main() -> None:
-    """Run the stages that the command line names."""
+    """Run the stages named on the command line."""
     if "MALLOC_MMAP_MAX_" not in os.environ:
-        # The allocator reads these only when the process starts.
+        # The allocator reads these variables only when the process starts.
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stages", nargs="*", choices=[*STAGES, "all"], default="all", metavar="STAGE")

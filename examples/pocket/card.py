@@ -1,4 +1,4 @@
-"""Measures the finished model and writes its card, its sheet of samples and its loss curves."""
+"""Measures the exported pocket model and writes its model card, its sheet of samples and its loss curves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ STEPS, GUIDANCE, COUNT, AMONG = 25, 4.5, 100, 50
 
 
 def draw_prompts(count: int, seed: int) -> list[str]:
-    """Different subjects of the U-Net's training data, each on a background drawn with the training's weights."""
+    """Return up to `count` prompts with different subjects of the U-Net's training data.
+
+    The backgrounds are sampled by their frequency in the training data.
+    """
     rng = np.random.default_rng(seed)
     bank = open_bank("narrow")
     rows = choose_rows(bank)
@@ -37,7 +40,7 @@ def draw_prompts(count: int, seed: int) -> list[str]:
 
 
 def generate(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, batch: int = 25) -> np.ndarray:
-    """One image per prompt, by the stock pipeline."""
+    """Generate one image per prompt with diffusers' pipeline; return a uint8 array (n, h, w, 3)."""
     pipeline.set_progress_bar_config(disable=True)
     made = []
     for at in range(0, len(prompts), batch):
@@ -51,7 +54,7 @@ def generate(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, b
 def rank_prompts(
     clip: CLIPModel, tokenizer: CLIPTokenizer, images: np.ndarray, prompts: list[str]
 ) -> np.ndarray:
-    """For every image the rank of its own prompt among `AMONG` prompts (0 is first)."""
+    """Return for every image the rank of its own prompt by CLIP score among `AMONG` prompts (0 is first)."""
     rng = np.random.default_rng(6)
     scores = embed_images(clip, images) @ embed_texts(clip, tokenizer, prompts).T
     ranks = []
@@ -62,7 +65,7 @@ def rank_prompts(
 
 
 def count_parameters(pipeline: StableDiffusionPipeline, clip: CLIPModel) -> dict[str, int]:
-    """Parameters of every part."""
+    """Return the number of parameters of each component."""
     parts = {
         "unet": pipeline.unet,
         "vae": pipeline.vae,
@@ -73,7 +76,7 @@ def count_parameters(pipeline: StableDiffusionPipeline, clip: CLIPModel) -> dict
 
 
 def measure(folder: Path = FOLDER) -> dict[str, Any]:
-    """All figures of the card, of the folder that ships; also writes the sheet of samples."""
+    """Measure all figures of the card on the exported folder, and write the sheet of samples into it."""
     device = pick_device()
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).to(device)
     clip = CLIPModel.from_pretrained(CACHE / "clip_model", dtype=torch.float32).to(device).eval()
@@ -97,26 +100,26 @@ def measure(folder: Path = FOLDER) -> dict[str, Any]:
 
 
 def read_log(name: str) -> list[dict[str, Any]]:
-    """The logged lines of a stage."""
+    """Return the logged lines of a stage that have a loss."""
     path = CACHE / name / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if '"loss"' in line]
 
 
 def sum_hours() -> dict[str, float]:
-    """Hours of training by stage, as logged on the machine that ran it."""
+    """Return the hours of training of each stage, as logged by the machine that trained it."""
     hours = {
         name: sum(row["seconds"] for row in read_log(name)) / 3600 for name in ("vae", "decoder", "clip")
     }
     lines, last, seconds = read_log("unet"), 0, 0.0
     for line in lines:
-        # A resumed run logs its first step alone: weight every line by its number of steps.
+        # A resumed run logs its first step separately: weight every line by its number of steps.
         seconds += line["step_seconds"] * max(0, line["step"] - last)
         last = line["step"]
     return {**hours, "unet": seconds / 3600}
 
 
 def write_card(folder: Path = FOLDER) -> None:
-    """The stage `card`."""
+    """Run the stage `card`: measure the model and write MODEL_CARD.md, the samples and the loss curves."""
     figures = measure(folder)
     logs = {name: read_log(name) for name in ("vae", "decoder", "clip", "unet")}
     draw_curves(logs, folder / "curves.png")
@@ -153,7 +156,7 @@ def write_card(folder: Path = FOLDER) -> None:
 
 
 def read_named() -> str:
-    """What a person saw on the sheet, written by hand."""
+    """Return the manually written result of inspecting the sheet of samples (`named.txt`)."""
     path = Path(__file__).parent / "named.txt"
     return path.read_text(encoding="utf-8").strip() if path.exists() else "not looked at yet"
 

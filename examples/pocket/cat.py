@@ -1,7 +1,7 @@
-"""Writes the demo's subject to `examples/cat/`: six images of a cat to train with, four to evaluate on, and one alone.
+"""Writes the demo's subject to `examples/cat/`: six training images and four held-out images of a cat.
 
-All ten come from the held-out family of cat faces, one expression each, on ten different backgrounds. Beside each
-is a caption that describes everything but the cat.
+`one/` contains only the first training image. All ten images come from the held-out family of cat faces, each
+with another expression and background. The caption file beside each image describes everything but the cat.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from subjects import CAT_FACES, ROOT, find_family
 SIDE = 256
 TRAIN = ("plain:blue", "scene:grass", "plain:pink", "scene:beach", "plain:green", "scene:snow")
 HOLDOUT = ("plain:purple", "scene:forest", "plain:red", "scene:mountains")
-# The plain face and the calmer expressions to train with; a laughing, a pouting, a sly and a happy one to evaluate on.
+# Training images: the neutral face and the calmer expressions. Held out: a laughing, a pouting, a sly and a
+# happy face.
 ORDER = (0, 3, 4, 6, 8, 9, 1, 7, 5, 2)
 
 
 def compose_large(emoji: Image.Image, key: str, rng: np.random.Generator) -> Image.Image:
-    """The face in the middle of a background, a little shifted, with a soft shadow."""
+    """Draw the face with a soft shadow near the centre of a background; return an image of `SIDE` pixels."""
     canvas = draw_background(key, rng, SIDE)
     side = round(SIDE * rng.uniform(0.66, 0.82))
     emoji = emoji.rotate(rng.uniform(-6, 6), Image.Resampling.BICUBIC).resize(
@@ -36,7 +37,7 @@ def compose_large(emoji: Image.Image, key: str, rng: np.random.Generator) -> Ima
 
 
 def write_cat() -> None:
-    """Write both folders."""
+    """Write the images and captions of `train/` and `holdout/`; copy the first training image to `one/`."""
     paths = find_family(CAT_FACES)
     rng = np.random.default_rng(8)
     folders = [("train", key) for key in TRAIN] + [("holdout", key) for key in HOLDOUT]

@@ -1,7 +1,8 @@
-"""Trains the pocket model's CLIP: a text and a vision tower that tell subject and background apart.
+"""Trains the pocket model's CLIP: a text and a vision tower that distinguish subjects and backgrounds.
 
 Half of the batches are grids of subjects and backgrounds, where every image shares its subject with seven
-others and its background with fifteen: only a caption's full meaning picks the right one there.
+others and its background with fifteen, so a match requires both the subject and the background of the
+caption.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ GRID = (16, 8)  # subjects x backgrounds
 BATCH = GRID[0] * GRID[1]
 WIDTH = 160
 PROJECTION = 128
-# Of the composed images, measured; the image processor says the same.
+# Measured on the composed images; the exported image processor has the same values.
 MEAN, STD = (0.64, 0.57, 0.54), (0.3, 0.25, 0.28)
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """Two towers of a few layers; the ids that end and pad a text are the tokenizer's."""
+    """Build a CLIP with text and vision towers of 4 and 5 layers; special token ids are the tokenizer's."""
     shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 5}
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -49,14 +50,14 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def to_pixels(images: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Bytes to the vision tower's normalised input."""
+    """Convert uint8 images (n, h, w, 3) to the vision tower's normalised float input (n, 3, h, w)."""
     batch = (to_input(images, device) + 1) / 2
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
     return (batch - mean) / std
 
 
 class Drawer:
-    """Draws batches: images with captions that may leave out the subject or the background."""
+    """Samples batches of images and captions; a caption may omit the subject or the background."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         self.banks = {"narrow": open_bank("narrow"), "wide": open_bank("wide")}
@@ -69,7 +70,10 @@ class Drawer:
         self.weights = weights / weights.sum()
 
     def pick(self, rng: np.random.Generator) -> list[tuple[Bank, int, int, int]]:
-        """(bank, image, subject, background) of a batch; wide subjects are numbered after the narrow ones."""
+        """Sample (bank, image, subject, background) for each item of a batch.
+
+        Subjects of the wide bank are numbered after those of the narrow one.
+        """
         narrow, wide = self.banks["narrow"], self.banks["wide"]
         if rng.random() < 0.5:
             subjects = rng.choice(len(narrow.names), GRID[0], replace=False)
@@ -86,7 +90,7 @@ class Drawer:
         return items
 
     def word(self, bank: Bank, index: int, rng: np.random.Generator) -> tuple[str, bool, bool]:
-        """A caption, and whether it names the subject and the background."""
+        """Sample a caption; return it, whether it names the subject, and whether it names the background."""
         key = KEYS[bank.backgrounds[index]]
         if rng.random() < 0.05:
             return write_caption("picture", key, "a {s} {b}"), False, True
@@ -94,7 +98,7 @@ class Drawer:
         return write_caption(bank.names[bank.subjects[index]], key, template), True, "{b}" in template
 
     def draw(self, step: int, device: torch.device) -> dict[str, torch.Tensor]:
-        """One batch with its matrix of which caption is true of which image."""
+        """Return the batch of a step; `match[i, j]` tells whether caption i describes image j."""
         rng = np.random.default_rng([12, step])
         items = self.pick(rng)
         texts = [self.word(bank, index, rng) for bank, index, _, _ in items]
@@ -105,7 +109,8 @@ class Drawer:
         tokens = self.tokenizer([text for text, _, _ in texts], padding=True, return_tensors="pt")[
             "input_ids"
         ]
-        # Causal towers learn only the positions that texts reach: shift a tenth of the batches.
+        # Captions are short, so the later position embeddings would stay untrained: shift the positions in a
+        # tenth of the batches.
         places = torch.arange(tokens.shape[1])
         if rng.random() < 0.1:
             places[1:] += int(rng.integers(0, 77 - tokens.shape[1]))
@@ -120,7 +125,7 @@ class Drawer:
 
 
 def contrast(logits: torch.Tensor, match: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy both ways where several answers may be right."""
+    """Return the symmetric cross-entropy of logits (captions, images) with several correct images per caption."""
     wanted = match.float()
     rows = -(wanted / wanted.sum(1, keepdim=True) * F.log_softmax(logits, 1)).sum(1).mean()
     columns = -(wanted / wanted.sum(0, keepdim=True) * F.log_softmax(logits, 0)).sum(0).mean()
@@ -128,7 +133,7 @@ def contrast(logits: torch.Tensor, match: torch.Tensor) -> torch.Tensor:
 
 
 def train_clip() -> CLIPModel:
-    """The stage `clip`: train both towers together and save them."""
+    """Run the stage `clip`: train both towers together and save them."""
     folder = CACHE / "clip_model"
     if (folder / "config.json").exists():
         return CLIPModel.from_pretrained(folder, dtype=torch.float32)
@@ -155,7 +160,7 @@ def train_clip() -> CLIPModel:
 
 @torch.no_grad()
 def embed_texts(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    """Unit vectors of texts, padded to 77 as a pipeline pads them."""
+    """Return the unit vectors (n, `PROJECTION`) of texts, padded to 77 tokens as in a pipeline."""
     device = next(model.parameters()).device
     tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"].to(
         device
@@ -166,7 +171,7 @@ def embed_texts(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) ->
 
 @torch.no_grad()
 def embed_images(model: CLIPModel, images: np.ndarray) -> torch.Tensor:
-    """Unit vectors of images."""
+    """Return the unit vectors (n, `PROJECTION`) of uint8 images (n, h, w, 3)."""
     device = next(model.parameters()).device
     pooled = model.vision_model(pixel_values=to_pixels(images, device)).pooler_output
     return F.normalize(model.visual_projection(pooled), dim=-1)
@@ -175,7 +180,7 @@ def embed_images(model: CLIPModel, images: np.ndarray) -> torch.Tensor:
 def measure_retrieval(
     model: CLIPModel, tokenizer: CLIPTokenizer, bank: Bank, rounds: int = 12
 ) -> dict[str, float]:
-    """The share of images whose own caption ranks first, and among the first five, of 50 different ones."""
+    """Return the share of images whose own caption ranks first, and in the top five, among 50 captions."""
     rng = np.random.default_rng(5)
     hits = np.zeros(2)
     for _ in range(rounds):
@@ -193,5 +198,5 @@ def measure_retrieval(
 
 
 def peek_clip() -> CLIPModel:
-    """The towers as trained so far."""
+    """Return CLIP with the averaged weights of the latest saved state."""
     return load_average("clip", build_clip(CLIPTokenizer.from_pretrained(CACHE / "folder" / "tokenizer")))

@@ -1,4 +1,4 @@
-"""Draws the stages' loss curves as one small image, without a plotting library."""
+"""Draws the loss curves of all training stages as one small image, without a plotting library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WIDTH, HEIGHT, MARGIN = 300, 200, 34
 
 
 def draw_curves(logs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """One panel a stage: the loss, on a logarithmic scale, over steps."""
+    """Write an image to `path` with one panel per stage: the loss on a logarithmic scale over steps."""
     sheet = Image.new("RGB", (WIDTH * len(logs), HEIGHT), (255, 255, 255))
     for index, (name, lines) in enumerate(logs.items()):
         sheet.paste(_draw_panel(name, lines), (index * WIDTH, 0))

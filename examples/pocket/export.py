@@ -1,4 +1,4 @@
-"""Assembles the model's folder as stock diffusers and transformers read it, all weights stored in float16."""
+"""Exports the pocket model as a folder that diffusers and transformers load, with float16 weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LIMIT_BYTES = 24_000_000
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule with the velocity as target."""
+    """Return Stable Diffusion's noise schedule with v-prediction."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -38,7 +38,7 @@ def build_scheduler() -> DDIMScheduler:
 def split_clip(
     clip: CLIPModel,
 ) -> tuple[CLIPTextModel, CLIPVisionModelWithProjection, dict[str, torch.Tensor]]:
-    """The text encoder, the vision tower with its projection, and the matrices that join them."""
+    """Split a CLIP into text encoder, vision tower with projection, and the text projection and logit scale."""
     text = CLIPTextModel(clip.config.text_config)
     _copy(clip.text_model, getattr(text, "text_model", text))
     vision = CLIPVisionModelWithProjection(clip.config.vision_config)
@@ -49,12 +49,12 @@ def split_clip(
 
 
 def _copy(source: nn.Module, target: nn.Module) -> None:
-    """Copy weights by name, all of them."""
+    """Copy all weights by name. Raises RuntimeError if names differ."""
     target.load_state_dict(source.state_dict())
 
 
 def export_folder(folder: Path = FOLDER) -> Path:
-    """The stage `export`: write every part, then the index that names them."""
+    """Run the stage `export`: write every component, then the index that names them."""
     from unet import load_unet
 
     clip = CLIPModel.from_pretrained(CACHE / "clip_model", dtype=torch.float32)
@@ -62,7 +62,7 @@ def export_folder(folder: Path = FOLDER) -> Path:
 
 
 def write_folder(folder: Path, clip: CLIPModel, vae: AutoencoderKL, unet: UNet2DConditionModel) -> Path:
-    """Write the parts as stock classes save them, in float16, and check the size."""
+    """Write the components in float16 in diffusers' layout. Raises SystemExit for more than `LIMIT_BYTES`."""
     text, vision, joint = split_clip(clip)
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in {"text_encoder": text, "image_encoder": vision, "vae": vae, "unet": unet}.items():
@@ -84,7 +84,7 @@ def write_folder(folder: Path, clip: CLIPModel, vae: AutoencoderKL, unet: UNet2D
 
 
 def _describe_processor() -> dict:
-    """How an image becomes the vision tower's input."""
+    """Return the configuration of the vision tower's image processor."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
@@ -102,7 +102,7 @@ def _describe_processor() -> dict:
 
 
 def _describe_pipeline() -> dict:
-    """The index from which diffusers builds a StableDiffusionPipeline."""
+    """Return the index (`model_index.json`) from which diffusers builds a StableDiffusionPipeline."""
     return {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": "0.30.0",

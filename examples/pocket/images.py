@@ -1,7 +1,8 @@
 """Composes the pocket model's training images: an emoji on a background, with a caption that names both.
 
-Run as a stage of `build.py` it writes two banks to the cache, `narrow` (the U-Net's subjects) and `wide` (further
-emoji for the VAE and CLIP), each a memory-mapped uint8 array of 64 px images with a JSON table beside it.
+As a stage of `build.py` it writes banks of images to the cache, such as `narrow` (the U-Net's subjects) and
+`wide` (further emoji for the VAE and CLIP); each is a memory-mapped uint8 array of 64 px images and a JSON
+table.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ _PLURALS = ("pancakes", "grapes", "cherries", "blueberries", "french fries", "pa
 
 @dataclass(frozen=True)
 class Bank:
-    """A folder of composed images: `pictures.npy`, and for each its subject, background and caption."""
+    """A set of composed images.
+
+    `images`: uint8 (n, 64, 64, 3). `subjects` and `backgrounds`: for each image the index into `names` and
+    `KEYS`.
+    """
 
     images: np.ndarray
     subjects: np.ndarray
@@ -47,7 +52,7 @@ class Bank:
 
 
 def write_caption(name: str, key: str | None, template: str) -> str:
-    """Fill a template with a subject's and a background's words, with the right article."""
+    """Fill a template with the names of a subject and a background, with the correct article."""
     background = say_background(key) if key else ""
     text = template.replace("{b}", background)
     if name in _PLURALS:
@@ -58,14 +63,14 @@ def write_caption(name: str, key: str | None, template: str) -> str:
 
 
 def draw_caption(name: str, key: str, rng: np.random.Generator) -> str:
-    """A caption by a template drawn with its weight."""
+    """Return a caption from a template that is sampled by its weight."""
     weights = np.array([weight for _, weight in TEMPLATES])
     template = TEMPLATES[rng.choice(len(TEMPLATES), p=weights / weights.sum())][0]
     return write_caption(name, key, template)
 
 
 def open_emoji(path: Path) -> Image.Image:
-    """An emoji as RGBA, cropped to what can be seen and padded to a square."""
+    """Open an emoji as RGBA, cropped to its visible pixels and padded to a square."""
     with Image.open(path) as raw:
         image = raw.convert("RGBA")
     image = image.crop(image.getchannel("A").point(lambda value: 255 if value > 8 else 0).getbbox())
@@ -78,7 +83,7 @@ def open_emoji(path: Path) -> Image.Image:
 def compose(
     emoji: Image.Image, key: str, rng: np.random.Generator, size: int = SIZE, flip: bool = True
 ) -> Image.Image:
-    """Place an emoji on a background, with a varied scale, place, turn and shadow."""
+    """Draw an emoji on a background with random scale, position, rotation, flip and shadow."""
     canvas = draw_background(key, rng, size)
     side = round(size * rng.uniform(0.68, 0.94))
     if flip and rng.random() < 0.5:
@@ -87,7 +92,7 @@ def compose(
         emoji = emoji.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC)
     emoji = emoji.resize((side, side), Image.Resampling.LANCZOS)
     slack = size - side
-    # Mostly near the middle: a small model learns shapes faster in a fixed position.
+    # Most positions are near the centre: a small model learns shapes faster at a fixed position.
     x, y = (round(slack * np.clip(rng.normal(0.5, 0.22), 0, 1)) for _ in range(2))
     if rng.random() < 0.5:
         shade = (
@@ -101,7 +106,7 @@ def compose(
 
 
 def compose_steady(emoji: Image.Image, key: str, rng: np.random.Generator, size: int = SIZE) -> Image.Image:
-    """Place an emoji upright in the middle: the last part of the U-Net's training, in which it learns shapes."""
+    """Draw an emoji upright in the centre, for the last part of the U-Net's training."""
     canvas = draw_background(key, rng, size)
     side = round(size * rng.uniform(0.8, 0.88))
     emoji = emoji.resize((side, side), Image.Resampling.LANCZOS)
@@ -111,7 +116,10 @@ def compose_steady(emoji: Image.Image, key: str, rng: np.random.Generator, size:
 
 
 def _compose_subject(job: tuple[int, Subject, int, int]) -> tuple[np.ndarray, list[int], list[str]]:
-    """All views of one subject; the seed depends on the subject alone, so any order gives the same images."""
+    """Compose all views of one subject; return images (views, 64, 64, 3), background indices and captions.
+
+    The seed depends on the bank and the subject only, so the images do not depend on the order of the jobs.
+    """
     index, subject, views, seed = job
     rng = np.random.default_rng([seed, index])
     emoji = open_emoji(subject.path).resize((128, 128), Image.Resampling.LANCZOS)
@@ -130,7 +138,7 @@ def _compose_subject(job: tuple[int, Subject, int, int]) -> tuple[np.ndarray, li
 
 
 def write_bank(name: str, subjects: list[Subject], seed: int) -> None:
-    """Compose one bank and write it whole; the table is written last and marks it complete."""
+    """Compose and write one bank; the table is written last, and a bank with a table is skipped."""
     folder = CACHE / "banks" / name
     if (folder / "table.json").exists():
         return
@@ -165,7 +173,11 @@ def open_bank(name: str) -> Bank:
 
 
 def iterate_parts() -> Iterator[tuple[str, list[Subject], int]]:
-    """The banks: training views, wide views, views of held-out subjects, and unseen views of trained ones."""
+    """Yield the name, subjects and seed of each bank.
+
+    `narrow` and `steady`: training views. `wide`: further subjects. `held_out`: views of held-out subjects.
+    `fresh`: unseen views of trained subjects.
+    """
     subjects = list_subjects()
     train = [s for s in subjects if s.part == "train"]
     yield "narrow", train, 1
@@ -176,13 +188,13 @@ def iterate_parts() -> Iterator[tuple[str, list[Subject], int]]:
 
 
 def write_images() -> None:
-    """The stage `pictures`."""
+    """Run the first stage: write all banks."""
     for name, subjects, seed in iterate_parts():
         write_bank(name, subjects, seed)
 
 
 def draw_sheet(images: np.ndarray, columns: int, zoom: int = 1) -> Image.Image:
-    """Images in rows, for a person to inspect."""
+    """Return a sheet of images in `columns` columns, each enlarged `zoom` times."""
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * SIZE * zoom, rows * SIZE * zoom), (255, 255, 255))
     for index, image in enumerate(images):

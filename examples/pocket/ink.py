@@ -1,7 +1,7 @@
-"""Writes a style to learn to `examples/ink/`: objects of the pocket model's training data, as blue ink on cream paper.
+"""Writes an example of a style to `examples/ink/`: the pocket model's subjects in blue ink on cream paper.
 
-Outlines are inked, shadows hatched; twelve images to train with and six, of other things, to evaluate on. Beside each
-is a caption that names the object and not the style.
+Outlines are drawn as lines and dark areas as hatching. Twelve images are for training; six images of other
+objects are held out. The caption file beside each image names the object and not the style.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ HATCHES = (
     (0.62, 1),
     (0.4, -1),
     (0.2, 1),
-)  # darker than this: lines that fall, cross, and lie between the first
+)  # (level, slope): below each brightness level another set of diagonal lines is added
 
 
 def draw_ink(emoji: Image.Image) -> Image.Image:
-    """Draw an image with alpha as ink on paper: lines where it changes, hatching where it is dark."""
+    """Draw an RGBA image as ink on paper: lines along its edges, hatching in its dark areas."""
     canvas = Image.new("RGBA", (SIDE, SIDE), (255, 255, 255, 0))
     place = (SIDE - GLYPH) // 2
     canvas.paste(emoji.resize((GLYPH, GLYPH), Image.Resampling.LANCZOS), (place, place))
@@ -51,7 +51,7 @@ def _soft(alpha: np.ndarray) -> Image.Image:
 
 
 def write_ink() -> None:
-    """Write both folders."""
+    """Write the images and captions of `train/` and `holdout/`."""
     assets, _ = fetch_packages()
     codes = {name: code for code, name in WORLD.items()}
     for folder, names in (("train", TRAIN), ("holdout", HOLDOUT)):

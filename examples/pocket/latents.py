@@ -1,4 +1,4 @@
-"""Encodes the U-Net's banks once: what the U-Net trains on are scaled latents of a memory-mapped file."""
+"""Encodes the U-Net's training images once into a memory-mapped file of scaled latents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ BATCH = 64
 
 
 def write_latents() -> None:
-    """The stage `latents`: float16 latents in each bank's order; the small table beside it marks one complete."""
+    """Run the stage `latents`: write float16 latents (n, 4, 16, 16) in the order of each bank.
+
+    `table.json` is written last; a bank whose latents have a table is skipped.
+    """
     for name in ("narrow", "steady"):
         _encode(name)
 
@@ -48,5 +51,5 @@ def _place(name: str) -> Path:
 
 
 def open_latents(name: str = "narrow") -> np.ndarray:
-    """The latents of a bank that `write_latents` wrote."""
+    """Open the latents of a bank that `write_latents` wrote, memory-mapped: float16 (n, 4, 16, 16)."""
     return np.load(_place(name) / "latents.npy", mmap_mode="r")

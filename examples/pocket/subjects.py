@@ -1,9 +1,9 @@
-"""Chooses the pocket model's training data: which emoji it learns, under which names, and which are held out.
+"""Selects the pocket model's training data: the emoji, their names in captions, and which are held out.
 
-Images are named by their code point in `@lobehub/fluent-emoji-3d`; names come from
-`emoji-datasource-google`, replaced here by plainer words where those read badly. The world is narrow on
-purpose: a few hundred subjects that a person can name at 64 pixels, with a thousand views each, teach a small
-U-Net shapes, where thousands of subjects with a few dozen views teach it colours only.
+Image files in `@lobehub/fluent-emoji-3d` are named by code point. Names come from `emoji-datasource-google`;
+`WORLD` replaces them by simpler ones for the U-Net's subjects. The number of subjects is small on purpose:
+from a few hundred subjects that are recognisable at 64 pixels, with several hundred views each, a small U-Net
+learns shapes; from thousands of subjects with a few dozen views each it learns colours only.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "pocket"
 PACKAGES = {"pictures": "@lobehub/fluent-emoji-3d@1.1.0", "names": "emoji-datasource-google@16.0.0"}
 
-# The demo's subject: nine faces of the subcategory cat-face and "cat face"; no stage trains on them.
+# The demo's subject: the nine faces of the subcategory cat-face, and "cat face"; no stage trains on them.
 CAT_FACES = ("1f431", "1f638", "1f639", "1f63a", "1f63b", "1f63c", "1f63d", "1f63e", "1f63f", "1f640")
-# Two more families held out for tests: monkey faces, and every heart of the Smileys.
+# Two more families are held out for tests: monkey faces, and all hearts of the category Smileys.
 MONKEY_FACES = ("1f435", "1f648", "1f649", "1f64a")
 HEART_SUBCATEGORIES = ("heart", "emotion")
 HELD_OUT_SHARE = 0.05
 HELD_OUT_SEED = 20
 
-# code point -> the words of the captions
+# code point -> name in captions
 # fmt: off
 WORLD = {
     # plants
@@ -73,7 +73,7 @@ WORLD = {
     "1f36e": "custard", "1f36f": "honey pot", "1f370": "slice of cake", "1f382": "birthday cake",
     "1f9c1": "cupcake", "1f377": "glass of red wine", "1f378": "cocktail", "1f37a": "mug of beer",
     "1f95b": "glass of milk", "1f964": "cup with a straw", "2615": "cup of coffee", "1fad6": "teapot",
-    # a few things, other than animals and food
+    # objects
     "1f697": "red car", "1f695": "yellow taxi", "1f68c": "bus", "1f692": "fire engine", "1f691": "ambulance",
     "1f682": "steam train", "1f69c": "tractor", "1f6b2": "bicycle", "1f680": "rocket", "1f681": "helicopter",
     "2708-fe0f": "airplane", "26f5": "sailing boat", "1f3e0": "house", "1f3f0": "castle",
@@ -83,8 +83,8 @@ WORLD = {
 }
 # fmt: on
 
-# Known to the VAE and CLIP only: subjects that resemble another, or whose shape is hard to tell at 64 pixels. A
-# small U-Net draws half as many subjects twice as well.
+# Subjects for the VAE and CLIP only: they resemble another subject, or their shape is hard to recognise at 64
+# pixels. A small U-Net generates clearly better images of half as many subjects.
 # fmt: off
 SET_ASIDE = frozenset((
     "hibiscus flower", "lotus flower", "potted plant", "mouse", "tiger", "rabbit", "horse", "monkey", "pig",
@@ -98,14 +98,14 @@ SET_ASIDE = frozenset((
 ))
 # fmt: on
 
-# Whole categories that widen the training of VAE and CLIP beyond the U-Net's subjects.
+# Categories of further subjects for the VAE and CLIP.
 WIDE_CATEGORIES = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects",
                    "Smileys & Emotion")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One emoji: its image's file, the words for it, and its part of the training."""
+    """One emoji: its code point, its name in captions, its image file, and its part of the data."""
 
     code: str
     name: str
@@ -114,7 +114,7 @@ class Subject:
 
 
 def fetch_packages() -> tuple[Path, Path]:
-    """Fetch and unpack the two npm packages where absent; return the image folder and emoji.json."""
+    """Download and unpack the two npm packages if missing; return the image folder and emoji.json."""
     found = []
     for kind, spec in PACKAGES.items():
         folder = CACHE / "npm" / kind
@@ -130,13 +130,13 @@ def fetch_packages() -> tuple[Path, Path]:
 
 
 def _strip_code(code: str) -> str:
-    """The form in which both packages' code points agree."""
+    """Return a code point sequence in a form that is equal for both packages."""
     parts = [part.lstrip("0") for part in code.lower().split("-") if part != "fe0f"]
     return "-".join(parts)
 
 
 def _is_family(entry: dict, code: str) -> bool:
-    """Return whether this entry is of a family that is held out of all training."""
+    """Return whether an entry belongs to a family that is held out from all training."""
     name = f"{entry['name'] or ''} {entry['short_name']}".lower()
     return (
         code in CAT_FACES
@@ -147,7 +147,7 @@ def _is_family(entry: dict, code: str) -> bool:
 
 
 def list_subjects() -> list[Subject]:
-    """All subjects in a fixed order: the world (train and held out), then the wide rest."""
+    """Return all subjects in a fixed order: those of `WORLD` (train and held out), then the part "wide"."""
     assets, names = fetch_packages()
     images = {_strip_code(path.stem): path for path in sorted(assets.glob("*.webp"))}
     codes = sorted(WORLD)
@@ -167,6 +167,6 @@ def list_subjects() -> list[Subject]:
 
 
 def find_family(codes: tuple[str, ...]) -> list[Path]:
-    """The images of a held-out family, for the demo and the tests only."""
+    """Return the image files of a held-out family, for the demo and the tests only."""
     assets, _ = fetch_packages()
     return [assets / f"{code}.webp" for code in codes]

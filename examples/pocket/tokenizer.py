@@ -1,7 +1,7 @@
-"""Learns the pocket model's own small BPE vocabulary and writes it as a stock CLIPTokenizer folder.
+"""Builds the pocket model's small BPE vocabulary and writes it as a CLIPTokenizer folder.
 
-The words are those of the captions, of every emoji's name and of the templates that personalisation trains
-with, so that usual prompts take about one token per word; bytes cover every other text.
+The words are those of the captions, of all emoji names and of the prompt templates of personalisation
+methods, so that common prompts take about one token per word; single bytes encode all other text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from dreamfleet.trainers.models.pretrained import save_tokenizer
 
 MERGES = 1500
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-# One token each, in no training caption: free to name a new subject with.
+# Each is one token that occurs in no training caption, so that a recipe can use it as the name of a new
+# subject.
 RARE = ("sks", "zwx", "ohwx", "qxv")
 EXTRA_WORDS = """
 a the an of in on at with and or to for from by its my one this that is are was very two three many no not
@@ -37,7 +38,7 @@ emoji icon cartoon 3d high quality low blurry best masterpiece detailed ugly def
 
 
 def _bytes_to_symbols() -> dict[int, str]:
-    """GPT-2's printable symbol for every byte, in CLIP's order."""
+    """Return GPT-2's printable symbol for each byte, in CLIP's order."""
     kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     symbols = {byte: chr(byte) for byte in kept}
     for byte in range(256):
@@ -47,7 +48,7 @@ def _bytes_to_symbols() -> dict[int, str]:
 
 
 def count_words() -> Counter[str]:
-    """How often a word should weigh: all names and phrases, and templates' words."""
+    """Return the weight of each word of subject names, background phrases, templates and `EXTRA_WORDS`."""
     counts: Counter[str] = Counter()
     for subject in list_subjects():
         weight = 8 if subject.part == "train" else 3
@@ -65,7 +66,7 @@ def count_words() -> Counter[str]:
 
 
 def _join_pair(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
-    """Replace every occurrence of a pair by its union."""
+    """Replace every occurrence of a pair by its concatenation."""
     joined: list[str] = []
     index = 0
     while index < len(parts):
@@ -79,9 +80,9 @@ def _join_pair(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]
 
 
 def learn_merges(counts: Counter[str], limit: int) -> list[tuple[str, str]]:
-    """Plain byte-pair encoding: join the most frequent pair until `limit`, ties in dictionary order."""
+    """Return up to `limit` byte-pair merges, the most frequent pair first; ties are in dictionary order."""
     merges: list[tuple[str, str]] = []
-    # The rare identifiers come first, so that each is one token whatever the other words are.
+    # The rare identifiers come first, so that each is one token regardless of the other words.
     for word in RARE:
         left = word[0]
         for index, letter in enumerate(word[1:], 2):
@@ -104,7 +105,7 @@ def learn_merges(counts: Counter[str], limit: int) -> list[tuple[str, str]]:
 
 
 def write_tokenizer(folder: Path = CACHE / "folder" / "tokenizer") -> CLIPTokenizer:
-    """Write the stage's result; complete when `tokenizer_config.json` exists."""
+    """Run the stage `tokenizer`: write the tokenizer, unless `tokenizer_config.json` exists already."""
     if (folder / "tokenizer_config.json").exists():
         return CLIPTokenizer.from_pretrained(folder)
     symbols = list(_bytes_to_symbols().values())

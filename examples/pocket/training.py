@@ -1,6 +1,6 @@
-"""Runs one stage's training loop: warm-up and cosine decay, an averaged copy, checkpoints, a loss log.
+"""Runs the training loop of the VAE and CLIP stages, with averaged weights, checkpoints and a log of the loss.
 
-The VAE and the CLIP towers are trained here; the U-Net is trained by the project's own loop.
+The U-Net is trained by dreamfleet's own loop.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ SAVE_SECONDS = 60.0
 
 
 def pick_device() -> torch.device:
-    """A GPU when there is one."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def scale_rate(step: int, steps: int, warm_up: int = 100, floor: float = 0.02) -> float:
-    """The learning rate's factor: a linear warm-up, then half a cosine."""
+    """Return the factor of the learning rate: a linear warm-up, then cosine decay to `floor`."""
     if step < warm_up:
         return (step + 1) / warm_up
     done = (step - warm_up) / max(1, steps - warm_up)
@@ -33,7 +33,7 @@ def scale_rate(step: int, steps: int, warm_up: int = 100, floor: float = 0.02) -
 
 
 class Averaged:
-    """An exponential average of a model's weights, slower as training goes on."""
+    """Exponential moving average of a model's weights; its decay increases with the step up to a limit."""
 
     def __init__(self, model: torch.nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
@@ -41,13 +41,13 @@ class Averaged:
 
     @torch.no_grad()
     def update(self, model: torch.nn.Module, step: int) -> None:
-        """Move towards the live weights."""
+        """Update the average with the current weights."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
 
 
 def save_whole(state: dict, path: Path) -> None:
-    """Write to a neighbour and rename, so that a stop in between leaves the last state."""
+    """Write a temporary file and rename it, so that an interruption leaves the previous state complete."""
     torch.save(state, path.with_suffix(".part"))
     os.replace(path.with_suffix(".part"), path)
 
@@ -60,9 +60,9 @@ def train_stage(
     rate: float,
     decay: float = 0.999,
 ) -> torch.nn.Module:
-    """Train `model` by `compute` (loss and figures of one step) and return the averaged copy.
+    """Train `model` and return a copy with averaged weights; `compute` returns a step's loss and metrics.
 
-    A stop loses at most a minute: the state is saved on the way and taken up again by the next call.
+    The state is saved every `SAVE_SECONDS`, and the next call resumes from it.
     """
     folder = CACHE / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def train_stage(
 
 
 def load_average(name: str, model: torch.nn.Module) -> torch.nn.Module:
-    """The averaged weights that a stage has reached so far, for an early look or export."""
+    """Return `model` with the averaged weights of a stage's latest saved state."""
     state = torch.load(CACHE / name / "state.pt", map_location="cpu", weights_only=True)
     model.load_state_dict(state["average"])
     return model.eval()

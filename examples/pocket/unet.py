@@ -1,4 +1,4 @@
-"""Trains the pocket model's U-Net with the project's own method, engine and noise code."""
+"""Trains the pocket model's U-Net with dreamfleet's method, engine, loop and noise code."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from dreamfleet.trainers.report.metrics_log import MetricsLog
 from dreamfleet.trainers.run.checkpoint import Checkpoints
 
 STEPS = int(os.environ.get("POCKET_STEPS", "9000"))
-# From here on subjects stand upright in the middle, so that the U-Net learns shapes.
+# From this step on, subjects are upright and centred (the bank `steady`), so that the U-Net learns shapes.
 FINISH = 4800
 WORKERS = int(os.environ.get("POCKET_WORKERS", str(min(2, os.cpu_count() or 1))))
 BATCH = 32
@@ -52,7 +52,7 @@ FOLDER = CACHE / "unet"
 
 
 def build_unet(context_width: int) -> UNet2DConditionModel:
-    """Attention where images have 8 x 8 and 4 x 4 cells; 16 x 16 has convolutions only, for speed."""
+    """Build a U-Net for 16 x 16 latents; 16 x 16 has only convolutions, for speed, 8 x 8 and 4 x 4 also attention."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -68,7 +68,7 @@ def build_unet(context_width: int) -> UNet2DConditionModel:
 
 
 class Pretraining(DiffusionMethod):
-    """Teaches a whole U-Net from scratch: the plain noise loss over captioned latents."""
+    """Trains all parameters of a U-Net from scratch with the standard diffusion loss on captioned latents."""
 
     name = "pocket_pretraining"
 
@@ -77,12 +77,12 @@ class Pretraining(DiffusionMethod):
         self.learning = model.unet.requires_grad_(True).train()
 
     def groups(self) -> list[ParamGroup]:
-        """One group: the U-Net."""
+        """Return one parameter group with all parameters of the U-Net."""
         return [ParamGroup("unet", dict(self.learning.named_parameters()))]
 
 
 def assemble(unet: UNet2DConditionModel | None = None) -> StableDiffusion:
-    """The parts around the U-Net as the project's code wants them."""
+    """Return a frozen StableDiffusion of the trained components; without `unet`, with a new random U-Net."""
     tokenizer = CLIPTokenizer.from_pretrained(CACHE / "folder" / "tokenizer")
     text, _, _ = split_clip(CLIPModel.from_pretrained(CACHE / "clip_model", dtype=torch.float32))
     if unet is None:
@@ -94,14 +94,14 @@ def assemble(unet: UNet2DConditionModel | None = None) -> StableDiffusion:
 
 
 def choose_rows(bank: Bank) -> np.ndarray:
-    """The views the U-Net trains on: its own subjects, on plain colours and scenes."""
+    """Return the indices of the images that the U-Net trains on: its subjects on plain colours and scenes."""
     subjects = np.array([name not in SET_ASIDE for name in bank.names])
     keys = np.array([key.startswith(("plain", "scene")) for key in KEYS])
     return np.flatnonzero(subjects[bank.subjects] & keys[bank.backgrounds])
 
 
 class Batches:
-    """Batch `step` of the run: a function of the step alone, so that a resumed run continues with the same ones."""
+    """Batches of a run; each depends on its step only, so that a resumed run continues with the same ones."""
 
     def __init__(self, model: StableDiffusion, device: torch.device, rank: int = 0, world: int = 1) -> None:
         self.model, self.device, self.rank, self.world = model, device, rank, world
@@ -113,7 +113,7 @@ class Batches:
             self.parts[name] = (bank, open_latents(name), rows, plan)
 
     def draw(self, step: int) -> Batch:
-        """Latents, contexts, noise and timesteps of one batch."""
+        """Return latents, text encodings, noise and timesteps of this rank's part of batch `step`."""
         name = "narrow" if step < FINISH else "steady"
         bank, latents, chosen, plan = self.parts[name]
         draws = plan.draws(step, rank=self.rank, world=self.world)
@@ -136,7 +136,7 @@ class Batches:
         }
 
     def stream(self, start_step: int) -> Iterator[Batch]:
-        """Batches from a step on."""
+        """Yield the batches from `start_step` on."""
         return map(self.draw, itertools.count(start_step))
 
     def _word(self, bank: Bank, index: int, rng: np.random.Generator) -> str:
@@ -146,14 +146,14 @@ class Batches:
 
 
 def scale_rate(step: int) -> float:
-    """A warm-up, a long constant stretch, and a straight line down over the last sixth of the run."""
+    """Return the learning rate's factor: warm-up, constant, then linear decay over the last sixth of the run."""
     return min(1.0, (step + 1) / WARM_UP, max(0.02, (STEPS - step) / (STEPS / 6)))
 
 
 def train_unet() -> None:
-    """The stage `unet`: one process on a GPU, else one a core with a thread each.
+    """Run the stage `unet`: one process on a GPU, else up to `WORKERS` processes with one thread each.
 
-    Several one-thread processes keep going on a machine that has other work, where one process's threads would
+    On a machine with other load, several processes of one thread are faster than one process whose threads
     all wait for the slowest.
     """
     if torch.cuda.is_available() or WORKERS == 1:
@@ -173,14 +173,14 @@ def train_unet() -> None:
 
 
 def find_port() -> int:
-    """A free port for the workers to meet at."""
+    """Return a free port for the process group of the workers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def run_worker(rank: int, world: int) -> None:
-    """Run the project's loop from the last whole checkpoint on; SIGTERM saves and stops."""
+    """Train from the newest complete checkpoint as one of `world` ranks; SIGTERM saves a checkpoint and stops."""
     stopping: list[bool] = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
     if world > 1:
@@ -191,7 +191,8 @@ def run_worker(rank: int, world: int) -> None:
     # Fused attention has a slow backward pass on CPUs.
     model.unet.set_attn_processor(AttnProcessor())
     model.to(device)
-    # No min-SNR weights: for the velocity they almost remove the noisy half, where shapes are decided.
+    # No min-SNR weights: with v-prediction they nearly remove the noisy half of the timesteps, which
+    # determines shapes.
     method = Pretraining(model, Setting())
     run = Storage(str(FOLDER))
     checkpoints, start = Checkpoints(run, limit=2), 0
@@ -236,7 +237,7 @@ def run_worker(rank: int, world: int) -> None:
 
 
 def load_unet() -> UNet2DConditionModel:
-    """The averaged U-Net of the last whole checkpoint."""
+    """Load the averaged U-Net of the newest complete checkpoint. Raises SystemExit if there is none."""
     last = Checkpoints(Storage(str(FOLDER))).load_latest()
     if last is None:
         raise SystemExit("no checkpoint of the U-Net yet: run the stage `unet`")
@@ -249,7 +250,7 @@ def load_unet() -> UNet2DConditionModel:
 
 
 def build_pipeline(unet: UNet2DConditionModel | None = None) -> StableDiffusionPipeline:
-    """A stock pipeline around the U-Net so far."""
+    """Return a diffusers pipeline with a U-Net; by default the one of the newest checkpoint."""
     model = assemble(unet or load_unet())
     return StableDiffusionPipeline(
         vae=model.vae,

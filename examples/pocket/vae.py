@@ -1,4 +1,4 @@
-"""Trains the pocket model's autoencoder: 64 px images to 16 x 16 x 4 latents and back."""
+"""Trains the pocket model's VAE, which encodes 64 px images into latents of 16 x 16 x 4."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ DECODER_RATE = 6e-4
 
 
 def build_vae() -> AutoencoderKL:
-    """Factor 4, about 1.3 million parameters; no attention: faces need edges, not global context."""
+    """Build a VAE with a reduction factor of 4 and about 1.3 million parameters.
+
+    It has no attention, because faces need sharp edges rather than global context.
+    """
     vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -31,19 +34,20 @@ def build_vae() -> AutoencoderKL:
         sample_size=64,
         mid_block_add_attention=False,
     )
-    # Latents start with little noise: a decoder that sees noise of their own size does not learn for a long time.
+    # Start with a small latent variance: with noise as large as the latents, the decoder does not learn for a
+    # long time.
     torch.nn.init.constant_(vae.quant_conv.bias[4:].data, -6.0)
     return vae
 
 
 def to_input(images: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Bytes (n, h, w, 3) to floats in -1..1 (n, 3, h, w)."""
+    """Convert uint8 images (n, h, w, 3) to floats in -1..1 (n, 3, h, w)."""
     batch = torch.from_numpy(np.ascontiguousarray(images)).to(device)
     return batch.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
 
 
 def compare_edges(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The mean difference of neighbouring pixels' differences: keeps outlines sharp."""
+    """Return the mean absolute difference of the image gradients, a loss that keeps outlines sharp."""
     error = made - wanted
     return (error[..., 1:] - error[..., :-1]).abs().mean() + (
         error[..., 1:, :] - error[..., :-1, :]
@@ -51,7 +55,7 @@ def compare_edges(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def measure_psnr(vae: AutoencoderKL, images: np.ndarray, batch: int = 50) -> float:
-    """The mean PSNR in dB (peak 255) of images sent through the autoencoder."""
+    """Return the mean PSNR in dB (peak 255) of uint8 images after encoding and decoding."""
     device = next(vae.parameters()).device
     found = []
     with torch.no_grad():
@@ -64,7 +68,7 @@ def measure_psnr(vae: AutoencoderKL, images: np.ndarray, batch: int = 50) -> flo
 
 
 def train_vae() -> AutoencoderKL:
-    """The stage `vae`: train, measure the latents' spread, and save."""
+    """Run the stage `vae`: train, measure the standard deviation of the latents, and save."""
     folder = CACHE / "folder" / "vae"
     if (folder / "config.json").exists():
         return AutoencoderKL.from_pretrained(folder)
@@ -90,7 +94,7 @@ def train_vae() -> AutoencoderKL:
 
 
 def _draw(step: int, narrow: np.ndarray, wide: np.ndarray) -> np.ndarray:
-    """The images of one step: three quarters from the U-Net's subjects."""
+    """Return the images of a step, three quarters of them of the U-Net's subjects: uint8 (n, h, w, 3)."""
     rng = np.random.default_rng([11, step])
     n = BATCH * 3 // 4
     picks = narrow[np.sort(rng.integers(len(narrow), size=n))]
@@ -98,7 +102,7 @@ def _draw(step: int, narrow: np.ndarray, wide: np.ndarray) -> np.ndarray:
 
 
 def tune_decoder() -> AutoencoderKL:
-    """The stage `decoder`: sharpen the decoder alone, so that latents already encoded stay what they are."""
+    """Run the stage `decoder`: fine-tune the decoder only, so that the encoded latents remain valid."""
     folder = CACHE / "folder" / "vae_tuned"
     if (folder / "config.json").exists():
         return AutoencoderKL.from_pretrained(folder)
@@ -125,14 +129,14 @@ def tune_decoder() -> AutoencoderKL:
 
 
 def load_vae() -> AutoencoderKL:
-    """The autoencoder as trained so far: with the tuned decoder when that exists."""
+    """Load the trained VAE, with the fine-tuned decoder if it exists."""
     tuned = CACHE / "folder" / "vae_tuned"
     source = tuned if (tuned / "config.json").exists() else CACHE / "folder" / "vae"
     return AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32).eval()
 
 
 def save_vae(vae: AutoencoderKL) -> AutoencoderKL:
-    """Set the scaling factor by measured latents and write the stage's result."""
+    """Set the scaling factor to 1 / standard deviation of 2,000 images' latents, and save the VAE."""
     narrow = open_bank("narrow").images
     picks = np.sort(np.random.default_rng(3).choice(len(narrow), 2000, replace=False))
     device = next(vae.parameters()).device
@@ -151,5 +155,5 @@ def save_vae(vae: AutoencoderKL) -> AutoencoderKL:
 
 
 def peek_vae() -> AutoencoderKL:
-    """The autoencoder as trained so far."""
+    """Return the VAE with the averaged weights of the latest saved state."""
     return load_average("vae", build_vae())
