@@ -27,7 +27,7 @@ BUCKET_POLL_SECONDS = 5.0
 
 
 class Display:
-    """Shows steps, loss and speed on ``stream``: one tqdm bar on a terminal, else a line every ten seconds."""
+    """Shows steps, loss and speed on ``stream``: a tqdm bar on a terminal, else a line every ten seconds."""
 
     def __init__(self, *, total: int | None = None, stream: TextIO | None = None):
         self.stream = stream or sys.stderr
