@@ -1,8 +1,8 @@
-"""The cost of Aesthetic Gradients when sampling, and the gain of each step: cosine, CLIP-I, CLIP-T, seconds.
+"""Measures Aesthetic Gradients during sampling: cosine, CLIP-I, CLIP-T and seconds for each number of steps.
 
-The vector of the shipped cat on the pocket model with its own CLIP: ten scenes, one image of each, sampled alternately
-without and with the vector; a tuned prompt is sampled once as new and once from memory. The merged form, one encoder
-tuned over all ten prompts, is measured too.
+Setup: the vector of the example cat on the pocket model with its own CLIP. Ten scenes, one image each, are
+sampled alternately without and with the vector; each tuned prompt is sampled once uncached and once cached.
+The merged form, one text encoder tuned on all ten prompts, is also measured.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROUNDS = 3
 
 
 def draw(model: Any, prompts: list[str]) -> tuple[list[Any], float]:
-    """Sample one image of each prompt, one at a time; return the images and the seconds of one."""
+    """Sample one image per prompt, one at a time; return the images and the seconds per image."""
     from dreamfleet.trainers.config.image_request import ImageRequest
     from dreamfleet.trainers.models.sampling.sample import generate
 
@@ -33,7 +33,7 @@ def draw(model: Any, prompts: list[str]) -> tuple[list[Any], float]:
 def measure_steps(
     model: Any, encoder_for: Any, prompts: list[str], real: list[Any], clip: Any
 ) -> dict[str, Any]:
-    """Measure every number of steps; 0 is the untuned encoder."""
+    """Measure every number of tuning steps; 0 is the untuned text encoder."""
     from dreamfleet.trainers.evaluation.judge import score_images
 
     result: dict[str, Any] = {}
@@ -71,7 +71,7 @@ def measure_steps(
 
 
 def main() -> None:
-    """Measure the steps and the merged form, and write the figures."""
+    """Measure all numbers of steps and the merged form, and write the result."""
     import torch
 
     from dreamfleet.trainers.config.model import ModelConfig

@@ -1,10 +1,10 @@
-"""Seconds to the first step with latents that `dreamfleet data cache` encoded and without, and the cost of encoding.
+"""Measures the seconds to the first step with and without a latent cache, and the cost of encoding the cache.
 
-Some hundreds of photos, made from those of the DreamBooth dataset (cropped, slightly rotated and mirrored, JPEG of 512
-px; nothing is kept), on the pocket model, without Ray. Each run is a separate process: it trains to its first step
-with the cache, then without, alternately. Then images per second of 60 steps if latents are resident, if they are read
-from the cache when needed, and if each image is decoded and encoded at each use, as for a set that does not fit into
-memory.
+Several hundred photos are derived from those of the DreamBooth dataset (cropped, slightly rotated and
+mirrored, JPEG of 512 px) in a temporary folder; the model is the pocket model, without Ray. Each run is a
+separate process that trains to its first step; runs with and without the cache alternate. Then 60 steps give
+the images per second for latents in memory, for latents read from the cache when needed, and for images that
+are decoded and encoded at each use, as for a set that does not fit into memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DREAMFLEET = [sys.executable, "-m", "dreamfleet.cluster.cli"]
 
 
 def make_photos(folder: Path) -> None:
-    """Write different photos: random crops of real ones, slightly rotated, every other one mirrored."""
+    """Write different photos: random crops of the real ones, slightly rotated, every other one mirrored."""
     folder.mkdir()
     files, rng = sorted(DREAMBENCH.glob("*/*.jpg")), np.random.default_rng(0)
     for number in range(PHOTOS):
@@ -49,7 +49,7 @@ def make_photos(folder: Path) -> None:
 
 
 def write_recipe(folder: Path, side: int) -> Path:
-    """Write a recipe of native training on the photos, with the cache beside them."""
+    """Write a recipe of native training on the photos, with the cache in the same folder."""
     recipe = {
         "method": {"name": "native"},
         "data": {
@@ -74,18 +74,18 @@ def write_recipe(folder: Path, side: int) -> Path:
 
 
 def cpu_seconds() -> float:
-    """Return the CPU time of all ended child processes, which other load on the machine does not change."""
+    """Return the CPU seconds of all ended child processes, which do not depend on other load on the machine."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def loss_of(run: Path) -> float:
-    """Return the first loss of a run."""
+    """Return the loss of a run's first step."""
     return float(json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"])
 
 
 def measure_side(folder: Path, side: int) -> dict[str, Any]:
-    """Build the cache of one resolution, and train to the first step with it and without."""
+    """Build the cache for one resolution, and train to the first step with and without it."""
     recipe = str(write_recipe(folder, side))
     made = json.loads(
         subprocess.run(
@@ -126,7 +126,7 @@ def measure_side(folder: Path, side: int) -> dict[str, Any]:
 
 
 def measure_steps(folder: Path) -> dict[str, Any]:
-    """Measure images per second of the three sources of latents, alternately."""
+    """Measure the images per second of the three sources of latents, alternately."""
     recipe = str(write_recipe(folder, SIDES[0]))
     ways = {
         "resident": ["data.source=resident"],
@@ -157,7 +157,7 @@ def measure_steps(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure everything."""
+    """Run all measurements and write the result."""
     if not DREAMBENCH.is_dir():
         sys.exit(f"no photos at {DREAMBENCH}: set DREAMBENCH to the DreamBooth dataset's folder")
     with tempfile.TemporaryDirectory() as name:

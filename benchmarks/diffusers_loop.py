@@ -1,14 +1,15 @@
-"""Images per second compared with the loop of diffusers' train_dreambooth.py, alternating, and equal losses for equal
-noise.
+"""Compares images per second and losses with the training loop of diffusers' train_dreambooth.py.
 
-The other side does what that script does in every step, with accelerate around it: images are opened, rotated, resized
-and cropped and the prompt tokenised at every access, the VAE encodes, the text encoder encodes, noise is drawn with
-randn_like, the loss is read for the progress bar. The script itself needs torchvision, which has no build for a CPU
-torch; Pillow does its transforms. Our loop uses images and text that were encoded once. Batch 4, 64 px, the pocket
-model, on the shipped images (256 px PNG) and, if the dataset is available, on real photos (640 px JPEG).
+The baseline performs every operation of that script with accelerate: at every access the image is opened,
+rotated, resized and cropped and the prompt is tokenised; at every step the VAE and the text encoder encode,
+noise is sampled with randn_like, and the loss is read for the progress bar. The script needs torchvision,
+which has no build for a CPU version of torch, so Pillow replaces its transforms. Our loop uses images and
+text that were encoded once. Batch 4, 64 px, the pocket model, on the example images (256 px PNG) and, if the
+dataset is available, on real photos (640 px JPEG). The two loops alternate.
 
-``unet_step_milliseconds`` is forward, backward, clip and optimizer of the U-Net alone, on ready latents: no loop of
-this model can be faster, so ``ratio_at_most`` is the best ratio that any loop could reach.
+``unet_step_milliseconds`` is the forward pass, backward pass, clipping and optimizer step of the U-Net alone,
+on precomputed latents. No loop with this model can be faster, so ``ratio_at_most`` is the best possible
+ratio.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def theirs(model: Any, files: list[str], prompt: str) -> Block:
 
 
 def ours(parts: Any, waits: list[float]) -> Block:
-    """Run our loop over one block of steps, at a new position in the plan each time; return images per second."""
+    """Run our loop over one block of steps, each time at a new position in the plan; return images per second."""
     from dreamfleet.trainers.loop import Hooks, Schedule, train
 
     starts: Iterator[int] = iter(range(0, 10**6, 100))
@@ -116,7 +117,7 @@ def ours(parts: Any, waits: list[float]) -> Block:
 
 
 def unet_alone(parts: Any) -> Block:
-    """Run the U-Net's step on one ready batch; return images per second."""
+    """Run the U-Net's training step on one precomputed batch; return images per second."""
     batch = parts.prepare(parts.feed.batch(0))
     rates = dict.fromkeys(parts.rates, 0.0)
 
@@ -131,7 +132,7 @@ def unet_alone(parts: Any) -> Block:
 
 
 def same_losses(parts: Any, recipe: Any) -> float:
-    """Return the largest difference between the script's loss and ours over five batches of equal noise."""
+    """Return the largest difference between the script's loss and ours over five batches with equal noise."""
     from dreamfleet.trainers.batches.vae_encoding import read_pixels
 
     model, uris = parts.model, parts.sets.instances.column("uri")
@@ -198,7 +199,7 @@ def measure_set(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure the available sets."""
+    """Measure the available image sets and write the result."""
     sets = {"shipped_256px_png": ROOT / "examples/cat/train"}
     if (DREAMBENCH / "duck_toy").is_dir():
         sets["photos_640px_jpeg"] = DREAMBENCH / "duck_toy"

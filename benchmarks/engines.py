@@ -1,10 +1,9 @@
-"""Every engine on the pocket model: two workers under one local Ray, the same steps, their losses compared with
-torch's.
+"""Compares the losses and seconds per step of every engine with those of torch, on the pocket model.
 
-DreamBooth of U-Net and text encoder under every ZeRO stage and offload, then Textual Inversion on a frozen model,
-which only stage 3 shards. A CPU shows that the curves are equal and the overhead of each engine; it saves no memory
-and has no PCIe, so the bytes are those that `dreamfleet plan` estimates for GPUs. NVMe is skipped if libaio is
-missing.
+Two workers on one local Ray train the same steps: DreamBooth of U-Net and text encoder under every ZeRO stage
+and offload, then Textual Inversion on a frozen model, which only stage 3 shards. On a CPU this shows that the
+losses are equal, and the overhead of each engine. It cannot show memory savings or PCIe transfers, so the
+bytes are those that `dreamfleet plan` estimates for GPUs. NVMe is skipped if libaio is missing.
 
     python benchmarks/engines.py [--steps 12]
 """
@@ -29,14 +28,14 @@ WORD = {
 
 
 def overrides(steps: int) -> list[str]:
-    """Return the recipe changes of every run: few steps, each of them logged, no images."""
+    """Return the recipe overrides of every run: few steps, a logged loss at each step, no previews."""
     return [
         f"train.max_train_steps={steps}",
         "train.log_steps=1",
         f"train.checkpointing_steps={steps}",
         "train.export_formats=[]",
         "optimizer.lr_warmup_steps=0",
-        # At the recipe's learning rates the pocket model amplifies a difference in the last bits to a factor of two.
+        # With the recipe's learning rates the pocket model amplifies rounding differences to a factor of two.
         "optimizer.learning_rate=1e-5",
         "optimizer.text_encoder_lr=1e-6",
         "validation.prompts=[]",
@@ -80,7 +79,7 @@ def run_engine(method: str, settings: dict[str, Any], folder: Path, steps: int) 
     return {
         "losses": [line["loss"] for line in lines if "loss" in line],
         "holdout_loss": [line["holdout_loss"] for line in lines if "holdout_loss" in line][-1],
-        # The first one fills caches and records the order of DeepSpeed's layers.
+        # The first steps fill caches and record the order of DeepSpeed's layers.
         "seconds_a_step": statistics.median(
             [line["step_seconds"] for line in lines if "step_seconds" in line][3:]
         ),
@@ -89,7 +88,7 @@ def run_engine(method: str, settings: dict[str, Any], folder: Path, steps: int) 
 
 
 def compare(runs: dict[str, dict[str, Any]]) -> None:
-    """Add to each run the difference of its curve and seconds from torch's."""
+    """Add to each run the relative difference of its losses and the ratio of its seconds to those of torch."""
     plain = runs["torch"]
     for run in runs.values():
         pairs = zip(run["losses"], plain["losses"], strict=True)
@@ -99,7 +98,7 @@ def compare(runs: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Run every engine in one Ray, and write the table."""
+    """Run every engine on one local Ray, and write the result."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=12)
     steps = parser.parse_args().steps

@@ -1,10 +1,9 @@
-"""Memory and speed on a GPU: what fits into 6 to 12 GB, estimated and measured, and images per second beside
-diffusers.
+"""Measures memory and speed on a GPU: runs within 6 to 12 GB, and images per second compared with diffusers.
 
-Each case is a recipe on a full-size model made from its published configs with random weights, trained through the
-loop for some steps on synthetic latents, in a separate process, with torch limited to the memory of the GPU that the
-case imitates (`engine.gpu_memory`): it has to finish, not only to report a peak. `predicted` is the estimate of
-`dreamfleet plan` for the same recipe. Sampling and encoding before and between the steps are left out.
+Each case is a recipe on a full-size model with random weights, built from its published configs. It trains
+some steps on synthetic latents in a separate process, with torch limited to the memory of the GPU that the
+case stands for (`engine.gpu_memory`): it must complete within that memory, not only report a peak.
+`predicted` is the estimate of `dreamfleet plan` for the same recipe. Sampling and encoding are not measured.
 
     python benchmarks/gpu.py [--cases sd15-ti-6g,speed] [--plan] [--small]
 
@@ -33,7 +32,7 @@ OFFLOADS = ("no-offload", "offload-optimizer", "offload-weights")
 
 
 def run_case(name: str, *, small: bool) -> dict[str, Any]:
-    """Train a case's steps within the memory of its GPU; return the estimate and the measurements."""
+    """Train the steps of a case within the memory of its GPU; return the estimate and the measurements."""
     from dreamfleet.trainers.distributed.device import TRAINING, on_device
 
     with on_device(remedies=TRAINING) as device:
@@ -80,7 +79,7 @@ def _run_on(device: torch.device, name: str, *, small: bool) -> dict[str, Any]:
 
 
 def in_process_of_its_own(name: str, *, small: bool) -> dict[str, Any]:
-    """Run one case in a fresh process; a failure is a result too."""
+    """Run one case in a new process; return its result, or its error as a result."""
     words = [sys.executable, __file__, "--case", name, *(["--small"] if small else [])]
     env = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     done = subprocess.run(words, capture_output=True, text=True, env=env, check=False)
@@ -90,7 +89,7 @@ def in_process_of_its_own(name: str, *, small: bool) -> dict[str, Any]:
 
 
 def compare_offload(results: dict[str, Any]) -> None:
-    """Add to each offloading case its cost over no offload, and the time of its traffic at the measured rates."""
+    """Add to each case with offload its extra time, and the time of its transfers at the measured rates."""
     plain = results.get(OFFLOADS[0], {}).get("seconds_a_step")
     rates = results.get("pcie", {})
     for name in OFFLOADS[1:]:
@@ -106,7 +105,7 @@ def compare_offload(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Run the requested cases, and write each result as soon as it is measured."""
+    """Run the requested cases, and write each result immediately."""
     parser = argparse.ArgumentParser()
     every = [*CASES, "speed", "pcie"]
     parser.add_argument("--cases", default=",".join(every))

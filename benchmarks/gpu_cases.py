@@ -1,4 +1,4 @@
-"""The cases of the GPU benchmark: recipes on full-size models of random weights, built as a run builds them."""
+"""The cases of the GPU benchmark: recipes on full-size models with random weights, built by the code of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Tree = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe for a GPU: ``pixels`` per side, ``card`` in GiB, a description (``words``), and the sections."""
+    """A recipe for a GPU: ``pixels`` per side, memory ``card`` in GiB, description ``words``, and its sections."""
 
     family: str
     pixels: int
@@ -105,7 +105,7 @@ NARROW: dict[str, Tree] = {
 
 
 def write_configs(family: str, folder: Path, *, small: bool) -> Path:
-    """Write a family's published configs as a model folder without weights; ``small`` makes them narrow."""
+    """Write a family's published configs as a model folder without weights; ``small`` reduces the widths."""
     from dreamfleet.trainers.models.formats.ldm_names import FAMILY_CONFIGS
 
     for part, config in FAMILY_CONFIGS[family].items():  # type: ignore[index]
@@ -129,7 +129,7 @@ def write_configs(family: str, folder: Path, *, small: bool) -> Path:
 
 
 def make_recipe(name: str, folder: Path, *, small: bool) -> Any:
-    """Make a case's recipe on a model folder."""
+    """Return the recipe of a case for a model folder."""
     from dreamfleet.trainers.recipe import build_recipe
 
     case = CASES[name]
@@ -156,7 +156,7 @@ def make_recipe(name: str, folder: Path, *, small: bool) -> Any:
 
 
 def predict(recipe: Any) -> dict[str, Any]:
-    """Estimate a recipe: the memory of its own engine while it trains, and the engine that would be chosen."""
+    """Return the name, memory and transfers of a recipe's engine during training, as `dreamfleet plan` estimates."""
     from dreamfleet.trainers.memory.plan import plan_memory
 
     made = plan_memory(recipe, gpu_memory=recipe.engine.gpu_limit)
@@ -189,7 +189,7 @@ def predict(recipe: Any) -> dict[str, Any]:
 
 
 def random_model(recipe: Any, method: str) -> Any:
-    """Make a model of the folder's architecture with random weights in host memory."""
+    """Return a model with the folder's architecture and random weights, in host memory."""
     from dreamfleet.trainers.methods.base import method_class
     from dreamfleet.trainers.models.family import load_shape
 
@@ -210,9 +210,9 @@ def random_model(recipe: Any, method: str) -> Any:
 
 
 def build_parts(recipe: Any, device: torch.device, *, settle: bool = True) -> tuple[Any, Any, Any, str]:
-    """Build a recipe's method on random weights, its engine and one batch; return also the reason for the engine.
+    """Return a recipe's method on random weights, its engine, one batch, and the reason for the choice of engine.
 
-    Without ``settle`` the engine is the recipe's, and ``auto`` is torch alone.
+    Without ``settle`` the recipe's engine is used, and ``auto`` means torch without offload.
     """
     from dreamfleet.trainers.distributed.context import DistributedContext
     from dreamfleet.trainers.engines.base import DTYPES, engine_class
@@ -238,7 +238,7 @@ def build_parts(recipe: Any, device: torch.device, *, settle: bool = True) -> tu
 
 
 def synthetic_batch(recipe: Any, method: Any) -> Any:
-    """Make a batch of the plan's shapes on the host, filled with noise."""
+    """Return a batch of noise in host memory, with the shapes of the memory plan."""
     from dreamfleet.trainers.memory.profile import make_batch
 
     batch = make_batch(recipe, method)

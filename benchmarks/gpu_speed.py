@@ -1,6 +1,4 @@
-"""Images per second and model FLOP utilisation of SD 1.5's U-Net on a GPU, compared with the loop of diffusers'
-script.
-"""
+"""Measures images per second and model FLOP utilisation of SD 1.5's U-Net on a GPU, also for diffusers' script."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ def wait() -> None:
 
 
 def seconds_of(step: Step, *, steps: int) -> float:
-    """Time some consecutive steps; return the seconds of one."""
+    """Time `steps` consecutive steps; return the seconds per step."""
     wait()
     start = time.perf_counter()
     for _ in range(steps):
@@ -43,14 +41,14 @@ def seconds_of(step: Step, *, steps: int) -> float:
 
 
 def matrix_rate(side: int, device: torch.device) -> float:
-    """Measure the bf16 matrix rate of this device in FLOP per second: the best of several square products."""
+    """Return the bf16 matrix rate of a device in FLOP/s: the best of several products of square matrices."""
     left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     seconds = [seconds_of(lambda: left @ right, steps=10) for _ in range(6)]
     return 2 * side**3 / min(seconds)
 
 
 def copy_rates(size: int = 2**30) -> dict[str, Any]:
-    """Measure copies between page-locked host memory and the GPU in each direction, in GB/s."""
+    """Return the rates of copies between page-locked host memory and the GPU in each direction, in GB/s."""
     if not torch.cuda.is_available():
         return {}
     host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
@@ -66,7 +64,7 @@ def copy_rates(size: int = 2**30) -> dict[str, Any]:
 def ours(
     batch_size: int, folder: Path, device: torch.device, *, small: bool, **engine: bool
 ) -> tuple[Step, Any]:
-    """Build our step of native training on ready latents; return it and the method."""
+    """Build our training step of the native method on precomputed latents; return the step and the method."""
     recipe = make_recipe("no-offload", folder, small=small)
     recipe = recipe.model_copy(
         update={
@@ -93,7 +91,7 @@ def ours(
 
 
 def theirs(batch_size: int, folder: Path, device: torch.device, *, small: bool, encodes: bool) -> Step:
-    """Build the script's step: autocast, AdamW, the loss read for the bar; with ``encodes`` both encoders as well."""
+    """Build the script's step: autocast, AdamW, reading the loss; with ``encodes`` also VAE and text encoder."""
     _, method = ours(batch_size, folder, device, small=small)
     model = method.model
     unet = model.unet.train()
@@ -131,7 +129,7 @@ def theirs(batch_size: int, folder: Path, device: torch.device, *, small: bool, 
 
 
 def flops_of(step: Step) -> int:
-    """Count the floating point operations of a step's matrix products and convolutions."""
+    """Return the floating point operations of a step's matrix products and convolutions."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -140,7 +138,7 @@ def flops_of(step: Step) -> int:
 
 
 def best_batch(make: Callable[[int], Step], batches: tuple[int, ...], *, steps: int) -> dict[str, Any]:
-    """Find the batch size with the most images per second, up to the limit of memory."""
+    """Find the batch size with the most images per second among those that fit into memory."""
     found: dict[str, Any] = {"batch": 0, "pictures_per_second": 0.0}
     for batch in batches:
         try:
@@ -151,7 +149,7 @@ def best_batch(make: Callable[[int], Step], batches: tuple[int, ...], *, steps: 
         except torch.cuda.OutOfMemoryError:
             break
         finally:
-            step = None  # type: ignore[assignment]  # free its tensors before the next one is built
+            step = None  # type: ignore[assignment]  # free its tensors before the next step is built
             _forget()
         if rate > found["pictures_per_second"]:
             found = {"batch": batch, "pictures_per_second": round(rate, 2)}
@@ -159,7 +157,7 @@ def best_batch(make: Callable[[int], Step], batches: tuple[int, ...], *, steps: 
 
 
 def measure_speed(*, small: bool) -> dict[str, Any]:
-    """Measure each variant at its best batch, then the best one and diffusers' step, alternately."""
+    """Measure each variant at its best batch size, then the best variant and diffusers' step alternately."""
     from dreamfleet.trainers.distributed.device import best_device
 
     device = best_device()
@@ -171,7 +169,7 @@ def measure_speed(*, small: bool) -> dict[str, Any]:
         ways: dict[str, Any] = {}
         for way, options in WAYS.items():
             if small and "torch_compile" in options:
-                continue  # a minute of compiling
+                continue  # compiling takes a minute
             ways[way] = best_batch(
                 lambda batch, chosen=options: ours(batch, folder, device, small=small, **chosen)[0],
                 batches,

@@ -1,4 +1,4 @@
-"""Helpers of the benchmarks: the description of the machine, medians with their spread, and results as JSON."""
+"""Shared functions of the benchmarks: description of the machine, median and spread, results as JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Describe the machine the figures come from."""
+    """Return a description of this machine, stored with each result."""
     import torch
 
     from dreamfleet.trainers.run.versions import versions
@@ -43,7 +43,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def write_result(name: str, result: dict[str, Any], *, how: str) -> None:
-    """Print a result and write it to ``results/NAME.json`` with the machine and the command that repeats it."""
+    """Print a result; write it to ``results/NAME.json`` with the machine and ``how``, the command that repeats it."""
     record = {"what": name, "repeat": how, "machine": describe_machine(), **result}
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps(record, indent=1, ensure_ascii=False)

@@ -1,9 +1,10 @@
-"""The six methods on a subject and on a style: CLIP-I, CLIP-T, held-out loss, seconds, size, and a sheet of images.
+"""Measures the six methods on a subject and on a style: CLIP-I, CLIP-T, held-out loss, seconds and artifact size.
 
-Subject: the shipped cat in ten scenes, compared with its four held-out images. Style: the shipped ink drawings, on ten
-objects that no training image shows, compared with six drawings of other objects. Each method runs its recipe
-`recipes/cat-*.yaml`; for the style only the necessary keys are changed (`WAYS` below). Five seeds per prompt, sampled
-with the same guidance; CLIP is the pocket model's own.
+Subject: the example cat in ten scenes, compared with its four held-out images. Style: the example ink
+drawings, for ten objects that are in no training image, compared with six drawings of other objects. Each
+method runs its recipe `recipes/cat-*.yaml`; for the style only the necessary keys are changed (`WAYS` below).
+Every prompt is sampled with five seeds and the same guidance; CLIP is the pocket model's own. A sheet shows
+an image of each prompt.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ THINGS = [
 
 
 class Task(NamedTuple):
-    """A subject or style: the folder of its images, and its prompts, in which ``{}`` stands for a method's word.
+    """A subject or style: the folder of its images, and prompts in which ``{}`` is replaced by a method's word.
 
-    ``real_is`` starts the descriptions of the real images; their captions complete it.
+    ``real_is`` is the beginning of the descriptions of the real images; their captions complete it.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Task(NamedTuple):
 
 
 class Way(NamedTuple):
-    """How a method is trained on one task: its recipe, the word in prompts, and the changed keys."""
+    """The training of a method on one task: its recipe, its word in prompts, and the changed keys."""
 
     recipe: str
     word: str
@@ -100,7 +101,7 @@ WAYS = {
 def measure_method(
     task: Task, method: str, way: Way, folder: Path, real: list[Any]
 ) -> tuple[dict[str, Any], list[Any]]:
-    """Train one method and score its samples; return the figures and an image of each prompt."""
+    """Train one method and score its samples; return the scores and one image per prompt."""
     from dreamfleet.datasets.storage.storage import Storage
     from dreamfleet.trainers.artifacts.loading import load_exported
     from dreamfleet.trainers.launch import fit
@@ -136,7 +137,7 @@ def fill(prompts: list[str], word: str) -> list[str]:
 
 
 def measure_task(task: Task, folder: Path, methods: list[str]) -> dict[str, Any]:
-    """Measure the untuned model and every method on one task, and write the sheet."""
+    """Measure the base model and every method on one task, and write the sheet of images."""
     from dreamfleet.trainers.config.model import ModelConfig
     from dreamfleet.trainers.evaluation.fidelity import spread_of_real
     from dreamfleet.trainers.evaluation.judge import score_images
@@ -164,7 +165,7 @@ def measure_task(task: Task, folder: Path, methods: list[str]) -> dict[str, Any]
 
 
 def main() -> None:
-    """Measure both tasks, or those named."""
+    """Measure both tasks, or those named on the command line, and write the result."""
     tasks = [task for task in (SUBJECT, STYLE) if not sys.argv[1:] or task.name in sys.argv[1:]]
     methods = list(WAYS["cat"])
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,9 @@
-"""Prompt tuning and Textual Inversion from one image: CLIP-I to held-out images, CLIP-T over ten new scenes.
+"""Compares prompt tuning and Textual Inversion trained on one image: CLIP-I to held-out images, CLIP-T in scenes.
 
-The shipped cat: one training image, compared with four others. Equal passes of the U-Net: prompt tuning runs two per
-sample, so Textual Inversion has twice its steps. Both start from "cat face", with two vectors in the prompt, at the
-same learning rate. Three seeds of training; CLIP is the pocket model's own. The sheet shows the images of the first
-seed.
+The subject is the example cat: one training image, and four held-out images for the scores. Both methods have
+the same number of U-Net passes: prompt tuning needs two per sample, so Textual Inversion trains twice as many
+steps. Both start from "cat face", with two vectors in the prompt, at the same learning rate. Each is trained
+with three seeds; CLIP is the pocket model's own. The sheet shows the images of the first seed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ METHODS = {"textual_inversion": 2 * STEPS, "prompt_tuning": STEPS}
 
 
 def train_one(method: str, seed: int, folder: Path, real: list[Any]) -> tuple[dict[str, Any], list[Any]]:
-    """Train a method on the one image with a seed, and score it; return figures and an image of each scene."""
+    """Train a method on the image with a seed, and score it; return the scores and one image per scene."""
     from dreamfleet.datasets.storage.storage import Storage
     from dreamfleet.trainers.artifacts.loading import load_exported
     from dreamfleet.trainers.launch import fit
@@ -44,7 +44,7 @@ def train_one(method: str, seed: int, folder: Path, real: list[Any]) -> tuple[di
 
 
 def main() -> None:
-    """Train both methods with every seed and write their scores."""
+    """Train both methods with every seed, and write their scores and the sheet."""
     from dreamfleet.trainers.evaluation.fidelity import spread_of_real
     from dreamfleet.trainers.models.sampling.sample import image_grid
     from dreamfleet.trainers.models.vision.clip import load_clip

@@ -1,7 +1,8 @@
-"""Seconds from the command to the first training step: bare Ray, dreamfleet on Ray, dreamfleet in-process; and --help.
+"""Measures the seconds from a command to its first training step: dreamfleet with and without Ray, bare Ray.
 
-Bare Ray is the minimal program: ``ray.init``, a TorchTrainer with one worker that imports torch and diffusers, loads
-the pocket model and takes one step. Each side is a separate process; they alternate.
+Bare Ray is a minimal program: ``ray.init``, and a TorchTrainer with one worker that imports torch and
+diffusers, loads the pocket model and takes one step. Each command is a separate process; the commands
+alternate. The time of ``dreamfleet --help`` is also measured.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def time_to_file(command: list[str], done: Path) -> float:
 
 
 def main() -> None:
-    """Measure all sides in turn."""
+    """Measure all commands alternately, and write the result."""
     script = Path(sys.executable).with_name("dreamfleet")
     times: dict[str, list[float]] = {"bare_ray": [], "ours_ray": [], "ours_in_process": [], "help": []}
     with tempfile.TemporaryDirectory() as name:

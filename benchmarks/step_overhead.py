@@ -1,8 +1,8 @@
-"""Step time through Ray Train and our loop compared with a bare torch loop of the same step, alternating in one
-process.
+"""Compares the time of a step in our loop, with and without Ray Train, with a minimal torch loop of the same step.
 
-Both sides train the pocket model's U-Net at 64 px, batch 8, on the same latents, noise and text; the bare one is
-minimal: forward, backward, clip, step. Ours adds the feed, the engine, metrics and the check for a stop request.
+Both loops train the pocket model's U-Net at 64 px, batch 8, on the same latents, noise and text, and
+alternate in one process. The minimal loop has forward pass, backward pass, clipping and optimizer step; ours
+adds the feed, the engine, metrics and the check for a stop request.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BLOCKS, STEPS = 8, 15
 
 
 def measure(config: dict[str, Any]) -> None:
-    """Run alternating blocks inside a Ray Train worker and write the seconds per step of each block."""
+    """Run alternating blocks of both loops, and write the seconds per step of each block."""
     import torch.nn.functional as F
 
     from dreamfleet.datasets.storage.storage import Storage
@@ -67,13 +67,13 @@ def measure(config: dict[str, Any]) -> None:
             parts.feed.stream(first),
             parts.prepare,
             rates=parts.rates,
-            # One step more than is timed: a run computes its first batch twice, which a block must not count.
+            # One step more than is timed: a run computes its first batch twice, which must not be timed.
             schedule=Schedule(total=first + STEPS + 1, save_every=10**9, sample_every=10**9, log_every=10),
             seed=0,
             start_step=first,
             hooks=Hooks(log=metrics.log, should_stop=lambda: stamps.append(time.perf_counter()) or False),
         )
-        # should_stop is called at the beginning of every step
+        # should_stop is called at the beginning of every step.
         return (time.perf_counter() - stamps[1]) / STEPS
 
     bare(), ours(0)
@@ -85,7 +85,7 @@ def measure(config: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Start a local Ray, measure in a Ray Train worker and in this process, write the ratios."""
+    """Measure in a Ray Train worker on a local Ray and in this process, and write the ratios."""
     from dreamfleet.trainers.driver.session import ray_session
 
     results = {}

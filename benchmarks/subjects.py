@@ -1,8 +1,9 @@
-"""Untuned, Textual Inversion and DreamBooth on the same subject: CLIP-I to real images, CLIP-T over ten new scenes.
+"""Compares the base model, Textual Inversion and DreamBooth on two subjects by CLIP-I and CLIP-T.
 
-The subjects: the shipped cat, compared with its four held-out images, and ``duck_toy`` of the DreamBooth dataset (real
-photos, compared with the same photos as in the paper), which is skipped if the dataset is not available
-(DREAMBENCH=folder). CLIP is the pocket model's own. Five seeds per prompt; the sheet shows the first.
+The subjects are the example cat, compared with its four held-out images, and ``duck_toy`` of the DreamBooth
+dataset (real photos, compared with the training photos as in the paper), which is skipped if the dataset is
+not available (DREAMBENCH=folder). CLIP is the pocket model's own. Each of the ten scenes is sampled with five
+seeds; the sheet shows the first.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SCENES = [
     "under water",
 ]
 SEEDS = range(5)
-# The background of each training photo; the cat's captions are beside its images.
+# Captions of the training photos; those of the cat are files beside its images.
 CAPTIONS = {
     "duck_toy": {
         "00": "on a black background",
@@ -45,7 +46,7 @@ STEPS, GUIDANCE = 25, float(os.environ.get("GUIDANCE", 1.5))
 
 
 def score_model(model: Any, word: str, noun: str, real: list[Any]) -> tuple[dict[str, float], list[Any]]:
-    """Sample every scene with every seed and score the images; return the figures and an image of each scene."""
+    """Sample every scene with every seed and score the images; return the scores and one image per scene."""
     return score_prompts(
         model, [f"a {word} {scene}" for scene in SCENES], [f"a {noun} {scene}" for scene in SCENES], real
     )
@@ -54,7 +55,7 @@ def score_model(model: Any, word: str, noun: str, real: list[Any]) -> tuple[dict
 def score_prompts(
     model: Any, prompts: list[str], plain: list[str], real: list[Any]
 ) -> tuple[dict[str, float], list[Any]]:
-    """Sample every prompt with every seed, and score the images by real ones and by the descriptions ``plain``."""
+    """Sample every prompt with every seed, and score the images by real images and the descriptions ``plain``."""
     from dreamfleet.trainers.config.image_request import requests_for
     from dreamfleet.trainers.evaluation.judge import score_images
     from dreamfleet.trainers.models.sampling.sample import generate
@@ -83,7 +84,7 @@ def score_prompts(
 
 
 def read_real(folder: Path) -> list[Any]:
-    """Read the real images at the model's size."""
+    """Read the real images, resized to the model's size."""
     from PIL import Image
 
     from dreamfleet.datasets.config import DataConfig
@@ -98,7 +99,7 @@ def read_real(folder: Path) -> list[Any]:
 
 
 def measure_subject(name: str, noun: str, train_dir: Path, real_dir: Path, folder: Path) -> dict[str, Any]:
-    """Train both methods on one subject and score them and the untuned model."""
+    """Train both methods on one subject; score them and the base model."""
     from dreamfleet.datasets.storage.storage import Storage
     from dreamfleet.trainers.artifacts.loading import load_exported
     from dreamfleet.trainers.config.model import ModelConfig
@@ -162,7 +163,7 @@ def with_captions(images: Path, captions: dict[str, str], folder: Path) -> Path:
 
 
 def main() -> None:
-    """Measure the available subjects."""
+    """Measure the available subjects and write the result."""
     subjects = {"cat": ("cat face", ROOT / "examples/cat/train", ROOT / "examples/cat/holdout")}
     if (DREAMBENCH / "duck_toy").is_dir():
         subjects["duck_toy"] = ("duck", DREAMBENCH / "duck_toy", DREAMBENCH / "duck_toy")

@@ -1,4 +1,4 @@
-"""Return the machines of a cluster, or this machine if there is no cluster, without starting a run."""
+"""Lists the resources of a cluster's machines, or of this machine without a cluster, without starting a run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def has_cluster(address: str | None) -> bool:
 def machines(address: str | None) -> tuple[dict[str, Mapping[str, float]], dict[str, float] | None]:
     """Return the resources of each machine by its address, and the limits of an autoscaling cluster (else None).
 
-    Without a cluster, returns this machine's resources as a private Ray would have them, without starting one. Raises
-    ResourceError if the cluster does not answer.
+    Without a cluster, returns the resources that a local Ray would detect on this machine, without starting
+    one. Raises ResourceError if the cluster does not answer.
     """
     if not has_cluster(address):
         return {"this machine": this_machine()}, None

@@ -1,4 +1,4 @@
-"""Check this machine (and a cluster) for what a run needs, and report what is present, unusual or missing."""
+"""Checks whether this machine (and a cluster) meets the requirements of a run; the command `doctor`."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _libaio() -> Finding:
 
 
 def _package(name: str, absent: Literal["note", "MISSING"], advice: str) -> Finding:
-    # Not imported: importing all of them takes half a minute on a busy machine.
+    # Packages are not imported, because importing all of them takes half a minute on a busy machine.
     try:
         if importlib.util.find_spec(name) is not None:
             return Finding(name, "ok", version(name))
@@ -181,7 +181,7 @@ def _bucket_credentials() -> list[Finding]:
 
 
 def _sent_to_workers() -> list[Finding]:
-    """Name the variables that are sent to workers in memory; their values are never shown."""
+    """List the names of the environment variables that are sent to workers; values are never shown."""
     names = sorted(variables_to_send(buckets=False))
     return [Finding("sent to workers", "ok", ", ".join(names))] if names else []
 

@@ -1,4 +1,4 @@
-"""Writes the images of `dreamfleet sample`: the grid, single images, and in each PNG how it was generated."""
+"""Writes the images of `dreamfleet sample`: the grid, single images, and the generation settings in each PNG."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
 Row = tuple[
     ImageRequest, AppliedFiles
-]  # an image, and the files and strengths of its hypernetworks and LoRAs
+]  # an image request, and the files and strengths of its hypernetworks and LoRAs
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all images of a call share. `more`: additional entries of the text."""
+    """Settings that all images of a call share. `more`: additional entries of the text in each PNG."""
 
     embeddings: Sequence[str] = ()
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
 def require_writable(out: Path, out_dir: Path | None) -> None:
-    """Raise UserError if the images cannot be written, before any is generated."""
+    """Check before any image is generated that the images can be written. Raises UserError otherwise."""
     if out.suffix.lower() not in IMAGES:
         raise UserError(f"--out {out}: name an image file ({', '.join(IMAGES)})")
     if not out.parent.is_dir():
@@ -51,7 +51,7 @@ def require_writable(out: Path, out_dir: Path | None) -> None:
 
 
 def image_text(model: DiffusionModel, settings: Settings, row: Row, image: Image.Image) -> str:
-    """Return the text of an image; hypernetworks and LoRAs are tags of the prompt, as in the webui."""
+    """Return the text stored in a PNG; hypernetworks and LoRAs are tags of the prompt, as in the webui."""
     request, extras = row
     prompts = (
         request.prompt,
@@ -93,7 +93,7 @@ def write_images(
     *,
     columns: int,
 ) -> None:
-    """Write the grid with the text of its first image, as the webui does, and on request each image separately.
+    """Write the grid with the text of its first image, as the webui does, and with `out_dir` also each image.
 
     Single images are `00000-SEED.png` and so on in `out_dir`, as in the webui, numbered after the existing ones.
     """
@@ -109,7 +109,7 @@ def write_images(
 
 
 def _hashes(embeddings: Sequence[str], used_in: str) -> str | None:
-    """Return the used embeddings' names and file hashes, which identify them in the webui; negatives too."""
+    """Return the names and file hashes of the used embeddings, also negative ones, as the webui writes them."""
     found = []
     for address in embeddings:
         for place in (Storage(address), negative_of(address)):
@@ -125,5 +125,5 @@ def _hashes(embeddings: Sequence[str], used_in: str) -> str | None:
 def _version() -> str:
     try:
         return version("dreamfleet")
-    except PackageNotFoundError:  # run from its folder
+    except PackageNotFoundError:  # runs from a checkout without installation
         return "0"

@@ -1,4 +1,4 @@
-"""Check whether a cluster has the resources that a recipe requests."""
+"""Checks whether a cluster has the resources that a recipe requests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dreamfleet.trainers.config.scaling import ScalingConfig, describe, refuse_i
 
 
 def check_resources(scaling: ScalingConfig, address: str | None) -> tuple[str, bool, str]:
-    """Return ("resources", whether the workers fit, details) for the cluster at ``address`` or this machine."""
+    """Return ("resources", whether the workers fit, details) for the cluster at ``address``, or this machine."""
     try:
         nodes, limit = machines(address)
         share = worker_resources(scaling, list(nodes.values()), limit=limit)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Aesthetic:
-    """An aesthetic vector file, on disk or in a bucket, and how prompts are tuned towards it."""
+    """An aesthetic vector file, on disk or in a bucket, and the settings of tuning prompts towards it."""
 
     path: str
     settings: AestheticSettings
@@ -70,21 +70,21 @@ class Aesthetic:
 
 @dataclass(frozen=True)
 class OtherArtifact:
-    """An artifact of a kind that has no option of its own, and its strength."""
+    """An artifact whose kind has no separate command-line option, and its strength."""
 
     kind: ArtifactKind
     address: str
     strength: float
 
     def apply(self, model: DiffusionModel) -> None:
-        """Load it into a model."""
+        """Load the artifact into a model."""
         with Storage(self.address).local_copy() as path:
             self.kind.load_into(model, path, address=self.address, strength=self.strength)
 
 
 @dataclass(frozen=True)
 class GridRequest:
-    """What `dreamfleet sample` generates: a row per prompt, a column per seed.
+    """Options of `dreamfleet sample`, which generates a grid with a row per prompt and a column per seed.
 
     ``model``: pocket, a diffusers folder, a single file, a hub name, or a run folder, whose exports are used.
     ``defaults``: the options of every image; a line of ``prompt_file`` may replace some, in kohya's form.
@@ -114,7 +114,7 @@ class GridRequest:
     out_dir: Path | None = None
 
     def images(self) -> list[ImageRequest]:
-        """Return the first image of each row. Raises UserError where there is no prompt."""
+        """Return the request of the first image in each row. Raises UserError without a prompt."""
         requests = [replace(self.defaults, prompt=prompt) for prompt in self.prompts]
         if self.prompt_file is not None:
             lines = read_prompts([self.prompt_file], is_file=True)
@@ -126,7 +126,7 @@ class GridRequest:
 
 @on_device(remedies=DRAWING)
 def draw_grid(request: GridRequest) -> list[dict[str, Any]]:
-    """Write the grid, whose PNG records how it was generated; return its cells in reading order.
+    """Write the grid, whose PNG contains the generation settings; return its cells row by row.
 
     With an aesthetic vector the cells also have the prompt's cosine with it, before and after tuning.
     """
@@ -173,9 +173,10 @@ def draw_grid(request: GridRequest) -> list[dict[str, Any]]:
 
 
 def load_with_embeddings(name: str, embeddings: Sequence[str] = ()) -> DiffusionModel:
-    """Load the model behind a name (a run folder stands for its exports), and install the words of embedding files.
+    """Load a model by name (a run folder means its exports), and install the words of embedding files.
 
-    ``NAME-neg`` beside a file holds the word's negative, which joins the negative prompt of images that use the word.
+    A file ``NAME-neg`` beside ``NAME`` is the word's negative embedding, which is added to the negative
+    prompt of images that use the word.
     """
     model = load_named(name)
     for address in embeddings:
@@ -200,10 +201,11 @@ def load_named(name: str) -> DiffusionModel:
 
 
 def _assign_artifacts(request: GridRequest) -> tuple[GridRequest, list[OtherArtifact]]:
-    """Detect the kinds of ``--artifact`` files; return the request with each under its kind's option, and the others.
+    """Detect the kinds of ``--artifact`` files; return the request with each file in the field of its kind.
 
-    Raises FormatError for an unknown kind, UserError for a missing file, for a strength that the kind does not have,
-    and for a second artifact where the option takes one.
+    Artifacts of kinds without a field are returned separately. Raises FormatError for an unknown kind;
+    UserError for a missing file, for a strength that the kind does not support, and for a second artifact
+    where only one is allowed.
     """
     lists = {name: list(getattr(request, f"{name}s")) for name in ("embedding", "hypernetwork", "lora")}
     single: dict[str, str] = {}
@@ -229,7 +231,7 @@ def _assign_artifacts(request: GridRequest) -> tuple[GridRequest, list[OtherArti
 
 
 def _generate_rows(model: DiffusionModel, prompt_files: PromptFiles, rows: Sequence[Row]) -> list[Image]:
-    """Generate an image for each row; neighbours with the same hypernetworks and LoRAs are generated together."""
+    """Generate an image for each row; adjacent rows with equal hypernetworks and LoRAs form a batch."""
     apply, images = prompt_files.bind(model), []
     for extras, group in groupby(rows, key=lambda row: row[1]):
         apply(extras)
@@ -238,7 +240,7 @@ def _generate_rows(model: DiffusionModel, prompt_files: PromptFiles, rows: Seque
 
 
 def _aesthetic_gain(model: DiffusionModel, image: ImageRequest) -> dict[str, Any]:
-    """Return the cosine of a prompt with the aesthetic vector before and after tuning; of its first text of several."""
+    """Return the cosine of a prompt with the aesthetic vector before and after tuning (of its first text)."""
     encoder = model.prompt_encoder
     if not isinstance(encoder, AestheticEncoder):
         return {}

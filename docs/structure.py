@@ -71,12 +71,12 @@ def packages(files: nx.DiGraph) -> nx.DiGraph:
 
 
 def cycles(graph: nx.DiGraph) -> list[list[str]]:
-    """Return the groups of nodes that import each other in a circle."""
+    """Return the import cycles: the groups of nodes that import each other."""
     return sorted(sorted(group) for group in nx.strongly_connected_components(graph) if len(group) > 1)
 
 
 def levels(graph: nx.DiGraph) -> int:
-    """Return the length of the longest chain of imports, a cycle counted as one link."""
+    """Return the length of the longest chain of imports, in which a cycle counts as one node."""
     return int(nx.dag_longest_path_length(nx.condensation(graph))) + 1
 
 
@@ -104,7 +104,7 @@ def write_diagram(page: str, graph: nx.DiGraph) -> str:
 
 
 def count_lines(root: Path) -> Counter[str]:
-    """Return the lines of code by top folder, tests left out."""
+    """Return the number of lines of code by top-level folder, without tests."""
     lines: Counter[str] = Counter()
     for folder in COUNTED:
         for file in (root / folder).rglob("*"):

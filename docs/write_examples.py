@@ -10,7 +10,7 @@ BLOCK = re.compile(r"<!-- (examples/\S+) -->\n```(\w+)\n.*?```", re.S)
 
 
 def write() -> str:
-    """Return the page with each block `<!-- examples/FILE -->` holding what the file holds now."""
+    """Return the page with the current content of the file in each block `<!-- examples/FILE -->`."""
 
     def block(match: re.Match[str]) -> str:
         code = (PAGE.parent / match[1]).read_text(encoding="utf-8")

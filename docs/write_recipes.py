@@ -86,7 +86,7 @@ DESCRIPTIONS = {
 
 
 def type_words(annotation: Any) -> str:
-    """Return a type in words, for readers of recipes."""
+    """Return the description of a type for readers of recipes."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         for rule in arguments[1:]:
@@ -113,7 +113,7 @@ def type_words(annotation: Any) -> str:
 
 
 def bounds(info: FieldInfo) -> str:
-    """Return the limits of a number in words."""
+    """Return the limits of a number as text."""
     limits = []
     for rule in info.metadata:
         for name, words in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
@@ -139,7 +139,7 @@ def default_words(info: FieldInfo) -> str:
 
 
 def table(model: type[BaseModel], section: str) -> str:
-    """Return the table of a section's keys."""
+    """Return a section's keys as a Markdown table."""
     rows = ["| key | type | default | description |", "| --- | --- | --- | --- |"]
     for name, info in model.model_fields.items():
         alias = info.validation_alias
@@ -166,7 +166,7 @@ def summary(model: type) -> str:
 
 
 def write() -> str:
-    """Return the whole page."""
+    """Return the content of docs/recipes.md."""
     parts = [HEAD, "## Sections\n", table(Recipe, "recipe")]
     nested: dict[str, type[BaseModel]] = {}
     for name, info in Recipe.model_fields.items():
@@ -225,7 +225,7 @@ def artifacts_table() -> str:
 
 
 def engines() -> list[str]:
-    """List the engines that ``engine.name`` selects, and the options of those that have some."""
+    """Return lines that list the values of ``engine.name`` and the engines' options."""
     lines = [f"- `{name}`: {summary(engine)}" for name, engine in ENGINES.items()]
     options = [
         f"\n### Options of {name}\n\n" + table(engine.Options, name)

@@ -33,7 +33,7 @@ Progress = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class FitResult:
-    """The summary of a run, and its folder."""
+    """The summary of a run, and the path or address of its folder."""
 
     summary: Summary
     run_folder: str
@@ -48,19 +48,20 @@ def fit(
     shared: Sequence[str] = (),
     on_progress: Progress | None = None,
 ) -> FitResult:
-    """Train a recipe (an object or a recipe file with ``overrides``), and return its summary.
+    """Train a recipe (an object or a recipe file with ``overrides``); return its summary and run folder.
 
-    ``scaling.num_workers: 0`` trains in this process. Otherwise the run uses Ray: the cluster that this process is
-    connected to, else the one at ``address``, else at RAY_ADDRESS, else a private one on this machine. Workers that
-    die are replaced up to ``scaling.max_failures`` times, and resume from the newest valid checkpoint. ``shared`` names
-    folders that all machines of the cluster see; if the cluster starts machines on demand, local paths must lie in
-    them.
+    ``scaling.num_workers: 0`` trains in this process. Otherwise the run uses Ray: the cluster that this
+    process is connected to, else the one at ``address``, else at RAY_ADDRESS, else a private one on this
+    machine. Workers that die are replaced up to ``scaling.max_failures`` times, and resume from the newest
+    valid checkpoint. ``shared`` names folders that all machines of the cluster see; if the cluster starts
+    machines on demand, local paths must be in them.
 
-    ``on_progress`` gets each logged line of metrics; without it, progress is shown on stderr. In the main thread, the
-    first SIGINT or SIGTERM ends the run after the current step with a checkpoint (``summary.exit_reason``
-    "interrupted"), and the second raises KeyboardInterrupt.
+    ``on_progress`` is called with each logged line of metrics; without it, progress is shown on stderr. In
+    the main thread, the first SIGINT or SIGTERM ends the run after the current step with a checkpoint
+    (``summary.exit_reason`` "interrupted"), and the second raises KeyboardInterrupt.
 
-    Raises UserError for what the user can fix, before Ray is started wherever possible, and RunFailed if the run fails.
+    Raises UserError for errors that the user can fix, where possible before Ray is started, and RunFailed if
+    the run fails.
     """
     started = time.monotonic()
     from dreamfleet.trainers.recipe import load_recipe
@@ -120,8 +121,8 @@ def _fit_on_ray(
     with ray_session(address, preload=("ray.train.torch",)) as session:
         stop.listen()
         share = preflight(recipe, session, display.say, shared=shared)
-        # Ray Train's storage holds a few files that only its controller reads, as nothing is reported to it, and the
-        # controller runs on this machine: a temporary folder is enough, also for buckets and many machines.
+        # Workers report nothing to Ray Train, so its storage holds only a few files of its controller, which
+        # runs on this machine: a temporary folder is enough, also for runs in buckets and on several machines.
         with tempfile.TemporaryDirectory(prefix="dreamfleet-ray-", ignore_cleanup_errors=True) as bookkeeping:
             trainer = _make_trainer(recipe, session, share, bookkeeping, started)
             with RunTail(run, display):
@@ -141,10 +142,10 @@ def _make_trainer(
     from dreamfleet.trainers.driver.worker import RaiseAtOnce, train_worker, worker_environment
 
     class LocalTrainer(TorchTrainer):
-        """A TorchTrainer for a private Ray, which needs no cleaning up: it ends with this process."""
+        """A TorchTrainer without placement group cleaner, for a private Ray, which ends with this process."""
 
         def _create_default_callbacks(self) -> list[Any]:
-            # The cleaner is a separate process: seconds of start-up, and a warning every second without a dashboard.
+            # The cleaner takes seconds to start and, without a dashboard, logs a warning every second.
             return [
                 callback
                 for callback in super()._create_default_callbacks()
@@ -154,7 +155,7 @@ def _make_trainer(
     scaling, sent = recipe.scaling, variables_to_send(buckets="://" in recipe.to_yaml())
 
     def loop(config: dict[str, Any]) -> dict[str, Any]:
-        # Secrets travel in this closure: Ray displays and logs a worker's environment, and may export the config.
+        # Secrets are passed in this closure, as Ray displays and logs environments and may export the config.
         return train_worker(config, sent)
 
     return (LocalTrainer if session.private else TorchTrainer)(
@@ -175,12 +176,12 @@ def _make_trainer(
             placement_strategy=scaling.placement_strategy,
         ),
         run_config=RunConfig(
-            # Unique, as Ray resumes a run of the same name; here the run folder's checkpoints decide that.
+            # Unique, as Ray would resume a run of the same name; dreamfleet resumes from its own checkpoints.
             name=f"{recipe.run_name}-{uuid.uuid4().hex[:12]}",
             storage_path=bookkeeping,
             failure_config=FailureConfig(
                 max_failures=scaling.max_failures,
-                # Each such failure is a minute of waiting for machines; Ray's default is no limit.
+                # Ray waits one minute for machines before each such failure; its default is no limit.
                 controller_failure_limit=scaling.wait_minutes,
             ),
             callbacks=[RaiseAtOnce()],
@@ -199,7 +200,10 @@ class Outcome:
 
 
 def run_in_thread(work: Callable[[], Any], *, name: str) -> Outcome:
-    """Run ``work`` in a thread, where Ray installs no signal handlers; its handlers end a run without a checkpoint."""
+    """Run ``work`` in a thread and wait for it; return its result or exception.
+
+    Outside the main thread Ray installs no signal handlers, which would end a run without a checkpoint.
+    """
     outcome = Outcome()
 
     def run() -> None:
@@ -211,12 +215,12 @@ def run_in_thread(work: Callable[[], Any], *, name: str) -> Outcome:
     thread = threading.Thread(target=run, daemon=True, name=name)
     thread.start()
     while thread.is_alive():
-        thread.join(0.2)  # with a timeout, as signal handlers run only between calls
+        thread.join(0.2)  # with a timeout, as Python runs signal handlers only between calls
     return outcome
 
 
 def _explain(error: Exception, session: RaySession, recipe: Recipe) -> Exception:
-    """Return the error to raise for Ray Train's: the worker's UserError or RunFailed, else one that describes it."""
+    """Return the worker's UserError or RunFailed behind an error of Ray Train, else one that describes it."""
     from ray.train import ControllerError, WorkerGroupError
 
     cause: BaseException | None = error

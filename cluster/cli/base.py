@@ -37,7 +37,7 @@ class Commands(TyperGroup):
             _report(ctx, "dreamfleet: interrupted")
             raise typer.Exit(INTERRUPTED) from error
         except BrokenPipeError as error:  # `dreamfleet config R | head`
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is left in the buffer has no reader
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nothing reads the rest of the buffer
             raise typer.Exit(0) from error
         except (typer.Exit, typer.Abort):
             raise

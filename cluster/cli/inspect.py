@@ -1,4 +1,4 @@
-"""The command `data inspect`: what a run would make of an image set."""
+"""The command `data inspect`: reports how a run would use an image set."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def inspect(
 
 
 def _read_input(place: str, changes: list[str]) -> tuple[Recipe, dict[str, str]]:
-    """Return the recipe, or one made for a folder, and the folders of images that it does not train on."""
+    """Return the recipe, or one for the folder, and the folders of images that are not training images."""
     from dreamfleet.datasets.storage.object_store import is_address
     from dreamfleet.datasets.storage.storage import Storage
     from dreamfleet.trainers.recipe import build_recipe, load_recipe, read_overrides

@@ -80,7 +80,7 @@ def submit(
                 "scaling.num_workers is 0: the run trains on the head node itself; set 1 or more to use workers"
             )
         with job_server(address) as server:
-            for folder in shared or ():  # the job itself treats these folders as shared, too
+            for folder in shared or ():  # the job also treats these folders as shared
                 options += ["--shared", folder]
             job_id = send(
                 server, package, [name, *options], typed=command, environment=environment, report=_print_note
@@ -111,7 +111,7 @@ def jobs(address: ServerAddress = None, as_json: AsJson = False, verbose: Verbos
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
     last = {job.metadata["output_dir"]: job for job in found}
-    for job in last.values():  # failed jobs that were not continued
+    for job in last.values():  # failed jobs that were not resumed
         if job.reason:
             _print_note(_end(job))
 
@@ -215,7 +215,7 @@ def _watch(server: JobServer, job_id: str, out: Any, *, skip: int = 0) -> Job:
 
 
 def _end(job: Job) -> str:
-    """Return how a job ended: its state, the reason of a failure, and the command that continues it."""
+    """Return how a job ended: its state, the reason for a failure, and the command that resumes it."""
     lines = [f"{job.id} {job.state}" + (f": {job.reason}" if job.reason else "")]
     if job.reason and job.driver_exit_code is None:  # there is no log with more detail
         lines += job.message.strip().splitlines()[1:]

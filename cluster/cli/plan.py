@@ -1,4 +1,4 @@
-"""The command `plan`: the memory of a run, estimated before it starts."""
+"""The command `plan`: estimates the memory of a run before it starts."""
 
 from __future__ import annotations
 

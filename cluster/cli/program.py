@@ -165,7 +165,7 @@ def main() -> None:
         app()
     except SystemExit as error:
         if error.code == INTERRUPTED:
-            # Threads may still wait for workers and would block the exit; Ray's processes end with this one.
+            # Threads that wait for workers would block the exit. Ray's processes end with this process.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(INTERRUPTED)

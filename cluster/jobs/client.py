@@ -34,12 +34,12 @@ TOKEN_ADVICE = (
     "head node)"
 )
 
-# The usual cause of a signal, unless a person sent it.
+# The usual cause of each signal, unless a user sent it.
 SIGNALS = {
     "SIGKILL": ", as happens on a machine that runs out of memory",
     **dict.fromkeys(("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT"), ", a crash in compiled code"),
 }
-# Ray's error types of a job whose driver had started and has no exit code.
+# Ray's error types for a job whose driver had started and has no exit code.
 DIED = ("JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE")
 
 Write = Callable[[str], None]
@@ -65,7 +65,7 @@ class Job:
 
     @property
     def exit_code(self) -> int:
-        """Exit code for the job's end: 0 done, 1 failed, 2 the user can fix it, 130 stopped."""
+        """Exit code of the job: 0 succeeded, 1 failed, 2 failed because of a user error, 130 stopped."""
         if self.state == "SUCCEEDED":
             return 0
         if self.state == "STOPPED":
@@ -74,7 +74,7 @@ class Job:
 
     @property
     def reason(self) -> str | None:
-        """Why the job failed, as text; None if it did not."""
+        """Reason why the job failed; None if it did not fail."""
         if self.state != "FAILED":
             return None
         code = self.driver_exit_code
@@ -92,7 +92,7 @@ class Job:
 
     @property
     def resume(self) -> str | None:
-        """The command that resumes a failed job; None if there is nothing to resume."""
+        """Command that resumes a failed job; None if there is nothing to resume."""
         typed = self.metadata.get("command")
         if self.state != "FAILED" or not self._began or self.driver_exit_code == 2 or not typed:
             return None
@@ -111,7 +111,7 @@ def make_resume_command(typed: Sequence[str]) -> str:
 
 
 class JobServer:
-    """The jobs of one cluster. All methods raise UserError with a remedy."""
+    """The jobs of one cluster. All methods raise UserError with a remedy if the server fails or refuses."""
 
     def __init__(self, client: Any, address: str):
         self.client, self.address = client, address
@@ -137,14 +137,14 @@ class JobServer:
         return sorted((job for job in found if OURS in job.metadata), key=lambda job: job.started or 0)
 
     def logs(self, job_id: str) -> str:
-        """Return everything a job has printed."""
+        """Return the complete output of a job."""
         with _explained(self.address, job_id):
             return self.client.get_job_logs(job_id)
 
     def follow(self, job_id: str, write: Write, *, skip: int = 0) -> Job:
         """Pass the output of a job to ``write`` until it ends, and return its final state.
 
-        The first ``skip`` characters of its log are skipped. A broken connection is opened again.
+        The first ``skip`` characters of its log are skipped. A lost connection is opened again.
         """
         import aiohttp
 
@@ -192,7 +192,7 @@ def job_address(address: str | None, environment: Mapping[str, str]) -> str:
     """Choose the job server's address as Ray's own tools do. Raises ResourceError for an invalid one."""
     address = address or environment.get("RAY_API_SERVER_ADDRESS")
     if not address:
-        joined = environment.get("RAY_ADDRESS", "")  # Ray's older name for it; runs join this address too
+        joined = environment.get("RAY_ADDRESS", "")  # Ray's older name; runs also connect to this address
         address = joined if joined.startswith(("http://", "https://")) else DEFAULT_ADDRESS
     address = address.rstrip("/")
     scheme, separator, rest = address.rpartition("://")
@@ -207,7 +207,7 @@ def job_address(address: str | None, environment: Mapping[str, str]) -> str:
 
 
 class _NewOutput:
-    """Passes on only the part of a log that was not passed on before, even if it is read again from its beginning."""
+    """Writes only the new part of a log, even if the log is read again from its beginning."""
 
     def __init__(self, write: Write, skip: int):
         self._write, self.written, self.position = write, skip, 0
@@ -244,7 +244,7 @@ def _check_answer(address: str) -> None:
     try:
         urllib.request.urlopen(f"{address}/api/version", timeout=ANSWER_SECONDS).close()
     except urllib.error.HTTPError:
-        pass  # an answer; without a token it is a refusal
+        pass  # the server answered, even if it refused the request without a token
     except (OSError, ValueError) as error:
         raise _unreachable(address, getattr(error, "reason", error)) from error
 
@@ -258,7 +258,7 @@ def _unreachable(address: str, why: object) -> ResourceError:
 
 @contextmanager
 def _explained(address: str, job_id: str | None = None) -> Iterator[None]:
-    """Raise the errors of Ray's client as UserErrors."""
+    """Convert errors of Ray's client into UserErrors."""
     from ray.exceptions import AuthenticationError
 
     try:
@@ -279,7 +279,7 @@ def _explained(address: str, job_id: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def _address_for_ray(address: str) -> Iterator[None]:
-    # Ray's client prefers RAY_API_SERVER_ADDRESS, and then RAY_ADDRESS, to its argument.
+    # Ray's client uses RAY_API_SERVER_ADDRESS, and next RAY_ADDRESS, instead of its argument.
     name = "RAY_API_SERVER_ADDRESS"
     before = os.environ.get(name)
     os.environ[name] = address

@@ -1,4 +1,4 @@
-"""Package a job: the running dreamfleet as a wheel, the resolved recipe, and the local files that it names."""
+"""Packages a job: the running dreamfleet as a wheel, the resolved recipe, and the local files that it names."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def pack(
     local = _LocalFiles(stays, resume=resume)
     packed = recipe
     if isinstance(recipe.data.concepts_list, str) and not stays(recipe.data.concepts_list):
-        # Its folders are relative to the file, which the package moves.
+        # The folders are relative to concepts_list, whose location changes in the package.
         data = recipe.data.model_copy(update={"concepts_list": load_concepts(recipe.data)})
         packed = recipe.model_copy(update={"data": data})
     packed = map_paths(packed, local.take)
@@ -94,7 +94,7 @@ def pack(
 
 
 def check_here(recipe: Recipe, *, makes_cache: bool = False) -> None:
-    """Check images and model as a run does, if all of them are on this machine: a job takes minutes to fail."""
+    """Check images and model before the upload if they are on this machine; a job takes minutes to fail."""
     if makes_cache:  # the cache does not exist yet
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": None})})
     if all(os.path.exists(named.path) for named in recipe.paths if not named.field.per_machine):
@@ -128,7 +128,7 @@ def write_wheel(folder: Path) -> Path:
 
 
 class _LocalFiles:
-    """Collects the local files that a recipe names and returns their paths in the package."""
+    """The local files that a recipe names, and their paths in the package."""
 
     def __init__(self, stays: Callable[[str], bool], *, resume: bool):
         self.stays, self.resume = stays, resume
@@ -137,7 +137,7 @@ class _LocalFiles:
         self._sizes: dict[str, tuple[int, str]] = {}  # local path -> bytes, recipe key
 
     def take(self, named: NamedPath) -> str:
-        """Return the path in the package of a local path that the job reads; other paths are not changed."""
+        """Return the path in the package for a local path that the job reads; return other paths unchanged."""
         path, field = named.path, named.field
         if field.is_output or field.per_machine or not os.path.isabs(path) or self.stays(path):
             return path
@@ -196,7 +196,7 @@ def _beside(place: str, path: str) -> dict[str, str]:
 
 
 def _refuse_missing_class_images(recipe: Recipe, stays: Callable[[str], bool]) -> None:
-    """Raise RecipeError if class images would be generated into the package, of which each machine has its own copy."""
+    """Raise RecipeError if class images would be generated inside the package, which each machine copies."""
     elsewhere = isinstance(recipe.data.concepts_list, str) and stays(recipe.data.concepts_list)
     if elsewhere or not getattr(recipe.method, "with_prior_preservation", False):
         return
@@ -216,12 +216,12 @@ def _refuse_missing_class_images(recipe: Recipe, stays: Callable[[str], bool]) -
 
 
 def _code() -> dict[str, Path]:
-    """Return the files of the running dreamfleet by their name in a wheel."""
+    """Return the files of the running dreamfleet by their paths in a wheel."""
     files = {}
     for package in WHEEL_PACKAGES:
         spec = find_spec(f"dreamfleet.{package}")
         assert spec is not None and spec.submodule_search_locations is not None
-        # An editable installation also lists a finder, which is no folder.
+        # An editable installation also lists a finder, which is not a folder.
         root = Path(next(place for place in spec.submodule_search_locations if os.path.isdir(place)))
         for path in sorted(root.rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:

@@ -1,4 +1,4 @@
-"""Submit a run to a cluster as a Ray job: its entrypoint, environment and metadata."""
+"""Submits a run to a cluster as a Ray job: entrypoint, environment and metadata."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from dreamfleet.cluster.jobs.package import MIB, RECIPE_FILE, Package, write_whe
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.recipe import Recipe
 
-# From Ray's SIGTERM, at which a run saves and ends, to its SIGKILL; the default of 3 seconds is shorter than a step.
+# Seconds from Ray's SIGTERM, after which a run saves and ends, to SIGKILL; Ray's default of 3 is less than a
+# step.
 STOP_SECONDS = 900
 ENVIRONMENT = {
     "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),  # read by the job's supervisor
-    "TQDM_DISABLE": "1",  # a bar would add a line to the log at each update; progress lines remain
+    "TQDM_DISABLE": "1",  # a progress bar would add a line to the log at each update
 }
 
 

@@ -1,4 +1,4 @@
-"""The state of labelling a folder of images: the current image, the labels, and the JSON file that holds them.
+"""State of the labelling page for a folder of images: the current image, the labels, and their JSON file.
 
 Keys and file format are those of DreamArtist (pixivAI's `labeler.py`): a digit is the class, `a` goes back, `d` skips.
 """
@@ -47,12 +47,14 @@ class Labelling:
         most = max([len(classes) - 1, *self.labels.values()])
         self.classes = [*classes, *(f"class {number}" for number in range(len(classes), most + 1))]
         self.unreadable: dict[str, str] = {}
-        self._done: list[tuple[int, int | None]] = []  # for undo: position of the image, and its class before
+        self._done: list[
+            tuple[int, int | None]
+        ] = []  # for undo: position of the image, and its previous class
         self._stamp, self._lock = self._file_state(), threading.RLock()
         self.image = lru_cache(maxsize=8)(self._render)
 
     def act(self, action: str, at: int | None, number: int | None) -> dict[str, Any]:
-        """Apply the action of a key or button to the image at position ``at``; return what the page shows next.
+        """Apply the action of a key or button to the image at position ``at``; return the next state of the page.
 
         Raises UserError for an invalid action, StorageError when the label cannot be written.
         """
@@ -166,5 +168,5 @@ class Labelling:
 
 
 def _on_disk(labels: dict[str, int], pairs: Pairs) -> dict[str, int]:
-    """Return the labels under the names of the images on this disk, which may have another Unicode form."""
+    """Return the labels by the file names on this disk, whose Unicode form may differ from that in the labels."""
     return {next(iter(pairs.named(name)), name): label for name, label in labels.items()}

@@ -1,4 +1,4 @@
-"""Serve the labelling page (`label.html`) and its images on the loopback interface, to clients with the token."""
+"""HTTP server of the labelling page (`label.html`) and its images, on the loopback interface, with a token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_REQUEST_BYTES = 4096
 
 
 class LabelServer(ThreadingHTTPServer):
-    """Serves the page on the loopback interface, to clients with the token in the URL."""
+    """Serves the page on the loopback interface to clients whose URL contains the token."""
 
     daemon_threads = True
 
@@ -44,7 +44,7 @@ class LabelServer(ThreadingHTTPServer):
         return f"http://{LOOPBACK}:{self.server_port}/{self.token}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore a browser that closed the connection; log any other error."""
+        """Log an error, except that the browser closed the connection."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
@@ -52,7 +52,7 @@ class LabelServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: LabelServer
     server_version, sys_version = "dreamfleet", ""
-    timeout = 60  # seconds that a connection may stay silent
+    timeout = 60  # seconds after which an idle connection is closed
 
     def do_GET(self) -> None:
         place = self._requested_path()
@@ -99,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Return the path after the token; None if the request was refused."""
         port = self.server.server_port
         known = {f"{host}:{port}" for host in (LOOPBACK, "localhost")}
-        # Refuses DNS rebinding (a foreign host name) and requests of other sites' pages.
+        # Refuse DNS rebinding (another host name) and requests from pages of other sites.
         origin = self.headers.get("Origin")
         if self.headers.get("Host") not in known or (origin and origin.removeprefix("http://") not in known):
             self._refuse(HTTPStatus.FORBIDDEN, "wrong host or origin")

@@ -1,4 +1,4 @@
-"""`ray_config.yaml` is accepted by Ray's own reader, for AWS and local machines, and its comments are true."""
+"""Test that Ray accepts `ray_config.yaml` for AWS and local machines, and that its comments are correct."""
 
 import re
 import tomllib
@@ -13,7 +13,7 @@ KINDS = ("aws", "local")
 
 @pytest.fixture
 def configs(root: Path) -> dict[str, dict[str, Any]]:
-    """The configuration and the commented one at its end, by provider."""
+    """Return the active configuration and the commented-out one at the end, keyed by provider type."""
     text = (root / "ray_config.yaml").read_text()
     commented = text[text.index("\n#\n# cluster_name:") :].splitlines()
     uncommented = "\n".join(re.sub("^# ?", "", line) for line in commented)
@@ -23,7 +23,7 @@ def configs(root: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ray_accepts_it(configs: dict[str, dict[str, Any]], kind: str) -> None:
-    # A private module, but the only reader; ray is pinned in constraints.txt.
+    # A private Ray module, but the only one that reads the file; constraints.txt pins ray.
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     prepared = prepare_config(configs[kind])
@@ -52,7 +52,7 @@ def test_machines_get_what_dreamfleet_needs(
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     needed = {re.split(r"[\[<>=]", name)[0] for name in project["dependencies"]}
     if kind == "aws":
-        needed.remove("ray")  # the image's
+        needed.remove("ray")  # installed in the Docker image
     missing = {name for name in needed if not re.search(rf"[\s']{name}\b", installed)}
     assert not missing
     there, here = next(item for item in configs[kind]["file_mounts"].items() if "constraints" in item[0])

@@ -1,4 +1,4 @@
-"""Buckets: images go where kohya's sd-scripts puts them, and every source of images gives batches of one size."""
+"""Test buckets: sizes equal those of kohya's sd-scripts; every image source gives batches of one size."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_batches_contain_one_bucket_for_every_data_source(tmp_path: Path, how: s
         shape = batch["latents"].shape
         seen.add(tuple(shape[2:]))
         assert batch["noise"].shape == shape and batch["mask"].shape == (2, 1, *shape[2:])
-        # Every data source has the same images, crops, flips and weights.
+        # All image sources give equal images, crops, flips and loss weights.
         expected = cached.prepare(cached.feed.batch(step))
         assert torch.allclose(batch["latents"], expected["latents"], atol=1e-4)
         assert torch.equal(batch["mask"], expected["mask"])

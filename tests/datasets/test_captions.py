@@ -1,4 +1,4 @@
-"""Templates, captions, tag shuffle and drop-out."""
+"""Test templates, captions, tag shuffling and drop-out."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Variables that other machines need, and secrets among them: what is sent, what is taken over, and what leaks."""
+"""Test environment variables for other machines: which are sent or adopted, and that no secret leaks."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_keys_of_a_profile_are_sent_to_machines_without_it(
         "AWS_ENDPOINT_URL_S3": "https://store.example",
     }
     machine(AWS_ACCESS_KEY_ID="theirs")
-    apply_variables(sent)  # this machine has the profile, which renews keys
+    apply_variables(sent)  # this machine has the profile, which can renew its keys
     assert os.environ["AWS_PROFILE"] == "mine" and "AWS_ACCESS_KEY_ID" not in os.environ
 
 
@@ -191,12 +191,12 @@ def test_variables_set_on_a_machine_are_kept(machine: Callable[..., None], tmp_p
 def test_no_command_that_uses_ray_leaks_a_secret(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run, a search and a cache on a private Ray: checks all its files, and all processes meanwhile."""
+    """Test a run, a search and a cache on a private Ray: no file or process of Ray holds a secret."""
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     temporary, home = tmp_path_factory.mktemp("t"), tmp_path_factory.mktemp("h")
     monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setattr("tempfile.tempdir", str(temporary))  # where Tune and Train keep their own files
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))  # Ray Tune and Ray Train store their files here
     tiny.make_images(tmp_path / "holdout", 2, seed=5)
     options: dict[str, Any] = {
         "method": {"name": "textual_inversion", "placeholder_token": "<x>", "initializer_token": "cat"},

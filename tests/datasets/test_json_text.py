@@ -1,4 +1,4 @@
-"""Every JSON file and output is valid JSON: no NaN, no Infinity, UTF-8."""
+"""Test that every JSON file and output is valid JSON: no NaN or Infinity, and encoded as UTF-8."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dreamfleet.trainers.run.evaluation import Evaluation
 from dreamfleet.trainers.run.run import run_worker
 
 ROOT = Path(__file__).resolve().parents[2]
-# Files that hash JSON, or write another program's format.
+# Files that serialise JSON for a hash, or in another program's format.
 WRITES_ITSELF = {
     "datasets/index/index.py", "datasets/index/labels.py", "datasets/json_text.py", "datasets/serve/latent_files.py",
     "datasets/tools/prepare.py", "trainers/batches/class_image_drawing.py", "trainers/models/sampling/infotext.py",
@@ -29,7 +29,7 @@ WRITES_ITSELF = {
 
 
 def strict(text: str) -> Any:
-    """Parse JSON as strictly as a browser."""
+    """Parse JSON; raise AssertionError for NaN and Infinity, which browsers reject."""
 
     def refuse(name: str) -> Any:
         raise AssertionError(f"{name} is no JSON")
@@ -60,7 +60,10 @@ def test_commands_print_strict_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_overflowed_step_is_null_in_all_files_of_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In fp16 a skipped step has an infinite gradient norm; the held-out loss of a diverging run may be NaN."""
+    """Test that infinite and NaN metrics are written as null.
+
+    A skipped fp16 step has an infinite gradient norm; the held-out loss of a diverging run may be NaN.
+    """
     nan = float("nan")
     whole = TorchEngine.step
 

@@ -1,4 +1,4 @@
-"""The batch plan is a pure function of (ids, seed, global batch): no worker count, no order of asking."""
+"""Test that the batch plan depends on (ids, seed, global batch) only, not on worker count or call order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dreamfleet.datasets.rng import key, numpy_rng
 
 
 def test_key_is_stable_and_distinguishes_parts() -> None:
-    # A changed hash would change every run: this value is part of the determinism users rely on.
+    # Users rely on this value: another hash would change the batches and noise of every run.
     assert key("noise", 1, "ab") == 7845550034051038017
     assert key(1) != key("1")
     assert key("a", "bc") != key("ab", "c")
@@ -86,7 +86,7 @@ def test_missing_class_images_and_empty_sets_are_refused() -> None:
 
 @st.composite
 def bucketed(draw: st.DrawFn) -> tuple[list[int], list[int]]:
-    """Bucket and repeats of one to twelve images."""
+    """Draw the bucket and the number of repeats of each of one to twelve images."""
     size = draw(st.integers(1, 12))
     each = st.lists(st.integers(0, 3), min_size=size, max_size=size)
     return draw(each), [1 + more for more in draw(each)]
@@ -117,7 +117,7 @@ def test_buckets_progress_evenly(
     buckets, repeats = images
     plan = BatchPlan([0] * len(buckets), seed=seed, global_batch=batch, repeats=repeats, buckets=buckets)
     draws = [draw for step in range(plan.steps_in(epochs)) for draw in plan.draws(step)]
-    assert len(draws) == len(set(draws))  # no noise is used twice
+    assert len(draws) == len(set(draws))  # no noise key is used twice
     used = Counter(draw.row for draw in draws)
     assert all(used[row] >= epochs * count for row, count in enumerate(repeats))
     for bucket in set(buckets):

@@ -1,4 +1,4 @@
-"""Registries: built-in entries, entry points of installed packages, names that are taken."""
+"""Test registries: built-in entries, entry points of installed packages, and names that are already taken."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def registry() -> Registry[object]:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An installed package that adds one shape."""
+    """Install a package that adds one shape; yield its dist-info folder."""
     (tmp_path / "toy_shapes.py").write_text("class Square: ...\n")
     info = tmp_path / "toy_shapes-1.0.dist-info"
     info.mkdir()

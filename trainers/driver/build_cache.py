@@ -34,7 +34,11 @@ from dreamfleet.trainers.recipe import Recipe
 
 @dataclass
 class CacheMade:
-    """How many latents were encoded and reused, mirrored images included; ``left_out`` has a reason by image."""
+    """Result of :func:`cache_latents`: numbers of images, and of latents with those of mirrored images.
+
+    ``cache``: the address of the latents; ``bytes`` and ``seconds``: size and duration of what was encoded;
+    ``left_out``: the reason by URI of each image that cannot be encoded.
+    """
 
     cache: str
     pictures: int
@@ -51,7 +55,10 @@ class CacheMade:
 
 
 class VaeEncoder:
-    """Encodes images with a model's VAE, in float32, so that one cache serves runs of every precision."""
+    """Encodes images with a model's VAE, in float32, so that one cache serves runs of every precision.
+
+    Raises ModelError if the VAE's hash is not ``encoder_hash``.
+    """
 
     @explain_out_of_memory(ENCODING)
     def __init__(
@@ -78,7 +85,11 @@ class VaeEncoder:
 
     @explain_out_of_memory(ENCODING)
     def __call__(self, cuts: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
-        """Encode images of any sizes, as ``cut_image`` returns them; return latents by name for each."""
+        """Encode uint8 images ``[H, W, 3 or 4]`` of any sizes, as ``cut_image`` returns them.
+
+        Returns for each image its arrays by name: ``mean`` and ``std`` ``[C, h, w]``, and ``mask`` if it has
+        weights.
+        """
         made: list[dict[str, np.ndarray]] = []
         for shape, group in groupby(cuts, key=lambda cut: cut.shape):
             same, batch = list(group), encode_batch(shape[0] * shape[1])
@@ -98,12 +109,13 @@ def cache_latents(
     shared: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CacheMade:
-    """Encode the images whose latents ``data.cache_dir`` lacks; ``progress`` gets (encoded, to encode).
+    """Encode the images whose latents ``data.cache_dir`` lacks.
 
-    ``scaling.num_workers`` actors encode, each with the resources of a training worker, on the cluster at ``address``,
-    else at RAY_ADDRESS, else on a private one; with 0, this process does. ``shared``: folders that all machines see.
-    Written latents are kept if the call is interrupted. Raises UserError for what the user can fix, also if no image
-    could be encoded.
+    ``scaling.num_workers`` actors encode, each with the resources of a training worker, on the cluster at
+    ``address``, else at RAY_ADDRESS, else on a private one; with 0, this process encodes. ``shared``: folders
+    that all machines see. ``progress`` is called with the numbers of latents (tried, to encode). Written
+    latents are kept if the call is interrupted. Raises UserError for errors that the user can fix, and if no
+    image could be encoded.
     """
     began = time.monotonic()
     data = recipe.data
@@ -171,7 +183,7 @@ def _encoders(
             session, reads=shared_paths(recipe), writes={"data.cache_dir": [cache.path()]}, shared=shared
         )
         cpus = sum(node.get("CPU", 0.0) for node in nodes)
-        # Other CPUs decode images for GPU encoders; CPU encoders decode for themselves, as they are the bottleneck.
+        # GPU encoders get images decoded by spare CPUs; CPU encoders are the bottleneck and decode their own.
         spare = cpus - scaling.num_workers * share.resources.get("CPU", 0.0) >= 1
         pool = Pool(
             scaling.num_workers,
@@ -183,7 +195,7 @@ def _encoders(
 
 
 def _images(recipe: Recipe) -> Index:
-    """Index the images that a run trains on, existing class images included, and store the file hashes."""
+    """Index the images that a run trains on, including existing class images, and store their hashes."""
     known = known_files(recipe.data)
     sets = load_sets(recipe.data, verify=False, known=known, excluded=recipe.excluded_folders)
     log_left_out(sets.instances)

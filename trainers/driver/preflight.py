@@ -1,4 +1,4 @@
-"""Checks before workers start: inputs that are missing, and resources that the machines lack."""
+"""Checks before workers start: that all inputs exist, and that the machines have the required resources."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ MAX_FILES = 1000  # larger folders are not indexed before workers start
 def preflight(
     recipe: Recipe, session: RaySession, say: Callable[[str], None], *, shared: Sequence[str] = ()
 ) -> WorkerShare:
-    """Return the resources of each worker; ``say`` gets a line if the run has to wait for busy machines.
+    """Return the resources of each worker; call ``say`` with a line if the run has to wait for busy machines.
 
-    ``shared`` are folders that every machine sees. Raises ResourceError for what the cluster can never provide,
-    StorageError for files that machines do not share.
+    ``shared``: folders that every machine sees. Raises ResourceError for resources that the cluster can never
+    provide, StorageError for files that machines do not share, RecipeError if the length of the training is
+    not set.
     """
     nodes = [node.resources for node in session.nodes()]
     limit = session.growth_limit()
@@ -61,10 +62,10 @@ def preflight(
 
 
 def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
-    """Raise UserError for missing images or models, before workers start, which takes half a minute.
+    """Raise UserError for missing images or models before workers start, which takes half a minute.
 
-    ``begun``: the run has a checkpoint, so the file that it started from may be missing. Local folders of up to
-    MAX_FILES files are indexed as a worker indexes them; workers check larger folders and buckets.
+    ``begun``: the run has a checkpoint, so the file that it started from may be missing by now. Local folders
+    of up to MAX_FILES files are indexed as a worker indexes them; workers check larger folders and buckets.
     """
     from dreamfleet.datasets.index.concepts import load_concepts
     from dreamfleet.datasets.index.file_hashes import known_files
@@ -90,7 +91,10 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
 
 
 def check_exists(named: NamedPath) -> None:
-    """Raise UserError for a path of a recipe that must exist on this machine, or in its bucket, and does not."""
+    """Check that a path of a recipe exists if its field requires that; in buckets only images are checked.
+
+    Raises RecipeError, ModelError or DataError, depending on the kind of path.
+    """
     key, path, field = named
     if field.kind == "images":
         is_missing = field.must_exist and is_address(path) and not Storage(path).exists()
@@ -112,7 +116,7 @@ def _is_small(url: str) -> bool:
 
 
 def this_machine() -> dict[str, float]:
-    """Return the resources of this machine as a private Ray would count them."""
+    """Return the number of CPUs and GPUs of this machine, as a private Ray counts them."""
     import torch
 
     resources = {"CPU": float(os.cpu_count() or 1)}
@@ -122,6 +126,6 @@ def this_machine() -> dict[str, float]:
 
 
 def require_room_here(scaling: ScalingConfig) -> None:
-    """Raise ResourceError if this machine alone has no room for the workers, without starting Ray."""
+    """Raise ResourceError, without starting Ray, if this machine alone cannot hold the workers."""
     here = [this_machine()]
     refuse_impossible(scaling, worker_resources(scaling, here).resources, here)

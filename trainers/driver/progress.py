@@ -1,4 +1,4 @@
-"""Progress of a run on the driver's stderr: a bar on a terminal, plain lines elsewhere, log messages in between."""
+"""Shows a run's progress and log on the driver's stderr; on workers, writes the log and polls for a stop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BUCKET_POLL_SECONDS = 5.0
 
 
 class Display:
-    """Shows steps, loss and speed on ``stream``: one tqdm bar on a terminal, else a line every ten seconds."""
+    """Shows steps, loss and speed on ``stream``: a tqdm bar on a terminal, else a line every ten seconds."""
 
     def __init__(self, *, total: int | None = None, stream: TextIO | None = None):
         self.stream = stream or sys.stderr
@@ -38,7 +38,7 @@ class Display:
         self._unshown: dict[str, Any] | None = None
 
     def show(self, line: dict[str, Any]) -> None:
-        """Show one line of metrics (``step``, ``loss``, ``images_per_second``...)."""
+        """Show one line of metrics (``step``, ``loss``, ``images_per_second``...), if it has a loss."""
         step = int(line.get("step", 0))
         self.total = line.get("total_steps") or self.total
         if "loss" not in line:  # figures of a validation round
@@ -60,7 +60,7 @@ class Display:
             self._bar.refresh()
 
     def close(self) -> None:
-        """Print the newest line if it is not shown yet, and end the bar."""
+        """Close the bar, or print the newest line if it has not been shown yet."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -133,12 +133,12 @@ class RunTail:
             try:
                 self.display.show(json.loads(text))
             except (ValueError, KeyError, TypeError):
-                continue  # not one of our lines
+                continue  # not a line of metrics
 
 
 @contextmanager
 def log_to_run(run: Storage, *, verbose: bool) -> Iterator[None]:
-    """Write log messages of dreamfleet to ``run.log`` of the run folder; without ``verbose`` errors only."""
+    """Write dreamfleet's log messages to ``run.log`` in the run folder; without ``verbose`` only errors."""
     project = logging.getLogger("dreamfleet")
     project.setLevel(logging.INFO if verbose else logging.ERROR)
     handler = _RunLog(run)
@@ -151,10 +151,10 @@ def log_to_run(run: Storage, *, verbose: bool) -> Iterator[None]:
 
 @contextmanager
 def watch_for_stop(run: Storage, *, watch: bool = True) -> Iterator[Callable[[], bool]]:
-    """Yield a cheap ``should_stop()``: whether the run folder holds the stop file.
+    """Yield a function that returns whether the run folder holds the stop file; it is cheap to call.
 
-    On a disk it checks at most five times a second; for a bucket a thread checks every five seconds. Without ``watch``
-    it returns False.
+    A local folder is checked at most five times a second; for a bucket a thread checks every five seconds.
+    Without ``watch`` the function returns False.
     """
     if not watch:
         yield lambda: False
@@ -181,7 +181,10 @@ def watch_for_stop(run: Storage, *, watch: bool = True) -> Iterator[Callable[[],
 
 
 class _NewLines:
-    """Reads the complete lines added to a file since the last call, starting at its end when this is created."""
+    """Reads the complete lines added to a file since the last call.
+
+    The first call starts at the end that the file had when this object was created.
+    """
 
     def __init__(self, run: Storage, name: str):
         self.run, self.name = run, name
@@ -236,9 +239,8 @@ class _RunLog(logging.Handler):
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        if (
-            self.is_writing
-        ):  # writing to a failing bucket logs a warning, which would be written to that bucket
+        # Writing to a failing bucket logs a warning, which this handler would write to the same bucket.
+        if self.is_writing:
             return
         self.is_writing = True
         try:

@@ -19,8 +19,9 @@ from dreamfleet.datasets.errors import ResourceError
 
 logger = logging.getLogger(__name__)
 
-# Ray's settings, unless the user has set them: no usage reports, no re-creation of a `uv run` environment in every
-# worker, and health checks every half second instead of every two, which shortens every start and end.
+# Ray settings that apply unless the user has set them: no usage reports, no re-creation of a `uv run`
+# environment in every worker, health checks every half second instead of every two (which shortens the start
+# and end of a run), no progress bars, and CUDA_VISIBLE_DEVICES unchanged in processes without a GPU.
 RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
@@ -28,13 +29,13 @@ RAY_SETTINGS = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-# On a private cluster nothing reads Train's metrics and no cloud preempts machines; each of these costs a process.
+# A private cluster needs neither Ray Train's metrics nor its preemption watcher; each takes a process.
 PRIVATE_RAY_SETTINGS = {"RAY_TRAIN_METRICS_ENABLED": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 @dataclass(frozen=True)
 class Node:
-    """One machine of a cluster."""
+    """One machine of a cluster: its Ray id, IP address and total resources."""
 
     node_id: str
     address: str
@@ -45,7 +46,7 @@ class Node:
 class RaySession:
     """A connection to Ray."""
 
-    private: bool  # started by this process, and ends with it
+    private: bool  # Ray was started by this process and ends with it
     address: str
 
     def nodes(self) -> list[Node]:
@@ -60,13 +61,13 @@ class RaySession:
 
     def growth_limit(self) -> dict[str, float] | None:
         """Return the maximal resources of an autoscaling cluster; None for a fixed set of machines."""
-        # Ray Train reads it from there too; there is no public function.
+        # Ray has no public function for this; Ray Train uses the same private one.
         from ray._private.state import state
 
         return state.get_max_resources_from_cluster_config()
 
     def free(self) -> dict[str, float]:
-        """Return the unused resources, summed over the machines."""
+        """Return the unused resources, as sums over all machines."""
         import ray
 
         return ray.available_resources()
@@ -90,11 +91,11 @@ def starts_private_ray(address: str | None) -> bool:
 
 @contextmanager
 def ray_session(address: str | None = None, *, preload: Sequence[str] = ()) -> Iterator[RaySession]:
-    """Connect to ``address``, else to RAY_ADDRESS, else start a private Ray on this machine; disconnect at the end.
+    """Connect to ``address``, else to RAY_ADDRESS, else start a private Ray; disconnect at the end.
 
-    If this process is already connected to Ray, that connection is used and kept. After KeyboardInterrupt Ray is not
-    shut down either. The modules in ``preload`` are imported while Ray starts, which takes about as long. Raises
-    ResourceError if there is no cluster at the address.
+    If this process is already connected to Ray, that connection is used and stays open. After
+    KeyboardInterrupt Ray is not shut down either. The modules in ``preload`` are imported while Ray starts,
+    which takes about as long. Raises ResourceError if there is no cluster at the address.
     """
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -105,7 +106,7 @@ def ray_session(address: str | None = None, *, preload: Sequence[str] = ()) -> I
         yield RaySession(private=started_here, address=ray.get_runtime_context().gcs_address)
         return
     target = _target(address)
-    # The imports run in a thread, not ray.init: Linux ends Ray's processes with the *thread* that started them.
+    # The imports run in a thread, not ray.init: Linux ends Ray's processes with the *thread* that starts them.
     importing = threading.Thread(target=_import_all, args=(preload,), daemon=True)
     importing.start()
     with (
@@ -126,8 +127,8 @@ def ray_session(address: str | None = None, *, preload: Sequence[str] = ()) -> I
             importing.join()
             yield RaySession(private=target == "local", address=context.address_info.get("address") or target)
         except BaseException as error:
-            # After an interrupt another thread may still wait for Ray, and Ray ends the whole process when that thread
-            # finds it shut down. Ray ends with the process anyway.
+            # After an interrupt another thread may still be waiting for Ray; if it finds Ray shut down, Ray
+            # ends the whole process. A private Ray ends with this process anyway.
             if not isinstance(error, KeyboardInterrupt):
                 ray.shutdown()
             raise
@@ -142,7 +143,7 @@ _QUIET_INIT: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.
 
 
 def _join(target: str) -> Any:
-    """Connect to a running cluster."""
+    """Connect to the running cluster at ``target``. Raises ResourceError if that fails."""
     import ray
 
     remedy = "Give the address of its head node (--address HOST:6379), or leave it out for a local Ray."
@@ -154,7 +155,7 @@ def _join(target: str) -> Any:
     if target != "auto":
         host, _, port = target.rpartition(":")
         try:
-            # Ray would try for a minute and print a page of messages.
+            # Test the port first: Ray would retry for a minute and print many messages.
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         except (OSError, ValueError) as error:
             raise ResourceError(f"no Ray cluster answers at {target} ({error}). {remedy}") from error
@@ -171,11 +172,11 @@ def _join(target: str) -> Any:
 
 @contextmanager
 def authentication(*, private: bool) -> Iterator[None]:
-    """Set RAY_AUTH_MODE unless the user has: Ray's default differs between 2.59, 2.60 and 2.61.
+    """Set RAY_AUTH_MODE unless the user has set it, as Ray's default differs between 2.59, 2.60 and 2.61.
 
-    A private Ray listens on the machine's network address, and anyone who reaches an open one can run code: it gets a
-    new token, kept in the environment, so that no file in the home folder affects a later `ray start`. Clusters with
-    and without authentication both accept a client with a token.
+    A private Ray listens on the machine's network address, where anyone could run code without a token, so it
+    gets a new one. The token is set in the environment, as a file in the home folder would affect a later
+    `ray start`. Clusters with and without authentication both accept a client with a token.
     """
     if "RAY_AUTH_MODE" in os.environ:
         yield
@@ -200,7 +201,7 @@ def _has_token() -> bool:
 
 
 def _reread_authentication() -> None:
-    # Ray reads the mode when it is imported and the token when it is first used, and caches both.
+    # Ray reads the mode at import and the token at its first use, and caches both.
     raylet = importlib.import_module("ray._raylet")  # compiled, without type information
     raylet.Config.initialize("")
     raylet.AuthenticationTokenLoader.instance().reset_cache()

@@ -1,4 +1,4 @@
-"""Checks that all machines of a cluster, also those that an autoscaler adds, see the files of a run."""
+"""Checks that all machines of a cluster, including those that an autoscaler adds, see the files of a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PathsByKey = Mapping[str, Sequence[str]]
 
 
 def shared_paths(recipe: Recipe) -> dict[str, list[str]]:
-    """Return the paths that every machine must see, by key, including the folders in a file of concepts."""
+    """Return the paths that every machine must see, by recipe key, including those in a file of concepts."""
     paths = [named for named in recipe.paths if not named.field.per_machine]
     if isinstance(recipe.data.concepts_list, str):
         for concept in load_concepts(recipe.data):
@@ -35,7 +35,7 @@ def shared_paths(recipe: Recipe) -> dict[str, list[str]]:
 
 
 def written_paths(recipe: Recipe) -> dict[str, list[str]]:
-    """Return the folders that a run writes, by key: its own, and those of class images that it may generate."""
+    """Return the folders that a run writes, by recipe key: the run folder, and folders for class images."""
     found = {"output_dir": [recipe.output_dir]}
     if not getattr(recipe.method, "with_prior_preservation", False):
         return found
@@ -55,12 +55,13 @@ def check_machines(
     writes: PathsByKey,
     shared: Sequence[str] = (),
 ) -> None:
-    """Check that every machine can run dreamfleet and sees the same files; a single fixed machine always does.
+    """Check that every machine can run dreamfleet and sees the same files; one fixed machine is not checked.
 
-    ``reads`` and ``writes`` are paths and addresses by their keys in the recipe. If an autoscaler starts machines,
-    local paths must lie under one of the ``shared`` folders, which the user declares. Each running machine checks
-    whether the paths exist; a marker file in every folder that is written to distinguishes a shared folder from another
-    of the same name. Raises StorageError or ResourceError naming the machines.
+    ``reads`` and ``writes`` are paths and addresses by their keys in the recipe. If an autoscaler starts
+    machines, local paths must lie under one of the ``shared`` folders, which the user declares. Each running
+    machine checks whether the paths exist; a marker file in every folder that is written to distinguishes a
+    shared folder from a local one of the same name. Raises StorageError for files that machines do not share,
+    ResourceError for a machine that cannot run dreamfleet; both name the machines.
     """
     if session.growth_limit() is not None:
         refuse_local(
@@ -84,7 +85,10 @@ def check_machines(
 
 
 def refuse_local(named: PathsByKey, shared: Sequence[str]) -> None:
-    """Raise StorageError for local paths, which a machine that an autoscaler starts would look for on its own disk."""
+    """Raise StorageError for local paths outside the ``shared`` folders.
+
+    A machine that an autoscaler starts would look for such a path on its own disk.
+    """
     local = {
         f"{key} {path}": path
         for key, paths in named.items()
@@ -101,7 +105,7 @@ def refuse_local(named: PathsByKey, shared: Sequence[str]) -> None:
 
 
 def refuse_unseen(seen: Sequence[tuple[Node, Sequence[str]]], markers: Mapping[str, str]) -> None:
-    """Raise StorageError for a path that a machine lacks; ``markers`` maps marker files to their folders' keys."""
+    """Raise StorageError for a path that a machine lacks; ``markers``: the recipe keys by marker file."""
     for path in {path: None for _, missing in seen for path in missing}:
         blind = [node.address for node, missing in seen if path in missing]
         machines = ", ".join(blind[:MAX_LISTED]) + (" and more" if len(blind) > MAX_LISTED else "")
@@ -122,7 +126,10 @@ def find_missing(paths: Sequence[str]) -> list[str]:
 
 
 def _ask(nodes: Sequence[Node], paths: Sequence[str]) -> list[tuple[Node, list[str]]]:
-    """Return the missing paths of every machine, found by a task on each."""
+    """Return the missing paths of every machine, found by one Ray task on each.
+
+    Raises ResourceError for a machine on which the task fails.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -148,7 +155,7 @@ def _ask(nodes: Sequence[Node], paths: Sequence[str]) -> list[tuple[Node, list[s
 
 @contextmanager
 def _marked(folder: Storage) -> Iterator[str]:
-    """Yield the path of a new marker file in a folder; remove it, and a folder created for it, at the end."""
+    """Yield the path of a new marker file in a folder; at the end remove it, and a folder created for it."""
     is_new, marker = not folder.exists(), f"{MARKER_PREFIX}{uuid.uuid4().hex}"
     folder.write_text(marker, "")
     try:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from typing import Any, NamedTuple
 
-WINDOW_SECONDS = 30.0  # of training, that the shown speed is the mean of
-SETTLED_SECONDS = 60.0  # after these, the remaining time includes saves and previews
+WINDOW_SECONDS = 30.0  # of training over which the shown speed is averaged
+SETTLED_SECONDS = 60.0  # of a run after which the remaining time includes saves and previews
 
 
 class _Piece(NamedTuple):
@@ -16,7 +16,10 @@ class _Piece(NamedTuple):
 
 
 class Pace:
-    """Mean speed of the last WINDOW_SECONDS of training, from lines of metrics, which exclude saves and previews."""
+    """Mean speed over the last WINDOW_SECONDS of training, and the remaining time, from lines of metrics.
+
+    The lines' ``step_seconds`` exclude saves and previews.
+    """
 
     def __init__(self) -> None:
         self._pieces: deque[_Piece] = deque()
@@ -54,11 +57,11 @@ class Pace:
         return sum(piece.images for piece in self._pieces) / seconds if seconds else None
 
     def seconds_left(self, steps: int, *, now: float) -> float | None:
-        """Return the seconds that this many more steps take; None before the second line."""
+        """Return the estimated seconds that ``steps`` more steps take; None before the second line."""
         if self._warms_up:
             return None
         passed = now - self._began
-        # Saves and previews are assumed to go on taking the share of time that they have taken so far.
+        # Assumes that saves and previews continue to take the same share of the time.
         slower = max(1.0, passed / self._trained) if passed >= SETTLED_SECONDS else 1.0
         return slower * steps * self._seconds() / sum(piece.steps for piece in self._pieces)
 

@@ -1,4 +1,4 @@
-"""One training process on a Ray cluster: calls run_worker with its rank and device, and watches the stop file."""
+"""One training process on a Ray cluster: calls run_worker with its rank and device, and polls for a stop."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.driver.progress import log_to_run, watch_for_stop
 
-# Environment variables that workers get from the driver. Ray displays and logs them: no secrets.
+# Environment variables that workers get from the driver; no secrets, as Ray displays and logs them.
 PASSED_ON = ("TORCH_EXTENSIONS_DIR", "TOKENIZERS_PARALLELISM")
 PASSED_ON_PREFIXES = ("DREAMFLEET_",)
 
 
 def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, Any]:
-    """Train as one of the workers that Ray Train started; return the run's summary as plain data.
+    """Train as one of the workers that Ray Train starts; return the run's summary as plain data.
 
-    ``config`` holds ``recipe`` (plain data), ``threads``, ``gpu_share`` and ``waited``; ``sent`` is the result of
-    ``environment.variables_to_send``. Ray restarts the whole group after a worker died, without saying so: a worker
-    therefore always resumes from the newest valid checkpoint in the run folder. For a new run the driver has checked
-    that there is none.
+    ``config`` holds ``recipe`` (plain data), ``threads``, ``gpu_share`` and ``waited``; ``sent`` is the
+    result of ``environment.variables_to_send``. When a worker dies, Ray restarts the whole group and does not
+    tell the new workers: so a worker always resumes from the newest valid checkpoint in the run folder. For a
+    new run the driver has checked that there is none.
     """
     apply_variables(sent)
     import ray.train
@@ -57,8 +57,8 @@ def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, A
 def worker_environment(threads: int) -> dict[str, str]:
     """Return the environment variables of a training worker.
 
-    Ray gives a worker with one reserved CPU a single thread (OMP_NUM_THREADS=1), which slows torch: so the number of
-    threads is set explicitly.
+    The number of threads is set explicitly: Ray gives a worker with one reserved CPU a single thread
+    (OMP_NUM_THREADS=1), which slows torch.
     """
     passed = {
         name: value
@@ -71,13 +71,13 @@ def worker_environment(threads: int) -> dict[str, str]:
 class RaiseAtOnce(UserCallback):
     """Ends the run at the first error that a restart would repeat; runs in Ray Train's controller.
 
-    Ray Train restarts the workers after any exception of theirs, but not after an exception of a callback. Raising the
-    worker's exception here brings it to the driver as the cause of a ControllerError, and ends the ranks that wait for
-    the failed one.
+    Ray Train restarts the workers after an exception in a worker, but not after one in a callback. A worker's
+    exception raised here reaches the driver as the cause of a ControllerError, and ends the ranks that wait
+    for the failed one.
     """
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raise the error of the lowest rank that has one."""
+        """Raise the UserError or RunFailed of the lowest rank that has one."""
         for _, error in sorted(worker_exceptions.items()):
             if isinstance(error, UserError | RunFailed):
                 raise error

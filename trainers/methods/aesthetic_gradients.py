@@ -1,7 +1,10 @@
-"""Aesthetic Gradients: the mean CLIP vector of a set of images, towards which prompts are tuned when they are drawn.
+"""Aesthetic Gradients: computes the mean CLIP vector of an image set, towards which sampling tunes prompts.
 
-Sources: arXiv 2209.12330; the vector is `gen_aesthetic_embeddings.py`'s of its authors and the webui extension's: the
-mean of CLIP's projected image features, neither they nor the mean brought to unit length.
+Sources: arXiv 2209.12330. The vector is that of the authors' `gen_aesthetic_embeddings.py` and of the webui
+extension: the mean of CLIP's projected image features; neither features nor mean are normalised to unit
+length.
+
+Shape suffixes: N images, P width of CLIP's common space.
 """
 
 from __future__ import annotations
@@ -42,31 +45,32 @@ GROUP = "mean"
 
 
 class Summation(torch.optim.Optimizer):
-    """Adds minus the gradient to the parameters, at no rate: a step that sums up instead of searching."""
+    """Subtracts the gradient from the parameters without a learning rate, so that they accumulate a sum."""
 
     def __init__(self, params: Any):
         super().__init__(params, {"lr": 0.0})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Add what the backward passes since the last step brought."""
+        """Subtract the gradients of the backward passes since the last step."""
         for group in self.param_groups:
             for param in group["params"]:
                 param -= param.grad
 
 
 class AestheticGradients(ImageMethod, DiffusionMethod):
-    """Teach a taste: the mean CLIP vector of a set; prompts are tuned towards it when drawn. Kilobytes, slower drawing.
+    """Compute the mean CLIP vector of an image set. Exports kilobytes; sampling with it is slower.
 
-    One pass over the set adds up CLIP's features of the images and their number, each image once; more passes
-    change nothing. So the vector is the plain mean, for any batch size, any number of workers and after any resume.
+    One pass over the set sums CLIP's features of the images and their number, each image once; further passes
+    change nothing. So the vector is the exact mean for any batch size, any number of workers and after any
+    resume.
     """
 
     formats = ("pt",)
 
     def __init__(self, config: AestheticGradientsConfig, model: DiffusionModel, setting: Setting):
         super().__init__(config, model, setting)
-        # Both in batches: sums over images, divided by the global batch.
+        # Both are sums over images, divided by the size of the global batch.
         self.features = nn.Parameter(torch.zeros(1, self.model.text_encoder.config.projection_dim))
         self.count = nn.Parameter(torch.zeros(1))
         self._clips: list[ClipScorer] = []
@@ -78,12 +82,12 @@ class AestheticGradients(ImageMethod, DiffusionMethod):
 
     @property
     def model(self) -> StableDiffusion:
-        """The model, which is Stable Diffusion 1.x."""
+        """The model. Raises ModelError if it is not Stable Diffusion 1.x."""
         return require_sd1(self._model[0])
 
     @property
     def clip(self) -> ClipScorer:
-        """The CLIP, loaded when it is first needed. Raises ModelError when its space is not the text encoder's."""
+        """The CLIP model, loaded at first use. Raises ModelError if its width P is not the text encoder's."""
         if not self._clips:
             found = clip_of(self.model, self.config.clip)
             if len(found.text_projection) != self.features.shape[1]:
@@ -110,27 +114,30 @@ class AestheticGradients(ImageMethod, DiffusionMethod):
         return self.clip.preprocessing.fit
 
     def collate(self, uses: Sequence[Use]) -> Batch:
-        """Make ``clip_pixels [N, 3, S, S]`` and ``counted [N]``, 1 in the first pass over the set, 0 later."""
+        """Return ``clip_pixels [N, 3, S, S]`` and ``counted [N]``.
+
+        ``counted`` is 1 in the first pass over the set, 0 later and for replacements of undecodable images.
+        """
         return {
             "clip_pixels": self.clip.preprocessing([use.image for use in uses]),
             "counted": torch.tensor([float(use.epoch == 0 and not use.instead) for use in uses]),
         }
 
     def forward(self, batch: Batch) -> Loss:
-        """Return 1 - cosine of the images and the mean so far; its gradient is minus what the batch adds to the sums.
+        """Return 1 - cosine of the images and the mean so far; the gradient is minus the batch's sums.
 
-        ``batch``: ``clip_pixels`` ``[N, 3, S, S]``, and ``counted`` ``[N]``, 0 for images that were seen before.
+        ``batch``: ``clip_pixels`` ``[N, 3, S, S]``, and ``counted`` ``[N]``, 0 for images that are not added.
         """
         features_NP = self.clip.embed(batch["clip_pixels"])
         per_sample = 1 - F.cosine_similarity(self.vector, features_NP)
         brought = ((features_NP * self.features).sum(dim=1) + self.count) * batch["counted"]
-        # The value is the loss, the gradient is the sum's: averaged over micro-batches and workers like any other.
+        # The value is the loss; the gradient is that of the sums, averaged over micro-batches and workers.
         total = per_sample.mean() - (brought - brought.detach()).mean()
         return Loss(total, per_sample, {})
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], ids: Tensor | None = None) -> Condition:
-        """Encode texts as tuned towards the mean of the images seen so far; plainly before the first."""
+        """Encode prompts, tuned towards the mean of the images so far; untuned before the first image."""
         if not self.count:
             return super().encode(prompts, ids)
         vector = self.vector.cpu()
@@ -140,10 +147,11 @@ class AestheticGradients(ImageMethod, DiffusionMethod):
         return self._encoders[0](prompts, ids)
 
     def write(self, order: Export) -> list[Path]:
-        """Write ``NAME.pt`` as the webui's extension does: the bare vector, in full precision.
+        """Write ``NAME.pt`` as the webui's extension does: the vector as a tensor, in full precision.
 
-        On request ``diffusers/``, the model with the vector baked into its text encoder, and in it ``baked.json``: what
-        that gives away. Raises RecipeError without ``baked_prompts``.
+        On request, write ``diffusers/``: the model with the vector baked into its text encoder, and
+        ``baked.json`` with the error against tuning for each prompt. Raises RecipeError if that is requested
+        without ``baked_prompts``.
         """
         paths = []
         for form in order.formats:

@@ -25,7 +25,7 @@ Batch = dict[str, Any]
 
 
 class Loss(NamedTuple):
-    """What ``forward`` returns: the scalar to minimise, the loss of each sample ``[N]``, and named extras to log."""
+    """Result of ``forward``: the scalar to minimise, the loss of each sample ``[N]``, scalars to log."""
 
     total: Tensor
     per_sample: Tensor
@@ -33,7 +33,7 @@ class Loss(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One image of the index, from which a method makes the prompt."""
+    """One image of the index: the data from which a method makes the prompt."""
 
     id: str
     caption: str | None
@@ -48,7 +48,7 @@ class Sample(NamedTuple):
 
 
 class Base(NamedTuple):
-    """What a method starts from: its name, a hash of its content, and a few words on it."""
+    """The model or file that training starts from: name, hash of the content, and short description."""
 
     name: str
     content_hash: str
@@ -57,7 +57,7 @@ class Base(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method gets besides its own section: the concepts, and the loss options of ``train:``."""
+    """Inputs of a method besides its recipe section: the concepts, and the loss options of ``train:``."""
 
     concepts: tuple[Concept, ...] = ()
     snr_gamma: float | None = None
@@ -66,9 +66,10 @@ class Setting:
 class Method(nn.Module, ABC):
     """A training task: trainable parameters, the loss of a batch, checkpoints and exported artifacts.
 
-    Subclasses implement the abstract methods; ``forward`` computes the whole loss, as an engine that shards parameters
-    gathers them in forward hooks. The model is kept outside the module tree (in a list), so
-    ``parameters()`` are the trainable ones, and a wrapper (DDP, DeepSpeed) does not touch frozen parts.
+    Subclasses implement the abstract methods. ``forward`` must compute the whole loss, because an engine that
+    shards parameters gathers them in forward hooks. The model is stored outside the module tree (in a list),
+    so that ``parameters()`` has only what is trained, and a wrapper (DDP, DeepSpeed) does not manage frozen
+    parts.
     """
 
     needs: ClassVar[Collection[str]] = COMPONENTS  # components of the model that are loaded
@@ -79,7 +80,7 @@ class Method(nn.Module, ABC):
         super().__init__()
         model.require_support(config.name)
         self.config, self.setting, self._model = config, setting, [model]
-        self.steps_before = 0  # steps of the file that the run starts from; kept in checkpoints
+        self.steps_before = 0  # trained steps of the file that the run starts from; saved in checkpoints
 
     @property
     def name(self) -> str:
@@ -88,7 +89,7 @@ class Method(nn.Module, ABC):
 
     @property
     def all_formats(self) -> tuple[str, ...]:
-        """The formats that an export can write: those of the artifact kinds that the recipe section names."""
+        """The formats that an export can write: those of the artifact kinds that the recipe section lists."""
         return tuple(form for kind in self.config.artifacts for form in ARTIFACTS.get(kind).formats)
 
     @property
@@ -98,7 +99,7 @@ class Method(nn.Module, ABC):
 
     @property
     def base(self) -> Base:
-        """What the training starts from; the model by default."""
+        """The model or file that training starts from; by default the model."""
         model = self.model
         words = f"{model.title}, {model.prediction_type}, {model.resolution} px"
         return Base(model.folder, model.content_hash, words)
@@ -110,17 +111,20 @@ class Method(nn.Module, ABC):
 
     @property
     def helpers(self) -> dict[str, nn.Module]:
-        """Frozen modules besides the model's, by name: moved and counted with the method, outside its module tree."""
+        """Frozen modules besides the model's, by name, stored outside the method's module tree.
+
+        They are moved to devices and counted in memory plans together with the method.
+        """
         return {}
 
     def optimizer(self) -> torch.optim.Optimizer | None:
-        """Return the method's own optimizer; None, the default, is the recipe's."""
+        """Return the optimizer that the method requires, or None (the default) for that of the recipe."""
         return None
 
     def start(self) -> dict[str, AdamState]:
-        """Load the file that the recipe starts from, if there is one; not called when a checkpoint is resumed.
+        """Load the file that the recipe starts from, if it names one; not called on resume from a checkpoint.
 
-        Returns Adam's moments by parameter, if they come with the file.
+        Returns Adam's moments by parameter name; empty if they are not stored with the file.
         """
         return {}
 
@@ -147,8 +151,8 @@ class Method(nn.Module, ABC):
     def export(self, order: Export) -> list[Path]:
         """Write the artifacts in the requested formats, or in the default ones; return their paths.
 
-        Without requested formats those of :attr:`formats` that the model supports are written. Raises RecipeError for a
-        format that the method or the model does not have.
+        Without requested formats, those of :attr:`formats` that the model supports are written. Raises
+        RecipeError for a format that the method or the model does not support.
         """
         self.require_formats(order.formats)
         usual = tuple(form for form in self.formats if form not in self.model.unsupported)
@@ -159,7 +163,7 @@ class Method(nn.Module, ABC):
         """Write the artifacts in ``order.formats`` into ``order.folder``; return their paths."""
 
     def require_formats(self, formats: Sequence[str]) -> None:
-        """Raise RecipeError for an export format that this method does not have."""
+        """Raise RecipeError for an export format that this method or its model does not support."""
         for chosen in formats:
             if chosen not in self.all_formats:
                 raise RecipeError(
@@ -186,7 +190,7 @@ def check_fits(method: str, shapes: Mapping[str, torch.Size], state: Mapping[str
 def method_class(config: MethodConfig | str) -> type[Method]:
     """Return the class of a method, given its name or its recipe section.
 
-    Raises UserError naming what is missing if the class is no complete :class:`Method`.
+    Raises UserError if it is not a subclass of :class:`Method`, or lacks some of its abstract methods.
     """
     section = METHODS.get(config) if isinstance(config, str) else type(config)
     found: type[Method] = load_attribute(section.implementation, what=f"method {section.__name__}")

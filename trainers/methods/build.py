@@ -1,4 +1,4 @@
-"""Builds a recipe's method on a loaded model, wherever its parameters lie."""
+"""Builds the method of a recipe on a loaded model, and checks that they fit together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from dreamfleet.trainers.recipe import Recipe
 
 
 def build_method(recipe: Recipe, model: DiffusionModel, *, concepts: Sequence[Concept]) -> Method:
-    """Build the method on a model, with the recipe's weight type and activation checkpointing; moves nothing."""
+    """Build the method on a model, with the recipe's weight type and activation checkpointing.
+
+    No parameter is moved to another device. Raises UserError if the formats of the method's class are
+    missing, or do not belong to its artifact kinds.
+    """
     setting = Setting(concepts=tuple(concepts), snr_gamma=recipe.train.snr_gamma)
     method = method_class(recipe.method)(recipe.method, model, setting)
     if not method.formats:
@@ -36,7 +40,7 @@ def build_method(recipe: Recipe, model: DiffusionModel, *, concepts: Sequence[Co
 
 
 def check_resolution(recipe: Recipe, model: DiffusionModel) -> None:
-    """Raise RecipeError when ``data.resolution`` or the bucket step is no size that the model can compute."""
+    """Raise RecipeError if ``data.resolution`` or the bucket step is no multiple of the model's step."""
     if model.denoiser is None:  # no images are generated
         return
     step = model.size_multiple

@@ -1,4 +1,4 @@
-"""Methods that train on latents, noise and prompts: what they add to :class:`Method`."""
+"""The base class of methods that train a diffusion model on latents, noise and prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dreamfleet.trainers.models.condition import Condition
 
 @dataclass(frozen=True)
 class Prior:
-    """Prior preservation: how many class images a concept needs, how they are generated, the weight of their loss."""
+    """Options of prior preservation: class images per concept, their generation, weight of their loss."""
 
     num_class_images: int
     loss_weight: float
@@ -29,9 +29,10 @@ class Prior:
 class DiffusionMethod(Method):
     """A method whose loss is the error of the denoiser's prediction.
 
-    A batch on the device has ``latents, noise [N, C, H, W]``, ``timesteps [N]``, ``weights [N]``, ``num_instances``
-    (class images come after the instances), and either ``input_ids`` (with :attr:`trains_text`) or the entries of the
-    encoded prompts. The defaults train on the image's caption, or on the prompt of its set.
+    A batch on the device has ``latents, noise [N, C, H, W]``, ``timesteps [N]``, ``weights [N]``,
+    ``num_instances`` (class images come after the instances), and either ``input_ids`` (with
+    :attr:`trains_text`) or the entries of the encoded prompts. By default an image is trained with its
+    caption, or else with the instance prompt of its concept.
     """
 
     @property
@@ -41,7 +42,7 @@ class DiffusionMethod(Method):
 
     @property
     def prior(self) -> Prior | None:
-        """Options of prior preservation; None without it."""
+        """Options of prior preservation; None if the method does not use it."""
         return None
 
     @property
@@ -59,7 +60,7 @@ class DiffusionMethod(Method):
         )
 
     def check_prompts(self, samples: Sequence[Sample], data: DataConfig) -> str | None:
-        """Return a warning about a run's prompts, or None. Raises RecipeError if nothing can be learned from them."""
+        """Return a warning about a run's prompts, or None. Raises RecipeError if nothing can be learned."""
         for prompt in (concept.instance_prompt for concept in self.setting.concepts):
             if prompt and ("[name]" in prompt or "{}" in prompt):
                 raise RecipeError(
@@ -73,18 +74,22 @@ class DiffusionMethod(Method):
         return self.model.tokenize(prompts)
 
     def encode(self, prompts: Sequence[str], ids: Tensor | None = None) -> Condition:
-        """Encode prompts as sampling with the exported artifact does; literal text without token ``ids``."""
+        """Encode prompts as sampling with the exported artifact does.
+
+        ``ids``: token ids of the prompts, see :meth:`tokenize`; None: the prompts are literal text.
+        """
         return self.model.encode(prompts) if ids is None else self.model.encode_tokens(ids)
 
     def sample_losses(self, batch: Batch, *, snr_gamma: float | None = None) -> Tensor:
-        """Compute the noise loss of each sample ``[N]``, of training and of held-out images."""
+        """Return the denoising loss of each sample ``[N]``, for training and for held-out images."""
         return self.model.denoising_loss(batch, snr_gamma=snr_gamma)
 
     def forward(self, batch: Batch) -> Loss:
-        """Compute the weighted noise loss: ``sum(weights * loss) / num_instances``.
+        """Return the weighted denoising loss: ``sum(weights * loss) / num_instances``.
 
-        With class images in the batch that is mean(instance) + prior_loss_weight * mean(class), equation 2 of the
-        DreamBooth paper (arXiv 2208.12242), for every batch size. min-SNR weights apply to both halves.
+        With class images in the batch, this is mean(instance) + prior_loss_weight * mean(class), equation 2
+        of the DreamBooth paper (arXiv 2208.12242), for every batch size. min-SNR weights apply to both
+        halves.
         """
         per_sample = self.sample_losses(batch, snr_gamma=self.setting.snr_gamma)
         count = batch["num_instances"]
@@ -99,7 +104,7 @@ class DiffusionMethod(Method):
 
 
 def require_diffusion(method: Method, key: str) -> DiffusionMethod:
-    """Return the method as a :class:`DiffusionMethod`. Raises RecipeError naming the key that needs one."""
+    """Return the method if it is a DiffusionMethod. Raises RecipeError naming ``key``, which needs one."""
     if not isinstance(method, DiffusionMethod):
         raise RecipeError(
             f"{key} needs a method that trains a diffusion model, which {method.name} does not; leave it out"

@@ -1,6 +1,8 @@
-"""DreamArtist's discriminator: a ConvNeXt that learns from labelled images which are good, for prompt tuning.
+"""DreamArtist's discriminator: trains a ConvNeXt to classify images by quality, for use in prompt tuning.
 
-Source: DreamArtist's `convnext_discriminator.py`; its training is that of ConvNeXt's authors (arXiv 2201.03545).
+Source: DreamArtist's `convnext_discriminator.py`; it is trained as by ConvNeXt's authors (arXiv 2201.03545).
+
+Shape suffixes: N images, K classes.
 """
 
 from __future__ import annotations
@@ -40,9 +42,9 @@ log = logging.getLogger(__name__)
 
 
 class DiscriminatorTraining(ImageMethod):
-    """Teach a classifier from labelled images which are good; prompt tuning learns from its judgement.
+    """Train an image classifier on labelled images; prompt tuning can use it as a loss.
 
-    An image's label travels as its caption, the name of its class, so the hash of the data covers it.
+    The label of an image is stored as its caption (the name of its class), so the hash of the data covers it.
     """
 
     needs = ()
@@ -76,7 +78,11 @@ class DiscriminatorTraining(ImageMethod):
         )
 
     def split(self, instances: Index) -> tuple[Index, Index | None]:
-        """Split the labelled images; the others are left out. Raises DataError for labels that teach nothing."""
+        """Split the labelled images into those to train on and those to test on; others are left out.
+
+        Raises DataError for a label without a class name, and for images to train on of fewer than two
+        classes.
+        """
         folders = [concept.instance_data_dir for concept in self.setting.concepts]
         kept = find_labels(instances, folders, self.config.labels)
         if self.config.test_labels:
@@ -104,7 +110,7 @@ class DiscriminatorTraining(ImageMethod):
         return self._named(instances, kept), self._named(instances, tested) if tested else None
 
     def collate(self, uses: Sequence[Use]) -> Batch:
-        """Make ``pixels [N, 3, S, S]``, normalised, and ``labels [N]``."""
+        """Return ``pixels [N, 3, S, S]``, normalised, and ``labels [N]``."""
         return {
             "pixels": self._preprocessing([self._vary(use) for use in uses]),
             "labels": torch.tensor([self._numbers[str(use.sample.caption)] for use in uses]),
@@ -114,17 +120,17 @@ class DiscriminatorTraining(ImageMethod):
         return [ParamGroup("discriminator", dict(self.network.named_parameters()))]
 
     def forward(self, batch: Batch) -> Loss:
-        """Compute the cross entropy of each image's class, weighted where classes are balanced."""
+        """Return the mean cross entropy, weighted by class with ``method.balance_classes``."""
         logits_NK, labels_N = self._ask(batch), batch["labels"]
         smoothing = self.config.label_smoothing
         per_sample = F.cross_entropy(logits_NK, labels_N, label_smoothing=smoothing, reduction="none")
-        self._weights[0] = self._weights[0].to(labels_N.device)  # once: each copy would make the step wait
+        self._weights[0] = self._weights[0].to(labels_N.device)  # once, as each copy would block the host
         per_sample = per_sample * self._weights[0][labels_N]
         right = (logits_NK.detach().argmax(dim=1) == labels_N).float().mean()
         return Loss(per_sample.mean(), per_sample.detach(), {"train_accuracy": right})
 
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
-        """Return each image's loss, whether it was put into its class, and that class."""
+        """Return ``loss``, ``right`` (1 if classified correctly, else 0) and ``label``, each ``[N]``."""
         logits_NK, labels_N = self._ask(batch), batch["labels"]
         return {
             "loss": F.cross_entropy(logits_NK, labels_N, reduction="none"),
@@ -133,7 +139,7 @@ class DiscriminatorTraining(ImageMethod):
         }
 
     def summarise(self, measured: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the mean loss, the share of images put into their class, and that of each class."""
+        """Return the mean loss, the accuracy over all images, and the accuracy of each class."""
         right_N, labels_N = measured["right"], measured["label"]
         return {
             "holdout_loss": float(measured["loss"].double().mean()),
@@ -146,7 +152,7 @@ class DiscriminatorTraining(ImageMethod):
         }
 
     def write(self, order: Export) -> list[Path]:
-        """Write ``NAME/``, a folder that transformers loads; on request ``NAME.pth`` with the authors' names."""
+        """Write ``NAME/``, a folder for transformers; on request ``NAME.pth`` with the authors' keys."""
         paths = []
         for form in order.formats:
             path = order.folder / (order.name if form == "transformers" else f"{order.name}.pth")
@@ -166,7 +172,7 @@ class DiscriminatorTraining(ImageMethod):
         return instances.take(rows, [self.config.classes[labels[row]] for row in rows])
 
     def _vary(self, use: Use) -> Image.Image:
-        """Mirror an image and vary its colours, as its key says."""
+        """Mirror an image if ``use.mirrored``, and jitter its colours at random, keyed by ``use.key``."""
         image = ImageOps.mirror(use.image) if use.mirrored else use.image
         if use.key is None or not self.config.color_jitter:
             return image

@@ -1,4 +1,4 @@
-"""DreamBooth: the U-Net (and, on request, the text encoder) learns a subject under a rare word.
+"""DreamBooth: fine-tunes the U-Net (and, on request, the text encoder) on a subject named by a rare word.
 
 Source: Ruiz et al. 2022 (arXiv 2208.12242); prior preservation is its equation 2.
 """
@@ -28,7 +28,7 @@ from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
 class DreamBooth(DiffusionMethod):
-    """Teach the model a subject: all of the U-Net learns, details are kept. A whole new checkpoint."""
+    """Fine-tune the model on a subject, with its details. Exports a whole checkpoint, or a LoRA."""
 
     def __init__(self, config: DreamBoothConfig, model: DiffusionModel, setting: Setting):
         super().__init__(config, model, setting)
@@ -66,7 +66,10 @@ class DreamBooth(DiffusionMethod):
         return part_groups(self.learning)
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
-        """Use the image's caption, else the concept's prompt; ``[filewords]`` in that is the caption."""
+        """Return the prompt of the concept if it has ``[filewords]``, filled; else the caption, if any.
+
+        Without a caption, the prompt itself. Class images use the class prompt.
+        """
         concept = self.setting.concepts[sample.concept]
         prompt = concept.class_prompt if sample.role == "class" else concept.instance_prompt
         return captions.make_caption(

@@ -1,4 +1,4 @@
-"""What the methods that teach new words share: where vectors start, their prompts in training, their files."""
+"""Functions shared by methods that train embeddings: initial vectors, training prompts, exports."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from dreamfleet.trainers.models.formats.embedding import Embedding, read_embeddi
 from dreamfleet.trainers.models.formats.optimizer_file import AdamState, moments_beside
 from dreamfleet.trainers.models.learned_words import place_word, words_in
 
-MARK = "\U000f1fff"  # stands for the word while a template is filled; a private character, which no text has
+MARK = "\U000f1fff"  # replaces the word while a template is filled: a private-use character, in no text
 
 
 def initial_vectors(model: DiffusionModel, text: str, num_vectors: int) -> list[Tensor]:
-    """Return the starting vectors ``[n, D]`` in each text encoder: the rows of the text's tokens.
+    """Return the initial vectors ``[n, D]`` for each text encoder: the embeddings of the text's tokens.
 
-    Each token serves an equal run of vectors: vector i copies token floor(i * tokens / n), as webui does; more tokens
-    than vectors are cut. An empty text starts from zeros (webui), which trains, as the encoder adds positions.
+    Each token initialises an equal run of vectors: vector i copies token floor(i * tokens / n), as in the
+    webui; tokens beyond the number of vectors are ignored. An empty text gives zeros (webui), which can be
+    trained because the encoder adds position embeddings. Raises RecipeError for a text without tokens.
     """
     tables = [table.detach().float() for table in token_tables(model)]
     if not text.strip():
@@ -43,9 +44,10 @@ def initial_vectors(model: DiffusionModel, text: str, num_vectors: int) -> list[
 def vectors_from(
     model: DiffusionModel, path: str, num_vectors: int
 ) -> tuple[list[Tensor], int, tuple[AdamState, ...]]:
-    """Read the vectors ``[n, D]`` in each text encoder to start from, the steps they were trained, and their moments.
+    """Read a file's vectors ``[n, D]`` for each text encoder, their trained steps, and Adam's moments.
 
-    Moments are none where no `.optim` beside the file fits. Raises RecipeError for a file of another number or width.
+    Moments are empty if no matching `.optim` is beside the file. Raises RecipeError if the number or the
+    width of the vectors differs from the run's.
     """
     with Storage(path).local_copy() as local:
         found = read_embedding(local)
@@ -61,7 +63,10 @@ def vectors_from(
 
 
 def word_parameters(module: nn.Module, name: str, vectors: Sequence[Tensor]) -> dict[str, nn.Parameter]:
-    """Register a word's vectors under ``name``, and SDXL's second under ``name_2`` -> what was registered, by name."""
+    """Register a word's vectors as parameters of a module; return them by name.
+
+    They are ``name``, and ``name_2`` for SDXL's second text encoder.
+    """
     names = [name, f"{name}_2"][: len(vectors)]
     made = {each: nn.Parameter(tensor) for each, tensor in zip(names, vectors, strict=True)}
     for each, parameter in made.items():
@@ -72,9 +77,9 @@ def word_parameters(module: nn.Module, name: str, vectors: Sequence[Tensor]) -> 
 def fill_prompt(
     templates: Sequence[str], word: str, sample: Sample, rng: np.random.Generator, data: Any
 ) -> str:
-    """Fill a template line drawn for this use of an image with the word and the image's caption.
+    """Return a random template, filled with the word and the image's caption.
 
-    The word is set apart from letters beside it, as the tokenizer would not find it among them.
+    The word is separated from adjacent letters by spaces, because the tokenizer would not find it otherwise.
     """
     filled = captions.make_caption(
         sample.caption,
@@ -90,7 +95,7 @@ def fill_prompt(
 def check_templates(
     model: DiffusionModel, templates: Sequence[str], word: str, samples: Sequence[Sample], data: Any
 ) -> str | None:
-    """Return what to warn of where some prompts lack the word. Raises RecipeError where none has it."""
+    """Return a warning if some prompts lack the word, else None. Raises RecipeError if all lack it."""
 
     def has_word(template: str, caption: str) -> bool:
         filled = place_word(captions.fill_template(template, MARK, caption), MARK, word)
@@ -116,21 +121,21 @@ def check_templates(
 
 
 def _file_words(sample: Sample, data: Any) -> str:
-    """Return what ``[filewords]`` of an image may say, all lines of its caption at once."""
+    """Return the text that may replace ``[filewords]`` for an image: all lines of its caption together."""
     if sample.caption and data.use_captions:
         return " ".join(filter(None, (data.caption_prefix, sample.caption, data.caption_suffix)))
     return captions.caption_from_filename(sample.file_name) if data.caption_from_filename else ""
 
 
 def export_word(vectors: Sequence[Tensor], order: Export, *, word: str, model: DiffusionModel) -> list[Path]:
-    """Write ``NAME.FORMAT`` for every format, kohya's as ``kohya/NAME.safetensors``; returns the paths.
+    """Write ``NAME.FORMAT`` for every format, kohya's as ``kohya/NAME.safetensors``; return the paths.
 
-    ``vectors``: those in each text encoder.
+    ``vectors``: ``[n, D]`` for each text encoder.
     """
     paths = []
     tables = [tensor.detach().float().cpu().clone() for tensor in vectors]
     for suffix in order.formats:
-        # webui goes by the file's name, diffusers by the name inside: the word the vectors were trained under.
+        # The webui takes the word from the file's name, diffusers from the name inside: the word of training.
         embedding = Embedding(
             name=word if suffix in ("safetensors", "bin") else order.name,
             vectors=tables[0],
@@ -140,7 +145,7 @@ def export_word(vectors: Sequence[Tensor], order: Export, *, word: str, model: D
             sd_checkpoint_name=model.short_name,
             metadata=order.metadata,
         )
-        if suffix == "kohya":  # goes by the file's name, which diffusers' file has as well
+        if suffix == "kohya":  # in its own folder, because diffusers' file has the same name
             write_embedding(embedding, order.folder / "kohya" / f"{order.name}.safetensors", kohya=True)
             paths.append(order.folder / "kohya")
         else:

@@ -1,4 +1,4 @@
-"""What an export is asked for."""
+"""The request for an export: names, formats, metadata and precision of the files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 
 @dataclass(frozen=True)
 class Export:
-    """What to write: files called after ``name`` in ``folder``, in ``formats`` (none: the method's usual ones).
+    """Files to write: named ``name`` in ``folder``, in ``formats`` (empty: the method's default formats).
 
-    ``step``: optimizer steps trained; ``metadata``: text that travels with the files; ``precision``: of whole models.
+    ``step``: optimizer steps trained; ``metadata``: text stored in the files; ``precision``: of the weights
+    of models, LoRAs and classifiers (embeddings and hypernetworks are always in full precision).
     """
 
     folder: Path
@@ -25,5 +26,5 @@ class Export:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision as torch calls it."""
+        """The torch dtype of ``precision``."""
         return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.precision]

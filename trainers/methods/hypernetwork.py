@@ -1,4 +1,4 @@
-"""Hypernetwork: MLPs on what attention makes its keys and values of learn a look; the model stays as it is.
+"""Hypernetwork: trains MLPs that transform the inputs of attention's keys and values; the model is frozen.
 
 Source: AUTOMATIC1111's webui, `modules/hypernetworks/hypernetwork.py`, after NovelAI's.
 """
@@ -30,7 +30,7 @@ from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
 class HypernetworkMethod(DiffusionMethod):
-    """Teach a style: MLPs before attention's keys and values learn, the model stays. Megabytes, any strength."""
+    """Train MLPs before attention's keys and values on a style. Exports megabytes, used at any strength."""
 
     formats = ("pt",)
 
@@ -47,7 +47,7 @@ class HypernetworkMethod(DiffusionMethod):
         self._templates = load_templates(config.template_file)
 
     def start(self) -> dict[str, AdamState]:
-        """Start from ``initial_hypernetwork``: its weights and steps, and Adam's moments if their file is beside it."""
+        """Load ``initial_hypernetwork`` and its steps; return Adam's moments if their file is beside it."""
         if self.config.initial_hypernetwork is None:
             return {}
         self.steps_before, moments = _go_on(self.network, self.config.initial_hypernetwork)
@@ -57,7 +57,7 @@ class HypernetworkMethod(DiffusionMethod):
         return [ParamGroup("hypernetwork", dict(self.network.named_parameters()))]
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
-        """Fill a template line drawn for this use of the image; without one, its caption or its set's prompt."""
+        """Return a random template, filled; without templates, the caption or the concept's prompt."""
         if not self._templates:
             return super().prompt(sample, rng, data)
         template = captions.choose_template(self._templates, rng)
@@ -71,7 +71,7 @@ class HypernetworkMethod(DiffusionMethod):
         )
 
     def write(self, order: Export) -> list[Path]:
-        """Write ``NAME.pt``, as the webui does: in full precision, whatever the order says."""
+        """Write ``NAME.pt`` as the webui does: always in full precision."""
         file = self.network.to_file(
             order.name,
             step=self.steps_before + order.step,
@@ -83,9 +83,9 @@ class HypernetworkMethod(DiffusionMethod):
 
 
 def _go_on(network: Hypernetwork, path: str) -> tuple[int, dict[str, AdamState]]:
-    """Put a file's weights in; returns the steps they were trained, and the moments beside it by parameter.
+    """Load a file's weights; return their trained steps, and the moments beside the file by parameter.
 
-    Raises RecipeError for one built otherwise.
+    Raises RecipeError if the structure in the file differs from the network's.
     """
     with Storage(path).local_copy() as local:
         found, digest = read_hypernetwork(local), file_hash(local)
@@ -104,16 +104,16 @@ def _go_on(network: Hypernetwork, path: str) -> tuple[int, dict[str, AdamState]]
         )
     network.load_state_dict(Hypernetwork.from_file(found).state_dict())
     ours_named = dict(network.named_parameters())
-    # The webui's optimizer has them in the order of the file.
+    # The webui's optimizer lists the parameters in the order of the file.
     names = [name for width in found.weights for name in ours_named if name.startswith(f"layers.{width}.")]
     moments = moments_beside(path, fits=digest, shapes=[list(ours_named[name].shape) for name in names])
     return found.step, dict(zip(names, moments, strict=True)) if moments else {}
 
 
 def load_templates(name: str | None) -> tuple[str, ...]:
-    """Return the prompt templates of a set or a file, none without a name.
+    """Return the prompt templates of a set or a file; empty without a name.
 
-    Raises RecipeError for one with ``[name]``: a hypernetwork has no word of its own.
+    Raises RecipeError for a template with ``[name]``, because a hypernetwork has no placeholder token.
     """
     if name is None:
         return ()

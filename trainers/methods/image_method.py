@@ -1,4 +1,4 @@
-"""Methods that train on decoded images instead of latents and prompts."""
+"""The base class of methods that train on decoded images instead of latents and prompts."""
 
 from __future__ import annotations
 
@@ -22,23 +22,26 @@ class Use(NamedTuple):
     image: Image.Image
     mirrored: bool = False
     key: tuple[int | str, ...] | None = None
-    instead: bool = False  # a replacement, as the image itself cannot be decoded
+    instead: bool = False  # whether ``image`` replaces one that cannot be decoded
 
 
 class ImageMethod(Method):
-    """A method that makes batches of decoded images; it may hold out some of them to evaluate on."""
+    """A method that trains on batches of decoded images, and may hold out some images for evaluation."""
 
     @property
     def fit(self) -> Fit:
-        """What the decoder may do to an image, such as shrinking it, before :meth:`collate`; nothing by default."""
+        """The function that the decoder may apply to an image before :meth:`collate`, such as shrinking it.
+
+        By default it returns the image unchanged.
+        """
         return unchanged
 
     @abstractmethod
     def collate(self, uses: Sequence[Use]) -> Batch:
-        """Make a batch of images, on the CPU."""
+        """Return a batch of these images, on the CPU."""
 
     def split(self, instances: Index) -> tuple[Index, Index | None]:
-        """Split the images into those to train on and those to evaluate on; by default all, and None."""
+        """Return the images to train on and those to evaluate on; by default all images, and None."""
         return instances, None
 
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
@@ -46,8 +49,8 @@ class ImageMethod(Method):
         raise NotImplementedError
 
     def summarise(self, measured: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the figures to log from the values of all held-out images, in order and on the CPU.
+        """Return the figures to log, ``holdout_loss`` among them.
 
-        ``holdout_loss`` is among them.
+        ``measured``: the values ``[N]`` of :meth:`evaluate` for all held-out images, in order, on the CPU.
         """
         raise NotImplementedError

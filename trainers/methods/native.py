@@ -1,7 +1,8 @@
-"""Native training: the model learns on from captioned images, as it was trained in the first place.
+"""Native training: fine-tunes the model on captioned images with the objective of its original training.
 
-Source: Rombach et al. 2022 (arXiv 2112.10752); naifu-diffusion and kohya's `fine_tune.py` for what is around it. That
-is buckets, tags, long prompts, masks, noise schedules and averages: other sections' keys, which serve every method.
+Sources: Rombach et al. 2022 (arXiv 2112.10752); naifu-diffusion and kohya's `fine_tune.py` for buckets, tags,
+long prompts, masks, noise schedules and weight averages, which other recipe sections configure for every
+method.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
 class Native(DiffusionMethod):
-    """Teach the model a whole set of captioned images: all of the U-Net learns. A whole new checkpoint."""
+    """Fine-tune the model on a set of captioned images. Exports a whole checkpoint, or a LoRA."""
 
     def __init__(self, config: NativeConfig, model: DiffusionModel, setting: Setting):
         super().__init__(config, model, setting)

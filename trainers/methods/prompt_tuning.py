@@ -1,4 +1,4 @@
-"""Advanced Prompt Tuning (DreamArtist): a positive and a negative word learn together, through guidance.
+"""Advanced Prompt Tuning (DreamArtist): trains a positive and a negative embedding jointly, with guidance.
 
 Source: Dong et al. 2022 (arXiv 2211.11337); their webui extension, `scripts/dream_artist/cptuning.py`.
 """
@@ -36,13 +36,12 @@ from dreamfleet.trainers.models.learned_words import place_word
 from dreamfleet.trainers.models.vision.discriminator import Discriminator, load_discriminator
 from dreamfleet.trainers.optim.param_group import ParamGroup
 
-NEGATIVE_NOISE = (
-    1e-3  # standard deviation of what tells the negative's vectors from the positive's at the start
-)
+# Standard deviation of the noise that makes the negative's initial vectors differ from the positive's.
+NEGATIVE_NOISE = 1e-3
 
 
 class PromptTuning(DiffusionMethod):
-    """Teach a new word and what to steer away from, from one image: vectors for the prompt and its negative."""
+    """Train a new word, even from one image: vectors for the prompt and for the negative prompt."""
 
     formats = ("pt", "safetensors")
 
@@ -76,17 +75,17 @@ class PromptTuning(DiffusionMethod):
         ]
 
     def check_prompts(self, samples: Sequence[Sample], data: Any) -> str | None:
-        """Raise RecipeError where no prompt has the word; return a warning where some lack it."""
+        """Return a warning if some prompts lack the word, else None. Raises RecipeError if all lack it."""
         return check_templates(self.model, self._templates, self._word, samples, data)
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
-        """Fill a template line drawn for this use of the image with the placeholder and the image's caption."""
+        """Return a random template, filled with the placeholder token and the image's caption."""
         return fill_prompt(self._templates, self._word, sample, rng, data)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Turn prompts into ids ``[B, 2, 77]``: of what each is trained against, and its own.
+        """Return token ids ``[B, 2, T]``: those of each prompt's negative prompt, then those of the prompt.
 
-        ``[B, 2, 2, 77]`` for SDXL's two text encoders.
+        T is 77 per chunk. ``[B, 2, 2, T]`` for SDXL's two text encoders.
         """
         word, template = self._word, self.config.negative_prompt
         if template is None:
@@ -97,11 +96,14 @@ class PromptTuning(DiffusionMethod):
         return torch.stack([negatives, self.model.tokenize(prompts)], dim=1)
 
     def sample_losses(self, batch: Batch, *, snr_gamma: float | None = None) -> Tensor:
-        """Compute the noise loss of each sample ``[N]``, of the guided prediction."""
+        """Return the denoising loss of the guided prediction for each sample ``[N]``."""
         return self._noise_losses(batch, self._predict(batch)[1], snr_gamma)
 
     def forward(self, batch: Batch) -> Loss:
-        """Compute the noise loss of the guided prediction, plus the weighted losses of the decoded image."""
+        """Return the denoising loss of the guided prediction, plus the weighted losses of the decoded image.
+
+        With ``method.discriminator_replaces``, the losses of the decoded image replace the denoising loss.
+        """
         noisy, predicted = self._predict(batch)
         per_sample = self._noise_losses(batch, predicted, self.setting.snr_gamma)
         extras = {}
@@ -133,7 +135,7 @@ class PromptTuning(DiffusionMethod):
         noisy = model.add_noise(batch["latents"], batch["noise"], timesteps)
         ids = batch["input_ids"]
         pairs = model.encode_tokens(ids.flatten(0, 1)).map(lambda tensor: tensor.unflatten(0, ids.shape[:2]))
-        if "time_ids" in batch:  # both sides of a pair are of the same image
+        if "time_ids" in batch:  # both prompts of a pair belong to the same image
             pairs = pairs.with_sizes(batch["time_ids"][:, None].expand(-1, 2, -1))
         scale = guidance_at(self._guidance, model.noise_level(timesteps))
         return noisy, guided_prediction(model, noisy, timesteps, pairs, scale)
@@ -144,11 +146,12 @@ class PromptTuning(DiffusionMethod):
     def _image_losses(
         self, batch: Batch, noisy: Tensor, predicted: Tensor
     ) -> dict[str, tuple[Tensor, float]]:
-        """Decode what the prediction makes of each image and judge it: losses ``[N]`` and weights, by name.
+        """Return the losses ``[N]`` of the decoded image and their weights, by name.
 
-        Reconstruction is the mean absolute difference from the image, in pixels. That is its latents decoded, not the
-        file: cached latents have no file at hand, and what the VAE itself loses cannot be learned. The discriminator's
-        loss is what lacks to certainty that the image is of its class.
+        The decoded image is the prediction's estimate of the clean image. The reconstruction loss is its mean
+        absolute pixel difference from the decoded latents of the training image. The image file is not used:
+        it is not loaded when latents are cached, and what the VAE cannot represent cannot be learned. The
+        discriminator's loss is 1 - the probability of its class.
         """
         model, config = self.model, self.config
         found: dict[str, tuple[Tensor, float]] = {}

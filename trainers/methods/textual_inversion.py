@@ -1,4 +1,4 @@
-"""Textual Inversion: n new vectors in the text encoder's input learn what a set of images has in common.
+"""Textual Inversion: trains n new token embeddings to represent what a set of images has in common.
 
 Source: Gal et al. 2022 (arXiv 2208.01618); multi-vector form and initialisation as in AUTOMATIC1111's webui.
 """
@@ -32,7 +32,7 @@ from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
 class TextualInversion(DiffusionMethod):
-    """Teach a new word: n vectors learn, the model stays as it is. Kilobytes, combines with anything."""
+    """Train n vectors of a new word; the model is frozen. Exports kilobytes, usable with other artifacts."""
 
     formats = ("pt", "safetensors", "png")
 
@@ -48,7 +48,7 @@ class TextualInversion(DiffusionMethod):
         return True
 
     def start(self) -> dict[str, AdamState]:
-        """Start from ``initial_embedding``: its vectors and steps, and Adam's moments if their file is beside it."""
+        """Load ``initial_embedding`` and its steps; return Adam's moments if their file is beside it."""
         if self.config.initial_embedding is None:
             return {}
         vectors, self.steps_before, moments = vectors_from(
@@ -61,17 +61,18 @@ class TextualInversion(DiffusionMethod):
         return [ParamGroup("embedding", dict(self._learning))]
 
     def check_prompts(self, samples: Sequence[Sample], data: Any) -> str | None:
-        """Raise RecipeError where no prompt has the word; return a warning where some lack it."""
+        """Return a warning if some prompts lack the word, else None. Raises RecipeError if all lack it."""
         return check_templates(self.model, self._templates, self.config.placeholder_token, samples, data)
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
-        """Fill a template line drawn for this use of the image with the placeholder and the image's caption."""
+        """Return a random template, filled with the placeholder token and the image's caption."""
         return fill_prompt(self._templates, self.config.placeholder_token, sample, rng, data)
 
     def write(self, order: Export) -> list[Path]:
         """Write ``NAME.pt`` (webui), ``NAME.safetensors`` (diffusers) and ``NAME.png`` (image embedding).
 
-        Of SDXL both tables of a file are under kohya's names, which the webui reads too: ``clip_l`` and ``clip_g``.
+        For SDXL, a file has the vectors of both encoders under kohya's keys ``clip_l`` and ``clip_g``, which
+        the webui reads too.
         """
         return export_word(
             list(self._learning.values()),

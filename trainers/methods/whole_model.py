@@ -1,4 +1,4 @@
-"""What methods that tune the model itself share: which of its parts learn, whole or by LoRA, and what comes out."""
+"""Functions shared by methods that fine-tune the model, in full or by LoRA: trainable parts and exports."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ LORA_FORMATS = ("diffusers_lora", "kohya_lora")
 
 
 def usual_formats(config: WholeModelConfig) -> tuple[str, ...]:
-    """Return what an export writes when the recipe does not say."""
+    """Return the formats that an export writes by default."""
     return WHOLE_FORMATS[:2] if config.lora_rank is None else LORA_FORMATS
 
 
 def possible_formats(config: WholeModelConfig) -> tuple[str, ...]:
-    """Return all that an export can write; of a LoRA run also the model with the LoRA in its weights."""
+    """Return all formats that an export can write; for a LoRA run also models with the LoRA merged in."""
     return WHOLE_FORMATS if config.lora_rank is None else (*LORA_FORMATS, *WHOLE_FORMATS)
 
 
 def learning_parts(model: DiffusionModel, config: WholeModelConfig) -> nn.ModuleDict:
-    """Switch on learning in the U-Net and, on request, the text encoders -> one module that holds all that learns.
+    """Make the U-Net and, on request, the text encoders trainable; return one module that holds them.
 
-    One, so that one engine (DDP, DeepSpeed) wraps it all. With ``lora_rank`` it holds the matrices alone.
+    It is one module so that one engine (DDP, DeepSpeed) wraps all parts. With ``lora_rank`` it holds only the
+    LoRA matrices.
     """
     parts = model.trainable_parts(text=config.train_text_encoder)
     unread = model.unread_layers() if config.train_text_encoder else []
@@ -50,7 +51,7 @@ def learning_parts(model: DiffusionModel, config: WholeModelConfig) -> nn.Module
 
 
 def part_groups(learning: nn.ModuleDict) -> list[ParamGroup]:
-    """Return the learning parameters of each part as a group under the part's name."""
+    """Return the trainable parameters of each part as a group under the part's name."""
     return [
         ParamGroup(part, {f"{part}.{n}": p for n, p in module.named_parameters() if p.requires_grad})
         for part, module in learning.items()
@@ -58,9 +59,10 @@ def part_groups(learning: nn.ModuleDict) -> list[ParamGroup]:
 
 
 def export_tuned(config: WholeModelConfig, model: DiffusionModel, order: Export) -> list[Path]:
-    """Write the tuned model; of a LoRA run the LoRA in two layouts, and on request ``NAME-merged`` models.
+    """Write the tuned model, or for a LoRA run the LoRA in two layouts and on request ``NAME-merged`` models.
 
-    ``pytorch_lora_weights.safetensors`` is diffusers', ``NAME.safetensors`` kohya's, which the webui and ComfyUI read.
+    ``pytorch_lora_weights.safetensors`` has diffusers' layout, ``NAME.safetensors`` kohya's, which the webui
+    and ComfyUI read. Returns the paths.
     """
     if config.lora_rank is None:
         return export_checkpoints(model, order)
@@ -80,9 +82,10 @@ def export_tuned(config: WholeModelConfig, model: DiffusionModel, order: Export)
 
 
 def export_checkpoints(model: DiffusionModel, order: Export) -> list[Path]:
-    """Write ``diffusers/``, and a single file with webui's keys as ``NAME.safetensors`` or ``NAME.ckpt``.
+    """Write ``diffusers/``, and a single file with the webui's keys as ``NAME.safetensors`` or ``NAME.ckpt``.
 
-    A model that does not predict noise has a ``NAME.yaml`` beside its single file, which tells the webui.
+    If the model does not predict noise, a ``NAME.yaml`` beside the single file gives the webui its prediction
+    type. Returns the paths.
     """
     paths = []
     for form in order.formats:

@@ -1,4 +1,4 @@
-"""Builds the pieces of one run from its recipe: model, method, images, plan, feed and engine."""
+"""Builds the parts of one run from its recipe: model, method, data, batch plan, feed, engine and schedule."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ class Parts:
     rates: dict[str, Callable[[int], float]]
     schedule: Schedule
     global_batch: int
-    held_out: Index | None = None  # images that the method set apart to evaluate on
+    held_out: Index | None = None  # images that an image method reserves for evaluation
 
 
 def make_method(recipe: Recipe, sets: Sets | None, device: torch.device) -> Method:
-    """Load the model, build the method on it, and let the recipe's engine move both to the device."""
+    """Load the base model, build the method on it, and move both to ``device`` as the engine needs."""
     model = load_model(recipe.model, method_class(recipe.method).needs)
     method = build_method(recipe, model, concepts=sets.concepts if sets else ())
     dtype = DTYPES[recipe.train.mixed_precision] if device.type == "cuda" else None
@@ -71,9 +71,11 @@ def make_method(recipe: Recipe, sets: Sets | None, device: torch.device) -> Meth
 
 
 def assemble(recipe: Recipe, distributed: DistributedContext, *, begins: bool = True) -> Parts:
-    """Build every piece of a run. Raises the UserErrors of whatever is wrong with recipe, images or model.
+    """Build all parts of a run on this rank; every rank of the run calls it.
 
-    ``begins``: the files that the recipe starts from are read; a checkpoint, if one is loaded next, holds more.
+    ``begins``: read the file that the recipe starts from, such as ``initial_embedding``; False if a
+    checkpoint is loaded next, which contains it. Raises UserError for faults of the recipe, the images or the
+    model.
     """
     distributed.on_every_rank(lambda: check_machine(recipe, distributed))
     torch.manual_seed(recipe.train.seed)
@@ -144,7 +146,10 @@ def assemble(recipe: Recipe, distributed: DistributedContext, *, begins: bool = 
 
 
 def load_inputs(recipe: Recipe, distributed: DistributedContext) -> tuple[Sets, Method, LatentCache | None]:
-    """Load the data, the method on its model, and the cache of latents; the same on every rank."""
+    """Load the data, the method with its base model, and the latent cache (None without ``data.cache_dir``).
+
+    Raises StorageError on every rank if a rank reads different files than rank 0.
+    """
     compare_paths(by_key(named for named in recipe.paths if named.field.compared), distributed)
     sets = share_sets(recipe, distributed)
     method = distributed.on_every_rank(lambda: make_method(recipe, sets, distributed.device))
@@ -162,7 +167,10 @@ def load_inputs(recipe: Recipe, distributed: DistributedContext) -> tuple[Sets, 
 
 
 def share_sets(recipe: Recipe, distributed: DistributedContext) -> Sets:
-    """Index the data on rank 0, give the result to every rank, and make sure that each of them sees the same files."""
+    """Index the data on rank 0 and send the index to every rank.
+
+    Raises StorageError on every rank if a rank reads different files than rank 0.
+    """
 
     def load() -> Sets:
         known = known_files(recipe.data)
@@ -190,10 +198,10 @@ def make_engine(recipe: Recipe, method: Method, distributed: DistributedContext)
 
 
 def make_schedule(recipe: Recipe, plan: BatchPlan) -> Schedule:
-    """Work out the number of optimizer steps."""
+    """Return the number of optimizer steps, and the steps at which the run saves, evaluates and logs."""
     train = recipe.train
     total = train.max_train_steps or max(1, plan.steps_in(train.num_train_epochs or 0))
-    # A webui schedule string that ends early ends the training, as it does there.
+    # As in the webui, a schedule string whose last rate has an end step ends the training at that step.
     end = last_step(recipe.optimizer.learning_rate)
     total = min(total, end or total)
     save_at: frozenset[int] = frozenset()
@@ -210,7 +218,11 @@ def make_schedule(recipe: Recipe, plan: BatchPlan) -> Schedule:
 
 
 def check_machine(recipe: Recipe, distributed: DistributedContext) -> None:
-    """Refuse what this machine cannot do, or what the recipe lacks, before anything is loaded or made."""
+    """Check, before anything is loaded or generated, that the recipe can run on this machine.
+
+    Raises RecipeError if the length of the training is not set, ResourceError for settings that need a GPU or
+    a package that is not installed.
+    """
     require_runnable(recipe.train, recipe.optimizer, has_gpu=distributed.device.type == "cuda")
     if recipe.optimizer.name == "adamw8bit":
         import_adamw8bit()

@@ -1,4 +1,4 @@
-"""Checkpoint files: all that a resume needs, verified by a manifest that is written last."""
+"""Checkpoint files: the complete state that a resume needs, verified by a manifest that is written last."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ MANIFEST = "manifest.json"
 
 @dataclass
 class Checkpoint:
-    """The state after optimizer step ``step``."""
+    """The state of a run after optimizer step ``step``.
+
+    ``learned``: the trainable parameters by name; ``engine``: the rest of the engine's state, such as
+    optimizer moments and EMA weights; ``meta``: identity, versions and durations of the run.
+    """
 
     step: int
     learned: dict[str, Tensor]
@@ -36,8 +40,9 @@ class Checkpoint:
 class Checkpoints:
     """The ``checkpoints/`` folder of a run, on disk or in a bucket.
 
-    A checkpoint is valid if it has a manifest, which is written after the files that it names, and if the files have
-    the sizes and hashes of the manifest. Incomplete or changed checkpoints are skipped with a warning.
+    A checkpoint is valid if it has a manifest, which is written after the files that it names, and if the
+    files have the sizes and hashes of the manifest. Incomplete or changed checkpoints are skipped with a
+    warning.
     """
 
     def __init__(self, run: Storage, *, limit: int | None = None):
@@ -56,10 +61,10 @@ class Checkpoints:
     def save(
         self, step: int, *, learned: dict[str, Tensor], engine: dict[str, Any], meta: dict[str, Any]
     ) -> str:
-        """Write the checkpoint of ``step``, remove those beyond the limit except the best; return its folder's name.
+        """Write the checkpoint of ``step``, then remove those beyond the limit; return the folder's name.
 
-        Older ones are removed once the new one is complete. Raises StorageError, such as for a full disk, and leaves
-        the earlier ones intact.
+        The best checkpoint is not removed. Raises StorageError if the files cannot be written, for example on
+        a full disk; earlier checkpoints stay intact.
         """
         name = folder_name(step)
         writers: dict[str, Callable[[Path], object]] = {
@@ -70,7 +75,7 @@ class Checkpoints:
             ),
         }
         try:
-            # An incomplete one from before a crash: its manifest must not outlive its files.
+            # Remove what a crash may have left: its manifest must not remain beside new files.
             if self.storage.exists(name):
                 self.storage.remove(name)
             entries = {file: self._write(f"{name}/{file}", writer) for file, writer in writers.items()}
@@ -89,7 +94,7 @@ class Checkpoints:
 
     def prune(self, newest: int) -> None:
         """Remove checkpoints beyond the limit, counted from the one of step ``newest``, except the best."""
-        # Later ones are damaged, as the run was not resumed from them: they do not count.
+        # Later checkpoints do not count: the run was not resumed from them, so they are damaged.
         until_now = [step for step in self.steps() if step <= newest]
         for old in until_now[: -self.limit] if self.limit else []:
             if old != self.best:
@@ -100,7 +105,7 @@ class Checkpoints:
         self._remove_quietly(folder_name(step))
 
     def load_latest(self) -> Checkpoint | None:
-        """Read the newest valid checkpoint, None without one; skip damaged ones with a warning."""
+        """Read the newest valid checkpoint; None if there is none. Skip damaged ones with a warning."""
         for step in reversed(self.steps()):
             try:
                 return self.load(step)
@@ -109,14 +114,14 @@ class Checkpoints:
         return None
 
     def load(self, step: int) -> Checkpoint:
-        """Read the checkpoint of ``step``. Raises CheckpointError if it is not valid."""
+        """Read the checkpoint of ``step``. Raises CheckpointError if it is missing, damaged or not finite."""
         name = folder_name(step)
         try:
             manifest = json.loads(self.storage.read_text(f"{name}/{MANIFEST}"))
             wanted = {file: (entry["size"], entry["sha256"]) for file, entry in manifest["files"].items()}
         except (StorageError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"checkpoint {name}: its manifest cannot be read ({error})") from error
-        # Read from files, not from bytes, which would hold a whole model in memory twice.
+        # Tensors are loaded from files: to read a file into bytes first would hold the model in memory twice.
         with ExitStack() as stack:
             paths = {}
             for file, expected in wanted.items():
@@ -136,14 +141,14 @@ class Checkpoints:
                     engine=torch.load(paths["engine.pt"], map_location="cpu", weights_only=True),
                     meta=json.loads(paths["meta.json"].read_text(encoding="utf-8")),
                 )
-            except Exception as error:  # the hashes match: it was written wrongly
+            except Exception as error:  # the hashes match, so the file was faulty when it was written
                 raise CheckpointError(f"checkpoint {name} cannot be read: {error}") from error
         if bad := find_not_finite({"learned": loaded.learned, "engine": loaded.engine}):
             raise CheckpointError(f"checkpoint {name} was saved after the run diverged: {bad} is not finite")
         return loaded
 
     def digest(self, step: int) -> str:
-        """Return the hash of a checkpoint's manifest, which covers its files."""
+        """Return the sha256 of a checkpoint's manifest, which contains the hashes of its files."""
         return hashlib.sha256(self.storage.read_bytes(f"{folder_name(step)}/{MANIFEST}")).hexdigest()
 
     def _write(self, rel: str, writer: Callable[[Path], object]) -> dict[str, Any]:
@@ -159,7 +164,7 @@ class Checkpoints:
 
 
 def folder_name(step: int) -> str:
-    """Return the folder of a step's checkpoint."""
+    """Return the name of the folder of a step's checkpoint."""
     return f"step-{step:06d}"
 
 
@@ -168,7 +173,7 @@ def find_not_finite(state: Any, name: str = "") -> str | None:
     flags = dict(_finite_flags(state, name))
     if not flags:
         return None
-    home = next(iter(flags.values())).device  # one transfer for all tensors of a device
+    home = next(iter(flags.values())).device  # one transfer to the host for all tensors
     good = torch.stack([flag.to(home) for flag in flags.values()]).tolist()
     return next((name for name, is_good in zip(flags, good, strict=True) if not is_good), None)
 
@@ -189,5 +194,5 @@ def _measure(path: Path) -> tuple[int, str]:
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors refuses views and shared memory; a clone only where it is needed
+    # safetensors needs contiguous tensors; `contiguous` copies only where necessary
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

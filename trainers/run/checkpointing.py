@@ -1,4 +1,4 @@
-"""Saves the checkpoints of a run, and keeps the one with the lowest held-out loss beside the newest ones."""
+"""Saves the checkpoints of a run; keeps the newest ones and the one with the lowest held-out loss."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from dreamfleet.trainers.run.versions import versions
 
 
 class Checkpointing:
-    """Saves checkpoints; every rank calls each method, rank 0 writes.
+    """Saves the checkpoints of a run: every rank calls :meth:`save` and :meth:`keep_best`, rank 0 writes.
 
-    ``saved`` is the step of the newest complete checkpoint, the same on every rank. ``after_save`` runs on rank 0.
+    ``saved`` is the step of the newest complete checkpoint, the same on every rank; None before the first
+    one. ``after_save`` is called on rank 0 after each save.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Checkpointing:
         self.best_loss = math.inf
 
     def recall_best(self, run: Storage) -> None:
-        """Find the best checkpoint in the metrics of a resumed run; on rank 0."""
+        """Find the best existing checkpoint in the metrics of a resumed run; rank 0 only."""
         kept = set(self.checkpoints.steps())
         measured = [
             (line["holdout_loss"], line["step"])
@@ -51,34 +52,35 @@ class Checkpointing:
             self.best_loss, self.checkpoints.best = min(measured)
 
     def save(self, step: int) -> None:
-        """Save a checkpoint unless ``step`` has one; returns on every rank once it is complete.
+        """Save the checkpoint of ``step`` unless it was just saved; return on every rank once it is complete.
 
-        Raises RunFailed when a step has made weights, averages or optimizer moments infinite or NaN: the loss would
-        show it at the next step only.
+        Raises RunFailed if weights, EMA weights or optimizer moments are infinite or NaN, which the loss
+        shows one step later, and StorageError if the files cannot be written.
         """
         if step == self.saved:
             return
-        # On every rank: an engine that shards gathers here.
+        # Every rank calls these: an engine that shards the parameters gathers them here.
         learned, engine = self.parts.engine.weights(), self.parts.engine.state()
         self.parts.distributed.on_rank_0(lambda: self._write(step, learned, engine))
         self.saved = step
 
     def keep_best(self, step: int, loss: float) -> None:
-        """Save ``step`` when ``loss`` is the lowest held-out loss so far; the previous best may be removed.
+        """Save ``step`` if ``loss`` is the lowest held-out loss so far, and release the previous best.
 
-        It stays where the schedule saved it anyway and the limit allows. A loss that is not finite is never the best.
+        The previous best is kept only within the limit, and if the schedule saves its step or the run was
+        resumed from it. Rank 0's ``loss`` decides. Step 0 and a loss that is not finite are never the best.
         """
         distributed = self.parts.distributed
         if not distributed.broadcast(step > 0 and math.isfinite(loss) and loss < self.best_loss):
             return
-        # Protected before it is written: writing removes what is beyond the limit.
+        # Set `best` before saving: `save` removes the checkpoints beyond the limit, except the best.
         before, self.checkpoints.best, self.best_loss = self.checkpoints.best, step, loss
         self.save(step)
         distributed.on_rank_0(lambda: self._release(before, newest=step))
 
     @property
     def best(self) -> str | None:
-        """The folder name of the best checkpoint; of the newest where no held-out loss was measured."""
+        """Folder name of the best checkpoint, or of the newest if there is no best; None without any."""
         steps = self.checkpoints.steps()
         best = self.checkpoints.best
         return folder_name(best if best in steps else steps[-1]) if steps else None

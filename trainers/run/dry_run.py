@@ -1,4 +1,4 @@
-"""A dry run: each part of a run once, without keeping results, to find errors before a cluster is used."""
+"""A dry run: executes each part of a run once, keeps no results, and reports errors before the run."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class CheckLine(NamedTuple):
 
 
 def check_run(recipe: Recipe, *, device: str = "cpu") -> list[CheckLine]:
-    """Try images, weights, one training step and one export of a recipe; nothing is left behind.
+    """Check a recipe's output folder, images, model, one step and one export; return one line per check.
 
-    Class images are not generated here, as that can take hours: the step is tried without the prior.
-    Stops at the first thing that later ones need.
+    No files are kept. Class images are not generated, as that can take hours: the step runs without prior
+    preservation. A check that needs the result of a failed one is skipped.
     """
     with on_device(device, remedies=TRAINING) as settled:
         return _check_on(recipe, DistributedContext(device=settled))

@@ -1,4 +1,4 @@
-"""Measures a run's held-out images and draws its previews."""
+"""Computes a run's held-out loss, and generates and scores its preview images."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ log = logging.getLogger(__name__)
 
 
 class Evaluation:
-    """Held-out loss and preview images of a run; every rank calls each method and does its share.
+    """Held-out loss and preview images of a run: every rank calls :meth:`measure` and :meth:`draw`.
 
-    Raises the UserErrors of held-out images that cannot be read.
+    The work is divided between the ranks, except with an engine in lockstep, whose ranks all do all of it.
+    Raises UserError for held-out images that cannot be read.
     """
 
     def __init__(self, parts: Parts, recorder: Recorder):
         self.parts, self.recorder = parts, recorder
         recipe, distributed = parts.recipe, parts.distributed
-        # Ranks that work in lockstep all compute everything.
+        # With an engine in lockstep every rank computes everything.
         self.sharing = DistributedContext(device=distributed.device) if parts.engine.lockstep else distributed
         self.real = parts.sets.instances  # the images that previews are compared with
         self.held_out: HeldOutLoss | HeldOutImages | None = None
@@ -62,19 +63,19 @@ class Evaluation:
             )
 
     def write_real_images(self) -> None:
-        """Write ``samples/real.png``, training images in a grid; on rank 0."""
+        """Write a grid of up to 12 training images to ``samples/real.png``; rank 0 only."""
         images = self._load_real(self.parts.sets.instances)[:12]
         self.recorder.write_grid("samples/real.png", images, columns=min(6, len(images)))
 
     def measure(self) -> dict[str, float]:
-        """Return the figures of the held-out images, ``holdout_loss`` among them; {} without such images."""
+        """Return the metrics of held-out images, including ``holdout_loss``; {} without such images."""
         held_out, engine = self.held_out, self.parts.engine
         if held_out is None:
             return {}
         return engine.evaluate(lambda: held_out.figures(engine))
 
     def draw(self, step: int) -> None:
-        """Draw the preview grid of a step; rank 0 writes it, with scores where the recipe names metrics."""
+        """Generate the preview images of a step; rank 0 writes their grid and logs their scores."""
         parts, validation = self.parts, self.parts.recipe.validation
         if not validation.prompts:
             return

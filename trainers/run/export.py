@@ -22,9 +22,10 @@ from dreamfleet.trainers.run.webui_optimizer import OPTIM, require_resumable, wr
 def export_run(target: str, formats: Sequence[str], out: str | None = None) -> list[str]:
     """Export a run's newest checkpoint, or the one ``target`` names (``RUN/checkpoints/step-000500``).
 
-    ``out`` is a folder or bucket, the run's own ``exports/`` when None. The format ``optim`` stands for ``pt`` and the
-    webui's optimizer file beside it. Returns the written addresses. Raises RecipeError for a folder that is not a run,
-    CheckpointError if there is no complete checkpoint.
+    ``out`` is a folder or an address in a bucket; None: the run's ``exports/`` folder. The format ``optim``
+    writes ``pt`` and the webui's optimizer file beside it. Returns the paths or addresses of the written
+    files. Raises RecipeError for a folder that is not a run and for a format that the run's method lacks,
+    CheckpointError if there is no valid checkpoint.
     """
     run, step = find_checkpoint(target)
     recipe = read_recipe(run)
@@ -57,7 +58,7 @@ def export_run(target: str, formats: Sequence[str], out: str | None = None) -> l
 def export_artifacts(
     recipe: Recipe, method: Method, storage: Storage, *, step: int, dataset_hash: str
 ) -> list[str]:
-    """Write a run's artifacts into ``storage`` in the formats that its recipe names; return their names."""
+    """Write a run's artifacts into ``storage`` in its recipe's formats; return the file names."""
     with tempfile.TemporaryDirectory(prefix="dreamfleet-export-") as folder:
         paths = write_artifacts(recipe, method, Path(folder), step=step, dataset_hash=dataset_hash)
         for path in paths:
@@ -74,7 +75,7 @@ def write_artifacts(
     dataset_hash: str,
     formats: Sequence[str] | None = None,
 ) -> list[Path]:
-    """Write artifacts into a local folder, in the recipe's formats unless ``formats`` are given; return their paths."""
+    """Write artifacts into a local folder; return their paths. ``formats``: None for the recipe's formats."""
     return method.export(
         Export(
             folder,
@@ -88,7 +89,7 @@ def write_artifacts(
 
 
 def find_checkpoint(target: str) -> tuple[Storage, int | None]:
-    """Split ``RUN`` or ``RUN/checkpoints/step-000500`` into the run folder and the step (None: the newest)."""
+    """Split ``RUN`` or ``RUN/checkpoints/step-000500`` into run folder and step (None: the newest)."""
     head, _, last = target.rstrip("/").rpartition("/")
     if last.startswith("step-") and last.removeprefix("step-").isdigit():
         return Storage(head.removesuffix("/checkpoints")), int(last.removeprefix("step-"))
@@ -105,7 +106,7 @@ def read_recipe(run: Storage) -> Recipe:
 
 
 def load_method(recipe: Recipe, found: Checkpoint) -> Method:
-    """Build the run's method on its base model with the checkpoint's weights: the EMA weights if it has them."""
+    """Build the run's method on the CPU with a checkpoint's weights, or its EMA weights if it has them."""
     method = make_method(recipe, None, torch.device("cpu"))
     method.load_state(found.learned)
     method.steps_before = found.meta.get("steps_before", 0)
@@ -113,7 +114,6 @@ def load_method(recipe: Recipe, found: Checkpoint) -> Method:
         with torch.no_grad():
             for group in method.groups():
                 for name, param in group.params.items():
-                    param.data = found.engine["ema"][
-                        name
-                    ].float()  # also where the weights have lower precision
+                    # in float32, also for parameters of lower precision
+                    param.data = found.engine["ema"][name].float()
     return method

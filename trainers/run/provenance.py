@@ -1,4 +1,4 @@
-"""Where a run comes from, for its checkpoints, its recipe.yaml and its artifacts: versions, data, base model."""
+"""Provenance of a run (versions, dataset, base model) for its checkpoints, recipe.yaml and artifacts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dreamfleet.trainers.run.versions import versions
 
 
 def run_identity(parts: Parts) -> dict[str, Any]:
-    """Return what must stay the same for a resumed run to equal an uninterrupted one."""
+    """Return the values that must not change if a resumed run is to equal an uninterrupted one."""
     return {
         "dataset_hash": parts.sets.instances.content_hash,
         "base_model_hash": parts.method.base.content_hash,
@@ -36,9 +36,9 @@ def provenance(parts: Parts, engine_reason: str) -> str:
 
 
 def artifact_metadata(recipe: Recipe, step: int, *, dataset_hash: str, base: Base) -> dict[str, str]:
-    """Return what is written into every artifact, as strings: recipe, steps, dataset and base model hashes."""
+    """Return the metadata of each artifact, as strings: version, method, step, recipe, data, base model."""
     resolved = recipe.model_dump(mode="json")
-    # Artifacts are passed on, and whose disk the images lay on is nobody's business.
+    # Artifacts are published, so folder names, which may be private, are removed from all paths.
     resolved = _without_folders(resolved)
     return {
         "dreamfleet_version": versions().get("dreamfleet", "unknown"),

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Writes the run folder on rank 0; on other ranks, where :meth:`open` is not called, logging does nothing."""
+    """Writes the run folder on rank 0; on other ranks :meth:`open` is not called, and logging does nothing."""
 
     def __init__(
         self, parts: Parts, run: Storage, *, on_progress: Callable[[dict[str, Any]], None] | None = None
@@ -33,7 +33,7 @@ class Recorder:
         self.scores: dict[str, float] = {}  # of the newest previews
 
     def open(self, start_step: int, *, engine_reason: str) -> None:
-        """Write ``recipe.yaml`` and open the metrics."""
+        """Write ``recipe.yaml`` and open ``metrics.jsonl``, and TensorBoard if ``report_to`` names it."""
         recipe = self.parts.recipe
         head = provenance(self.parts, engine_reason)
         self.run.write_text("recipe.yaml", head + recipe.to_yaml())
@@ -42,7 +42,7 @@ class Recorder:
             self.board = TensorBoard(self.run, start_step=start_step)
 
     def log(self, line: dict[str, Any]) -> None:
-        """Write a line of metrics."""
+        """Write a line of metrics to the loggers, and pass it to ``on_progress`` with ``total_steps``."""
         if self.metrics is not None:
             self.metrics.log(line)
             if self.board is not None:
@@ -51,7 +51,7 @@ class Recorder:
                 self.on_progress({**line, "total_steps": self.parts.schedule.total})
 
     def log_scores(self, step: int, scores: dict[str, float]) -> None:
-        """Write the scores of a step's previews; the newest are in the summary too."""
+        """Log the scores of a step's previews; the summary contains the newest scores."""
         self.scores.update(scores)
         self.log({"step": step, **scores})
 
@@ -79,7 +79,7 @@ class Recorder:
         from dreamfleet.trainers.artifacts.usage import describe
         from dreamfleet.trainers.report.report import write_report
 
-        # A resumed run that had nothing left to do measured nothing in this session: its figures are the logged ones.
+        # A completed run that is resumed measures nothing in this session: its figures are read from the log.
         summary.figures = {**logged_figures(self.run), **summary.figures, **self.scores}
         self.run.write_text("summary.json", json_text(dataclasses.asdict(summary), indent=1))
         self.flush()

@@ -1,4 +1,4 @@
-"""One run from beginning to end, as each worker does it: no Ray in here."""
+"""Executes one whole run on one worker; does not use Ray."""
 
 from __future__ import annotations
 
@@ -45,11 +45,12 @@ def run_worker(
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     waited: float = 0.0,
 ) -> Summary:
-    """Train a whole run on this worker; every worker of the run calls it with the same recipe.
+    """Train a whole run on this worker; return the run's summary, which is the same on every rank.
 
-    ``gpu_share``: the share of the device's memory that the run may fill, where other processes use it as well.
-    ``waited``: the seconds before this worker was started, for the start-up figure. Returns the same summary on every
-    rank.
+    Every worker of the run calls it with the same recipe. ``gpu_share``: the fraction of the device's memory
+    that the run may use, below 1 if other processes use the device too. ``resume``: continue from the newest
+    valid checkpoint, if there is one. ``should_stop`` is polled every step; True saves a checkpoint and ends
+    the run. ``waited``: the seconds before this worker was started, which count as start-up.
     """
     clock = Clock(waited)
     with on_device(device, remedies=TRAINING) as settled:
@@ -61,7 +62,7 @@ def run_worker(
         with closing(parts.engine):
             start_step = _restore(found, parts) if found else 0
             clock.resume(found.meta.get("seconds", {}) if found else {})
-            del found  # three times as large as the trainable parameters
+            del found  # free its memory: up to three times that of the trainable parameters
             recorder = Recorder(parts, Storage(recipe.output_dir), on_progress=on_progress)
             checkpointing = Checkpointing(
                 parts, checkpoints, clock, start_step=start_step, after_save=recorder.flush
@@ -79,7 +80,7 @@ def run_worker(
 def _open(
     recorder: Recorder, checkpointing: Checkpointing, evaluation: Evaluation, engine_reason: str
 ) -> None:
-    """Start the run folder; of a new run evaluate the untuned model."""
+    """Write the first files of the run folder; for a new run, evaluate with ``sample_at_first``."""
     parts, start_step = recorder.parts, checkpointing.start_step
 
     def begin() -> None:
@@ -130,7 +131,7 @@ def _train(parts: Parts, start_step: int, hooks: Hooks, recorder: Recorder) -> O
             hooks=hooks,
         )
     finally:
-        recorder.flush()  # a run that fails keeps its metrics too
+        recorder.flush()  # also after an error, so that a failed run keeps its metrics
 
 
 def _summarise(parts: Parts, outcome: Outcome, checkpointing: Checkpointing, engine_reason: str) -> Summary:
@@ -190,9 +191,10 @@ def _finish(parts: Parts, recorder: Recorder, summary: Summary, clock: Clock) ->
 
 
 def newest_checkpoint(checkpoints: Checkpoints, distributed: DistributedContext) -> Checkpoint | None:
-    """Read the newest checkpoint that rank 0 finds whole, on every rank; None when there is none.
+    """Read on every rank the newest checkpoint that is valid on rank 0; return None if there is none.
 
-    Raises CheckpointError on every rank when one of them cannot read it, StorageError when one reads another.
+    Raises CheckpointError on every rank if a rank cannot read it, StorageError if a rank reads different
+    content.
     """
     kept: list[Checkpoint | None] = []
 
@@ -212,7 +214,11 @@ def newest_checkpoint(checkpoints: Checkpoints, distributed: DistributedContext)
 
 
 def _restore(found: Checkpoint, parts: Parts) -> int:
-    """Load a checkpoint into a run's parts; return its step. Raises CheckpointError for one of another recipe."""
+    """Load a checkpoint into a run's parts; return its step.
+
+    Raises CheckpointError if the checkpoint is of another method or does not fit the recipe. Logs a warning
+    if dataset, base model, global batch or seed changed.
+    """
     recipe, is_main = parts.recipe, parts.distributed.is_main
     name = found.meta.get("method")
     if name != recipe.method.name:

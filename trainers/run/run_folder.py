@@ -1,4 +1,4 @@
-"""Opens, checks and locks run folders; names of the files that a run keeps beside its results."""
+"""Opens, checks and locks run folders; defines the names of their metrics, log, stop and marker files."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from dreamfleet.trainers.recipe import Recipe
 
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "run.log"
-STOP_FILE = "STOP"  # written by the driver or by hand: the run saves a checkpoint and ends
+STOP_FILE = "STOP"  # written by the driver or by a user: the run then saves a checkpoint and ends
 MARKER_PREFIX = ".seen-"  # of files that test whether machines share a folder
-LEFTOVERS = (LOG_FILE, STOP_FILE)  # what an attempt that failed before it became a run may leave
+LEFTOVERS = (LOG_FILE, STOP_FILE)  # files that may remain after a start that failed before training
 
 logger = logging.getLogger(__name__)
 
 
 def is_used(folder: Storage) -> bool:
-    """Return whether a folder holds more than a failed start leaves: log, stop file, markers, empty folders."""
+    """Return whether a folder holds more than log, stop file, markers and empty folders of a failed start."""
     if any(name not in LEFTOVERS and not name.startswith(MARKER_PREFIX) for name in folder.list()):
         return True
     return any(folder.has_files(name) for name in folder.list_dirs())
 
 
 def open_run_folder(recipe: Recipe, *, resume: bool) -> Storage:
-    """Return the run folder of a recipe; one that holds a run only with ``resume``.
+    """Return the run folder of a recipe; it may hold a run only with ``resume``.
 
-    Raises RecipeError if the folder holds something else or a run that is not to be resumed, CheckpointError if it
-    holds a run of another method.
+    Raises RecipeError if the folder holds other files, or holds a run and ``resume`` is False;
+    CheckpointError if it holds a run of another method.
     """
     run = Storage(recipe.output_dir)
     if not is_used(run):
@@ -61,11 +61,12 @@ def open_run_folder(recipe: Recipe, *, resume: bool) -> Storage:
 
 @contextmanager
 def locked(run: Storage) -> Iterator[None]:
-    """Lock a run folder for this process; remove it, or the leftovers in it, if it did not become a run.
+    """Lock a run folder within this context; at the end, remove the files and folder of a failed start.
 
-    Raises RecipeError if another process trains into the folder, StorageError if it cannot be created. A local folder
-    is locked itself (no lock file), until the process ends. The lock excludes processes of this machine; whether it
-    excludes other machines that mount the folder depends on the file system. Buckets are not locked.
+    Raises RecipeError if another process trains into the folder, StorageError if it cannot be created. The
+    lock is on the local folder itself (no lock file) and ends with the process at the latest. It excludes
+    processes of this machine; whether it excludes other machines that mount the folder depends on the file
+    system. Buckets are not locked. A start has failed if the folder has no ``recipe.yaml``.
     """
     with _locked_on_disk(Path(run.path())) if run.is_local else contextlib.nullcontext():
         try:
@@ -100,7 +101,7 @@ def _locked_on_disk(folder: Path) -> Iterator[None]:
 def _lock(descriptor: int, folder: Path) -> None:
     try:
         locked = lock_descriptor(descriptor, blocking=False)
-    except OSError as error:  # some network file systems support no locks
+    except OSError as error:  # for example a network file system without locks
         logger.debug("%s cannot be locked: %s", folder, error)
         return
     if not locked:

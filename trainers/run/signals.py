@@ -1,4 +1,4 @@
-"""Turns SIGINT and SIGTERM into the stop file of a run."""
+"""Writes the stop file of a run when the driver receives SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ class Stop:
         self.requested = threading.Event()
 
     def listen(self) -> None:
-        """Install the signal handlers, also over Ray's, which it installs when it starts; only in the main thread."""
+        """Install the signal handlers, in the main thread only.
+
+        Ray installs its own when it starts: call this again after that.
+        """
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 signal.signal(number, self._handle)
@@ -49,9 +52,10 @@ class Stop:
 
 @contextmanager
 def stop_on_signal(run: Storage, say: Callable[[str], None]) -> Iterator[Stop]:
-    """Within this context SIGINT and SIGTERM write the stop file that workers watch; not outside the main thread.
+    """Handle SIGINT and SIGTERM within this context by writing the stop file, which the workers watch.
 
-    On an exception the stop file stays, so that workers which outlive the driver end too.
+    Signals are handled in the main thread only. After an exception the stop file remains, so that workers
+    that are still running end too.
     """
     stop = Stop(run, say)
     with contextlib.suppress(UserError):

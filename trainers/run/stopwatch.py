@@ -1,4 +1,4 @@
-"""Durations of a run's phases, measured within one process: clocks of machines differ."""
+"""Durations of a run's phases, measured by one process's monotonic clock, as machines' clocks differ."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Clock:
         self.train += before.get("train", 0.0)
 
     def ready(self) -> None:
-        """End the start-up; training begins."""
+        """End the start-up phase and begin the training phase."""
         self.lap()
         self._is_ready = True
 
     def lap(self) -> dict[str, float]:
-        """Return the seconds of each phase until now."""
+        """Return the seconds of each phase until now, by ``start_up`` and ``train``."""
         now = time.monotonic()
         passed, self._since = now - self._since, now
         if self._is_ready:

@@ -1,4 +1,4 @@
-"""TensorBoard event files of a run, on disk or uploaded to a bucket."""
+"""Writes the TensorBoard event files of a run, on disk or by upload to a bucket."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TensorBoard:
         self.run, self._local = run, None
         if run.is_local:
             folder = run.path("tensorboard")
-        else:  # event files are appended to, which a bucket cannot do; they are uploaded with every flush
+        else:  # a bucket has no append: event files are written locally and uploaded with every flush
             self._local = tempfile.TemporaryDirectory(prefix="dreamfleet-tensorboard-")
             folder = self._local.name
         self._writer = SummaryWriter(folder, purge_step=start_step + 1 if start_step else None, flush_secs=10)
@@ -34,11 +34,11 @@ class TensorBoard:
                 self._writer.add_scalar(tag, value, line["step"])
 
     def log_image(self, tag: str, image: Image.Image, step: int) -> None:
-        """Write an RGB image."""
+        """Write an RGB image ``[H, W, 3]`` under ``tag``."""
         self._writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Write all events to the run folder."""
+        """Write all events so far to the run folder."""
         self._writer.flush()
         if self._local is not None:
             self.run.upload(Path(self._local.name), "tensorboard")

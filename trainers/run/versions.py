@@ -1,4 +1,4 @@
-"""Versions of the packages and of dreamfleet's code that a run is made with."""
+"""Versions of Python, of packages and of dreamfleet's git commit, recorded with a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PACKAGES = ("dreamfleet", "torch", "diffusers", "transformers", "ray", "deepspee
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that affect a run's results; ``commit`` if dreamfleet runs from a git checkout."""
+    """Return the versions that affect a run's results, and ``commit`` if this is a git checkout."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -24,8 +24,8 @@ def versions() -> dict[str, str]:
 
 
 def git_commit(checkout: Path) -> str:
-    """Return a checkout's commit, with ``-dirty`` if files differ from it; "" for a folder that is no checkout."""
-    if not (checkout / ".git").exists():  # an installed wheel may lie inside another project's checkout
+    """Return a checkout's commit (12 digits, ``-dirty`` if files differ); "" if it is not a checkout."""
+    if not (checkout / ".git").exists():  # a wheel may be installed inside another project's checkout
         return ""
     command = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
     try:

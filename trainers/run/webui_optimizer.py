@@ -1,4 +1,4 @@
-"""Exchange of Adam's moments with the webui: writes `NAME.pt.optim`, and starts an engine from such a file."""
+"""Exchange of Adam's moments with the webui: writes `NAME.pt.optim`, and loads its moments into an engine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPTIM = "optim"  # the export format
 
 
 def require_resumable(recipe: Recipe, method: Method) -> None:
-    """Raise RecipeError if the webui has no optimizer file for a run."""
+    """Raise RecipeError if the webui has no optimizer file for a run's method, model or optimizer."""
     if not isinstance(method, TextualInversion | HypernetworkMethod):
         raise RecipeError(
             f"{method.name} has no export format {OPTIM!r}: the webui trains embeddings and hypernetworks only"
@@ -46,16 +46,16 @@ def require_resumable(recipe: Recipe, method: Method) -> None:
 
 
 def write_optimizer_state(recipe: Recipe, found: Checkpoint, artifact: Path) -> Path:
-    """Write the `.optim` beside an exported `.pt`, from the checkpoint that it was exported from.
+    """Write a checkpoint's Adam moments to `.optim` beside the `.pt` exported from it; return its path.
 
-    Raises CheckpointError for a checkpoint from before the first step.
+    Raises CheckpointError for a checkpoint that was saved before the first step.
     """
     entries: Mapping[int, Mapping[str, Any]] = found.engine["optimizer"]["state"]
     if not entries:
         raise CheckpointError(
             "the checkpoint is from before the first step: its optimizer has no moments yet"
         )
-    # By parameter in the order of the method's group, which is the webui's: a hypernetwork's widths ascend in its file.
+    # The webui's parameter order is that of the method's group: in a hypernetwork file widths ascend.
     states = tuple(
         AdamState(float(entry["step"]), entry["exp_avg"], entry["exp_avg_sq"])
         for _, entry in sorted(entries.items())
@@ -75,9 +75,9 @@ def write_optimizer_state(recipe: Recipe, found: Checkpoint, artifact: Path) -> 
 
 
 def take_over(engine: Engine, moments: Mapping[str, AdamState], weights: Mapping[str, Tensor]) -> None:
-    """Set the moments of a new engine's Adam, by name; ``weights`` are the whole ones that it was made with.
+    """Load Adam's moments, by parameter name, into a new engine; optimizers other than AdamW ignore them.
 
-    Another optimizer than AdamW starts anew.
+    ``weights``: the unsharded initial weights of the engine, by name, which its EMA weights start from.
     """
     if engine.optimizer_name != "adamw":
         log.info("optimizer.name: %s starts anew; moments are taken over by adamw", engine.optimizer_name)

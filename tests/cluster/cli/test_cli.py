@@ -1,4 +1,4 @@
-"""The command line: results on stdout, one message and an exit code for every way to end, heavy imports last."""
+"""Test the command line: output on stdout, one message and exit code per outcome, deferred imports."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def recipe(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(folder: Path, recipe: Path) -> tuple[Path, dict[str, Any]]:
-    """A Textual Inversion run made by the command line itself."""
+    """Train Textual Inversion with the command line; return the run folder and the parsed JSON summary."""
     out = folder / "word"
     result = run(
         "train",
@@ -231,7 +231,7 @@ def test_sample_draws_with_the_word_a_run_learned(trained: tuple[Path, dict[str,
     for reading in ([], ["--max-token-length", "150"], ["--clip-skip", "2"]):
         assert run("sample", "--model", folder / "model", *long, *reading).exit_code == 0
         drawn.append(Image.open(folder / "long.png").tobytes())
-    # A long prompt gets the chunks that it needs whether or not more are asked for.
+    # A long prompt is always encoded in as many chunks as it needs, so --max-token-length changes nothing.
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -251,7 +251,7 @@ def test_convert_and_export(trained: tuple[Path, dict[str, Any]], folder: Path) 
 
 
 def test_ctrl_c_saves_and_ends_with_130(recipe: Path, folder: Path) -> None:
-    """In-process; the same on Ray is in test_cluster_fit.py."""
+    """Test Ctrl-C in one process; tests/trainers/driver/test_fit_on_ray.py tests it on Ray."""
     out = folder / "stopped"
     words = [
         "train",

@@ -1,4 +1,4 @@
-"""Submission without a cluster: the package of a job, its metadata, the server's address and the exit code."""
+"""Test job submission without a cluster: package, metadata and exit code of a job, and server addresses."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_local_files_are_packaged_and_the_recipe_finds_them(tmp_path: Path) -> N
     recipe = make_recipe(
         tmp_path,
         method={"name": "textual_inversion", "placeholder_token": "<cat>", "template_file": str(templates)},
-        validation__holdout=str(tmp_path / "more" / "pictures"),  # a second folder of the same name
-        validation__prompts=["/imagine a cat"],  # no path, though it looks like one
+        validation__holdout=str(tmp_path / "more" / "pictures"),  # second folder named "pictures"
+        validation__prompts=["/imagine a cat"],  # not a path, although it starts with a slash
     )
     package = pack(recipe)
     assert package.recipe.output_dir == BUCKET
@@ -82,13 +82,13 @@ def test_urls_hub_names_and_shared_folders_are_not_packaged(tmp_path: Path) -> N
         tmp_path,
         model__pretrained_model_name_or_path="some/hub-name",
         data__instance_data_dir="s3://bucket/cat",
-        data__class_data_dir="/mnt/everywhere/cats",  # only the cluster has it
+        data__class_data_dir="/mnt/everywhere/cats",  # exists on the cluster only
         output_dir="/mnt/everywhere/runs/cat",
     )
     package = pack(recipe, shared=["/mnt/everywhere/"])
     assert package.recipe == recipe
     assert package.files == {}
-    check_here(recipe)  # none of it can be checked on this machine
+    check_here(recipe)  # does not check paths and names that are not on this machine
 
 
 def test_a_concepts_file_is_resolved_before_packaging(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_concepts_file_is_resolved_before_packaging(tmp_path: Path) -> None:
 def test_a_package_over_the_limit_names_the_largest_path_and_remedies(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path)
     with open(tmp_path / "pictures" / "huge.png", "wb") as file:
-        file.truncate(300 * 2**20)  # takes no room on disk, and is not read
+        file.truncate(300 * 2**20)  # sparse file: uses no disk space and is never read
     with pytest.raises(
         RecipeError, match=r"data\.instance_data_dir: .*/pictures .*300 MiB.*200 MiB.*s3://.*--shared"
     ):
@@ -117,7 +117,7 @@ def test_a_package_over_the_limit_names_the_largest_path_and_remedies(tmp_path: 
 def test_local_outputs_and_missing_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"output_dir .*s3://BUCKET/PREFIX.*--shared"):
         pack(make_recipe(tmp_path, output_dir="runs/cat"))
-    with pytest.raises(RecipeError, match=r"output_dir"):  # only a prefix of the name is shared
+    with pytest.raises(RecipeError, match=r"output_dir"):  # shares only a string prefix
         pack(make_recipe(tmp_path, output_dir="/mnt/everywhere2/cat"), shared=["/mnt/everywhere"])
     with pytest.raises(RecipeError, match=r"validation\.holdout: .*/nowhere/at/all .*--shared /nowhere/at"):
         pack(make_recipe(tmp_path, validation__holdout="/nowhere/at/all"))
@@ -164,7 +164,7 @@ def test_the_wheel_holds_the_running_code_and_is_named_by_its_content(tmp_path: 
 
 
 class FakeClient:
-    """Ray's client with a queue of logs: each connection yields one list of texts, or breaks where an error stands."""
+    """Ray's job client with scripted logs: a connection yields a list of texts or raises an error."""
 
     def __init__(self, *connections: list[str | BaseException], states: list[str] | None = None):
         self.connections = list(connections)
@@ -213,10 +213,11 @@ def test_a_job_is_sent_with_code_inputs_and_time_to_save(tmp_path: Path) -> None
     environment = sent["runtime_env"]["env_vars"]
     assert int(environment["RAY_JOB_STOP_WAIT_TIME_S"]) >= 600
     assert environment["DREAMFLEET_RESUME_WITH"] == "dreamfleet submit ... -- train 'my cat.yaml' --resume"
+    # The user's values take precedence over the defaults.
     assert (environment["SECRET"], environment["TQDM_DISABLE"]) == (
         "shh",
         "0",
-    )  # the user's values take precedence
+    )
     assert "shh" not in json.dumps([sent["metadata"], sent["entrypoint"], reported])
     assert sent["metadata"]["output_dir"] == BUCKET
     assert sent["metadata"]["command"] == "train 'my cat.yaml' --resume"
@@ -225,7 +226,7 @@ def test_a_job_is_sent_with_code_inputs_and_time_to_save(tmp_path: Path) -> None
 
 
 def test_the_job_gets_the_shared_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On an autoscaling cluster, a run accepts local paths only in these."""
+    """Test that a job is given --shared: on an autoscaling cluster, a run accepts only these local paths."""
     client = FakeClient()
     monkeypatch.setattr(jobs, "job_server", lambda address: nullcontext(JobServer(client, "http://head")))
     recipe = tiny.write_recipe(tmp_path / "r.yaml", tiny.make_recipe(tmp_path))
@@ -263,8 +264,8 @@ def test_variables_are_given_or_taken_from_the_environment_and_never_shown() -> 
         ("FAILED", 1, 1),
         ("FAILED", 2, 2),
         ("FAILED", 130, 130),
-        ("FAILED", 127, 1),  # no python on the machine
-        ("FAILED", None, 1),  # the job never started, or its machine died
+        ("FAILED", 127, 1),  # "python" not found on the machine
+        ("FAILED", None, 1),  # the job did not start, or its machine failed
     ],
 )
 def test_exit_code_of_a_job(state: str, driver: int | None, code: int) -> None:
@@ -277,14 +278,14 @@ def test_exit_code_of_a_job(state: str, driver: int | None, code: int) -> None:
     ("driver", "error_type", "message", "reason", "resumable"),
     [
         (-9, "JOB_ENTRYPOINT_COMMAND_ERROR", "failed", "SIGKILL, as .* memory", True),
-        (137, "JOB_ENTRYPOINT_COMMAND_ERROR", "failed", "SIGKILL", True),  # as a shell reports it
+        (137, "JOB_ENTRYPOINT_COMMAND_ERROR", "failed", "SIGKILL", True),  # by a shell: 128 + signal
         (-11, None, "failed", "SIGSEGV.*compiled", True),
         (-15, None, "failed", "SIGTERM$", True),
         (1, None, "failed", "exit code 1", True),
         (127, None, "failed", "exit code 127", True),
         (255, None, "failed", "exit code 255", True),
         (130, None, "failed", "interrupted", True),
-        (2, None, "failed", "exit code 2", False),  # the user has to fix something first
+        (2, None, "failed", "exit code 2", False),  # needs a correction by the user
         (None, "JOB_SUPERVISOR_ACTOR_DIED", "its node died.\nID: 1", "its node died$", True),
         (None, "RUNTIME_ENV_SETUP_FAILURE", "no such wheel", "no such wheel", False),
         (None, None, "", "does not say why", False),
@@ -353,7 +354,7 @@ def test_a_silent_server_is_reported_within_seconds(monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def web_server() -> Iterator[str]:
-    """An HTTP server that is not Ray."""
+    """Serve an HTTP server that is not Ray; yield its URL."""
 
     class NotRay(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -369,7 +370,7 @@ def web_server() -> Iterator[str]:
 
 
 def test_a_web_server_that_is_not_ray_is_reported(web_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")  # Ray's own client would go there instead
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")  # Ray's own client would use this address instead
     with pytest.raises(ResourceError, match=f"{web_server} .*404"):
         with jobs.job_server(web_server):
             pass
@@ -400,5 +401,5 @@ def test_the_submitted_command_is_validated_before_it_is_sent(
     assert "'max_train_steps'" in error("--", "train", recipe, "train.max_train_step=4")
     assert "output_dir" in error("--", "train", recipe)
     assert "NOT_SET" in error("--env", "NOT_SET", "--", "train", recipe, f"output_dir={BUCKET}")
-    # Only the cluster is missing; options after the command belong to it, also without `--`.
+    # Only the cluster is missing. Options after the command belong to the command, also without `--`.
     assert "no Ray job server" in error("train", recipe, f"output_dir={BUCKET}", "--resume")

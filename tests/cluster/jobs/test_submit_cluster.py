@@ -1,4 +1,4 @@
-"""Submission to a real head node with token authentication: stop, resume, failures and exit codes."""
+"""Test submission to a real head node with token authentication: stop, resume, failures and exit codes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SECRET = "open-sesame"
 
 @dataclass(frozen=True)
 class Head:
-    """A head node that accepts jobs of clients with its token."""
+    """A Ray head node that accepts jobs from clients with its token."""
 
     address: str
     token: str
@@ -53,13 +53,12 @@ class Head:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """A head node with its own session, ports and folders; other Ray clusters on this machine are not affected."""
+    """Start a head node whose session, ports and folders are isolated from other Ray clusters."""
     port, dashboard, agent, agent_grpc, client = _free_ports(5)
-    folder = tempfile.mkdtemp(
-        prefix="dreamfleet-", dir="/tmp"
-    )  # short, since the path of a socket is limited
+    # A short path, because the length of a socket path is limited.
+    folder = tempfile.mkdtemp(prefix="dreamfleet-", dir="/tmp")
     head = Head(f"http://127.0.0.1:{dashboard}", uuid.uuid4().hex * 2, Path(folder))
-    programs = Path(sys.executable).parent  # jobs start `python` and `pip` by name
+    programs = Path(sys.executable).parent  # jobs run `python` and `pip` by name
     environment = {
         **os.environ,
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
@@ -85,7 +84,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     finally:
         for number in (signal.SIGTERM, signal.SIGKILL):
             try:
-                os.killpg(process.pid, number)  # the workers end with the other processes of Ray
+                os.killpg(process.pid, number)  # the workers end together with Ray's other processes
                 process.wait(timeout=5)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
@@ -94,7 +93,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 @pytest.fixture(autouse=True)
 def client(head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Give this process the cluster's address and token, and a home folder without a token."""
+    """Set the cluster's address and token in this process, and a home folder without a token."""
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN", head.token)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head.address)
@@ -113,7 +112,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(folder: Path) -> Path:
-    """A run of more steps than a test waits for, on one Ray worker."""
+    """Write a recipe for one Ray worker with more steps than any test waits for; return its path."""
     tree = tiny.make_recipe(
         folder,
         output_dir=str(folder / "runs" / "cat"),
@@ -181,7 +180,10 @@ def test_a_stopped_job_saves_and_is_resumed(recipe: Path, head: Head) -> None:
 
 
 def test_an_error_on_the_cluster_ends_with_its_exit_code(recipe: Path) -> None:
-    """Needs the run of the test above: its output_dir exists. The error comes from the code in the wheel."""
+    """Test the exit code of an error raised by the code in the wheel.
+
+    Depends on the test above, whose run leaves an existing output_dir.
+    """
     refused = submit(recipe, options=("--follow", "--env", "DREAMFLEET_VERBOSE=1"))
     assert refused.exit_code == 2
     assert "--resume" in refused.stderr
@@ -222,7 +224,7 @@ def test_a_job_whose_driver_is_killed_reports_it_and_is_resumed(recipe: Path, he
 
 
 def _driver_of(job_id: str) -> int:
-    """Return the process of a job's driver."""
+    """Return the process id of a job's driver."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command, variables = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()

@@ -1,4 +1,4 @@
-"""The labelling page: its keys, its file, and which requests it serves."""
+"""Test the labelling page: its keys, the label file, and which requests the server accepts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Page:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Four images, one of them in a subfolder, and one that cannot be read."""
+    """Return a folder with four images, one of them in a subfolder, and one unreadable file."""
     tiny.make_images(tmp_path / "p", 3)
     tiny.make_images(tmp_path / "p" / "sea", 1, seed=9)
     (tmp_path / "p" / "001x.png").write_bytes(b"not an image")
@@ -224,7 +224,7 @@ def test_images_are_upright_scaled_and_broken_ones_named(tmp_path: Path) -> None
     large = Image.new("RGB", (3200, 800), "red")
     large.paste("blue", (0, 0, 1600, 800))
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotated to the right
+    exif[0x0112] = 6  # orientation 6: rotated by 90 degrees clockwise
     large.save(tmp_path / "a.jpg", exif=exif)
     (tmp_path / "b.png").write_bytes(b"not an image")
     labelling = Labelling(str(tmp_path), str(tmp_path / "l.json"), ["x", "y"])

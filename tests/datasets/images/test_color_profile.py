@@ -1,4 +1,4 @@
-"""Conversion of colour profiles to sRGB, for every format and mode of images."""
+"""Test the conversion of colour profiles to sRGB for every image format and mode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from dreamfleet.datasets.images.images import open_image, open_with_alpha
 
 
 def profile(name: str) -> bytes:
-    """Return a colour profile with the primaries of Adobe RGB, of sRGB with another name, or for another space."""
+    """Return an ICC profile as bytes.
+
+    The name selects Adobe RGB primaries, sRGB, LAB, or a greyscale profile and its gamma (`grey1.0`).
+    """
     if name == "sRGB":
         return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     if name == "LAB":
@@ -76,9 +79,9 @@ def test_profiles_are_converted_to_srgb(kind: str) -> None:
     plain = open_image(saved(green, kind, **exact), uri="a")
     wide = open_image(saved(green, kind, icc_profile=profile("Adobe"), **exact), uri="a")
     assert plain.getpixel((8, 8)) == pytest.approx((60, 200, 60), abs=3)
-    # Adobe RGB's green is outside sRGB: red is clipped to 0.
+    # Adobe RGB's green is outside the sRGB gamut, so red is clipped to 0.
     assert wide.getpixel((8, 8))[0] < 5 and wide.getpixel((8, 8))[1] == pytest.approx(200, abs=4)
-    assert "icc_profile" not in wide.info  # saved again, it would be converted twice
+    assert "icc_profile" not in wide.info  # otherwise a saved copy would be converted again
     same = open_image(saved(green, kind, icc_profile=profile("sRGB"), **exact), uri="a")
     assert same.tobytes() == plain.tobytes()
 
@@ -92,7 +95,7 @@ def test_unusable_profiles_are_ignored(broken: bytes) -> None:
 
 def test_grey_transparent_and_deep_images_with_profiles() -> None:
     ramp = Image.linear_gradient("L").resize((16, 16))
-    linear = profile("grey1.0")  # half the light is 188 in sRGB
+    linear = profile("grey1.0")  # linear: 50 % intensity is 188 in sRGB
     half = Image.new("L", (8, 8), 128)
     for image, given, grey in (
         (half, linear, 188),

@@ -1,4 +1,4 @@
-"""Extreme aspect ratios are cropped before they are enlarged; all other crops are unchanged bit for bit."""
+"""Test that images of extreme aspect ratio are cropped before upscaling; other crops are bit-identical."""
 
 from __future__ import annotations
 

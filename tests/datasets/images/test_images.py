@@ -1,4 +1,4 @@
-"""Decoding of all supported formats, and errors of broken files."""
+"""Test the decoding of all supported formats, and the errors for damaged files."""
 
 import io
 import struct
@@ -20,7 +20,7 @@ from dreamfleet.datasets.images.images import (
     to_tensor_range,
 )
 
-QUADRANTS = np.zeros((20, 30, 3), np.uint8)  # unlike in every corner, so that each turn shows
+QUADRANTS = np.zeros((20, 30, 3), np.uint8)  # one colour per quadrant: every rotation is visible
 QUADRANTS[:10, :15] = (250, 10, 10)
 QUADRANTS[:10, 15:] = (10, 250, 10)
 QUADRANTS[10:, :15] = (10, 10, 250)
@@ -34,9 +34,8 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def close(a: np.ndarray, b: np.ndarray, within: int = 12) -> bool:
-    return a.shape == b.shape and bool(
-        (np.abs(a.astype(int) - b.astype(int)) <= within).mean() > 0.8
-    )  # edges blur
+    # Interpolation blurs the edges between colours, so 20 % of the values may differ.
+    return a.shape == b.shape and bool((np.abs(a.astype(int) - b.astype(int)) <= within).mean() > 0.8)
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:
@@ -120,7 +119,8 @@ def test_sixteen_bit_grey_with_a_transparent_value():
     rows = b"".join(b"\x00" + struct.pack(">HH", 1000, 65535) for _ in range(2))
     data = png(2, 2, 16, 0, rows, chunk(b"tRNS", struct.pack(">H", 1000)))
     np.testing.assert_array_equal(np.asarray(open_with_alpha(data, uri="a")[1]), [[0, 255], [0, 255]])
-    assert (np.asarray(open_image(data, uri="a")) == 255).all()  # transparent over white, and white
+    # Transparent pixels are composited over white; the other pixels are white.
+    assert (np.asarray(open_image(data, uri="a")) == 255).all()
 
 
 def test_sixteen_bit_rgb():
@@ -188,7 +188,7 @@ def test_empty_text_and_lfs_pointer():
         open_image(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", uri="a.png")
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow warns of some of what is broken
+@pytest.mark.filterwarnings("ignore")  # Pillow warns about some of the damaged files
 def test_random_bytes_after_a_valid_header_raise_only_data_errors():
     rng = np.random.default_rng(0)
     for kind in ("PNG", "JPEG", "GIF", "WEBP", "TIFF"):
@@ -212,7 +212,7 @@ def test_decompression_bombs_are_refused_by_their_header():
         open_image(encode(Image.new("RGB", (40, 40)), "PNG"), uri="a.png", max_pixels=1599)
     with pytest.raises(DataError, match="too large"):
         open_image(png(60000, 60000, 1, 0, b""), uri="a.png")
-    with pytest.raises(DataError, match="10000 x 8000"):  # refused by the header; the file has no pixels
+    with pytest.raises(DataError, match="10000 x 8000"):  # rejected by the header; the file has no pixel data
         check_image(png(10000, 8000, 8, 2, b""), uri="a.png", max_pixels=1_000_000)
     assert before == Image.MAX_IMAGE_PIXELS
 

@@ -1,4 +1,4 @@
-"""Masks: found beside images or in a folder of their own, cut as their image is cut, mean 1."""
+"""Test masks: found beside images or in a mask folder, cropped like their image, normalised to mean 1."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def with_alpha(alpha: np.ndarray) -> bytes:
 def test_weights_have_mean_one_and_are_aligned_with_the_image(
     alpha: list[int], flip: bool, same: bool
 ) -> None:
-    # 3 x 2 cells of 8 pixels with an opacity each; the webui computes NaN if all are equal.
+    # 3 x 2 cells of 8 x 8 pixels, one opacity each. The webui computes NaN if all opacities are equal.
     cells = np.array(alpha if not same else alpha[:1] * 6).reshape(2, 3)
     data = with_alpha(cells.repeat(8, 0).repeat(8, 1))
     cut = cut_image(data, ImageView(0, flip=flip, size=(24, 16)), uri="a", size=1, weighted=True)
@@ -59,7 +59,7 @@ def test_weights_have_mean_one_and_are_aligned_with_the_image(
 
 
 def test_a_mask_of_any_size_is_cropped_like_its_image() -> None:
-    # The left half is white; the image is wide, so that a crop at the left has more of it than one at the right.
+    # The mask's left half is white. The image is wide, so a left crop contains more white than a right crop.
     image = Image.new("RGB", (64, 32), "red")
     mask = np.zeros((16, 32), np.uint8)
     mask[:, :16] = 255
@@ -76,7 +76,7 @@ def test_a_mask_of_any_size_is_cropped_like_its_image() -> None:
         assert cut.shape == (32, 32, 4) and (cut[..., :3] == [255, 0, 0]).all()
         shares.append(cut[..., 3].mean() / 255)
     assert shares[0] > 0.9 and shares[1] < 0.1
-    # Transparent parts of a mask are black, and a mask has priority over the alpha channel.
+    # Transparent parts of a mask count as black, and a mask takes precedence over the alpha channel.
     cut = cut_image(
         with_alpha(np.full((8, 8), 255)),
         ImageView(0),
@@ -104,7 +104,7 @@ def test_weights_of_attention_maps_are_those_of_dreamartist() -> None:
 
 @pytest.fixture
 def masked(tmp_path: Path) -> Path:
-    """Images a and b, a mask beside a and one for b in a folder of masks."""
+    """Return a folder with images a and b, a mask beside a, and a mask for b in a separate mask folder."""
     folder = tmp_path / "pictures"
     for name in "ab":
         (folder / "deep").mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def test_masks_are_found_and_not_indexed(masked: Path) -> None:
         )
         == 3
     )
-    # Without its image, a file of that name is indexed.
+    # Without image a, a.mask.png is indexed as an image.
     (masked / "pictures" / "deep" / "a.png").unlink()
     assert masks_of(build_index(folder)) == {"a.mask": None, "b": None}
 

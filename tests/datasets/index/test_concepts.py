@@ -1,4 +1,4 @@
-"""The `data:` section, other projects' names for it, and the folders it describes."""
+"""Test the `data:` section, its aliases from other projects, and the folder layouts it describes."""
 
 import json
 from pathlib import Path
@@ -91,7 +91,7 @@ def test_one_subject(tmp_path):
     for seed in range(3):
         put(tmp_path, f"{seed}.png", image(seed))
     put(tmp_path, "1.txt", "its own words")
-    put(tmp_path, "class/other.png", image(9))  # class images within the folder are not of the subject
+    put(tmp_path, "class/other.png", image(9))  # class images inside the folder are not subject images
     sets = load_sets(
         DataConfig(
             instance_data_dir=str(tmp_path),

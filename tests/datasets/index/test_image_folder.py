@@ -1,4 +1,4 @@
-"""The rules for files of an image folder, which all commands share: pairing, skipped files, reports."""
+"""Test the rules for files of an image folder, shared by all commands: pairing, skipped files, reports."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(*words: Any) -> Any:
 
 
 def fill(folder: Path, files: dict[str, str | bytes | None]) -> Path:
-    """Write files; None makes an image."""
+    """Write the files into the folder; None as content writes an image. Return the folder."""
     for seed, (name, content) in enumerate(files.items()):
         kind = "JPEG" if name.lower().endswith("jpg") else "PNG"
         put(folder, name, image(seed, (24, 24), kind) if content is None else content)
@@ -55,24 +55,24 @@ def captions(folder: Path, **how: Any) -> dict[str, str | None]:
 @pytest.mark.parametrize(
     ("files", "found"),
     [
-        # The most specific file has priority over the order of extensions.
+        # The most specific file name takes precedence over the order of extensions.
         ({"x.jpg": None, "x.png": None, "x.txt": "s", "x.jpg.txt": "w"}, {"x.jpg": "w", "x.png": "s"}),
         ({"x.jpg": None, "x.txt": "s", "x.jpg.caption": "w"}, {"x.jpg": "w"}),
         ({"x.jpg": None, "x.png": None, "x.txt": "both"}, {"x.jpg": "both", "x.png": "both"}),
         # A file with an image's full name belongs to that image only.
         ({"x.jpg": None, "x.jpg.png": None, "x.jpg.txt": "w"}, {"x.jpg": "w", "x.jpg.png": None}),
         ({"a.txt.png": None, "a.png": None, "a.txt": "a"}, {"a.txt.png": None, "a.png": "a"}),
-        # Extensions in any case.
+        # Extensions in upper, lower or mixed case.
         ({"a.JPG": None, "b.png": None, "a.TXT": "a", "b.CAPTION": "b"}, {"a.JPG": "a", "b.png": "b"}),
         ({"a.jpg": None, "a.JPG.Txt": "a"}, {"a.jpg": "a"}),
         ({"a.png": None, "METADATA.JSONL": '{"file_name": "a.PNG", "Text": "a"}'}, {"a.png": "a"}),
         ({"a.png": None, "Metadata.CSV": "File_Name, caption\na.png,a"}, {"a.png": "a"}),
-        # Either Unicode form, for files and in tables.
+        # Either Unicode normal form, in file names and in tables.
         ({f"{NFD}.png": None, f"{NFC}.txt": "a"}, {f"{NFD}.png": "a"}),
         ({f"{NFC}/{NFC}.png": None, f"{NFD}/{NFD}.png.txt": "a"}, {f"{NFC}/{NFC}.png": "a"}),
         ({f"{NFC}.png": None, "metadata.jsonl": json.dumps({"file_name": f"{NFD}.png", "text": "a"})},
          {f"{NFC}.png": "a"}),
-        # Tables of other systems and programs.
+        # Tables written by other operating systems and programs.
         ({"s/a.png": None, "metadata.csv": "file_name,prompt\ns\\a.png,a"}, {"s/a.png": "a"}),
         ({"a.png": None, "metadata.jsonl": '{"file_name": "./a.png", "text": ["one", "two"]}'}, {"a.png": "one\ntwo"}),
         ({"a.png": None, "metadata.jsonl": b'\xef\xbb\xbf{"file_name": "a", "text": "a"}'}, {"a.png": "a"}),
@@ -167,7 +167,7 @@ def test_editing_tags_loses_no_caption(tmp_path: Path) -> None:
     assert written == {
         "a.txt": "a, new\n", "x.jpg.txt": "x jpg, new\n", "x.png.txt": "x png, new\n", "s/x.txt": "s x, new\n"
     }  # fmt: skip
-    # Captions written beside the same images are read back as they were.
+    # Captions written beside the same images are read back unchanged.
     for name, text in written.items():
         put(source, name, text)
     assert captions(source) == {
@@ -199,7 +199,7 @@ def test_captions_by_a_model_go_to_files_of_their_own(
     from dreamfleet.trainers.models.vision import wd_tagger
 
     class Names:
-        """Tags images by their colour."""
+        """A stand-in for the tagger; `reported` below returns the tags."""
 
     def reported(storage: Any, names: Any, *rest: Any) -> Any:
         return [(name, [f"of {name}"]) for name in names]
@@ -211,7 +211,7 @@ def test_captions_by_a_model_go_to_files_of_their_own(
     assert sorted(os.listdir(tmp_path / "out")) == ["x.jpg.txt", "x.png.txt", "y.txt"]
     wd_tagger.caption_folder(str(tmp_path / "set"), model, how)  # type: ignore[arg-type]
     assert captions(tmp_path / "set") == {name: f"of {name}" for name in ("x.jpg", "x.png", "y.png")}
-    assert not (tmp_path / "set" / "y.txt").exists()  # the empty file existed before
+    assert not (tmp_path / "set" / "y.txt").exists()  # y.TXT, which is empty, existed before and was used
     fill(tmp_path / "shared", {"x.jpg": None, "x.png": None, "x.txt": "both"})
     for existing in ("append", "replace"):
         wd_tagger.caption_folder(str(tmp_path / "shared"), model, wd_tagger.Tagging(existing=existing))  # type: ignore[arg-type]
@@ -360,7 +360,7 @@ def test_held_out_and_class_images_inside_the_set(tmp_path: Path) -> None:
     assert set(reported) == {"hold", "class", "out"} and "held-out" in reported["hold"]
     classes = load_class_images(str(tmp_path / "class"), recipe.data)
     assert classes is not None and len(classes) == 2
-    # Conversely, training images within the held-out or class images.
+    # Conversely, training images inside the held-out or class folder.
     inner = recipe.data.model_copy(update={"instance_data_dir": str(tmp_path / "hold")})
     assert "b.png" not in [Path(uri).name for uri in load_held_out(str(tmp_path), inner).column("uri")]
     same = recipe.data.model_copy(update={"class_data_dir": str(tmp_path)})
@@ -384,7 +384,8 @@ def test_files_that_should_be_images_are_reported(tmp_path: Path) -> None:
     assert set(bad) == {"noending", "b.jpg_large", "c.heic", "d.CR2", "e.svg", "f.MP4", "embedding.png"}
     assert "PNG" in bad["noending"] and "JPEG" in bad["b.jpg_large"] and "Convert" in bad["d.CR2"]
     (orphans,) = index.skipped
-    assert "orphan.txt" in orphans.reason and orphans.files == 1  # c.txt is of an image that cannot be read
+    # c.txt is not an orphan: it belongs to an unreadable image.
+    assert "orphan.txt" in orphans.reason and orphans.files == 1
     shown = run("data", "inspect", tmp_path).stdout
     assert "orphan.txt" in shown and ".md: 1" in shown and "hidden and system files: 2" in shown
 
@@ -479,7 +480,7 @@ def test_kohya_subfolder_instead_of_its_parent_is_refused(
     shown = run("train", recipe, "scaling.num_workers=0")
     assert shown.exit_code == 2 and f"Use its parent, {(tmp_path / images).parent}" in shown.stderr
     above = load_recipe(recipe, [f"data.train_data_dir={tmp_path}"])
-    if "/" in images:  # two levels above them
+    if "/" in images:  # the repeat folder is two levels below data.train_data_dir
         load_sets(above.data)
         assert "are not used" in caplog.text
     else:

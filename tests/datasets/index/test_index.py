@@ -1,4 +1,4 @@
-"""Folders of images to an index: ids, captions, and every way a folder can be bad."""
+"""Test the index of an image folder: ids, captions, and every kind of invalid folder."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ def test_columns_sizes_and_order(tmp_path):
 
 def test_the_index_does_not_depend_on_location_or_listing_order(tmp_path, monkeypatch):
     for seed in range(8):
-        put(tmp_path / "a", f"{seed}.png", image(seed % 5))  # three copies among them
+        put(tmp_path / "a", f"{seed}.png", image(seed % 5))  # three images have a copy
         put(tmp_path / "a", f"{seed}.txt", f"caption {seed}")
     shutil.copytree(tmp_path / "a", tmp_path / "b" / "elsewhere")
     one = build_index(str(tmp_path / "a"))
@@ -169,7 +169,7 @@ def test_missing_folder_and_file_instead_of_folder(tmp_path):
 
 
 def test_permissions_denied():
-    """Not in pytest's folders, which other users cannot enter."""
+    """Test the report of unreadable files; the folder is outside pytest's, which other users cannot enter."""
     folder = Path(tempfile.mkdtemp(prefix="dreamfleet-test-"))
     user = os.geteuid()
     try:

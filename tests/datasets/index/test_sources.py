@@ -1,4 +1,4 @@
-"""Image sources from outside the tree: training, inspecting and caching images that no folder holds as files."""
+"""Test image sources from outside the tree: training, inspection and caching without image files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "toy_source.py"
 
 
 def pack(pictures: Path, folder: Path, *, empty: int = 0) -> Path:
-    """Write the images and captions of a folder as the example's source reads them; ``empty`` entries have no bytes."""
+    """Write a folder's images and captions in the example source's format; return the new folder.
+
+    The last ``empty`` entries have no bytes.
+    """
     folder.mkdir()
     entries: list[dict[str, Any]] = []
     data = b""
@@ -57,7 +60,7 @@ def pack(pictures: Path, folder: Path, *, empty: int = 0) -> Path:
 
 @pytest.fixture
 def toy() -> Iterator[type[Source]]:
-    """The example's source, registered in this process."""
+    """Register the example's source in this process; yield its class."""
     source = SOURCES.register("toy")(runpy.run_path(str(EXAMPLE))["ToySource"])
     yield source
     SOURCES.unregister("toy")
@@ -65,7 +68,7 @@ def toy() -> Iterator[type[Source]]:
 
 @pytest.fixture
 def folders(tmp_path: Path, toy: type[Source]) -> tuple[Path, Path]:
-    """The same images as files, and packed."""
+    """Return two folders with the same images: as files, and in the example source's format."""
     pictures = tiny.make_images(tmp_path / "pictures", 6, captions=True)
     return pictures, pack(pictures, tmp_path / "packed", empty=1)
 
@@ -233,7 +236,7 @@ def test_a_source_may_describe_several_subjects(folders: tuple[Path, Path], tmp_
 
 @pytest.fixture
 def installed(tmp_path: Path) -> dict[str, str]:
-    """The environment of a process in which the example is an installed package."""
+    """Return the environment variables of a process in which the example is an installed package."""
     site = tmp_path / "site"
     info = site / "toy_source-1.0.dist-info"
     info.mkdir(parents=True)

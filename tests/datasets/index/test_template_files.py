@@ -1,4 +1,4 @@
-"""Files of prompt templates."""
+"""Test files of prompt templates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The latent cache: runs read the latents they would encode, and none that are stale or incomplete."""
+"""Test the latent cache: cached latents equal an uncached run's; no stale or incomplete ones are used."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NATIVE = {"method": {"name": "native"}}
 
 
 def recipe_of(folder: Path, **changes: Any) -> Recipe:
-    """A recipe with a cache in the folder; ``data__cache_dir=None`` encodes during the run."""
+    """Return a recipe whose cache is in the folder; ``data__cache_dir=None`` encodes during the run."""
     return build_recipe(tiny.make_recipe(folder, **{"data__cache_dir": str(folder / "cache"), **changes}))
 
 
@@ -55,7 +55,7 @@ def counts(made: CacheMade) -> tuple[int, int]:
 
 
 class Flat:
-    """Encodes an image as a constant, the colour of its first pixel; counts the images."""
+    """An encoder that maps an image to a constant, the colour of its first pixel, and counts the images."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -109,13 +109,13 @@ def test_small_sets_are_resident_and_large_ones_read_on_use(tmp_path: Path) -> N
     assert kind(data__source="stream") is CachedLatents
     images = tiny.make_images(tmp_path / "many", 150)
     many = {"data__instance_data_dir": str(images), "data__resident_limit_mb": 1}
-    cache_latents(recipe_of(tmp_path, data__resolution=64, **many))  # 150 x 8 KiB of latents
+    cache_latents(recipe_of(tmp_path, data__resolution=64, **many))  # 150 images x 8 KiB of latents
     assert kind(**many) is CachedLatents
     assert kind(**many, data__source="resident") is ResidentLatents
 
 
 def test_a_run_trains_on_the_cached_latents(tmp_path: Path) -> None:
-    """The feed returns modified latents, so no image was encoded."""
+    """Test that the feed returns the latents of the cache, which are modified here to detect encoding."""
     recipe = recipe_of(tmp_path, data__latent_sampling="deterministic")
     cache_latents(recipe)
     (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
@@ -135,7 +135,7 @@ def test_a_run_trains_on_the_cached_latents(tmp_path: Path) -> None:
 
 
 class Flat4:
-    """Encodes every image as the constant 3."""
+    """An encoder that maps every image to latents of the constant 3, shape (4, 8, 8)."""
 
     def __call__(self, cuts: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
         return [dict.fromkeys(("mean", "std"), np.full((4, 8, 8), 3, np.float32)) for _ in cuts]
@@ -151,7 +151,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, source: str) 
 
 
 def test_latents_do_not_depend_on_the_rest_of_the_batch() -> None:
-    """On a CPU, the last bits of an image of 64 pixels depend on the batch size."""
+    """Test that each image encodes to equal latents in any batch.
+
+    On a CPU, a plain encoder call gives a 64-pixel image different last bits for another batch size.
+    """
     model = load_model(ModelConfig(pretrained_model_name_or_path="pocket"), {"vae"})
     cuts = list(np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8))
     together = encode_cuts(cuts, model)
@@ -310,7 +313,7 @@ def test_a_renamed_cache_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_cache_is_continued(tmp_path: Path) -> None:
-    """Only the unfinished shard is encoded again; all files are complete."""
+    """Test that only the unfinished shard is encoded again, and that all files are complete afterwards."""
     tiny.make_images(tmp_path / "pictures", 30)
     recipe = recipe_of(tmp_path)
     message: list[tuple[int, int]] = []
@@ -390,7 +393,7 @@ def test_an_image_that_changes_while_encoding_is_an_error(tmp_path: Path) -> Non
 
 
 def test_unchanged_files_are_not_read_again(tmp_path: Path) -> None:
-    """Stamps are trusted: a file that changes without a change of its stamp is not noticed."""
+    """Test that a file with an unchanged stamp is not read again, even if its content has changed."""
     images = tiny.make_images(tmp_path / "pictures", 6)
     Image.new("L", (48, 48), 90).save(images / "001.mask.png")
     for file in images.iterdir():

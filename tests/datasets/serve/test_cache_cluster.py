@@ -1,4 +1,4 @@
-"""The cache made by actors on a real local Ray, from disk and from a bucket into one, and read by a run."""
+"""Test the cache written by actors on a local Ray, from disk and between buckets, and its use in a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from servers import S3Server, s3_server  # noqa: F401 - a fixture
+from servers import S3Server, s3_server  # noqa: F401  (a fixture)
 
 from dreamfleet.datasets.errors import DataError, RunFailed, UserError
 from dreamfleet.datasets.index.file_hashes import known_files
@@ -25,7 +25,7 @@ from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.trainers.run.run import run_worker
 
 pytestmark = [pytest.mark.cluster, pytest.mark.s3]
-ONE_CPU = {"scaling": {"num_workers": 2, "resources_per_worker": {"CPU": 1}}}  # one thread, as the tests have
+ONE_CPU = {"scaling": {"num_workers": 2, "resources_per_worker": {"CPU": 1}}}  # one thread, as in the tests
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def local_ray(s3_server: S3Server) -> Iterator[Any]:  # noqa: F811
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
-        s3_server.set_environment(patch)  # actors are given it, as they are on a cluster
+        s3_server.set_environment(patch)  # actors receive these variables, as on a cluster
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         yield ray
         ray.shutdown()
@@ -116,7 +116,8 @@ def test_decoding_by_other_tasks_and_errors_of_actors(tmp_path: Path, local_ray:
     index = build_index(str(tmp_path / "pictures"))
     shards = make_shards(jobs_of(index, recipe.data), workers=1)
     model = load_model(recipe.model, {"vae"})
-    apart = Pool(1, {"CPU": 0.5}, {}, decode_apart=True)  # Ray would join stages that ask the same
+    # Ray would fuse stages with equal CPU requests.
+    apart = Pool(1, {"CPU": 0.5}, {}, decode_apart=True)
     encoding = encoding_of(recipe.data, model.encoder_hash)
     folder = write_manifest(Storage(str(recipe.data.cache_dir)), encoding)
     asked = functools.partial(VaeEncoder, recipe.model, device="cpu", threads=1)

@@ -1,4 +1,4 @@
-"""Streaming of images through a local Ray in plan order, from disk and from S3."""
+"""Test the streaming of images through a local Ray in plan order, from disk and from S3."""
 
 import itertools
 import time
@@ -74,12 +74,13 @@ def test_the_queue_of_decoded_images_is_limited_in_bytes():
 def local_ray(s3_server):  # noqa: F811
     import ray
 
+    # Without the bucket's keys: the stream sends them to the tasks.
     ray.init(
         address="local",
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
-    )  # without the keys of the bucket: the stream brings them along
+    )
     yield ray
     ray.shutdown()
 
@@ -180,5 +181,5 @@ def test_a_cluster_without_a_free_cpu_is_reported(local_ray, tmp_path):
             next(stream)
     finally:
         local_ray.kill(hog)
-    stream._thread.join(timeout=30)  # now that there is a CPU, the abandoned window ends
+    stream._thread.join(timeout=30)  # a CPU is free now, so the abandoned window can finish
     assert not stream._thread.is_alive()

@@ -1,4 +1,4 @@
-"""The retry policy for requests to a bucket, with servers that fail in every way."""
+"""Test the retry policy for bucket requests with servers that fail in every way."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_policy_is_bounded_in_attempts_and_seconds(monkeypatch: pytest.Monke
 
 
 class Server(ThreadingHTTPServer):
-    """An S3 server with one object, whose first ``failures`` requests fail by ``fail``."""
+    """An S3 server with one object; its first ``failures`` requests fail by calling ``fail``."""
 
     daemon_threads = True
 
@@ -130,7 +130,7 @@ def serving(fail: Callable[[Any], None], failures: float, methods: str) -> Itera
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The policy with shorter waits: 5 attempts, 1.2 s after the first failure, 0.5 s for an answer."""
+    """Shorten the policy: 5 attempts, at most 1.2 s after the first failure, 0.5 s per answer."""
     monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.005)
     monkeypatch.setattr(retry, "PATIENCE_SECONDS", 1.2)
     monkeypatch.setattr(object_store, "ANSWER_SECONDS", 0.5)
@@ -173,7 +173,7 @@ def test_transient_failures_are_retried(fail: Any, action: Any, method: str, res
 def test_lasting_failures_are_given_up(fail: Any, action: Any, method: str, result: Any) -> None:
     with serving(fail, float("inf"), method) as server, pytest.raises(StorageError, match=r"127\.0\.0\.1"):
         action(Storage("s3://bucket/x"))
-    # aiohttp resends a request at once when a kept-alive connection turns out to be closed.
+    # aiohttp resends a request immediately if its kept-alive connection turns out to be closed.
     assert ATTEMPTS <= server.seen.count(method) <= (2 * ATTEMPTS if fail is hang_up else ATTEMPTS)
 
 
@@ -188,7 +188,10 @@ def test_an_answer_that_breaks_off_is_requested_again(fail: Any, action: Any) ->
 @pytest.mark.parametrize("fail", [say_nothing, stall])
 @pytest.mark.parametrize("action", [read, names])
 def test_a_silent_server_is_given_up_in_time(fail: Any, action: Any) -> None:
-    """At most two attempts of the default 60 seconds, or five short ones."""
+    """Test that a server that never answers fails the request in bounded time.
+
+    The default policy makes at most two attempts that time out (60 s each); this one has shorter limits.
+    """
     began = time.monotonic()
     with serving(fail, float("inf"), "GET HEAD" if fail is say_nothing else "GET") as server:
         with pytest.raises(StorageError, match="no answer"):

@@ -1,4 +1,4 @@
-"""Files on disk and on a real S3 server, through the same interface."""
+"""Test file storage on disk and on a real S3 server through one interface."""
 
 import os
 import pickle
@@ -63,7 +63,7 @@ def test_write_read_list_remove(storage):
 
 
 def test_empty_folders_do_not_exist(storage, tmp_path):
-    """Empty folders on disk, and markers made by a console or Hadoop."""
+    """Test that folders without files do not exist, on disk and as S3 markers of a console or Hadoop."""
     assert not storage.has_files()
     storage.write_text("gone/below/a.txt", "x")
     assert storage.has_files() and storage.has_files("gone")
@@ -116,7 +116,7 @@ def test_names_that_leave_the_folder_are_refused(storage, tmp_path):
 
 
 def test_the_longest_name_of_the_file_system(tmp_path):
-    name = "猫" * 83 + ".txt"  # 253 of 255 bytes
+    name = "猫" * 83 + ".txt"  # 253 of at most 255 bytes
     Storage(tmp_path).write_text(name, "x")
     assert Storage(tmp_path).list() == [name]
 
@@ -262,7 +262,10 @@ def test_killed_while_writing_leaves_the_old_file(tmp_path):
 
 @pytest.fixture
 def small_disk():
-    """A file system of 64 KiB, not in folders that a concurrent pytest run removes."""
+    """Mount a file system of 64 KiB; yield its path.
+
+    The path is outside pytest's folders, which a concurrent pytest run may remove.
+    """
     place = Path(tempfile.mkdtemp(prefix="dreamfleet-small-"))
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True, check=False
@@ -286,7 +289,7 @@ def test_full_disk(small_disk):
         storage.append_text("log", "x" * 200_000)
     assert [item.name for item in small_disk.iterdir() if item.name.startswith(".")] == []
     storage.remove("log")
-    storage.write_bytes("d.bin", b"x" * 20_000)  # nothing half-written takes up room
+    storage.write_bytes("d.bin", b"x" * 20_000)  # incomplete writes leave no data on the disk
 
 
 def test_full_disk_hidden_by_a_library(small_disk):

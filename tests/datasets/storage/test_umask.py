@@ -1,4 +1,4 @@
-"""Modes of all files of a run, an export, a conversion and a prepared set follow the umask."""
+"""Test that the modes of all files of a run, export, conversion and prepared data set follow the umask."""
 
 from __future__ import annotations
 

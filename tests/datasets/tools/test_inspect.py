@@ -1,4 +1,4 @@
-"""`data inspect`: what it tells of a folder is what training would see, and what is amiss is named."""
+"""Test that `data inspect` reports a folder as training would read it, with all of its problems."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def run(*words: Any) -> Any:
 
 
 def image(seed: int, size: tuple[int, int] = (96, 96)) -> Image.Image:
-    """Coloured blobs, smooth enough to survive compression, different for each seed."""
+    """Return a random image smooth enough to survive compression; ``size`` is (width, height) in pixels."""
     cells = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC)
 
 
 def write_set(folder: Path) -> Path:
-    """Eight usable images, each with one property to report, and two broken files."""
+    """Write eight usable images, each with one property to report, and two damaged files; return `folder`."""
     folder.mkdir()
     image(1).save(folder / "plain.png")
     (folder / "copy.png").write_bytes((folder / "plain.png").read_bytes())
@@ -62,13 +62,13 @@ def look(folder: Path, **keys: Any) -> Any:
 def test_all_properties_of_a_set_are_reported(tmp_path: Path) -> None:
     found = look(write_set(tmp_path / "set"), repeats=3)
     assert (found.pictures, found.draws) == (8, 24)
-    assert found.width == (40, 96, 192)  # turned.jpg is 128 wide after its turn
+    assert found.width == (40, 96, 192)  # turned.jpg is 128 pixels wide after its EXIF rotation
     assert (found.transparent, found.turned, found.grey, found.captioned) == (1, 1, 1, 2)
     assert found.formats == {"PNG": 6, "JPEG": 2}
     assert found.shown_at == {"64x64": 8}
     assert found.enlarged == 1 and found.largest_scale == 64 / 40
     assert found.most_cut_off == pytest.approx(0.5)
-    assert found.tokens == (4, 4, 4)  # "1girl, red hair, smile"
+    assert found.tokens == (4, 4, 4)  # tokens of "1girl, red hair, smile"
     assert next(iter(found.tags.items())) == ("1girl", 2)
     assert [sorted(Path(name).name for name in group) for group in found.copies] == [
         ["copy.png", "plain.png"]
@@ -115,7 +115,7 @@ def test_the_hash_survives_scaling_and_compression() -> None:
 def test_near_duplicates_of_thousands_of_images_are_fast() -> None:
     row = Row("", "", 1, 1, None, "", 0, "instance", 1)
     rows = [row._replace(uri=f"{number:05d}", sha256=str(number)) for number in range(20_000)]
-    scenes = [0b1110 << 20, 0b1111 << 20, 0b1111 << 40]  # the first two differ in a bit
+    scenes = [0b1110 << 20, 0b1111 << 20, 0b1111 << 40]  # the first two hashes differ in one bit
     looks = [PixelFacts("PNG", False, False, False, scenes[number % 3]) for number in range(len(rows))]
     began = time.process_time()
     near = near_copies(rows, looks)

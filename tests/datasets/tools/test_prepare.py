@@ -1,4 +1,4 @@
-"""`data prepare`: crops hold the subject, captions and masks go along, nothing is overwritten."""
+"""Test `data prepare`: crops contain the subject, captions and masks are copied, no file is overwritten."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def scene(left: int, top: int, size: tuple[int, int], side: int = 40) -> Image.Image:
-    """A detailed, saturated square on a plain background."""
+    """Return a plain image with a detailed, saturated square; ``size`` is (width, height) in pixels."""
     made = np.full((size[1], size[0], 3), 120, dtype=np.uint8)
     checks = (np.add.outer(np.arange(side) // 4, np.arange(side) // 4) % 2)[:, :, None]
     made[top : top + side, left : left + side] = np.where(checks, (230, 40, 30), (250, 200, 20))
@@ -76,7 +76,7 @@ def test_fit_buckets_and_auto_choose_the_size() -> None:
     wide = Image.new("RGB", (1000, 500))
     assert plan_cuts(wide, Cutting((512, 512), "fit"))[0].canvas == (512, 256)
     assert plan_cuts(wide, Cutting((512, 512), "buckets"))[0].canvas == (704, 320)
-    # The webui's rule at 512: sides of 384 to 768, at most 640 squared.
+    # The webui's rule at 512: sides from 384 to 768, area at most 640 x 640.
     assert auto_size(1000, 1000, 512) == (640, 640)
     assert auto_size(1500, 1000, 512) == (768, 512)
     assert auto_size(4000, 1000, 512) is None
@@ -87,7 +87,7 @@ def test_long_images_are_split_evenly_with_an_overlap() -> None:
     how = Cutting((100, 100), split=True)
     cuts = plan_cuts(Image.new("RGB", (300, 100)), how)
     assert [round(cut.box[0]) for cut in cuts] == [0, 67, 133, 200]
-    assert len(plan_cuts(Image.new("RGB", (190, 100)), how)) == 1  # a crop keeps more than half of it
+    assert len(plan_cuts(Image.new("RGB", (190, 100)), how)) == 1  # a crop keeps over half of the image
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_captions_and_masks_are_copied_and_the_input_is_unchanged(tmp_path: Path
     gradient = pixels(out / "b.mask.png")
     assert gradient.ndim == 2 and gradient[0, 0] < gradient[-1, 0]
     left, top, right, bottom = made["pictures"]["c.jpg"]["outputs"][0]["box"]
-    assert (left, right) == (0, 60) and top > 40 and bottom - top == 60  # turned: 60 wide, 120 high
+    assert (left, right) == (0, 60) and top > 40 and bottom - top == 60  # rotated: 60 wide, 120 high
     assert "not a" in made["pictures"]["d.png"]["reason"]
 
 
@@ -163,8 +163,8 @@ def test_processes_are_deterministic_and_only_new_images_are_processed(tmp_path:
         if (tmp_path / "one" / file).is_file():
             assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     out = tmp_path / "one"
-    (out / "c.txt").write_text("edited by hand")  # kept, because its image did not change
-    (out / "b.png").unlink()  # removed, so written again
+    (out / "c.txt").write_text("edited by hand")  # kept, because image c is unchanged
+    (out / "b.png").unlink()  # written again
     (source / "10_cat" / "a.png").unlink()
     (source / "10_cat" / "a.mask.png").unlink()
     again = prepare(str(source), str(out), HOW)

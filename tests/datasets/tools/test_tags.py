@@ -1,4 +1,4 @@
-"""`data tags`: what an edit does to a caption, that files keep what they had, and what is listed."""
+"""Test `data tags`: the effect of each edit on a caption, preservation of other content, and the tag list."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(*words: Any) -> Any:
 def test_edits(edit: Edit, after: str) -> None:
     assert edit_caption("1girl, red_hair, >_<, hat (red), 1girl", edit) == after
     again = edit_caption(after, edit)
-    assert again == after  # done twice is done once
+    assert again == after  # edits are idempotent
 
 
 def test_each_line_is_a_caption_and_emoticons_are_tags() -> None:
@@ -82,7 +82,7 @@ def test_captions_are_edited_in_place_with_a_backup(tmp_path: Path) -> None:
     message = json.loads(result.stdout)
     assert message["changed"]["a.png"] == {"before": "cat, red_hair", "after": "tiger, red hair"}
     assert (folder / "a.txt").read_text() == "tiger, red hair\n"
-    assert (folder / "sub" / "d.png.caption").read_text() == "dog, red hair"  # nothing to change: not written
+    assert (folder / "sub" / "d.png.caption").read_text() == "dog, red hair"  # unchanged, so not written
     first, second = (json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines())
     assert first == {"file_name": "b.png", "text": "tiger, hat", "score": 1} and second["text"] == "not used"
     backup = Path(message["backup"])

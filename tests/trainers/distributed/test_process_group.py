@@ -1,4 +1,4 @@
-"""Process groups are destroyed after the reducers that use them, however a run ends; a hang prints all stacks."""
+"""Test that process groups are destroyed after the reducers that use them; a hang prints all stacks."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from dreamfleet.trainers.engines import zero_engine
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import dry_run
 
-LONGEST = 240  # seconds until a process that hangs is killed
+LONGEST = 240  # seconds until a hanging process is killed
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The results of each of the two ranks for every kind of end."""
+    """Return the results of both ranks for every way in which a run ends; index 0 is rank 0."""
     folder = tmp_path_factory.mktemp("ends")
     ranks = subprocess.run(
         [sys.executable, group_ends.__file__, str(folder)], capture_output=True, text=True, timeout=LONGEST

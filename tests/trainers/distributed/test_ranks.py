@@ -1,4 +1,4 @@
-"""Two ranks without Ray: distributed work gives the results of one rank; decisions and errors reach all ranks."""
+"""Test two ranks without Ray: results equal those of one rank, and decisions and errors reach all ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def seen(folder: Path) -> list[dict[str, Any]]:
-    """The results of each of the two ranks in every case."""
+    """Return the results of both ranks in every case; index 0 is rank 0."""
     ranks = [
         subprocess.Popen(
             [sys.executable, two_ranks.__file__, str(folder), str(rank)],
@@ -85,7 +85,7 @@ def test_two_ranks_generate_and_measure_like_one(folder: Path, seen: list[dict[s
         [line["holdout_loss"] for line in read_metrics(Storage(where / "run")) if "holdout_loss" in line]
         for where in (one, two)
     ]
-    assert measured[0][0] == measured[1][0]  # before the first step: the same weights
+    assert measured[0][0] == measured[1][0]  # equal weights before the first step
     assert measured[0] == pytest.approx(measured[1], rel=1e-5) and len(measured[0]) == 3
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's internals are named in one file, and each of them is what that file says."""
+"""Test that one file names all DeepSpeed internals in use, and that the installed DeepSpeed matches it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILE = ROOT / "trainers/engines/deepspeed_internals.py"
 
 
 def find_difference(internal: Internal) -> str | None:
-    """Return how the installed DeepSpeed differs from what is expected of it; None where it does not."""
+    """Return how the installed DeepSpeed differs from the expected internal, or None if it does not."""
     module, _, owner = internal.owner.partition(":")
     found: Any = getattr(importlib.import_module(module), owner, None)
     if found is None:
@@ -29,7 +29,7 @@ def find_difference(internal: Internal) -> str | None:
     if internal.parameters is None:
         assigned = re.compile(rf'\b(self|param)\.{internal.name}\b[^=\n]*=[^=]|"{internal.name}"')
         return None if assigned.search(source) else "nothing assigns it"
-    # By source: a decorator hides the parameters of some.
+    # Read from the source, since decorators hide the parameters of some methods.
     methods = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     method = next((node for node in methods if node.name == internal.name), None)
     if method is None:
@@ -69,5 +69,5 @@ def test_they_are_named_in_one_file() -> None:
     assert len(others) > 100
     elsewhere = {path.name: found for path in others if (found := accessed(path) & names)}
     assert not elsewhere
-    own = {"Parameter", "update", "fromkeys", "ops"}  # of torch and Python, and the owner of a name
+    own = {"Parameter", "update", "fromkeys", "ops"}  # of torch and Python, and an internal's owner
     assert accessed(FILE) - own <= {internal.name for internal in INTERNALS}

@@ -1,6 +1,6 @@
-"""Every GPU code path on a simulated CUDA device; simulated_gpu/__init__.py explains what that can and cannot show.
+"""Test every GPU code path on a simulated CUDA device; simulated_gpu/__init__.py explains what that can show.
 
-Cases run in processes of their own, one for each kind, and only those that are selected: torch cannot remove a device.
+Each kind of case runs in its own process, because torch cannot remove a device. Only selected cases run.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from simulated_gpu import cases, on_ray, ranks, special
 HERE = Path(__file__).resolve().parents[2] / "support"
 WHOLE_MATRIX = "DREAMFLEET_GPU_MATRIX"  # set by `make test-gpu-matrix`
 ROWS = [row.name for row in (cases.all_rows() if os.environ.get(WHOLE_MATRIX) else cases.chosen_rows())]
-LIMIT = 1800  # seconds for the cases of one kind together, on a busy machine
+LIMIT = 1800  # seconds for all cases of one kind, on a busy machine
 Report = Callable[[str], dict[str, Any]]
 
 pytestmark = [
     pytest.mark.simulated_gpu,
-    pytest.mark.timeout(LIMIT + 300),  # the first test of a kind waits for all of them
+    pytest.mark.timeout(LIMIT + 300),  # the first test of a kind waits for all its cases
     pytest.mark.skipif(
         simulated_gpu.missing() is not None, reason=f"no simulated GPU: {simulated_gpu.missing()}"
     ),
@@ -36,17 +36,17 @@ pytestmark = [
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return the environment of the processes, which import the project and its tests as this one does."""
+    """Return the environment variables of the case processes; they import from the paths of this process."""
     paths = [str(HERE), *(path for path in sys.path if path)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **more}
 
 
 def lines_of(process: subprocess.Popen[str], log: Path) -> dict[str, dict[str, Any]]:
-    """Return what a process wrote, by case; a case without a line gets the end of its log as its error."""
+    """Return the JSON results of a process by case; the key "" holds an error with the end of its log."""
     try:
         written, _ = process.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGABRT)  # faulthandler writes the stacks of all threads
+        process.send_signal(signal.SIGABRT)  # faulthandler then writes the stacks of all threads
         written, _ = process.communicate()
     lines = [json.loads(line) for line in written.splitlines() if line.startswith('{"case"')]
     end = {"error": f"exit code {process.returncode}\n{log.read_text()[-3000:]}"}
@@ -74,7 +74,7 @@ def make_workplace(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def names(request: pytest.FixtureRequest) -> dict[str, list[str]]:
-    """The selected cases by the name of their test."""
+    """Return the names of the selected cases, keyed by test function."""
     found: dict[str, list[str]] = {}
     for item in request.session.items:
         if isinstance(item, pytest.Function) and item.path == Path(__file__) and hasattr(item, "callspec"):
@@ -84,7 +84,7 @@ def names(request: pytest.FixtureRequest) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def one_gpu(names: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """The results of all cases of one process with two GPUs."""
+    """Run all cases of one process with two GPUs; return a function from case name to result."""
     log = tmp_path_factory.mktemp("one-gpu") / "log"
     chosen = [name for test, some in names.items() if test.startswith("test_one_gpu") for name in some]
     results = lines_of(start("runs", *chosen, log=log), log)
@@ -93,7 +93,7 @@ def one_gpu(names: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def two_ranks(names: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """The results of all cases of two ranks; the first error of either."""
+    """Run all cases of two ranks; return a function from case name to result (errors first)."""
     folder = make_workplace(tmp_path_factory.mktemp("ranks"))
     chosen = names["test_two_ranks_train_with_a_gpu_each"]
     logs = [folder / f"{rank}.log" for rank in range(2)]
@@ -109,10 +109,10 @@ def two_ranks(names: dict[str, list[str]], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def ray(names: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """The results of all cases on a Ray cluster."""
+    """Run all cases on a Ray cluster; return a function from case name to result."""
     folder = make_workplace(tmp_path_factory.mktemp("ray"))
     inject = os.pathsep.join([str(HERE / "simulated_gpu" / "inject"), environment()["PYTHONPATH"]])
-    # The length of a socket's name is limited, and pytest's folders have long paths.
+    # The length of a socket path is limited, and pytest's folders have long paths.
     with tempfile.TemporaryDirectory(prefix="df-") as short:
         log, more = folder / "log", {"PYTHONPATH": inject, "SIMULATED_GPUS": "2", "RAY_TMPDIR": short}
         results = lines_of(
@@ -154,7 +154,7 @@ def test_ray_gives_workers_gpus(ray: Report, name: str) -> None:
 
 
 def test_cases_are_derived_from_the_registries(tmp_path: Path) -> None:
-    """Every switch, choice and engine is in a row; checked for one of each kind."""
+    """Test that the cases contain every switch, choice and engine, with one check per kind of option."""
     rows = cases.with_options(cases.chosen_rows(), tmp_path)
     ridden = {(key, str(value)) for row in rows for key, value in row.options.items()}
     assert {
@@ -163,13 +163,13 @@ def test_cases_are_derived_from_the_registries(tmp_path: Path) -> None:
         ("engine.zero_stage", "3"),
     } <= ridden
     assert {("method.with_prior_preservation", "True"), ("method.aesthetic_slerp", "tokens")} <= ridden
-    for fields in ((0, 1), (0, 2), (1, 2)):  # every pair that is allowed
+    for fields in ((0, 1), (0, 2), (1, 2)):  # every allowed pair
         pairs = {tuple(row[field] for field in fields) for row in cases.all_rows()}
         assert pairs == {tuple(row[field] for field in fields) for row in rows}
 
 
 def may_wait(results: dict[str, Any], where: str) -> bool:
-    """Return whether a step may synchronise at a line: in DeepSpeed, and where GradScaler does for some optimizers."""
+    """Return whether a step may synchronise at a line: in DeepSpeed, or in GradScaler for some optimizers."""
     unfused = "aesthetic" in results["case"] or results["options"].get("optimizer.name") == "adafactor"
     line = where.rpartition(" @ ")[2]
     return line.startswith("[deepspeed") or (
@@ -178,10 +178,9 @@ def may_wait(results: dict[str, Any], where: str) -> bool:
 
 
 def check_left(results: dict[str, Any], *, leaks: bool) -> None:
-    """Raise AssertionError if a case left memory or a limit behind, or used another GPU."""
+    """Raise AssertionError if a case left GPU memory or a memory limit behind, or used another GPU."""
     assert not results["warnings"]
     assert not results["elsewhere"], "the other GPU was used"
     assert not results["limited"], "a limit of memory outlived its run"
-    assert leaks or results["left"] <= 0, (
-        f"{results['left']} bytes stay on the GPU"
-    )  # DeepSpeed leaves reference cycles
+    # DeepSpeed leaves reference cycles.
+    assert leaks or results["left"] <= 0, f"{results['left']} bytes stay on the GPU"

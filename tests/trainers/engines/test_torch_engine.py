@@ -1,4 +1,4 @@
-"""TorchEngine: accumulation, gradient checkpointing, averages, clipping, learning rates, performance options."""
+"""Test TorchEngine: accumulation, gradient checkpointing, EMA, clipping, learning rates, performance."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ WORD_METHODS = [
 
 
 def layer_calls(parts: Parts, step: int) -> int:
-    """Return how often a step calls the attention modules of the text encoder."""
+    """Take a step; return the number of calls of the text encoder's attention modules."""
     calls: list[int] = []
     inside = [module for module in parts.model.text_encoder.modules() if isinstance(module, CLIPAttention)]
     hooks = [module.register_forward_pre_hook(lambda *_: calls.append(1)) for module in inside]
@@ -77,13 +77,13 @@ def layer_calls(parts: Parts, step: int) -> int:
 def test_gradient_checkpointing_computes_every_layer_of_the_text_encoder_twice(
     tmp_path: Path, method: dict[str, Any]
 ) -> None:
-    """Also after a validation, and without the dropout of a frozen encoder."""
+    """Test it before and after a validation; a frozen encoder applies no dropout."""
     plain = make_parts(tmp_path, method=method)
     saving = make_parts(tmp_path, method=method, train__gradient_checkpointing=True)
     for parts in (plain, saving):
         for module in parts.model.text_encoder.modules():
             if isinstance(module, CLIPAttention) and not module.training:
-                module.dropout = 0.5  # as a config's attention_dropout; a frozen encoder never applies it
+                module.dropout = 0.5  # as in a config's attention_dropout; a frozen encoder must not apply it
     for step in range(2):
         once = layer_calls(plain, step)
         assert once > 0 and layer_calls(saving, step) == 2 * once
@@ -190,7 +190,7 @@ def test_a_missing_length_and_wrong_resolutions_are_errors(tmp_path: Path) -> No
         make_parts(tmp_path, data__resolution=36)
 
 
-# raised by torch itself while it inspects a block's inputs
+# Torch raises this warning while it inspects the inputs of a block.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_encoded_prompts_are_cached_up_to_a_limit(tmp_path: Path) -> None:
     first = context("a", "b")
     assert torch.equal(first, read(["a", "b"]).context) and asked == [["a", "b"]]
     assert torch.equal(context("b", "a", "b"), first[[1, 0, 1]]) and len(asked) == 1
-    context("a", "c")  # b is the least recently used, so it is removed
+    context("a", "c")  # evicts b, the least recently used
     context("c", "a")
     assert asked == [["a", "b"], ["c"]]
     context("b")

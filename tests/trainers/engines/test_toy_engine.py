@@ -1,4 +1,4 @@
-"""An engine from outside this project: registered in the process, and by an installed package."""
+"""Test an engine from outside this project, registered in the process or by an installed package."""
 
 from __future__ import annotations
 

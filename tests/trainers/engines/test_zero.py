@@ -1,4 +1,4 @@
-"""ZeroEngine trains like TorchEngine at every stage, and each resumes from the other's checkpoints."""
+"""Test that ZeroEngine trains like TorchEngine at every stage; each resumes from the other's checkpoints."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COMPILES = 1800  # seconds; the first use compiles CPU Adam, which takes minutes
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, dict[str, Any]]:
-    """The results of two processes under every engine; they are started once for all tests of this file."""
+    """Return the results of two ranks by case and engine; the processes run once for all tests here."""
     folder = tmp_path_factory.mktemp("zero")
     tiny.make_recipe(folder)  # both ranks read the models
     tiny_family("sdxl").save_folder(folder / "sdxl")
@@ -65,7 +65,7 @@ def largest_difference(left: dict[str, Any], right: dict[str, Any]) -> float:
 
 
 def share_beyond(limit: float, left: dict[str, Any], right: dict[str, Any]) -> float:
-    """Return the share of the elements that differ by more than a limit."""
+    """Return the share of elements, from 0 to 1, that differ by more than the limit."""
     beyond = sum(int(((left[name] - right[name]).abs() > limit).sum()) for name in left)
     return beyond / sum(value.numel() for value in left.values())
 
@@ -89,9 +89,9 @@ def average(saved: dict[str, Any]) -> dict[str, torch.Tensor]:
     [pytest.param(*run, marks=[SWAPS] * ("nvme" in run[1])) for run in RUNS if run[1] != "torch"],
 )
 def test_every_stage_trains_as_torch_does(results: dict[Any, dict[str, Any]], method: str, name: str) -> None:
-    """Compares losses, norms, weights, moments, averages, what previews and exports use, and the checkpoint."""
+    """Test losses, norms, weights, moments, averages, weights of previews and exports, and the checkpoint."""
     expected, found = results[method, "torch"], results[method, name]
-    # DeepSpeed computes with bfloat16 weights, torch with float32 ones.
+    # DeepSpeed computes with bfloat16 weights, torch with float32 weights.
     half, large = method.startswith("bf16") and name != "zero 0", "pocket" in method
     close = 5e-3 if half else 1e-5 if large else 1e-6
     assert found["losses"] == pytest.approx(expected["losses"], rel=close)
@@ -100,9 +100,9 @@ def test_every_stage_trains_as_torch_does(results: dict[Any, dict[str, Any]], me
     )
     assert found["averaged loss"] == pytest.approx(expected["averaged loss"], rel=close)
     torch.testing.assert_close(found["encoded"], expected["encoded"], rtol=0, atol=0.1 if half else 1e-5)
-    # Two steps of Adam at a rate of 1e-3 move a weight by 2e-3, in either direction if its gradient is only rounding
-    # error. That is so for a hypernetwork, whose weights start near zero, and for a few of the pocket model's millions
-    # of gradients; and the last gradient is that of slightly different weights.
+    # At a learning rate of 1e-3, two Adam steps move a weight by 2e-3, in either direction if its gradient is
+    # only rounding error. This affects a hypernetwork, whose weights start near zero, and a few of the pocket
+    # model's millions of weights. In addition, the last gradient is computed at slightly different weights.
     limit = 6e-3 if half else 2e-3 if large else 2e-4 if method == "hypernetwork" else 5e-6
     ours, theirs = found["final"], expected["final"]
     if large and not half:
@@ -113,7 +113,7 @@ def test_every_stage_trains_as_torch_does(results: dict[Any, dict[str, Any]], me
     assert all(value.dtype == torch.float32 for value in ours["learned"].values())
     assert largest_difference(found["whole"], average(found["saved"])) == 0
     assert largest_difference(found["whole unet"], expected["whole unet"]) < limit
-    # Frozen or not, stage 3 keeps half of the U-Net, and some padding, on each of the two workers.
+    # Stage 3 keeps half of the U-Net, frozen or not, and some padding on each of the two ranks.
     assert found["kept"] == pytest.approx(0.5 if "zero 3" in name else 1.0, rel=0.02)
     groups = [saved["state"]["optimizer"]["param_groups"] for saved in (ours, theirs)]
     assert [group.keys() for group in groups[0]] == [group.keys() for group in groups[1]]
@@ -126,9 +126,8 @@ def test_every_engine_resumes_from_every_checkpoint(
     results: dict[Any, dict[str, Any]], source: str, target: str
 ) -> None:
     straight, found = results["dreambooth", source], results["resumed", source, target]
-    exact = (
-        source == target and "offload" not in source
-    )  # CPU Adam calculates its powers of beta step by step
+    # CPU Adam computes its powers of beta step by step.
+    exact = source == target and "offload" not in source
     limit = 0 if exact else 1e-6
     assert abs(found["losses"][0] - straight["losses"][-1]) <= limit
     assert abs(found["norms"][0] - straight["norms"][-1]) <= limit
@@ -157,7 +156,7 @@ def test_states_on_disk_resume_from_a_checkpoint(results: dict[Any, dict[str, An
 def test_another_number_of_workers_resumes_with_the_same_batches(
     results: dict[Any, dict[str, Any]], change: str, name: str
 ) -> None:
-    """A run of one worker is resumed by two with half the batch each, and one of two workers by one."""
+    """Test that two workers with half the batch each resume a run of one worker, and one that of two."""
     found = results[change, name]
     straight = found["straight"]
     assert found["losses"][0] == pytest.approx(straight["losses"][-1], rel=1e-5)
@@ -211,7 +210,7 @@ def test_conflicting_settings_are_errors(tmp_path: Path, engine: dict[str, Any],
 def test_missing_requirements_of_zero_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match=r"adamw8bit .*engine\.zero_stage"):
         build_recipe(make_tree(tmp_path, optimizer__name="adamw8bit"))
-    monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # simulates a missing DeepSpeed
     with pytest.raises(ResourceError, match="pip install --no-build-isolation deepspeed"):
         assemble(build_recipe(make_tree(tmp_path)), DistributedContext())
 
@@ -294,7 +293,7 @@ def test_files_of_a_killed_compiler_block_nobody(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     left = tmp_path / "cpu_adam" / "lock"
     left.parent.mkdir()
-    left.touch()  # torch would wait for it forever
+    left.touch()  # torch would wait for this lock forever
     with sole_builder("cpu_adam"):
         assert not left.exists()
 
@@ -337,7 +336,7 @@ def make_tree(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def test_a_single_process_trains_resumes_and_rejects_other_checkpoints(tmp_path: Path) -> None:
-    """Without Ray, the engine creates its own process group, and destroys it."""
+    """Test that without Ray, the engine creates and destroys its own process group."""
     small = assemble(build_recipe(make_tree(tmp_path)), DistributedContext())
     small.engine.backward(small.prepare(small.feed.batch(0)))
     small.engine.step({"unet": 1e-3}, 1)

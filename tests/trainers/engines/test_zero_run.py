@@ -1,4 +1,4 @@
-"""Complete runs under DeepSpeed: from the command line, and on a local Ray with a worker that is killed."""
+"""Test complete runs under DeepSpeed: from the command line, and on a local Ray with a killed worker."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dreamfleet.trainers.report.metrics_log import read_metrics
 from dreamfleet.trainers.run.checkpoint import Checkpoints
 from dreamfleet.trainers.run.run import run_worker
 
-pytestmark = pytest.mark.timeout(1800)  # the first use compiles CPU Adam
+pytestmark = pytest.mark.timeout(1800)  # seconds; the first use compiles CPU Adam
 STEPS = 40
 DREAMBOOTH = {"name": "dreambooth", "train_text_encoder": True}
 
@@ -57,7 +57,7 @@ def learned(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_stage_3_from_the_command_line(tmp_path: Path) -> None:
-    """Sharded weights, an average, previews and a half-precision export; stdout has only the summary."""
+    """Test sharded weights, EMA, previews and a half-precision export; stdout contains only the summary."""
     tiny.make_images(tmp_path / "holdout", 2, seed=5)
     options = {
         "train__max_train_steps": 4,
@@ -94,7 +94,7 @@ def test_stage_3_from_the_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.cluster
 def test_a_killed_worker_changes_nothing_and_torch_resumes_the_run(tmp_path: Path) -> None:
-    """Stage 2 with optimizer states in host memory, compared with one process under TorchEngine."""
+    """Test stage 2 with optimizer states in host memory against one process under TorchEngine."""
     alone = make_tree(tmp_path, "alone", train__max_train_steps=STEPS + 3)
     run_worker(build_recipe({**alone, "train": {**alone["train"], "max_train_steps": STEPS}}))
     killed: list[int] = []

@@ -1,4 +1,4 @@
-"""The engine that is chosen once the machines are known, and DeepSpeed JSON files."""
+"""Test the choice of engine for the machines of a run, and DeepSpeed JSON files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GPU = DistributedContext(device=torch.device("cuda"))
 
 @pytest.fixture
 def sd15(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    """A recipe with the counts of SD 1.5 in half precision: 0.86 billion weights, 2 GiB of activations."""
+    """Return a recipe with the counts of SD 1.5 in bf16: 0.86 billion weights, 2 GiB of activations."""
     step = Pass(held=GIB, activations=2 * GIB, together=5 * GIB)
     counts = Counts(
         (860_000_000,), frozen=GIB // 2, model=4 * GIB, full=step, half=step, bucket=BUCKET, mixed=True
@@ -38,7 +38,10 @@ def sd15(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
 
 
 def fake_gpu(monkeypatch: pytest.MonkeyPatch, gib: float, host: float = 64) -> list[float]:
-    """Simulate a GPU with ``gib`` of 80 GiB free; return the memory fractions that torch is limited to."""
+    """Simulate a GPU with ``gib`` of 80 GiB free and a host with ``host`` GiB of memory.
+
+    Return the list to which the memory fractions set in torch are appended.
+    """
     held: list[float] = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(gib * GIB), 80 * GIB))
     monkeypatch.setattr(

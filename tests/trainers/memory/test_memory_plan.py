@@ -1,4 +1,4 @@
-"""The memory plan: estimates equal the memory of a run and the figures of the ZeRO paper; the command chooses."""
+"""Test the memory plan: estimates equal the memory of a run and the figures of the ZeRO paper."""
 
 from __future__ import annotations
 
@@ -78,7 +78,10 @@ def test_choices_that_change_the_training_are_shown_but_not_chosen(tmp_path: Pat
 
 
 def test_the_traffic_of_offload_in_a_step() -> None:
-    """Gradients to the host in float32, weights back in 16 bits, sums in both directions; see DeepSpeed's sources."""
+    """Test the bytes moved per step (see DeepSpeed's sources).
+
+    Gradients go to the host in float32, weights return in 16 bits, and accumulated sums move both ways.
+    """
     counts, part = simple_counts(mixed=True), GIB // 2
     sent = {one.choice.name: one.traffic for one in estimate_all(counts, world=2)}
     assert sent["torch"] == sent["ZeRO-3"] == {"to_host": 0, "to_gpu": 0}
@@ -92,7 +95,7 @@ def test_the_traffic_of_offload_in_a_step() -> None:
 
 
 def test_stage_3_shards_the_frozen_parts_that_gradients_pass_through() -> None:
-    """An embedding on a model of two billion frozen weights: only sharding these makes it fit a small GPU."""
+    """Test an embedding on 2 billion frozen weights, which fit a small GPU only if they are sharded."""
     counts = simple_counts(learning=(1000,), passed=2 * GIB, frozen=5 * GIB, mixed=True, nvme=True)
     told = {one.choice.name: one for one in estimate_all(counts, world=2)}
     assert told["ZeRO-2"].gpu["frozen"] == 5 * GIB and told["ZeRO-2"].gpu["weights"] == 2000
@@ -101,7 +104,7 @@ def test_stage_3_shards_the_frozen_parts_that_gradients_pass_through() -> None:
     assert shared.gpu["weights"] == 2 * (GIB + 500) and lent.gpu["weights"] == 0
     assert lent.host["weights"] == shared.gpu["weights"] and "weights" not in shared.host
     assert lent.gpu["gathered"] == 2 * 550_000_000, "what DeepSpeed keeps and fetches ahead"
-    # Fetched for either pass, as stage 3 cannot keep so many; the few trained weights return once.
+    # Fetched in both passes, since stage 3 cannot keep so many; the few trained weights return once.
     assert lent.traffic == {"to_host": 2 * 500, "to_gpu": 2 * 2 * (GIB + 500)}
     starting = told["ZeRO-2"].gpu_moments["starting"] - lent.gpu_moments["starting"]
     assert starting == 4 * GIB, "sharded weights wait on the host"
@@ -179,7 +182,7 @@ def saved_bytes(parts: Parts) -> int:
     kept = []
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor)  # so that no address is used twice
+        kept.append(tensor)  # keeps the tensor alive, so that no address is reused
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -189,7 +192,7 @@ def saved_bytes(parts: Parts) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # the first use compiles CPU Adam
+@pytest.mark.timeout(1800)  # seconds; the first use compiles CPU Adam
 def test_zero_uses_the_estimated_memory(tmp_path: Path) -> None:
     tiny.make_recipe(tmp_path)
     script = Path(__file__).parents[2] / "support" / "zero_held.py"
@@ -199,10 +202,11 @@ def test_zero_uses_the_estimated_memory(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(done.stdout)
     assert len(results) > 20
+    # The run of an embedding is so small that the step counters matter.
     for name, (
         held,
         predicted,
-    ) in results.items():  # the run of an embedding is so small that step counters matter
+    ) in results.items():
         assert held == pytest.approx(predicted, rel=0.02, abs=30_000), name
 
 
@@ -217,7 +221,7 @@ def test_normalisation_runs_in_float32_as_on_a_gpu() -> None:
 
 @pytest.mark.parametrize(("stage", "gigabytes"), [(None, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
 def test_estimates_equal_the_figures_of_the_zero_paper(stage: int | None, gigabytes: float) -> None:
-    """Figure 1 of Rajbhandari et al. 2020: 7.5 billion parameters, mixed precision, Adam, 64 GPUs."""
+    """Test figure 1 of Rajbhandari et al. 2020: 7.5 billion parameters, mixed precision, Adam, 64 GPUs."""
     nothing = Pass(0, 0, 0)
     counts = Counts((7_500_000_000,), frozen=0, model=0, full=nothing, half=nothing, bucket=0, mixed=True)
     lines = estimate(counts, EngineChoice("", stage), world=64).gpu
@@ -234,9 +238,8 @@ def simple_counts(**changes: Any) -> Counts:
 def test_gradients_grow_as_activations_are_freed() -> None:
     counts = simple_counts()
     alone, shared = estimate(counts, PLAIN).gpu, estimate(counts, PLAIN, world=2).gpu
-    assert (
-        alone["activations"] == 0 and shared["activations"] == GIB
-    )  # DDP's buckets are allocated at all times
+    # DDP's buckets stay allocated, so they count as activations.
+    assert alone["activations"] == 0 and shared["activations"] == GIB
     kept = estimate(simple_counts(micros=2), PLAIN).gpu
     assert kept["activations"] == GIB and kept["gradients"] == alone["gradients"] == 4 * GIB
     half = estimate(counts, CHOICES[3], world=2).gpu
