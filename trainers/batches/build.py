@@ -1,4 +1,4 @@
-"""Builds what supplies a run with batches: a feed, and the preparation of its batches on the device."""
+"""Builds the feed of a run's batches, and the function that prepares them on the device."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ def build_feed(
     classes: Index | None = None,
     cache: LatentCache | None = None,
 ) -> tuple[Feed | ImageFeed, Callable[[Batch], Batch]]:
-    """Return the feed of batches (latents with noise and prompts, or decoded images) and what prepares one."""
+    """Return the feed of batches, and the function that prepares a batch on the device.
+
+    Batches have latents, noise and prompts for a :class:`DiffusionMethod`, decoded images for an
+    :class:`ImageMethod`.
+    """
     share = PlanShare(
         plan, distributed.rank, distributed.world, num_micros=recipe.train.gradient_accumulation_steps
     )

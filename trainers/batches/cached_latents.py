@@ -1,4 +1,4 @@
-"""Latents from a cache in place of the VAE: the one a recipe names, opened, compared with the run, and served."""
+"""Latents from a cache: opens the recipe's cache, checks that it fits the run, and reads latents from it."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ log = logging.getLogger(__name__)
 
 
 class CachedLatents:
-    """Latents read from the cache when their turn comes: for sets too large for one worker's memory."""
+    """Latents read from the cache when they are used, for sets too large for one worker's memory."""
 
     def __init__(self, cache: LatentCache, index: Index, shown: Shown):
         self.cache, self.shown = cache, shown
         self._keys = keys_of(index, shown.data)
 
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
-        """Return the posterior of each draw's image."""
+        """Return ``mean`` and ``std`` ``[B, C, h, w]`` of each draw's image, and ``mask`` if it is cached."""
         keys = [self._keys[draw.row]._replace(flip=self.shown.flips(draw)) for draw in draws]
         found = self.cache.read(keys)
         return {
@@ -48,9 +48,9 @@ class CachedLatents:
 
 
 def open_latents(data: DataConfig, model: DiffusionModel) -> LatentCache | None:
-    """Open the cache that a recipe names, None where it names none.
+    """Open the cache of ``data.cache_dir``; return None without that key.
 
-    Raises DataError for one without latents that were made as this run would make them.
+    Raises DataError if the cache has no latents, or none that were encoded with this run's settings.
     """
     if data.cache_dir is None:
         return None
@@ -62,7 +62,7 @@ def open_latents(data: DataConfig, model: DiffusionModel) -> LatentCache | None:
 
 
 def leave_out_bad(index: Index, cache: LatentCache, data: DataConfig) -> Index:
-    """Leave out the images that could not be decoded when the cache was made: nothing is decoded to find them."""
+    """Return the index without the images that the cache records as undecodable; decodes nothing."""
     entries = [cache.entries.get(key) for key in keys_of(index, data)]
     bad = [
         BadFile(uri, entry.reason)
@@ -84,16 +84,16 @@ def serve_images(
     seed: int,
     distributed: DistributedContext | None = None,
 ) -> Images:
-    """Make the source of an index's images: the cache where there is one, else what :func:`load_images` makes.
+    """Return the source of an index's images: the cache if there is one, else that of :func:`load_images`.
 
-    Raises DataError when the cache lacks some, on any of the ranks of ``place``. Class images may be newer than it: the
-    run then encodes them.
+    Raises DataError on every rank if the cache lacks images on any rank. For class images, which may be newer
+    than the cache, it is no error: the run then encodes all of them.
     """
     distributed = distributed or DistributedContext()
     if cache is None:
         return load_images(index, model, data, seed=seed, distributed=distributed)
     jobs = jobs_of(index, data)
-    # Each rank has opened the cache for itself, and it may have been added to meanwhile.
+    # Each rank opened the cache by itself, and another command may have added images in between.
     if missing := max(distributed.gather(missing_from(cache, jobs)), key=len):
         summary = (
             f"{len(missing)} of {len(jobs)} encodings are not in the cache {cache.folder.url}, such as of "
@@ -114,7 +114,10 @@ def serve_images(
 
 
 def reads_lazily(index: Index, model: DiffusionModel, data: DataConfig, shown: Shown) -> bool:
-    """Say whether cached latents are read when needed: when asked for, or beyond ``data.resident_limit_mb``."""
+    """Return whether cached latents are read on use: with ``data.source: stream``, or if they are too large.
+
+    With ``data.source: auto`` they are too large beyond ``data.resident_limit_mb``.
+    """
     if data.source != "auto":
         return data.source == "stream"
     floats = 2 * model.latent_channels + data.alpha_mask
@@ -123,7 +126,7 @@ def reads_lazily(index: Index, model: DiffusionModel, data: DataConfig, shown: S
 
 
 def keys_of(index: Index, data: DataConfig) -> list[Key]:
-    """List what the latents of each image belong to, those of its mirror image aside."""
+    """Return the cache key of each image's latents, not mirrored."""
     masks = index.column("mask_sha256") if data.alpha_mask else [None] * len(index)
     return [
         Key(sha256, mask or "", False) for sha256, mask in zip(index.column("sha256"), masks, strict=True)
@@ -131,7 +134,7 @@ def keys_of(index: Index, data: DataConfig) -> list[Key]:
 
 
 def _load(cache: LatentCache, index: Index, data: DataConfig) -> Encoded:
-    """Read all latents of an index into memory, mirror images behind the others."""
+    """Read all latents of an index into memory, those of mirrored images after the others."""
     flips = (False, True) if data.random_flip else (False,)
     keys = [key._replace(flip=flip) for flip in flips for key in keys_of(index, data)]
     kept: dict[str, list[Tensor]] = {name: [torch.empty(0)] * len(keys) for name in cache.names}

@@ -1,4 +1,4 @@
-"""Class images for prior preservation: drawn once by the untuned model, shared by every run with the same key."""
+"""Generates class images for prior preservation with the untuned model; runs with the same key share them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def generated_name(number: int) -> str:
 
 
 def class_image_key(content_hash: str, request: ImageRequest) -> str:
-    """Return the folder name for images of a request: readable, and different whenever the images would differ.
+    """Return the folder name for the images of a request: readable, and different if the images would differ.
 
     ``content_hash``: of the model that generates them. ``request``: with the seed of the whole set.
     """
@@ -53,7 +53,7 @@ def generate_class_images(
 ) -> None:
     """Generate images of ``request`` into ``storage``; image i is ``{i:06d}.png`` and has its own seed.
 
-    ``request``: with the seed of the whole set.
+    ``request``: with the seed of the whole set. ``numbers``: of the images to generate.
     """
     # Consecutive seeds: a CPU generator keeps 32 bits of a seed, so hashed seeds could collide.
     first_seed = key("class image", request.seed) % 2**31

@@ -1,4 +1,4 @@
-"""The class images of prior preservation: those that are there, and generating the missing ones."""
+"""Class images of prior preservation: loads existing ones and generates missing ones."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ log = logging.getLogger(__name__)
 def gather_class_images(
     recipe: Recipe, sets: Sets, method: DiffusionMethod, distributed: DistributedContext
 ) -> Index | None:
-    """Return the class images of every concept, generating the missing ones in parallel by all ranks.
+    """Return the class images of every concept; all ranks generate the missing ones in parallel.
 
-    Generated ones lie in ``class_data_dir``, or beside the run folder under a key of everything that
-    shaped them, where the next run with the same key finds them. Rank 0 decides which are missing.
+    Generated images are stored in ``class_data_dir``, or else beside the run folder in a folder named by
+    :func:`class_image_key`, where later runs with the same key find them. Rank 0 decides which are missing.
+    Returns None without prior preservation. Raises DataError if a concept has no class prompt.
     """
     if method.prior is None:
         return None
@@ -62,7 +63,7 @@ def _gather_one(
 
     def load() -> Index:
         index = load_class_images(storage, recipe.data, concept=class_set.concept)
-        assert index is not None  # there before, or generated
+        assert index is not None  # existing or generated
         return index
 
     index = share_index(distributed, load)
@@ -72,9 +73,10 @@ def _gather_one(
 
 
 def find_missing(storage: Storage, num: int, data: DataConfig) -> list[int]:
-    """List the numbers of the images to generate until a folder has ``num`` that can be used, whatever their names.
+    """Return the numbers of the images to generate until a folder has ``num`` usable images of any name.
 
-    They are counted by the rule of all image folders (subfolders, every format). No file that is there is written over.
+    Images are counted as in every image folder (with subfolders, all formats). Existing files are not
+    overwritten.
     """
     index = load_class_images(storage, data)
     wanted = max(0, num - (len(index) if index is not None else 0))
@@ -97,7 +99,7 @@ def _where_and_how(
         guidance_scale=prior.guidance_scale,
         width=resolution,
         height=resolution,
-        plain=True,  # as the prompt is trained
+        plain=True,  # the prompt is literal text, as in training
     )
     if class_set.folder is not None:
         return Storage(class_set.folder), request
@@ -114,7 +116,7 @@ def _generate(
     recipe: Recipe,
     distributed: DistributedContext,
 ) -> None:
-    """Draw the missing images, each rank some of the batches, which are the same for any number of ranks."""
+    """Generate the missing images: each rank some of the batches, which are equal for any number of ranks."""
     assert method.prior is not None
     size = max(1, method.prior.batch_size)
     batches = [missing[start : start + size] for start in range(0, len(missing), size)]
@@ -122,9 +124,9 @@ def _generate(
 
     def draw() -> None:
         if distributed.is_main and not storage.exists(CLASS_IMAGES):
-            # Tells every later run that these are no images of its subject.
+            # The file tells later runs that the folder has class images, not images of a subject.
             storage.write_text(CLASS_IMAGES, json_text({"prompt": request.prompt}) + "\n")
-        # With full_bf16 a part may be narrow but for the weights that do not learn.
+        # With full_bf16, only the trainable weights of a part are bfloat16; autocast covers the frozen ones.
         narrow = torch.autocast(distributed.device.type, torch.bfloat16, enabled=recipe.train.full_bf16)
         with lent_to(distributed.device, method, DTYPES[recipe.train.mixed_precision]), narrow:
             generate_class_images(method.model, request, numbers=mine, storage=storage, batch_size=size)
@@ -134,7 +136,10 @@ def _generate(
 
 @contextmanager
 def lent_to(device: torch.device, method: DiffusionMethod, dtype: torch.dtype) -> Iterator[None]:
-    """Within this context what waits on the host is on the device, in ``dtype``; its exact weights stay behind."""
+    """Move parameters that are stored on the host to the device in ``dtype`` within this context.
+
+    Afterwards the original tensors are used again, so that the weights stay exact.
+    """
     every = itertools.chain(method.parameters(), *(part.parameters() for part in method.loss_parts.values()))
     kept = {param: param.data for param in every if param.device.type != device.type}
     try:

@@ -1,4 +1,4 @@
-"""Turns the batch plan's draws into batches: latents, prompts, keyed noise and timesteps, made ahead in a thread."""
+"""Turns the draws of the batch plan into batches of latents, prompts, keyed noise and timesteps."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.keyed_noise import keyed_normal
 
-# Bytes of encoded prompts on the device: some 4,500 of SD 1.x in 16 bits, 1,700 of SDXL.
+# Bytes of cached encoded prompts on the device: about 4,500 prompts of SD 1.x in 16 bits, 1,700 of SDXL.
 REMEMBERED = 512 * 2**20
-WORDLESS_TOLD = 10  # images without words that one message names
+WORDLESS_TOLD = 10  # maximum of images without a prompt that one message names
 
 
 class Feed:
@@ -51,14 +51,15 @@ class Feed:
         if classes is not None and class_images is not None:
             self._halves.append((to_samples(classes), class_images))
         for samples, _ in self._halves:
-            check_words(samples, method, data)  # now, not at the step that shows such an image
+            check_words(samples, method, data)  # before training, not at the step that uses such an image
 
     def batch(self, step: int, micro: int = 0) -> Batch:
-        """Make the batch of one micro-step, on the CPU: instance rows first, then their class partners.
+        """Return the batch of one micro-step, on the CPU: instance rows first, then their class images.
 
-        ``latents, noise [N, C, h, w]`` or ``pixels [N, 3, H, W]`` in place of latents, ``timesteps [N]``,
-        ``weights [N]``, ``prompts``, ``num_instances``; with ``data.alpha_mask`` also ``mask [N, 1, h, w]``; for SDXL
-        ``time_ids [N, 6]``.
+        It has ``latents, noise [N, C, h, w]``, ``timesteps [N]``, ``weights [N]``, ``prompts`` and
+        ``num_instances``; with ``data.alpha_mask`` also ``mask [N, 1, h, w]``, for SDXL ``time_ids [N, 6]``.
+        If the images are not encoded yet, ``pixels [N, 3, H, W]`` and ``latent_noise [N, C, h, w]`` replace
+        the latents.
         """
         parts, keys, prompts, num_instances = [], [], [], 0
         for half, (samples, images) in enumerate(self._halves):
@@ -89,22 +90,23 @@ class Feed:
     def stream(self, start_step: int, stop_step: int | None = None, *, ahead: int = 4) -> Iterator[Batch]:
         """Yield the batches of steps ``start_step`` to ``stop_step`` (None: endless).
 
-        Where images must be decoded, ``ahead`` batches are made in a thread.
+        Unless all latents are resident, a thread prepares up to ``ahead`` batches in advance.
         """
         for half, (_, images) in enumerate(self._halves):
             if isinstance(images, StreamedPixels):
                 images.follow(self.share.all_draws(start_step, stop_step, classes=half > 0))
         positions = self.share.positions(start_step, stop_step)
         if all(isinstance(images, ResidentLatents) for _, images in self._halves):
-            # A batch takes 0.2 ms: not worth a thread. On a machine of few cores a second thread makes OpenMP put its
-            # own threads to sleep between operations (measured: steps of 212 ms instead of 101).
+            # A batch takes 0.2 ms, so a thread gains nothing. On a machine with few cores, a second thread
+            # makes OpenMP put its own threads to sleep between operations (measured: 212 ms per step
+            # instead of 101).
             yield from (self.batch(*position) for position in positions)
             return
         yield from prepare_ahead(self.batch, positions, ahead=ahead, close=self._close_streams)
 
     @property
     def bad(self) -> list[BadFile]:
-        """Images this rank met on the way that could not be decoded."""
+        """Images that this rank could not decode so far."""
         return [bad for images in self._streams() for bad in images.bad]
 
     def _streams(self) -> list[StreamedPixels]:
@@ -132,9 +134,10 @@ class Feed:
 
 
 class Preparer:
-    """Does on the device what a batch still needs: encode pixels that were not cached, and prompts.
+    """Completes a batch on the device: encodes pixels without cached latents, and prompts.
 
-    Encoded prompts are remembered while the text encoder is frozen; beyond ``memory`` bytes the least recently used go.
+    Encoded prompts are cached while the text encoder is frozen; beyond ``memory`` bytes the least recently
+    used are dropped.
     """
 
     def __init__(self, method: DiffusionMethod, *, memory: int = REMEMBERED):
@@ -144,9 +147,10 @@ class Preparer:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Batch:
-        """Return the batch with ``latents``, and with ``input_ids`` where text learns, else ``context``.
+        """Return the batch with ``latents``, and with ``input_ids`` or encoded prompts.
 
-        SDXL's ``pooled`` comes with the latter.
+        ``input_ids`` if the text encoder or its input is trained, else ``context`` (for SDXL also
+        ``pooled``).
         """
         batch = dict(batch)
         device = batch["noise"].device
@@ -166,7 +170,7 @@ class Preparer:
                 self._conditions.move_to_end(prompt)
         if missing := list(dict.fromkeys(p for p in prompts if p not in self._conditions)):
             for prompt, found in zip(missing, self.method.encode(missing).rows(), strict=True):
-                self._conditions[prompt] = found.map(torch.clone)  # a part of a batch would hold all of it
+                self._conditions[prompt] = found.map(torch.clone)  # a view would keep the whole batch
                 self._held += found.num_bytes
         conditions = Condition.cat([self._conditions[prompt] for prompt in prompts])
         while self._held > self.memory:
@@ -175,7 +179,7 @@ class Preparer:
 
 
 def check_words(samples: Sequence[Sample], method: DiffusionMethod, data: DataConfig) -> None:
-    """Raise NoCaption that names all images for which the method finds no prompt."""
+    """Raise NoCaption if the method finds no prompt for some images; it counts all of them and names some."""
     kept, wordless, reason = data.model_copy(update={"caption_dropout": 0.0}), [], ""
     for sample in samples:
         if sample.caption is None or not data.use_captions:
@@ -194,5 +198,5 @@ def check_words(samples: Sequence[Sample], method: DiffusionMethod, data: DataCo
 
 
 def to_samples(index: Index) -> list[Sample]:
-    """List the rows of an index as methods see them."""
+    """Return the rows of an index as samples, from which methods make prompts."""
     return [Sample(row.id, row.caption, row.concept, row.role, row.uri) for row in index.rows()]

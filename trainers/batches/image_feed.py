@@ -1,4 +1,4 @@
-"""The batches of a method that sees images: decoded when their turn comes, ahead, by each worker its share."""
+"""Batches of decoded images, for methods that train on images instead of latents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dreamfleet.trainers.methods.image_method import ImageMethod, Use
 
 
 class ImageReader:
-    """Decodes the images of an index, one when asked."""
+    """Decodes the images of an index, one per call."""
 
     def __init__(self, index: Index, *, max_pixels: int):
         self.samples, self.max_pixels = to_samples(index), max_pixels
@@ -28,17 +28,17 @@ class ImageReader:
         return len(self.samples)
 
     def __call__(self, row: int) -> Use:
-        """Return the image of a row as it is."""
+        """Return the image of a row without augmentation."""
         sample = self.samples[row]
         image = open_image(read_image_file(sample.uri), uri=sample.uri, max_pixels=self.max_pixels)
         return Use(sample, 0, image)
 
 
 class ImageFeed:
-    """The batches of one rank, in the plan's order; nothing but the coming few is in memory, for any size of set.
+    """The batches of one rank, in the plan's order. Only the next few are in memory, for any size of the set.
 
-    Images are decoded by this worker, or with ``data.source: stream`` by Ray Data on the cluster's CPUs, where they
-    are also made as small as the method sees them.
+    Images are decoded by this worker, or with ``data.source: stream`` by Ray Data on the cluster's CPUs,
+    which also apply the method's :attr:`~ImageMethod.fit`, such as shrinking.
     """
 
     def __init__(self, share: PlanShare, *, instances: Index, method: ImageMethod, data: DataConfig):
@@ -50,17 +50,21 @@ class ImageFeed:
 
     @property
     def bad(self) -> list[BadFile]:
-        """Images that could not be decoded on the way; the index has left out those that it could tell."""
+        """Images that could not be decoded so far, besides those that indexing has left out."""
         return [
             BadFile(uri, reason.removeprefix(f"{uri}: ")) for uri, reason in sorted(self._undecodable.items())
         ]
 
     def batch(self, step: int, micro: int = 0) -> Batch:
-        """Make the batch of one micro-step, on the CPU: what the method sees, and ``num_instances``."""
+        """Return the batch of one micro-step, on the CPU: the method's tensors, and ``num_instances``."""
         return self._see([(draw, self._read(draw.row)) for draw in self.share.draws(step, micro)])
 
     def stream(self, start_step: int, stop_step: int | None = None, *, ahead: int = 4) -> Iterator[Batch]:
-        """Yield the batches of steps ``start_step`` to ``stop_step`` (None: endless), ``ahead`` made in a thread."""
+        """Yield the batches of steps ``start_step`` to ``stop_step`` (None: endless).
+
+        A thread prepares up to ``ahead`` batches in advance; with ``data.source: stream`` Ray Data reads
+        ahead.
+        """
         positions = self.share.positions(start_step, stop_step)
         if self.data.source != "stream":
             yield from prepare_ahead(self.batch, positions, ahead=ahead)

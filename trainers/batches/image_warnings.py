@@ -1,4 +1,4 @@
-"""Logs, once a run, what a user should know of the images before they are trained on."""
+"""Logs warnings about the images and captions of a run, once, before it trains."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def log_findings(index: Index, sizes: Sequence[Size], method: Method, data: DataConfig) -> None:
-    """Log what is left out, images that are enlarged many times, and captions that are cut at the token limit."""
+    """Log images that are left out or enlarged many times, and captions that are cut at the token limit."""
     log_left_out(index)
     enlarged, largest, row = most_enlarged(index.sizes(), sizes)
     if enlarged:
@@ -48,7 +48,7 @@ def log_findings(index: Index, sizes: Sequence[Size], method: Method, data: Data
 
 
 def log_buckets(sizes: Sequence[Size], smallest_bucket: int, global_batch: int) -> None:
-    """Log how many images each bucket has, with a warning when one of them does not fill a batch."""
+    """Log how many images each bucket has, with a warning if the smallest bucket does not fill a batch."""
     log.info("buckets: %s", describe_buckets(sizes))
     if smallest_bucket < global_batch:
         log.warning(
@@ -60,7 +60,10 @@ def log_buckets(sizes: Sequence[Size], smallest_bucket: int, global_batch: int) 
 
 
 def captions_of(index: Index, method: DiffusionMethod, data: DataConfig) -> Iterable[tuple[str, str]]:
-    """Yield the address of each image and its longest caption as it is trained with, its set's prompt without one."""
+    """Yield the address of each image and its longest caption line with prefix and suffix.
+
+    An image without a caption has its concept's prompt instead, and is left out if there is none.
+    """
     prompts = [concept.instance_prompt for concept in method.setting.concepts]
     columns = (index.column(name) for name in ("uri", "caption", "concept"))
     for uri, caption, concept in zip(*columns, strict=True):
@@ -74,7 +77,7 @@ def captions_of(index: Index, method: DiffusionMethod, data: DataConfig) -> Iter
 def too_long(
     captions: Iterable[tuple[str, str]], count_tokens: Callable[[str], int], most: int
 ) -> tuple[int, int, str]:
-    """Return how many captions have more tokens than ``most``, how many the longest has, and whose it is."""
+    """Return how many captions have more than ``most`` tokens, the longest's token count, and its image."""
     known: dict[str, int] = {}
     found, longest, where = 0, 0, ""
     for uri, text in captions:

@@ -14,7 +14,7 @@ from dreamfleet.trainers.methods.base import Batch
 
 @dataclass(frozen=True)
 class PlanShare:
-    """What one of ``world`` ranks draws from the plan; a step has ``num_micros`` micro-batches."""
+    """The part of the batch plan for one of ``world`` ranks; a step has ``num_micros`` micro-batches."""
 
     plan: BatchPlan
     rank: int = 0
@@ -27,12 +27,12 @@ class PlanShare:
         return draw(step, rank=self.rank, world=self.world, micro=micro, num_micros=self.num_micros)
 
     def positions(self, start: int, stop: int | None) -> Iterator[tuple[int, int]]:
-        """Yield (step, micro) of the steps ``start`` to ``stop``, without end where that is None."""
+        """Yield (step, micro) of the steps ``start`` to ``stop`` (None: endless)."""
         steps = itertools.count(start) if stop is None else range(start, stop)
         return ((step, micro) for step in steps for micro in range(self.num_micros))
 
     def all_draws(self, start: int, stop: int | None, *, classes: bool = False) -> Iterator[Draw]:
-        """Yield the draws of the steps ``start`` to ``stop``, in order."""
+        """Yield the draws of the steps ``start`` to ``stop`` (None: endless), in order."""
         for position in self.positions(start, stop):
             yield from self.draws(*position, classes=classes)
 
@@ -46,7 +46,8 @@ def prepare_ahead(
 ) -> Iterator[Batch]:
     """Yield ``make(step, micro)`` for every position; a thread prepares up to ``ahead`` of them in advance.
 
-    ``close`` is called at the end, before the thread is waited for: it must end a call of ``make`` that waits.
+    ``close`` is called at the end, before the thread is joined: it must unblock a call of ``make`` that
+    waits.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
     pending: deque[Future[Batch]] = deque()

@@ -1,4 +1,4 @@
-"""Where a feed takes images from: encoded once and resident, decoded and resident, or streamed in plan order."""
+"""Sources of a feed's images: resident latents, resident image files, or images streamed in plan order."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ if TYPE_CHECKING:
 
 
 class Images(Protocol):
-    """Interface of a source of images, as the feed uses it."""
+    """Interface of a source of images for the feed."""
 
     shown: Shown
 
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
         """Return ``mean`` and ``std`` ``[B, C, h, w]`` of cached latents, or ``pixels`` ``[B, 3, H, W]`` in [-1, 1].
 
-        With ``data.alpha_mask`` also ``mask`` ``[B, 1, h, w]``, the weights. The images must have one size. ``rows``
-        ``[B]`` are the index rows of the images, if some may replace images that cannot be decoded.
+        With ``data.alpha_mask`` also ``mask`` ``[B, 1, h, w]``, the weights of the loss. All images must have
+        the same size. ``rows`` ``[B]`` are the index rows of the images, if some may replace undecodable
+        images.
         """
         ...
 
 
 class Shown:
-    """The view of each draw's image: its bucket's size, its crop, and whether it is mirrored.
+    """The view of each draw's image: the size of its bucket, its crop, and whether it is mirrored.
 
-    Keyed by (seed, epoch, image id).
+    Crop and mirroring are keyed by (seed, epoch, image id).
     """
 
     def __init__(self, index: Index, data: DataConfig, seed: int):
@@ -53,8 +54,9 @@ class Shown:
     def time_ids(self, draws: Sequence[Draw], rows: Sequence[int] | None = None) -> Tensor:
         """Return SDXL's size condition of each draw ``[B, 6]``; see :class:`Condition`.
 
-        ``rows``: the index rows of the images that are used, cropped by the draws; None: the draws' own.
-        Top and left of a mirrored image are those of the crop in the mirror image, as in kohya's scripts.
+        ``rows``: the index rows of the images that are used, with the crops of the draws; None: those of the
+        draws. Top and left of a mirrored image are those of the crop in the mirrored image, as in kohya's
+        scripts.
         """
         rows = rows or [draw.row for draw in draws]
         ids = [self._size_ids(self.of(draw), row) for draw, row in zip(draws, rows, strict=True)]
@@ -67,26 +69,26 @@ class Shown:
         return file_height, file_width, placed.top, left, height, width
 
     def of(self, draw: Draw) -> ImageView:
-        """Return how the image of one draw is cut."""
+        """Return the view (crop, mirroring and size) of one draw's image."""
         where = ("crop", self.seed, draw.epoch, self.ids[draw.row])
         crop = None if self.data.center_crop else tuple(numpy_rng(*where).random(2).tolist())
         return ImageView(draw.row, crop, self.flips(draw), self.sizes[draw.row])
 
     def flips(self, draw: Draw) -> bool:
-        """Say whether one draw's image is mirrored."""
+        """Return whether one draw's image is mirrored."""
         if not self.data.random_flip:
             return False
         return bool(numpy_rng("flip", self.seed, draw.epoch, self.ids[draw.row]).integers(2))
 
 
 class ResidentLatents:
-    """Latents of every image (and of its mirror image, with flips), encoded once before the first step."""
+    """Latents of every image (with ``data.random_flip`` also mirrored), in memory before the first step."""
 
     def __init__(self, encoded: Encoded, shown: Shown):
         self.encoded, self.shown = encoded, shown
 
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
-        """Return the posterior of each draw's image."""
+        """Return ``mean`` and ``std`` ``[B, C, h, w]`` of each draw's image, and ``mask`` if weighted."""
         half = len(self.shown.ids)
         rows = [draw.row + half * self.shown.flips(draw) for draw in draws]
         every = self.encoded._asdict().items()
@@ -94,7 +96,7 @@ class ResidentLatents:
 
 
 class ResidentPixels:
-    """Encoded image files kept in memory and decoded per use: for random crops, whose latents cannot be cached."""
+    """Image files in memory, decoded at each use: for random crops, whose latents cannot be cached."""
 
     def __init__(self, index: Index, shown: Shown, *, cell: int):
         self.uris, self.shown, self._cell = index.column("uri"), shown, cell
@@ -103,7 +105,7 @@ class ResidentPixels:
         self.masks = [read_mask(uri) if weighted and uri else None for uri in index.column("mask")]
 
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
-        """Decode, crop and flip each draw's image as its key says."""
+        """Decode, crop and mirror each draw's image as its view requires."""
         data = self.shown.data
         cuts = [
             cut_image(
@@ -123,17 +125,17 @@ class ResidentPixels:
 class StreamedPixels:
     """Images decoded by Ray Data on the cluster's CPUs, for sets too large for one worker's memory.
 
-    The stream gets all coming draws in advance and delivers images in that order. Without a stream (a
-    dry run), an image is decoded in this process.
+    The stream receives all future draws in advance and delivers images in that order. Without a stream (in a
+    dry run), images are decoded in this process.
     """
 
     def __init__(self, index: Index, shown: Shown, *, cell: int):
         self.index, self.shown, self._cell = index, shown, cell
         self._stream: ImageStream | None = None
-        self._announced: deque[Draw] = deque()  # draws passed to the stream whose images were not taken yet
+        self._announced: deque[Draw] = deque()  # draws sent to the stream, images not taken yet
 
     def follow(self, draws: Iterable[Draw]) -> None:
-        """Start reading ahead along these draws; :meth:`take` must then ask for exactly them."""
+        """Start to read ahead along these draws; :meth:`take` must then be called for exactly these."""
         from dreamfleet.datasets.serve.stream import ImageStream
 
         def announce() -> Iterator[ImageView]:  # runs in the stream's thread
@@ -177,7 +179,8 @@ class StreamedPixels:
 def streams(index: Index, data: DataConfig) -> bool:
     """Return whether a set is streamed: if the recipe says so, or if it exceeds ``data.resident_limit_mb``.
 
-    Counted as decoded images at ``data.resolution`` (latents of SD 1.x, mean and std, take a twelfth of that).
+    Its size is counted as decoded images of ``data.resolution`` squared, 3 bytes per pixel (mean and std of
+    SD 1.x latents take a sixth of that).
     """
     if data.source != "auto":
         return data.source == "stream"
@@ -192,11 +195,10 @@ def load_images(
     seed: int,
     distributed: DistributedContext | None = None,
 ) -> Images:
-    """Make the source of an index's images: streamed when large, else read into memory and encoded to latents.
+    """Return the source of an index's images: streamed if large, else resident latents, or image files.
 
-    Latents are not cached where crops are random or ``data.cache_latents`` is off.
-
-    The ranks of ``place`` share the encoding.
+    Image files are kept instead of latents if crops are random or ``data.cache_latents`` is off. The ranks
+    share the work of encoding.
     """
     distributed = distributed or DistributedContext()
     shown = Shown(index, data, seed)

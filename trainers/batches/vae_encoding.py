@@ -1,4 +1,4 @@
-"""Reads images as they are shown, and encodes them to latents."""
+"""Reads images as training uses them (resized, cropped, mirrored), and encodes them to latents."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from dreamfleet.datasets.index.sources import read_image_file, read_mask
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.models.family import VAE_PIXELS, DiffusionModel
 
-SHARED_AT_ONCE = 2**24  # numbers of latents that go over the card between workers: 64 MB
+SHARED_AT_ONCE = 2**24  # float32 values of latents that one all-reduce sends through the GPU: 64 MB
 
 
 class Encoded(NamedTuple):
-    """Unscaled latents of images, ``[C, h, w]`` each; with ``data.alpha_mask`` their weights, ``[1, h, w]`` each."""
+    """Unscaled latents ``[C, h, w]`` of each image, and its loss weights ``[1, h, w]`` if it has a mask."""
 
     mean: list[Tensor]
     std: list[Tensor]
@@ -33,16 +33,17 @@ class Encoded(NamedTuple):
 
 
 def encode_batch(pixels: int) -> int:
-    """Return how many images of so many pixels are encoded at once."""
+    """Return how many images of ``pixels`` pixels are encoded at once."""
     return min(8, max(1, VAE_PIXELS // pixels))
 
 
 @torch.no_grad()
 def encode_cuts(cuts: Sequence[np.ndarray], model: DiffusionModel) -> dict[str, Tensor]:
-    """Encode images of one size, as :func:`read_cut` returns them and as many as :func:`encode_batch` at most, by name.
+    """Encode N images of one size from :func:`read_cut`, at most :func:`encode_batch` of them.
 
-    The VAE sees as many in any case, the last one again: sums differ in their last bits with the number, and a
-    image's latents must not depend on what is encoded beside it.
+    Returns ``mean`` and ``std`` ``[N, C, h, w]``, and ``mask`` if weighted. The batch is always filled up
+    with copies of the last image: sums differ in their last bits with the batch size, and the latents of an
+    image must not depend on the others in its batch.
     """
     found = to_tensors(cuts, cell=model.vae_factor)
     pixels = found.pop("pixels")
@@ -62,9 +63,9 @@ def encode_index(
     mirrored: Sequence[bool] = (False,),
     distributed: DistributedContext | None = None,
 ) -> Encoded:
-    """Encode every image at its size, ``len(mirrored) * N`` in all, as float32 on the CPU.
+    """Encode all N images at their training sizes: ``len(mirrored) * N`` latents in float32 on the CPU.
 
-    The ranks of ``place`` share the work, and all get the whole result.
+    The ranks share the work, and each of them returns the whole result.
     """
     distributed = distributed or DistributedContext()
     device, cell = next(model.vae.parameters()).device, model.vae_factor
@@ -74,7 +75,7 @@ def encode_index(
     channels = {"mean": model.latent_channels, "std": model.latent_channels}
     if data.alpha_mask:
         channels["mask"] = 1
-    # One tensor for all, so that workers share it in one go, and a view of it for each image.
+    # One tensor for all images, so that few collective operations share it, and a view of it for each image.
     whole, views = {}, {}
     for name, num in channels.items():
         shapes = [(num, height // cell, width // cell) for width, height in sizes]
@@ -103,7 +104,7 @@ def encode_index(
 
 
 def read_cut(index: Index, draw: ImageView, data: DataConfig) -> np.ndarray:
-    """Read one use of an image of an index: uint8 ``[H, W, 3]``, or ``[H, W, 4]`` with ``data.alpha_mask``."""
+    """Read one view of an indexed image: uint8 ``[H, W, 3]``, or ``[H, W, 4]`` with ``data.alpha_mask``."""
     row = index.row(draw.row)
     return cut_image(
         read_image_file(row.uri),
@@ -125,6 +126,6 @@ def to_tensors(cuts: Sequence[np.ndarray], *, cell: int) -> dict[str, Tensor]:
 
 
 def read_pixels(uri: str, data: DataConfig) -> np.ndarray:
-    """Read the middle of one image, ``data.resolution`` squared: float32 ``[3, H, W]`` in [-1, 1]."""
+    """Read the centre crop of one image, ``data.resolution`` squared: float32 ``[3, H, W]`` in [-1, 1]."""
     image = open_image(read_image_file(uri), uri=uri, max_pixels=data.max_pixels)
     return to_tensor_range(fit_image(image, data.resolution))

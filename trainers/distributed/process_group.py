@@ -34,7 +34,7 @@ def step_timeouts() -> Iterator[None]:
 def lone_group(
     device: torch.device | None = None, *, destroy: Callable[[], Any] = dist.destroy_process_group
 ) -> Iterator[None]:
-    """Within this context a process group exists: the present one, or else a group of this process only."""
+    """Within this context a process group exists: the existing one, or else a group of this process only."""
     if dist.is_initialized():
         yield
         return

@@ -1,4 +1,4 @@
-"""The interface of an engine: it places a method's parameters, computes gradients and steps the optimizer."""
+"""The engine interface: an engine places a method's parameters, computes gradients and steps the optimizer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class Engine(EngineSpec, ABC):
     """Trains one method with one optimizer on this worker's device.
 
     Gradients are averaged over workers and micro-batches, so the same global batch gives the same step on any number of
-    workers. Every rank must call each method, except :meth:`to_device`, :meth:`autocast` and :meth:`drop_gradients`.
+    workers. All ranks must call each method together, except :meth:`to_device`, :meth:`autocast` and
+    :meth:`drop_gradients`. The constructor raises RecipeError for settings that the engine does not support.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Engine(EngineSpec, ABC):
         self.groups = [group for group in method.groups() if group.params]
         self.params = {name: param for group in self.groups for name, param in group.params.items()}
         self.ema: Ema | None = None
-        self.resources = ExitStack()  # released by close(), last in first out
+        self.resources = ExitStack()  # released by close() in reverse order
         self.resources.callback(release_compiled, config)
         with ExitStack() as undo:
             undo.callback(self.close)
@@ -71,88 +72,103 @@ class Engine(EngineSpec, ABC):
         device: torch.device,
         dtype: torch.dtype | None,
     ) -> None:
-        """Move a method and its model to the device before the engine is built.
+        """Move a method and its model to the device, before the engine is built.
 
-        Parts without trainable parameters are cast to ``dtype`` (None: they keep their precision).
+        Parts without trainable parameters are cast to ``dtype``; with None they keep their precision.
         """
         move_method(method, device, dtype)
 
     @abstractmethod
     def _build(self, optimizer: OptimizerConfig) -> None:
-        """Build the optimizer and whatever wraps the method."""
+        """Create the optimizer and the wrapper of the method (DDP, DeepSpeed) at the end of the constructor."""
 
     @property
     def lockstep(self) -> bool:
-        """Whether each forward pass is a collective operation, so that all ranks must compute the same passes."""
+        """Whether a forward pass is a collective operation, so that all ranks must run the same forward passes."""
         return False
 
     def to_device(self, batch: Batch) -> Batch:
-        """Copy a batch's tensors to the device."""
+        """Return a batch with its tensors copied to the device."""
         return {
             name: copy_to_device(value, self.device) if isinstance(value, Tensor) else value
             for name, value in batch.items()
         }
 
     def autocast(self) -> Any:
-        """Return the context in which forward passes run."""
+        """Return the autocast context for forward passes; it does nothing in float32."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
     def begin_step(self, rates: dict[str, float], step: int) -> None:
-        """Announce optimizer step ``step`` (from 1) and its learning rates, before its first :meth:`backward`."""
+        """Prepare optimizer step ``step`` (from 1), given the learning rate of each group, before its :meth:`backward`.
+
+        ``optimizer.fused_backward`` needs this, because it steps parameters during the backward pass.
+        """
 
     @abstractmethod
     def backward(self, batch: Batch, *, last: bool = True) -> Loss:
-        """Run forward and backward of one micro-batch; ``last``: :meth:`step` follows."""
+        """Run the forward and backward pass of one micro-batch and return its detached loss.
+
+        ``last`` is true for the last micro-batch of a step.
+        """
 
     @abstractmethod
     def step(self, rates: dict[str, float], step: int) -> Tensor:
-        """Clip, step the optimizer with one learning rate per group, update the average; return the gradient norm."""
+        """Clip the gradients, step the optimizer and update the EMA weights; return the gradient norm.
+
+        ``rates`` holds the learning rate of each group by name; ``step`` counts from 1.
+        """
 
     @abstractmethod
     def drop_gradients(self) -> None:
-        """Discard every gradient since the last step."""
+        """Discard all gradients accumulated since the last step."""
 
     @abstractmethod
     def evaluate(self, action: Callable[[], T]) -> T:
-        """Run ``action`` on every rank with the averaged weights in the method (without EMA: its weights).
+        """Run ``action`` on every rank with the EMA weights in the method, and return its result.
 
-        Ranks may compute different things, unless the engine is in :attr:`lockstep`.
+        Without EMA the method keeps its own weights. The ranks may compute different things, unless :attr:`lockstep`.
         """
 
     @abstractmethod
     def full_weights(self) -> AbstractContextManager[None]:
-        """Within this context rank 0's model holds those weights unsharded, in full precision; it need not compute."""
+        """Within this context rank 0's model holds the EMA weights unsharded and in full precision, for exports.
+
+        The model may be on the CPU and need not be able to run. Without EMA it holds its own weights.
+        """
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """Return the trained weights by name on rank 0, unsharded and in full precision."""
+        """Return the trained weights by name on rank 0, unsharded and in full precision (without EMA averaging)."""
 
     @abstractmethod
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Load what :meth:`weights` returned. Raises RecipeError when names or shapes differ."""
+        """Load weights that :meth:`weights` returned. Raises RecipeError if names or shapes differ."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Return on rank 0 what a resume needs besides the weights; every engine reads the state of every other."""
+        """Return, on rank 0, the state that a resume needs besides the weights: optimizer, EMA weights, loss scale.
+
+        Its format does not depend on the engine, so a run can be resumed with another one.
+        """
 
     @abstractmethod
     def load_state(self, state: dict[str, Any]) -> None:
-        """Load what :meth:`state` returned. Raises CheckpointError when it does not fit this run."""
+        """Load the state that :meth:`state` of any engine returned. Raises CheckpointError if it does not fit."""
 
     def close(self) -> None:
-        """Release everything the engine holds besides memory; it cannot be used again."""
+        """Release hooks, process groups and files. The engine cannot be used afterwards."""
         self.resources.close()
 
     def any_rank(self, flag: bool) -> Callable[[], bool]:
-        """Start asking whether any rank raised the flag; call the result for the answer, equal on every rank."""
+        """Start a reduction over the ranks' flags; return a function that waits and returns whether any is true."""
         if self.world == 1:
             return lambda: flag
         return start_any_rank(flag, self.device)
 
     def mean_over_ranks(self, values: Tensor) -> Tensor:
-        """Average a tensor of figures over the workers, in place."""
+        """Average a tensor over the ranks in place, and return it."""
         if self.world > 1:
             dist.all_reduce(values)
             values /= self.world
@@ -160,7 +176,7 @@ class Engine(EngineSpec, ABC):
 
 
 def engine_class(config: EngineConfig) -> type[Engine]:
-    """Return the class of the engine that a recipe runs."""
+    """Return the class of the engine that an ``engine:`` section selects."""
     return cast(type[Engine], ENGINES.get(engine_name(config)))
 
 
@@ -172,10 +188,10 @@ def move_method(
     trained_on: torch.device | None = None,
     sharded: Collection[str] = (),
 ) -> None:
-    """Move a method, its helpers and its model; parts without trainable parameters are cast to ``dtype``.
+    """Move a method, its helpers and its model to ``device``; cast parts without trainable parameters to ``dtype``.
 
-    Trainable parameters, and the parts of ``method.loss_parts`` named in ``sharded``, go to ``trained_on`` (None:
-    ``device``); their buffers always go to ``device``.
+    Trainable parameters and the ``method.loss_parts`` named in ``sharded`` are moved to ``trained_on`` instead (None:
+    ``device``). Their buffers are always moved to ``device``.
     """
     home = device if trained_on is None else trained_on
     method.model.to(device, dtype, home=home, sharded=sharded)
@@ -189,7 +205,7 @@ def move_method(
 
 
 def check_optimizer(name: str, state: dict[str, Any]) -> None:
-    """Raise CheckpointError when a checkpoint was saved with another optimizer, whose states do not fit this one."""
+    """Raise CheckpointError if the state was saved by another optimizer than ``name``, since its states do not fit."""
     saved = state.get("optimizer_name", name)
     if saved != name:
         raise CheckpointError(

@@ -1,9 +1,9 @@
-"""What is used of DeepSpeed 0.19 beyond its documented interface: each name once, with the reason.
+"""All uses of undocumented attributes of DeepSpeed 0.19, each in one function.
 
-DeepSpeed keeps full-precision weights, optimizer states and gradients in flat tensors of its own layout, and its
-checkpoint files have one part per rank. A run of dreamfleet saves plain tensors by parameter name instead, so that any
-engine and any number of workers can resume it; that takes access to the flat tensors. ``tests/trainers/engines/
-test_deepspeed_internals.py`` checks every entry of :data:`INTERNALS` against the installed version.
+DeepSpeed keeps full-precision weights, optimizer states and gradients in flat tensors with its own layout, and writes
+one checkpoint file per rank. dreamfleet instead saves plain tensors by parameter name, so that a run can be resumed
+with any engine and any number of workers; this requires access to the flat tensors.
+``tests/trainers/engines/test_deepspeed_internals.py`` checks :data:`INTERNALS` against the installed version.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BUILDER = "deepspeed.ops.op_builder.builder:OpBuilder"
 
 
 class Internal(NamedTuple):
-    """An attribute of a class of DeepSpeed's; for a method also its parameters after ``self``."""
+    """An attribute of a DeepSpeed class or module; ``parameters`` are those of a method, without ``self``."""
 
     owner: str  # "module:class"
     name: str
@@ -66,17 +66,17 @@ INTERNALS = (
 
 
 def zero_optimizer(engine: Any) -> Any:
-    """Return the optimizer that shards, which wraps the one that was handed to ``deepspeed.initialize``."""
+    """Return the ZeRO optimizer, which wraps the optimizer that was passed to ``deepspeed.initialize``."""
     return engine.optimizer
 
 
 def rank_of(engine: Any) -> int:
-    """Return the rank that DeepSpeed takes this process for."""
+    """Return the global rank of this process in DeepSpeed."""
     return int(engine.global_rank)
 
 
 def fp32_partitions(optimizer: Any, *, stage: int) -> Sequence[Tensor]:
-    """Return this rank's part of the full-precision weights, one flat tensor per group; ``stage`` is 1, 2 or 3."""
+    """Return this rank's partition of the float32 weights, one flat tensor per group; ``stage`` is 1, 2 or 3."""
     parts: Sequence[Tensor] = (
         optimizer.single_partition_of_fp32_groups if stage < 3 else optimizer.fp32_partitioned_groups_flat
     )
@@ -84,39 +84,44 @@ def fp32_partitions(optimizer: Any, *, stage: int) -> Sequence[Tensor]:
 
 
 def gather_fp32(optimizer: Any, param: nn.Parameter, part: Tensor) -> Tensor:
-    """Return a parameter's full-precision weights unsharded (stage 3); the documented way reads no swapped ones."""
+    """Return a parameter's unsharded float32 weights (stage 3), given this rank's ``part`` of them.
+
+    DeepSpeed's documented function does not read weights that are swapped to NVMe.
+    """
     whole: Tensor = optimizer._fp32_state_allgather(param, part)
     return whole
 
 
 def partition_position(optimizer: Any, param: nn.Parameter) -> tuple[int, int, int]:
-    """Return where this rank's part of a parameter is (stage 3): number of the flat tensor, start and length."""
+    """Return the position of this rank's part of a parameter (stage 3): index of the flat tensor, start, length."""
     number, start, length = optimizer.grad_position[optimizer.get_param_id(param)]
     return number, start, int(length)
 
 
 def publish_partition(optimizer: Any, number: int) -> None:
-    """Copy a flat tensor of full-precision weights into the weights that the model computes with (stage 3)."""
+    """Copy flat tensor ``number`` of the float32 weights into the model's (half-precision) weights (stage 3)."""
     optimizer._reassign_or_swap_out_partitioned_parameters(number)
 
 
 def publish_persistent(optimizer: Any) -> None:
-    """Gather the small parameters that stage 3 keeps unsharded on every rank, after their partitions changed."""
+    """Update the small parameters that stage 3 keeps unsharded on every rank, after their partitions changed."""
     if small := optimizer.persistent_parameters:
         small[0].partition(small)
         small[0].all_gather(small)
 
 
 def publish_all(optimizer: Any) -> None:
-    """Copy the full-precision weights into the weights that the model computes with (stages 1 and 2)."""
+    """Copy the float32 weights into the model's (half-precision) weights (stages 1 and 2)."""
     optimizer.update_lp_params()
 
 
 def discard_gradients(optimizer: Any, *, stage: int, offloads: bool) -> None:
-    """Discard accumulated gradients, as DeepSpeed itself does after a step that overflowed."""
+    """Discard accumulated gradients, as DeepSpeed does after an fp16 overflow. ``offloads``: to host memory."""
     optimizer.zero_grad()
     if stage < 3:
-        optimizer.micro_step_id = -1  # decides whether the next micro-batch is added or copied
+        optimizer.micro_step_id = (
+            -1
+        )  # the next micro-batch overwrites the gradients instead of adding to them
         for gradients in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
             gradients.update(dict.fromkeys(gradients))
     if offloads:
@@ -124,35 +129,35 @@ def discard_gradients(optimizer: Any, *, stage: int, offloads: bool) -> None:
 
 
 def grad_scaler(engine: Any) -> Any:
-    """Return the torch.amp.GradScaler of stage 0 under fp16, else None."""
+    """Return the torch.amp.GradScaler that stage 0 uses for fp16; None without fp16."""
     return engine.torch_autocast_z0_gradscaler
 
 
 def read_loss_scale(optimizer: Any) -> tuple[float, int, int]:
-    """Return the fp16 loss scale of stages 1 to 3, the steps since an overflow, and after how many it grows."""
+    """Return the fp16 loss scale of stages 1 to 3, the steps since the last overflow, and the growth interval."""
     scaler = optimizer.loss_scaler
     return float(scaler.cur_scale), scaler.cur_iter - scaler.last_overflow_iter - 1, scaler.scale_window
 
 
 def write_loss_scale(optimizer: Any, scale: float, *, since_overflow: int) -> None:
-    """Set the fp16 loss scale of stages 1 to 3 and the steps since an overflow."""
+    """Set the fp16 loss scale of stages 1 to 3 and the number of steps since the last overflow."""
     scaler = optimizer.loss_scaler
     scaler.cur_scale = scale
     scaler.last_overflow_iter = scaler.cur_iter - 1 - since_overflow
 
 
 def is_swapped(optimizer: Any, number: int) -> bool:
-    """Return whether a flat tensor's weights and moments are in files; those under a megabyte stay in memory."""
+    """Return whether the weights and moments of a flat tensor are in files; those under 1 MB stay in memory."""
     return bool(optimizer._swappable_optimizer_subgroup(number))
 
 
 def swap_in(optimizer: Any, number: int) -> None:
-    """Read a flat tensor's weights and moments from their files."""
+    """Read the weights and moments of a flat tensor from their files into memory."""
     optimizer._optimizer_states_and_gradient_swap_in(number)
 
 
 def swap_out(optimizer: Any, number: int, *, changed: bool) -> None:
-    """Release what :func:`swap_in` read, writing it to the files if it was ``changed``."""
+    """Release the memory that :func:`swap_in` allocated; write it back to the files if it was ``changed``."""
     if changed:
         optimizer._optimizer_states_and_gradient_swap_out(number)
     else:
@@ -160,11 +165,11 @@ def swap_out(optimizer: Any, number: int, *, changed: bool) -> None:
 
 
 def build_without_debug_symbols(builder: Any) -> None:
-    """Make an op's builder compile without debugging symbols, which take half of the compiler's time."""
+    """Make a DeepSpeed op builder compile without debug symbols, which take half of the compile time."""
     flags = builder.cxx_args
     builder.cxx_args = lambda: [flag for flag in flags() if flag != "-g"]
 
 
 def skip_op_probing(deepspeed: Any) -> None:
-    """Make DeepSpeed believe that no op is available: for gloo it would compile one, a minute long, for inference."""
+    """Make DeepSpeed skip its compiled ops for inference, one of which it would compile for gloo, taking a minute."""
     deepspeed.ops.__compatible_ops__ = {}

@@ -1,4 +1,4 @@
-"""Options that change the speed of a step but not its result, and a flag shared by all ranks without waiting."""
+"""Performance options of the ``engine:`` section, and an asynchronous reduction of a flag over all ranks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dreamfleet.trainers.models.family import DiffusionModel
 
 
 def apply_options(model: DiffusionModel, config: EngineConfig, device: torch.device) -> None:
-    """Apply the ``engine:`` section's performance options to this process and the model's denoiser, if it is loaded.
+    """Apply the performance options of the ``engine:`` section to this process and to the model's denoiser, if loaded.
 
-    Modules are changed in place, so parameters, their names and checkpoints stay as they are.
+    Modules are changed in place; parameters, parameter names and checkpoints are not affected.
     """
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
@@ -32,16 +32,16 @@ def apply_options(model: DiffusionModel, config: EngineConfig, device: torch.dev
 
 
 def release_compiled(config: EngineConfig) -> None:
-    """Clear torch's caches of compiled blocks, which would keep the model until the process ends."""
+    """Clear torch's caches of compiled blocks, which would otherwise keep the model in memory."""
     if config.torch_compile:
         torch._dynamo.reset()
 
 
 def start_any_rank(flag: bool, device: torch.device) -> Callable[[], bool]:
-    """Start an all-reduce over the ranks' flags; the function returned waits for it, but not for later work.
+    """Start an all-reduce over the ranks' flags; return a function that waits for it and returns whether any is true.
 
-    On a GPU a stream of its own copies the answer: reading it from the training stream would wait for the step that has
-    been queued in the meantime.
+    On a GPU the result is copied on a separate stream. Reading it on the training stream would also wait for the steps
+    that were queued after it.
     """
     flags = torch.full((), int(flag), device=device)
     work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, async_op=True)

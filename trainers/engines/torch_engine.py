@@ -1,4 +1,4 @@
-"""The engine that uses torch alone: one device, or DDP on several."""
+"""The engine that uses only torch: a single device, or DDP on several."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class TorchEngine(TorchSpec, Engine):
                     f"optimizer.fused_backward and train.full_bf16 do not go with {self.method.name}, which has an "
                     "optimizer of its own; leave them out"
                 )
-            self.max_grad_norm = 0.0  # clipping would weigh the batches differently
+            self.max_grad_norm = 0.0  # no clipping, which would give the batches different weights
         self.optimizer = own or make_optimizer(self.groups, optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.ema = Ema(self.params, self.config.ema_decay) if self.config.use_ema else None
         self.stepper = Stepper(self.optimizer, seed=self.seed)
-        self.next_step: int | None = None  # the step that backward may take
-        self.squared_norms: list[Tensor] = []  # of the gradients that backward has consumed
+        self.next_step: int | None = None  # fused_backward: the step to take during backward; None: take none
+        self.squared_norms: list[Tensor] = []  # fused_backward: squared norms of the gradients of this step
         self.fused = optimizer.fused_backward
         for param in self.params.values() if self.fused else ():
-            # The garbage collector does not follow hooks, so a hook left behind would keep engine and model alive.
+            # The garbage collector does not follow hooks, so a hook that is not removed keeps engine and model alive.
             self.resources.callback(param.register_post_accumulate_grad_hook(self._step_inside).remove)
         self.module: Any = self.method
         if self.world > 1:
@@ -49,7 +49,7 @@ class TorchEngine(TorchSpec, Engine):
                 self.method,
                 device_ids=[self.device] if self.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
-                broadcast_buffers=False,  # equal on every rank, and never changed
+                broadcast_buffers=False,  # buffers are equal on all ranks and never change
             )
             self.resources.callback(release_reducer, self.module)
 
@@ -58,7 +58,7 @@ class TorchEngine(TorchSpec, Engine):
         self.next_step, self.squared_norms = step, []
 
     def backward(self, batch: Batch, *, last: bool = True) -> Loss:
-        # DDP averages the gradients over the workers in the last backward pass before a step.
+        # DDP averages the gradients over the workers only in the last backward pass before a step.
         sync = nullcontext() if last or self.world == 1 else self.module.no_sync()
         with sync:
             with self.autocast():
@@ -112,7 +112,7 @@ class TorchEngine(TorchSpec, Engine):
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"the saved optimizer does not fit this recipe's: {error}") from error
         restore_states(self.optimizer, state["optimizer"]["state"], keep_types=self.bf16_weights)
-        self.stepper = Stepper(self.optimizer, seed=self.seed)  # load_state_dict creates new groups
+        self.stepper = Stepper(self.optimizer, seed=self.seed)  # since load_state_dict replaces the groups
         if self.ema is not None:
             average = saved_average(state)
             self.ema.shadow = {
@@ -124,7 +124,7 @@ class TorchEngine(TorchSpec, Engine):
             group["lr"] = rates[group["name"]]
 
     def _step_together(self, rates: dict[str, float], step: int) -> Tensor:
-        """Clip the gradients and step every parameter."""
+        """Clip the gradients, step all parameters and discard the gradients; return the gradient norm."""
         self._set_rates(rates)
         self.scaler.unscale_(self.optimizer)
         stepped = [param for param in self.params.values() if param.grad is not None]
@@ -140,7 +140,10 @@ class TorchEngine(TorchSpec, Engine):
         return norm
 
     def _step_inside(self, param: Tensor) -> None:
-        """Step a parameter as soon as backward has its gradient; without an announced step, drop the gradient."""
+        """Step a parameter as soon as its gradient is complete (fused_backward), as a hook of the parameter.
+
+        Without a preceding :meth:`begin_step` the gradient is discarded.
+        """
         assert isinstance(param, nn.Parameter) and param.grad is not None
         if self.next_step is None:
             param.grad = None
@@ -149,7 +152,7 @@ class TorchEngine(TorchSpec, Engine):
         self.stepper.step(param, self.next_step)
 
     def _finish_step(self, step: int) -> Tensor:
-        """Return the norm of the gradients that backward consumed."""
+        """Return the norm of the gradients that were used during backward. Raises RuntimeError for another step."""
         if self.next_step != step:
             raise RuntimeError(
                 f"fused_backward: step {step} was not announced with begin_step before its backward"
@@ -159,7 +162,7 @@ class TorchEngine(TorchSpec, Engine):
 
     @contextmanager
     def _averaged(self, convert: Callable[[nn.Parameter, Tensor], Tensor]) -> Iterator[None]:
-        """Within this context the parameters hold the converted averages (without EMA: converted weights)."""
+        """Within this context the parameters hold the EMA weights (without EMA: their own), changed by ``convert``."""
         kept = {name: param.data for name, param in self.params.items()}
         shown = kept if self.ema is None else self.ema.shadow
         for name, param in self.params.items():

@@ -33,23 +33,23 @@ Convert = Callable[[nn.Parameter, Tensor], Tensor]
 
 
 class ZeroEngine(ZeroSpec, Engine):
-    """Trains a method under DeepSpeed, which shards optimizer states, gradients and weights over the workers.
+    """Trains a method with DeepSpeed, which shards optimizer states, gradients and weights over the workers.
 
-    Checkpoints hold unsharded tensors by parameter name, as TorchEngine writes them, not DeepSpeed's files per rank. So
-    a run can be resumed with another number of workers, another stage, or the other engine.
+    Checkpoints hold unsharded tensors by parameter name, like TorchEngine's, instead of DeepSpeed's files per rank. A
+    run can therefore be resumed with another number of workers, another stage, or another engine.
 
     Stage 3 also shards the frozen parts that gradients pass through, so that an embedding or a LoRA can be trained on a
-    U-Net that exceeds a GPU. Every rank then computes every forward pass, previews included.
+    U-Net that exceeds a GPU's memory. All ranks then run every forward pass together, including those of previews.
     """
 
     @classmethod
     def place_model(
         cls, method: Method, config: EngineConfig, *, device: torch.device, dtype: torch.dtype | None
     ) -> None:
-        """Move a method to the device, except what a stage above 0 shards: that waits in host memory.
+        """Move a method to the device, except the parts that DeepSpeed shards, which stay in host memory until then.
 
-        So a GPU without room for the unsharded weights is enough. Stage 3 also shards frozen parts that gradients pass
-        through.
+        The GPU therefore need not hold the unsharded weights. Stages 1 to 3 shard the trainable parameters, stage 3
+        also the frozen parts that gradients pass through.
         """
         waits = device.type == "cuda" and config.zero_stage != 0
         move_method(
@@ -80,9 +80,9 @@ class ZeroEngine(ZeroSpec, Engine):
         self.folder = SwapFolder(self.config.nvme_path or "") if swaps else None
         if self.folder is not None:
             self.resources.callback(self.folder.close)
-        # DeepSpeed's 16-bit modes round every weight of the module, and derive the float32 weights from the result.
+        # DeepSpeed's 16-bit modes round all weights of the module, and take the float32 weights from the rounded ones.
         rounds = self.stage > 0 and self.dtype != torch.float32
-        # A rounded weight is a new tensor, so the exact one is kept without a copy.
+        # Rounding creates new tensors, so the exact weights can be kept without a copy.
         exact = {
             param: param.detach().float().cpu() if rounds else param.detach().float().cpu().clone()
             for param in self.method.parameters()
@@ -107,7 +107,7 @@ class ZeroEngine(ZeroSpec, Engine):
             self.engine, *_ = self.deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
         self.resources.callback(self.engine.destroy)
         for param in self.method.parameters(recurse=False) if self.stage == 3 else ():
-            # The text encoder uses an embedding's vectors also outside of the method's own forward.
+            # The text encoder also uses an embedding's vectors outside of the method's own forward pass.
             self.deepspeed.zero.register_external_parameter(model, param)
         kind = SwappedShards if self.config.offload_optimizer_device == "nvme" else Shards
         self.shards = kind(self.engine, self.params, self.optimizer, stage=self.stage)
@@ -155,7 +155,7 @@ class ZeroEngine(ZeroSpec, Engine):
     def full_weights(self) -> Iterator[None]:
         with self._unsharded(
             lambda param, value: value.cpu()
-        ):  # a GPU may have room for a part of the weights only
+        ):  # the GPU may not have enough memory for all weights
             yield
 
     def weights(self) -> dict[str, Tensor]:
@@ -200,7 +200,7 @@ class ZeroEngine(ZeroSpec, Engine):
             self._load_scaler(state["scaler"])
 
     def _shard(self, model: nn.Module, config: dict[str, Any]) -> None:
-        """Shard the weights one by one in the precision they compute in, so that a GPU need not hold all of them."""
+        """Cast and shard the weights one at a time, so that the GPU need not hold all of them."""
         for param in model.parameters():
             param.data = param.data.to(self.dtype)
         device = self.config.offload_param_device
@@ -213,7 +213,7 @@ class ZeroEngine(ZeroSpec, Engine):
         )
 
     def _evaluate_together(self, action: Callable[[], T]) -> T:
-        """Run ``action`` on every rank as a forward pass of DeepSpeed, whose hooks gather each layer's weights."""
+        """Run ``action`` on all ranks inside a DeepSpeed forward pass, whose hooks gather the weights of each layer."""
         results: list[T] = []
         with self._averages():
             if self.ema is not None:
@@ -224,20 +224,20 @@ class ZeroEngine(ZeroSpec, Engine):
         return results[0]
 
     def _averages(self) -> AbstractContextManager[None]:
-        """Within this context the shards hold the averaged weights (without EMA: the weights)."""
+        """Within this context the shards hold the EMA weights (without EMA: the weights)."""
         return nullcontext() if self.ema is None else self.shards.holding(list(self.ema.shadow.values()))
 
     def _flats(self) -> dict[str, Tensor]:
         return {str(number): flat for number, flat in enumerate(self.shards.flats)}
 
     def _collect(self) -> dict[str, Tensor]:
-        """Gather the parameters one by one into rank 0's host memory; other ranks keep nothing."""
+        """Gather the parameters one at a time into host memory on rank 0; return {} on other ranks."""
         gathered = ((name, self.shards.gather(name)) for name in self.params)
         return {name: value.cpu() for name, value in gathered if self.is_main}
 
     @contextmanager
     def _unsharded(self, convert: Convert, *, everywhere: bool = False) -> Iterator[None]:
-        """Within this context rank 0's parameters (or those of every rank) are unsharded tensors."""
+        """Within this context the parameters are unsharded tensors from ``convert``, on rank 0 or ``everywhere``."""
         whole: dict[nn.Parameter, Tensor] = {}
         with self._averages():
             for name, param in self.params.items():
@@ -270,12 +270,12 @@ class ZeroEngine(ZeroSpec, Engine):
                     self.shards.put(name, saved[number][moment])
 
     def _unsharded_norm(self) -> Tensor:
-        # Stage 0 clips without returning the norm.
+        # DeepSpeed's stage 0 clips the gradients but does not return the norm.
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None])
         scaler = internals.grad_scaler(self.engine)
         return (
             norm / scaler._get_scale_async() if scaler is not None else norm
-        )  # get_scale() would wait for it
+        )  # get_scale() would wait for the GPU
 
     def _scaler_state(self) -> dict[str, Any]:
         if self.stage == 0:
@@ -283,7 +283,7 @@ class ZeroEngine(ZeroSpec, Engine):
             return state
         fresh = torch.amp.GradScaler(self.device.type).state_dict()
         scale, since, window = internals.read_loss_scale(internals.zero_optimizer(self.engine))
-        # torch counts from zero again when the scale grows; DeepSpeed continues counting, and grows a step later.
+        # torch resets its counter when the scale grows; DeepSpeed does not, and increases the scale one step later.
         counted = {"_growth_tracker": since % window, "since_overflow": since}
         return {**fresh, **counted, "scale": scale}
 
@@ -299,13 +299,13 @@ class ZeroEngine(ZeroSpec, Engine):
 
 
 class _Wrapper(nn.Module):
-    """The modules that DeepSpeed handles; autocast is entered inside, as DeepSpeed ends one entered outside."""
+    """The root module passed to DeepSpeed. It enters autocast itself, because DeepSpeed disables an outer autocast."""
 
     def __init__(self, modules: Iterable[nn.Module], autocast: Callable[[], Any]):
         super().__init__()
         self.held, self.autocast = nn.ModuleList(modules), autocast
 
     def forward(self, action: Callable[[], Any]) -> Any:
-        """Return what ``action`` computes."""
+        """Return the result of ``action()``, run under autocast."""
         with self.autocast():
             return action()

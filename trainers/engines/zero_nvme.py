@@ -1,4 +1,4 @@
-"""ZeRO-3 with optimizer states, or weights too, on an NVMe disk: the swap folder, and access to swapped tensors."""
+"""Support for ZeRO-3 offload to an NVMe disk: the swap folder, and access to tensors that are swapped out."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ PREFIX = "dreamfleet-swap-"
 
 
 class SwapFolder:
-    """A folder under ``engine.nvme_path`` that belongs to this process, removed by :meth:`close`.
+    """A folder under ``engine.nvme_path`` that only this process uses; :meth:`close` removes it.
 
-    DeepSpeed names its files by rank only, so two runs or trials would overwrite each other's files. The next process
-    on the disk removes the folder of one that was killed.
+    DeepSpeed names its files by rank only, so two runs or trials would overwrite each other's files in a shared folder.
+    Folders of killed processes are removed when the next SwapFolder is created. Raises ResourceError if the path is
+    not writable.
     """
 
     def __init__(self, parent: str):
         try:
             Path(parent).mkdir(parents=True, exist_ok=True)
-            # One process at a time, or another would remove this folder before it is locked.
+            # One process at a time: another one would remove this folder as stale before it is locked.
             with _lock_of(Path(parent) / f"{PREFIX}gate"):
                 _remove_stale(Path(parent))
                 self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
@@ -52,14 +53,14 @@ class SwapFolder:
 
 
 def build_swapping() -> None:
-    """Compile DeepSpeed's asynchronous I/O if this machine has not yet, which takes minutes.
+    """Compile DeepSpeed's asynchronous I/O, unless it was compiled on this machine before. Takes minutes.
 
     Raises ResourceError if it cannot be compiled.
     """
     from deepspeed.ops.op_builder import AsyncIOBuilder
     from deepspeed.ops.op_builder.pin_memory import PinMemoryBuilder
 
-    # Separately, so that files left by a killed compiler are removed for both: the second would build the first.
+    # AsyncIOBuilder also builds the first op. Build them separately, so that build_op removes stale locks of both.
     for builder in (PinMemoryBuilder(), AsyncIOBuilder()):
         build_op(
             builder,
@@ -71,9 +72,9 @@ def build_swapping() -> None:
 
 
 class SwappedShards(Shards):
-    """Shards whose weights and moments are in files, with one sub-group of them in memory at a time.
+    """Shards whose weights and moments are in files, of which one sub-group is in memory at a time.
 
-    Accessing the parameters in order reads every file once.
+    Accessing the parameters in order reads each file once.
     """
 
     _here: int | None = None
@@ -108,7 +109,7 @@ class SwappedShards(Shards):
 
 
 def _remove_stale(parent: Path) -> None:
-    """Remove the folders of processes that no longer run."""
+    """Remove the swap folders of processes that no longer run."""
     for left in parent.glob(f"{PREFIX}*/"):
         with suppress(Timeout), _lock_of(left / "lock").acquire(blocking=False):
             log.warning("removing %s, left by a run that was killed", left)
@@ -116,5 +117,5 @@ def _remove_stale(parent: Path) -> None:
 
 
 def _lock_of(path: Path) -> FileLock:
-    """Return a lock that ends with its process, and that any thread of the process may release."""
+    """Return a file lock that the system releases when the process ends and that any thread may release."""
     return FileLock(path, thread_local=False, fallback_to_soft=False)

@@ -1,4 +1,4 @@
-"""Sets up DeepSpeed: its JSON configuration, an import that leaves stdout alone, its compiled CPU Adam."""
+"""Sets up DeepSpeed: its JSON configuration, an import that does not write to stdout, and its compiled CPU Adam."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def zero_config(
     largest: int = 0,
     swap_folder: str | None = None,
 ) -> dict[str, Any]:
-    """Return DeepSpeed's JSON for the ``engine:`` section.
+    """Return DeepSpeed's JSON configuration for an ``engine:`` section.
 
-    ``num_params``: number of trainable elements. ``largest``: elements of the largest tensor. ``swap_folder``: this
-    process's folder on an NVMe disk.
+    ``num_params``: number of trainable elements. ``largest``: number of elements in the largest tensor.
+    ``swap_folder``: this process's folder on an NVMe disk.
 
-    Stages 1 to 3 use DeepSpeed's half-precision modes: weights and gradients in 16 bits, float32 weights in the sharded
-    optimizer. Stage 0 has no sharded optimizer: float32 weights under autocast, as in TorchEngine. Other keys of
-    ``deepspeed_config`` are passed on; the recipe's take precedence.
+    Stages 1 to 3 use DeepSpeed's half-precision modes: 16-bit weights and gradients, and float32 weights in the sharded
+    optimizer. Stage 0 has no sharded optimizer and uses float32 weights under autocast, like TorchEngine. Other keys of
+    the ``deepspeed_config`` file are passed on; the recipe's keys take precedence.
     Source: https://www.deepspeed.ai/docs/config-json/
     """
     zero: dict[str, Any] = {"stage": config.zero_stage}
@@ -62,7 +62,7 @@ def zero_config(
             block |= {"nvme_path": swap_folder} if device == "nvme" else {}
             zero[f"offload_{part}"] = block
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # only used in a DeepSpeed log that is off
+        "train_micro_batch_size_per_gpu": 1,  # used only in a DeepSpeed log message that is disabled
         "gradient_accumulation_steps": num_micros,
         "gradient_clipping": max_grad_norm,
         "zero_optimization": zero,
@@ -81,7 +81,7 @@ def zero_config(
     defaults: dict[str, Any] = {}
     if config.offload_optimizer_device == "nvme":
         defaults = {"sub_group_size": SWAPPED_GROUP}
-    if config.offload_param_device == "nvme":  # by default a billion weights stay in host memory
+    if config.offload_param_device == "nvme":  # DeepSpeed's default keeps a billion weights in host memory
         defaults |= {"offload_param": {"max_in_cpu": 0, "buffer_size": largest}}
     under: dict[str, Any] = {"zero_optimization": defaults}
     if config.deepspeed_config is not None:
@@ -90,8 +90,8 @@ def zero_config(
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed for a device, with its log in this program's log. Raises ResourceError without it."""
-    # DeepSpeed reads it once, at import. Without it, a run on the CPU of a machine with a GPU would use the GPU.
+    """Import DeepSpeed for a device and redirect its log to this program's. Raises ResourceError if that fails."""
+    # DeepSpeed reads this variable once, at import. Without it, a run on the CPU of a machine with a GPU uses the GPU.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     # DeepSpeed takes the device index from LOCAL_RANK.
     os.environ["LOCAL_RANK"] = (
@@ -105,27 +105,27 @@ def import_deepspeed(device: torch.device) -> Any:
             f"engine.zero_stage needs DeepSpeed, which cannot be imported here ({error}): install it with "
             "pip install --no-build-isolation deepspeed, or set engine.zero_stage: auto"
         ) from error
-    # At every gather DeepSpeed calls torch functions by deprecated names.
+    # DeepSpeed calls torch functions by deprecated names at every gather.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     own = logging.getLogger("DeepSpeed")
-    own.handlers.clear()  # they write to stdout, which is for results
+    own.handlers.clear()  # they write to stdout, which is reserved for results
     own.propagate = True
     internals.skip_op_probing(deepspeed)
     return deepspeed
 
 
 def destroy_group() -> None:
-    """Destroy the process group together with DeepSpeed's record of it."""
+    """Destroy the default process group, and DeepSpeed's reference to it."""
     import deepspeed
 
     (deepspeed.comm if deepspeed.comm.is_initialized() else dist).destroy_process_group()
 
 
 def make_cpu_adam(plain: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Build DeepSpeed's AdamW for offloaded states, with the groups and settings of the optimizer ``plain``.
+    """Return DeepSpeed's CPU AdamW for offloaded states, with the groups and settings of the optimizer ``plain``.
 
-    The first call on a machine compiles it, which takes minutes, into TORCH_EXTENSIONS_DIR or
-    ``~/.cache/torch_extensions``. Raises ResourceError if it cannot be compiled.
+    The first call on a machine compiles it into TORCH_EXTENSIONS_DIR or ``~/.cache/torch_extensions``, which takes
+    minutes. Raises ResourceError if it cannot be compiled.
     """
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from deepspeed.ops.op_builder import CPUAdamBuilder
@@ -142,12 +142,15 @@ def make_cpu_adam(plain: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def build_op(builder: Any, *, what: str, needs: str, instead: str) -> None:
-    """Load a DeepSpeed op, which compiles it at its first use. Raises ResourceError if that fails."""
+    """Load a DeepSpeed op, compiling it if necessary.
+
+    Raises ResourceError if that fails; ``what``, ``needs`` and ``instead`` are parts of the message.
+    """
     internals.build_without_debug_symbols(builder)
     try:
         with sole_builder(builder.NAME), stdout_to_stderr():
             builder.load(verbose=False)
-    except Exception as error:  # builders raise anything: a TypeError without CUDA_HOME
+    except Exception as error:  # builders raise many types, such as a TypeError without CUDA_HOME
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ResourceError(
             f"{what} at its first use, which failed ({reason}); every machine needs {needs}, or set {instead}"
@@ -156,10 +159,10 @@ def build_op(builder: Any, *, what: str, needs: str, instead: str) -> None:
 
 @contextmanager
 def sole_builder(op: str) -> Iterator[None]:
-    """Let one process of this machine at a time load a compiled op, and remove the lock file of a killed build.
+    """Hold a lock while a compiled op is built and loaded, and remove the lock file that a killed build left.
 
-    torch marks a build by a file, and waits forever if its builder was killed. The lock used here ends with its
-    process, so the process that holds it knows that torch's file is stale.
+    torch marks a build in progress by a file, and waits forever if the building process was killed. The lock used here
+    is released when its process ends, so whoever holds it knows that torch's file is stale.
     """
     from torch.utils.cpp_extension import _get_build_directory
 
@@ -173,7 +176,7 @@ def sole_builder(op: str) -> Iterator[None]:
 
 @contextmanager
 def stdout_to_stderr() -> Iterator[None]:
-    """Redirect stdout to stderr, for compilers as well, because stdout carries results."""
+    """Redirect stdout of this process and of compilers that it starts to stderr, since stdout carries results."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)

@@ -1,4 +1,4 @@
-"""Reads and writes the float32 weights and moments inside a DeepSpeed optimizer by parameter name."""
+"""Reads and writes the float32 weights and the moments of a DeepSpeed optimizer by parameter name."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Shards:
-    """Reads and writes an engine's full-precision weights, unsharded and by parameter name, at every ZeRO stage.
+    """Reads and writes full-precision weights, unsharded and by parameter name, at every ZeRO stage.
 
     ``flats`` are the tensors that DeepSpeed's inner optimizer steps: the parameters themselves (stage 0), or this
-    rank's part of all parameters of a group, concatenated (1 to 3). Adam's moments and averaged weights have the same
-    layout; within :meth:`showing` or :meth:`holding` they are read and written in place of the weights. Every rank must
-    call :meth:`gather` and :meth:`put`, for the same parameters in the same order.
+    rank's part of all parameters of a group, concatenated (stages 1 to 3). Adam's moments and EMA weights have the same
+    layout; within :meth:`showing` or :meth:`holding` they are accessed in place of the weights. All ranks must call
+    :meth:`gather` and :meth:`put` for the same parameters in the same order.
     """
 
     def __init__(
@@ -45,7 +45,10 @@ class Shards:
         return safe_get_full_fp32_param(param).detach()
 
     def put(self, name: str, value: Tensor) -> None:
-        """Overwrite this rank's full-precision part of a parameter; the model's own copy changes at :meth:`publish`."""
+        """Overwrite this rank's part of a float32 parameter with the unsharded ``value``.
+
+        The weights that the model computes with change only at :meth:`publish`.
+        """
         param: Any = self.params[name]
         if self.stage == 0:
             param.data.copy_(value)
@@ -53,7 +56,7 @@ class Shards:
             part = self._part(param)
             start = min(self.rank * len(part), value.numel())
             mine = value.flatten()[start : start + len(part)]
-            part[: len(mine)].copy_(mine)  # the rest is padding: parts have equal sizes
+            part[: len(mine)].copy_(mine)  # the rest is padding, since all ranks' parts have equal sizes
             self._mark_written()
         else:
             from deepspeed.utils import safe_set_full_fp32_param
@@ -61,7 +64,7 @@ class Shards:
             safe_set_full_fp32_param(param, value)
 
     def publish(self) -> None:
-        """Copy the full-precision weights into the weights that the model computes with; every rank calls."""
+        """Copy the full-precision weights into the weights that the model computes with. All ranks must call it."""
         if self.stage == 3:
             for number in range(len(self.flats)):
                 self._flat(number)
@@ -73,14 +76,15 @@ class Shards:
 
     @property
     def steps(self) -> float:
-        """Number of steps since the optimizer's moments were created."""
-        # A step that fp16 skipped may leave an empty state.
+        """Number of optimizer steps since the moments were created."""
+        # If the first step was skipped because of an fp16 overflow, the state may be empty.
         return float(self.inner.state.get(self.flats[0], {}).get("step", 0))
 
     def make_moments(self, make_step: Callable[[Tensor], int | Tensor]) -> None:
-        """Create zero moments, which the optimizer lacks before its first step, so that they can be overwritten.
+        """Create zero moments, so that a checkpoint can be loaded before the optimizer's first step creates them.
 
-        ``make_step`` returns the number of steps taken, a new tensor at each call: optimizers increment it in place.
+        ``make_step`` returns the number of steps taken, as a new tensor at each call, since optimizers increment it in
+        place.
         """
         for number in range(len(self.flats)):
             flat = self._flat(number)
@@ -91,13 +95,13 @@ class Shards:
 
     @contextmanager
     def showing(self, moment: str) -> Iterator[None]:
-        """Within this context :meth:`gather` and :meth:`put` access one of the optimizer's moments."""
+        """Within this context :meth:`gather` and :meth:`put` access a moment of the optimizer, one of MOMENTS."""
         with self.holding([self.inner.state[flat][moment] for flat in self.flats]):
             yield
 
     @contextmanager
     def holding(self, others: Sequence[Tensor]) -> Iterator[None]:
-        """Exchange the contents of ``flats`` and ``others`` within this context."""
+        """Within this context the contents of ``flats`` and ``others`` are exchanged."""
         self._exchange(others)
         try:
             yield
@@ -105,17 +109,17 @@ class Shards:
             self._exchange(others)
 
     def rest(self) -> None:
-        """Release the memory of the tensor that was read or written last, before training continues."""
+        """Release the memory of the last accessed tensor before training continues; only swapped shards need it."""
 
     def _flat(self, number: int) -> Tensor:
-        """Return a flat tensor of weights, or of what :meth:`showing` selected."""
+        """Return flat tensor ``number`` of the weights, or of the moment that :meth:`showing` selected."""
         return self.flats[number]
 
     def _mark_written(self) -> None:
-        """Record that the tensor returned last by :meth:`_flat` was overwritten."""
+        """Record that the last tensor returned by :meth:`_flat` was modified."""
 
     def _part(self, param: nn.Parameter) -> Tensor:
-        """Return this rank's part of a parameter under stage 3, within its sub-group's tensor."""
+        """Return this rank's part of a parameter at stage 3, a view into the tensor of its sub-group."""
         number, start, length = internals.partition_position(self.outer, param)
         return self._flat(number).detach().narrow(0, start, length)
 
@@ -128,7 +132,10 @@ class Shards:
 
 
 def owners(roots: Iterable[nn.Module]) -> list[nn.Module]:
-    """Return the outermost modules with parameters of their own, each once: LoRA's are in the method and the U-Net."""
+    """Return the outermost modules that directly own parameters, without duplicates.
+
+    LoRA modules belong to both the method and the U-Net, so they are found twice.
+    """
 
     def walk(module: nn.Module) -> Iterator[nn.Module]:
         if module._parameters:

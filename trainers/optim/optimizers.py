@@ -65,7 +65,10 @@ def make_rates(
 
 
 def rate_of(group: str, config: OptimizerConfig) -> float | str:
-    """Return a group's own learning rate if the recipe has one, else the rate of the next larger part."""
+    """Return a group's learning rate (a number, or a schedule in the webui's syntax) from the recipe.
+
+    ``text_encoder_2`` falls back to the rate of ``text_encoder``, and every group to ``learning_rate``.
+    """
     every, text, second = config.learning_rate, config.text_encoder_lr, config.text_encoder_2_lr
     own = {"text_encoder": [text], "text_encoder_2": [second, text]}.get(group, [])
     return next((rate for rate in own if rate is not None), every)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dreamfleet.datasets.rng import key
 
-DROPPED_BITS = 16  # of a float32's mantissa, which a bfloat16 does not have
+DROPPED_BITS = 16  # mantissa bits of a float32 that a bfloat16 does not have
 
 
 class Stepper:
@@ -20,8 +20,8 @@ class Stepper:
 
     Weights in bfloat16 are stepped in float32 and rounded stochastically: up with a probability equal to the distance
     from the lower value, so that updates too small for rounding to nearest take effect on average (Gupta et al. 2015,
-    arXiv 1502.02551). The random bits are keyed by (seed, step, first parameter), so a resumed run rounds equally. The
-    optimizer's states are those of float32 weights.
+    arXiv 1502.02551). The random bits are keyed by (seed, step, first parameter), so a resumed run rounds
+    identically. The optimizer's states are those of float32 weights.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, seed: int):
@@ -41,8 +41,8 @@ class Stepper:
     def step_all(self, step: int) -> None:
         """Run optimizer step ``step`` for every parameter with a gradient and drop the gradients.
 
-        Small parameters are stepped together, as launching a kernel for each would take most of the time. Float32
-        copies need no more memory than those of the largest parameter.
+        Small parameters are stepped together, because launching a kernel for each would take most of the
+        time. Float32 copies need no more memory than those of the largest parameter.
         """
         for part in self._parts:
             if params := [param for param in part if param.grad is not None]:
@@ -127,7 +127,8 @@ def _to_float32(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> tuple[Tens
 def round_stochastically(value: Tensor, generator: torch.Generator) -> None:
     """Round float32 in place to bfloat16 values, up or down with probabilities that preserve the mean."""
     bits = value.view(torch.int32)
-    # Sign and magnitude: adding random bits below the last kept one carries into it with the right probability.
+    # Floats are sign and magnitude: random bits added below the last kept bit carry into it with the right
+    # probability.
     bits += torch.randint(
         1 << DROPPED_BITS, bits.shape, dtype=torch.int32, device=bits.device, generator=generator
     )
@@ -137,10 +138,11 @@ def round_stochastically(value: Tensor, generator: torch.Generator) -> None:
 def restore_states(
     optimizer: torch.optim.Optimizer, saved: dict[int, dict[str, Any]], *, keep_types: bool
 ) -> None:
-    """Give states loaded by ``optimizer.load_state_dict`` the memory layout of their weights, as new states have.
+    """Copy states loaded by ``optimizer.load_state_dict`` into the memory layout of their weights.
 
-    Fused kernels read a weight and its states in memory order. ``keep_types`` restores the saved types: torch casts
-    loaded states to the type of the weights, which may be narrower.
+    New states have that layout, and fused kernels read a weight and its states in memory order.
+    ``keep_types`` restores the saved dtypes: torch casts loaded states to the dtype of the weights, which may
+    be narrower.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for number, param in enumerate(params):

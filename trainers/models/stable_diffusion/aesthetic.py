@@ -1,7 +1,8 @@
-"""Aesthetic Gradients while sampling: for each prompt a copy of the text encoder is tuned towards a vector.
+"""Aesthetic Gradients at sampling time: a copy of the text encoder is tuned for each prompt towards a CLIP vector.
 
 Sources: arXiv 2209.12330, github.com/vicgalle/stable-diffusion-aesthetic-gradients, and AUTOMATIC1111's webui extension
-of it, whose options are used here. B prompts, T tokens, D their width; P the width of CLIP's common space.
+of it, whose options are used here. Shapes: B prompts, T tokens, D width of the text encoder, P width of CLIP's joint
+image and text space.
 """
 
 from __future__ import annotations
@@ -29,18 +30,19 @@ from dreamfleet.trainers.models.pretrained import pocket_folder
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.vision.clip import TEXT_PROJECTION, ClipScorer, load_clip
 
-# Width of a text encoder -> the CLIP that it belongs to; 160 is the pocket model's width.
+# Width of a text encoder -> the CLIP that it comes from; 160 is the width of the pocket model.
 CLIPS = {768: "openai/clip-vit-large-patch14", 160: POCKET}
-KEPT_PROMPTS = 256  # encoded prompts that are remembered: 60 MB in SD 1.x
+KEPT_PROMPTS = 256  # size of the cache of encoded prompts: 60 MB for SD 1.x
 
 
 @dataclass(frozen=True)
 class AestheticSettings:
-    """How prompts are tuned towards a vector; defaults are the extension's. Raises UserError for values out of range.
+    """Options of tuning prompts towards a vector; the defaults are the extension's. Raises UserError if out of range.
 
-    ``weight`` interpolates from the plain encoding to the tuned one, linearly or with ``slerp`` on an arc: over the
-    channels of each token, or over the tokens of each channel as the extension does. ``text`` moves the vector by
-    ``slerp_angle`` (0: not at all, 1: fully) towards the features of a text, with ``text_negative`` away from them.
+    ``weight`` interpolates from the untuned to the tuned encoding, linearly or spherically (``slerp``: over the
+    channels of each token, or over the tokens of each channel as in the extension). ``text`` moves the vector by
+    ``slerp_angle`` (0: not at all, 1: fully) towards the CLIP features of a text or, with ``text_negative``, away from
+    them.
     """
 
     steps: int = 5
@@ -65,10 +67,10 @@ class AestheticSettings:
 
 
 class AestheticEncoder:
-    """Encodes prompts by a text encoder that is tuned for each prompt towards a vector ``[1, P]``.
+    """Encodes each prompt with a copy of the text encoder that is tuned for it towards a vector ``[1, P]``.
 
-    Tuning starts from the model's own encoder, so an encoding depends on its prompt alone; encodings are cached. The
-    empty prompt is not tuned, as in the original, so guidance points from the untuned to the tuned encoding. Raises
+    Each copy starts from the model's own encoder, so an encoding depends only on its prompt; encodings are cached. As
+    in the original, the empty prompt is not tuned, so guidance points from the untuned to the tuned encoding. Raises
     ModelError for a vector of another CLIP.
     """
 
@@ -89,18 +91,20 @@ class AestheticEncoder:
                 "made with another CLIP"
             )
         self.target = aim(self.vector, clip, self.settings)
-        # prompt -> its cosine with the target before the first and after each step
+        # prompt -> cosine of its CLIP features with the target, before the first step and after each one
         self.cosines: dict[str, list[float]] = {}
-        self._contexts: OrderedDict[tuple[str, int], Tensor] = OrderedDict()  # by prompt and number of tokens
-        self._loras = model.loras  # the LoRAs that the cached contexts were encoded with
+        self._contexts: OrderedDict[tuple[str, int], Tensor] = (
+            OrderedDict()
+        )  # cache, by (prompt, number of tokens)
+        self._loras = model.loras  # the LoRAs that were applied when the cached contexts were encoded
 
     def __call__(self, prompts: Sequence[str], ids_BT: Tensor | None = None) -> Condition:
-        """Encode texts, given with their token ids or literal."""
+        """Encode texts with their token ids ``[B, T]``; without ids the texts have no prompt syntax."""
         return Condition(self.contexts(prompts, ids_BT))
 
     @torch.no_grad()
     def contexts(self, prompts: Sequence[str], ids_BT: Tensor | None = None) -> Tensor:
-        """Return the contexts ``[B, T, D]`` of texts; without ids they are literal prompts."""
+        """Return the contexts ``[B, T, D]`` of texts; without ids the texts have no prompt syntax."""
         device = next(self.model.text_encoder.parameters()).device
         every_BT = (self.model.tokenize(prompts) if ids_BT is None else ids_BT).to(device)
         if self.model.loras is not self._loras:
@@ -130,7 +134,7 @@ class AestheticEncoder:
             steps=settings.steps,
             learning_rate=settings.learning_rate,
         )
-        # By the model itself, so that clip_skip and all else that it does to texts applies here too.
+        # Encode with a copy of the model, so that clip_skip and its other text options apply.
         towards = dataclasses.replace(self.model, text_encoder=tuned).encode_text(ids_1T)
         mixed = mix(plain.float(), towards.float(), settings.weight, settings.slerp)
         return mixed.to(plain.dtype)
@@ -150,7 +154,7 @@ def settings_of(config: AestheticGradientsConfig) -> AestheticSettings:
 
 
 def require_sd1(model: DiffusionModel) -> StableDiffusion:
-    """Return the model if it is Stable Diffusion 1.x. Raises ModelError for any other."""
+    """Return the model if it is Stable Diffusion 1.x; raise ModelError otherwise."""
     model.require_support("aesthetic_gradients")
     if not isinstance(model, StableDiffusion):
         raise ModelError(
@@ -165,10 +169,10 @@ def apply_aesthetic(
     settings: AestheticSettings | None = None,
     clip: str | None = None,
 ) -> AestheticEncoder:
-    """Apply an aesthetic vector file to a model when sampling; return its prompt encoder.
+    """Read an aesthetic vector and make it the model's prompt encoder for sampling; return the encoder.
 
-    ``clip``: folder or name of the CLIP that the text encoder belongs to; by default SD 1.x's own. Raises
-    FormatError for another kind of file, ModelError for a vector of another CLIP.
+    ``clip``: folder or hub name of the CLIP that the text encoder comes from; see :func:`clip_of` for the default.
+    Raises FormatError if the file is not an aesthetic vector, ModelError for a vector of another CLIP.
     """
     model = require_sd1(model)
     encoder = AestheticEncoder(model, read_aesthetic(path), clip=clip_of(model, clip), settings=settings)
@@ -177,9 +181,9 @@ def apply_aesthetic(
 
 
 def clip_of(model: StableDiffusion, name: str | None = None) -> ClipScorer:
-    """Load the CLIP that a model's text encoder belongs to: ``name``, else the model folder's own, else SD 1.x's.
+    """Load the CLIP that a model's text encoder comes from: ``name``, the one in the model folder, or SD 1.x's.
 
-    Raises ModelError if there is none, or if its text tower has another width than the model's.
+    Raises ModelError if it is unknown, or if the width of its text tower differs from the model's.
     """
     if name is None:
         folder = pocket_folder() if model.folder == POCKET else Path(model.folder).expanduser()
@@ -199,9 +203,9 @@ def clip_of(model: StableDiffusion, name: str | None = None) -> ClipScorer:
 
 
 def aim(vector_1P: Tensor, clip: ClipScorer, settings: AestheticSettings) -> Tensor:
-    """Return the unit vector ``[1, P]`` that prompts are tuned towards.
+    """Return the unit vector ``[1, P]`` that prompts are tuned towards: the aesthetic vector, moved by ``text``.
 
-    The extension uses the features of ``text`` unnormalised, which outweigh the vector; here both have unit length.
+    Unlike in the extension, the features of ``text`` are normalised, since they would otherwise outweigh the vector.
     """
     vector_1P = F.normalize(vector_1P, dim=-1)
     if not settings.text.strip():
@@ -221,10 +225,10 @@ def tune_text_encoder(
     steps: int,
     learning_rate: float,
 ) -> tuple[Any, list[float]]:
-    """Tune a copy of the text encoder, in float32, to raise the cosine of the prompts' CLIP features with the target.
+    """Tune a float32 copy of the text encoder to increase the cosine of the prompts' CLIP features with the target.
 
-    Adam minimises minus the mean cosine; CLIP's ``projection`` ``[P, D]`` is fixed. Each chunk of 77 tokens of a prompt
-    counts as one prompt. Returns the copy, and the cosine before the first and after each step.
+    Adam maximises the mean cosine; CLIP's ``projection`` ``[P, D]`` is fixed. Each chunk of 77 tokens counts as one
+    prompt. Returns the copy, and the mean cosine before the first step and after each one.
     """
     encoder: Any = copy.deepcopy(model.text_encoder).float().eval().requires_grad_(True)
     chunks_NT = ids_BT.reshape(-1, model.tokenizer.model_max_length)
@@ -251,7 +255,7 @@ def tune_text_encoder(
 
 
 def mix(plain_BTD: Tensor, tuned_BTD: Tensor, weight: float, how: Slerp) -> Tensor:
-    """Interpolate from the plain to the tuned encoding by ``weight``, linearly or on an arc."""
+    """Interpolate by ``weight`` from the untuned to the tuned encoding, linearly or spherically."""
     if how == "off":
         return torch.lerp(plain_BTD, tuned_BTD, weight)
     return slerp(plain_BTD, tuned_BTD, weight, dim=1 if how == "tokens" else -1)
@@ -260,7 +264,7 @@ def mix(plain_BTD: Tensor, tuned_BTD: Tensor, weight: float, how: Slerp) -> Tens
 def slerp(start: Tensor, end: Tensor, weight: float, *, dim: int) -> Tensor:
     """Interpolate spherically between vectors along ``dim``; linearly where they are nearly parallel.
 
-    As in the extension, which returns NaN for parallel vectors.
+    The formula is the extension's, except that the extension returns NaN for parallel vectors.
     """
     cosine = F.cosine_similarity(start, end, dim=dim).unsqueeze(dim).clamp(-1, 1)
     angle = torch.acos(cosine)

@@ -1,4 +1,4 @@
-"""Bake an aesthetic vector into the weights: one text encoder tuned over a list of prompts, for plain diffusers."""
+"""Bakes an aesthetic vector into weights: a text encoder tuned over a list of prompts, usable in plain diffusers."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from dreamfleet.trainers.models.vision.clip import ClipScorer
 
 @dataclass(frozen=True)
 class Baked:
-    """A tuned text encoder, and how closely it approximates tuning for each prompt separately.
+    """A tuned text encoder, and measures of how well it approximates tuning for each prompt separately.
 
-    The cosines are means over the prompts. ``difference``: distance of its encodings from those of per-prompt tuning,
-    relative to the distance of the untuned encoder's; 0: equal, 1: no better than untuned.
+    The cosines are means over the prompts. ``difference`` is the distance of its encodings from those of per-prompt
+    tuning, divided by that of the untuned encoder's: 0 means equal, 1 no better than the untuned encoder.
     """
 
     text_encoder: Any
@@ -36,7 +36,7 @@ class Baked:
     difference: float
 
     def figures(self) -> dict[str, float]:
-        """Return the figures by name."""
+        """Return the measures by name, without the text encoder."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -52,10 +52,11 @@ def bake(
     clip: ClipScorer,
     settings: AestheticSettings,
 ) -> Baked:
-    """Tune a copy of the text encoder towards a vector ``[1, P]`` over all prompts at once, with the same settings.
+    """Tune one copy of the text encoder towards a vector ``[1, P]`` over all prompts together.
 
-    ``weight`` interpolates the weights linearly instead of the encodings. Unlike per-prompt tuning this changes the
-    empty prompt too. Raises UserError for settings or prompts that change nothing.
+    ``settings`` are those of per-prompt tuning, except that ``weight`` interpolates the weights instead of the
+    encodings. Unlike per-prompt tuning, this also changes the encoding of the empty prompt. Raises UserError for
+    settings or prompts that change nothing.
     """
     prompts = [prompt for prompt in dict.fromkeys(prompts) if prompt.strip()]
     if not (prompts and settings.steps and settings.learning_rate and settings.weight):

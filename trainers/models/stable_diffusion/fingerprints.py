@@ -1,4 +1,4 @@
-"""Hashes that identify a model: of its files, as the webui computes them, and of its VAE's encoder."""
+"""Hashes that identify a model: of its files, including the webui's, and of its VAE encoder."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 
 def fingerprint(path: Path, parts: Sequence[str]) -> str:
-    """Return 10 hex digits that differ between models: a hash of samples of a file, or of a folder's ``parts``."""
-    # Sampled: hashing all 4 GB of SD 1.5 would take longer than loading it.
+    """Return 10 hex digits that identify a model: a hash of excerpts of the file, or of the folder's ``parts``."""
+    # Only 16 excerpts per file, since hashing all 4 GB of SD 1.5 would take longer than loading it.
     digest = hashlib.sha256()
     files = (
         [path] if path.is_file() else [f for n in parts for f in sorted((path / n).glob("*")) if f.is_file()]
@@ -27,9 +27,9 @@ def fingerprint(path: Path, parts: Sequence[str]) -> str:
 
 
 def short_hash(path: Path) -> str | None:
-    """Return the first 10 hex digits of a model file's sha256, by which the webui identifies models.
+    """Return the first 10 hex digits of a model file's SHA-256, by which the webui identifies models.
 
-    For a diffusers folder the hash of its U-Net's weight files, in order. None if there is nothing to read.
+    For a diffusers folder, hash the weight files of its U-Net in order. None if there are no readable files.
     """
     if path.is_file():
         files = [path]
@@ -45,7 +45,7 @@ def short_hash(path: Path) -> str | None:
 
 @functools.lru_cache(maxsize=8)
 def _sha256(stamps: tuple[tuple[str, int, int], ...]) -> str:
-    # Hashing gigabytes takes seconds, so once per process; a file that changed has another stamp.
+    # Cached, since hashing gigabytes takes seconds. A modified file has another size or time, hence another key.
     digest = hashlib.sha256()
     for file, _, _ in stamps:
         with open(file, "rb") as handle:
@@ -55,9 +55,9 @@ def _sha256(stamps: tuple[tuple[str, int, int], ...]) -> str:
 
 
 def vae_fingerprint(vae: Any) -> str:
-    """Return 16 hex digits over what latents depend on: the VAE encoder's weights and two settings; "" without a VAE.
+    """Return 16 hex digits of a hash of all that latents depend on: the VAE encoder's weights and two settings.
 
-    Decoders may differ, as they do in VAEs that were fine-tuned for better faces.
+    The decoder is excluded: VAEs that were fine-tuned for better faces share their encoder. "" without a VAE.
     """
     if vae is None:
         return ""

@@ -1,7 +1,7 @@
-"""Hypernetworks: MLPs on the inputs of attention's key and value projections, in any U-Net or diffusers pipeline.
+"""Hypernetworks: MLPs applied to the inputs of the key and value projections of a U-Net's attention layers.
 
 Source of the formulas and names: AUTOMATIC1111's webui, `modules/hypernetworks/hypernetwork.py`.
-B images, T tokens or latent cells, D their width.
+Shapes: B images, T tokens or latent cells, D their width.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.config.hypernetwork_structure import ACTIVATIONS, Structure
 from dreamfleet.trainers.models.formats.hypernetwork import HypernetworkFile, read_hypernetwork
 
-# The webui gives no dimension; torch then takes the first of [B, T, D], which mixes the images of a batch.
+# The webui passes no dimension, so torch uses dimension 0 of [B, T, D], which mixes the images of a batch.
 _DIMENSION = {"softmax": 0, "softmin": 0, "logsoftmax": 0}
 
 
 class HypernetworkModule(nn.Module):
-    """One MLP for contexts of one width: ``x + multiplier * linear(x)``, in the precision of its parameters."""
+    """One MLP for contexts of one width: ``x + multiplier * linear(x)``, computed in the MLP's precision."""
 
     def __init__(self, width: int, structure: Structure):
         super().__init__()
@@ -38,20 +38,20 @@ class HypernetworkModule(nn.Module):
                 layers.append(nn.LayerNorm(leaving))
             if rate := structure.dropout_structure[number]:
                 layers.append(nn.Dropout(rate))
-        # Parameter names in the file, from `linear.0.weight` on, count all of these layers.
+        # Parameter names in the file, such as `linear.0.weight`, are numbered by position among all of these layers.
         self.linear = nn.Sequential(*layers)
         for layer in layers:
             if isinstance(layer, nn.Linear | nn.LayerNorm):
                 _initialise(layer, structure)
 
     def forward(self, context: Tensor, multiplier: float = 1.0) -> Tensor:
-        """Return the changed context ``[B, T, D]`` in its own dtype."""
+        """Return the changed context ``[B, T, D]`` in the dtype of ``context``."""
         change = self.linear(context.to(next(self.parameters()).dtype))
         return (context + multiplier * change).to(context.dtype)
 
 
 class Hypernetwork(nn.Module):
-    """A pair of MLPs for each width of context: one for the keys, one for the values, shared by all layers."""
+    """Two MLPs for each context width, one for keys and one for values, shared by all attention layers."""
 
     def __init__(self, widths: Iterable[int], structure: Structure):
         super().__init__()
@@ -66,7 +66,7 @@ class Hypernetwork(nn.Module):
     @classmethod
     def from_file(cls, file: HypernetworkFile) -> Hypernetwork:
         """Build the frozen hypernetwork of a file, in evaluation mode."""
-        with torch.device("meta"):  # the file's tensors take the place of the parameters
+        with torch.device("meta"):  # the file's tensors replace the parameters
             network = cls(file.weights, file.structure)
         for width, pair in file.weights.items():
             for module, part in zip(network.layers[str(width)], pair, strict=True):  # type: ignore[call-overload]
@@ -75,21 +75,21 @@ class Hypernetwork(nn.Module):
 
     @property
     def widths(self) -> list[int]:
-        """The widths of contexts that it changes, ascending."""
+        """The context widths that it has MLPs for, ascending."""
         return [int(width) for width in self.layers]
 
     def to_file(self, name: str, **entries: Any) -> HypernetworkFile:
-        """Return what a file called ``name`` holds of it; ``entries`` are the fields of the file that describe it."""
+        """Return the content of a file called ``name``; ``entries`` are its descriptive fields, such as ``step``."""
         pairs: Any = {width: self.layers[str(width)] for width in self.widths}
         weights = {width: (keys.state_dict(), values.state_dict()) for width, (keys, values) in pairs.items()}
         return HypernetworkFile(name, self.structure, weights, **entries)
 
     def keys(self, context: Tensor, multiplier: float = 1.0) -> Tensor:
-        """Return the input of the key projection ``[B, T, D]``; unchanged for a width without layers."""
+        """Return the new input of the key projection ``[B, T, D]``; unchanged for a width without MLPs."""
         return self._change(0, context, multiplier)
 
     def values(self, context: Tensor, multiplier: float = 1.0) -> Tensor:
-        """Return the input of the value projection ``[B, T, D]``; unchanged for a width without layers."""
+        """Return the new input of the value projection ``[B, T, D]``; unchanged for a width without MLPs."""
         return self._change(1, context, multiplier)
 
     def _change(self, which: int, context: Tensor, multiplier: float) -> Tensor:
@@ -98,7 +98,7 @@ class Hypernetwork(nn.Module):
             return context
         pair: Any = self.layers[width]
         if pair[which].linear[0].weight.device != context.device:
-            self.to(context.device)  # the pipeline was moved after the hypernetwork was loaded
+            self.to(context.device)  # the pipeline was moved after the hypernetwork had been applied
         return pair[which](context, multiplier)
 
 
@@ -108,7 +108,7 @@ Applied = tuple[Hypernetwork, float]  # a hypernetwork and its multiplier
 class HypernetworkProcessor:
     """A diffusers attention processor that wraps another one (SDPA, sliced, xformers) and changes keys and values.
 
-    It is not an ``nn.Module``, so the MLPs do not become part of the U-Net, its parameters or its checkpoints.
+    It is deliberately not an ``nn.Module``, so that the MLPs are not among the U-Net's parameters or in checkpoints.
     """
 
     def __init__(self, inner: Any, applied: Sequence[Applied]):
@@ -121,13 +121,13 @@ class HypernetworkProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Compute attention by the inner processor; queries are unchanged."""
+        """Compute attention with the inner processor and changed keys and values; queries are unchanged."""
         changed = _ChangedAttention(attn, self.applied)
         return self.inner(changed, hidden_states, encoder_hidden_states, attention_mask)
 
 
 class _ChangedAttention:
-    """An attention layer that projects changed contexts to keys and values; everything else is the layer's own."""
+    """A proxy of an attention layer whose key and value projections get changed contexts."""
 
     def __init__(self, attn: Any, applied: Sequence[Applied]):
         self._attn, self._applied = attn, applied
@@ -147,14 +147,14 @@ class _ChangedAttention:
 
 
 def context_widths(unet: Any) -> list[int]:
-    """Return the widths of all contexts in a U-Net: of its levels (self-attention) and of the text (cross)."""
+    """Return the context widths in a U-Net, ascending: of its levels (self-attention) and of the text (cross)."""
     return sorted({attn.to_k.in_features for attn in _attentions(unet)})
 
 
 def set_hypernetworks(unet: Any, applied: Sequence[Applied]) -> None:
-    """Apply hypernetworks to a U-Net in this order, in place of those applied before; none restore the U-Net.
+    """Apply hypernetworks to a U-Net in this order, replacing those applied before; an empty list removes all.
 
-    Raises ModelError if its attention was modified in a way that hypernetworks cannot be combined with.
+    Raises ModelError if the U-Net's attention has a modification that hypernetworks cannot be combined with.
     """
     for attn in _attentions(unet):
         inner = attn.processor
@@ -175,11 +175,11 @@ def applied_hypernetworks(unet: Any) -> list[Applied]:
 
 
 def load_hypernetwork(pipe: Any, path: str | os.PathLike[str], multiplier: float = 1.0) -> Hypernetwork:
-    """Apply a webui hypernetwork file to a diffusers pipeline, in addition to those applied before; return it.
+    """Apply a webui hypernetwork file to a diffusers pipeline after those already applied; return it.
 
-    ``pipe`` is a `StableDiffusionPipeline`, or any object with a ``unet``. Call this after `enable_attention_slicing`
-    and similar methods, which replace the attention processors. Raises FormatError for another kind of file,
-    ModelError for a hypernetwork without layers for this model.
+    ``pipe`` is a `StableDiffusionPipeline` or any object with a ``unet``. Call this after `enable_attention_slicing`
+    and similar methods, which replace the attention processors. Raises FormatError if the file is not a hypernetwork,
+    ModelError if it has no MLPs for the widths of this model.
     """
     network = read_network(path)
     require_fit(network, pipe.unet, str(path))
@@ -188,7 +188,7 @@ def load_hypernetwork(pipe: Any, path: str | os.PathLike[str], multiplier: float
 
 
 def read_network(path: str | os.PathLike[str]) -> Hypernetwork:
-    """Read a hypernetwork file as a frozen module on the CPU. Raises FormatError for another kind of file."""
+    """Read a hypernetwork file as a frozen module on the CPU. Raises FormatError if it is not a hypernetwork."""
     return Hypernetwork.from_file(read_hypernetwork(path))
 
 
@@ -198,7 +198,7 @@ def unload_hypernetworks(pipe: Any) -> None:
 
 
 def require_fit(network: Hypernetwork, unet: Any, name: str) -> None:
-    """Raise ModelError if the U-Net has no context of any of the hypernetwork's widths."""
+    """Raise ModelError if none of the U-Net's context widths is among the hypernetwork's."""
     if not set(network.widths) & set(context_widths(unet)):
         raise ModelError(
             f"{name} changes contexts of the widths {network.widths}, but this model's are {context_widths(unet)}: "
@@ -217,7 +217,7 @@ def _initialise(layer: nn.Linear | nn.LayerNorm, structure: Structure) -> None:
     slope: Literal["leaky_relu", "relu"] = (
         "leaky_relu" if structure.activation_func == "leakyrelu" else "relu"
     )
-    if how == "Normal" or isinstance(layer, nn.LayerNorm):  # the webui initialises a norm's gain near 0 too
+    if how == "Normal" or isinstance(layer, nn.LayerNorm):  # as in the webui, also for a norm's gain
         nn.init.normal_(weight, std=0.01)
     elif how == "XavierUniform":
         nn.init.xavier_uniform_(weight)

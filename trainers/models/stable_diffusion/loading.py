@@ -1,4 +1,4 @@
-"""Load Stable Diffusion from a diffusers folder, a single file, the hub or a bucket."""
+"""Loads Stable Diffusion from a diffusers folder, a single file, the Hugging Face hub or a bucket."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CONFIGS = {
 
 
 class StableDiffusionFamily:
-    """Loads Stable Diffusion 1.x, 2.x and XL. It is the default family, so its errors name what is wrong."""
+    """Loads Stable Diffusion 1.x, 2.x and XL. As the default family it also reports unknown and missing models."""
 
     def recognises(self, config: ModelConfig) -> bool:
         return True
@@ -39,7 +39,7 @@ class StableDiffusionFamily:
     def load(self, config: ModelConfig, needs: Collection[str]) -> StableDiffusion:
         """Load the components in ``needs`` in float32, frozen.
 
-        Raises ModelError naming the model and its missing or broken part.
+        Raises ModelError with the name of the model and of the part that is missing or broken.
         """
         name = config.pretrained_model_name_or_path
         if not needs:
@@ -49,7 +49,7 @@ class StableDiffusionFamily:
         if "://" in name:
             with Storage(name).local_copy() as local:
                 model = _load_path(local, name, config, needs)
-                digest = model.short_hash()  # now, while the local copy exists
+                digest = model.short_hash()  # while the local copy still exists
                 model.hash_file = lambda: digest
                 return model
         path = Path(name).expanduser()
@@ -63,7 +63,7 @@ FAMILY = StableDiffusionFamily()
 
 
 def _load_path(path: Path, name: str, config: ModelConfig, needs: Collection[str]) -> StableDiffusion:
-    """Load a model and apply the recipe's ``model:`` section to it."""
+    """Load a model from a local folder or file and apply the other options of the ``model:`` section to it."""
     if path.is_dir():
         model = _load_folder(path, name, config, needs)
     elif path.suffix in SINGLE_FILES:
@@ -103,7 +103,7 @@ def _load_folder(folder: Path, name: str, config: ModelConfig, needs: Collection
     def load(part: str, root: Path, **options: Any) -> Any:
         try:
             return classes[part].from_pretrained(root, local_files_only=True, **options)
-        except Exception as error:  # each library has many error classes for a damaged file or config
+        except Exception as error:  # the libraries raise many types for a damaged file or config
             raise ModelError(f"{name}: the part {part!r} cannot be loaded: {first_line(error)}") from error
 
     whole: dict[str, Any] = {"torch_dtype": torch.float32}
@@ -124,7 +124,7 @@ def _load_folder(folder: Path, name: str, config: ModelConfig, needs: Collection
 
 
 def _download(name: str, config: ModelConfig) -> Path:
-    """Download the parts of a hub model and return their folder in the cache."""
+    """Download a model from the hub and return its folder in the local cache. Raises ModelError."""
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith(SINGLE_FILES)
     if looks_like_path:
         raise ModelError(
@@ -137,7 +137,9 @@ def _download(name: str, config: ModelConfig) -> Path:
     patterns = [f"{part}/*" for part in (*PARTS, *_CONFIGS)] + ["model_index.json"]
     try:
         return Path(snapshot_download(name, revision=config.revision, allow_patterns=patterns))
-    except Exception as error:  # network, authorisation and not-found errors differ between versions
+    except (
+        Exception
+    ) as error:  # the types of network, authorisation and not-found errors vary between versions
         raise ModelError(
             f"the model {name!r} (--model, or model.pretrained_model_name_or_path in a recipe) is not a local folder, "
             f"and cannot be downloaded from the hub ({first_line(error)}); download it where there is a network, or "
@@ -146,7 +148,7 @@ def _download(name: str, config: ModelConfig) -> Path:
 
 
 def _read_configs(folder: Path) -> Mapping[str, Config]:
-    # A damaged config counts as present here; _require_parts reports it.
+    # A damaged config.json is read as {}; _require_parts reports it.
     files = {part: folder / part / "config.json" for part in PARTS}
     return {part: _read_json(file) for part, file in files.items() if file.is_file()}
 

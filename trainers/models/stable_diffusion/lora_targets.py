@@ -1,4 +1,4 @@
-"""The layers of Stable Diffusion that get LoRA matrices."""
+"""Chooses the layers of Stable Diffusion that get LoRA matrices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dreamfleet.datasets.errors import RecipeError
 
 Targets = Literal["all-linear", "locon"] | Sequence[str] | None
 
-# The projections of attention, which diffusers' scripts adapt.
+# The default: the attention projections, as in diffusers' training scripts.
 _ATTENTION = {
     "unet": ("to_q", "to_k", "to_v", "to_out.0"),
     "text": ("q_proj", "k_proj", "v_proj", "out_proj"),
@@ -21,12 +21,13 @@ _ATTENTION = {
 def choose_layers(
     parts: Mapping[str, nn.Module], targets: Targets, *, unread: Sequence[nn.Module] = (), name: str
 ) -> dict[str, list[str]]:
-    """Return the layers of each part that get LoRA matrices, by name.
+    """Return, for each part, the names of the layers that get LoRA matrices.
 
-    ``targets``: None for the projections of attention; ``all-linear`` for every linear layer and 1 x 1 convolution of
-    the blocks; ``locon`` for their other convolutions too; or endings of layer names, which leave the text encoders the
-    projections of attention unless an ending matches one of their layers. ``unread`` modules, which the loss does not
-    depend on, get none. ``name``: of the model. Raises RecipeError for an ending that no layer name has.
+    ``targets`` selects the layers: None for the attention projections; ``all-linear`` for all linear layers and 1 x 1
+    convolutions of the blocks; ``locon`` for all linear layers and convolutions of the blocks; or a list of endings of
+    layer names. If no ending matches a layer of a text encoder, its attention projections are used. Modules in
+    ``unread``, on which the loss does not depend, get no matrices. ``name`` is the model's name in errors. Raises
+    RecipeError for an ending that matches no layer.
     """
     skipped = {id(module) for parent in unread for module in parent.modules()}
     chosen: dict[str, list[str]] = {}
@@ -37,7 +38,8 @@ def choose_layers(
             for layer, module in root.named_modules()
             if isinstance(module, nn.Linear | nn.Conv2d)
             and id(module) not in skipped
-            # In a text encoder only its layers: kohya's LoRA files have no name for the second encoder's projection.
+            # In a text encoder only its transformer layers: kohya's LoRA files have no name for the projection of
+            # SDXL's second encoder.
             and (is_unet or ".layers." in layer)
         }
         usual = _ATTENTION["unet" if is_unet else "text"]
@@ -60,9 +62,8 @@ def choose_layers(
 
 
 def _in_block(name: str) -> bool:
-    # Outside of the blocks are conv_in, conv_out and the embeddings of time and sizes. kohya's scripts adapt none of
-    # them and silently drop them from a file, as diffusers 0.32 does (kohya-ss/sd-scripts, networks/lora.py,
-    # LoRANetwork).
+    # conv_in, conv_out and the time and size embeddings are outside of the blocks. kohya's scripts do not adapt them
+    # and silently ignore them in a file, as does diffusers 0.32 (kohya-ss/sd-scripts, networks/lora.py, LoRANetwork).
     return name.startswith(("down_blocks.", "mid_block.", "up_blocks."))
 
 

@@ -1,4 +1,4 @@
-"""A model without weights: its parts on torch's meta device, built from configs or a file's header."""
+"""Builds a model without weights: its parts on torch's meta device, from config files or a file's header."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NUM_TOKENS = 77  # CLIP's context length
 
 
 class ShapeTokenizer:
-    """Stands in for a tokenizer where only the shapes of ids matter: a text is one token, or one padded row."""
+    """A stand-in for CLIP's tokenizer that returns token ids of the right shape and no meaning."""
 
     model_max_length = NUM_TOKENS
     bos_token_id = eos_token_id = pad_token_id = unk_token_id = 0
@@ -39,9 +39,9 @@ class ShapeTokenizer:
 
 
 def load_shape(config: ModelConfig, needs: Collection[str]) -> StableDiffusion:
-    """Build the components in ``needs`` on the meta device, frozen, in float32 as loading gives them.
+    """Build the components in ``needs`` on the meta device, frozen and in float32, as loading the model would.
 
-    Reads a folder's ``config.json`` files or a ``.safetensors`` header; no weights, and nothing is downloaded. Raises
+    Only a folder's ``config.json`` files or a ``.safetensors`` header are read; nothing is downloaded. Raises
     ModelError for a model that is not on this machine or cannot be trained.
     """
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -117,7 +117,10 @@ def _read_json(storage: Storage, file: str) -> Config:
 
 
 def _read_header(path: Path) -> dict[str, Config]:
-    """Read the configs of a single file, and check the shapes in its header against them."""
+    """Return the configs of a single file after checking the shapes in its header against them.
+
+    Raises ModelError if the file is missing, damaged, or not a supported model.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: parts, text and image encoding, noise schedule, and files."""
+"""The Stable Diffusion 1.x and 2.x model: parts, text and image encoding, diffusion, and files."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pip
 from dreamfleet.trainers.models.stable_diffusion.samplers import make_sampler
 from dreamfleet.trainers.models.stable_diffusion.variants import TITLES, UNSUPPORTED
 
-SINGLE_FILES = (".safetensors", ".ckpt")  # suffixes of whole models in one file
+SINGLE_FILES = (".safetensors", ".ckpt")  # suffixes of single files that contain a whole model
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # the last in SDXL only
 
 
 @dataclass
 class StableDiffusion(DiffusionModel):
-    """Stable Diffusion 1.x or 2.x, which differ in their configs alone; parts that are not loaded are None."""
+    """Stable Diffusion 1.x or 2.x, which differ only in their configs; parts that are not loaded are None."""
 
     denoiser_name: ClassVar[str] = "unet"
     block_classes: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock", "ResnetBlock2D")
@@ -54,13 +54,13 @@ class StableDiffusion(DiffusionModel):
     prompt_encoder: PromptEncoder | None = None
     zeros_for_empty_prompt: bool = False
     loras: tuple[Any, ...] = ()
-    hash_file: Callable[[], str | None] = lambda: None  # reads the model's files
+    hash_file: Callable[[], str | None] = lambda: None  # computes short_hash() from the model's files
 
     # Identity and parts
 
     @property
     def family(self) -> Family:
-        """``sd1``, ``sd2`` or ``sdxl``, as file formats call them; from the text encoders, which must be loaded."""
+        """``sd1``, ``sd2`` or ``sdxl``, derived from the text encoders, which must be loaded."""
         names = ("text_encoder", "text_encoder_2")
         return family_of({n: e.config.to_dict() for n, e in zip(names, self.text_encoders, strict=False)})
 
@@ -79,7 +79,7 @@ class StableDiffusion(DiffusionModel):
 
     @property
     def short_name(self) -> str:
-        """Last component of the name without the suffix of a model file, as the webui calls the model."""
+        """The webui's name of the model: the last component of :attr:`folder` without the suffix of a model file."""
         name = super().short_name
         return Path(name).stem if name.lower().endswith(SINGLE_FILES) else name
 
@@ -130,7 +130,7 @@ class StableDiffusion(DiffusionModel):
 
     @property
     def size_multiple(self) -> int:
-        # The U-Net halves the latents at every level but the last.
+        # The U-Net halves height and width at every level but the last.
         return self.vae_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @property
@@ -159,7 +159,10 @@ class StableDiffusion(DiffusionModel):
     # Prompts
 
     def tokenize(self, prompts: Sequence[str], swap: Mapping[str, str] | None = None) -> Tensor:
-        """Return token ids ``[B, T]`` of literal prompts, T = 77 per chunk; learned words have ids of their own."""
+        """Return the token ids ``[B, T]`` of prompts without prompt syntax, with T = 77 per chunk.
+
+        The vectors of learned words have ids above the tokenizer's. ``swap`` is as in :class:`DiffusionModel`.
+        """
         return prompt_tokens.tokenize(words_of(self, swap), prompts, self.num_chunks)
 
     def tokenize_weighted(
@@ -171,9 +174,10 @@ class StableDiffusion(DiffusionModel):
         return Condition(self.encode_text(input_ids))
 
     def encode_text(self, input_ids: Tensor) -> Tensor:
-        """Encode ids ``[B, T]`` -> context ``[B, T, D]``, each chunk of 77 tokens separately.
+        """Encode token ids ``[B, T]`` -> context ``[B, T, D]``, each chunk of 77 tokens separately.
 
-        The layer is ``clip_skip`` from the end; SD 2's encoder is published without its last layer.
+        The output is that of layer ``clip_skip``, counted from the end. SD 2's text encoder is published without its
+        last layer, so 1 is right for it too.
         """
         batch, tokens = input_ids.shape
         input_ids = input_ids.reshape(-1, self.tokenizer.model_max_length)
@@ -185,7 +189,7 @@ class StableDiffusion(DiffusionModel):
         return context.reshape(batch, tokens, -1)
 
     def weigh_tokens(self, condition: Condition, weights: Tensor, shares: Tensor) -> Condition:
-        """Apply attention weights ``[B, T]``; the encodings of each text encoder keep a mean of their own."""
+        """Apply attention weights ``[B, T]``; the mean of each text encoder's output is restored separately."""
         widths = [encoder.config.hidden_size for encoder in self.text_encoders]
         chunk = self.tokenizer.model_max_length
         sides = [
@@ -207,7 +211,7 @@ class StableDiffusion(DiffusionModel):
 
     @property
     def num_timesteps(self) -> int:
-        """Timesteps of the noise schedule, usually 1000."""
+        """Number of timesteps of the noise schedule, usually 1000."""
         return self.scheduler.config.num_train_timesteps
 
     def draw_timestep(self, rng: np.random.Generator) -> int:
@@ -244,7 +248,7 @@ class StableDiffusion(DiffusionModel):
     # Files
 
     def save_folder(self, folder: Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write the folder that ``StableDiffusionPipeline`` loads; learned words are removed from the encoders."""
+        """Write a folder that ``StableDiffusionPipeline`` loads. Removes the learned words from the text encoders."""
         remove_embeddings(self)
         save_pipeline(
             self.modules(),
@@ -260,7 +264,7 @@ class StableDiffusion(DiffusionModel):
     ) -> Path:
         """Write the whole model in the webui's key layout; see `formats.single_file.write_single_file`.
 
-        ``metadata`` joins the header of a `.safetensors`.
+        ``metadata`` is added to the header of a `.safetensors` file. Raises ModelError if a part is not loaded.
         """
         parts = self.modules()
         configs = {part: config_of(module) for part, module in parts.items()}
@@ -294,7 +298,7 @@ class StableDiffusion(DiffusionModel):
         )
 
     def read_lora(self, path: Path) -> LoraFile:
-        # Files with Stability's block names are read by the number of layers in a block.
+        # The number of layers per block is needed to read files with Stability's block names.
         layers = self.unet.config.layers_per_block
         return read_lora(path, layers_per_block=layers if isinstance(layers, int) else STANDARD_LAYERS)
 

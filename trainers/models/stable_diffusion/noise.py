@@ -1,4 +1,4 @@
-"""Targets, loss weights and clean estimates on a discrete noise schedule: epsilon, v and sample prediction.
+"""Training targets, loss weights and clean estimates for a discrete noise schedule: epsilon, v or sample prediction.
 
 Shape suffixes: B batch, C latent channels, H W latent height and width.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def make_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Return what the U-Net is trained to predict: the noise (``epsilon``), the velocity, or the latents (``sample``).
+    """Return the U-Net's training target ``[B, C, H, W]``: noise (``epsilon``), velocity, or latents (``sample``).
 
     Source: Ho et al. 2020 (arXiv 2006.11239), eq. 14; velocity: Salimans & Ho 2022 (arXiv 2202.00512).
     """
@@ -41,7 +41,7 @@ def clean_estimate(scheduler: Any, predicted: Tensor, noisy: Tensor, timesteps: 
 
 
 def signal_to_noise(scheduler: Any, timesteps: Tensor) -> Tensor:
-    """Return the SNR ``abar / (1 - abar)`` at each timestep, ``[B]``."""
+    """Return the signal-to-noise ratio ``abar / (1 - abar)`` at each timestep, ``[B]``."""
     abar = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
     return abar / (1 - abar)
 
@@ -56,5 +56,5 @@ def snr_weights(scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
     kind = scheduler.config.prediction_type
     if kind == "v_prediction":
         return clipped / (snr + 1)
-    # A zero-terminal-SNR schedule has SNR 0 at the last step, where epsilon carries no signal to weigh.
+    # With zero terminal SNR the last timestep has SNR 0, where epsilon prediction learns nothing about the image.
     return clipped if kind == "sample" else torch.where(snr > 0, clipped / snr.clamp(min=1e-12), 0.0)

@@ -1,4 +1,4 @@
-"""The noise schedule of a model with the changes of the recipe's ``model:`` section."""
+"""Applies the options of the recipe's ``model:`` section to a model's noise schedule."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dreamfleet.trainers.config.model import ModelConfig
 
 
 def noise_schedule(scheduler: Any, config: ModelConfig, name: str) -> Any:
-    """Return the schedule with the prediction type and zero terminal SNR of the section applied.
+    """Return the schedule with the section's prediction type and zero terminal SNR.
 
-    Source of zero terminal SNR: Lin et al. 2023 (arXiv 2305.08891). Raises ModelError for it without v-prediction: at a
-    timestep of pure noise, predicting the noise carries no information.
+    Source of zero terminal SNR: Lin et al. 2023 (arXiv 2305.08891). Raises ModelError if it is combined with epsilon
+    prediction: at a timestep of pure noise, predicting the noise carries no information about the image.
     """
     changes: dict[str, Any] = {}
     if config.prediction_type is not None:
         changes["prediction_type"] = config.prediction_type
     if config.rescale_betas_zero_snr:
-        # Samplers with leading steps never reach the last timestep, which this setting is about (section 3.3).
+        # With leading spacing samplers never use the last timestep, which this setting changes (section 3.3).
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if not changes:
         return scheduler

@@ -1,4 +1,4 @@
-"""Write a model as the folder that diffusers' pipelines load, with transformers 4 as well as 5."""
+"""Writes a model as a folder for diffusers pipelines, readable with transformers 4 and 5."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def save_pipeline(
 ) -> None:
     """Write a folder that ``StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)`` loads.
 
-    With ``tokenizer_2`` it is one for ``StableDiffusionXLPipeline``. Weights are cast to ``dtype`` one by one while
-    they are written (None: each part keeps its own).
+    If ``tokenizers`` has ``tokenizer_2``, the folder is for ``StableDiffusionXLPipeline``. Weights are cast to
+    ``dtype`` one at a time while they are written; with None each part keeps its own.
     """
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
@@ -39,7 +39,7 @@ def save_pipeline(
 
 
 def _pipeline(parts: dict[str, Any], *, zeros_for_empty_prompt: bool) -> Any:
-    """Return diffusers' pipeline of the parts, which writes the index file."""
+    """Return a diffusers pipeline of the parts, used to write model_index.json."""
     if "tokenizer_2" in parts:
         from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
             StableDiffusionXLPipeline,

@@ -1,6 +1,6 @@
-"""Token ids of prompts in CLIP's chunks of 75, with learned words and attention weights, and the weights' effect.
+"""Converts prompts into token ids in chunks for CLIP, with learned words, and applies attention weights.
 
-A chunk is one row of the text encoder: start, up to 75 tokens, end, padding; 77 tokens in all.
+A chunk is one input row of the text encoder: start, up to 75 tokens, end, padding; 77 tokens in total.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from dreamfleet.trainers.models.learned_words import Words
 from dreamfleet.trainers.models.prompt_pieces import BREAK, Piece
 
 BACKTRACK = (
-    20  # a full chunk ends after a comma among its last 20 tokens, if there is one (the webui's default)
+    20  # a full chunk is split after the last comma if it is among its last 20 tokens (the webui's default)
 )
 
 
 class Chunk(NamedTuple):
-    """Up to 75 tokens between start and end, and the attention weight of each."""
+    """Up to 75 token ids without start and end, and the attention weight of each."""
 
     ids: list[int]
     weights: list[float]
 
 
 def tokenize(sides: Sequence[Words], prompts: Sequence[str], num_chunks: int) -> Tensor:
-    """Return the ids ``[B, n * 77]`` of literal prompts in ``num_chunks`` chunks; the rest of a prompt is cut.
+    """Return the ids ``[B, n * 77]`` of prompts without prompt syntax, where n is ``num_chunks``; longer ones are cut.
 
-    ``sides``: the learned words and tokenizer of each text encoder; two of them give ``[B, 2, n * 77]``. A learned word
-    that would cross the end of a chunk starts the next one, as in the webui.
+    ``sides``: the learned words and the tokenizer of each text encoder; for two the shape is ``[B, 2, n * 77]``. As in
+    the webui, a learned word that does not fit into a chunk is moved to the next one.
     """
     ids = [_tokenize(side, prompts, num_chunks) for side in sides]
     return torch.stack(ids, dim=1) if len(ids) > 1 else ids[0]
@@ -62,8 +62,8 @@ def tokenize_weighted(
 ) -> tuple[Tensor, list[list[float]]]:
     """Return the ids of parsed texts, ``[B, n * 77]`` or ``[B, 2, n * 77]``, and each token's weight ``[B][n * 77]``.
 
-    n is the number of chunks of the longest text, ``least`` or more. As in the webui a chunk ends at BREAK, or after
-    the last comma near its end.
+    n is the number of chunks of the longest text, at least ``least``. As in the webui, a chunk ends at BREAK, and a
+    full one after the last comma near its end.
     """
     every = [[chunk_pieces(side, pieces) for pieces in texts] for side in sides]
     num_chunks = max(least, *(len(chunks) for chunks in every[0]))
@@ -80,7 +80,7 @@ def tokenize_weighted(
 
 
 def chunk_pieces(side: Words, pieces: Sequence[Piece]) -> list[Chunk]:
-    """Split the tokens of weighted pieces into chunks of 75."""
+    """Return the tokens of weighted pieces of text in chunks of up to 75."""
     size = side.tokenizer.model_max_length - 2
     comma = side.tokenizer.get_vocab().get(",</w>")
     chunks, last_comma = [Chunk([], [])], -1
@@ -110,9 +110,10 @@ def chunk_pieces(side: Words, pieces: Sequence[Piece]) -> list[Chunk]:
 
 
 def emphasise(context_BTD: Tensor, weights_BT: Tensor, shares_B: Tensor, *, chunk: int = 77) -> Tensor:
-    """Multiply tokens by their weights and restore the mean of each chunk over all texts, as the webui does.
+    """Multiply encoded tokens by their weights, then scale each chunk to its previous mean, as the webui does.
 
-    ``shares_B``: how often each text counts in the mean. Chunks without weights stay as they are, bit for bit.
+    The mean is over all texts, in which text b counts ``shares_B[b]`` times. Chunks in which all weights are 1 stay
+    bit-equal.
     """
     parts = []
     for part, weights in zip(context_BTD.split(chunk, dim=1), weights_BT.split(chunk, dim=1), strict=True):
@@ -126,7 +127,7 @@ def emphasise(context_BTD: Tensor, weights_BT: Tensor, shares_B: Tensor, *, chun
 
 
 def _padded(chunks: Sequence[Chunk], num_chunks: int) -> list[Chunk]:
-    """Return exactly ``num_chunks`` chunks: additional ones are cut, missing ones are empty."""
+    """Return exactly ``num_chunks`` chunks by removing chunks at the end or adding empty ones."""
     return [*chunks[:num_chunks], *[Chunk([], [])] * (num_chunks - len(chunks))]
 
 

@@ -1,4 +1,4 @@
-"""The samplers of Stable Diffusion: diffusers' schedulers with the settings that the webui gives them."""
+"""The samplers of Stable Diffusion: diffusers' schedulers with the webui's settings."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any
 
 
 def make_sampler(name: str, config: Any) -> Any:
-    """Return the sampler ``name`` (``ddim``, ``euler_a``, ``dpm++``) on a noise schedule with this config."""
+    """Return the sampler ``name`` (``ddim``, ``euler_a``, ``dpm++``) for a noise schedule's ``config``."""
     if name == "ddim":
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
         return DDIMScheduler.from_config(config)
-    # The webui's other samplers space their steps evenly from the first timestep to the last, or by Karras' rule
-    # between the two, whatever a model's config says. Zero terminal SNR needs the last timestep, and no step near it.
+    # Whatever the model's config says, the webui's other samplers space their steps evenly from the first timestep to
+    # the last, or by Karras' rule between them. With zero terminal SNR they must start at the last timestep, without
+    # another step close to it.
     zero_snr = config.get("rescale_betas_zero_snr", False)
     spacing = "trailing" if zero_snr else "linspace"
     if name == "euler_a":

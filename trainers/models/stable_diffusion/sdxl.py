@@ -1,4 +1,4 @@
-"""SDXL base: two text encoders, a pooled encoding and image sizes; and the choice of a model's class by its variant."""
+"""The SDXL base model, and the function that creates a Stable Diffusion model of the right class from its parts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 
 @dataclass
 class StableDiffusionXL(StableDiffusion):
-    """SDXL base: two text encoders, whose tokens are concatenated, and a U-Net that also takes image sizes."""
+    """SDXL base: two text encoders, whose outputs are concatenated, and a U-Net that also takes image sizes."""
 
     uses_time_ids: ClassVar[bool] = True
 
@@ -36,27 +36,31 @@ class StableDiffusionXL(StableDiffusion):
         return [self.tokenizer, self.tokenizer_2]
 
     def unread_layers(self) -> list[nn.Module]:
-        """Return the first encoder's skipped layers and norm; the pooled encoding reads all layers of the second."""
+        """Return the skipped last layers and the final norm of the first text encoder.
+
+        All layers of the second one affect the pooled encoding.
+        """
         return [*self._skipped_layers(self.clip_skip), self._text_body.final_layer_norm]
 
     def encode_tokens(self, input_ids: Tensor) -> Condition:
-        """Encode ids ``[B, 2, T]``, one row for each tokenizer, as they pad differently."""
+        """Encode token ids ``[B, 2, T]``: one row for each tokenizer, since the two pad differently."""
         ids_BT, ids_2_BT = input_ids.unbind(1)
         context_2, pooled = self._encode_second(ids_2_BT)
         return Condition(torch.cat([self._encode_first(ids_BT), context_2], dim=-1), pooled)
 
     def _encode_first(self, ids_BT: Tensor) -> Tensor:
-        """Encode by the first encoder: the layer before the last, without the final norm."""
+        """Encode ids ``[B, T]`` with the first encoder -> ``[B, T, D]``: the last layer but one, without final norm."""
         chunks = ids_BT.reshape(-1, self.tokenizer.model_max_length)
         hidden = self.text_encoder(chunks, output_hidden_states=True).hidden_states
         return hidden[-1 - self.clip_skip].reshape(*ids_BT.shape, -1)
 
     def _encode_second(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode by the second encoder -> tokens ``[B, T, D]``, and the first chunk's pooled encoding ``[B, P]``."""
+        """Encode ids ``[B, T]`` with the second encoder -> ``[B, T, D]``, and pooled ``[B, P]`` of the first chunk."""
         chunks = ids_BT.reshape(-1, self.tokenizer_2.model_max_length)
         encoder = self.text_encoder_2
         found = encoder.text_model(chunks, output_hidden_states=True)
-        # Not its own pooled output: with SDXL's config that takes the highest id, a learned word's, for the end.
+        # The encoder's own pooled output is not used: with SDXL's config it reads the position of the highest id, which
+        # can be a learned word's instead of the end of the text.
         each = len(chunks) // len(ids_BT)
         first, last = chunks[::each], found.last_hidden_state[::each]
         ends = (first == self.tokenizer_2.eos_token_id).int().argmax(dim=-1)
@@ -74,7 +78,7 @@ class StableDiffusionXL(StableDiffusion):
 
 
 def make_model(family: Family, parts: Mapping[str, Any], *, scheduler: Any, name: str) -> StableDiffusion:
-    """Return a model of its family's class from loaded parts and tokenizers; parts that are missing are None."""
+    """Return a model of the class of ``family`` from parts and tokenizers by name; missing parts are None."""
     first = {part: parts.get(part) for part in ("tokenizer", "text_encoder", "unet", "vae")}
     common: dict[str, Any] = {**first, "scheduler": scheduler, "folder": name, "content_hash": ""}
     if family != "sdxl":

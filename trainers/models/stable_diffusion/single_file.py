@@ -1,4 +1,4 @@
-"""Load Stable Diffusion from a single file in the webui's key layout."""
+"""Loads Stable Diffusion from a single file in the webui's key layout."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from dreamfleet.trainers.models.stable_diffusion.sdxl import make_model
 def load_single_file(
     path: str | os.PathLike[str], *, name: str | None = None, needs: Collection[str] = NEEDS
 ) -> StableDiffusion:
-    """Load the parts in ``needs`` from a single file, in float32 on the CPU; hashes are left empty.
+    """Load the parts in ``needs`` from a single file, in float32 on the CPU. The model's hashes are not set.
 
-    A need for ``text_encoder`` loads both of SDXL's. Raises FormatError as `load_single_file_parts`, ModelError if
-    SD 1's tokenizer is needed and is not on this machine.
+    ``text_encoder`` in ``needs`` stands for both text encoders of SDXL. Raises FormatError as `load_single_file_parts`,
+    and ModelError if SD 1's tokenizer is needed but is neither on this machine nor available from the hub.
     """
     path = Path(path)
     read = load_single_file_parts(path, needs=needs)
     parts: dict[str, Any] = {}
     for part, state in read.states.items():
         module = empty_part(part, read.configs[part])
-        while state:  # one by one, so that a half-precision file is never held twice in full precision
+        while state:  # one tensor at a time, to limit the memory while half precision is converted to float32
             key, tensor = state.popitem()
             _assign(module, key, tensor.float())
         parts[part] = module.eval()
@@ -54,13 +54,14 @@ def _make_schedule(config: Config, path: Path) -> Any:
         scheduler = DDPMScheduler.from_config(config)
         if scheduler.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"unknown prediction_type {scheduler.config.prediction_type!r}")
-    except Exception as error:  # a config from a file can be wrong in any way
+    except Exception as error:  # an invalid config in a file can raise any exception
         raise FormatError(f"{path}: its scheduler config is not a noise schedule ({error}).") from error
     return scheduler
 
 
 def _settle_prediction(unet: Any, scheduler: Config) -> None:
-    # Neither the file nor a .yaml beside it states it; a trial run does, and with it which published model this is.
+    # Neither the file nor a .yaml beside it states the prediction type. Running the U-Net once shows it, and with it
+    # which of the published models this is (trained at 768 or 512 pixels).
     velocity = predicts_velocity(unet)
     scheduler["prediction_type"] = "v_prediction" if velocity else "epsilon"
     unet.register_to_config(sample_size=96 if velocity else 64)

@@ -1,4 +1,4 @@
-"""The length of captions in tokens, by the tokenizer of a local model folder."""
+"""Counts the tokens of captions with the tokenizer of a local model folder."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dreamfleet.trainers.models.pretrained import pocket_folder
 
 
 def token_counter(model: str) -> tuple[str, Callable[[str], int]]:
-    """Return a description of the tokenizer, and a function: text -> number of tokens without start and end.
+    """Return a description of the tokenizer, and a function text -> number of tokens without start and end.
 
-    For a model that is not a local diffusers folder the pocket model's tokenizer is used. Its vocabulary has 2000
-    entries where CLIP's has 49 408, so its counts are upper limits of CLIP's.
+    For a model that is not a local diffusers folder, the pocket model's tokenizer is used. Its vocabulary has 2,000
+    entries and CLIP's 49,408, so its counts are upper limits for CLIP's.
     """
     from transformers import CLIPTokenizer
 

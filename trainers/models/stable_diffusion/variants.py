@@ -1,4 +1,4 @@
-"""The variants of Stable Diffusion: which one a model's configs describe, and which ones are refused."""
+"""Recognises the variant of Stable Diffusion (1.x, 2.x, SDXL) from a model's configs, and rejects unsupported ones."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ UNSUPPORTED: dict[Family, dict[str, str]] = {
 def require_supported(configs: Mapping[str, Config], name: str) -> Family:
     """Return the variant that the configs of a model's parts describe.
 
-    Raises ModelError, naming the kind of model, for one that cannot be trained or sampled from: inpainting, depth,
-    SDXL's refiner and others whose U-Net takes more inputs.
+    Raises ModelError for models that cannot be trained or sampled from: inpainting, depth, SDXL's refiner, and others
+    whose U-Net has additional inputs. The message names the kind of model.
     """
     unet, vae = configs.get("unet", {}), configs.get("vae", {})
     entering, latents = unet.get("in_channels", 4), vae.get("latent_channels", unet.get("out_channels", 4))
@@ -36,7 +36,7 @@ def require_supported(configs: Mapping[str, Config], name: str) -> Family:
         )
     family = family_of(configs)
     if family == "sdxl" and "text_encoder" not in configs:
-        # SDXL's refiner has only the second encoder, and takes an aesthetic score.
+        # SDXL's refiner has only the second text encoder, and an aesthetic score as an input.
         raise ModelError(f"{name}: SDXL's refiner, which has no first text encoder; {_TRAINED}")
     inputs = {unet.get("class_embed_type"), unet.get("addition_embed_type")} - {None, "text_time"}
     if inputs:
@@ -47,7 +47,7 @@ def require_supported(configs: Mapping[str, Config], name: str) -> Family:
 
 
 def parts_needed(family: Family, needs: Collection[str]) -> list[str]:
-    """Return the parts of the components in ``needs``: the denoiser is ``unet``, SDXL has two text encoders."""
+    """Return the parts that the components in ``needs`` consist of: the denoiser is ``unet``, SDXL has two encoders."""
     names = {
         "denoiser": ["unet"],
         "text_encoder": ["text_encoder", "text_encoder_2"][: 1 + (family == "sdxl")],
