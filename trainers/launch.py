@@ -121,8 +121,8 @@ def _fit_on_ray(
     with ray_session(address, preload=("ray.train.torch",)) as session:
         stop.listen()
         share = preflight(recipe, session, display.say, shared=shared)
-        # Workers report nothing to Ray Train, so its storage holds only a few files of its controller, which runs
-        # on this machine: a temporary folder is enough, also for runs in buckets and on several machines.
+        # Workers report nothing to Ray Train, so its storage holds only a few files of its controller, which
+        # runs on this machine: a temporary folder is enough, also for runs in buckets and on several machines.
         with tempfile.TemporaryDirectory(prefix="dreamfleet-ray-", ignore_cleanup_errors=True) as bookkeeping:
             trainer = _make_trainer(recipe, session, share, bookkeeping, started)
             with RunTail(run, display):

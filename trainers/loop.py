@@ -34,7 +34,7 @@ class Hooks:
 
 @dataclass
 class Outcome:
-    """How a loop ended."""
+    """The result of a loop: optimizer steps done, the reason for its end, and the last figures."""
 
     step: int
     exit_reason: Literal["completed", "interrupted"]
@@ -43,7 +43,7 @@ class Outcome:
 
 @dataclass
 class Schedule:
-    """How long to train and when to do what, in optimizer steps."""
+    """The number of optimizer steps, and those after which to save, generate previews and log."""
 
     total: int
     save_every: int
@@ -60,7 +60,7 @@ class Schedule:
         return done % self.log_every == 0 or done == self.total or done == 1
 
     def samples_at(self, done: int) -> bool:
-        """Return whether held-out images are measured and previews generated after ``done`` steps."""
+        """Return whether held-out images are evaluated and previews generated after ``done`` steps."""
         return done % self.sample_every == 0 or done == self.total
 
 
@@ -78,8 +78,9 @@ def train(
 ) -> Outcome:
     """Train from optimizer step ``start_step`` to ``schedule.total`` or until ``hooks.should_stop``.
 
-    Raises RunFailed if a loss is not finite, before the weights after it are saved or evaluated, and if every gradient
-    is exactly zero.
+    ``prepare`` completes a batch on the device. ``rates``: the learning rate of each parameter group as a
+    function of the step (from 0). Raises RunFailed if a loss is not finite, before the resulting weights are
+    saved or evaluated, and if every gradient is exactly zero.
     """
     watch = _Watch(engine, schedule, start_step, hooks.saved)
     meter = _Meter(engine)
@@ -123,8 +124,8 @@ def train(
 
 
 def _rehearse(engine: Engine, prepare: Callable[[Batch], Batch], batch: Batch) -> None:
-    # One forward and backward pass whose result is dropped: a lack of memory shows in the first minute. DDP also fixes
-    # its buckets, so that the first step after a resume sums gradients in the same order.
+    # One forward and backward pass whose result is dropped, so that insufficient memory is reported in the
+    # first minute. DDP also fixes its buckets: the first step after a resume sums gradients in the same order.
     devices = [engine.device] if engine.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # a resumed run rehearses where an uninterrupted one does not
         engine.backward(prepare(engine.to_device(batch)))
@@ -144,7 +145,7 @@ class _Watch:
         self.not_finite = torch.maximum(self.not_finite, (~loss.detach().isfinite()).float())
 
     def see_norm(self, norm: torch.Tensor) -> None:
-        """Track the gradient norm of a step; that of a step skipped in fp16 is not zero."""
+        """Track the gradient norm of a step. A step that fp16 skips has a norm that is not zero."""
         self.moved = norm != 0 if self.moved is None else self.moved | (norm != 0)
 
     def require_finite(self, done: int) -> None:

@@ -95,7 +95,7 @@ class Recipe(Section):
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Rejects a key that is given twice in one section, as YAML requires; PyYAML alone drops the first."""
+    """YAML loader that rejects a key given twice in one section; PyYAML's own drops the first value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -147,9 +147,10 @@ def read_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
 
 
 def build_recipe(tree: Mapping[str, Any], *, source: str = "recipe", folder: str | None = None) -> Recipe:
-    """Validate a plain mapping. Relative paths start at ``folder``; with None they are not changed.
+    """Validate a plain mapping and return its recipe.
 
-    Raises RecipeError that lists all errors.
+    Relative paths start at ``folder``; with None they are not changed. Raises RecipeError that lists all
+    errors.
     """
     recipe, errors = _validate(tree)
     if recipe is None or errors:
@@ -170,7 +171,7 @@ def _with_prompts(recipe: Recipe, source: str, folder: str | None) -> Recipe:
 
 
 def _validate(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
-    """Return the recipe of a plain tree, None if it has none, and all errors."""
+    """Return the recipe of a plain mapping (None if a section is invalid), and all errors."""
     tree = dict(tree)
     method = tree.pop("method", None)
     errors: list[str] = []
@@ -214,7 +215,7 @@ def _validate(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
 
 
 def _homes(method: Any) -> dict[str, str]:
-    """Return the section of every key, the first one of several; a key outside sections maps to itself."""
+    """Return the section of every key, the first of several; a key outside sections maps to itself."""
     homes = {key: key for key in keys_at(Recipe, ())}
     for section in reversed(Recipe.model_fields):
         homes |= dict.fromkeys(keys_at(*_model_at(method, (section,))), section)
@@ -222,7 +223,10 @@ def _homes(method: Any) -> dict[str, str]:
 
 
 def _model_at(method: Any, path: Sequence[str]) -> tuple[type[BaseModel], Sequence[str]]:
-    """Return the model in which to look a path up, and the rest of the path: a method has a model of its own."""
+    """Return the pydantic model in which to look up a path, and the rest of the path.
+
+    Each method has its own model for the ``method`` section.
+    """
     name = method.get("name") if isinstance(method, Mapping) else None
     if path[:1] and path[0] == "method" and isinstance(name, str) and name in METHODS:
         return METHODS.get(name), path[1:]

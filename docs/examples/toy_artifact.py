@@ -1,4 +1,4 @@
-"""An artifact kind from outside the package: a word's vectors as a table that a spreadsheet opens."""
+"""An artifact kind from outside the package: the vectors of a word as a CSV or TSV table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 def read_table(path: Path) -> list[list[float]]:
-    """Read one vector per row. Raises FormatError for anything but numbers in rows of equal length."""
+    """Read one vector per row. Raises FormatError unless all rows are numbers and equally long."""
     with path.open(newline="") as file:
         rows = list(csv.reader(file, delimiter=DELIMITERS[path.suffix]))
     try:

@@ -1,4 +1,4 @@
-"""A method from outside the package: Textual Inversion whose vector stays near the word that it starts from."""
+"""A method from outside the package: Textual Inversion that penalises distance from the initial vector."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
 class AnchoredInversionConfig(MethodConfig):
-    """The ``method:`` section: its options, and what commands know of the method without loading it."""
+    """The ``method:`` section: its keys, and the properties that commands read without loading the method."""
 
     implementation: ClassVar[str] = f"{__name__}:AnchoredInversion"
     summary: ClassVar[str] = (
@@ -36,7 +36,7 @@ class AnchoredInversionConfig(MethodConfig):
 
 
 class AnchoredInversion(DiffusionMethod):
-    """The noise loss plus ``anchor_weight`` times the squared distance of the vector from its start."""
+    """Adds ``anchor_weight`` times the squared distance from the initial vector to the denoising loss."""
 
     formats = ("pt", "safetensors")
 

@@ -13,7 +13,7 @@ def brightness(scored: ScoredImages) -> list[float]:
     return [float(np.asarray(image.convert("L")).mean() / 255) for image in scored.images]
 
 
-# ``lower is better`` is what a search minimises. ``needs`` may name real images, prompts, CLIP and DINO.
+# A search minimises a metric with ``higher_is_better=False``. ``needs`` can list real, prompts, clip, dino.
 BRIGHTNESS = Metric(
     title="brightness",
     note="Mean grey value of the previews; lower is darker.",

@@ -1,4 +1,4 @@
-"""An image source: a folder that holds all images in one file, `images.bin`, and a table of them, `toy.json`.
+"""An image source: a folder with all images in one file, `images.bin`, and a table of them, `toy.json`.
 
 The table is a list of objects: {"start": 0, "end": 4711, "caption": "a cat", "sha256": "...", "size": [512, 768]}.
 """

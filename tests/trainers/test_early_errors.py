@@ -1,4 +1,4 @@
-"""What is wrong with a recipe is told before class images are generated, latents encoded or workers started."""
+"""Tests that errors of a recipe are raised before class images are generated or workers started."""
 
 from __future__ import annotations
 

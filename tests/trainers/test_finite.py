@@ -1,4 +1,4 @@
-"""A run that diverges or learns nothing ends at once, and only checkpoints that are finite are kept."""
+"""Tests that a run that diverges or has only zero gradients fails, and keeps only finite checkpoints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dreamfleet.trainers.run.checkpoint import Checkpoints, find_not_finite
 from dreamfleet.trainers.run.run import run_worker
 
 WORD = {"name": "textual_inversion", "placeholder_token": "<x>", "initializer_token": "cat"}
-# Often saved and rarely logged, so that nothing is read before the run has gone wrong.
+# Saves at every step and logs rarely, so that no loss is read on the host before the run diverges.
 RARELY = {"train__checkpointing_steps": 1, "train__log_steps": 20, "train__max_train_steps": 12}
 
 
@@ -34,7 +34,10 @@ def word_tree(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def break_at(monkeypatch: pytest.MonkeyPatch, name: str, step: int, damage: Callable[..., Any]) -> None:
-    """Let ``damage`` change what an engine's method returns in one of its steps; the rehearsal is call 1."""
+    """Replace the result of call number ``step`` (from 0) of an engine's method by that of ``damage``.
+
+    Call 0 of ``backward`` is the loop's rehearsal before the first step.
+    """
     whole, calls = getattr(TorchEngine, name), iter(range(10**6))
 
     def broken(engine: TorchEngine, *args: Any, **options: Any) -> Any:
@@ -45,10 +48,10 @@ def break_at(monkeypatch: pytest.MonkeyPatch, name: str, step: int, damage: Call
 
 
 def kept_steps(tree: dict[str, Any]) -> list[int]:
-    """Return the steps of a run's checkpoints, each of which must be finite."""
+    """Return the steps of a run's checkpoints; check that each of them is finite."""
     checkpoints = Checkpoints(Storage(tree["output_dir"]))
     for step in checkpoints.steps():
-        found = checkpoints.load(step)  # which refuses one that is not
+        found = checkpoints.load(step)  # raises CheckpointError for one that is not
         assert find_not_finite([found.learned, found.engine]) is None
     return checkpoints.steps()
 
@@ -196,7 +199,7 @@ def test_a_run_whose_gradients_are_all_zero_is_an_error(
 
 
 def test_some_steps_without_a_gradient_are_none(tmp_path: Path) -> None:
-    """With a rate of 0 nothing moves, and with most captions dropped most steps have no gradient."""
+    """Test with a learning rate of 0 and with dropped captions, so that many steps have no gradient."""
     tree = word_tree(
         tmp_path,
         train__max_train_steps=30,

@@ -1,4 +1,4 @@
-"""The loss curves of every method equal the recorded ones: any other change of a curve is a defect."""
+"""Tests that the loss curves of every method equal the recorded ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_curve_equals_the_recorded_one(name: str, tmp_path: Path) -> None:
 
 def test_the_recording_processor_allows_no_difference_and_others_a_small_one() -> None:
     recorded = golden.read_curve("dreambooth")
-    exact = [loss + 4e-7 for loss in recorded]  # the digits that were not recorded
+    exact = [loss + 4e-7 for loss in recorded]  # below the precision of the recording
     near = [recorded[0], recorded[1] + 2e-6, *recorded[2:]]
     far = [recorded[0], recorded[1] * 1.003, *recorded[2:]]
     for curve, tight, loose in ((exact, True, True), (near, False, True), (far, False, False)):

@@ -1,4 +1,4 @@
-"""Reading a recipe imports no heavy library, so `dreamfleet config`, `methods` and `--help` answer at once."""
+"""Tests that reading a recipe imports no heavy library, so that commands such as `--help` start fast."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The loop by itself, around an engine of one number: what it seeds, times, measures and keeps."""
+"""Tests of the training loop: seeds, timing, and the checkpoint with the lowest held-out loss."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dreamfleet.trainers.run.run import run_worker
 
 
 class Drawing:
-    """An engine whose every backward pass draws a number from the global generator, as dropout does."""
+    """A minimal engine whose backward pass draws a number from the global generator, as dropout does."""
 
     world, device = 1, torch.device("cpu")
 
@@ -49,7 +49,7 @@ class Drawing:
         return torch.ones(())
 
     def drop_gradients(self) -> None:
-        self.drawn.pop()  # the rehearsal's
+        self.drawn.pop()  # drawn by the rehearsal
 
     def mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         return values
@@ -104,7 +104,7 @@ def holdout_tree(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def measure(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -> None:
-    """Let the held-out losses of a run be these, by step."""
+    """Replace a run's held-out losses by ``losses``, in order of their steps."""
     coming = iter(losses.values())
     monkeypatch.setattr(Evaluation, "measure", lambda evaluation: {"holdout_loss": next(coming)})
 
@@ -115,10 +115,10 @@ LOSSES = {0: 0.1, 2: 0.9, 4: 0.5, 6: 0.6, 8: 0.7, 10: 0.8}
 @pytest.mark.parametrize(
     ("every", "limit", "losses", "kept", "best"),
     [
-        (5, 1, LOSSES, [4, 10], 4),  # not due, and older than the limit
+        (5, 1, LOSSES, [4, 10], 4),  # step 4 is not in the schedule and is beyond the limit
         (2, 1, LOSSES, [4, 10], 4),
         (2, 2, {**LOSSES, 8: 0.2}, [8, 10], 8),
-        (5, None, LOSSES, [4, 5, 10], 4),  # the one of step 2 was there only while it was the best
+        (5, None, LOSSES, [4, 5, 10], 4),  # that of step 2 is removed when step 4 is better
         (5, 1, {**LOSSES, 10: 0.3}, [10], 10),
         (5, 1, {**LOSSES, 4: float("nan"), 6: float("inf")}, [8, 10], 8),
         (5, 1, dict.fromkeys(LOSSES, float("nan")), [10], 10),

@@ -1,4 +1,4 @@
-"""Recipes: strict keys, all errors together with the nearest known key, aliases, overrides, paths from the recipe."""
+"""Tests of recipes: unknown keys, error messages, aliases, overrides, and paths relative to the recipe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MINIMAL: dict[str, Any] = {
 
 
 def names_remedy(message: str, fault: str, remedy: str) -> bool:
-    """Whether one line of ``message`` names the fault and then its remedy."""
+    """Return whether one line of ``message`` contains ``fault`` and, after it, ``remedy``."""
     return any(fault in line and remedy in line.partition(fault)[2] for line in message.splitlines())
 
 
@@ -80,7 +80,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"'output_dir' .*twice"):
         load_recipe(path)
     path.write_text("base: &base {a: 1, b: 2}\nmine: {<<: *base, a: 3}\n")
-    with pytest.raises(RecipeError, match="base: unknown key"):  # a merged key may be changed
+    with pytest.raises(RecipeError, match="base: unknown key"):  # merged keys may be set again
         load_recipe(path)
 
 

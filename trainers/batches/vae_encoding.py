@@ -25,7 +25,7 @@ SHARED_AT_ONCE = 2**24  # float32 values of latents that one all-reduce sends th
 
 
 class Encoded(NamedTuple):
-    """Unscaled latents ``[C, h, w]`` of each image; with ``data.alpha_mask`` its loss weights ``[1, h, w]``."""
+    """Unscaled latents ``[C, h, w]`` of each image, and its loss weights ``[1, h, w]`` if it has a mask."""
 
     mean: list[Tensor]
     std: list[Tensor]

@@ -109,12 +109,13 @@ def cache_latents(
     shared: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CacheMade:
-    """Encode the images whose latents ``data.cache_dir`` lacks; call ``progress`` with (images tried, all).
+    """Encode the images whose latents ``data.cache_dir`` lacks.
 
     ``scaling.num_workers`` actors encode, each with the resources of a training worker, on the cluster at
     ``address``, else at RAY_ADDRESS, else on a private one; with 0, this process encodes. ``shared``: folders
-    that all machines see. Written latents are kept if the call is interrupted. Raises UserError for errors
-    that the user can fix, and if no image could be encoded.
+    that all machines see. ``progress`` is called with the numbers of latents (tried, to encode). Written
+    latents are kept if the call is interrupted. Raises UserError for errors that the user can fix, and if no
+    image could be encoded.
     """
     began = time.monotonic()
     data = recipe.data

@@ -91,7 +91,7 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
 
 
 def check_exists(named: NamedPath) -> None:
-    """Check that a path of a recipe that must exist does, on this machine or, for images, in its bucket.
+    """Check that a path of a recipe exists if its field requires that; in buckets only images are checked.
 
     Raises RecipeError, ModelError or DataError, depending on the kind of path.
     """

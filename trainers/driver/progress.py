@@ -1,4 +1,4 @@
-"""Shows a run's progress and log on the driver's stderr; on workers, writes the log and polls the stop file."""
+"""Shows a run's progress and log on the driver's stderr; on workers, writes the log and polls for a stop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BUCKET_POLL_SECONDS = 5.0
 
 
 class Display:
-    """Shows steps, loss and speed on ``stream``: one tqdm bar on a terminal, else a line every ten seconds."""
+    """Shows steps, loss and speed on ``stream``: a tqdm bar on a terminal, else a line every ten seconds."""
 
     def __init__(self, *, total: int | None = None, stream: TextIO | None = None):
         self.stream = stream or sys.stderr

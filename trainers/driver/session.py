@@ -29,7 +29,7 @@ RAY_SETTINGS = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-# A private cluster needs neither Ray Train's metrics nor its watcher of preempted machines; each takes a process.
+# A private cluster needs neither Ray Train's metrics nor its preemption watcher; each takes a process.
 PRIVATE_RAY_SETTINGS = {"RAY_TRAIN_METRICS_ENABLED": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
@@ -91,7 +91,7 @@ def starts_private_ray(address: str | None) -> bool:
 
 @contextmanager
 def ray_session(address: str | None = None, *, preload: Sequence[str] = ()) -> Iterator[RaySession]:
-    """Connect to ``address``, else to RAY_ADDRESS, else start a private Ray on this machine; disconnect at the end.
+    """Connect to ``address``, else to RAY_ADDRESS, else start a private Ray; disconnect at the end.
 
     If this process is already connected to Ray, that connection is used and stays open. After
     KeyboardInterrupt Ray is not shut down either. The modules in ``preload`` are imported while Ray starts,
@@ -106,7 +106,7 @@ def ray_session(address: str | None = None, *, preload: Sequence[str] = ()) -> I
         yield RaySession(private=started_here, address=ray.get_runtime_context().gcs_address)
         return
     target = _target(address)
-    # The imports run in a thread, not ray.init: Linux ends Ray's processes with the *thread* that started them.
+    # The imports run in a thread, not ray.init: Linux ends Ray's processes with the *thread* that starts them.
     importing = threading.Thread(target=_import_all, args=(preload,), daemon=True)
     importing.start()
     with (
@@ -127,8 +127,8 @@ def ray_session(address: str | None = None, *, preload: Sequence[str] = ()) -> I
             importing.join()
             yield RaySession(private=target == "local", address=context.address_info.get("address") or target)
         except BaseException as error:
-            # After an interrupt another thread may still be waiting for Ray; if it finds Ray shut down, Ray ends
-            # the whole process. A private Ray ends with this process anyway.
+            # After an interrupt another thread may still be waiting for Ray; if it finds Ray shut down, Ray
+            # ends the whole process. A private Ray ends with this process anyway.
             if not isinstance(error, KeyboardInterrupt):
                 ray.shutdown()
             raise
@@ -172,7 +172,7 @@ def _join(target: str) -> Any:
 
 @contextmanager
 def authentication(*, private: bool) -> Iterator[None]:
-    """Set RAY_AUTH_MODE unless the user has: Ray's default differs between 2.59, 2.60 and 2.61.
+    """Set RAY_AUTH_MODE unless the user has set it, as Ray's default differs between 2.59, 2.60 and 2.61.
 
     A private Ray listens on the machine's network address, where anyone could run code without a token, so it
     gets a new one. The token is set in the environment, as a file in the home folder would affect a later

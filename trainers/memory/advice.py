@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def explain_no_fit(made: MemoryPlan, recipe: Recipe) -> str:
-    """Return which limits are too small for what, and which settings of the recipe may help."""
+    """Return the message: the limits, settings that may help, and the memory that each choice needs."""
     smallest = min((one for one in made.estimates if not one.choice.alters), key=lambda one: one.gpu_total)
     limits = [
         f"{_gib(limit)} GiB {where}"
@@ -32,7 +32,7 @@ def explain_no_fit(made: MemoryPlan, recipe: Recipe) -> str:
 
 
 def _remedies(smallest: Estimate, made: MemoryPlan, recipe: Recipe) -> list[str]:
-    """Return the settings that would lower the maximum of a run, except those already made."""
+    """Return the settings that would lower the peak memory of a run, except those that the recipe has."""
     train, moment = recipe.train, smallest.peak
     altering = [
         one for one in made.estimates if one.choice.alters and one.fits(made.gpu_memory, made.host_memory)

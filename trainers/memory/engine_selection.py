@@ -1,4 +1,4 @@
-"""Decides, once the machines are known, which engine a run uses and how much GPU memory it may take."""
+"""Selects the engine of a run from the memory of its workers' GPUs and hosts, and limits its GPU memory."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 
 def settle_engine(recipe: Recipe, distributed: DistributedContext) -> tuple[Recipe, str]:
-    """Return the recipe with the engine decided, and the reason; equal on every worker.
+    """Return the recipe with the engine selected, and the reason; both are equal on every worker.
 
-    ``engine.zero_stage: auto`` becomes the cheapest choice that fits the smallest of the workers' GPUs and hosts; on a
-    CPU it stays torch alone. ``engine.gpu_memory`` is enforced. Raises ResourceError when no choice fits.
+    ``engine.zero_stage: auto`` becomes the cheapest choice that fits the smallest of the workers' GPUs and
+    hosts; on a CPU it remains plain torch. ``engine.gpu_memory`` is enforced. Raises ResourceError if no
+    choice fits.
     """
     recipe = distributed.on_rank_0(recipe.with_deepspeed_file)
     if distributed.device.type != "cuda":
@@ -44,7 +45,7 @@ def settle_engine(recipe: Recipe, distributed: DistributedContext) -> tuple[Reci
 
 
 def _require_equal_gpus(distributed: DistributedContext) -> None:
-    """Raise ResourceError for workers with different GPUs, where bfloat16 replicas would be rounded differently."""
+    """Raise ResourceError if the workers' GPUs differ: they would round bfloat16 replicas differently."""
     # CUDA's random numbers depend on the number of multiprocessors.
     names = distributed.all_gather_unique([torch.cuda.get_device_name(distributed.device)])
     if len(names) > 1:
@@ -57,7 +58,11 @@ def _require_equal_gpus(distributed: DistributedContext) -> None:
 def choose_engine(
     recipe: Recipe, distributed: DistributedContext, *, gpu_memory: int, host_memory: int
 ) -> tuple[Recipe, str]:
-    """Choose the engine on rank 0 for all ranks; a run that cannot be planned is trained by torch alone."""
+    """Choose the engine on rank 0 for all ranks; return the recipe and the reason.
+
+    Memory limits are in bytes. A run whose memory cannot be planned is trained by plain torch. Raises
+    ResourceError if no choice fits.
+    """
     if (reason := recipe.method.no_plan) is not None:
         return recipe, f"not planned: {recipe.method.name} {reason}"
     settings, reason = distributed.on_rank_0(
@@ -102,7 +107,7 @@ def limit_card(device: torch.device, limit: int | None, share: float = 1.0) -> i
     """Limit torch's memory on a GPU and return the limit in bytes, CUDA context included.
 
     The limit is the smaller of ``limit`` in bytes (None: no limit) and ``share`` of the GPU's memory. Raises
-    ResourceError for one that the CUDA context alone exceeds.
+    ResourceError if the CUDA context alone exceeds it.
     """
     device = with_index(device)
     free, total = torch.cuda.mem_get_info(device)
@@ -119,7 +124,7 @@ def limit_card(device: torch.device, limit: int | None, share: float = 1.0) -> i
 
 
 def host_memory() -> int:
-    """Return the memory in bytes of this machine, or of the container that the process runs in."""
+    """Return the memory in bytes of this machine, or the limit of the container that the process runs in."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for file in map(Path, CGROUP_LIMITS):
         text = file.read_text().strip() if file.is_file() else ""

@@ -1,4 +1,4 @@
-"""Memory of a run per GPU and per host for every engine choice: arithmetic on counts.
+"""Estimates the memory of a run per GPU and per host for every engine choice, from counted sizes.
 
 Sources: Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054), section 3; DeepSpeed 0.19's ``stage_1_and_2.py`` and
 ``stage3.py`` for copies and buffers that the paper does not count.
@@ -25,18 +25,18 @@ HOST_PROCESS = 3 * GIB // 2
 REUSE_DISTANCE, PREFETCH_BUCKET, REDUCE_BUCKET = 1_000_000_000, 50_000_000, 500_000_000
 # bitsandbytes' AdamW8bit keeps tensors below SMALL_8BIT elements in float32; the others have a scale per BLOCK_8BIT.
 SMALL_8BIT, BLOCK_8BIT = 4096, 256
-# Bytes per element beside state and gradient while one tensor is stepped: Adafactor's update; for a bfloat16 weight its
-# float32 copy, the float32 gradient, and the update or the random bits.
+# Bytes per element besides state and gradient while one tensor is stepped: Adafactor's update; for a bfloat16
+# weight its float32 copy, the float32 gradient, and the update or the random bits.
 ADAFACTOR_STEP, NARROW_STEP = 4, 12
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The bytes of one choice: lines of a training step, and totals at each moment of a run.
+    """The memory of one engine choice in bytes: items of a training step, and totals of each phase of a run.
 
-    ``gpu`` and ``host``: one worker's lines while it trains. ``gpu_moments``: totals of one GPU. ``host_moments``:
-    totals of rank 0's host with all its workers. ``traffic``: bytes per step that offload moves over PCIe. ``disk``:
-    bytes per step that it reads and writes on an NVMe disk.
+    ``gpu`` and ``host``: one worker's items while it trains. ``gpu_moments``: totals of one GPU by phase.
+    ``host_moments``: totals of rank 0's host with all its workers, by phase. ``traffic``: bytes per step that
+    offload moves over PCIe. ``disk``: bytes per step that it reads and writes on an NVMe disk.
     """
 
     choice: EngineChoice
@@ -49,21 +49,21 @@ class Estimate:
 
     @property
     def gpu_total(self) -> int:
-        """The maximum on a GPU over all moments."""
+        """The maximum on a GPU over all phases."""
         return max(self.gpu_moments.values())
 
     @property
     def peak(self) -> str:
-        """The moment at which a GPU holds the most."""
+        """The phase in which a GPU uses the most memory."""
         return max(self.gpu_moments, key=lambda name: self.gpu_moments[name])
 
     @property
     def host_total(self) -> int:
-        """The maximum on a host over all moments."""
+        """The maximum on a host over all phases."""
         return max(self.host_moments.values())
 
     def traffic_seconds(self, bytes_per_second: float) -> float:
-        """Return the least time of a step's traffic; both directions run at once."""
+        """Return the minimum time of a step's traffic in seconds; both directions run at once."""
         return max(self.traffic.values()) / bytes_per_second
 
     def fits(self, gpu_memory: int | None, host_memory: int | None) -> bool:
@@ -76,8 +76,8 @@ class Estimate:
 def estimate_all(counts: Counts, *, world: int = 1, workers_per_host: int = 1) -> list[Estimate]:
     """Estimate every choice that these counts allow, cheapest first, then those that change the training.
 
-    ZeRO supports AdamW with float32 weights, stepped after backward. The choices that change the training need one GPU
-    and no gradient accumulation.
+    ZeRO supports AdamW with float32 weights and optimizer steps after the backward pass. The choices that
+    change the training need one GPU and no gradient accumulation.
     """
     choices = [CHOICES[0]]
     if counts.optimizer == "adamw" and not counts.fused and not counts.bf16_weights:
@@ -105,10 +105,11 @@ def estimate(counts: Counts, choice: EngineChoice, *, world: int = 1, workers_pe
     passing = gpu["activations"] + gpu["gradients"] + gpu["buffers"]
     resting = sum(gpu.values()) - passing
     idle = resting + (gpu["gradients"] + gpu["buffers"] if run.keeps_gradients else 0)
-    # Averaged weights are put beside the model's own for previews. Stage 3 exchanges them in place, and torch uses the
-    # average itself where it is as wide as the weights.
+    # For previews, averaged weights are copied beside the model's own. Stage 3 exchanges them in place, and
+    # torch uses the average itself if it has the dtype of the weights.
     copies_average = counts.average and run.stage != 3 and (not run.is_torch or counts.bf16_weights)
-    # For a checkpoint, rank 0 gathers ZeRO's states unsharded; torch copies the weights, and one state at a time.
+    # For a checkpoint, rank 0 gathers ZeRO's states unsharded; torch copies the weights, and one state at a
+    # time.
     saved = run.width * total if run.is_torch else (4 + 8 + 4 * counts.average) * total
     training = workers_per_host * sum(host.values())
     exported = 0 if run.is_torch else 4 * total + (run.stage == 3) * run.width * counts.passed
@@ -137,7 +138,8 @@ def estimate(counts: Counts, choice: EngineChoice, *, world: int = 1, workers_pe
 def optimizer_bytes(learning: Sequence[int], name: str = "adamw", factors: int = 0) -> int:
     """Return the bytes of an optimizer's states and step counts for tensors of these sizes in elements.
 
-    ``adamw`` has two moments in float32, ``adamw8bit`` two of a byte in its large tensors, ``adafactor`` ``factors``.
+    ``adamw`` has two moments in float32, ``adamw8bit`` two moments of one byte in its large tensors,
+    ``adafactor`` ``factors`` values in float32.
     """
     if name == "adamw":
         return sum(8 * numel + 4 for numel in learning)
@@ -174,10 +176,8 @@ class _Run:
         optimizer, master = optimizer_bytes(counts.learning, counts.optimizer, counts.factors), 0
         if self.stage:
             on_gpu = 0 if choice.offload_optimizer else self.part
-            master, optimizer = (
-                4 * on_gpu,
-                8 * on_gpu,
-            )  # DeepSpeed steps a copy of the weights even in float32
+            # DeepSpeed steps a float32 copy of the weights, even if the weights are float32.
+            master, optimizer = 4 * on_gpu, 8 * on_gpu
         step = counts.half if width == 2 else counts.full
         buffers = width * min(counts.bucket, self.total) if self.stage else 0
         if choice.offload_optimizer and self.stage < 3:
@@ -216,7 +216,7 @@ class _Run:
             lines["weights"] = width * self._part(self.total + counts.passed)
         if not self.choice.offload_optimizer:
             return lines
-        # Stages 1 and 2 copy weights back through a buffer, stage 3 gradients in; accumulation keeps a sum besides.
+        # Stages 1 and 2 copy weights back through a buffer, stage 3 gradients in; accumulation adds a sum.
         staging = width * self.part * (2 if counts.accumulates and self.stage != 3 else 1)
         held = self.part
         if self.choice.nvme:  # one sub-group at a time, which ends with a tensor
@@ -232,10 +232,10 @@ class _Run:
     def traffic(self) -> dict[str, int]:
         """Return the bytes that offload moves in one optimizer step of one worker.
 
-        Gradients go to the host in float32. A sum over micro-batches goes back and forth in the precision of the
-        weights; stage 3 sends it in any case. Stepped weights return in the precision that they compute in. Weights on
-        the host, frozen ones too, are fetched for the forward pass, and again for the backward pass where stage 3
-        cannot keep them so long.
+        Gradients go to the host in float32. A sum over micro-batches goes back and forth in the precision of
+        the weights; stage 3 always sends it. Stepped weights return in the precision that they compute in.
+        Weights on the host, including frozen ones, are fetched for the forward pass, and again for the
+        backward pass if stage 3 cannot keep them until then.
         """
         counts, part, width = self.counts, self.part, self.width
         to_host = to_gpu = 0
@@ -250,7 +250,7 @@ class _Run:
         return {"to_host": to_host, "to_gpu": to_gpu}
 
     def step_buffers(self) -> int:
-        """Return the bytes of an optimizer step beside states and gradients: flat copies, also in float32."""
+        """Return the bytes of an optimizer step besides states and gradients: flat copies, some float32."""
         if self.choice.offload_optimizer:
             return 0
         if self.is_torch:
@@ -260,16 +260,16 @@ class _Run:
         return (self.width * (self.stage < 3) + 4 * self.counts.mixed) * self.part
 
     def starting(self) -> int:
-        """Return the bytes beside the frozen parts before the first step.
+        """Return the bytes besides the frozen parts before the first step.
 
-        What ZeRO shards stays in host memory, except while class images are generated.
+        Weights that ZeRO shards stay in host memory, except while class images are generated.
         """
         counts, weights = self.counts, self.width * self.sharded
         drawing = weights + counts.class_drawing if counts.class_drawing else 0
         return max(drawing, counts.encoding + (0 if self.stage else weights))
 
     def _torch_step(self) -> int:
-        """Return the bytes that torch's step of the largest tensor needs beside its state and gradient."""
+        """Return the bytes that torch's step of the largest tensor needs besides its state and gradient."""
         if self.counts.bf16_weights:
             return NARROW_STEP * self.largest
         return ADAFACTOR_STEP * self.largest if self.counts.optimizer == "adafactor" else 0

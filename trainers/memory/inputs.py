@@ -1,4 +1,4 @@
-"""The sizes of a run that a memory plan counts and calculates with."""
+"""The sizes of a run that a memory plan counts and computes its estimates from."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from dreamfleet.trainers.memory.strategies import EngineChoice
 
 @dataclass(frozen=True)
 class Pass:
-    """Bytes that forward and backward of one micro-batch use beside the model.
+    """Bytes that the forward and backward pass of one micro-batch use besides the model.
 
-    ``held``: between forward and backward. ``activations``: the maximum without gradients of weights. ``together``: the
-    maximum of activations and gradients, with no gradients before: they grow while activations are freed. ``casts``:
-    autocast's low-precision copies of the trainable weights, a part of ``activations``.
+    ``held``: between forward and backward. ``activations``: the maximum without gradients of weights.
+    ``together``: the maximum of activations and gradients, if there are no gradients before: they grow while
+    activations are freed. ``casts``: autocast's low-precision copies of the trainable weights, a part of
+    ``activations``.
     """
 
     held: int
@@ -78,7 +79,7 @@ class Counts:
         return self.micros > 1
 
     def under(self, choice: EngineChoice) -> Counts:
-        """Return the counts with the changes that a choice makes to the recipe."""
+        """Return the counts with the changes that an engine choice makes to the recipe."""
         return replace(
             self,
             optimizer=choice.optimizer or self.optimizer,

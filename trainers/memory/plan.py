@@ -1,4 +1,4 @@
-"""Plans a run's memory from its recipe: counts sizes on a model without weights and estimates every engine choice."""
+"""Plans the memory of a run: counts sizes on a model without weights and estimates every engine choice."""
 
 from __future__ import annotations
 

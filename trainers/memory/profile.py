@@ -1,4 +1,4 @@
-"""Counts the sizes of a run on a model without weights: its tensors, and passes over fake tensors."""
+"""Counts the sizes of a run on a model without weights: its tensors, and the memory of its passes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ PREVIEW_BATCH = 4  # the default of `generate`
 
 
 def count_run(recipe: Recipe, method: DiffusionMethod, images: int | None) -> Counts:
-    """Count a run's tensors on a method whose model is on the meta device."""
+    """Count the sizes of a run on a method whose model is on the meta device.
+
+    ``images``: number of images, None if unknown.
+    """
     train, model = recipe.train, method.model
     trainable = [param for group in method.groups() for param in group.params.values()]
     ids = {id(param) for param in trainable}
@@ -72,7 +75,11 @@ def count_run(recipe: Recipe, method: DiffusionMethod, images: int | None) -> Co
 
 
 def method_shape(recipe: Recipe) -> DiffusionMethod:
-    """Build a recipe's method on a model without weights, as a GPU run has it, on the meta device."""
+    """Build a recipe's method on a model without weights, with the dtypes of a GPU run, on the meta device.
+
+    Raises UserError if the method or the engine cannot be planned, RecipeError for a resolution that the
+    model cannot compute.
+    """
     if recipe.method.no_plan:
         raise UserError(f"plan: {recipe.method.name} {recipe.method.no_plan}")
     engine = engine_spec(recipe.engine)
@@ -92,7 +99,7 @@ def method_shape(recipe: Recipe) -> DiffusionMethod:
 
 
 def count_images(recipe: Recipe, method: DiffusionMethod) -> int | None:
-    """Count the images of a recipe, class images too; None if its folders have none."""
+    """Count the images of a recipe, including class images; None if there are none or they cannot be read."""
     try:
         urls = [concept.instance_data_dir for concept in load_concepts(recipe.data)]
         found = sum(find_source(url).count(url, ScanOptions()) for url in urls)
@@ -147,7 +154,7 @@ def _trace_step(recipe: Recipe, method: DiffusionMethod) -> Pass:
 
 
 def make_batch(recipe: Recipe, method: DiffusionMethod) -> Batch:
-    """Make a batch of a run's shapes; images without cached latents are encoded for it."""
+    """Return a batch with the shapes of a run; if the run caches no latents, images are encoded for it."""
     model, count = method.model, recipe.train.train_batch_size
     num = count * (2 if method.prior else 1)
     shape = (num, *_latent_shape(recipe, model))
@@ -170,7 +177,7 @@ def make_batch(recipe: Recipe, method: DiffusionMethod) -> Batch:
 
 
 def _trace_start(recipe: Recipe, method: DiffusionMethod) -> tuple[int, int]:
-    """Return the memory of encoding the images and of generating class images, before the first step."""
+    """Return the bytes of encoding the images and of generating class images, before the first step."""
     model, side, prior = method.model, recipe.data.resolution, method.prior
     encoding = drawing = 0
     if _caches_latents(recipe) and recipe.data.cache_dir is None:
@@ -197,7 +204,7 @@ def _trace_previews(recipe: Recipe, method: DiffusionMethod) -> int:
 def _trace_drawing(
     recipe: Recipe, method: DiffusionMethod, num: int, guidance_scale: float, dtype: torch.dtype
 ) -> int:
-    """Return the memory of one sampler step and of the decoder for ``num`` images."""
+    """Return the peak bytes of one sampler step and of the decoder for ``num`` images."""
     model = method.model
     shape, entering = _latent_shape(recipe, model), num * (2 if guidance_scale != 1 else 1)
 
@@ -230,7 +237,10 @@ def _latent_bytes(recipe: Recipe, model: DiffusionModel, images: int | None) -> 
 
 
 def _remembered_bytes(recipe: Recipe, method: DiffusionMethod, images: int | None) -> int:
-    """Return an upper bound of cached encoded prompts: one per image, or the full cache where prompts vary."""
+    """Return an upper bound of the bytes of cached encoded prompts.
+
+    It is one prompt per image, or the full cache if prompts vary.
+    """
     if method.trains_text:
         return 0
     data = recipe.data

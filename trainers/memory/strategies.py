@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """One engine with its settings; ``zero_stage`` None is torch alone (with DDP for several workers).
+    """One engine with its settings; ``zero_stage`` None is plain torch (with DDP for several workers).
 
-    ``nvme``: offloaded optimizer states are on a disk. ``optimizer``, ``fused_backward`` and ``bf16_weights`` change
-    settings of the recipe and thereby the training, so they are shown, but never chosen automatically.
+    ``nvme``: offloaded optimizer states are on a disk. ``optimizer``, ``fused_backward`` and ``bf16_weights``
+    change settings of the recipe and thereby the training, so these choices are shown, but never chosen
+    automatically.
     """
 
     name: str
@@ -29,7 +30,7 @@ class EngineChoice:
 
     @property
     def alters(self) -> bool:
-        """Whether it changes the training: no clipping, another optimizer, weights in bfloat16."""
+        """Whether the choice changes the training: no clipping, another optimizer, weights in bfloat16."""
         return self.fused_backward or self.bf16_weights or self.optimizer is not None
 
     @property
@@ -54,8 +55,9 @@ class EngineChoice:
 
 #: From the fastest step to the slowest, in the order of Hugging Face's DeepSpeed guide ("ZeRO": stage 1, 2, 2 with
 #: offload, 3, 3 with offload): stage 3 gathers the weights in every pass, offload moves states over PCIe and steps on
-#: the CPU. Only the weights on the host suits runs that train a small part of a large model. Stage 0 shards nothing, so
-#: it follows plain torch. Stage 1 with offload is left out: stage 2 sends as much and holds less.
+#: the CPU. Offload of weights alone suits runs that train a small part of a large model. Stage 0 shards
+#: nothing, so it follows plain torch. Stage 1 with offload is omitted: stage 2 transfers as much and uses less
+#: memory.
 CHOICES = (
     EngineChoice("torch"),
     EngineChoice("ZeRO-0", 0),

@@ -1,8 +1,8 @@
 """Measures the memory of forward and backward passes on fake tensors, with real autograd, storage by storage.
 
-A tensor of FakeTensorMode has a shape, a dtype and a lifetime, but no memory. A step on such tensors allocates and
-frees the same storages as a real one, except those inside kernels. Attention runs as the CPU's flash kernel, which
-saves the same tensors as CUDA's flash and memory-efficient kernels.
+A tensor of FakeTensorMode has a shape, a dtype and a lifetime, but no memory. A step on such tensors
+allocates and frees the same storages as a real step, except those inside kernels. Attention runs as the CPU's
+flash kernel, which saves the same tensors as CUDA's flash and memory-efficient kernels.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def precision(dtype: torch.dtype) -> Iterator[Autocast]:
     CUDA runs normalisation in float32 where the CPU does not (torch docs, "amp", op lists). The rules remain after the
     autocast ends, for layers that checkpointing runs again in the backward pass.
     """
-    hook: Any = _widen_norms  # torch's annotation lacks that a hook may return new arguments
+    hook: Any = _widen_norms  # torch's annotation does not allow for a hook that returns new arguments
     handle = register_module_forward_pre_hook(hook)
     try:
         yield lambda: nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)

@@ -40,8 +40,9 @@ class Checkpoint:
 class Checkpoints:
     """The ``checkpoints/`` folder of a run, on disk or in a bucket.
 
-    A checkpoint is valid if it has a manifest, which is written after the files that it names, and if the files have
-    the sizes and hashes of the manifest. Incomplete or changed checkpoints are skipped with a warning.
+    A checkpoint is valid if it has a manifest, which is written after the files that it names, and if the
+    files have the sizes and hashes of the manifest. Incomplete or changed checkpoints are skipped with a
+    warning.
     """
 
     def __init__(self, run: Storage, *, limit: int | None = None):
@@ -74,7 +75,7 @@ class Checkpoints:
             ),
         }
         try:
-            # Left by a crash, perhaps. Its manifest must not remain beside new files.
+            # Remove what a crash may have left: its manifest must not remain beside new files.
             if self.storage.exists(name):
                 self.storage.remove(name)
             entries = {file: self._write(f"{name}/{file}", writer) for file, writer in writers.items()}

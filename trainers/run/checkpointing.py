@@ -80,7 +80,7 @@ class Checkpointing:
 
     @property
     def best(self) -> str | None:
-        """Folder name of the best checkpoint, or of the newest without held-out loss; None without either."""
+        """Folder name of the best checkpoint, or of the newest if there is no best; None without any."""
         steps = self.checkpoints.steps()
         best = self.checkpoints.best
         return folder_name(best if best in steps else steps[-1]) if steps else None

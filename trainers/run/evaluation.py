@@ -75,7 +75,7 @@ class Evaluation:
         return engine.evaluate(lambda: held_out.figures(engine))
 
     def draw(self, step: int) -> None:
-        """Generate the preview images of a step; rank 0 writes their grid and logs the recipe's metrics."""
+        """Generate the preview images of a step; rank 0 writes their grid and logs their scores."""
         parts, validation = self.parts, self.parts.recipe.validation
         if not validation.prompts:
             return

@@ -89,7 +89,7 @@ def write_artifacts(
 
 
 def find_checkpoint(target: str) -> tuple[Storage, int | None]:
-    """Split ``RUN`` or ``RUN/checkpoints/step-000500`` into the run folder and the step (None: the newest)."""
+    """Split ``RUN`` or ``RUN/checkpoints/step-000500`` into run folder and step (None: the newest)."""
     head, _, last = target.rstrip("/").rpartition("/")
     if last.startswith("step-") and last.removeprefix("step-").isdigit():
         return Storage(head.removesuffix("/checkpoints")), int(last.removeprefix("step-"))

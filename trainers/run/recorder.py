@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Writes the run folder on rank 0; on other ranks, where :meth:`open` is not called, logging does nothing."""
+    """Writes the run folder on rank 0; on other ranks :meth:`open` is not called, and logging does nothing."""
 
     def __init__(
         self, parts: Parts, run: Storage, *, on_progress: Callable[[dict[str, Any]], None] | None = None

@@ -80,7 +80,7 @@ def run_worker(
 def _open(
     recorder: Recorder, checkpointing: Checkpointing, evaluation: Evaluation, engine_reason: str
 ) -> None:
-    """Write the first files of the run folder; for a new run, evaluate the untrained model if asked for."""
+    """Write the first files of the run folder; for a new run, evaluate with ``sample_at_first``."""
     parts, start_step = recorder.parts, checkpointing.start_step
 
     def begin() -> None:

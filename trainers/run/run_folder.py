@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_used(folder: Storage) -> bool:
-    """Return whether a folder holds more than a failed start leaves: log, stop file, markers, empty folders."""
+    """Return whether a folder holds more than log, stop file, markers and empty folders of a failed start."""
     if any(name not in LEFTOVERS and not name.startswith(MARKER_PREFIX) for name in folder.list()):
         return True
     return any(folder.has_files(name) for name in folder.list_dirs())

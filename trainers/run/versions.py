@@ -11,7 +11,7 @@ PACKAGES = ("dreamfleet", "torch", "diffusers", "transformers", "ray", "deepspee
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that affect a run's results; with ``commit`` if dreamfleet is a git checkout."""
+    """Return the versions that affect a run's results, and ``commit`` if this is a git checkout."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

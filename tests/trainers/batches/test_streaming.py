@@ -1,4 +1,4 @@
-"""A streamed run is a resident run: the same losses, also after a resume; bad images are told, not fatal."""
+"""Tests that streamed and resident images give the same losses, and that bad images do not end a run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def losses(folder: Path, **changes: Any) -> list[float]:
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    """A Ray of two CPUs on this machine."""
+    """Start a Ray with two CPUs on this machine, unless this process is connected to one."""
     import ray
 
     started_here = not ray.is_initialized()
@@ -81,7 +81,7 @@ def test_streamed_buckets_and_masks_are_resident_ones(tmp_path: Path, local_ray:
 
 @pytest.mark.cluster
 def test_images_may_be_asked_for_while_the_plan_is_still_read(tmp_path: Path, local_ray: None) -> None:
-    """The stream goes through the plan in a thread of its own, in which a slow plan may be just then."""
+    """Test ``take`` while the thread of the stream still reads draws from a slow plan."""
     index = build_index(tiny.make_images(tmp_path / "pictures", 3))
     data = DataConfig(instance_data_dir=str(tmp_path), resolution=tiny.RESOLUTION)
     images = StreamedPixels(index, Shown(index, data, 0), cell=4)
@@ -102,7 +102,7 @@ def test_images_may_be_asked_for_while_the_plan_is_still_read(tmp_path: Path, lo
 
 @pytest.mark.cluster
 def test_a_image_that_went_bad_is_replaced_and_told(tmp_path: Path, local_ray: None) -> None:
-    """Sets of thousands are not decoded before the run: an image cut short is met on the way."""
+    """Test with an image truncated after indexing: large datasets are not decoded before the run."""
     folder = tiny.make_images(tmp_path / "pictures", 4)
     broken = folder / "002.png"
     data = broken.read_bytes()
@@ -159,7 +159,7 @@ def test_a_image_in_anothers_place_has_its_own_sizes_and_caption(tmp_path: Path,
     ):
         if instead:
             assert ids[:2] == [height, width] and ids[4:] == [32, 32] and prompt == f"picture {after}"
-            assert 0 <= ids[2] <= max(0, round(32 * height / width) - 32)  # the cut lies within the image
+            assert 0 <= ids[2] <= max(0, round(32 * height / width) - 32)  # the crop lies within the image
             assert 0 <= ids[3] <= max(0, round(32 * width / height) - 32)
         else:
             assert (ids, prompt) == (true_ids, true_prompt)
@@ -168,7 +168,7 @@ def test_a_image_in_anothers_place_has_its_own_sizes_and_caption(tmp_path: Path,
 
 @pytest.mark.cluster
 def test_a_mean_over_streamed_images_is_the_plain_one(tmp_path: Path, local_ray: None) -> None:
-    """Also after a resume; an image that cannot be decoded counts for nothing, nor does the one in its place."""
+    """Test also that an image that cannot be decoded and its replacement have weight 0 in the mean."""
     from dreamfleet.trainers.models.formats.aesthetic import read_aesthetic
 
     changes = {

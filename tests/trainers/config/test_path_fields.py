@@ -1,4 +1,4 @@
-"""A path field says once that it is a path, also in a method of another package: nothing else has to know it."""
+"""Tests that a path field needs no code besides its annotation, also in a method of another package."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dreamfleet.trainers.recipe import Recipe, load_recipe
 
 
 class Source(Section):
-    """A section inside the method's own."""
+    """A section nested in the method's section."""
 
     notes: Annotated[str, PathField("file")]
 

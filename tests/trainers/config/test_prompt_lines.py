@@ -1,4 +1,4 @@
-"""Prompts with options, in recipes and from files: read, checked with their lines, drawn in sizes of their own."""
+"""Tests of prompts with options, in recipes and files: parsing, errors with line numbers, preview sizes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_recipe_takes_a_files_prompts_in(workplace: Path) -> None:
     tree = tiny.make_recipe(workplace, validation={"prompts": "prompts.txt"})
     recipe = load_recipe(tiny.write_recipe(workplace / "recipe.yaml", tree))
     assert recipe.validation.prompts == ["a <x> --w 64", "a dog"]
-    assert build_recipe(recipe.model_dump(mode="json")) == recipe  # what a job or a run's folder is made from
+    assert build_recipe(recipe.model_dump(mode="json")) == recipe  # as in jobs and run folders
     (workplace / "prompts.txt").write_text("a --w x\n")
     with pytest.raises(RecipeError, match=r"validation\.prompts:\n.*line 1"):
         load_recipe(workplace / "recipe.yaml")

@@ -1,4 +1,4 @@
-"""Learning rates: diffusers' curves step by step, rule strings and webui schedules read whole when a recipe is."""
+"""Tests of learning rates: schedules equal diffusers'; rule and webui strings are checked with the recipe."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_every_schedule_of_diffusers_is_known() -> None:
 def test_rates_are_those_of_diffusers_at_every_step(
     name: str, warmup: int, cycles: int | None, rate: float
 ) -> None:
-    """Config files of diffusers and kohya hold every option, whether or not the schedule reads it."""
+    """Test with all options set, as in files of diffusers and kohya, also those that a schedule ignores."""
     given = {} if cycles is None else {"lr_scheduler_num_cycles": cycles}
     ours = our_rates(
         50,

@@ -1,4 +1,4 @@
-"""The recipe's search: section: all errors are reported when the recipe is read."""
+"""Tests of a recipe's ``search:`` section: its errors are reported when the recipe is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The resources of each worker on machines of any size, and requests that no cluster can fill; without a cluster."""
+"""Tests of the resources of each worker, and of requests that no cluster can fill; no cluster is started."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def scaling(**fields: object) -> ScalingConfig:
 @pytest.mark.parametrize(
     ("cpus", "workers", "reserved", "threads"),
     [
-        ([2], 1, 1, 2),  # one CPU is left to Ray's tasks; the threads are the whole share
+        ([2], 1, 1, 2),  # one CPU is left for Ray's tasks; torch uses both
         ([2], 2, 1, 1),
         ([1], 2, 0.5, 1),
         ([2], 3, 0.66, 1),

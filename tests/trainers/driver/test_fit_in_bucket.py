@@ -1,4 +1,4 @@
-"""DreamBooth from a bucket into a bucket: streamed images, checkpoints, a resume and exports, no local folder."""
+"""Test of DreamBooth with images and run folder in a bucket: streaming, checkpoints, resume and exports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS, HALF = 6, 3
 
 
 def make_recipe(local: Path, root: str, **changes: Any) -> Recipe:
-    """DreamBooth with prior preservation; images, class images and run all lie under ``root``."""
+    """Return a DreamBooth recipe with prior preservation; images, class images and run are under ``root``."""
     options: dict[str, Any] = {
         "method": {"name": "dreambooth", "with_prior_preservation": True, "num_class_images": 4},
         "method__prior_generation_steps": 2,

@@ -1,4 +1,4 @@
-"""Runs on a local Ray: two workers equal one, a killed one changes nothing, mistakes end a run, Ctrl-C saves."""
+"""Tests of runs on a local Ray: numbers of workers, killed workers, errors, Ctrl-C, and a run in a bucket."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STEPS = 60
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[RaySession]:
-    """One private Ray for the tests of this file: starting it takes as long as a test."""
+    """Start one private Ray for all tests of this file, as starting it takes as long as a test."""
     with ray_session(preload=("ray.train.torch",)) as session:
         yield session
 
@@ -71,7 +71,7 @@ def final_weights(run: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def straight(folder: Path, local_ray: RaySession) -> str:
-    """A run of two workers that nothing happens to."""
+    """Return the folder of an uninterrupted run of two workers."""
     result = fit(make_recipe(folder, "straight"))
     assert result.summary.exit_reason == "completed"
     assert result.summary.workers == 2
@@ -136,7 +136,7 @@ def test_what_the_cluster_cannot_give_is_refused_at_once(folder: Path, local_ray
 
 
 def test_ctrl_c_saves_and_ends_with_130(folder: Path) -> None:
-    """The whole process group gets the signal, as from a terminal, Ray's processes included."""
+    """Test with a signal to the whole process group, Ray's processes included, as a terminal sends it."""
     out = folder / "stopped"
     endless = {"train__max_train_steps": 100_000, "train__checkpointing_steps": 100_000}
     tree = tiny.make_recipe(folder, output_dir=str(out), scaling__num_workers=1, **endless)
@@ -170,7 +170,7 @@ def test_a_run_into_a_bucket(
     s3_server: S3Server,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The workers were started before the credentials were known: each run hands its own to them."""
+    """Test that workers get the run's credentials, although Ray was started before these were set."""
     s3_server.set_environment(monkeypatch)
     seen: list[int] = []
     changes = {"output_dir": s3_server.new_folder() + "/run", "scaling__num_workers": 1}

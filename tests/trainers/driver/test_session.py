@@ -1,4 +1,4 @@
-"""Around a run on Ray: what the driver shows, how a run is stopped and its folder held, how a cluster is joined."""
+"""Tests of the Ray driver: progress display, stop file, checks before the start, and joining a cluster."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_rate_and_time_left_are_those_of_many_steps_not_of_one_that_saved(
     stream, seconds = io.StringIO(), [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: seconds[0])
     display = Display(total=1000, stream=stream)
-    display.show(line(1, step_seconds=30.0, images_per_second=0.1))  # the warm-up counts once there is more
+    display.show(line(1, step_seconds=30.0, images_per_second=0.1))  # warm-up: not in the mean speed
     for step in range(2, 20):
         seconds[0] += progress.SECONDS_BETWEEN_LINES
         display.show(line(step))
@@ -74,10 +74,10 @@ def test_saves_and_previews_are_counted_once_a_minute_has_shown_what_they_take()
         pace.add(line(step), now=step * 0.5)
     assert pace.seconds_left(10, now=30.0) == pytest.approx(5.0)
     for step in range(61, 200):
-        pace.add(line(step), now=step * 2.0)  # as long again, and twice that, for what is no training
+        pace.add(line(step), now=step * 2.0)  # 2 s per step, of which training takes 0.5 s
     assert pace.seconds_left(10, now=398.0) == pytest.approx(20.0, rel=0.01)
     assert pace.images_per_second == pytest.approx(4.0)
-    pace.add(line(5, images_per_second=8.0), now=500.0)  # from a checkpoint, on another machine
+    pace.add(line(5, images_per_second=8.0), now=500.0)  # restarted from a checkpoint, on another machine
     assert pace.images_per_second == 8.0 and pace.seconds_left(10, now=500.0) is None
 
 
@@ -116,7 +116,7 @@ def test_the_tail_shows_what_is_new_also_after_a_restart(tmp_path: Path) -> None
     assert "step 2  loss 0.5000" in shown
     assert "step 1 " not in shown
     tail = progress._NewLines(run, "metrics.jsonl")
-    run.write_text("metrics.jsonl", json.dumps(line(1)) + "\n")  # a restarted run writes it anew
+    run.write_text("metrics.jsonl", json.dumps(line(1)) + "\n")  # a restarted run rewrites the file
     assert tail.new_lines() == []
     run.append_text("metrics.jsonl", "{}\n")
     assert tail.new_lines() == ["{}"]
@@ -151,7 +151,7 @@ def test_a_stop_mark_is_seen_on_disk_and_in_a_bucket(tmp_path: Path, monkeypatch
 
 
 class AwayBucket(Storage):
-    """A bucket that does not answer, and warns of that as one does."""
+    """A bucket that cannot be reached: logs a warning, as a bucket does, and raises StorageError."""
 
     tries = 0
 
@@ -191,7 +191,7 @@ def test_workers_get_threads_and_credentials_where_nothing_is_logged(monkeypatch
     monkeypatch.setenv("SOMETHING_ELSE", "stays")
     passed = worker_environment(3)
     assert passed["OMP_NUM_THREADS"] == "3"
-    assert not {"SOMETHING_ELSE", "AWS_ENDPOINT_URL"} & passed.keys()  # Ray logs what is in here
+    assert not {"SOMETHING_ELSE", "AWS_ENDPOINT_URL"} & passed.keys()  # Ray logs these variables
     assert variables_to_send(buckets=True)["AWS_ENDPOINT_URL"] == "http://127.0.0.1:1"
 
 
@@ -235,7 +235,7 @@ def test_folders_that_machines_do_not_share_are_told(tmp_path: Path) -> None:
 
 
 class GrowingCluster(ray_session.RaySession):
-    """An autoscaling cluster of which only the head is there."""
+    """An autoscaling cluster of which only the head node is running."""
 
     def nodes(self) -> list[ray_session.Node]:
         return [ray_session.Node("head", "10.0.0.1", {"CPU": 2.0})]
@@ -248,7 +248,7 @@ class GrowingCluster(ray_session.RaySession):
 
 
 def test_local_paths_on_a_cluster_that_grows_need_shared(tmp_path: Path) -> None:
-    """The one machine that is there sees them all; the next one would not."""
+    """Test that paths are refused although the running machine sees them: later machines would not."""
     tree = tiny.make_recipe(tmp_path, scaling={"num_workers": 1, "use_gpu": False})
     recipe, session = build_recipe(tree), GrowingCluster(private=False, address="10.0.0.1:6379")
     with pytest.raises(StorageError, match=r"(?s)--shared") as told:
@@ -265,7 +265,8 @@ def test_local_paths_on_a_cluster_that_grows_need_shared(tmp_path: Path) -> None
     )
     tree["model"]["pretrained_model_name_or_path"] = "pocket"
     tree["output_dir"] = "s3://bucket/run"
-    preflight(build_recipe(tree), session, print)  # every machine gets what a job takes along
+    # Files of a job's package, models of the hub and buckets are available on every machine.
+    preflight(build_recipe(tree), session, print)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +297,7 @@ def test_local_paths_on_a_cluster_that_grows_need_shared(tmp_path: Path) -> None
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_every_path_of_a_run_is_looked_at(tmp_path: Path, changes: dict[str, Any], key: str) -> None:
-    """Whatever is named outside the shared folder is refused by its key."""
+    """Test that each path outside the shared folders is an error that names its recipe key."""
 
     def outside(value: Any) -> Any:
         if isinstance(value, dict):
@@ -323,7 +324,7 @@ def test_a_disk_of_each_machine_is_no_shared_path(tmp_path: Path) -> None:
 
 @pytest.fixture
 def two_machines() -> Iterator[str]:
-    """The address of a cluster of two Ray nodes, one CPU each."""
+    """Start a cluster of two Ray nodes with one CPU each; return its address."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

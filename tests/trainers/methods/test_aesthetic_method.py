@@ -1,4 +1,4 @@
-"""Aesthetic Gradients trained: the vector is the plain mean, for any batches, stops and workers; its commands."""
+"""Test the method Aesthetic Gradients: the vector is the plain mean for any batches, resumes and workers."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ SECTION = {"name": "aesthetic_gradients", "aesthetic_steps": 3, "aesthetic_lr": 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model and six images, shared by the tests."""
+    """Return a folder with a tiny model and six images, shared by the tests."""
     folder = tmp_path_factory.mktemp("aesthetic")
     tiny.make_recipe(folder)
     return folder
 
 
 def plain_mean(workplace: Path) -> torch.Tensor:
-    """The mean as the webui's extension computes it: of features as they come."""
+    """Return the mean of unnormalised CLIP features as in the webui's extension, of shape (1, features)."""
     clip = load_clip(workplace / "model")
     images = [Image.open(path) for path in sorted((workplace / "pictures").glob("*.png"))]
     return clip.embed(clip.preprocessing(images)).mean(dim=0, keepdim=True)
@@ -62,7 +62,7 @@ def walk(parts: Parts, steps: range) -> None:
     "changes",
     [
         {"train__train_batch_size": 2},
-        {"train__train_batch_size": 4},  # the second batch reaches into the next pass
+        {"train__train_batch_size": 4},  # the second batch continues into the next epoch
         {"train__train_batch_size": 1, "train__gradient_accumulation_steps": 4},
         {"train__train_batch_size": 4, "train__num_train_epochs": 3},
         {"train__train_batch_size": 8, "optimizer__max_grad_norm": 1e-3, "optimizer__lr_scheduler": "cosine"},
@@ -76,7 +76,7 @@ def test_the_vector_is_the_plain_mean_for_any_batches(changes: dict[str, Any], w
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_workers_share_the_images(rank: int, workplace: Path) -> None:
-    """Each worker's half of a step, averaged by the engine, is the step of one worker alone."""
+    """Test that the engine's average of two workers' halves of a step equals the step of one worker."""
     alone = assemble(
         build_recipe(recipe_tree(workplace, train__train_batch_size=4)), DistributedContext()
     ).feed

@@ -1,4 +1,4 @@
-"""The contract of the methods, checked for every registered one on a tiny model."""
+"""Test the method contract for every registered method on a tiny model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dreamfleet.trainers.run.build import Parts, assemble
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model and images, shared by the tests."""
+    """Return a folder with a tiny model and images, shared by the tests."""
     folder = tmp_path_factory.mktemp("methods")
     tiny.make_tiny_model(folder / "model")
     tiny.make_images(folder / "pictures", 6)
@@ -30,7 +30,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=sorted(METHODS.names()))
 def method_name(request: pytest.FixtureRequest) -> str:
-    """Each registered method; one without an entry in SECTIONS fails here, so that a new one cannot be forgotten."""
+    """Return the name of each registered method; fail for a method without an entry in SECTIONS."""
     assert request.param in SECTIONS, f"add a tiny section for {request.param} to SECTIONS"
     return request.param
 
@@ -53,7 +53,7 @@ def test_training_lowers_the_loss_and_changes_trainable_parameters_only(
 
 
 def test_every_vector_of_an_embedding_trains(workplace: Path) -> None:
-    # diffusers #4450 trained the first of several vectors only
+    # diffusers #4450: only the first of several vectors was trained.
     parts = make_parts(workplace, "textual_inversion")
     before = parts.method.vectors.detach().clone()
     parts.engine.backward(parts.prepare(parts.engine.to_device(parts.feed.batch(0))))
@@ -79,7 +79,8 @@ def test_an_unknown_export_format_is_an_error(workplace: Path, method_name: str,
 def test_prior_loss_is_the_papers_for_every_batch_size(
     workplace: Path, batch: int, snr_gamma: float | None
 ) -> None:
-    # diffusers broadcasts wrongly with snr_gamma and the prior together; ray's template paired batches wrongly.
+    # diffusers broadcasts wrongly if snr_gamma and the prior loss are combined; Ray's template paired batches
+    # wrongly.
     parts = make_parts(
         workplace,
         "dreambooth",
@@ -108,7 +109,7 @@ def test_prior_loss_is_the_papers_for_every_batch_size(
 
 
 def test_several_concepts_all_train_with_their_own_prompts(workplace: Path) -> None:
-    # the webui's DreamBooth extension trained only the first of several concepts (issue 743 there)
+    # The webui's DreamBooth extension trained only the first of several concepts (its issue 743).
     concepts = [
         {
             "instance_data_dir": str(tiny.make_images(workplace / f"c{k}", 2, seed=k)),

@@ -1,4 +1,4 @@
-"""The discriminator: labels in every form, images held out, training that repeats exactly, its run and report."""
+"""Test the discriminator: all label formats, held-out images, reproducible training, its run and report."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SECTION = {**tiny.DISCRIMINATOR, "hidden_sizes": [16, 32], "drop_path": 0.1}
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty images of two kinds with their labels, and no model at all."""
+    """Return a folder with forty labelled images of two classes, and without a model."""
     folder = tmp_path_factory.mktemp("discriminator")
     tiny.make_two_classes(folder / "pictures", 40)
     return folder
@@ -47,7 +47,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_tree(folder: Path, section: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     options = {"train__train_batch_size": 8, "optimizer__learning_rate": 3e-3, **changes}
-    (folder / "model").mkdir(exist_ok=True)  # that none is made: it is not looked at
+    # The empty folder keeps make_recipe from creating a model, since the method does not read one.
+    (folder / "model").mkdir(exist_ok=True)
     tree = tiny.make_recipe(folder, method={**SECTION, **(section or {})}, **options)
     del tree["model"]
     return tree
@@ -118,7 +119,7 @@ def test_held_out_images_are_the_same_in_every_run_and_copies_stay_together(tmp_
     assert len(hold_out(index, labels, 50)) <= 40 / 5 + 4 and not hold_out(index, labels, 0)
 
 
-# ---- which images ------------------------------------------------------------------------------------------
+# ---- image selection ---------------------------------------------------------------------------------------
 
 
 def test_folders_and_two_jsons_split_as_they_say(workplace: Path, tmp_path: Path) -> None:
@@ -205,7 +206,7 @@ def test_balanced_classes_count_alike(workplace: Path, tmp_path: Path) -> None:
     )
 
 
-# ---- training ------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 
 def test_a_run_learns_the_classes_and_tells_so(workplace: Path, tmp_path: Path) -> None:
@@ -241,7 +242,7 @@ def test_a_run_learns_the_classes_and_tells_so(workplace: Path, tmp_path: Path) 
 
 def test_stopped_and_resumed_gives_the_same_file(workplace: Path, tmp_path: Path) -> None:
     for name in ("straight", "broken"):
-        # Paths are dropped at random, and must be dropped alike.
+        # Stochastic depth drops random paths; a resumed run has to drop the same ones.
         section = {"drop_path": 0.5, "depths": [2, 2]}
         tree = make_tree(
             workplace, section, train__max_train_steps=6, output_dir=str(tmp_path / name / "judge")
@@ -286,7 +287,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(precision: str, work
     assert all(torch.allclose(a, b, rtol=1e-2, atol=tolerance) for a, b in zip(*found, strict=True))
 
 
-# ---- recipes and commands ------------------------------------------------------------------------------------
+# ---- recipes and commands ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

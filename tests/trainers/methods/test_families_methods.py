@@ -1,4 +1,4 @@
-"""Every gradient method on SD 2.x and SDXL: it learns, goes on where it stopped, and others read what it wrote."""
+"""Test every gradient method on SD 2.x and SDXL: training, resume, and exports that other programs read."""
 
 from __future__ import annotations
 
@@ -26,15 +26,14 @@ from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import DistributedContext, Parts, assemble
 from dreamfleet.trainers.run.dry_run import check_run
 
-OTHERS = [family for family in FAMILIES if family != "sd1"]  # which test_methods.py has
-GRADIENT = sorted(
-    set(METHODS.names()) - {"aesthetic_gradients", "discriminator"}
-)  # that train Stable Diffusion
+OTHERS = [family for family in FAMILIES if family != "sd1"]  # test_contract.py covers sd1
+# The methods that train Stable Diffusion.
+GRADIENT = sorted(set(METHODS.names()) - {"aesthetic_gradients", "discriminator"})
 
 
 @pytest.fixture(scope="module", params=OTHERS)
 def workplace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model of a family, after which the folder is called, and images."""
+    """Return a folder, named after a model family, with a tiny model of that family and images."""
     folder = tmp_path_factory.mktemp("families") / request.param
     tiny_family(request.param).save_folder(folder / "model")
     tiny.make_images(folder / "one", 1, size=56)
@@ -203,11 +202,11 @@ def test_a_plan_of_sdxl_holds_what_a_real_step_does(tmp_path: Path, name: str) -
     tiny_family("sdxl").save_folder(tmp_path / "model")
     changes = {"method": SECTIONS[name], "train__train_batch_size": 4}
     parts, counted = engine_parts.make_parts(tmp_path, **changes), plans.count(tmp_path, **changes)
-    batch = parts.prepare(parts.feed.batch(0))  # what is remembered of its prompts is counted apart
+    batch = parts.prepare(parts.feed.batch(0))  # cached prompt encodings are counted separately
     assert counted.full == plans.trace_real_step(parts)
     if not parts.method.trains_text:
         told = sum(batch[key][0].nbytes for key in ("context", "pooled", "time_ids"))
-        assert counted.text_embeddings == 6 * told  # as many prompts as images, at most
+        assert counted.text_embeddings == 6 * told  # at most as many prompts as images
 
 
 @pytest.mark.parametrize("family", ["sd2-v", "sdxl"])

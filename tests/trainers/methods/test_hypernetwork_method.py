@@ -1,4 +1,4 @@
-"""The method Hypernetwork: gradients, recipe, hypernetworks by name in prompts, and the commands on a run."""
+"""Test the method Hypernetwork: gradients, recipe, hypernetworks named in prompts, and commands on a run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from dreamfleet.trainers.run.build import Parts, assemble
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with images, and two hypernetworks, `one.pt` and `two.pt`."""
+    """Return a folder with a tiny model, images, and two hypernetworks, `one.pt` and `two.pt`."""
     folder = tmp_path_factory.mktemp("hypernetworks")
     tiny.make_recipe(folder)
     for name in ("one", "two"):
@@ -72,7 +72,7 @@ def test_gradient_checkpointing_changes_no_gradient(workplace: Path) -> None:
 def test_ddp_finds_every_parameter_used(workplace: Path, lone_group: None) -> None:
     parts = make_parts(workplace, train__gradient_checkpointing=True)
     module = torch.nn.parallel.DistributedDataParallel(parts.method)
-    for step in range(2):  # the second forward raises when the first left a parameter out
+    for step in range(2):  # the second forward raises if the first one left a parameter unused
         module(parts.prepare(parts.feed.batch(step))).total.backward()
 
 
@@ -199,7 +199,7 @@ def test_a_run_samples_exports_converts_and_scores(tmp_path: Path) -> None:
     wrong = command("sample", "--prompt", "<hypernet:x>", "--hypernetwork-dir", made.parent, "--model", model)
     assert wrong.exit_code == 2 and "no x.pt" in wrong.output
 
-    torch.save(torch.load(made, weights_only=True), tmp_path / "torch.pt")  # which webui refuses
+    torch.save(torch.load(made, weights_only=True), tmp_path / "torch.pt")  # rejected by the webui
     assert command("convert", tmp_path / "torch.pt", tmp_path / "again.pt").exit_code == 0
     again = sample("a cat", "--model", model, "--hypernetwork", f"{tmp_path / 'again.pt'}:0.5")
     assert np.array_equal(again, tuned)

@@ -1,4 +1,4 @@
-"""Native training as a run, everything on at once: on one worker or two, stopped and resumed, exported averaged."""
+"""Test native training with all options: one or two workers, stop and resume, export of the EMA weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dreamfleet.trainers.run.run import run_worker
 
 
 def full_tree(folder: Path, run: str, **changes: Any) -> dict[str, Any]:
-    """A recipe with buckets, masks, tags, long prompts, a trained text encoder and zero terminal SNR."""
+    """Return a recipe with buckets, masks, tags, long prompts, text encoder training, zero terminal SNR."""
     shapes = folder / "shapes"
     options = {
         **tiny.SHAPES,
@@ -77,7 +77,7 @@ def test_two_workers_share_out_what_one_sees(tmp_path: Path) -> None:
 def test_the_average_is_exported_in_half_precision(tmp_path: Path) -> None:
     tree = full_tree(tmp_path, "run", train__save_precision="fp16", train__export_formats=["safetensors"])
     summary = run_worker(build_recipe(tree))
-    assert summary.exports == ["run.safetensors", "run.yaml"]  # it predicts velocity
+    assert summary.exports == ["run.safetensors", "run.yaml"]  # .yaml: the model predicts velocity
     state, _ = read_safetensors(Path(tree["output_dir"]) / "exports" / "run.safetensors")
     found = Checkpoints(Storage(tree["output_dir"])).load_latest()
     assert found is not None
@@ -103,7 +103,7 @@ def test_words_are_captions_then_the_sets_prompt_then_the_file_name_on_request(t
     tree = tiny.make_recipe(tmp_path, **options, data__instance_prompt=None)
     with pytest.raises(DataError, match=r"000\.png") as caught:
         assemble(build_recipe(tree), DistributedContext())
-    assert "a red house.png" in str(caught.value)  # a file name is no caption by itself
+    assert "a red house.png" in str(caught.value)  # a file name is not used as a caption by default
     tree["data"]["caption_from_filename"] = True
     with pytest.raises(DataError, match=r"000\.png"):
         assemble(build_recipe(tree), DistributedContext())

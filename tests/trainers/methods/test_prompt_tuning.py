@@ -1,4 +1,4 @@
-"""Advanced Prompt Tuning: the guided loss for any batch, the negative in every image drawn, recipe and commands."""
+"""Test Advanced Prompt Tuning: the guided loss per sample, the negative embedding, recipe and commands."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SECTION = {"name": "prompt_tuning", "placeholder_token": "<x>", "initializer_tok
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model and six images with captions."""
+    """Return a folder with a tiny model and six captioned images."""
     folder = tmp_path_factory.mktemp("prompt-tuning")
     tiny.make_images(folder / "pictures", 6, captions=True)
     tiny.make_recipe(folder)
@@ -51,7 +51,7 @@ def make_parts(folder: Path, **changes: Any) -> Parts:
 
 
 def spread_out(parts: Parts) -> None:
-    # The two words start alike; what they do apart shows only when they differ.
+    # Both embeddings start with equal values; their separate effects are visible only when they differ.
     with torch.no_grad():
         parts.method.negative.copy_(torch.randn(parts.method.negative.shape))
 
@@ -85,7 +85,7 @@ def test_a_batch_is_the_mean_of_its_samples(
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(workplace: Path) -> None:
-    # The original dropped all but the last two of the micro-batches it divided by.
+    # DreamArtist divided by the number of micro-batches, but used only the last two.
     found = []
     for batch, micros in ((6, 1), (2, 3), (1, 6)):
         parts = make_parts(
@@ -113,7 +113,7 @@ def test_an_exact_prediction_costs_nothing(tmp_path: Path, prediction_type: str)
 
 
 class ExactUNet(torch.nn.Module):
-    """Predicts the target of one batch, whatever the prompt."""
+    """A U-Net that predicts the target of one batch exactly, for any prompt."""
 
     def __init__(self, scheduler: Any, batch: dict[str, Any]):
         super().__init__()
@@ -187,7 +187,7 @@ def test_a_section_that_cannot_be_says_so(section: dict[str, Any], message: str,
 def test_ddp_finds_both_words_used(workplace: Path, lone_group: None) -> None:
     parts = make_parts(workplace, train__gradient_checkpointing=True)
     module = torch.nn.parallel.DistributedDataParallel(parts.method)
-    for step in range(2):  # the second forward raises when the first left a parameter out
+    for step in range(2):  # the second forward raises if the first one left a parameter unused
         module(parts.prepare(parts.feed.batch(step))).total.backward()
 
 

@@ -1,4 +1,4 @@
-"""Prompt tuning judged by a discriminator: what it adds or replaces, where gradients go, its memory, its mistakes."""
+"""Test the discriminator loss of prompt tuning: values, gradients, memory, and recipe errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SECTION = {"name": "prompt_tuning", "placeholder_token": "<x>", "initializer_tok
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, six images, and a tiny discriminator of three classes as folder and as file."""
+    """Return a folder with a tiny model, six images, and a tiny three-class discriminator in two formats."""
     folder = tmp_path_factory.mktemp("judged")
     tiny.make_recipe(folder)
     torch.manual_seed(3)

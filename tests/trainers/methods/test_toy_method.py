@@ -1,4 +1,4 @@
-"""A method from outside the package is one file, registered in this process or by an installed package."""
+"""Test that a method outside the package is one file, registered in-process or by an installed package."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SECTION = {"name": NAME, "placeholder_token": "<toy>", "initializer_token": "cat
 
 @pytest.fixture
 def toy(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The example's module, its method registered."""
+    """Load the example's module and register its method; yield the module."""
     spec = importlib.util.spec_from_file_location("toy_method", root / EXAMPLE)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -123,7 +123,7 @@ def test_the_recipe_reference_lists_a_registered_method(root: Path) -> None:
 
 
 class Incomplete(MethodConfig):
-    """A section without anything."""
+    """A method section without required parts."""
 
     name: Literal["incomplete"] = "incomplete"
 

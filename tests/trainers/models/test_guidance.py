@@ -1,4 +1,4 @@
-"""Guidance while training: parsing, values against DreamArtist's formulas, and the guided prediction."""
+"""Test guidance in training: parsing, values against DreamArtist's formulas, and the guided prediction."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_each_samples_scale_follows_its_own_timestep(curve: Any) -> None:
 
 @pytest.mark.parametrize("scales", [[3.0, 3.0, 3.0], [1.0, 2.0, 5.0], [1.0, 1.0, 1.0]])
 def test_each_sample_has_its_own_guided_prediction(scales: list[float]) -> None:
-    # The original fails for batches with a dynamic scale, and for a scale of 1.
+    # DreamArtist fails for batches with a dynamic scale, and for a scale of 1.
     model = tiny_model()
     unet: Any = model.unet
     generator = torch.Generator().manual_seed(0)
@@ -103,5 +103,5 @@ def test_each_sample_has_its_own_guided_prediction(scales: list[float]) -> None:
         assert torch.allclose(found[row], expected[0], atol=1e-4)
     (gradient,) = torch.autograd.grad(found.square().sum(), contexts)
     moved = gradient.flatten(2).abs().sum(2) > 1e-4
-    # With a scale of 1 the negative cancels out.
+    # With a scale of 1, the negative prompt cancels out.
     assert moved[:, 1].all() and moved[:, 0].tolist() == [scale != 1 for scale in scales]

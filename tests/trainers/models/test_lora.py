@@ -1,4 +1,4 @@
-"""LoRA in a run: only its matrices train, on every engine; resuming, previews, exports and scores use it."""
+"""Test LoRA in a run: only its matrices are trained, on every engine; resume, previews, exports, scores."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def disturb(parts: Parts) -> None:
 @pytest.mark.parametrize("name", ["dreambooth", "native"])
 def test_the_first_loss_is_the_base_models_and_only_matrices_change(tmp_path: Path, name: str) -> None:
     method = {**LORA, "name": name, "lora_dropout": 0, "lora_target_modules": "all-linear"}
-    # Checkpointing discards activations; gradients must reach the matrices through the frozen base all the same.
+    # Checkpointing discards activations, but gradients must reach the matrices through the frozen base model.
     options = {"train__train_batch_size": 1, "train__gradient_checkpointing": True}
     parts = make_parts(tmp_path, method=method, optimizer__learning_rate=1e-3, **options)
     untuned = load_model(ModelConfig(pretrained_model_name_or_path=str(tmp_path / "model")))
@@ -97,7 +97,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_with_small_checkpoints(tmp_pa
     run, recipe = Storage(straight["output_dir"]), build_recipe(straight)
     assert sorted(run.list("exports")) == [DIFFUSERS_LORA, "straight.safetensors"]
 
-    # All formats export the averaged weights.
+    # All formats export the EMA weights.
     exported = load_exported(run, recipe)
     assert len(exported.loras) == 1
     expected = predicted(exported)
@@ -171,12 +171,12 @@ def test_targets_select_layers(tmp_path: Path) -> None:
     usual = names(None)
     assert {name.rpartition("attn")[2][2:] for name in usual["unet"]} == {"to_q", "to_k", "to_v", "to_out.0"}
     assert len(usual["text_encoder"]) == 8
-    # A layer that clip_skip leaves out gets no gradient, which stalls DDP.
+    # A layer that clip_skip skips gets no gradient, which makes DDP hang.
     assert len(names(None, model__clip_skip=2)["text_encoder"]) == 4
     linear, locon = names("all-linear"), names("locon")
     assert usual["unet"] < linear["unet"] < locon["unet"]
     assert len(locon["text_encoder"]) == 12
-    # kohya's scripts and diffusers 0.32 silently ignore layers outside of the blocks.
+    # kohya's scripts and diffusers 0.32 silently ignore layers outside the blocks.
     blocks = ("down_blocks.", "mid_block.", "up_blocks.")
     assert all(name.startswith(blocks) for name in locon["unet"])
     assert any(name.endswith("conv1") for name in locon["unet"] - linear["unet"])

@@ -1,4 +1,4 @@
-"""A model family from outside the tree, a flow-matching transformer, trains, samples, exports and is planned."""
+"""Test a model family from outside the tree, a flow-matching transformer: train, sample, export and plan."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dreamfleet.trainers.models.prompt_pieces import Piece
 from dreamfleet.trainers.recipe import build_recipe
 
 CHANNELS, FACTOR, WIDTH, TOKENS = 6, 8, 16, 12
-SHIFT, SCALE = 0.1, 1.5  # of latents
+SHIFT, SCALE = 0.1, 1.5  # shift and scale of latents
 
 
 class ToyBlock(nn.Module):
@@ -66,7 +66,7 @@ class ToyVae(nn.Module):
 
 
 class ByteEncoder(nn.Module):
-    """Encodes the bytes of a text; no token table of transformers, so it takes no learned words."""
+    """Encodes the bytes of a text; it has no token table of transformers, so it accepts no learned words."""
 
     def __init__(self) -> None:
         super().__init__()

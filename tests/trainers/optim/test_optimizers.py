@@ -1,4 +1,4 @@
-"""Optimizers that need less memory: Adafactor, steps inside backward, bfloat16 weights with stochastic rounding."""
+"""Test memory-saving optimizers: Adafactor, steps in backward, bfloat16 weights with stochastic rounding."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NARROW: dict[str, Any] = {"train__mixed_precision": "bf16", "train__full_bf16": 
 
 
 def step_inside(parts: Parts, step: int) -> tuple[float, float]:
-    """Take a step as the loop does, announced before backward; return loss and gradient norm."""
+    """Take a step as the loop does, with begin_step before backward; return loss and gradient norm."""
     rates = dict.fromkeys(parts.rates, 1e-3)
     parts.engine.begin_step(rates, step + 1)
     loss = parts.engine.backward(parts.prepare(parts.engine.to_device(parts.feed.batch(step))))
@@ -74,7 +74,7 @@ def test_rounding_preserves_the_mean_and_yields_neighbours() -> None:
     assert torch.equal(rounded[:, 2:].float(), value[:, 2:]), "what bfloat16 can hold stays"
     assert set(rounded[:, 0].float().unique().tolist()) == {1.0, 1.0 + 2**-7}
     assert set(rounded[:, 1].float().unique().tolist()) == {-3.0, -3.0 - 2**-6}
-    # a quarter and an eighth of the way; four standard errors of the mean
+    # The values are 1/4 and 1/8 of the way to a neighbour; tolerances: four standard errors of the mean.
     assert float((rounded[:, 0] != 1.0).float().mean()) == pytest.approx(0.25, abs=0.0125)
     assert float((rounded[:, 1] != -3.0).float().mean()) == pytest.approx(0.125, abs=0.0095)
 
@@ -89,15 +89,14 @@ def test_updates_too_small_for_bfloat16_take_effect_on_average() -> None:
         return param.detach()
 
     moved = train(seed=1)
-    assert float(moved.float().mean()) == pytest.approx(
-        0.99, abs=5e-4
-    )  # rounded to nearest, all would still be 1
+    # Rounded to the nearest value, all weights would still be 1.
+    assert float(moved.float().mean()) == pytest.approx(0.99, abs=5e-4)
     assert torch.equal(moved, train(seed=1)) and not torch.equal(moved, train(seed=2))
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_bfloat16_weights_stepped_together_equal_those_stepped_alone(name: str) -> None:
-    """Small weights share a call of the optimizer; each changes as if stepped alone, up to its own rounding."""
+    """Test that small weights share an optimizer call; each change equals a separate step up to rounding."""
     torch.manual_seed(0)
     values = [torch.randn(shape) for shape in [(40, 50), (7,), (3, 5, 3, 3), (11, 4), (20, 90)]]
     values[2] = values[2].contiguous(memory_format=torch.channels_last)
@@ -140,7 +139,7 @@ def test_a_step_inside_backward_equals_a_step_after_it(
     plain = make_parts(tmp_path, method=method, optimizer={**NO_CLIPPING, "name": name})
     fused = make_parts(tmp_path, method=method, optimizer={**FUSED, "name": name})
     start = copy.deepcopy(fused.engine.weights())
-    fused.engine.backward(fused.prepare(fused.feed.batch(9)))  # the rehearsal before the first step
+    fused.engine.backward(fused.prepare(fused.feed.batch(9)))  # the trial step before the first step
     assert all(torch.equal(value, start[key]) for key, value in fused.engine.weights().items())
     for step in range(3):
         (loss, norm), (other, other_norm) = step_inside(fused, step), step_inside(plain, step)
@@ -155,9 +154,8 @@ def test_a_step_inside_backward_equals_a_step_after_it(
 def test_gradients_are_freed_inside_backward(tmp_path: Path) -> None:
     parts = make_parts(tmp_path, optimizer=FUSED)
     params, alive = list(parts.engine.params.values()), []
-    for (
-        param
-    ) in params:  # called after the engine's own hook, which has stepped and dropped this one's gradient
+    # This hook runs after the engine's own hook, which has taken the step and freed the gradient.
+    for param in params:
         param.register_post_accumulate_grad_hook(
             lambda _: alive.append(sum(other.grad is not None for other in params))
         )
@@ -167,7 +165,7 @@ def test_gradients_are_freed_inside_backward(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("before", [False, True], ids=["to channels last", "from channels last"])
 def test_loaded_moments_have_the_layout_of_their_weights(tmp_path: Path, before: bool) -> None:
-    """Fused kernels pair weights and moments by their position in memory."""
+    """Test a change of channels_last on resume: fused kernels pair weights and moments by memory position."""
     straight, saved = make_parts(tmp_path), make_parts(tmp_path, engine={"channels_last": before})
     for step in range(2):
         take_step(straight, step)
@@ -179,9 +177,8 @@ def test_loaded_moments_have_the_layout_of_their_weights(tmp_path: Path, before:
         take_step(straight, step)
         take_step(resumed, step)
     for name, value in straight.engine.weights().items():
-        torch.testing.assert_close(
-            resumed.engine.weights()[name], value, rtol=0, atol=3e-4
-        )  # 1e-3 if paired wrongly
+        # A wrong pairing would differ by about 1e-3.
+        torch.testing.assert_close(resumed.engine.weights()[name], value, rtol=0, atol=3e-4)
     engine = resumed.engine
     assert isinstance(engine, TorchEngine) and engine.ema is not None
     for name, param in engine.params.items():
@@ -200,7 +197,7 @@ def test_a_closed_engine_removes_its_hooks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_bfloat16_weights_train_and_resume_exactly(tmp_path: Path, name: str) -> None:
-    """Complete runs: near the float32 curve, resumed bit for bit, saved and exported in bfloat16."""
+    """Test complete runs: near the float32 curve, bit-identical resume, saved and exported in bfloat16."""
     changes = {
         "optimizer": {**FUSED, "name": name, "learning_rate": 2e-4},
         "train__max_train_steps": 6,

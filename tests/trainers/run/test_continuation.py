@@ -1,4 +1,4 @@
-"""Runs that go on from a file: without it once they have a checkpoint, with Adam's moments where they lie beside it."""
+"""Tests of runs that start from an embedding or hypernetwork file, and of Adam's moments beside the file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_word(folder: Path) -> Path:
 
 
 def write_start(folder: Path, kind: dict[str, Any]) -> dict[str, Any]:
-    """Write a file of the kind to go on from, with moments beside it; returns the method's section."""
+    """Write a start file of a method, with Adam's moments beside it; return a method section for it."""
     if kind is WORD:
         path = write_word(folder)
         write_moments(path, read_embedding(path).checksum, [(2, 16)])
@@ -75,7 +75,7 @@ def test_with_a_checkpoint_the_file_is_not_needed_again(tmp_path: Path, kind: di
     export_run(broken["output_dir"], ["pt"], str(tmp_path / "out"))
     read: Any = read_embedding if kind is WORD else read_hypernetwork
     steps = {read(path).step for path in (tmp_path / "out/broken.pt", *tmp_path.glob("*/exports/*.pt"))}
-    assert steps == ({46} if kind is WORD else {3, 9})  # 3: the run that the look goes on from
+    assert steps == ({46} if kind is WORD else {3, 9})  # 3: the start file; 9: the run that started from it
     contents = [load_pickle(tmp_path / f"{run}/exports/{run}.pt") for run in ("straight", "broken")]
     for content in contents:
         content.update(name="", dreamfleet="")
@@ -142,7 +142,7 @@ def test_what_torch_itself_saved_is_taken_over(tmp_path: Path) -> None:
 
 
 def test_a_looks_moments_are_taken_over_in_the_order_of_its_file(tmp_path: Path) -> None:
-    """The webui writes the widths as they were ticked; the optimizer's parameters follow the file."""
+    """Test with widths in descending order: the webui writes them in the order of the user's selection."""
     method = write_start(tmp_path, LOOK)
     start = tmp_path / "start.pt"
     data, saved = load_pickle(start), load_pickle(tmp_path / "start.pt.optim")

@@ -1,4 +1,4 @@
-"""A run killed at any step and resumed equals one never stopped, bit for bit; damaged checkpoints are passed over."""
+"""Tests that a resumed run equals an uninterrupted one bit for bit, and skips damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_killed_with_sigkill_and_resumed_equals_never_stopped(tmp_path: Path) ->
         "    return False\n"
         f"run_worker(load_recipe({str(path)!r}), should_stop=kill)\n"
     )
-    # Threads as here: the order in which a matrix product is summed depends on their number.
+    # As many threads as in this process: the summation order of a matrix product depends on the number.
     threads = f"import torch; torch.set_num_threads({torch.get_num_threads()})\n"
     ended = subprocess.run(
         [sys.executable, "-c", threads + script], capture_output=True, text=True, check=False
@@ -95,7 +95,7 @@ def test_a_torn_or_tampered_checkpoint_is_passed_over_with_a_warning(
 def damage(run: Path, step: int) -> None:
     weights = run / "checkpoints" / f"step-{step:06d}" / "learned.safetensors"
     data = weights.read_bytes()
-    weights.unlink()  # who has read it may still look into it
+    weights.unlink()  # not overwritten: a process may still map the old file
     weights.write_bytes(data[:-4] + b"\0\0\0\1")
 
 
@@ -119,7 +119,7 @@ def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class RankOne(DistributedContext):
-    """Rank 1 of two, alone: hears from rank 0 what it is told to, and counts how often it listened."""
+    """Rank 1 of two, without rank 0: ``on_rank_0`` returns ``heard`` and adds an entry to ``waits``."""
 
     rank: int = 1
     world: int = 2
@@ -138,7 +138,10 @@ class RankOne(DistributedContext):
 
 
 def test_a_worker_that_comes_late_to_a_save_waits_like_the_others(tmp_path: Path) -> None:
-    """Rank 0 may have written all of it before the others arrive; one that passes by leaves it waiting for ever."""
+    """Test that a rank takes part in a save even if rank 0 has already written all files.
+
+    A rank that returned early would leave rank 0 waiting forever.
+    """
     checkpoints, distributed = Checkpoints(Storage(str(tmp_path))), RankOne()
     checkpoints.save(2, learned={"w": torch.zeros(1)}, engine={}, meta={})
     engine: Any = SimpleNamespace(weights=dict, state=dict, lockstep=False)
@@ -146,7 +149,7 @@ def test_a_worker_that_comes_late_to_a_save_waits_like_the_others(tmp_path: Path
     checkpointing = Checkpointing(parts, checkpoints, Clock())
     checkpointing.save(2)
     assert distributed.waits == [True]
-    checkpointing.save(2)  # stopped right after it was saved: nobody saves again
+    checkpointing.save(2)  # a stop right after the save: no rank saves again
     assert distributed.waits == [True]
 
 
@@ -154,7 +157,7 @@ def test_all_workers_go_on_from_the_checkpoint_that_the_first_one_found(tmp_path
     checkpoints = Checkpoints(Storage(str(tmp_path)))
     for step in (1, 2):
         checkpoints.save(step, learned={"w": torch.full((3,), float(step))}, engine={}, meta={})
-    found = newest_checkpoint(checkpoints, RankOne(heard=1))  # rank 0 could not read the second
+    found = newest_checkpoint(checkpoints, RankOne(heard=1))  # rank 0 could not read the checkpoint of step 2
     assert found is not None and found.step == 1
     assert newest_checkpoint(checkpoints, RankOne(heard=None)) is None
     newest = newest_checkpoint(checkpoints, DistributedContext())
@@ -203,7 +206,7 @@ def test_old_checkpoints_go_only_beyond_the_limit(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_while_saving_is_told_and_leaves_the_earlier_checkpoint() -> None:
-    # Not under tmp_path: pytest cannot clear away a folder that something is mounted in.
+    # Not under tmp_path, as pytest cannot remove a folder that contains a mount.
     disk = Path(tempfile.mkdtemp(prefix="dreamfleet-small-disk-"))
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)], capture_output=True, check=False

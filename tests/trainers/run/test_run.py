@@ -1,4 +1,4 @@
-"""One whole run: what lies in its folder afterwards, on disk and in a bucket, and what check and export make of it."""
+"""Tests of a whole run: the files in its folder, on disk and in a bucket, its dry run and its exports."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_check_tries_everything_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 class BucketOfAppends(Storage):
-    """Remembers what is appended to it."""
+    """A bucket that records the texts appended to it."""
 
     is_local = False
 
@@ -169,7 +169,7 @@ class BucketOfAppends(Storage):
 
 
 def test_a_bucket_gets_training_figures_in_batches_and_validation_rounds_at_once(tmp_path: Path) -> None:
-    """A bucket has no append: every writing sends all lines again."""
+    """Test that writes are batched: a bucket has no append, so every write uploads all lines again."""
     bucket = BucketOfAppends(tmp_path)
     metrics = MetricsLog(bucket)
     for step in range(1, 51):
@@ -188,14 +188,14 @@ def test_an_early_mistake_leaves_nothing_in_the_bucket(
     s3_server: S3Server,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The next attempt is not told that the folder is in use."""
+    """Test that a failed start leaves no files, so that the next start does not find a folder in use."""
     s3_server.set_environment(monkeypatch)
     output = s3_server.new_folder() + "/run"
     (tmp_path / "file").write_text("no folder")
     prior = {"name": "dreambooth", "with_prior_preservation": True}
     changes = {"output_dir": output, "data__class_data_dir": str(tmp_path / "file"), "method": prior}
     wrong = build_recipe(whole_recipe(tmp_path, **changes))
-    (tmp_path / "pictures/torn.png").write_bytes(b"torn")  # which the run's log tells of
+    (tmp_path / "pictures/torn.png").write_bytes(b"torn")  # reported in the run's log
     for _ in range(2):
         with pytest.raises(UserError, match=str(tmp_path / "file")):
             fit(wrong)
@@ -248,14 +248,14 @@ def test_a_run_lives_in_a_bucket_and_goes_on_from_it(
 def test_seconds_are_measured_within_the_process_and_add_up_over_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine's clock may be minutes off, or be set while the run goes on."""
+    """Test with a system clock that jumps: it may be minutes off, or be set during the run."""
     clock = iter(range(10**9, 0, -1000))
     monkeypatch.setattr(time, "time", lambda: float(next(clock)))
     recipe = build_recipe(tiny.make_recipe(tmp_path))
     first = run_worker(recipe, should_stop=tiny.Stop(1), waited=100.0)
     assert 100 < first.start_up_seconds < 160 and 0 < first.train_seconds < 60
     checkpoint = next((tmp_path / "run" / "checkpoints").iterdir())
-    saved = json.loads((checkpoint / "meta.json").read_text())["seconds"]  # when it was begun to be written
+    saved = json.loads((checkpoint / "meta.json").read_text())["seconds"]  # at the start of the save
     second = run_worker(recipe, resume=True, waited=30.0)
     assert saved["start_up"] == first.start_up_seconds and saved["train"] <= first.train_seconds
     assert 30 < second.start_up_seconds - saved["start_up"] < 90

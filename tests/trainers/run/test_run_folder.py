@@ -1,4 +1,4 @@
-"""Run folders: which are accepted, how they are locked, and how a signal stops a run."""
+"""Tests of run folders: which are accepted, how they are locked, and how signals stop a run."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_run_folder_is_held_by_one_process(tmp_path: Path) -> None:
     assert other.stdout.readline() == "held\n"
     with pytest.raises(RecipeError, match="another process"), locked(run):
         pass
-    other.kill()  # the lock ends with the process, however that ends
+    other.kill()  # the lock ends with the process, also if it is killed
     other.communicate()
     with locked(run):
         pass

@@ -1,4 +1,4 @@
-"""The webui's optimizer files: a run's Adam goes on there, and what is no such file says so."""
+"""Tests of the webui's optimizer files: AdamW loads exported moments, and invalid files are errors."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_webui_goes_on_with_an_embeddings_adam(tmp_path: Path) -> None:
     saved = load_pickle(out / "run.pt.optim")
     word = read_embedding(out / "run.pt")
     assert saved.keys() == {"hash", "optimizer_state_dict"} and saved["hash"] == word.checksum
-    # As the webui does it: one parameter in one AdamW, whose state it then loads.
+    # As in the webui: one parameter in one AdamW, which then loads the state.
     vectors = torch.nn.Parameter(word.vectors.clone())
     optimizer = torch.optim.AdamW([vectors], lr=0.005, weight_decay=0.0)
     optimizer.load_state_dict(saved["optimizer_state_dict"])
@@ -87,7 +87,7 @@ def test_the_webui_goes_on_with_a_hypernetworks_adam(tmp_path: Path) -> None:
     assert saved.keys() == {"optimizer_name", "hash", "optimizer_state_dict"}
     assert saved["optimizer_name"] == "AdamW"
     assert saved["hash"] == hashlib.sha256((out / "run.pt").read_bytes()).hexdigest()[:10]
-    # The webui's order: widths as the file has them, keys before values, each module's own order.
+    # The webui's parameter order: widths as in the file, keys before values, each module in its own order.
     data = load_pickle(out / "run.pt")
     weights = [
         torch.nn.Parameter(tensor.clone())

@@ -1,4 +1,4 @@
-"""Aesthetic vector files: round trips, the webui's checks, every published form, hostile files."""
+"""Test aesthetic vector files: round trips, the webui's checks, published forms, malicious files."""
 
 from __future__ import annotations
 

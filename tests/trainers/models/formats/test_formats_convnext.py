@@ -1,4 +1,4 @@
-"""ConvNeXt classifier files: round trips, the authors' and timm's names, the network's output, hostile files."""
+"""Test ConvNeXt classifier files: round trips, the authors' and timm's names, outputs, malicious files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DEPTHS, WIDTHS = [1, 2], [4, 8]
 
 @pytest.fixture(scope="module")
 def network() -> Any:
-    """A tiny classifier of three classes with random weights."""
+    """Return a tiny classifier of three classes with random weights, in evaluation mode."""
     torch.manual_seed(0)
     made = make_network(depths=DEPTHS, hidden_sizes=WIDTHS, classes=["a", "b", "c"], drop_path=0.0)
     for param in made.parameters():
@@ -57,7 +57,10 @@ def to_timm(name: str) -> str:
 
 
 def run_by_hand(state: dict[str, Tensor], pixels: Tensor) -> Tensor:
-    """Compute the paper's network (Liu et al. 2022, figure 4) from weights under the authors' names."""
+    """Compute the network of Liu et al. 2022, figure 4, from weights under the authors' names.
+
+    ``pixels`` has shape (batch, 3, height, width); the returned logits have shape (batch, classes).
+    """
 
     def norm(x: Tensor, name: str) -> Tensor:
         x = x.permute(0, 2, 3, 1)
@@ -102,7 +105,7 @@ def test_the_output_equals_the_papers_network(network: Any, tmp_path: Path) -> N
 @pytest.mark.parametrize("form", ["model", "parallel", "timm", "timm.safetensors", "ours", "half"])
 def test_published_forms_are_read(network: Any, form: str, tmp_path: Path) -> None:
     plain, path = by_authors(network, tmp_path), tmp_path / "found.pth"
-    if form == "model":  # what the authors' main.py saves
+    if form == "model":  # as saved by the authors' main.py
         torch.save({"model": plain, "epoch": 3, "args": argparse.Namespace(lr=2e-4), "scaler": {}}, path)
     elif form == "parallel":
         torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in plain.items()}}, path)
@@ -131,9 +134,8 @@ def test_a_folder_loads_in_transformers(network: Any, tmp_path: Path) -> None:
     assert theirs.config.id2label == {0: "a", 1: "b", 2: "c"}
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 70, 3), dtype=np.uint8))
     pixels = AutoImageProcessor.from_pretrained(tmp_path / "judge")(image, return_tensors="pt").pixel_values
-    assert torch.allclose(
-        pixels, make_preprocessing(32)([image]), atol=0.03
-    )  # transformers resizes with torchvision
+    # transformers resizes with torchvision, so pixels differ slightly.
+    assert torch.allclose(pixels, make_preprocessing(32)([image]), atol=0.03)
     assert torch.equal(theirs(pixels).logits, network(pixels).logits)
     loaded = load_discriminator(str(tmp_path / "judge"))
     assert loaded.preprocessing == make_preprocessing(32) and loaded.num_classes == 3
@@ -168,7 +170,7 @@ def test_other_content_is_rejected(
 
 
 def can_read(content: bytes, path: Path) -> bool:
-    """Return whether a file is read as a classifier; only FormatError may be raised."""
+    """Return whether a file is read as a classifier; an error other than FormatError fails the test."""
     path.write_bytes(content)
     try:
         found = read_convnext(path)

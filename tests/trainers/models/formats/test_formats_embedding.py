@@ -1,4 +1,4 @@
-"""Embeddings: round trips in every format, the webui's values, hostile images, diffusers' loader."""
+"""Test embedding files: all round trips, the webui's values, malicious files, diffusers' loader."""
 
 from __future__ import annotations
 
@@ -126,7 +126,10 @@ def _lossy_avif(pixels: Any) -> bytes:
 @pytest.mark.parametrize("suffix", [".avif", ".jxl"])
 @pytest.mark.parametrize("shape", [(1, 1), (77, 33), (256, 512)])
 def test_image_formats_are_lossless(suffix: str, shape: tuple[int, int]) -> None:
-    """AVIF is read by Pillow, as in the webui; 256 x 512 contains every value of each channel."""
+    """Test round trips of pixels; the 256 x 512 image contains every value of each channel.
+
+    Pillow reads AVIF, as in the webui.
+    """
     pixels = np.random.default_rng(5).integers(0, 256, (*shape, 3), dtype=np.uint8)
     pixels[:256, :256] = np.stack(np.broadcast_arrays(*np.ogrid[:256, :256], 128), axis=-1)[
         : shape[0], : shape[1]
@@ -188,7 +191,7 @@ def _jxl(pixels: Any, **options: Any) -> bytes:
 
 
 def test_the_pixel_block_has_the_webui_layout(tmp_path: Path) -> None:
-    """Decode with an independent implementation of the webui's format."""
+    """Test the layout with an independent decoder of the webui's format."""
     written = embedding(2, 768)
     path = write_embedding(written, tmp_path / "my-cat.png")
     pixels = np.asarray(Image.open(path).convert("RGB")) & 0x0F
@@ -259,7 +262,7 @@ def test_sdxl_pairs_round_trip_and_suit_the_webui(suffix: str, tmp_path: Path) -
         held = torch.load(path, weights_only=True)
     else:
         held = read_image_embedding(path)
-    # The webui expects a dict with both keys and treats every entry as a tensor.
+    # The webui requires a dict with both keys and treats every entry as a tensor.
     assert type(held) is dict and held.keys() == {"clip_l", "clip_g"}
     assert all(type(value) is torch.Tensor for value in held.values())
     assert (held["clip_l"].shape, held["clip_g"].shape) == ((3, 768), (3, 1280))

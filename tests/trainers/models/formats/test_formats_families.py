@@ -1,4 +1,4 @@
-"""Single files of SD2 and SDXL: full sizes, round trips, diffusers' readers, detection of v-prediction."""
+"""Test single files of SD2 and SDXL: full sizes, round trips, diffusers' readers, v-prediction detection."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _WIDTHS = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2,
 
 
 def small(family: Family) -> dict[str, Config]:
-    """The family's configs with few and narrow layers."""
+    """Return the family's configs with fewer and narrower layers."""
     configs = {part: {**config, **_SMALL.get(part, {})} for part, config in FAMILY_CONFIGS[family].items()}
     levels = ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
     configs["unet"] |= {"down_block_types": levels, "attention_head_dim": [2, 4, 4]}
@@ -74,7 +74,7 @@ def small(family: Family) -> dict[str, Config]:
 
 
 def filled(configs: dict[str, Config]) -> States:
-    """Random weights for every parameter of these configs."""
+    """Return random weights for every parameter of these configs, by part."""
     draw = torch.Generator().manual_seed(5)
     return {
         part: {
@@ -95,7 +95,7 @@ def assert_equal(read: States, written: States) -> None:
 @pytest.mark.parametrize(
     ("configs", "tensors", "parameters"),
     [
-        # Numbers of tensors in the published files.
+        # Tensor counts and millions of parameters of the published files.
         (SD1_CONFIGS, {"unet": 686, "vae": 248, "text_encoder": 196}, {"unet": 859.5, "vae": 83.65}),
         (SD2_CONFIGS, {"unet": 686, "vae": 248, "text_encoder": 23 * 16 + 4}, {"unet": 865.9}),
         (SD2_BASE_CONFIGS, {"unet": 686}, {"unet": 865.9}),
@@ -160,7 +160,7 @@ def test_a_round_trip_is_bit_equal_and_diffusers_agrees(family: Family, tmp_path
     else:
         converted["text_encoder"] = theirs.convert_ldm_clip_checkpoint(dict(file))
         module = SimpleNamespace(config=SimpleNamespace(hidden_size=16))
-        # diffusers splits joined tensors at the projection's width, which equals the encoder's in the real model.
+        # diffusers splits joined tensors at the projection's width, which is the encoder's in the real model.
         square = {
             **file,
             "conditioner.embedders.1.model.text_projection": torch.zeros(16, 16),
@@ -203,7 +203,7 @@ def test_the_stock_sdxl_pipeline_loads_the_file(tmp_path: Path) -> None:
     from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
     model = tiny_family("sdxl")
-    # diffusers splits joined tensors at the projection's width, which equals the encoder's in the real SDXL.
+    # diffusers splits joined tensors at the projection's width, which is the encoder's in the real SDXL.
     config = CLIPTextConfig(
         **{**model.text_encoder_2.config.to_dict(), "projection_dim": model.text_encoder_2.config.hidden_size}
     )
@@ -239,7 +239,7 @@ def test_an_sdxl_that_predicts_velocity_is_marked_for_comfyui(
     assert {name for name in state if "." not in name} == marks
     assert all(state[name].shape == (0,) for name in marks)
     path.with_suffix(".yaml").unlink(missing_ok=True)
-    save_file(state, tmp_path / "bare.safetensors")  # without our header only the marks remain
+    save_file(state, tmp_path / "bare.safetensors")  # without our header, only the marker keys remain
     configs = {part: config_of(module) for part, module in model.modules().items()}
     read = load_single_file_parts(tmp_path / "bare.safetensors", configs=configs).configs["scheduler"]
     assert (read.get("prediction_type") == "v_prediction") == bool(marks)
@@ -252,13 +252,12 @@ def test_an_sd2_file_has_the_projection_that_diffusers_splits_by(tmp_path: Path)
     projection = state["cond_stage_model.model.text_projection"]
     width = model.text_encoder.config.hidden_size
     assert (projection.shape, projection.dtype) == ((width, width), torch.float16)
-    assert torch.equal(
-        projection, torch.eye(width, dtype=torch.float16)
-    )  # the webui computes with it; nothing uses the result
+    # The webui computes with this projection, but nothing uses the result.
+    assert torch.equal(projection, torch.eye(width, dtype=torch.float16))
     joined = state["cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"]
     queries = model.text_encoder.state_dict()["encoder.layers.0.self_attn.q_proj.weight"]
     assert torch.equal(joined[: len(projection)], queries.half())
-    assert width != model.text_encoder.config.projection_dim  # which diffusers 0.32 uses without it
+    assert width != model.text_encoder.config.projection_dim  # used by diffusers 0.32 without the projection
 
 
 def test_known_names_of_the_other_families() -> None:
@@ -294,7 +293,7 @@ def test_additional_tensors_of_original_files_are_ignored(tmp_path: Path) -> Non
     states = filled(configs)
     file = dict(to_single_file(states, configs))
     block = "cond_stage_model.model.transformer.resblocks"
-    file |= {  # OpenCLIP's unused last layer and head
+    file |= {  # OpenCLIP's last layer and head, which SD2 does not use
         key.replace(f"{block}.1.", f"{block}.2."): tensor
         for key, tensor in file.items()
         if f"{block}.1." in key
@@ -310,7 +309,7 @@ def test_files_of_other_converters_are_read(tmp_path: Path) -> None:
         configs = small(family)  # type: ignore[arg-type]
         states = filled(configs)
         file = dict(to_single_file(states, configs))
-        if family == "sd2":  # a converter that treats the text encoder as SD1's
+        if family == "sd2":  # as written by a converter that treats the text encoder as SD1's
             file = {key: t for key, t in file.items() if not key.startswith("cond_stage_model")}
             file |= {f"cond_stage_model.transformer.{key}": t for key, t in states["text_encoder"].items()}
         else:
@@ -393,7 +392,7 @@ def test_the_prediction_is_found_in_header_yaml_or_keys(tmp_path: Path) -> None:
         return config.get("prediction_type")
 
     save_file(state, tmp_path / "other.safetensors", metadata=header)
-    assert predicted() == "v_prediction"  # modelspec's entry
+    assert predicted() == "v_prediction"  # from the modelspec entry
     del header["modelspec.prediction_type"]
     save_file(state, tmp_path / "other.safetensors", metadata=header)
     assert predicted() == "epsilon"
@@ -403,7 +402,7 @@ def test_the_prediction_is_found_in_header_yaml_or_keys(tmp_path: Path) -> None:
     (tmp_path / "other.yaml").write_text('model: {params: {parameterization: "v"}}')
     assert predicted() == "v_prediction"
     assert load_single_file(tmp_path / "other.safetensors").prediction_type == "v_prediction"
-    # Our header takes precedence over a stray .yaml.
+    # Our header takes precedence over an unrelated .yaml.
     (tmp_path / "cat.yaml").write_text("model: {params: {parameterization: eps}}")
     assert load_single_file(path).prediction_type == "v_prediction"
 
@@ -454,7 +453,7 @@ def test_the_prediction_of_an_undeclared_sd2_is_tested() -> None:
             assert (latents.shape, context.shape, int(time)) == ((1, 4, 8, 8), (1, 2, 1024), 999)
             return (torch.full_like(latents, self.answer),)
 
-    assert predicts_velocity(Unet(-0.9))  # about the negative of the input, and more
+    assert predicts_velocity(Unet(-0.9))  # far below the input of 0.5, as velocity is
     assert not predicts_velocity(Unet(0.5))
 
 

@@ -1,4 +1,4 @@
-"""Diffusers folders that both transformers 4 and 5 load: names, files and entries."""
+"""Test diffusers folders that both transformers 4 and 5 load: names, files and config entries."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_text_encoders_have_version_4_names_and_load_bit_equal_in_5(
         assert "text_model.encoder.layers.0.self_attn.q_proj.weight" in written
         config = read(tmp_path / name / "config.json")
         assert (config["torch_dtype"], config["architectures"]) == ("float32", [kind.__name__])
-        assert "dtype" not in config  # unknown to version 4
+        assert "dtype" not in config  # unknown to transformers 4
         back, loading_info = kind.from_pretrained(tmp_path / name, output_loading_info=True)
         assert not (loading_info["missing_keys"] or loading_info["unexpected_keys"])
         wanted = {key: t.to(dtype or t.dtype).float() for key, t in part.state_dict().items()}
@@ -72,7 +72,7 @@ def test_a_tokenizer_is_written_in_both_forms_with_equal_results(pad: str, tmp_p
     config = read(tmp_path / "tokenizer_config.json")
     assert (config["pad_token"], config["tokenizer_class"]) == (pad, "CLIPTokenizer")
     assert not {"backend", "is_local", "local_files_only"} & set(config)
-    (tmp_path / "tokenizer.json").unlink()  # version 4's CLIPTokenizer does not read it
+    (tmp_path / "tokenizer.json").unlink()  # CLIPTokenizer of transformers 4 does not read this file
     assert (tmp_path / "merges.txt").read_text("utf-8").startswith("#version: 0.2\n")
     older = CLIPTokenizer.from_pretrained(tmp_path)
     assert older(TEXTS).input_ids == tokenizer(TEXTS).input_ids
@@ -89,7 +89,7 @@ def test_added_tokens_are_written_in_the_form_of_version_4(tmp_path: Path) -> No
     assert read(tmp_path / "added_tokens.json") == {"<toy>": 90, "<x>": 91}
     config = read(tmp_path / "tokenizer_config.json")
     assert config["additional_special_tokens"] == ["<x>"]
-    assert "extra_special_tokens" not in config  # a list there makes version 4 fail
+    assert "extra_special_tokens" not in config  # transformers 4 fails if this is a list
     again = type(tokenizer).from_pretrained(tmp_path)
     assert again("a <toy> <x>").input_ids == tokenizer("a <toy> <x>").input_ids
 

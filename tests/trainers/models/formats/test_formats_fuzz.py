@@ -1,4 +1,4 @@
-"""Fuzzing of every file reader: damaged and hostile files raise our errors, quickly and with little memory."""
+"""Fuzz every file reader: damaged and malicious files raise our errors, quickly and with little memory."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_embedding_pickles(suffix: str, tmp_path: Path) -> None:
 
 
 def safetensors_files(header: dict[str, Any], data: bytes) -> st.SearchStrategy[bytes]:
-    """Files whose header contradicts `data`: JSON of any shape, impossible numbers."""
+    """Return a strategy for files whose header contradicts `data`: JSON of any shape, impossible numbers."""
     numbers = st.integers(-1, 200) | st.sampled_from([2**31, 2**62, 2**64, 2**70])
     entries = st.fixed_dictionaries(
         {
@@ -121,7 +121,7 @@ def test_embedding_safetensors(pair: bool, tmp_path: Path) -> None:
 
 
 def carried(payload: bytes, how: str) -> bytes:
-    """An image that carries these bytes in its text chunk or pixels."""
+    """Return an image file that carries the payload in its text chunk or pixels."""
     image, options = np.full((64, 48, 3), 90, dtype=np.uint8), {}
     if how == "png text":
         options["pnginfo"] = PngImagePlugin.PngInfo()
@@ -171,7 +171,7 @@ VECTOR = torch.ones(4, 4)
 
 
 class Asks:
-    """An object whose pickle calls a function."""
+    """An object whose pickle calls a function when it is loaded."""
 
     def __init__(self, call: Callable[..., Any], *arguments: Any):
         self.call, self.arguments = call, arguments

@@ -1,4 +1,4 @@
-"""Hypernetwork files: round trips, the webui's checks and layout, old forms, hostile files."""
+"""Test hypernetwork files: round trips, the webui's checks and layout, old forms, malicious files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make_file(**options: Any) -> HypernetworkFile:
 
 
 def weights(width: int, *, inner: int | None = None, names: tuple[str, str] = ("linear1", "linear2")) -> Any:
-    """The state dict of the oldest form: two linear layers."""
+    """Return the state dict of the oldest form: linear layers from ``width`` to ``inner`` and back."""
     inner = inner or 2 * width
     shapes = {"weight": [(inner, width), (width, inner)], "bias": [(inner,), (width,)]}
     return {f"{names[i]}.{part}": torch.randn(shapes[part][i]) for i in range(2) for part in shapes}
@@ -91,7 +91,7 @@ def test_the_layout_is_the_webuis(tmp_path: Path) -> None:
     assert (data["use_dropout"], data["last_layer_dropout"]) == (True, True)
     for pair in (data[8], data[12]):
         assert type(pair) is tuple and len(pair) == 2 and all(type(module) is dict for module in pair)
-    # Numbered as in the webui's Sequential, where activations and dropout count.
+    # Numbered as in the webui's Sequential, in which activations and dropout count as layers.
     places = {int(name.split(".")[1]) for name in data[8][0]}
     assert places == {0, 2, 4, 6, 8, 10}
     assert data[8][0]["linear.0.weight"].shape == (16, 8)
@@ -113,7 +113,7 @@ def test_old_forms_get_the_webui_defaults(tmp_path: Path) -> None:
 
 
 def test_missing_entries_get_the_webui_defaults(tmp_path: Path) -> None:
-    module = weights(8, names=("linear.0", "linear.2"))  # with an activation between and after them
+    module = weights(8, names=("linear.0", "linear.2"))  # layers 1 and 3 are activations
     half = {name: tensor.half() for name, tensor in module.items()}
     path = save_pickle({8: (half, half), "activation_func": "relu", "step": 7}, tmp_path / "a.pt")
     read = read_hypernetwork(path)
@@ -199,7 +199,7 @@ def test_other_content_is_rejected(tmp_path: Path) -> None:
 
 
 def test_small_files_cannot_allocate_much_memory(tmp_path: Path) -> None:
-    """Each of these claims gigabytes from a few kilobytes."""
+    """Test files of a few kilobytes whose tensors claim gigabytes."""
     fine = weights(8)
     huge = torch.zeros(1).expand(2**15, 2**15)
     shared = {f"linear1.weight{k}": torch.zeros(1).expand(2**14, 2**14) for k in range(32)}

@@ -1,4 +1,4 @@
-"""LoRA files: round trips in both layouts, equal images in stock diffusers, old forms, hostile files."""
+"""Test LoRA files: round trips of both layouts, equal images in diffusers, old forms, malicious files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ QUERY = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 def tuned(model: DiffusionModel, *, targets: Any = None, rank: int = 4, alpha: float = 6.0) -> LoraFile:
-    """Add adapters that change a model's images, and return them as a file."""
+    """Add random adapters that change a model's images; return them as a LoRA file."""
     parts = [part for part in model.modules() if part != "vae"]
     learning = add_adapters(model, model.lora_layers(targets, parts=parts), rank=rank, alpha=alpha)
     torch.manual_seed(1)
@@ -90,7 +90,7 @@ def test_stock_diffusers_generates_equal_images_from_both_layouts(
     base = draw(model)
     file = tuned(model, targets=targets)
     expected = draw(model)
-    assert (expected - base).abs().mean() > 1  # otherwise the test is void
+    assert (expected - base).abs().mean() > 1  # otherwise the comparison below proves nothing
     with merged(model):
         assert (draw(model) - expected).abs().max() <= 1
     layers = model.denoiser.config.layers_per_block
@@ -168,7 +168,7 @@ def test_an_export_names_its_base_model_as_kohya_does(
     assert [read_safetensors(path)[1]["modelspec.prediction_type"] for path in paths] == [prediction] * 2
     entries = read_safetensors(paths[1])[1]
     assert (entries["ss_base_model_version"], entries["modelspec.architecture"]) == (version, architecture)
-    # Also after conversion to diffusers' layout, and with kohya's entries only.
+    # Also after conversion to diffusers' layout, and with kohya's header entries only.
     theirs = write_diffusers_lora(read_lora(paths[1]), tmp_path / DIFFUSERS_LORA)
     again = write_kohya_lora(read_lora(theirs), tmp_path / "again.safetensors", family=model.family)
     assert read_safetensors(again)[1]["ss_base_model_version"] == version
@@ -206,7 +206,7 @@ def test_bundled_embeddings_are_words_while_the_lora_is_applied(family: str, tmp
     ids, table = plain.tokenize(["a zq b"]), spliced_table(plain.text_encoders[0])
     assert int((ids >= 90).sum()) == (4 if plain.uses_time_ids else 2)
     assert torch.equal(table.words["zq"], torch.ones(2, 32))
-    assert torch.equal(table.words["old"], torch.zeros(1, 32))  # the user's word
+    assert torch.equal(table.words["old"], torch.zeros(1, 32))  # the user's embedding is unchanged
     assert torch.isfinite(plain.encode_tokens(ids).context).all()
     set_loras(plain, [])
     assert list(table.words) == ["old"]
@@ -388,7 +388,7 @@ def test_other_files_and_loras_of_another_model_are_rejected(tmp_path: Path) -> 
 
 
 def can_read(content: bytes, path: Path) -> bool:
-    """Return whether a file is read as a LoRA; only our errors may be raised."""
+    """Return whether a file is read as a LoRA; an error other than UserError fails the test."""
     path.write_bytes(content)
     try:
         holds_lora(path)

@@ -1,4 +1,4 @@
-"""Pickle files: the webui's rules (both versions, implemented here), safe reading, errors for broken files."""
+"""Test pickle files: the webui's rules (both versions, implemented here), safe loading, damaged files."""
 
 from __future__ import annotations
 
@@ -214,5 +214,5 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
 def test_a_pickle_of_another_protocol_is_one_error(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(pickle.dumps({"a": 1}, protocol=4))
-    with pytest.raises(FormatError, match="UnpicklingError"):  # torch's warning would be raised here
+    with pytest.raises(FormatError, match="UnpicklingError"):  # torch's warning would be an error here
         load_pickle(path)

@@ -1,4 +1,4 @@
-"""Single files: SD1's key names against diffusers' converter, round trips of unusual shapes, errors."""
+"""Test single files: SD1's key names against diffusers' converter, round trips of unusual shapes, errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Zips of any size: where zip64 fields are used, by the rules of the oldest PyTorch reader."""
+"""Test zip files of any size: zip64 fields follow the rules of the oldest supported PyTorch reader."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENTRIES = {"a/data.pkl": b"pickle", "a/data/0": bytes(range(256)) * 5, "a/data/1
 
 
 def write_at(path: Path, start: int) -> Path:
-    """Write ENTRIES from an offset; the hole before it takes no disk space."""
+    """Write ENTRIES as a zip that starts at byte ``start``; the gap before it is sparse. Return the path."""
     with open(path, "wb") as file:
         file.seek(start)
         archive = ZipWriter(file)
@@ -29,7 +29,7 @@ def write_at(path: Path, start: int) -> Path:
 
 
 def directory(path: Path) -> tuple[bytes, list[tuple[str, int, int, bytes]], int]:
-    """Return the last bytes, and each entry's name, 32-bit size and offset, and extra field."""
+    """Return the file's last bytes, each entry's (name, 32-bit size, 32-bit offset, extra), and its size."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(0, size - 4096))
@@ -48,7 +48,7 @@ def directory(path: Path) -> tuple[bytes, list[tuple[str, int, int, bytes]], int
 
 
 def objections_of_old_torch(path: Path) -> list[str]:
-    """Return the entries that the reader of torch up to 2.3 (miniz 2.1) finds beyond the file by 32-bit fields."""
+    """Return the entries whose 32-bit fields point outside the file for torch up to 2.3 (miniz 2.1)."""
     _, entries, size = directory(path)
     return [name for name, whole, offset, _ in entries if whole != 0xFFFFFFFF and offset + 30 + whole > size]
 
@@ -108,7 +108,7 @@ def test_a_size_uses_zip64_only_beyond_32_bits(size: int, large: bool) -> None:
 def test_torch_reads_zip64_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = {"a": torch.arange(1000.0), "b": torch.ones(3)}
     plain = save_pickle(content, tmp_path / "plain.pt").read_bytes()
-    monkeypatch.setattr(zip_writer, "_LARGEST", 0)  # so that all sizes and offsets are too large
+    monkeypatch.setattr(zip_writer, "_LARGEST", 0)  # treats all sizes and offsets as too large
     path = save_pickle(content, tmp_path / "large.pt")
     assert b"PK\6\6" in path.read_bytes()
     assert b"PK\6\6" not in plain

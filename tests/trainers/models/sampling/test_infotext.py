@@ -1,4 +1,4 @@
-"""Text of generated images in the webui's format, sampler names, and one call with every kind of artifact."""
+"""Test infotexts of generated images in the webui's format, sampler names, and use of every artifact kind."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ from dreamfleet.trainers.models.stable_diffusion.hypernetwork import Hypernetwor
 
 
 def parsed(text: str) -> tuple[str, str, dict[str, str]]:
-    """Parse the text as the webui does: prompt lines, then `Negative prompt:`, then a line of at least three pairs."""
+    """Parse an infotext as the webui does; return (prompt, negative prompt, parameters).
+
+    The format is prompt lines, then `Negative prompt:`, then a line of at least three `key: value` pairs.
+    """
     *lines, last = text.strip().split("\n")
     pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
     assert len(pairs) >= 3
@@ -175,7 +178,7 @@ def test_one_call_takes_every_artifact_and_records_it(tmp_path: Path) -> None:
         "Model": "pocket",
         "Clip skip": "2",
         "RNG": "CPU",
-        "TI hashes": ", ".join(digests),  # vbn is not in the prompt
+        "TI hashes": ", ".join(digests),  # without vbn, which is not in the prompt
         "Aesthetic embedding": "taste",
         "Aesthetic steps": "1",
         "Aesthetic slerp": "False",

@@ -1,4 +1,4 @@
-"""Encoding of prompts in the webui's syntax: chunks of tokens, weighted conditions, guidance by step."""
+"""Test the encoding of prompts in the webui's syntax: token chunks, weighted parts, guidance per step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model() -> Any:
 
 
 def chunks(model: Any, text: str) -> list[tuple[int, int]]:
-    """Return the number of tokens and of learned ids in each chunk."""
+    """Return (number of tokens, number of learned token ids) for each chunk."""
     found = chunk_pieces(Words(model.tokenizer, model.text_encoder), attention(text))
     assert all(len(chunk.ids) == len(chunk.weights) for chunk in found)
     first_learned = len(model.tokenizer)
@@ -44,7 +44,7 @@ def chunks(model: Any, text: str) -> list[tuple[int, int]]:
         ("a BREAK", [(1, 0)]),
         ("a " * 75, [(75, 0)]),
         ("a " * 76, [(75, 0), (1, 0)]),
-        ("a " * 54 + ", " + "b " * 21, [(75, 0), (1, 0)]),  # the comma is 21 tokens back: too far
+        ("a " * 54 + ", " + "b " * 21, [(75, 0), (1, 0)]),  # comma 21 tokens back: too far to split
         ("a " * 55 + ", " + "b " * 20, [(56, 0), (20, 0)]),
         ("a " * 74 + ", b", [(75, 0), (1, 0)]),
         ("a " * 75 + ", b", [(75, 0), (2, 0)]),
@@ -53,10 +53,11 @@ def chunks(model: Any, text: str) -> list[tuple[int, int]]:
         ("a " * 72 + "sks", [(75, 3)]),
         ("a " * 73 + "sks b", [(73, 0), (4, 3)]),
         ("a " * 70 + ", b b sks", [(73, 0), (3, 3)]),
+        # The learned word moves to the next chunk with the other tokens.
         (
             "a " * 60 + ", " + "b " * 11 + "sks c",
             [(61, 0), (15, 3)],
-        ),  # a moved text keeps its learned word
+        ),
     ],
 )
 def test_chunks_end_at_break_and_after_commas(model: Any, text: str, expected: list[tuple[int, int]]) -> None:
@@ -92,19 +93,20 @@ def test_unusual_letters_match_no_other_word(model: Any) -> None:
     for word in ("İx", "ſks", "ǅ"):
         install_embedding(model, word, torch.randn(1, WIDTH))
     for text in ("ix", "İX", "ſKS", "ǆ", "sKs"):
-        words_in(model, [text])  # letters whose upper case has another length
+        words_in(model, [text])  # letters whose upper case has a different length
 
 
 def test_weights_restore_the_mean_of_their_chunk() -> None:
     context = torch.tensor([[[1.0, 3.0], [2.0, 2.0], [4.0, 0.0], [1.0, 1.0]]])
     weights = torch.tensor([[1.0, 2.0, 1.0, 1.0]])
     found = emphasise(context, weights, torch.ones(1), chunk=2)
-    # The first chunk's mean is 2, after weighting 3: the result is multiplied by 2 / 3. The second has no weights.
+    # The mean of the first chunk is 2, and 3 after weighting, so the result is multiplied by 2 / 3.
+    # The second chunk has no weights.
     expected = torch.tensor([[[2 / 3, 2.0], [8 / 3, 8 / 3], [4.0, 0.0], [1.0, 1.0]]])
     assert torch.allclose(found, expected) and torch.equal(found[:, 2:], context[:, 2:])
     twice = torch.cat([context, context])
     shared = emphasise(twice, torch.cat([weights, torch.ones(1, 4)]), torch.tensor([1.0, 3.0]), chunk=2)
-    # Over one text at weight 2 and three without: means 2 and 9 / 4.
+    # Over one weighted text and three unweighted ones: means 2 before weighting and 9 / 4 after.
     assert torch.allclose(shared[0, 1], torch.full((2,), 4 * 8 / 9)) and shared[1, 1, 0] == pytest.approx(
         16 / 9
     )
@@ -141,7 +143,7 @@ def test_long_prompts_get_more_chunks(model: Any) -> None:
     (_, both), (_, short) = guide.positive
     assert both.at(0).context.shape == short.at(0).context.shape == (1, 154, WIDTH)
     assert torch.allclose(both.at(0).context[0, 77:], model.encode(["b"]).context[0], atol=1e-6)
-    last = model.encode(["c"]).context[0, -1]  # shorter parts repeat their last token
+    last = model.encode(["c"]).context[0, -1]  # a shorter part is padded by repeating its last token
     assert torch.allclose(short.at(0).context[0, 77:], last.expand(77, -1), atol=1e-6)
     assert guide.negative is not None and guide.negative.at(0).context.shape == (1, 77, WIDTH)
 
@@ -167,7 +169,7 @@ def test_equivalent_prompts_generate_equal_images(family: str) -> None:
         ("(a cat:1.0)", "a cat"),
     ]:
         assert difference(*draw(model, one, other)) <= 1, one
-    strong = {"guidance_scale": 40}  # the tiny model reacts weakly; equal prompts give equal bytes
+    strong = {"guidance_scale": 40}  # amplifies small differences: the tiny model reacts weakly
     assert difference(*(draw(model, "a cat", **strong)[0] for _ in range(2))) == 0
     plain = draw(model, "a cat", **strong)[0]
     for other in [
@@ -187,7 +189,7 @@ def test_images_are_equal_in_any_batch(model: Any) -> None:
     together = draw(model, *prompts, batch_size=5, negative_prompt="ugly BREAK bad")
     for prompt, image in zip(prompts, together, strict=True):
         assert difference(image, draw(model, prompt, negative_prompt="ugly BREAK bad")[0]) <= 1
-    # A guidance scale of 1 needs no negative prompt, except with several parts or another weight.
+    # A guidance scale of 1 uses no negative prompt, except with several parts or another part weight.
     alone = draw(model, *prompts[:2], guidance_scale=1)
     assert difference(alone[0], draw(model, "a cat", guidance_scale=1, negative_prompt="ugly")[0]) == 0
     assert difference(alone[1], draw(model, prompts[1], guidance_scale=1, negative_prompt="ugly")[0]) > 0

@@ -1,4 +1,4 @@
-"""Parsing of the webui's prompt syntax: texts by step and attention weights."""
+"""Test the parser of the webui's prompt syntax: text per step and attention weights."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from dreamfleet.trainers.models.sampling.prompt_syntax import (
     text_at,
 )
 
-W, S = 1.1, 1 / 1.1  # of a pair of brackets
-ALWAYS = 10  # steps of a prompt in these tables
+W, S = 1.1, 1 / 1.1  # weights of one pair of (round) and [square] brackets
+ALWAYS = 10  # sampling steps of the prompts in these tables
 AB = tuple((step, "a" if step % 2 else "b") for step in range(1, 11))
 
 
@@ -65,7 +65,7 @@ AB = tuple((step, "a" if step % 2 else "b") for step in range(1, 11))
         ("[a|[b|c]]", {n: ["a", ["b", "c"][(n - 1) % 2]][(n - 1) % 2] for n in range(1, 11)}),
         ("[(a:1.2)|b]", {n: ["(a:1.2)", "b"][(n - 1) % 2] for n in range(1, 11)}),
         ("[[a:b:3]|c]", {n: ["a" if n <= 3 else "b", "c"][(n - 1) % 2] for n in range(1, 11)}),
-        # Not syntax: unchanged.
+        # Not prompt syntax: the text is unchanged.
         ("a [cat] (dog)", {10: "a [cat] (dog)"}),
         ("[cat:dog]", {10: "[cat:dog]"}),
         ("[a:b:c:5]", {10: "[a:b:c:5]"}),
@@ -82,7 +82,7 @@ AB = tuple((step, "a" if step % 2 else "b") for step in range(1, 11))
         ("[x [b:c:3] y", {3: "[x b y", 10: "[x c y"}),
         ("x] [b:c:3]", {3: "x] b", 10: "x] c"}),
         ("x: [b:c:3]", {3: "x: b", 10: "x: c"}),
-        # A stray bar or backslash: the whole text is literal.
+        # An unmatched bar or backslash makes the whole text literal.
         ("a | b [c:d:5]", {10: "a | b [c:d:5]"}),
         ("(a|b) [c:d:5]", {10: "(a|b) [c:d:5]"}),
         ("[a|b:5]", {10: "[a|b:5]"}),
@@ -144,7 +144,7 @@ def test_a_text_includes_the_step_of_its_number() -> None:
         ("a BREAK", [("a", 1), ("BREAK", -1), ("", 1)]),
         ("(a) BREAK [b]", [("a", W), ("", 1), ("BREAK", -1), ("", 1), ("b", S)]),
         ("aBREAK BREAKb break", [("aBREAK BREAKb break", 1)]),
-        ("(a BREAK b:2)", [("a", 2), ("BREAK", -2), ("b", 2)]),  # text at this point, as in the webui
+        ("(a BREAK b:2)", [("a", 2), ("BREAK", -2), ("b", 2)]),  # text at this stage, as in the webui
         ("(猫:1.5)的", [("猫", 1.5), ("的", 1)]),
         ("a, (b:1.1), c", [("a, ", 1), ("b", 1.1), (", c", 1)]),
     ],
@@ -166,7 +166,7 @@ def test_weights(text: str, pieces: list[tuple[str, float]]) -> None:
         ("a AND", [("a", 1), ("", 1)]),
         ("sAND ANDs and", [("sAND ANDs and", 1)]),
         ("a (cat:1.3)", [("a (cat:1.3)", 1)]),
-        ("at 16:9", [("at 16", 9)]),  # the webui reads a weight here
+        ("at 16:9", [("at 16", 9)]),  # the webui reads 9 as a weight here
         ("a\nAND\nb :2\n", [("a", 1), ("\nb", 2)]),
         ("a :1.2.3", [("a :1.2.3", 1)]),
     ],
@@ -241,7 +241,7 @@ def test_any_text_is_parsed_and_escaping_round_trips() -> None:
         plain_text(text)
         (plain,) = parse_prompt(text, 4, plain=True)
         assert attention(plain.schedule[0][1]) == [(text, 1.0)], text
-        if "#" not in text:  # what the infotext of a plain prompt says is read as that prompt
+        if "#" not in text:  # the infotext of a plain prompt is read as that prompt
             (back,) = parse_prompt(escape(text.strip()), 4)
             assert (back.weight, attention(back.schedule[0][1])) == (1, [(text.strip(), 1.0)]), text
 

@@ -1,4 +1,4 @@
-"""Sampling: equal images in any batch, agreement with diffusers' pipeline, guidance, grids, class images."""
+"""Test sampling: equal images for any batch size, agreement with diffusers, guidance, grids, class images."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_a_class_image_depends_on_its_number_only(model: Any, tmp_path: Path) ->
     request = ImageRequest("a cat", seed=1, steps=2, plain=True)
     one, two = Storage(tmp_path / "one"), Storage(tmp_path / "two")
     generate_class_images(model, request, numbers=range(5), storage=one, batch_size=2)
-    for numbers in ([0, 1, 4], [2, 3]):  # the same batches by two ranks
+    for numbers in ([0, 1, 4], [2, 3]):  # two ranks generate the same batches
         generate_class_images(model, request, numbers=numbers, storage=two, batch_size=2)
     names = [f"{i:06d}.png" for i in range(5)]
     assert one.list() == two.list() == names
@@ -177,11 +177,11 @@ def test_existing_class_images_are_counted(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8), (number, 60, 90)).save(folder / name)
     assert find_missing(storage, 5, data) == []
     assert find_missing(storage, 7, data) == [1, 3]
-    for name in ("notes.txt", "._000000.png", "broken.png", "000001.png"):  # none is an image
+    for name in ("notes.txt", "._000000.png", "broken.png", "000001.png"):  # none of these is a class image
         (folder / name).write_bytes(b"does not count")
-    assert find_missing(storage, 7, data) == [3, 4]  # the broken file is kept
+    assert find_missing(storage, 7, data) == [3, 4]  # the damaged 000001.png is not replaced
     (folder / "subject").mkdir()
-    Image.new("RGB", (8, 8)).save(folder / "subject" / "a.png")  # the subject's folder may be inside
+    Image.new("RGB", (8, 8)).save(folder / "subject" / "a.png")  # allowed inside the class folder
     inside = data.model_copy(update={"instance_data_dir": str(folder / "subject")})
     assert find_missing(storage, 6, inside) == [3]
 

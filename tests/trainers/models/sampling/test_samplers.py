@@ -1,4 +1,4 @@
-"""Samplers under the webui's names: noise levels, and results of its formulas (k-diffusion's, implemented here)."""
+"""Test samplers under the webui's names: noise levels, and results of k-diffusion formulas (written here)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dreamfleet.trainers.config.samplers import plain_sampler
 from dreamfleet.trainers.models.formats.ldm_names import FAMILY_CONFIGS
 from dreamfleet.trainers.models.sampling.sample import to_images
 
-SPACINGS = ["leading", "trailing", "linspace"]  # from a model's config, which the webui ignores
+SPACINGS = ["leading", "trailing", "linspace"]  # values of a model's config, which the webui ignores
 
 
 def model_with(**changes: Any) -> Any:
@@ -24,7 +24,7 @@ def model_with(**changes: Any) -> Any:
 
 
 def levels(model: Any) -> np.ndarray:
-    """Return the noise level of each training timestep relative to the image."""
+    """Return the noise level of each training timestep relative to the image: shape (timesteps,)."""
     kept = model.scheduler.alphas_cumprod.double().numpy()
     return ((1 - kept) / kept) ** 0.5
 
@@ -77,7 +77,7 @@ def test_published_configs_end_at_the_first_timestep() -> None:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_euler_a_follows_the_webui_formula(prediction_type: str) -> None:
-    """Ancestral steps: denoise below the next level, then add fresh noise up to it."""
+    """Test ancestral steps: denoise to below the next noise level, then add fresh noise up to it."""
     model, steps, scale = model_with(prediction_type=prediction_type, timestep_spacing="leading"), 6, 3.0
     generator = torch.Generator().manual_seed(11)
 

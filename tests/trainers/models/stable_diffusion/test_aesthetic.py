@@ -1,4 +1,4 @@
-"""Aesthetic Gradients while sampling: tuning, interpolation, settings; encodings that depend on one prompt alone."""
+"""Test Aesthetic Gradients in sampling: tuning, interpolation, settings, encodings independent of batches."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_an_encoding_depends_on_its_prompt_alone_and_is_cached(
     encoder = make_encoder(model, vector, clip)
     assert torch.allclose(encoder.contexts(PROMPTS[1:]), together[1:], atol=1e-6)
     encoder.contexts(PROMPTS[:1])
-    monkeypatch.setattr(aesthetic, "tune_text_encoder", None)  # tuning again would fail
+    monkeypatch.setattr(aesthetic, "tune_text_encoder", None)  # fails if a text encoder is tuned again
     assert torch.allclose(encoder.contexts([*PROMPTS, *PROMPTS]), torch.cat([together, together]), atol=1e-6)
     monkeypatch.setattr(aesthetic, "KEPT_PROMPTS", 1)
     encoder.contexts(PROMPTS)
@@ -104,7 +104,7 @@ def test_an_encoding_depends_on_its_prompt_alone_and_is_cached(
 def test_a_new_lora_clears_the_cached_encodings(
     model: DiffusionModel, clip: ClipScorer, vector: torch.Tensor
 ) -> None:
-    """A prompt's tag is not part of its text, which is the key of cached encodings."""
+    """Test that a new LoRA clears the cache, whose key is the prompt text without LoRA tags."""
     other = replace(model, text_encoder=copy.deepcopy(model.text_encoder))
     encoder = make_encoder(other, vector, clip)
     before = encoder.contexts(PROMPTS)
@@ -151,7 +151,7 @@ def test_clip_skip_and_learned_words_apply(
     assert torch.allclose(skipped, tuned.final_layer_norm(hidden), atol=1e-5)
     assert not torch.allclose(skipped, last, atol=1e-3)
     install_embedding(model, "thing", torch.ones(2, 16))
-    assert tune_text_encoder(  # a learned word is not tuned, and causes no warning
+    assert tune_text_encoder(  # a learned word is not tuned, and logs no warning
         model,
         model.tokenize(["a thing"]),
         F.normalize(vector),
@@ -180,7 +180,7 @@ def test_a_long_prompt_is_tuned_by_all_of_its_chunks(
 def clip_chunk_cosine(
     model: DiffusionModel, clip: ClipScorer, vector: torch.Tensor, prompt: str, chunk: int
 ) -> float:
-    """The cosine of a vector and one chunk of 77 tokens by the text tower alone."""
+    """Return the cosine of the vector and the given chunk of 77 tokens, encoded by the text tower alone."""
     ids = model.tokenize([prompt])[:, 77 * chunk : 77 * (chunk + 1)]
     pooled = model.text_encoder(ids).pooler_output
     return float(F.cosine_similarity(pooled @ clip.text_projection.T, vector))
@@ -209,7 +209,7 @@ def test_encodings_are_interpolated_linearly_or_on_an_arc() -> None:
         units = F.normalize(start, dim=dim), F.normalize(end, dim=dim)
         half = slerp(*units, 0.5, dim=dim)
         assert torch.allclose(half.norm(dim=dim), torch.ones_like(half.norm(dim=dim)), atol=1e-5)
-    # The extension's formula, token axis.
+    # The extension's formula for the token axis.
     low, high = F.normalize(start, dim=1), F.normalize(end, dim=1)
     omega = torch.acos((low * high).sum(1))
     theirs = (torch.sin(0.7 * omega) / torch.sin(omega)).unsqueeze(1) * start
@@ -272,5 +272,5 @@ def test_images_are_sampled_with_the_vector(
 
 def test_a_model_tuned_from_the_pocket_uses_the_pockets_clip(tmp_path: Path) -> None:
     pocket = load_model(ModelConfig())
-    pocket.folder = str(tmp_path)  # like a run's exports/diffusers, which has no CLIP
+    pocket.folder = str(tmp_path)  # a folder without CLIP, like a run's exports/diffusers
     assert clip_of(pocket).name == POCKET

@@ -1,4 +1,4 @@
-"""SD 2.x and SDXL: the U-Net's inputs against diffusers' pipelines, image sizes, precision, and refused models."""
+"""Test SD 2.x and SDXL: U-Net inputs against diffusers' pipelines, image sizes, precision, refused models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROMPTS = ["a cat, on the sea", "", "zebra " * 40]
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny SDXL as a diffusers folder."""
+    """Return the folder of a tiny SDXL in diffusers' layout."""
     folder = tmp_path_factory.mktemp("sdxl") / "model"
     tiny_family("sdxl").save_folder(folder)
     return folder
@@ -105,7 +105,7 @@ def test_long_prompts_of_sdxl_are_encoded_in_chunks_by_both_encoders(sdxl: Path)
 
 
 def test_a_learned_word_does_not_change_the_pooled_position(sdxl: Path) -> None:
-    # With SDXL's published config (end id 2) transformers takes the highest id for the end.
+    # With SDXL's published end id (2), transformers takes the position of the highest id as the end.
     model = load(sdxl)
     old = tiny_text_encoder(second=True, hidden_act="gelu", bos_token_id=0, eos_token_id=2, pad_token_id=1)
     old.load_state_dict(model.text_encoder_2.state_dict())
@@ -149,7 +149,7 @@ def test_latents_are_encoded_in_float32_under_autocast(family: str) -> None:
     "changes", [{}, {"center_crop": False, "random_flip": True}, {"enable_bucket": True}]
 )
 def test_time_ids_describe_the_crop_of_the_image(tmp_path: Path, changes: dict[str, Any]) -> None:
-    # Red grows to the right, green downwards, so that the pixels of a crop show their position.
+    # Red increases to the right and green downwards, so that the pixels of a crop show its position.
     width, height = 96, 64
     ramp = np.zeros((height, width, 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.arange(width)[None] * 2, np.arange(height)[:, None] * 3
@@ -175,7 +175,7 @@ def test_time_ids_describe_the_crop_of_the_image(tmp_path: Path, changes: dict[s
         )
         assert cut.shape[:2] == (target_height, target_width)
         scale = max(target_width / width, target_height / height)
-        middle = left + target_width / 2  # in the resized image, which is mirrored like the crop
+        middle = left + target_width / 2  # crop centre in the resized image, mirrored with the crop
         x = round(width * scale) - middle if how.flip else middle
         red, green = cut[
             target_height // 2 - 1 : target_height // 2 + 1, target_width // 2 - 1 : target_width // 2 + 1

@@ -1,4 +1,4 @@
-"""Hypernetworks: the webui's formulas, every attention processor, and diffusers pipelines."""
+"""Test hypernetworks: the webui's formulas, every attention processor, and diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FUNCTIONS: dict[str, Any] = {
 
 
 def webui_forward(x: Tensor, weights: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-    """Compute the webui's formula over the numbered layers of one module."""
+    """Compute the webui's formula over the numbered layers of a module; the result has the shape of ``x``."""
     factors, name = options["layer_structure"], options["activation_func"]
     index, out = 0, x
     for i in range(len(factors) - 1):
@@ -136,7 +136,7 @@ def test_widths_are_found_in_the_model() -> None:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two hypernetworks for the tiny model, `one.pt` and `two.pt`, and `other.pt` for another model."""
+    """Write `one.pt` and `two.pt` for the tiny model, `other.pt` for another model; return their folder."""
     folder = tmp_path_factory.mktemp("hypernetworks")
     for seed, (name, width) in enumerate([("one", WIDTH), ("two", WIDTH), ("other", 48)]):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""A model's shape from configs or a header: published sizes, and clear errors where it cannot be read."""
+"""Test a model's shape from configs or a file header: published sizes, and errors if it cannot be read."""
 
 from __future__ import annotations
 

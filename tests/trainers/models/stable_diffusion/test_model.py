@@ -1,4 +1,4 @@
-"""Loading and saving models: errors name missing and broken parts; embeddings are spliced into the token tables."""
+"""Test loading and saving of models, errors for missing or damaged parts, and embeddings in token tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dreamfleet.trainers.models.family import DiffusionModel, load_model
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model's folder."""
+    """Return the folder of a tiny model."""
     return tiny.make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
@@ -154,7 +154,7 @@ def test_long_prompts_are_encoded_in_chunks_of_75(folder: Path) -> None:
     assert ids.shape == (2, 231)
     first, second, third = ids[0].split(77)
     for chunk, words in ((first, 75), (second, 25), (third, 0)):
-        # the same as the prompt of that chunk alone
+        # Equals the encoding of a prompt with the words of that chunk alone.
         assert torch.equal(chunk, short.tokenize(["cat " * words])[0])
     context = model.encode_text(ids)
     assert context.shape == (2, 231, 16)
@@ -170,5 +170,5 @@ def test_an_embedding_is_not_split_between_chunks(folder: Path) -> None:
     learned = len(model.tokenizer)
     assert (first >= learned).sum() == 0 and second[1:5].tolist() == list(range(learned, learned + 4))
     assert first[74] == first[75] == model.tokenizer.eos_token_id != second[5]
-    # without a further chunk it is cut, like any word
+    # In the last chunk, the word's vectors are truncated like any other tokens.
     assert (model.tokenize(["cat " * 148 + "<x>"])[0] >= learned).sum() == 2

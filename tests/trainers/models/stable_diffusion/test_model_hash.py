@@ -1,4 +1,4 @@
-"""The hash and name by which the webui identifies base models, in artifacts and in PNG metadata."""
+"""Test the hash and name by which the webui identifies base models, in artifacts and in PNG metadata."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Targets and SNR weights against diffusers; noise that depends on its sample alone."""
+"""Test targets and SNR weights against diffusers, and noise that depends on its sample only."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_samples_noise_does_not_depend_on_its_batch() -> None:
 def test_keys_that_agree_in_32_bits_draw_different_noise() -> None:
     seen: dict[int, int] = {}
     for number in itertools.count():
-        low = key("noise", "x", number) % 2**32  # the bits of a seed that torch's CPU generator uses
+        low = key("noise", "x", number) % 2**32  # torch's CPU generator uses these bits of a seed
         if low in seen:
             break
         seen[low] = number
@@ -65,7 +65,7 @@ def test_noise_offset_shifts_whole_channels() -> None:
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_a_perfect_prediction_of_the_target_removes_the_noise(kind: str) -> None:
-    # The target is right if diffusers' sampler recovers the clean latents from it as the model's output.
+    # The target is correct if diffusers' sampler recovers the clean latents when it is the model's output.
     schedule = scheduler(kind)
     latents, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     for t in (1, 500, 999):

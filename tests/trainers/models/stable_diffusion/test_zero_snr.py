@@ -1,4 +1,4 @@
-"""Zero terminal SNR: the last timestep is pure noise, training includes it, sampling starts there."""
+"""Test zero terminal SNR: the last timestep is pure noise, is trained on, and is where sampling starts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dreamfleet.trainers.run.build import Parts, assemble
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that predicts noise."""
+    """Return the folder of a tiny model that predicts noise."""
     return tiny.make_tiny_model(tmp_path_factory.mktemp("model"))
 
 

@@ -1,4 +1,4 @@
-"""CLIP: preprocessing, both folder layouts, and features; DINO: its class token."""
+"""Test CLIP preprocessing, both folder layouts and features, and DINO's class token."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tiny_vision() -> Any:
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of the pocket's layout, with a CLIP of random weights."""
+    """Return a folder in the pocket model's layout, with a CLIP of random weights."""
     folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
     tiny_vision().save_pretrained(folder / "image_encoder")

@@ -1,4 +1,4 @@
-"""`data caption`: a tiny ONNX model in the WD tagger's form sees what the real one would, and its words are written."""
+"""Test `data caption` with a tiny ONNX model in the WD tagger's format: its input, and written captions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dreamfleet.trainers.models.vision.wd_tagger import (
 )
 
 SIDE = 16
-# Each tag's probability is how much of a colour the image has: name, category, channel of BGR.
+# Each tag's probability is the image's mean of one colour channel: name, category, channel of BGR.
 TAGS = [
     ("general", 9, 1),
     ("explicit", 9, 2),
@@ -74,7 +74,7 @@ def write_set(folder: Path) -> Path:
 
 
 def test_images_reach_the_model_as_bgr_in_a_white_square() -> None:
-    square = square_of(Image.new("RGB", (8, 4), (10, 20, 30)), SIDE)  # smaller than the side: not enlarged
+    square = square_of(Image.new("RGB", (8, 4), (10, 20, 30)), SIDE)  # smaller than the side, so not enlarged
     assert square.shape == (SIDE, SIDE, 3) and square.dtype == np.float32
     assert square[8, 8].tolist() == [30, 20, 10] and square[0, 0].tolist() == [255, 255, 255]
     assert (square[:, :, 0] == 30).sum() == 32
@@ -97,7 +97,7 @@ def test_outputs_are_probabilities_as_they_come(tmp_path: Path, batch: int | str
         ({"character_threshold": 0.7}, ["red hat", "hero (show)", "blue sky"]),
         ({"general_threshold": 0.3, "sort": True}, [">_<", "blue sky", "red hat"]),
         ({"exclude": ("red_hat",), "spaces": False}, ["blue_sky"]),
-        ({"exclude": ("red hat",)}, ["red hat", "blue sky"]),  # names as the model has them
+        ({"exclude": ("red hat",)}, ["red hat", "blue sky"]),  # names as in the model
         ({"rating": True}, ["general", "red hat", "blue sky"]),
         ({"add": ("hero_(show)",), "escape": True}, [r"hero \(show\)", "red hat", "blue sky"]),
         ({"confidence": True}, ["(red hat:0.800)", "(blue sky:0.500)"]),
