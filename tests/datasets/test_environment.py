@@ -183,7 +183,7 @@ def test_variables_set_on_a_machine_are_kept(machine: Callable[..., None], tmp_p
     assert os.environ["HTTPS_PROXY"] == "http://sent" and os.environ["HF_TOKEN"] == "sent"
 
 
-# ---- files and processes of commands --------------------------------------------------------------------------------
+# ---- files and processes of commands -----------------------------------------------------------------------
 
 
 @pytest.mark.cluster

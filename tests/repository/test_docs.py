@@ -1,4 +1,4 @@
-"""The pages are current: generated parts, links, and the files, commands, options and functions that they name."""
+"""Tests that the documentation is current: generated parts, links, names of files, commands and functions."""
 
 import ast
 import re
@@ -14,14 +14,14 @@ FOLDERS = "cluster|datasets|trainers|tune|tests|docs|recipes|examples|benchmarks
 
 @pytest.fixture(scope="module")
 def pages(root: Path) -> dict[Path, str]:
-    """The text of every Markdown page of the root and of docs/."""
+    """Return the text of every Markdown page in the root and in docs/, by path."""
     return {
         page: page.read_text(encoding="utf-8") for page in [*root.glob("*.md"), *root.glob("docs/**/*.md")]
     }
 
 
 def test_generated_parts_are_current(root: Path) -> None:
-    """The recipe reference equals the models, the diagram the imports, the examples the files."""
+    """Test that the recipe reference matches the models, the diagram the imports, and the examples their files."""
     script = {
         name: runpy.run_path(str(root / "docs" / f"{name}.py"))
         for name in ("write_recipes", "structure", "write_examples")
@@ -63,7 +63,7 @@ def test_links_lead_somewhere(pages: dict[Path, str]) -> None:
 
 
 def test_files_named_in_backticks_exist(root: Path, pages: dict[Path, str]) -> None:
-    """Only paths that start with one of our folders; the history may name files that are gone."""
+    """Test the paths that start with one of our folders; the history may name deleted files."""
     missing = [
         f"{page.name}: {path}"
         for page, text in pages.items()
@@ -75,7 +75,7 @@ def test_files_named_in_backticks_exist(root: Path, pages: dict[Path, str]) -> N
 
 
 def test_functions_named_in_the_pages_exist(root: Path, pages: dict[Path, str]) -> None:
-    """`path/file.py:name` and `path/file.py:Class.method` are definitions of that file."""
+    """Test that `path/file.py:name` and `path/file.py:Class.method` are defined in that file."""
     named = {found for text in pages.values() for found in re.findall(r"`([\w/]+\.py):([\w.]+)`", text)}
     assert len(named) > 10
     missing = []
@@ -90,7 +90,7 @@ def test_functions_named_in_the_pages_exist(root: Path, pages: dict[Path, str]) 
 
 
 def test_commands_of_the_pages_exist(root: Path, pages: dict[Path, str]) -> None:
-    """Each `dreamfleet` command in a page is one, with every option of it that a code block uses."""
+    """Test that the `dreamfleet` commands and options and the make targets in the pages exist."""
     import typer.main
 
     from dreamfleet.cluster.cli.program import app

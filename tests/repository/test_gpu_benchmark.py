@@ -1,4 +1,4 @@
-"""The cases of the GPU benchmark train on narrow models on a CPU, and their estimates fit the GPUs that they name."""
+"""Tests that the GPU benchmark's cases train with narrow models on a CPU, and that the estimates fit the GPUs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def gpu(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The benchmark's module, imported as it is when run as a script."""
+    """Return the benchmark's module, imported as when it runs as a script."""
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     import gpu
 
@@ -33,7 +33,7 @@ def test_a_case_trains(case: str, losses: int, gpu: ModuleType) -> None:
     measured = gpu.run_case(case, small=True)
     assert measured["loss"] == pytest.approx(
         losses, rel=0.3
-    )  # an untrained model predicts unit noise with a loss of 1
+    )  # the loss of an untrained model that predicts unit noise is about 1
     assert measured["seconds_a_step"] > 0
 
 

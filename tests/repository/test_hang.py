@@ -1,4 +1,4 @@
-"""A test that hangs fails within its timeout with the stacks of all threads, even if it holds the GIL."""
+"""Tests that a hanging test fails within its timeout with the stacks of all threads, even if it holds the GIL."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_after(): pass
 
 
 def run_pytest(folder: Path, root: Path, hang: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    """Run a file whose second test hangs with this project's settings; return the process and its seconds."""
+    """Run a file whose second test hangs, with this project's settings; return the process and its seconds."""
     conftest = (root / "tests/conftest.py").read_text()
     (folder / "conftest.py").write_text(conftest.replace("GRACE = 15", "GRACE = 1"))
     (folder / "test_it.py").write_text(SOURCE.format(hang=hang))

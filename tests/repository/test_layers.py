@@ -1,11 +1,11 @@
-"""The import rules of docs/architecture.md, and the limits on the length of files and functions."""
+"""Tests the import rules of docs/architecture.md, and the limits on the length of files and functions."""
 
 import ast
 import runpy
 from pathlib import Path
 from typing import Any
 
-# Low to high: a package imports itself and the packages above its line, and of the heavy libraries those named here.
+# Low to high: a package may import itself, the packages listed before it, and the heavy libraries in its value.
 # A file directly in trainers/ counts as a package.
 LAYERS = {
     "datasets": "",
@@ -43,14 +43,14 @@ LAYERS = {
 }
 HEAVY = {"torch", "ray", "deepspeed", "diffusers", "transformers"}
 WITH_INIT = {"cluster/cli/__init__.py"}  # `dreamfleet.cluster.cli:main` is the program's entry point
-LONG_FILES = {  # over 300 lines: file -> why
+LONG_FILES = {  # over 300 lines: file -> reason
     "cluster/cli/artifacts.py": "the commands sample, score, export and convert, mostly their options",
     "trainers/engines/zero_engine.py": "the engine's whole use of DeepSpeed, in one class",
     "trainers/models/family.py": "the whole model family interface with its defaults, to be read in one place",
     "trainers/models/sampling/prompt_syntax.py": "the webui's whole prompt syntax, comparable with its documentation",
     "trainers/models/stable_diffusion/model.py": "the implementation of that interface, in its order",
 }
-LONG_FUNCTIONS = {  # over 60 lines: file::function -> why
+LONG_FUNCTIONS = {  # over 60 lines: file::function -> reason
     "cluster/cli/artifacts.py::sample": "its signature declares the options and their help",
     "cluster/cli/caption.py::caption": "its signature declares the options and their help",
     "cluster/cli/prepare.py::prepare": "its signature declares the options and their help",
@@ -58,7 +58,8 @@ LONG_FUNCTIONS = {  # over 60 lines: file::function -> why
     "trainers/evaluation/score.py::score_run": "a third is its signature and docstring; the rest is one pass in order",
     "trainers/run/build.py::assemble": "builds the parts of a run in the only possible order",
 }
-# torch.distributed.destroy_process_group: elsewhere a group could end before its users.
+# Files that may call torch.distributed.destroy_process_group: others could destroy a group that is still in
+# use.
 END_GROUPS = {
     "trainers/distributed/process_group.py",
     "trainers/engines/zero_setup.py",
@@ -87,7 +88,8 @@ def test_imports_point_down_without_cycles(root: Path) -> None:
         wrong += [f"{file} imports {name}" for name in (libraries & HEAVY) - allowed]
         wrong += [f"{file}: write dreamfleet.{name}" for name in libraries & set(structure["FOLDERS"])]
         wrong += [f"{file}: import by absolute name" for name in names if name.startswith(".")]
-        # With one, a Ray task started in the repository would import our `datasets` for Hugging Face's.
+        # With an __init__.py, a Ray task started in the repository would import our `datasets`, not Hugging
+        # Face's.
         wrong += [
             f"{file}: no __init__.py" for _ in (1,) if file.endswith("__init__.py") and file not in WITH_INIT
         ]

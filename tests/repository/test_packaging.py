@@ -1,4 +1,4 @@
-"""The package: the wheel is complete, names do not clash, and light modules import nothing heavy."""
+"""Tests the package: the wheel is complete, names do not collide, and light modules import no heavy libraries."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ def modules_of(root: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of the sources without earlier build folders."""
+    """Build the wheel from a copy of the sources without earlier build folders; return its path."""
     import shutil
 
     source = tmp_path_factory.mktemp("source")
@@ -68,14 +68,14 @@ def test_wheel_contains_the_templates_of_the_reports(root: Path, wheel: Path) ->
 
 @pytest.fixture(scope="module")
 def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which pip installed the wheel."""
+    """Install the wheel with pip into a folder; return the folder."""
     target = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
     subprocess.run([*pip, f"--target={target}", str(wheel)], check=True, capture_output=True, timeout=300)
     return target
 
 
-# Takes the editable install of this environment off the path.
+# Removes the editable installation of this environment from the path.
 ONLY_INSTALLED = """
     import importlib, sys
     from pathlib import Path
@@ -99,7 +99,7 @@ def test_every_module_imports_from_the_installed_wheel(root: Path, site: Path, t
 
 @pytest.mark.slow
 def test_jobs_contain_the_same_files_as_the_wheel(wheel: Path, site: Path, tmp_path: Path) -> None:
-    """Both when sent from an installation and from this checkout, which may hold other files beside the code."""
+    """Test jobs submitted from an installation and from this checkout, which may contain other files as well."""
     from dreamfleet.cluster.jobs.package import write_wheel
 
     def code_of(path: str | Path) -> dict[str, bytes]:
@@ -117,7 +117,7 @@ def test_jobs_contain_the_same_files_as_the_wheel(wheel: Path, site: Path, tmp_p
 
 
 def test_hugging_face_datasets_is_importable_from_the_root(root: Path) -> None:
-    """Our folder `datasets/` in the current directory must not hide the library of that name."""
+    """Test that our folder `datasets/` in the current directory does not hide the library of that name."""
     code = """
         import datasets, dreamfleet.datasets.errors
         assert hasattr(datasets, "load_dataset"), datasets
@@ -144,7 +144,7 @@ def test_hugging_face_datasets_is_importable_in_a_ray_task(root: Path) -> None:
 
 @pytest.mark.slow
 def test_the_loop_needs_neither_ray_nor_deepspeed(root: Path, tmp_path: Path) -> None:
-    """A GPU machine without Ray can import all of trainers/ except the files that start Ray or its workers."""
+    """Test that without Ray and DeepSpeed all of trainers/ is importable except the files that need them."""
     apart = (
         "dreamfleet.cluster",
         "dreamfleet.tune",
@@ -171,7 +171,7 @@ def test_the_loop_needs_neither_ray_nor_deepspeed(root: Path, tmp_path: Path) ->
 
 
 def test_the_command_line_imports_nothing_heavy(root: Path, tmp_path: Path) -> None:
-    """`dreamfleet --help` takes less than a second."""
+    """Test the imports of `dreamfleet --help`, which takes less than a second."""
     code = """
         import sys
         import dreamfleet.cluster.cli
@@ -197,7 +197,7 @@ def test_constraints_pin_every_dependency(root: Path) -> None:
 
 
 def test_pyproject_lists_every_package(root: Path) -> None:
-    """A package that is not listed is missing from the wheel only."""
+    """Test that pyproject.toml lists every package, because an unlisted package is missing only from the wheel."""
     import tomllib
 
     listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]

@@ -1,4 +1,4 @@
-"""The contract of an artifact kind, checked on one file or folder of it."""
+"""Checks the contract of an artifact kind on one file or folder."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dreamfleet.trainers.artifacts.usage import describe
 
 
 def check_kind(kind: ArtifactKind, source: Path, target: Path, *, method: str) -> None:
-    """Check that ``source`` is detected, converts to ``target`` and back without loss, and that its use is described.
+    """Check that ``source`` is detected, converts to ``target`` and back without loss, and has a usage text.
 
-    ``method``: the name of one that exports the kind.
+    ``method``: the name of a method that exports the kind.
     """
     assert ARTIFACTS.get(kind.name) is type(kind)
     assert kind.formats and (kind.suffixes or kind.marker)

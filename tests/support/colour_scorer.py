@@ -1,4 +1,4 @@
-"""A scorer with known features in place of CLIP and DINO, and images of one colour."""
+"""A scorer with known features that replaces CLIP and DINO, and images of one colour."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HALF = 2**-0.5  # cosine of yellow with red and with green
 
 
 class ColourScorer:
-    """A scorer whose features are the mean colour of an image and the colours that a text names."""
+    """Scorer whose features are the mean colour of an image and the colours named in a text."""
 
     name = "by colour"
 

@@ -1,4 +1,4 @@
-"""Generates images from prompts, seeds and options that all of them share."""
+"""Generates images from prompts, seeds and shared options."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def generate(
     encode: Any = None,
     **options: Any,
 ) -> list[Image.Image]:
-    """Generate one image for each prompt and its seed; a negative prompt is one for all, or one each."""
+    """Generate one image per prompt and seed; ``negative_prompt`` is one text for all images, or one per image."""
     negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
     requests = [
         ImageRequest(prompt, negative, seed, **options)

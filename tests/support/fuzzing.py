@@ -1,4 +1,4 @@
-"""Property tests of file readers with broken files: no crash, no hang, no memory beyond a limit."""
+"""Property tests of file readers with invalid files: no crash, no hang, no memory beyond a limit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dreamfleet.datasets.errors import UserError
 
 LARGEST = 2**29  # bytes by which the process may grow
-SLOWEST = 20_000  # milliseconds a file may take, on a machine that does much else
+SLOWEST = 20_000  # milliseconds that reading a file may take on a busy machine
 
 DTYPES = st.sampled_from(
     [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.complex64]
@@ -53,20 +53,20 @@ def changed(
 
 
 def torch_files(objects: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
-    """Draw the file that torch writes of these objects, as a zip or in the older format."""
+    """Draw the bytes of a file to which torch saved one of these objects, as a zip or in the older format."""
 
     return st.builds(saved, objects, st.booleans())
 
 
 def saved(value: Any, zipped: bool = True) -> bytes:
-    """Return the bytes that torch writes of an object."""
+    """Return the bytes of a file to which torch saved an object."""
     stream = io.BytesIO()
     torch.save(value, stream, _use_new_zipfile_serialization=zipped)
     return stream.getvalue()
 
 
 def damaged(whole: bytes, head: int = 1500) -> st.SearchStrategy[bytes]:
-    """Draw a file with a few changed bytes, most of them in its first `head` bytes; some files are cut or doubled."""
+    """Draw a file with changed bytes, most of them in its first `head` bytes; some files are truncated or doubled."""
     return damage(whole, head).map(lambda done: apply_damage(whole, done))
 
 
@@ -81,7 +81,7 @@ def damage(whole: bytes, head: int = 1500) -> st.SearchStrategy[Damage]:
 
 
 def apply_damage(whole: bytes, done: Damage) -> bytes:
-    """Change a file's bytes, then cut it short or double it."""
+    """Return a file's content with changed bytes, truncated or doubled."""
     changes, end, how = done
     content = bytearray(whole)
     for place, patch in changes:
@@ -104,10 +104,10 @@ def assert_survives(
     examples: int = 60,
     some_are_read: bool = True,
 ) -> None:
-    """Read every drawn content as the file `path`: it must load, or raise one of our errors that names the file.
+    """Check that each drawn content of the file `path` loads or raises one of our errors that names the file.
 
-    `make` converts the drawn value into the file's bytes, so that a large file need not be drawn. Some files must be
-    refused and, if valid files are among them, some must load; otherwise nothing was tested.
+    `make` converts the drawn value into the file's bytes, so that large files need not be drawn. At least one
+    file must be refused and, with `some_are_read`, at least one must load; otherwise the test would be void.
     """
     before, outcomes = peak_memory(), []
 

@@ -1,4 +1,4 @@
-"""Short seeded loss curves of every method, recorded in tests/golden/; ``--write`` records them again."""
+"""Short seeded loss curves of every method, recorded in tests/golden/; ``--write`` updates the recorded curves."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from dreamfleet.trainers.run.build import assemble
 FOLDER = Path(__file__).parents[1] / "golden"
 PROCESSOR = FOLDER / "processor_kind.json"
 STEPS = 12
-DIGITS = 6  # of a loss after the decimal point, in the recorded curves
-#: Other threads and vector widths order sums differently; a changed formula moves a curve far more.
+DIGITS = 6  # decimal places of the recorded losses
+#: Relative tolerance for other processors, whose sums have another order; a changed formula changes far more.
 OTHER_PROCESSOR = 2e-3
 RUNS: dict[str, dict[str, Any]] = {
     "aesthetic_gradients": {"method": {"name": "aesthetic_gradients"}},
@@ -116,7 +116,7 @@ def read_curve(name: str) -> list[float]:
 
 
 def processor_kind() -> dict[str, str | int]:
-    """Return what decides the order of torch's sums: processor, instructions, torch's version, threads."""
+    """Return what determines the order of torch's sums: processor, instruction set, version of torch, threads."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().split("\n\n")[0].splitlines() if info.exists() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -130,7 +130,7 @@ def processor_kind() -> dict[str, str | int]:
 
 
 def find_difference(curve: Sequence[float], recorded: Sequence[float], *, same_processor: bool) -> str | None:
-    """Return where a curve differs from the recorded one; None where it does not.
+    """Return where a curve differs from the recorded one; None if it does not.
 
     On the recording processor every recorded digit must be equal; elsewhere losses may differ by OTHER_PROCESSOR.
     """
@@ -145,7 +145,7 @@ def find_difference(curve: Sequence[float], recorded: Sequence[float], *, same_p
 
 
 def main() -> None:
-    """Record the curves, or print how far they differ from the recorded ones."""
+    """Record the curves, or print their differences from the recorded curves."""
     for name in RUNS:
         with tempfile.TemporaryDirectory() as folder:
             curve = compute_curve(name, Path(folder))

@@ -1,8 +1,7 @@
-"""Runs of two ranks that end in every way, and the state of their process groups afterwards; run by
-test_process_group.py.
+"""Runs of two ranks that end in different ways, and their process groups afterwards; for test_process_group.py.
 
-The ranks are forked after the imports, which take longer than the runs. The creator of the group destroys it while it
-still holds the error of the run, as Ray Train does, and while the engine is still referenced.
+The ranks are forked after the imports, which take longer than the runs. The creator of the group destroys it
+while the error of the run, as in Ray Train, and the engine are still referenced.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ WORLD = 2
 
 
 def fail(*_: Any, **__: Any) -> Any:
-    """Raise an error in place of the code that fails."""
+    """Raise RuntimeError, as the replaced code would when it fails."""
     raise RuntimeError("planted")
 
 
 def interrupt(*_: Any, **__: Any) -> Any:
-    """Raise KeyboardInterrupt, as Ctrl-C pressed twice does."""
+    """Raise KeyboardInterrupt, as on a second Ctrl-C."""
     raise KeyboardInterrupt
 
 
-#: How a run ends -> what is put in place of which attribute to make it end like that.
+#: Name of an end -> (object, attribute, replacement) that makes a run end like that.
 ENDS: dict[str, tuple[Any, str, Callable[..., Any]] | None] = {
     "completed": None,
     "fails in the forward pass": (DreamBooth, "forward", fail),
@@ -54,7 +53,7 @@ ENDS: dict[str, tuple[Any, str, Callable[..., Any]] | None] = {
 
 @contextmanager
 def counted_reducers() -> Iterator[list[weakref.ref[Any]]]:
-    """Return weak references to all reducers and loggers that DDP makes within this context."""
+    """Yield a list of weak references to all reducers and loggers that DDP creates within this context."""
     made: list[weakref.ref[Any]] = []
 
     def counting(kind: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,7 +72,10 @@ def counted_reducers() -> Iterator[list[weakref.ref[Any]]]:
 
 
 def end(how: str, folder: Path, rank: int) -> dict[str, Any]:
-    """Run to the given end, and destroy the group; return which objects still existed then."""
+    """Run to the given end; return the error, and the numbers of DDP objects created and still referenced.
+
+    Destroys the group if none is still referenced.
+    """
     store = f"file://{folder}/store-{list(ENDS).index(how)}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
     recipe = build_recipe(tiny.make_recipe(folder, output_dir=str(folder / how), train__train_batch_size=1))
@@ -91,16 +93,16 @@ def end(how: str, folder: Path, rank: int) -> dict[str, Any]:
     ):
         try:
             run_worker(recipe, rank=rank, world=WORLD)
-        except BaseException as raised:  # noqa: BLE001 - kept, as Ray Train keeps it
+        except BaseException as raised:  # noqa: BLE001 - kept referenced, as in Ray Train
             error = raised
     left = sum(reference() is not None for reference in made)
-    if not left:  # else this process would hang here, or at its end
+    if not left:  # otherwise this process would hang here or at its exit
         dist.destroy_process_group()
     return {"error": type(error).__name__, "made": len(made), "left": left}
 
 
 def main(rank: int, folder: Path) -> None:
-    """Run every kind of end, and write the results."""
+    """Run every kind of end, and write the results of this rank."""
     torch.set_num_threads(1)
     seen: dict[str, Any] = {}
     for how in ENDS:

@@ -1,4 +1,4 @@
-"""Measures a run for the memory estimate, and a real step of it."""
+"""Counts the tensors of a run for the memory estimate, and traces a real step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def trace_real_step(parts: Parts) -> Pass:
     raw = parts.feed.batch(0)
 
     def compute_loss(autocast: Autocast) -> Tensor:
-        # the plan's batch is made inside the pass too
+        # The memory plan also creates its batch inside the pass.
         batch = {k: v.clone() if isinstance(v, Tensor) else v for k, v in parts.prepare(raw).items()}
         with autocast():
             return method(batch).total

@@ -1,4 +1,4 @@
-"""What the contract tests train each method with: section, rates, images and batches."""
+"""The `method:` section, learning rate, images and batches of each method in the contract tests."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 
 
 RATES = {
-    "aesthetic_gradients": 1.0,  # not used: its steps add up
+    "aesthetic_gradients": 1.0,  # not used: the method accumulates features
     "discriminator": 1e-3,
     "dreambooth": 1e-3,
     "hypernetwork": 1e-2,
@@ -53,13 +53,14 @@ RATES = {
 }
 
 
-# Images to learn from, where one alone teaches nothing.
+# Images for methods that cannot be trained on a single image.
 IMAGES = {"discriminator": "labelled"}
 
 
 State = dict[str, torch.Tensor]
 
-# The tensors of an exported file, named as its artifact kind reads them back, where the method's state has other names.
+# Method -> tensors that an exported file must contain, if the artifact kind's names differ from the method's
+# state.
 EXPORTED: dict[str, Callable[[State, Path], State]] = {
     "aesthetic_gradients": lambda state, path: (
         {"vector": state["features"] / state["count"]} if path.suffix == ".pt" else {}
@@ -71,7 +72,7 @@ EXPORTED: dict[str, Callable[[State, Path], State]] = {
 
 
 def fixed_batches(parts: Parts) -> Iterator[dict[str, Any]]:
-    # The same draw again and again: the loss of one image with one noise must fall.
+    # Always the same batch: the loss of one image with the same noise must decrease.
     while True:
         yield parts.feed.batch(0)
 

@@ -1,4 +1,4 @@
-"""The contract of a training method, checked on a small recipe of it; for methods from other packages too."""
+"""Checks the contract of a training method on a small recipe; also for methods from other packages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def check_method(
 ) -> None:
     """Check a method on a recipe with one image per batch: training, checkpoints, exports into ``folder``.
 
-    ``exported(state, path)`` returns the tensors that a file must hold, by the names of its artifact kind.
+    ``exported(state, path)`` returns the tensors that a file must contain, named as its artifact kind names
+    them.
     """
     check_training(build(recipe))
     check_state(build(recipe), build(recipe))
@@ -35,12 +36,12 @@ def check_method(
 
 
 def build(recipe: Recipe) -> Parts:
-    """Build a run of the recipe in this process."""
+    """Build a run of a recipe in this process."""
     return assemble(recipe, DistributedContext())
 
 
 def check_training(parts: Parts) -> None:
-    """Check that 20 steps on one batch lower the loss, change every trainable parameter and nothing else."""
+    """Check that 20 steps on one batch reduce the loss and change all trainable parameters and nothing else."""
     method, engine = parts.method, parts.engine
     model_before, before = read_model(parts), copy_state(parts)
     losses = []
@@ -65,7 +66,7 @@ def check_training(parts: Parts) -> None:
 
 
 def check_state(parts: Parts, other: Parts) -> None:
-    """Check that a state loaded into another instance gives the same loss, and that a wrong one is refused."""
+    """Check that a state loaded into another instance gives the same loss, and that a wrong state is refused."""
     change_parameters(parts, torch.randn_like)
     other.method.load_state(copy_state(parts))
     losses = [each.method(each.prepare(each.feed.batch(0))).total for each in (parts, other)]
@@ -77,7 +78,7 @@ def check_state(parts: Parts, other: Parts) -> None:
 def check_exports(
     parts: Parts, folder: Path, *, exported: Callable[[dict[str, torch.Tensor], Path], State]
 ) -> None:
-    """Check that every format is written, and read back exactly by an artifact kind that the section names."""
+    """Check that every export format is written, and read back exactly by one of the method's artifact kinds."""
     change_parameters(parts, lambda param: torch.full_like(param, 0.01))
     expected = copy_state(parts)
     paths = parts.method.export(
@@ -95,7 +96,7 @@ def check_exports(
 
 
 def check_unknown_format(parts: Parts, folder: Path) -> None:
-    """Check that a format which the method does not have is refused by name."""
+    """Check that an unknown export format is refused with an error that names it."""
     with pytest.raises(RecipeError, match="'gguf'"):
         parts.method.export(Export(folder, "x", formats=["gguf"]))
 

@@ -1,4 +1,4 @@
-"""Secrets that tests set in the environment, and a search for them in everything that Ray leaves behind."""
+"""Secrets that tests set in the environment, and a search for them in Ray's files and processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import uuid
 from pathlib import Path
 
-PLANTED = f"planted-{uuid.uuid4().hex[:12]}"  # of this process: tests of another one plant as well
+PLANTED = f"planted-{uuid.uuid4().hex[:12]}"  # unique for this process: other test processes use secrets too
 SECRETS = {
     "AWS_ACCESS_KEY_ID": PLANTED,
     "AWS_SECRET_ACCESS_KEY": PLANTED,
@@ -21,9 +21,7 @@ SECRETS = {
 
 
 def find_planted(*folders: Path) -> list[str]:
-    """Return the files below folders, and the processes by command line and environment, that contain a planted
-    secret.
-    """
+    """Return the files in folders, and the command lines and environments of processes, that contain a secret."""
     needle, found = PLANTED.encode(), []
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
     for process in Path("/proc").glob("[0-9]*"):
@@ -33,13 +31,13 @@ def find_planted(*folders: Path) -> list[str]:
         try:
             if needle in file.read_bytes():
                 found.append(_told(file))
-        except OSError:  # a process that has ended, or is another user's
+        except OSError:  # a process that has ended or belongs to another user
             continue
     return found
 
 
 def _is_own_child(process: Path) -> bool:
-    """Return whether this process started it, and not Ray: ``git``, for example, inherits the environment."""
+    """Return whether this process, not Ray, started a process such as ``git``, which inherits the environment."""
     try:
         status, command = (process / "status").read_text(), (process / "cmdline").read_bytes()
     except OSError:
@@ -48,7 +46,7 @@ def _is_own_child(process: Path) -> bool:
 
 
 def _told(file: Path) -> str:
-    """Return a file's name, of a process with its command."""
+    """Return the path of a file, for a file of a process together with its command."""
     if file.parent.parent != Path("/proc"):
         return str(file)
     try:

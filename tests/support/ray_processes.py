@@ -10,7 +10,7 @@ from servers import S3Server, s3_server  # noqa: F401 - a fixture
 
 
 def worker_processes() -> list[int]:
-    """Return the training workers among the child processes; Ray writes a worker's role into its command line."""
+    """Return the IDs of the training workers, which Ray marks in the command line, among the child processes."""
     parents: dict[int, int] = {}
     names: dict[int, str] = {}
     for entry in Path("/proc").iterdir():

@@ -1,4 +1,4 @@
-"""Recipes of searches, trials with made-up results, and their folders."""
+"""Recipes of searches, trials with artificial results, and search folders for tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.tune.trial_store import Trial, TrialStore
 
-# Learning rates of trials that are trained; the loss of the last one soon is no longer finite.
+# Learning rates of trials that are trained; with the last one the loss soon becomes infinite or NaN.
 GOOD, BAD, HOPELESS = 1e-3, 5.0, 1e38
 RATES = {"distribution": "loguniform", "lower": 1e-4, "upper": 1e-1}
 VECTORS = {"distribution": "choice", "values": [1, 2, 4]}
@@ -73,7 +73,7 @@ def make_recipe(folder: Path | str = "runs/x", **section: Any) -> Recipe:
 
 
 def loss_at(point: dict[str, Any]) -> float:
-    """Return an artificial objective whose minimum is at learning rate 2e-3 and two vectors."""
+    """Return an artificial loss of a point, with the minimum at learning rate 2e-3 and two vectors."""
     return abs(point["optimizer.learning_rate"] / 2e-3 - 1) + abs(point["method.num_vectors"] - 2)
 
 

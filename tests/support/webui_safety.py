@@ -1,4 +1,4 @@
-"""Checks a pickle as AUTOMATIC1111's webui does before it loads one."""
+"""Checks a torch file as AUTOMATIC1111's webui does before it unpickles one (`modules/safe.py`)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GLOBALS = {
 
 
 def objections(path: Path, names: str) -> list[str]:
-    """Return what a webui with this list of zip names would refuse (reference, section 0)."""
+    """Return the zip entries and globals that a webui with this pattern of zip names would refuse."""
     with zipfile.ZipFile(path) as archive:
         found = [name for name in archive.namelist() if not re.fullmatch(rf"[^/]+/({names})", name)]
         pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]

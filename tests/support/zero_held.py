@@ -1,7 +1,7 @@
-"""Measures the memory a process holds under every ZeRO setting, and the estimate; run by test_plan_memory.py.
+"""Measures the memory that a process holds under every ZeRO setting, for test_plan_memory.py.
 
-It needs a separate process, because DeepSpeed leaves traces in the process that imports it. Prints one JSON object:
-setting and precision -> [bytes held, bytes estimated].
+It is a separate process, because importing DeepSpeed changes global state. Prints a JSON object: setting and
+precision -> [bytes held, bytes estimated].
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from dreamfleet.trainers.run.build import assemble
 
 
 def held_bytes() -> int:
-    """Return the bytes of all tensors of the process, found by the garbage collector, whatever DeepSpeed calls them."""
+    """Return the bytes of all tensors that the garbage collector finds in this process, whoever owns them."""
     gc.collect()
-    # By their true type: asking a lazy module for its class would import it.
+    # Use type(), because `isinstance` would import lazy modules.
     tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
@@ -43,7 +43,7 @@ POCKET = {
 
 
 def compare(folder: Path, choice: EngineChoice, mixed_precision: str, **changes: Any) -> tuple[int, int]:
-    """Take a step under a setting; return the bytes held between steps, and the estimate."""
+    """Take a step under a setting; return the bytes held between steps, and the estimated bytes."""
     engine = {key.removeprefix("engine."): value for key, value in choice.settings.items()}
     if choice.nvme:
         engine["nvme_path"] = str(folder / "nvme")
@@ -63,7 +63,7 @@ def compare(folder: Path, choice: EngineChoice, mixed_precision: str, **changes:
     if choice.zero_stage == 3:
         lasting += ["gradients", "buffers"]
     on_host = sum(size for line, size in made.host.items() if line != "process")
-    # Frozen and outside of all sharding, in float32 on a CPU.
+    # Frozen components that are never sharded, in float32 on a CPU.
     outside = [parts.model.vae, *([] if parts.method.trains_text else [parts.model.text_encoder])]
     whole = sum(4 * tensor.numel() for part in outside for tensor in part.parameters())
     return held, sum(made.gpu[line] for line in lasting) + on_host + whole

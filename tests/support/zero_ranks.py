@@ -1,4 +1,4 @@
-"""One rank of a group that trains the same few steps under every engine; run by test_zero.py, once for all its tests.
+"""One rank of a group that trains the same few steps under every engine, once for all tests of test_zero.py.
 
 Starting a rank takes longer than its training, so all engines run one after the other in the same processes. Rank 0
 writes their results to ``results.pt``.
@@ -30,7 +30,7 @@ DREAMBOOTH = {"name": "dreambooth", "train_text_encoder": True}
 TEXTUAL_INVERSION = {
     "name": "textual_inversion", "placeholder_token": "<x>", "initializer_token": "cat", "num_vectors": 3,
 }  # fmt: skip
-#: Stage 3 last: DeepSpeed then replaces torch's linear function for the rest of the process, and bits may differ.
+#: Stage 3 is last: DeepSpeed then replaces torch's linear function permanently, and the last bits may differ.
 ENGINES: dict[str, dict[str, Any]] = {
     "torch": {},
     "zero 0": {"zero_stage": 0},
@@ -40,11 +40,11 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero 2 offload": {"zero_stage": 2, "offload_optimizer_device": "cpu"},
     "zero 3": {"zero_stage": 3},
     "zero 3 offload": {"zero_stage": 3, "offload_optimizer_device": "cpu", "offload_param_device": "cpu"},
-    # Nothing is small enough to be whole on every rank.
+    # With this threshold every parameter is sharded.
     "zero 3 apart": {"zero_stage": 3, "stage3_param_persistence_threshold": 0},
     "zero 3 lent": {"zero_stage": 3, "stage3_param_persistence_threshold": 0, "offload_param_device": "cpu"},
 }
-#: On disk, in several files a rank: the keys of the folder and of a DeepSpeed JSON are filled in by `make_parts`.
+#: On disk, in several files per rank; `make_parts` adds the folder and the DeepSpeed JSON file.
 SWAPPED: dict[str, dict[str, Any]] = {
     "zero 3 states on nvme": {"zero_stage": 3, "offload_optimizer_device": "nvme"},
     "zero 3 all on nvme": {
@@ -65,7 +65,7 @@ RUNS: list[tuple[str, str]] = [
     *[("bf16 pocket", name) for name in ("torch", "zero 3 all on nvme")],
     *[("bf16 pocket word", name) for name in ("torch", "zero 3 all on nvme")],
 ]
-#: The tiny model is too small to leave memory.
+#: The tiny model is too small to be moved out of memory.
 POCKET = {"model__pretrained_model_name_or_path": "pocket", "data__resolution": 64}
 CHANGES: dict[str, dict[str, Any]] = {
     "dreambooth": {"method": DREAMBOOTH},
@@ -106,7 +106,7 @@ RESUMED = [
 def make_parts(
     folder: Path, engine: dict[str, Any], distributed: DistributedContext, **changes: Any
 ) -> Parts:
-    """Build a run of this group on the tiny model: accumulation, clipping, a learning rate for each part, EMA."""
+    """Build a run of this group on the tiny model, with accumulation, clipping, two learning rates and EMA."""
     averages = {} if "pocket" in str(changes) else {"use_ema": True, "ema_decay": 0.9}
     if "nvme" in engine.values():
         (folder / "groups.json").write_text('{"zero_optimization": {"sub_group_size": 600000}}')
@@ -135,7 +135,7 @@ def take_steps(parts: Parts, start: int, end: int) -> dict[str, list[float]]:
     def backward(step: int, micro: int, last: bool) -> torch.Tensor:
         return engine.backward(parts.prepare(parts.feed.batch(step, micro)), last=last).total
 
-    # Other images than the first step's, as the end of a step and as a part of one: none of it may remain.
+    # Gradients of other images, once as the end of a step and once within a step; none of them may remain.
     backward(50, 0, last=True)
     engine.drop_gradients()
     backward(51, 0, last=False)
@@ -151,7 +151,7 @@ def take_steps(parts: Parts, start: int, end: int) -> dict[str, list[float]]:
 
 
 def probe(parts: Parts, distributed: DistributedContext) -> dict[str, Any]:
-    """Use the averaged weights as previews and exports do, with forward passes."""
+    """Use the averaged weights in forward passes, as previews and exports do; return the results."""
 
     def look() -> dict[str, Any]:
         with torch.no_grad(), parts.engine.autocast():
@@ -171,21 +171,21 @@ def probe(parts: Parts, distributed: DistributedContext) -> dict[str, Any]:
 
 
 def kept_share(parts: Parts) -> float:
-    """Return the share of the U-Net's weights that this rank keeps between two uses."""
+    """Return the share of the U-Net's weights that this rank holds between two forward passes."""
     params = list(parts.model.unet.parameters())
     kept = sum(getattr(param, "ds_tensor", param).numel() for param in params)
     return kept / sum(getattr(param, "ds_numel", param.numel()) for param in params)
 
 
 def snapshot(parts: Parts) -> dict[str, Any]:
-    """Return a copy of what a checkpoint would hold."""
+    """Return a copy of the state that a checkpoint would contain."""
     return copy.deepcopy({"learned": parts.engine.weights(), "state": parts.engine.state()})
 
 
 def train(
     folder: Path, engine: dict[str, Any], distributed: DistributedContext, **changes: Any
 ) -> dict[str, Any]:
-    """Train from the start, with a checkpoint and previews in between."""
+    """Train from the start with a checkpoint and previews in between; return losses, norms and states."""
     parts = make_parts(folder, engine, distributed, **changes)
     probe(parts, distributed)  # a run samples and evaluates before its first step
     first = take_steps(parts, 0, HALF)
@@ -203,7 +203,7 @@ def resume(
     saved: dict[str, Any],
     **changes: Any,
 ) -> dict[str, Any]:
-    """Resume from a checkpoint that rank 0 has."""
+    """Resume from a checkpoint of rank 0; return losses, norms, the final state and the number of swap files."""
     parts = make_parts(folder, engine, distributed, **(changes or {"method": DREAMBOOTH}))
     found = [copy.deepcopy(saved)]
     dist.broadcast_object_list(found)  # every rank of a run reads it
@@ -219,7 +219,7 @@ def resume(
 
 
 def round_trip(stage: int) -> dict[str, Any]:
-    """Shard parameters of odd sizes, which need padding on two ranks, and gather them again."""
+    """Shard parameters of odd sizes, which need padding on two ranks, and gather them; return the results."""
     layer = nn.Linear(5, 3)
     config = EngineConfig(zero_stage=stage)
     settings = zero_config(config, mixed_precision="no", max_grad_norm=0.0, num_micros=1, num_params=18)
@@ -241,7 +241,7 @@ def round_trip(stage: int) -> dict[str, Any]:
 def grow(
     folder: Path, distributed: DistributedContext, results: dict[tuple[str, ...], dict[str, Any]]
 ) -> None:
-    """Resume with two workers where one stopped, and with one where two did; the global batch is unchanged."""
+    """Resume a run of one worker with two workers, and a run of two with one, at the same global batch."""
     alone = DistributedContext()
     one = train(folder, {}, alone, method=DREAMBOOTH) if distributed.is_main else {"saved": {}}
     for name in ("torch", "zero 2"):
@@ -258,7 +258,7 @@ def grow(
 
 
 def main(folder: Path, rank: int, world: int) -> None:
-    """Train with every engine, and resume from each other's checkpoints."""
+    """Train with every engine, and resume each from checkpoints of the others; rank 0 writes the results."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     torch.set_num_threads(1)
     distributed = DistributedContext(rank, world)

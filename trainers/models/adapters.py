@@ -1,4 +1,4 @@
-"""LoRA adapters in the layers of one module, by peft: inserted, listed, filled, folded into the weights, removed.
+"""Inserts LoRA adapters into the layers of a module with peft, fills them, merges them into weights, removes them.
 
 Source: Hu et al. 2021 (arXiv 2106.09685).
 """
@@ -15,19 +15,19 @@ from dreamfleet.trainers.models.formats.lora import Matrices
 
 
 class Strength(NamedTuple):
-    """Strength of a LoRA in the text encoders, and in the denoiser."""
+    """The strengths at which a LoRA is applied to the text encoders and to the denoiser."""
 
     text: float = 1.0
     denoiser: float = 1.0
 
     def __str__(self) -> str:
-        """Return the strength as a prompt's tag has it."""
+        """Return the strength in the syntax of a prompt's tag, ``0.8`` or ``TEXT:DENOISER``."""
         same = self.text == self.denoiser
         return f"{self.denoiser:g}" if same else f"{self.text:g}:{self.denoiser:g}"
 
 
 def has_adapters(part: nn.Module) -> bool:
-    """Return whether peft wrapped any of a part's layers."""
+    """Return whether any layer of a part has an adapter."""
     return hasattr(part, "peft_config")
 
 
@@ -44,18 +44,23 @@ def adapted(part: nn.Module) -> Iterator[tuple[str, Any]]:
 def insert_adapters(
     part: Any, layers: Mapping[str, tuple[int, float]], *, adapter: str, dropout: float = 0.0
 ) -> None:
-    """Wrap the named layers; ``layers``: rank and alpha of each. ``lora_A`` starts normal with deviation 1 / rank."""
+    """Add an adapter to the named layers; ``layers``: name -> (rank, alpha).
+
+    ``lora_A`` is initialised from a normal distribution with standard deviation 1 / rank, ``lora_B`` with zeros.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     if not layers:
         return
     if has_adapters(part):
-        del part.peft_config  # peft warns about a second adapter, and finds the wrapped layers without it
+        del (
+            part.peft_config
+        )  # otherwise peft warns about a second adapter; it finds the wrapped layers without this
     rank, alpha = next(iter(layers.values()))
     inject_adapter_in_model(
         LoraConfig(
             r=rank,
-            lora_alpha=alpha,  # type: ignore[arg-type]  # a fraction works as well
+            lora_alpha=alpha,  # type: ignore[arg-type]  # peft accepts fractions too
             lora_dropout=dropout,
             target_modules=list(layers),
             rank_pattern={f"^{name}": r for name, (r, _) in layers.items() if r != rank},
@@ -68,7 +73,7 @@ def insert_adapters(
 
 
 def remove_adapters(part: Any) -> None:
-    """Restore a part's own layers, their weights unchanged."""
+    """Remove all adapters from a part; the weights of its layers are unchanged."""
     for name, layer in list(adapted(part)):
         _replace(part, name, layer.get_base_layer())
     if has_adapters(part):
@@ -76,7 +81,7 @@ def remove_adapters(part: Any) -> None:
 
 
 def adapter_tree(part: nn.Module, adapter: str) -> nn.Module:
-    """Return a module that holds an adapter's submodules alone, dropout included, under the part's names."""
+    """Return a module tree with only an adapter's submodules, including dropout, under the names of the part."""
     root = nn.Module()
     for name, layer in adapted(part):
         node = root
@@ -90,16 +95,16 @@ def adapter_tree(part: nn.Module, adapter: str) -> nn.Module:
 
 
 def fill_adapter(layer: Any, adapter: str, matrices: Matrices) -> None:
-    """Copy matrices into a layer's adapter."""
+    """Copy the matrices of a LoRA file into a layer's adapter."""
     with torch.no_grad():
         layer.lora_A[adapter].weight.copy_(matrices.down)
         layer.lora_B[adapter].weight.copy_(matrices.up)
 
 
 def fit_matrices(matrices: Matrices, module: nn.Module) -> Matrices | None:
-    """Return the matrices in the shapes of a layer's adapter, None if they do not fit.
+    """Return the matrices reshaped for the adapter of a layer; None if they do not fit the layer.
 
-    Files store the matrices of 1 x 1 convolutions in two ways.
+    Files store the matrices of 1 x 1 convolutions either with or without the kernel dimensions.
     """
     down, up, alpha = matrices
     if not isinstance(module, nn.Linear | nn.Conv2d):
@@ -112,7 +117,10 @@ def fit_matrices(matrices: Matrices, module: nn.Module) -> Matrices | None:
 
 
 def fold_adapter(part: nn.Module, name: str, layer: Any) -> Callable[[], None]:
-    """Replace a wrapped layer by its own module with the adapters added to the weight; return the undo function."""
+    """Replace a layer with adapters by the original layer with the adapters merged into its weight.
+
+    Returns a function that undoes this.
+    """
     base = layer.get_base_layer()
     weight: Tensor = base.weight
     kept = weight.detach().clone()
@@ -130,7 +138,7 @@ def fold_adapter(part: nn.Module, name: str, layer: Any) -> Callable[[], None]:
 
 
 def cast_frozen(part: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the parameters of a part that do not train; its adapters stay in full precision."""
+    """Cast the frozen parameters of a part to ``dtype``; its trainable adapters keep full precision."""
     for param in part.parameters():
         if not param.requires_grad and param.is_floating_point():
             param.data = param.data.to(dtype)

@@ -1,7 +1,7 @@
 """The inputs of a denoiser besides the noised latents: the encoded prompt and, in some families, image sizes.
 
-Source of the sizes: Podell et al. 2023 (arXiv 2307.01952), section 2.2.
-B samples, T tokens, D width of a token, P width of the pooled encoding.
+Source of the image sizes: Podell et al. 2023 (arXiv 2307.01952), section 2.2.
+Shapes: B samples, T tokens, D width of a token, P width of the pooled encoding.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 class Condition(NamedTuple):
-    """``context`` ``[B, T, D]``, and where the family uses them ``pooled`` ``[B, P]`` and ``time_ids`` ``[B, 6]``.
+    """``context`` ``[B, T, D]`` and, in families that use them, ``pooled`` ``[B, P]`` and ``time_ids`` ``[B, 6]``.
 
     ``time_ids`` are in pixels: height and width of the image file, top and left of the crop, height and width of the
-    crop. They belong to the image, so they are added where the image is known, not where the prompt is encoded.
+    crop. They depend on the image instead of the prompt, so they are added after the prompt has been encoded.
     """
 
     context: Tensor
@@ -35,21 +35,21 @@ class Condition(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors together."""
+        """Total size of the tensors in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self if tensor is not None)
 
     def rows(self) -> list[Condition]:
-        """Split the batch into samples, each with a first dimension of 1."""
+        """Return a condition of batch size 1 for each sample."""
         each = [[None] * len(self.context) if tensor is None else tensor.split(1) for tensor in self]
         return [Condition(*row) for row in zip(*each, strict=True)]
 
     def entries(self) -> dict[str, Tensor]:
-        """Return the tensors by name, as a batch holds them."""
+        """Return the tensors that are set by name, as they are stored in a batch."""
         return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
 
     @staticmethod
     def in_batch(batch: Mapping[str, Any]) -> Condition:
-        """Return the condition whose entries are in a batch."""
+        """Return the condition stored in a batch; see :meth:`entries`."""
         return Condition(batch["context"], batch.get("pooled"), batch.get("time_ids"))
 
     @staticmethod

@@ -1,6 +1,6 @@
-"""Placeholder words that stand for n learned vectors, spliced into the token tables of the text encoders.
+"""Adds learned words (textual inversion embeddings of n vectors) to the token tables of a model's text encoders.
 
-The functions take a model of any family whose text encoders have a token table, as those of transformers do.
+Works with models of any family whose text encoders have a token table, such as those of transformers.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 
 class SplicedEmbedding(nn.Module):
-    """A token table with rows appended: ids from ``vocab_size`` on refer to the learned vectors.
+    """A token table with additional rows: ids from ``vocab_size`` on refer to the learned vectors.
 
-    The vectors are parameters of their own. Training them leaves every row of the table bit-equal, and an optimizer
-    holds states for kilobytes instead of the whole table.
+    The vectors are separate parameters, so training them leaves the table bit-equal, and the optimizer needs states
+    only for the vectors instead of the whole table.
     """
 
     def __init__(self, table: nn.Embedding):
         super().__init__()
         self.table = table
         self.words: dict[str, nn.Parameter] = {}
-        # Kept separately: an engine that shards parameters leaves the vectors empty between uses.
+        # Stored separately, because an engine that shards parameters leaves the vectors empty between uses.
         self.counts: dict[str, int] = {}
-        #: word -> the word that belongs in the negative prompt of an image whose prompt has it
+        #: word -> the word to add to the negative prompt if it occurs in the prompt
         self.negatives: dict[str, str] = {}
-        #: words that belong to an applied LoRA and are removed with it
+        #: words of applied LoRAs, which are removed together with the LoRAs
         self.lent: set[str] = set()
 
     @property
@@ -43,11 +43,11 @@ class SplicedEmbedding(nn.Module):
         return self.table.weight
 
     def splice(self, word: str, vectors: nn.Parameter) -> None:
-        """Append ``vectors`` ``[n, D]`` as the meaning of ``word``, in place of an earlier one of the same width."""
+        """Add a word with its ``vectors`` ``[n, D]``, or replace the vectors of an existing word."""
         self.words[word], self.counts[word] = vectors, len(vectors)
 
     def ids(self, word: str) -> range:
-        """Return the ids of the word's vectors."""
+        """Return the token ids of a word's vectors. Raises KeyError for an unknown word."""
         start = self.table.num_embeddings
         for known, count in self.counts.items():
             if known == word:
@@ -56,13 +56,13 @@ class SplicedEmbedding(nn.Module):
         raise KeyError(word)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Look up ``input_ids`` ``[B, T]`` -> ``[B, T, D]``."""
+        """Return the rows of the table and of the learned vectors for ids ``[B, T]``: ``[B, T, D]``."""
         vocab = self.table.num_embeddings
         if not self.words:
             return self.table(input_ids)
         is_learned = input_ids >= vocab
         base_BTD = self.table(input_ids.masked_fill(is_learned, 0))
-        # The vectors are in no module tree, so they stay behind if the encoder is moved after they were spliced in.
+        # The vectors are not registered in this module, so moving the encoder does not move them.
         rows = torch.cat([vectors.to(base_BTD.device) for vectors in self.words.values()])
         learned_BTD = rows[(input_ids - vocab).clamp(min=0)].to(base_BTD.dtype)
         return torch.where(is_learned[..., None], learned_BTD, base_BTD)
@@ -74,7 +74,7 @@ def spliced_table(text_encoder: Any) -> Any:
 
 
 def spliced_tables(model: DiffusionModel) -> list[SplicedEmbedding]:
-    """Return the token tables that have learned words, one for each text encoder, or none."""
+    """Return the token tables with learned words, one per text encoder; [] if the model has no learned words."""
     tables = (holder.token_embedding for holder in _holders(model))
     return [table for table in tables if isinstance(table, SplicedEmbedding)]
 
@@ -87,10 +87,10 @@ def token_tables(model: DiffusionModel) -> list[Tensor]:
 def install_embedding(
     model: DiffusionModel, word: str, vectors: Tensor, vectors_2: Tensor | None = None
 ) -> None:
-    """Make ``word`` in a prompt stand for ``vectors`` ``[n, D]``; ``vectors_2`` are those of a second text encoder.
+    """Add ``word`` to the model's vocabulary, with ``vectors`` ``[n, D]`` as its embedding.
 
-    Parameters are used as they are, so that they can train; other tensors are copied. Raises ModelError for vectors of
-    another model family.
+    ``vectors_2`` are the vectors for a second text encoder. An nn.Parameter is used directly, so that it can be
+    trained; other tensors are copied. Raises ModelError for vectors of another model family and for an empty word.
     """
     given = [vectors] if vectors_2 is None else [vectors, vectors_2]
     widths = [table.shape[1] for table in token_tables(model)]
@@ -114,9 +114,10 @@ def install_embedding(
 def install_negative(
     model: DiffusionModel, word: str, vectors: Tensor, vectors_2: Tensor | None = None
 ) -> None:
-    """Install the negative of an installed word under the name ``WORD-neg``, as DreamArtist calls it.
+    """Add the negative vectors of a learned word as the word ``WORD-neg`` (DreamArtist's name for it).
 
-    Sampling then adds it to the negative prompt of prompts with the word.
+    Sampling then adds ``WORD-neg`` to the negative prompt if the prompt contains ``WORD``. Raises ModelError as
+    :func:`install_embedding`.
     """
     negative = f"{word}{NEGATIVE}"
     install_embedding(model, negative, vectors, vectors_2)
@@ -124,7 +125,7 @@ def install_negative(
 
 
 def lend_embeddings(model: DiffusionModel, embeddings: Iterable[Embedding]) -> None:
-    """Install words temporarily, in place of those lent before; a word that the model has keeps its meaning.
+    """Replace the words of previously applied LoRAs by ``embeddings``; words that the model already has are kept.
 
     Raises ModelError for vectors of another model family.
     """
@@ -149,17 +150,17 @@ def lend_embeddings(model: DiffusionModel, embeddings: Iterable[Embedding]) -> N
 
 
 def remove_embeddings(model: DiffusionModel) -> None:
-    """Restore the text encoders' own token tables."""
+    """Remove all learned words from the text encoders."""
     for holder in _holders(model):
         if isinstance(holder.token_embedding, SplicedEmbedding):
             holder.token_embedding = holder.token_embedding.table
 
 
 def _holders(model: DiffusionModel) -> list[Any]:
-    """Return the holders of the token tables; a text encoder without one takes no embeddings."""
+    """Return the modules that own the token tables; text encoders without a token table are left out."""
     holders = (getattr(_body(encoder), "embeddings", None) for encoder in model.text_encoders)
     return [holder for holder in holders if hasattr(holder, "token_embedding")]
 
 
 def _body(text_encoder: Any) -> Any:
-    return getattr(text_encoder, "text_model", text_encoder)  # transformers 5 dropped this level
+    return getattr(text_encoder, "text_model", text_encoder)  # transformers 5 removed this level

@@ -1,4 +1,4 @@
-"""Classifier-free guidance while training: fixed or by the timestep, and the guided prediction.
+"""Classifier-free guidance during training, with a fixed scale or one that depends on the timestep.
 
 Source: DreamArtist (arXiv 2211.11337; webui extension, `scripts/dream_artist/cptuning.py`), HCP-Diffusion.
 """
@@ -16,10 +16,10 @@ from dreamfleet.trainers.models.family import DiffusionModel
 
 
 def guidance_at(guidance: Guidance, rate: Tensor) -> Tensor:
-    """Return the scale of each sample ``[B]`` at its noise level ``rate`` ``[B]``, from 0 to 1.
+    """Return the guidance scale of each sample ``[B]`` at its noise level ``rate`` ``[B]``, from 0 to 1.
 
-    ``ln`` rises with the rate, ``cos`` with cos((rate - 1) pi / 2), which rises fast at first, ``cos2`` with
-    1 - cos(rate pi / 2), which rises slowly at first.
+    From ``low`` to ``high`` the curve ``ln`` is linear in the rate, ``cos`` follows cos((rate - 1) pi / 2), which rises
+    fast at first, and ``cos2`` follows 1 - cos(rate pi / 2), which rises slowly at first.
     """
     if guidance.curve == "cos":
         rate = torch.cos((rate - 1) * math.pi / 2)
@@ -31,9 +31,10 @@ def guidance_at(guidance: Guidance, rate: Tensor) -> Tensor:
 def guided_prediction(
     model: DiffusionModel, noisy_BCHW: Tensor, timesteps: Tensor, pairs: Condition, scale_B: Tensor
 ) -> Tensor:
-    """Predict ``negative + scale (positive - negative)`` ``[B, C, H, W]`` in one pass, with gradients to both.
+    """Return ``negative + scale (positive - negative)`` ``[B, C, H, W]``, with gradients to both predictions.
 
-    ``pairs`` holds each sample's negative and positive condition: a second dimension of 2 in every tensor.
+    Both are computed in one forward pass. ``pairs`` holds each sample's negative and positive condition, in a second
+    dimension of size 2 of every tensor.
     """
     both = model.predict(
         torch.cat([noisy_BCHW, noisy_BCHW]),

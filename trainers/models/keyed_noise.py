@@ -1,4 +1,4 @@
-"""Noise and timesteps that are a function of a sample's key alone, never of its batch, rank or draw order.
+"""Noise and timesteps that depend only on a sample's key, and not on its batch, its rank or the draw order.
 
 Shape suffixes: B batch, C latent channels, H W latent height and width.
 """
@@ -17,7 +17,7 @@ SampleKey = tuple[int | str, ...]
 
 
 def keyed_normal(shape: tuple[int, ...], *parts: int | str) -> Tensor:
-    """Return standard normal float32 numbers keyed by ``parts``, generated on the CPU for every device."""
+    """Return a float32 tensor of standard normal numbers, generated on the CPU from the key ``parts``."""
     return torch.from_numpy(numpy_rng(*parts).standard_normal(shape, dtype=np.float32))
 
 
@@ -28,10 +28,10 @@ def draw_noise(
     draw_timestep: Callable[[np.random.Generator], float],
     noise_offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Draw each sample's noise ``[B, *shape]`` and timestep ``[B]`` from a generator of its own key.
+    """Return noise ``[B, *shape]`` and timesteps ``[B]``, drawn per sample from a generator seeded by its key.
 
-    Timesteps are int64 where ``draw_timestep`` returns integers, float32 otherwise. ``noise_offset`` scales a constant
-    that is added per channel (Guttenberg 2023, "Diffusion with offset noise"; 0.1 is usual).
+    Timesteps are int64 if ``draw_timestep`` returns integers, float32 otherwise. ``noise_offset`` scales a random
+    constant that is added to each channel (Guttenberg 2023, "Diffusion with offset noise"; 0.1 is common).
     """
     noise_BCHW = np.empty((len(keys), *shape), np.float32)
     timesteps = []

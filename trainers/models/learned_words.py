@@ -1,4 +1,4 @@
-"""Learned words in prompts: finding them in text and in tokens, for the text encoders of any model family."""
+"""Finds learned words in prompts, by text and by tokens, and converts prompts with them into token ids."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dreamfleet.trainers.models.embeddings import SplicedEmbedding, spliced_tabl
 if TYPE_CHECKING:
     from dreamfleet.trainers.models.family import DiffusionModel
 
-# Scripts that write no spaces between words, by the first word of their letters' Unicode names.
+# Scripts without spaces between words, by the first word of the Unicode names of their letters.
 _UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "BOPOMOFO", "YI"}
 
 
 class Words:
     """The learned words of one text encoder, and its tokenizer.
 
-    ``swap`` maps words to others whose ids they get instead.
+    ``swap`` maps learned words to the learned words whose ids are used instead.
     """
 
     def __init__(self, tokenizer: Any, text_encoder: Any, swap: Mapping[str, str] | None = None):
@@ -36,7 +36,7 @@ class Words:
             names.sort(key=lambda name: len(name[0]), reverse=True)
 
     def read(self, text: str) -> Iterator[tuple[list[int], str | None]]:
-        """Yield the token ids of a text, one at a time; those of a learned word together and with the word."""
+        """Yield the token ids of a text: ``([id], None)`` for a token, ``(ids, word)`` for a learned word."""
         pieces = split_words(text, self.ids) if self.ids else [(text, None)]
         for piece, word in pieces:
             if word is not None:
@@ -45,7 +45,7 @@ class Words:
                 yield from self._in_tokens(self._tokens(piece))
 
     def _in_tokens(self, tokens: list[int]) -> Iterator[tuple[list[int], str | None]]:
-        """Find words by their tokens too, longest first, as the webui does: also at the end of other words."""
+        """Find learned words by their tokens, longest first, as the webui does; also at the end of other words."""
         position = 0
         while position < len(tokens):
             for name, word in self._by_first.get(tokens[position], ()):
@@ -63,7 +63,7 @@ class Words:
 
 
 def words_of(model: DiffusionModel, swap: Mapping[str, str] | None = None) -> list[Words]:
-    """Return the learned words of each text encoder; ``swap``: words to read as others."""
+    """Return the :class:`Words` of each text encoder; ``swap`` is as there."""
     pairs = zip(model.tokenizers, model.text_encoders, strict=True)
     return [Words(tokenizer, encoder, swap) for tokenizer, encoder in pairs]
 
@@ -74,12 +74,12 @@ def learned_words(model: DiffusionModel) -> list[str]:
 
 
 def learned_negatives(model: DiffusionModel) -> dict[str, str]:
-    """Return the learned words that have a negative, each with the negative's word."""
+    """Return the learned words that have a negative: word -> the negative's word."""
     return {word: other for table in spliced_tables(model)[:1] for word, other in table.negatives.items()}
 
 
 def words_in(model: DiffusionModel, texts: Iterable[str]) -> set[str]:
-    """Return the learned words that occur in literal texts."""
+    """Return the learned words that occur in texts without prompt syntax."""
     if not learned_words(model):
         return set()
     side = words_of(model)[0]
@@ -87,13 +87,13 @@ def words_in(model: DiffusionModel, texts: Iterable[str]) -> set[str]:
 
 
 def count_tokens(model: DiffusionModel, texts: Sequence[str]) -> list[int]:
-    """Return the tokens of literal texts without start and end; a learned word counts as its vectors."""
+    """Return the number of tokens of each text, without start and end; a learned word counts its vectors."""
     side = words_of(model)[0]
     return [sum(len(ids) for ids, _ in side.read(text)) for text in texts]
 
 
 def place_word(text: str, mark: str, word: str) -> str:
-    """Replace a mark by a word, with spaces where adjacent letters would hide it: ``[name]s`` -> ``sks s``."""
+    """Replace a placeholder by a word, with a space where it would merge with a letter: ``[name]s`` -> ``sks s``."""
     head, *rest = text.split(mark)
     for following in rest:
         before = " " if head and _of_one_word(head[-1], word[0]) else ""
@@ -103,12 +103,11 @@ def place_word(text: str, mark: str, word: str) -> str:
 
 
 def split_words(text: str, words: Iterable[str]) -> list[tuple[str, str | None]]:
-    """Split a text at the learned words in it; return pieces of text, and ``("", word)`` for each word.
+    """Split a text at learned words; return ``(text, None)`` for each piece of text and ``("", word)`` for each word.
 
-    Case is ignored. A word is not found where letters of its own script adjoin it, in scripts with spaces between
-    words.
+    Case is ignored. In scripts with spaces between words, a word next to a letter of the same script is not found.
     """
-    # Longest first, so that "cat-neg" is not read as "cat" and "-neg".
+    # Longest first, so that "cat-neg" is not split into "cat" and "-neg".
     ordered = sorted(words, key=len, reverse=True)
     normal = unicodedata.normalize("NFC", text)
     pattern = re.compile(
@@ -134,7 +133,7 @@ def split_words(text: str, words: Iterable[str]) -> list[tuple[str, str | None]]
 
 
 def _of_one_word(left: str, right: str) -> bool:
-    """Return whether two adjacent characters are letters of one word for CLIP's tokenizer; digits never are."""
+    """Return whether two adjacent characters belong to the same word for CLIP's tokenizer; digits never do."""
     if not (_is_letter(left) and _is_letter(right)):
         return False
     scripts = {_script(left), _script(right)} - {"COMBINING", "MODIFIER"}

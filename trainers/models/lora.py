@@ -1,7 +1,7 @@
-"""LoRA on a model of any family: train one, apply files when sampling, or merge them into the weights.
+"""LoRA for models of any family: adds adapters for training, applies LoRA files for sampling, merges them into weights.
 
-A layer's adapter adds ``alpha / rank * up @ down`` to its weight (Hu et al. 2021, arXiv 2106.09685); convolutions
-(LoCon) as in kohya-ss/sd-scripts, `networks/lora.py`.
+An adapter adds ``alpha / rank * up @ down`` to the weight of its layer (Hu et al. 2021, arXiv 2106.09685). Adapters of
+convolutions (LoCon) are those of kohya-ss/sd-scripts, `networks/lora.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Applied = tuple[LoraFile, float | Strength]  # a number is the strength in all parts
 
-TRAINED = "learning"  # peft's name of the adapter that trains; those applied from files are numbered
+TRAINED = "learning"  # name of the trained adapter in peft; adapters applied from files are numbered
 
 
 def add_adapters(
@@ -43,22 +43,22 @@ def add_adapters(
     alpha: float,
     dropout: float = 0.0,
 ) -> nn.ModuleDict:
-    """Add trainable matrices to layers of each part, with no effect at first; return the trainable modules by part.
+    """Add trainable adapters, initially without effect, to the named layers of each part; return them by part.
 
-    The returned modules are shared with the parts and have diffusers' names (``to_q.lora_A.weight``), so an engine that
-    wraps them sees the trainable parameters alone.
+    The returned modules are shared with the model and named as in diffusers (``to_q.lora_A.weight``). An engine that
+    wraps them sees only the trainable parameters.
     """
     trainable = nn.ModuleDict()
     for part, names in layers.items():
         module = model.modules()[part]
         insert_adapters(module, dict.fromkeys(names, (rank, alpha)), adapter=TRAINED, dropout=dropout)
         trainable[part] = adapter_tree(module, TRAINED)
-        module.train()  # for dropout; nothing else in these parts differs between the modes
+        module.train()  # enables dropout; training mode has no other effect in these parts
     return trainable
 
 
 def trained_layers(model: DiffusionModel) -> dict[str, Matrices]:
-    """Return the trained matrices under the names of a LoRA file."""
+    """Return the trained matrices by layer, named as in a LoRA file."""
     return {
         f"{part}.{_file_name(model, part, name)}": Matrices(
             layer.lora_A[TRAINED].weight.detach(),
@@ -71,10 +71,10 @@ def trained_layers(model: DiffusionModel) -> dict[str, Matrices]:
 
 
 def set_loras(model: DiffusionModel, applied: Sequence[Applied]) -> None:
-    """Apply LoRAs in place of those applied before; an empty sequence restores the model.
+    """Apply LoRAs, replacing those applied before; an empty sequence restores the model.
 
-    The embeddings in their files are learned words for as long. Raises ModelError for a LoRA whose layers the model
-    does not have in these sizes.
+    Embeddings bundled in the files are learned words while the LoRAs are applied. Raises ModelError if the layers of a
+    LoRA do not exist in the model or have other sizes.
     """
     for part in model.modules().values():
         remove_adapters(part)
@@ -96,20 +96,20 @@ def set_loras(model: DiffusionModel, applied: Sequence[Applied]) -> None:
 
 
 def load_lora(model: DiffusionModel, path: Path) -> LoraFile:
-    """Read a LoRA of either layout. Raises FormatError for another kind of file, ModelError if it does not fit."""
+    """Read a LoRA file of either layout. Raises FormatError if it is not a LoRA, ModelError if it does not fit."""
     found = model.read_lora(path)
     _layers_by_part(model, found)  # raises if it does not fit
     return found
 
 
 def apply_lora(model: DiffusionModel, path: Path, multiplier: float = 1.0) -> None:
-    """Apply a LoRA file in addition to those applied before. Raises FormatError and ModelError as :func:`load_lora`."""
+    """Apply a LoRA file after those already applied. Raises FormatError and ModelError as :func:`load_lora`."""
     set_loras(model, [*model.loras, (load_lora(model, path), multiplier)])
 
 
 @contextmanager
 def merged(model: DiffusionModel) -> Iterator[None]:
-    """Within this context the model's own weights include its adapters, and its parts have their own layers."""
+    """Within this context all adapters are merged into the model's weights, and its parts have no adapter layers."""
     undo: list[Callable[[], None]] = []
     try:
         for part in model.modules().values():
@@ -122,14 +122,14 @@ def merged(model: DiffusionModel) -> Iterator[None]:
 
 
 def _layers_by_part(model: DiffusionModel, file: LoraFile) -> dict[str, dict[str, Matrices]]:
-    """Return a file's matrices by part and layer of a model, in its shapes. Raises ModelError if they do not fit."""
+    """Return a file's matrices, reshaped for the model: part -> layer -> matrices. Raises ModelError on a mismatch."""
     found: dict[str, dict[str, Matrices]] = {}
     wrong = []
     for layer, matrices in file.layers.items():
         part, _, name = layer.partition(".")
         holder = model.modules().get(part)
         if holder is not None and part != model.denoiser_name and not hasattr(holder, "text_model"):
-            name = name.removeprefix("text_model.")  # transformers 5 dropped this level
+            name = name.removeprefix("text_model.")  # transformers 5 removed this level
         module = _find_layer(holder, name)
         fitting = fit_matrices(matrices, module) if module is not None else None
         if fitting is None:

@@ -1,8 +1,8 @@
-"""Weights in the folder layout of diffusers and transformers: where the pocket model is, and how a part is written.
+"""Writes model parts in the folder layout of diffusers and transformers, and locates the bundled pocket model.
 
-transformers 5 writes a text encoder without the level `text_model.` and a tokenizer as `tokenizer.json` alone. Version
-4 finds none of these weights, warns, and continues with random ones; it also needs `vocab.json` and `merges.txt`. The
-functions here write what both versions read.
+transformers 5 writes text encoders without the level `text_model.` in parameter names, and tokenizers as
+`tokenizer.json` only. Version 4 does not recognise these weights and continues with random ones after a warning; it
+also needs `vocab.json` and `merges.txt`. The functions here write files that both versions read.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 
 from dreamfleet.trainers.models.formats.tensor_files import write_safetensors
 
-# The level that version 4 expects in front of a class's parameter names; version 5 reads both forms.
+# The prefix of parameter names that version 4 expects, by class; version 5 accepts names with and without it.
 _LEVELS = {"CLIPTextModel": "text_model.", "CLIPVisionModel": "vision_model."}
-# Entries that transformers 5 adds to a tokenizer's config about the machine it was loaded on.
+# Entries of a tokenizer's config in which transformers 5 records how it was loaded on this machine.
 _LOCAL_ENTRIES = ("backend", "is_local", "local_files_only")
 
 
 def pocket_folder() -> Path:
-    """Return the folder of the small base model that ships with dreamfleet."""
+    """Return the folder of the pocket model, a small base model that is part of the package."""
     return Path(__file__).parent / "pocket"
 
 
@@ -54,22 +54,23 @@ def save_part(
     header: Mapping[str, str] | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the config and the weights of a diffusers or transformers model, readable by all supported versions.
+    """Write the config and weights of a diffusers or transformers model, readable by all supported versions.
 
-    All weights go into one file, since early versions of diffusers read no sharded ones. ``more``: additional entries
-    of a transformers config. ``dtype``: None keeps the part's own.
+    All weights are in one file, since early versions of diffusers do not read sharded weights. ``dtype``: precision of
+    the weights, None for the part's own. ``header``: text entries of the safetensors header. ``more``: additional
+    entries of a transformers config.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(part, "save_config"):  # diffusers
         part.save_config(folder)
-        _remove_entries(folder / "config.json", ("_name_or_path",))  # the folder that it was loaded from
+        _remove_entries(folder / "config.json", ("_name_or_path",))  # the path that the part was loaded from
         path = folder / "diffusion_pytorch_model.safetensors"
         write_safetensors(part.state_dict(), path, dtype=dtype, header=header)
         return
     config = {**part.config.to_diff_dict(), "architectures": [type(part).__name__], **(more or {})}
     config = {key: value for key, value in config.items() if key not in ("dtype", "_name_or_path")}
-    # Also for 16-bit weights: version 5 computes in this precision unless it is overridden, and diffusers' parts
-    # compute in float32.
+    # Also for 16-bit weights: version 5 computes in this precision by default, whereas diffusers' parts compute in
+    # float32.
     config["torch_dtype"] = "float32"
     _write_json(folder / "config.json", config)
     level = _LEVELS.get(type(part).__name__, "")

@@ -1,4 +1,4 @@
-"""The pieces that a parsed prompt consists of: stretches of text, each with one attention weight."""
+"""The elements of a parsed prompt: pieces of text, each with one attention weight."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """A stretch of text with one attention weight."""
+    """A piece of text with one attention weight."""
 
     text: str
     weight: float = 1.0

@@ -163,7 +163,7 @@ def test_invalid_requests_change_nothing(body: bytes, status: int, page: Page, f
     assert not (folder / "dataset.json").exists()
 
 
-# ---- the server ---------------------------------------------------------------------------------------------
+# ---- the server --------------------------------------------------------------------------------------------
 
 
 def test_the_page_loads_nothing_from_other_hosts(page: Page) -> None:
@@ -236,7 +236,7 @@ def test_images_are_upright_scaled_and_broken_ones_named(tmp_path: Path) -> None
     assert "b.png: not a" in labelling.report()["unreadable"]["b.png"]
 
 
-# ---- the command ---------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 
 def test_ctrl_c_ends_the_command_with_a_complete_file(folder: Path) -> None:

@@ -149,7 +149,7 @@ def test_every_caption_that_is_no_text_is_named_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-# ---- writers ---------------------------------------------------------------------------------------------------------
+# ---- writers -----------------------------------------------------------------------------------------------
 
 
 def shared_stems(folder: Path) -> Path:
@@ -268,7 +268,7 @@ def test_labels_name_images_in_either_unicode_form(tmp_path: Path) -> None:
     assert sorted(found.values()) == [1, 2]
 
 
-# ---- skipped files --------------------------------------------------------------------------------------------------
+# ---- skipped files -----------------------------------------------------------------------------------------
 
 RUN_FILES: dict[str, str | bytes | None] = {
     "recipe.yaml": "x", "metrics.jsonl": "", "samples/step-000000.png": None, "exports/cat.png": None
@@ -433,7 +433,7 @@ def test_a_bucket_is_read_like_a_disk(
     assert [item[1:] for item in other.skipped] == [item[1:] for item in one.skipped]
 
 
-# ---- runs ------------------------------------------------------------------------------------------------------------
+# ---- runs --------------------------------------------------------------------------------------------------
 
 
 def test_a_resumed_run_within_its_data_folder_is_not_trained_on(

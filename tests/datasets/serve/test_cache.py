@@ -70,7 +70,7 @@ class Flat:
         return made
 
 
-# ---- a cached run equals a run that encodes --------------------------------------------------------------------
+# ---- a cached run equals a run that encodes ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_class_images_are_cached(tmp_path: Path) -> None:
     assert losses(recipe_of(tmp_path, output_dir=str(tmp_path / "late"), **prior)) == early == own
 
 
-# ---- what is encoded again -------------------------------------------------------------------------
+# ---- images to encode again -------------------------------------------------------------------------
 
 
 def test_only_new_and_changed_images_are_encoded(tmp_path: Path) -> None:
@@ -424,7 +424,7 @@ def test_a_file_that_was_just_written_is_read(tmp_path: Path) -> None:
     assert known is not None and not any(known(str(path)) for path in (tmp_path / "pictures").iterdir())
 
 
-# ---- the files ------------------------------------------------------------------------------------------------------
+# ---- the files ---------------------------------------------------------------------------------------------
 
 
 def test_latents_are_read_in_any_order_from_row_groups(tmp_path: Path) -> None:
@@ -473,7 +473,7 @@ def test_shards_are_ordered_by_size_and_limited_in_bytes() -> None:
     assert max(sum(job.size == (2048, 2048) for job in shard) for shard in shards) == 6
 
 
-# ---- recipes and the command ----------------------------------------------------------------------------------------
+# ---- recipes and the command -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

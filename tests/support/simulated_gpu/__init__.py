@@ -1,13 +1,15 @@
 """A simulated CUDA GPU for torch's CPU build: call :func:`install` once, before any use of a device.
 
-Tensors on ``cuda`` are real torch tensors of the CUDA device type, with storage, generators, streams and page-locked
-memory of their own; their kernels run on the host over the same bytes. So the code under test takes every branch that
-it takes on a GPU, and what fails on a GPU fails here: mixed devices, a generator of the wrong device, NumPy arrays of
-GPU tensors, operators without a CUDA kernel, CPU tensors over NCCL, two ranks on one device over NCCL, too much memory.
-Every operation that makes the host wait is recorded with the line that asked for it.
+Tensors on ``cuda`` are real torch tensors of the CUDA device type with separate storage, generators, streams
+and page-locked memory; their kernels run on the host over the same bytes. The code under test therefore takes
+the same branches as on a GPU, and errors of a GPU occur here too: mixed devices, a generator of the wrong
+device, NumPy arrays of GPU tensors, operators without a CUDA kernel, CPU tensors over NCCL, two ranks on one
+device over NCCL, and out of memory. Every operation that makes the host wait is recorded with the line of
+code that called it.
 
-It cannot show results of real kernels, speed, asynchronous order (nothing overlaps), NCCL, cuDNN, or compiled kernels.
-It needs the version of torch in ``TORCH`` (it uses internal headers), a C++ compiler, and a process of its own.
+Not simulated: the results and speed of real kernels, asynchronous execution (nothing overlaps), NCCL, cuDNN,
+and compiled kernels. Requires the version of torch in ``TORCH`` (internal headers are used), a C++ compiler,
+and a separate process.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 TORCH = "2.13"
 MEMORY = 80 * 2**30
-CONTEXT = 400 * 2**20  # memory of a device that a process uses besides its tensors
-#: Operators whose result the host has to know: each waits for everything queued before it.
+CONTEXT = 400 * 2**20  # bytes of device memory that a process uses in addition to its tensors
+#: Operators whose result the host needs: each waits for all work that was queued before it.
 WAITING = (
     "aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::nonzero.out", "aten::masked_select",
     "aten::masked_select.out", "aten::_unique", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive",
@@ -40,7 +42,7 @@ _busy = threading.local()
 
 
 class Event(NamedTuple):
-    """One recorded event: its kind, what happened, how many bytes, and the lines that led to it, innermost first."""
+    """One recorded event: its kind, the operation, the number of bytes, and the calling lines, innermost first."""
 
     kind: str
     what: str
@@ -52,7 +54,7 @@ events: list[Event] = []
 
 
 def missing() -> str | None:
-    """Return why no GPU can be simulated here; None if one can."""
+    """Return the reason why no GPU can be simulated on this machine; None if one can."""
     import torch
 
     if torch.version.cuda is not None or torch.cuda.is_available():
@@ -65,7 +67,7 @@ def missing() -> str | None:
 
 
 def install(*, devices: int = 1) -> Any:
-    """Make torch see ``devices`` GPUs of ``MEMORY`` bytes each; compiles the extension at its first use."""
+    """Simulate ``devices`` GPUs of ``MEMORY`` bytes each; the first call compiles the extension."""
     global ext
     if ext is not None:
         return ext
@@ -84,7 +86,7 @@ def install(*, devices: int = 1) -> Any:
 
 
 def build() -> Any:
-    """Compile (half a minute, once; kept in TORCH_EXTENSIONS_DIR) and load the extension; one process at a time."""
+    """Compile the extension (half a minute, cached in TORCH_EXTENSIONS_DIR) under a lock, and load it."""
     from torch.utils.cpp_extension import _get_build_directory, load
 
     name = "simulated_cuda"
@@ -98,7 +100,7 @@ def build() -> Any:
 
 @contextmanager
 def recorded() -> Iterator[list[Event]]:
-    """Record the events within this context; the list that is yielded is filled at its end."""
+    """Record the events within this context; the yielded list is filled when the context ends."""
     start, found = len(events), []
     ext.record(True)
     try:
@@ -112,7 +114,7 @@ def recorded() -> Iterator[list[Event]]:
 
 @contextmanager
 def memory_of(size: int) -> Iterator[None]:
-    """Within this context every device has ``size`` bytes for tensors, whatever it reports."""
+    """Limit every device to ``size`` bytes for tensors within this context; the reported memory is unchanged."""
     ext.set_total(size)
     try:
         yield
@@ -137,18 +139,18 @@ def _record(kind: str, what: str, size: int) -> None:
 
 
 def _line_of(file: str, number: int, function: str) -> str | None:
-    """Return a line of the project or of a library other than torch as text; None for others."""
+    """Return a line of code of the project or of a library other than torch as text; None for other lines."""
     if "site-packages/" in file:
         short = file.split("site-packages/")[1]
         return None if short.startswith("torch/") else f"[{short}:{number} {function}]"
     path = Path(file).resolve()
-    if path.parent == HERE:  # the simulation's own
+    if path.parent == HERE:  # code of the simulation
         return None
     return f"{path.relative_to(ROOT)}:{number} {function}" if path.is_relative_to(ROOT) else None
 
 
 def _operators() -> tuple[list[str], list[str]]:
-    """Read torch's list of operators: those that check devices themselves, and those without a CUDA kernel."""
+    """Return the operators of torch that check devices themselves, and those without a CUDA kernel."""
     import torchgen
     import yaml
 
@@ -162,7 +164,7 @@ def _operators() -> tuple[list[str], list[str]]:
         parent = entry.get("structured_delegate")
         dispatch = (by_name[parent] if parent else entry).get("dispatch")
         if not dispatch:
-            continue  # made of other operators
+            continue  # composed of other operators
         keys = {key.strip() for keys in dispatch for key in keys.split(",")}
         if "CPU" in keys and not any(key == "CUDA" or key.startswith("Composite") for key in keys):
             cpu_only.append(f"aten::{name}")

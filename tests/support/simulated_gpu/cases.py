@@ -1,8 +1,9 @@
-"""The cases for the simulated GPU, derived from the registries; importing this simulates nothing.
+"""The cases for the simulated GPU, derived from the registries; importing this module does not simulate a GPU.
 
-A row is a whole run of one method, model family and precision. Options (every switch and choice of the recipe's
-sections and of the methods' sections) and engine choices are distributed over rows that accept them. A new method,
-family, precision, switch, choice or engine is therefore covered as soon as it exists; exceptions are in ``LEFT_OUT``.
+A row is a complete run with one method, model family and precision. Options (every boolean and enumerated key
+of the recipe's sections and the methods' sections) and engine choices are distributed over rows that accept
+them. New methods, families, precisions, options and engines are therefore covered automatically; exceptions
+are in ``LEFT_OUT``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from dreamfleet.trainers.recipe import Recipe, build_recipe
 STEPS = 4
 Values = dict[str, Any]  # by dotted key
 
-#: Not run, by key or by key and value, and why.
+#: Keys, or pairs of key and value, that are not run -> reason.
 LEFT_OUT: dict[Any, str] = {
     "scaling": "workers are the business of the ranks and of Ray",
     "train.mixed_precision": "a row's precision",
@@ -43,14 +44,14 @@ LEFT_OUT: dict[Any, str] = {
     ("validation.metrics", "dino"): "needs the weights of a DINO",
     ("model.prediction_type", "sample"): "no samplers draw it",
 }
-#: Sizes that every family's tiny model can draw.
+#: Bucket sizes that every family's tiny model supports.
 BUCKETS: Values = {
     "data.enable_bucket": True,
     "data.min_bucket_reso": 16,
     "data.max_bucket_reso": 64,
     "data.bucket_reso_steps": 16,
 }
-#: What a value needs beside it; FOLDER stands for that of models and images.
+#: Key, or pair of key and value -> further keys that it needs; FOLDER means the folder of models and images.
 NEEDS: dict[Any, Values] = {
     "engine.torch_compile": {"engine.dynamo_backend": "eager"},
     "engine.pin_memory": {"engine.zero_stage": 2, "engine.offload_optimizer_device": "cpu"},
@@ -67,7 +68,7 @@ NEEDS: dict[Any, Values] = {
     ("validation.metrics", "clip_i"): {"validation.metrics": ["loss", "clip_i", "clip_t"]},
     ("validation.metrics", "clip_t"): {"validation.metrics": ["loss", "clip_i", "clip_t"]},
 }
-#: Values of keys that are neither switches nor choices, but change what a GPU does.
+#: Values of keys that are neither boolean nor enumerated, but change the operations on a GPU.
 FURTHER: list[Values] = [
     {"train.snr_gamma": 5.0},
     {"train.noise_offset": 0.1},
@@ -77,7 +78,7 @@ FURTHER: list[Values] = [
     {"data.cache_dir": "FOLDER/latents"},
     {"data.caption_dropout": 0.5},
 ]
-#: The images of a value, where the usual ones would not do.
+#: Keys that need the images of `make_shapes` instead of the default images.
 SHAPES = ("data.alpha_mask", "data.enable_bucket", "data.bucket_no_upscale")
 
 
@@ -87,16 +88,16 @@ class Row(NamedTuple):
     method: str
     family: str
     precision: str
-    options: Values = {}  # noqa: RUF012 - never changed
+    options: Values = {}  # noqa: RUF012 - never modified
 
     @property
     def name(self) -> str:
-        """The row's name; options do not change it."""
+        """Name of the row; it does not depend on the options."""
         return f"{self.method}-{self.family}-{self.precision}"
 
 
 def precisions() -> dict[str, Values]:
-    """Return the settings of every precision by its name."""
+    """Return the recipe keys of every precision by its name."""
     train: Any = Recipe.model_fields["train"].annotation
     known = get_args(train.model_fields["mixed_precision"].annotation)
     full = {"train.mixed_precision": "bf16", "train.full_bf16": True}
@@ -114,13 +115,13 @@ def all_rows() -> list[Row]:
     for name in METHODS.names():
         families = (
             FAMILIES if method_class(name).needs else FAMILIES[:1]
-        )  # one that loads no Stable Diffusion has none
+        )  # a method that loads no Stable Diffusion has no family
         rows += [Row(name, *rest) for rest in itertools.product(families, precisions())]
     return [row for row in rows if not refused(row)]
 
 
 def chosen_rows() -> list[Row]:
-    """Choose few rows that contain every valid pair of method, family and precision."""
+    """Return a small set of rows that covers every valid pair of method, family and precision."""
     rows = all_rows()
 
     def pairs(row: Row) -> set[Any]:
@@ -148,7 +149,7 @@ def with_options(rows: list[Row], folder: Path) -> list[Row]:
 
 
 def options() -> Iterator[Values]:
-    """Return every switch and choice, with the keys that each one needs."""
+    """Yield every value of the boolean and enumerated keys, with the keys that it needs."""
     sections: dict[str, list[type[Section]]] = {
         name: [field.annotation]
         for name, field in Recipe.model_fields.items()
@@ -170,7 +171,7 @@ def options() -> Iterator[Values]:
 
 
 def tree_of(row: Row, folder: Path, **changes: Any) -> dict[str, Any]:
-    """Return a row as a recipe on the tiny models and images under ``folder``."""
+    """Return the recipe of a row on the tiny models and images under ``folder``."""
     method = method_class(row.method)
     images = "shapes" if row.options.keys() & set(SHAPES) else IMAGES.get(row.method, "pictures")
     tree: dict[str, Any] = {
@@ -211,7 +212,7 @@ def _every_format(row: Row, before: Iterable[Row]) -> Values:
 
 
 def _engine_values(choice: Any) -> Values:
-    # The precision is the row's: an altering choice for 16-bit weights rides on a row that has them.
+    # The row determines the precision: a choice with 16-bit weights is added to a row that has them.
     return {key: value for key, value in choice.settings.items() if not key.startswith("train.")}
 
 
@@ -238,7 +239,7 @@ def _goes_with(option: Values, row: Row, folder: Path) -> bool:
 
 
 def _values(annotation: Any) -> list[Any]:
-    """Return the values of a switch, of a choice, or of a list of choices; nothing for other fields."""
+    """Return the values of a boolean or enumerated type, or of a list of them; an empty list for other types."""
     if annotation is bool:
         return [True, False]
     if get_origin(annotation) is Literal:

@@ -1,6 +1,7 @@
-"""Cases on a local Ray cluster with two simulated GPUs: ``python -m simulated_gpu.on_ray FOLDER CASE...``
+"""Runs cases on a local Ray cluster with two simulated GPUs: ``python -m simulated_gpu.on_ray FOLDER CASE...``
 
-Started with ``inject`` on PYTHONPATH and SIMULATED_GPUS=2, which its workers inherit; a line of JSON for each case.
+Requires ``inject`` on PYTHONPATH and SIMULATED_GPUS=2, which the workers inherit. Prints a line of JSON per
+case.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ WORD = {"name": "textual_inversion", "placeholder_token": "<thing>", "initialize
 
 
 def recipe_of(folder: Path, name: str, **changes: Any) -> Recipe:
-    """Make a recipe of two steps on GPUs."""
+    """Return a recipe of two steps on GPUs."""
     options = {
         "output_dir": str(folder / "runs" / name),
         "train__max_train_steps": 2,
@@ -33,7 +34,7 @@ def recipe_of(folder: Path, name: str, **changes: Any) -> Recipe:
 
 
 def train(folder: Path, address: str, name: str, **scaling: Any) -> None:
-    """Train on two workers; the summary has their devices."""
+    """Train on two workers, and check their devices in the summary."""
     from dreamfleet.trainers.launch import fit
 
     scaling = {"num_workers": 2, "use_gpu": True, "max_failures": 0, **scaling}
@@ -48,7 +49,7 @@ def train_on_two(folder: Path, address: str) -> None:
 
 
 def train_on_halves(folder: Path, address: str) -> None:
-    """Train on two workers that share a GPU, which NCCL refuses."""
+    """Train on two workers that share a GPU, which NCCL does not support."""
     train(
         folder,
         address,
@@ -59,7 +60,7 @@ def train_on_halves(folder: Path, address: str) -> None:
 
 
 def cache(folder: Path, address: str) -> None:
-    """Encode with two actors, each on its own GPU."""
+    """Encode with two actors, each on a separate GPU."""
     from dreamfleet.trainers.driver.build_cache import cache_latents
 
     made = cache_latents(recipe_of(folder, "cache", data__cache_dir=str(folder / "cache")), address=address)
@@ -82,7 +83,7 @@ def search(folder: Path, address: str) -> None:
     assert sorted(trial.status for trial in found.trials) == ["completed", "failed"], found.trials
 
 
-#: By name: what to run on the cluster at an address.
+#: Name -> function of a folder and the cluster's address.
 CASES: dict[str, Callable[[Path, str], None]] = {
     "ray-train": train_on_two,
     "ray-train-on-halves": train_on_halves,
@@ -109,7 +110,7 @@ def main() -> None:
             result: dict[str, Any] = {"case": name, "error": None}
             try:
                 CASES[name](folder, cluster.address)
-            except Exception:  # noqa: BLE001 - it is reported
+            except Exception:  # noqa: BLE001 - reported in the output
                 result["error"] = traceback.format_exc(limit=-8)
             print(json.dumps(result), flush=True)
     finally:

@@ -1,4 +1,4 @@
-"""The Python side of the simulated GPU: what torch.cuda and torch.distributed look up in a CUDA build of torch."""
+"""Patches torch.cuda and torch.distributed for the simulated GPU, as in a CUDA build of torch."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def _patch_runtime(ext: Any, devices: int) -> None:
         cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0, cudaProfilerStart=lambda: 0,
         cudaProfilerStop=lambda: 0,
     )  # fmt: skip
-    # torch.cuda chose these at its import. A function each: dynamo registers them by identity.
+    # torch.cuda chose these functions at its import. They must be different functions: dynamo registers them
+    # by identity.
     cuda._exchange_device = lambda device: ext.exchange_device(device)
     cuda._maybe_exchange_device = lambda device: ext.exchange_device(device)
     cuda._device_count_nvml = lambda: -1
@@ -153,7 +154,7 @@ def _patch_streams(ext: Any) -> None:
             ext.set_stream(stream.stream_id, stream.device_index)
 
     class StreamContext:
-        """Makes a stream, and its device, the current one."""
+        """Context that makes a stream and its device current."""
 
         def __init__(self, stream: Any):
             self.stream = stream
@@ -210,7 +211,7 @@ def _patch_storages(ext: Any) -> None:
 
 
 def _patch_tensor_types() -> None:
-    """Add torch.cuda.FloatTensor and the like, which DeepSpeed still calls."""
+    """Add torch.cuda.FloatTensor and similar types, which DeepSpeed still calls."""
 
     def maker(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
         def make(*given: Any) -> torch.Tensor:
@@ -229,7 +230,7 @@ def _patch_tensor_types() -> None:
 
 
 def _patch_distributed(ext: Any) -> None:
-    """Make ``nccl`` a backend for CUDA tensors, and let ``gloo`` accept them too: both run over the CPU's Gloo."""
+    """Register ``nccl`` for CUDA tensors, and allow them for ``gloo``; both are implemented with Gloo on the CPU."""
     import torch.distributed as dist
     from torch.distributed import distributed_c10d as c10d
 
@@ -247,7 +248,7 @@ def _patch_distributed(ext: Any) -> None:
             return isinstance(one, ext.Collectives)
 
     class ProcessGroupNCCL(metaclass=Kind):
-        """Gloo internally; one rank per device."""
+        """NCCL's process group, implemented with Gloo; allows one rank per device."""
 
         def __new__(cls, store: Any, rank: int, size: int, options: Any = None, timeout: Any = None) -> Any:
             ext.touch(ext.get_device())

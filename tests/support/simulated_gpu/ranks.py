@@ -1,6 +1,6 @@
-"""One of two ranks on simulated GPUs, over simulated NCCL: ``python -m simulated_gpu.ranks RANK FOLDER CASE...``
+"""One of two ranks on simulated GPUs with simulated NCCL: ``python -m simulated_gpu.ranks RANK FOLDER CASE...``
 
-Both ranks run every case in turn and write a line of JSON for each; an error ends the rank.
+Both ranks run the cases one after the other and print a line of JSON per case; an error ends the rank.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dreamfleet.trainers.run import run as run_module
 
 TEXT = {"name": "dreambooth", "train_text_encoder": True}
 WORD = {"name": "textual_inversion", "placeholder_token": "<thing>", "initializer_token": "cat"}
-#: DDP in its precisions, then every engine choice; stage 3 last, as DeepSpeed changes the process for good.
+#: DDP in each precision, then every engine choice; stage 3 is last, because DeepSpeed changes the process for good.
 CASES: dict[str, dict[str, Any]] = {
     "DDP, fp16": {"train.mixed_precision": "fp16", "method": TEXT},
     "DDP, bf16 weights": {
@@ -49,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def run_case(name: str, folder: Path, rank: int) -> dict[str, Any]:
-    """Run a case, stop it and resume it."""
+    """Run a case, stop it and resume it; return the figures of both runs."""
     changes = {key.replace(".", "__"): value for key, value in CASES[name].items()}
     recipe = build_recipe(
         tiny.make_recipe(
@@ -74,7 +74,7 @@ def run_case(name: str, folder: Path, rank: int) -> dict[str, Any]:
         run_module.run_worker(recipe, should_stop=lambda: next(polls, False), **options)
         summary = run_module.run_worker(recipe, resume=True, **options)
     messages = {str(one.message)[:300] for one in caught}
-    if "zero" in summary.engine.lower():  # DeepSpeed's stage 3 waits without naming its device
+    if "zero" in summary.engine.lower():  # DeepSpeed's stage 3 waits without naming a device
         messages = {text for text in messages if not text.startswith("barrier()")}
     words = ("cuda", "nccl", "barrier", "device_id")
     return {
@@ -101,9 +101,9 @@ def main() -> None:
     for name in names:
         try:
             print(json.dumps({"case": name, "error": None, **run_case(name, folder, rank)}), flush=True)
-        except Exception:  # noqa: BLE001 - it is reported
+        except Exception:  # noqa: BLE001 - reported in the output
             print(json.dumps({"case": name, "error": traceback.format_exc(limit=-12)}), flush=True)
-            os._exit(1)  # the other rank may wait for this one forever
+            os._exit(1)  # a normal exit could wait for the other rank forever
     dist.barrier(device_ids=[rank])
     leave_group()
 

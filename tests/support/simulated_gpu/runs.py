@@ -1,7 +1,8 @@
-"""Runs cases on the simulated GPU, in a process of its own: ``python -m simulated_gpu.runs CASE...``
+"""Runs cases on the simulated GPU in a separate process: ``python -m simulated_gpu.runs CASE...``
 
-Writes a line of JSON for each case: its error, what the host waited for in one step and where, the warnings about
-CUDA, and the bytes left on the device. torch cannot forget a device, hence the process.
+Prints a line of JSON per case: its error, the host's waits in one step and their lines of code, the warnings
+about CUDA, and the bytes left on the device. The process is separate because torch cannot unregister a
+device.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ from dreamfleet.trainers.run.run import run_worker
 from simulated_gpu import cases
 from simulated_gpu.special import SPECIAL
 
-WAITS = ("wait", "send", "race")  # kinds of events that block a step, or corrupt one
+WAITS = ("wait", "send", "race")  # kinds of events that block or corrupt a step
 
 
 class Watch:
-    """Called once a step: records the second step, and stops the run after the third."""
+    """`should_stop` of a run, called once per step: records the second step, and stops the run after the third."""
 
     def __init__(self) -> None:
         self.polls, self.found = 0, []
@@ -67,7 +68,7 @@ class Watch:
 
 
 def workplace(parent: Path, family: str) -> Path:
-    """Write a tiny model of a family and its images to a folder, once."""
+    """Return the folder of a family's tiny model and images; write it at the first call."""
     folder = parent / family
     if folder.exists():
         return folder
@@ -85,10 +86,10 @@ def workplace(parent: Path, family: str) -> Path:
 
 
 def run_row(row: cases.Row, parent: Path) -> dict[str, Any]:
-    """Run a row, stop it, resume it to its end, and score it; encodes its cache of latents first, if it has one."""
+    """Run a row, stop it, resume it to its end, and score it; with `data.cache_dir`, first encode the cache."""
     folder, watch = workplace(parent, row.family), Watch()
     recipe = build_recipe(cases.tree_of(row, folder))
-    # A plan takes seconds on the host and none on the device; a special case has one.
+    # Memory planning takes seconds and does not use the device; a special case tests it.
     run_module.settle_engine = lambda recipe, place: (recipe, "not planned")
     try:
         if recipe.data.cache_dir:
@@ -116,14 +117,14 @@ def run_row(row: cases.Row, parent: Path) -> dict[str, Any]:
 
 
 def run_case(name: str, action: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
-    """Run a case; return its error, and the memory and limits that it left behind."""
+    """Run a case; return its error, and the memory and limits that remain on the device."""
     result: dict[str, Any] = {"case": name, "error": None}
     before, began = simulated_gpu.ext.usage(0)[0], time.monotonic()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             result |= action() or {}
-        except Exception as error:  # noqa: BLE001 - it is reported
+        except Exception as error:  # noqa: BLE001 - reported in the output
             kind = "refused: " if isinstance(error, UserError) else ""
             result["error"] = f"{kind}{type(error).__name__}: {error}\n{traceback.format_exc(limit=-12)}"
     result["warnings"] = sorted(
@@ -137,15 +138,16 @@ def run_case(name: str, action: Callable[[], dict[str, Any] | None]) -> dict[str
 
 
 def main() -> None:
-    """Run the cases named."""
+    """Run the named cases."""
     torch.set_num_threads(1)
-    gc.freeze()  # what was imported stays: a run collects garbage several times, a third of a second each
+    gc.freeze()  # excludes imported objects: a run collects garbage several times, a third of a second each
     settle = run_module.settle_engine
     with tempfile.TemporaryDirectory() as name:
         parent = Path(name)
         chosen = cases.with_options(cases.chosen_rows(), workplace(parent, "sd1"))
         rows = {row.name: row for row in [*cases.all_rows(), *chosen]}
-        # Stage 3 last: DeepSpeed changes torch's linear function for the rest of the process, and leaves memory behind.
+        # Stage 3 is last: DeepSpeed replaces torch's linear function permanently and does not free all
+        # memory.
         changes = [name for name, row in rows.items() if row.options.get("engine.zero_stage") == 3]
         for case in sorted(sys.argv[1:], key=lambda name: name in changes):
             if case in rows:

@@ -1,6 +1,6 @@
 """Cases on the simulated GPU in addition to the rows: commands, limits, errors, searches and the benchmark.
 
-Each is a function of a folder with a tiny model and images, and raises an error if something is wrong.
+Each case is a function of a folder with a tiny model and images; it raises an error if it fails.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path.append(str(ROOT / "benchmarks"))
 
 WORD = {"name": "textual_inversion", "placeholder_token": "<thing>", "initializer_token": "cat"}
-LITTLE = 64 * 2**10  # bytes of a GPU: too little for any model
+LITTLE = 64 * 2**10  # bytes of GPU memory, too few for any model
 SPECIAL: dict[str, Callable[[Path], None]] = {}
 
 
@@ -36,7 +36,7 @@ def special(function: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 def run_of(folder: Path, name: str, **changes: Any) -> Any:
-    """Train a recipe on the GPU in a separate folder."""
+    """Train a recipe on the GPU in a separate folder; return the summary."""
     from dreamfleet.trainers.run.run import run_worker
 
     return run_worker(recipe_of(folder, name, **changes), device="cuda", resume=True)
@@ -50,7 +50,7 @@ def recipe_of(folder: Path, name: str, **changes: Any) -> Any:
 
 
 def command(*words: Any) -> Any:
-    """Run a command of the command line in this process."""
+    """Run a `dreamfleet` command in this process."""
     from dreamfleet.cluster.cli import program
 
     return CliRunner().invoke(program.app, [str(word) for word in words])
@@ -81,7 +81,7 @@ def a_limit_is_planned_by_and_lifted(folder: Path) -> None:
 @special
 def too_little_memory_ends_a_run_and_leaves_nothing(folder: Path) -> None:
     before = used()
-    with simulated_gpu.memory_of(2 * 2**20):  # room for the model, not for a step
+    with simulated_gpu.memory_of(2 * 2**20):  # enough for the model, not for a step
         with pytest.raises(ResourceError, match=r"train\.gradient_checkpointing") as held:
             run_of(folder, "too-large", train__train_batch_size=64, data__resolution=64)
         assert used() <= before, f"{held.value!r} keeps the run alive"

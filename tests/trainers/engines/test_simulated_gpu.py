@@ -93,7 +93,7 @@ def one_gpu(names: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def two_ranks(names: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """Run all cases of two ranks; return a function from case name to result (errors first)."""
+    """Run all cases of two ranks; return a function from case name to result, of a failed rank if any."""
     folder = make_workplace(tmp_path_factory.mktemp("ranks"))
     chosen = names["test_two_ranks_train_with_a_gpu_each"]
     logs = [folder / f"{rank}.log" for rank in range(2)]

@@ -77,7 +77,7 @@ def layer_calls(parts: Parts, step: int) -> int:
 def test_gradient_checkpointing_computes_every_layer_of_the_text_encoder_twice(
     tmp_path: Path, method: dict[str, Any]
 ) -> None:
-    """Test it before and after a validation; a frozen encoder applies no dropout."""
+    """Test the number of calls per step, also after a validation; a frozen encoder applies no dropout."""
     plain = make_parts(tmp_path, method=method)
     saving = make_parts(tmp_path, method=method, train__gradient_checkpointing=True)
     for parts in (plain, saving):

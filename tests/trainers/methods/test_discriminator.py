@@ -119,7 +119,7 @@ def test_held_out_images_are_the_same_in_every_run_and_copies_stay_together(tmp_
     assert len(hold_out(index, labels, 50)) <= 40 / 5 + 4 and not hold_out(index, labels, 0)
 
 
-# ---- which images ------------------------------------------------------------------------------------------
+# ---- image selection ---------------------------------------------------------------------------------------
 
 
 def test_folders_and_two_jsons_split_as_they_say(workplace: Path, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_balanced_classes_count_alike(workplace: Path, tmp_path: Path) -> None:
     )
 
 
-# ---- training ------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 
 def test_a_run_learns_the_classes_and_tells_so(workplace: Path, tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(precision: str, work
     assert all(torch.allclose(a, b, rtol=1e-2, atol=tolerance) for a, b in zip(*found, strict=True))
 
 
-# ---- recipes and commands ------------------------------------------------------------------------------------
+# ---- recipes and commands ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

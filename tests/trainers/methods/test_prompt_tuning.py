@@ -85,7 +85,7 @@ def test_a_batch_is_the_mean_of_its_samples(
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(workplace: Path) -> None:
-    # The original divided by the number of micro-batches, but used only the last two.
+    # DreamArtist divided by the number of micro-batches, but used only the last two.
     found = []
     for batch, micros in ((6, 1), (2, 3), (1, 6)):
         parts = make_parts(

@@ -165,7 +165,7 @@ def test_gradients_are_freed_inside_backward(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("before", [False, True], ids=["to channels last", "from channels last"])
 def test_loaded_moments_have_the_layout_of_their_weights(tmp_path: Path, before: bool) -> None:
-    """Test it for channels_last; fused kernels pair weights and moments by their position in memory."""
+    """Test a change of channels_last on resume: fused kernels pair weights and moments by memory position."""
     straight, saved = make_parts(tmp_path), make_parts(tmp_path, engine={"channels_last": before})
     for step in range(2):
         take_step(straight, step)

@@ -171,9 +171,9 @@ def test_broken_optimizer_files_are_named(tmp_path: Path) -> None:
     assert read(state()).hash == "abcd"
     assert read(state(step=3)).states[0].step == 3.0
     cases: list[tuple[Any, str]] = [
-        ([], "no optimizer file"),
-        ({"hash": "a"}, "no optimizer file"),
-        ({**state(), "hash": 3}, "no optimizer file"),
+        ([], "not an optimizer file"),
+        ({"hash": "a"}, "not an optimizer file"),
+        ({**state(), "hash": 3}, "not an optimizer file"),
         ({"hash": "a", "optimizer_state_dict": {"state": {}}}, "0 parameters"),
         ({"hash": "a", "optimizer_state_dict": {"state": {0: 3}}}, "a int where"),
         (state(step="three"), "steps"),

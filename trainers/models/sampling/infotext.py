@@ -1,4 +1,4 @@
-"""Writes how an image was generated as the webui does, into the `parameters` text of a PNG.
+"""Writes the generation parameters of an image in the webui's format, as the `parameters` text of a PNG.
 
 Format (webui, `modules/processing.py`, `modules/infotext_utils.py`): the prompt, a line `Negative prompt: ...`, and a
 last line of `Key: value` pairs, where a value with a comma, a colon or a line break is a JSON string.
@@ -14,7 +14,7 @@ from PIL import PngImagePlugin
 
 from dreamfleet.trainers.config.samplers import plain_sampler
 
-KEY = "parameters"  # of the text chunk in a PNG
+KEY = "parameters"  # key of the PNG text chunk
 _WEBUI_NAMES = {"ddim": "DDIM", "euler_a": "Euler a", "dpm++": "DPM++ 2M"}
 _SCHEDULES = {"dpm++": "Karras"}
 
@@ -33,14 +33,14 @@ def sampler_entries(name: str, *, zero_snr: bool = False) -> dict[str, str | Non
 
 
 def infotext(prompt: str, negative_prompt: str, entries: Mapping[str, Any]) -> str:
-    """Return the text; entries that are None are left out."""
+    """Return the text of the parameters; entries that are None are left out."""
     pairs = ", ".join(f"{key}: {_quoted(value)}" for key, value in entries.items() if value is not None)
     negative = f"\nNegative prompt: {negative_prompt}" if negative_prompt else ""
     return f"{prompt}{negative}\n{pairs}".strip()
 
 
 def png_info(text: str) -> PngImagePlugin.PngInfo:
-    """Return the text as a PNG's metadata."""
+    """Return PNG metadata that contains the text under KEY."""
     info = PngImagePlugin.PngInfo()
     info.add_text(KEY, text) if text.isascii() else info.add_itxt(KEY, text)
     return info

@@ -1,6 +1,6 @@
-"""Encodes prompts and negative prompts into the conditions of each sampling step, with weights.
+"""Encodes prompts and negative prompts into conditions for each sampling step, with attention weights.
 
-R texts, B images, T tokens, D their width.
+Shapes: R texts of one schedule, B images, T tokens, D their width.
 """
 
 from __future__ import annotations
@@ -26,36 +26,39 @@ from dreamfleet.trainers.models.sampling.prompt_syntax import (
 if TYPE_CHECKING:
     from dreamfleet.trainers.models.family import DiffusionModel
 
-Encode = Callable[[Sequence[str], Tensor], Condition]  # of texts and their ids
+Encode = Callable[[Sequence[str], Tensor], Condition]  # texts and their token ids -> condition
 
 
 class ScheduledCondition(NamedTuple):
-    """A prompt's conditions by step, each of batch size 1."""
+    """The conditions of a prompt, which may change between steps; each has batch size 1."""
 
     schedule: Schedule
-    conditions: Sequence[Condition]  # for each text of the schedule
+    conditions: Sequence[Condition]  # one for each text of the schedule
 
     def at(self, index: int) -> Condition:
-        """Return the condition at a step, counted from 0."""
+        """Return the condition at step ``index``, counted from 0."""
         return self.conditions[text_at(self.schedule, index)]
 
 
 class Guide(NamedTuple):
-    """The conditions of one image: weighted positive ones, and the negative one (None: no guidance)."""
+    """The conditions of one image: (weight, condition) of each prompt part, and the negative (None: no guidance)."""
 
     positive: Sequence[tuple[float, ScheduledCondition]]
     negative: ScheduledCondition | None
 
     @property
     def is_plain(self) -> bool:
-        """Whether there is one positive condition of weight 1, so that a guidance scale of 1 needs no negative."""
+        """Whether the prompt has a single part of weight 1, so that a guidance scale of 1 needs no negative."""
         return len(self.positive) == 1 and self.positive[0][0] == 1
 
 
 def make_guides(
     model: DiffusionModel, batch: Sequence[ImageRequest], *, encode: Encode | None = None
 ) -> list[Guide]:
-    """Encode the prompts and negative prompts of requests that share their sampling options."""
+    """Encode the prompts and negative prompts of requests with equal sampling options; one guide per request.
+
+    ``encode`` replaces the model's own prompt encoding.
+    """
     words = learned_words(model)
     steps, plain = batch[0].steps, batch[0].plain
     negatives = [request.negative_prompt for request in batch]
@@ -73,7 +76,7 @@ def make_guides(
             conditions = [condition.map(torch.zeros_like) for condition in encoded_negatives[text].conditions]
             encoded_negatives[text] = ScheduledCondition(
                 schedule, conditions
-            )  # as in diffusers and the webui
+            )  # zeros, as in diffusers and the webui
     return [
         guide._replace(negative=encoded_negatives[text]) if needed else guide
         for guide, text, needed in zip(guides, negatives, guided, strict=True)
@@ -83,7 +86,7 @@ def make_guides(
 def encode_schedules(
     model: DiffusionModel, schedules: Sequence[Schedule], encode: Encode | None = None
 ) -> list[ScheduledCondition]:
-    """Encode the texts of schedules, those of equal length together; all texts of a schedule get one length."""
+    """Encode the texts of schedules in one batch per length; all texts of a schedule are padded to equal length."""
     read: Encode = encode or model.prompt_encoder or (lambda _, ids: model.encode_tokens(ids))
     device = model.text_device
     texts = [list(dict.fromkeys(text for _, text in schedule)) for schedule in schedules]
@@ -112,7 +115,7 @@ def _weighted(
     weights: Sequence[Sequence[float]],
     shares: Sequence[int],
 ) -> list[Condition]:
-    """Apply attention weights to one schedule's texts."""
+    """Apply attention weights to the encoded texts of one schedule; ``shares``: number of uses of each text."""
     if all(weight == 1 for row in weights for weight in row):
         return list(rows)
     whole = Condition.cat(rows)
@@ -124,7 +127,7 @@ def _weighted(
 def _pad_to_longest(
     parts: Sequence[tuple[float, ScheduledCondition]],
 ) -> list[tuple[float, ScheduledCondition]]:
-    """Extend all parts of a prompt to the longest by repeating their last token, as the webui does."""
+    """Pad all parts of a prompt to the length of the longest by repeating their last token, as the webui does."""
     longest = max(condition.context.shape[1] for _, scheduled in parts for condition in scheduled.conditions)
 
     def filled(condition: Condition) -> Condition:
@@ -143,9 +146,10 @@ def _pad_to_longest(
 def negative_for(
     model: DiffusionModel, prompt: str, negative_prompt: str, *, steps: int = 25, plain: bool = False
 ) -> str:
-    """Return the negative prompt with the negatives of the learned words in ``prompt`` appended.
+    """Return the negative prompt, extended by the negatives of the learned words in ``prompt``.
 
-    Negatives that it already has are not repeated. ``steps``: sampling steps; ``plain``: both prompts are literal.
+    Negatives that it already contains are not repeated. ``steps``: number of sampling steps. ``plain``: the prompts
+    have no prompt syntax.
     """
     negatives = learned_negatives(model)
     if not negatives:
@@ -156,7 +160,7 @@ def negative_for(
     named = words_in(model, _literals([parse_negative(negative_prompt, steps, known, plain=plain)]))
     missing = [other for word, other in negatives.items() if word in used and other not in named]
     if missing and not plain:
-        negative_prompt = strip_comments(negative_prompt).rstrip()  # a comment at its end would swallow them
+        negative_prompt = strip_comments(negative_prompt).rstrip()  # a comment at its end would include them
     return ", ".join([*([negative_prompt] if negative_prompt.strip() else []), *missing])
 
 

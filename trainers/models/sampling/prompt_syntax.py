@@ -1,7 +1,7 @@
 """Parses the webui's prompt syntax: comments, tags, AND, prompt editing, alternation, BREAK, attention weights.
 
-Pure functions on text, independent of any model. The semantics are those of AUTOMATIC1111's webui 1.10 including its
-oddities, because users paste their prompts. `docs/prompts.md` documents them and the few differences.
+Pure functions on text, independent of any model. The semantics are those of AUTOMATIC1111's webui 1.10, including its
+oddities, so that prompts written for it give the same results. `docs/prompts.md` documents them and the differences.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import NamedTuple
 
 from dreamfleet.trainers.models.prompt_pieces import BREAK, Piece
 
-ROUND, SQUARE = 1.1, 1 / 1.1  # weight factors of a pair of brackets without a number
+ROUND, SQUARE = 1.1, 1 / 1.1  # weight factors of `( )` and `[ ]` without a number
 
-Schedule = tuple[tuple[int, str], ...]  # texts in order, each with the number of its last step
+Schedule = tuple[tuple[int, str], ...]  # (number of the last step, text), in order
 
 
 class Part(NamedTuple):
-    """One of the texts that AND combines: its weight in the guidance, and its text by step."""
+    """One of the texts that AND combines: its weight in the guidance, and its schedule of texts."""
 
     weight: float
     schedule: Schedule
 
 
 class Tag(NamedTuple):
-    """``<KIND:NAME:0.8:te=0.5>``: its kind, and the items between the colons."""
+    """A tag ``<KIND:NAME:0.8:te=0.5>``: its kind, and the items after it, separated by colons."""
 
     kind: str
     items: tuple[str, ...]
@@ -44,10 +44,10 @@ class Tag(NamedTuple):
 
 
 def parse_prompt(prompt: str, steps: int, words: Iterable[str] = (), *, plain: bool = False) -> list[Part]:
-    """Return the parts of a prompt that AND combines, each with its texts by step, without comments and tags.
+    """Return the parts of a prompt that AND combines, each with its schedule of texts, without comments and tags.
 
-    ``words`` are literal even where they contain syntax, such as the placeholder ``[V]``; ``plain``: the whole prompt
-    is. The texts still hold attention weights, which :func:`attention` parses.
+    ``words`` are kept literally even if they contain syntax, such as the placeholder ``[V]``; with ``plain`` the whole
+    prompt is literal. The texts still contain attention weights, which :func:`attention` parses.
     """
     if plain:
         return [Part(1.0, ((steps, escape(prompt)),))]
@@ -57,7 +57,7 @@ def parse_prompt(prompt: str, steps: int, words: Iterable[str] = (), *, plain: b
 
 
 def parse_negative(prompt: str, steps: int, words: Iterable[str] = (), *, plain: bool = False) -> Schedule:
-    """Return the texts of a negative prompt by step; as in the webui, it has neither AND nor tags."""
+    """Return the schedule of a negative prompt, in which AND and tags have no effect, as in the webui."""
     if plain:
         return ((steps, escape(prompt)),)
     prompt, words = _shielded(prompt, words)
@@ -73,7 +73,7 @@ def strip_comments(prompt: str) -> str:
 
 
 def split_tags(prompt: str, kinds: Collection[str] | None = None) -> tuple[str, list[Tag]]:
-    """Split ``a cat <lora:NAME:0.8>`` into text and tags; of any kind, or of ``kinds``."""
+    """Split ``a cat <lora:NAME:0.8>`` into the text and its tags; only tags of ``kinds``, None for any kind."""
     tags: list[Tag] = []
 
     def take(match: re.Match[str]) -> str:
@@ -117,9 +117,10 @@ def schedule(text: str, steps: int) -> Schedule:
 
 
 def text_at(texts: Schedule, index: int) -> int:
-    """Return the index of the text that a schedule uses at a step, counted from 0.
+    """Return the index of the text that a schedule uses at step ``index``, counted from 0.
 
-    The webui compares the step's index with the number of the last step, so the first text gets one more step.
+    The webui compares this index with the last step's number, which counts from 1, so the first text is used for one
+    step more than the schedule says.
     """
     return next((number for number, (end, _) in enumerate(texts) if index <= end), 0)
 
@@ -163,7 +164,7 @@ def attention(text: str) -> list[Piece]:
 
 
 def escape(text: str) -> str:
-    """Escape a text so that the webui and dreamfleet read it literally; ``#`` cannot be escaped."""
+    """Escape a text so that the webui and dreamfleet read it literally. ``#`` cannot be escaped."""
     text = re.sub(r"([\\()\[\]|])", r"\\\1", text)
     text = re.sub(r":(\s*)(?=[-+.\d])", r":\1\\", text)
     text = re.sub(r"<(?=\w+:)", r"<\\", text)
@@ -177,7 +178,7 @@ def escape_words(prompt: str, words: Iterable[str]) -> str:
 
 
 def plain_text(prompt: str) -> str:
-    """Return a prompt's text at the last step without syntax; CLIP scores compare images with it."""
+    """Return the text of a prompt at the last step, without syntax, for comparison with images by CLIP."""
     parts = [part.schedule[-1][1] for part in parse_prompt(prompt, 1)]
     read = ["".join(" " if piece == BREAK else piece.text for piece in attention(part)) for part in parts]
     return ", ".join(" ".join(text.split()) for text in read if text.strip())
@@ -205,7 +206,7 @@ class _Edit(NamedTuple):
     when: str
 
     def last_step(self, steps: int) -> int:
-        """Return the last step of `before`, 0 for none; a number with a point is a fraction of all steps."""
+        """Return the last step that uses `before`, 0 for none; a number with a point is a fraction of all steps."""
         value = float(self.when) * (steps if "." in self.when else 1)
         return int(max(0.0, min(float(steps), value)))
 
@@ -218,13 +219,13 @@ _Item = str | _Edit | _Alternation
 
 
 class _Open:
-    """An open bracket: its parts so far, and the colons or bars between them."""
+    """An open bracket during parsing: its parts so far, and the colons or bars between them."""
 
     def __init__(self, bracket: str):
         self.bracket, self.parts, self.separators = bracket, [[]], ""  # type: ignore[var-annotated]
 
     def loose(self) -> list[_Item]:
-        """Return its content as plain text. Raises _Broken for a bar, which plain text cannot contain."""
+        """Return the content of an unclosed bracket as text. Raises _Broken for a bar, which is not valid in text."""
         if "|" in self.separators:
             raise _Broken
         items: list[_Item] = [self.bracket]
@@ -233,7 +234,7 @@ class _Open:
         return items
 
     def closed(self) -> list[_Item] | None:
-        """Return the items of the closed bracket; None if it is only text."""
+        """Return the items of the closed bracket; None if it is plain text."""
         parts, separators = self.parts, self.separators
         if self.bracket == "(":
             return None if len(separators) > 1 or "|" in separators else [*self.loose(), ")"]
@@ -251,7 +252,7 @@ class _Open:
 def _parse_edits(text: str) -> list[_Item]:
     """Parse prompt editing and alternation in one pass. Raises _Broken for a stray bar or a single backslash.
 
-    Unmatched brackets are text, and so are all open brackets around them, as only complete pairs nest.
+    Unmatched brackets are treated as text, and so are all open brackets around them.
     """
     items: list[_Item] = []
     stack: list[_Open] = []
@@ -290,7 +291,7 @@ def _parse_edits(text: str) -> list[_Item]:
 
 
 def _at(items: Sequence[_Item], step: int, steps: int) -> str:
-    """Return a parsed text at a step, counted from 1."""
+    """Return the text that parsed items give at ``step``, counted from 1."""
     waiting, texts = list(reversed(items)), []
     while waiting:
         item = waiting.pop()
@@ -323,7 +324,7 @@ def _number(text: str | None) -> float | None:
 
 
 _SYNTAX = re.compile(r"[\\()\[\]|:#<>]|\bAND\b|\bBREAK\b")
-_SHIELD = 0xF0000  # private characters replace words that contain syntax while prompts are parsed
+_SHIELD = 0xF0000  # first of the private-use characters that replace literal words during parsing
 
 
 def _shielded(prompt: str, words: Iterable[str]) -> tuple[str, list[str]]:

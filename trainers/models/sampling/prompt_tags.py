@@ -1,4 +1,4 @@
-"""Finds and applies files that prompts name: ``<hypernet:NAME:0.8>``, ``<lora:NAME:TEXT_ENCODER:UNET>``."""
+"""Finds and applies the files that prompts name in tags: ``<hypernet:NAME:0.8>``, ``<lora:NAME:TEXT_ENCODER:UNET>``."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ from dreamfleet.trainers.models.stable_diffusion.hypernetwork import (
 
 log = logging.getLogger(__name__)
 
-Named = tuple[str, Strength]  # a name or an address, and its strength
+Named = tuple[str, Strength]  # (name or address of a file, strength)
 
 
 class TaggedFiles:
-    """The files of one kind: those that apply to every image, and those that prompts name.
+    """The files of one kind that apply to every image, and those that prompts can name.
 
-    ``given``: ``FILE`` or ``FILE:MULTIPLIER``, on disk or in a bucket, for every image. A name in a prompt is searched
-    among these files, in ``folder`` and in these files' folders, in this order. Raises UserError for a missing file.
+    ``given`` lists the files for every image, as ``FILE`` or ``FILE:MULTIPLIER``, on disk or in a bucket. A name in a
+    prompt is looked up among these files, in ``folder``, and in the folders of these files, in this order. Raises
+    UserError for a missing file or folder.
     """
 
-    tags: ClassVar[tuple[str, ...]]  # in prompts
-    option: ClassVar[str]  # of `dreamfleet sample`
+    tags: ClassVar[tuple[str, ...]]  # kinds of tags in prompts
+    option: ClassVar[str]  # option of `dreamfleet sample`
     suffixes: ClassVar[tuple[str, ...]]
 
     def __init__(self, given: Sequence[str] = (), folder: str | None = None):
@@ -51,10 +52,10 @@ class TaggedFiles:
         self._loaded: dict[str, Any] = {}
 
     def select(self, tags: Sequence[Tag]) -> tuple[Named, ...]:
-        """Return address and strength of every file that applies to a prompt with these tags, in order.
+        """Return the address and strength of every file that applies to a prompt with these tags, in order.
 
-        For a file of ``given`` that the prompt names too, the prompt's strength applies, as in the webui. Raises
-        UserError for a missing file, and for a strength that is not a number.
+        As in the webui, the strength in the prompt overrides that of a file in ``given``. Raises UserError for a
+        missing file, and for a strength that is not a number.
         """
         asked = [(self.find(name), strength) for name, strength in map(read_tag, tags)]
         taken = {address for address, _ in asked}
@@ -82,14 +83,14 @@ class TaggedFiles:
         )
 
     def load(self, address: str, model: DiffusionModel) -> Any:
-        """Return the file at an address, read once. Raises ModelError if it does not fit the model."""
+        """Return the content of the file at an address, which is read only once. Raises errors as :meth:`read`."""
         if address not in self._loaded:
             with Storage(address).local_copy() as path:
                 self._loaded[address] = self.read(path, address, model)
         return self._loaded[address]
 
     def read(self, path: Path, address: str, model: DiffusionModel) -> Any:
-        """Read a file for a model. Raises FormatError for another kind, ModelError if it does not fit."""
+        """Read a file for a model. Raises FormatError for another kind of file, ModelError if it does not fit."""
         raise NotImplementedError
 
     def _files(self, folder: str) -> list[str]:
@@ -97,7 +98,7 @@ class TaggedFiles:
 
 
 class HypernetworkFiles(TaggedFiles):
-    """Hypernetworks."""
+    """The hypernetworks that apply to images."""
 
     tags, option, suffixes = ("hypernet",), "hypernetwork", (hypernetworks.SUFFIX,)
 
@@ -108,7 +109,7 @@ class HypernetworkFiles(TaggedFiles):
 
 
 class LoraFiles(TaggedFiles):
-    """LoRAs."""
+    """The LoRAs that apply to images."""
 
     tags, option, suffixes = ("lora", "lyco"), "lora", loras.SUFFIXES[:2]
 
@@ -120,7 +121,7 @@ AppliedFiles = tuple[tuple[Named, ...], tuple[Named, ...]]  # hypernetworks, LoR
 
 
 class PromptFiles:
-    """The hypernetworks and LoRAs of prompts with tags of both kinds."""
+    """The hypernetworks and the LoRAs that prompts select by their tags."""
 
     def __init__(self, hypernetworks: HypernetworkFiles, loras: LoraFiles):
         self.hypernetworks, self.loras = hypernetworks, loras
@@ -141,7 +142,7 @@ class PromptFiles:
         return text.strip() if found else prompt, extras
 
     def bind(self, model: DiffusionModel) -> Callable[[AppliedFiles], None]:
-        """Return a function that applies files to a model, after those that it has now."""
+        """Return a function that applies files to a model, in addition to those that are applied now."""
         own, own_loras = applied_hypernetworks(model.denoiser), model.loras
 
         def apply(extras: AppliedFiles) -> None:
@@ -171,7 +172,7 @@ def read_tag(tag: Tag) -> Named:
 
 
 def split_multiplier(text: str) -> tuple[str, float]:
-    """Split ``FILE:0.8`` into file and multiplier, which is 1 if the text after the last colon is no number."""
+    """Split ``FILE:0.8`` into file and multiplier; 1 if the text after the last colon is not a number."""
     head, _, tail = text.rpartition(":")
     multiplier = _number(tail) if head else None
     return (text, 1.0) if multiplier is None else (head, multiplier)

@@ -36,12 +36,13 @@ def generate(
     encode: Encode | None = None,
     device: torch.device | str | None = None,
 ) -> list[Image.Image]:
-    """Generate one RGB image for each request, in order; neighbours with the same options share a batch.
+    """Generate one RGB image for each request, in order; adjacent requests with equal options share a batch.
 
-    An image is the same, within rounding, in any batch and on any number of workers: its noise comes from a CPU
-    generator with its seed. ``encode`` replaces ``model.encode_tokens``, given texts and ids; ``device`` defaults to
-    the model's. A learned word's negative joins the negative prompt. SDXL's size conditioning says that the image is
-    uncropped and of its own size. Raises UserError for sizes that the model cannot generate.
+    An image is the same, within rounding, in any batch and on any number of workers, since its noise comes from a CPU
+    generator with its own seed. ``encode`` (texts and token ids -> condition) replaces the model's prompt encoding;
+    ``device`` defaults to the model's. Negatives of learned words are added to the negative prompt. SDXL's size
+    conditioning is that of an uncropped image of the generated size. Raises UserError for sizes that the model cannot
+    generate.
     """
     for request in requests:
         require_size(model, request.width or model.resolution, request.height or model.resolution)
@@ -60,10 +61,10 @@ def generate(
 def sample_latents(
     model: DiffusionModel, guides: Sequence[Guide], batch: Sequence[ImageRequest], *, device: torch.device
 ) -> Tensor:
-    """Run the sampler from each request's noise -> scaled latents ``[B, C, h, w]`` in float32.
+    """Run the sampler from each request's initial noise; return scaled latents ``[B, C, h, w]`` in float32.
 
-    ``batch``: requests with the same options. Classifier-free guidance (arXiv 2207.12598) towards all parts of a
-    prompt (arXiv 2206.01714): e = e_negative + sum over parts of scale weight (e_part - e_negative).
+    ``batch``: requests with equal sampling options. Classifier-free guidance (arXiv 2207.12598) with all parts of a
+    prompt (arXiv 2206.01714): e = e_negative + sum over parts of scale * weight * (e_part - e_negative).
     """
     options = batch[0]
     scheduler = model.make_sampler(plain_sampler(options.scheduler))
@@ -79,7 +80,7 @@ def sample_latents(
         rows = _rows(guides, index)
         outputs: list[Tensor] = [latents_BChw] * len(rows)
         lengths = [condition.context.shape[1] for _, condition in rows]
-        for length in dict.fromkeys(lengths):  # one pass per number of chunks
+        for length in dict.fromkeys(lengths):  # one forward pass per prompt length
             chosen = [number for number, each in enumerate(lengths) if each == length]
             condition = Condition.cat([rows[number][1] for number in chosen])
             condition = condition._replace(context=condition.context.to(dtype))
@@ -97,7 +98,7 @@ def sample_latents(
 
 
 def _rows(guides: Sequence[Guide], index: int) -> list[tuple[int, Condition]]:
-    """Return the U-Net's conditions at a step, each with its image's number: all negatives, then all positives."""
+    """Return the (image number, condition) inputs of the denoiser at a step: all negatives, then all positives."""
     negatives = [
         (number, guide.negative.at(index))
         for number, guide in enumerate(guides)
@@ -110,7 +111,7 @@ def _rows(guides: Sequence[Guide], index: int) -> list[tuple[int, Condition]]:
 
 
 def _guided(guides: Sequence[Guide], outputs: Sequence[Tensor], scale: float) -> list[Tensor]:
-    """Combine the U-Net's outputs for :func:`_rows` into one per image."""
+    """Combine the denoiser's outputs for the inputs from :func:`_rows` into one guided output per image."""
     remaining = iter(outputs)
     starts = [None if guide.negative is None else next(remaining) for guide in guides]
     found = []
@@ -126,7 +127,7 @@ def _guided(guides: Sequence[Guide], outputs: Sequence[Tensor], scale: float) ->
 
 
 def to_images(pixels_B3HW: Tensor) -> list[Image.Image]:
-    """Return RGB images from pixels in about [-1, 1]."""
+    """Convert pixels ``[B, 3, H, W]`` in about [-1, 1] to RGB images."""
     scaled = ((pixels_B3HW.float() / 2 + 0.5).clamp(0, 1) * 255).round()
     return [Image.fromarray(array) for array in scaled.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()]
 
@@ -134,7 +135,7 @@ def to_images(pixels_B3HW: Tensor) -> list[Image.Image]:
 def image_grid(
     images: Sequence[Image.Image], columns: int, *, captions: Sequence[str] | None = None, gap: int = 2
 ) -> Image.Image:
-    """Return images in rows of `columns` on white, `gap` pixels apart, each above its caption if given."""
+    """Return one image with `images` in rows of `columns` on white, `gap` pixels apart, with captions below them."""
     if not images:
         raise UserError("a grid needs at least one image.")
     columns = max(1, min(columns, len(images)))
@@ -159,7 +160,7 @@ def image_grid(
 
 
 def with_negatives(model: DiffusionModel, request: ImageRequest) -> ImageRequest:
-    """Return the request with the negatives of its prompt's learned words in the negative prompt."""
+    """Return the request with the negatives of its prompt's learned words added to the negative prompt."""
     negative = negative_for(
         model, request.prompt, request.negative_prompt, steps=request.steps, plain=request.plain
     )

@@ -1,4 +1,4 @@
-"""CLIP: features of images and of texts in one space, of unit length."""
+"""CLIP: computes unit-length features of images and texts in a joint space."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from dreamfleet.trainers.config.model import POCKET
 from dreamfleet.trainers.models.pretrained import first_line, pocket_folder, quiet_libraries
 
 BATCH = 32
-TEXT_PROJECTION = "text_projection.safetensors"  # beside the towers, in the pocket's layout
+TEXT_PROJECTION = "text_projection.safetensors"  # file beside the encoders in the pocket model's layout
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Image preprocessing of a vision model, as its `preprocessor_config.json` states, by Pillow and numpy.
+    """The image preprocessing of a vision model, as in its `preprocessor_config.json`, with Pillow and numpy.
 
-    `resize` is the short side (int) or an exact (height, width); `crop` the size (height, width) of the central crop;
-    both in pixels.
+    `resize` is the short side (int) or an exact (height, width); `crop` is the (height, width) of the central crop. All
+    are in pixels.
     """
 
     resize: int | tuple[int, int] | None
@@ -41,7 +41,7 @@ class Preprocessing:
 
     @property
     def fit(self) -> Fitting:
-        """Resizing and cropping, without normalisation."""
+        """Return the resizing and cropping without the normalisation."""
         return Fitting(self.resize, self.crop, self.resample)
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
@@ -54,7 +54,7 @@ class Preprocessing:
 
 
 def read_preprocessing(folder: Path, *, image_size: int) -> Preprocessing:
-    """Read a folder's `preprocessor_config.json`; without one, return CLIP's own values at `image_size` pixels."""
+    """Read a folder's `preprocessor_config.json`; without one, return CLIP's defaults at `image_size` pixels."""
     path = folder / "preprocessor_config.json"
     try:
         config = json.loads(path.read_text("utf-8")) if path.exists() else {}
@@ -75,7 +75,7 @@ def read_preprocessing(folder: Path, *, image_size: int) -> Preprocessing:
 
 
 class ClipScorer:
-    """The two frozen towers of a CLIP; `logit_scale` is the inverse of its trained temperature."""
+    """A frozen CLIP: image encoder and text encoder. `logit_scale` is the inverse of its trained temperature."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class ClipScorer:
         self._tokenizer, self.preprocessing = tokenizer, preprocessing
 
     def to(self, device: torch.device | str) -> ClipScorer:
-        """Move both towers to a device and return self."""
+        """Move both encoders to a device and return self."""
         self._vision.to(device)
         self._text.to(device)
         self._text_projection_PD = self._text_projection_PD.to(device)
@@ -102,7 +102,7 @@ class ClipScorer:
 
     @torch.no_grad()
     def image_features(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return the features of images as unit rows `[N, P]`, float32 on the CPU."""
+        """Return the normalised features `[N, P]` of images, float32 on the CPU."""
         rows = [
             self.embed(self.preprocessing(images[start : start + BATCH]).to(_device_of(self._vision)))
             for start in range(0, len(images), BATCH)
@@ -111,17 +111,17 @@ class ClipScorer:
 
     @torch.no_grad()
     def embed(self, pixels_N3HW: Tensor) -> Tensor:
-        """Return the features `[N, P]` of pixels from `preprocessing`, not normalised, float32."""
+        """Return the unnormalised features `[N, P]`, float32, of pixels that `preprocessing` returned."""
         return self._vision(pixels_N3HW).image_embeds.float()
 
     @property
     def text_projection(self) -> Tensor:
-        """Projection of the text tower's last token `[D]` to the common space: `[P, D]`, float32."""
+        """The projection `[P, D]`, float32, of the text encoder's output at the end token `[D]` to the joint space."""
         return self._text_projection_PD
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """Return the features of texts as unit rows `[N, P]`, float32 on the CPU; texts are cut at 77 tokens."""
+        """Return the normalised features `[N, P]` of texts, float32 on the CPU; texts are cut at 77 tokens."""
         rows = []
         for start in range(0, len(texts), BATCH):
             tokens = self._tokenizer(
@@ -142,10 +142,10 @@ class ClipScorer:
 
 
 def load_clip(name: str | Path | None = None) -> ClipScorer:
-    """Load a CLIP from a folder or the hub, or the one that ships ("pocket" or None).
+    """Load a CLIP from a folder or the hub, or the bundled one ("pocket" or None).
 
-    A folder is a Hugging Face CLIPModel, or has the pocket's layout: `image_encoder/`, `text_encoder/`, `tokenizer/`
-    and `text_projection.safetensors`. Raises ModelError naming the missing part.
+    A folder is a Hugging Face CLIPModel, or has the pocket model's layout: `image_encoder/`, `text_encoder/`,
+    `tokenizer/` and `text_projection.safetensors`. Raises ModelError naming the missing part.
     """
     quiet_libraries()
     name = str(name or POCKET)
@@ -187,7 +187,7 @@ def _load_towers(folder: Path, name: str) -> ClipScorer:
 
 
 class _Vision(nn.Module):
-    """The vision half of a CLIPModel with the interface of CLIPVisionModelWithProjection."""
+    """The image encoder of a CLIPModel, with the interface of CLIPVisionModelWithProjection."""
 
     def __init__(self, model: Any):
         super().__init__()
@@ -226,7 +226,7 @@ def _load_whole(folder: Path, name: str) -> ClipScorer:
 def _resize_of(size: Any, path: Path, *, cropped: bool) -> int | tuple[int, int]:
     if isinstance(
         size, int
-    ):  # older files: the short side if the image is cropped (CLIP), else a square (ViT)
+    ):  # older files contain a number: the short side if the image is cropped (CLIP), otherwise a square (ViT)
         return size if cropped else (size, size)
     if "shortest_edge" in size:
         return int(size["shortest_edge"])

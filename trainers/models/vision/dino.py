@@ -1,4 +1,4 @@
-"""DINO: features of a self-supervised ViT, which distinguish subjects of one class."""
+"""DINO: computes image features with a self-supervised ViT, which distinguish subjects of the same class."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dreamfleet.trainers.models.vision.clip import BATCH, Preprocessing, read_pr
 
 
 class DinoScorer:
-    """A frozen ViT; features are the class token after the last layer norm (arXiv 2104.14294)."""
+    """A frozen ViT; the features are the class token after the last layer norm (arXiv 2104.14294)."""
 
     def __init__(self, *, name: str, model: Any, preprocessing: Preprocessing):
         self.name = name
@@ -30,7 +30,7 @@ class DinoScorer:
 
     @torch.no_grad()
     def image_features(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return the features of images as unit rows `[N, D]`, float32 on the CPU."""
+        """Return the normalised features `[N, D]` of images, float32 on the CPU."""
         device = next(self._model.parameters()).device
         rows = [
             self._model(self._preprocessing(images[start : start + BATCH]).to(device)).last_hidden_state[:, 0]
@@ -42,7 +42,7 @@ class DinoScorer:
 def load_dino(folder: str | Path) -> DinoScorer:
     """Load a ViT from a Hugging Face folder (`facebook/dino-vits16` is the paper's; DINOv2 works too).
 
-    Raises ModelError for a folder without one.
+    Raises ModelError if the folder does not contain a ViT.
     """
     from transformers import AutoModel
 

@@ -1,4 +1,4 @@
-"""DreamArtist's discriminator: a ConvNeXt image classifier that is built, loaded, saved, and differentiated through.
+"""DreamArtist's discriminator: creates, loads and saves a ConvNeXt image classifier, and computes with gradients.
 
 Shape suffixes: N images, 3 colours, H W height and width, K classes.
 """
@@ -26,8 +26,8 @@ from dreamfleet.trainers.models.formats.convnext import SUFFIXES, read_convnext
 from dreamfleet.trainers.models.pretrained import first_line, quiet_libraries, save_part
 from dreamfleet.trainers.models.vision.clip import Preprocessing
 
-HEAD_SCALE = 1e-3  # a new head's initial weights are scaled by this, as in the authors' fine-tuning
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+HEAD_SCALE = 1e-3  # scale of the initial weights of a new head, as in the authors' fine-tuning
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 _PREPROCESSOR = "preprocessor_config.json"
 
 
@@ -49,25 +49,28 @@ class Discriminator:
     def probabilities(self, pixels_N3HW: Tensor) -> Tensor:
         """Return the probability of each class ``[N, K]``, float32, for pixels in about [-1, 1].
 
-        The whole image is resized as in the original: bicubic, with aligned corners.
+        As in DreamArtist, the whole image is resized bicubically with aligned corners.
         """
         size, mean, std = self.preprocessing.resize, self.preprocessing.mean, self.preprocessing.std
         resized_N3SS = F.interpolate(pixels_N3HW.float(), size=size, mode="bicubic", align_corners=True)
-        # Per channel with Python numbers: tensors of mean and std would be copied to the device in every step.
+        # Per channel with Python numbers, since tensors of mean and std would be copied to the device at every step.
         planes = zip(resized_N3SS.unbind(1), mean, std, strict=True)
         entering = torch.stack([(plane * 0.5 + 0.5 - m) / s for plane, m, s in planes], dim=1)
         return self.network(pixel_values=entering).logits.float().softmax(dim=-1)
 
 
 def make_preprocessing(size: int) -> Preprocessing:
-    """Return a classifier's preprocessing of files: the whole image as a square, bicubic, normalised as ImageNet."""
+    """Return the preprocessing of image files: a bicubic resize of the whole image to a square, ImageNet's mean, std.
+
+    ``size`` is the side of the square in pixels.
+    """
     return Preprocessing(resize=(size, size), crop=None, mean=_MEAN, std=_STD)
 
 
 def make_network(
     *, depths: Sequence[int], hidden_sizes: Sequence[int], classes: Sequence[str], drop_path: float
 ) -> Any:
-    """Return a ConvNeXt with random weights (from torch's generator) and a head for the classes."""
+    """Return a ConvNeXt with random weights (from torch's global generator) and a head for the classes."""
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
     config = ConvNextConfig(
@@ -82,7 +85,7 @@ def make_network(
 
 
 def adapt_network(network: Any, *, classes: Sequence[str], drop_path: float) -> Any:
-    """Return a copy with drop path; its head is new unless it already has exactly these classes."""
+    """Return a copy of a network with the given drop path rate, and with a new head unless it has these classes."""
     from transformers import ConvNextForImageClassification
 
     config = copy.deepcopy(network.config)
@@ -100,7 +103,7 @@ def adapt_network(network: Any, *, classes: Sequence[str], drop_path: float) -> 
 def load_discriminator(name: str) -> Discriminator:
     """Load a classifier from a transformers folder, a file (the authors' or timm's), the hub, or a bucket.
 
-    Raises ModelError for one that does not exist or is not a ConvNeXt, FormatError for an incomplete file.
+    Raises ModelError if it does not exist or is not a ConvNeXt, FormatError for an incomplete file.
     """
     quiet_libraries()
     if "://" in name:

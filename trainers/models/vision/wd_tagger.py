@@ -1,7 +1,7 @@
 """Captions a folder of images with the Danbooru tags of a WD tagger (SmilingWolf's ONNX models).
 
-Preprocessing follows AUTOMATIC1111's wd14-tagger: the image is centred on a white square, BGR, 0 to 255, without
-normalisation. The outputs of the models are probabilities.
+Preprocessing follows AUTOMATIC1111's wd14-tagger: the image is centred on a white square, with channels in the order
+BGR and values from 0 to 255. The models return probabilities.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from dreamfleet.datasets.tools.tags import (
 )
 
 MODEL_FILE, TAGS_FILE = "model.onnx", "selected_tags.csv"
-GENERAL, COPYRIGHT, CHARACTER, RATING = 0, 3, 4, 9  # categories in selected_tags.csv
+GENERAL, COPYRIGHT, CHARACTER, RATING = 0, 3, 4, 9  # category numbers in selected_tags.csv
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # in order of preference
-LARGEST_STRIP = 4096  # pixels of the longer side, to which images of extreme aspect ratios are shrunk first
+LARGEST_STRIP = 4096  # pixels; images of extreme aspect ratios are first shrunk to this longer side
 EXISTING = ("ignore", "replace", "append", "prepend")
 
 
@@ -66,7 +66,7 @@ class Tagging:
 
 
 class Tag(NamedTuple):
-    """One output of the model."""
+    """One output of the model: a tag's name and category."""
 
     name: str
     category: int
@@ -75,16 +75,16 @@ class Tag(NamedTuple):
 class Captioned(NamedTuple):
     """The result of captioning a folder."""
 
-    captions: dict[str, str]  # written: name of the image -> text
-    skipped: int  # had a caption
+    captions: dict[str, str]  # captions that were written: name of the image -> text
+    skipped: int  # number of images that already had a caption
     failed: dict[str, str]  # name of the image -> reason
     backup: str | None
 
 
 class Tagger:
-    """A tagger model and its tags, from a folder, local or s3://, an .onnx file with its tag list, or a hub name.
+    """A tagger model and its tags, loaded from a local or s3:// folder, an .onnx file beside its tag list, or the hub.
 
-    Raises ModelError if there is no such model, or onnxruntime is not installed.
+    Raises ModelError if there is no such model, or if onnxruntime is not installed.
     """
 
     def __init__(self, place: str) -> None:
@@ -122,7 +122,7 @@ def square_of(image: Image.Image, side: int) -> np.ndarray:
     """Centre an RGB image on a white square and scale it: float32 [side,side,3], BGR, 0 to 255."""
     if max(image.size) > max(
         LARGEST_STRIP, MOST_RESIZED * min(image.size)
-    ):  # the square would take gigabytes
+    ):  # otherwise the square could take gigabytes
         image = image.copy()
         image.thumbnail((LARGEST_STRIP, LARGEST_STRIP), Image.Resampling.BOX)
     length = max(*image.size, side)
@@ -134,7 +134,7 @@ def square_of(image: Image.Image, side: int) -> np.ndarray:
 
 
 def read_tags(data: bytes, *, uri: str) -> list[Tag]:
-    """Parse selected_tags.csv; lists without categories begin with four ratings. Raises ModelError for other files."""
+    """Parse selected_tags.csv; in files without categories the first four tags are ratings. Raises ModelError."""
     try:
         rows = list(csv.DictReader(io.StringIO(data.decode("utf-8"), newline="")))
         tags = [
@@ -149,7 +149,7 @@ def read_tags(data: bytes, *, uri: str) -> list[Tag]:
 
 
 def choose_tags(probabilities: np.ndarray, tags: Sequence[Tag], how: Tagging) -> list[str]:
-    """Return the tags of one image whose probability, in [tags], reaches the threshold of their category."""
+    """Return the tags whose probability reaches the threshold of their category; ``probabilities`` has shape [tags]."""
     limits = {
         GENERAL: how.general_threshold,
         COPYRIGHT: how.general_threshold,
@@ -185,9 +185,8 @@ def caption_folder(
 ) -> Captioned:
     """Caption the images of a folder: in place, in a .txt file beside each, or into the folder `out`.
 
-    With `existing: ignore`, or into `out`, each batch is written immediately, so that running the command again
-    continues after an interruption. Changes of existing captions are written at the end, with a backup as
-    write_captions makes it.
+    With `existing: ignore`, or with `out`, each batch is written immediately, so that rerunning the command continues
+    after an interruption. Changes of existing captions are written at the end, after a backup; see write_captions.
     """
     captioned = read_captions(folder, caption_column)
     files, before = captioned.files, captioned.texts
@@ -253,7 +252,7 @@ def _written(name: str, score: float, how: Tagging) -> str:
 
 @contextmanager
 def _files(place: str) -> Iterator[tuple[Path, Path]]:
-    """Yield the local paths of a model and its tag list."""
+    """Yield the local paths of a model and its tag list, downloading them if necessary. Raises ModelError."""
     folder, file = place, MODEL_FILE
     if place.endswith(".onnx"):
         folder, _, file = place.rpartition("/")

@@ -1,6 +1,7 @@
-"""Installs the simulated GPUs in every Python process that imports torch, where ``SIMULATED_GPUS`` says how many.
+"""Installs ``SIMULATED_GPUS`` simulated GPUs in every Python process that imports torch.
 
-On the PYTHONPATH of Ray's workers: nothing of ours runs there before torch is imported.
+This folder is on the PYTHONPATH of Ray's workers, because no code of ours runs in them before torch is
+imported.
 """
 
 import importlib.abc
@@ -10,10 +11,10 @@ import sys
 
 
 class _AfterTorch(importlib.abc.MetaPathFinder):
-    """Installs the GPUs right after torch's own import."""
+    """Import hook that installs the GPUs directly after the import of torch."""
 
     def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
-        """Find torch as usual, with the installation after its code; leave other modules alone."""
+        """Return torch's module spec, extended by the installation; return None for other modules."""
         if name != "torch":
             return None
         sys.meta_path.remove(self)

@@ -191,7 +191,7 @@ def _jxl(pixels: Any, **options: Any) -> bytes:
 
 
 def test_the_pixel_block_has_the_webui_layout(tmp_path: Path) -> None:
-    """Test it by decoding with an independent implementation of the webui's format."""
+    """Test the layout with an independent decoder of the webui's format."""
     written = embedding(2, 768)
     path = write_embedding(written, tmp_path / "my-cat.png")
     pixels = np.asarray(Image.open(path).convert("RGB")) & 0x0F

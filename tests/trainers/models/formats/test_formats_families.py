@@ -203,7 +203,7 @@ def test_the_stock_sdxl_pipeline_loads_the_file(tmp_path: Path) -> None:
     from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
     model = tiny_family("sdxl")
-    # diffusers splits joined tensors at the projection's width, which equals the encoder's in the real SDXL.
+    # diffusers splits joined tensors at the projection's width, which is the encoder's in the real SDXL.
     config = CLIPTextConfig(
         **{**model.text_encoder_2.config.to_dict(), "projection_dim": model.text_encoder_2.config.hidden_size}
     )

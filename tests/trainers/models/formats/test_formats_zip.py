@@ -1,4 +1,4 @@
-"""Test zip files of any size: zip64 fields appear where the oldest supported PyTorch reader needs them."""
+"""Test zip files of any size: zip64 fields follow the rules of the oldest supported PyTorch reader."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def test_widths_are_found_in_the_model() -> None:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write hypernetworks `one.pt` and `two.pt` for the tiny model, `other.pt` for another; return a folder."""
+    """Write `one.pt` and `two.pt` for the tiny model, `other.pt` for another model; return their folder."""
     folder = tmp_path_factory.mktemp("hypernetworks")
     for seed, (name, width) in enumerate([("one", WIDTH), ("two", WIDTH), ("other", 48)]):
         torch.manual_seed(seed)
