@@ -15,7 +15,7 @@ from dreamfleet.datasets.rng import key
 from dreamfleet.trainers.engines.base import Engine
 from dreamfleet.trainers.methods.base import Batch
 
-# More zero gradients in a row than chance explains, such as batches whose captions are all dropped.
+# Steps with a zero gradient that chance does not explain, such as the chance that all captions are dropped.
 STEPS_WITHOUT_GRADIENT = 20
 
 
@@ -125,9 +125,9 @@ def train(
 
 def _rehearse(engine: Engine, prepare: Callable[[Batch], Batch], batch: Batch) -> None:
     # One forward and backward pass whose result is dropped, so that insufficient memory is reported in the
-    # first minute. DDP also fixes its buckets: the first step after a resume sums gradients in the same order.
+    # first minute. DDP also fixes its buckets: the first step after a resume sums gradients in equal order.
     devices = [engine.device] if engine.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # a resumed run rehearses where an uninterrupted one does not
+    with torch.random.fork_rng(devices):  # an uninterrupted run does not rehearse at this step
         engine.backward(prepare(engine.to_device(batch)))
     engine.drop_gradients()
 

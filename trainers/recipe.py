@@ -59,7 +59,7 @@ class Recipe(Section):
 
     @property
     def excluded_folders(self) -> dict[str, str]:
-        """Folders with images that the run does not train on -> a description of their content."""
+        """Descriptions of the folders with images that the run does not train on, by folder."""
         folders = {self.output_dir: "the run's output_dir"}
         return folders | ({self.validation.holdout: exclusions.HELD_OUT} if self.validation.holdout else {})
 
@@ -249,7 +249,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
         if not isinstance(node, dict):
             raise RecipeError(f"override {text!r}: {part} is a value, not a section")
         parts.append(part)
-    # The file may have the key under one of its other names.
+    # The file may have the key under an alias.
     for names in keys_at(*_model_at(tree.get("method"), parts)).values():
         for name in names if last in names else ():
             node.pop(name, None)

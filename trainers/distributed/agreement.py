@@ -34,8 +34,8 @@ def share_index(distributed: DistributedContext, build: Callable[[], Index]) -> 
 def check_files(index: Index, distributed: DistributedContext) -> None:
     """Raise StorageError on every rank unless each of them reads the files that rank 0 indexed.
 
-    Local files are compared by size, and up to ``MOST_HASHED`` of them, evenly spread, by content. Of the files in a
-    bucket the first must exist on every rank, as a rank may lack access to it.
+    Local files are compared by size, and fewer than 2 * ``MOST_HASHED`` of them, evenly spread, by content.
+    Of the files in buckets, only the first is checked: every rank must be able to read it.
     """
     if distributed.world == 1:
         return

@@ -1,4 +1,4 @@
-"""The error message when no engine choice fits: what each needs, and which settings need less."""
+"""Builds the error message if no engine choice fits: what each needs, and which settings need less."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Estimate:
         return max(self.traffic.values()) / bytes_per_second
 
     def fits(self, gpu_memory: int | None, host_memory: int | None) -> bool:
-        """Return whether it stays within both limits (None: no limit)."""
+        """Return whether the choice stays within both limits in bytes (None: no limit)."""
         return (gpu_memory is None or self.gpu_total <= gpu_memory) and (
             host_memory is None or self.host_total <= host_memory
         )

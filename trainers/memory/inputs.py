@@ -35,16 +35,18 @@ class Pass:
 
 @dataclass(frozen=True)
 class Counts:
-    """One worker's run in numbers, counted without loading weights; in bytes on the GPU unless stated otherwise.
+    """Sizes of one worker's run, counted without loading weights; by default in bytes on the GPU.
 
-    ``learning``: elements of each trainable tensor; ``factors``: means of squares that Adafactor keeps of them.
-    ``frozen``: parameters that are not trained, and buffers; ``passed``: elements of those that gradients pass through,
-    which stage 3 shards. ``nvme``: whether the recipe names a disk for offload. ``full``: a pass with trainable weights
-    in float32; ``half``: in 16 bits, for ``mixed`` (DeepSpeed's half-precision modes) and ``bf16_weights``. ``fused``:
-    optimizer steps inside backward. ``average``: an average of the weights is kept. ``model``: the whole model in
-    float32, as loaded. ``encoding``, ``class_drawing``: encoding the images, generating class images before the first
-    step; ``drawing``: generating previews. ``text_embeddings``: cached encoded prompts. ``latents``: resident latents
-    on the host. ``bucket``: elements of ZeRO's communication buffers. ``micros``: micro-batches per step.
+    ``learning``: elements of each trainable tensor; ``factors``: means of squares that Adafactor keeps of
+    them. ``frozen``: parameters that are not trained, and buffers; ``passed``: elements of those frozen
+    parameters that gradients pass through, which stage 3 shards. ``nvme``: whether the recipe names a disk
+    for offload. ``full``: a pass with trainable weights in float32; ``half``: in 16 bits, for ``mixed``
+    (DeepSpeed's half-precision modes) and ``bf16_weights``. ``fused``: optimizer steps inside backward.
+    ``average``: an average of the weights is kept. ``model``: the whole model in float32, as loaded.
+    ``encoding``, ``class_drawing``: encoding the images, generating class images before the first step;
+    ``drawing``: generating previews. ``text_embeddings``: cached encoded prompts. ``latents``: resident
+    latents on the host. ``bucket``: elements of ZeRO's communication buffers. ``micros``: micro-batches per
+    step.
     """
 
     learning: tuple[int, ...]

@@ -56,8 +56,8 @@ class EngineChoice:
 #: From the fastest step to the slowest, in the order of Hugging Face's DeepSpeed guide ("ZeRO": stage 1, 2, 2 with
 #: offload, 3, 3 with offload): stage 3 gathers the weights in every pass, offload moves states over PCIe and steps on
 #: the CPU. Offload of weights alone suits runs that train a small part of a large model. Stage 0 shards
-#: nothing, so it follows plain torch. Stage 1 with offload is omitted: stage 2 transfers as much and uses less
-#: memory.
+#: nothing, so it follows plain torch. Stage 1 with offload is omitted, as stage 2 transfers as much and uses
+#: less memory.
 CHOICES = (
     EngineChoice("torch"),
     EngineChoice("ZeRO-0", 0),

@@ -25,7 +25,7 @@ Batch = dict[str, Any]
 
 
 class Loss(NamedTuple):
-    """Result of ``forward``: the scalar to minimise, the loss of each sample ``[N]``, scalars to log."""
+    """Result of ``forward``: the scalar to minimise, the loss per sample ``[N]``, and scalars to log."""
 
     total: Tensor
     per_sample: Tensor

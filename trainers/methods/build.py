@@ -18,7 +18,8 @@ def build_method(recipe: Recipe, model: DiffusionModel, *, concepts: Sequence[Co
     """Build the method on a model, with the recipe's weight type and activation checkpointing.
 
     No parameter is moved to another device. Raises UserError if the formats of the method's class are
-    missing, or do not belong to its artifact kinds.
+    missing, or do not belong to its artifact kinds; RecipeError for activation checkpointing of a method that
+    trains no diffusion model; ModelError if the model does not support the method.
     """
     setting = Setting(concepts=tuple(concepts), snr_gamma=recipe.train.snr_gamma)
     method = method_class(recipe.method)(recipe.method, model, setting)

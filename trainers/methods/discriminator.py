@@ -80,7 +80,7 @@ class DiscriminatorTraining(ImageMethod):
     def split(self, instances: Index) -> tuple[Index, Index | None]:
         """Split the labelled images into those to train on and those to test on; others are left out.
 
-        Raises DataError for a label without a class name, and for images to train on of fewer than two
+        Raises DataError for a label without a class name, or if the images to train on have fewer than two
         classes.
         """
         folders = [concept.instance_data_dir for concept in self.setting.concepts]

@@ -66,9 +66,9 @@ class DreamBooth(DiffusionMethod):
         return part_groups(self.learning)
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
-        """Return the prompt of the concept if it has ``[filewords]``, filled; else the caption, if any.
+        """Return the image's caption, or the concept's prompt (for class images the class prompt).
 
-        Without a caption, the prompt itself. Class images use the class prompt.
+        The prompt is used without a caption, or if it has ``[filewords]``, which the caption replaces.
         """
         concept = self.setting.concepts[sample.concept]
         prompt = concept.class_prompt if sample.role == "class" else concept.instance_prompt

@@ -135,7 +135,7 @@ def export_word(vectors: Sequence[Tensor], order: Export, *, word: str, model: D
     paths = []
     tables = [tensor.detach().float().cpu().clone() for tensor in vectors]
     for suffix in order.formats:
-        # The webui takes the word from the file's name, diffusers from the name inside: the word of training.
+        # The webui takes the word from the file's name, diffusers from the name inside (the trained word).
         embedding = Embedding(
             name=word if suffix in ("safetensors", "bin") else order.name,
             vectors=tables[0],

@@ -30,7 +30,10 @@ from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
 class HypernetworkMethod(DiffusionMethod):
-    """Train MLPs before attention's keys and values on a style. Exports megabytes, used at any strength."""
+    """Train MLPs before attention's key and value layers on a style; the model is frozen.
+
+    Exports megabytes, used at any strength.
+    """
 
     formats = ("pt",)
 

@@ -1,4 +1,4 @@
-"""Steps an optimizer for some of its parameters: inside backward, and for bfloat16 weights with stochastic rounding."""
+"""Runs optimizer steps for some parameters: inside backward, or with stochastic rounding to bfloat16."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ DROPPED_BITS = 16  # mantissa bits of a float32 that a bfloat16 does not have
 
 
 class Stepper:
-    """Steps some of the parameters of any torch optimizer.
+    """Runs the step of any torch optimizer for some of its parameters.
 
-    Weights in bfloat16 are stepped in float32 and rounded stochastically: up with a probability equal to the distance
-    from the lower value, so that updates too small for rounding to nearest take effect on average (Gupta et al. 2015,
-    arXiv 1502.02551). The random bits are keyed by (seed, step, first parameter), so a resumed run rounds
-    identically. The optimizer's states are those of float32 weights.
+    Weights in bfloat16 are stepped in float32 and rounded stochastically: up with a probability proportional
+    to the distance from the lower value, so that updates too small for rounding to nearest take effect on
+    average (Gupta et al. 2015, arXiv 1502.02551). The random bits are keyed by (seed, step, first parameter),
+    so a resumed run rounds identically. The optimizer's states are those of float32 weights.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, seed: int):
