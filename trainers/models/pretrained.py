@@ -29,7 +29,7 @@ def pocket_folder() -> Path:
 
 
 def quiet_libraries() -> None:
-    """Turn off the progress bars and notices that diffusers and transformers print for each loaded part."""
+    """Disable the progress bars and messages that diffusers and transformers print for each loaded part."""
     import diffusers.utils.logging
     import transformers.utils.logging
 

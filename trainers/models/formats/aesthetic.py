@@ -1,6 +1,6 @@
-"""Reads and writes aesthetic vectors of the webui's aesthetic-gradients extension: a `.pt` of one bare tensor.
+"""Reads and writes aesthetic vectors of the webui's aesthetic-gradients extension: a `.pt` with one bare tensor.
 
-Published files differ: `[1, P]` or `[P]`, single or half precision, saved from a GPU. All of them are read.
+Published files differ in shape (`[1, P]` or `[P]`), precision and device; all of these forms are read.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _LARGEST_WIDTH = 2**14  # CLIP's widest space has 1280
 
 
 def write_aesthetic(vector: Tensor, path: str | os.PathLike[str]) -> Path:
-    """Write a vector `[1, P]` or `[P]` as the extension does: `[1, P]` in float32, not normalised.
+    """Write a vector `[1, P]` or `[P]` in the extension's form: `[1, P]` in float32, not normalised.
 
-    A bare tensor holds no metadata. Raises FormatError for another suffix, and for a zero, NaN or infinite vector.
+    The format has no metadata. Raises FormatError for another suffix, and for a zero, NaN or infinite vector.
     """
     path = Path(path)
     if path.suffix.lower() != SUFFIX:
@@ -31,7 +31,7 @@ def write_aesthetic(vector: Tensor, path: str | os.PathLike[str]) -> Path:
 
 
 def read_aesthetic(path: str | os.PathLike[str]) -> Tensor:
-    """Read a vector `[1, P]`, in float32 on the CPU, not normalised. Raises FormatError for another kind of file."""
+    """Read a vector as `[1, P]`, in float32 on the CPU, not normalised. Raises FormatError if it is not one."""
     path = Path(path)
     found = load_pickle(path)
     if not is_real(found):
@@ -43,7 +43,7 @@ def read_aesthetic(path: str | os.PathLike[str]) -> Tensor:
 
 
 def holds_aesthetic(path: str | os.PathLike[str]) -> bool:
-    """Return whether a file is a `.pt` of one bare tensor. Raises FormatError for a damaged `.pt`."""
+    """Return whether a file is a `.pt` with one bare tensor. Raises FormatError for a damaged `.pt`."""
     return Path(path).suffix.lower() == SUFFIX and isinstance(load_pickle(path), Tensor)
 
 

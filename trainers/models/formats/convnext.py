@@ -1,7 +1,8 @@
-"""Reads ConvNeXt classifiers that the authors' code or timm saved, under transformers' names, and writes them back.
+"""Reads and writes ConvNeXt classifiers in the format of the authors' code, and reads those of timm.
 
-Names: github.com/facebookresearch/ConvNeXt, `models/convnext.py`; timm, `timm/models/convnext.py`. DreamArtist's
-discriminator is such a file (`convnext_discriminator.py` there).
+Parameter names in memory are transformers'.
+Parameter names: github.com/facebookresearch/ConvNeXt, `models/convnext.py`; timm, `timm/models/convnext.py`.
+DreamArtist's discriminator is such a file (`convnext_discriminator.py` there).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 
 _STAGE = r"convnext.encoder.stages.\1"
 _BLOCK = _STAGE + r".layers.\2"
-# The authors' names, each with transformers'; `(\d+)` is a stage or a block in it.
+# (the authors' name, transformers' name); `(\d+)` is the number of a stage or of a block in it.
 _AUTHORS = (
     (r"downsample_layers\.0\.0", "convnext.embeddings.patch_embeddings"),
     (r"downsample_layers\.0\.1", "convnext.embeddings.layernorm"),
@@ -45,7 +46,7 @@ _TIMM = (
     (r"head\.norm", "convnext.layernorm"),
     (r"head\.fc", "classifier"),
 )
-_OURS = (  # back to the authors'
+_OURS = (  # (transformers' name, the authors' name)
     (r"convnext\.embeddings\.patch_embeddings", "downsample_layers.0.0"),
     (r"convnext\.embeddings\.layernorm", "downsample_layers.0.1"),
     (r"convnext\.encoder\.stages\.(\d+)\.downsampling_layer\.([01])", r"downsample_layers.\1.\2"),
@@ -58,14 +59,14 @@ _OURS = (  # back to the authors'
 
 
 class ConvNextFile(NamedTuple):
-    """A classifier from a file: arguments of transformers' ConvNextConfig, and the weights under its names, float32."""
+    """A classifier from a file: arguments of transformers' ConvNextConfig, float32 weights by transformers' names."""
 
     config: dict[str, Any]
     state: dict[str, Tensor]
 
 
 def read_convnext(path: str | os.PathLike[str]) -> ConvNextFile:
-    """Read a classifier's weights, bare or under ``model`` in a training checkpoint, under any of the known names.
+    """Read a classifier's weights: a state dict with any of the known names, or a checkpoint with one under ``model``.
 
     Raises FormatError for another kind of file, and for weights that are not a complete ConvNeXt.
     """
@@ -73,7 +74,7 @@ def read_convnext(path: str | os.PathLike[str]) -> ConvNextFile:
     found = read_safetensors(path)[0] if path.suffix.lower() == ".safetensors" else load_pickle(path)
     state: dict[str, Tensor] = {}
     weights = _weights_in(found, path)
-    # A small storage expanded to a huge tensor, or shared by many, would be copied here.
+    # Expanded views and shared storages would be copied below, and could then fill the memory.
     if sum(tensor.numel() * tensor.element_size() for tensor in weights.values()) > path.stat().st_size:
         raise FormatError(f"{path}: rejected, because its weights are larger than the file.")
     for name, tensor in weights.items():
@@ -89,7 +90,7 @@ def read_convnext(path: str | os.PathLike[str]) -> ConvNextFile:
 def write_convnext(
     state: Mapping[str, Tensor], path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
 ) -> Path:
-    """Write weights, given under transformers' names, as a `.pth` under the authors' names, in ``dtype``."""
+    """Write weights with transformers' names as a `.pth` with the authors' names, in ``dtype`` (None: unchanged)."""
     return save_pickle(
         {_rename(name, _OURS): to_dtype(tensor, dtype) for name, tensor in state.items()}, path
     )
@@ -112,7 +113,7 @@ def _weights_in(found: Any, path: Path) -> dict[str, Tensor]:
 def _translate(name: str, path: Path) -> str:
     if name.startswith(("convnext.", "classifier.")):
         return name
-    # Otherwise timm's head.norm would match the authors' head.
+    # Check timm's names first: its head.norm would also match the authors' head.
     if ours := _rename(name, _TIMM) or _rename(name, _AUTHORS):
         return ours
     raise FormatError(
@@ -122,7 +123,7 @@ def _translate(name: str, path: Path) -> str:
 
 
 def _rename(name: str, table: tuple[tuple[str, str], ...]) -> str:
-    """Return the name that a table maps to, or ""; the ending ``weight`` or ``bias`` is kept."""
+    """Return the name that a table maps ``name`` to, with its ending ``weight`` or ``bias``; "" if there is none."""
     for pattern, other in table:
         if match := re.fullmatch(rf"({pattern})((?:\.(?:weight|bias))?)", name):
             return re.sub(pattern, other, match[1], count=1) + match.groups()[-1]
@@ -130,7 +131,7 @@ def _rename(name: str, table: tuple[tuple[str, str], ...]) -> str:
 
 
 def _read_shape(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
-    """Return depths and widths from the weights; a gap in the numbering of blocks is its end."""
+    """Return depths and widths, derived from the weights; the blocks of a stage end at a gap in their numbers."""
 
     def shape(name: str, num_dims: int) -> torch.Size:
         if name not in state or state[name].dim() != num_dims or not state[name].numel():
@@ -156,7 +157,7 @@ def _read_shape(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
         "patch_size": shape("convnext.embeddings.patch_embeddings.weight", 4)[2],
         "num_labels": shape("classifier.weight", 2)[0],
         "layer_scale_init_value": 1e-6 if scale in state else 0.0,
-        "layer_norm_eps": 1e-6,  # transformers' own is 1e-12; the authors' and timm's is this
+        "layer_norm_eps": 1e-6,  # the authors' and timm's value; transformers' default is 1e-12
     }
 
 

@@ -26,17 +26,17 @@ from dreamfleet.trainers.models.formats.pickle_writer import (
 )
 from dreamfleet.trainers.models.formats.tensor_files import read_safetensors, write_safetensors
 
-_PREFIX = "dreamfleet."  # of our fields in a safetensors header, besides the metadata
+_PREFIX = "dreamfleet."  # prefix of dreamfleet's fields in a safetensors header
 _KEYS_WITHOUT_NAME = ("emb_params", "clip_l", "clip_g", "*", "")
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """`vectors` `[n, D]` (float32) that stand for `name` in prompts; D is the text encoder's width.
+    """A textual inversion embedding: float32 `vectors` `[n, D]` for the word `name`; D is the text encoder's width.
 
-    `vectors_2` `[n, 1280]`: those for SDXL's second text encoder; `vectors` are then for the first. `step`: optimizer
-    steps trained. `sd_checkpoint`: short hash (10 hex digits) of the base model, `sd_checkpoint_name` its file stem.
-    `metadata`: text entries stored in the file.
+    `vectors_2` `[n, 1280]` are those for SDXL's second text encoder; `vectors` are then for the first. `step`: number
+    of optimizer steps trained. `sd_checkpoint`: short hash (10 hex digits) of the base model, `sd_checkpoint_name` its
+    file stem. `metadata`: text entries stored in the file.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Embedding:
 
     @property
     def checksum(self) -> str:
-        """The 4 hex digits that identify an embedding in the webui's image texts; of `vectors` only."""
+        """The 4 hex digits by which the webui identifies an embedding in generation parameters; of `vectors` only."""
         result = 0
         for value in (self.vectors.float().cpu().reshape(-1) * 100).tolist():
             result = (result * 281 ^ int(value) * 997) & 0xFFFFFFFF
@@ -65,10 +65,10 @@ def write_embedding(
 ) -> Path:
     """Write `.pt` (webui), `.safetensors` or `.bin` (diffusers), or an image embedding (`.png`, lossless `.webp`).
 
-    `image` is what an image embedding shows. `kohya`: the tensor is named `emb_params`, so that the file's name is the
-    embedding's. SDXL's pairs are written as `clip_l` and `clip_g`, which kohya and the webui read; only `.safetensors`
-    then stores the name, the step and metadata. Raises FormatError for invalid vectors, and for a `.pt` whose stem
-    differs from the name: the webui takes the name from the file, diffusers from its content.
+    `image` is the visible part of an image embedding. `kohya` names the tensor `emb_params`, so that programs use the
+    file's name as the word. SDXL's pairs are written as `clip_l` and `clip_g`, which kohya and the webui read; only a
+    `.safetensors` then stores the name, the step and metadata. Raises FormatError for invalid vectors, and for a `.pt`
+    whose stem differs from the name, since the webui uses the file's name and diffusers the one inside.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -78,8 +78,7 @@ def write_embedding(
         return image_embedding.write_image_embedding(held, path, image=image, caption=_card(embedding))
     if suffix not in EMBEDDINGS:
         raise FormatError(f"{path}: an embedding is written as one of {', '.join(EMBEDDINGS)}.")
-    # `.safetensors` and `.bin` hold one tensor, whose key the webui ignores: it may be the word that the vectors were
-    # trained under, which diffusers loads them as.
+    # A `.safetensors` or `.bin` contains one tensor. The webui ignores its key, and diffusers uses it as the word.
     if suffix == ".pt" and path.stem != embedding.name:
         raise FormatError(
             f"{path}: the file must be called {embedding.name}.pt, or the embedding {path.stem!r}: the webui takes "
@@ -97,10 +96,10 @@ def write_embedding(
 
 
 def read_embedding(path: str | os.PathLike[str], name: str | None = None) -> Embedding:
-    """Read an embedding in any format of the webui or diffusers; `name` overrides the one found.
+    """Read an embedding in any format of the webui or diffusers; `name` overrides its name.
 
-    By default a webui `.pt` and an SDXL pair are named after their file, as in the webui, a diffusers file after its
-    one key, and an image embedding after the name that it stores. Raises FormatError for another kind of file.
+    By default the name of a webui `.pt` or an SDXL pair is the file's stem, as in the webui, that of a diffusers file
+    is its only key, and that of an image embedding is stored in it. Raises FormatError if it is not an embedding.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -120,14 +119,14 @@ def read_embedding(path: str | os.PathLike[str], name: str | None = None) -> Emb
 
 
 def embedding_in(data: dict[str, Any], name: str, path: Path) -> Embedding:
-    """Return the embedding that another file (a LoRA) contains under a name. Raises FormatError naming that file."""
+    """Return an embedding bundled in another file (a LoRA), given its tensors. Raises FormatError naming that file."""
     found = replace(_recognise(data, path, named=True), name=name)
     _check(found, path)
     return found
 
 
 def embedding_tensors(embedding: Embedding) -> dict[str, Tensor]:
-    """Return an embedding's tensors under the names that another file stores them by: a webui `.pt`'s or a pair's."""
+    """Return an embedding's tensors, named for bundling in another file as in a webui `.pt` or in an SDXL pair."""
     return _to_pair(embedding) or {"string_to_param.*": _plain(embedding.vectors)}
 
 
@@ -156,7 +155,7 @@ def _plain(vectors: Tensor) -> Tensor:
 
 
 def _to_pair(embedding: Embedding) -> dict[str, Tensor] | None:
-    """Return SDXL's pair, None for other families; the webui reads every further entry as vectors too."""
+    """Return SDXL's pair of tensors, without other entries, which the webui would read as vectors; None if not SDXL."""
     if embedding.vectors_2 is None:
         return None
     return {"clip_l": _plain(embedding.vectors), "clip_g": _plain(embedding.vectors_2)}
@@ -169,7 +168,7 @@ def _from_pair(data: dict[Any, Any], path: Path) -> Embedding | None:
 
 
 def _to_webui(embedding: Embedding) -> dict[str, Any]:
-    """Return the dict of a webui `.pt`; 265 is the id of "*" in SD1's vocabulary, always written, never read."""
+    """Return the dict of a webui `.pt`. The token id 265 ("*" in SD1's vocabulary) is always written and never read."""
     data = {
         "string_to_token": {"*": 265},
         "string_to_param": {"*": _plain(embedding.vectors)},
@@ -203,7 +202,10 @@ def _from_webui(data: dict[Any, Any], path: Path, *, name_from_file: bool) -> Em
 
 
 def _recognise(data: Any, path: Path, *, named: bool) -> Embedding:
-    """Recognise the formats in the webui's order (modules/textual_inversion/textual_inversion.py)."""
+    """Return the embedding in the content of a file, whose format is recognised in the webui's order.
+
+    Source: webui, modules/textual_inversion/textual_inversion.py. Raises FormatError for any other content.
+    """
     if isinstance(data, Tensor):
         if named:
             return Embedding(path.stem, _vectors(data, path))
@@ -253,7 +255,7 @@ def _to_header(embedding: Embedding) -> dict[str, str]:
 
 
 def _vectors(value: Any, path: Path) -> Tensor:
-    # torch's safe reader also returns sparse and meta tensors and expanded views, which can claim any size.
+    # torch's safe reader also returns sparse tensors, meta tensors and expanded views, which can be of any size.
     if not is_real(value):
         raise FormatError(f"{path}: holds a {type(value).__name__} where the vectors should be.")
     if path.suffix.lower() in (".pt", ".bin"):

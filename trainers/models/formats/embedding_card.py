@@ -1,4 +1,4 @@
-"""Draws the caption of image embeddings, as the webui does: name, base model, vectors and steps."""
+"""Draws the caption on image embeddings, as the webui does: name, base model, number of vectors and steps."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-_SMALLEST_SIDE = 512  # pixels: smaller previews are enlarged so that the caption can be read
+_SMALLEST_SIDE = 512  # pixels; smaller images are enlarged so that the caption is legible
 
 
 def plain_card() -> Image.Image:
-    """Return the image of an embedding that has none of its own."""
+    """Return the default image for an embedding without a preview."""
     rows = np.linspace(1, 0, _SMALLEST_SIDE)[:, None, None]
     shade = np.array([70, 96, 140]) * rows + np.array([40, 44, 62]) * (1 - rows)
     return Image.fromarray(np.broadcast_to(shade, (_SMALLEST_SIDE, _SMALLEST_SIDE, 3)).astype(np.uint8))
 
 
 def captioned(image: Image.Image, caption: Sequence[str]) -> Image.Image:
-    """Return an RGB copy, enlarged if small, with a title at the top and up to three footers at the bottom."""
+    """Return an RGB copy, enlarged if small, with the caption: a title at the top and up to three footers."""
     image = image.convert("RGB")
     scale = -(-_SMALLEST_SIDE // min(image.size))
     if scale > 1:

@@ -1,7 +1,7 @@
-"""Names and suffixes of artifact files, for code that loads no torch."""
+"""Names and suffixes of artifact files, in a module that does not import torch."""
 
-LOSSLESS_IMAGES = (".avif", ".jxl")  # written by libraries that are optional
-EMBEDDING_IMAGES = (".png", ".webp", *LOSSLESS_IMAGES)  # images that carry an embedding
+LOSSLESS_IMAGES = (".avif", ".jxl")  # need an optional library
+EMBEDDING_IMAGES = (".png", ".webp", *LOSSLESS_IMAGES)  # image formats that can contain an embedding
 EMBEDDINGS = (".pt", ".bin", ".safetensors", *EMBEDDING_IMAGES)
-NEGATIVE = "-neg"  # ends the name of the vectors that go into the negative prompt
+NEGATIVE = "-neg"  # suffix of the name of a negative embedding
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights(folder)` looks for

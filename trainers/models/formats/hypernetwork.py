@@ -1,4 +1,4 @@
-"""Reads and writes the webui's hypernetwork files, including its oldest form and NovelAI's."""
+"""Reads the webui's hypernetwork files, including its oldest form and NovelAI's, and writes the current form."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from dreamfleet.trainers.models.formats.pickle_writer import (
 
 SUFFIX = ".pt"
 
-Weights = Mapping[str, Tensor]  # state dict of one MLP: linear.0.weight, linear.0.bias ...
-Pair = tuple[Weights, Weights]  # of the keys' MLP and of the values'
+Weights = Mapping[str, Tensor]  # state dict of one MLP: linear.0.weight, linear.0.bias, ...
+Pair = tuple[Weights, Weights]  # (MLP for keys, MLP for values)
 
 _MOST_WIDTHS = 32
 _LARGEST_WIDTH = 2**16
@@ -39,9 +39,9 @@ _OLD_NAMES = {f"linear{number}.{part}": f"linear.{number - 1}.{part}"
 class HypernetworkFile:
     """The content of a hypernetwork file.
 
-    ``weights``: the two MLPs of each context width, in the file's order. ``step``: optimizer steps trained.
+    ``weights``: the two MLPs of each context width, in the file's order. ``step``: number of optimizer steps trained.
     ``sd_checkpoint``: short hash (10 hex digits) of the base model, ``sd_checkpoint_name`` its file stem.
-    ``metadata``: text entries that travel with the file.
+    ``metadata``: text entries stored in the file.
     """
 
     name: str
@@ -87,8 +87,8 @@ def write_hypernetwork(file: HypernetworkFile, path: str | os.PathLike[str]) -> 
 def read_hypernetwork(path: str | os.PathLike[str]) -> HypernetworkFile:
     """Read a hypernetwork file on the CPU in float32; its name is the file's stem, as in the webui.
 
-    Entries that old files lack get the webui's defaults. Memory stays within a few times the file's size. Raises
-    FormatError for another kind of file.
+    Missing entries of old files get the webui's defaults. The memory used is at most a few times the file's size.
+    Raises FormatError if the file is not a hypernetwork.
     """
     path = Path(path)
     data = load_pickle(path)
@@ -107,7 +107,7 @@ def read_hypernetwork(path: str | os.PathLike[str]) -> HypernetworkFile:
     require_backed((t for pair in stored.values() for part in pair for t in part.values()), path)
     try:
         structure = _structure(data)
-        # Separate names for each MLP: the pickle writer would store shared strings once, which changes the bytes.
+        # Create the names for each MLP separately: shared strings are pickled once, which would change the bytes.
         shapes = {width: (_shapes(width, structure), _shapes(width, structure)) for width in widths}
     except UserError as error:
         raise FormatError(f"{path}: {error}") from error
@@ -134,12 +134,12 @@ def read_hypernetwork(path: str | os.PathLike[str]) -> HypernetworkFile:
 
 
 def holds_hypernetwork(path: str | os.PathLike[str]) -> bool:
-    """Return whether a file is a hypernetwork: it has layer widths as keys. Raises FormatError for a damaged `.pt`."""
+    """Return whether a file is a hypernetwork, which has context widths as keys. Raises FormatError if damaged."""
     return Path(path).suffix.lower() == SUFFIX and bool(_widths_in(load_pickle(path)))
 
 
 def _widths_in(data: Any) -> list[int]:
-    # As in the webui: keys of type int, without bool.
+    # As in the webui, only keys whose type is exactly int, which excludes bool.
     return [key for key in data if type(key) is int] if isinstance(data, dict) else []
 
 
@@ -161,7 +161,7 @@ def _weights(value: Any, width: int, path: Path) -> dict[str, Tensor]:
 
 
 def _structure(data: Mapping[Any, Any]) -> Structure:
-    """Return the structure in a file; missing entries get the defaults of the webui's loader."""
+    """Return the MLP structure stored in a file; missing entries get the defaults of the webui's loader."""
     layers, dropout = _numbers(data, "layer_structure"), _numbers(data, "dropout_structure")
     if layers is None:
         layers = (1, 2, 1)
@@ -173,7 +173,7 @@ def _structure(data: Mapping[Any, Any]) -> Structure:
     return Structure(
         layer_structure=layers,
         activation_func=_text(data, "activation_func", "linear"),
-        # Only describes how training started; the weights are in the file.
+        # Describes only how the weights were initialised, so an unknown value does not matter.
         weight_init=init if init in get_args(WeightInit) else "Normal",
         add_layer_norm=_flag(data, "is_layer_norm", False),
         activate_output=_flag(data, "activate_output", True),
@@ -205,14 +205,14 @@ def _text(data: Mapping[Any, Any], key: str, default: str) -> str:
 
 
 def _shapes(width: int, structure: Structure) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of one MLP's weights; activations and dropout count in the names, as in the webui."""
+    """Return the names and shapes of one MLP's weights. As in the webui, their numbers count all layers."""
     shapes: dict[str, tuple[int, ...]] = {}
     place = 0
     for number, (entering, leaving) in enumerate(pairwise(structure.sizes(width)), start=1):
         shapes[f"linear.{place}.weight"], shapes[f"linear.{place}.bias"] = (leaving, entering), (leaving,)
         place += 1
         if structure.is_activated(number):
-            if structure.activation_func == "prelu":  # the one activation with a parameter
+            if structure.activation_func == "prelu":  # the only activation with a parameter
                 shapes[f"linear.{place}.weight"] = (1,)
             place += 1
         if structure.add_layer_norm:

@@ -1,7 +1,7 @@
-"""Reads and writes images that carry a Textual Inversion embedding, in a PNG text chunk and in pixels at the sides.
+"""Reads and writes images that contain a textual inversion embedding, in a PNG text chunk and in pixels at the sides.
 
-The format is the webui's: the text chunk exists only in PNG; the pixel blocks survive in any lossless format. Both
-hold the JSON of the webui `.pt` dict, with tensors as `{"TORCHTENSOR": nested list}`.
+The format is the webui's: the text chunk exists only in PNG, the pixel blocks in any lossless format. Both contain the
+dict of a webui `.pt` as JSON, with tensors as `{"TORCHTENSOR": nested list}`.
 
 Shapes: H, W height and width of the whole image in pixels; K columns of one block of hidden nibbles.
 """
@@ -33,7 +33,7 @@ from dreamfleet.trainers.models.formats.pickle_writer import replacing
 
 TEXT_KEY = "sd-ti-embedding"
 
-MAX_PIXELS = 64_000_000  # of an image that is read; 75 vectors beside a 4K image need a tenth
+MAX_PIXELS = 64_000_000  # limit for reading; 75 vectors beside a 4K image need a tenth of it
 MAX_JSON_BYTES = 32_000_000  # decompressed; 75 vectors of 1024 numbers need 2 MB
 MAX_JSON_DEPTH = 16  # the webui dict has 5
 
@@ -53,11 +53,11 @@ def write_image_embedding(
     image: Image.Image | None = None,
     caption: Sequence[str] = (),
 ) -> Path:
-    """Write an image that carries `data`, the dict of a webui `.pt`, in its pixels and, for PNG, as text.
+    """Write an image that contains `data`, the dict of a webui `.pt`, in its pixels and, for PNG, also as text.
 
-    `image` is the visible image (a plain card when None); `caption` is a title and up to three footers drawn on it.
-    Raises FormatError for a format that is none of EMBEDDING_IMAGES or needs a package that is not installed, and
-    StorageError for a failed write.
+    `image` is the visible image (None: a default one); `caption` is a title and up to three footers drawn on it.
+    Raises FormatError for a suffix that is not in EMBEDDING_IMAGES or needs a package that is not installed, and
+    StorageError if writing fails.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -80,9 +80,9 @@ def write_image_embedding(
 
 
 def read_image_embedding(source: str | os.PathLike[str] | bytes) -> dict[str, Any]:
-    """Read the dict that an image carries: text chunk first, then pixels. Tensors are float32.
+    """Read the dict that an image contains, from the text chunk or otherwise from the pixels. Tensors are float32.
 
-    Raises FormatError when the image carries none, is damaged, or is larger than an embedding can be.
+    Raises FormatError if the image contains none, is damaged, or is larger than an embedding can be.
     """
     where = "this image" if isinstance(source, bytes) else str(source)
     if isinstance(source, bytes):
@@ -110,15 +110,16 @@ def read_image_embedding(source: str | os.PathLike[str] | bytes) -> dict[str, An
 
 
 def lcg_noise(count: int) -> NDArray[np.uint8]:
-    """Return the first `count` values (0 to 254) of the generator that masks the nibbles.
+    """Return the first `count` values (0 to 254) of the pseudo-random sequence that masks the nibbles.
 
-    x <- (1664525 x + 1013904223) mod 2^32 from 0, each x mod 255 (webui, modules/textual_inversion/image_embedding).
+    x <- (1664525 x + 1013904223) mod 2^32, starting at 0; the values are x mod 255. Source: webui,
+    modules/textual_inversion/image_embedding.
     """
     multiplier, increment, mask = 1664525, 1013904223, 2**32 - 1
     states = np.array([increment], dtype=np.uint64)
     while (
         len(states) < count
-    ):  # n values further on is again x -> multiplier x + increment, so each round doubles
+    ):  # advancing by n values is again x -> multiplier x + increment, so each round doubles n
         states = np.concatenate([states, (states * multiplier + increment) & mask])
         multiplier, increment = multiplier * multiplier & mask, (multiplier * increment + increment) & mask
     return (states[:count] % 255).astype(np.uint8)
@@ -136,7 +137,7 @@ def _to_json(data: dict[str, Any]) -> bytes:
 
 
 def _short_floats(array: NDArray[np.float32]) -> Any:
-    """Return float32 numbers with the fewest digits that read back to the same bits; halves the size."""
+    """Return float32 numbers as nested lists with the fewest digits that restore the same bits; halves the size."""
     flat = [float(str(value)) for value in array.ravel()]
     exact = np.array(flat, dtype=np.float64).astype(np.float32)
     kept = np.array(flat) if np.array_equal(exact, array.ravel()) else array.ravel().astype(np.float64)
@@ -167,7 +168,7 @@ def _from_json(payload: bytes, where: str) -> dict[str, Any]:
 
 
 def _hide(image_HW3: Pixels, payload: bytes, *, decoration: NDArray[np.float32]) -> Pixels:
-    """Return the image with the payload's low nibbles in columns at its left, the high nibbles at its right."""
+    """Return the image with columns that contain the payload: low nibbles at its left, high nibbles at its right."""
     height = image_HW3.shape[0]
     packed = np.frombuffer(zlib.compress(payload, 9), dtype=np.uint8)
     size = len(packed) + height - len(packed) % height
@@ -184,7 +185,7 @@ def _hide(image_HW3: Pixels, payload: bytes, *, decoration: NDArray[np.float32])
 
 
 def _carried_by_pixels(image: Image.Image) -> bytes | None:
-    """Return the payload in an image's pixels; None if there is none or it is damaged."""
+    """Return the payload hidden in an image's pixels; None if there is none or it is damaged."""
     pixels_HW3 = np.asarray(image.convert("RGB"))
     bright_HW = np.asarray((pixels_HW3 > 0).all(axis=2))
     rows, columns = np.flatnonzero(bright_HW.any(axis=1)), np.flatnonzero(bright_HW.any(axis=0))
@@ -208,7 +209,7 @@ def _carried_by_pixels(image: Image.Image) -> bytes | None:
 
 
 def _encode(pixels_HW3: Pixels, suffix: str, payload: bytes, where: str) -> bytes:
-    """Return the image encoded for ``suffix``; a PNG's text carries the payload too."""
+    """Return the image encoded in the format of ``suffix``; in a PNG also with the payload as text."""
     if suffix in LOSSLESS_IMAGES:
         return lossless_image.encode(pixels_HW3, suffix, where)
     options = dict(_SAVE_OPTIONS[suffix])
@@ -242,7 +243,7 @@ def _open(content: bytes, where: str) -> Image.Image:
         raise
     except UnidentifiedImageError as error:
         raise FormatError(f"{where}: not an image that can be read.") from error
-    except Exception as error:  # Pillow's decoders raise many kinds of exceptions for damaged images
+    except Exception as error:  # Pillow's decoders raise many types for damaged images
         raise FormatError(f"{where}: the image is damaged ({_first_line(error)}).") from error
     return image
 
@@ -265,13 +266,13 @@ def _tensors_of(data: Any) -> list[torch.Tensor]:
 
 
 def _greys(vector: NDArray[np.float32]) -> Pixels:
-    """Return the shades of the discs drawn over the nibbles, from the first vector."""
+    """Return the grey levels of the discs drawn over the nibbles, derived from the first vector."""
     size = np.abs(vector[:1024])
     return (size / max(float(size.max(initial=0)), 1e-12) * 255).astype(np.uint8)
 
 
 def _discs(columns: int, height: int, greys: Pixels) -> Pixels:
-    """Return discs of 6 pixels on a grid of 8, odd rows shifted by 4; only bits 4 to 7 are kept."""
+    """Return an image of discs of 6 pixels on a grid of 8, odd rows shifted by 4, of which only bits 4 to 7 are set."""
     sheet = Image.new("L", (columns, height))
     draw = ImageDraw.Draw(sheet)
     count = 0

@@ -1,4 +1,4 @@
-"""Renames Stable Diffusion's parameters between diffusers' parts and the one dict of a single file."""
+"""Converts Stable Diffusion's parameters between diffusers' state dicts per part and the one dict of a single file."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _OTHER_KEYS = {
 
 
 class FileState(Mapping[str, Tensor]):
-    """The tensors of a single file by name; joined tensors are concatenated on access, one at a time."""
+    """The tensors of a single file by name. Joined tensors (queries, keys, values) are concatenated on access."""
 
     def __init__(self) -> None:
         self._kept: dict[str, dict[int, Tensor]] = {}
 
     def put(self, place: Place, tensor: Tensor) -> None:
-        """Add a parameter, or one third of a joined tensor, without a copy."""
+        """Add a parameter, or one third of a joined tensor, without copying it."""
         self._kept.setdefault(place.name, {})[place.third or 0] = tensor.T if place.transposed else tensor
 
     def __getitem__(self, name: str) -> Tensor:
@@ -57,9 +57,9 @@ class FileState(Mapping[str, Tensor]):
 def to_single_file(states: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, Config]) -> FileState:
     """Return one state dict in the family's layout from the state dicts of `PARTS`; tensors are shared, not copied.
 
-    SD2's text encoder gets OpenCLIP's `text_projection`, which no U-Net reads: without it diffusers up to 0.32 assumes
-    512 as the width of queries, keys and values. Raises FormatError for a parameter that the layout has
-    no name for.
+    SD2's text encoder gets OpenCLIP's `text_projection`, although no U-Net uses it, because diffusers up to 0.32
+    otherwise assumes that queries, keys and values have a width of 512. Raises FormatError for a parameter that has no
+    name in the layout.
     """
     family, file = family_of(configs), FileState()
     for part in parts_of(family):
@@ -76,10 +76,10 @@ def to_single_file(states: Mapping[str, Mapping[str, Tensor]], configs: Mapping[
 def from_single_file(
     state: Mapping[str, Tensor], configs: Mapping[str, Config], *, needs: Collection[str] = NEEDS
 ) -> dict[str, dict[str, Tensor]]:
-    """Return one state dict per part from a single file's dict, with the shapes that `configs` define.
+    """Return one state dict per part from a single file's dict, with the shapes defined by `configs`.
 
-    "text_encoder" in `needs` stands for both of SDXL's. Raises FormatError naming the part that is missing or does not
-    fit.
+    "text_encoder" in `needs` stands for both text encoders of SDXL. Raises FormatError naming the part that is missing
+    or does not fit its config.
     """
     family = family_of(configs)
     states = {}
@@ -94,9 +94,9 @@ def from_single_file(
 
 
 def family_in(state: Mapping[str, Tensor], path: Path) -> Family:
-    """Return a file's family by the keys that the webui checks. Raises FormatError for an unsupported model.
+    """Return a file's family, recognised as in the webui by its keys. Raises FormatError for an unsupported model.
 
-    Keys: webui, modules/sd_models_config.py.
+    Source of the keys: webui, modules/sd_models_config.py.
     """
     first = state.get("model.diffusion_model.input_blocks.0.0.weight")
     channels = first.shape[1] if first is not None and first.ndim == 4 else 4
@@ -155,7 +155,7 @@ def _take(
 ) -> Tensor:
     places = [file_place(part, key, config, family)]
     if part == "text_encoder":
-        # Names of converters that treat every text encoder as SD1's, or do not know transformers 5's shorter names.
+        # Also accept the names of converters that treat all text encoders as SD1's or omit transformers' `text_model.`.
         prefix = PREFIXES["sdxl" if family == "sdxl" else "sd1"][part]
         places += [clip_place(key).under(prefix.removesuffix(end)) for end in ("", "text_model.")]
     place = next((place for place in places if place.name in state), None)
@@ -176,19 +176,19 @@ def _take(
 
 
 def _own_part(tensor: Tensor, place: Place, shape: list[int]) -> Tensor:
-    """Return a parameter from where the file stores it, reshaped to `shape` where only the form differs."""
+    """Return a parameter from the tensor that contains it: a third, a transpose, or a reshape of it to `shape`."""
     if place.third is not None and tensor.ndim and len(tensor) == 3 * shape[0]:
-        return tensor.chunk(3)[place.third].clone()  # a saved tensor must not share memory
+        return tensor.chunk(3)[place.third].clone()  # safetensors does not save tensors that share memory
     if place.transposed and tensor.ndim == 2:
         return tensor.T.contiguous()
-    # A linear layer may be stored as a 1x1 convolution, and the reverse.
+    # A linear layer may be stored as a 1x1 convolution, and vice versa.
     if tensor.ndim == 4 and len(shape) == 2 and list(tensor.shape[2:]) == [1, 1]:
         return tensor[:, :, 0, 0]
     return tensor[:, :, None, None] if tensor.ndim == 2 and shape[2:] == [1, 1] else tensor
 
 
 def require_sane(config: Config, part: str) -> None:
-    """Raise FormatError for a config that would take too long to build: excessive sizes or numbers of layers."""
+    """Raise FormatError for a config with excessive sizes or numbers of layers, which would take too long to build."""
 
     def numbers(value: Any, depth: int) -> list[int | float]:
         if depth > 3 or isinstance(value, dict):

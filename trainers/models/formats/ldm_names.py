@@ -13,7 +13,7 @@ Config = dict[str, Any]
 Family = Literal["sd1", "sd2", "sdxl"]
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-NEEDS = PARTS[:3]  # the parts that can be requested; SDXL's two text encoders are one request
+NEEDS = PARTS[:3]  # the parts that can be requested; "text_encoder" includes SDXL's second one
 _UNET_AND_VAE = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
 PREFIXES: dict[Family, dict[str, str]] = {
     "sd1": {**_UNET_AND_VAE, "text_encoder": "cond_stage_model.transformer.text_model."},
@@ -25,10 +25,10 @@ PREFIXES: dict[Family, dict[str, str]] = {
     },
 }
 
-_OPENCLIP = (("sd2", "text_encoder"), ("sdxl", "text_encoder_2"))  # stored in OpenCLIP's layout
+_OPENCLIP = (("sd2", "text_encoder"), ("sdxl", "text_encoder_2"))  # text encoders stored in OpenCLIP's layout
 
-# The ids that begin, end and pad a text in the published configs of these encoders, which are wrong; the encoder itself
-# uses the largest id of a text as its end.
+# The start, end and padding ids in the published configs of these encoders. They are wrong, but not used: the encoder
+# takes the position of the largest id of a text as its end.
 _OLD_TOKEN_IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
 
 SD1_CONFIGS: dict[str, Config] = {
@@ -69,7 +69,7 @@ SD1_CONFIGS: dict[str, Config] = {
         "beta_schedule": "scaled_linear",
         "num_train_timesteps": 1000,
         "clip_sample": False,
-        "set_alpha_to_one": False,  # DDIM's last step ends at the first timestep's noise, as in the published folders
+        "set_alpha_to_one": False,  # DDIM's last step ends at the noise level of timestep 0, as in published folders
         "steps_offset": 1,
         "prediction_type": "epsilon",
     },
@@ -88,7 +88,7 @@ SD2_CONFIGS: dict[str, Config] = {  # 2.1 at 768 pixels; `SD2_BASE_CONFIGS` is t
         **SD1_CONFIGS["text_encoder"],
         "hidden_size": 1024,
         "intermediate_size": 4096,
-        "num_hidden_layers": 23,  # of OpenCLIP's 24: the U-Net reads the last but one
+        "num_hidden_layers": 23,  # of 24 in OpenCLIP, since the U-Net uses the output of the last but one
         "num_attention_heads": 16,
         "hidden_act": "gelu",
         "projection_dim": 512,
@@ -168,10 +168,10 @@ _VAE_MIDDLE = re.compile(r"(\w+)\.mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 
 def family_of(configs: Mapping[str, Config]) -> Family:
-    """Return a model's family, which decides its single-file layout, from the configs of its parts."""
+    """Return a model's family, which determines its single-file layout, from the configs of its parts."""
     if "text_encoder_2" in configs or configs.get("unet", {}).get("addition_embed_type") == "text_time":
         return "sdxl"
-    # OpenCLIP's encoders use the exact GELU, OpenAI's (SD1) the quick form.
+    # OpenCLIP's text encoders use the exact GELU, OpenAI's (SD1) the quick approximation.
     text = configs.get("text_encoder", {})
     return "sd2" if text.get("hidden_size") == 1024 or text.get("hidden_act") == "gelu" else "sd1"
 
@@ -182,9 +182,9 @@ def parts_of(family: Family) -> tuple[str, ...]:
 
 
 def file_place(part: str, key: str, config: Config, family: Family) -> Place:
-    """Return where a single file of this family stores a parameter of one of `PARTS`.
+    """Return the place of a parameter of one of `PARTS` in a single file of this family.
 
-    Raises FormatError for a parameter that the layout has no name for.
+    Raises FormatError for a parameter that has no name in the layout.
     """
     if part == "unet":
         place = Place(unet_key(key, config))

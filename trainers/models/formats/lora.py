@@ -1,7 +1,7 @@
-"""Reads and writes LoRA files in diffusers' and kohya's layouts, old and new.
+"""Reads and writes LoRA files in diffusers' and kohya's layouts, including older forms.
 
-A layer changes its weight by ``alpha / rank * up @ down``. Kohya's layout stores alpha beside the matrices; in
-diffusers' the scale is multiplied into ``up``, which every version of every reader handles correctly.
+A LoRA changes the weight of a layer by ``alpha / rank * up @ down``. Kohya's layout stores alpha beside the matrices.
+In diffusers' layout the scale is multiplied into ``up``, which all versions of all readers handle correctly.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".safetensors", ".pt", ".ckpt", ".bin")
 
-_BUNDLED = "bundle_emb."  # prefix of embeddings' tensors in a LoRA, as the webui reads them
+_BUNDLED = "bundle_emb."  # the webui's prefix of the tensors of embeddings in a LoRA
 
-_WIDTHS: dict[int, Family] = {1024: "sd2", 2048: "sdxl"}  # of the contexts; SD 1.x has 768
+_WIDTHS: dict[int, Family] = {1024: "sd2", 2048: "sdxl"}  # by context width; that of SD 1.x is 768
 
 
 class Matrices(NamedTuple):
-    """``down`` ``[r, in]`` or ``[r, in, kh, kw]``, ``up`` ``[out, r]`` or ``[out, r, 1, 1]``, and alpha."""
+    """The LoRA of one layer: ``down`` ``[r, in]`` or ``[r, in, kh, kw]``, ``up`` ``[out, r]`` or ``[out, r, 1, 1]``."""
 
     down: Tensor
     up: Tensor
@@ -52,7 +52,7 @@ class Matrices(NamedTuple):
         return self.down.shape[0]
 
 
-Layers = Mapping[str, Matrices]  # by part and module: unet.mid_block.attentions.0.proj_in
+Layers = Mapping[str, Matrices]  # by part and layer name: unet.mid_block.attentions.0.proj_in
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class LoraFile:
     name: str
     layers: dict[str, Matrices]
     metadata: dict[str, str] = field(default_factory=dict)
-    is_kohyas: bool = False  # the layout it was read in
+    is_kohyas: bool = False  # whether it was read from kohya's layout
     embeddings: tuple[Embedding, ...] = ()
 
     @property
     def family(self) -> Family:
-        """The family of its base model, by the width of contexts and the parts that it changes."""
+        """The family of its base model, derived from the context width and the parts that it changes."""
         for layer, (down, _, _) in self.layers.items():
             if layer.startswith("text_encoder_2.") or ".transformer_blocks.1." in layer:
                 return "sdxl"
@@ -77,9 +77,9 @@ class LoraFile:
 
 
 def write_diffusers_lora(file: LoraFile, path: Path, *, dtype: torch.dtype = torch.float32) -> Path:
-    """Write the layout that `load_lora_weights` of diffusers reads; it assumes alpha = rank, so ``up`` is scaled.
+    """Write the layout that diffusers' `load_lora_weights` reads, with alpha multiplied into ``up``.
 
-    This layout holds no embeddings: a warning names those that are left out.
+    This layout cannot contain embeddings; a warning names those that are left out.
     """
     if file.embeddings:
         names = ", ".join(embedding.name for embedding in file.embeddings)
@@ -108,8 +108,8 @@ def write_kohya_lora(
 ) -> Path:
     """Write the layout of the webui, ComfyUI and kohya's scripts, with kohya's ``ss_`` entries in the header.
 
-    ``family``: derived from the layers when None. ``unet_config``: needed where SDXL's U-Net has unusual blocks.
-    Raises FormatError for a layer that kohya's layout has no name for.
+    ``family``: derived from the layers if None. ``unet_config``: needed if SDXL's U-Net does not have its usual blocks.
+    Raises FormatError for a layer that has no name in kohya's layout.
     """
     family = family or file.family
     state: dict[str, Tensor] = {}
@@ -138,10 +138,10 @@ def write_kohya_lora(
 
 
 def read_lora(path: str | Path, *, layers_per_block: int = STANDARD_LAYERS) -> LoraFile:
-    """Read a LoRA of either layout on the CPU in float32, with its embeddings; it is named after its file.
+    """Read a LoRA of either layout on the CPU in float32, with its embeddings; its name is the file's stem.
 
-    ``layers_per_block``: of the model's U-Net, for files with Stability's block names. Raises FormatError for another
-    kind of file, and for LoHa, LoKr, DoRA and other forms with more than two matrices per layer.
+    ``layers_per_block``: that of the model's U-Net, for files with Stability's block names. Raises FormatError for
+    another kind of file, and for LoHa, LoKr, DoRA and other forms with more than two matrices per layer.
     """
     path = Path(path)
     tensors, header = _read_tensors(path)
@@ -173,7 +173,7 @@ def read_lora(path: str | Path, *, layers_per_block: int = STANDARD_LAYERS) -> L
 
 
 def holds_lora(path: str | Path) -> bool:
-    """Return whether a file is a LoRA, by the names of its tensors. Raises FormatError for a damaged file."""
+    """Return whether a file is a LoRA, judging by its tensor names. Raises FormatError for a damaged file."""
     path = Path(path)
     if path.suffix.lower() == ".safetensors":
         keys = safetensors_names(path)
@@ -187,7 +187,7 @@ def holds_lora(path: str | Path) -> bool:
 
 
 def _take_embeddings(tensors: dict[str, Tensor], path: Path) -> tuple[Embedding, ...]:
-    """Remove a LoRA's embeddings (``bundle_emb.NAME.KEY``, keys as in an embedding file) and return them."""
+    """Remove the bundled embeddings (``bundle_emb.NAME.KEY``, with KEY as in an embedding file) and return them."""
     bundled: dict[str, dict[str, Any]] = {}
     for key in [key for key in tensors if key.startswith(_BUNDLED)]:
         name, _, inner = key.removeprefix(_BUNDLED).partition(".")
@@ -201,7 +201,7 @@ def _take_embeddings(tensors: dict[str, Tensor], path: Path) -> tuple[Embedding,
 
 
 class _PeftAlphas:
-    """The alphas in diffusers' header entry, by layer."""
+    """The alpha of each layer in the header entry that diffusers writes (peft's config)."""
 
     def __init__(self, header: Mapping[str, str], path: Path):
         try:
@@ -213,14 +213,14 @@ class _PeftAlphas:
             raise FormatError(f"{path}: a DoRA, which cannot be read.")
 
     def of(self, layer: str, rank: int) -> Any:
-        """Return the alpha that is divided by the rank."""
+        """Return the alpha of a layer (before division by the rank); ``rank`` is that of its matrices."""
         part, _, module = layer.partition(".")
         alpha = self._entries.get(f"{part}.lora_alpha", rank)
         patterns = self._entries.get(f"{part}.alpha_pattern")
         for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
             plain = pattern.removeprefix(
                 "^"
-            )  # peft treats them as expressions; untrusted ones are compared as text
+            )  # peft treats patterns as regular expressions; untrusted ones are compared as text instead
             if f".{module}".endswith(f".{plain}"):
                 alpha = value
                 break

@@ -1,4 +1,4 @@
-"""Text entries in the headers of LoRA files: kohya's (``ss_``), modelspec's and dreamfleet's."""
+"""Creates and reads the text entries in the headers of LoRA files: kohya's (``ss_``), modelspec's and dreamfleet's."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from dreamfleet.trainers.models.formats.ldm_names import Family
 
 PREDICTION = "modelspec.prediction_type"  # in both layouts: "v" or "epsilon"
-PEFT = "lora_adapter_metadata"  # diffusers': peft's config of each part
+PEFT = "lora_adapter_metadata"  # diffusers' entry with peft's config of each part
 
-_VERSIONS = {  # kohya's name of a family: where the U-Net predicts noise, and where velocity
+_VERSIONS = {  # kohya's names of a family, for epsilon and for velocity prediction
     "sd1": ("sd_v1", "sd_v1_v"),
     "sd2": ("sd_v2", "sd_v2_v"),
     "sdxl": ("sdxl_base_v1-0", "sdxl_base_v1-0"),
 }
-_ARCHITECTURES = {  # modelspec's
+_ARCHITECTURES = {  # modelspec's names of a family
     "sd1": ("stable-diffusion-v1", "stable-diffusion-v1"),
     "sd2": ("stable-diffusion-v2-512", "stable-diffusion-v2-768-v"),
     "sdxl": ("stable-diffusion-xl-v1-base", "stable-diffusion-xl-v1-base"),
@@ -31,7 +31,7 @@ _PASSING = (
 
 
 def own_entries(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the entries that remain valid in another layout."""
+    """Return the entries that remain valid when the file is converted to another layout."""
     return {key: value for key, value in metadata.items() if key not in _PASSING}
 
 
@@ -43,10 +43,10 @@ def kohya_entries(
     ranks: Sequence[tuple[int, float]],
     has_convolutions: bool,
 ) -> dict[str, str]:
-    """Return the entries that kohya's scripts, the webui and ComfyUI show or read.
+    """Return the header entries that kohya's scripts, the webui and ComfyUI read or display.
 
-    ``metadata``: the file's own entries. ``ranks``: rank and alpha of every layer; the header has room for the most
-    common pair. ``has_convolutions``: whether a layer has a kernel larger than 1 x 1.
+    ``metadata``: the LoRA's existing entries. ``ranks``: (rank, alpha) of every layer, of which the header contains
+    only the most common. ``has_convolutions``: whether a layer has a kernel larger than 1 x 1.
     """
     velocity = is_for_velocity(metadata)
     rank, alpha = Counter(ranks).most_common(1)[0][0]
@@ -70,7 +70,7 @@ def kohya_entries(
 
 
 def is_for_velocity(metadata: Mapping[str, str]) -> bool:
-    """Return whether a LoRA's entries say that it was trained on a U-Net that predicts velocity."""
+    """Return whether a LoRA's header states that its base model predicts velocity."""
     return (
         metadata.get(PREDICTION) == "v"
         or metadata.get("ss_base_model_version", "").endswith("_v")

@@ -1,6 +1,6 @@
-"""Maps names of LoRA layers: diffusers' (``unet.a.b.to_q.lora_A.weight``) and kohya's (``lora_unet_a_b_to_q``).
+"""Converts LoRA layer names between diffusers' (``unet.a.b.to_q.lora_A.weight``) and kohya's (``lora_unet_a_b_to_q``).
 
-Internally a layer is named by part and module as in diffusers; text encoders include ``text_model``.
+Internally the name of a layer is its part and module as in diffusers, in text encoders with ``text_model``.
 Sources: diffusers, `loaders/lora_conversion_utils.py`; kohya-ss/sd-scripts, `networks/lora.py`.
 """
 
@@ -14,9 +14,9 @@ from dreamfleet.datasets.errors import FormatError
 from dreamfleet.trainers.models.formats.ldm_names import SDXL_CONFIGS, unet_key
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
-STANDARD_LAYERS = 2  # per block, in the U-Nets of SD 1.x, 2.x and SDXL
+STANDARD_LAYERS = 2  # layers per block in the U-Nets of SD 1.x, 2.x and SDXL
 
-# Kohya writes "_" for ".", so words that contain an underscore must be listed.
+# Kohya replaces "." by "_", so names that contain an underscore must be known to convert them back.
 _WORDS = (
     "down_blocks", "up_blocks", "mid_block", "transformer_blocks", "proj_in", "proj_out", "to_q", "to_k", "to_v",
     "to_out", "time_emb_proj", "conv_in", "conv_out", "conv_shortcut", "time_embedding", "add_embedding", "linear_1",
@@ -44,10 +44,10 @@ _LDM_MIDDLE = re.compile(r"middle_block\.([012])\.(.+)")
 
 
 def kohya_name(layer: str, *, sdxl: bool, unet_config: Mapping[str, Any] | None = None) -> str:
-    """Return kohya's name of a layer: diffusers' with underscores; in SDXL's U-Net that of Stability's code.
+    """Return kohya's name of a layer: diffusers' with underscores, or in SDXL's U-Net that of Stability's code.
 
-    ``unet_config``: the U-Net's config where its blocks are not SDXL's usual ones. Raises FormatError for a layer that
-    kohya's layout has no name for.
+    ``unet_config``: needed if SDXL's U-Net does not have its usual blocks. Raises FormatError for a layer that has no
+    name in kohya's layout.
     """
     part, _, module = layer.partition(".")
     if part == "unet":
@@ -62,7 +62,7 @@ def kohya_name(layer: str, *, sdxl: bool, unet_config: Mapping[str, Any] | None 
 
 
 def layer_of_kohya(name: str, *, layers_per_block: int = STANDARD_LAYERS) -> str | None:
-    """Return the layer of a kohya name, with diffusers' or Stability's block names; None for any other name."""
+    """Return the layer of a kohya name with diffusers' or Stability's block names; None for any other name."""
     for prefix, part in (
         ("lora_unet_", "unet"),
         ("lora_te_", "text_encoder"),
@@ -78,7 +78,7 @@ def layer_of_kohya(name: str, *, layers_per_block: int = STANDARD_LAYERS) -> str
 
 
 def diffusers_block(module: str, layers_per_block: int) -> str:
-    """Return diffusers' name of a U-Net module, which may have Stability's (``input_blocks.4.1.proj_in``)."""
+    """Return diffusers' name of a U-Net module given by either name, such as ``input_blocks.4.1.proj_in``."""
     if module in _LDM_TOP:
         return _LDM_TOP[module]
     if match := _LDM_MIDDLE.fullmatch(module):
@@ -104,7 +104,7 @@ def diffusers_block(module: str, layers_per_block: int) -> str:
     return f"{place}.attentions.{layer}.{rest}"
 
 
-# diffusers' names of the two matrices, newest first.
+# diffusers' endings of keys for the two matrices, the newest form first.
 _DIFFUSERS_ENDS: tuple[tuple[re.Pattern[str], dict[str, str]], ...] = (
     (re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight"), {"A": "down", "B": "up"}),
     (re.compile(r"(.+)\.lora(?:_linear_layer)?\.(down|up)\.weight"), {}),
@@ -114,13 +114,13 @@ _DIFFUSERS_ENDS: tuple[tuple[re.Pattern[str], dict[str, str]], ...] = (
 
 
 def layer_of_diffusers(key: str) -> tuple[str, str] | None:
-    """Return the layer of a diffusers key and ``down``, ``up`` or ``alpha``; None for any other key."""
+    """Return (layer, ``down``, ``up`` or ``alpha``) of a key in diffusers' layout; None for any other key."""
     for pattern, names in _DIFFUSERS_ENDS:
         if match := pattern.fullmatch(key):
             layer, which = match[1].replace(".processor.", "."), names.get(match[2], match[2])
             part, _, module = layer.partition(".")
             if part not in PARTS:
-                part, module = "unet", layer  # diffusers' first form held the U-Net only
+                part, module = "unet", layer  # diffusers' oldest form contains only the U-Net
             if module.endswith(".to_out"):
                 module += ".0"
             if part != "unet" and not module.startswith("text_model."):
@@ -130,7 +130,7 @@ def layer_of_diffusers(key: str) -> tuple[str, str] | None:
 
 
 def layer_of_key(key: str, *, layers_per_block: int = STANDARD_LAYERS) -> tuple[str, str] | None:
-    """Return the layer of a key of either layout and ``down``, ``up`` or ``alpha``; None for any other key."""
+    """Return (layer, ``down``, ``up`` or ``alpha``) of a key in either layout; None for any other key."""
     name, _, end = key.partition(".")
     ends = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
     if name.startswith("lora_"):

@@ -1,4 +1,4 @@
-"""Reads and writes a single file's header: model description, the configs of its parts, small tokenizers."""
+"""Creates and reads the header of a single file: model description, configs of the parts, small tokenizers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dreamfleet.trainers.models.formats.ldm_names import PARTS, Config, Family, 
 
 SD1_TOKENIZER = "openai/clip-vit-large-patch14"
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
-LARGEST_TOKENIZER = 20_000  # tokens; a larger one is SD1's, which every program has
+LARGEST_TOKENIZER = 20_000  # tokens; larger tokenizers are SD1's and not stored, since every program has it
 
 
 def config_of(module: Any) -> Config:
-    """Return a part's config as plain JSON values, without the paths that it was loaded from."""
+    """Return a part's config as plain JSON values, without the path that it was loaded from."""
     config = module.config
     full = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(config)
     full = {
@@ -34,10 +34,10 @@ def model_header(
     resolution: int,
     title: str,
 ) -> dict[str, str]:
-    """Return the text entries of a model: modelspec's, the configs of its parts, a small tokenizer as a whole.
+    """Return the header entries of a model: modelspec's, the configs of its parts, and its tokenizers if small.
 
     ``scheduler``: the config of the noise schedule. ``tokenizers``: by name (``tokenizer``, ``tokenizer_2``).
-    ``resolution``: pixels of a side.
+    ``resolution``: side of the training images in pixels.
     """
     prediction = scheduler["prediction_type"]
     header = {
@@ -66,9 +66,9 @@ def configs_in(metadata: Mapping[str, str], path: Path) -> dict[str, Config]:
 
 
 def tokenizer_in(metadata: Mapping[str, str], path: Path, family: Family, *, second: bool = False) -> Any:
-    """Return the header's tokenizer, else SD1's, which the other families use too, from this machine or the hub.
+    """Return the tokenizer in a header, otherwise SD1's, which all families use, from this machine or the hub.
 
-    `second`: that of SDXL's second text encoder. Raises ModelError if neither is available.
+    `second`: that of SDXL's second text encoder. Raises ModelError if SD1's is needed and not available.
     """
     from transformers import CLIPTokenizer
 
@@ -78,7 +78,7 @@ def tokenizer_in(metadata: Mapping[str, str], path: Path, family: Family, *, sec
                 for name, text in _json(whole, path).items():
                     (Path(folder) / Path(name).name).write_text(str(text), "utf-8")
                 return CLIPTokenizer.from_pretrained(folder)
-            except Exception as error:  # the content of a file can raise any exception
+            except Exception as error:  # invalid content of a file can raise any exception
                 raise FormatError(
                     f"{path}: the tokenizer in its header cannot be loaded ({error})."
                 ) from error
@@ -86,7 +86,7 @@ def tokenizer_in(metadata: Mapping[str, str], path: Path, family: Family, *, sec
         # OpenCLIP pads with zeros, the id of "!".
         padding = {"pad_token": "!"} if family == "sd2" or second else {}
         return CLIPTokenizer.from_pretrained(SD1_TOKENIZER, **padding)
-    except Exception as error:  # errors differ between versions
+    except Exception as error:  # the types of errors differ between versions
         raise ModelError(
             f"{path}: a single file holds no tokenizer, and SD1's ({SD1_TOKENIZER}) is neither on this machine nor "
             "available from the hub. Download it once with network access, or use the model's diffusers folder."

@@ -1,8 +1,8 @@
 """Reads and writes the webui's optimizer files, `NAME.pt.optim` beside an embedding or a hypernetwork.
 
-The webui continues training from them. Format (webui, `modules/textual_inversion/textual_inversion.py` and
-`modules/hypernetworks/hypernetwork.py`): the state of one torch AdamW with one parameter group, and a hash of the file
-that it belongs to.
+The webui resumes training with them. Format (webui, `modules/textual_inversion/textual_inversion.py` and
+`modules/hypernetworks/hypernetwork.py`): the state of a torch AdamW with one parameter group, and a hash of the
+artifact that it belongs to.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.models.formats.pickle_writer import is_real, load_pickle, require_backed, save_pickle
 
 log = logging.getLogger(__name__)
-SUFFIX = ".optim"  # appended to the full name of the other file
+SUFFIX = ".optim"  # appended to the full file name of the artifact
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MOST_PARAMETERS = 10_000
@@ -31,7 +31,7 @@ _MOST_PARAMETERS = 10_000
 
 @dataclass(frozen=True)
 class AdamState:
-    """Adam's state of one parameter: steps taken, and the two moments, in the parameter's shape."""
+    """Adam's state of one parameter: number of steps, and the two moments in the parameter's shape."""
 
     step: float
     exp_avg: Tensor
@@ -40,9 +40,9 @@ class AdamState:
 
 @dataclass(frozen=True)
 class OptimizerFile:
-    """The content of a `.optim`: `states` of the parameters in the webui's order, and the hash of the other file.
+    """The content of a `.optim`: `states` of the parameters in the webui's order, and the hash of the artifact.
 
-    `name`: the optimizer's class, which only files of hypernetworks contain.
+    `name`: the optimizer's class name, which is stored only for hypernetworks.
     """
 
     hash: str
@@ -58,10 +58,10 @@ def write_optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> Path:
-    """Write the `.optim` of an embedding's or a hypernetwork's `.pt`.
+    """Write the `.optim` file of an embedding or a hypernetwork, beside its `.pt` at ``beside``.
 
-    The learning rate is written as 0: the webui's schedule sets it before each step. Raises FormatError for NaN or
-    infinite moments.
+    The learning rate is written as 0, since the webui's schedule sets it before each step. Raises FormatError for NaN
+    or infinite moments.
     """
     path = Path(f"{beside}{SUFFIX}")
     state = {}
@@ -89,7 +89,7 @@ def write_optimizer(
 
 
 def read_optimizer(path: str | os.PathLike[str], shapes: Sequence[Sequence[int]]) -> OptimizerFile:
-    """Read a `.optim` for parameters of these shapes, in order. Raises FormatError for another kind of file."""
+    """Read a `.optim` for parameters of these shapes, in order. Raises FormatError if it is not one or does not fit."""
     path = Path(path)
     data = load_pickle(path)
     held = data.get("optimizer_state_dict") if isinstance(data, dict) else None
@@ -110,9 +110,9 @@ def read_optimizer(path: str | os.PathLike[str], shapes: Sequence[Sequence[int]]
 
 
 def moments_beside(address: str, *, fits: str, shapes: Sequence[Sequence[int]]) -> tuple[AdamState, ...]:
-    """Return Adam's states from the `.optim` beside a file, on disk or in a bucket; None if there is no matching one.
+    """Return Adam's states from the `.optim` beside an artifact, on disk or in a bucket; () if none matches.
 
-    ``fits``: the hash of the file. A damaged `.optim`, or one of another file, is ignored with a warning.
+    ``fits``: the hash of the artifact. A damaged `.optim`, or that of another artifact, is ignored with a warning.
     """
     beside = f"{address}{SUFFIX}"
     try:
@@ -132,7 +132,7 @@ def moments_beside(address: str, *, fits: str, shapes: Sequence[Sequence[int]]) 
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
-    """Return the 10 hex digits that link a `.optim` to a hypernetwork in the webui; embeddings have a checksum."""
+    """Return the 10 hex digits by which the webui matches a `.optim` to a hypernetwork; embeddings use a checksum."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:10]
 

@@ -1,7 +1,7 @@
-"""Reads and writes the `.yaml` beside a single file, from which the webui learns what the U-Net predicts.
+"""Reads and writes the `.yaml` beside a single file, which tells the webui the prediction type of the U-Net.
 
-The format is that of LDM's configs (CompVis, Stability's version 2) and of SDXL's generative-models. Files of models
-that predict noise need no `.yaml`: the webui recognises their families by keys.
+The format is that of LDM's configs (CompVis, Stability's version 2) and of SDXL's generative-models. Models with
+epsilon prediction need no `.yaml`, since the webui recognises their families by their keys.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dreamfleet.trainers.models.formats.pickle_writer import replacing
 
 LARGEST_CONFIG = 50_000  # bytes; published ones have 3000
 MOST_BRACKETS = 500  # PyYAML takes seconds for thousands of nested levels; published configs have 30
-ZERO_SNR = "rescale_betas_zero_snr"  # beside `model:`, which the webui ignores: it has a setting for this
+ZERO_SNR = "rescale_betas_zero_snr"  # a key beside `model:`; the webui ignores it and has a setting instead
 
 _PARAMETERIZATIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 _SCALINGS = {"epsilon": "EpsScaling", "v_prediction": "VScaling"}
@@ -25,9 +25,9 @@ _SCALINGS = {"epsilon": "EpsScaling", "v_prediction": "VScaling"}
 def write_original_config(
     path: Path, configs: Mapping[str, Config], scheduler: Mapping[str, Any]
 ) -> Path | None:
-    """Write the `.yaml` of a single file whose U-Net predicts velocity or whose schedule has zero terminal SNR.
+    """Write the `.yaml` of a single file if its U-Net predicts velocity or its schedule has zero terminal SNR.
 
-    Returns its path, or None where no `.yaml` is needed. `configs` are the complete configs of the parts.
+    Returns its path, or None if no `.yaml` is needed. `configs` are the complete configs of the parts.
     """
     import yaml
 
@@ -48,9 +48,9 @@ def write_original_config(
 
 
 def schedule_beside(path: Path) -> Config:
-    """Return the changes to a scheduler's config that the `.yaml` beside a single file declares.
+    """Return the changes to the scheduler's config that the `.yaml` beside a single file declares; {} without one.
 
-    Raises FormatError for a `.yaml` that cannot be read, on which the webui fails too.
+    Raises FormatError for a `.yaml` that cannot be read; the webui fails on such files too.
     """
     import yaml
 
@@ -64,7 +64,7 @@ def schedule_beside(path: Path) -> Config:
         if sum(text.count(each) for each in "[{") > MOST_BRACKETS or "- " * 8 in text:
             raise ValueError("it is nested too deeply")
         tree = yaml.safe_load(text)
-    # A tag such as !!bool on another value raises various exceptions in yaml's constructors.
+    # Wrong tags, such as !!bool on another value, raise various exceptions in yaml's constructors.
     except (OSError, ValueError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise FormatError(
@@ -200,7 +200,7 @@ def _unet(package: str, config: Config) -> Config:
         "use_checkpoint": False,
         "legacy": False,
     }
-    # diffusers' attention_head_dim is the number of heads; LDM's later configs give the width of a head.
+    # diffusers' attention_head_dim is the number of heads; LDM's later configs contain the width of a head.
     params |= (
         {"num_heads": heads} if isinstance(heads, int) else {"num_head_channels": channels[0] // heads[0]}
     )
@@ -211,7 +211,7 @@ def _unet(package: str, config: Config) -> Config:
             "spatial_transformer_attn_type": "softmax-xformers",
         }
     else:
-        params["image_size"] = 32  # LDM's U-Net does not use them
+        params["image_size"] = 32  # not used by LDM's U-Net
     return {"target": f"{package}.modules.diffusionmodules.openaimodel.UNetModel", "params": params}
 
 

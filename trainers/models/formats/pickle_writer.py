@@ -1,8 +1,8 @@
-"""Writes `.pt` and `.ckpt` files that every version of the webui accepts, and reads such files without running code.
+"""Writes `.pt` and `.ckpt` files that the webui accepts, and reads such files without executing code from them.
 
-AUTOMATIC1111's webui checks the names inside such a file (a zip) and the globals of its pickle, and rejects the file
-for one unknown entry. Current versions of `torch.save` write names that it does not know, so `zip_writer.py` writes the
-zip with `data.pkl`, `data/N` and `version` only: the names that webui 1.9.4 and later accept.
+AUTOMATIC1111's webui checks the entry names in such a file (a zip) and the globals of its pickle, and rejects the file
+if one is unknown. Current versions of `torch.save` write entries that it does not know. Therefore the zip is written by
+`zip_writer.py`, with only `data.pkl`, `data/N` and `version`, which webui 1.9.4 and later accept.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.models.formats.zip_writer import ZipWriter
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# The storages that the webui's checker accepts; bool, int8 and int16 tensors are rejected.
+# The dtypes that the webui's checker accepts; it rejects bool, int8 and int16 tensors.
 STORABLE_DTYPES = (*FLOAT_DTYPES, torch.int32, torch.int64, torch.uint8)
 
-METADATA_KEY = "dreamfleet"  # an extra entry of our files' dicts, which the webui and diffusers ignore
+METADATA_KEY = "dreamfleet"  # key of our metadata in the dicts of files; the webui and diffusers ignore it
 
 _PROTOCOL = 2  # the protocol of torch.save, and the newest that the webui and weights_only read
-_BYTEARRAY = b"\nbytearray\n"  # the name in pickles that torch's safe reader accepts
+_BYTEARRAY = b"\nbytearray\n"  # bytearray as a global in a pickle, which torch's safe reader allows
 _TENSOR = re.compile(r"/data/\d+$")
-_LARGEST_INT = 2**2000  # for larger ones pickle 2 uses an opcode that weights_only does not read
+_LARGEST_INT = 2**2000  # for larger integers protocol 2 uses an opcode that weights_only does not read
 
 
 def save_pickle(obj: Any, path: str | os.PathLike[str]) -> Path:
-    """Write `obj` to `path` as a `.pt`/`.ckpt` that webui 1.9.4 and 1.10.1 accept and `weights_only=True` reads.
+    """Write `obj` as a `.pt`/`.ckpt` that webui 1.9.4 and 1.10.1 accept and torch reads with `weights_only=True`.
 
-    `obj` may hold None, bool, int, float, str, lists, tuples, dicts and dense tensors of `STORABLE_DTYPES`.
-    Parameters become plain tensors, ordered dicts plain dicts, device tensors CPU tensors, and a view keeps only its
-    own elements. The file is written atomically. Raises FormatError naming the entry for any other type, and
-    StorageError when writing fails.
+    `obj` may contain None, bool, int, float, str, lists, tuples, dicts and dense tensors of `STORABLE_DTYPES`.
+    Parameters are written as plain tensors, ordered dicts as plain dicts, tensors on a device as CPU tensors, and views
+    without the other elements of their storage. The file is written atomically. Raises FormatError naming the entry
+    for any other type, and StorageError if writing fails.
     """
     plain = _to_plain(obj, "")
     path = Path(path)
@@ -73,11 +73,11 @@ def save_pickle(obj: Any, path: str | os.PathLike[str]) -> Path:
 
 
 def load_pickle(source: str | os.PathLike[str] | bytes) -> Any:
-    """Read a `.pt`, `.bin` or `.ckpt` (zip or the older stream) on the CPU without running code from it.
+    """Read a `.pt`, `.bin` or `.ckpt` (a zip or torch's older format) on the CPU without executing code from it.
 
     Tensors and plain containers are restored; other objects that older trainers stored (Lightning callbacks, numpy
-    numbers) are read as empty objects. Raises FormatError naming the file when it is empty, truncated, of another
-    format, or uses a global that is not allowed.
+    numbers) are read as empty objects. Raises FormatError naming the file if it is empty, truncated, of another format,
+    or uses a global that is not allowed.
     """
     where = "these bytes" if isinstance(source, bytes) else str(source)
     size = len(source) if isinstance(source, bytes) else _size_of(Path(source))
@@ -86,17 +86,17 @@ def load_pickle(source: str | os.PathLike[str] | bytes) -> Any:
     _require_bounded(source, size, where)
     stream: Any = io.BytesIO(source) if isinstance(source, bytes) else str(source)
     try:
-        # torch warns about pickle protocols; unreadable files raise an error below.
+        # torch warns about pickle protocols, which is of no use: unreadable files raise an error below.
         with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings(action="ignore"):
             return torch.load(stream, map_location="cpu", weights_only=True)
     except OSError as error:
         raise StorageError(f"{where}: cannot be read ({error.strerror or error}).") from error
-    except Exception as error:  # a hostile or damaged stream can raise any exception
+    except Exception as error:  # a malicious or damaged file can raise any exception
         raise FormatError(_explain(where, error)) from error
 
 
 def text_entries(value: Any) -> dict[str, str]:
-    """Return the text entries of the JSON under METADATA_KEY; {} for any other value."""
+    """Return the text entries in the JSON stored under METADATA_KEY; {} for any other value."""
     try:
         found = json.loads(value) if isinstance(value, str) else {}
     except (ValueError, RecursionError):
@@ -105,16 +105,16 @@ def text_entries(value: Any) -> dict[str, str]:
 
 
 def replacing(path: str | os.PathLike[str]) -> AbstractContextManager[Path]:
-    """Yield a temporary path that replaces `path` at the end, so that readers never see a partial file.
+    """Yield a temporary path that is renamed to `path` at the end, so that readers never see a partial file.
 
-    Creates the folder if it is missing. Raises StorageError when writing fails.
+    Creates the folder if it is missing. Raises StorageError if writing fails.
     """
     path = Path(path)
     return Storage(path.parent).staging(path.name)
 
 
 class _Ignored:
-    """Placeholder for an object whose content is not needed: accepts any arguments and state, and keeps none."""
+    """Placeholder for an object whose content is not needed: accepts any arguments and state, and discards them."""
 
     def __init__(self, *arguments: Any) -> None:
         pass
@@ -134,7 +134,7 @@ class _Parameters(_Ignored):
 
 
 def parameters_of(value: Any) -> Any:
-    """Return the dict of tensors of a ParameterDict that `load_pickle` read, and any other value unchanged."""
+    """Return the dict of tensors if `load_pickle` read a ParameterDict, and any other value unchanged."""
     return value.parameters if isinstance(value, _Parameters) else value
 
 
@@ -157,7 +157,7 @@ _HARMLESS: list[Any] = [
 
 
 def _to_plain(value: Any, where: str) -> Any:
-    """Return `value` rebuilt from the types that the webui accepts; `where` is its path of keys."""
+    """Return `value` converted to the types that the webui accepts; `where` is its path of keys, for errors."""
     kind = type(value)
     if value is None or kind in (bool, float, str):
         return value
@@ -195,7 +195,7 @@ def _to_plain_tensor(value: torch.Tensor, where: str) -> torch.Tensor:
 
 
 def is_dense(value: Any) -> TypeGuard[torch.Tensor]:
-    """Return whether a value is a dense tensor in memory; torch's safe reader returns sparse and meta ones too."""
+    """Return whether a value is a dense tensor in memory; torch's safe reader can also return sparse and meta ones."""
     return isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
 
 
@@ -205,10 +205,10 @@ def is_real(value: Any) -> TypeGuard[torch.Tensor]:
 
 
 def require_backed(tensors: Iterable[torch.Tensor], path: Path) -> None:
-    """Raise FormatError for tensors that would take more memory than a file of this size can hold.
+    """Raise FormatError for tensors that are together larger than the file can be.
 
-    A tensor may be an expanded view of a single number, which would fill the memory when copied. Two tensors may share
-    their storage, so up to twice the file's size is accepted.
+    A tensor may be an expanded view of a single number, which would fill the memory when it is copied. Since two
+    tensors may share a storage, up to twice the file's size is accepted.
     """
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if claimed > 2 * _size_of(path):
@@ -218,12 +218,12 @@ def require_backed(tensors: Iterable[torch.Tensor], path: Path) -> None:
 def _require_bounded(source: str | os.PathLike[str] | bytes, size: int, where: str) -> None:
     """Raise FormatError for content that would take far more memory than its size.
 
-    That is a zip with compressed or overlapping entries, which torch never writes, or a pickle that creates a bytearray
-    of a given length, which torch's safe reader allows.
+    Such content is a zip with compressed or overlapping entries, which torch never writes, or a pickle that creates a
+    bytearray of a given length, which torch's safe reader allows.
     """
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
-            if file.read(4) != b"PK\x03\x04":  # the older stream
+            if file.read(4) != b"PK\x03\x04":  # torch's older format
                 unpacked, asks = size, _holds_bytearray(file)
             else:
                 with zipfile.ZipFile(file) as archive:
@@ -236,7 +236,7 @@ def _require_bounded(source: str | os.PathLike[str] | bytes, size: int, where: s
                     )
     except OSError as error:
         raise StorageError(f"{where}: cannot be read ({error.strerror or error}).") from error
-    except Exception as error:  # zipfile raises many kinds of errors for a damaged directory
+    except Exception as error:  # zipfile raises many types for a damaged directory
         raise FormatError(f"{where}: the file is truncated or damaged. Copy or export it again.") from error
     if unpacked > size:
         raise FormatError(

@@ -1,4 +1,4 @@
-"""Finds out whether a single file's U-Net predicts noise or velocity, which its keys do not show."""
+"""Determines whether the U-Net of a single file predicts noise or velocity, which its keys do not show."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _VELOCITY, _ENDS_IN_NOISE = "v_pred", "ztsnr"  # names of empty tensors
 
 
 def declared_schedule(state: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> Config:
-    """Return the changes to the family's scheduler config that a file and its companions declare.
+    """Return the changes to the family's scheduler config that a single file or its `.yaml` declares.
 
-    In order of precedence: the `.yaml` beside it, modelspec's entry in its header (kohya's), the empty tensors `v_pred`
-    and `ztsnr`, which ComfyUI reads. Raises FormatError for a `.yaml` that cannot be read.
+    In order of precedence: the `.yaml` beside the file, the modelspec entry in its header (written by kohya's scripts),
+    and the empty tensors `v_pred` and `ztsnr` (ComfyUI). Raises FormatError for a `.yaml` that cannot be read.
     """
     changes: Config = {}
     if _VELOCITY in state:
@@ -34,7 +34,7 @@ def declared_schedule(state: Mapping[str, Tensor], metadata: Mapping[str, str], 
 
 
 def prediction_marks(scheduler: Mapping[str, Any], family: Family) -> dict[str, Tensor]:
-    """Return the empty tensors from which ComfyUI reads an SDXL U-Net's prediction type; it reads none for others."""
+    """Return the empty tensors that mark an SDXL model's prediction type for ComfyUI; {} for other families."""
     if family != "sdxl" or scheduler["prediction_type"] != "v_prediction":
         return {}
     names = [_VELOCITY, *([_ENDS_IN_NOISE] if scheduler.get(ZERO_SNR) else [])]
@@ -43,10 +43,11 @@ def prediction_marks(scheduler: Mapping[str, Any], family: Family) -> dict[str, 
 
 @torch.no_grad()
 def predicts_velocity(unet: Any) -> bool:
-    """Return whether a Stable Diffusion 2 U-Net predicts velocity, by a trial as in the webui.
+    """Return whether a Stable Diffusion 2 U-Net predicts velocity, by running it once, as the webui does.
 
-    At the last timestep the input is nearly all noise: a U-Net that predicts noise returns about its input, one that
-    predicts velocity nearly the negative image (webui, modules/sd_models_config.py, sd2's v-parameterization).
+    At the last timestep the input is almost pure noise. A U-Net that predicts noise returns approximately its input;
+    one that predicts velocity returns approximately the negative of the image. Source: webui,
+    modules/sd_models_config.py, is_using_v_parameterization_for_sd2.
     """
     side = 2 ** (len(unet.config.block_out_channels) - 1)
     latents = torch.full((1, unet.config.in_channels, side, side), 0.5, dtype=unet.dtype)

@@ -1,9 +1,9 @@
-"""Stable Diffusion's parts in one file: diffusers' state dicts under the key names of LDM and the webui, and back.
+"""Reads and writes Stable Diffusion as a single file with the keys of LDM and the webui, from and to diffusers' parts.
 
-Three layouts, one per family: `model.diffusion_model.` (U-Net) and `first_stage_model.` (VAE) in each, and the text
-encoders under transformers' own names (SD1, SDXL's first) or OpenCLIP's (SD2, SDXL's second). The names follow from
-the numbers of blocks and layers in the configs, so unusual shapes, such as the pocket model's, convert too; their
-configs and small tokenizers travel in the file.
+Each family has its own layout. All have the prefixes `model.diffusion_model.` (U-Net) and `first_stage_model.` (VAE);
+the text encoders have transformers' names (SD1, SDXL's first) or OpenCLIP's (SD2, SDXL's second). Names are derived
+from the numbers of blocks and layers in the configs, so models of unusual shape, such as the pocket model, can be
+converted too; their configs and small tokenizers are stored in the file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from dreamfleet.trainers.models.formats.text_names import Place
 
 @dataclass(frozen=True)
 class SingleFileParts:
-    """The content of a single file: state dicts under diffusers' names, their configs, the header's text entries."""
+    """The content of a single file: state dicts with diffusers' names, their configs, and the header's text entries."""
 
     states: dict[str, dict[str, Tensor]]
     configs: dict[str, Config]
@@ -58,10 +58,10 @@ def write_single_file(
 ) -> Path:
     """Write a model's state dicts as `.safetensors` or `.ckpt` in the webui's key layout.
 
-    ``states``: by part, under diffusers' names, as ``configs``. ``scheduler``: the noise schedule's config. ``dtype``:
-    None keeps each tensor's own. A `.safetensors` is written tensor by tensor, so no second copy of the model is held.
-    Where the U-Net does not predict noise, a `.yaml` of the same name is written beside the file, which the webui
-    reads, and an SDXL file gets empty tensors, which ComfyUI reads. Raises FormatError for another suffix.
+    ``states`` and ``configs``: by part, with diffusers' names. ``scheduler``: the noise schedule's config. ``dtype``:
+    None keeps the precision of each tensor. A `.safetensors` is written one tensor at a time, without a second copy of
+    the model in memory. If the U-Net does not predict noise, a `.yaml` of the same name is written beside the file for
+    the webui, and an SDXL file gets empty tensors for ComfyUI. Raises FormatError for another suffix.
     """
     path = Path(path)
     state = to_single_file(states, configs)
@@ -84,9 +84,10 @@ def load_single_file_parts(
     configs: Mapping[str, Config] | None = None,
     needs: Collection[str] = NEEDS,
 ) -> SingleFileParts:
-    """Read a `.safetensors` or `.ckpt`; `configs` override those in the file and the family's defaults.
+    """Read the parts in `needs` from a `.safetensors` or `.ckpt`.
 
-    Raises FormatError for another kind of model, and for parts that are missing or do not fit their config.
+    `configs` override those in the file and the family's defaults. Raises FormatError for another kind of model, and
+    for parts that are missing or do not fit their config.
     """
     path = Path(path)
     state, metadata = _read(path)
@@ -104,10 +105,10 @@ def configs_for(
     path: Path,
     given: Mapping[str, Config] | None = None,
 ) -> dict[str, Config]:
-    """Return the configs of a single file: `given` ones, the header's, and the family's published ones for the rest.
+    """Return the configs of a single file's parts: those in `given`, in the header, and the family's published ones.
 
-    Only names and shapes of `state` are used. The scheduler's config has no `prediction_type` where none is declared.
-    Raises FormatError for a model of another family.
+    Only the names and shapes of `state` are used. The scheduler's config has no `prediction_type` if none is declared.
+    Raises FormatError for a model of an unsupported family.
     """
     found = {**configs_in(metadata, path), **(given or {})}
     family = family_of(found) if found else family_in(state, path)

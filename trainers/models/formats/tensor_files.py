@@ -1,4 +1,4 @@
-"""Reads safetensors files, and writes them one tensor at a time, so that a large model is never held twice.
+"""Reads safetensors files, and writes them one tensor at a time, so that no second copy of a large model is needed.
 
 Format: github.com/huggingface/safetensors, README, "Format".
 """
@@ -34,9 +34,9 @@ def write_safetensors(
     dtype: torch.dtype | None = None,
     header: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `state` with text entries in the header; `dtype` is that of floating-point tensors, None for their own.
+    """Write `state`, with the text entries `header`; floating-point tensors are cast to `dtype` (None: unchanged).
 
-    Raises FormatError for an unsupported dtype, StorageError when writing fails.
+    Raises FormatError for an unsupported dtype, StorageError if writing fails.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(header or {})}}
     end = 0
@@ -60,9 +60,9 @@ def write_safetensors(
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read all tensors (on the CPU) and the header's text entries.
+    """Return all tensors, on the CPU, and the header's text entries.
 
-    Raises FormatError for a damaged file, StorageError when it cannot be read.
+    Raises FormatError for a damaged file, StorageError if it cannot be read.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -90,5 +90,5 @@ def safetensors_names(path: Path) -> list[str]:
 
 
 def to_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return the tensor on the CPU and contiguous; floating-point ones in `dtype`."""
+    """Return a contiguous tensor on the CPU, cast to `dtype` if it is floating-point (None: unchanged)."""
     return tensor.detach().to(dtype=dtype if tensor.is_floating_point() else None, device="cpu").contiguous()

@@ -1,4 +1,4 @@
-"""Maps text encoder parameters to their names in single files: transformers' after `text_model.`, or OpenCLIP's."""
+"""Maps text encoder parameters to their names in single files: transformers' without `text_model.`, or OpenCLIP's."""
 
 from __future__ import annotations
 
@@ -26,19 +26,22 @@ _LAYER = re.compile(r"encoder\.layers\.(\d+)\.([\w.]+)\.(weight|bias)")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a file stores a parameter: under `name`, possibly transposed, or as one `third` of a joined tensor."""
+    """The place of a parameter in a single file: a tensor's `name`; it may be `transposed`, or one `third` of it."""
 
     name: str
     third: int | None = None
     transposed: bool = False
 
     def under(self, prefix: str) -> Place:
-        """Return the place with a prefix before its name."""
+        """Return the place with a prefix added to its name."""
         return replace(self, name=prefix + self.name)
 
 
 def clip_place(key: str) -> Place:
-    """Return the name with `text_model.`, which transformers 5 dropped and the webui and LDM expect."""
+    """Return the place of a parameter in CLIP's layout, relative to the prefix that the webui and LDM expect.
+
+    Raises FormatError for a parameter without a name there.
+    """
     plain = plain_text_key(key)
     if not plain.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
         raise FormatError(f"the text encoder's parameter {key!r} has no name in single files.")
@@ -46,7 +49,10 @@ def clip_place(key: str) -> Place:
 
 
 def openclip_place(key: str) -> Place:
-    """Return OpenCLIP's name; there queries, keys and values are one tensor and the projection is a bare tensor."""
+    """Return the place of a parameter in OpenCLIP's layout, where queries, keys and values are one joined tensor.
+
+    Raises FormatError for a parameter without a name there.
+    """
     plain = plain_text_key(key)
     if plain == "text_projection.weight":
         return Place("text_projection", transposed=True)
@@ -62,5 +68,5 @@ def openclip_place(key: str) -> Place:
 
 
 def plain_text_key(key: str) -> str:
-    """Return a parameter's name without wrappers: transformers' `text_model.`, our table of learned words."""
+    """Return a parameter's name without transformers' `text_model.` and without the wrapper for learned words."""
     return key.removeprefix("text_model.").replace("token_embedding.table.", "token_embedding.")

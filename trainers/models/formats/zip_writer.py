@@ -1,8 +1,8 @@
-"""Writes zips that all versions of PyTorch's reader open: uncompressed, aligned, in 64-bit form only where needed.
+"""Writes zip files that all versions of PyTorch's reader open: uncompressed, aligned, zip64 only where needed.
 
-Python's zipfile writes an offset beyond 2 GiB in zip64's form: 0xFFFFFFFF where the offset belongs, the offset itself
-in an extra field. The reader of PyTorch 2.1 and 2.3 (miniz) uses 0xFFFFFFFF as the offset when it checks that an entry
-lies within the file, so it rejects such files below 4 GiB ("invalid header"). Above 4 GiB the check passes.
+Python's zipfile uses zip64 for offsets beyond 2 GiB: it writes 0xFFFFFFFF in the 32-bit field and the offset in an
+extra field. The reader of PyTorch 2.1 and 2.3 (miniz) takes 0xFFFFFFFF as the offset when it checks that an entry is
+within the file, and therefore rejects files between 2 and 4 GiB ("invalid header"). Above 4 GiB the check passes.
 Format: PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.3.
 """
 
@@ -12,7 +12,7 @@ import struct
 import zlib
 from typing import IO, NamedTuple
 
-_ALIGNMENT = 64  # bytes: torch reads tensors in place when their data starts at such an offset
+_ALIGNMENT = 64  # bytes; torch can map tensors whose data starts at a multiple of it
 _LARGEST = 0xFFFFFFFE  # the largest value of a 32-bit field
 _ELSEWHERE = 0xFFFFFFFF  # marks a 32-bit field whose value is in the zip64 field
 _MOST_ENTRIES = 0xFFFF
@@ -23,24 +23,24 @@ class _Entry(NamedTuple):
     name: bytes
     size: int
     checksum: int
-    offset: int  # of its local header
+    offset: int  # offset of the local header in the file
 
 
 class ZipWriter:
-    """Writes entries in order; :meth:`close` writes the directory, without which the file cannot be read."""
+    """Writes entries in order; :meth:`close` writes the central directory, without which the file is unreadable."""
 
     def __init__(self, file: IO[bytes]):
         self._file, self._entries = file, list[_Entry]()
 
     def add(self, name: str, content: memoryview) -> None:
-        """Write an entry whose data starts at a multiple of the alignment, as in torch's own files."""
+        """Write an entry; its data starts at a multiple of the alignment, as in torch's own files."""
         entry = _Entry(name.encode("ascii"), content.nbytes, zlib.crc32(content), self._file.tell())
         self._file.write(local_header(entry.name, entry.size, entry.checksum, at=entry.offset))
         self._file.write(content)
         self._entries.append(entry)
 
     def close(self) -> None:
-        """Write the directory and its end."""
+        """Write the central directory and the records after it."""
         start = self._file.tell()
         for entry in self._entries:
             self._file.write(_directory_entry(entry))
@@ -60,7 +60,7 @@ class ZipWriter:
 
 
 def local_header(name: bytes, size: int, checksum: int, *, at: int) -> bytes:
-    """Return the bytes before an entry's data: the header, the name, and padding fields up to the alignment."""
+    """Return the bytes before an entry's data: local header, name, and extra fields that pad to the alignment."""
     large = size > _LARGEST
     extra = struct.pack("<HHQQ", 1, 16, size, size) if large else b""
     padding = -(at + 30 + len(name) + len(extra)) % _ALIGNMENT

@@ -20,9 +20,9 @@ _SCHEDULES = {"dpm++": "Karras"}
 
 
 def sampler_entries(name: str, *, zero_snr: bool = False) -> dict[str, str | None]:
-    """Return the webui's entries for a sampler; ``zero_snr``: the model's schedule has zero terminal SNR."""
+    """Return the webui's entries for a sampler; ``zero_snr``: the noise schedule has zero terminal SNR."""
     plain = plain_sampler(name)
-    # With zero SNR `sample.make_scheduler` uses even steps that begin with the last timestep.
+    # With zero terminal SNR the samplers use evenly spaced steps that start at the last timestep.
     schedule = "SGM Uniform" if zero_snr and plain in _SCHEDULES else _SCHEDULES.get(plain, "Automatic")
     return {
         "Sampler": _WEBUI_NAMES[plain],

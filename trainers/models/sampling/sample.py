@@ -1,4 +1,4 @@
-"""Generates images: a guided sampling loop in which each image depends only on its own request."""
+"""Generates images by sampling with classifier-free guidance; each image depends only on its own request."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SchedulerName = Literal["ddim", "euler_a", "dpm++"]
 
-# B images, C latent channels, h x w latent cells, T tokens, D their width.
+# Shapes: B images, C latent channels, h x w latent cells, T tokens, D their width.
 
 
 @torch.no_grad()
