@@ -81,13 +81,13 @@ class Registry(Generic[T]):
     def _search(self) -> None:
         if self._searched:
             return
-        self._searched = True
         for point in sorted(entry_points(group=self.group), key=lambda point: point.name):
             if self._paths.setdefault(point.name, point.value) != point.value:
                 raise UserError(
                     f"the installed package {point.dist.name if point.dist else '?'} adds a {self.kind} "
                     f"{point.name!r}, which is {self._paths[point.name]} already; remove or rename one"
                 )
+        self._searched = True
 
     def _load(self, name: str) -> T:
         entry: T = load_attribute(self._paths[name], what=f"{self.kind} {name!r}")

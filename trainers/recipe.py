@@ -179,7 +179,7 @@ def _validate(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
     if not isinstance(name, str) or name not in METHODS:
         known = METHODS.names()
         errors.append(
-            f"method.name: method {name!r} does not exist{nearest(str(name), known)}; known: {', '.join(known)}"
+            f"method.name: method {name!r} does not exist{nearest(str(name), known)} (known: {', '.join(known)})"
         )
     elif not isinstance(method, Mapping):
         errors.append(f"method: a section; write method: {{name: {name}}}")

@@ -14,7 +14,7 @@ import sys
 
 # stage -> (module, function)
 STAGES = {
-    "pictures": ("pictures", "write_pictures"),
+    "images": ("images", "write_images"),
     "tokenizer": ("tokenizer", "write_tokenizer"),
     "vae": ("vae", "train_vae"),
     "clip": ("clip", "train_clip"),

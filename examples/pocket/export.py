@@ -17,7 +17,7 @@ from vae import load_vae
 
 from dreamfleet.trainers.models.pretrained import save_part, save_tokenizer
 
-FOLDER = ROOT / "trainers" / "sd" / "pocket"
+FOLDER = ROOT / "trainers" / "models" / "pocket"
 LIMIT_BYTES = 24_000_000
 
 

@@ -200,8 +200,13 @@ def tree_of(row: Row, folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def _every_format(row: Row, before: Iterable[Row]) -> Values:
-    """Return the keys that make a method's first row export in every format; no keys for its other rows."""
-    formats = method_class(row.method).all_formats
+    """Return the option that lets the first row of a method export in every format.
+
+    Methods that train a whole model or a LoRA are left out: an option of the row decides on their formats.
+    """
+    section = METHODS.get(row.method).model_validate(SECTIONS[row.method])
+    formats_of = method_class(row.method).all_formats.fget  # needs the section alone
+    formats = () if hasattr(section, "lora_rank") else formats_of(types.SimpleNamespace(config=section))
     is_first = row.method not in {other.method for other in before}
     return {"train.export_formats": list(formats)} if formats and is_first else {}
 

@@ -57,7 +57,7 @@ def test_gpus_of_an_autoscaler_count_before_they_exist() -> None:
 def test_too_few_gpus_are_an_error_with_remedies() -> None:
     with pytest.raises(ResourceError, match=r"scaling\.num_workers=1"):
         worker_resources(scaling(num_workers=2), [GPU_NODE])
-    with pytest.raises(ResourceError, match="no GPU here"):
+    with pytest.raises(ResourceError, match="has no GPU"):
         worker_resources(scaling(use_gpu=True), [{"CPU": 2.0}])
     assert not worker_resources(scaling(num_workers=2, use_gpu=False), [GPU_NODE]).uses_gpu
 

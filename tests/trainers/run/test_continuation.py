@@ -166,13 +166,13 @@ def _assembled(folder: Path, method: dict[str, Any], **changes: Any) -> Parts:
     return assemble(build_recipe(tiny.make_recipe(folder, method=method, **changes)), DistributedContext())
 
 
-def test_moments_that_do_not_fit_are_named_and_left_aside(
+def test_moments_that_do_not_fit_are_named_and_ignored(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     start = write_word(tmp_path)
     method, fits = {**WORD, "initial_embedding": str(start)}, read_embedding(start).checksum
 
-    def left_aside(**changes: Any) -> str:
+    def ignored(**changes: Any) -> str:
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="dreamfleet"):
             parts = _assembled(tmp_path, method, **changes)
@@ -180,18 +180,18 @@ def test_moments_that_do_not_fit_are_named_and_left_aside(
         assert torch.equal(parts.method.state()["vectors"], torch.full((2, 16), 0.25))
         return caplog.text
 
-    assert "moments" not in left_aside() and "left aside" not in caplog.text
+    assert "moments" not in ignored() and "ignored" not in caplog.text
     write_moments(start, "beef", [(2, 16)])
-    assert "another file" in left_aside()
+    assert "another file" in ignored()
     write_moments(start, fits, [(1, 16)])
-    assert "shape [2, 16]" in left_aside()
+    assert "shape [2, 16]" in ignored()
     write_moments(start, fits, [(2, 16)], name="RMSprop")
-    assert "RMSprop" in left_aside()
+    assert "RMSprop" in ignored()
     for broken in (b"", b"PK\x03\x04nonsense", b"\x80\x04cos\nsystem\n(S'true'\ntR."):
         (tmp_path / "start.pt.optim").write_bytes(broken)
-        assert "left aside" in left_aside()
+        assert "ignored" in ignored()
     write_moments(start, fits, [(2, 16)])
-    assert "adafactor" in left_aside(optimizer={"name": "adafactor", "learning_rate": 1e-3})
+    assert "adafactor" in ignored(optimizer={"name": "adafactor", "learning_rate": 1e-3})
 
 
 def test_check_tells_of_a_file_that_does_not_fit(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_export_writes_any_checkpoint_in_any_format(tmp_path: Path) -> None:
     assert Path(early).stat().st_size > 1e5 and Path(early).read_bytes() != late.read_bytes()
     with pytest.raises(RecipeError, match="'pt'"):
         export_run(str(run), ["pt"])
-    with pytest.raises(RecipeError, match="no run folder"):
+    with pytest.raises(RecipeError, match="not a run folder"):
         export_run(str(tmp_path), ["ckpt"])
     with pytest.raises(CheckpointError, match="step-000003"):
         export_run(str(run / "checkpoints/step-000003"), ["ckpt"])
