@@ -1,4 +1,4 @@
-"""Eval mode of a method and its model, for measurements between training steps."""
+"""A context that sets a method and its model to eval mode, for measurements between training steps."""
 
 from __future__ import annotations
 
