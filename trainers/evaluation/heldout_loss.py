@@ -1,4 +1,4 @@
-"""Held-out loss: the loss on images that are not trained on, at fixed noise and timesteps."""
+"""Measures the held-out loss: the loss on images that are not trained on, at fixed noise and timesteps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dreamfleet.trainers.evaluation.eval_mode import eval_mode
 from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.methods.image_method import ImageMethod
 
-BATCH = 32  # images that a method measures at once
+BATCH = 32  # batch size of a method's own held-out images
 
 
 class HeldOutLoss:
