@@ -1,8 +1,8 @@
-"""Aspect-ratio buckets: the size each image is trained at, so that wide and tall images need no square crop. Pure.
+"""Aspect-ratio buckets: choose the size at which each image is trained, without square crops. Pure functions.
 
-NovelAI's algorithm (2022; naifu's `arb`) with kohya's keys and arithmetic (sd-scripts,
-`library/model_util.py::make_bucket_resolutions` and `library/train_util.py::BucketManager.select_bucket`): an image is
-in the same bucket as there.
+The algorithm is NovelAI's (2022; naifu's `arb`) with kohya's keys and arithmetic, so that every image is in the same
+bucket as with sd-scripts (`library/model_util.py::make_bucket_resolutions` and
+`library/train_util.py::BucketManager.select_bucket`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from dreamfleet.datasets.config import DataConfig
 
 Size = tuple[int, int]  # width and height in pixels
-MOST_ENLARGED = 4  # factor; images enlarged more are reported, or left out with bucket_no_upscale
+MOST_ENLARGED = 4  # images enlarged by more than this factor are reported, or left out with bucket_no_upscale
 
 
 @lru_cache
 def bucket_sizes(resolution: int, *, smallest: int, largest: int, step: int) -> tuple[Size, ...]:
-    """Return the bucket sizes, sorted: for every side the longest other side within the area, and the square.
+    """Return the sorted bucket sizes: the square, and for every side the longest other side within the area.
 
-    Sides are multiples of ``step`` from ``smallest`` to ``largest``; the area is at most ``resolution`` squared.
+    Sides are multiples of ``step`` from ``smallest`` to ``largest`` pixels; the area is at most ``resolution`` squared.
     """
     area = resolution * resolution
     square = resolution // step * step
@@ -37,7 +37,7 @@ def bucket_sizes(resolution: int, *, smallest: int, largest: int, step: int) -> 
 
 
 def nearest_size(width: int, height: int, sizes: Sequence[Size]) -> Size:
-    """Return the bucket size for an image: its own if it is one of them, else that of the nearest aspect ratio."""
+    """Return the bucket size for an image: its own size if that is a bucket, otherwise the nearest aspect ratio's."""
     if (width, height) in sizes:
         return width, height
     aspect = width / height
@@ -45,10 +45,10 @@ def nearest_size(width: int, height: int, sizes: Sequence[Size]) -> Size:
 
 
 def size_without_upscaling(width: int, height: int, *, resolution: int, step: int) -> Size:
-    """Return the largest size in multiples of ``step`` inside an image, of at most about ``resolution`` squared pixels.
+    """Return the largest size in multiples of ``step`` within an image and within about ``resolution`` squared pixels.
 
-    No image is enlarged, except one with a side below one step, before or after shrinking: it is enlarged to one step
-    and cropped. Images that would be enlarged more than MOST_ENLARGED times have been left out before.
+    Images are not enlarged, unless a side is below one step before or after shrinking; that side is enlarged to one
+    step and the other cropped. Images that would be enlarged more than MOST_ENLARGED times must have been left out.
     """
     aspect, area = width / height, resolution * resolution
     shrink = min(1.0, resolution / math.sqrt(width * height))
@@ -56,7 +56,7 @@ def size_without_upscaling(width: int, height: int, *, resolution: int, step: in
         other = max(step, int(min(max(width, height) * shrink, area / step)) // step * step)
         return (other, step) if width > height else (step, other)
     if width * height > area:
-        # Shrink to the area with one side a multiple of the step: of both ways, the one that changes the aspect less.
+        # Shrink to the area so that one side is a multiple of the step; choose the side that changes the aspect less.
         by_width = _round_to(math.sqrt(area * aspect), step)
         by_height = _round_to(area / math.sqrt(area * aspect), step)
         error_by_width = abs(by_width / _round_to(by_width / aspect, step) - aspect)
@@ -69,7 +69,7 @@ def size_without_upscaling(width: int, height: int, *, resolution: int, step: in
 
 
 def training_sizes(originals: Sequence[Size], data: DataConfig) -> list[Size]:
-    """Return the size in pixels that each image is trained at: its bucket's, or ``resolution`` squared."""
+    """Return the size in pixels at which each image is trained: its bucket's, or ``resolution`` x ``resolution``."""
     if not data.enable_bucket:
         return [(data.resolution, data.resolution)] * len(originals)
     step = data.bucket_reso_steps
@@ -87,14 +87,14 @@ def training_sizes(originals: Sequence[Size], data: DataConfig) -> list[Size]:
 
 
 def most_enlarged(originals: Sequence[Size], sizes: Sequence[Size]) -> tuple[int, float, int]:
-    """Return how many images are enlarged more than MOST_ENLARGED times, the largest factor, and that image's row."""
+    """Return the number of images enlarged more than MOST_ENLARGED times, the largest factor, and that image's row."""
     scales = [max(to[0] / size[0], to[1] / size[1]) for size, to in zip(originals, sizes, strict=True)]
     worst = max(range(len(scales)), key=scales.__getitem__)
     return sum(scale > MOST_ENLARGED for scale in scales), scales[worst], worst
 
 
 def number_buckets(sizes: Sequence[Size]) -> list[int]:
-    """Return the bucket number of each image; buckets are the sizes in use, numbered by width, then height."""
+    """Return the bucket number of each image. Buckets are the sizes in use, numbered by width and then height."""
     numbers = {size: number for number, size in enumerate(sorted(set(sizes)))}
     return [numbers[size] for size in sizes]
 
@@ -107,6 +107,6 @@ def describe_buckets(sizes: Sequence[Size]) -> str:
 
 
 def _round_to(value: float, step: int) -> int:
-    # kohya's rounding: to whole pixels, then down to a multiple of the step, but never to 0.
+    # As in kohya's scripts: round to whole pixels, then down to a multiple of the step, but never to 0.
     whole = int(value + 0.5)
     return max(step, whole - whole % step)

@@ -1,6 +1,6 @@
-"""Builds the caption an image is trained with: templates, prompts, tag shuffling and dropout.
+"""Builds the caption of a training sample: templates, prompts, tag shuffling and dropout.
 
-Pure, given a generator.
+All functions are pure, given a random generator.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from dreamfleet.datasets.config import DataConfig
 
-# Textual Inversion's 27 object forms and 19 style forms (arXiv 2208.01618, `ldm/data/personalized*.py`).
+# The 27 object templates and 19 style templates of Textual Inversion (arXiv 2208.01618, `ldm/data/personalized*.py`).
 OBJECT_TEMPLATES = (
     "a photo of a [name]",
     "a rendering of a [name]",
@@ -67,7 +67,7 @@ STYLE_TEMPLATES = (
     "a weird painting in the style of [name]",
     "a large painting in the style of [name]",
 )
-# Named after the webui's template files and diffusers' `learnable_property`.
+# Names: the webui's template files and the values of diffusers' `learnable_property`.
 TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
     "object": OBJECT_TEMPLATES,
     "subject": OBJECT_TEMPLATES,
@@ -105,15 +105,15 @@ def make_caption(
     config: DataConfig,
     of_subject: bool = True,
 ) -> str:
-    """Return the text that one use of an image is trained with.
+    """Return the text for one use of an image in training.
 
-    `caption` is the image's own (or None), `prompt` that of its concept (`instance_prompt`), `template` a line with
-    `[name]` and `[filewords]`, which stands for the caption. The first of these that applies is used: the template,
-    filled; a prompt that contains `[filewords]`, filled; the caption with prefix and suffix, its tags shuffled and
-    dropped according to `config`; the prompt. With `config.caption_from_filename`, an image without a caption takes it
-    from `file_name`. With probability `config.caption_dropout` the result is "". Class images (not `of_subject`) keep
-    their captions: no option changes them. The same random numbers are always drawn first, so that one option does not
-    change the effect of another. Raises NoCaption.
+    `caption` is the image's caption (or None), `prompt` that of its concept (`instance_prompt`), `template` a line with
+    `[name]` and `[filewords]` (the caption). The first of these that applies is used: the template, filled in; the
+    prompt, filled in, if it contains `[filewords]`; the caption with prefix and suffix, its tags shuffled and dropped
+    according to `config`; the prompt. With `config.caption_from_filename`, an image without a caption gets the one in
+    `file_name`. With probability `config.caption_dropout` the result is "". No option changes the captions of class
+    images (`of_subject` is false). All random numbers are drawn first and in the same order, so that one option does
+    not change the effect of another. Raises NoCaption if there is neither a caption nor a prompt.
     """
     dropped = rng.random() < config.caption_dropout
     words = choose_caption(caption, rng) if caption and config.use_captions else None
@@ -153,7 +153,7 @@ def process_tags(caption: str, rng: np.random.Generator, config: DataConfig) -> 
 
 
 def choose_caption(caption: str, rng: np.random.Generator) -> str:
-    """Return one line of a caption at random: several lines are alternative captions of the image."""
+    """Return a random line of a caption, whose lines are alternative captions of the image."""
     lines = [line.strip() for line in caption.splitlines() if line.strip()]
     if len(lines) < 2:
         return lines[0] if lines else ""
@@ -161,12 +161,12 @@ def choose_caption(caption: str, rng: np.random.Generator) -> str:
 
 
 def choose_template(templates: Sequence[str], rng: np.random.Generator) -> str:
-    """Return one of the templates, all equally likely."""
+    """Return a random template; all are equally likely."""
     return templates[int(rng.integers(len(templates)))]
 
 
 def fill_template(template: str, name: str, filewords: str) -> str:
-    """Replace `[filewords]`, then `[name]` (the webui's order) and `{}` (the paper's placeholder)."""
+    """Replace `[filewords]`, then `[name]` (in the webui's order), and `{}` (the paper's placeholder for the name)."""
     filled = template.replace("[filewords]", filewords).replace("[name]", name)
     return filled.replace("{}", name)
 
@@ -198,7 +198,7 @@ def _shuffle_and_drop(caption: str, rng: np.random.Generator, config: DataConfig
 
 
 def caption_from_filename(file_name: str) -> str:
-    """Return the caption in a file name by the webui's rule: the stem without leading digits and dashes.
+    """Return the caption in a file name, by the webui's rule: the stem without leading digits and dashes.
 
     `01-a red apple.png` gives `a red apple`.
     """

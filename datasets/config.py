@@ -9,13 +9,13 @@ from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 from dreamfleet.datasets.config_base import Section, as_list
 from dreamfleet.datasets.path_field import PathField
 
-# Pillow refuses larger images itself (twice its warning limit), so this is the largest limit that has an effect.
+# Pillow itself rejects larger images (twice its warning limit), so larger values would have no effect.
 MAX_PIXELS = 178_956_970
 CAPTION_EXTENSIONS = (".txt", ".caption")
-MOST_CLASSES = 1000  # of labelled images
+MOST_CLASSES = 1000  # maximum number of classes of labelled images
 
 
-# Images are checked and compared when they are indexed.
+# must_exist and compared are false because images are checked and compared when they are indexed.
 ImageDir = Annotated[str, PathField("images", must_exist=False, compared=False), Field(min_length=1)]
 
 
@@ -46,12 +46,12 @@ class Concept(Section):
 
 
 class DataConfig(Section):
-    """Exactly one of `instance_data_dir`, `train_data_dir`, `concepts_list` names the images.
+    """The `data:` section. Exactly one of `instance_data_dir`, `train_data_dir` and `concepts_list` names the images.
 
-    Each is a folder, a bucket address, or a URL that a source of an installed package reads. `train_data_dir` has
-    kohya's layout (`10_sks dog/` is repeats and prompt; `class_data_dir`, also spelled `reg_data_dir`, then contains
-    `1_dog/`), or is a plain folder with a metadata table or caption files. An image's own caption has priority over
-    `instance_prompt`, unless `use_captions` is false.
+    Each is a folder, a bucket address, or a URL that a source of an installed package reads. `train_data_dir` either
+    has kohya's layout (`10_sks dog/` means 10 repeats and the prompt `sks dog`; `class_data_dir`, also spelled
+    `reg_data_dir`, then contains `1_dog/`), or is a plain folder with a metadata table or caption files. An image's own
+    caption has priority over `instance_prompt`, unless `use_captions` is false.
     """
 
     instance_data_dir: ImageDir | None = Field(

@@ -8,11 +8,11 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """One section of a recipe.
+    """Base class of recipe sections.
 
-    Unknown keys are errors. Instances are immutable, and hashable if their fields are. Names of other projects are
-    declared with `Field(validation_alias=AliasChoices("our_name", "their_name"))`. Numbers may be text, since `1e-4` in
-    a `key=value` override is text in YAML 1.1; NaN and infinity are refused.
+    Unknown keys are errors. Instances are immutable, and hashable if their fields are. Key names of other projects are
+    declared with `Field(validation_alias=AliasChoices("our_name", "their_name"))`. Numbers may be given as text, since
+    `1e-4` in a `key=value` override is text in YAML 1.1; NaN and infinity are rejected.
     """
 
     model_config = ConfigDict(
@@ -27,5 +27,5 @@ class Section(BaseModel):
 
 
 def as_list(value: Any) -> Any:
-    """Return a single text as a list of one; for use before validation."""
+    """Return a single text as a list with one item, and other values unchanged; a validator for mode "before"."""
     return [value] if isinstance(value, str) else value

@@ -18,8 +18,6 @@ def decode_text(data: bytes, *, uri: str) -> str:
             f"{uri} is not UTF-8 text{guess}: byte {data[error.start]:#04x} at position {error.start}, "
             f"line {line}. Save it as UTF-8"
         ) from error
-    if (
-        guess
-    ):  # English text in UTF-16 without a byte order mark is valid UTF-8 with a zero byte after each letter
+    if guess:  # UTF-16 without a byte order mark: English text in it is valid UTF-8 with zero bytes
         raise DataError(f"{uri} is not UTF-8 text{guess}: it contains zero bytes. Save it as UTF-8")
     return text

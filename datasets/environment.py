@@ -1,7 +1,7 @@
-"""Environment variables that other machines need, and secrets, which must not appear in logs.
+"""Sends environment variables to other machines, and keeps the secrets among them out of Ray's logs.
 
-Ray copies variables of the driver into runtime environments, whose values it logs on every machine, and into the
-processes that it starts. So secrets are sent inside pickled functions, and are hidden from Ray while it copies.
+Ray copies environment variables of the driver into the processes that it starts and into runtime environments, which it
+logs on every machine. Secrets are therefore sent inside pickled functions, and hidden while Ray copies the environment.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ log = logging.getLogger(__name__)
 
 AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")
 PROFILES = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE")
-# Roles and files of one machine: another machine has its own, or none.
+# AWS variables that refer to roles and files of one machine.
 _MACHINE_SPECIFIC = re.compile(
     r"AWS_(CONTAINER_|ROLE_|WEB_IDENTITY_|EXECUTION_ENV|CONFIG_FILE|SHARED_CREDENTIALS_FILE|CA_BUNDLE|(DEFAULT_)?PROFILE)"
 )
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 HUB = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-# Files and folders, set on machines where they exist.
+# Variables that name files and folders; they are only set on machines where these exist.
 PATHS = (
     "HF_HOME",
     "HF_HUB_CACHE",
@@ -51,17 +51,17 @@ _LOCATION_SUFFIXES = (
     "_PATH",
     "_DIR",
     "_URI",
-)  # of variables that name where a secret is, not the secret
+)  # endings of variables that name the location of a secret instead of the secret
 _LOGIN_IN_ADDRESS = re.compile(r"://[^/\s@]+@")
 
-# os.environ is global to the process, and so are the variables that are temporarily removed from it.
+# The variables that are temporarily removed from os.environ; global, as os.environ is.
 _hidden: dict[str, str] = {}
 _hiders = 0
 _lock = threading.Lock()
 
 
 def is_secret(name: str, value: str) -> bool:
-    """Return whether a variable is a secret, by its name or a login in a URL. Ray's own variables never are."""
+    """Return whether a variable is a secret, judging by its name or a login in a URL; Ray's own variables never are."""
     if name.startswith(("RAY_", "DREAMFLEET_")):
         return False
     if _LOGIN_IN_ADDRESS.search(value):
@@ -72,7 +72,7 @@ def is_secret(name: str, value: str) -> bool:
 
 
 def masked(text: str) -> str:
-    """Return a text with the logins in URLs masked."""
+    """Return a text with the user names and passwords in URLs masked."""
     return _LOGIN_IN_ADDRESS.sub("://***@", text)
 
 
@@ -98,7 +98,7 @@ def secrets_hidden() -> Iterator[None]:
 
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables that are not set, for the duration of the block."""
+    """Set those of the variables that are not set, within this context."""
     added = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -109,22 +109,22 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def variable(name: str) -> str | None:
-    """Return a variable of this process, also one that is hidden by :func:`secrets_hidden`."""
+    """Return an environment variable of this process, even while :func:`secrets_hidden` hides it."""
     return os.environ.get(name) or _hidden.get(name)
 
 
 def variables_to_send(*, buckets: bool) -> dict[str, str]:
-    """Return the variables of this environment that other machines need, with secrets: never log the result.
+    """Return the environment variables that other machines need. They contain secrets: never log the result.
 
-    These are proxies, the hub's token and settings, and with ``buckets`` the settings of AWS. AWS profiles and hub
-    logins are files of this machine; their keys are sent instead.
+    These are proxies, the token and settings of the Hugging Face hub and, with ``buckets``, the AWS settings. AWS
+    profiles and hub logins are files of this machine, so their keys and token are sent instead.
     """
     with _lock:
         here = {**_hidden, **os.environ}
     names = [*HUB, *PATHS, *PROXIES, *(name.lower() for name in PROXIES)]
     sent = {name: here[name] for name in names if here.get(name)}
     for name in list(sent):
-        # A proxy on this machine's loopback address cannot be reached from others.
+        # A proxy on this machine's loopback address is not reachable from other machines.
         if name.upper() in PROXIES[:3] and _is_loopback(sent[name]) and not is_secret(name, sent[name]):
             del sent[name]
     if "HF_TOKEN" not in sent and (token := _stored_token(here)):
@@ -137,11 +137,11 @@ def variables_to_send(*, buckets: bool) -> dict[str, str]:
 
 
 def apply_variables(sent: Mapping[str, str]) -> None:
-    """Set the variables that :func:`variables_to_send` returned, on the machine they were sent to.
+    """Set the variables that :func:`variables_to_send` returned on another machine.
 
-    Variables that this machine sets keep their values (proxies: all or none), and paths are set only if they exist.
-    The AWS keys and settings replace those of this machine as a whole, since the run's bucket was opened with them. If
-    the machine has the profile that the keys come from, the profile is used instead, since it may renew them.
+    Variables that are already set keep their values (proxies as a group), and paths are set only if they exist. The AWS
+    keys and settings replace all of this machine's, since the run's bucket was opened with them. If this machine has
+    the profile that the keys come from, the profile is used instead, since it can renew them.
     """
     others = {name: value for name, value in sent.items() if not name.startswith("AWS_") or name in PATHS}
     own_proxies = any(os.environ.get(name) or os.environ.get(name.lower()) for name in PROXIES)
@@ -163,7 +163,7 @@ def apply_variables(sent: Mapping[str, str]) -> None:
 
 
 def has_profile(name: str) -> bool:
-    """Return whether an AWS profile is defined in a file of this machine."""
+    """Return whether an AWS profile is defined in this machine's configuration files."""
     return name in _session().available_profiles
 
 
@@ -173,7 +173,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def _stored_token(here: Mapping[str, str]) -> str | None:
-    """Return the token written by `hf auth login`, as huggingface_hub finds it."""
+    """Return the token that `hf auth login` stored, found as by huggingface_hub; None without one."""
     if here.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").lower() in ("1", "true", "yes", "on"):
         return None
     cache = here.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -186,7 +186,7 @@ def _stored_token(here: Mapping[str, str]) -> str | None:
 
 
 def _of_profile() -> dict[str, str]:
-    """Return keys, region and endpoint of the active profile; nothing if the keys do not come from a file."""
+    """Return keys, region and endpoint of the active AWS profile as variables; {} if the keys are not in a file."""
     files = ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"), ("AWS_CONFIG_FILE", "~/.aws/config")
     if not any(os.path.exists(os.path.expanduser(os.environ.get(name) or usual)) for name, usual in files):
         return {}
@@ -206,7 +206,7 @@ def _of_profile() -> dict[str, str]:
             "AWS_ENDPOINT_URL_S3": None if variable("AWS_ENDPOINT_URL") else _endpoint_of(session),
             "AWS_PROFILE": session.profile or "default",
         }
-    except Exception as error:  # noqa: BLE001 - botocore's errors share no class, and opening the bucket reports them better
+    except Exception as error:  # noqa: BLE001 - botocore's errors share no class; opening the bucket reports them better
         log.debug("no keys could be read from the AWS profile: %s", type(error).__name__)
         return {}
     if keys.token:

@@ -1,28 +1,28 @@
-"""Exceptions with messages for users: each names what is wrong, where, and the remedy."""
+"""Exceptions with messages for users, which state the problem, its place and the remedy."""
 
 
 class UserError(ValueError):
-    """An error that the user can fix: printed as one message without a traceback, exit code 2."""
+    """Base class of errors that the user can fix. Printed as one message without a traceback; exit code 2."""
 
 
 class RecipeError(UserError):
-    """A recipe, or an override of it, that cannot be run."""
+    """A recipe, or an override of it, is invalid."""
 
 
 class DataError(UserError):
-    """Images or captions that cannot be used."""
+    """Images or captions cannot be used."""
 
 
 class StorageError(UserError):
-    """A disk or bucket that cannot be read or written."""
+    """A file on disk or in a bucket cannot be read or written."""
 
 
 class ModelError(UserError):
-    """A model that is missing, lacks a part, or does not fit the method."""
+    """A model is missing, lacks a part, or does not fit the method."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is incomplete, was modified, or belongs to another run."""
+    """A checkpoint is incomplete, was modified, or belongs to another run."""
 
 
 class ResourceError(UserError):
@@ -30,8 +30,8 @@ class ResourceError(UserError):
 
 
 class FormatError(UserError):
-    """A file whose content is not of the expected format."""
+    """The content of a file does not have the expected format."""
 
 
 class RunFailed(RuntimeError):
-    """The run itself failed, such as by a loss of NaN or a worker that keeps dying: exit code 1."""
+    """The run itself failed, for example with a NaN loss or repeatedly failing workers. Exit code 1."""

@@ -1,4 +1,4 @@
-"""Writes JSON that every parser accepts: numbers that are not finite become null, since JSON cannot express them."""
+"""Serialises values to JSON that every parser accepts: NaN and infinities, which JSON does not have, become null."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def json_text(value: Any, *, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
-    """Return a value as JSON that can be encoded as UTF-8; ``default`` converts types that JSON does not have.
+    """Return a value as JSON text that can be encoded as UTF-8; ``default`` converts other types than JSON's.
 
     NaN and infinities become null. Bytes of a file name that are not UTF-8 (surrogates in a Python string) are escaped
     so that they are read back unchanged.

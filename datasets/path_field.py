@@ -1,4 +1,4 @@
-"""Recipe fields that are paths: a marker in a field's type, and one walker that lists and replaces the paths."""
+"""Marks recipe fields that are paths, and lists, resolves and replaces the paths in a section."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ class PathField:
     """
 
     kind: Literal["file", "folder", "images", "model"]
-    #: values that name something built in
+    #: values that are names of built-in items instead of paths
     names: Collection[str] = ()
-    #: may also be a name on the Hugging Face hub: a relative path counts as one only if it exists or is written as one
+    #: the value may also be a name on the Hugging Face hub; a relative value is a path if it exists or starts like one
     hub: bool = False
-    #: must exist before the workers start; false: created by the run, or checked where it is read
+    #: whether it must exist before the workers start; false if the run creates it or it is checked when it is read
     must_exist: bool = True
-    #: must have the same content on all ranks; false for image folders, whose indexed files are compared instead
+    #: whether its content must be equal on all ranks; false for image folders, whose indexes are compared instead
     compared: bool = True
-    #: each machine has its own, such as a local scratch disk
+    #: whether each machine has its own, such as a local scratch disk
     per_machine: bool = False
-    #: where the parameters start; not read once the run has a checkpoint
+    #: whether it contains initial parameters, which are not read once the run has a checkpoint
     is_start: bool = False
-    #: written by the run
+    #: whether the run writes it
     is_output: bool = False
 
     def resolve(self, value: str, folder: str) -> str:
-        """Return the absolute path of ``value``, relative to ``folder`` on disk or in a bucket; names stay."""
+        """Return ``value`` as an absolute path, resolved against ``folder`` on disk or in a bucket; keep names."""
         if value in self.names:
             return value
         path = absolute_path(value, folder)
@@ -50,7 +50,7 @@ class PathField:
 
 
 class NamedPath(NamedTuple):
-    """A path in a section: its key, such as ``data.class_data_dir``, its value, and its field's marker."""
+    """A path in a section: its key, such as ``data.class_data_dir``, its value, and the marker of its field."""
 
     key: str
     path: str
@@ -58,7 +58,7 @@ class NamedPath(NamedTuple):
 
 
 def map_paths(section: S, change: Callable[[NamedPath], str], *, prefix: str = "") -> S:
-    """Return a copy of a section, and of the sections in it, with every value of a path field changed."""
+    """Return a copy of a section, including nested sections, with ``change`` applied to every path."""
     values = {name: getattr(section, name) for name in type(section).model_fields}
     changed = {
         name: _map_value(values[name], path_marker(field), change, prefix + name)
@@ -68,7 +68,7 @@ def map_paths(section: S, change: Callable[[NamedPath], str], *, prefix: str = "
 
 
 def list_paths(section: Section, *, prefix: str = "") -> list[NamedPath]:
-    """Return the absolute paths and URLs in a section and in the sections inside it, in the order of the fields."""
+    """Return the absolute paths and URLs in a section and its nested sections, in the order of the fields."""
     found = []
 
     def keep(named: NamedPath) -> str:
@@ -81,12 +81,12 @@ def list_paths(section: Section, *, prefix: str = "") -> list[NamedPath]:
 
 
 def resolve_paths(section: S, folder: str) -> S:
-    """Return a copy of a section whose relative paths start at ``folder``, on disk or in a bucket."""
+    """Return a copy of a section with its relative paths resolved against ``folder``, on disk or in a bucket."""
     return map_paths(section, lambda named: named.field.resolve(named.path, folder))
 
 
 def by_key(paths: Iterable[NamedPath]) -> dict[str, list[str]]:
-    """Return the paths of each key."""
+    """Return the values of paths by key."""
     found: dict[str, list[str]] = {}
     for named in paths:
         found.setdefault(named.key, []).append(named.path)
@@ -94,7 +94,7 @@ def by_key(paths: Iterable[NamedPath]) -> dict[str, list[str]]:
 
 
 def path_marker(field: FieldInfo) -> PathField | None:
-    """Return the marker of a field, anywhere in its type: ``Annotated[str, ...] | None`` has it inside."""
+    """Return the marker of a field, None without one; it may be nested, as in ``Annotated[str, ...] | None``."""
     return next(
         (item for item in (*field.metadata, *_metadata(field.annotation)) if isinstance(item, PathField)),
         None,
@@ -102,7 +102,7 @@ def path_marker(field: FieldInfo) -> PathField | None:
 
 
 def absolute_path(path: str, folder: str) -> str:
-    """Return a path that starts at ``folder``, on disk or in a bucket; URLs and absolute paths are only normalised."""
+    """Return a path resolved against ``folder``, on disk or in a bucket; URLs and absolute paths are normalised."""
     path = os.path.expanduser(path)
     if "://" in path or os.path.isabs(path):
         return path if "://" in path else os.path.normpath(path)

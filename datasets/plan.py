@@ -1,15 +1,15 @@
-"""The batch plan: which images form step k, decided by (ids, seed, global batch) alone.
+"""The batch plan: determines the images of step k from (ids, seed, global batch) alone.
 
-A run is an endless sequence of draws: epoch after epoch, each a permutation of all images (with their repeats) keyed
-by (seed, epoch). Step k owns positions ``[k*G, (k+1)*G)``; a rank takes its slice of them. Nothing depends on the
-number of workers: 1 and N workers with the same global batch use the same images, and the position in the data is one
-number, the step.
+A run uses an infinite sequence of draws (uses of images). Each epoch is a permutation of all images, with their
+repeats, keyed by (seed, epoch). With global batch size G, step k uses positions ``[k*G, (k+1)*G)``, of which every rank
+takes a slice. Nothing depends on the number of workers: 1 and N workers with the same global batch use the same images,
+and the position in the data is a single number, the step.
 
-With aspect-ratio buckets, every bucket has its own sequence, and a step belongs to one bucket: all images of a global
-batch have the same size. In epochs 0 to e-1 a bucket of n draws has ``ceil(e*n/G)`` turns, shuffled within each
-epoch. No draw is dropped, and none is added to fill a batch: a batch that reaches past its epoch takes the missing
-draws from the bucket's next epoch, which is shorter by as many. After e epochs every image was used at least e times,
-and no bucket is ahead by a whole batch.
+With aspect-ratio buckets, every bucket has its own sequence, and a step uses one bucket, so that all images of a global
+batch have the same size. In epochs 0 to e-1 a bucket with n draws per epoch gets ``ceil(e*n/G)`` steps, in an order
+shuffled within each epoch. No draw is dropped or repeated to fill a batch: a batch at the end of an epoch is completed
+with draws of the bucket's next epoch, which is shorter by as many. After e epochs every image has been used at least e
+times, and no bucket is ahead by a whole batch.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from dreamfleet.datasets.rng import numpy_rng
 
 
 class Draw(NamedTuple):
-    """One use of an image: its row in the index and the number of its earlier uses."""
+    """One use of an image: its row in the index, and the number of earlier uses of this image."""
 
     row: int
     epoch: int
 
 
 class BatchPlan:
-    """Returns the draws of each step: of instance images and, with prior preservation, of their class partners.
+    """Returns the draws of each step: of instance images and, with prior preservation, of class images.
 
-    ``concepts[i]`` is the concept of instance row i, ``repeats[i]`` its uses per epoch and ``buckets[i]`` its bucket
-    (default: one for all). ``class_concepts[j]`` is the concept of class row j; empty without prior preservation.
+    ``concepts[i]`` is the concept of instance row i, ``repeats[i]`` its number of uses per epoch and ``buckets[i]`` its
+    bucket (default: one bucket for all). ``class_concepts[j]`` is the concept of class row j; it is empty without prior
+    preservation.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class BatchPlan:
         self.seed, self.global_batch = seed, global_batch
         counts = np.ones(len(concepts), np.int64) if repeats is None else np.asarray(repeats, np.int64)
         self._rows = np.repeat(np.arange(len(concepts)), counts)
-        # Each repeat within an epoch has its own noise, so a draw's epoch counts uses, not passes over the data.
+        # Each repeat within an epoch gets its own noise, so draws are numbered by uses instead of epochs.
         self._uses = np.concatenate([np.arange(count) for count in counts])
         self._repeats = counts
         self._concepts = np.asarray(concepts, np.int64)
@@ -77,7 +78,7 @@ class BatchPlan:
         self._turns = lru_cache(maxsize=4)(self._epoch_turns)
         self._class_order = lru_cache(maxsize=16)(self._epoch_class_order)
         self._class_places = lru_cache(maxsize=4)(self._epoch_class_places)
-        self._shares = np.bincount(self._concepts[self._rows])  # draws of each concept in an epoch
+        self._shares = np.bincount(self._concepts[self._rows])  # number of draws of each concept per epoch
 
     @property
     def epoch_length(self) -> int:
@@ -90,14 +91,14 @@ class BatchPlan:
         return min(len(slots) for slots in self._slots)
 
     def steps_in(self, epochs: float) -> int:
-        """Return the number of optimizer steps in ``epochs`` passes over the images, rounded up in every bucket."""
+        """Return the number of optimizer steps in ``epochs`` passes over the images, rounded up for each bucket."""
         exact = Fraction(epochs).limit_denominator(10**6)
         return sum(self._turns_before(bucket, exact) for bucket in range(len(self._slots)))
 
     def draws(
         self, step: int, *, rank: int = 0, world: int = 1, micro: int = 0, num_micros: int = 1
     ) -> list[Draw]:
-        """Return the instance draws of ``step`` for one rank and one micro-step (default: all of the step)."""
+        """Return the instance draws of ``step`` for one rank and micro-batch (default: those of the whole step)."""
         bucket, turn = self._turn(step)
         return [
             self._draw(bucket, position) for position in self._positions(turn, rank, world, micro, num_micros)
@@ -106,7 +107,7 @@ class BatchPlan:
     def class_draws(
         self, step: int, *, rank: int = 0, world: int = 1, micro: int = 0, num_micros: int = 1
     ) -> list[Draw]:
-        """Return the class partners of what :meth:`draws` returns: as many, and each of the same concept."""
+        """Return a class draw of the same concept for each instance draw that :meth:`draws` returns."""
         if not self.has_classes:
             return []
         return [
@@ -126,7 +127,7 @@ class BatchPlan:
         return -(-epochs * len(self._slots[bucket]) // self.global_batch)  # rounded up
 
     def _turn(self, step: int) -> tuple[int, int]:
-        """Return the bucket of a step, and the number of earlier steps of that bucket."""
+        """Return the bucket of a step, and the number of earlier steps that used this bucket."""
         if len(self._slots) == 1:
             return 0, step
         # Rounding up delays the start of an epoch by up to one step per bucket.
@@ -153,7 +154,7 @@ class BatchPlan:
         return numpy_rng("class order", self.seed, concept, epoch).permutation(self._classes[concept])
 
     def _epoch_class_places(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the concept of each draw of an epoch, and the number of earlier draws of that concept in the epoch."""
+        """Return the concept of each draw of an epoch, and the number of its earlier draws of the same concept."""
         concepts = self._concepts[self._rows[self._order(0, epoch)]]
         grouped = np.argsort(concepts, kind="stable")
         before = np.empty_like(concepts)
@@ -167,7 +168,7 @@ class BatchPlan:
         return Draw(row, int(epoch * self._repeats[row] + self._uses[slot]))
 
     def _class_draw(self, position: int) -> Draw:
-        # The partner is the concept's n-th class image, where n counts the earlier draws of the concept.
+        # The class draw is the concept's n-th class image, where n is the number of earlier draws of the concept.
         epoch, offset = divmod(position, self.epoch_length)
         concepts, before = self._class_places(epoch)
         concept = int(concepts[offset])

@@ -1,4 +1,4 @@
-"""Named implementations of an interface: those of this package, and those that installed packages add."""
+"""A registry of named implementations of an interface: built-in ones, and ones that installed packages add."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Implementations of one interface by name; each is imported when it is first asked for.
+    """The implementations of one interface by name; each is imported at its first use.
 
-    ``kind`` is what an error calls an entry ("method"). ``builtin`` maps names to ``"module:attribute"``. ``group`` is
-    the group of Python entry points through which an installed package adds entries, such as ``dreamfleet.methods``;
-    :meth:`register` adds one in this process. A name belongs to one implementation: a second one is refused.
-    ``find_problem(name, entry)`` returns what is wrong with an entry from outside, None if it is complete.
+    ``kind`` is the noun for an entry in errors ("method"). ``builtin`` maps names to ``"module:attribute"``. ``group``
+    is the group of Python entry points through which installed packages add entries, such as ``dreamfleet.methods``;
+    :meth:`register` adds an entry in this process. Duplicate names are rejected. ``find_problem(name, entry)`` returns
+    a description of what an external entry lacks, None if it is complete.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class Registry(Generic[T]):
         self._searched = False
 
     def names(self) -> list[str]:
-        """Return the names of all entries: the built-in ones in their order, then the others sorted."""
+        """Return the names of all entries: the built-in ones in order, then the others sorted."""
         self._search()
         return list(self._paths)
 
     def get(self, name: str) -> T:
-        """Return the entry called ``name``. Raises UserError with the nearest name for one that does not exist."""
+        """Return the entry called ``name``. Raises UserError, with the most similar name, if there is none."""
         self._search()
         if name not in self._paths:
             near = difflib.get_close_matches(name, self._paths, n=1)
@@ -56,7 +56,7 @@ class Registry(Generic[T]):
         return name in self._paths
 
     def items(self) -> Iterator[tuple[str, T]]:
-        """Yield every name with its entry, which is imported for it."""
+        """Yield the name and the entry of every implementation, importing each."""
         for name in self.names():
             yield name, self.get(name)
 
@@ -100,7 +100,7 @@ class Registry(Generic[T]):
 
 
 class EntryName:
-    """A pydantic validator for the name of an entry; the documentation lists the names of its ``registry``."""
+    """A pydantic validator of names of entries; the recipe reference lists the names in its ``registry``."""
 
     def __init__(self, registry: Registry[Any]):
         self.registry = registry
@@ -115,7 +115,7 @@ class EntryName:
 
 
 def load_attribute(path: str, *, what: str) -> Any:
-    """Import ``"module:attribute"``. Raises UserError naming ``what`` cannot be loaded, from where and why."""
+    """Import ``"module:attribute"``. Raises UserError with the reason, calling the attribute ``what``."""
     module, _, attribute = path.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)

@@ -1,8 +1,8 @@
-"""The search algorithm: Optuna behind Ray Tune's OptunaSearch, with the recorded trials as its only state.
+"""The search algorithm: Optuna through Ray Tune's OptunaSearch, with the recorded trials as its only state.
 
-Optuna's study is rebuilt from the recorded trials whenever a search starts, and the point of trial n depends only on
-the seed, n and the trials so far. A resumed search therefore tries the same points as one that was never interrupted,
-on any machine and without pickled state.
+When a search starts, Optuna's study is rebuilt from the recorded trials. The point of trial n depends only on the seed,
+n and the previous trials. A resumed search therefore tries the same points as an uninterrupted one, on any machine and
+without pickled state.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class KeyedSampler(optuna.samplers.BaseSampler):
         self.current = make(seed)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Make the sampler of a trial."""
+        """Create the sampler of a trial."""
         self.current = self.make(key("proposal", self.seed, trial.number) % 2**32)
         self.current.before_trial(study, trial)
 
@@ -110,19 +110,19 @@ class SearchAlgorithm(OptunaSearch):
         """Save nothing: the recorded trials are the state."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Tune pickles its search algorithm for its own resume, which is not used here.
+        # Tune pickles its search algorithm for its own resume feature, which is not used.
         return (object, ())
 
 
 def planned_points(search: SearchConfig) -> list[Point]:
-    """Return the points that are known in advance, in their order."""
+    """Return the points that are known in advance, in order."""
     return [*search.points_to_evaluate, *(grid(search) if search.algorithm == "grid" else [])]
 
 
 def _sampler(search: SearchConfig, total: int) -> Callable[[int], optuna.samplers.BaseSampler]:
     if search.algorithm != "optuna":
         return lambda seed: optuna.samplers.RandomSampler(seed)
-    # By default TPE samples the first ten trials at random, which may be all trials of a small search.
+    # By default TPE samples the first ten trials at random, which can be all trials of a small search.
     startup = min(10, max(3, total // 3))
     return lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
 

@@ -1,4 +1,4 @@
-"""The scheduler that stops trials early: Ray Tune's ASHA, restored from the recorded trials."""
+"""The scheduler that stops trials early: Ray Tune's ASHA, with its state restored from the recorded trials."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from dreamfleet.tune.trial_store import TrialStore
 
-UNLIMITED = 10**9  # steps; a trial ends at its own last step, after it has written its artifacts
+UNLIMITED = 10**9  # steps; ASHA must not end a trial at its last step, before the artifacts have been written
 
 
 class Asha(ASHAScheduler):
-    """ASHA that identifies trials by our names, so that a resumed trial keeps the rungs it has passed."""
+    """ASHA that identifies trials by the names in the trial store, so that a resumed trial keeps its rungs."""
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Add a trial."""
+        """Register a trial."""
         super().on_trial_add(tune_controller, _named(trial))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Return whether a trial continues after a round."""
+        """Return Ray Tune's decision whether a trial continues after a validation round."""
         return super().on_trial_result(tune_controller, _named(trial), result)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -33,7 +33,7 @@ class Asha(ASHAScheduler):
 
 
 def make_scheduler(store: TrialStore) -> Any:
-    """Return the scheduler that ``search.scheduler`` names, with the rounds recorded so far; its unit is one step."""
+    """Return the scheduler named by ``search.scheduler``, with the recorded rounds; its time unit is a step."""
     recipe, search = store.recipe, store.search
     if search.scheduler == "none":
         return FIFOScheduler()

@@ -13,10 +13,10 @@ from dreamfleet.tune.trial_store import Trial, TrialStore, common_error
 
 
 class StoreCallback(Callback):
-    """Updates the trial store while trials run; lives in the driver process.
+    """Updates the trial store while trials run, in the driver process.
 
-    ``on_progress`` receives every trial that changed. ``error`` is set, and the search stopped, when the first trials
-    of ``planned`` fail with an error that every trial would raise.
+    ``on_progress`` is called with every trial that changed. If the first of the ``planned`` trials fail with an error
+    that all trials would raise, ``error`` is set and the search stopped.
     """
 
     def __init__(self, store: TrialStore, on_progress: Callable[[Trial], None]):
@@ -49,13 +49,13 @@ class StoreCallback(Callback):
         self._save(row)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Record a trial whose process died more often than ``scaling.max_failures``."""
+        """Record a trial whose process died more than ``scaling.max_failures`` times."""
         error = trial.get_error()
         lines = str(getattr(error, "cause", None) or error).strip().splitlines() or [type(error).__name__]
         self._fail(self._row(trial), f"its process died: {lines[-1]}", "RunFailed")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Tune pickles its callbacks for its own resume, which is not used here.
+        # Tune pickles its callbacks for its own resume feature, which is not used.
         return (object, ())
 
     def _fail(self, row: Trial, error: str, kind: str) -> None:

@@ -31,7 +31,10 @@ def scatter(
     log: bool,
     write: Callable[[float], str],
 ) -> Plot | None:
-    """Place dots and ticks, ``x`` on a logarithmic scale if ``log``; ``write`` formats ``y``. None without dots."""
+    """Return the layout of dots and ticks; None without dots.
+
+    With ``log``, ``x`` has a logarithmic scale. ``write`` formats ``y``.
+    """
     if not dots:
         return None
     scale = math.log10 if log else float

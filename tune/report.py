@@ -29,7 +29,7 @@ def write_search_report(store: TrialStore) -> None:
 
 
 def render(store: TrialStore) -> str:
-    """Return the report of a search as HTML; it refers to nothing but the trials' own reports."""
+    """Return the report of a search as HTML, without references to files other than the trials' reports."""
     ranking = store.ranking()
     measured = [trial for trial in ranking if trial.figure(store.search.metric) is not None]
     return environment(TEMPLATES).get_template("search.html").render(
@@ -60,7 +60,7 @@ def _facts(store: TrialStore) -> list[str]:
 
 
 def _figures(store: TrialStore, measured: Sequence[Trial]) -> list[tuple[str, str, str]]:
-    """List (name, value, note) of the best trial's figures and of its point."""
+    """Return (name, value, note) of the best trial's metrics and of its searched values."""
     best, metric = store.best, store.search.metric
     if best is None:
         return []
@@ -77,7 +77,7 @@ def _figures(store: TrialStore, measured: Sequence[Trial]) -> list[tuple[str, st
 
 
 def _plots(store: TrialStore, shown: Sequence[Trial]) -> Iterator[Plot]:
-    """Yield the curves of the metric, and a scatter plot of every figure."""
+    """Yield a plot of the metric over the steps, and a scatter plot for every measured key."""
     if not shown:
         return
     metric = store.search.metric
@@ -101,7 +101,7 @@ def _curves(metric: str, shown: Sequence[Trial]) -> Plot | None:
 
 
 def _scatter(store: TrialStore, shown: Sequence[Trial], figure: str) -> Plot | None:
-    """Plot a figure of the trials' last rounds over the key of the image sheet's columns."""
+    """Return a plot of a measured key in the trials' last rounds over the searched key of the image sheet's columns."""
     across, down = axes(store.search)
     groups = sorted({trial.point[down] for trial in shown}, key=str) if down else []
     if not down or not store.search.space[down].values:
@@ -133,7 +133,7 @@ def _title(figure: str) -> str:
 
 
 def _formatter(values: Sequence[float]) -> Callable[[float], str]:
-    """Return a function that writes values with enough digits to tell them apart."""
+    """Return a function that formats values with enough digits to distinguish them."""
     spread = max(values, default=0) - min(values, default=0)
     size = max(map(abs, values), default=0)
     digits = max(3, 2 + math.ceil(math.log10(size / spread))) if spread else 4

@@ -40,9 +40,9 @@ from dreamfleet.tune.trial_store import (
 
 # Environment variables while Tune runs.
 TUNE_SWITCHES = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no result files beside ours
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial reports its error without the metric
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # we print them
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # do not write Tune's result files
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial reports an error instead of the metric
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # dreamfleet reports the errors itself
     "RAY_AIR_NEW_OUTPUT": "0",  # the newer output prints tables at verbose=0 too
 }
 
@@ -51,7 +51,7 @@ Progress = Callable[[Trial], None]
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Exit reason, trials from the best to the worst, and the files of a search."""
+    """The result of a search: exit reason, trials from the best to the worst, and files."""
 
     exit_reason: str  # completed or interrupted
     trials: list[Trial]
@@ -79,12 +79,12 @@ def search(
     interrupted ones continue from their checkpoints, and the next points are the same as without the interruption.
     ``shared`` names folders that all machines of the cluster can access.
 
-    A trial that fails, also for lack of memory, is recorded with its error and the others continue. A UserError that
-    the first trials share ends the search and removes its files.
+    A trial that fails, including for lack of memory, is recorded with its error and the others continue. If the first
+    trials fail with the same UserError, the search ends and its files are removed.
 
-    ``on_progress`` receives a trial when it starts, after each validation round, and when it ends; by default a line is
-    written to stderr. In the main thread, SIGINT and SIGTERM make the running trials save a checkpoint and end the
-    search (``exit_reason`` "interrupted").
+    ``on_progress`` is called with a trial when it starts, after each validation round, and when it ends; by default a
+    line is written to stderr. In the main thread, SIGINT and SIGTERM make the running trials save a checkpoint and end
+    the search (``exit_reason`` "interrupted").
 
     Raises UserError for errors that the user can fix, also if every trial failed with one, and RunFailed if every trial
     failed otherwise.
@@ -202,7 +202,7 @@ def _run_trials(
     if not algorithm.remaining:
         return
     recipe = store.recipe
-    if starts_private_ray(address):  # missing resources are an error before Ray is started
+    if starts_private_ray(address):  # report missing resources before Ray is started
         trial_room(recipe, [this_machine()])
     with ray_session(address, preload=("ray.tune",)) as session, environment(TUNE_SWITCHES):
         stop.listen()
@@ -211,7 +211,7 @@ def _run_trials(
         check_machines(session, reads=shared_paths(recipe), writes=written_paths(recipe), shared=shared)
         at_once = min(at_once, algorithm.remaining)
         display.say(f"{algorithm.remaining} trials, {at_once} at once, {describe(share.resources)} each")
-        # Tune alone reads its files, while it runs; a search is resumed from the trial store and the trials' folders.
+        # Tune's own files are needed only while it runs; a search is resumed from the trial store and the run folders.
         with tempfile.TemporaryDirectory(prefix="dreamfleet-tune-", ignore_cleanup_errors=True) as files:
             tuner = _make_tuner(
                 store, share=share, at_once=at_once, algorithm=algorithm, callback=callback, files=files
@@ -263,7 +263,7 @@ def _make_tuner(
             name="search",
             storage_path=files,
             callbacks=[callback],
-            # For a trial whose process or machine died; a trial reports its own errors in its last round.
+            # Applies if the process or machine of a trial died; a trial reports its own errors in its last round.
             failure_config=tune.FailureConfig(max_failures=recipe.scaling.max_failures),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,

@@ -1,4 +1,4 @@
-"""The image sheet of a search: previews of its trials, one searched key across and another down."""
+"""The image sheet of a search: a table of trials' previews, with one searched key as columns and another as rows."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from dreamfleet.trainers.report.preview_grid import mosaic, read_preview_grids
 from dreamfleet.tune.trial_store import Trial, TrialStore, format_value
 
 MOST_COLUMNS, MOST_ROWS = 6, 5
-LONGEST_SIDE = 320  # pixels of one cell's image on the page
-IMAGES = 4  # of one trial
+LONGEST_SIDE = 320  # longest side in pixels of a cell's image on the page
+IMAGES = 4  # maximum number of images of one trial
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A searched key divided into bins: ``labels`` of the bins, and ``bin`` maps a value to the number of its bin."""
+    """A searched key divided into bins with ``labels``; ``bin`` maps a value to the index of its bin."""
 
     path: str
     labels: Sequence[str]
@@ -35,7 +35,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Cell:
-    """The best trial of one cell, how many trials fall into it, and its last previews."""
+    """The best trial in one cell, the number of trials in the cell, and the best trial's last previews."""
 
     trial: Trial
     count: int
@@ -44,7 +44,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class ImageSheet:
-    """A table of cells; ``rows`` holds a label and the cells of each row, None for an empty cell."""
+    """A table of cells; ``rows`` contains a label and the cells of each row, None for an empty cell."""
 
     across: Axis
     down: Axis | None
@@ -52,7 +52,7 @@ class ImageSheet:
 
 
 def axes(search: SearchConfig) -> tuple[str, str | None]:
-    """Return the keys for columns and rows: the first range and the first choice, else the first two keys."""
+    """Return the keys for columns and rows: the first range and the first choice, or else the first two keys."""
     ranges = [path for path, domain in search.space.items() if domain.values is None]
     across = next(iter(ranges or search.space))
     others = [path for path in search.space if path != across]
@@ -61,7 +61,7 @@ def axes(search: SearchConfig) -> tuple[str, str | None]:
 
 
 def make_axis(path: str, domain: Domain, tried: Sequence[Value], most: int) -> Axis:
-    """Return a bin for each tried value, or ``most`` equal bins of a range of which more values were tried."""
+    """Return an axis with a bin for each tried value, or with ``most`` equal bins of a range if there are more."""
     values = [v for v in domain.values if v in tried] if domain.values is not None else sorted(set(tried))  # type: ignore[type-var]
     if len(values) <= most or domain.values is not None:
         return Axis(path, [format_value(value) for value in values], values.index)

@@ -1,4 +1,4 @@
-"""The search space as Optuna distributions and as a grid."""
+"""Converts the search space into Optuna distributions and into a grid of points."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def distributions(search: SearchConfig) -> dict[str, BaseDistribution]:
 
 
 def grid(search: SearchConfig) -> list[Point]:
-    """Return every point of the grid; the last key changes fastest."""
+    """Return all points of the grid, the last key changing fastest."""
     axes = [_axis(domain) for domain in search.space.values()]
     return [dict(zip(search.space, values, strict=True)) for values in itertools.product(*axes)]
 
@@ -44,5 +44,5 @@ def _axis(domain: Domain) -> list[Value]:
         spread = [lower * (upper / lower) ** place for place in places]
     else:
         spread = [lower + (upper - lower) * place for place in places]
-    spread[-1] = upper  # exactly the recipe's value, without the rounding error above
+    spread[-1] = upper  # exactly the recipe's value, without rounding errors
     return list(dict.fromkeys(round(v) for v in spread)) if domain.whole else list(spread)

@@ -31,23 +31,23 @@ log = logging.getLogger(__name__)
 class Shared:
     """The settings that all trials of a search share."""
 
-    folder: str  # of the search; its stop file ends every trial
+    folder: str  # folder of the search; its stop file ends every trial
     recipe: dict[str, Any]  # as plain data
-    figures: Sequence[str]  # of a validation round
+    figures: Sequence[str]  # keys measured in a validation round
     threads: int
     uses_gpu: bool
     gpu_share: float  # the fraction of a GPU that a trial may use
     environment: Mapping[str, str]
     sent: Mapping[
         str, str
-    ]  # from environment.variables_to_send; passed through Ray's memory and written nowhere
+    ]  # from environment.variables_to_send; only passed through Ray's object store, never written to a file
 
 
 class TrialActor(Trainable):
-    """Runs trials for Ray Tune, one after the other, so that later trials need no imports."""
+    """Runs successive trials for Ray Tune in one process, which saves the imports of later trials."""
 
     def setup(self, config: dict[str, Any], *, shared: Shared) -> None:
-        """Prepare the first trial; ``config`` holds the arguments of TrialRun."""
+        """Prepare the first trial; ``config`` contains the arguments of TrialRun."""
         os.environ.update(shared.environment)
         apply_variables(shared.sent)
         self.shared = shared
@@ -69,7 +69,7 @@ class TrialActor(Trainable):
 
 
 class TrialRun:
-    """A run in a thread that pauses after each validation round until :meth:`next_round` or :meth:`stop`.
+    """A run in a thread, which pauses after each validation round until :meth:`next_round` or :meth:`stop`.
 
     ``last_step`` is the step of the last round that was reported before an interruption; -1 for none.
     """
@@ -78,7 +78,7 @@ class TrialRun:
         self.shared, self.name, self.point, self.last_step = shared, name, point, last_step
         self.rounds: queue.SimpleQueue[dict[str, Any] | Exception] = queue.SimpleQueue()
         self.answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self.has_news = True  # whether metrics.jsonl may hold a round that was not reported
+        self.has_news = True  # whether metrics.jsonl may contain a round that was not reported
         self.is_stopped = False
         self.thread = threading.Thread(target=self._work, daemon=True, name=f"trial-{name}")
 
@@ -145,7 +145,7 @@ class TrialRun:
             except (UserError, RunFailed) as error:
                 log.error(
                     "%s", str(error)
-                )  # not the error itself, whose traceback keeps the whole run in memory
+                )  # not the exception itself, whose traceback would keep the run in memory
                 raise
         if self.is_stopped:
             write_end(run, dataclasses.replace(summary, exit_reason=STOPPED))
@@ -192,7 +192,7 @@ def rounds_of(run: Storage, figures: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def write_end(run: Storage, summary: Summary) -> None:
-    """Rewrite the summary and the report of a run whose exit reason the run itself does not know."""
+    """Rewrite the summary and report of a run with an exit reason that only the search knows."""
     from dreamfleet.trainers.artifacts.usage import describe
     from dreamfleet.trainers.report.report import write_report
 

@@ -27,7 +27,7 @@ TABLE = "trials.parquet"
 BEST = "best.yaml"
 RECIPE = "search.yaml"
 _PACKAGE = re.compile(r"^/.*/_ray_pkg_[0-9a-f]+/")
-# Keys of `search` that may change when a search is resumed: they say how trials are run, not what they are.
+# Keys of `search` that may change when a search is resumed: they determine how trials are run, not what they train.
 CHANGEABLE = (
     "num_trials",
     "max_concurrent_trials",
@@ -37,14 +37,14 @@ CHANGEABLE = (
     "reduction_factor",
 )
 
-# Equal failures, before any trial has measured something, that end a search; more of them where another point may need
-# less memory.
+# Number of equal failures, before any trial has measured anything, that end a search. More are needed for
+# ResourceErrors, since other points may need less memory.
 EQUAL_FAILURES, EQUAL_RESOURCE_FAILURES = 3, 6
 
 
 @dataclass
 class Trial:
-    """A point and the results of training with it; ``rounds`` are the validation rounds: ``step`` and figures."""
+    """A point and the results of training with it; ``rounds`` are its validation rounds (``step`` and metrics)."""
 
     name: str
     point: Point
@@ -56,12 +56,12 @@ class Trial:
 
     @property
     def folder(self) -> str:
-        """The run folder, relative to the search's."""
+        """The run folder, relative to the folder of the search."""
         return f"trials/{self.name}"
 
     @property
     def is_over(self) -> bool:
-        """Whether a resumed search does not run the trial again."""
+        """Whether the trial has ended, so that a resumed search does not run it again."""
         return self.status in ("completed", "stopped", "failed")
 
     @property
@@ -70,13 +70,13 @@ class Trial:
         return max((int(r["step"]) for r in self.rounds), default=0)
 
     def figure(self, name: str) -> float | None:
-        """Return a figure of the last round after step 0; None if it is missing or not finite."""
+        """Return a value of the last round after step 0; None if it is missing or not finite."""
         last = max((r for r in self.rounds if r["step"]), key=lambda r: r["step"], default={})
         value = last.get(name)
         return value if isinstance(value, int | float) and math.isfinite(value) else None
 
     def add_round(self, figures: dict[str, Any]) -> None:
-        """Add a round; it replaces rounds of the same and later steps."""
+        """Add a round, replacing rounds of the same and later steps."""
         kept = [r for r in self.rounds if r["step"] < figures["step"]]
         self.rounds = [*kept, figures]
 
@@ -107,7 +107,7 @@ class TrialStore:
         self.folder.write_text(FILE, json_text({"trials": rows}, indent=1))
 
     def remove(self) -> None:
-        """Remove the files of a search that ran no trial."""
+        """Remove the files of a search that has no results."""
         for name in (FILE, RECIPE, "trials"):
             self.folder.remove(name)
 
@@ -169,9 +169,9 @@ def error_class(trial: Trial) -> type[Exception]:
 
 
 def common_error(trials: Sequence[Trial], planned: int) -> UserError | None:
-    """Return the UserError that the first trials share, as every trial would raise it; None if there is none.
+    """Return the UserError with which all of the first trials failed, since every trial would; None if there is none.
 
-    ``planned`` is the number of trials of the search. None also as soon as any trial has measured something.
+    ``planned`` is the number of trials of the search. Also None once any trial has measured anything.
     """
     failed = [trial for trial in trials if trial.status == "failed"]
     if not failed or any(trial.rounds for trial in trials):
@@ -185,7 +185,7 @@ def common_error(trials: Sequence[Trial], planned: int) -> UserError | None:
 
 
 def format_trial(trial: Trial, figures: Sequence[str]) -> str:
-    """Return one line on a trial: its point, its last figures, and how it ended."""
+    """Return one line of text on a trial: its point, its last metrics, and its status."""
     last = trial.rounds[-1] if trial.rounds else {}
     measured = [
         f"{name} {formatting.number(last[name], 4)}" for name in figures if last.get(name) is not None
@@ -217,7 +217,7 @@ def _column(values: list[Any]) -> Any:
 
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):  # a key with both numbers and text among its values
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # the values of a key are both numbers and text
         return pa.array([None if value is None else str(value) for value in values])
 
 

@@ -12,25 +12,25 @@ from PIL import Image
 
 log = logging.getLogger(__name__)
 
-SAME_WITHIN = 2  # of 255; a profile that changes no colour by more is treated as sRGB
+SAME_WITHIN = 2  # of 255; a profile that changes no colour by more than this is treated as sRGB
 _SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # colour space of a profile -> Pillow's mode
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
-    """Convert an image of mode RGB, L or CMYK to sRGB by its embedded profile; without a profile it is taken as sRGB.
+    """Convert an image of mode RGB, L or CMYK to sRGB by its embedded profile; without one it is assumed to be sRGB.
 
-    CMYK without a profile is converted by Pillow's formula. A broken profile, or one for another colour space, is
-    ignored, as browsers do.
+    CMYK without a profile is converted by Pillow's formula. As in browsers, a broken profile or one for another colour
+    space is ignored.
     """
     made: Image.Image
     mode, transform = _conversion(image.info.get("icc_profile"), image.mode)
     made = image.convert("RGB") if transform is None else transform.apply(image.convert(mode))
-    made.info = {}  # otherwise saving keeps the profile, and loading converts again
+    made.info = {}  # otherwise the profile would be saved with the image, and applied again when it is loaded
     return made
 
 
 def profile_name(data: bytes) -> str:
-    """Return the name of an image's colour profile without decoding the image; "" without a profile that has effect."""
+    """Return the name of an image's colour profile without decoding the image; "" if no profile changes it."""
     with Image.open(io.BytesIO(data)) as image:
         profile, mode = image.info.get("icc_profile"), image.mode
     mode = "L" if mode in ("1", "LA", "La", "I") or mode.startswith("I;16") else mode
@@ -43,7 +43,7 @@ def profile_name(data: bytes) -> str:
 
 
 def _conversion(profile: object, mode: str) -> tuple[str, Any]:
-    """Return the mode that a profile is for and its conversion to sRGB; grey images may have a profile for RGB."""
+    """Return the mode that a profile applies to and its conversion to sRGB; grey images may have an RGB profile."""
     if isinstance(profile, bytes) and profile:
         for candidate in ("L", "RGB") if mode == "L" else (mode,):
             if (transform := _transform(profile, candidate)) is not None:
@@ -53,7 +53,7 @@ def _conversion(profile: object, mode: str) -> tuple[str, Any]:
 
 @lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> Any:
-    """Return the conversion of a mode by a profile to sRGB; None when it would change nothing."""
+    """Return the conversion from a mode to sRGB by a profile; None if it would change nothing."""
     from PIL import ImageCms
 
     try:
@@ -72,7 +72,7 @@ def _transform(profile: bytes, mode: str) -> Any:
 
 
 def _colours(mode: str) -> Image.Image:
-    """Return an image of all greys, or of 9 x 9 x 9 colours."""
+    """Return a test image for a mode: all grey levels, or 9 x 9 x 9 colours."""
     if mode == "L":
         return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     steps = np.linspace(0, 255, 9).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Plans and makes crops of images for `data prepare`: boxes, target sizes, padding. Pure."""
+"""Plans and computes the crops of `data prepare`: boxes, target sizes, padding. Pure functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.images.smart_crop import FOCUSES, place_box
 
 MODES = ("crop", "smart", "focal", "fit", "pad", "buckets", "auto")
-# The webui's auto-sized crop at 512: sides from 384 to 768, at most 640 squared pixels, aspect error at most 0.1.
+# The webui's auto-sized crop, relative to the side: at 512, sides from 384 to 768 and an area of at most 640 squared
+# pixels. The aspect ratio may change by at most 0.1.
 AUTO_SIDES, AUTO_AREA, AUTO_ERROR, STEP = (0.75, 1.5), 1.25, 0.1, 64
 BLUR = 1 / 16  # blur radius of the background, as a fraction of the longer side
 
@@ -23,10 +24,11 @@ BLUR = 1 / 16  # blur radius of the background, as a fraction of the longer side
 class Cutting:
     """Options of cropping; `size` is in pixels.
 
-    Mode `crop` covers the size and crops the rest (`smart` and `focal`: around the salient part), `fit` keeps the whole
-    image inside the size, `pad` adds bars of `fill` (a colour, `edge` or `blur`), `buckets` crops to the bucket that
-    training would use, `auto` to the multiples of 64 with the least loss. With `split`, an image of which a crop would
-    keep at most `split_threshold` is cut into several crops that overlap by `overlap`.
+    Mode `crop` covers the size and crops the rest (with `smart` and `focal` around the salient part), `fit` scales the
+    whole image to fit inside the size, `pad` also adds bars of `fill` (a colour, `edge` or `blur`), `buckets` crops to
+    the bucket that training would use, and `auto` to the size in multiples of 64 that loses least. With `split`, an
+    image of which a crop would keep at most the fraction `split_threshold` is divided into several crops that overlap
+    by the fraction `overlap`.
     """
 
     size: Size
@@ -36,7 +38,7 @@ class Cutting:
     split: bool = False
     split_threshold: float = 0.5
     overlap: float = 0.2
-    smallest: int = 256  # sides of buckets
+    smallest: int = 256  # smallest side of a bucket in pixels
     largest: int = 1024
     step: int = STEP
 
@@ -66,7 +68,7 @@ class Cutting:
 
 
 class Cut(NamedTuple):
-    """A box (left, top, right, bottom) in pixels, the size it is scaled to, and the canvas it is centred on."""
+    """A crop: box (left, top, right, bottom), the size it is scaled to, and the canvas it is centred on, in pixels."""
 
     box: tuple[float, float, float, float]
     size: Size
@@ -74,7 +76,7 @@ class Cut(NamedTuple):
 
 
 def plan_cuts(image: Image.Image, how: Cutting) -> list[Cut]:
-    """Return the crops of an RGB image; [] when mode `auto` has no size for its aspect ratio."""
+    """Return the crops of an RGB image; [] if mode `auto` has no size for its aspect ratio."""
     width, height = image.size
     if how.mode in ("fit", "pad"):
         scale = min(how.size[0] / width, how.size[1] / height)
@@ -95,7 +97,7 @@ def plan_cuts(image: Image.Image, how: Cutting) -> list[Cut]:
     box = (min(width, target[0] / scale), min(height, target[1] / scale))
     if (
         how.split and how.mode in ("crop", "smart", "focal") and scale <= MOST_ENLARGED
-    ):  # a line of pixels would give thousands
+    ):  # an extreme aspect ratio would give thousands of crops
         kept = min(box[0] / width, box[1] / height)
         if kept < 1 and kept <= how.split_threshold:
             return _split(image.size, box, target, how.overlap)
@@ -104,7 +106,7 @@ def plan_cuts(image: Image.Image, how: Cutting) -> list[Cut]:
 
 
 def auto_size(width: int, height: int, side: int) -> Size | None:
-    """Return the largest size in multiples of 64 of nearly the image's aspect ratio; None if there is none."""
+    """Return the largest size in multiples of 64 with about the image's aspect ratio; None if there is none."""
     smallest, largest = (math.ceil(side * part / STEP) * STEP for part in AUTO_SIDES)
     fitting = []
     for w in range(smallest, largest + 1, STEP):
@@ -129,7 +131,7 @@ def draw_cut(image: Image.Image, cut: Cut, fill: str, *, flip: bool = False) -> 
 def _split(whole: Size, box: tuple[float, float], target: Size, overlap: float) -> list[Cut]:
     along = 0 if box[0] < whole[0] else 1
     length, piece = whole[along], box[along]
-    # Subtract rounding errors, or three pieces that fit exactly would become four.
+    # The subtraction compensates rounding errors: three pieces that fit exactly would become four.
     count = math.ceil((length - piece * overlap) / (piece * (1 - overlap)) - 1e-9)
     cuts = []
     for number in range(count):
@@ -141,7 +143,7 @@ def _split(whole: Size, box: tuple[float, float], target: Size, overlap: float) 
 
 
 def _inside(box: tuple[float, float, float, float], whole: Size) -> tuple[float, float, float, float]:
-    """Round to thousandths of a pixel, the precision of the manifest, and limit to the image."""
+    """Return a box rounded to thousandths of a pixel, the precision of the manifest, and clipped to the image."""
     left, top, right, bottom = (round(value, 3) for value in box)
     return max(0.0, left), max(0.0, top), min(float(whole[0]), right), min(float(whole[1]), bottom)
 

@@ -1,4 +1,4 @@
-"""File name extensions and first bytes of images: formats that are read, and formats that are only recognised."""
+"""File extensions and first bytes of image formats: those that can be read, and those that are only recognised."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ IMAGE_SUFFIXES = (
     ".avif",
     ".apng",
 )
-MASK_ENDING = ".mask.png"  # of a mask beside its image
-ATTENTION_ENDING = "_att"  # of the stem of a DreamArtist attention map
-# Images, raw photographs and videos that this program cannot read: reported rather than silently ignored.
+MASK_ENDING = ".mask.png"  # ending of the name of a mask beside its image
+ATTENTION_ENDING = "_att"  # ending of the stem of a DreamArtist attention map
+# Images, raw photographs and videos that cannot be read. They are reported instead of silently ignored.
 UNREADABLE_SUFFIXES = (
     ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".psd", ".psb", ".xcf", ".kra", ".ai", ".eps",
     ".svg", ".tga", ".ico", ".dds", ".exr", ".hdr", ".ppm", ".pgm", ".pbm", ".pnm", ".pcx", ".cr2", ".cr3",
@@ -27,7 +27,7 @@ UNREADABLE_SUFFIXES = (
     ".wmv", ".flv", ".mpg", ".mpeg", ".3gp", ".mts", ".m2ts", ".gifv",
 )  # fmt: skip
 
-# Other files that are common beside images: their content is not checked.
+# Extensions of other files that are common in image folders; their content is not checked.
 OTHER_ENDINGS = (
     ".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".yaml", ".yml", ".toml", ".ini",
     ".xml", ".html", ".md", ".log", ".py", ".ipynb", ".sh", ".npz", ".npy", ".safetensors", ".ckpt", ".pt",
@@ -45,7 +45,7 @@ _MAGIC = (
 
 
 def format_of(head: bytes) -> str | None:
-    """Return the format of an image by at least the first 16 bytes of its file; None for anything else."""
+    """Return the format of an image, given at least the first 16 bytes of its file; None for anything else."""
     for start, kind in _MAGIC:
         if head.startswith(start):
             return kind
@@ -59,5 +59,5 @@ def format_of(head: bytes) -> str | None:
 
 
 def holds_embedding(data: bytes) -> bool:
-    """Return whether a PNG is a textual inversion embedding stored as an image, in the webui's format."""
+    """Return whether a PNG is a textual inversion embedding in the webui's image format."""
     return data[:4] == b"\x89PNG" and b"sd-ti-embedding" in data[:4096]

@@ -1,4 +1,4 @@
-"""Decodes, rotates, resizes, crops and flips images. Pure: Pillow and numpy only."""
+"""Decodes, rotates, resizes, crops and flips images. Pure functions, with Pillow and numpy only."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dreamfleet.datasets.config import MAX_PIXELS
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.images.color_profile import to_srgb
 
-# An image is resized as a whole and then cropped, unless it would have more than this many times the target's pixels.
-# Photographs and panoramas have fewer. (Resizing a part alone differs in the last bits.)
+# An image is resized as a whole and then cropped, unless the resized image would have more than this many times the
+# pixels of the target. Photographs and panoramas do not. (Resizing only a part gives other values in the last bits.)
 MOST_RESIZED = 16
 
-# Without EPS, PDF and FITS, whose readers start other programs or read other data.
+# EPS, PDF and FITS are left out, since their readers start other programs or read other data.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
 _ROTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -35,7 +35,7 @@ _ORIENTATION_TAG = 0x0112
 
 
 class Header(NamedTuple):
-    """The header of an image file; sizes in pixels after the EXIF rotation."""
+    """Properties in the header of an image file; sizes are in pixels after the EXIF rotation."""
 
     width: int
     height: int
@@ -43,7 +43,7 @@ class Header(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """The size that an image is resized to, and left and top of the crop; in pixels."""
+    """The size that an image is resized to, and the left and top edges of the crop; in pixels."""
 
     width: int
     height: int
@@ -52,11 +52,11 @@ class Placed(NamedTuple):
 
 
 def open_image(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image to sRGB, rotated by its EXIF orientation, composited over white where transparent.
+    """Decode an image to sRGB, rotated by its EXIF orientation, with transparency composited over white.
 
-    An embedded colour profile is converted. Of an animation the first frame is used. 16-bit grey is scaled to 8 bits.
-    Raises DataError, naming `uri`, for a file that is not an image, is truncated, or has more than `max_pixels`
-    (checked before decoding).
+    Colours are converted by the embedded profile. The first frame of an animation is used. 16-bit grey is scaled to 8
+    bits. Raises DataError, naming `uri`, for a file that is not an image, is truncated, or has more than `max_pixels`
+    pixels (checked before decoding).
     """
     return open_with_alpha(data, uri=uri, max_pixels=max_pixels)[0]
 
@@ -64,7 +64,7 @@ def open_image(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Image.
 def open_with_alpha(
     data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS
 ) -> tuple[Image.Image, Image.Image | None]:
-    """Decode an image as open_image does, and its alpha channel: 8-bit grey, 255 is opaque; None without one."""
+    """Decode an image as open_image does, and its alpha channel (8-bit grey, 255 is opaque; None without one)."""
     with _named_errors(uri, data), _open(data, uri=uri, max_pixels=max_pixels) as image:
         image.load()
         orientation = _orientation(image)
@@ -79,7 +79,7 @@ def read_header(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Heade
     """Read an image's header without decoding its pixels. Raises DataError as open_image does."""
     with _named_errors(uri, data), _open(data, uri=uri, max_pixels=max_pixels) as image:
         width, height = image.size
-        # A TIFF's size is already rotated; Pillow decodes a whole PNG to find EXIF data behind the pixels.
+        # Pillow reports the size of a TIFF after rotation. It decodes a whole PNG to find EXIF data after the pixels.
         if image.format == "TIFF" or (
             image.format == "PNG" and b"eXIf" not in data and b"tiff:Orient" not in data
         ):
@@ -92,9 +92,11 @@ def read_header(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Heade
 
 
 def check_image(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> None:
-    """Read every pixel of an image. Raises DataError if it is truncated or broken."""
+    """Decode all pixels of an image. Raises DataError if it is truncated or broken."""
     with _named_errors(uri, data), _open(data, uri=uri, max_pixels=max_pixels) as image:
-        if image.format == "JPEG":  # an eighth of the work, though every byte is read
+        if (
+            image.format == "JPEG"
+        ):  # decode at reduced size, which takes an eighth of the time and reads all bytes
             image.draft("RGB" if image.mode != "L" else "L", (image.width // 8, image.height // 8))
         image.load()
         _to_rgb_and_alpha(image.crop((0, 0, 1, 1)) if image.mode not in ("I", "F") else image, uri)
@@ -108,10 +110,10 @@ def fit_image(
     crop_key: tuple[float, float] | None = None,
     flip: bool = False,
 ) -> np.ndarray:
-    """Resize an image so that it just covers the target, crop and flip it: uint8 [H,W,3], or [H,W] for a grey one.
+    """Resize an image to just cover the target, crop it and flip it; return uint8 [H,W,3], or [H,W] for grey images.
 
-    `resolution` is a side or (width, height) in pixels. `crop_key`, two numbers in [0,1), is the position (x, y) of the
-    crop when `center` is false. The antialiasing Lanczos filter is used for enlarging and shrinking.
+    `resolution` is a side or (width, height) in pixels. `crop_key`, two numbers in [0,1), is the relative position
+    (x, y) of the crop if `center` is false. Pillow's antialiasing Lanczos filter is used for enlarging and shrinking.
     """
     if image.mode not in ("RGB", "L"):
         raise AssertionError(f"fit_image takes RGB and grey images, not {image.mode}")
@@ -127,10 +129,10 @@ def fit_image(
 def resize_and_crop(
     image: Image.Image, placed: Placed, target: tuple[int, int], resample: Image.Resampling
 ) -> Image.Image:
-    """Resize an image and crop a target (width, height) from it, as `placed` specifies.
+    """Resize an image and crop a target of (width, height) pixels from it, as `placed` specifies.
 
-    If the resized image would be far larger than the target, only the crop is computed: an image of 2000 x 1 pixels
-    would take 4 GiB at 512.
+    If the resized image would be far larger than the target, only the crop is computed. Otherwise an image of 2000 x 1
+    pixels would take 4 GiB at a resolution of 512.
     """
     covered = (placed.width, placed.height)
     if covered == image.size:
@@ -151,9 +153,9 @@ def resize_and_crop(
 def place_target(
     size: tuple[int, int], target: tuple[int, int], *, crop_key: tuple[float, float] | None = None
 ) -> Placed:
-    """Compute how fit_image resizes an image and where it crops: in the centre, or at `crop_key`.
+    """Return how fit_image resizes an image and where it crops: in the centre, or at the relative position `crop_key`.
 
-    Sizes are (width, height), before flipping.
+    Sizes are (width, height) in pixels, before flipping.
     """
     scale = max(target[0] / size[0], target[1] / size[1])
     width, height = max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
@@ -164,14 +166,14 @@ def place_target(
 
 
 def to_tensor_range(pixels: np.ndarray) -> np.ndarray:
-    """Convert uint8 [H,W,3] to float32 [3,H,W] in [-1,1], the range of the VAE."""
+    """Convert uint8 [H,W,3] to float32 [3,H,W] in [-1,1], the input range of the VAE."""
     return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / np.float32(127.5) - np.float32(
         1
     )
 
 
 class _named_errors:
-    """Turn whatever Pillow raises for a broken file into a DataError that names the file."""
+    """Convert any exception that Pillow raises for a broken file into a DataError that names the file."""
 
     def __init__(self, uri: str, data: bytes) -> None:
         self.uri = uri
@@ -250,7 +252,7 @@ def _to_rgb_and_alpha(image: Image.Image, uri: str) -> tuple[Image.Image, Image.
 
 
 def _in_srgb(colours: Image.Image, image: Image.Image) -> Image.Image:
-    """Convert colours to sRGB by the profile of the image they come from."""
+    """Convert colours to sRGB by the profile of `image`, from which they come."""
     profile = image.info.get("icc_profile")
     if profile and colours is not image:
         colours.info["icc_profile"] = profile

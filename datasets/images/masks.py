@@ -1,4 +1,4 @@
-"""Crops one use of an image, and its loss weights from an alpha channel or a mask file."""
+"""Crops an image for one use in training, together with its loss weights from an alpha channel or a mask file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from dreamfleet.datasets.config import MAX_PIXELS
 from dreamfleet.datasets.images.images import fit_image, open_with_alpha
 
 OPAQUE = 255
-# DreamArtist's attention maps: weight 0 for black, 1 for mid-grey (127), 5 for white; times 51 to fit in a byte.
+# DreamArtist's attention maps: weight 0 for black, 1 for mid-grey (127) and 5 for white, multiplied by 51 to fill a
+# byte.
 ATTENTION_WEIGHTS = [round(51 * (v / 127 if v <= 127 else 1 + 4 * (v - 127) / 128)) for v in range(256)]
 
 
@@ -44,11 +45,11 @@ def cut_image(
     weighted: bool = False,
     mask: Mask | None = None,
 ) -> np.ndarray:
-    """Decode and crop an image as a view specifies: uint8 [H,W,3], or [H,W,4] if ``weighted``.
+    """Decode and crop an image as a view specifies; return uint8 [H,W,3], or [H,W,4] if ``weighted``.
 
-    The fourth channel has the weight of each pixel, cropped in the same way: from ``mask`` (greyscale of any size,
-    white has full weight), else the image's alpha channel, else 255 everywhere. ``size`` applies to views without
-    one. Raises DataError naming ``uri``.
+    The fourth channel contains the loss weight of each pixel, cropped in the same way. It comes from ``mask``
+    (greyscale of any size, white has full weight), otherwise from the image's alpha channel; without either it is 255
+    everywhere. ``size`` applies to views without a size. Raises DataError naming ``uri``.
     """
 
     def cut(image: Image.Image) -> np.ndarray:
@@ -78,10 +79,10 @@ def open_mask(mask: Mask, *, uri: str, max_pixels: int = MAX_PIXELS) -> Image.Im
 
 
 def loss_weights(pixels: np.ndarray, cell: int) -> np.ndarray:
-    """Average weights [H,W] over the ``cell`` x ``cell`` pixels of each latent: float32 [1,H/cell,W/cell] of mean 1.
+    """Average weights [H,W] over the ``cell`` x ``cell`` pixels of each latent cell: float32 [1,H/cell,W/cell], mean 1.
 
-    Constant weights become 1 everywhere, also zeros. (The webui subtracts the minimum first, and so divides 0 by 0 for
-    an opaque image.)
+    Constant weights, including all zeros, become 1 everywhere. (The webui subtracts the minimum first, so that an
+    opaque image gives 0 / 0.)
     """
     height, width = pixels.shape
     cells = pixels.reshape(height // cell, cell, width // cell, cell).mean((1, 3), dtype=np.float64)

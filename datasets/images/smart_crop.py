@@ -1,9 +1,9 @@
-"""Places crops around the salient part of an image. Pure and deterministic (Pillow and numpy).
+"""Places crops around the salient part of an image. Pure, deterministic functions with Pillow and numpy.
 
-``smart`` scores crops by the rule of jwagner/smartcrop.js with its default values, which BIRME uses too: detail, skin
-and saturation add to the score, most near the centre and the thirds of the crop, and subtract from it outside.
-``focal`` is the focal point of AUTOMATIC1111's webui without its face detector: the mean of the corners' centre and
-of the window with the most entropy, weighted 0.5 to 0.15.
+``smart`` scores crops as jwagner/smartcrop.js with its default values, which BIRME also uses: detail, skin colours and
+saturation increase the score, most of all near the centre and the lines of thirds of the crop, and decrease it outside
+of the crop. ``focal`` is the focal point of AUTOMATIC1111's webui without its face detector: the mean of the centre of
+the corners and of the window with the highest entropy, weighted 0.5 to 0.15.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image
 FOCUSES = ("center", "smart", "focal")
 
 SHORT_SIDE = 256  # pixels; larger images are shrunk before they are scored
-MAX_SCORED = 64 * SHORT_SIDE**2  # pixels; reached by aspect ratios beyond 64 to 1 only
+MAX_SCORED = 64 * SHORT_SIDE**2  # pixels; only images with aspect ratios beyond 64 to 1 reach this limit
 CELL = 8  # side in pixels of the cells whose scores are summed
 DETAIL_WEIGHT = 0.2
 SKIN_COLOUR, SKIN_THRESHOLD, SKIN_BIAS, SKIN_WEIGHT = (0.78, 0.57, 0.44), 0.8, 0.01, 1.8
@@ -33,8 +33,8 @@ EDGES_WEIGHT, ENTROPY_WEIGHT, ENTROPY_STEP = 0.5, 0.15, 4
 def place_box(image: Image.Image, box: tuple[float, float], focus: str = "center") -> tuple[float, float]:
     """Return the best position (left, top) in pixels of a box (width, height) in an RGB image.
 
-    The box is the largest of its aspect ratio, so it moves along one side only. Ties go to the position nearest to the
-    centre.
+    The box must be the largest one of its aspect ratio, so it can move along one side only. Among positions with equal
+    scores, the one nearest to the centre is chosen.
     """
     spare = (max(0.0, image.width - box[0]), max(0.0, image.height - box[1]))
     if focus == "center" or max(spare) < 0.5:
@@ -49,7 +49,7 @@ def place_box(image: Image.Image, box: tuple[float, float], focus: str = "center
 
 
 def saliency(pixels: np.ndarray) -> np.ndarray:
-    """Return the saliency, float64 [H,W] of at least 0, of each pixel of an image, uint8 [H,W,3]."""
+    """Return the saliency of each pixel, float64 [H,W] and non-negative, of an image, uint8 [H,W,3]."""
     rgb = pixels.astype(np.float64) / 255
     light = rgb @ LUMA
     edge = np.pad(light, 1, mode="edge")
@@ -80,7 +80,7 @@ def _between(values: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
 
 
 def _smart(image: Image.Image, box: tuple[float, float]) -> tuple[float, float]:
-    """Return the best position of a box as fractions of the free space; (0.5, 0.5) is the centre."""
+    """Return the best position of a box by saliency, as fractions of the free space; (0.5, 0.5) is the centre."""
     scores = saliency(np.asarray(image))
     if not scores.any():
         return 0.5, 0.5
@@ -109,7 +109,7 @@ def _share(place: int, room: int) -> float:
 
 
 def _importance(width: int, height: int) -> np.ndarray:
-    """Return the weight [H,W] of each cell of a crop: high in the centre and on the thirds, negative at the edge."""
+    """Return the weight [H,W] of each cell of a crop: high in the centre and on the thirds, negative at the edges."""
     x = np.abs(0.5 - (np.arange(width) + 0.5) / width)[None, :] * 2
     y = np.abs(0.5 - (np.arange(height) + 0.5) / height)[:, None] * 2
     rim = EDGE_WEIGHT * (np.maximum(x - 1 + EDGE_RADIUS, 0) ** 2 + np.maximum(y - 1 + EDGE_RADIUS, 0) ** 2)
@@ -118,7 +118,7 @@ def _importance(width: int, height: int) -> np.ndarray:
 
 
 def _thirds(place: np.ndarray) -> np.ndarray:
-    """Return values that rise to 1 on the lines of thirds; positions are 0 in the centre and 1 at the edge."""
+    """Return values that reach 1 on the lines of thirds; ``place`` is 0 in the centre and 1 at the edge."""
     return np.maximum(0, 1 - ((place - 1 / 3) * 8) ** 2)
 
 
@@ -137,7 +137,7 @@ def _clamped(middle: float, inner: float, outer: int) -> float:
 
 
 def _corner_centre(image: Image.Image) -> tuple[float, float] | None:
-    """Return the mean position of the strongest corners (Shi and Tomasi), without the bottom, where watermarks are."""
+    """Return the mean position of the strongest corners (Shi and Tomasi); the bottom is excluded due to watermarks."""
     grey = np.asarray(image.convert("L"), dtype=np.float64)
     down, right = np.gradient(grey) if min(grey.shape) > 1 else (np.zeros_like(grey),) * 2
     xx, yy, xy = (_blurred(product) for product in (right * right, down * down, right * down))
@@ -167,7 +167,7 @@ def _blurred(values: Any) -> np.ndarray:
 
 
 def _highest_entropy(image: Image.Image, box: tuple[float, float]) -> tuple[float, float]:
-    """Return the centre of the window with the most entropy in the dithered image."""
+    """Return the centre of the window with the highest entropy in the dithered image."""
     dots = np.asarray(image.convert("1"), dtype=np.float64)
     sums = np.pad(dots.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     width, height = min(dots.shape[1], round(box[0])), min(dots.shape[0], round(box[1]))

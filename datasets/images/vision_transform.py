@@ -1,4 +1,4 @@
-"""Resizes and crops images to the input of a vision model, with Pillow alone, so that any worker can do it."""
+"""Resizes and crops images to the input size of a vision model. Uses only Pillow, so that it runs in any worker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Fit = Callable[[Image.Image], Image.Image]  # prepares an image for a model
 
 @dataclass(frozen=True)
 class Fitting:
-    """Resizes an image and crops its centre; an image of that size is not changed.
+    """Resizes an image and crops its centre; an image that already has the size is not changed.
 
     `resize` is the short side (int) or an exact (height, width); `crop` is (height, width); both in pixels.
     """
@@ -24,7 +24,7 @@ class Fitting:
     resample: int = int(Image.Resampling.BICUBIC)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """Return the image resized and cropped, in RGB, padded with black where it is smaller than the crop."""
+        """Return the image resized and cropped, in RGB; it is padded with black if it is smaller than the crop."""
         image, resample = image.convert("RGB"), Image.Resampling(self.resample)
         if isinstance(self.resize, int):
             short = min(image.size)

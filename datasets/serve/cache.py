@@ -1,6 +1,6 @@
 """Encodes the images of an index into a latent cache, with a pool of Ray Data actors or in this process.
 
-The encoder is an argument: this module is independent of models.
+The encoder is passed as an argument, so this module does not depend on models.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from dreamfleet.datasets.serve.latent_files import Key, LatentCache, write_shard
 from dreamfleet.datasets.storage.storage import Storage
 
 SHARD_IMAGES = 256
-SHARD_BYTES = 96 * 2**20  # of decoded pixels; Ray Data splits blocks of more than 128 MiB
+SHARD_BYTES = 96 * 2**20  # decoded pixels per shard; Ray Data splits blocks larger than 128 MiB
 SHARDS_A_WORKER = (
-    4  # at least, given enough images, so that all workers stay busy and an interruption costs little
+    4  # minimum if there are enough images, so that all workers stay busy and an interruption loses little
 )
 
 
 class Encode(Protocol):
-    """Encodes cropped images of any sizes, uint8 [H,W,3], or [H,W,4] with weights, to latents."""
+    """The interface of an encoder of cropped images, uint8 [H,W,3] or, with weights, [H,W,4], of any sizes."""
 
     def __call__(self, cuts: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
-        """Return for every image `mean` and `std` [C,h,w], and with weights `mask` [1,h,w]."""
+        """Return for every image its latents, `mean` and `std` [C,h,w], and with weights also `mask` [1,h,w]."""
         ...
 
 
 class Job(NamedTuple):
-    """One image to encode: the key of its latents (hashes, flip), its size, and the URIs of image and mask."""
+    """One image to encode: the key of its latents (hashes, flip), its size, and the URIs of the image and its mask."""
 
     sha256: str
     mask_sha256: str
@@ -58,12 +58,12 @@ class Job(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height in pixels to which the image is cropped."""
+        """The width and height in pixels to which the image is cropped."""
         return self.width, self.height
 
 
 class Done(NamedTuple):
-    """The result of a shard: images tried and encoded, bytes written, and URI -> reason of the others."""
+    """The result of a shard: number of images tried and encoded, bytes written, and URI -> reason of bad images."""
 
     tried: int
     encoded: int
@@ -72,7 +72,7 @@ class Done(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """Actors that encode: their number, resources and environment; with `decode_apart` other tasks decode for them."""
+    """The encoding actors: number, resources and environment. With `decode_apart`, separate tasks decode the images."""
 
     actors: int
     resources: Mapping[str, float]
@@ -81,7 +81,7 @@ class Pool(NamedTuple):
 
 
 def jobs_of(index: Index, data: DataConfig) -> list[Job]:
-    """Return the images of an index to encode, each once: copies share their latents."""
+    """Return the images of an index to encode, without duplicates, since copies of an image share their latents."""
     masks = [sha256 if data.alpha_mask else None for sha256 in index.column("mask_sha256")]
     every = zip(
         index.column("sha256"), masks, training_sizes(index.sizes(), data), index.column("uri"), index.column("mask"),
@@ -97,12 +97,12 @@ def jobs_of(index: Index, data: DataConfig) -> list[Job]:
 
 
 def missing_from(cache: LatentCache, jobs: Sequence[Job]) -> list[Job]:
-    """Return the jobs whose latents are not in a cache."""
+    """Return the jobs whose latents a cache does not contain."""
     return [job for job in jobs if not cache.has(job.key, job.size)]
 
 
 def make_shards(jobs: Sequence[Job], *, workers: int) -> list[list[Job]]:
-    """Divide jobs into shards, each written as one file; images of the same size are adjacent."""
+    """Divide jobs into shards, of which each is written as one file; images of equal size are adjacent."""
     most = min(SHARD_IMAGES, max(8, -(-len(jobs) // (workers * SHARDS_A_WORKER))))
     shards: list[list[Job]] = []
     room = 0
@@ -117,7 +117,10 @@ def make_shards(jobs: Sequence[Job], *, workers: int) -> list[list[Job]]:
 
 
 def read_images(batch: Mapping[str, np.ndarray], *, max_pixels: int, weighted: bool) -> dict[str, np.ndarray]:
-    """Read and crop the images of a shard; adds `pixels` as bytes, `reason` (not decoded) and `failure` (not read)."""
+    """Read and crop the images of a shard; return the batch with `pixels` (bytes), `reason` and `failure` added.
+
+    `reason` says why an image could not be decoded, `failure` why a file could not be read; "" otherwise.
+    """
     pixels, reasons, failures = [], [], []
     for job in _jobs_in(batch):
         cut, reason, failure = b"", "", ""
@@ -125,7 +128,7 @@ def read_images(batch: Mapping[str, np.ndarray], *, max_pixels: int, weighted: b
             cut = _cut(job, max_pixels=max_pixels, weighted=weighted).tobytes()
         except DataError as error:
             reason = str(error).removeprefix(f"{job.uri}: ")
-        except StorageError as error:  # returned, since Ray would wrap an exception
+        except StorageError as error:  # returned as data, since Ray would wrap an exception
             failure = str(error)
         pixels.append(cut)
         reasons.append(reason)
@@ -149,11 +152,11 @@ class ShardWriter:
         self._failure = ""
         try:
             self._encode = make_encode()
-        except UserError as error:  # returned, as all errors that a user can fix
+        except UserError as error:  # returned as data, like all errors that a user can fix
             self._failure = str(error)
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Encode and write one shard, decoding it if necessary; returns a row for each bad image, and at least one."""
+        """Encode and write one shard, after decoding it if necessary; return a row per bad image, and at least one."""
         batch = batch if "pixels" in batch else self.read(batch)
         jobs = _jobs_in(batch)
         failure = self._failure or next((text for text in batch["failure"] if text), "")
@@ -196,10 +199,10 @@ def encode_shards(
     data: DataConfig,
     pool: Pool | None = None,
 ) -> Iterator[Done]:
-    """Encode and write shards, in this process or with a pool of actors; yields the result of each as it completes.
+    """Encode and write shards, in this process or with a pool of actors; yield the result of each as it completes.
 
-    Raises UserError when a file cannot be read, the cache not written or the model not loaded, and RunFailed when the
-    pool fails. The shards that were yielded remain in the cache.
+    Raises UserError if a file cannot be read, the cache cannot be written or the model cannot be loaded, and RunFailed
+    if the pool fails. Shards that were yielded remain in the cache.
     """
     read = functools.partial(read_images, max_pixels=data.max_pixels, weighted=data.alpha_mask)
     results: Iterable[Mapping[str, np.ndarray]]
@@ -225,7 +228,7 @@ def _on_ray(
 
     logging.getLogger("ray.data").setLevel(
         logging.ERROR
-    )  # else it logs lines about options that are set here
+    )  # otherwise it logs messages about options that are set here
     tables = [
         pa.table({name: column.tolist() for name, column in _columns(shard).items()}) for shard in shards
     ]
@@ -235,7 +238,7 @@ def _on_ray(
     buckets = not options["folder"].is_local or any("://" in job.uri for shard in shards for job in shard)
     environment, sent = {"env_vars": dict(pool.environment)}, variables_to_send(buckets=buckets)
 
-    # Secrets are sent inside closures: Ray logs runtime environments, and may show arguments.
+    # Secrets are sent inside closures, since Ray logs runtime environments and may display arguments.
     def read_apart(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         apply_variables(sent)
         return read(batch)
@@ -252,7 +255,7 @@ def _on_ray(
     dataset = dataset.map_batches(
         ShardWriter,
         fn_constructor_kwargs={**options, "make_encode": make_apart},
-        batch_size=max(map(len, shards)),  # with GPUs Ray Data requires a number: here a whole shard
+        batch_size=max(map(len, shards)),  # a whole shard; with GPUs Ray Data requires a number
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=min(pool.actors, len(shards))),
         num_cpus=asked.pop("CPU", 0),
@@ -263,7 +266,7 @@ def _on_ray(
     try:
         yield from dataset.iter_batches(batch_size=None, batch_format="numpy")
     except ray.exceptions.RayError as error:
-        # The message is buried in pages of tracebacks and advice.
+        # Extract the message from Ray's long text of tracebacks and advice.
         found = re.findall(r"^(?!ray\.)[\w.]+(?:Error|Exception): .*", str(error), re.MULTILINE)
         why = found[-1] if found else type(error).__name__
         raise RunFailed(
@@ -272,7 +275,7 @@ def _on_ray(
 
 
 def _cut(job: Job, *, max_pixels: int, weighted: bool) -> np.ndarray:
-    """Read and crop one image as training does. Raises StorageError also if it changed since it was indexed."""
+    """Read and crop one image as in training. Raises StorageError, also if the file changed since it was indexed."""
     data = read_image_file(job.uri)
     mask = read_mask(job.mask) if job.mask else None
     seen = hashlib.sha256(data).hexdigest(), hashlib.sha256(mask.data).hexdigest() if mask else ""

@@ -1,4 +1,4 @@
-"""Reads and decodes the jobs of an image stream, in the tasks of Ray Data."""
+"""Reads and decodes the images of an image stream, in Ray Data tasks."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ def decode_batch(
     fit: Fit | None = None,
     sent: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, np.ndarray]:
-    """Read, decode and crop a batch of jobs, each to its size; with ``fit`` images are processed by it instead.
+    """Read, decode and crop a batch of jobs, each to its size; with ``fit``, apply it to the images instead.
 
-    "pixels" are bytes, since the images of a block may differ in size. "error" is the reason why an image could not be
-    decoded, "failure" why a file could not be read; "" for good images. ``sent`` is from environment.variables_to_send.
+    The result has "pixels" (as bytes, since images of a block may differ in size), "error" (the reason why an image
+    could not be decoded) and "failure" (why a file could not be read); both are "" for good images. ``sent`` are the
+    variables from environment.variables_to_send.
     """
     apply_variables(sent)
     images, heights, errors, failures = [], [], [], []
@@ -38,7 +39,7 @@ def decode_batch(
             pixels, error = decode_one(
                 str(uri), draw, mask=str(mask) or None, max_pixels=max_pixels, weighted=weighted, fit=fit
             )
-        except StorageError as storage_error:  # returned, since Ray would wrap an exception
+        except StorageError as storage_error:  # returned as data, since Ray would wrap an exception
             failure = str(storage_error)
         images.append(b"" if pixels is None else pixels.tobytes())
         heights.append(0 if pixels is None else len(pixels))
@@ -56,9 +57,9 @@ def decode_batch(
 def decode_one(
     uri: str, draw: ImageView, *, mask: str | None, max_pixels: int, weighted: bool, fit: Fit | None = None
 ) -> tuple[np.ndarray | None, str]:
-    """Read an image and crop it, or ``fit`` it: returns uint8 [H,W,C] and "", or None and why it cannot be decoded.
+    """Read an image and crop it or apply ``fit``; return uint8 [H,W,C] and "", or None and why it cannot be decoded.
 
-    Raises StorageError when the file cannot be read: a failing disk or bucket must not change the training data.
+    Raises StorageError if the file cannot be read: a failing disk or bucket must not change the training data.
     """
     try:
         if fit is not None:

@@ -1,8 +1,8 @@
-"""The latent cache on disk or in a bucket: Parquet files of latents, their keys, and the settings they depend on.
+"""The latent cache on disk or in a bucket: Parquet files of latents and their keys, and a manifest of the settings.
 
-Each encoding has a folder `CACHE/512px-<hash>/`, whose `manifest.json` has its settings. `latents/NAME.parquet` has the
-latents of a few hundred images, and `keys/NAME.parquet` their keys. The keys are written last, and latents without keys
-are ignored, so a writer may be killed at any time.
+Each encoding has a folder `CACHE/512px-<hash>/` with a `manifest.json` that contains its settings.
+`latents/NAME.parquet` contains the latents of a few hundred images, and `keys/NAME.parquet` their keys. The keys are
+written last and latents without keys are ignored, so the writing process may be killed at any time.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.storage.range_reader import open_ranges
 from dreamfleet.datasets.storage.storage import Storage
 
-VERSION = 2  # of the file format and of cropping; a new version encodes everything again
+VERSION = 2  # version of the file format and of cropping; a change invalidates existing caches
 MANIFEST, LATENTS, KEYS = "manifest.json", "latents", "keys"
-GROUP_BYTES = 2**18  # of a row group, the unit of random reads; at least one image
-FOOTERS = 1024  # of Parquet files in memory, some 80 KB each
+GROUP_BYTES = 2**18  # size of a row group, the unit of random reads; it has at least one image
+FOOTERS = 1024  # number of Parquet footers kept in memory, about 80 KB each
 THREADS = 16
 STORED: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "fp16": np.dtype("<f2")}
 TENSORS = ("mean", "std", "mask")
 
 
 class Key(NamedTuple):
-    """The key of latents: hashes of an image and of its mask ("" without one), and whether the image is flipped."""
+    """The key of latents: the hashes of an image and of its mask ("" without one), and whether it is flipped."""
 
     sha256: str
     mask_sha256: str
@@ -43,7 +43,7 @@ class Key(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """An entry of the cache: the size in pixels, and the place of the latents, or the reason why there are none."""
+    """An entry of the cache: the size in pixels, and the location of the latents or the reason why there are none."""
 
     size: tuple[int, int]
     shard: int
@@ -53,27 +53,29 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """The settings that latents depend on: the VAE's encoder, the sizes of crops, masks, and the stored precision."""
+    """The settings that latents depend on: the VAE's encoder, crop sizes, masks, and the stored precision."""
 
     vae: str
     resolution: int
-    buckets: tuple[tuple[str, Any], ...]  # the recipe's keys of aspect-ratio buckets; () without buckets
+    buckets: tuple[
+        tuple[str, Any], ...
+    ]  # the recipe's (key, value) pairs of aspect-ratio buckets; () without buckets
     alpha_mask: bool
     precision: str
     version: int = VERSION
 
     @property
     def folder(self) -> str:
-        """Name of the folder of such latents."""
+        """Name of the folder of the latents with this encoding."""
         text = json.dumps(self.to_json(), sort_keys=True)
         return f"{self.resolution}px-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as in the manifest."""
+        """Return the settings as they are stored in the manifest."""
         return {**dataclasses.asdict(self), "buckets": dict(self.buckets)}
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """Return the settings in which a manifest differs: `resolution 512 (here 768)`."""
+        """Return the settings that are different in a manifest, such as `resolution 512 (here 768)`."""
         mine = self.to_json()
         return [
             f"{name} {_as_text(other.get(name))} (here {_as_text(value)})"
@@ -83,30 +85,30 @@ class Encoding:
 
 
 def encoding_of(data: DataConfig, vae: str) -> Encoding:
-    """Return the encoding of a recipe with the VAE whose encoder has this hash."""
+    """Return the encoding for a `data:` section and a VAE, given the hash of its encoder."""
     names = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
     buckets = tuple((name, getattr(data, name)) for name in names) if data.enable_bucket else ()
     return Encoding(vae, data.resolution, buckets, data.alpha_mask, data.cache_precision)
 
 
 def find_manifests(cache: Storage) -> list[dict[str, Any]]:
-    """Read the manifests of a cache. Raises DataError for a broken one."""
+    """Return all manifests in a cache. Raises DataError for a broken one."""
     return [found for name in cache.list_dirs() if (found := _manifest(cache.child(name))) is not None]
 
 
 class LatentCache:
-    """The latents of one encoding, for reading; those written after it was opened are not included."""
+    """Reads the latents of one encoding; latents written after it was opened are not included."""
 
     def __init__(self, folder: Storage, encoding: Encoding):
         self.folder, self.encoding = folder, encoding
         self.entries: dict[Key, Entry] = {}
-        self._shards: list[tuple[str, int, int]] = []  # name, bytes, rows in a group
+        self._shards: list[tuple[str, int, int]] = []  # (name, size in bytes, rows per group)
         self._footers: dict[int, Any] = {}
         self._read_keys()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the tensors that are stored of each image."""
+        """Names of the tensors that are stored for each image."""
         return TENSORS if self.encoding.alpha_mask else TENSORS[:2]
 
     @cached_property
@@ -114,14 +116,14 @@ class LatentCache:
         return ThreadPoolExecutor(THREADS, thread_name_prefix="latents")
 
     def has(self, key: Key, size: tuple[int, int]) -> bool:
-        """Return whether the cache has the latents of an image at a size."""
+        """Return whether the cache has the latents of an image at a size in pixels."""
         found = self.entries.get(key)
         return found is not None and not found.reason and found.size == size
 
     def read(self, keys: Sequence[Key]) -> list[dict[str, np.ndarray]]:
-        """Read the latents of keys in their order: `mean` and `std` [C,h,w], with masks `mask` [1,h,w]; float32.
+        """Return the latents of keys in order: `mean` and `std` [C,h,w] and, with masks, `mask` [1,h,w], in float32.
 
-        Only their row groups are read, several in parallel. Raises StorageError for a broken file.
+        Only the row groups that contain them are read, several in parallel. Raises StorageError for a broken file.
         """
         entries = [self.entries[key] for key in keys]
         places = [(entry.shard, entry.row // self._shards[entry.shard][2]) for entry in entries]
@@ -133,7 +135,7 @@ class LatentCache:
         ]
 
     def read_all(self, keys: Sequence[Key]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """Yield position and latents of each key, shard after shard; every file is read once as a whole."""
+        """Yield (position, latents) of each key, in the order of the shards; every file is read once as a whole."""
         wanted: dict[int, list[int]] = {}
         for position, key in enumerate(keys):
             wanted.setdefault(self.entries[key].shard, []).append(position)
@@ -154,7 +156,7 @@ class LatentCache:
         for name, table in zip(names, tables, strict=True):
             size = int(table.schema.metadata[b"bytes"])
             if size and (f"{name}.parquet" not in there or self._is_incomplete(name, size)):
-                continue  # removed or partly copied; will be encoded again
+                continue  # a file that was removed or copied partially; its images will be encoded again
             shard = len(self._shards)
             self._shards.append((name, size, int(table.schema.metadata[b"rows_per_group"])))
             for row, one in enumerate(table.to_pylist()):
@@ -203,7 +205,7 @@ class LatentCache:
 
 
 def open_cache(cache: Storage, encoding: Encoding) -> LatentCache:
-    """Open the latents of an encoding, which may be empty. Raises DataError if the manifest has other settings."""
+    """Open the latents of an encoding; there may be none yet. Raises DataError if the manifest has other settings."""
     folder = cache.child(encoding.folder)
     found = _manifest(folder)
     if found is not None and (different := encoding.differences(found)):
@@ -230,9 +232,9 @@ def write_shard(
     bad: Sequence[tuple[Key, tuple[int, int], str]],
     precision: str,
 ) -> int:
-    """Write the latents of keys, and the keys of images that could not be encoded with the reason; return the bytes.
+    """Write a shard of latents and keys; ``bad`` are images that could not be encoded, with the reason.
 
-    The file name is a hash of the keys, so that a shard written twice is one file.
+    Returns the number of bytes written. The file name is a hash of the keys, so writing a shard twice gives one file.
     """
     rows = [(*key, *size, "") for key, size in keys] + [(*key, *size, reason) for key, size, reason in bad]
     name = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
@@ -272,7 +274,7 @@ def _write(folder: Storage, rel: str, table: pa.Table, rows_per_group: int) -> i
 
 @contextmanager
 def _explained(path: str) -> Iterator[None]:
-    """Turn what pyarrow raises for a broken file into a StorageError that names it."""
+    """Convert the exceptions that pyarrow raises for a broken file into a StorageError that names it."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:

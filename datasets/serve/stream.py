@@ -1,4 +1,4 @@
-"""Streams images of sets too large for memory: decoded by Ray Data on the cluster's CPUs, in plan order."""
+"""Streams images in the order of the batch plan, decoded by Ray Data on the cluster's CPUs, for sets of any size."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from dreamfleet.datasets.serve.decode_job import decode_batch, decode_one
 
 log = logging.getLogger(__name__)
 
-WINDOW = 1024  # draws per Ray Data execution: enough to hide its start-up, few enough for the memory
+WINDOW = 1024  # draws per Ray Data execution: enough to hide its start-up time, few enough to fit in memory
 ROWS_PER_BLOCK = 16
-READY_BYTES = 256 * 2**20  # of decoded images in the queue of each worker
+READY_BYTES = 256 * 2**20  # decoded images in the queue of each worker
 POLL_SECONDS = 0.2
 STALL_SECONDS = 120.0
 CLOSE_SECONDS = 2.0
 
-Decoded = tuple[int, np.ndarray]  # row in the index, and pixels
+Decoded = tuple[int, np.ndarray]  # (row in the index, pixels)
 
 
 class ImageStream(Iterator[np.ndarray]):
-    """Decodes images of an index on the cluster, for `draws` (may be endless) in exactly their order.
+    """Iterator over the decoded images of `draws`, which may be infinite, in exactly their order.
 
-    Yields uint8 [H,W,3] or, if `weighted`, [H,W,4] with the fourth channel of cut_image; `row` is the row of the last
-    one. Draws without a size are cropped to `resolution`. With `fit`, images are processed by it instead of cropped, to
-    any size. Close the stream, or use it in a `with` statement.
+    Yields uint8 [H,W,3] or, if `weighted`, [H,W,4] with the fourth channel of cut_image; `row` is the index row of the
+    last image. Draws without a size are cropped to `resolution`. With `fit`, images are processed by it instead of
+    cropped, to any size. Close the stream, or use it in a `with` statement.
 
-    Each window of `window` draws is one Ray Data execution, and the next one starts while images of the last are still
-    in the queue; files are read by the tasks that decode them, each with `num_cpus` CPUs. Ray must be running.
+    Each window of `window` draws is one Ray Data execution; the next one starts while images of the previous one are
+    still in the queue. Files are read by the tasks that decode them, each with `num_cpus` CPUs. Ray must be running.
 
-    An image that cannot be decoded is reported once in `bad` (URI and reason), and the next one in index order is used
-    in its place, in this and all later draws; `replaced` counts those. Raises StorageError for a file that cannot be
-    read, and ResourceError when no image arrives for `stall_seconds` and the cluster has no free CPU.
+    An image that cannot be decoded is reported once in `bad` (URI and reason) and replaced by the next one in index
+    order, in this and all later draws; `replaced` counts these draws. Raises StorageError for a file that cannot be
+    read, and ResourceError if no image arrives for `stall_seconds` and the cluster has no free CPU.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ImageStream(Iterator[np.ndarray]):
         self._window = window
         self._num_cpus = num_cpus
         self._stall_seconds = stall_seconds
-        self._substitutes: dict[int, int] = {}  # bad row -> the row used in its place
+        self._substitutes: dict[int, int] = {}  # row of a bad image -> row of its replacement
         most = queue_length(self._resolution, window)
         self._ready: queue.Queue[Decoded | BaseException | None] = queue.Queue(maxsize=most)
         self._stop = threading.Event()
@@ -99,10 +99,10 @@ class ImageStream(Iterator[np.ndarray]):
         self.close()
 
     def close(self) -> None:
-        """Stop reading ahead; images in the queue are dropped."""
+        """Stop reading ahead and discard the images in the queue."""
         if not self._stop.is_set():
             self._stop.set()
-            # A thread that waits for Ray Data cannot be interrupted: it ends with its window, and enqueues nothing.
+            # A thread that waits for Ray Data cannot be interrupted. It ends after its window and enqueues nothing.
             self._thread.join(timeout=CLOSE_SECONDS)
 
     def _wait(self) -> Decoded | BaseException | None:
@@ -174,7 +174,7 @@ class ImageStream(Iterator[np.ndarray]):
 
         logging.getLogger("ray.data._internal.execution").setLevel(
             logging.WARNING
-        )  # else it logs a line per window
+        )  # otherwise it logs a line per window
         blocks = max(1, -(-len(jobs) // ROWS_PER_BLOCK))
         dataset = ray.data.from_items(jobs, override_num_blocks=blocks)
         dataset.context.execution_options.preserve_order = True
@@ -185,7 +185,7 @@ class ImageStream(Iterator[np.ndarray]):
         sent = variables_to_send(buckets=True) if buckets else {}
 
         def decode(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            # A closure, because Ray shows the arguments of a partial and logs runtime environments.
+            # A closure, because Ray displays the arguments of a partial and logs runtime environments.
             return decode_batch(batch, max_pixels=max_pixels, weighted=weighted, fit=fit, sent=sent)
 
         decoded = dataset.map_batches(
@@ -197,7 +197,7 @@ class ImageStream(Iterator[np.ndarray]):
         yield from decoded.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
 
     def _replacement(self, bad_row: int, draw: ImageView) -> Decoded:
-        """Return the next image in index order that can be decoded, cropped and flipped like the draw."""
+        """Return the next decodable image in index order after a bad one, cropped and flipped as in the draw."""
         for step in range(1, len(self._uris)):
             row = (bad_row + step) % len(self._uris)
             if self._uris[row] in self.bad:
@@ -240,7 +240,7 @@ class ImageStream(Iterator[np.ndarray]):
 
 
 def queue_length(size: tuple[int, int], window: int) -> int:
-    """Return the length of the queue for images of a size in pixels: a window, or what fits in READY_BYTES."""
+    """Return the maximum queue length for images of a size in pixels: a window, or as many as fit in READY_BYTES."""
     return max(1, min(window, READY_BYTES // (size[0] * size[1] * 4)))
 
 

@@ -1,4 +1,4 @@
-"""Local files: atomic writes, listings that follow links without loops, system errors with a remedy."""
+"""Local files: atomic writes, listings that follow links but not loops, and system errors with a remedy."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from dreamfleet.datasets.errors import StorageError
 
 log = logging.getLogger(__name__)
 
-_TEMPORARY = re.compile(r"^\..+\.tmp-[0-9a-f]{12}$")  # unfinished writes of this module, never listed
+_TEMPORARY = re.compile(
+    r"^\..+\.tmp-[0-9a-f]{12}$"
+)  # temporary files of unfinished writes, which are never listed
 
 
 @contextmanager
 def explain_errors(verb: str, path: str) -> Iterator[None]:
-    """Turn an operating system error into a StorageError with a remedy."""
+    """Convert an OSError into a StorageError with a remedy."""
     try:
         yield
     except OSError as error:
@@ -53,9 +55,9 @@ def as_storage_error(verb: str, path: str, error: OSError) -> StorageError:
 
 
 def inside(name: str) -> str:
-    """Return a name relative to a folder unchanged. Raises StorageError for one that leaves the folder.
+    """Return a relative name unchanged. Raises StorageError if it refers to a place outside of its folder.
 
-    Names may come from manifests, tables and buckets of other people.
+    Names can come from untrusted manifests, tables and buckets.
     """
     if ".." in name.split("/"):
         raise StorageError(f"{name!r} leaves its folder, and is neither read nor written")
@@ -64,7 +66,7 @@ def inside(name: str) -> str:
 
 @contextmanager
 def explains_full_disk(path: str) -> Iterator[None]:
-    """Raise OSError for a full disk where a library (torch, safetensors) raises an error of its own."""
+    """Raise OSError if the disk is full and a library (torch, safetensors) raises its own error instead."""
     try:
         yield
     except Exception as error:
@@ -85,10 +87,10 @@ def _as_full_disk(error: Exception, path: str) -> OSError | None:
 
 @contextmanager
 def atomic_write(path: str, *, durable: bool = True) -> Iterator[str]:
-    """Yield a temporary name beside `path`, which is renamed to `path` at the end, or removed if the block raises.
+    """Yield a temporary path beside `path`, which is renamed to `path` at the end, or removed if the block raises.
 
-    With `durable` the data are synced to the disk; copies of files kept elsewhere do not need it. File modes follow the
-    umask (or the folder's default ACL) even where a library restricts them, so that other users can read the files.
+    With `durable` the data are synced to the disk; copies of other files do not need it. File modes follow the umask
+    (or the folder's default ACL), even if a library restricts them, so that other users can read the files.
     """
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
@@ -118,7 +120,7 @@ def _files_of(path: str) -> list[str]:
 
 
 def _follow_umask(files: list[str]) -> None:
-    """Give files that a library restricts to their owner, as safetensors does, the mode that the umask allows."""
+    """Set the mode of files that a library such as safetensors restricted to their owner to what the umask allows."""
     restricted = [name for name in files if not stat.S_IMODE(os.stat(name).st_mode) & 0o077]
     if not restricted:
         return
@@ -142,7 +144,7 @@ def _sync(path: str) -> None:
 def _sync_folder(folder: str) -> None:
     try:
         _sync(folder)
-    except OSError as error:  # some network file systems cannot sync a folder; the file itself is safe
+    except OSError as error:  # some network file systems cannot sync a folder; the file itself was synced
         log.debug("could not sync %s: %s", folder, error)
 
 
@@ -154,7 +156,7 @@ def _unlink_quietly(path: str) -> None:
 
 
 def copy_file(source: str, target: str) -> None:
-    """Copy one file; the copy appears complete or not at all."""
+    """Copy one file atomically."""
     with explain_errors("read", source):
         file = open(source, "rb")  # noqa: SIM115  closed below; opened here so that errors name the source
     with (
@@ -167,14 +169,14 @@ def copy_file(source: str, target: str) -> None:
 
 
 def tree_size(path: str) -> int:
-    """Return the size in bytes of a file, or of all files below a folder."""
+    """Return the size in bytes of a file, or of all files in a folder and its subfolders."""
     if not os.path.isdir(path):
         return os.path.getsize(path)
     return sum(os.path.getsize(os.path.join(path, name)) for name in walk(path, True, None))
 
 
 def remove_tree(path: str) -> None:
-    """Remove a file, a link or a whole folder, if it exists."""
+    """Remove a file, a link or a folder with its content, if it exists."""
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     elif os.path.lexists(path):
@@ -182,7 +184,7 @@ def remove_tree(path: str) -> None:
 
 
 def walk(root: str, recursive: bool, on_error: Callable[[str, StorageError], None] | None) -> Iterator[str]:
-    """Yield the names of regular files below a folder, and of dangling links, whose reading raises a clear error."""
+    """Yield the names of regular files below a folder, and of dangling links, which raise a clear error when read."""
     pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while pending:
         rel, above = pending.pop()
@@ -202,7 +204,7 @@ def walk(root: str, recursive: bool, on_error: Callable[[str, StorageError], Non
             on_error(folder, failure)
             continue
         here = (status.st_dev, status.st_ino)
-        if here in above:  # a link to one of its own parent folders
+        if here in above:  # a link to a parent folder
             continue
         for entry in entries:
             name = f"{rel}/{entry.name}" if rel else entry.name
@@ -218,6 +220,8 @@ def _kind(entry: os.DirEntry[str]) -> str:
     try:
         if entry.is_dir():
             return "folder"
-        return "file" if entry.is_file() or entry.is_symlink() else "other"  # reading a pipe would never end
-    except OSError:  # a link to itself, or a folder without permission to enter: reading raises a clear error
+        return (
+            "file" if entry.is_file() or entry.is_symlink() else "other"
+        )  # reading a pipe could block forever
+    except OSError:  # a link to itself, or a folder without permission: reading it raises a clear error
         return "file"

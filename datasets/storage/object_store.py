@@ -28,12 +28,12 @@ T = TypeVar("T")
 
 SCHEMES = ("s3", "gs")
 _OTHER_NAMES = {"s3a": "s3", "gcs": "gs"}
-CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0  # of one attempt
+CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0  # timeouts of one attempt
 _KEYLESS_KINDS = {"NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError"}
 
 
 class Bucket:
-    """Runs requests against one bucket. Cannot be pickled: each process opens its own, with its own keys."""
+    """Runs requests on one bucket. It cannot be pickled; each process opens its own connection with its own keys."""
 
     def __init__(self, scheme: str, name: str) -> None:
         self.scheme = scheme
@@ -41,10 +41,10 @@ class Bucket:
         self._opened: tuple[int, Any] | None = None
 
     def run(self, verb: str, path: str, action: Callable[[Any, str], T]) -> T:
-        """Return `action(fsspec file system, key)`; run it again when an answer breaks off.
+        """Return `action(fsspec file system, key)`; run it again if a response is interrupted.
 
-        Single requests within the action are retried as well, by the same policy (:mod:`retry`); those of `gs://` by
-        gcsfs alone. All other failures become a StorageError whose message names `verb` and `path`.
+        Requests within the action are also retried individually by the same policy (:mod:`retry`), except that those to
+        `gs://` are retried only by gcsfs. Other failures raise a StorageError whose message names `verb` and `path`.
         """
         key, attempt, first_failure = path.partition("://")[2], 0, 0.0
         while True:
@@ -70,7 +70,7 @@ class Bucket:
         return True
 
     def file_system(self) -> Any:
-        """Return the fsspec file system of this process: its event loop does not survive a fork."""
+        """Return the fsspec file system of this process, created anew after a fork, which its event loop breaks."""
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = (os.getpid(), _open_file_system(self.scheme))
         return self._opened[1]
@@ -79,7 +79,7 @@ class Bucket:
         endpoint = _endpoint() if self.scheme == "s3" else None
         where = f" at {endpoint}" if endpoint else ""
         missing = isinstance(error, (FileNotFoundError, PermissionError)) and self._is_missing()
-        if missing:  # some servers answer a write to a missing bucket with access denied
+        if missing:  # some servers report access denied for a write to a missing bucket
             return (
                 f"cannot {verb} {path}: bucket {self.name!r} does not exist{where}. "
                 "Create it, or correct its name"
@@ -119,13 +119,13 @@ class Bucket:
 
 
 def is_address(text: str) -> bool:
-    """Return whether a text is a local path or has the scheme of a storage that is supported."""
+    """Return whether a text is a local path or a URL with a supported storage scheme."""
     scheme, separator, _ = text.partition("://")
     return not separator or scheme in ("file", *SCHEMES, *_OTHER_NAMES)
 
 
 def parse_address(text: str) -> tuple[str, str]:
-    """Return (scheme, full address) of an address; for a local path the scheme is "" and the path absolute."""
+    """Return (scheme, full address) of an address; for a local path, "" and the absolute path. Raises StorageError."""
     scheme, separator, rest = text.partition("://")
     if scheme == "file":
         text, separator = rest, ""
@@ -148,12 +148,12 @@ def parse_address(text: str) -> tuple[str, str]:
 
 
 def is_folder(file_system: Any, key: str) -> bool:
-    """Return whether a key is a prefix of other keys and no object. Raises FileNotFoundError when it is neither."""
+    """Return whether a key is a prefix of other keys instead of an object. Raises FileNotFoundError if neither."""
     return bool(file_system.info(key)["type"] == "directory")
 
 
 def bucket_has(file_system: Any, key: str) -> bool:
-    """Return whether a key exists, or a file below it."""
+    """Return whether a key exists as an object or as a prefix of a file's key."""
     try:
         return not is_folder(file_system, key) or bool(first_file(file_system, key))
     except FileNotFoundError:
@@ -161,7 +161,7 @@ def bucket_has(file_system: Any, key: str) -> bool:
 
 
 def first_file(file_system: Any, key: str) -> list[str]:
-    """Return a list of one file below a key, at any depth, or []. Raises FileNotFoundError without the key."""
+    """Return a list with one file below a key, at any depth, or []. Raises FileNotFoundError if the key is missing."""
     entries = file_system.ls(key, detail=True)
     if files := [entry["name"] for entry in entries if _is_file(entry) and entry["name"] != key]:
         return files[:1]
@@ -171,7 +171,7 @@ def first_file(file_system: Any, key: str) -> list[str]:
 
 
 def bucket_files(file_system: Any, key: str, recursive: bool) -> list[str]:
-    """Return the names of the files below a key, relative to it, sorted. Raises FileNotFoundError without any."""
+    """Return the sorted names of the files below a key, relative to it. Raises FileNotFoundError if there are none."""
     if recursive:
         entries = list(file_system.find(key, detail=True).values())
     else:
@@ -182,7 +182,7 @@ def bucket_files(file_system: Any, key: str, recursive: bool) -> list[str]:
 
 
 def bucket_folders(file_system: Any, key: str) -> list[str]:
-    """Return the names of the direct subfolders with files, sorted. Raises FileNotFoundError without the key."""
+    """Return the sorted names of direct subfolders that contain files. Raises FileNotFoundError without the key."""
     folders = _folders(file_system.ls(key, detail=True), key)
     return [folder.rsplit("/", 1)[1] for folder in folders if first_file(file_system, folder)]
 
@@ -196,7 +196,7 @@ def bucket_size(file_system: Any, key: str) -> int:
 
 
 def _is_file(entry: dict[str, Any]) -> bool:
-    """Return whether a listed object is a file: consoles and Hadoop create empty objects as markers of folders."""
+    """Return whether a listed object is a file, and not an empty object that consoles or Hadoop create for a folder."""
     return entry["type"] != "directory" and not entry["name"].endswith(("/", "_$folder$"))
 
 
@@ -217,7 +217,7 @@ def _open_file_system(scheme: str) -> Any:
             return fsspec.filesystem("gs", use_listings_cache=False)
         except ImportError as error:
             raise StorageError("gs:// needs the gcsfs package: pip install gcsfs") from error
-    # fsspec caches instances by thread and arguments; with the keys among them, a changed environment has effect.
+    # fsspec caches instances by thread and arguments. The keys are arguments, so that a changed environment is used.
     file_system = fsspec.filesystem(
         "s3",
         session=_session(os.getpid(), os.environ.get("AWS_PROFILE")),
@@ -249,7 +249,7 @@ def _session(process: int, profile: str | None) -> Any:
 def _needs_retry(
     *, response: Any, operation: Any, attempts: int, caught_exception: Any, request_dict: Any, **others: Any
 ) -> float | None:
-    """Return the seconds to wait before a request is sent again, None for not at all: botocore's retry handler."""
+    """Return the seconds to wait before a request is retried, None to give up; a retry handler of botocore."""
     if caught_exception is not None:
         reason, transient = kind_of(caught_exception), is_transient(caught_exception)
     else:

@@ -1,4 +1,4 @@
-"""One interface to list, read and write files on a local disk or in a bucket (s3://, gs://)."""
+"""A single interface to list, read and write files on a local disk or in a bucket (s3://, gs://)."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ T = TypeVar("T")
 
 
 class Storage:
-    """A folder on disk or a prefix in a bucket; the paths that its methods take are relative to it.
+    """A folder on disk or a prefix in a bucket; the arguments `rel` of its methods are paths relative to it.
 
-    Local paths are made absolute at once, since Ray workers change directory. Buckets are `s3://bucket/prefix` and
-    `gs://bucket/prefix`; the S3 endpoint comes from `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`, keys from the
-    environment or the machine's role, never from the URL. A pickled instance opens its own connection, with the keys of
-    the machine that loads it. A file must have one writer at a time.
+    Local paths are made absolute immediately, since Ray workers change the working directory. Buckets are
+    `s3://bucket/prefix` and `gs://bucket/prefix`. The S3 endpoint is read from `AWS_ENDPOINT_URL_S3` or
+    `AWS_ENDPOINT_URL`, keys from the environment or the machine's role, never from the URL. An unpickled instance opens
+    its own connection, with the keys of its machine. A file must have only one writer at a time.
 
-    All methods raise StorageError with a remedy, also for a file that does not exist.
+    All methods raise StorageError with a remedy, also if a file does not exist.
     """
 
     def __init__(self, url: str | os.PathLike[str] | Storage) -> None:
@@ -58,11 +58,11 @@ class Storage:
 
     @property
     def is_local(self) -> bool:
-        """True for a folder in this machine's file system."""
+        """Whether this is a folder in this machine's file system."""
         return not self.scheme
 
     def path(self, *parts: str) -> str:
-        """Return the address of `parts` below this folder. Raises StorageError for a name that leaves it."""
+        """Return the address of `parts` in this folder. Raises StorageError for a place outside of it."""
         clean = [inside(part).strip("/") for part in parts if part.strip("/")]
         return os.path.join(self.url, *clean) if self.is_local else "/".join([self.url, *clean])
 
@@ -73,7 +73,7 @@ class Storage:
         return child
 
     def exists(self, rel: str = "") -> bool:
-        """Return whether a file or folder exists; in a bucket a folder exists when it contains a file."""
+        """Return whether a file or folder exists; in a bucket a folder exists if it contains a file."""
         if self.is_local:
             with explain_errors("check", path := self.path(rel)):
                 return os.path.exists(path)
@@ -99,19 +99,19 @@ class Storage:
         *,
         on_error: Callable[[str, StorageError], None] | None = None,
     ) -> builtins.list[str]:
-        """Return the names of the files in a folder, relative to it with `/`, sorted; [] when it does not exist.
+        """Return the sorted names of the files in a folder, relative to it, with `/`; [] if it does not exist.
 
-        Links to folders are followed, except in loops. `on_error(folder, error)` receives subfolders that cannot be
-        listed; without it they raise StorageError.
+        Links to folders are followed, except in loops. `on_error(folder, error)` is called for subfolders that cannot
+        be listed; without it they raise StorageError.
         """
         if self.is_local:
             return sorted(walk(self.path(rel), recursive, on_error))
         return self._if_exists("list", rel, lambda fs, key: bucket_files(fs, key, recursive))
 
     def list_dirs(self, rel: str = "") -> builtins.list[str]:
-        """Return the names of the direct subfolders, sorted; [] when the folder does not exist.
+        """Return the sorted names of the direct subfolders; [] if the folder does not exist.
 
-        In a bucket only those that contain a file count: other folders are no more than markers.
+        In a bucket these are only the ones that contain a file, since empty folders are mere marker objects.
         """
         if self.is_local:
             with explain_errors("list", path := self.path(rel)):
@@ -124,7 +124,7 @@ class Storage:
     # ---- read ----------------------------------------------------------------------------------------
 
     def read_bytes(self, rel: str = "", *, start: int = 0, end: int | None = None) -> bytes:
-        """Read a file, or its bytes from ``start`` up to ``end``; fewer where the file ends earlier."""
+        """Return the content of a file, or its bytes from ``start`` to ``end``; fewer if the file ends before."""
         if end is not None and end <= start:
             return b""
         if self.is_local:
@@ -137,7 +137,7 @@ class Storage:
         )
 
     def read_text(self, rel: str = "") -> str:
-        """Read a UTF-8 file; a byte order mark is dropped."""
+        """Return the text of a UTF-8 file, without a byte order mark."""
         try:
             return decode_text(self.read_bytes(rel), uri=self.path(rel))
         except DataError as error:
@@ -145,7 +145,7 @@ class Storage:
 
     @contextmanager
     def local_copy(self, rel: str = "") -> Iterator[Path]:
-        """Yield a local path of a file or folder: on disk its own, else that of a copy that is removed afterwards."""
+        """Yield a local path of a file or folder: its own on disk, or that of a copy that is removed afterwards."""
         if self.is_local:
             path = self.path(rel)
             if not os.path.exists(path):
@@ -158,7 +158,7 @@ class Storage:
             yield target
 
     def download(self, rel: str, local_path: str | os.PathLike[str]) -> None:
-        """Copy a file or a folder to a local path; each file appears complete or not at all."""
+        """Copy a file or a folder to a local path; each file is written atomically."""
         target = os.path.abspath(os.fspath(local_path))
         path = self.path(rel)
         if not (os.path.isdir(path) if self.is_local else self._on_bucket("read", rel, is_folder)):
@@ -172,7 +172,7 @@ class Storage:
     # ---- write ---------------------------------------------------------------------------------------
 
     def write_bytes(self, rel: str, data: bytes) -> None:
-        """Write a file: afterwards it is complete, or as it was before."""
+        """Write a file atomically: if writing fails, an existing file is unchanged."""
         if self.is_local:
             path = self.path(rel)
             with (
@@ -192,8 +192,8 @@ class Storage:
     def append_text(self, rel: str, text: str) -> None:
         """Append text to a file.
 
-        A bucket cannot append: the whole object is written again from a buffer in memory, so this is for logs of a few
-        megabytes with one writer.
+        Since buckets cannot append, the whole object is written again from a buffer in memory. Use this only for logs
+        of a few megabytes with one writer.
         """
         if self.is_local:
             path = self.path(rel)
@@ -210,9 +210,9 @@ class Storage:
 
     @contextmanager
     def staging(self, rel: str) -> Iterator[Path]:
-        """Yield a local path to write a large file to, which is moved into the storage when the block ends.
+        """Yield a local path for writing a large file, which is moved into the storage when the block ends.
 
-        When the block raises, nothing is left behind and an earlier file stays as it was.
+        If the block raises, the temporary file is removed and an existing file is unchanged.
         """
         if self.is_local:
             path = self.path(rel)
@@ -226,7 +226,7 @@ class Storage:
             self.upload(temporary_file, rel)
 
     def upload(self, local_path: str | os.PathLike[str], rel: str = "") -> None:
-        """Copy a local file or folder into the storage; each file appears complete or not at all."""
+        """Copy a local file or folder into the storage; each file is written atomically."""
         source = os.path.abspath(os.fspath(local_path))
         if os.path.isdir(source):
             for name in Storage(source).list("", recursive=True):
@@ -239,7 +239,7 @@ class Storage:
             self._on_bucket("write", rel, lambda fs, key: fs.put_file(source, key))
 
     def remove(self, rel: str) -> None:
-        """Remove a file or a whole folder, if it exists."""
+        """Remove a file or a folder with its content, if it exists."""
         self._appended.pop(rel, None)
         if self.is_local:
             with explain_errors("remove", path := self.path(rel)):
@@ -275,7 +275,7 @@ class Storage:
     def _if_exists(
         self, verb: str, rel: str, action: Callable[[Any, str], builtins.list[str]]
     ) -> builtins.list[str]:
-        """Run `action`; return [] when nothing is found, but raise when the whole bucket does not exist."""
+        """Run `action`; return [] if nothing is found. Raises StorageError if the bucket itself does not exist."""
 
         def act(fs: Any, key: str) -> builtins.list[str]:
             try:
@@ -290,11 +290,11 @@ class Storage:
 
 
 def read_uri(uri: str) -> bytes:
-    """Read the file at an absolute local path or bucket address. Raises StorageError."""
+    """Return the content of the file at an absolute local path or bucket address. Raises StorageError."""
     folder, _, name = uri.rpartition("/")
     return Storage(folder or "/").read_bytes(name)
 
 
 def read_text(uri: str) -> str:
-    """Read the UTF-8 file at a local path or bucket address. Raises StorageError, or DataError for other text."""
+    """Return the text of the file at a local path or bucket address. Raises StorageError, DataError if not UTF-8."""
     return decode_text(read_uri(uri), uri=uri)

@@ -1,4 +1,4 @@
-"""Surveys the images of a recipe as a run would use them: sizes, crops, copies, captions, and advice. No model."""
+"""Surveys the images of a recipe as a run would use them: sizes, crops, copies, captions, warnings. Needs no model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dreamfleet.datasets.index.index import Row
 from dreamfleet.datasets.index.sets import Sets, load_class_images, load_sets
 from dreamfleet.datasets.tools.pixel_statistics import copies, examine_all, near_copies
 
-NEARLY_ALL_CUT_OFF = 0.9  # fraction of one image
+NEARLY_ALL_CUT_OFF = 0.9  # fraction of an image's area that its crop removes
 MUCH_CUT_OFF = 0.2  # fraction that crops remove, mean over images
 
 Three = tuple[int, int, int]  # smallest, median, largest
@@ -27,39 +27,39 @@ class Survey:
     """Properties of an image set. Images are named by URI; sizes are in pixels, after the EXIF rotation."""
 
     pictures: int
-    draws: int  # uses of images per epoch, with repeats
+    draws: int  # number of uses of images per epoch, with repeats
     class_pictures: dict[str, int]
-    megapixels: float  # of all images
+    megapixels: float  # sum over all images
     width: Three
     height: Three
-    shown_at: dict[str, int]  # "512x512" -> images
+    shown_at: dict[str, int]  # training size, such as "512x512" -> number of images
     enlarged: int
     largest_scale: float
-    cut_off: float  # fraction of an image's area, mean over images
+    cut_off: float  # fraction of an image's area that is cropped, mean over images
     most_cut_off: float
     formats: dict[str, int]
-    profiles: dict[str, int]  # colour profiles that are converted to sRGB
+    profiles: dict[str, int]  # colour profile that is converted to sRGB -> number of images
     masks: int
     transparent: int
     turned: int
     grey: int
     captioned: int
-    tokens: Three  # of the longest caption of each image
+    tokens: Three  # number of tokens of the longest caption of each image
     tokenizer: str
     max_tokens: int
-    tags: dict[str, int]  # most frequent first
+    tags: dict[str, int]  # tag -> number of captions, most frequent first
     copies: list[list[str]]
     near: list[list[str]]
     bad: dict[str, str]  # file -> reason
-    skipped: list[dict[str, Any]]  # skipped on purpose: place, reason, files
-    others: dict[str, int]  # other files, by extension
-    shared: dict[str, list[str]]  # caption file -> the images that share it
-    extreme: dict[str, str]  # images that are nearly all cut off -> size and enlargement
-    wordless: list[str]  # images without caption and prompt
+    skipped: list[dict[str, Any]]  # deliberately skipped files: place, reason, number of files
+    others: dict[str, int]  # extension -> number of other files
+    shared: dict[str, list[str]]  # caption file -> images that share it
+    extreme: dict[str, str]  # image of which the crop removes nearly all -> its size and enlargement
+    wordless: list[str]  # images without a caption or a prompt
     warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values, as `--json` prints them."""
+        """Return the survey as plain JSON values, for `--json`."""
         return dataclasses.asdict(self)
 
 
@@ -72,10 +72,10 @@ def survey(
     excluded: Mapping[str, str] = MappingProxyType({}),
     progress: Callable[[int, int], None] | None = None,
 ) -> Survey:
-    """Read all images that a `data:` section names, with the code that training uses.
+    """Survey all images that a `data:` section names, reading them with the code that training uses.
 
-    ``count_tokens(text)`` returns the length of a caption. Raises DataError as a run would, for example when there is
-    no usable image.
+    ``count_tokens(text)`` returns the number of tokens of a caption. Raises DataError as a run would, for example if
+    there is no usable image.
     """
     sets = load_sets(data, verify=True, excluded=excluded)
     rows = sets.instances.rows()
@@ -126,7 +126,7 @@ def survey(
 
 
 def tag_counts(captions: Sequence[str]) -> dict[str, int]:
-    """Count the captions with each comma-separated tag: most frequent first, then alphabetically."""
+    """Return the number of captions with each comma-separated tag, most frequent first, then alphabetically."""
     counts = Counter(
         tag
         for caption in captions
@@ -136,7 +136,7 @@ def tag_counts(captions: Sequence[str]) -> dict[str, int]:
 
 
 def _scales_and_losses(rows: Sequence[Row], sizes: Sequence[Size]) -> tuple[list[float], list[float]]:
-    """Return by how much each image is enlarged, and the fraction of its area that is cropped."""
+    """Return the factor by which each image is enlarged, and the fraction of its area that is cropped."""
     pairs = list(zip(rows, sizes, strict=True))
     scales = [max(size[0] / row.width, size[1] / row.height) for row, size in pairs]
     losses = [
@@ -162,7 +162,7 @@ def _class_images(data: DataConfig, sets: Sets) -> dict[str, int]:
 
 
 def _warnings(found: Survey, data: DataConfig, sets: Sets, too_long: int) -> Iterator[str]:
-    """Yield warnings with a remedy, the most severe first."""
+    """Yield warnings with a remedy, the most serious first."""
     if found.bad:
         yield f"{_count(len(found.bad), 'file')} cannot be used: replace or remove the files listed above"
     if found.enlarged:

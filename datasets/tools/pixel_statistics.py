@@ -18,9 +18,9 @@ from dreamfleet.datasets.index.index import Row
 from dreamfleet.datasets.index.sources import read_image_file
 
 ORIENTATION_TAG = 0x0112
-GREY_WITHIN = 3  # largest difference of the channels of a grey image, of 255
-NEAR_BITS = 4  # largest difference of the hashes of near duplicates, of 64 bits
-PAIRS_AT_ONCE = 2**22  # of hashes, compared in one array operation: 32 MB
+GREY_WITHIN = 3  # maximum difference between the channels of a grey image, of 255
+NEAR_BITS = 4  # maximum number of different bits in the 64-bit hashes of near duplicates
+PAIRS_AT_ONCE = 2**22  # pairs of hashes that are compared in one array operation: 32 MB
 
 
 class PixelFacts(NamedTuple):
@@ -35,9 +35,9 @@ class PixelFacts(NamedTuple):
 
 
 def difference_hash(image: Image.Image) -> int:
-    """Return a 64-bit perceptual hash, which changes little under scaling and compression.
+    """Return a 64-bit perceptual hash, which changes little with scaling and compression.
 
-    The difference hash: one bit for each cell of an 8 x 8 grid, set if its right neighbour is brighter.
+    This is the difference hash: one bit for each cell of an 8 x 8 grid, set if its right neighbour is brighter.
     """
     cells = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     bits = (cells[:, 1:] > cells[:, :-1]).reshape(-1)
@@ -67,7 +67,7 @@ def examine(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> PixelFact
 def examine_all(
     rows: Sequence[Row], max_pixels: int, progress: Callable[[int, int], None] | None
 ) -> Iterator[PixelFacts]:
-    """Yield the properties of images in their order, decoding several in parallel."""
+    """Yield the properties of images in order, decoding several in parallel."""
 
     def examine_row(row: Row) -> PixelFacts:
         return examine(read_image_file(row.uri), uri=row.uri, max_pixels=max_pixels)
@@ -80,7 +80,7 @@ def examine_all(
 
 
 def copies(rows: Sequence[Row]) -> list[list[str]]:
-    """Return groups of images with the same content, by URI."""
+    """Return groups of images with identical content, as lists of URIs."""
     places: dict[str, list[str]] = {}
     for row in rows:
         places.setdefault(row.sha256, []).append(row.uri)
@@ -88,11 +88,11 @@ def copies(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def near_copies(rows: Sequence[Row], facts: Sequence[PixelFacts]) -> list[list[str]]:
-    """Return groups of different images, by URI, that are connected by pairs whose hashes differ in few bits."""
+    """Return groups of near duplicates: URIs of different images connected by pairs whose hashes differ in few bits."""
     firsts = {row.sha256: number for number, row in reversed(list(enumerate(rows)))}
     # An image of one colour has the hash 0.
     members = [number for number in sorted(firsts.values()) if facts[number].hash]
-    # Sets of one scene have few distinct hashes: each is compared once, however many images have it.
+    # Images of one scene share a few hashes. Each distinct hash is compared once.
     hashes, which = np.unique(
         np.array([facts[number].hash for number in members], dtype=np.uint64), return_inverse=True
     )

@@ -1,4 +1,4 @@
-"""Crops a folder of images to size into another folder, with captions and masks, and a record of every output."""
+"""Crops and scales the images of a folder into another folder, with captions, masks and a manifest of all outputs."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from dreamfleet.datasets.storage.storage import Storage
 log = logging.getLogger(__name__)
 
 MANIFEST = "prepared.json"
-SAVED_EVERY = 64  # images before the manifest is written for the first time
+SAVED_EVERY = 64  # number of images after which the manifest is written for the first time
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 FIELDS = ("stem", "index", "suffix")
 
 
 @dataclasses.dataclass(frozen=True)
 class Preparing:
-    """Options of `data prepare`. `name` is a pattern of {stem}, {index} (from 1) and {suffix}.
+    """Options of `data prepare`. `name` is a pattern for output names with {stem}, {index} (from 1) and {suffix}.
 
-    With `flip` a flipped copy of each output is written. `alpha`: `mask` writes transparency as a mask file, `white`
-    drops it.
+    With `flip`, a flipped copy of each output is also written. `alpha`: `mask` writes transparency as a mask file,
+    `white` discards it.
     """
 
     cutting: Cutting
@@ -66,7 +66,7 @@ class Preparing:
 
 
 class Job(NamedTuple):
-    """One image to prepare: its name, the stem of its outputs, its mask's address, its caption."""
+    """One image to prepare: its name, the stem of its outputs, the address of its mask, and its caption."""
 
     name: str
     stem: str
@@ -87,13 +87,13 @@ def prepare(
 ) -> dict[str, Any]:
     """Prepare the images of `source` into `target` with `workers` processes, and return the manifest.
 
-    The manifest, `prepared.json` in the target, has the settings and, for every image, its sha256 and its outputs or
-    the reason why there are none. Images whose outputs exist for the same content and settings are not processed
-    again; outputs of images that no longer exist are removed. Every crop has its caption as a .txt file and its mask
+    The manifest, `prepared.json` in the target, contains the settings and, for every image, its SHA-256 and its outputs
+    or the reason why there are none. Images whose outputs exist for the same content and settings are not processed
+    again; outputs of images that no longer exist are removed. Every crop gets its caption as a .txt file and its mask
     as NAME.mask.png.
 
-    Raises DataError when there are no images, when two outputs would have the same name, and when the target is neither
-    empty nor the output of an earlier call with the same settings.
+    Raises DataError if there are no images, if two outputs would have the same name, or if the target is neither empty
+    nor the output of an earlier call with the same settings.
     """
     places = Storage(source), Storage(target)
     files = ImageFolder(places[0], caption_extension=caption_extension, mask_dir=mask_dir)
@@ -130,14 +130,14 @@ def prepare(
 
 
 def save_points(total: int) -> Iterator[int]:
-    """Yield the numbers of images after which the manifest is written, at growing intervals of a sixteenth."""
+    """Yield the numbers of images after which the manifest is written; each interval is a sixteenth of the number."""
     done = 0
     while (done := done + max(SAVED_EVERY, done // 16)) < total:
         yield done
 
 
 def name_of(image: str, index: int, pattern: str) -> str:
-    """Return an output name by a pattern, in the image's subfolder: `10_cat/a.jpg`, `{index:03d}` -> `10_cat/001`."""
+    """Return the name for an output, in the image's subfolder: `10_cat/a.jpg` and `{index:03d}` give `10_cat/001`."""
     folder, _, file = image.rpartition("/")
     stem, suffix = os.path.splitext(file)
     try:
@@ -153,7 +153,7 @@ def name_of(image: str, index: int, pattern: str) -> str:
 
 
 def files_of(entry: dict[str, Any]) -> list[str]:
-    """List the files that an entry of the manifest stands for."""
+    """Return the names of the files that an entry of the manifest records."""
     return [
         output[kind] for output in entry["outputs"] for kind in ("file", "mask", "caption") if kind in output
     ]
@@ -191,12 +191,12 @@ def _refuse_clashes(jobs: Sequence[Job], how: Preparing) -> None:
 
 
 def _folded(stem: str) -> str:
-    """Return a name as the least strict file systems compare it: without case and Unicode form."""
+    """Return a name normalised as file systems compare it that ignore case and Unicode form."""
     return unicodedata.normalize("NFC", stem).casefold()
 
 
 def _earlier(places: tuple[Storage, Storage], settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of an earlier call to the same target. Raises DataError if it has other content."""
+    """Return the manifest entries of an earlier call with the same target. Raises DataError for other content."""
     source, target = places
     if f"{target.url}/".startswith(f"{source.url}/"):
         raise DataError(f"the output {target.url} is within the input {source.url}. Choose another folder")

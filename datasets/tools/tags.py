@@ -1,4 +1,4 @@
-"""Edits captions as lists of tags (add, remove, rename, sort), and the files they are in."""
+"""Edits captions as lists of tags (add, remove, rename, sort), and writes them to caption files and tables."""
 
 from __future__ import annotations
 
@@ -17,39 +17,40 @@ from dreamfleet.datasets.index.image_folder import ImageFolder
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.datasets.tools.inspect import tag_counts
 
-# Emoticons that are tags, from the list of the WD tagger; their underscores are kept.
+# Tags that are emoticons, from the list of the WD tagger; their underscores are kept.
 _FACES = "0_0 (o)_(o) +_+ +_- ._. <o>_<o> <|>_<|> =_= >_< 3_3 6_9 >_o @_@ ^_^ o_o u_u x_x |_| ||_||"
 KAOMOJI = frozenset(_FACES.split())
-BACKUPS = ".tags-before-"  # hidden, so it is skipped when images and captions are listed
+BACKUPS = ".tags-before-"  # prefix of backup folders; hidden folders are skipped when images are listed
 
 _BRACKET = re.compile(r"(?<!\\)([()])")
 
 
 @dataclass(frozen=True)
 class Edit:
-    """Changes of a caption's tags, in this order; `remove` and the left side of `replace` may contain `*`.
+    """Changes of a caption's tags, applied in the order of the fields.
 
-    Tags are compared without underscores and escaped brackets: `red_hair` is `red hair`.
+    `remove` and the left side of `replace` may contain `*`. Underscores and spaces are equivalent (`red_hair` is
+    `red hair`), as are escaped and unescaped brackets.
     """
 
-    spaces: bool = False  # instead of underscores, except in emoticons
+    spaces: bool = False  # replace underscores by spaces, except in emoticons
     replace: tuple[tuple[str, str], ...] = ()
     remove: tuple[str, ...] = ()
     add: tuple[str, ...] = ()
     prepend: tuple[str, ...] = ()
     dedupe: bool = False
     sort: bool = False
-    trigger: str = ""  # first tag, once
-    escape: bool = False  # brackets, the webui's syntax for emphasis
+    trigger: str = ""  # tag that is placed first, once
+    escape: bool = False  # escape brackets, which are the webui's syntax for emphasis
 
     @property
     def changes(self) -> bool:
-        """False for an edit that changes nothing."""
+        """Whether the edit can change anything."""
         return self != Edit()
 
 
 class Captioned(NamedTuple):
-    """The captions of a folder's images in their order, None without a caption; ``column`` is that of its tables."""
+    """The captions of a folder's images in order, None without one; ``column`` is the tables' caption column."""
 
     files: ImageFolder
     texts: dict[str, str | None]
@@ -57,11 +58,11 @@ class Captioned(NamedTuple):
 
 
 class Edited(NamedTuple):
-    """The result of editing a folder: captions read, images without one, tags afterwards, and changes."""
+    """The result of editing a folder: captions read, images without a caption, resulting tags, and changes."""
 
     captions: int
     without: int
-    tags: dict[str, int]  # most frequent first
+    tags: dict[str, int]  # tag -> number of captions, most frequent first
     changed: dict[str, dict[str, str]]  # name of the image -> "before" and "after"
     backup: str | None
 
@@ -75,9 +76,10 @@ def edit_folder(
     create: bool = False,
     caption_column: str | None = None,
 ) -> Edited:
-    """Edit the captions of a folder in place, or write all of them to the new folder `out`.
+    """Edit the captions of a folder in place, or write all captions to the new folder `out`.
 
-    With `create`, images without a caption get one. Raises DataError as read_captions and write_captions do.
+    With `create`, images without a caption get one. With `dry_run`, nothing is written. Raises DataError as
+    read_captions and write_captions do.
     """
     captioned = read_captions(folder, caption_column)
     before = {name: text or "" for name, text in captioned.texts.items() if text is not None or create}
@@ -93,18 +95,18 @@ def edit_folder(
 
 
 def edit_caption(caption: str, edit: Edit) -> str:
-    """Return a caption with its tags edited; each of several lines is a separate caption."""
+    """Return a caption with its tags edited; each line is a separate caption."""
     lines = [line for line in caption.splitlines() if line.strip()] or [""]
     return "\n".join(", ".join(_edit_tags(split_tags(line), edit)) for line in lines)
 
 
 def with_spaces(tag: str) -> str:
-    """Replace underscores by spaces, except in emoticons such as `>_<`."""
+    """Return a tag with underscores replaced by spaces, except emoticons such as `>_<`."""
     return tag if tag in KAOMOJI else tag.replace("_", " ")
 
 
 def escape_brackets(tag: str) -> str:
-    """Add a backslash before round brackets that have none, except in emoticons."""
+    """Return a tag with a backslash before each unescaped round bracket, except emoticons."""
     return tag if tag in KAOMOJI else _BRACKET.sub(r"\\\1", tag)
 
 
@@ -117,9 +119,9 @@ def parse_replacement(text: str) -> tuple[str, str]:
 
 
 def read_captions(folder: str | Storage, column: str | None = None) -> Captioned:
-    """Read the captions of all images of a folder as training does.
+    """Read the captions of all images of a folder as in training.
 
-    Raises DataError when there is no folder or no image, and one error for all captions that are not text.
+    Raises DataError if there is no folder or no image, and a single error that lists all unreadable captions.
     """
     files = ImageFolder(folder)
     if not files.images:
@@ -131,9 +133,9 @@ def read_captions(folder: str | Storage, column: str | None = None) -> Captioned
 def write_captions(captioned: Captioned, changed: dict[str, str], out: Storage | None) -> str | None:
     """Write changed captions (name of the image -> text) in place, or as .txt files into `out`.
 
-    In place, each file is first copied to a hidden folder, whose address is returned. An image without a caption, or
-    with a caption in a file that other images share, gets its own file. Raises DataError, before anything is written,
-    for captions in tables other than metadata.jsonl, and for an `out` that is not empty.
+    When editing in place, each file is first copied to a hidden backup folder, whose address is returned. An image
+    without a caption, or with a caption file that other images share, gets its own file. Raises DataError, before
+    anything is written, for captions in tables other than metadata.jsonl, and if `out` is not empty.
     """
     files, storage = captioned.files, captioned.files.storage
     if out is not None:
@@ -194,7 +196,7 @@ def _edit_tags(tags: list[str], edit: Edit) -> list[str]:
 
 
 def _key(tag: str) -> str:
-    """Return a tag in the form in which tags are compared."""
+    """Return a tag normalised for comparison."""
     return with_spaces(composed(tag).replace("\\(", "(").replace("\\)", ")"))
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ClassifierKind(ArtifactKind):
-    """A ConvNeXt that separates good images from others."""
+    """A ConvNeXt image classifier that distinguishes good images from others."""
 
     name: ClassVar[str] = "classifier"
     suffixes: ClassVar[tuple[str, ...]] = (".pth",)

@@ -9,10 +9,10 @@ from dreamfleet.trainers.artifacts.kind import detect_kind
 
 
 def convert_artifact(source: Path, target: Path) -> Path:
-    """Write ``source`` in the format that the name of ``target`` says.
+    """Write ``source`` in the format given by the suffix of ``target``.
 
-    Raises FormatError for a source of no known kind, UserError for a format that its kind does not have and for a
-    target that exists.
+    Raises FormatError if the kind of ``source`` is unknown, UserError if its kind does not have this format or
+    ``target`` exists.
     """
     if not source.exists():
         raise UserError(f"there is no {source}")

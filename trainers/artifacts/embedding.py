@@ -1,4 +1,4 @@
-"""Textual Inversion embeddings, and the negative half of prompt tuning's pairs, as artifacts."""
+"""Textual Inversion embeddings, and the positive and negative embeddings of prompt tuning, as artifacts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from dreamfleet.trainers.config.method import MethodConfig
     from dreamfleet.trainers.models.family import DiffusionModel
 
-MAX_BYTES = 16 * 2**20  # of a .safetensors file; the smallest Stable Diffusion is larger
+MAX_BYTES = 16 * 2**20  # largest .safetensors file that may be an embedding; whole models are larger
 
 
 class EmbeddingKind(ArtifactKind):
-    """Vectors that stand for a word in prompts; ``NAME-neg`` beside ``NAME`` are the word's negative vectors."""
+    """The vectors of a learned word; the file ``NAME-neg`` beside ``NAME`` contains the word's negative vectors."""
 
     name: ClassVar[str] = "embedding"
     suffixes: ClassVar[tuple[str, ...]] = EMBEDDINGS
@@ -48,7 +48,7 @@ class EmbeddingKind(ArtifactKind):
         strength: float | None = None,
         method: MethodConfig | None = None,
     ) -> str:
-        """Install the vectors under the method's placeholder, or under the file's own name, which is returned."""
+        """Add the vectors as the method's placeholder word, or as the file's own name; return the word."""
         from dreamfleet.trainers.models.embeddings import install_embedding, install_negative
         from dreamfleet.trainers.models.formats.embedding import read_embedding
 
@@ -106,11 +106,11 @@ class EmbeddingKind(ArtifactKind):
 
         found = read_embedding(source)
         if target.suffix.lower() == ".pt" and target.stem != found.name:
-            found = read_embedding(source, target.stem)  # the webui calls an embedding by its file's name
+            found = read_embedding(source, target.stem)  # the webui uses the file's name as the word
         return write_embedding(found, target)
 
 
 def negative_of(address: str) -> Storage:
-    """Return where the negative of an embedding file lies, if there is one: ``NAME-neg`` beside ``NAME``."""
+    """Return the address of an embedding's negative, ``NAME-neg`` beside ``NAME``; the file may not exist."""
     stem, dot, suffix = address.rpartition(".")
     return Storage(f"{stem}{NEGATIVE}{dot}{suffix}")

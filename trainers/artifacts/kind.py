@@ -1,4 +1,4 @@
-"""The interface of an artifact kind, and the registry through which every command finds the kinds."""
+"""The interface of artifact kinds, and the registry of kinds that all commands use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Use:
-    """How one program uses an artifact. Code in ``text`` stands in backticks."""
+    """How one program uses an artifact. Code in ``text`` is in backticks."""
 
     program: str
     text: str
@@ -27,7 +27,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Usage:
-    """What an artifact is, in one sentence, and how programs use it."""
+    """A one-sentence description of an artifact, and how programs use it."""
 
     what: str
     uses: tuple[Use, ...]
@@ -42,26 +42,26 @@ class ArtifactKind:
     ``artifacts``.
     """
 
-    #: name in the registry; also what messages call the kind
+    #: name in the registry and in messages
     name: ClassVar[str]
     #: endings of its files, in lower case with the dot
     suffixes: ClassVar[tuple[str, ...]] = ()
-    #: a file that every folder of this kind contains; None where the kind has no folders
+    #: a file that every folder of this kind contains; None if the kind has no folders
     marker: ClassVar[str | None] = None
-    #: names that ``dreamfleet export --format`` has for it
+    #: its names for ``dreamfleet export --format``
     formats: ClassVar[tuple[str, ...]] = ()
     #: the option of ``dreamfleet sample`` that takes it
     option: ClassVar[str] = "artifact"
-    #: whether ``FILE:0.8`` has a meaning: the artifact is applied at a strength
+    #: whether it can be applied at a strength, as in ``FILE:0.8``
     has_strength: ClassVar[bool] = False
-    #: whether it is a whole model, loaded in place of a base model
+    #: whether it is a whole model, which is loaded instead of a base model
     is_model: ClassVar[bool] = False
 
     def matches(self, path: Path) -> bool:
         """Return whether a local file or folder is of this kind, judged by its content.
 
-        May raise FormatError with the reason where only this kind could be meant; the reason is shown if no other
-        kind matches.
+        May raise FormatError if the file is clearly meant to be of this kind but is invalid; the message is shown if
+        no other kind matches.
         """
         raise NotImplementedError
 
@@ -74,22 +74,22 @@ class ArtifactKind:
         strength: float | None = None,
         method: MethodConfig | None = None,
     ) -> str:
-        """Make ``model`` generate with the artifact; return the word that prompts use it by, or "".
+        """Apply the artifact to ``model`` for sampling; return the word that activates it in prompts, or "".
 
-        ``path``: a local copy. ``address``: where the artifact lies, on disk or in a bucket. ``strength``: None where
-        none was given. ``method``: the recipe section of the run that exported it, where known.
+        ``path``: a local copy. ``address``: the artifact's location, on disk or in a bucket. ``strength``: None if not
+        given. ``method``: the recipe section of the run that exported it, if known.
         """
         raise UserError(f"{address}: a {self.name} generates no images")
 
     def usage(self, name: str, *, run_name: str, method: Mapping[str, Any]) -> Usage | None:
-        """Return how programs use ``exports/NAME`` of a run; None where a file of that name is not of this kind.
+        """Return how programs use ``exports/NAME`` of a run; None if a file of that name is not of this kind.
 
-        ``method``: the run's ``method:`` section as it stands in the recipe file.
+        ``method``: the run's ``method:`` section as written in the recipe file.
         """
         raise NotImplementedError
 
     def exported_names(self, run_name: str, method: Mapping[str, Any]) -> Sequence[str]:
-        """Return the names in a run's ``exports/`` to generate images with, the preferred one first."""
+        """Return the names in a run's ``exports/`` that can be used for sampling, the preferred one first."""
         return [f"{run_name}{suffix}" for suffix in self.suffixes]
 
     def read_back(self, path: Path) -> dict[str, Tensor]:
@@ -101,7 +101,7 @@ class ArtifactKind:
         raise self.cannot_become(target, self.suffixes)
 
     def cannot_become(self, target: Path, suffixes: Sequence[str]) -> UserError:
-        """Return the error for a target that this kind has no format for."""
+        """Return the error for a conversion to a suffix that this kind does not support."""
         return UserError(
             f"an artifact of the kind {self.name} cannot become {target.name}: name a file that ends in "
             f"{', '.join(suffixes)}"
@@ -109,7 +109,7 @@ class ArtifactKind:
 
 
 _PACKAGE = "dreamfleet.trainers.artifacts"
-BUILTIN = {  # asked in this order, and after those that others register
+BUILTIN = {  # tried in this order, after the kinds of other packages
     "hypernetwork": f"{_PACKAGE}.hypernetwork:HypernetworkKind",
     "aesthetic": f"{_PACKAGE}.aesthetic:AestheticKind",
     "lora": f"{_PACKAGE}.lora:LoraKind",
@@ -123,15 +123,15 @@ ARTIFACTS: Registry[type[ArtifactKind]] = Registry(
 
 
 def kinds() -> Iterator[ArtifactKind]:
-    """Yield every kind, those from outside the package first, as their ``matches`` are the more specific ones."""
+    """Yield all kinds, those of other packages first, since their ``matches`` are more specific."""
     for name in sorted(ARTIFACTS.names(), key=lambda name: name in BUILTIN):
         yield ARTIFACTS.get(name)()
 
 
 def detect_kind(path: Path, *, address: str | None = None) -> ArtifactKind:
-    """Return the kind of a local file or folder. Raises FormatError naming the known kinds where none matches.
+    """Return the kind of a local file or folder. Raises FormatError naming the known kinds if none matches.
 
-    ``address``: what messages call it, where ``path`` is a copy.
+    ``address``: its name in messages, if ``path`` is a copy.
     """
     reasons = []
     for kind in kinds():

@@ -1,4 +1,4 @@
-"""Loads the model that a run's exports, or one artifact, generate images with."""
+"""Loads a model for sampling from a run's exports or from an artifact."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dreamfleet.trainers.recipe import Recipe
 
 
 def load_exported(run: Storage, recipe: Recipe) -> DiffusionModel:
-    """Load the model of a run's exports: the tuned one, or the recipe's base model with the run's artifact.
+    """Load the exported model of a run, or the recipe's base model with the run's artifact applied.
 
-    Raises UserError when the run has no export that generates images.
+    Raises UserError if the run has no export that can be used for sampling.
     """
     present = [*run.list("exports"), *run.list_dirs("exports")]
     section = recipe.method.model_dump()
@@ -31,10 +31,10 @@ def load_exported(run: Storage, recipe: Recipe) -> DiffusionModel:
 def load_artifact(
     address: str, base: ModelConfig, method: MethodConfig | None = None
 ) -> tuple[DiffusionModel, str]:
-    """Load a whole model, or ``base`` with an artifact -> the model, and the artifact's word in prompts or "".
+    """Load a whole model, or ``base`` with an artifact applied; return the model and the artifact's word, or "".
 
-    ``method``: the recipe section of the run that exported it, with its word, strength and the like. Raises FormatError
-    for a file or folder of no known kind.
+    ``method``: the recipe section of the run that exported it, with its word, strength and other options. Raises
+    FormatError for a file or folder of an unknown kind.
     """
     return _load(kind_of(address), address, base, method)
 
@@ -49,12 +49,12 @@ def kind_of(address: str) -> ArtifactKind:
 
 
 def folder_kind(place: Storage) -> ArtifactKind | None:
-    """Return the kind of a folder, on disk or in a bucket, by its marker file; None for anything else."""
+    """Return the kind of a folder, on disk or in a bucket, judging by its marker file; None for anything else."""
     return next((kind for kind in kinds() if kind.marker and place.exists(kind.marker)), None)
 
 
 def is_artifact_name(name: str) -> bool:
-    """Return whether a file's suffix is that of an artifact."""
+    """Return whether a file name has the suffix of an artifact."""
     return name.lower().endswith(tuple(suffix for kind in kinds() for suffix in kind.suffixes))
 
 

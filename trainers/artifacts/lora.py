@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class LoraKind(ArtifactKind):
-    """Low-rank changes of a model's weights."""
+    """Low-rank updates of a model's weights."""
 
     name: ClassVar[str] = "lora"
     suffixes: ClassVar[tuple[str, ...]] = (".safetensors", ".pt")
@@ -74,7 +74,7 @@ class LoraKind(ArtifactKind):
         }
 
     def convert(self, source: Path, target: Path) -> Path:
-        """Write the other one of the two layouts."""
+        """Write the LoRA in the other of the two layouts."""
         from dreamfleet.trainers.models.formats.lora import read_lora, write_diffusers_lora, write_kohya_lora
 
         if target.suffix.lower() != ".safetensors":

@@ -1,4 +1,4 @@
-"""Describes the webui's optimizer files, which lie beside embeddings and hypernetworks."""
+"""Describes the webui's optimizer files, which are exported beside embeddings and hypernetworks."""
 
 from __future__ import annotations
 

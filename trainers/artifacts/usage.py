@@ -1,4 +1,4 @@
-"""Describes an exported file: what it is, and how other programs use it, one line each."""
+"""Describes an exported file and how other programs use it, in one line each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings that cannot be combined, reported when a recipe is loaded, and settings that a run needs."""
+"""Checks of a recipe across sections: settings that cannot be combined, and settings that a run requires."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _engine_conflicts(engine: EngineConfig, sections: Mapping[str, Section]) -> 
 
 
 def require_runnable(train: TrainConfig, optimizer: OptimizerConfig, *, has_gpu: bool | None = None) -> None:
-    """Raise before class images and latents are made for settings with which the run would fail afterwards.
+    """Raise for settings that would make the run fail, before class images and latents are generated.
 
     ``has_gpu``: whether the workers have a GPU; None if that is not known yet. Raises RecipeError if the length of the
     training is not set, ResourceError for settings that need a GPU.

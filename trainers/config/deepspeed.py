@@ -1,4 +1,4 @@
-"""The user's DeepSpeed JSON file: which of its keys are used, and which must agree with the recipe."""
+"""Reads the user's DeepSpeed JSON file: merges its keys with the ``engine:`` section and reports contradictions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dreamfleet.trainers.config.scaling import ScalingConfig
 from dreamfleet.trainers.config.train import TrainConfig
 
 Tree = dict[str, Any]
-#: Elements of a communication buffer. DeepSpeed's default of 500 million would use 1 GB of the memory to be saved.
+#: Elements of a communication buffer. DeepSpeed's default of 500 million would use 1 GB of the memory that ZeRO saves.
 BUCKET = 50_000_000
-#: With optimizer states on NVMe: elements in host memory at a time, at 16 bytes each. DeepSpeed's default is a billion.
+#: Elements in host memory at a time, 16 bytes each, if optimizer states are on NVMe. DeepSpeed's default is a billion.
 SWAPPED_GROUP = 100_000_000
 OFFLOADS = {"offload_optimizer": "offload_optimizer_device", "offload_param": "offload_param_device"}
-#: Keys that the recipe sets itself; if they agree, they are not passed on.
+#: Keys that the recipe sets. They must agree with the recipe, and are not passed on.
 OWNED = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -33,7 +33,7 @@ OWNED = (
 
 
 def read_deepspeed_file(path: str) -> Tree:
-    """Read a DeepSpeed JSON file, without the values "auto", by which accelerate means the script's own.
+    """Read a DeepSpeed JSON file, without "auto" values, which in accelerate refer to the script's own settings.
 
     Raises RecipeError if it is not a JSON object.
     """
@@ -63,7 +63,7 @@ def merge_deepspeed_file(
         for key, name, value in _recipe_values(train, optimizer, scaling)
         if (found := _at(tree, key)) is not None and found != value
     ]
-    # Key in zero_optimization, key in the recipe, the recipe's value that means unset.
+    # (key in zero_optimization, key in the recipe, value of the recipe that means unset)
     keys: list[tuple[str, str, str | None]] = [("stage", "zero_stage", "auto")]
     for block, name in OFFLOADS.items():
         keys += [(f"{block}.device", name, "none"), (f"{block}.pin_memory", "pin_memory", None)]
@@ -97,7 +97,7 @@ def merge_deepspeed_file(
 
 
 def passed_on(tree: Mapping[str, Any]) -> Tree:
-    """Return the keys of a file that are passed to DeepSpeed unchanged: all but those that the recipe sets."""
+    """Return the keys of a file that are passed to DeepSpeed unchanged: all except those that the recipe sets."""
     rest = {key: value for key, value in tree.items() if key not in OWNED}
     zero = dict(rest.pop("zero_optimization", {}))
     for key in ("stage", *ZERO_KEYS):
@@ -123,7 +123,7 @@ def merge_trees(under: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
 def _recipe_values(
     train: TrainConfig, optimizer: OptimizerConfig, scaling: ScalingConfig
 ) -> list[tuple[str, str, Any]]:
-    """Return what the recipe sets: the key in the file, the key in the recipe, and the value."""
+    """Return (key in the file, key in the recipe, value) of all keys that the recipe sets."""
     workers = max(1, scaling.num_workers)
     whole = workers * train.train_batch_size * train.gradient_accumulation_steps
     precision = train.mixed_precision

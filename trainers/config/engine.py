@@ -11,7 +11,7 @@ from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.datasets.path_field import PathField
 from dreamfleet.trainers.config.units import parse_size
 
-# Keys with DeepSpeed's names, which are passed to it where they are set.
+# Keys with DeepSpeed's names; those that are set are passed to DeepSpeed.
 ZERO_KEYS = (
     "overlap_comm",
     "reduce_bucket_size",
@@ -192,7 +192,7 @@ class EngineConfig(Section):
 
     @property
     def is_auto(self) -> bool:
-        """Whether the memory plan may choose a ZeRO stage on a GPU."""
+        """Whether the memory plan may choose a ZeRO stage if the run uses GPUs."""
         return self.name == "auto" and self.zero_stage == "auto"
 
     @property

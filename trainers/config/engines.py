@@ -1,4 +1,4 @@
-"""The engines by name, which of them a recipe runs, and what each supports. Imports no torch."""
+"""The registry of engines, the engine that a recipe selects, and what each engine supports. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from dreamfleet.trainers.config.engine import EngineConfig
 
 
 class EngineSpec:
-    """What an engine supports, known before torch is imported; every engine class derives from it.
+    """Describes what an engine supports, without importing torch. Every engine class derives from it.
 
-    The class methods take the recipe's ``engine:`` section, because the answer may depend on it. The defaults describe
-    an engine that accepts every option of a recipe.
+    The class methods take the recipe's ``engine:`` section, because the result may depend on it. The defaults describe
+    an engine that supports all options of a recipe.
     """
 
-    #: The keys of ``engine.options`` and their types; an engine without options has none.
+    #: A section with the keys of ``engine.options``; by default there are none.
     Options: ClassVar[type[Section]] = Section
-    #: Why ``dreamfleet plan`` cannot estimate the memory of a run; None: it can.
+    #: The reason why ``dreamfleet plan`` cannot estimate the memory of a run; None if it can.
     no_plan: ClassVar[str | None] = "computes in a way that the memory plan does not model"
-    #: Whether each worker needs a whole GPU: workers that share one use gloo, which lacks operations.
+    #: Whether each worker needs a whole GPU, because workers that share one use gloo, which lacks some operations.
     needs_whole_gpu: ClassVar[bool] = False
 
     @classmethod
     def refused(cls, config: EngineConfig) -> Mapping[str, str]:
-        """Return the recipe keys that must keep their defaults with this engine, each with the reason."""
+        """Return the recipe keys that must keep their defaults with this engine: key -> reason."""
         return {}
 
     @classmethod
     def shares_process(cls, config: EngineConfig) -> bool:
-        """Return whether several trials of a search may run one after the other in one process."""
+        """Return whether successive trials of a search may share a process."""
         return False
 
     @classmethod
     def summary(cls, config: EngineConfig) -> str:
-        """Return the engine and its main settings in a few words, for reports and logs."""
+        """Return a short description of the engine and its main settings, for reports and logs."""
         return config.name
 
     @classmethod
     def setting(cls, config: EngineConfig) -> str:
-        """Return the key and value of the recipe that select this engine, for error messages."""
+        """Return the recipe's key and value that select this engine, for error messages."""
         return f"engine.name: {config.name}"
 
 
 class TorchSpec(EngineSpec):
-    """The engine that uses torch alone: one device, or DDP on several."""
+    """Describes the engine that uses only torch: a single device, or DDP on several."""
 
     no_plan = None
 
@@ -61,7 +61,7 @@ class TorchSpec(EngineSpec):
 
 
 class ZeroSpec(EngineSpec):
-    """DeepSpeed's ZeRO, which shards optimizer states, gradients and weights over the workers."""
+    """Describes the DeepSpeed ZeRO engine, which shards optimizer states, gradients and weights over the workers."""
 
     no_plan = None
     needs_whole_gpu = True
@@ -102,10 +102,10 @@ ENGINES: Registry[type[EngineSpec]] = Registry(
 
 
 def engine_name(config: EngineConfig) -> str:
-    """Return the name of the engine that a recipe runs.
+    """Return the name of the engine that a recipe selects.
 
-    ``engine.name: auto`` is ``zero`` where a ZeRO stage or a DeepSpeed file is given, else ``torch``, until
-    ``settle_engine`` has planned the memory of a GPU.
+    ``engine.name: auto`` means ``zero`` if a ZeRO stage or a DeepSpeed file is given, otherwise ``torch``. On GPUs,
+    ``settle_engine`` may later select ``zero`` from the memory plan.
     """
     if config.name != "auto":
         return config.name
@@ -113,9 +113,9 @@ def engine_name(config: EngineConfig) -> str:
 
 
 def engine_spec(config: EngineConfig) -> type[EngineSpec]:
-    """Return what the engine of a recipe supports; imports torch only for engines of other packages.
+    """Return the description of the engine that a recipe selects; only engines of other packages may import torch.
 
-    Raises UserError for a name that is no engine.
+    Raises UserError for an unknown engine.
     """
     name = engine_name(config)
     found: Any = {"torch": TorchSpec, "zero": ZeroSpec}.get(name) or ENGINES.get(name)

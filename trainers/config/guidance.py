@@ -1,4 +1,4 @@
-"""The guidance scale of training as text: fixed, ``3.0``, or depending on the timestep, ``1.0-3.0:cos``."""
+"""Parses the guidance scale for training: fixed, ``3.0``, or dependent on the timestep, ``1.0-3.0:cos``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TEXT = re.compile(rf"\s*{_NUMBER}\s*(?:-\s*{_NUMBER}\s*(?::\s*(ln|cos|cos2)\s*)
 
 
 class Guidance(NamedTuple):
-    """A guidance scale: ``low`` at timestep 0, ``high`` at the last one, along ``curve`` between them."""
+    """A guidance scale: ``low`` at timestep 0, ``high`` at the last timestep, interpolated by ``curve``."""
 
     low: float
     high: float
@@ -24,7 +24,7 @@ class Guidance(NamedTuple):
 def parse_guidance(value: float | str) -> Guidance:
     """Parse a fixed scale, ``3.0``, or one that depends on the timestep: ``1.5-3.0``, ``1.0-3.0:cos``.
 
-    Raises RecipeError for other text, and for a scale that is always 0, which would train the negative word alone.
+    Raises RecipeError for other text, and for a scale that is always 0, which would train only the negative word.
     """
     match = _TEXT.fullmatch(str(value))
     if match is None:

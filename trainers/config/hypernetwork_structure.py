@@ -1,6 +1,6 @@
-"""How the MLPs of a hypernetwork are built: layer widths, activation, initialisation, dropout. Needs no torch.
+"""The structure of a hypernetwork's MLPs: layer widths, activation, initialisation, dropout. Does not import torch.
 
-Source: AUTOMATIC1111's webui, `modules/hypernetworks/hypernetwork.py`, whose names and defaults these are.
+Source of names and defaults: AUTOMATIC1111's webui, `modules/hypernetworks/hypernetwork.py`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Literal, get_args
 from dreamfleet.datasets.errors import UserError
 
 WeightInit = Literal["Normal", "XavierUniform", "XavierNormal", "KaimingUniform", "KaimingNormal"]
-# The webui's name of an activation, and the class in torch.nn. The webui also lists glu, multiheadattention and
-# threshold, which cannot run between two layers.
+# The webui's name of an activation -> its class in torch.nn. The webui also lists glu, multiheadattention and
+# threshold, which cannot be used between two layers.
 ACTIVATIONS = {
     "linear": "Identity",
     "relu": "ReLU",
@@ -44,7 +44,7 @@ ACTIVATIONS = {
     "softmax2d": "Softmax2d",
 }
 MAX_LAYERS = (
-    32  # also the largest multiple of a width: both bound what an untrusted file can make us allocate
+    32  # also the largest multiple of a width; both limit the memory that an untrusted file can allocate
 )
 DERIVED_DROPOUT = 0.3
 
@@ -72,7 +72,7 @@ class Structure:
                 f"layer_structure {list(layers)[:MAX_LAYERS]}: give 2 to {MAX_LAYERS} multiples of the width, the "
                 "first and the last 1, such as 1, 2, 1"
             )
-        # With a single layer no activation is used, so the webui accepts files with any name there.
+        # With a single layer no activation is used, so the webui accepts files with any name of an activation.
         if len(layers) > 2 or self.activate_output:
             require_activation(self.activation_func)
         if self.weight_init not in get_args(WeightInit):
@@ -105,6 +105,6 @@ def require_activation(name: str) -> None:
 
 
 def derived_dropout(num_entries: int, *, last_layer: bool = False) -> tuple[float, ...]:
-    """Return the dropout structure that the webui derives where a file or recipe only says "use dropout"."""
+    """Return the webui's dropout structure for files and recipes that only specify "use dropout"."""
     inner = [DERIVED_DROPOUT] * max(0, num_entries - 3)
     return (0, *inner, DERIVED_DROPOUT if last_layer else 0, 0)[:num_entries]

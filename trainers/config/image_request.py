@@ -1,4 +1,4 @@
-"""One image to generate: prompt, seed and sampling options, as every command and run passes them to the sampler."""
+"""The request for one image: prompt, seed and sampling options, as all commands and runs pass it to the sampler."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dreamfleet.trainers.config.samplers import plain_sampler
 class ImageRequest:
     """One image to generate. Raises UserError for a sampler that does not exist and for fewer than one step.
 
-    ``prompt`` and ``negative_prompt`` are in the webui's syntax (``docs/prompts.md``), or literal where ``plain``.
-    ``seed`` is that of the image's initial noise. ``width`` and ``height`` are pixels, the model's own size when None.
-    A ``guidance_scale`` of 1 leaves out the negative prompt and halves the computation.
+    ``prompt`` and ``negative_prompt`` are in the webui's syntax (``docs/prompts.md``), or literal if ``plain``.
+    ``seed`` is the seed of the initial noise. ``width`` and ``height`` are in pixels; None means the model's own size.
+    With a ``guidance_scale`` of 1 the negative prompt is not used, which halves the computation.
     """
 
     prompt: str = ""

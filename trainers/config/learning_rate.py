@@ -1,4 +1,4 @@
-"""Learning-rate schedules as text: diffusers' ``1:10,0.1:20,0.005`` and the webui's ``0.005:100, 1e-3:1000``."""
+"""Parses learning-rate schedules: diffusers' ``1:10,0.1:20,0.005`` and the webui's ``0.005:100, 1e-3:1000``."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ def parse_rules(text: str) -> list[tuple[float, int | None]]:
 
 
 def parse_webui_schedule(text: str) -> list[tuple[float, int | None]]:
-    """Parse webui's ``"0.005:100, 1e-3:1000, 1e-5"`` into (rate, last step) pairs; no step, or -1: to the end (None).
+    """Parse the webui's ``"0.005:100, 1e-3:1000, 1e-5"`` into (rate, last step) pairs.
 
-    Raises RecipeError for text that is no schedule or whose steps do not increase.
+    The last step is None if it is -1 or missing: the rate then applies to the end. Raises RecipeError for text that is
+    not a schedule or whose steps do not increase.
     """
     pieces: list[tuple[float, int | None]] = []
     for item in text.split(","):
@@ -59,5 +60,5 @@ def parse_webui_schedule(text: str) -> list[tuple[float, int | None]]:
 
 
 def last_step(rate: float | str) -> int | None:
-    """Return the last step of a webui schedule string, where training stops; None if it has no end."""
+    """Return the last step of a webui schedule, at which training stops; None if it has no end."""
     return parse_webui_schedule(rate)[-1][1] if isinstance(rate, str) else None

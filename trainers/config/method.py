@@ -10,29 +10,29 @@ from dreamfleet.datasets.registry import Registry
 
 
 class MethodConfig(Section):
-    """Base of the ``method:`` sections: a method's options, and what has to be known about it without importing torch.
+    """Base class of the ``method:`` sections: a method's options, and its properties that are needed without torch.
 
-    A method of another package is a subclass of this with its ``implementation``, registered in :data:`METHODS` or
-    named by an entry point ``NAME = package.module:SectionClass`` of the group ``dreamfleet.methods``.
+    To add a method in another package, define a subclass with its ``implementation``, and register it in
+    :data:`METHODS` or by an entry point ``NAME = package.module:SectionClass`` in the group ``dreamfleet.methods``.
     """
 
     #: ``"module:class"`` of the method, a subclass of ``trainers.methods.base.Method``
     implementation: ClassVar[str]
-    #: the method's name for people; by default its name in recipes with a capital
+    #: human-readable name; by default the name in recipes, capitalised
     display_name: ClassVar[str] = ""
-    #: what it trains and what it exports, in a sentence or two for `dreamfleet methods` and the recipe reference
+    #: one or two sentences on what it trains and exports, for `dreamfleet methods` and the recipe reference
     summary: ClassVar[str] = ""
     #: keys of the recipe that must keep their defaults -> the reason, a clause such as "which trains no U-Net"
     refused: ClassVar[Mapping[str, str]] = {}
-    #: its own keys that a search may not change -> the reason
+    #: its own keys that a search must not change -> the reason
     not_searched: ClassVar[Mapping[str, str]] = {}
-    #: why `dreamfleet plan` cannot compute its memory; None if it can
+    #: the reason why `dreamfleet plan` cannot estimate its memory; None if it can
     no_plan: ClassVar[str | None] = None
-    #: the method that uses what this one exports; None for methods of their own purpose
+    #: the method that uses this method's exports; None if the exports are used directly
     helper_of: ClassVar[str | None] = None
-    #: kinds of artifacts that it exports, of ``trainers.artifacts``; the preferred one to generate images with first
+    #: the artifact kinds that it exports (see ``trainers.artifacts``); the one preferred for sampling comes first
     artifacts: ClassVar[tuple[str, ...]] = ()
-    #: figures in ``metrics.jsonl`` that it measures on images which it holds out itself
+    #: keys in ``metrics.jsonl`` that it measures on its own held-out images
     figures: ClassVar[tuple[str, ...]] = ()
 
     name: str
@@ -42,7 +42,7 @@ _SECTIONS = "dreamfleet.trainers.config.methods"
 
 
 def find_problem(name: str, section: type[MethodConfig]) -> str | None:
-    """Return what a method's section lacks, None if it is complete."""
+    """Return a description of what a method's section lacks, None if it is complete."""
     if not (isinstance(section, type) and issubclass(section, MethodConfig)):
         return "its section must be a subclass of MethodConfig"
     for part in ("implementation", "summary", "artifacts"):
@@ -71,6 +71,6 @@ METHODS: Registry[type[MethodConfig]] = Registry(
 
 
 def method_title(name: str) -> str:
-    """Return a method's name for people, also for a method that is not installed here."""
+    """Return the human-readable name of a method, which need not be installed here."""
     title = METHODS.get(name).display_name if name in METHODS else ""
     return title or name.replace("_", " ").capitalize()

@@ -1,4 +1,4 @@
-"""The registry of metrics: what is measured of a run's images, under the names that recipes, files and reports use."""
+"""The registry of metrics, with the names that recipes, files and reports use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from dreamfleet.datasets.registry import Registry
 
 HELD_OUT = "holdout_loss"
-# What a metric may need -> what provides it in a recipe. `real` and `clip` have defaults: the training images, the
+# Input of a metric -> the recipe key that provides it. `real` and `clip` have defaults: the training images and the
 # pocket model's CLIP.
 NEEDS = {
     "holdout": "validation.holdout, a folder of images kept out of training",
@@ -22,15 +22,15 @@ NEEDS = {
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric: how it is presented, what it needs and how it is computed. Importing it loads no torch.
+    """One metric: its presentation, its inputs and its computation. Importing it does not import torch.
 
     ``title`` and ``note`` (one sentence) are for reports and documentation. ``needs`` are keys of :data:`NEEDS`.
 
     ``compute`` maps :class:`~dreamfleet.trainers.evaluation.fidelity.ScoredImages` to one float per image; the metric
-    is their mean. Give the function, or its ``"module:attribute"`` to import it at first use. None: the training loop
-    measures it, as it does the held-out loss.
+    is their mean. It is a function, or ``"module:attribute"`` to import it at its first use. None means that the
+    training loop measures the metric, such as the held-out loss.
 
-    ``figure`` is the key in ``metrics.jsonl`` and ``summary.json`` where it differs from the metric's name.
+    ``figure`` is the key in ``metrics.jsonl`` and ``summary.json`` if it differs from the metric's name.
     """
 
     title: str
@@ -95,12 +95,12 @@ def metrics_by_figure() -> dict[str, Metric]:
 
 
 def is_higher_better(figure: str) -> bool:
-    """Return the direction of a figure in ``metrics.jsonl``; True for a method's own figures, such as an accuracy."""
+    """Return whether higher values of a key in ``metrics.jsonl`` are better; True for a method's own, as accuracies."""
     metric = metrics_by_figure().get(figure)
     return metric.higher_is_better if metric else True
 
 
 def figure_title(figure: str) -> str:
-    """Return the title of a figure in ``metrics.jsonl``; its name if no metric is registered for it."""
+    """Return the title of a key in ``metrics.jsonl``; the key itself if no metric is registered for it."""
     metric = metrics_by_figure().get(figure)
     return metric.title if metric else figure

@@ -1,4 +1,4 @@
-"""Prompts with options, one per line, as in kohya's files: ``a cat --n blurry --w 512 --d 3 --s 30 --l 7``."""
+"""Parses prompts with options in kohya's format, one per line: ``a cat --n blurry --w 512 --d 3 --s 30 --l 7``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUFFIXES = (".txt",)  # of prompt files
 
 
 def parse_prompt_line(line: str, defaults: ImageRequest) -> ImageRequest:
-    """Parse a prompt with options over ``defaults``. Raises UserError naming the option that cannot be read.
+    """Parse a prompt with options, which override ``defaults``. Raises UserError naming an invalid option.
 
     ``--n`` negative prompt, ``--w`` and ``--h`` pixels, ``--d`` seed, ``--s`` steps, ``--l`` guidance scale, ``--ss``
     sampler.
@@ -35,10 +35,10 @@ def parse_prompt_line(line: str, defaults: ImageRequest) -> ImageRequest:
 
 
 def read_prompts(given: Sequence[str], *, folder: str | None = None, is_file: bool = False) -> list[str]:
-    """Replace the names of prompt files by their lines, and check the options of all prompts.
+    """Return prompts with the names of prompt files replaced by their lines; check the options of all prompts.
 
-    Text that ends with ``.txt`` is a file name, with ``is_file`` any text; relative names start at ``folder``.
-    Raises RecipeError naming each file, line and option that cannot be read.
+    Text that ends with ``.txt``, or with ``is_file`` any text, is a file name, relative to ``folder``. Raises
+    RecipeError that lists each file, line and option that is invalid.
     """
     lines, errors = [], []
     for number, text in enumerate(given, start=1):
@@ -57,7 +57,7 @@ def read_prompts(given: Sequence[str], *, folder: str | None = None, is_file: bo
 
 
 def _lines_of(name: str, folder: str | None) -> list[tuple[str, str]]:
-    """Read a prompt file: the position and text of each line, without blank lines and lines that start with ``#``."""
+    """Return the (position, text) of each line of a prompt file, except blank lines and comments (``#``)."""
     import os
 
     from dreamfleet.datasets.storage.storage import read_text

@@ -1,4 +1,4 @@
-"""Names of the samplers: ours and the webui's."""
+"""The names of the samplers, in recipes and in the webui."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ALIASES = {
 
 
 def plain_sampler(name: str) -> str:
-    """Return a sampler's name, `ddim`, `euler_a` or `dpm++`, given that or its name in the webui.
+    """Return a sampler's name in recipes (`ddim`, `euler_a` or `dpm++`), given this name or the webui's.
 
     Raises UserError for an unknown sampler.
     """

@@ -12,7 +12,7 @@ from dreamfleet.datasets.errors import ResourceError
 
 Resources = Mapping[str, float]
 
-# More threads hardly speed up one worker's small matrices, and slow it down where they compete.
+# More threads hardly speed up one worker's small matrices, and slow it down if they compete with others.
 MAX_THREADS = 32
 
 
@@ -60,9 +60,9 @@ class WorkerShare(NamedTuple):
         return min(1.0, self.resources.get("GPU", 1.0))
 
     def backend(self, num_workers: int) -> str:
-        """Return the torch.distributed backend: NCCL rejects two ranks on one GPU, gloo communicates through the host.
+        """Return the torch.distributed backend: NCCL on GPUs; gloo on CPUs and for workers that may share a GPU.
 
-        Ray may place workers with a fraction of a GPU on the same one.
+        Ray may place workers with a fraction of a GPU on the same GPU, and NCCL rejects two ranks on one GPU.
         """
         if not self.uses_gpu or (num_workers > 1 and self.gpu_share < 1):
             return "gloo"
@@ -74,12 +74,12 @@ def worker_resources(
 ) -> WorkerShare:
     """Return the resources of each worker on a cluster whose machines have ``nodes`` (their total resources).
 
-    ``limit``: the maximum to which an autoscaling cluster may grow; its GPUs count even if no machine has one yet.
+    ``limit``: the maximum size of an autoscaling cluster; its GPUs count even if no machine has one yet.
 
     A GPU worker reserves one GPU and one CPU; the other CPUs read and decode images. A CPU worker reserves an equal
-    share less about an eighth (at least one CPU, if it has two) for Ray's own tasks; its threads are the whole share.
-    ``resources_per_worker`` and ``cpus_per_worker`` override both. Raises ResourceError if GPUs are requested and there
-    are none, or too few.
+    share of the CPUs minus about an eighth (at least one CPU, if it has two) for Ray's own tasks, and uses threads for
+    the whole share. ``resources_per_worker`` and ``cpus_per_worker`` override this. Raises ResourceError if GPUs are
+    requested and there are none or too few.
     """
     share = _fair_cpus(nodes, max(1, scaling.num_workers))
     wanted = dict(scaling.resources_per_worker or {})
@@ -104,7 +104,7 @@ def worker_resources(
 
 
 def workers_that_fit(resources: Resources, nodes: Sequence[Resources], strategy: str = "PACK") -> int:
-    """Return how many workers with these ``resources`` fit on the machines, if they are idle."""
+    """Return the number of workers with these ``resources`` that fit on idle machines."""
     rooms = [_room(resources, node) for node in nodes]
     if not rooms:
         return 0
@@ -122,9 +122,9 @@ def refuse_impossible(
     *,
     limit: Resources | None = None,
 ) -> None:
-    """Raise ResourceError if the workers can never be placed, because Ray would wait for them forever.
+    """Raise ResourceError if the workers can never be placed, since Ray would wait for resources forever.
 
-    ``limit``: the maximum to which an autoscaling cluster may grow (totals by resource); None: it does not grow.
+    ``limit``: the maximum size of an autoscaling cluster (totals by resource); None if it does not grow.
     """
     wanted = f"scaling.num_workers {scaling.num_workers} with {describe(resources)} each"
     if limit:
@@ -147,7 +147,7 @@ def refuse_impossible(
 
 
 def refuse_shared_gpus(scaling: ScalingConfig, share: WorkerShare, *, engine: str) -> None:
-    """Raise ResourceError where workers may share a GPU; ``engine`` is the setting that needs one for each worker."""
+    """Raise ResourceError if workers may share a GPU; ``engine`` is the setting that requires a GPU per worker."""
     if share.uses_gpu and share.backend(scaling.num_workers) == "gloo":
         raise ResourceError(
             f"{engine} needs a whole GPU for each of the {scaling.num_workers} workers, and "
@@ -157,7 +157,7 @@ def refuse_shared_gpus(scaling: ScalingConfig, share: WorkerShare, *, engine: st
 
 
 def describe(resources: Resources) -> str:
-    """Return resources as text for people, ``2 CPU, 1 GPU``, without Ray's internal ones."""
+    """Return resources as text, such as ``2 CPU, 1 GPU``, without Ray's internal resources."""
     shown = [
         f"{_number(amount)} {name}"
         for name, amount in sorted(resources.items())

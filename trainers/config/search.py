@@ -13,7 +13,7 @@ from dreamfleet.datasets.config_base import Section
 from dreamfleet.trainers.config.metrics import HELD_OUT, is_higher_better
 
 Value = bool | int | float | str | None
-Point = dict[str, Value]  # a value for each searched key, such as optimizer.learning_rate
+Point = dict[str, Value]  # searched key, such as optimizer.learning_rate -> value
 
 
 def _read_number(value: Any) -> Any:
@@ -55,7 +55,7 @@ class Domain(Section):
 
     @property
     def log(self) -> bool:
-        """Whether values are distributed evenly in their logarithm."""
+        """Whether the logarithm of the values is distributed evenly."""
         return self.distribution in ("loguniform", "lograndint")
 
     @property
@@ -64,7 +64,7 @@ class Domain(Section):
         return self.distribution in ("randint", "lograndint")
 
     def range(self) -> tuple[float, float]:
-        """Return the ends of a range."""
+        """Return the lower and upper end of a range."""
         assert self.lower is not None and self.upper is not None
         return self.lower, self.upper
 
@@ -78,7 +78,7 @@ class Domain(Section):
         return not self.whole or value % 1 == 0
 
     def probes(self) -> list[Value]:
-        """Return values whose validity implies that of all: every choice, or the ends of a range and a value inside."""
+        """Return values that are validated in place of all: every choice, or the ends of a range and a value inside."""
         if self.values is not None:
             return list(self.values)
         lower, upper = self.range()
@@ -88,7 +88,7 @@ class Domain(Section):
             lower,
             upper,
             lower + 0.38 * (upper - lower),
-        ]  # not whole, so a key of whole numbers rejects it
+        ]  # not a whole number, so that a key for whole numbers rejects it
 
 
 def _flatten(space: Any) -> Any:
@@ -105,7 +105,7 @@ def _flatten(space: Any) -> Any:
 
 
 class SearchConfig(Section):
-    """The ``search:`` section: what `dreamfleet tune` searches, and how."""
+    """The ``search:`` section: the search space, algorithm and limits of `dreamfleet tune`."""
 
     space: Annotated[dict[str, Domain], BeforeValidator(_flatten)] = Field(
         min_length=1, description="searched keys, such as `optimizer.learning_rate`, and their values"
@@ -151,12 +151,12 @@ class SearchConfig(Section):
 
     @property
     def maximise(self) -> bool:
-        """Whether a higher value of the metric is better."""
+        """Whether higher values of the metric are better."""
         return self.mode == "max" if self.mode else is_higher_better(self.metric)
 
 
 def put_point(tree: Mapping[str, Any], point: Point) -> dict[str, Any]:
-    """Return a copy of a recipe's plain tree with the values of the point."""
+    """Return a copy of a recipe, given as a plain tree, with the values of a point."""
     changed = copy.deepcopy(dict(tree))
     for path, value in point.items():
         *parents, last = path.split(".")

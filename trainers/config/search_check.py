@@ -1,4 +1,4 @@
-"""Checks of a ``search:`` section against the recipe that it is in."""
+"""Checks a ``search:`` section against the rest of its recipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dreamfleet.trainers.config.method import MethodConfig
 from dreamfleet.trainers.config.metrics import HELD_OUT, NEEDS, metrics_by_figure
 from dreamfleet.trainers.config.search import Point, SearchConfig, put_point
 
-MAX_CORNERS = 256  # combinations of the ends of the domains that are validated when a recipe is read
+MAX_CORNERS = 256  # maximum number of combinations of domain ends that are validated when a recipe is read
 # Keys that must be equal in all trials -> the reason.
 NOT_COMPARABLE = "trials that are measured differently cannot be compared"
 REFUSED = {
@@ -45,10 +45,10 @@ def find_search_errors(
     max_train_steps: int | None,
     validate: Callable[[Mapping[str, Any]], list[str]],
 ) -> list[str]:
-    """Return the errors of a ``search:`` section given the recipe that it is in.
+    """Return the errors of a ``search:`` section, given its recipe.
 
-    ``figures``: what a validation round of the recipe measures. ``validate`` returns the errors of
-    a recipe given as a plain tree; it is called with values that trials may get.
+    ``figures``: the keys that a validation round of the recipe measures. ``validate`` returns the errors of a recipe
+    given as a plain tree; it is called with recipes that trials could have.
     """
     errors = [
         *_wrong_keys(search, recipe),
@@ -85,7 +85,7 @@ def _corners(search: SearchConfig) -> Iterator[Point]:
 
 
 class _Key(NamedTuple):
-    """A key of the recipe, such as ``train.seed``, and why it cannot be searched (None: it can)."""
+    """A key of the recipe, such as ``train.seed``, and the reason why it cannot be searched (None if it can)."""
 
     name: str
     refusal: str | None
@@ -108,7 +108,7 @@ def _wrong_keys(search: SearchConfig, recipe: Section) -> Iterator[str]:
 
 
 def _keys(section: Section, prefix: str = "") -> dict[str, _Key]:
-    """Return the keys of a recipe by all their names, the aliases of other projects included."""
+    """Return the keys of a recipe by all their names, including the aliases from other projects."""
     found: dict[str, _Key] = {}
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)

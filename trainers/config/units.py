@@ -1,4 +1,4 @@
-"""Memory sizes as text."""
+"""Parses memory sizes."""
 
 from __future__ import annotations
 

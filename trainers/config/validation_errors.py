@@ -38,7 +38,7 @@ ELSEWHERE = {
 def explain(
     error: ValidationError, root: type[BaseModel], *, homes: Mapping[str, str], prefix: str = ""
 ) -> list[str]:
-    """Return one line for each error. ``homes``: key -> the section that has it; ``prefix``: the key of ``root``."""
+    """Return one line for each error. ``homes``: key -> the section it belongs to; ``prefix``: the key of ``root``."""
     lines = []
     for item in error.errors(include_url=False):
         where = ".".join([*([prefix] if prefix else []), *[str(part) for part in item["loc"]]])
@@ -55,7 +55,7 @@ def explain(
 
 
 def keys_at(root: type[BaseModel], path: Sequence[Any]) -> dict[str, list[str]]:
-    """Return the keys of the section at a path: each name of a key -> all its names."""
+    """Return the keys of the section at a path: any name of a key -> all names of this key."""
     model: type[BaseModel] | None = root
     names_are_free = False
     for part in path:

@@ -1,4 +1,4 @@
-"""Eval mode of a method and its model, for measurements between training steps."""
+"""A context that sets a method and its model to eval mode, for measurements between training steps."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dreamfleet.trainers.methods.base import Method
 
 @contextmanager
 def eval_mode(method: Method) -> Iterator[None]:
-    """Put a method and its model into eval mode (no dropout) within this context and restore each module's mode."""
+    """Set a method and its model to eval mode (no dropout) within this context; restore each module's mode after it."""
     parts = [method, *method.model.modules().values()]
-    # Per module, as dropout and gradient checkpointing may be on in some layers of a part only.
+    # Per module, since dropout and gradient checkpointing may be enabled in only some layers of a part.
     modes = {module: module.training for part in parts for module in part.modules()}
     for part in parts:
         part.eval()

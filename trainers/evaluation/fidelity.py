@@ -17,15 +17,15 @@ from torch import Tensor
 from dreamfleet.trainers.models.vision.clip import ClipScorer
 from dreamfleet.trainers.models.vision.dino import DinoScorer
 
-# N generated images, R real images, P features.
+# Shapes: N generated images, R real images, P features.
 
 
 @dataclass(frozen=True)
 class ScoredImages:
-    """Images to score and what a metric compares them with; each is empty or None unless the metric needs it.
+    """Images to score, and the prompts, real images and models for it; fields that no metric needs are empty or None.
 
-    ``prompts`` has one entry per image, without words that a text encoder cannot know (see :func:`strip_words`).
-    Features are computed once for all metrics.
+    ``prompts`` has one entry per image, without words that CLIP does not know (see :func:`strip_words`). Features are
+    computed once for all metrics.
     """
 
     images: Sequence[Image.Image]
@@ -36,7 +36,7 @@ class ScoredImages:
 
     @cached_property
     def clip_features_NP(self) -> Tensor:
-        """CLIP's unit features of the images."""
+        """Normalised CLIP features of the images."""
         assert self.clip is not None
         return self.clip.image_features(self.images)
 
@@ -63,7 +63,7 @@ def dino(scored: ScoredImages) -> Tensor:
 
 
 def spread_of_real(scorer: ClipScorer | DinoScorer, real: Sequence[Image.Image]) -> float | None:
-    """Return the mean cosine similarity over pairs of different real images, the ceiling of CLIP-I or DINO.
+    """Return the mean cosine similarity over pairs of different real images, an upper reference for CLIP-I or DINO.
 
     None for fewer than two images.
     """
@@ -75,7 +75,7 @@ def spread_of_real(scorer: ClipScorer | DinoScorer, real: Sequence[Image.Image])
 
 
 def strip_words(prompt: str, words: Sequence[str] | Mapping[str, str]) -> str:
-    """Remove words that CLIP cannot know from a prompt: "a sks cat" -> "a cat".
+    """Return a prompt without the words that CLIP does not know: "a sks cat" -> "a cat".
 
     Matches whole words in any case, the longest first. A mapping replaces words instead ("<my-cat>" -> "cat").
     """

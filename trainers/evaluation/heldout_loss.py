@@ -1,4 +1,4 @@
-"""Held-out loss: the loss on images that are not trained on, at fixed noise and timesteps."""
+"""Measures the held-out loss: the loss on images that are not trained on, at fixed noise and timesteps."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from dreamfleet.trainers.evaluation.eval_mode import eval_mode
 from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.methods.image_method import ImageMethod
 
-BATCH = 32  # images that a method measures at once
+BATCH = 32  # batch size of a method's own held-out images
 
 
 class HeldOutLoss:
     """The loss on held-out images, with the same noise and timesteps in every measurement.
 
     It is comparable between steps, runs and learning rates, unlike the training loss, whose noise differs at every step
-    (after EveryDream2trainer's validation). Each rank measures every ``world``-th image on its own, so the mean is the
-    same for any number of ranks. ``count`` is the number of timesteps per image, evenly spread.
+    (the idea is from EveryDream2trainer). Each rank measures every ``world``-th image, one at a time, so the mean is
+    the same for any number of ranks. ``count`` is the number of evenly spaced timesteps per image.
     """
 
     def __init__(
@@ -68,7 +68,8 @@ class HeldOutLoss:
         with eval_mode(self.method), engine.autocast():
             every = zip(self.ids, self.latents, self.masks, self.time_ids, self.prompts, strict=True)
             for image, latents, mask, time_ids, prompt in every:
-                # Redrawn from its key every time: kept, it would take the memory of all latents, times count.
+                # The noise is drawn again in every measurement: storing it would take count times the memory of the
+                # latents.
                 keys = [("holdout", 0, j, image) for j in range(count)]
                 batch = {
                     "latents": latents.expand(count, -1, -1, -1),
@@ -87,7 +88,7 @@ class HeldOutLoss:
 
 
 class HeldOutImages:
-    """Images that a method held out itself and measures itself; each rank reads its share for every measurement."""
+    """Measures a method's own held-out images; each rank reads its share of them in every measurement."""
 
     def __init__(
         self,
@@ -101,7 +102,7 @@ class HeldOutImages:
         self._read = ImageReader(index, max_pixels=max_pixels)
 
     def figures(self, engine: Engine) -> dict[str, float]:
-        """Return the method's figures of its images, including ``holdout_loss``; the same on every rank."""
+        """Return the method's own measurements, including ``holdout_loss``; the same on every rank."""
         measured = self.distributed.collect(
             self.distributed.on_every_rank(lambda: self._measure_mine(engine))
         )

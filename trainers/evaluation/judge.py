@@ -1,4 +1,4 @@
-"""Scores images by the metrics of the registry: any images, or the previews of a run in progress."""
+"""Scores images by the registered metrics: any images, or the previews of a run in progress."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dreamfleet.trainers.models.vision.dino import DinoScorer, load_dino
 
 @dataclass(frozen=True)
 class Scores:
-    """``means`` over the images by metric; ``images`` holds the prompt and the scores of each image."""
+    """The scores of images: ``means`` by metric, and in ``images`` the prompt and the scores of each image."""
 
     means: dict[str, float]
     images: list[dict[str, Any]]
@@ -39,7 +39,7 @@ def score_images(
 ) -> Scores:
     """Score N images against prompts (one for all, or N) and real images of the subject.
 
-    ``metrics`` defaults to every metric whose needs are given. ``strip`` names words of the prompts that CLIP cannot
+    ``metrics`` defaults to all metrics whose inputs are given. ``strip`` names words of the prompts that CLIP does not
     know. Raises UserError if there is nothing to compare the images with.
     """
     if not images:

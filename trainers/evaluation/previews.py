@@ -1,4 +1,4 @@
-"""Preview images of a run: every validation prompt at fixed seeds."""
+"""Generates the preview images of a run: every validation prompt at fixed seeds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BATCH = 4  # images generated at once
 
 
 def default_request(config: ValidationConfig, resolution: int) -> ImageRequest:
-    """Return the sampling options of a preview whose prompt gives none."""
+    """Return the default sampling options of previews, which options in a prompt override."""
     return ImageRequest(
         negative_prompt=config.negative_prompt,
         seed=config.seed,
@@ -39,7 +39,7 @@ def default_request(config: ValidationConfig, resolution: int) -> ImageRequest:
 
 
 def preview_requests(config: ValidationConfig, resolution: int) -> list[ImageRequest]:
-    """Return prompt and sampling options of the first preview of each prompt."""
+    """Return the request for the first preview of each prompt."""
     default = default_request(config, resolution)
     return [parse_prompt_line(line, default) for line in config.prompts]
 

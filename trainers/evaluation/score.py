@@ -33,7 +33,7 @@ from dreamfleet.trainers.models.vision.clip import load_clip
 from dreamfleet.trainers.models.vision.dino import load_dino
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 
-MOST_REAL = 64  # training images that generated ones are compared with
+MOST_REAL = 64  # maximum number of training images that generated images are compared with
 
 
 @on_device(remedies=DRAWING)
@@ -109,7 +109,7 @@ def _score(
     dino: str | None,
     strip: Mapping[str, str] | Sequence[str],
 ) -> dict[str, Any]:
-    """Return the figures of images in the order in which they are reported."""
+    """Return the scores of images in the order in which they are reported."""
     device = best_device()
     by_clip = load_clip(clip).to(device)
     by_dino = load_dino(dino).to(device) if dino else None
@@ -183,14 +183,14 @@ def _score_run_folder(
 
 
 def _run_around(artifact: Storage) -> Storage:
-    """Return the run folder whose ``exports/`` holds an artifact; for any other artifact, the folder it is in."""
+    """Return the run folder whose ``exports/`` contains an artifact; for any other artifact, its folder."""
     folder = artifact.url.rstrip("/").rpartition("/")[0]
     parent, _, name = folder.rpartition("/")
     return Storage(parent if name == "exports" and parent else folder)
 
 
 def words_to_strip(recipe: Recipe) -> dict[str, str]:
-    """Return the words that a run made up and their replacement for CLIP: a placeholder's initializer, "" for "sks"."""
+    """Return the words that only a run knows -> replacement for CLIP: a placeholder's initializer, "" for "sks"."""
     placeholder = getattr(recipe.method, "placeholder_token", None)
     if placeholder:
         return {placeholder: str(getattr(recipe.method, "initializer_token", "") or "")}

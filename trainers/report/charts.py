@@ -1,4 +1,4 @@
-"""Charts of a report: lines and dots laid out for the ``chart`` macro of the templates."""
+"""Lays out the charts of a report: lines and dots for the ``chart`` macro of the templates."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.trainers.report import formatting
 
-MOST_POINTS = 500  # of a line; a screen shows no more
-SIDE = 1000  # of the square in which marks are placed
+MOST_POINTS = 500  # maximum number of points of a line; more are not visible on a screen
+SIDE = 1000  # side of the square in which marks are placed
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve. ``kind``: "plain", "faint" (raw values behind a smooth line) or "dots" (few measured points)."""
+    """One curve. ``kind``: "plain", "faint" (raw values behind a smoothed line) or "dots" (few measured points)."""
 
     name: str
     points: Sequence[Point]
@@ -46,9 +46,9 @@ class Mark:
 
 @dataclass(frozen=True)
 class Plot:
-    """A chart laid out: positions of ticks in per cent, names and colours of the legend, and the marks.
+    """The layout of a chart: positions of ticks in per cent, names and colours of the legend, and the marks.
 
-    ``values`` is JSON for the script that shows values under the pointer; None for a plot without it.
+    ``values`` is JSON for the script that displays values at the pointer; None for a plot without this.
     """
 
     title: str
@@ -83,12 +83,12 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def dot(x: float, y: float) -> str:
-    """Return the path of a dot: a line of length 0 with round ends, which stays round in a stretched SVG."""
+    """Return the SVG path of a dot: a line of length 0 with round ends, which stays round in a stretched SVG."""
     return f"M{x:.1f} {y:.1f}h0"
 
 
 def lay_out(chart: Chart, *, last_step: float) -> Plot | None:
-    """Place a chart's curves and ticks. Values that are not finite are left out; None if nothing remains."""
+    """Return the layout of a chart's curves and ticks without non-finite values; None if nothing remains."""
     lines = [Line(x.name, _thinned(_finite(x.points)), x.kind, x.colour) for x in chart.lines]
     lines = [line for line in lines if line.points]
     if not lines:
@@ -97,7 +97,7 @@ def lay_out(chart: Chart, *, last_step: float) -> Plot | None:
     width = last_step or 1
 
     def place(point: Point) -> Point:
-        # Outliers of the raw curve end at the edge.
+        # Clip outliers of the raw curve at the edge.
         return SIDE * point[0] / width, SIDE * min(1.0, max(0.0, 1 - (point[1] - low) / (high - low)))
 
     named = [line for line in lines if line.kind != "faint"]
@@ -127,7 +127,7 @@ def _marks(line: Line, points: Sequence[Point]) -> list[Mark]:
 
 
 def _range(lines: Sequence[Line], from_zero: bool) -> tuple[float, float]:
-    # Outliers of a raw curve may lie outside, so that they do not flatten the rest.
+    # The raw curve does not affect the range, so that its outliers do not flatten the other curves.
     values = sorted(v for line in lines if line.kind != "faint" for _, v in line.points)
     raw = sorted(v for line in lines if line.kind == "faint" for _, v in line.points)
     if raw:

@@ -1,4 +1,4 @@
-"""The images of a run's report: base, tuned and real images side by side, and one seed over time."""
+"""Arranges the images of a run's report: base, tuned and real images side by side, and one seed over time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dreamfleet.trainers.config.metrics import figure_title
 from dreamfleet.trainers.report import formatting
 from dreamfleet.trainers.report.preview_grid import Cell, PreviewGrid, mosaic
 
-MOST_CELLS = 9  # images of one prompt in one panel
-LONGEST_SIDE = 384  # pixels of an image on the page
+MOST_CELLS = 9  # maximum number of images of one prompt in a panel
+LONGEST_SIDE = 384  # longest side in pixels of an image on the page
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The images of one prompt: of the base model if it was sampled, and of the tuned model at each step."""
+    """The images of one prompt, from the base model if it was sampled, and from the tuned model at each step."""
 
     text: str
     scores: str
@@ -29,7 +29,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Base, tuned and real images side by side; ``steps`` are those of the tuned model's previews."""
+    """Base, tuned and real images side by side; ``steps`` are the steps of the tuned model's previews."""
 
     titles: Sequence[str]
     steps: Sequence[int]
@@ -75,7 +75,7 @@ def _mean_scores(cells: Sequence[Cell]) -> str:
 
 
 def over_time(grids: Sequence[PreviewGrid]) -> dict[str, list[tuple[int, Cell]]]:
-    """Return the first image of each prompt at every step; nothing for fewer than three steps."""
+    """Return the first image of each prompt at every step: prompt -> (step, cell); {} for fewer than three steps."""
     if len(grids) < 3:
         return {}
     return {

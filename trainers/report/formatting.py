@@ -1,4 +1,4 @@
-"""Numbers formatted for people: durations, sizes, losses, learning rates."""
+"""Formats numbers for reports and messages: durations, sizes, losses, learning rates."""
 
 from __future__ import annotations
 

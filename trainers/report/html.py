@@ -1,4 +1,4 @@
-"""The Jinja2 environment of the HTML reports: every value is escaped."""
+"""The Jinja2 environment of the HTML reports, which escapes all values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 
 
 def environment(*folders: Path) -> Environment:
-    """Return an environment that looks for templates in ``folders`` and then in this package's."""
+    """Return an environment that searches templates in ``folders`` and then in this package's folder."""
     found = Environment(
         loader=FileSystemLoader([*folders, TEMPLATES]),
         autoescape=True,

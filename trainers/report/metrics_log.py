@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: the metrics of a run, one JSON object per logged step."""
+"""Writes and reads ``metrics.jsonl``: the metrics of a run, one JSON object per logged step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dreamfleet.trainers.config.metrics import metrics_by_figure
 
 FILE = "metrics.jsonl"
 BUCKET_SECONDS = (
-    10.0  # between two writes of training metrics to a bucket, each of which writes the whole file
+    10.0  # minimum interval between writes of training metrics to a bucket, which write the whole file
 )
 
 
 class MetricsLog:
     """Writes ``metrics.jsonl`` of one run (rank 0 only).
 
-    A resumed run first drops the lines after ``start_step``, so that the file reads as if the run had never stopped.
+    A resumed run first removes the lines after ``start_step``, so that the file is that of an uninterrupted run.
     """
 
     def __init__(self, run: Storage, *, start_step: int = 0):
@@ -31,7 +31,7 @@ class MetricsLog:
     def log(self, line: dict[str, Any]) -> None:
         """Append one line; ``line["step"]`` is the number of finished optimizer steps."""
         self._pending += json_text(line) + "\n"
-        # A search waits for validation rounds, and reads them from the file.
+        # Write validation rounds immediately, since a search waits for them and reads them from the file.
         is_round = "loss" not in line
         if self.run.is_local or is_round or time.monotonic() - self._written >= BUCKET_SECONDS:
             self.flush()
@@ -57,7 +57,7 @@ def read_metrics(run: Storage) -> list[dict[str, Any]]:
 
 
 def logged_figures(run: Storage) -> dict[str, float]:
-    """Return the last logged value of each figure that a run's summary reports."""
+    """Return the last logged value of each metric that a run's summary reports."""
     summarised = {"loss", "accuracy", *metrics_by_figure()}
     found: dict[str, float] = {}
     for line in read_metrics(run):

@@ -1,4 +1,4 @@
-"""Preview grids of a run: reading their images back, and embedding images into an HTML page."""
+"""Reads the images in a run's preview grids, and embeds images in HTML pages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class PreviewGrid:
-    """The preview grid of one step."""
+    """The preview images of one step."""
 
     step: int
     cells: list[Cell]
@@ -80,7 +80,7 @@ def read_real_images(run: Storage, size: int | None) -> list[Image.Image]:
     images = [grid.crop(box) for box in boxes]
     return [
         image for image in images if image.getcolors(1) is None
-    ]  # empty cells of the last row have one colour
+    ]  # without the empty cells of the last row, which have one colour
 
 
 def mosaic(images: Sequence[Image.Image], columns: int, *, cell: int, gap: int) -> Image.Image:
@@ -94,13 +94,13 @@ def mosaic(images: Sequence[Image.Image], columns: int, *, cell: int, gap: int) 
 
 
 def data_uri(image: Image.Image, *, longest: int) -> str:
-    """Return an image as a WebP data URI, resized if a side is over ``longest`` pixels."""
+    """Return an image as a WebP data URI, resized if a side is longer than ``longest`` pixels."""
     shrink = longest / max(image.size)
     if shrink < 1:
         size = (max(1, round(image.width * shrink)), max(1, round(image.height * shrink)))
         image = image.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    small = max(image.size) <= 160  # compression artifacts would be visible
+    small = max(image.size) <= 160  # lossless, since compression artifacts would be visible
     image.save(buffer, "WEBP", lossless=small, quality=80 if small else 86)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 

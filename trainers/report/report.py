@@ -1,7 +1,7 @@
 """Writes report.html: the results of a run in one self-contained file.
 
-The page is made from the run folder alone, so it can be written at any time, also while a run is in progress or after
-it was stopped; what is missing is left out.
+The report is generated only from the run folder, so it can be written at any time, including during a run or after it
+was stopped. Sections without data are left out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dreamfleet.trainers.report.preview_grid import PreviewGrid, read_preview_gr
 
 log = logging.getLogger(__name__)
 MOST_GRIDS = 16
-ACCURACY = "accuracy/"  # + class name: that class's accuracy
+ACCURACY = "accuracy/"  # prefix of the keys of class accuracies; followed by the name of the class
 # (file name in exports/, run_name=, recipe=) -> an object with `what` and `uses`, each of a `program` and a `text`.
 Describe = Callable[..., Any]
 
@@ -48,12 +48,12 @@ class RunFolder:
 
     @property
     def last_step(self) -> int:
-        """The last optimizer step that any file mentions."""
+        """The last optimizer step found in any file."""
         steps = [int(line.get("step", 0)) for line in self.metrics]
         return max([int(self.summary.get("steps") or 0), *steps, *(grid.step for grid in self.grids)])
 
     def curve(self, key: str) -> list[Point]:
-        """Return the logged values of a figure over the steps."""
+        """Return the logged values of a key of ``metrics.jsonl`` over the steps."""
         found = ((line.get("step", 0), line.get(key)) for line in self.metrics)
         return [(float(step), float(v)) for step, v in found if _is_number(v)]
 
@@ -130,7 +130,7 @@ def _head(folder: RunFolder) -> dict[str, Any]:
 
 
 def _figures(folder: RunFolder) -> list[tuple[str, str, str]]:
-    """List (name, value, note) of the figures at the top of the page."""
+    """Return (name, value, note) of each figure at the top of the page."""
     cards: list[tuple[str, str, str]] = []
     held_out = folder.curve(HELD_OUT)
     if held_out:
@@ -223,7 +223,7 @@ def _artifacts(folder: RunFolder, describe: Describe) -> list[tuple[str, int, An
     def explain(name: str) -> Any:
         try:
             return describe(name, run_name=folder.name, recipe=folder.recipe)
-        except UserError as error:  # of an unknown kind: the report says so
+        except UserError as error:  # a file of an unknown kind; the report states this
             return {"what": str(error), "uses": []}
 
     return [

@@ -14,7 +14,7 @@ Slerp = Literal["off", "channels", "tokens"]
 
 
 class AestheticGradientsConfig(MethodConfig):
-    """The options of Aesthetic Gradients; all but ``clip`` set how previews are generated."""
+    """The options of Aesthetic Gradients; all except ``clip`` affect only how previews are generated."""
 
     implementation: ClassVar[str] = "dreamfleet.trainers.methods.aesthetic_gradients:AestheticGradients"
     summary: ClassVar[str] = (

@@ -12,7 +12,7 @@ from dreamfleet.datasets.path_field import PathField
 from dreamfleet.trainers.config.method import MethodConfig
 from dreamfleet.trainers.config.model import HUB_MODEL
 
-INPUT_SIZE = 384  # pixels of a side, if a file does not set it
+INPUT_SIZE = 384  # default side of the input in pixels, if a file does not specify it
 
 
 class DiscriminatorConfig(MethodConfig):

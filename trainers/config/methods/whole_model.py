@@ -1,4 +1,4 @@
-"""Options shared by the methods that train the model itself."""
+"""The base ``method:`` section of the methods that train the weights of the model (DreamBooth, native training)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _split(value: Any) -> Any:
 
 
 class WholeModelConfig(MethodConfig):
-    """Options shared by the methods that train the model itself, whole or with a LoRA."""
+    """Options shared by the methods that train the weights of the model, directly or with a LoRA."""
 
     artifacts: ClassVar[tuple[str, ...]] = ("checkpoint", "lora")
 

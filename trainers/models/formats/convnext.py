@@ -1,8 +1,8 @@
 """Reads and writes ConvNeXt classifiers in the format of the authors' code, and reads those of timm.
 
-Parameter names in memory are transformers'.
-Parameter names: github.com/facebookresearch/ConvNeXt, `models/convnext.py`; timm, `timm/models/convnext.py`.
-DreamArtist's discriminator is such a file (`convnext_discriminator.py` there).
+Weights in memory have transformers' parameter names. Sources of the other names: github.com/facebookresearch/ConvNeXt,
+`models/convnext.py`; timm, `timm/models/convnext.py`. DreamArtist's discriminator is a file in the authors' format
+(`convnext_discriminator.py` there).
 """
 
 from __future__ import annotations
