@@ -49,8 +49,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     hangs keep Python from running: a deadlock with the GIL held, a wait in C++. faulthandler's thread needs no GIL.
     """
     marker = item.get_closest_marker("timeout")
-    told = marker.args[0] if marker and marker.args else item.config.getoption("timeout", None)
-    limit = float(told or item.config.getini("timeout"))
+    timeout = marker.args[0] if marker and marker.args else item.config.getoption("timeout", None)
+    limit = float(timeout or item.config.getini("timeout"))
     faulthandler.dump_traceback_later(limit + GRACE, exit=True, file=item.config.stash[_STDERR])
     try:
         return (yield)

@@ -45,7 +45,7 @@ def test_every_machine_requires_the_token(configs: dict[str, dict[str, Any]], ki
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_machines_get_what_dreamfleet_needs(
+def test_machines_get_the_requirements_of_dreamfleet(
     root: Path, configs: dict[str, dict[str, Any]], kind: str
 ) -> None:
     installed = " ".join(configs[kind]["setup_commands"])
@@ -60,7 +60,9 @@ def test_machines_get_what_dreamfleet_needs(
     assert installed.count(f"-c ~/{Path(there).name}") == 2
 
 
-def test_only_workers_are_spot_and_disks_hold_weights(configs: dict[str, dict[str, Any]]) -> None:
+def test_only_workers_are_spot_and_disks_are_large_enough_for_weights(
+    configs: dict[str, dict[str, Any]],
+) -> None:
     config = configs["aws"]
     for name, kind in config["available_node_types"].items():
         node = kind["node_config"]

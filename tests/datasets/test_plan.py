@@ -29,7 +29,7 @@ def test_key_is_stable_and_distinguishes_parts() -> None:
     micros=st.sampled_from([1, 2]),
     step=st.integers(0, 40),
 )
-def test_workers_together_have_the_draws_of_one_worker(
+def test_workers_together_have_the_samples_of_one_worker(
     images: int, seed: int, batch: int, world: int, micros: int, step: int
 ) -> None:
     plan = BatchPlan([0] * images, seed=seed, global_batch=batch * world * micros)

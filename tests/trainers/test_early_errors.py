@@ -24,7 +24,7 @@ def prior_tree(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (ENDLESS, "max_train_steps"),
         ({"train__mixed_precision": "fp16"}, "fp16"),
@@ -36,25 +36,27 @@ def prior_tree(folder: Path, **changes: Any) -> dict[str, Any]:
     ],
 )
 def test_errors_are_reported_before_class_images_are_generated(
-    tmp_path: Path, changes: dict[str, Any], told: str
+    tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         assemble(build_recipe(prior_tree(tmp_path, **changes)), DistributedContext())
     assert not (tmp_path / "class").exists()
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (ENDLESS, "max_train_steps"),
         ({"validation": {"holdout": "/nowhere/at/all"}}, "/nowhere/at/all"),
         ({"validation": {"clip": "/nowhere/at/all"}}, "validation.clip"),
     ],
 )
-def test_errors_are_reported_before_workers_start(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+def test_errors_are_reported_before_workers_start(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     recipe = build_recipe(prior_tree(tmp_path, **changes))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         check_inputs(recipe)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         fit(recipe)
     assert not (tmp_path / "run").exists() and not (tmp_path / "class").exists()

@@ -137,8 +137,8 @@ def test_a_nan_loss_on_one_rank_ends_all_ranks_at_the_same_step(tmp_path: Path) 
         for rank in (0, 1)
     ]
     for rank in ranks:
-        told, errors = rank.communicate(timeout=300)
-        assert "no longer a number at step 4" in told and "checkpoint of step 3 " in told, errors[-2000:]
+        output, errors = rank.communicate(timeout=300)
+        assert "no longer a number at step 4" in output and "checkpoint of step 3 " in output, errors[-2000:]
     assert kept_steps(tree) == [1, 2, 3]
 
 

@@ -24,13 +24,13 @@ from dreamfleet.trainers.run.evaluation import Evaluation
 from dreamfleet.trainers.run.run import run_worker
 
 
-class Drawing:
+class RandomEngine:
     """A minimal engine whose backward pass draws a number from the global generator, as dropout does."""
 
     world, device = 1, torch.device("cpu")
 
     def __init__(self, num_micros: int = 2):
-        self.num_micros, self.drawn = num_micros, list[float]()
+        self.num_micros, self.random_numbers = num_micros, list[float]()
 
     def any_rank(self, flag: bool) -> Any:
         return lambda: flag
@@ -42,20 +42,20 @@ class Drawing:
         pass
 
     def backward(self, batch: Any, *, last: bool = True) -> Loss:
-        self.drawn.append(float(torch.rand(())))
+        self.random_numbers.append(float(torch.rand(())))
         return Loss(torch.ones(()), torch.ones(1), {})
 
     def step(self, rates: Any, step: int) -> torch.Tensor:
         return torch.ones(())
 
     def drop_gradients(self) -> None:
-        self.drawn.pop()  # drawn by the rehearsal
+        self.random_numbers.pop()  # drawn by the rehearsal
 
     def mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         return values
 
 
-def loop(engine: Drawing, hooks: Hooks | None = None, *, steps: int = 3, **options: Any) -> Outcome:
+def loop(engine: RandomEngine, hooks: Hooks | None = None, *, steps: int = 3, **options: Any) -> Outcome:
     anything: Any = engine
     return train(
         anything,
@@ -69,22 +69,22 @@ def loop(engine: Drawing, hooks: Hooks | None = None, *, steps: int = 3, **optio
     )
 
 
-def drawn(**options: Any) -> list[float]:
-    engine = Drawing()
+def random_numbers(**options: Any) -> list[float]:
+    engine = RandomEngine()
     loop(engine, **options)
-    return engine.drawn
+    return engine.random_numbers
 
 
 def test_dropout_differs_by_rank_step_and_micro_step_and_repeats_after_a_resume() -> None:
-    straight, other = drawn(), drawn(rank=1)
+    straight, other = random_numbers(), random_numbers(rank=1)
     assert len({*straight, *other}) == 12
-    assert drawn(start_step=1) == straight[2:] and drawn(rank=1, start_step=2) == other[4:]
+    assert random_numbers(start_step=1) == straight[2:] and random_numbers(rank=1, start_step=2) == other[4:]
 
 
 def test_the_training_rate_excludes_saves_and_validation() -> None:
     lines: list[dict[str, Any]] = []
     hooks = Hooks(log=lines.append, save=lambda step: time.sleep(0.1), sample=lambda step: time.sleep(0.1))
-    outcome = loop(Drawing(), hooks)
+    outcome = loop(RandomEngine(), hooks)
     assert max(line["step_seconds"] for line in lines) < 0.05
     assert min(line["images_per_second"] for line in lines) > 40
     assert outcome.figures["images_per_second"] > 40

@@ -140,23 +140,23 @@ def test_config_prints_a_recipe_that_reads_back(recipe: Path, folder: Path) -> N
 
 
 def test_methods_come_from_the_registry() -> None:
-    told = {line["name"]: line["description"] for line in json.loads(run("methods", "--json").stdout)}
-    assert {"dreambooth", "textual_inversion"} <= set(told)
-    assert all(told.values())
+    methods = {line["name"]: line["description"] for line in json.loads(run("methods", "--json").stdout)}
+    assert {"dreambooth", "textual_inversion"} <= set(methods)
+    assert all(methods.values())
     assert "dreambooth" in run("methods").stdout
 
 
 def test_doctor_prints_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIANOTTOLD")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-to-be-told")
-    monkeypatch.setenv("HF_TOKEN", "not-to-be-told")
-    monkeypatch.setenv("HTTPS_PROXY", "http://me:not-to-be-told@proxy:3128")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-to-be-printed")
+    monkeypatch.setenv("HF_TOKEN", "not-to-be-printed")
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:not-to-be-printed@proxy:3128")
     result = run("doctor", "--json")
     names = {line["name"]: line for line in json.loads(result.stdout)}
     assert names["torch"]["state"] == "ok"
     assert names["s3"]["state"] == "ok"
     assert "AKIANOTTOLD" not in result.output
-    assert "not-to-be-told" not in result.output
+    assert "not-to-be-printed" not in result.output
     assert {"HF_TOKEN", "HTTPS_PROXY"} <= set(names["sent to workers"]["detail"].split(", "))
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("AWS_PROFILE", "defined-nowhere")
@@ -167,12 +167,12 @@ def test_doctor_prints_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_train_prints_the_paths_of_its_results(trained: tuple[Path, dict[str, Any]]) -> None:
-    out, told = trained
-    assert told["exit_reason"] == "completed"
-    assert told["run_folder"] == str(out)
-    assert Path(told["report"]).exists()
-    assert {Path(path).name for path in told["artefacts"]} >= {"word.pt", "word.safetensors"}
-    assert all(Path(path).exists() for path in told["artefacts"])
+    out, answer = trained
+    assert answer["exit_reason"] == "completed"
+    assert answer["run_folder"] == str(out)
+    assert Path(answer["report"]).exists()
+    assert {Path(path).name for path in answer["artefacts"]} >= {"word.pt", "word.safetensors"}
+    assert all(Path(path).exists() for path in answer["artefacts"])
 
 
 def test_a_used_output_dir_needs_resume(trained: tuple[Path, dict[str, Any]]) -> None:
@@ -229,12 +229,12 @@ def test_sample_uses_the_placeholder_of_a_run(trained: tuple[Path, dict[str, Any
     assert given.stdout.strip() == str(folder / "given.png")
     assert Image.open(folder / "own.png").tobytes() == Image.open(folder / "given.png").tobytes()
     long = ["--prompt", f"{'a ' * 80}dog", "--num-images", "1", "--steps", "2", "--out", folder / "long.png"]
-    drawn = []
+    images = []
     for reading in ([], ["--max-token-length", "150"], ["--clip-skip", "2"]):
         assert run("sample", "--model", folder / "model", *long, *reading).exit_code == 0
-        drawn.append(Image.open(folder / "long.png").tobytes())
+        images.append(Image.open(folder / "long.png").tobytes())
     # A long prompt is always encoded in as many chunks as it needs, so --max-token-length changes nothing.
-    assert drawn[0] == drawn[1] != drawn[2]
+    assert images[0] == images[1] != images[2]
 
 
 def test_convert_and_export(trained: tuple[Path, dict[str, Any]], folder: Path) -> None:

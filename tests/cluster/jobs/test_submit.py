@@ -140,7 +140,7 @@ def test_missing_images_are_reported_before_anything_is_sent(tmp_path: Path) -> 
         check_here(recipe)
 
 
-def test_the_wheel_holds_the_running_code_and_is_named_by_its_content(tmp_path: Path) -> None:
+def test_the_wheel_contains_the_running_code_and_is_named_by_its_content(tmp_path: Path) -> None:
     from dreamfleet.cluster.jobs import package as running
 
     wheel = write_wheel(tmp_path)

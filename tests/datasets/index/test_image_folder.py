@@ -178,7 +178,7 @@ def test_editing_tags_loses_no_caption(tmp_path: Path) -> None:
     }
 
 
-def test_a_caption_that_several_images_read_is_written_for_each_where_they_differ(tmp_path: Path) -> None:
+def test_a_shared_caption_is_written_per_image_where_edits_differ(tmp_path: Path) -> None:
     from dreamfleet.datasets.tools.tags import read_captions, write_captions
 
     fill(tmp_path, {"x.jpg": None, "x.png": None, "x.txt": "both"})
@@ -236,7 +236,7 @@ def test_images_with_the_same_stem_are_prepared_separately(tmp_path: Path) -> No
     }  # fmt: skip
 
 
-def test_masks_of_whole_names_and_of_stems(tmp_path: Path) -> None:
+def test_masks_are_matched_by_full_name_or_stem(tmp_path: Path) -> None:
     fill(tmp_path / "set", dict.fromkeys(("x.jpg", "x.png", "y.png", "x.mask.png", "x.jpg.mask.png")))
     found = ImageFolder(str(tmp_path / "set"))
     assert found.images == ["x.jpg", "x.png", "y.png"]

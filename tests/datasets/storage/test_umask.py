@@ -39,7 +39,7 @@ def command(*words: Any) -> None:
     assert result.exit_code == 0, result.output
 
 
-def test_a_run_its_exports_and_what_they_are_converted_to(tmp_path: Path, umask: int) -> None:
+def test_a_run_its_exports_and_their_conversions(tmp_path: Path, umask: int) -> None:
     tree = tiny.make_recipe(
         tmp_path,
         method={"name": "dreambooth", "with_prior_preservation": True, "num_class_images": 1,

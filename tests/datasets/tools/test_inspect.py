@@ -128,7 +128,7 @@ def test_tags_are_counted_once_per_caption() -> None:
     assert tag_counts(["a, b, a", "b", "c\nb, c"]) == {"b": 3, "a": 1, "c": 1}
 
 
-def test_command_reads_folders_and_recipes_alike(tmp_path: Path) -> None:
+def test_command_reads_folders_and_recipes(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set")
     shown = run("data", "inspect", folder, "--resolution", 64, "--top", 1)
     assert shown.exit_code == 0, shown.output

@@ -244,7 +244,7 @@ def test_invalid_input_of_prepare_exits_with_2(words: list[str], tmp_path: Path)
 
 
 @pytest.mark.s3
-def test_buckets_are_prepared_inspected_and_tagged_alike(
+def test_buckets_are_prepared_inspected_and_tagged(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     s3_server: S3Server,  # noqa: F811

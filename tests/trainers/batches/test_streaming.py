@@ -145,15 +145,15 @@ def test_a_replacement_image_has_its_own_sizes_and_caption(tmp_path: Path, local
     with closing(parts.feed.stream(0, 6)) as batches:
         got = list(batches)
 
-    def told(batches: list[dict[str, Any]], key: str) -> list[Any]:
+    def values_of(batches: list[dict[str, Any]], key: str) -> list[Any]:
         return [value.tolist() if key == "time_ids" else value for batch in batches for value in batch[key]]
 
     width, height = sizes[after]
     for ids, true_ids, prompt, true_prompt, instead in zip(
-        told(got, "time_ids"),
-        told(expected, "time_ids"),
-        told(got, "prompts"),
-        told(expected, "prompts"),
+        values_of(got, "time_ids"),
+        values_of(expected, "time_ids"),
+        values_of(got, "prompts"),
+        values_of(expected, "prompts"),
         replaced,
         strict=True,
     ):
@@ -182,8 +182,8 @@ def test_a_mean_over_streamed_images_equals_the_resident_one(tmp_path: Path, loc
     resident = tiny.make_recipe(tmp_path, output_dir=str(tmp_path / "resident"), **changes)
     run_worker(build_recipe(resident), resume=True)
     vectors = [
-        read_aesthetic(next((Path(str(told["output_dir"])) / "exports").glob("*.pt")))
-        for told in (tree, resident)
+        read_aesthetic(next((Path(str(recipe["output_dir"])) / "exports").glob("*.pt")))
+        for recipe in (tree, resident)
     ]
     assert torch.equal(*vectors)
 

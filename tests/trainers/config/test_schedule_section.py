@@ -113,7 +113,7 @@ def test_webui_strings_are_validated_when_the_recipe_is_read(tmp_path: Path, wro
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "told"),
+    ("optimizer", "message"),
     [
         ({"learning_rate": "0.1:10,0.2", "lr_scheduler": "cosine"}, "needs lr_scheduler"),
         ({"learning_rate": "0.1:10,0.2", "scale_lr": True}, "scale_lr"),
@@ -122,9 +122,9 @@ def test_webui_strings_are_validated_when_the_recipe_is_read(tmp_path: Path, wro
     ],
 )
 def test_options_that_conflict_with_a_schedule_are_errors(
-    tmp_path: Path, optimizer: dict[str, Any], told: str
+    tmp_path: Path, optimizer: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(RecipeError, match=told):
+    with pytest.raises(RecipeError, match=message):
         build_recipe(tiny.make_recipe(tmp_path, optimizer=optimizer))
 
 

@@ -69,7 +69,7 @@ def test_explicit_resources_take_precedence() -> None:
     assert worker_resources(scaling(cpus_per_worker=3), [{"CPU": 8.0}]).resources == {"CPU": 3.0}
 
 
-def test_impossible_requests_are_errors_with_figures() -> None:
+def test_impossible_requests_are_errors_with_numbers() -> None:
     nodes = [{"CPU": 4.0}, {"CPU": 4.0}]
     wants = scaling(num_workers=2, cpus_per_worker=5)
     with pytest.raises(ResourceError, match=r"2 with 5 CPU .* 2 machines \(4 CPU; 4 CPU\).* 0"):

@@ -155,9 +155,9 @@ def test_ctrl_c_saves_and_ends_with_130(folder: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
-    told = json.loads(stdout)
-    assert told["exit_reason"] == "interrupted"
-    step = told["summary"]["steps"]
+    result = json.loads(stdout)
+    assert result["exit_reason"] == "interrupted"
+    step = result["summary"]["steps"]
     assert (out / "checkpoints" / f"step-{step:06d}" / "manifest.json").exists()
 
 

@@ -253,10 +253,10 @@ def test_local_paths_on_an_autoscaling_cluster_require_shared(tmp_path: Path) ->
     """Test that paths are refused although the running machine sees them: later machines would not."""
     tree = tiny.make_recipe(tmp_path, scaling={"num_workers": 1, "use_gpu": False})
     recipe, session = build_recipe(tree), GrowingCluster(private=False, address="10.0.0.1:6379")
-    with pytest.raises(StorageError, match=r"(?s)--shared") as told:
+    with pytest.raises(StorageError, match=r"(?s)--shared") as error:
         preflight(recipe, session, print)
     for key in ("output_dir", "data.instance_data_dir", "model.pretrained_model_name_or_path"):
-        assert f"{key} {tmp_path}" in str(told.value)
+        assert f"{key} {tmp_path}" in str(error.value)
     with pytest.raises(StorageError, match="output_dir"):
         preflight(recipe, session, print, shared=[str(tmp_path / "pictures"), str(tmp_path / "model")])
     assert not (tmp_path / "run").exists(), "nothing was written"
@@ -312,11 +312,11 @@ def test_every_path_of_a_run_is_checked(tmp_path: Path, changes: dict[str, Any],
         shared = [str(tmp_path / name) for name in ("run", "model", "pictures")]
     recipe = build_recipe(tiny.make_recipe(tmp_path, **{name: outside(v) for name, v in changes.items()}))
     session = GrowingCluster(private=False, address="10.0.0.1:6379")
-    with pytest.raises(StorageError) as told:
+    with pytest.raises(StorageError) as error:
         machines.check_machines(
             session, reads=shared_paths(recipe), writes=written_paths(recipe), shared=shared
         )
-    assert f": {key} /" in str(told.value)
+    assert f": {key} /" in str(error.value)
 
 
 def test_a_local_disk_of_each_machine_is_not_a_shared_path(tmp_path: Path) -> None:

@@ -221,11 +221,11 @@ def test_performance_options_change_neither_results_nor_names(tmp_path: Path, en
 
 
 def test_performance_options_that_zero_does_not_support_are_errors(tmp_path: Path) -> None:
-    for engine, told in (
+    for engine, message in (
         ({"channels_last": True, "zero_stage": 2}, "channels_last"),
         ({"torch_compile": True, "zero_stage": 3}, "torch_compile"),
     ):
-        with pytest.raises(RecipeError, match=told):
+        with pytest.raises(RecipeError, match=message):
             make_parts(tmp_path, engine=engine)
 
 

@@ -88,7 +88,7 @@ def average(saved: dict[str, Any]) -> dict[str, torch.Tensor]:
     ("method", "name"),
     [pytest.param(*run, marks=[SWAPS] * ("nvme" in run[1])) for run in RUNS if run[1] != "torch"],
 )
-def test_every_stage_trains_as_torch_does(results: dict[Any, dict[str, Any]], method: str, name: str) -> None:
+def test_every_stage_trains_like_torch(results: dict[Any, dict[str, Any]], method: str, name: str) -> None:
     """Test losses, norms, weights, moments, averages, weights of previews and exports, and the checkpoint."""
     expected, found = results[method, "torch"], results[method, name]
     # DeepSpeed computes with bfloat16 weights, torch with float32 weights.
@@ -289,7 +289,9 @@ def test_ops_are_compiled_without_debugging_symbols(tmp_path: Path, monkeypatch:
     assert seen == ["-O3", "-Wall"]
 
 
-def test_files_of_a_killed_compiler_block_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_a_killed_compiler_do_not_block_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     left = tmp_path / "cpu_adam" / "lock"
     left.parent.mkdir()

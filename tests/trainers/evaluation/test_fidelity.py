@@ -40,5 +40,5 @@ def test_definitions_of_the_paper() -> None:
         ("as  it   is", [], "as  it   is"),
     ],
 )
-def test_words_clip_cannot_know_are_stripped(prompt: str, words: Any, stripped: str) -> None:
+def test_words_unknown_to_clip_are_removed(prompt: str, words: Any, stripped: str) -> None:
     assert strip_words(prompt, words) == stripped

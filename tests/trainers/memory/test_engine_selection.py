@@ -111,14 +111,14 @@ def test_the_error_when_nothing_fits_names_needs_and_remedies(
     sd15: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_gpu(monkeypatch, 2)
-    with pytest.raises(ResourceError) as told:
+    with pytest.raises(ResourceError) as error:
         engine_selection.settle_engine(sd15, GPU)
     for part in (
         "no engine choice fits 2.5 GiB per GPU",
         "ZeRO-2, optimizer on host",
         "data.resolution below 32",
     ):
-        assert part in str(told.value)
+        assert part in str(error.value)
     fake_gpu(monkeypatch, 8, host=4)
     with pytest.raises(ResourceError, match=r"4\.0 GiB"):
         engine_selection.settle_engine(sd15, GPU)
@@ -172,8 +172,8 @@ def test_a_deepspeed_file_sets_stage_and_offload_and_passes_other_keys_on(tmp_pa
     engine = recipe.engine
     assert (engine.zero_stage, engine.offload_optimizer_device, engine.pin_memory) == (2, "cpu", False)
     assert recipe.with_deepspeed_file() == recipe, "settled once is settled"
-    told = zero_config(engine, mixed_precision="no", max_grad_norm=1.0, num_micros=3, num_params=10)
-    assert told == {
+    config = zero_config(engine, mixed_precision="no", max_grad_norm=1.0, num_micros=3, num_params=10)
+    assert config == {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 3,
         "gradient_clipping": 1.0,
@@ -193,18 +193,18 @@ def test_a_deepspeed_file_sets_nvme_path_and_group_size(tmp_path: Path) -> None:
     tree = {"zero_optimization": {"stage": 3, "sub_group_size": 5, "offload_optimizer": block}}
     engine = with_file(tmp_path, tree).with_deepspeed_file().engine
     assert (engine.offload_optimizer_device, engine.nvme_path) == ("nvme", "/fast")
-    told = zero_config(
+    config = zero_config(
         engine, mixed_precision="no", max_grad_norm=1.0, num_micros=1, num_params=10, swap_folder="/fast/own"
     )["zero_optimization"]
-    assert told["sub_group_size"] == 5
-    assert told["offload_optimizer"] == {"device": "nvme", "nvme_path": "/fast/own", "buffer_count": 6}
+    assert config["sub_group_size"] == 5
+    assert config["offload_optimizer"] == {"device": "nvme", "nvme_path": "/fast/own", "buffer_count": 6}
     tree["zero_optimization"]["offload_param"] = {**block, "nvme_path": "/slow"}
     with pytest.raises(RecipeError, match="nvme_path: '/slow'"):
         with_file(tmp_path, tree, train__mixed_precision="bf16").with_deepspeed_file()
 
 
 @pytest.mark.parametrize(
-    ("tree", "changes", "told"),
+    ("tree", "changes", "message"),
     [
         ({"train_batch_size": 8}, {}, r"train_batch_size: 8 .*: 2 "),
         ({"gradient_clipping": 0.5}, {}, r"gradient_clipping: 0.5 .*optimizer.max_grad_norm: 1.0"),
@@ -226,9 +226,9 @@ def test_a_deepspeed_file_sets_nvme_path_and_group_size(tmp_path: Path) -> None:
     ],
 )
 def test_a_deepspeed_file_that_contradicts_the_recipe_is_an_early_error(
-    tmp_path: Path, tree: Any, changes: dict[str, Any], told: str
+    tmp_path: Path, tree: Any, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(RecipeError, match=told):
+    with pytest.raises(RecipeError, match=message):
         check_inputs(with_file(tmp_path, tree, **changes))
 
 

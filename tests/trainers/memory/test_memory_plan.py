@@ -97,16 +97,16 @@ def test_the_traffic_of_offload_in_a_step() -> None:
 def test_stage_3_shards_the_frozen_parts_that_gradients_pass_through() -> None:
     """Test an embedding on 2 billion frozen weights, which fit a small GPU only if they are sharded."""
     counts = simple_counts(learning=(1000,), passed=2 * GIB, frozen=5 * GIB, mixed=True, nvme=True)
-    told = {one.choice.name: one for one in estimate_all(counts, world=2)}
-    assert told["ZeRO-2"].gpu["frozen"] == 5 * GIB and told["ZeRO-2"].gpu["weights"] == 2000
-    shared, lent = told["ZeRO-3"], told["ZeRO-3, weights on host"]
+    estimates = {one.choice.name: one for one in estimate_all(counts, world=2)}
+    assert estimates["ZeRO-2"].gpu["frozen"] == 5 * GIB and estimates["ZeRO-2"].gpu["weights"] == 2000
+    shared, lent = estimates["ZeRO-3"], estimates["ZeRO-3, weights on host"]
     assert shared.gpu["frozen"] == lent.gpu["frozen"] == GIB
     assert shared.gpu["weights"] == 2 * (GIB + 500) and lent.gpu["weights"] == 0
     assert lent.host["weights"] == shared.gpu["weights"] and "weights" not in shared.host
     assert lent.gpu["gathered"] == 2 * 550_000_000, "what DeepSpeed keeps and fetches ahead"
     # Fetched in both passes, since stage 3 cannot keep so many; the few trained weights return once.
     assert lent.traffic == {"to_host": 2 * 500, "to_gpu": 2 * 2 * (GIB + 500)}
-    starting = told["ZeRO-2"].gpu_moments["starting"] - lent.gpu_moments["starting"]
+    starting = estimates["ZeRO-2"].gpu_moments["starting"] - lent.gpu_moments["starting"]
     assert starting == 4 * GIB, "sharded weights wait on the host"
     assert lent.host_moments["exporting"] - lent.host_moments["training"] == 4 * 1000 + 4 * GIB
 
@@ -115,13 +115,13 @@ def test_states_on_nvme_leave_one_group_on_the_host() -> None:
     counts = simple_counts(mixed=True)
     names = [one.choice.name for one in estimate_all(counts)]
     assert not any("NVMe" in name for name in names), "only where the recipe names a disk"
-    told = {
+    estimates = {
         one.choice.name: one
         for one in estimate_all(simple_counts(mixed=True, nvme=True, learning=(2**20,) * 1024))
     }
     on_host, on_disk = (
-        told["ZeRO-3, optimizer and weights on host"],
-        told["ZeRO-3, optimizer on NVMe, weights on host"],
+        estimates["ZeRO-3, optimizer and weights on host"],
+        estimates["ZeRO-3, optimizer on NVMe, weights on host"],
     )
     assert on_disk.gpu == on_host.gpu and on_disk.traffic == on_host.traffic
     assert on_disk.host["optimizer"] == 8 * (100_000_000 + 2**20) and on_host.host["optimizer"] == 8 * GIB
@@ -132,7 +132,7 @@ def test_states_on_nvme_leave_one_group_on_the_host() -> None:
 def test_varying_prompts_fill_their_cache(tmp_path: Path) -> None:
     fixed, varied = count(tmp_path), count(tmp_path, data__shuffle_tags=True)
     assert 0 < fixed.text_embeddings < 2**20 and varied.text_embeddings == REMEMBERED
-    assert count(tmp_path, method=WORD).text_embeddings == 0, "what learns is encoded anew"
+    assert count(tmp_path, method=WORD).text_embeddings == 0, "what learns is encoded again"
 
 
 def test_weights_that_zero_shards_start_on_the_host() -> None:
@@ -163,7 +163,7 @@ def test_estimates_equal_the_bytes_of_all_tensors_of_a_run(tmp_path: Path, metho
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("method", [DREAMBOOTH, WORD], ids=["dreambooth", "word"])
-def test_a_fake_pass_allocates_what_a_real_one_does(
+def test_a_fake_pass_allocates_as_much_as_a_real_one(
     tmp_path: Path, method: dict[str, Any], checkpointing: bool
 ) -> None:
     changes = {"method": method, "train__gradient_checkpointing": checkpointing, "train__train_batch_size": 4}
@@ -220,7 +220,7 @@ def test_normalisation_runs_in_float32_as_on_a_gpu() -> None:
 
 
 @pytest.mark.parametrize(("stage", "gigabytes"), [(None, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
-def test_estimates_equal_the_figures_of_the_zero_paper(stage: int | None, gigabytes: float) -> None:
+def test_estimates_equal_the_numbers_of_the_zero_paper(stage: int | None, gigabytes: float) -> None:
     """Test figure 1 of Rajbhandari et al. 2020: 7.5 billion parameters, mixed precision, Adam, 64 GPUs."""
     nothing = Pass(0, 0, 0)
     counts = Counts((7_500_000_000,), frozen=0, model=0, full=nothing, half=nothing, bucket=0, mixed=True)
@@ -275,15 +275,15 @@ def test_stable_diffusion_15_is_planned_from_its_configs_alone(sd15: Path, tmp_p
     )
     words = ["plan", str(recipe), f"model.pretrained_model_name_or_path={sd15}"]
     options = ["train.mixed_precision=bf16", "train.gradient_checkpointing=true", "--gpu-memory", "8GiB"]
-    told = json.loads(CliRunner().invoke(program.app, [*words, *options, "--json"]).stdout)
-    assert told["parameters"] == SD15 and told["counts"]["learning"] == SD15["unet"]
-    assert told["chosen"] == "ZeRO-2, optimizer on host" and told["pictures"] == 6
-    plain, chosen = told["estimates"][0], next(e for e in told["estimates"] if e["fits"])
+    answer = json.loads(CliRunner().invoke(program.app, [*words, *options, "--json"]).stdout)
+    assert answer["parameters"] == SD15 and answer["counts"]["learning"] == SD15["unet"]
+    assert answer["chosen"] == "ZeRO-2, optimizer on host" and answer["pictures"] == 6
+    plain, chosen = answer["estimates"][0], next(e for e in answer["estimates"] if e["fits"])
     assert plain["gpu"]["weights"] == plain["gpu"]["gradients"] == 4 * SD15["unet"]
     assert chosen["gpu"]["weights"] == 2 * SD15["unet"] and chosen["gpu"]["gradients"] == 0
     assert plain["gpu_total"] > 8 * GIB >= chosen["gpu_total"] == max(chosen["gpu_moments"].values())
     assert plain["gpu"]["frozen"] == pytest.approx(4 * SD15["vae"] + 2 * SD15["text_encoder"], rel=1e-4)
-    assert chosen["traffic"]["to_host"] == 4 * SD15["unet"] and told["pcie_bytes_per_second"] == 25e9
+    assert chosen["traffic"]["to_host"] == 4 * SD15["unet"] and answer["pcie_bytes_per_second"] == 25e9
     assert chosen["traffic"]["seconds"] == pytest.approx(4 * SD15["unet"] / 25e9)
     table = CliRunner().invoke(program.app, [*words, *options, "--pcie", "8GB/s"])
     assert "8 GB/s" in table.stdout and "optimizer.name=adafactor" in table.stdout

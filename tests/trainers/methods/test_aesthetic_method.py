@@ -129,8 +129,8 @@ def test_the_baked_form_is_a_separate_model(workplace: Path, tmp_path: Path) -> 
     section = {**SECTION, "baked_prompts": ["a cat", "a dog"]}
     parts = assemble(build_recipe(recipe_tree(workplace, method=section)), DistributedContext())
     walk(parts, range(1))
-    told = {"formats": ["diffusers"], "step": 1, "metadata": {}, "precision": "fp32"}
-    (path,) = parts.method.export(Export(tmp_path, "taste", **told))
+    options = {"formats": ["diffusers"], "step": 1, "metadata": {}, "precision": "fp32"}
+    (path,) = parts.method.export(Export(tmp_path, "taste", **options))
     model = load_model(ModelConfig(pretrained_model_name_or_path=str(path)))
     plain = parts.model.encode_text(parts.model.tokenize(["a cat"]))
     baked, apart = model.encode_text(model.tokenize(["a cat"])), parts.method.encode(["a cat"]).context
@@ -167,7 +167,7 @@ def test_a_run_samples_exports_and_scores(workplace: Path, tmp_path: Path) -> No
     assert len(measured) == 2 and measured[0] != measured[1]
 
     def sample(*words: Any) -> tuple[Any, Any]:
-        out = tmp_path / "drawn.png"
+        out = tmp_path / "sampled.png"
         result = command(
             "sample", "--prompt", "a cat", "--num-images", 1, "--steps", 2, "--json", *words, "--out", out
         )

@@ -216,8 +216,8 @@ def test_a_run_learns_the_classes_and_reports_accuracy(workplace: Path, tmp_path
     recipe = tiny.write_recipe(tmp_path / "r.yaml", {**tree, "validation": {"steps": 20}})
     result = CliRunner().invoke(program.app, ["train", str(recipe), "--json"])
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    figures, run = told["summary"]["figures"], tmp_path / "run"
+    answer = json.loads(result.stdout)
+    figures, run = answer["summary"]["figures"], tmp_path / "run"
     assert figures["accuracy"] >= 0.9 and figures["holdout_loss"] < 0.5
     assert {"accuracy/warm", "accuracy/cold"} <= figures.keys()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -225,7 +225,7 @@ def test_a_run_learns_the_classes_and_reports_accuracy(workplace: Path, tmp_path
     assert [step for step, _ in measured] == [0, 20, 40] and measured[2][1] < measured[0][1]
     report = (run / "report.html").read_text()
     assert "Held-out accuracy" in report and "classifier" in report
-    assert not list((run / "samples").glob("step-*")) and told["summary"]["base_model"] == "random weights"
+    assert not list((run / "samples").glob("step-*")) and answer["summary"]["base_model"] == "random weights"
     judge = load_discriminator(str(run / "exports" / "run"))
     assert judge.network.config.id2label == {0: "warm", 1: "cold"} and judge.preprocessing.resize == (32, 32)
     images = [Image.open(workplace / "pictures" / f"{number:03d}.png") for number in range(8)]

@@ -159,11 +159,11 @@ def test_a_pair_of_embeddings_samples_as_trained(workplace: Path, tmp_path: Path
     for install, ending in ((install_embedding, ""), (install_negative, "-neg")):
         found = read_embedding(tmp_path / f"thing{ending}.safetensors")
         install(model, "<thing>", found.vectors, found.vectors_2)
-    drawn = [
+    images = [
         generate(each, ["a <thing>"], seeds=[3], steps=3, guidance_scale=3)[0]
         for each in (model, parts.model)
     ]
-    assert np.array_equal(*map(np.asarray, drawn))
+    assert np.array_equal(*map(np.asarray, images))
 
 
 def test_a_hypernetwork_has_layers_for_every_context(workplace: Path, tmp_path: Path) -> None:
@@ -205,8 +205,8 @@ def test_a_memory_plan_of_sdxl_equals_a_real_step(tmp_path: Path, name: str) -> 
     batch = parts.prepare(parts.feed.batch(0))  # cached prompt encodings are counted separately
     assert counted.full == plans.trace_real_step(parts)
     if not parts.method.trains_text:
-        told = sum(batch[key][0].nbytes for key in ("context", "pooled", "time_ids"))
-        assert counted.text_embeddings == 6 * told  # at most as many prompts as images
+        num_bytes = sum(batch[key][0].nbytes for key in ("context", "pooled", "time_ids"))
+        assert counted.text_embeddings == 6 * num_bytes  # at most as many prompts as images
 
 
 @pytest.mark.parametrize("family", ["sd2-v", "sdxl"])
@@ -244,11 +244,11 @@ def make_parts_of_six(folder: Path, **changes: Any) -> Parts:
 
 
 def test_images_in_half_precision_are_close() -> None:
-    drawn = [
+    images = [
         np.asarray(generate(model, ["a cat"], seeds=[1], steps=3, guidance_scale=3)[0]).astype(int)
         for model in (tiny_family("sdxl"), tiny_family("sdxl").to("cpu", torch.bfloat16))
     ]
-    assert 0 < np.abs(drawn[0] - drawn[1]).mean() < 6
+    assert 0 < np.abs(images[0] - images[1]).mean() < 6
 
 
 def test_check_names_the_family(workplace: Path) -> None:

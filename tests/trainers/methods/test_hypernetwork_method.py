@@ -81,8 +81,8 @@ def test_dropout_is_off_during_validation(workplace: Path) -> None:
     validation = {"prompts": ["a cat"], "num_images": 1, "num_inference_steps": 1}
     parts = make_parts(workplace, method=dropping, validation=validation)
     config = build_recipe(tiny.make_recipe(workplace, validation=validation)).validation
-    drawn = [generate_previews(parts.method, parts.engine, config, tiny.RESOLUTION)[0][0] for _ in range(2)]
-    assert drawn[0].tobytes() == drawn[1].tobytes()
+    sampled = [generate_previews(parts.method, parts.engine, config, tiny.RESOLUTION)[0][0] for _ in range(2)]
+    assert sampled[0].tobytes() == sampled[1].tobytes()
     assert parts.method.training and parts.method.network.training
 
 
@@ -183,7 +183,7 @@ def test_a_run_samples_exports_converts_and_scores(tmp_path: Path) -> None:
     options = ["--num-images", 1, "--steps", 2, "--json"]
 
     def sample(prompt: str, *words: Any) -> Any:
-        out = tmp_path / "drawn.png"
+        out = tmp_path / "sampled.png"
         result = command("sample", "--prompt", prompt, *words, *options, "--out", out)
         assert result.exit_code == 0, result.output
         assert json.loads(result.stdout)["pictures"] == [{"prompt": prompt, "seed": 0}]

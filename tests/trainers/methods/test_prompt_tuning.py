@@ -152,8 +152,8 @@ def test_the_negative_embedding_has_separate_rate_initialisation_and_prompt(work
         [vocab, vocab + 1],
     ]
     fixed = make_parts(workplace, method={"negative_prompt": "bad [name]"}).method
-    told = fixed.tokenize(["a photo of <x> by the sea"])[0, 0]
-    assert torch.equal(told, fixed.model.tokenize(["bad <x>-neg"])[0])
+    negative = fixed.tokenize(["a photo of <x> by the sea"])[0, 0]
+    assert torch.equal(negative, fixed.model.tokenize(["bad <x>-neg"])[0])
 
 
 def test_the_negative_embedding_is_placed_like_its_placeholder(workplace: Path) -> None:
@@ -255,22 +255,22 @@ def test_a_run_of_one_image_samples_and_scores_with_its_negative_embedding(tmp_p
     assert read_embedding(exports / "run-neg.safetensors").name == "<x>-neg"
 
     def sample(prompt: str, *words: Any) -> Any:
-        out = tmp_path / "drawn.png"
+        out = tmp_path / "sampled.png"
         options = ["--num-images", 1, "--steps", 2, "--out", out]
         result = command("sample", "--prompt", prompt, *words, *options)
         assert result.exit_code == 0, result.output
         return np.asarray(Image.open(out)).astype(int)
 
-    drawn = sample("a <x>", "--model", run)
+    sampled = sample("a <x>", "--model", run)
     files = sample("a run", "--model", model, "--embedding", exports / "run.pt")
     words = sample("a <x>", "--model", model, "--embedding", exports / "run.safetensors")
-    assert np.array_equal(drawn, files) and np.array_equal(drawn, words)
+    assert np.array_equal(sampled, files) and np.array_equal(sampled, words)
     lone = tmp_path / "run.pt"
     lone.write_bytes((exports / "run.pt").read_bytes())
-    assert np.abs(sample("a run", "--model", model, "--embedding", lone) - drawn).max() > 0
+    assert np.abs(sample("a run", "--model", model, "--embedding", lone) - sampled).max() > 0
     both = [exports / "run-neg.pt", exports / "run.pt"]
     options = [word for path in both for word in ("--embedding", path)]
-    assert np.array_equal(sample("a run", "--model", model, *options), drawn)
+    assert np.array_equal(sample("a run", "--model", model, *options), sampled)
     scores = command("score", run, "--num-images", 1, "--json")
     assert scores.exit_code == 0 and json.loads(scores.stdout)["method"] == "prompt_tuning"
     hint = describe("run-neg.safetensors", run_name="run", recipe=tree)

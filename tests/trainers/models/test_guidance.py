@@ -79,7 +79,7 @@ def test_invalid_schedules_are_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("curve", sorted(CURVES))
-def test_each_samples_scale_follows_its_own_timestep(curve: Any) -> None:
+def test_the_scale_of_each_sample_follows_its_timestep(curve: Any) -> None:
     timesteps = torch.tensor([0, 250, 500, 999])
     found = guidance_at(Guidance(1.5, 4.0, curve), tiny_model().noise_level(timesteps))
     expected = [1.5 + 2.5 * CURVES[curve](t / 999) for t in timesteps.tolist()]

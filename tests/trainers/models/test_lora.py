@@ -59,7 +59,9 @@ def disturb(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("name", ["dreambooth", "native"])
-def test_the_first_loss_is_the_base_models_and_only_matrices_change(tmp_path: Path, name: str) -> None:
+def test_the_first_loss_equals_that_of_the_base_model_and_only_matrices_change(
+    tmp_path: Path, name: str
+) -> None:
     method = {**LORA, "name": name, "lora_dropout": 0, "lora_target_modules": "all-linear"}
     # Checkpointing discards activations, but gradients must reach the matrices through the frozen base model.
     options = {"train__train_batch_size": 1, "train__gradient_checkpointing": True}
@@ -189,7 +191,7 @@ def test_targets_select_layers(tmp_path: Path) -> None:
         names(["to_q", "nonsense"])
 
 
-def test_kohyas_keys_are_accepted_and_need_a_rank(tmp_path: Path) -> None:
+def test_keys_of_kohya_are_accepted_and_require_a_rank(tmp_path: Path) -> None:
     kohyas = {"name": "native", "network_dim": 8, "network_alpha": 4, "network_dropout": 0.5}
     method: Any = build_recipe(tiny.make_recipe(tmp_path, method=kohyas)).method
     assert (method.lora_rank, method.lora_alpha, method.lora_dropout) == (8, 4.0, 0.5)

@@ -263,7 +263,7 @@ def test_the_average_of_bfloat16_weights_is_exported_in_float32(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"optimizer": {"fused_backward_pass": True}}, "set max_grad_norm: 0"),
         ({"optimizer": FUSED, "train__gradient_accumulation_steps": 2}, "gradient_accumulation_steps: 2"),
@@ -275,8 +275,8 @@ def test_the_average_of_bfloat16_weights_is_exported_in_float32(tmp_path: Path) 
         ({"optimizer": {"name": "adafactor"}, "engine__zero_stage": 1}, "adafactor"),
     ],
 )
-def test_conflicting_settings_are_errors(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(RecipeError, match=told):
+def test_conflicting_settings_are_errors(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
         build_recipe(tiny.make_recipe(tmp_path, **changes))
 
 

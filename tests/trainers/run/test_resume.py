@@ -192,8 +192,8 @@ def test_a_resumed_finished_run_keeps_its_measurements(tmp_path: Path) -> None:
     first = run_worker(build_recipe(tree))
     again = run_worker(build_recipe(tree), resume=True)
     assert (again.start_step, again.figures["loss"]) == (6, first.figures["loss"])
-    told = json.loads((Path(tree["output_dir"]) / "summary.json").read_text())
-    assert told["figures"]["loss"] == first.figures["loss"]
+    summary = json.loads((Path(tree["output_dir"]) / "summary.json").read_text())
+    assert summary["figures"]["loss"] == first.figures["loss"]
 
 
 def test_old_checkpoints_are_removed_only_beyond_the_limit(tmp_path: Path) -> None:

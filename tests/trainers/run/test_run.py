@@ -100,11 +100,11 @@ def test_artifacts_contain_their_recipe_without_local_paths(tmp_path: Path) -> N
     from safetensors import safe_open
 
     with safe_open(tmp_path / "run/exports/run.safetensors", "pt") as file:
-        told = file.metadata()
-    assert told["dreamfleet_method"] == "dreambooth" and told["dreamfleet_step"] == "4"
-    assert json.loads(told["dreamfleet_recipe"])["train"]["max_train_steps"] == 4
-    assert len(told["dreamfleet_dataset_hash"]) == 64 and told["dreamfleet_base_model_hash"]
-    assert str(tmp_path) not in json.dumps(told)
+        metadata = file.metadata()
+    assert metadata["dreamfleet_method"] == "dreambooth" and metadata["dreamfleet_step"] == "4"
+    assert json.loads(metadata["dreamfleet_recipe"])["train"]["max_train_steps"] == 4
+    assert len(metadata["dreamfleet_dataset_hash"]) == 64 and metadata["dreamfleet_base_model_hash"]
+    assert str(tmp_path) not in json.dumps(metadata)
 
 
 def test_class_images_are_generated_once_and_reused(tmp_path: Path) -> None:
@@ -262,5 +262,5 @@ def test_seconds_are_measured_per_process_and_summed_over_a_resume(
     assert 0 < second.train_seconds - saved["train"] < 60
     for summary in (first, second):
         assert 0 <= summary.wall_seconds - summary.start_up_seconds - summary.train_seconds < 60
-    told = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert told["wall_seconds"] == second.wall_seconds > 130
+    written = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert written["wall_seconds"] == second.wall_seconds > 130

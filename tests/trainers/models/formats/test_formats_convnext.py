@@ -86,7 +86,7 @@ def run_by_hand(state: dict[str, Tensor], pixels: Tensor) -> Tensor:
     return F.linear(pooled, state["head.weight"], state["head.bias"])
 
 
-def test_a_file_has_the_authors_names_and_round_trips(network: Any, tmp_path: Path) -> None:
+def test_a_file_has_the_tensor_names_of_the_authors_and_round_trips(network: Any, tmp_path: Path) -> None:
     path = write_convnext(network.state_dict(), tmp_path / "a.pth")
     assert_webui_safe(path)
     found = read_convnext(path)
@@ -95,7 +95,7 @@ def test_a_file_has_the_authors_names_and_round_trips(network: Any, tmp_path: Pa
     assert all(torch.equal(found.state[name], tensor) for name, tensor in network.state_dict().items())
 
 
-def test_the_output_equals_the_papers_network(network: Any, tmp_path: Path) -> None:
+def test_the_output_equals_that_of_the_network_in_the_paper(network: Any, tmp_path: Path) -> None:
     pixels = torch.randn(2, 3, 32, 32)
     by_hand = run_by_hand(by_authors(network, tmp_path), pixels)
     loaded = load_discriminator(str(tmp_path / "w.pth")).network

@@ -44,7 +44,7 @@ def assert_equal(read: Embedding, written: Embedding, *, whole: bool = True) -> 
         )
 
 
-def test_values_equal_the_webuis() -> None:
+def test_values_equal_those_of_the_webui() -> None:
     assert Embedding("a", torch.arange(8.0)[None] / 10).checksum == "2200"
     assert Embedding("a", torch.tensor([[-0.5, -1.23]])).checksum == f"{_const_hash([-50, -123]):04x}"
     assert lcg_noise(8).tolist() == [253, 242, 127, 44, 157, 27, 239, 133]

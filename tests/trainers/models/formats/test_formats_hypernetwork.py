@@ -80,7 +80,7 @@ def test_a_file_round_trips_and_passes_the_webui_checks(options: dict[str, Any],
     assert holds_hypernetwork(path)
 
 
-def test_the_layout_is_the_webuis(tmp_path: Path) -> None:
+def test_the_layout_is_that_of_the_webui(tmp_path: Path) -> None:
     options = {"layer_structure": (1, 2, 2, 1), "activation_func": "relu", "add_layer_norm": True}
     dropout = {"activate_output": True, "dropout_structure": (0, 0.3, 0.3, 0)}
     path = write_hypernetwork(make_file(**options, **dropout), tmp_path / "look.pt")

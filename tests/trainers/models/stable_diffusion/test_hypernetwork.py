@@ -63,7 +63,7 @@ def webui_forward(x: Tensor, weights: dict[str, Tensor], options: dict[str, Any]
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
-def test_every_activation_computes_the_webuis_formula(name: str) -> None:
+def test_every_activation_computes_the_formula_of_the_webui(name: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 5, 8)
     for norm, activated, structure, dropout in [

@@ -62,7 +62,7 @@ def test_a_model_that_does_not_exist_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "x.txt")
 
 
-def test_saving_in_half_precision_copies_no_part_as_a_whole(folder: Path, tmp_path: Path) -> None:
+def test_saving_in_half_precision_never_copies_a_complete_part(folder: Path, tmp_path: Path) -> None:
     model = load(folder)
     before = {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
     whole = sum(p.numel() * p.element_size() for part in model.modules().values() for p in part.parameters())

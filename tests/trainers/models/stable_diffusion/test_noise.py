@@ -27,7 +27,7 @@ def below(count: int) -> Callable[[np.random.Generator], int]:
     return lambda rng: int(rng.integers(count))
 
 
-def test_a_samples_noise_does_not_depend_on_its_batch() -> None:
+def test_the_noise_of_a_sample_does_not_depend_on_its_batch() -> None:
     keys = [("instance", 0, 3, "a"), ("instance", 0, 3, "b"), ("instance", 0, 4, "a")]
     noise, timesteps = draw_noise(keys, (4, 8, 8), draw_timestep=below(1000))
     alone, timestep = draw_noise(keys[1:2], (4, 8, 8), draw_timestep=below(1000))
@@ -35,7 +35,7 @@ def test_a_samples_noise_does_not_depend_on_its_batch() -> None:
     assert not torch.equal(noise[0], noise[2])
 
 
-def test_keys_that_agree_in_32_bits_draw_different_noise() -> None:
+def test_keys_that_agree_in_32_bits_give_different_noise() -> None:
     seen: dict[int, int] = {}
     for number in itertools.count():
         low = key("noise", "x", number) % 2**32  # torch's CPU generator uses these bits of a seed
@@ -79,7 +79,7 @@ def test_a_perfect_prediction_of_the_target_removes_the_noise(kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_snr_weights_equal_diffusers_trainers(kind: str) -> None:
+def test_snr_weights_equal_those_of_the_diffusers_trainers(kind: str) -> None:
     schedule, timesteps = scheduler(kind), torch.tensor([0, 10, 500, 999])
     snr = compute_snr(schedule, timesteps)
     assert torch.allclose(signal_to_noise(schedule, timesteps), snr)

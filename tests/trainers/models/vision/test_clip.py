@@ -75,7 +75,7 @@ def test_preprocessing_equals_the_image_processor(towers: Path) -> None:
     assert grey.shape == (1, 3, 24, 24)
 
 
-def test_towers_and_a_whole_clip_give_the_same_features(towers: Path, tmp_path: Path) -> None:
+def test_towers_and_a_full_clip_give_the_same_features(towers: Path, tmp_path: Path) -> None:
     from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionModelWithProjection
 
     clip = load_clip(towers)

@@ -120,9 +120,12 @@ def test_captions_are_written_and_a_second_run_continues(model: Path, tmp_path: 
     (folder / "broken.png").write_bytes(b"x")
     first = run(folder, "--tagger", model, "--in-place", "--json", "--batch-size", 2)
     assert first.exit_code == 0, first.output
-    told = json.loads(first.stdout)
-    assert told["captions"] == {"blue.png": "blue sky", "yellow.png": ">_<, red hat"} and told["skipped"] == 1
-    assert list(told["failed"]) == ["broken.png"]
+    answer = json.loads(first.stdout)
+    assert (
+        answer["captions"] == {"blue.png": "blue sky", "yellow.png": ">_<, red hat"}
+        and answer["skipped"] == 1
+    )
+    assert list(answer["failed"]) == ["broken.png"]
     assert (folder / "blue.txt").read_text() == "blue sky\n" and (folder / "red.txt").read_text() == "mine"
     (folder / "blue.txt").unlink()
     (folder / "broken.png").unlink()
