@@ -22,7 +22,7 @@ def configs(root: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ray_accepts_it(configs: dict[str, dict[str, Any]], kind: str) -> None:
+def test_ray_accepts_the_cluster_config(configs: dict[str, dict[str, Any]], kind: str) -> None:
     # A private Ray module, but the only one that reads the file; constraints.txt pins ray.
     from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -77,7 +77,7 @@ def test_containers_get_shared_memory_and_gpus(configs: dict[str, dict[str, Any]
     assert "--gpus=all" in docker["worker_run_options"]
 
 
-def test_the_pinned_ray_is_the_image_s(root: Path, configs: dict[str, dict[str, Any]]) -> None:
+def test_the_pinned_ray_version_is_that_of_the_image(root: Path, configs: dict[str, dict[str, Any]]) -> None:
     pins = dict(
         line.split("==") for line in (root / "constraints.txt").read_text().split() if line.count("==") == 1
     )

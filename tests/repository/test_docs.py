@@ -52,7 +52,7 @@ def test_the_readme_is_short_and_the_same_in_chinese(root: Path) -> None:
     assert len(re.findall("^#+ ", english, re.M)) == len(re.findall("^#+ ", chinese, re.M))
 
 
-def test_links_lead_somewhere(pages: dict[Path, str]) -> None:
+def test_links_have_existing_targets(pages: dict[Path, str]) -> None:
     missing = [
         f"{page.name}: {link}"
         for page, text in pages.items()

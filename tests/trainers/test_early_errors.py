@@ -35,7 +35,9 @@ def prior_tree(folder: Path, **changes: Any) -> dict[str, Any]:
         ({"validation": {"metrics": ["dino"], "prompts": ["a cat"]}}, "dino"),
     ],
 )
-def test_before_class_images(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+def test_errors_are_reported_before_class_images_are_generated(
+    tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
     with pytest.raises(UserError, match=told):
         assemble(build_recipe(prior_tree(tmp_path, **changes)), DistributedContext())
     assert not (tmp_path / "class").exists()
@@ -49,7 +51,7 @@ def test_before_class_images(tmp_path: Path, changes: dict[str, Any], told: str)
         ({"validation": {"clip": "/nowhere/at/all"}}, "validation.clip"),
     ],
 )
-def test_before_workers_start(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+def test_errors_are_reported_before_workers_start(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     recipe = build_recipe(prior_tree(tmp_path, **changes))
     with pytest.raises(UserError, match=told):
         check_inputs(recipe)

@@ -57,7 +57,7 @@ def kept_steps(tree: dict[str, Any]) -> list[int]:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_no_state_after_a_loss_that_is_no_number_is_saved(
+def test_no_state_is_saved_after_a_loss_that_is_not_finite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     break_at(
@@ -72,9 +72,7 @@ def test_no_state_after_a_loss_that_is_no_number_is_saved(
     assert kept_steps(tree) == [4, 5, 6]
 
 
-def test_the_second_of_two_micro_steps_counts_as_well(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_loss_of_every_micro_step_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     break_at(monkeypatch, "backward", 3, lambda _, loss: loss._replace(total=loss.total * float("nan")))
     tree = word_tree(tmp_path, train__gradient_accumulation_steps=2, **RARELY)
     with pytest.raises(RunFailed, match=r"at step 2.*checkpoint of step 1 "):
@@ -83,7 +81,7 @@ def test_the_second_of_two_micro_steps_counts_as_well(
 
 
 @pytest.mark.parametrize("what", ["weights", "moments"])
-def test_no_state_that_a_step_has_poisoned_is_saved_although_its_loss_was_finite(
+def test_no_state_with_nan_is_saved_after_a_finite_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     def poison(engine: TorchEngine, norm: torch.Tensor) -> torch.Tensor:
@@ -126,7 +124,7 @@ finally:
 """
 
 
-def test_a_loss_of_any_rank_ends_all_of_them_at_the_same_step(tmp_path: Path) -> None:
+def test_a_nan_loss_on_one_rank_ends_all_ranks_at_the_same_step(tmp_path: Path) -> None:
     tree = word_tree(tmp_path, **RARELY)
     recipe = tiny.write_recipe(tmp_path / "r.yaml", tree)
     ranks = [
@@ -144,7 +142,7 @@ def test_a_loss_of_any_rank_ends_all_of_them_at_the_same_step(tmp_path: Path) ->
     assert kept_steps(tree) == [1, 2, 3]
 
 
-def test_a_run_that_diverges_by_itself_ends_the_command_with_1_and_keeps_what_is_finite(
+def test_a_diverged_run_exits_with_1_and_keeps_finite_checkpoints(
     tmp_path: Path,
 ) -> None:
     changes = {"optimizer__learning_rate": 1e19, "optimizer__max_grad_norm": 0, **RARELY}
@@ -154,7 +152,7 @@ def test_a_run_that_diverges_by_itself_ends_the_command_with_1_and_keeps_what_is
     assert kept_steps(tree) == [1] and "checkpoint of step 1 " in result.stderr
 
 
-def test_an_interrupted_run_saves_no_poisoned_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_saves_no_state_with_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     break_at(monkeypatch, "backward", 2, lambda _, loss: loss._replace(total=loss.total * float("nan")))
     tree = word_tree(tmp_path, **RARELY | {"train__checkpointing_steps": 100})
     with pytest.raises(RunFailed, match="No checkpoint was saved before"):
@@ -162,7 +160,7 @@ def test_an_interrupted_run_saves_no_poisoned_state(tmp_path: Path, monkeypatch:
     assert kept_steps(tree) == []
 
 
-def test_a_checkpoint_that_is_not_finite_is_passed_over_with_a_warning(
+def test_a_checkpoint_that_is_not_finite_is_skipped_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoints = Checkpoints(Storage(str(tmp_path)))
@@ -174,7 +172,7 @@ def test_a_checkpoint_that_is_not_finite_is_passed_over_with_a_warning(
         checkpoints.load(2)
 
 
-def test_tensors_that_are_not_finite_are_found_wherever_they_are() -> None:
+def test_tensors_that_are_not_finite_are_found_at_any_depth() -> None:
     whole = {"a": [torch.ones(2), {"b": torch.ones(1, dtype=torch.int64)}], "c": 1.0, "d": torch.ones(2)}
     assert find_not_finite(whole) is None and find_not_finite({}) is None
     whole["a"][1]["e"] = torch.tensor([1.0, float("-inf")]).bfloat16()
@@ -198,7 +196,7 @@ def test_a_run_whose_gradients_are_all_zero_is_an_error(
     assert kept_steps(tree) == [] and not (tmp_path / "run" / "exports").exists()
 
 
-def test_some_steps_without_a_gradient_are_none(tmp_path: Path) -> None:
+def test_some_steps_without_a_gradient_are_not_an_error(tmp_path: Path) -> None:
     """Test with a learning rate of 0 and with dropped captions, so that many steps have no gradient."""
     tree = word_tree(
         tmp_path,

@@ -81,7 +81,7 @@ def test_dropout_differs_by_rank_step_and_micro_step_and_repeats_after_a_resume(
     assert drawn(start_step=1) == straight[2:] and drawn(rank=1, start_step=2) == other[4:]
 
 
-def test_the_rate_leaves_saves_and_validation_out() -> None:
+def test_the_training_rate_excludes_saves_and_validation() -> None:
     lines: list[dict[str, Any]] = []
     hooks = Hooks(log=lines.append, save=lambda step: time.sleep(0.1), sample=lambda step: time.sleep(0.1))
     outcome = loop(Drawing(), hooks)
@@ -124,7 +124,7 @@ LOSSES = {0: 0.1, 2: 0.9, 4: 0.5, 6: 0.6, 8: 0.7, 10: 0.8}
         (5, 1, dict.fromkeys(LOSSES, float("nan")), [10], 10),
     ],
 )
-def test_the_checkpoint_of_the_lowest_held_out_loss_is_kept_and_named(
+def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept_and_named(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     every: int,
@@ -159,7 +159,7 @@ def test_a_resumed_run_remembers_its_best_checkpoint(
     assert Checkpoints(Storage(tree["output_dir"])).steps() == [4, 10]
 
 
-def test_without_the_best_checkpoint_the_best_one_that_is_there_is_named(
+def test_without_the_best_checkpoint_the_best_existing_one_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure(monkeypatch, LOSSES)

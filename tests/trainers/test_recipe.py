@@ -25,7 +25,7 @@ def names_remedy(message: str, fault: str, remedy: str) -> bool:
     return any(fault in line and remedy in line.partition(fault)[2] for line in message.splitlines())
 
 
-def test_all_errors_come_at_once_with_the_nearest_key(tmp_path: Path) -> None:
+def test_all_errors_are_reported_at_once_with_the_nearest_key(tmp_path: Path) -> None:
     tree = {
         **MINIMAL,
         "method": {"name": "dreambooth", "train_text_encodr": True},
@@ -74,7 +74,7 @@ def test_a_key_of_another_section_or_program_is_reported_where_it_belongs(tmp_pa
         load_recipe(path, ["data.instance_prompt=a cat: asleep"])
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_key_is_refused(tmp_path: Path) -> None:
     path = tiny.write_recipe(tmp_path / "r.yaml", MINIMAL)
     path.write_text(path.read_text() + "output_dir: elsewhere\n")
     with pytest.raises(RecipeError, match=r"'output_dir' .*twice"):
@@ -84,7 +84,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
         load_recipe(path)
 
 
-def test_an_override_wins_under_any_of_a_keys_names(tmp_path: Path) -> None:
+def test_an_override_has_priority_under_any_alias_of_a_key(tmp_path: Path) -> None:
     tree = {
         **MINIMAL,
         "method": {"name": "textual_inversion", "placeholder_token": "x", "num_vectors": 2},
@@ -95,21 +95,21 @@ def test_an_override_wins_under_any_of_a_keys_names(tmp_path: Path) -> None:
     assert (recipe.optimizer.learning_rate, recipe.method.model_dump()["num_vectors"]) == (1e-4, 5)
 
 
-def test_one_text_stands_for_a_list_of_it() -> None:
+def test_one_text_is_read_as_a_list() -> None:
     changed = {"validation": {"validation_prompt": "a sks cat"}, "log_with": "tensorboard"}
     recipe = build_recipe({**MINIMAL, **changed, "optimizer": {"optimizer_type": "AdamW8bit"}})
     assert (recipe.validation.prompts, recipe.report_to) == (["a sks cat"], ["tensorboard"])
     assert recipe.optimizer.name == "adamw8bit"
 
 
-def test_a_bare_no_is_no_precision_not_false(tmp_path: Path) -> None:
+def test_an_unquoted_no_is_a_precision_and_not_false(tmp_path: Path) -> None:
     path = tiny.write_recipe(tmp_path / "r.yaml", MINIMAL)
     path.write_text(path.read_text() + "\ntrain: {mixed_precision: no}\n")
     assert load_recipe(path).train.mixed_precision == "no"
     assert load_recipe(path, ["train.mixed_precision=no"]).train.mixed_precision == "no"
 
 
-def test_kohyas_names_are_understood() -> None:
+def test_key_names_of_kohya_are_accepted() -> None:
     recipe = build_recipe(
         {
             **MINIMAL,
@@ -142,7 +142,7 @@ def test_kohyas_names_are_understood() -> None:
     assert recipe.data.shuffle_tags and recipe.data.caption_dropout == 0.1 and recipe.validation.steps == 9
 
 
-def test_overrides_win_over_the_file_and_may_make_sections(tmp_path: Path) -> None:
+def test_overrides_have_priority_and_may_create_sections(tmp_path: Path) -> None:
     path = tiny.write_recipe(tmp_path / "r.yaml", MINIMAL)
     recipe = load_recipe(
         path,
@@ -163,7 +163,9 @@ def test_overrides_win_over_the_file_and_may_make_sections(tmp_path: Path) -> No
         load_recipe(path, ["optimizer.learning_rate=fast"])
 
 
-def test_relative_paths_start_at_the_recipes_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_are_resolved_from_the_folder_of_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "recipes" / "model").mkdir(parents=True)
     tree = {
         **MINIMAL,
@@ -186,12 +188,12 @@ def test_relative_paths_start_at_the_recipes_folder(tmp_path: Path, monkeypatch:
     assert bucket.output_dir == "s3://bucket/runs/x"
 
 
-def test_the_resolved_recipe_reads_back_to_itself(tmp_path: Path) -> None:
+def test_the_resolved_recipe_round_trips(tmp_path: Path) -> None:
     recipe = load_recipe(tiny.write_recipe(tmp_path / "r.yaml", MINIMAL))
     assert build_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
-def test_every_recipe_that_ships_is_valid(root: Path) -> None:
+def test_every_shipped_recipe_is_valid(root: Path) -> None:
     recipes = sorted((root / "recipes").rglob("*.yaml"))
     assert recipes
     for path in recipes:
@@ -207,14 +209,14 @@ def test_every_recipe_that_ships_is_valid(root: Path) -> None:
         ("method: !!python/object/apply:os.system ['true']", "not YAML"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_reported(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_is_not_a_recipe_is_reported(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(text)
     with pytest.raises(RecipeError, match=message):
         load_recipe(path)
 
 
-def test_a_recipe_that_is_not_there_or_not_text_is_reported(tmp_path: Path) -> None:
+def test_a_recipe_that_is_missing_or_not_text_is_reported(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no such"):
         load_recipe(tmp_path / "missing.yaml")
     (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00")
@@ -222,7 +224,7 @@ def test_a_recipe_that_is_not_there_or_not_text_is_reported(tmp_path: Path) -> N
         load_recipe(tmp_path / "r.yaml")
 
 
-def test_what_cannot_go_together_is_reported() -> None:
+def test_conflicting_settings_are_reported() -> None:
     for change, message in [
         ({"optimizer": {"learning_rate": "0.1:10,0.2", "lr_scheduler": "cosine"}}, "lr_scheduler: constant"),
         ({"optimizer": {"learning_rate": "0.1:10,0.2:5"}}, "grow"),
@@ -250,5 +252,5 @@ def test_what_cannot_go_together_is_reported() -> None:
         ("/a", "s3://bucket/runs", "/a"),
     ],
 )
-def test_where_a_relative_path_starts(path: str, folder: str, whole: str) -> None:
+def test_the_base_folder_of_a_relative_path(path: str, folder: str, whole: str) -> None:
     assert absolute_path(path, folder) == whole

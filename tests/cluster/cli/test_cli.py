@@ -96,7 +96,7 @@ def test_help_lists_the_commands() -> None:
         ["convert", "nowhere.pt", "out.safetensors"],
     ],
 )
-def test_what_the_user_can_mend_is_two_without_a_traceback(words: list[str]) -> None:
+def test_user_errors_exit_with_2_and_no_traceback(words: list[str]) -> None:
     result = run(*words)
     assert result.exit_code == 2
     assert result.stderr.strip()
@@ -104,7 +104,7 @@ def test_what_the_user_can_mend_is_two_without_a_traceback(words: list[str]) -> 
     assert not result.stdout.strip()
 
 
-def test_recipe_mistakes_are_all_told_with_the_nearest_key(recipe: Path) -> None:
+def test_all_recipe_errors_are_reported_with_the_nearest_key(recipe: Path) -> None:
     result = run("config", recipe, "train.max_train_stps=3", "optimizer.learning_rate=fast")
     assert result.exit_code == 2
     assert "max_train_steps" in result.stderr
@@ -117,7 +117,9 @@ def test_recipe_mistakes_are_all_told_with_the_nearest_key(recipe: Path) -> None
 @pytest.mark.parametrize(
     ("error", "code"), [(RunFailed("loss is NaN"), 1), (KeyError("bug"), 1), (KeyboardInterrupt(), 130)]
 )
-def test_other_ends(monkeypatch: pytest.MonkeyPatch, recipe: Path, error: BaseException, code: int) -> None:
+def test_exit_codes_of_other_errors(
+    monkeypatch: pytest.MonkeyPatch, recipe: Path, error: BaseException, code: int
+) -> None:
     def fail(*args: Any, **options: Any) -> None:
         raise error
 
@@ -144,7 +146,7 @@ def test_methods_come_from_the_registry() -> None:
     assert "dreambooth" in run("methods").stdout
 
 
-def test_doctor_tells_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_prints_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIANOTTOLD")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-to-be-told")
     monkeypatch.setenv("HF_TOKEN", "not-to-be-told")
@@ -164,7 +166,7 @@ def test_doctor_tells_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no Ray cluster" in away.stdout
 
 
-def test_train_prints_where_things_are(trained: tuple[Path, dict[str, Any]]) -> None:
+def test_train_prints_the_paths_of_its_results(trained: tuple[Path, dict[str, Any]]) -> None:
     out, told = trained
     assert told["exit_reason"] == "completed"
     assert told["run_folder"] == str(out)
@@ -183,7 +185,7 @@ def test_a_used_output_dir_needs_resume(trained: tuple[Path, dict[str, Any]]) ->
     assert f"report     {out}/report.html" in resumed.stdout
 
 
-def test_missing_images_are_told_before_anything_starts(recipe: Path, folder: Path) -> None:
+def test_missing_images_are_reported_before_anything_starts(recipe: Path, folder: Path) -> None:
     out = folder / "never"
     result = run(
         "train",
@@ -201,7 +203,7 @@ def test_missing_images_are_told_before_anything_starts(recipe: Path, folder: Pa
     assert not out.exists()
 
 
-def test_check_tells_line_by_line(recipe: Path, folder: Path) -> None:
+def test_check_reports_line_by_line(recipe: Path, folder: Path) -> None:
     good = run("check", recipe, f"output_dir={folder}/checked", "--json")
     lines = {line["name"]: line for line in json.loads(good.stdout)}
     assert good.exit_code == 0
@@ -212,7 +214,7 @@ def test_check_tells_line_by_line(recipe: Path, folder: Path) -> None:
     assert "FAILED" in bad.stdout
 
 
-def test_sample_draws_with_the_word_a_run_learned(trained: tuple[Path, dict[str, Any]], folder: Path) -> None:
+def test_sample_uses_the_placeholder_of_a_run(trained: tuple[Path, dict[str, Any]], folder: Path) -> None:
     out, _ = trained
     options = ["--prompt", "a photo of <cat>", "--prompt", "a dog", "--num-images", "2", "--steps", "2"]
     own = run("sample", "--model", out, *options, "--out", folder / "own.png", "--json")
@@ -301,7 +303,7 @@ def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> No
         ("data", "label", "pictures", "--out", "gs://bucket/labels.json"),
     ],
 )
-def test_an_address_is_refused_where_a_file_of_this_machine_is_meant(
+def test_a_url_is_refused_where_a_local_file_is_required(
     words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -32,7 +32,7 @@ from dreamfleet.datasets.path_field import resolve_paths
         ({"image_dir": "a", "latent_sampling_method": "once"}, "latent_sampling", "once"),
     ],
 )
-def test_other_projects_names(given, field, value):
+def test_names_of_other_projects_are_accepted(given, field, value):
     assert getattr(DataConfig(**given), field) == value
 
 
@@ -87,7 +87,7 @@ def test_paths_start_at_the_recipe(tmp_path):
     assert resolve_paths(DataConfig(concepts_list="c.json"), "/r").concepts_list == "/r/c.json"
 
 
-def test_one_subject(tmp_path):
+def test_a_section_with_one_subject(tmp_path):
     for seed in range(3):
         put(tmp_path, f"{seed}.png", image(seed))
     put(tmp_path, "1.txt", "its own words")
@@ -108,7 +108,7 @@ def test_one_subject(tmp_path):
     assert sets.concepts[0].instance_prompt == "sks cat"
 
 
-def test_no_class_prompt_no_class_set(tmp_path):
+def test_without_a_class_prompt_there_is_no_class_set(tmp_path):
     put(tmp_path, "a.png", image(0))
     assert load_sets(DataConfig(instance_data_dir=str(tmp_path))).class_sets == []
     with_prompt = DataConfig(instance_data_dir=str(tmp_path), class_prompt="cat")

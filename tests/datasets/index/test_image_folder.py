@@ -134,7 +134,7 @@ def test_a_folder_is_found_in_either_unicode_form(tmp_path: Path) -> None:
     assert len(build_index(str(tmp_path / NFC))) == 1
 
 
-def test_every_caption_that_is_no_text_is_named_at_once(tmp_path: Path) -> None:
+def test_all_captions_that_are_not_text_are_named_at_once(tmp_path: Path) -> None:
     bad = {"a.txt": b"caf\xe9", "b.txt": "a cat".encode("utf-16"), "c.txt": "a cat".encode("utf-16-le")}
     fill(
         tmp_path,
@@ -193,7 +193,7 @@ def shared(folder: Path) -> Path:
     return fill(folder, {"x.jpg": None, "x.png": None, "x.txt": "both"})
 
 
-def test_captions_by_a_model_go_to_files_of_their_own(
+def test_captions_by_a_model_are_written_to_separate_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dreamfleet.trainers.models.vision import wd_tagger
@@ -218,7 +218,7 @@ def test_captions_by_a_model_go_to_files_of_their_own(
     assert captions(tmp_path / "shared") == {"x.jpg": "of x.jpg", "x.png": "of x.png"}
 
 
-def test_images_of_one_stem_are_prepared_apart_with_captions_and_masks(tmp_path: Path) -> None:
+def test_images_with_the_same_stem_are_prepared_separately(tmp_path: Path) -> None:
     source = shared_stems(tmp_path / "set")
     for name in ("x.jpg.mask.png", "a.MASK.PNG"):
         put(source, name, image(7, (24, 24)))
@@ -253,7 +253,7 @@ def test_masks_of_whole_names_and_of_stems(tmp_path: Path) -> None:
     assert files.images == ["a.png"] and list(files.masks) == ["a.png"]
 
 
-def test_a_mask_without_its_image_is_told(tmp_path: Path) -> None:
+def test_a_mask_without_its_image_is_reported(tmp_path: Path) -> None:
     fill(tmp_path, dict.fromkeys(("a.png", "a.mask.png", "b.mask.png")))
     files = ImageFolder(str(tmp_path))
     assert files.images == ["a.png"]
@@ -298,7 +298,7 @@ def within(folder: str, files: dict[str, str | bytes | None]) -> dict[str, str |
         ],
     ],
 )  # fmt: skip
-def test_folders_that_hold_no_training_images(
+def test_folders_without_training_images(
     tmp_path: Path, files: dict[str, str | bytes | None], place: str, reason: str
 ) -> None:
     fill(tmp_path, {"a.png": None, **files})

@@ -88,7 +88,9 @@ def test_an_index_of_a_source_is_that_of_the_same_files(folders: tuple[Path, Pat
     assert [item.reason for item in packed.bad] == ["the table gives it no bytes"]
 
 
-def test_what_a_source_lists_is_not_read(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_with_listed_properties_are_not_read(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = build_index(folders[1]).content_hash
     (folders[1] / "images.bin").unlink()
     assert build_index(folders[1], verify=False).content_hash == whole
@@ -104,7 +106,7 @@ def test_content_that_differs_from_the_listed_hash_is_left_out(folders: tuple[Pa
 
 
 @pytest.mark.parametrize("changes", [{}, {"data__center_crop": False}], ids=["latents", "pixels"])
-def test_training_from_a_source_is_training_from_the_same_files(
+def test_training_from_a_source_equals_training_from_files(
     folders: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     files, packed = folders
@@ -155,7 +157,7 @@ def test_held_out_images_can_come_from_a_source(folders: tuple[Path, Path], tmp_
     assert "holdout_loss" in lines
 
 
-def test_stamps_spare_reading_what_a_source_lists_without_a_hash(tmp_path: Path) -> None:
+def test_unchanged_images_without_a_listed_hash_are_not_read_again(tmp_path: Path) -> None:
     reads = []
 
     class Stamped(Source):

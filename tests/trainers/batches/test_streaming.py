@@ -68,7 +68,7 @@ def test_streaming_executes_the_same_plan_as_a_resident_set(tmp_path: Path, loca
 
 
 @pytest.mark.cluster
-def test_streamed_buckets_and_masks_are_resident_ones(tmp_path: Path, local_ray: None) -> None:
+def test_streamed_buckets_and_masks_equal_resident_ones(tmp_path: Path, local_ray: None) -> None:
     changes = {
         **tiny.SHAPES,
         "data__instance_data_dir": str(tiny.make_shapes(tmp_path / "shapes")),
@@ -80,7 +80,7 @@ def test_streamed_buckets_and_masks_are_resident_ones(tmp_path: Path, local_ray:
 
 
 @pytest.mark.cluster
-def test_images_may_be_asked_for_while_the_plan_is_still_read(tmp_path: Path, local_ray: None) -> None:
+def test_images_can_be_requested_while_the_plan_is_read(tmp_path: Path, local_ray: None) -> None:
     """Test ``take`` while the thread of the stream still reads draws from a slow plan."""
     index = build_index(tiny.make_images(tmp_path / "pictures", 3))
     data = DataConfig(instance_data_dir=str(tmp_path), resolution=tiny.RESOLUTION)
@@ -101,7 +101,7 @@ def test_images_may_be_asked_for_while_the_plan_is_still_read(tmp_path: Path, lo
 
 
 @pytest.mark.cluster
-def test_a_image_that_went_bad_is_replaced_and_told(tmp_path: Path, local_ray: None) -> None:
+def test_an_unreadable_image_is_replaced_and_reported(tmp_path: Path, local_ray: None) -> None:
     """Test with an image truncated after indexing: large datasets are not decoded before the run."""
     folder = tiny.make_images(tmp_path / "pictures", 4)
     broken = folder / "002.png"
@@ -118,7 +118,7 @@ def test_a_image_that_went_bad_is_replaced_and_told(tmp_path: Path, local_ray: N
 
 
 @pytest.mark.cluster
-def test_a_image_in_anothers_place_has_its_own_sizes_and_caption(tmp_path: Path, local_ray: None) -> None:
+def test_a_replacement_image_has_its_own_sizes_and_caption(tmp_path: Path, local_ray: None) -> None:
     tiny_family("sdxl").save_folder(tmp_path / "model")
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -167,7 +167,7 @@ def test_a_image_in_anothers_place_has_its_own_sizes_and_caption(tmp_path: Path,
 
 
 @pytest.mark.cluster
-def test_a_mean_over_streamed_images_is_the_plain_one(tmp_path: Path, local_ray: None) -> None:
+def test_a_mean_over_streamed_images_equals_the_resident_one(tmp_path: Path, local_ray: None) -> None:
     """Test also that an image that cannot be decoded and its replacement have weight 0 in the mean."""
     from dreamfleet.trainers.models.formats.aesthetic import read_aesthetic
 

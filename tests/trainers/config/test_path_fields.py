@@ -55,7 +55,7 @@ def toy_recipe(folder: Path, **method: object) -> Recipe:
     return load_recipe(tiny.write_recipe(folder / "recipe.yaml", tree))
 
 
-def test_paths_start_at_the_recipe_and_names_stay(tmp_path: Path) -> None:
+def test_paths_are_relative_to_the_recipe_and_hub_names_are_unchanged(tmp_path: Path) -> None:
     (tmp_path / "local-model").mkdir()
     given = {
         "sources": [{"notes": "a.txt"}],
@@ -73,7 +73,7 @@ def test_paths_start_at_the_recipe_and_names_stay(tmp_path: Path) -> None:
         assert local.teacher == str(tmp_path / name) and local.words == str(tmp_path / "w.txt")
 
 
-def test_a_missing_file_is_named_by_its_key_before_workers_start(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_with_its_key_before_workers_start(tmp_path: Path) -> None:
     recipe = toy_recipe(tmp_path, sources=[{"notes": "absent.txt"}])
     with pytest.raises(RecipeError, match=r"method\.sources\.notes: .*absent\.txt"):
         check_inputs(recipe)
@@ -85,7 +85,7 @@ def test_a_missing_file_is_named_by_its_key_before_workers_start(tmp_path: Path)
         check_inputs(continued)
 
 
-def test_machines_and_ranks_are_asked_for_it(tmp_path: Path) -> None:
+def test_a_path_is_checked_on_machines_and_ranks(tmp_path: Path) -> None:
     recipe = toy_recipe(tmp_path, extra=["a.txt", "b.txt"], scratch="/scratch")
     wanted = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
     assert shared_paths(recipe)["method.extra"] == wanted
@@ -93,7 +93,7 @@ def test_machines_and_ranks_are_asked_for_it(tmp_path: Path) -> None:
     assert "method.scratch" not in shared_paths(recipe)
 
 
-def test_a_submitted_job_carries_it(tmp_path: Path) -> None:
+def test_a_submitted_job_packages_the_file(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     for name in ("a.txt", "deep/a.txt"):
         (tmp_path / name).write_text(name)

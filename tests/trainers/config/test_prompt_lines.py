@@ -29,7 +29,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_options_are_kohyas() -> None:
+def test_options_equal_those_of_kohya() -> None:
     usual = ImageRequest("", negative_prompt="bad", seed=5, width=64)
     line = "a (cat:1.3) -- really --n ugly, bad --w 96 --h 128 --d 7 --s 30 --l 7.5 --ss k_euler_a"
     assert parse_prompt_line(line, usual) == ImageRequest(
@@ -50,12 +50,12 @@ def test_options_are_kohyas() -> None:
         *[("a --l -3", "--l -3"), ("a --d 1e3", "--d 1e3"), ("a --h ³", "--h")],
     ],
 )
-def test_options_that_cannot_be_read_are_named(line: str, named: str) -> None:
+def test_invalid_options_are_named(line: str, named: str) -> None:
     with pytest.raises(UserError, match=named):
         parse_prompt_line(line, ImageRequest(""))
 
 
-def test_files_stand_for_their_lines(tmp_path: Path) -> None:
+def test_a_file_is_replaced_by_its_lines(tmp_path: Path) -> None:
     (tmp_path / "a b.txt").write_bytes("\ufeff# no\n a cat --w 64 \n\n猫\n".encode())
     assert read_prompts(["x", "a b.txt"], folder=str(tmp_path)) == ["x", "a cat --w 64", "猫"]
     (tmp_path / "bad.txt").write_text("fine\na --w x\n# no\na --q 1\n")
@@ -67,7 +67,7 @@ def test_files_stand_for_their_lines(tmp_path: Path) -> None:
             read_prompts([name], folder=str(tmp_path))
 
 
-def test_a_recipe_takes_a_files_prompts_in(workplace: Path) -> None:
+def test_a_recipe_includes_the_prompts_of_a_file(workplace: Path) -> None:
     (workplace / "prompts.txt").write_text("a <x> --w 64\na dog\n")
     tree = tiny.make_recipe(workplace, validation={"prompts": "prompts.txt"})
     recipe = load_recipe(tiny.write_recipe(workplace / "recipe.yaml", tree))
@@ -123,7 +123,7 @@ def test_previews_of_different_sizes(workplace: Path, tmp_path: Path) -> None:
         ("a café", "cafe\u0301"),
     ],
 )
-def test_a_word_learns_wherever_its_template_puts_it(
+def test_a_placeholder_trains_at_any_position_of_the_template(
     workplace: Path, name: str, template: str, word: str
 ) -> None:
     parts = templated(workplace, name, [template], word)
@@ -141,7 +141,7 @@ def templated(workplace: Path, name: str, templates: list[str], word: str = "sks
 
 
 @pytest.mark.parametrize("name", ["textual_inversion", "prompt_tuning"])
-def test_templates_without_the_word_are_refused(
+def test_templates_without_the_placeholder_are_refused(
     workplace: Path, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cats = tiny.make_images(tmp_path / "cats", 2, captions=True)
@@ -158,6 +158,6 @@ def test_templates_without_the_word_are_refused(
 
 
 @pytest.mark.parametrize("prompt", ["a photo of [name]", "a {} cat"])
-def test_methods_without_a_word_refuse_a_place_for_one(workplace: Path, prompt: str) -> None:
+def test_methods_without_a_placeholder_refuse_templates_with_one(workplace: Path, prompt: str) -> None:
     with pytest.raises(RecipeError, match="learns no word"):
         make(workplace, data__instance_prompt=prompt)

@@ -39,7 +39,7 @@ def their_rates(name: str, steps: int, rate: float, **options: Any) -> list[floa
     return rates
 
 
-def test_every_schedule_of_diffusers_is_known() -> None:
+def test_every_schedule_of_diffusers_is_supported() -> None:
     assert set(SCHEDULES) == {kind.value for kind in SchedulerType}
 
 
@@ -47,7 +47,7 @@ def test_every_schedule_of_diffusers_is_known() -> None:
 @pytest.mark.parametrize("warmup", [0, 7, 80])  # the last is longer than the run
 @pytest.mark.parametrize("cycles", [None, 1, 3])
 @pytest.mark.parametrize("rate", [5e-6, 1e-2])
-def test_rates_are_those_of_diffusers_at_every_step(
+def test_rates_equal_those_of_diffusers_at_every_step(
     name: str, warmup: int, cycles: int | None, rate: float
 ) -> None:
     """Test with all options set, as in files of diffusers and kohya, also those that a schedule ignores."""
@@ -67,12 +67,12 @@ def test_rates_are_those_of_diffusers_at_every_step(
     assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-15)
 
 
-def test_a_cosine_with_one_cycle_falls_to_nothing_at_the_end() -> None:
+def test_a_cosine_with_one_cycle_ends_at_zero() -> None:
     rates = our_rates(100, learning_rate=1.0, lr_scheduler="cosine", lr_num_cycles=1)
     assert rates[50] == pytest.approx(0.5) and rates[-1] < 1e-3 and rates == sorted(rates, reverse=True)
 
 
-def test_scaled_rates_end_where_those_of_diffusers_do() -> None:
+def test_scaled_rates_end_at_those_of_diffusers() -> None:
     ours = our_rates(20, learning_rate=1e-6, scale_lr=True, lr_scheduler="polynomial")
     assert ours == pytest.approx(their_rates("polynomial", 20, 8e-6, num_warmup_steps=0), rel=1e-9)
 
@@ -82,13 +82,13 @@ def test_scaled_rates_end_where_those_of_diffusers_do() -> None:
     ["", "x", "1:2,0.1:six,0.005", "1:2,", "1:2;0.1", "1:2,0.1:2,0.5", "1:0,2", "1:2,nan", "1:2,-1",
      "inf", "1:2.5,1", "1,0.5", "1:2,0.1:-3,1"],
 )  # fmt: skip
-def test_rules_are_read_whole_when_the_recipe_is(tmp_path: Path, rules: str) -> None:
+def test_rules_are_validated_when_the_recipe_is_read(tmp_path: Path, rules: str) -> None:
     optimizer = {"lr_scheduler": "piecewise_constant", "lr_rules": rules}
     with pytest.raises(RecipeError, match=r"optimizer\.lr_rules.*1:10,0\.1:20,0\.005"):
         build_recipe(tiny.make_recipe(tmp_path, optimizer=optimizer))
 
 
-def test_rules_may_stand_in_any_order_and_with_spaces() -> None:
+def test_rules_may_have_any_order_and_spaces() -> None:
     assert parse_rules("0.1:5, 1:3 ,0.01") == [(1, 3), (0.1, 5), (0.01, None)]
     multiplier = make_multiplier("piecewise_constant", warmup=0, total=9, rules="0.1:5, 1:3 ,0.01")
     assert [multiplier(step) for step in range(7)] == [1, 1, 1, 0.1, 0.1, 0.01, 0.01]
@@ -105,7 +105,7 @@ def test_webui_strings() -> None:
     "wrong", ["abc", "0.1:x", "0.1:20,0.2:10", "0.1,0.2", "-1:5", "nan", "0.1:0", "0.1:5,0.2:-5"]
 )
 @pytest.mark.parametrize("name", ["learning_rate", "text_encoder_lr"])
-def test_webui_strings_are_read_whole_when_the_recipe_is(tmp_path: Path, wrong: str, name: str) -> None:
+def test_webui_strings_are_validated_when_the_recipe_is_read(tmp_path: Path, wrong: str, name: str) -> None:
     with pytest.raises(RecipeError):
         parse_webui_schedule(wrong)
     with pytest.raises(RecipeError, match=f"optimizer.{name}"):
@@ -121,7 +121,9 @@ def test_webui_strings_are_read_whole_when_the_recipe_is(tmp_path: Path, wrong: 
         ({"learning_rate": 1e-8, "lr_scheduler": "polynomial"}, "polynomial ends"),
     ],
 )
-def test_what_a_schedule_does_not_go_with(tmp_path: Path, optimizer: dict[str, Any], told: str) -> None:
+def test_options_that_conflict_with_a_schedule_are_errors(
+    tmp_path: Path, optimizer: dict[str, Any], told: str
+) -> None:
     with pytest.raises(RecipeError, match=told):
         build_recipe(tiny.make_recipe(tmp_path, optimizer=optimizer))
 
@@ -138,7 +140,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("one", "first", "other", "second"), PAIRS)
-def test_two_keys_for_one_thing_are_an_error(
+def test_two_keys_for_one_setting_are_an_error(
     tmp_path: Path, one: str, first: Any, other: str, second: Any
 ) -> None:
     tree = tiny.make_recipe(tmp_path, train={one: first, other: second})
@@ -146,7 +148,7 @@ def test_two_keys_for_one_thing_are_an_error(
         build_recipe(tree)
 
 
-def test_an_override_says_how_to_take_the_other_key_out(tmp_path: Path) -> None:
+def test_an_override_error_names_how_to_remove_the_other_key(tmp_path: Path) -> None:
     path = tiny.write_recipe(tmp_path / "r.yaml", tiny.make_recipe(tmp_path))
     with pytest.raises(RecipeError, match=r"train\.max_train_steps=null"):
         load_recipe(path, ["train.num_train_epochs=3"])
@@ -156,7 +158,7 @@ def test_an_override_says_how_to_take_the_other_key_out(tmp_path: Path) -> None:
         load_recipe(path, ["train.save_every_n_epochs=1"])
 
 
-def test_a_resolved_recipe_reads_back_whichever_key_it_has(tmp_path: Path) -> None:
+def test_a_resolved_recipe_reads_back_with_either_key(tmp_path: Path) -> None:
     for train in ({"num_train_epochs": 2, "save_every_n_epochs": 1}, {"max_train_steps": 4}):
         recipe = build_recipe(tiny.make_recipe(tmp_path, train=train))
         assert build_recipe(recipe.model_dump(mode="json")) == recipe

@@ -41,7 +41,7 @@ def losses(run: str) -> list[float]:
     return [line["loss"] for line in read_metrics(Storage(run)) if "loss" in line]
 
 
-def test_from_bucket_to_bucket(
+def test_a_run_reads_from_and_writes_to_a_bucket(
     tmp_path: Path,
     s3_server: S3Server,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,

@@ -85,7 +85,7 @@ def test_two_workers_equal_one(folder: Path, straight: str) -> None:
     torch.testing.assert_close(final_weights(alone), final_weights(straight), rtol=1e-3, atol=1e-4)
 
 
-def test_a_killed_worker_changes_nothing(folder: Path, straight: str) -> None:
+def test_a_killed_worker_does_not_change_results(folder: Path, straight: str) -> None:
     killed: list[int] = []
 
     def kill_one(line: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ def test_a_killed_worker_changes_nothing(folder: Path, straight: str) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_worker_that_keeps_dying_fails_the_run(folder: Path, local_ray: RaySession) -> None:
+def test_a_worker_that_fails_repeatedly_fails_the_run(folder: Path, local_ray: RaySession) -> None:
     def kill_each(line: dict[str, Any]) -> None:
         for process in worker_processes():
             os.kill(process, signal.SIGKILL)
@@ -114,9 +114,7 @@ def test_a_worker_that_keeps_dying_fails_the_run(folder: Path, local_ray: RaySes
         fit(recipe, on_progress=kill_each)
 
 
-def test_a_mistake_found_by_a_worker_ends_the_run_without_retries(
-    folder: Path, local_ray: RaySession
-) -> None:
+def test_a_user_error_in_a_worker_ends_the_run_without_retries(folder: Path, local_ray: RaySession) -> None:
     recipe = make_recipe(
         folder, "mistaken", validation={"holdout": str(folder / "nowhere")}, scaling__max_failures=3
     )
@@ -124,7 +122,7 @@ def test_a_mistake_found_by_a_worker_ends_the_run_without_retries(
         fit(recipe)
 
 
-def test_what_the_cluster_cannot_give_is_refused_at_once(folder: Path, local_ray: RaySession) -> None:
+def test_resources_that_the_cluster_lacks_are_refused_at_once(folder: Path, local_ray: RaySession) -> None:
     began = time.monotonic()
     recipe = make_recipe(
         folder, "too-large", scaling__num_workers=3, scaling__resources_per_worker={"CPU": 1000}

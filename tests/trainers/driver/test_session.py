@@ -38,7 +38,7 @@ def line(step: int, **more: Any) -> dict[str, Any]:
     return {"step": step, "loss": 1.0 / step, "images_per_second": 4.0, "step_seconds": 0.5, **more}
 
 
-def test_plain_lines_are_few_and_the_last_step_is_always_shown() -> None:
+def test_plain_progress_lines_are_few_and_include_the_last_step() -> None:
     stream = io.StringIO()
     display = Display(total=100, stream=stream)
     for step in range(1, 101):
@@ -51,7 +51,7 @@ def test_plain_lines_are_few_and_the_last_step_is_always_shown() -> None:
     assert shown[1].startswith("step 100/100")
 
 
-def test_rate_and_time_left_are_those_of_many_steps_not_of_one_that_saved(
+def test_rate_and_remaining_time_are_averages_of_many_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stream, seconds = io.StringIO(), [0.0]
@@ -68,7 +68,7 @@ def test_rate_and_time_left_are_those_of_many_steps_not_of_one_that_saved(
     assert "2.71 images/s" in shown[-1]
 
 
-def test_saves_and_previews_are_counted_once_a_minute_has_shown_what_they_take() -> None:
+def test_saves_and_previews_count_after_the_first_minute() -> None:
     pace = Pace()
     for step in range(1, 61):
         pace.add(line(step), now=step * 0.5)
@@ -88,7 +88,7 @@ def test_the_rate_follows_a_change_of_speed_within_its_window() -> None:
     assert pace.images_per_second == pytest.approx(1.0, rel=0.05)
 
 
-def test_a_terminal_gets_one_bar() -> None:
+def test_a_terminal_shows_one_progress_bar() -> None:
     stream = Terminal()
     display = Display(stream=stream)
     for step in (1, 2, 3):
@@ -100,7 +100,7 @@ def test_a_terminal_gets_one_bar() -> None:
     assert "a warning" in stream.getvalue()
 
 
-def test_the_tail_shows_what_is_new_also_after_a_restart(tmp_path: Path) -> None:
+def test_the_tail_shows_new_lines_also_after_a_restart(tmp_path: Path) -> None:
     run = Storage(tmp_path)
     run.append_text("metrics.jsonl", json.dumps(line(1)) + "\n")
     stream = io.StringIO()
@@ -122,7 +122,9 @@ def test_the_tail_shows_what_is_new_also_after_a_restart(tmp_path: Path) -> None
     assert tail.new_lines() == ["{}"]
 
 
-def test_a_stop_mark_is_seen_on_disk_and_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_mark_is_found_on_disk_and_in_a_bucket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(progress, "LOCAL_POLL_SECONDS", 0.0)
     monkeypatch.setattr(progress, "BUCKET_POLL_SECONDS", 0.01)
 
@@ -162,7 +164,7 @@ class AwayBucket(Storage):
         raise StorageError("no answer")
 
 
-def test_a_bucket_in_trouble_does_not_have_its_warnings_written_into_itself(
+def test_warnings_about_a_failing_bucket_are_not_written_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging, "raiseExceptions", False)
@@ -173,7 +175,7 @@ def test_a_bucket_in_trouble_does_not_have_its_warnings_written_into_itself(
     assert run.tries == 2
 
 
-def test_missing_inputs_are_told_before_workers_start(tmp_path: Path) -> None:
+def test_missing_inputs_are_reported_before_workers_start(tmp_path: Path) -> None:
     tree = tiny.make_recipe(tmp_path)
     assert shared_paths(build_recipe(tree)) == {
         "model.pretrained_model_name_or_path": [str(tmp_path / "model")],
@@ -185,7 +187,7 @@ def test_missing_inputs_are_told_before_workers_start(tmp_path: Path) -> None:
         check_inputs(build_recipe(tree))
 
 
-def test_workers_get_threads_and_credentials_where_nothing_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_get_threads_and_credentials_that_are_not_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("SOMETHING_ELSE", "stays")
@@ -195,7 +197,7 @@ def test_workers_get_threads_and_credentials_where_nothing_is_logged(monkeypatch
     assert variables_to_send(buckets=True)["AWS_ENDPOINT_URL"] == "http://127.0.0.1:1"
 
 
-def test_a_private_ray_gets_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_private_ray_cluster_gets_a_new_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -219,12 +221,12 @@ def test_a_private_ray_gets_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize(
     "address", ["127.0.0.1:1", "ray://127.0.0.1:10001", "http://127.0.0.1:8265", "nonsense"]
 )
-def test_no_cluster_at_an_address_is_told_at_once(address: str) -> None:
+def test_an_address_without_a_cluster_is_reported_at_once(address: str) -> None:
     with pytest.raises(ResourceError, match=r"--address"), ray_session.ray_session(address):
         pass
 
 
-def test_folders_that_machines_do_not_share_are_told(tmp_path: Path) -> None:
+def test_folders_that_machines_do_not_share_are_reported(tmp_path: Path) -> None:
     near, far = (ray_session.Node(name, name, {}) for name in ("10.0.0.1", "10.0.0.2"))
     assert machines.find_missing([str(tmp_path), str(tmp_path / "nowhere")]) == [str(tmp_path / "nowhere")]
     markers = {"/runs/cat/.seen-1": "output_dir"}
@@ -247,7 +249,7 @@ class GrowingCluster(ray_session.RaySession):
         return {"CPU": 2.0}
 
 
-def test_local_paths_on_a_cluster_that_grows_need_shared(tmp_path: Path) -> None:
+def test_local_paths_on_an_autoscaling_cluster_require_shared(tmp_path: Path) -> None:
     """Test that paths are refused although the running machine sees them: later machines would not."""
     tree = tiny.make_recipe(tmp_path, scaling={"num_workers": 1, "use_gpu": False})
     recipe, session = build_recipe(tree), GrowingCluster(private=False, address="10.0.0.1:6379")
@@ -296,7 +298,7 @@ def test_local_paths_on_a_cluster_that_grows_need_shared(tmp_path: Path) -> None
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_every_path_of_a_run_is_looked_at(tmp_path: Path, changes: dict[str, Any], key: str) -> None:
+def test_every_path_of_a_run_is_checked(tmp_path: Path, changes: dict[str, Any], key: str) -> None:
     """Test that each path outside the shared folders is an error that names its recipe key."""
 
     def outside(value: Any) -> Any:
@@ -317,7 +319,7 @@ def test_every_path_of_a_run_is_looked_at(tmp_path: Path, changes: dict[str, Any
     assert f": {key} /" in str(told.value)
 
 
-def test_a_disk_of_each_machine_is_no_shared_path(tmp_path: Path) -> None:
+def test_a_local_disk_of_each_machine_is_not_a_shared_path(tmp_path: Path) -> None:
     recipe = build_recipe(tiny.make_recipe(tmp_path, engine={"nvme_path": "/nvme"}))
     assert "/nvme" not in str(shared_paths(recipe)) and "/nvme" in str(recipe.paths)
 

@@ -39,7 +39,7 @@ def find_difference(internal: Internal) -> str | None:
 
 
 @pytest.mark.parametrize("internal", INTERNALS, ids=lambda internal: f"{internal.owner}.{internal.name}")
-def test_deepspeed_still_has_it(internal: Internal) -> None:
+def test_deepspeed_has_the_internals_in_use(internal: Internal) -> None:
     assert find_difference(internal) is None
 
 
@@ -56,7 +56,7 @@ def test_a_change_of_deepspeed_is_found(change: dict[str, Any], difference: str)
     assert difference in (find_difference(INTERNALS[0]._replace(**change)) or "")
 
 
-def test_they_are_named_in_one_file() -> None:
+def test_internals_are_named_in_one_file() -> None:
     names = {internal.name for internal in INTERNALS} - {"optimizer", "zero_grad", "partition", "all_gather"}
 
     def accessed(path: Path) -> set[str]:

@@ -48,7 +48,7 @@ def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
 
 
-def test_it_trains_resumes_and_exports_like_an_engine_of_this_project(
+def test_a_registered_engine_trains_resumes_and_exports(
     toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     norms: list[float] = []
@@ -78,7 +78,7 @@ def test_it_trains_resumes_and_exports_like_an_engine_of_this_project(
     assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
 
 
-def test_a_dry_run_tries_it_and_the_plan_says_that_it_cannot(toy: Any, tmp_path: Path) -> None:
+def test_check_runs_a_registered_engine_and_plan_reports_no_support(toy: Any, tmp_path: Path) -> None:
     recipe = build_recipe(toy_tree(tmp_path))
     assert all(line.ok for line in check_run(recipe))
     with pytest.raises(UserError, match=r"engine\.name: toy .*memory plan"):
@@ -100,14 +100,14 @@ def test_a_dry_run_tries_it_and_the_plan_says_that_it_cannot(toy: Any, tmp_path:
         ({"name": "zero"}, "zero_stage"),
     ],
 )
-def test_what_it_does_not_take_is_an_error_of_the_recipe(
+def test_unsupported_settings_are_recipe_errors(
     toy: Any, tmp_path: Path, engine: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         build_recipe(tiny.make_recipe(tmp_path, engine=engine))
 
 
-def test_what_is_registered_must_be_an_engine(tmp_path: Path) -> None:
+def test_a_registered_object_must_be_an_engine(tmp_path: Path) -> None:
     ENGINES.register("broken")(dict)  # type: ignore[type-var]
     try:
         with pytest.raises(UserError, match=r"engine\.name: .*broken"):
@@ -116,7 +116,7 @@ def test_what_is_registered_must_be_an_engine(tmp_path: Path) -> None:
         ENGINES.unregister("broken")
 
 
-def test_an_installed_package_adds_it_to_the_command_line_and_the_docs(tmp_path: Path) -> None:
+def test_an_installed_package_adds_an_engine_to_command_line_and_docs(tmp_path: Path) -> None:
     site = tmp_path / "site"
     info = site / "toy_engine-1.0.dist-info"
     info.mkdir(parents=True)

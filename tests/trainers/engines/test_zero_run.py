@@ -93,7 +93,7 @@ def test_stage_3_from_the_command_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.cluster
-def test_a_killed_worker_changes_nothing_and_torch_resumes_the_run(tmp_path: Path) -> None:
+def test_a_killed_worker_does_not_change_results_and_torch_resumes_the_run(tmp_path: Path) -> None:
     """Test stage 2 with optimizer states in host memory against one process under TorchEngine."""
     alone = make_tree(tmp_path, "alone", train__max_train_steps=STEPS + 3)
     run_worker(build_recipe({**alone, "train": {**alone["train"], "max_train_steps": STEPS}}))

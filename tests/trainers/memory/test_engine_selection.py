@@ -65,7 +65,7 @@ def test_auto_chooses_the_cheapest_that_fits_the_gpu(
     assert yaml.safe_load(settled.to_yaml())["engine"]["zero_stage"] == stage
 
 
-def test_a_limit_is_planned_within_and_enforced_without_the_cuda_context(
+def test_a_memory_limit_applies_to_plan_and_run_without_the_cuda_context(
     sd15: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = fake_gpu(monkeypatch, 79)
@@ -124,7 +124,7 @@ def test_the_error_when_nothing_fits_names_needs_and_remedies(
         engine_selection.settle_engine(sd15, GPU)
 
 
-def test_a_cpu_plans_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_memory_is_planned_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dreamfleet.trainers.memory.plan", None)
     summary = run_worker(build_recipe(tiny.make_recipe(tmp_path, train__max_train_steps=1)))
     assert summary.engine == "torch (no GPU)"

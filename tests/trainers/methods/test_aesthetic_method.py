@@ -95,7 +95,7 @@ def test_ddp_finds_every_parameter_used(workplace: Path, lone_group: None) -> No
         module(parts.prepare(parts.feed.batch(step))).total.backward()
 
 
-def test_stopped_and_resumed_gives_the_same_file(workplace: Path) -> None:
+def test_a_resumed_run_writes_the_same_file(workplace: Path) -> None:
     for name in ("straight", "broken"):
         tree = recipe_tree(workplace, output_dir=str(workplace / name / "taste"), train__train_batch_size=1)
         if name == "broken":
@@ -114,18 +114,18 @@ def test_an_engine_that_averages_or_shards_is_refused(key: str, value: Any, work
         assemble(build_recipe(recipe_tree(workplace, engine={key: value})), DistributedContext())
 
 
-def test_a_plan_of_memory_says_that_there_is_nothing_to_plan(workplace: Path) -> None:
+def test_a_memory_plan_reports_that_nothing_is_trained(workplace: Path) -> None:
     with pytest.raises(UserError, match="weights"):
         method_shape(build_recipe(recipe_tree(workplace)))
 
 
-def test_what_previews_would_refuse_the_recipe_does(workplace: Path) -> None:
+def test_settings_that_previews_refuse_are_recipe_errors(workplace: Path) -> None:
     for section in ({"aesthetic_weight": 2}, {"aesthetic_slerp": "sideways"}, {"aesthetic_steps": -1}):
         with pytest.raises(RecipeError, match=next(iter(section))):
             build_recipe(recipe_tree(workplace, method={**SECTION, **section}))
 
 
-def test_the_baked_form_is_a_model_of_its_own(workplace: Path, tmp_path: Path) -> None:
+def test_the_baked_form_is_a_separate_model(workplace: Path, tmp_path: Path) -> None:
     section = {**SECTION, "baked_prompts": ["a cat", "a dog"]}
     parts = assemble(build_recipe(recipe_tree(workplace, method=section)), DistributedContext())
     walk(parts, range(1))

@@ -61,11 +61,11 @@ def test_every_vector_of_an_embedding_trains(workplace: Path) -> None:
     assert ((parts.method.vectors - before).abs().sum(1) > 0).all()
 
 
-def test_a_state_reads_back(workplace: Path, method_name: str) -> None:
+def test_a_state_round_trips(workplace: Path, method_name: str) -> None:
     check_state(make_parts(workplace, method_name), make_parts(workplace, method_name))
 
 
-def test_exports_read_back_exactly(workplace: Path, method_name: str, tmp_path: Path) -> None:
+def test_exports_round_trip_exactly(workplace: Path, method_name: str, tmp_path: Path) -> None:
     exported = EXPORTED.get(method_name, lambda state, path: state)
     check_exports(make_parts(workplace, method_name), tmp_path, exported=exported)
 
@@ -76,7 +76,7 @@ def test_an_unknown_export_format_is_an_error(workplace: Path, method_name: str,
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
-def test_prior_loss_is_the_papers_for_every_batch_size(
+def test_the_prior_loss_equals_that_of_the_paper_for_any_batch_size(
     workplace: Path, batch: int, snr_gamma: float | None
 ) -> None:
     # diffusers broadcasts wrongly if snr_gamma and the prior loss are combined; Ray's template paired batches

@@ -61,7 +61,7 @@ def make_parts(folder: Path, section: dict[str, Any] | None = None, **changes: A
 # ---- labels ------------------------------------------------------------------------------------------------
 
 
-def test_labels_are_written_and_read_as_the_original_has_them(tmp_path: Path) -> None:
+def test_labels_have_the_format_of_the_original(tmp_path: Path) -> None:
     path = str(tmp_path / "dataset.json")
     write_labels(path, {"a.png": 1, "ü b.jpg": 0})
     assert json.loads(Path(path).read_text("utf-8")) == {"a.png": 1, "ü b.jpg": 0} == read_labels(path)
@@ -80,7 +80,7 @@ def test_labels_are_written_and_read_as_the_original_has_them(tmp_path: Path) ->
         ('{"a.png": 1.5}', " 1.5"),
     ],
 )
-def test_what_are_no_labels_is_told(text: str, message: str) -> None:
+def test_invalid_label_files_are_reported(text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         parse_labels(text, "x.json")
 
@@ -89,7 +89,7 @@ def test_what_are_no_labels_is_told(text: str, message: str) -> None:
     st.text(max_size=30)
     | st.recursive(st.none() | st.integers() | st.text(max_size=3), st.lists).map(json.dumps)
 )
-def test_no_text_crashes(text: str) -> None:
+def test_any_text_is_labels_or_a_clear_error(text: str) -> None:
     try:
         assert isinstance(parse_labels(text, "x.json"), dict)
     except DataError:
@@ -103,7 +103,7 @@ def test_a_label_is_found_by_whole_name_last_part_or_folder() -> None:
     assert label_of("b.png", None) is None and label_of("²/b.png", None) is None
 
 
-def test_held_out_images_are_the_same_in_every_run_and_copies_stay_together(tmp_path: Path) -> None:
+def test_held_out_images_are_deterministic_and_duplicates_are_not_split(tmp_path: Path) -> None:
     tiny.make_two_classes(tmp_path, 30)
     (tmp_path / "copies").mkdir()
     for number in range(0, 30, 3):
@@ -122,7 +122,7 @@ def test_held_out_images_are_the_same_in_every_run_and_copies_stay_together(tmp_
 # ---- image selection ---------------------------------------------------------------------------------------
 
 
-def test_folders_and_two_jsons_split_as_they_say(workplace: Path, tmp_path: Path) -> None:
+def test_folders_and_two_json_files_define_the_split(workplace: Path, tmp_path: Path) -> None:
     source = workplace / "pictures"
     labels = json.loads((source / "dataset.json").read_text())
     for name, label in labels.items():
@@ -142,7 +142,7 @@ def test_folders_and_two_jsons_split_as_they_say(workplace: Path, tmp_path: Path
     assert set(split.sets.instances.column("caption")) == {"warm", "cold"}
 
 
-def test_labels_count_in_the_hash_of_the_data(workplace: Path) -> None:
+def test_the_data_hash_includes_labels(workplace: Path) -> None:
     swapped = make_parts(workplace, {"classes": ["cold", "warm"]})
     assert swapped.sets.instances.content_hash != make_parts(workplace).sets.instances.content_hash
 
@@ -155,7 +155,7 @@ def test_labels_count_in_the_hash_of_the_data(workplace: Path) -> None:
         ({"000.png": 0, "001.png": 1, "002.png": 2}, "class 2.*method.classes .*0 to 1"),
     ],
 )
-def test_labels_that_teach_nothing_are_told(
+def test_unusable_labels_are_errors(
     labels: dict[str, int], message: str, workplace: Path, tmp_path: Path
 ) -> None:
     write_labels(str(tmp_path / "labels.json"), labels)
@@ -163,7 +163,7 @@ def test_labels_that_teach_nothing_are_told(
         make_parts(workplace, {"labels": str(tmp_path / "labels.json")})
 
 
-def test_colours_and_mirrors_are_keyed_and_spare_what_is_measured(workplace: Path) -> None:
+def test_augmentation_is_deterministic_and_not_applied_in_validation(workplace: Path) -> None:
     section = {"color_jitter": 0.5}
     feeds = [make_parts(workplace, section, data__random_flip=True).feed for _ in range(2)]
     first, again, later = feeds[0].batch(0), feeds[1].batch(0), feeds[0].batch(4)
@@ -191,7 +191,7 @@ def test_two_workers_share_the_images(rank: int, workplace: Path) -> None:
         assert torch.equal(mine[name], whole[name][4 * rank : 4 * rank + 4])
 
 
-def test_balanced_classes_count_alike(workplace: Path, tmp_path: Path) -> None:
+def test_balanced_classes_have_equal_weight(workplace: Path, tmp_path: Path) -> None:
     labels = read_labels(str(workplace / "pictures" / "dataset.json"))
     few = [name for name, label in labels.items() if label == 1][4:]
     write_labels(str(tmp_path / "l.json"), {name: label for name, label in labels.items() if name not in few})
@@ -209,7 +209,7 @@ def test_balanced_classes_count_alike(workplace: Path, tmp_path: Path) -> None:
 # ---- training ----------------------------------------------------------------------------------------------
 
 
-def test_a_run_learns_the_classes_and_tells_so(workplace: Path, tmp_path: Path) -> None:
+def test_a_run_learns_the_classes_and_reports_accuracy(workplace: Path, tmp_path: Path) -> None:
     tree = make_tree(
         workplace, train__max_train_steps=40, train__train_batch_size=16, output_dir=str(tmp_path / "run")
     )
@@ -240,7 +240,7 @@ def test_a_run_learns_the_classes_and_tells_so(workplace: Path, tmp_path: Path) 
     assert scored.exit_code == 2
 
 
-def test_stopped_and_resumed_gives_the_same_file(workplace: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_writes_the_same_file(workplace: Path, tmp_path: Path) -> None:
     for name in ("straight", "broken"):
         # Stochastic depth drops random paths; a resumed run has to drop the same ones.
         section = {"drop_path": 0.5, "depths": [2, 2]}
@@ -255,7 +255,7 @@ def test_stopped_and_resumed_gives_the_same_file(workplace: Path, tmp_path: Path
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_another_classifier_is_gone_on_from_with_a_head_of_its_own(workplace: Path, tmp_path: Path) -> None:
+def test_training_continues_from_another_classifier_with_a_new_head(workplace: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     network = make_network(depths=[1, 2], hidden_sizes=[8, 16], classes=["x", "y", "z"], drop_path=0.0)
     save_network(network, tmp_path / "x", size=64, dtype=torch.float32, metadata={})
@@ -305,12 +305,12 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(precision: str, work
         ({"section": {"depths": [1] * 5, "hidden_sizes": [8] * 5}}, "64 pixels"),
     ],
 )
-def test_a_recipe_that_cannot_be_says_so(changes: dict[str, Any], message: str, workplace: Path) -> None:
+def test_an_invalid_recipe_is_an_error(changes: dict[str, Any], message: str, workplace: Path) -> None:
     with pytest.raises(RecipeError, match=message):
         build_recipe(make_tree(workplace, **changes))
 
 
-def test_a_search_may_go_by_its_figures(workplace: Path) -> None:
+def test_a_search_can_optimise_its_metrics(workplace: Path) -> None:
     space = {"optimizer.learning_rate": {"distribution": "choice", "values": [1e-3, 1e-2]}}
     search = {"space": space, "num_trials": 2, "metric": "accuracy"}
     assert build_recipe(make_tree(workplace, search=search)).search.maximise
@@ -328,7 +328,9 @@ def test_a_search_may_go_by_its_figures(workplace: Path) -> None:
         )
 
 
-def test_paths_are_the_recipes_and_missing_ones_are_told_early(workplace: Path, tmp_path: Path) -> None:
+def test_paths_are_relative_to_the_recipe_and_missing_ones_reported_early(
+    workplace: Path, tmp_path: Path
+) -> None:
     tree = make_tree(workplace, {"labels": "labels.json", "convnext": "facebook/convnext-tiny-384-22k-1k"})
     recipe = load_recipe(tiny.write_recipe(tmp_path / "r.yaml", tree))
     assert recipe.method.labels == str(tmp_path / "labels.json")
@@ -337,7 +339,7 @@ def test_paths_are_the_recipes_and_missing_ones_are_told_early(workplace: Path, 
         check_inputs(recipe)
 
 
-def test_check_plan_methods_and_hints(workplace: Path, tmp_path: Path) -> None:
+def test_commands_check_plan_methods_and_hints(workplace: Path, tmp_path: Path) -> None:
     tree = make_tree(workplace, output_dir=str(tmp_path / "run"))
     checked = CliRunner().invoke(program.app, ["check", str(tiny.write_recipe(tmp_path / "r.yaml", tree))])
     assert checked.exit_code == 0, checked.output
@@ -349,7 +351,7 @@ def test_check_plan_methods_and_hints(workplace: Path, tmp_path: Path) -> None:
     assert "DreamArtist" in describe("run.pth", run_name="run", recipe=tree).what
 
 
-def test_the_labels_that_ship_name_images_that_ship(root: Path) -> None:
+def test_shipped_labels_name_shipped_images(root: Path) -> None:
     recipe = load_recipe(root / "recipes" / "cat-discriminator.yaml")
     names = [read_labels(distributed) for distributed in (recipe.method.labels, recipe.method.test_labels)]
     assert not names[0].keys() & names[1].keys()

@@ -63,7 +63,7 @@ def train(parts: Parts, steps: range, *, fixed: bool = False) -> list[float]:
 
 
 @pytest.mark.parametrize("name", GRADIENT)
-def test_one_image_is_learned_and_everything_that_learns_moves(workplace: Path, name: str) -> None:
+def test_one_image_is_learned_and_every_trainable_parameter_changes(workplace: Path, name: str) -> None:
     parts = make_parts(workplace, name)
     before = {key: tensor.clone() for key, tensor in parts.method.state().items()}
     batch = parts.feed.batch(0)
@@ -79,7 +79,7 @@ def test_one_image_is_learned_and_everything_that_learns_moves(workplace: Path, 
 
 
 @pytest.mark.parametrize("name", GRADIENT)
-def test_stop_and_resume_is_a_straight_run(workplace: Path, name: str) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(workplace: Path, name: str) -> None:
     changes = {"data__center_crop": False, "data__random_flip": True}
     straight = make_parts(workplace, name, **changes)
     losses = train(straight, range(4))
@@ -94,7 +94,7 @@ def test_stop_and_resume_is_a_straight_run(workplace: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dreambooth", "native"])
-def test_checkpoints_draw_what_diffusers_draws_with_them(workplace: Path, name: str, tmp_path: Path) -> None:
+def test_checkpoints_generate_equal_images_in_diffusers(workplace: Path, name: str, tmp_path: Path) -> None:
     parts = make_parts(workplace, name)
     train(parts, range(1))
     paths = parts.method.export(
@@ -116,7 +116,7 @@ def test_checkpoints_draw_what_diffusers_draws_with_them(workplace: Path, name: 
         assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max() <= 1, path
 
 
-def test_words_read_back_and_load_in_diffusers(workplace: Path, tmp_path: Path) -> None:
+def test_embeddings_round_trip_and_load_in_diffusers(workplace: Path, tmp_path: Path) -> None:
     parts = make_parts(workplace, "textual_inversion")
     train(parts, range(1))
     method = parts.method
@@ -149,7 +149,7 @@ def test_words_read_back_and_load_in_diffusers(workplace: Path, tmp_path: Path) 
     assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
 
 
-def test_a_pair_of_words_draws_as_it_was_trained(workplace: Path, tmp_path: Path) -> None:
+def test_a_pair_of_embeddings_samples_as_trained(workplace: Path, tmp_path: Path) -> None:
     parts = make_parts(workplace, "prompt_tuning")
     train(parts, range(1))
     parts.method.export(
@@ -173,12 +173,12 @@ def test_a_hypernetwork_has_layers_for_every_context(workplace: Path, tmp_path: 
     assert sorted(read_hypernetwork(path).weights) == widths
 
 
-def test_aesthetic_gradients_stay_with_sd1(workplace: Path) -> None:
+def test_aesthetic_gradients_require_sd1(workplace: Path) -> None:
     with pytest.raises(ModelError, match="Stable Diffusion 1"):
         make_parts(workplace, "aesthetic_gradients")
 
 
-def test_each_text_encoder_has_a_rate_and_only_what_is_read_learns(tmp_path: Path) -> None:
+def test_each_text_encoder_has_its_rate_and_only_used_layers_train(tmp_path: Path) -> None:
     tiny_family("sdxl").save_folder(tmp_path / "model")
     tiny.make_images(tmp_path / "one", 1)
     rates = {"optimizer__learning_rate": 1e-3, "optimizer__text_encoder_lr": 1e-4}
@@ -198,7 +198,7 @@ def test_each_text_encoder_has_a_rate_and_only_what_is_read_learns(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["dreambooth", "hypernetwork", "textual_inversion"])
-def test_a_plan_of_sdxl_holds_what_a_real_step_does(tmp_path: Path, name: str) -> None:
+def test_a_memory_plan_of_sdxl_equals_a_real_step(tmp_path: Path, name: str) -> None:
     tiny_family("sdxl").save_folder(tmp_path / "model")
     changes = {"method": SECTIONS[name], "train__train_batch_size": 4}
     parts, counted = engine_parts.make_parts(tmp_path, **changes), plans.count(tmp_path, **changes)
@@ -210,7 +210,7 @@ def test_a_plan_of_sdxl_holds_what_a_real_step_does(tmp_path: Path, name: str) -
 
 
 @pytest.mark.parametrize("family", ["sd2-v", "sdxl"])
-def test_zero_terminal_snr_goes_through_a_run(tmp_path: Path, family: str) -> None:
+def test_a_run_trains_with_zero_terminal_snr(tmp_path: Path, family: str) -> None:
     tiny_family(family).save_folder(tmp_path / "model")
     tree = tiny.make_recipe(tmp_path, method={"name": "native"}, train__snr_gamma=5.0)
     tree["model"] |= {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
@@ -243,7 +243,7 @@ def make_parts_of_six(folder: Path, **changes: Any) -> Parts:
     return assemble(build_recipe(tiny.make_recipe(folder, **changes)), DistributedContext())
 
 
-def test_half_precision_draws_nearly_the_same() -> None:
+def test_images_in_half_precision_are_close() -> None:
     drawn = [
         np.asarray(generate(model, ["a cat"], seeds=[1], steps=3, guidance_scale=3)[0]).astype(int)
         for model in (tiny_family("sdxl"), tiny_family("sdxl").to("cpu", torch.bfloat16))
@@ -251,7 +251,7 @@ def test_half_precision_draws_nearly_the_same() -> None:
     assert 0 < np.abs(drawn[0] - drawn[1]).mean() < 6
 
 
-def test_a_check_names_the_family(workplace: Path) -> None:
+def test_check_names_the_family(workplace: Path) -> None:
     tree = tiny.make_recipe(workplace, data__instance_data_dir=str(workplace / "one"))
     lines = {line.name: line for line in check_run(build_recipe(tree))}
     title = "SDXL" if workplace.name == "sdxl" else "Stable Diffusion 2"

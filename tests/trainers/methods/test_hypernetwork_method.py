@@ -59,7 +59,7 @@ def gradients(parts: Parts) -> dict[str, Tensor]:
     return {name: grad for name, grad in found.items() if grad is not None}
 
 
-def test_gradient_checkpointing_changes_no_gradient(workplace: Path) -> None:
+def test_gradient_checkpointing_does_not_change_gradients(workplace: Path) -> None:
     dropping = {"layer_structure": "1, 2, 2, 1", "use_dropout": True}
     found = []
     for checkpointing in (False, True):
@@ -76,7 +76,7 @@ def test_ddp_finds_every_parameter_used(workplace: Path, lone_group: None) -> No
         module(parts.prepare(parts.feed.batch(step))).total.backward()
 
 
-def test_nothing_is_dropped_while_validating(workplace: Path) -> None:
+def test_dropout_is_off_during_validation(workplace: Path) -> None:
     dropping = {"layer_structure": [1, 2, 1], "use_dropout": True, "dropout_structure": [0, 0.9, 0]}
     validation = {"prompts": ["a cat"], "num_images": 1, "num_inference_steps": 1}
     parts = make_parts(workplace, method=dropping, validation=validation)
@@ -86,7 +86,7 @@ def test_nothing_is_dropped_while_validating(workplace: Path) -> None:
     assert parts.method.training and parts.method.network.training
 
 
-def test_the_recipe_chooses_widths_strength_and_words(workplace: Path) -> None:
+def test_the_recipe_sets_widths_strength_and_prompts(workplace: Path) -> None:
     parts = make_parts(
         workplace, method={"enable_sizes": "32", "scale": 0.5, "template_file": "hypernetwork"}
     )
@@ -118,12 +118,12 @@ def test_the_recipe_chooses_widths_strength_and_words(workplace: Path) -> None:
         ({"template_file": "style"}, "no word"),
     ],
 )
-def test_a_section_that_cannot_be_says_so(section: dict[str, Any], message: str, workplace: Path) -> None:
+def test_an_invalid_section_is_an_error(section: dict[str, Any], message: str, workplace: Path) -> None:
     with pytest.raises(RecipeError, match=message):
         make_parts(workplace, method=section)
 
 
-def test_tags_and_arguments_are_split_as_webui_does() -> None:
+def test_tags_and_arguments_are_split_as_in_the_webui() -> None:
     for tag, expected in (
         ("<hypernet:look:0.8>", ("look", (0.8, 0.8))),
         ("<lora:b c>", ("b c", (1, 1))),
@@ -143,7 +143,7 @@ def test_tags_and_arguments_are_split_as_webui_does() -> None:
     assert split_multiplier("s3://bucket/look.pt:-1") == ("s3://bucket/look.pt", -1.0)
 
 
-def test_names_are_found_among_files_in_the_folder_and_beside_files(workplace: Path, tmp_path: Path) -> None:
+def test_names_are_resolved_in_the_folder_and_beside_files(workplace: Path, tmp_path: Path) -> None:
     one, two = str(workplace / "one.pt"), str(workplace / "two.pt")
     files = HypernetworkFiles([f"{one}:0.5"])
     for prompt, expected in (

@@ -43,7 +43,7 @@ def full_tree(folder: Path, run: str, **changes: Any) -> dict[str, Any]:
     return recipe_tree(folder, run, **options)
 
 
-def test_stopped_and_resumed_equals_never_stopped(tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     straight, broken = full_tree(tmp_path, "straight"), full_tree(tmp_path, "broken")
     run_worker(build_recipe(straight))
     assert run_worker(build_recipe(broken), should_stop=tiny.Stop(2)).exit_reason == "interrupted"
@@ -51,7 +51,7 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path: Path) -> None:
     assert_same(final_state(straight), final_state(broken))
 
 
-def test_two_workers_share_out_what_one_sees(tmp_path: Path) -> None:
+def test_two_workers_together_see_the_samples_of_one(tmp_path: Path) -> None:
     recipe = build_recipe(full_tree(tmp_path, "run", train__train_batch_size=2))
     parts = assemble(recipe, DistributedContext())
     assert parts.global_batch == 4
@@ -92,7 +92,7 @@ def make_prompts(parts: Parts, steps: int) -> set[str]:
     return {prompt for step in range(steps) for prompt in parts.feed.batch(step)["prompts"]}
 
 
-def test_words_are_captions_then_the_sets_prompt_then_the_file_name_on_request(tmp_path: Path) -> None:
+def test_prompts_are_captions_then_the_prompt_of_the_set_then_file_names(tmp_path: Path) -> None:
     images = tiny.make_images(tmp_path / "some", 3, captions=True)
     (images / "000.txt").unlink()
     (images / "001.txt").unlink()

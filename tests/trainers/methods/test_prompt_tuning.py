@@ -64,7 +64,7 @@ def alone(batch: dict[str, Any], row: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
 @pytest.mark.parametrize("rec_loss_w", [0.0, 0.5])
-def test_a_batch_is_the_mean_of_its_samples(
+def test_the_loss_of_a_batch_is_the_mean_of_its_samples(
     workplace: Path, snr_gamma: float | None, rec_loss_w: float
 ) -> None:
     parts = make_parts(
@@ -102,7 +102,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(workplace: Path) -> 
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_an_exact_prediction_costs_nothing(tmp_path: Path, prediction_type: str) -> None:
+def test_the_loss_of_an_exact_prediction_is_zero(tmp_path: Path, prediction_type: str) -> None:
     tiny.make_tiny_model(tmp_path / "model", prediction_type=prediction_type)
     parts = make_parts(tmp_path, method={"rec_loss_w": 1.0})
     scheduler = parts.model.scheduler
@@ -123,7 +123,7 @@ class ExactUNet(torch.nn.Module):
         return (torch.cat([self.answer] * (len(noisy) // len(self.answer))),)
 
 
-def test_reconstruction_reaches_both_words_through_the_decoder(workplace: Path) -> None:
+def test_reconstruction_gradients_reach_both_embeddings_through_the_decoder(workplace: Path) -> None:
     gradients = []
     for weight in (0.0, 1.0):
         parts = make_parts(workplace, method={"rec_loss_w": weight})
@@ -133,7 +133,7 @@ def test_reconstruction_reaches_both_words_through_the_decoder(workplace: Path) 
     assert not any(param.grad is not None for param in parts.model.vae.parameters())
 
 
-def test_the_negative_has_its_own_rate_start_and_prompt(workplace: Path) -> None:
+def test_the_negative_embedding_has_separate_rate_initialisation_and_prompt(workplace: Path) -> None:
     parts = make_parts(workplace, method={"neg_lr_w": 0.25, "num_vectors": 2, "num_vectors_neg": 4})
     assert parts.rates["negative"](0) == 0.25 * parts.rates["positive"](0)
     method = parts.method
@@ -156,7 +156,7 @@ def test_the_negative_has_its_own_rate_start_and_prompt(workplace: Path) -> None
     assert torch.equal(told, fixed.model.tokenize(["bad <x>-neg"])[0])
 
 
-def test_the_negative_stands_wherever_its_word_does(workplace: Path) -> None:
+def test_the_negative_embedding_is_placed_like_its_placeholder(workplace: Path) -> None:
     method = make_parts(workplace, method={"placeholder_token": "Cat", "negative_prompt": None}).method
     for prompt in ("a cat", "cat2, CAT", "bobcat", "a cat-neg", "cats", "\u732bcat\u732b"):
         negative, positive = method.tokenize([prompt])[0]
@@ -179,19 +179,19 @@ def test_the_negative_stands_wherever_its_word_does(workplace: Path) -> None:
         ({"num_vector_neg": 3}, "did you mean 'num_vectors_neg'"),
     ],
 )
-def test_a_section_that_cannot_be_says_so(section: dict[str, Any], message: str, workplace: Path) -> None:
+def test_an_invalid_section_is_an_error(section: dict[str, Any], message: str, workplace: Path) -> None:
     with pytest.raises(RecipeError, match=message):
         make_parts(workplace, method=section)
 
 
-def test_ddp_finds_both_words_used(workplace: Path, lone_group: None) -> None:
+def test_ddp_finds_both_embeddings_used(workplace: Path, lone_group: None) -> None:
     parts = make_parts(workplace, train__gradient_checkpointing=True)
     module = torch.nn.parallel.DistributedDataParallel(parts.method)
     for step in range(2):  # the second forward raises if the first one left a parameter unused
         module(parts.prepare(parts.feed.batch(step))).total.backward()
 
 
-def test_a_word_brings_its_negative_along(workplace: Path) -> None:
+def test_an_embedding_adds_its_negative(workplace: Path) -> None:
     model = load_model(ModelConfig(pretrained_model_name_or_path=str(workplace / "model")))
     assert negative_for(model, "a cat", "ugly") == "ugly"
     install_embedding(model, "cat", torch.randn(2, 16))
@@ -210,7 +210,7 @@ def test_a_word_brings_its_negative_along(workplace: Path) -> None:
     assert negative_for(model, "a cat", "ugly") == "ugly"
 
 
-def test_previews_and_the_held_out_loss_are_guided(workplace: Path) -> None:
+def test_previews_and_the_held_out_loss_use_guidance(workplace: Path) -> None:
     validation = {"prompts": ["a <x>"], "num_images": 1, "num_inference_steps": 2}
     parts = make_parts(workplace, validation=validation)
     config = build_recipe(tiny.make_recipe(workplace, validation=validation))
@@ -232,7 +232,7 @@ def command(*words: Any) -> Any:
     return CliRunner().invoke(program.app, [str(word) for word in words])
 
 
-def test_a_run_of_one_image_samples_and_scores_with_its_negative(tmp_path: Path) -> None:
+def test_a_run_of_one_image_samples_and_scores_with_its_negative_embedding(tmp_path: Path) -> None:
     tiny.make_images(tmp_path / "pictures", 1)
     tree = tiny.make_recipe(
         tmp_path,
@@ -277,7 +277,7 @@ def test_a_run_of_one_image_samples_and_scores_with_its_negative(tmp_path: Path)
     assert 'token="<x>-neg"' in hint.uses[0].text and "negative prompt" in hint.what
 
 
-def test_a_plan_counts_the_decoder_only_where_it_is_trained_through(tmp_path: Path) -> None:
+def test_a_memory_plan_includes_the_decoder_only_if_gradients_pass_through(tmp_path: Path) -> None:
     peaks = []
     for weight in (0.0, 1.0):
         tree = tiny.make_recipe(tmp_path, method={**SECTION, "rec_loss_w": weight})

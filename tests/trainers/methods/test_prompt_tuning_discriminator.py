@@ -45,7 +45,9 @@ def make_parts(folder: Path, section: dict[str, Any], **changes: Any) -> Parts:
 
 
 @pytest.mark.parametrize("replaces", [False, True])
-def test_the_loss_is_what_lacks_to_the_class(workplace: Path, replaces: bool) -> None:
+def test_the_discriminator_loss_is_added_to_or_replaces_the_noise_loss(
+    workplace: Path, replaces: bool
+) -> None:
     section = {"discriminator_loss_w": 0.25, "discriminator_replaces": replaces}
     parts = make_parts(workplace, section, train__train_batch_size=3)
     plain = make_parts(workplace, {"discriminator": None}, train__train_batch_size=3)
@@ -57,7 +59,7 @@ def test_the_loss_is_what_lacks_to_the_class(workplace: Path, replaces: bool) ->
     assert loss.per_sample.shape == (3,) and torch.allclose(loss.per_sample.mean(), loss.total, rtol=1e-5)
 
 
-def test_the_image_judged_is_the_estimate_decoded(workplace: Path) -> None:
+def test_the_discriminator_gets_the_decoded_estimate(workplace: Path) -> None:
     parts = make_parts(workplace, {"discriminator_replaces": True})
     batch = parts.prepare(parts.feed.batch(0))
     seen: list[torch.Tensor] = []
@@ -82,7 +84,7 @@ def test_reconstruction_and_discriminator_share_one_decoding(workplace: Path) ->
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_gradients_reach_both_words_and_nothing_else(workplace: Path, precision: str) -> None:
+def test_gradients_reach_both_embeddings_only(workplace: Path, precision: str) -> None:
     parts = make_parts(workplace, {"discriminator_replaces": True}, train__mixed_precision=precision)
     assert isinstance(parts.engine, TorchEngine)
     (network,) = parts.method.helpers.values()
@@ -110,7 +112,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(workplace: Path) -> 
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(*found, strict=True))
 
 
-def test_a_plan_counts_it(workplace: Path) -> None:
+def test_a_memory_plan_includes_the_discriminator(workplace: Path) -> None:
     counts = []
     for judge in (None, str(workplace / "judge")):
         recipe = build_recipe(make_tree(workplace, {"discriminator": judge}))
@@ -120,7 +122,7 @@ def test_a_plan_counts_it(workplace: Path) -> None:
     assert counts[1].full.activations > counts[0].full.activations
 
 
-def test_paths_start_at_the_recipe_and_go_along_with_a_job(workplace: Path) -> None:
+def test_paths_are_relative_to_the_recipe_and_packaged_with_a_job(workplace: Path) -> None:
     tree = make_tree(workplace, {"discriminator": "judge"}, output_dir="s3://bucket/run")
     recipe = load_recipe(tiny.write_recipe(workplace / "r.yaml", tree))
     assert recipe.method.discriminator == str(workplace / "judge")
@@ -148,7 +150,7 @@ def test_paths_start_at_the_recipe_and_go_along_with_a_job(workplace: Path) -> N
         ({"rec_loss_w": 1, "discriminator_replaces": True}, RecipeError, "one of them"),
     ],
 )
-def test_what_cannot_judge_is_told(
+def test_unsuitable_classifiers_are_errors(
     workplace: Path, section: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     (workplace / "torn.pth").write_bytes((workplace / "judge.pth").read_bytes()[:900])
@@ -158,7 +160,7 @@ def test_what_cannot_judge_is_told(
         make_parts(workplace, section)
 
 
-def test_a_missing_one_is_told_before_workers_start(workplace: Path) -> None:
+def test_a_missing_classifier_is_reported_before_workers_start(workplace: Path) -> None:
     recipe = build_recipe(make_tree(workplace, {"discriminator": str(workplace / "gone.pth")}))
     with pytest.raises(RecipeError, match=r"method\.discriminator: .*gone\.pth"):
         check_inputs(recipe)

@@ -151,7 +151,7 @@ def test_a_base_model_in_16_bits_keeps_the_matrices_in_float32(tmp_path: Path) -
     assert all(not torch.equal(t, before[name]) for name, t in parts.method.state().items())
 
 
-def test_trainable_parts_may_stay_on_the_host_while_the_frozen_base_is_moved(tmp_path: Path) -> None:
+def test_trainable_parts_can_stay_on_the_host_while_the_frozen_base_moves(tmp_path: Path) -> None:
     for method, waits in ((LORA, False), ({"name": "dreambooth"}, True)):
         model = make_parts(tmp_path, method={**method, "train_text_encoder": False}).model
         model.to("meta", home="cpu")

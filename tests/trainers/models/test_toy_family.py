@@ -228,7 +228,7 @@ def recipe(tmp_path: Path, **changes: Any) -> Any:
     return build_recipe(tiny.make_recipe(tmp_path, **options))
 
 
-def test_a_family_from_outside_trains_previews_and_exports(tmp_path: Path) -> None:
+def test_a_registered_family_trains_previews_and_exports(tmp_path: Path) -> None:
     result = fit(recipe(tmp_path))
     run = tmp_path / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -256,7 +256,7 @@ def test_a_family_from_outside_trains_previews_and_exports(tmp_path: Path) -> No
     assert ours.size == (32, 32) and not np.array_equal(np.asarray(ours), np.asarray(theirs))
 
 
-def test_it_is_planned_without_weights(tmp_path: Path) -> None:
+def test_a_registered_family_is_planned_without_weights(tmp_path: Path) -> None:
     plan = plan_memory(recipe(tmp_path))
     model = load_shape(ModelConfig(pretrained_model_name_or_path=str(tmp_path / "model")))
     assert all(param.is_meta for part in model.modules().values() for param in part.parameters())
@@ -268,7 +268,7 @@ def test_it_is_planned_without_weights(tmp_path: Path) -> None:
     )
 
 
-def test_what_it_does_not_support_is_refused_with_the_reason(tmp_path: Path) -> None:
+def test_unsupported_features_are_refused_with_the_reason(tmp_path: Path) -> None:
     word = {"name": "textual_inversion", "placeholder_token": "<x>"}
     with pytest.raises(ModelError, match="no token table"):
         fit(recipe(tmp_path, method=word))
@@ -278,6 +278,6 @@ def test_what_it_does_not_support_is_refused_with_the_reason(tmp_path: Path) -> 
         fit(recipe(tmp_path, train__snr_gamma=5.0, output_dir=str(tmp_path / "third")))
 
 
-def test_other_models_are_stable_diffusion_and_pass_by_the_toy(tmp_path: Path) -> None:
+def test_other_models_are_not_detected_as_the_toy_family(tmp_path: Path) -> None:
     config = ModelConfig(pretrained_model_name_or_path=str(tiny.make_tiny_model(tmp_path / "sd")))
     assert family_of(config) is FAMILIES.get("stable_diffusion")

@@ -62,7 +62,7 @@ def moments_of(parts: Parts) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", [WORD, LOOK], ids=["word", "look"])
-def test_with_a_checkpoint_the_file_is_not_needed_again(tmp_path: Path, kind: dict[str, Any]) -> None:
+def test_a_resumed_run_does_not_need_the_file(tmp_path: Path, kind: dict[str, Any]) -> None:
     method = write_start(tmp_path, kind)
     straight = recipe_tree(tmp_path, "straight", method=method)
     broken = recipe_tree(tmp_path, "broken", method=method)
@@ -84,7 +84,7 @@ def test_with_a_checkpoint_the_file_is_not_needed_again(tmp_path: Path, kind: di
         fit(build_recipe(straight | {"output_dir": str(tmp_path / "new")}), resume=True)
 
 
-def test_a_resumed_job_does_without_the_file(tmp_path: Path) -> None:
+def test_a_resumed_job_does_not_need_the_file(tmp_path: Path) -> None:
     method = write_start(tmp_path, WORD)
     recipe = build_recipe(tiny.make_recipe(tmp_path, method=method, output_dir="s3://bucket/run"))
     assert {"inputs/start.pt", "inputs/start.pt.optim"} < set(pack(recipe).files)
@@ -96,7 +96,7 @@ def test_a_resumed_job_does_without_the_file(tmp_path: Path) -> None:
     assert parcel.recipe.method == recipe.method
 
 
-def test_the_yaml_beside_a_model_goes_along(tmp_path: Path) -> None:
+def test_the_yaml_beside_a_model_is_packaged(tmp_path: Path) -> None:
     for name in ("cat.safetensors", "cat.yaml", "dog.yaml"):
         (tmp_path / name).write_text("{}")
     tree = tiny.make_recipe(tmp_path, output_dir="s3://bucket/run")
@@ -106,7 +106,7 @@ def test_the_yaml_beside_a_model_goes_along(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("average", [False, True])
-def test_a_words_moments_are_taken_over(
+def test_the_moments_of_an_embedding_are_loaded(
     tmp_path: Path, average: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     method = write_start(tmp_path, WORD)
@@ -128,7 +128,7 @@ def test_a_words_moments_are_taken_over(
     assert float(saved["step"]) == 11.0
 
 
-def test_what_torch_itself_saved_is_taken_over(tmp_path: Path) -> None:
+def test_an_optimizer_file_saved_by_torch_is_loaded(tmp_path: Path) -> None:
     start = write_word(tmp_path)
     vectors = torch.nn.Parameter(torch.full((2, 16), 0.25))
     optimizer = torch.optim.AdamW([vectors], lr=0.005, weight_decay=0.0)
@@ -141,7 +141,7 @@ def test_what_torch_itself_saved_is_taken_over(tmp_path: Path) -> None:
     assert_same(dict(held), state["state"][0])
 
 
-def test_a_looks_moments_are_taken_over_in_the_order_of_its_file(tmp_path: Path) -> None:
+def test_the_moments_of_a_hypernetwork_are_loaded_in_file_order(tmp_path: Path) -> None:
     """Test with widths in descending order: the webui writes them in the order of the user's selection."""
     method = write_start(tmp_path, LOOK)
     start = tmp_path / "start.pt"
@@ -166,9 +166,7 @@ def _assembled(folder: Path, method: dict[str, Any], **changes: Any) -> Parts:
     return assemble(build_recipe(tiny.make_recipe(folder, method=method, **changes)), DistributedContext())
 
 
-def test_moments_that_do_not_fit_are_named_and_ignored(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_incompatible_moments_are_named_and_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     start = write_word(tmp_path)
     method, fits = {**WORD, "initial_embedding": str(start)}, read_embedding(start).checksum
 
@@ -194,7 +192,7 @@ def test_moments_that_do_not_fit_are_named_and_ignored(
     assert "adafactor" in ignored(optimizer={"name": "adafactor", "learning_rate": 1e-3})
 
 
-def test_check_tells_of_a_file_that_does_not_fit(tmp_path: Path) -> None:
+def test_check_reports_an_incompatible_optimizer_file(tmp_path: Path) -> None:
     from dreamfleet.trainers.run.dry_run import check_run
 
     method = {**WORD, "num_vectors": 1, "initial_embedding": str(write_word(tmp_path))}

@@ -33,7 +33,7 @@ TEXTUAL_INVERSION = {"name": "textual_inversion", "placeholder_token": "<x>", "n
 
 
 @pytest.mark.parametrize("method", [{"name": "dreambooth", "train_text_encoder": True}, TEXTUAL_INVERSION])
-def test_stopped_twice_and_resumed_equals_never_stopped(tmp_path: Path, method: dict[str, Any]) -> None:
+def test_a_run_stopped_twice_equals_an_uninterrupted_one(tmp_path: Path, method: dict[str, Any]) -> None:
     straight = recipe_tree(tmp_path, "straight", method=method)
     run_worker(build_recipe(straight))
     broken = recipe_tree(tmp_path, "broken", method=method)
@@ -46,7 +46,7 @@ def test_stopped_twice_and_resumed_equals_never_stopped(tmp_path: Path, method: 
     assert_same(final_state(straight), final_state(broken))
 
 
-def test_killed_with_sigkill_and_resumed_equals_never_stopped(tmp_path: Path) -> None:
+def test_a_run_killed_by_sigkill_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     straight, killed = recipe_tree(tmp_path, "straight"), recipe_tree(tmp_path, "killed")
     run_worker(build_recipe(straight))
     path = tiny.write_recipe(tmp_path / "killed.yaml", killed)
@@ -76,7 +76,7 @@ def test_killed_with_sigkill_and_resumed_equals_never_stopped(tmp_path: Path) ->
     assert steps == sorted(set(steps)) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_torn_or_tampered_checkpoint_is_passed_over_with_a_warning(
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoints = Checkpoints(Storage(str(tmp_path)))
@@ -99,7 +99,7 @@ def damage(run: Path, step: int) -> None:
     weights.write_bytes(data[:-4] + b"\0\0\0\1")
 
 
-def test_a_damaged_checkpoint_is_made_anew_when_its_step_comes_again(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_rewritten_at_its_step(tmp_path: Path) -> None:
     tree = recipe_tree(tmp_path, "run")
     run_worker(build_recipe(tree))
     before = final_state(tree)
@@ -108,7 +108,7 @@ def test_a_damaged_checkpoint_is_made_anew_when_its_step_comes_again(tmp_path: P
     assert_same(final_state(tree), before)
 
 
-def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path: Path) -> None:
+def test_damaged_checkpoints_do_not_displace_intact_ones(tmp_path: Path) -> None:
     checkpoints = Checkpoints(Storage(str(tmp_path)), limit=1)
     checkpoints.save(5, learned={"w": torch.ones(3)}, engine={}, meta={})
     damage(tmp_path, 5)
@@ -137,7 +137,7 @@ class RankOne(DistributedContext):
         return [value, value]
 
 
-def test_a_worker_that_comes_late_to_a_save_waits_like_the_others(tmp_path: Path) -> None:
+def test_a_worker_that_is_late_for_a_save_waits_like_the_others(tmp_path: Path) -> None:
     """Test that a rank takes part in a save even if rank 0 has already written all files.
 
     A rank that returned early would leave rank 0 waiting forever.
@@ -153,7 +153,7 @@ def test_a_worker_that_comes_late_to_a_save_waits_like_the_others(tmp_path: Path
     assert distributed.waits == [True]
 
 
-def test_all_workers_go_on_from_the_checkpoint_that_the_first_one_found(tmp_path: Path) -> None:
+def test_all_workers_resume_from_the_checkpoint_that_rank_0_found(tmp_path: Path) -> None:
     checkpoints = Checkpoints(Storage(str(tmp_path)))
     for step in (1, 2):
         checkpoints.save(step, learned={"w": torch.full((3,), float(step))}, engine={}, meta={})
@@ -164,7 +164,7 @@ def test_all_workers_go_on_from_the_checkpoint_that_the_first_one_found(tmp_path
     assert newest is not None and newest.step == 2
 
 
-def test_nothing_of_a_checkpoint_is_held_while_the_run_goes_on(tmp_path: Path) -> None:
+def test_no_checkpoint_data_stays_in_memory_after_a_resume(tmp_path: Path) -> None:
     tree = recipe_tree(tmp_path, "run")
     run_worker(build_recipe(tree), should_stop=tiny.Stop(2))
     held: list[int] = []
@@ -177,9 +177,7 @@ def test_nothing_of_a_checkpoint_is_held_while_the_run_goes_on(tmp_path: Path) -
     assert held and not any(held)
 
 
-def test_a_resume_with_nothing_to_go_on_from_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_resume_without_a_checkpoint_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = build_recipe(recipe_tree(tmp_path, "run", scaling__num_workers=0))
     with caplog.at_level("INFO", "dreamfleet"):
         assert fit(recipe, resume=True).summary.start_step == 0
@@ -189,7 +187,7 @@ def test_a_resume_with_nothing_to_go_on_from_says_so(
     assert "starting at step 0" not in caplog.text
 
 
-def test_a_finished_run_that_is_resumed_keeps_its_figures(tmp_path: Path) -> None:
+def test_a_resumed_finished_run_keeps_its_measurements(tmp_path: Path) -> None:
     tree = recipe_tree(tmp_path, "run", method=TEXTUAL_INVERSION)
     first = run_worker(build_recipe(tree))
     again = run_worker(build_recipe(tree), resume=True)
@@ -198,14 +196,14 @@ def test_a_finished_run_that_is_resumed_keeps_its_figures(tmp_path: Path) -> Non
     assert told["figures"]["loss"] == first.figures["loss"]
 
 
-def test_old_checkpoints_go_only_beyond_the_limit(tmp_path: Path) -> None:
+def test_old_checkpoints_are_removed_only_beyond_the_limit(tmp_path: Path) -> None:
     checkpoints = Checkpoints(Storage(str(tmp_path)), limit=2)
     for step in (1, 2, 3, 10):
         checkpoints.save(step, learned={"w": torch.zeros(1)}, engine={}, meta={})
     assert checkpoints.steps() == [3, 10]
 
 
-def test_a_full_disk_while_saving_is_told_and_leaves_the_earlier_checkpoint() -> None:
+def test_a_full_disk_while_saving_is_reported_and_keeps_the_earlier_checkpoint() -> None:
     # Not under tmp_path, as pytest cannot remove a folder that contains a mount.
     disk = Path(tempfile.mkdtemp(prefix="dreamfleet-small-disk-"))
     mounted = subprocess.run(
@@ -229,7 +227,7 @@ def test_a_full_disk_while_saving_is_told_and_leaves_the_earlier_checkpoint() ->
         disk.rmdir()
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_the_way_out(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_with_remedies(tmp_path: Path) -> None:
     tree = recipe_tree(
         tmp_path,
         "run",

@@ -52,7 +52,7 @@ def whole_recipe(folder: Path, **changes: object) -> dict:
     return tiny.make_recipe(folder, report_to=["tensorboard"], **{"validation": validation, **changes})
 
 
-def test_a_run_leaves_the_folder_that_is_promised(tmp_path: Path) -> None:
+def test_a_run_writes_the_documented_folder(tmp_path: Path) -> None:
     summary = run_worker(build_recipe(whole_recipe(tmp_path)))
     run = tmp_path / "run"
     there = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
@@ -70,7 +70,7 @@ def test_a_run_leaves_the_folder_that_is_promised(tmp_path: Path) -> None:
     assert summary.images_seen == 8 and summary.figures["holdout_loss"] > 0
 
 
-def test_a_checkout_tells_its_commit_and_another_folder_none(tmp_path: Path) -> None:
+def test_a_checkout_records_its_commit_and_another_folder_none(tmp_path: Path) -> None:
     checkout, inside = tmp_path / "checkout", tmp_path / "checkout" / "lib"
     inside.mkdir(parents=True)
     git = ["git", "-C", str(checkout), "-c", "user.name=x", "-c", "user.email=x@example.org"]
@@ -83,19 +83,19 @@ def test_a_checkout_tells_its_commit_and_another_folder_none(tmp_path: Path) -> 
     assert git_commit(inside) == git_commit(tmp_path) == ""
 
 
-def test_an_export_format_that_is_none_is_told_before_training(tmp_path: Path) -> None:
+def test_an_unknown_export_format_is_reported_before_training(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="'nope'"):
         run_worker(build_recipe(whole_recipe(tmp_path, train__export_formats=["safetensors", "nope"])))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_scores_without_previews_are_missed_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_scores_without_previews_cause_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tree = tiny.make_recipe(tmp_path, train__max_train_steps=1, validation={"metrics": ["loss", "clip_i"]})
     run_worker(build_recipe(tree))
     assert "no clip_i" in caplog.text and "no loss" not in caplog.text
 
 
-def test_artifacts_tell_their_recipe_but_not_whose_disk_it_was(tmp_path: Path) -> None:
+def test_artifacts_contain_their_recipe_without_local_paths(tmp_path: Path) -> None:
     run_worker(build_recipe(whole_recipe(tmp_path)))
     from safetensors import safe_open
 
@@ -107,7 +107,7 @@ def test_artifacts_tell_their_recipe_but_not_whose_disk_it_was(tmp_path: Path) -
     assert str(tmp_path) not in json.dumps(told)
 
 
-def test_class_images_are_made_once_and_used_again(tmp_path: Path) -> None:
+def test_class_images_are_generated_once_and_reused(tmp_path: Path) -> None:
     method = {
         "name": "dreambooth",
         "with_prior_preservation": True,
@@ -143,7 +143,7 @@ def test_export_writes_any_checkpoint_in_any_format(tmp_path: Path) -> None:
         export_run(str(run / "checkpoints/step-000003"), ["ckpt"])
 
 
-def test_check_tries_everything_and_leaves_nothing(tmp_path: Path) -> None:
+def test_check_runs_every_stage_and_leaves_no_files(tmp_path: Path) -> None:
     good = check_run(build_recipe(whole_recipe(tmp_path)))
     assert [line.name for line in good] == ["output_dir", "pictures", "holdout", "model", "step", "export"]
     assert all(line.ok for line in good), good
@@ -168,7 +168,7 @@ class BucketOfAppends(Storage):
         self.appended.append(text)
 
 
-def test_a_bucket_gets_training_figures_in_batches_and_validation_rounds_at_once(tmp_path: Path) -> None:
+def test_a_bucket_gets_training_metrics_in_batches_and_validation_at_once(tmp_path: Path) -> None:
     """Test that writes are batched: a bucket has no append, so every write uploads all lines again."""
     bucket = BucketOfAppends(tmp_path)
     metrics = MetricsLog(bucket)
@@ -183,7 +183,7 @@ def test_a_bucket_gets_training_figures_in_batches_and_validation_rounds_at_once
 
 
 @pytest.mark.s3
-def test_an_early_mistake_leaves_nothing_in_the_bucket(
+def test_an_early_error_leaves_no_files_in_the_bucket(
     tmp_path: Path,
     s3_server: S3Server,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
@@ -205,7 +205,7 @@ def test_an_early_mistake_leaves_nothing_in_the_bucket(
 
 
 @pytest.mark.s3
-def test_a_run_that_fails_leaves_its_figures_in_the_bucket(
+def test_the_measurements_of_a_failed_run_are_in_the_bucket(
     tmp_path: Path,
     s3_server: S3Server,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
@@ -218,7 +218,7 @@ def test_a_run_that_fails_leaves_its_figures_in_the_bucket(
 
 
 @pytest.mark.s3
-def test_a_run_lives_in_a_bucket_and_goes_on_from_it(
+def test_a_run_in_a_bucket_is_resumed_from_it(
     tmp_path: Path,
     s3_server: S3Server,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
@@ -245,7 +245,7 @@ def test_a_run_lives_in_a_bucket_and_goes_on_from_it(
         assert secret not in run.read_text(name)
 
 
-def test_seconds_are_measured_within_the_process_and_add_up_over_a_resume(
+def test_seconds_are_measured_per_process_and_summed_over_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Test with a system clock that jumps: it may be minutes off, or be set during the run."""

@@ -23,7 +23,7 @@ from dreamfleet.trainers.run.signals import stop_on_signal
 TEXTUAL_INVERSION = {"name": "textual_inversion", "placeholder_token": "<x>"}
 
 
-def test_a_used_output_dir_and_another_methods_run_are_refused(tmp_path: Path) -> None:
+def test_a_used_output_dir_and_a_run_of_another_method_are_refused(tmp_path: Path) -> None:
     tree = recipe_tree(tmp_path, "run", train__max_train_steps=1)
     recipe = build_recipe(tree)
     run_worker(recipe)
@@ -41,7 +41,7 @@ def test_a_used_output_dir_and_another_methods_run_are_refused(tmp_path: Path) -
         open_run_folder(build_recipe({**tree, "output_dir": str(tmp_path / "mine")}), resume=False)
 
 
-def test_what_an_attempt_left_that_was_no_run_is_no_hindrance(tmp_path: Path) -> None:
+def test_files_of_a_failed_start_do_not_prevent_a_run(tmp_path: Path) -> None:
     recipe = build_recipe(recipe_tree(tmp_path, "run"))
     left = tmp_path / "run"
     for folder in ("samples/empty", "checkpoints"):
@@ -54,7 +54,7 @@ def test_what_an_attempt_left_that_was_no_run_is_no_hindrance(tmp_path: Path) ->
         open_run_folder(recipe, resume=False)
 
 
-def test_the_first_signal_marks_and_the_second_interrupts(tmp_path: Path) -> None:
+def test_the_first_signal_requests_a_stop_and_the_second_interrupts(tmp_path: Path) -> None:
     run = Storage(tmp_path)
     run.write_text("STOP", "left over")
     said: list[str] = []
@@ -74,7 +74,7 @@ def test_the_first_signal_marks_and_the_second_interrupts(tmp_path: Path) -> Non
     assert run.exists("STOP"), "workers that outlive the driver would go on"
 
 
-def test_a_stop_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_stop_mark_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file where the folder should be")
     said: list[str] = []
     with stop_on_signal(Storage(tmp_path / "run"), said.append) as stop:
@@ -83,7 +83,7 @@ def test_a_stop_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         assert stop.requested.is_set() and "cannot write" in said[1]
 
 
-def test_a_run_folder_is_held_by_one_process(tmp_path: Path) -> None:
+def test_a_run_folder_is_locked_by_one_process(tmp_path: Path) -> None:
     run = Storage(tmp_path / "run")
     code = "import sys; from dreamfleet.trainers.run.run_folder import locked\n"
     code += "from dreamfleet.datasets.storage.storage import Storage\n"

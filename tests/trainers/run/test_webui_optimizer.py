@@ -44,7 +44,7 @@ def moments_of(folder: Path) -> dict[int, dict[str, torch.Tensor]]:
     return found.engine["optimizer"]["state"]
 
 
-def test_the_webui_goes_on_with_an_embeddings_adam(tmp_path: Path) -> None:
+def test_the_webui_loads_the_adam_state_of_an_embedding(tmp_path: Path) -> None:
     folder = run(tmp_path, WORD)
     out = tmp_path / "out"
     written = export_run(str(folder), ["kohya", "optim"], str(out))
@@ -77,7 +77,7 @@ def test_the_webui_goes_on_with_an_embeddings_adam(tmp_path: Path) -> None:
     assert torch.equal(read.states[0].exp_avg, ours["exp_avg"]) and read.states[0].step == 3
 
 
-def test_the_webui_goes_on_with_a_hypernetworks_adam(tmp_path: Path) -> None:
+def test_the_webui_loads_the_adam_state_of_a_hypernetwork(tmp_path: Path) -> None:
     method = {"name": "hypernetwork", "layer_structure": "1, 2, 1", "add_layer_norm": True}
     folder = run(tmp_path, method)
     out = tmp_path / "out"
@@ -107,7 +107,7 @@ def test_the_webui_goes_on_with_a_hypernetworks_adam(tmp_path: Path) -> None:
     optimizer.step()
 
 
-def test_a_run_goes_on_from_an_embedding(tmp_path: Path) -> None:
+def test_a_run_continues_from_an_embedding(tmp_path: Path) -> None:
     first = Embedding("start", torch.full((2, 16), 0.25), step=40)
     start = write_embedding(first, tmp_path / "start.pt")
     still = {**WORD, "initial_embedding": str(start)}
@@ -127,7 +127,7 @@ def test_a_run_goes_on_from_an_embedding(tmp_path: Path) -> None:
             run_worker(build_recipe(tree))
 
 
-def test_a_run_goes_on_from_a_hypernetwork(tmp_path: Path) -> None:
+def test_a_run_continues_from_a_hypernetwork(tmp_path: Path) -> None:
     method = {"name": "hypernetwork", "layer_structure": "1, 2, 1"}
     start = run(tmp_path, method, output_dir=str(tmp_path / "first")) / "exports" / "first.pt"
     on = {**method, "initial_hypernetwork": str(start)}
@@ -144,7 +144,7 @@ def test_a_run_goes_on_from_a_hypernetwork(tmp_path: Path) -> None:
         run_worker(build_recipe(tree))
 
 
-def test_what_has_no_such_file_says_so(tmp_path: Path) -> None:
+def test_methods_without_an_optimizer_file_are_refused(tmp_path: Path) -> None:
     folder = run(tmp_path, {"name": "dreambooth"})
     with pytest.raises(RecipeError, match=r"dreambooth .*'optim'"):
         export_run(str(folder), ["safetensors", "optim"], str(tmp_path / "out"))

@@ -103,7 +103,7 @@ def test_a_folder_does_not_contain_the_path_of_its_base_model(tmp_path: Path) ->
     assert not [text for text in texts if str(tmp_path) in text or "_name_or_path" in text]
 
 
-def test_the_pocket_model_is_such_a_folder() -> None:
+def test_the_pocket_model_has_this_folder_format() -> None:
     folder = pocket_folder()
     assert all(key.startswith("text_model.") for key in load_file(folder / "text_encoder/model.safetensors"))
     for part in ("text_encoder", "image_encoder"):

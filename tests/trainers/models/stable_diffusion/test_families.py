@@ -37,7 +37,7 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("clip_skip", [1, 2])
-def test_sdxls_condition_equals_diffusers_pipelines(sdxl: Path, clip_skip: int) -> None:
+def test_the_sdxl_condition_equals_that_of_the_diffusers_pipeline(sdxl: Path, clip_skip: int) -> None:
     model, pipeline = load(sdxl, clip_skip=clip_skip), stock_pipeline(sdxl, "sdxl")
     context, _, pooled, _ = pipeline.encode_prompt(
         PROMPTS, do_classifier_free_guidance=False, clip_skip=None if clip_skip == 1 else clip_skip - 1
@@ -51,7 +51,7 @@ def test_sdxls_condition_equals_diffusers_pipelines(sdxl: Path, clip_skip: int) 
     assert torch.equal(whole_image_ids(48, 40), ids)
 
 
-def test_sdxls_loss_equals_a_plain_loops(sdxl: Path) -> None:
+def test_the_sdxl_loss_equals_that_of_a_plain_loop(sdxl: Path) -> None:
     model, pipeline = load(sdxl), stock_pipeline(sdxl, "sdxl")
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 2, 4, 8, 8, generator=generator)
@@ -75,7 +75,7 @@ def test_sdxls_loss_equals_a_plain_loops(sdxl: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_images_equal_diffusers_pipelines(tmp_path: Path, family: str) -> None:
+def test_images_equal_those_of_diffusers_pipelines(tmp_path: Path, family: str) -> None:
     tiny_family(family).save_folder(tmp_path / "model")
     model, pipeline = load(tmp_path / "model"), stock_pipeline(tmp_path / "model", family)
     assert model.modules().keys() == tiny_family(family).modules().keys()

@@ -58,7 +58,7 @@ def test_image_metadata_has_the_hash_of_the_file(file: Path, tmp_path: Path) -> 
         assert f"Model hash: {sha(file)}, Model: cat.v1.5" in image.info["parameters"]
 
 
-def test_a_folders_hash_is_its_u_nets_and_its_name_keeps_dots(tmp_path: Path) -> None:
+def test_the_hash_of_a_folder_is_that_of_its_unet_and_its_name_keeps_dots(tmp_path: Path) -> None:
     folder = tmp_path / "sd-v1.5"
     tiny_model().save_folder(folder)
     model = load(folder)

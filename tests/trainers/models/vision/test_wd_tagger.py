@@ -73,7 +73,7 @@ def write_set(folder: Path) -> Path:
     return folder
 
 
-def test_images_reach_the_model_as_bgr_in_a_white_square() -> None:
+def test_images_are_padded_to_a_white_square_in_bgr() -> None:
     square = square_of(Image.new("RGB", (8, 4), (10, 20, 30)), SIDE)  # smaller than the side, so not enlarged
     assert square.shape == (SIDE, SIDE, 3) and square.dtype == np.float32
     assert square[8, 8].tolist() == [30, 20, 10] and square[0, 0].tolist() == [255, 255, 255]
@@ -83,7 +83,7 @@ def test_images_reach_the_model_as_bgr_in_a_white_square() -> None:
 
 
 @pytest.mark.parametrize("batch", ["N", 1])
-def test_outputs_are_probabilities_as_they_come(tmp_path: Path, batch: int | str) -> None:
+def test_outputs_are_used_as_probabilities(tmp_path: Path, batch: int | str) -> None:
     tagger = Tagger(str(write_tagger(tmp_path / "wd", batch=batch) / "model.onnx"))
     images = [Image.new("RGB", (32, 32), colour) for colour in ((255, 0, 51), (0, 102, 0))]
     found = tagger.probabilities(images)
@@ -103,18 +103,18 @@ def test_outputs_are_probabilities_as_they_come(tmp_path: Path, batch: int | str
         ({"confidence": True}, ["(red hat:0.800)", "(blue sky:0.500)"]),
     ],
 )
-def test_which_tags_are_written_and_how(how: dict[str, Any], tags: list[str]) -> None:
+def test_selection_and_format_of_tags(how: dict[str, Any], tags: list[str]) -> None:
     probabilities = np.array([0.9, 0.1, 0.5, 0.3, 0.75, 0.8], dtype=np.float32)
     names = [Tag(name, category) for name, category, _ in TAGS]
     assert choose_tags(probabilities, names, Tagging(**how)) == tags
 
 
-def test_lists_without_categories_begin_with_ratings() -> None:
+def test_tag_lists_without_categories_start_with_ratings() -> None:
     found = read_tags(b"tag_id,name\n1,a\n2,b\n3,c\n4,d\n5,e\n", uri="x")
     assert [tag.category for tag in found] == [9, 9, 9, 9, 0]
 
 
-def test_captions_are_written_and_the_same_again_does_the_rest(model: Path, tmp_path: Path) -> None:
+def test_captions_are_written_and_a_second_run_continues(model: Path, tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set")
     (folder / "red.txt").write_text("mine")
     (folder / "broken.png").write_bytes(b"x")
@@ -133,7 +133,7 @@ def test_captions_are_written_and_the_same_again_does_the_rest(model: Path, tmp_
 @pytest.mark.parametrize(
     ("existing", "text"), [("replace", "red hat"), ("append", "mine, red hat"), ("prepend", "red hat, mine")]
 )
-def test_captions_that_are_there(model: Path, tmp_path: Path, existing: str, text: str) -> None:
+def test_existing_captions(model: Path, tmp_path: Path, existing: str, text: str) -> None:
     folder = write_set(tmp_path / "set")
     (folder / "red.txt").write_text("mine")
     how = Tagging(existing=existing, exclude=("hero_(show)",))
@@ -144,13 +144,15 @@ def test_captions_that_are_there(model: Path, tmp_path: Path, existing: str, tex
     assert made.backup is not None and (Path(made.backup) / "red.txt").read_text() == "mine"
 
 
-def test_captions_go_elsewhere(model: Path, tmp_path: Path) -> None:
+def test_captions_are_written_to_another_folder(model: Path, tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set")
     assert run(folder, "--tagger", model, "--out", tmp_path / "out").exit_code == 0
     assert not list(folder.glob("*.txt")) and (tmp_path / "out" / "blue.txt").read_text() == "blue sky\n"
 
 
-def test_what_is_no_tagger_is_told(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_not_a_tagger_is_an_error(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_set(tmp_path / "set")
     assert "--in-place" in run(folder, "--tagger", model).stderr
     result = run(folder, "--tagger", folder, "--in-place")
