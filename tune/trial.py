@@ -109,7 +109,7 @@ class TrialRun:
             self.rounds.put(self._train())
         except (UserError, RunFailed) as error:
             self.rounds.put(_failed(str(error), type(error).__name__))
-        except Exception as error:  # noqa: BLE001 - passed to the waiting thread, whatever it is
+        except Exception as error:  # noqa: BLE001 - passed to the waiting thread
             if not _is_out_of_memory(error):
                 self.rounds.put(error)
                 return

@@ -107,7 +107,7 @@ class TrialStore:
         self.folder.write_text(FILE, json_text({"trials": rows}, indent=1))
 
     def remove(self) -> None:
-        """Remove the files of a search that has no results."""
+        """Remove the files of a search that has no trials."""
         for name in (FILE, RECIPE, "trials"):
             self.folder.remove(name)
 

@@ -57,9 +57,7 @@ class Encoding:
 
     vae: str
     resolution: int
-    buckets: tuple[
-        tuple[str, Any], ...
-    ]  # the recipe's (key, value) pairs of aspect-ratio buckets; () without buckets
+    buckets: tuple[tuple[str, Any], ...]  # the recipe's bucket options as (key, value); () without
     alpha_mask: bool
     precision: str
     version: int = VERSION

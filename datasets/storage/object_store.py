@@ -70,7 +70,7 @@ class Bucket:
         return True
 
     def file_system(self) -> Any:
-        """Return the fsspec file system of this process, created anew after a fork, which its event loop breaks."""
+        """Return the fsspec file system of this process; created again after a fork (its event loop breaks)."""
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = (os.getpid(), _open_file_system(self.scheme))
         return self._opened[1]
