@@ -29,7 +29,7 @@ WORD = {"name": "textual_inversion", "placeholder_token": "<x>", "initializer_to
 RARELY = {"train__checkpointing_steps": 1, "train__log_steps": 20, "train__max_train_steps": 12}
 
 
-def word_tree(folder: Path, **changes: Any) -> dict[str, Any]:
+def embedding_tree(folder: Path, **changes: Any) -> dict[str, Any]:
     return tiny.make_recipe(folder, method=WORD, **{"optimizer__learning_rate": 1e-3, **changes})
 
 
@@ -66,7 +66,7 @@ def test_no_state_is_saved_after_a_loss_that_is_not_finite(
         7,
         lambda _, loss: Loss(torch.full_like(loss.total, value), loss.per_sample, loss.extras),
     )
-    tree = word_tree(tmp_path, **RARELY)
+    tree = embedding_tree(tmp_path, **RARELY)
     with pytest.raises(RunFailed, match=r"no longer a number at step 7.*checkpoint of step 6 "):
         run_worker(build_recipe(tree))
     assert kept_steps(tree) == [4, 5, 6]
@@ -74,14 +74,14 @@ def test_no_state_is_saved_after_a_loss_that_is_not_finite(
 
 def test_the_loss_of_every_micro_step_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     break_at(monkeypatch, "backward", 3, lambda _, loss: loss._replace(total=loss.total * float("nan")))
-    tree = word_tree(tmp_path, train__gradient_accumulation_steps=2, **RARELY)
+    tree = embedding_tree(tmp_path, train__gradient_accumulation_steps=2, **RARELY)
     with pytest.raises(RunFailed, match=r"at step 2.*checkpoint of step 1 "):
         run_worker(build_recipe(tree))
     assert kept_steps(tree) == [1]
 
 
 @pytest.mark.parametrize("what", ["weights", "moments"])
-def test_no_state_with_nan_is_saved_after_a_finite_loss(
+def test_a_state_that_is_not_finite_is_not_saved_after_a_finite_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     def poison(engine: TorchEngine, norm: torch.Tensor) -> torch.Tensor:
@@ -91,7 +91,7 @@ def test_no_state_with_nan_is_saved_after_a_finite_loss(
         return norm
 
     break_at(monkeypatch, "step", 2, poison)
-    tree = word_tree(tmp_path, **RARELY)
+    tree = embedding_tree(tmp_path, **RARELY)
     with pytest.raises(RunFailed, match=r"no longer finite after step 3.*checkpoint of step 2 "):
         run_worker(build_recipe(tree))
     assert kept_steps(tree) == [1, 2]
@@ -124,8 +124,8 @@ finally:
 """
 
 
-def test_a_nan_loss_on_one_rank_ends_all_ranks_at_the_same_step(tmp_path: Path) -> None:
-    tree = word_tree(tmp_path, **RARELY)
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all_ranks_at_the_same_step(tmp_path: Path) -> None:
+    tree = embedding_tree(tmp_path, **RARELY)
     recipe = tiny.write_recipe(tmp_path / "r.yaml", tree)
     ranks = [
         subprocess.Popen(
@@ -152,9 +152,11 @@ def test_a_diverged_run_exits_with_1_and_keeps_finite_checkpoints(
     assert kept_steps(tree) == [1] and "checkpoint of step 1 " in result.stderr
 
 
-def test_an_interrupted_run_saves_no_state_with_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_saves_no_state_that_is_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     break_at(monkeypatch, "backward", 2, lambda _, loss: loss._replace(total=loss.total * float("nan")))
-    tree = word_tree(tmp_path, **RARELY | {"train__checkpointing_steps": 100})
+    tree = embedding_tree(tmp_path, **RARELY | {"train__checkpointing_steps": 100})
     with pytest.raises(RunFailed, match="No checkpoint was saved before"):
         run_worker(build_recipe(tree), should_stop=tiny.Stop(3))
     assert kept_steps(tree) == []
@@ -190,7 +192,7 @@ def test_a_run_whose_gradients_are_all_zero_is_an_error(
         return loss._replace(total=loss.total * 0 + 1)
 
     monkeypatch.setattr(TextualInversion, "forward", constant)
-    tree = word_tree(tmp_path, train__max_train_steps=steps, train__log_steps=5)
+    tree = embedding_tree(tmp_path, train__max_train_steps=steps, train__log_steps=5)
     with pytest.raises(RunFailed, match=f"exactly zero at each of {min(steps, 20)} steps"):
         run_worker(build_recipe(tree))
     assert kept_steps(tree) == [] and not (tmp_path / "run" / "exports").exists()
@@ -198,7 +200,7 @@ def test_a_run_whose_gradients_are_all_zero_is_an_error(
 
 def test_some_steps_without_a_gradient_are_not_an_error(tmp_path: Path) -> None:
     """Test with a learning rate of 0 and with dropped captions, so that many steps have no gradient."""
-    tree = word_tree(
+    tree = embedding_tree(
         tmp_path,
         train__max_train_steps=30,
         train__train_batch_size=1,

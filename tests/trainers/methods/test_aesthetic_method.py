@@ -114,7 +114,7 @@ def test_an_engine_that_averages_or_shards_is_refused(key: str, value: Any, work
         assemble(build_recipe(recipe_tree(workplace, engine={key: value})), DistributedContext())
 
 
-def test_a_memory_plan_reports_that_nothing_is_trained(workplace: Path) -> None:
+def test_a_memory_plan_is_refused_because_no_weights_are_trained(workplace: Path) -> None:
     with pytest.raises(UserError, match="weights"):
         method_shape(build_recipe(recipe_tree(workplace)))
 

@@ -29,26 +29,26 @@ from dreamfleet.trainers.run.build import Parts, assemble
 from dreamfleet.trainers.run.export import export_run
 from dreamfleet.trainers.run.run import run_worker
 
-WORD = {"name": "textual_inversion", "placeholder_token": "<x>", "num_vectors": 2}
-LOOK = {"name": "hypernetwork", "layer_structure": "1, 2, 1", "add_layer_norm": True}
+EMBEDDING = {"name": "textual_inversion", "placeholder_token": "<x>", "num_vectors": 2}
+HYPERNETWORK = {"name": "hypernetwork", "layer_structure": "1, 2, 1", "add_layer_norm": True}
 
 
-def write_word(folder: Path) -> Path:
+def write_start_embedding(folder: Path) -> Path:
     return write_embedding(Embedding("start", torch.full((2, 16), 0.25), step=40), folder / "start.pt")
 
 
 def write_start(folder: Path, kind: dict[str, Any]) -> dict[str, Any]:
     """Write a start file of a method, with Adam's moments beside it; return a method section for it."""
-    if kind is WORD:
-        path = write_word(folder)
+    if kind is EMBEDDING:
+        path = write_start_embedding(folder)
         write_moments(path, read_embedding(path).checksum, [(2, 16)])
-        return {**WORD, "initial_embedding": str(path)}
+        return {**EMBEDDING, "initial_embedding": str(path)}
     first = tiny.make_recipe(
-        folder, method=LOOK, output_dir=str(folder / "start"), train__max_train_steps=3, train__seed=1
+        folder, method=HYPERNETWORK, output_dir=str(folder / "start"), train__max_train_steps=3, train__seed=1
     )
     run_worker(build_recipe(first))
     export_run(first["output_dir"], ["optim"], str(folder))
-    return {**LOOK, "initial_hypernetwork": str(folder / "start.pt")}
+    return {**HYPERNETWORK, "initial_hypernetwork": str(folder / "start.pt")}
 
 
 def write_moments(path: Path, fits: str, shapes: list[tuple[int, ...]], name: str | None = None) -> Path:
@@ -61,7 +61,7 @@ def moments_of(parts: Parts) -> dict[str, dict[str, Any]]:
     return {name: state[number] for number, name in enumerate(parts.engine.params) if number in state}
 
 
-@pytest.mark.parametrize("kind", [WORD, LOOK], ids=["word", "look"])
+@pytest.mark.parametrize("kind", [EMBEDDING, HYPERNETWORK], ids=["embedding", "hypernetwork"])
 def test_a_resumed_run_does_not_need_the_file(tmp_path: Path, kind: dict[str, Any]) -> None:
     method = write_start(tmp_path, kind)
     straight = recipe_tree(tmp_path, "straight", method=method)
@@ -73,9 +73,11 @@ def test_a_resumed_run_does_not_need_the_file(tmp_path: Path, kind: dict[str, An
     assert fit(build_recipe(broken), resume=True).summary.exit_reason == "completed"
     assert_same(final_state(straight), final_state(broken))
     export_run(broken["output_dir"], ["pt"], str(tmp_path / "out"))
-    read: Any = read_embedding if kind is WORD else read_hypernetwork
+    read: Any = read_embedding if kind is EMBEDDING else read_hypernetwork
     steps = {read(path).step for path in (tmp_path / "out/broken.pt", *tmp_path.glob("*/exports/*.pt"))}
-    assert steps == ({46} if kind is WORD else {3, 9})  # 3: the start file; 9: the run that started from it
+    assert steps == (
+        {46} if kind is EMBEDDING else {3, 9}
+    )  # 3: the start file; 9: the run that started from it
     contents = [load_pickle(tmp_path / f"{run}/exports/{run}.pt") for run in ("straight", "broken")]
     for content in contents:
         content.update(name="", dreamfleet="")
@@ -85,7 +87,7 @@ def test_a_resumed_run_does_not_need_the_file(tmp_path: Path, kind: dict[str, An
 
 
 def test_a_resumed_job_does_not_need_the_file(tmp_path: Path) -> None:
-    method = write_start(tmp_path, WORD)
+    method = write_start(tmp_path, EMBEDDING)
     recipe = build_recipe(tiny.make_recipe(tmp_path, method=method, output_dir="s3://bucket/run"))
     assert {"inputs/start.pt", "inputs/start.pt.optim"} < set(pack(recipe).files)
     (tmp_path / "start.pt").unlink()
@@ -109,7 +111,7 @@ def test_the_yaml_beside_a_model_is_packaged(tmp_path: Path) -> None:
 def test_the_moments_of_an_embedding_are_loaded(
     tmp_path: Path, average: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    method = write_start(tmp_path, WORD)
+    method = write_start(tmp_path, EMBEDDING)
     tree = tiny.make_recipe(tmp_path, method=method, engine={"use_ema": average})
     with caplog.at_level(logging.INFO, logger="dreamfleet"):
         parts = assemble(build_recipe(tree), DistributedContext())
@@ -129,7 +131,7 @@ def test_the_moments_of_an_embedding_are_loaded(
 
 
 def test_an_optimizer_file_saved_by_torch_is_loaded(tmp_path: Path) -> None:
-    start = write_word(tmp_path)
+    start = write_start_embedding(tmp_path)
     vectors = torch.nn.Parameter(torch.full((2, 16), 0.25))
     optimizer = torch.optim.AdamW([vectors], lr=0.005, weight_decay=0.0)
     for _ in range(3):
@@ -137,13 +139,13 @@ def test_an_optimizer_file_saved_by_torch_is_loaded(tmp_path: Path) -> None:
         optimizer.step()
     state = optimizer.state_dict()
     torch.save({"hash": read_embedding(start).checksum, "optimizer_state_dict": state}, f"{start}.optim")
-    (held,) = moments_of(_assembled(tmp_path, {**WORD, "initial_embedding": str(start)})).values()
+    (held,) = moments_of(_assembled(tmp_path, {**EMBEDDING, "initial_embedding": str(start)})).values()
     assert_same(dict(held), state["state"][0])
 
 
 def test_the_moments_of_a_hypernetwork_are_loaded_in_file_order(tmp_path: Path) -> None:
     """Test with widths in descending order: the webui writes them in the order of the user's selection."""
-    method = write_start(tmp_path, LOOK)
+    method = write_start(tmp_path, HYPERNETWORK)
     start = tmp_path / "start.pt"
     data, saved = load_pickle(start), load_pickle(tmp_path / "start.pt.optim")
     widths = [key for key in data if type(key) is int]
@@ -167,8 +169,8 @@ def _assembled(folder: Path, method: dict[str, Any], **changes: Any) -> Parts:
 
 
 def test_incompatible_moments_are_named_and_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    start = write_word(tmp_path)
-    method, fits = {**WORD, "initial_embedding": str(start)}, read_embedding(start).checksum
+    start = write_start_embedding(tmp_path)
+    method, fits = {**EMBEDDING, "initial_embedding": str(start)}, read_embedding(start).checksum
 
     def ignored(**changes: Any) -> str:
         caplog.clear()
@@ -195,7 +197,7 @@ def test_incompatible_moments_are_named_and_ignored(tmp_path: Path, caplog: pyte
 def test_check_reports_an_incompatible_optimizer_file(tmp_path: Path) -> None:
     from dreamfleet.trainers.run.dry_run import check_run
 
-    method = {**WORD, "num_vectors": 1, "initial_embedding": str(write_word(tmp_path))}
+    method = {**EMBEDDING, "num_vectors": 1, "initial_embedding": str(write_start_embedding(tmp_path))}
     lines = check_run(build_recipe(tiny.make_recipe(tmp_path, method=method)))
     assert [line.name for line in lines if not line.ok] == ["model"]
     assert "method.num_vectors: 2" in lines[-1].detail

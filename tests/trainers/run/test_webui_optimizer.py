@@ -144,7 +144,7 @@ def test_a_run_continues_from_a_hypernetwork(tmp_path: Path) -> None:
         run_worker(build_recipe(tree))
 
 
-def test_methods_without_an_optimizer_file_are_refused(tmp_path: Path) -> None:
+def test_methods_without_an_optimizer_file_refuse_to_export_one(tmp_path: Path) -> None:
     folder = run(tmp_path, {"name": "dreambooth"})
     with pytest.raises(RecipeError, match=r"dreambooth .*'optim'"):
         export_run(str(folder), ["safetensors", "optim"], str(tmp_path / "out"))
