@@ -65,9 +65,10 @@ class Registry(Generic[T]):
 
         def add(entry: T) -> T:
             path = f"{getattr(entry, '__module__', '')}:{getattr(entry, '__qualname__', name)}"
-            if self._paths.setdefault(name, path) != path:
+            if self._paths.get(name, path) != path:
                 raise ValueError(f"{self.kind} {name!r} is {self._paths[name]} already")
-            self._check(name, entry)
+            self._check(name, entry, path)
+            self._paths[name] = path
             self._loaded[name] = entry
             return entry
 
@@ -91,12 +92,12 @@ class Registry(Generic[T]):
 
     def _load(self, name: str) -> T:
         entry: T = load_attribute(self._paths[name], what=f"{self.kind} {name!r}")
-        self._check(name, entry)
+        self._check(name, entry, self._paths[name])
         return entry
 
-    def _check(self, name: str, entry: T) -> None:
+    def _check(self, name: str, entry: T, path: str) -> None:
         if problem := self.find_problem(name, entry):
-            raise UserError(f"{self.kind} {name!r} ({self._paths[name]}): {problem}")
+            raise UserError(f"{self.kind} {name!r} ({path}): {problem}")
 
 
 class EntryName:

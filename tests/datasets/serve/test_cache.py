@@ -443,7 +443,7 @@ def test_latents_are_read_in_any_order_from_row_groups(tmp_path: Path) -> None:
     assert found.has(jobs[0].key, (400, 400)) and not found.has(jobs[0].key, (400, 392))
     order = np.random.default_rng(0).permutation(80).tolist()
     expected = dict(zip(order, Flat()(cuts_of([jobs[number] for number in order])), strict=True))
-    read = found.encode([jobs[number].key for number in order])
+    read = found.read([jobs[number].key for number in order])
     every = dict(found.read_all([jobs[number].key for number in order]))
     for position, number in enumerate(order):
         for name in ("mean", "std"):

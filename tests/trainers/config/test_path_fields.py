@@ -31,6 +31,8 @@ class ToyConfig(MethodConfig):
     """A method with every form of path field."""
 
     implementation: ClassVar[str] = "nowhere:Toy"  # not imported
+    summary: ClassVar[str] = "Trains nothing."
+    artifacts: ClassVar[tuple[str, ...]] = ("embedding",)
     name: Literal["toy"] = "toy"
     words: Annotated[str | None, PathField("file", names=("builtin",))] = "builtin"
     teacher: Annotated[str, HUB_MODEL] | None = None

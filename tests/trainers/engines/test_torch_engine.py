@@ -240,8 +240,8 @@ def test_trained_parts_can_stay_on_the_host(tmp_path: Path) -> None:
 
 def test_encoded_prompts_are_cached_up_to_a_limit(tmp_path: Path) -> None:
     parts, asked = make_parts(tmp_path), []
-    read = parts.model.read
-    parts.model.read = lambda prompts: asked.append(list(prompts)) or read(prompts)  # type: ignore[method-assign,func-returns-value]
+    read = parts.model.encode
+    parts.model.encode = lambda prompts: asked.append(list(prompts)) or read(prompts)  # type: ignore[method-assign,func-returns-value]
     one = read(["a cat"]).num_bytes
     prepare, batch = Preparer(parts.method, memory=2 * one), parts.feed.batch(0)
 

@@ -73,9 +73,9 @@ def test_labels_have_the_format_of_the_original(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('{"a.png": 1', "JSON"),
-        ("[1, 2]", "no labels"),
+        ("[1, 2]", "not a file of labels"),
         ('{"a.png": "good"}', "'a.png' .*\"good\""),
-        ('{"a.png": true}', " true "),
+        ('{"a.png": true}', " true,"),
         ('{"a.png": -1}', " -1"),
         ('{"a.png": 1.5}', " 1.5"),
     ],
@@ -347,7 +347,7 @@ def test_commands_check_plan_methods_and_hints(workplace: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="plan: discriminator"):
         method_shape(build_recipe(tree))
     listed = CliRunner().invoke(program.app, ["methods"]).output
-    assert "discriminator        Helper of prompt_tuning. " in listed
+    assert "discriminator        For prompt_tuning. " in listed
     assert "DreamArtist" in describe("run.pth", run_name="run", recipe=tree).what
 
 

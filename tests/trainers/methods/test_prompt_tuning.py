@@ -171,7 +171,7 @@ def test_the_negative_embedding_is_placed_like_its_placeholder(workplace: Path) 
     ("section", "message"),
     [
         ({"cfg_scale": "1.5,3"}, "method.cfg_scale.*low-high"),
-        ({"cfg_scale": 0}, "never"),
+        ({"cfg_scale": 0}, "not trained"),
         ({"cfg_scale": "1-3:abs(rate)"}, "ln, cos or cos2"),
         ({"negative_prompt": "ugly"}, r"no \[name\]"),
         ({"num_vectors_neg": 0}, "greater than or equal to 1"),
