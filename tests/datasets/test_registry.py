@@ -62,7 +62,10 @@ def test_a_name_belongs_to_one_implementation(package: Path) -> None:
 
 def test_a_rejected_entry_is_not_kept() -> None:
     shapes = Registry[object](
-        "shape", group="dreamfleet.test_shapes", builtin={}, find_problem=lambda name, entry: "it has no sides"
+        "shape",
+        group="dreamfleet.test_shapes",
+        builtin={},
+        find_problem=lambda name, entry: "it has no sides",
     )
     with pytest.raises(UserError, match=r"round.*no sides"):
         shapes.register("round")(dict)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from dreamfleet.datasets.environment import is_secret
 
 PACKAGES = ("dreamfleet", "torch", "diffusers", "transformers", "ray", "deepspeed")
 
@@ -28,7 +31,9 @@ def git_commit(checkout: Path) -> str:
     if not (checkout / ".git").exists():  # a wheel may be installed inside another project's checkout
         return ""
     command = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    env = {name: value for name, value in os.environ.items() if not is_secret(name, value)}
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, env=env)
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
