@@ -128,7 +128,7 @@ def make_caption(
         if words is None and prompt is not None:
             words = fill_template(prompt, name, "").strip() or None
         if words is None and "[filewords]" in template:
-            raise NoCaption(f"[filewords] has no caption to stand for: image {file_name or '?'}. {_REMEDY}")
+            raise NoCaption(f"no caption for [filewords]: image {file_name or '?'}. {_REMEDY}")
         return fill_template(template, name, words or "")
     if prompt is not None and words is None:
         words = fill_template(prompt, name, "").strip()

@@ -160,7 +160,8 @@ class _Watch:
         if self.moved is None or (steps < STEPS_WITHOUT_GRADIENT and not whole_run) or bool(self.moved):
             return
         raise RunFailed(
-            f"nothing is learned: the gradient was exactly zero at each of {steps} steps, so the loss does not depend "
+            f"the model is not training: the gradient was exactly zero at each of {steps} steps, so the loss does "
+            "not depend "
             "on the trainable parameters. Check whether the prompts contain the placeholder token, whether all "
             "captions are dropped (data.caption_dropout), whether masks exclude whole images, and, with "
             "fp16, whether gradients underflow (use bf16)"

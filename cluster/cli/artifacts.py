@@ -51,7 +51,7 @@ def convert(
         typer.Argument(
             metavar="OUT",
             parser=local_path,
-            help="Output; its suffix is the format, none a folder.",
+            help="Output path; its suffix selects the format, and no suffix writes a folder.",
         ),
     ],
     as_json: AsJson = False,

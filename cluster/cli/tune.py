@@ -33,7 +33,7 @@ def tune(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Search over recipe keys with many short runs, as the recipe's search: section says.
+    """Search over recipe keys with many short runs, configured by the recipe's search: section.
 
     Writes best.yaml, a recipe for `dreamfleet train`, trials.parquet and report.html.
     """

@@ -36,7 +36,7 @@ TOKEN_ADVICE = (
 
 # The usual cause of each signal, unless a user sent it.
 SIGNALS = {
-    "SIGKILL": ", as happens on a machine that runs out of memory",
+    "SIGKILL": ", possibly because the machine ran out of memory",
     **dict.fromkeys(("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT"), ", a crash in compiled code"),
 }
 # Ray's error types for a job whose driver had started and has no exit code.
@@ -79,15 +79,18 @@ class Job:
             return None
         code = self.driver_exit_code
         if code is None:
-            cause = self.message.strip().partition("\n")[0].rstrip(".") or "the cluster does not say why"
-            return f"its machine or Ray's processes on it died: {cause}" if self._began else cause
+            cause = (
+                self.message.strip().partition("\n")[0].rstrip(".")
+                or "the cluster does not say why it failed"
+            )
+            return f"its node or Ray's processes on the node died: {cause}" if self._began else cause
         if code == 130:
-            return "it was interrupted, and saved a checkpoint"
+            return "it was interrupted after saving a checkpoint"
         number = -code if code < 0 else code - 128  # negative from Ray, above 128 from a shell
         try:
             name = signal.Signals(number).name
         except ValueError:
-            return f"it ended with exit code {code}; its log says why"
+            return f"it ended with exit code {code}; see its log for the reason"
         return f"it was killed by {name}{SIGNALS.get(name, '')}"
 
     @property

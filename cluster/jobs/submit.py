@@ -96,7 +96,7 @@ def read_environment(given: Sequence[str], local: Mapping[str, str]) -> dict[str
         name, equals, value = text.partition("=")
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise RecipeError(
-                "--env: write KEY=VALUE, or KEY to take its value from this machine; one is neither"
+                "--env: write KEY=VALUE, or KEY to use its value on this machine; one --env has neither form"
             )
         if not equals and name not in local:
             raise RecipeError(

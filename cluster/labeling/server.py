@@ -35,7 +35,8 @@ class LabelServer(ThreadingHTTPServer):
             super().__init__((LOOPBACK, port), _Handler)
         except OSError as error:
             raise ResourceError(
-                f"port {port} is not available ({error.strerror}); use another --port, or none"
+                f"port {port} is not available ({error.strerror}); choose another --port, or omit it to use any "
+                "free port"
             ) from error
 
     @property

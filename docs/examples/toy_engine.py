@@ -37,8 +37,8 @@ class ToyEngine(Engine):
     @classmethod
     def refused(cls, config: EngineConfig) -> Mapping[str, str]:
         return {
-            "optimizer.fused_backward": "which steps after the backward pass",
-            "engine.use_ema": "which keeps no average",
+            "optimizer.fused_backward": "which runs the optimizer step after the backward pass",
+            "engine.use_ema": "which does not support EMA weights",
         }
 
     def _build(self, optimizer: OptimizerConfig) -> None:

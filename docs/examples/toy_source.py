@@ -30,7 +30,7 @@ class ToySource(Source):
                 width, height = entry["size"]
                 images.append(SourceImage(uri, entry.get("caption"), entry["sha256"], width, height))
             else:
-                bad.append(BadFile(uri, "the table gives it no bytes"))
+                bad.append(BadFile(uri, "its byte range in the table is empty"))
         return Listing(images, bad)
 
     def read(self, uri: str) -> bytes:

@@ -71,7 +71,7 @@ def check_state(parts: Parts, other: Parts) -> None:
     other.method.load_state(copy_state(parts))
     losses = [each.method(each.prepare(each.feed.batch(0))).total for each in (parts, other)]
     assert torch.equal(*losses)
-    with pytest.raises(RecipeError, match="other parameters"):
+    with pytest.raises(RecipeError, match="parameters of the saved state"):
         other.method.load_state({"nonsense": torch.zeros(1)})
 
 

@@ -96,7 +96,7 @@ def serve_images(
     # Each rank opened the cache by itself, and another command may have added images in between.
     if missing := max(distributed.gather(missing_from(cache, jobs)), key=len):
         summary = (
-            f"{len(missing)} of {len(jobs)} encodings are not in the cache {cache.folder.url}, such as of "
+            f"{len(missing)} of {len(jobs)} encodings are not in the cache {cache.folder.url}, for example of "
             f"{missing[0].uri}"
         )
         if set(index.column("role")) == {"class"}:
@@ -104,8 +104,9 @@ def serve_images(
                 log.info("class images: %s; this run encodes them all", summary)
             return load_images(index, model, data, seed=seed, distributed=distributed)
         raise DataError(
-            f"data.cache_dir: {summary}: new, or changed, since it was made. Run `dreamfleet data cache RECIPE`, which "
-            "encodes just these, or leave data.cache_dir out"
+            f"data.cache_dir: {summary}: these images or captions were added or changed after the cache was "
+            "written. Run "
+            "`dreamfleet data cache RECIPE`, which encodes only these, or remove data.cache_dir from the recipe"
         )
     shown = Shown(index, data, seed)
     if reads_lazily(index, model, data, shown):
@@ -148,18 +149,18 @@ def _why_nothing(cache: Storage, encoding: Encoding) -> str:
     manifests = find_manifests(cache)
     if not manifests:
         return (
-            f"data.cache_dir {cache.url} holds no latents yet: run `dreamfleet data cache RECIPE` first, or leave "
-            "data.cache_dir out"
+            f"data.cache_dir {cache.url} contains no latents yet: run `dreamfleet data cache RECIPE` first, or remove "
+            "data.cache_dir from the recipe"
         )
     found = min((encoding.differences(manifest) for manifest in manifests), key=len)
     if not found:
         return (
-            f"data.cache_dir {cache.url} holds no latents of this run yet: run `dreamfleet data cache RECIPE`, which "
-            "continues where it was stopped"
+            f"data.cache_dir {cache.url} contains no latents for this run yet: run `dreamfleet data cache RECIPE`, "
+            "which continues an interrupted run"
         )
-    nearest = "" if len(manifests) == 1 else f", the nearest of {len(manifests)}"
+    nearest = "" if len(manifests) == 1 else f", the closest of {len(manifests)} sets"
     return (
-        f"data.cache_dir {cache.url} holds latents made otherwise{nearest}: {'; '.join(found)}. Run `dreamfleet data "
-        "cache RECIPE` to encode for this run as well (the others stay), set the recipe back, or leave data.cache_dir "
-        "out"
+        f"data.cache_dir {cache.url} contains latents encoded with other settings{nearest}: {'; '.join(found)}. Run "
+        "`dreamfleet data cache RECIPE` to add latents for this run (existing latents are kept), restore these "
+        "settings in the recipe, or remove data.cache_dir from the recipe"
     )

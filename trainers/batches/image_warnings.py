@@ -21,7 +21,7 @@ def log_findings(index: Index, sizes: Sequence[Size], method: Method, data: Data
     enlarged, largest, row = most_enlarged(index.sizes(), sizes)
     if enlarged:
         log.warning(
-            "images enlarged many times: %d, up to %.0f times (%s): remove them, or lower data.resolution",
+            "%d images are enlarged strongly, up to %.0f times (%s): remove them, or lower data.resolution",
             enlarged,
             largest,
             index.row(row).uri,
@@ -38,10 +38,10 @@ def log_findings(index: Index, sizes: Sequence[Size], method: Method, data: Data
     )
     if count:
         log.warning(
-            "captions longer than %d tokens: %d, the longest of %d (%s); the rest of each is cut: shorten them, or set "
+            "%d captions are longer than %d tokens and are truncated; the longest has %d (%s). Shorten them, or set "
             "model.max_token_length to 150 or 225",
-            most,
             count,
+            most,
             longest,
             uri,
         )
@@ -52,8 +52,8 @@ def log_buckets(sizes: Sequence[Size], smallest_bucket: int, global_batch: int) 
     log.info("buckets: %s", describe_buckets(sizes))
     if smallest_bucket < global_batch:
         log.warning(
-            "a bucket holds %d images and a batch %d: its batches show images several times. Take a larger "
-            "data.bucket_reso_steps, or fewer images at a time",
+            "the smallest bucket has %d images and a batch has %d, so its batches repeat images. Increase "
+            "data.bucket_reso_steps, or reduce the batch size",
             smallest_bucket,
             global_batch,
         )

@@ -83,8 +83,8 @@ def compare(found: Mapping[str, str], distributed: DistributedContext) -> None:
     for rank, (host, values) in enumerate(every):
         for name, value in values.items():
             if value != first[name]:
-                what = "differs from" if value and first[name] else "is not on both it and"
-                raise StorageError(f"{name}: rank {rank} ({host}) {what} rank 0 ({first_host}). {REMEDY}")
+                what = "differs between" if value and first[name] else "exists on only one of"
+                raise StorageError(f"{name}: {what} rank {rank} ({host}) and rank 0 ({first_host}). {REMEDY}")
 
 
 def hash_path(path: str) -> str:

@@ -25,9 +25,11 @@ def explain_no_fit(made: MemoryPlan, recipe: Recipe) -> str:
         for one in made.estimates
     )
     return (
-        f"no engine choice fits {' and '.join(limits)}: the smallest on the GPU, {smallest.choice.name}, needs "
-        f"{_gib(smallest.gpu_total)} GiB there and {_gib(smallest.host_total)} GiB on the host. What may help: "
-        f"{', '.join(_remedies(smallest, made, recipe))}. What each needs: {needs}"
+        f"no engine choice fits {' and '.join(limits)}: {smallest.choice.name}, which needs the least GPU memory, "
+        "takes "
+        f"{_gib(smallest.gpu_total)} GiB on the GPU and {_gib(smallest.host_total)} GiB on the host. Possible "
+        "remedies: "
+        f"{', '.join(_remedies(smallest, made, recipe))}. Memory of each choice: {needs}"
     )
 
 

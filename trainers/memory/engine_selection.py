@@ -27,15 +27,15 @@ def settle_engine(recipe: Recipe, distributed: DistributedContext) -> tuple[Reci
     """
     recipe = distributed.on_rank_0(recipe.with_deepspeed_file)
     if distributed.device.type != "cuda":
-        return recipe, "no GPU" if recipe.engine.is_auto else "as the recipe says"
+        return recipe, "no GPU" if recipe.engine.is_auto else "set in the recipe"
     if recipe.train.full_bf16:
         _require_equal_gpus(distributed)
     limit = recipe.engine.gpu_limit
     card = distributed.on_every_rank(lambda: limit_card(distributed.device, limit, distributed.gpu_share))
     if not recipe.engine.is_auto:
-        return recipe, "as the recipe says"
+        return recipe, "set in the recipe"
     if distributed.world > 1 and distributed.gpu_share < 1:
-        return recipe, "workers share a GPU, so nothing can be sharded over them"
+        return recipe, "workers share a GPU, so the training state cannot be sharded"
     return choose_engine(
         recipe,
         distributed,
@@ -50,8 +50,8 @@ def _require_equal_gpus(distributed: DistributedContext) -> None:
     names = distributed.all_gather_unique([torch.cuda.get_device_name(distributed.device)])
     if len(names) > 1:
         raise ResourceError(
-            f"train.full_bf16 rounds weights at random, which GPUs of different kinds ({', '.join(names)}) do "
-            "differently; use workers with equal GPUs, or full_bf16: false"
+            f"train.full_bf16 uses stochastic rounding, whose random numbers differ between GPU models "
+            f"({', '.join(names)}); use workers with the same GPU model, or set full_bf16: false"
         )
 
 
@@ -60,7 +60,7 @@ def choose_engine(
 ) -> tuple[Recipe, str]:
     """Choose the engine on rank 0 for all ranks; return the recipe and the reason.
 
-    Memory limits are in bytes. A run whose memory cannot be planned is trained by plain torch. Raises
+    Memory limits are in bytes. A run whose memory cannot be planned uses plain torch. Raises
     ResourceError if no choice fits.
     """
     if (reason := recipe.method.no_plan) is not None:
@@ -89,7 +89,7 @@ def _decide(
         return {}, f"not planned: {error}"
     except Exception as error:  # noqa: BLE001 - a fault of the planner's, such as an operator without a fake kernel
         why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        log.warning("the memory of this run cannot be planned (%s); it is trained by torch alone", why)
+        log.warning("the memory of this run cannot be planned (%s); it uses plain torch", why)
         return {}, f"not planned: {why}"
     if made.chosen is None:
         raise ResourceError(f"engine.zero_stage: auto: {explain_no_fit(made, recipe)}")

@@ -177,7 +177,7 @@ def check_fits(method: str, shapes: Mapping[str, torch.Size], state: Mapping[str
     """Check that a saved state has these names and shapes. Raises RecipeError naming the first that differs."""
     if wrong := sorted(shapes.keys() ^ state.keys()):
         raise RecipeError(
-            f"{method}: the saved state has other parameters than this recipe ({', '.join(wrong[:4])})"
+            f"{method}: the parameters of the saved state differ from this recipe's ({', '.join(wrong[:4])})"
         )
     for name, shape in shapes.items():
         if shape != state[name].shape:
@@ -196,7 +196,7 @@ def method_class(config: MethodConfig | str) -> type[Method]:
     found: type[Method] = load_attribute(section.implementation, what=f"method {section.__name__}")
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise UserError(
-            f"{section.__name__}.implementation: {section.implementation} is no subclass of Method"
+            f"{section.__name__}.implementation: {section.implementation} is not a subclass of Method"
         )
     if missing := sorted(found.__abstractmethods__):
         raise UserError(f"{section.implementation} does not implement {', '.join(missing)}")

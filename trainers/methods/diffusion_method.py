@@ -64,7 +64,8 @@ class DiffusionMethod(Method):
         for prompt in (concept.instance_prompt for concept in self.setting.concepts):
             if prompt and ("[name]" in prompt or "{}" in prompt):
                 raise RecipeError(
-                    f"data.instance_prompt: {prompt!r} has a placeholder for a name, but {self.name} learns no word; "
+                    f"data.instance_prompt: {prompt!r} has a placeholder for a name, but {self.name} trains no "
+                    "placeholder token; "
                     "write a prompt without it, such as 'a photo of sks cat'"
                 )
         return None

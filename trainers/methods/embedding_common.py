@@ -104,16 +104,17 @@ def check_templates(
     having = [template for template in templates if has_word(template, "")]
     lacking = [template for template in templates if template not in having]
     if having:
-        few = f"{len(lacking)} of {len(templates)} templates do not use {word!r}, and teach it nothing: {lacking[:1]}"
-        return f"{few}. Put [name] into them" if lacking else None
+        few = f"{len(lacking)} of {len(templates)} templates do not use {word!r} and do not train it: {lacking[:1]}"
+        return f"{few}. Add [name] to them" if lacking else None
     texts = [
         _file_words(sample, data) for sample in samples if any("[filewords]" in each for each in templates)
     ]
     naming = sum(any(has_word(template, caption) for template in templates) for caption in texts)
     if not naming:
         raise RecipeError(
-            f"method.template_file: no template uses {word!r}, nor does a caption that one is filled with, so it would "
-            f"learn nothing; put [name] where the word goes, as in 'a photo of [name]' (now: {templates[0]!r})"
+            f"method.template_file: no template uses {word!r}, and no caption inserted into a template does, so its "
+            f"embedding would not be trained. Add [name] to the templates, as in 'a photo of [name]' (first template: "
+            f"{templates[0]!r})"
         )
     if naming < len(texts):
         return f"{len(texts) - naming} of {len(texts)} captions do not use {word!r}, nor do the templates"

@@ -102,7 +102,7 @@ def _go_on(network: Hypernetwork, path: str) -> tuple[int, dict[str, AdamState]]
         differences.append(f"enable_sizes: {widths}")
     if differences:
         raise RecipeError(
-            f"method.initial_hypernetwork: {path} is built otherwise than this run's; set "
+            f"method.initial_hypernetwork: {path} has a different structure than this run's hypernetwork; set "
             + ", ".join(differences)
         )
     network.load_state_dict(Hypernetwork.from_file(found).state_dict())
@@ -123,7 +123,7 @@ def load_templates(name: str | None) -> tuple[str, ...]:
     templates = template_files.load_templates(name)
     if asking := [template for template in templates if "[name]" in template]:
         raise RecipeError(
-            f"method.template_file {name}: {asking[0]!r} asks for the name of what is learnt, and a hypernetwork has "
-            "no word of its own; use [filewords], or the set hypernetwork"
+            f"method.template_file {name}: {asking[0]!r} contains [name], but a hypernetwork has no placeholder "
+            "token; use [filewords], or the template set hypernetwork"
         )
     return templates

@@ -29,7 +29,7 @@ def provenance(parts: Parts, engine_reason: str) -> str:
     engine = engine_spec(parts.recipe.engine).summary(parts.recipe.engine)
     return (
         f"# {', '.join(lines)}\n"
-        f"# dataset {parts.sets.instances.content_hash} ({len(parts.sets.instances)} pictures)\n"
+        f"# dataset {parts.sets.instances.content_hash} ({len(parts.sets.instances)} images)\n"
         f"# base model {' '.join(filter(None, parts.method.base[:2]))}\n"
         f"# engine {engine} ({' '.join(engine_reason.split())})\n"
     )

@@ -80,7 +80,10 @@ def take_over(engine: Engine, moments: Mapping[str, AdamState], weights: Mapping
     ``weights``: the unsharded initial weights of the engine, by name, which its EMA weights start from.
     """
     if engine.optimizer_name != "adamw":
-        log.info("optimizer.name: %s starts anew; moments are taken over by adamw", engine.optimizer_name)
+        log.info(
+            "optimizer.name: %s starts from scratch; only adamw loads the saved moments",
+            engine.optimizer_name,
+        )
         return
     state = engine.state()
     state["optimizer"]["state"] = {

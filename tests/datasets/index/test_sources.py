@@ -85,7 +85,7 @@ def test_an_index_of_a_source_is_that_of_the_same_files(folders: tuple[Path, Pat
     assert packed.content_hash == files.content_hash and len(packed) == 6
     assert packed.row(0).uri.startswith(f"toy://{folders[1]}#")
     assert read_image_file(packed.row(0).uri) == read_image_file(files.row(0).uri)
-    assert [item.reason for item in packed.bad] == ["the table gives it no bytes"]
+    assert [item.reason for item in packed.bad] == ["its byte range in the table is empty"]
 
 
 def test_images_with_listed_properties_are_not_read(

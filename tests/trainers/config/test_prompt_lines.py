@@ -159,5 +159,5 @@ def test_templates_without_the_placeholder_are_refused(
 
 @pytest.mark.parametrize("prompt", ["a photo of [name]", "a {} cat"])
 def test_methods_without_a_placeholder_refuse_templates_with_one(workplace: Path, prompt: str) -> None:
-    with pytest.raises(RecipeError, match="learns no word"):
+    with pytest.raises(RecipeError, match="no placeholder token"):
         make(workplace, data__instance_prompt=prompt)

@@ -74,9 +74,7 @@ def test_a_memory_limit_applies_to_plan_and_run_without_the_cuda_context(
     assert settled.engine.zero_stage == 2 and "of 8.0 GiB" in reason
     assert held == [pytest.approx(7.5 / 80)]
     explicit = limited.model_copy(update={"engine": limited.engine.model_copy(update={"zero_stage": 3})})
-    assert (
-        engine_selection.settle_engine(explicit, GPU) == (explicit, "as the recipe says") and len(held) == 2
-    )
+    assert engine_selection.settle_engine(explicit, GPU) == (explicit, "set in the recipe") and len(held) == 2
 
 
 def test_an_error_of_the_planner_does_not_end_the_run(

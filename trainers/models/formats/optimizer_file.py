@@ -100,7 +100,8 @@ def read_optimizer(path: str | os.PathLike[str], shapes: Sequence[Sequence[int]]
         )
     if len(state) > _MOST_PARAMETERS or list(state) != list(range(len(shapes))):
         raise FormatError(
-            f"{path}: holds the state of {len(state)} parameters, but {len(shapes)} are trained; another file's?"
+            f"{path}: contains the state of {len(state)} parameters, but {len(shapes)} are trained; it may belong "
+            "to another file"
         )
     states = tuple(
         _adam(entry, list(shape), path) for entry, shape in zip(state.values(), shapes, strict=True)
@@ -122,7 +123,7 @@ def moments_beside(address: str, *, fits: str, shapes: Sequence[Sequence[int]]) 
         with place.local_copy() as local:
             found = read_optimizer(local, shapes)
         if found.hash != fits:
-            raise FormatError(f"{beside}: belongs to another file than the one it lies beside.")
+            raise FormatError(f"{beside}: belongs to another file than the artifact in the same folder.")
         if found.name not in (None, "Adam", "AdamW"):
             raise FormatError(f"{beside}: was written by {found.name}, whose state is not Adam's.")
     except UserError as error:
