@@ -277,7 +277,7 @@ def test_exit_code_of_a_job(state: str, driver: int | None, code: int) -> None:
 @pytest.mark.parametrize(
     ("driver", "error_type", "message", "reason", "resumable"),
     [
-        (-9, "JOB_ENTRYPOINT_COMMAND_ERROR", "failed", "SIGKILL, as .* memory", True),
+        (-9, "JOB_ENTRYPOINT_COMMAND_ERROR", "failed", "SIGKILL.* memory", True),
         (137, "JOB_ENTRYPOINT_COMMAND_ERROR", "failed", "SIGKILL", True),  # by a shell: 128 + signal
         (-11, None, "failed", "SIGSEGV.*compiled", True),
         (-15, None, "failed", "SIGTERM$", True),
