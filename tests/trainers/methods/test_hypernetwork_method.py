@@ -115,7 +115,7 @@ def test_the_recipe_sets_widths_strength_and_prompts(workplace: Path) -> None:
         ({"use_dropout": True, "dropout_structure": "0, 0.3"}, "end with 0"),
         ({"use_dropout": True, "dropout_structure": "0, 0.3, 0, 0"}, "3 entries"),
         ({"multiplier": 0}, "greater than 0"),
-        ({"template_file": "style"}, "no word"),
+        ({"template_file": "style"}, "no placeholder"),
     ],
 )
 def test_an_invalid_section_is_an_error(section: dict[str, Any], message: str, workplace: Path) -> None:
