@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Literal
 
 from dreamfleet.datasets.errors import RecipeError
 
+# diffusers' names of schedules
+ScheduleName = Literal[
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "piecewise_constant",
+]
 POLYNOMIAL_END = 1e-7  # final learning rate of diffusers' polynomial schedule
 
 

@@ -7,7 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model_validator
 
 from dreamfleet.datasets.config_base import Section
-from dreamfleet.trainers.config.learning_rate import POLYNOMIAL_END, parse_rules, parse_webui_schedule
+from dreamfleet.trainers.config.learning_rate import (
+    POLYNOMIAL_END,
+    ScheduleName,
+    parse_rules,
+    parse_webui_schedule,
+)
 
 
 def _read_number(value: Any) -> Any:
@@ -68,15 +73,9 @@ class OptimizerConfig(Section):
         validation_alias=AliasChoices("text_encoder_2_lr", "learning_rate_te2"),
         description="learning rate of SDXL's second text encoder; default: text_encoder_lr",
     )
-    lr_scheduler: Literal[
-        "constant",
-        "constant_with_warmup",
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "piecewise_constant",
-    ] = Field("constant", description="diffusers' schedules, updated once per optimizer step")
+    lr_scheduler: ScheduleName = Field(
+        "constant", description="diffusers' schedules, updated once per optimizer step"
+    )
     lr_warmup_steps: int = Field(0, ge=0, description="optimizer steps, for any number of workers")
     lr_num_cycles: float = Field(
         1,

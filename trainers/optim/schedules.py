@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import get_args
 
 from dreamfleet.datasets.errors import RecipeError
-from dreamfleet.trainers.config.learning_rate import POLYNOMIAL_END, parse_rules, parse_webui_schedule
-
-SCHEDULES = (
-    "constant",
-    "constant_with_warmup",
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "piecewise_constant",
+from dreamfleet.trainers.config.learning_rate import (
+    POLYNOMIAL_END,
+    ScheduleName,
+    parse_rules,
+    parse_webui_schedule,
 )
+
+SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 
 
 def make_multiplier(
