@@ -39,10 +39,13 @@ def check_files(index: Index, distributed: DistributedContext) -> None:
     """
     if distributed.world == 1:
         return
-    uris = [uri for name in ("uri", "mask") for uri in index.column(name) if uri is not None]
-    hashes = [
-        value for name in ("sha256", "mask_sha256") for value in index.column(name) if value is not None
+    files = [
+        (uri, digest)
+        for name, digests in (("uri", "sha256"), ("mask", "mask_sha256"))
+        for uri, digest in zip(index.column(name), index.column(digests), strict=True)
+        if uri is not None
     ]
+    uris, hashes = [uri for uri, _ in files], [digest for _, digest in files]
     local = [number for number, uri in enumerate(uris) if "://" not in uri]
     sizes = distributed.on_rank_0(lambda: _sizes([uris[number] for number in local]))
     hashed = local[:: max(1, len(local) // MOST_HASHED)]
