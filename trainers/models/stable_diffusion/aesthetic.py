@@ -190,8 +190,8 @@ def clip_of(model: StableDiffusion, name: str | None = None) -> ClipScorer:
         name = model.folder if (folder / TEXT_PROJECTION).is_file() else CLIPS.get(model.context_width)
     if name is None:
         raise ModelError(
-            f"{model.folder}: its text encoder, {model.context_width} wide, is of no known CLIP; name the CLIP with "
-            " method.clip or --aesthetic-clip, as a folder or on the hub"
+            f"{model.folder}: its text encoder, {model.context_width} wide, belongs to no known CLIP; name the CLIP "
+            "with method.clip or --aesthetic-clip, as a folder or on the hub"
         )
     clip = load_clip(name)
     if (width := clip.text_projection.shape[1]) != model.context_width:
