@@ -63,7 +63,7 @@ IN_TWO := -n 2 --dist loadfile --max-worker-restart 0
 test: $(VENV)/.installed-test ## every test of this machine, servers included (PYTEST_ARGS="-k plan -x")
 	$(BIN)/python -m pytest $(IN_TWO) $(PYTEST_ARGS)
 
-test-fast: $(VENV)/.installed-test ## the tests without servers and compilers: under three minutes on two cores
+test-fast: $(VENV)/.installed-test ## the tests without servers and compilers: about four and a half minutes on two cores
 	$(BIN)/python -m pytest $(IN_TWO) -m "not cluster and not s3 and not slow and not simulated_gpu and not gpu" $(PYTEST_ARGS)
 
 test-gpu-matrix: $(VENV)/.installed-test ## every method, family and precision on a simulated GPU (`make test` has every pair of them)
