@@ -33,6 +33,7 @@ LAYERS = {
     "trainers/evaluation": "torch",
     "trainers/loop.py": "torch",
     "trainers/run": "torch",
+    "trainers/packing": "torch",
     "trainers/driver": "torch ray",
     "trainers/launch.py": "ray",
     "tune": "torch ray",
