@@ -203,6 +203,9 @@ def _validate(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
         validation=recipe.validation,
         scaling=recipe.scaling,
     )
+    if (metric := recipe.validation.metric_for_best) not in (HELD_OUT, *recipe.figures):
+        measured = ", ".join(recipe.figures) or "nothing"
+        errors.append(f"validation.metric_for_best: validation measures {measured}, not {metric!r}")
     if recipe.search is not None:
         section = recipe.search.with_default_space(recipe.method.search_space)
         recipe = recipe.model_copy(update={"search": section})

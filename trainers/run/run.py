@@ -104,13 +104,17 @@ def _make_hooks(
 ) -> Hooks:
     def validate(step: int) -> dict[str, float]:
         if figures := evaluation.measure():
-            checkpointing.keep_best(step, figures["holdout_loss"])
+            checkpointing.keep_best(step, figures)
         return figures
+
+    def sample(step: int) -> None:
+        evaluation.draw(step)
+        checkpointing.keep_best(step, recorder.scores)  # which rank 0 has
 
     return Hooks(
         log=recorder.log,
         save=checkpointing.save,
-        sample=evaluation.draw,
+        sample=sample,
         validate=validate,
         should_stop=should_stop,
         saved=lambda: checkpointing.saved,
@@ -167,7 +171,7 @@ def _summarise(parts: Parts, outcome: Outcome, checkpointing: Checkpointing, eng
 
 
 def _finish(parts: Parts, recorder: Recorder, summary: Summary, clock: Clock) -> None:
-    """Export the artifacts of a completed run; write the summary and the report."""
+    """Export the artifacts of a completed run with ``train.export``; write the summary and the report."""
     distributed = parts.distributed
 
     def export() -> list[str]:
@@ -183,7 +187,7 @@ def _finish(parts: Parts, recorder: Recorder, summary: Summary, clock: Clock) ->
         summary.wall_seconds = summary.start_up_seconds + summary.train_seconds + clock.since_lap()
         recorder.close(summary)
 
-    if summary.exit_reason == "completed":
+    if summary.exit_reason == "completed" and parts.recipe.train.export:
         with parts.engine.full_weights():  # on every rank: sharded weights are gathered
             summary.exports = distributed.on_rank_0(export)
     distributed.on_rank_0(close)
@@ -199,7 +203,7 @@ def newest_checkpoint(checkpoints: Checkpoints, distributed: DistributedContext)
     kept: list[Checkpoint | None] = []
 
     def find() -> int | None:
-        kept.append(checkpoints.load_latest())
+        kept.append(checkpoints.load_to_continue())
         return kept[0].step if kept[0] is not None else None
 
     step = distributed.on_rank_0(find)
