@@ -35,7 +35,20 @@ class MethodConfig(Section):
     #: keys in ``metrics.jsonl`` that it measures on its own held-out images
     figures: ClassVar[tuple[str, ...]] = ()
 
+    #: whether its trainings can share a process and one copy of the frozen model (see ``trainers.packing``)
+    packs: ClassVar[bool] = False
+
     name: str
+
+    @property
+    def unpackable(self) -> str | None:
+        """The reason why a training with these options cannot share a process with others, a clause; None if it can."""
+        return None if self.packs else "does not train parameters beside a shared, frozen model"
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether its trainable parameters use dropout."""
+        return False
 
 
 _SECTIONS = "dreamfleet.trainers.config.methods"

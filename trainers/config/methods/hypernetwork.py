@@ -9,6 +9,7 @@ from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 from dreamfleet.datasets.captions import TEMPLATE_SETS
 from dreamfleet.datasets.path_field import PathField
 from dreamfleet.trainers.config.hypernetwork_structure import (
+    BATCH_ACTIVATIONS,
     Structure,
     WeightInit,
     derived_dropout,
@@ -32,6 +33,7 @@ class HypernetworkConfig(MethodConfig):
         "Trains MLPs in front of attention's keys and values; the model is not changed. Megabytes, at any strength."
     )
     artifacts: ClassVar[tuple[str, ...]] = ("hypernetwork",)
+    packs: ClassVar[bool] = True
 
     name: Literal["hypernetwork"] = "hypernetwork"
     enable_sizes: Annotated[tuple[int, ...], BeforeValidator(_split)] | None = Field(
@@ -94,6 +96,17 @@ class HypernetworkConfig(MethodConfig):
         require_activation(self.activation_func)
         self.structure()
         return self
+
+    @property
+    def unpackable(self) -> str | None:
+        is_used = len(self.layer_structure) > 2 or self.activate_output
+        if is_used and self.activation_func in BATCH_ACTIVATIONS:
+            return f"with activation_func: {self.activation_func} mixes the images of a batch"
+        return super().unpackable
+
+    @property
+    def has_dropout(self) -> bool:
+        return any(self.structure().dropout_structure)
 
     def structure(self) -> Structure:
         """Return the structure of the MLPs. Raises UserError for one that cannot be built."""

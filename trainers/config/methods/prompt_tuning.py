@@ -26,6 +26,7 @@ class PromptTuningConfig(MethodConfig):
         "Trains a word for the prompt and one for the negative prompt together, from as little as one image. Kilobytes."
     )
     artifacts: ClassVar[tuple[str, ...]] = ("embedding",)
+    packs: ClassVar[bool] = True
 
     name: Literal["prompt_tuning"] = "prompt_tuning"
     placeholder_token: str = Field(

@@ -20,6 +20,7 @@ class TextualInversionConfig(MethodConfig):
         "Trains the vectors of a new word; the model is not changed. Kilobytes, combines with everything."
     )
     artifacts: ClassVar[tuple[str, ...]] = ("embedding",)
+    packs: ClassVar[bool] = True
 
     name: Literal["textual_inversion"] = "textual_inversion"
     placeholder_token: str = Field(

@@ -21,6 +21,7 @@ class WholeModelConfig(MethodConfig):
     """Options shared by the methods that train the weights of the model, directly or with a LoRA."""
 
     artifacts: ClassVar[tuple[str, ...]] = ("checkpoint", "lora")
+    packs: ClassVar[bool] = True
 
     train_text_encoder: bool = Field(False, description="also train the text encoder (both of SDXL)")
     lora_rank: int | None = Field(
@@ -64,3 +65,11 @@ class WholeModelConfig(MethodConfig):
                 f"{given[0]} needs lora_rank, such as 8; without it the full weights are trained"
             )
         return self
+
+    @property
+    def unpackable(self) -> str | None:
+        return "without lora_rank trains the model itself" if self.lora_rank is None else super().unpackable
+
+    @property
+    def has_dropout(self) -> bool:
+        return self.lora_dropout > 0
