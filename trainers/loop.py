@@ -131,19 +131,12 @@ def train(
         for number in range(engine.num_micros):
             batch = meter.wait_for(batches)
             if step == start_step and number == 0:
-                # One pass whose result is dropped, so that insufficient memory is reported in the first minute. DDP
-                # also fixes its buckets: the first step after a resume sums gradients in equal order.
-                yield Micro(engine, prepare(engine.to_device(batch)), last=True, seed=step_seed)
-                engine.drop_gradients()
+                yield from _rehearse(engine, prepare, batch, step_seed)
             if number == 0:
                 engine.begin_step(now, step + 1)
-            loss = yield Micro(
-                engine,
-                prepare(engine.to_device(batch)),
-                last=number == engine.num_micros - 1,
-                seed=None if number else step_seed,
-                keeps=number > 0,
-            )
+            last, micro_seed = number == engine.num_micros - 1, None if number else step_seed
+            ready = prepare(engine.to_device(batch))
+            loss = yield Micro(engine, ready, last=last, seed=micro_seed, keeps=number > 0)
             watch.see_loss(loss.total)
             meter.add(loss, batch)
         norm = engine.step(now, step + 1)
@@ -164,6 +157,15 @@ def train(
                     hooks.log({"step": done, **figures})
                 hooks.sample(done)
     return Outcome(schedule.total, "completed", meter.figures)
+
+
+def _rehearse(
+    engine: Engine, prepare: Callable[[Batch], Batch], batch: Batch, seed: int
+) -> Generator[Micro, Loss, None]:
+    # One forward and backward pass whose result is dropped, so that insufficient memory is reported in the
+    # first minute. DDP also fixes its buckets: the first step after a resume sums gradients in equal order.
+    yield Micro(engine, prepare(engine.to_device(batch)), last=True, seed=seed)
+    engine.drop_gradients()
 
 
 class _Watch:

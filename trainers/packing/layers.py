@@ -20,7 +20,6 @@ from dreamfleet.trainers.models.lora import TRAINED
 from dreamfleet.trainers.models.stable_diffusion.hypernetwork import MIXING, HypernetworkModule
 from dreamfleet.trainers.packing.member import Current, Member
 
-
 # Activations that mix the images of a batch or draw random numbers.
 NOT_STACKED = {*MIXING, "softmax2d", "rrelu"}
 
@@ -46,14 +45,14 @@ class PackedEmbedding(nn.Module):
         vocab = self.table.num_embeddings
         is_learned_NT = input_ids >= vocab
         base_NTD = self.table(input_ids.masked_fill(is_learned_NT, 0))
-        vectors, found = [], []
+        vectors, found = list[Tensor](), list[Tensor]()
         for member, ids in zip(
             self._current.rows.members, self._current.rows.split(input_ids - vocab), strict=True
         ):
             words = list(member.tables[self.side].words.values()) if member.tables else []
             if words:
                 # Each id is looked up among its own member's vectors; other tokens get the first one, which is unused.
-                found.append(ids.clamp(min=0) + sum(map(len, vectors)))
+                found.append(ids.clamp(min=0) + sum(len(one) for one in vectors))
                 vectors += words
             else:
                 found.append(torch.zeros_like(ids))
@@ -84,7 +83,7 @@ class PackedAdapter(nn.Module):
         """Return the layer's output ``[N, ...]``, with LoRA for the rows of members that adapt this layer."""
         output = self.base(inputs, *args, **kwargs)
         rows = self._current.rows
-        layers = [member.adapters.get(self._place) for member in rows.members]
+        layers: list[Any] = [member.adapters.get(self._place) for member in rows.members]
         if not any(layers):
             return output
         given = rows.split(inputs)
@@ -139,7 +138,8 @@ class PackedHypernetworks:
                 network = rows.members[chosen[0]].networks[0][0]
                 parts[chosen[0]] = (network.keys, network.values)[which](parts[chosen[0]], multiplier)
                 continue
-            modules = [rows.members[k].networks[0][0].layers[width][which] for k in chosen]
+            pairs: list[Any] = [rows.members[k].networks[0][0].layers[width] for k in chosen]
+            modules = [pair[which] for pair in pairs]
             weights = self._stacked((which, width, *chosen), modules)
             changed = _run_alike(modules[0], weights, torch.stack([parts[k] for k in chosen]), multiplier)
             for k, part in zip(chosen, changed, strict=True):

@@ -37,7 +37,7 @@ class Member:
 
     def seed(self, seed: int) -> None:
         """Start this member's sequence of random numbers, as ``torch.manual_seed`` does for a training alone."""
-        devices = ["cpu", *([self._device] if self._device.type == "cuda" else [])]
+        devices = [torch.device("cpu"), *([self._device] if self._device.type == "cuda" else [])]
         self.states = [torch.Generator(device).manual_seed(seed).get_state() for device in devices]
 
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,9 +34,7 @@ class PackedModel:
         if member.tables and not self._has_words:
             self._has_words = True
             for side in range(len(self.model.text_encoders)):
-                replace_table(
-                    self.model, side, lambda table, side=side: PackedEmbedding(table, self._text, side)
-                )
+                replace_table(self.model, side, partial(PackedEmbedding, current=self._text, side=side))
         parts = self.model.modules()
         for place in member.adapters.keys() - self._adapted:
             self._adapted.add(place)
@@ -53,9 +52,7 @@ class PackedModel:
         counts = list(map(len, ids))
         self._text.rows = Rows(members, counts, caches=not self.recomputes)
         encoded = self.model.encode_tokens(torch.cat(list(ids)))
-        each = [
-            tensor.split(counts) if tensor is not None else [None] * len(counts) for tensor in encoded
-        ]
+        each = [tensor.split(counts) if tensor is not None else [None] * len(counts) for tensor in encoded]
         return [Condition(*of_one) for of_one in zip(*each, strict=True)]
 
     def predict(

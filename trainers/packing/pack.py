@@ -121,17 +121,13 @@ class Pack:
                 member.method.loss(micro.batch, given, found)
                 for member, micro, given, found in zip(members, micros, inputs, predicted, strict=True)
             ]
-        shares = [
-            member.engine.objective(loss).float() for member, loss in zip(members, losses, strict=True)
-        ]
+        shares = [member.engine.objective(loss).float() for member, loss in zip(members, losses, strict=True)]
         torch.stack(shares).sum().backward()
         return [Loss(loss.total.detach(), loss.per_sample.detach(), loss.extras) for loss in losses]
 
     def _inputs(self, members: Sequence[Member], micros: Sequence[Micro]) -> list[DenoiserInputs]:
         """Return the denoiser's inputs of each member; the prompts of all members are encoded in one pass."""
-        ids = [
-            member.method.text_ids(micro.batch) for member, micro in zip(members, micros, strict=True)
-        ]
+        ids = [member.method.text_ids(micro.batch) for member, micro in zip(members, micros, strict=True)]
         texts = [(member, own) for member, own in zip(members, ids, strict=True) if own is not None]
         encoded = iter(
             self.model.encode([member for member, _ in texts], [own for _, own in texts]) if texts else ()

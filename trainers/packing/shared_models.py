@@ -1,4 +1,4 @@
-"""The base models of a process: each is loaded once, lent to trainings, and restored after a training that changed it."""
+"""The base models of a process: each is loaded once, and restored after a training that changed it."""
 
 from __future__ import annotations
 
@@ -57,9 +57,13 @@ class SharedModels:
                 param.grad = None
         self._model.freeze()
 
+    def clear(self) -> None:
+        """Forget the loaded model, whose frozen parameters the next trainings need in another precision."""
+        self._key, self._model, self._original = None, None, {}
+
     def _loaded(self, config: ModelConfig, needs: Collection[str]) -> DiffusionModel:
         key = config.model_dump_json(), tuple(sorted(needs))
         if self._model is None or key != self._key:
-            self._model, self._original = None, {}  # freed before the next one is loaded
+            self.clear()  # its memory is free before the next model is loaded
             self._model, self._key = load_model(config, needs), key
         return self._model
