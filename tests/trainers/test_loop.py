@@ -15,7 +15,7 @@ import torch
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.artifacts.usage import describe
-from dreamfleet.trainers.loop import Hooks, Outcome, Schedule, train
+from dreamfleet.trainers.loop import Hooks, Outcome, Schedule, drive, train
 from dreamfleet.trainers.methods.base import Loss
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.report.metrics_log import read_metrics
@@ -58,15 +58,17 @@ class RandomEngine:
 
 def loop(engine: RandomEngine, hooks: Hooks | None = None, *, steps: int = 3, **options: Any) -> Outcome:
     anything: Any = engine
-    return train(
-        anything,
-        itertools.repeat({"num_instances": 2}),
-        lambda batch: batch,
-        rates={},
-        schedule=Schedule(total=steps, save_every=1, sample_every=100, log_every=1),
-        seed=7,
-        hooks=hooks or Hooks(),
-        **options,
+    return drive(
+        train(
+            anything,
+            itertools.repeat({"num_instances": 2}),
+            lambda batch: batch,
+            rates={},
+            schedule=Schedule(total=steps, save_every=1, sample_every=100, log_every=1),
+            seed=7,
+            hooks=hooks or Hooks(),
+            **options,
+        )
     )
 
 
