@@ -182,7 +182,7 @@ def _with_prompts(recipe: Recipe, source: str, folder: str | None) -> Recipe:
 
 
 def validate_recipe(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
-    """Return the recipe of a plain mapping (None if a section is invalid), and all errors."""
+    """Return the recipe of a plain mapping (None if a section is invalid), and all errors; paths are not changed."""
     tree = dict(tree)
     method = tree.pop("method", None)
     errors: list[str] = []
@@ -214,12 +214,18 @@ def validate_recipe(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
         validation=recipe.validation,
         scaling=recipe.scaling,
     )
+    if (metric := recipe.validation.metric_for_best) not in (HELD_OUT, *recipe.figures):
+        measured = ", ".join(recipe.figures) or "nothing"
+        errors.append(f"validation.metric_for_best: validation measures {measured}, not {metric!r}")
     if recipe.search is not None:
+        section = recipe.search.with_default_space(recipe.method.search_space)
+        recipe = recipe.model_copy(update={"search": section})
         errors += find_search_errors(
-            recipe.search,
+            section,
             recipe,
             figures=recipe.figures,
             max_train_steps=recipe.train.max_train_steps,
+            use_gpu=recipe.scaling.use_gpu,
             validate=lambda changed: validate_recipe(changed)[1],
         )
     return recipe, errors
