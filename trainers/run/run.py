@@ -13,6 +13,7 @@ import torch
 from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.engines import engine_spec
+from dreamfleet.trainers.config.metrics import HELD_OUT
 from dreamfleet.trainers.distributed.agreement import compare
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, on_device
@@ -103,8 +104,9 @@ def _make_hooks(
     should_stop: Callable[[], bool],
 ) -> Hooks:
     def validate(step: int) -> dict[str, float]:
-        if figures := evaluation.measure():
-            checkpointing.keep_best(step, figures["holdout_loss"])
+        figures = evaluation.measure()
+        if HELD_OUT in figures:
+            checkpointing.keep_best(step, figures[HELD_OUT])
         return figures
 
     return Hooks(
