@@ -37,6 +37,7 @@ LAYERS = {
     "trainers/driver": "torch ray",
     "trainers/launch.py": "ray",
     "tune": "torch ray",
+    "tune/fleet": "torch ray",
     "cluster": "torch",
     "cluster/jobs": "ray",
     "cluster/labeling": "",

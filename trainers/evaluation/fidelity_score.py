@@ -20,6 +20,8 @@ docs/methods.md, "Fidelity".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,7 @@ def fidelity(scored: ScoredImages) -> dict[str, Tensor]:
     }
 
 
-def prompt_shortfall(prompts: list[str] | tuple[str, ...], tuned: Tensor, base: Tensor) -> Tensor:
+def prompt_shortfall(prompts: Sequence[str], tuned: Tensor, base: Tensor) -> Tensor:
     """Return how far the mean CLIP-T of each preview's prompt is below its floor, 0 to 1, ``[N]``.
 
     ``tuned`` and ``base``: CLIP-T ``[N]`` of the previews and of the untuned model's images. The mean over the images
