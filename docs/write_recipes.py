@@ -51,6 +51,7 @@ SECTIONS = {
     "validation": "held-out loss, previews and metrics: [validation](#validation)",
     "scaling": "workers and their resources: [scaling](#scaling)",
     "search": "the search of `dreamfleet tune`: [search](#search)",
+    "fleet": "the limits of `dreamfleet fleet`: [fleet](#fleet)",
     "report_to": "further outputs of metrics and previews; `[]` for none",
 }
 # Descriptions of the keys whose fields have none.
@@ -192,8 +193,8 @@ def metrics_table() -> str:
     """Return the section on the registered metrics."""
     rows = [
         "\n### metrics\n",
-        "`loss` and the metrics of the model need no previews; the others score them and need `validation.prompts`. A "
-        "search compares trials by a metric or one of its parts; [choosing one](searches.md#which-metric).",
+        "`loss`, `overfitting` and `view_loss` need no previews; the others score them and need `validation.prompts`.",
+        "A search compares trials by a metric or by one of its parts: [which one](searches.md#which-metric).",
         "Installed packages can [add metrics](extending.md#a-metric).\n",
         "| `validation.metrics` | `search.metric` | better | measures | needs |",
         "| --- | --- | --- | --- | --- |",

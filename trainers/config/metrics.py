@@ -127,7 +127,7 @@ OVERFITTING = Metric(
 )
 VIEW_LOSS = Metric(
     "view loss",
-    "Loss on enlarged, mirrored training images relative to the untuned model's; rises when images are memorised.",
+    "Loss on enlarged training images relative to the untuned model's; rises when the images are memorised.",
     measure="dreamfleet.trainers.evaluation.loss_metrics:ViewLoss",
     higher_is_better=False,
     needs=("training",),

@@ -25,7 +25,7 @@ class FixedLosses:
     step (the idea is from EveryDream2trainer). Each rank measures every ``world``-th image, one at a time, so the
     losses are the same for any number of ranks. Captions are complete, without dropout; no min-SNR weights.
 
-    ``mirrored``: measure the mirrored images. ``enlarged``: the factor by which they are enlarged around the centre.
+    ``enlarged``: factor by which the images are enlarged around their centre.
     """
 
     def __init__(
@@ -35,7 +35,6 @@ class FixedLosses:
         method: DiffusionMethod,
         data: DataConfig,
         count: int,
-        mirrored: bool = False,
         enlarged: float = 1.0,
         distributed: DistributedContext | None = None,
     ):
@@ -45,9 +44,7 @@ class FixedLosses:
         rows = distributed.share(len(index))
         captions = index.column("caption")
         mine = index.take(rows, [captions[row] for row in rows])
-        encoded = distributed.on_every_rank(
-            lambda: encode_index(mine, model, data, mirrored=(mirrored,), enlarged=enlarged)
-        )
+        encoded = distributed.on_every_rank(lambda: encode_index(mine, model, data, enlarged=enlarged))
         samples = to_samples(mine)
         self.ids = [sample.id for sample in samples]
         self.latents = [model.scale_latents(mean) for mean in encoded.mean]
