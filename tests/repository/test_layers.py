@@ -36,6 +36,7 @@ LAYERS = {
     "trainers/packing": "torch",
     "trainers/driver": "torch ray",
     "trainers/launch.py": "ray",
+    "tune/pool": "torch ray",
     "tune": "torch ray",
     "tune/fleet": "torch ray",
     "cluster": "torch",
