@@ -41,7 +41,9 @@ class Settings:
     runner: Runner | None = None  # default: run_tasks
 
 
-def is_reusable(engine: EngineConfig, end: End, *, modules: Collection[str], uses_gpu: bool, slots: int) -> bool:
+def is_reusable(
+    engine: EngineConfig, end: End, *, modules: Collection[str], uses_gpu: bool, slots: int
+) -> bool:
     """Return whether a process can run another task after one that ended with ``end``.
 
     DeepSpeed and compiled blocks leave memory and a process group behind; ``zero_stage: auto`` may have selected
@@ -179,5 +181,3 @@ def _reason(error: RayError) -> str:
     """Return the last line of Ray's description of a death, or of an exception in the actor."""
     lines = str(getattr(error, "cause", None) or error).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__
-
-

@@ -74,7 +74,7 @@ class Group:
             end = self._train(task)
         except (UserError, RunFailed) as error:
             end = End("failed", error=str(error), kind=type(error).__name__)
-        except Exception as error:  # noqa: BLE001 - recorded; the other tasks continue
+        except Exception as error:
             log.exception("%s failed", task.name)
             end = End("failed", error=f"{type(error).__name__}: {error}", kind="RunFailed")
         self._emit(Ended(task.name, dataclasses.replace(end, seconds=time.monotonic() - started)))

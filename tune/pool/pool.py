@@ -58,19 +58,8 @@ def run_pool(
     Raises ResourceError if a task fits on no machine, StorageError if machines do not share the folders, RunFailed if
     workers cannot be started. A task's own error is not raised: it is in its ``on_end``.
     """
-    scaling = recipe.scaling
-    workers = scaling.num_workers if workers_per_task is None else workers_per_task
-    reason = find_unpackable(with_workers(recipe, max(1, workers)))
-    if reason and workers < 2 and scaling.slots_per_worker != 1:
-        say(f"one training at a time in each process: {reason}")
-    demand = Demand(
-        scaling,
-        packs=reason is None,
-        tasks=tasks,
-        max_concurrent=max_concurrent,
-        workers_per_task=max(1, workers),
-        resources=resources or scaling.resources_per_worker,
-    )
+    workers = recipe.scaling.num_workers if workers_per_task is None else workers_per_task
+    demand = _demand(recipe, workers, say, tasks, max_concurrent, resources)
     with watch_for_stop(Storage(recipe.output_dir)) as is_marked:
 
         def is_stopped() -> bool:
@@ -81,17 +70,31 @@ def run_pool(
         else:
             checked = {**shared_paths(recipe), **(reads or {})}
             with _joined_cluster(recipe, demand, stop, say, checked, address, shared) as room:
-                events: Events = queue.SimpleQueue()
-                is_complete = Dispatcher(
-                    source,
-                    _worker_maker(recipe, room, demand, events, shared),
-                    events,
-                    num_workers=room.groups,
-                    slots=room.slots,
-                    max_concurrent=max_concurrent,
-                    max_failures=scaling.max_failures,
-                ).run(is_stopped)
+                is_complete = _dispatcher(source, recipe, room, demand, shared).run(is_stopped)
     return "completed" if is_complete else "interrupted"
+
+
+def _demand(
+    recipe: Recipe,
+    workers: int,
+    say: Callable[[str], None],
+    tasks: int | None,
+    max_concurrent: int | None,
+    resources: Mapping[str, float] | None,
+) -> Demand:
+    scaling = recipe.scaling
+    one_worker = scaling.model_copy(update={"num_workers": 1})
+    reason = find_unpackable(recipe.model_copy(update={"scaling": one_worker}))
+    if reason and workers < 2 and scaling.slots_per_worker != 1:
+        say(f"one training at a time in each process: {reason}")
+    return Demand(
+        scaling,
+        packs=reason is None,
+        tasks=tasks,
+        max_concurrent=max_concurrent,
+        workers_per_task=max(1, workers),
+        resources=resources or scaling.resources_per_worker,
+    )
 
 
 @contextmanager
@@ -117,12 +120,6 @@ def _joined_cluster(
         yield room
 
 
-def with_workers(recipe: Recipe, num_workers: int) -> Recipe:
-    """Return a copy of a recipe with another ``scaling.num_workers``."""
-    scaling = recipe.scaling.model_copy(update={"num_workers": num_workers})
-    return recipe.model_copy(update={"scaling": scaling})
-
-
 def _run_here(source: TaskSource, demand: Demand, is_stopped: Callable[[], bool]) -> bool:
     from dreamfleet.trainers.packing.runner import run_tasks
 
@@ -134,6 +131,21 @@ def _run_here(source: TaskSource, demand: Demand, is_stopped: Callable[[], bool]
         should_stop=is_stopped,
     )
     return not is_stopped()
+
+
+def _dispatcher(
+    source: TaskSource, recipe: Recipe, room: Room, demand: Demand, shared: Sequence[str]
+) -> Dispatcher:
+    events: Events = queue.SimpleQueue()
+    return Dispatcher(
+        source,
+        _worker_maker(recipe, room, demand, events, shared),
+        events,
+        num_workers=room.groups,
+        slots=room.slots,
+        max_concurrent=demand.max_concurrent,
+        max_failures=recipe.scaling.max_failures,
+    )
 
 
 def _worker_maker(
@@ -150,9 +162,7 @@ def _worker_maker(
     if room.workers_per_task > 1:
         # Ray Train would give all CPUs to one group.
         resources = share.resources if demand.resources or not share.uses_gpu else None
-        return partial(
-            Group, events, num_workers=room.workers_per_task, resources=resources, shared=shared
-        )
+        return partial(Group, events, num_workers=room.workers_per_task, resources=resources, shared=shared)
     settings = Settings(
         slots=room.slots,
         threads=share.threads,

@@ -32,10 +32,13 @@ class RemoteSource:
     # from the driver
 
     def give(self, task: Task) -> None:
-        """Add a task."""
+        """Add a task; it ends as interrupted if the source was closed."""
         with self._changed:
-            self._inbox.append(task)
-            self._changed.notify_all()
+            if not self._closed:
+                self._inbox.append(task)
+                self._changed.notify_all()
+                return
+        self.emit(Ended(task.name, End("interrupted")))
 
     def answer(self, name: str, stop: bool) -> None:
         """Continue or stop a task after its last round."""
@@ -52,11 +55,6 @@ class RemoteSource:
             self._changed.notify_all()
         for task in left:
             self.emit(Ended(task.name, End("interrupted")))
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether :meth:`close` was called."""
-        return self._closed
 
     # from the runner
 
