@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from dreamfleet.datasets.environment import environment, secrets_hidden, variables_to_send
@@ -20,13 +19,14 @@ from dreamfleet.trainers.config.scaling import (
     workers_that_fit,
 )
 from dreamfleet.trainers.driver.preflight import check_inputs, this_machine
-from dreamfleet.trainers.driver.progress import Display
 from dreamfleet.trainers.driver.session import ray_session, starts_private_ray
 from dreamfleet.trainers.driver.shared_paths import check_machines, shared_paths, written_paths
 from dreamfleet.trainers.launch import run_in_thread
 from dreamfleet.trainers.recipe import Recipe, load_recipe
 from dreamfleet.trainers.run.run_folder import locked
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
+from dreamfleet.tune.live import SearchDisplay
+from dreamfleet.tune.result import SearchResult
 from dreamfleet.tune.trial_store import (
     BEST,
     RECIPE,
@@ -34,7 +34,6 @@ from dreamfleet.tune.trial_store import (
     Trial,
     TrialStore,
     error_class,
-    format_trial,
     open_store,
 )
 
@@ -47,20 +46,6 @@ TUNE_SWITCHES = {
 }
 
 Progress = Callable[[Trial], None]
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The result of a search: exit reason, trials from the best to the worst, and files."""
-
-    exit_reason: str  # completed or interrupted
-    trials: list[Trial]
-    best: Trial | None
-    metric: str
-    folder: str
-    best_recipe: str | None
-    table: str
-    report: str
 
 
 def search(
@@ -102,7 +87,7 @@ def search(
         )
     check_inputs(recipe)
     store = open_store(recipe, resume=resume)
-    display = Display()
+    display = SearchDisplay(store)
     with locked(store.folder), stop_on_signal(store.folder, display.say) as stop:
         store.folder.write_text(RECIPE, recipe.to_yaml())
         store.save()
@@ -111,6 +96,7 @@ def search(
                 store, stop=stop, display=display, address=address, shared=shared, on_progress=on_progress
             )
         finally:
+            display.close()
             if store.trials:
                 write_results(store)
             else:
@@ -184,7 +170,7 @@ def _run_trials(
     store: TrialStore,
     *,
     stop: Stop,
-    display: Display,
+    display: SearchDisplay,
     address: str | None,
     shared: Sequence[str],
     on_progress: Progress | None,
@@ -192,9 +178,7 @@ def _run_trials(
     from dreamfleet.tune.algorithm import SearchAlgorithm
     from dreamfleet.tune.callback import StoreCallback
 
-    callback = StoreCallback(
-        store, on_progress or (lambda trial: display.say(format_trial(trial, store.figures)))
-    )
+    callback = StoreCallback(store, on_progress or display.show)
     algorithm = SearchAlgorithm(
         store, should_stop=lambda: stop.requested.is_set() or callback.error is not None
     )
