@@ -51,6 +51,7 @@ SECTIONS = {
     "validation": "held-out loss, previews and metrics: [validation](#validation)",
     "scaling": "workers and their resources: [scaling](#scaling)",
     "search": "the search of `dreamfleet tune`: [search](#search)",
+    "fleet": "the limits of `dreamfleet fleet`: [fleet](#fleet)",
     "report_to": "further outputs of metrics and previews; `[]` for none",
 }
 # Descriptions of the keys whose fields have none.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 
 from dreamfleet.trainers.report import formatting
-from dreamfleet.tune.compat import gpu_seconds
 from dreamfleet.tune.trial_store import Trial, TrialStore
 
 STEPS = "train.max_train_steps"
@@ -19,9 +18,8 @@ def cost(store: TrialStore) -> list[tuple[str, str]]:
     seconds = sum(trial.seconds for trial in ran)
     rows = [("time of all trials", formatting.seconds(seconds))]
     rows.append(("one trial (median)", formatting.seconds(statistics.median(trial.seconds for trial in ran))))
-    if elapsed := getattr(store, "elapsed", 0.0):
-        rows.append(("the whole search, from start to end", formatting.seconds(elapsed)))
-    if gpu := gpu_seconds(store):
+    rows.append(("the whole search", formatting.seconds(store.elapsed)))
+    if gpu := store.gpu_seconds:
         rows.append(("GPU hours", formatting.number(gpu / 3600)))
     steps = sum(trial.steps for trial in ran)
     rows.append(("optimizer steps", formatting.number(steps)))
@@ -31,7 +29,7 @@ def cost(store: TrialStore) -> list[tuple[str, str]]:
         rows.append(("optimizer steps saved by stopping early", f"{formatting.number(saved)} ({share})"))
         time = sum(_steps_left(store, trial) * trial.seconds / trial.steps for trial in stopped)
         rows.append(("time that they would have taken (estimate)", formatting.seconds(time)))
-    if freed := getattr(store, "freed_bytes", 0):
+    if freed := store.state.freed_bytes:
         rows.append(("disk space freed by removing checkpoints", formatting.size(freed)))
     return rows
 

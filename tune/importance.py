@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 
-from dreamfleet.tune.compat import maximises, objective
 from dreamfleet.tune.space import distributions
 from dreamfleet.tune.trial_store import TrialStore
 
@@ -25,10 +24,10 @@ def importances(store: TrialStore, metric: str | None = None) -> dict[str, float
     """
     import optuna
 
-    name = metric or objective(store.search)
+    name = metric or store.search.objective
     domains = {path: one for path, one in distributions(store.search).items() if not one.single()}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction="maximize" if maximises(store.search, name) else "minimize")
+    study = optuna.create_study(direction="maximize" if store.search.maximises(name) else "minimize")
     for trial in store.trials:
         if (value := trial.figure(name)) is not None:
             params = {path: trial.point[path] for path in domains}

@@ -10,7 +10,6 @@ from typing import Any, TextIO
 
 from dreamfleet.trainers.config.metrics import figure_title
 from dreamfleet.trainers.report import formatting
-from dreamfleet.tune.compat import objective
 from dreamfleet.tune.trial_store import Trial, TrialStore, format_trial, format_value
 
 REFRESHES_PER_SECOND = 2
@@ -137,7 +136,7 @@ class SearchDisplay:
             f"{counts[status]} {status}" for status in ("running", "stopped", "failed") if counts[status]
         ]
         best = self.store.best
-        if best is not None and (value := best.figure(objective(self.store.search))) is not None:
-            parts.append(f"best {figure_title(objective(self.store.search))} {formatting.number(value, 4)}")
+        if best is not None and (value := best.figure(self.store.search.objective)) is not None:
+            parts.append(f"best {figure_title(self.store.search.objective)} {formatting.number(value, 4)}")
         parts.append(formatting.seconds(time.monotonic() - self.began))
         return self.store.recipe.run_name + ": " + ", ".join(parts)

@@ -11,7 +11,6 @@ from dreamfleet.trainers.config.metrics import figure_title
 from dreamfleet.trainers.config.search import Domain
 from dreamfleet.trainers.report import formatting
 from dreamfleet.trainers.report.charts import SIDE, Mark, ticks
-from dreamfleet.tune.compat import metrics
 from dreamfleet.tune.plots import log_ticks
 from dreamfleet.tune.trial_plots import formatter, is_higher_better, upper_limit
 from dreamfleet.tune.trial_store import Trial, TrialStore, format_point, format_value
@@ -42,7 +41,7 @@ def parallel_plot(store: TrialStore, shown: Sequence[Trial]) -> ParallelPlot | N
     None for fewer than two trials.
     """
     axes = [_key_axis(path, domain) for path, domain in store.search.space.items()]
-    axes += [_figure_axis(store, name, shown) for name in metrics(store.search)]
+    axes += [_figure_axis(store, name, shown) for name in store.search.metrics]
     marks = []
     for rank, trial in enumerate(shown):
         places = [axis.place(trial) for axis in axes]
@@ -55,7 +54,7 @@ def parallel_plot(store: TrialStore, shown: Sequence[Trial]) -> ParallelPlot | N
         )
         values = ", ".join(
             f"{figure_title(name)} {formatting.number(trial.figure(name) or 0.0, 4)}"
-            for name in metrics(store.search)
+            for name in store.search.metrics
         )
         style = f"g{GRADES * rank // len(shown)}{' best' if trial is store.best else ''}"
         marks.append(Mark(style, path, f"{trial.name}: {format_point(trial.point)}, {values}", trial.name))

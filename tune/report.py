@@ -10,32 +10,20 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
 from dreamfleet.datasets.errors import DataError
-from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.method import method_title
 from dreamfleet.trainers.config.metrics import figure_title
-from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.report import formatting
 from dreamfleet.trainers.report.html import environment
 from dreamfleet.tune import blind
-from dreamfleet.tune.compat import front, metrics, objective
 from dreamfleet.tune.cost import cost
 from dreamfleet.tune.importance import importances
+from dreamfleet.tune.limits import describe_end
 from dreamfleet.tune.parallel import parallel_plot
+from dreamfleet.tune.results import BEST
 from dreamfleet.tune.sheet import LONGEST_SIDE, TEMPLATES, image_sheet
 from dreamfleet.tune.trial_plots import is_higher_better, trial_plots
-from dreamfleet.tune.trial_store import (
-    BEST,
-    FILE,
-    RECIPE,
-    Trial,
-    TrialStore,
-    format_point,
-    format_value,
-    open_store,
-)
+from dreamfleet.tune.trial_store import Trial, TrialStore, format_point, format_value
 from dreamfleet.tune.votes import Preference, Vote, agreement, preferences, read_votes
 
 STATUS = {"stopped": "stopped early", "running": "interrupted"}
@@ -50,29 +38,19 @@ def write_search_report(store: TrialStore) -> None:
     store.folder.write_text("report.html", render(store))
 
 
-def open_search(folder: str) -> TrialStore:
-    """Return the trials of the search in a folder, which may have been moved. Raises DataError if it holds none."""
-    storage = Storage(folder)
-    if not (storage.exists(FILE) and storage.exists(RECIPE)):
-        raise DataError(
-            f"{folder} holds no search; name the output_dir of `dreamfleet tune`, with its {FILE}"
-        )
-    tree = yaml.safe_load(storage.read_text(RECIPE)) | {"output_dir": storage.path()}
-    return open_store(build_recipe(tree, source=storage.path(RECIPE)), resume=True)
-
-
 def render(store: TrialStore) -> str:
     """Return the report of a search as HTML, without references to files other than the trials' pages."""
     ranking = store.ranking()
-    measured = [trial for trial in ranking if trial.figure(objective(store.search)) is not None]
+    measured = [trial for trial in ranking if trial.figure(store.search.objective) is not None]
     votes = read_votes(store.folder)
     preferred = preferences(votes)
     return environment(TEMPLATES).get_template("search.html").render(
         title=store.recipe.run_name,
         method=method_title(store.recipe.method.name),
         facts=_facts(store),
+        end=describe_end(store),
         is_interrupted=any(not trial.is_over for trial in store.trials),
-        metric=objective(store.search),
+        metric=store.search.objective,
         best=store.best,
         best_recipe=store.folder.path(BEST),
         figures=_figures(store, measured),
@@ -103,7 +81,7 @@ def _facts(store: TrialStore) -> list[str]:
 
 def _figures(store: TrialStore, measured: Sequence[Trial]) -> list[tuple[str, str, str]]:
     """Return (name, value, note) of the best trial's metrics and of its searched values."""
-    best, metric = store.best, objective(store.search)
+    best, metric = store.best, store.search.objective
     if best is None:
         return []
     median = statistics.median(value for trial in measured if (value := trial.figure(metric)) is not None)
@@ -120,7 +98,7 @@ def _figures(store: TrialStore, measured: Sequence[Trial]) -> list[tuple[str, st
 
 def _importances(store: TrialStore) -> list[tuple[str, list[tuple[str, float]]]]:
     """Return (metric, shares of the searched keys) for each metric of the search."""
-    found = [(name, importances(store, name)) for name in metrics(store.search)]
+    found = [(name, importances(store, name)) for name in store.search.metrics]
     return [
         (figure_title(name), [(path.rpartition(".")[2], share) for path, share in shares.items()])
         for name, shares in found
@@ -130,10 +108,10 @@ def _importances(store: TrialStore) -> list[tuple[str, list[tuple[str, float]]]]
 
 def _front(store: TrialStore) -> list[tuple[Trial, str]]:
     """Return the trials of the Pareto front with their values; [] for a search with one metric."""
-    names = metrics(store.search)
+    names = store.search.metrics
     if len(names) < 2:
         return []
-    return [(trial, f"{_values(trial, names)} ({format_point(trial.point)})") for trial in front(store)]
+    return [(trial, f"{_values(trial, names)} ({format_point(trial.point)})") for trial in store.front()]
 
 
 def _values(trial: Trial, names: Sequence[str]) -> str:

@@ -26,7 +26,8 @@ class SearchResult:
     exit_reason: str  # completed or interrupted
     trials: list[Trial]
     best: Trial | None
-    metric: str
+    metric: str  # the first of ``metrics``
+    metrics: list[str]
     folder: str
     best_recipe: str | None
     table: str
@@ -37,7 +38,7 @@ class SearchResult:
         shown = self.trials[:MOST_TRIALS]
         facts = [self.exit_reason, f"{len(self.trials)} trials"]
         facts += [f"the best {len(shown)} are shown"] if len(shown) < len(self.trials) else []
-        rows = [_row(trial, [self.metric]) for trial in shown]
+        rows = [_row(trial, self.metrics) for trial in shown]
         files = [("best", self.best_recipe), ("trials", self.table), ("report", self.report)]
         keys = [key.rpartition(".")[2] for key in shown[0].point] if shown else []
         return fragment(
@@ -47,7 +48,7 @@ class SearchResult:
             columns=[
                 "trial",
                 *(key.rpartition(".")[2] for key in keys),
-                figure_title(self.metric),
+                *map(figure_title, self.metrics),
                 "steps",
                 "time",
                 "",

@@ -15,7 +15,6 @@ from dreamfleet.trainers.config.search import Domain, SearchConfig, Value
 from dreamfleet.trainers.report import formatting
 from dreamfleet.trainers.report.preview_grid import Cell as PreviewImage
 from dreamfleet.trainers.report.preview_grid import mosaic, preview_steps, read_preview_grid
-from dreamfleet.tune.compat import best_step, objective
 from dreamfleet.tune.trial_store import Trial, TrialStore, format_value
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -88,7 +87,7 @@ def image_sheet(store: TrialStore) -> ImageSheet | None:
     """Return the previews of the best trial of each cell; None if no trial has previews."""
     search = store.search
     key_across, key_down = axes(search)
-    shown = [trial for trial in store.ranking() if trial.figure(objective(search)) is not None]
+    shown = [trial for trial in store.ranking() if trial.figure(search.objective) is not None]
     across = make_axis(
         key_across, search.space[key_across], [t.point[key_across] for t in shown], MOST_COLUMNS
     )
@@ -116,7 +115,7 @@ def trial_previews(search: Storage, trial: Trial) -> list[PreviewImage]:
     """Return the previews of a trial's best round, or of the round with previews nearest to it; [] without any."""
     run = search.child(trial.folder)
     steps = preview_steps(run)
-    wanted = best_step(trial)
+    wanted = trial.best_step
     if not steps or wanted is None:
         return []
     grid = read_preview_grid(run, min(steps, key=lambda step: (abs(step - wanted), -step)))

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dreamfleet.trainers.config.metrics import figure_title
 from dreamfleet.trainers.report import formatting
 from dreamfleet.trainers.report.charts import Chart, Line, Plot, lay_out
-from dreamfleet.tune.compat import front, maximises, metrics, objective
 from dreamfleet.tune.plots import Dot, scatter
 from dreamfleet.tune.sheet import axes
 from dreamfleet.tune.trial_store import Trial, TrialStore, format_point, format_value
@@ -26,7 +25,7 @@ def trial_plots(store: TrialStore, shown: Sequence[Trial]) -> Iterator[Plot]:
     """
     if not shown:
         return
-    first, *more = metrics(store.search)
+    first, *more = store.search.metrics
     others = [name for name in store.figures if name != first]
     plots = [_curves(store, name, shown) for name in (first, *more)]
     plots += [_front(store, name, shown) for name in more]
@@ -53,7 +52,7 @@ def is_higher_better(store: TrialStore, figure: str) -> bool:
     """Return whether higher values of a figure are better, by the search if it is one of its metrics."""
     from dreamfleet.trainers.config.metrics import is_higher_better as by_registry
 
-    return maximises(store.search, figure) if figure in metrics(store.search) else by_registry(figure)
+    return store.search.maximises(figure) if figure in store.search.metrics else by_registry(figure)
 
 
 def formatter(values: Sequence[float]) -> Callable[[float], str]:
@@ -111,7 +110,7 @@ def _scatter(store: TrialStore, shown: Sequence[Trial], figure: str) -> Plot | N
     return scatter(
         f"{title(figure)} by {across.rpartition('.')[2]}",
         "At the best round of each trial. The best trial is ringed; trials that were stopped early are pale."
-        if figure == objective(store.search)
+        if figure == store.search.objective
         else "",
         dots,
         [f"{str(down).rpartition('.')[2]} {format_value(group)}" for group in groups],
@@ -122,7 +121,7 @@ def _scatter(store: TrialStore, shown: Sequence[Trial], figure: str) -> Plot | N
 
 def _front(store: TrialStore, other: str, shown: Sequence[Trial]) -> Plot | None:
     """Return a plot of another metric over the objective, with the trials of the Pareto front ringed and joined."""
-    first, best = objective(store.search), front(store)
+    first, best = store.search.objective, store.front()
     x_limit, y_limit = upper_limit(store, first, shown), upper_limit(store, other, shown)
     dots = []
     for trial in shown:
@@ -141,6 +140,6 @@ def _front(store: TrialStore, other: str, shown: Sequence[Trial]) -> Plot | None
         log=False,
         write=formatter([dot.y for dot in dots]),
         line=sorted((dot.x, dot.y) for dot in dots if dot.is_ringed)
-        if len(metrics(store.search)) == 2
+        if len(store.search.metrics) == 2
         else (),
     )

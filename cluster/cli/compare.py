@@ -28,10 +28,11 @@ def compare(
     """
     with work():
         from dreamfleet.tune.blind import BlindPage
-        from dreamfleet.tune.report import open_search, write_search_report
+        from dreamfleet.tune.open_search import open_folder
+        from dreamfleet.tune.report import write_search_report
         from dreamfleet.tune.votes import preferences, read_votes
 
-        store = open_search(folder)
+        store = open_folder(folder)
         page = BlindPage(store, most=trials)
         serve(page, port=port, title="compare the trials", browser=browser)
         write_search_report(store)
