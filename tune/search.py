@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from dreamfleet.datasets.environment import environment, secrets_hidden, variables_to_send
@@ -20,23 +20,17 @@ from dreamfleet.trainers.config.scaling import (
     workers_that_fit,
 )
 from dreamfleet.trainers.driver.preflight import check_inputs, this_machine
-from dreamfleet.trainers.driver.progress import Display
 from dreamfleet.trainers.driver.session import ray_session, starts_private_ray
 from dreamfleet.trainers.driver.shared_paths import check_machines, shared_paths, written_paths
 from dreamfleet.trainers.launch import run_in_thread
 from dreamfleet.trainers.recipe import Recipe, load_recipe
 from dreamfleet.trainers.run.run_folder import locked
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
-from dreamfleet.tune.trial_store import (
-    BEST,
-    RECIPE,
-    TABLE,
-    Trial,
-    TrialStore,
-    error_class,
-    format_trial,
-    open_store,
-)
+from dreamfleet.tune.live import SearchDisplay
+from dreamfleet.tune.open_search import open_store
+from dreamfleet.tune.result import SearchResult
+from dreamfleet.tune.results import BEST, TABLE, write_best, write_table
+from dreamfleet.tune.trial_store import RECIPE, Trial, TrialStore, error_class
 
 # Environment variables while Tune runs.
 TUNE_SWITCHES = {
@@ -47,20 +41,6 @@ TUNE_SWITCHES = {
 }
 
 Progress = Callable[[Trial], None]
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The result of a search: exit reason, trials from the best to the worst, and files."""
-
-    exit_reason: str  # completed or interrupted
-    trials: list[Trial]
-    best: Trial | None
-    metric: str
-    folder: str
-    best_recipe: str | None
-    table: str
-    report: str
 
 
 def search(
@@ -102,7 +82,7 @@ def search(
         )
     check_inputs(recipe)
     store = open_store(recipe, resume=resume)
-    display = Display()
+    display = SearchDisplay(store)
     with locked(store.folder), stop_on_signal(store.folder, display.say) as stop:
         store.folder.write_text(RECIPE, recipe.to_yaml())
         store.save()
@@ -111,6 +91,7 @@ def search(
                 store, stop=stop, display=display, address=address, shared=shared, on_progress=on_progress
             )
         finally:
+            display.close()
             if store.trials:
                 write_results(store)
             else:
@@ -126,8 +107,8 @@ def write_results(store: TrialStore) -> None:
         if trial.status == "running":
             trial.status = "interrupted"
     store.save()
-    store.write_table()
-    store.write_best()
+    write_table(store)
+    write_best(store)
     write_search_report(store)
 
 
@@ -184,7 +165,7 @@ def _run_trials(
     store: TrialStore,
     *,
     stop: Stop,
-    display: Display,
+    display: SearchDisplay,
     address: str | None,
     shared: Sequence[str],
     on_progress: Progress | None,
@@ -192,14 +173,12 @@ def _run_trials(
     from dreamfleet.tune.algorithm import SearchAlgorithm
     from dreamfleet.tune.callback import StoreCallback
 
-    callback = StoreCallback(
-        store, on_progress or (lambda trial: display.say(format_trial(trial, store.figures)))
-    )
+    callback = StoreCallback(store, on_progress or display.show)
     algorithm = SearchAlgorithm(
         store, should_stop=lambda: stop.requested.is_set() or callback.error is not None
     )
-    callback.planned = algorithm.total
-    if not algorithm.remaining:
+    callback.planned = algorithm.total or sys.maxsize
+    if algorithm.remaining == 0:
         return
     recipe = store.recipe
     if starts_private_ray(address):  # report missing resources before Ray is started
@@ -209,8 +188,10 @@ def _run_trials(
         nodes = [node.resources for node in session.nodes()]
         share, at_once = trial_room(recipe, nodes, limit=session.growth_limit())
         check_machines(session, reads=shared_paths(recipe), writes=written_paths(recipe), shared=shared)
-        at_once = min(at_once, algorithm.remaining)
-        display.say(f"{algorithm.remaining} trials, {at_once} at once, {describe(share.resources)} each")
+        if algorithm.remaining is not None:
+            at_once = min(at_once, algorithm.remaining)
+        number = "" if algorithm.remaining is None else f"{algorithm.remaining} "
+        display.say(f"{number}trials, {at_once} at once, {describe(share.resources)} each")
         # Tune's own files are needed only while it runs; a search is resumed from the trial store and the run folders.
         with tempfile.TemporaryDirectory(prefix="dreamfleet-tune-", ignore_cleanup_errors=True) as files:
             tuner = _make_tuner(
@@ -287,7 +268,8 @@ def _result(store: TrialStore, *, interrupted: bool) -> SearchResult:
         exit_reason="interrupted" if interrupted else "completed",
         trials=ranking,
         best=store.best,
-        metric=store.search.metric,
+        metric=store.search.objective,
+        metrics=store.search.metrics,
         folder=folder.path(),
         best_recipe=folder.path(BEST) if store.best else None,
         table=folder.path(TABLE),

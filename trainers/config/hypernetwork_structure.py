@@ -43,6 +43,7 @@ ACTIVATIONS = {
     "logsoftmax": "LogSoftmax",
     "softmax2d": "Softmax2d",
 }
+BATCH_ACTIVATIONS = ("softmax", "softmin", "logsoftmax", "softmax2d")  # along the batch, as in the webui
 MAX_LAYERS = (
     32  # also the largest multiple of a width; both limit the memory that an untrusted file can allocate
 )
