@@ -17,7 +17,9 @@ from dreamfleet.trainers.report.preview_grid import Cell, mosaic, read_preview_g
 
 LONGEST_SIDE = 200  # longest side in pixels of an image
 MOST_IMAGES = 4  # images in one mosaic
-MEASURED: dict[str, tuple[str, Callable[[float], str]]] = {  # figures of a summary that are shown with the scores
+MEASURED: dict[
+    str, tuple[str, Callable[[float], str]]
+] = {  # figures of a summary that are shown with the scores
     "images_per_second": ("images / s", formatting.number),
     "peak_memory_bytes": ("peak memory", formatting.size),
 }
