@@ -204,11 +204,14 @@ def _validate(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
         scaling=recipe.scaling,
     )
     if recipe.search is not None:
+        section = recipe.search.with_default_space(recipe.method.search_space)
+        recipe = recipe.model_copy(update={"search": section})
         errors += find_search_errors(
-            recipe.search,
+            section,
             recipe,
             figures=recipe.figures,
             max_train_steps=recipe.train.max_train_steps,
+            use_gpu=recipe.scaling.use_gpu,
             validate=lambda changed: _validate(changed)[1],
         )
     return recipe, errors

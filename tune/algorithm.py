@@ -1,137 +1,171 @@
-"""The search algorithm: Optuna through Ray Tune's OptunaSearch, with the recorded trials as its only state.
+"""The search algorithm: Optuna's samplers, with the recorded trials as their only state.
 
-When a search starts, Optuna's study is rebuilt from the recorded trials. The point of trial n depends only on the seed,
-n and the previous trials. A resumed search therefore tries the same points as an uninterrupted one, on any machine and
-without pickled state.
+Every point is a function of the recorded trials: Optuna's study is rebuilt from them for each proposal, and the sampler
+is seeded by (seed, number of the trial). A resumed search therefore tries the same points as an uninterrupted one, on
+any machine and without pickled state. A point that was tried is not proposed again, since results are deterministic.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from ray.tune.search import Searcher
-from ray.tune.search.optuna import OptunaSearch
 
 from dreamfleet.datasets.rng import key
 from dreamfleet.trainers.config.search import Point, SearchConfig
-from dreamfleet.tune.space import distributions, grid
+from dreamfleet.tune.limits import out_of_patience, used_up
+from dreamfleet.tune.space import canonical, distributions, grid, identity, untried
 from dreamfleet.tune.trial_store import Trial, TrialStore
 
-STUDY = "dreamfleet"
+ATTEMPTS = 20  # samples that may be points tried before, until an untried point is drawn evenly
+MAX_LISTED = 100_000  # points of a finite space that are listed to find the untried ones
 
 
-class KeyedSampler(optuna.samplers.BaseSampler):
-    """Samples each trial with a new sampler from ``make``, seeded by (seed, number of the trial)."""
+class SearchAlgorithm(Searcher):
+    """Proposes trials: first the interrupted ones, then the given points, then samples.
 
-    def __init__(self, make: Callable[[int], optuna.samplers.BaseSampler], seed: int):
-        self.make, self.seed = make, seed
-        self.current = make(seed)
-
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Create the sampler of a trial."""
-        self.current = self.make(key("proposal", self.seed, trial.number) % 2**32)
-        self.current.before_trial(study, trial)
-
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        """Delegate to the trial's sampler."""
-        return self.current.infer_relative_search_space(study, trial)
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """Delegate to the trial's sampler."""
-        return self.current.sample_relative(study, trial, search_space)
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """Delegate to the trial's sampler."""
-        return self.current.sample_independent(study, trial, param_name, param_distribution)
-
-
-class SearchAlgorithm(OptunaSearch):
-    """Proposes trials to Ray Tune: first the interrupted ones, then the given points, then samples.
-
-    When ``should_stop()`` is true it proposes no more; running trials continue to their end.
+    When ``should_stop()`` is true it proposes no more; running trials continue to their end. ``end_reason``: why it
+    proposes no more, a key of ``limits.END_REASONS``; None before.
     """
 
     def __init__(self, store: TrialStore, *, should_stop: Callable[[], bool] = lambda: False):
-        search = store.search
+        super().__init__()
         self.store, self.should_stop = store, should_stop
         self.unfinished = [trial for trial in store.trials if not trial.is_over]
-        planned = planned_points(search)
-        self.total = search.num_trials or len(planned)
-        if search.algorithm == "grid":
-            self.total = min(self.total, len(planned))
-        storage = optuna.storages.InMemoryStorage()
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(
-            storage=storage, study_name=STUDY, direction="maximize" if search.maximise else "minimize"
-        )
-        for trial in store.trials:
-            if trial.is_over:
-                study.add_trial(_frozen(trial, search))
-        for point in [trial.point for trial in self.unfinished] + planned[len(store.trials) :]:
-            study.enqueue_trial(point)
-        super().__init__(
-            distributions(search),
-            metric=search.metric,
-            mode="max" if search.maximise else "min",
-            sampler=KeyedSampler(_sampler(search, self.total), search.seed),
-            storage=storage,
-            study_name=STUDY,
-        )
+        self.planned = planned_points(store.search)
+        store.state.end_reason = None
 
     @property
-    def remaining(self) -> int:
-        """The number of trials still to run, including interrupted ones."""
+    def total(self) -> int | None:
+        """The number of trials of the whole search, unless patience or hours end it before; None if unknown."""
+        search = self.store.search
+        possible = len(self.planned) if search.algorithm == "grid" else search.size
+        return min((number for number in (search.num_trials, possible) if number is not None), default=None)
+
+    @property
+    def remaining(self) -> int | None:
+        """The number of trials still to run, including interrupted ones; None if unknown."""
+        if self.total is None:
+            return None
         return len(self.unfinished) + max(0, self.total - len(self.store.trials))
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Return the arguments of the next trial's ``TrialRun``, or FINISHED."""
-        if self.should_stop() or not self.remaining:
+    @property
+    def end_reason(self) -> str | None:
+        """Why no more trials are proposed, as recorded; None if the search goes on."""
+        return self.store.state.end_reason
+
+    @property
+    def interrupts(self) -> bool:
+        """Whether a budget in hours is used up, so that running trials save a checkpoint and stop."""
+        return used_up(self.store) is not None
+
+    def suggest(self, trial_id: str = "") -> dict[str, Any] | str | None:
+        """Return the next trial's ``name``, ``point`` and ``last_step`` (of its last round, -1), or FINISHED."""
+        trial = self._next_trial()
+        if trial is None:
             return Searcher.FINISHED
-        point = super().suggest(trial_id)
-        trial = self.unfinished.pop(0) if self.unfinished else self.store.add(point)
-        assert trial.point == point, "a study returns enqueued points in their order"
         last_step = trial.rounds[-1]["step"] if trial.rounds else -1
-        return {"name": trial.name, "point": point, "last_step": last_step}
+        return {"name": trial.name, "point": trial.point, "last_step": last_step}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Do nothing: results are read from the trial store."""
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Ignore a round: Optuna would use it for pruning, which the scheduler does here."""
+        """Do nothing: results are read from the trial store."""
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: the recorded trials are the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Restore nothing: the recorded trials are the state."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Tune pickles its search algorithm for its own resume feature, which is not used.
         return (object, ())
 
+    def _next_trial(self) -> Trial | None:
+        store, state = self.store, self.store.state
+        state.end_reason = "interrupted" if self.should_stop() else used_up(store)
+        if state.end_reason is None and self.unfinished:
+            return self.unfinished.pop(0)
+        if state.end_reason is None and out_of_patience(store):
+            state.end_reason = "patience"
+        if state.end_reason is None and store.search.num_trials == len(store.trials):
+            state.end_reason = "num_trials"
+        point = None if state.end_reason else self._next_point()
+        if point is not None:
+            return store.add(point)
+        state.end_reason = state.end_reason or "exhausted"
+        return None
+
+    def _next_point(self) -> Point | None:
+        number = len(self.store.trials)
+        if number < len(self.planned):
+            return self.planned[number]
+        return None if self.store.search.algorithm == "grid" else propose(self.store, self.total)
+
 
 def planned_points(search: SearchConfig) -> list[Point]:
-    """Return the points that are known in advance, in order."""
-    return [*search.points_to_evaluate, *(grid(search) if search.algorithm == "grid" else [])]
+    """Return the points that are known in advance, in order, each once."""
+    points = [*search.points_to_evaluate, *(grid(search) if search.algorithm == "grid" else [])]
+    return list({identity(point): point for point in (canonical(search, point) for point in points)}.values())
 
 
-def _sampler(search: SearchConfig, total: int) -> Callable[[int], optuna.samplers.BaseSampler]:
+def propose(store: TrialStore, total: int | None = None) -> Point | None:
+    """Return an untried point, a function of the recorded trials; None if every point was tried.
+
+    ``total``: the number of trials of the whole search, a third of which (at most 10) are sampled before TPE uses
+    results.
+    """
+    search, number = store.search, len(store.trials)
+    tried = {identity(trial.point) for trial in store.trials}
+    if search.size is not None and len(tried) >= search.size:
+        return None
+    study, space = _study(store), distributions(search)
+    for attempt in range(ATTEMPTS):
+        study.sampler = _sampler(search, total, key("proposal", search.seed, number, attempt) % 2**32)
+        asked = study.ask(space)
+        study.tell(asked, state=TrialState.FAIL)  # samplers ignore it; the recorded trials are the study
+        if identity(asked.params) not in tried:
+            return {path: asked.params[path] for path in search.space}
+    if search.size is None or search.size > MAX_LISTED:
+        return None
+    return random.Random(key("untried", search.seed, number)).choice(untried(search, tried))
+
+
+def _sampler(search: SearchConfig, total: int | None, seed: int) -> optuna.samplers.BaseSampler:
     if search.algorithm != "optuna":
-        return lambda seed: optuna.samplers.RandomSampler(seed)
+        return optuna.samplers.RandomSampler(seed)
     # By default TPE samples the first ten trials at random, which can be all trials of a small search.
-    startup = min(10, max(3, total // 3))
-    return lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
+    startup = 10 if total is None else min(10, max(3, total // 3))
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
 
 
-def _frozen(trial: Trial, search: SearchConfig) -> FrozenTrial:
-    value = trial.figure(search.metric)
-    return optuna.trial.create_trial(
-        params=dict(trial.point),
-        distributions=distributions(search),
-        value=value,
-        state=TrialState.FAIL if value is None else TrialState.COMPLETE,
+def _study(store: TrialStore) -> optuna.Study:
+    """Return a study of the earlier searches' trials and of the recorded trials that ended, in their order."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    search = store.search
+    study = optuna.create_study(
+        directions=["maximize" if search.maximises(metric) else "minimize" for metric in search.metrics]
     )
+    results = [
+        (trial.point, [trial.figures[metric] for metric in search.metrics]) for trial in store.state.earlier
+    ]
+    for trial in store.trials:
+        values = [trial.figure(metric) for metric in search.metrics]
+        if trial.is_over and None not in values:
+            results.append((trial.point, [value for value in values if value is not None]))
+    space = distributions(search)
+    study.add_trials(
+        [
+            optuna.trial.create_trial(params=dict(point), distributions=space, values=values)
+            for point, values in results
+        ]
+    )
+    return study

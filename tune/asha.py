@@ -39,7 +39,7 @@ def make_scheduler(store: TrialStore) -> Any:
         return FIFOScheduler()
     asha = Asha(
         time_attr="step",
-        metric=search.metric,
+        metric=search.objective,
         mode="max" if search.maximise else "min",
         grace_period=search.grace_period or recipe.validation.steps,
         reduction_factor=search.reduction_factor,

@@ -15,8 +15,9 @@ from dreamfleet.trainers.report import formatting
 from dreamfleet.trainers.report.charts import Chart, Line, Plot, lay_out
 from dreamfleet.trainers.report.html import environment
 from dreamfleet.tune.plots import Dot, scatter
+from dreamfleet.tune.results import BEST
 from dreamfleet.tune.sheet import LONGEST_SIDE, axes, image_sheet
-from dreamfleet.tune.trial_store import BEST, Trial, TrialStore, format_point, format_value
+from dreamfleet.tune.trial_store import Trial, TrialStore, format_point, format_value
 
 TEMPLATES = Path(__file__).with_name("templates")
 NAMED_CURVES = 4  # the number of colours
@@ -31,13 +32,13 @@ def write_search_report(store: TrialStore) -> None:
 def render(store: TrialStore) -> str:
     """Return the report of a search as HTML, without references to files other than the trials' reports."""
     ranking = store.ranking()
-    measured = [trial for trial in ranking if trial.figure(store.search.metric) is not None]
+    measured = [trial for trial in ranking if trial.figure(store.search.objective) is not None]
     return environment(TEMPLATES).get_template("search.html").render(
         title=store.recipe.run_name,
         method=method_title(store.recipe.method.name),
         facts=_facts(store),
         is_interrupted=any(not trial.is_over for trial in store.trials),
-        metric=store.search.metric,
+        metric=store.search.objective,
         best=store.best,
         best_recipe=store.folder.path(BEST),
         figures=_figures(store, measured),
@@ -61,7 +62,7 @@ def _facts(store: TrialStore) -> list[str]:
 
 def _figures(store: TrialStore, measured: Sequence[Trial]) -> list[tuple[str, str, str]]:
     """Return (name, value, note) of the best trial's metrics and of its searched values."""
-    best, metric = store.best, store.search.metric
+    best, metric = store.best, store.search.objective
     if best is None:
         return []
     median = statistics.median(value for trial in measured if (value := trial.figure(metric)) is not None)
@@ -80,7 +81,7 @@ def _plots(store: TrialStore, shown: Sequence[Trial]) -> Iterator[Plot]:
     """Yield a plot of the metric over the steps, and a scatter plot for every measured key."""
     if not shown:
         return
-    metric = store.search.metric
+    metric = store.search.objective
     others = [name for name in store.figures if name != metric]
     for plot in (_curves(metric, shown), *(_scatter(store, shown, name) for name in [metric, *others])):
         if plot is not None:
@@ -118,7 +119,7 @@ def _scatter(store: TrialStore, shown: Sequence[Trial], figure: str) -> Plot | N
     return scatter(
         f"{_title(figure)} by {across.rpartition('.')[2]}",
         "At the last round of each trial. The best trial is ringed; trials that were stopped early are pale."
-        if figure == store.search.metric
+        if figure == store.search.objective
         else "",
         dots,
         [f"{str(down).rpartition('.')[2]} {format_value(group)}" for group in groups],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,16 +28,9 @@ from dreamfleet.trainers.launch import run_in_thread
 from dreamfleet.trainers.recipe import Recipe, load_recipe
 from dreamfleet.trainers.run.run_folder import locked
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
-from dreamfleet.tune.trial_store import (
-    BEST,
-    RECIPE,
-    TABLE,
-    Trial,
-    TrialStore,
-    error_class,
-    format_trial,
-    open_store,
-)
+from dreamfleet.tune.open_search import open_store
+from dreamfleet.tune.results import BEST, TABLE, write_best, write_table
+from dreamfleet.tune.trial_store import RECIPE, Trial, TrialStore, error_class, format_trial
 
 # Environment variables while Tune runs.
 TUNE_SWITCHES = {
@@ -126,8 +120,8 @@ def write_results(store: TrialStore) -> None:
         if trial.status == "running":
             trial.status = "interrupted"
     store.save()
-    store.write_table()
-    store.write_best()
+    write_table(store)
+    write_best(store)
     write_search_report(store)
 
 
@@ -198,8 +192,8 @@ def _run_trials(
     algorithm = SearchAlgorithm(
         store, should_stop=lambda: stop.requested.is_set() or callback.error is not None
     )
-    callback.planned = algorithm.total
-    if not algorithm.remaining:
+    callback.planned = algorithm.total or sys.maxsize
+    if algorithm.remaining == 0:
         return
     recipe = store.recipe
     if starts_private_ray(address):  # report missing resources before Ray is started
@@ -209,8 +203,10 @@ def _run_trials(
         nodes = [node.resources for node in session.nodes()]
         share, at_once = trial_room(recipe, nodes, limit=session.growth_limit())
         check_machines(session, reads=shared_paths(recipe), writes=written_paths(recipe), shared=shared)
-        at_once = min(at_once, algorithm.remaining)
-        display.say(f"{algorithm.remaining} trials, {at_once} at once, {describe(share.resources)} each")
+        if algorithm.remaining is not None:
+            at_once = min(at_once, algorithm.remaining)
+        number = "" if algorithm.remaining is None else f"{algorithm.remaining} "
+        display.say(f"{number}trials, {at_once} at once, {describe(share.resources)} each")
         # Tune's own files are needed only while it runs; a search is resumed from the trial store and the run folders.
         with tempfile.TemporaryDirectory(prefix="dreamfleet-tune-", ignore_cleanup_errors=True) as files:
             tuner = _make_tuner(
@@ -287,7 +283,7 @@ def _result(store: TrialStore, *, interrupted: bool) -> SearchResult:
         exit_reason="interrupted" if interrupted else "completed",
         trials=ranking,
         best=store.best,
-        metric=store.search.metric,
+        metric=store.search.objective,
         folder=folder.path(),
         best_recipe=folder.path(BEST) if store.best else None,
         table=folder.path(TABLE),

@@ -83,7 +83,7 @@ def image_sheet(store: TrialStore) -> ImageSheet | None:
     """Return the last previews of the best trial of each cell; None if no trial has previews."""
     search = store.search
     key_across, key_down = axes(search)
-    shown = [trial for trial in store.ranking() if trial.figure(search.metric) is not None]
+    shown = [trial for trial in store.ranking() if trial.figure(search.objective) is not None]
     across = make_axis(
         key_across, search.space[key_across], [t.point[key_across] for t in shown], MOST_COLUMNS
     )

@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
-import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from dreamfleet.datasets import errors
-from dreamfleet.datasets.errors import CheckpointError, RecipeError, ResourceError, RunFailed, UserError
+from dreamfleet.datasets.errors import ResourceError, RunFailed, UserError
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.metrics import HELD_OUT
 from dreamfleet.trainers.config.search import Point, Value, put_point
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.trainers.report import formatting
-from dreamfleet.trainers.run.run_folder import is_used
+from dreamfleet.tune.search_state import EarlierTrial, SearchState
 
 FILE = "trials.json"
-TABLE = "trials.parquet"
-BEST = "best.yaml"
 RECIPE = "search.yaml"
-_PACKAGE = re.compile(r"^/.*/_ray_pkg_[0-9a-f]+/")
-# Keys of `search` that may change when a search is resumed: they determine how trials are run, not what they train.
-CHANGEABLE = (
-    "num_trials",
-    "max_concurrent_trials",
-    "resources_per_trial",
-    "scheduler",
-    "grace_period",
-    "reduction_factor",
-)
 
 # Number of equal failures, before any trial has measured anything, that end a search. More are needed for
 # ResourceErrors, since other points may need less memory.
@@ -44,7 +30,12 @@ EQUAL_FAILURES, EQUAL_RESOURCE_FAILURES = 3, 6
 
 @dataclass
 class Trial:
-    """A point and the results of training with it; ``rounds`` are its validation rounds (``step`` and metrics)."""
+    """A point and the results of training with it; ``rounds`` are its validation rounds (``step`` and metrics).
+
+    A trial counts by its best round, whose checkpoint is kept. ``metric`` and ``maximise`` define the best; the trial
+    store sets them. ``gpu_seconds``: seconds times GPUs, divided by the number of trials that shared them. ``ended``: 1
+    for the first trial that ended, 2 for the second; None before its end. ``kept``: whether its weights exist.
+    """
 
     name: str
     point: Point
@@ -53,6 +44,11 @@ class Trial:
     seconds: float = 0.0
     error: str | None = None
     kind: str | None = None  # class name of the error
+    gpu_seconds: float = 0.0
+    ended: int | None = None
+    kept: bool = True
+    metric: str = field(default=HELD_OUT, compare=False, repr=False)
+    maximise: bool = field(default=False, compare=False, repr=False)
 
     @property
     def folder(self) -> str:
@@ -69,11 +65,22 @@ class Trial:
         """The optimizer step of the last round."""
         return max((int(r["step"]) for r in self.rounds), default=0)
 
+    @property
+    def best_round(self) -> dict[str, Any] | None:
+        """The round with the best metric after step 0, the first of equal ones; None if it was never measured."""
+        measured = [r for r in self.rounds if r["step"] and _is_finite(r.get(self.metric))]
+        sign = -1 if self.maximise else 1
+        return min(measured, key=lambda r: (sign * r[self.metric], r["step"]), default=None)
+
+    @property
+    def best_step(self) -> int | None:
+        """The optimizer step of the best round."""
+        return int(self.best_round["step"]) if self.best_round else None
+
     def figure(self, name: str) -> float | None:
-        """Return a value of the last round after step 0; None if it is missing or not finite."""
-        last = max((r for r in self.rounds if r["step"]), key=lambda r: r["step"], default={})
-        value = last.get(name)
-        return value if isinstance(value, int | float) and math.isfinite(value) else None
+        """Return a value of the best round; None if it is missing or not finite."""
+        value = (self.best_round or {}).get(name)
+        return value if _is_finite(value) else None
 
     def add_round(self, figures: dict[str, Any]) -> None:
         """Add a round, replacing rounds of the same and later steps."""
@@ -82,18 +89,43 @@ class Trial:
 
 
 class TrialStore:
-    """The trials of a search; ``figures`` are the keys that a validation round measures."""
+    """The trials of a search; ``figures`` are the keys that a validation round measures.
 
-    def __init__(self, recipe: Recipe, trials: Sequence[Trial] = ()):
+    ``clock`` returns seconds. The state is read from ``trials.json`` by :func:`read_store`.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        trials: Sequence[Trial] = (),
+        *,
+        state: SearchState | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         assert recipe.search is not None
         self.recipe, self.search = recipe, recipe.search
         self.folder = Storage(recipe.output_dir)
         self.figures = recipe.figures
+        self.state = state or SearchState()
         self.trials = list(trials)
+        for trial in self.trials:
+            trial.metric, trial.maximise = self.search.objective, self.search.maximise
+        self._clock, self._since = clock, clock()
+
+    @property
+    def elapsed(self) -> float:
+        """The wall-clock seconds of all sessions of the search."""
+        return self.state.seconds + self._clock() - self._since
+
+    @property
+    def gpu_seconds(self) -> float:
+        """The GPU time of all trials."""
+        return sum(trial.gpu_seconds for trial in self.trials)
 
     def add(self, point: Point) -> Trial:
         """Append a trial for a point and return it."""
-        trial = Trial(f"trial-{len(self.trials):03d}", point)
+        name = f"trial-{len(self.trials):03d}"
+        trial = Trial(name, point, metric=self.search.objective, maximise=self.search.maximise)
         self.trials.append(trial)
         return trial
 
@@ -101,66 +133,95 @@ class TrialStore:
         """Return the trial called ``name``."""
         return next(trial for trial in self.trials if trial.name == name)
 
+    def start(self, trial: Trial) -> None:
+        """Record the start or restart of a trial."""
+        trial.status, trial.error, trial.kind, trial.ended = "running", None, None, None
+        self.save()
+
+    def record(self, trial: Trial, figures: dict[str, Any]) -> None:
+        """Record a validation round: ``step`` and the measured figures."""
+        trial.add_round(figures)
+        self.save()
+
+    def end(self, trial: Trial, status: str, *, error: str | None = None, kind: str | None = None) -> None:
+        """Record the end of a trial; ``status``: completed, stopped, interrupted or failed."""
+        trial.status, trial.error, trial.kind = status, error, kind
+        if trial.is_over and trial.ended is None:
+            trial.ended = 1 + max((other.ended or 0 for other in self.trials), default=0)
+        self.save()
+
     def save(self) -> None:
         """Write ``trials.json``."""
         rows = [dataclasses.asdict(trial) for trial in self.trials]
-        self.folder.write_text(FILE, json_text({"trials": rows}, indent=1))
+        for row in rows:
+            del row["metric"], row["maximise"]
+        state = {**dataclasses.asdict(self.state), "seconds": self.elapsed}
+        self.folder.write_text(FILE, json_text({"trials": rows, "search": state}, indent=1))
 
     def remove(self) -> None:
         """Remove the files of a search that has no trials."""
         for name in (FILE, RECIPE, "trials"):
             self.folder.remove(name)
 
-    def ranking(self) -> list[Trial]:
-        """Return the trials from the best to the worst.
+    def losses(self, trial: Trial) -> tuple[float, ...] | None:
+        """Return the trial's metrics, negated where higher is better; None if one was not measured."""
+        values = [trial.figure(metric) for metric in self.search.metrics]
+        if None in values:
+            return None
+        pairs = zip(self.search.metrics, values, strict=True)
+        return tuple(
+            -value if self.search.maximises(metric) else value for metric, value in pairs if value is not None
+        )
 
-        Completed trials come first, by the metric; then unfinished ones, by their steps and then the metric; then
-        trials that measured nothing.
+    def ranking(self) -> list[Trial]:
+        """Return the trials from the best to the worst by the first metric in their best rounds.
+
+        Failed trials come after the others, and trials that measured nothing last.
         """
 
-        def rank(trial: Trial) -> tuple[Any, ...]:
-            value = trial.figure(self.search.metric)
+        def rank(trial: Trial) -> tuple[int, float]:
+            value = trial.figure(self.search.objective)
             if value is None:
-                return (2, 0, 0.0)
-            worse = -value if self.search.maximise else value
-            return (0, 0, worse) if trial.status == "completed" else (1, -trial.steps, worse)
+                return 2, 0.0
+            return int(trial.status == "failed"), -value if self.search.maximise else value
 
         return sorted(self.trials, key=rank)
 
     @property
     def best(self) -> Trial | None:
-        """The best trial; None if none has measured the metric."""
+        """The best trial that did not fail; None if none has measured the first metric."""
         first = next(iter(self.ranking()), None)
-        return first if first is not None and first.figure(self.search.metric) is not None else None
+        has_result = first is not None and first.status != "failed" and first.best_round is not None
+        return first if has_result else None
 
-    def write_table(self) -> None:
-        """Write ``trials.parquet``, one row per trial."""
-        import pyarrow as pa
-        import pyarrow.parquet
+    def front(self) -> list[Trial]:
+        """Return the Pareto front, the best first: trials that no other surpasses in all metrics; of one, the best."""
+        if len(self.search.metrics) == 1:
+            return [self.best] if self.best else []
+        ranked = [trial for trial in self.ranking() if trial.status != "failed"]
+        measured = [(trial, losses) for trial in ranked if (losses := self.losses(trial)) is not None]
+        return [
+            trial for trial, losses in measured if not any(dominates(other, losses) for _, other in measured)
+        ]
 
-        trials = self.trials
-        columns = {
-            "trial": pa.array([t.name for t in trials], pa.string()),
-            "status": pa.array([t.status for t in trials], pa.string()),
-            **{path: _column([t.point[path] for t in trials]) for path in self.search.space},
-            "objective": pa.array([t.figure(self.search.metric) for t in trials], pa.float64()),
-            "clip_i": pa.array([t.figure("clip_i") for t in trials], pa.float64()),
-            "steps": pa.array([t.steps for t in trials], pa.int64()),
-            "seconds": pa.array([t.seconds for t in trials], pa.float64()),
-            "run_folder": pa.array([self.folder.path(t.folder) for t in trials], pa.string()),
-            "error": pa.array([t.error for t in trials], pa.string()),
-        }
-        buffer = io.BytesIO()
-        pyarrow.parquet.write_table(pa.table(columns), buffer)
-        self.folder.write_bytes(TABLE, buffer.getvalue())
 
-    def write_best(self) -> None:
-        """Write ``best.yaml``, the recipe with the best trial's values."""
-        if self.best is not None:
-            best = f"{self.best.name}, {format_point(self.best.point)}"
-            head = f"# The best of {len(self.trials)} trials by {self.search.metric}: {best}\n"
-            chosen = trial_recipe(self.recipe, self.best.point, self.folder.path("best"), alone=False)
-            self.folder.write_text(BEST, head + chosen.to_yaml())
+def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Return whether losses are nowhere above others, and below them somewhere."""
+    return all(a <= b for a, b in zip(one, other, strict=True)) and tuple(one) != tuple(other)
+
+
+def read_store(recipe: Recipe) -> TrialStore:
+    """Read the trial store in a recipe's ``output_dir``."""
+    content = json.loads(Storage(recipe.output_dir).read_text(FILE))
+    state = content.get("search", {})
+    earlier = [EarlierTrial(**row) for row in state.pop("earlier", [])]
+    return TrialStore(
+        recipe, [Trial(**row) for row in content["trials"]], state=SearchState(**state, earlier=earlier)
+    )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def error_class(trial: Trial) -> type[Exception]:
@@ -212,73 +273,18 @@ def format_value(value: Value) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _column(values: list[Any]) -> Any:
-    import pyarrow as pa
-
-    try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):  # the values of a key are both numbers and text
-        return pa.array([None if value is None else str(value) for value in values])
-
-
-def trial_recipe(recipe: Recipe, point: Point, output_dir: str, *, alone: bool = True) -> Recipe:
-    """Return the recipe of one point, for training in one process (``alone``) or with the recipe's own workers.
+def trial_recipe(recipe: Recipe, point: Point, output_dir: str, *, workers: int = 0) -> Recipe:
+    """Return the recipe of a trial: one point, trained by ``workers`` (0: in this process), without exports.
 
     Raises RecipeError if the point makes the recipe invalid.
     """
     tree = put_point(recipe.model_dump(mode="json", exclude={"search"}), point)
     tree["output_dir"] = output_dir
-    if alone:
-        tree["scaling"]["num_workers"] = 0
+    tree["scaling"]["num_workers"] = workers
     return build_recipe(tree, source=f"trial of {point}")
 
 
-def open_store(recipe: Recipe, *, resume: bool) -> TrialStore:
-    """Return the trial store of the search in ``output_dir``: a new one, or with ``resume`` the existing one.
-
-    Raises RecipeError if the folder is in use and not resumed, CheckpointError if it holds a different search.
-    """
-    folder = Storage(recipe.output_dir)
-    here = f"output_dir {recipe.output_dir}"
-    if folder.exists(FILE):
-        if not resume:
-            raise RecipeError(
-                f"{here} already holds a search; continue it with --resume, or give another output_dir"
-            )
-        _refuse_another_search(folder, recipe)
-        trials = [Trial(**row) for row in json.loads(folder.read_text(FILE))["trials"]]
-        return TrialStore(recipe, trials)
-    if is_used(folder):
-        raise RecipeError(f"{here} is not empty and holds no search; give another output_dir")
-    return TrialStore(recipe)
-
-
-def _refuse_another_search(folder: Storage, recipe: Recipe) -> None:
-    before = yaml.safe_load(folder.read_text(RECIPE))
-    now = recipe.model_dump(mode="json")
-    for tree in (before, now):
-        for name in CHANGEABLE:
-            tree["search"].pop(name, None)
-        for name in ("scaling", "output_dir", "report_to"):
-            tree.pop(name, None)
-    if changed := sorted(_differences(before, now)):
-        raise CheckpointError(
-            f"output_dir {recipe.output_dir} holds a different search: {', '.join(changed[:5])} changed. "
-            f"Only search.{', search.'.join(CHANGEABLE)} and scaling may change; otherwise give another output_dir"
-        )
-
-
-def _differences(before: Any, now: Any, path: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = before.keys() | now.keys()
-        return [
-            x
-            for key in keys
-            for x in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
-        ]
-    return [] if _without_package_path(before) == _without_package_path(now) else [path]
-
-
-def _without_package_path(value: Any) -> Any:
-    # Ray unpacks the package of a submitted job into a folder whose name is a hash of the content, recipe included.
-    return _PACKAGE.sub("", value) if isinstance(value, str) else value
+def best_recipe(recipe: Recipe, point: Point, output_dir: str) -> Recipe:
+    """Return the recipe of one point for `dreamfleet train`, with the recipe's own workers."""
+    tree = put_point(recipe.model_dump(mode="json", exclude={"search"}), point)
+    return build_recipe({**tree, "output_dir": output_dir}, source=f"recipe of {point}")

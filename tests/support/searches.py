@@ -88,7 +88,7 @@ def make_trials(metric: str = "holdout_loss") -> list[Trial]:
     return [
         trial(0, 1e-3, 1, "completed", [0.9, 0.5, 0.4]),
         trial(1, 2e-3, 2, "completed", [0.9, 0.4, 0.3]),
-        trial(2, 5e-2, 4, "stopped", [0.9, 0.2]),
+        trial(2, 5e-2, 4, "stopped", [0.9, 0.6]),
         trial(3, 2e-4, 4, "interrupted", [0.9]),
         failed,
     ]

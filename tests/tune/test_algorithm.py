@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+from typing import Any
 
 import pytest
-from searches import RATES, loss_at, make_recipe
+from searches import RATES, loss_at, make_recipe, make_tree
 
+from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.tune.algorithm import SearchAlgorithm
-from dreamfleet.tune.space import grid
+from dreamfleet.tune.search_state import EarlierTrial, SearchState
+from dreamfleet.tune.space import grid, identity
 from dreamfleet.tune.trial_store import Trial, TrialStore
 
 
@@ -21,8 +25,7 @@ def try_points(store: TrialStore, most: int) -> SearchAlgorithm:
             break
         trial = store.trial(config["name"])
         trial.add_round({"step": 100, "holdout_loss": loss_at(trial.point)})
-        trial.status = "completed"
-        algorithm.on_trial_complete(str(number), result={"holdout_loss": loss_at(trial.point)})
+        trial.status, trial.ended = "completed", number + 1
     return algorithm
 
 
@@ -84,12 +87,109 @@ def test_given_points_come_first_and_a_grid_keeps_its_order() -> None:
     assert try_points(store, 0).remaining == 0
 
 
+def choices(*values: Any) -> dict[str, Any]:
+    return {"distribution": "choice", "values": list(values)}
+
+
+@pytest.mark.parametrize("algorithm", ["optuna", "random"])
+def test_a_finite_space_ends_when_every_point_was_tried_once(algorithm: str) -> None:
+    """A point that is still running counts as tried."""
+    space = {
+        "optimizer.learning_rate": choices(1e-3, 2e-3),
+        "method.num_vectors": {"distribution": "randint", "lower": 1, "upper": 4},
+    }
+    store = TrialStore(make_recipe(space=space, num_trials=None, algorithm=algorithm))
+    running = SearchAlgorithm(store)
+    assert running.total == running.remaining == 8
+    assert running.suggest() != running.FINISHED
+    found = try_points_beside(running, store)
+    assert len(store.trials) == 8 and found.end_reason == "exhausted"
+    assert len({identity(trial.point) for trial in store.trials}) == 8
+    limited = TrialStore(make_recipe(space=space, num_trials=5, algorithm=algorithm))
+    assert try_points(limited, 100).end_reason == "num_trials"
+
+
+def try_points_beside(algorithm: SearchAlgorithm, store: TrialStore) -> SearchAlgorithm:
+    """Evaluate points until none is proposed, while the first trial still runs."""
+    while (config := algorithm.suggest()) != algorithm.FINISHED:
+        trial = store.trial(config["name"])
+        trial.add_round({"step": 100, "holdout_loss": loss_at(trial.point)})
+        trial.status = "completed"
+    return algorithm
+
+
+def test_points_given_twice_are_tried_once() -> None:
+    point = {"optimizer.learning_rate": 1e-3, "method.num_vectors": 2}
+    section: dict[str, Any] = {
+        "space": {"optimizer.learning_rate": choices(1e-3, 1e-2), "method.num_vectors": choices(1, 2)},
+        "points_to_evaluate": [point, point],
+        "num_trials": None,
+    }
+    for algorithm in ("grid", "optuna"):
+        store = TrialStore(make_recipe(algorithm=algorithm, **section))
+        assert try_points(store, 100).end_reason == "exhausted"
+        assert len(store.trials) == 4 and store.trials[0].point == point
+
+
+def test_a_resumed_search_of_a_finite_space_tries_the_same_points() -> None:
+    """Most samples are points tried before; they must not shift the numbers that seed the later ones."""
+    space = {
+        "optimizer.learning_rate": choices(*(k * 1e-3 for k in range(1, 7))),
+        "method.num_vectors": choices(1, 2),
+    }
+    recipe = make_recipe(space=space, num_trials=11)
+    whole = TrialStore(recipe)
+    try_points(whole, 100)
+    parts = TrialStore(recipe)
+    for _ in range(11):
+        try_points(parts, 1)
+        parts = TrialStore(recipe, [Trial(**json.loads(json.dumps(vars(trial)))) for trial in parts.trials])
+    assert [trial.point for trial in parts.trials] == [trial.point for trial in whole.trials]
+    assert len(whole.trials) == 11
+
+
+def test_two_metrics_lead_the_sampler_to_both_ends_of_the_front() -> None:
+    """Loss and score conflict in the number of vectors; both prefer a learning rate of 2e-3."""
+
+    def distances(algorithm: str) -> list[float]:
+        tree = make_tree(metric=["holdout_loss", "clip_i"], num_trials=40, algorithm=algorithm)
+        tree["validation"] |= {"prompts": ["a <x>"], "metrics": ["clip_i"]}
+        store = TrialStore(build_recipe(tree))
+        search = SearchAlgorithm(store)
+        while (config := search.suggest()) != search.FINISHED:
+            trial = store.trial(config["name"])
+            away = abs(math.log(trial.point["optimizer.learning_rate"] / 2e-3))
+            vectors = trial.point["method.num_vectors"]
+            trial.add_round({"step": 100, "holdout_loss": away + vectors, "clip_i": vectors - away})
+            trial.status = "completed"
+        assert {trial.point["method.num_vectors"] for trial in store.front()} == {1, 2, 4}
+        return [abs(math.log(t.point["optimizer.learning_rate"] / 2e-3)) for t in store.trials[20:]]
+
+    assert sum(distances("optuna")) < 0.5 * sum(distances("random"))
+
+
+def test_earlier_trials_lead_the_sampler_from_the_first_trial_on() -> None:
+    recipe = make_recipe(num_trials=12)
+    before = TrialStore(make_recipe(num_trials=30))
+    try_points(before, 100)
+    earlier = [
+        EarlierTrial("runs/a", trial.name, trial.point, {"holdout_loss": loss_at(trial.point)})
+        for trial in before.trials
+    ]
+    warm = TrialStore(recipe, state=SearchState(earlier=earlier))
+    cold = TrialStore(recipe)
+    mean = {}
+    for store in (warm, cold):
+        try_points(store, 100)
+        mean[store] = sum(loss_at(trial.point) for trial in store.trials) / 12
+    assert mean[warm] < 0.5 * mean[cold]
+
+
 def test_a_failed_trial_does_not_end_the_search() -> None:
     store = TrialStore(make_recipe())
     algorithm = SearchAlgorithm(store)
     for number in range(3):
         algorithm.suggest(str(number))
         store.trials[-1].status = "failed"
-        algorithm.on_trial_complete(str(number), result={"error": "NaN"})
     assert algorithm.remaining == 3
     assert SearchAlgorithm(store).remaining == 3

@@ -7,7 +7,8 @@ from pathlib import Path
 from searches import make_recipe, make_trials
 
 from dreamfleet.tune.callback import StoreCallback
-from dreamfleet.tune.trial_store import TrialStore, format_trial, open_store
+from dreamfleet.tune.open_search import open_store
+from dreamfleet.tune.trial_store import TrialStore, format_trial
 
 
 class Running:

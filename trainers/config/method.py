@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from dreamfleet.datasets.config_base import Section
 from dreamfleet.datasets.registry import Registry
+
+SearchSpace = Mapping[str, Mapping[str, Any]]
 
 
 class MethodConfig(Section):
@@ -26,6 +28,9 @@ class MethodConfig(Section):
     refused: ClassVar[Mapping[str, str]] = {}
     #: its own keys that a search must not change -> the reason
     not_searched: ClassVar[Mapping[str, str]] = {}
+    #: the spaces that a search without ``search.space`` uses, each with a title for the recipe reference: searched key
+    #: -> the fields of its ``Domain``
+    search_spaces: ClassVar[Mapping[str, SearchSpace]] = {}
     #: the reason why `dreamfleet plan` cannot estimate its memory; None if it can
     no_plan: ClassVar[str | None] = None
     #: the method that uses this method's exports; None if the exports are used directly
@@ -39,6 +44,11 @@ class MethodConfig(Section):
     packs: ClassVar[bool] = False
 
     name: str
+
+    @property
+    def search_space(self) -> SearchSpace:
+        """The space of a search without ``search.space``; {} if the method has none."""
+        return next(iter(self.search_spaces.values()), {})
 
     @property
     def unpackable(self) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from dreamfleet.datasets.config_base import Section
+from dreamfleet.datasets.path_field import PathField
 from dreamfleet.trainers.config.metrics import HELD_OUT, is_higher_better
 
 Value = bool | int | float | str | None
@@ -77,6 +79,14 @@ class Domain(Section):
             return False
         return not self.whole or value % 1 == 0
 
+    @property
+    def size(self) -> int | None:
+        """The number of values; None for a range of real numbers."""
+        if self.values is not None:
+            return len(self.values)
+        lower, upper = self.range()
+        return int(upper - lower) + 1 if self.whole else None
+
     def probes(self) -> list[Value]:
         """Return values that are validated in place of all: every choice, or the ends of a range and a value inside."""
         if self.values is not None:
@@ -104,27 +114,53 @@ def _flatten(space: Any) -> Any:
     return flat
 
 
+Mode = Literal["min", "max"]
+# Only the driver reads it, and it is checked when the search starts.
+EARLIER_SEARCH = PathField("folder", must_exist=False, compared=False, per_machine=True)
+
+
 class SearchConfig(Section):
     """The ``search:`` section: the search space, algorithm and limits of `dreamfleet tune`."""
 
     space: Annotated[dict[str, Domain], BeforeValidator(_flatten)] = Field(
-        min_length=1, description="searched keys, such as `optimizer.learning_rate`, and their values"
+        default_factory=dict,
+        min_length=1,
+        validate_default=False,
+        description="searched keys, such as `optimizer.learning_rate`, and their values; default: "
+        "[the method's](#default-spaces)",
     )
     num_trials: int | None = Field(
-        None, ge=1, description="number of trials; default with `grid`: every point"
+        None,
+        ge=1,
+        description="number of trials; may be left out with `grid`, with a finite space, or with another limit",
+    )
+    patience: int | None = Field(
+        None, ge=1, description="end after this many trials in a row that improved nothing"
+    )
+    max_hours: float | None = Field(
+        None,
+        gt=0,
+        description="end after this many hours, all sessions together; running trials save a checkpoint and stop",
+    )
+    max_gpu_hours: float | None = Field(
+        None,
+        gt=0,
+        description="end after this many hours of GPU time of all trials; running ones stop as well",
     )
     algorithm: Literal["optuna", "random", "grid"] = Field(
         "optuna", description="`optuna`: its TPE sampler, which uses the results of earlier trials"
     )
-    metric: str = Field(
+    metric: str | Annotated[list[str], Field(min_length=1)] = Field(
         HELD_OUT,
-        description="figure by which trials are compared: `holdout_loss`, or one of `validation.metrics`",
+        description="figure by which trials are compared: `holdout_loss`, or one of `validation.metrics`; several "
+        "give a Pareto front, and the first of them ranks the trials",
     )
-    mode: Literal["min", "max"] | None = Field(
-        None, description="default: `min` for the loss, `max` for scores"
+    mode: Mode | list[Mode] | None = Field(
+        None,
+        description="default: `min` for the loss, `max` for scores; of several metrics a list in their order",
     )
     scheduler: Literal["asha", "none"] = Field(
-        "asha", description="`asha` stops trials with poor results at validation rounds"
+        "asha", description="`asha` stops trials with poor results (of the first metric) at validation rounds"
     )
     grace_period: int | None = Field(
         None,
@@ -134,8 +170,23 @@ class SearchConfig(Section):
     reduction_factor: float = Field(
         4, gt=1, description="`asha` continues the best 1 of this many trials at each rung"
     )
+    keep_best: int = Field(
+        1,
+        ge=1,
+        description="number of best trials whose weights are kept and exported at the end, with several metrics also "
+        "the Pareto front; the others keep only their figures and previews",
+    )
+    warm_start: list[Annotated[str, EARLIER_SEARCH]] = Field(
+        [],
+        description="folders of earlier searches over the same keys, whose results the sampler also uses",
+    )
     max_concurrent_trials: int | None = Field(
         None, ge=1, description="default: as many as fit on the cluster"
+    )
+    workers_per_trial: int | None = Field(
+        None,
+        ge=1,
+        description="training processes of a trial, which with more than one run through Ray Train; default: one",
     )
     resources_per_trial: dict[str, float] | None = Field(
         None,
@@ -150,9 +201,37 @@ class SearchConfig(Section):
     )
 
     @property
+    def metrics(self) -> list[str]:
+        """The figures by which trials are compared."""
+        return [self.metric] if isinstance(self.metric, str) else list(self.metric)
+
+    @property
+    def objective(self) -> str:
+        """The first metric, which ranks the trials and by which the scheduler stops them."""
+        return self.metrics[0]
+
+    @property
     def maximise(self) -> bool:
-        """Whether higher values of the metric are better."""
-        return self.mode == "max" if self.mode else is_higher_better(self.metric)
+        """Whether higher values of the objective are better."""
+        return self.maximises(self.objective)
+
+    @property
+    def size(self) -> int | None:
+        """The number of points of the space; None if a key has a range of real numbers."""
+        sizes = [domain.size for domain in self.space.values()]
+        return None if None in sizes else math.prod(size for size in sizes if size)
+
+    def maximises(self, metric: str) -> bool:
+        """Return whether higher values of one of the metrics are better."""
+        if isinstance(self.mode, list):
+            return self.mode[self.metrics.index(metric)] == "max"
+        return self.mode == "max" if self.mode else is_higher_better(metric)
+
+    def with_default_space(self, space: Mapping[str, Mapping[str, Any]]) -> SearchConfig:
+        """Return the section with the space, as plain data, if it has none of its own."""
+        if self.space:
+            return self
+        return self.model_copy(update={"space": {path: Domain(**fields) for path, fields in space.items()}})
 
 
 def put_point(tree: Mapping[str, Any], point: Point) -> dict[str, Any]:

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import tiny
+from method_cases import SECTIONS
 from searches import RATES, VECTORS, make_recipe, make_tree
 
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.trainers.config.method import METHODS
 from dreamfleet.trainers.recipe import build_recipe, load_recipe
 
 
@@ -21,7 +23,7 @@ from dreamfleet.trainers.recipe import build_recipe, load_recipe
         ({"space": {"output_dir": VECTORS}}, "folder"),
         ({"space": {"data.resolution": VECTORS}}, "compared"),
         ({"space": {"validation.steps": VECTORS}}, "compared"),
-        ({"space": {"scaling.num_workers": VECTORS}}, "one process"),
+        ({"space": {"scaling.num_workers": VECTORS}}, "workers_per_trial"),
         ({"space": {}}, "search.space"),
         ({"space": {"method.num_vectors": {**VECTORS, "values": [1, 76]}}}, "less than or equal to 75 (got 76)"),
         (
@@ -39,6 +41,15 @@ from dreamfleet.trainers.recipe import build_recipe, load_recipe
         ({"space": {"method.num_vectors": {**VECTORS, "lower": 1}}}, "choice takes values"),
         ({"space": {"method.num_vectors": {"distribution": "randint", "lower": 1, "upper": 2.5}}}, "whole number"),
         ({"num_trials": None}, "search.num_trials"),
+        ({"num_trials": None, "patience": None}, "max_gpu_hours (only a grid"),
+        ({"metric": ["holdout_loss", "holdout_los"]}, "did you mean 'holdout_loss'?"),
+        ({"metric": ["holdout_loss", "holdout_loss"]}, "twice"),
+        ({"metric": []}, "search.metric"),
+        ({"mode": ["min", "max"]}, "2 values for 1 metrics"),
+        ({"keep_best": 0}, "search.keep_best"),
+        ({"patience": 0}, "search.patience"),
+        ({"max_hours": 0}, "search.max_hours"),
+        ({"workers_per_trial": 0}, "search.workers_per_trial"),
         ({"num_trals": 3}, "did you mean 'num_trials'?"),
         ({"algorithm": "grid"}, "a grid needs num"),
         ({"metric": "holdout_los"}, "did you mean 'holdout_loss'?"),
@@ -65,6 +76,83 @@ def test_errors_are_reported_when_the_recipe_is_read(section: dict[str, Any], me
     with pytest.raises(RecipeError) as caught:
         make_recipe(**section)
     assert message in str(caught.value) and "search." in str(caught.value)
+
+
+def test_all_errors_of_the_section_are_reported_together() -> None:
+    tree = make_tree(
+        space={"optimizer.learning_rte": RATES, "method.num_vectors": {**VECTORS, "values": [1, 99]}},
+        metric=["holdout_los", "clip_i"],
+        mode="min",
+        max_gpu_hours=1,
+        grace_period=500,
+        resources_per_trial={"GPU": 1.5},
+        points_to_evaluate=[{"method.num_vectors": 7}],
+    )
+    tree["scaling"]["use_gpu"] = False
+    with pytest.raises(RecipeError) as caught:
+        build_recipe(tree)
+    parts = (
+        "learning_rate", "less than or equal to 75", "'holdout_los'", "'clip_i'", "search.mode", "max_gpu_hours",
+        "grace_period", "0 to 1", "one value", "num_vectors 7 is outside",
+    )  # fmt: skip
+    assert [part for part in parts if part not in str(caught.value)] == []
+    assert "recipe has 10 errors" in str(caught.value)
+
+
+def test_an_error_of_the_recipe_itself_is_reported_once() -> None:
+    tree = make_tree()
+    tree["validation"]["metrics"] = ["dino"]
+    with pytest.raises(RecipeError, match=r"recipe has 1 error:\n  validation\.metrics"):
+        build_recipe(tree)
+
+
+def test_a_search_needs_no_number_of_trials_if_something_else_ends_it() -> None:
+    finite = {
+        "optimizer.learning_rate": {"distribution": "choice", "values": [1e-3, 1e-2]},
+        "method.num_vectors": VECTORS,
+    }
+    section = make_recipe(space=finite, num_trials=None).search
+    assert section is not None and section.size == 6
+    for limit in ("patience", "max_hours", "max_gpu_hours"):
+        section = make_recipe(num_trials=None, **{limit: 2}).search
+        assert section is not None and section.size is None
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_every_method_has_valid_default_spaces(name: str) -> None:
+    method = SECTIONS[name]
+    for options in ({}, {"lora_rank": 4}):
+        tree = make_tree()
+        if options and "lora_rank" not in METHODS.get(name).model_fields:
+            continue
+        tree["method"] = {**method, **options}
+        if name == "discriminator":
+            del tree["validation"]
+        del tree["search"]["space"]
+        recipe = build_recipe(tree)
+        assert recipe.search is not None
+        assert set(recipe.search.space) == set(recipe.method.search_space)
+        assert ("method.lora_rank" in recipe.search.space) == bool(options)
+        assert build_recipe(recipe.model_dump(mode="json")) == recipe
+
+
+def test_a_method_without_a_default_space_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(METHODS.get("textual_inversion"), "search_spaces", {})
+    tree = make_tree()
+    del tree["search"]["space"]
+    with pytest.raises(RecipeError, match=r"search\.space: missing"):
+        build_recipe(tree)
+
+
+def test_several_metrics_have_a_direction_each() -> None:
+    tree = make_tree(metric=["clip_i", "holdout_loss"])
+    tree["validation"] |= {"prompts": ["a <x>"], "metrics": ["clip_i"]}
+    section = build_recipe(tree).search
+    assert section is not None and section.objective == "clip_i" and section.maximise
+    assert not section.maximises("holdout_loss")
+    tree["search"]["mode"] = ["min", "max"]
+    section = build_recipe(tree).search
+    assert section is not None and not section.maximise and section.maximises("holdout_loss")
 
 
 def test_a_search_by_held_out_loss_needs_held_out_images() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AliasChoices, Field
 
-from dreamfleet.trainers.config.method import MethodConfig
+from dreamfleet.trainers.config.method import MethodConfig, SearchSpace
 from dreamfleet.trainers.config.model import HUB_MODEL
 
 Slerp = Literal["off", "channels", "tokens"]
@@ -32,6 +32,13 @@ class AestheticGradientsConfig(MethodConfig):
         "four copies of the text encoder"
     )
     artifacts: ClassVar[tuple[str, ...]] = ("aesthetic", "checkpoint")
+    search_spaces: ClassVar[Mapping[str, SearchSpace]] = {
+        "aesthetic_gradients": {
+            "method.aesthetic_lr": {"distribution": "loguniform", "lower": 1e-5, "upper": 1e-3},
+            "method.aesthetic_steps": {"distribution": "randint", "lower": 1, "upper": 30},
+            "method.aesthetic_weight": {"distribution": "uniform", "lower": 0.5, "upper": 1.0},
+        },
+    }
 
     name: Literal["aesthetic_gradients"] = "aesthetic_gradients"
     clip: Annotated[str | None, HUB_MODEL] = Field(

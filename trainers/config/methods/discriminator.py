@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from dreamfleet.datasets.config import MOST_CLASSES
 from dreamfleet.datasets.path_field import PathField
-from dreamfleet.trainers.config.method import MethodConfig
+from dreamfleet.trainers.config.method import MethodConfig, SearchSpace
 from dreamfleet.trainers.config.model import HUB_MODEL
 
 INPUT_SIZE = 384  # default side of the input in pixels, if a file does not specify it
@@ -41,6 +41,13 @@ class DiscriminatorConfig(MethodConfig):
 
     figures: ClassVar[tuple[str, ...]] = ("holdout_loss", "accuracy")
     artifacts: ClassVar[tuple[str, ...]] = ("classifier",)
+    search_spaces: ClassVar[Mapping[str, SearchSpace]] = {
+        "discriminator": {
+            "optimizer.learning_rate": {"distribution": "loguniform", "lower": 1e-5, "upper": 5e-3},
+            "method.drop_path": {"distribution": "uniform", "lower": 0.0, "upper": 0.5},
+            "method.label_smoothing": {"distribution": "choice", "values": [0.0, 0.1]},
+        },
+    }
 
     name: Literal["discriminator"] = "discriminator"
     classes: list[Annotated[str, Field(min_length=1)]] = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
@@ -15,7 +16,7 @@ from dreamfleet.trainers.config.hypernetwork_structure import (
     derived_dropout,
     require_activation,
 )
-from dreamfleet.trainers.config.method import MethodConfig
+from dreamfleet.trainers.config.method import MethodConfig, SearchSpace
 
 
 def _split(value: Any) -> Any:
@@ -33,6 +34,13 @@ class HypernetworkConfig(MethodConfig):
         "Trains MLPs in front of attention's keys and values; the model is not changed. Megabytes, at any strength."
     )
     artifacts: ClassVar[tuple[str, ...]] = ("hypernetwork",)
+    search_spaces: ClassVar[Mapping[str, SearchSpace]] = {
+        "hypernetwork": {
+            "optimizer.learning_rate": {"distribution": "loguniform", "lower": 1e-6, "upper": 2e-3},
+            "method.layer_structure": {"distribution": "choice", "values": ["1, 2, 1", "1, 2, 2, 1"]},
+            "method.activation_func": {"distribution": "choice", "values": ["linear", "relu", "swish"]},
+        },
+    }
     packs: ClassVar[bool] = True
 
     name: Literal["hypernetwork"] = "hypernetwork"

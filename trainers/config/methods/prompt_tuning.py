@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, AliasChoices, Field, model_validator
@@ -9,7 +10,7 @@ from pydantic import AfterValidator, AliasChoices, Field, model_validator
 from dreamfleet.datasets.captions import TEMPLATE_SETS
 from dreamfleet.datasets.path_field import PathField
 from dreamfleet.trainers.config.guidance import parse_guidance
-from dreamfleet.trainers.config.method import MethodConfig
+from dreamfleet.trainers.config.method import MethodConfig, SearchSpace
 from dreamfleet.trainers.config.model import HUB_MODEL
 
 
@@ -26,6 +27,13 @@ class PromptTuningConfig(MethodConfig):
         "Trains a word for the prompt and one for the negative prompt together, from as little as one image. Kilobytes."
     )
     artifacts: ClassVar[tuple[str, ...]] = ("embedding",)
+    search_spaces: ClassVar[Mapping[str, SearchSpace]] = {
+        "prompt_tuning": {
+            "optimizer.learning_rate": {"distribution": "loguniform", "lower": 5e-4, "upper": 1e-2},
+            "method.num_vectors": {"distribution": "choice", "values": [1, 3, 6]},
+            "method.num_vectors_neg": {"distribution": "choice", "values": [3, 6]},
+        },
+    }
     packs: ClassVar[bool] = True
 
     name: Literal["prompt_tuning"] = "prompt_tuning"

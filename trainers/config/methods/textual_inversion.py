@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AliasChoices, Field, model_validator
 
 from dreamfleet.datasets.captions import TEMPLATE_SETS
 from dreamfleet.datasets.path_field import PathField
-from dreamfleet.trainers.config.method import MethodConfig
+from dreamfleet.trainers.config.method import MethodConfig, SearchSpace
 
 
 class TextualInversionConfig(MethodConfig):
@@ -20,6 +21,12 @@ class TextualInversionConfig(MethodConfig):
         "Trains the vectors of a new word; the model is not changed. Kilobytes, combines with everything."
     )
     artifacts: ClassVar[tuple[str, ...]] = ("embedding",)
+    search_spaces: ClassVar[Mapping[str, SearchSpace]] = {
+        "textual_inversion": {
+            "optimizer.learning_rate": {"distribution": "loguniform", "lower": 5e-4, "upper": 2e-2},
+            "method.num_vectors": {"distribution": "choice", "values": [1, 2, 4, 8]},
+        },
+    }
     packs: ClassVar[bool] = True
 
     name: Literal["textual_inversion"] = "textual_inversion"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
-from dreamfleet.trainers.config.method import MethodConfig
+from dreamfleet.trainers.config.method import MethodConfig, SearchSpace
 
 _TARGET_SETS = ("all-linear", "locon")
 
@@ -21,6 +22,16 @@ class WholeModelConfig(MethodConfig):
     """Options shared by the methods that train the weights of the model, directly or with a LoRA."""
 
     artifacts: ClassVar[tuple[str, ...]] = ("checkpoint", "lora")
+    search_spaces: ClassVar[Mapping[str, SearchSpace]] = {
+        "dreambooth and native, all weights": {
+            "optimizer.learning_rate": {"distribution": "loguniform", "lower": 5e-7, "upper": 2e-4},
+            "optimizer.lr_scheduler": {"distribution": "choice", "values": ["constant", "cosine"]},
+        },
+        "dreambooth and native, LoRA": {
+            "optimizer.learning_rate": {"distribution": "loguniform", "lower": 1e-5, "upper": 2e-3},
+            "method.lora_rank": {"distribution": "choice", "values": [4, 8, 16, 32]},
+        },
+    }
     packs: ClassVar[bool] = True
 
     train_text_encoder: bool = Field(False, description="also train the text encoder (both of SDXL)")
@@ -56,6 +67,12 @@ class WholeModelConfig(MethodConfig):
         "convolution of the blocks; locon: all convolutions as well. Layers outside the blocks (conv_in, conv_out, "
         "time_embedding, add_embedding) must be named, because other programs ignore them",
     )
+
+    @property
+    def search_space(self) -> SearchSpace:
+        """The space of a search without one, for all weights or for a LoRA."""
+        weights, lora = self.search_spaces.values()
+        return weights if self.lora_rank is None else lora
 
     @model_validator(mode="after")
     def _check_lora(self) -> Self:

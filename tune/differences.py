@@ -1,0 +1,24 @@
+"""Compares two recipes as plain trees."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_PACKAGE = re.compile(r"^/.*/_ray_pkg_[0-9a-f]+/")
+
+
+def differences(one: Any, other: Any, path: str = "") -> list[str]:
+    """Return the sorted keys, such as ``train.seed``, whose values differ; the folder of a job's package is ignored."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return [
+            found
+            for key in sorted(one.keys() | other.keys())
+            for found in differences(one.get(key), other.get(key), f"{path}.{key}".lstrip("."))
+        ]
+    return [] if _without_package_path(one) == _without_package_path(other) else [path]
+
+
+def _without_package_path(value: Any) -> Any:
+    # Ray unpacks the package of a submitted job into a folder whose name is a hash of the content, recipe included.
+    return _PACKAGE.sub("", value) if isinstance(value, str) else value

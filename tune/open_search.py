@@ -1,0 +1,72 @@
+"""Opens the folder of a search: a new one, or with ``--resume`` an existing one if it holds the same search."""
+
+from __future__ import annotations
+
+import yaml
+
+from dreamfleet.datasets.errors import CheckpointError, RecipeError
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.recipe import Recipe, build_recipe
+from dreamfleet.trainers.run.run_folder import is_used
+from dreamfleet.tune.differences import differences
+from dreamfleet.tune.trial_store import FILE, RECIPE, TrialStore, read_store
+from dreamfleet.tune.warm_start import read_earlier
+
+# Keys of `search` that may change when a search is resumed: they determine how trials are run, not what they train.
+CHANGEABLE = (
+    "num_trials",
+    "patience",
+    "max_hours",
+    "max_gpu_hours",
+    "keep_best",
+    "max_concurrent_trials",
+    "resources_per_trial",
+    "workers_per_trial",
+    "scheduler",
+    "grace_period",
+    "reduction_factor",
+)
+
+
+def open_store(recipe: Recipe, *, resume: bool) -> TrialStore:
+    """Return the trial store of the search in ``output_dir``: a new one, or with ``resume`` the existing one.
+
+    Raises RecipeError if the folder is in use and not resumed, or if ``search.warm_start`` names a search that cannot
+    be used; CheckpointError if it holds a different search.
+    """
+    folder = Storage(recipe.output_dir)
+    here = f"output_dir {recipe.output_dir}"
+    if folder.exists(FILE):
+        if not resume:
+            raise RecipeError(
+                f"{here} already holds a search; continue it with --resume, or give another output_dir"
+            )
+        _refuse_another_search(folder, recipe)
+        return read_store(recipe)
+    if is_used(folder):
+        raise RecipeError(f"{here} is not empty and holds no search; give another output_dir")
+    store = TrialStore(recipe)
+    store.state.earlier = read_earlier(store)
+    return store
+
+
+def _refuse_another_search(folder: Storage, recipe: Recipe) -> None:
+    before = _read_recipe(folder).model_dump(mode="json")
+    now = recipe.model_dump(mode="json")
+    for tree in (before, now):
+        for name in CHANGEABLE:
+            tree["search"].pop(name, None)
+        for name in ("scaling", "output_dir", "report_to"):
+            tree.pop(name, None)
+    if changed := differences(before, now):
+        raise CheckpointError(
+            f"output_dir {recipe.output_dir} holds a different search: {', '.join(changed[:5])} changed. "
+            f"Only search.{', search.'.join(CHANGEABLE)} and scaling may change; otherwise give another output_dir"
+        )
+
+
+def _read_recipe(folder: Storage) -> Recipe:
+    try:
+        return build_recipe(yaml.safe_load(folder.read_text(RECIPE)), source=folder.path(RECIPE))
+    except RecipeError as error:
+        raise CheckpointError(f"the search cannot be continued: {error}") from error
