@@ -184,13 +184,11 @@ def _fitting_slots(profile: SlotProfile, made: MemoryPlan) -> dict[str, Any]:
 def _packing(profile: SlotProfile | None, unpackable: str | None, made: MemoryPlan) -> list[str]:
     """Return what is said about trainings that share a process, in a search or a fleet."""
     if profile is None:
-        return [f"Trainings of a search or a fleet cannot share a process: {unpackable}."]
+        return [f"Trainings of a search or a fleet cannot be packed: {unpackable}."]
     on_gpu, fits = profile.gpu, _fitting_slots(profile, made)
     further = on_gpu.held + on_gpu.further
-    lines = [
-        "Trainings of a search or a fleet that share a process: "
-        f"{format_size(on_gpu.total(1))} on the GPU for the first, {format_size(further)} for each further one."
-    ]
+    sizes = f"{format_size(on_gpu.total(1))} on the GPU for the first, {format_size(further)} for each further one"
+    lines = [f"Packed trainings of a search or a fleet: {sizes}."]
     numbers = [fits[name]["fit"] for name in ("gpu", "gpu_host") if fits[name]["fit"] is not None]
     if numbers and made.gpu_memory:
         lines.append(f"{min(numbers)} fit on the GPU (scaling.slots_per_worker: auto takes at most 32).")

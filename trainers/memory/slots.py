@@ -30,8 +30,8 @@ class SlotMemory:
     """Memory of one device or host in bytes, as a function of the number of slots.
 
     ``shared``: once per process. ``held``: each slot, at all times. ``first``: the first slot's part of a packed pass;
-    ``further``: that of every further slot. ``alone``: the most that one slot needs beside its ``held`` while the others
-    wait, for example to generate previews; ``waiting``: what a slot holds beside ``held`` during that time.
+    ``further``: that of every further slot. ``alone``: the most that one slot needs beside its ``held`` while the
+    others wait, for example to generate previews; ``waiting``: what a slot holds beside ``held`` during that time.
     """
 
     shared: int
@@ -113,11 +113,10 @@ def choose_slots(
     device = distributed.device
     most = MAX_SLOTS["cuda" if device.type == "cuda" else "cpu"]
     wanted = recipe.scaling.slots_per_worker
-    limit = max(1, limit if limit is not None else most)
     if wanted != "auto":
-        return min(wanted, limit)
-    limit = min(limit, most)
-    if limit == 1:
+        return wanted if limit is None else min(wanted, limit)
+    limit = most if limit is None else min(limit, most)
+    if limit <= 1:
         return 1
     try:
         profile = profile_slots(recipe)
@@ -129,4 +128,6 @@ def choose_slots(
     if device.type != "cuda":
         return max(1, slots_that_fit(profile.cpu, host, limit))
     card = limit_card(device, recipe.engine.gpu_limit, distributed.gpu_share)
-    return max(1, min(slots_that_fit(profile.gpu, card, limit), slots_that_fit(profile.gpu_host, host, limit)))
+    return max(
+        1, min(slots_that_fit(profile.gpu, card, limit), slots_that_fit(profile.gpu_host, host, limit))
+    )

@@ -85,7 +85,9 @@ def assemble(
     sets, method, cache = load_inputs(recipe, distributed)
     method.require_formats(recipe.train.export_formats or ())
     if keeps_files:
-        distributed.on_rank_0(lambda: log.info("%s", require_run_disk(recipe, method, images=len(sets.instances))))
+        distributed.on_rank_0(
+            lambda: log.info("%s", require_run_disk(recipe, method, images=len(sets.instances)))
+        )
     model = method.model
     if isinstance(method, DiffusionMethod):
         warning = method.check_prompts(to_samples(sets.instances), recipe.data)

@@ -10,43 +10,24 @@ from pathlib import Path
 
 from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.artifacts.kind import ARTIFACTS
-from dreamfleet.trainers.config.engines import engine_name
 from dreamfleet.trainers.config.packing import find_unpackable
 from dreamfleet.trainers.config.train import USUAL_CHECKPOINTING_STEPS
 from dreamfleet.trainers.config.units import format_size
 from dreamfleet.trainers.evaluation.previews import preview_requests
-from dreamfleet.trainers.memory.estimate import optimizer_bytes
-from dreamfleet.trainers.memory.profile import count_factors, count_instances, method_without_weights
+from dreamfleet.trainers.memory.profile import count_instances, method_without_weights
 from dreamfleet.trainers.memory.slots import MAX_SLOTS
 from dreamfleet.trainers.methods.base import Method
-from dreamfleet.trainers.models.formats.file_names import EMBEDDING_IMAGES
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.report.comparison import LONGEST_SIDE
 from dreamfleet.trainers.report.report import MOST_GRIDS
+from dreamfleet.trainers.run.saved_sizes import WeightSizes, checkpoint_bytes, measure_weights, weight_bytes
 
 # Measured on the run folders of the pocket model. Bytes per pixel: PNG; WebP in base64, without loss for small images.
 PNG, SMALL_WEBP, WEBP, SMALL_SIDE = 1.65, 2.1, 0.5, 160
 REAL_IMAGES = 12  # images in samples/real.png
-# Bytes of the text files of a run and of its report, per checkpoint, per logged line and per preview image.
-RUN_TEXT, REPORT_TEXT, CHECKPOINT_TEXT, LINE, CELL = 6_000, 40_000, 1_000, 160, 160
-# Bytes besides the elements: per tensor in a header, per tensor and file of torch.save, per export, and of an
-# embedding's image.
-HEADER, RECORD, SAVED, EXPORTED, EMBEDDING_IMAGE = 120, 270, 1_700, 4_800, 30_000
-PRECISIONS = {"fp32": 4, "fp16": 2, "bf16": 2}
-
-
-@dataclass(frozen=True)
-class WeightSizes:
-    """Sizes of what a run saves: elements of each trained tensor, and bytes of each export by format.
-
-    ``width``: bytes of a trained weight in a checkpoint. ``factors``: means of squares that Adafactor keeps.
-    """
-
-    trained: tuple[int, ...]
-    width: int
-    factors: int
-    exports: Mapping[str, int]
+# Bytes of the text files of a run and of its report, per logged line and per preview image.
+RUN_TEXT, REPORT_TEXT, LINE, CELL = 6_000, 18_000, 160, 160
+MANY_TRIALS = 100  # of a search that only limits its hours
 
 
 @dataclass(frozen=True)
@@ -71,26 +52,10 @@ class DiskNeed:
         return {**self.lines, "total": self.total, "peak": self.peak}
 
     def describe(self) -> str:
-        """Return the sizes as text, such as ``3.1 GiB (checkpoints 2.1 GiB, exports 1.0 GiB)``."""
-        parts = [f"{name} {format_size(size)}" for name, size in self.lines.items() if size >= self.total / 100]
+        """Return the sizes as text, such as ``3.0 GiB (checkpoints 2.0 GiB, exports 1.0 GiB)``."""
+        sizes = {**self.lines, "more while it runs": self.writing}
+        parts = [f"{name} {format_size(size)}" for name, size in sizes.items() if size > self.peak / 100]
         return f"{format_size(self.peak)} ({', '.join(parts)})"
-
-
-def measure_weights(recipe: Recipe, method: Method) -> WeightSizes:
-    """Return the sizes of what a run of ``recipe`` saves. ``method`` may be on any device, also without weights."""
-    trained = [param for group in method.groups() for param in group.params.values()]
-    usual = [form for form in method.formats if form not in method.model.unsupported]
-    # ZeRO gathers the float32 weights.
-    narrow = recipe.train.full_bf16 and engine_name(recipe.engine) == "torch"
-    return WeightSizes(
-        trained=tuple(param.numel() for param in trained),
-        width=2 if narrow else 4,
-        factors=count_factors(trained),
-        exports={
-            form: _export_bytes(form, method, PRECISIONS[recipe.train.save_precision])
-            for form in recipe.train.export_formats or usual
-        },
-    )
 
 
 def estimate_run(recipe: Recipe, sizes: WeightSizes, *, images: int | None = None) -> DiskNeed:
@@ -107,7 +72,14 @@ def estimate_run(recipe: Recipe, sizes: WeightSizes, *, images: int | None = Non
 
 
 def estimate_many(
-    recipe: Recipe, sizes: WeightSizes, *, runs: int, at_once: int, kept: int, exported: int, images: int | None = None
+    recipe: Recipe,
+    sizes: WeightSizes,
+    *,
+    runs: int,
+    at_once: int,
+    kept: int,
+    exported: int,
+    images: int | None = None,
 ) -> DiskNeed:
     """Estimate ``runs`` runs, ``at_once`` of them at a time, that drop what is not needed when they have ended.
 
@@ -130,10 +102,8 @@ def estimate_search(
     recipe: Recipe, sizes: WeightSizes, *, trials: int, at_once: int, images: int | None = None
 ) -> DiskNeed:
     """Estimate a search: previews and report of every trial, weights and exports of the best ones."""
-    best = getattr(recipe.search, "keep_best", 1)
-    return estimate_many(
-        recipe, sizes, runs=trials, at_once=at_once, kept=best, exported=best, images=images
-    )
+    best = recipe.search.keep_best if recipe.search else 1
+    return estimate_many(recipe, sizes, runs=trials, at_once=at_once, kept=best, exported=best, images=images)
 
 
 def require_disk(need: DiskNeed, recipe: Recipe, *, what: str = "this run") -> str:
@@ -158,14 +128,15 @@ def require_disk(need: DiskNeed, recipe: Recipe, *, what: str = "this run") -> s
 def disk_needs(recipe: Recipe) -> dict[str, DiskNeed]:
     """Return the needs of a recipe's ``run`` and, if it has a ``search:`` section, of its ``search``.
 
-    A search whose number of concurrent trials depends on the cluster is estimated for a full worker.
+    A search that sets no number of trials is estimated for 100, and without max_concurrent_trials for one worker.
     """
     sizes, images = measure_weights(recipe, method_without_weights(recipe)), count_instances(recipe)
     needs = {"run": estimate_run(recipe, sizes, images=images)}
     if (search := recipe.search) is not None:
         slots = 1 if find_unpackable(recipe) else MAX_SLOTS["cpu"]
+        trials = search.num_trials or search.size or MANY_TRIALS
         at_once = search.max_concurrent_trials or slots
-        needs["search"] = estimate_search(recipe, sizes, trials=search.most_trials, at_once=at_once, images=images)
+        needs["search"] = estimate_search(recipe, sizes, trials=trials, at_once=at_once, images=images)
     return needs
 
 
@@ -185,7 +156,13 @@ def require_fleet_disk(recipe: Recipe, *, subjects: int, at_once: int) -> str:
     """Return the statement of :func:`require_disk` for a fleet whose subjects have recipes like ``recipe``."""
     sizes = measure_weights(recipe, method_without_weights(recipe))
     need = estimate_many(
-        recipe, sizes, runs=subjects, at_once=at_once, kept=0, exported=subjects, images=count_instances(recipe)
+        recipe,
+        sizes,
+        runs=subjects,
+        at_once=at_once,
+        kept=0,
+        exported=subjects,
+        images=count_instances(recipe),
     )
     return require_disk(need, recipe, what=f"this fleet of {subjects} subjects")
 
@@ -194,37 +171,6 @@ def free_bytes(folder: Path) -> int:
     """Return the bytes that may be written below a folder, which need not exist yet."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
-
-
-def checkpoint_bytes(recipe: Recipe, sizes: WeightSizes) -> int:
-    """Return the bytes of one checkpoint: weights, optimizer states and EMA."""
-    states = optimizer_bytes(sizes.trained, recipe.optimizer.name, sizes.factors)
-    average = 4 * sum(sizes.trained) if recipe.engine.use_ema else 0
-    records = len(sizes.trained) * (3 + recipe.engine.use_ema)
-    return weight_bytes(sizes) + states + average + records * RECORD + SAVED
-
-
-def weight_bytes(sizes: WeightSizes) -> int:
-    """Return the bytes of the trained weights of one checkpoint."""
-    return sizes.width * sum(sizes.trained) + len(sizes.trained) * HEADER + CHECKPOINT_TEXT
-
-
-def _export_bytes(form: str, method: Method, precision: int) -> int:
-    """Return the bytes of an export in one format, by the artifact kind that has the format."""
-    kind = next(kind for kind in map(ARTIFACTS.get, method.config.artifacts) if form in kind.formats)
-    trained = [param.numel() for group in method.groups() for param in group.params.values()]
-    if kind.is_model:
-        tensors = [
-            param.numel()
-            for part in method.model.modules().values()
-            for name, param in part.named_parameters()
-            if ".lora_" not in name
-        ]
-        vocabulary = sum(40 * len(tokenizer) for tokenizer in method.model.tokenizers)
-        return precision * sum(tensors) + HEADER * len(tensors) + EXPORTED + vocabulary
-    width = 4 if kind.is_full_precision else precision
-    image = EMBEDDING_IMAGE if f".{form}" in EMBEDDING_IMAGES else 0
-    return width * sum(trained) + HEADER * len(trained) + EXPORTED + image
 
 
 def _steps(recipe: Recipe, images: int | None) -> int:
