@@ -93,22 +93,26 @@ def theirs(model: Any, files: list[str], prompt: str) -> Block:
 
 def ours(parts: Any, waits: list[float]) -> Block:
     """Run our loop over one block of steps, each time at a new position in the plan; return images per second."""
-    from dreamfleet.trainers.loop import Hooks, Schedule, train
+    from dreamfleet.trainers.loop import Hooks, Schedule, drive, train
 
     starts: Iterator[int] = iter(range(0, 10**6, 100))
 
     def block() -> float:
         first = next(starts)
         stamps: list[float] = []
-        outcome = train(
-            parts.engine,
-            parts.feed.stream(first),
-            parts.prepare,
-            rates={name: lambda step: 0.0 for name in parts.rates},
-            schedule=Schedule(total=first + STEPS + 1, save_every=10**9, sample_every=10**9, log_every=10),
-            seed=0,
-            start_step=first,
-            hooks=Hooks(should_stop=lambda: stamps.append(time.perf_counter()) or False),  # type: ignore[func-returns-value]
+        outcome = drive(
+            train(
+                parts.engine,
+                parts.feed.stream(first),
+                parts.prepare,
+                rates={name: lambda step: 0.0 for name in parts.rates},
+                schedule=Schedule(
+                    total=first + STEPS + 1, save_every=10**9, sample_every=10**9, log_every=10
+                ),
+                seed=0,
+                start_step=first,
+                hooks=Hooks(should_stop=lambda: stamps.append(time.perf_counter()) or False),  # type: ignore[func-returns-value]
+            )
         )
         waits.append(outcome.figures["data_wait_fraction"])
         return BATCH * STEPS / (time.perf_counter() - stamps[1])

@@ -40,7 +40,7 @@ def run_case(name: str, *, small: bool) -> dict[str, Any]:
 
 
 def _run_on(device: torch.device, name: str, *, small: bool) -> dict[str, Any]:
-    from dreamfleet.trainers.loop import Hooks, Schedule, train
+    from dreamfleet.trainers.loop import Hooks, Schedule, drive, train
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = make_recipe(name, Path(folder), small=small)
@@ -55,14 +55,16 @@ def _run_on(device: torch.device, name: str, *, small: bool) -> dict[str, Any]:
                 torch.cuda.synchronize()
             stamps.append(time.perf_counter())
 
-        outcome = train(
-            engine,
-            iter(lambda: dict(batch), None),
-            lambda ready: ready,
-            rates={group.name: lambda step: 1e-6 for group in engine.groups},
-            schedule=Schedule(total=STEPS, save_every=10**9, sample_every=10**9, log_every=1),
-            seed=0,
-            hooks=Hooks(log=stamp),
+        outcome = drive(
+            train(
+                engine,
+                iter(lambda: dict(batch), None),
+                lambda ready: ready,
+                rates={group.name: lambda step: 1e-6 for group in engine.groups},
+                schedule=Schedule(total=STEPS, save_every=10**9, sample_every=10**9, log_every=1),
+                seed=0,
+                hooks=Hooks(log=stamp),
+            )
         )
         engine.close()
     record |= {"settled": why, "loss": outcome.figures.get("loss")}

@@ -26,7 +26,7 @@ def measure(config: dict[str, Any]) -> None:
 
     from dreamfleet.datasets.storage.storage import Storage
     from dreamfleet.trainers.distributed.context import DistributedContext
-    from dreamfleet.trainers.loop import Hooks, Schedule, train
+    from dreamfleet.trainers.loop import Hooks, Schedule, drive, train
     from dreamfleet.trainers.recipe import load_recipe
     from dreamfleet.trainers.report.metrics_log import MetricsLog
     from dreamfleet.trainers.run.build import assemble
@@ -62,16 +62,20 @@ def measure(config: dict[str, Any]) -> None:
 
     def ours(first: int) -> float:
         stamps = []
-        train(
-            parts.engine,
-            parts.feed.stream(first),
-            parts.prepare,
-            rates=parts.rates,
-            # One step more than is timed: a run computes its first batch twice, which must not be timed.
-            schedule=Schedule(total=first + STEPS + 1, save_every=10**9, sample_every=10**9, log_every=10),
-            seed=0,
-            start_step=first,
-            hooks=Hooks(log=metrics.log, should_stop=lambda: stamps.append(time.perf_counter()) or False),
+        drive(
+            train(
+                parts.engine,
+                parts.feed.stream(first),
+                parts.prepare,
+                rates=parts.rates,
+                # One step more than is timed: a run computes its first batch twice, which must not be timed.
+                schedule=Schedule(
+                    total=first + STEPS + 1, save_every=10**9, sample_every=10**9, log_every=10
+                ),
+                seed=0,
+                start_step=first,
+                hooks=Hooks(log=metrics.log, should_stop=lambda: stamps.append(time.perf_counter()) or False),
+            )
         )
         # should_stop is called at the beginning of every step.
         return (time.perf_counter() - stamps[1]) / STEPS

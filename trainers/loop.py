@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
 from dreamfleet.datasets.errors import RunFailed
 from dreamfleet.datasets.rng import key
 from dreamfleet.trainers.engines.base import Engine
-from dreamfleet.trainers.methods.base import Batch
+from dreamfleet.trainers.methods.base import Batch, Loss
 
 # Steps with a zero gradient that chance does not explain, such as the chance that all captions are dropped.
 STEPS_WITHOUT_GRADIENT = 20
@@ -64,6 +64,40 @@ class Schedule:
         return done % self.sample_every == 0 or done == self.total
 
 
+class Micro(NamedTuple):
+    """One prepared micro-batch, for which the loop needs a forward and backward pass of ``engine``.
+
+    ``last``: it is the last one of its step. ``seed``: the seed of the random numbers that the pass draws from torch's
+    generator, as dropout does; None: it continues the sequence of the pass before. ``keeps``: gradients of earlier
+    micro-batches of the step are stored in the parameters.
+    """
+
+    engine: Engine
+    batch: Batch
+    last: bool
+    seed: int | None
+    keeps: bool = False
+
+
+Result = TypeVar("Result")
+#: A training that yields micro-batches and is sent the loss of each: several can share one forward and backward pass.
+Training = Generator[Micro, Loss, Result]
+
+
+def drive(training: Training[Result]) -> Result:
+    """Run a training alone: compute the passes that it asks for, one after the other; return its result."""
+    try:
+        micro = next(training)
+        while True:
+            if micro.seed is not None:
+                torch.manual_seed(micro.seed)
+            micro = training.send(micro.engine.backward(micro.batch, last=micro.last))
+    except StopIteration as end:
+        return end.value
+    finally:
+        training.close()
+
+
 def train(
     engine: Engine,
     batches: Iterator[Batch],
@@ -75,12 +109,12 @@ def train(
     rank: int = 0,
     start_step: int = 0,
     hooks: Hooks,
-) -> Outcome:
+) -> Training[Outcome]:
     """Train from optimizer step ``start_step`` to ``schedule.total`` or until ``hooks.should_stop``.
 
-    ``prepare`` completes a batch on the device. ``rates``: the learning rate of each parameter group as a
-    function of the step (from 0). Raises RunFailed if a loss is not finite, before the resulting weights are
-    saved or evaluated, and if every gradient is exactly zero.
+    This is a generator: see :func:`drive`. ``prepare`` completes a batch on the device. ``rates``: the learning rate of
+    each parameter group as a function of the step (from 0). Raises RunFailed if a loss is not finite, before the
+    resulting weights are saved or evaluated, and if every gradient is exactly zero.
     """
     watch = _Watch(engine, schedule, start_step, hooks.saved)
     meter = _Meter(engine)
@@ -92,15 +126,17 @@ def train(
             return Outcome(step, "interrupted", meter.figures)
         stop_asked = engine.any_rank(hooks.should_stop())
         # Code that draws from the global generator (dropout) repeats exactly after a resume, and differs by rank.
-        torch.manual_seed(key("step", seed, step, rank))
+        step_seed = key("step", seed, step, rank)
         now = {name: rate(step) for name, rate in rates.items()}
-        for micro in range(engine.num_micros):
+        for number in range(engine.num_micros):
             batch = meter.wait_for(batches)
-            if step == start_step and micro == 0:
-                _rehearse(engine, prepare, batch)
-            if micro == 0:
+            if step == start_step and number == 0:
+                yield from _rehearse(engine, prepare, batch, step_seed)
+            if number == 0:
                 engine.begin_step(now, step + 1)
-            loss = engine.backward(prepare(engine.to_device(batch)), last=micro == engine.num_micros - 1)
+            last, micro_seed = number == engine.num_micros - 1, None if number else step_seed
+            ready = prepare(engine.to_device(batch))
+            loss = yield Micro(engine, ready, last=last, seed=micro_seed, keeps=number > 0)
             watch.see_loss(loss.total)
             meter.add(loss, batch)
         norm = engine.step(now, step + 1)
@@ -123,12 +159,12 @@ def train(
     return Outcome(schedule.total, "completed", meter.figures)
 
 
-def _rehearse(engine: Engine, prepare: Callable[[Batch], Batch], batch: Batch) -> None:
+def _rehearse(
+    engine: Engine, prepare: Callable[[Batch], Batch], batch: Batch, seed: int
+) -> Generator[Micro, Loss, None]:
     # One forward and backward pass whose result is dropped, so that insufficient memory is reported in the
     # first minute. DDP also fixes its buckets: the first step after a resume sums gradients in equal order.
-    devices = [engine.device] if engine.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # an uninterrupted run does not rehearse at this step
-        engine.backward(prepare(engine.to_device(batch)))
+    yield Micro(engine, prepare(engine.to_device(batch)), last=True, seed=seed)
     engine.drop_gradients()
 
 

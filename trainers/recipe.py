@@ -20,6 +20,7 @@ from dreamfleet.trainers.config.conflicts import find_conflicts
 from dreamfleet.trainers.config.deepspeed import merge_deepspeed_file
 from dreamfleet.trainers.config.engine import EngineConfig
 from dreamfleet.trainers.config.engines import find_refused
+from dreamfleet.trainers.config.fleet import FleetConfig
 from dreamfleet.trainers.config.method import METHODS, MethodConfig
 from dreamfleet.trainers.config.metrics import HELD_OUT
 from dreamfleet.trainers.config.model import ModelConfig
@@ -45,6 +46,7 @@ class Recipe(Section):
     validation: ValidationConfig = ValidationConfig()
     scaling: ScalingConfig = ScalingConfig()
     search: SearchConfig | None = Field(None, description="for `dreamfleet tune`")
+    fleet: FleetConfig | None = Field(None, description="for `dreamfleet fleet`")
     output_dir: Annotated[str, PathField("folder", must_exist=False, is_output=True)] = Field(
         min_length=1, description="folder or s3:// URL; its last part is the name of the artifacts"
     )
@@ -115,6 +117,15 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Relative paths start at the recipe's folder, which may be in a bucket. Raises RecipeError that lists all errors,
     each with file, key, value and the nearest known key.
     """
+    tree, folder = read_tree(path, overrides)
+    return build_recipe(tree, source=os.fspath(path), folder=folder)
+
+
+def read_tree(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+    """Read a recipe file with ``key.path=value`` overrides as a plain mapping, not validated; return it and its folder.
+
+    Raises RecipeError if it is no mapping.
+    """
     path = os.fspath(path)
     folder, text = _read(path)
     try:
@@ -123,7 +134,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise RecipeError(f"{path}: not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections (method:, data:, output_dir: ...)")
-    return build_recipe(read_overrides(tree, overrides), source=path, folder=folder)
+    return read_overrides(tree, overrides), folder
 
 
 def _read(path: str) -> tuple[str, str]:
@@ -152,7 +163,7 @@ def build_recipe(tree: Mapping[str, Any], *, source: str = "recipe", folder: str
     Relative paths start at ``folder``; with None they are not changed. Raises RecipeError that lists all
     errors.
     """
-    recipe, errors = _validate(tree)
+    recipe, errors = validate_recipe(tree)
     if recipe is None or errors:
         raise RecipeError(
             f"{source} has {len(errors)} error{'s' * (len(errors) > 1)}:\n  " + "\n  ".join(errors)
@@ -170,8 +181,8 @@ def _with_prompts(recipe: Recipe, source: str, folder: str | None) -> Recipe:
     return recipe.model_copy(update={"validation": recipe.validation.model_copy(update={"prompts": prompts})})
 
 
-def _validate(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
-    """Return the recipe of a plain mapping (None if a section is invalid), and all errors."""
+def validate_recipe(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
+    """Return the recipe of a plain mapping (None if a section is invalid), and all errors; paths are not changed."""
     tree = dict(tree)
     method = tree.pop("method", None)
     errors: list[str] = []
@@ -203,6 +214,9 @@ def _validate(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
         validation=recipe.validation,
         scaling=recipe.scaling,
     )
+    if (metric := recipe.validation.metric_for_best) not in (HELD_OUT, *recipe.figures):
+        measured = ", ".join(recipe.figures) or "nothing"
+        errors.append(f"validation.metric_for_best: validation measures {measured}, not {metric!r}")
     if recipe.search is not None:
         section = recipe.search.with_default_space(recipe.method.search_space)
         recipe = recipe.model_copy(update={"search": section})
@@ -212,7 +226,7 @@ def _validate(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
             figures=recipe.figures,
             max_train_steps=recipe.train.max_train_steps,
             use_gpu=recipe.scaling.use_gpu,
-            validate=lambda changed: _validate(changed)[1],
+            validate=lambda changed: validate_recipe(changed)[1],
         )
     return recipe, errors
 

@@ -278,13 +278,21 @@ def trial_recipe(recipe: Recipe, point: Point, output_dir: str, *, workers: int 
 
     Raises RecipeError if the point makes the recipe invalid.
     """
-    tree = put_point(recipe.model_dump(mode="json", exclude={"search"}), point)
-    tree["output_dir"] = output_dir
+    tree = _put(recipe, point, output_dir)
     tree["scaling"]["num_workers"] = workers
+    tree["train"]["export"] = False  # the search exports the trials that it keeps
     return build_recipe(tree, source=f"trial of {point}")
 
 
 def best_recipe(recipe: Recipe, point: Point, output_dir: str) -> Recipe:
     """Return the recipe of one point for `dreamfleet train`, with the recipe's own workers."""
+    return build_recipe(_put(recipe, point, output_dir), source=f"recipe of {point}")
+
+
+def _put(recipe: Recipe, point: Point, output_dir: str) -> dict[str, Any]:
+    """Return the plain tree of a recipe of one point, whose best checkpoint is that of the search's first metric."""
     tree = put_point(recipe.model_dump(mode="json", exclude={"search"}), point)
-    return build_recipe({**tree, "output_dir": output_dir}, source=f"recipe of {point}")
+    tree["output_dir"] = output_dir
+    if (search := recipe.search) is not None:
+        tree["validation"] |= {"metric_for_best": search.objective, "greater_is_better": search.maximise}
+    return tree

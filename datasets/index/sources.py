@@ -1,7 +1,8 @@
 """Image sources: the interface that reads the URLs of a recipe's `data:` section, and the registry of sources.
 
-The built-in source reads a folder on disk or in a bucket. Installed packages add others, such as a shard format or a
-table of URLs, through the entry-point group `dreamfleet.sources`; a source is used for every URL that it matches.
+The built-in sources read a folder on disk or in a bucket, and images that are named one by one. Installed packages add
+others, such as a shard format or a table of URLs, through the entry-point group `dreamfleet.sources`; a source is used
+for every URL that it matches.
 """
 
 from __future__ import annotations
@@ -116,7 +117,10 @@ class Source(ABC):
 SOURCES: Registry[type[Source]] = Registry(
     "source",
     group="dreamfleet.sources",
-    builtin={FOLDER: "dreamfleet.datasets.index.folder_source:FolderSource"},
+    builtin={
+        FOLDER: "dreamfleet.datasets.index.folder_source:FolderSource",
+        "list": "dreamfleet.datasets.index.list_source:ListSource",
+    },
 )
 
 

@@ -31,7 +31,7 @@ from dreamfleet.trainers.config.method import MethodConfig
 from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.distributed.process_group import leave_group
 from dreamfleet.trainers.engines.torch_engine import TorchEngine
-from dreamfleet.trainers.loop import Hooks, Schedule, train
+from dreamfleet.trainers.loop import Hooks, Schedule, drive, train
 from dreamfleet.trainers.methods.base import Batch, Setting
 from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion
@@ -221,15 +221,17 @@ def run_worker(rank: int, world: int) -> None:
         if rank == 0:
             checkpoints.save(step, learned=method.state(), engine=engine.state(), meta={})
 
-    train(
-        engine,
-        Batches(model, device, rank, world).stream(start),
-        lambda batch: batch,
-        rates={"unet": lambda step: RATE * scale_rate(step)},
-        schedule=Schedule(total=STEPS, save_every=200, sample_every=STEPS, log_every=50),
-        seed=SEED,
-        start_step=start,
-        hooks=Hooks(log=log, save=save, should_stop=lambda: bool(stopping)),
+    drive(
+        train(
+            engine,
+            Batches(model, device, rank, world).stream(start),
+            lambda batch: batch,
+            rates={"unet": lambda step: RATE * scale_rate(step)},
+            schedule=Schedule(total=STEPS, save_every=200, sample_every=STEPS, log_every=50),
+            seed=SEED,
+            start_step=start,
+            hooks=Hooks(log=log, save=save, should_stop=lambda: bool(stopping)),
+        )
     )
     engine.close()
     if world > 1:

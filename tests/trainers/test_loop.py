@@ -12,9 +12,10 @@ import pytest
 import tiny
 import torch
 
+from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.artifacts.usage import describe
-from dreamfleet.trainers.loop import Hooks, Outcome, Schedule, train
+from dreamfleet.trainers.loop import Hooks, Outcome, Schedule, drive, train
 from dreamfleet.trainers.methods.base import Loss
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.report.metrics_log import read_metrics
@@ -57,15 +58,17 @@ class RandomEngine:
 
 def loop(engine: RandomEngine, hooks: Hooks | None = None, *, steps: int = 3, **options: Any) -> Outcome:
     anything: Any = engine
-    return train(
-        anything,
-        itertools.repeat({"num_instances": 2}),
-        lambda batch: batch,
-        rates={},
-        schedule=Schedule(total=steps, save_every=1, sample_every=100, log_every=1),
-        seed=7,
-        hooks=hooks or Hooks(),
-        **options,
+    return drive(
+        train(
+            anything,
+            itertools.repeat({"num_instances": 2}),
+            lambda batch: batch,
+            rates={},
+            schedule=Schedule(total=steps, save_every=1, sample_every=100, log_every=1),
+            seed=7,
+            hooks=hooks or Hooks(),
+            **options,
+        )
     )
 
 
@@ -145,6 +148,45 @@ def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept_and_named(
     ]
     finite = [value for step, value in losses.items() if step and value < float("inf")]
     assert len(marked) == bool(finite) and all(f"step-{best:06d}" in part for part in marked)
+
+
+def test_the_best_checkpoint_can_be_the_one_with_the_highest_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure(monkeypatch, LOSSES)
+    tree = holdout_tree(tmp_path)
+    tree["validation"]["greater_is_better"] = True
+    assert run_worker(build_recipe(tree), should_stop=tiny.Stop(6)).best_checkpoint == "step-000002"
+    assert run_worker(build_recipe(tree), resume=True).best_checkpoint == "step-000002"
+    assert Checkpoints(Storage(tree["output_dir"])).steps() == [2, 10]
+
+
+def test_the_best_checkpoint_can_be_that_of_a_score_of_the_previews(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores are logged after the held-out loss, whose lowest value is at step 4."""
+    measure(monkeypatch, LOSSES)
+    scores = {0: 0.9, 2: 0.1, 4: 0.2, 6: 0.4, 8: 0.3, 10: 0.4}
+    monkeypatch.setattr(
+        Evaluation, "draw", lambda self, step: self.recorder.log_scores(step, {"clip_i": scores[step]})
+    )
+    tree = holdout_tree(tmp_path)
+    tree["validation"] |= {"prompts": ["a <x>"], "metrics": ["clip_i"], "metric_for_best": "clip_i"}
+    summary = run_worker(build_recipe(tree), should_stop=tiny.Stop(8))
+    assert summary.best_checkpoint == "step-000006"
+    assert run_worker(build_recipe(tree), resume=True).best_checkpoint == "step-000006"
+    run = Storage(tree["output_dir"])
+    assert Checkpoints(run).steps() == [6, 10]
+    assert "best CLIP-I</small>" in render(run, describe=describe)
+
+
+def test_the_metric_for_the_best_checkpoint_must_be_measured(tmp_path: Path) -> None:
+    tree = holdout_tree(tmp_path)
+    tree["validation"]["metric_for_best"] = "clip_i"
+    with pytest.raises(
+        RecipeError, match=r"validation\.metric_for_best: .* measures holdout_loss, not 'clip_i'"
+    ):
+        build_recipe(tree)
 
 
 @pytest.mark.parametrize("polls", [3, 4, 7])

@@ -39,8 +39,8 @@ class ScalingConfig(Section):
     )
     slots_per_worker: int | Literal["auto"] = Field(
         "auto",
-        description="trainings of a search or a fleet that share one process and one copy of the frozen model; 1 = one "
-        "after the other; auto = as many as its memory holds, up to 32 on a GPU and 8 on a CPU, where the method allows it",
+        description="trainings of a search or a fleet that share one process and one copy of the frozen model, if the "
+        "method allows it; 1 = one after the other; auto = as many as fit, up to 32 on a GPU and 8 on a CPU",
     )
     max_failures: int = Field(3, ge=-1, description="restarts of the workers after one failed; -1 = no limit")
     wait_minutes: int = Field(

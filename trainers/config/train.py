@@ -69,6 +69,10 @@ class TrainConfig(Section):
     save_precision: Literal["fp32", "fp16", "bf16"] = Field(
         "fp32", description="precision of exported models"
     )
+    export: bool = Field(
+        True,
+        description="export the artifacts when the run is complete; with false only `dreamfleet export` writes them",
+    )
     export_formats: list[str] | None = Field(None, description="default: the method's usual formats")
 
     @model_validator(mode="after")

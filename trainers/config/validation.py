@@ -9,7 +9,7 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field
 from dreamfleet.datasets.config_base import Section, as_list
 from dreamfleet.datasets.path_field import PathField
 from dreamfleet.datasets.registry import EntryName
-from dreamfleet.trainers.config.metrics import METRICS, image_metrics
+from dreamfleet.trainers.config.metrics import HELD_OUT, METRICS, image_metrics, is_higher_better
 
 
 class ValidationConfig(Section):
@@ -55,12 +55,27 @@ class ValidationConfig(Section):
     metrics: list[Annotated[str, AfterValidator(EntryName(METRICS))]] = Field(
         ["loss"], description="what is measured: [metrics](#metrics)"
     )
+    metric_for_best: str = Field(
+        HELD_OUT,
+        validation_alias=AliasChoices("metric_for_best", "metric_for_best_model"),
+        description="figure that decides which checkpoint is the best, which is kept in addition to the newest ones; a "
+        "search sets it to its first metric",
+    )
+    greater_is_better: bool | None = Field(
+        None, description="whether higher values of metric_for_best are better; default: true for scores"
+    )
     clip: Annotated[str | None, PathField("model")] = Field(
         None, description="CLIP folder for clip_i and clip_t; default: the pocket model's CLIP"
     )
     dino: Annotated[str | None, PathField("model")] = Field(
         None, description="folder of a DINO ViT for the dino metric"
     )
+
+    @property
+    def maximises(self) -> bool:
+        """Whether higher values of ``metric_for_best`` are better."""
+        given = self.greater_is_better
+        return is_higher_better(self.metric_for_best) if given is None else given
 
     @property
     def preview_metrics(self) -> list[str]:

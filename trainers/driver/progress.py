@@ -137,11 +137,15 @@ class RunTail:
 
 
 @contextmanager
-def log_to_run(run: Storage, *, verbose: bool) -> Iterator[None]:
-    """Write dreamfleet's log messages to ``run.log`` in the run folder; without ``verbose`` only errors."""
+def log_to_run(run: Storage, *, verbose: bool, when: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Write dreamfleet's log messages to ``run.log`` in the run folder; without ``verbose`` only errors.
+
+    ``when``: whether a message belongs to this run, if several runs share the process.
+    """
     project = logging.getLogger("dreamfleet")
     project.setLevel(logging.INFO if verbose else logging.ERROR)
     handler = _RunLog(run)
+    handler.addFilter(lambda record: when())
     project.addHandler(handler)
     try:
         yield

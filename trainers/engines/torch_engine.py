@@ -63,8 +63,12 @@ class TorchEngine(TorchSpec, Engine):
         with sync:
             with self.autocast():
                 loss = self.module(batch)
-            self.scaler.scale(loss.total / self.num_micros).backward()
+            self.objective(loss).backward()
         return Loss(loss.total.detach(), loss.per_sample.detach(), loss.extras)
+
+    def objective(self, loss: Loss) -> Tensor:
+        """Return the scalar whose gradient one micro-batch adds: its share of the step's loss, scaled under fp16."""
+        return self.scaler.scale(loss.total / self.num_micros)
 
     def step(self, rates: dict[str, float], step: int) -> Tensor:
         norm = self._finish_step(step) if self.fused else self._step_together(rates, step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -26,6 +27,14 @@ class Prior:
     batch_size: int
 
 
+class DenoiserInputs(NamedTuple):
+    """The arguments of :meth:`DiffusionModel.predict`: ``noisy [R, C, H, W]``, ``timesteps [R]`` and the condition."""
+
+    noisy: Tensor
+    timesteps: Tensor
+    condition: Condition
+
+
 class DiffusionMethod(Method):
     """A method whose loss is the error of the denoiser's prediction.
 
@@ -33,6 +42,10 @@ class DiffusionMethod(Method):
     ``num_instances`` (class images come after the instances), and either ``input_ids`` (with
     :attr:`trains_text`) or the entries of the encoded prompts. By default an image is trained with its
     caption, or else with the instance prompt of its concept.
+
+    A step is a composition of :meth:`text_ids`, the text encoders, :meth:`denoiser_inputs`, the denoiser, and
+    :meth:`loss`. So trainings that share a model can share one pass of its text encoders and of its denoiser
+    (``trainers.packing``). A method that replaces :meth:`forward` or :meth:`sample_losses` cannot be packed.
     """
 
     @property
@@ -81,18 +94,46 @@ class DiffusionMethod(Method):
         """
         return self.model.encode(prompts) if ids is None else self.model.encode_tokens(ids)
 
+    def text_ids(self, batch: Batch) -> Tensor | None:
+        """Return the token ids ``[R, ..., T]`` that a step encodes; None if the batch has encoded prompts."""
+        return batch.get("input_ids")
+
+    def denoiser_inputs(self, batch: Batch, encoded: Condition | None) -> DenoiserInputs:
+        """Return the denoiser's inputs for a batch; ``encoded``: the encoded :meth:`text_ids`."""
+        timesteps = batch["timesteps"]
+        if encoded is None:
+            condition = Condition.in_batch(batch)
+        else:
+            condition = encoded.with_sizes(batch["time_ids"]) if self.model.uses_time_ids else encoded
+        noisy = self.model.add_noise(batch["latents"], batch["noise"], timesteps)
+        return DenoiserInputs(noisy, timesteps, condition)
+
+    def combine(self, batch: Batch, predicted: Tensor) -> Tensor:
+        """Return the prediction of each sample ``[N, C, H, W]`` from the denoiser's output ``[R, C, H, W]``."""
+        return predicted
+
+    def predict(self, batch: Batch) -> tuple[DenoiserInputs, Tensor]:
+        """Return a batch's denoiser inputs and the denoiser's output ``[R, C, H, W]``."""
+        ids = self.text_ids(batch)
+        inputs = self.denoiser_inputs(batch, None if ids is None else self.model.encode_tokens(ids))
+        return inputs, self.model.predict(*inputs)
+
     def sample_losses(self, batch: Batch, *, snr_gamma: float | None = None) -> Tensor:
         """Return the denoising loss of each sample ``[N]``, for training and for held-out images."""
-        return self.model.denoising_loss(batch, snr_gamma=snr_gamma)
+        return self.model.loss(self.combine(batch, self.predict(batch)[1]), batch, snr_gamma=snr_gamma)
 
     def forward(self, batch: Batch) -> Loss:
+        """Return the loss of a batch, see :meth:`loss`."""
+        return self.loss(batch, *self.predict(batch))
+
+    def loss(self, batch: Batch, inputs: DenoiserInputs, predicted: Tensor) -> Loss:
         """Return the weighted denoising loss: ``sum(weights * loss) / num_instances``.
 
-        With class images in the batch, this is mean(instance) + prior_loss_weight * mean(class), equation 2
-        of the DreamBooth paper (arXiv 2208.12242), for every batch size. min-SNR weights apply to both
-        halves.
+        ``predicted``: the denoiser's output for ``inputs``. With class images in the batch, this is mean(instance) +
+        prior_loss_weight * mean(class), equation 2 of the DreamBooth paper (arXiv 2208.12242), for every batch size.
+        min-SNR weights apply to both halves.
         """
-        per_sample = self.sample_losses(batch, snr_gamma=self.setting.snr_gamma)
+        per_sample = self.model.loss(self.combine(batch, predicted), batch, snr_gamma=self.setting.snr_gamma)
         count = batch["num_instances"]
         total = (per_sample * batch["weights"]).sum() / count
         extras = {}

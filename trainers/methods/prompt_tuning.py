@@ -19,7 +19,7 @@ from dreamfleet.datasets.index.template_files import load_templates
 from dreamfleet.trainers.config.guidance import parse_guidance
 from dreamfleet.trainers.config.methods.prompt_tuning import PromptTuningConfig
 from dreamfleet.trainers.methods.base import Batch, Loss, Sample, Setting
-from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
+from dreamfleet.trainers.methods.diffusion_method import DenoiserInputs, DiffusionMethod
 from dreamfleet.trainers.methods.embedding_common import (
     check_templates,
     export_word,
@@ -28,10 +28,11 @@ from dreamfleet.trainers.methods.embedding_common import (
     word_parameters,
 )
 from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.embeddings import install_embedding, install_negative
 from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.models.formats.file_names import NEGATIVE
-from dreamfleet.trainers.models.guidance import guidance_at, guided_prediction
+from dreamfleet.trainers.models.guidance import guidance_at, guide, pair_inputs
 from dreamfleet.trainers.models.learned_words import place_word
 from dreamfleet.trainers.models.vision.discriminator import Discriminator, load_discriminator
 from dreamfleet.trainers.optim.param_group import ParamGroup
@@ -95,19 +96,33 @@ class PromptTuning(DiffusionMethod):
             negatives = self.model.tokenize([filled] * len(prompts))
         return torch.stack([negatives, self.model.tokenize(prompts)], dim=1)
 
-    def sample_losses(self, batch: Batch, *, snr_gamma: float | None = None) -> Tensor:
-        """Return the denoising loss of the guided prediction for each sample ``[N]``."""
-        return self._noise_losses(batch, self._predict(batch)[1], snr_gamma)
+    def text_ids(self, batch: Batch) -> Tensor:
+        """Return the token ids ``[2 N, ..., T]``: each sample's negative prompt, then its prompt."""
+        return batch["input_ids"].flatten(0, 1)
 
-    def forward(self, batch: Batch) -> Loss:
+    def denoiser_inputs(self, batch: Batch, encoded: Condition | None) -> DenoiserInputs:
+        """Return the denoiser's inputs for the negative prompts of all samples, then for their prompts."""
+        assert encoded is not None
+        timesteps, ids = batch["timesteps"], batch["input_ids"]
+        noisy = self.model.add_noise(batch["latents"], batch["noise"], timesteps)
+        pairs = encoded.map(lambda tensor: tensor.unflatten(0, ids.shape[:2]))
+        if "time_ids" in batch:  # both prompts of a pair belong to the same image
+            pairs = pairs.with_sizes(batch["time_ids"][:, None].expand(-1, 2, -1))
+        return DenoiserInputs(*pair_inputs(noisy, timesteps, pairs))
+
+    def combine(self, batch: Batch, predicted: Tensor) -> Tensor:
+        """Return the guided prediction of each sample ``[N, C, H, W]``."""
+        return guide(predicted, guidance_at(self._guidance, self.model.noise_level(batch["timesteps"])))
+
+    def loss(self, batch: Batch, inputs: DenoiserInputs, predicted: Tensor) -> Loss:
         """Return the denoising loss of the guided prediction, plus the weighted losses of the decoded image.
 
         With ``method.discriminator_replaces``, the losses of the decoded image replace the denoising loss.
         """
-        noisy, predicted = self._predict(batch)
-        per_sample = self._noise_losses(batch, predicted, self.setting.snr_gamma)
+        noisy, guided = inputs.noisy.chunk(2)[0], self.combine(batch, predicted)
+        per_sample = self.model.loss(guided, batch, snr_gamma=self.setting.snr_gamma)
         extras = {}
-        if judged := self._image_losses(batch, noisy, predicted):
+        if judged := self._image_losses(batch, noisy, guided):
             every = {"noise_loss": per_sample, **{name: loss for name, (loss, _) in judged.items()}}
             extras = {name: loss.detach().mean() for name, loss in every.items()}
             if self.config.discriminator_replaces:
@@ -128,20 +143,6 @@ class PromptTuning(DiffusionMethod):
                 model=self.model,
             )
         return paths
-
-    def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the noised latents and the guided prediction, each ``[N, C, H, W]``."""
-        model, timesteps = self.model, batch["timesteps"]
-        noisy = model.add_noise(batch["latents"], batch["noise"], timesteps)
-        ids = batch["input_ids"]
-        pairs = model.encode_tokens(ids.flatten(0, 1)).map(lambda tensor: tensor.unflatten(0, ids.shape[:2]))
-        if "time_ids" in batch:  # both prompts of a pair belong to the same image
-            pairs = pairs.with_sizes(batch["time_ids"][:, None].expand(-1, 2, -1))
-        scale = guidance_at(self._guidance, model.noise_level(timesteps))
-        return noisy, guided_prediction(model, noisy, timesteps, pairs, scale)
-
-    def _noise_losses(self, batch: Batch, predicted: Tensor, snr_gamma: float | None) -> Tensor:
-        return self.model.loss(predicted, batch, snr_gamma=snr_gamma)
 
     def _image_losses(
         self, batch: Batch, noisy: Tensor, predicted: Tensor

@@ -5,7 +5,7 @@ Works with models of any family whose text encoders have a token table, such as 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -147,6 +147,12 @@ def lend_embeddings(model: DiffusionModel, embeddings: Iterable[Embedding]) -> N
         )
         for table in spliced_tables(model):
             table.lent.add(embedding.name)
+
+
+def replace_table(model: DiffusionModel, side: int, make: Callable[[Any], nn.Module]) -> None:
+    """Replace the token table of text encoder number ``side`` by ``make(table)``."""
+    holder = _holders(model)[side]
+    holder.token_embedding = make(holder.token_embedding)
 
 
 def remove_embeddings(model: DiffusionModel) -> None:

@@ -9,6 +9,7 @@ Shape suffixes: B batch, C latent channels, H W latent height and width, T token
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -140,6 +141,15 @@ class DiffusionModel(ABC):
         for part in self.modules().values():
             part.requires_grad_(False).eval()
 
+    def share(self) -> Self:
+        """Return a copy of the module tree with the same parameters, buffers, VAE and tokenizers.
+
+        Words, adapters and hypernetworks that are added to the copy do not change this model.
+        """
+        tensors = [t for part in self.modules().values() for t in (*part.parameters(), *part.buffers())]
+        kept = [*tensors, *self.tokenizers, *([self.vae] if self.vae is not None else [])]
+        return copy.deepcopy(self, {id(one): one for one in kept})
+
     def to(
         self,
         device: torch.device | str,
@@ -257,13 +267,6 @@ class DiffusionModel(ABC):
     def empty_condition(self, num: int) -> Condition:
         """Return an uninitialised condition of ``num`` samples with the real shapes and dtypes, for memory planning."""
 
-    def condition_of(self, batch: Mapping[str, Any]) -> Condition:
-        """Return the condition in a batch; if it has none, encode its ``input_ids`` (the text encoders are trained)."""
-        if "context" in batch:
-            return Condition.in_batch(batch)
-        condition = self.encode_tokens(batch["input_ids"])
-        return condition.with_sizes(batch["time_ids"]) if self.uses_time_ids else condition
-
     # Diffusion: noising, prediction, target and loss
 
     @abstractmethod
@@ -331,12 +334,6 @@ class DiffusionModel(ABC):
             error_BCHW = error_BCHW * batch["mask"]
         per_sample = error_BCHW.flatten(1).mean(1)
         return per_sample if snr_gamma is None else per_sample * self.loss_weights(timesteps, snr_gamma)
-
-    def denoising_loss(self, batch: Mapping[str, Any], *, snr_gamma: float | None = None) -> Tensor:
-        """Add noise to a batch's latents, run the denoiser, and return the loss per sample ``[B]``."""
-        noisy = self.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
-        predicted = self.predict(noisy, batch["timesteps"], self.condition_of(batch))
-        return self.loss(predicted, batch, snr_gamma=snr_gamma)
 
     # Files
 

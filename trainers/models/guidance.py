@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dreamfleet.trainers.config.guidance import Guidance
 from dreamfleet.trainers.models.condition import Condition
-from dreamfleet.trainers.models.family import DiffusionModel
 
 
 def guidance_at(guidance: Guidance, rate: Tensor) -> Tensor:
@@ -28,18 +27,24 @@ def guidance_at(guidance: Guidance, rate: Tensor) -> Tensor:
     return guidance.low + (guidance.high - guidance.low) * rate
 
 
-def guided_prediction(
-    model: DiffusionModel, noisy_BCHW: Tensor, timesteps: Tensor, pairs: Condition, scale_B: Tensor
-) -> Tensor:
-    """Return ``negative + scale (positive - negative)`` ``[B, C, H, W]``, with gradients to both predictions.
+def pair_inputs(
+    noisy_BCHW: Tensor, timesteps_B: Tensor, pairs: Condition
+) -> tuple[Tensor, Tensor, Condition]:
+    """Return the denoiser's inputs for both predictions of each sample: B negative ones, then B positive ones.
 
-    Both are computed in one forward pass. ``pairs`` holds each sample's negative and positive condition, in a second
-    dimension of size 2 of every tensor.
+    ``pairs`` holds each sample's negative and positive condition, in a second dimension of size 2 of every tensor.
     """
-    both = model.predict(
+    return (
         torch.cat([noisy_BCHW, noisy_BCHW]),
-        torch.cat([timesteps, timesteps]),
+        torch.cat([timesteps_B, timesteps_B]),
         pairs.map(lambda tensor: tensor.transpose(0, 1).flatten(0, 1)),
     )
-    negative_BCHW, positive_BCHW = both.float().chunk(2)
+
+
+def guide(predicted: Tensor, scale_B: Tensor) -> Tensor:
+    """Return ``negative + scale (positive - negative)`` ``[B, C, H, W]``, with gradients to both predictions.
+
+    ``predicted`` ``[2 B, C, H, W]`` is the denoiser's output for :func:`pair_inputs`.
+    """
+    negative_BCHW, positive_BCHW = predicted.float().chunk(2)
     return negative_BCHW + scale_B[:, None, None, None] * (positive_BCHW - negative_BCHW)

@@ -80,6 +80,7 @@ def render(run: Storage, *, describe: Describe) -> str:
         artifacts=_artifacts(folder, describe),
         exports=run.path("exports"),
         checkpoints=_checkpoints(folder),
+        best_by=figure_title(_best_by(folder)),
         skipped=[(x.get("uri"), x.get("reason")) for x in folder.summary.get("bad_files") or []],
         recipe_text=folder.recipe_text,
     )  # fmt: skip
@@ -235,8 +236,13 @@ def _artifacts(folder: RunFolder, describe: Describe) -> list[tuple[str, int, An
 
 def _checkpoints(folder: RunFolder) -> list[tuple[str, int, bool]]:
     run, best = folder.run, folder.summary.get("best_checkpoint")
-    measured = {f"step-{int(step):06d}" for step, _ in folder.curve(HELD_OUT)}
+    measured = {f"step-{int(step):06d}" for step, _ in folder.curve(_best_by(folder))}
     return [
         (name, run.size(f"checkpoints/{name}"), name == best and name in measured)
         for name in sorted(run.list_dirs("checkpoints"))
     ]
+
+
+def _best_by(folder: RunFolder) -> str:
+    validation = folder.recipe.get("validation") or {}
+    return str(validation.get("metric_for_best", HELD_OUT))

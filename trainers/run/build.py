@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -25,6 +25,7 @@ from dreamfleet.trainers.batches.image_feed import ImageFeed
 from dreamfleet.trainers.batches.image_warnings import log_buckets, log_findings
 from dreamfleet.trainers.config.conflicts import require_runnable
 from dreamfleet.trainers.config.learning_rate import last_step
+from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.config.train import USUAL_CHECKPOINTING_STEPS
 from dreamfleet.trainers.distributed.agreement import check_files, compare, compare_paths
 from dreamfleet.trainers.distributed.context import DistributedContext
@@ -42,6 +43,9 @@ from dreamfleet.trainers.run.disk import require_run_disk
 from dreamfleet.trainers.run.webui_optimizer import take_over
 
 log = logging.getLogger(__name__)
+
+#: Returns the components of a model that a method needs, as :func:`load_model` does.
+Load = Callable[[ModelConfig, Collection[str]], DiffusionModel]
 
 
 @dataclass
@@ -62,9 +66,11 @@ class Parts:
     held_out: Index | None = None  # images that an image method reserves for evaluation
 
 
-def make_method(recipe: Recipe, sets: Sets | None, device: torch.device) -> Method:
+def make_method(
+    recipe: Recipe, sets: Sets | None, device: torch.device, *, load: Load = load_model
+) -> Method:
     """Load the base model, build the method on it, and move both to ``device`` as the engine needs."""
-    model = load_model(recipe.model, method_class(recipe.method).needs)
+    model = load(recipe.model, method_class(recipe.method).needs)
     method = build_method(recipe, model, concepts=sets.concepts if sets else ())
     dtype = DTYPES[recipe.train.mixed_precision] if device.type == "cuda" else None
     engine_class(recipe.engine).place_model(method, recipe.engine, device=device, dtype=dtype)
@@ -72,17 +78,22 @@ def make_method(recipe: Recipe, sets: Sets | None, device: torch.device) -> Meth
 
 
 def assemble(
-    recipe: Recipe, distributed: DistributedContext, *, begins: bool = True, keeps_files: bool = True
+    recipe: Recipe,
+    distributed: DistributedContext,
+    *,
+    begins: bool = True,
+    keeps_files: bool = True,
+    load: Load = load_model,
 ) -> Parts:
     """Build all parts of a run on this rank; every rank of the run calls it.
 
-    ``begins``: read the file that the recipe starts from, such as ``initial_embedding``; False if a
-    checkpoint is loaded next, which contains it. ``keeps_files``: refuse a run whose files do not fit the disk.
-    Raises UserError for faults of the recipe, the images or the model.
+        ``begins``: read the file that the recipe starts from, such as ``initial_embedding``; False if a
+        checkpoint is loaded next, which contains it. ``keeps_files``: refuse a run whose files do not fit the disk.
+    ``load`` returns the base model. Raises UserError for faults of the recipe, the images or the model.
     """
     distributed.on_every_rank(lambda: check_machine(recipe, distributed))
     torch.manual_seed(recipe.train.seed)
-    sets, method, cache = load_inputs(recipe, distributed)
+    sets, method, cache = load_inputs(recipe, distributed, load=load)
     method.require_formats(recipe.train.export_formats or ())
     if keeps_files:
         distributed.on_rank_0(
@@ -152,14 +163,16 @@ def assemble(
     )
 
 
-def load_inputs(recipe: Recipe, distributed: DistributedContext) -> tuple[Sets, Method, LatentCache | None]:
+def load_inputs(
+    recipe: Recipe, distributed: DistributedContext, *, load: Load = load_model
+) -> tuple[Sets, Method, LatentCache | None]:
     """Load the data, the method with its base model, and the latent cache (None without ``data.cache_dir``).
 
     Raises StorageError on every rank if a rank reads different files than rank 0.
     """
     compare_paths(by_key(named for named in recipe.paths if named.field.compared), distributed)
     sets = share_sets(recipe, distributed)
-    method = distributed.on_every_rank(lambda: make_method(recipe, sets, distributed.device))
+    method = distributed.on_every_rank(lambda: make_method(recipe, sets, distributed.device, load=load))
     model, base = method.model, method.base
     compare(
         {f"the base model {base.name}": base.content_hash, "the model's VAE": model.encoder_hash}, distributed

@@ -21,6 +21,10 @@ from dreamfleet.datasets.storage.storage import Storage
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+ENGINE, EXPORTED = (
+    "engine.pt",
+    "ema.pt",
+)  # the engine's state, and the part of it that is left without its optimizer
 
 
 @dataclass
@@ -28,13 +32,15 @@ class Checkpoint:
     """The state of a run after optimizer step ``step``.
 
     ``learned``: the trainable parameters by name; ``engine``: the rest of the engine's state, such as
-    optimizer moments and EMA weights; ``meta``: identity, versions and durations of the run.
+    optimizer moments and EMA weights; ``meta``: identity, versions and durations of the run. ``resumable``: False if
+    the optimizer state was dropped, so that the checkpoint can be exported but not continued.
     """
 
     step: int
     learned: dict[str, Tensor]
     engine: dict[str, Any]
     meta: dict[str, Any]
+    resumable: bool = True
 
 
 class Checkpoints:
@@ -69,7 +75,7 @@ class Checkpoints:
         name = folder_name(step)
         writers: dict[str, Callable[[Path], object]] = {
             "learned.safetensors": lambda path: safetensors.torch.save_file(_plain(learned), path),
-            "engine.pt": lambda path: torch.save(engine, path),
+            ENGINE: lambda path: torch.save(engine, path),
             "meta.json": lambda path: path.write_text(
                 json_text({**meta, "step": step}, indent=1), encoding="utf-8"
             ),
@@ -104,6 +110,28 @@ class Checkpoints:
         """Remove the checkpoint of ``step``; log a warning if it cannot be removed."""
         self._remove_quietly(folder_name(step))
 
+    def drop_optimizer(self, step: int) -> None:
+        """Remove the optimizer state of a checkpoint, which then can be exported but not continued.
+
+        An interrupted call leaves a valid checkpoint, and can be repeated. Raises CheckpointError for a checkpoint
+        that cannot be read.
+        """
+        name = folder_name(step)
+        files = self._read_manifest(name)["files"]
+        if ENGINE in files:
+            with self.storage.local_copy(f"{name}/{ENGINE}") as path:
+                try:
+                    engine = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                except Exception as error:
+                    raise CheckpointError(f"checkpoint {name} cannot be read: {error}") from error
+                if "ema" in engine:
+                    left = {"ema": engine["ema"]}
+                    files[EXPORTED] = self._write(f"{name}/{EXPORTED}", lambda file: torch.save(left, file))
+            del files[ENGINE]
+            manifest = {"step": step, "files": files}
+            self.storage.write_text(f"{name}/{MANIFEST}", json_text(manifest, indent=1))
+        self.storage.remove(f"{name}/{ENGINE}")
+
     def load_latest(self) -> Checkpoint | None:
         """Read the newest valid checkpoint; None if there is none. Skip damaged ones with a warning."""
         for step in reversed(self.steps()):
@@ -113,14 +141,21 @@ class Checkpoints:
                 log.warning("%s; trying the one before", error)
         return None
 
+    def load_to_continue(self) -> Checkpoint | None:
+        """Read the newest valid checkpoint, as :meth:`load_latest`.
+
+        Raises CheckpointError if its optimizer state was dropped.
+        """
+        found = self.load_latest()
+        if found is not None:
+            require_optimizer(found, "continued")
+        return found
+
     def load(self, step: int) -> Checkpoint:
         """Read the checkpoint of ``step``. Raises CheckpointError if it is missing, damaged or not finite."""
         name = folder_name(step)
-        try:
-            manifest = json.loads(self.storage.read_text(f"{name}/{MANIFEST}"))
-            wanted = {file: (entry["size"], entry["sha256"]) for file, entry in manifest["files"].items()}
-        except (StorageError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"checkpoint {name}: its manifest cannot be read ({error})") from error
+        files = self._read_manifest(name)["files"]
+        wanted = {file: (entry["size"], entry["sha256"]) for file, entry in files.items()}
         # Tensors are loaded from files: to read a file into bytes first would hold the model in memory twice.
         with ExitStack() as stack:
             paths = {}
@@ -135,11 +170,13 @@ class Checkpoints:
                         f"checkpoint {name}: {file} is damaged (its size or sha256 is not the manifest's)"
                     )
             try:
+                state = paths.get(ENGINE, paths.get(EXPORTED))
                 loaded = Checkpoint(
                     step=step,
                     learned=safetensors.torch.load_file(paths["learned.safetensors"]),
-                    engine=torch.load(paths["engine.pt"], map_location="cpu", weights_only=True),
+                    engine=torch.load(state, map_location="cpu", weights_only=True) if state else {},
                     meta=json.loads(paths["meta.json"].read_text(encoding="utf-8")),
+                    resumable=ENGINE in paths,
                 )
             except Exception as error:  # the hashes match, so the file was faulty when it was written
                 raise CheckpointError(f"checkpoint {name} cannot be read: {error}") from error
@@ -151,6 +188,15 @@ class Checkpoints:
         """Return the sha256 of a checkpoint's manifest, which contains the hashes of its files."""
         return hashlib.sha256(self.storage.read_bytes(f"{folder_name(step)}/{MANIFEST}")).hexdigest()
 
+    def _read_manifest(self, name: str) -> dict[str, Any]:
+        try:
+            manifest: dict[str, Any] = json.loads(self.storage.read_text(f"{name}/{MANIFEST}"))
+            for entry in manifest["files"].values():
+                entry["size"], entry["sha256"]
+        except (StorageError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"checkpoint {name}: its manifest cannot be read ({error})") from error
+        return manifest
+
     def _write(self, rel: str, writer: Callable[[Path], object]) -> dict[str, Any]:
         with self.storage.staging(rel) as path:
             writer(path)
@@ -161,6 +207,16 @@ class Checkpoints:
             self.storage.remove(name)
         except StorageError as error:
             log.warning("could not remove the checkpoint %s: %s", name, error)
+
+
+def require_optimizer(found: Checkpoint, action: str) -> None:
+    """Raise CheckpointError if the optimizer state of a checkpoint, which ``action`` needs, was dropped."""
+    if not found.resumable:
+        raise CheckpointError(
+            f"the checkpoint of step {found.step} cannot be {action}: its optimizer state was removed when its trial "
+            "of a search ended. It can be exported and sampled; to train these settings again, use the best.yaml of "
+            "the search with another output_dir"
+        )
 
 
 def folder_name(step: int) -> str:

@@ -1,9 +1,9 @@
-"""Saves the checkpoints of a run; keeps the newest ones and the one with the lowest held-out loss."""
+"""Saves the checkpoints of a run; keeps the newest ones and the best by a figure of its validation rounds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -38,15 +38,17 @@ class Checkpointing:
         self.parts, self.checkpoints, self.clock = parts, checkpoints, clock
         self.start_step, self.after_save = start_step, after_save
         self.saved = start_step or None
-        self.best_loss = math.inf
+        self.metric = parts.recipe.validation.metric_for_best
+        self.sign = -1 if parts.recipe.validation.maximises else 1
+        self.best_loss = math.inf  # the best value so far, negated where higher is better
 
     def recall_best(self, run: Storage) -> None:
         """Find the best existing checkpoint in the metrics of a resumed run; rank 0 only."""
         kept = set(self.checkpoints.steps())
         measured = [
-            (line["holdout_loss"], line["step"])
+            (self.sign * line[self.metric], line["step"])
             for line in read_metrics(run)
-            if line.get("holdout_loss") is not None and line["step"] in kept
+            if line.get(self.metric) is not None and line["step"] in kept and line["step"] > 0
         ]
         if measured:
             self.best_loss, self.checkpoints.best = min(measured)
@@ -64,13 +66,14 @@ class Checkpointing:
         self.parts.distributed.on_rank_0(lambda: self._write(step, learned, engine))
         self.saved = step
 
-    def keep_best(self, step: int, loss: float) -> None:
-        """Save ``step`` if ``loss`` is the lowest held-out loss so far, and release the previous best.
+    def keep_best(self, step: int, figures: Mapping[str, float]) -> None:
+        """Save ``step`` if its figures contain the best ``validation.metric_for_best`` so far; release the one before.
 
         The previous best is kept only within the limit, and if the schedule saves its step or the run was
-        resumed from it. Rank 0's ``loss`` decides. Step 0 and a loss that is not finite are never the best.
+        resumed from it. Rank 0's figures decide. Step 0 and a value that is not finite are never the best.
         """
         distributed = self.parts.distributed
+        loss = self.sign * figures.get(self.metric, math.inf * self.sign)
         if not distributed.broadcast(step > 0 and math.isfinite(loss) and loss < self.best_loss):
             return
         # Set `best` before saving: `save` removes the checkpoints beyond the limit, except the best.

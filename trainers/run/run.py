@@ -16,10 +16,11 @@ from dreamfleet.trainers.config.engines import engine_spec
 from dreamfleet.trainers.distributed.agreement import compare
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, on_device
-from dreamfleet.trainers.loop import Hooks, Outcome, train
+from dreamfleet.trainers.loop import Hooks, Outcome, Training, drive, train
 from dreamfleet.trainers.memory.engine_selection import settle_engine
+from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.recipe import Recipe
-from dreamfleet.trainers.run.build import Parts, assemble
+from dreamfleet.trainers.run.build import Load, Parts, assemble
 from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
 from dreamfleet.trainers.run.checkpointing import Checkpointing
 from dreamfleet.trainers.run.evaluation import Evaluation
@@ -54,26 +55,54 @@ def run_worker(
     """
     clock = Clock(waited)
     with on_device(device, remedies=TRAINING) as settled:
-        distributed = DistributedContext(rank, world, settled, gpu_share)
-        checkpoints = Checkpoints(Storage(recipe.output_dir), limit=recipe.train.checkpoints_total_limit)
-        found = newest_checkpoint(checkpoints, distributed) if resume else None
-        recipe, engine_reason = settle_engine(recipe, distributed)
-        parts = assemble(recipe, distributed, begins=found is None)
-        with closing(parts.engine):
-            start_step = _restore(found, parts) if found else 0
-            clock.resume(found.meta.get("seconds", {}) if found else {})
-            del found  # free its memory: up to three times that of the trainable parameters
-            recorder = Recorder(parts, Storage(recipe.output_dir), on_progress=on_progress)
-            checkpointing = Checkpointing(
-                parts, checkpoints, clock, start_step=start_step, after_save=recorder.flush
+        return drive(
+            run_steps(
+                recipe,
+                DistributedContext(rank, world, settled, gpu_share),
+                resume=resume,
+                should_stop=should_stop,
+                on_progress=on_progress,
+                clock=clock,
             )
-            evaluation = Evaluation(parts, recorder)
-            _open(recorder, checkpointing, evaluation, engine_reason)
-            hooks = _make_hooks(recorder, checkpointing, evaluation, should_stop)
-            clock.ready()
-            outcome = _train(parts, start_step, hooks, recorder)
-            summary = _summarise(parts, outcome, checkpointing, engine_reason)
-            _finish(parts, recorder, summary, clock)
+        )
+
+
+def run_steps(
+    recipe: Recipe,
+    distributed: DistributedContext,
+    *,
+    resume: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[dict[str, Any]], None] | None = None,
+    clock: Clock | None = None,
+    load: Load = load_model,
+    settle: Callable[[Recipe, DistributedContext], tuple[Recipe, str]] = settle_engine,
+) -> Training[Summary]:
+    """Train a whole run as :func:`run_worker`; a generator that yields micro-batches and is sent their losses.
+
+    ``load`` returns the model that the run trains on; it may share parameters that the run does not train. ``settle``
+    returns the recipe with its engine selected, and the reason.
+    """
+    clock = clock or Clock()
+    checkpoints = Checkpoints(Storage(recipe.output_dir), limit=recipe.train.checkpoints_total_limit)
+    found = newest_checkpoint(checkpoints, distributed) if resume else None
+    recipe, engine_reason = settle(recipe, distributed)
+    parts = assemble(recipe, distributed, begins=found is None, load=load)
+    with closing(parts.engine):
+        start_step = _restore(found, parts) if found else 0
+        clock.resume(found.meta.get("seconds", {}) if found else {})
+        del found  # free its memory: up to three times that of the trainable parameters
+        recorder = Recorder(parts, Storage(recipe.output_dir), on_progress=on_progress)
+        checkpointing = Checkpointing(
+            parts, checkpoints, clock, start_step=start_step, after_save=recorder.flush
+        )
+        evaluation = Evaluation(parts, recorder)
+        _open(recorder, checkpointing, evaluation, engine_reason)
+        hooks = _make_hooks(recorder, checkpointing, evaluation, should_stop)
+        clock.ready()
+        outcome = yield from _train(parts, start_step, hooks, recorder)
+        summary = _summarise(parts, outcome, checkpointing, engine_reason)
+        _finish(parts, recorder, summary, clock)
     return summary
 
 
@@ -104,31 +133,37 @@ def _make_hooks(
 ) -> Hooks:
     def validate(step: int) -> dict[str, float]:
         if figures := evaluation.measure():
-            checkpointing.keep_best(step, figures["holdout_loss"])
+            checkpointing.keep_best(step, figures)
         return figures
+
+    def sample(step: int) -> None:
+        evaluation.draw(step)
+        checkpointing.keep_best(step, recorder.scores)  # which rank 0 has
 
     return Hooks(
         log=recorder.log,
         save=checkpointing.save,
-        sample=evaluation.draw,
+        sample=sample,
         validate=validate,
         should_stop=should_stop,
         saved=lambda: checkpointing.saved,
     )
 
 
-def _train(parts: Parts, start_step: int, hooks: Hooks, recorder: Recorder) -> Outcome:
+def _train(parts: Parts, start_step: int, hooks: Hooks, recorder: Recorder) -> Training[Outcome]:
     try:
-        return train(
-            parts.engine,
-            parts.feed.stream(start_step, parts.schedule.total),
-            parts.prepare,
-            rates=parts.rates,
-            schedule=parts.schedule,
-            seed=parts.recipe.train.seed,
-            start_step=start_step,
-            rank=parts.distributed.rank,
-            hooks=hooks,
+        return (
+            yield from train(
+                parts.engine,
+                parts.feed.stream(start_step, parts.schedule.total),
+                parts.prepare,
+                rates=parts.rates,
+                schedule=parts.schedule,
+                seed=parts.recipe.train.seed,
+                start_step=start_step,
+                rank=parts.distributed.rank,
+                hooks=hooks,
+            )
         )
     finally:
         recorder.flush()  # also after an error, so that a failed run keeps its metrics
@@ -167,7 +202,7 @@ def _summarise(parts: Parts, outcome: Outcome, checkpointing: Checkpointing, eng
 
 
 def _finish(parts: Parts, recorder: Recorder, summary: Summary, clock: Clock) -> None:
-    """Export the artifacts of a completed run; write the summary and the report."""
+    """Export the artifacts of a completed run with ``train.export``; write the summary and the report."""
     distributed = parts.distributed
 
     def export() -> list[str]:
@@ -183,7 +218,7 @@ def _finish(parts: Parts, recorder: Recorder, summary: Summary, clock: Clock) ->
         summary.wall_seconds = summary.start_up_seconds + summary.train_seconds + clock.since_lap()
         recorder.close(summary)
 
-    if summary.exit_reason == "completed":
+    if summary.exit_reason == "completed" and parts.recipe.train.export:
         with parts.engine.full_weights():  # on every rank: sharded weights are gathered
             summary.exports = distributed.on_rank_0(export)
     distributed.on_rank_0(close)
@@ -199,7 +234,7 @@ def newest_checkpoint(checkpoints: Checkpoints, distributed: DistributedContext)
     kept: list[Checkpoint | None] = []
 
     def find() -> int | None:
-        kept.append(checkpoints.load_latest())
+        kept.append(checkpoints.load_to_continue())
         return kept[0].step if kept[0] is not None else None
 
     step = distributed.on_rank_0(find)

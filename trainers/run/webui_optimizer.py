@@ -24,7 +24,7 @@ from dreamfleet.trainers.models.formats.optimizer_file import (
     write_optimizer,
 )
 from dreamfleet.trainers.recipe import Recipe
-from dreamfleet.trainers.run.checkpoint import Checkpoint
+from dreamfleet.trainers.run.checkpoint import Checkpoint, require_optimizer
 
 log = logging.getLogger(__name__)
 OPTIM = "optim"  # the export format
@@ -48,8 +48,9 @@ def require_resumable(recipe: Recipe, method: Method) -> None:
 def write_optimizer_state(recipe: Recipe, found: Checkpoint, artifact: Path) -> Path:
     """Write a checkpoint's Adam moments to `.optim` beside the `.pt` exported from it; return its path.
 
-    Raises CheckpointError for a checkpoint that was saved before the first step.
+    Raises CheckpointError for a checkpoint that was saved before the first step or without optimizer state.
     """
+    require_optimizer(found, f"exported as {OPTIM!r}")
     entries: Mapping[int, Mapping[str, Any]] = found.engine["optimizer"]["state"]
     if not entries:
         raise CheckpointError(

@@ -14,7 +14,7 @@ from tiny_models import WIDTH, tiny_model
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.config.guidance import Guidance, parse_guidance
 from dreamfleet.trainers.models.condition import Condition
-from dreamfleet.trainers.models.guidance import guidance_at, guided_prediction
+from dreamfleet.trainers.models.guidance import guidance_at, guide, pair_inputs
 
 SCALES = st.floats(0, 1000).map(lambda value: round(value, 4))
 CURVES = {
@@ -95,7 +95,8 @@ def test_each_sample_has_its_own_guided_prediction(scales: list[float]) -> None:
     noisy = torch.randn(3, 4, 8, 8, generator=generator)
     contexts = torch.randn(3, 2, 77, WIDTH, generator=generator, requires_grad=True)
     timesteps = torch.tensor([1, 400, 900])
-    found = guided_prediction(model, noisy, timesteps, Condition(contexts), torch.tensor(scales))
+    predicted = model.predict(*pair_inputs(noisy, timesteps, Condition(contexts)))
+    found = guide(predicted, torch.tensor(scales))
     for row, scale in enumerate(scales):
         one, t = noisy[row : row + 1], timesteps[row : row + 1]
         negative, positive = (unet(one, t, contexts[row, side][None]).sample for side in (0, 1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.config.hypernetwork_structure import ACTIVATIONS, Structure
 from dreamfleet.trainers.models.formats.hypernetwork import HypernetworkFile, read_hypernetwork
 
-# The webui passes no dimension, so torch uses dimension 0 of [B, T, D], which mixes the images of a batch.
-_DIMENSION = {"softmax": 0, "softmin": 0, "logsoftmax": 0}
+#: Activations that mix the images of a batch: the webui passes no dimension, so torch uses dimension 0 of [B, T, D].
+MIXING = {"softmax": 0, "softmin": 0, "logsoftmax": 0}
 
 
 class HypernetworkModule(nn.Module):
@@ -32,7 +32,7 @@ class HypernetworkModule(nn.Module):
             layers.append(nn.Linear(entering, leaving))
             if structure.is_activated(number):
                 name = structure.activation_func
-                options = {"dim": _DIMENSION[name]} if name in _DIMENSION else {}
+                options = {"dim": MIXING[name]} if name in MIXING else {}
                 layers.append(getattr(nn, ACTIVATIONS[name])(**options))
             if structure.add_layer_norm:
                 layers.append(nn.LayerNorm(leaving))
@@ -102,6 +102,18 @@ class Hypernetwork(nn.Module):
         return pair[which](context, multiplier)
 
 
+class ChangesContext(Protocol):
+    """What changes the inputs of the key and value projections: a hypernetwork, or those of several trainings."""
+
+    def keys(self, context: Tensor, multiplier: float = 1.0) -> Tensor:
+        """Return the new input of the key projection ``[B, T, D]``."""
+        ...
+
+    def values(self, context: Tensor, multiplier: float = 1.0) -> Tensor:
+        """Return the new input of the value projection ``[B, T, D]``."""
+        ...
+
+
 Applied = tuple[Hypernetwork, float]  # a hypernetwork and its multiplier
 
 
@@ -111,7 +123,7 @@ class HypernetworkProcessor:
     It is deliberately not an ``nn.Module``, so that the MLPs are not among the U-Net's parameters or in checkpoints.
     """
 
-    def __init__(self, inner: Any, applied: Sequence[Applied]):
+    def __init__(self, inner: Any, applied: Sequence[tuple[ChangesContext, float]]):
         self.inner, self.applied = inner, applied
 
     def __call__(
@@ -129,7 +141,7 @@ class HypernetworkProcessor:
 class _ChangedAttention:
     """A proxy of an attention layer whose key and value projections get changed contexts."""
 
-    def __init__(self, attn: Any, applied: Sequence[Applied]):
+    def __init__(self, attn: Any, applied: Sequence[tuple[ChangesContext, float]]):
         self._attn, self._applied = attn, applied
 
     def __getattr__(self, name: str) -> Any:
@@ -151,7 +163,7 @@ def context_widths(unet: Any) -> list[int]:
     return sorted({attn.to_k.in_features for attn in _attentions(unet)})
 
 
-def set_hypernetworks(unet: Any, applied: Sequence[Applied]) -> None:
+def set_hypernetworks(unet: Any, applied: Sequence[tuple[ChangesContext, float]]) -> None:
     """Apply hypernetworks to a U-Net in this order, replacing those applied before; an empty list removes all.
 
     Raises ModelError if the U-Net's attention has a modification that hypernetworks cannot be combined with.
@@ -171,7 +183,8 @@ def set_hypernetworks(unet: Any, applied: Sequence[Applied]) -> None:
 def applied_hypernetworks(unet: Any) -> list[Applied]:
     """Return the hypernetworks applied to a U-Net, in order."""
     processors = (attn.processor for attn in _attentions(unet))
-    return next((list(one.applied) for one in processors if isinstance(one, HypernetworkProcessor)), [])
+    found = next((one.applied for one in processors if isinstance(one, HypernetworkProcessor)), ())
+    return [(network, multiplier) for network, multiplier in found if isinstance(network, Hypernetwork)]
 
 
 def load_hypernetwork(pipe: Any, path: str | os.PathLike[str], multiplier: float = 1.0) -> Hypernetwork:

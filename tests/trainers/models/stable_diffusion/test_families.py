@@ -68,8 +68,9 @@ def test_the_sdxl_loss_equals_that_of_a_plain_loop(sdxl: Path) -> None:
         expected = F.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))
         condition = model.encode(["a cat", "the sea"])
         batch = {"latents": latents, "noise": noise, "timesteps": timesteps, **condition.entries()}
-        found = model.denoising_loss({**batch, "time_ids": sizes})
-        moved = model.denoising_loss({**batch, "time_ids": sizes.flip(0)})
+        noisy = model.add_noise(latents, noise, timesteps)
+        found = model.loss(model.predict(noisy, timesteps, condition.with_sizes(sizes)), batch)
+        moved = model.loss(model.predict(noisy, timesteps, condition.with_sizes(sizes.flip(0))), batch)
     assert torch.allclose(found, expected, rtol=1e-6)
     assert not torch.allclose(moved, expected, rtol=1e-6)
 

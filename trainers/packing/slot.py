@@ -1,0 +1,133 @@
+"""A slot of a runner: one task, run step by step as the generator of an ordinary run."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from contextvars import ContextVar
+from typing import Any
+
+from dreamfleet.datasets.errors import ResourceError, RunFailed, UserError
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.distributed.device import explain_out_of_memory
+from dreamfleet.trainers.driver.progress import log_to_run, watch_for_stop
+from dreamfleet.trainers.loop import Micro, Training
+from dreamfleet.trainers.methods.base import Loss
+from dreamfleet.trainers.packing.task import End, ExitReason, Task, TaskSource
+from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.report.metrics_log import read_metrics
+from dreamfleet.trainers.run.run import run_steps
+from dreamfleet.trainers.run.summary import Summary
+
+log = logging.getLogger(__name__)
+
+#: The slot whose code is running: its log messages belong to its run.
+_running: ContextVar[Slot | None] = ContextVar("running slot", default=None)
+
+
+class Slot:
+    """One task in progress; :attr:`micro` is the pass that it waits for, :attr:`end` is set when it has ended.
+
+    ``options`` are those of :func:`run_steps`. ``should_stop``: whether all tasks save a checkpoint and end.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        recipe: Recipe,
+        source: TaskSource,
+        distributed: DistributedContext,
+        *,
+        should_stop: Callable[[], bool],
+        **options: Any,
+    ):
+        self.task, self.source = task, source
+        self.micro: Micro | None = None
+        self.end: End | None = None
+        self.is_undecided = False  # the source has not decided yet whether the task continues after a round
+        self._started, self._last_step = time.monotonic(), task.last_step
+        self._is_stopped = False  # by the source
+        self._rounds: dict[int, dict[str, Any]] = {}
+        self._run, self._resources = Storage(recipe.output_dir), ExitStack()
+        self._resources.enter_context(
+            log_to_run(self._run, verbose=True, when=lambda: _running.get() in (self, None))
+        )
+        stopped_here = self._resources.enter_context(watch_for_stop(self._run))
+        self._training: Training[Summary] = run_steps(
+            recipe,
+            distributed,
+            resume=True,
+            should_stop=lambda: self._is_stopped or should_stop() or stopped_here(),
+            on_progress=self._collect,
+            **options,
+        )
+        self.advance(None)
+        if self.task.figures and self.task.last_step >= 0 and self.end is None:
+            for line in read_metrics(self._run):  # rounds before an interruption that were not reported
+                self._collect(line)
+            self._report_rounds()
+
+    def advance(self, loss: Loss | Exception | None) -> None:
+        """Continue the run with the loss of :attr:`micro`, or end it with an error; None starts it."""
+        token = _running.set(self)
+        try:
+            with explain_out_of_memory():
+                if isinstance(loss, Exception):
+                    raise loss
+                self.micro = next(self._training) if loss is None else self._training.send(loss)
+            self._report_rounds()
+        except StopIteration as stop:
+            self._report_rounds(last=True)
+            summary: Summary = stop.value
+            reason: ExitReason = summary.exit_reason  # type: ignore[assignment]
+            if self._is_stopped:
+                reason = "stopped"
+            self._finish(End(reason, summary=dataclasses.asdict(summary)))
+        except Exception as error:  # noqa: BLE001 - a fault in one training must not end the others
+            self._fail(error)
+        finally:
+            _running.reset(token)
+
+    def ask(self) -> None:
+        """Ask the source for its decision after a round, if it is open."""
+        if self.is_undecided and (stops := self.source.decision(self.task)) is not None:
+            self.is_undecided, self._is_stopped = False, stops
+
+    def abandon(self) -> None:
+        """End the run without a checkpoint, as its pass was lost with an error of another kind."""
+        self._training.close()
+        self._resources.close()
+
+    def _collect(self, line: dict[str, Any]) -> None:
+        figures = {name: line[name] for name in self.task.figures if line.get(name) is not None}
+        if figures and line["step"] > self._last_step:
+            self._rounds.setdefault(line["step"], {"step": line["step"]}).update(figures)
+
+    def _report_rounds(self, *, last: bool = False) -> None:
+        for step in sorted(self._rounds):
+            self._last_step = step
+            self.source.on_round(self.task, self._rounds.pop(step))
+            self.is_undecided = not last
+
+    def _fail(self, error: Exception) -> None:
+        known = isinstance(error, UserError | RunFailed)
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+            first = (str(error).splitlines() or ["MemoryError"])[0]
+            error = ResourceError(f"the machine ran out of memory ({first})")
+            known = True
+        if known:
+            log.error("%s", error)  # not the exception itself, whose traceback would keep the run in memory
+        else:
+            log.error("%s", error, exc_info=error)
+        text = str(error) if known else f"{type(error).__name__}: {error}"
+        self._finish(End("failed", error=text, kind=type(error).__name__ if known else "RunFailed"))
+
+    def _finish(self, end: End) -> None:
+        self.micro = None
+        self._training.close()
+        self._resources.close()
+        self.end = dataclasses.replace(end, seconds=time.monotonic() - self._started)
