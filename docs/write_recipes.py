@@ -230,7 +230,11 @@ def domain_words(domain: Domain) -> str:
     if domain.values is not None:
         return ", ".join(f"`{value}`" for value in domain.values)
     lower, upper = domain.range()
-    return f"{lower:g} to {upper:g}" + ", whole numbers" * domain.whole + ", evenly in the logarithm" * domain.log
+    return (
+        f"{lower:g} to {upper:g}"
+        + ", whole numbers" * domain.whole
+        + ", evenly in the logarithm" * domain.log
+    )
 
 
 def artifacts_table() -> str:

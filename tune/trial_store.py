@@ -210,14 +210,13 @@ def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
     return all(a <= b for a, b in zip(one, other, strict=True)) and tuple(one) != tuple(other)
 
 
-def read_store(recipe: Recipe) -> TrialStore:
+def read_store(recipe: Recipe, *, clock: Callable[[], float] = time.monotonic) -> TrialStore:
     """Read the trial store in a recipe's ``output_dir``."""
     content = json.loads(Storage(recipe.output_dir).read_text(FILE))
     state = content.get("search", {})
     earlier = [EarlierTrial(**row) for row in state.pop("earlier", [])]
-    return TrialStore(
-        recipe, [Trial(**row) for row in content["trials"]], state=SearchState(**state, earlier=earlier)
-    )
+    trials = [Trial(**row) for row in content["trials"]]
+    return TrialStore(recipe, trials, state=SearchState(**state, earlier=earlier), clock=clock)
 
 
 def _is_finite(value: Any) -> bool:

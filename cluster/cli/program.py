@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from dreamfleet.cluster.cli import artifacts
+from dreamfleet.cluster.cli import compare as cli_compare
 from dreamfleet.cluster.cli import data as cli_data
 from dreamfleet.cluster.cli import jobs as cli_jobs
 from dreamfleet.cluster.cli import plan as cli_plan
@@ -140,6 +141,7 @@ def doctor(address: Address = None, as_json: AsJson = False, verbose: Verbose = 
 for command in (
     train,
     cli_tune.tune,
+    cli_compare.compare,
     artifacts.sample,
     artifacts.score,
     cli_plan.plan,
