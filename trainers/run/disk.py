@@ -63,7 +63,7 @@ def estimate_run(recipe: Recipe, sizes: WeightSizes, *, images: int | None = Non
     one = checkpoint_bytes(recipe, sizes)
     lines = {
         "checkpoints": _checkpoints(recipe, images) * one,
-        "exports": sum(sizes.exports.values()),
+        "exports": recipe.train.export * sum(sizes.exports.values()),
         "previews and report": _page_bytes(recipe, images),
         "class images": _class_image_bytes(recipe),
     }
@@ -154,16 +154,13 @@ def require_search_disk(recipe: Recipe, *, trials: int, at_once: int) -> str:
 
 def require_fleet_disk(recipe: Recipe, *, subjects: int, at_once: int) -> str:
     """Return the statement of :func:`require_disk` for a fleet whose subjects have recipes like ``recipe``."""
-    sizes = measure_weights(recipe, method_without_weights(recipe))
+    sizes, images = measure_weights(recipe, method_without_weights(recipe)), count_instances(recipe)
     need = estimate_many(
-        recipe,
-        sizes,
-        runs=subjects,
-        at_once=at_once,
-        kept=0,
-        exported=subjects,
-        images=count_instances(recipe),
+        recipe, sizes, runs=subjects, at_once=at_once, kept=0, exported=subjects, images=images
     )
+    if recipe.fleet is not None and recipe.fleet.keep_checkpoints:
+        checkpoints = subjects * estimate_run(recipe, sizes, images=images).lines["checkpoints"]
+        need = DiskNeed({**need.lines, "checkpoints": checkpoints}, need.writing)
     return require_disk(need, recipe, what=f"this fleet of {subjects} subjects")
 
 
