@@ -17,6 +17,7 @@ from dreamfleet.trainers.loop import peak_memory
 from dreamfleet.trainers.memory.engine_selection import settle_engine
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.build import Parts, assemble
+from dreamfleet.trainers.run.disk import require_run_disk
 from dreamfleet.trainers.run.export import write_artifacts
 from dreamfleet.trainers.run.run_folder import open_run_folder
 
@@ -53,7 +54,7 @@ def _check_on(recipe: Recipe, distributed: DistributedContext) -> list[CheckLine
 
     def build() -> str:
         settled, _ = settle_engine(_without_prior(recipe), distributed)
-        made.append(assemble(settled, distributed))
+        made.append(assemble(settled, distributed, keeps_files=False))
         base = made[0].method.base
         return f"{base.name} ({base.words})"
 
@@ -64,7 +65,9 @@ def _check_on(recipe: Recipe, distributed: DistributedContext) -> list[CheckLine
             "holdout", lambda: f"{len(load_held_out(recipe.validation.holdout or '', recipe.data))} images"
         )
     try:
-        if attempt("model", build) and fine:
+        if attempt("model", build):
+            attempt("disk", lambda: _check_disk(recipe, made[0]))
+        if made and fine:
             attempt("step", lambda: _check_step(made[0])) and attempt(
                 "export", lambda: _check_export(made[0])
             )
@@ -87,6 +90,10 @@ def _check_images(recipe: Recipe) -> str:
     index = load_sets(recipe.data, excluded=recipe.excluded_folders).instances
     bad = "".join(f"\n  left out {file.uri}: {file.reason}" for file in index.bad)
     return f"{len(index)} images{bad}"
+
+
+def _check_disk(recipe: Recipe, parts: Parts) -> str:
+    return require_run_disk(recipe, parts.method, images=len(parts.sets.instances))
 
 
 def _check_step(parts: Parts) -> str:
