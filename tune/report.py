@@ -72,8 +72,10 @@ def render(store: TrialStore) -> str:
 
 def _facts(store: TrialStore) -> list[str]:
     counts = Counter(STATUS.get(trial.status, trial.status) for trial in store.trials)
+    earlier = [f"{len(store.state.earlier)} of earlier searches"] if store.state.earlier else []
     return [
         f"{len(store.trials)} trials",
+        *earlier,
         *(f"{count} {status}" for status, count in counts.most_common()),
         f"{formatting.seconds(sum(trial.seconds for trial in store.trials))} of compute time",
     ]
@@ -171,7 +173,9 @@ def _row(
         (trial.steps, formatting.number(trial.steps)),
         (trial.seconds, formatting.seconds(trial.seconds)),
     ]
-    return trial, cells, STATUS.get(trial.status, trial.status)
+    status = STATUS.get(trial.status, trial.status)
+    is_pruned = any(not other.kept for other in store.trials)
+    return trial, cells, f"{status}, weights kept" if trial.kept and is_pruned and trial.steps else status
 
 
 def _format(value: float | None) -> str:

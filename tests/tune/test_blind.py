@@ -40,7 +40,7 @@ def test_every_pair_is_shown_once_before_any_is_shown_again() -> None:
         assert set(pairs[start : start + 15]) == all_pairs
     assert len(plan) == len({one.id for one in plan}) == 15 * len(CELLS)
     sides = Counter(one.left < one.right for one in plan)
-    assert min(sides.values()) > 10, "the better trial is not always on the same side"
+    assert 10 < sides[True] < 35, "the better trial is not always on the same side"
     assert (
         plan
         == plan_comparisons(make_cells(*names[::-1]), seed=0)
