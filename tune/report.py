@@ -135,6 +135,7 @@ def _vote_facts(store: TrialStore, votes: Sequence[Vote]) -> list[str]:
         return []
     facts = [f"{len(votes)} votes" if len(votes) > 1 else "1 vote"]
     figures = {trial.name: trial for trial in store.trials}
+    agreements = []
     for name in store.figures:
 
         def is_better(a: str, b: str, name: str = name) -> bool | None:
@@ -143,7 +144,9 @@ def _vote_facts(store: TrialStore, votes: Sequence[Vote]) -> list[str]:
 
         agreed, decided = agreement(votes, is_better)
         if decided:
-            facts.append(f"{figure_title(name)} agrees with {agreed} of {decided} decided votes")
+            agreements.append(f"{figure_title(name)} {agreed} of {decided}")
+    if agreements:
+        facts.append(f"Decided votes with which each metric agrees: {', '.join(agreements)}")
     return facts
 
 
