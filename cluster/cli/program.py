@@ -13,6 +13,7 @@ import typer
 
 from dreamfleet.cluster.cli import artifacts
 from dreamfleet.cluster.cli import data as cli_data
+from dreamfleet.cluster.cli import fleet as cli_fleet
 from dreamfleet.cluster.cli import jobs as cli_jobs
 from dreamfleet.cluster.cli import plan as cli_plan
 from dreamfleet.cluster.cli import tune as cli_tune
@@ -140,6 +141,7 @@ def doctor(address: Address = None, as_json: AsJson = False, verbose: Verbose = 
 for command in (
     train,
     cli_tune.tune,
+    cli_fleet.fleet,
     artifacts.sample,
     artifacts.score,
     cli_plan.plan,
