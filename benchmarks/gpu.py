@@ -80,12 +80,13 @@ def _run_on(device: torch.device, name: str, *, small: bool) -> dict[str, Any]:
     return record
 
 
-def in_process_of_its_own(name: str, *, small: bool) -> dict[str, Any]:
+def in_process_of_its_own(name: str, *options: str) -> dict[str, Any]:
     """Run one case in a new process; return its result, or its error as a result."""
-    words = [sys.executable, __file__, "--case", name, *(["--small"] if small else [])]
+    words = [sys.executable, __file__, "--case", name, *options]
     env = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     done = subprocess.run(words, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
+        print(done.stderr, file=sys.stderr)
         return {"failed": (done.stderr.strip().splitlines() or ["?"])[-1][:400]}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -106,6 +107,19 @@ def compare_offload(results: dict[str, Any]) -> None:
             record["pcie_floor_seconds"] = round(floor, 4)
 
 
+def one_case(asked: argparse.Namespace) -> dict[str, Any]:
+    """Run the case ``asked.case`` in this process; return its result."""
+    if asked.case == "pcie":
+        return copy_rates()
+    if asked.case == "speed":
+        return measure_speed(
+            small=asked.small,
+            batches=tuple(int(size) for size in asked.batches.split(",") if size),
+            ways=tuple(way for way in asked.ways.split(",") if way),
+        )
+    return run_case(asked.case, small=asked.small)
+
+
 def main() -> None:
     """Run the requested cases, and write each result immediately."""
     parser = argparse.ArgumentParser()
@@ -114,9 +128,11 @@ def main() -> None:
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--batches", default="", help="batch sizes of the case speed, such as 8,16")
+    parser.add_argument("--ways", default="", help="variants of the case speed, such as plain,channels_last")
     asked = parser.parse_args()
     if asked.case:
-        print(json.dumps(run_case(asked.case, small=asked.small)))
+        print(json.dumps(one_case(asked)))
         return
     if not (asked.plan or asked.small or torch.cuda.is_available()):
         sys.exit(
@@ -134,11 +150,11 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     record |= predict(make_recipe(name, Path(folder), small=asked.small))
             else:
-                record |= in_process_of_its_own(name, small=asked.small)
+                record |= in_process_of_its_own(name, *(["--small"] if asked.small else []))
         elif asked.plan:
             continue
         else:
-            record = measure_speed(small=asked.small) if name == "speed" else copy_rates()
+            record = one_case(argparse.Namespace(**vars(asked) | {"case": name}))
         results[name] = record
         compare_offload(results)
         if asked.small:

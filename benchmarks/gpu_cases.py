@@ -29,6 +29,8 @@ class Case:
 
 
 DREAMBOOTH = {"name": "dreambooth"}
+LORA = {**DREAMBOOTH, "lora_rank": 8}
+PLAIN = {"gradient_checkpointing": False, "train_batch_size": 4}
 WITH_PRIOR = {**DREAMBOOTH, "with_prior_preservation": True}
 WORD = {"placeholder_token": "<thing>", "initializer_token": "toy"}
 HOST = {"zero_stage": 2, "offload_optimizer_device": "cpu"}
@@ -70,6 +72,15 @@ CASES = {
     "sd15-ti-6g": Case("sd1", 512, 6, "Textual Inversion", {"name": "textual_inversion", **WORD}),
     "sd15-hypernetwork-6g": Case("sd1", 512, 6, "hypernetwork", {"name": "hypernetwork"}),
     "sd15-apt-6g": Case("sd1", 512, 6, "prompt tuning", {"name": "prompt_tuning", **WORD}),
+    "sd15-lora-6g": Case("sd1", 512, 6, "LoRA of rank 8", LORA),
+    "sd15-lora-plain-24g": Case(
+        "sd1", 512, 24, "LoRA of rank 8, four images, all activations kept", LORA, train=PLAIN
+    ),
+    "sd15-dreambooth-24g": Case("sd1", 512, 24, "DreamBooth, U-Net and Adam on the card", DREAMBOOTH),
+    "sd15-dreambooth-plain-40g": Case(
+        "sd1", 512, 40, "DreamBooth, four images, all activations kept", DREAMBOOTH, train=PLAIN
+    ),
+    "sdxl-lora-12g": Case("sdxl", 1024, 12, "LoRA of rank 8 on SDXL", LORA),
     "sdxl-ti-lent-4g": Case(
         "sdxl",
         1024,
@@ -194,13 +205,15 @@ def random_model(recipe: Any, method: str) -> Any:
     from dreamfleet.trainers.models.family import load_shape
 
     model = load_shape(recipe.model, method_class(method).needs)
-    generator = torch.Generator().manual_seed(0)
+    # One block of noise is repeated, because drawing billions of numbers takes minutes.
+    noise = torch.randn(2**22, generator=torch.Generator().manual_seed(0)) * 0.02
     for part in model.modules().values():
         part.to_empty(device="cpu")
         with torch.no_grad():
             for name, param in part.named_parameters():
                 if param.dim() > 1:
-                    param.normal_(0, 0.02, generator=generator)
+                    blocks = -(-param.numel() // len(noise))
+                    param.copy_(noise.repeat(blocks)[: param.numel()].view(param.shape))
                 else:
                     param.fill_(1.0 if name.endswith("weight") else 0.0)
             for module in part.modules():

@@ -18,7 +18,7 @@ WAYS: dict[str, dict[str, bool]] = {
     "plain": {},
     "channels_last": {"channels_last": True},
     "compiled": {"torch_compile": True},
-    "compiled, channels_last": {"torch_compile": True, "channels_last": True},
+    "compiled_channels_last": {"torch_compile": True, "channels_last": True},
 }
 ROUNDS = 5
 Step = Callable[[], None]
@@ -156,28 +156,34 @@ def best_batch(make: Callable[[int], Step], batches: tuple[int, ...], *, steps: 
     return found
 
 
-def measure_speed(*, small: bool) -> dict[str, Any]:
-    """Measure each variant at its best batch size, then the best variant and diffusers' step alternately."""
+def measure_speed(
+    *, small: bool, batches: tuple[int, ...] = (), ways: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Measure each variant at its best batch size, then the best variant and diffusers' step alternately.
+
+    ``batches``: batch sizes to try, in ascending order (default: all of `BATCHES`). ``ways``: names of variants.
+    """
     from dreamfleet.trainers.distributed.device import best_device
 
     device = best_device()
-    batches, steps = (BATCHES[:2], 1) if small else (BATCHES, 10)
+    batches, steps = batches or (BATCHES[:2] if small else BATCHES), 1 if small else 10
+    chosen_ways = {way: WAYS[way] for way in ways or WAYS}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rate = matrix_rate(256 if small else 8192, device)
         flops = flops_of(ours(1, folder, device, small=small)[0])
-        ways: dict[str, Any] = {}
-        for way, options in WAYS.items():
+        found: dict[str, Any] = {}
+        for way, options in chosen_ways.items():
             if small and "torch_compile" in options:
                 continue  # compiling takes a minute
-            ways[way] = best_batch(
+            found[way] = best_batch(
                 lambda batch, chosen=options: ours(batch, folder, device, small=small, **chosen)[0],
                 batches,
                 steps=steps,
             )
-            ways[way]["flop_utilisation"] = round(ways[way]["pictures_per_second"] * flops / rate, 4)
-        best = max(ways, key=lambda way: ways[way]["pictures_per_second"])
-        batch = ways[best]["batch"]
+            found[way]["flop_utilisation"] = round(found[way]["pictures_per_second"] * flops / rate, 4)
+        best = max(found, key=lambda way: found[way]["pictures_per_second"])
+        batch = found[best]["batch"]
         sides: dict[str, Step] = {
             "ours": ours(batch, folder, device, small=small, **WAYS[best])[0],
             "diffusers, same step": theirs(batch, folder, device, small=small, encodes=False),
@@ -189,11 +195,11 @@ def measure_speed(*, small: bool) -> dict[str, Any]:
         for _ in range(2 if small else ROUNDS):
             for side, step in sides.items():
                 times[side].append(seconds_of(step, steps=steps))
-    images = {side: round(batch / statistics.median(found), 2) for side, found in times.items()}
+    images = {side: round(batch / statistics.median(one), 2) for side, one in times.items()}
     return {
         "flops_a_picture": flops,
         "matrix_rate_tflops": round(rate / 1e12, 1),
-        "ways": ways,
+        "ways": found,
         "best": best,
         "batch": batch,
         "pictures_per_second": images,

@@ -16,6 +16,7 @@ from dreamfleet.trainers.artifacts.kind import ARTIFACTS
 from dreamfleet.trainers.config.engines import ENGINES
 from dreamfleet.trainers.config.method import METHODS
 from dreamfleet.trainers.config.metrics import METRICS, NEEDS
+from dreamfleet.trainers.config.search import Domain
 from dreamfleet.trainers.recipe import Recipe
 
 PAGE = Path(__file__).with_name("recipes.md")
@@ -128,7 +129,7 @@ def default_words(info: FieldInfo) -> str:
     if info.is_required():
         return "*required*"
     value = info.get_default(call_default_factory=True)
-    if value is None:
+    if value is None or value == {}:
         return ""
     if isinstance(value, BaseModel):
         return ""
@@ -179,6 +180,8 @@ def write() -> str:
             parts.append(metrics_table())
         if name == "engine":
             parts += engines()
+        if name == "search":
+            parts.append(default_spaces())
     parts.append("\n## method\n\n`name` selects the method; the other keys are its options.")
     for name, method in METHODS.items():
         parts += [f"\n### {name}\n\n{method.summary}\n", table(method, name)]
@@ -205,6 +208,29 @@ def metrics_table() -> str:
             f"| `{name}` | `{metric.figure or name}` | {better} | {metric.title}. {metric.note} | {needs} |"
         )
     return "\n".join(rows)
+
+
+def default_spaces() -> str:
+    """Return the section on the spaces of a search without ``search.space``."""
+    rows = [
+        "\n### Default spaces\n",
+        "The space of a search without `search.space`, by method. `dreamfleet config RECIPE` prints the one in use.\n",
+        "| method | key | values |",
+        "| --- | --- | --- |",
+    ]
+    spaces = {title: space for _, method in METHODS.items() for title, space in method.search_spaces.items()}
+    for title, space in spaces.items():
+        for path, fields in space.items():
+            rows.append(f"| {title} | `{path}` | {domain_words(Domain(**fields))} |")
+    return "\n".join(rows)
+
+
+def domain_words(domain: Domain) -> str:
+    """Return the values of a searched key for readers of recipes."""
+    if domain.values is not None:
+        return ", ".join(f"`{value}`" for value in domain.values)
+    lower, upper = domain.range()
+    return f"{lower:g} to {upper:g}" + ", whole numbers" * domain.whole + ", evenly in the logarithm" * domain.log
 
 
 def artifacts_table() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import tempfile
@@ -37,6 +38,12 @@ class FitResult:
 
     summary: Summary
     run_folder: str
+
+    def _repr_html_(self) -> str:
+        # What a notebook displays.
+        from dreamfleet.trainers.report.notebook import run_html
+
+        return run_html(Storage(self.run_folder), dataclasses.asdict(self.summary))
 
 
 def fit(

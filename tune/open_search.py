@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-from dreamfleet.datasets.errors import CheckpointError, RecipeError
+from dreamfleet.datasets.errors import CheckpointError, DataError, RecipeError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.trainers.run.run_folder import is_used
@@ -50,6 +50,20 @@ def open_store(recipe: Recipe, *, resume: bool) -> TrialStore:
     return store
 
 
+def open_folder(folder: str) -> TrialStore:
+    """Return the trials of the search in a folder, which may have been moved, for reading.
+
+    Raises DataError if the folder holds no search, CheckpointError if its recipe is not valid any more.
+    """
+    storage = Storage(folder)
+    if not (storage.exists(FILE) and storage.exists(RECIPE)):
+        raise DataError(
+            f"{folder} holds no search; name the output_dir of `dreamfleet tune`, with its {FILE}"
+        )
+    recipe = _read_recipe(storage).model_copy(update={"output_dir": storage.path()})
+    return read_store(recipe, clock=lambda: 0.0)
+
+
 def _refuse_another_search(folder: Storage, recipe: Recipe) -> None:
     before = _read_recipe(folder).model_dump(mode="json")
     now = recipe.model_dump(mode="json")
@@ -69,4 +83,4 @@ def _read_recipe(folder: Storage) -> Recipe:
     try:
         return build_recipe(yaml.safe_load(folder.read_text(RECIPE)), source=folder.path(RECIPE))
     except RecipeError as error:
-        raise CheckpointError(f"the search cannot be continued: {error}") from error
+        raise CheckpointError(f"the search cannot be opened: {error}") from error

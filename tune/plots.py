@@ -12,7 +12,7 @@ from dreamfleet.trainers.report.charts import SIDE, Mark, Plot, dot, ticks
 
 @dataclass(frozen=True)
 class Dot:
-    """One trial in a scatter plot; ``colour`` is 0 to 3."""
+    """One trial in a scatter plot; ``colour`` is 0 to 3, ``key`` the name of the trial."""
 
     x: float
     y: float
@@ -20,6 +20,7 @@ class Dot:
     label: str
     is_pale: bool
     is_ringed: bool
+    key: str = ""
 
 
 def scatter(
@@ -30,10 +31,12 @@ def scatter(
     *,
     log: bool,
     write: Callable[[float], str],
+    line: Sequence[tuple[float, float]] = (),
 ) -> Plot | None:
     """Return the layout of dots and ticks; None without dots.
 
-    With ``log``, ``x`` has a logarithmic scale. ``write`` formats ``y``.
+    With ``log``, ``x`` has a logarithmic scale. ``write`` formats ``y``. ``line`` are the points (x, y) of a line
+    behind the dots.
     """
     if not dots:
         return None
@@ -48,11 +51,14 @@ def scatter(
         return (high - y) / (high - low)
 
     marks = []
+    if len(line) > 1:
+        path = "M" + "L".join(f"{SIDE * across(x):.1f} {SIDE * down(y):.1f}" for x, y in line)
+        marks.append(Mark("faint c4", path))
     for one in sorted(dots, key=lambda one: one.is_ringed):
         path = dot(SIDE * across(one.x), SIDE * down(one.y))
         if one.is_ringed:
             marks.append(Mark("ring", path))
-        marks.append(Mark(f"dot c{one.colour}{' pale' if one.is_pale else ''}", path, one.label))
+        marks.append(Mark(f"dot c{one.colour}{' pale' if one.is_pale else ''}", path, one.label, one.key))
     x_ticks = log_ticks(10**left, 10**right) if log else ticks(left, right)
     return Plot(
         title,

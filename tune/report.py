@@ -1,42 +1,54 @@
-"""Writes a search's report.html: its trials, their measurements and previews, in one self-contained file."""
+"""Writes a search's report.html: its trials, their measurements and previews, in one self-contained file.
+
+Beside it, compare.html shows pairs of the trials' images without their names.
+"""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
+from dreamfleet.datasets.errors import DataError
 from dreamfleet.trainers.config.method import method_title
-from dreamfleet.trainers.config.metrics import figure_title, is_higher_better
+from dreamfleet.trainers.config.metrics import figure_title
 from dreamfleet.trainers.report import formatting
-from dreamfleet.trainers.report.charts import Chart, Line, Plot, lay_out
 from dreamfleet.trainers.report.html import environment
-from dreamfleet.tune.plots import Dot, scatter
+from dreamfleet.tune import blind
+from dreamfleet.tune.cost import cost
+from dreamfleet.tune.importance import importances
+from dreamfleet.tune.limits import describe_end
+from dreamfleet.tune.parallel import parallel_plot
 from dreamfleet.tune.results import BEST
-from dreamfleet.tune.sheet import LONGEST_SIDE, axes, image_sheet
+from dreamfleet.tune.sheet import LONGEST_SIDE, TEMPLATES, image_sheet
+from dreamfleet.tune.trial_plots import is_higher_better, trial_plots
 from dreamfleet.tune.trial_store import Trial, TrialStore, format_point, format_value
+from dreamfleet.tune.votes import Preference, Vote, agreement, preferences, read_votes
 
-TEMPLATES = Path(__file__).with_name("templates")
-NAMED_CURVES = 4  # the number of colours
 STATUS = {"stopped": "stopped early", "running": "interrupted"}
 
 
 def write_search_report(store: TrialStore) -> None:
-    """Write ``report.html`` into the folder of a search."""
+    """Write ``report.html`` into the folder of a search, and ``compare.html`` if two trials have previews."""
+    try:
+        store.folder.write_text(blind.FILE, blind.BlindPage(store).html())
+    except DataError:
+        store.folder.remove(blind.FILE)
     store.folder.write_text("report.html", render(store))
 
 
 def render(store: TrialStore) -> str:
-    """Return the report of a search as HTML, without references to files other than the trials' reports."""
+    """Return the report of a search as HTML, without references to files other than the trials' pages."""
     ranking = store.ranking()
     measured = [trial for trial in ranking if trial.figure(store.search.objective) is not None]
+    votes = read_votes(store.folder)
+    preferred = preferences(votes)
     return environment(TEMPLATES).get_template("search.html").render(
         title=store.recipe.run_name,
         method=method_title(store.recipe.method.name),
         facts=_facts(store),
+        end=describe_end(store),
         is_interrupted=any(not trial.is_over for trial in store.trials),
         metric=store.search.objective,
         best=store.best,
@@ -44,9 +56,16 @@ def render(store: TrialStore) -> str:
         figures=_figures(store, measured),
         sheet=image_sheet(store),
         longest_side=LONGEST_SIDE,
-        plots=list(_plots(store, measured)),
-        columns=_columns(store),
-        trials=[_row(store, trial) for trial in ranking],
+        plots=list(trial_plots(store, measured)),
+        parallel=parallel_plot(store, measured),
+        importances=_importances(store),
+        front=_front(store),
+        cost=cost(store),
+        folder=store.folder.path(),
+        has_comparison=store.folder.exists(blind.FILE),
+        votes=_vote_facts(store, votes),
+        columns=_columns(store, preferred),
+        trials=[_row(store, trial, preferred) for trial in ranking],
         recipe_text=store.recipe.to_yaml(),
     )  # fmt: skip
 
@@ -77,87 +96,74 @@ def _figures(store: TrialStore, measured: Sequence[Trial]) -> list[tuple[str, st
     return cards
 
 
-def _plots(store: TrialStore, shown: Sequence[Trial]) -> Iterator[Plot]:
-    """Yield a plot of the metric over the steps, and a scatter plot for every measured key."""
-    if not shown:
-        return
-    metric = store.search.objective
-    others = [name for name in store.figures if name != metric]
-    for plot in (_curves(metric, shown), *(_scatter(store, shown, name) for name in [metric, *others])):
-        if plot is not None:
-            yield plot
+def _importances(store: TrialStore) -> list[tuple[str, list[tuple[str, float]]]]:
+    """Return (metric, shares of the searched keys) for each metric of the search."""
+    found = [(name, importances(store, name)) for name in store.search.metrics]
+    return [
+        (figure_title(name), [(path.rpartition(".")[2], share) for path, share in shares.items()])
+        for name, shares in found
+        if shares
+    ]
 
 
-def _curves(metric: str, shown: Sequence[Trial]) -> Plot | None:
-    limit = _upper_limit(metric, shown)
-    lines = []
-    for rank, trial in enumerate(shown):
-        points = [(float(r["step"]), min(r[metric], limit)) for r in trial.rounds if metric in r]
-        kind = "dots" if rank < NAMED_CURVES else "faint"
-        lines.append(Line(f"{trial.name} ({format_point(trial.point)})", points, kind, rank % NAMED_CURVES))
-    write = _formatter([value for line in lines for _, value in line.points])
-    note = f"The best {NAMED_CURVES} are coloured." if len(shown) > NAMED_CURVES else ""
-    chart = Chart(f"{_title(metric)} of the trials", lines, note, write=write)
-    return lay_out(chart, last_step=max(trial.steps for trial in shown))
+def _front(store: TrialStore) -> list[tuple[Trial, str]]:
+    """Return the trials of the Pareto front with their values; [] for a search with one metric."""
+    names = store.search.metrics
+    if len(names) < 2:
+        return []
+    return [(trial, f"{_values(trial, names)} ({format_point(trial.point)})") for trial in store.front()]
 
 
-def _scatter(store: TrialStore, shown: Sequence[Trial], figure: str) -> Plot | None:
-    """Return a plot of a measured key in the trials' last rounds over the searched key of the image sheet's columns."""
-    across, down = axes(store.search)
-    groups = sorted({trial.point[down] for trial in shown}, key=str) if down else []
-    if not down or not store.search.space[down].values:
-        groups = []
-    limit = _upper_limit(figure, shown)
-    dots = []
-    for trial in shown:
-        x, y = trial.point[across], trial.figure(figure)
-        if isinstance(x, str | bool | None) or y is None:
-            continue
-        label = f"{trial.name}: {format_point(trial.point)}, {formatting.number(y, 4)} at step {trial.steps}"
-        colour = groups.index(trial.point[down]) % NAMED_CURVES if down and groups else 0
-        dots.append(Dot(x, min(y, limit), colour, label, trial.status == "stopped", trial is store.best))
-    return scatter(
-        f"{_title(figure)} by {across.rpartition('.')[2]}",
-        "At the last round of each trial. The best trial is ringed; trials that were stopped early are pale."
-        if figure == store.search.objective
-        else "",
-        dots,
-        [f"{str(down).rpartition('.')[2]} {format_value(group)}" for group in groups],
-        log=store.search.space[across].log,
-        write=_formatter([dot.y for dot in dots]),
-    )
+def _values(trial: Trial, names: Sequence[str]) -> str:
+    return ", ".join(f"{figure_title(name)} {_format(trial.figure(name))}" for name in names)
 
 
-def _title(figure: str) -> str:
-    title = figure_title(figure)
-    return title[0].upper() + title[1:]
+def _vote_facts(store: TrialStore, votes: Sequence[Vote]) -> list[str]:
+    """Return sentences on the votes: their number, and how often each metric agrees with them."""
+    if not votes:
+        return []
+    facts = [f"{len(votes)} votes" if len(votes) > 1 else "1 vote"]
+    figures = {trial.name: trial for trial in store.trials}
+    for name in store.figures:
+
+        def is_better(a: str, b: str, name: str = name) -> bool | None:
+            x, y = (figures[one].figure(name) if one in figures else None for one in (a, b))
+            return None if x is None or y is None or x == y else (x > y) == is_higher_better(store, name)
+
+        agreed, decided = agreement(votes, is_better)
+        if decided:
+            facts.append(f"{figure_title(name)} agrees with {agreed} of {decided} decided votes")
+    return facts
 
 
-def _formatter(values: Sequence[float]) -> Callable[[float], str]:
-    """Return a function that formats values with enough digits to distinguish them."""
-    spread = max(values, default=0) - min(values, default=0)
-    size = max(map(abs, values), default=0)
-    digits = max(3, 2 + math.ceil(math.log10(size / spread))) if spread else 4
-    return lambda value: formatting.number(value, digits)
-
-
-def _upper_limit(figure: str, trials: Sequence[Trial]) -> float:
-    """Return the value at which a plot is cut, so that a diverged loss does not flatten the other trials."""
-    values = [value for trial in trials if (value := trial.figure(figure)) is not None]
-    if is_higher_better(figure) or not values:
-        return math.inf
-    best, middle = min(values), statistics.median(values)
-    return middle + 3 * (middle - best) if middle > best else math.inf
-
-
-def _columns(store: TrialStore) -> list[str]:
+def _columns(store: TrialStore, preferred: dict[str, Preference]) -> list[str]:
     keys = [path.rpartition(".")[2] for path in store.search.space]
-    return ["trial", *keys, *map(figure_title, store.figures), "steps", "time", ""]
+    voted = ["preferred"] if preferred else []
+    return ["trial", *keys, *map(figure_title, store.figures), *voted, "steps", "time", "status"]
 
 
-def _row(store: TrialStore, trial: Trial) -> tuple[Trial, list[str], Any]:
-    """Return a trial with the values of its columns and its status."""
-    values = [format_value(trial.point[path]) for path in store.search.space]
-    values += ["" if (v := trial.figure(name)) is None else formatting.number(v, 4) for name in store.figures]
-    values += [formatting.number(trial.steps), formatting.seconds(trial.seconds)]
-    return trial, values, STATUS.get(trial.status, trial.status)
+def _row(
+    store: TrialStore, trial: Trial, preferred: dict[str, Preference]
+) -> tuple[Trial, list[tuple[Any, str]], str]:
+    """Return a trial with its columns, each as a value to sort by and text, and its status."""
+    cells: list[tuple[Any, str]] = [
+        (trial.point[path], format_value(trial.point[path])) for path in store.search.space
+    ]
+    cells += [(trial.figure(name), _format(trial.figure(name))) for name in store.figures]
+    if preferred:
+        votes = preferred.get(trial.name)
+        text = (
+            f"{formatting.share(votes.chance)}, {formatting.number(votes.wins)} of {votes.votes}"
+            if votes
+            else ""
+        )
+        cells.append((votes.chance if votes else None, text))
+    cells += [
+        (trial.steps, formatting.number(trial.steps)),
+        (trial.seconds, formatting.seconds(trial.seconds)),
+    ]
+    return trial, cells, STATUS.get(trial.status, trial.status)
+
+
+def _format(value: float | None) -> str:
+    return "" if value is None else formatting.number(value, 4)

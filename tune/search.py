@@ -6,7 +6,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from dreamfleet.datasets.environment import environment, secrets_hidden, variables_to_send
@@ -21,16 +20,17 @@ from dreamfleet.trainers.config.scaling import (
     workers_that_fit,
 )
 from dreamfleet.trainers.driver.preflight import check_inputs, this_machine
-from dreamfleet.trainers.driver.progress import Display
 from dreamfleet.trainers.driver.session import ray_session, starts_private_ray
 from dreamfleet.trainers.driver.shared_paths import check_machines, shared_paths, written_paths
 from dreamfleet.trainers.launch import run_in_thread
 from dreamfleet.trainers.recipe import Recipe, load_recipe
 from dreamfleet.trainers.run.run_folder import locked
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
+from dreamfleet.tune.live import SearchDisplay
 from dreamfleet.tune.open_search import open_store
+from dreamfleet.tune.result import SearchResult
 from dreamfleet.tune.results import BEST, TABLE, write_best, write_table
-from dreamfleet.tune.trial_store import RECIPE, Trial, TrialStore, error_class, format_trial
+from dreamfleet.tune.trial_store import RECIPE, Trial, TrialStore, error_class
 
 # Environment variables while Tune runs.
 TUNE_SWITCHES = {
@@ -41,20 +41,6 @@ TUNE_SWITCHES = {
 }
 
 Progress = Callable[[Trial], None]
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The result of a search: exit reason, trials from the best to the worst, and files."""
-
-    exit_reason: str  # completed or interrupted
-    trials: list[Trial]
-    best: Trial | None
-    metric: str
-    folder: str
-    best_recipe: str | None
-    table: str
-    report: str
 
 
 def search(
@@ -96,7 +82,7 @@ def search(
         )
     check_inputs(recipe)
     store = open_store(recipe, resume=resume)
-    display = Display()
+    display = SearchDisplay(store)
     with locked(store.folder), stop_on_signal(store.folder, display.say) as stop:
         store.folder.write_text(RECIPE, recipe.to_yaml())
         store.save()
@@ -105,6 +91,7 @@ def search(
                 store, stop=stop, display=display, address=address, shared=shared, on_progress=on_progress
             )
         finally:
+            display.close()
             if store.trials:
                 write_results(store)
             else:
@@ -178,7 +165,7 @@ def _run_trials(
     store: TrialStore,
     *,
     stop: Stop,
-    display: Display,
+    display: SearchDisplay,
     address: str | None,
     shared: Sequence[str],
     on_progress: Progress | None,
@@ -186,9 +173,7 @@ def _run_trials(
     from dreamfleet.tune.algorithm import SearchAlgorithm
     from dreamfleet.tune.callback import StoreCallback
 
-    callback = StoreCallback(
-        store, on_progress or (lambda trial: display.say(format_trial(trial, store.figures)))
-    )
+    callback = StoreCallback(store, on_progress or display.show)
     algorithm = SearchAlgorithm(
         store, should_stop=lambda: stop.requested.is_set() or callback.error is not None
     )
@@ -284,6 +269,7 @@ def _result(store: TrialStore, *, interrupted: bool) -> SearchResult:
         trials=ranking,
         best=store.best,
         metric=store.search.objective,
+        metrics=store.search.metrics,
         folder=folder.path(),
         best_recipe=folder.path(BEST) if store.best else None,
         table=folder.path(TABLE),

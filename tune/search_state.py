@@ -24,4 +24,7 @@ class SearchState:
     seconds: float = 0.0  # wall-clock time of all sessions
     freed_bytes: int = 0  # checkpoints and exports that were removed
     end_reason: str | None = None  # a key of limits.END_REASONS; None while the search runs
+    exported: dict[str, int] = field(
+        default_factory=dict
+    )  # trial -> the step of the checkpoint in its exports/
     earlier: list[EarlierTrial] = field(default_factory=list)

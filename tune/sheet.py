@@ -6,14 +6,18 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
+from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.search import Domain, SearchConfig, Value
 from dreamfleet.trainers.report import formatting
-from dreamfleet.trainers.report.preview_grid import mosaic, read_preview_grids
+from dreamfleet.trainers.report.preview_grid import Cell as PreviewImage
+from dreamfleet.trainers.report.preview_grid import mosaic, preview_steps, read_preview_grid
 from dreamfleet.tune.trial_store import Trial, TrialStore, format_value
 
+TEMPLATES = Path(__file__).with_name("templates")
 MOST_COLUMNS, MOST_ROWS = 6, 5
 LONGEST_SIDE = 320  # longest side in pixels of a cell's image on the page
 IMAGES = 4  # maximum number of images of one trial
@@ -35,7 +39,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Cell:
-    """The best trial in one cell, the number of trials in the cell, and the best trial's last previews."""
+    """The best trial in one cell, the number of trials in the cell, and the previews of the best trial's best round."""
 
     trial: Trial
     count: int
@@ -80,7 +84,7 @@ def make_axis(path: str, domain: Domain, tried: Sequence[Value], most: int) -> A
 
 
 def image_sheet(store: TrialStore) -> ImageSheet | None:
-    """Return the last previews of the best trial of each cell; None if no trial has previews."""
+    """Return the previews of the best trial of each cell; None if no trial has previews."""
     search = store.search
     key_across, key_down = axes(search)
     shown = [trial for trial in store.ranking() if trial.figure(search.objective) is not None]
@@ -104,15 +108,26 @@ def image_sheet(store: TrialStore) -> ImageSheet | None:
 
 
 def _cell(store: TrialStore, trials: Sequence[Trial]) -> Cell | None:
-    return Cell(trials[0], len(trials), _previews(store, trials[0])) if trials else None
+    return Cell(trials[0], len(trials), _mosaic(store, trials[0])) if trials else None
 
 
-def _previews(store: TrialStore, trial: Trial) -> Image.Image | None:
-    grids = read_preview_grids(store.folder.child(trial.folder), 2)
-    if not grids:
+def trial_previews(search: Storage, trial: Trial) -> list[PreviewImage]:
+    """Return the previews of a trial's best round, or of the round with previews nearest to it; [] without any."""
+    run = search.child(trial.folder)
+    steps = preview_steps(run)
+    wanted = trial.best_step
+    if not steps or wanted is None:
+        return []
+    grid = read_preview_grid(run, min(steps, key=lambda step: (abs(step - wanted), -step)))
+    return grid.cells if grid else []
+
+
+def _mosaic(store: TrialStore, trial: Trial) -> Image.Image | None:
+    cells = trial_previews(store.folder, trial)
+    if not cells:
         return None
     # One image of each prompt is more informative than four of the first prompt.
-    first = sorted(grids[-1].cells, key=lambda cell: (cell.column, cell.row))[:IMAGES]
+    first = sorted(cells, key=lambda cell: (cell.column, cell.row))[:IMAGES]
     columns = math.ceil(math.sqrt(len(first)))
     side = min(first[0].image.width, LONGEST_SIDE // columns)
     return mosaic([cell.image for cell in first], columns, cell=side, gap=max(1, side // 50))

@@ -210,14 +210,13 @@ def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
     return all(a <= b for a, b in zip(one, other, strict=True)) and tuple(one) != tuple(other)
 
 
-def read_store(recipe: Recipe) -> TrialStore:
+def read_store(recipe: Recipe, *, clock: Callable[[], float] = time.monotonic) -> TrialStore:
     """Read the trial store in a recipe's ``output_dir``."""
     content = json.loads(Storage(recipe.output_dir).read_text(FILE))
     state = content.get("search", {})
     earlier = [EarlierTrial(**row) for row in state.pop("earlier", [])]
-    return TrialStore(
-        recipe, [Trial(**row) for row in content["trials"]], state=SearchState(**state, earlier=earlier)
-    )
+    trials = [Trial(**row) for row in content["trials"]]
+    return TrialStore(recipe, trials, state=SearchState(**state, earlier=earlier), clock=clock)
 
 
 def _is_finite(value: Any) -> bool:
@@ -278,13 +277,21 @@ def trial_recipe(recipe: Recipe, point: Point, output_dir: str, *, workers: int 
 
     Raises RecipeError if the point makes the recipe invalid.
     """
-    tree = put_point(recipe.model_dump(mode="json", exclude={"search"}), point)
-    tree["output_dir"] = output_dir
+    tree = _put(recipe, point, output_dir)
     tree["scaling"]["num_workers"] = workers
+    tree["train"]["export"] = False  # the search exports the trials that it keeps
     return build_recipe(tree, source=f"trial of {point}")
 
 
 def best_recipe(recipe: Recipe, point: Point, output_dir: str) -> Recipe:
     """Return the recipe of one point for `dreamfleet train`, with the recipe's own workers."""
+    return build_recipe(_put(recipe, point, output_dir), source=f"recipe of {point}")
+
+
+def _put(recipe: Recipe, point: Point, output_dir: str) -> dict[str, Any]:
+    """Return the plain tree of a recipe of one point, whose best checkpoint is that of the search's first metric."""
     tree = put_point(recipe.model_dump(mode="json", exclude={"search"}), point)
-    return build_recipe({**tree, "output_dir": output_dir}, source=f"recipe of {point}")
+    tree["output_dir"] = output_dir
+    if (search := recipe.search) is not None:
+        tree["validation"] |= {"metric_for_best": search.objective, "greater_is_better": search.maximise}
+    return tree

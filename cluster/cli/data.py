@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +13,7 @@ from dreamfleet.cluster.cli import inspect as cli_inspect
 from dreamfleet.cluster.cli import prepare as cli_prepare
 from dreamfleet.cluster.cli import tags as cli_tags
 from dreamfleet.cluster.cli.base import AsJson, Commands, Verbose, local_path, print_json, work
+from dreamfleet.cluster.cli.pages import Browser, Port, serve
 
 data = typer.Typer(
     name="data", cls=Commands, help="Prepare image sets.", no_args_is_help=True, rich_markup_mode=None
@@ -36,10 +35,8 @@ def label(
         ),
     ] = None,
     classes: Annotated[str, typer.Option(help="Names of the classes, from number 0 on.")] = "other,good",
-    port: Annotated[int, typer.Option(help="Port of the page; 0: any free port.", min=0, max=65535)] = 0,
-    browser: Annotated[
-        bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")
-    ] = True,
+    port: Port = 0,
+    browser: Browser = True,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -50,7 +47,6 @@ def label(
     """
     with work():
         from dreamfleet.cluster.labeling.labels import Labelling
-        from dreamfleet.cluster.labeling.server import LabelServer
         from dreamfleet.datasets.errors import UserError
         from dreamfleet.datasets.index.labels import LABELS_FILE
 
@@ -58,29 +54,9 @@ def label(
         if len(names) < 2 or len(set(names)) < len(names):
             raise UserError(f"--classes {classes!r}: give at least two different names, such as other,good")
         labelling = Labelling(str(folder), str(out or folder / LABELS_FILE), names)
-        server = LabelServer(labelling, port)
-        print(
-            f"label the images at {server.url}\nEvery answer is saved immediately; stop with Ctrl-C",
-            flush=True,
-        )
-        if browser:
-            _open(server.url)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            pass
-        finally:
-            server.server_close()
+        serve(labelling, port=port, title="label the images", browser=browser)
         found = labelling.report()
     _print(found, as_json)
-
-
-def _open(url: str) -> None:
-    """Open the page in a browser if there is a desktop; a text browser would take over the terminal."""
-    import webbrowser
-
-    if sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
-        webbrowser.open(url)
 
 
 def _print(found: dict[str, Any], as_json: bool) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from dreamfleet.cluster.cli import artifacts
+from dreamfleet.cluster.cli import compare as cli_compare
 from dreamfleet.cluster.cli import data as cli_data
 from dreamfleet.cluster.cli import fleet as cli_fleet
 from dreamfleet.cluster.cli import jobs as cli_jobs
@@ -142,6 +143,7 @@ for command in (
     train,
     cli_tune.tune,
     cli_fleet.fleet,
+    cli_compare.compare,
     artifacts.sample,
     artifacts.score,
     cli_plan.plan,

@@ -69,14 +69,14 @@ def _print_result(result: Any) -> None:
     if not shown:
         return
     keys = list(shown[0].point)
-    table = [["trial", *(key.rpartition(".")[2] for key in keys), result.metric, "steps", "time", ""]]
+    table = [["trial", *(key.rpartition(".")[2] for key in keys), *result.metrics, "steps", "time", ""]]
     for trial in shown:
-        value = trial.figure(result.metric)
+        values = [trial.figure(name) for name in result.metrics]
         table.append(
             [
                 trial.name,
                 *(format_value(trial.point[key]) for key in keys),
-                "" if value is None else formatting.number(value, 4),
+                *("" if value is None else formatting.number(value, 4) for value in values),
                 str(trial.steps),
                 formatting.seconds(trial.seconds),
                 trial.status,

@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from dreamfleet.datasets.errors import DataError, StorageError, UserError
@@ -75,6 +76,23 @@ class Labelling:
             elif action in ("back", "skip"):
                 place = min(place + 1, len(self.names)) if action == "skip" else place - 1
             return self._view(self._readable(place, -1 if action == "back" else 1))
+
+    def html(self, nonce: str) -> str:
+        """Return the page."""
+        return Path(__file__).with_name("label.html").read_text("utf-8").replace("NONCE", nonce)
+
+    def answer(self, request: Any) -> dict[str, Any]:
+        """Apply a request of the page's script, ``{action, at, class}``; see :meth:`act`."""
+        action, at, number = request["action"], request.get("at"), request.get("class")
+        if not all(value is None or type(value) is int for value in (at, number)):
+            raise ValueError(f"{at!r}, {number!r}")
+        return self.act(action, at, number)
+
+    def find_image(self, name: str) -> tuple[bytes, str] | None:
+        """Return the image at the position that ``name`` states in decimal digits."""
+        if not (name.isascii() and name.isdigit() and len(name) < 10) or int(name) >= len(self.names):
+            return None
+        return self.image(int(name))
 
     def report(self) -> dict[str, Any]:
         """Return the file, the number of images of each class, and the images that cannot be read."""

@@ -1,4 +1,4 @@
-"""HTTP server of the labelling page (`label.html`) and its images, on the loopback interface, with a token."""
+"""HTTP server of a local page that records answers, such as labels or votes: loopback interface only, with a token."""
 
 from __future__ import annotations
 
@@ -8,29 +8,40 @@ import secrets
 import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from dreamfleet.cluster.labeling.labels import Labelling
-from dreamfleet.datasets.errors import DataError, ResourceError, StorageError, UserError
+from dreamfleet.datasets.errors import ResourceError, UserError
 from dreamfleet.datasets.json_text import json_text
 
 LOOPBACK = "127.0.0.1"
 MAX_REQUEST_BYTES = 4096
 
 
-class LabelServer(ThreadingHTTPServer):
-    """Serves the page on the loopback interface to clients whose URL contains the token."""
+class LocalPage(Protocol):
+    """A page with images whose script sends the person's answers as JSON."""
+
+    def html(self, nonce: str) -> str:
+        """Return the page; its scripts and styles carry ``nonce``."""
+
+    def answer(self, request: Any) -> dict[str, Any]:
+        """Record one answer, given as parsed JSON, and return the next state of the page.
+
+        Raises ValueError, TypeError, KeyError or AttributeError for a request that the page never sends, and UserError
+        for one that cannot be carried out.
+        """
+
+    def find_image(self, name: str) -> tuple[bytes, str] | None:
+        """Return the content and media type of an image; None for a wrong name. Raises UserError if unreadable."""
+
+
+class PageServer(ThreadingHTTPServer):
+    """Serves a page on the loopback interface to clients whose URL contains the token."""
 
     daemon_threads = True
 
-    def __init__(self, labelling: Labelling, port: int = 0):
-        self.labelling, self.token, self.nonce = (
-            labelling,
-            secrets.token_urlsafe(24),
-            secrets.token_urlsafe(16),
-        )
-        self.page = Path(__file__).with_name("label.html").read_text("utf-8").replace("NONCE", self.nonce)
+    def __init__(self, content: LocalPage, port: int = 0):
+        self.content = content
+        self.token, self.nonce = secrets.token_urlsafe(24), secrets.token_urlsafe(16)
         try:
             super().__init__((LOOPBACK, port), _Handler)
         except OSError as error:
@@ -51,14 +62,18 @@ class LabelServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: LabelServer
+    server: PageServer
     server_version, sys_version = "dreamfleet", ""
     timeout = 60  # seconds after which an idle connection is closed
 
     def do_GET(self) -> None:
         place = self._requested_path()
         if place == "":
-            self._send(HTTPStatus.OK, self.server.page.encode(), "text/html; charset=utf-8")
+            self._send(
+                HTTPStatus.OK,
+                self.server.content.html(self.server.nonce).encode(),
+                "text/html; charset=utf-8",
+            )
         elif place is not None and place.startswith("image/"):
             self._send_image(place.removeprefix("image/"))
         elif place is not None:
@@ -79,17 +94,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {MAX_REQUEST_BYTES} bytes expected")
             return
         try:
-            request = json.loads(self.rfile.read(int(length)))
-            action, at, number = request["action"], request.get("at"), request.get("class")
-            if not all(value is None or type(value) is int for value in (at, number)):
-                raise ValueError(f"{at!r}, {number!r}")
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            self._refuse(HTTPStatus.BAD_REQUEST, "invalid request")
-            return
-        try:
-            view = self.server.labelling.act(action, at, number)
+            view = self.server.content.answer(json.loads(self.rfile.read(int(length))))
         except UserError as error:
             self._refuse(HTTPStatus.CONFLICT, str(error))
+            return
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            self._refuse(HTTPStatus.BAD_REQUEST, "invalid request")
             return
         self._send(HTTPStatus.OK, json_text(view).encode(), "application/json")
 
@@ -111,19 +121,16 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return place
 
-    def _send_image(self, number: str) -> None:
-        labelling = self.server.labelling
-        if not (number.isascii() and number.isdigit() and len(number) < 10) or int(number) >= len(
-            labelling.names
-        ):
-            self._refuse(HTTPStatus.NOT_FOUND, "no such image")
-            return
+    def _send_image(self, name: str) -> None:
         try:
-            content, kind = labelling.image(int(number))
-        except (DataError, StorageError) as error:
+            found = self.server.content.find_image(name)
+        except UserError as error:
             self._refuse(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
             return
-        self._send(HTTPStatus.OK, content, kind)
+        if found is None:
+            self._refuse(HTTPStatus.NOT_FOUND, "no such image")
+            return
+        self._send(HTTPStatus.OK, *found)
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
         self.close_connection = True
@@ -136,8 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
             "Content-Type": kind,
             "Content-Length": str(len(content)),
             "Cache-Control": "no-store" if not kind.startswith("image/") else "private, max-age=3600",
-            "Content-Security-Policy": f"default-src 'none'; img-src 'self'; connect-src 'self'; script-src {nonce}; "
-            f"style-src {nonce}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+            "Content-Security-Policy": f"default-src 'none'; img-src 'self' data:; connect-src 'self'; "
+            f"script-src {nonce}; style-src {nonce}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
             "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
             "Cross-Origin-Resource-Policy": "same-origin",

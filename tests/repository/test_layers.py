@@ -36,6 +36,7 @@ LAYERS = {
     "trainers/driver": "torch ray",
     "trainers/packing": "torch",
     "trainers/launch.py": "ray",
+    "tune/pool": "torch ray",
     "tune": "torch ray",
     "tune/fleet": "torch ray",
     "cluster": "torch",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.trainers.report import formatting
@@ -16,12 +16,16 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Line:
-    """One curve. ``kind``: "plain", "faint" (raw values behind a smoothed line) or "dots" (few measured points)."""
+    """One curve. ``kind``: "plain", "faint" (raw values behind a smoothed line) or "dots" (few measured points).
+
+    ``colour`` is 0 to 3, or 4 for grey. Marks with the same ``key`` are highlighted together.
+    """
 
     name: str
     points: Sequence[Point]
     kind: str = "plain"
     colour: int = 0
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,12 @@ class Chart:
 
 @dataclass(frozen=True)
 class Mark:
-    """One SVG path: its CSS classes, its coordinates (0 to 1000 on both axes), and a tooltip."""
+    """One SVG path: its CSS classes, its coordinates (0 to 1000 on both axes), a tooltip, and what it stands for."""
 
     style: str
     path: str
     label: str = ""
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def dot(x: float, y: float) -> str:
 
 def lay_out(chart: Chart, *, last_step: float) -> Plot | None:
     """Return the layout of a chart's curves and ticks without non-finite values; None if nothing remains."""
-    lines = [Line(x.name, _thinned(_finite(x.points)), x.kind, x.colour) for x in chart.lines]
+    lines = [replace(line, points=_thinned(_finite(line.points))) for line in chart.lines]
     lines = [line for line in lines if line.points]
     if not lines:
         return None
@@ -118,11 +123,12 @@ def lay_out(chart: Chart, *, last_step: float) -> Plot | None:
 
 def _marks(line: Line, points: Sequence[Point]) -> list[Mark]:
     marks = []
+    label = line.name if line.key else ""
     if len(points) > 1:
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-        marks.append(Mark(f"{line.kind} c{line.colour}", path))
+        marks.append(Mark(f"{line.kind} c{line.colour}", path, label, line.key))
     if line.kind == "dots" or len(points) == 1:
-        marks.append(Mark(f"dot c{line.colour}", "".join(dot(x, y) for x, y in points)))
+        marks.append(Mark(f"dot c{line.colour}", "".join(dot(x, y) for x, y in points), label, line.key))
     return marks
 
 

@@ -44,22 +44,28 @@ class PreviewGrid:
         return sorted((cell for cell in self.cells if cell.prompt == prompt), key=lambda c: (c.row, c.column))
 
 
+def preview_steps(run: Storage) -> list[int]:
+    """Return the steps of the preview grids in ``samples/``, ascending."""
+    return sorted(int(m[1]) for name in run.list("samples") if (m := re.fullmatch(r"step-(\d+)\.png", name)))
+
+
 def read_preview_grids(run: Storage, most: int) -> list[PreviewGrid]:
     """Read at most ``most`` preview grids in ``samples/``, evenly spread and including the first and the last."""
-    names = [m for name in run.list("samples") if (m := re.fullmatch(r"(step-(\d+))\.png", name))]
-    names.sort(key=lambda match: int(match[2]))
-    if len(names) > most:
-        names = [names[round(i * (len(names) - 1) / (most - 1))] for i in range(most)]
-    grids = []
-    for match in names:
-        try:
-            cells = _cells(run, f"samples/{match[1]}")
-        except (UserError, OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("the report skips samples/%s: %s", match[0], error)
-            continue
-        if cells:
-            grids.append(PreviewGrid(int(match[2]), cells))
-    return grids
+    steps = preview_steps(run)
+    if len(steps) > most:
+        steps = [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
+    return [grid for step in steps if (grid := read_preview_grid(run, step)) is not None]
+
+
+def read_preview_grid(run: Storage, step: int) -> PreviewGrid | None:
+    """Read the preview grid of one step; None with a warning if it cannot be read."""
+    stem = f"samples/step-{step:06d}"
+    try:
+        cells = _cells(run, stem)
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("the report skips %s.png: %s", stem, error)
+        return None
+    return PreviewGrid(step, cells) if cells else None
 
 
 def read_real_images(run: Storage, size: int | None) -> list[Image.Image]:

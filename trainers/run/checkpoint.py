@@ -214,8 +214,8 @@ def require_optimizer(found: Checkpoint, action: str) -> None:
     if not found.resumable:
         raise CheckpointError(
             f"the checkpoint of step {found.step} cannot be {action}: its optimizer state was removed when its trial "
-            "of a search ended. It can be exported and sampled; to train these settings again, use the best.yaml of the "
-            "search with another output_dir"
+            "of a search ended. It can be exported and sampled; to train these settings again, use the best.yaml of "
+            "the search with another output_dir"
         )
 
 

@@ -21,14 +21,14 @@ from typer.testing import CliRunner
 
 from dreamfleet.cluster.cli import program
 from dreamfleet.cluster.labeling.labels import LONGEST_SIDE, Labelling
-from dreamfleet.cluster.labeling.server import LabelServer
+from dreamfleet.cluster.labeling.server import PageServer
 from dreamfleet.datasets.errors import DataError, ResourceError, UserError
 
 
 class Page:
     """A client that sends the requests of the page's script."""
 
-    def __init__(self, server: LabelServer):
+    def __init__(self, server: PageServer):
         self.server, self.view = server, {"at": None}
 
     def ask(
@@ -68,7 +68,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def page(folder: Path) -> Iterator[Page]:
-    server = LabelServer(Labelling(str(folder), str(folder / "dataset.json"), ["other", "good"]))
+    server = PageServer(Labelling(str(folder), str(folder / "dataset.json"), ["other", "good"]))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
@@ -284,6 +284,6 @@ def test_errors_of_the_command(folder: Path, page: Page, tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"no (picture|image)"):
         Labelling(str(tmp_path / "empty"), "x.json", ["a", "b"])
     with pytest.raises(ResourceError):
-        LabelServer(page.server.labelling, page.server.server_port)
+        PageServer(page.server.content, page.server.server_port)
     with pytest.raises(UserError, match="action"):
-        page.server.labelling.act("dance", 0, None)
+        page.server.content.act("dance", 0, None)

@@ -57,8 +57,10 @@ def missing() -> str | None:
     """Return the reason why no GPU can be simulated on this machine; None if one can."""
     import torch
 
-    if torch.version.cuda is not None or torch.cuda.is_available():
-        return "this torch has CUDA itself"
+    if torch.cuda.is_available():
+        return None  # the real one is used
+    if torch.version.cuda is not None:
+        return "this torch has CUDA itself, but no GPU"
     if not torch.__version__.startswith(f"{TORCH}."):
         return f"made for torch {TORCH}, this is {torch.__version__}"
     if shutil.which("c++") is None and shutil.which("g++") is None:
@@ -67,12 +69,21 @@ def missing() -> str | None:
 
 
 def install(*, devices: int = 1) -> Any:
-    """Simulate ``devices`` GPUs of ``MEMORY`` bytes each; the first call compiles the extension."""
-    global ext
+    """Simulate ``devices`` GPUs of ``MEMORY`` bytes each; the first call compiles the extension.
+
+    With a real GPU, nothing is simulated: the cases run on it.
+    """
+    global ext, MEMORY
     if ext is not None:
         return ext
     if (reason := missing()) is not None:
         raise RuntimeError(f"no GPU can be simulated: {reason}")
+    if is_real():
+        from simulated_gpu.real import RealGpu
+
+        ext = RealGpu()
+        MEMORY = ext.memory()
+        return ext
     built = build()
     unchecked, cpu_only = _operators()
     if not built.install(devices, unchecked, cpu_only, list(WAITING), _record):
@@ -83,6 +94,13 @@ def install(*, devices: int = 1) -> Any:
 
     patches.apply(built, devices)
     return ext
+
+
+def is_real() -> bool:
+    """Return whether the cases run on a real GPU; it is asked for before anything is simulated."""
+    import torch
+
+    return torch.version.cuda is not None and torch.cuda.is_available()
 
 
 def build() -> Any:
@@ -102,6 +120,12 @@ def build() -> Any:
 def recorded() -> Iterator[list[Event]]:
     """Record the events within this context; the yielded list is filled when the context ends."""
     start, found = len(events), []
+    if is_real():
+        with ext.recording(_record):
+            yield found
+        found += events[start:]
+        del events[start:]
+        return
     ext.record(True)
     try:
         yield found

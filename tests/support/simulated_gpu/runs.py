@@ -1,5 +1,7 @@
 """Runs cases on the simulated GPU in a separate process: ``python -m simulated_gpu.runs CASE...``
 
+``part:1/4`` names a quarter of the whole matrix, ``special`` all special cases that also a real GPU can run.
+
 Prints a line of JSON per case: its error, the host's waits in one step and their lines of code, the warnings
 about CUDA, and the bytes left on the device. The process is separate because torch cannot unregister a
 device.
@@ -39,7 +41,7 @@ from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run import run as run_module
 from dreamfleet.trainers.run.run import run_worker
 from simulated_gpu import cases
-from simulated_gpu.special import SPECIAL
+from simulated_gpu.special import SIMULATED_ONLY, SPECIAL
 
 WAITS = ("wait", "send", "race")  # kinds of events that block or corrupt a step
 
@@ -137,6 +139,20 @@ def run_case(name: str, action: Callable[[], dict[str, Any] | None]) -> dict[str
     return result | {"seconds": round(time.monotonic() - began, 1)}
 
 
+def _named(words: list[str], rows: list[str]) -> list[str]:
+    """Return the names of cases, with ``part:K/N`` and ``special`` replaced by theirs."""
+    found: list[str] = []
+    for word in words:
+        if word.startswith("part:"):
+            part, parts = map(int, word.removeprefix("part:").split("/"))
+            found += rows[part - 1 :: parts]
+        elif word == "special":
+            found += [name for name in SPECIAL if name not in SIMULATED_ONLY]
+        else:
+            found.append(word)
+    return found
+
+
 def main() -> None:
     """Run the named cases."""
     torch.set_num_threads(1)
@@ -149,7 +165,7 @@ def main() -> None:
         # Stage 3 is last: DeepSpeed replaces torch's linear function permanently and does not free all
         # memory.
         changes = [name for name, row in rows.items() if row.options.get("engine.zero_stage") == 3]
-        for case in sorted(sys.argv[1:], key=lambda name: name in changes):
+        for case in sorted(_named(sys.argv[1:], list(rows)), key=lambda name: name in changes):
             if case in rows:
                 action = functools.partial(run_row, rows[case], parent)
             else:

@@ -27,6 +27,11 @@ sys.path.append(str(ROOT / "benchmarks"))
 WORD = {"name": "textual_inversion", "placeholder_token": "<thing>", "initializer_token": "cat"}
 LITTLE = 64 * 2**10  # bytes of GPU memory, too few for any model
 SPECIAL: dict[str, Callable[[Path], None]] = {}
+#: Cases that set the size of the GPU's memory.
+SIMULATED_ONLY = (
+    "too-little-memory-ends-a-run-and-leaves-nothing",
+    "too-little-memory-is-an-error-of-every-command",
+)
 
 
 def special(function: Callable[[Path], None]) -> Callable[[Path], None]:

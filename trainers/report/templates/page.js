@@ -35,3 +35,33 @@ for (const plot of document.querySelectorAll("[data-chart]")) {
   plot.addEventListener("pointerdown", show);
   plot.addEventListener("pointerleave", () => { rule.hidden = tip.hidden = true; });
 }
+// Marks and table rows of one thing are highlighted together, under the pointer or with the focus in the row.
+const keyed = new Map();
+for (const one of document.querySelectorAll("[data-key]")) {
+  if (!keyed.has(one.dataset.key)) keyed.set(one.dataset.key, []);
+  keyed.get(one.dataset.key).push(one);
+}
+let lit = [];
+const light = (event) => {
+  for (const one of lit) one.classList.remove("lit");
+  lit = keyed.get(event.target.closest?.("[data-key]")?.dataset.key) ?? [];
+  for (const one of lit) one.classList.add("lit");
+};
+if (keyed.size) for (const name of ["pointerover", "focusin"]) document.addEventListener(name, light);
+// A click on a heading sorts the rows of its table; empty cells stay last.
+for (const button of document.querySelectorAll("th[data-sorts] button")) {
+  const head = button.closest("th"), body = head.closest("table").tBodies[0];
+  button.addEventListener("click", () => {
+    const up = head.getAttribute("aria-sort") !== "ascending";
+    for (const other of head.parentElement.children) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const value = (row) => row.cells[head.cellIndex].dataset.value ?? row.cells[head.cellIndex].textContent.trim();
+    const compare = (a, b) => {
+      const [x, y] = [value(a), value(b)];
+      if (!x || !y) return !x - !y;
+      const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
+      return up ? order : -order;
+    };
+    body.append(...[...body.rows].sort(compare));
+  });
+}

@@ -1,0 +1,174 @@
+"""Runs the tasks of a search or a fleet: in this process, on Ray actors that pack several each, or by Ray Train."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Literal
+
+from dreamfleet.datasets.environment import variables_to_send
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.packing import find_unpackable
+from dreamfleet.trainers.config.scaling import worker_resources
+from dreamfleet.trainers.driver.preflight import this_machine
+from dreamfleet.trainers.driver.progress import watch_for_stop
+from dreamfleet.trainers.driver.session import ray_session, starts_private_ray
+from dreamfleet.trainers.driver.shared_paths import PathsByKey, check_machines, shared_paths, written_paths
+from dreamfleet.trainers.packing.task import TaskSource
+from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.run.signals import Stop
+from dreamfleet.tune.pool.dispatch import Dispatcher, Events
+from dreamfleet.tune.pool.room import Demand, Room, plan_room
+from dreamfleet.tune.pool.worker import Worker
+
+
+def run_pool(
+    source: TaskSource,
+    recipe: Recipe,
+    *,
+    stop: Stop,
+    say: Callable[[str], None],
+    tasks: int | None = None,
+    max_concurrent: int | None = None,
+    workers_per_task: int | None = None,
+    resources: Mapping[str, float] | None = None,
+    reads: PathsByKey | None = None,
+    address: str | None = None,
+    shared: Sequence[str] = (),
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Literal["completed", "interrupted"]:
+    """Run all tasks of a source; return "interrupted" if they were stopped before the last had ended.
+
+    ``recipe`` is what the tasks have in common: its scaling, engine, method, shared paths and its ``output_dir``, the
+    folder of the search or the fleet, whose stop file ends the pool. The caller has checked its inputs and locked it.
+
+    ``workers_per_task``, by default ``scaling.num_workers``: 0 runs the tasks in this process, without Ray; 1 in Ray
+    actors, each of which packs up to ``scaling.slots_per_worker`` tasks; more as runs of Ray Train, one task per group
+    of workers. ``resources``: Ray resources of a worker, by default ``scaling.resources_per_worker``. ``tasks`` is the
+    most tasks that there will be, if known; ``max_concurrent`` the most that run at once. ``reads``: paths that all
+    machines must see in addition to the recipe's, by key. ``shared``: folders that all machines of a cluster that grows
+    can access. ``say`` receives lines for the user.
+
+    All calls of the source come from this thread, and every task that it gives out gets exactly one ``on_end``. A task
+    whose process died is started again and continues from its newest checkpoint, up to ``scaling.max_failures`` times.
+    A signal, the stop file and ``should_stop`` make the running tasks save a checkpoint and end as interrupted.
+
+    Raises ResourceError if a task fits on no machine, StorageError if machines do not share the folders, RunFailed if
+    workers cannot be started. A task's own error is not raised: it is in its ``on_end``.
+    """
+    workers = recipe.scaling.num_workers if workers_per_task is None else workers_per_task
+    demand = _demand(recipe, workers, say, tasks, max_concurrent, resources)
+    with watch_for_stop(Storage(recipe.output_dir)) as is_marked:
+
+        def is_stopped() -> bool:
+            return stop.requested.is_set() or is_marked() or should_stop()
+
+        if workers == 0:
+            is_complete = _run_here(source, demand, is_stopped)
+        else:
+            checked = {**shared_paths(recipe), **(reads or {})}
+            with _joined_cluster(recipe, demand, stop, say, checked, address, shared) as room:
+                is_complete = _dispatcher(source, recipe, room, demand, shared).run(is_stopped)
+    return "completed" if is_complete else "interrupted"
+
+
+def _demand(
+    recipe: Recipe,
+    workers: int,
+    say: Callable[[str], None],
+    tasks: int | None,
+    max_concurrent: int | None,
+    resources: Mapping[str, float] | None,
+) -> Demand:
+    scaling = recipe.scaling
+    one_worker = scaling.model_copy(update={"num_workers": 1})
+    reason = find_unpackable(recipe.model_copy(update={"scaling": one_worker}))
+    if reason and workers < 2 and scaling.slots_per_worker != 1:
+        say(f"one training at a time in each process: {reason}")
+    return Demand(
+        scaling,
+        packs=reason is None,
+        tasks=tasks,
+        max_concurrent=max_concurrent,
+        workers_per_task=max(1, workers),
+        resources=resources or scaling.resources_per_worker,
+    )
+
+
+@contextmanager
+def _joined_cluster(
+    recipe: Recipe,
+    demand: Demand,
+    stop: Stop,
+    say: Callable[[str], None],
+    reads: PathsByKey,
+    address: str | None,
+    shared: Sequence[str],
+) -> Iterator[Room]:
+    """Connect to Ray, check its machines, and yield the size of the pool on them."""
+    if starts_private_ray(address):  # report missing resources before Ray is started
+        plan_room(demand, [this_machine()])
+    preload = ("ray.train.torch",) if demand.workers_per_task > 1 else ()
+    with ray_session(address, preload=preload) as session:
+        stop.listen()
+        check_machines(session, reads=reads, writes=written_paths(recipe), shared=shared)
+        nodes = [node.resources for node in session.nodes()]
+        room = plan_room(demand, nodes, limit=session.growth_limit())
+        say(str(room))
+        yield room
+
+
+def _run_here(source: TaskSource, demand: Demand, is_stopped: Callable[[], bool]) -> bool:
+    from dreamfleet.trainers.packing.runner import run_tasks
+
+    share = worker_resources(demand.scaling, [this_machine()])
+    run_tasks(
+        source,
+        capacity=demand.slots(uses_gpu=share.uses_gpu),
+        device="cuda" if share.uses_gpu else "cpu",
+        should_stop=is_stopped,
+    )
+    return not is_stopped()
+
+
+def _dispatcher(
+    source: TaskSource, recipe: Recipe, room: Room, demand: Demand, shared: Sequence[str]
+) -> Dispatcher:
+    events: Events = queue.SimpleQueue()
+    return Dispatcher(
+        source,
+        _worker_maker(recipe, room, demand, events, shared),
+        events,
+        num_workers=room.groups,
+        slots=room.slots,
+        max_concurrent=demand.max_concurrent,
+        max_failures=recipe.scaling.max_failures,
+    )
+
+
+def _worker_maker(
+    recipe: Recipe, room: Room, demand: Demand, events: Events, shared: Sequence[str]
+) -> Callable[[], Worker]:
+    """Return a function that starts a worker."""
+    import ray
+
+    from dreamfleet.trainers.driver.worker import worker_environment
+    from dreamfleet.tune.pool.actor import ActorWorker, Settings
+    from dreamfleet.tune.pool.group import Group
+
+    share = room.share
+    if room.workers_per_task > 1:
+        # Ray Train would give all CPUs to one group.
+        resources = share.resources if demand.resources or not share.uses_gpu else None
+        return partial(Group, events, num_workers=room.workers_per_task, resources=resources, shared=shared)
+    settings = Settings(
+        slots=room.slots,
+        threads=share.threads,
+        uses_gpu=share.uses_gpu,
+        gpu_share=share.gpu_share,
+        environment=worker_environment(share.threads),
+        sent=variables_to_send(buckets="://" in recipe.to_yaml()),
+    )
+    return partial(ActorWorker, share, ray.put(settings), events)
