@@ -62,7 +62,7 @@ class FleetResult:
         return self.total - self.completed - self.failed
 
     def _repr_html_(self) -> str:
-        return notebook_html(self.rows, self.folder, self.title)
+        return notebook_html(self.rows, self.folder, title=self.title)
 
 
 def fleet(

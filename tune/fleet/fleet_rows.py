@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import threading
+import weakref
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +22,8 @@ class FleetRows(Sequence[SubjectRow]):
 
     def __init__(self, subjects: Subjects, states: States):
         self.subjects, self.states = subjects, states
-        self._file = tempfile.TemporaryFile(prefix="dreamfleet-fleet-")  # noqa: SIM115 - closed when collected
+        self._file = tempfile.TemporaryFile(prefix="dreamfleet-fleet-")  # noqa: SIM115 - closed with this object
+        weakref.finalize(self, self._file.close)
         self._places = array("q", [-1]) * len(subjects)
         self._lock = threading.Lock()
 
