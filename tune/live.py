@@ -14,7 +14,7 @@ from dreamfleet.tune.trial_store import Trial, TrialStore, format_trial, format_
 
 REFRESHES_PER_SECOND = 2
 BEST_SHOWN = 5  # finished trials in the table
-BORDER_ROWS = 5  # title, heading, rules and a spare line
+BORDER_ROWS = 4  # headline, heading, rule and a spare line
 
 
 class SearchDisplay:
@@ -29,6 +29,7 @@ class SearchDisplay:
         self.began = time.monotonic()
         self._started: dict[str, float] = {}  # when each running trial started in this session
         self._live: Any = None
+        self._console: Any = None
         self._redirected: list[tuple[logging.StreamHandler[Any], TextIO]] = []
 
     def show(self, trial: Trial) -> None:
@@ -49,7 +50,7 @@ class SearchDisplay:
     def say(self, text: str) -> None:
         """Print one line of text, above the table if there is one."""
         if self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False)
+            self._console.print(text, markup=False, highlight=False)
         else:
             print(text, file=self.stream, flush=True)
 
@@ -67,9 +68,9 @@ class SearchDisplay:
         from rich.file_proxy import FileProxy
         from rich.live import Live
 
-        console = Console(file=self.stream, highlight=False)
+        self._console = Console(file=self.stream, highlight=False)
         self._live = Live(
-            console=console,
+            console=self._console,
             get_renderable=self._table,
             refresh_per_second=REFRESHES_PER_SECOND,
             redirect_stdout=False,
@@ -79,17 +80,18 @@ class SearchDisplay:
         # Log messages are printed above the table instead of into it.
         for handler in logging.getLogger("dreamfleet").handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream is self.stream:
-                proxy: Any = FileProxy(console, self.stream)
+                proxy: Any = FileProxy(self._console, self.stream)
                 self._redirected.append((handler, self.stream))
                 handler.setStream(proxy)
         self._live.start()
 
     def _table(self) -> Any:
         from rich import box
+        from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=Text(self._headline()), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         keys = list(self.store.search.space)
         for name in ("trial", *(path.rpartition(".")[2] for path in keys)):
             table.add_column(Text(name), no_wrap=True, justify="left" if name == "trial" else "right")
@@ -99,11 +101,11 @@ class SearchDisplay:
         for trial in self._shown():
             style = "bold" if trial is self.store.best else "" if trial.status == "running" else "dim"
             table.add_row(*map(Text, self._cells(trial, keys)), style=style)
-        return table
+        return Group(Text(self._headline(), no_wrap=True, overflow="ellipsis"), table)
 
     def _shown(self) -> list[Trial]:
         """Return the running trials and the best finished ones, as many as the terminal has rows for."""
-        room = max(3, self._live.console.size.height - BORDER_ROWS)
+        room = max(3, self._console.size.height - BORDER_ROWS)
         running = [trial for trial in self.store.trials if trial.status == "running"]
         over = [trial for trial in self.store.ranking() if trial.is_over and trial.status != "failed"]
         best = over[: min(BEST_SHOWN, max(1, room - len(running)))]
@@ -124,7 +126,7 @@ class SearchDisplay:
             *("" if value is None else formatting.number(value, 4) for value in values),
             f"{trial.steps}/{planned}" if is_running else str(trial.steps),
             formatting.seconds(seconds) if seconds >= 1 else "",
-            "best" if trial is self.store.best else trial.status,
+            f"{trial.status}, best" if trial is self.store.best else trial.status,
         ]
 
     def _headline(self) -> str:

@@ -23,7 +23,7 @@ from dreamfleet.tune.parallel import parallel_plot
 from dreamfleet.tune.results import BEST
 from dreamfleet.tune.sheet import LONGEST_SIDE, TEMPLATES, image_sheet
 from dreamfleet.tune.trial_plots import is_higher_better, trial_plots
-from dreamfleet.tune.trial_store import Trial, TrialStore, format_point, format_value
+from dreamfleet.tune.trial_store import Trial, TrialStore, format_value
 from dreamfleet.tune.votes import Preference, Vote, agreement, preferences, read_votes
 
 STATUS = {"stopped": "stopped early", "running": "interrupted"}
@@ -106,16 +106,25 @@ def _importances(store: TrialStore) -> list[tuple[str, list[tuple[str, float]]]]
     ]
 
 
-def _front(store: TrialStore) -> list[tuple[Trial, str]]:
-    """Return the trials of the Pareto front with their values; [] for a search with one metric."""
-    names = store.search.metrics
+def _front(store: TrialStore) -> dict[str, Any] | None:
+    """Return the columns and rows of the Pareto front's table; None for a search with one metric."""
+    names, keys = store.search.metrics, list(store.search.space)
     if len(names) < 2:
-        return []
-    return [(trial, f"{_values(trial, names)} ({format_point(trial.point)})") for trial in store.front()]
-
-
-def _values(trial: Trial, names: Sequence[str]) -> str:
-    return ", ".join(f"{figure_title(name)} {_format(trial.figure(name))}" for name in names)
+        return None
+    rows = [
+        (
+            trial,
+            [
+                *(_format(trial.figure(name)) for name in names),
+                *(format_value(trial.point[key]) for key in keys),
+            ],
+        )
+        for trial in store.front()
+    ]
+    return {
+        "columns": ["trial", *map(figure_title, names), *(key.rpartition(".")[2] for key in keys)],
+        "rows": rows,
+    }
 
 
 def _vote_facts(store: TrialStore, votes: Sequence[Vote]) -> list[str]:
