@@ -152,8 +152,8 @@ class DataConfig(Section):
     ] = Field(
         default=None,
         min_length=1,
-        description="folder or s3:// address of the latents of class images: the run reads these, and adds missing ones "
-        "for later runs",
+        description="folder or s3:// address of the latents of class images: the run reads these, and adds missing "
+        "ones for later runs",
     )
     cache_precision: Literal["float32", "fp16"] = Field(
         default="float32",

@@ -135,7 +135,8 @@ def _changed_keys(fleet: Storage, name: str, recipes: SubjectRecipes, subject: A
     before = yaml.load(fleet.read_text(path), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     now = recipes.task_tree(subject)
     share_class_images(now, fleet.url)
-    return differences(*({name: tree.get(name) for name in TRAINED} for tree in (before, now)))
+    before, now = ({name: tree.get(name) for name in TRAINED} for tree in (before, now))
+    return differences(before, now)
 
 
 def _without_images(tree: dict[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,9 @@ def test_missing_images_are_bad_and_the_others_are_used(tmp_path: Path) -> None:
     assert sorted(bad.uri for bad in index.bad) == sorted(missing)
 
 
-@pytest.mark.parametrize("url", ["list://", "list://[]", "list://[1]", 'list://["a.png"]', "list:///data/a.png"])
+@pytest.mark.parametrize(
+    "url", ["list://", "list://[]", "list://[1]", 'list://["a.png"]', "list:///data/a.png"]
+)
 def test_what_is_no_list_is_an_error_with_an_example(url: str) -> None:
     with pytest.raises(DataError, match=r"Write"):
         find_source(url).scan(url, ScanOptions())

@@ -53,5 +53,5 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     fleet = Storage(tmp_path)
     write(fleet, 1)
     (tmp_path / "records/00000000-00000000.jsonl").write_text("{\n")
-    with pytest.raises(StorageError, match="00000000-00000000.jsonl"):
+    with pytest.raises(StorageError, match=r"00000000-00000000\.jsonl"):
         list(Records(fleet))
