@@ -146,7 +146,7 @@ def test_a_report_of_100_trials_has_every_section(tmp_path: Path) -> None:
 def test_the_table_can_be_sorted(tmp_path: Path) -> None:
     page = render(TrialStore(make_recipe(tmp_path / "s"), make_trials()))
     table = page[page.index('table class="trials"') :]
-    assert table.count("<th data-sorts>") == 7
+    assert table.count("<th data-sorts") == 7
     assert '<td data-value="0.001">0.001</td>' in table and '<td data-value="10">10</td>' in table
 
 
