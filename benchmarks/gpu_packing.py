@@ -202,13 +202,12 @@ def main() -> None:
     slots, device = [int(num) for num in asked.slots.split(",")], best_device()
     results: dict[str, Any] = {}
     for method in asked.methods.split(","):
+        every = {"bf16": slots, "no": slots[:1]} if device.type == "cuda" else {"no": slots}
         results[method] = {
-            "bf16": measure(
-                method, slots, steps=asked.steps, precision="bf16", small=asked.small, device=device
-            ),
-            "float32": measure(
-                method, slots[:1], steps=asked.steps, precision="no", small=asked.small, device=device
-            ),
+            precision: measure(
+                method, chosen, steps=asked.steps, precision=precision, small=asked.small, device=device
+            )
+            for precision, chosen in every.items()
         }
         if asked.small:
             print(json.dumps(results, indent=1), flush=True)
