@@ -147,8 +147,15 @@ def alone(micros: list[Any]) -> list[Any]:
     return [micro.engine.backward(micro.batch, last=micro.last) for micro in micros]
 
 
+def make_base(*, small: bool) -> Any:
+    """Return the model that all trainings of one precision share."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = recipe_of("ti", Path(folder), 0, precision="no", small=small)
+        return random_model(recipe, recipe.method.name)
+
+
 def measure(
-    method: str, slots: list[int], *, steps: int, precision: str, small: bool, device: torch.device
+    method: str, slots: list[int], base: Any, *, steps: int, precision: str, small: bool, device: torch.device
 ) -> dict[str, Any]:
     """Measure one method in one precision."""
     from dreamfleet.trainers.packing.pack import Pack
@@ -159,7 +166,6 @@ def measure(
             recipe_of(method, Path(folder), seed, precision=precision, small=small)
             for seed in range(max(slots))
         ]
-        base = random_model(recipes[0], recipes[0].method.name)
         before = Trainings(recipes[:1], base, device)
         seconds, peak = before.run(alone, steps)
         weights = before.weights(0)
@@ -201,19 +207,18 @@ def main() -> None:
     asked = parser.parse_args()
     slots, device = [int(num) for num in asked.slots.split(",")], best_device()
     results: dict[str, Any] = {}
-    for method in asked.methods.split(","):
-        every = {"bf16": slots, "no": slots[:1]} if device.type == "cuda" else {"no": slots}
-        results[method] = {
-            precision: measure(
-                method, chosen, steps=asked.steps, precision=precision, small=asked.small, device=device
-            )
-            for precision, chosen in every.items()
-        }
-        if asked.small:
-            print(json.dumps(results, indent=1), flush=True)
-        else:
-            how = f"python benchmarks/gpu_packing.py --methods {asked.methods} --slots {asked.slots}"
-            write_result("gpu_packing", {"methods": results}, how=how)
+    every = {"bf16": slots, "no": slots[:1]} if device.type == "cuda" else {"no": slots}
+    options: dict[str, Any] = {"steps": asked.steps, "small": asked.small, "device": device}
+    for precision, chosen in every.items():
+        base = make_base(small=asked.small)
+        for method in asked.methods.split(","):
+            found = measure(method, chosen, base, precision=precision, **options)
+            results.setdefault(method, {})[precision] = found
+            if asked.small:
+                print(json.dumps({method: found}, indent=1), flush=True)
+            else:
+                how = f"python benchmarks/gpu_packing.py --methods {asked.methods} --slots {asked.slots}"
+                write_result("gpu_packing", {"methods": results}, how=how)
 
 
 if __name__ == "__main__":
