@@ -1,4 +1,4 @@
-"""Whole searches by Ray Tune, on disk and in a bucket."""
+"""Whole searches on Ray, on disk and in a bucket."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[RaySession]:
     """One private Ray runtime for the tests of this file."""
-    with ray_session(preload=("ray.tune",)) as session:
+    with ray_session() as session:
         yield session
 
 
@@ -55,7 +55,7 @@ def interrupt_after(count: int) -> Callable[[Trial], None]:
 @pytest.mark.cluster
 def test_an_interrupted_search_is_resumed(folder: Path, local_ray: RaySession) -> None:
     """Good points complete, bad ones are stopped by the scheduler, hopeless ones fail."""
-    recipe = make_trained_recipe(folder, "searched", [GOOD, BAD, HOPELESS])
+    recipe = make_trained_recipe(folder, "searched", [GOOD, BAD, HOPELESS], max_concurrent_trials=4)
     first = search(recipe, on_progress=interrupt_after(1))
     assert first.exit_reason == "interrupted" and first.best is not None
     before = {trial.name: trial for trial in first.trials if trial.is_over}
