@@ -15,7 +15,7 @@ from dreamfleet.datasets.registry import EntryName
 from dreamfleet.trainers.artifacts.kind import ARTIFACTS
 from dreamfleet.trainers.config.engines import ENGINES
 from dreamfleet.trainers.config.method import METHODS
-from dreamfleet.trainers.config.metrics import METRICS, NEEDS
+from dreamfleet.trainers.config.metrics import METRICS, NEEDS, Figure, Metric
 from dreamfleet.trainers.config.search import Domain
 from dreamfleet.trainers.recipe import Recipe
 
@@ -196,17 +196,21 @@ def metrics_table() -> str:
     """Return the section on the registered metrics."""
     rows = [
         "\n### metrics\n",
-        "All metrics but `loss` score the previews, so they also need `validation.prompts`.",
+        "`loss`, `overfitting` and `view_loss` need no previews; the others score them and need `validation.prompts`.",
+        "A search compares trials by a metric or by one of its parts: [which one](searches.md#which-metric).",
         "Installed packages can [add metrics](extending.md#a-metric).\n",
         "| `validation.metrics` | `search.metric` | better | measures | needs |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, metric in METRICS.items():
-        better = "higher" if metric.higher_is_better else "lower"
         needs = "; ".join(NEEDS[need] for need in metric.needs)
-        rows.append(
-            f"| `{name}` | `{metric.figure or name}` | {better} | {metric.title}. {metric.note} | {needs} |"
-        )
+        if metric.uses:
+            needs += f"; where given: {', '.join(NEEDS[need] for need in metric.uses)}"
+        figures: dict[str, Metric | Figure] = {metric.figure or name: metric, **metric.parts}
+        for key, figure in figures.items():
+            better = "higher" if figure.higher_is_better else "lower"
+            first, last = (f"`{name}`", needs) if figure is metric else ("", "")
+            rows.append(f"| {first} | `{key}` | {better} | {figure.title}. {figure.note} | {last} |")
     return "\n".join(rows)
 
 
@@ -230,7 +234,11 @@ def domain_words(domain: Domain) -> str:
     if domain.values is not None:
         return ", ".join(f"`{value}`" for value in domain.values)
     lower, upper = domain.range()
-    return f"{lower:g} to {upper:g}" + ", whole numbers" * domain.whole + ", evenly in the logarithm" * domain.log
+    return (
+        f"{lower:g} to {upper:g}"
+        + ", whole numbers" * domain.whole
+        + ", evenly in the logarithm" * domain.log
+    )
 
 
 def artifacts_table() -> str:

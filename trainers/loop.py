@@ -116,56 +116,88 @@ def train(
     each parameter group as a function of the step (from 0). Raises RunFailed if a loss is not finite, before the
     resulting weights are saved or evaluated, and if every gradient is exactly zero.
     """
-    watch = _Watch(engine, schedule, start_step, hooks.saved)
-    meter = _Meter(engine)
-    stop_asked = engine.any_rank(False)
-    for step in range(start_step, schedule.total):
-        if stop_asked():
-            watch.require_finite(step)
-            hooks.save(step)
-            return Outcome(step, "interrupted", meter.figures)
-        stop_asked = engine.any_rank(hooks.should_stop())
-        # Code that draws from the global generator (dropout) repeats exactly after a resume, and differs by rank.
-        step_seed = key("step", seed, step, rank)
-        now = {name: rate(step) for name, rate in rates.items()}
+    loop = _Loop(engine, batches, prepare, rates, schedule, hooks, start_step)
+    step = start_step
+    try:
+        stop_asked = engine.any_rank(False)
+        for step in range(start_step, schedule.total):
+            if stop_asked():
+                return loop.interrupt(step)
+            stop_asked = engine.any_rank(hooks.should_stop())
+            # Code that draws from the global generator (dropout) repeats exactly after a resume, and differs by rank.
+            yield from loop.take_step(step, key("step", seed, step, rank))
+    except StopTraining:
+        engine.drop_gradients()
+        return loop.interrupt(step)
+    return Outcome(schedule.total, "completed", loop.meter.figures)
+
+
+class StopTraining(Exception):
+    """Thrown into a training that waits for a pass: it drops the unfinished step, saves a checkpoint and ends."""
+
+
+class _Loop:
+    """The state of one training between its steps."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        batches: Iterator[Batch],
+        prepare: Callable[[Batch], Batch],
+        rates: dict[str, Callable[[int], float]],
+        schedule: Schedule,
+        hooks: Hooks,
+        start_step: int,
+    ):
+        self.engine, self.batches, self.prepare, self.rates = engine, batches, prepare, rates
+        self.schedule, self.hooks, self.start_step = schedule, hooks, start_step
+        self.watch = _Watch(engine, schedule, start_step, hooks.saved)
+        self.meter = _Meter(engine)
+
+    def take_step(self, step: int, seed: int) -> Generator[Micro, Loss, None]:
+        """Take optimizer step ``step`` (from 0); then log, save, evaluate and generate previews where they are due."""
+        engine, meter = self.engine, self.meter
+        now = {name: rate(step) for name, rate in self.rates.items()}
         for number in range(engine.num_micros):
-            batch = meter.wait_for(batches)
-            if step == start_step and number == 0:
-                yield from _rehearse(engine, prepare, batch, step_seed)
+            batch = meter.wait_for(self.batches)
+            if step == self.start_step and number == 0:
+                # One forward and backward pass whose result is dropped, so that insufficient memory is reported in the
+                # first minute. DDP also fixes its buckets: the first step after a resume sums gradients in equal order.
+                yield Micro(engine, self.prepare(engine.to_device(batch)), last=True, seed=seed)
+                engine.drop_gradients()
             if number == 0:
                 engine.begin_step(now, step + 1)
-            last, micro_seed = number == engine.num_micros - 1, None if number else step_seed
-            ready = prepare(engine.to_device(batch))
+            last, micro_seed = number == engine.num_micros - 1, None if number else seed
+            ready = self.prepare(engine.to_device(batch))
             loss = yield Micro(engine, ready, last=last, seed=micro_seed, keeps=number > 0)
-            watch.see_loss(loss.total)
+            self.watch.see_loss(loss.total)
             meter.add(loss, batch)
         norm = engine.step(now, step + 1)
-        watch.see_norm(norm)
-        done = step + 1
+        self.watch.see_norm(norm)
+        self._finish_step(step + 1, norm, now)
+
+    def interrupt(self, done: int) -> Outcome:
+        """Save a checkpoint after ``done`` steps, and return the outcome of the interrupted training."""
+        self.watch.require_finite(done)
+        self.hooks.save(done)
+        return Outcome(done, "interrupted", self.meter.figures)
+
+    def _finish_step(self, done: int, norm: torch.Tensor, rates: dict[str, float]) -> None:
+        schedule, hooks = self.schedule, self.hooks
         logs, saves, samples = schedule.logs_at(done), schedule.saves_at(done), schedule.samples_at(done)
         if logs or saves or samples:
-            watch.require_finite(done)
+            self.watch.require_finite(done)
         if logs:
-            watch.require_gradient(done)
-            hooks.log({"step": done, **meter.read(norm), "lr": now})
-        with meter.paused():
+            self.watch.require_gradient(done)
+            hooks.log({"step": done, **self.meter.read(norm), "lr": rates})
+        with self.meter.paused():
             if saves:
                 hooks.save(done)
             if samples:
                 if figures := hooks.validate(done):
-                    meter.figures.update(figures)
+                    self.meter.figures.update(figures)
                     hooks.log({"step": done, **figures})
                 hooks.sample(done)
-    return Outcome(schedule.total, "completed", meter.figures)
-
-
-def _rehearse(
-    engine: Engine, prepare: Callable[[Batch], Batch], batch: Batch, seed: int
-) -> Generator[Micro, Loss, None]:
-    # One forward and backward pass whose result is dropped, so that insufficient memory is reported in the
-    # first minute. DDP also fixes its buckets: the first step after a resume sums gradients in equal order.
-    yield Micro(engine, prepare(engine.to_device(batch)), last=True, seed=seed)
-    engine.drop_gradients()
 
 
 class _Watch:

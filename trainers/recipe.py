@@ -76,10 +76,15 @@ class Recipe(Section):
         return f"{self.output_dir.rstrip('/').rpartition('/')[0]}/class-images"
 
     @property
+    def untuned_images_dir(self) -> str:
+        """The folder beside the run's for images of the untuned model, which the runs in one folder share."""
+        return f"{self.output_dir.rstrip('/').rpartition('/')[0]}/untuned-images"
+
+    @property
     def figures(self) -> list[str]:
         """The figures that a validation round measures, by their names in ``metrics.jsonl``."""
         held_out = [HELD_OUT] if self.validation.holdout else list(self.method.figures)
-        return held_out + self.validation.preview_metrics
+        return held_out + self.validation.figures
 
     def with_deepspeed_file(self) -> Recipe:
         """Return the recipe with the stage and offload of ``engine.deepspeed_config``.

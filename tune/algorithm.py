@@ -8,7 +8,7 @@ any machine and without pickled state. A point that was tried is not proposed ag
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optuna
@@ -144,28 +144,35 @@ def _sampler(search: SearchConfig, total: int | None, seed: int) -> optuna.sampl
         return optuna.samplers.RandomSampler(seed)
     # By default TPE samples the first ten trials at random, which can be all trials of a small search.
     startup = 10 if total is None else min(10, max(3, total // 3))
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)
 
 
 def _study(store: TrialStore) -> optuna.Study:
-    """Return a study of the earlier searches' trials and of the recorded trials that ended, in their order."""
+    """Return a study of the earlier searches' trials, then of the recorded trials in the order of their starts.
+
+    TPE treats trials that have not ended as bad ones, so that concurrent trials are not close together. Trials that
+    ended without a result are left out.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    search = store.search
-    study = optuna.create_study(
-        directions=["maximize" if search.maximises(metric) else "minimize" for metric in search.metrics]
-    )
-    results = [
-        (trial.point, [trial.figures[metric] for metric in search.metrics]) for trial in store.state.earlier
-    ]
+    search, space = store.search, distributions(store.search)
+    directions = ["maximize" if search.maximises(metric) else "minimize" for metric in search.metrics]
+    study = optuna.create_study(directions=directions)
+
+    def add(point: Point, values: Sequence[float | None] | None) -> None:
+        state = TrialState.RUNNING if values is None else TrialState.COMPLETE
+        study.add_trial(
+            optuna.trial.create_trial(
+                params=dict(point),
+                distributions=space,
+                values=None if values is None else [value for value in values if value is not None],
+                state=state,
+            )
+        )
+
+    for earlier in store.state.earlier:
+        add(earlier.point, [earlier.figures[metric] for metric in search.metrics])
     for trial in store.trials:
-        values = [trial.figure(metric) for metric in search.metrics]
-        if trial.is_over and None not in values:
-            results.append((trial.point, [value for value in values if value is not None]))
-    space = distributions(search)
-    study.add_trials(
-        [
-            optuna.trial.create_trial(params=dict(point), distributions=space, values=values)
-            for point, values in results
-        ]
-    )
+        values = [trial.figure(metric) for metric in search.metrics] if trial.is_over else None
+        if values is None or None not in values:
+            add(trial.point, values)
     return study

@@ -23,7 +23,7 @@ from dreamfleet.tune.parallel import parallel_plot
 from dreamfleet.tune.results import BEST
 from dreamfleet.tune.sheet import LONGEST_SIDE, TEMPLATES, image_sheet
 from dreamfleet.tune.trial_plots import is_higher_better, trial_plots
-from dreamfleet.tune.trial_store import Trial, TrialStore, format_point, format_value
+from dreamfleet.tune.trial_store import Trial, TrialStore, format_value
 from dreamfleet.tune.votes import Preference, Vote, agreement, preferences, read_votes
 
 STATUS = {"stopped": "stopped early", "running": "interrupted"}
@@ -72,8 +72,10 @@ def render(store: TrialStore) -> str:
 
 def _facts(store: TrialStore) -> list[str]:
     counts = Counter(STATUS.get(trial.status, trial.status) for trial in store.trials)
+    earlier = [f"{len(store.state.earlier)} of earlier searches"] if store.state.earlier else []
     return [
         f"{len(store.trials)} trials",
+        *earlier,
         *(f"{count} {status}" for status, count in counts.most_common()),
         f"{formatting.seconds(sum(trial.seconds for trial in store.trials))} of compute time",
     ]
@@ -106,16 +108,25 @@ def _importances(store: TrialStore) -> list[tuple[str, list[tuple[str, float]]]]
     ]
 
 
-def _front(store: TrialStore) -> list[tuple[Trial, str]]:
-    """Return the trials of the Pareto front with their values; [] for a search with one metric."""
-    names = store.search.metrics
+def _front(store: TrialStore) -> dict[str, Any] | None:
+    """Return the columns and rows of the Pareto front's table; None for a search with one metric."""
+    names, keys = store.search.metrics, list(store.search.space)
     if len(names) < 2:
-        return []
-    return [(trial, f"{_values(trial, names)} ({format_point(trial.point)})") for trial in store.front()]
-
-
-def _values(trial: Trial, names: Sequence[str]) -> str:
-    return ", ".join(f"{figure_title(name)} {_format(trial.figure(name))}" for name in names)
+        return None
+    rows = [
+        (
+            trial,
+            [
+                *(_format(trial.figure(name)) for name in names),
+                *(format_value(trial.point[key]) for key in keys),
+            ],
+        )
+        for trial in store.front()
+    ]
+    return {
+        "columns": ["trial", *map(figure_title, names), *(key.rpartition(".")[2] for key in keys)],
+        "rows": rows,
+    }
 
 
 def _vote_facts(store: TrialStore, votes: Sequence[Vote]) -> list[str]:
@@ -124,6 +135,7 @@ def _vote_facts(store: TrialStore, votes: Sequence[Vote]) -> list[str]:
         return []
     facts = [f"{len(votes)} votes" if len(votes) > 1 else "1 vote"]
     figures = {trial.name: trial for trial in store.trials}
+    agreements = []
     for name in store.figures:
 
         def is_better(a: str, b: str, name: str = name) -> bool | None:
@@ -132,7 +144,9 @@ def _vote_facts(store: TrialStore, votes: Sequence[Vote]) -> list[str]:
 
         agreed, decided = agreement(votes, is_better)
         if decided:
-            facts.append(f"{figure_title(name)} agrees with {agreed} of {decided} decided votes")
+            agreements.append(f"{figure_title(name)} {agreed} of {decided}")
+    if agreements:
+        facts.append(f"Decided votes with which each metric agrees: {', '.join(agreements)}")
     return facts
 
 
@@ -162,7 +176,9 @@ def _row(
         (trial.steps, formatting.number(trial.steps)),
         (trial.seconds, formatting.seconds(trial.seconds)),
     ]
-    return trial, cells, STATUS.get(trial.status, trial.status)
+    status = STATUS.get(trial.status, trial.status)
+    is_pruned = any(not other.kept for other in store.trials)
+    return trial, cells, f"{status}, weights kept" if trial.kept and is_pruned and trial.steps else status
 
 
 def _format(value: float | None) -> str:

@@ -61,7 +61,8 @@ class Retention:
         run = self.store.folder.child(trial.folder)
         before = _size(run)
         try:
-            kept = _prune_checkpoints(run, trial.best_step if keeps else None)
+            has_ema = bool(trial.point.get("engine.use_ema", self.store.recipe.engine.use_ema))
+            kept = _prune_checkpoints(run, trial.best_step if keeps else None, has_ema=has_ema)
             if not keeps:
                 run.remove("exports")
                 self.store.state.exported.pop(trial.name, None)
@@ -109,7 +110,7 @@ def describe_freed(store: TrialStore) -> str:
     return f"{kept} exported; {formatting.size(store.state.freed_bytes)} of other checkpoints freed"
 
 
-def _prune_checkpoints(run: Storage, step: int | None) -> str | None:
+def _prune_checkpoints(run: Storage, step: int | None, *, has_ema: bool) -> str | None:
     """Remove all checkpoints but that of ``step``, and its optimizer state; return the folder that is left.
 
     Without a checkpoint of ``step``, the newest one is left. None removes all.
@@ -122,7 +123,7 @@ def _prune_checkpoints(run: Storage, step: int | None) -> str | None:
         run.remove("checkpoints")
         return None
     left = step if step in steps else steps[-1]
-    checkpoints.drop_optimizer(left)
+    checkpoints.drop_optimizer(left, has_ema=has_ema)
     for name in checkpoints.storage.list_dirs():
         if name != folder_name(left):
             checkpoints.storage.remove(name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,13 @@ def make_recipe(folder: Path | str = "runs/x", **section: Any) -> Recipe:
     return build_recipe(make_tree(folder, **section))
 
 
+def make_recipe_of_two_metrics(folder: Path | str) -> Recipe:
+    """Return a recipe of a search by held-out loss and CLIP-I."""
+    tree = make_tree(folder, metric=["holdout_loss", "clip_i"])
+    tree["validation"] |= {"prompts": ["a <x>"], "metrics": ["loss", "clip_i"]}
+    return build_recipe(tree)
+
+
 def loss_at(point: dict[str, Any]) -> float:
     """Return an artificial loss of a point, with the minimum at learning rate 2e-3 and two vectors."""
     return abs(point["optimizer.learning_rate"] / 2e-3 - 1) + abs(point["method.num_vectors"] - 2)
@@ -103,3 +112,28 @@ def make_searched_folder(folder: Path, **section: Any) -> TrialStore:
         cell = {"prompt": "a <x>", "seed": 0, "row": 0, "column": 0, "width": 16, "height": 16}
         (samples / "step-000020.jsonl").write_text(json.dumps(cell))
     return store
+
+
+def make_many_trials(count: int, *, seed: int = 0) -> list[Trial]:
+    """Return trials at random points of make_recipe's space; the learning rate decides the loss, the vectors do not.
+
+    The loss is best at 3e-3. CLIP-I prefers higher rates, so that the two metrics disagree.
+    """
+    draw = random.Random(seed)
+    trials = []
+    for number in range(count):
+        exponent = draw.uniform(-4, -1)
+        point = {"optimizer.learning_rate": 10**exponent, "method.num_vectors": draw.choice([1, 2, 4])}
+        distance = (exponent - math.log10(3e-3)) ** 2
+        last = 100 if distance < 0.5 else 20
+        rounds = [
+            {
+                "step": step,
+                "holdout_loss": 0.4 + 0.1 * distance + 0.1 * (1 - step / 100) + draw.gauss(0, 0.002),
+                "clip_i": 0.6 + 0.1 * exponent + draw.gauss(0, 0.002),
+            }
+            for step in range(0, last + 1, 20)
+        ]
+        status = "completed" if last == 100 else "stopped"
+        trials.append(Trial(f"trial-{number:03d}", point, status, rounds, seconds=last / 10))
+    return trials

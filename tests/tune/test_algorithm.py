@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from searches import RATES, loss_at, make_recipe, make_tree
 
 from dreamfleet.trainers.recipe import build_recipe
-from dreamfleet.tune.algorithm import SearchAlgorithm
+from dreamfleet.tune.algorithm import SearchAlgorithm, propose
 from dreamfleet.tune.search_state import EarlierTrial, SearchState
 from dreamfleet.tune.space import grid, identity
 from dreamfleet.tune.trial_store import Trial, TrialStore
@@ -166,6 +167,25 @@ def test_two_metrics_lead_the_sampler_to_both_ends_of_the_front() -> None:
         return [abs(math.log(t.point["optimizer.learning_rate"] / 2e-3)) for t in store.trials[20:]]
 
     assert sum(distances("optuna")) < 0.5 * sum(distances("random"))
+
+
+def test_concurrent_trials_are_not_close_together() -> None:
+    """With 20 results, the sampler avoids the points of trials that run; it ignores those of failed ones."""
+
+    def distance(status: str, seed: int) -> float:
+        store = TrialStore(make_recipe(num_trials=100, seed=seed))
+        try_points(store, 20)
+        rates = []
+        for _ in range(6):
+            point = propose(store)
+            assert point is not None
+            rates.append(math.log(point["optimizer.learning_rate"]))
+            store.add(point).status = status
+        pairs = [abs(one - other) for one, other in itertools.combinations(rates, 2)]
+        return sum(pairs) / len(pairs)
+
+    running, failed = (sum(distance(status, seed) for seed in range(3)) for status in ("running", "failed"))
+    assert running > 1.2 * failed
 
 
 def test_earlier_trials_lead_the_sampler_from_the_first_trial_on() -> None:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from searches import make_recipe, make_searched_folder, make_trials
+from searches import (
+    make_many_trials,
+    make_recipe,
+    make_recipe_of_two_metrics,
+    make_searched_folder,
+    make_trials,
+)
 
 from dreamfleet.tune.plots import log_ticks
-from dreamfleet.tune.report import render
+from dreamfleet.tune.report import render, write_search_report
 from dreamfleet.tune.trial_store import Trial, TrialStore
 
 
@@ -80,3 +88,90 @@ def test_text_and_booleans_are_axes_of_the_image_sheet(tmp_path: Path) -> None:
 def test_log_ticks_are_round_and_few() -> None:
     assert log_ticks(9e-4, 2.1e-2) == pytest.approx([1e-3, 2e-3, 5e-3, 1e-2, 2e-2])
     assert log_ticks(1e-6, 1.0) == pytest.approx([10.0**k for k in range(-6, 1)])
+
+
+class Outline(HTMLParser):
+    """Checks that the tags of a page are balanced, and collects headings and the marks of each trial."""
+
+    VOID = frozenset({"meta", "img", "br", "input", "link", "hr"})
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.headings: list[str] = []
+        self.keys: Counter[str] = Counter()
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.keys.update(value for name, value in attrs if name == "data-key" and value)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+def test_a_report_of_100_trials_has_every_section(tmp_path: Path) -> None:
+    recipe = make_recipe_of_two_metrics(tmp_path / "s")
+    store = TrialStore(recipe, make_many_trials(100))
+    page = render(store)
+    outline = Outline(page)
+    wanted = [
+        "Best trial",
+        "Pareto front",
+        "Measurements",
+        "Importance of the keys",
+        "Cost",
+        "All trials",
+        "Recipe",
+    ]
+    assert outline.headings == wanted
+    # Each trial: two curves, two axes plots, a Pareto plot, a line through all keys, and its row of the table.
+    assert len(outline.keys) == 100 and all(count >= 7 for count in outline.keys.values())
+    front = page[page.index("Pareto front</h2>") : page.index("Measurements</h2>")]
+    assert re.findall(r">(trial-\d+)</a>", front) == [trial.name for trial in store.front()]
+    curves = page[page.index("Held-out loss of the trials") :].split("</figure>")[0]
+    assert curves.count('class="key') == 4 and curves.count('class="faint c4"') == 96
+    assert curves.index('class="faint c4"') < curves.index('class="dots c0"')
+    shares = re.findall(r"(\d+) %</td>", page[page.index("Importance") : page.index("Cost</h2>")])
+    assert len(shares) == 4 and int(shares[0]) > 80
+
+
+def test_the_table_can_be_sorted(tmp_path: Path) -> None:
+    page = render(TrialStore(make_recipe(tmp_path / "s"), make_trials()))
+    table = page[page.index('table class="trials"') :]
+    assert table.count("<th data-sorts") == 7
+    assert '<td data-value="0.001">0.001</td>' in table and '<td data-value="10">10</td>' in table
+
+
+def test_the_report_names_the_trials_whose_weights_are_kept(tmp_path: Path) -> None:
+    store = TrialStore(make_recipe(tmp_path / "s"), make_trials())
+    assert "weights kept" not in render(store), "before anything was removed"
+    for trial in store.trials:
+        trial.kept = trial is store.best
+    rows = [row for row in render(store).split("<tr") if "completed, weights kept" in row]
+    assert len(rows) == 1 and "trial-001" in rows[0]
+
+
+def test_the_report_of_one_metric_has_no_pareto_front(tmp_path: Path) -> None:
+    outline = Outline(render(make_searched_folder(tmp_path / "s")))
+    assert "Pareto front" not in outline.headings and "Previews" in outline.headings
+
+
+def test_writing_the_report_writes_the_comparison_if_there_are_previews(tmp_path: Path) -> None:
+    store = make_searched_folder(tmp_path / "s")
+    write_search_report(store)
+    page = (tmp_path / "s" / "report.html").read_text()
+    assert 'href="compare.html"' in page and (tmp_path / "s" / "compare.html").exists()
+    Outline((tmp_path / "s" / "compare.html").read_text())
+    for trial in store.trials:
+        store.folder.remove(f"{trial.folder}/samples")
+    write_search_report(store)
+    assert not (tmp_path / "s" / "compare.html").exists()
+    assert "compare.html" not in (tmp_path / "s" / "report.html").read_text()

@@ -54,6 +54,23 @@ def encode_cuts(cuts: Sequence[np.ndarray], model: DiffusionModel) -> dict[str, 
     return found
 
 
+def encode_all(cuts: Sequence[np.ndarray], model: DiffusionModel) -> list[dict[str, np.ndarray]]:
+    """Encode images of any sizes from :func:`read_cut`; neighbours of equal size are encoded together.
+
+    Returns for each image its arrays by name: ``mean`` and ``std`` ``[C, h, w]``, and ``mask`` if it has weights.
+    """
+    made: list[dict[str, np.ndarray]] = []
+    for shape, group in itertools.groupby(cuts, key=lambda cut: cut.shape):
+        same, batch = list(group), encode_batch(shape[0] * shape[1])
+        for start in range(0, len(same), batch):
+            found = encode_cuts(same[start : start + batch], model)
+            made += [
+                {name: values[row].numpy() for name, values in found.items()}
+                for row in range(len(found["mean"]))
+            ]
+    return made
+
+
 @torch.no_grad()
 def encode_index(
     index: Index,
@@ -61,11 +78,13 @@ def encode_index(
     data: DataConfig,
     *,
     mirrored: Sequence[bool] = (False,),
+    enlarged: float = 1.0,
     distributed: DistributedContext | None = None,
 ) -> Encoded:
     """Encode all N images at their training sizes: ``len(mirrored) * N`` latents in float32 on the CPU.
 
-    The ranks share the work, and each of them returns the whole result.
+    ``enlarged``: factor by which the images are enlarged around their centre; what exceeds the training size is cut
+    off. The ranks share the work, and each of them returns the whole result.
     """
     distributed = distributed or DistributedContext()
     device, cell = next(model.vae.parameters()).device, model.vae_factor
@@ -89,7 +108,8 @@ def encode_index(
             numbers, batch = list(group), encode_batch(width * height)
             for start in range(0, len(numbers), batch):
                 chunk = numbers[start : start + batch]
-                found = encode_cuts([read_cut(index, jobs[number], data) for number in chunk], model)
+                cuts = [read_cut(index, jobs[number], data, enlarged=enlarged) for number in chunk]
+                found = encode_cuts(cuts, model)
                 for name, kept in views.items():
                     for number, value in zip(chunk, found[name], strict=True):
                         kept[number].copy_(value)
@@ -103,18 +123,25 @@ def encode_index(
     return Encoded(views["mean"], views["std"], views.get("mask"))
 
 
-def read_cut(index: Index, draw: ImageView, data: DataConfig) -> np.ndarray:
-    """Read one view of an indexed image: uint8 ``[H, W, 3]``, or ``[H, W, 4]`` with ``data.alpha_mask``."""
+def read_cut(index: Index, draw: ImageView, data: DataConfig, *, enlarged: float = 1.0) -> np.ndarray:
+    """Read one view of an indexed image: uint8 ``[H, W, 3]``, or ``[H, W, 4]`` with ``data.alpha_mask``.
+
+    ``enlarged``: factor by which the view is enlarged around its centre before it is cut to its size.
+    """
     row = index.row(draw.row)
-    return cut_image(
+    width, height = draw.size or (data.resolution, data.resolution)
+    wide, high = round(width * enlarged), round(height * enlarged)
+    cut = cut_image(
         read_image_file(row.uri),
-        draw,
+        draw._replace(size=(wide, high)),
         uri=row.uri,
         size=data.resolution,
         max_pixels=data.max_pixels,
         weighted=data.alpha_mask,
         mask=read_mask(row.mask) if data.alpha_mask and row.mask else None,
     )
+    left, top = (wide - width) // 2, (high - height) // 2
+    return np.ascontiguousarray(cut[top : top + height, left : left + width])
 
 
 def to_tensors(cuts: Sequence[np.ndarray], *, cell: int) -> dict[str, Tensor]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from dreamfleet.datasets.registry import Registry
@@ -17,32 +17,57 @@ NEEDS = {
     "prompts": "validation.prompts",
     "clip": "validation.clip, a CLIP folder (default: the pocket model's CLIP)",
     "dino": "validation.dino, the folder of a DINO ViT",
+    "training": "the training images",
+    "base": "the untuned model's images of the same prompts and seeds, which a run generates before the first step",
+    "class_images": "data.class_prompt, from which the tuned and the untuned model generate images",
 }
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that a metric logs besides its own, such as a term of a score; presented like a metric."""
+
+    title: str
+    note: str
+    higher_is_better: bool = True
 
 
 @dataclass(frozen=True)
 class Metric:
     """One metric: its presentation, its inputs and its computation. Importing it does not import torch.
 
-    ``title`` and ``note`` (one sentence) are for reports and documentation. ``needs`` are keys of :data:`NEEDS`.
+    ``title`` and ``note`` (one sentence) are for reports and documentation. ``needs`` are keys of :data:`NEEDS`
+    without which the metric is not computed; ``uses`` are keys of inputs that it uses where they are given.
 
     ``compute`` maps :class:`~dreamfleet.trainers.evaluation.fidelity.ScoredImages` to one float per image; the metric
-    is their mean. It is a function, or ``"module:attribute"`` to import it at its first use. None means that the
-    training loop measures the metric, such as the held-out loss.
+    is their mean. With ``parts``, it maps them to one float per image for the metric's name and for each part.
+
+    ``measure`` is for metrics of the model instead of images: it maps a
+    :class:`~dreamfleet.trainers.evaluation.loss_metrics.Subject`, before the first step, to an object whose
+    ``figures(engine)`` returns the metric and its parts by name in every validation round, the same on every rank.
+
+    Both are functions, or ``"module:attribute"`` to import them at their first use. A metric has at most one of
+    them; with neither, the training loop measures it, such as the held-out loss.
 
     ``figure`` is the key in ``metrics.jsonl`` and ``summary.json`` if it differs from the metric's name.
+    ``parts`` are the figures that are logged besides the metric, by their keys.
     """
 
     title: str
     note: str
-    compute: Callable[[Any], Any] | str | None
+    compute: Callable[[Any], Any] | str | None = None
     higher_is_better: bool = True
     needs: tuple[str, ...] = ()
     figure: str | None = None
+    uses: tuple[str, ...] = ()
+    parts: Mapping[str, Figure] = field(default_factory=dict)
+    measure: Callable[[Any], Any] | str | None = None
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.needs) - NEEDS.keys()):
+        if unknown := sorted({*self.needs, *self.uses} - NEEDS.keys()):
             raise ValueError(f"metric {self.title!r} needs {unknown}; known: {', '.join(NEEDS)}")
+        if self.compute is not None and self.measure is not None:
+            raise ValueError(f"metric {self.title!r} has both compute and measure; give one of them")
 
 
 LOSS = Metric(
@@ -72,6 +97,42 @@ DINO = Metric(
     needs=("real", "dino"),
 )
 
+FIDELITY = Metric(
+    "fidelity",
+    "Likeness to the subject, minus penalties for ignored prompts, copied training images and a changed class.",
+    "dreamfleet.trainers.evaluation.fidelity_score:fidelity",
+    needs=("real", "prompts", "clip", "training", "base"),
+    uses=("dino", "class_images"),
+    parts={
+        "fidelity_subject": Figure(
+            "subject similarity", "Mean of CLIP-I and, where given, DINO; the subject's mask applied."
+        ),
+        "fidelity_prompt": Figure(
+            "prompt penalty", "How far CLIP-T is below 90% of the untuned model's; 0 above.", False
+        ),
+        "fidelity_copy": Figure(
+            "copy penalty", "How much nearer previews are to a training image than real images are.", False
+        ),
+        "fidelity_class": Figure(
+            "class penalty", "How much more the class resembles the subject than before training.", False
+        ),
+    },
+)
+OVERFITTING = Metric(
+    "overfitting",
+    "How far the loss on the training images fell below the untuned model's, 0 to 1; the same noise each time.",
+    measure="dreamfleet.trainers.evaluation.loss_metrics:Overfitting",
+    higher_is_better=False,
+    needs=("training",),
+)
+VIEW_LOSS = Metric(
+    "view loss",
+    "Loss on enlarged training images relative to the untuned model's; rises when the images are memorised.",
+    measure="dreamfleet.trainers.evaluation.loss_metrics:ViewLoss",
+    higher_is_better=False,
+    needs=("training",),
+)
+
 METRICS: Registry[Metric] = Registry(
     "metric",
     group="dreamfleet.metrics",
@@ -80,6 +141,9 @@ METRICS: Registry[Metric] = Registry(
         "clip_i": f"{__name__}:CLIP_I",
         "clip_t": f"{__name__}:CLIP_T",
         "dino": f"{__name__}:DINO",
+        "fidelity": f"{__name__}:FIDELITY",
+        "overfitting": f"{__name__}:OVERFITTING",
+        "view_loss": f"{__name__}:VIEW_LOSS",
     },
 )
 
@@ -89,9 +153,28 @@ def image_metrics() -> dict[str, Metric]:
     return {name: metric for name, metric in METRICS.items() if metric.compute is not None}
 
 
-def metrics_by_figure() -> dict[str, Metric]:
-    """Return all metrics by their keys in ``metrics.jsonl``."""
-    return {metric.figure or name: metric for name, metric in METRICS.items()}
+def model_metrics() -> dict[str, Metric]:
+    """Return the metrics that are measured on the model in validation rounds, by name."""
+    return {name: metric for name, metric in METRICS.items() if metric.measure is not None}
+
+
+def figures_of(name: str) -> list[str]:
+    """Return the keys in ``metrics.jsonl`` of a metric and its parts."""
+    metric = METRICS.get(name)
+    return [metric.figure or name, *metric.parts]
+
+
+def metrics_by_figure() -> dict[str, Metric | Figure]:
+    """Return all metrics and their parts by their keys in ``metrics.jsonl``."""
+    found: dict[str, Metric | Figure] = {}
+    for name, metric in METRICS.items():
+        found |= {metric.figure or name: metric, **metric.parts}
+    return found
+
+
+def metric_of(figure: str) -> str | None:
+    """Return the name of the metric that logs a key of ``metrics.jsonl``, None if none does."""
+    return next((name for name in METRICS.names() if figure in figures_of(name)), None)
 
 
 def is_higher_better(figure: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from dreamfleet.datasets.config_base import Section
 from dreamfleet.datasets.path_field import path_marker
 from dreamfleet.trainers.config.method import MethodConfig
-from dreamfleet.trainers.config.metrics import HELD_OUT, NEEDS, metrics_by_figure
+from dreamfleet.trainers.config.metrics import HELD_OUT, METRICS, NEEDS, metric_of, metrics_by_figure
 from dreamfleet.trainers.config.search import Point, SearchConfig, put_point
 
 MAX_CORNERS = 256  # maximum number of combinations of domain ends that are validated when a recipe is read
@@ -149,9 +149,11 @@ def _wrong_metrics(search: SearchConfig, measured: Sequence[str]) -> Iterator[st
         if metric in measured:
             continue
         if metric == HELD_OUT:
-            way = f"set {NEEDS['holdout']}"
-        elif metric in known:
-            way = "add it to validation.metrics, and set validation.prompts for the previews that it scores"
+            way = f"set {NEEDS['holdout']}; or compare trials by view_loss, which needs none"
+        elif name := metric_of(metric):
+            way = f"add {name} to validation.metrics"
+            if METRICS.get(name).compute is not None:
+                way += ", and set validation.prompts for the previews that it scores"
         else:
             near = difflib.get_close_matches(metric, known, n=1, cutoff=0.5)
             way = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"

@@ -9,7 +9,14 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field
 from dreamfleet.datasets.config_base import Section, as_list
 from dreamfleet.datasets.path_field import PathField
 from dreamfleet.datasets.registry import EntryName
-from dreamfleet.trainers.config.metrics import HELD_OUT, METRICS, image_metrics, is_higher_better
+from dreamfleet.trainers.config.metrics import (
+    HELD_OUT,
+    METRICS,
+    figures_of,
+    image_metrics,
+    is_higher_better,
+    model_metrics,
+)
 
 
 class ValidationConfig(Section):
@@ -65,10 +72,10 @@ class ValidationConfig(Section):
         None, description="whether higher values of metric_for_best are better; default: true for scores"
     )
     clip: Annotated[str | None, PathField("model")] = Field(
-        None, description="CLIP folder for clip_i and clip_t; default: the pocket model's CLIP"
+        None, description="CLIP folder for clip_i, clip_t and fidelity; default: the pocket model's CLIP"
     )
     dino: Annotated[str | None, PathField("model")] = Field(
-        None, description="folder of a DINO ViT for the dino metric"
+        None, description="folder of a DINO ViT for the dino metric; fidelity uses it too"
     )
 
     @property
@@ -81,3 +88,20 @@ class ValidationConfig(Section):
     def preview_metrics(self) -> list[str]:
         """The metrics that are computed from previews, in the registry's order; none without prompts."""
         return [name for name in image_metrics() if self.prompts and name in self.metrics]
+
+    @property
+    def model_metrics(self) -> list[str]:
+        """The metrics that are measured on the model, in the registry's order."""
+        return [name for name in model_metrics() if name in self.metrics]
+
+    @property
+    def figures(self) -> list[str]:
+        """The keys in ``metrics.jsonl`` of the model's and the previews' metrics, with their parts."""
+        return [
+            figure for name in (*self.model_metrics, *self.preview_metrics) for figure in figures_of(name)
+        ]
+
+    def uses(self, need: str, *, by: str | None = None) -> bool:
+        """Return whether a metric of the previews, or the one named ``by``, uses an input of ``metrics.NEEDS``."""
+        names = self.preview_metrics if by is None else [by]
+        return any(need in (*METRICS.get(name).needs, *METRICS.get(name).uses) for name in names)

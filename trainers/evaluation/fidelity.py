@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from PIL import Image
@@ -18,14 +18,27 @@ from dreamfleet.trainers.models.vision.clip import ClipScorer
 from dreamfleet.trainers.models.vision.dino import DinoScorer
 
 # Shapes: N generated images, R real images, P features.
+# The mean colour of the images that CLIP was trained on, which its preprocessing maps to zero.
+BACKGROUND = (123, 117, 104)
+CONSTANT = (
+    "real",
+    "subject",
+    "training",
+    "base",
+    "base_class_images",
+)  # sets that are the same in every round
 
 
 @dataclass(frozen=True)
 class ScoredImages:
-    """Images to score, and the prompts, real images and models for it; fields that no metric needs are empty or None.
+    """Images to score, and the prompts, other images and models for it; fields that no metric needs are empty or None.
 
-    ``prompts`` has one entry per image, without words that CLIP does not know (see :func:`strip_words`). Features are
-    computed once for all metrics.
+    ``prompts`` has one entry per image, without words that CLIP does not know (see :func:`strip_words`). ``real``:
+    held-out images of the subject, or else training images. ``masks``: the subject's mask in each of them (greyscale,
+    white on the subject), None without one. ``training``: training images. ``base``: the untuned model's images of
+    the same prompts and seeds, in the order of ``images``. ``class_images`` and ``base_class_images``: the tuned and
+    the untuned model's images of the class prompts. Features are computed once for all metrics; ``constant`` keeps
+    those of the sets named in ``CONSTANT`` for the next round.
     """
 
     images: Sequence[Image.Image]
@@ -33,33 +46,64 @@ class ScoredImages:
     real: Sequence[Image.Image] = ()
     clip: ClipScorer | None = None
     dino: DinoScorer | None = None
+    masks: Sequence[Image.Image | None] = ()
+    training: Sequence[Image.Image] = ()
+    base: Sequence[Image.Image] = ()
+    class_images: Sequence[Image.Image] = ()
+    base_class_images: Sequence[Image.Image] = ()
+    constant: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _own: dict[tuple[str, str], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
-    def clip_features_NP(self) -> Tensor:
-        """Normalised CLIP features of the images."""
-        assert self.clip is not None
-        return self.clip.image_features(self.images)
+    def subject(self) -> list[Image.Image]:
+        """The real images, with the background replaced by ``BACKGROUND`` where there is a mask."""
+        masks = self.masks or [None] * len(self.real)
+        return [
+            image if mask is None else mask_out(image, mask)
+            for image, mask in zip(self.real, masks, strict=True)
+        ]
+
+    @property
+    def judges(self) -> list[str]:
+        """The names of the image encoders that are given: ``clip``, ``dino`` or both."""
+        return [name for name in ("clip", "dino") if getattr(self, name) is not None]
+
+    def features(self, judge: str, images: str = "images") -> Tensor:
+        """Return the normalised features ``[K, P]`` of the K images in a field, by ``clip`` or ``dino``."""
+        kept = self.constant if images in CONSTANT else self._own
+        if (judge, images) not in kept:
+            kept[judge, images] = getattr(self, judge).image_features(getattr(self, images))
+        return kept[judge, images]
+
+    def prompt_similarity(self, images: str = "images") -> Tensor:
+        """Return the cosine similarity ``[N]`` in CLIP's space of each image in a field to the prompt in its place."""
+        if ("text", "prompts") not in self._own:
+            assert self.clip is not None
+            self._own["text", "prompts"] = self.clip.text_features(self.prompts)
+        return (self.features("clip", images) * self._own["text", "prompts"]).sum(dim=1)
 
 
 def clip_i(scored: ScoredImages) -> Tensor:
     """Return each image's mean cosine similarity to the real images in CLIP's space, ``[N]``."""
-    assert scored.clip is not None
-    real_RP = scored.clip.image_features(scored.real)
-    return (scored.clip_features_NP @ real_RP.T).mean(dim=1)
+    return (scored.features("clip") @ scored.features("clip", "real").T).mean(dim=1)
 
 
 def clip_t(scored: ScoredImages) -> Tensor:
     """Return each image's cosine similarity to its prompt in CLIP's space, ``[N]``."""
-    assert scored.clip is not None
-    prompts_NP = scored.clip.text_features(scored.prompts)
-    return (scored.clip_features_NP * prompts_NP).sum(dim=1)
+    return scored.prompt_similarity()
 
 
 def dino(scored: ScoredImages) -> Tensor:
     """Return each image's mean cosine similarity to the real images in DINO's space, ``[N]``."""
-    assert scored.dino is not None
-    images_NP, real_RP = (scored.dino.image_features(images) for images in (scored.images, scored.real))
-    return (images_NP @ real_RP.T).mean(dim=1)
+    return (scored.features("dino") @ scored.features("dino", "real").T).mean(dim=1)
+
+
+def mask_out(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """Replace the image outside a mask by ``BACKGROUND``. White is the subject; a black mask changes nothing."""
+    if not mask.getbbox():
+        return image
+    fitted = mask.convert("L").resize(image.size, Image.Resampling.BILINEAR)
+    return Image.composite(image.convert("RGB"), Image.new("RGB", image.size, BACKGROUND), fitted)
 
 
 def spread_of_real(scorer: ClipScorer | DinoScorer, real: Sequence[Image.Image]) -> float | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from PIL import Image
@@ -60,22 +62,18 @@ def check_previews(method: DiffusionMethod, config: ValidationConfig, resolution
             raise RecipeError(f"validation.prompts, prompt {number} ({request.prompt}): {error}") from error
 
 
-def generate_previews(
-    method: DiffusionMethod,
-    engine: Engine,
-    config: ValidationConfig,
-    resolution: int,
-    *,
-    distributed: DistributedContext | None = None,
-) -> tuple[list[Image.Image], list[dict[str, Any]]]:
-    """Generate ``num_images`` images of every prompt at fixed seeds; return them on rank 0, with prompt, seed and cell.
+def class_requests(config: ValidationConfig, resolution: int, prompts: Sequence[str]) -> list[ImageRequest]:
+    """Return ``num_images`` requests for each class prompt, which is literal text, with the previews' options."""
+    default = replace(default_request(config, resolution), plain=True)
+    firsts = [replace(default, prompt=prompt) for prompt in dict.fromkeys(prompts)]
+    return [request for first in firsts for request in first.columns(config.num_images)]
 
-    The weights are the method's current ones: within ``engine.evaluate`` the EMA weights. The ranks share the batches,
-    which are the same for any number of ranks, so the images are the same too.
-    """
-    distributed = distributed or DistributedContext()
+
+def preview_cells(
+    config: ValidationConfig, resolution: int
+) -> tuple[list[ImageRequest], list[dict[str, Any]]]:
+    """Return the requests of all previews in order, and the prompt, seed and cell in the grid of each."""
     rows = [first.columns(config.num_images) for first in preview_requests(config, resolution)]
-    requests = list(itertools.chain.from_iterable(rows))
     cells = [
         {
             "prompt": request.prompt,
@@ -88,6 +86,37 @@ def generate_previews(
         for row, columns in enumerate(rows)
         for column, request in enumerate(columns)
     ]
+    return list(itertools.chain.from_iterable(rows)), cells
+
+
+def generate_previews(
+    method: DiffusionMethod,
+    engine: Engine,
+    config: ValidationConfig,
+    resolution: int,
+    *,
+    distributed: DistributedContext | None = None,
+) -> tuple[list[Image.Image], list[dict[str, Any]]]:
+    """Generate ``num_images`` images of every prompt at fixed seeds; return them on rank 0, with prompt, seed and cell.
+
+    The weights are the method's current ones: within ``engine.evaluate`` the EMA weights.
+    """
+    requests, cells = preview_cells(config, resolution)
+    return generate_shared(method, engine, requests, distributed=distributed), cells
+
+
+def generate_shared(
+    method: DiffusionMethod,
+    engine: Engine,
+    requests: Sequence[ImageRequest],
+    *,
+    distributed: DistributedContext | None = None,
+) -> list[Image.Image]:
+    """Generate an image for each request with the method's current weights; return them on rank 0.
+
+    The ranks share the batches, which are the same for any number of ranks, so the images are the same too.
+    """
+    distributed = distributed or DistributedContext()
     batches = [requests[start : start + BATCH] for start in range(0, len(requests), BATCH)]
 
     def generate_share() -> list[list[Image.Image]]:
@@ -98,4 +127,4 @@ def generate_previews(
             ]
 
     images = distributed.collect(distributed.on_every_rank(generate_share), everywhere=False)
-    return list(itertools.chain.from_iterable(images)), cells
+    return list(itertools.chain.from_iterable(images))

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dreamfleet.trainers.config.hypernetwork_structure import BATCH_ACTIVATIONS
 from dreamfleet.trainers.models.lora import TRAINED
-from dreamfleet.trainers.models.stable_diffusion.hypernetwork import MIXING, HypernetworkModule
+from dreamfleet.trainers.models.stable_diffusion.hypernetwork import HypernetworkModule
 from dreamfleet.trainers.packing.member import Current, Member
 
 # Activations that mix the images of a batch or draw random numbers.
-NOT_STACKED = {*MIXING, "softmax2d", "rrelu"}
+NOT_STACKED = {*BATCH_ACTIVATIONS, "rrelu"}
 
 
 class PackedEmbedding(nn.Module):

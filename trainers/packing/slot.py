@@ -15,11 +15,11 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import explain_out_of_memory
 from dreamfleet.trainers.driver.progress import log_to_run, watch_for_stop
-from dreamfleet.trainers.loop import Micro, Training
+from dreamfleet.trainers.loop import Micro, StopTraining, Training
 from dreamfleet.trainers.methods.base import Loss
+from dreamfleet.trainers.packing.rounds import STOPPED, NewRounds, write_end
 from dreamfleet.trainers.packing.task import End, ExitReason, Task, TaskSource
 from dreamfleet.trainers.recipe import Recipe
-from dreamfleet.trainers.report.metrics_log import read_metrics
 from dreamfleet.trainers.run.run import run_steps
 from dreamfleet.trainers.run.summary import Summary
 
@@ -27,6 +27,11 @@ log = logging.getLogger(__name__)
 
 #: The slot whose code is running: its log messages belong to its run.
 _running: ContextVar[Slot | None] = ContextVar("running slot", default=None)
+
+
+def in_slot() -> bool:
+    """Return whether the code of a slot is running, whose log messages are in its ``run.log``."""
+    return _running.get() is not None
 
 
 class Slot:
@@ -49,10 +54,9 @@ class Slot:
         self.micro: Micro | None = None
         self.end: End | None = None
         self.is_undecided = False  # the source has not decided yet whether the task continues after a round
-        self._started, self._last_step = time.monotonic(), task.last_step
-        self._is_stopped = False  # by the source
-        self._rounds: dict[int, dict[str, Any]] = {}
+        self._started, self._is_stopped = time.monotonic(), False  # stopped by the source
         self._run, self._resources = Storage(recipe.output_dir), ExitStack()
+        self._rounds = NewRounds(self._run, task.figures, last_step=task.last_step)
         self._resources.enter_context(
             log_to_run(self._run, verbose=True, when=lambda: _running.get() in (self, None))
         )
@@ -61,31 +65,28 @@ class Slot:
             recipe,
             distributed,
             resume=True,
-            should_stop=lambda: self._is_stopped or should_stop() or stopped_here(),
-            on_progress=self._collect,
+            should_stop=lambda: should_stop() or stopped_here(),
+            on_progress=self._rounds.note,
             **options,
         )
         self.advance(None)
-        if self.task.figures and self.task.last_step >= 0 and self.end is None:
-            for line in read_metrics(self._run):  # rounds before an interruption that were not reported
-                self._collect(line)
-            self._report_rounds()
 
     def advance(self, loss: Loss | Exception | None) -> None:
-        """Continue the run with the loss of :attr:`micro`, or end it with an error; None starts it."""
+        """Continue the run with the loss of :attr:`micro`, or end it with an exception; None starts it."""
         token = _running.set(self)
         try:
             with explain_out_of_memory():
                 if isinstance(loss, Exception):
-                    raise loss
-                self.micro = next(self._training) if loss is None else self._training.send(loss)
+                    self.micro = self._training.throw(loss)
+                else:
+                    self.micro = next(self._training) if loss is None else self._training.send(loss)
             self._report_rounds()
         except StopIteration as stop:
             self._report_rounds(last=True)
             summary: Summary = stop.value
             reason: ExitReason = summary.exit_reason  # type: ignore[assignment]
             if self._is_stopped:
-                reason = "stopped"
+                reason, summary = "stopped", write_end(self._run, summary, STOPPED)
             self._finish(End(reason, summary=dataclasses.asdict(summary)))
         except Exception as error:  # noqa: BLE001 - a fault in one training must not end the others
             self._fail(error)
@@ -95,22 +96,19 @@ class Slot:
     def ask(self) -> None:
         """Ask the source for its decision after a round, if it is open."""
         if self.is_undecided and (stops := self.source.decision(self.task)) is not None:
-            self.is_undecided, self._is_stopped = False, stops
+            self.is_undecided = False
+            if stops:
+                self._is_stopped = True
+                self.advance(StopTraining())
 
     def abandon(self) -> None:
         """End the run without a checkpoint, as its pass was lost with an error of another kind."""
         self._training.close()
         self._resources.close()
 
-    def _collect(self, line: dict[str, Any]) -> None:
-        figures = {name: line[name] for name in self.task.figures if line.get(name) is not None}
-        if figures and line["step"] > self._last_step:
-            self._rounds.setdefault(line["step"], {"step": line["step"]}).update(figures)
-
     def _report_rounds(self, *, last: bool = False) -> None:
-        for step in sorted(self._rounds):
-            self._last_step = step
-            self.source.on_round(self.task, self._rounds.pop(step))
+        for figures in self._rounds.take():
+            self.source.on_round(self.task, figures)
             self.is_undecided = not last
 
     def _fail(self, error: Exception) -> None:

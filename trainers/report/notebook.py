@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import yaml
 from PIL import Image
 
 from dreamfleet.datasets.errors import UserError
@@ -17,8 +18,12 @@ from dreamfleet.trainers.report.preview_grid import Cell, mosaic, read_preview_g
 
 LONGEST_SIDE = 200  # longest side in pixels of an image
 MOST_IMAGES = 4  # images in one mosaic
-MEASURED: dict[str, tuple[str, Callable[[float], str]]] = {  # figures of a summary that are shown with the scores
+TITLES = {"loss": "training loss"}  # of figures without a metric
+MEASURED: dict[
+    str, tuple[str, Callable[[float], str]]
+] = {  # figures of a summary that are shown with the scores
     "images_per_second": ("images / s", formatting.number),
+    "data_wait_fraction": ("waiting for data", formatting.share),
     "peak_memory_bytes": ("peak memory", formatting.size),
 }
 
@@ -44,16 +49,16 @@ def fragment(
     )  # fmt: skip
 
 
-def run_html(run: Storage, summary: Mapping[str, Any], *, resolution: int | None = None) -> str:
+def run_html(run: Storage, summary: Mapping[str, Any]) -> str:
     """Return a run's result as an HTML fragment: base, tuned and real images, metrics, and artifacts.
 
-    ``summary`` are the fields of ``summary.json``; ``resolution`` is the side of the training images in pixels.
+    ``summary`` are the fields of ``summary.json``.
     """
     facts = [str(summary["exit_reason"]), f"{formatting.number(summary['steps'])} steps"]
     facts += [formatting.seconds(summary["wall_seconds"]), f"{summary['workers']} × {summary['device']}"]
     figures = summary["figures"] or {}
     rows = [
-        (figure_title(name), formatting.number(value, 4))
+        (TITLES.get(name) or figure_title(name), formatting.number(value, 4))
         for name, value in figures.items()
         if name not in MEASURED and isinstance(value, int | float) and math.isfinite(value)
     ]
@@ -62,7 +67,7 @@ def run_html(run: Storage, summary: Mapping[str, Any], *, resolution: int | None
     return fragment(
         str(summary["run"]),
         facts,
-        images=_images(run, resolution),
+        images=_images(run),
         columns=("metric", "value") if rows else (),
         rows=rows,
         files=[*files, ("report", run.path("report.html"))],
@@ -75,16 +80,26 @@ def preview_mosaic(cells: Sequence[Cell]) -> Image.Image:
     return _square([cell.image for cell in chosen])
 
 
-def _images(run: Storage, resolution: int | None) -> list[tuple[str, Image.Image]]:
+def _images(run: Storage) -> list[tuple[str, Image.Image]]:
     try:
-        grids, real = read_preview_grids(run, 2), read_real_images(run, resolution)
+        grids, real = read_preview_grids(run, 2), read_real_images(run, _resolution(run))
     except UserError:  # the folder is gone or cannot be reached; the numbers remain
         return []
     images = [(f"step {grid.step}" if grid.step else "base", preview_mosaic(grid.cells)) for grid in grids]
     return [*images, ("training images", _square(real[:MOST_IMAGES]))] if real else images
 
 
+def _resolution(run: Storage) -> int | None:
+    try:
+        found = yaml.safe_load(run.read_text("recipe.yaml"))["data"]["resolution"]
+    except (UserError, OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, int) else None
+
+
 def _square(images: Sequence[Image.Image]) -> Image.Image:
+    if len(images) == 1:
+        return images[0]
     columns = math.ceil(math.sqrt(len(images)))
     side = min(images[0].width, LONGEST_SIDE // columns)
     return mosaic(images, columns, cell=side, gap=max(1, side // 50))

@@ -110,15 +110,16 @@ class Checkpoints:
         """Remove the checkpoint of ``step``; log a warning if it cannot be removed."""
         self._remove_quietly(folder_name(step))
 
-    def drop_optimizer(self, step: int) -> None:
+    def drop_optimizer(self, step: int, *, has_ema: bool = True) -> None:
         """Remove the optimizer state of a checkpoint, which then can be exported but not continued.
 
+        ``has_ema``: False if the run keeps no EMA weights, so that the state need not be read to look for them.
         An interrupted call leaves a valid checkpoint, and can be repeated. Raises CheckpointError for a checkpoint
         that cannot be read.
         """
         name = folder_name(step)
         files = self._read_manifest(name)["files"]
-        if ENGINE in files:
+        if ENGINE in files and has_ema:
             with self.storage.local_copy(f"{name}/{ENGINE}") as path:
                 try:
                     engine = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -127,7 +128,7 @@ class Checkpoints:
                 if "ema" in engine:
                     left = {"ema": engine["ema"]}
                     files[EXPORTED] = self._write(f"{name}/{EXPORTED}", lambda file: torch.save(left, file))
-            del files[ENGINE]
+        if files.pop(ENGINE, None):
             manifest = {"step": step, "files": files}
             self.storage.write_text(f"{name}/{MANIFEST}", json_text(manifest, indent=1))
         self.storage.remove(f"{name}/{ENGINE}")

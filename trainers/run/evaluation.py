@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
+from dreamfleet.datasets.images.masks import ImageView
 from dreamfleet.datasets.index.index import Index
 from dreamfleet.datasets.index.sets import load_held_out
 from dreamfleet.datasets.json_text import json_text
-from dreamfleet.trainers.batches.vae_encoding import read_pixels
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.batches.vae_encoding import read_cut, read_pixels
+from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.config.metrics import image_metrics
 from dreamfleet.trainers.distributed.agreement import share_index
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.evaluation.heldout_loss import HeldOutImages, HeldOutLoss
-from dreamfleet.trainers.evaluation.judge import Judge
-from dreamfleet.trainers.evaluation.previews import generate_previews
+from dreamfleet.trainers.evaluation.judge import Judge, References
+from dreamfleet.trainers.evaluation.loss_metrics import MeasuredRun, ModelMetric, make_model_metrics
+from dreamfleet.trainers.evaluation.previews import class_requests, generate_shared, preview_cells
 from dreamfleet.trainers.evaluation.score import MOST_REAL, words_to_strip
+from dreamfleet.trainers.evaluation.untuned import UntunedImages, untuned_images
 from dreamfleet.trainers.methods.diffusion_method import require_diffusion
 from dreamfleet.trainers.methods.image_method import ImageMethod
 from dreamfleet.trainers.run.build import Parts
@@ -27,9 +34,10 @@ log = logging.getLogger(__name__)
 
 
 class Evaluation:
-    """Held-out loss and preview images of a run: every rank calls :meth:`measure` and :meth:`draw`.
+    """Held-out loss, other metrics and preview images of a run: every rank calls :meth:`measure` and :meth:`draw`.
 
-    The work is divided between the ranks, except with an engine in lockstep, whose ranks all do all of it.
+    It is created before a checkpoint is loaded, since some metrics compare with the untuned model. The work is
+    divided between the ranks, except with an engine in lockstep, whose ranks all do all of it.
     Raises UserError for held-out images that cannot be read.
     """
 
@@ -42,6 +50,10 @@ class Evaluation:
         self.held_out: HeldOutLoss | HeldOutImages | None = None
         self._judge: Judge | None = None
         validation = recipe.validation
+        self.class_requests: list[ImageRequest] = []
+        if validation.uses("class_images"):
+            prompts = [concept.class_prompt for concept in parts.sets.concepts if concept.class_prompt]
+            self.class_requests = class_requests(validation, recipe.data.resolution, prompts)
         scores = [name for name in image_metrics() if name in validation.metrics]
         if distributed.is_main and scores and not validation.prompts:
             log.warning("validation.metrics: no %s, as previews need validation.prompts", ", ".join(scores))
@@ -62,48 +74,86 @@ class Evaluation:
                 distributed=self.sharing,
             )
 
+        self.model_metrics = make_model_metrics(
+            validation.model_metrics,
+            MeasuredRun(parts.method, parts.engine, recipe.data, parts.sets.instances, self.sharing),
+        )
+        self.untuned = self._load_untuned()
+
     def write_real_images(self) -> None:
         """Write a grid of up to 12 training images to ``samples/real.png``; rank 0 only."""
         images = self._load_real(self.parts.sets.instances)[:12]
         self.recorder.write_grid("samples/real.png", images, columns=min(6, len(images)))
 
     def measure(self) -> dict[str, float]:
-        """Return the metrics of held-out images, including ``holdout_loss``; {} without such images."""
-        held_out, engine = self.held_out, self.parts.engine
-        if held_out is None:
+        """Return the metrics of held-out images, ``holdout_loss`` among them, and of the model; {} without any."""
+        engine = self.parts.engine
+        measured: list[ModelMetric] = [*self.model_metrics]
+        if self.held_out is not None:
+            measured.insert(0, self.held_out)
+        if not measured:
             return {}
-        return engine.evaluate(lambda: held_out.figures(engine))
+        found = engine.evaluate(lambda: [each.figures(engine) for each in measured])
+        return {name: value for figures in found for name, value in figures.items()}
 
     def draw(self, step: int) -> None:
         """Generate the preview images of a step; rank 0 writes their grid and logs their scores."""
         parts, validation = self.parts, self.parts.recipe.validation
         if not validation.prompts:
             return
-        images, cells = parts.engine.evaluate(
-            lambda: generate_previews(
-                require_diffusion(parts.method, "validation.prompts"),
-                parts.engine,
-                validation,
-                parts.recipe.data.resolution,
-                distributed=self.sharing,
+        requests, cells = preview_cells(validation, parts.recipe.data.resolution)
+        if step == 0 and self.untuned is not None:
+            images, class_images = self.untuned.previews, self.untuned.class_images
+        else:
+            method = require_diffusion(parts.method, "validation.prompts")
+            generate = functools.partial(generate_shared, method, parts.engine, distributed=self.sharing)
+            images, class_images = parts.engine.evaluate(
+                lambda: (generate(requests), generate(self.class_requests))
             )
-        )
-        parts.distributed.on_rank_0(lambda: self._write_previews(step, images, cells))
+        parts.distributed.on_rank_0(lambda: self._write_previews(step, images, class_images, cells))
 
-    def _write_previews(self, step: int, images: list[Image.Image], cells: list[dict[str, Any]]) -> None:
+    def _write_previews(
+        self,
+        step: int,
+        images: Sequence[Image.Image],
+        class_images: Sequence[Image.Image],
+        cells: list[dict[str, Any]],
+    ) -> None:
         validation = self.parts.recipe.validation
         if validation.preview_metrics:
-            self.recorder.log_scores(step, self._load_judge().score(images, cells))
+            scores = self._load_judge().score(images, cells, class_images=class_images)
+            self.recorder.log_scores(step, scores)
         name = f"samples/step-{step:06d}"
         self.recorder.write_grid(f"{name}.png", images, columns=validation.num_images, step=step)
         self.recorder.run.write_text(f"{name}.jsonl", "\n".join(map(json_text, cells)) + "\n")
 
+    def _load_untuned(self) -> UntunedImages | None:
+        """Return the untuned model's images if a metric uses them; every rank calls it."""
+        parts, validation = self.parts, self.parts.recipe.validation
+        if not (validation.uses("base") or self.class_requests):
+            return None
+        return untuned_images(
+            require_diffusion(parts.method, "validation.prompts"),
+            parts.engine,
+            previews=preview_cells(validation, parts.recipe.data.resolution)[0],
+            class_images=self.class_requests,
+            folder=Storage(parts.recipe.untuned_images_dir),
+            distributed=parts.distributed,
+            sharing=self.sharing,
+        )
+
     def _load_judge(self) -> Judge:
         if self._judge is None:
-            recipe = self.parts.recipe
-            self._judge = Judge(
-                recipe.validation, real=self._load_real(self.real), strip=words_to_strip(recipe)
+            recipe, instances = self.parts.recipe, self.parts.sets.instances
+            real, untuned = self._load_real(self.real), self.untuned or UntunedImages()
+            references = References(
+                real=real,
+                masks=self._load_masks(self.real),
+                training=real if self.real is instances else self._load_real(instances),
+                base=untuned.previews,
+                base_class_images=untuned.class_images,
             )
+            self._judge = Judge(recipe.validation, references=references, strip=words_to_strip(recipe))
         return self._judge
 
     def _load_real(self, index: Index) -> list[Image.Image]:
@@ -112,3 +162,11 @@ class Evaluation:
             for uri in index.column("uri")[:MOST_REAL]
         ]
         return [Image.fromarray(array.round().clip(0, 255).astype("uint8")) for array in arrays]
+
+    def _load_masks(self, index: Index) -> list[Image.Image]:
+        """Return the mask of each image that :meth:`_load_real` returns; none without ``data.alpha_mask``."""
+        data = self.parts.recipe.data
+        if not data.alpha_mask:
+            return []
+        views = [ImageView(row, size=(data.resolution,) * 2) for row in range(min(MOST_REAL, len(index)))]
+        return [Image.fromarray(read_cut(index, view, data)[..., 3]) for view in views]

@@ -89,14 +89,14 @@ def run_steps(
     recipe, engine_reason = settle(recipe, distributed)
     parts = assemble(recipe, distributed, begins=found is None, load=load)
     with closing(parts.engine):
+        recorder = Recorder(parts, Storage(recipe.output_dir), on_progress=on_progress)
+        evaluation = Evaluation(parts, recorder)  # some metrics compare with the untuned model
         start_step = _restore(found, parts) if found else 0
         clock.resume(found.meta.get("seconds", {}) if found else {})
         del found  # free its memory: up to three times that of the trainable parameters
-        recorder = Recorder(parts, Storage(recipe.output_dir), on_progress=on_progress)
         checkpointing = Checkpointing(
             parts, checkpoints, clock, start_step=start_step, after_save=recorder.flush
         )
-        evaluation = Evaluation(parts, recorder)
         _open(recorder, checkpointing, evaluation, engine_reason)
         hooks = _make_hooks(recorder, checkpointing, evaluation, should_stop)
         clock.ready()

@@ -42,12 +42,16 @@ def read_subjects(
         errors.append("no rows: every row is a subject")
     names = _read_names(table, by_key.get(NAME), faults, folds="://" not in recipe.output_dir)
     priorities = _cells(table, by_key.get(PRIORITY), faults, _priority) or [0.0] * count
-    texts = {
-        IMAGES: _cells(table, by_key.get(IMAGES), faults, lambda cell: read_place(cell, table.folder)),
-        PROMPT: _cells(table, by_key.get(PROMPT), faults, _text),
-        CLASS_PROMPT: _cells(table, by_key.get(CLASS_PROMPT), faults, _text),
+    readers: dict[str, Callable[[Any], Any]] = {
+        IMAGES: lambda cell: read_place(cell, table.folder),
+        PROMPT: _text,
+        CLASS_PROMPT: _text,
     }
-    texts = {key: cells for key, cells in texts.items() if cells}
+    texts = {
+        key: cells
+        for key, read in readers.items()
+        if (cells := _cells(table, by_key.get(key), faults, read)) is not None
+    }
     others = [column for column in columns if column.key not in (NAME, PRIORITY, *TEXTS)]
     choices, chosen = _choose(table, others, faults)
     if not errors:

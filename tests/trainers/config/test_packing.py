@@ -15,6 +15,7 @@ PACKED = [
     {"name": "prompt_tuning", "placeholder_token": "toy"},
     {"name": "hypernetwork"},
     {"name": "hypernetwork", "use_dropout": True, "layer_structure": [1, 2, 2, 1]},
+    {"name": "hypernetwork", "activation_func": "softmax"},
     LORA,
     {"name": "native", "lora_rank": 8, "lora_dropout": 0.1, "train_text_encoder": True},
 ]
@@ -23,7 +24,6 @@ ALONE = [
     {"name": "native"},
     {"name": "aesthetic_gradients"},
     {"name": "discriminator", "classes": ["other", "good"]},
-    {"name": "hypernetwork", "activation_func": "softmax"},
 ]
 
 

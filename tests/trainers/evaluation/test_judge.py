@@ -13,7 +13,7 @@ from PIL import Image
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.trainers.config.validation import ValidationConfig
 from dreamfleet.trainers.evaluation import judge
-from dreamfleet.trainers.evaluation.judge import score_images
+from dreamfleet.trainers.evaluation.judge import References, score_images
 
 
 def test_scores_of_every_image_and_their_means() -> None:
@@ -59,10 +59,11 @@ def test_clip_is_loaded_only_if_a_metric_needs_it_and_computes_features_once(
 
     monkeypatch.setattr(judge, "load_clip", load_clip)
     previews = {"prompts": ["red"], "metrics": ["loss"]}
-    judge.Judge(ValidationConfig.model_validate(previews), real=plain(RED), strip={})
+    judge.Judge(ValidationConfig.model_validate(previews), references=References(real=plain(RED)), strip={})
     assert loaded == []
     previews |= {"metrics": ["clip_t", "clip_i"], "clip": "mine"}
-    scorer = judge.Judge(ValidationConfig.model_validate(previews), real=plain(RED, GREEN, RED), strip={})
+    references = References(real=plain(RED, GREEN, RED))
+    scorer = judge.Judge(ValidationConfig.model_validate(previews), references=references, strip={})
     cells: list[dict[str, Any]] = [{"prompt": "red"}, {"prompt": "green"}]
     assert scorer.score(plain(RED, YELLOW), cells).keys() == {"clip_i", "clip_t"}
     assert loaded == ["mine"] and sorted(CountingScorer.calls) == [2, 3]

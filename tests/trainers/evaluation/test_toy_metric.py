@@ -79,7 +79,10 @@ def test_a_search_minimises_a_registered_metric_whose_lower_values_are_better(tm
 
 def test_the_recipe_reference_lists_a_registered_metric(brightness: Metric, root: Path) -> None:
     page = runpy.run_path(str(root / "docs/write_recipes.py"))["write"]()
-    assert "list of `loss`, `clip_i`, `clip_t`, `dino`, `brightness`" in page
+    assert (
+        "list of `loss`, `clip_i`, `clip_t`, `dino`, `fidelity`, `overfitting`, `view_loss`, `brightness`"
+        in page
+    )
     row = next(line for line in page.splitlines() if line.startswith("| `brightness`"))
     assert "lower" in row and brightness.note in row
 

@@ -10,7 +10,6 @@ from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 from dreamfleet.datasets.captions import TEMPLATE_SETS
 from dreamfleet.datasets.path_field import PathField
 from dreamfleet.trainers.config.hypernetwork_structure import (
-    BATCH_ACTIVATIONS,
     Structure,
     WeightInit,
     derived_dropout,
@@ -104,13 +103,6 @@ class HypernetworkConfig(MethodConfig):
         require_activation(self.activation_func)
         self.structure()
         return self
-
-    @property
-    def unpackable(self) -> str | None:
-        is_used = len(self.layer_structure) > 2 or self.activate_output
-        if is_used and self.activation_func in BATCH_ACTIVATIONS:
-            return f"with activation_func: {self.activation_func} mixes the images of a batch"
-        return super().unpackable
 
     @property
     def has_dropout(self) -> bool:

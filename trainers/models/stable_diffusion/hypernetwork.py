@@ -18,8 +18,8 @@ from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.config.hypernetwork_structure import ACTIVATIONS, Structure
 from dreamfleet.trainers.models.formats.hypernetwork import HypernetworkFile, read_hypernetwork
 
-#: Activations that mix the images of a batch: the webui passes no dimension, so torch uses dimension 0 of [B, T, D].
-MIXING = {"softmax": 0, "softmin": 0, "logsoftmax": 0}
+# The webui passes no dimension, so torch uses dimension 0 of [B, T, D], which mixes the images of a batch.
+_DIMENSION = {"softmax": 0, "softmin": 0, "logsoftmax": 0}
 
 
 class HypernetworkModule(nn.Module):
@@ -32,7 +32,7 @@ class HypernetworkModule(nn.Module):
             layers.append(nn.Linear(entering, leaving))
             if structure.is_activated(number):
                 name = structure.activation_func
-                options = {"dim": MIXING[name]} if name in MIXING else {}
+                options = {"dim": _DIMENSION[name]} if name in _DIMENSION else {}
                 layers.append(getattr(nn, ACTIVATIONS[name])(**options))
             if structure.add_layer_norm:
                 layers.append(nn.LayerNorm(leaving))

@@ -1,0 +1,119 @@
+"""Metrics of the model from its losses on the training images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.images.masks import ImageView
+from dreamfleet.datasets.index.index import build_index
+from dreamfleet.trainers.batches.vae_encoding import read_cut
+from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.evaluation.loss_metrics import (
+    MOST_IMAGES,
+    VIEWS,
+    MeasuredRun,
+    Overfitting,
+    ViewLoss,
+    make_model_metrics,
+)
+from dreamfleet.trainers.recipe import build_recipe
+from dreamfleet.trainers.run.build import assemble
+
+
+class Planted:
+    """A run whose losses in each measurement are given, ``[images][bins]``."""
+
+    def __init__(self, *rounds: list[list[float]]):
+        self.rounds, self.engine = rounds, self
+
+    def evaluate(self, action: Any) -> Any:
+        return action()
+
+    def losses(self, **view: Any) -> Any:
+        remaining = iter(self.rounds)
+
+        class Images:
+            def losses(self, engine: Any) -> torch.Tensor:
+                return torch.tensor(next(remaining)).double()
+
+        return Images()
+
+
+def test_overfitting_is_the_mean_share_of_the_base_loss_that_is_gone_in_each_bin() -> None:
+    base, tuned = [[1.0, 0.1], [3.0, 0.3]], [[0.5, 0.1], [1.5, 0.1]]
+    run: Any = Planted(base, base, tuned, [[0.0, 0.0]] * 2, [[9.0, 9.0]] * 2)
+    metric = Overfitting(run)
+    assert metric.figures(run)["overfitting"] == 0
+    assert metric.figures(run)["overfitting"] == pytest.approx((0.5 + 0.5) / 2)
+    assert metric.figures(run)["overfitting"] == 1
+    assert metric.figures(run)["overfitting"] == 0  # worse than the base is not overfitted
+
+
+def test_view_loss_is_relative_to_the_untuned_model_in_each_bin() -> None:
+    base = [[1.0, 0.1]]
+    run: Any = Planted(base, base, [[0.5, 0.2]])
+    metric = ViewLoss(run)
+    assert metric.figures(run)["view_loss"] == pytest.approx(1)
+    assert metric.figures(run)["view_loss"] == pytest.approx((0.5 + 2) / 2)
+
+
+def test_metrics_of_a_real_run_start_at_the_untuned_model_and_do_not_change_the_method(
+    tmp_path: Path,
+) -> None:
+    parts = assemble(build_recipe(tiny.make_recipe(tmp_path)), DistributedContext())
+    run = MeasuredRun(
+        parts.method, parts.engine, parts.recipe.data, parts.sets.instances, DistributedContext()
+    )
+    before = {name: value.clone() for name, value in parts.method.state().items()}
+    metrics = make_model_metrics(["overfitting", "view_loss"], run)
+    figures = {name: value for metric in metrics for name, value in metric.figures(parts.engine).items()}
+    assert figures == {"overfitting": 0, "view_loss": 1}
+    assert all(torch.equal(value, before[name]) for name, value in parts.method.state().items())
+    with torch.no_grad():
+        for value in parts.method.state().values():
+            value.mul_(1.1)
+    changed = {name: value for metric in metrics for name, value in metric.figures(parts.engine).items()}
+    assert changed["view_loss"] != 1
+
+
+def test_at_most_some_training_images_are_measured_evenly_chosen(tmp_path: Path) -> None:
+    tiny.make_images(tmp_path / "pictures", MOST_IMAGES + 4, size=32)
+    parts = assemble(build_recipe(tiny.make_recipe(tmp_path)), DistributedContext())
+    run = MeasuredRun(
+        parts.method, parts.engine, parts.recipe.data, parts.sets.instances, DistributedContext()
+    )
+    assert len(set(run.losses().ids)) == MOST_IMAGES
+
+
+def test_views_are_cut_from_the_middle_and_differ_from_the_trained_images(tmp_path: Path) -> None:
+    image = Image.new("RGB", (64, 64), "blue")
+    image.paste((255, 0, 0), (16, 16, 48, 48))
+    (tmp_path / "one").mkdir()
+    image.save(tmp_path / "one/0.png")
+    index, data = build_index(tmp_path / "one"), build_recipe(tiny.make_recipe(tmp_path)).data
+    plain, twice = (read_cut(index, ImageView(0), data, enlarged=factor) for factor in (1.0, 2.0))
+    assert plain.shape == twice.shape == (32, 32, 3)
+    assert (twice[2:-2, 2:-2] == (255, 0, 0)).all() and (plain[0, 0] == (0, 0, 255)).all()
+    assert all(enlarged > 1 for enlarged in VIEWS)
+    assert np.array_equal(plain, read_cut(index, ImageView(0), data))
+
+
+def test_a_method_without_a_denoiser_is_refused_with_the_key(tmp_path: Path) -> None:
+    images = tiny.make_two_classes(tmp_path / "pictures", 8)
+    tree = tiny.make_recipe(
+        tmp_path, method=tiny.DISCRIMINATOR, data={"instance_data_dir": str(images), "resolution": 32}
+    )
+    parts = assemble(build_recipe(tree), DistributedContext())
+    run = MeasuredRun(
+        parts.method, parts.engine, parts.recipe.data, parts.sets.instances, DistributedContext()
+    )
+    with pytest.raises(RecipeError, match=r"validation\.metrics.*discriminator"):
+        make_model_metrics(["overfitting"], run)
