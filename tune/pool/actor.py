@@ -101,6 +101,7 @@ class PoolActor:
     def leave(self) -> None:
         """End the process, which has no task. Ray would report a process that is killed as an error."""
         self.source.close()
+        self.outbox.put(Ready())  # ends the wait of `next_events`
         ray.actor.exit_actor()
 
     def _work(self) -> None:
