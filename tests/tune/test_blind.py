@@ -40,7 +40,7 @@ def test_every_pair_is_shown_once_before_any_is_shown_again() -> None:
         assert set(pairs[start : start + 15]) == all_pairs
     assert len(plan) == len({one.id for one in plan}) == 15 * len(CELLS)
     sides = Counter(one.left < one.right for one in plan)
-    assert min(sides.values()) > 10, "the better trial is not always on the same side"
+    assert 10 < sides[True] < 35, "the better trial is not always on the same side"
     assert (
         plan
         == plan_comparisons(make_cells(*names[::-1]), seed=0)
@@ -104,7 +104,7 @@ def test_the_report_shows_wins_and_how_often_the_metric_agrees(tmp_path: Path) -
     for one in page.comparisons:
         page.answer({"id": one.id, "choice": "left" if one.left < one.right else "right"})
     html = render(store)
-    assert "3 votes" in html and re.search(r"held-out loss agrees with \d of \d decided votes", html)
+    assert "3 votes" in html and re.search(r"metric agrees: held-out loss \d of \d\.", html)
     row = next(row for row in html.split("<tr") if "trial-000</a></td>" in row and "2 of 2" in row)
     assert "preferred</button>" in html and re.search(r">\d\d %, 2 of 2<", row)
 

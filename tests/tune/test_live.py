@@ -104,7 +104,9 @@ def test_messages_and_failures_appear_above_the_table(store: TrialStore) -> None
     finally:
         log.removeHandler(handler)
     text = terminal.getvalue()
-    assert "a [bold]warning[/bold]" in text and "trial-004 failed: the loss is <no> number" in text
+    # The table is erased before a message is printed.
+    assert text[: text.index("a [bold]warning[/bold]")].endswith("\x1b[2K")
+    assert "trial-004 failed: the loss is <no> number" in text
     assert "warning" not in last_table(terminal)
 
 

@@ -66,6 +66,9 @@ class Pack:
     def _member(self, engine: Engine) -> Member:
         if engine not in self._members:
             if not self._members:
+                # The shared parameters are there already; buffers belong to each copy.
+                half = engine.dtype if engine.device.type == "cuda" else None
+                self.model.model.to(engine.device, half)
                 apply_options(self.model.model, engine.config, engine.device)
             self._members[engine] = Member(cast(TorchEngine, engine))
             self.model.admit(self._members[engine])
