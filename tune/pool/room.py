@@ -69,10 +69,12 @@ class Room:
         return self.share.resources.get("GPU", 0.0) * self.workers_per_task
 
     def __str__(self) -> str:
-        per_group = f"{self.workers_per_task} x " if self.workers_per_task > 1 else ""
+        resources = describe(self.share.resources)
+        many = "s" * (self.groups > 1)
+        if self.workers_per_task > 1:
+            return f"{self.groups} group{many} of {self.workers_per_task} workers with {resources} each"
         packed = f", up to {self.slots} trainings packed in each" if self.slots > 1 else ""
-        many = "s" if self.groups > 1 else ""
-        return f"{self.groups} worker{many} with {per_group}{describe(self.share.resources)}{packed}"
+        return f"{self.groups} worker{many} with {resources}{packed}"
 
 
 def plan_room(demand: Demand, nodes: Sequence[Resources], *, limit: Resources | None = None) -> Room:
