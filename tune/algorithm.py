@@ -155,8 +155,10 @@ def _study(store: TrialStore) -> optuna.Study:
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     search, space = store.search, distributions(store.search)
-    directions = ["maximize" if search.maximises(metric) else "minimize" for metric in search.metrics]
-    study = optuna.create_study(directions=directions)
+    maximise, minimise = optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE
+    study = optuna.create_study(
+        directions=[maximise if search.maximises(metric) else minimise for metric in search.metrics]
+    )
 
     def add(point: Point, values: Sequence[float | None] | None) -> None:
         state = TrialState.RUNNING if values is None else TrialState.COMPLETE

@@ -121,8 +121,8 @@ class SearchDisplay:
         from rich.table import Table
         from rich.text import Text
 
-        shown = self._shown()
-        columns = fit_columns(self._columns(shown), self._console.width)
+        shown, best = self._shown(), self.store.best
+        columns = fit_columns(self._columns(shown, best), self._console.width)
         room = total_width(columns) <= self._console.width
         # The box has one space between columns.
         table = Table(
@@ -131,7 +131,7 @@ class SearchDisplay:
         for column in columns:
             table.add_column(Text(column.title), no_wrap=True, justify="left" if column.is_text else "right")
         for number, trial in enumerate(shown):
-            style = "bold" if trial is self.store.best else "" if trial.status == "running" else "dim"
+            style = "bold" if trial is best else "" if trial.status == "running" else "dim"
             table.add_row(*(Text(column.cells[number]) for column in columns), style=style)
         return Group(self._headline(), table)
 
@@ -143,7 +143,7 @@ class SearchDisplay:
         best = over[: min(BEST_SHOWN, max(1, room - len(running)))]
         return [*running[: room - len(best)], *best]
 
-    def _columns(self, shown: Sequence[Trial]) -> list[Column]:
+    def _columns(self, shown: Sequence[Trial], best: Trial | None) -> list[Column]:
         search = self.store.search
         return [
             Column("trial", [trial.name for trial in shown], is_text=True),
@@ -161,7 +161,7 @@ class SearchDisplay:
             ),
             Column("step", [self._step(trial) for trial in shown]),
             Column("time", [self._time(trial) for trial in shown], is_optional=True),
-            Column("", ["best" if t is self.store.best else t.status for t in shown], is_text=True),
+            Column("", ["best" if t is best else t.status for t in shown], is_text=True),
         ]
 
     def _step(self, trial: Trial) -> str:

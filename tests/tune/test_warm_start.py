@@ -22,6 +22,8 @@ def earlier_search(folder: Path, **section: Any) -> str:
 
 def store_search(recipe: Recipe) -> str:
     store = TrialStore(recipe, make_trials())
+    store.trials[3].rounds.append({"step": 10, "holdout_loss": 0.2})  # an interrupted one
+    store.trials[4].rounds.append({"step": 10, "holdout_loss": 0.2})  # one that failed
     store.save()
     store.folder.write_text("search.yaml", recipe.to_yaml())
     return recipe.output_dir

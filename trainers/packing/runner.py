@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dreamfleet.datasets.errors import UserError
 from dreamfleet.trainers.config.packing import find_unpackable, pack_key
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, on_device
@@ -109,6 +110,8 @@ class _Runner:
             while True:
                 self._refill()
                 if not self.slots and (self.should_stop() or (self.source.is_done and not self._waiting)):
+                    if self._waiting is not None:
+                        self.source.on_end(self._waiting[0], End("interrupted"))
                     return
                 for slot in self.slots:
                     slot.ask()
@@ -167,9 +170,12 @@ class _Runner:
                 self.pack, self._key = None, pack_key(recipe)
                 self.models.clear()
                 needs = method_class(recipe.method).needs
-                self.pack = Pack(
-                    self.models.lend(recipe.model, needs), recomputes=recipe.train.gradient_checkpointing
-                )
+                try:
+                    model = self.models.lend(recipe.model, needs)
+                except UserError as error:
+                    self.source.on_end(task, End("failed", error=str(error), kind=type(error).__name__))
+                    return
+                self.pack = Pack(model, recomputes=recipe.train.gradient_checkpointing)
         else:
             if self.pack is not None:
                 self.pack, self._key = None, None

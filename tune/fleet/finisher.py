@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.packing.task import End
 from dreamfleet.tune.fleet.fleet_rows import FleetRows
@@ -43,7 +42,7 @@ class Finisher:
         self._lock = threading.Lock()
         self._ended: queue.Queue[tuple[int, End, int] | None] = queue.Queue(MAX_WAITING)
         self._unwritten: list[dict[str, Any]] = []
-        self._error: UserError | None = None
+        self._error: Exception | None = None
         self._page_at = 0.0
         self._thread = threading.Thread(target=self._work, daemon=True, name="fleet-finisher")
 
@@ -92,22 +91,26 @@ class Finisher:
         self._write_page(final=True)
 
     def _finish(self, index: int, end: End, resolution: int) -> None:
-        subject, record = self.rows.subjects[index], {"error": end.error, "kind": end.kind}
+        subject = self.rows.subjects[index]
         folder = f"subjects/{subject.name}"
-        record |= {
+        record: dict[str, Any] = {
             "name": subject.name,
             "row": subject.row,
             "status": end.exit_reason,
             "digest": subject.digest,
+            "error": end.error,
+            "kind": end.kind,
+            "seconds": round(end.seconds, 3),
+            "ended": time.time(),
+            **_results(end.summary or {}),
         }
-        record |= {"seconds": round(end.seconds, 3), "ended": time.time(), **_results(end.summary or {})}
         try:
             if end.exit_reason == "completed" and not self.keep_checkpoints:
                 self.fleet.remove(f"{folder}/checkpoints")
             images = write_thumbnail(self.fleet, subject.name, folder, resolution=resolution)
             record["images"] = dataclasses.asdict(images) if images else None
-        except UserError as error:
-            log.warning("%s: %s", folder, error)
+        except Exception as error:  # noqa: BLE001 - the subject is trained; its result must be recorded
+            log.warning("%s: %s: %s", folder, type(error).__name__, error)
         self.rows.put(index, record)
         if end.exit_reason in ("completed", "failed"):
             self._unwritten.append(record)
@@ -117,7 +120,7 @@ class Finisher:
         try:
             self.records.append(self._unwritten)
             self._unwritten.clear()
-        except UserError as error:
+        except Exception as error:  # noqa: BLE001 - passed to the driver's thread
             self._error = error  # the driver raises it, and the lines are tried again until then
 
     def _write_page(self, *, final: bool = False) -> None:
@@ -126,7 +129,7 @@ class Finisher:
         began = time.monotonic()
         try:
             self.page.update(self.rows, changed, final=final)
-        except UserError as error:
+        except Exception as error:  # noqa: BLE001 - a page that fails must not end the fleet
             log.warning("the page of the fleet could not be written: %s", error)
             with self._lock:
                 self.changed |= changed

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, Literal
 
 from dreamfleet.datasets.errors import RecipeError
-from dreamfleet.datasets.index.list_source import SCHEME, read_list
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.fleet import FleetConfig
 from dreamfleet.trainers.driver.preflight import check_exists
@@ -21,6 +20,7 @@ from dreamfleet.trainers.run.signals import Stop, stop_on_signal
 from dreamfleet.tune.fleet.columns import IMAGES
 from dreamfleet.tune.fleet.finisher import Finisher
 from dreamfleet.tune.fleet.fleet_rows import FleetRows
+from dreamfleet.tune.fleet.image_places import paths_in
 from dreamfleet.tune.fleet.notebook import notebook_html
 from dreamfleet.tune.fleet.open_fleet import RECIPE, find_finished, open_fleet, to_start
 from dreamfleet.tune.fleet.page import FleetPage
@@ -118,7 +118,8 @@ def load_base(recipe: Recipe | str | os.PathLike[str], overrides: Sequence[str] 
         return recipe, not str(recipe.data.instance_data_dir).endswith(PLACEHOLDER)
     tree, folder = read_tree(recipe, overrides)
     data = tree.get("data") or {}
-    if not isinstance(data, dict) or any(data.get(key) for key in _SOURCES):
+    named = [data.get(key) for key in _SOURCES] if isinstance(data, dict) else [data]
+    if any(value and value != PLACEHOLDER for value in named):
         return load_recipe(recipe, overrides), True
     put(tree, "data", {**data, "instance_data_dir": PLACEHOLDER})
     return build_recipe(tree, source=os.fspath(recipe), folder=folder), False
@@ -225,6 +226,6 @@ class _Fleet:
             path
             for subject in self.subjects
             if (place := subject.values.get(IMAGES))
-            for path in (read_list(place) if place.startswith(f"{SCHEME}://") else [place])
+            for path in paths_in(place)
         )
         return {"images": list(places)}

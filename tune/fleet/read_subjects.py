@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dreamfleet.datasets.path_field import is_under
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.tune.fleet.check_values import check_values
 from dreamfleet.tune.fleet.columns import (
@@ -17,7 +18,7 @@ from dreamfleet.tune.fleet.columns import (
     Column,
     read_columns,
 )
-from dreamfleet.tune.fleet.image_places import find_faults, read_place
+from dreamfleet.tune.fleet.image_places import find_faults, paths_in, read_place
 from dreamfleet.tune.fleet.names import find_fault, folded
 from dreamfleet.tune.fleet.subjects import Faults, SubjectRecipes, Subjects, refuse
 from dreamfleet.tune.fleet.table import EMPTY, Table
@@ -26,12 +27,18 @@ TEXTS = (IMAGES, PROMPT, CLASS_PROMPT)  # keys whose values usually differ from 
 
 
 def read_subjects(
-    table: Table, recipe: Recipe, *, has_images: bool = True, looks: bool = True
+    table: Table,
+    recipe: Recipe,
+    *,
+    has_images: bool = True,
+    looks: bool = True,
+    elsewhere: Sequence[str] = (),
 ) -> tuple[Subjects, SubjectRecipes]:
     """Return the subjects of a table, and what makes their recipes from that of the fleet.
 
     ``has_images``: whether the recipe names images, which rows without images use. ``looks``: whether to check that
-    images and other files exist. Raises RecipeError that lists all errors of the table.
+    images and other files exist; images in the folders ``elsewhere`` need not exist on this machine. Raises RecipeError
+    that lists all errors of the table.
     """
     faults = Faults()
     recipes = SubjectRecipes(recipe, table.folder)
@@ -64,7 +71,7 @@ def read_subjects(
         elif missing and count:
             errors.append("no column images: neither the table nor the recipe names images")
     if looks and IMAGES in texts:
-        _check_images(table, texts[IMAGES], faults)
+        _check_images(table, texts[IMAGES], faults, elsewhere)
     refuse(table.path, [*errors, *table.errors, *faults.lines()])
     subjects = Subjects(
         names=names,
@@ -161,10 +168,12 @@ def _choose(
     return choices, chosen
 
 
-def _check_images(table: Table, places: Sequence[str | None], faults: Faults) -> None:
+def _check_images(
+    table: Table, places: Sequence[str | None], faults: Faults, elsewhere: Sequence[str]
+) -> None:
     rows: dict[str, list[int]] = {}
     for place, number in zip(places, table.numbers, strict=True):
-        if place is not None:
+        if place is not None and not all(is_under(path, elsewhere) for path in paths_in(place)):
             rows.setdefault(place, []).append(number)
     for place, fault in find_faults(rows).items():
         faults.add(f"images: {fault}", rows[place])

@@ -21,7 +21,7 @@ from dreamfleet.trainers.config.scaling import WorkerShare
 from dreamfleet.trainers.packing.task import End, Task
 from dreamfleet.tune.pool.dispatch import Events
 from dreamfleet.tune.pool.remote_source import RemoteSource
-from dreamfleet.tune.pool.worker import Died, Event, Ready
+from dreamfleet.tune.pool.worker import Died, Ended, Event, Ready
 
 POLL_SECONDS = 5.0
 JOIN_SECONDS = 10.0
@@ -98,6 +98,12 @@ class PoolActor:
         self.interrupted.set()
         self.source.close()
 
+    def leave(self) -> None:
+        """End the process, which has no task. Ray would report a process that is killed as an error."""
+        self.source.close()
+        self.outbox.put(Ready())  # ends the wait of `next_events`
+        ray.actor.exit_actor()
+
     def _work(self) -> None:
         import torch
 
@@ -146,11 +152,13 @@ class ActorWorker:
             "resources": resources,
         }
         self.events, self.closed = events, False
+        self.ready, self.tasks = False, set[str]()
         self.actor: Any = ray.remote(PoolActor).options(max_concurrency=4, max_restarts=0, **options).remote()
         self.thread = threading.Thread(target=self._listen, args=(settings,), daemon=True, name="pool-worker")
         self.thread.start()
 
     def start(self, task: Task) -> None:
+        self.tasks.add(task.name)
         self.actor.give.remote(task)
 
     def answer(self, name: str, stop: bool) -> None:
@@ -160,10 +168,14 @@ class ActorWorker:
         self.actor.interrupt.remote()
 
     def close(self) -> None:
-        if not self.closed:
-            self.closed = True
+        if self.closed:
+            return
+        self.closed = True
+        if self.ready and not self.tasks:
+            self.actor.leave.remote()
+        else:
             ray.kill(self.actor)
-            self.thread.join(JOIN_SECONDS)  # Ray must not be shut down while the thread waits for it
+        self.thread.join(JOIN_SECONDS)  # Ray must not be shut down while the thread waits for it
 
     def _listen(self, settings: ray.ObjectRef[Settings]) -> None:
         waiting = self.actor.begin.remote(settings)
@@ -174,6 +186,9 @@ class ActorWorker:
                 self.events.put((self, Died(_reason(error))))
                 return
             for event in found:
+                self.ready = True
+                if isinstance(event, Ended):
+                    self.tasks.discard(event.name)
                 self.events.put((self, event))
             waiting = self.actor.next_events.remote()
 

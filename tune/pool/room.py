@@ -24,6 +24,7 @@ class Demand:
     """What a pool is asked for. ``packs``: whether several tasks can be trained at once in one process.
 
     ``tasks``: the most tasks that there will be; None if unknown. ``workers_per_task``: processes of one task.
+    ``max_packed``: the most tasks that run at once only because processes can be shared; None without a limit.
     ``resources``: Ray resources of a worker; None: a GPU each, or a share of the CPUs.
     """
 
@@ -31,6 +32,7 @@ class Demand:
     packs: bool = False
     tasks: int | None = None
     max_concurrent: int | None = None
+    max_packed: int | None = None
     workers_per_task: int = 1
     resources: Mapping[str, float] | None = None
 
@@ -59,6 +61,11 @@ class Room:
     slots: int
     workers_per_task: int = 1
 
+    @property
+    def gpus(self) -> float:
+        """The GPUs of one group."""
+        return self.share.resources.get("GPU", 0.0) * self.workers_per_task
+
     def __str__(self) -> str:
         per_group = f"{self.workers_per_task} x " if self.workers_per_task > 1 else ""
         packed = f", up to {self.slots} trainings packed in each" if self.slots > 1 else ""
@@ -85,10 +92,18 @@ def plan_room(demand: Demand, nodes: Sequence[Resources], *, limit: Resources | 
             "Lower search.resources_per_trial or scaling.resources_per_worker, or use a larger cluster (--address)"
         )
     groups = min(groups, demand.bound or groups)
-    slots = demand.slots(uses_gpu=share.uses_gpu)
+    slots = limit_slots(demand, groups=groups, uses_gpu=share.uses_gpu)
+    return Room(share, groups, slots, demand.workers_per_task)
+
+
+def limit_slots(demand: Demand, *, groups: int, uses_gpu: bool) -> int:
+    """Return the tasks that each of ``groups`` processes trains at once."""
+    slots = demand.slots(uses_gpu=uses_gpu)
     if demand.bound is not None:
         slots = min(slots, -(-demand.bound // groups))
-    return Room(share, groups, slots, demand.workers_per_task)
+    if demand.max_packed is not None:
+        slots = min(slots, max(1, demand.max_packed // groups))
+    return slots
 
 
 def groups_that_fit(resources: Resources, machines: Sequence[Resources], size: int, strategy: str) -> int:

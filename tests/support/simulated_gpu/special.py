@@ -132,35 +132,26 @@ def a_word_draws_on_the_gpu(folder: Path) -> None:
 
 @special
 def trials_leave_nothing_whatever_their_end(folder: Path) -> None:
-    from dreamfleet.tune.trial import Shared, TrialRun
+    from task_sources import ListSource
 
-    recipe = recipe_of(
-        folder,
-        "search",
-        train__max_train_steps=3,
-        optimizer__fused_backward=True,
-        optimizer__max_grad_norm=0,
-        validation__holdout=str(folder / "held"),
-        validation__steps=1,
-    )
-    shared = Shared(
-        folder=recipe.output_dir,
-        recipe=recipe.model_dump(mode="json", exclude={"search"}),
-        figures=["holdout_loss"],
-        threads=1,
-        uses_gpu=True,
-        gpu_share=0.5,
-        environment={},
-        sent={},
-    )
+    from dreamfleet.trainers.packing.runner import run_tasks
+    from dreamfleet.trainers.packing.task import Task
+
     before = used()
     for number, (rate, end) in enumerate([(1e38, "failed"), (1e-3, "completed"), (1e-3, "completed")]):
-        trial = TrialRun(shared, f"trial-{number:03d}", {"optimizer.learning_rate": rate}, -1)
-        line: dict[str, Any] = {}
-        while not line.get("done"):
-            line = trial.next_round()
-        trial.stop()
-        assert line["exit_reason"] == end, line
+        recipe = recipe_of(
+            folder,
+            f"search/trial-{number}",
+            train__max_train_steps=3,
+            optimizer__learning_rate=rate,
+            optimizer__fused_backward=True,
+            optimizer__max_grad_norm=0,
+            validation__holdout=str(folder / "held"),
+            validation__steps=1,
+        )
+        source = ListSource([Task("trial", recipe.model_dump(mode="json"), ("holdout_loss",))])
+        run_tasks(source, capacity=1, device="cuda", gpu_share=0.5)
+        assert source.ends["trial"].exit_reason == end, source.ends
         assert used() <= before, f"trial {number} left {used() - before} bytes"
 
 
