@@ -9,6 +9,7 @@ from dreamfleet.datasets.errors import RecipeError, RunFailed, UserError
 from dreamfleet.trainers.config.search import SearchConfig
 from dreamfleet.trainers.driver.preflight import check_inputs
 from dreamfleet.trainers.recipe import Recipe, load_recipe
+from dreamfleet.trainers.run.disk import require_search_disk
 from dreamfleet.trainers.run.run_folder import locked
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
 from dreamfleet.tune.limits import describe_end, out_of_patience, used_up
@@ -65,8 +66,10 @@ def search(
             "space: {optimizer.learning_rate: {distribution: loguniform, lower: 1.0e-5, upper: 1.0e-2}}}"
         )
     check_inputs(recipe)
+    disk = require_search_disk(recipe)
     store = open_store(recipe, resume=resume)
     display = SearchDisplay(store)
+    display.say(disk)
     is_interrupted = True
     with locked(store.folder), stop_on_signal(store.folder, display.say) as stop:
         store.folder.write_text(RECIPE, recipe.to_yaml())
