@@ -137,7 +137,11 @@ def _run_trials(
     )
     for line in [
         *describe_earlier(store),
-        *([] if algorithm.remaining is None else [f"{algorithm.remaining} trials"]),
+        *(
+            []
+            if algorithm.remaining is None
+            else [f"{algorithm.remaining} trial{'s' * (algorithm.remaining > 1)}"]
+        ),
     ]:
         display.say(line)
     ended = run_pool(

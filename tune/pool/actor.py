@@ -21,16 +21,20 @@ from dreamfleet.trainers.config.scaling import WorkerShare
 from dreamfleet.trainers.packing.task import End, Task
 from dreamfleet.tune.pool.dispatch import Events
 from dreamfleet.tune.pool.remote_source import RemoteSource
+from dreamfleet.tune.pool.slots import fit_slots
 from dreamfleet.tune.pool.worker import Died, Ended, Event, Ready
 
 POLL_SECONDS = 5.0
 JOIN_SECONDS = 10.0
-Runner = Callable[..., None]  # the signature of run_tasks
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the process of a worker needs. ``sent`` holds secrets, which are neither logged nor written to files."""
+    """What the process of a worker needs. ``sent`` holds secrets, which are neither logged nor written to files.
+
+    ``recipe``: what the tasks have in common, from which the slots that fit into memory are computed; ``slots`` is the
+    most.
+    """
 
     slots: int
     threads: int
@@ -38,7 +42,8 @@ class Settings:
     gpu_share: float  # the fraction of a GPU that the worker may use
     environment: Mapping[str, str]
     sent: Mapping[str, str]  # from environment.variables_to_send
-    runner: Runner | None = None  # default: run_tasks
+    recipe: Mapping[str, Any] | None = None
+    host_share: float = 1.0  # the part of the machine's memory that the worker may use
 
 
 def is_reusable(
@@ -70,11 +75,21 @@ class PoolActor:
         self.settings = settings
         import torch
 
-        if settings.uses_gpu:
-            torch.cuda.init()
-        self.run_tasks = settings.runner or _default_runner()
-        threading.Thread(target=self._work, daemon=True, name="pool-runner").start()
-        return [Ready()]
+        from dreamfleet.trainers.packing.runner import run_tasks
+        from dreamfleet.trainers.recipe import build_recipe
+
+        torch.set_num_threads(settings.threads)  # of this thread
+        slots = settings.slots
+        if settings.recipe is not None:
+            slots = fit_slots(
+                build_recipe(settings.recipe),
+                limit=slots,
+                uses_gpu=settings.uses_gpu,
+                gpu_share=settings.gpu_share,
+                host_share=settings.host_share,
+            )
+        threading.Thread(target=self._work, args=(run_tasks, slots), daemon=True, name="pool-runner").start()
+        return [Ready(slots)]
 
     def next_events(self) -> list[Event]:
         """Wait for events, up to POLL_SECONDS, and return all that are there."""
@@ -104,15 +119,15 @@ class PoolActor:
         self.outbox.put(Ready())  # ends the wait of `next_events`
         ray.actor.exit_actor()
 
-    def _work(self) -> None:
+    def _work(self, run_tasks: Callable[..., None], slots: int) -> None:
         import torch
 
         settings = self.settings
         torch.set_num_threads(settings.threads)  # of this thread
         try:
-            self.run_tasks(
+            run_tasks(
                 self.source,
-                capacity=settings.slots,
+                capacity=slots,
                 device="cuda" if settings.uses_gpu else "cpu",
                 gpu_share=settings.gpu_share,
                 host_share=1.0 if settings.uses_gpu else min(1.0, settings.threads / (os.cpu_count() or 1)),
@@ -132,12 +147,6 @@ class PoolActor:
             uses_gpu=self.settings.uses_gpu,
             slots=self.settings.slots,
         )
-
-
-def _default_runner() -> Runner:
-    from dreamfleet.trainers.packing.runner import run_tasks
-
-    return run_tasks
 
 
 class ActorWorker:

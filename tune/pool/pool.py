@@ -21,6 +21,7 @@ from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.signals import Stop
 from dreamfleet.tune.pool.dispatch import Dispatcher, Events
 from dreamfleet.tune.pool.room import Demand, Room, limit_slots, plan_room
+from dreamfleet.tune.pool.slots import fit_slots
 from dreamfleet.tune.pool.worker import Worker
 
 
@@ -69,7 +70,7 @@ def run_pool(
             return stop.requested.is_set() or is_marked() or should_stop()
 
         if workers == 0:
-            is_complete = _run_here(source, demand, is_stopped, on_room)
+            is_complete = _run_here(source, recipe, demand, is_stopped, on_room)
         else:
             checked = {**shared_paths(recipe), **(reads or {})}
             with _joined_cluster(recipe, demand, stop, say, checked, address, shared) as room:
@@ -127,6 +128,7 @@ def _joined_cluster(
 
 def _run_here(
     source: TaskSource,
+    recipe: Recipe,
     demand: Demand,
     is_stopped: Callable[[], bool],
     on_room: Callable[[Room], None],
@@ -134,7 +136,8 @@ def _run_here(
     from dreamfleet.trainers.packing.runner import run_tasks
 
     share = worker_resources(demand.scaling, [this_machine()])
-    room = Room(share, 1, limit_slots(demand, groups=1, uses_gpu=share.uses_gpu))
+    slots = limit_slots(demand, groups=1, uses_gpu=share.uses_gpu)
+    room = Room(share, 1, fit_slots(recipe, limit=slots, uses_gpu=share.uses_gpu))
     on_room(room)
     run_tasks(source, capacity=room.slots, device="cuda" if share.uses_gpu else "cpu", should_stop=is_stopped)
     return not is_stopped()
@@ -177,5 +180,7 @@ def _worker_maker(
         gpu_share=share.gpu_share,
         environment=worker_environment(share.threads),
         sent=variables_to_send(buckets="://" in recipe.to_yaml()),
+        recipe=recipe.model_dump(mode="json", exclude={"search", "fleet"}),
+        host_share=1 / room.per_machine,
     )
     return partial(ActorWorker, share, ray.put(settings), events)

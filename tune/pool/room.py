@@ -15,9 +15,6 @@ from dreamfleet.trainers.config.scaling import (
     workers_that_fit,
 )
 
-# slots of `scaling.slots_per_worker: auto`; the runner uses fewer if they do not fit into memory
-MOST_SLOTS_ON_GPU, MOST_SLOTS_ON_CPU = 32, 8
-
 
 @dataclass(frozen=True)
 class Demand:
@@ -46,7 +43,11 @@ class Demand:
         if not self.packs or self.workers_per_task > 1:
             return 1
         if self.scaling.slots_per_worker == "auto":
-            slots = MOST_SLOTS_ON_GPU if uses_gpu else MOST_SLOTS_ON_CPU
+            from dreamfleet.trainers.memory.slots import MAX_SLOTS
+
+            slots = MAX_SLOTS[
+                "cuda" if uses_gpu else "cpu"
+            ]  # a worker has fewer if they do not fit into memory
         else:
             slots = self.scaling.slots_per_worker
         return min(slots, self.bound or slots)
@@ -60,6 +61,7 @@ class Room:
     groups: int
     slots: int
     workers_per_task: int = 1
+    per_machine: int = 1  # groups on one machine at most
 
     @property
     def gpus(self) -> float:
@@ -67,10 +69,12 @@ class Room:
         return self.share.resources.get("GPU", 0.0) * self.workers_per_task
 
     def __str__(self) -> str:
-        per_group = f"{self.workers_per_task} x " if self.workers_per_task > 1 else ""
+        resources = describe(self.share.resources)
+        many = "s" * (self.groups > 1)
+        if self.workers_per_task > 1:
+            return f"{self.groups} group{many} of {self.workers_per_task} workers with {resources} each"
         packed = f", up to {self.slots} trainings packed in each" if self.slots > 1 else ""
-        many = "s" if self.groups > 1 else ""
-        return f"{self.groups} worker{many} with {per_group}{describe(self.share.resources)}{packed}"
+        return f"{self.groups} worker{many} with {resources}{packed}"
 
 
 def plan_room(demand: Demand, nodes: Sequence[Resources], *, limit: Resources | None = None) -> Room:
@@ -93,7 +97,8 @@ def plan_room(demand: Demand, nodes: Sequence[Resources], *, limit: Resources | 
         )
     groups = min(groups, demand.bound or groups)
     slots = limit_slots(demand, groups=groups, uses_gpu=share.uses_gpu)
-    return Room(share, groups, slots, demand.workers_per_task)
+    per_machine = max(workers_that_fit(share.resources, [machine]) for machine in nodes or machines)
+    return Room(share, groups, slots, demand.workers_per_task, min(groups, max(1, per_machine)))
 
 
 def limit_slots(demand: Demand, *, groups: int, uses_gpu: bool) -> int:

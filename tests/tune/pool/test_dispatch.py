@@ -114,6 +114,26 @@ def test_no_more_tasks_run_at_once_than_allowed() -> None:
     assert max(counts) == 3
 
 
+def test_a_worker_with_less_memory_gets_fewer_tasks() -> None:
+    most: list[int] = []
+
+    def act(worker: Acted, task: Task) -> None:
+        most.append(len(worker.running))
+        if len(worker.running) == 2 or not source.left:
+            worker.stop()
+
+    source = ListSource(tasks(4))
+    pool = Pool(source, act, num_workers=1, slots=3)
+    pool.dispatcher.make_worker = lambda: Small(pool.events, act, pool.log)
+
+    class Small(Acted):
+        def emit(self, event: Event) -> None:
+            super().emit(Ready(2) if isinstance(event, Ready) else event)
+
+    assert pool.dispatcher.run(lambda: False)
+    assert max(most) == 2
+
+
 def test_rounds_are_decided_by_the_source() -> None:
     answers = iter([None, None, True, False])
 
