@@ -14,6 +14,7 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.fleet import FleetConfig
 from dreamfleet.trainers.driver.preflight import check_exists
 from dreamfleet.trainers.driver.progress import Display
+from dreamfleet.trainers.models.vision.judge_files import check_judges
 from dreamfleet.trainers.recipe import Recipe, build_recipe, load_recipe, read_tree
 from dreamfleet.trainers.run.disk import require_fleet_disk
 from dreamfleet.trainers.run.run_folder import locked
@@ -143,6 +144,7 @@ class _Fleet:
         for named in self.recipe.paths:
             if named.field.kind != "images":
                 check_exists(named)
+        check_judges(self.recipe.validation)
 
     def require_disk(self) -> str:
         """Return the statement of the disk that the fleet needs. Raises ResourceError if ``output_dir`` has less."""
