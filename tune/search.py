@@ -10,6 +10,7 @@ from dreamfleet.datasets.errors import RecipeError, RunFailed, UserError
 from dreamfleet.trainers.config.search import SearchConfig
 from dreamfleet.trainers.driver.preflight import check_inputs
 from dreamfleet.trainers.recipe import Recipe, load_recipe
+from dreamfleet.trainers.run.disk import require_search_disk
 from dreamfleet.trainers.run.run_folder import locked
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
 from dreamfleet.tune.limits import describe_end, out_of_patience, used_up
@@ -58,20 +59,12 @@ def search(
     Raises UserError for errors that the user can fix, also if every trial failed with one, and RunFailed if every trial
     failed otherwise.
     """
-    if isinstance(recipe, str | os.PathLike):
-        recipe = load_recipe(recipe, list(overrides))
-    elif overrides:
-        raise RecipeError(
-            "overrides change a recipe file; this recipe is an object: change the object instead"
-        )
-    if recipe.search is None:
-        raise RecipeError(
-            "this recipe has no search: section; add one (docs/recipes.md#search), such as {num_trials: 12, "
-            "space: {optimizer.learning_rate: {distribution: loguniform, lower: 1.0e-5, upper: 1.0e-2}}}"
-        )
+    recipe = _load(recipe, overrides)
     check_inputs(recipe)
+    disk = require_search_disk(recipe)
     store = open_store(recipe, resume=resume)
     display = SearchDisplay(store)
+    display.say(disk)
     is_interrupted = True
     with locked(store.folder), stop_on_signal(store.folder, display.say) as stop:
         store.folder.write_text(RECIPE, recipe.to_yaml())
@@ -90,6 +83,22 @@ def search(
             else:
                 store.remove()
     return _result(store, interrupted=is_interrupted)
+
+
+def _load(recipe: Recipe | str | os.PathLike[str], overrides: Sequence[str]) -> Recipe:
+    """Return the recipe of a search. Raises RecipeError for one without a ``search:`` section."""
+    if isinstance(recipe, str | os.PathLike):
+        recipe = load_recipe(recipe, list(overrides))
+    elif overrides:
+        raise RecipeError(
+            "overrides change a recipe file; this recipe is an object: change the object instead"
+        )
+    if recipe.search is None:
+        raise RecipeError(
+            "this recipe has no search: section; add one (docs/recipes.md#search), such as {num_trials: 12, "
+            "space: {optimizer.learning_rate: {distribution: loguniform, lower: 1.0e-5, upper: 1.0e-2}}}"
+        )
+    return recipe
 
 
 def write_results(store: TrialStore, *, export: bool) -> None:
