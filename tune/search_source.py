@@ -50,11 +50,10 @@ class SearchSource:
     def next_task(self) -> Task | None:
         """Return the next trial; record those whose values make the recipe invalid as failed."""
         while not self.is_done:
-            found = self.algorithm.suggest()
-            if not isinstance(found, dict):
-                self._is_done = found is not None
+            trial = self.algorithm.suggest()
+            if trial is None:
+                self._is_done = True
                 return None
-            trial = self.store.trial(found["name"])
             try:
                 recipe = trial_recipe(
                     self.store.recipe,
@@ -65,8 +64,8 @@ class SearchSource:
             except RecipeError as error:
                 self._fail(trial, str(error), type(error).__name__)
                 continue
-            figures, last_step = tuple(self.store.figures), found["last_step"]
-            return Task(trial.name, recipe.model_dump(mode="json"), figures, last_step)
+            last_step = trial.rounds[-1]["step"] if trial.rounds else -1
+            return Task(trial.name, recipe.model_dump(mode="json"), tuple(self.store.figures), last_step)
         return None
 
     def on_start(self, task: Task) -> None:
@@ -120,10 +119,6 @@ class TrialTimes:
         self.room: Room | None = None
         self._running: dict[str, Trial] = {}
         self._last = clock()
-
-    def set_room(self, room: Room) -> None:
-        """Receive the size of the pool."""
-        self.room = room
 
     def start(self, trial: Trial) -> None:
         """Count from now on for a trial."""

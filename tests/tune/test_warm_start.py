@@ -51,6 +51,7 @@ def test_finished_trials_inside_the_space_are_used(tmp_path: Path) -> None:
     Path(before, "trials.json").unlink()
     again = open_store(recipe, resume=True)  # the earlier search is not needed any more
     assert again.state.earlier == store.state.earlier
+    assert [line.endswith("/before") for line in describe_earlier(again)] == [True]
 
 
 def test_searches_that_cannot_be_used_are_reported_together(tmp_path: Path) -> None:

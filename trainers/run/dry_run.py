@@ -14,7 +14,6 @@ from dreamfleet.datasets.index.sets import load_held_out, load_sets
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, explain_out_of_memory, on_device
 from dreamfleet.trainers.evaluation.judge import Judge, References
-from dreamfleet.trainers.loop import peak_memory
 from dreamfleet.trainers.memory.engine_selection import settle_engine
 from dreamfleet.trainers.models.vision.judge_files import check_judges
 from dreamfleet.trainers.recipe import Recipe
@@ -22,6 +21,7 @@ from dreamfleet.trainers.run.build import Parts, assemble
 from dreamfleet.trainers.run.disk import require_run_disk
 from dreamfleet.trainers.run.export import write_artifacts
 from dreamfleet.trainers.run.run_folder import open_run_folder
+from dreamfleet.trainers.step_metrics import peak_memory
 
 
 class CheckLine(NamedTuple):
