@@ -57,7 +57,7 @@ def make_recipe(method: str, batch: int, number: int, output: Path) -> dict[str,
             "checkpointing_steps": STEPS,
         },
         "optimizer": {"learning_rate": rate * (1 + number % 4)},
-        "scaling": {"num_workers": 0, "use_gpu": False},
+        "scaling": {"num_workers": 0, "use_gpu": False, "slots_per_worker": max(SLOTS)},
         "output_dir": str(output),
     }
 

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from dreamfleet.datasets.errors import RecipeError, RunFailed, UserError
 from dreamfleet.trainers.config.search import SearchConfig
 from dreamfleet.trainers.driver.preflight import check_inputs
 from dreamfleet.trainers.recipe import Recipe, load_recipe
+from dreamfleet.trainers.run.disk import require_search_disk
 from dreamfleet.trainers.run.run_folder import locked
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
 from dreamfleet.tune.limits import describe_end, out_of_patience, used_up
 from dreamfleet.tune.live import SearchDisplay
 from dreamfleet.tune.open_search import open_store
 from dreamfleet.tune.pool.pool import run_pool
+from dreamfleet.tune.pool.room import Room
 from dreamfleet.tune.result import SearchResult
 from dreamfleet.tune.results import BEST, TABLE, write_best, write_table
 from dreamfleet.tune.retention import Retention, describe_freed
 from dreamfleet.tune.trial_store import RECIPE, Trial, TrialStore, error_class
 from dreamfleet.tune.warm_start import describe_earlier
+
+if TYPE_CHECKING:
+    from dreamfleet.tune.search_source import SearchSource
 
 UNKNOWN_TOTAL = 32  # trials that are assumed where a search ends by other limits
 
@@ -53,20 +59,12 @@ def search(
     Raises UserError for errors that the user can fix, also if every trial failed with one, and RunFailed if every trial
     failed otherwise.
     """
-    if isinstance(recipe, str | os.PathLike):
-        recipe = load_recipe(recipe, list(overrides))
-    elif overrides:
-        raise RecipeError(
-            "overrides change a recipe file; this recipe is an object: change the object instead"
-        )
-    if recipe.search is None:
-        raise RecipeError(
-            "this recipe has no search: section; add one (docs/recipes.md#search), such as {num_trials: 12, "
-            "space: {optimizer.learning_rate: {distribution: loguniform, lower: 1.0e-5, upper: 1.0e-2}}}"
-        )
+    recipe = _load(recipe, overrides)
     check_inputs(recipe)
+    disk = require_search_disk(recipe)
     store = open_store(recipe, resume=resume)
     display = SearchDisplay(store)
+    display.say(disk)
     is_interrupted = True
     with locked(store.folder), stop_on_signal(store.folder, display.say) as stop:
         store.folder.write_text(RECIPE, recipe.to_yaml())
@@ -85,6 +83,22 @@ def search(
             else:
                 store.remove()
     return _result(store, interrupted=is_interrupted)
+
+
+def _load(recipe: Recipe | str | os.PathLike[str], overrides: Sequence[str]) -> Recipe:
+    """Return the recipe of a search. Raises RecipeError for one without a ``search:`` section."""
+    if isinstance(recipe, str | os.PathLike):
+        recipe = load_recipe(recipe, list(overrides))
+    elif overrides:
+        raise RecipeError(
+            "overrides change a recipe file; this recipe is an object: change the object instead"
+        )
+    if recipe.search is None:
+        raise RecipeError(
+            "this recipe has no search: section; add one (docs/recipes.md#search), such as {num_trials: 12, "
+            "space: {optimizer.learning_rate: {distribution: loguniform, lower: 1.0e-5, upper: 1.0e-2}}}"
+        )
+    return recipe
 
 
 def write_results(store: TrialStore, *, export: bool) -> None:
@@ -154,7 +168,7 @@ def _run_trials(
         address=address,
         shared=shared,
         should_stop=lambda: source.error is not None or algorithm.interrupts,
-        on_room=source.times.set_room,
+        on_room=lambda room: _on_room(source, room, display),
     )
     if source.error is not None:
         if not any(trial.rounds for trial in store.trials):
@@ -164,6 +178,20 @@ def _run_trials(
         return False
     store.state.end_reason = used_up(store) or "interrupted"
     return store.state.end_reason == "interrupted"
+
+
+def _on_room(source: SearchSource, room: Room, display: SearchDisplay) -> None:
+    """Start the count of GPU time, and check the disk for the trials that are left.
+
+    Raises ResourceError if the disk is too small.
+    """
+    from dreamfleet.trainers.run.disk import require_search_disk
+
+    source.times.room = room
+    remaining = source.algorithm.remaining
+    if remaining is not None:
+        at_once = min(remaining, room.groups * room.slots)
+        display.say(require_search_disk(source.store.recipe, trials=remaining, at_once=at_once))
 
 
 def most_packed(section: SearchConfig, total: int | None) -> int | None:

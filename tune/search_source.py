@@ -120,10 +120,6 @@ class TrialTimes:
         self._running: dict[str, Trial] = {}
         self._last = clock()
 
-    def set_room(self, room: Room) -> None:
-        """Receive the size of the pool."""
-        self.room = room
-
     def start(self, trial: Trial) -> None:
         """Count from now on for a trial."""
         self.update()

@@ -131,7 +131,7 @@ def test_a_trial_without_memory_is_recorded_and_the_search_continues(tmp_path: P
 def test_gpu_time_is_shared_by_the_trials_of_a_gpu(tmp_path: Path) -> None:
     """One trial alone on a GPU for two seconds, then two trials share two GPUs, then three."""
     played = Played(make_recipe(tmp_path))
-    played.source.times.set_room(Room(WorkerShare({"GPU": 1.0}, 1), groups=2, slots=2))
+    played.source.times.room = Room(WorkerShare({"GPU": 1.0}, 1), groups=2, slots=2)
     first = played.start()
     played.round(first, 10, 0.5)  # 1 s alone
     second = played.start()  # 2 s alone

@@ -10,7 +10,6 @@ import logging
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dreamfleet.datasets.errors import UserError
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.memory.engine_selection import host_memory, limit_card
 from dreamfleet.trainers.memory.estimate import CUDA_CONTEXT, HOST_PROCESS, KERNEL_WORKSPACE, estimate
@@ -107,22 +106,23 @@ def choose_slots(
     """Return the number of slots for a process on this device: ``scaling.slots_per_worker``, or what its memory holds.
 
     ``host_share``: the part of this machine's memory that the process may use. ``limit``: the most slots that are
-    useful. A pack whose memory cannot be planned gets the most slots on a GPU, where running out of memory halves the
-    pack, and one on a CPU, where it would end the process.
+    useful; None: those of MAX_SLOTS. A pack whose memory cannot be planned gets the most slots on a GPU, where running
+    out of memory halves the pack, and one on a CPU, where it would end the process.
     """
     device = distributed.device
     most = MAX_SLOTS["cuda" if device.type == "cuda" else "cpu"]
     wanted = recipe.scaling.slots_per_worker
     if wanted != "auto":
         return wanted if limit is None else min(wanted, limit)
-    limit = most if limit is None else min(limit, most)
+    limit = most if limit is None else limit
     if limit <= 1:
         return 1
     try:
         profile = profile_slots(recipe)
-    except UserError as error:
+    except Exception as error:  # noqa: BLE001 - also an operator of another package without a fake kernel
         fallback = limit if device.type == "cuda" else 1
-        log.warning("the memory of packed trainings is not known (%s); %d in one process", error, fallback)
+        why = str(error).strip().partition("\n")[0]
+        log.warning("the memory of packed trainings is not known (%s); %d in one process", why, fallback)
         return fallback
     host = int(host_share * host_memory())
     if device.type != "cuda":

@@ -14,6 +14,7 @@ from dreamfleet.trainers.config.packing import find_unpackable, pack_key
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, on_device
 from dreamfleet.trainers.memory.engine_selection import limit_card
+from dreamfleet.trainers.memory.slots import choose_slots
 from dreamfleet.trainers.methods.base import method_class
 from dreamfleet.trainers.packing.pack import Pack
 from dreamfleet.trainers.packing.shared_models import SharedModels
@@ -32,6 +33,7 @@ def run_tasks(
     capacity: int,
     device: torch.device | str = "cpu",
     gpu_share: float = 1.0,
+    host_share: float = 1.0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Run the tasks of a source until it is done, at most ``capacity`` at a time.
@@ -40,10 +42,12 @@ def run_tasks(
     frozen model and its passes; a task that cannot be packed runs alone, on the same loaded model. Each task is an
     ordinary run that resumes from its newest checkpoint. A task that fails ends alone. ``should_stop``: running tasks
     save a checkpoint and end as interrupted, and no more are started. ``gpu_share``: the fraction of the GPU's memory
-    that all tasks together may use.
+    that all tasks together may use; ``host_share``: of this machine's. With ``scaling.slots_per_worker: auto`` no more
+    tasks are started than their memory is predicted to allow.
     """
     with on_device(device, remedies=TRAINING) as settled:
-        _Runner(source, capacity, DistributedContext(device=settled, gpu_share=gpu_share), should_stop).run()
+        distributed = DistributedContext(device=settled, gpu_share=gpu_share)
+        _Runner(source, capacity, distributed, should_stop, host_share).run()
 
 
 def train_packed(
@@ -88,9 +92,12 @@ class _Runner:
         capacity: int,
         distributed: DistributedContext,
         should_stop: Callable[[], bool],
+        host_share: float = 1.0,
     ):
         self.source, self.capacity, self.distributed = source, capacity, distributed
-        self.should_stop = should_stop
+        self.should_stop, self.host_share = should_stop, host_share
+        self.fits = capacity  # slots that the memory holds, counted for the recipes of this key:
+        self._counted: Hashable = None
         self.models = SharedModels()
         self.slots: list[Slot] = []
         self.pack: Pack | None = None  # None while the only task runs alone
@@ -129,7 +136,7 @@ class _Runner:
             slot.advance(result)
 
     def _refill(self) -> None:
-        while len(self.slots) < self.capacity and not self.should_stop():
+        while len(self.slots) < min(self.capacity, self.fits) and not self.should_stop():
             if self._waiting is None:
                 task = self.source.next_task()
                 if task is None:
@@ -174,9 +181,17 @@ class _Runner:
                 self.pack, self._key = None, None
                 self.models.clear()
             log.info("%s is trained alone: %s", task.name, reason)
+        if self.pack is not None and self._key != self._counted:
+            self.fits, self._counted = self._count_fitting(recipe), self._key
         self.slots.append(
             Slot(task, recipe, self.source, self.distributed, should_stop=self.should_stop, **options)
         )
+
+    def _count_fitting(self, recipe: Recipe) -> int:
+        fits = choose_slots(recipe, self.distributed, host_share=self.host_share, limit=self.capacity)
+        if fits < self.capacity:
+            log.info("%d trainings at once in this process: more would not fit into its memory", fits)
+        return fits
 
     def _settle_packed(self, recipe: Recipe, distributed: DistributedContext) -> tuple[Recipe, str]:
         """Select plain torch for a packed run; on a GPU, enforce the memory limit."""

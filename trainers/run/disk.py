@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreamfleet.datasets.errors import ResourceError
+from dreamfleet.datasets.errors import ResourceError, UserError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.fleet import FleetConfig
 from dreamfleet.trainers.config.packing import find_unpackable
 from dreamfleet.trainers.config.train import USUAL_CHECKPOINTING_STEPS
 from dreamfleet.trainers.config.units import format_size
@@ -133,9 +134,8 @@ def disk_needs(recipe: Recipe) -> dict[str, DiskNeed]:
     sizes, images = measure_weights(recipe, method_without_weights(recipe)), count_instances(recipe)
     needs = {"run": estimate_run(recipe, sizes, images=images)}
     if (search := recipe.search) is not None:
-        slots = 1 if find_unpackable(recipe) else MAX_SLOTS["cpu"]
         trials = search.num_trials or search.size or MANY_TRIALS
-        at_once = search.max_concurrent_trials or slots
+        at_once = search.max_concurrent_trials or _slots(recipe)
         needs["search"] = estimate_search(recipe, sizes, trials=trials, at_once=at_once, images=images)
     return needs
 
@@ -145,23 +145,45 @@ def require_run_disk(recipe: Recipe, method: Method, *, images: int | None) -> s
     return require_disk(estimate_run(recipe, measure_weights(recipe, method), images=images), recipe)
 
 
-def require_search_disk(recipe: Recipe, *, trials: int, at_once: int) -> str:
-    """Return the statement of :func:`require_disk` for a search with ``at_once`` of its trials at a time."""
-    sizes = measure_weights(recipe, method_without_weights(recipe))
-    need = estimate_search(recipe, sizes, trials=trials, at_once=at_once, images=count_instances(recipe))
-    return require_disk(need, recipe, what=f"this search of {trials} trials")
+def require_search_disk(recipe: Recipe) -> str:
+    """Return the statement of :func:`require_disk` for the search of a recipe."""
+    return _state(recipe, "this search", lambda: disk_needs(recipe)["search"])
 
 
-def require_fleet_disk(recipe: Recipe, *, subjects: int, at_once: int) -> str:
+def require_fleet_disk(recipe: Recipe, *, subjects: int) -> str:
     """Return the statement of :func:`require_disk` for a fleet whose subjects have recipes like ``recipe``."""
-    sizes, images = measure_weights(recipe, method_without_weights(recipe)), count_instances(recipe)
-    need = estimate_many(
-        recipe, sizes, runs=subjects, at_once=at_once, kept=0, exported=subjects, images=images
-    )
-    if recipe.fleet is not None and recipe.fleet.keep_checkpoints:
+
+    def need() -> DiskNeed:
+        sizes, images = measure_weights(recipe, method_without_weights(recipe)), count_instances(recipe)
+        limits = recipe.fleet or FleetConfig()
+        made = estimate_many(
+            recipe,
+            sizes,
+            runs=subjects,
+            at_once=limits.max_concurrent or _slots(recipe),
+            kept=0,
+            exported=subjects,
+            images=images,
+        )
+        if not limits.keep_checkpoints:
+            return made
         checkpoints = subjects * estimate_run(recipe, sizes, images=images).lines["checkpoints"]
-        need = DiskNeed({**need.lines, "checkpoints": checkpoints}, need.writing)
-    return require_disk(need, recipe, what=f"this fleet of {subjects} subjects")
+        return DiskNeed({**made.lines, "checkpoints": checkpoints}, made.writing)
+
+    return _state(recipe, f"this fleet of {subjects} subjects", need)
+
+
+def _state(recipe: Recipe, what: str, make_need: Callable[[], DiskNeed]) -> str:
+    # The driver may lack the model, which only the workers read.
+    try:
+        need = make_need()
+    except UserError as error:
+        return f"the disk that {what} needs is not known: {error}"
+    return require_disk(need, recipe, what=what)
+
+
+def _slots(recipe: Recipe) -> int:
+    return 1 if find_unpackable(recipe) else MAX_SLOTS["cpu"]
 
 
 def free_bytes(folder: Path) -> int:

@@ -14,7 +14,9 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.fleet import FleetConfig
 from dreamfleet.trainers.driver.preflight import check_exists
 from dreamfleet.trainers.driver.progress import Display
+from dreamfleet.trainers.models.vision.judge_files import check_judges
 from dreamfleet.trainers.recipe import Recipe, build_recipe, load_recipe, read_tree
+from dreamfleet.trainers.run.disk import require_fleet_disk
 from dreamfleet.trainers.run.run_folder import locked
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
 from dreamfleet.tune.fleet.columns import IMAGES
@@ -102,6 +104,7 @@ def fleet(
     run = _Fleet(base, table, rows, recipes)
     run.check_inputs()
     display = Display()
+    display.say(run.require_disk())
     run.open(resume=resume)
     with locked(run.folder), stop_on_signal(run.folder, display.say) as stop:
         reason = run.train(stop, display, address=address, shared=shared)
@@ -141,6 +144,12 @@ class _Fleet:
         for named in self.recipe.paths:
             if named.field.kind != "images":
                 check_exists(named)
+        check_judges(self.recipe.validation)
+
+    def require_disk(self) -> str:
+        """Return the statement of the disk that the fleet needs. Raises ResourceError if ``output_dir`` has less."""
+        first = self._common_recipe(0).model_copy(update={"output_dir": self.recipe.output_dir})
+        return require_fleet_disk(first, subjects=len(self.subjects))
 
     def open(self, *, resume: bool) -> None:
         """Open the folder, and find what is finished in it."""

@@ -46,6 +46,17 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+SEARCHED: dict[str, Any] = {
+    "validation__prompts": ["a cat"],
+    "validation__metrics": ["clip_t"],
+    "search": {
+        "metric": "clip_t",
+        "num_trials": 4,
+        "space": {"train.seed": {"distribution": "choice", "values": [1, 2, 3, 4]}},
+    },
+}
+
+
 def make(folder: Path, **changes: Any) -> Recipe:
     options = {
         "train__max_train_steps": 5,
@@ -167,7 +178,21 @@ def test_nothing_starts_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not (Path(recipe.output_dir) / "recipe.yaml").exists()
     lines = {line.name: line for line in check_run(recipe)}
     assert not lines["disk"].ok and lines["model"].ok and lines["step"].ok, "all mistakes at once"
-    with pytest.raises(ResourceError, match="search of 4 trials"):
-        require_search_disk(recipe, trials=4, at_once=2)
+    with pytest.raises(ResourceError, match="this search"):
+        require_search_disk(make(tmp_path, **SEARCHED))
     with pytest.raises(ResourceError, match="fleet of 1000 subjects"):
-        require_fleet_disk(recipe, subjects=1000, at_once=8)
+        require_fleet_disk(recipe, subjects=1000)
+
+
+def test_a_model_that_only_the_workers_have_is_no_error(tmp_path: Path) -> None:
+    recipe = make(tmp_path, model={"pretrained_model_name_or_path": str(tmp_path / "missing")})
+    assert "not known" in require_fleet_disk(recipe, subjects=3)
+
+
+def test_a_fleet_that_keeps_its_checkpoints_needs_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_disk(monkeypatch, 40 * 2**20)
+    assert "checkpoints" not in require_fleet_disk(make(tmp_path), subjects=10)
+    with pytest.raises(ResourceError, match="checkpoints"):
+        require_fleet_disk(make(tmp_path, fleet={"keep_checkpoints": True}), subjects=10)
