@@ -48,7 +48,7 @@ class Progress:
 
     states: States
     say: Callable[[str], None]
-    ended: int = 0  # subjects that ended in this command
+    ended: int = 0  # subjects that were completed or failed in this command
     _started: float = 0.0
     _last: float = 0.0
     _reasons: int = 0
@@ -56,10 +56,10 @@ class Progress:
     def __post_init__(self) -> None:
         self._started = self._last = time.monotonic()
 
-    def end(self, name: str, reason: str | None) -> None:
-        """Count a subject that ended; ``reason``: why it failed."""
-        self.ended += 1
-        if reason is not None:
+    def end(self, name: str, state: int, reason: str | None) -> None:
+        """Count a subject that ended in a state; ``reason``: why it failed."""
+        self.ended += state != INTERRUPTED
+        if state == FAILED:
             self._reasons += 1
             if self._reasons <= MAX_REASONS:
                 self.say(f"{name} failed: {reason}")

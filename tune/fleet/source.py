@@ -11,7 +11,7 @@ from dreamfleet.trainers.config.fleet import FleetConfig
 from dreamfleet.trainers.packing.task import End, Task
 from dreamfleet.tune.fleet.class_images import ClassLeaders, share_class_images
 from dreamfleet.tune.fleet.finisher import Finisher, state_of
-from dreamfleet.tune.fleet.progress import FAILED, RUNNING, Progress, States
+from dreamfleet.tune.fleet.progress import RUNNING, Progress, States
 from dreamfleet.tune.fleet.subjects import SubjectRecipes, Subjects
 
 
@@ -98,7 +98,7 @@ class FleetSource:
         ):
             self._release(kind)
         self.finisher.end(index, end, resolution=resolution)
-        self.progress.end(task.name, end.error if self.states[index] == FAILED else None)
+        self.progress.end(task.name, self.states[index], end.error)
 
     def _release(self, name: str) -> None:
         for place in self._blocked.pop(name, ()):
