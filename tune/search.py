@@ -17,7 +17,6 @@ from dreamfleet.tune.limits import describe_end, out_of_patience, used_up
 from dreamfleet.tune.live import SearchDisplay
 from dreamfleet.tune.open_search import open_store
 from dreamfleet.tune.pool.pool import run_pool
-from dreamfleet.tune.pool.room import Room
 from dreamfleet.tune.result import SearchResult
 from dreamfleet.tune.results import BEST, TABLE, write_best, write_table
 from dreamfleet.tune.retention import Retention, describe_freed
@@ -25,7 +24,7 @@ from dreamfleet.tune.trial_store import RECIPE, Trial, TrialStore, error_class
 from dreamfleet.tune.warm_start import describe_earlier
 
 if TYPE_CHECKING:
-    from dreamfleet.tune.search_source import SearchSource
+    pass
 
 UNKNOWN_TOTAL = 32  # trials that are assumed where a search ends by other limits
 
@@ -168,7 +167,7 @@ def _run_trials(
         address=address,
         shared=shared,
         should_stop=lambda: source.error is not None or algorithm.interrupts,
-        on_room=lambda room: _on_room(source, room, display),
+        on_room=source.times.set_room,
     )
     if source.error is not None:
         if not any(trial.rounds for trial in store.trials):
@@ -178,20 +177,6 @@ def _run_trials(
         return False
     store.state.end_reason = used_up(store) or "interrupted"
     return store.state.end_reason == "interrupted"
-
-
-def _on_room(source: SearchSource, room: Room, display: SearchDisplay) -> None:
-    """Start the count of GPU time, and check the disk for the trials that are left.
-
-    Raises ResourceError if the disk is too small.
-    """
-    from dreamfleet.trainers.run.disk import require_search_disk
-
-    source.times.room = room
-    remaining = source.algorithm.remaining
-    if remaining is not None:
-        at_once = min(remaining, room.groups * room.slots)
-        display.say(require_search_disk(source.store.recipe, trials=remaining, at_once=at_once))
 
 
 def most_packed(section: SearchConfig, total: int | None) -> int | None:

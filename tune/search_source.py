@@ -120,6 +120,10 @@ class TrialTimes:
         self._running: dict[str, Trial] = {}
         self._last = clock()
 
+    def set_room(self, room: Room) -> None:
+        """Set the size of the pool, from which on GPU time counts."""
+        self.room = room
+
     def start(self, trial: Trial) -> None:
         """Count from now on for a trial."""
         self.update()
