@@ -14,7 +14,7 @@ FOLDERS := cluster datasets trainers tune
 PYTEST_ARGS ?=
 RUN ?= runs/demo
 
-.PHONY: help install install-test demo test test-fast test-gpu-matrix check lint types layers format links golden structure pages site docs wheel pocket bench bench-gpu gpu-bundle clean
+.PHONY: help install install-test demo test test-fast test-gpu-matrix check lint types layers format links golden structure pages site docs wheel pocket bench bench-tune bench-gpu gpu-bundle clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -116,10 +116,14 @@ pocket: $(VENV)/.installed ## train the small model that ships (hours on two cor
 	$(BIN)/python examples/pocket/build.py
 
 bench: $(VENV)/.installed ## every measurement in benchmarks/ that needs no GPU, one after the other
-	@for script in $$(grep -l __main__ benchmarks/*.py | grep -v gpu.py); do echo "== $$script"; $(BIN)/python "$$script"; done
+	@for script in $$(grep -l __main__ benchmarks/*.py | grep -v /gpu); do echo "== $$script"; $(BIN)/python "$$script"; done
+
+bench-tune: $(VENV)/.installed ## what a search brings, and trials, packs and fleets per hour
+	@for script in search_gain packing fleet; do echo "== $$script"; $(BIN)/python "benchmarks/$$script.py"; done
 
 bench-gpu: $(VENV)/.installed ## memory and speed on this machine's GPU, predicted beside measured (minutes)
 	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/gpu_packing.py
 
 # For a GPU machine with torch and transformers but no network: the wheels that benchmarks/gpu.py needs besides.
 GPU_PYTHON ?= 3.12

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.config.method import METHODS, MethodConfig
 from dreamfleet.trainers.methods.base import Batch, Loss, Sample, Setting
-from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
+from dreamfleet.trainers.methods.diffusion_method import DenoiserInputs, DiffusionMethod
 from dreamfleet.trainers.methods.embedding_common import export_word, initial_vectors, word_parameters
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.embeddings import install_embedding
@@ -27,6 +28,7 @@ class AnchoredInversionConfig(MethodConfig):
         "Trains one vector for a new word, kept near an existing word. Exports an embedding."
     )
     artifacts: ClassVar[tuple[str, ...]] = ("embedding",)
+    packs: ClassVar[bool] = True  # several trainings can share the passes of one model
     name: Literal["anchored_inversion"] = "anchored_inversion"
     placeholder_token: str = Field(min_length=1, description="the new word, as prompts use it")
     initializer_token: str = Field(min_length=1, description="the existing word that the vector starts from")
@@ -63,8 +65,8 @@ class AnchoredInversion(DiffusionMethod):
                 )
         return None
 
-    def forward(self, batch: Batch) -> Loss:
-        loss = super().forward(batch)
+    def loss(self, batch: Batch, inputs: DenoiserInputs, predicted: Tensor) -> Loss:
+        loss = super().loss(batch, inputs, predicted)
         pairs = zip(self._vectors.values(), self._start, strict=True)
         distance = sum((vector - start.to(vector)).square().sum() for vector, start in pairs)
         total = loss.total + self.config.anchor_weight * distance

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import tiny
+import torch
 import yaml
 from method_contract import check_method
 from small_runs import assert_same, recipe_tree
@@ -26,6 +27,7 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.method import METHODS, MethodConfig
 from dreamfleet.trainers.methods.base import Method, method_class
 from dreamfleet.trainers.models.formats.embedding import read_embedding
+from dreamfleet.trainers.packing.runner import train_packed
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.checkpoint import Checkpoints
 from dreamfleet.trainers.run.run import run_worker
@@ -70,6 +72,26 @@ def test_a_registered_method_keeps_the_contract(tmp_path: Path) -> None:
     images = str(tiny.make_images(tmp_path / "one", 1))
     tree = make_tree(tmp_path, data__instance_data_dir=images, train__train_batch_size=1)
     check_method(build_recipe(tree), tmp_path)
+
+
+@pytest.mark.usefixtures("toy")
+def test_trainings_of_a_method_from_outside_share_the_passes_of_a_model(tmp_path: Path) -> None:
+    trees = [
+        make_tree(
+            tmp_path, train__seed=seed, method={**SECTION, "anchor_weight": 0.5}, optimizer__adam_epsilon=1e-3
+        )
+        for seed in range(3)
+    ]
+    packed, alone = (
+        [build_recipe({**tree, "output_dir": str(tmp_path / f"{kind}-{k}")}) for k, tree in enumerate(trees)]
+        for kind in ("packed", "alone")
+    )
+    ends = train_packed(packed, capacity=3)
+    assert all(end.summary and "packed" in end.summary["engine"] for end in ends)
+    for recipe, other in zip(packed, alone, strict=True):
+        run_worker(other)
+        ours, theirs = (Checkpoints(Storage(one.output_dir)).load(2).learned for one in (recipe, other))
+        assert all(torch.allclose(ours[name], tensor, atol=1e-5) for name, tensor in theirs.items())
 
 
 @pytest.mark.usefixtures("toy")
