@@ -147,6 +147,14 @@ class DataConfig(Section):
         description="folder or s3:// address of latents that `dreamfleet data cache` encoded: the run reads these "
         "instead of decoding images",
     )
+    class_cache_dir: Annotated[
+        str | None, PathField("folder", must_exist=False, compared=False, is_output=True)
+    ] = Field(
+        default=None,
+        min_length=1,
+        description="folder or s3:// address of the latents of class images: the run reads these, and adds missing "
+        "ones for later runs",
+    )
     cache_precision: Literal["float32", "fp16"] = Field(
         default="float32",
         description="of the latents in cache_dir; float32 gives the same losses as a run without a cache, fp16 takes "

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import optuna
 from optuna.trial import TrialState
-from ray.tune.search import Searcher
 
 from dreamfleet.datasets.rng import key
 from dreamfleet.trainers.config.search import Point, SearchConfig
@@ -25,7 +23,7 @@ ATTEMPTS = 20  # samples that may be points tried before, until an untried point
 MAX_LISTED = 100_000  # points of a finite space that are listed to find the untried ones
 
 
-class SearchAlgorithm(Searcher):
+class SearchAlgorithm:
     """Proposes trials: first the interrupted ones, then the given points, then samples.
 
     When ``should_stop()`` is true it proposes no more; running trials continue to their end. ``end_reason``: why it
@@ -33,7 +31,6 @@ class SearchAlgorithm(Searcher):
     """
 
     def __init__(self, store: TrialStore, *, should_stop: Callable[[], bool] = lambda: False):
-        super().__init__()
         self.store, self.should_stop = store, should_stop
         self.unfinished = [trial for trial in store.trials if not trial.is_over]
         self.planned = planned_points(store.search)
@@ -63,40 +60,16 @@ class SearchAlgorithm(Searcher):
         """Whether a budget in hours is used up, so that running trials save a checkpoint and stop."""
         return used_up(self.store) is not None
 
-    def suggest(self, trial_id: str = "") -> dict[str, Any] | str | None:
-        """Return the next trial's ``name``, ``point`` and ``last_step`` (of its last round, -1), or FINISHED."""
-        trial = self._next_trial()
-        if trial is None:
-            return Searcher.FINISHED
-        last_step = trial.rounds[-1]["step"] if trial.rounds else -1
-        return {"name": trial.name, "point": trial.point, "last_step": last_step}
-
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None:
-        """Do nothing: results are read from the trial store."""
-
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Do nothing: results are read from the trial store."""
-
-    def save(self, checkpoint_path: str) -> None:
-        """Save nothing: the recorded trials are the state."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Restore nothing: the recorded trials are the state."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Tune pickles its search algorithm for its own resume feature, which is not used.
-        return (object, ())
-
-    def _next_trial(self) -> Trial | None:
+    def suggest(self) -> Trial | None:
+        """Return the next trial; None if no more is proposed, for the reason in :attr:`end_reason`."""
         store, state = self.store, self.store.state
         state.end_reason = "interrupted" if self.should_stop() else used_up(store)
         if state.end_reason is None and self.unfinished:
             return self.unfinished.pop(0)
         if state.end_reason is None and out_of_patience(store):
             state.end_reason = "patience"
-        if state.end_reason is None and store.search.num_trials == len(store.trials):
+        limit = store.search.num_trials
+        if state.end_reason is None and limit is not None and len(store.trials) >= limit:
             state.end_reason = "num_trials"
         point = None if state.end_reason else self._next_point()
         if point is not None:
@@ -155,8 +128,10 @@ def _study(store: TrialStore) -> optuna.Study:
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     search, space = store.search, distributions(store.search)
-    directions = ["maximize" if search.maximises(metric) else "minimize" for metric in search.metrics]
-    study = optuna.create_study(directions=directions)
+    maximise, minimise = optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE
+    study = optuna.create_study(
+        directions=[maximise if search.maximises(metric) else minimise for metric in search.metrics]
+    )
 
     def add(point: Point, values: Sequence[float | None] | None) -> None:
         state = TrialState.RUNNING if values is None else TrialState.COMPLETE

@@ -3,55 +3,56 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
-
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from typing import Any, Protocol
 
 from dreamfleet.tune.trial_store import TrialStore
 
 UNLIMITED = 10**9  # steps; ASHA must not end a trial at its last step, before the artifacts have been written
 
 
-class Asha(ASHAScheduler):
-    """ASHA that identifies trials by the names in the trial store, so that a resumed trial keeps its rungs."""
+class Scheduler(Protocol):
+    """Decides after each validation round whether a trial is stopped."""
 
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Register a trial."""
-        super().on_trial_add(tune_controller, _named(trial))
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Return Ray Tune's decision whether a trial continues after a validation round."""
-        return super().on_trial_result(tune_controller, _named(trial), result)
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Record the end of a trial."""
-        super().on_trial_complete(tune_controller, _named(trial), result)
-
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """Remove a trial that never ran."""
-        super().on_trial_remove(tune_controller, _named(trial))
+    def stops(self, name: str, figures: dict[str, Any]) -> bool:
+        """Record a round of the trial called ``name``: ``step`` and figures; return whether the trial is stopped."""
+        ...
 
 
-def make_scheduler(store: TrialStore) -> Any:
-    """Return the scheduler named by ``search.scheduler``, with the recorded rounds; its time unit is a step."""
-    recipe, search = store.recipe, store.search
-    if search.scheduler == "none":
-        return FIFOScheduler()
-    asha = Asha(
-        time_attr="step",
-        metric=search.objective,
-        mode="max" if search.maximise else "min",
-        grace_period=search.grace_period or recipe.validation.steps,
-        reduction_factor=search.reduction_factor,
-        max_t=UNLIMITED,
-    )
-    for trial in store.trials:
-        recorded = SimpleNamespace(config={"name": trial.name})
-        asha.on_trial_add(None, recorded)
-        for figures in trial.rounds:
-            asha.on_trial_result(None, recorded, figures)
-    return asha
+class Asha:
+    """Ray Tune's ASHA; its time unit is a step. A round that was recorded before never stops a trial."""
+
+    def __init__(self, store: TrialStore):
+        from ray.tune.schedulers import ASHAScheduler
+
+        recipe, search = store.recipe, store.search
+        self.asha: Any = ASHAScheduler(
+            time_attr="step",
+            metric=search.objective,
+            mode="max" if search.maximise else "min",
+            grace_period=search.grace_period or recipe.validation.steps,
+            reduction_factor=search.reduction_factor,
+            max_t=UNLIMITED,
+        )
+        self.known: set[str] = set()
+        for trial in store.trials:
+            for figures in trial.rounds:
+                self.stops(trial.name, figures)
+
+    def stops(self, name: str, figures: dict[str, Any]) -> bool:
+        trial = SimpleNamespace(trial_id=name)  # by name, so that a resumed trial keeps its rungs
+        if name not in self.known:
+            self.known.add(name)
+            self.asha.on_trial_add(None, trial)
+        return bool(self.asha.on_trial_result(None, trial, figures) == self.asha.STOP)
 
 
-def _named(trial: Any) -> Any:
-    return SimpleNamespace(trial_id=trial.config["name"])
+class NoScheduler:
+    """Stops no trial."""
+
+    def stops(self, name: str, figures: dict[str, Any]) -> bool:
+        return False
+
+
+def make_scheduler(store: TrialStore) -> Scheduler:
+    """Return the scheduler named by ``search.scheduler``, with the recorded rounds."""
+    return NoScheduler() if store.search.scheduler == "none" else Asha(store)

@@ -18,7 +18,8 @@ def cost(store: TrialStore) -> list[tuple[str, str]]:
     seconds = sum(trial.seconds for trial in ran)
     rows = [("time of all trials", formatting.seconds(seconds))]
     rows.append(("one trial (median)", formatting.seconds(statistics.median(trial.seconds for trial in ran))))
-    rows.append(("the whole search", formatting.seconds(store.elapsed)))
+    if store.elapsed:
+        rows.append(("the whole search", formatting.seconds(store.elapsed)))
     if gpu := store.gpu_seconds:
         rows.append(("GPU hours", formatting.number(gpu / 3600)))
     steps = sum(trial.steps for trial in ran)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_PACKAGE = re.compile(r"^/.*/_ray_pkg_[0-9a-f]+/")
+_PACKAGE = re.compile(r'(^|")/[^"]*/_ray_pkg_[0-9a-f]+/')  # at the start, or within a list of paths
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:
@@ -16,9 +16,12 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
             for key in sorted(one.keys() | other.keys())
             for found in differences(one.get(key), other.get(key), f"{path}.{key}".lstrip("."))
         ]
-    return [] if _without_package_path(one) == _without_package_path(other) else [path]
+    return [] if without_package_path(one) == without_package_path(other) else [path]
 
 
-def _without_package_path(value: Any) -> Any:
-    # Ray unpacks the package of a submitted job into a folder whose name is a hash of the content, recipe included.
-    return _PACKAGE.sub("", value) if isinstance(value, str) else value
+def without_package_path(value: Any) -> Any:
+    """Return a value of a recipe without the folder into which Ray unpacks a job's package.
+
+    The name of that folder is a hash of the content, recipe included.
+    """
+    return _PACKAGE.sub(r"\1", value) if isinstance(value, str) else value

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
 from dreamfleet.trainers.config.metrics import figure_title
@@ -13,8 +16,35 @@ from dreamfleet.trainers.report import formatting
 from dreamfleet.tune.trial_store import Trial, TrialStore, format_trial, format_value
 
 REFRESHES_PER_SECOND = 2
+GAP = 2  # spaces between columns; 1 if the table is too wide otherwise
 BEST_SHOWN = 5  # finished trials in the table
-BORDER_ROWS = 4  # headline, heading, rule and a spare line
+BORDER_ROWS = 7  # two lines of headline, three of titles, the rule and a spare one
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table; ``is_text`` aligns it to the left, ``is_optional`` lets a narrow terminal leave it out."""
+
+    title: str
+    cells: Sequence[str]
+    is_text: bool = False
+    is_optional: bool = False
+
+    @property
+    def width(self) -> int:
+        """The characters of its widest line."""
+        return max(map(len, [*self.title.splitlines(), *self.cells]), default=0)
+
+    def with_broken_title(self) -> Column:
+        """Return the column with its title in several lines, as wide as its cells or its longest word."""
+        words = re.findall(r"[^_ ]+[_ ]?", self.title)
+        most = max(map(len, [*self.cells, *words]), default=0)
+        lines = [""]
+        for word in words:
+            if lines[-1] and len(lines[-1] + word.rstrip()) > most:
+                lines.append("")
+            lines[-1] += word
+        return replace(self, title="\n".join(line.rstrip() for line in lines))
 
 
 class SearchDisplay:
@@ -91,17 +121,19 @@ class SearchDisplay:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        keys = list(self.store.search.space)
-        for name in ("trial", *(path.rpartition(".")[2] for path in keys)):
-            table.add_column(Text(name), no_wrap=True, justify="left" if name == "trial" else "right")
-        for name in (*map(figure_title, self.store.figures), "step", "time"):
-            table.add_column(Text(name), no_wrap=True, justify="right")
-        table.add_column("", no_wrap=True)
-        for trial in self._shown():
-            style = "bold" if trial is self.store.best else "" if trial.status == "running" else "dim"
-            table.add_row(*map(Text, self._cells(trial, keys)), style=style)
-        return Group(Text(self._headline(), no_wrap=True, overflow="ellipsis"), table)
+        shown, best = self._shown(), self.store.best
+        columns = fit_columns(self._columns(shown, best), self._console.width)
+        room = total_width(columns) <= self._console.width
+        # The box has one space between columns.
+        table = Table(
+            box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1 if room else 0, 0, 0)
+        )
+        for column in columns:
+            table.add_column(Text(column.title), no_wrap=True, justify="left" if column.is_text else "right")
+        for number, trial in enumerate(shown):
+            style = "bold" if trial is best else "" if trial.status == "running" else "dim"
+            table.add_row(*(Text(column.cells[number]) for column in columns), style=style)
+        return Group(self._headline(), table)
 
     def _shown(self) -> list[Trial]:
         """Return the running trials and the best finished ones, as many as the terminal has rows for."""
@@ -111,25 +143,40 @@ class SearchDisplay:
         best = over[: min(BEST_SHOWN, max(1, room - len(running)))]
         return [*running[: room - len(best)], *best]
 
-    def _cells(self, trial: Trial, keys: list[str]) -> list[str]:
-        last = trial.rounds[-1] if trial.rounds else {}
-        is_running = trial.status == "running"
-        # A running trial shows its last round, a finished one the round that counts.
-        values = [last.get(name) if is_running else trial.figure(name) for name in self.store.figures]
+    def _columns(self, shown: Sequence[Trial], best: Trial | None) -> list[Column]:
+        search = self.store.search
+        return [
+            Column("trial", [trial.name for trial in shown], is_text=True),
+            *(
+                Column(path.rpartition(".")[2], [format_value(t.point[path]) for t in shown])
+                for path in search.space
+            ),
+            *(
+                Column(
+                    figure_title(name),
+                    [_figure(t, name) for t in shown],
+                    is_optional=name not in search.metrics,
+                )
+                for name in self.store.figures
+            ),
+            Column("step", [self._step(trial) for trial in shown]),
+            Column("time", [self._time(trial) for trial in shown], is_optional=True),
+            Column("", ["best" if t is best else t.status for t in shown], is_text=True),
+        ]
+
+    def _step(self, trial: Trial) -> str:
         planned = trial.point.get("train.max_train_steps", self.store.recipe.train.max_train_steps)
+        return f"{trial.steps}/{planned}" if trial.status == "running" else str(trial.steps)
+
+    def _time(self, trial: Trial) -> str:
         seconds = trial.seconds
         if trial.name in self._started:
             seconds = max(seconds, time.monotonic() - self._started[trial.name])
-        return [
-            trial.name,
-            *(format_value(trial.point[path]) for path in keys),
-            *("" if value is None else formatting.number(value, 4) for value in values),
-            f"{trial.steps}/{planned}" if is_running else str(trial.steps),
-            formatting.seconds(seconds) if seconds >= 1 else "",
-            f"{trial.status}, best" if trial is self.store.best else trial.status,
-        ]
+        return formatting.seconds(seconds) if seconds >= 1 else ""
 
-    def _headline(self) -> str:
+    def _headline(self) -> Any:
+        from rich.text import Text
+
         counts = Counter(trial.status for trial in self.store.trials)
         planned = self.store.search.num_trials
         over = sum(trial.is_over for trial in self.store.trials)
@@ -141,4 +188,32 @@ class SearchDisplay:
         if best is not None and (value := best.figure(self.store.search.objective)) is not None:
             parts.append(f"best {figure_title(self.store.search.objective)} {formatting.number(value, 4)}")
         parts.append(formatting.seconds(time.monotonic() - self.began))
-        return self.store.recipe.run_name + ": " + ", ".join(parts)
+        return Text(self.store.recipe.run_name + ": " + ", ".join(parts))
+
+
+def total_width(columns: Sequence[Column]) -> int:
+    """Return the width of a table in characters."""
+    return sum(column.width + GAP for column in columns)
+
+
+def fit_columns(columns: Sequence[Column], width: int) -> list[Column]:
+    """Return the columns that fit into ``width`` characters.
+
+    Titles are broken after underscores and at spaces if the table is too wide; if that is not enough, optional columns
+    are left out, the last ones first.
+    """
+
+    kept = list(columns)
+    if total_width(kept) > width:
+        kept = [column.with_broken_title() for column in kept]
+    for column in [column for column in kept if column.is_optional][::-1]:
+        if total_width(kept) > width:
+            kept.remove(column)
+    return kept
+
+
+def _figure(trial: Trial, name: str) -> str:
+    """Return a figure of a running trial's last round, or of the round by which a finished trial counts."""
+    last = trial.rounds[-1] if trial.rounds else {}
+    value = last.get(name) if trial.status == "running" else trial.figure(name)
+    return "" if value is None else formatting.number(value, 4)

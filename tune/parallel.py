@@ -42,7 +42,7 @@ def parallel_plot(store: TrialStore, shown: Sequence[Trial]) -> ParallelPlot | N
     """
     axes = [_key_axis(path, domain) for path, domain in store.search.space.items()]
     axes += [_figure_axis(store, name, shown) for name in store.search.metrics]
-    marks = []
+    marks, best = [], store.best
     for rank, trial in enumerate(shown):
         places = [axis.place(trial) for axis in axes]
         heights = [place for place in places if place is not None]
@@ -56,7 +56,7 @@ def parallel_plot(store: TrialStore, shown: Sequence[Trial]) -> ParallelPlot | N
             f"{figure_title(name)} {formatting.number(trial.figure(name) or 0.0, 4)}"
             for name in store.search.metrics
         )
-        style = f"g{GRADES * rank // len(shown)}{' best' if trial is store.best else ''}"
+        style = f"g{GRADES * rank // len(shown)}{' best' if trial is best else ''}"
         marks.append(Mark(style, path, f"{trial.name}: {format_point(trial.point)}, {values}", trial.name))
     return ParallelPlot(axes, marks[::-1]) if len(marks) > 1 else None
 

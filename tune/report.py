@@ -72,8 +72,10 @@ def render(store: TrialStore) -> str:
 
 def _facts(store: TrialStore) -> list[str]:
     counts = Counter(STATUS.get(trial.status, trial.status) for trial in store.trials)
+    earlier = [f"{len(store.state.earlier)} of earlier searches"] if store.state.earlier else []
     return [
         f"{len(store.trials)} trials",
+        *earlier,
         *(f"{count} {status}" for status, count in counts.most_common()),
         f"{formatting.seconds(sum(trial.seconds for trial in store.trials))} of compute time",
     ]
@@ -133,6 +135,7 @@ def _vote_facts(store: TrialStore, votes: Sequence[Vote]) -> list[str]:
         return []
     facts = [f"{len(votes)} votes" if len(votes) > 1 else "1 vote"]
     figures = {trial.name: trial for trial in store.trials}
+    agreements = []
     for name in store.figures:
 
         def is_better(a: str, b: str, name: str = name) -> bool | None:
@@ -141,7 +144,9 @@ def _vote_facts(store: TrialStore, votes: Sequence[Vote]) -> list[str]:
 
         agreed, decided = agreement(votes, is_better)
         if decided:
-            facts.append(f"{figure_title(name)} agrees with {agreed} of {decided} decided votes")
+            agreements.append(f"{figure_title(name)} {agreed} of {decided}")
+    if agreements:
+        facts.append(f"Decided votes with which each metric agrees: {', '.join(agreements)}")
     return facts
 
 
@@ -171,7 +176,9 @@ def _row(
         (trial.steps, formatting.number(trial.steps)),
         (trial.seconds, formatting.seconds(trial.seconds)),
     ]
-    return trial, cells, STATUS.get(trial.status, trial.status)
+    status = STATUS.get(trial.status, trial.status)
+    is_pruned = any(not other.kept for other in store.trials)
+    return trial, cells, f"{status}, weights kept" if trial.kept and is_pruned and trial.steps else status
 
 
 def _format(value: float | None) -> str:

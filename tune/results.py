@@ -7,6 +7,7 @@ from typing import Any
 
 from dreamfleet.trainers.report import formatting
 from dreamfleet.tune.trial_store import Trial, TrialStore, best_recipe, format_point
+from dreamfleet.tune.votes import preferences, read_votes
 
 TABLE = "trials.parquet"
 BEST = "best.yaml"
@@ -14,7 +15,10 @@ FRONT = "front"  # folder of the recipes of the Pareto front
 
 
 def write_table(store: TrialStore) -> None:
-    """Write ``trials.parquet``, one row per trial; figures are those of the best rounds."""
+    """Write ``trials.parquet``, one row per trial; figures are those of the best rounds.
+
+    With votes of blind comparisons: their number, the wins, and the estimated chance to be preferred.
+    """
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -38,6 +42,11 @@ def write_table(store: TrialStore) -> None:
         "run_folder": pa.array([store.folder.path(t.folder) for t in trials], pa.string()),
         "error": pa.array([t.error for t in trials], pa.string()),
     }
+    if preferred := preferences(read_votes(store.folder)):
+        found = [preferred.get(t.name) for t in trials]
+        columns["votes"] = pa.array([one.votes if one else 0 for one in found], pa.int64())
+        columns["wins"] = pa.array([one.wins if one else 0.0 for one in found], pa.float64())
+        columns["preferred"] = pa.array([one.chance if one else None for one in found], pa.float64())
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pa.table(columns), buffer)
     store.folder.write_bytes(TABLE, buffer.getvalue())

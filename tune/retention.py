@@ -32,7 +32,10 @@ class Retention:
         self.store = store
 
     def after_end(self, trial: Trial) -> None:
-        """Remove the optimizer state of a trial that ended, and the weights that are not among the best any more."""
+        """Remove the optimizer state of a trial that ended, and the weights that are not among the best any more.
+
+        Reports are rendered later, by :meth:`finish`, since other trials wait meanwhile.
+        """
         best = best_trials(self.store, [other for other in self.store.trials if other.is_over])
         fallen = [other for other in self.store.trials if other.is_over and other.kept and other not in best]
         for other in [trial, *(other for other in fallen if other is not trial)]:
@@ -55,6 +58,7 @@ class Retention:
             if trial.kept:
                 self._export(trial)
                 self.store.save()
+        self._render_reports()
         return [trial for trial in self.store.trials if trial.name in self.store.state.exported]
 
     def _prune(self, trial: Trial, *, keeps: bool) -> None:
@@ -68,7 +72,7 @@ class Retention:
                 self.store.state.exported.pop(trial.name, None)
             if freed := before - _size(run):
                 self.store.state.freed_bytes += freed
-                _update_run(run, best_checkpoint=kept, **({} if keeps else {"exports": []}))
+                self._update(trial, best_checkpoint=kept, **({} if keeps else {"exports": []}))
         except (UserError, ValueError) as error:
             log.warning("%s: not all of its weights could be removed: %s", trial.name, error)
             return
@@ -87,11 +91,33 @@ class Retention:
             run.remove("exports")
             formats = self.store.recipe.train.export_formats or ()
             paths = export_run(run.path("checkpoints", folder_name(step)), formats)
-            _update_run(run, exports=[path.rpartition("/")[2] for path in paths])
+            self._update(trial, exports=[path.rpartition("/")[2] for path in paths])
         except (UserError, ValueError) as error:
             log.warning("%s could not be exported: %s", trial.name, error)
             return
         state.exported[trial.name] = step
+
+    def _update(self, trial: Trial, **changes: Any) -> None:
+        """Change values in a trial's summary, and note that its report has to be rendered; not without a summary."""
+        run, stale = self.store.folder.child(trial.folder), self.store.state.stale_reports
+        if run.exists(SUMMARY):
+            if trial.name not in stale:
+                stale.append(trial.name)
+            summary = {**json.loads(run.read_text(SUMMARY)), **changes}
+            run.write_text(SUMMARY, json_text(summary, indent=1))
+
+    def _render_reports(self) -> None:
+        from dreamfleet.trainers.artifacts.usage import describe
+        from dreamfleet.trainers.report.report import write_report
+
+        state = self.store.state
+        for name in state.stale_reports:
+            try:
+                write_report(self.store.folder.child(self.store.trial(name).folder), describe=describe)
+            except (UserError, ValueError) as error:
+                log.warning("the report of %s could not be written: %s", name, error)
+        state.stale_reports.clear()
+        self.store.save()
 
 
 def best_trials(store: TrialStore, trials: list[Trial]) -> list[Trial]:
@@ -128,17 +154,6 @@ def _prune_checkpoints(run: Storage, step: int | None, *, has_ema: bool) -> str 
         if name != folder_name(left):
             checkpoints.storage.remove(name)
     return folder_name(left)
-
-
-def _update_run(run: Storage, **changes: Any) -> None:
-    """Change values in a run's summary and render its report again; do nothing for a run without a summary."""
-    from dreamfleet.trainers.artifacts.usage import describe
-    from dreamfleet.trainers.report.report import write_report
-
-    if run.exists(SUMMARY):
-        summary = {**json.loads(run.read_text(SUMMARY)), **changes}
-        run.write_text(SUMMARY, json_text(summary, indent=1))
-        write_report(run, describe=describe)
 
 
 def _size(run: Storage) -> int:

@@ -27,4 +27,7 @@ class SearchState:
     exported: dict[str, int] = field(
         default_factory=dict
     )  # trial -> the step of the checkpoint in its exports/
+    stale_reports: list[str] = field(
+        default_factory=list
+    )  # trials whose reports show files that were removed since
     earlier: list[EarlierTrial] = field(default_factory=list)

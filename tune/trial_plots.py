@@ -97,7 +97,7 @@ def _scatter(store: TrialStore, shown: Sequence[Trial], figure: str) -> Plot | N
     groups = sorted({trial.point[down] for trial in shown}, key=str) if down else []
     if not down or not store.search.space[down].values:
         groups = []
-    limit = upper_limit(store, figure, shown)
+    limit, best = upper_limit(store, figure, shown), store.best
     dots = []
     for trial in shown:
         x, y = trial.point[across], trial.figure(figure)
@@ -105,7 +105,7 @@ def _scatter(store: TrialStore, shown: Sequence[Trial], figure: str) -> Plot | N
             continue
         label = f"{trial.name}: {format_point(trial.point)}, {formatting.number(y, 4)}"
         colour = groups.index(trial.point[down]) % NAMED_CURVES if down and groups else 0
-        is_best, is_pale = trial is store.best, trial.status == "stopped"
+        is_best, is_pale = trial is best, trial.status == "stopped"
         dots.append(Dot(x, min(y, limit), colour, label, is_pale, is_best, trial.name))
     return scatter(
         f"{title(figure)} by {across.rpartition('.')[2]}",

@@ -77,9 +77,13 @@ def append_vote(folder: Storage, comparison: Comparison, choice: str) -> Vote:
         "winner": winner,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    before = folder.read_text(FILE) if folder.exists(FILE) else ""
     # A kill may have left an incomplete last line, which must not swallow this one.
-    torn = folder.exists(FILE) and (text := folder.read_text(FILE)) and not text.endswith("\n")
-    folder.append_text(FILE, ("\n" if torn else "") + json_text(row) + "\n")
+    line = ("\n" if before and not before.endswith("\n") else "") + json_text(row) + "\n"
+    if folder.is_local:
+        folder.append_text(FILE, line)
+    else:  # a bucket cannot append; what another person's command wrote before is kept
+        folder.write_text(FILE, before + line)
     return Vote(comparison, winner)
 
 

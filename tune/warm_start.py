@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.search import put_point
 from dreamfleet.trainers.recipe import Recipe, build_recipe
@@ -40,10 +40,16 @@ def read_earlier(store: TrialStore) -> list[EarlierTrial]:
 
 
 def describe_earlier(store: TrialStore) -> Iterator[str]:
-    """Yield a line for each search of ``search.warm_start``: its trials that are used, and the keys that differ."""
+    """Yield a line for each search of ``search.warm_start``: its trials that are used, and the keys that differ.
+
+    The keys are left out for a search that was deleted since.
+    """
     for folder in store.search.warm_start:
         used = [trial for trial in store.state.earlier if trial.search == folder]
-        keys = differences(_comparable(_read_recipe(folder)), _comparable(store.recipe))
+        try:
+            keys = differences(_comparable(_read_recipe(folder)), _comparable(store.recipe))
+        except UserError:
+            keys = []
         more = f" and {len(keys) - MAX_LISTED} more" if len(keys) > MAX_LISTED else ""
         differ = f"; other than in this search: {', '.join(keys[:MAX_LISTED])}{more}" if keys else ""
         yield f"warm start: {len(used)} trials of {folder}{differ}"

@@ -24,18 +24,21 @@ def compare(
     """Compare the images of a search's trials on a local web page, two at a time and without their names.
 
     Keys: left and right choose an image, down is a draw, u goes back. Every vote is saved immediately in votes.jsonl in
-    the folder of the search; stop with Ctrl-C. The votes then appear in report.html, beside the scores.
+    the folder of the search; stop with Ctrl-C. The votes then appear beside the scores, in report.html and
+    trials.parquet.
     """
     with work():
         from dreamfleet.tune.blind import BlindPage
         from dreamfleet.tune.open_search import open_folder
         from dreamfleet.tune.report import write_search_report
+        from dreamfleet.tune.results import write_table
         from dreamfleet.tune.votes import preferences, read_votes
 
         store = open_folder(folder)
         page = BlindPage(store, most=trials)
         serve(page, port=port, title="compare the trials", browser=browser)
         write_search_report(store)
+        write_table(store)
         found = {
             **page.report(),
             "report": store.folder.path("report.html"),

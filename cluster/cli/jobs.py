@@ -13,7 +13,7 @@ from dreamfleet.cluster.cli.base import INTERRUPTED, AsJson, Shared, Verbose, pr
 if TYPE_CHECKING:
     from dreamfleet.cluster.jobs.client import Job, JobServer
 
-COMMANDS = ("train", "tune", "data cache")
+COMMANDS = ("train", "tune", "fleet", "data cache")
 
 ServerAddress = Annotated[
     str | None,
@@ -27,7 +27,7 @@ Command = Annotated[
     list[str],
     typer.Argument(
         metavar="COMMAND",
-        help="-- train|tune|data cache RECIPE [KEY.PATH=VALUE ...] [--resume]",
+        help="-- train|tune|data cache RECIPE [KEY.PATH=VALUE ...] [--resume], or -- fleet SUBJECTS RECIPE ...",
         show_default=False,
     ),
 ]
@@ -61,20 +61,27 @@ def submit(
     to 200 MiB. s3:// URLs and paths under --shared are used as they are. output_dir must be one of those, because the
     run outlives the cluster. Submit again with --resume to continue from the newest checkpoint.
     """
-    name, recipe, overrides, options = _parse(ctx, command)
+    name, parsed, options = _parse(ctx, command)
+    recipe, overrides = parsed["recipe"], parsed["overrides"] or []
     with work():
         import os
 
         from dreamfleet.cluster.jobs.client import job_server
         from dreamfleet.cluster.jobs.package import check_here, pack
+        from dreamfleet.cluster.jobs.package_fleet import SUBJECTS_FILE, pack_fleet
         from dreamfleet.cluster.jobs.submit import read_environment, send
         from dreamfleet.trainers.recipe import load_recipe
 
-        loaded = load_recipe(recipe, overrides)
-        makes_cache = name == "data cache"
-        package = pack(loaded, shared=shared or (), resume="--resume" in options, makes_cache=makes_cache)
         environment = read_environment(env or (), os.environ)
-        check_here(loaded, makes_cache=makes_cache)
+        known: dict[str, Any] = {"shared": shared or (), "resume": "--resume" in options}
+        if name == "fleet":
+            package = pack_fleet(parsed["subjects"], recipe, overrides, **known)
+            loaded, name = package.recipe, f"fleet {SUBJECTS_FILE}"
+        else:
+            loaded = load_recipe(recipe, overrides)
+            makes_cache = name == "data cache"
+            package = pack(loaded, makes_cache=makes_cache, **known)
+            check_here(loaded, makes_cache=makes_cache)
         if name != "tune" and loaded.scaling.num_workers == 0:
             _print_note(
                 "scaling.num_workers is 0: the run trains on the head node itself; set 1 or more to use workers"
@@ -156,8 +163,8 @@ def stop(job_id: JobId, address: ServerAddress = None, verbose: Verbose = False)
     print(f"{job_id} {job.state}")
 
 
-def _parse(ctx: typer.Context, command: list[str]) -> tuple[str, str, list[str], list[str]]:
-    """Parse ``train RECIPE key=value --option`` as that command would: (name, recipe, overrides, options)."""
+def _parse(ctx: typer.Context, command: list[str]) -> tuple[str, dict[str, Any], list[str]]:
+    """Parse ``train RECIPE key=value --option`` as that command would: (name, parameters, options)."""
     from dreamfleet.datasets.errors import RecipeError
 
     length = 2 if command[0] == "data" else 1
@@ -166,7 +173,8 @@ def _parse(ctx: typer.Context, command: list[str]) -> tuple[str, str, list[str],
     target: Any = ctx.parent.command
     if name not in COMMANDS:
         raise RecipeError(
-            f"submit {name}: a job can train or tune a recipe, or make its cache: dreamfleet submit -- train RECIPE"
+            f"submit {name}: a job can train or tune a recipe, train a fleet, or make a cache: "
+            "dreamfleet submit -- train RECIPE"
         )
     for part in name.split():
         target = target.commands[part]
@@ -183,7 +191,7 @@ def _parse(ctx: typer.Context, command: list[str]) -> tuple[str, str, list[str],
         value = parsed.params[parameter.name]
         for one in value if parameter.multiple else [value]:
             options += [parameter.opts[0], *([] if parameter.is_flag else [str(one)])]
-    return name, parsed.params["recipe"], parsed.params["overrides"] or [], options
+    return name, parsed.params, options
 
 
 def _follow(address: str | None, job_id: str, *, to_stdout: bool = False) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dreamfleet.cluster.cli.base import AsJson, Overrides, RecipePath, Verbose, print_json, work
+from dreamfleet.trainers.config.units import format_size
 from dreamfleet.trainers.memory.strategies import format_overrides
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.memory.estimate import Estimate
     from dreamfleet.trainers.memory.plan import MemoryPlan
+    from dreamfleet.trainers.memory.slots import SlotProfile
     from dreamfleet.trainers.recipe import Recipe
 
 # Columns of the table: heading -> the parts of an estimate that it sums.
@@ -55,10 +58,13 @@ def plan(
     """
     with work():
         from dreamfleet.datasets.errors import ResourceError
+        from dreamfleet.trainers.config.packing import find_unpackable
         from dreamfleet.trainers.config.units import parse_size
         from dreamfleet.trainers.memory.advice import explain_no_fit
         from dreamfleet.trainers.memory.plan import plan_memory
+        from dreamfleet.trainers.memory.slots import profile_slots
         from dreamfleet.trainers.recipe import load_recipe
+        from dreamfleet.trainers.run.disk import disk_needs, require_disk
 
         limits = {
             "gpu_memory": parse_size(gpu_memory, option="--gpu-memory") if gpu_memory else None,
@@ -67,10 +73,20 @@ def plan(
         rate = parse_size(pcie.removesuffix("/s"), option="--pcie")
         loaded = load_recipe(recipe, overrides or [])
         made = plan_memory(loaded, **limits)
+        unpackable = find_unpackable(loaded)
+        profile = None if unpackable else profile_slots(loaded, made.counts)
+        needs = disk_needs(loaded)
     if as_json:
-        print_json(made.to_json(rate))
+        slots = {"unpackable": unpackable, **(_fitting_slots(profile, made) if profile else {})}
+        disk = {name: need.to_json() for name, need in needs.items()}
+        print_json(made.to_json(rate) | {"slots": slots, "disk": disk})
     else:
-        print("\n".join([*_head(made, loaded), "", *_table(made, rate), "", *_verdict(made, rate)]))
+        print("\n".join([*_head(made, loaded), "", *_table(made, rate), "", *_verdict(made, rate), ""]))
+        print("\n".join(_packing(profile, unpackable, made)))
+    for name, need in needs.items():
+        stated = require_disk(need, loaded, what=f"a {name}")
+        if not as_json:
+            print(f"On disk, {stated}.")
     if made.limited and made.chosen is None:
         raise ResourceError(explain_no_fit(made, loaded))
 
@@ -145,6 +161,40 @@ def _verdict(made: MemoryPlan, rate: int) -> list[str]:
         for one in made.estimates
         if one.choice.alters and one.fits(made.gpu_memory, made.host_memory) and not _is_plain(made.chosen)
     ]
+
+
+def _fitting_slots(profile: SlotProfile, made: MemoryPlan) -> dict[str, Any]:
+    """Return the profile as plain values, with the slots that fit the limits: None without a limit."""
+    from dreamfleet.trainers.memory.slots import MAX_SLOTS, slots_that_fit
+
+    limits = {
+        "gpu": (made.gpu_memory, MAX_SLOTS["cuda"]),
+        "gpu_host": (made.host_memory, MAX_SLOTS["cuda"]),
+        "cpu": (made.host_memory, MAX_SLOTS["cpu"]),
+    }
+    return {
+        name: {
+            **asdict(memory := getattr(profile, name)),
+            "fit": slots_that_fit(memory, limit, most) if limit else None,
+        }
+        for name, (limit, most) in limits.items()
+    }
+
+
+def _packing(profile: SlotProfile | None, unpackable: str | None, made: MemoryPlan) -> list[str]:
+    """Return what is said about trainings that share a process, in a search or a fleet."""
+    if profile is None:
+        return [f"Trainings of a search or a fleet cannot be packed: {unpackable}."]
+    on_gpu, fits = profile.gpu, _fitting_slots(profile, made)
+    further = on_gpu.held + on_gpu.further
+    sizes = f"{format_size(on_gpu.total(1))} on the GPU for the first, {format_size(further)} for each further one"
+    lines = [f"Packed trainings of a search or a fleet: {sizes}."]
+    numbers = [fits[name]["fit"] for name in ("gpu", "gpu_host") if fits[name]["fit"] is not None]
+    if numbers and made.gpu_memory:
+        lines.append(f"{min(numbers)} fit on the GPU (scaling.slots_per_worker: auto takes at most 32).")
+    if made.host_memory:
+        lines.append(f"On a CPU {fits['cpu']['fit']} fit in the host's memory (auto takes at most 8).")
+    return lines
 
 
 def _is_plain(chosen: Estimate | None) -> bool:

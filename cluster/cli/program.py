@@ -14,6 +14,7 @@ import typer
 from dreamfleet.cluster.cli import artifacts
 from dreamfleet.cluster.cli import compare as cli_compare
 from dreamfleet.cluster.cli import data as cli_data
+from dreamfleet.cluster.cli import fleet as cli_fleet
 from dreamfleet.cluster.cli import jobs as cli_jobs
 from dreamfleet.cluster.cli import plan as cli_plan
 from dreamfleet.cluster.cli import tune as cli_tune
@@ -141,6 +142,7 @@ def doctor(address: Address = None, as_json: AsJson = False, verbose: Verbose = 
 for command in (
     train,
     cli_tune.tune,
+    cli_fleet.fleet,
     cli_compare.compare,
     artifacts.sample,
     artifacts.score,

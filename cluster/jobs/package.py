@@ -6,11 +6,12 @@ import base64
 import hashlib
 import os
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 
 from dreamfleet.datasets.errors import RecipeError, StorageError
 from dreamfleet.datasets.index.concepts import load_concepts
@@ -31,10 +32,14 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # equal files give equal archives, which Ray upl
 
 @dataclass(frozen=True)
 class Package:
-    """A recipe whose local paths are relative to the package, and its files: path in the package -> local path."""
+    """A recipe whose local paths are relative to the package, and its files: path in the package -> local path.
+
+    ``texts``: further files by their path in the package, with their content.
+    """
 
     recipe: Recipe
     files: dict[str, str]
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -45,7 +50,8 @@ class Package:
         """Write the package as a zip file into ``folder`` and return its path."""
         path = folder / "package.zip"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-            archive.writestr(zipfile.ZipInfo(RECIPE_FILE, _EPOCH), self.recipe.to_yaml())
+            for name, text in {RECIPE_FILE: self.recipe.to_yaml(), **self.texts}.items():
+                archive.writestr(zipfile.ZipInfo(name, _EPOCH), text)
             for name, file in sorted(self.files.items()):
                 with open(file, "rb") as source, archive.open(zipfile.ZipInfo(name, _EPOCH), "w") as target:
                     while block := source.read(MIB):
@@ -80,7 +86,7 @@ def pack(
             f"{key} {kept} is a folder of this machine; the job runs on others. Use {key}=s3://BUCKET/PREFIX, or add "
             f"--shared {os.path.dirname(kept)} if every machine of the cluster has that folder (NFS, or one machine)"
         )
-    local = _LocalFiles(stays, resume=resume)
+    local = LocalFiles(stays, resume=resume)
     packed = recipe
     if isinstance(recipe.data.concepts_list, str) and not stays(recipe.data.concepts_list):
         # The folders are relative to concepts_list, whose location changes in the package.
@@ -127,34 +133,47 @@ def write_wheel(folder: Path) -> Path:
     return path
 
 
-class _LocalFiles:
-    """The local files that a recipe names, and their paths in the package."""
+class LocalFiles:
+    """The local files that a recipe names, and their paths in the package; ``start``: files that it has already."""
 
-    def __init__(self, stays: Callable[[str], bool], *, resume: bool):
+    def __init__(
+        self, stays: Callable[[str], bool], *, resume: bool, start: Mapping[str, str] = MappingProxyType({})
+    ):
         self.stays, self.resume = stays, resume
-        self.files: dict[str, str] = {}
+        self.files: dict[str, str] = dict(start)
         self._places: dict[str, str] = {}  # local path -> path in the package
         self._sizes: dict[str, tuple[int, str]] = {}  # local path -> bytes, recipe key
 
-    def take(self, named: NamedPath) -> str:
-        """Return the path in the package for a local path that the job reads; return other paths unchanged."""
+    def take(self, named: NamedPath, *, prefix: str = "") -> str:
+        """Return the path in the package for a local path that the job reads; return other paths unchanged.
+
+        ``prefix`` comes before the name; with one, names do not depend on the other files of the package.
+        """
         path, field = named.path, named.field
         if field.is_output or field.per_machine or not os.path.isabs(path) or self.stays(path):
             return path
         if self.resume and field.is_start and not os.path.exists(path):
             return path
         if path not in self._places:
-            self._places[path] = self._load(path, named.key)
+            self._places[path] = self._load(path, named.key, prefix)
         return self._places[path]
 
-    def _load(self, path: str, key: str) -> str:
+    def add_beside(self, path: str, endings: Sequence[str]) -> None:
+        """Add the existing files with the name of a file that was taken, or its stem, and one of the endings."""
+        place = self._places[path].removeprefix("./")
+        for ending in endings:
+            for here, there in ((path, place), (os.path.splitext(path)[0], os.path.splitext(place)[0])):
+                if os.path.isfile(here + ending):
+                    self.files[there + ending] = here + ending
+
+    def _load(self, path: str, key: str, prefix: str) -> str:
         if not os.path.exists(path):
             raise RecipeError(
                 f"{key}: {path} does not exist on this machine. If every machine of the cluster has it under that "
                 f"name, add --shared {os.path.dirname(path)}"
             )
-        place, number = f"inputs/{os.path.basename(path)}", 1
-        while f"./{place}" in self._places.values():
+        place, number = f"inputs/{prefix}{os.path.basename(path)}", 1
+        while not prefix and f"./{place}" in self._places.values():
             number += 1
             place = f"inputs/{number}-{os.path.basename(path)}"
         if os.path.isdir(path):

@@ -35,9 +35,9 @@ def send(
 ) -> str:
     """Upload code and package, start ``dreamfleet COMMAND`` on the cluster, and return the job's ID.
 
-    ``command`` is ``train``, ``tune`` or ``data cache`` with its options; ``typed`` is the user's command, which
-    `dreamfleet jobs` shows. ``environment`` is set for the job and its workers in addition to :data:`ENVIRONMENT`; its
-    values are not printed.
+    ``command`` is ``train``, ``tune``, ``fleet SUBJECTS`` or ``data cache``, with its options; ``typed`` is the user's
+    command, which `dreamfleet jobs` shows. ``environment`` is set for the job and its workers in addition to
+    :data:`ENVIRONMENT`; its values are not printed.
     """
     job_id = make_job_id(package.recipe.run_name)
     with tempfile.TemporaryDirectory(prefix="dreamfleet-") as folder:

@@ -13,7 +13,7 @@ def brightness(scored: ScoredImages) -> list[float]:
     return [float(np.asarray(image.convert("L")).mean() / 255) for image in scored.images]
 
 
-# A search minimises a metric with ``higher_is_better=False``. ``needs`` can list real, prompts, clip, dino.
+# A search minimises a metric with ``higher_is_better=False``. ``needs`` can list real, prompts, clip, dino, base, ...
 BRIGHTNESS = Metric(
     title="brightness",
     note="Mean grey value of the previews; lower is darker.",

@@ -31,6 +31,7 @@ LAYERS = {
     "trainers/batches": "torch",
     "trainers/memory": "torch",
     "trainers/evaluation": "torch",
+    "trainers/step_metrics.py": "torch",
     "trainers/loop.py": "torch",
     "trainers/run": "torch",
     "trainers/driver": "torch ray",

@@ -21,10 +21,9 @@ def try_points(store: TrialStore, most: int) -> SearchAlgorithm:
     """Evaluate the artificial objective at the next points, one after the other."""
     algorithm = SearchAlgorithm(store)
     for number in range(most):
-        config = algorithm.suggest(str(number))
-        if config == algorithm.FINISHED:
+        trial = algorithm.suggest()
+        if trial is None:
             break
-        trial = store.trial(config["name"])
         trial.add_round({"step": 100, "holdout_loss": loss_at(trial.point)})
         trial.status, trial.ended = "completed", number + 1
     return algorithm
@@ -36,7 +35,7 @@ def test_a_resumed_search_tries_the_same_points_as_an_uninterrupted_one() -> Non
     try_points(uninterrupted, 100)
     assert len(uninterrupted.trials) == 9
     first = TrialStore(recipe)
-    try_points(first, 4).suggest("left in the middle")
+    try_points(first, 4).suggest()
     assert [trial.status for trial in first.trials] == ["completed"] * 4 + ["running"]
     second = TrialStore(recipe, [Trial(**json.loads(json.dumps(vars(trial)))) for trial in first.trials])
     try_points(second, 100)
@@ -102,7 +101,7 @@ def test_a_finite_space_ends_when_every_point_was_tried_once(algorithm: str) -> 
     store = TrialStore(make_recipe(space=space, num_trials=None, algorithm=algorithm))
     running = SearchAlgorithm(store)
     assert running.total == running.remaining == 8
-    assert running.suggest() != running.FINISHED
+    assert running.suggest() is not None
     found = try_points_beside(running, store)
     assert len(store.trials) == 8 and found.end_reason == "exhausted"
     assert len({identity(trial.point) for trial in store.trials}) == 8
@@ -112,8 +111,7 @@ def test_a_finite_space_ends_when_every_point_was_tried_once(algorithm: str) -> 
 
 def try_points_beside(algorithm: SearchAlgorithm, store: TrialStore) -> SearchAlgorithm:
     """Evaluate points until none is proposed, while the first trial still runs."""
-    while (config := algorithm.suggest()) != algorithm.FINISHED:
-        trial = store.trial(config["name"])
+    while trial := algorithm.suggest():
         trial.add_round({"step": 100, "holdout_loss": loss_at(trial.point)})
         trial.status = "completed"
     return algorithm
@@ -157,8 +155,7 @@ def test_two_metrics_lead_the_sampler_to_both_ends_of_the_front() -> None:
         tree["validation"] |= {"prompts": ["a <x>"], "metrics": ["clip_i"]}
         store = TrialStore(build_recipe(tree))
         search = SearchAlgorithm(store)
-        while (config := search.suggest()) != search.FINISHED:
-            trial = store.trial(config["name"])
+        while trial := search.suggest():
             away = abs(math.log(trial.point["optimizer.learning_rate"] / 2e-3))
             vectors = trial.point["method.num_vectors"]
             trial.add_round({"step": 100, "holdout_loss": away + vectors, "clip_i": vectors - away})
@@ -208,8 +205,8 @@ def test_earlier_trials_lead_the_sampler_from_the_first_trial_on() -> None:
 def test_a_failed_trial_does_not_end_the_search() -> None:
     store = TrialStore(make_recipe())
     algorithm = SearchAlgorithm(store)
-    for number in range(3):
-        algorithm.suggest(str(number))
+    for _ in range(3):
+        algorithm.suggest()
         store.trials[-1].status = "failed"
     assert algorithm.remaining == 3
     assert SearchAlgorithm(store).remaining == 3

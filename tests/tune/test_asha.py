@@ -8,23 +8,15 @@ from dreamfleet.tune.asha import make_scheduler
 from dreamfleet.tune.trial_store import TrialStore
 
 
-class Running:
-    """A Ray Tune trial as a scheduler uses it."""
-
-    def __init__(self, name: str):
-        self.config = {"name": name}
-
-
 def test_asha_compares_with_recorded_trials() -> None:
     recipe = make_recipe(reduction_factor=2)
     lagging = {"step": 10, "holdout_loss": 0.8}
     decisions = []
     for trials in (make_trials()[:2], []):
         asha = make_scheduler(TrialStore(recipe, trials))
-        asha.on_trial_add(None, Running("new"))
-        assert asha.on_trial_result(None, Running("new"), {"step": 0, "holdout_loss": 0.9}) == asha.CONTINUE
-        decisions.append(asha.on_trial_result(None, Running("new"), lagging))
-    assert decisions == [asha.STOP, asha.CONTINUE]
+        assert not asha.stops("new", {"step": 0, "holdout_loss": 0.9})
+        decisions.append(asha.stops("new", lagging))
+    assert decisions == [True, False]
 
 
 def test_asha_does_not_decide_on_a_recorded_round_again() -> None:
@@ -32,6 +24,14 @@ def test_asha_does_not_decide_on_a_recorded_round_again() -> None:
     trials = make_trials()[:4]
     trials[3].rounds.append({"step": 10, "holdout_loss": 0.8})
     asha = make_scheduler(TrialStore(make_recipe(reduction_factor=2), trials))
-    asha.on_trial_add(None, Running("trial-003"))
-    repeated = {"step": 10, "holdout_loss": 0.8}
-    assert asha.on_trial_result(None, Running("trial-003"), repeated) == asha.CONTINUE
+    assert not asha.stops("trial-003", {"step": 10, "holdout_loss": 0.8})
+
+
+def test_a_round_without_the_metric_stops_no_trial() -> None:
+    asha = make_scheduler(TrialStore(make_recipe(reduction_factor=2), make_trials()[:2]))
+    assert not asha.stops("new", {"step": 10, "clip_i": 0.1})
+
+
+def test_without_a_scheduler_no_trial_is_stopped() -> None:
+    store = TrialStore(make_recipe(scheduler="none"), make_trials()[:2])
+    assert not make_scheduler(store).stops("new", {"step": 10, "holdout_loss": 99.0})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from searches import make_recipe
 
@@ -23,11 +22,9 @@ class Clock:
 
 def run_trial(algorithm: SearchAlgorithm, loss: float | None) -> bool:
     """Run the next trial with a result; return whether there was one."""
-    config: Any = algorithm.suggest()
-    if config == algorithm.FINISHED:
+    store, trial = algorithm.store, algorithm.suggest()
+    if trial is None:
         return False
-    store = algorithm.store
-    trial = store.trial(config["name"])
     store.start(trial)
     if loss is not None:
         store.record(trial, {"step": 10, "holdout_loss": loss})
@@ -67,13 +64,13 @@ def test_hours_of_all_sessions_end_the_search_and_its_running_trials(tmp_path: P
     assert run_trial(algorithm, 0.5)
     clock.now += 1.5 * 3600
     assert run_trial(algorithm, 0.4) and not algorithm.interrupts
-    assert algorithm.suggest() != algorithm.FINISHED
+    assert algorithm.suggest() is not None
     store.save()
     again = TrialStore(recipe, read_store(recipe).trials, state=read_store(recipe).state, clock=clock)
     resumed = SearchAlgorithm(again)
     assert not resumed.interrupts
     clock.now += 0.6 * 3600
-    assert resumed.interrupts and resumed.suggest() == resumed.FINISHED  # not even the interrupted trial
+    assert resumed.interrupts and resumed.suggest() is None  # not even the interrupted trial
     assert resumed.end_reason == "max_hours" and "search.max_hours: 2" in describe_end(again)
 
 
@@ -94,5 +91,7 @@ def test_the_number_of_trials_ends_the_search(tmp_path: Path) -> None:
     assert describe_end(store) == ""
     assert [run_trial(algorithm, 0.5) for _ in range(3)] == [True, True, False]
     assert describe_end(store) == "all 2 trials were run (search.num_trials)"
+    fewer = TrialStore(make_recipe(tmp_path / "s", num_trials=1), store.trials)
+    assert not run_trial(SearchAlgorithm(fewer), 0.5) and fewer.state.end_reason == "num_trials"
     stopped = SearchAlgorithm(TrialStore(make_recipe(tmp_path / "t")), should_stop=lambda: True)
     assert not run_trial(stopped, 0.5) and stopped.end_reason == "interrupted"

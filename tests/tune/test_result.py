@@ -43,6 +43,9 @@ def test_the_table_remains_when_the_folder_is_gone(tmp_path: Path) -> None:
     store = make_searched_folder(tmp_path / "s")
     html = make_result(store, tmp_path / "moved")._repr_html_()
     assert "<img" not in html and "trial-001" in html
+    (tmp_path / "moved").write_text("a file where the folder was")
+    html = make_result(store, tmp_path / "moved")._repr_html_()
+    assert "<img" not in html and "trial-001" in html
 
 
 def test_hostile_text_is_escaped(tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ def test_only_the_best_round_of_the_best_trial_is_kept_and_exported(store: Trial
     assert steps_of(store, "trial-002") == [] and steps_of(store, "trial-001") == [3]
     assert [trial.kept for trial in store.trials] == [False, True, False, True]  # the last one has not run
     assert not any(store.folder.exists(f"trials/{name}/exports") for name in LOSSES)
+    retention = Retention(read_store(store.recipe))  # in another session
+    store = retention.store
 
     assert [trial.name for trial in retention.finish()] == ["trial-001"]
     best = store.folder.child("trials/trial-001")
@@ -101,7 +103,7 @@ def test_only_the_best_round_of_the_best_trial_is_kept_and_exported(store: Trial
     assert dropped.exists("metrics.jsonl") and "step-000002" not in dropped.read_text("report.html")
     assert describe_freed(store).startswith("trial-001 exported; ")
     stored = read_store(store.recipe)
-    assert stored.trials == store.trials
+    assert stored.trials == store.trials and stored.state.stale_reports == []
     assert (stored.state.exported, stored.state.freed_bytes) == ({"trial-001": 3}, store.state.freed_bytes)
 
 

@@ -1,4 +1,4 @@
-"""A search without Ray processes: resources of trials, shared processes, and the command line."""
+"""A search without Ray processes: the command line, and errors before anything starts."""
 
 from __future__ import annotations
 
@@ -16,31 +16,8 @@ from typer.testing import CliRunner
 from dreamfleet.cluster.cli import program
 from dreamfleet.datasets.errors import RecipeError, ResourceError
 from dreamfleet.trainers.recipe import build_recipe, load_recipe
-from dreamfleet.tune.search import can_share_process, search, trial_room
+from dreamfleet.tune.search import most_packed, search
 from dreamfleet.tune.trial_store import TrialStore
-
-
-@pytest.mark.parametrize(
-    ("changes", "uses_gpu", "shared"),
-    [
-        ({}, False, True),
-        ({}, True, False),  # `auto` may select ZeRO on a GPU
-        ({"engine": {"zero_stage": 3}}, False, False),
-        ({"engine": {"zero_stage": 0}}, False, False),
-        ({"engine": {"torch_compile": True}}, False, False),
-        ({"engine": {"deepspeed_config": "ds.json"}}, False, False),
-        ({"engine.zero_stage": {"distribution": "choice", "values": ["auto", 2]}}, False, False),
-    ],
-)
-def test_only_trials_without_lasting_process_state_share_a_process(
-    changes: dict[str, Any], uses_gpu: bool, shared: bool
-) -> None:
-    tree = make_tree()
-    if "engine" in changes:
-        tree["engine"] = changes["engine"]
-    else:
-        tree["search"]["space"] |= changes
-    assert can_share_process(build_recipe(tree), uses_gpu=uses_gpu) is shared
 
 
 def test_a_recipe_without_a_search_section_is_an_error() -> None:
@@ -89,32 +66,28 @@ def test_resuming_a_finished_search_prints_its_results(tmp_path: Path) -> None:
     assert not ray.is_initialized()
 
 
-TWO_CPUS, WITH_GPUS = {"CPU": 2.0}, {"CPU": 8.0, "GPU": 2.0}
-
-
 @pytest.mark.parametrize(
-    ("machine", "section", "resources", "threads", "at_once"),
+    ("section", "total", "most"),
     [
-        (TWO_CPUS, {}, {"CPU": 1}, 1, 2),
-        (TWO_CPUS, {"max_concurrent_trials": 1}, {"CPU": 1}, 2, 1),
-        (TWO_CPUS, {"max_concurrent_trials": 4}, {"CPU": 0.5}, 1, 4),
-        (TWO_CPUS, {"resources_per_trial": {"CPU": 0.5}}, {"CPU": 0.5}, 1, 4),
-        (WITH_GPUS, {}, {"CPU": 1, "GPU": 1}, 8, 2),
-        (WITH_GPUS, {"resources_per_trial": {"CPU": 2, "GPU": 0.5}}, {"CPU": 2, "GPU": 0.5}, 2, 4),
-        (WITH_GPUS, {"max_concurrent_trials": 1}, {"CPU": 1, "GPU": 1}, 8, 1),
+        ({}, 16, 4),
+        ({}, 5, 2),
+        ({}, None, 8),
+        ({"algorithm": "random"}, 16, None),
+        ({"max_concurrent_trials": 9}, 16, None),
     ],
 )
-def test_resources_and_number_of_concurrent_trials(
-    machine: dict[str, float],
-    section: dict[str, Any],
-    resources: dict[str, float],
-    threads: int,
-    at_once: int,
+def test_optuna_waits_for_results_before_it_proposes_all_trials(
+    section: dict[str, Any], total: int | None, most: int | None
 ) -> None:
-    share, room = trial_room(make_recipe(**section), [machine])
-    assert (share.resources, share.threads, room) == (resources, threads, at_once)
+    recipe = make_recipe(**section)
+    assert recipe.search is not None and most_packed(recipe.search, total) == most
 
 
-def test_a_trial_that_fits_on_no_machine_is_an_error() -> None:
-    with pytest.raises(ResourceError, match=r"3 CPU .*search\.resources_per_trial"):
-        trial_room(make_recipe(resources_per_trial={"CPU": 3}), [TWO_CPUS, TWO_CPUS])
+def test_a_trial_that_fits_on_no_machine_is_an_error_before_ray_starts(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "s", resources_per_trial={"CPU": 5000})
+    tree["scaling"]["num_workers"] = 1
+    tree["data"]["instance_data_dir"] = str(tiny.make_images(tmp_path / "images", 2))
+    tree["validation"]["holdout"] = str(tiny.make_images(tmp_path / "holdout", 1))
+    with pytest.raises(ResourceError, match=r"5000 CPU .*search\.resources_per_trial"):
+        search(build_recipe(tree))
+    assert not (tmp_path / "s").exists() and not ray.is_initialized()

@@ -146,8 +146,17 @@ def test_a_report_of_100_trials_has_every_section(tmp_path: Path) -> None:
 def test_the_table_can_be_sorted(tmp_path: Path) -> None:
     page = render(TrialStore(make_recipe(tmp_path / "s"), make_trials()))
     table = page[page.index('table class="trials"') :]
-    assert table.count("<th data-sorts>") == 7
+    assert table.count("<th data-sorts") == 7
     assert '<td data-value="0.001">0.001</td>' in table and '<td data-value="10">10</td>' in table
+
+
+def test_the_report_names_the_trials_whose_weights_are_kept(tmp_path: Path) -> None:
+    store = TrialStore(make_recipe(tmp_path / "s"), make_trials())
+    assert "weights kept" not in render(store), "before anything was removed"
+    for trial in store.trials:
+        trial.kept = trial is store.best
+    rows = [row for row in render(store).split("<tr") if "completed, weights kept" in row]
+    assert len(rows) == 1 and "trial-001" in rows[0]
 
 
 def test_the_report_of_one_metric_has_no_pareto_front(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+from servers import S3Server, s3_server  # noqa: F401
 
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.tune.votes import (
@@ -84,3 +85,17 @@ def test_the_agreement_of_a_score_counts_decided_votes_only() -> None:
         Vote(Comparison("c", "b", "q", 0), "b"),  # equal scores
     ]
     assert agreement(votes, is_better) == (1, 2)
+
+
+@pytest.mark.s3
+def test_votes_of_two_commands_on_one_bucket_are_kept(
+    s3_server: S3Server,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    s3_server.set_environment(monkeypatch)
+    folder = s3_server.new_folder()
+    one, other = Storage(folder), Storage(folder)
+    append_vote(one, A_B, "left")
+    append_vote(other, Comparison("a", "c", "p", 0), "right")
+    append_vote(one, Comparison("b", "c", "p", 0), EQUAL)
+    assert [vote.winner for vote in read_votes(other)] == ["a", "c", EQUAL]

@@ -22,6 +22,8 @@ def earlier_search(folder: Path, **section: Any) -> str:
 
 def store_search(recipe: Recipe) -> str:
     store = TrialStore(recipe, make_trials())
+    store.trials[3].rounds.append({"step": 10, "holdout_loss": 0.2})  # an interrupted one
+    store.trials[4].rounds.append({"step": 10, "holdout_loss": 0.2})  # one that failed
     store.save()
     store.folder.write_text("search.yaml", recipe.to_yaml())
     return recipe.output_dir
@@ -49,6 +51,7 @@ def test_finished_trials_inside_the_space_are_used(tmp_path: Path) -> None:
     Path(before, "trials.json").unlink()
     again = open_store(recipe, resume=True)  # the earlier search is not needed any more
     assert again.state.earlier == store.state.earlier
+    assert [line.endswith("/before") for line in describe_earlier(again)] == [True]
 
 
 def test_searches_that_cannot_be_used_are_reported_together(tmp_path: Path) -> None:

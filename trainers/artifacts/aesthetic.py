@@ -21,6 +21,7 @@ class AestheticKind(ArtifactKind):
     name: ClassVar[str] = "aesthetic"
     suffixes: ClassVar[tuple[str, ...]] = (".pt",)
     formats: ClassVar[tuple[str, ...]] = ("pt",)
+    is_full_precision: ClassVar[bool] = True
     option: ClassVar[str] = "aesthetic"
 
     def matches(self, path: Path) -> bool:

@@ -26,6 +26,7 @@ class EmbeddingKind(ArtifactKind):
     name: ClassVar[str] = "embedding"
     suffixes: ClassVar[tuple[str, ...]] = EMBEDDINGS
     formats: ClassVar[tuple[str, ...]] = ("pt", "safetensors", "png", "webp", "avif", "jxl", "bin", "kohya")
+    is_full_precision: ClassVar[bool] = True
     option: ClassVar[str] = "embedding"
 
     def matches(self, path: Path) -> bool:

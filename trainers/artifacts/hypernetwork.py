@@ -23,6 +23,7 @@ class HypernetworkKind(ArtifactKind):
     name: ClassVar[str] = "hypernetwork"
     suffixes: ClassVar[tuple[str, ...]] = (".pt",)
     formats: ClassVar[tuple[str, ...]] = ("pt",)
+    is_full_precision: ClassVar[bool] = True
     option: ClassVar[str] = "hypernetwork"
     has_strength: ClassVar[bool] = True
 

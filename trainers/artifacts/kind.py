@@ -56,6 +56,8 @@ class ArtifactKind:
     has_strength: ClassVar[bool] = False
     #: whether it is a whole model, which is loaded instead of a base model
     is_model: ClassVar[bool] = False
+    #: whether its files are in float32 whatever ``train.save_precision`` is
+    is_full_precision: ClassVar[bool] = False
 
     def matches(self, path: Path) -> bool:
         """Return whether a local file or folder is of this kind, judged by its content.

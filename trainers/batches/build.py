@@ -9,6 +9,7 @@ from dreamfleet.datasets.index.index import Index
 from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.serve.latent_files import LatentCache
 from dreamfleet.trainers.batches.cached_latents import serve_images
+from dreamfleet.trainers.batches.class_latents import add_class_latents
 from dreamfleet.trainers.batches.feed import Feed, Preparer
 from dreamfleet.trainers.batches.image_feed import ImageFeed
 from dreamfleet.trainers.batches.plan_share import PlanShare
@@ -49,6 +50,14 @@ def build_feed(
         instances=instances,
         images=serve_images(instances, method.model, recipe.data, **options),
         classes=classes,
-        class_images=None if classes is None else serve_images(classes, method.model, recipe.data, **options),
+        class_images=None
+        if classes is None
+        else serve_images(
+            classes,
+            method.model,
+            recipe.data,
+            **options
+            | {"cache": add_class_latents(classes, method.model, recipe.data, distributed) or cache},
+        ),
     )
     return feed, Preparer(method)

@@ -54,6 +54,23 @@ def encode_cuts(cuts: Sequence[np.ndarray], model: DiffusionModel) -> dict[str, 
     return found
 
 
+def encode_all(cuts: Sequence[np.ndarray], model: DiffusionModel) -> list[dict[str, np.ndarray]]:
+    """Encode images of any sizes from :func:`read_cut`; neighbours of equal size are encoded together.
+
+    Returns for each image its arrays by name: ``mean`` and ``std`` ``[C, h, w]``, and ``mask`` if it has weights.
+    """
+    made: list[dict[str, np.ndarray]] = []
+    for shape, group in itertools.groupby(cuts, key=lambda cut: cut.shape):
+        same, batch = list(group), encode_batch(shape[0] * shape[1])
+        for start in range(0, len(same), batch):
+            found = encode_cuts(same[start : start + batch], model)
+            made += [
+                {name: values[row].numpy() for name, values in found.items()}
+                for row in range(len(found["mean"]))
+            ]
+    return made
+
+
 @torch.no_grad()
 def encode_index(
     index: Index,

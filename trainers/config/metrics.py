@@ -99,22 +99,24 @@ DINO = Metric(
 
 FIDELITY = Metric(
     "fidelity",
-    "Likeness to the subject, minus penalties for ignored prompts, copied training images and a changed class.",
+    "Likeness to the subject, minus penalties for ignored prompts, copied training images and a changed class; 0 is "
+    "the untuned model, 1 as alike as real images.",
     "dreamfleet.trainers.evaluation.fidelity_score:fidelity",
     needs=("real", "prompts", "clip", "training", "base"),
     uses=("dino", "class_images"),
     parts={
         "fidelity_subject": Figure(
-            "subject similarity", "Mean of CLIP-I and, where given, DINO; the subject's mask applied."
+            "subject likeness",
+            "CLIP-I and, where given, DINO, from the untuned model's (0) to that of real images (1).",
         ),
         "fidelity_prompt": Figure(
-            "prompt penalty", "How far CLIP-T is below 90% of the untuned model's; 0 above.", False
+            "prompt penalty", "0 while previews follow their prompts; 1.5 if they ignore them.", False
         ),
         "fidelity_copy": Figure(
-            "copy penalty", "How much nearer previews are to a training image than real images are.", False
+            "copy penalty", "0 while previews are new images; 1 if all are copies of training images.", False
         ),
         "fidelity_class": Figure(
-            "class penalty", "How much more the class resembles the subject than before training.", False
+            "class penalty", "0 while the class is unchanged; 0.5 if it became the subject.", False
         ),
     },
 )

@@ -181,12 +181,16 @@ class SearchConfig(Section):
         description="folders of earlier searches over the same keys, whose results the sampler also uses",
     )
     max_concurrent_trials: int | None = Field(
-        None, ge=1, description="default: as many as fit on the cluster"
+        None,
+        ge=1,
+        description="default: as many as fit on the cluster; with `optuna`, no more than a quarter of the trials share "
+        "processes, since it proposes points from the results of earlier ones",
     )
     workers_per_trial: int | None = Field(
         None,
         ge=1,
-        description="training processes of a trial, which with more than one run through Ray Train; default: one",
+        description="training processes of a trial, which with more than one run through Ray Train; default: "
+        "`scaling.num_workers`. With 1, trials of small methods share processes (`scaling.slots_per_worker`)",
     )
     resources_per_trial: dict[str, float] | None = Field(
         None,

@@ -15,3 +15,10 @@ def parse_size(text: str, *, option: str) -> int:
     number, prefix, binary, unit = match.groups()
     base = 1000 if unit and not binary else 1024
     return int(float(number) * base ** ("kmgt".index(prefix.lower()) + 1))
+
+
+def format_size(size: int) -> str:
+    """Return a number of bytes in the largest unit that shows it well, such as ``1.4 GiB``."""
+    if size < 2**20:
+        return f"{size / 2**10:.0f} KiB"
+    return f"{size / 2**20:.1f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"

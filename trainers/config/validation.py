@@ -101,8 +101,7 @@ class ValidationConfig(Section):
             figure for name in (*self.model_metrics, *self.preview_metrics) for figure in figures_of(name)
         ]
 
-    def uses(self, need: str) -> bool:
-        """Return whether a metric of the previews needs or uses an input, a key of ``metrics.NEEDS``."""
-        return any(
-            need in (*METRICS.get(name).needs, *METRICS.get(name).uses) for name in self.preview_metrics
-        )
+    def uses(self, need: str, *, by: str | None = None) -> bool:
+        """Return whether a metric of the previews, or the one named ``by``, uses an input of ``metrics.NEEDS``."""
+        names = self.preview_metrics if by is None else [by]
+        return any(need in (*METRICS.get(name).needs, *METRICS.get(name).uses) for name in names)

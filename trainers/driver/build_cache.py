@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from dreamfleet.datasets.index.sets import load_class_images, load_sets
 from dreamfleet.datasets.serve.cache import Pool, encode_shards, jobs_of, make_shards, missing_from
 from dreamfleet.datasets.serve.latent_files import encoding_of, open_cache, write_manifest
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.batches.vae_encoding import encode_batch, encode_cuts
+from dreamfleet.trainers.batches.vae_encoding import encode_all
 from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.config.scaling import WorkerShare, refuse_impossible, worker_resources
 from dreamfleet.trainers.distributed.device import ENCODING, explain_out_of_memory, on_device, with_index
@@ -90,16 +89,7 @@ class VaeEncoder:
         Returns for each image its arrays by name: ``mean`` and ``std`` ``[C, h, w]``, and ``mask`` if it has
         weights.
         """
-        made: list[dict[str, np.ndarray]] = []
-        for shape, group in groupby(cuts, key=lambda cut: cut.shape):
-            same, batch = list(group), encode_batch(shape[0] * shape[1])
-            for start in range(0, len(same), batch):
-                found = encode_cuts(same[start : start + batch], self.model)
-                made += [
-                    {name: values[row].numpy() for name, values in found.items()}
-                    for row in range(len(found["mean"]))
-                ]
-        return made
+        return encode_all(cuts, self.model)
 
 
 def cache_latents(

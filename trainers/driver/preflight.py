@@ -73,6 +73,7 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
     from dreamfleet.datasets.index.sets import load_sets
     from dreamfleet.datasets.serve.latent_files import find_manifests
     from dreamfleet.trainers.models.formats.lossless_image import require_codecs
+    from dreamfleet.trainers.models.vision.judge_files import check_judges
 
     require_runnable(recipe.train, recipe.optimizer)
     require_codecs(recipe.train.export_formats or ())
@@ -87,6 +88,7 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
     for named in recipe.paths:
         if not (begun and named.field.is_start):
             check_exists(named)
+    check_judges(recipe.validation)
     holdout = recipe.validation.holdout
     if holdout and _is_small(holdout):
         build_index(holdout, max_pixels=recipe.data.max_pixels)

@@ -39,6 +39,8 @@ def written_paths(recipe: Recipe) -> dict[str, list[str]]:
     found = {"output_dir": [recipe.output_dir]}
     if not getattr(recipe.method, "with_prior_preservation", False):
         return found
+    if recipe.data.class_cache_dir is not None:
+        found["data.class_cache_dir"] = [recipe.data.class_cache_dir]
     for concept in load_concepts(recipe.data):
         folder = concept.class_data_dir
         if folder is None:

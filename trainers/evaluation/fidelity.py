@@ -75,12 +75,16 @@ class ScoredImages:
             kept[judge, images] = getattr(self, judge).image_features(getattr(self, images))
         return kept[judge, images]
 
-    def prompt_similarity(self, images: str = "images") -> Tensor:
-        """Return the cosine similarity ``[N]`` in CLIP's space of each image in a field to the prompt in its place."""
+    def text_features(self) -> Tensor:
+        """Return CLIP's normalised features ``[N, P]`` of the prompts."""
         if ("text", "prompts") not in self._own:
             assert self.clip is not None
             self._own["text", "prompts"] = self.clip.text_features(self.prompts)
-        return (self.features("clip", images) * self._own["text", "prompts"]).sum(dim=1)
+        return self._own["text", "prompts"]
+
+    def prompt_similarity(self, images: str = "images") -> Tensor:
+        """Return the cosine similarity ``[N]`` in CLIP's space of each image in a field to the prompt in its place."""
+        return (self.features("clip", images) * self.text_features()).sum(dim=1)
 
 
 def clip_i(scored: ScoredImages) -> Tensor:

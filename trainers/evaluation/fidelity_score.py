@@ -1,59 +1,55 @@
 """The metric ``fidelity``: likeness to the subject, minus penalties for what likeness alone would reward.
 
-For every preview i of prompt p, with x a preview, y a real image of the subject, t a training image, z an image of the
-class prompt, and cos the cosine similarity of features::
+1 is as alike as real images are to each other, with every prompt followed, nothing copied and the class unchanged; 0
+is the untuned model. With x_i the previews of prompt p, x0_i the untuned model's images of the same prompts and seeds,
+y real images of the subject, t training images, z and z0 images of the class prompt by the tuned and the untuned
+model, and cos the cosine similarity of features::
 
-    fidelity_i = subject_i - prompt_p - copy_i - class
+    fidelity_i = subject_i - 1.5 prompt_p - copy_i - 0.5 class
 
-    subject_i = mean over judges and y of cos(x_i, y)
-    prompt_p  = 2 * clip((f_p - T_p) / max(|f_p|, 0.1), 0, 1),   f_p = B_p - 0.1 |B_p|
-    copy_i    = 0.5 * mean over judges of clip((n_i - r) / (1 - r), 0, 1),   n_i = max over t of cos(x_i, t)
-    class     = max(0, mean over judges, z and y of cos(z, y) - the same for the untuned model's z)
+    subject_i = (S(x_i) - S0) / (S1 - S0),   S(x) = mean over y of cos(x, y),   S0 = mean of S(x0),   S1 = mean of S(y)
+    prompt_p  = clip((f - T) / (f - U), 0, 1),   f = (B + U) / 2
+    copy_i    = clip((n_i - c) / (1 - c), 0, 1),   n_i = max over t of cos(x_i, t),   c = (1 + max(r, n0_i)) / 2
+    class     = clip((mean of S(z) - mean of S(z0)) / (S1 - S0), 0, 1)
 
-The judges are CLIP and, where ``validation.dino`` is given, DINO. The y are held-out images, or training images if
-none are held out; where masks exist, the background of the y is replaced by CLIP's mean colour. T_p is the mean CLIP-T
-of the previews of prompt p, and B_p that of the untuned model's images of the same prompt and seeds. r is the largest
-similarity between a training image and another real image. The class term is PRES of the DreamBooth paper (arXiv
-2208.12242, section 4.3), relative to the untuned model; it is 0 without a class prompt. The reasons of the constants:
-docs/methods.md, "Fidelity".
+CLIP judges the prompts; CLIP and, where ``validation.dino`` is given, DINO judge the rest, and their terms are
+averaged. The y are held-out images, or training images if none are held out; where masks exist, their background is
+replaced by CLIP's mean colour in S. T, B and U are the mean CLIP-T of prompt p for the previews, the untuned model's
+images, and the real images, which show the subject but were not made for the prompt. r is the largest similarity of a
+training image to another real image, and n0_i that of x0_i to a training image. ``class`` is PRES of the DreamBooth
+paper (arXiv 2208.12242, section 4.3) relative to the untuned model. The reasons: docs/searches.md, "Fidelity".
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dreamfleet.trainers.evaluation.fidelity import ScoredImages
 
-PROMPT_FLOOR = 0.9  # share of the untuned model's CLIP-T below which previews are penalised
-PROMPT_WEIGHT = 2.0  # penalty of a prompt that is ignored entirely, more than likeness can gain
-LEAST_FLOOR = 0.1  # smallest floor that a shortfall is divided by
-COPY_WEIGHT = 0.5  # penalty of an exact copy of a training image
+PROMPT_WEIGHT = (
+    1.5  # more than likeness can gain: a model that ignores its prompts is worse than the untuned one
+)
+COPY_WEIGHT = (
+    1.0  # as much as likeness can gain: a model that only copies is worth no more than the untuned one
+)
+CLASS_WEIGHT = 0.5  # less: likeness is worth something even if the whole class takes it on
+LEAST_RANGE = 0.05  # smallest difference of similarities that another is divided by
+LEAST_PROMPT_RANGE = 0.02  # of CLIP-T: below it, CLIP cannot tell whether a prompt was followed
 ALIKE = 0.999  # similarity of real images from which one counts as a duplicate of the other
 
 # Shapes: N previews, R real images, M training images, Z class images, P features.
 
 
 def fidelity(scored: ScoredImages) -> dict[str, Tensor]:
-    """Return the score and its terms for each preview, ``[N]``: fidelity is the subject minus the three penalties.
+    """Return the score and its four terms, weighted, for each preview, ``[N]``.
 
     A preview whose features are not finite counts as unlike everything.
     """
-    judged = {judge: _finite(scored.features(judge)) for judge in scored.judges}
-    subject = torch.stack(
-        [(mine @ scored.features(judge, "subject").T).mean(dim=1) for judge, mine in judged.items()]
-    ).mean(dim=0)
-    copies = [
-        copied(mine, scored.features(judge, "training"), scored.features(judge, "real"))
-        for judge, mine in judged.items()
-    ]
-    prompt = PROMPT_WEIGHT * prompt_shortfall(
-        scored.prompts, _finite(scored.prompt_similarity()), _finite(scored.prompt_similarity("base"))
-    )
-    copy = COPY_WEIGHT * torch.stack(copies).mean(dim=0)
-    drift = class_drift(scored).expand(len(subject))
+    terms = [judge_terms(scored, judge) for judge in scored.judges]
+    subject, copy, drift = (torch.stack(values).mean(dim=0) for values in zip(*terms, strict=True))
+    prompt = PROMPT_WEIGHT * prompt_shortfall(scored)
+    copy, drift = COPY_WEIGHT * copy, CLASS_WEIGHT * drift.expand(len(subject))
     return {
         "fidelity": subject - prompt - copy - drift,
         "fidelity_subject": subject,
@@ -63,47 +59,59 @@ def fidelity(scored: ScoredImages) -> dict[str, Tensor]:
     }
 
 
-def prompt_shortfall(prompts: Sequence[str], tuned: Tensor, base: Tensor) -> Tensor:
-    """Return how far the mean CLIP-T of each preview's prompt is below its floor, 0 to 1, ``[N]``.
+def judge_terms(scored: ScoredImages, judge: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the terms of one judge: subject and copy ``[N]``, and class, a scalar."""
+    subject_RP = scored.features(judge, "subject")
 
-    ``tuned`` and ``base``: CLIP-T ``[N]`` of the previews and of the untuned model's images. The mean over the images
-    of a prompt is compared, since that of a single image varies with its seed.
+    def likeness(name: str) -> Tensor:
+        return (_finite(scored.features(judge, name)) @ subject_RP.T).mean(dim=1)
+
+    low = likeness("base").mean()
+    num, whole = len(subject_RP), (subject_RP @ subject_RP.T)
+    high = (whole.sum() - whole.trace()) / (num * (num - 1)) if num > 1 else torch.ones(())
+    span = (high - low).clamp(min=LEAST_RANGE)
+    subject = ((likeness("images") - low) / span).clamp(-1, 2)
+    drift = torch.zeros(())
+    if scored.class_images and scored.base_class_images:
+        change = likeness("class_images").mean() - likeness("base_class_images").mean()
+        drift = (change / span).clamp(0, 1)
+    training_MP, real_RP = scored.features(judge, "training"), scored.features(judge, "real")
+    images_NP, base_NP = (_finite(scored.features(judge, name)) for name in ("images", "base"))
+    return subject, copied(images_NP, base_NP, training_MP, real_RP), drift
+
+
+def prompt_shortfall(scored: ScoredImages) -> Tensor:
+    """Return how far each preview's prompt is below its floor, 0 to 1 (ignored entirely), ``[N]``.
+
+    The mean CLIP-T of a prompt's images is compared, since that of a single image varies with its seed. A prompt that
+    the untuned model's images fit no better than the real images has no floor, such as one that names no scene.
     """
-    shortfall = torch.zeros(len(prompts))
-    for prompt in dict.fromkeys(prompts):
-        rows = torch.tensor([each == prompt for each in prompts])
-        before = base[rows].mean()
-        floor = before - (1 - PROMPT_FLOOR) * before.abs()
-        shortfall[rows] = ((floor - tuned[rows].mean()) / floor.abs().clamp(min=LEAST_FLOOR)).clamp(0, 1)
+    tuned, base = _finite(scored.prompt_similarity()), _finite(scored.prompt_similarity("base"))
+    unmade = (scored.features("clip", "real") @ scored.text_features().T).mean(dim=0)
+    shortfall = torch.zeros(len(tuned))
+    for prompt in dict.fromkeys(scored.prompts):
+        rows = torch.tensor([each == prompt for each in scored.prompts])
+        start, end = unmade[rows].mean(), base[rows].mean()
+        if end - start >= LEAST_PROMPT_RANGE:
+            floor = (start + end) / 2
+            shortfall[rows] = ((floor - tuned[rows].mean()) / (floor - start)).clamp(0, 1)
     return shortfall
 
 
-def copied(images_NP: Tensor, training_MP: Tensor, real_RP: Tensor) -> Tensor:
-    """Return how much nearer each image is to a training image than real images are, 0 to 1 (a copy), ``[N]``.
+def copied(images_NP: Tensor, base_NP: Tensor, training_MP: Tensor, real_RP: Tensor) -> Tensor:
+    """Return how near each image is to an exact copy of a training image, 0 to 1 (a copy), ``[N]``.
 
-    The reference is the largest similarity of a training image to a different real image; 0 for all if there is none.
+    0 up to halfway between the larger of two references and 1: the largest similarity of a training image to a
+    different real image, and the largest of the untuned model's image to a training image, which may show the same
+    scene. 0 for all if no two real images differ.
     """
     among = torch.cat([training_MP, real_RP]) @ training_MP.T
     different = among[among < ALIKE]
     if not len(different):
         return torch.zeros(len(images_NP))
-    reference = different.max()
-    return ((images_NP @ training_MP.T).max(dim=1).values - reference).div(1 - reference).clamp(0, 1)
-
-
-def class_drift(scored: ScoredImages) -> Tensor:
-    """Return how much more the class images resemble the subject than the untuned model's do; 0 without any."""
-    if not scored.class_images or not scored.base_class_images:
-        return torch.zeros(())
-    drifts = []
-    for judge in scored.judges:
-        subject_RP = scored.features(judge, "subject")
-        tuned, base = (
-            _finite(scored.features(judge, name)) @ subject_RP.T
-            for name in ("class_images", "base_class_images")
-        )
-        drifts.append(tuned.mean() - base.mean())
-    return torch.stack(drifts).mean().clamp(min=0)
+    nearest_N, usual_N = ((images @ training_MP.T).max(dim=1).values for images in (images_NP, base_NP))
+    limit_N = (1 + usual_N.clamp(min=float(different.max()))) / 2
+    return ((nearest_N - limit_N) / (1 - limit_N).clamp(min=1e-6)).clamp(0, 1)
 
 
 def _finite(values: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from dreamfleet.trainers.config.engines import engine_spec
 from dreamfleet.trainers.engines.base import DTYPES, move_method
 from dreamfleet.trainers.memory.inputs import Counts, Pass
 from dreamfleet.trainers.memory.trace import Autocast, fake_mode, trace_inference, trace_step
-from dreamfleet.trainers.methods.base import Batch, method_class
+from dreamfleet.trainers.methods.base import Batch, Method, method_class
 from dreamfleet.trainers.methods.build import build_method, check_resolution
 from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.models.family import DiffusionModel, load_shape
@@ -39,13 +40,10 @@ def count_run(recipe: Recipe, method: DiffusionMethod, images: int | None) -> Co
     ids = {id(param) for param in trainable}
     frozen = [tensor for tensor in _tensors(method) if id(tensor) not in ids]
     mixed = train.mixed_precision != "no"
-    widths = [(param.shape[0], param.numel() // param.shape[0]) for param in trainable if param.dim() > 1]
+    full, half = trace_passes(recipe, method)
     mode = fake_mode()
     faked = _to_fake(method, mode, torch.float32)
-    halved = _to_fake(method, mode, DTYPES[train.mixed_precision]) if mixed else faked
     with mode:
-        full = _trace_step(recipe, faked)
-        half = _trace_step(recipe, halved) if mixed else full
         encoding, class_drawing = _trace_start(recipe, faked)
         drawing = _trace_previews(recipe, faked)
     return Counts(
@@ -64,7 +62,7 @@ def count_run(recipe: Recipe, method: DiffusionMethod, images: int | None) -> Co
         bucket=BUCKET,
         mixed=mixed,
         optimizer=recipe.optimizer.name,
-        factors=sum(map(sum, widths)) + sum(param.numel() for param in trainable if param.dim() <= 1),
+        factors=count_factors(trainable),
         fused=recipe.optimizer.fused_backward,
         bf16_weights=train.full_bf16,
         average=recipe.engine.use_ema,
@@ -72,6 +70,29 @@ def count_run(recipe: Recipe, method: DiffusionMethod, images: int | None) -> Co
         text_embeddings=_remembered_bytes(recipe, method, images),
         latents=_latent_bytes(recipe, model, images),
     )
+
+
+def count_factors(params: Iterable[Tensor]) -> int:
+    """Return the number of means of squares that Adafactor keeps: rows and columns of matrices, else every element."""
+    return sum(
+        param.shape[0] + param.numel() // param.shape[0] if param.dim() > 1 else param.numel()
+        for param in params
+    )
+
+
+def trace_passes(recipe: Recipe, method: DiffusionMethod) -> tuple[Pass, Pass]:
+    """Return the memory of a forward and backward pass, with trainable weights in float32 and in 16 bits.
+
+    ``method``: on the meta device. Without mixed precision both are the same.
+    """
+    mode = fake_mode()
+    full, *half = (
+        _to_fake(method, mode, dtype)
+        for dtype in dict.fromkeys((torch.float32, DTYPES[recipe.train.mixed_precision]))
+    )
+    with mode:
+        passes = [_trace_step(recipe, each) for each in (full, *half)]
+    return passes[0], passes[-1]
 
 
 def method_shape(recipe: Recipe) -> DiffusionMethod:
@@ -87,9 +108,7 @@ def method_shape(recipe: Recipe) -> DiffusionMethod:
         raise UserError(
             f"plan: {engine.setting(recipe.engine)} {engine.no_plan}; set engine.name: auto to plan for torch and ZeRO"
         )
-    model = load_shape(recipe.model, method_class(recipe.method).needs)
-    check_resolution(recipe, model)
-    method = build_method(recipe, model, concepts=())
+    method = method_without_weights(recipe)
     if not isinstance(method, DiffusionMethod):
         raise UserError(
             f"plan: the memory of {method.name}, which trains no diffusion model, cannot be computed"
@@ -98,16 +117,31 @@ def method_shape(recipe: Recipe) -> DiffusionMethod:
     return method
 
 
+def method_without_weights(recipe: Recipe) -> Method:
+    """Build a recipe's method on a model on the meta device.
+
+    A method that trains another network builds it with weights. Raises UserError for a model of unknown shape.
+    """
+    model = load_shape(recipe.model, method_class(recipe.method).needs)
+    check_resolution(recipe, model)
+    return build_method(recipe, model, concepts=())
+
+
 def count_images(recipe: Recipe, method: DiffusionMethod) -> int | None:
     """Count the images of a recipe, including class images; None if there are none or they cannot be read."""
+    found = count_instances(recipe)
+    if not found or not method.prior:
+        return found
+    return found + method.prior.num_class_images * len(load_concepts(recipe.data))
+
+
+def count_instances(recipe: Recipe) -> int | None:
+    """Count the training images in a recipe's folders; None if there are none or they cannot be read."""
     try:
         urls = [concept.instance_data_dir for concept in load_concepts(recipe.data)]
-        found = sum(find_source(url).count(url, ScanOptions()) for url in urls)
+        return sum(find_source(url).count(url, ScanOptions()) for url in urls) or None
     except UserError:
         return None
-    if not found:
-        return None
-    return found + (method.prior.num_class_images * len(urls) if method.prior else 0)
 
 
 def parts_of(method: DiffusionMethod) -> dict[str, nn.Module]:

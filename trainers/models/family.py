@@ -29,6 +29,7 @@ from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.formats.lora import LoraFile, read_lora
 from dreamfleet.trainers.models.pretrained import quiet_libraries
 from dreamfleet.trainers.models.prompt_pieces import Piece
+from dreamfleet.trainers.models.shared_weights import SharedWeights
 
 Component = Literal["denoiser", "vae", "text_encoder"]
 #: Components that a method can request. A family may split one into several parts (SDXL has two text encoders).
@@ -61,6 +62,8 @@ class DiffusionModel(ABC):
     vae: Any
     zeros_for_empty_prompt: bool = False  #: whether an empty negative prompt is encoded as zeros
     prompt_encoder: PromptEncoder | None = None  #: replaces :meth:`encode_tokens` when sampling
+    weights: SharedWeights | None = None  #: of a copy that :meth:`share` returned
+    _lent: SharedWeights | None = None  # that of the copies which share() returns
     loras: tuple[tuple[LoraFile, float | adapters.Strength], ...] = ()  #: those applied; see `lora.set_loras`
 
     # Identity and parts
@@ -144,11 +147,16 @@ class DiffusionModel(ABC):
     def share(self) -> Self:
         """Return a copy of the module tree with the same parameters, buffers, VAE and tokenizers.
 
-        Words, adapters and hypernetworks that are added to the copy do not change this model.
+        Words, adapters and hypernetworks that are added to the copy do not change this model. Copies that are moved to
+        one device in one precision share their frozen weights there, and leave this model where it is.
         """
-        tensors = [t for part in self.modules().values() for t in (*part.parameters(), *part.buffers())]
-        kept = [*tensors, *self.tokenizers, *([self.vae] if self.vae is not None else [])]
-        return copy.deepcopy(self, {id(one): one for one in kept})
+        if self._lent is None:
+            self._lent = self.weights or SharedWeights(self.modules().values())
+        weights = self._lent
+        kept = [weights, *weights.tensors, *self.tokenizers, *([self.vae] if self.vae is not None else [])]
+        copied = copy.deepcopy(self, {id(one): one for one in kept})
+        copied.weights = weights
+        return copied
 
     def to(
         self,
@@ -167,6 +175,9 @@ class DiffusionModel(ABC):
         for name, part in self.modules().items():
             trains, adapted = any(p.requires_grad for p in part.parameters()), adapters.has_adapters(part)
             waits = home is not None and (name in sharded or (trains and not adapted))
+            if self.weights is not None and not waits and not (trains and not adapted):
+                half = None if name in self.float32_parts else dtype
+                self.weights.place(part, torch.device(device), half)
             if adapted and dtype is not None:
                 adapters.cast_frozen(part, dtype)
             # Move and cast in one call, so that the GPU never holds the frozen parts in float32.

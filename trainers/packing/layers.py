@@ -9,7 +9,7 @@ Shape suffixes: N rows, K members, R rank, I and O input and output features, T 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dreamfleet.trainers.config.hypernetwork_structure import BATCH_ACTIVATIONS
 from dreamfleet.trainers.models.lora import TRAINED
 from dreamfleet.trainers.models.stable_diffusion.hypernetwork import HypernetworkModule
+from dreamfleet.trainers.packing.adapter_bank import Place, Stacked
 from dreamfleet.trainers.packing.member import Current, Member
 
 # Activations that mix the images of a batch or draw random numbers.
@@ -66,13 +67,15 @@ class PackedEmbedding(nn.Module):
 class PackedAdapter(nn.Module):
     """A frozen linear or convolution layer that adds each member's LoRA to its rows.
 
-    ``place``: the part of the model and the name of the layer in it.
+    ``place``: the part of the model and the name of the layer in it. ``bank`` returns the matrices of the pass.
     """
 
-    def __init__(self, base: nn.Module, current: Current, place: tuple[str, str]):
+    def __init__(
+        self, base: nn.Module, current: Current, place: Place, bank: Callable[[Place], Stacked | None]
+    ):
         super().__init__()
         self.base = base
-        self._current, self._place = current, place
+        self._current, self._place, self._bank = current, place, bank
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -83,27 +86,37 @@ class PackedAdapter(nn.Module):
     def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output ``[N, ...]``, with LoRA for the rows of members that adapt this layer."""
         output = self.base(inputs, *args, **kwargs)
-        rows = self._current.rows
-        layers: list[Any] = [member.adapters.get(self._place) for member in rows.members]
-        if not any(layers):
+        stacked, rows = self._bank(self._place), self._current.rows
+        if stacked is None:
             return output
-        given = rows.split(inputs)
-        for number, (member, layer) in enumerate(zip(rows.members, layers, strict=True)):
-            if layer is not None:
-                given[number] = _drop(member, layer.lora_dropout[TRAINED], given[number])
-        if all(layers) and len(set(rows.counts)) == 1:
-            dropped = not all(isinstance(layer.lora_dropout[TRAINED], nn.Identity) for layer in layers)
-            changes = _changes(layers, torch.cat(given) if dropped else inputs, self.base)
-            return (output + changes).to(output.dtype)
-        parts = rows.split(output)
+        inputs = self._dropped(inputs)
+        if rows.is_even and stacked.numbers == rows.numbers:
+            return (output + _changes(stacked, inputs, self.base)).to(output.dtype)
+        given, parts = rows.split(inputs), rows.split(output)
+        index = {number: k for k, number in enumerate(stacked.numbers)}
         for count in sorted(set(rows.counts)):
-            chosen = [k for k, layer in enumerate(layers) if layer is not None and rows.counts[k] == count]
+            chosen = [
+                k for k, number in enumerate(rows.numbers) if rows.counts[k] == count and number in index
+            ]
             if not chosen:
                 continue
-            together = torch.cat([given[k] for k in chosen])
-            changes = _changes([layers[k] for k in chosen], together, self.base)
+            own = [index[rows.numbers[k]] for k in chosen]
+            some = Stacked(stacked.down[own], stacked.up[own], stacked.scale[own], ())
+            changes = _changes(some, torch.cat([given[k] for k in chosen]), self.base)
             for k, change in zip(chosen, changes.chunk(len(chosen)), strict=True):
                 parts[k] = (parts[k] + change).to(output.dtype)
+        return torch.cat(parts)
+
+    def _dropped(self, inputs: Tensor) -> Tensor:
+        """Apply each member's dropout, with its own random numbers, to its rows."""
+        rows = self._current.rows
+        if not any(member.has_dropout for member in rows.members):
+            return inputs
+        parts = rows.split(inputs)
+        for k, member in enumerate(rows.members):
+            if member.has_dropout and (layer := member.adapters.get(self._place)) is not None:
+                with member.drawing():
+                    parts[k] = layer.lora_dropout[TRAINED](parts[k])
         return torch.cat(parts)
 
 
@@ -177,27 +190,16 @@ def _run_alike(
     return torch.func.vmap(one)(weights, contexts)
 
 
-def _drop(member: Member, dropout: nn.Module, inputs: Tensor) -> Tensor:
-    if isinstance(dropout, nn.Identity) or not dropout.training:
-        return inputs
-    with member.drawing():
-        return dropout(inputs)
-
-
-def _changes(layers: Sequence[Any], inputs: Tensor, base: nn.Module) -> Tensor:
-    """Return what K adapters with equal numbers of rows add to the output of their layer: ``[N, ...]``."""
-    downs = [layer.lora_A[TRAINED].weight for layer in layers]
-    ups = [layer.lora_B[TRAINED].weight for layer in layers]
-    rank = max(map(len, downs))
-    down = torch.stack([_pad_to(weight, rank, dim=0) for weight in downs])  # [K, R, I] or [K, R, I, kH, kW]
-    up = torch.stack([_pad_to(weight, rank, dim=1) for weight in ups])  # [K, O, R] or [K, O, R, 1, 1]
-    scale = torch.tensor([layer.scaling[TRAINED] for layer in layers], dtype=down.dtype, device=down.device)
-    inputs = inputs.to(down.dtype) if not torch.is_autocast_enabled(inputs.device.type) else inputs
+def _changes(stacked: Stacked, inputs: Tensor, base: nn.Module) -> Tensor:
+    """Return what K adapters add to the output of their layer: ``[N, ...]``; each has N / K consecutive rows."""
+    down, up, scale, _ = stacked
+    if not torch.is_autocast_enabled(inputs.device.type):
+        inputs = inputs.to(down.dtype)
     if isinstance(base, nn.Conv2d):
-        return _convolve(layers[0].lora_A[TRAINED], inputs, down, up, scale)
-    num = len(layers)
-    flat_KNI = inputs.reshape(num, -1, inputs.shape[-1])
-    hidden_KNR = torch.bmm(flat_KNI, down.transpose(1, 2)) * scale[:, None, None]
+        return _convolve(base, inputs, down, up, scale)
+    flat_KNI = inputs.reshape(len(down), -1, inputs.shape[-1])
+    hidden_KNR = torch.bmm(flat_KNI, down.transpose(1, 2))
+    hidden_KNR = hidden_KNR * scale.to(hidden_KNR.dtype)[:, None, None]
     return torch.bmm(hidden_KNR, up.transpose(1, 2)).reshape(*inputs.shape[:-1], -1)
 
 
@@ -208,15 +210,7 @@ def _convolve(like: nn.Conv2d, inputs: Tensor, down: Tensor, up: Tensor, scale: 
     beside = inputs.unflatten(0, (num, -1)).transpose(0, 1).flatten(1, 2)
     options: dict[str, Any] = {"stride": like.stride, "padding": like.padding, "dilation": like.dilation}
     hidden = F.conv2d(beside, down.flatten(0, 1), groups=num, **options)
-    hidden = (hidden.unflatten(1, (num, -1)) * scale[:, None, None, None]).flatten(1, 2)
+    scale = scale.to(hidden.dtype)[:, None, None, None]
+    hidden = (hidden.unflatten(1, (num, -1)) * scale).flatten(1, 2)
     output = F.conv2d(hidden, up.flatten(0, 1), groups=num)
     return output.unflatten(1, (num, -1)).transpose(0, 1).flatten(0, 1)
-
-
-def _pad_to(weight: Tensor, size: int, *, dim: int) -> Tensor:
-    missing = size - weight.shape[dim]
-    if not missing:
-        return weight
-    shape = list(weight.shape)
-    shape[dim] = missing
-    return torch.cat([weight, weight.new_zeros(shape)], dim)

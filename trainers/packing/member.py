@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamfleet.trainers.engines.torch_engine import TorchEngine
 from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.models.adapters import adapted
 from dreamfleet.trainers.models.embeddings import SplicedEmbedding, spliced_tables
+from dreamfleet.trainers.models.lora import TRAINED
 from dreamfleet.trainers.models.stable_diffusion.hypernetwork import Applied, applied_hypernetworks
 
 
@@ -31,6 +32,10 @@ class Member:
         self.adapters: dict[tuple[str, str], Any] = {
             (part, name): layer for part, module in model.modules().items() for name, layer in adapted(module)
         }
+        #: whether LoRA layers draw dropout
+        self.has_dropout = any(
+            not isinstance(layer.lora_dropout[TRAINED], nn.Identity) for layer in self.adapters.values()
+        )
         self.networks: list[Applied] = applied_hypernetworks(model.denoiser)
         self._device = engine.device
         self.states = list[Tensor]()  # of the random number generators
@@ -62,12 +67,23 @@ class Member:
 class Rows:
     """The members of one pass through a part of the model, and the number of consecutive batch rows of each.
 
+    ``numbers`` are the members' positions in the whole pass, of which some may have no rows here.
+
     ``cache`` holds what the pass computes once for all layers; None if the layers are computed again in the backward
     pass (activation checkpointing), where a cached tensor would have no graph.
     """
 
-    def __init__(self, members: Sequence[Member], counts: Sequence[int], *, caches: bool = True):
+    def __init__(
+        self,
+        members: Sequence[Member],
+        counts: Sequence[int],
+        *,
+        numbers: Sequence[int] = (),
+        caches: bool = True,
+    ):
         self.members, self.counts = list(members), list(counts)
+        self.numbers = tuple(numbers) or tuple(range(len(self.members)))
+        self.is_even = len(set(self.counts)) == 1  # every member has as many rows
         self.cache: dict[Any, Any] | None = {} if caches else None
 
     def split(self, tensor: Tensor) -> list[Tensor]:

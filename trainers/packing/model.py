@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ from dreamfleet.trainers.models.condition import Condition
 from dreamfleet.trainers.models.embeddings import replace_table
 from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.models.stable_diffusion.hypernetwork import set_hypernetworks
+from dreamfleet.trainers.packing.adapter_bank import AdapterBank, Place, Stacked
 from dreamfleet.trainers.packing.layers import PackedAdapter, PackedEmbedding, PackedHypernetworks
 from dreamfleet.trainers.packing.member import Current, Member, Rows
 
@@ -28,6 +30,7 @@ class PackedModel:
         self._text, self._denoiser = Current(), Current()
         self._adapted: set[tuple[str, str]] = set()
         self._has_words = self._has_networks = False
+        self._bank, self._banked = AdapterBank([]), tuple[Member, ...]()
 
     def admit(self, member: Member) -> None:
         """Replace the layers that a member changes and no earlier member did."""
@@ -42,15 +45,27 @@ class PackedModel:
             current = self._denoiser if part == self.model.denoiser_name else self._text
             parent, _, last = name.rpartition(".")
             holder = parts[part].get_submodule(parent)
-            setattr(holder, last, PackedAdapter(getattr(holder, last), current, place))
+            setattr(holder, last, PackedAdapter(getattr(holder, last), current, place, self._stacked))
         if member.networks and not self._has_networks:
             self._has_networks = True
             set_hypernetworks(self.model.denoiser, [(PackedHypernetworks(self._denoiser), 1.0)])
 
+    @contextmanager
+    def serving(self, members: Sequence[Member]) -> Iterator[None]:
+        """Within this context, run the passes of these members, backward pass included; then add their gradients."""
+        if self._banked != tuple(members):
+            self._bank, self._banked = AdapterBank(members), tuple(members)
+        self._bank.fill()
+        yield
+        self._bank.empty()
+
+    def _stacked(self, place: Place) -> Stacked | None:
+        return self._bank.layer(place)
+
     def encode(self, members: Sequence[Member], ids: Sequence[Tensor]) -> list[Condition]:
-        """Encode the token ids ``[R, ..., T]`` of each member."""
-        counts = list(map(len, ids))
-        self._text.rows = Rows(members, counts, caches=not self.recomputes)
+        """Encode the token ids ``[R, ..., T]`` of each of some :meth:`serving` members."""
+        counts, numbers = list(map(len, ids)), [self._banked.index(member) for member in members]
+        self._text.rows = Rows(members, counts, numbers=numbers, caches=not self.recomputes)
         encoded = self.model.encode_tokens(torch.cat(list(ids)))
         each = [tensor.split(counts) if tensor is not None else [None] * len(counts) for tensor in encoded]
         return [Condition(*of_one) for of_one in zip(*each, strict=True)]

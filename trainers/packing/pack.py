@@ -66,6 +66,9 @@ class Pack:
     def _member(self, engine: Engine) -> Member:
         if engine not in self._members:
             if not self._members:
+                # The shared parameters are there already; buffers belong to each copy.
+                half = engine.dtype if engine.device.type == "cuda" else None
+                self.model.model.to(engine.device, half)
                 apply_options(self.model.model, engine.config, engine.device)
             self._members[engine] = Member(cast(TorchEngine, engine))
             self.model.admit(self._members[engine])
@@ -113,16 +116,19 @@ class Pack:
         return first + second
 
     def _pass(self, members: Sequence[Member], micros: Sequence[Micro]) -> list[Loss]:
-        with micros[0].engine.autocast():
-            inputs = self._inputs(members, micros)
-            noisy, timesteps, conditions = (list(column) for column in zip(*inputs, strict=True))
-            predicted = self.model.predict(members, noisy, timesteps, conditions)
-            losses = [
-                member.method.loss(micro.batch, given, found)
-                for member, micro, given, found in zip(members, micros, inputs, predicted, strict=True)
+        with self.model.serving(members):
+            with micros[0].engine.autocast():
+                inputs = self._inputs(members, micros)
+                noisy, timesteps, conditions = (list(column) for column in zip(*inputs, strict=True))
+                predicted = self.model.predict(members, noisy, timesteps, conditions)
+                losses = [
+                    member.method.loss(micro.batch, given, found)
+                    for member, micro, given, found in zip(members, micros, inputs, predicted, strict=True)
+                ]
+            shares = [
+                member.engine.objective(loss).float() for member, loss in zip(members, losses, strict=True)
             ]
-        shares = [member.engine.objective(loss).float() for member, loss in zip(members, losses, strict=True)]
-        torch.stack(shares).sum().backward()
+            torch.stack(shares).sum().backward()
         return [Loss(loss.total.detach(), loss.per_sample.detach(), loss.extras) for loss in losses]
 
     def _inputs(self, members: Sequence[Member], micros: Sequence[Micro]) -> list[DenoiserInputs]:

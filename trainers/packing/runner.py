@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from dreamfleet.datasets.errors import UserError
 from dreamfleet.trainers.config.packing import find_unpackable, pack_key
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, on_device
 from dreamfleet.trainers.memory.engine_selection import limit_card
+from dreamfleet.trainers.memory.slots import choose_slots
 from dreamfleet.trainers.methods.base import method_class
 from dreamfleet.trainers.packing.pack import Pack
 from dreamfleet.trainers.packing.shared_models import SharedModels
@@ -31,6 +33,7 @@ def run_tasks(
     capacity: int,
     device: torch.device | str = "cpu",
     gpu_share: float = 1.0,
+    host_share: float = 1.0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Run the tasks of a source until it is done, at most ``capacity`` at a time.
@@ -39,10 +42,12 @@ def run_tasks(
     frozen model and its passes; a task that cannot be packed runs alone, on the same loaded model. Each task is an
     ordinary run that resumes from its newest checkpoint. A task that fails ends alone. ``should_stop``: running tasks
     save a checkpoint and end as interrupted, and no more are started. ``gpu_share``: the fraction of the GPU's memory
-    that all tasks together may use.
+    that all tasks together may use; ``host_share``: of this machine's. With ``scaling.slots_per_worker: auto`` no more
+    tasks are started than their memory is predicted to allow.
     """
     with on_device(device, remedies=TRAINING) as settled:
-        _Runner(source, capacity, DistributedContext(device=settled, gpu_share=gpu_share), should_stop).run()
+        distributed = DistributedContext(device=settled, gpu_share=gpu_share)
+        _Runner(source, capacity, distributed, should_stop, host_share).run()
 
 
 def train_packed(
@@ -87,9 +92,12 @@ class _Runner:
         capacity: int,
         distributed: DistributedContext,
         should_stop: Callable[[], bool],
+        host_share: float = 1.0,
     ):
         self.source, self.capacity, self.distributed = source, capacity, distributed
-        self.should_stop = should_stop
+        self.should_stop, self.host_share = should_stop, host_share
+        self.fits = capacity  # slots that the memory holds, counted for the recipes of this key:
+        self._counted: Hashable = None
         self.models = SharedModels()
         self.slots: list[Slot] = []
         self.pack: Pack | None = None  # None while the only task runs alone
@@ -102,6 +110,8 @@ class _Runner:
             while True:
                 self._refill()
                 if not self.slots and (self.should_stop() or (self.source.is_done and not self._waiting)):
+                    if self._waiting is not None:
+                        self.source.on_end(self._waiting[0], End("interrupted"))
                     return
                 for slot in self.slots:
                     slot.ask()
@@ -126,7 +136,7 @@ class _Runner:
             slot.advance(result)
 
     def _refill(self) -> None:
-        while len(self.slots) < self.capacity and not self.should_stop():
+        while len(self.slots) < min(self.capacity, self.fits) and not self.should_stop():
             if self._waiting is None:
                 task = self.source.next_task()
                 if task is None:
@@ -160,17 +170,28 @@ class _Runner:
                 self.pack, self._key = None, pack_key(recipe)
                 self.models.clear()
                 needs = method_class(recipe.method).needs
-                self.pack = Pack(
-                    self.models.lend(recipe.model, needs), recomputes=recipe.train.gradient_checkpointing
-                )
+                try:
+                    model = self.models.lend(recipe.model, needs)
+                except UserError as error:
+                    self.source.on_end(task, End("failed", error=str(error), kind=type(error).__name__))
+                    return
+                self.pack = Pack(model, recomputes=recipe.train.gradient_checkpointing)
         else:
             if self.pack is not None:
                 self.pack, self._key = None, None
                 self.models.clear()
             log.info("%s is trained alone: %s", task.name, reason)
+        if self.pack is not None and self._key != self._counted:
+            self.fits, self._counted = self._count_fitting(recipe), self._key
         self.slots.append(
             Slot(task, recipe, self.source, self.distributed, should_stop=self.should_stop, **options)
         )
+
+    def _count_fitting(self, recipe: Recipe) -> int:
+        fits = choose_slots(recipe, self.distributed, host_share=self.host_share, limit=self.capacity)
+        if fits < self.capacity:
+            log.info("%d trainings at once in this process: more would not fit into its memory", fits)
+        return fits
 
     def _settle_packed(self, recipe: Recipe, distributed: DistributedContext) -> tuple[Recipe, str]:
         """Select plain torch for a packed run; on a GPU, enforce the memory limit."""

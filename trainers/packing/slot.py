@@ -29,6 +29,11 @@ log = logging.getLogger(__name__)
 _running: ContextVar[Slot | None] = ContextVar("running slot", default=None)
 
 
+def in_slot() -> bool:
+    """Return whether the code of a slot is running, whose log messages are in its ``run.log``."""
+    return _running.get() is not None
+
+
 class Slot:
     """One task in progress; :attr:`micro` is the pass that it waits for, :attr:`end` is set when it has ended.
 

@@ -19,7 +19,7 @@ import yaml
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.method import method_title
-from dreamfleet.trainers.config.metrics import HELD_OUT, METRICS, figure_title, image_metrics
+from dreamfleet.trainers.config.metrics import HELD_OUT, METRICS, Metric, figure_title
 from dreamfleet.trainers.report import formatting
 from dreamfleet.trainers.report.charts import Chart, Line, Point, lay_out, smooth
 from dreamfleet.trainers.report.comparison import LONGEST_SIDE, compare, over_time
@@ -142,12 +142,12 @@ def _figures(folder: RunFolder) -> list[tuple[str, str, str]]:
     if loss := smooth(folder.curve("loss")):
         cards.append(("training loss", formatting.number(loss[-1][1]), "smoothed"))
     figures = {**(_get(folder.summary, "figures") or {}), **(_get(folder.summary, "scores") or {})}
-    scores = image_metrics()
+    shown = {metric.figure or name: metric for name, metric in METRICS.items()}
     for key, value in figures.items():
-        if key in scores and _is_number(value):
+        if key in shown and key != HELD_OUT and _is_number(value):
             before = [v for step, v in folder.curve(key) if step == 0]
             note = f"base {formatting.number(before[0])}" if before else ""
-            cards.append((scores[key].title, formatting.number(value), note))
+            cards.append((shown[key].title, formatting.number(value), note))
     if _is_number(speed := figures.get("images_per_second")):
         cards.append(("images / s", formatting.number(speed), "all workers"))
     if _is_number(memory := figures.get("peak_memory_bytes")):
@@ -186,10 +186,7 @@ def _charts(folder: RunFolder) -> list[Chart]:
             "Loss on subject and class images",
             [Line(name, smooth(folder.curve(key)), colour=n) for n, (key, name) in enumerate(parts)],
         ),
-        *(
-            Chart(metric.title, [Line(metric.title, folder.curve(name), "dots", 2)], metric.note)
-            for name, metric in image_metrics().items()
-        ),
+        *(_metric_chart(folder, name, metric) for name, metric in METRICS.items() if name != "loss"),
         Chart(
             "Learning rate",
             [Line(k, v, colour=n % 4) for n, (k, v) in enumerate(rates.items())],
@@ -197,6 +194,20 @@ def _charts(folder: RunFolder) -> list[Chart]:
         ),
         Chart("Images per second", [Line("images per second", speed)], from_zero=True),
     ]
+
+
+def _metric_chart(folder: RunFolder, name: str, metric: Metric) -> Chart:
+    """Return the chart of a metric and its parts."""
+    colours = (0, 1, 3, 4)
+    parts = [
+        Line(part.title, folder.curve(key), "dots", colours[number % len(colours)])
+        for number, (key, part) in enumerate(metric.parts.items())
+    ]
+    return Chart(
+        metric.title,
+        [Line(metric.title, folder.curve(metric.figure or name), "dots", 2), *parts],
+        metric.note,
+    )
 
 
 def _timings(folder: RunFolder) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from dreamfleet.trainers.methods.image_method import ImageMethod
 from dreamfleet.trainers.models.family import DiffusionModel, load_model
 from dreamfleet.trainers.optim.optimizers import import_adamw8bit, make_rates
 from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.run.disk import require_run_disk
 from dreamfleet.trainers.run.webui_optimizer import take_over
 
 log = logging.getLogger(__name__)
@@ -77,18 +78,27 @@ def make_method(
 
 
 def assemble(
-    recipe: Recipe, distributed: DistributedContext, *, begins: bool = True, load: Load = load_model
+    recipe: Recipe,
+    distributed: DistributedContext,
+    *,
+    begins: bool = True,
+    keeps_files: bool = True,
+    load: Load = load_model,
 ) -> Parts:
     """Build all parts of a run on this rank; every rank of the run calls it.
 
-    ``begins``: read the file that the recipe starts from, such as ``initial_embedding``; False if a
-    checkpoint is loaded next, which contains it. ``load`` returns the base model. Raises UserError for faults
-    of the recipe, the images or the model.
+        ``begins``: read the file that the recipe starts from, such as ``initial_embedding``; False if a
+        checkpoint is loaded next, which contains it. ``keeps_files``: refuse a run whose files do not fit the disk.
+    ``load`` returns the base model. Raises UserError for faults of the recipe, the images or the model.
     """
     distributed.on_every_rank(lambda: check_machine(recipe, distributed))
     torch.manual_seed(recipe.train.seed)
     sets, method, cache = load_inputs(recipe, distributed, load=load)
     method.require_formats(recipe.train.export_formats or ())
+    if keeps_files:
+        distributed.on_rank_0(
+            lambda: log.info("%s", require_run_disk(recipe, method, images=len(sets.instances)))
+        )
     model = method.model
     if isinstance(method, DiffusionMethod):
         warning = method.check_prompts(to_samples(sets.instances), recipe.data)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from dreamfleet.datasets.errors import RunFailed
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.loop import diverged
 from dreamfleet.trainers.report.metrics_log import read_metrics
 from dreamfleet.trainers.run.build import Parts
 from dreamfleet.trainers.run.checkpoint import Checkpoints, find_not_finite, folder_name
 from dreamfleet.trainers.run.provenance import run_identity
 from dreamfleet.trainers.run.stopwatch import Clock
 from dreamfleet.trainers.run.versions import versions
+from dreamfleet.trainers.step_metrics import diverged
 
 
 class Checkpointing:

@@ -13,12 +13,15 @@ from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.index.sets import load_held_out, load_sets
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, explain_out_of_memory, on_device
-from dreamfleet.trainers.loop import peak_memory
+from dreamfleet.trainers.evaluation.judge import Judge, References
 from dreamfleet.trainers.memory.engine_selection import settle_engine
+from dreamfleet.trainers.models.vision.judge_files import check_judges
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.build import Parts, assemble
+from dreamfleet.trainers.run.disk import require_run_disk
 from dreamfleet.trainers.run.export import write_artifacts
 from dreamfleet.trainers.run.run_folder import open_run_folder
+from dreamfleet.trainers.step_metrics import peak_memory
 
 
 class CheckLine(NamedTuple):
@@ -53,7 +56,7 @@ def _check_on(recipe: Recipe, distributed: DistributedContext) -> list[CheckLine
 
     def build() -> str:
         settled, _ = settle_engine(_without_prior(recipe), distributed)
-        made.append(assemble(settled, distributed))
+        made.append(assemble(settled, distributed, keeps_files=False))
         base = made[0].method.base
         return f"{base.name} ({base.words})"
 
@@ -63,8 +66,12 @@ def _check_on(recipe: Recipe, distributed: DistributedContext) -> list[CheckLine
         attempt(
             "holdout", lambda: f"{len(load_held_out(recipe.validation.holdout or '', recipe.data))} images"
         )
+    if recipe.validation.preview_metrics:
+        attempt("metrics", lambda: _check_metrics(recipe))
     try:
-        if attempt("model", build) and fine:
+        if attempt("model", build):
+            attempt("disk", lambda: _check_disk(recipe, made[0]))
+        if made and fine:
             attempt("step", lambda: _check_step(made[0])) and attempt(
                 "export", lambda: _check_export(made[0])
             )
@@ -87,6 +94,17 @@ def _check_images(recipe: Recipe) -> str:
     index = load_sets(recipe.data, excluded=recipe.excluded_folders).instances
     bad = "".join(f"\n  left out {file.uri}: {file.reason}" for file in index.bad)
     return f"{len(index)} images{bad}"
+
+
+def _check_metrics(recipe: Recipe) -> str:
+    check_judges(recipe.validation)
+    judge = Judge(recipe.validation, references=References(), strip={})
+    models = [f"{key}: {model.name}" for key, model in (("clip", judge.clip), ("dino", judge.dino)) if model]
+    return f"{', '.join(judge.metrics)} ({', '.join(models) or 'no judge model'})"
+
+
+def _check_disk(recipe: Recipe, parts: Parts) -> str:
+    return require_run_disk(recipe, parts.method, images=len(parts.sets.instances))
 
 
 def _check_step(parts: Parts) -> str:

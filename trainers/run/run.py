@@ -20,6 +20,7 @@ from dreamfleet.trainers.loop import Hooks, Outcome, Training, drive, train
 from dreamfleet.trainers.memory.engine_selection import settle_engine
 from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.report.metrics_log import read_metrics
 from dreamfleet.trainers.run.build import Load, Parts, assemble
 from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
 from dreamfleet.trainers.run.checkpointing import Checkpointing
@@ -99,6 +100,7 @@ def run_steps(
         )
         _open(recorder, checkpointing, evaluation, engine_reason)
         hooks = _make_hooks(recorder, checkpointing, evaluation, should_stop)
+        _complete_round(recorder, start_step, hooks)
         clock.ready()
         outcome = yield from _train(parts, start_step, hooks, recorder)
         summary = _summarise(parts, outcome, checkpointing, engine_reason)
@@ -148,6 +150,23 @@ def _make_hooks(
         should_stop=should_stop,
         saved=lambda: checkpointing.saved,
     )
+
+
+def _complete_round(recorder: Recorder, start_step: int, hooks: Hooks) -> None:
+    """Validate the step that a run is resumed from, if the run was killed after its checkpoint and before its round."""
+    parts, run = recorder.parts, recorder.run
+    if start_step == 0 or not parts.schedule.samples_at(start_step):
+        return
+
+    def find() -> tuple[bool, bool]:
+        rounds = [line for line in read_metrics(run) if line["step"] == start_step and "loss" not in line]
+        return bool(rounds), run.exists(f"samples/step-{start_step:06d}.png")
+
+    is_measured, is_drawn = parts.distributed.on_rank_0(find)
+    if not is_measured and (figures := hooks.validate(start_step)):
+        hooks.log({"step": start_step, **figures})
+    if not is_drawn and parts.recipe.validation.prompts:
+        hooks.sample(start_step)
 
 
 def _train(parts: Parts, start_step: int, hooks: Hooks, recorder: Recorder) -> Training[Outcome]:

@@ -42,6 +42,11 @@ def read_place(cell: Any, folder: str) -> str:
     return list_url([absolute_path(path, folder) for path in cell])
 
 
+def paths_in(place: str) -> list[str]:
+    """Return the folder, or the listed images, of a place."""
+    return read_list(place) if place.startswith(f"{SCHEME}://") else [place]
+
+
 def find_faults(places: Iterable[str]) -> dict[str, str]:
     """Return the reason for each place (see :func:`read_place`) whose images do not exist.
 

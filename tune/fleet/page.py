@@ -43,10 +43,10 @@ class FleetPage:
         the table takes at most a twentieth of the time, except in the ``final`` update.
         """
         parts = _count_parts(rows)
-        numbers = range(parts)
+        numbers = set(range(parts))
         if self._parts is not None and changed is not None:
-            numbers = sorted({index // PART for index in changed} | set(range(self._parts, parts)))
-        for number in numbers:
+            numbers = {index // PART for index in changed} | set(range(self._parts, parts))
+        for number in sorted(numbers):
             self.folder.write_text(_part_name(number), render_part(number, rows, written=time.time()))
         if parts != self._parts:
             self.folder.write_text(INDEX, render_index(parts, title=self.title, method=self.method))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dreamfleet.datasets.path_field import is_under
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.tune.fleet.check_values import check_values
 from dreamfleet.tune.fleet.columns import (
@@ -17,7 +18,7 @@ from dreamfleet.tune.fleet.columns import (
     Column,
     read_columns,
 )
-from dreamfleet.tune.fleet.image_places import find_faults, read_place
+from dreamfleet.tune.fleet.image_places import find_faults, paths_in, read_place
 from dreamfleet.tune.fleet.names import find_fault, folded
 from dreamfleet.tune.fleet.subjects import Faults, SubjectRecipes, Subjects, refuse
 from dreamfleet.tune.fleet.table import EMPTY, Table
@@ -26,12 +27,18 @@ TEXTS = (IMAGES, PROMPT, CLASS_PROMPT)  # keys whose values usually differ from 
 
 
 def read_subjects(
-    table: Table, recipe: Recipe, *, has_images: bool = True, looks: bool = True
+    table: Table,
+    recipe: Recipe,
+    *,
+    has_images: bool = True,
+    looks: bool = True,
+    elsewhere: Sequence[str] = (),
 ) -> tuple[Subjects, SubjectRecipes]:
     """Return the subjects of a table, and what makes their recipes from that of the fleet.
 
     ``has_images``: whether the recipe names images, which rows without images use. ``looks``: whether to check that
-    images and other files exist. Raises RecipeError that lists all errors of the table.
+    images and other files exist; images in the folders ``elsewhere`` need not exist on this machine. Raises RecipeError
+    that lists all errors of the table.
     """
     faults = Faults()
     recipes = SubjectRecipes(recipe, table.folder)
@@ -42,12 +49,16 @@ def read_subjects(
         errors.append("no rows: every row is a subject")
     names = _read_names(table, by_key.get(NAME), faults, folds="://" not in recipe.output_dir)
     priorities = _cells(table, by_key.get(PRIORITY), faults, _priority) or [0.0] * count
-    texts = {
-        IMAGES: _cells(table, by_key.get(IMAGES), faults, lambda cell: read_place(cell, table.folder)),
-        PROMPT: _cells(table, by_key.get(PROMPT), faults, _text),
-        CLASS_PROMPT: _cells(table, by_key.get(CLASS_PROMPT), faults, _text),
+    readers: dict[str, Callable[[Any], Any]] = {
+        IMAGES: lambda cell: read_place(cell, table.folder),
+        PROMPT: _text,
+        CLASS_PROMPT: _text,
     }
-    texts = {key: cells for key, cells in texts.items() if cells}
+    texts = {
+        key: cells
+        for key, read in readers.items()
+        if (cells := _cells(table, by_key.get(key), faults, read)) is not None
+    }
     others = [column for column in columns if column.key not in (NAME, PRIORITY, *TEXTS)]
     choices, chosen = _choose(table, others, faults)
     if not errors:
@@ -60,7 +71,7 @@ def read_subjects(
         elif missing and count:
             errors.append("no column images: neither the table nor the recipe names images")
     if looks and IMAGES in texts:
-        _check_images(table, texts[IMAGES], faults)
+        _check_images(table, texts[IMAGES], faults, elsewhere)
     refuse(table.path, [*errors, *table.errors, *faults.lines()])
     subjects = Subjects(
         names=names,
@@ -157,10 +168,12 @@ def _choose(
     return choices, chosen
 
 
-def _check_images(table: Table, places: Sequence[str | None], faults: Faults) -> None:
+def _check_images(
+    table: Table, places: Sequence[str | None], faults: Faults, elsewhere: Sequence[str]
+) -> None:
     rows: dict[str, list[int]] = {}
     for place, number in zip(places, table.numbers, strict=True):
-        if place is not None:
+        if place is not None and not all(is_under(path, elsewhere) for path in paths_in(place)):
             rows.setdefault(place, []).append(number)
     for place, fault in find_faults(rows).items():
         faults.add(f"images: {fault}", rows[place])

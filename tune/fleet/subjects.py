@@ -13,6 +13,7 @@ from typing import Any
 
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.recipe import Recipe, build_recipe
+from dreamfleet.tune.differences import without_package_path
 from dreamfleet.tune.fleet.columns import CLASS_PROMPT, IMAGES, PROMPT
 
 PLACEHOLDER = "images-of-each-subject"
@@ -32,7 +33,8 @@ class Subject:
     @property
     def digest(self) -> str:
         """A hash of the values, by which a resumed fleet recognises a changed row."""
-        text = json.dumps(self.values, sort_keys=True, ensure_ascii=False, default=str)
+        values = {key: without_package_path(value) for key, value in self.values.items()}
+        text = json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -38,8 +38,16 @@ class Table:
     errors: Sequence[str] = ()
 
 
-def read_table(path: str) -> Table:
+def read_rows(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """Return rows given in Python as a table; relative paths start at the current directory."""
+    columns = _by_column([_flat(row) for row in rows])
+    count = max((len(cells) for cells in columns.values()), default=0)
+    return Table("the rows of subjects", os.getcwd(), range(1, count + 1), columns)
+
+
+def read_table(path: str | os.PathLike[str]) -> Table:
     """Read a table of subjects. Raises RecipeError if the file as a whole cannot be read."""
+    path = os.fspath(path)
     address = absolute_path(path, os.getcwd())
     reader = _READERS.get(PurePath(path).suffix.lower())
     if reader is None:

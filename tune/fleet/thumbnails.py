@@ -8,7 +8,7 @@ import logging
 from PIL import Image, ImageOps
 
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.report.preview_grid import PreviewGrid, read_preview_grids, read_real_images
+from dreamfleet.trainers.report.preview_grid import Cell, PreviewGrid, read_preview_grids, read_real_images
 from dreamfleet.tune.fleet.rows import SubjectImages
 
 SIDE = 256  # of each square in pixels; smaller images are not enlarged
@@ -29,12 +29,12 @@ def write_thumbnail(fleet: Storage, name: str, run_folder: str, *, resolution: i
     base = grids[0] if grids and grids[0].step == 0 else None
     tuned = grids[-1] if grids and grids[-1].step > 0 else None
     real = read_real_images(run, resolution)
-    shown = [image for image in (_first(base), _first(tuned), real[0] if real else None) if image is not None]
+    shown = [cell.image for cell in (_first(base), _first(tuned)) if cell] + real[:1]
     if not shown:
         return None
     path = f"thumbnails/{name}.webp"
     fleet.write_bytes(path, _encode(shown))
-    cell = min((tuned or base).cells, key=lambda c: (c.row, c.column)) if tuned or base else None
+    cell = _first(tuned or base)
     return SubjectImages(
         prompt=cell.prompt if cell else "",
         seed=cell.seed if cell else None,
@@ -45,8 +45,8 @@ def write_thumbnail(fleet: Storage, name: str, run_folder: str, *, resolution: i
     )
 
 
-def _first(grid: PreviewGrid | None) -> Image.Image | None:
-    return min(grid.cells, key=lambda cell: (cell.row, cell.column)).image if grid else None
+def _first(grid: PreviewGrid | None) -> Cell | None:
+    return min(grid.cells, key=lambda cell: (cell.row, cell.column)) if grid else None
 
 
 def _encode(images: list[Image.Image]) -> bytes:

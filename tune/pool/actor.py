@@ -21,16 +21,20 @@ from dreamfleet.trainers.config.scaling import WorkerShare
 from dreamfleet.trainers.packing.task import End, Task
 from dreamfleet.tune.pool.dispatch import Events
 from dreamfleet.tune.pool.remote_source import RemoteSource
-from dreamfleet.tune.pool.worker import Died, Event, Ready
+from dreamfleet.tune.pool.slots import fit_slots
+from dreamfleet.tune.pool.worker import Died, Ended, Event, Ready
 
 POLL_SECONDS = 5.0
 JOIN_SECONDS = 10.0
-Runner = Callable[..., None]  # the signature of run_tasks
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the process of a worker needs. ``sent`` holds secrets, which are neither logged nor written to files."""
+    """What the process of a worker needs. ``sent`` holds secrets, which are neither logged nor written to files.
+
+    ``recipe``: what the tasks have in common, from which the slots that fit into memory are computed; ``slots`` is the
+    most.
+    """
 
     slots: int
     threads: int
@@ -38,7 +42,8 @@ class Settings:
     gpu_share: float  # the fraction of a GPU that the worker may use
     environment: Mapping[str, str]
     sent: Mapping[str, str]  # from environment.variables_to_send
-    runner: Runner | None = None  # default: run_tasks
+    recipe: Mapping[str, Any] | None = None
+    host_share: float = 1.0  # the part of the machine's memory that the worker may use
 
 
 def is_reusable(
@@ -70,11 +75,21 @@ class PoolActor:
         self.settings = settings
         import torch
 
-        if settings.uses_gpu:
-            torch.cuda.init()
-        self.run_tasks = settings.runner or _default_runner()
-        threading.Thread(target=self._work, daemon=True, name="pool-runner").start()
-        return [Ready()]
+        from dreamfleet.trainers.packing.runner import run_tasks
+        from dreamfleet.trainers.recipe import build_recipe
+
+        torch.set_num_threads(settings.threads)  # of this thread
+        slots = settings.slots
+        if settings.recipe is not None:
+            slots = fit_slots(
+                build_recipe(settings.recipe),
+                limit=slots,
+                uses_gpu=settings.uses_gpu,
+                gpu_share=settings.gpu_share,
+                host_share=settings.host_share,
+            )
+        threading.Thread(target=self._work, args=(run_tasks, slots), daemon=True, name="pool-runner").start()
+        return [Ready(slots)]
 
     def next_events(self) -> list[Event]:
         """Wait for events, up to POLL_SECONDS, and return all that are there."""
@@ -98,17 +113,24 @@ class PoolActor:
         self.interrupted.set()
         self.source.close()
 
-    def _work(self) -> None:
+    def leave(self) -> None:
+        """End the process, which has no task. Ray would report a process that is killed as an error."""
+        self.source.close()
+        self.outbox.put(Ready())  # ends the wait of `next_events`
+        ray.actor.exit_actor()
+
+    def _work(self, run_tasks: Callable[..., None], slots: int) -> None:
         import torch
 
         settings = self.settings
         torch.set_num_threads(settings.threads)  # of this thread
         try:
-            self.run_tasks(
+            run_tasks(
                 self.source,
-                capacity=settings.slots,
+                capacity=slots,
                 device="cuda" if settings.uses_gpu else "cpu",
                 gpu_share=settings.gpu_share,
+                host_share=1.0 if settings.uses_gpu else min(1.0, settings.threads / (os.cpu_count() or 1)),
                 should_stop=self.interrupted.is_set,
             )
         except Exception as error:  # noqa: BLE001 - sent to the driver
@@ -127,12 +149,6 @@ class PoolActor:
         )
 
 
-def _default_runner() -> Runner:
-    from dreamfleet.trainers.packing.runner import run_tasks
-
-    return run_tasks
-
-
 class ActorWorker:
     """The driver's side of a PoolActor. A thread passes its events on, and its death."""
 
@@ -145,11 +161,13 @@ class ActorWorker:
             "resources": resources,
         }
         self.events, self.closed = events, False
+        self.ready, self.tasks = False, set[str]()
         self.actor: Any = ray.remote(PoolActor).options(max_concurrency=4, max_restarts=0, **options).remote()
         self.thread = threading.Thread(target=self._listen, args=(settings,), daemon=True, name="pool-worker")
         self.thread.start()
 
     def start(self, task: Task) -> None:
+        self.tasks.add(task.name)
         self.actor.give.remote(task)
 
     def answer(self, name: str, stop: bool) -> None:
@@ -159,10 +177,14 @@ class ActorWorker:
         self.actor.interrupt.remote()
 
     def close(self) -> None:
-        if not self.closed:
-            self.closed = True
+        if self.closed:
+            return
+        self.closed = True
+        if self.ready and not self.tasks:
+            self.actor.leave.remote()
+        else:
             ray.kill(self.actor)
-            self.thread.join(JOIN_SECONDS)  # Ray must not be shut down while the thread waits for it
+        self.thread.join(JOIN_SECONDS)  # Ray must not be shut down while the thread waits for it
 
     def _listen(self, settings: ray.ObjectRef[Settings]) -> None:
         waiting = self.actor.begin.remote(settings)
@@ -173,6 +195,9 @@ class ActorWorker:
                 self.events.put((self, Died(_reason(error))))
                 return
             for event in found:
+                self.ready = True
+                if isinstance(event, Ended):
+                    self.tasks.discard(event.name)
                 self.events.put((self, event))
             waiting = self.actor.next_events.remote()
 

@@ -40,15 +40,16 @@ class Seat:
     """A worker and its jobs by name."""
 
     worker: Worker
+    slots: int = 1
     ready: bool = False
     retired: bool = False  # gets no more tasks, and is replaced when it has none left
     jobs: dict[str, Job] = field(default_factory=dict)
 
-    def accepts(self, job: Job, slots: int) -> bool:
+    def accepts(self, job: Job) -> bool:
         """Return whether the worker has a free slot for the job."""
         if not self.ready or self.retired or any(other.alone for other in self.jobs.values()):
             return False
-        return not self.jobs if job.alone else len(self.jobs) < slots
+        return not self.jobs if job.alone else len(self.jobs) < self.slots
 
 
 class Dispatcher:
@@ -128,7 +129,7 @@ class Dispatcher:
             busy = sum(1 for seat in self.seats if seat.jobs)
             wanted = min(wanted, busy + len(self.waiting) + (self.held is not None))
         while len(self.seats) < wanted:
-            self.seats.append(Seat(self.make_worker()))
+            self.seats.append(Seat(self.make_worker(), slots=self.slots))
 
     def _next(self) -> tuple[Seat, Job] | None:
         """Return the next task to start, and the worker for it; None if there is no free slot or no task."""
@@ -148,7 +149,7 @@ class Dispatcher:
         seats = sorted((seat for seat in self.seats if seat.ready), key=lambda seat: len(seat.jobs))
         if any(other.alone for other in self.waiting) and not job.alone:
             seats = seats[1:]
-        return next((seat for seat in seats if seat.accepts(job, self.slots)), None)
+        return next((seat for seat in seats if seat.accepts(job)), None)
 
     # events
 
@@ -166,8 +167,9 @@ class Dispatcher:
 
     def _handle(self, seat: Seat, event: Event) -> None:
         match event:
-            case Ready():
+            case Ready(slots):
                 seat.ready, self.failed_starts = True, 0
+                seat.slots = min(seat.slots, slots or seat.slots)
             case Started(name):
                 seat.jobs[name].started = True
                 self.source.on_start(seat.jobs[name].task)

@@ -20,7 +20,8 @@ from dreamfleet.trainers.packing.task import TaskSource
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.signals import Stop
 from dreamfleet.tune.pool.dispatch import Dispatcher, Events
-from dreamfleet.tune.pool.room import Demand, Room, plan_room
+from dreamfleet.tune.pool.room import Demand, Room, limit_slots, plan_room
+from dreamfleet.tune.pool.slots import fit_slots
 from dreamfleet.tune.pool.worker import Worker
 
 
@@ -32,12 +33,14 @@ def run_pool(
     say: Callable[[str], None],
     tasks: int | None = None,
     max_concurrent: int | None = None,
+    max_packed: int | None = None,
     workers_per_task: int | None = None,
     resources: Mapping[str, float] | None = None,
     reads: PathsByKey | None = None,
     address: str | None = None,
     shared: Sequence[str] = (),
     should_stop: Callable[[], bool] = lambda: False,
+    on_room: Callable[[Room], None] = lambda room: None,
 ) -> Literal["completed", "interrupted"]:
     """Run all tasks of a source; return "interrupted" if they were stopped before the last had ended.
 
@@ -47,9 +50,10 @@ def run_pool(
     ``workers_per_task``, by default ``scaling.num_workers``: 0 runs the tasks in this process, without Ray; 1 in Ray
     actors, each of which packs up to ``scaling.slots_per_worker`` tasks; more as runs of Ray Train, one task per group
     of workers. ``resources``: Ray resources of a worker, by default ``scaling.resources_per_worker``. ``tasks`` is the
-    most tasks that there will be, if known; ``max_concurrent`` the most that run at once. ``reads``: paths that all
-    machines must see in addition to the recipe's, by key. ``shared``: folders that all machines of a cluster that grows
-    can access. ``say`` receives lines for the user.
+    most tasks that there will be, if known; ``max_concurrent`` the most that run at once, and ``max_packed`` the most
+    that run at once only because processes can be shared. ``reads``: paths that all machines must see in addition to
+    the recipe's, by key. ``shared``: folders that all machines of a cluster that grows can access. ``say`` receives
+    lines for the user, ``on_room`` the size of the pool.
 
     All calls of the source come from this thread, and every task that it gives out gets exactly one ``on_end``. A task
     whose process died is started again and continues from its newest checkpoint, up to ``scaling.max_failures`` times.
@@ -59,17 +63,18 @@ def run_pool(
     workers cannot be started. A task's own error is not raised: it is in its ``on_end``.
     """
     workers = recipe.scaling.num_workers if workers_per_task is None else workers_per_task
-    demand = _demand(recipe, workers, say, tasks, max_concurrent, resources)
+    demand = _demand(recipe, workers, say, resources, (tasks, max_concurrent, max_packed))
     with watch_for_stop(Storage(recipe.output_dir)) as is_marked:
 
         def is_stopped() -> bool:
             return stop.requested.is_set() or is_marked() or should_stop()
 
         if workers == 0:
-            is_complete = _run_here(source, demand, is_stopped)
+            is_complete = _run_here(source, recipe, demand, is_stopped, on_room)
         else:
             checked = {**shared_paths(recipe), **(reads or {})}
             with _joined_cluster(recipe, demand, stop, say, checked, address, shared) as room:
+                on_room(room)
                 is_complete = _dispatcher(source, recipe, room, demand, shared).run(is_stopped)
     return "completed" if is_complete else "interrupted"
 
@@ -78,11 +83,11 @@ def _demand(
     recipe: Recipe,
     workers: int,
     say: Callable[[str], None],
-    tasks: int | None,
-    max_concurrent: int | None,
     resources: Mapping[str, float] | None,
+    limits: tuple[int | None, int | None, int | None],
 ) -> Demand:
     scaling = recipe.scaling
+    tasks, max_concurrent, max_packed = limits
     one_worker = scaling.model_copy(update={"num_workers": 1})
     reason = find_unpackable(recipe.model_copy(update={"scaling": one_worker}))
     if reason and workers < 2 and scaling.slots_per_worker != 1:
@@ -92,6 +97,7 @@ def _demand(
         packs=reason is None,
         tasks=tasks,
         max_concurrent=max_concurrent,
+        max_packed=max_packed,
         workers_per_task=max(1, workers),
         resources=resources or scaling.resources_per_worker,
     )
@@ -120,16 +126,20 @@ def _joined_cluster(
         yield room
 
 
-def _run_here(source: TaskSource, demand: Demand, is_stopped: Callable[[], bool]) -> bool:
+def _run_here(
+    source: TaskSource,
+    recipe: Recipe,
+    demand: Demand,
+    is_stopped: Callable[[], bool],
+    on_room: Callable[[Room], None],
+) -> bool:
     from dreamfleet.trainers.packing.runner import run_tasks
 
     share = worker_resources(demand.scaling, [this_machine()])
-    run_tasks(
-        source,
-        capacity=demand.slots(uses_gpu=share.uses_gpu),
-        device="cuda" if share.uses_gpu else "cpu",
-        should_stop=is_stopped,
-    )
+    slots = limit_slots(demand, groups=1, uses_gpu=share.uses_gpu)
+    room = Room(share, 1, fit_slots(recipe, limit=slots, uses_gpu=share.uses_gpu))
+    on_room(room)
+    run_tasks(source, capacity=room.slots, device="cuda" if share.uses_gpu else "cpu", should_stop=is_stopped)
     return not is_stopped()
 
 
@@ -170,5 +180,7 @@ def _worker_maker(
         gpu_share=share.gpu_share,
         environment=worker_environment(share.threads),
         sent=variables_to_send(buckets="://" in recipe.to_yaml()),
+        recipe=recipe.model_dump(mode="json", exclude={"search", "fleet"}),
+        host_share=1 / room.per_machine,
     )
     return partial(ActorWorker, share, ray.put(settings), events)

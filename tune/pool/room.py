@@ -15,15 +15,13 @@ from dreamfleet.trainers.config.scaling import (
     workers_that_fit,
 )
 
-# slots of `scaling.slots_per_worker: auto`; the runner uses fewer if they do not fit into memory
-MOST_SLOTS_ON_GPU, MOST_SLOTS_ON_CPU = 32, 8
-
 
 @dataclass(frozen=True)
 class Demand:
     """What a pool is asked for. ``packs``: whether several tasks can be trained at once in one process.
 
     ``tasks``: the most tasks that there will be; None if unknown. ``workers_per_task``: processes of one task.
+    ``max_packed``: the most tasks that run at once only because processes can be shared; None without a limit.
     ``resources``: Ray resources of a worker; None: a GPU each, or a share of the CPUs.
     """
 
@@ -31,6 +29,7 @@ class Demand:
     packs: bool = False
     tasks: int | None = None
     max_concurrent: int | None = None
+    max_packed: int | None = None
     workers_per_task: int = 1
     resources: Mapping[str, float] | None = None
 
@@ -44,7 +43,11 @@ class Demand:
         if not self.packs or self.workers_per_task > 1:
             return 1
         if self.scaling.slots_per_worker == "auto":
-            slots = MOST_SLOTS_ON_GPU if uses_gpu else MOST_SLOTS_ON_CPU
+            from dreamfleet.trainers.memory.slots import MAX_SLOTS
+
+            slots = MAX_SLOTS[
+                "cuda" if uses_gpu else "cpu"
+            ]  # a worker has fewer if they do not fit into memory
         else:
             slots = self.scaling.slots_per_worker
         return min(slots, self.bound or slots)
@@ -58,12 +61,20 @@ class Room:
     groups: int
     slots: int
     workers_per_task: int = 1
+    per_machine: int = 1  # groups on one machine at most
+
+    @property
+    def gpus(self) -> float:
+        """The GPUs of one group."""
+        return self.share.resources.get("GPU", 0.0) * self.workers_per_task
 
     def __str__(self) -> str:
-        per_group = f"{self.workers_per_task} x " if self.workers_per_task > 1 else ""
+        resources = describe(self.share.resources)
+        many = "s" * (self.groups > 1)
+        if self.workers_per_task > 1:
+            return f"{self.groups} group{many} of {self.workers_per_task} workers with {resources} each"
         packed = f", up to {self.slots} trainings packed in each" if self.slots > 1 else ""
-        many = "s" if self.groups > 1 else ""
-        return f"{self.groups} worker{many} with {per_group}{describe(self.share.resources)}{packed}"
+        return f"{self.groups} worker{many} with {resources}{packed}"
 
 
 def plan_room(demand: Demand, nodes: Sequence[Resources], *, limit: Resources | None = None) -> Room:
@@ -85,10 +96,19 @@ def plan_room(demand: Demand, nodes: Sequence[Resources], *, limit: Resources | 
             "Lower search.resources_per_trial or scaling.resources_per_worker, or use a larger cluster (--address)"
         )
     groups = min(groups, demand.bound or groups)
-    slots = demand.slots(uses_gpu=share.uses_gpu)
+    slots = limit_slots(demand, groups=groups, uses_gpu=share.uses_gpu)
+    per_machine = max(workers_that_fit(share.resources, [machine]) for machine in nodes or machines)
+    return Room(share, groups, slots, demand.workers_per_task, min(groups, max(1, per_machine)))
+
+
+def limit_slots(demand: Demand, *, groups: int, uses_gpu: bool) -> int:
+    """Return the tasks that each of ``groups`` processes trains at once."""
+    slots = demand.slots(uses_gpu=uses_gpu)
     if demand.bound is not None:
         slots = min(slots, -(-demand.bound // groups))
-    return Room(share, groups, slots, demand.workers_per_task)
+    if demand.max_packed is not None:
+        slots = min(slots, max(1, demand.max_packed // groups))
+    return slots
 
 
 def groups_that_fit(resources: Resources, machines: Sequence[Resources], size: int, strategy: str) -> int:

@@ -30,7 +30,9 @@ class Worker(Protocol):
 
 @dataclass(frozen=True)
 class Ready:
-    """The worker can run tasks."""
+    """The worker can run tasks, ``slots`` at once if that is fewer than the driver planned."""
+
+    slots: int | None = None
 
 
 @dataclass(frozen=True)

@@ -132,35 +132,26 @@ def a_word_draws_on_the_gpu(folder: Path) -> None:
 
 @special
 def trials_leave_nothing_whatever_their_end(folder: Path) -> None:
-    from dreamfleet.tune.trial import Shared, TrialRun
+    from task_sources import ListSource
 
-    recipe = recipe_of(
-        folder,
-        "search",
-        train__max_train_steps=3,
-        optimizer__fused_backward=True,
-        optimizer__max_grad_norm=0,
-        validation__holdout=str(folder / "held"),
-        validation__steps=1,
-    )
-    shared = Shared(
-        folder=recipe.output_dir,
-        recipe=recipe.model_dump(mode="json", exclude={"search"}),
-        figures=["holdout_loss"],
-        threads=1,
-        uses_gpu=True,
-        gpu_share=0.5,
-        environment={},
-        sent={},
-    )
+    from dreamfleet.trainers.packing.runner import run_tasks
+    from dreamfleet.trainers.packing.task import Task
+
     before = used()
     for number, (rate, end) in enumerate([(1e38, "failed"), (1e-3, "completed"), (1e-3, "completed")]):
-        trial = TrialRun(shared, f"trial-{number:03d}", {"optimizer.learning_rate": rate}, -1)
-        line: dict[str, Any] = {}
-        while not line.get("done"):
-            line = trial.next_round()
-        trial.stop()
-        assert line["exit_reason"] == end, line
+        recipe = recipe_of(
+            folder,
+            f"search/trial-{number}",
+            train__max_train_steps=3,
+            optimizer__learning_rate=rate,
+            optimizer__fused_backward=True,
+            optimizer__max_grad_norm=0,
+            validation__holdout=str(folder / "held"),
+            validation__steps=1,
+        )
+        source = ListSource([Task("trial", recipe.model_dump(mode="json"), ("holdout_loss",))])
+        run_tasks(source, capacity=1, device="cuda", gpu_share=0.5)
+        assert source.ends["trial"].exit_reason == end, source.ends
         assert used() <= before, f"trial {number} left {used() - before} bytes"
 
 
@@ -230,3 +221,37 @@ def benchmark_cases() -> list[str]:
 
 
 SPECIAL |= {f"bench-{name}": functools.partial(_benchmark, name) for name in benchmark_cases()}
+
+
+@special
+def packed_trainings_equal_trainings_alone(folder: Path) -> None:
+    from dreamfleet.datasets.storage.storage import Storage
+    from dreamfleet.trainers.packing.runner import train_packed
+    from dreamfleet.trainers.run.checkpoint import Checkpoints
+
+    lora = {"name": "dreambooth", "lora_rank": 2, "lora_dropout": 0.1, "train_text_encoder": True}
+    methods = [WORD, {**WORD, "num_vectors": 3}, lora, {**lora, "lora_rank": 3}, {"name": "hypernetwork"}]
+    options = {
+        "train__mixed_precision": "bf16",
+        "train__checkpointing_steps": 1,
+        "optimizer__adam_epsilon": 1e-3,
+    }
+    trees = {
+        f"{kind}-{number}": {**options, "method": method, "train__seed": number}
+        for kind in ("packed", "alone")
+        for number, method in enumerate(methods)
+    }
+    packed = [recipe_of(folder, name, **tree) for name, tree in trees.items() if name.startswith("packed")]
+    ends = train_packed(packed, capacity=len(packed), device="cuda")
+    assert [end.error for end in ends] == [None] * len(packed)
+    for number in range(len(methods)):
+        run_of(folder, f"alone-{number}", **trees[f"alone-{number}"])
+        runs = [
+            Checkpoints(Storage(str(folder / "runs" / f"{kind}-{number}"))) for kind in ("packed", "alone")
+        ]
+        for step in (1, 2):
+            ours, theirs = (checkpoints.load(step).learned for checkpoints in runs)
+            for name, tensor in theirs.items():
+                assert ours[name].dtype == tensor.dtype == torch.float32
+                # bf16 rounds sums of other orders differently; Adam moves each weight by at most the rate.
+                assert torch.allclose(ours[name], tensor, rtol=0.02, atol=2e-3 * step), (number, name)

@@ -99,6 +99,16 @@ def test_all_errors_of_the_section_are_reported_together() -> None:
     assert "recipe has 10 errors" in str(caught.value)
 
 
+def test_values_that_cannot_be_combined_are_reported_with_other_errors() -> None:
+    space = {
+        "optimizer.learning_rate": {"distribution": "choice", "values": [1e-3, "0.1:10,0.01"]},
+        "optimizer.lr_scheduler": {"distribution": "choice", "values": ["constant", "cosine"]},
+    }
+    with pytest.raises(RecipeError) as caught:
+        make_recipe(space=space, grace_period=500)
+    assert "cannot be combined" in str(caught.value) and "grace_period" in str(caught.value)
+
+
 def test_an_error_of_the_recipe_itself_is_reported_once() -> None:
     tree = make_tree()
     tree["validation"]["metrics"] = ["dino"]

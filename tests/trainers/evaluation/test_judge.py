@@ -58,7 +58,7 @@ def test_clip_is_loaded_only_if_a_metric_needs_it_and_computes_features_once(
         return CountingScorer()
 
     monkeypatch.setattr(judge, "load_clip", load_clip)
-    previews = {"prompts": ["red"], "metrics": ["loss"]}
+    previews: dict[str, Any] = {"prompts": ["red"], "metrics": ["loss"]}
     judge.Judge(ValidationConfig.model_validate(previews), references=References(real=plain(RED)), strip={})
     assert loaded == []
     previews |= {"metrics": ["clip_t", "clip_i"], "clip": "mine"}

@@ -140,7 +140,9 @@ def test_weights_that_zero_shards_start_on_the_host() -> None:
     counts = simple_counts(encoding=GIB, mixed=True)
     start = {one.choice.name: one.gpu_moments["starting"] for one in estimate_all(counts)}
     assert start["torch"] - start["ZeRO-3"] == 4 * GIB
-    assert start["ZeRO-2"] - start["ZeRO-3"] == 2 * 2 * GIB - GIB, "stage 2 clones the weights, after encoding"
+    assert start["ZeRO-2"] - start["ZeRO-3"] == 2 * 2 * GIB - GIB, (
+        "stage 2 clones the weights, after encoding"
+    )
     drawing = estimate(simple_counts(encoding=GIB, mixed=True, class_drawing=3 * GIB), CHOICES[3])
     assert drawing.gpu_moments["starting"] - start["ZeRO-3"] == 2 * GIB + 3 * GIB - GIB
 

@@ -24,8 +24,10 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.launch import fit
 from dreamfleet.trainers.recipe import build_recipe
+from dreamfleet.trainers.report.metrics_log import read_metrics
 from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
 from dreamfleet.trainers.run.checkpointing import Checkpointing
+from dreamfleet.trainers.run.evaluation import Evaluation
 from dreamfleet.trainers.run.run import newest_checkpoint, run_worker
 from dreamfleet.trainers.run.stopwatch import Clock
 
@@ -74,6 +76,39 @@ def test_a_run_killed_by_sigkill_equals_an_uninterrupted_one(tmp_path: Path) -> 
         json.loads(line)["step"] for line in (tmp_path / "killed/metrics.jsonl").read_text().splitlines()
     ]
     assert steps == sorted(set(steps)) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("part", ["measure", "draw"])
+def test_a_run_killed_between_a_checkpoint_and_its_validation_repeats_the_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    tiny.make_images(tmp_path / "holdout", 1, seed=5)
+    validation = {
+        "steps": 2, "holdout": str(tmp_path / "holdout"), "holdout_timesteps": 1, "sample_at_first": False,
+        "prompts": ["a <x>"], "num_images": 1, "num_inference_steps": 1,
+    }  # fmt: skip
+    trees = [
+        recipe_tree(tmp_path, name, method=TEXTUAL_INVERSION, validation=validation)
+        for name in ("straight", "killed")
+    ]
+    run_worker(build_recipe(trees[0]))
+    calls, original = iter(range(9)), getattr(Evaluation, part)
+
+    def kill(*given: Any) -> Any:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    monkeypatch.setattr(Evaluation, part, kill)
+    with pytest.raises(KeyboardInterrupt):
+        run_worker(build_recipe(trees[1]))
+    monkeypatch.undo()
+    assert run_worker(build_recipe(trees[1]), resume=True).start_step == 4
+    runs = [Storage(tree["output_dir"]) for tree in trees]
+    rounds = [[line for line in read_metrics(run) if "holdout_loss" in line] for run in runs]
+    assert [line["step"] for line in rounds[0]] == [2, 4, 6] and rounds[0] == rounds[1]
+    assert runs[0].list("samples") == runs[1].list("samples")
+    assert Checkpoints(runs[0]).steps() == Checkpoints(runs[1]).steps()
 
 
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(
@@ -145,7 +180,8 @@ def test_a_worker_that_is_late_for_a_save_waits_like_the_others(tmp_path: Path) 
     checkpoints, distributed = Checkpoints(Storage(str(tmp_path))), RankOne()
     checkpoints.save(2, learned={"w": torch.zeros(1)}, engine={}, meta={})
     engine: Any = SimpleNamespace(weights=dict, state=dict, lockstep=False)
-    parts: Any = SimpleNamespace(engine=engine, distributed=distributed)
+    recipe = build_recipe(recipe_tree(tmp_path, "run"))
+    parts: Any = SimpleNamespace(engine=engine, distributed=distributed, recipe=recipe)
     checkpointing = Checkpointing(parts, checkpoints, Clock())
     checkpointing.save(2)
     assert distributed.waits == [True]

@@ -114,7 +114,12 @@ def test_columns_of_many_values_are_validated_alone(
     monkeypatch.setattr(check_values, "MANY", 3)
     calls: list[Any] = []
     whole = check_values.validate_recipe
-    monkeypatch.setattr(check_values, "validate_recipe", lambda tree: calls.append(tree) or whole(tree))
+
+    def validate(tree: Any) -> Any:
+        calls.append(tree)
+        return whole(tree)
+
+    monkeypatch.setattr(check_values, "validate_recipe", validate)
     rows = "".join(f"s{number},cat,{number},{number % 2}\n" for number in range(20))
     found = errors_of(tmp_path, recipe, f"name,images,train.seed,train.noise_offset\n{rows}x,cat,-1,0\n")
     assert len(found) == 1 and found[0].startswith("row 22: train.seed")

@@ -114,6 +114,23 @@ def test_no_more_tasks_run_at_once_than_allowed() -> None:
     assert max(counts) == 3
 
 
+def test_a_worker_with_less_memory_gets_fewer_tasks() -> None:
+    class Small(Acted):
+        def emit(self, event: Event) -> None:
+            super().emit(Ready(2) if isinstance(event, Ready) else event)
+
+    counts: list[int] = []
+
+    def act(worker: Acted, task: Task) -> None:
+        counts.append(len(worker.running))
+
+    source = ListSource(tasks(4))
+    pool = Pool(source, act, num_workers=1, slots=3)
+    pool.dispatcher.make_worker = lambda: Small(pool.events, act, pool.log)
+    assert not pool.dispatcher.run(lambda: bool(counts))
+    assert counts == [1, 2]
+
+
 def test_rounds_are_decided_by_the_source() -> None:
     answers = iter([None, None, True, False])
 
@@ -180,7 +197,9 @@ def test_a_task_that_kills_its_process_fails_and_its_neighbours_complete() -> No
         if starts(task.name) < 2:  # packed
             if is_last:
                 worker.emit(Died("out of memory"))
-        elif task.name == "task-1":
+            return
+        assert worker.running == [task.name], "it shares its process again"
+        if task.name == "task-1":
             worker.emit(Died("out of memory"))
         else:
             worker.finish(task.name)

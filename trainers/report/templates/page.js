@@ -41,11 +41,17 @@ for (const one of document.querySelectorAll("[data-key]")) {
   if (!keyed.has(one.dataset.key)) keyed.set(one.dataset.key, []);
   keyed.get(one.dataset.key).push(one);
 }
-let lit = [];
+let lit = [], litKey;
 const light = (event) => {
+  const key = event.target.closest?.("[data-key]")?.dataset.key;
+  if (key === litKey) return;
+  litKey = key;
   for (const one of lit) one.classList.remove("lit");
-  lit = keyed.get(event.target.closest?.("[data-key]")?.dataset.key) ?? [];
-  for (const one of lit) one.classList.add("lit");
+  lit = keyed.get(key) ?? [];
+  for (const one of lit) {
+    one.classList.add("lit");
+    if (one instanceof SVGElement) one.parentNode.append(one);  // above the others
+  }
 };
 if (keyed.size) for (const name of ["pointerover", "focusin"]) document.addEventListener(name, light);
 // A click on a heading sorts the rows of its table; empty cells stay last.

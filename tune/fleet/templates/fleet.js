@@ -163,7 +163,7 @@ const fleet = (() => {
     at("sort").value = state.sort;
     at("size").value = state.size;
     const down = state.order === "descending";
-    at("order").textContent = down ? "↓ descending" : "↑ ascending";
+    at("order").replaceChildren(down ? "↓" : "↑", make("span", "", ` ${state.order}`));
     at("order").setAttribute("aria-label", `Order: ${state.order}`);
     for (const chip of at("statuses").children) chip.setAttribute("aria-pressed", String(chip.dataset.status === state.status));
   };
