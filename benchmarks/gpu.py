@@ -48,6 +48,10 @@ def _run_on(device: torch.device, name: str, *, small: bool) -> dict[str, Any]:
         if device.type == "cuda":
             torch.cuda.init()
         _, engine, batch, why = build_parts(recipe, device)
+        peaks = {}
+        if device.type == "cuda":
+            peaks["starting"] = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
         stamps: list[float] = []
 
         def stamp(line: dict[str, Any]) -> None:
@@ -71,12 +75,13 @@ def _run_on(device: torch.device, name: str, *, small: bool) -> dict[str, Any]:
     # The first step fills caches.
     record["seconds_a_step"] = round((stamps[-1] - stamps[1]) / (len(stamps) - 2), 4)
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_reserved()
-        record |= {"peak_allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 2)}
-        record |= {"peak_reserved_gib": round(peak / GIB, 2)}
-        if record.get("predicted_without_cuda_gib"):
-            allocated = torch.cuda.max_memory_allocated() / GIB
-            record["predicted_over_measured"] = round(record["predicted_without_cuda_gib"] / allocated, 3)
+        peaks["training"] = torch.cuda.max_memory_allocated()
+        record["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
+        record["peaks_gib"] = {phase: round(size / GIB, 2) for phase, size in peaks.items()}
+        if planned := record.get("predicted_moments_gib"):
+            record["predicted_over_measured"] = {
+                phase: round(planned[phase] / (size / GIB), 3) for phase, size in peaks.items() if size
+            }
     return record
 
 

@@ -193,7 +193,18 @@ def predict(recipe: Any) -> dict[str, Any]:
     return {
         "engine": mine.choice.name,
         "predicted_gib": round(mine.gpu_moments["training"] / GIB, 2),
-        "predicted_without_cuda_gib": round((mine.gpu_moments["training"] - mine.gpu["context"]) / GIB, 2),
+        # Without CUDA's context, which torch does not count, and by phase, as they are measured.
+        "predicted_moments_gib": {
+            "starting": round((mine.gpu_moments["starting"] - mine.gpu["context"]) / GIB, 2),
+            "training": round(
+                (
+                    max(mine.gpu_moments[phase] for phase in ("training", "optimizer step"))
+                    - mine.gpu["context"]
+                )
+                / GIB,
+                2,
+            ),
+        },
         "predicted_host_gib": round(mine.host_total / GIB, 2),
         "crosses_pcie_bytes": mine.traffic,
     }

@@ -71,7 +71,9 @@ def train(method: str, folder: Path, changes: list[str], *words: str) -> dict[st
     seconds = round(time.perf_counter() - start, 1)
     if done.returncode:
         return {"failed": done.stderr.strip()[-1500:], "seconds": seconds}
-    return {**figures_of(folder), "seconds": seconds}
+    found = {**figures_of(folder), "seconds": seconds}
+    print(json.dumps({"run": folder.name, **found}), flush=True)  # kept if a time limit ends the comparison
+    return found
 
 
 def figures_of(run: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ WAYS: dict[str, dict[str, bool]] = {
     "compiled": {"torch_compile": True},
     "compiled_channels_last": {"torch_compile": True, "channels_last": True},
 }
-ROUNDS = 5
+ROUNDS = 3
 Step = Callable[[], None]
 
 

@@ -72,9 +72,11 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
     from dreamfleet.datasets.index.index import build_index
     from dreamfleet.datasets.index.sets import load_sets
     from dreamfleet.datasets.serve.latent_files import find_manifests
+    from dreamfleet.trainers.models.formats.lossless_image import require_codecs
     from dreamfleet.trainers.models.vision.judge_files import check_judges
 
     require_runnable(recipe.train, recipe.optimizer)
+    require_codecs(recipe.train.export_formats or ())
     recipe.with_deepspeed_file()
     if recipe.data.cache_dir and not find_manifests(Storage(recipe.data.cache_dir)):
         raise DataError(

@@ -8,7 +8,8 @@ with any engine and any number of workers; this requires access to the flat tens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ _STAGE_3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
 _ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
 _SCALER = "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler"
 _PARAMETER = "deepspeed.runtime.zero.partition_parameters:Init"
+_ACCELERATOR = "deepspeed.accelerator.abstract_accelerator:DeepSpeedAccelerator"
 _BUILDER = "deepspeed.ops.op_builder.builder:OpBuilder"
 
 
@@ -61,6 +63,7 @@ INTERNALS = (
     Internal(_SCALER, "last_overflow_iter"),
     Internal(_SCALER, "scale_window"),
     Internal(_BUILDER, "cxx_args", ()),
+    Internal(_ACCELERATOR, "available_memory", ("device_index",)),
     Internal("deepspeed:ops", "__compatible_ops__"),
 )
 
@@ -162,6 +165,22 @@ def swap_out(optimizer: Any, number: int, *, changed: bool) -> None:
         optimizer._optimizer_states_and_gradient_swap_out(number)
     else:
         optimizer._release_swap_buffers(number)
+
+
+@contextmanager
+def flattens_on_host() -> Iterator[None]:
+    """Make stages 1 and 2 flatten the weights in host memory, so that a GPU never holds them twice.
+
+    DeepSpeed flattens them on the GPU if its free memory suffices, which ignores the limit of this process.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    accelerator.available_memory = lambda device_index=None: 0
+    try:
+        yield
+    finally:
+        del accelerator.available_memory
 
 
 def build_without_debug_symbols(builder: Any) -> None:

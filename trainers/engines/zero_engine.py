@@ -101,7 +101,7 @@ class ZeroEngine(ZeroSpec, Engine):
             largest=max(param.numel() for param in model.parameters()),
             swap_folder=str(self.folder.path) if self.folder is not None else None,
         )
-        with stdout_to_stderr(), step_timeouts():
+        with stdout_to_stderr(), step_timeouts(), internals.flattens_on_host():
             if self.stage == 3:
                 self._shard(model, config)
             self.engine, *_ = self.deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)

@@ -262,11 +262,13 @@ class _Run:
     def starting(self) -> int:
         """Return the bytes besides the frozen parts before the first step.
 
-        Weights that ZeRO shards stay in host memory, except while class images are generated.
+        Weights that ZeRO shards stay in host memory, except while class images are generated. When stages 1 and 2
+        start, DeepSpeed holds all weights and clones its partition of them.
         """
         counts, weights = self.counts, self.width * self.sharded
         drawing = weights + counts.class_drawing if counts.class_drawing else 0
-        return max(drawing, counts.encoding + (0 if self.stage else weights))
+        cloned = self.width * (self.total + self.part) if self.stage in (1, 2) else 0
+        return max(drawing, cloned, counts.encoding + (0 if self.stage else weights))
 
     def _torch_step(self) -> int:
         """Return the bytes that torch's step of the largest tensor needs besides its state and gradient."""

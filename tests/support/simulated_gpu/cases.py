@@ -33,6 +33,7 @@ LEFT_OUT: dict[Any, str] = {
     "scaling": "workers are the business of the ranks and of Ray",
     "train.mixed_precision": "a row's precision",
     "train.full_bf16": "a row's precision",
+    "train.export": "a row's exports are checked",
     "engine.zero_stage": "engine choices",
     "engine.offload_optimizer_device": "engine choices; nvme needs libaio and CUDA's compiler",
     "engine.offload_param_device": "engine choices",

@@ -10,6 +10,7 @@ Shapes: H, W height and width in pixels; C 3 or 4 channels.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
 
 import numpy as np
@@ -96,6 +97,13 @@ def _codestream_in(content: bytes) -> bytes:
             break
         place += size
     return b""
+
+
+def require_codecs(formats: Iterable[str]) -> None:
+    """Raise FormatError if an export format among ``formats`` (suffixes without a dot) needs a missing package."""
+    for name in formats:
+        if name in ("avif", "jxl"):
+            _imagecodecs(f"train.export_formats: {name}")
 
 
 def _imagecodecs(where: str) -> ModuleType:

@@ -111,6 +111,9 @@ def test_missing_image_libraries_are_named(tmp_path: Path, monkeypatch: pytest.M
     for suffix in (".avif", ".jxl"):
         with pytest.raises(FormatError, match=r"pip install 'dreamfleet\[formats\]'"):
             write_embedding(embedding(), tmp_path / f"my-cat{suffix}")
+    with pytest.raises(FormatError, match=r"train\.export_formats: jxl: .*pip install"):
+        lossless_image.require_codecs(["pt", "jxl"])
+    lossless_image.require_codecs(["pt", "png"])
     (tmp_path / "x.jxl").write_bytes(b"\xff\x0a" + bytes(40))
     with pytest.raises(FormatError, match=r"pip install 'dreamfleet\[formats\]'"):
         read_embedding(tmp_path / "x.jxl")
