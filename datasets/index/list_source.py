@@ -11,6 +11,7 @@ from dreamfleet.datasets.index.exclusions import BadFile
 from dreamfleet.datasets.index.file_pairing import composed
 from dreamfleet.datasets.index.image_folder import ImageFolder
 from dreamfleet.datasets.index.sources import Listing, ScanOptions, Source, SourceImage
+from dreamfleet.datasets.json_text import json_text
 
 SCHEME = "list"
 
@@ -56,7 +57,7 @@ class ListSource(Source):
 
 def list_url(uris: Sequence[str]) -> str:
     """Return the URL of images given by absolute paths and addresses, for ``data.instance_data_dir``."""
-    return f"{SCHEME}://{json.dumps(list(uris), ensure_ascii=False)}"
+    return f"{SCHEME}://{json_text(list(uris))}"
 
 
 def read_list(url: str) -> list[str]:

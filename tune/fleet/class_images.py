@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import time
 from collections.abc import Callable
 from typing import Any
 
 from dreamfleet.datasets.errors import UserError
+from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
 
 FOLDER = "classes"
@@ -34,7 +34,7 @@ def share_class_images(tree: dict[str, Any], fleet: str) -> str | None:
             method["prior_generation_steps"],
             method["prior_generation_guidance"],
         ]
-        digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(json_text(made_by).encode()).hexdigest()[:12]
         words = re.sub(r"[^a-z0-9]+", "-", data["class_prompt"].lower()).strip("-")[:40].rstrip("-")
         data["class_data_dir"] = f"{fleet}/{FOLDER}/{words or 'class'}-{digest}"
     if data.get("class_cache_dir") is None and data.get("cache_dir") is None:

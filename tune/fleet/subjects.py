@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.json_text import json_text
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.tune.differences import without_package_path
 from dreamfleet.tune.fleet.columns import CLASS_PROMPT, IMAGES, PROMPT
@@ -33,8 +33,8 @@ class Subject:
     @property
     def digest(self) -> str:
         """A hash of the values, by which a resumed fleet recognises a changed row."""
-        values = {key: without_package_path(value) for key, value in self.values.items()}
-        text = json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)
+        values = {key: without_package_path(self.values[key]) for key in sorted(self.values)}
+        text = json_text(values, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -102,7 +102,7 @@ class SubjectRecipes:
         """Return the resolved recipe of a subject as a plain mapping, with ``output_dir``."""
         own = {key: value for key, value in subject.values.items() if key in (IMAGES, PROMPT, CLASS_PROMPT)}
         others = {key: value for key, value in subject.values.items() if key not in own}
-        name = json.dumps([others, sorted(own)], sort_keys=True, default=str)
+        name = json_text([dict(sorted(others.items())), sorted(own)], default=str)
         if name not in self._made:
             made = self.recipe({**dict.fromkeys(own, PLACEHOLDER), **others})
             self._made[name] = made.model_dump(mode="json", exclude={"search", "fleet"})

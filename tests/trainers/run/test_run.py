@@ -145,7 +145,8 @@ def test_export_writes_any_checkpoint_in_any_format(tmp_path: Path) -> None:
 
 def test_check_runs_every_stage_and_leaves_no_files(tmp_path: Path) -> None:
     good = check_run(build_recipe(whole_recipe(tmp_path)))
-    assert [line.name for line in good] == ["output_dir", "pictures", "holdout", "model", "step", "export"]
+    names = [line.name for line in good]
+    assert names == ["output_dir", "pictures", "holdout", "model", "disk", "step", "export"]
     assert all(line.ok for line in good), good
     assert not (tmp_path / "run").exists()
     bad = check_run(build_recipe(whole_recipe(tmp_path, data__instance_data_dir=str(tmp_path / "none"))))
