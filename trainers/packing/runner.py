@@ -12,10 +12,11 @@ import torch
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.trainers.config.packing import find_unpackable, pack_key
 from dreamfleet.trainers.distributed.context import DistributedContext
-from dreamfleet.trainers.distributed.device import TRAINING, on_device
+from dreamfleet.trainers.distributed.device import TRAINING, explain_out_of_memory, on_device
+from dreamfleet.trainers.loop import Micro
 from dreamfleet.trainers.memory.engine_selection import limit_card
 from dreamfleet.trainers.memory.slots import choose_slots
-from dreamfleet.trainers.methods.base import method_class
+from dreamfleet.trainers.methods.base import Loss, method_class
 from dreamfleet.trainers.packing.pack import Pack
 from dreamfleet.trainers.packing.shared_models import SharedModels
 from dreamfleet.trainers.packing.slot import Slot
@@ -209,7 +210,12 @@ class _Runner:
             self.source.on_end(slot.task, slot.end)
 
 
-def _alone(micro: Any) -> Any:
+def _alone(micro: Micro) -> Loss | Exception:
+    """Run the pass of a training that is not packed; return its loss, or the error that ends it."""
     if micro.seed is not None:
         torch.manual_seed(micro.seed)
-    return micro.engine.backward(micro.batch, last=micro.last)
+    try:
+        with explain_out_of_memory():
+            return micro.engine.backward(micro.batch, last=micro.last)
+    except Exception as error:  # noqa: BLE001 - thrown into its training, which closes its files
+        return error

@@ -1,13 +1,16 @@
-"""A runner whose tasks cannot start."""
+"""A runner whose tasks cannot start, or whose passes fail."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
+import torch
 from task_sources import ListSource
 
+from dreamfleet.trainers.engines.torch_engine import TorchEngine
 from dreamfleet.trainers.packing.runner import run_tasks
 from dreamfleet.trainers.packing.task import Task
 
@@ -38,3 +41,26 @@ def test_a_task_that_waits_for_the_others_ends_as_interrupted(tmp_path: Path) ->
         ("one", "two"), "interrupted"
     )
     assert [task.name for task in source.starts] == ["one"]
+
+
+def test_a_pass_that_fails_ends_its_unpacked_training_and_not_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward, calls = TorchEngine.backward, iter(range(100))
+
+    def fail_once(engine: TorchEngine, *args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return backward(engine, *args, **kwargs)
+
+    monkeypatch.setattr(TorchEngine, "backward", fail_once)
+    names = ("one", "two")
+    source = ListSource(
+        [
+            make_task(tmp_path, name, method={"name": "dreambooth"}, data__instance_prompt="a cat")
+            for name in names
+        ]
+    )
+    run_tasks(source, capacity=2)
+    assert source.ends["one"].exit_reason == "failed" and source.ends["one"].kind == "ResourceError"
+    assert source.ends["two"].exit_reason == "completed"
