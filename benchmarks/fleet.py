@@ -32,7 +32,7 @@ EMBEDDING = {
     "data": {"resolution": 64},
     "train": {"max_train_steps": 100, "train_batch_size": 1, "checkpointing_steps": 50},
     "optimizer": {"learning_rate": 1e-3},
-    "scaling": {"num_workers": 0},
+    "scaling": {"num_workers": 0, "slots_per_worker": 32},
     "report_to": [],
 }
 DREAMBOOTH = {

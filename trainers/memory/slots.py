@@ -100,6 +100,21 @@ def combine(counts: Counts, full: Pass, half: Pass) -> SlotProfile:
     )
 
 
+_profiles: dict[str, SlotProfile] = {}  # a pool asks before it starts a runner, which asks for its first task
+
+
+def _profile_once(recipe: Recipe) -> SlotProfile:
+    """Return :func:`profile_slots`, computed once for recipes that differ in images, prompts, seed and length only."""
+    same = {"method", "model", "engine", "optimizer"}
+    sizes = {"resolution", "enable_bucket", "max_bucket_reso", "alpha_mask"}
+    train = recipe.train.model_dump_json(exclude={"seed", "max_train_steps", "num_train_epochs"})
+    key = f"{recipe.model_dump_json(include=same)} {train} {recipe.data.model_dump_json(include=sizes)}"
+    if key not in _profiles:
+        _profiles.clear()
+        _profiles[key] = profile_slots(recipe)
+    return _profiles[key]
+
+
 def choose_slots(
     recipe: Recipe, distributed: DistributedContext, *, host_share: float = 1.0, limit: int | None = None
 ) -> int:
@@ -118,7 +133,7 @@ def choose_slots(
     if limit <= 1:
         return 1
     try:
-        profile = profile_slots(recipe)
+        profile = _profile_once(recipe)
     except Exception as error:  # noqa: BLE001 - also an operator of another package without a fake kernel
         fallback = limit if device.type == "cuda" else 1
         why = str(error).strip().partition("\n")[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,7 +15,15 @@ PACKAGES = ("dreamfleet", "torch", "diffusers", "transformers", "ray", "deepspee
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that affect a run's results, and ``commit`` if this is a git checkout."""
+    """Return the versions that affect a run's results, and ``commit`` if this is a git checkout.
+
+    They are those of this process, read once: a process trains many subjects.
+    """
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
