@@ -223,6 +223,27 @@ def test_a_job_whose_driver_is_killed_reports_it_and_is_resumed(recipe: Path, he
     assert not find_planted(head.folder, recipe.parent), "the client's secrets reached the cluster"
 
 
+def test_a_fleet_is_sent_with_its_table_and_its_images(recipe: Path) -> None:
+    folder, fleet = recipe.parent, recipe.parent / "runs" / "fleet"
+    for number in range(2):
+        tiny.make_images(folder / f"subject-{number}", 2, seed=number)
+    table = folder / "subjects.csv"
+    table.write_text("name,images,train.seed\nalpha,subject-0,1\nbeta,subject-1,2\n")
+    changes = ("train.max_train_steps=2", "method.lora_rank=2", f"output_dir={fleet}")
+    shared = f"--shared={folder / 'runs'}"
+    sent = dreamfleet("submit", shared, "--follow", "--", "fleet", table, recipe, *changes)
+    assert sent.exit_code == 0, sent.output
+    for name in ("alpha", "beta"):
+        summary = json.loads((fleet / "subjects" / name / "summary.json").read_text())
+        assert summary["exit_reason"] == "completed" and summary["steps"] == 2
+        assert (fleet / "subjects" / name / "exports" / f"{name}.safetensors").exists()
+        # The job read the images that were sent, not those of this machine.
+        assert (
+            str(folder) not in (fleet / "subjects" / name / "recipe.yaml").read_text().split("output_dir")[0]
+        )
+    assert (fleet / "index.html").exists() and (fleet / "fleet.parquet").exists()
+
+
 def _driver_of(job_id: str) -> int:
     """Return the process id of a job's driver."""
     for process in Path("/proc").glob("[0-9]*"):
