@@ -58,7 +58,7 @@ class SharedModels:
         self._model.freeze()
 
     def clear(self) -> None:
-        """Forget the loaded model, whose frozen parameters the next trainings need in another precision."""
+        """Forget the loaded model, so that its copies on a device are freed for trainings of another kind."""
         self._key, self._model, self._original = None, None, {}
 
     def _loaded(self, config: ModelConfig, needs: Collection[str]) -> DiffusionModel:

@@ -130,7 +130,7 @@ class PoolActor:
                 capacity=slots,
                 device="cuda" if settings.uses_gpu else "cpu",
                 gpu_share=settings.gpu_share,
-                host_share=1.0 if settings.uses_gpu else min(1.0, settings.threads / (os.cpu_count() or 1)),
+                host_share=settings.host_share,
                 should_stop=self.interrupted.is_set,
             )
         except Exception as error:  # noqa: BLE001 - sent to the driver
