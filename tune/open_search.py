@@ -7,7 +7,7 @@ import yaml
 from dreamfleet.datasets.errors import CheckpointError, DataError, RecipeError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.recipe import Recipe, build_recipe
-from dreamfleet.trainers.run.run_folder import is_used
+from dreamfleet.trainers.run.run_folder import is_resumed
 from dreamfleet.tune.differences import differences
 from dreamfleet.tune.trial_store import FILE, RECIPE, TrialStore, read_store
 from dreamfleet.tune.warm_start import read_earlier
@@ -34,17 +34,9 @@ def open_store(recipe: Recipe, *, resume: bool) -> TrialStore:
     Raises RecipeError if the folder is in use and not resumed, or if ``search.warm_start`` names a search that cannot
     be used; CheckpointError if it holds a different search.
     """
-    folder = Storage(recipe.output_dir)
-    here = f"output_dir {recipe.output_dir}"
-    if folder.exists(FILE):
-        if not resume:
-            raise RecipeError(
-                f"{here} already holds a search; continue it with --resume, or give another output_dir"
-            )
-        _refuse_another_search(folder, recipe)
+    if is_resumed(recipe, FILE, what="search", resume=resume):
+        _refuse_another_search(Storage(recipe.output_dir), recipe)
         return read_store(recipe)
-    if is_used(folder):
-        raise RecipeError(f"{here} is not empty and holds no search; give another output_dir")
     store = TrialStore(recipe)
     store.state.earlier = read_earlier(store)
     return store

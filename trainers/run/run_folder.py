@@ -31,6 +31,27 @@ def is_used(folder: Storage) -> bool:
     return any(folder.has_files(name) for name in folder.list_dirs())
 
 
+def is_resumed(recipe: Recipe, marker: str, *, what: str, resume: bool) -> bool:
+    """Return whether ``output_dir`` holds a run, search or fleet (``what``) to continue; False if it is unused.
+
+    ``marker`` is a file that every such folder has. Raises RecipeError if the folder holds other files, or holds one
+    and ``resume`` is False.
+    """
+    folder = Storage(recipe.output_dir)
+    if not folder.exists(marker):
+        if is_used(folder):
+            raise RecipeError(
+                f"output_dir {recipe.output_dir} is not empty and holds no {what}; use another output_dir"
+            )
+        return False
+    if not resume:
+        raise RecipeError(
+            f"output_dir {recipe.output_dir} holds a {what} already; continue it with --resume, or use another "
+            "output_dir"
+        )
+    return True
+
+
 def open_run_folder(recipe: Recipe, *, resume: bool) -> Storage:
     """Return the run folder of a recipe; it may hold a run only with ``resume``.
 
@@ -38,16 +59,8 @@ def open_run_folder(recipe: Recipe, *, resume: bool) -> Storage:
     CheckpointError if it holds a run of another method.
     """
     run = Storage(recipe.output_dir)
-    if not is_used(run):
+    if not is_resumed(recipe, "recipe.yaml", what="run", resume=resume):
         return run
-    if not run.exists("recipe.yaml"):
-        raise RecipeError(
-            f"output_dir {recipe.output_dir} is not empty and holds no run; use another output_dir"
-        )
-    if not resume:
-        raise RecipeError(
-            f"output_dir {recipe.output_dir} holds a run already; continue it with --resume, or use another output_dir"
-        )
     import yaml
 
     before = yaml.safe_load(run.read_text("recipe.yaml"))["method"]["name"]

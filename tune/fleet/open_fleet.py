@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
-from dreamfleet.datasets.errors import CheckpointError, RecipeError, UserError
+from dreamfleet.datasets.errors import CheckpointError, UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.recipe import Recipe
-from dreamfleet.trainers.run.run_folder import is_used
+from dreamfleet.trainers.run.run_folder import is_resumed
 from dreamfleet.tune.differences import differences
 from dreamfleet.tune.fleet.class_images import share_class_images
 from dreamfleet.tune.fleet.finisher import record_of_summary
@@ -33,26 +33,18 @@ def open_fleet(recipe: Recipe, *, resume: bool) -> Storage:
     Raises RecipeError if it is in use and not resumed, CheckpointError if it holds a fleet of another recipe.
     """
     folder = Storage(recipe.output_dir)
-    here = f"output_dir {recipe.output_dir}"
-    if folder.exists(RECIPE):
-        if not resume:
-            raise RecipeError(
-                f"{here} holds a fleet already; continue it with --resume, or give another output_dir"
-            )
-        before, now = (
-            yaml.safe_load(folder.read_text(RECIPE)),
-            _without_images(recipe.model_dump(mode="json")),
-        )
+    if is_resumed(recipe, RECIPE, what="fleet", resume=resume):
+        before = _without_images(yaml.safe_load(folder.read_text(RECIPE)))
+        now = _without_images(recipe.model_dump(mode="json"))
         for tree in (before, now):
             for name in CHANGEABLE:
                 tree.pop(name, None)
-        if changed := differences(_without_images(before), now):
+        if changed := differences(before, now):
             raise CheckpointError(
-                f"{here} holds a fleet of another recipe: {', '.join(changed[:5])} changed. Only the sections fleet "
-                "and scaling may change; give another output_dir, or set the key for new subjects in a column"
+                f"output_dir {recipe.output_dir} holds a fleet of another recipe: {', '.join(changed[:5])} changed. "
+                "Only the sections fleet and scaling may change; give another output_dir, or set the key for new "
+                "subjects in a column"
             )
-    elif is_used(folder):
-        raise RecipeError(f"{here} is not empty and holds no fleet; give another output_dir")
     return folder
 
 
