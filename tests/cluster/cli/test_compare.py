@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
+from local_pages import served_page
 from searches import make_searched_folder
 from typer.testing import CliRunner
 
@@ -32,32 +29,12 @@ def test_the_command_saves_votes_and_writes_the_report(tmp_path: Path) -> None:
     store.save()
     comparison = BlindPage(store).comparisons[0]
     moved = (tmp_path / "s").rename(tmp_path / "moved")
-    command = [
-        sys.executable,
-        "-m",
-        "dreamfleet.cluster.cli",
-        "compare",
-        str(moved),
-        "--no-browser",
-        "--json",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        first = process.stderr.readline()
-        match = re.search(r"http://127\.0\.0\.1:(\d+)/([\w-]+)/", first)
-        assert match, first + process.stderr.read()
-        connection = http.client.HTTPConnection("127.0.0.1", int(match[1]), timeout=10)
-        connection.request("GET", f"/{match[2]}/")
-        html = connection.getresponse().read().decode()
+    with served_page("compare", moved, ends_within=60) as page:
+        html = page.get()
         assert page_data(html)["is_served"] and "Save votes" not in html
-        body = json.dumps({"id": comparison.id, "choice": "left"})
-        connection.request("POST", f"/{match[2]}/act", body, {"Content-Type": "application/json"})
-        assert json.loads(connection.getresponse().read()) == {"votes": 1}
-        connection.close()
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    found = json.loads(out)
+        answer = page.act(json.dumps({"id": comparison.id, "choice": "left"}))
+        assert json.loads(answer.read()) == {"votes": 1}
+    found = json.loads(page.output)
     assert found["votes"] == 1 and found["trials"][0]["trial"] == comparison.left
     table = pyarrow.parquet.read_table(moved / "trials.parquet").to_pylist()
     assert {row["trial"]: row["wins"] for row in table}[comparison.left] == 1 and sum(

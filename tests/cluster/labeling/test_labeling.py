@@ -6,9 +6,6 @@ import http.client
 import io
 import json
 import re
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 
 import pytest
 import tiny
+from local_pages import served_page
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -240,30 +238,9 @@ def test_images_are_upright_scaled_and_broken_ones_named(tmp_path: Path) -> None
 
 
 def test_ctrl_c_ends_the_command_with_a_complete_file(folder: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "dreamfleet.cluster.cli",
-        "data",
-        "label",
-        str(folder),
-        "--no-browser",
-        "--json",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        first = process.stderr.readline()
-        match = re.search(r"http://127\.0\.0\.1:(\d+)/([\w-]+)/", first)
-        assert match, first
-        connection = http.client.HTTPConnection("127.0.0.1", int(match[1]), timeout=10)
-        body = json.dumps({"action": "label", "at": 0, "class": 1})
-        connection.request("POST", f"/{match[2]}/act", body, {"Content-Type": "application/json"})
-        assert connection.getresponse().status == 200
-        connection.close()
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=30)
-    assert process.returncode == 0
-    report = json.loads(out)
+    with served_page("data", "label", folder) as page:
+        assert page.act(json.dumps({"action": "label", "at": 0, "class": 1})).status == 200
+    report = json.loads(page.output)
     assert (
         report["labelled"] == 1 and report["classes"] == {"other": 0, "good": 1} and report["pictures"] == 5
     )

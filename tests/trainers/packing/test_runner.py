@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from method_cases import RATES, SECTIONS
+from task_sources import ListSource
 from tiny_models import FAMILIES, tiny_family
 
 from dreamfleet.datasets.storage.storage import Storage
@@ -20,7 +21,7 @@ from dreamfleet.trainers.loop import Micro
 from dreamfleet.trainers.packing.model import PackedModel
 from dreamfleet.trainers.packing.pack import Pack
 from dreamfleet.trainers.packing.runner import run_tasks
-from dreamfleet.trainers.packing.task import End, Task
+from dreamfleet.trainers.packing.task import Task
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
 from dreamfleet.trainers.run.run import run_worker
@@ -49,35 +50,6 @@ RUN_CHANGES: list[Tree] = [
     {"train__train_batch_size": 2, "train__gradient_accumulation_steps": 2, "engine__use_ema": True},
     {"train__train_batch_size": 1, "optimizer__max_grad_norm": 0.1, "train__snr_gamma": 5.0},
 ]
-
-
-class ListSource:
-    """Given tasks; records what happens to them, and stops those named in ``stops`` after the round of step 2."""
-
-    def __init__(self, tasks: Sequence[Task], stops: Sequence[str] = ()):
-        self.tasks, self.stops = list(tasks), stops
-        self.started: list[str] = []
-        self.rounds: dict[str, list[int]] = {}
-        self.ends: dict[str, End] = {}
-
-    @property
-    def is_done(self) -> bool:
-        return not self.tasks
-
-    def next_task(self) -> Task | None:
-        return self.tasks.pop(0) if self.tasks else None
-
-    def on_start(self, task: Task) -> None:
-        self.started.append(task.name)
-
-    def on_round(self, task: Task, figures: dict[str, Any]) -> None:
-        self.rounds.setdefault(task.name, []).append(figures["step"])
-
-    def decision(self, task: Task) -> bool:
-        return task.name in self.stops and self.rounds[task.name][-1] >= 2
-
-    def on_end(self, task: Task, end: End) -> None:
-        self.ends[task.name] = end
 
 
 def packed_method(name: str) -> list[Tree]:
@@ -268,7 +240,7 @@ def test_a_task_that_cannot_start_fails_alone_and_its_slot_is_refilled(tmp_path:
     assert source.ends[first].exit_reason == "failed" and source.ends[first].kind == "DataError"
     assert "empty" in str(source.ends[first].error)
     assert [source.ends[name].exit_reason for name in rest] == ["completed"] * len(rest)
-    assert source.started == list(trees)
+    assert [task.name for task in source.starts] == list(trees)
     assert "empty" in (tmp_path / "packed" / first / "run.log").read_text()
     for name in rest:  # its message is in no other run's log
         log = tmp_path / "packed" / name / "run.log"
@@ -302,10 +274,17 @@ def test_a_training_is_stopped_after_a_round_and_its_slot_is_free(tmp_path: Path
         validation={"steps": 2, "holdout": str(holdout), "holdout_timesteps": 1},
     )
     first, second = trees
-    source = ListSource(tasks_of(trees, tmp_path / "packed", figures=("holdout_loss",)), stops=[first])
+    source = ListSource(
+        tasks_of(trees, tmp_path / "packed", figures=("holdout_loss",)),
+        decide=lambda task, figures: task.name == first and figures["step"] >= 2,
+    )
     run_tasks(source, capacity=2)
-    assert source.ends[first].exit_reason == "stopped" and source.rounds[first] == [0, 2]
-    assert source.ends[second].exit_reason == "completed" and source.rounds[second] == [0, 2, 4, 6, 8]
+
+    def steps_of(name: str) -> list[int]:
+        return [figures["step"] for figures in source.rounds[name]]
+
+    assert source.ends[first].exit_reason == "stopped" and steps_of(first) == [0, 2]
+    assert source.ends[second].exit_reason == "completed" and steps_of(second) == [0, 2, 4, 6, 8]
     summary = json.loads((tmp_path / "packed" / first / "summary.json").read_text())
     assert summary["steps"] == 2 and summary["exit_reason"] == "stopped by the scheduler"
 
@@ -348,7 +327,7 @@ def test_whole_models_are_trained_one_after_the_other_from_the_restored_base(tmp
     section = {"name": "dreambooth", "train_text_encoder": True}
     trees = make_trees(tmp_path, [section, packed_method("textual_inversion")[0], section, section])
     source = run_packed(trees, tmp_path / "packed")
-    assert source.started == list(trees)
+    assert [task.name for task in source.starts] == list(trees)
     run_alone(trees, tmp_path / "alone")
     for name in trees:
         if name.startswith("dreambooth"):

@@ -5,40 +5,23 @@ from typing import Any
 
 import pytest
 import tiny
+from task_sources import ListSource
 
 from dreamfleet.trainers.memory import slots
 from dreamfleet.trainers.memory.slots import profile_slots
 from dreamfleet.trainers.packing.runner import run_tasks
-from dreamfleet.trainers.packing.task import End, Task
+from dreamfleet.trainers.packing.task import Task
 from dreamfleet.trainers.recipe import build_recipe
 
 
-class Counting:
-    """Supplies tasks, and counts the most that were in progress at once."""
+class Counting(ListSource):
+    """Counts the most tasks that were in progress at once."""
 
-    def __init__(self, tasks: list[Task]):
-        self.tasks, self.running, self.most = tasks, 0, 0
-        self.ends: list[End] = []
-
-    @property
-    def is_done(self) -> bool:
-        return not self.tasks
-
-    def next_task(self) -> Task | None:
-        return self.tasks.pop(0) if self.tasks else None
+    most = 0
 
     def on_start(self, task: Task) -> None:
-        self.running += 1
-        self.most = max(self.most, self.running)
-
-    def on_round(self, task: Task, figures: dict[str, Any]) -> None: ...
-
-    def decision(self, task: Task) -> bool:
-        return False
-
-    def on_end(self, task: Task, end: End) -> None:
-        self.running -= 1
-        self.ends.append(end)
+        super().on_start(task)
+        self.most = max(self.most, len(self.starts) - len(self.ends))
 
 
 def test_memory_limits_the_slots_unless_the_recipe_sets_them(
@@ -58,5 +41,5 @@ def test_memory_limits_the_slots_unless_the_recipe_sets_them(
     for wanted, most in (("auto", 2), (3, 3)):
         source = Counting([Task(name, make(name, wanted)) for name in "abcd"])
         run_tasks(source, capacity=4, host_share=0.5)
-        assert [end.exit_reason for end in source.ends] == ["completed"] * 4
+        assert [end.exit_reason for end in source.ends.values()] == ["completed"] * 4
         assert source.most == most
