@@ -198,7 +198,7 @@ class Trial:
 
         def writer() -> tuple[Machine, int] | None:
             for event in self.trace.events():
-                if event["event"] == "upload" and event["file"].endswith("engine.pt") and event["t"] > since:
+                if event["event"] == "upload" and "/engine." in event["file"] and event["t"] > since:
                     machine = next(each for each in self.lab.machines if each.name == event["on"])
                     return machine, machine.pid_here(event["pid"]) or 0
             return None
