@@ -66,10 +66,10 @@ SIZES = (8, 16, 32, 64, 128, 256, 512)
 
 
 def example_table() -> str:
-    """Return the efficiency of SD 1.5 on clusters of H100, for 1, 16 and 64 images per GPU and step."""
+    """Return the efficiency of SD 1.5 on clusters of H100, for 1 and 16 images per GPU and step."""
     lines = ["images per GPU, link of a node", *(f"{gpus} GPUs" for gpus in SIZES)]
     rows = [lines, ["---"] * len(lines)]
-    for images, link in itertools.product((1, 16, 64), LINKS):
+    for images, link in itertools.product((1, 16), LINKS):
         sizes = Sizes(UNET, flops=OPERATIONS * images, images=images)
         clusters = [parse_cluster(f"{gpus}xH100@{link}") for gpus in SIZES]
         shares = [step_time(sizes, exchange_traffic(sizes, each.gpus), each).efficiency for each in clusters]
@@ -78,7 +78,7 @@ def example_table() -> str:
 
 
 def failure_table() -> str:
-    """Return the effective training time of SD 1.5 by the failures of a node, for survivors that continue or restart."""
+    """Return the effective training time of SD 1.5 by failures of a node, for survivors that continue or restart."""
     lines = ["a node fails every", *(f"{gpus} GPUs" for gpus in SIZES)]
     rows = [lines, ["---"] * len(lines)]
     for interval in ("6h", "1d", "10d", "150d"):

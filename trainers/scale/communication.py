@@ -60,30 +60,32 @@ def ring_bytes(size: float, world: int) -> float:
     return size * (world - 1) / world
 
 
-def exchange_traffic(sizes: Sizes, world: int) -> Traffic:
-    """Return the traffic of the torch engine: gradients go to the owner of their part, who sums them; then all gather.
-
-    With ``sizes.by_unit`` this is done for each micro-batch, so that the order of the sum does not depend on the number
-    of workers, else once per step. The sums are gathered after the last.
-    """
-    gradients, rounds = sizes.trained * sizes.width, sizes.micros if sizes.by_unit else 1
-    messages = math.ceil(gradients / MESSAGE)
-    return Traffic(
-        window=BACKWARD if sizes.by_unit else BACKWARD / sizes.micros,
-        scattered=rounds * gradients,
-        after=ring_bytes(gradients, world),
-        scatters=rounds * messages,
-        rings=messages,
-    )
-
-
 def all_reduce_traffic(sizes: Sizes, world: int) -> Traffic:
-    """Return the traffic of one all-reduce of the gradients during a step's last backward pass, as DDP does."""
+    """Return the traffic of one all-reduce of the gradients during a step's last backward pass."""
     gradients = sizes.trained * sizes.width
     return Traffic(
         window=BACKWARD / sizes.micros,
         reduced=2 * ring_bytes(gradients, world),
         all_reduces=math.ceil(gradients / MESSAGE),
+    )
+
+
+def exchange_traffic(sizes: Sizes, world: int) -> Traffic:
+    """Return the traffic of the torch engine: an all-reduce, or with ``sizes.by_unit`` an exchange of each micro-batch.
+
+    The exchange sends each part of the gradients to its owner, who adds them in the order of the micro-batches, whatever
+    the number of workers. After the last one the sums are gathered.
+    """
+    if not sizes.by_unit:
+        return all_reduce_traffic(sizes, world)
+    gradients = sizes.trained * sizes.width
+    messages = math.ceil(gradients / MESSAGE)
+    return Traffic(
+        window=BACKWARD,
+        scattered=sizes.micros * gradients,
+        after=ring_bytes(gradients, world),
+        scatters=sizes.micros * messages,
+        rings=messages,
     )
 
 

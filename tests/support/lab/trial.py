@@ -139,7 +139,7 @@ class Trial:
     struck: float = 0.0  # time of the fault
     before: int = 0  # the last step that was complete then
     drivers: list[Driver] = field(default_factory=list)
-    threads: list[threading.Thread] = field(default_factory=list)
+    rival: Driver | None = None  # a second driver on the same folder
 
     def __post_init__(self) -> None:
         self.url = f"{FOLDERS[self.storage]}/{self.name}-{uuid.uuid4().hex[:8]}"
@@ -211,11 +211,9 @@ class Trial:
 
     def close(self) -> None:
         """End the drivers that still run."""
-        for driver in self.drivers:
-            if driver.code is None:
+        for driver in (*self.drivers, self.rival):
+            if driver is not None and driver.code is None:
                 driver.end()
-        for thread in self.threads:
-            thread.join()
 
     # ---- results --------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from dreamfleet.trainers.scale.cluster import Cluster
 from dreamfleet.trainers.scale.communication import (
     MESSAGE,
     Sizes,
-    all_reduce_traffic,
     exchange_traffic,
     ring_bytes,
     step_time,
@@ -28,16 +27,15 @@ def test_bytes_of_a_ring() -> None:
 def test_bytes_of_every_engine() -> None:
     """Rajbhandari et al. 2020: 2 sizes for data parallelism and stages 1 and 2, 3 for stage 3, on many GPUs."""
     one = Sizes(trained=1_000, width=4)
-    every = [exchange_traffic(one, 10**6), all_reduce_traffic(one, 10**6)]
+    every = [exchange_traffic(one, 10**6), exchange_traffic(replace(one, by_unit=True), 10**6)]
     every += [zero_traffic(one, 10**6, stage=stage, bucket=100) for stage in (1, 2, 3)]
     sent = [traffic.total(10**6) / 4_000 for traffic in every]
     assert sent == pytest.approx([2, 2, 2, 2, 3], rel=1e-5)
 
 
 def test_bytes_with_two_micro_batches_on_four_gpus() -> None:
-    assert all_reduce_traffic(SIZES, 4).reduced == 2 * 3_000
     once = exchange_traffic(SIZES, 4)
-    assert (once.scattered, once.after, once.window) == (4_000, 3_000, pytest.approx(1 / 3))
+    assert (once.reduced, once.after, once.window) == (2 * 3_000, 0, pytest.approx(1 / 3))
     each = exchange_traffic(
         replace(SIZES, by_unit=True), 4
     )  # gathers once, whatever the number of micro-batches
@@ -55,12 +53,13 @@ def test_seconds_of_a_step() -> None:
     """2 GPUs on 2 nodes send 4 GB at 1 GB/s while a third of a step of 6 s, at 50% overlap, hides 1 s of it."""
     sizes = Sizes(trained=10**9, width=4, micros=2, images=8)
     cluster = Cluster(2, per_node=1, link=1e9, latency=0.0, bus_latency=0.0, overlap=0.5, step=6.0)
-    step = step_time(sizes, all_reduce_traffic(sizes, 2), cluster)
+    step = step_time(sizes, exchange_traffic(sizes, 2), cluster)
     assert (step.communication, step.exposed, step.seconds) == pytest.approx((4.0, 3.0, 9.0))
     assert step.images_per_second == pytest.approx(2 * 8 / 9) and step.efficiency == pytest.approx(6 / 9)
-    # The exchange sends as much, but gathers half of it after the step.
-    exchanged = step_time(sizes, exchange_traffic(sizes, 2), cluster)
-    assert (exchanged.communication, exchanged.exposed) == pytest.approx((4.0, 2.0 - 1.0 + 2.0))
+    # The exchange by unit sends each micro-batch, and gathers the sums after the step.
+    by_unit = replace(sizes, by_unit=True)
+    exchanged = step_time(by_unit, exchange_traffic(by_unit, 2), cluster)  # two micro-batches
+    assert (exchanged.communication, exchanged.exposed) == pytest.approx((6.0, 4.0 - 2.0 + 2.0))
     # What follows the step is never hidden: half of it for stage 1.
     first = step_time(sizes, zero_traffic(sizes, 2, stage=1, bucket=10**9), cluster)
     assert (first.communication, first.exposed) == pytest.approx((4.0, 2.0 - 1.0 + 2.0))
@@ -68,7 +67,7 @@ def test_seconds_of_a_step() -> None:
 
 def test_computation_follows_from_operations_and_alone_a_gpu_sends_nothing() -> None:
     sizes = Sizes(trained=10**9, flops=9.89e13, images=4)
-    alone = step_time(sizes, all_reduce_traffic(sizes, 1), Cluster(1, utilisation=0.5))
+    alone = step_time(sizes, exchange_traffic(sizes, 1), Cluster(1, utilisation=0.5))
     assert alone.seconds == pytest.approx(0.2) and alone.images_per_second == pytest.approx(20)
     assert alone.efficiency == 1 and alone.sent == 0
 
@@ -77,6 +76,6 @@ def test_a_fast_link_costs_nothing_and_a_slow_one_everything() -> None:
     sizes = Sizes(trained=10**9, images=1)
     for link, efficiency in ((1e15, 1.0), (1e3, 0.0)):
         cluster = Cluster(64, link=link, bus=1e15, latency=0.0, bus_latency=0.0, step=1.0)
-        assert step_time(sizes, all_reduce_traffic(sizes, 64), cluster).efficiency == pytest.approx(
+        assert step_time(sizes, exchange_traffic(sizes, 64), cluster).efficiency == pytest.approx(
             efficiency, abs=1e-6
         )
