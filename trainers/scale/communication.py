@@ -73,8 +73,8 @@ def all_reduce_traffic(sizes: Sizes, world: int) -> Traffic:
 def exchange_traffic(sizes: Sizes, world: int) -> Traffic:
     """Return the traffic of the torch engine: an all-reduce, or with ``sizes.by_unit`` an exchange of each micro-batch.
 
-    The exchange sends each part of the gradients to its owner, who adds them in the order of the micro-batches, whatever
-    the number of workers. After the last one the sums are gathered.
+    The exchange sends each part of the gradients to its owner, who adds them in the order of the micro-batches,
+    whatever the number of workers. After the last one the sums are gathered.
     """
     if not sizes.by_unit:
         return all_reduce_traffic(sizes, world)
