@@ -23,7 +23,7 @@ STEPS, EVERY, AT = (
     10,
     25,
 )  # steps of a run, steps between checkpoints, the step after which a fault strikes
-RUN_SECONDS = 400  # longest time of a run or of a wait, on a loaded machine
+RUN_SECONDS = 600  # longest time of a run or of a wait, on a loaded machine
 FOLDERS = {"s3": f"s3://{BUCKET}/runs", "shared": "/tmp/shared/runs"}
 DATA = {"s3": f"{IMAGES}/train", "shared": "/tmp/shared/cat/train"}
 
