@@ -23,8 +23,8 @@ class Row:
     ``code``: the driver's exit code; 0 means that the run goes on by itself. After another code the run must complete
     with ``--resume``. ``repeated``: most steps computed twice. ``tolerance``: largest difference between a weight and
     that of the undisturbed run; 0 requires equal bits, optimizer state included. ``in_ci``: part of the selection for
-    every change. ``recipe``: further keys of the recipe, dotted with ``__``. ``prepare`` is called before the run
-    starts; ``expect`` checks what else holds.
+    every change. ``recipe``: further keys of the recipe, dotted with ``__``. ``slower``: seconds by
+    which each step is longer. ``prepare`` is called before the run starts; ``expect`` checks what else holds.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Row:
     in_ci: bool = False
     recipe: dict[str, Any] = field(default_factory=dict)
     strikes_at: int = 25
+    slower: float = 0.0
     prepare: Callable[[Laboratory], None] = lambda lab: None
     expect: Callable[[Trial], None] = lambda trial: None
 
@@ -110,6 +111,7 @@ def try_row(lab: Laboratory, row: Row, references: References) -> dict[str, Any]
     began = time.monotonic()
     try:
         row.prepare(lab)
+        trial.lengthen_steps(row.slower)
         driver = trial.start()
         trial.wait_for_step(row.strikes_at)
         row.fault(trial)

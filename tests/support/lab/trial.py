@@ -209,6 +209,11 @@ class Trial:
             for hold in holds:
                 hold.unlink(missing_ok=True)
 
+    def lengthen_steps(self, seconds: float) -> None:
+        """Make each step that much longer, so that a run outlasts what happens beside it; 0 undoes it."""
+        for machine in self.lab.machines:
+            (machine.disk / "tmp" / "trace.jsonl.slow").write_text(str(seconds))
+
     def close(self) -> None:
         """End the drivers that still run."""
         for driver in (*self.drivers, self.rival):
