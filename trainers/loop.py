@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 
 from dreamfleet.datasets.rng import key
+from dreamfleet.trainers.distributed.pulse import Pulse
 from dreamfleet.trainers.engines.base import Engine
 from dreamfleet.trainers.methods.base import Batch, Loss
 from dreamfleet.trainers.step_metrics import LossWatch, Meter
@@ -25,6 +26,8 @@ class Hooks:
     should_stop: Callable[[], bool] = lambda: False
     #: the step of the newest checkpoint, the same on every rank; None when there is none
     saved: Callable[[], int | None] = lambda: None
+    #: the progress that other threads read
+    pulse: Pulse = field(default_factory=Pulse)
 
 
 @dataclass
@@ -146,14 +149,16 @@ class _Loop:
     ):
         self.engine, self.batches, self.prepare, self.rates = engine, batches, prepare, rates
         self.schedule, self.hooks, self.start_step = schedule, hooks, start_step
+        hooks.pulse.resume(start_step)
         self.watch = LossWatch(engine, schedule.total, start_step, hooks.saved)
         self.meter = Meter(engine)
 
     def take_step(self, step: int, seed: int) -> Generator[Micro, Loss, None]:
         """Take optimizer step ``step`` (from 0); then log, save, evaluate and generate previews where they are due."""
-        engine, meter = self.engine, self.meter
+        engine, meter, pulse = self.engine, self.meter, self.hooks.pulse
         now = {name: rate(step) for name, rate in self.rates.items()}
         for number in range(engine.num_micros):
+            pulse.mark("data")
             batch = meter.wait_for(self.batches)
             if step == self.start_step and number == 0:
                 # One forward and backward pass whose result is dropped, so that insufficient memory is reported in the
@@ -164,9 +169,11 @@ class _Loop:
                 engine.begin_step(now, step + 1)
             last, micro_seed = number == engine.num_micros - 1, None if number else seed
             ready = self.prepare(engine.to_device(batch))
+            pulse.begin_pass(ready, last=last)
             loss = yield Micro(engine, ready, last=last, seed=micro_seed, keeps=number > 0)
             self.watch.see_loss(loss.total)
             meter.add(loss, batch)
+        pulse.mark("reduce")
         norm = engine.step(now, step + 1)
         self.watch.see_norm(norm)
         self._finish_step(step + 1, norm, now)
@@ -174,7 +181,8 @@ class _Loop:
     def interrupt(self, done: int) -> Outcome:
         """Save a checkpoint after ``done`` steps, and return the outcome of the interrupted training."""
         self.watch.require_finite(done)
-        self.hooks.save(done)
+        with self.hooks.pulse.during("save"):
+            self.hooks.save(done)
         return Outcome(done, "interrupted", self.meter.figures)
 
     def _finish_step(self, done: int, norm: torch.Tensor, rates: dict[str, float]) -> None:
@@ -185,11 +193,15 @@ class _Loop:
         if logs:
             self.watch.require_gradient(done)
             hooks.log({"step": done, **self.meter.read(norm), "lr": rates})
+        hooks.pulse.saved = hooks.saved()
+        hooks.pulse.finish_step(done)
         with self.meter.paused():
             if saves:
-                hooks.save(done)
+                with hooks.pulse.during("save"):
+                    hooks.save(done)
             if samples:
-                if figures := hooks.validate(done):
-                    self.meter.figures.update(figures)
-                    hooks.log({"step": done, **figures})
-                hooks.sample(done)
+                with hooks.pulse.during("evaluation"):
+                    if figures := hooks.validate(done):
+                        self.meter.figures.update(figures)
+                        hooks.log({"step": done, **figures})
+                    hooks.sample(done)
