@@ -130,10 +130,14 @@ class Pulse:
 _current: list[Pulse] = []
 
 
-def set_current(pulse: Pulse) -> Pulse:
-    """Make ``pulse`` the one of this process, which :func:`current` returns; return it."""
+@contextmanager
+def training_here(pulse: Pulse) -> Iterator[Pulse]:
+    """Make ``pulse`` the one of this process, which :func:`current` returns, within this context."""
     _current[:] = [pulse]
-    return pulse
+    try:
+        yield pulse
+    finally:
+        _current.clear()
 
 
 def current() -> Pulse | None:

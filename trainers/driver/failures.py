@@ -24,8 +24,8 @@ class Failure:
     """One failure of the workers of a run.
 
     ``error``: the class and message of the exception, or what is known of a death. ``step``: the last finished step, if
-    known; ``saved``: the step of the newest checkpoint then, None without one. ``rank`` and ``node``: of the worker that
-    failed first.
+    known; ``saved``: the step of the newest checkpoint then, None without one. ``rank`` and ``node``: of the worker
+    that failed first.
     """
 
     cause: Cause
@@ -64,6 +64,11 @@ class FailureBudget:
     counted: int = 0
     saved: int | None = None
     seen: set[tuple[str, str, int | None]] = field(default_factory=set)
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether the next failure that counts ends the run."""
+        return 0 <= self.max_failures <= self.counted
 
     def see(self, failure: Failure) -> Decision:
         """Count a failure; return whether the run continues."""

@@ -50,11 +50,11 @@ class RunWatch(WorkerGroupCallback, ReplicaGroupCallback):
         self.run, self.sent = run, sent
         self.budget, self.hang_timeout = FailureBudget(max_failures), hang_timeout
         self.group: WorkerGroup | None = None
-        self.heard: dict[Any, Heard] = {}  # these by actor
-        self.asked: dict[Any, Any] = {}
-        self.processes: dict[Any, Any] = {}
-        self.noticed: set[Any] = set()
-        self.hung: set[Any] = set()
+        self.heard: dict[str, Heard] = {}  # these by _key(worker)
+        self.asked: dict[str, Any] = {}
+        self.processes: dict[str, Any] = {}
+        self.noticed: set[str] = set()
+        self.hung: set[str] = set()
         self.drained: set[str] = set()  # nodes
 
     @cached_property
@@ -73,7 +73,7 @@ class RunWatch(WorkerGroupCallback, ReplicaGroupCallback):
     def after_execution_group_start(self, execution_group: Any) -> None:
         """Prepare the processes of new workers."""
         for worker in execution_group.get_workers():
-            self.processes[worker.actor] = worker.execute_async(worker_process.prepare)
+            self.processes[_key(worker)] = worker.execute_async(worker_process.prepare)
 
     def after_worker_group_poll_status(self, worker_group_status: WorkerGroupPollStatus) -> None:
         """Count failures; otherwise give notice to workers on nodes that are drained, and end those that hang."""
@@ -81,12 +81,14 @@ class RunWatch(WorkerGroupCallback, ReplicaGroupCallback):
             return
         workers = self.group.get_workers()
         if worker_group_status.errors:
-            self._judge(worker_group_status.errors, workers)
+            self._judge(worker_group_status, workers)
             return
         self._listen(workers)
         self._give_notices(workers)
-        heard = {rank: self.heard[worker.actor] for rank, worker in enumerate(workers)}
-        if not worker_group_status.finished and (hang := find_hang(heard, time.monotonic(), self.hang_timeout)):
+        heard = {rank: self.heard[_key(worker)] for rank, worker in enumerate(workers)}
+        if not worker_group_status.finished and (
+            hang := find_hang(heard, time.monotonic(), self.hang_timeout)
+        ):
             self._end_hang(hang, workers)
 
     # progress
@@ -95,43 +97,44 @@ class RunWatch(WorkerGroupCallback, ReplicaGroupCallback):
         """Note the workers' answers to the last question, and ask those that answered again."""
         now = time.monotonic()
         for worker in workers:
-            self.heard.setdefault(worker.actor, Heard(None, now))
-            asked = self.asked.get(worker.actor)
+            self.heard.setdefault(_key(worker), Heard(None, now))
+            asked = self.asked.get(_key(worker))
             if asked is not None and ray.wait([asked], timeout=0)[0]:
                 self._note(worker, asked)
-            if worker.actor not in self.asked:
-                self.asked[worker.actor] = worker.execute_async(worker_process.read_beat)
+            if _key(worker) not in self.asked:
+                self.asked[_key(worker)] = worker.execute_async(worker_process.read_beat)
 
     def _note(self, worker: Worker, answer: Any) -> None:
-        self.asked.pop(worker.actor, None)
+        self.asked.pop(_key(worker), None)
         try:
             beat = ray.get(answer)
         except Exception as error:  # noqa: BLE001 - a dead worker is reported by the poll
             log.debug("worker does not answer: %s", error)
             return
-        self.heard[worker.actor] = Heard(beat, time.monotonic())
+        self.heard[_key(worker)] = Heard(beat, time.monotonic())
         if beat is not None:
             self.budget.note_saved(beat.saved)
 
     def _beats(self, workers: list[Worker]) -> dict[int, Beat]:
         """Return the newest progress of each rank that is known; of workers that are alive, that of now."""
-        asked = {worker.actor: worker.execute_async(worker_process.read_beat) for worker in workers}
+        asked = {_key(worker): worker.execute_async(worker_process.read_beat) for worker in workers}
         ready, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_SECONDS)
         for worker in workers:
-            if asked[worker.actor] in ready:
-                self._note(worker, asked[worker.actor])
-        found = {rank: self.heard.get(worker.actor) for rank, worker in enumerate(workers)}
+            if asked[_key(worker)] in ready:
+                self._note(worker, asked[_key(worker)])
+        found = {rank: self.heard.get(_key(worker)) for rank, worker in enumerate(workers)}
         return {rank: one.beat for rank, one in found.items() if one is not None and one.beat is not None}
 
     # failures
 
-    def _judge(self, errors: Mapping[int, Exception], workers: list[Worker]) -> None:
+    def _judge(self, status: WorkerGroupPollStatus, workers: list[Worker]) -> None:
         """Count a failure; raise the reason if it ends the run."""
+        errors = status.errors
         for error in (error for _, error in sorted(errors.items())):
             if isinstance(error, UserError | RunFailed):
                 self.events.add("failure", cause="mistake", error=f"{type(error).__name__}: {error}"[:1000])
                 raise error
-        hung = [rank for rank, worker in enumerate(workers) if worker.actor in self.hung]
+        hung = [rank for rank, worker in enumerate(workers) if _key(worker) in self.hung]
         drained = [rank for rank, worker in enumerate(workers) if worker.metadata.node_id in self.drained]
         reported = find_cause(errors, hung=hung, drained=drained)
         beats = self._beats(workers)
@@ -145,12 +148,11 @@ class RunWatch(WorkerGroupCallback, ReplicaGroupCallback):
             rank=reported.rank,
             node=workers[reported.rank].metadata.node_ip if reported.rank < len(workers) else None,
         )
+        if (
+            self.budget.is_spent
+        ):  # a checkpoint that was complete just before the failure may not have been heard of
+            self.budget.note_saved(self._newest_checkpoint())
         decision = self.budget.see(failure)
-        if decision.action == "end" and (saved := self._newest_checkpoint()) is not None:
-            # A checkpoint that was complete just before the failure may not have been heard of.
-            if self.budget.saved is None or saved > self.budget.saved:
-                self.budget.seen.discard(failure.signature)  # type: ignore[arg-type]
-                decision = self.budget.see(Failure(failure.cause, failure.error, step, saved, failure.rank))
         self.events.add(
             "failure",
             step=step,
@@ -160,10 +162,12 @@ class RunWatch(WorkerGroupCallback, ReplicaGroupCallback):
             error=failure.error,
             counted=decision.counted,
             action=decision.action,
-            traceback=_traceback(errors[reported.rank]),
+            traceback=_traceback(status.worker_statuses[reported.rank].error),
         )
         if decision.action == "end":
-            raise RunFailed(f"{decision.reason}. The traceback is in {self.run.path('events', 'controller.jsonl')}")
+            raise RunFailed(
+                f"{decision.reason}. The traceback is in {self.run.path('events', 'controller.jsonl')}"
+            )
 
     def _newest_checkpoint(self) -> int | None:
         try:
@@ -184,11 +188,11 @@ class RunWatch(WorkerGroupCallback, ReplicaGroupCallback):
         self.drained |= set(draining)
         for rank, worker in enumerate(workers):
             node = worker.metadata.node_id
-            if node not in draining or worker.actor in self.noticed:
+            if node not in draining or _key(worker) in self.noticed:
                 continue
-            self.noticed.add(worker.actor)
+            self.noticed.add(_key(worker))
             seconds = max(0.0, draining[node] / 1000 - time.time()) if draining[node] else None
-            beat = self.heard[worker.actor].beat
+            beat = self.heard[_key(worker)].beat
             self.events.add(
                 "preemption",
                 step=beat.step if beat else None,
@@ -203,9 +207,9 @@ class RunWatch(WorkerGroupCallback, ReplicaGroupCallback):
 
     def _end_hang(self, hang: Hang, workers: list[Worker]) -> None:
         """Write the stacks of all workers into the run folder, and end those that hang."""
-        beats = [self.heard[worker.actor].beat for worker in workers]
+        beats = [self.heard[_key(worker)].beat for worker in workers]
         step = max((beat.step for beat in beats if beat is not None), default=0)
-        self.hung |= {workers[rank].actor for rank in hang.ranks}
+        self.hung |= {_key(workers[rank]) for rank in hang.ranks}
         stacks = self._read_stacks(workers, hang)
         for rank, text in stacks.items():
             name = f"{HANGS}/step-{step:06d}-rank-{rank}.txt"
@@ -229,16 +233,20 @@ class RunWatch(WorkerGroupCallback, ReplicaGroupCallback):
     def _read_stacks(self, workers: list[Worker], hang: Hang) -> dict[int, str]:
         """Return the stacks of each rank, read on its node; the processes that hang are then killed."""
         read = ray.remote(num_cpus=0, max_retries=0)(worker_process.read_stacks)
-        found = {rank: "no stacks: its node does not answer" for rank in range(len(workers))}
+        found = dict.fromkeys(range(len(workers)), "no stacks: its node does not answer")
         tasks = {}
         for rank, worker in enumerate(workers):
-            prepared = self.processes.get(worker.actor)
+            prepared = self.processes.get(_key(worker))
             if prepared is None or not ray.wait([prepared], timeout=0)[0]:
                 found[rank] = "no stacks: the process was not ready yet"
                 continue
             at = NodeAffinitySchedulingStrategy(worker.metadata.node_id, soft=False)
             tasks[rank] = read.options(scheduling_strategy=at).remote(prepared, rank in hang.ranks)
-        ready, _ = ray.wait(list(tasks.values()), num_returns=len(tasks), timeout=STACK_SECONDS) if tasks else ([], [])
+        ready, _ = (
+            ray.wait(list(tasks.values()), num_returns=len(tasks), timeout=STACK_SECONDS)
+            if tasks
+            else ([], [])
+        )
         for rank, task in tasks.items():
             if task in ready:
                 try:
@@ -248,6 +256,10 @@ class RunWatch(WorkerGroupCallback, ReplicaGroupCallback):
         return found
 
 
-def _traceback(error: BaseException) -> str | None:
+def _key(worker: Worker) -> str:
+    return str(worker.actor._actor_id.hex())
+
+
+def _traceback(error: BaseException | None) -> str | None:
     text = getattr(error, "_traceback_str", None)
     return str(text)[-4000:] if text else None

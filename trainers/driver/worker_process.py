@@ -17,7 +17,9 @@ from dreamfleet.trainers.distributed.pulse import Beat, Notice
 
 STACK_SIGNAL = signal.SIGUSR2
 STACK_SECONDS = 5.0
-GRACE_SECONDS = 30.0  # between SIGTERM and the end of the process; Kubernetes and spot nodes give at least as much
+GRACE_SECONDS = (
+    30.0  # between SIGTERM and the end of the process; Kubernetes and spot nodes give at least as much
+)
 _files: list[Any] = []  # faulthandler writes to them
 
 

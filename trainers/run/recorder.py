@@ -13,8 +13,9 @@ from PIL import Image
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.distributed.pulse import Pulse
-from dreamfleet.trainers.report.events import EventLog, NoEvents
+from dreamfleet.trainers.report.events import EventLog, NoEvents, read_events
 from dreamfleet.trainers.report.metrics_log import MetricsLog, logged_figures
+from dreamfleet.trainers.report.timeline import read_timeline
 from dreamfleet.trainers.run.build import Parts
 from dreamfleet.trainers.run.provenance import provenance
 from dreamfleet.trainers.run.summary import Summary
@@ -104,6 +105,8 @@ class Recorder:
         summary.figures = {**logged_figures(self.run), **summary.figures, **self.scores}
         self.events.add("end", step=summary.steps, reason=summary.exit_reason)
         self.events.close()
+        if timeline := read_timeline(read_events(self.run)):
+            summary.timeline = timeline.summary()
         self.run.write_text("summary.json", json_text(dataclasses.asdict(summary), indent=1))
         self.flush()
         if self.board is not None:
