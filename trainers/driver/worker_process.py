@@ -89,6 +89,9 @@ def _on_sigterm(number: int, frame: Any, before: Any) -> None:
     if now is None or now.notice is not None:
         if callable(before):
             before(number, frame)
+        else:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         return
     give_notice("SIGTERM", GRACE_SECONDS)
     timer = threading.Timer(GRACE_SECONDS, os._exit, (128 + number,))
