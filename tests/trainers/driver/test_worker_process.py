@@ -66,7 +66,7 @@ def test_the_stacks_of_all_threads_are_read_and_the_process_is_ended_if_wanted(s
 
 
 def test_sigterm_is_a_notice_while_a_run_trains_and_ends_the_process_otherwise(start: Start) -> None:
-    child, process = start()
+    child, _ = start()
     assert child.stdout is not None
     child.terminate()
     assert child.stdout.readline().split() == ["SIGTERM", "True"]
