@@ -15,8 +15,8 @@ from dreamfleet.datasets.environment import masked, variable
 from dreamfleet.datasets.errors import StorageError
 from dreamfleet.datasets.storage.disk import as_storage_error
 from dreamfleet.datasets.storage.retry import (
+    OUTAGES,
     TRANSIENT_ERRNO,
-    Outages,
     is_broken_off,
     is_one_of,
     is_transient,
@@ -31,7 +31,6 @@ T = TypeVar("T")
 SCHEMES = ("s3", "gs")
 _OTHER_NAMES = {"s3a": "s3", "gcs": "gs"}
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0  # timeouts of one attempt
-_outages = Outages(time.monotonic)
 _KEYLESS_KINDS = {"NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError"}
 
 
@@ -261,14 +260,14 @@ def _needs_retry(
     else:
         status, code = response[0].status_code, response[1].get("Error", {}).get("Code")
         reason = f"{status} {code}"
-        transient = is_transient_answer(status, code, after_outage=_outages.is_open(server))
+        transient = is_transient_answer(status, code, after_outage=OUTAGES.is_open(server))
     if not transient:
-        _outages.succeeded(server)
+        OUTAGES.succeeded(server)
         return None
     now = time.monotonic()
     own = now - request_dict["context"].setdefault("first_failure", now)
     # Of the whole outage: requests that start in it do not wait longer than those that it began with.
-    since = _outages.failed(server, f"{operation.name} {request_dict['url_path']}: {reason}")
+    since = OUTAGES.failed(server, f"{operation.name} {request_dict['url_path']}: {reason}")
     return next_wait(attempts, max(own, since))
 
 

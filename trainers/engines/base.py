@@ -82,6 +82,9 @@ class Engine(EngineSpec, ABC):
     def _build(self, optimizer: OptimizerConfig) -> None:
         """Create the optimizer and the wrapper of the method (DDP, DeepSpeed) at the end of the constructor."""
 
+    #: Whether :meth:`weights` and :meth:`state` return copies in host memory, which training does not change.
+    gathers_state = False
+
     @property
     def lockstep(self) -> bool:
         """Whether a forward pass is a collective operation, so that all ranks must run the same forward passes."""
