@@ -52,18 +52,39 @@ class Bucket:
         while True:
             attempt += 1
             try:
-                return action(self.file_system(), key)
+                result = action(self.file_system(), key)
+                OUTAGES.succeeded(self._own_server)
+                return result
             except StorageError:
                 raise
             except Exception as error:
                 first_failure = first_failure or time.monotonic()
-                wait = next_wait(attempt, time.monotonic() - first_failure)
+                since = time.monotonic() - first_failure
                 # Failed requests to S3 were retried within the action, but not the transfer of a response.
-                again = is_broken_off(error) or (self.scheme == "gs" and is_transient(error))
+                again = is_broken_off(error)
+                if self.scheme == "gs" and is_transient(error):
+                    again, since = (
+                        True,
+                        max(since, OUTAGES.failed(self._own_server, f"{verb}: {kind_of(error)}")),
+                    )
+                wait = next_wait(attempt, since)
                 if wait is None or not again:
                     raise StorageError(masked(self._explain(verb, path, error))) from error
                 log.info("cannot %s %s (%s): retrying in %.1f s", verb, path, kind_of(error), wait)
                 time.sleep(wait)
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether the last request to the bucket's server failed, and is being tried again."""
+        server = (
+            urlsplit(_endpoint() or "//amazonaws.com").netloc if self.scheme == "s3" else self._own_server
+        )
+        return OUTAGES.is_open(server)
+
+    @property
+    def _own_server(self) -> str:
+        """The name under which failures outside of S3's requests are kept."""
+        return f"{self.scheme}://{self.name}"
 
     def exists(self) -> bool:
         """Return whether the bucket itself exists."""

@@ -130,9 +130,9 @@ class Outages:
         if reported is not None and now - began >= 1.0:
             self.say(f"{server} answers again, after {now - began:.0f} s")
 
-    def is_open(self, server: str | None = None) -> bool:
-        """Return whether the last request to the server (None: to any server) failed."""
-        return bool(self._began) if server is None else server in self._began
+    def is_open(self, server: str) -> bool:
+        """Return whether the last request to a server failed; ``server`` may be the end of its name."""
+        return any(name.endswith(server) for name in list(self._began))
 
 
 #: The outages of all servers that this process uses.

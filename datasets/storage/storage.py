@@ -61,6 +61,11 @@ class Storage:
         """Whether this is a folder in this machine's file system."""
         return not self.scheme
 
+    @property
+    def is_failing(self) -> bool:
+        """Whether the last request to the bucket's server failed, and is being tried again."""
+        return self._connection is not None and self._connection.is_failing
+
     def path(self, *parts: str) -> str:
         """Return the address of `parts` in this folder. Raises StorageError for a place outside of it."""
         clean = [inside(part).strip("/") for part in parts if part.strip("/")]

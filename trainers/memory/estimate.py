@@ -108,10 +108,10 @@ def estimate(counts: Counts, choice: EngineChoice, *, world: int = 1, workers_pe
     # For previews, averaged weights are copied beside the model's own. Stage 3 exchanges them in place, and
     # torch uses the average itself if it has the dtype of the weights.
     copies_average = counts.average and run.stage != 3 and (not run.is_torch or counts.bf16_weights)
-    # For a checkpoint, rank 0 gathers ZeRO's states unsharded; torch copies the weights, and one state at a
-    # time.
+    # For a checkpoint, rank 0 gathers ZeRO's states unsharded until they are written. Torch's are copied into buffers
+    # that rank 0 keeps; the weights are copied once more to be written.
     saved = run.width * total if run.is_torch else (4 + 8 + 4 * counts.average) * total
-    training = workers_per_host * sum(host.values())
+    training = workers_per_host * sum(host.values()) + run.saved_copy()
     exported = 0 if run.is_torch else 4 * total + (run.stage == 3) * run.width * counts.passed
     return Estimate(
         choice,
@@ -228,6 +228,14 @@ class _Run:
             "staging": staging + width * self.largest,
             "average": counts.average * 4 * self.part,
         }
+
+    def saved_copy(self) -> int:
+        """Return the bytes of the buffers in host memory that rank 0 keeps for checkpoints."""
+        if not self.is_torch:
+            return 0
+        counts = self.counts
+        states = optimizer_bytes(counts.learning, counts.optimizer, counts.factors)
+        return self.width * self.total + states + 4 * counts.average * self.total
 
     def traffic(self) -> dict[str, int]:
         """Return the bytes that offload moves in one optimizer step of one worker.

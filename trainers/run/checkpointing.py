@@ -28,8 +28,8 @@ class Checkpointing:
 
     A save copies the state to host memory and returns; threads of rank 0 write it while the run continues (see
     :class:`Saves`). ``saved`` is the step of the newest state that was taken, the same on every rank; None before the
-    first one. It is complete when the next :meth:`save`, :meth:`finish` or :meth:`close` has returned. ``after_save``
-    is called on rank 0, by a thread, after each complete save.
+    first one. It is complete when the next :meth:`save`, :meth:`finish` or the end of the context has returned.
+    ``after_save`` is called on rank 0, by a thread, after each complete save.
     """
 
     def __init__(
@@ -102,9 +102,13 @@ class Checkpointing:
         """Wait on every rank until all saves are complete. Raises the error of a save that failed."""
         self.parts.distributed.on_rank_0(self.saves.finish)
 
-    def close(self, *, patiently: bool) -> None:
-        """Wait on this rank after an error; see :meth:`Saves.close`."""
-        self.saves.close(patiently=patiently)
+    def __enter__(self) -> Checkpointing:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Complete the saves of a run that fails, so that it can be continued from the newest; log their errors."""
+        if error is not None:  # an interrupt or a closed generator waits for the disk, not for a bucket
+            self.saves.close(patiently=isinstance(error, Exception))
 
     @property
     def has_failed(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError
+from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.distributed.agreement import compare
 from dreamfleet.trainers.distributed.context import DistributedContext
@@ -53,7 +54,7 @@ def run_worker(
     the run. ``waited``: the seconds before this worker was started, which count as start-up.
     """
     clock = Clock(waited)
-    with on_device(device, remedies=TRAINING) as settled:
+    with patience(recipe.storage.patience_seconds), on_device(device, remedies=TRAINING) as settled:
         return drive(
             run_steps(
                 recipe,
@@ -96,14 +97,16 @@ def run_steps(
         clock.resume(found.meta.get("seconds", {}) if found else {})
         del found  # free its memory: up to three times that of the trainable parameters
         checkpointing = Checkpointing(
-            parts, checkpoints, clock, start_step=start_step, after_save=recorder.flush
+            parts, checkpoints, clock, start_step=start_step, after_save=recorder.flush, events=events
         )
-        _open(recorder, checkpointing, evaluation, engine_reason)
-        hooks = _make_hooks(recorder, checkpointing, evaluation, should_stop)
-        _complete_round(recorder, start_step, hooks)
-        clock.ready()
-        events.add("ready", step=start_step, seconds=clock.start_up)
-        outcome = yield from _train(parts, start_step, hooks, recorder)
+        with checkpointing:  # completes the saves, also if the run fails
+            _open(recorder, checkpointing, evaluation, engine_reason)
+            hooks = _make_hooks(recorder, checkpointing, evaluation, should_stop)
+            _complete_round(recorder, start_step, hooks)
+            clock.ready()
+            events.add("ready", step=start_step, seconds=clock.start_up)
+            outcome = yield from _train(parts, start_step, hooks, recorder)
+            checkpointing.finish()
         summary = summarise(parts, outcome, checkpointing, engine_reason)
         _finish(parts, recorder, summary, clock)
     return summary
@@ -148,7 +151,7 @@ def _make_hooks(
         save=checkpointing.save,
         sample=sample,
         validate=validate,
-        should_stop=should_stop,
+        should_stop=lambda: should_stop() or checkpointing.has_failed,
         saved=lambda: checkpointing.saved,
     )
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from dreamfleet.datasets.errors import RunFailed, StorageError, UserError
 from dreamfleet.datasets.storage.background import UPLOADER, WRITER
-from dreamfleet.datasets.storage.retry import OUTAGES
 from dreamfleet.trainers.report.events import EventLog, NoEvents
 from dreamfleet.trainers.run.checkpoint import Checkpoints, folder_name
 from dreamfleet.trainers.run.spool import Spool
@@ -64,7 +63,7 @@ class Saves:
         if self._write is not None:
             wait([self._write])
         while not self.has_failed and any(not upload.done() for upload in self._uploads):
-            if OUTAGES.is_open():
+            if self.checkpoints.storage.is_failing:
                 break
             wait(self._uploads, timeout=LOOK_SECONDS)
         self._uploads = [upload for upload in self._uploads if not upload.done()]
@@ -92,7 +91,7 @@ class Saves:
         self._write = WRITER.submit(lambda: self._guarded(step, write))
 
     def tidy(self, newest: int) -> None:
-        """Remove, after the saves before, what is neither among the newest checkpoints up to ``newest`` nor the best."""
+        """Remove, after the saves before, what is neither the best nor among the newest up to ``newest``."""
         thread = WRITER if self.checkpoints.storage.is_local else UPLOADER
         self._uploads.append(thread.submit(lambda: self._guarded(newest, lambda: self._tidy(newest))))
 
@@ -148,7 +147,7 @@ class Saves:
     def _enqueue(self, step: int, seconds: float, began: float) -> None:
         with self._lock:
             self._spooled.append(step)
-        if OUTAGES.is_open():
+        if self.checkpoints.storage.is_failing:
             self.events.add("save_retry", step=step)
             self._replace_older()
         self._uploads.append(
@@ -175,7 +174,9 @@ class Saves:
             dropped = [step for step in self._spooled if step not in kept]
             self._spooled = [step for step in self._spooled if step in kept]
         for step in dropped:
-            log.info("the checkpoint of step %d is replaced by a newer one, before it reached the bucket", step)
+            log.info(
+                "the checkpoint of step %d is replaced by a newer one, before it reached the bucket", step
+            )
             self._target.drop(step)
 
     def _complete(self, step: int, seconds: float, began: float) -> None:
@@ -183,7 +184,10 @@ class Saves:
         self.events.add("save", step=step, seconds=seconds, background_seconds=time.monotonic() - began)
         try:
             self.after_save()
-        except (UserError, RunFailed) as error:  # the checkpoint is complete, and what follows it is tried again
+        except (
+            UserError,
+            RunFailed,
+        ) as error:  # the checkpoint is complete, and what follows it is tried again
             log.warning("after the checkpoint of step %d: %s", step, error)
 
     def _tidy(self, newest: int) -> None:

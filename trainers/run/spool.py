@@ -33,8 +33,8 @@ class Spool:
             self.folder.mkdir(parents=True, mode=0o700)
         except OSError as error:
             raise StorageError(
-                f"cannot create {self.folder}, where checkpoints wait for the bucket: {error.strerror}. Set TMPDIR to a "
-                "folder that can be written"
+                f"cannot create {self.folder}, where checkpoints wait for the bucket: {error.strerror}. Set TMPDIR "
+                "to a folder that can be written"
             ) from error
         self.checkpoints = Checkpoints(Storage(self.folder))
 
