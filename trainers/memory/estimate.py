@@ -109,10 +109,10 @@ def estimate(counts: Counts, choice: EngineChoice, *, world: int = 1, workers_pe
     # For previews, averaged weights are copied beside the model's own. Stage 3 exchanges them in place, and
     # torch uses the average itself if it has the dtype of the weights.
     copies_average = counts.average and run.stage != 3 and (not run.is_torch or counts.bf16_weights)
-    # For a checkpoint, rank 0 gathers ZeRO's states unsharded until they are written. Torch's are copied into buffers
-    # that rank 0 keeps; the weights are copied once more to be written.
-    saved = run.width * total if run.is_torch else (4 + 8 + 4 * counts.average) * total
-    training = workers_per_host * sum(host.values()) + run.saved_copy()
+    # For a checkpoint, rank 0 gathers ZeRO's states unsharded. Torch's are copied into buffers, which stay for the next
+    # one, and the weights are copied once more to be written.
+    saved = run.copied() + run.width * total if run.is_torch else (4 + 8 + 4 * counts.average) * total
+    training = workers_per_host * sum(host.values())
     exported = 0 if run.is_torch else 4 * total + (run.stage == 3) * run.width * counts.passed
     return Estimate(
         choice,
@@ -234,10 +234,8 @@ class _Run:
             "average": counts.average * 4 * self.part,
         }
 
-    def saved_copy(self) -> int:
-        """Return the bytes of the buffers in host memory that rank 0 keeps for checkpoints."""
-        if not self.is_torch:
-            return 0
+    def copied(self) -> int:
+        """Return the bytes of the buffers in host memory into which torch's state is copied for checkpoints."""
         counts = self.counts
         states = optimizer_bytes(counts.learning, counts.optimizer, counts.factors)
         return self.width * self.total + states + 4 * counts.average * self.total
