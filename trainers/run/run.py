@@ -107,6 +107,7 @@ def run_steps(
             events.add("ready", step=start_step, seconds=clock.start_up)
             outcome = yield from _train(parts, start_step, hooks, recorder)
             checkpointing.finish()
+            recorder.flush()
         summary = summarise(parts, outcome, checkpointing, engine_reason)
         _finish(parts, recorder, summary, clock)
     return summary
@@ -187,8 +188,9 @@ def _train(parts: Parts, start_step: int, hooks: Hooks, recorder: Recorder) -> T
                 hooks=hooks,
             )
         )
-    finally:
-        recorder.flush()  # also after an error, so that a failed run keeps its metrics
+    except BaseException:
+        recorder.flush_after_error()  # a failed run keeps its metrics
+        raise
 
 
 def _finish(parts: Parts, recorder: Recorder, summary: Summary, clock: Clock) -> None:

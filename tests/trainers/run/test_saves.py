@@ -98,7 +98,9 @@ def test_an_error_in_the_background_is_raised_at_the_next_save_and_at_the_end(
     saves = Saves(Full(Storage(tmp_path)), bests=[], is_due=lambda step: True)
     start(saves, 2)
     start(saves, 4)
-    with pytest.raises(StorageError, match=r"step 4 could not be saved: the disk is full; the checkpoint of step 2"):
+    with pytest.raises(
+        StorageError, match=r"step 4 could not be saved: the disk is full; the checkpoint of step 2"
+    ):
         end(saves)
     assert saves.has_failed and saves.checkpoints.steps() == [2]
 
@@ -124,14 +126,12 @@ def own_server() -> Iterator[S3Server]:
 
 
 @pytest.fixture
-def bucket(
-    own_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Callable[[], Storage]]:
+def bucket(own_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], Storage]:
     """Return a function that opens a new folder in the bucket; spools are in the test's folder."""
     own_server.set_environment(monkeypatch)
     monkeypatch.setattr(spool, "spool_root", lambda: tmp_path / "spool")
     url = own_server.new_folder()
-    yield lambda: Storage(url)
+    return lambda: Storage(url)
 
 
 def waiting(folder: Path) -> list[str]:
@@ -181,10 +181,14 @@ def test_after_its_patience_a_save_fails_and_names_the_checkpoint_on_the_disk(
             saves.require_room()
             own_server.stop()
             start(saves, 4)
-            with pytest.raises(StorageError, match=r"step 4 could not be saved: .*no answer.*step-000004") as caught:
+            with pytest.raises(
+                StorageError, match=r"step 4 could not be saved: .*no answer.*step-000004"
+            ) as caught:
                 saves.finish()
             saves.close()
         place = str(caught.value).rpartition(": ")[2]
-        assert place.startswith(str(tmp_path)) and Checkpoints(Storage(Path(place).parents[1])).load(4).step == 4
+        assert (
+            place.startswith(str(tmp_path)) and Checkpoints(Storage(Path(place).parents[1])).load(4).step == 4
+        )
     finally:
         own_server.start()
