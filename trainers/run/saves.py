@@ -12,6 +12,7 @@ from typing import Any
 
 from dreamfleet.datasets.errors import RunFailed, StorageError, UserError
 from dreamfleet.datasets.storage.background import UPLOADER, WRITER
+from dreamfleet.datasets.storage.object_store import is_failing
 from dreamfleet.trainers.report.events import EventLog, NoEvents
 from dreamfleet.trainers.run.checkpoint import Checkpoints, folder_name
 from dreamfleet.trainers.run.spool import Spool
@@ -63,7 +64,7 @@ class Saves:
         if self._write is not None:
             wait([self._write])
         while not self.has_failed and any(not upload.done() for upload in self._uploads):
-            if self.checkpoints.storage.is_failing:
+            if is_failing(self.checkpoints.storage.url):
                 break
             wait(self._uploads, timeout=LOOK_SECONDS)
         self._uploads = [upload for upload in self._uploads if not upload.done()]
@@ -147,7 +148,7 @@ class Saves:
     def _enqueue(self, step: int, seconds: float, began: float) -> None:
         with self._lock:
             self._spooled.append(step)
-        if self.checkpoints.storage.is_failing:
+        if is_failing(self.checkpoints.storage.url):
             self.events.add("save_retry", step=step)
             self._replace_older()
         self._uploads.append(

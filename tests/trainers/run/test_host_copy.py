@@ -13,7 +13,10 @@ def test_a_copy_keeps_the_values_of_its_moment_in_buffers_that_are_used_again() 
     weights = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     moments = {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(5, dtype=torch.bfloat16)}}
     groups = [{"lr": 0.1, "params": [0]}]
-    state: dict[str, Any] = {"learned": {"w": weights}, "engine": {"state": moments, "groups": groups, "t": (1, 2)}}
+    state: dict[str, Any] = {
+        "learned": {"w": weights},
+        "engine": {"state": moments, "groups": groups, "t": (1, 2)},
+    }
     before, copier = weights.clone(), HostCopy()
     first = copier.take(state)
     copier.wait()
