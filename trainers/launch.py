@@ -22,6 +22,7 @@ from dreamfleet.trainers.driver.progress import Display, RunTail, log_to_run, wa
 from dreamfleet.trainers.driver.session import RaySession, ray_session, starts_private_ray
 from dreamfleet.trainers.run.run_folder import locked, open_run_folder
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
+from dreamfleet.trainers.tracking.tracker import check_trackers, tracker_environment
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.recipe import Recipe
@@ -80,6 +81,7 @@ def fit(
         raise RecipeError(
             "overrides apply to a recipe file, and this recipe is an object: change the object instead"
         )
+    check_trackers(recipe)
     check_inputs(recipe, begun=resume and bool(Checkpoints(Storage(recipe.output_dir)).steps()))
     run = open_run_folder(recipe, resume=resume)
     if resume and not Checkpoints(run).steps():
@@ -159,7 +161,8 @@ def _make_trainer(
                 if type(callback).__name__ != "PlacementGroupCleanerCallback"
             ]
 
-    scaling, sent = recipe.scaling, variables_to_send(buckets="://" in recipe.to_yaml())
+    scaling = recipe.scaling
+    sent = variables_to_send(buckets="://" in recipe.to_yaml()) | tracker_environment(recipe)
 
     def loop(config: dict[str, Any]) -> dict[str, Any]:
         # Secrets are passed in this closure, as Ray displays and logs environments and may export the config.

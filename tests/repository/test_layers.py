@@ -25,6 +25,7 @@ LAYERS = {
     "trainers/models/sampling": "torch diffusers",
     "trainers/artifacts": "torch",
     "trainers/report": "",
+    "trainers/tracking": "torch",
     "trainers/optim": "torch",
     "trainers/methods": "torch",
     "trainers/engines": "torch deepspeed",

@@ -19,6 +19,7 @@ from dreamfleet.trainers.driver.shared_paths import PathsByKey, check_machines, 
 from dreamfleet.trainers.packing.task import TaskSource
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.signals import Stop
+from dreamfleet.trainers.tracking.tracker import tracker_environment
 from dreamfleet.tune.pool.dispatch import Dispatcher, Events
 from dreamfleet.tune.pool.room import Demand, Room, limit_slots, plan_room
 from dreamfleet.tune.pool.slots import fit_slots
@@ -179,7 +180,7 @@ def _worker_maker(
         uses_gpu=share.uses_gpu,
         gpu_share=share.gpu_share,
         environment=worker_environment(share.threads),
-        sent=variables_to_send(buckets="://" in recipe.to_yaml()),
+        sent=variables_to_send(buckets="://" in recipe.to_yaml()) | tracker_environment(recipe),
         recipe=recipe.model_dump(mode="json", exclude={"search", "fleet"}),
         host_share=1 / room.per_machine,
     )
