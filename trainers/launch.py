@@ -194,7 +194,7 @@ def _make_trainer(
                 # Ray waits one minute for machines before each such failure; its default is no limit.
                 controller_failure_limit=scaling.wait_minutes,
             ),
-            callbacks=[RaiseAtOnce()],
+            callbacks=[RaiseAtOnce(Storage(recipe.output_dir), sent)],
             worker_runtime_env={"env_vars": worker_environment(share.threads)},
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
