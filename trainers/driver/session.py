@@ -59,6 +59,14 @@ class RaySession:
             if entry["Alive"]
         ]
 
+    def lost_nodes(self) -> list[str]:
+        """Return the addresses of machines that have left the cluster and have not come back."""
+        import ray
+
+        here = {node.address for node in self.nodes()}
+        gone = {entry["NodeManagerAddress"] for entry in ray.nodes() if not entry["Alive"]}
+        return sorted(gone - here)
+
     def growth_limit(self) -> dict[str, float] | None:
         """Return the maximal resources of an autoscaling cluster; None for a fixed set of machines."""
         # Ray has no public function for this; Ray Train uses the same private one.

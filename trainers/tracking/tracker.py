@@ -39,7 +39,7 @@ class TrackedRun:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The resolved recipe as one level, such as ``optimizer.learning_rate`` -> value, without keys that are not set."""
+        """The resolved recipe as one level: ``optimizer.learning_rate`` -> value; without keys that are not set."""
         return flatten(self.recipe.model_dump(mode="json", exclude_none=True), separator=".")
 
     def stored_id(self, tracker: str) -> str | None:
