@@ -44,6 +44,7 @@ LAYERS = {
     "cluster": "torch",
     "cluster/jobs": "ray",
     "cluster/labeling": "",
+    "cluster/monitoring": "",
     "cluster/cli": "",
 }
 HEAVY = {"torch", "ray", "deepspeed", "diffusers", "transformers"}

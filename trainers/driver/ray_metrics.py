@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
@@ -100,8 +101,12 @@ class RayMetrics:
 
 
 def publish_runs() -> None:
-    """Publish the runs of this process from now on; it must be a process of a Ray cluster."""
-    observe_runs(_publisher())
+    """Publish the runs of this process, a process of Ray, from now on.
+
+    Does nothing with RAY_TRAIN_METRICS_ENABLED=0, as in a private Ray, whose metrics nobody collects.
+    """
+    if os.environ.get("RAY_TRAIN_METRICS_ENABLED") != "0":
+        observe_runs(_publisher())
 
 
 @cache

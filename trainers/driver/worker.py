@@ -14,6 +14,7 @@ from dreamfleet.datasets.environment import apply_variables
 from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.driver.progress import log_to_run, watch_for_stop
+from dreamfleet.trainers.driver.ray_metrics import publish_runs
 from dreamfleet.trainers.report.events import CONTROLLER, EventLog
 
 # Environment variables that workers get from the driver; no secrets, as Ray displays and logs them.
@@ -37,6 +38,7 @@ def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, A
     from dreamfleet.trainers.recipe import build_recipe
     from dreamfleet.trainers.run.run import run_worker
 
+    publish_runs()
     torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -85,6 +87,7 @@ class RaiseAtOnce(UserCallback):
     def events(self) -> EventLog:
         """The events of the controller, which is another process than the driver."""
         apply_variables(self.sent)
+        publish_runs()
         return EventLog(self.run, CONTROLLER)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:

@@ -14,6 +14,7 @@ from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.report.events import EventLog, NoEvents
 from dreamfleet.trainers.report.metrics_log import MetricsLog, logged_figures
+from dreamfleet.trainers.report.observers import tell_observers
 from dreamfleet.trainers.run.build import Parts
 from dreamfleet.trainers.run.provenance import provenance
 from dreamfleet.trainers.run.summary import Summary
@@ -49,12 +50,14 @@ class Recorder:
         self.trackers = open_trackers(TrackedRun(self.run, recipe, start_step, versions()))
 
     def log(self, line: dict[str, Any]) -> None:
-        """Write a line of metrics to the log and the trackers, and pass it to ``on_progress`` with ``total_steps``."""
+        """Write a line of metrics to the log and the trackers on rank 0; pass it to observers on every rank."""
+        shown = {**line, "total_steps": self.parts.schedule.total}
+        tell_observers(self.run, self.parts.distributed.rank, shown)
         if self.metrics is not None:
             self.metrics.log(line)
             self.trackers.log(line)
             if self.on_progress is not None:
-                self.on_progress({**line, "total_steps": self.parts.schedule.total})
+                self.on_progress(shown)
 
     def log_scores(self, step: int, scores: dict[str, float]) -> None:
         """Log the scores of a step's previews; the summary contains the newest scores."""

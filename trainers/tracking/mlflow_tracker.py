@@ -10,14 +10,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from dreamfleet.datasets.environment import variable
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.tracking.tracker import PROJECT, TrackedRun, Tracker, flatten, local_folder
+
+if TYPE_CHECKING:  # recipes load without PIL
+    from PIL import Image
 
 log = logging.getLogger(__name__)
 NAME = "mlflow"

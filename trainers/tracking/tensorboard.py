@@ -6,12 +6,12 @@ import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from dreamfleet.trainers.tracking.tracker import TrackedRun, Tracker, flatten
+
+if TYPE_CHECKING:  # recipes load without PIL
+    from PIL import Image
 
 
 class TensorBoard(Tracker):
@@ -38,6 +38,8 @@ class TensorBoard(Tracker):
 
     def log_image(self, tag: str, image: Image.Image, step: int) -> None:
         """Write an RGB image ``[H, W, 3]`` under ``tag``."""
+        import numpy as np
+
         self._writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
 
     def flush(self) -> None:

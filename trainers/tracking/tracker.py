@@ -7,9 +7,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dreamfleet.datasets.environment import variable
 from dreamfleet.datasets.errors import RecipeError, StorageError
@@ -17,6 +15,9 @@ from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.tracking import TRACKERS
 from dreamfleet.trainers.recipe import Recipe
+
+if TYPE_CHECKING:  # recipes load without PIL
+    from PIL import Image
 
 log = logging.getLogger(__name__)
 IDS = "tracking.json"

@@ -8,15 +8,16 @@ import os
 import tempfile
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from PIL import Image
-
-from dreamfleet.datasets.environment import variable
+from dreamfleet.datasets.environment import secrets_hidden, variable
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.tracking.tracker import PROJECT, TrackedRun, Tracker, flatten, local_folder
+
+if TYPE_CHECKING:  # recipes load without PIL
+    from PIL import Image
 
 NAME = "wandb"
 OFFLINE = ("offline", "dryrun", "disabled")
@@ -44,6 +45,8 @@ class WeightsAndBiases(Tracker):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
+        with secrets_hidden():  # W&B's service, a process of its own, inherits the environment
+            wandb.setup()
         self._id = run.stored_id(NAME) or uuid.uuid4().hex[:12]
         self._temporary = None
         folder = variable("WANDB_DIR") or local_folder(run.recipe)
@@ -74,6 +77,7 @@ class WeightsAndBiases(Tracker):
                 disable_job_creation=True,
                 x_disable_meta=True,
                 init_timeout=60,
+                **_proxies(),
             ),
         )
         run.store_id(NAME, self._id)
@@ -127,6 +131,12 @@ class WeightsAndBiases(Tracker):
         self._session.finish(exit_code=0 if results is not None else 1)
         if self._temporary is not None:
             self._temporary.cleanup()
+
+
+def _proxies() -> dict[str, str]:
+    """Return the proxies as settings, since the service does not see those with a password in its environment."""
+    names = ("http_proxy", "https_proxy")
+    return {name: value for name in names if (value := variable(name) or variable(name.upper()))}
 
 
 def _stored_key(server: str | None) -> str | None:
