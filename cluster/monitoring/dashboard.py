@@ -97,6 +97,11 @@ PANELS = [
         "percentunit",
         empty="machines without a GPU have none",
     ),
+    Panel(
+        "GPU memory of each machine, in MiB",
+        {"{{instance}} GPU {{GpuIndex}}": "ray_node_gram_used"},
+        empty="machines without a GPU have none",
+    ),
     Panel("CPU of each machine", {"{{instance}}": "ray_node_cpu_utilization / 100"}, "percentunit"),
     Panel("Memory of each machine", {"{{instance}}": "ray_node_mem_used"}, "bytes"),
     Panel("Sent by each machine", {"{{instance}}": "ray_node_network_send_speed"}, "Bps"),

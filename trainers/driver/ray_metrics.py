@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 import os
+import threading
+import time
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
+from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.report.events import read_events
 from dreamfleet.trainers.report.observers import observe_runs
+from dreamfleet.trainers.report.timeline import read_timeline
 
 PREFIX = "dreamfleet_"
+READ_SECONDS = 15.0
 
 
 class Shown(NamedTuple):
@@ -38,7 +44,6 @@ GAUGES = {
     "peak_memory_bytes": Shown(
         "peak_memory_bytes", "Peak memory: of the GPU, or on a CPU of the process.", True
     ),
-    "gpu_memory_bytes": Shown("gpu_memory_bytes", "Memory of the GPU in use.", True),
 }
 COUNTERS = {
     "failure": ("failures_total", "Failures, by cause.", "cause"),
@@ -58,6 +63,7 @@ class RayMetrics:
         import ray
 
         self.node = ray.util.get_node_ip_address()
+        self._shares = _EffectiveTime()
 
     def __call__(self, run: Storage, rank: int | None, line: Mapping[str, Any]) -> None:
         """Publish a line of metrics or an event."""
@@ -69,8 +75,10 @@ class RayMetrics:
         kind = line.get("kind")
         if kind is None:
             self._show_metrics(line, labels)
-        else:
-            self._show_event(str(kind), line, labels)
+            return
+        self._show_event(str(kind), line, labels)
+        if rank == 0:
+            self._shares.update(run, labels)
 
     def _show_metrics(self, line: Mapping[str, Any], labels: dict[str, str]) -> None:
         is_first = labels["rank"] == "0"
@@ -89,15 +97,41 @@ class RayMetrics:
             for where, key in (("loop", "seconds"), ("background", "background_seconds")):
                 if (seconds := line.get(key)) is not None:
                     save_seconds().observe(float(seconds), tags={**labels, "where": where})
-        if (waiting := line.get("uploads_waiting")) is not None:
-            gauge("uploads_waiting", "Checkpoints that are being uploaded.").set(float(waiting), tags=labels)
-        if (share := line.get("effective_time")) is not None:
-            text = "Part of the wall time that was spent on steps that counted."
-            gauge("effective_training_time", text).set(float(share), tags=labels)
+        if kind == "uploads":
+            text = "Checkpoints that are written or uploaded in the background."
+            gauge("uploads_waiting", text).set(float(line["waiting"]), tags=labels)
         if kind in COUNTERS:
             name, description, label = COUNTERS[kind]
             cause = str(line.get(label) or line.get("error") or "none").partition("\n")[0][:80]
             counter(name, description, label).inc(1, tags={**labels, label: cause})
+
+
+class _EffectiveTime:
+    """Publishes the effective training time of a run from its events, read by a thread every READ_SECONDS at most."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._read_at = -READ_SECONDS
+
+    def update(self, run: Storage, labels: dict[str, str]) -> None:
+        """Read the events and publish the share, unless that is being done or was done lately."""
+        if time.monotonic() - self._read_at < READ_SECONDS or (self._thread and self._thread.is_alive()):
+            return
+        self._read_at = time.monotonic()
+        self._thread = threading.Thread(
+            target=self._publish, args=(run, labels), daemon=True, name="effective-time"
+        )
+        self._thread.start()
+
+    @staticmethod
+    def _publish(run: Storage, labels: dict[str, str]) -> None:
+        try:
+            timeline = read_timeline(read_events(run))
+        except UserError:  # storage that does not answer; the next time may succeed
+            return
+        if timeline is not None and timeline.effective is not None:
+            text = "Part of the wall time that was spent on steps that counted."
+            gauge("effective_training_time", text).set(timeline.effective, tags=labels)
 
 
 def publish_runs() -> None:

@@ -14,6 +14,7 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.distributed.agreement import compare
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, on_device
+from dreamfleet.trainers.distributed.pulse import Preempted, Pulse
 from dreamfleet.trainers.loop import Hooks, Outcome, Training, drive, train
 from dreamfleet.trainers.memory.engine_selection import settle_engine
 from dreamfleet.trainers.models.family import load_model
@@ -27,6 +28,7 @@ from dreamfleet.trainers.run.evaluation import Evaluation
 from dreamfleet.trainers.run.export import export_artifacts
 from dreamfleet.trainers.run.provenance import run_identity
 from dreamfleet.trainers.run.recorder import Recorder
+from dreamfleet.trainers.run.stages import Stages, make_stages
 from dreamfleet.trainers.run.stopwatch import Clock
 from dreamfleet.trainers.run.summary import Summary, summarise
 
@@ -44,13 +46,15 @@ def run_worker(
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     waited: float = 0.0,
+    pulse: Pulse | None = None,
 ) -> Summary:
     """Train a whole run on this worker; return the run's summary, which is the same on every rank.
 
     Every worker of the run calls it with the same recipe. ``gpu_share``: the fraction of the device's memory
     that the run may use, below 1 if other processes use the device too. ``resume``: continue from the newest
     valid checkpoint, if there is one. ``should_stop`` is polled every step; True saves a checkpoint and ends
-    the run. ``waited``: the seconds before this worker was started, which count as start-up.
+    the run. ``waited``: the seconds before this worker was started, which count as start-up. ``pulse``: the progress,
+    which other threads read. Raises Preempted after a checkpoint if a worker was given notice to leave.
     """
     clock = Clock(waited)
     with on_device(device, remedies=TRAINING) as settled:
@@ -62,6 +66,7 @@ def run_worker(
                 should_stop=should_stop,
                 on_progress=on_progress,
                 clock=clock,
+                pulse=pulse,
             )
         )
 
@@ -74,6 +79,7 @@ def run_steps(
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     clock: Clock | None = None,
+    pulse: Pulse | None = None,
     load: Load = load_model,
     settle: Callable[[Recipe, DistributedContext], tuple[Recipe, str]] = settle_engine,
 ) -> Training[Summary]:
@@ -82,7 +88,7 @@ def run_steps(
     ``load`` returns the model that the run trains on; it may share parameters that the run does not train. ``settle``
     returns the recipe with its engine selected, and the reason.
     """
-    clock = clock or Clock()
+    clock, pulse = clock or Clock(), pulse or Pulse()
     checkpoints = Checkpoints(Storage(recipe.output_dir), limit=recipe.train.checkpoints_total_limit)
     found = newest_checkpoint(checkpoints, distributed) if resume else None
     events = open_rank_events(Storage(recipe.output_dir), distributed.rank)
@@ -91,6 +97,11 @@ def run_steps(
     parts = assemble(recipe, distributed, begins=found is None, load=load)
     with closing(events), closing(parts.engine):
         recorder = Recorder(parts, Storage(recipe.output_dir), on_progress=on_progress, events=events)
+        recorder.follow(pulse)
+        stages = make_stages(
+            recorder.run, distributed.device, recipe.train.profile_steps, rank=distributed.rank
+        )
+        pulse.on_stage = stages.mark
         evaluation = Evaluation(parts, recorder)  # some metrics compare with the untuned model
         start_step = _restore(found, parts) if found else 0
         clock.resume(found.meta.get("seconds", {}) if found else {})
@@ -99,11 +110,14 @@ def run_steps(
             parts, checkpoints, clock, start_step=start_step, after_save=recorder.flush
         )
         _open(recorder, checkpointing, evaluation, engine_reason)
-        hooks = _make_hooks(recorder, checkpointing, evaluation, should_stop)
+        hooks = _make_hooks(recorder, checkpointing, evaluation, should_stop, pulse, stages)
         _complete_round(recorder, start_step, hooks)
         clock.ready()
         events.add("ready", step=start_step, seconds=clock.start_up)
-        outcome = yield from _train(parts, start_step, hooks, recorder)
+        with closing(stages):
+            outcome = yield from _train(parts, start_step, hooks, recorder)
+        if outcome.exit_reason == "interrupted":
+            _leave_if_preempted(recorder, outcome.step, pulse, asked=should_stop())
         summary = summarise(parts, outcome, checkpointing, engine_reason)
         _finish(parts, recorder, summary, clock)
     return summary
@@ -133,6 +147,8 @@ def _make_hooks(
     checkpointing: Checkpointing,
     evaluation: Evaluation,
     should_stop: Callable[[], bool],
+    pulse: Pulse,
+    stages: Stages,
 ) -> Hooks:
     def validate(step: int) -> dict[str, float]:
         if figures := evaluation.measure():
@@ -144,12 +160,14 @@ def _make_hooks(
         checkpointing.keep_best(step, recorder.scores)  # which rank 0 has
 
     return Hooks(
-        log=recorder.log,
+        log=lambda line: recorder.log({**line, **stages.times.read()} if "loss" in line else line),
         save=checkpointing.save,
         sample=sample,
         validate=validate,
-        should_stop=should_stop,
+        should_stop=lambda: pulse.notice is not None or should_stop(),
         saved=lambda: checkpointing.saved,
+        is_profiled=stages.is_profiled,
+        pulse=pulse,
     )
 
 
@@ -185,7 +203,20 @@ def _train(parts: Parts, start_step: int, hooks: Hooks, recorder: Recorder) -> T
             )
         )
     finally:
+        hooks.pulse.report()
         recorder.flush()  # also after an error, so that a failed run keeps its metrics
+
+
+def _leave_if_preempted(recorder: Recorder, step: int, pulse: Pulse, *, asked: bool) -> None:
+    """Raise Preempted on every rank if one was given notice and the user has not asked to stop the run."""
+    reason = pulse.notice.reason if pulse.notice else None
+    answers = recorder.parts.distributed.gather((asked, reason))
+    noticed = [(rank, reason) for rank, (_, reason) in enumerate(answers) if reason]
+    if noticed and not any(asked for asked, _ in answers):
+        rank, reason = noticed[0]
+        recorder.events.add("preemption", step=step, rank=rank, cause=reason)
+        recorder.events.close()
+        raise Preempted(f"rank {rank} was given notice ({reason}): checkpoint of step {step} saved")
 
 
 def _finish(parts: Parts, recorder: Recorder, summary: Summary, clock: Clock) -> None:
