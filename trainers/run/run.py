@@ -160,7 +160,7 @@ def _make_hooks(
         checkpointing.keep_best(step, recorder.scores)  # which rank 0 has
 
     return Hooks(
-        log=lambda line: recorder.log({**line, **stages.times.read()} if "loss" in line else line),
+        log=lambda line: recorder.log({**line, **stages.read(line["step"])} if "loss" in line else line),
         save=checkpointing.save,
         sample=sample,
         validate=validate,

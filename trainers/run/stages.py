@@ -157,14 +157,15 @@ class Stages:
         self._is_between = True  # two steps
 
     def is_profiled(self, step: int) -> bool:
-        """Return whether ``step`` (from 1) is profiled; its time does not count."""
-        return self.profiler is not None and self.profiler.covers(step)
+        """Return whether ``step`` (from 1) is profiled, or begins while the trace is written: its time does not count."""
+        profiler = self.profiler
+        return profiler is not None and (profiler.covers(step) or profiler.covers(step - 1))
 
     def mark(self, stage: str, done: int) -> None:
         """Note that the step after ``done`` finished steps has reached ``stage``; "" is its end."""
         if self._is_between and stage:
             self._is_between = False
-            self.times.is_paused = self.is_profiled(done + 1)
+            self.times.is_paused = self.profiler is not None and self.profiler.covers(done + 1)
             if self.profiler is not None:
                 self.profiler.begin_step(done + 1)
         self.times.mark(stage)
@@ -175,6 +176,11 @@ class Stages:
             self.times.finish_step()
             if self.profiler is not None:
                 self.profiler.finish_step(done)
+
+    def read(self, done: int) -> dict[str, float]:
+        """End step ``done``; return the mean times of the stages since the last call, see :meth:`StageTimes.read`."""
+        self.mark("", done)
+        return self.times.read()
 
     def close(self) -> None:
         """Write the trace of a run that ends within the profiled steps."""
