@@ -157,7 +157,7 @@ class Stages:
         self._is_between = True  # two steps
 
     def is_profiled(self, step: int) -> bool:
-        """Return whether ``step`` (from 1) is profiled, or begins while the trace is written: its time does not count."""
+        """Return whether the time of ``step`` (from 1) does not count: profiled, or right after, as the trace is written."""
         profiler = self.profiler
         return profiler is not None and (profiler.covers(step) or profiler.covers(step - 1))
 
