@@ -157,7 +157,7 @@ class Stages:
         self._is_between = True  # two steps
 
     def is_profiled(self, step: int) -> bool:
-        """Return whether the time of ``step`` (from 1) does not count: it is profiled, or the trace is written in it."""
+        """Return whether the time of ``step`` (from 1) does not count: it is profiled, or the trace is written."""
         profiler = self.profiler
         return profiler is not None and (profiler.covers(step) or profiler.covers(step - 1))
 
