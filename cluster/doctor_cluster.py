@@ -220,7 +220,8 @@ def compare_storage(url: str, results: Mapping[Node, Mapping[str, Any] | Failed]
             found.append(Finding("storage", "note", text, remedy))
         else:
             times = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in each["seconds"].items())
-            found.append(Finding("storage", "ok", f"{named(node)}: {times}, conditional writes"))
+            more = ", conditional writes" if each["conditional"] else ""
+            found.append(Finding("storage", "ok", f"{named(node)}: {times}{more}"))
     return found
 
 
