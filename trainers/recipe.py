@@ -92,15 +92,6 @@ class Recipe(Section):
         return f"{self.output_dir.rstrip('/').rpartition('/')[0]}/untuned-images"
 
     @property
-    def group_tracking(self) -> TrackingConfig:
-        """The ``tracking`` section of the runs of a search or fleet: one group and one folder for all of them."""
-        parent = self.output_dir.rstrip("/").rpartition("/")[0]
-        section = self.tracking
-        return section.model_copy(
-            update={"group": section.group or self.run_name, "folder": section.folder or parent}
-        )
-
-    @property
     def figures(self) -> list[str]:
         """The figures that a validation round measures, by their names in ``metrics.jsonl``."""
         held_out = [HELD_OUT] if self.validation.holdout else list(self.method.figures)

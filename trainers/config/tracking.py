@@ -27,6 +27,11 @@ class TrackingConfig(Section):
         description="folder for what trackers store without a server; default: the folder beside the run's",
     )
 
+    def of_group(self, output_dir: str) -> TrackingConfig:
+        """Return the section of the runs of a search or fleet in ``output_dir``: one group and one folder for all."""
+        parent, _, name = output_dir.rstrip("/").rpartition("/")
+        return self.model_copy(update={"group": self.group or name, "folder": self.folder or parent})
+
 
 #: Tracker classes by name; an installed package adds one through the entry-point group ``dreamfleet.trackers``.
 TRACKERS: Registry[Any] = Registry(
