@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dreamfleet.datasets.environment import variables_to_send
 from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.scaling import WorkerShare, worker_resources
@@ -22,7 +21,7 @@ from dreamfleet.trainers.driver.progress import Display, RunTail, log_to_run, wa
 from dreamfleet.trainers.driver.session import RaySession, ray_session, starts_private_ray
 from dreamfleet.trainers.run.run_folder import locked, open_run_folder
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
-from dreamfleet.trainers.tracking.tracker import check_trackers, tracker_environment
+from dreamfleet.trainers.tracking.tracker import check_trackers, variables_for
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.recipe import Recipe
@@ -164,8 +163,7 @@ def _make_trainer(
             ]
 
     os.environ.setdefault(PREEMPTION_WATCHER, "0")
-    scaling = recipe.scaling
-    sent = variables_to_send(buckets="://" in recipe.to_yaml()) | tracker_environment(recipe)
+    scaling, sent = recipe.scaling, variables_for(recipe)
 
     def loop(config: dict[str, Any]) -> dict[str, Any]:
         # Secrets are passed in this closure, as Ray displays and logs environments and may export the config.

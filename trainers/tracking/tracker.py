@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dreamfleet.datasets.environment import variable
+from dreamfleet.datasets.environment import variable, variables_to_send
 from dreamfleet.datasets.errors import RecipeError, StorageError
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
@@ -170,11 +170,12 @@ def check_trackers(recipe: Recipe) -> None:
         kind.check(recipe)
 
 
-def tracker_environment(recipe: Recipe) -> dict[str, str]:
-    """Return the variables that the trackers of a recipe need. They contain secrets: never log the result."""
-    return {
-        key: value for name in recipe.report_to for key, value in TRACKERS.get(name).environment().items()
-    }
+def variables_for(recipe: Recipe) -> dict[str, str]:
+    """Return the variables that a run's workers need, for its buckets and trackers. Secrets: never log the result."""
+    found = variables_to_send(buckets="://" in recipe.to_yaml())
+    for name in recipe.report_to:
+        found |= TRACKERS.get(name).environment()
+    return found
 
 
 def local_folder(recipe: Recipe) -> str | None:

@@ -24,7 +24,7 @@ from dreamfleet.trainers.tracking.tracker import (
     Tracker,
     check_trackers,
     open_trackers,
-    tracker_environment,
+    variables_for,
 )
 from dreamfleet.tune.trial_store import trial_recipe
 
@@ -151,7 +151,7 @@ def test_missing_packages_and_settings_are_errors_before_the_start(
     with pytest.raises(RecipeError, match="WANDB_API_KEY"):
         check_trackers(recipe)
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password hush\n")
-    assert tracker_environment(recipe) == {"WANDB_API_KEY": "hush"}, "the key of `wandb login` is sent"
+    assert variables_for(recipe)["WANDB_API_KEY"] == "hush", "the key of `wandb login` is sent"
     check_trackers(recipe)
     with pytest.raises(RecipeError, match="MLFLOW_TRACKING_URI"):
         check_trackers(make_recipe(tmp_path, report_to=["mlflow"], output_dir="s3://bucket/run"))
