@@ -147,7 +147,6 @@ def _make_trainer(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from dreamfleet.trainers.distributed.process_group import STEP_TIMEOUT
-    from dreamfleet.trainers.driver.ray_internals import PREEMPTION_WATCHER
     from dreamfleet.trainers.driver.watch import RunWatch
     from dreamfleet.trainers.driver.worker import train_worker, worker_environment
 
@@ -162,7 +161,6 @@ def _make_trainer(
                 if type(callback).__name__ != "PlacementGroupCleanerCallback"
             ]
 
-    os.environ.setdefault(PREEMPTION_WATCHER, "0")
     scaling, sent = recipe.scaling, variables_for(recipe)
 
     def loop(config: dict[str, Any]) -> dict[str, Any]:
@@ -195,14 +193,7 @@ def _make_trainer(
                 # Ray waits one minute for machines before each such failure; its default is no limit.
                 controller_failure_limit=scaling.wait_minutes,
             ),
-            callbacks=[
-                RunWatch(
-                    Storage(recipe.output_dir),
-                    sent,
-                    max_failures=scaling.max_failures,
-                    hang_timeout=scaling.hang_timeout,
-                )
-            ],
+            callbacks=[RunWatch(Storage(recipe.output_dir), sent, scaling)],
             worker_runtime_env={"env_vars": worker_environment(share.threads)},
             logging_config=LoggingConfig(log_level="WARNING"),
         ),

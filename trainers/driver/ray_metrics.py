@@ -107,17 +107,19 @@ class RayMetrics:
 
 
 class _EffectiveTime:
-    """Publishes the effective training time of a run from its events, read by a thread every READ_SECONDS at most."""
+    """Publishes the effective training time of runs from their events, read by a thread every READ_SECONDS at most."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
-        self._read_at = -READ_SECONDS
+        self._read_at: dict[str, float] = {}  # by the address of the run folder
 
     def update(self, run: Storage, labels: dict[str, str]) -> None:
         """Read the events and publish the share, unless that is being done or was done lately."""
-        if time.monotonic() - self._read_at < READ_SECONDS or (self._thread and self._thread.is_alive()):
+        now = time.monotonic()
+        is_busy = self._thread is not None and self._thread.is_alive()
+        if is_busy or now - self._read_at.get(run.url, -READ_SECONDS) < READ_SECONDS:
             return
-        self._read_at = time.monotonic()
+        self._read_at[run.url] = now
         self._thread = threading.Thread(
             target=self._publish, args=(run, labels), daemon=True, name="effective-time"
         )

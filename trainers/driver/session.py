@@ -11,7 +11,7 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dreamfleet.datasets.environment import environment, secrets_hidden
@@ -39,7 +39,7 @@ class Node:
 
     node_id: str
     address: str
-    resources: Mapping[str, float]
+    resources: Mapping[str, float] = field(hash=False)
 
 
 @dataclass(frozen=True)

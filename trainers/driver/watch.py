@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from functools import cached_property
@@ -14,12 +15,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dreamfleet.datasets.environment import apply_variables
 from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.scaling import ScalingConfig
 from dreamfleet.trainers.distributed.pulse import Beat
 from dreamfleet.trainers.driver import worker_process
 from dreamfleet.trainers.driver.causes import find_cause
 from dreamfleet.trainers.driver.failures import Failure, FailureBudget
 from dreamfleet.trainers.driver.hangs import Hang, Heard, find_hang
 from dreamfleet.trainers.driver.ray_internals import (
+    PREEMPTION_WATCHER,
     ReplicaGroupCallback,
     Worker,
     WorkerGroup,
@@ -42,14 +45,13 @@ class RunWatch(WorkerGroupCallback, ReplicaGroupCallback):
 
     A failure that ends the run is raised here: Ray Train restarts the workers after an exception in a worker, but not
     after one in a callback, which reaches the driver as the cause of a ControllerError. ``sent``: variables that
-    storage needs, from ``environment.variables_to_send``. ``hang_timeout``: see :func:`find_hang`.
+    storage needs, from ``environment.variables_to_send``.
     """
 
-    def __init__(
-        self, run: Storage, sent: Mapping[str, str], *, max_failures: int, hang_timeout: float | None = None
-    ):
+    def __init__(self, run: Storage, sent: Mapping[str, str], scaling: ScalingConfig):
+        os.environ.setdefault(PREEMPTION_WATCHER, "0")  # in the driver, which passes it to the controller
         self.run, self.sent = run, sent
-        self.budget, self.hang_timeout = FailureBudget(max_failures), hang_timeout
+        self.budget, self.hang_timeout = FailureBudget(scaling.max_failures), scaling.hang_timeout
         self.group: WorkerGroup | None = None
         self.heard: dict[str, Heard] = {}  # these by _key(worker)
         self.asked: dict[str, Any] = {}

@@ -234,7 +234,11 @@ def _timings(folder: RunFolder) -> dict[str, Any]:
 
 
 def _timeline(run: Storage) -> TimelineView | None:
-    line = read_timeline(read_events(run))
+    try:
+        line = read_timeline(read_events(run))
+    except (TypeError, ValueError) as error:
+        log.warning("the report of %s lacks the timeline: its events cannot be read: %s", run.url, error)
+        return None
     return lay_out_timeline(line) if line is not None and line.seconds > 0 else None
 
 

@@ -176,11 +176,13 @@ class _Reader:
 
     def _fail(self, now: float, event: Event) -> None:
         if not self.open:
-            known = {key: event.get(key) for key in ("step", "rank", "node")}
-            error = str(event.get("error", ""))
-            self.open.append(Incident(now, str(event.get("cause", "failure")), error=error, **known))
-            if self.open[0].step is None:
-                self.open[0].step = self.reached
+            step, cause, error = (
+                event.get("step"),
+                str(event.get("cause", "failure")),
+                str(event.get("error", "")),
+            )
+            step = self.reached if step is None else int(step)
+            self.open.append(Incident(now, cause, step, event.get("rank"), event.get("node"), error))
         if event.get("action") == "end" or event.get("cause") == "mistake":
             self.ended = now + (self.zero or 0.0)
             self._close(now, None)

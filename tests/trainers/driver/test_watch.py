@@ -26,20 +26,20 @@ def _local_ray() -> Iterator[None]:
 
 
 @pytest.fixture
-def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watch:
+def watch(tmp_path: Path) -> Watch:
     """Return a function that runs the loop on two workers and returns the number of starts."""
     import ray
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+    from dreamfleet.trainers.config.scaling import ScalingConfig as OurScaling
     from dreamfleet.trainers.driver.watch import RunWatch
 
-    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     (tmp_path / "saved").mkdir()
     names = (f"{tmp_path.name}-{number}" for number in itertools.count())
 
-    def run(plan: list[Any], *, steps: int = 20, max_failures: int = 3, **options: Any) -> int:
-        watching = RunWatch(Storage(tmp_path), {}, max_failures=max_failures, **options)
+    def run(plan: list[Any], *, steps: int = 20, **scaling: Any) -> int:
+        watching = RunWatch(Storage(tmp_path), {}, OurScaling(**scaling))
         trainer = DataParallelTrainer(
             watched_loop.train,
             train_loop_config={"folder": str(tmp_path), "steps": steps, "plan": plan},
