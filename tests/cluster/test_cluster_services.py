@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import time
 import urllib.parse
 import urllib.request
@@ -118,7 +120,7 @@ def test_every_panel_shows_a_run(prometheus: str, folder: Path) -> None:
     recipe = write_recipe(folder, "watched", train__max_train_steps=4000, train__checkpointing_steps=5)
     words = ["train", str(recipe), f"output_dir={folder}/runs/watched"]
     environment = {**os.environ, "RAY_AUTH_MODE": "token"}
-    program = [shutil.which("dreamfleet") or "dreamfleet"]
+    program = [sys.executable, "-m", "dreamfleet.cluster.cli"]
     with (folder / "watched.log").open("wb") as log:
         driver = subprocess.Popen([*program, *words], env=environment, stdout=log, stderr=log)
     try:
@@ -136,11 +138,8 @@ def test_every_panel_shows_a_run(prometheus: str, folder: Path) -> None:
         assert not missing, list(missing)
         ranks = {series["metric"]["rank"] for series in query(prometheus, "ray_dreamfleet_step_seconds")}
         assert ranks == {"0", "1"}
-        if picture := os.environ.get("DREAMFLEET_PICTURE"):  # to look at it
-            Path(picture).write_text(prometheus)
-            time.sleep(float(os.environ.get("DREAMFLEET_PICTURE_SECONDS", "60")))
     finally:
-        driver.send_signal(2)
+        driver.send_signal(signal.SIGINT)
         driver.wait(timeout=120)
 
 
