@@ -79,12 +79,11 @@ PANELS = [
         {"{{run}} {{cause}}": f"sum by (run, cause) (ray_dreamfleet_failures_total{EACH})"},
         empty="a run without failures has none",
     ),
+    Panel("Starts of the workers", {"{{run}}": f"sum by (run) (ray_dreamfleet_starts_total{EACH})"}),
     Panel(
-        "Starts and regroups",
-        {
-            "{{run}} starts": f"sum by (run) (ray_dreamfleet_starts_total{EACH})",
-            "{{run}} regroups": f"sum by (run) (ray_dreamfleet_regroups_total{EACH})",
-        },
+        "Regroups by cause",
+        {"{{run}} {{cause}}": f"sum by (run, cause) (ray_dreamfleet_regroups_total{EACH})"},
+        empty="a run that loses and gains no workers has none",
     ),
     Panel(
         "Peak memory of each worker",
