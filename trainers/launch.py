@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dreamfleet.datasets.environment import variables_to_send
 from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
 from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.datasets.storage.storage import Storage
@@ -23,6 +22,7 @@ from dreamfleet.trainers.driver.progress import Display, RunTail, log_to_run, wa
 from dreamfleet.trainers.driver.session import RaySession, ray_session, starts_private_ray
 from dreamfleet.trainers.run.run_folder import locked, open_run_folder
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
+from dreamfleet.trainers.tracking.tracker import check_trackers, variables_for
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.recipe import Recipe
@@ -81,6 +81,7 @@ def fit(
         raise RecipeError(
             "overrides apply to a recipe file, and this recipe is an object: change the object instead"
         )
+    check_trackers(recipe)
     check_inputs(recipe, begun=resume and bool(Checkpoints(Storage(recipe.output_dir)).steps()))
     run = open_run_folder(recipe, resume=resume)
     if resume and not Checkpoints(run).steps():
@@ -161,7 +162,7 @@ def _make_trainer(
                 if type(callback).__name__ != "PlacementGroupCleanerCallback"
             ]
 
-    scaling, sent = recipe.scaling, variables_to_send(buckets="://" in recipe.to_yaml())
+    scaling, sent = recipe.scaling, variables_for(recipe)
 
     def loop(config: dict[str, Any]) -> dict[str, Any]:
         # Secrets are passed in this closure, as Ray displays and logs environments and may export the config.

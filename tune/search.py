@@ -14,6 +14,7 @@ from dreamfleet.trainers.recipe import Recipe, load_recipe
 from dreamfleet.trainers.run.disk import require_search_disk
 from dreamfleet.trainers.run.run_folder import locked
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
+from dreamfleet.trainers.tracking.tracker import check_trackers
 from dreamfleet.tune.limits import describe_end, out_of_patience, used_up
 from dreamfleet.tune.live import SearchDisplay
 from dreamfleet.tune.open_search import open_store
@@ -60,6 +61,7 @@ def search(
     failed otherwise.
     """
     recipe = _load(recipe, overrides)
+    check_trackers(recipe)
     check_inputs(recipe)
     disk = require_search_disk(recipe)
     store = open_store(recipe, resume=resume)
