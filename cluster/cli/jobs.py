@@ -66,6 +66,7 @@ def submit(
     with work():
         import os
 
+        from dreamfleet.cluster.jobs.check_versions import check_cluster
         from dreamfleet.cluster.jobs.client import job_server
         from dreamfleet.cluster.jobs.package import check_here, pack
         from dreamfleet.cluster.jobs.package_fleet import SUBJECTS_FILE, pack_fleet
@@ -87,6 +88,7 @@ def submit(
                 "scaling.num_workers is 0: the run trains on the head node itself; set 1 or more to use workers"
             )
         with job_server(address) as server:
+            check_cluster(server, _print_note)
             for folder in shared or ():  # the job also treats these folders as shared
                 options += ["--shared", folder]
             job_id = send(

@@ -42,6 +42,9 @@ SIGNALS = {
 # Ray's error types for a job whose driver had started and has no exit code.
 DIED = ("JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE")
 
+# Loggers of uploads, closed connections and large files in a package.
+QUIET = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging")
+
 Write = Callable[[str], None]
 
 
@@ -139,6 +142,16 @@ class JobServer:
             found = [_read(details) for details in self.client.list_jobs() if details.submission_id]
         return sorted((job for job in found if OURS in job.metadata), key=lambda job: job.started or 0)
 
+    def versions(self) -> tuple[str, str]:
+        """Return the versions of Python and Ray on the head node."""
+        found = self._get("/api/v0/cluster_metadata")["data"]
+        return found["pythonVersion"], found["rayVersion"]
+
+    def nodes(self) -> list[str]:
+        """Return the IDs of the running nodes."""
+        found = self._get("/api/v0/nodes?limit=10000")["data"]["result"]["result"]
+        return [node["node_id"] for node in found if node["state"] == "ALIVE"]
+
     def logs(self, job_id: str) -> str:
         """Return the complete output of a job."""
         with _explained(self.address, job_id):
@@ -167,6 +180,14 @@ class JobServer:
         with _explained(self.address, job_id):
             self.client.stop_job(job_id)
 
+    def _get(self, path: str) -> Any:
+        with _explained(self.address):
+            # The only request of Ray's client that sends its token and certificates to any path.
+            answer = self.client._do_request("GET", path)
+            if answer.status_code != 200:
+                self.client._raise_error(answer)
+            return answer.json()
+
     async def _tail(self, job_id: str, output: _NewOutput) -> None:
         output.rewind()
         async for text in self.client.tail_job_logs(job_id):
@@ -184,8 +205,8 @@ def job_server(address: str | None = None) -> Iterator[JobServer]:
     with authentication(private=False), _address_for_ray(address):
         from ray.job_submission import JobSubmissionClient
 
-        for name in ("dashboard_sdk", "job.sdk"):  # they log each upload and each closed connection
-            logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+        for name in QUIET:
+            logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
         with _explained(address):
             client = JobSubmissionClient(address)
         yield JobServer(client, address)

@@ -11,13 +11,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dreamfleet.cluster.jobs.client import OURS, RESUME_WITH, JobServer, make_resume_command
-from dreamfleet.cluster.jobs.package import MIB, RECIPE_FILE, Package, write_wheel
+from dreamfleet.cluster.jobs.code import write_code
+from dreamfleet.cluster.jobs.package import MIB, RECIPE_FILE, START_FILE, Package
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.recipe import Recipe
 
 # Seconds from Ray's SIGTERM, after which a run saves and ends, to SIGKILL; Ray's default of 3 is less than a
 # step.
 STOP_SECONDS = 900
+OWNER = "DREAMFLEET_OWNER"  # the name by which a job holds its run: its ID, also after its driver was started again
 ENVIRONMENT = {
     "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),  # read by the job's supervisor
     "TQDM_DISABLE": "1",  # a progress bar would add a line to the log at each update
@@ -41,18 +43,23 @@ def send(
     """
     job_id = make_job_id(package.recipe.run_name)
     with tempfile.TemporaryDirectory(prefix="dreamfleet-") as folder:
-        wheel, inputs = write_wheel(Path(folder)), package.write(Path(folder))
+        code, inputs = write_code(Path(folder)), package.write(Path(folder))
         report(
-            f"sending the code ({wheel.stat().st_size / MIB:.1f} MiB) and the recipe with {len(package.files)} files "
-            f"({inputs.stat().st_size / MIB:.1f} MiB); files that the cluster has already are not sent again"
+            f"sending the code and the recipe with {len(package.files)} files ({inputs.stat().st_size / MIB:.1f} MiB); "
+            "what the cluster has already is not sent again"
         )
         server.submit(
             make_entrypoint(command),
             job_id=job_id,
             runtime_env={
                 "working_dir": str(inputs),
-                "py_modules": [str(wheel)],
-                "env_vars": {**ENVIRONMENT, RESUME_WITH: make_resume_command(typed), **environment},
+                "py_modules": [str(part) for part in code],
+                "env_vars": {
+                    **ENVIRONMENT,
+                    RESUME_WITH: make_resume_command(typed),
+                    OWNER: job_id,
+                    **environment,
+                },
             },
             metadata=make_metadata(package.recipe, typed),
         )
@@ -65,14 +72,14 @@ def make_job_id(run_name: str) -> str:
 
 
 def make_entrypoint(command: Sequence[str]) -> str:
-    """Return the job's shell command: ``["train", "--resume"]`` -> ``exec python -m ... train recipe.yaml --resume``.
+    """Return the job's shell command: ``["train", "--json"]`` -> ``exec sh start.sh -m ... train recipe.yaml --json``.
 
-    The wheel installs modules but no `dreamfleet` program. With ``exec``, Ray's signal reaches Python, not a shell.
+    start.sh runs Ray's own Python, and keep.py starts a driver that was killed again. With ``exec``, Ray's signal
+    reaches Python, not a shell.
     """
     name, *options = command
-    return shlex.join(
-        ["exec", "python", "-m", "dreamfleet.cluster.cli", *name.split(), RECIPE_FILE, *options]
-    )
+    words = ["exec", "sh", START_FILE, "-m", "dreamfleet.cluster.jobs.keep"]
+    return shlex.join([*words, *name.split(), RECIPE_FILE, *options])
 
 
 def make_metadata(recipe: Recipe, typed: Sequence[str]) -> dict[str, str]:

@@ -10,18 +10,22 @@ import threading
 import zipfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import nullcontext
+from importlib.metadata import Distribution, requires, version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
+from ray._private.runtime_env.packaging import get_uri_for_directory
 from typer.testing import CliRunner
 
 from dreamfleet.cluster.cli.program import app
+from dreamfleet.cluster.jobs import check_versions
 from dreamfleet.cluster.jobs import client as jobs
 from dreamfleet.cluster.jobs.client import Job, JobServer, job_address
-from dreamfleet.cluster.jobs.package import check_here, pack, write_wheel
+from dreamfleet.cluster.jobs.code import write_code
+from dreamfleet.cluster.jobs.package import check_here, pack
 from dreamfleet.cluster.jobs.submit import (
     make_entrypoint,
     make_job_id,
@@ -33,6 +37,7 @@ from dreamfleet.datasets.errors import RecipeError, ResourceError, UserError
 from dreamfleet.trainers.recipe import Recipe, build_recipe, load_recipe
 
 BUCKET = "s3://bucket/run"
+START = "exec sh start.sh -m dreamfleet.cluster.jobs.keep"
 
 
 def make_recipe(folder: Path, **changes: Any) -> Recipe:
@@ -140,24 +145,23 @@ def test_missing_images_are_reported_before_anything_is_sent(tmp_path: Path) -> 
         check_here(recipe)
 
 
-def test_the_wheel_contains_the_running_code_and_is_named_by_its_content(tmp_path: Path) -> None:
+def test_the_code_is_copied_with_its_version_and_is_equal_each_time(tmp_path: Path) -> None:
     from dreamfleet.cluster.jobs import package as running
 
-    wheel = write_wheel(tmp_path)
-    with zipfile.ZipFile(wheel) as archive:
-        assert archive.testzip() is None
-        names = set(archive.namelist())
-        assert archive.read("dreamfleet/cluster/jobs/package.py") == Path(running.__file__).read_bytes()
-        metadata = archive.read(next(n for n in names if n.endswith("/METADATA"))).decode()
-        record = archive.read(next(n for n in names if n.endswith("/RECORD"))).decode()
-    assert "dreamfleet/trainers/models/pocket/model_index.json" in names
-    assert not [name for name in names if "__pycache__" in name or name.startswith("dreamfleet/tests")]
-    assert "Requires-Dist" not in metadata, "Ray's pip would install another torch and Ray beside it"
-    assert {line.split(",")[0] for line in record.splitlines()} == names
-    (tmp_path / "again").mkdir()
-    again = write_wheel(tmp_path / "again")
-    assert again.name == wheel.name
-    assert again.read_bytes() == wheel.read_bytes()
+    code, info = write_code(tmp_path)
+    assert (code / "cluster/jobs/package.py").read_bytes() == Path(running.__file__).read_bytes()
+    assert (code / "trainers/models/pocket/model_index.json").exists()
+    assert not [path for path in code.rglob("*") if path.name in ("__pycache__", "tests")]
+    (found,) = Distribution.discover(name="dreamfleet", path=[str(tmp_path)])
+    assert found.version == version("dreamfleet")
+    assert found.requires == requires("dreamfleet")
+
+    def uri_of(folder: Path) -> str:
+        return get_uri_for_directory(str(folder), include_gitignore=True)
+
+    again = write_code(tmp_path / "again")
+    for first, second in zip((code, info), again, strict=True):
+        assert uri_of(first) == uri_of(second), "Ray would send it again"
 
 
 # ---------------------------------------------------------------- the job
@@ -209,9 +213,10 @@ def test_a_job_is_sent_with_code_inputs_and_time_to_save(tmp_path: Path) -> None
     )
     sent = client.submitted
     assert sent["submission_id"] == job_id
-    assert sent["entrypoint"] == "exec python -m dreamfleet.cluster.cli train recipe.yaml --resume"
+    assert sent["entrypoint"] == f"{START} train recipe.yaml --resume"
     environment = sent["runtime_env"]["env_vars"]
     assert int(environment["RAY_JOB_STOP_WAIT_TIME_S"]) >= 600
+    assert environment["DREAMFLEET_OWNER"] == job_id
     assert environment["DREAMFLEET_RESUME_WITH"] == "dreamfleet submit ... -- train 'my cat.yaml' --resume"
     # The user's values take precedence over the defaults.
     assert (environment["SECRET"], environment["TQDM_DISABLE"]) == (
@@ -229,6 +234,7 @@ def test_the_job_gets_the_shared_folders(tmp_path: Path, monkeypatch: pytest.Mon
     """Test that a job is given --shared: on an autoscaling cluster, a run accepts only these local paths."""
     client = FakeClient()
     monkeypatch.setattr(jobs, "job_server", lambda address: nullcontext(JobServer(client, "http://head")))
+    monkeypatch.setattr(check_versions, "check_cluster", lambda server, say: None)
     recipe = tiny.write_recipe(tmp_path / "r.yaml", tiny.make_recipe(tmp_path))
     words = ["--shared", str(tmp_path), "--", "train", str(recipe), "scaling.num_workers=1", "--resume"]
     result = CliRunner().invoke(app, ["submit", *words, "--shared", "/data", "--shared", "/more"])
@@ -240,9 +246,9 @@ def test_the_job_gets_the_shared_folders(tmp_path: Path, monkeypatch: pytest.Mon
 def test_names_and_commands_of_jobs() -> None:
     assert make_job_id("my cat/√").startswith("my-cat-")
     assert make_job_id("run") != make_job_id("run")
-    assert make_entrypoint(["tune"]) == "exec python -m dreamfleet.cluster.cli tune recipe.yaml"
+    assert make_entrypoint(["tune"]) == f"{START} tune recipe.yaml"
     cache = ["data cache", "--json"]
-    assert make_entrypoint(cache) == "exec python -m dreamfleet.cluster.cli data cache recipe.yaml --json"
+    assert make_entrypoint(cache) == f"{START} data cache recipe.yaml --json"
     assert make_resume_command(["train", "r.yaml"]) == "dreamfleet submit ... -- train r.yaml --resume"
     assert make_resume_command(["data", "cache", "r.yaml"]) == "dreamfleet submit ... -- data cache r.yaml"
 

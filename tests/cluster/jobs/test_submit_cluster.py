@@ -58,10 +58,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     # A short path, because the length of a socket path is limited.
     folder = tempfile.mkdtemp(prefix="dreamfleet-", dir="/tmp")
     head = Head(f"http://127.0.0.1:{dashboard}", uuid.uuid4().hex * 2, Path(folder))
-    programs = Path(sys.executable).parent  # jobs run `python` and `pip` by name
+    # Ray is started without an activated environment: its programs, `python` and `pip` too, are not on PATH.
+    programs = Path(sys.executable).parent
+    without = [part for part in os.environ["PATH"].split(os.pathsep) if part != str(programs)]
     environment = {
         **os.environ,
-        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join(without),
         "HOME": str(tmp_path_factory.mktemp("home")),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": head.token,
@@ -187,7 +189,7 @@ def test_an_error_on_the_cluster_ends_with_its_exit_code(recipe: Path) -> None:
     refused = submit(recipe, options=("--follow", "--env", "DREAMFLEET_VERBOSE=1"))
     assert refused.exit_code == 2
     assert "--resume" in refused.stderr
-    assert re.search(r"py_modules_files/dreamfleet-[^/]+/dreamfleet/trainers/run/", refused.stderr)
+    assert re.search(r"py_modules_files/_ray_pkg_[^/]+/dreamfleet/trainers/run/", refused.stderr)
 
     table = dreamfleet("jobs").stdout.splitlines()
     assert [line.split()[1] for line in table] == ["STATE", "STOPPED", "SUCCEEDED", "FAILED"]
@@ -198,7 +200,7 @@ def test_an_error_on_the_cluster_ends_with_its_exit_code(recipe: Path) -> None:
     assert dreamfleet("stop", job_id).stdout == f"{job_id} FAILED\n"
 
 
-def test_a_job_whose_driver_is_killed_reports_it_and_is_resumed(recipe: Path, head: Head) -> None:
+def test_a_killed_driver_is_started_again_and_a_killed_job_reports_it(recipe: Path, head: Head) -> None:
     run = recipe.parent / "runs" / "killed"
     options = (f"output_dir={run}", "train.checkpointing_steps=1", "train.checkpoints_total_limit=2")
     job_id = submit(recipe, *options).stdout.strip()
@@ -206,7 +208,11 @@ def test_a_job_whose_driver_is_killed_reports_it_and_is_resumed(recipe: Path, he
     while not list(run.glob("checkpoints/*/manifest.json")):
         assert time.monotonic() < deadline, dreamfleet("logs", job_id).output
         time.sleep(0.5)
-    os.kill(_driver_of(job_id), signal.SIGKILL)
+    os.kill(_process_of(job_id, "dreamfleet.cluster.cli"), signal.SIGKILL)
+    while "continuing from step" not in dreamfleet("logs", job_id).stdout:
+        assert time.monotonic() < deadline, dreamfleet("logs", job_id).output
+        time.sleep(0.5)
+    os.kill(_process_of(job_id, "dreamfleet.cluster.jobs.keep"), signal.SIGKILL)
 
     followed = dreamfleet("logs", job_id, "--follow")
     assert followed.exit_code == 1
@@ -244,18 +250,6 @@ def test_a_fleet_is_sent_with_its_table_and_its_images(recipe: Path) -> None:
     assert (fleet / "index.html").exists() and (fleet / "fleet.parquet").exists()
 
 
-def _driver_of(job_id: str) -> int:
-    """Return the process id of a job's driver."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command, variables = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
-        except OSError:
-            continue
-        if b"dreamfleet.cluster.cli" in command and b"train" in command and job_id.encode() in variables:
-            return int(process.name)
-    raise AssertionError(f"{job_id} has no driver")
-
-
 def test_unknown_jobs_and_tokens_are_refused(
     recipe: Path, head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +268,18 @@ def test_unknown_jobs_and_tokens_are_refused(
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text(head.token)
     assert dreamfleet("jobs").exit_code == 0
+
+
+def _process_of(job_id: str, module: str) -> int:
+    """Return the ID of the process of a job that runs a module."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command, variables = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if f"\0{module}\0train".encode() in command and job_id.encode() in variables:
+            return int(process.name)
+    raise AssertionError(f"{job_id} has no process of {module}")
 
 
 def _free_ports(count: int) -> list[int]:
