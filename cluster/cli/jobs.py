@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +12,8 @@ import typer
 from dreamfleet.cluster.cli.base import INTERRUPTED, AsJson, Shared, Verbose, print_json, work
 
 if TYPE_CHECKING:
-    from dreamfleet.cluster.jobs.client import Job, JobServer
+    from dreamfleet.cluster.jobs.client import JobServer
+    from dreamfleet.cluster.jobs.job import Job
 
 COMMANDS = ("train", "tune", "fleet", "data cache")
 
@@ -50,6 +52,14 @@ def submit(
     follow: Annotated[
         bool, typer.Option("--follow", help="Print the job's output; exit with the run's exit code.")
     ] = False,
+    many: Annotated[
+        bool,
+        typer.Option(
+            "--many",
+            help="Queue the runs of several recipes: --many RECIPE ... [KEY.PATH=VALUE ...] [--priority N] "
+            "[--max-running N] [--queue FOLDER].",
+        ),
+    ] = False,
     shared: Shared = None,
     env: Variables = None,
     as_json: AsJson = False,
@@ -60,7 +70,15 @@ def submit(
     Sends the installed dreamfleet, the resolved recipe, and the local images, models and other files that it names, up
     to 200 MiB. s3:// URLs and paths under --shared are used as they are. output_dir must be one of those, because the
     run outlives the cluster. Submit again with --resume to continue from the newest checkpoint.
+
+    With --many, the runs wait in a queue on the cluster, by default in the folder `queue` beside the first output_dir.
+    A run starts when all its workers fit, the highest --priority first, and at most --max-running of these runs at
+    once. A run of higher priority that finds no room makes others save and return to the queue. Submit the same again
+    to change the priority, or to continue runs that ended.
     """
+    if many:
+        _submit_many(command, address, follow, shared or (), env or (), as_json)
+        return
     name, parsed, options = _parse(ctx, command)
     recipe, overrides = parsed["recipe"], parsed["overrides"] or []
     with work():
@@ -108,14 +126,27 @@ def submit(
 def jobs(address: ServerAddress = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
     """List the jobs of a cluster."""
     with work():
+        from dreamfleet.cluster.cli.many import read_queues
         from dreamfleet.cluster.jobs.client import job_server
 
         with job_server(address) as server:
             found = server.jobs()
+            queues = read_queues(server, found)
+    known = {job.id for job in found}
+    waiting = [
+        entry
+        for entries in queues.values()
+        for entry in entries
+        if entry["state"] == "WAITING" or entry["job"] not in known
+    ]
     if as_json:
-        print_json([_plain(job) for job in found])
+        print_json([*(_plain(job) for job in found), *waiting])
         return
-    rows = [("ID", "STATE", "STARTED", "TIME", "COMMAND", "OUTPUT_DIR"), *map(_row, found)]
+    rows = [
+        ("ID", "STATE", "STARTED", "TIME", "COMMAND", "OUTPUT_DIR"),
+        *map(_row, found),
+        *map(_queued_row, waiting),
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
@@ -153,9 +184,13 @@ def stop(job_id: JobId, address: ServerAddress = None, verbose: Verbose = False)
     The job ends after the current step. Ray kills it if it is still running after 15 minutes.
     """
     with work():
+        from dreamfleet.cluster.cli.many import stop_queued
         from dreamfleet.cluster.jobs.client import job_server
 
         with job_server(address) as server:
+            if stop_queued(server, job_id):
+                print(f"{job_id} STOPPED", file=sys.__stdout__)
+                return
             job = server.job(job_id)
             if not job.is_over:
                 printed = len(server.logs(job_id))
@@ -163,6 +198,40 @@ def stop(job_id: JobId, address: ServerAddress = None, verbose: Verbose = False)
                 _print_note(f"stopping {job_id} after its checkpoint")
                 job = _watch(server, job_id, sys.stderr, skip=printed)
     print(f"{job_id} {job.state}")
+
+
+def _submit_many(
+    words: list[str],
+    address: str | None,
+    follow: bool,
+    shared: Sequence[str],
+    env: Sequence[str],
+    as_json: bool,
+) -> None:
+    with work():
+        import os
+
+        from dreamfleet.cluster.cli.many import pack_many, parse_many
+        from dreamfleet.cluster.jobs.check_versions import check_cluster
+        from dreamfleet.cluster.jobs.client import job_server
+        from dreamfleet.cluster.jobs.package import check_here
+        from dreamfleet.cluster.jobs.submit import read_environment, send_queue
+
+        variables = read_environment(env, os.environ)
+        packages, folder = pack_many(parse_many(words), shared=shared, variables=variables, check=check_here)
+        with job_server(address) as server:
+            check_cluster(server, _print_note)
+            job_id = send_queue(server, packages, folder, report=_print_note)
+    ids = [entry.id for entry in packages]
+    if as_json:
+        print_json({"id": job_id, "runs": ids, "queue": folder, "address": server.address})
+    else:
+        print("\n".join(ids), flush=True)
+    _print_note(
+        f"queued in {folder}, held by job {job_id}. `dreamfleet jobs` lists the runs; stop one with: dreamfleet stop ID"
+    )
+    if follow:
+        _follow(address, job_id)
 
 
 def _parse(ctx: typer.Context, command: list[str]) -> tuple[str, dict[str, Any], list[str]]:
@@ -237,6 +306,18 @@ def _end(job: Job) -> str:
 def _row(job: Job) -> tuple[str, ...]:
     started = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started)) if job.started else "-"
     return (job.id, job.state, started, _clock(job), job.metadata["command"], job.metadata["output_dir"])
+
+
+def _queued_row(entry: dict[str, Any]) -> tuple[str, ...]:
+    state = entry["state"] + (f" ({entry['reason'].partition(chr(10))[0]})" if entry["reason"] else "")
+    return (
+        entry["id"],
+        state,
+        "-",
+        "-",
+        f"{entry['command']} [priority {entry['priority']}]",
+        entry["output_dir"],
+    )
 
 
 def _clock(job: Job) -> str:

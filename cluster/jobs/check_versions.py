@@ -19,7 +19,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from dreamfleet.cluster.jobs import versions
-from dreamfleet.cluster.jobs.client import POLL_SECONDS, Job, JobServer
+from dreamfleet.cluster.jobs.client import POLL_SECONDS, JobServer
+from dreamfleet.cluster.jobs.job import Job
 from dreamfleet.cluster.jobs.package import START_FILE, start_script
 from dreamfleet.datasets.errors import ResourceError, UserError
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shlex
-import signal
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
+from dreamfleet.cluster.jobs.job import OURS, Job
 from dreamfleet.datasets.errors import ResourceError, UserError
 from dreamfleet.trainers.driver.session import authentication
 
@@ -23,97 +21,15 @@ DEFAULT_ADDRESS = (
 )
 ANSWER_SECONDS = 10.0
 POLL_SECONDS = 1.0
-RESUME_WITH = (
-    "DREAMFLEET_RESUME_WITH"  # set in a job's environment: the command that resumes it after a failure
-)
-OURS = (
-    "dreamfleet"  # key in the metadata of jobs that dreamfleet submitted; its value is dreamfleet's version
-)
 TOKEN_ADVICE = (
     "Set RAY_AUTH_TOKEN to the cluster's token, or put it into ~/.ray/auth_token (`ray get-auth-token` shows it on the "
     "head node)"
 )
 
-# The usual cause of each signal, unless a user sent it.
-SIGNALS = {
-    "SIGKILL": ", possibly because the machine ran out of memory",
-    **dict.fromkeys(("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT"), ", a crash in compiled code"),
-}
-# Ray's error types for a job whose driver had started and has no exit code.
-DIED = ("JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE")
-
 # Loggers of uploads, closed connections and large files in a package.
 QUIET = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging")
 
 Write = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """State of a job on its cluster; times are in seconds since 1970."""
-
-    id: str
-    state: str  # PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED
-    metadata: Mapping[str, str]
-    started: float | None = None
-    ended: float | None = None
-    driver_exit_code: int | None = None
-    message: str = ""
-    error_type: str | None = None  # Ray's name of the failure
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the job has ended."""
-        return self.state in ("SUCCEEDED", "FAILED", "STOPPED")
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code of the job: 0 succeeded, 1 failed, 2 failed because of a user error, 130 stopped."""
-        if self.state == "SUCCEEDED":
-            return 0
-        if self.state == "STOPPED":
-            return 130
-        return self.driver_exit_code if self.driver_exit_code in (2, 130) else 1
-
-    @property
-    def reason(self) -> str | None:
-        """Reason why the job failed; None if it did not fail."""
-        if self.state != "FAILED":
-            return None
-        code = self.driver_exit_code
-        if code is None:
-            cause = (
-                self.message.strip().partition("\n")[0].rstrip(".")
-                or "the cluster does not say why it failed"
-            )
-            return f"its node or Ray's processes on the node died: {cause}" if self._began else cause
-        if code == 130:
-            return "it was interrupted after saving a checkpoint"
-        number = -code if code < 0 else code - 128  # negative from Ray, above 128 from a shell
-        try:
-            name = signal.Signals(number).name
-        except ValueError:
-            return f"it ended with exit code {code}; see its log for the reason"
-        return f"it was killed by {name}{SIGNALS.get(name, '')}"
-
-    @property
-    def resume(self) -> str | None:
-        """Command that resumes a failed job; None if there is nothing to resume."""
-        typed = self.metadata.get("command")
-        if self.state != "FAILED" or not self._began or self.driver_exit_code == 2 or not typed:
-            return None
-        return make_resume_command(shlex.split(typed))
-
-    @property
-    def _began(self) -> bool:
-        return self.driver_exit_code is not None or self.error_type in DIED
-
-
-def make_resume_command(typed: Sequence[str]) -> str:
-    """Return the command that resumes a stopped job, without the options of `submit` itself."""
-    again = [word for word in typed if word != "--resume"]
-    ends = [] if typed[0] == "data" else ["--resume"]  # a cache needs no option to continue
-    return shlex.join(["dreamfleet", "submit", "...", "--", *again, *ends])
 
 
 class JobServer:
@@ -151,6 +67,16 @@ class JobServer:
         """Return the IDs of the running nodes."""
         found = self._get("/api/v0/nodes?limit=10000")["data"]["result"]["result"]
         return [node["node_id"] for node in found if node["state"] == "ALIVE"]
+
+    def gangs(self) -> dict[str, bool]:
+        """Return whether Ray has granted the placement groups that drivers have asked for, by the drivers' IDs."""
+        found = self._get("/api/v0/placement_groups?limit=10000")["data"]["result"]["result"]
+        granted: dict[str, bool] = {}
+        for group in found:
+            if group["state"] != "REMOVED":
+                driver = group["creator_job_id"]
+                granted[driver] = granted.get(driver, False) or group["state"] == "CREATED"
+        return granted
 
     def logs(self, job_id: str) -> str:
         """Return the complete output of a job."""
@@ -260,6 +186,7 @@ def _read(details: Any) -> Job:
         driver_exit_code=details.driver_exit_code,
         message=details.message or "",
         error_type=getattr(details, "error_type", None),
+        driver=details.job_id,
     )
 
 

@@ -16,6 +16,7 @@ from types import FrameType
 
 QUICK_SECONDS = 600.0  # a driver that lived longer does not count as a quick death
 QUICK_DEATHS = 3  # so many in a row end the job
+QUEUE = "queue"  # the first word of the command of a queue, which is no command of dreamfleet
 RESUMABLE = ("train", "tune", "fleet")  # commands that take --resume; a cache needs no option to continue
 
 
@@ -68,8 +69,11 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, note_stop)
 
     def start(command: Sequence[str]) -> int:
-        return subprocess.Popen([sys.executable, "-m", "dreamfleet.cluster.cli", *command]).wait()
+        return subprocess.Popen([sys.executable, "-m", module, *command]).wait()
 
+    module = "dreamfleet.cluster.cli"
+    if arguments[0] == QUEUE:
+        module, arguments = "dreamfleet.cluster.jobs.queue_job", arguments[1:]
     code = keep(arguments, start=start, stopping=lambda: stop)
     if code < 0:  # end by the same signal, so that Ray reports it
         signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None

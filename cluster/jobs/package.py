@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,15 @@ class Package:
     def size(self) -> int:
         """Total size of the files in bytes."""
         return sum(os.path.getsize(file) for file in self.files.values())
+
+    @property
+    def digest(self) -> str:
+        """Hash of the recipe and of the content of all files."""
+        digest = hashlib.sha256(self.recipe.to_yaml().encode())
+        for name, file in sorted(self.files.items()):
+            with open(file, "rb") as source:
+                digest.update(name.encode() + hashlib.file_digest(source, "sha256").digest())
+        return digest.hexdigest()[:16]
 
     def write(self, folder: Path) -> Path:
         """Write the package as a zip file into ``folder`` and return its path."""

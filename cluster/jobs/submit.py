@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
+import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from dreamfleet.cluster.jobs.client import OURS, RESUME_WITH, JobServer, make_resume_command
+from dreamfleet.cluster.jobs.client import JobServer
 from dreamfleet.cluster.jobs.code import write_code
-from dreamfleet.cluster.jobs.package import MIB, RECIPE_FILE, START_FILE, Package
+from dreamfleet.cluster.jobs.job import AGAIN, OURS, RESUME_WITH, make_resume_command
+from dreamfleet.cluster.jobs.keep import QUEUE
+from dreamfleet.cluster.jobs.package import MIB, RECIPE_FILE, START_FILE, Package, start_script
+from dreamfleet.cluster.jobs.queue import Entry
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.json_text import json_text
 from dreamfleet.trainers.recipe import Recipe
 
 # Seconds from Ray's SIGTERM, after which a run saves and ends, to SIGKILL; Ray's default of 3 is less than a
 # step.
 STOP_SECONDS = 900
+QUEUE_KEY = "queue"  # key in the metadata of a queue's job: its folder
+ADDED = "added"  # folder in the package of a queue's job: the runs to add
 OWNER = "DREAMFLEET_OWNER"  # the name by which a job holds its run: its ID, also after its driver was started again
 ENVIRONMENT = {
     "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),  # read by the job's supervisor
@@ -64,6 +73,87 @@ def send(
             metadata=make_metadata(package.recipe, typed),
         )
     return job_id
+
+
+def send_entry(
+    server: JobServer, entry: Entry, package: Path, code: Sequence[Path], *, recipe: Mapping[str, Any]
+) -> None:
+    """Start a run of a queue as a Ray job; ``recipe`` is the recipe in its package, as plain data."""
+    variables = {**ENVIRONMENT, OWNER: entry.job, **dict(entry.variables)}
+    server.submit(
+        make_entrypoint(["train", "--resume", *entry.options]),
+        job_id=entry.job,
+        runtime_env={
+            "working_dir": str(package),
+            "py_modules": [str(part) for part in code],
+            "env_vars": variables,
+        },
+        metadata={
+            OURS: version("dreamfleet"),
+            "command": entry.command,
+            AGAIN: f"dreamfleet submit --many {entry.command.partition(' ')[2]}",
+            "run": entry.id,
+            "method": recipe["method"]["name"],
+            "output_dir": entry.output_dir,
+            "priority": str(entry.priority),
+        },
+    )
+
+
+def send_queue(
+    server: JobServer,
+    packages: Mapping[Entry, Package],
+    folder: str,
+    *,
+    report: Callable[[str], None],
+) -> str:
+    """Send runs to the queue in ``folder``, and hold it unless another job does; return the job's ID."""
+    job_id = make_job_id("queue")
+    with tempfile.TemporaryDirectory(prefix="dreamfleet-") as temporary:
+        place = Path(temporary) / "package"
+        (place / ADDED).mkdir(parents=True)
+        for entry, package in packages.items():
+            package.write(place / ADDED).rename(place / ADDED / f"{entry.id}.zip")
+        rows = [dataclasses.asdict(entry) for entry in packages]
+        (place / ADDED / "entries.json").write_text(json_text(rows))
+        shutil.copyfile(start_script(), place / START_FILE)
+        size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+        report(f"sending the code and {len(packages)} recipes with their files ({size / MIB:.1f} MiB)")
+        _submit_queue(server, job_id, place, ["run", folder], Path(temporary), folder)
+    return job_id
+
+
+def send_cancel(server: JobServer, entry_id: str, folder: str) -> str:
+    """Ask the queue in ``folder`` to stop a run, by a job of its own; return the job's ID."""
+    job_id = make_job_id("queue-stop")
+    with tempfile.TemporaryDirectory(prefix="dreamfleet-") as temporary:
+        place = Path(temporary) / "package"
+        place.mkdir()
+        shutil.copyfile(start_script(), place / START_FILE)
+        _submit_queue(server, job_id, place, ["cancel", folder, entry_id], Path(temporary), "")
+    return job_id
+
+
+def _submit_queue(
+    server: JobServer, job_id: str, place: Path, words: Sequence[str], temporary: Path, folder: str
+) -> None:
+    held = {
+        QUEUE_KEY: folder,
+        OURS: version("dreamfleet"),
+        "command": "queue",
+        "output_dir": folder,
+        AGAIN: f"dreamfleet submit --many --queue {shlex.quote(folder)}",
+    }
+    server.submit(
+        shlex.join(["exec", "sh", START_FILE, "-m", "dreamfleet.cluster.jobs.keep", QUEUE, *words]),
+        job_id=job_id,
+        runtime_env={
+            "working_dir": str(place),
+            "py_modules": [str(part) for part in write_code(temporary / "code")],
+            "env_vars": ENVIRONMENT,
+        },
+        metadata=held if folder else {},
+    )
 
 
 def make_job_id(run_name: str) -> str:

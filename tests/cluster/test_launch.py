@@ -54,7 +54,7 @@ def test_every_machine_requires_the_token(configs: dict[str, dict[str, Any]], ki
     starts = [config[f"{role}_start_ray_commands"] for role in ("head", "worker")]
     assert all(starts) or WORKERS[kind] == 0
     for *_, start in filter(None, starts):
-        assert re.search(r"RAY_AUTH_MODE=token (\S+=\S+ )?ray start", start)
+        assert re.search(r"RAY_AUTH_MODE=token (\S+=\S+ )?(~/dreamfleet/bin/)?ray start", start)
     assert any(there.endswith("/.ray/auth_token") for there in config["file_mounts"])
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
     assert "--autoscaling-config=" in config["head_start_ray_commands"][-1], "no worker would ever be started"

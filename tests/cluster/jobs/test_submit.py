@@ -23,13 +23,13 @@ from typer.testing import CliRunner
 from dreamfleet.cluster.cli.program import app
 from dreamfleet.cluster.jobs import check_versions
 from dreamfleet.cluster.jobs import client as jobs
-from dreamfleet.cluster.jobs.client import Job, JobServer, job_address
+from dreamfleet.cluster.jobs.client import JobServer, job_address
 from dreamfleet.cluster.jobs.code import write_code
+from dreamfleet.cluster.jobs.job import Job, make_resume_command
 from dreamfleet.cluster.jobs.package import check_here, pack
 from dreamfleet.cluster.jobs.submit import (
     make_entrypoint,
     make_job_id,
-    make_resume_command,
     read_environment,
     send,
 )
