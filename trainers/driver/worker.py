@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from ray.train import UserCallback
@@ -13,6 +14,7 @@ from dreamfleet.datasets.environment import apply_variables
 from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.driver.progress import log_to_run, watch_for_stop
+from dreamfleet.trainers.report.events import CONTROLLER, EventLog
 
 # Environment variables that workers get from the driver; no secrets, as Ray displays and logs them.
 PASSED_ON = ("TORCH_EXTENSIONS_DIR", "TOKENIZERS_PARALLELISM")
@@ -76,8 +78,19 @@ class RaiseAtOnce(UserCallback):
     for the failed one.
     """
 
+    def __init__(self, run: Storage, sent: Mapping[str, str]):
+        self.run, self.sent = run, sent
+
+    @cached_property
+    def events(self) -> EventLog:
+        """The events of the controller, which is another process than the driver."""
+        apply_variables(self.sent)
+        return EventLog(self.run, CONTROLLER)
+
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raise the UserError or RunFailed of the lowest rank that has one."""
+        for rank, error in sorted(worker_exceptions.items()):
+            self.events.add("failure", rank=rank, cause=type(error).__name__, error=str(error)[:1000])
         for _, error in sorted(worker_exceptions.items()):
             if isinstance(error, UserError | RunFailed):
                 raise error

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.report.events import EventLog, NoEvents
 from dreamfleet.trainers.report.metrics_log import MetricsLog, logged_figures
 from dreamfleet.trainers.run.build import Parts
 from dreamfleet.trainers.run.provenance import provenance
@@ -25,9 +26,15 @@ class Recorder:
     """Writes the run folder on rank 0; on other ranks :meth:`open` is not called, and logging does nothing."""
 
     def __init__(
-        self, parts: Parts, run: Storage, *, on_progress: Callable[[dict[str, Any]], None] | None = None
+        self,
+        parts: Parts,
+        run: Storage,
+        *,
+        on_progress: Callable[[dict[str, Any]], None] | None = None,
+        events: EventLog | None = None,
     ):
         self.parts, self.run, self.on_progress = parts, run, on_progress
+        self.events = events or NoEvents()
         self.metrics: MetricsLog | None = None
         self.board: TensorBoard | None = None
         self.scores: dict[str, float] = {}  # of the newest previews
@@ -57,6 +64,7 @@ class Recorder:
 
     def flush(self) -> None:
         """Write every line logged so far to the run folder."""
+        self.events.flush()
         if self.metrics is not None:
             self.metrics.flush()
         if self.board is not None:
@@ -81,6 +89,8 @@ class Recorder:
 
         # A completed run that is resumed measures nothing in this session: its figures are read from the log.
         summary.figures = {**logged_figures(self.run), **summary.figures, **self.scores}
+        self.events.add("end", step=summary.steps, reason=summary.exit_reason)
+        self.events.close()
         self.run.write_text("summary.json", json_text(dataclasses.asdict(summary), indent=1))
         self.flush()
         if self.board is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import platform
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.config.engines import engine_spec
 from dreamfleet.trainers.distributed.agreement import compare
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, on_device
@@ -20,6 +18,7 @@ from dreamfleet.trainers.loop import Hooks, Outcome, Training, drive, train
 from dreamfleet.trainers.memory.engine_selection import settle_engine
 from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.report.events import open_rank_events
 from dreamfleet.trainers.report.metrics_log import read_metrics
 from dreamfleet.trainers.run.build import Load, Parts, assemble
 from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
@@ -29,8 +28,7 @@ from dreamfleet.trainers.run.export import export_artifacts
 from dreamfleet.trainers.run.provenance import run_identity
 from dreamfleet.trainers.run.recorder import Recorder
 from dreamfleet.trainers.run.stopwatch import Clock
-from dreamfleet.trainers.run.summary import Summary
-from dreamfleet.trainers.run.versions import versions
+from dreamfleet.trainers.run.summary import Summary, summarise
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +85,12 @@ def run_steps(
     clock = clock or Clock()
     checkpoints = Checkpoints(Storage(recipe.output_dir), limit=recipe.train.checkpoints_total_limit)
     found = newest_checkpoint(checkpoints, distributed) if resume else None
+    events = open_rank_events(Storage(recipe.output_dir), distributed.rank)
+    events.add("start", step=found.step if found else 0, seconds=clock.start_up, world=distributed.world)
     recipe, engine_reason = settle(recipe, distributed)
     parts = assemble(recipe, distributed, begins=found is None, load=load)
-    with closing(parts.engine):
-        recorder = Recorder(parts, Storage(recipe.output_dir), on_progress=on_progress)
+    with closing(events), closing(parts.engine):
+        recorder = Recorder(parts, Storage(recipe.output_dir), on_progress=on_progress, events=events)
         evaluation = Evaluation(parts, recorder)  # some metrics compare with the untuned model
         start_step = _restore(found, parts) if found else 0
         clock.resume(found.meta.get("seconds", {}) if found else {})
@@ -102,8 +102,9 @@ def run_steps(
         hooks = _make_hooks(recorder, checkpointing, evaluation, should_stop)
         _complete_round(recorder, start_step, hooks)
         clock.ready()
+        events.add("ready", step=start_step, seconds=clock.start_up)
         outcome = yield from _train(parts, start_step, hooks, recorder)
-        summary = _summarise(parts, outcome, checkpointing, engine_reason)
+        summary = summarise(parts, outcome, checkpointing, engine_reason)
         _finish(parts, recorder, summary, clock)
     return summary
 
@@ -180,44 +181,11 @@ def _train(parts: Parts, start_step: int, hooks: Hooks, recorder: Recorder) -> T
                 schedule=parts.schedule,
                 seed=parts.recipe.train.seed,
                 start_step=start_step,
-                rank=parts.distributed.rank,
                 hooks=hooks,
             )
         )
     finally:
         recorder.flush()  # also after an error, so that a failed run keeps its metrics
-
-
-def _summarise(parts: Parts, outcome: Outcome, checkpointing: Checkpointing, engine_reason: str) -> Summary:
-    recipe, distributed, base = parts.recipe, parts.distributed, parts.method.base
-    seconds = checkpointing.clock.lap()
-    return Summary(
-        run=recipe.run_name,
-        method=recipe.method.name,
-        exit_reason=outcome.exit_reason,
-        steps=outcome.step,
-        start_step=checkpointing.start_step,
-        images_seen=outcome.step * parts.global_batch,
-        workers=distributed.world,
-        global_batch=parts.global_batch,
-        device=torch.cuda.get_device_name(distributed.device)
-        if distributed.device.type == "cuda"
-        else platform.processor() or "cpu",
-        wall_seconds=0.0,
-        start_up_seconds=seconds["start_up"],
-        train_seconds=seconds["train"],
-        figures=outcome.figures,
-        best_checkpoint=checkpointing.best,
-        bad_files=[
-            bad._asdict()
-            for bad in distributed.all_gather_unique([*parts.sets.instances.bad, *parts.feed.bad])
-        ],
-        dataset_hash=parts.sets.instances.content_hash,
-        base_model=base.name,
-        base_model_hash=base.content_hash,
-        versions=versions(),
-        engine=f"{engine_spec(recipe.engine).summary(recipe.engine)} ({engine_reason})",
-    )
 
 
 def _finish(parts: Parts, recorder: Recorder, summary: Summary, clock: Clock) -> None:

@@ -14,12 +14,14 @@ from filelock import lock_descriptor
 from dreamfleet.datasets.errors import CheckpointError, RecipeError, StorageError, UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.report.events import FOLDER as EVENTS
 
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "run.log"
 STOP_FILE = "STOP"  # written by the driver or by a user: the run then saves a checkpoint and ends
 MARKER_PREFIX = ".seen-"  # of files that test whether machines share a folder
-LEFTOVERS = (LOG_FILE, STOP_FILE)  # files that may remain after a start that failed before training
+# Files and folders that may remain after a start that failed before training
+LEFTOVERS = (LOG_FILE, STOP_FILE, EVENTS, "hangs")
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ def is_used(folder: Storage) -> bool:
     """Return whether a folder holds more than log, stop file, markers and empty folders of a failed start."""
     if any(name not in LEFTOVERS and not name.startswith(MARKER_PREFIX) for name in folder.list()):
         return True
-    return any(folder.has_files(name) for name in folder.list_dirs())
+    return any(folder.has_files(name) for name in folder.list_dirs() if name not in LEFTOVERS)
 
 
 def is_resumed(recipe: Recipe, marker: str, *, what: str, resume: bool) -> bool:
