@@ -9,12 +9,14 @@ import os
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from dreamfleet.datasets.environment import masked, variable
 from dreamfleet.datasets.errors import StorageError
 from dreamfleet.datasets.storage.disk import as_storage_error
 from dreamfleet.datasets.storage.retry import (
     TRANSIENT_ERRNO,
+    Outages,
     is_broken_off,
     is_one_of,
     is_transient,
@@ -29,6 +31,7 @@ T = TypeVar("T")
 SCHEMES = ("s3", "gs")
 _OTHER_NAMES = {"s3a": "s3", "gcs": "gs"}
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0  # timeouts of one attempt
+_outages = Outages(time.monotonic)
 _KEYLESS_KINDS = {"NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError"}
 
 
@@ -44,7 +47,7 @@ class Bucket:
         """Return `action(fsspec file system, key)`; run it again if a response is interrupted.
 
         Requests within the action are also retried individually by the same policy (:mod:`retry`), except that those to
-        `gs://` are retried only by gcsfs. Other failures raise a StorageError whose message names `verb` and `path`.
+        `gs://` are retried by gcsfs. Other failures raise a StorageError whose message names `verb` and `path`.
         """
         key, attempt, first_failure = path.partition("://")[2], 0, 0.0
         while True:
@@ -56,9 +59,11 @@ class Bucket:
             except Exception as error:
                 first_failure = first_failure or time.monotonic()
                 wait = next_wait(attempt, time.monotonic() - first_failure)
-                if wait is None or self.scheme != "s3" or not is_broken_off(error):
+                # Failed requests to S3 were retried within the action, but not the transfer of a response.
+                again = is_broken_off(error) or (self.scheme == "gs" and is_transient(error))
+                if wait is None or not again:
                     raise StorageError(masked(self._explain(verb, path, error))) from error
-                log.warning("cannot %s %s (%s): retrying in %.1f s", verb, path, kind_of(error), wait)
+                log.info("cannot %s %s (%s): retrying in %.1f s", verb, path, kind_of(error), wait)
                 time.sleep(wait)
 
     def exists(self) -> bool:
@@ -195,6 +200,22 @@ def bucket_size(file_system: Any, key: str) -> int:
     return sum(int(entry["size"]) for entry in file_system.find(key, detail=True).values())
 
 
+def bucket_versions(file_system: Any, key: str) -> dict[str, str]:
+    """Return name -> size and ETag of an object (name "") or of all objects below a key."""
+    info = file_system.info(key)
+    if info["type"] != "directory":
+        return {"": _version(info)}
+    entries = file_system.find(key, detail=True).values()
+    start = len(key) + 1
+    return {entry["name"][start:]: _version(entry) for entry in entries if _is_file(entry)}
+
+
+def _version(entry: dict[str, Any]) -> str:
+    # s3fs calls it ETag, gcsfs etag; after a conversion by fsspec only the time of the last change may be left.
+    tag = entry.get("ETag") or entry.get("etag") or entry.get("LastModified") or entry.get("updated")
+    return f"{entry['size']} {tag}"
+
+
 def _is_file(entry: dict[str, Any]) -> bool:
     """Return whether a listed object is a file, and not an empty object that consoles or Hadoop create for a folder."""
     return entry["type"] != "directory" and not entry["name"].endswith(("/", "_$folder$"))
@@ -250,21 +271,23 @@ def _needs_retry(
     *, response: Any, operation: Any, attempts: int, caught_exception: Any, request_dict: Any, **others: Any
 ) -> float | None:
     """Return the seconds to wait before a request is retried, None to give up; a retry handler of botocore."""
+    server = _server_of(request_dict)
     if caught_exception is not None:
         reason, transient = kind_of(caught_exception), is_transient(caught_exception)
     else:
         status, code = response[0].status_code, response[1].get("Error", {}).get("Code")
-        reason, transient = f"{status} {code}", is_transient_answer(status, code)
+        reason = f"{status} {code}"
+        transient = is_transient_answer(status, code, after_outage=_outages.is_open(server))
     if not transient:
+        _outages.succeeded(server)
         return None
     now = time.monotonic()
-    wait = next_wait(attempts, now - request_dict["context"].setdefault("first_failure", now))
-    if wait is not None:
-        log.warning(
-            "%s %s failed (%s): retrying in %.1f s",
-            operation.name,
-            request_dict["url_path"],
-            reason,
-            wait,
-        )
-    return wait
+    own = now - request_dict["context"].setdefault("first_failure", now)
+    # Of the whole outage: requests that start in it do not wait longer than those that it began with.
+    since = _outages.failed(server, f"{operation.name} {request_dict['url_path']}: {reason}")
+    return next_wait(attempts, max(own, since))
+
+
+def _server_of(request: Any) -> str:
+    parts = urlsplit(request.get("url") or "")
+    return f"{parts.scheme}://{parts.netloc}"

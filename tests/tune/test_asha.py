@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from searches import make_recipe, make_trials
 
-from dreamfleet.tune.asha import make_scheduler
+from dreamfleet.tune.asha import default_grace, make_scheduler
 from dreamfleet.tune.trial_store import TrialStore
 
 
@@ -35,3 +35,11 @@ def test_a_round_without_the_metric_stops_no_trial() -> None:
 def test_without_a_scheduler_no_trial_is_stopped() -> None:
     store = TrialStore(make_recipe(scheduler="none"), make_trials()[:2])
     assert not make_scheduler(store).stops("new", {"step": 10, "holdout_loss": 99.0})
+
+
+def test_every_trial_trains_a_third_of_its_steps_and_one_round() -> None:
+    recipe = make_recipe()
+    for steps, every, grace in ((100, 10, 34), (100, 50, 50), (None, 25, 25)):
+        train = recipe.train.model_copy(update={"max_train_steps": steps})
+        validation = recipe.validation.model_copy(update={"steps": every})
+        assert default_grace(recipe.model_copy(update={"train": train, "validation": validation})) == grace

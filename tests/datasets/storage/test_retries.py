@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dreamfleet.datasets.errors import StorageError
 from dreamfleet.datasets.storage import object_store, retry
-from dreamfleet.datasets.storage.retry import ATTEMPTS, PATIENCE_SECONDS, next_wait
+from dreamfleet.datasets.storage.retry import PATIENCE_SECONDS, Outages, next_wait, patience
 from dreamfleet.datasets.storage.storage import Storage
 
 CONTENT = b"in the end"
@@ -25,13 +28,50 @@ LISTING = (
 )
 
 
-def test_the_policy_is_bounded_in_attempts_and_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+FAILURES = 4  # fewer than the policy of these tests tries again
+
+
+def waits_within(limit: float) -> list[float]:
+    """Return the waits of a request that fails at once each time, by the policy alone."""
+    waits: list[float] = []
+    while (wait := next_wait(len(waits) + 1, sum(waits))) is not None:
+        waits.append(wait)
+        assert sum(waits) < limit
+    return waits
+
+
+def test_the_policy_is_bounded_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    waits = [next_wait(attempt, 0.0) for attempt in range(1, 10)]
-    assert waits == [0.25, 1.0, 4.0, 16.0] + [None] * 5
+    assert waits_within(PATIENCE_SECONDS)[:7] == [0.25, 0.5, 1.0, 2.0, 4.0, 5.0, 5.0]
+    assert sum(waits_within(PATIENCE_SECONDS)) > PATIENCE_SECONDS - 5
     assert next_wait(1, PATIENCE_SECONDS) is None, (
         "a server that is silent for minutes is not waited for again"
     )
+
+
+def test_runs_of_one_process_wait_for_the_longest_of_their_patiences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    longer, shorter = patience(900.0), patience(5.0)
+    with longer:
+        shorter.__enter__()
+        assert 895 < sum(waits_within(900)) < 900
+    assert sum(waits_within(5)) < 5, "a patience below the usual one applies too"
+    shorter.__exit__(None, None, None)
+    assert sum(waits_within(PATIENCE_SECONDS)) > 50
+
+
+def test_an_outage_is_reported_at_once_and_then_once_a_minute() -> None:
+    clock, said = [0.0], list[str]()
+    outages = Outages(lambda: clock[0], said.append)
+    for second in range(150):
+        clock[0] = float(second)
+        assert outages.failed("a", "refused") == second, "requests of one outage count from its beginning"
+    assert [line.split(" for ")[1].split(" s ")[0] for line in said] == ["0", "60", "120"]
+    assert outages.is_open("a") and not outages.is_open("b")
+    outages.succeeded("a")
+    assert "answers again, after 149 s" in said.pop() and not outages.is_open("a")
+    clock[0] = 500.0
+    assert outages.failed("a", "refused") == 0
 
 
 class Server(ThreadingHTTPServer):
@@ -103,6 +143,19 @@ def break_off(handler: Handler) -> None:
     hang_up(handler)
 
 
+def reset(handler: Handler) -> None:
+    """Reset the connection in the middle of the content, as the end of a server process does."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(CONTENT)))
+    handler.end_headers()
+    handler.wfile.write(CONTENT[:3])
+    handler.wfile.flush()
+    time.sleep(0.05)
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    os.close(handler.connection.detach())
+    handler.close_connection = True
+
+
 def stall(handler: Handler) -> None:
     handler.send_response(200)
     handler.send_header("Content-Length", str(len(CONTENT)))
@@ -130,8 +183,9 @@ def serving(fail: Callable[[Any], None], failures: float, methods: str) -> Itera
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten the policy: 5 attempts, at most 1.2 s after the first failure, 0.5 s per answer."""
+    """Shorten the policy: at most 1.2 s after the first failure, 0.5 s per answer."""
     monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.005)
+    monkeypatch.setattr(retry, "LONGEST_WAIT_SECONDS", 0.3)
     monkeypatch.setattr(retry, "PATIENCE_SECONDS", 1.2)
     monkeypatch.setattr(object_store, "ANSWER_SECONDS", 0.5)
 
@@ -161,9 +215,9 @@ ACTIONS = [(read, "GET", CONTENT), (write, "PUT", None), (names, "GET", ["a"]), 
 )
 @pytest.mark.parametrize("fail", [busy, hang_up])
 def test_transient_failures_are_retried(fail: Any, action: Any, method: str, result: Any) -> None:
-    with serving(fail, ATTEMPTS - 1, method) as server:
+    with serving(fail, FAILURES, method) as server:
         assert action(Storage("s3://bucket/x")) == result
-    assert server.seen.count(method) == ATTEMPTS, "one more than the failures"
+    assert server.seen.count(method) == FAILURES + 1
 
 
 @pytest.mark.parametrize(
@@ -174,11 +228,12 @@ def test_lasting_failures_are_given_up(fail: Any, action: Any, method: str, resu
     with serving(fail, float("inf"), method) as server, pytest.raises(StorageError, match=r"127\.0\.0\.1"):
         action(Storage("s3://bucket/x"))
     # aiohttp resends a request immediately if its kept-alive connection turns out to be closed.
-    assert ATTEMPTS <= server.seen.count(method) <= (2 * ATTEMPTS if fail is hang_up else ATTEMPTS)
+    most = 1 + len(waits_within(1.2))
+    assert FAILURES < server.seen.count(method) <= (2 * most if fail is hang_up else most)
 
 
 @pytest.mark.parametrize("action", [read, fetch])
-@pytest.mark.parametrize("fail", [break_off, stall])
+@pytest.mark.parametrize("fail", [break_off, reset, stall])
 def test_an_answer_that_breaks_off_is_requested_again(fail: Any, action: Any) -> None:
     with serving(fail, 1, "GET") as server:
         assert action(Storage("s3://bucket/x")) == CONTENT
@@ -197,17 +252,58 @@ def test_a_silent_server_is_given_up_in_time(fail: Any, action: Any) -> None:
         with pytest.raises(StorageError, match="no answer"):
             action(Storage("s3://bucket/x"))
         took = time.monotonic() - began
-    assert max(server.seen.count(method) for method in ("GET", "HEAD")) <= ATTEMPTS
+    assert max(server.seen.count(method) for method in ("GET", "HEAD")) <= 4
     assert took < 1.2 + 0.5 + 2.0
 
 
 def test_a_refusal_is_not_retried() -> None:
-    def refuse(handler: Handler) -> None:
-        handler.send_response(403)
-        handler.send_header("Content-Length", "0")
-        handler.end_headers()
-
     with serving(refuse, float("inf"), "PUT GET HEAD") as server:
         with pytest.raises(StorageError, match="denied"):
             write(Storage("s3://bucket/x"))
         assert server.seen.count("PUT") == 1
+
+
+def refuse(handler: Handler) -> None:
+    handler.send_response(403)
+    handler.send_header("Content-Length", "0")
+    handler.end_headers()
+
+
+def error_of(code: str, status: int) -> Callable[[Handler], None]:
+    """Return a failure with an S3 error code."""
+
+    def fail(handler: Handler) -> None:
+        message = b"" if handler.command == "HEAD" else f"<Error><Code>{code}</Code></Error>".encode()
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(message)))
+        handler.end_headers()
+        handler.wfile.write(message)
+
+    return fail
+
+
+def test_every_kind_of_write_outlasts_a_server_that_reports_errors_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Test that errors that last longer than a few attempts do not end a run whose patience they do not exceed."""
+    monkeypatch.setattr(retry, "LONGEST_WAIT_SECONDS", 0.02)
+    (tmp_path / "file").write_bytes(CONTENT)
+    actions: list[Callable[[Storage], object]] = [
+        write,
+        lambda run: run.write_text("recipe.yaml", "method: {}"),
+        lambda run: run.append_text("metrics.jsonl", "{}"),
+        lambda run: run.upload(tmp_path / "file", "samples/1.png"),
+        lambda run: run.exists("STOP"),
+        lambda run: run.remove("STOP"),
+    ]
+    for action in actions:
+        with patience(30.0), serving(error_of("InternalError", 500), 12, "PUT GET HEAD POST"):
+            action(Storage("s3://bucket/x"))
+
+
+def test_a_server_that_starts_after_an_outage_may_refuse_at_first() -> None:
+    """Test that keys and buckets that a starting server does not know yet are not final errors."""
+    answers = iter([busy, refuse, error_of("NoSuchBucket", 404), error_of("InvalidAccessKeyId", 403)])
+    with serving(lambda handler: next(answers)(handler), 4, "PUT") as server:
+        write(Storage("s3://bucket/x"))
+        assert server.seen.count("PUT") == 5
