@@ -6,9 +6,9 @@ import yaml
 
 from dreamfleet.datasets.errors import CheckpointError, DataError, RecipeError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.differences import differences
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.trainers.run.run_folder import is_resumed
-from dreamfleet.tune.differences import differences
 from dreamfleet.tune.trial_store import FILE, RECIPE, TrialStore, read_store
 from dreamfleet.tune.warm_start import read_earlier
 

@@ -35,7 +35,7 @@ def claim(
     me: Holder,
     *,
     take_over: bool,
-    wait: Callable[[], None] | None,
+    wait: Callable[[], object] | None,
     say: Callable[[str], None],
 ) -> Lease:
     """Take the lease of a folder, if necessary after waiting; return it."""
@@ -72,7 +72,7 @@ def _require_top_free(file: LeaseFile, lease: Lease) -> None:
         )
 
 
-def _next_free(watch: _Watch, *, take_over: bool, wait: Callable[[], None] | None) -> tuple[Lease, str]:
+def _next_free(watch: _Watch, *, take_over: bool, wait: Callable[[], object] | None) -> tuple[Lease, str]:
     """Wait until the lease can be taken; return it, and why it can be taken from its holder ("" if there is none)."""
     while True:
         lease, state, reason = watch.look()

@@ -33,10 +33,10 @@ class Fence:
     """
 
     def __init__(self, run: Storage, owner: Owner | None, *, clock: SystemTime | None = None):
-        self.owner, self.clock = owner, clock or SystemTime()
+        self.run, self.owner, self.clock = Storage(run), owner, clock or SystemTime()
         self.attempt = 0  # of this process; 0 before it began one
-        conditional = owner is None or owner.conditional
-        self._file = LeaseFile(Storage(run), conditional=conditional, clock=self.clock)
+        self.conditional = owner is None or owner.conditional
+        self._file = LeaseFile(Storage(run), conditional=self.conditional, clock=self.clock)
         self._is_top = owner is None or Storage(owner.folder) == run
         self._top = self._file if self._is_top or owner is None else LeaseFile(Storage(owner.folder))
         self._lost: LeaseLost | None = None
@@ -60,6 +60,10 @@ class Fence:
 
             self.attempt = self._file.update(change).attempt
             return self.attempt
+
+    def guarded(self) -> Storage:
+        """Return the run folder, whose writes this fence checks."""
+        return self.run.guarded(self.check)
 
     def check(self, fresh: bool = True) -> None:
         """Raise LeaseLost if a newer attempt or owner exists; without ``fresh`` a recent check is enough."""

@@ -102,7 +102,7 @@ def hold(
     folder: Storage,
     *,
     take_over: bool = False,
-    wait: Callable[[], None] | None = None,
+    wait: Callable[[], object] | None = None,
     is_left_over: Callable[[Storage], bool] = lambda folder: False,
     say: Callable[[str], None] = log.info,
     clock: SystemTime | None = None,

@@ -10,9 +10,9 @@ import yaml
 
 from dreamfleet.datasets.errors import CheckpointError, UserError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.differences import differences
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.run_folder import is_resumed
-from dreamfleet.tune.differences import differences
 from dreamfleet.tune.fleet.class_images import share_class_images
 from dreamfleet.tune.fleet.finisher import record_of_summary
 from dreamfleet.tune.fleet.fleet_rows import FleetRows
