@@ -9,7 +9,7 @@ from dreamfleet.tune.trial_store import TrialStore
 
 
 def test_asha_compares_with_recorded_trials() -> None:
-    recipe = make_recipe(reduction_factor=2)
+    recipe = make_recipe(reduction_factor=2, grace_period=10)
     lagging = {"step": 10, "holdout_loss": 0.8}
     decisions = []
     for trials in (make_trials()[:2], []):
@@ -23,12 +23,12 @@ def test_asha_does_not_decide_on_a_recorded_round_again() -> None:
     """Trial 3 is worse than the others now, but it passed its rung before they reached it."""
     trials = make_trials()[:4]
     trials[3].rounds.append({"step": 10, "holdout_loss": 0.8})
-    asha = make_scheduler(TrialStore(make_recipe(reduction_factor=2), trials))
+    asha = make_scheduler(TrialStore(make_recipe(reduction_factor=2, grace_period=10), trials))
     assert not asha.stops("trial-003", {"step": 10, "holdout_loss": 0.8})
 
 
 def test_a_round_without_the_metric_stops_no_trial() -> None:
-    asha = make_scheduler(TrialStore(make_recipe(reduction_factor=2), make_trials()[:2]))
+    asha = make_scheduler(TrialStore(make_recipe(reduction_factor=2, grace_period=10), make_trials()[:2]))
     assert not asha.stops("new", {"step": 10, "clip_i": 0.1})
 
 

@@ -61,6 +61,11 @@ class Fence:
             self.attempt = self._file.update(change).attempt
             return self.attempt
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether a check has failed."""
+        return self._lost is not None
+
     def guarded(self) -> Storage:
         """Return the run folder, whose writes this fence checks."""
         return self.run.guarded(self.check)
