@@ -115,7 +115,7 @@ Continue = Annotated[
     bool,
     typer.Option(
         "--continue",
-        help="Continue what output_dir holds if its settings are equal, else start; wait while another process owns it.",
+        help="Start, or continue what output_dir holds if its settings are equal; wait for another owner.",
     ),
 ]
 TakeOver = Annotated[

@@ -313,11 +313,13 @@ class Storage:
         with explain_errors("write", target), atomic_write(target, durable=False) as temporary:
             self._on_bucket("read", rel, lambda fs, key: fs.get_file(key, temporary))
 
-    def _on_bucket(self, verb: str, rel: str, action: Callable[[Any, str], T]) -> T:
+    def _on_bucket(
+        self, verb: str, rel: str, action: Callable[[Any, str], T], *, is_guarded: bool = False
+    ) -> T:
         """Run `action(file system, key)` with the bucket's retries and error messages."""
         if self._connection is None:
             self._connection = Bucket(self.scheme, self.url.partition("://")[2].split("/", 1)[0])
-        return self._connection.run(verb, self.path(rel), action)
+        return self._connection.run(verb, self.path(rel), action, is_guarded=is_guarded)
 
     def _change(self, verb: str, rel: str, action: Callable[[Any, str], T], *, fresh: bool = True) -> T:
         """Run `action` as :meth:`_on_bucket`, with the guard's check before each attempt."""
@@ -326,7 +328,7 @@ class Storage:
             self._check(fresh)
             return action(fs, key)
 
-        return self._on_bucket(verb, rel, act)
+        return self._on_bucket(verb, rel, act, is_guarded=self._check is not _allow)
 
     def _if_exists(
         self, verb: str, rel: str, action: Callable[[Any, str], builtins.list[str]]

@@ -13,7 +13,7 @@ import pytest
 from servers import S3Server, s3_server  # noqa: F401  (a fixture)
 
 from dreamfleet.datasets.errors import LeaseLost, StorageError
-from dreamfleet.datasets.storage import conditional
+from dreamfleet.datasets.storage import conditional, object_store
 from dreamfleet.datasets.storage.conditional import supports_conditions
 from dreamfleet.datasets.storage.storage import Storage
 
@@ -116,11 +116,15 @@ class _Bucket(BaseHTTPRequestHandler):
     """One bucket of an S3 server; ``server.conditions``: honoured, ignored or refused."""
 
     server: Any
+    protocol_version = "HTTP/1.1"
 
     def do_PUT(self) -> None:
         data, objects = self.rfile.read(int(self.headers["Content-Length"])), self.server.objects
         if "chunked" in self.headers.get("Content-Encoding", ""):
             data = data.split(b"\r\n")[1]
+        if self.server.is_down:
+            self.server.requests += 1
+            return self._answer(503, _error("SlowDown"))
         found = objects.get(self.path)
         match, absent = self.headers.get("If-Match"), self.headers.get("If-None-Match")
         if match or absent:
@@ -173,6 +177,7 @@ def _error(code: str) -> bytes:
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     made: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Bucket)
     made.objects, made.conditions, made.lost_answers = {}, "honoured", 0
+    made.is_down, made.requests = False, 0
     threading.Thread(target=made.serve_forever, daemon=True).start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{made.server_port}")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -198,6 +203,18 @@ def test_a_write_whose_answer_was_lost_counts_as_written(server: Any) -> None:
     )
     assert server.lost_answers == 0
     assert not folder.write_if("lease.json", b"other", version="")
+
+
+def test_a_write_that_an_outage_delays_is_checked_again(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "RECHECK_SECONDS", 0.5)
+    server.is_down = True
+
+    def check(fresh: bool) -> None:
+        if server.requests >= 2:
+            raise LeaseLost("replaced during the outage")
+
+    with pytest.raises(LeaseLost):
+        Storage("s3://bucket/run").guarded(check).write_text("summary.json", "late")
 
 
 def test_a_bucket_that_cannot_be_written_is_not_called_one_without_conditions(tmp_path: Path) -> None:
