@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dreamfleet.datasets.environment import variables_to_send
@@ -20,7 +21,8 @@ from dreamfleet.trainers.config.scaling import WorkerShare, worker_resources
 from dreamfleet.trainers.driver.preflight import check_inputs, preflight, require_room_here, this_machine
 from dreamfleet.trainers.driver.progress import Display, RunTail, log_to_run, watch_for_stop
 from dreamfleet.trainers.driver.session import RaySession, ray_session, starts_private_ray
-from dreamfleet.trainers.run.run_folder import locked, open_run_folder
+from dreamfleet.trainers.run.fence import Fence, Owner
+from dreamfleet.trainers.run.run_folder import open_run_folder, own
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
 
 if TYPE_CHECKING:
@@ -54,6 +56,9 @@ def fit(
     address: str | None = None,
     shared: Sequence[str] = (),
     on_progress: Progress | None = None,
+    continues: bool = False,
+    take_over: bool = False,
+    owner: Owner | None = None,
 ) -> FitResult:
     """Train a recipe (an object or a recipe file with ``overrides``); return its summary and run folder.
 
@@ -62,6 +67,10 @@ def fit(
     machine. Workers that die are replaced up to ``scaling.max_failures`` times, and resume from the newest
     valid checkpoint. ``shared`` names folders that all machines of the cluster see; if the cluster starts
     machines on demand, local paths must be in them.
+
+    ``continues``: continue the run in ``output_dir`` if it has the same settings, else start one; wait if another
+    process trains into it. ``take_over``: take the folder from such a process, which ends at its next write; resume.
+    ``owner``: of the search or fleet that the run is part of, which already owns the folder.
 
     ``on_progress`` is called with each logged line of metrics; without it, progress is shown on stderr. In
     the main thread, the first SIGINT or SIGTERM ends the run after the current step with a checkpoint
@@ -80,27 +89,39 @@ def fit(
         raise RecipeError(
             "overrides apply to a recipe file, and this recipe is an object: change the object instead"
         )
-    check_inputs(recipe, begun=resume and bool(Checkpoints(Storage(recipe.output_dir)).steps()))
-    run = open_run_folder(recipe, resume=resume)
-    if resume and not Checkpoints(run).steps():
-        logger.info("no checkpoint in %s: starting at step 0", run.path("checkpoints"))
+    folder = Storage(recipe.output_dir)
+    open_folder = partial(open_run_folder, recipe, resume=resume or take_over, continues=continues)
+    may_resume = resume or take_over or continues
+    check_inputs(recipe, begun=may_resume and bool(Checkpoints(folder).steps()))
     display = _Silent(on_progress) if on_progress else Display(total=recipe.train.max_train_steps)
-    with locked(run), stop_on_signal(run, display.say) as stop:
-        try:
-            if recipe.scaling.is_local:
-                summary = _fit_here(recipe, resume, stop, display, started)
-            else:
-                summary = _fit_on_ray(recipe, address, shared, stop, display, started)
-        finally:
-            display.close()
+    open_folder()
+    with own(
+        folder, owner, take_over=take_over, wait=open_folder if continues else None, say=display.say
+    ) as lease:
+        open_folder()  # again: another process may have trained into it until now
+        run = folder.guarded(lease.check)
+        resume = run.exists("recipe.yaml")
+        if resume and not Checkpoints(run).steps():
+            logger.info("no checkpoint in %s: starting at step 0", run.path("checkpoints"))
+        with stop_on_signal(run, display.say) as stop:
+            try:
+                if recipe.scaling.is_local:
+                    summary = _fit_here(recipe, resume, stop, display, started, lease.owner)
+                else:
+                    summary = _fit_on_ray(recipe, address, shared, stop, display, started, lease.owner)
+            finally:
+                display.close()
     return FitResult(summary, run.path())
 
 
-def _fit_here(recipe: Recipe, resume: bool, stop: Stop, display: Display, started: float) -> Summary:
+def _fit_here(
+    recipe: Recipe, resume: bool, stop: Stop, display: Display, started: float, owner: Owner
+) -> Summary:
     from dreamfleet.trainers.run.run import run_worker
 
     uses_gpu = worker_resources(recipe.scaling, [this_machine()]).uses_gpu
-    run = Storage(recipe.output_dir)
+    fence = Fence(Storage(recipe.output_dir), owner)
+    run = fence.guarded()
     with log_to_run(run, verbose=True), watch_for_stop(run) as marked:
         return run_worker(
             recipe,
@@ -109,6 +130,7 @@ def _fit_here(recipe: Recipe, resume: bool, stop: Stop, display: Display, starte
             should_stop=lambda: stop.requested.is_set() or marked(),
             on_progress=display.show,
             waited=time.monotonic() - started,
+            fence=fence,
         )
 
 
@@ -119,6 +141,7 @@ def _fit_on_ray(
     stop: Stop,
     display: Display,
     started: float,
+    owner: Owner,
 ) -> Summary:
     from dreamfleet.trainers.run.summary import Summary
 
@@ -131,7 +154,7 @@ def _fit_on_ray(
         # Workers report nothing to Ray Train, so its storage holds only a few files of its controller, which
         # runs on this machine: a temporary folder is enough, also for runs in buckets and on several machines.
         with tempfile.TemporaryDirectory(prefix="dreamfleet-ray-", ignore_cleanup_errors=True) as bookkeeping:
-            trainer = _make_trainer(recipe, session, share, bookkeeping, started)
+            trainer = _make_trainer(recipe, session, share, bookkeeping, started, owner)
             with RunTail(run, display):
                 outcome = run_in_thread(trainer.fit, name="ray-train-fit")
         if outcome.error is not None:
@@ -140,7 +163,7 @@ def _fit_on_ray(
 
 
 def _make_trainer(
-    recipe: Recipe, session: RaySession, share: WorkerShare, bookkeeping: str, started: float
+    recipe: Recipe, session: RaySession, share: WorkerShare, bookkeeping: str, started: float, owner: Owner
 ) -> Any:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -172,6 +195,7 @@ def _make_trainer(
             "threads": share.threads,
             "gpu_share": share.gpu_share,
             "waited": time.monotonic() - started,
+            "owner": owner,
         },
         torch_config=TorchConfig(
             backend=share.backend(scaling.max_workers), timeout_s=int(STEP_TIMEOUT.total_seconds())

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from dreamfleet.datasets.errors import StorageError, UserError
+from dreamfleet.datasets.errors import LeaseLost, StorageError, UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.driver.throughput import Pace
 from dreamfleet.trainers.run.run_folder import LOG_FILE, METRICS_FILE, STOP_FILE
@@ -249,6 +249,8 @@ class _RunLog(logging.Handler):
         self.is_writing = True
         try:
             self.run.append_text(LOG_FILE, self.format(record).replace("\n", "\n  ") + "\n")
+        except LeaseLost:  # the log belongs to another process now
+            pass
         except Exception:  # noqa: BLE001 - a handler must not raise
             self.handleError(record)
         finally:

@@ -24,7 +24,7 @@ PASSED_ON_PREFIXES = ("DREAMFLEET_",)
 def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, Any]:
     """Train as one of the workers that Ray Train starts; return the run's summary as plain data.
 
-    ``config`` holds ``recipe`` (plain data), ``threads``, ``gpu_share`` and ``waited``; ``sent`` is the
+    ``config`` holds ``recipe`` (plain data), ``threads``, ``gpu_share``, ``waited`` and ``owner``; ``sent`` is the
     result of ``environment.variables_to_send``. When a worker dies, Ray restarts the whole group and does not
     tell the new workers: so a worker always resumes from the newest valid checkpoint in the run folder. For a
     new run the driver has checked that there is none.
@@ -35,13 +35,15 @@ def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, A
     import torch
 
     from dreamfleet.trainers.recipe import build_recipe
+    from dreamfleet.trainers.run.fence import Fence
     from dreamfleet.trainers.run.run import run_worker
 
     torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     recipe = build_recipe(config["recipe"])
-    run = Storage(recipe.output_dir)
+    fence = Fence(Storage(recipe.output_dir), config["owner"])
+    run = fence.guarded()
     with log_to_run(run, verbose=rank == 0), watch_for_stop(run, watch=rank == 0) as should_stop:
         summary = run_worker(
             recipe,
@@ -52,6 +54,7 @@ def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, A
             resume=True,
             should_stop=should_stop,
             waited=config["waited"],
+            fence=fence,
         )
     return dataclasses.asdict(summary)
 

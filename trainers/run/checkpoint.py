@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,9 +16,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dreamfleet.datasets.errors import CheckpointError, StorageError
+from dreamfleet.datasets.errors import CheckpointError, LeaseLost, StorageError
 from dreamfleet.datasets.json_text import json_text
+from dreamfleet.datasets.storage.conditional import ABSENT
+from dreamfleet.datasets.storage.disk import inside
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.run.fence import Fence
+from dreamfleet.trainers.run.lease import LeaseFile, is_superseded
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -48,20 +53,27 @@ class Checkpoints:
 
     A checkpoint is valid if it has a manifest, which is written after the files that it names, and if the
     files have the sizes and hashes of the manifest. Incomplete or changed checkpoints are skipped with a
-    warning.
+    warning, and those of a process that had been replaced (:func:`is_superseded`) without one. ``fence``: of the
+    process that saves.
     """
 
-    def __init__(self, run: Storage, *, limit: int | None = None):
-        self.storage, self.limit = run.child("checkpoints"), limit
+    def __init__(self, run: Storage, *, limit: int | None = None, fence: Fence | None = None):
+        self.storage, self.limit, self.fence = run.child("checkpoints"), limit, fence
+        self._lease = LeaseFile(run)
         self.best: int | None = None  # the step whose checkpoint is kept beyond the limit
 
     def steps(self) -> list[int]:
-        """Return the steps of the complete checkpoints, oldest first."""
+        """Return the steps of the complete checkpoints that are not superseded, oldest first."""
+        attempts = self._lease.read().attempts
         found = []
         for name in self.storage.list_dirs():
-            step = name.removeprefix("step-")
-            if step.isdigit() and self.storage.exists(f"{name}/{MANIFEST}"):
-                found.append(int(step))
+            number = name.removeprefix("step-")
+            if not number.isdigit():
+                continue
+            manifest, version = self.storage.read_version(f"{name}/{MANIFEST}")
+            step, saved_by = int(number), _attempt_of(manifest)
+            if version != ABSENT and not is_superseded(attempts, attempt=saved_by, step=step):
+                found.append(step)
         return sorted(found)
 
     def save(
@@ -81,15 +93,11 @@ class Checkpoints:
             ),
         }
         try:
-            # Remove what a crash may have left: its manifest must not remain beside new files.
-            if self.storage.exists(name):
-                self.storage.remove(name)
-            entries = {file: self._write(f"{name}/{file}", writer) for file, writer in writers.items()}
-            self.storage.write_text(
-                f"{name}/{MANIFEST}", json_text({"step": step, "files": entries}, indent=1)
-            )
+            entries = {file: self._write(name, file, writer) for file, writer in writers.items()}
+            self.publish(step, entries)
         except StorageError as error:
-            self._remove_quietly(name)
+            for file in writers:
+                self._remove_quietly(f"{name}/{self.stored_name(file)}")
             earlier = self.steps()
             kept = (
                 f"; the checkpoint of step {earlier[-1]} is intact, continue with --resume" if earlier else ""
@@ -97,6 +105,31 @@ class Checkpoints:
             raise StorageError(f"checkpoint of step {step} could not be saved: {error}{kept}") from error
         self.prune(step)
         return name
+
+    def publish(self, step: int, files: dict[str, Any]) -> None:
+        """Write the manifest of a checkpoint whose ``files`` are stored; then remove files of earlier attempts.
+
+        Until then a checkpoint of the same step that an earlier attempt saved stays valid. Raises LeaseLost if a later
+        attempt has saved the step.
+        """
+        name, attempt = folder_name(step), self.fence.attempt if self.fence else 0
+        rel = f"{name}/{MANIFEST}"
+        manifest = {"step": step, "attempt": attempt, "token": secrets.token_hex(8), "files": files}
+        data = json_text(manifest, indent=1).encode()
+        while True:
+            content, version = self.storage.read_version(rel)
+            if attempt and _attempt_of(content) > attempt:
+                raise LeaseLost(f"a later attempt than {attempt} has saved step {step}; this process stops")
+            if self.fence is None or self.fence.conditional:
+                if self.storage.write_if(rel, data, version=version):
+                    break
+            else:
+                self.storage.write_bytes(rel, data)
+                break
+        kept = {MANIFEST, *(entry.get("path", file) for file, entry in files.items())}
+        for file in self.storage.list(name):
+            if file not in kept:
+                self.storage.remove(f"{name}/{file}")
 
     def prune(self, newest: int) -> None:
         """Remove checkpoints beyond the limit, counted from the one of step ``newest``, except the best."""
@@ -118,20 +151,21 @@ class Checkpoints:
         that cannot be read.
         """
         name = folder_name(step)
-        files = self._read_manifest(name)["files"]
+        manifest = self._read_manifest(name)
+        files = manifest["files"]
+        path = _path_of(files, ENGINE)
         if ENGINE in files and has_ema:
-            with self.storage.local_copy(f"{name}/{ENGINE}") as path:
+            with self.storage.local_copy(f"{name}/{path}") as local:
                 try:
-                    engine = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                    engine = torch.load(local, map_location="cpu", weights_only=True, mmap=True)
                 except Exception as error:
                     raise CheckpointError(f"checkpoint {name} cannot be read: {error}") from error
                 if "ema" in engine:
                     left = {"ema": engine["ema"]}
-                    files[EXPORTED] = self._write(f"{name}/{EXPORTED}", lambda file: torch.save(left, file))
+                    files[EXPORTED] = self._write(name, EXPORTED, lambda file: torch.save(left, file))
         if files.pop(ENGINE, None):
-            manifest = {"step": step, "files": files}
-            self.storage.write_text(f"{name}/{MANIFEST}", json_text(manifest, indent=1))
-        self.storage.remove(f"{name}/{ENGINE}")
+            self.storage.write_text(f"{name}/{MANIFEST}", json_text({**manifest, "files": files}, indent=1))
+        self.storage.remove(f"{name}/{path}")
 
     def load_latest(self) -> Checkpoint | None:
         """Read the newest valid checkpoint; None if there is none. Skip damaged ones with a warning."""
@@ -162,7 +196,8 @@ class Checkpoints:
             paths = {}
             for file, expected in wanted.items():
                 try:
-                    paths[file] = stack.enter_context(self.storage.local_copy(f"{name}/{file}"))
+                    stored = f"{name}/{_path_of(files, file)}"
+                    paths[file] = stack.enter_context(self.storage.local_copy(stored))
                     found = _measure(paths[file])
                 except (StorageError, OSError) as error:
                     raise CheckpointError(f"checkpoint {name}: {file} cannot be read ({error})") from error
@@ -198,16 +233,42 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {name}: its manifest cannot be read ({error})") from error
         return manifest
 
-    def _write(self, rel: str, writer: Callable[[Path], object]) -> dict[str, Any]:
-        with self.storage.staging(rel) as path:
+    def _write(self, name: str, file: str, writer: Callable[[Path], object]) -> dict[str, Any]:
+        """Write a file of a checkpoint; return its entry in the manifest.
+
+        From the second attempt on its name contains the attempt: a write of a process that was replaced, which the
+        network delivers late, then never changes a file of its successor.
+        """
+        stored = self.stored_name(file)
+        with self.storage.staging(f"{name}/{stored}") as path:
             writer(path)
-            return dict(zip(("size", "sha256"), _measure(path), strict=True))
+            entry: dict[str, Any] = dict(zip(("size", "sha256"), _measure(path), strict=True))
+        return entry if stored == file else {**entry, "path": stored}
+
+    def stored_name(self, file: str) -> str:
+        """Return the name under which this attempt stores a file: engine.pt, or engine.attempt-0002.pt."""
+        attempt = self.fence.attempt if self.fence else 0
+        stem, dot, suffix = file.partition(".")
+        return f"{stem}.attempt-{attempt:04d}{dot}{suffix}" if attempt > 1 else file
 
     def _remove_quietly(self, name: str) -> None:
         try:
             self.storage.remove(name)
         except StorageError as error:
             log.warning("could not remove the checkpoint %s: %s", name, error)
+
+
+def _attempt_of(manifest: bytes) -> int:
+    """Return the attempt of a manifest; 0 for a missing or damaged one, and for those of earlier versions."""
+    try:
+        return int(json.loads(manifest).get("attempt", 0))
+    except (ValueError, TypeError, AttributeError):
+        return 0
+
+
+def _path_of(files: dict[str, Any], file: str) -> str:
+    """Return the name under which a file of a manifest is stored."""
+    return inside(str(files.get(file, {}).get("path", file)))
 
 
 def require_optimizer(found: Checkpoint, action: str) -> None:

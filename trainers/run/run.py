@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
 from dreamfleet.trainers.run.checkpointing import Checkpointing
 from dreamfleet.trainers.run.evaluation import Evaluation
 from dreamfleet.trainers.run.export import export_artifacts
+from dreamfleet.trainers.run.fence import Fence
 from dreamfleet.trainers.run.provenance import run_identity
 from dreamfleet.trainers.run.recorder import Recorder
 from dreamfleet.trainers.run.stopwatch import Clock
@@ -44,13 +46,15 @@ def run_worker(
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     waited: float = 0.0,
+    fence: Fence | None = None,
 ) -> Summary:
     """Train a whole run on this worker; return the run's summary, which is the same on every rank.
 
     Every worker of the run calls it with the same recipe. ``gpu_share``: the fraction of the device's memory
     that the run may use, below 1 if other processes use the device too. ``resume``: continue from the newest
     valid checkpoint, if there is one. ``should_stop`` is polled every step; True saves a checkpoint and ends
-    the run. ``waited``: the seconds before this worker was started, which count as start-up.
+    the run. ``waited``: the seconds before this worker was started, which count as start-up. ``fence``: of the
+    process that owns the run folder; by default only a newer attempt is noticed.
     """
     clock = Clock(waited)
     with on_device(device, remedies=TRAINING) as settled:
@@ -62,6 +66,7 @@ def run_worker(
                 should_stop=should_stop,
                 on_progress=on_progress,
                 clock=clock,
+                fence=fence,
             )
         )
 
@@ -76,6 +81,7 @@ def run_steps(
     clock: Clock | None = None,
     load: Load = load_model,
     settle: Callable[[Recipe, DistributedContext], tuple[Recipe, str]] = settle_engine,
+    fence: Fence | None = None,
 ) -> Training[Summary]:
     """Train a whole run as :func:`run_worker`; a generator that yields micro-batches and is sent their losses.
 
@@ -83,14 +89,17 @@ def run_steps(
     returns the recipe with its engine selected, and the reason.
     """
     clock = clock or Clock()
-    checkpoints = Checkpoints(Storage(recipe.output_dir), limit=recipe.train.checkpoints_total_limit)
+    fence = fence or Fence(Storage(recipe.output_dir), None)
+    run = fence.guarded()
+    checkpoints = Checkpoints(run, limit=recipe.train.checkpoints_total_limit, fence=fence)
     found = newest_checkpoint(checkpoints, distributed) if resume else None
-    events = open_rank_events(Storage(recipe.output_dir), distributed.rank)
+    distributed.on_rank_0(partial(fence.begin, step=found.step if found else 0))
+    events = open_rank_events(run, distributed.rank, attempt=fence.attempt)
     events.add("start", step=found.step if found else 0, seconds=clock.start_up, world=distributed.world)
     recipe, engine_reason = settle(recipe, distributed)
     parts = assemble(recipe, distributed, begins=found is None, load=load)
     with closing(events), closing(parts.engine):
-        recorder = Recorder(parts, Storage(recipe.output_dir), on_progress=on_progress, events=events)
+        recorder = Recorder(parts, run, on_progress=on_progress, events=events)
         evaluation = Evaluation(parts, recorder)  # some metrics compare with the untuned model
         start_step = _restore(found, parts) if found else 0
         clock.resume(found.meta.get("seconds", {}) if found else {})
