@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shlex
+import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,34 @@ class Many:
     priority: int
     max_running: int | None
     queue: str | None
+
+
+def submit_many(
+    words: Sequence[str], address: str | None, *, shared: Sequence[str], env: Sequence[str], as_json: bool
+) -> str:
+    """Send runs to the queue of a cluster, print their IDs, and return the ID of the job that holds the queue."""
+    from dreamfleet.cluster.cli.base import print_json, work
+
+    with work():
+        from dreamfleet.cluster.jobs.check_versions import check_cluster
+        from dreamfleet.cluster.jobs.client import job_server
+        from dreamfleet.cluster.jobs.package import check_here
+        from dreamfleet.cluster.jobs.submit import read_environment, send_queue
+
+        variables = read_environment(env, os.environ)
+        packages, folder = pack_many(parse_many(words), shared=shared, variables=variables, check=check_here)
+        with job_server(address) as server:
+            check_cluster(server, print_note)
+            job_id = send_queue(server, packages, folder, report=print_note)
+    ids = [entry.id for entry in packages]
+    if as_json:
+        print_json({"id": job_id, "runs": ids, "queue": folder, "address": server.address})
+    else:
+        print("\n".join(ids), flush=True)
+    print_note(
+        f"queued in {folder}, held by job {job_id}. `dreamfleet jobs` lists the runs; stop one with: dreamfleet stop ID"
+    )
+    return job_id
 
 
 def parse_many(words: Sequence[str]) -> Many:
@@ -75,7 +104,7 @@ def pack_many(
                 f"{path} and {places[recipe.output_dir]} write to one output_dir, {recipe.output_dir}"
             )
         places[recipe.output_dir] = path
-        if recipe.scaling.num_workers == 0:
+        if recipe.scaling.is_local:
             raise RecipeError(
                 f"{path}: scaling.num_workers is 0; the queue starts runs with workers, set 1 or more"
             )
@@ -151,3 +180,8 @@ def stop_queued(server: Any, entry_id: str) -> bool:
             send_cancel(server, entry_id, folder)
             asked = True
         time.sleep(POLL_SECONDS)
+
+
+def print_note(text: str) -> None:
+    """Print a line to stderr."""
+    print(text, file=sys.stderr, flush=True)

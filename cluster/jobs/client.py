@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -134,7 +135,8 @@ def job_server(address: str | None = None) -> Iterator[JobServer]:
         for name in QUIET:
             logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
         with _explained(address):
-            client = JobSubmissionClient(address)
+            # Its requests would ignore SSL_CERT_FILE, which the other connections read.
+            client = JobSubmissionClient(address, verify=os.environ.get("SSL_CERT_FILE") or True)
         yield JobServer(client, address)
 
 
@@ -201,6 +203,11 @@ def _check_answer(address: str) -> None:
 
 
 def _unreachable(address: str, why: object) -> ResourceError:
+    if isinstance(why, ssl.SSLCertVerificationError):
+        return ResourceError(
+            f"the certificate of {address} is not trusted ({why.verify_message}): set SSL_CERT_FILE to a file with the "
+            "certificate of its authority"
+        )
     return ResourceError(
         f"no Ray job server answers at {address} ({why}). Give the head node's dashboard: --address http://HEAD:8265, "
         f"or RAY_API_SERVER_ADDRESS; `ray dashboard ray_config.yaml` forwards it to {DEFAULT_ADDRESS}"

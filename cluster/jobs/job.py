@@ -13,6 +13,7 @@ RESUME_WITH = (
 AGAIN = (
     "again"  # key in the metadata of jobs: the command that continues it, if it is not the one it was made by
 )
+SETTINGS = "settings"  # key in the metadata of a job: its recipe, and the digest of its package
 OURS = (
     "dreamfleet"  # key in the metadata of jobs that dreamfleet submitted; its value is dreamfleet's version
 )

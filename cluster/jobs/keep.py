@@ -52,7 +52,7 @@ def keep(
 def resumed(command: Sequence[str]) -> list[str]:
     """Return the command that continues what ``command`` began."""
     again = list(command)
-    if again[0] in RESUMABLE and "--resume" not in again:
+    if again[0] in RESUMABLE and not {"--resume", "--continue"} & set(again):
         again.append("--resume")
     return again
 

@@ -14,6 +14,7 @@ from dreamfleet.datasets.errors import RecipeError, StorageError
 from dreamfleet.datasets.index.concepts import load_concepts
 from dreamfleet.datasets.index.exclusions import is_utf8
 from dreamfleet.datasets.index.sets import load_class_images
+from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.path_field import MODEL_SUFFIXES, NamedPath, is_under, map_paths
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.driver.preflight import check_inputs
@@ -45,8 +46,8 @@ class Package:
 
     @property
     def digest(self) -> str:
-        """Hash of the recipe and of the content of all files."""
-        digest = hashlib.sha256(self.recipe.to_yaml().encode())
+        """Hash of the recipe, the texts and the content of all files."""
+        digest = hashlib.sha256(json_text([self.recipe.to_yaml(), dict(self.texts)]).encode())
         for name, file in sorted(self.files.items()):
             with open(file, "rb") as source:
                 digest.update(name.encode() + hashlib.file_digest(source, "sha256").digest())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shlex
 import shutil
@@ -15,13 +16,13 @@ from typing import Any
 
 from dreamfleet.cluster.jobs.client import JobServer
 from dreamfleet.cluster.jobs.code import write_code
-from dreamfleet.cluster.jobs.job import AGAIN, OURS, RESUME_WITH, make_resume_command
+from dreamfleet.cluster.jobs.job import AGAIN, OURS, RESUME_WITH, SETTINGS, Job, make_resume_command
 from dreamfleet.cluster.jobs.keep import QUEUE
 from dreamfleet.cluster.jobs.package import MIB, RECIPE_FILE, START_FILE, Package, start_script
 from dreamfleet.cluster.jobs.queue import Entry
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.json_text import json_text
-from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.config.differences import describe_differences
 
 # Seconds from Ray's SIGTERM, after which a run saves and ends, to SIGKILL; Ray's default of 3 is less than a
 # step.
@@ -70,7 +71,7 @@ def send(
                     **environment,
                 },
             },
-            metadata=make_metadata(package.recipe, typed),
+            metadata=make_metadata(package, typed, what=command[0]),
         )
     return job_id
 
@@ -81,7 +82,7 @@ def send_entry(
     """Start a run of a queue as a Ray job; ``recipe`` is the recipe in its package, as plain data."""
     variables = {**ENVIRONMENT, OWNER: entry.job, **dict(entry.variables)}
     server.submit(
-        make_entrypoint(["train", "--resume", *entry.options]),
+        make_entrypoint(["train", "--continue", *entry.options]),
         job_id=entry.job,
         runtime_env={
             "working_dir": str(package),
@@ -172,15 +173,43 @@ def make_entrypoint(command: Sequence[str]) -> str:
     return shlex.join([*words, *name.split(), RECIPE_FILE, *options])
 
 
-def make_metadata(recipe: Recipe, typed: Sequence[str]) -> dict[str, str]:
-    """Return the metadata that Ray stores with the job and `dreamfleet jobs` shows."""
+def make_metadata(package: Package, typed: Sequence[str], *, what: str) -> dict[str, str]:
+    """Return the metadata that Ray stores with the job and `dreamfleet jobs` shows; ``what``: the command."""
+    recipe = package.recipe
     return {
         OURS: version("dreamfleet"),
         "command": shlex.join(typed),
         "run": recipe.run_name,
         "method": recipe.method.name,
         "output_dir": recipe.output_dir,
+        SETTINGS: json_text(
+            {"what": what, "digest": package.digest, "recipe": recipe.model_dump(mode="json")}
+        ),
     }
+
+
+def find_equal(jobs: Sequence[Job], package: Package, *, what: str) -> Job | None:
+    """Return the job that does ``what`` (train, tune ...) with a package into its output_dir now; None without one.
+
+    Raises RecipeError with the difference if the job there has other settings or files.
+    """
+    recipe = package.recipe
+    for job in jobs:
+        known = job.metadata.get(SETTINGS)
+        if job.is_over or job.metadata.get("output_dir") != recipe.output_dir or known is None:
+            continue
+        there = json.loads(known)
+        if there["what"] != what or what == "data cache":  # the owner of the folder decides
+            continue
+        if there["digest"] == package.digest:
+            return job
+        changed = describe_differences(there["recipe"], recipe.model_dump(mode="json"))
+        lines = changed or ["the files that the recipe names have changed"]
+        raise RecipeError(
+            f"job {job.id} trains into {recipe.output_dir} with other settings; stop it first (dreamfleet stop "
+            f"{job.id}), or use another output_dir:\n  " + "\n  ".join(lines[:20])
+        )
+    return None
 
 
 def read_environment(given: Sequence[str], local: Mapping[str, str]) -> dict[str, str]:

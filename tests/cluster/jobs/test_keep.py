@@ -57,6 +57,7 @@ def test_only_commands_with_checkpoints_get_resume() -> None:
     assert keep.resumed(["data", "cache", "recipe.yaml"]) == ["data", "cache", "recipe.yaml"]
     assert keep.resumed(["tune", "r.yaml", "--resume"]) == ["tune", "r.yaml", "--resume"]
     assert keep.resumed(["fleet", "s.csv", "r.yaml"])[-1] == "--resume"
+    assert keep.resumed(["train", "r.yaml", "--continue"]) == ["train", "r.yaml", "--continue"]
 
 
 def test_a_job_ends_by_the_signal_that_killed_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:

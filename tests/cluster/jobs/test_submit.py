@@ -6,6 +6,8 @@ import http.server
 import json
 import re
 import socket
+import ssl
+import subprocess
 import threading
 import zipfile
 from collections.abc import AsyncIterator, Iterator
@@ -28,8 +30,10 @@ from dreamfleet.cluster.jobs.code import write_code
 from dreamfleet.cluster.jobs.job import Job, make_resume_command
 from dreamfleet.cluster.jobs.package import check_here, pack
 from dreamfleet.cluster.jobs.submit import (
+    find_equal,
     make_entrypoint,
     make_job_id,
+    make_metadata,
     read_environment,
     send,
 )
@@ -185,6 +189,9 @@ class FakeClient:
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         return details(state, submission_id=job_id)
 
+    def list_jobs(self) -> list[SimpleNamespace]:
+        return []
+
     async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
         for text in self.connections.pop(0):
             if isinstance(text, BaseException):
@@ -241,6 +248,41 @@ def test_the_job_gets_the_shared_folders(tmp_path: Path, monkeypatch: pytest.Mon
     assert result.exit_code == 0, result.output
     options = client.submitted["entrypoint"].partition("recipe.yaml ")[2]
     assert options == f"--resume --shared /data --shared /more --shared {tmp_path}"
+
+
+def test_the_same_run_is_not_sent_twice_and_another_in_its_folder_is_refused(tmp_path: Path) -> None:
+    package = pack(make_recipe(tmp_path))
+    metadata = make_metadata(package, ["train", "r.yaml"], what="train")
+    running = Job("cat-1", "RUNNING", metadata)
+
+    def find(jobs: list[Job], sent: Any, what: str = "train") -> Job | None:
+        return find_equal(jobs, sent, what=what)
+
+    assert find([running], package) == running
+    assert find([running], package, "data cache") is None
+    assert find([Job("cat-1", "STOPPED", metadata)], package) is None
+    assert find([running], pack(make_recipe(tmp_path, output_dir="s3://bucket/other"))) is None
+    with pytest.raises(RecipeError, match=r"cat-1.*stop it first.*\n  train\.seed: there 7, here 8$"):
+        find([running], pack(make_recipe(tmp_path, train__seed=8)))
+    next((tmp_path / "pictures").iterdir()).unlink()
+    with pytest.raises(RecipeError, match=r"cat-1.*\n.*files .* changed"):
+        find([running], pack(make_recipe(tmp_path, data__instance_data_dir=str(tmp_path / "pictures"))))
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [([], "--continue"), (["--resume"], "--resume"), (["--take-over"], "--take-over")],
+)
+def test_a_job_continues_what_its_folder_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: list[str], expected: str
+) -> None:
+    client = FakeClient()
+    monkeypatch.setattr(jobs, "job_server", lambda address: nullcontext(JobServer(client, "http://head")))
+    monkeypatch.setattr(check_versions, "check_cluster", lambda server, say: None)
+    recipe = tiny.write_recipe(tmp_path / "r.yaml", tiny.make_recipe(tmp_path, output_dir=BUCKET))
+    result = CliRunner().invoke(app, ["submit", "--", "train", str(recipe), "scaling.num_workers=1", *typed])
+    assert result.exit_code == 0, result.output
+    assert client.submitted["entrypoint"].partition("recipe.yaml ")[2] == expected
 
 
 def test_names_and_commands_of_jobs() -> None:
@@ -380,6 +422,53 @@ def test_a_web_server_that_is_not_ray_is_reported(web_server: str, monkeypatch: 
     with pytest.raises(ResourceError, match=f"{web_server} .*404"):
         with jobs.job_server(web_server):
             pass
+
+
+@pytest.fixture
+def tls_server(tmp_path: Path) -> Iterator[str]:
+    """Serve a job server without jobs over TLS, with a certificate of its own in `ca.pem`; yield its URL."""
+
+    class Empty(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = (
+                b"[]" if self.path.startswith("/api/jobs") else b'{"version": "4", "ray_version": "2.60.0"}'
+            )
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    command += [
+        "-keyout",
+        "key.pem",
+        "-out",
+        "ca.pem",
+        "-subj",
+        "/CN=head",
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+    ]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "ca.pem", tmp_path / "key.pem")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Empty) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"https://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_tls_needs_one_variable(tls_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    with pytest.raises(ResourceError, match=r"certificate .*SSL_CERT_FILE"), jobs.job_server(tls_server):
+        pass
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    with jobs.job_server(tls_server) as server:
+        assert server.jobs() == []
 
 
 # ---------------------------------------------------------------- the command line

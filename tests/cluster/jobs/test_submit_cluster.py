@@ -70,6 +70,10 @@ def test_a_stopped_job_saves_and_is_resumed(recipe: Path, head: Head) -> None:
     assert follower.returncode == 130
     assert job_id in message
 
+    same = submit(recipe)
+    assert same.stdout.strip() == job_id, "the same run is not sent twice"
+    other = submit(recipe, "train.seed=8")
+    assert other.exit_code == 2 and "train.seed: there 7, here 8" in other.stderr
     rows = {row["id"]: row for row in json.loads(dreamfleet("jobs", "--json").stdout)}
     assert rows[job_id]["state"] == "RUNNING", "Ctrl-C while following must not stop the job"
     assert rows[job_id]["output_dir"] == str(run)
@@ -98,16 +102,16 @@ def test_an_error_on_the_cluster_ends_with_its_exit_code(recipe: Path) -> None:
 
     Depends on the test above, whose run leaves an existing output_dir.
     """
-    refused = submit(recipe, options=("--follow", "--env", "DREAMFLEET_VERBOSE=1"))
+    refused = submit(recipe, "train.seed=8", options=("--follow", "--env", "DREAMFLEET_VERBOSE=1"))
     assert refused.exit_code == 2
-    assert "--resume" in refused.stderr
+    assert "train.seed: there 7, here 8" in refused.stderr
     assert re.search(r"py_modules_files/_ray_pkg_[^/]+/dreamfleet/trainers/run/", refused.stderr)
 
     table = dreamfleet("jobs").stdout.splitlines()
     assert [line.split()[1] for line in table] == ["STATE", "STOPPED", "SUCCEEDED", "FAILED"]
     job_id = refused.stdout.strip()
     assert table[-1].startswith(job_id)
-    assert "--resume" in dreamfleet("logs", job_id).stdout
+    assert "train.seed" in dreamfleet("logs", job_id).stdout
     assert dreamfleet("logs", job_id, "--follow").exit_code == 2
     assert dreamfleet("stop", job_id).stdout == f"{job_id} FAILED\n"
 
