@@ -181,7 +181,7 @@ def add_entries(folder: QueueFolder, source: Path, say: Say) -> bool:
 
 
 def hold_queue(folder: Storage, say: Say) -> bool:
-    """Hold the queue until it is empty; return whether all runs succeeded. Returns at once if another job holds it."""
+    """Hold the queue until it is empty; return whether no run failed. Returns at once if another job holds it."""
     from dreamfleet.trainers.run.claim import Held
     from dreamfleet.trainers.run.ownership import hold
 
@@ -193,7 +193,7 @@ def hold_queue(folder: Storage, say: Say) -> bool:
         except Held as error:
             say(f"the queue is held already, and takes these runs: {error}")
             return True
-    return all(entry.state == "SUCCEEDED" for entry in own.entries())
+    return not any(entry.state == "FAILED" for entry in own.entries())
 
 
 def tail(folder: QueueFolder, session: RaySession, server: JobServer, say: Say) -> None:
