@@ -147,6 +147,11 @@ class _Bucket(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self) -> None:  # of DeleteObjects
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.objects.clear()
+        self._answer(200, b"<DeleteResult/>")
+
     def do_DELETE(self) -> None:
         self.server.objects.pop(self.path, None)
         self._answer(204, b"")

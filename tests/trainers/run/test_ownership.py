@@ -389,7 +389,7 @@ def test_a_paused_writer_that_wakes_after_a_takeover_damages_nothing(folder: Sto
                 before = mine.load_latest()
                 writer.send_signal(signal.SIGCONT)
                 _, errors = writer.communicate(timeout=60)
-                assert writer.returncode == 1 and "LeaseLost" in errors
+                assert writer.returncode == 1 and "LeaseLost" in errors, errors
                 latest = Checkpoints(folder).load_latest()
                 assert latest is not None and before is not None
                 assert latest.step == before.step and latest.meta["by"] == "new"
