@@ -122,8 +122,8 @@ class _Watch:
                 f"it was not renewed for {now - self._since:.0f} s while this process waited",
             )
         self.say_once(
-            f"{self.file.folder.path()} is held by {lease.describe(self.clock.now())}: waiting up to {self._patience:.0f} s "
-            "to see whether that process still runs"
+            f"{self.file.folder.path()} is held by {lease.describe(self.clock.now())}: waiting up to "
+            f"{self._patience:.0f} s to see whether that process still runs"
         )
         return lease, "unknown", ""
 

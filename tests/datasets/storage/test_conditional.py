@@ -140,6 +140,12 @@ class _Bucket(BaseHTTPRequestHandler):
         self._answer(200, b"", ETag=_etag(data))
 
     def do_GET(self) -> None:
+        if "list-type=2" in self.path:
+            keys = "".join(
+                f"<Contents><Key>{path.partition('/bucket/')[2]}</Key><Size>8</Size></Contents>"
+                for path in self.server.objects
+            )
+            return self._answer(200, f"<ListBucketResult>{keys}</ListBucketResult>".encode())
         found = self.server.objects.get(self.path.partition("?")[0])
         if found is None:
             return self._answer(404, _error("NoSuchKey"))
