@@ -365,7 +365,7 @@ def test_a_paused_writer_that_wakes_after_a_takeover_damages_nothing(folder: Sto
 
     from dreamfleet.trainers.run.checkpoint import Checkpoints
 
-    for pause in (0.0, 0.004, 0.013) if folder.is_local else (0.01,):
+    for pause in (0.0, 0.007) if folder.is_local else (0.01,):
         with hold(folder, take_over=True) as old:
             writer = subprocess.Popen(
                 [sys.executable, "-c", WRITER, folder.path(), old.owner.id],
