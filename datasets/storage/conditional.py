@@ -19,7 +19,7 @@ from urllib.parse import quote
 from filelock import FileLock, Timeout
 
 from dreamfleet.datasets.errors import StorageError
-from dreamfleet.datasets.storage.disk import atomic_write
+from dreamfleet.datasets.storage.disk import atomic_write, explain_errors
 
 if TYPE_CHECKING:
     from dreamfleet.datasets.storage.storage import Storage
@@ -47,10 +47,10 @@ def supports_conditions(folder: Storage) -> bool:
 
     Writes a probe four times and removes it. Raises StorageError if the folder cannot be written at all.
     """
-    if folder.is_local:
-        with _locked(folder.path(f"{PROBE_PREFIX}{secrets.token_hex(6)}"), keep=False) as is_locked:
-            return is_locked
     name = f"{PROBE_PREFIX}{secrets.token_hex(6)}"
+    if folder.is_local:
+        with explain_errors("write", path := folder.path(name)), _locked(path, keep=False) as is_locked:
+            return is_locked
 
     def write(version: str) -> bool:
         return folder.write_if(name, secrets.token_bytes(8), version=version)
@@ -174,11 +174,13 @@ def _status(error: BaseException) -> int | None:
 
 
 def _read_gs(fs: Any, key: str) -> tuple[bytes, str]:
+    bucket, _, name = key.partition("/")
     try:
-        headers, content = fs.call("GET", fs.url(key))
+        # The version first: if the content is newer than it, a write is refused, and the caller reads again.
+        version = str(fs.call("GET", "b/{}/o/{}", bucket, name, json_out=True)["generation"])
+        return bytes(fs.cat_file(key)), version
     except FileNotFoundError:
         return b"", ABSENT
-    return bytes(content), str(headers["x-goog-generation"])
 
 
 def _write_gs(fs: Any, key: str, data: bytes, version: str) -> bool:

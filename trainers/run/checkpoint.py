@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import secrets
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +16,16 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dreamfleet.datasets.errors import CheckpointError, LeaseLost, StorageError
+from dreamfleet.datasets.errors import CheckpointError, StorageError
 from dreamfleet.datasets.json_text import json_text
-from dreamfleet.datasets.storage.conditional import ABSENT
 from dreamfleet.datasets.storage.disk import inside
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.run.fence import Fence
-from dreamfleet.trainers.run.lease import LeaseFile, is_superseded
+from dreamfleet.trainers.run.lease import Attempt, LeaseFile, is_superseded
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+_MANIFEST = re.compile(r"manifest(?:\.attempt-(\d+))?\.json")  # of any attempt
 ENGINE, EXPORTED = (
     "engine.pt",
     "ema.pt",
@@ -67,13 +67,9 @@ class Checkpoints:
         attempts = self._lease.read().attempts
         found = []
         for name in self.storage.list_dirs():
-            number = name.removeprefix("step-")
-            if not number.isdigit():
-                continue
-            manifest, version = self.storage.read_version(f"{name}/{MANIFEST}")
-            step, saved_by = int(number), _attempt_of(manifest)
-            if version != ABSENT and not is_superseded(attempts, attempt=saved_by, step=step):
-                found.append(step)
+            step = name.removeprefix("step-")
+            if step.isdigit() and self._find_manifest(name, int(step), attempts) is not None:
+                found.append(int(step))
         return sorted(found)
 
     def save(
@@ -109,24 +105,12 @@ class Checkpoints:
     def publish(self, step: int, files: dict[str, Any]) -> None:
         """Write the manifest of a checkpoint whose ``files`` are stored; then remove files of earlier attempts.
 
-        Until then a checkpoint of the same step that an earlier attempt saved stays valid. Raises LeaseLost if a later
-        attempt has saved the step.
+        Until then a checkpoint of the same step that an earlier attempt saved stays valid.
         """
-        name, attempt = folder_name(step), self.fence.attempt if self.fence else 0
-        rel = f"{name}/{MANIFEST}"
-        manifest = {"step": step, "attempt": attempt, "token": secrets.token_hex(8), "files": files}
-        data = json_text(manifest, indent=1).encode()
-        while True:
-            content, version = self.storage.read_version(rel)
-            if attempt and _attempt_of(content) > attempt:
-                raise LeaseLost(f"a later attempt than {attempt} has saved step {step}; this process stops")
-            if self.fence is None or self.fence.conditional:
-                if self.storage.write_if(rel, data, version=version):
-                    break
-            else:
-                self.storage.write_bytes(rel, data)
-                break
-        kept = {MANIFEST, *(entry.get("path", file) for file, entry in files.items())}
+        name, manifest = folder_name(step), self.stored_name(MANIFEST)
+        content = {"step": step, "attempt": self.fence.attempt if self.fence else 0, "files": files}
+        self.storage.write_text(f"{name}/{manifest}", json_text(content, indent=1))
+        kept = {manifest, *(_path_of(files, file) for file in files)}
         for file in self.storage.list(name):
             if file not in kept:
                 self.storage.remove(f"{name}/{file}")
@@ -151,7 +135,7 @@ class Checkpoints:
         that cannot be read.
         """
         name = folder_name(step)
-        manifest = self._read_manifest(name)
+        manifest, stored_manifest = self._read_manifest(step), self._manifest_of(step)
         files = manifest["files"]
         path = _path_of(files, ENGINE)
         if ENGINE in files and has_ema:
@@ -164,7 +148,9 @@ class Checkpoints:
                     left = {"ema": engine["ema"]}
                     files[EXPORTED] = self._write(name, EXPORTED, lambda file: torch.save(left, file))
         if files.pop(ENGINE, None):
-            self.storage.write_text(f"{name}/{MANIFEST}", json_text({**manifest, "files": files}, indent=1))
+            self.storage.write_text(
+                f"{name}/{stored_manifest}", json_text({**manifest, "files": files}, indent=1)
+            )
         self.storage.remove(f"{name}/{path}")
 
     def load_latest(self) -> Checkpoint | None:
@@ -189,7 +175,7 @@ class Checkpoints:
     def load(self, step: int) -> Checkpoint:
         """Read the checkpoint of ``step``. Raises CheckpointError if it is missing, damaged or not finite."""
         name = folder_name(step)
-        files = self._read_manifest(name)["files"]
+        files = self._read_manifest(step)["files"]
         wanted = {file: (entry["size"], entry["sha256"]) for file, entry in files.items()}
         # Tensors are loaded from files: to read a file into bytes first would hold the model in memory twice.
         with ExitStack() as stack:
@@ -222,11 +208,31 @@ class Checkpoints:
 
     def digest(self, step: int) -> str:
         """Return the sha256 of a checkpoint's manifest, which contains the hashes of its files."""
-        return hashlib.sha256(self.storage.read_bytes(f"{folder_name(step)}/{MANIFEST}")).hexdigest()
+        name = folder_name(step)
+        return hashlib.sha256(self.storage.read_bytes(f"{name}/{self._manifest_of(step)}")).hexdigest()
 
-    def _read_manifest(self, name: str) -> dict[str, Any]:
+    def _manifest_of(self, step: int) -> str:
+        """Return the name of the manifest of a step; that of a missing one if there is none."""
+        return self._find_manifest(folder_name(step), step, self._lease.read().attempts) or MANIFEST
+
+    def _find_manifest(self, name: str, step: int, attempts: Sequence[Attempt]) -> str | None:
+        """Return the manifest of the newest attempt that is not superseded; None if there is none."""
+        # Without a number it is of the first attempt of a new run, or of a version without attempts.
+        first = 1 if attempts and attempts[0].step == 0 else 0
+        numbers = {
+            file: int(match[1] or first)
+            for file in self.storage.list(name)
+            if (match := _MANIFEST.fullmatch(file))
+        }
+        for file, attempt in sorted(numbers.items(), key=lambda item: -item[1]):
+            if not is_superseded(attempts, attempt=attempt, step=step):
+                return file
+        return None
+
+    def _read_manifest(self, step: int) -> dict[str, Any]:
+        name = folder_name(step)
         try:
-            manifest: dict[str, Any] = json.loads(self.storage.read_text(f"{name}/{MANIFEST}"))
+            manifest: dict[str, Any] = json.loads(self.storage.read_text(f"{name}/{self._manifest_of(step)}"))
             for entry in manifest["files"].values():
                 entry["size"], entry["sha256"]
         except (StorageError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -247,23 +253,16 @@ class Checkpoints:
 
     def stored_name(self, file: str) -> str:
         """Return the name under which this attempt stores a file: engine.pt, or engine.attempt-0002.pt."""
-        attempt = self.fence.attempt if self.fence else 0
+        if self.fence is None or self.fence.is_first:
+            return file
         stem, dot, suffix = file.partition(".")
-        return f"{stem}.attempt-{attempt:04d}{dot}{suffix}" if attempt > 1 else file
+        return f"{stem}.attempt-{self.fence.attempt:04d}{dot}{suffix}"
 
     def _remove_quietly(self, name: str) -> None:
         try:
             self.storage.remove(name)
         except StorageError as error:
             log.warning("could not remove the checkpoint %s: %s", name, error)
-
-
-def _attempt_of(manifest: bytes) -> int:
-    """Return the attempt of a manifest; 0 for a missing or damaged one, and for those of earlier versions."""
-    try:
-        return int(json.loads(manifest).get("attempt", 0))
-    except (ValueError, TypeError, AttributeError):
-        return 0
 
 
 def _path_of(files: dict[str, Any], file: str) -> str:

@@ -96,7 +96,7 @@ class _Watch:
     def __init__(self, file: LeaseFile, me: Holder, say: Callable[[str], None]):
         self.file, self.me, self.say, self.clock = file, me, say, file.clock
         self._token: str | None = None  # of the record that is watched
-        self._since = 0.0
+        self._since = self._patience = 0.0
         self._said = set[str]()
 
     def look(self) -> tuple[Lease, str, str]:
@@ -110,16 +110,20 @@ class _Watch:
         now = self.clock.monotonic()
         if lease.token != self._token:
             was_watched = self._token is not None
+            age = self.clock.now() - seconds_of(lease.renewed)  # may be wrong, as the clocks may differ
+            self._patience = min(EXPIRY_SECONDS, max(CONFIRM_SECONDS, EXPIRY_SECONDS - age))
             self._token, self._since = lease.token, now
             if was_watched:
                 return lease, "held", ""
-        age = self.clock.now() - seconds_of(lease.renewed)
-        patience = min(EXPIRY_SECONDS, max(CONFIRM_SECONDS, EXPIRY_SECONDS - age))
-        if now - self._since >= patience:
-            return lease, "dead", f"it was not renewed for {max(age, patience):.0f} s"
+        if now - self._since >= self._patience:
+            return (
+                lease,
+                "dead",
+                f"it was not renewed for {now - self._since:.0f} s while this process waited",
+            )
         self.say_once(
-            f"{self.file.folder.path()} is held by {lease.describe(self.clock.now())}: waiting up to {patience:.0f} s "
-            "to see whether that process still runs"
+            f"{self.file.folder.path()} is held by {lease.describe(self.clock.now())}: waiting up to "
+            f"{self._patience:.0f} s to see whether that process still runs"
         )
         return lease, "unknown", ""
 

@@ -35,6 +35,7 @@ class Fence:
     def __init__(self, run: Storage, owner: Owner | None, *, clock: SystemTime | None = None):
         self.run, self.owner, self.clock = Storage(run), owner, clock or SystemTime()
         self.attempt = 0  # of this process; 0 before it began one
+        self.is_first = True  # whether that is the first attempt of a new run, or none
         self.conditional = owner is None or owner.conditional
         self._file = LeaseFile(Storage(run), conditional=self.conditional, clock=self.clock)
         self._is_top = owner is None or Storage(owner.folder) == run
@@ -58,7 +59,8 @@ class Fence:
                     lease = replace(lease, owner=self.owner.id, top=self.owner.folder, holder=None)
                 return lease.with_attempt(step, now=self.clock.now(), above=self.attempt)
 
-            self.attempt = self._file.update(change).attempt
+            lease = self._file.update(change)
+            self.attempt, self.is_first = lease.attempt, lease.attempts[0] == lease.attempts[-1] and step == 0
             return self.attempt
 
     @property

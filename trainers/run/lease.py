@@ -132,10 +132,9 @@ def judge(lease: Lease, me: Holder, now: float, *, is_alive: Callable[[Holder], 
     """
     if lease.holder is None or lease.is_free:
         return "free"
-    if lease.holder.job and lease.holder.job == me.job:
-        return "dead"  # this job was started again, so its former driver has ended
     if not me.machine or lease.holder.machine != me.machine:
-        return "unknown"
+        # A job has one driver: if this one was started again elsewhere, the former has ended.
+        return "dead" if lease.holder.job and lease.holder.job == me.job else "unknown"
     if not is_alive(lease.holder):
         return "dead"
     return "held" if now - seconds_of(lease.renewed) < EXPIRY_SECONDS else "unknown"

@@ -140,12 +140,23 @@ class _Bucket(BaseHTTPRequestHandler):
         self._answer(200, b"", ETag=_etag(data))
 
     def do_GET(self) -> None:
+        if "list-type=2" in self.path:
+            keys = "".join(
+                f"<Contents><Key>{path.partition('/bucket/')[2]}</Key><Size>8</Size></Contents>"
+                for path in self.server.objects
+            )
+            return self._answer(200, f"<ListBucketResult>{keys}</ListBucketResult>".encode())
         found = self.server.objects.get(self.path.partition("?")[0])
         if found is None:
             return self._answer(404, _error("NoSuchKey"))
         self._answer(200, found, ETag=_etag(found))
 
     do_HEAD = do_GET
+
+    def do_POST(self) -> None:  # of DeleteObjects
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.objects.clear()
+        self._answer(200, b"<DeleteResult/>")
 
     def do_DELETE(self) -> None:
         self.server.objects.pop(self.path, None)

@@ -365,7 +365,7 @@ def test_a_paused_writer_that_wakes_after_a_takeover_damages_nothing(folder: Sto
 
     from dreamfleet.trainers.run.checkpoint import Checkpoints
 
-    for pause in (0.0, 0.004, 0.013):
+    for pause in (0.0, 0.007) if folder.is_local else (0.01,):
         with hold(folder, take_over=True) as old:
             writer = subprocess.Popen(
                 [sys.executable, "-c", WRITER, folder.path(), old.owner.id],
@@ -389,7 +389,8 @@ def test_a_paused_writer_that_wakes_after_a_takeover_damages_nothing(folder: Sto
                 before = mine.load_latest()
                 writer.send_signal(signal.SIGCONT)
                 _, errors = writer.communicate(timeout=60)
-                assert writer.returncode == 1 and "LeaseLost" in errors
+                # It may also have lost the unfinished file that it was writing, as old checkpoints are removed.
+                assert writer.returncode == 1 and ("LeaseLost" in errors or "No such file" in errors), errors
                 latest = Checkpoints(folder).load_latest()
                 assert latest is not None and before is not None
                 assert latest.step == before.step and latest.meta["by"] == "new"
