@@ -63,6 +63,11 @@ class Queue:
         if self._starting is not None and placed.get(self._starting, False) is not None:
             self.gangs.release()
             self._starting = None
+        ended = (jobs[entry.job] for entry in entries if entry.id not in placed and entry.job in jobs)
+        if any(entry.state == "PREEMPTING" for entry in entries) or any(
+            granted.get(str(job.driver)) for job in ended
+        ):
+            self.gangs.wait_again()  # room is being made: Ray takes a while to free the workers of a job that ended
         if self._starting is None:
             entries = self._advance(entries, placed)
         self._show(entries)
@@ -116,8 +121,6 @@ class Queue:
     def _preempt(
         self, wanted: Entry, entries: Sequence[Entry], placed: Mapping[str, bool | None]
     ) -> list[Entry]:
-        if any(entry.state == "PREEMPTING" for entry in entries):
-            self.gangs.wait_again()
         if self.gangs.waited < (GROWTH_SECONDS if self.gangs.session.growth_limit() else PATIENCE_SECONDS):
             return []
         running = [

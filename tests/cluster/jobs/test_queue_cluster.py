@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,16 @@ def queue_processes(folder: Path) -> list[int]:
     return found
 
 
+@pytest.fixture
+def _nothing_is_left(client: None) -> Iterator[None]:
+    """Stop what a failed test left running on the cluster that others use too."""
+    yield
+    for row in rows():
+        if row["state"] == "RUNNING":
+            dreamfleet("stop", row["id"])
+
+
+@pytest.mark.usefixtures("_nothing_is_left")
 def test_runs_wait_start_whole_are_preempted_and_survive_the_queue(tmp_path: Path, head: Head) -> None:
     paths = [write(tmp_path, name, 100_000) for name in ("one", "two", "three")]
     ids = many(tmp_path, *paths)
@@ -105,6 +115,11 @@ def test_runs_wait_start_whole_are_preempted_and_survive_the_queue(tmp_path: Pat
     assert (
         json.loads((tmp_path / "runs" / "two" / "summary.json").read_text())["exit_reason"] == "interrupted"
     )
+
+
+def stop_all(ids: list[str]) -> None:
+    for name in ids:
+        assert dreamfleet("stop", name).exit_code == 0
 
 
 def training(folder: Path, name: str) -> bool:
