@@ -117,11 +117,6 @@ def test_runs_wait_start_whole_are_preempted_and_survive_the_queue(tmp_path: Pat
     )
 
 
-def stop_all(ids: list[str]) -> None:
-    for name in ids:
-        assert dreamfleet("stop", name).exit_code == 0
-
-
 def training(folder: Path, name: str) -> bool:
     return (folder / "runs" / name / "metrics.jsonl").exists()
 
