@@ -64,9 +64,9 @@ def fit(
 
     ``scaling.num_workers: 0`` trains in this process. Otherwise the run uses Ray: the cluster that this
     process is connected to, else the one at ``address``, else at RAY_ADDRESS, else a private one on this
-    machine. Workers that die are replaced up to ``scaling.max_failures`` times, and resume from the newest
-    valid checkpoint. ``shared`` names folders that all machines of the cluster see; if the cluster starts
-    machines on demand, local paths must be in them.
+    machine. Workers that die are replaced, and resume from the newest valid checkpoint, unless more than
+    ``scaling.max_failures`` fail before the next one. ``shared`` names folders that all machines of the cluster
+    see; if the cluster starts machines on demand, local paths must be in them.
 
     ``continues``: continue the run in ``output_dir`` if it has the same settings, else start one; wait if another
     process trains into it. ``take_over``: take the folder from such a process, which ends at its next write; resume.
@@ -169,7 +169,8 @@ def _make_trainer(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from dreamfleet.trainers.distributed.process_group import STEP_TIMEOUT
-    from dreamfleet.trainers.driver.worker import RaiseAtOnce, train_worker, worker_environment
+    from dreamfleet.trainers.driver.watch import RunWatch
+    from dreamfleet.trainers.driver.worker import train_worker, worker_environment
 
     class LocalTrainer(TorchTrainer):
         """A TorchTrainer without placement group cleaner, for a private Ray, which ends with this process."""
@@ -211,11 +212,11 @@ def _make_trainer(
             name=f"{recipe.run_name}-{uuid.uuid4().hex[:12]}",
             storage_path=bookkeeping,
             failure_config=FailureConfig(
-                max_failures=scaling.max_failures,
+                max_failures=-1,  # RunWatch counts them
                 # Ray waits one minute for machines before each such failure; its default is no limit.
                 controller_failure_limit=scaling.wait_minutes,
             ),
-            callbacks=[RaiseAtOnce(Storage(recipe.output_dir), sent)],
+            callbacks=[RunWatch(Storage(recipe.output_dir), sent, scaling)],
             worker_runtime_env={"env_vars": worker_environment(share.threads)},
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -252,7 +253,7 @@ def run_in_thread(work: Callable[[], Any], *, name: str) -> Outcome:
 
 def _explain(error: Exception, session: RaySession, recipe: Recipe) -> Exception:
     """Return the worker's UserError or RunFailed behind an error of Ray Train, else one that describes it."""
-    from ray.train import ControllerError, WorkerGroupError
+    from ray.train import ControllerError
 
     cause: BaseException | None = error
     if isinstance(error, ControllerError):
@@ -263,13 +264,6 @@ def _explain(error: Exception, session: RaySession, recipe: Recipe) -> Exception
         cause = cause.__cause__
     logs = session.log_folder
     where = f" Logs of the workers: {logs}." if logs else ""
-    if isinstance(error, WorkerGroupError):
-        rank, first = min(error.worker_failures.items(), default=(0, error))
-        lines = str(first).strip().splitlines() or [type(first).__name__]
-        return RunFailed(
-            f"worker {rank} failed {recipe.scaling.max_failures + 1} times (scaling.max_failures), the last time with "
-            f"{type(first).__name__}: {lines[0]}{where} Continue from the newest checkpoint with --resume."
-        )
     if isinstance(error, ControllerError) and "Startup" in type(error.controller_failure).__name__:
         return ResourceError(
             f"no room for {recipe.scaling.min_workers} workers within {recipe.scaling.wait_minutes} minutes "

@@ -15,6 +15,7 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.distributed.agreement import compare
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, on_device
+from dreamfleet.trainers.distributed.pulse import Preempted, Pulse
 from dreamfleet.trainers.loop import Hooks, Outcome, Training, drive, train
 from dreamfleet.trainers.memory.engine_selection import settle_engine
 from dreamfleet.trainers.models.family import load_model
@@ -46,6 +47,7 @@ def run_worker(
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     waited: float = 0.0,
+    pulse: Pulse | None = None,
     fence: Fence | None = None,
 ) -> Summary:
     """Train a whole run on this worker; return the run's summary, which is the same on every rank.
@@ -53,8 +55,9 @@ def run_worker(
     Every worker of the run calls it with the same recipe. ``gpu_share``: the fraction of the device's memory
     that the run may use, below 1 if other processes use the device too. ``resume``: continue from the newest
     valid checkpoint, if there is one. ``should_stop`` is polled every step; True saves a checkpoint and ends
-    the run. ``waited``: the seconds before this worker was started, which count as start-up. ``fence``: of the
-    process that owns the run folder; by default only a newer attempt is noticed.
+    the run. ``waited``: the seconds before this worker was started, which count as start-up. ``pulse``: the progress,
+    which other threads read. ``fence``: of the process that owns the run folder; by default only a newer attempt is
+    noticed. Raises Preempted after a checkpoint if a worker was given notice to leave.
     """
     clock = Clock(waited)
     with on_device(device, remedies=TRAINING) as settled:
@@ -66,6 +69,7 @@ def run_worker(
                 should_stop=should_stop,
                 on_progress=on_progress,
                 clock=clock,
+                pulse=pulse,
                 fence=fence,
             )
         )
@@ -79,6 +83,7 @@ def run_steps(
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     clock: Clock | None = None,
+    pulse: Pulse | None = None,
     load: Load = load_model,
     settle: Callable[[Recipe, DistributedContext], tuple[Recipe, str]] = settle_engine,
     fence: Fence | None = None,
@@ -88,7 +93,7 @@ def run_steps(
     ``load`` returns the model that the run trains on; it may share parameters that the run does not train. ``settle``
     returns the recipe with its engine selected, and the reason.
     """
-    clock = clock or Clock()
+    clock, pulse = clock or Clock(), pulse or Pulse()
     fence = fence or Fence(Storage(recipe.output_dir), None)
     run = fence.guarded()
     checkpoints = Checkpoints(run, limit=recipe.train.checkpoints_total_limit, fence=fence)
@@ -100,6 +105,7 @@ def run_steps(
     parts = assemble(recipe, distributed, begins=found is None, load=load)
     with closing(events), closing(parts.engine):
         recorder = Recorder(parts, run, on_progress=on_progress, events=events)
+        recorder.follow(pulse)
         evaluation = Evaluation(parts, recorder)  # some metrics compare with the untuned model
         start_step = _restore(found, parts) if found else 0
         clock.resume(found.meta.get("seconds", {}) if found else {})
@@ -108,11 +114,13 @@ def run_steps(
             parts, checkpoints, clock, start_step=start_step, after_save=recorder.flush
         )
         _open(recorder, checkpointing, evaluation, engine_reason)
-        hooks = _make_hooks(recorder, checkpointing, evaluation, should_stop)
+        hooks = _make_hooks(recorder, checkpointing, evaluation, should_stop, pulse)
         _complete_round(recorder, start_step, hooks)
         clock.ready()
         events.add("ready", step=start_step, seconds=clock.start_up)
         outcome = yield from _train(parts, start_step, hooks, recorder)
+        if outcome.exit_reason == "interrupted":
+            _leave_if_preempted(recorder, outcome.step, pulse, asked=should_stop())
         summary = summarise(parts, outcome, checkpointing, engine_reason)
         _finish(parts, recorder, summary, clock)
     return summary
@@ -142,6 +150,7 @@ def _make_hooks(
     checkpointing: Checkpointing,
     evaluation: Evaluation,
     should_stop: Callable[[], bool],
+    pulse: Pulse,
 ) -> Hooks:
     def validate(step: int) -> dict[str, float]:
         if figures := evaluation.measure():
@@ -157,8 +166,9 @@ def _make_hooks(
         save=checkpointing.save,
         sample=sample,
         validate=validate,
-        should_stop=should_stop,
+        should_stop=lambda: pulse.notice is not None or should_stop(),
         saved=lambda: checkpointing.saved,
+        pulse=pulse,
     )
 
 
@@ -194,7 +204,20 @@ def _train(parts: Parts, start_step: int, hooks: Hooks, recorder: Recorder) -> T
             )
         )
     finally:
+        hooks.pulse.report()
         recorder.flush()  # also after an error, so that a failed run keeps its metrics
+
+
+def _leave_if_preempted(recorder: Recorder, step: int, pulse: Pulse, *, asked: bool) -> None:
+    """Raise Preempted on every rank if one was given notice and the user has not asked to stop the run."""
+    reason = pulse.notice.reason if pulse.notice else None
+    answers = recorder.parts.distributed.gather((asked, reason))
+    noticed = [(rank, reason) for rank, (_, reason) in enumerate(answers) if reason]
+    if noticed and not any(asked for asked, _ in answers):
+        rank, reason = noticed[0]
+        recorder.events.add("preemption", step=step, rank=rank, cause=reason)
+        recorder.events.close()
+        raise Preempted(f"rank {rank} was given notice ({reason}): checkpoint of step {step} saved")
 
 
 def _finish(parts: Parts, recorder: Recorder, summary: Summary, clock: Clock) -> None:
