@@ -203,16 +203,18 @@ def stop(job_id: JobId, address: ServerAddress = None, verbose: Verbose = False)
         from dreamfleet.cluster.jobs.client import job_server
 
         with job_server(address) as server:
-            if stop_queued(server, job_id):
-                print(f"{job_id} STOPPED", file=sys.__stdout__)
-                return
-            job = server.job(job_id)
-            if not job.is_over:
-                printed = len(server.logs(job_id))
-                server.stop(job_id)
-                _print_note(f"stopping {job_id} after its checkpoint")
-                job = _watch(server, job_id, sys.stderr, skip=printed)
-    print(f"{job_id} {job.state}")
+            state = stop_queued(server, job_id) or _stop(server, job_id)
+    print(f"{job_id} {state}")
+
+
+def _stop(server: JobServer, job_id: str) -> str:
+    job = server.job(job_id)
+    if not job.is_over:
+        printed = len(server.logs(job_id))
+        server.stop(job_id)
+        _print_note(f"stopping {job_id} after its checkpoint")
+        job = _watch(server, job_id, sys.stderr, skip=printed)
+    return job.state
 
 
 def _ownership(name: str, options: Sequence[str]) -> list[str]:

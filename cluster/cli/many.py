@@ -160,8 +160,8 @@ def read_queues(server: Any, jobs: Sequence[Any]) -> dict[str, list[dict[str, An
     return found
 
 
-def stop_queued(server: Any, entry_id: str) -> bool:
-    """Stop a run by its ID in a queue, and wait until the queue has done it; return False if no queue has it."""
+def stop_queued(server: Any, entry_id: str) -> str | None:
+    """Stop a run by its ID in a queue, wait until that is done, and return its state; None if no queue has it."""
     from dreamfleet.cluster.jobs.client import POLL_SECONDS
     from dreamfleet.cluster.jobs.submit import send_cancel
 
@@ -172,10 +172,10 @@ def stop_queued(server: Any, entry_id: str) -> bool:
             entry["id"]: (folder, entry["state"]) for folder, entries in queues.items() for entry in entries
         }
         if entry_id not in states:
-            return False
+            return None
         folder, state = states[entry_id]
         if state in ("STOPPED", "SUCCEEDED", "FAILED"):
-            return True
+            return str(state)
         if not asked:
             send_cancel(server, entry_id, folder)
             asked = True
