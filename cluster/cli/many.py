@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.errors import RecipeError, UserError
+
+QUEUE_ENDED = "its queue has ended: submit it again"
 
 
 @dataclass(frozen=True)
@@ -156,26 +158,39 @@ def read_queues(server: Any, jobs: Sequence[Any]) -> dict[str, list[dict[str, An
         if folder := job.metadata.get(QUEUE_KEY):
             lines = [line for line in server.logs(job.id).splitlines() if line.startswith(STATUS)]
             if lines:
-                found[folder] = json.loads(lines[-1].removeprefix(STATUS))
+                entries = json.loads(lines[-1].removeprefix(STATUS))
+                found[folder] = [mark_ended(entry) if job.is_over else entry for entry in entries]
     return found
+
+
+def mark_ended(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of an entry whose queue has ended: what waits there does not start."""
+    return {**entry, "reason": QUEUE_ENDED} if entry["state"] == "WAITING" else entry
 
 
 def stop_queued(server: Any, entry_id: str) -> str | None:
     """Stop a run by its ID in a queue, wait until that is done, and return its state; None if no queue has it."""
     from dreamfleet.cluster.jobs.client import POLL_SECONDS
-    from dreamfleet.cluster.jobs.submit import send_cancel
+    from dreamfleet.cluster.jobs.submit import QUEUE_KEY, send_cancel
 
     asked = False
     while True:
-        queues = read_queues(server, server.jobs())
+        jobs = server.jobs()
+        queues = read_queues(server, jobs)
         states = {
-            entry["id"]: (folder, entry["state"]) for folder, entries in queues.items() for entry in entries
+            entry["id"]: (folder, entry["state"], entry["job"])
+            for folder, entries in queues.items()
+            for entry in entries
         }
         if entry_id not in states:
             return None
-        folder, state = states[entry_id]
+        folder, state, _ = states[entry_id]
         if state in ("STOPPED", "SUCCEEDED", "FAILED"):
             return str(state)
+        if not any(job.metadata.get(QUEUE_KEY) == folder and not job.is_over for job in jobs):
+            started = states[entry_id][2]
+            remedy = f"stop its job: dreamfleet stop {started}" if started else "it does not start"
+            raise UserError(f"the queue of {entry_id}, {folder}, does not run now; {remedy}")
         if not asked:
             send_cancel(server, entry_id, folder)
             asked = True

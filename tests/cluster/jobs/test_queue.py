@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,28 @@ from typing import Any
 import pytest
 import tiny
 
-from dreamfleet.cluster.cli.many import default_queue, entry_id, pack_many, parse_many
+from dreamfleet.cluster.cli.many import (
+    QUEUE_ENDED,
+    default_queue,
+    entry_id,
+    pack_many,
+    parse_many,
+    read_queues,
+    stop_queued,
+)
 from dreamfleet.cluster.jobs.job import Job
-from dreamfleet.cluster.jobs.queue import MAX_CRASHES, Entry, add, next_entry, settle, victims
+from dreamfleet.cluster.jobs.queue import (
+    MAX_CRASHES,
+    STATUS,
+    Entry,
+    add,
+    describe,
+    next_entry,
+    settle,
+    victims,
+)
 from dreamfleet.cluster.jobs.queue_folder import QueueFolder
-from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.datasets.storage.storage import Storage
 
 
@@ -191,3 +209,41 @@ def test_each_run_of_a_queue_has_its_own_folder_and_a_lasting_id(tmp_path: Path)
         pack_many(parse_many([paths[0], write("c.yaml", "s3://b/runs/a")]), **known)
     with pytest.raises(RecipeError, match=r"scaling\.num_workers is 0"):
         pack_many(parse_many([write("d.yaml", "s3://b/d", scaling__num_workers=0)]), **known)
+
+
+class FakeServer:
+    """A cluster with a queue's job and its log; a request to cancel is answered by the next state of the log."""
+
+    def __init__(self, *states: list[dict[str, Any]], state: str = "RUNNING"):
+        self.states, self.state, self.cancelled = list(states), state, 0
+
+    def jobs(self) -> list[Job]:
+        return [Job("queue-1", self.state, {"queue": "s3://b/queue"}), Job("cat-1", "RUNNING", {})]
+
+    def logs(self, job_id: str) -> str:
+        return f"starting\n{STATUS}[]\n{STATUS}{json.dumps(self.states[0])}\nmore\n"
+
+    def submit(self, entrypoint: str, **given: Any) -> None:
+        assert entrypoint.endswith("queue cancel s3://b/queue a")
+        self.cancelled += 1
+        self.states.pop(0)
+
+
+def test_a_waiting_run_is_listed_and_stopped_by_its_queue() -> None:
+    waiting, stopped = (describe(entry("a", state=state)) for state in ("WAITING", "STOPPED"))
+    server = FakeServer([waiting], [stopped])
+    assert read_queues(server, server.jobs()) == {"s3://b/queue": [waiting]}
+    assert stop_queued(server, "unknown") is None
+    assert stop_queued(server, "a") == "STOPPED"
+    assert server.cancelled == 1
+
+
+def test_a_queue_that_has_ended_says_so() -> None:
+    server = FakeServer([describe(entry("a"))], state="FAILED")
+    ((found,),) = read_queues(server, server.jobs()).values()
+    assert found["reason"] == QUEUE_ENDED
+    with pytest.raises(UserError, match="does not run now"):
+        stop_queued(server, "a")
+    running = FakeServer([describe(entry("a", state="RUNNING", starts=2))], state="FAILED")
+    with pytest.raises(UserError, match="dreamfleet stop a-2"):
+        stop_queued(running, "a")
