@@ -34,9 +34,7 @@ _OTHER_NAMES = {"s3a": "s3", "gcs": "gs"}
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0  # timeouts of one attempt
 RECHECK_SECONDS = 15.0
 _outages = Outages(time.monotonic)
-_is_guarded: ContextVar[bool] = ContextVar(
-    "guarded write", default=False
-)  # of the caller; fsspec passes it on
+_is_guarded: ContextVar[bool] = ContextVar("is_guarded", default=False)  # fsspec passes it on
 _KEYLESS_KINDS = {"NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError"}
 
 
