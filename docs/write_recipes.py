@@ -53,7 +53,8 @@ SECTIONS = {
     "scaling": "workers and their resources: [scaling](#scaling)",
     "search": "the search of `dreamfleet tune`: [search](#search)",
     "fleet": "the limits of `dreamfleet fleet`: [fleet](#fleet)",
-    "report_to": "further outputs of metrics and previews; `[]` for none",
+    "tracking": "names and folder for `report_to`: [tracking](#tracking)",
+    "report_to": "where metrics and previews are also shown, see [Monitoring](monitoring.md); `[]` for none",
 }
 # Descriptions of the keys whose fields have none.
 DESCRIPTIONS = {

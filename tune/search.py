@@ -17,6 +17,7 @@ from dreamfleet.trainers.run.fence import Fence
 from dreamfleet.trainers.run.ownership import Ownership
 from dreamfleet.trainers.run.run_folder import own
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
+from dreamfleet.trainers.tracking.tracker import check_trackers
 from dreamfleet.tune.limits import describe_end, out_of_patience, used_up
 from dreamfleet.tune.live import SearchDisplay
 from dreamfleet.tune.open_search import open_store
@@ -67,6 +68,7 @@ def search(
     failed otherwise.
     """
     recipe = _load(recipe, overrides)
+    check_trackers(recipe)
     check_inputs(recipe)
     disk = require_search_disk(recipe)
     open_folder = partial(open_store, recipe, resume=resume or continues or take_over)
@@ -180,14 +182,8 @@ def _run_trials(
         workers=workers if workers > 1 else 0,
         on_progress=on_progress or display.show,
     )
-    for line in [
-        *describe_earlier(store),
-        *(
-            []
-            if algorithm.remaining is None
-            else [f"{algorithm.remaining} trial{'s' * (algorithm.remaining > 1)}"]
-        ),
-    ]:
+    left = algorithm.remaining
+    for line in [*describe_earlier(store), *([] if left is None else [f"{left} trial{'s' * (left > 1)}"])]:
         display.say(line)
     ended = run_pool(
         source,

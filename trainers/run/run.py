@@ -30,6 +30,7 @@ from dreamfleet.trainers.run.export import export_artifacts
 from dreamfleet.trainers.run.fence import Fence
 from dreamfleet.trainers.run.provenance import run_identity
 from dreamfleet.trainers.run.recorder import Recorder
+from dreamfleet.trainers.run.stages import Stages, make_stages
 from dreamfleet.trainers.run.stopwatch import Clock
 from dreamfleet.trainers.run.summary import Summary, summarise
 
@@ -106,6 +107,10 @@ def run_steps(
     with closing(events), closing(parts.engine):
         recorder = Recorder(parts, run, on_progress=on_progress, events=events)
         recorder.follow(pulse)
+        stages = make_stages(
+            recorder.run, distributed.device, recipe.train.profile_steps, rank=distributed.rank
+        )
+        pulse.on_stage = stages.mark
         evaluation = Evaluation(parts, recorder)  # some metrics compare with the untuned model
         start_step = _restore(found, parts) if found else 0
         clock.resume(found.meta.get("seconds", {}) if found else {})
@@ -114,11 +119,12 @@ def run_steps(
             parts, checkpoints, clock, start_step=start_step, after_save=recorder.flush
         )
         _open(recorder, checkpointing, evaluation, engine_reason)
-        hooks = _make_hooks(recorder, checkpointing, evaluation, should_stop, pulse)
+        hooks = _make_hooks(recorder, checkpointing, evaluation, should_stop, pulse, stages)
         _complete_round(recorder, start_step, hooks)
         clock.ready()
         events.add("ready", step=start_step, seconds=clock.start_up)
-        outcome = yield from _train(parts, start_step, hooks, recorder)
+        with closing(stages):
+            outcome = yield from _train(parts, start_step, hooks, recorder)
         if outcome.exit_reason == "interrupted":
             _leave_if_preempted(recorder, outcome.step, pulse, asked=should_stop())
         summary = summarise(parts, outcome, checkpointing, engine_reason)
@@ -151,6 +157,7 @@ def _make_hooks(
     evaluation: Evaluation,
     should_stop: Callable[[], bool],
     pulse: Pulse,
+    stages: Stages,
 ) -> Hooks:
     def validate(step: int) -> dict[str, float]:
         if figures := evaluation.measure():
@@ -162,12 +169,13 @@ def _make_hooks(
         checkpointing.keep_best(step, recorder.scores)  # which rank 0 has
 
     return Hooks(
-        log=recorder.log,
+        log=lambda line: recorder.log({**line, **stages.read(line["step"])} if "loss" in line else line),
         save=checkpointing.save,
         sample=sample,
         validate=validate,
         should_stop=lambda: pulse.notice is not None or should_stop(),
         saved=lambda: checkpointing.saved,
+        is_profiled=stages.is_profiled,
         pulse=pulse,
     )
 

@@ -21,6 +21,7 @@ from dreamfleet.trainers.run.fence import Fence
 from dreamfleet.trainers.run.ownership import Ownership
 from dreamfleet.trainers.run.run_folder import own
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
+from dreamfleet.trainers.tracking.tracker import check_trackers
 from dreamfleet.tune.fleet.columns import IMAGES
 from dreamfleet.tune.fleet.finisher import Finisher
 from dreamfleet.tune.fleet.fleet_rows import FleetRows
@@ -151,6 +152,7 @@ class _Fleet:
 
     def check_inputs(self) -> None:
         """Check the files that all subjects need; their images were checked with the table."""
+        check_trackers(self.recipe)
         self.recipe.with_deepspeed_file()
         for named in self.recipe.paths:
             if named.field.kind != "images":
