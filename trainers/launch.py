@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import os
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -15,8 +14,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
+from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.scaling import WorkerShare, worker_resources
+from dreamfleet.trainers.driver.in_thread import run_in_thread
 from dreamfleet.trainers.driver.preflight import check_inputs, preflight, require_room_here, this_machine
 from dreamfleet.trainers.driver.progress import Display, RunTail, log_to_run, watch_for_stop
 from dreamfleet.trainers.driver.session import RaySession, ray_session, starts_private_ray
@@ -97,9 +98,11 @@ def fit(
     check_inputs(recipe, begun=may_resume and bool(Checkpoints(folder).steps()))
     display = _Silent(on_progress) if on_progress else Display(total=recipe.train.max_train_steps)
     open_folder()
-    with own(
-        folder, owner, take_over=take_over, wait=open_folder if continues else None, say=display.say
-    ) as lease:
+    waiting = open_folder if continues else None
+    with (
+        patience(recipe.storage.patience_seconds),
+        own(folder, owner, take_over=take_over, wait=waiting, say=display.say) as lease,
+    ):
         open_folder()  # again: another process may have trained into it until now
         try:
             summary = _train(recipe, lease, address, shared, display, started)
@@ -241,34 +244,6 @@ def _make_trainer(
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-
-
-@dataclass
-class Outcome:
-    """The result or the exception of a function."""
-
-    value: Any = None
-    error: Exception | None = None
-
-
-def run_in_thread(work: Callable[[], Any], *, name: str) -> Outcome:
-    """Run ``work`` in a thread and wait for it; return its result or exception.
-
-    Outside the main thread Ray installs no signal handlers, which would end a run without a checkpoint.
-    """
-    outcome = Outcome()
-
-    def run() -> None:
-        try:
-            outcome.value = work()
-        except Exception as error:  # noqa: BLE001 - passed to the waiting thread
-            outcome.error = error
-
-    thread = threading.Thread(target=run, daemon=True, name=name)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)  # with a timeout, as Python runs signal handlers only between calls
-    return outcome
 
 
 def _explain(error: Exception, session: RaySession, recipe: Recipe) -> Exception:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dreamfleet.datasets.errors import RecipeError, RunFailed, UserError
+from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.trainers.config.search import SearchConfig
 from dreamfleet.trainers.driver.preflight import check_inputs
 from dreamfleet.trainers.driver.progress import Display
@@ -73,7 +74,11 @@ def search(
     disk = require_search_disk(recipe)
     open_folder = partial(open_store, recipe, resume=resume or continues or take_over)
     folder, say = open_folder().folder, Display().say
-    with own(folder, take_over=take_over, wait=open_folder if continues else None, say=say) as lease:
+    waiting = open_folder if continues else None
+    with (
+        patience(recipe.storage.patience_seconds),
+        own(folder, take_over=take_over, wait=waiting, say=say) as lease,
+    ):
         store = open_folder()  # again: another process may have changed it until now
         store.folder = folder.guarded(lease.check)
         display = SearchDisplay(store)

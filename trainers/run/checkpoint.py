@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from dreamfleet.datasets.errors import CheckpointError, StorageError
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.run.fence import Fence
+from dreamfleet.trainers.run.finite import find_not_finite
 from dreamfleet.trainers.run.lease import LeaseFile
 from dreamfleet.trainers.run.manifests import MANIFEST, find_manifest, path_of, stored_name
 
@@ -77,6 +78,17 @@ class Checkpoints:
         The best checkpoint is not removed. Raises StorageError if the files cannot be written, for example on
         a full disk; earlier checkpoints stay intact.
         """
+        try:
+            self.write(step, learned=learned, engine=engine, meta=meta)
+        except StorageError as error:
+            raise self.explain(step, error) from error
+        self.prune(step)
+        return folder_name(step)
+
+    def write(
+        self, step: int, *, learned: dict[str, Tensor], engine: dict[str, Any], meta: dict[str, Any]
+    ) -> None:
+        """Write the checkpoint of ``step``. Raises StorageError, and leaves no part of it, if that fails."""
         name = folder_name(step)
         writers: dict[str, Callable[[Path], object]] = {
             "learned.safetensors": lambda path: safetensors.torch.save_file(_plain(learned), path),
@@ -88,16 +100,30 @@ class Checkpoints:
         try:
             entries = {file: self._write(name, file, writer) for file, writer in writers.items()}
             self.publish(step, entries)
-        except StorageError as error:
+        except StorageError:
             for file in writers:
                 self._remove_quietly(f"{name}/{stored_name(file, self.fence)}")
-            earlier = self.steps()
-            kept = (
-                f"; the checkpoint of step {earlier[-1]} is intact, continue with --resume" if earlier else ""
-            )
-            raise StorageError(f"checkpoint of step {step} could not be saved: {error}{kept}") from error
-        self.prune(step)
-        return name
+            if not self.storage.list(name):
+                self._remove_quietly(name)
+            raise
+
+    def adopt(self, other: Checkpoints, step: int) -> None:
+        """Copy the checkpoint of ``step`` from another, local folder; its manifest is written last."""
+        name, files = folder_name(step), {}
+        for file, entry in other._read_manifest(step)["files"].items():
+            stored = stored_name(file, self.fence)
+            self.storage.upload(other.storage.path(name, file), f"{name}/{stored}")
+            files[file] = entry if stored == file else {**entry, "path": stored}
+        self.publish(step, files)
+
+    def explain(self, step: int, error: StorageError) -> StorageError:
+        """Return the error of a save that failed, which names the newest intact checkpoint."""
+        try:
+            earlier = [saved for saved in self.steps() if saved != step]
+        except StorageError:  # the storage cannot be read either
+            earlier = []
+        kept = f"; the checkpoint of step {earlier[-1]} is intact, continue with --resume" if earlier else ""
+        return StorageError(f"checkpoint of step {step} could not be saved: {error}{kept}")
 
     def publish(self, step: int, files: dict[str, Any]) -> None:
         """Write the manifest of a checkpoint whose ``files`` are stored; then remove files of earlier attempts.
@@ -255,24 +281,6 @@ def require_optimizer(found: Checkpoint, action: str) -> None:
 def folder_name(step: int) -> str:
     """Return the name of the folder of a step's checkpoint."""
     return f"step-{step:06d}"
-
-
-def find_not_finite(state: Any, name: str = "") -> str | None:
-    """Return the name of a tensor with infinite or NaN values in nested dicts and lists; None without one."""
-    flags = dict(_finite_flags(state, name))
-    if not flags:
-        return None
-    home = next(iter(flags.values())).device  # one transfer to the host for all tensors
-    good = torch.stack([flag.to(home) for flag in flags.values()]).tolist()
-    return next((name for name, is_good in zip(flags, good, strict=True) if not is_good), None)
-
-
-def _finite_flags(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        yield name, value.detach().isfinite().all()
-    elif isinstance(value, dict | list | tuple):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _finite_flags(inner, f"{name}.{key}".lstrip("."))
 
 
 def _measure(path: Path) -> tuple[int, str]:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal
 
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.fleet import FleetConfig
 from dreamfleet.trainers.driver.preflight import check_exists
@@ -113,9 +114,11 @@ def fleet(
     display.say(run.require_disk())
     open_folder = partial(open_fleet, base, resume=resume or continues or take_over)
     open_folder()
-    with own(
-        run.folder, take_over=take_over, wait=open_folder if continues else None, say=display.say
-    ) as lease:
+    waiting = open_folder if continues else None
+    with (
+        patience(base.storage.patience_seconds),
+        own(run.folder, take_over=take_over, wait=waiting, say=display.say) as lease,
+    ):
         open_folder()  # again: another process may have trained in it until now
         run.open(lease)
         with stop_on_signal(run.folder, display.say) as stop:
