@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import os
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -14,16 +13,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dreamfleet.datasets.environment import variables_to_send
 from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
+from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.scaling import WorkerShare, worker_resources
+from dreamfleet.trainers.driver.in_thread import run_in_thread
 from dreamfleet.trainers.driver.preflight import check_inputs, preflight, require_room_here, this_machine
 from dreamfleet.trainers.driver.progress import Display, RunTail, log_to_run, watch_for_stop
 from dreamfleet.trainers.driver.session import RaySession, ray_session, starts_private_ray
 from dreamfleet.trainers.run.fence import Fence, Owner
+from dreamfleet.trainers.run.ownership import Ownership
 from dreamfleet.trainers.run.run_folder import open_run_folder, own
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
+from dreamfleet.trainers.tracking.tracker import check_trackers, variables_for
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.recipe import Recipe
@@ -89,33 +91,49 @@ def fit(
         raise RecipeError(
             "overrides apply to a recipe file, and this recipe is an object: change the object instead"
         )
+    check_trackers(recipe)
     folder = Storage(recipe.output_dir)
     open_folder = partial(open_run_folder, recipe, resume=resume or take_over, continues=continues)
     may_resume = resume or take_over or continues
     check_inputs(recipe, begun=may_resume and bool(Checkpoints(folder).steps()))
     display = _Silent(on_progress) if on_progress else Display(total=recipe.train.max_train_steps)
     open_folder()
-    with own(
-        folder, owner, take_over=take_over, wait=open_folder if continues else None, say=display.say
-    ) as lease:
+    waiting = open_folder if continues else None
+    with (
+        patience(recipe.storage.patience_seconds),
+        own(folder, owner, take_over=take_over, wait=waiting, say=display.say) as lease,
+    ):
         open_folder()  # again: another process may have trained into it until now
-        run = folder.guarded(lease.check)
-        resume = run.exists("recipe.yaml")
-        if resume and not Checkpoints(run).steps():
-            logger.info("no checkpoint in %s: starting at step 0", run.path("checkpoints"))
-        with stop_on_signal(run, display.say) as stop:
-            try:
-                if recipe.scaling.is_local:
-                    summary = _fit_here(recipe, resume, stop, display, started, lease.owner)
-                else:
-                    summary = _fit_on_ray(recipe, address, shared, stop, display, started, lease.owner)
-            finally:
-                display.close()
-    return FitResult(summary, run.path())
+        try:
+            summary = _train(recipe, lease, address, shared, display, started)
+        finally:
+            display.close()
+    return FitResult(summary, folder.path())
+
+
+def _train(
+    recipe: Recipe,
+    lease: Fence | Ownership,
+    address: str | None,
+    shared: Sequence[str],
+    display: Display,
+    started: float,
+) -> Summary:
+    """Train into the folder that this process owns."""
+    from dreamfleet.trainers.run.checkpoint import Checkpoints
+
+    run = Storage(recipe.output_dir).guarded(lease.check)
+    resume = run.exists("recipe.yaml")
+    if resume and not Checkpoints(run).steps():
+        logger.info("no checkpoint in %s: starting at step 0", run.path("checkpoints"))
+    with stop_on_signal(run, display.say) as stop:
+        if recipe.scaling.is_local:
+            return _fit_here(recipe, resume, stop, display, started, lease.owner)
+        return _fit_on_ray(recipe, address, shared, stop, display, started, lease.owner)
 
 
 def _fit_here(
-    recipe: Recipe, resume: bool, stop: Stop, display: Display, started: float, owner: Owner
+    recipe: Recipe, resume: bool, stop: Stop, display: Display, started: float, owner: Owner | None
 ) -> Summary:
     from dreamfleet.trainers.run.run import run_worker
 
@@ -141,7 +159,7 @@ def _fit_on_ray(
     stop: Stop,
     display: Display,
     started: float,
-    owner: Owner,
+    owner: Owner | None,
 ) -> Summary:
     from dreamfleet.trainers.run.summary import Summary
 
@@ -163,7 +181,12 @@ def _fit_on_ray(
 
 
 def _make_trainer(
-    recipe: Recipe, session: RaySession, share: WorkerShare, bookkeeping: str, started: float, owner: Owner
+    recipe: Recipe,
+    session: RaySession,
+    share: WorkerShare,
+    bookkeeping: str,
+    started: float,
+    owner: Owner | None,
 ) -> Any:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -183,7 +206,7 @@ def _make_trainer(
                 if type(callback).__name__ != "PlacementGroupCleanerCallback"
             ]
 
-    scaling, sent = recipe.scaling, variables_to_send(buckets="://" in recipe.to_yaml())
+    scaling, sent = recipe.scaling, variables_for(recipe)
 
     def loop(config: dict[str, Any]) -> dict[str, Any]:
         # Secrets are passed in this closure, as Ray displays and logs environments and may export the config.
@@ -221,34 +244,6 @@ def _make_trainer(
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-
-
-@dataclass
-class Outcome:
-    """The result or the exception of a function."""
-
-    value: Any = None
-    error: Exception | None = None
-
-
-def run_in_thread(work: Callable[[], Any], *, name: str) -> Outcome:
-    """Run ``work`` in a thread and wait for it; return its result or exception.
-
-    Outside the main thread Ray installs no signal handlers, which would end a run without a checkpoint.
-    """
-    outcome = Outcome()
-
-    def run() -> None:
-        try:
-            outcome.value = work()
-        except Exception as error:  # noqa: BLE001 - passed to the waiting thread
-            outcome.error = error
-
-    thread = threading.Thread(target=run, daemon=True, name=name)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)  # with a timeout, as Python runs signal handlers only between calls
-    return outcome
 
 
 def _explain(error: Exception, session: RaySession, recipe: Recipe) -> Exception:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dreamfleet.datasets.errors import RecipeError, RunFailed, UserError
+from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.trainers.config.search import SearchConfig
 from dreamfleet.trainers.driver.preflight import check_inputs
 from dreamfleet.trainers.driver.progress import Display
@@ -17,6 +18,7 @@ from dreamfleet.trainers.run.fence import Fence
 from dreamfleet.trainers.run.ownership import Ownership
 from dreamfleet.trainers.run.run_folder import own
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
+from dreamfleet.trainers.tracking.tracker import check_trackers
 from dreamfleet.tune.limits import describe_end, out_of_patience, used_up
 from dreamfleet.tune.live import SearchDisplay
 from dreamfleet.tune.open_search import open_store
@@ -67,11 +69,16 @@ def search(
     failed otherwise.
     """
     recipe = _load(recipe, overrides)
+    check_trackers(recipe)
     check_inputs(recipe)
     disk = require_search_disk(recipe)
     open_folder = partial(open_store, recipe, resume=resume or continues or take_over)
     folder, say = open_folder().folder, Display().say
-    with own(folder, take_over=take_over, wait=open_folder if continues else None, say=say) as lease:
+    waiting = open_folder if continues else None
+    with (
+        patience(recipe.storage.patience_seconds),
+        own(folder, take_over=take_over, wait=waiting, say=say) as lease,
+    ):
         store = open_folder()  # again: another process may have changed it until now
         store.folder = folder.guarded(lease.check)
         display = SearchDisplay(store)
@@ -180,14 +187,8 @@ def _run_trials(
         workers=workers if workers > 1 else 0,
         on_progress=on_progress or display.show,
     )
-    for line in [
-        *describe_earlier(store),
-        *(
-            []
-            if algorithm.remaining is None
-            else [f"{algorithm.remaining} trial{'s' * (algorithm.remaining > 1)}"]
-        ),
-    ]:
+    left = algorithm.remaining
+    for line in [*describe_earlier(store), *([] if left is None else [f"{left} trial{'s' * (left > 1)}"])]:
         display.say(line)
     ended = run_pool(
         source,

@@ -13,16 +13,13 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
 from dreamfleet.datasets.errors import StorageError
 from dreamfleet.datasets.storage.disk import atomic_write, explain_errors
-
-if TYPE_CHECKING:
-    from dreamfleet.datasets.storage.storage import Storage
 
 ABSENT = ""  # the version of a file that does not exist
 PROBE_PREFIX = ".seen-"  # of files that a test of the storage may leave
@@ -42,7 +39,18 @@ class Conditions(NamedTuple):
     remove: Callable[[Any, str, str], None]
 
 
-def supports_conditions(folder: Storage) -> bool:
+class Folder(Protocol):
+    """What the probe needs of a :class:`Storage`."""
+
+    is_local: Any
+    path: Any
+    read_version: Any
+    write_if: Any
+    write_bytes: Any
+    remove: Any
+
+
+def supports_conditions(folder: Folder) -> bool:
     """Return whether of two conditional writes of one file in a folder exactly one succeeds.
 
     Writes a probe four times and removes it. Raises StorageError if the folder cannot be written at all.
@@ -53,12 +61,13 @@ def supports_conditions(folder: Storage) -> bool:
             return is_locked
 
     def write(version: str) -> bool:
-        return folder.write_if(name, secrets.token_bytes(8), version=version)
+        return bool(folder.write_if(name, secrets.token_bytes(8), version=version))
 
     try:
         created = write(ABSENT)
         created_again, replaced_another = write(ABSENT), write('"0123456789abcdef0123456789abcdef"')
-        return created and not created_again and not replaced_another and write(folder.read_version(name)[1])
+        is_honoured = created and not created_again and not replaced_another
+        return bool(is_honoured and write(folder.read_version(name)[1]))
     except StorageError:
         folder.write_bytes(name, b"")  # raises the error again unless only the condition is refused
         return False

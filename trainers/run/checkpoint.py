@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,13 @@ from torch import Tensor
 
 from dreamfleet.datasets.errors import CheckpointError, StorageError
 from dreamfleet.datasets.json_text import json_text
-from dreamfleet.datasets.storage.disk import inside
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.run.fence import Fence
-from dreamfleet.trainers.run.lease import Attempt, LeaseFile, is_superseded
+from dreamfleet.trainers.run.finite import find_not_finite
+from dreamfleet.trainers.run.lease import LeaseFile
+from dreamfleet.trainers.run.manifests import MANIFEST, find_manifest, path_of, stored_name
 
 log = logging.getLogger(__name__)
-MANIFEST = "manifest.json"
-_MANIFEST = re.compile(r"manifest(?:\.attempt-(\d+))?\.json")  # of any attempt
 ENGINE, EXPORTED = (
     "engine.pt",
     "ema.pt",
@@ -68,7 +66,7 @@ class Checkpoints:
         found = []
         for name in self.storage.list_dirs():
             step = name.removeprefix("step-")
-            if step.isdigit() and self._find_manifest(name, int(step), attempts) is not None:
+            if step.isdigit() and find_manifest(self.storage.list(name), int(step), attempts):
                 found.append(int(step))
         return sorted(found)
 
@@ -80,6 +78,17 @@ class Checkpoints:
         The best checkpoint is not removed. Raises StorageError if the files cannot be written, for example on
         a full disk; earlier checkpoints stay intact.
         """
+        try:
+            self.write(step, learned=learned, engine=engine, meta=meta)
+        except StorageError as error:
+            raise self.explain(step, error) from error
+        self.prune(step)
+        return folder_name(step)
+
+    def write(
+        self, step: int, *, learned: dict[str, Tensor], engine: dict[str, Any], meta: dict[str, Any]
+    ) -> None:
+        """Write the checkpoint of ``step``. Raises StorageError, and leaves no part of it, if that fails."""
         name = folder_name(step)
         writers: dict[str, Callable[[Path], object]] = {
             "learned.safetensors": lambda path: safetensors.torch.save_file(_plain(learned), path),
@@ -91,26 +100,40 @@ class Checkpoints:
         try:
             entries = {file: self._write(name, file, writer) for file, writer in writers.items()}
             self.publish(step, entries)
-        except StorageError as error:
+        except StorageError:
             for file in writers:
-                self._remove_quietly(f"{name}/{self.stored_name(file)}")
-            earlier = self.steps()
-            kept = (
-                f"; the checkpoint of step {earlier[-1]} is intact, continue with --resume" if earlier else ""
-            )
-            raise StorageError(f"checkpoint of step {step} could not be saved: {error}{kept}") from error
-        self.prune(step)
-        return name
+                self._remove_quietly(f"{name}/{stored_name(file, self.fence)}")
+            if not self.storage.list(name):
+                self._remove_quietly(name)
+            raise
+
+    def adopt(self, other: Checkpoints, step: int) -> None:
+        """Copy the checkpoint of ``step`` from another, local folder; its manifest is written last."""
+        name, files = folder_name(step), {}
+        for file, entry in other._read_manifest(step)["files"].items():
+            stored = stored_name(file, self.fence)
+            self.storage.upload(other.storage.path(name, file), f"{name}/{stored}")
+            files[file] = entry if stored == file else {**entry, "path": stored}
+        self.publish(step, files)
+
+    def explain(self, step: int, error: StorageError) -> StorageError:
+        """Return the error of a save that failed, which names the newest intact checkpoint."""
+        try:
+            earlier = [saved for saved in self.steps() if saved != step]
+        except StorageError:  # the storage cannot be read either
+            earlier = []
+        kept = f"; the checkpoint of step {earlier[-1]} is intact, continue with --resume" if earlier else ""
+        return StorageError(f"checkpoint of step {step} could not be saved: {error}{kept}")
 
     def publish(self, step: int, files: dict[str, Any]) -> None:
         """Write the manifest of a checkpoint whose ``files`` are stored; then remove files of earlier attempts.
 
         Until then a checkpoint of the same step that an earlier attempt saved stays valid.
         """
-        name, manifest = folder_name(step), self.stored_name(MANIFEST)
+        name, manifest = folder_name(step), stored_name(MANIFEST, self.fence)
         content = {"step": step, "attempt": self.fence.attempt if self.fence else 0, "files": files}
         self.storage.write_text(f"{name}/{manifest}", json_text(content, indent=1))
-        kept = {manifest, *(_path_of(files, file) for file in files)}
+        kept = {manifest, *(path_of(files, file) for file in files)}
         for file in self.storage.list(name):
             if file not in kept:
                 self.storage.remove(f"{name}/{file}")
@@ -137,7 +160,7 @@ class Checkpoints:
         name = folder_name(step)
         manifest, stored_manifest = self._read_manifest(step), self._manifest_of(step)
         files = manifest["files"]
-        path = _path_of(files, ENGINE)
+        path = path_of(files, ENGINE)
         if ENGINE in files and has_ema:
             with self.storage.local_copy(f"{name}/{path}") as local:
                 try:
@@ -182,7 +205,7 @@ class Checkpoints:
             paths = {}
             for file, expected in wanted.items():
                 try:
-                    stored = f"{name}/{_path_of(files, file)}"
+                    stored = f"{name}/{path_of(files, file)}"
                     paths[file] = stack.enter_context(self.storage.local_copy(stored))
                     found = _measure(paths[file])
                 except (StorageError, OSError) as error:
@@ -213,21 +236,8 @@ class Checkpoints:
 
     def _manifest_of(self, step: int) -> str:
         """Return the name of the manifest of a step; that of a missing one if there is none."""
-        return self._find_manifest(folder_name(step), step, self._lease.read().attempts) or MANIFEST
-
-    def _find_manifest(self, name: str, step: int, attempts: Sequence[Attempt]) -> str | None:
-        """Return the manifest of the newest attempt that is not superseded; None if there is none."""
-        # Without a number it is of the first attempt of a new run, or of a version without attempts.
-        first = 1 if attempts and attempts[0].step == 0 else 0
-        numbers = {
-            file: int(match[1] or first)
-            for file in self.storage.list(name)
-            if (match := _MANIFEST.fullmatch(file))
-        }
-        for file, attempt in sorted(numbers.items(), key=lambda item: -item[1]):
-            if not is_superseded(attempts, attempt=attempt, step=step):
-                return file
-        return None
+        names = self.storage.list(folder_name(step))
+        return find_manifest(names, step, self._lease.read().attempts) or MANIFEST
 
     def _read_manifest(self, step: int) -> dict[str, Any]:
         name = folder_name(step)
@@ -245,29 +255,17 @@ class Checkpoints:
         From the second attempt on its name contains the attempt: a write of a process that was replaced, which the
         network delivers late, then never changes a file of its successor.
         """
-        stored = self.stored_name(file)
+        stored = stored_name(file, self.fence)
         with self.storage.staging(f"{name}/{stored}") as path:
             writer(path)
             entry: dict[str, Any] = dict(zip(("size", "sha256"), _measure(path), strict=True))
         return entry if stored == file else {**entry, "path": stored}
-
-    def stored_name(self, file: str) -> str:
-        """Return the name under which this attempt stores a file: engine.pt, or engine.attempt-0002.pt."""
-        if self.fence is None or self.fence.is_first:
-            return file
-        stem, dot, suffix = file.partition(".")
-        return f"{stem}.attempt-{self.fence.attempt:04d}{dot}{suffix}"
 
     def _remove_quietly(self, name: str) -> None:
         try:
             self.storage.remove(name)
         except StorageError as error:
             log.warning("could not remove the checkpoint %s: %s", name, error)
-
-
-def _path_of(files: dict[str, Any], file: str) -> str:
-    """Return the name under which a file of a manifest is stored."""
-    return inside(str(files.get(file, {}).get("path", file)))
 
 
 def require_optimizer(found: Checkpoint, action: str) -> None:
@@ -283,24 +281,6 @@ def require_optimizer(found: Checkpoint, action: str) -> None:
 def folder_name(step: int) -> str:
     """Return the name of the folder of a step's checkpoint."""
     return f"step-{step:06d}"
-
-
-def find_not_finite(state: Any, name: str = "") -> str | None:
-    """Return the name of a tensor with infinite or NaN values in nested dicts and lists; None without one."""
-    flags = dict(_finite_flags(state, name))
-    if not flags:
-        return None
-    home = next(iter(flags.values())).device  # one transfer to the host for all tensors
-    good = torch.stack([flag.to(home) for flag in flags.values()]).tolist()
-    return next((name for name, is_good in zip(flags, good, strict=True) if not is_good), None)
-
-
-def _finite_flags(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        yield name, value.detach().isfinite().all()
-    elif isinstance(value, dict | list | tuple):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _finite_flags(inner, f"{name}.{key}".lstrip("."))
 
 
 def _measure(path: Path) -> tuple[int, str]:

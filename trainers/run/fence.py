@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from dreamfleet.datasets.errors import LeaseLost
@@ -71,6 +72,16 @@ class Fence:
     def guarded(self) -> Storage:
         """Return the run folder, whose writes this fence checks."""
         return self.run.guarded(self.check)
+
+    def watched(self, should_stop: Callable[[], bool]) -> Callable[[], bool]:
+        """Return ``should_stop``, which raises LeaseLost once a check of any thread has failed."""
+
+        def stop() -> bool:
+            if self._lost is not None:
+                raise self._lost
+            return should_stop()
+
+        return stop
 
     def check(self, fresh: bool = True) -> None:
         """Raise LeaseLost if a newer attempt or owner exists; without ``fresh`` a recent check is enough."""

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal
 
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.fleet import FleetConfig
 from dreamfleet.trainers.driver.preflight import check_exists
@@ -21,6 +22,7 @@ from dreamfleet.trainers.run.fence import Fence
 from dreamfleet.trainers.run.ownership import Ownership
 from dreamfleet.trainers.run.run_folder import own
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
+from dreamfleet.trainers.tracking.tracker import check_trackers
 from dreamfleet.tune.fleet.columns import IMAGES
 from dreamfleet.tune.fleet.finisher import Finisher
 from dreamfleet.tune.fleet.fleet_rows import FleetRows
@@ -112,9 +114,11 @@ def fleet(
     display.say(run.require_disk())
     open_folder = partial(open_fleet, base, resume=resume or continues or take_over)
     open_folder()
-    with own(
-        run.folder, take_over=take_over, wait=open_folder if continues else None, say=display.say
-    ) as lease:
+    waiting = open_folder if continues else None
+    with (
+        patience(base.storage.patience_seconds),
+        own(run.folder, take_over=take_over, wait=waiting, say=display.say) as lease,
+    ):
         open_folder()  # again: another process may have trained in it until now
         run.open(lease)
         with stop_on_signal(run.folder, display.say) as stop:
@@ -151,6 +155,7 @@ class _Fleet:
 
     def check_inputs(self) -> None:
         """Check the files that all subjects need; their images were checked with the table."""
+        check_trackers(self.recipe)
         self.recipe.with_deepspeed_file()
         for named in self.recipe.paths:
             if named.field.kind != "images":

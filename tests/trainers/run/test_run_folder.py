@@ -109,9 +109,9 @@ def test_equal_settings_are_continued_and_others_refused_key_by_key(tmp_path: Pa
     (tmp_path / "run" / "recipe.yaml").write_text("# written by another machine\n" + recipe.to_yaml())
     elsewhere = {**tree, "scaling": {"num_workers": 2}}
     open_run_folder(build_recipe(elsewhere), resume=False, continues=True)
-    other = build_recipe({**tree, "train": {**tree["train"], "seed": 7, "max_train_steps": 9}})
+    other = build_recipe({**tree, "train": {**tree["train"], "seed": 8, "max_train_steps": 9}})
     with pytest.raises(
-        RecipeError, match=r"other settings.*\n  train\.max_train_steps: there 6, here 9\n.*here 7"
+        RecipeError, match=r"other settings.*\n  train\.max_train_steps: there 6, here 9\n.*here 8"
     ):
         open_run_folder(other, resume=False, continues=True)
     open_run_folder(other, resume=True)
