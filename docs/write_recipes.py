@@ -51,6 +51,7 @@ SECTIONS = {
     "engine": "torch or DeepSpeed, sharding, offloading: [engine](#engine)",
     "validation": "held-out loss, previews and metrics: [validation](#validation)",
     "scaling": "workers and their resources: [scaling](#scaling)",
+    "storage": "what a run does while its bucket is away: [storage](#storage)",
     "search": "the search of `dreamfleet tune`: [search](#search)",
     "fleet": "the limits of `dreamfleet fleet`: [fleet](#fleet)",
     "tracking": "names and folder for `report_to`: [tracking](#tracking)",

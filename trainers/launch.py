@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
+from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.scaling import WorkerShare, worker_resources
 from dreamfleet.trainers.driver.preflight import check_inputs, preflight, require_room_here, this_machine
@@ -86,7 +87,7 @@ def fit(
     if resume and not Checkpoints(run).steps():
         logger.info("no checkpoint in %s: starting at step 0", run.path("checkpoints"))
     display = _Silent(on_progress) if on_progress else Display(total=recipe.train.max_train_steps)
-    with locked(run), stop_on_signal(run, display.say) as stop:
+    with patience(recipe.storage.patience_seconds), locked(run), stop_on_signal(run, display.say) as stop:
         try:
             if recipe.scaling.is_local:
                 summary = _fit_here(recipe, resume, stop, display, started)

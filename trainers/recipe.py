@@ -38,6 +38,7 @@ from dreamfleet.trainers.config.prompt_lines import read_prompts
 from dreamfleet.trainers.config.scaling import ScalingConfig
 from dreamfleet.trainers.config.search import SearchConfig
 from dreamfleet.trainers.config.search_check import find_search_errors
+from dreamfleet.trainers.config.storage import StorageConfig
 from dreamfleet.trainers.config.tracking import TRACKERS, TrackingConfig
 from dreamfleet.trainers.config.train import TrainConfig
 from dreamfleet.trainers.config.validation import ValidationConfig
@@ -55,6 +56,7 @@ class Recipe(Section):
     engine: EngineConfig = EngineConfig()
     validation: ValidationConfig = ValidationConfig()
     scaling: ScalingConfig = ScalingConfig()
+    storage: StorageConfig = StorageConfig()
     search: SearchConfig | None = Field(None, description="for `dreamfleet tune`")
     fleet: FleetConfig | None = Field(None, description="for `dreamfleet fleet`")
     output_dir: Annotated[str, PathField("folder", must_exist=False, is_output=True)] = Field(

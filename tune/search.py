@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dreamfleet.datasets.errors import RecipeError, RunFailed, UserError
+from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.trainers.config.search import SearchConfig
 from dreamfleet.trainers.driver.preflight import check_inputs
 from dreamfleet.trainers.recipe import Recipe, load_recipe
@@ -67,7 +68,11 @@ def search(
     display = SearchDisplay(store)
     display.say(disk)
     is_interrupted = True
-    with locked(store.folder), stop_on_signal(store.folder, display.say) as stop:
+    with (
+        patience(store.recipe.storage.patience_seconds),
+        locked(store.folder),
+        stop_on_signal(store.folder, display.say) as stop,
+    ):
         store.folder.write_text(RECIPE, recipe.to_yaml())
         store.save()
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.distributed.pulse import Pulse
@@ -84,6 +85,13 @@ class Recorder:
         if self.metrics is not None:
             self.metrics.flush()
         self.trackers.flush()
+
+    def flush_after_error(self) -> None:
+        """Write the lines of a run that failed; log an error of this, which must not replace the run's own."""
+        try:
+            self.flush()
+        except (UserError, RunFailed) as error:
+            log.warning("not all metrics could be written: %s", error)
 
     def write_grid(
         self, name: str, images: Sequence[Image.Image], *, columns: int, step: int | None = None

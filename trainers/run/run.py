@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from dreamfleet.datasets.errors import CheckpointError, RecipeError
+from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.distributed.agreement import compare
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, on_device
 from dreamfleet.trainers.distributed.pulse import Preempted, Pulse
@@ -22,12 +21,12 @@ from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.report.events import open_rank_events
 from dreamfleet.trainers.report.metrics_log import read_metrics
 from dreamfleet.trainers.run.build import Load, Parts, assemble
-from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
+from dreamfleet.trainers.run.checkpoint import Checkpoints
 from dreamfleet.trainers.run.checkpointing import Checkpointing
 from dreamfleet.trainers.run.evaluation import Evaluation
 from dreamfleet.trainers.run.export import export_artifacts
-from dreamfleet.trainers.run.provenance import run_identity
 from dreamfleet.trainers.run.recorder import Recorder
+from dreamfleet.trainers.run.restore import newest_checkpoint, restore
 from dreamfleet.trainers.run.stages import Stages, make_stages
 from dreamfleet.trainers.run.stopwatch import Clock
 from dreamfleet.trainers.run.summary import Summary, summarise
@@ -57,7 +56,7 @@ def run_worker(
     which other threads read. Raises Preempted after a checkpoint if a worker was given notice to leave.
     """
     clock = Clock(waited)
-    with on_device(device, remedies=TRAINING) as settled:
+    with patience(recipe.storage.patience_seconds), on_device(device, remedies=TRAINING) as settled:
         return drive(
             run_steps(
                 recipe,
@@ -103,19 +102,23 @@ def run_steps(
         )
         pulse.on_stage = stages.mark
         evaluation = Evaluation(parts, recorder)  # some metrics compare with the untuned model
-        start_step = _restore(found, parts) if found else 0
+        start_step = restore(found, parts) if found else 0
         clock.resume(found.meta.get("seconds", {}) if found else {})
         del found  # free its memory: up to three times that of the trainable parameters
         checkpointing = Checkpointing(
-            parts, checkpoints, clock, start_step=start_step, after_save=recorder.flush
+            parts, checkpoints, clock, start_step=start_step, after_save=recorder.flush, events=events
         )
-        _open(recorder, checkpointing, evaluation, engine_reason)
-        hooks = _make_hooks(recorder, checkpointing, evaluation, should_stop, pulse, stages)
-        _complete_round(recorder, start_step, hooks)
-        clock.ready()
-        events.add("ready", step=start_step, seconds=clock.start_up)
-        with closing(stages):
-            outcome = yield from _train(parts, start_step, hooks, recorder)
+        with checkpointing:  # completes the saves, also if the run fails
+            _open(recorder, checkpointing, evaluation, engine_reason)
+            hooks = _make_hooks(recorder, checkpointing, evaluation, should_stop, pulse, stages)
+            _complete_round(recorder, start_step, hooks)
+            clock.ready()
+            events.add("ready", step=start_step, seconds=clock.start_up)
+            with closing(stages):
+                outcome = yield from _train(parts, start_step, hooks, recorder)
+            with pulse.during("save"):
+                checkpointing.finish()
+            recorder.flush()
         if outcome.exit_reason == "interrupted":
             _leave_if_preempted(recorder, outcome.step, pulse, asked=should_stop())
         summary = summarise(parts, outcome, checkpointing, engine_reason)
@@ -164,7 +167,7 @@ def _make_hooks(
         save=checkpointing.save,
         sample=sample,
         validate=validate,
-        should_stop=lambda: pulse.notice is not None or should_stop(),
+        should_stop=lambda: pulse.notice is not None or checkpointing.has_failed or should_stop(),
         saved=lambda: checkpointing.saved,
         is_profiled=stages.is_profiled,
         pulse=pulse,
@@ -202,9 +205,11 @@ def _train(parts: Parts, start_step: int, hooks: Hooks, recorder: Recorder) -> T
                 hooks=hooks,
             )
         )
+    except BaseException:
+        recorder.flush_after_error()  # a failed run keeps its metrics
+        raise
     finally:
         hooks.pulse.report()
-        recorder.flush()  # also after an error, so that a failed run keeps its metrics
 
 
 def _leave_if_preempted(recorder: Recorder, step: int, pulse: Pulse, *, asked: bool) -> None:
@@ -241,57 +246,3 @@ def _finish(parts: Parts, recorder: Recorder, summary: Summary, clock: Clock) ->
             summary.exports = distributed.on_rank_0(export)
     distributed.on_rank_0(close)
     distributed.wait()
-
-
-def newest_checkpoint(checkpoints: Checkpoints, distributed: DistributedContext) -> Checkpoint | None:
-    """Read on every rank the newest checkpoint that is valid on rank 0; return None if there is none.
-
-    Raises CheckpointError on every rank if a rank cannot read it, StorageError if a rank reads different
-    content.
-    """
-    kept: list[Checkpoint | None] = []
-
-    def find() -> int | None:
-        kept.append(checkpoints.load_to_continue())
-        return kept[0].step if kept[0] is not None else None
-
-    step = distributed.on_rank_0(find)
-    if step is None:
-        return None
-    found = distributed.on_every_rank(lambda: kept[0] if kept else checkpoints.load(step))
-    compare(
-        {f"the checkpoint of step {step}": distributed.on_every_rank(lambda: checkpoints.digest(step))},
-        distributed,
-    )
-    return found
-
-
-def _restore(found: Checkpoint, parts: Parts) -> int:
-    """Load a checkpoint into a run's parts; return its step.
-
-    Raises CheckpointError if the checkpoint is of another method or does not fit the recipe. Logs a warning
-    if dataset, base model, global batch or seed changed.
-    """
-    recipe, is_main = parts.recipe, parts.distributed.is_main
-    name = found.meta.get("method")
-    if name != recipe.method.name:
-        raise CheckpointError(
-            f"the checkpoint of step {found.step} is of {name}, this recipe is for {recipe.method.name}"
-        )
-    try:
-        parts.engine.load_weights(found.learned)
-        parts.engine.load_state(found.engine)
-        parts.method.steps_before = found.meta.get("steps_before", 0)
-    except RecipeError as error:
-        raise CheckpointError(f"the checkpoint of step {found.step} does not fit: {error}") from error
-    now = run_identity(parts)
-    changed = [key for key, value in now.items() if found.meta.get(key, value) != value]
-    if changed and is_main:
-        log.warning(
-            "continuing from step %d although %s changed: the run continues, but not as if it had never stopped",
-            found.step,
-            ", ".join(changed),
-        )
-    if is_main:
-        log.info("continuing from step %d", found.step)
-    return found.step

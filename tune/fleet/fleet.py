@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal
 
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.fleet import FleetConfig
 from dreamfleet.trainers.driver.preflight import check_exists
@@ -107,7 +108,11 @@ def fleet(
     display = Display()
     display.say(run.require_disk())
     run.open(resume=resume)
-    with locked(run.folder), stop_on_signal(run.folder, display.say) as stop:
+    with (
+        patience(base.storage.patience_seconds),
+        locked(run.folder),
+        stop_on_signal(run.folder, display.say) as stop,
+    ):
         reason = run.train(stop, display, address=address, shared=shared)
     return run.result(reason, seconds=time.monotonic() - began)
 
