@@ -54,6 +54,19 @@ def find_conflicts(
         for name in validation.metrics
         if "dino" in METRICS.get(name).needs and not validation.dino
     ]
+    if validation.resources is not None and scaling.is_local:
+        found.append(
+            "validation.resources starts a process on a Ray cluster, and scaling.num_workers: 0 trains without Ray; "
+            "set num_workers: 1 (a local Ray is started if there is no cluster), or leave validation.resources out"
+        )
+    if (
+        validation.resources is not None
+        and "GPU" not in validation.resources
+        and train.mixed_precision == "fp16"
+    ):
+        found.append(
+            "validation.resources without a GPU cannot compute in train.mixed_precision: fp16; add GPU: 1, or use bf16"
+        )
     fused = {
         f"train.gradient_accumulation_steps: {train.gradient_accumulation_steps} (it must be 1)": (
             train.gradient_accumulation_steps > 1

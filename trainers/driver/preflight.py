@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dreamfleet.datasets.errors import DataError, ModelError, RecipeError, UserError
@@ -18,6 +18,7 @@ from dreamfleet.trainers.config.scaling import (
     describe,
     refuse_impossible,
     refuse_shared_gpus,
+    reserve,
     worker_resources,
     workers_that_fit,
 )
@@ -41,6 +42,7 @@ def preflight(
     """
     nodes = [node.resources for node in session.nodes()]
     limit = session.growth_limit()
+    nodes = reserve(nodes, recipe.validation.resources, limit=limit)
     share = worker_resources(recipe.scaling, nodes, limit=limit)
     refuse_impossible(recipe.scaling, share.resources, nodes, limit=limit)
     require_runnable(recipe.train, recipe.optimizer, has_gpu=share.uses_gpu)
@@ -129,7 +131,10 @@ def this_machine() -> dict[str, float]:
     return resources
 
 
-def require_room_here(scaling: ScalingConfig) -> None:
-    """Raise ResourceError, without starting Ray, if this machine alone cannot hold the workers."""
-    here = [this_machine()]
+def require_room_here(scaling: ScalingConfig, *, evaluates: Mapping[str, float] | None = None) -> None:
+    """Raise ResourceError, without starting Ray, if this machine alone cannot hold the workers.
+
+    ``evaluates``: ``validation.resources``, which they leave free.
+    """
+    here = reserve([this_machine()], evaluates)
     refuse_impossible(scaling, worker_resources(scaling, here).resources, here)

@@ -40,6 +40,7 @@ class Checkpointing:
         self.saved = start_step or None
         self.metric = parts.recipe.validation.metric_for_best
         self.sign = -1 if parts.recipe.validation.maximises else 1
+        self.for_rounds = set[int]()  # steps that were saved only for a validation round in another process
         self.best_loss = math.inf  # the best value so far, negated where higher is better
 
     def recall_best(self, run: Storage) -> None:
@@ -80,6 +81,26 @@ class Checkpointing:
         before, self.checkpoints.best, self.best_loss = self.checkpoints.best, step, loss
         self.save(step)
         distributed.on_rank_0(lambda: self._release(before, newest=step))
+
+    def save_for_round(self, step: int) -> None:
+        """Save the checkpoint of ``step`` for a validation round in another process; every rank calls it."""
+        if not self.parts.schedule.saves_at(step):
+            self.for_rounds.add(step)
+        self.save(step)
+
+    def settle(self, step: int, figures: Mapping[str, float]) -> None:
+        """Keep or release the checkpoint of ``step`` after its round in another process; rank 0 only.
+
+        As :meth:`keep_best`; the checkpoint exists already, and is released if it was saved for the round alone.
+        """
+        loss, newest = self.sign * figures.get(self.metric, math.inf * self.sign), self.saved or step
+        if step > 0 and math.isfinite(loss) and loss < self.best_loss:
+            before, self.checkpoints.best, self.best_loss = self.checkpoints.best, step, loss
+            self._release(before, newest=newest)
+        for old in sorted(self.for_rounds - {self.checkpoints.best, self.saved} - self.checkpoints.in_use):
+            self.for_rounds.discard(old)
+            self.checkpoints.drop(old)
+        self.checkpoints.prune(newest)
 
     @property
     def best(self) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from PIL import Image
@@ -15,6 +15,7 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.report.events import EventLog, NoEvents
 from dreamfleet.trainers.report.metrics_log import MetricsLog, logged_figures
 from dreamfleet.trainers.run.build import Parts
+from dreamfleet.trainers.run.evaluation import Previews
 from dreamfleet.trainers.run.provenance import provenance
 from dreamfleet.trainers.run.summary import Summary
 from dreamfleet.trainers.run.tensorboard import TensorBoard
@@ -70,17 +71,15 @@ class Recorder:
         if self.board is not None:
             self.board.flush()
 
-    def write_grid(
-        self, name: str, images: Sequence[Image.Image], *, columns: int, step: int | None = None
-    ) -> None:
-        """Write images as one PNG; with ``step`` also to the loggers that ``report_to`` names."""
-        from dreamfleet.trainers.models.sampling.sample import image_grid
-
-        grid, buffer = image_grid(images, columns), io.BytesIO()
-        grid.save(buffer, "PNG")
-        self.run.write_bytes(name, buffer.getvalue())
-        if self.board is not None and step is not None:
-            self.board.log_image("samples", grid, step)
+    def write_previews(self, step: int, previews: Previews) -> None:
+        """Log the scores of a step's previews, and write their grid to the run folder and the loggers."""
+        if previews.scores:
+            self.log_scores(step, previews.scores)
+        name = f"samples/step-{step:06d}"
+        self.run.write_bytes(f"{name}.png", previews.grid)
+        if self.board is not None:
+            self.board.log_image("samples", Image.open(io.BytesIO(previews.grid)), step)
+        self.run.write_text(f"{name}.jsonl", "\n".join(map(json_text, previews.cells)) + "\n")
 
     def close(self, summary: Summary) -> None:
         """Write ``summary.json`` and ``report.html``."""

@@ -19,14 +19,14 @@ from dreamfleet.trainers.memory.engine_selection import settle_engine
 from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.report.events import open_rank_events
-from dreamfleet.trainers.report.metrics_log import read_metrics
 from dreamfleet.trainers.run.build import Load, Parts, assemble
 from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
 from dreamfleet.trainers.run.checkpointing import Checkpointing
-from dreamfleet.trainers.run.evaluation import Evaluation
+from dreamfleet.trainers.run.evaluation import Evaluation, training_grid
 from dreamfleet.trainers.run.export import export_artifacts
 from dreamfleet.trainers.run.provenance import run_identity
 from dreamfleet.trainers.run.recorder import Recorder
+from dreamfleet.trainers.run.rounds import MakeEvaluator, OwnRounds, RemoteRounds, Rounds
 from dreamfleet.trainers.run.stopwatch import Clock
 from dreamfleet.trainers.run.summary import Summary, summarise
 
@@ -44,13 +44,15 @@ def run_worker(
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     waited: float = 0.0,
+    make_evaluator: MakeEvaluator | None = None,
 ) -> Summary:
     """Train a whole run on this worker; return the run's summary, which is the same on every rank.
 
     Every worker of the run calls it with the same recipe. ``gpu_share``: the fraction of the device's memory
     that the run may use, below 1 if other processes use the device too. ``resume``: continue from the newest
     valid checkpoint, if there is one. ``should_stop`` is polled every step; True saves a checkpoint and ends
-    the run. ``waited``: the seconds before this worker was started, which count as start-up.
+    the run. ``waited``: the seconds before this worker was started, which count as start-up. ``make_evaluator``:
+    starts the process that computes the rounds with ``validation.resources``; without it the workers compute them.
     """
     clock = Clock(waited)
     with on_device(device, remedies=TRAINING) as settled:
@@ -62,6 +64,7 @@ def run_worker(
                 should_stop=should_stop,
                 on_progress=on_progress,
                 clock=clock,
+                make_evaluator=make_evaluator,
             )
         )
 
@@ -76,6 +79,7 @@ def run_steps(
     clock: Clock | None = None,
     load: Load = load_model,
     settle: Callable[[Recipe, DistributedContext], tuple[Recipe, str]] = settle_engine,
+    make_evaluator: MakeEvaluator | None = None,
 ) -> Training[Summary]:
     """Train a whole run as :func:`run_worker`; a generator that yields micro-batches and is sent their losses.
 
@@ -91,83 +95,54 @@ def run_steps(
     parts = assemble(recipe, distributed, begins=found is None, load=load)
     with closing(events), closing(parts.engine):
         recorder = Recorder(parts, Storage(recipe.output_dir), on_progress=on_progress, events=events)
-        evaluation = Evaluation(parts, recorder)  # some metrics compare with the untuned model
+        is_remote = recipe.validation.resources is not None and make_evaluator is not None
+        evaluation = None if is_remote else Evaluation(parts)  # some metrics compare with the untuned model
         start_step = _restore(found, parts) if found else 0
         clock.resume(found.meta.get("seconds", {}) if found else {})
+        is_new = found is None
         del found  # free its memory: up to three times that of the trainable parameters
         checkpointing = Checkpointing(
             parts, checkpoints, clock, start_step=start_step, after_save=recorder.flush
         )
-        _open(recorder, checkpointing, evaluation, engine_reason)
-        hooks = _make_hooks(recorder, checkpointing, evaluation, should_stop)
-        _complete_round(recorder, start_step, hooks)
-        clock.ready()
-        events.add("ready", step=start_step, seconds=clock.start_up)
-        outcome = yield from _train(parts, start_step, hooks, recorder)
+        _open(recorder, checkpointing, engine_reason)
+        if evaluation is not None:
+            rounds: Rounds = OwnRounds(evaluation, recorder, checkpointing)
+        else:
+            evaluator = make_evaluator(is_new) if make_evaluator and distributed.is_main else None
+            rounds = RemoteRounds(evaluator, recorder, checkpointing)
+        with closing(rounds):
+            rounds.complete(start_step)
+            clock.ready()
+            events.add("ready", step=start_step, seconds=clock.start_up)
+            outcome = yield from _train(parts, start_step, _make_hooks(rounds, should_stop), recorder)
+            rounds.finish(is_complete=outcome.exit_reason == "completed")
         summary = summarise(parts, outcome, checkpointing, engine_reason)
         _finish(parts, recorder, summary, clock)
     return summary
 
 
-def _open(
-    recorder: Recorder, checkpointing: Checkpointing, evaluation: Evaluation, engine_reason: str
-) -> None:
-    """Write the first files of the run folder; for a new run, evaluate with ``sample_at_first``."""
+def _open(recorder: Recorder, checkpointing: Checkpointing, engine_reason: str) -> None:
+    """Write the first files of the run folder."""
     parts, start_step = recorder.parts, checkpointing.start_step
 
     def begin() -> None:
         recorder.open(start_step, engine_reason=engine_reason)
         checkpointing.recall_best(recorder.run)
         if start_step == 0:
-            evaluation.write_real_images()
+            recorder.run.write_bytes("samples/real.png", training_grid(parts))
 
     parts.distributed.on_rank_0(begin)
-    if start_step == 0 and parts.recipe.validation.sample_at_first:
-        if figures := evaluation.measure():
-            recorder.log({"step": 0, **figures})
-        evaluation.draw(0)
 
 
-def _make_hooks(
-    recorder: Recorder,
-    checkpointing: Checkpointing,
-    evaluation: Evaluation,
-    should_stop: Callable[[], bool],
-) -> Hooks:
-    def validate(step: int) -> dict[str, float]:
-        if figures := evaluation.measure():
-            checkpointing.keep_best(step, figures)
-        return figures
-
-    def sample(step: int) -> None:
-        evaluation.draw(step)
-        checkpointing.keep_best(step, recorder.scores)  # which rank 0 has
-
+def _make_hooks(rounds: Rounds, should_stop: Callable[[], bool]) -> Hooks:
     return Hooks(
-        log=recorder.log,
-        save=checkpointing.save,
-        sample=sample,
-        validate=validate,
+        log=rounds.log,
+        save=rounds.checkpointing.save,
+        sample=rounds.sample,
+        validate=rounds.validate,
         should_stop=should_stop,
-        saved=lambda: checkpointing.saved,
+        saved=lambda: rounds.checkpointing.saved,
     )
-
-
-def _complete_round(recorder: Recorder, start_step: int, hooks: Hooks) -> None:
-    """Validate the step that a run is resumed from, if the run was killed after its checkpoint and before its round."""
-    parts, run = recorder.parts, recorder.run
-    if start_step == 0 or not parts.schedule.samples_at(start_step):
-        return
-
-    def find() -> tuple[bool, bool]:
-        rounds = [line for line in read_metrics(run) if line["step"] == start_step and "loss" not in line]
-        return bool(rounds), run.exists(f"samples/step-{start_step:06d}.png")
-
-    is_measured, is_drawn = parts.distributed.on_rank_0(find)
-    if not is_measured and (figures := hooks.validate(start_step)):
-        hooks.log({"step": start_step, **figures})
-    if not is_drawn and parts.recipe.validation.prompts:
-        hooks.sample(start_step)
 
 
 def _train(parts: Parts, start_step: int, hooks: Hooks, recorder: Recorder) -> Training[Outcome]:

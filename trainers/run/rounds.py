@@ -1,0 +1,220 @@
+"""The validation rounds of a run: computed by its workers, or by another process while the training continues."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from dreamfleet.trainers.report.metrics_log import read_metrics
+from dreamfleet.trainers.run.build import Parts
+from dreamfleet.trainers.run.checkpointing import Checkpointing
+from dreamfleet.trainers.run.evaluation import Evaluation, Previews
+from dreamfleet.trainers.run.recorder import Recorder
+
+log = logging.getLogger(__name__)
+MOST_WAITING = 2  # rounds that another process has not finished; the training waits before it starts a third
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """The result of one validation round, or the ``error`` that prevented it."""
+
+    step: int
+    figures: Mapping[str, float] = field(default_factory=dict)
+    previews: Previews | None = None
+    seconds: float = 0.0
+    error: str | None = None
+
+
+class Evaluator(Protocol):
+    """Computes validation rounds in another process, from the run's checkpoints; rank 0 only."""
+
+    @property
+    def waiting(self) -> int:
+        """The number of rounds that were started and not returned."""
+
+    def start(self, step: int) -> None:
+        """Compute the round of ``step`` as soon as its checkpoint is complete; of step 0 with the untuned model."""
+
+    def finished(self, *, wait: bool = False) -> list[RoundResult]:
+        """Return the results that were not returned before; ``wait`` for the oldest one if there is none."""
+
+    def close(self) -> None:
+        """End the other process."""
+
+
+#: Starts an evaluator; the argument is false if the run continues from a checkpoint.
+MakeEvaluator = Callable[[bool], Evaluator]
+
+
+class Rounds(ABC):
+    """The validation rounds of a run. Every rank calls each method.
+
+    The first call is :meth:`complete`, after the checkpoint was loaded.
+    """
+
+    def __init__(self, recorder: Recorder, checkpointing: Checkpointing):
+        self.recorder, self.checkpointing = recorder, checkpointing
+        self.parts: Parts = recorder.parts
+
+    @abstractmethod
+    def complete(self, start_step: int) -> None:
+        """Compute the rounds that are due at the start: of step 0, or those that an earlier session left out."""
+
+    @abstractmethod
+    def validate(self, step: int) -> dict[str, float]:
+        """Measure the held-out images and the model after ``step``; return the figures if they are known already."""
+
+    @abstractmethod
+    def sample(self, step: int) -> None:
+        """Generate, score and write the previews of ``step``."""
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Log a line of metrics of the training."""
+        self.recorder.log(line)
+
+    @abstractmethod
+    def finish(self, *, is_complete: bool) -> None:
+        """Wait for the last rounds of a completed run."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the other process, if there is one."""
+
+
+class OwnRounds(Rounds):
+    """Rounds that the workers compute between two steps."""
+
+    def __init__(self, evaluation: Evaluation, recorder: Recorder, checkpointing: Checkpointing):
+        super().__init__(recorder, checkpointing)
+        self.evaluation = evaluation
+
+    def complete(self, start_step: int) -> None:
+        parts = self.parts
+        if start_step == 0:
+            if parts.recipe.validation.sample_at_first:
+                if figures := self.evaluation.measure():
+                    self.recorder.log({"step": 0, **figures})
+                self._draw(0)
+            return
+        if not parts.schedule.samples_at(start_step):
+            return
+        is_measured, is_drawn = parts.distributed.on_rank_0(lambda: find_round(self.recorder, start_step))
+        if not is_measured and (figures := self.validate(start_step)):
+            self.recorder.log({"step": start_step, **figures})
+        if not is_drawn and parts.recipe.validation.prompts:
+            self.sample(start_step)
+
+    def validate(self, step: int) -> dict[str, float]:
+        if figures := self.evaluation.measure():
+            self.checkpointing.keep_best(step, figures)
+        return figures
+
+    def sample(self, step: int) -> None:
+        self._draw(step)
+        self.checkpointing.keep_best(step, self.recorder.scores)  # which rank 0 has
+
+    def finish(self, *, is_complete: bool) -> None:
+        """Do nothing: every round is finished when the next step begins."""
+
+    def close(self) -> None:
+        """Do nothing: there is no other process."""
+
+    def _draw(self, step: int) -> None:
+        previews = self.evaluation.draw(step)
+
+        def write() -> None:
+            if previews is not None:
+                self.recorder.write_previews(step, previews)
+
+        self.parts.distributed.on_rank_0(write)
+
+
+class RemoteRounds(Rounds):
+    """Rounds that another process computes from checkpoints. The results are logged with their step, some steps later.
+
+    Every round needs a checkpoint. It is kept until the round is finished, and then only if it is the best one or if
+    the schedule saves that step. ``evaluator``: on rank 0; None on the others.
+    """
+
+    def __init__(self, evaluator: Evaluator | None, recorder: Recorder, checkpointing: Checkpointing):
+        super().__init__(recorder, checkpointing)
+        self.evaluator = evaluator
+
+    def complete(self, start_step: int) -> None:
+        parts, checkpoints = self.parts, self.checkpointing.checkpoints
+
+        def start() -> None:
+            if start_step == 0:
+                if parts.recipe.validation.sample_at_first:
+                    self._start(0)
+                return
+            for step in checkpoints.steps():
+                if step <= start_step and parts.schedule.samples_at(step) and self._is_missing(step):
+                    self._start(step)
+
+        parts.distributed.on_rank_0(start)
+
+    def validate(self, step: int) -> dict[str, float]:
+        self.checkpointing.save_for_round(step)
+        self.parts.distributed.on_rank_0(lambda: self._start(step))
+        return {}
+
+    def sample(self, step: int) -> None:
+        """Do nothing: :meth:`validate` has started the whole round."""
+
+    def log(self, line: dict[str, Any]) -> None:
+        self._collect()
+        self.recorder.log(line)
+
+    def finish(self, *, is_complete: bool) -> None:
+        def wait() -> None:
+            if is_complete and self.evaluator is not None and self.evaluator.waiting:
+                log.info("the training is complete; waiting for %d validation rounds", self.evaluator.waiting)
+            while is_complete and self.evaluator is not None and self.evaluator.waiting:
+                self._collect(wait=True)
+
+        self.parts.distributed.on_rank_0(wait)
+
+    def close(self) -> None:
+        if self.evaluator is not None:
+            self.evaluator.close()
+
+    def _is_missing(self, step: int) -> bool:
+        is_measured, is_drawn = find_round(self.recorder, step)
+        validation = self.parts.recipe.validation
+        measures = bool(validation.holdout or validation.model_metrics or self.parts.held_out is not None)
+        return (measures and not is_measured) or (bool(validation.prompts) and not is_drawn)
+
+    def _start(self, step: int) -> None:
+        assert self.evaluator is not None
+        while self.evaluator.waiting >= MOST_WAITING:
+            self._collect(wait=True)
+        self.checkpointing.checkpoints.in_use.add(step)
+        self.evaluator.start(step)
+
+    def _collect(self, *, wait: bool = False) -> None:
+        """Log the rounds that are finished, and keep or release their checkpoints."""
+        for found in self.evaluator.finished(wait=wait) if self.evaluator is not None else ():
+            self.checkpointing.checkpoints.in_use.discard(found.step)
+            figures = dict(found.figures)
+            if found.error is not None:
+                log.warning("the validation round of step %d failed: %s", found.step, found.error)
+            if figures:
+                self.recorder.log({"step": found.step, **figures})
+            if found.previews is not None:
+                self.recorder.write_previews(found.step, found.previews)
+                figures |= found.previews.scores
+            self.recorder.events.add(
+                "evaluation", step=found.step, seconds=found.seconds, remote=True, error=found.error
+            )
+            self.checkpointing.settle(found.step, figures)
+
+
+def find_round(recorder: Recorder, step: int) -> tuple[bool, bool]:
+    """Return whether the round of ``step`` has been measured, and whether its previews exist; rank 0 only."""
+    rounds = [line for line in read_metrics(recorder.run) if line["step"] == step and "loss" not in line]
+    return bool(rounds), recorder.run.exists(f"samples/step-{step:06d}.png")
