@@ -137,30 +137,35 @@ class RemoteRounds(Rounds):
     """Rounds that another process computes from checkpoints. The results are logged with their step, some steps later.
 
     Every round needs a checkpoint. It is kept until the round is finished, and then only if it is the best one or if
-    the schedule saves that step. ``evaluator``: on rank 0; None on the others.
+    the schedule saves that step. Rank 0 starts the other process at its first round; a worker that becomes rank 0 later
+    also starts the rounds that the one before has left. ``begins``: False if the run continues from a checkpoint.
     """
 
-    def __init__(self, evaluator: Evaluator | None, recorder: Recorder, checkpointing: Checkpointing):
+    def __init__(
+        self, make_evaluator: MakeEvaluator, recorder: Recorder, checkpointing: Checkpointing, *, begins: bool
+    ):
         super().__init__(recorder, checkpointing)
-        self.evaluator = evaluator
+        self.make_evaluator, self.begins = make_evaluator, begins
+        self.evaluator: Evaluator | None = None
+        self._started = set[int]()
 
     def complete(self, start_step: int) -> None:
-        parts, checkpoints = self.parts, self.checkpointing.checkpoints
-
         def start() -> None:
-            if start_step == 0:
-                if parts.recipe.validation.sample_at_first:
-                    self._start(0)
-                return
-            for step in checkpoints.steps():
-                if step <= start_step and parts.schedule.samples_at(step) and self._is_missing(step):
-                    self._start(step)
+            if start_step > 0:
+                self._start_missing(start_step)
+            elif self.parts.recipe.validation.sample_at_first:
+                self._start(0)
 
-        parts.distributed.on_rank_0(start)
+        self.parts.distributed.on_rank_0(start)
 
     def validate(self, step: int) -> dict[str, float]:
+        def start() -> None:
+            if self.evaluator is None:
+                self._start_missing(step - 1)
+            self._start(step)
+
         self.checkpointing.save_for_round(step)
-        self.parts.distributed.on_rank_0(lambda: self._start(step))
+        self.parts.distributed.on_rank_0(start)
         return {}
 
     def sample(self, step: int) -> None:
@@ -172,27 +177,44 @@ class RemoteRounds(Rounds):
 
     def finish(self, *, is_complete: bool) -> None:
         def wait() -> None:
-            if is_complete and self.evaluator is not None and self.evaluator.waiting:
-                log.info("the training is complete; waiting for %d validation rounds", self.evaluator.waiting)
-            while is_complete and self.evaluator is not None and self.evaluator.waiting:
+            if self.evaluator is None:
+                self._start_missing(self.parts.schedule.total)
+            if waiting := self._num_waiting:
+                log.info("the training is complete; waiting for %d validation rounds", waiting)
+            while self._num_waiting:
                 self._collect(wait=True)
 
-        self.parts.distributed.on_rank_0(wait)
+        if is_complete:
+            self.parts.distributed.on_rank_0(wait)
 
     def close(self) -> None:
         if self.evaluator is not None:
             self.evaluator.close()
 
+    @property
+    def _num_waiting(self) -> int:
+        return self.evaluator.waiting if self.evaluator is not None else 0
+
+    def _start_missing(self, last: int) -> None:
+        """Start the rounds up to step ``last`` that have a checkpoint and no results."""
+        for step in self.checkpointing.checkpoints.steps():
+            if step <= last and self.parts.schedule.samples_at(step) and self._is_missing(step):
+                self._start(step)
+
     def _is_missing(self, step: int) -> bool:
+        if step in self._started:
+            return False
         is_measured, is_drawn = find_round(self.recorder, step)
         validation = self.parts.recipe.validation
         measures = bool(validation.holdout or validation.model_metrics or self.parts.held_out is not None)
         return (measures and not is_measured) or (bool(validation.prompts) and not is_drawn)
 
     def _start(self, step: int) -> None:
-        assert self.evaluator is not None
-        while self.evaluator.waiting >= MOST_WAITING:
+        while self._num_waiting >= MOST_WAITING:
             self._collect(wait=True)
+        if self.evaluator is None:
+            self.evaluator = self.make_evaluator(self.begins)
+        self._started.add(step)
         self.checkpointing.checkpoints.in_use.add(step)
         self.evaluator.start(step)
 

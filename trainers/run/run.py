@@ -108,8 +108,8 @@ def run_steps(
         if evaluation is not None:
             rounds: Rounds = OwnRounds(evaluation, recorder, checkpointing)
         else:
-            evaluator = make_evaluator(is_new) if make_evaluator and distributed.is_main else None
-            rounds = RemoteRounds(evaluator, recorder, checkpointing)
+            assert make_evaluator is not None
+            rounds = RemoteRounds(make_evaluator, recorder, checkpointing, begins=is_new)
         with closing(rounds):
             rounds.complete(start_step)
             clock.ready()
