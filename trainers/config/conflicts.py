@@ -49,7 +49,29 @@ def find_conflicts(
             "data.enable_bucket cannot be combined with prior preservation: class images would need the sizes of their "
             "instance images; set enable_bucket: false, or method.with_prior_preservation: false"
         )
+    found += _validation_conflicts(validation, train, scaling)
+    fused = {
+        f"train.gradient_accumulation_steps: {train.gradient_accumulation_steps} (it must be 1)": (
+            train.gradient_accumulation_steps > 1
+        ),
+        f"scaling.num_workers: {scaling.words} (it must be 0 or 1)": scaling.max_workers > 1,
+        "train.mixed_precision: fp16 (use bf16 or no), because a step that overflowed cannot be undone": (
+            train.mixed_precision == "fp16"
+        ),
+    }
     found += [
+        f"optimizer.fused_backward: true steps during the backward pass and cannot be combined with {setting}"
+        for setting, is_set in fused.items()
+        if optimizer.fused_backward and is_set
+    ]
+    return found
+
+
+def _validation_conflicts(
+    validation: ValidationConfig, train: TrainConfig, scaling: ScalingConfig
+) -> list[str]:
+    """Return an error for each metric without its model, and for resources that cannot compute the rounds."""
+    found = [
         f"validation.metrics: {name} needs {NEEDS['dino']}"
         for name in validation.metrics
         if "dino" in METRICS.get(name).needs and not validation.dino
@@ -67,20 +89,6 @@ def find_conflicts(
         found.append(
             "validation.resources without a GPU cannot compute in train.mixed_precision: fp16; add GPU: 1, or use bf16"
         )
-    fused = {
-        f"train.gradient_accumulation_steps: {train.gradient_accumulation_steps} (it must be 1)": (
-            train.gradient_accumulation_steps > 1
-        ),
-        f"scaling.num_workers: {scaling.words} (it must be 0 or 1)": scaling.max_workers > 1,
-        "train.mixed_precision: fp16 (use bf16 or no), because a step that overflowed cannot be undone": (
-            train.mixed_precision == "fp16"
-        ),
-    }
-    found += [
-        f"optimizer.fused_backward: true steps during the backward pass and cannot be combined with {setting}"
-        for setting, is_set in fused.items()
-        if optimizer.fused_backward and is_set
-    ]
     return found
 
 

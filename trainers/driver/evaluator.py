@@ -14,7 +14,6 @@ import ray.exceptions
 from dreamfleet.datasets.environment import apply_variables
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.trainers.config.scaling import MAX_THREADS, describe
-from dreamfleet.trainers.driver.worker import worker_environment
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.rounds import RoundResult
 
@@ -62,19 +61,26 @@ class _Started:
 class RayEvaluator:
     """Computes rounds one after the other in an actor with ``validation.resources``, outside of the workers' place.
 
+    ``environment`` returns the variables of a process with so many threads; ``sent``: those that Ray must not show.
     If the actor or its node dies, another is started and computes the unfinished rounds again. A round that fails
     three times is returned with its error.
     """
 
     def __init__(
-        self, recipe: Recipe, sent: Mapping[str, str], *, begins: bool, actor: type[Any] = RoundActor
+        self,
+        recipe: Recipe,
+        sent: Mapping[str, str],
+        *,
+        environment: Callable[[int], dict[str, str]],
+        begins: bool,
+        actor: type[Any] = RoundActor,
     ):
         assert recipe.validation.resources is not None
         self.resources = recipe.validation.resources
         self._started: deque[_Started] = deque()
         self._class, self._arguments = actor, (recipe.model_dump(mode="json"), dict(sent))
         self._threads = min(MAX_THREADS, max(1, int(self.resources.get("CPU", 1))))
-        self._begins = begins
+        self._begins, self._environment = begins, environment
         self._actor = self._start_actor()
 
     @property
@@ -143,7 +149,7 @@ class RayEvaluator:
             "num_gpus": self.resources.get("GPU", 0),
             "resources": others,
             "scheduling_strategy": "DEFAULT",  # else it would take a place of the workers' placement group
-            "runtime_env": {"env_vars": worker_environment(self._threads)},
+            "runtime_env": {"env_vars": self._environment(self._threads)},
         }
         actor = ray.remote(self._class).options(**options)
         return actor.remote(*self._arguments, threads=self._threads, begins=self._begins)

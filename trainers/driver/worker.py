@@ -53,7 +53,9 @@ def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, A
             resume=True,
             should_stop=should_stop,
             waited=config["waited"],
-            make_evaluator=lambda begins: RayEvaluator(recipe, sent, begins=begins),
+            make_evaluator=lambda begins: RayEvaluator(
+                recipe, sent, environment=worker_environment, begins=begins
+            ),
         )
     return dataclasses.asdict(summary)
 
