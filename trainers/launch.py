@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dreamfleet.datasets.environment import variables_to_send
 from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
+from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.scaling import WorkerShare, worker_resources
 from dreamfleet.trainers.driver.preflight import check_inputs, preflight, require_room_here, this_machine
@@ -22,6 +22,7 @@ from dreamfleet.trainers.driver.progress import Display, RunTail, log_to_run, wa
 from dreamfleet.trainers.driver.session import RaySession, ray_session, starts_private_ray
 from dreamfleet.trainers.run.run_folder import locked, open_run_folder
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
+from dreamfleet.trainers.tracking.tracker import check_trackers, variables_for
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.recipe import Recipe
@@ -59,9 +60,9 @@ def fit(
 
     ``scaling.num_workers: 0`` trains in this process. Otherwise the run uses Ray: the cluster that this
     process is connected to, else the one at ``address``, else at RAY_ADDRESS, else a private one on this
-    machine. Workers that die are replaced up to ``scaling.max_failures`` times, and resume from the newest
-    valid checkpoint. ``shared`` names folders that all machines of the cluster see; if the cluster starts
-    machines on demand, local paths must be in them.
+    machine. Workers that die are replaced, and resume from the newest valid checkpoint, unless more than
+    ``scaling.max_failures`` fail before the next one. ``shared`` names folders that all machines of the cluster
+    see; if the cluster starts machines on demand, local paths must be in them.
 
     ``on_progress`` is called with each logged line of metrics; without it, progress is shown on stderr. In
     the main thread, the first SIGINT or SIGTERM ends the run after the current step with a checkpoint
@@ -80,12 +81,13 @@ def fit(
         raise RecipeError(
             "overrides apply to a recipe file, and this recipe is an object: change the object instead"
         )
+    check_trackers(recipe)
     check_inputs(recipe, begun=resume and bool(Checkpoints(Storage(recipe.output_dir)).steps()))
     run = open_run_folder(recipe, resume=resume)
     if resume and not Checkpoints(run).steps():
         logger.info("no checkpoint in %s: starting at step 0", run.path("checkpoints"))
     display = _Silent(on_progress) if on_progress else Display(total=recipe.train.max_train_steps)
-    with locked(run), stop_on_signal(run, display.say) as stop:
+    with patience(recipe.storage.patience_seconds), locked(run), stop_on_signal(run, display.say) as stop:
         try:
             if recipe.scaling.is_local:
                 summary = _fit_here(recipe, resume, stop, display, started)
@@ -146,7 +148,8 @@ def _make_trainer(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from dreamfleet.trainers.distributed.process_group import STEP_TIMEOUT
-    from dreamfleet.trainers.driver.worker import RaiseAtOnce, train_worker, worker_environment
+    from dreamfleet.trainers.driver.watch import RunWatch
+    from dreamfleet.trainers.driver.worker import train_worker, worker_environment
 
     class LocalTrainer(TorchTrainer):
         """A TorchTrainer without placement group cleaner, for a private Ray, which ends with this process."""
@@ -159,7 +162,7 @@ def _make_trainer(
                 if type(callback).__name__ != "PlacementGroupCleanerCallback"
             ]
 
-    scaling, sent = recipe.scaling, variables_to_send(buckets="://" in recipe.to_yaml())
+    scaling, sent = recipe.scaling, variables_for(recipe)
 
     def loop(config: dict[str, Any]) -> dict[str, Any]:
         # Secrets are passed in this closure, as Ray displays and logs environments and may export the config.
@@ -187,11 +190,11 @@ def _make_trainer(
             name=f"{recipe.run_name}-{uuid.uuid4().hex[:12]}",
             storage_path=bookkeeping,
             failure_config=FailureConfig(
-                max_failures=scaling.max_failures,
+                max_failures=-1,  # RunWatch counts them
                 # Ray waits one minute for machines before each such failure; its default is no limit.
                 controller_failure_limit=scaling.wait_minutes,
             ),
-            callbacks=[RaiseAtOnce(Storage(recipe.output_dir), sent)],
+            callbacks=[RunWatch(Storage(recipe.output_dir), sent, scaling)],
             worker_runtime_env={"env_vars": worker_environment(share.threads)},
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -228,7 +231,7 @@ def run_in_thread(work: Callable[[], Any], *, name: str) -> Outcome:
 
 def _explain(error: Exception, session: RaySession, recipe: Recipe) -> Exception:
     """Return the worker's UserError or RunFailed behind an error of Ray Train, else one that describes it."""
-    from ray.train import ControllerError, WorkerGroupError
+    from ray.train import ControllerError
 
     cause: BaseException | None = error
     if isinstance(error, ControllerError):
@@ -239,13 +242,6 @@ def _explain(error: Exception, session: RaySession, recipe: Recipe) -> Exception
         cause = cause.__cause__
     logs = session.log_folder
     where = f" Logs of the workers: {logs}." if logs else ""
-    if isinstance(error, WorkerGroupError):
-        rank, first = min(error.worker_failures.items(), default=(0, error))
-        lines = str(first).strip().splitlines() or [type(first).__name__]
-        return RunFailed(
-            f"worker {rank} failed {recipe.scaling.max_failures + 1} times (scaling.max_failures), the last time with "
-            f"{type(first).__name__}: {lines[0]}{where} Continue from the newest checkpoint with --resume."
-        )
     if isinstance(error, ControllerError) and "Startup" in type(error.controller_failure).__name__:
         return ResourceError(
             f"no room for {recipe.scaling.min_workers} workers within {recipe.scaling.wait_minutes} minutes "

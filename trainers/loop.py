@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 
 from dreamfleet.datasets.rng import key
+from dreamfleet.trainers.distributed.pulse import Pulse
 from dreamfleet.trainers.engines.base import Engine
 from dreamfleet.trainers.methods.base import Batch, Loss
 from dreamfleet.trainers.step_metrics import LossWatch, Meter
@@ -25,6 +26,10 @@ class Hooks:
     should_stop: Callable[[], bool] = lambda: False
     #: the step of the newest checkpoint, the same on every rank; None when there is none
     saved: Callable[[], int | None] = lambda: None
+    #: whether a step (from 1) is profiled, so that its time does not count
+    is_profiled: Callable[[int], bool] = lambda step: False
+    #: the progress that other threads read
+    pulse: Pulse = field(default_factory=Pulse)
 
 
 @dataclass
@@ -143,6 +148,7 @@ class _Loop:
     ):
         self.engine, self.batches, self.prepare, self.rates = engine, batches, prepare, rates
         self.schedule, self.hooks, self.start_step = schedule, hooks, start_step
+        hooks.pulse.resume(start_step)
         self.watch = LossWatch(engine, schedule.total, start_step, hooks.saved)
         self.meter = Meter(engine)
 
@@ -153,9 +159,11 @@ class _Loop:
         that it repeats exactly after a resume and on any number of workers.
         """
         engine, meter, units = self.engine, self.meter, self.engine.units
+        pulse = self.hooks.pulse
         now = {name: rate(step) for name, rate in self.rates.items()}
         losses = []
         for number, unit in enumerate(units):
+            pulse.mark("data")
             batch, unit_seed = meter.wait_for(self.batches), key("step", seed, step, unit)
             if step == self.start_step and number == 0:
                 # One forward and backward pass whose result is dropped, so that insufficient memory is reported in the
@@ -166,18 +174,22 @@ class _Loop:
                 engine.begin_step(now, step + 1)
             ready = self.prepare(engine.to_device(batch))
             last = number == len(units) - 1
+            pulse.begin_pass(ready, last=last)
             loss = yield Micro(engine, ready, last=last, seed=unit_seed, keeps=number > 0)
             self.watch.see_loss(loss.total)
             losses.append(loss)
+        pulse.mark("reduce")
         norm = engine.step(now, step + 1)
         self.watch.see_norm(norm)
+        meter.has_times &= not self.hooks.is_profiled(step + 1)
         meter.add(losses, images=batch["num_instances"] * engine.num_units)
         self._finish_step(step + 1, norm, now)
 
     def interrupt(self, done: int) -> Outcome:
         """Save a checkpoint after ``done`` steps, and return the outcome of the interrupted training."""
         self.watch.require_finite(done)
-        self.hooks.save(done)
+        with self.hooks.pulse.during("save"):
+            self.hooks.save(done)
         return Outcome(done, "interrupted", self.meter.figures)
 
     def _finish_step(self, done: int, norm: torch.Tensor, rates: dict[str, float]) -> None:
@@ -188,11 +200,15 @@ class _Loop:
         if logs:
             self.watch.require_gradient(done)
             hooks.log({"step": done, **self.meter.read(norm), "lr": rates})
+        hooks.pulse.saved = hooks.saved()
+        hooks.pulse.finish_step(done)
         with self.meter.paused():
             if saves:
-                hooks.save(done)
+                with hooks.pulse.during("save"):
+                    hooks.save(done)
             if samples:
-                if figures := hooks.validate(done):
-                    self.meter.figures.update(figures)
-                    hooks.log({"step": done, **figures})
-                hooks.sample(done)
+                with hooks.pulse.during("evaluation"):
+                    if figures := hooks.validate(done):
+                        self.meter.figures.update(figures)
+                        hooks.log({"step": done, **figures})
+                    hooks.sample(done)

@@ -19,12 +19,15 @@ from pathlib import Path
 from filelock import FileLock
 
 from dreamfleet.datasets.errors import StorageError
-from dreamfleet.datasets.storage.object_store import Bucket, bucket_versions
+from dreamfleet.datasets.storage.bucket_keys import bucket_versions
+from dreamfleet.datasets.storage.object_store import Bucket
 from dreamfleet.datasets.storage.storage import Storage
 
 log = logging.getLogger(__name__)
 FOLDER_VARIABLE = "DREAMFLEET_CACHE"
-KEPT_SECONDS = 24 * 3600.0  # after the last use of an outdated entry, which another process may still be reading
+KEPT_SECONDS = (
+    24 * 3600.0
+)  # after the last use of an outdated entry, which another process may still be reading
 
 
 def cache_folder() -> Path:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
-from ray.train import UserCallback
-
 from dreamfleet.datasets.environment import apply_variables
-from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.distributed.pulse import Pulse, training_here
 from dreamfleet.trainers.driver.progress import log_to_run, watch_for_stop
-from dreamfleet.trainers.report.events import CONTROLLER, EventLog
+from dreamfleet.trainers.driver.ray_metrics import publish_runs
+from dreamfleet.trainers.report.events import set_node
 
 # Environment variables that workers get from the driver; no secrets, as Ray displays and logs them.
 PASSED_ON = ("TORCH_EXTENSIONS_DIR", "TOKENIZERS_PARALLELISM")
@@ -38,12 +36,18 @@ def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, A
     from dreamfleet.trainers.recipe import build_recipe
     from dreamfleet.trainers.run.run import run_worker
 
+    publish_runs()
     torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     recipe = build_recipe(config["recipe"])
     run = Storage(recipe.output_dir)
-    with log_to_run(run, verbose=rank == 0), watch_for_stop(run, watch=rank == 0) as should_stop:
+    set_node(ray.util.get_node_ip_address())
+    with (
+        training_here(Pulse()) as pulse,
+        log_to_run(run, verbose=rank == 0),
+        watch_for_stop(run, watch=rank == 0) as should_stop,
+    ):
         summary = run_worker(
             recipe,
             rank=rank,
@@ -56,6 +60,7 @@ def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, A
             make_evaluator=lambda begins: RayEvaluator(
                 recipe, sent, environment=worker_environment, begins=begins
             ),
+            pulse=pulse,
         )
     return dataclasses.asdict(summary)
 
@@ -72,29 +77,3 @@ def worker_environment(threads: int) -> dict[str, str]:
         if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)
     }
     return passed | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
-
-
-class RaiseAtOnce(UserCallback):
-    """Ends the run at the first error that a restart would repeat; runs in Ray Train's controller.
-
-    Ray Train restarts the workers after an exception in a worker, but not after one in a callback. A worker's
-    exception raised here reaches the driver as the cause of a ControllerError, and ends the ranks that wait
-    for the failed one.
-    """
-
-    def __init__(self, run: Storage, sent: Mapping[str, str]):
-        self.run, self.sent = run, sent
-
-    @cached_property
-    def events(self) -> EventLog:
-        """The events of the controller, which is another process than the driver."""
-        apply_variables(self.sent)
-        return EventLog(self.run, CONTROLLER)
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raise the UserError or RunFailed of the lowest rank that has one."""
-        for rank, error in sorted(worker_exceptions.items()):
-            self.events.add("failure", rank=rank, cause=type(error).__name__, error=str(error)[:1000])
-        for _, error in sorted(worker_exceptions.items()):
-            if isinstance(error, UserError | RunFailed):
-                raise error

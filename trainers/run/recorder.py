@@ -10,15 +10,20 @@ from typing import Any
 
 from PIL import Image
 
+from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.report.events import EventLog, NoEvents
+from dreamfleet.trainers.distributed.pulse import Pulse
+from dreamfleet.trainers.report.events import EventLog, NoEvents, read_events
 from dreamfleet.trainers.report.metrics_log import MetricsLog, logged_figures
+from dreamfleet.trainers.report.observers import tell_observers
+from dreamfleet.trainers.report.timeline import read_timeline
 from dreamfleet.trainers.run.build import Parts
 from dreamfleet.trainers.run.evaluation import Previews
 from dreamfleet.trainers.run.provenance import provenance
 from dreamfleet.trainers.run.summary import Summary
-from dreamfleet.trainers.run.tensorboard import TensorBoard
+from dreamfleet.trainers.run.versions import versions
+from dreamfleet.trainers.tracking.tracker import TrackedRun, Trackers, open_trackers
 
 log = logging.getLogger(__name__)
 
@@ -37,26 +42,38 @@ class Recorder:
         self.parts, self.run, self.on_progress = parts, run, on_progress
         self.events = events or NoEvents()
         self.metrics: MetricsLog | None = None
-        self.board: TensorBoard | None = None
+        self.trackers = Trackers()
         self.scores: dict[str, float] = {}  # of the newest previews
 
+    def follow(self, pulse: Pulse) -> None:
+        """Write the progress of ``pulse`` as events: ``steps`` with their ``count``, and each ``evaluation``."""
+
+        def on_steps(step: int, count: int, seconds: float) -> None:
+            self.events.add("steps", step=step, seconds=seconds, count=count)
+
+        def on_phase(phase: str, step: int, seconds: float) -> None:
+            if phase == "evaluation":
+                self.events.add("evaluation", step=step, seconds=seconds)
+
+        pulse.on_steps, pulse.on_phase = on_steps, on_phase
+
     def open(self, start_step: int, *, engine_reason: str) -> None:
-        """Write ``recipe.yaml`` and open ``metrics.jsonl``, and TensorBoard if ``report_to`` names it."""
+        """Write ``recipe.yaml`` and open ``metrics.jsonl`` and the trackers of ``report_to``."""
         recipe = self.parts.recipe
         head = provenance(self.parts, engine_reason)
         self.run.write_text("recipe.yaml", head + recipe.to_yaml())
         self.metrics = MetricsLog(self.run, start_step=start_step)
-        if "tensorboard" in recipe.report_to:
-            self.board = TensorBoard(self.run, start_step=start_step)
+        self.trackers = open_trackers(TrackedRun(self.run, recipe, start_step, versions()))
 
     def log(self, line: dict[str, Any]) -> None:
-        """Write a line of metrics to the loggers, and pass it to ``on_progress`` with ``total_steps``."""
+        """Write a line of metrics to the log and the trackers on rank 0; pass it to observers on every rank."""
+        shown = {**line, "total_steps": self.parts.schedule.total}
+        tell_observers(self.run, self.parts.distributed.rank, shown)
         if self.metrics is not None:
             self.metrics.log(line)
-            if self.board is not None:
-                self.board.log(line)
+            self.trackers.log(line)
             if self.on_progress is not None:
-                self.on_progress({**line, "total_steps": self.parts.schedule.total})
+                self.on_progress(shown)
 
     def log_scores(self, step: int, scores: dict[str, float]) -> None:
         """Log the scores of a step's previews; the summary contains the newest scores."""
@@ -68,17 +85,22 @@ class Recorder:
         self.events.flush()
         if self.metrics is not None:
             self.metrics.flush()
-        if self.board is not None:
-            self.board.flush()
+        self.trackers.flush()
+
+    def flush_after_error(self) -> None:
+        """Write the lines of a run that failed; log an error of this, which must not replace the run's own."""
+        try:
+            self.flush()
+        except (UserError, RunFailed) as error:
+            log.warning("not all metrics could be written: %s", error)
 
     def write_previews(self, step: int, previews: Previews) -> None:
-        """Log the scores of a step's previews, and write their grid to the run folder and the loggers."""
+        """Log the scores of a step's previews, and write their grid to the run folder and the trackers."""
         if previews.scores:
             self.log_scores(step, previews.scores)
         name = f"samples/step-{step:06d}"
         self.run.write_bytes(f"{name}.png", previews.grid)
-        if self.board is not None:
-            self.board.log_image("samples", Image.open(io.BytesIO(previews.grid)), step)
+        self.trackers.log_image("samples", Image.open(io.BytesIO(previews.grid)), step)
         self.run.write_text(f"{name}.jsonl", "\n".join(map(json_text, previews.cells)) + "\n")
 
     def close(self, summary: Summary) -> None:
@@ -90,8 +112,9 @@ class Recorder:
         summary.figures = {**logged_figures(self.run), **summary.figures, **self.scores}
         self.events.add("end", step=summary.steps, reason=summary.exit_reason)
         self.events.close()
+        if timeline := read_timeline(read_events(self.run)):
+            summary.timeline = timeline.summary()
         self.run.write_text("summary.json", json_text(dataclasses.asdict(summary), indent=1))
         self.flush()
-        if self.board is not None:
-            self.board.close()
+        self.trackers.close(dataclasses.asdict(summary))
         write_report(self.run, describe=describe)

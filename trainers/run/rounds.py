@@ -164,7 +164,7 @@ class RemoteRounds(Rounds):
                 self._start_missing(step - 1)
             self._start(step)
 
-        self.checkpointing.save_for_round(step)
+        self.checkpointing.save(step)
         self.parts.distributed.on_rank_0(start)
         return {}
 
@@ -221,7 +221,6 @@ class RemoteRounds(Rounds):
     def _collect(self, *, wait: bool = False) -> None:
         """Log the rounds that are finished, and keep or release their checkpoints."""
         for found in self.evaluator.finished(wait=wait) if self.evaluator is not None else ():
-            self.checkpointing.checkpoints.in_use.discard(found.step)
             figures = dict(found.figures)
             if found.error is not None:
                 log.warning("the validation round of step %d failed: %s", found.step, found.error)

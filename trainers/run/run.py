@@ -9,24 +9,25 @@ from typing import Any
 
 import torch
 
-from dreamfleet.datasets.errors import CheckpointError, RecipeError
+from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.distributed.agreement import compare
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, on_device
+from dreamfleet.trainers.distributed.pulse import Preempted, Pulse
 from dreamfleet.trainers.loop import Hooks, Outcome, Training, drive, train
 from dreamfleet.trainers.memory.engine_selection import settle_engine
 from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.report.events import open_rank_events
 from dreamfleet.trainers.run.build import Load, Parts, assemble
-from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
+from dreamfleet.trainers.run.checkpoint import Checkpoints
 from dreamfleet.trainers.run.checkpointing import Checkpointing
 from dreamfleet.trainers.run.evaluation import Evaluation, training_grid
 from dreamfleet.trainers.run.export import export_artifacts
-from dreamfleet.trainers.run.provenance import run_identity
 from dreamfleet.trainers.run.recorder import Recorder
+from dreamfleet.trainers.run.restore import newest_checkpoint, restore
 from dreamfleet.trainers.run.rounds import MakeEvaluator, OwnRounds, RemoteRounds, Rounds
+from dreamfleet.trainers.run.stages import Stages, make_stages
 from dreamfleet.trainers.run.stopwatch import Clock
 from dreamfleet.trainers.run.summary import Summary, summarise
 
@@ -44,6 +45,7 @@ def run_worker(
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     waited: float = 0.0,
+    pulse: Pulse | None = None,
     make_evaluator: MakeEvaluator | None = None,
 ) -> Summary:
     """Train a whole run on this worker; return the run's summary, which is the same on every rank.
@@ -51,11 +53,13 @@ def run_worker(
     Every worker of the run calls it with the same recipe. ``gpu_share``: the fraction of the device's memory
     that the run may use, below 1 if other processes use the device too. ``resume``: continue from the newest
     valid checkpoint, if there is one. ``should_stop`` is polled every step; True saves a checkpoint and ends
-    the run. ``waited``: the seconds before this worker was started, which count as start-up. ``make_evaluator``:
-    starts the process that computes the rounds with ``validation.resources``; without it the workers compute them.
+    the run. ``waited``: the seconds before this worker was started, which count as start-up. ``pulse``: the progress,
+    which other threads read. ``make_evaluator``: starts the process that computes the rounds with
+    ``validation.resources``; without it the workers compute them. Raises Preempted after a checkpoint if a worker was
+    given notice to leave.
     """
     clock = Clock(waited)
-    with on_device(device, remedies=TRAINING) as settled:
+    with patience(recipe.storage.patience_seconds), on_device(device, remedies=TRAINING) as settled:
         return drive(
             run_steps(
                 recipe,
@@ -64,6 +68,7 @@ def run_worker(
                 should_stop=should_stop,
                 on_progress=on_progress,
                 clock=clock,
+                pulse=pulse,
                 make_evaluator=make_evaluator,
             )
         )
@@ -77,6 +82,7 @@ def run_steps(
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     clock: Clock | None = None,
+    pulse: Pulse | None = None,
     load: Load = load_model,
     settle: Callable[[Recipe, DistributedContext], tuple[Recipe, str]] = settle_engine,
     make_evaluator: MakeEvaluator | None = None,
@@ -86,7 +92,7 @@ def run_steps(
     ``load`` returns the model that the run trains on; it may share parameters that the run does not train. ``settle``
     returns the recipe with its engine selected, and the reason.
     """
-    clock = clock or Clock()
+    clock, pulse = clock or Clock(), pulse or Pulse()
     checkpoints = Checkpoints(Storage(recipe.output_dir), limit=recipe.train.checkpoints_total_limit)
     found = newest_checkpoint(checkpoints, distributed) if resume else None
     events = open_rank_events(Storage(recipe.output_dir), distributed.rank)
@@ -95,27 +101,40 @@ def run_steps(
     parts = assemble(recipe, distributed, begins=found is None, load=load)
     with closing(events), closing(parts.engine):
         recorder = Recorder(parts, Storage(recipe.output_dir), on_progress=on_progress, events=events)
+        recorder.follow(pulse)
+        stages = make_stages(
+            recorder.run, distributed.device, recipe.train.profile_steps, rank=distributed.rank
+        )
+        pulse.on_stage = stages.mark
         is_remote = recipe.validation.resources is not None and make_evaluator is not None
         evaluation = None if is_remote else Evaluation(parts)  # some metrics compare with the untuned model
-        start_step = _restore(found, parts) if found else 0
+        start_step = restore(found, parts) if found else 0
         clock.resume(found.meta.get("seconds", {}) if found else {})
         is_new = found is None
         del found  # free its memory: up to three times that of the trainable parameters
         checkpointing = Checkpointing(
-            parts, checkpoints, clock, start_step=start_step, after_save=recorder.flush
+            parts, checkpoints, clock, start_step=start_step, after_save=recorder.flush, events=events
         )
-        _open(recorder, checkpointing, engine_reason)
         if evaluation is not None:
             rounds: Rounds = OwnRounds(evaluation, recorder, checkpointing)
         else:
             assert make_evaluator is not None
             rounds = RemoteRounds(make_evaluator, recorder, checkpointing, begins=is_new)
-        with closing(rounds):
+        with checkpointing, closing(rounds):  # completes the saves, also if the run fails
+            _open(recorder, checkpointing, engine_reason)
             rounds.complete(start_step)
             clock.ready()
             events.add("ready", step=start_step, seconds=clock.start_up)
-            outcome = yield from _train(parts, start_step, _make_hooks(rounds, should_stop), recorder)
-            rounds.finish(is_complete=outcome.exit_reason == "completed")
+            with closing(stages):
+                hooks = _make_hooks(rounds, should_stop, pulse, stages)
+                outcome = yield from _train(parts, start_step, hooks, recorder)
+            with pulse.during("evaluation"):
+                rounds.finish(is_complete=outcome.exit_reason == "completed")
+            with pulse.during("save"):
+                checkpointing.finish()
+            recorder.flush()
+        if outcome.exit_reason == "interrupted":
+            _leave_if_preempted(recorder, outcome.step, pulse, asked=should_stop())
         summary = summarise(parts, outcome, checkpointing, engine_reason)
         _finish(parts, recorder, summary, clock)
     return summary
@@ -134,14 +153,17 @@ def _open(recorder: Recorder, checkpointing: Checkpointing, engine_reason: str) 
     parts.distributed.on_rank_0(begin)
 
 
-def _make_hooks(rounds: Rounds, should_stop: Callable[[], bool]) -> Hooks:
+def _make_hooks(rounds: Rounds, should_stop: Callable[[], bool], pulse: Pulse, stages: Stages) -> Hooks:
+    checkpointing = rounds.checkpointing
     return Hooks(
-        log=rounds.log,
-        save=rounds.checkpointing.save,
+        log=lambda line: rounds.log({**line, **stages.read(line["step"])} if "loss" in line else line),
+        save=checkpointing.save,
         sample=rounds.sample,
         validate=rounds.validate,
-        should_stop=should_stop,
-        saved=lambda: rounds.checkpointing.saved,
+        should_stop=lambda: pulse.notice is not None or checkpointing.has_failed or should_stop(),
+        saved=lambda: checkpointing.saved,
+        is_profiled=stages.is_profiled,
+        pulse=pulse,
     )
 
 
@@ -159,8 +181,23 @@ def _train(parts: Parts, start_step: int, hooks: Hooks, recorder: Recorder) -> T
                 hooks=hooks,
             )
         )
+    except BaseException:
+        recorder.flush_after_error()  # a failed run keeps its metrics
+        raise
     finally:
-        recorder.flush()  # also after an error, so that a failed run keeps its metrics
+        hooks.pulse.report()
+
+
+def _leave_if_preempted(recorder: Recorder, step: int, pulse: Pulse, *, asked: bool) -> None:
+    """Raise Preempted on every rank if one was given notice and the user has not asked to stop the run."""
+    reason = pulse.notice.reason if pulse.notice else None
+    answers = recorder.parts.distributed.gather((asked, reason))
+    noticed = [(rank, reason) for rank, (_, reason) in enumerate(answers) if reason]
+    if noticed and not any(asked for asked, _ in answers):
+        rank, reason = noticed[0]
+        recorder.events.add("preemption", step=step, rank=rank, cause=reason)
+        recorder.events.close()
+        raise Preempted(f"rank {rank} was given notice ({reason}): checkpoint of step {step} saved")
 
 
 def _finish(parts: Parts, recorder: Recorder, summary: Summary, clock: Clock) -> None:
@@ -185,57 +222,3 @@ def _finish(parts: Parts, recorder: Recorder, summary: Summary, clock: Clock) ->
             summary.exports = distributed.on_rank_0(export)
     distributed.on_rank_0(close)
     distributed.wait()
-
-
-def newest_checkpoint(checkpoints: Checkpoints, distributed: DistributedContext) -> Checkpoint | None:
-    """Read on every rank the newest checkpoint that is valid on rank 0; return None if there is none.
-
-    Raises CheckpointError on every rank if a rank cannot read it, StorageError if a rank reads different
-    content.
-    """
-    kept: list[Checkpoint | None] = []
-
-    def find() -> int | None:
-        kept.append(checkpoints.load_to_continue())
-        return kept[0].step if kept[0] is not None else None
-
-    step = distributed.on_rank_0(find)
-    if step is None:
-        return None
-    found = distributed.on_every_rank(lambda: kept[0] if kept else checkpoints.load(step))
-    compare(
-        {f"the checkpoint of step {step}": distributed.on_every_rank(lambda: checkpoints.digest(step))},
-        distributed,
-    )
-    return found
-
-
-def _restore(found: Checkpoint, parts: Parts) -> int:
-    """Load a checkpoint into a run's parts; return its step.
-
-    Raises CheckpointError if the checkpoint is of another method or does not fit the recipe. Logs a warning
-    if dataset, base model, global batch or seed changed.
-    """
-    recipe, is_main = parts.recipe, parts.distributed.is_main
-    name = found.meta.get("method")
-    if name != recipe.method.name:
-        raise CheckpointError(
-            f"the checkpoint of step {found.step} is of {name}, this recipe is for {recipe.method.name}"
-        )
-    try:
-        parts.engine.load_weights(found.learned)
-        parts.engine.load_state(found.engine)
-        parts.method.steps_before = found.meta.get("steps_before", 0)
-    except RecipeError as error:
-        raise CheckpointError(f"the checkpoint of step {found.step} does not fit: {error}") from error
-    now = run_identity(parts)
-    changed = [key for key, value in now.items() if found.meta.get(key, value) != value]
-    if changed and is_main:
-        log.warning(
-            "continuing from step %d although %s changed: the run continues, but not as if it had never stopped",
-            found.step,
-            ", ".join(changed),
-        )
-    if is_main:
-        log.info("continuing from step %d", found.step)
-    return found.step
