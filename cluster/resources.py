@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dreamfleet.cluster.cluster_info import machines
 from dreamfleet.datasets.errors import ResourceError
-from dreamfleet.trainers.config.scaling import describe, refuse_impossible, reserve, worker_resources
+from dreamfleet.trainers.config.scaling import describe, refuse_impossible, worker_resources
+from dreamfleet.trainers.driver.preflight import reserve
 from dreamfleet.trainers.recipe import Recipe
 
 

@@ -173,32 +173,6 @@ def workers_that_fit(resources: Resources, nodes: Sequence[Resources], strategy:
     return sum(rooms)
 
 
-def reserve(
-    nodes: Sequence[Resources], resources: Resources | None, *, limit: Resources | None = None
-) -> list[Resources]:
-    """Return the machines without ``validation.resources``, which one process needs on one of them.
-
-    They are taken from a machine that keeps the most GPUs for workers. On an autoscaling cluster (``limit``), another
-    machine may be started for them. Raises ResourceError if no machine has them.
-    """
-    left = [dict(node) for node in nodes]
-    if not resources:
-        return [*left]
-    fitting = [node for node in left if _room(resources, node) > 0]
-    if not fitting:
-        if limit and all(amount <= limit.get(name, 0) for name, amount in resources.items()):
-            return [*left]
-        have = "; ".join(describe(node) for node in nodes) or "no machines"
-        raise ResourceError(
-            f"validation.resources: no machine of the cluster has {describe(resources)} ({have}); ask for less, or "
-            "leave validation.resources out: the workers then compute the rounds"
-        )
-    chosen = min(fitting, key=lambda node: (node.get("GPU", 0), -node.get("CPU", 0)))
-    for name, amount in resources.items():
-        chosen[name] -= amount
-    return [*left]
-
-
 def refuse_impossible(
     scaling: ScalingConfig,
     resources: Resources,

@@ -235,6 +235,25 @@ class RemoteRounds(Rounds):
             self.checkpointing.settle(found.step, figures)
 
 
+def choose_evaluation(parts: Parts, make_evaluator: MakeEvaluator | None) -> Evaluation | MakeEvaluator:
+    """Return ``make_evaluator`` if the recipe gives the rounds resources of their own, else the workers' evaluation."""
+    if parts.recipe.validation.resources is None or make_evaluator is None:
+        return Evaluation(parts)
+    return make_evaluator
+
+
+def make_rounds(
+    source: Evaluation | MakeEvaluator, recorder: Recorder, checkpointing: Checkpointing, *, begins: bool
+) -> Rounds:
+    """Return the rounds that the workers compute with an evaluation, or that another process computes.
+
+    ``begins``: False if the run continues from a checkpoint.
+    """
+    if isinstance(source, Evaluation):
+        return OwnRounds(source, recorder, checkpointing)
+    return RemoteRounds(source, recorder, checkpointing, begins=begins)
+
+
 def find_round(recorder: Recorder, step: int) -> tuple[bool, bool]:
     """Return whether the round of ``step`` has been measured, and whether its previews exist; rank 0 only."""
     rounds = [line for line in read_metrics(recorder.run) if line["step"] == step and "loss" not in line]

@@ -22,11 +22,11 @@ from dreamfleet.trainers.report.events import open_rank_events
 from dreamfleet.trainers.run.build import Load, Parts, assemble
 from dreamfleet.trainers.run.checkpoint import Checkpoints
 from dreamfleet.trainers.run.checkpointing import Checkpointing
-from dreamfleet.trainers.run.evaluation import Evaluation, training_grid
+from dreamfleet.trainers.run.evaluation import training_grid
 from dreamfleet.trainers.run.export import export_artifacts
 from dreamfleet.trainers.run.recorder import Recorder
 from dreamfleet.trainers.run.restore import newest_checkpoint, restore
-from dreamfleet.trainers.run.rounds import MakeEvaluator, OwnRounds, RemoteRounds, Rounds
+from dreamfleet.trainers.run.rounds import MakeEvaluator, Rounds, choose_evaluation, make_rounds
 from dreamfleet.trainers.run.stages import Stages, make_stages
 from dreamfleet.trainers.run.stopwatch import Clock
 from dreamfleet.trainers.run.summary import Summary, summarise
@@ -106,8 +106,7 @@ def run_steps(
             recorder.run, distributed.device, recipe.train.profile_steps, rank=distributed.rank
         )
         pulse.on_stage = stages.mark
-        is_remote = recipe.validation.resources is not None and make_evaluator is not None
-        evaluation = None if is_remote else Evaluation(parts)  # some metrics compare with the untuned model
+        evaluation = choose_evaluation(parts, make_evaluator)  # some metrics compare with the untuned model
         start_step = restore(found, parts) if found else 0
         clock.resume(found.meta.get("seconds", {}) if found else {})
         is_new = found is None
@@ -115,11 +114,7 @@ def run_steps(
         checkpointing = Checkpointing(
             parts, checkpoints, clock, start_step=start_step, after_save=recorder.flush, events=events
         )
-        if evaluation is not None:
-            rounds: Rounds = OwnRounds(evaluation, recorder, checkpointing)
-        else:
-            assert make_evaluator is not None
-            rounds = RemoteRounds(make_evaluator, recorder, checkpointing, begins=is_new)
+        rounds = make_rounds(evaluation, recorder, checkpointing, begins=is_new)
         with checkpointing, closing(rounds):  # completes the saves, also if the run fails
             _open(recorder, checkpointing, engine_reason)
             rounds.complete(start_step)

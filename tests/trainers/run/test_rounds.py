@@ -8,7 +8,7 @@ import tiny
 
 from dreamfleet.datasets.errors import RecipeError, ResourceError
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.config.scaling import reserve
+from dreamfleet.trainers.driver.preflight import reserve
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.trainers.report.events import read_events
 from dreamfleet.trainers.report.metrics_log import read_metrics
