@@ -215,3 +215,12 @@ def test_without_the_best_checkpoint_the_best_existing_one_is_named(
     Checkpoints(run).drop(4)
     assert run_worker(build_recipe(tree), resume=True).best_checkpoint == "step-000006"
     assert 4 in {line["step"] for line in read_metrics(run) if "holdout_loss" in line}
+
+
+def test_the_progress_of_a_loop_is_marked() -> None:
+    phases: list[str] = []
+    hooks = Hooks(save=lambda step: phases.append(hooks.pulse.phase), saved=lambda: 2)
+    loop(RandomEngine(), hooks, steps=3)
+    assert phases == ["save"] * 3
+    beat = hooks.pulse.beat()
+    assert (beat.step, beat.phase, beat.saved) == (3, "end", 2), "what follows the loop would count as a hang"

@@ -84,6 +84,7 @@ class Saves:
         not be changed before the next :meth:`require_room`. ``seconds``: how long the save stopped the training.
         """
         began = time.monotonic()
+        self.events.tell("uploads", waiting=1 + len(self._spooled))
 
         def write() -> None:
             if self._target is None:
@@ -187,6 +188,7 @@ class Saves:
     def _complete(self, step: int, seconds: float, began: float) -> None:
         self._tidy(step)
         self.events.add("save", step=step, seconds=seconds, background_seconds=time.monotonic() - began)
+        self.events.tell("uploads", waiting=len(self._spooled))
         try:
             self.after_save()
         except (
