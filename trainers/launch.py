@@ -165,14 +165,15 @@ def _fit_on_ray(
 
     run = Storage(recipe.output_dir)
     if starts_private_ray(address):
-        require_room_here(recipe.scaling)
+        require_room_here(recipe.scaling, evaluates=recipe.validation.resources)
     with ray_session(address, preload=("ray.train.torch",)) as session:
         stop.listen()
         share = preflight(recipe, session, display.say, shared=shared)
         # Workers report nothing to Ray Train, so its storage holds only a few files of its controller, which
         # runs on this machine: a temporary folder is enough, also for runs in buckets and on several machines.
         with tempfile.TemporaryDirectory(prefix="dreamfleet-ray-", ignore_cleanup_errors=True) as bookkeeping:
-            trainer = _make_trainer(recipe, session, share, bookkeeping, started, owner)
+            config = {"waited": time.monotonic() - started, "owner": owner}
+            trainer = _make_trainer(recipe, session, share, bookkeeping, config)
             with RunTail(run, display):
                 outcome = run_in_thread(trainer.fit, name="ray-train-fit")
         if outcome.error is not None:
@@ -181,12 +182,7 @@ def _fit_on_ray(
 
 
 def _make_trainer(
-    recipe: Recipe,
-    session: RaySession,
-    share: WorkerShare,
-    bookkeeping: str,
-    started: float,
-    owner: Owner | None,
+    recipe: Recipe, session: RaySession, share: WorkerShare, bookkeeping: str, config: dict[str, Any]
 ) -> Any:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -218,8 +214,7 @@ def _make_trainer(
             "recipe": recipe.model_dump(mode="json"),
             "threads": share.threads,
             "gpu_share": share.gpu_share,
-            "waited": time.monotonic() - started,
-            "owner": owner,
+            **config,
         },
         torch_config=TorchConfig(
             backend=share.backend(scaling.max_workers), timeout_s=int(STEP_TIMEOUT.total_seconds())

@@ -32,6 +32,7 @@ def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, A
     import ray.train.torch
     import torch
 
+    from dreamfleet.trainers.driver.evaluator import RayEvaluator
     from dreamfleet.trainers.recipe import build_recipe
     from dreamfleet.trainers.run.fence import Fence
     from dreamfleet.trainers.run.run import run_worker
@@ -58,6 +59,9 @@ def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, A
             resume=True,
             should_stop=should_stop,
             waited=config["waited"],
+            make_evaluator=lambda begins: RayEvaluator(
+                recipe, sent, environment=worker_environment, begins=begins
+            ),
             pulse=pulse,
             fence=fence,
         )
