@@ -111,6 +111,20 @@ CaptionColumn = Annotated[
         show_default=False,
     ),
 ]
+Continue = Annotated[
+    bool,
+    typer.Option(
+        "--continue",
+        help="Start, or continue what output_dir holds if its settings are equal; wait for another owner.",
+    ),
+]
+TakeOver = Annotated[
+    bool,
+    typer.Option(
+        "--take-over",
+        help="Take output_dir from the process that owns it, which ends at its next write, and continue.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Show tracebacks.", callback=_set_verbose, is_eager=True)
