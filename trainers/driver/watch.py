@@ -90,9 +90,9 @@ class RunWatch(WorkerGroupCallback, ReplicaGroupCallback):
         self._listen(workers)
         self._give_notices(workers)
         heard = {rank: self.heard[_key(worker)] for rank, worker in enumerate(workers)}
-        if not worker_group_status.finished and (
-            hang := find_hang(heard, time.monotonic(), self.hang_timeout)
-        ):
+        if worker_group_status.finished or any(_key(worker) in self.hung for worker in workers):
+            return  # the end of a worker that hung is reported by one of the next polls
+        if hang := find_hang(heard, time.monotonic(), self.hang_timeout):
             self._end_hang(hang, workers)
 
     # progress
@@ -134,16 +134,21 @@ class RunWatch(WorkerGroupCallback, ReplicaGroupCallback):
     def _judge(self, status: WorkerGroupPollStatus, workers: list[Worker]) -> None:
         """Count a failure; raise the reason if it ends the run."""
         errors = status.errors
-        for error in (error for _, error in sorted(errors.items())):
+        for rank, error in sorted(errors.items()):
             if isinstance(error, UserError | RunFailed):
-                self.events.add("failure", cause="mistake", error=f"{type(error).__name__}: {error}"[:1000])
+                text = f"{type(error).__name__}: {error}"[:1000]
+                self.events.add("failure", cause="mistake", rank=rank, error=text, action="end")
                 raise error
         hung = [rank for rank, worker in enumerate(workers) if _key(worker) in self.hung]
         drained = [rank for rank, worker in enumerate(workers) if worker.metadata.node_id in self.drained]
         reported = find_cause(errors, hung=hung, drained=drained)
         beats = self._beats(workers)
         failed = beats.get(reported.rank)
-        step = failed.step if failed else max((beat.step for beat in beats.values()), default=None)
+        if (
+            reported.cause != "error" or failed is None
+        ):  # what is known of a dead worker may be two seconds old
+            failed = max(beats.values(), key=lambda beat: beat.step, default=None)
+        step = failed.step if failed is not None else None
         failure = Failure(
             reported.cause,
             reported.error,
@@ -152,9 +157,8 @@ class RunWatch(WorkerGroupCallback, ReplicaGroupCallback):
             rank=reported.rank,
             node=workers[reported.rank].metadata.node_ip if reported.rank < len(workers) else None,
         )
-        if (
-            self.budget.is_spent
-        ):  # a checkpoint that was complete just before the failure may not have been heard of
+        if self.budget.is_spent:
+            # A checkpoint that was complete just before the failure may not have been heard of.
             self.budget.note_saved(self._newest_checkpoint())
         decision = self.budget.see(failure)
         self.events.add(

@@ -75,6 +75,11 @@ class EventLog:
         tell_observers(self._run, 0 if self.file.startswith("rank-0-") else None, line)
         return line
 
+    def tell(self, kind: str, **details: Any) -> None:
+        """Pass an event to the observers of this process, without writing it."""
+        rank = 0 if self.file.startswith("rank-0-") else None
+        tell_observers(self._run, rank, {"kind": kind, **details})
+
     def flush(self) -> None:
         """Write all events to the run folder; log a warning if that fails, and keep them for the next time."""
         with self._writing:
@@ -113,12 +118,9 @@ class EventLog:
                     self._changed.wait_for(lambda: self._is_closed, timeout=BUCKET_SECONDS)
 
 
-def open_rank_events(run: Storage, rank: int = 0) -> EventLog:
-    """Return the events of a rank for a new attempt of a run; only rank 0 writes any."""
-    if rank:
-        return NoEvents()
-    number = 1 + sum(name.startswith("rank-0-attempt-") for name in run.list(FOLDER))
-    return EventLog(run, f"rank-0-attempt-{number:04d}")
+def open_rank_events(run: Storage, rank: int = 0, *, attempt: int) -> EventLog:
+    """Return the events of a rank for an attempt of a run, by its number; only rank 0 writes any."""
+    return NoEvents() if rank else EventLog(run, f"rank-0-attempt-{attempt:04d}")
 
 
 class NoEvents(EventLog):
@@ -132,6 +134,9 @@ class NoEvents(EventLog):
     ) -> dict[str, Any]:
         """Discard an event."""
         return {}
+
+    def tell(self, kind: str, **details: Any) -> None:
+        """Discard an event."""
 
     def flush(self) -> None:
         """Do nothing."""
