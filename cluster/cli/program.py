@@ -24,9 +24,11 @@ from dreamfleet.cluster.cli.base import (
     USER_ERROR,
     Address,
     AsJson,
+    Continue,
     Overrides,
     RecipePath,
     Shared,
+    TakeOver,
     Verbose,
     app,
     plain,
@@ -42,6 +44,8 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest checkpoint in output_dir.")
     ] = False,
+    continues: Continue = False,
+    take_over: TakeOver = False,
     address: Address = None,
     shared: Shared = None,
     as_json: AsJson = False,
@@ -51,7 +55,15 @@ def train(
     with work():
         from dreamfleet.trainers.launch import fit
 
-        result = fit(recipe, overrides=overrides or (), resume=resume, address=address, shared=shared or ())
+        result = fit(
+            recipe,
+            overrides=overrides or (),
+            resume=resume,
+            continues=continues,
+            take_over=take_over,
+            address=address,
+            shared=shared or (),
+        )
     _print_run(result.run_folder, result.summary, as_json)
     if result.summary.exit_reason == "interrupted":
         again = resume_command("train", recipe, overrides)
@@ -83,7 +95,7 @@ def check(
         device = "cuda" if loaded.scaling.use_gpu and "GPU" in this_machine() else "cpu"
         lines = [("recipe", True, str(recipe))]
         lines += [(line.name, line.ok, line.detail) for line in check_run(loaded, device=device)]
-        lines.append(check_resources(loaded.scaling, address))
+        lines.append(check_resources(loaded, address))
     if as_json:
         print_json([{"name": name, "ok": ok, "detail": detail} for name, ok, detail in lines])
     else:

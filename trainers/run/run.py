@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +20,15 @@ from dreamfleet.trainers.memory.engine_selection import settle_engine
 from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.report.events import open_rank_events
-from dreamfleet.trainers.report.metrics_log import read_metrics
 from dreamfleet.trainers.run.build import Load, Parts, assemble
 from dreamfleet.trainers.run.checkpoint import Checkpoints
 from dreamfleet.trainers.run.checkpointing import Checkpointing
-from dreamfleet.trainers.run.evaluation import Evaluation
+from dreamfleet.trainers.run.evaluation import training_grid
 from dreamfleet.trainers.run.export import export_artifacts
+from dreamfleet.trainers.run.fence import Fence
 from dreamfleet.trainers.run.recorder import Recorder
 from dreamfleet.trainers.run.restore import newest_checkpoint, restore
+from dreamfleet.trainers.run.rounds import MakeEvaluator, Rounds, choose_evaluation, make_rounds
 from dreamfleet.trainers.run.stages import Stages, make_stages
 from dreamfleet.trainers.run.stopwatch import Clock
 from dreamfleet.trainers.run.summary import Summary, summarise
@@ -46,6 +48,8 @@ def run_worker(
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     waited: float = 0.0,
     pulse: Pulse | None = None,
+    fence: Fence | None = None,
+    make_evaluator: MakeEvaluator | None = None,
 ) -> Summary:
     """Train a whole run on this worker; return the run's summary, which is the same on every rank.
 
@@ -53,7 +57,9 @@ def run_worker(
     that the run may use, below 1 if other processes use the device too. ``resume``: continue from the newest
     valid checkpoint, if there is one. ``should_stop`` is polled every step; True saves a checkpoint and ends
     the run. ``waited``: the seconds before this worker was started, which count as start-up. ``pulse``: the progress,
-    which other threads read. Raises Preempted after a checkpoint if a worker was given notice to leave.
+    which other threads read. ``fence``: of the process that owns the run folder; by default only a newer attempt is
+    noticed. ``make_evaluator``: starts the process that computes the rounds with ``validation.resources``; without it
+    the workers compute them. Raises Preempted after a checkpoint if a worker was given notice to leave.
     """
     clock = Clock(waited)
     with patience(recipe.storage.patience_seconds), on_device(device, remedies=TRAINING) as settled:
@@ -66,6 +72,8 @@ def run_worker(
                 on_progress=on_progress,
                 clock=clock,
                 pulse=pulse,
+                fence=fence,
+                make_evaluator=make_evaluator,
             )
         )
 
@@ -81,6 +89,8 @@ def run_steps(
     pulse: Pulse | None = None,
     load: Load = load_model,
     settle: Callable[[Recipe, DistributedContext], tuple[Recipe, str]] = settle_engine,
+    fence: Fence | None = None,
+    make_evaluator: MakeEvaluator | None = None,
 ) -> Training[Summary]:
     """Train a whole run as :func:`run_worker`; a generator that yields micro-batches and is sent their losses.
 
@@ -88,34 +98,41 @@ def run_steps(
     returns the recipe with its engine selected, and the reason.
     """
     clock, pulse = clock or Clock(), pulse or Pulse()
-    checkpoints = Checkpoints(Storage(recipe.output_dir), limit=recipe.train.checkpoints_total_limit)
+    fence = fence or Fence(Storage(recipe.output_dir), None)
+    run, should_stop = fence.guarded(), fence.watched(should_stop)
+    checkpoints = Checkpoints(run, limit=recipe.train.checkpoints_total_limit, fence=fence)
     found = newest_checkpoint(checkpoints, distributed) if resume else None
-    events = open_rank_events(Storage(recipe.output_dir), distributed.rank)
+    distributed.on_rank_0(partial(fence.begin, step=found.step if found else 0))
+    events = open_rank_events(run, distributed.rank, attempt=fence.attempt)
     events.add("start", step=found.step if found else 0, seconds=clock.start_up, world=distributed.world)
     recipe, engine_reason = settle(recipe, distributed)
     parts = assemble(recipe, distributed, begins=found is None, load=load)
     with closing(events), closing(parts.engine):
-        recorder = Recorder(parts, Storage(recipe.output_dir), on_progress=on_progress, events=events)
+        recorder = Recorder(parts, run, on_progress=on_progress, events=events)
         recorder.follow(pulse)
         stages = make_stages(
             recorder.run, distributed.device, recipe.train.profile_steps, rank=distributed.rank
         )
         pulse.on_stage = stages.mark
-        evaluation = Evaluation(parts, recorder)  # some metrics compare with the untuned model
+        evaluation = choose_evaluation(parts, make_evaluator)  # some metrics compare with the untuned model
         start_step = restore(found, parts) if found else 0
         clock.resume(found.meta.get("seconds", {}) if found else {})
+        is_new = found is None
         del found  # free its memory: up to three times that of the trainable parameters
         checkpointing = Checkpointing(
             parts, checkpoints, clock, start_step=start_step, after_save=recorder.flush, events=events
         )
-        with checkpointing:  # completes the saves, also if the run fails
-            _open(recorder, checkpointing, evaluation, engine_reason)
-            hooks = _make_hooks(recorder, checkpointing, evaluation, should_stop, pulse, stages)
-            _complete_round(recorder, start_step, hooks)
+        rounds = make_rounds(evaluation, recorder, checkpointing, begins=is_new)
+        with checkpointing, closing(rounds):  # completes the saves, also if the run fails
+            _open(recorder, checkpointing, engine_reason)
+            rounds.complete(start_step)
             clock.ready()
             events.add("ready", step=start_step, seconds=clock.start_up)
             with closing(stages):
+                hooks = _make_hooks(rounds, should_stop, pulse, stages)
                 outcome = yield from _train(parts, start_step, hooks, recorder)
+            with pulse.during("evaluation"):
+                rounds.finish(is_complete=outcome.exit_reason == "completed")
             with pulse.during("save"):
                 checkpointing.finish()
             recorder.flush()
@@ -126,69 +143,31 @@ def run_steps(
     return summary
 
 
-def _open(
-    recorder: Recorder, checkpointing: Checkpointing, evaluation: Evaluation, engine_reason: str
-) -> None:
-    """Write the first files of the run folder; for a new run, evaluate with ``sample_at_first``."""
+def _open(recorder: Recorder, checkpointing: Checkpointing, engine_reason: str) -> None:
+    """Write the first files of the run folder."""
     parts, start_step = recorder.parts, checkpointing.start_step
 
     def begin() -> None:
         recorder.open(start_step, engine_reason=engine_reason)
         checkpointing.recall_best(recorder.run)
         if start_step == 0:
-            evaluation.write_real_images()
+            recorder.run.write_bytes("samples/real.png", training_grid(parts))
 
     parts.distributed.on_rank_0(begin)
-    if start_step == 0 and parts.recipe.validation.sample_at_first:
-        if figures := evaluation.measure():
-            recorder.log({"step": 0, **figures})
-        evaluation.draw(0)
 
 
-def _make_hooks(
-    recorder: Recorder,
-    checkpointing: Checkpointing,
-    evaluation: Evaluation,
-    should_stop: Callable[[], bool],
-    pulse: Pulse,
-    stages: Stages,
-) -> Hooks:
-    def validate(step: int) -> dict[str, float]:
-        if figures := evaluation.measure():
-            checkpointing.keep_best(step, figures)
-        return figures
-
-    def sample(step: int) -> None:
-        evaluation.draw(step)
-        checkpointing.keep_best(step, recorder.scores)  # which rank 0 has
-
+def _make_hooks(rounds: Rounds, should_stop: Callable[[], bool], pulse: Pulse, stages: Stages) -> Hooks:
+    checkpointing = rounds.checkpointing
     return Hooks(
-        log=lambda line: recorder.log({**line, **stages.read(line["step"])} if "loss" in line else line),
+        log=lambda line: rounds.log({**line, **stages.read(line["step"])} if "loss" in line else line),
         save=checkpointing.save,
-        sample=sample,
-        validate=validate,
+        sample=rounds.sample,
+        validate=rounds.validate,
         should_stop=lambda: pulse.notice is not None or checkpointing.has_failed or should_stop(),
         saved=lambda: checkpointing.saved,
         is_profiled=stages.is_profiled,
         pulse=pulse,
     )
-
-
-def _complete_round(recorder: Recorder, start_step: int, hooks: Hooks) -> None:
-    """Validate the step that a run is resumed from, if the run was killed after its checkpoint and before its round."""
-    parts, run = recorder.parts, recorder.run
-    if start_step == 0 or not parts.schedule.samples_at(start_step):
-        return
-
-    def find() -> tuple[bool, bool]:
-        rounds = [line for line in read_metrics(run) if line["step"] == start_step and "loss" not in line]
-        return bool(rounds), run.exists(f"samples/step-{start_step:06d}.png")
-
-    is_measured, is_drawn = parts.distributed.on_rank_0(find)
-    if not is_measured and (figures := hooks.validate(start_step)):
-        hooks.log({"step": start_step, **figures})
-    if not is_drawn and parts.recipe.validation.prompts:
-        hooks.sample(start_step)
 
 
 def _train(parts: Parts, start_step: int, hooks: Hooks, recorder: Recorder) -> Training[Outcome]:
