@@ -8,6 +8,7 @@ from typing import Any
 
 from dreamfleet.datasets.errors import StorageError
 from dreamfleet.datasets.storage.conditional import supports_conditions
+from dreamfleet.datasets.storage.conditional import supports_conditions
 from dreamfleet.datasets.storage.storage import Storage
 
 
@@ -41,6 +42,8 @@ def probe_storage(url: str, name: str = "") -> dict[str, Any]:
             began = time.perf_counter()
             operation()
             found["seconds"][doing] = time.perf_counter() - began
+        doing = "write conditionally"
+        found["conditional"] = supports_conditions(folder)
         found["conditional"] = supports_conditions(folder)
     except StorageError as error:
         found |= {"failed": doing, "error": str(error)}
