@@ -22,7 +22,7 @@ PASSED_ON_PREFIXES = ("DREAMFLEET_",)
 def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, Any]:
     """Train as one of the workers that Ray Train starts; return the run's summary as plain data.
 
-    ``config`` holds ``recipe`` (plain data), ``threads``, ``gpu_share`` and ``waited``; ``sent`` is the
+    ``config`` holds ``recipe`` (plain data), ``threads``, ``gpu_share``, ``waited`` and ``owner``; ``sent`` is the
     result of ``environment.variables_to_send``. When a worker dies, Ray restarts the whole group and does not
     tell the new workers: so a worker always resumes from the newest valid checkpoint in the run folder. For a
     new run the driver has checked that there is none.
@@ -34,6 +34,7 @@ def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, A
 
     from dreamfleet.trainers.driver.evaluator import RayEvaluator
     from dreamfleet.trainers.recipe import build_recipe
+    from dreamfleet.trainers.run.fence import Fence
     from dreamfleet.trainers.run.run import run_worker
 
     publish_runs()
@@ -41,7 +42,8 @@ def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, A
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     recipe = build_recipe(config["recipe"])
-    run = Storage(recipe.output_dir)
+    fence = Fence(Storage(recipe.output_dir), config["owner"])
+    run = fence.guarded()
     set_node(ray.util.get_node_ip_address())
     with (
         training_here(Pulse()) as pulse,
@@ -61,6 +63,7 @@ def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, A
                 recipe, sent, environment=worker_environment, begins=begins
             ),
             pulse=pulse,
+            fence=fence,
         )
     return dataclasses.asdict(summary)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from dreamfleet.trainers.run.checkpoint import Checkpoints
 from dreamfleet.trainers.run.checkpointing import Checkpointing
 from dreamfleet.trainers.run.evaluation import training_grid
 from dreamfleet.trainers.run.export import export_artifacts
+from dreamfleet.trainers.run.fence import Fence
 from dreamfleet.trainers.run.recorder import Recorder
 from dreamfleet.trainers.run.restore import newest_checkpoint, restore
 from dreamfleet.trainers.run.rounds import MakeEvaluator, Rounds, choose_evaluation, make_rounds
@@ -46,6 +48,7 @@ def run_worker(
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     waited: float = 0.0,
     pulse: Pulse | None = None,
+    fence: Fence | None = None,
     make_evaluator: MakeEvaluator | None = None,
 ) -> Summary:
     """Train a whole run on this worker; return the run's summary, which is the same on every rank.
@@ -54,9 +57,9 @@ def run_worker(
     that the run may use, below 1 if other processes use the device too. ``resume``: continue from the newest
     valid checkpoint, if there is one. ``should_stop`` is polled every step; True saves a checkpoint and ends
     the run. ``waited``: the seconds before this worker was started, which count as start-up. ``pulse``: the progress,
-    which other threads read. ``make_evaluator``: starts the process that computes the rounds with
-    ``validation.resources``; without it the workers compute them. Raises Preempted after a checkpoint if a worker was
-    given notice to leave.
+    which other threads read. ``fence``: of the process that owns the run folder; by default only a newer attempt is
+    noticed. ``make_evaluator``: starts the process that computes the rounds with ``validation.resources``; without it
+    the workers compute them. Raises Preempted after a checkpoint if a worker was given notice to leave.
     """
     clock = Clock(waited)
     with patience(recipe.storage.patience_seconds), on_device(device, remedies=TRAINING) as settled:
@@ -69,6 +72,7 @@ def run_worker(
                 on_progress=on_progress,
                 clock=clock,
                 pulse=pulse,
+                fence=fence,
                 make_evaluator=make_evaluator,
             )
         )
@@ -85,6 +89,7 @@ def run_steps(
     pulse: Pulse | None = None,
     load: Load = load_model,
     settle: Callable[[Recipe, DistributedContext], tuple[Recipe, str]] = settle_engine,
+    fence: Fence | None = None,
     make_evaluator: MakeEvaluator | None = None,
 ) -> Training[Summary]:
     """Train a whole run as :func:`run_worker`; a generator that yields micro-batches and is sent their losses.
@@ -93,14 +98,17 @@ def run_steps(
     returns the recipe with its engine selected, and the reason.
     """
     clock, pulse = clock or Clock(), pulse or Pulse()
-    checkpoints = Checkpoints(Storage(recipe.output_dir), limit=recipe.train.checkpoints_total_limit)
+    fence = fence or Fence(Storage(recipe.output_dir), None)
+    run, should_stop = fence.guarded(), fence.watched(should_stop)
+    checkpoints = Checkpoints(run, limit=recipe.train.checkpoints_total_limit, fence=fence)
     found = newest_checkpoint(checkpoints, distributed) if resume else None
-    events = open_rank_events(Storage(recipe.output_dir), distributed.rank)
+    distributed.on_rank_0(partial(fence.begin, step=found.step if found else 0))
+    events = open_rank_events(run, distributed.rank, attempt=fence.attempt)
     events.add("start", step=found.step if found else 0, seconds=clock.start_up, world=distributed.world)
     recipe, engine_reason = settle(recipe, distributed)
     parts = assemble(recipe, distributed, begins=found is None, load=load)
     with closing(events), closing(parts.engine):
-        recorder = Recorder(parts, Storage(recipe.output_dir), on_progress=on_progress, events=events)
+        recorder = Recorder(parts, run, on_progress=on_progress, events=events)
         recorder.follow(pulse)
         stages = make_stages(
             recorder.run, distributed.device, recipe.train.profile_steps, rank=distributed.rank
