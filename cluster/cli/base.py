@@ -198,7 +198,7 @@ def _report(ctx: typer.Context, message: str) -> None:
 def resume_command(name: str, recipe: str, overrides: Sequence[str] | None) -> str:
     """Return the command that continues an interrupted run or search."""
     command = " ".join([f"dreamfleet {name}", recipe, *(overrides or ()), "--resume"])
-    from dreamfleet.cluster.jobs.client import RESUME_WITH
+    from dreamfleet.cluster.jobs.job import RESUME_WITH
 
     return os.environ.get(RESUME_WITH, command)
 

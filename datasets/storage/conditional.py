@@ -42,12 +42,30 @@ class Conditions(NamedTuple):
 class Folder(Protocol):
     """What the probe needs of a :class:`Storage`."""
 
-    is_local: Any
-    path: Any
-    read_version: Any
-    write_if: Any
-    write_bytes: Any
-    remove: Any
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on disk."""
+        ...
+
+    def path(self, *parts: str) -> str:
+        """Return an address in it."""
+        ...
+
+    def read_version(self, rel: str) -> tuple[bytes, str]:
+        """Read a file with its version."""
+        ...
+
+    def write_if(self, rel: str, data: bytes, *, version: str) -> bool:
+        """Write a file if it still has a version."""
+        ...
+
+    def write_bytes(self, rel: str, data: bytes) -> None:
+        """Write a file."""
+        ...
+
+    def remove(self, rel: str) -> None:
+        """Remove a file."""
+        ...
 
 
 def supports_conditions(folder: Folder) -> bool:
@@ -61,13 +79,13 @@ def supports_conditions(folder: Folder) -> bool:
             return is_locked
 
     def write(version: str) -> bool:
-        return bool(folder.write_if(name, secrets.token_bytes(8), version=version))
+        return folder.write_if(name, secrets.token_bytes(8), version=version)
 
     try:
         created = write(ABSENT)
         created_again, replaced_another = write(ABSENT), write('"0123456789abcdef0123456789abcdef"')
         is_honoured = created and not created_again and not replaced_another
-        return bool(is_honoured and write(folder.read_version(name)[1]))
+        return is_honoured and write(folder.read_version(name)[1])
     except StorageError:
         folder.write_bytes(name, b"")  # raises the error again unless only the condition is refused
         return False
