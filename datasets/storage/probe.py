@@ -8,7 +8,6 @@ from typing import Any
 
 from dreamfleet.datasets.errors import StorageError
 from dreamfleet.datasets.storage.conditional import supports_conditions
-from dreamfleet.datasets.storage.conditional import supports_conditions
 from dreamfleet.datasets.storage.storage import Storage
 
 
@@ -43,7 +42,6 @@ def probe_storage(url: str, name: str = "") -> dict[str, Any]:
             operation()
             found["seconds"][doing] = time.perf_counter() - began
         doing = "write conditionally"
-        found["conditional"] = supports_conditions(folder)
         found["conditional"] = supports_conditions(folder)
     except StorageError as error:
         found |= {"failed": doing, "error": str(error)}
