@@ -1,0 +1,318 @@
+"""One run on one rank between its build and its end: training, rounds of validation, and the change of its workers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from typing import Any
+
+from dreamfleet.datasets.errors import CheckpointError, RecipeError
+from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.distributed.roster import Generation
+from dreamfleet.trainers.distributed.tensor_tree import broadcast_tree
+from dreamfleet.trainers.loop import Hooks, Outcome, Progress, Training, train
+from dreamfleet.trainers.models.family import load_model
+from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.report.events import EventLog, open_rank_events
+from dreamfleet.trainers.report.metrics_log import read_metrics
+from dreamfleet.trainers.run.build import Load, Parts, assemble
+from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
+from dreamfleet.trainers.run.checkpointing import Checkpointing
+from dreamfleet.trainers.run.evaluation import Evaluation
+from dreamfleet.trainers.run.export import export_artifacts
+from dreamfleet.trainers.run.provenance import run_identity
+from dreamfleet.trainers.run.recorder import Recorder
+from dreamfleet.trainers.run.stopwatch import Clock
+from dreamfleet.trainers.run.summary import Summary, summarise
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """The parts of a run on this rank, and what records, evaluates and saves them.
+
+    ``found``: the checkpoint that the run continues from. With ``distributed.alone`` the session is built to join
+    workers that train already: it writes nothing, and gets its state from one of them in :meth:`join`.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        distributed: DistributedContext,
+        *,
+        found: Checkpoint | None,
+        checkpoints: Checkpoints,
+        events: EventLog,
+        clock: Clock,
+        engine_reason: str,
+        should_stop: Callable[[], bool] = lambda: False,
+        should_regroup: Callable[[], bool] = lambda: False,
+        on_progress: Callable[[dict[str, Any]], None] | None = None,
+        load: Load = load_model,
+    ):
+        self.recipe, self.distributed, self.clock = recipe, distributed, clock
+        self.engine_reason = engine_reason
+        begins = found is None and not distributed.alone
+        self.parts = parts = assemble(recipe, distributed, begins=begins, load=load)
+        with ExitStack() as undo:
+            undo.enter_context(closing(parts.engine))
+            self.recorder = Recorder(
+                parts, Storage(recipe.output_dir), on_progress=on_progress, events=events
+            )
+            # some metrics compare with the untuned model
+            self.evaluation = Evaluation(parts, self.recorder)
+            start_step = _restore(found, parts) if found else 0
+            clock.resume(found.meta.get("seconds", {}) if found else {})
+            self.checkpointing = Checkpointing(
+                parts, checkpoints, clock, start_step=start_step, after_save=self.recorder.flush
+            )
+            self.hooks = self._make_hooks(should_stop, should_regroup)
+            self.progress = Progress(parts.engine, parts.schedule, start_step, self.hooks)
+            self._release = undo.pop_all()
+
+    @property
+    def done(self) -> int:
+        """The number of finished optimizer steps of the state that this rank holds."""
+        return self.progress.done
+
+    def close(self) -> None:
+        """Release the engine, and close the events."""
+        self._release.close()
+        self.recorder.events.close()
+
+    def open(self) -> None:
+        """Write the first files of the run folder; for a new run, evaluate with ``sample_at_first``."""
+        recorder, start_step = self.recorder, self.checkpointing.start_step
+
+        def begin() -> None:
+            recorder.open(start_step, engine_reason=self.engine_reason)
+            self.checkpointing.recall_best(recorder.run)
+            if start_step == 0:
+                self.evaluation.write_real_images()
+
+        self.distributed.on_rank_0(begin)
+        if start_step == 0 and self.recipe.validation.sample_at_first:
+            if figures := self.evaluation.measure():
+                recorder.log({"step": 0, **figures})
+            self.evaluation.draw(0)
+        self._complete_round()
+        self.clock.ready()
+        recorder.events.add("ready", step=start_step, seconds=self.clock.start_up)
+
+    def train(self) -> Training[Outcome]:
+        """Train until the run is complete, is to stop, or its workers are to regroup."""
+        parts = self.parts
+        try:
+            return (
+                yield from train(
+                    parts.engine,
+                    parts.feed.stream(self.done, parts.schedule.total),
+                    parts.prepare,
+                    rates=parts.rates,
+                    schedule=parts.schedule,
+                    seed=parts.recipe.train.seed,
+                    start_step=self.done,
+                    hooks=self.hooks,
+                    progress=self.progress,
+                )
+            )
+        finally:
+            self.recorder.flush()  # also after an error, so that a failed run keeps its metrics
+
+    def warm_up(self) -> Training[None]:
+        """Run one forward and backward pass whose result is dropped, before the other workers wait for this one."""
+        parts = self.parts
+        with closing(parts.feed.stream(0, 1)) as batches:
+            yield from self.progress.warm_up(next(batches), parts.prepare, seed=parts.recipe.train.seed)
+
+    def join(self, generation: Generation, *, broke_at: float | None) -> None:
+        """Continue with the workers of a new generation, whose process group is open.
+
+        Members whose state is older than the newest get it from a member that holds it. A new rank 0 takes over the
+        run folder. If the generation before broke, the round of validation and saving that it left unfinished is
+        completed. ``broke_at``: when this rank noticed that, by the monotonic clock.
+        """
+        parts, distributed = self.parts, self.distributed
+        began = time.monotonic() if broke_at is None else broke_at
+        parts.engine.regroup(distributed.rank, distributed.world)
+        if generation.stale:
+            self._share_state(generation)
+        if distributed.is_main and not self.recorder.is_open:
+            self._take_over(generation)
+        self.checkpointing.regroup()
+        self.evaluation.regroup()
+        seconds = time.monotonic() - began
+        if distributed.is_main:
+            log.info(
+                "%s: continuing with %d workers at step %d after %.1f s",
+                generation.cause,
+                distributed.world,
+                self.done,
+                seconds,
+            )
+        self.recorder.events.add(
+            "regroup",
+            step=self.done,
+            seconds=seconds,
+            generation=generation.number,
+            world=distributed.world,
+            cause=generation.cause,
+            mechanism="survivors",
+            joined=list(generation.joined),
+            lost=list(generation.lost),
+            left=list(generation.left),
+        )
+        if generation.broke:
+            self._complete_line()
+            self._complete_round()
+
+    def finish(self, outcome: Outcome) -> Summary:
+        """Export the artifacts of a completed run with ``train.export``; write the summary and the report."""
+        parts, distributed, recorder = self.parts, self.distributed, self.recorder
+        summary = summarise(parts, outcome, self.checkpointing, self.engine_reason)
+
+        def export() -> list[str]:
+            return export_artifacts(
+                parts.recipe,
+                parts.method,
+                recorder.run.child("exports"),
+                step=summary.steps,
+                dataset_hash=summary.dataset_hash,
+            )
+
+        def close() -> None:
+            summary.wall_seconds = (
+                summary.start_up_seconds + summary.train_seconds + self.clock.since_lap()
+            )
+            recorder.close(summary)
+
+        if summary.exit_reason == "completed" and parts.recipe.train.export:
+            with parts.engine.full_weights():  # on every rank: sharded weights are gathered
+                summary.exports = distributed.on_rank_0(export)
+        distributed.on_rank_0(close)
+        distributed.wait()
+        return summary
+
+    def _make_hooks(self, should_stop: Callable[[], bool], should_regroup: Callable[[], bool]) -> Hooks:
+        recorder, checkpointing, evaluation = self.recorder, self.checkpointing, self.evaluation
+
+        def validate(step: int) -> dict[str, float]:
+            if figures := evaluation.measure():
+                checkpointing.keep_best(step, figures)
+            return figures
+
+        def sample(step: int) -> None:
+            evaluation.draw(step)
+            checkpointing.keep_best(step, recorder.scores)  # which rank 0 has
+
+        return Hooks(
+            log=recorder.log,
+            save=checkpointing.save,
+            sample=sample,
+            validate=validate,
+            should_stop=should_stop,
+            should_regroup=should_regroup,
+            saved=lambda: checkpointing.saved,
+        )
+
+    def _share_state(self, generation: Generation) -> None:
+        """Send the state of the generation's source to every member."""
+        engine, method = self.parts.engine, self.parts.method
+        assert generation.source is not None
+        self.progress.done, steps = None, self.progress.done  # until the whole state is here
+        holds = self.distributed.rank == generation.source
+        tree = {
+            "weights": engine.weights(),
+            "engine": engine.state(),
+            "steps_before": method.steps_before,
+            "start_step": self.checkpointing.start_step,
+            "seconds": self.clock.lap(),
+        }
+        tree = broadcast_tree(
+            tree if holds else None, source=generation.source, distributed=self.distributed
+        )
+        if not holds and steps != generation.done:
+            engine.load_weights(tree["weights"])
+            engine.load_state(tree["engine"])
+            method.steps_before = tree["steps_before"]
+            self.checkpointing.start_step = tree["start_step"]
+        if steps is None:
+            self.clock.adopt(tree["seconds"])
+        self.progress.done = generation.done
+
+    def _take_over(self, generation: Generation) -> None:
+        """Become the rank that writes the run folder, after the one before was lost or left."""
+        self.recorder.events = open_rank_events(self.recorder.run, 0)
+        self.recorder.take_over()
+        self.checkpointing.recall_best(self.recorder.run)
+
+    def _complete_line(self) -> None:
+        """Log the line of metrics that a broken generation left out, from what one rank knows of it."""
+        done, recorder = self.done, self.recorder
+        if not self.parts.schedule.logs_at(done):
+            return
+        lines = self.distributed.gather(self.progress.line_alone())
+
+        def complete() -> None:
+            recorder.flush()
+            written = any(line["step"] == done and "loss" in line for line in read_metrics(recorder.run))
+            if not written and (line := next(filter(None, lines), None)):
+                recorder.log(line)
+
+        self.distributed.on_rank_0(complete)
+
+    def _complete_round(self) -> None:
+        """Save and validate the present step, if the run was killed after the step and before that."""
+        parts, hooks, done = self.parts, self.hooks, self.done
+        if done == 0:
+            return
+        if parts.schedule.saves_at(done):
+            hooks.save(done)
+        if not parts.schedule.samples_at(done):
+            return
+
+        def find() -> tuple[bool, bool]:
+            self.recorder.flush()
+            run = self.recorder.run
+            rounds = [line for line in read_metrics(run) if line["step"] == done and "loss" not in line]
+            return bool(rounds), run.exists(f"samples/step-{done:06d}.png")
+
+        is_measured, is_drawn = self.distributed.on_rank_0(find)
+        if not is_measured and (figures := hooks.validate(done)):
+            hooks.log({"step": done, **figures})
+        if not is_drawn and self.recipe.validation.prompts:
+            hooks.sample(done)
+
+
+def _restore(found: Checkpoint, parts: Parts) -> int:
+    """Load a checkpoint into a run's parts; return its step.
+
+    Raises CheckpointError if the checkpoint is of another method or does not fit the recipe. Logs a warning
+    if dataset, base model, global batch or seed changed.
+    """
+    recipe, is_main = parts.recipe, parts.distributed.is_main
+    name = found.meta.get("method")
+    if name != recipe.method.name:
+        raise CheckpointError(
+            f"the checkpoint of step {found.step} is of {name}, this recipe is for {recipe.method.name}"
+        )
+    try:
+        parts.engine.load_weights(found.learned)
+        parts.engine.load_state(found.engine)
+        parts.method.steps_before = found.meta.get("steps_before", 0)
+    except RecipeError as error:
+        raise CheckpointError(f"the checkpoint of step {found.step} does not fit: {error}") from error
+    now = run_identity(parts)
+    changed = [key for key, value in now.items() if found.meta.get(key, value) != value]
+    if changed and is_main:
+        log.warning(
+            "continuing from step %d although %s changed: the run continues, but not as if it had never stopped",
+            found.step,
+            ", ".join(changed),
+        )
+    if is_main:
+        log.info("continuing from step %d", found.step)
+    return found.step
