@@ -12,11 +12,11 @@ def check_resources(scaling: ScalingConfig, address: str | None) -> tuple[str, b
     try:
         nodes, limit = machines(address)
         share = worker_resources(scaling, list(nodes.values()), limit=limit)
-        if scaling.num_workers:
+        if not scaling.is_local:
             refuse_impossible(scaling, share.resources, list(nodes.values()), limit=limit)
     except ResourceError as error:
         return "resources", False, str(error)
-    if not scaling.num_workers:
+    if scaling.is_local:
         return "resources", True, f"in this process, on {'a GPU' if share.uses_gpu else 'CPU'}"
     where = f"{len(nodes)} machines" if len(nodes) > 1 else next(iter(nodes), "no machine")
-    return "resources", True, f"{scaling.num_workers} x ({describe(share.resources)}) on {where}"
+    return "resources", True, f"{scaling.words} x ({describe(share.resources)}) on {where}"

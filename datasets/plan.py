@@ -1,9 +1,9 @@
 """The batch plan: determines the images of step k from (ids, seed, global batch) alone.
 
 A run uses an infinite sequence of draws (uses of images). Each epoch is a permutation of all images, with their
-repeats, keyed by (seed, epoch). With global batch size G, step k uses positions ``[k*G, (k+1)*G)``, of which every rank
-takes a slice. Nothing depends on the number of workers: 1 and N workers with the same global batch use the same images,
-and the position in the data is a single number, the step.
+repeats, keyed by (seed, epoch). With global batch size G, step k uses positions ``[k*G, (k+1)*G)``, which are divided
+into equal units. Nothing depends on the number of workers: they divide the units among them, and the position in the
+data is a single number, the step.
 
 With aspect-ratio buckets, every bucket has its own sequence, and a step uses one bucket, so that all images of a global
 batch have the same size. In epochs 0 to e-1 a bucket with n draws per epoch gets ``ceil(e*n/G)`` steps, in an order
@@ -95,32 +95,22 @@ class BatchPlan:
         exact = Fraction(epochs).limit_denominator(10**6)
         return sum(self._turns_before(bucket, exact) for bucket in range(len(self._slots)))
 
-    def draws(
-        self, step: int, *, rank: int = 0, world: int = 1, micro: int = 0, num_micros: int = 1
-    ) -> list[Draw]:
-        """Return the instance draws of ``step`` for one rank and micro-batch (default: those of the whole step)."""
+    def draws(self, step: int, *, unit: int = 0, num_units: int = 1) -> list[Draw]:
+        """Return the instance draws of one of ``num_units`` units of ``step`` (default: those of the whole step)."""
         bucket, turn = self._turn(step)
-        return [
-            self._draw(bucket, position) for position in self._positions(turn, rank, world, micro, num_micros)
-        ]
+        return [self._draw(bucket, position) for position in self._positions(turn, unit, num_units)]
 
-    def class_draws(
-        self, step: int, *, rank: int = 0, world: int = 1, micro: int = 0, num_micros: int = 1
-    ) -> list[Draw]:
+    def class_draws(self, step: int, *, unit: int = 0, num_units: int = 1) -> list[Draw]:
         """Return a class draw of the same concept for each instance draw that :meth:`draws` returns."""
         if not self.has_classes:
             return []
-        return [
-            self._class_draw(position) for position in self._positions(step, rank, world, micro, num_micros)
-        ]
+        return [self._class_draw(position) for position in self._positions(step, unit, num_units)]
 
-    def _positions(self, turn: int, rank: int, world: int, micro: int, num_micros: int) -> range:
-        size, rest = divmod(self.global_batch, world * num_micros)
+    def _positions(self, turn: int, unit: int, num_units: int) -> range:
+        size, rest = divmod(self.global_batch, num_units)
         if rest:
-            raise ValueError(
-                f"global batch {self.global_batch} cannot be divided among {world} workers x {num_micros} micro-batches"
-            )
-        start = turn * self.global_batch + (micro * world + rank) * size
+            raise ValueError(f"global batch {self.global_batch} cannot be divided into {num_units} units")
+        start = turn * self.global_batch + unit * size
         return range(start, start + size)
 
     def _turns_before(self, bucket: int, epochs: int | Fraction) -> int:

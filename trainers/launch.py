@@ -87,7 +87,7 @@ def fit(
     display = _Silent(on_progress) if on_progress else Display(total=recipe.train.max_train_steps)
     with locked(run), stop_on_signal(run, display.say) as stop:
         try:
-            if recipe.scaling.num_workers == 0:
+            if recipe.scaling.is_local:
                 summary = _fit_here(recipe, resume, stop, display, started)
             else:
                 summary = _fit_on_ray(recipe, address, shared, stop, display, started)
@@ -174,10 +174,10 @@ def _make_trainer(
             "waited": time.monotonic() - started,
         },
         torch_config=TorchConfig(
-            backend=share.backend(scaling.num_workers), timeout_s=int(STEP_TIMEOUT.total_seconds())
+            backend=share.backend(scaling.max_workers), timeout_s=int(STEP_TIMEOUT.total_seconds())
         ),
         scaling_config=ScalingConfig(
-            num_workers=scaling.num_workers,
+            num_workers=scaling.max_workers,
             use_gpu=share.uses_gpu,
             resources_per_worker=share.resources,
             placement_strategy=scaling.placement_strategy,
@@ -248,7 +248,7 @@ def _explain(error: Exception, session: RaySession, recipe: Recipe) -> Exception
         )
     if isinstance(error, ControllerError) and "Startup" in type(error.controller_failure).__name__:
         return ResourceError(
-            f"no room for {recipe.scaling.num_workers} workers within {recipe.scaling.wait_minutes} minutes "
+            f"no room for {recipe.scaling.min_workers} workers within {recipe.scaling.wait_minutes} minutes "
             f"(scaling.wait_minutes): {str(error.controller_failure).strip().splitlines()[0]}{where}"
         )
     return RunFailed(f"Ray Train failed: {type(error).__name__}: {str(error).strip()[:500]}{where}")

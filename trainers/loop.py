@@ -62,15 +62,15 @@ class Schedule:
 class Micro(NamedTuple):
     """One prepared micro-batch, for which the loop needs a forward and backward pass of ``engine``.
 
-    ``last``: it is the last one of its step. ``seed``: the seed of the random numbers that the pass draws from torch's
-    generator, as dropout does; None: it continues the sequence of the pass before. ``keeps``: gradients of earlier
-    micro-batches of the step are stored in the parameters.
+    ``last``: it is this worker's last one of its step. ``seed``: the seed of the random numbers that the pass draws
+    from torch's generator, as dropout does. ``keeps``: gradients of earlier micro-batches of the step are stored in the
+    parameters.
     """
 
     engine: Engine
     batch: Batch
     last: bool
-    seed: int | None
+    seed: int
     keeps: bool = False
 
 
@@ -84,8 +84,7 @@ def drive(training: Training[Result]) -> Result:
     try:
         micro = next(training)
         while True:
-            if micro.seed is not None:
-                torch.manual_seed(micro.seed)
+            torch.manual_seed(micro.seed)
             micro = training.send(micro.engine.backward(micro.batch, last=micro.last))
     except StopIteration as end:
         return end.value
@@ -101,7 +100,6 @@ def train(
     rates: dict[str, Callable[[int], float]],
     schedule: Schedule,
     seed: int,
-    rank: int = 0,
     start_step: int = 0,
     hooks: Hooks,
 ) -> Training[Outcome]:
@@ -119,8 +117,7 @@ def train(
             if stop_asked():
                 return loop.interrupt(step)
             stop_asked = engine.any_rank(hooks.should_stop())
-            # Code that draws from the global generator (dropout) repeats exactly after a resume, and differs by rank.
-            yield from loop.take_step(step, key("step", seed, step, rank))
+            yield from loop.take_step(step, seed)
     except StopTraining:
         engine.drop_gradients()
         return loop.interrupt(step)
@@ -150,25 +147,31 @@ class _Loop:
         self.meter = Meter(engine)
 
     def take_step(self, step: int, seed: int) -> Generator[Micro, Loss, None]:
-        """Take optimizer step ``step`` (from 0); then log, save, evaluate and generate previews where they are due."""
-        engine, meter = self.engine, self.meter
+        """Take optimizer step ``step`` (from 0); then log, save, evaluate and generate previews where they are due.
+
+        ``seed``: the run's seed. Each unit has its own seed for code that draws from torch's generator (dropout), so
+        that it repeats exactly after a resume and on any number of workers.
+        """
+        engine, meter, units = self.engine, self.meter, self.engine.units
         now = {name: rate(step) for name, rate in self.rates.items()}
-        for number in range(engine.num_micros):
-            batch = meter.wait_for(self.batches)
+        losses = []
+        for number, unit in enumerate(units):
+            batch, unit_seed = meter.wait_for(self.batches), key("step", seed, step, unit)
             if step == self.start_step and number == 0:
                 # One forward and backward pass whose result is dropped, so that insufficient memory is reported in the
-                # first minute. DDP also fixes its buckets: the first step after a resume sums gradients in equal order.
-                yield Micro(engine, self.prepare(engine.to_device(batch)), last=True, seed=seed)
+                # first minute.
+                yield Micro(engine, self.prepare(engine.to_device(batch)), last=True, seed=unit_seed)
                 engine.drop_gradients()
             if number == 0:
                 engine.begin_step(now, step + 1)
-            last, micro_seed = number == engine.num_micros - 1, None if number else seed
             ready = self.prepare(engine.to_device(batch))
-            loss = yield Micro(engine, ready, last=last, seed=micro_seed, keeps=number > 0)
+            last = number == len(units) - 1
+            loss = yield Micro(engine, ready, last=last, seed=unit_seed, keeps=number > 0)
             self.watch.see_loss(loss.total)
-            meter.add(loss, batch)
+            losses.append(loss)
         norm = engine.step(now, step + 1)
         self.watch.see_norm(norm)
+        meter.add(losses, images=batch["num_instances"] * engine.num_units)
         self._finish_step(step + 1, norm, now)
 
     def interrupt(self, done: int) -> Outcome:

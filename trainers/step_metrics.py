@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from dreamfleet.datasets.errors import RunFailed
 from dreamfleet.trainers.engines.base import Engine
-from dreamfleet.trainers.methods.base import Batch
+from dreamfleet.trainers.methods.base import Batch, Loss
 
 # Steps with a zero gradient that chance does not explain, such as the chance that all captions are dropped.
 STEPS_WITHOUT_GRADIENT = 20
@@ -26,7 +26,7 @@ class LossWatch:
         self.moved: torch.Tensor | None = None
 
     def see_loss(self, loss: torch.Tensor) -> None:
-        """Track the loss of one micro-step."""
+        """Track the loss of one unit."""
         self.not_finite = torch.maximum(self.not_finite, (~loss.detach().isfinite()).float())
 
     def see_norm(self, norm: torch.Tensor) -> None:
@@ -35,7 +35,7 @@ class LossWatch:
 
     def require_finite(self, done: int) -> None:
         """Raise RunFailed on every rank if a loss of any rank was not finite; every rank calls this."""
-        if float(self.engine.mean_over_ranks(self.not_finite.clone())) > 0:
+        if float(self.engine.sum_over_ranks(self.not_finite.clone())) > 0:
             raise RunFailed(diverged(f"the loss is no longer a number at step {done}", self.saved()))
 
     def require_gradient(self, done: int) -> None:
@@ -79,7 +79,7 @@ class Meter:
 
     def restart(self) -> None:
         """Start a new interval."""
-        self.start, self.wait, self.images, self.micros = time.perf_counter(), 0.0, 0, 0
+        self.start, self.wait, self.images, self.steps, self.units = time.perf_counter(), 0.0, 0, 0, 0
         self.sums: dict[str, torch.Tensor] = {}
 
     @contextmanager
@@ -96,25 +96,26 @@ class Meter:
         self.wait += time.perf_counter() - before
         return batch
 
-    def add(self, loss: Any, batch: Batch) -> None:
-        """Add one micro-batch to the interval."""
-        for name, value in {"loss": loss.total, **loss.extras}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
-        self.images += batch["num_instances"] * self.engine.world
-        self.micros += 1
+    def add(self, losses: Sequence[Loss], *, images: int) -> None:
+        """Add one step to the interval: the losses of this worker's units, and the images of all workers."""
+        for loss in losses:
+            for name, value in {"loss": loss.total, **loss.extras}.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value.detach()
+        self.images, self.steps, self.units = self.images + images, self.steps + 1, self.units + len(losses)
 
     def read(self, norm: torch.Tensor) -> dict[str, Any]:
-        """Return the interval's metrics, averaged over workers, and start the next interval."""
+        """Return the interval's metrics, losses averaged over all units, and start the next interval."""
         names = list(self.sums)
-        values = torch.stack([self.sums[name] for name in names]).float() / self.micros
-        line: dict[str, Any] = dict(zip(names, self.engine.mean_over_ranks(values).tolist(), strict=True))
+        sums = torch.stack([self.sums[name].float() for name in names])
+        summed = self.engine.sum_over_ranks(torch.cat([sums, sums.new_tensor([self.units])]))
+        line: dict[str, Any] = dict(zip(names, (summed[:-1] / summed[-1]).tolist(), strict=True))
         elapsed = time.perf_counter() - self.start
         self.total_time, self.total_wait = self.total_time + elapsed, self.total_wait + self.wait
         self.total_images += self.images
         line |= {
             "grad_norm": float(norm),
             "images_per_second": self.images / elapsed,
-            "step_seconds": elapsed / (self.micros / self.engine.num_micros),
+            "step_seconds": elapsed / self.steps,
             "data_wait_fraction": min(1.0, self.wait / elapsed),
             "peak_memory_bytes": peak_memory(self.engine.device),
         }

@@ -132,7 +132,7 @@ def _run_trials(
     from dreamfleet.tune.search_source import SearchSource
 
     recipe, section = store.recipe, store.search
-    workers = recipe.scaling.num_workers if section.workers_per_trial is None else section.workers_per_trial
+    workers = recipe.scaling.pool_size if section.workers_per_trial is None else section.workers_per_trial
     algorithm = SearchAlgorithm(store, should_stop=stop.requested.is_set)
     is_over = not algorithm.unfinished and (algorithm.remaining == 0 or out_of_patience(store))
     if is_over or algorithm.interrupts:

@@ -82,7 +82,7 @@ def submit(
             makes_cache = name == "data cache"
             package = pack(loaded, makes_cache=makes_cache, **known)
             check_here(loaded, makes_cache=makes_cache)
-        if name != "tune" and loaded.scaling.num_workers == 0:
+        if name != "tune" and loaded.scaling.is_local:
             _print_note(
                 "scaling.num_workers is 0: the run trains on the head node itself; set 1 or more to use workers"
             )

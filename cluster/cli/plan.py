@@ -99,7 +99,8 @@ def _head(made: MemoryPlan, recipe: Recipe) -> list[str]:
         f"batch {train.train_batch_size}",
         f"precision {train.mixed_precision}",
         "gradient checkpointing" if train.gradient_checkpointing else "no gradient checkpointing",
-        f"{made.world} worker{'s' * (made.world > 1)}, {made.workers_per_host} per host",
+        f"{made.world} worker{'s' * (made.world > 1)}, {made.workers_per_host} per host"
+        + f" (the smallest of {recipe.scaling.words})" * recipe.scaling.is_elastic,
         "no images found to count" if made.pictures is None else f"{made.pictures} images",
     ]
     return [

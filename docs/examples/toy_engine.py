@@ -49,7 +49,7 @@ class ToyEngine(Engine):
     def backward(self, batch: Batch, *, last: bool = True) -> Loss:
         with self.autocast():
             loss = self.method(batch)
-        (loss.total / self.num_micros).backward()
+        (loss.total / self.num_units).backward()
         return Loss(loss.total.detach(), loss.per_sample.detach(), loss.extras)
 
     def step(self, rates: dict[str, float], step: int) -> Tensor:

@@ -116,7 +116,7 @@ class Batches:
         """Return latents, text encodings, noise and timesteps of this rank's part of batch `step`."""
         name = "narrow" if step < FINISH else "steady"
         bank, latents, chosen, plan = self.parts[name]
-        draws = plan.draws(step, rank=self.rank, world=self.world)
+        draws = plan.draws(step, unit=self.rank, num_units=self.world)
         rows = [int(chosen[draw.row]) for draw in draws]
         keys = [(name, SEED, draw.epoch, row) for draw, row in zip(draws, rows, strict=True)]
         noise, timesteps = self.model.draw_noise(keys, (4, 16, 16))
@@ -206,7 +206,9 @@ def run_worker(rank: int, world: int) -> None:
         optimizer=OptimizerConfig(learning_rate=RATE),
         mixed_precision="bf16",
         device=device,
+        rank=rank,
         world=world,
+        num_units=world,
     )
     if last:
         engine.load_state(last.engine)

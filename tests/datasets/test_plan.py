@@ -25,21 +25,15 @@ def test_key_is_stable_and_distinguishes_parts() -> None:
     images=st.integers(1, 9),
     seed=st.integers(0, 5),
     batch=st.integers(1, 4),
-    world=st.sampled_from([1, 2, 3]),
-    micros=st.sampled_from([1, 2]),
+    units=st.integers(1, 6),
     step=st.integers(0, 40),
 )
-def test_workers_together_have_the_samples_of_one_worker(
-    images: int, seed: int, batch: int, world: int, micros: int, step: int
+def test_units_together_have_the_samples_of_a_step(
+    images: int, seed: int, batch: int, units: int, step: int
 ) -> None:
-    plan = BatchPlan([0] * images, seed=seed, global_batch=batch * world * micros)
+    plan = BatchPlan([0] * images, seed=seed, global_batch=batch * units)
     whole = plan.draws(step)
-    parts = [
-        draw
-        for micro in range(micros)
-        for rank in range(world)
-        for draw in plan.draws(step, rank=rank, world=world, micro=micro, num_micros=micros)
-    ]
+    parts = [draw for unit in range(units) for draw in plan.draws(step, unit=unit, num_units=units)]
     assert parts == whole
 
 
@@ -100,13 +94,8 @@ def test_a_batch_has_one_bucket_for_any_number_of_workers(
     plan = BatchPlan([0] * len(buckets), seed=seed, global_batch=batch * 6, repeats=repeats, buckets=buckets)
     whole = plan.draws(step)
     assert len(whole) == batch * 6 and len({buckets[draw.row] for draw in whole}) == 1
-    for world, micros in ((2, 3), (3, 1), (1, 6)):
-        parts = [
-            draw
-            for micro in range(micros)
-            for rank in range(world)
-            for draw in plan.draws(step, rank=rank, world=world, micro=micro, num_micros=micros)
-        ]
+    for units in (1, 3, 6):
+        parts = [draw for unit in range(units) for draw in plan.draws(step, unit=unit, num_units=units)]
         assert parts == whole
 
 

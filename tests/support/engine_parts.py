@@ -18,8 +18,8 @@ def make_parts(folder: Path, **changes: Any) -> Parts:
 
 def take_step(parts: Parts, step: int = 0, rate: float = 1e-3) -> float:
     losses = []
-    for micro in range(parts.engine.num_micros):
+    for micro in parts.engine.units:
         batch = parts.prepare(parts.engine.to_device(parts.feed.batch(step, micro)))
-        losses.append(float(parts.engine.backward(batch, last=micro == parts.engine.num_micros - 1).total))
+        losses.append(float(parts.engine.backward(batch, last=micro == parts.engine.units[-1]).total))
     parts.engine.step(dict.fromkeys(parts.rates, rate), step + 1)
     return sum(losses) / len(losses)

@@ -141,11 +141,9 @@ def take_steps(parts: Parts, start: int, end: int) -> dict[str, list[float]]:
     backward(51, 0, last=False)
     engine.drop_gradients()
     for step in range(start, end):
-        total = sum(
-            backward(step, micro, micro == engine.num_micros - 1) for micro in range(engine.num_micros)
-        )
+        total = sum(backward(step, unit, unit == engine.units[-1]) for unit in engine.units)
         norm = engine.step({name: rate(step) for name, rate in parts.rates.items()}, step + 1)
-        losses.append(float(engine.mean_over_ranks(total / engine.num_micros)))
+        losses.append(float(engine.sum_over_ranks(total / engine.num_units)))
         norms.append(float(norm))
     return {"losses": losses, "norms": norms}
 

@@ -28,10 +28,11 @@ from dreamfleet.trainers.run.run import run_worker
 class RandomEngine:
     """A minimal engine whose backward pass draws a number from the global generator, as dropout does."""
 
-    world, device = 1, torch.device("cpu")
+    device = torch.device("cpu")
 
-    def __init__(self, num_micros: int = 2):
-        self.num_micros, self.random_numbers = num_micros, list[float]()
+    def __init__(self, num_units: int = 4, rank: int = 0, world: int = 2):
+        self.num_units, self.units = num_units, range(rank, num_units, world)
+        self.random_numbers = list[float]()
 
     def any_rank(self, flag: bool) -> Any:
         return lambda: flag
@@ -52,7 +53,7 @@ class RandomEngine:
     def drop_gradients(self) -> None:
         self.random_numbers.pop()  # drawn by the rehearsal
 
-    def mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         return values
 
 
@@ -72,16 +73,21 @@ def loop(engine: RandomEngine, hooks: Hooks | None = None, *, steps: int = 3, **
     )
 
 
-def random_numbers(**options: Any) -> list[float]:
-    engine = RandomEngine()
-    loop(engine, **options)
+def random_numbers(*, start_step: int = 0, **engine_options: Any) -> list[float]:
+    engine = RandomEngine(**engine_options)
+    loop(engine, start_step=start_step)
     return engine.random_numbers
 
 
-def test_dropout_differs_by_rank_step_and_micro_step_and_repeats_after_a_resume() -> None:
-    straight, other = random_numbers(), random_numbers(rank=1)
-    assert len({*straight, *other}) == 12
-    assert random_numbers(start_step=1) == straight[2:] and random_numbers(rank=1, start_step=2) == other[4:]
+def test_dropout_differs_by_step_and_unit_on_any_number_of_workers_and_after_a_resume() -> None:
+    alone = random_numbers(world=1)
+    assert len(set(alone)) == 12
+    for world in (2, 3, 4):
+        parts = [random_numbers(rank=rank, world=world) for rank in range(world)]
+        assert [len(part) for part in parts] == [3 * len(range(rank, 4, world)) for rank in range(world)]
+        assert sorted(number for part in parts for number in part) == sorted(alone)
+    assert random_numbers(world=1, start_step=1) == alone[4:]
+    assert random_numbers(rank=1, start_step=2) == random_numbers(rank=1)[4:]
 
 
 def test_the_training_rate_excludes_saves_and_validation() -> None:

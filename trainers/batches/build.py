@@ -26,6 +26,7 @@ def build_feed(
     plan: BatchPlan,
     distributed: DistributedContext,
     *,
+    num_units: int,
     instances: Index,
     classes: Index | None = None,
     cache: LatentCache | None = None,
@@ -33,11 +34,9 @@ def build_feed(
     """Return the feed of batches, and the function that prepares a batch on the device.
 
     Batches have latents, noise and prompts for a :class:`DiffusionMethod`, decoded images for an
-    :class:`ImageMethod`.
+    :class:`ImageMethod`. ``num_units``: the units that the workers divide among them at each step.
     """
-    share = PlanShare(
-        plan, distributed.rank, distributed.world, num_micros=recipe.train.gradient_accumulation_steps
-    )
+    share = PlanShare(plan, num_units, distributed)
     if isinstance(method, ImageMethod):
         return ImageFeed(share, instances=instances, method=method, data=recipe.data), lambda batch: batch
     assert isinstance(method, DiffusionMethod)

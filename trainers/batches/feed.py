@@ -27,7 +27,7 @@ WORDLESS_TOLD = 10  # maximum of images without a prompt that one message names
 
 
 class Feed:
-    """The batches of one rank.
+    """The batches of one worker.
 
     Everything random about a draw (noise, timestep, latent sample, prompt, crop, flip) is keyed by (seed, epoch,
     image id), so it is the same on any number of workers and after any resume.
@@ -53,8 +53,8 @@ class Feed:
         for samples, _ in self._halves:
             check_words(samples, method, data)  # before training, not at the step that uses such an image
 
-    def batch(self, step: int, micro: int = 0) -> Batch:
-        """Return the batch of one micro-step, on the CPU: instance rows first, then their class images.
+    def batch(self, step: int, unit: int = 0) -> Batch:
+        """Return the batch of one unit of a step, on the CPU: instance rows first, then their class images.
 
         It has ``latents, noise [N, C, h, w]``, ``timesteps [N]``, ``weights [N]``, ``prompts`` and
         ``num_instances``; with ``data.alpha_mask`` also ``mask [N, 1, h, w]``, for SDXL ``time_ids [N, 6]``.
@@ -63,7 +63,7 @@ class Feed:
         """
         parts, keys, prompts, num_instances = [], [], [], 0
         for half, (samples, images) in enumerate(self._halves):
-            draws = self.share.draws(step, micro, classes=half > 0)
+            draws = self.share.draws(step, unit, classes=half > 0)
             num_instances = num_instances or len(draws)
             keys += [self._key(samples[draw.row], draw) for draw in draws]
             part = images.take(draws)
@@ -88,7 +88,7 @@ class Feed:
         return {**batch, "weights": weights, "prompts": prompts, "num_instances": num_instances}
 
     def stream(self, start_step: int, stop_step: int | None = None, *, ahead: int = 4) -> Iterator[Batch]:
-        """Yield the batches of steps ``start_step`` to ``stop_step`` (None: endless).
+        """Yield this worker's batches of the steps ``start_step`` to ``stop_step`` (None: endless).
 
         Unless all latents are resident, a thread prepares up to ``ahead`` batches in advance.
         """

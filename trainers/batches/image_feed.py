@@ -35,7 +35,7 @@ class ImageReader:
 
 
 class ImageFeed:
-    """The batches of one rank, in the plan's order. Only the next few are in memory, for any size of the set.
+    """The batches of one worker, in the plan's order. Only the next few are in memory, for any size of the set.
 
     Images are decoded by this worker, or with ``data.source: stream`` by Ray Data on the cluster's CPUs,
     which also apply the method's :attr:`~ImageMethod.fit`, such as shrinking.
@@ -55,12 +55,12 @@ class ImageFeed:
             BadFile(uri, reason.removeprefix(f"{uri}: ")) for uri, reason in sorted(self._undecodable.items())
         ]
 
-    def batch(self, step: int, micro: int = 0) -> Batch:
-        """Return the batch of one micro-step, on the CPU: the method's tensors, and ``num_instances``."""
-        return self._see([(draw, self._read(draw.row)) for draw in self.share.draws(step, micro)])
+    def batch(self, step: int, unit: int = 0) -> Batch:
+        """Return the batch of one unit of a step, on the CPU: the method's tensors, and ``num_instances``."""
+        return self._see([(draw, self._read(draw.row)) for draw in self.share.draws(step, unit)])
 
     def stream(self, start_step: int, stop_step: int | None = None, *, ahead: int = 4) -> Iterator[Batch]:
-        """Yield the batches of steps ``start_step`` to ``stop_step`` (None: endless).
+        """Yield this worker's batches of the steps ``start_step`` to ``stop_step`` (None: endless).
 
         A thread prepares up to ``ahead`` batches in advance; with ``data.source: stream`` Ray Data reads
         ahead.

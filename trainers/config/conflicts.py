@@ -58,7 +58,7 @@ def find_conflicts(
         f"train.gradient_accumulation_steps: {train.gradient_accumulation_steps} (it must be 1)": (
             train.gradient_accumulation_steps > 1
         ),
-        f"scaling.num_workers: {scaling.num_workers} (it must be 0 or 1)": scaling.num_workers > 1,
+        f"scaling.num_workers: {scaling.words} (it must be 0 or 1)": scaling.max_workers > 1,
         "train.mixed_precision: fp16 (use bf16 or no), because a step that overflowed cannot be undone": (
             train.mixed_precision == "fp16"
         ),

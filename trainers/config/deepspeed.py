@@ -124,7 +124,7 @@ def _recipe_values(
     train: TrainConfig, optimizer: OptimizerConfig, scaling: ScalingConfig
 ) -> list[tuple[str, str, Any]]:
     """Return (key in the file, key in the recipe, value) of all keys that the recipe sets."""
-    workers = max(1, scaling.num_workers)
+    workers = scaling.max_workers
     whole = workers * train.train_batch_size * train.gradient_accumulation_steps
     precision = train.mixed_precision
     betas = [optimizer.adam_beta1, optimizer.adam_beta2]

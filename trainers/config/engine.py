@@ -40,6 +40,13 @@ class EngineConfig(Section):
         exclude_if=lambda options: not options,
         description="settings of an engine from an installed package, under that engine's own keys",
     )
+    gradient_exchange: Literal["auto", "unit", "step"] = Field(
+        "auto",
+        exclude_if=lambda how: how == "auto",
+        description="when workers exchange gradients (engine torch). unit: after each micro-batch, so that the sum is "
+        "equal in every bit on any number of workers; step: once per step, which sends less with gradient "
+        "accumulation; auto: unit if scaling.num_workers is a range, else step",
+    )
     zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
         "auto",
         description="auto: torch alone, or the cheapest setting that fits if the GPU is too small for that. 0 to 3: "

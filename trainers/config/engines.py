@@ -47,7 +47,7 @@ class EngineSpec:
 
 
 class TorchSpec(EngineSpec):
-    """Describes the engine that uses only torch: a single device, or DDP on several."""
+    """Describes the engine that uses only torch, on a single device or on one per worker."""
 
     no_plan = None
 
@@ -69,6 +69,7 @@ class ZeroSpec(EngineSpec):
     @classmethod
     def refused(cls, config: EngineConfig) -> Mapping[str, str]:
         refused = {
+            "engine.gradient_exchange": "which sums gradients in DeepSpeed's own way",
             "optimizer.name": "which shards the states of adamw only",
             "optimizer.fused_backward": "which steps after the whole backward pass",
             "train.full_bf16": "whose stages keep float32 weights in the optimizer and compute in 16 bits anyway",

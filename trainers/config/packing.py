@@ -47,8 +47,8 @@ def find_unpackable(recipe: PackedSections) -> str | None:
     found = [f"method.name: {method.name} {reason}"] if (reason := method.unpackable) else []
     settings = {
         f"{spec.setting(engine)} computes with an engine of its own": engine_name(engine) != "torch",
-        f"scaling.num_workers: {recipe.scaling.num_workers} is one training on several workers": (
-            recipe.scaling.num_workers > 1
+        f"scaling.num_workers: {recipe.scaling.words} is one training on several workers": (
+            recipe.scaling.max_workers > 1
         ),
         "engine.torch_compile: true compiles the blocks for one training": engine.torch_compile,
         "optimizer.fused_backward: true steps inside the backward pass, which all trainings share": (

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, field_validator
 
 from dreamfleet.datasets.config_base import Section
 from dreamfleet.datasets.errors import ResourceError
@@ -19,11 +19,12 @@ MAX_THREADS = 32
 class ScalingConfig(Section):
     """The ``scaling:`` section: workers, their resources, and how often failed ones are restarted."""
 
-    num_workers: int = Field(
+    num_workers: Annotated[int, Field(ge=0)] | tuple[int, int] = Field(
         1,
-        ge=0,
         validation_alias=AliasChoices("num_workers", "num_processes"),
-        description="number of training processes; 0 = train in this process, without Ray",
+        description="number of training processes, or [min, max]: the run continues with as few as min while machines "
+        "are missing, and with more as soon as there is room, at an unchanged global batch (of max workers); 0 = train "
+        "in this process, without Ray",
     )
     use_gpu: bool | Literal["auto"] = Field(
         "auto", description="auto = a GPU for each worker if the cluster has any"
@@ -46,6 +47,47 @@ class ScalingConfig(Section):
     wait_minutes: int = Field(
         15, ge=1, description="minutes that workers wait for busy machines and for machines that are starting"
     )
+
+    @field_validator("num_workers")
+    @classmethod
+    def _check_range(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(value, tuple) and not 1 <= value[0] <= value[1]:
+            raise ValueError(
+                f"[{value[0]}, {value[1]}] is no range of workers; give [min, max] with 1 <= min <= max, or one number"
+            )
+        return value
+
+    @property
+    def min_workers(self) -> int:
+        """The smallest number of training processes that the run continues with; at least 1."""
+        return max(1, self.num_workers[0] if isinstance(self.num_workers, tuple) else self.num_workers)
+
+    @property
+    def max_workers(self) -> int:
+        """The largest number of training processes, which determines the global batch; at least 1."""
+        return max(1, self.num_workers[1] if isinstance(self.num_workers, tuple) else self.num_workers)
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change during the run."""
+        return self.min_workers < self.max_workers
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the run trains in the calling process, without Ray."""
+        return self.num_workers == 0
+
+    @property
+    def pool_size(self) -> int:
+        """The number of processes where it does not change, as in searches and for caches; 0: in this process."""
+        return 0 if self.is_local else self.max_workers
+
+    @property
+    def words(self) -> str:
+        """The number of workers as text: ``4``, or ``2 to 4``."""
+        if not self.is_elastic:
+            return str(self.max_workers)
+        return f"{self.min_workers} to {self.max_workers}"
 
 
 class WorkerShare(NamedTuple):
@@ -83,10 +125,10 @@ def worker_resources(
 
     A GPU worker reserves one GPU and one CPU; the other CPUs read and decode images. A CPU worker reserves an equal
     share of the CPUs minus about an eighth (at least one CPU, if it has two) for Ray's own tasks, and uses threads for
-    the whole share. ``resources_per_worker`` and ``cpus_per_worker`` override this. Raises ResourceError if GPUs are
-    requested and there are none or too few.
+    the whole share. The share is that of the largest number of workers. ``resources_per_worker`` and
+    ``cpus_per_worker`` override this. Raises ResourceError if GPUs are requested and there are none or too few.
     """
-    share = _fair_cpus(nodes, max(1, scaling.num_workers))
+    share = _fair_cpus(nodes, scaling.max_workers)
     wanted = dict(scaling.resources_per_worker or {})
     if "GPU" not in wanted and _wants_gpu(scaling, nodes, limit or {}):
         wanted["GPU"] = 1.0
@@ -127,14 +169,15 @@ def refuse_impossible(
     *,
     limit: Resources | None = None,
 ) -> None:
-    """Raise ResourceError if the workers can never be placed, since Ray would wait for resources forever.
+    """Raise ResourceError if the smallest number of workers can never be placed: Ray would wait for resources forever.
 
     ``limit``: the maximum size of an autoscaling cluster (totals by resource); None if it does not grow.
     """
-    wanted = f"scaling.num_workers {scaling.num_workers} with {describe(resources)} each"
+    needed = scaling.min_workers
+    wanted = f"scaling.num_workers {scaling.words} with {describe(resources)} each"
     if limit:
         for name, amount in resources.items():
-            total = amount * scaling.num_workers
+            total = amount * needed
             if total > limit.get(name, 0):
                 raise ResourceError(
                     f"{wanted} needs {_number(total)} {name}, but this cluster grows to "
@@ -142,7 +185,7 @@ def refuse_impossible(
                 )
         return
     fits = workers_that_fit(resources, nodes, scaling.placement_strategy)
-    if fits < scaling.num_workers:
+    if fits < needed:
         have = "; ".join(describe(node) for node in nodes) or "no machines"
         under = f" under {scaling.placement_strategy}" if "STRICT" in scaling.placement_strategy else ""
         raise ResourceError(
@@ -153,9 +196,9 @@ def refuse_impossible(
 
 def refuse_shared_gpus(scaling: ScalingConfig, share: WorkerShare, *, engine: str) -> None:
     """Raise ResourceError if workers may share a GPU; ``engine`` is the setting that requires a GPU per worker."""
-    if share.uses_gpu and share.backend(scaling.num_workers) == "gloo":
+    if share.uses_gpu and share.backend(scaling.max_workers) == "gloo":
         raise ResourceError(
-            f"{engine} needs a whole GPU for each of the {scaling.num_workers} workers, and "
+            f"{engine} needs a whole GPU for each of the {scaling.words} workers, and "
             f"scaling.resources_per_worker gives {_number(share.resources['GPU'])}: use the engine torch "
             "(engine.zero_stage: auto, engine.name: auto), or fewer workers with a GPU each"
         )
@@ -176,9 +219,9 @@ def _wants_gpu(scaling: ScalingConfig, nodes: Sequence[Resources], limit: Resour
     if scaling.use_gpu == "auto":
         if not gpus:
             return False
-        if gpus < scaling.num_workers:
+        if gpus < scaling.min_workers:
             raise ResourceError(
-                f"scaling.num_workers {scaling.num_workers} need a GPU each, but the cluster has {_number(gpus)}. "
+                f"scaling.num_workers {scaling.words} need a GPU each, but the cluster has {_number(gpus)}. "
                 f"Set scaling.num_workers={int(gpus) or 1}, or scaling.use_gpu=false to train on CPUs, "
                 "or share one GPU with scaling.resources_per_worker='{GPU: 0.5}'."
             )

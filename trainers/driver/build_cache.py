@@ -157,7 +157,7 @@ def _encoders(
 ) -> Iterator[tuple[int, Pool | None, WorkerShare]]:
     """Yield the number of encoders, their pool (None: this process encodes), and the resources of each."""
     scaling = recipe.scaling
-    if scaling.num_workers == 0:
+    if scaling.is_local:
         yield 1, None, worker_resources(scaling, [this_machine()])
         return
     from dreamfleet.trainers.driver.session import ray_session, starts_private_ray
@@ -174,14 +174,14 @@ def _encoders(
         )
         cpus = sum(node.get("CPU", 0.0) for node in nodes)
         # GPU encoders get images decoded by spare CPUs; CPU encoders are the bottleneck and decode their own.
-        spare = cpus - scaling.num_workers * share.resources.get("CPU", 0.0) >= 1
+        spare = cpus - scaling.pool_size * share.resources.get("CPU", 0.0) >= 1
         pool = Pool(
-            scaling.num_workers,
+            scaling.pool_size,
             share.resources,
             worker_environment(share.threads),
             decode_apart=share.uses_gpu and spare,
         )
-        yield scaling.num_workers, pool, share
+        yield scaling.pool_size, pool, share
 
 
 def _images(recipe: Recipe) -> Index:

@@ -50,12 +50,12 @@ def preflight(
     check_machines(session, reads=shared_paths(recipe), writes=written_paths(recipe), shared=shared)
     if not session.private:
         missing = not workers_that_fit(
-            {name: amount * recipe.scaling.num_workers for name, amount in share.resources.items()},
+            {name: amount * recipe.scaling.min_workers for name, amount in share.resources.items()},
             [session.free()],
         )
         if missing:
             say(
-                f"waiting up to {recipe.scaling.wait_minutes} minutes for {recipe.scaling.num_workers} x "
+                f"waiting up to {recipe.scaling.wait_minutes} minutes for {recipe.scaling.min_workers} x "
                 f"{describe(share.resources)}; free now: {describe(session.free())}"
             )
     return share

@@ -27,9 +27,10 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Engine(EngineSpec, ABC):
     """Trains one method with one optimizer on this worker's device.
 
-    Gradients are averaged over workers and micro-batches, so the same global batch gives the same step on any number of
-    workers. All ranks must call each method together, except :meth:`to_device`, :meth:`autocast` and
-    :meth:`drop_gradients`. The constructor raises RecipeError for settings that the engine does not support.
+    A step has ``num_units`` units, which the workers divide among them (:attr:`units`), and its gradient is the mean
+    over the units. So the same global batch gives the same step on any number of workers. All ranks must call each
+    method together, except :meth:`to_device`, :meth:`autocast` and :meth:`drop_gradients`. The constructor raises
+    RecipeError for settings that the engine does not support.
     """
 
     def __init__(
@@ -40,17 +41,21 @@ class Engine(EngineSpec, ABC):
         optimizer: OptimizerConfig,
         mixed_precision: str,
         device: torch.device,
+        rank: int = 0,
         world: int = 1,
-        num_micros: int = 1,
+        num_units: int = 1,
+        is_elastic: bool = False,
         seed: int = 0,
     ):
         if refused := find_refused({"engine": config}, self.refused(config), by=self.setting(config)):
             raise RecipeError("\n  ".join(refused))
         self.options: Any = self.Options.model_validate(config.options)
         self.seed, self.optimizer_name = seed, optimizer.name
-        self.method, self.config, self.device, self.world = method, config, device, world
-        self.num_micros, self.max_grad_norm = num_micros, optimizer.max_grad_norm
-        self.is_main = world == 1 or dist.get_rank() == 0
+        self.method, self.config, self.device = method, config, device
+        self.rank, self.world, self.is_main = rank, world, rank == 0
+        self.num_units, self.max_grad_norm = num_units, optimizer.max_grad_norm
+        how = config.gradient_exchange
+        self.sums_by_unit = is_elastic if how == "auto" else how == "unit"
         self.mixed_precision, self.dtype = mixed_precision, DTYPES[mixed_precision]
         apply_options(method.model, config, device)
         self.groups = [group for group in method.groups() if group.params]
@@ -80,7 +85,12 @@ class Engine(EngineSpec, ABC):
 
     @abstractmethod
     def _build(self, optimizer: OptimizerConfig) -> None:
-        """Create the optimizer and the wrapper of the method (DDP, DeepSpeed) at the end of the constructor."""
+        """Create the optimizer and the wrapper of the method (DeepSpeed) at the end of the constructor."""
+
+    @property
+    def units(self) -> range:
+        """The units of a step that this worker computes: every ``world``-th from its rank."""
+        return range(self.rank, self.num_units, self.world)
 
     @property
     def lockstep(self) -> bool:
@@ -108,9 +118,9 @@ class Engine(EngineSpec, ABC):
 
     @abstractmethod
     def backward(self, batch: Batch, *, last: bool = True) -> Loss:
-        """Run the forward and backward pass of one micro-batch and return its detached loss.
+        """Run the forward and backward pass of one unit and return its detached loss.
 
-        ``last`` is true for the last micro-batch of a step.
+        ``last`` is true for this worker's last unit of a step.
         """
 
     @abstractmethod
@@ -167,11 +177,10 @@ class Engine(EngineSpec, ABC):
             return lambda: flag
         return start_any_rank(flag, self.device)
 
-    def mean_over_ranks(self, values: Tensor) -> Tensor:
-        """Average a tensor over the ranks in place, and return it."""
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Add up a tensor over the ranks in place, and return it."""
         if self.world > 1:
             dist.all_reduce(values)
-            values /= self.world
         return values
 
 

@@ -1,19 +1,20 @@
-"""The engine that uses only torch: a single device, or DDP on several."""
+"""The engine that uses only torch: on a single device, or data-parallel on several."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.trainers.config.engines import TorchSpec
 from dreamfleet.trainers.config.optimizer import OptimizerConfig
-from dreamfleet.trainers.distributed.process_group import release_reducer
 from dreamfleet.trainers.engines.base import Engine, T, check_optimizer
+from dreamfleet.trainers.engines.gradient_exchange import GradientExchange
 from dreamfleet.trainers.methods.base import Batch, Loss
 from dreamfleet.trainers.optim.ema import Ema, saved_average
 from dreamfleet.trainers.optim.optimizers import make_optimizer
@@ -21,7 +22,7 @@ from dreamfleet.trainers.optim.stochastic_rounding import Stepper, copy_in_layou
 
 
 class TorchEngine(TorchSpec, Engine):
-    """Trains a method on one device, or on one device per worker with DDP."""
+    """Trains a method on one device, or on one device per worker, each of which holds all weights and states."""
 
     def _build(self, optimizer: OptimizerConfig) -> None:
         self.bf16_weights = any(param.dtype == torch.bfloat16 for param in self.params.values())
@@ -43,40 +44,57 @@ class TorchEngine(TorchSpec, Engine):
         for param in self.params.values() if self.fused else ():
             # The garbage collector does not follow hooks, so a hook that is not removed keeps engine and model alive.
             self.resources.callback(param.register_post_accumulate_grad_hook(self._step_inside).remove)
-        self.module: Any = self.method
+        self.exchange: GradientExchange | None = None
         if self.world > 1:
-            self.module = torch.nn.parallel.DistributedDataParallel(
-                self.method,
-                device_ids=[self.device] if self.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-                broadcast_buffers=False,  # buffers are equal on all ranks and never change
+            self.regroup(self.rank, self.world)
+            for param in self.params.values():  # a replica must not begin with other random numbers
+                dist.broadcast(param.data, src=0)
+
+    def regroup(self, rank: int, world: int) -> None:
+        """Continue as ``rank`` of ``world`` workers in the present default process group; drop an unfinished step.
+
+        Collective operations are left to the caller: the workers of the new group must have equal weights and states.
+        """
+        self.drop_gradients()
+        self.rank, self.world, self.is_main = rank, world, rank == 0
+        if self.exchange is None and world > 1:
+            self.exchange = GradientExchange(
+                list(self.params.values()), num_units=self.num_units, by_unit=self.sums_by_unit
             )
-            self.resources.callback(release_reducer, self.module)
+            self.resources.callback(self.exchange.close)
+        if self.exchange is not None:
+            self.exchange.join(rank, world)
 
     def begin_step(self, rates: dict[str, float], step: int) -> None:
         self._set_rates(rates)
         self.next_step, self.squared_norms = step, []
 
     def backward(self, batch: Batch, *, last: bool = True) -> Loss:
-        # DDP averages the gradients over the workers only in the last backward pass before a step.
-        sync = nullcontext() if last or self.world == 1 else self.module.no_sync()
-        with sync:
-            with self.autocast():
-                loss = self.module(batch)
-            self.objective(loss).backward()
+        exchanges = self.exchange is not None and self.world > 1 and (last or self.exchange.by_unit)
+        with self.autocast():
+            loss = self.method(batch)
+        if exchanges:
+            self.exchange.begin()
+        self.objective(loss).backward()
+        if exchanges:
+            self.exchange.end()
         return Loss(loss.total.detach(), loss.per_sample.detach(), loss.extras)
 
     def objective(self, loss: Loss) -> Tensor:
-        """Return the scalar whose gradient one micro-batch adds: its share of the step's loss, scaled under fp16."""
-        return self.scaler.scale(loss.total / self.num_micros)
+        """Return the scalar whose gradient one unit adds: its share of the step's loss, scaled under fp16."""
+        return self.scaler.scale(loss.total / self.num_units)
 
     def step(self, rates: dict[str, float], step: int) -> Tensor:
+        if self.exchange is not None and self.world > 1:
+            self.exchange.finish()
         norm = self._finish_step(step) if self.fused else self._step_together(rates, step)
         if self.ema is not None:
             self.ema.update(self.params, step)
         return norm.detach()
 
     def drop_gradients(self) -> None:
+        if self.exchange is not None:
+            self.exchange.reset()
         self.optimizer.zero_grad(set_to_none=True)
 
     def evaluate(self, action: Callable[[], T]) -> T:
@@ -140,7 +158,7 @@ class TorchEngine(TorchSpec, Engine):
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        self.drop_gradients()
+        self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def _step_inside(self, param: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreamfleet.datasets.errors import CheckpointError
+from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.trainers.config.engine import EngineConfig
 from dreamfleet.trainers.config.engines import ZeroSpec
 from dreamfleet.trainers.config.optimizer import OptimizerConfig
@@ -66,6 +66,13 @@ class ZeroEngine(ZeroSpec, Engine):
 
     def _build(self, optimizer: OptimizerConfig) -> None:
         assert self.config.zero_stage != "auto"
+        if self.num_units % self.world:
+            raise RecipeError(
+                f"{self.setting(self.config)}: the {self.num_units} micro-batches of a step (the most workers of "
+                f"scaling.num_workers x train.gradient_accumulation_steps) cannot be divided among {self.world} "
+                "workers, and DeepSpeed's compute equally many. Use a number of workers that divides it, or the engine "
+                "torch"
+            )
         self.stage: int = self.config.zero_stage
         self.offloads = self.config.offload_optimizer_device != "none"
         swaps = "nvme" in (self.config.offload_optimizer_device, self.config.offload_param_device)
@@ -96,7 +103,7 @@ class ZeroEngine(ZeroSpec, Engine):
             self.config,
             mixed_precision=self.mixed_precision,
             max_grad_norm=self.max_grad_norm,
-            num_micros=self.num_micros,
+            num_micros=len(self.units),
             num_params=sum(shape.numel() for shape in self.shapes.values()),
             largest=max(param.numel() for param in model.parameters()),
             swap_folder=str(self.folder.path) if self.folder is not None else None,

@@ -65,9 +65,9 @@ def choose_engine(
     """
     if (reason := recipe.method.no_plan) is not None:
         return recipe, f"not planned: {recipe.method.name} {reason}"
-    settings, reason = distributed.on_rank_0(
-        lambda: _decide(recipe, distributed.world, gpu_memory, host_memory)
-    )
+    # The engine must not change with the number of workers of the moment.
+    world = recipe.scaling.min_workers if recipe.scaling.is_elastic else distributed.world
+    settings, reason = distributed.on_rank_0(lambda: _decide(recipe, world, gpu_memory, host_memory))
     if distributed.is_main:
         log.info("engine: %s", reason)
     update = {key.removeprefix("engine."): value for key, value in settings.items()}
@@ -80,7 +80,7 @@ def _decide(
     from dreamfleet.trainers.memory.advice import explain_no_fit
     from dreamfleet.trainers.memory.plan import plan_memory
 
-    per_host = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    per_host = min(world, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     try:
         made = plan_memory(
             recipe, gpu_memory=gpu_memory, host_memory=host_memory, world=world, workers_per_host=per_host

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dreamfleet.trainers.config.deepspeed import SWAPPED_GROUP
+from dreamfleet.trainers.engines.gradient_exchange import BUCKET_BYTES, IN_FLIGHT
 from dreamfleet.trainers.memory.inputs import Counts
 from dreamfleet.trainers.memory.strategies import ALTERING, CHOICES, NVME_CHOICES, EngineChoice
 
@@ -161,8 +162,7 @@ class _Run:
         self.sharded = self.total + (counts.passed if self.stage == 3 else 0)
         # Bytes of a weight that the model computes with: ZeRO's half-precision modes keep 16 bits.
         self.width = 2 if counts.bf16_weights or (counts.mixed and self.stage) else 4
-        # DDP's buckets outlive the step, and stage 3 allocates gradients and buffers once.
-        self.keeps_gradients = self.stage == 3 or (self.is_torch and world > 1)
+        self.keeps_gradients = self.stage == 3  # which allocates gradients and buffers once
 
     def gpu_lines(self) -> dict[str, int]:
         """Return the bytes on a GPU in a training step."""
@@ -182,6 +182,11 @@ class _Run:
         buffers = width * min(counts.bucket, self.total) if self.stage else 0
         if choice.offload_optimizer and self.stage < 3:
             buffers += width * self.largest
+        if (
+            self.is_torch and self.world > 1
+        ):  # gradients on their way to other workers, and the sums of this one's part
+            sent = 2 * (IN_FLIGHT + 1) * max(BUCKET_BYTES, width * self.largest)
+            buffers += min(2 * width * self.total, sent) + width * self.part
         if counts.fused:  # one gradient at a time
             gradients = width * self.largest
             together = step.activations + gradients

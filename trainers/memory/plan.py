@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dreamfleet.trainers.memory.estimate import Estimate, cheapest_fit, estimate_all
@@ -58,7 +58,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """Estimate every engine choice for a recipe on GPUs, and choose the cheapest within the limits in bytes.
 
-    ``world`` and ``workers_per_host`` default to the recipe's ``scaling:``. Loads no weights and downloads nothing.
+    ``world`` and ``workers_per_host`` default to the recipe's ``scaling:``; of a range of
+    workers, to the smallest number, with which a worker needs the most memory. Loads no weights and downloads nothing.
     Raises ModelError for a model whose shape is unknown, RecipeError for a resolution that it cannot compute, UserError
     for a method or engine that cannot be planned.
     """
@@ -66,7 +67,9 @@ def plan_memory(
     method = method_shape(recipe)
     images = count_images(recipe, method)
     counts = count_run(recipe, method, images)
-    world = world or max(1, recipe.scaling.num_workers)
+    world = world or recipe.scaling.min_workers
+    units = max(world, recipe.scaling.max_workers) * recipe.train.gradient_accumulation_steps
+    counts = replace(counts, micros=-(-units // world))
     together = recipe.scaling.placement_strategy == "STRICT_PACK"
     per_host = workers_per_host or (world if together else 1)
     estimates = estimate_all(counts, world=world, workers_per_host=per_host)

@@ -52,8 +52,7 @@ class Pack:
         """
         members = [self._member(micro.engine) for micro in micros]
         for member, micro in zip(members, micros, strict=True):
-            if micro.seed is not None:
-                member.seed(micro.seed)
+            member.seed(micro.seed)
         losses: dict[int, Loss | ResourceError] = {}
         for numbers in self._groups(micros):
             chosen = [micros[n] for n in numbers]

@@ -212,8 +212,7 @@ class _Runner:
 
 def _alone(micro: Micro) -> Loss | Exception:
     """Run the pass of a training that is not packed; return its loss, or the error that ends it."""
-    if micro.seed is not None:
-        torch.manual_seed(micro.seed)
+    torch.manual_seed(micro.seed)
     try:
         with explain_out_of_memory():
             return micro.engine.backward(micro.batch, last=micro.last)

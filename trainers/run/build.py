@@ -124,7 +124,8 @@ def assemble(
     if isinstance(method, DiffusionMethod) and method.prior is not None:
         classes = gather_class_images(recipe, sets, method, distributed)
     train = recipe.train
-    global_batch = distributed.world * train.train_batch_size * train.gradient_accumulation_steps
+    num_units = count_units(recipe, distributed)
+    global_batch = num_units * train.train_batch_size
     plan = BatchPlan(
         sets.instances.column("concept"),
         seed=train.seed,
@@ -137,7 +138,14 @@ def assemble(
         log_buckets(sizes, plan.smallest_bucket, global_batch)
     schedule = make_schedule(recipe, plan)
     feed, prepare = build_feed(
-        recipe, method, plan, distributed, instances=sets.instances, classes=classes, cache=cache
+        recipe,
+        method,
+        plan,
+        distributed,
+        num_units=num_units,
+        instances=sets.instances,
+        classes=classes,
+        cache=cache,
     )
     engine = make_engine(recipe, method, distributed)
     with ExitStack() as undo:
@@ -203,6 +211,14 @@ def share_sets(recipe: Recipe, distributed: DistributedContext) -> Sets:
     return sets
 
 
+def count_units(recipe: Recipe, distributed: DistributedContext) -> int:
+    """Return the number of units of ``train.train_batch_size`` images that the workers divide among them at each step.
+
+    It depends on the largest number of workers of the run, not on the number at the moment.
+    """
+    return max(recipe.scaling.max_workers, distributed.world) * recipe.train.gradient_accumulation_steps
+
+
 def make_engine(recipe: Recipe, method: Method, distributed: DistributedContext) -> Engine:
     """Build the engine that the recipe names."""
     return engine_class(recipe.engine)(
@@ -211,8 +227,10 @@ def make_engine(recipe: Recipe, method: Method, distributed: DistributedContext)
         optimizer=recipe.optimizer,
         mixed_precision=recipe.train.mixed_precision,
         device=distributed.device,
+        rank=distributed.rank,
         world=distributed.world,
-        num_micros=recipe.train.gradient_accumulation_steps,
+        num_units=count_units(recipe, distributed),
+        is_elastic=recipe.scaling.is_elastic,
         seed=recipe.train.seed,
     )
 

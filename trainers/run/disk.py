@@ -197,7 +197,7 @@ def _steps(recipe: Recipe, images: int | None) -> int:
     train = recipe.train
     if train.max_train_steps:
         return train.max_train_steps
-    batch = max(1, recipe.scaling.num_workers) * train.train_batch_size * train.gradient_accumulation_steps
+    batch = recipe.scaling.max_workers * train.train_batch_size * train.gradient_accumulation_steps
     return max(1, math.ceil((train.num_train_epochs or 1) * (images or 1000) / batch))
 
 

@@ -181,7 +181,6 @@ def _train(parts: Parts, start_step: int, hooks: Hooks, recorder: Recorder) -> T
                 schedule=parts.schedule,
                 seed=parts.recipe.train.seed,
                 start_step=start_step,
-                rank=parts.distributed.rank,
                 hooks=hooks,
             )
         )

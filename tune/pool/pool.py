@@ -62,7 +62,7 @@ def run_pool(
     Raises ResourceError if a task fits on no machine, StorageError if machines do not share the folders, RunFailed if
     workers cannot be started. A task's own error is not raised: it is in its ``on_end``.
     """
-    workers = recipe.scaling.num_workers if workers_per_task is None else workers_per_task
+    workers = recipe.scaling.pool_size if workers_per_task is None else workers_per_task
     demand = _demand(recipe, workers, say, resources, (tasks, max_concurrent, max_packed))
     with watch_for_stop(Storage(recipe.output_dir)) as is_marked:
 

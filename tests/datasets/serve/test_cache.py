@@ -174,8 +174,8 @@ def test_any_rank_reads_its_share(tmp_path: Path) -> None:
         whole = feed.batch(0)["latents"]
         shares = []
         for rank in (0, 1):
-            feed.share = PlanShare(feed.plan, rank=rank, world=2)
-            shares.append(feed.batch(0)["latents"])
+            feed.share = PlanShare(feed.plan, 2)
+            shares.append(feed.batch(0, rank)["latents"])
         assert torch.equal(torch.cat(shares), whole)
 
 

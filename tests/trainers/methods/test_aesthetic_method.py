@@ -52,8 +52,8 @@ def recipe_tree(workplace: Path, **changes: Any) -> dict[str, Any]:
 
 def walk(parts: Parts, steps: range) -> None:
     for step in steps:
-        for micro in range(parts.engine.num_micros):
-            last = micro == parts.engine.num_micros - 1
+        for micro in parts.engine.units:
+            last = micro == parts.engine.units[-1]
             parts.engine.backward(parts.prepare(parts.feed.batch(step, micro)), last=last)
         parts.engine.step({name: rate(step) for name, rate in parts.rates.items()}, step + 1)
 
@@ -81,18 +81,19 @@ def test_two_workers_share_the_images(rank: int, workplace: Path) -> None:
         build_recipe(recipe_tree(workplace, train__train_batch_size=4)), DistributedContext()
     ).feed
     half = assemble(build_recipe(recipe_tree(workplace)), DistributedContext(rank=0)).feed
-    half.share = PlanShare(alone.plan, rank=rank, world=2)
+    half.share = PlanShare(alone.plan, 2)
     for step in range(2):
-        whole, mine = alone.batch(step), half.batch(step)
+        whole, mine = alone.batch(step), half.batch(step, rank)
         for name in ("clip_pixels", "counted"):
             assert torch.equal(mine[name], whole[name][2 * rank : 2 * rank + 2])
 
 
-def test_ddp_finds_every_parameter_used(workplace: Path, lone_group: None) -> None:
+def test_every_parameter_gets_a_gradient(workplace: Path) -> None:
     parts = assemble(build_recipe(recipe_tree(workplace)), DistributedContext())
-    module = torch.nn.parallel.DistributedDataParallel(parts.method)
     for step in range(2):
-        module(parts.prepare(parts.feed.batch(step))).total.backward()
+        parts.method(parts.prepare(parts.feed.batch(step))).total.backward()
+        assert all(param.grad is not None for param in parts.engine.params.values())
+        parts.engine.drop_gradients()
 
 
 def test_a_resumed_run_writes_the_same_file(workplace: Path) -> None:

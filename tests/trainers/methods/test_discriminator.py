@@ -185,8 +185,8 @@ def test_augmentation_is_deterministic_and_not_applied_in_validation(workplace: 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_workers_share_the_images(rank: int, workplace: Path) -> None:
     alone, half = make_parts(workplace).feed, make_parts(workplace, train__train_batch_size=4).feed
-    half.share = PlanShare(alone.plan, rank=rank, world=2)
-    whole, mine = alone.batch(1), half.batch(1)
+    half.share = PlanShare(alone.plan, 2)
+    whole, mine = alone.batch(1), half.batch(1, rank)
     for name in ("pixels", "labels"):
         assert torch.equal(mine[name], whole[name][4 * rank : 4 * rank + 4])
 

@@ -58,7 +58,7 @@ def test_two_workers_together_see_the_samples_of_one(tmp_path: Path) -> None:
 
     def feed_of(rank: int) -> Feed:
         return Feed(
-            PlanShare(parts.feed.plan, rank=rank, world=2),
+            PlanShare(parts.feed.plan, 2, DistributedContext(rank, 2)),
             instances=parts.sets.instances,
             images=load_images(parts.sets.instances, parts.model, recipe.data, seed=7),
             method=parts.method,
@@ -68,7 +68,7 @@ def test_two_workers_together_see_the_samples_of_one(tmp_path: Path) -> None:
     ranks = [feed_of(0), feed_of(1)]
     for step in range(8):
         whole = [parts.feed.batch(step, micro) for micro in range(2)]
-        split = [feed.batch(step) for feed in ranks]
+        split = [feed.batch(step, rank) for rank, feed in enumerate(ranks)]
         for name in ("latents", "noise", "timesteps", "mask"):
             assert torch.equal(torch.cat([b[name] for b in whole]), torch.cat([b[name] for b in split])), name
         assert [p for b in whole for p in b["prompts"]] == [p for b in split for p in b["prompts"]]
